@@ -18,9 +18,9 @@ __version__ = "0.2.0"
 # bitsandbytes, so the log level is set here, before any import of peft.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-# By default, an OpenMP thread that waits for other threads keeps its CPU busy for a few milliseconds. Next to other
-# programs, this makes training many times slower (`benchmarks/busy_machine.py`). PyTorch's OpenMP library reads this
-# variable when torch is imported. If torch has already been imported, the variable only affects child processes.
+# By default, OpenMP threads busy-wait for each other for a few milliseconds. On a machine that runs other programs too,
+# this makes training many times slower (`benchmarks/busy_machine.py`). PyTorch's OpenMP library reads this variable
+# when torch is imported. If torch has already been imported, the variable only affects child processes.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "0"
 

@@ -1,4 +1,4 @@
-"""Entry point for `python -m llm2clip`. Launchers use it, e.g. `torchrun --nproc_per_node 2 -m llm2clip embed ...`."""
+"""Entry point for `python -m llm2clip`, e.g. with a launcher: `torchrun --nproc_per_node 2 -m llm2clip embed ...`."""
 
 from __future__ import annotations
 

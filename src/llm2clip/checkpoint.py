@@ -2,8 +2,8 @@
 
 A run saves `checkpoints/checkpoint-N` every few steps and appends a line to `metrics.jsonl` for every logged step. A
 checkpoint without a marker file is incomplete and is ignored. The marker file contains the run's signature, which
-consists of the settings and a hash of the data. Training resumes only from a checkpoint with an equal signature. The
-number of ranks may change, because a resumed run keeps its number of images or pairs per step.
+consists of the settings and a hash of the data. Training resumes only from a checkpoint with the same signature. The
+number of ranks may change: the resumed run still processes the same number of images or pairs per step.
 """
 
 from __future__ import annotations
@@ -34,20 +34,21 @@ class Checkpoints:
     """Checkpoints of one training run. The constructor and `commit` must be called by all ranks.
 
     Attributes:
-        latest: Checkpoint to resume from. None if training starts from the beginning.
-        step: Step of the checkpoint to resume from. 0 if training starts from the beginning.
-        batch_size: Number of items per step and rank in the run's config, which is saved in checkpoints.
+        latest: Checkpoint to resume from, or None if training starts from scratch.
+        step: Step of the checkpoint to resume from, or 0 if training starts from scratch.
+        batch_size: Number of items per step and rank, from the run's config. It is saved in checkpoints.
     """
 
     def __init__(self, folder: Path, batch_size: int | None = None) -> None:
         """Find the checkpoint to resume from and remove incomplete checkpoints.
 
-        A complete checkpoint can be damaged, for example by a power failure. It is then renamed to
-        checkpoint-N.damaged, and training resumes from the checkpoint before it.
+        If a complete checkpoint has been damaged, for example by a power failure, it is renamed to
+        checkpoint-N.damaged, and training resumes from the previous checkpoint.
 
         Args:
-            folder: Checkpoint folder. It need not exist yet.
-            batch_size: Number of items per step and rank in the run's config. None if the config has no such setting.
+            folder: Checkpoint folder. It does not have to exist yet.
+            batch_size: Number of items per step and rank, from the run's config. None if the config has no such
+                setting.
 
         Raises:
             ValueError: The latest checkpoint was saved by an older version, or is not visible on this rank. Also raised
@@ -80,16 +81,16 @@ class Checkpoints:
         self.step = 0 if latest is None else checkpoint_step(latest)
 
     def resumed_total(self, name: str) -> int | None:
-        """Return the number of items per step, over all ranks, of the run that is resumed.
+        """Return the total number of items per step, over all ranks, of the run being resumed.
 
-        If the number of ranks has changed, a line that says so is printed.
+        If the number of ranks has changed, print a line that says so.
 
         Args:
-            name: Name of this number in the signature, for example "images per step".
+            name: Name under which the signature stores this number, for example "images per step".
 
         Returns:
-            The saved number. None if there is no checkpoint, or if the batch size per rank has been changed. The number
-            of items per step is then the product of the batch size and the number of ranks.
+            The saved number, or None if there is no checkpoint or the batch size per rank has changed. If None, the
+            number of items per step is the batch size times the number of ranks.
 
         Raises:
             ValueError: The number of items per step is not divisible by the number of ranks.
@@ -112,11 +113,11 @@ class Checkpoints:
         return total
 
     def check(self, signature: Mapping[str, Any]) -> None:
-        """Check that a run with this signature can resume, and save the signature with all later checkpoints.
+        """Check that a run with this signature can resume, and save the signature in all later checkpoints.
 
         Args:
-            signature: Properties of the run that must be equal to those saved in a checkpoint before the run can
-                resume, such as the learning rate and a hash of the data. The values must be JSON-serialisable.
+            signature: Properties of the run that must match the saved ones before the run can resume, such as the
+                learning rate and a hash of the data. The values must be JSON-serialisable.
 
         Raises:
             ValueError: The latest checkpoint has a different signature. The message lists the differences.
@@ -153,10 +154,10 @@ class Checkpoints:
 
 
 class MetricsLog:
-    """JSONL file of metrics. Each line is an object with a `step` field."""
+    """JSONL file of metrics, with one object per line. Each object has a `step` field."""
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
-        """Prepare the file for appending. Lines for steps after `resume_step`, which will be repeated, are dropped."""
+        """Prepare the file for appending. Drop the lines for steps after `resume_step`, which will be run again."""
         self.path = path
         lines = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
         atomic_write_jsonl(path, lines)
@@ -172,17 +173,19 @@ class TrainingLog(TrainerCallback):
     def __init__(self, metrics: Path, checkpoints: Checkpoints, advice: str = "", log_summary: bool = False) -> None:
         """
         Args:
-            metrics: JSONL file that the main process writes metrics to.
+            metrics: JSONL file to which the main process writes metrics.
             checkpoints: Checkpoints in the Trainer's output directory.
-            advice: Advice appended to the error message if the loss or a gradient is not finite.
-            log_summary: Also write the summary that the Trainer logs at the end of training (run time, mean loss).
+            advice: Advice to append to the error message if the loss or a gradient is not finite.
+            log_summary: If True, also write the summary that the Trainer logs at the end of training (run time, mean
+                loss).
         """
         self.checkpoints, self.advice, self.log_summary = checkpoints, advice, log_summary
         self.log = MetricsLog(metrics, checkpoints.step) if process_state().is_main_process else None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         logs = logs or {}
-        # A non-finite gradient makes the weights non-finite. In fp16, however, the gradient scaler skips such steps.
+        # A non-finite gradient would make the weights non-finite. In fp16, however, the gradient scaler skips such
+        # steps.
         for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):
             check_finite(name, logs.get(name, 0.0), state.global_step, self.checkpoints, self.advice)
         if self.log is not None and ("loss" in logs or self.log_summary):
@@ -207,7 +210,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """Return a checkpoint's step, which is part of its folder name."""
+    """Return a checkpoint's step, parsed from its folder name."""
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
@@ -226,7 +229,7 @@ def hash_texts(texts: Iterable[str]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read a metrics file, ignoring damaged lines, which a killed process or a power failure can leave."""
+    """Read a metrics file. Ignore damaged lines, which can result from a killed process or a power failure."""
     lines = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
@@ -251,7 +254,7 @@ def _remove_incomplete(folder: Path) -> None:
 
 
 def _mark_complete(checkpoint: Path, run: Mapping[str, Any]) -> None:
-    """Flush all files of a checkpoint to disk, and then write its marker file, which lists their sizes."""
+    """Flush all files of a checkpoint to disk, then write its marker file, which lists the sizes of the files."""
     sizes = {}
     for name in sorted(path.name for path in checkpoint.iterdir()):
         fsync_file(checkpoint / name)
@@ -262,13 +265,13 @@ def _mark_complete(checkpoint: Path, run: Mapping[str, Any]) -> None:
 
 
 def _set_damaged_aside(folder: Path) -> Path | None:
-    """Return the latest checkpoint that is not damaged, and rename all later checkpoints. All must be complete.
+    """Return the latest undamaged checkpoint and rename all later ones. All checkpoints must be complete.
 
     Returns:
-        The checkpoint. None if there is no checkpoint.
+        The checkpoint, or None if there are no checkpoints.
 
     Raises:
-        ValueError: All checkpoints are damaged. None has been renamed.
+        ValueError: All checkpoints are damaged. None of them is renamed.
     """
     damages: dict[Path, str] = {}
     for checkpoint in reversed(_checkpoints(folder)):

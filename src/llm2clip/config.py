@@ -1,7 +1,7 @@
 """Settings for every stage, with one dataclass per stage. Each field is documented below its definition.
 
-A YAML config uses the same names, e.g. `align: {epochs: 4}`. Options on the command line, e.g. `--align.epochs 4`,
-override the YAML config. This module imports only the standard library, so that `llm2clip --help` is fast.
+A YAML config uses the same names, e.g. `align: {epochs: 4}`. Command-line options, e.g. `--align.epochs 4`, override
+the YAML config. This module imports only the standard library to keep `llm2clip --help` fast.
 """
 
 from __future__ import annotations
@@ -235,22 +235,22 @@ class AlignConfig:
 
     @property
     def uses_phrases(self) -> bool:
-        """True if the phrases must be in the store: they are sampled, or inherited from a CLIP model."""
+        """True if the store must contain the phrases, because they are sampled or used by --align.inherit."""
         return self.samples_phrases or bool(self.inherit)
 
     @property
     def caches_features(self) -> bool:
-        """True if the features of the pretrained tower are computed once per image and cached.
+        """True if the pretrained tower's features are computed once per image and cached.
 
-        A frozen tower needs no other features. Self-distillation needs them for each random crop, so they are cached
-        if random crops are disabled.
+        A frozen tower always produces the same features. Self-distillation needs the features of every random crop, so
+        they can be cached only if random crops are disabled.
         """
         return self.tower_lr == 0 or (self.distill_weight > 0 and self.min_crop_scale == 1)
 
 
 @dataclass
 class EvaluateConfig:
-    """Settings for the evaluation on held-out images at the end of `fit`."""
+    """Settings for the evaluation on held-out images that ends a `fit` run."""
 
     data: list[str] = field(default_factory=list)
     """Sources to evaluate on. Default: the held-out part of the training data."""
@@ -275,7 +275,7 @@ class FitConfig:
 
 @dataclass
 class ReproduceConfig:
-    """Settings for `reproduce`, which tests the paper's claims at small scale. Source paths are relative to the data
+    """Settings for `reproduce`, which tests the paper's claims on a small scale. Paths are relative to the data
     folder."""
 
     tune: list[str] = field(default_factory=lambda: ["flickr30k_text/captions.jsonl@train"])
@@ -329,7 +329,7 @@ class ReproduceConfig:
 
 @dataclass
 class LlavaConfig:
-    """Settings for training a multimodal LLM in two stages: first only the projector, then the projector and the LLM.
+    """Settings for training a multimodal LLM in two stages: first the projector alone, then the projector and the LLM.
 
     The default values are taken from LLaVA-1.5 (arXiv 2310.03744).
     """
@@ -384,7 +384,7 @@ class LlavaConfig:
 
 
 def require_at_least(minimum: int, config: Any, section: str, *names: str) -> None:
-    """Raise ValueError if any of the named settings is less than the minimum. A value of `None` is accepted."""
+    """Raise ValueError if any of the named settings is less than the minimum. `None` is accepted."""
     for name in names:
         value = getattr(config, name)
         if value is not None and value < minimum:

@@ -23,7 +23,7 @@ PEER_FAILED = (
     "Another process has exited, was killed or does not respond: the first error in the output of all processes shows "
     "the cause. Run the same command again to resume"
 )
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # after this time, a collective operation fails if a rank does not take part
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # after this time, a collective operation with a missing rank fails
 WAIT_TIMEOUT = timedelta(days=1)  # for `wait_for_everyone`
 
 
@@ -40,10 +40,10 @@ def process_state() -> PartialState:
 
 
 def wait_for_everyone() -> None:
-    """Wait for all ranks, for up to `WAIT_TIMEOUT`. For example, the main process may be evaluating the model.
+    """Wait up to `WAIT_TIMEOUT` for all ranks, for example while the main process evaluates the model.
 
-    The wait uses Gloo, which fails at once if the connection to another rank is closed because that rank has exited or
-    was killed. NCCL would wait until its timeout, which must therefore be short.
+    The wait uses Gloo, which fails at once if another rank exits or is killed, because its connection is closed. NCCL
+    would wait for its timeout, which would therefore have to be short.
 
     Raises:
         RuntimeError: Another rank has exited, or did not arrive before the timeout.
@@ -108,7 +108,7 @@ def set_mixed_precision(precision: str) -> str:
 
 
 def command_line() -> str:
-    """Return the command that started this process, quoted for a shell."""
+    """Return the command that started this process, quoted for the shell."""
     return shlex.join(["llm2clip", *sys.argv[1:]])
 
 
@@ -119,7 +119,7 @@ def print_once(*lines: str) -> None:
 
 
 def cached_json(file: Path, compute: Callable[[], Any]) -> Any:
-    """Return the content of a JSON file. If the file does not exist, the main process computes and writes it first."""
+    """Return the contents of a JSON file. If the file does not exist, the main process computes and writes it first."""
     state = process_state()
     if state.is_main_process and not file.exists():
         atomic_write_text(file, json.dumps(compute(), indent=1))
@@ -128,7 +128,7 @@ def cached_json(file: Path, compute: Callable[[], Any]) -> Any:
 
 
 def shutdown() -> None:
-    """Wait for all ranks, then destroy the process group. If a rank exited early, other ranks could fail."""
+    """Wait for all ranks, then destroy the process group. If a rank exited early, others could fail."""
     if is_distributed():
         wait_for_everyone()
         _group_for_long_waits.cache_clear()

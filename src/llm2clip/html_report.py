@@ -20,8 +20,8 @@ from markupsafe import Markup, escape
 
 from llm2clip.io_utils import atomic_write_text
 
-GOOD, BAD, UNSURE = "good", "bad", "unsure"  # the status of a paragraph or table cell determines its colour
-LONG_CELL = 30  # text in table cells may wrap if it has more characters than this
+GOOD, BAD, UNSURE = "good", "bad", "unsure"  # status of a paragraph or table cell, which determines its colour
+LONG_CELL = 30  # table cells with more characters than this may wrap
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class ResultImages:
 
 @dataclass(frozen=True)
 class Legend:
-    """The meaning of colours in the images above. Each entry is a name and a CSS colour, such as "#ff0000"."""
+    """Legend for the colours in the images above. Each entry is a name and a CSS colour, such as "#ff0000"."""
 
     kind: ClassVar[str] = "legend"
     entries: Sequence[tuple[str, str]]
@@ -157,7 +157,7 @@ def _without_visual_sections(blocks: Sequence[Block]) -> list[Block]:
 
 
 def _section(blocks: Sequence[Block], start: int) -> Sequence[Block]:
-    """Return the heading at index `start` and all blocks up to the next heading of the same or a higher level.
+    """Return the heading at index `start` and all blocks before the next heading of the same or a higher level.
 
     If there is no heading at this index, the result is empty.
     """
@@ -216,7 +216,7 @@ def _inline_html(text: str) -> Markup:
 def format_cell(value: Any) -> str:
     """Format a value for a table cell.
 
-    Floats are shown with one decimal place. Small floats are shown with one significant digit. None is shown as a dash.
+    Floats have one decimal place, small floats have one significant digit, and None is shown as a dash.
     """
     if isinstance(value, float):
         return f"{value:.1g}" if 0.0005 <= abs(value) < 0.1 else f"{value:.1f}"

@@ -36,14 +36,14 @@ class DataFormatError(ValueError):
 def atomic_path(file: str | Path) -> Iterator[Path]:
     """Yield the path of an empty temporary file in the folder of `file`. On success, flush the file and rename it.
 
-    Readers see either the old file or the complete new file. If the `with` block raises an exception, the temporary
-    file is removed. Temporary files of killed processes are removed, too. The parent folder is created if needed.
+    Readers see either the old file or the complete new file. The temporary file is removed if the `with` block raises
+    an exception. Temporary files left by killed processes are removed, too. The parent folder is created if needed.
     """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(file.parent, f".{file.stem}.", f".part{file.suffix}")
-    # Keep the file's suffix at the end, because np.save, for example, appends .npy to a path that does not end in .npy.
-    # The name is random, so that other users who may write to the folder cannot create a link with this name.
+    # Keep the file's suffix at the end, because functions such as np.save append it to paths without it. The name is
+    # random, so that other users who may write to the folder cannot create a link with this name.
     temporary = file.with_name(f".{file.stem}.{secrets.token_hex(8)}.part{file.suffix}")
     temporary.touch(exist_ok=False)
     try:
@@ -60,8 +60,8 @@ def atomic_path(file: str | Path) -> Iterator[Path]:
 def atomic_dir(folder: str | Path) -> Iterator[Path]:
     """Yield an empty temporary folder next to `folder`. On success, rename it to `folder`, which must not exist yet.
 
-    If the `with` block raises an exception, the temporary folder is removed. Temporary folders of killed processes are
-    removed, too.
+    The temporary folder is removed if the `with` block raises an exception. Temporary folders left by killed processes
+    are removed, too.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -84,9 +84,9 @@ def atomic_dir(folder: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock on a temporary file or folder. The operating system releases the lock when the process ends.
+    """Hold a lock on a temporary file or folder. The operating system releases it when the process ends.
 
-    On operating systems and file systems that do not support such locks, nothing is locked.
+    Do nothing on operating systems and file systems that do not support such locks.
     """
     if fcntl is None:
         yield
@@ -135,13 +135,13 @@ def atomic_write_jsonl(file: str | Path, rows: Iterable[Any]) -> None:
 
 
 def fsync_file(file: Path) -> None:
-    """Flush the content of a file to disk."""
+    """Flush the contents of a file to disk."""
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
 
 
 def fsync_folder(folder: Path) -> None:
-    """Flush a folder to disk, so that a renamed file in this folder survives a power failure."""
+    """Flush a folder to disk, so that a file renamed within it survives a power failure."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:  # on Windows, folders cannot be opened

@@ -45,12 +45,12 @@ overrides such as --align.epochs 20. To resume an interrupted command, run it ag
 
 
 def build_parser() -> tuple[ArgumentParser, dict[str, Run]]:
-    """Return the argument parser, and a dict from command name to the function that runs the command."""
+    """Return the argument parser and a dict that maps each command name to the function that runs the command."""
     parser = ArgumentParser(
         prog="llm2clip",
         description=DESCRIPTION,
         formatter_class=HelpFormatter,
-        allow_abbrev=False,  # otherwise a misspelt setting could match another setting
+        allow_abbrev=False,  # otherwise a misspelt setting could be accepted as an abbreviation
     )
     commands = Commands(parser, "COMMAND")
     for module in (setup, train, store, plan, evaluate, search, export, llava):

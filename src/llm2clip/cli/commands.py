@@ -17,19 +17,19 @@ from llm2clip.config import FitConfig
 
 DATA_HELP = "Image-caption sources: PATH, or PATH@split+split to use only some splits."
 
-# Default value of each setting in a config file. The settings are grouped in sections.
+# Default value of each setting in a config file, grouped by section.
 FIT_SETTINGS: dict[str, Any] = dataclasses.asdict(FitConfig())
 SECTIONS = {name for name, value in FIT_SETTINGS.items() if isinstance(value, dict) and value} | {"llava", "reproduce"}
 
-# Function that runs a command. The function takes the parsed arguments, and returns the lines to print at the end, such
-# as the path of the result and the next command to run.
+# Function that runs a command. It takes the parsed arguments and returns the lines to print at the end, such as the
+# path of the result and the next command to run.
 Run = Callable[[Namespace], list[str]]
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # use the docstrings of dataclass fields as help texts
 
 
 class Commands:
-    """Subcommands of a parser, and the functions that run the subcommands."""
+    """Subcommands of a parser, and the functions that run them."""
 
     def __init__(self, parser: ArgumentParser, metavar: str) -> None:
         self._subparsers = parser.add_subcommands(metavar=metavar)
@@ -49,7 +49,7 @@ class Commands:
         return parser
 
     def group(self, name: str, description: str) -> Commands:
-        """Add a command that has subcommands. Return an object to which the subcommands can be added."""
+        """Add a command with subcommands. Return an object to which the subcommands can be added."""
         parser = ArgumentParser(description=description)
         self._subparsers.add_subcommand(name, parser, help=description)
         group = Commands(parser, "COMMAND")
@@ -60,8 +60,8 @@ class Commands:
 class ConfigFileAction(ActionConfigFile):
     """Action for `--config FILE_OR_NAME`.
 
-    A command ignores `fit` settings that do not apply to that command, so that a single config works for all stages.
-    Unknown settings are errors.
+    A command ignores `fit` settings that do not apply to it, so that one config works for all stages. Unknown settings
+    raise an error.
     """
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
@@ -75,7 +75,7 @@ class ConfigFileAction(ActionConfigFile):
 
 
 def builtin_configs() -> dict[str, str]:
-    """Return a dict from name to YAML text of the configs that are included in the package."""
+    """Return the configs included in the package, as a dict {name: YAML text}."""
     folder = files("llm2clip") / "configs"
     entries = [entry for entry in folder.iterdir() if entry.name.endswith(".yaml")]
     entries.sort(key=lambda entry: entry.name)
@@ -96,12 +96,12 @@ def _config_text(file_or_name: str) -> str:
 
 
 def _relevant_settings(settings: dict[str, Any], known: set[str]) -> dict[str, Any]:
-    """Return `settings` without the `fit` settings that do not apply to this command.
+    """Return `settings` without the `fit` settings that this command does not have.
 
-    Unknown settings are included, so that the parser reports an error.
+    Unknown settings are kept, so that the parser reports an error.
 
     Args:
-        settings: content of a config file.
+        settings: contents of a config file.
         known: names of the command's settings.
     """
     relevant: dict[str, Any] = {}
@@ -117,9 +117,9 @@ def _relevant_settings(settings: dict[str, Any], known: set[str]) -> dict[str, A
 
 
 class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Plain help format: a short usage line, followed by the description and default of each argument.
+    """Plain help formatter: prints a short usage line, followed by the description and default of each argument.
 
-    The arguments' types are not shown.
+    Argument types are not shown.
     """
 
     def add_usage(self, usage: Any, actions: Iterable[Action], *args: Any, **kwargs: Any) -> None:
@@ -165,5 +165,5 @@ def add_reading_arguments(parser: ArgumentParser, max_skipped: float = 0.05) -> 
 
 
 def select(args: Namespace, *names: str) -> dict[str, Any]:
-    """Return the arguments with the given names as a dict, for example to use as keyword arguments."""
+    """Return the arguments with the given names as a dict, for example to pass as keyword arguments."""
     return {name: args[name] for name in names}

@@ -84,7 +84,7 @@ def _convert(args: Namespace) -> list[str]:
 
 
 def _convert_encoder(args: Namespace, kind: str, load: Callable[[], CaptionEncoder]) -> list[str]:
-    """Load a caption encoder from another format with `load`, and write it. `kind` describes the source."""
+    """Load a caption encoder in another format with `load`, and write it in ours. `kind` describes the source."""
     from llm2clip.io_utils import atomic_dir
 
     if args.to is not None or args.text is not None:
@@ -102,7 +102,7 @@ def _convert_encoder(args: Namespace, kind: str, load: Callable[[], CaptionEncod
 
 
 def _add_caption_encoder(source: str, text: str | None) -> LLM2CLIP:
-    """Load a model from a folder that has no caption encoder, and attach the encoder given by `text`."""
+    """Load a model from a folder without a caption encoder, and attach the encoder named by `text`."""
     from llm2clip.models.convert.load import attach_caption_encoder
     from llm2clip.models.llm2clip import LLM2CLIP
 
@@ -119,7 +119,7 @@ def _add_caption_encoder(source: str, text: str | None) -> LLM2CLIP:
 
 
 def _closing_lines(model: LLM2CLIP, folder: Path, source: str) -> list[str]:
-    """Return the lines that `convert` prints at the end: the path of the result and the next command to run."""
+    """Return the closing lines of `convert`: the path of the result and the next command to run."""
     from llm2clip.models.convert.published_encoders import suggest_encoders
 
     if model.has_encoder:
@@ -163,7 +163,7 @@ def _push(args: Namespace) -> list[str]:
 
 
 def _check_no_home_paths(folder: Path) -> None:
-    """Raise ValueError if a config contains a path in the user's home folder, which would publish the user's name."""
+    """Raise ValueError if a config contains a path in the home folder, which would reveal the user name."""
     for file in sorted(folder.rglob("*.json")):
         is_config = file.stat().st_size < 1 << 20  # the others are vocabularies
         if is_config and f"{Path.home()}/" in file.read_text(encoding="utf-8", errors="replace"):

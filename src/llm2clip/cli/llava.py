@@ -128,7 +128,7 @@ def add(commands: Commands) -> None:
 def _add_model_arguments(parser: ArgumentParser, required: bool) -> None:
     """Add the model arguments of `build` and `plan`.
 
-    If the arguments are not required, the default models are those of LLaVA-1.5.
+    If the arguments are not required, they default to the models of LLaVA-1.5.
     """
     parser.add_argument(
         "--vision",
@@ -225,7 +225,7 @@ def _evaluate(args: Namespace) -> list[str]:
     is_main = process_state().is_main_process
     log = SkipLog(out / "skipped.jsonl" if is_main else None, args.max_skipped)
     tasks = read_benchmarks(args.benchmarks, args.root, log)
-    # Merge all rows of an image. Otherwise, POPE could treat an object as absent that only another row mentions.
+    # Merge all rows of an image. Otherwise, POPE could treat an object as absent although another row mentions it.
     for sources, make_task in ((args.captions, caption_task), (args.pope, pope_task)):
         if sources:
             records = [record for _, record in read_merged_records(sources, args.columns, log)]

@@ -1,4 +1,4 @@
-"""The `plan` command, and the arguments that describe a machine, which `llava plan` also uses."""
+"""The `plan` command, and the machine arguments that it shares with `llava plan`."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ def _index(args: Namespace) -> list[str]:
 def _watch(update: Callable[[], tuple[IndexReport, SkipLog]], interval: float) -> NoReturn:
     """Update an index every `interval` seconds until interrupted.
 
-    Errors are printed and do not stop the loop, because they may be temporary, such as a disk that is not mounted.
+    Errors are printed but do not stop the loop, because they may be temporary (for example, an unmounted disk).
     """
     from llm2clip.distributed import print_once
 
@@ -253,7 +253,7 @@ def _search(args: Namespace) -> list[str]:
 def parse_time(text: str | None, end_of_day: bool = False) -> float | None:
     """Convert an ISO 8601 date or time to a Unix timestamp.
 
-    A date without a time means the start of the day. With `end_of_day`, it means the end of the day.
+    A date without a time means the start of that day or, with `end_of_day`, its end.
 
     Raises:
         ValueError: the text is not a date or time.

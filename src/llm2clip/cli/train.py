@@ -202,7 +202,7 @@ def _align(args: Namespace) -> list[str]:
 
 
 def _check_store(store: EmbeddingStore, encoder: EncoderConfig) -> None:
-    """Check that a store is intact and was written with the given encoder. Only the main process runs the check."""
+    """On the main process, check that a store is intact and was written with the given encoder."""
     from llm2clip.distributed import process_state, wait_for_everyone
     from llm2clip.pipeline import open_encoder
     from llm2clip.store.layout import check_identity
@@ -217,7 +217,7 @@ def _check_store(store: EmbeddingStore, encoder: EncoderConfig) -> None:
 def _encoder_flags(encoder: EncoderConfig) -> str:
     """Return --encoder flags for all settings that differ from the defaults.
 
-    The flags are needed because a store can only be used with the encoder config that it was written with.
+    The flags are needed because a store works only with the encoder config with which it was written.
     """
     flags = []
     for name, value in vars(encoder).items():

@@ -16,7 +16,7 @@ from llm2clip.data.image_header import MAX_PIXELS, open_header
 from llm2clip.data.image_refs import FileImage, ImageRef, LoadedImage, MemoryImage, printable
 from llm2clip.data.skip_log import SkipLog
 
-# Strings that represent a missing value in CSV cells, in lower case.
+# Lower-case strings that represent a missing value in CSV cells.
 MISSING_TEXTS = frozenset({"nan", "-nan", "none", "null", "n/a", "#n/a", "#na", "<na>"})
 
 
@@ -29,7 +29,7 @@ class UnusableRow(Exception):
 
 
 def is_missing_text(cell: object) -> bool:
-    """Return whether a table cell contains a string that spreadsheets or pandas write for a missing value."""
+    """Return True if a table cell contains a string that spreadsheets or pandas write for a missing value."""
     return isinstance(cell, str) and len(cell) < 10 and cell.strip().lower() in MISSING_TEXTS
 
 
@@ -38,7 +38,7 @@ def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: 
 
     Args:
         value: Content of the cell.
-        parse_lists: Whether to parse a string that looks like a list in JSON or Python notation.
+        parse_lists: If True, parse strings that look like a list in JSON or Python notation.
         log: Log for recording empty captions, which are dropped.
         file: Source file, for the log.
         row: Row number, for the log.
@@ -134,7 +134,7 @@ def check_image(image: LoadedImage, read_header: bool) -> None:
 
 
 def _parse_list(text: str) -> list[Any]:
-    """Parse a list of strings in JSON or Python notation. Return any other text as a single-item list."""
+    """Parse a list of strings in JSON or Python notation. Any other text is returned as a list with one item."""
     if text.lstrip().startswith("["):
         for parse in (json.loads, ast.literal_eval):
             try:

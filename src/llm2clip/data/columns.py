@@ -11,7 +11,7 @@ from typing import Any
 
 CAPTION_FIELDS = ("captions", "short_captions", "long_captions")
 TEXT_FIELDS = (*CAPTION_FIELDS, "phrases")
-COLUMN_NAMES = {  # record field -> usual column names, in order of preference
+COLUMN_NAMES = {  # record field -> common column names, in order of preference
     "id": ("id", "image_id", "__key__"),
     "image": ("image", "filepath", "file_name", "filename", "path", "img", "image_path", "image_name"),
     "captions": ("captions", "caption", "text", "texts", "title", "sentences", "sentence", "txt", "comment"),
@@ -23,10 +23,10 @@ COLUMN_NAMES = {  # record field -> usual column names, in order of preference
 
 
 def guess_columns(names: Mapping[str, Sequence[str]], columns: Collection[str]) -> dict[str, str]:
-    """Map each field to a column: the first of the field's usual names that is in `columns`. Omit unmatched fields.
+    """Map each field to the first of its common column names that is in `columns`. Omit fields without a match.
 
-    The comparison ignores case (`Caption`, `FILE_NAME`), and does not distinguish between spaces, hyphens and
-    underscores. If several columns match a usual name, a column whose name is exactly equal is preferred.
+    The comparison ignores case (`Caption`, `FILE_NAME`) and treats spaces, hyphens and underscores as equal. If several
+    columns match a common name, an exact match is preferred.
     """
     columns_by_name: dict[str, str] = {}
     for column in columns:
@@ -48,7 +48,7 @@ def normalize_name(column: str) -> str:
 
 
 def is_null(value: object) -> bool:
-    """Return whether a value counts as missing: None, an empty string, an empty list, or NaN (used by pandas)."""
+    """Return True for missing values: None, an empty string, an empty list, or NaN (as used by pandas)."""
     return value is None or value == "" or value == [] or (isinstance(value, float) and math.isnan(value))
 
 
@@ -57,9 +57,9 @@ class ColumnMapper:
 
     Args:
         source: Name of the source, for error messages.
-        mapping: User-defined mapping from field to column. It overrides the detected columns. An empty column name
-            disables the field.
-        require_captions: Whether to raise an error if the source has no caption column.
+        mapping: User-defined mapping from fields to columns, which overrides the detected columns. An empty column name
+            disables a field.
+        require_captions: If True, raise an error if the source has no caption column.
     """
 
     def __init__(self, source: str, mapping: Mapping[str, str], require_captions: bool = True) -> None:
@@ -82,16 +82,16 @@ class ColumnMapper:
         return self._cache[key]
 
     def map_row(self, fields: Mapping[str, Any]) -> dict[str, str]:
-        """Return a dict {field: column} for a row with its own set of keys, such as a JSON object.
+        """Return a dict {field: column} for a row that has its own set of keys, such as a JSON object.
 
-        If several keys match a field, keys whose values are missing are ignored.
+        If several keys match a field, keys with missing values are ignored.
         """
         names = tuple(fields)
         filled = tuple(
             name for name in names if normalize_name(name) in COLUMN_NAMES["image"] or not is_null(fields[name])
         )
         key = (*names, "", *filled)
-        if key not in self._cache:  # a source has only a few distinct key combinations
+        if key not in self._cache:  # cached, because a source has only a few distinct sets of keys
             self._remember(key, names, self._guess(names) | self._guess(filled))
         return self._cache[key]
 

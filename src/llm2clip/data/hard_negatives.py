@@ -1,10 +1,10 @@
 """Hard negatives for `tune`: items with similar captions are placed next to each other in the training order.
 
-In a random batch, nearly all negatives are about a different subject and soon become too easy. To avoid this, each pass
-over the data divides the items into small groups with similar captions. The groups come from a random projection tree,
-which splits the items recursively along random hyperplanes. A batch made of a few groups then contrasts dogs with dogs
-and street scenes with street scenes. Similarity is computed from the words (TF-IDF) rather than with the model being
-trained. Computing it takes only seconds, and a resumed run forms the same groups.
+In a random batch, nearly all negatives are about a different subject, so they soon become too easy. To avoid this, each
+pass over the data divides the items into small groups with similar captions, using a random projection tree, which
+splits the items recursively along random hyperplanes. A batch made of a few groups then contrasts dogs with dogs and
+street scenes with street scenes. Similarity is computed from the words (TF-IDF) rather than by the model being trained,
+so it takes only seconds, and a resumed run forms the same groups.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def grouped_permutation(vectors: np.ndarray, group_size: int, rng: np.random.Gen
         vectors: Vectors from `caption_vectors`, (N, D).
         group_size: Number of items per group. If N is not a multiple of `group_size`, one group is smaller. If
             `group_size` is 1, the result is an ordinary random permutation.
-        rng: Generator for the random directions and the random order. Every call forms new groups.
+        rng: Generator for the random directions and the random order. Each call forms new groups.
     """
     if group_size <= 1:
         return rng.permutation(len(vectors))
@@ -67,5 +67,5 @@ def _split(vectors: np.ndarray, items: np.ndarray, group_size: int, rng: np.rand
 
 
 def _words(text: str) -> list[str]:
-    """Split a text into words. Text in scripts without spaces (such as Thai or Chinese) is split into characters."""
+    """Split a text into words. Scripts without spaces (such as Thai or Chinese) are split into characters."""
     return re.findall(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|\w+", text.lower()) or [text]

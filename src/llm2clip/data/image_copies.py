@@ -16,7 +16,7 @@ from typing import TypeVar
 from llm2clip.data.image_refs import FileImage, ImageRef, TarImage, resolve_folder
 
 SAMPLE_BYTES = 1024
-NUM_THREADS = 16  # many threads help on network file systems, where most time is spent waiting
+NUM_THREADS = 16  # many threads help on network file systems, where most of the time is spent waiting
 ITEMS_PER_TASK = 32
 CHUNK_BYTES = 1 << 20
 
@@ -29,8 +29,8 @@ Location = tuple[str, int, int]  # path, offset and size of the image
 def find_copies(images: Iterable[ImageRef | None]) -> dict[str, str]:
     """Find images that have the same bytes as an earlier image. Symbolic links to an image count as copies.
 
-    Image files and members of tar files are compared. Images in tables are not compared with files, because their
-    `ImageRef.key` is already a hash of their bytes. Image files that do not exist are ignored.
+    Image files and members of tar files are compared. Images in tables do not need this comparison, because their
+    `ImageRef.key` is already a hash of their bytes. Missing image files are ignored.
 
     Returns:
         A dict that maps the key (`ImageRef.key`) of each copy to the key of the first image with the same bytes. The
@@ -59,7 +59,7 @@ def find_copies(images: Iterable[ImageRef | None]) -> dict[str, str]:
 
 
 def _map_in_chunks(pool: ThreadPoolExecutor, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
-    """Apply a function to items in several threads, and yield the results in order. One task per item would be slow."""
+    """Apply a function to items in several threads, in chunks for speed, and yield the results in order."""
     chunks = [items[start : start + ITEMS_PER_TASK] for start in range(0, len(items), ITEMS_PER_TASK)]
     for results in pool.map(lambda chunk: [function(item) for item in chunk], chunks):
         yield from results

@@ -1,8 +1,8 @@
-"""Reading of image headers, with the supported formats and the limits on the size of an image and on decoding work.
+"""Image header parsing, supported formats, and limits on image size and decoding work.
 
-A limit on the number of pixels does not limit the time: a small file can make a decoder process the same pixels or the
-same bytes thousands of times. `open_header` and `check_decoding_work` reject such files. `benchmarks/hostile_images.py`
-measures the slowest files that they accept.
+A limit on the number of pixels does not limit the decoding time: a small file can make a decoder process the same
+pixels or bytes thousands of times. `open_header` and `check_decoding_work` reject such files.
+`benchmarks/hostile_images.py` measures the slowest files that they accept.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ MAX_FILE_BYTES = 1 << 30  # larger than 100 million uncompressed RGBA pixels wit
 # excluded because Pillow decodes the images in an ICO file before their size can be checked.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 
-# Ordinary progressive JPEGs have at most about 20 scans. A scan can visit all pixels although it has only 100 bytes.
+# Ordinary progressive JPEGs have at most about 20 scans. A scan of only 100 bytes can visit all pixels.
 MAX_SCANS = 100
 MAX_SCANNED_PIXELS = 2_000_000_000  # number of scans times number of pixels
 MAX_HEADER_READS = 2048  # Pillow reads a header in pieces, such as PNG chunks, and runs Python code for each piece
-MAX_PNG_PROFILES = 16  # Pillow decompresses each colour profile of a PNG, although only one is allowed
+MAX_PNG_PROFILES = 16  # Pillow decompresses every colour profile in a PNG, although only one is allowed
 MAX_PYTHON_PIXELS = 2_000_000  # limit for PPM images with unusual maximum values, which Pillow decodes in Python
 
 _SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA  # JPEG markers (ITU-T T.81, table B.1)
@@ -93,7 +93,7 @@ def check_decoding_work(data: bytes, header: Image.Image) -> None:
 
 
 class _BoundedReader:
-    """Stream that raises an error if a decoder reads more often, or more bytes, than a file of this size requires.
+    """Stream that limits a decoder to the number of reads and bytes that a file of this size requires.
 
     Without these limits, a header with a million empty chunks, or with thousands of references to the same bytes, would
     take minutes or gigabytes.
@@ -109,7 +109,7 @@ class _BoundedReader:
         self._bytes_left = 2 * self._size + (1 << 20)
 
     def allow_decoding(self, bytes_per_read: int) -> None:
-        """Allow as many further reads as reading the file in pieces of `bytes_per_read` bytes takes."""
+        """Allow as many further reads as it takes to read the file in pieces of `bytes_per_read` bytes."""
         self._reads_left = MAX_HEADER_READS + self._size // bytes_per_read
         self._bytes_left = 2 * self._size + (1 << 20)
 
@@ -137,16 +137,16 @@ def _check_jpeg(data: bytes, num_pixels: int) -> None:
         if marker != _SOS:
             continue
         if data[position + 2 : position + 3] == num_components:
-            return  # this scan has all components, so the decoder reads no other scan. Most images are like this.
+            return  # this scan has all components, as in most images, so the decoder reads no other scan
         num_scans += 1
         if num_scans > max_scans:
             raise DecodingLimitError(f"a JPEG of {num_pixels:,} pixels must have at most {max_scans} scans")
 
 
 def _jpeg_markers(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield the markers of a JPEG up to its end, each with the offset just after it.
+    """Yield all markers of a JPEG, each with the offset of the byte after the marker.
 
-    Markers inside segments, as in EXIF thumbnails, are not yielded.
+    Markers inside segments, such as those of EXIF thumbnails, are skipped.
     """
     position = 0
     while (match := _MARKER.search(data, position)) is not None:

@@ -1,4 +1,4 @@
-"""Image decoding for inference, in batches and in order. Worker processes are used if there are many images."""
+"""Batched image decoding for inference, in order. Worker processes are used if there are many images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llm2clip.data.images import ImageError, load_image
 from llm2clip.data.shared_refs import SharedRefs
 
 T = TypeVar("T")
-MIN_IMAGES_FOR_WORKERS = 2048  # decoding fewer images takes less time than starting the workers
+MIN_IMAGES_FOR_WORKERS = 2048  # decoding fewer images than this takes less time than starting the workers
 _ALIGNMENT = 64  # bytes; tensors of every dtype can start at a multiple of this offset
 
 
@@ -43,8 +43,8 @@ def image_batches(
             of CPU cores, but at most 8.
 
     Yields:
-        Three values for each batch: the indices of the images that were decoded, these images after the transform, and
-        a dict {index: error message} for the images that could not be decoded.
+        Three values for each batch: the indices of the decoded images, the transformed images, and a dict {index: error
+        message} for the images that could not be decoded.
     """
     if workers is None:
         workers = min(8, len(os.sched_getaffinity(0)) // 2 if hasattr(os, "sched_getaffinity") else 1)
@@ -77,7 +77,7 @@ class _DecodedImages(Dataset):
 
 
 def skip_finalization(worker: int) -> None:
-    """Make a worker process of a data loader exit without finalizing the interpreter. A `worker_init_fn`.
+    """Make a data loader worker exit without finalizing the interpreter. Used as a `worker_init_fn`.
 
     If a loader is closed early, a thread of the worker may still be sending a batch. Finalization would stop this
     thread inside C++ code, which aborts the process ("terminate called without an active exception").
@@ -89,16 +89,16 @@ def skip_finalization(worker: int) -> None:
 
 
 def pack_batch(items: list[Any]) -> tuple[bytes, list[int], Tensor]:
-    """Pack a batch, so that a worker process can send it with a single open file. `unpack_batch` restores the batch.
+    """Pack a batch so that a worker process can send it as a single open file. `unpack_batch` restores the batch.
 
     A data loader sends each tensor as a shared memory file, which the main process keeps open. A batch of 512 images
     as separate tensors would therefore exceed the usual limit of 1,024 open files.
 
     Args:
-        items: Values that can be pickled. They may contain tensors of any shape and dtype.
+        items: Picklable values. They may contain tensors of any shape and dtype.
 
     Returns:
-        The pickled items without their tensors, the offset of each tensor, and the bytes of all tensors, uint8 (N,).
+        The pickled items without their tensors, the offset of each tensor, and the bytes of all tensors as uint8 (N,).
     """
     tensors: list[Tensor] = []
     stream = BytesIO()
@@ -121,7 +121,7 @@ def unpack_batch(batch: tuple[bytes, list[int], Tensor]) -> list[Any]:
 
 
 class _TensorPickler(pickle.Pickler):
-    """Pickler that moves tensors to a list and stores only their number, dtype and shape."""
+    """Pickler that moves tensors to a list and stores only the index, dtype and shape of each."""
 
     def __init__(self, stream: BytesIO, tensors: list[Tensor]) -> None:
         super().__init__(stream, protocol=pickle.HIGHEST_PROTOCOL)
@@ -135,7 +135,7 @@ class _TensorPickler(pickle.Pickler):
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Unpickler for `_TensorPickler`, which takes the tensors from a buffer."""
+    """Counterpart of `_TensorPickler`. It takes the tensors from a buffer."""
 
     def __init__(self, stream: BytesIO, offsets: list[int], buffer: Tensor) -> None:
         super().__init__(stream)

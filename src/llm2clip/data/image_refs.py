@@ -1,6 +1,6 @@
 """Image references, which specify where the encoded bytes of an image are stored.
 
-Records contain references instead of images, so that a list of records is small and can be sent to other processes.
+Records contain references instead of images, so that lists of records are small and can be sent to other processes.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 
 from llm2clip.data.image_header import MAX_FILE_BYTES
 
-# Limit for the decoded images of a Parquet row group. A file of a few hundred bytes can contain many gigabytes, because
-# rows can share a value and because values are compressed.
+# Limit on the decoded image bytes of a Parquet row group. A file of a few hundred bytes can expand to many gigabytes,
+# because rows can share a value and because values are compressed.
 MAX_ROW_GROUP_BYTES = 2 << 30
-MAX_BATCH_BYTES = 512 << 20  # approximate limit for the images that are decoded at a time
+MAX_BATCH_BYTES = 512 << 20  # approximate limit on the image bytes that are decoded at a time
 
 
 class ImageRef(ABC):
@@ -33,7 +33,7 @@ class ImageRef(ABC):
 
     @property
     def key(self) -> str:
-        """String that is equal for all references to the same image, even if their paths are written differently."""
+        """String that is the same for all references to an image, even if their paths are written differently."""
         return self.canonical_path
 
     @property
@@ -46,8 +46,8 @@ class ImageRef(ABC):
 
     @property
     def identifies_image(self) -> bool:
-        """Whether `key` identifies the image. This is False for a table cell whose bytes have not been read, because
-        other cells may contain the same image."""
+        """True if `key` identifies the image. False for a table cell whose bytes have not been read, because other
+        cells may contain the same image."""
         return True
 
     @property
@@ -57,7 +57,7 @@ class ImageRef(ABC):
 
     @abstractmethod
     def open(self) -> BinaryIO:
-        """Open the encoded bytes as a stream, which makes it possible to read only the header."""
+        """Open the encoded bytes as a stream, so that the header can be read on its own."""
 
     def read(self) -> bytes:
         """Return all encoded bytes.
@@ -103,7 +103,7 @@ class FileImage(ImageRef):
 
 @dataclass(frozen=True, slots=True)
 class TarImage(ImageRef):
-    """A member of an uncompressed tar file. It is read by seeking to its offset, so all members are equally fast."""
+    """A member of an uncompressed tar file. Its offset is known, so it can be read without scanning the file."""
 
     path: str
     offset: int
@@ -122,7 +122,7 @@ class TarImage(ImageRef):
 
 
 class _FileSlice(io.RawIOBase):
-    """Stream over a part of a file. It lets Pillow read an image's header without reading the entire tar member."""
+    """Stream over part of a file. It lets Pillow read an image's header without reading the entire tar member."""
 
     def __init__(self, path: str, offset: int, size: int) -> None:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115
@@ -152,8 +152,8 @@ class _FileSlice(io.RawIOBase):
 
 
 class _TableCell(ImageRef):
-    """A table cell with an image. It is identified by a hash of its bytes, because a table with one row per caption
-    contains the same image several times. `digest` is empty if the bytes have not been read."""
+    """A table cell that contains an image. A hash of the bytes identifies the image, because a table with one row per
+    caption contains each image several times. `digest` is empty if the bytes have not been read."""
 
     __slots__ = ()
     digest: str
@@ -221,7 +221,7 @@ class DatasetImage(_TableCell):
 
 @dataclass(frozen=True, slots=True)
 class MemoryImage(ImageRef):
-    """An encoded image in memory. It is used for sources that can be read only once."""
+    """An encoded image in memory, for sources that can be read only once."""
 
     data: bytes
     name: str = "image in memory"
@@ -238,10 +238,11 @@ class MemoryImage(ImageRef):
 
 
 def read_image_file(stream: BinaryIO) -> bytes:
-    """Return the content of an open image file.
+    """Return the contents of an open image file.
 
     Raises:
-        OSError: The file cannot be read, or it has more than `MAX_FILE_BYTES` bytes. A sparse file can have terabytes.
+        OSError: The file cannot be read, or it has more than `MAX_FILE_BYTES` bytes. A sparse file can claim to have
+            terabytes.
     """
     size = stream.seek(0, os.SEEK_END)
     if size > MAX_FILE_BYTES:
@@ -256,7 +257,7 @@ def content_digest(data: bytes) -> str:
 
 
 def is_inside(name: str) -> bool:
-    """Return whether a file name from a data set is relative and does not contain "..".
+    """Return True if a file name from a data set is relative and does not contain "..".
 
     Such a name cannot refer to a file outside the data set's folder, except through a symbolic link. Symbolic links are
     not checked.
@@ -291,7 +292,7 @@ def _real_path(folder: str) -> str:
 
 
 def _file_version(path: str) -> tuple[int, int]:
-    """Return a file's size and modification time. They are part of cache keys, so that stale entries are not used."""
+    """Return a file's size and modification time. They are part of cache keys, so that stale entries are never used."""
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns
 
@@ -322,13 +323,13 @@ def _parquet_column(path: str, version: tuple[int, int], group: int, column: str
 
 @functools.lru_cache(maxsize=1024)
 def _batch_size(path: str, version: tuple[int, int], column: str) -> int:
-    """Cached, because it takes a pass over the metadata of all row groups, and each row group is read on its own."""
+    """Cached `parquet_batch_size`, because it scans all row groups, and every row group is read separately."""
     with pq.ParquetFile(path) as file:
         return parquet_batch_size(file, [column])
 
 
 def parquet_batch_size(file: pq.ParquetFile, image_columns: Collection[str]) -> int:
-    """Return the number of rows, at most 64, to read at a time from a file with images.
+    """Return the number of rows (at most 64) to read at a time from a Parquet file with images.
 
     All rows of a row group can share one large value, so each image can be as large as the whole row group. In this
     worst case, the images in a batch still take at most `MAX_BATCH_BYTES`, unless the batch is a single row.

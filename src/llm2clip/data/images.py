@@ -21,8 +21,8 @@ from llm2clip.data.image_header import MAX_PIXELS, check_decoding_work, open_hea
 from llm2clip.data.image_refs import FileImage, ImageRef
 
 _ORIENTATION = 0x0112  # EXIF tag
-# Formats to decode with torchvision. PNG is excluded for torchvision 0.29 and later, because that PNG decoder crashes
-# with a segmentation fault on damaged pixel data.
+# Formats to decode with torchvision. PNG is excluded for torchvision 0.29 and later, whose PNG decoder crashes with a
+# segmentation fault on damaged pixel data.
 _FAST_FORMATS = ("JPEG", "MPO", "WEBP", *(("PNG",) if Version(torchvision.__version__) < Version("0.29") else ()))
 
 
@@ -41,7 +41,7 @@ ImageLike = str | Path | bytes | Image.Image | Tensor | Readable
 
 
 def load_image(image: ImageLike) -> Tensor:
-    """Load an image from any supported input as uint8 (3, H, W) RGB, and apply the EXIF orientation.
+    """Load an image from any supported input as uint8 (3, H, W) RGB and apply its EXIF orientation.
 
     Args:
         image: One of the following: a path, encoded bytes, an open file, an `ImageRef`, a PIL image, or a uint8
@@ -73,10 +73,10 @@ def load_image(image: ImageLike) -> Tensor:
 def decode_image(data: bytes) -> Tensor:
     """Decode an image to uint8 (3, H, W) RGB.
 
-    The EXIF orientation is applied, and transparent pixels are blended with white. If the image is animated, its first
-    frame is used. JPEG and WebP images are decoded by torchvision, which is twice as fast as Pillow. torchvision also
-    decodes PNG images in versions where this is safe. Pillow decodes all other formats and reads all headers. Colour
-    profiles are ignored, because the vision towers were also trained without them.
+    The EXIF orientation is applied, transparent pixels are blended with white, and only the first frame of an animation
+    is used. torchvision decodes JPEG and WebP images, twice as fast as Pillow, and also PNG images in versions where
+    this is safe. Pillow decodes all other formats and reads all headers. Colour profiles are ignored, because they were
+    also ignored when the vision towers were pretrained.
 
     Raises:
         ImageError: The bytes are not an image in a supported format, the image is damaged, it has more than
@@ -91,7 +91,7 @@ def decode_image(data: bytes) -> Tensor:
     except Image.UnidentifiedImageError:
         reason = "it is empty" if not data else f"supported formats: {', '.join(readable_formats())}"
         raise ImageError(f"not an image: {reason}") from None
-    except Exception as error:  # malicious headers make Pillow raise almost any type of exception
+    except Exception as error:  # malicious headers can make Pillow raise almost any type of exception
         raise ImageError(f"unreadable image: {error}") from error
     pixels = _decode_with_torchvision(data, header)
     return _decode_with_pillow(header) if pixels is None else pixels
@@ -106,7 +106,7 @@ def load_thumbnail(image: ImageLike, side: int) -> bytes | None:
 
 
 def make_thumbnail(image: Tensor, side: int) -> bytes:
-    """Shrink an image, uint8 (3, H, W), so that its longer side has at most `side` pixels; return it as JPEG."""
+    """Shrink an image, uint8 (3, H, W), so that its longer side has at most `side` pixels. Return JPEG bytes."""
     height, width = image.shape[-2:]
     scale = min(1.0, side / max(height, width))
     small = F.resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)
@@ -133,7 +133,7 @@ def _check_size(image: Image.Image) -> None:
 
 
 def _decode_with_torchvision(data: bytes, header: Image.Image) -> Tensor | None:
-    """Decode an image with torchvision. Return None if Pillow must decode the image or report an error instead."""
+    """Decode an image with torchvision. Return None if Pillow must decode the image, or report the error, instead."""
     if header.format == "PNG" and "PNG" not in _FAST_FORMATS and ImageFile.LOAD_TRUNCATED_IMAGES:
         try:
             open_header(BytesIO(data)).verify()  # missing pixels must raise an error, not become grey
@@ -177,7 +177,7 @@ def _decode_with_pillow(image: Image.Image) -> Tensor:
         pixels = torch.from_numpy(np.array(image.convert("RGBA" if has_alpha else "RGB"))).permute(2, 0, 1)
     except ImageError:
         raise
-    except Exception as error:  # malicious files make Pillow raise almost any type of exception
+    except Exception as error:  # malicious files can make Pillow raise almost any type of exception
         raise ImageError(f"unreadable image: {error}") from error
     return _blend_with_white(pixels) if has_alpha else pixels.contiguous()
 
@@ -200,7 +200,7 @@ def _blend_with_white(pixels: Tensor) -> Tensor:
 
 
 def _row_chunks(pixels: Tensor) -> Sequence[Tensor]:
-    """Split an image into row blocks of about a million pixels, to limit the memory used by int32 intermediates."""
+    """Split an image into row blocks of about a million pixels each, to limit the memory for int32 intermediates."""
     return pixels.split(max(1, (1 << 20) // max(1, pixels.shape[-1])), dim=-2)
 
 

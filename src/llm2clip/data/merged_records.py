@@ -1,4 +1,4 @@
-"""Functions that read several sources, either merged into one record per image or as a stream."""
+"""Reading of several sources, either merged into one record per image or as a stream."""
 
 from __future__ import annotations
 
@@ -21,18 +21,17 @@ def read_merged_records(
     """Read all records from several sources and merge records that have the same image.
 
     Rows with the same image are merged into one record with all their distinct captions, even across sources. The
-    merged record has the id, split and source of the first row. Image files with the same bytes count as the same
+    merged record keeps the id, split and source of the first row. Image files with the same bytes count as the same
     image; see `find_copies`. Rows without an image are merged if they have the same id, source path and split.
 
     Args:
         sources: Paths or `Source` objects.
         columns: Column mapping that is added to each source's own mapping.
         log: Log for recording skipped rows and counting copies of images.
-        image_check: How to check images; see `open_records`. With "ignore", image files are not compared with each
-            other.
+        image_check: How to check images; see `open_records`. If "ignore", the bytes of image files are not compared.
 
     Returns:
-        A list of (source, record), one for each image, in order of first appearance.
+        A list of (source, record) pairs, one for each image, in order of first appearance.
     """
     merged: dict[Any, SourcedRecord] = {}
     for number, (source, record) in enumerate(stream_records(sources, columns, log, image_check)):
@@ -69,8 +68,8 @@ def stream_records(
 def same_image_filter(records: Sequence[Record], candidates: Sequence[Record]) -> Callable[[Record], bool]:
     """Return a function that returns True if a candidate has the same image as one of the records.
 
-    Image files with the same bytes count as the same image. All candidates must be passed in advance, so that only
-    files of the same size need to be compared.
+    Image files with the same bytes count as the same image. All candidates must be known in advance, so that only files
+    of the same size are compared.
     """
     copies = find_copies([record.image for record in [*records, *candidates]])
 

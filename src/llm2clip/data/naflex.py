@@ -1,8 +1,8 @@
 """Images as sequences of patches, for SigLIP 2 NaFlex towers, which keep the aspect ratio of each image.
 
-An image is resized so that it has as many patches as possible, up to a maximum number, as in transformers'
-`Siglip2ImageProcessor`. The patches are then packed into a uint8 tensor whose shape is the same for all images, so that
-images with different aspect ratios can be stacked and sent to the device like the pixels of other towers:
+As in transformers' `Siglip2ImageProcessor`, an image is resized so that it has as many patches as possible, up to a
+maximum number. The patches are then packed into a uint8 tensor whose shape is the same for all images, so that images
+with different aspect ratios can be stacked and sent to the device like the inputs of other towers:
 
 rows 0 to P - 1    the pixels of one patch per row; the patches are in row-major order, followed by empty patches
 row P              the number of patch rows and the number of patch columns, two bytes each, followed by zeros
@@ -52,8 +52,8 @@ def split_into_patches(images: Tensor, patch_size: int) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def _resized_size(height: int, width: int, patch_size: int, max_num_patches: int) -> tuple[int, int]:
-    # The size must be the one that transformers computes. The import is inside the function, because importing
-    # transformers takes seconds.
+    # Use transformers' function, so that the size is the same. It is imported here because importing transformers takes
+    # seconds.
     from transformers.models.siglip2.image_processing_siglip2 import get_image_size_for_max_num_patches
 
     return get_image_size_for_max_num_patches(height, width, patch_size, max_num_patches)

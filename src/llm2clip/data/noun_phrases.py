@@ -1,11 +1,12 @@
 """Short phrases, such as "dog" and "red hat", taken from the captions of an image and used as additional captions.
 
 The rules below are for English. For other languages, or to use the output of a parser, provide a column `phrases`.
-Libraries that find noun phrases (spaCy, NLTK) need models that are not in the package registry, so they are not used.
+Libraries that find noun phrases (spaCy, NLTK) are not used, because their models are not available from PyPI.
 
 The words between two function words or punctuation marks form a run, as in RAKE (Rose et al. 2010, "Automatic keyword
-extraction from individual documents"). A run may contain a verb ("a brown dog runs"), so the captions themselves show
-which words are nouns: those that often stand alone between an article and a function word ("a dog in", "the hat").
+extraction from individual documents"). A run may contain a verb ("a brown dog runs"), so nouns are recognised from the
+captions themselves: a noun is a word that often stands alone between an article and a function word ("a dog in", "the
+hat").
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from llm2clip.data.records import Record
 
-MIN_IMAGES = 3  # a phrase or noun must occur in the captions of this many images; others are rare or misread
+MIN_IMAGES = 3  # a phrase or noun must occur in the captions of this many images; rarer ones are often wrong
 MAX_WORDS = 4  # maximum number of words of a phrase
 
 
@@ -45,7 +46,7 @@ FUNCTION_WORDS = words_of(
     "because that's it's i you we me us all any other others more most much such same own up down out away back "
     "together"
 )
-# Nouns that do not name anything that is in an image. A phrase that ends with one of them is not used.
+# Nouns that do not name anything visible in an image. Phrases that end with one of them are not used.
 VAGUE_NOUNS = words_of(
     "front top bottom side sides middle center centre left right end edge part parts kind type lot lots number group "
     "bunch couple pair pairs set image picture photo photograph view scene background foreground something someone"
@@ -58,11 +59,11 @@ _TOKEN = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|[^\w\s]|\d+")
 def add_phrases(records: Sequence[Record], required: bool = True) -> list[Record]:
     """Return the records with phrases taken from their captions.
 
-    If any record has phrases already, which come from the data's own column, the records are returned unchanged.
+    If any record already has phrases, from a column of the data, the records are returned unchanged.
 
     Args:
         records: Records with captions.
-        required: Raise an error if there are no phrases.
+        required: If True, raise an error if no phrases are found.
 
     Raises:
         ValueError: No phrase occurs in the captions of enough images.
@@ -95,9 +96,9 @@ def extract_phrases(captions: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
 
 
 def _frequent(sets: Iterable[Iterable[str]]) -> dict[str, str]:
-    """Return the strings that are in at least `MIN_IMAGES` of the sets, as a dict from each string to itself.
+    """Return the strings that are in at least `MIN_IMAGES` of the sets, as a dict that maps each string to itself.
 
-    The values let all images share one object per phrase.
+    The dict lets all images share one string object per phrase.
     """
     counts = Counter(item for items in sets for item in items)
     return {item: item for item, count in counts.items() if count >= MIN_IMAGES}
@@ -121,7 +122,7 @@ def _runs(text: str) -> Iterator[tuple[str, list[str], str]]:
 def _lone_nouns(text: str) -> Iterator[str]:
     """Yield the words that stand alone after an article and before a function word or the end of a sentence.
 
-    Adjectives stand there, too, before "and", "or" and commas ("a black and white dog"), which are therefore excluded.
+    Words before "and", "or" or a comma are excluded, because they may be adjectives ("a black and white dog").
     """
     for before, run, after in _runs(text):
         if len(run) == 1 and before in ARTICLES and (after == "." or (after in _BOUNDARIES - {"and", "or"})):

@@ -1,7 +1,7 @@
 """Batches of positive text pairs for `tune`. A pair is either two captions of the same image or a general text pair.
 
 For given data and settings, the batches depend only on the seed. A resumed run therefore uses the same batches as an
-uninterrupted run, and the number of processes does not affect the batches.
+uninterrupted run, regardless of the number of processes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Pair:
 
     Attributes:
         anchor: Query text.
-        positive: Text with the same meaning as the anchor, or the answer to the anchor.
+        positive: Text with the same meaning as the anchor, or an answer to it.
         negatives: Known hard negatives. May be empty.
         instruction: Text that is prepended to the anchor and excluded from pooling.
     """
@@ -61,10 +61,10 @@ def pair_batches(
 ) -> Iterator[list[Pair]]:
     """Yield `steps` batches of `batch_size` pairs.
 
-    Each batch comes from a single source, so that negatives are similar in kind to positives. No image and no text
-    occurs twice in a batch, so that another caption of the anchor's image is never used as a negative. If one of an
-    item's texts is already in the current batch, the item is deferred to the next batch. A deferred item is not
-    included in a new pass until it has been used. Every pass over a source draws a new order and new pairs.
+    Each batch comes from a single source, so that negatives are similar in kind to positives. No image or text occurs
+    twice in a batch, so that another caption of the anchor's image is never used as a negative. If one of an item's
+    texts is already in the current batch, the item is deferred to the next batch. An item that is still deferred when a
+    new pass starts is left out of that pass. Each pass over a source draws a new order and new pairs.
 
     Args:
         sources: Items of each source. An item is either a text pair or the captions of an image. Images without two
@@ -73,8 +73,8 @@ def pair_batches(
         batch_size: Number of pairs per batch.
         steps: Number of batches.
         seed: Random seed for the order of the items and the choice of captions.
-        hard_negative_group_size: Number of items in each group of similar captions; see `hard_negatives`. 1 means that
-            batches are random.
+        hard_negative_group_size: Number of items in each group of similar captions; see `hard_negatives`. If 1, batches
+            are random.
 
     Raises:
         ValueError: A weight is missing or not positive, or a source has fewer usable items than a batch needs.
@@ -94,10 +94,10 @@ def pair_batches(
 
 
 def pairable_items(items: Sequence[TuningItem], batch_size: int) -> list[TuningItem]:
-    """Return the items of a source that can form a pair.
+    """Return the items of a source from which a pair can be formed.
 
     Raises:
-        ValueError: Fewer than `batch_size` items can form a pair.
+        ValueError: There are fewer than `batch_size` such items.
     """
     usable = [item for item in items if isinstance(item, Pair) or can_pair(item)]
     if len(usable) < batch_size:
@@ -110,15 +110,15 @@ def pairable_items(items: Sequence[TuningItem], batch_size: int) -> list[TuningI
 
 
 def can_pair(captions: ImageCaptions) -> bool:
-    """Return whether an image has two different captions."""
+    """Return True if an image has two different captions."""
     return bool(_available_kinds(captions))
 
 
 def draw_pair(captions: ImageCaptions, rng: np.random.Generator) -> Pair:
     """Draw two different captions of an image.
 
-    First, the kind of pair is drawn: two short captions, a short and a long caption, or two long captions. All kinds
-    that are possible with the image's captions have the same probability.
+    The kind of pair is drawn first: two short captions, a short and a long caption, or two long captions. All kinds
+    that the image's captions allow are equally likely.
     """
     kinds = _available_kinds(captions)
     chosen = 0
@@ -182,5 +182,5 @@ def _source_batches(
             used_items.add(index)
             used_texts.update(pair.texts)
             pairs.append(pair)
-        order.extend(reversed(deferred))  # the item that was deferred first is used first
+        order.extend(reversed(deferred))  # items that were deferred earlier are used first
         yield pairs

@@ -1,11 +1,11 @@
 """Many independent random number generators at once, each equal to a generator from NumPy.
 
-A sample that depends only on (seed, epoch, image) needs a random number generator of its own. Creating one with
+A sample that depends only on (seed, epoch, image) needs its own random number generator. Creating one with
 `np.random.default_rng([seed, epoch, image])` takes tens of microseconds. `RandomStreams` computes the same numbers for
 all images of a batch with array operations.
 
-The algorithms are those of NumPy: `SeedSequence` hashes the seeds, PCG64 (XSL-RR 128/64, https://www.pcg-random.org)
-generates the bits, and permutations are Fisher-Yates shuffles.
+The algorithms are the same as NumPy's: `SeedSequence` hashes the seeds, PCG64 (XSL-RR 128/64,
+https://www.pcg-random.org) generates the bits, and permutations are Fisher-Yates shuffles.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ONE, _32_BITS, _LOW_32 = np.uint64(1), np.uint64(32), np.uint64(0xFFFFFFFF)
 
 
 class RandomStreams:
-    """N random number generators, of which generator n equals `np.random.default_rng([seed, *words_of_n])`.
+    """N random number generators. Generator n is equivalent to `np.random.default_rng([seed, *words_of_n])`.
 
     Attributes:
         count: Number of generators, N.
@@ -40,16 +40,16 @@ class RandomStreams:
         """
         self._high, self._low, self._inc_high, self._inc_low = _seed_pcg64(_seed_words(seed, words))
         self.count = len(self._high)
-        # Each output of 64 bits provides two numbers of 32 bits. The upper half is kept for the next number.
+        # Each 64-bit output provides two 32-bit numbers. The upper half is kept for the next call.
         self._upper_half = np.zeros(self.count, np.uint64)
         self._has_upper_half = np.zeros(self.count, bool)
 
     def random(self) -> np.ndarray:
-        """Return a random number between 0 and 1 from each generator, as `Generator.random`, float64 (N,)."""
+        """Return a random number in [0, 1) from each generator, as NumPy's `Generator.random` does, float64 (N,)."""
         return (self._next_64_bits(np.arange(self.count)) >> np.uint64(11)) * (1.0 / 9007199254740992.0)
 
     def shuffle(self, values: np.ndarray, counts: np.ndarray) -> None:
-        """Permute the first `counts[n]` values of row n with generator n, as `Generator.permutation`, in place.
+        """Permute the first `counts[n]` values of row n in place with generator n, as `Generator.permutation` does.
 
         Args:
             values: Values to permute, (N, largest count).
@@ -63,7 +63,7 @@ class RandomStreams:
     def _integers(self, which: np.ndarray, highest: int) -> np.ndarray:
         """Return a random integer between 0 and `highest` from each of the generators `which`, int64 (n,).
 
-        NumPy takes as many bits as `highest` has, and draws again if the resulting integer is larger than `highest`.
+        Like NumPy, take as many random bits as `highest` has, and draw again if the integer is larger than `highest`.
         """
         mask = np.uint64((1 << highest.bit_length()) - 1)
         integers = self._next_32_bits(which) & mask
@@ -97,7 +97,7 @@ class RandomStreams:
 
 
 def _seed_words(seed: int, words: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Return all seeds as words of 32 bits, each uint32 (N,). A large `seed` takes several words."""
+    """Return all seeds as 32-bit words, each uint32 (N,). A large `seed` takes several words."""
     if seed < 0:
         raise ValueError(f"the seed must be at least 0 (got {seed})")
     seed_words = [seed & 0xFFFFFFFF]
@@ -109,7 +109,7 @@ def _seed_words(seed: int, words: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def _seed_pcg64(words: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the state and the increment of PCG64 generators, each as its upper and lower 64 bits, uint64 (N,)."""
+    """Return the state and increment of the PCG64 generators, each as its upper and lower 64 bits, uint64 (N,)."""
     pool = _mix_entropy(words)
     hash_constant = _HashConstant(_INIT_B, _MULT_B)
     state = [hash_constant.hash(pool[n % _POOL_SIZE]).astype(np.uint64) for n in range(8)]
@@ -121,7 +121,7 @@ def _seed_pcg64(words: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def _mix_entropy(words: list[np.ndarray]) -> list[np.ndarray]:
-    """Hash the seeds to a pool of four words, as `SeedSequence` does."""
+    """Hash the seeds into a pool of four words, as `SeedSequence` does."""
     hash_constant = _HashConstant(_INIT_A, _MULT_A)
     padded = [*words, *[np.zeros_like(words[0])] * (_POOL_SIZE - len(words))]
     pool = [hash_constant.hash(word) for word in padded[:_POOL_SIZE]]
@@ -157,7 +157,7 @@ def _mix(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _multiply_128(high: np.ndarray, low: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the product of 128-bit integers and PCG64's multiplier, modulo 2 ** 128, as upper and lower 64 bits."""
+    """Multiply 128-bit integers by PCG64's multiplier, modulo 2 ** 128. Return the upper and lower 64 bits."""
     factor_high, factor_low = _MULTIPLIER
     a, b = low >> _32_BITS, low & _LOW_32
     c, d = factor_low >> _32_BITS, factor_low & _LOW_32
@@ -170,6 +170,6 @@ def _multiply_128(high: np.ndarray, low: np.ndarray) -> tuple[np.ndarray, np.nda
 def _add_128(
     high: np.ndarray, low: np.ndarray, other_high: np.ndarray, other_low: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sum of 128-bit integers modulo 2 ** 128, as upper and lower 64 bits."""
+    """Add 128-bit integers modulo 2 ** 128. Return the upper and lower 64 bits of the sums."""
     total = low + other_low
     return high + other_high + (total < low).astype(np.uint64), total

@@ -1,8 +1,8 @@
 """Raw rows, the common output format of all readers.
 
 A raw row is a tuple `(file, row, fields)`. `row` is the row number, starting at 1; for text files, it is the line
-number. `fields` is a dict that maps column names to the values in the file. If the row cannot be read, `fields` is a
-`BadRow` instead. The values are interpreted by the modules `records` and `text_pairs`, not by the readers.
+number. `fields` is a dict that maps column names to the values in the file, or a `BadRow` if the row cannot be read.
+Readers do not interpret the values; the modules `records` and `text_pairs` do.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from llm2clip.data.raw_rows import BadRow, RawRow
 from llm2clip.data.skip_log import SkipLog
 
 ImageCheck = Literal["header", "exists", "unchecked", "ignore"]
-NO_SPLIT = "none"  # this split name means "no split", both in split selections and in the data
-EARLY_CHECK_ROWS = 1000  # after this many rows, reading stops as soon as too many have been skipped
+NO_SPLIT = "none"  # split name that means "no split", both in split selections and in the data
+EARLY_CHECK_ROWS = 1000  # after this many rows, reading stops as soon as too many rows have been skipped
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +30,16 @@ class Record:
     """An image and its captions.
 
     Attributes:
-        id: Id from the source. If the source has no ids, this is the image's file name without its suffix; failing
-            that, it is `file:row`.
+        id: Id from the source. If the source has no ids, the image's file name without its suffix or, failing that,
+            `file:row`.
         image: Reference to the image, or None if the source contains only texts.
         captions: Captions from the source. They are stripped, but never truncated.
         short_captions: Short captions written by a model.
         long_captions: Long captions written by a model.
         split: Name of the split, or None if the record has no split.
-        phrases: Short phrases that describe parts of the image; see `data/noun_phrases.py`. They are not captions.
-        id_from_source: Whether the id comes from the source.
+        phrases: Short phrases that describe parts of the image; see `data/noun_phrases.py`. They do not count as
+            captions.
+        id_from_source: True if the id comes from the source.
     """
 
     id: str
@@ -82,7 +83,7 @@ class Source:
     def parse(cls, value: str | os.PathLike[str] | Mapping[str, Any] | Source) -> Source:
         """Create a source from `path`, `path@split+split`, or a mapping with the keys path, splits and columns.
 
-        If the entire string is the path of an existing file or folder, an @ in it does not mark splits.
+        If the entire string is the path of an existing file or folder, an @ in it does not introduce splits.
         """
         if isinstance(value, Source):
             return value
@@ -112,9 +113,9 @@ def open_records(
 ) -> Iterator[Record]:
     """Return an iterator over the records of a source, in source order.
 
-    The path is resolved immediately. Rows are read on demand, except in .csv, .tsv and captions.txt files. These files
-    are read completely before the first record is returned, because any row may contain a caption of the first image.
-    Rows with the same image and split are merged into one record, at the position of the first of these rows.
+    The path is resolved immediately. Rows are read on demand, except for .csv, .tsv and captions.txt files, which are
+    read completely before the first record is returned, because any row may contain a caption of the first image. Rows
+    with the same image and split are merged into one record, at the position of the first of these rows.
 
     Args:
         source: Path, `path@split+split`, or anything else that `Source.parse` accepts.
@@ -129,14 +130,14 @@ def open_records(
               the captions are needed.
             - "ignore": do not check images, and do not read image bytes in tables. Identical images in different rows
               of a table then have different references.
-        require_captions: Whether to skip rows without captions. If False, a row without captions is used if it has an
-            image. Folders are then searched recursively for images, tar files and tables.
+        require_captions: If True, skip rows without captions. If False, use such rows if they have an image. Folders
+            are then searched recursively for images, tar files and tables.
 
     Raises:
         FileNotFoundError: The path does not exist.
         ValueError: The format is unknown, a column is missing, the source is empty, or the selected splits are empty.
-        TooManySkipped: Too many rows were skipped. The limit is checked at the end. After the first 1,000 rows, it is
-            also checked whenever a row is skipped.
+        TooManySkipped: Too many rows were skipped. The limit is checked at the end and, after the first 1,000 rows,
+            whenever a row is skipped.
     """
     source = Source.parse(source)
     if image_check not in get_args(ImageCheck):
@@ -158,7 +159,7 @@ class _ParsedRow:
     long_captions: tuple[str, ...]
     phrases: tuple[str, ...]
     split: str | None
-    num_rows: int = 1  # number of rows of the source that were merged into this row
+    num_rows: int = 1  # number of source rows that were merged into this row
 
 
 class _RecordReader:
@@ -170,7 +171,7 @@ class _RecordReader:
         self.check_images = image_check in ("header", "exists")
         self.check_headers = image_check == "header"
         self.mapper = ColumnMapper(str(source), source.columns, require_captions)
-        self.num_rows = 0  # rows in this source only; the log counts the rows in all sources
+        self.num_rows = 0  # rows in this source only; the log counts the rows of all sources
         self.split_counts: Counter[str] = Counter()
         self._splits = "+".join(sorted(source.splits))
 
@@ -238,7 +239,7 @@ class _RecordReader:
             id=record_id,
             image=image,
             captions=parse_captions(values.get("captions"), parse_lists, self.log, file, number),
-            # In these fields, an empty string means that there are no captions, not that a caption is empty.
+            # In these fields, an empty string means "no captions" rather than an empty caption.
             short_captions=parse_captions(values.get("short_captions") or None, parse_lists, self.log, file, number),
             long_captions=parse_captions(values.get("long_captions") or None, parse_lists, self.log, file, number),
             phrases=self._parse_phrases(values.get("phrases"), parse_lists, file, number),
@@ -256,8 +257,8 @@ class _RecordReader:
     def _clean_cells(self, values: dict[str, Any], file: str, number: int) -> dict[str, Any]:
         """Return the cells of a row. Missing values such as NaN are replaced with None and counted in the log.
 
-        If several columns share a name, all of them are used for captions. For other fields, the last column with a
-        value is used.
+        If several columns share a name, captions are taken from all of them, and other fields from the last column with
+        a value.
         """
         cleaned: dict[str, Any] = {}
         for name, value in values.items():

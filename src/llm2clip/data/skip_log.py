@@ -1,4 +1,4 @@
-"""Log that counts skipped rows and lists them by file and row number. Skipping too many rows raises an error."""
+"""Log that counts skipped rows and lists them by file and row number. Raises an error if too many rows are skipped."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ MAX_NOTES = 5  # number of notes in the summary
 
 
 class TooManySkipped(ValueError):
-    """Raised if too many rows were skipped, which probably means that the source or its column mapping is wrong."""
+    """Raised if too many rows were skipped, which usually means that the source or its column mapping is wrong."""
 
 
 class SkipLog:
     """Counts skipped rows and lists them in a JSON Lines file.
 
-    Only one process may write to a file. Either give each process its own path, or give a path only to the first
+    Only one process may write to a file. Either pass a different path in each process, or pass a path only in the first
     process.
 
     Args:
@@ -29,10 +29,9 @@ class SkipLog:
 
     Attributes:
         skipped: Number of skipped rows for each reason.
-        dropped: Number of parts of rows that were dropped, such as empty captions, for each reason. The remaining parts
-            of these rows are used.
+        dropped: Number of dropped parts of rows, such as empty captions, for each reason. The rest of each row is used.
         examples: Descriptions of the first three skipped rows.
-        notes: Maps each unusual property of files, such as an encoding, to the files with this property.
+        notes: Maps each unusual property, such as an encoding, to the files that have it.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, max_skipped: float = 0.05) -> None:
@@ -72,7 +71,7 @@ class SkipLog:
         counts[splits] = max(count, counts.get(splits, 0))
 
     def count_at_least(self, count: int) -> None:
-        """Raise the number of rows to `count` if it is lower. Used for data whose rows were not counted when read."""
+        """Raise the row count to at least `count`. Used for data whose rows were not counted when they were read."""
         self._single_rows += max(0, count - self.rows_seen)
 
     def skip(self, file: str, row: int, reason: str, value: object, rows: int = 1) -> None:
@@ -89,7 +88,7 @@ class SkipLog:
         self._write(file, row, reason, value)
 
     def record_dropped(self, file: str, row: int, reason: str, value: object) -> None:
-        """Record that a part of a row was dropped. The remaining parts of the row are used."""
+        """Record that part of a row was dropped. The rest of the row is used."""
         self.dropped[reason] += 1
         self._write(file, row, reason, value)
 
@@ -107,7 +106,7 @@ class SkipLog:
         self.notes.setdefault(text, {})[name] = None
 
     def summary(self) -> str:
-        """Return one line with the numbers of skipped rows and dropped parts of rows, the reasons, and the notes."""
+        """Return a one-line summary of the skipped rows, the dropped parts of rows, the reasons, and the notes."""
         return "; ".join([self._format_numbers(), *self._format_notes()])
 
     def check(self) -> None:
@@ -142,8 +141,8 @@ class SkipLog:
         if self.path is None:
             return
         entry = {"file": file, "row": row, "reason": reason, "value": str(value)[:200]}
-        # The file is opened for each line, so that the list is on disk even if the run is killed. Skipped rows are
-        # rare enough for this. In file names that are not UTF-8, lone surrogates represent the invalid bytes;
+        # The file is reopened for each line, so that the list is on disk even if the run is killed. Skipped rows are
+        # rare, so this is fast enough. In file names that are not UTF-8, lone surrogates represent the invalid bytes;
         # backslashreplace writes them as \udcXX, which is valid in JSON.
         with self.path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write(json.dumps(entry, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""Rules that determine which images are used for training and which are held out."""
+"""Rules that decide which images are used for training and which are held out."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class DataSplits:
 
     Attributes:
         train: Training records.
-        held_out: Dict that maps each caption field to the held-out records that have an image. Each record's captions
-            are taken from that field. The fields are `captions`, each of `short_captions` and `long_captions` that is
-            present in the data, and the columns listed in `EvaluateConfig.fields`.
-        summary: Description of the training and held-out records in one line, to be printed for the user.
+        held_out: Maps each caption field to the held-out records that have an image, with the captions of that field.
+            The fields are `captions`, `short_captions` and `long_captions` if they are present in the data, and the
+            columns listed in `EvaluateConfig.fields`.
+        summary: One-line description of the training and held-out records, to be printed for the user.
     """
 
     train: list[Record]
@@ -94,12 +94,12 @@ def read_splits(
 
 
 def is_training_split(record: Record) -> bool:
-    """Return whether a record belongs to a training split. Records without a split also count."""
+    """Return True if a record is in a training split or has no split."""
     return _split_name(record) in TRAIN_SPLITS
 
 
 def with_captions(record: Record, captions: tuple[str, ...]) -> Record:
-    """Return a copy of a record in which `captions` replaces all captions."""
+    """Return a copy of a record with all captions replaced by `captions`."""
     return dataclasses.replace(record, captions=captions, short_captions=(), long_captions=())
 
 

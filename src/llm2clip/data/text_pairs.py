@@ -1,10 +1,9 @@
 """General text pairs for `tune`, such as questions with answers, titles with documents, and paraphrases.
 
-The format is the same as that of the training data of E5 (arXiv 2212.03533). A row has the form `{"query": ...,
+The format is the one used for the training data of E5 (arXiv 2212.03533). A row has the form `{"query": ...,
 "positive": ..., "negatives": [...], "instruction": ...}`. All table formats that are supported for records are also
-supported here. The fields `negatives` and `instruction` are optional, and columns with other common names are also
-recognised. Sentence pairs with a label or a score are not supported, because the two sentences may contradict each
-other.
+supported here. The fields `negatives` and `instruction` are optional, and other common column names are recognised,
+too. Sentence pairs with a label or a score are not supported, because the two sentences may contradict each other.
 """
 
 from __future__ import annotations
@@ -100,7 +99,7 @@ def _to_pair(fields: Mapping[str, Any], columns: Mapping[str, str]) -> Pair:
         anchor=query,
         positive=positive,
         negatives=tuple(text for text in negatives if text not in (query, positive)),
-        # A newline separates the instruction, because tokenizers merge a space with the following word.
+        # The instruction ends with a newline, because tokenizers would merge a space with the following word.
         instruction=f"{instruction}\n" if instruction else "",
     )
 
@@ -111,6 +110,6 @@ def _first_text(value: Any) -> str:
 
 
 def _texts(value: Any) -> list[str]:
-    """Return the texts in a cell. A cell contains either a single text or a list of texts."""
+    """Return the texts in a cell, which contains either a single text or a list of texts."""
     values = value if isinstance(value, list) else [value]
     return [text.strip() for text in values if isinstance(text, str) and text.strip()]

@@ -1,8 +1,7 @@
 """Image preprocessing for vision towers: settings, evaluation transform and training transform.
 
 The transforms take and return uint8 RGB images; for NaFlex towers, they return patches. The vision tower normalises the
-pixels on its own device. Data loader workers therefore transfer only a quarter of the bytes that float32 pixels would
-need.
+pixels on its device, so data loader workers transfer only a quarter of the bytes that float32 pixels would need.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ _RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's constants, as stored in pr
 class Preprocess:
     """Preprocessing settings of a vision tower.
 
-    The image is resized to floor(size / crop_pct) and then centre-cropped, as in timm's evaluation transforms.
+    The image is resized to floor(size / crop_pct) and then centre-cropped, as timm's evaluation transforms do.
 
     Attributes:
-        size: Side length of the square input, in pixels. For "patches", the side length to which a square image is
-            resized.
+        size: Side length of the square input, in pixels. If `resize` is "patches", the side length to which a square
+            image is resized.
         resize: "shortest" resizes the shorter side and keeps the aspect ratio; "squash" resizes to a square; "patches"
             resizes to at most `max_num_patches` patches and keeps the aspect ratio, apart from rounding to whole
             patches (SigLIP 2 NaFlex).
@@ -56,7 +55,7 @@ class Preprocess:
         return _resize_size(self.size, self.crop_pct)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of a preprocessor_config.json for transformers, with the exact crop_pct added."""
+        """Return the contents of a preprocessor_config.json for transformers, with the exact crop_pct added."""
         if self.resize == "patches":
             return self._naflex_dict()
         side = self.resize_size
@@ -109,14 +108,14 @@ class Preprocess:
         """Create the settings from either the output of `to_dict` or a transformers image processor's config.
 
         Raises:
-            ValueError: The config describes neither square images of a fixed size nor patches, or a value is missing.
+            ValueError: The config is neither for square images of a fixed size nor for patches, or a value is missing.
         """
         if "max_num_patches" in config:
             mean, std = _channels(config, "image_mean"), _channels(config, "image_std")
             interpolation = _interpolation(int(config.get("resample", 2)))
             return cls.for_patches(config["patch_size"], config["max_num_patches"], interpolation, mean, std)
         resize_config = config.get("size", config.get("crop_size"))
-        if isinstance(resize_config, int):  # in configs from before 2022, an int means the shorter side
+        if isinstance(resize_config, int):  # in configs written before 2022, an int means the shorter side
             resize_config = {"shortest_edge": resize_config}
         resize: Literal["shortest", "squash"] = "shortest" if "shortest_edge" in (resize_config or {}) else "squash"
         resize_size = _square_side(resize_config)
@@ -151,7 +150,7 @@ class EvalTransform:
         side = [resize_size, resize_size]
         if self.preprocess.resize == "shortest":
             # The ends of an elongated image are cropped before resizing, because the final centre crop discards them
-            # anyway. Otherwise, resizing an image of 1 x 1,000,000 pixels would exhaust the memory.
+            # anyway. Resizing a complete image of 1 x 1,000,000 pixels would exhaust the memory.
             height, width = image.shape[-2:]
             shortest = min(height, width)
             image = F.center_crop(image, [min(height, 8 * shortest), min(width, 8 * shortest)])
@@ -197,7 +196,7 @@ class TrainTransform:
         return image.contiguous()
 
     def _crop_same_shape(self, height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
-        """Draw a random crop with the aspect ratio of the image; return (top, left, height, width)."""
+        """Draw a random crop with the same aspect ratio as the image; return (top, left, height, width)."""
         share, down, right = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
         scale = math.sqrt(self.min_crop_scale + share * (1.0 - self.min_crop_scale))
         crop_height, crop_width = max(1, round(height * scale)), max(1, round(width * scale))
@@ -214,7 +213,7 @@ class TrainTransform:
             if 0 < crop_width <= width and 0 < crop_height <= height:
                 top, left = int(down * (height - crop_height + 1)), int(right * (width - crop_width + 1))
                 return top, left, crop_height, crop_width
-        # If no crop fits, as in very elongated images, use the largest central crop with a valid aspect ratio.
+        # If no crop fits (very elongated images), use the largest central crop with a valid aspect ratio.
         crop_width, crop_height = min(width, round(height * max_ratio)), min(height, round(width / min_ratio))
         top, left = (height - crop_height) // 2, (width - crop_width) // 2
         return top, left, max(crop_height, 1), max(crop_width, 1)
@@ -230,7 +229,7 @@ def _resize_size(size: int, crop_pct: float) -> int:
 
 
 def _square_side(size: Any) -> int:
-    """Return the side length of a square given as 224, {"height": 224, "width": 224} or {"shortest_edge": 224}."""
+    """Return the side length of a square, given as 224, {"height": 224, "width": 224} or {"shortest_edge": 224}."""
     if isinstance(size, int):
         return size
     sides = set()

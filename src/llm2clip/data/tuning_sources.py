@@ -1,4 +1,4 @@
-"""Reading of the captions and text pairs for `tune`. Captions of held-out images are excluded."""
+"""Captions and text pairs for `tune`, without the captions of held-out images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read_tuning_sources(
         train: Training records that have already been read. If there are any, they form the first caption source.
         held_out: Records whose images must not be used for tuning.
         config: Tuning settings. Caption sources are listed in `data`, and text-pair sources in `text_pairs`. Images in
-            the sources listed in `exclude` are never used for tuning.
+            the sources listed under `exclude` are never used for tuning.
         columns: Column mapping that is added to each source's own mapping.
         log: Log for recording skipped rows.
         training_sources: Caption sources from which `held_out` may have been drawn. They precede the sources in
@@ -86,7 +86,7 @@ def read_tuning_sources(
 
 
 def comparable_id(record_id: str) -> str:
-    """Return the part of an id that is the same in all data sets with the same images.
+    """Return the part of an id that all data sets with the same images have in common.
 
     If the id starts with a number, that number is returned. Otherwise, the entire id is returned. If the id consists
     only of a number, leading zeros are removed, because COCO's file names have leading zeros (000000000139) but COCO's
@@ -99,7 +99,7 @@ def comparable_id(record_id: str) -> str:
 
 
 class _HeldOutFilter:
-    """Filter that decides, by split and id, which records may be used for tuning."""
+    """Filter that selects the records that may be used for tuning, by split and id."""
 
     def __init__(self, held_out: Sequence[Record], excluded_ids: set[str], training_sources: Sequence[str]) -> None:
         self.excluded_ids = excluded_ids

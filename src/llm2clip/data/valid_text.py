@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 
 def is_valid_unicode(text: str) -> bool:
-    """Return whether a text can be encoded as UTF-8, that is, whether it contains no lone surrogates."""
+    """Return True if a text can be encoded as UTF-8, that is, if it contains no lone surrogates."""
     if text.isascii():
         return True
     try:
@@ -17,7 +17,7 @@ def is_valid_unicode(text: str) -> bool:
 
 
 def check_texts(texts: Iterable[str]) -> Iterator[str]:
-    """Yield the texts, and check that each of them is a valid string.
+    """Yield the texts, checking that each is a valid string.
 
     Raises:
         TypeError: An item is not a string. The message contains its index.

@@ -49,11 +49,11 @@ class BenchmarkResult:
         summary: Entry for results.json. It always has "benchmark" and "kind". Retrieval results also have "rows" (see
             `caption_field_metrics`). Results for other kinds of benchmarks have "images" (number of images), "texts"
             (number of texts) and "truncated" (number of texts that exceed the model's maximum length). They also have
-            "metrics", or, if a benchmark is evaluated by several methods, "rows". Each of these rows has "method",
+            "metrics" or, if the benchmark is evaluated with several methods, "rows". Each of these rows has "method",
             "metrics" and "intervals" (95% confidence intervals of the metrics). All metrics are in percent, except
             "linear probe C".
         ranks: Ranks for each caption field. Only set for retrieval benchmarks.
-        draw_examples: Function that returns a report section with example images.
+        draw_examples: Function that returns a section of the report with example images.
     """
 
     summary: dict[str, Any]
@@ -76,10 +76,10 @@ def run_benchmark(
         benchmark: Benchmark to evaluate on.
         folder: Folder that contains the benchmark's files.
         embeddings: Source of the model's embeddings.
-        with_linear_probe: For classification benchmarks with training images, also fit a linear probe.
+        with_linear_probe: If True, also fit a linear probe for classification benchmarks with training images.
         dense_variants: Variants of the dense features to evaluate. See `DENSE_VARIANTS`.
         proposals: For detection benchmarks, the source of the boxes. See `open_proposals`.
-        crop_proposals: For detection benchmarks, also name each box by its crop.
+        crop_proposals: For detection benchmarks: if True, also classify each box by its crop.
 
     Raises:
         MissingFileError: If a file is missing.

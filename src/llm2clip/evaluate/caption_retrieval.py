@@ -45,9 +45,9 @@ def caption_retrieval_accuracy(
     Args:
         images: List of captions for each image. Images with fewer than two distinct captions are excluded.
         encoder: Text encoder to evaluate.
-        all_pairs: Also compute metrics for the "all pairs" protocol.
+        all_pairs: If True, also compute metrics for the "all pairs" protocol.
         num_mistakes: Maximum number of mistakes to return for the paper's protocol, worst first.
-        return_hits: Also return the accuracy for each image.
+        return_hits: If True, also return the accuracy for each image.
         progress: Show a progress bar.
 
     Returns:
@@ -105,7 +105,7 @@ def caption_retrieval_accuracy(
 
 
 def _all_pairs_metrics(embeddings: Tensor, captions_per_image: Sequence[int]) -> dict[str, Any]:
-    """Compute recall for the "all pairs" protocol, in which each caption retrieves the image's other captions.
+    """Compute recall for the "all pairs" protocol, in which each caption retrieves the other captions of its image.
 
     Args:
         embeddings: Caption embeddings, (captions, D), L2-normalised. Captions of the same image are adjacent.

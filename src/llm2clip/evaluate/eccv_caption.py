@@ -16,7 +16,7 @@ RANKED_ITEMS = 64  # R-precision and mAP@R need at least 48, because a query has
 def eccv_metrics(data: JudgedRetrieval, images: Tensor, captions: Tensor) -> dict[str, float]:
     """Return COCO 5k R@k, CxC R@k, and ECCV Caption R@1, R-precision and mAP@R (arXiv 2204.03359), in percent.
 
-    This function ranks the items, and the eccv-caption package computes the metrics from the ranked lists.
+    The items are ranked here; the package eccv-caption computes the metrics from the ranked lists.
 
     Args:
         data: Images and captions with their COCO ids.

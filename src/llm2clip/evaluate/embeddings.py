@@ -51,7 +51,7 @@ def open_embedding_source(
         model: Model as accepted by `open_dual_encoder`, or an .npz file.
         log: Skip log for images that cannot be decoded.
         cache_dir: Folder in which the model's embeddings are cached. If None, embeddings are not cached.
-        trust_remote_code: Run the Python code that comes with a model, if any. Jina-CLIP requires this setting.
+        trust_remote_code: If True, run the Python code that comes with a model. Jina-CLIP requires this setting.
 
     Raises:
         ValueError: If the model is not an image-text model, or the .npz file is invalid.
@@ -73,7 +73,7 @@ class ModelEmbeddings:
             model: Image-text model.
             log: Skip log for images that cannot be decoded.
             cache_dir: Folder for the embedding stores, one store per model. If None, embeddings are not cached.
-            progress: Show progress bars.
+            progress: If True, show progress bars.
         """
         self.model, self.log, self.progress = model, log, progress
         self.identity = model.identity() if cache_dir is not None else {}

@@ -1,4 +1,4 @@
-"""Precomputed embeddings from an .npz file, which allow comparisons with models that llm2clip cannot run.
+"""Precomputed embeddings from an .npz file, for comparisons with models that llm2clip cannot run.
 
 To create the file:
 
@@ -25,10 +25,10 @@ ARRAYS = ("images", "image_names", "texts", "captions")
 
 
 class PrecomputedEmbeddings:
-    """Embedding source that looks up image embeddings, (N, D), by name and text embeddings, (M, D), by text.
+    """Embedding source that looks up image embeddings, (N, D), by image name, and text embeddings, (M, D), by text.
 
-    The name of an image is its full path. If the full path is not found, the first folder is removed from the path, and
-    so on until only the file name remains.
+    The name of an image is its full path. If it is not found, leading folders are removed one by one until only the
+    file name remains.
     """
 
     def __init__(self, file: Path, log: SkipLog) -> None:

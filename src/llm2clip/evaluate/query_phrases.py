@@ -1,4 +1,4 @@
-"""Words and short phrases in captions, as queries for `short_queries`."""
+"""Extraction of words and short phrases from captions, which `short_queries` uses as queries."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llm2clip.data.noun_phrases import CONNECTIVES, DETERMINERS, FUNCTION_WORDS,
 
 # Letters and digits, joined by apostrophes and hyphens, as in "t-shirt" and "man's".
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
-# In captions that were split into tokens, as in "the dog 's mouth".
+# Spaces before apostrophes in tokenized captions, as in "the dog 's mouth".
 _SEPARATE_POSSESSIVE = re.compile(r"\s+(?=['’]s\b)")
 _PUNCTUATION = re.compile(r"[^\w\s'’-]+")
 # English words that do not name anything visible. Lists for document retrieval, such as scikit-learn's, also contain
@@ -37,9 +37,9 @@ def split_clauses(text: str) -> list[list[str]]:
 def caption_phrases(captions: Iterable[str], num_words: int) -> set[str]:
     """Return the phrases of `num_words` words that occur in an image's captions, in lower case.
 
-    A phrase is a sequence of adjacent words that does not span a punctuation mark. Its first word and its last word
-    have at least two characters, at least one letter, and are not in `STOP_WORDS`. Words inside the phrase can be any
-    words, as in "man in red".
+    A phrase is a sequence of adjacent words without punctuation in between. Its first and last words must have at least
+    two characters and at least one letter, and must not be in `STOP_WORDS`. The words in between can be any words, as
+    in "man in red".
     """
     return {
         " ".join(phrase)

@@ -1,9 +1,8 @@
 """Ranks of the correct answers in retrieval, from which recall is computed.
 
-The full score matrix is never stored, and scores are not sorted. Instead, the score matrix is computed in tiles. In
-each tile, the number of wrong answers that score at least as high as the best correct answer is counted. Both
-directions use the same tiles. Because ties count against the model, a model that assigns the same score to every pair
-gets the worst possible ranks.
+The score matrix is computed in tiles and is never stored in full, and scores are not sorted. Instead, wrong answers
+that score at least as high as the best correct answer are counted in each tile. Both directions use the same tiles.
+Because ties count against the model, a model that assigns the same score to every pair gets the worst possible ranks.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from torch import Tensor
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.progress import ProgressBar
 
-TILE = 512  # images per tile. With four times as many texts, a tile's 4 MB of float32 scores fit into the CPU cache
-QUERY_TILE = 32  # queries whose scores for all items are in memory in `all_positive_ranks`
+TILE = 512  # images per tile; with four times as many texts, a tile's float32 scores (4 MB) fit into the CPU cache
+QUERY_TILE = 32  # number of queries whose scores for all items `all_positive_ranks` keeps in memory
 
 
 @onednn_matmul()
@@ -40,7 +39,7 @@ def positive_ranks(
         positives: Indices of the correct items for each query. Every query must have at least one correct item. For
             example, if 3 images have 2, 1 and 2 captions, the positives are [[0, 1], [2], [3, 4]] for image-to-text
             retrieval and [[0], [0], [1], [2], [2]] for text-to-image retrieval.
-        tile_size: Number of queries per tile, and number of items per tile.
+        tile_size: Number of queries and number of items per tile.
         self_index: For each query, the index of an item to ignore. If the queries are also items, pass each query's own
             index.
 
@@ -120,7 +119,7 @@ def _check_positives(positives: Sequence[Sequence[int]]) -> None:
 
 
 def _positive_coordinates(positives: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Return the row indices and the column indices of the P positives in the score matrix, each int64 (P,)."""
+    """Return the row and column indices of the P positives in the score matrix, each int64 (P,)."""
     rows = torch.tensor([row for row, columns in enumerate(positives) for _ in columns])
     columns = torch.tensor([column for columns in positives for column in columns])
     return rows, columns
@@ -154,15 +153,15 @@ def two_way_ranks(
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return the zero-based rank of each image's best caption, and the zero-based rank of each caption's image.
+    """Return the zero-based ranks of each image's best caption and of each caption's image.
 
     Args:
         images: Image embeddings, (I, D), L2-normalised. The dtype is float32, or float16 to save memory. Scores are
             always computed in float32.
         texts: Text embeddings, (T, D), L2-normalised, float32 or float16. To avoid a copy, sort the texts by image.
         image_of_text: Image index of each text. Every image must have at least one text.
-        tile_size: Number of images per tile. Must be a multiple of 16. With other sizes, the scores of equal vectors
-            may be rounded differently.
+        tile_size: Number of images per tile. Must be a multiple of 16. Otherwise, the scores of equal vectors may be
+            rounded differently.
         device: Device for the matmuls. Default: the device of the images.
         progress: Show a progress bar.
 
@@ -235,7 +234,7 @@ class _ScoreTiles:
         return _pad_tile(texts.to(self._device, torch.float32), self.width)
 
     def positives(self, i: int, j: int) -> tuple[Tensor, Tensor]:
-        """Return the row indices and the column indices of the positives within tile (i, j)."""
+        """Return the row and column indices of the positives within tile (i, j)."""
         rows = self.owner[self.text_range(j)] - i * self.height
         columns = ((rows >= 0) & (rows < self.height)).nonzero()[:, 0]
         return rows[columns], columns
@@ -247,10 +246,10 @@ class _ScoreTiles:
 
 
 def _best_match_scores(tiles: _ScoreTiles) -> tuple[Tensor, Tensor]:
-    """Return the score of each image's best caption, and the score of each caption's image.
+    """Return the scores of each image's best caption and of each caption's image.
 
     Positives and negatives are scored by the same matmuls, so that ties are exact. Padding rows in the last tiles get
-    infinite scores, so that no negative reaches these scores.
+    infinite scores, which no negative can reach.
     """
     device = tiles.owner.device
     best_image = torch.full((tiles.rows * tiles.height,), torch.inf, device=device)

@@ -88,7 +88,7 @@ def recall_intervals(
 ) -> dict[str, tuple[float, float]]:
     """Return bootstrap confidence intervals for R@k, in percent.
 
-    Each resampled image includes all its queries, because the results for captions of the same image are correlated.
+    Images are resampled together with all their queries, because the results for captions of an image are correlated.
 
     Args:
         ranks: Zero-based rank of each query's best positive, int64 (Q,).
@@ -105,7 +105,7 @@ def recall_intervals(
 def bootstrap(sums: Tensor, counts: Tensor, level: float = 0.95, resamples: int = 1000) -> Tensor:
     """Return bootstrap confidence intervals for the means of K quantities over all elements.
 
-    Elements are divided into groups, and whole groups are resampled.
+    Whole groups of elements are resampled.
 
     Args:
         sums: Sum of each quantity over the elements in each group, (groups, K).
@@ -125,10 +125,10 @@ def bootstrap(sums: Tensor, counts: Tensor, level: float = 0.95, resamples: int 
 
 
 def bootstrap_counts(groups: int, resamples: int = 1000) -> Iterator[Tensor]:
-    """For each resample, yield the number of times that each group was drawn, float64 (groups,).
+    """For each resample, yield how often each group was drawn, float64 (groups,).
 
-    The draws depend only on the number of groups. If two models are evaluated on the same data, their resamples are
-    therefore paired.
+    The draws depend only on the number of groups, so two models that are evaluated on the same data have paired
+    resamples.
     """
     generator = torch.Generator().manual_seed(0)
     for _ in range(resamples):

@@ -25,7 +25,7 @@ from llm2clip.store.store import EmbeddingStore
 class RetrievalRanks:
     """Retrieval ranks for one caption field in both directions.
 
-    The records and embeddings from which the ranks were computed are also included.
+    Also contains the records and embeddings from which the ranks were computed.
 
     Args:
         records: Records that have a caption and a decodable image.
@@ -132,8 +132,8 @@ def make_validator(
 ) -> Callable[[LLM2CLIP], dict[str, float]]:
     """Create a function that evaluates a model during training.
 
-    The created function returns R@1 for each caption field in both directions. It also returns "score", the mean of I2T
-    and T2I R@1 for the first field. The function raises ValueError if no image has a caption.
+    The validator returns R@1 for each caption field in both directions, and "score", the mean of I2T and T2I R@1 for
+    the first field. It raises ValueError if no image has a caption.
 
     Args:
         fields: Records for each caption field, keyed by field name.

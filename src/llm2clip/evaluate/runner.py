@@ -37,7 +37,7 @@ from llm2clip.models.precision_calibration import load_for_encoding
 from llm2clip.models.pretrained import resolve_pretrained
 from llm2clip.models.prompts import check_templates
 
-USER_DATA = "data"  # benchmark name of the user's own images and captions
+USER_DATA = "data"  # benchmark name for the user's own images and captions
 EXAMPLE_QUERIES = 6  # number of examples in the report, and maximum number of failures
 
 
@@ -65,38 +65,39 @@ def evaluate_models(
 ) -> list[str]:
     """Evaluate models, print tables, and write results.json, report.md and report.html to `out`.
 
-    In a distributed run, each rank encodes a part of the images and texts. Each rank then computes all metrics, and the
+    In a distributed run, each rank encodes some of the images and texts. Each rank then computes all metrics, and the
     main process prints and writes the results.
 
     results.json contains "caption retrieval" and "results". "caption retrieval" is the result of
-    `caption_retrieval_accuracy`. "results" is a list of `BenchmarkResult.summary` dicts, to which the key "model" is
-    added. With `short_queries`, each row of a retrieval result also contains "short queries" and, if there are
+    `caption_retrieval_accuracy`. "results" is a list of `BenchmarkResult.summary` dicts with the additional key
+    "model". With `short_queries`, each row of a retrieval result also contains "short queries" and, if there are
     templates, "short queries with templates". These are lists of `LengthScores.metrics` dicts.
 
     Args:
-        models: Model to evaluate, followed by the baselines. Each must be either a model accepted by
-            `open_dual_encoder` or an .npz file of precomputed embeddings.
-        data: Sources of images and captions. If the sources do not specify splits, the images that `fit` would hold out
-            are evaluated.
+        models: Model to evaluate, followed by the baselines. Each is either a model accepted by `open_dual_encoder` or
+            an .npz file of precomputed embeddings.
+        data: Sources of images and captions. If no splits are specified, the images that `fit` would hold out are
+            evaluated.
         benchmarks: Names of benchmarks. See `get_benchmarks`.
         root: Folder that contains one folder per benchmark.
-        captions: Sources of captions for measuring caption retrieval accuracy (CRA).
+        captions: Sources of captions on which to measure caption retrieval accuracy (CRA).
         encoder: Caption encoder whose CRA is measured. Used only if `models` is empty.
-        out: Output folder, which is also used to cache embeddings. If None, no files are written.
+        out: Output folder, in which embeddings are also cached. If None, no files are written.
         config: Evaluation settings, such as additional caption fields to evaluate.
         columns: Column mapping for the sources. See `read_splits`.
         max_skipped: Stop if more than this fraction of the rows cannot be used.
         all_pairs, num_mistakes: Options for CRA. See `caption_retrieval_accuracy`.
-        linear_probe: For classification benchmarks, also fit a linear probe on the training images.
-        dense_variants: Variants of the dense features, for benchmarks about parts of images. See `DENSE_VARIANTS`.
-        short_queries: For images with captions, also evaluate retrieval by query length. See `score_short_queries`.
-        templates: Prompt templates, with which short queries are also evaluated. Requires `short_queries`.
+        linear_probe: If True, also fit a linear probe on the training images of classification benchmarks.
+            dense_variants: Variants of the dense features, for benchmarks about parts of images. See `DENSE_VARIANTS`.
+            short_queries: If True, also evaluate retrieval by query length for images with captions. See
+            `score_short_queries`.
+        templates: Prompt templates to use for an additional evaluation of short queries. Requires `short_queries`.
         proposals: For detection benchmarks, the source of the boxes. See `open_proposals`.
-        crop_proposals: For detection benchmarks, also name each box by its crop.
+        crop_proposals: For detection benchmarks: if True, also classify each box by its crop.
         trust_remote_code: Run the Python code that comes with a model, if any. Jina-CLIP requires this setting.
 
     Returns:
-        Lines to print at the end: a summary of skipped rows, the failed evaluations, and the path of the report.
+        Lines to print at the end: a summary of the skipped rows, the failed evaluations, and the path of the report.
 
     Raises:
         ValueError: If there is nothing to evaluate, a benchmark does not exist, or every evaluation failed.
@@ -182,7 +183,7 @@ class BenchmarkRunner:
         """
         Args:
             benchmarks: Benchmarks to run, and the folder of each benchmark.
-            out: Output folder, which is also used to cache embeddings. If None, errors are not analysed.
+            out: Output folder, in which embeddings are also cached. If None, errors are not analysed.
             log: Skip log for the user's data.
             max_skipped: Stop a benchmark if more than this fraction of its images cannot be decoded.
             linear_probe: For classification benchmarks, also fit a linear probe on the training images.
@@ -209,9 +210,9 @@ class BenchmarkRunner:
         Args:
             model: Model as accepted by `open_dual_encoder`, or an .npz file of precomputed embeddings.
             name: Model name to show in tables.
-            is_baseline: Whether the model is a baseline. A baseline that cannot be loaded is skipped, and the report
+            is_baseline: True if the model is a baseline. A baseline that cannot be loaded is skipped, and the report
                 shows no example images for baselines.
-            trust_remote_code: Run the Python code that comes with the model, if there is any.
+            trust_remote_code: If True, run the Python code that comes with the model.
         """
         is_distributed = process_state().num_processes > 1
         try:
@@ -279,7 +280,7 @@ class BenchmarkRunner:
         return [{"model": result.model, **result.summary} for results in self.results for result in results]
 
     def blocks(self) -> list[Block]:
-        """Return one report section for each benchmark that has a result, and the sections about short queries."""
+        """Return a report section for each benchmark that has a result, and the sections on short queries."""
         blocks: list[Block] = []
         for (benchmark, _), results in zip(self.benchmarks, self.results, strict=True):
             if results:
@@ -353,7 +354,7 @@ def _user_benchmark(data: Sequence[str], config: EvaluateConfig, columns: dict[s
 
 
 def _find_benchmarks(benchmarks: Sequence[Benchmark], root: Path) -> tuple[list[tuple[Benchmark, Path]], list[str]]:
-    """Return the available benchmarks and their folders. Also return a line of text for each missing benchmark."""
+    """Return the available benchmarks with their folders, and a message for each missing benchmark."""
     available, failures = [], []
     for benchmark in benchmarks:
         try:
@@ -399,7 +400,7 @@ def _open_text_encoder(model: str | None, encoder: EncoderConfig, trust_remote_c
 
 
 def _skip_log(out: Path | None, name: str, max_skipped: float) -> SkipLog:
-    """Create a skip log. On the main process, the skip log writes skipped rows to `out/skipped/NAME.jsonl`."""
+    """Create a skip log, which writes skipped rows to `out/skipped/NAME.jsonl` on the main process."""
     file = None
     if out is not None and process_state().is_main_process:
         safe_name = re.sub(r"[^\w.-]+", "-", name)

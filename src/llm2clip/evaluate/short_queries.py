@@ -1,11 +1,12 @@
-"""Text-to-image retrieval by query length, from single words to whole captions.
+"""Text-to-image retrieval by query length, from single words to complete captions.
 
-The queries are built from the captions of the evaluated images. For words and phrases of two or three words, every
-image with a caption that mentions them is relevant. Longer queries are whole captions, for which the images that they
-describe are relevant. The metrics are computed from exact ranks, in which ties count against the model (see `ranks`).
+The queries are built from the captions of the evaluated images. For single words and for phrases of two or three words,
+an image is relevant if one of its captions mentions them. Longer queries are complete captions, for which the images
+that they describe are relevant. The metrics are computed from exact ranks, in which ties count against the model (see
+`ranks`).
 
-An image can show what a query names even though none of its captions mentions it. Such images count as wrong answers,
-so the metrics usually underestimate the models. They are meant for comparing models on the same images.
+An image can show what a query names although none of its captions mentions it. Such an image counts as a wrong answer,
+so the metrics usually underestimate the models. Use them to compare models on the same images.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Query:
 
 @dataclass(frozen=True)
 class LengthScores:
-    """Results for the queries of one length.
+    """Results for all queries of one length.
 
     Args:
         words: Number of words in the queries, such as "2" or "4–7".
@@ -93,8 +94,8 @@ def score_short_queries(
     Args:
         embeddings: Source of text embeddings.
         ranks: Images, captions and image embeddings of one caption field.
-        templates: Prompt templates. If there are any, queries of up to three words are also evaluated using the mean of
-            the query's own embedding and the embeddings of the filled templates (see `query_prompts`).
+        templates: Prompt templates. If not empty, queries of up to three words are also evaluated with templates, using
+            the mean of the embeddings of the query and of the filled templates (see `query_prompts`).
 
     Raises:
         ValueError: If the source has no embedding for a query, or no queries can be built from the captions.
@@ -143,18 +144,18 @@ def build_queries(
     max_share: float = 1 / 3,
     seed: int = 0,
 ) -> dict[str, list[Query]]:
-    """Build queries of increasing length from the captions of images.
+    """Build queries of different lengths from the captions of images.
 
     Queries of one to three words are phrases (see `caption_phrases`). A phrase is used if it occurs in the captions of
-    at least `min_images` images and of at most a fraction `max_share` of the images. Words are compared in lower case
-    and in the form in which they occur: "dog" does not match "dogs".
+    at least `min_images` images and at most a fraction `max_share` of the images. Words are compared in lower case and
+    without stemming: "dog" does not match "dogs".
 
-    Longer queries are whole captions of four to seven words, and of eight or more words. If several images have the
+    Longer queries are complete captions of four to seven words, and of eight or more words. If several images have the
     same caption, apart from case and punctuation, all of these images are relevant.
 
     Args:
         captions: Captions of each image.
-        max_queries: Maximum number of queries of each length. If there are more, a random sample is used.
+        max_queries: Maximum number of queries of each length. If there are more, they are sampled at random.
         min_images, max_share: See above.
         seed: Random seed of the samples.
 
@@ -188,7 +189,7 @@ def build_queries(
 
 
 def _sample(items: Iterable[Item], count: int, seed: int) -> list[Item]:
-    """Return a sorted random sample of at most `count` items, which does not depend on the items' order."""
+    """Return a sorted random sample of at most `count` items. It does not depend on the order of the items."""
     ordered = sorted(items)
     return ordered if len(ordered) <= count else sorted(random.Random(seed).sample(ordered, count))
 
@@ -219,9 +220,9 @@ def ranking_scores(ranks: Tensor) -> Tensor:
 def chance_scores(num_relevant: int, num_images: int) -> Tensor:
     """Return the expected `ranking_scores` of a random ranking, float64 (3,).
 
-    With P relevant images among N, the image with rank r is relevant with probability P / N. If it is relevant, each of
-    the r - 1 images before it is relevant with probability (P - 1) / (N - 1), so the expected precision at its rank is
-    (1 + (r - 1) (P - 1) / (N - 1)) / r. Averaged over all ranks, this is the expected average precision.
+    If P of N images are relevant, the image at rank r is relevant with probability P / N. If it is relevant, each of
+    the r - 1 images before it is relevant with probability (P - 1) / (N - 1), so the expected precision at this rank is
+    (1 + (r - 1) (P - 1) / (N - 1)) / r. The expected average precision is the mean of this value over all ranks.
     """
     positions = torch.arange(1, num_images + 1, dtype=torch.float64)
     precisions = (1 + (positions - 1) * (num_relevant - 1) / max(1, num_images - 1)) / positions
@@ -239,8 +240,8 @@ def _discounts(count: int) -> Tensor:
 def mean_intervals(scores: Tensor) -> Tensor:
     """Return 95% bootstrap confidence intervals for the mean scores, in percent, float64 (2, 3).
 
-    Queries are resampled, but images are not. For the same queries, the resamples of two models are paired, so the
-    interval of a difference can be computed from the differences of the scores.
+    Queries are resampled, but images are not. If two models have the same queries, their resamples are paired, so the
+    interval of their difference can be computed from the differences between their scores.
 
     Args:
         scores: Scores of each query, or differences between the scores of two models, (Q, 3).

@@ -16,8 +16,8 @@ def top_k_neighbors(queries: Tensor, items: Tensor, k: int, chunk_size: int = 20
         queries: Query embeddings, (Q, D), L2-normalised.
         items: Item embeddings, (N, D), L2-normalised.
         k: Number of items to return for each query. If there are fewer items, all items are returned.
-        chunk_size: Number of queries per matmul, and number of items per matmul. At most chunk_size * (chunk_size + k)
-            scores are in memory at a time.
+        chunk_size: Number of queries and number of items per matmul. At most chunk_size * (chunk_size + k) scores are
+            in memory at a time.
 
     Returns:
         Scores, float32 (Q, k), and item indices, int64 (Q, k).

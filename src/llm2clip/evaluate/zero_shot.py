@@ -13,7 +13,7 @@ from llm2clip.models.prompts import average_prompts, fill_templates
 
 
 def class_prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Insert every class name into every prompt template, at "{}". Prompts for the same class are adjacent."""
+    """Insert every class name into every prompt template in place of "{}". Prompts for the same class are adjacent."""
     return fill_templates(names, templates)
 
 
@@ -61,8 +61,8 @@ def classification_accuracy(
 def class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
     """Return the zero-based rank of the correct class of each item, int64 (N,).
 
-    If several classes have the same score, the class with the lowest index is ranked first, as in argmax. Such ties
-    occur because two ImageNet classes have the same name.
+    If several classes have the same score, the one with the lowest index is ranked first, as in argmax. Such ties occur
+    because some ImageNet classes share a name.
 
     Args:
         scores: Score of each class, (N, classes).
@@ -87,7 +87,7 @@ def linear_probe(
         seed: Random seed for the validation split.
 
     Returns:
-        "top-1" accuracy in percent, and "C", the selected inverse regularisation strength.
+        A dict with "top-1", the accuracy in percent, and "C", the selected inverse regularisation strength.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import train_test_split
@@ -97,7 +97,7 @@ def linear_probe(
 
     x, y = train.numpy(), np.asarray(train_labels)
     class_counts = np.unique(y, return_counts=True)[1]
-    # A stratified split needs at least two images per class, and at least as many validation images as classes.
+    # A stratified split requires at least two images per class and at least as many validation images as classes.
     can_stratify = class_counts.min() > 1 and math.ceil(0.2 * len(y)) >= len(class_counts)
     fit_x, validation_x, fit_y, validation_y = train_test_split(
         x, y, test_size=0.2, random_state=seed, stratify=y if can_stratify else None

@@ -1,4 +1,4 @@
-"""On-disk cache of model answers, so that an interrupted evaluation can resume where it stopped.
+"""On-disk cache of model answers, so that an interrupted evaluation can resume where it left off.
 
 The cache consists of JSONL files with one answer per line. Each rank writes its own file in the cache folder: rank 0
 writes NAME.jsonl, rank 1 writes NAME.1.jsonl, rank 2 writes NAME.2.jsonl, and so on.
@@ -25,10 +25,10 @@ def cached_answers(
     answer: Callable[[list[Question]], Iterator[tuple[int, Any]]],
     description: str,
 ) -> list[Any]:
-    """Return the answers to `questions`, in the order of the questions. Generate and cache the missing answers.
+    """Return the answers to `questions`, in order. Generate and cache the missing answers.
 
-    Must be called on all ranks; the questions without a cached answer are divided among the ranks. A question is
-    identified by its id, prompt and image. Damaged lines, left by an interrupted run, are ignored.
+    Must be called on all ranks, which share the questions without a cached answer. A question is identified by its id,
+    prompt and image. Damaged lines from interrupted runs are ignored.
 
     Args:
         file: cache file of the main process (rank 0).
@@ -69,12 +69,12 @@ def _question_key(question: Question) -> str:
 
 
 def _read_cache(file: Path) -> dict[str, Any]:
-    """Read the cached answers from all ranks. Return a dict from question key to answer."""
+    """Read the cached answers of all ranks. Return a dict that maps question keys to answers."""
     cache: dict[str, Any] = {}
     for path in sorted(file.parent.glob(f"{file.stem}*.jsonl")):
         rank_suffix = path.stem[len(file.stem) :]
         if not re.fullmatch(r"(\.\d+)?", rank_suffix):
-            continue  # the names of files with judge scores start with the cache file's name
+            continue  # files with judge scores, whose names also start with the cache file's name
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 row = json.loads(line)

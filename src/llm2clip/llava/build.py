@@ -35,16 +35,16 @@ from llm2clip.models.vision_tower import VisionTower
 def build_llava(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pad: bool = True) -> Path:
     """Build an untrained LLaVA model and save it to a folder. Only the projector is randomly initialised.
 
-    The tower is converted to the LLM's dtype. The model is first saved to a temporary folder and loaded again as a
-    check: its logits for a sample text must match the LLM's logits. Then the folder is renamed to `out`.
+    The tower is converted to the LLM's dtype. As a check, the model is first saved to a temporary folder and loaded
+    again: its logits for a sample text must match the LLM's logits. The folder is then renamed to `out`.
 
     Args:
         tower: vision tower.
         llm: folder, hub id or short name of a causal LLM with a tokenizer. The LLM keeps its dtype.
-        out: folder to create; must not exist.
+        out: folder to create. It must not exist yet.
         seed: random seed for initialising the projector.
-        pad: pad images to squares, as LLaVA-1.5 does. If False, images are preprocessed as they were when the tower
-            was trained, which may include a center crop.
+        pad: if True, pad images to squares, as LLaVA-1.5 does. If False, use the tower's own preprocessing, which may
+            include a center crop.
 
     Returns:
         The path of the model folder.
@@ -155,7 +155,7 @@ def _join(vision: Any, llm: Any, tokenizer: Any, *, image_tokens: int, seed: int
     else:
         model_class = LlavaForConditionalGeneration
         config = LlavaConfig(**common, vision_feature_layer=-2, vision_feature_select_strategy=_select_strategy(vision))
-    with torch.device("meta"):  # allocates no memory for weights: all parts are replaced below
+    with torch.device("meta"):  # meta tensors take no memory; all parts are replaced below
         model = model_class(config)
     model.model.vision_tower = vision
     model.model.language_model = llm.get_decoder()
@@ -218,7 +218,7 @@ def _build_processor(
 
 
 def _check_saved_model(folder: Path, llm: str, text_ids: torch.Tensor, expected_logits: torch.Tensor) -> None:
-    """Load a saved model, compare its logits for a text with the LLM's logits, and run the model on an image.
+    """Load a saved model, compare its logits for a text with the LLM's logits, and run it on an image.
 
     Args:
         folder: model folder.
@@ -235,7 +235,7 @@ def _check_saved_model(folder: Path, llm: str, text_ids: torch.Tensor, expected_
     model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     with torch.inference_mode():
-        # The model's vocabulary may be larger than the LLM's, because it includes the image token and padding.
+        # The model's vocabulary may be larger than the LLM's, because it includes the image token and is padded.
         logits = model(input_ids=text_ids).logits.float()[..., : expected_logits.shape[-1]]
         tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
         if (

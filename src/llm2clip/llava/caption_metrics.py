@@ -2,8 +2,8 @@
 
 The scores are computed by pycocoevalcap, the COCO caption evaluation code. Its tokenizer is a Java program, so
 `tokenize` reimplements the rules that matter for captions: Penn Treebank tokens (n't and 's are separate), no
-punctuation, lower case. Rules for text that rarely occurs in captions are not implemented. The scores of captions with
-such text therefore differ from those computed with the Java tokenizer.
+punctuation, lower case. Rules for text that is rare in captions are not implemented, so the scores of captions with
+such text can differ from those computed with the Java tokenizer.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]])
         raise ValueError(f"CIDEr needs at least two images (got {len(captions)})")
     hypotheses = {n: [tokenize(caption)] for n, caption in enumerate(captions)}
     targets = {n: [tokenize(text) for text in texts] for n, texts in enumerate(references)}
-    with contextlib.redirect_stdout(io.StringIO()):  # suppress what Bleu prints
+    with contextlib.redirect_stdout(io.StringIO()):  # suppress the output that Bleu prints
         bleu, _ = Bleu(4).compute_score(targets, hypotheses)
         cider, _ = Cider().compute_score(targets, hypotheses)
     return {"BLEU-4": 100 * float(bleu[3]), "CIDEr-D": 100 * float(cider)}

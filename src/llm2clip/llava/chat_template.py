@@ -1,4 +1,4 @@
-"""Chat templates for conversations about an image, and tokenization with labels for the answers only.
+"""Chat templates for conversations about an image, and tokenization that labels only the answers.
 
 If the LLM has no chat template of its own, Vicuna's template is used, as in LLaVA-1.5. In transformers' message format,
 the content of a message can be a list of text and image parts. A Jinja prefix converts such a list to text with
@@ -14,7 +14,7 @@ from typing import Any
 from llm2clip.data.image_refs import ImageRef
 
 IMAGE_TOKEN = "<image>"
-IGNORE_INDEX = -100  # label of tokens outside the answers, as in transformers and cross_entropy
+IGNORE_INDEX = -100  # label of tokens that are not in an answer, as in transformers and cross_entropy
 PLACEHOLDER_MARKS = ("\ue000", "\ue001")  # delimiters of the placeholders for answers; see `tokenize_and_label`
 
 _FLATTEN_CONTENT = """{%- set flat = namespace(messages=[]) -%}
@@ -115,7 +115,7 @@ def answer_end_tokens(tokenizer: Any) -> set[int]:
 def tokenize_and_label(conversation: Conversation, tokenizer: Any, image_tokens: int) -> LabeledTokens:
     """Tokenize a conversation and label its answers, including the special token that ends each answer.
 
-    The chat template is rendered with numbered placeholders in place of the answers, so that the exact span of each
+    The chat template is rendered with numbered placeholders instead of the answers, so that the exact span of each
     answer is known for any template.
 
     Args:
@@ -161,8 +161,8 @@ def _placeholder(n: int) -> str:
 def _special_tokens(tokenizer: Any) -> list[str]:
     """Return all special tokens except `<image>`, longest first.
 
-    `all_special_tokens` does not contain every added token that is marked as special, so the special tokens are read
-    from `added_tokens_decoder`.
+    `all_special_tokens` does not contain every added token that is marked as special, so read `added_tokens_decoder`
+    instead.
     """
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return sorted({*tokenizer.all_special_tokens, *added} - {IMAGE_TOKEN}, key=len, reverse=True)
@@ -180,7 +180,8 @@ def _label_spans(text: str, spans: list[tuple[int, int]], tokenizer: Any, image_
             ids += [token] * image_tokens
             labels += [IGNORE_INDEX] * image_tokens
             continue
-        # Only the token's end is checked: some tokenizers merge the space before an answer into the first token.
+        # Check only the end of the token, because some tokenizers merge the space before an answer into its first
+        # token.
         in_answer = any(span_start < end <= span_end for span_start, span_end in spans)
         ids.append(token)
         labels.append(token if in_answer else IGNORE_INDEX)

@@ -21,7 +21,7 @@ from llm2clip.store.store import EmbeddingStore
 log = logging.getLogger(__name__)
 
 MEGABATCH = 50  # number of batches in each group that is sorted by length, as in LLaVA's sampler
-MIN_TEXT_TOKENS = 64  # minimum number of text tokens that must fit into max_length together with the image
+MIN_TEXT_TOKENS = 64  # minimum number of text tokens that must fit into max_length besides the image
 MAX_REPLACEMENTS = 1000  # number of consecutive unusable conversations after which an error is raised
 
 
@@ -38,7 +38,7 @@ class ConversationDataset(Dataset):
     ) -> None:
         """
         Args:
-            conversations: conversations to train on. If `store` is given, it must contain all their images.
+            conversations: conversations to train on. `store`, if not None, must contain all their images.
             processor: the model's processor.
             image_tokens: number of tokens per image.
             max_length: maximum number of tokens; longer conversations are truncated.
@@ -69,7 +69,7 @@ class ConversationDataset(Dataset):
         return len(self.conversations)
 
     def lengths(self) -> list[int]:
-        """Estimate each conversation's number of tokens from its characters, because tokenizing all of them is slow."""
+        """Estimate each conversation's length in tokens from its characters, because tokenizing them all is slow."""
         lengths = []
         for conversation in self.conversations:
             characters = sum(len(question) + len(answer) for question, answer in conversation.turns)
@@ -79,7 +79,7 @@ class ConversationDataset(Dataset):
         return lengths
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return a dict with `ids` and `labels`. If there is an image, `vision` is its pixels or patch features.
+        """Return a dict with `ids`, `labels` and, if there is an image, `vision`: its pixels or patch features.
 
         If a conversation cannot be used, a warning is logged and the next usable conversation is returned instead.
 
@@ -94,7 +94,7 @@ class ConversationDataset(Dataset):
         raise ValueError(f"{item}, and none of the conversations after it can be used")
 
     def _load(self, index: int) -> dict[str, Any] | str:
-        """Return the item for one conversation, or the reason why the conversation cannot be used."""
+        """Return the item for one conversation, or the reason why it cannot be used."""
         conversation = self.conversations[index]
         try:
             labeled = tokenize_and_label(conversation, self.tokenizer, self.image_tokens)
@@ -117,7 +117,7 @@ class ConversationDataset(Dataset):
 
 
 class LlavaCollator:
-    """Collator that right-pads conversations to the length of the longest conversation in the batch."""
+    """Collator that right-pads conversations to the length of the longest one in the batch."""
 
     def __init__(self, pad_id: int, image_id: int, image_tokens: int, empty_image: Tensor) -> None:
         """
@@ -136,12 +136,12 @@ class LlavaCollator:
         """Return the model inputs for a batch.
 
         For B conversations padded to T tokens, input_ids and attention_mask are (B, T) int64, and pixel_values contains
-        the pixels or patch features of all images. labels is (B, K), where K = logits_to_keep. The logits start just
-        before the first answer in the batch, because the logits for the system prompt and the image are not needed.
+        the pixels or patch features of all images. labels is (B, K), where K = logits_to_keep. Logits are computed only
+        from just before the first answer in the batch; those for the system prompt and the image are not needed.
 
         If no conversation has an image, a blank image is appended to the first conversation, where causal attention
-        hides the image from the text. The projector thus receives gradients in every batch on every rank, as DDP and
-        FSDP require.
+        hides it from the text. This way, the projector receives gradients in every batch on every rank, as DDP and FSDP
+        require.
         """
         rows = [list(item["ids"]) for item in items]
         labels = [list(item["labels"]) for item in items]
@@ -166,11 +166,11 @@ class LlavaCollator:
 
 
 class LengthGroupedSampler(Sampler):
-    """Sampler that shuffles indices and groups them so that the conversations in a batch have similar lengths.
+    """Sampler that shuffles indices and groups conversations of similar length into batches.
 
     The indices are shuffled and divided into groups of about 50 batches. Each group is sorted by length, and then the
-    batches are shuffled. The order depends only on the seed and the epoch, so all ranks use the same order, and a
-    resumed run continues with that order.
+    batches are shuffled. The order depends only on the seed and the epoch, so it is the same on all ranks and in a
+    resumed run.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:

@@ -43,11 +43,11 @@ def read_conversations(
     """Read conversations from files in LLaVA's format and from captioned images.
 
     Args:
-        sources: paths of the sources; the format of each source is detected automatically.
+        sources: paths of the sources. The format of each source is detected automatically.
         from_records: function that makes conversations from records and a seed: `captioning_conversations` or
             `instruction_conversations`.
         images: folder that contains the images of files in LLaVA's format. See `read_llava`.
-        columns: map from record fields to column names in the sources.
+        columns: mapping from record fields to column names in the sources.
         log: log of skipped rows.
         seed: random seed, passed to `from_records`.
     """
@@ -56,7 +56,7 @@ def read_conversations(
         if is_llava_file(source):
             conversations += read_llava(source, images, log)
         else:
-            # Rows with the same image are merged: an object must not count as absent if any of the rows names it.
+            # Merge rows with the same image: an object must not count as absent if any of the rows names it.
             records = [record for _, record in read_merged_records([source], columns or {}, log)]
             conversations += from_records(records, seed)
     return conversations
@@ -80,7 +80,7 @@ def read_llava(file: str | Path, images: str | Path | None, log: SkipLog) -> lis
 
     Args:
         file: .json or .jsonl file.
-        images: folder that image paths are relative to. Default: the folder that contains the file.
+        images: folder to which image paths are relative. Default: the folder that contains the file.
         log: log of skipped rows.
 
     Raises:

@@ -49,7 +49,8 @@ class GenerationOptions:
 
     Args:
         num_beams: number of beams for generating captions. Benchmarks use greedy decoding, as LLaVA-1.5 does.
-        by_likelihood: answer each multiple-choice question with the most likely option instead of a generated letter.
+        by_likelihood: if True, answer each multiple-choice question with the most likely option instead of generating a
+            letter.
         batch_size: number of questions per forward pass.
         precision: fp32, bf16 or auto.
         judge: LLM judge that scores free-form answers. Without a judge, free-form answers are generated but not scored.
@@ -146,7 +147,7 @@ def evaluate_model(
 
 
 def _no_questions(folder: Path, log: SkipLog) -> list[Question]:
-    """Return an empty list, because the questions for this task are made from records."""
+    """Return an empty list: the questions for this task are made from records."""
     return []
 
 
@@ -185,7 +186,7 @@ def _drop_undecodable(
 
 
 def _score(task: Task, questions: list[Question], answers: list[str], judge: Any, file: Path) -> dict[str, float]:
-    """Score answers. If the task needs a judge but there is none, return no metrics.
+    """Score answers. Return no metrics if the task needs a judge but there is none.
 
     Judge scores are cached next to `file`.
     """

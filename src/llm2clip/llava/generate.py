@@ -62,10 +62,10 @@ class AnswerGenerator:
     def generate(
         self, questions: Sequence[Question], max_new_tokens: int, num_beams: int = 1
     ) -> Iterator[tuple[int, str | None]]:
-        """Yield (question index, answer) as batches complete. Questions are sorted by length before they are batched.
+        """Yield (question index, answer) as each batch completes. Questions are sorted by length before batching.
 
         Args:
-            questions: questions to answer; the image is optional.
+            questions: questions to answer, with or without an image.
             max_new_tokens: maximum number of tokens per answer.
             num_beams: number of beams; 1 means greedy decoding.
         """
@@ -100,9 +100,9 @@ class AnswerGenerator:
         """Score candidate answers to a question.
 
         Returns:
-            (answers, 3) float32. The three values per answer are the sum of the log-likelihoods of its tokens, the
-            number of tokens, and the number of tokens that greedy decoding would choose. If the image cannot be
-            decoded, the result is None.
+            (answers, 3) float32, or None if the image cannot be decoded. The three values per answer are the sum of the
+            log-likelihoods of its tokens, the number of tokens, and the number of tokens that greedy decoding would
+            also choose.
         """
         pixels = decode_or_error(question.image, self.transform) if question.image is not None else None
         if isinstance(pixels, str):
@@ -130,7 +130,7 @@ class AnswerGenerator:
         return torch.stack([-losses.sum(1), in_answer.sum(1).float(), greedy.sum(1).float()], 1)
 
     def prompt_ids(self, question: Question) -> list[int]:
-        """Return the token ids of a question's prompt, up to the point where the answer starts."""
+        """Return the token ids of a question's prompt, up to the start of the answer."""
         messages = to_messages(Conversation(question.id, question.image, ((question.prompt, ""),)))[:1]
         text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         text = text.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.image_tokens)
@@ -139,7 +139,7 @@ class AnswerGenerator:
         return ids
 
     def _batch_indices(self, questions: Sequence[Question]) -> Iterator[list[int]]:
-        """Yield the question indices of each batch: questions with an image first, then by decreasing prompt length."""
+        """Yield the question indices of each batch: first questions with images, then others, longest prompts first."""
         longest_first = sorted(range(len(questions)), key=lambda n: -len(questions[n].prompt))
         for has_image in (True, False):
             indices = [n for n in longest_first if (questions[n].image is not None) is has_image]
@@ -149,7 +149,7 @@ class AnswerGenerator:
     def _generation_inputs(
         self, questions: Sequence[Question], indices: Sequence[int]
     ) -> tuple[list[int], dict[str, Tensor]]:
-        """Return the indices of the usable questions, and the model inputs for these questions.
+        """Return the indices of the usable questions and the model inputs for them.
 
         Questions whose image cannot be decoded are not usable. Prompts are left-padded.
         """

@@ -1,7 +1,7 @@
-"""Image preprocessing for LLaVA, and computation and caching of the vision tower's patch features.
+"""Image preprocessing for LLaVA, and cached computation of the vision tower's patch features.
 
-The vision tower is frozen during training, so it is not part of the model that is trained. `PrecomputedVision` takes
-the tower's place and returns patch features that were read from a store or computed just before the forward pass.
+The vision tower is frozen, so it is replaced during training by `PrecomputedVision`, which returns patch features that
+were read from a store or computed just before the forward pass.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def resize_longer_side(image: Tensor, side: int) -> Tensor:
 def pad_to_square(image: Tensor, colour: Sequence[int]) -> Tensor:
     """Pad an image (3, H, W) to a square, equally on both sides, as LLaVA-1.5 does.
 
-    If the tower's preprocessing crops images (crop_pct below 1), the padded image is cropped too.
+    If the tower's preprocessing crops images (crop_pct below 1), the padded image is also cropped.
     """
     height, width = image.shape[-2:]
     side = max(height, width)
@@ -84,7 +84,7 @@ class PatchFeatures:
         Args:
             model: LLaVA model. Its tower is switched to eval mode and stays on its current device.
             processor: the model's processor.
-            bf16: run the tower with bfloat16 autocast.
+            bf16: if True, run the tower with bfloat16 autocast.
         """
         self.tower = model.model.vision_tower.eval()
         self.config = model.config
@@ -114,7 +114,7 @@ class PatchFeatures:
             return torch.cat(selected, -1)
 
     def identity(self) -> dict[str, Any]:
-        """Return everything that affects the features, for the store's fingerprint."""
+        """Return a dict of everything that affects the features, for the store's fingerprint."""
         return {
             "tower": self.tower.config.to_dict(),
             "weights": hash_weights(self.tower),
@@ -153,7 +153,7 @@ class PrecomputedVision(nn.Module):
     def __init__(self, feature_maps: bool) -> None:
         """
         Args:
-            feature_maps: return channels-first features, as FastVLM expects.
+            feature_maps: if True, return channels-first features, as FastVLM expects.
         """
         super().__init__()
         self.feature_maps = feature_maps

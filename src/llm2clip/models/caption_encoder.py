@@ -2,10 +2,10 @@
 
 By default, the encoder is a decoder LLM with bidirectional attention and mean pooling. The encoder is stored as an
 ordinary `SentenceTransformer`, so sentence-transformers can load a saved encoder without code from this package and
-computes the same embeddings. The only exception is NV-Embed (see `models/latent_attention.py`).
+compute the same embeddings. The only exception is NV-Embed (see `models/latent_attention.py`).
 
 This module builds an encoder (attention, depth, template, pooling), batches texts of similar length, packs each batch
-without padding, and returns the encoder's identity: everything that affects the embeddings.
+without padding, and computes the encoder's identity: everything that affects the embeddings.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from llm2clip.models.sentence_transformer import open_sentence_transformer, trun
 from llm2clip.models.text_template import has_consistent_length, prompt_length, set_template
 from llm2clip.progress import ProgressBar
 
-MAX_EMBEDDINGS_ON_DEVICE = 8192  # the accumulated embeddings are copied to the CPU when they reach this number
+MAX_EMBEDDINGS_ON_DEVICE = 8192  # number of accumulated embeddings after which they are copied to the CPU
 # Entries of the LLM's config that do not affect its output, and entries that `identity` includes separately.
 _CONFIG_WITHOUT_EFFECT = (
     "_name_or_path",
@@ -49,11 +49,11 @@ _CONFIG_WITHOUT_EFFECT = (
 
 
 class CaptionEncoder(nn.Module):
-    """LLM with a template and pooling. Load an encoder with `from_pretrained` and encode captions with `encode`.
+    """LLM with a template and pooling. Use `from_pretrained` to load an encoder and `encode` to encode captions.
 
     Attributes:
         st: the SentenceTransformer; `st[0]` is the LLM and `st[1]` is the pooling layer.
-        weights_precision: precision that the weights are stored for: fp32, unless `move_for_encoding` lowered it.
+        weights_precision: precision for which the weights are stored: fp32, unless `move_for_encoding` lowered it.
     """
 
     def __init__(self, st: SentenceTransformer) -> None:
@@ -84,19 +84,18 @@ class CaptionEncoder(nn.Module):
         Args:
             path: one of: a folder or hub id of a transformers or sentence-transformers model; an llm2clip model folder;
                 a `.gguf` file; the name of a model that `llm2clip` can download (see `models/pretrained.py`).
-            bidirectional: let every token attend to all tokens (True) or only to earlier tokens (False).
+            bidirectional: if True, every token attends to all tokens. If False, only to earlier tokens.
             layers: number of layers to keep, counted from the input. The final norm is always kept.
             template: text around the caption, such as `"<|im_start|>user\\n{caption}<|im_end|>"`. The text before
-                `{caption}` is excluded from pooling. At most one special token may follow `{caption}`. This token is
+                `{caption}` is excluded from pooling. At most one special token may follow `{caption}`. It is
                 included in pooling, as in the paper, and replaces the tokenizer's default special tokens.
             pooling: pooling mode of sentence-transformers: mean, weightedmean, lasttoken, cls or max.
             max_length: maximum input length in tokens, including the template.
             truncate_dim: number of embedding dimensions to keep, for encoders with Matryoshka training.
-            attention: attention implementation. This is either `packed` (see `models/packing.py`) or an implementation
-                from transformers, such as sdpa, eager, flex_attention or flash_attention_2. Decoders that support
-                `packed` use `packed` by default. `packed` and flash attention need no padding. Flash attention requires
-                bf16.
-            device: device to load the encoder on. Default: a GPU if there is one.
+            attention: attention implementation: `packed` (see `models/packing.py`) or one from transformers, such as
+                sdpa, eager, flex_attention or flash_attention_2. Decoders that support `packed` use it by default.
+                `packed` and flash attention need no padding. Flash attention requires bf16.
+            device: device on which to load the encoder. Default: a GPU if there is one.
 
         Raises:
             ValueError: an option is not valid for the model.
@@ -127,7 +126,7 @@ class CaptionEncoder(nn.Module):
         return encoder.eval()
 
     def _set_attention(self, attention: str | None) -> None:
-        # An encoder on the CPU may be moved to a GPU later.
+        # An encoder that is loaded on the CPU may be moved to a GPU later.
         cpu_only = self.device.type == "cpu" and not torch.cuda.is_available()
         if attention == "flex_attention" and cpu_only and not flex_attention_is_correct():
             raise ValueError(
@@ -180,15 +179,15 @@ class CaptionEncoder(nn.Module):
     # ---- tokens -----------------------------------------------------------------------------------------------------
 
     def tokenize(self, captions: Sequence[str], prompts: Sequence[str] | None = None) -> TokenizedTexts:
-        """Tokenize captions with the template and special tokens, and truncate the texts to the encoder's `max_length`.
+        """Tokenize captions with the template and special tokens, and truncate them to the encoder's `max_length`.
 
-        Whitespace at the start and end of a caption is removed, as in the LLM2CLIP authors' code. Truncation removes
-        the last tokens of the caption. The template's special token after the caption is kept.
+        Leading and trailing whitespace is removed, as in the LLM2CLIP authors' code. Truncation removes the last tokens
+        of the caption but keeps the template's special token after it.
 
         Args:
             captions: captions without the template.
-            prompts: an instruction for each caption; "" means no instruction. An instruction is placed between the
-                template's prefix and the caption. All tokens before the caption are excluded from pooling.
+            prompts: an instruction for each caption, or "" for no instruction. It is placed between the template's
+                prefix and the caption. All tokens before the caption are excluded from pooling.
 
         Raises:
             TypeError, ValueError: a caption is not a string or not valid Unicode.
@@ -206,7 +205,7 @@ class CaptionEncoder(nn.Module):
         return TokenizedTexts(ids, truncated, [self.prompt_length(prefix) for prefix in prefixes])
 
     def count_truncated(self, captions: Sequence[str]) -> int:
-        """Return the number of captions that are truncated because they are longer than `max_length`."""
+        """Return the number of captions that are longer than `max_length` and are therefore truncated."""
         return len(self.tokenize(captions).truncated)
 
     def prompt_length(self, prompt: str) -> int:
@@ -234,13 +233,13 @@ class CaptionEncoder(nn.Module):
 
         Args:
             ids: token ids of B captions, from `tokenize`.
-            prompt_length: number of tokens at the start of each caption that are excluded from pooling. Default: the
-                length of the template's prefix.
+            prompt_length: number of leading tokens of each caption that are excluded from pooling. Default: the length
+                of the template's prefix.
 
         Returns:
-            A dict of model inputs. With `packed` or flash attention, it is the output of `pack_batch`: a single row
-            without padding. With any other attention implementation, it contains the padded input_ids and
-            attention_mask, both (B, T) int64. If the prompt length is not 0, the dict also contains prompt_length.
+            A dict of model inputs. For `packed` and flash attention, this is the output of `pack_batch`: a single row
+            without padding. For other attention implementations, it contains the padded input_ids and attention_mask,
+            both (B, T) int64, and prompt_length if it is not 0.
         """
         if self.attention == PACKED or "flash" in self.attention:
             batch = pack_batch(ids, self.attention, self.device)
@@ -281,7 +280,7 @@ class CaptionEncoder(nn.Module):
             precision: fp32, bf16 or bf16+N. bf16 is two to three times as fast as fp32. bf16+N runs the first N layers
                 in fp32, for models that are too inaccurate in bf16 (see `models/precision_calibration.py`). Default:
                 fp32 or, after `move_for_encoding`, the precision of the weights.
-            progress: True shows a progress bar. An existing `ProgressBar` is updated.
+            progress: if True, show a progress bar. If a `ProgressBar`, update it.
 
         Raises:
             TypeError: a caption is not a string.
@@ -330,11 +329,11 @@ class CaptionEncoder(nn.Module):
         return embeddings
 
     def move_for_encoding(self, device: str | torch.device, precision: str) -> None:
-        """Move the encoder to a device, in place, with only the weights that encoding with `precision` needs.
+        """Move the encoder to a device in place, with only the weights required for encoding with `precision`.
 
-        With bf16, the LLM's linear layers are stored in bf16 instead of fp32. Encoding then needs less than half of the
-        memory and gives bit-identical embeddings. An encoder that was loaded on the CPU never has fp32 weights of these
-        layers on the GPU. Afterwards, the encoder can no longer be saved, trained, identified or used in fp32.
+        With bf16, the LLM's linear layers are stored in bf16 instead of fp32. Encoding then takes less than half the
+        memory, and the embeddings are bit-identical. If the encoder was loaded on the CPU, these layers never occupy
+        fp32 memory on the GPU. Afterwards, the encoder can no longer be saved, trained, identified or used in fp32.
         """
         self._check_weights(precision)
         cast_linear_weights(self.llm, precision)
@@ -347,7 +346,7 @@ class CaptionEncoder(nn.Module):
         return self.weights_precision == "fp32"
 
     def _check_weights(self, precision: str) -> None:
-        """Check that the weights are precise enough for `precision`, and that `precision` is valid."""
+        """Check that `precision` is valid and does not exceed the precision in which the weights are stored."""
         is_bf16, fp32_layer_count = parse_precision(precision)
         _, available_fp32_layers = parse_precision(self.weights_precision)
         if not self.has_full_precision and (not is_bf16 or fp32_layer_count > available_fp32_layers):
@@ -359,7 +358,7 @@ class CaptionEncoder(nn.Module):
     # ---- identity and saving ----------------------------------------------------------------------------------------
 
     def identity(self, precision: str = "fp32") -> dict[str, Any]:
-        """Return a dict of everything that affects the embeddings: settings, and hashes of the weights and tokenizer.
+        """Return a dict of everything that affects the embeddings: settings and hashes of the weights and tokenizer.
 
         `fingerprint` converts the dict to a single hash.
 
@@ -388,7 +387,7 @@ class CaptionEncoder(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Save the encoder in the sentence-transformers layout, with safetensors weights.
 
-        If the encoder has a separate LoRA adapter, only the adapter and the LLM's name are saved, without the LLM's
+        If the encoder has a separate LoRA adapter, only the adapter and the LLM's name are saved, not the LLM's
         weights.
 
         Raises:
@@ -414,7 +413,7 @@ def _short_hash(text: str) -> str:
 
 
 def _effective_config(llm: Any) -> dict[str, Any]:
-    """Return the entries of the LLM's config that affect its output and are not listed separately in `identity`."""
+    """Return the entries of the LLM's config that affect its output, except those that `identity` lists separately."""
     config: dict[str, Any] = json.loads(llm.config.to_json_string(use_diff=False))
     return {name: value for name, value in config.items() if name not in _CONFIG_WITHOUT_EFFECT}
 
@@ -422,7 +421,7 @@ def _effective_config(llm: Any) -> dict[str, Any]:
 def _canonical_tokenizer(tokenizer: Any) -> str:
     """Return the tokenizer as JSON.
 
-    The padding and truncation settings are removed, because earlier calls may have changed these settings.
+    Padding and truncation settings are removed, because earlier calls may have changed them.
     """
     state = json.loads(tokenizer.to_str())
     state.pop("padding", None)

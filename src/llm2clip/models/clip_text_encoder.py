@@ -1,8 +1,8 @@
-"""Text towers of other CLIP models, for comparison with a caption encoder.
+"""Text towers of CLIP models, for comparison with a caption encoder.
 
 The supported models are transformers models of the types in `_TEXT_INPUTS`, models that come with their own code
-(Jina-CLIP), and, if open_clip is installed, open_clip models. Texts that exceed the context length are truncated, as is
-usual for these models. `ClipTextEncoder.count_truncated` counts the truncated texts.
+(Jina-CLIP), and, if open_clip is installed, open_clip models. Texts that exceed the context length are truncated, as
+these models normally do; `ClipTextEncoder.count_truncated` counts them.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ class _TextInput:
     """Text preprocessing that a model type requires.
 
     Attributes:
-        context_length: number of tokens that the model was trained with. None: the number of its position embeddings.
-        fully_padded: the model was trained on texts padded to the context length, without an attention mask.
-        lower_case: the model was trained on lower-case text.
+        context_length: number of tokens with which the model was trained. If None, the number of its position
+            embeddings.
+        fully_padded: True if the model was trained on texts padded to the context length, without an attention mask.
+        lower_case: True if the model was trained on lower-case text.
     """
 
     context_length: int | None = None
@@ -56,7 +57,7 @@ _TEXT_INPUTS = {
 }
 # Other model types with text features -> the reason why they are not supported.
 _UNSUITABLE_TYPES = {
-    # transformers applies the causal mask only if a batch has padding (as of version 5.24).
+    # As of version 5.24, transformers applies the causal mask only if a batch has padding.
     "aimv2": "in transformers, its embedding of a text depends on the padding",
     "blip": "its checkpoints compare images and texts with a cross-attention model (use another model)",
     "blip_2": "it embeds an image as 32 vectors instead of one",
@@ -100,7 +101,8 @@ class ClipTextEncoder:
             tokenize: function that truncates N texts to the context length and returns a dict of inputs.
             forward: function that takes the inputs from `tokenize` as keyword arguments and returns embeddings of
                 shape (N, embed_dim).
-            token_count: function that returns the number of tokens in a text before truncation, or None if unknown.
+            token_count: function that returns the number of tokens in a text before truncation. None if there is no
+                such function.
         """
         self.model, self.context_length = model, context_length
         self.tokenize, self._forward, self._token_count = tokenize, forward, token_count
@@ -145,7 +147,7 @@ def has_text_tower(path: str, trust_remote_code: bool = False) -> bool:
         return _remote_class_has_text_tower(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError):  # not a transformers model; the function that loads it later reports the error
+    except (OSError, ValueError):  # not a transformers model; the loading function will report the error
         return False
     return type(config) in MODEL_MAPPING and hasattr(MODEL_MAPPING[type(config)], "get_text_features")
 
@@ -167,7 +169,7 @@ def load_clip_text_encoder(
     Args:
         path: for transformers, a folder or hub id. For open_clip, one of `open_clip:NAME/PRETRAINED`,
             `open_clip:FOLDER` (a folder saved by open_clip) and `open_clip:hf-hub:ID`.
-        device: device to load the model on. Default: a GPU if there is one.
+        device: device on which to load the model. Default: a GPU if there is one.
         trust_remote_code: run the Python code that comes with a model, if there is any.
 
     Raises:
@@ -230,7 +232,7 @@ def _text_input(path: str, model_type: str) -> _TextInput:
 
 
 def pooled_output(features: Any) -> Tensor:
-    """Return the embeddings in the result of `get_text_features` or `get_image_features`."""
+    """Extract the embeddings from the result of `get_text_features` or `get_image_features`."""
     embeddings: Tensor = features if isinstance(features, Tensor) else features.pooler_output
     return embeddings
 
@@ -239,7 +241,7 @@ def pooled_output(features: Any) -> Tensor:
 def _load_remote_code(path: str, device: torch.device) -> ClipTextEncoder:
     """Load a model by running the code that comes with it. The caller must check that the user allows this code to run.
 
-    If the model has a method `encode_text`, as Jina-CLIP does, this method tokenizes and truncates the texts.
+    If the model has a method `encode_text`, as Jina-CLIP does, that method tokenizes and truncates the texts.
     Otherwise, the model must have a method `get_text_features`, and its tokenizer must specify the context length.
     """
     from transformers import AutoModel, AutoTokenizer

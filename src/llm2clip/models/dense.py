@@ -1,13 +1,13 @@
 """Dense image features: one embedding per cell of an image, in the shared space of images and texts.
 
-A cell is a patch of a vision transformer or a position in the last feature map of a convolutional network. To get its
-embedding, the tower's head and the image projection are applied to this cell alone. Images can have any size: position
-embeddings are interpolated, and rotary embeddings are computed for the grid.
+A cell is a patch of a vision transformer or a position in the last feature map of a convolutional network. Its
+embedding is computed by applying the tower's head and the image projection to this cell alone. Images can have any
+size: position embeddings are interpolated, and rotary embeddings are computed for the grid.
 
-CLIP is only trained to match whole images, so nothing keeps a patch's output local: the last block blends all patches.
-The training-free variants change this block only. Below, x is the block's input, q, k and v are the queries, keys and
-values of norm1(x), s is the scale 1 / sqrt(head dimension), W is the output projection of the attention, and FFN
-includes its norm:
+CLIP is trained only to match complete images, so the output for a patch is not forced to stay local: the last block
+blends all patches. The training-free variants change only this block. Below, x is the block's input, q, k and v are the
+queries, keys and values of norm1(x), s is the scale 1 / sqrt(head dimension), W is the output projection of the
+attention, and FFN includes its norm:
 
 plain      y = x + W(softmax(s q k^T) v); y + FFN(y). The block as it was trained.
 maskclip   y = x + W(v); y + FFN(y). arXiv 2112.01071, https://github.com/chongzhou96/MaskCLIP
@@ -17,7 +17,7 @@ clearclip  W(softmax(s q q^T) v). arXiv 2407.12442, https://github.com/mc-lan/Cl
 naclip     W(softmax(s k k^T + g) v), with g = exp(-d^2 / 50) for two patches whose distance is d patches, and g = 0 for
            class and register tokens. arXiv 2404.08181, https://github.com/sinahmr/NACLIP
 
-Queries and keys are taken after their norms and rotary embeddings, if there are any. Any layer scale is included in W.
+Queries and keys include their norms and rotary embeddings, if any. Any layer scale is included in W.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from llm2clip.models.vision_tower import VisionTower
 DENSE_VARIANTS = ("plain", "maskclip", "sclip", "clearclip", "naclip")
 _NO_RESIDUAL = ("clearclip", "naclip")  # these variants also drop the feed-forward network
 _GAUSSIAN_STD = 5.0  # NACLIP's, in patches
-# For localisation: ratio of the image's shorter side to the tower's training size. 1.5 gives 336 pixels for a 224-pixel
-# tower, as in SCLIP.
+# Ratio of the image's shorter side to the tower's training size, for localisation. 1.5 results in 336 pixels for a
+# 224-pixel tower, as in SCLIP.
 LOCALIZATION_SCALE = 1.5
-_MAX_ASPECT_RATIO = 8  # more elongated images are squeezed; otherwise their size would be unbounded
+_MAX_ASPECT_RATIO = 8  # more elongated images are squeezed, because their size would otherwise be unbounded
 # Classes of pre-norm blocks -> names of the norm, the attention and the layer scale.
 _BLOCK_PARTS = {
     "timm.models.vision_transformer.Block": ("norm1", "attn", "ls1"),
@@ -70,14 +70,14 @@ class DenseEncoder:
 
     Attributes:
         cell_size: side length of a cell in pixels: the patch size, or the total stride of a convolutional network.
-        image_size: side length in pixels of the images that the tower was trained with.
+        image_size: side length in pixels of the images on which the tower was trained.
         variants: supported variants; ("plain",) for convolutional networks.
         device: device of the embeddings.
         interpolation: interpolation mode of the tower's preprocessing, for `resize`.
-        localization_variant: the variant to use for localisation. NACLIP if the tower was trained with a
-            class token: training then never compared patches with texts, and NACLIP's paper reports better segmentation
-            than with other variants on most data sets. Plain if the tower pools its cells, because training then
-            compared their mean with texts.
+        localization_variant: variant to use for localisation. If the tower was trained with a class token, training
+            never compared patches with texts, so this is NACLIP, which according to its paper has better segmentation
+            results than other variants on most data sets. If the tower pools its cells, training compared their mean
+            with texts, so this is plain.
         features: function that takes pixels (N, 3, H, W) on `device` and a variant, and returns the embeddings before
             normalisation, (N, H / cell_size, W / cell_size, D).
     """
@@ -122,14 +122,14 @@ class DenseEncoder:
         return F.normalize(self.features(pixels.to(self.device), variant).float(), dim=-1)
 
     def resize(self, image: Tensor, image_size: int | None = None) -> Tensor:
-        """Resize an image, uint8 (3, H, W), so that it consists of a whole number of cells; return uint8 (3, H', W').
+        """Resize an image, uint8 (3, H, W), to a whole number of cells; return uint8 (3, H', W').
 
         The shorter side is resized to `image_size`, and the aspect ratio is kept, apart from rounding both sides to
         multiples of `cell_size`. The longer side is at most eight times as long as the shorter one.
 
         Args:
             image: the image.
-            image_size: length of the shorter side, in pixels. Default: the size that the tower was trained with.
+            image_size: length of the shorter side, in pixels. Default: the size on which the tower was trained.
         """
         shorter = max(1, round((image_size or self.image_size) / self.cell_size))  # in cells
         height, width = image.shape[-2:]
@@ -146,7 +146,7 @@ def build_dense_encoder(tower: VisionTower, project: Callable[[Tensor], Tensor],
     Args:
         tower: the vision tower.
         project: image projection, which maps pooled features (N, feature_dim) to the shared space.
-        bf16: run the tower and the projection in bf16, with autocast.
+        bf16: if True, run the tower and the projection with bf16 autocast.
 
     Raises:
         ValueError: the tower's architecture has no grid of cells.

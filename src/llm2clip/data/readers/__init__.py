@@ -38,12 +38,12 @@ READABLE_FORMATS = (
 def find_files(path: str, all_files: bool = False) -> list[tuple[str, str]]:
     """Resolve a path to a list of `(format, file)` pairs, in order.
 
-    If the path exists, it is not treated as a pattern, even if it contains glob or brace characters.
+    An existing path is never treated as a pattern, even if it contains glob or brace characters.
 
     Args:
         path: File, folder, glob or brace pattern, or `hf:NAME` for a Hugging Face data set.
-        all_files: Whether to use all caption files, images, tar files and Parquet files in a folder and its subfolders.
-            If False, only the first of these kinds that the folder contains is used.
+        all_files: If True, use all caption files, images, tar files and Parquet files in a folder and its subfolders.
+            If False, use only the first of these kinds that the folder contains.
 
     Raises:
         FileNotFoundError: No file matches the path. The message suggests similar names.
@@ -86,10 +86,10 @@ def read_source(
         kind: Name of the format, from `find_files`.
         path: File or folder to read.
         choose: Function that selects the columns of a table. Other columns are not read.
-        image_bytes: Whether to read images that are embedded in Parquet files.
+        image_bytes: If True, read images that are embedded in Parquet files.
         splits: Splits of a Hugging Face data set to read. If empty or None, all splits are read. Each row's `split`
-            field is set to the name of its split, unless `splits` is None: the rows then keep their own `split` value.
-        log: Log for noting unusual properties of a file, such as its encoding.
+            field is set to the name of its split; if `splits` is None, rows keep the `split` value in the data.
+        log: Log in which to note unusual properties of a file, such as its encoding.
     """
     if kind == "parquet":
         return read_parquet(path, choose, image_bytes)
@@ -143,12 +143,12 @@ def _all_in_folder(folder: str) -> list[tuple[str, str]]:
 
 
 def _is_saved_dataset(names: Sequence[str]) -> bool:
-    """Return whether a folder with these file names was written by `save_to_disk`."""
+    """Return True if a folder with these file names was written by `save_to_disk`."""
     return "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= set(names)
 
 
 def _not_found(path: str) -> str:
-    """Return the error message for a missing path, with similar names from its deepest existing parent folder."""
+    """Return the error message for a missing path. It suggests similar names in the deepest existing parent folder."""
     parent, name = os.path.split(os.path.abspath(path))
     while not os.path.isdir(parent):
         parent, name = os.path.split(parent)

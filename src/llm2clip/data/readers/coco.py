@@ -22,7 +22,7 @@ IMAGE_FOLDERS = (
     "", "images", "Images", "..", "../images", "flickr30k-images", "flickr30k_images", "Flicker8k_Dataset",
     "Flickr8k_Dataset",
 )  # fmt: skip
-SEARCHED_IMAGES = 50  # number of images that are searched for in each of these folders
+SEARCHED_IMAGES = 50  # number of images to look for in each of these folders
 UNUSED_KEYS = ("tokens", "sentids", "segmentation", "flickr_url", "license", "date_captured")
 
 
@@ -32,7 +32,7 @@ class KarpathyImage:
 
     Attributes:
         id: COCO's id of the image, or the image's file name without its suffix.
-        name: Path of the image, relative to the data set's image folder.
+        name: Path of the image relative to the data set's image folder.
         split: train, restval, val or test.
         captions: Captions of the image.
     """
@@ -56,7 +56,7 @@ class KarpathyImage:
 
 
 def drop_unused_keys(fields: dict[str, Any]) -> dict[str, Any]:
-    """Remove large unneeded fields. As an `object_hook` of `json`, this function more than halves the memory use."""
+    """Remove large fields that are not needed. Used as an `object_hook` of `json`, this more than halves memory use."""
     for key in UNUSED_KEYS:
         fields.pop(key, None)
     return fields
@@ -67,7 +67,7 @@ def read_caption_json(path: str, data: Mapping[str, Any]) -> Iterator[RawRow]:
 
     Args:
         path: Path of the JSON file. Its folder is used to find the images.
-        data: Content of the file.
+        data: Parsed contents of the file.
 
     Raises:
         ValueError: The file has a different format, such as COCO's format for bounding boxes.
@@ -128,7 +128,7 @@ def _coco_rows(path: str, images: Sequence[Mapping[str, Any]], annotations: Sequ
 
 
 def split_folders(path: str, images: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return likely names of the folder that contains the images of a COCO split, such as train2017.
+    """Return likely names of the image folder of a COCO split, such as train2017.
 
     The names come from the name of the JSON file (`captions_train2017.json`) and from `coco_url`
     (http://images.cocodataset.org/train2017/000000391895.jpg).
@@ -142,7 +142,7 @@ def split_folders(path: str, images: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def find_image_folder(path: str, names: Sequence[str], subfolders: Sequence[str] = ()) -> str:
-    """Return the first folder in which an image is found, or the folder of the JSON file if no image is found."""
+    """Return the first folder that contains an image, or the folder of the JSON file if no image is found."""
     parent = os.path.dirname(path)
     for name in names[:SEARCHED_IMAGES]:
         for folder in IMAGE_FOLDERS:

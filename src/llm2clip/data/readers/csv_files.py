@@ -1,4 +1,4 @@
-"""Reader for CSV and TSV files. The delimiter is detected, because in many countries spreadsheets use semicolons."""
+"""Reader for CSV and TSV files. The delimiter is detected, because spreadsheets use semicolons in many countries."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ SAMPLE_ROWS = 50
 def read_csv(path: str, delimiter: str, log: SkipLog | None = None) -> Iterator[RawRow]:
     """Yield the rows in a CSV or TSV file with a header line.
 
-    If several columns have the same name, their values become a list. A row with more or fewer fields than
-    the header becomes a `BadRow`.
+    The values of columns that share a name become a list. A row with more or fewer fields than the header becomes a
+    `BadRow`.
 
     Args:
         path: Path of the file.
         delimiter: Delimiter suggested by the file's suffix. Another delimiter is used if it fits better; see
             `detect_delimiter`.
-        log: Log for noting unusual delimiters and encodings.
+        log: Log in which to note unusual delimiters and encodings.
 
     Raises:
         ValueError: The header is malformed or not UTF-8, or a quoted field is never closed.
@@ -75,9 +75,9 @@ def read_csv(path: str, delimiter: str, log: SkipLog | None = None) -> Iterator[
 def detect_delimiter(sample: str, default: str) -> tuple[str, int]:
     """Return the delimiter of a CSV file, and the number of the line that contains the header.
 
-    The delimiter must occur in the header, outside quotes. If several delimiters do, the function chooses the delimiter
-    with which the most rows have as many fields as the header. In case of a tie, it prefers `default`. If the first
-    line has Excel's form `sep=;`, the function returns the delimiter in this line.
+    The delimiter must occur in the header, outside quotes. If there are several candidates, the one with which the most
+    rows have as many fields as the header wins; in case of a tie, `default` is preferred. A first line in Excel's form
+    `sep=;` sets the delimiter.
 
     Args:
         sample: Start of the file.

@@ -1,6 +1,6 @@
 """Detection of text encodings.
 
-UTF-8 and UTF-16 files are read. For files in other encodings, a message explains how to convert them to UTF-8.
+UTF-8 and UTF-16 files can be read. For other encodings, a message explains how to convert the file to UTF-8.
 
 The encoding of a file that is neither UTF-8 nor UTF-16 can only be guessed. For example, every French text in cp1252 is
 also valid in cp1250, but some letters are wrong. Such files are therefore never decoded with a guessed encoding.
@@ -33,20 +33,20 @@ _LIKELY_ENCODINGS = (
     "cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "koi8_r", "shift_jis", "euc_jp", "gb18030",
     "big5", "euc_kr",
 )  # fmt: skip
-MAX_SAMPLE_LINES = 200_000  # maximum number of lines that are searched for text that is not UTF-8
-MAX_READINGS = 3  # maximum number of likely encodings in a message
+MAX_SAMPLE_LINES = 200_000  # maximum number of lines to search for text that is not UTF-8
+MAX_READINGS = 3  # maximum number of likely encodings listed in a message
 MAX_SAMPLE_BYTES = 1 << 14  # maximum size of the text whose encoding is guessed
 
 
 def open_text(path: str, log: SkipLog | None = None, newline: str | None = None) -> TextIO:
     """Open a UTF-8 or UTF-16 text file, which may be compressed (.gz). Byte order marks are removed.
 
-    Bytes that cannot be decoded become lone surrogates, so that a reader can skip a row instead of the entire file; see
-    `find_undecodable`.
+    Bytes that cannot be decoded become lone surrogates, so that a reader can skip the row instead of the entire file;
+    see `find_undecodable`.
 
     Args:
         path: Path of the file.
-        log: Log for noting UTF-16 files.
+        log: Log in which to note UTF-16 files.
         newline: See the function `open`.
     """
     stream = _open_binary(path)
@@ -94,7 +94,7 @@ def find_undecodable(text: str, path: str, log: SkipLog | None = None) -> BadRow
 
 @functools.lru_cache(maxsize=64)
 def describe_encoding(path: str) -> str:
-    """Return a message with the likely encodings of a file, a line decoded with each, and advice on conversion."""
+    """Return a message that lists likely encodings, shows a line decoded with each, and explains the conversion."""
     with _open_binary(path) as stream:
         encoding = detect_encoding(stream.read(4))
     if encoding != "utf-8-sig":
@@ -104,7 +104,7 @@ def describe_encoding(path: str) -> str:
         return "not UTF-8. Convert the file to UTF-8"
     likely = [match.encoding for match in from_bytes(sample, cp_isolation=list(_LIKELY_ENCODINGS))]
     if sum(byte > 127 for byte in sample) < 0.3 * len(sample):
-        likely.insert(0, "cp1252")  # the most common encoding of texts in which most letters are ASCII
+        likely.insert(0, "cp1252")  # the most common encoding of texts that are mostly ASCII
     readings: dict[str, str] = {}  # decoded line -> encoding
     for encoding in likely:
         try:
@@ -130,7 +130,7 @@ def _open_binary(path: str) -> BinaryIO:
 
 
 def _sample_undecodable(path: str) -> tuple[bytes, bytes]:
-    """Return the first lines of a file that are not valid UTF-8, joined, and the first of these lines separately."""
+    """Return the first lines of a file that are not valid UTF-8, joined, and separately the first of these lines."""
     lines: list[bytes] = []
     size = 0
     with _open_binary(path) as stream:

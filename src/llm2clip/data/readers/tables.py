@@ -57,10 +57,10 @@ def read_huggingface(name: str, saved: bool, choose: ColumnChooser, splits: Sequ
     """Yield the rows in a Hugging Face data set. No code from the Hub is run.
 
     Args:
-        name: If `saved` is True, a folder written by `save_to_disk`. Such data sets support random access. If `saved`
-            is False, the name of a data set on the Hub, which may end in `:CONFIG`. Such data sets are streamed, and
-            their images stay in memory.
-        saved: Whether `name` is a folder written by `save_to_disk`.
+        name: If `saved` is True, a folder written by `save_to_disk`, which supports random access. Otherwise, the name
+            of a data set on the Hub, which may end in `:CONFIG`. Such a data set is streamed, and its images are kept
+            in memory.
+        saved: True if `name` is a folder written by `save_to_disk`.
         choose: Function that selects the columns to read.
         splits: Splits to read; see `read_source`. Only these splits are downloaded.
     """
@@ -100,7 +100,7 @@ def _is_image_type(kind: pa.DataType) -> bool:
 
 
 def _image_value(ref: ParquetImage | DatasetImage, value: Any, bytes_skipped: bool = False) -> Any:
-    """Return the value of an image cell: None, the path of an image file, or an image with a reference to the cell."""
+    """Return the value of an image cell: None, the path of an image file, or an image that refers to the cell."""
     data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
     if value is None:
         return None

@@ -33,8 +33,7 @@ def list_files(folder: str, suffixes: frozenset[str]) -> Iterator[str]:
         suffixes: File suffixes in lower case, without the dot.
 
     Raises:
-        OSError: A folder cannot be listed. Such a folder is not skipped, because its files would seem to have been
-            deleted.
+        OSError: A folder cannot be listed. Skipping it would make its files look deleted.
     """
 
     def fail(error: OSError) -> None:
@@ -50,8 +49,7 @@ def list_files(folder: str, suffixes: frozenset[str]) -> Iterator[str]:
 def read_image_folder(folder: str, log: SkipLog | None = None) -> Iterator[RawRow]:
     """Yield the images in a folder. The captions of `x.jpg` are in `x.json` or, one per line, in `x.txt`.
 
-    Text files in other encodings than UTF-8 are noted in `log`. The likely encodings are determined only for the first
-    of these files.
+    Text files that are not UTF-8 are noted in `log`. The likely encodings are determined only for the first of them.
     """
     has_noted_encoding = False
     for number, path in enumerate(list_images(folder), 1):
@@ -78,8 +76,7 @@ def read_image_folder(folder: str, log: SkipLog | None = None) -> Iterator[RawRo
 
 
 def read_tar(path: str) -> Iterator[RawRow]:
-    """Yield the samples in a webdataset tar file. A sample consists of adjacent members whose names are equal up to the
-    first dot.
+    """Yield the samples in a webdataset tar file: adjacent members whose names are identical up to the first dot.
 
     The tar file is scanned once. Only .txt and .json members are read. Images are referenced by their offsets. If the
     tar file is truncated, its complete samples are yielded, followed by one `BadRow`. Member names are used only as
@@ -116,7 +113,7 @@ def read_tar(path: str) -> Iterator[RawRow]:
 
 
 def _parse_caption_json(data: bytes) -> dict[str, Any] | BadRow:
-    """Parse a JSON caption file. It contains either an object with fields, or the captions as a list or string."""
+    """Parse a JSON caption file, which contains either an object with fields or the captions as a list or string."""
     value = parse_json(data)
     if isinstance(value, dict | BadRow):
         return value
@@ -153,7 +150,7 @@ def _members(tar: tarfile.TarFile, file: BinaryIO) -> Iterator[tarfile.TarInfo |
 
 
 class _Sample:
-    """A sample: the members of a tar file that share a key, indexed by suffix."""
+    """Members of a tar file that share a key, indexed by suffix."""
 
     def __init__(self, key: str) -> None:
         self.key, self.members = key, dict[str, tarfile.TarInfo]()
@@ -165,7 +162,7 @@ class _Sample:
         self.members[suffix] = member
 
     def is_complete(self) -> bool:
-        """Return whether the sample has an image and captions."""
+        """Return True if the sample has an image and captions."""
         return bool(self.members.keys() & IMAGE_SUFFIXES and self.members.keys() & {"txt", "json"})
 
     def to_row(self, path: str, file: BinaryIO) -> dict[str, Any] | BadRow:

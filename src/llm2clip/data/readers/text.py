@@ -25,7 +25,7 @@ def read_json_rows(path: str, log: SkipLog | None = None) -> Iterator[RawRow]:
 
 
 def read_json_lines(path: str, log: SkipLog | None = None) -> Iterator[RawRow]:
-    """Yield the objects in a .jsonl or .jsonl.gz file. If a line is not valid UTF-8, only that row is invalid.
+    """Yield the objects in a .jsonl or .jsonl.gz file. A line that is not valid UTF-8 invalidates only its own row.
 
     UTF-16 files and files in other encodings are noted in `log`.
     """

@@ -24,7 +24,7 @@ MODEL_TYPE = "llm2clip"
 
 
 class TokenizedTexts(list[str]):
-    """List of texts that takes the place of a token tensor. `.to(device)` returns the list unchanged."""
+    """List of texts that stands in for a token tensor. `.to(device)` returns the list unchanged."""
 
     def to(self, device: Any) -> TokenizedTexts:
         return self

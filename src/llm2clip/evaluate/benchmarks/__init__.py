@@ -86,8 +86,8 @@ def get_benchmarks(names: Sequence[str]) -> list[Benchmark]:
 def list_benchmarks(root: Path) -> list[str]:
     """Return lines of text that list all benchmarks and their folders in `root`.
 
-    For each benchmark, the table includes the number of models with results published by the LLM2CLIP authors. For each
-    missing benchmark, a line says where to download its files.
+    For each benchmark, the table shows for how many models the LLM2CLIP authors published results. For each missing
+    benchmark, a line says where to download its files.
     """
     rows, missing = [], []
     for benchmark in BENCHMARKS.values():

@@ -21,7 +21,7 @@ CaptionFields = Mapping[str, Sequence[Record]]
 
 @dataclass(frozen=True)
 class CompositionalExample:
-    """Images and captions that a model must match by cosine similarity.
+    """Images and captions that a model has to match by cosine similarity.
 
     Caption i is the correct caption of image i. If there are more captions than images, the remaining captions are
     wrong for every image.
@@ -109,7 +109,7 @@ class SegmentationData:
 
 @dataclass(frozen=True)
 class DetectionData:
-    """Images with annotated objects, and the class names that a detector chooses from."""
+    """Images with annotated objects, and the class names from which a detector chooses."""
 
     images: Sequence[ImageRef]
     image_ids: Sequence[int]
@@ -128,7 +128,7 @@ class DetectionData:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark, which is read from the files that its authors distribute.
+    """A benchmark, read from the files that its authors distribute.
 
     Args:
         name: Name of the benchmark on the command line.
@@ -136,10 +136,10 @@ class Benchmark:
             `CaptionFields`. "judged retrieval": `JudgedRetrieval`. "compositional": a list of `CompositionalExample`.
             "classification": `ClassificationData`. "regions": `RegionData`. "segmentation":
             `SegmentationData`. "detection": `DetectionData`.
-        description: One-line description, which specifies the size and the split.
+        description: One-line description that states the size and the split.
         folders: Possible names of the benchmark's folder inside the root folder, in order of preference.
         read: Function that reads the data from the benchmark's folder.
-        source: Names of the required files, and where to download these files.
+        source: Names of the required files and where to download them.
         read_train: For classification benchmarks, a function that reads the training images for a linear probe.
     """
 
@@ -191,7 +191,7 @@ def _with_format_errors(read: Callable[[Path], T], folder: Path, name: str) -> T
 
 
 def image_file(folder: Path, name: str) -> FileImage:
-    """Return a reference to the image with path `name` inside a folder.
+    """Return a reference to the image with the path `name` inside a folder.
 
     Raises:
         DataFormatError: If the path points outside the folder.
@@ -213,7 +213,7 @@ def find_image(folders: Sequence[Path], name: str) -> FileImage:
 def check_files(refs: Sequence[ImageRef], source: Path) -> None:
     """Raise MissingFileError if image files are missing.
 
-    The error message contains the number of missing files and the path of one missing file.
+    The error message states the number of missing files and the path of one of them.
     """
     missing = [ref for ref in refs if isinstance(ref, FileImage) and not Path(ref.path).is_file()]
     if missing:

@@ -1,8 +1,8 @@
 """Zero-shot classification: ImageNet and its variants, ObjectNet, CIFAR, and any folder of image classes.
 
-As in CLIP (arXiv 2103.00020), each prompt template is filled with the class name, and the mean embedding of these
-prompts is the class embedding. For ImageNet, open_clip provides OpenAI's class names and 80 templates. The classes are
-sorted by WordNet id, and timm provides the list of ids.
+As in CLIP (arXiv 2103.00020), the class name is inserted into each prompt template, and the class embedding is the mean
+embedding of these prompts. For ImageNet, OpenAI's class names and 80 templates come from open_clip. The classes are
+sorted by WordNet id, and the list of ids comes from timm.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def folder_benchmark(name: str) -> Benchmark:
     """Create a zero-shot classification benchmark from the user's images.
 
     Args:
-        name: Path of a folder that contains one subfolder of images per class. Alternatively, the folder can contain
-            test/ or val/, and optionally train/, each with one subfolder per class.
+        name: Path of a folder with one subfolder of images per class. Alternatively, the folder contains test/ or val/,
+            and optionally train/, each with one subfolder per class.
     """
 
     def read(folder: Path) -> ClassificationData:
@@ -55,7 +55,7 @@ def read_class_folders(folder: Path, split: str = "") -> ClassificationData:
 
     If `folder` contains `classnames.txt`, class names are read from its lines, which have the form "FOLDER<tab>NAME".
     Otherwise, the class names are the folder names, with underscores replaced by spaces. If `folder` contains
-    `templates.txt`, each of its lines is a prompt template, in which {} stands for the class name.
+    `templates.txt`, each of its lines is a prompt template, where {} stands for the class name.
 
     Raises:
         MissingFileError: If no subfolder contains images.
@@ -135,7 +135,7 @@ def _check_open_clip() -> None:
 
 
 def _read_imagenet(folder: Path) -> ClassificationData:
-    """Read `val/WNID/*.JPEG`. For ImageNet-A and ImageNet-R, only the classes of the variant are candidates."""
+    """Read `val/WNID/*.JPEG`. For ImageNet-A and ImageNet-R, only the variant's own classes are candidates."""
     return _read_wordnet_folders(folder / "val" if (folder / "val").is_dir() else folder)
 
 
@@ -165,7 +165,7 @@ def _read_imagenet_v2(folder: Path) -> ClassificationData:
 def _read_objectnet(folder: Path) -> ClassificationData:
     """Read the 113 classes that ObjectNet shares with ImageNet. The class names are ObjectNet's.
 
-    As the authors' README specifies, the red border around each image, two pixels wide, is removed.
+    As the authors' README requires, the red two-pixel border around each image is removed.
     """
     labels = read_json(first_existing(folder, "mappings/folder_to_objectnet_label.json"))
     shared_labels = read_json(first_existing(folder, "mappings/objectnet_to_imagenet_1k.json"))
@@ -178,7 +178,7 @@ def _read_objectnet(folder: Path) -> ClassificationData:
 
 
 class _BorderedImage(FileImage):
-    """An image file. When it is opened, the image's two-pixel border is removed."""
+    """An image file whose two-pixel border is removed when it is opened."""
 
     __slots__ = ()
 

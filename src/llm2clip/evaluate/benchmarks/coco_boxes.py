@@ -1,4 +1,4 @@
-"""Region classification: boxes with class names from COCO, LVIS, or the user's file in COCO's format.
+"""Region classification: boxes with class names from COCO, LVIS, or the user's own file in COCO's format.
 
 COCO's format is {"images": [{"id", "file_name", "width", "height"}], "annotations": [{"id", "image_id", "category_id",
 "bbox", "area", "iscrowd"}], "categories": [{"id", "name"}]}, where "bbox" is [left, top, width, height] in pixels
@@ -34,7 +34,7 @@ CROWD, DEGENERATE = "crowd", "smaller than a pixel"  # reasons for excluding a b
 def boxes_benchmark(name: str) -> Benchmark:
     """Create a region classification benchmark from the user's JSON file in COCO's format.
 
-    The images are found in the same way as for COCO captions: beside the file, or in a folder such as `images`.
+    As for COCO captions, the images can be next to the file or in a folder such as `images`.
     """
     file = Path(name).expanduser().absolute()
 
@@ -62,7 +62,7 @@ def read_boxes(file: Path) -> RegionData:
         DataFormatError: If an annotation refers to an unknown image or category or has an invalid box, or if there are
             no boxes.
     """
-    data = read_json(file, drop_unused_keys)  # polygons need much memory
+    data = read_json(file, drop_unused_keys)  # polygons take up a lot of memory
     categories = sorted(data["categories"], key=lambda category: category["id"])
     label_of_category = {category["id"]: label for label, category in enumerate(categories)}
     images = {image["id"]: image for image in data["images"]}

@@ -1,4 +1,4 @@
-"""Parts of COCO's instances files (cocodataset.org, "Data format") that several benchmarks read."""
+"""Helpers for reading COCO's instances files (cocodataset.org, "Data format"), shared by several benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Winoground and SugarCrepe: images with captions that differ in only a few words or in word order."""
+"""Winoground and SugarCrepe: images with captions that differ only in a few words or in their word order."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _read_winoground(folder: Path) -> list[CompositionalExample]:
 
 
 def _read_winoground_parquet(file: Path) -> list[CompositionalExample]:
-    """Read the version on the Hugging Face Hub, which is a Parquet table that contains the images."""
+    """Read the version on the Hugging Face Hub, a Parquet table that includes the images."""
     examples = []
     columns = ["id", "image_0", "image_1", "caption_0", "caption_1"]
     for row in pq.read_table(file, columns=columns).to_pylist():
@@ -51,8 +51,8 @@ def _read_winoground_parquet(file: Path) -> list[CompositionalExample]:
 def _read_sugarcrepe(folder: Path) -> list[CompositionalExample]:
     """Read 7,511 examples, each with a COCO val2017 image, a correct caption and a wrong caption (arXiv 2306.14610).
 
-    To create the wrong captions, words were added, replaced or swapped in the correct captions. Each file contains one
-    category of such changes. The metrics are the accuracy for each file and the mean over the files.
+    The wrong captions are correct captions in which words were added, replaced or swapped. Each file contains one
+    category of such changes. The metrics are the accuracy for each file and the mean over all files.
     """
     data_dir = folder / "data" if (folder / "data").is_dir() else folder
     roots = [folder, *(folder.parent / name for name in COCO_FOLDERS)]

@@ -1,9 +1,9 @@
 """ECCV Caption and CxC: COCO test images and captions with additional matches from human judgements.
 
-In COCO, a caption is correct only for the image it was written for. Plain recall therefore counts a caption that also
-describes another image as an error. CxC (arXiv 2004.15020) and ECCV Caption (arXiv 2204.03359) add human judgements of
-such matches. The package eccv-caption contains these judgements and the list of captions to rank: five captions for
-each of 5,000 images, 25,000 in total.
+In COCO, a caption is correct only for the image it was written for. If it also describes another image, plain recall
+counts that match as an error. CxC (arXiv 2004.15020) and ECCV Caption (arXiv 2204.03359) add human judgements of such
+matches. The package eccv-caption contains these judgements and the list of captions to rank: five captions for each of
+5,000 images, 25,000 in total.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ANNOTATIONS = "captions_val2014.json"
 
 
 def load_judgements() -> Any:
-    """Load the human judgements, and return them as an `eccv_caption.Metrics` object.
+    """Load the human judgements as an `eccv_caption.Metrics` object.
 
     Raises:
         MissingFileError: If the package is not installed.

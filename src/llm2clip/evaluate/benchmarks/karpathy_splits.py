@@ -1,8 +1,8 @@
 """Retrieval on the test images of Karpathy's splits (arXiv 1412.2306): Flickr30k 1K, COCO 5K and Flickr8k.
 
 All test images and all their captions form one pool. They are ranked by cosine similarity, and no prompt is added to
-the captions. In text-to-image retrieval (T2I), a query is correct if the caption's image is in the top k. In
-image-to-text retrieval (I2T), a query is correct if any of the image's captions is in the top k. VSE++ (arXiv
+the captions. In text-to-image retrieval (T2I), a query counts as correct if the caption's image is in the top k. In
+image-to-text retrieval (I2T), a query counts as correct if any of the image's captions is in the top k. VSE++ (arXiv
 1707.05612) and CLIP (arXiv 2103.00020) use this protocol.
 
 COCO's 5,000 test images have five to seven captions each. All 25,010 captions are used, whereas code derived from VSE++
@@ -23,7 +23,7 @@ from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing,
 COCO_FOLDERS = ("coco", "COCO", "mscoco")
 IMAGE_FOLDERS = {
     "flickr30k": ("flickr30k-images", "flickr30k_images", "images", "Images"),
-    "flickr8k": ("Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images"),  # "Flicker8k" is the archive's spelling
+    "flickr8k": ("Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images"),  # sic: the archive spells it "Flicker8k"
 }
 
 
@@ -55,8 +55,8 @@ def read_blip_json(file: Path, image_dir: Path) -> list[Record]:
 def read_caption_lines(file: Path) -> dict[str, list[str]]:
     """Read a caption file and return the captions of each image, keyed by image id (without .jpg).
 
-    Each line has the form "ID#KIND#N caption" or "ID#N<tab>caption". The lines of an image need not be adjacent. For
-    captions with part-of-speech tags, see `strip_tags`.
+    Each line has the form "ID#KIND#N caption" or "ID#N<tab>caption". The lines of an image do not have to be adjacent.
+    For captions with part-of-speech tags, see `strip_tags`.
     """
     captions: dict[str, list[str]] = {}
     for number, line in enumerate(read_lines(file), 1):

@@ -16,7 +16,7 @@ CHUNK = 1 << 20  # characters per read
 def read_first_objects(file: Path, count: int) -> list[dict[str, Any]]:
     """Read the first `count` objects in a JSON list without reading the rest of the file.
 
-    ShareGPT4V's file is 1.4 GB in size, but only a small part of the file is needed.
+    ShareGPT4V's file has 1.4 GB, of which only a small part is needed.
 
     Raises:
         DataFormatError: If the file is not a JSON list, or one of its first `count` objects is not valid JSON.
@@ -76,7 +76,7 @@ def _read_urban1k(folder: Path) -> CaptionFields:
 def _read_docci(folder: Path) -> CaptionFields:
     """Read `docci_descriptions.jsonlines` and `images/` (arXiv 2404.19753).
 
-    The split must be exactly "test", because the file also has a "qual_test" split.
+    The split name must be exactly "test", because the file also has a "qual_test" split.
     """
     file = first_existing(folder, "docci_descriptions.jsonlines")
     rows = [row for _, row in read_jsonl(file) if row["split"] == "test"]

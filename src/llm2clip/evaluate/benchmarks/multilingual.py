@@ -54,7 +54,7 @@ def _read_base64_images(file: Path, ids: set[str]) -> dict[str, ImageRef]:
         for number, line in enumerate(stream, 1):
             key, tab, data = line.rstrip("\n").partition("\t")
             try:
-                # Some files use the standard base64 alphabet, other files use the URL-safe alphabet.
+                # Some files use the standard base64 alphabet, others the URL-safe one.
                 image = base64.b64decode(data.translate(str.maketrans("-_", "+/")), validate=True)
             except binascii.Error as error:
                 raise DataFormatError(f"{file}, line {number}: expected an id, a tab and base64 ({error})") from error
@@ -115,7 +115,7 @@ def _read_flickr8k_cn(folder: Path) -> CaptionFields:
 def _image_dir(folder: Path, dataset: str) -> Path:
     """Return the image folder of `dataset` (flickr30k or flickr8k).
 
-    The images are either in the benchmark's own folder or in a `dataset` folder next to the benchmark's folder.
+    The images are either in the benchmark's own folder or in a folder named after `dataset` next to it.
     """
     names = IMAGE_FOLDERS[dataset]
     return first_existing(folder, *names, *(f"../{dataset}/{name}" for name in names))
@@ -124,7 +124,7 @@ def _image_dir(folder: Path, dataset: str) -> Path:
 def _read_xm3600(folder: Path) -> CaptionFields:
     """Read 3,600 images with captions in 36 languages (arXiv 2205.12522).
 
-    All captions are used, whereas some evaluation tools use only an image's first caption in each language.
+    All captions are used, whereas some evaluation tools use only each image's first caption per language.
     """
     file = first_existing(folder, "captions.jsonl", "annotations/captions.jsonl")
     image_dir = first_existing(folder, "images")

@@ -1,8 +1,8 @@
 """Zero-shot semantic segmentation, with the data sets, class names and protocol of SCLIP.
 
 SCLIP (arXiv 2312.01597, github.com/wangf3014/SCLIP) resizes the shorter side of each image to 336 pixels (COCO-Stuff:
-448, Cityscapes: 560) and slides a window of 224 pixels over it. Here, these sizes are relative to the window, whose
-side is the image size that the tower was trained with. In data sets with a background class, a softmax over all names
+448, Cityscapes: 560) and slides a window of 224 pixels over it. Here, these sizes are scaled to the window, whose side
+is the image size with which the tower was trained. In data sets with a background class, a softmax over all names
 yields probabilities, and pixels without a probable class are assigned to the background.
 """
 
@@ -28,8 +28,8 @@ _INVALID = -1  # in label tables: a value that must not occur
 # Ids of Cityscapes' 19 evaluated classes, in the order of their train ids (github.com/mcordts/cityscapesScripts,
 # helpers/labels.py).
 _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-# Values that do not occur in COCO-Stuff's PNGs, because these object classes of COCO were removed: COCO's category ids
-# minus one (github.com/nightrome/cocostuff, labels.txt).
+# Values that do not occur in COCO-Stuff's PNGs, because COCO removed these object classes: category ids minus one
+# (github.com/nightrome/cocostuff, labels.txt).
 _COCO_REMOVED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
 # Ids of the 59 classes among PASCAL-Context's 459 labels, in alphabetical order of the names (mmsegmentation,
 # tools/dataset_converters/pascal_context.py).
@@ -64,10 +64,10 @@ def _label_table(classes: Mapping[int, int], ignored: Sequence[int] = ()) -> np.
 
 
 def _read_png(file: Path, table: np.ndarray) -> np.ndarray:
-    """Read labels, uint8 (H, W), from the values of a PNG with one channel.
+    """Read labels, uint8 (H, W), from a single-channel PNG.
 
     Raises:
-        DataFormatError: If the file is not such a PNG, or contains a value that is not in the table.
+        DataFormatError: If the file is not a single-channel PNG, or contains a value that is not in the table.
     """
     try:
         with Image.open(file, formats=["PNG"]) as image:
@@ -83,7 +83,7 @@ def _read_context_mat(file: Path, table: np.ndarray) -> np.ndarray:
     """Read labels, uint8 (H, W), from PASCAL-Context's own format, a MATLAB file with the array LabelMap.
 
     Raises:
-        DataFormatError: If the file is not such a file, or contains a value that is not in the table.
+        DataFormatError: If the file has a different format, or contains a value that is not in the table.
     """
     from scipy.io import loadmat
 
@@ -112,7 +112,7 @@ def _from_files(
     names: list[list[str]],
     **protocol: Any,
 ) -> SegmentationData:
-    """Return a data set in which the labels of each image are in a file of their own.
+    """Return a data set in which each image has its own label file.
 
     Args:
         images: Images.
@@ -196,7 +196,7 @@ def _read_context(folder: Path, with_background: bool) -> SegmentationData:
 
 
 def _read_coco_object(folder: Path) -> SegmentationData:
-    """Read the masks of COCO's objects. All other pixels are background.
+    """Read the masks of COCO's objects. Pixels outside all masks are background.
 
     Where objects overlap, the smallest object is on top.
 
@@ -227,7 +227,7 @@ def _read_coco_object(folder: Path) -> SegmentationData:
         for row in objects_of_image[index]:
             try:
                 mask = _decode_mask(row["segmentation"], height, width)
-            except Exception as error:  # pycocotools raises many types, even Exception
+            except Exception as error:  # pycocotools raises many types of exceptions, even Exception itself
                 raise DataFormatError(f"{file}: annotation {row.get('id')} has an invalid mask: {error!r}") from error
             labels[mask] = label_of_category[row["category_id"]]
         return labels
@@ -246,11 +246,11 @@ def _read_coco_object(folder: Path) -> SegmentationData:
 def _decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
     """Decode the mask of an object, bool (height, width), from polygons or from COCO's run-length encoding.
 
-    pycocotools checks neither, but needs unlimited memory for distant polygons, and fills up short run lengths with
-    uninitialised memory.
+    pycocotools validates neither of them: distant polygons take unlimited memory, and masks whose run lengths are too
+    short are filled with uninitialised memory.
 
     Raises:
-        ValueError: If a polygon is far outside the image, or the run lengths are those of an image of another size.
+        ValueError: If a polygon is far outside the image, or the run lengths belong to an image of a different size.
     """
     from pycocotools import mask
 

@@ -46,8 +46,8 @@ def detection_metrics(
     measured at the IoU threshold 0.5, and AP is the mean over the thresholds 0.5, 0.55, ..., 0.95. A group's value is
     the mean over its classes. Classes without objects are excluded.
 
-    The intervals come from a bootstrap over images. COCOeval's matches are reused, so only the precision is recomputed
-    for each resample.
+    The intervals are computed by a bootstrap over images, which reuses COCOeval's matches and recomputes only the
+    precision for each resample.
 
     Args:
         data: Objects, classes and groups of classes.
@@ -92,7 +92,8 @@ class ClassMatches:
 
     Args:
         image: Image index of each detection, (N,).
-        is_correct: Whether each detection matches an object, bool (N,). Detections that match a crowd are omitted.
+        is_correct: True for each detection that matches an object, bool (N,). Detections that match a crowd are
+            omitted.
         objects: Number of objects in each image, excluding crowds, (images,).
     """
 
@@ -102,9 +103,10 @@ class ClassMatches:
 
 
 def weighted_ap(matches: ClassMatches, weights: np.ndarray, recall_values: np.ndarray) -> float:
-    """Return the interpolated average precision of one class if image i occurs `weights[i]` times.
+    """Return the interpolated average precision of one class when image i is counted `weights[i]` times.
 
-    This equals COCOeval's value for a data set in which the images are repeated. NaN if there are no objects.
+    This equals COCOeval's value for a data set in which the images are repeated. The result is NaN if there are no
+    objects.
 
     Args:
         matches: Matches of the class.
@@ -127,7 +129,7 @@ def weighted_ap(matches: ClassMatches, weights: np.ndarray, recall_values: np.nd
 
 
 def _run_coco_eval(data: DetectionData, detections: Mapping[int, Detections]) -> Any:
-    """Run COCOeval on boxes of all sizes. Its categories are the class indices plus 1."""
+    """Run COCOeval on boxes of all sizes. Category ids are class indices plus 1."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -149,7 +151,7 @@ def _run_coco_eval(data: DetectionData, detections: Mapping[int, Detections]) ->
 
 
 def _to_coco(coco: COCO, data: DetectionData, rows: Sequence[Mapping[str, Any]]) -> COCO:
-    """Fill an empty COCO object with rows, whose category ids are class indices plus 1, and return it."""
+    """Fill an empty COCO object with rows and return it. Category ids are class indices plus 1."""
     annotations = []
     for number, row in enumerate(rows, 1):  # COCOeval treats a match with the id 0 as a missing match
         _, _, width, height = row["bbox"]

@@ -1,8 +1,8 @@
-"""Open-vocabulary detection: class-agnostic boxes are classified with an image-text model.
+"""Open-vocabulary detection: classification of class-agnostic boxes with an image-text model.
 
 The model embeds each box, and the cosine similarities to the class embeddings determine the class probabilities. As in
-RegionCLIP (arXiv 2112.09106), the score of a box and a class is the geometric mean of the box's objectness and the
-class probability, and the detections are those that remain after non-maximum suppression per class.
+RegionCLIP (arXiv 2112.09106), the score of a box for a class is the geometric mean of the box's objectness and the
+class probability, followed by non-maximum suppression per class.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class DetectionResults:
     """Detections of a model in all images.
 
     Args:
-        by_method: For each method, the detections keyed by image id.
-        num_boxes: Number of proposals.
-        num_covered, num_objects: Number of objects that a proposal covers, and number of objects. Crowds are excluded.
+        by_method: Detections of each method, keyed by image id.
+        num_boxes: Number of proposals. num_covered, num_objects: Number of objects covered by a proposal, and total
+            number of objects. Crowds are excluded.
         note: Note about proposals that are not used. Empty if all proposals are used.
-        failures: Why each unusable image was skipped, keyed by the index of the image.
+        failures: Reason why each unusable image was skipped, keyed by the image's index.
     """
 
     by_method: dict[str, dict[int, Detections]]
@@ -64,7 +64,7 @@ class DetectionResults:
     failures: dict[int, str] = field(default_factory=dict)
 
     def describe_proposals(self, source: str) -> dict[str, Any]:
-        """Return the number of proposals, their recall in percent, and a sentence about both."""
+        """Return the number of proposals, their recall in percent, and a sentence that states both."""
         recall = 100.0 * self.num_covered / max(1, self.num_objects)
         description = (
             f"Proposals from {source}: {self.num_boxes:,} boxes, which cover {recall:.1f}% of the objects at an IoU of "
@@ -88,7 +88,8 @@ def detect_objects(
         proposals: Source of the boxes, see `open_proposals`.
         variants: Variants of the dense features. See `DENSE_VARIANTS`. Variants that the model does not support are
             skipped.
-        with_crops: Also classify the boxes with the method "crop", which encodes each like an image. See `regions.py`.
+        with_crops: If True, also classify the boxes with the method "crop", which encodes each box as a separate image.
+            See `regions.py`.
 
     Raises:
         ValueError: If the embeddings are precomputed, the model supports none of the variants, or the proposals are
@@ -133,7 +134,7 @@ def detect_objects(
 
 
 def without_images(data: DetectionData, excluded: Collection[int]) -> DetectionData:
-    """Return the data without the images that have the given indices, and without the objects in these images."""
+    """Return the data without the images at the given indices and without the objects in these images."""
     indices = [index for index in range(len(data.images)) if index not in excluded]
     image_ids = [data.image_ids[index] for index in indices]
     remaining = set(image_ids)
@@ -168,7 +169,7 @@ def classify_boxes(proposals: Proposals, box_embeddings: Tensor, classes: Tensor
 def detection_blocks(
     data: DetectionData, method: str, detections: Mapping[int, Detections], count: int = 6
 ) -> list[Block]:
-    """Return a report section with a few images, sampled at regular intervals, and their highest-scoring detections."""
+    """Return a report section with a few regularly sampled images and their highest-scoring detections."""
     images = []
     for n in torch.linspace(0, len(data.images) - 1, min(count, len(data.images))).long().tolist():
         detected = detections.get(data.image_ids[n])
@@ -184,7 +185,7 @@ def detection_blocks(
 
 
 def _draw(image: Tensor, detected: Detections, names: Sequence[str]) -> ResultImage:
-    """Draw the highest-scoring detections on an image. Of overlapping boxes, only the highest-scoring one is drawn."""
+    """Draw the highest-scoring detections on an image. If boxes overlap, only the best one is drawn."""
     height, width = image.shape[1:]
     scale = EXAMPLE_SIDE / max(height, width)
     drawn = F.resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)

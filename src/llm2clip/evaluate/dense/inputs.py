@@ -1,4 +1,4 @@
-"""Shared parts of the dense evaluations: the model's dense encoder, and images split across ranks."""
+"""Shared helpers for the dense evaluations: get the model's dense encoder and split images across ranks."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def get_dense_encoder(model: DualEncoder, variants: Sequence[str]) -> DenseEncod
 
 
 def supported_variants(model: DualEncoder, variants: Sequence[str]) -> list[str]:
-    """Return the variants that the model supports. Print the variants that are skipped."""
+    """Return the variants that the model supports, and print those that are skipped."""
     available = model.dense.variants if model.dense is not None else ()
     skipped = [variant for variant in variants if variant not in available]
     if skipped:
@@ -62,13 +62,14 @@ def supported_variants(model: DualEncoder, variants: Sequence[str]) -> list[str]
 def decode_batches(
     refs: Sequence[ImageRef], transform: Callable[[Tensor], T], description: str, failures: dict[int, str]
 ) -> Iterator[dict[int, T]]:
-    """Decode and transform this rank's images in batches, and show a progress bar. N ranks process every N-th image.
+    """Decode and transform this rank's images (every N-th image of N ranks) in batches, with a progress bar.
 
     Args:
         refs: All images of the benchmark.
         transform: Picklable function that is applied to each image, uint8 (3, H, W).
-        description: Text in front of the progress bar.
-        failures: Dict in which this function records why each image cannot be decoded, keyed by the index of the image.
+        description: Label of the progress bar.
+        failures: Dict to which this function adds the reason why an image cannot be decoded, keyed by the image's
+            index.
 
     Yields:
         Transformed images, keyed by their index in `refs`.
@@ -89,8 +90,8 @@ def decode_images(
 
     Args:
         refs, description: See `decode_batches`.
-        sizes: Width and height of each image, for which its boxes are given.
-        failures: See `decode_batches`. Images that do not have the expected size are recorded, too.
+        sizes: Width and height of each image on which its boxes are based.
+        failures: See `decode_batches`. Images with an unexpected size are also recorded.
 
     Yields:
         Images, uint8 (3, H, W), keyed by their index in `refs`.
@@ -115,19 +116,19 @@ def gather_from_ranks(local: T) -> list[T]:
     """Return the results of all ranks. A result can be any picklable object."""
     if process_state().num_processes == 1:
         return [local]
-    # The collective below has a short timeout, but some ranks may take longer to process their images.
+    # The collective below has a short timeout, but some ranks may finish their images much later than others.
     wait_for_everyone()
     results: list[T] = gather_object([local])
     return results
 
 
 def record_failures(log: SkipLog, refs: Sequence[ImageRef], failures: dict[int, Any]) -> None:
-    """Record images that could not be used, and check that there are not too many.
+    """Record the images that could not be used, and raise an error if there are too many.
 
     Args:
         log: Skip log.
         refs: All images of the benchmark.
-        failures: The reason for each failure, keyed by the index of the image. The same on all ranks.
+        failures: Reason for each failure, keyed by the image's index. Must be the same on all ranks.
 
     Raises:
         TooManySkipped: If too many images could not be used.

@@ -1,4 +1,4 @@
-"""Box proposals for open-vocabulary detection: from a file, from a detector, or the true boxes as an upper bound."""
+"""Box proposals for open-vocabulary detection: from a file, from a detector, or the ground truth as an upper bound."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Proposals:
     scores: Tensor
 
     def top(self, height: int, width: int) -> Proposals:
-        """Clip the boxes to the image, and return up to `MAX_PROPOSALS` non-empty boxes in order of their scores."""
+        """Clip the boxes to the image; return up to `MAX_PROPOSALS` non-empty boxes in descending order of score."""
         boxes = clip_boxes_to_image(self.boxes, (height, width))
         order = self.scores.argsort(descending=True, stable=True)
         is_empty = (boxes[:, 2:] <= boxes[:, :2]).any(1)
@@ -88,7 +88,7 @@ def object_boxes(data: DetectionData) -> dict[int, Tensor]:
 
 
 class _GroundTruth:
-    """The boxes of all objects, with an objectness of 1. Crowds are excluded."""
+    """Ground-truth boxes of all objects except crowds, with an objectness of 1."""
 
     note = ""
 
@@ -161,7 +161,7 @@ def _parse_row(file: Path, number: int, row: Any) -> tuple[int, list[float]]:
 
 
 class _Detector:
-    """Proposals from a detector, whose class labels are ignored."""
+    """Proposals from a detector. Its class labels are ignored."""
 
     note = ""
 

@@ -1,10 +1,10 @@
-"""Zero-shot classification of image regions, from crops and from dense features.
+"""Zero-shot classification of image regions, using crops or dense features.
 
-- "crop": the region is cut out and encoded like any other image. As in CLIPSelf (arXiv 2310.01403), the box is enlarged
-  by a factor of 1.5 around its centre, clipped to the image, and padded with black to a square, so that the model's
-  preprocessing does not cut off its ends.
-- Each dense variant: the entire image is encoded. The cell embeddings within the box are averaged with RoIAlign
-  (arXiv 1703.06870), which uses the adaptive sampling ratio, and the mean is L2-normalised, also as in CLIPSelf.
+- "crop": the region is cropped and encoded like any other image. As in CLIPSelf (arXiv 2310.01403), the box is enlarged
+    by a factor of 1.5 around its centre, clipped to the image, and padded with black to a square, so that the model's
+    preprocessing does not crop it further.
+- Each dense variant: the entire image is encoded. As in CLIPSelf, the cell embeddings within the box are averaged using
+    RoIAlign (arXiv 1703.06870) with an adaptive sampling ratio, and the mean is L2-normalised.
 
 The predicted class is the class whose embedding has the highest cosine similarity. A class embedding is the mean over
 OpenAI's prompt templates for ImageNet.
@@ -48,7 +48,7 @@ THUMBNAIL_SIDE = 280  # pixels
 
 @dataclass(frozen=True)
 class RegionPredictions:
-    """Predicted classes of regions, for one method.
+    """Predicted classes of regions, using one method.
 
     Args:
         image: Index of each region's image, int64 (R,).
@@ -66,7 +66,7 @@ class RegionPredictions:
 
     @classmethod
     def concatenate(cls, parts: Sequence[RegionPredictions]) -> RegionPredictions:
-        """Join predictions, and sort them by image and region."""
+        """Concatenate predictions and sort them by image and region."""
         columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__}
         order = np.lexsort((columns["region"], columns["image"]))
         return cls(**{name: values[order] for name, values in columns.items()})
@@ -120,7 +120,7 @@ def region_metrics(
     The intervals are computed by a bootstrap over images, because regions of the same image are correlated.
 
     Returns:
-        The accuracies and their intervals: two dicts with the same keys.
+        Two dicts with the same keys: the accuracies and their intervals.
 
         The keys are "top-1", "top-5", "mean per class" (the mean top-1 accuracy over the classes that have
         regions), "small", "medium" and "large" (top-1 by COCO's size classes, omitted if there are no such regions).
@@ -160,7 +160,7 @@ def region_metrics(
 
 
 def wrong_region_blocks(data: RegionData, method: str, predictions: RegionPredictions, count: int = 12) -> list[Block]:
-    """Return a report section with misclassified regions that have the largest margins, one per image and per class."""
+    """Return a report section on the misclassified regions with the largest margins, one per image and class."""
     order = np.argsort(-predictions.margin, kind="stable")
     images: list[ResultImage] = []
     shown_images, shown_classes = set(), set()
@@ -229,7 +229,7 @@ def _encode_crops(model: DualEncoder, images: Sequence[Tensor], boxes: Sequence[
 
 
 def crop_region(image: Tensor, box: Sequence[float]) -> Tensor:
-    """Cut a box with its surroundings out of an image.
+    """Crop a box and its surroundings from an image.
 
     Args:
         image: Image, uint8 (3, H, W).
@@ -266,7 +266,7 @@ def pool_regions(features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
 
 
 def _predict(regions: Tensor, indices: Sequence[int], data: RegionData, classes: Tensor) -> RegionPredictions:
-    """Classify all regions of the images with the given indices, from the region embeddings, (R, D)."""
+    """Classify all regions of the images with the given indices, using region embeddings, (R, D)."""
     labels = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *(data.labels[i] for i in indices)]))
     counts = [len(data.labels[i]) for i in indices]
     scores = regions @ classes.T  # (regions, classes)

@@ -1,8 +1,8 @@
 """Zero-shot semantic segmentation with dense features, and its metrics.
 
-Each cell of the image is compared with the embeddings of all class names, and the scores are upsampled. The protocol is
-that of SCLIP; see `sliding_window.py` and `SegmentationData`. The metrics are those of mmsegmentation: intersections
-and unions are added up over all images before they are divided.
+Each cell of the image is compared with the embeddings of all class names, and the scores are upsampled. The protocol
+follows SCLIP; see `sliding_window.py` and `SegmentationData`. The metrics follow mmsegmentation: intersections and
+unions are summed over all images before they are divided.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ OVERLAY_OPACITY = 0.6
 
 @dataclass
 class SegmentationCounts:
-    """Pixel counts of one variant, from which all metrics are computed. Ignored pixels are not counted.
+    """Pixel counts for one variant, from which all metrics are computed. Ignored pixels are not counted.
 
     Args:
-        intersection: For each image and class, the number of pixels that have this label and this prediction,
-            int64 (images, classes).
-        labelled: Number of pixels with this label, int64 (images, classes).
-        predicted: Number of pixels with this prediction, int64 (images, classes).
+        intersection: Number of pixels of each image that have the class as both label and prediction, int64 (images,
+            classes).
+        labelled: Number of pixels of each image that have the class as label, int64 (images, classes).
+        predicted: Number of pixels of each image that have the class as prediction, int64 (images, classes).
     """
 
     intersection: np.ndarray
@@ -68,8 +68,8 @@ class SegmentationResult:
     Args:
         images: Indices of the evaluated images.
         counts: Pixel counts of each variant.
-        examples: For a few images, keyed by index: the downsampled prediction of each variant, and the true labels
-            under "labels", uint8 (h, w).
+        examples: Downsampled predictions of a few images, keyed by image index and variant, uint8 (h, w). The key
+            "labels" contains the true labels.
     """
 
     images: list[int]
@@ -168,7 +168,7 @@ def class_iou(counts: SegmentationCounts) -> list[float | None]:
 
 
 def segmentation_blocks(data: SegmentationData, result: SegmentationResult) -> list[Block]:
-    """Return a report section with a few images, their labels and the predictions of each variant, and a legend."""
+    """Return a report section with a few images, their labels, the predictions of each variant, and a legend."""
     colours = _palette(len(data.names))
     hidden = {IGNORED, 0} if data.has_background else {IGNORED}
     text = "Images sampled at regular intervals. The background and pixels without a label are not coloured."
@@ -208,14 +208,14 @@ def _pixel_scores(
     queries: Tensor,
     transform: ResizeForWindows,
 ) -> dict[int, PixelScores]:
-    """Encode the windows of all images in batches, and return the pixel scores of each image.
+    """Encode the windows of all images in batches and return the pixel scores of each image.
 
     Args:
         images: Resized images, and their original heights and widths, keyed by index. Scores have the original size.
         dense: Dense encoder.
         variant: Variant of the dense features.
         queries: Embeddings of all class names, (K, D).
-        transform: Transform with which the images were resized.
+        transform: Transform that was used to resize the images.
     """
     axes = {index: transform.axes(*size) for index, (_, size) in images.items()}
     indices_by_window: dict[tuple[int, int], list[int]] = {}  # windows of the same size are encoded together
@@ -269,13 +269,13 @@ def _count_pixels(scores: PixelScores, labels: np.ndarray, data: SegmentationDat
 
 
 def _reduce(labels: np.ndarray) -> np.ndarray:
-    """Downsample a label map to at most `EXAMPLE_SIDE` pixels per side, by skipping rows and columns."""
+    """Downsample a label map to at most `EXAMPLE_SIDE` pixels per side by skipping rows and columns."""
     step = -(-max(labels.shape) // EXAMPLE_SIDE)
     return labels[::step, ::step].copy()
 
 
 def _palette(num_classes: int) -> np.ndarray:
-    """Return a colour for each class, uint8 (classes, 3). Hues follow the golden ratio, so that neighbours differ."""
+    """Return a colour for each class, uint8 (classes, 3). Golden-ratio steps make the hues of neighbours differ."""
     n = np.arange(num_classes)
     hsv = np.stack([n * 0.618034 % 1, 1 - 0.25 * (n % 3), 1 - 0.2 * (n % 4)], 1)
     return (255 * hsv_to_rgb(hsv)).astype(np.uint8)
@@ -286,7 +286,7 @@ def _css(colour: np.ndarray) -> str:
 
 
 def _overlay(image: Tensor, labels: np.ndarray, colours: np.ndarray) -> bytes:
-    """Draw the colours of a downsampled label map over an image, except for `IGNORED`; return the result as JPEG."""
+    """Overlay an image with the colours of a downsampled label map, except for `IGNORED`. Return the result as JPEG."""
     rows, columns = (torch.arange(n) * size // n for n, size in zip(labels.shape, image.shape[1:], strict=True))
     pixels = image[:, rows][:, :, columns].permute(1, 2, 0).numpy()  # (h, w, 3)
     table = np.zeros((IGNORED + 1, 3), np.uint8)

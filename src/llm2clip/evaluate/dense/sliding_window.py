@@ -1,10 +1,10 @@
-"""Pixel scores from a sliding window over an image, computed in tiles of rows.
+"""Pixel scores from a window that slides over an image, computed in tiles of rows.
 
 SCLIP (arXiv 2312.01597) upsamples the cell scores of each window to the window's size, averages overlapping windows,
-and resizes the result to the size of the labels. Each of these steps is linear and acts on rows and columns separately.
-The scores of a class are therefore `R @ S @ C.T`, where S contains the cell scores of all windows, arranged in a grid,
-and R and C, the row and column matrices, combine all interpolation and averaging. Any tile of rows can be computed from
-the corresponding rows of R. Memory for pixel scores therefore does not grow with the size of the image.
+and resizes the result to the size of the labels. Each of these steps is linear and separable into rows and columns. The
+scores of a class are therefore `R @ S @ C.T`, where S contains the cell scores of all windows, arranged in a grid, and
+the row matrix R and the column matrix C combine all interpolation and averaging. Any tile of rows can be computed from
+the corresponding rows of R, so the memory for pixel scores does not grow with the size of the image.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
-# Limit on a resized image's longer side, divided by the window: SCLIP's 2,048 and 224 pixels, for all data sets.
+# Maximum ratio of a resized image's longer side to the window. SCLIP's values are 2,048 and 224 pixels for all data
+# sets.
 MAX_SCALE = 2048 / 224
 TILE_ELEMENTS = 1 << 24  # number of scores in a tile (64 MB)
 
@@ -39,9 +40,9 @@ class WindowAxis:
 
     @classmethod
     def create(cls, length: int, window: int, cell_size: int) -> WindowAxis:
-        """Place windows with a stride of half a window. The last window ends at the end of the image.
+        """Place windows with a stride of half a window. The last window ends at the edge of the image.
 
-        If the image is shorter than a window, the only window has its length, rounded to a whole number of cells.
+        An image shorter than a window has a single window of the same length, rounded to a whole number of cells.
         """
         if length < window:
             length = window = max(1, round(length / cell_size)) * cell_size
@@ -67,7 +68,7 @@ class WindowAxis:
 
 @dataclass(frozen=True)
 class ResizeForWindows:
-    """Transform that resizes an image, uint8 (3, H, W), before the windows are cut out.
+    """Transform that resizes an image, uint8 (3, H, W), before it is cut into windows.
 
     The aspect ratio is kept. The shorter side becomes `scale` times the window, or less if the longer side would exceed
     `MAX_SCALE` times the window. The interpolation is bilinear, with antialiasing.
@@ -83,7 +84,7 @@ class ResizeForWindows:
     scale: float
 
     def axes(self, height: int, width: int) -> tuple[WindowAxis, WindowAxis]:
-        """Return the vertical and the horizontal window positions for an image of the given size."""
+        """Return the vertical and horizontal window positions for an image of the given size."""
         scale = self.window * min(self.scale / min(height, width), MAX_SCALE / max(height, width))
         rows, columns = (
             WindowAxis.create(max(1, int(side * scale + 0.5)), self.window, self.cell_size) for side in (height, width)
@@ -91,7 +92,7 @@ class ResizeForWindows:
         return rows, columns
 
     def __call__(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Return the resized image, and the height and width of the original image."""
+        """Return the resized image and the original height and width."""
         height, width = image.shape[1:]
         rows, columns = self.axes(height, width)
         size = [rows.length, columns.length]
@@ -118,7 +119,7 @@ def arrange_windows(scores: Tensor, rows: WindowAxis, columns: WindowAxis) -> Te
 
 @dataclass(frozen=True)
 class PixelScores:
-    """Pixel scores of an image, which are computed tile by tile.
+    """Pixel scores of an image, computed tile by tile.
 
     Args:
         grid: Cell scores of all windows, (K, A, B). See `arrange_windows`.
@@ -131,7 +132,7 @@ class PixelScores:
     columns: Tensor
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield tiles: the slice of rows, and the scores of their pixels, (K, rows, W)."""
+        """For each tile, yield the slice of rows and the scores of the pixels, (K, rows, W)."""
         num_scores, width = len(self.grid), len(self.columns)
         step = max(1, TILE_ELEMENTS // (num_scores * width))
         for start in range(0, len(self.rows), step):
@@ -153,11 +154,12 @@ def segment(
         scores: Scores of all names. The names of the same class are adjacent.
         names_per_class: Number of names of each class. The score of a class is the highest score of its names.
         logit_scale: Factor for the scores before the softmax over all names.
-        min_probability: Pixels whose highest probability is lower are assigned to class 0.
-        min_area: Foreground classes (all but 0) that cover at most this fraction of the foreground are not predicted.
+        min_probability: Pixels whose highest probability is below this value are assigned to class 0.
+        min_area: Foreground classes (all except 0) that cover at most this fraction of the foreground are not
+            predicted.
 
     Yields:
-        The slice of rows, and the class of each pixel, int64 (rows, W).
+        The slice of rows and the class of each pixel, int64 (rows, W), for each tile.
     """
     is_allowed = torch.ones(len(names_per_class), dtype=torch.bool, device=scores.grid.device)
     if min_area > 0:
@@ -178,7 +180,7 @@ def segment(
 
 
 def _best_names(tile: Tensor, names_per_class: Sequence[int]) -> Tensor:
-    """Return the highest score of each class's names, (classes, rows, W), from the scores of all names."""
+    """Return the highest score over the names of each class, (classes, rows, W), given the scores of all names."""
     if len(names_per_class) == len(tile):
         return tile
     return torch.stack([scores.amax(0) for scores in tile.split(list(names_per_class))])

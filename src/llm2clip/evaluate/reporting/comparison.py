@@ -23,7 +23,7 @@ from llm2clip.published_results import (
 )
 
 DIRECTIONS = ("I2T", "T2I")
-# Models of the LLM2CLIP authors that the first evaluated model is compared with. See `published_rows`.
+# The LLM2CLIP authors' models with which the first evaluated model is compared. See `published_rows`.
 REFERENCE_MODELS = ("2024: Llama3-8B-CC", "2024: EVA02 + LLM2CLIP", "2026: Llama-3.1-8B-CC", "2026: SigLIP2 + LLM2CLIP")
 MEAN_BENCHMARKS = ("xm3600",)  # the authors published only the mean over the languages
 
@@ -173,7 +173,7 @@ def mean_recall_table(results: Sequence[ModelResult], published: Mapping[str, tu
 
 
 def error_analysis_blocks(analyses: Mapping[str, ErrorAnalysis]) -> list[Block]:
-    """Return the recall plots for all models. For the first model, also return its similarity matrix and examples.
+    """Return the recall plots for all models, and the similarity matrix and examples for the first model.
 
     Args:
         analyses: Error analysis of each model, keyed by model name.
@@ -273,7 +273,7 @@ def _with_interval(value: float | None, interval: tuple[float, float] | None) ->
 
 
 def format_truncated(truncated: int | None, texts: int) -> str:
-    """Return, as a string, the percentage of texts that exceed a model's maximum length."""
+    """Format the percentage of texts that exceed a model's maximum length."""
     if truncated is None:
         return "unknown"
     return f"{100 * truncated / max(1, texts):.1f}% of the texts" if truncated else "none"

@@ -1,4 +1,4 @@
-"""Error analysis for retrieval: recall by k, recall by caption length, and example captions with retrieved images."""
+"""Error analysis for retrieval: recall by k and by caption length, and example captions with retrieved images."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class ErrorAnalysis:
 
     Args:
         curves: R@1 to R@50 in percent, with the keys "I2T" and "T2I".
-        length_unit: Unit of caption lengths. It is "words", or "characters" for languages without spaces.
+        length_unit: Unit of caption lengths: "words", or "characters" for languages without spaces.
         length_bins: Bins of caption lengths, each with its minimum and maximum length.
-        recall_by_length: For the captions in each bin, T2I R@1 in percent and the bounds of its confidence interval.
-        similarity: Cosine similarities between a few images (columns) and the first caption of each (rows).
-        examples: Captions sampled from the data at regular intervals, and the images that each caption retrieves.
-        failures: Captions whose correct images have the worst ranks, and the images that each caption retrieves.
+        recall_by_length: T2I R@1 of the captions in each bin, in percent, with the bounds of its confidence interval.
+        similarity: Cosine similarities between a few images (columns) and their first captions (rows).
+        examples: Captions sampled at regular intervals from the data, each with the images that it retrieves.
+        failures: Captions whose correct images have the worst ranks, each with the images that it retrieves.
     """
 
     curves: dict[str, list[float]]
@@ -89,10 +89,9 @@ def caption_lengths(captions: Sequence[str]) -> tuple[str, list[int]]:
 
 
 def length_bins(lengths: Sequence[int], max_bins: int = 6, min_captions: int = 20) -> list[tuple[int, int]]:
-    """Divide the caption lengths into bins with similar numbers of captions, and return the bins as (minimum, maximum).
+    """Divide caption lengths into bins with similar numbers of captions. Return each bin as (minimum, maximum).
 
-    There are at most `max_bins` bins. Each bin contains at least `min_captions` captions, unless there are fewer
-    captions in total.
+    There are at most `max_bins` bins. Each contains at least `min_captions` captions, unless there are fewer in total.
     """
     ordered = torch.tensor(sorted(lengths))
     num_bins = max(1, min(max_bins, len(ordered) // min_captions))
@@ -111,7 +110,7 @@ def length_bins(lengths: Sequence[int], max_bins: int = 6, min_captions: int = 2
 def recall_by_length(
     ranks: RetrievalRanks, lengths: Sequence[int], bins: Sequence[tuple[int, int]]
 ) -> list[tuple[float, float, float]]:
-    """For the captions in each bin, return T2I R@1 in percent and the bounds of its confidence interval."""
+    """Return T2I R@1 of the captions in each bin, in percent, with the bounds of its confidence interval."""
     length = torch.tensor(lengths)
     recalls = []
     for first, last in bins:
@@ -136,7 +135,7 @@ def worst_captions(ranks: RetrievalRanks, count: int) -> list[int]:
 
 
 def retrieved_images(ranks: RetrievalRanks, text: int) -> ResultImages:
-    """Return the top images for a caption, followed by the correct image if it is not among the top images."""
+    """Return the top images for a caption, followed by the correct image if it is not among them."""
     correct_image, correct_rank = int(ranks.image_of_text[text]), int(ranks.text_ranks[text])
     scores = ranks.images @ ranks.texts[text]
     top_images = scores.topk(min(TOP_IMAGES, len(scores))).indices.tolist()

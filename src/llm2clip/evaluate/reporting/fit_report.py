@@ -1,4 +1,4 @@
-"""Report for a `fit` run: metrics before and after each training stage, and loss curves."""
+"""Report on a `fit` run: metrics before and after each training stage, and loss curves."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def write_fit_report(
 
 
 def caption_retrieval_table(raw: dict[str, Any], tuned: dict[str, Any]) -> Table:
-    """Return a table that shows the chance level of CRA, and the CRA before and after the `tune` stage."""
+    """Return a table with the chance level of CRA and the CRA before and after the `tune` stage."""
     rows = [["chance", raw["chance"]], ["raw", raw["CRA"]], ["tuned", tuned["CRA"]]]
     return Table([f"caption encoder ({raw['images']:,} images)", "CRA top-1, %"], rows, frozenset([2]))
 
 
 def retrieval_table(untrained: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]) -> Table:
-    """Return a table that shows, for each caption field, the recall at chance level, before training and after it."""
+    """Return a table of the recall for each caption field: at chance level, before training, and after training."""
     columns = [(direction, f"R@{k}") for direction in ("I2T", "T2I") for k in KS]
     rows: list[list[Any]] = []
     for before, after in zip(untrained, trained, strict=True):

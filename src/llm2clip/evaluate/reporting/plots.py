@@ -1,4 +1,4 @@
-"""SVG plots for reports. The background is transparent and the text is grey, which suits both light and dark pages."""
+"""SVG plots for reports, with a transparent background and grey text for both light and dark pages."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def plot_curves(
     tick_labels: Sequence[str] | None = None,
     log_x: bool = False,
 ) -> str:
-    """Plot curves that share their x values, and return the SVG.
+    """Plot curves that share the same x values and return the SVG.
 
     Args:
         curves: y values of each curve, keyed by curve name.
-        x: x values shared by all curves.
+        x: The shared x values.
         xlabel, ylabel: Axis labels.
         bands: Shaded interval (low, high) at each x value, keyed by curve name.
         tick_labels: Tick labels for the x values. Default: the x values themselves.
-        log_x: Use a logarithmic x axis.
+        log_x: If True, the x axis is logarithmic.
     """
     figure, axes = new_axes(6.6, 3.6)
     for n, (name, y) in enumerate(curves.items()):
@@ -52,7 +52,7 @@ def plot_curves(
 
 
 def plot_intervals(intervals: Mapping[str, tuple[float, float, float]], xlabel: str) -> str:
-    """Plot values with horizontal intervals, one value per line, and return the SVG.
+    """Plot values with horizontal intervals, one value per line. Return the SVG.
 
     Args:
         intervals: Value and interval as (value, low, high), keyed by label. The first label is at the top.
@@ -83,7 +83,7 @@ def plot_matrix(scores: Tensor, xlabel: str, ylabel: str) -> str:
 
 
 def new_axes(width: float, height: float) -> tuple[Any, Any]:
-    """Create a figure and return the figure and its axes. `width` and `height` are in inches."""
+    """Create a figure; return the figure and its axes. `width` and `height` are in inches."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -104,7 +104,7 @@ def new_axes(width: float, height: float) -> tuple[Any, Any]:
 
 
 def to_svg(figure: Any) -> str:
-    """Return a figure as SVG text. Identical figures yield identical text."""
+    """Convert a figure to SVG text. Identical figures produce identical text."""
     import matplotlib
 
     stream = io.StringIO()

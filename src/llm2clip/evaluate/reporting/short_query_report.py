@@ -1,4 +1,4 @@
-"""Report sections about short queries: retrieval quality by query length, next to zero-shot accuracy."""
+"""Report sections on short queries: retrieval metrics by query length, alongside zero-shot accuracy."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Curves = Mapping[str, Sequence[LengthScores]]
 def short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[ModelResult]]]) -> list[Block]:
     """Return one section for each caption field for which short queries were evaluated.
 
-    The first table shows mAP by query length and, for each classification benchmark of the same run, top-1 accuracy.
+    The first table shows mAP by query length, and top-1 accuracy on each classification benchmark of the same run.
 
     Args:
-        results: Each benchmark of the run, and its results in the order of the models.
+        results: Results on each benchmark of the run, in the order of the models.
     """
     accuracies: dict[str, dict[str, float]] = {}
     for benchmark, model_results in results:
@@ -55,8 +55,8 @@ def short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[ModelResult]]
 def overview_table(curves: Curves, accuracies: Mapping[str, Mapping[str, float]]) -> Table:
     """Return a table of mAP by query length and of zero-shot accuracy, in percent.
 
-    The last rows show the differences between the first row's model and each of the other rows. Differences of mAP
-    include 95% confidence intervals, which are computed from paired bootstrap resamples.
+    The last rows show the difference between the first model and each of the others. Differences of mAP include 95%
+    confidence intervals, which are computed from paired bootstrap resamples.
 
     Args:
         curves: Results of each model.
@@ -99,7 +99,7 @@ def _map_cell(length: LengthScores) -> str:
 
 
 def _difference_cell(first: LengthScores, other: LengthScores) -> str | None:
-    """Return the mean difference of mAP, or None if the queries differ because the images do."""
+    """Return the mean difference in mAP, or None if different images led to different queries."""
     if first.queries != other.queries:
         return None
     differences = first.scores - other.scores

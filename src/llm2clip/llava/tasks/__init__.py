@@ -24,7 +24,7 @@ def read_benchmarks(names: Sequence[str], root: str, log: SkipLog) -> list[tuple
         log: log of skipped questions.
 
     Raises:
-        ValueError: a name is unknown, or files are not in the official format.
+        ValueError: a name is unknown, or a file is not in the official format.
         FileNotFoundError: files are missing.
     """
     if list(names) == ["all"]:

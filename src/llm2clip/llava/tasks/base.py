@@ -24,13 +24,13 @@ class Question:
 
     Args:
         id: question id, unique within the benchmark.
-        image: image that the question is about, or None.
-        prompt: text given to the model, without an image token.
-        target: reference for scoring the answer; None if the benchmark does not publish references.
-        group: category of the question, for metrics by category.
+        image: image to which the question refers, or None.
+        prompt: prompt for the model, without an image token.
+        target: reference for scoring the answer, or None if the benchmark does not publish references.
+        group: category of the question, for per-category metrics.
         options: options of a multiple-choice question, in order.
         unit: key shared by questions that are scored together, such as copies of a multiple-choice question with
-            rotated options. If empty, the question is scored alone.
+            rotated options. If empty, the question is scored on its own.
     """
 
     id: str
@@ -44,17 +44,17 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A benchmark: how to read its questions and score the answers.
+    """A benchmark, with functions that read its questions and score the answers.
 
     Args:
         name: name used on the command line.
         description: one-line description of the protocol.
         source: where to download the benchmark's files.
         read: function that reads questions from a folder. Questions whose image is missing are skipped and logged.
-        score: function that computes metrics from questions and answers, in percent unless noted. The first metric
-            must be the metric in LLaVA-1.5's table.
-        submission: function that converts questions and answers to files for the benchmark's server. Returns a dict
-            from file names to file contents.
+        score: function that computes metrics from questions and answers, in percent unless noted. The first metric must
+            be the one in LLaVA-1.5's table.
+        submission: function that converts questions and answers to files for the benchmark's server. It returns a dict
+            {file name: file contents}.
         max_new_tokens: maximum number of tokens per answer.
         judge: function that scores an answer, given the question, the answer and an LLM judge. `score` then receives
             the judge's scores instead of the answers.
@@ -86,7 +86,7 @@ def mean_percent(values: Sequence[float]) -> float:
 
 
 def group_by(questions: Sequence[Question], values: Sequence[T]) -> dict[str, list[T]]:
-    """Group values (one per question) by the question's group. Groups are in order of first appearance."""
+    """Group values (one per question) by the questions' groups, in order of first appearance."""
     groups: dict[str, list[T]] = {}
     for question, value in zip(questions, values, strict=True):
         groups.setdefault(question.group, []).append(value)
@@ -99,7 +99,7 @@ def mean_by_group(questions: Sequence[Question], values: Sequence[float]) -> dic
 
 
 def first_units(questions: Sequence[Question], count: int | None) -> list[Question]:
-    """Return the questions of the first `count` units, taking one unit from each group in turn.
+    """Return the questions of `count` units, taking the next unit from each group in turn.
 
     If `count` is None, all questions are returned. Units are never split.
     """
@@ -117,7 +117,7 @@ def find_image(folder: Path, name: str, log: SkipLog, file: Path, number: int) -
 
     Args:
         folder: folder that contains the images.
-        name: path of the image, relative to the folder.
+        name: path of the image relative to the folder.
         log: log of skipped rows.
         file: file that refers to the image, for the log.
         number: row number in that file.

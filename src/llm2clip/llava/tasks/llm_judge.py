@@ -1,8 +1,8 @@
 """Benchmarks with free-form answers scored by an LLM judge: LLaVA-Bench (in the wild) and MM-Vet.
 
 The judge can be any LLM with an OpenAI-compatible API. The prompts are the benchmarks' official prompts. The official
-judges are gpt-4-0314 for LLaVA-Bench and gpt-4-0613 for MM-Vet. Scores from other judges are not comparable with scores
-in papers.
+judges are gpt-4-0314 for LLaVA-Bench and gpt-4-0613 for MM-Vet. Scores from other judges are not comparable with
+published scores.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Judge = Callable[[list[dict[str, str]], float, int], str]  # messages, temperatu
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Handler that does not follow redirects, because the API key must only be sent to the given address."""
+    """Handler that does not follow redirects, because the API key must be sent only to the configured address."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
@@ -46,7 +46,7 @@ class OpenAIJudge:
     Args:
         address: base URL, ending in /v1.
         model: name of the judge model.
-        key: API key; may be empty.
+        key: API key. May be empty.
         timeout: timeout per request, in seconds.
     """
 
@@ -87,7 +87,7 @@ class OpenAIJudge:
     def _send(self, request: urllib.request.Request) -> str:
         with _OPENER.open(request, timeout=self.timeout) as response:
             reply = json.loads(response.read(MAX_REPLY_BYTES))["choices"][0]["message"]["content"]
-        if not isinstance(reply, str):  # null if the model declined to reply; a missing reply must not count as a score
+        if not isinstance(reply, str):  # null if the judge declined to reply, which must not count as a score
             raise ValueError(f"the reply has no text: {reply!r}")
         return reply
 
@@ -143,7 +143,7 @@ def judge_llava_bench(question: Question, answer: str, judge: Judge) -> tuple[fl
     )
     messages = [{"role": "system", "content": _SYSTEM_PROMPT}, {"role": "user", "content": prompt}]
     reply = judge(messages, 0.2, 1024)
-    # As in the official code, "8, 6" splits into three parts and is therefore invalid.
+    # As in the official code, "8, 6" is split into three parts and is therefore invalid.
     parts = reply.partition("\n")[0].replace(",", " ").split(" ")
     try:
         reference_score, model_score = map(float, parts)

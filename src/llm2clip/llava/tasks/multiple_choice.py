@@ -87,9 +87,9 @@ def score_scienceqa(questions: Sequence[Question], answers: Sequence[str]) -> di
 OPTION_LETTER_CN = "\n请直接回答选项字母。"
 _ROTATION_OFFSET = 1_000_000  # rows with rotated options have the original index plus a multiple of this
 _LETTER_FORMS = ("{}", "{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":{},", ":{}.", ":{})", ":{}).")
-# Cell contents that either LLaVA's code or pandas, which LLaVA uses, treats as missing.
+# Cell contents that are treated as missing by LLaVA's code or by pandas, which it uses.
 _EMPTY_CELLS = ("", "nan", "none", "na", "n/a", "null", "<na>")
-_MIN_IMAGE_CHARS = 64  # a shorter cell contains the index of another row instead of a base64 image
+_MIN_IMAGE_CHARS = 64  # shorter cells contain the index of another row instead of a base64 image
 
 
 def read_mmbench(folder: Path, log: SkipLog) -> list[Question]:
@@ -159,10 +159,10 @@ def _decode_cell(row: dict[str, Any], images: dict[str, MemoryImage]) -> MemoryI
 
 
 def mmbench_letter(answer: str, options: Sequence[str]) -> str | None:
-    """Extract the option letter from an answer as MMBench does, but without asking an LLM about unclear answers.
+    """Extract the option letter from an answer as MMBench does, but without using an LLM for unclear answers.
 
-    If exactly one letter occurs as a separate word, the result is that letter. Failing that, if the text of exactly one
-    option occurs in the answer, the result is the letter of that option.
+    If exactly one letter occurs as a separate word, return it. Otherwise, if the text of exactly one option occurs in
+    the answer, return the letter of that option.
     """
     words = answer.split()
     letters = LETTERS[: len(options)]
@@ -177,7 +177,7 @@ def mmbench_letter(answer: str, options: Sequence[str]) -> str | None:
 
 
 def score_mmbench(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """Return the accuracy with CircularEval, without CircularEval, and with CircularEval by category.
+    """Return the accuracy with and without CircularEval, and with CircularEval for each category.
 
     With CircularEval, a question counts as correct only if it is answered correctly for every rotation of its options.
     Here, an answer without a recognised option counts as wrong. MMBench's server asks an LLM about such answers.

@@ -1,8 +1,8 @@
 """Benchmarks with open-ended questions and short answers: VQAv2, VizWiz, TextVQA and GQA.
 
-The benchmarks define how answers are normalised before they are compared. This module reproduces these rules exactly.
-VQAv2 and VizWiz use the rules of vqaEval.py in GT-Vision-Lab/VQA. TextVQA uses the rules of m4c_evaluators.py in
-facebookresearch/mmf, as do answers that are submitted to servers.
+The benchmarks define how answers are normalised before they are compared, and this module reproduces these rules
+exactly. VQAv2 and VizWiz use the rules of vqaEval.py in GT-Vision-Lab/VQA. TextVQA, and answers submitted to servers,
+use the rules of m4c_evaluators.py in facebookresearch/mmf.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")
 # vqaEval.py passes re.UNICODE (32) as the count argument of re.sub, so at most 32 periods are removed.
 _MAX_PERIODS = 32
 
-# Contractions without typographic apostrophes in VizWiz's table: some have straight apostrophes, some have none.
+# Contractions that have a straight apostrophe or no apostrophe, instead of a typographic one, in VizWiz's table.
 _STRAIGHT_IN_VIZWIZ = {
     "aint", "arent", "cant", "couldve", "couldnt", "couldn'tve", "hadn'tve", "weve", "wheres", "whove",
 }  # fmt: skip
@@ -38,16 +38,16 @@ _STRAIGHT_IN_VIZWIZ = {
 
 @lru_cache
 def contractions() -> dict[str, str]:
-    """Return vqaEval.py's map from contractions with a missing apostrophe to their correct spelling."""
+    """Return vqaEval.py's mapping from contractions with a missing apostrophe to their correct spelling."""
     lines = Path(__file__).with_name("contractions.txt").read_text(encoding="utf-8").splitlines()
     return dict(line.split(" ", 1) for line in lines)
 
 
 @lru_cache
 def vizwiz_contractions() -> dict[str, str]:
-    """Return the contraction map of VizWiz's scorer, in which almost all apostrophes are typographic (U+2019).
+    """Return the contraction table of VizWiz's scorer, in which almost all apostrophes are typographic (U+2019).
 
-    An answer corrected with this map therefore never equals a human answer that has a straight apostrophe.
+    An answer corrected with this table therefore never equals a human answer with a straight apostrophe.
     """
     table = {}
     for word, correct in contractions().items():
@@ -73,7 +73,7 @@ def _to_single_line(text: str) -> str:
 
 
 def _remove_punctuation(text: str, check_commas: bool = True) -> str:
-    """Remove each punctuation mark that occurs next to a space, and replace the other marks with a space.
+    """Remove punctuation marks that occur next to a space, and replace all others with a space.
 
     If the text contains a number such as 1,000, all marks are removed, unless `check_commas` is False.
     """
@@ -98,7 +98,7 @@ def _normalize_words(text: str, table: dict[str, str] | None = None) -> str:
 def agreement(answer: str, human_answers: Sequence[str]) -> float:
     """Return VQA's score for the agreement of an answer with human answers, from 0 to 1.
 
-    For each way to leave out one human answer, compute min(1, matches / 3). The score is the mean of these values.
+    The score is the mean of min(1, matches / 3) over all ways to leave out one human answer.
     """
     credits = []
     for left_out in range(len(human_answers)):
@@ -108,7 +108,7 @@ def agreement(answer: str, human_answers: Sequence[str]) -> float:
 
 
 def vqa_accuracy(answer: str, human_answers: Sequence[str]) -> float:
-    """Return the VQA accuracy of an answer, from 0 to 1. Answers are normalised unless all human answers are equal."""
+    """Return the VQA accuracy of an answer, from 0 to 1. Answers are normalised unless all human answers agree."""
     answer = _to_single_line(answer)
     human_answers = [_to_single_line(other) for other in human_answers]
     if len(set(human_answers)) > 1:
@@ -149,8 +149,8 @@ def _mean_accuracy(
 def read_vqav2(folder: Path, log: SkipLog) -> list[Question]:
     """Read questions from v2_OpenEnded_mscoco_SPLIT_questions.json, and answers from v2_mscoco_SPLIT_annotations.json.
 
-    The split is val2014 if its question file exists, otherwise test-dev2015, which has no annotations. The images are
-    in val2014/ or test2015/.
+    The split is val2014 if its question file exists, and otherwise test-dev2015, which has no annotations. The images
+    are in val2014/ or test2015/.
     """
     file = first_existing(
         folder, "v2_OpenEnded_mscoco_val2014_questions.json", "v2_OpenEnded_mscoco_test*_questions.json"

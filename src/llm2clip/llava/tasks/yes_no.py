@@ -15,7 +15,7 @@ from llm2clip.llava.tasks.base import SHORT_ANSWER, Question, Task, find_image, 
 
 
 def says_yes(answer: str) -> bool:
-    """Return whether an answer means yes: no word before the first period is "No", "no" or "not", as in POPE."""
+    """Return True if no word before the first period of an answer is "No", "no" or "not", as in POPE."""
     words = answer.partition(".")[0].replace(",", "").split(" ")
     return not {"No", "no", "not"} & set(words)
 
@@ -62,7 +62,7 @@ def pope_questions(records: Sequence[Record], per_image: int = OBJECTS_PER_IMAGE
 
 
 def score_pope(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """Return F1 and accuracy averaged over the sampling strategies, then the metrics for each strategy.
+    """Return the mean F1 and accuracy over the sampling strategies, followed by the metrics for each strategy.
 
     The metrics for a strategy are accuracy, precision, recall, F1 (as in LLaVA-1.5's table), and the percentage of yes
     answers.
@@ -80,7 +80,7 @@ def score_pope(questions: Sequence[Question], answers: Sequence[str]) -> dict[st
 
 
 def _yes_metrics(pairs: Sequence[tuple[bool, bool]]) -> dict[str, float]:
-    """Compute metrics, with yes as the positive class, from pairs of (target is yes, answer is yes)."""
+    """Compute metrics from pairs (target is yes, answer is yes), where yes is the positive class."""
     true_positives = sum(target and answer for target, answer in pairs)
     predicted = sum(answer for _, answer in pairs)
     positives = sum(target for target, _ in pairs)

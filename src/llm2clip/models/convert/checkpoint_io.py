@@ -1,4 +1,4 @@
-"""Find the weight files of a checkpoint in a folder or hub repository, and load the tensors.
+"""Functions that find the weight files of a checkpoint in a folder or hub repository and load the tensors.
 
 No code from a checkpoint is executed. Weights are read from safetensors files, or from pickle files with
 `weights_only=True`.
@@ -38,8 +38,8 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Any],
             configuration is read.
 
     Returns:
-        A tuple of three items: a dict from name to tensor; the content of config.json, or {} if there is no such file;
-        the preprocessing from preprocessor_config.json, or None if there is no such file.
+        Three values: a dict that maps names to tensors; the contents of config.json, or {} if there is no such file;
+        and the preprocessing from preprocessor_config.json, or None if there is no such file.
 
     Raises:
         FileNotFoundError: the file, folder or repository does not exist.
@@ -59,8 +59,8 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Any],
 def select_weights_file(names: list[str], source: str) -> str:
     """Return the name of the weight file. For sharded weights, return the name of the index file.
 
-    A .pt file with "EVA" in its name takes precedence. Repositories with such a file also contain weights in another
-    format, but the text tower in those weights is not LLM2CLIP's.
+    A .pt file with "EVA" in its name takes precedence, because repositories with such a file also contain weights in
+    another format, whose text tower is not LLM2CLIP's.
 
     Args:
         names: names of the files in the folder or repository.

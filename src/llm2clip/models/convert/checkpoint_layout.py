@@ -1,6 +1,6 @@
 """Tensor names of official LLM2CLIP checkpoints, and how they map to this package's tensor names.
 
-Official checkpoints are the checkpoints released by the authors of LLM2CLIP. There are four layouts:
+Official checkpoints are those released by the authors of LLM2CLIP. They have four layouts:
 
 - "hf" is a transformers checkpoint. It contains OpenAI's CLIP vision tower with transformers' tensor names, a
   projection without bias, and an adapter.
@@ -39,12 +39,12 @@ class Layout:
     Attributes:
         name: hf, openai, eva or siglip2.
         description: short description of the vision tower, for error messages.
-        required: prefixes of tensor names in the file, by which the layout is recognised.
+        required: prefixes of tensor names by which the layout is recognised.
         tower: name prefix of the vision tower's tensors.
         projection: name prefix of the image projection's tensors. Empty if there is no projection.
         adapter: name prefix of the text adapter's tensors.
-        ignored: pattern for the names of tensors that are ignored, because image and text embeddings do not depend on
-            them. These are the tensors of the original CLIP model's text tower and of the LLM.
+        ignored: pattern for the names of tensors that are ignored because they do not affect image and text embeddings:
+            those of the original CLIP model's text tower and of the LLM.
     """
 
     name: str
@@ -69,7 +69,7 @@ OPENAI = Layout(
     name="openai",
     description="OpenAI CLIP tower, OpenAI's names",
     required=("visual.conv1.", "visual.transformer.resblocks.", "text.text_adaptor."),
-    # The names below are the names after `rename_openai_tensors`.
+    # The names after `rename_openai_tensors`.
     tower=HF.tower,
     projection=HF.projection,
     adapter=HF.adapter,
@@ -95,9 +95,9 @@ SIGLIP2 = Layout(
 )
 LAYOUTS = {layout.name: layout for layout in (HF, OPENAI, EVA, SIGLIP2)}
 
-# Names of the layers in an adapter block: this package's name -> official name.
+# Layers of an adapter block: name in this package -> official name.
 _ADAPTER_LAYERS = {"norm": "ln", "up": "fn.0", "down": "fn.3"}
-# Parts of tensor names in an EVA-02 block that differ: timm's name -> name in the EVA-CLIP code.
+# Parts of tensor names that differ in an EVA-02 block: timm's name -> name in the EVA-CLIP code.
 _TIMM_TO_EVA = {
     "attn.norm.": "attn.inner_attn_ln.",
     "mlp.norm.": "mlp.ffn_ln.",
@@ -124,10 +124,10 @@ class Checkpoint:
     Attributes:
         source: file, folder or hub id, for error messages.
         layout: layout of the tensor names.
-        tensors: dict from canonical name to tensor.
+        tensors: tensors, keyed by canonical name.
         online: True if the adapter was trained with the LLM in the training loop, False if it was trained on cached
             embeddings.
-        config: content of config.json, or {} if there is no such file.
+        config: contents of config.json, or {} if there is no such file.
         preprocess: preprocessing from preprocessor_config.json, or None if there is no such file.
     """
 
@@ -146,9 +146,9 @@ class Checkpoint:
         config: dict[str, Any] | None = None,
         preprocess: Preprocess | None = None,
     ) -> Checkpoint:
-        """Create a checkpoint from a state dict: replace aliases with canonical names, and recognise the layout.
+        """Create a checkpoint from a state dict: replace aliases with canonical names and recognise the layout.
 
-        Checkpoints in the "hf" layout may lack the logit scale. It is then read from config.json.
+        If a checkpoint in the "hf" layout lacks the logit scale, it is read from config.json.
 
         Raises:
             ValueError: the tensor names match none of the layouts, or a tensor is present twice with different values.
@@ -175,7 +175,7 @@ class Checkpoint:
         return tuple(self.tensors[name].shape)
 
     def count_blocks(self, prefix: str, suffix: str = ".") -> int:
-        """Return how many different block numbers N occur in tensor names that start with `prefix` + N + `suffix`."""
+        """Count the different block numbers N in tensor names that start with `prefix` + N + `suffix`."""
         pattern = re.compile(rf"{re.escape(prefix)}(\d+){re.escape(suffix)}")
         matches = [pattern.match(name) for name in self.tensors]
         return len({match[1] for match in matches if match})
@@ -196,9 +196,8 @@ def official_name(name: str, layout: Layout, adapter_depth: int) -> str:
 def computed_buffers(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
     """Return the optional buffers of official checkpoints, with values derived from the architecture.
 
-    In "hf" checkpoints, the buffers contain the position ids. In "eva" checkpoints, the buffers contain the rotary
-    embedding's cosines and sines. There is one pair of these buffers for the tower and one for each block. "siglip2"
-    checkpoints have no buffers.
+    "hf" checkpoints have a buffer with the position ids. "eva" checkpoints have buffers with the cosines and sines of
+    the rotary embedding: one pair for the tower and one for each block. "siglip2" checkpoints have no buffers.
     """
     if layout is SIGLIP2:
         return {}

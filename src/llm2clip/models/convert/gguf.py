@@ -1,7 +1,7 @@
-"""Convert GGUF files (llama.cpp's format, usually quantized) to safetensors folders.
+"""Conversion of GGUF files (llama.cpp's format, usually quantized) to safetensors folders.
 
-transformers dequantizes a GGUF file every time it loads the file, and does not allow the loaded model to be saved.
-SmolLM2-135M loads in 17 s from a GGUF file and in 1 s from safetensors. Converting the file once avoids both problems.
+transformers dequantizes a GGUF file every time it is loaded, and cannot save the loaded model. SmolLM2-135M loads in 17
+s from a GGUF file and in 1 s from safetensors. Converting the file once avoids both problems.
 
 The weights are written in float32, with 4 bytes per parameter. In the Q4_1 format, a dequantized weight is the product
 of a 4-bit integer and a float16 scale, plus a float16 offset. Neither float16 nor bfloat16 can represent all such
@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from llm2clip.io_utils import atomic_dir
 
-# Types of metadata values, and the sizes of numbers in bytes.
+# Types of metadata values, and the size of each numeric type in bytes.
 _STRING, _ARRAY = 8, 9
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
@@ -25,8 +25,8 @@ _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 def convert_gguf(gguf: str | Path, out: str | Path) -> Path:
     """Convert a GGUF file to a safetensors folder `out`, atomically, and return the folder's path.
 
-    See `write_gguf_as_safetensors` for the folder's content. If another process creates `out` at the same time, that
-    process's folder is used.
+    See `write_gguf_as_safetensors` for the contents of the folder. If another process creates `out` at the same time,
+    its folder is used.
 
     Raises:
         FileNotFoundError: the GGUF file does not exist.
@@ -77,9 +77,9 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
 
 
 def check_gguf_header(gguf: Path) -> None:
-    """Check that all metadata that a GGUF file announces fit into the file.
+    """Check that all metadata announced in the header of a GGUF file fits into the file.
 
-    The package gguf does not check the lengths of arrays, and would read an array of 2^40 values from a small file.
+    The package gguf does not check array lengths: it would try to read an array of 2^40 values from a small file.
     Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
     Raises:
@@ -130,7 +130,7 @@ class _GGUFReader:
 
 
 def _clear_quantization_metadata(model: Any) -> None:
-    """Remove the attributes that mark a dequantized model as quantized, because they make `save_pretrained` fail."""
+    """Remove the attributes that mark a dequantized model as quantized, which would make `save_pretrained` fail."""
     for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
         if hasattr(owner, name):
             delattr(owner, name)

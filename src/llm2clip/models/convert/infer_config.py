@@ -1,4 +1,4 @@
-"""Infer the architecture of an official checkpoint from its config.json and tensor shapes."""
+"""Inference of an official checkpoint's architecture from its config.json and tensor shapes."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) ->
 
     Args:
         checkpoint: official checkpoint.
-        normalize_input: whether the adapter L2-normalises its input. Checkpoints do not contain this setting. The
-            default is False if the adapter was trained with the LLM in the training loop, and True otherwise, as in the
-            LLM2CLIP authors' code.
+        normalize_input: if True, the adapter L2-normalises its input. Checkpoints do not contain this setting. By
+            default, as in the LLM2CLIP authors' code, it is False if the adapter was trained with the LLM in the
+            training loop, and True otherwise.
 
     Raises:
         ValueError: a tensor is missing, or the vision tower is not supported.
@@ -82,8 +82,8 @@ def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) ->
 def _clip_tower(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the `VisionTower` config of a CLIP tower.
 
-    If the checkpoint has a config.json, the tower's config is read from that file. Otherwise, the config is inferred
-    from the tensor shapes. The head size and the activation are then assumed to be those of OpenAI's CLIP.
+    The config is read from the checkpoint's config.json, if there is one. Otherwise, it is inferred from the tensor
+    shapes, with the head size and activation of OpenAI's CLIP.
     """
     from transformers import CLIPVisionConfig
 
@@ -166,7 +166,8 @@ def _siglip_tower(checkpoint: Checkpoint, embed_dim: int) -> dict[str, Any]:
 
 
 def _default_preprocess(size: int) -> Preprocess:
-    """Return the preprocessing in the LLM2CLIP authors' code: resize the shortest side to `size`, then center-crop.
+    """Return the preprocessing used in the LLM2CLIP authors' code: resize the shortest side to `size`, then
+    center-crop.
 
     For EVA towers at 224 pixels, timm's default center-crops to 90% of the height and width. The authors' code
     does not.
@@ -175,7 +176,7 @@ def _default_preprocess(size: int) -> Preprocess:
 
 
 def _grid_size(checkpoint: Checkpoint, patches: int) -> int:
-    """Return the number of patches per side of the image."""
+    """Return the number of patches along one side of the image."""
     side = math.isqrt(patches)
     if side * side != patches:
         raise ValueError(

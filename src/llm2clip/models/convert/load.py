@@ -1,8 +1,8 @@
-"""Load official LLM2CLIP checkpoints, which were released by the authors of LLM2CLIP, as `LLM2CLIP` models.
+"""Loading of official checkpoints (released by the authors of LLM2CLIP) as `LLM2CLIP` models.
 
 Loading is strict. For every parameter of the model, the checkpoint must contain a tensor of the same shape. Any other
-tensor in the checkpoint must either match a buffer that follows from the architecture, or belong to a part of the
-checkpoint that is not needed.
+tensor in the checkpoint must either match a buffer that can be derived from the architecture, or be part of a model
+that is not needed.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def load_official_checkpoint(
     Args:
         source: folder, hub id or weight file (see `read_checkpoint`). If there is no config.json, the architecture is
             inferred from the tensor shapes.
-        text: caption encoder that the adapter was trained with (see `attach_caption_encoder`). None: load no caption
-            encoder.
-        normalize_input: whether the adapter L2-normalises its input. For the default, see `infer_config`.
+        text: caption encoder with which the adapter was trained (see `attach_caption_encoder`). If None, no caption
+            encoder is loaded.
+        normalize_input: if True, the adapter L2-normalises its input. For the default, see `infer_config`.
 
     Raises:
         FileNotFoundError: the checkpoint does not exist.
@@ -72,12 +72,13 @@ def fill_weights(model: LLM2CLIP, checkpoint: Checkpoint) -> None:
 def attach_caption_encoder(model: LLM2CLIP, path: str | Path, checkpoint: str | Path = "") -> None:
     """Load a caption encoder and attach it to the model.
 
-    If the encoder is an LLM released with LLM2CLIP, the encoder uses the template that the LLM was tuned with.
+    If the encoder is an LLM released with LLM2CLIP, it uses the template with which the LLM was tuned.
 
     Args:
         model: model without a caption encoder.
         path: folder or hub id of an encoder, or of a LoRA adapter in PEFT's format, which is merged into its LLM.
-        checkpoint: name of the official checkpoint, used only to suggest the right encoder in the error message.
+        checkpoint: name of the official checkpoint, which is used only to suggest the right encoder in the error
+            message.
 
     Raises:
         ValueError: the dimension of the encoder's embeddings differs from the adapter's input size.
@@ -103,7 +104,7 @@ def _match_tensors(model: LLM2CLIP, checkpoint: Checkpoint) -> tuple[list[tuple[
     """Pair the parameters of a model with the tensors of a checkpoint.
 
     Returns:
-        A list of (parameter, tensor) pairs, and a list of messages that describe all problems.
+        A list of (parameter, tensor) pairs, and a list of messages that describe all mismatches.
     """
     layout = checkpoint.layout
     unused = dict(checkpoint.tensors)

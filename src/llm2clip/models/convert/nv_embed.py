@@ -1,4 +1,4 @@
-"""Convert NV-Embed-v2 to a caption encoder.
+"""Conversion of NV-Embed-v2 to a caption encoder.
 
 NV-Embed-v2 is a bidirectional Mistral with latent attention pooling. Its repository contains Python code for
 transformers 4, which llm2clip does not run. The weights are loaded into transformers' own Mistral and into
@@ -26,7 +26,7 @@ from llm2clip.models.sentence_transformer import NV_EMBED, read_model_type
 _LLM_PREFIX = "embedding_model."
 _POOLING_PREFIX = "latent_attention_model."
 _ROTARY_BUFFER = "rotary_emb.inv_freq"  # recomputed from the config
-# Names of the pooling layer's weights, without prefix -> parameter of LatentAttentionPooling.
+# Weights of the pooling layer, without prefix -> parameter of LatentAttentionPooling.
 _POOLING_NAMES = {
     "latents": "latents",
     "cross_attend_blocks.0.norm": "norm",
@@ -38,7 +38,7 @@ _POOLING_NAMES = {
     "cross_attend_blocks.1.fn.net.0": "mlp_in",
     "cross_attend_blocks.1.fn.net.2": "mlp_out",
 }
-# Entries of the LLM's config that determine its architecture. The other entries concern text generation.
+# Entries of the LLM's config that determine its architecture. The other entries affect only text generation.
 _LLM_SETTINGS = (
     "vocab_size",
     "hidden_size",
@@ -61,8 +61,8 @@ def is_nv_embed(source: str | Path) -> bool:
 def load_nv_embed(source: str | Path) -> CaptionEncoder:
     """Load NV-Embed-v2 from its published format as a caption encoder in float32, on the CPU.
 
-    As in NV-Embed's code, each text consists of the begin token, the caption and the end token, and the mean includes
-    all of these tokens.
+    As in NV-Embed's code, each text consists of the begin token, the caption and the end token, all of which are
+    included in the mean.
 
     Args:
         source: folder or hub id.
@@ -89,7 +89,7 @@ def load_nv_embed(source: str | Path) -> CaptionEncoder:
 
 
 def _split_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Return the tensors of the LLM and of the pooling layer under llm2clip's names, and all other tensors."""
+    """Return the tensors of the LLM and of the pooling layer, renamed to llm2clip's names, and all other tensors."""
     llm: dict[str, Tensor] = {}
     pooling: dict[str, Tensor] = {}
     unexpected: dict[str, Tensor] = {}
@@ -145,7 +145,7 @@ def _load_llm(source: str | Path, tensors: dict[str, Tensor], settings: Mapping[
 
 
 def _load_tokenizer(source: str | Path) -> Any:
-    """Load the tokenizer, and make it add the begin and end tokens to every text."""
+    """Load the tokenizer and configure it to add the begin and end tokens to every text."""
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 

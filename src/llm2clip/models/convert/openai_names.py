@@ -1,11 +1,11 @@
 """Tensor names of the original OpenAI CLIP code, and how they map to transformers' CLIP.
 
-LLM2CLIP's `.pt` files with OpenAI towers use these names. The tensors are renamed when the file is read, so that the
-rest of the conversion has to support only one set of names. Some tensors also change their shape:
+LLM2CLIP's `.pt` files with OpenAI towers use these names. Tensors are renamed when the file is read, so that the rest
+of the conversion supports only one set of names. The shapes of some tensors also change:
 
 - `attn.in_proj_weight` (3 * width, width) and `attn.in_proj_bias` contain the query, key and value projections. They
   are split into three tensors.
-- `visual.proj` (width, embed_dim) is used as `x @ proj`, so it is transposed to become a linear layer's weight.
+- `visual.proj` (width, embed_dim) is used as `x @ proj`, so it is transposed to form the weight of a linear layer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-# Names in the tower: OpenAI's name -> transformers' name.
+# Tensors of the tower: OpenAI's name -> transformers' name.
 _TOWER = {
     "class_embedding": "embeddings.class_embedding",
     "positional_embedding": "embeddings.position_embedding.weight",
@@ -25,7 +25,7 @@ _TOWER = {
     "ln_post.weight": "post_layernorm.weight",
     "ln_post.bias": "post_layernorm.bias",
 }
-# Layers in a block: OpenAI's name -> transformers' name.
+# Layers of a block: OpenAI's name -> transformers' name.
 _BLOCK = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",

@@ -1,8 +1,8 @@
-"""Caption encoders that are published as a base LLM and one or more LoRA adapters in PEFT's format.
+"""Caption encoders published as a base LLM and one or more LoRA adapters in PEFT's format.
 
 LLM2Vec and the first training stage of the LLM2CLIP authors' code write such adapters. Several adapters can form a
 chain. For example, LLM2Vec's supervised adapter was trained after the MNTP adapter had been merged into the LLM. Such
-adapters must be merged in the order of their training.
+adapters must be merged in the order in which they were trained.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def load_adapter_encoder(sources: Sequence[str | Path], device: str | torch.devi
     """Load a caption encoder in float32 and merge a chain of LoRA adapters into its LLM.
 
     Args:
-        sources: adapters (see `find_adapter`) in the order of their training. The first item may also be the base LLM.
-            Otherwise, the base LLM is the one that the first adapter's adapter_config.json specifies.
-        device: device to load the encoder on.
+        sources: adapters (see `find_adapter`) in the order in which they were trained. The first item may also be the
+            base LLM. Otherwise, the base LLM is taken from the first adapter's adapter_config.json.
+        device: device on which to load the encoder.
 
     Raises:
         FileNotFoundError: the base LLM does not exist.
@@ -78,7 +78,7 @@ def merge_adapter(encoder: CaptionEncoder, folder: Path) -> None:
     config: Any = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{folder} is a {config.peft_type} adapter; only LoRA adapters can be merged")
-    config.task_type = None  # the task type of a causal LM requires an LM head, which this LLM does not have
+    config.task_type = None  # the task type for causal LMs requires an LM head, which this LLM does not have
     weights = _remove_head_prefix(load_peft_weights(str(folder), device="cpu"))
     model = get_peft_model(encoder.llm, config)
     expected = get_peft_model_state_dict(model)
@@ -97,7 +97,7 @@ def merge_adapter(encoder: CaptionEncoder, folder: Path) -> None:
 
 
 def _resolve_chain(sources: Sequence[str | Path]) -> tuple[str, list[Path]]:
-    """Return the base LLM and the folders of the adapters, in the order in which they are merged."""
+    """Return the base LLM and the adapter folders, in the order in which they must be merged."""
     folders = [find_adapter(source) for source in sources]
     starts_with_llm = folders[0] is None and len(sources) > 1
     adapters: list[Path] = []
@@ -109,7 +109,7 @@ def _resolve_chain(sources: Sequence[str | Path]) -> tuple[str, list[Path]]:
 
 
 def _find_base(adapters: list[Path]) -> tuple[str, list[Path]]:
-    """Return the LLM at the end of the chain, and all adapters. The base model of an adapter can be an adapter, too."""
+    """Return the LLM at the end of the chain and all adapters. An adapter's base model can itself be an adapter."""
     chain = list(adapters)
     while True:
         base = str(read_json(chain[0] / ADAPTER_CONFIG)["base_model_name_or_path"])
@@ -122,7 +122,7 @@ def _find_base(adapters: list[Path]) -> tuple[str, list[Path]]:
 
 
 def _read_settings(adapter: Path) -> dict[str, Any]:
-    """Return the arguments of `CaptionEncoder.from_pretrained` that an adapter's llm2vec_config.json specifies."""
+    """Read the arguments for `CaptionEncoder.from_pretrained` from an adapter's llm2vec_config.json."""
     file = adapter / _LLM2VEC_CONFIG
     if not file.is_file():
         return {}
@@ -135,7 +135,7 @@ def _read_settings(adapter: Path) -> dict[str, Any]:
 
 
 def _remove_head_prefix(weights: dict[str, Any]) -> dict[str, Any]:
-    """Rename the tensors of an adapter whose LLM had an LM head, which adds `model.` to all tensor names."""
+    """Rename the tensors of an adapter whose LLM had an LM head, which adds the prefix `model.` to all tensor names."""
     prefix = "base_model.model.model."
     if not all(name.startswith(prefix) for name in weights):
         return weights

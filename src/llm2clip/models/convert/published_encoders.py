@@ -1,8 +1,8 @@
-"""Caption encoders that the LLM2CLIP authors have published, and the checkpoints trained with each encoder.
+"""Caption encoders published by the LLM2CLIP authors, and the checkpoints trained with each encoder.
 
-An adapter works only with the encoder that it was trained with. Two encoders have embeddings of the same size (4096),
-so the adapter's tensors do not identify the encoder. The right encoder is therefore inferred from the vision tower and
-the checkpoint's name.
+An adapter works only with the encoder with which it was trained. Two encoders have embeddings of the same size (4096),
+so the right encoder cannot be determined from the adapter's tensors. It is inferred from the vision tower and the
+checkpoint's name instead.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ LLAMA_3_2_1B = "microsoft/LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned"
 LLAMA_3_1_8B = "microsoft/LLM2CLIP-Llama3.1-8B-siglip2-so400m-patch14-224/LLM2CLIP-Llama-3.1-8B"
 PUBLISHED_ENCODERS = {LLAMA_3_8B: 4096, LLAMA_3_1_8B: 4096, LLAMA_3_2_1B: 2048}
 
-# Prompt that these caption encoders were tuned with. The folders of the encoders do not contain the prompt.
+# Prompt with which these caption encoders were tuned. It is not saved in the encoders' folders.
 TEMPLATE = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{caption}<|eot_id|>"
 TEMPLATE_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
-# Pattern for checkpoint names -> encoder that these checkpoints were trained with. The first matching pattern is used.
+# Pattern for checkpoint names -> encoder with which these checkpoints were trained. The first matching pattern is used.
 _CHECKPOINT_NAMES = {
     re.compile(r"llama-?3[._]1", re.IGNORECASE): LLAMA_3_1_8B,
     re.compile(r"llama-?3-8b|LLM2CLIP-(openai|eva02)-", re.IGNORECASE): LLAMA_3_8B,
@@ -29,7 +29,7 @@ _CHECKPOINT_NAMES = {
 
 
 def suggest_encoders(source: str | Path, text_dim: int, tower: dict[str, Any]) -> list[str]:
-    """Return the published caption encoders that a checkpoint was probably trained with.
+    """Return the published caption encoders with which a checkpoint was probably trained.
 
     Args:
         source: file, folder or hub id of the checkpoint.
@@ -54,8 +54,8 @@ def suggest_encoders(source: str | Path, text_dim: int, tower: dict[str, Any]) -
 def published_template(path: str | Path) -> str | None:
     """Return the template of the LLMs released with LLM2CLIP, or None if `path` uses another template.
 
-    The template is returned for a plain LLM with Llama 3's special tokens. For model folders and sentence-transformers
-    folders, which contain their own template, and for GGUF files, None is returned.
+    The template is returned for a plain LLM with Llama 3's special tokens. None is returned for GGUF files, and for
+    model folders and sentence-transformers folders, which contain their own template.
     """
     from transformers import AutoTokenizer
     from transformers.utils import cached_file

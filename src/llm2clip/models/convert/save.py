@@ -1,4 +1,4 @@
-"""Save an `LLM2CLIP` model as an official LLM2CLIP checkpoint."""
+"""Export of an `LLM2CLIP` model as an official LLM2CLIP checkpoint."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ SAVED_LAYOUTS = {"hf": HF, "eva": EVA}
 def save_official(model: LLM2CLIP, out: str | Path, layout_name: str) -> Path:
     """Write a model as a checkpoint with the tensor names of the LLM2CLIP authors' code, atomically.
 
-    With "hf", the checkpoint is a folder that contains model.safetensors, config.json and preprocessor_config.json.
-    With "eva", the checkpoint is a .pt file that contains a state dict, including the rotary embeddings that the
-    authors' code expects. A .pt file does not contain the preprocessing. The authors' code always resizes the shortest
-    side to the tower's image size.
+    An "hf" checkpoint is a folder with model.safetensors, config.json and preprocessor_config.json. An "eva" checkpoint
+    is a .pt file with a state dict, including the rotary embeddings that the authors' code expects. A .pt file does not
+    contain the preprocessing: the authors' code always resizes the shortest side to the tower's image size.
 
     Args:
         model: model to save. The vision tower must be a transformers CLIP tower (for "hf") or a timm EVA-02 CLIP tower
@@ -123,7 +122,7 @@ def _official_tensors(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
 
 
 def _clip_config(model: LLM2CLIP) -> dict[str, Any]:
-    """Return the content of config.json for a model with a CLIP tower."""
+    """Return the contents of config.json for a model with a CLIP tower."""
     architecture = model.tower.config["architecture"]
     vision_config = {"model_type": "clip_vision_model"} | {key: architecture[key] for key in CLIP_FIELDS}
     return {"model_type": "clip", "projection_dim": model.config.embed_dim, "vision_config": vision_config}
