@@ -174,9 +174,10 @@ def build_dense_encoder(tower: VisionTower, project: Callable[[Tensor], Tensor],
 
 
 def feature_map(tower: VisionTower, pixels: Tensor) -> Tensor:
-    """Return the features of all cells before the tower's head, for example as input for a detector.
+    """Return the features of all cells before the tower's head, for example as the input of a detector.
 
-    Gradients flow to the tower's weights, except to position embeddings that are interpolated to another image size.
+    Gradients flow to the tower's weights, except to position embeddings that are interpolated to a different image
+    size.
 
     Args:
         tower: vision tower, in eval or training mode.
@@ -255,17 +256,18 @@ def _apply_head(tower: VisionTower, cells: Tensor) -> Tensor:
         # In CLIP, the last norm is part of the head.
         return cast(Tensor, backbone.post_layernorm(cells) if hasattr(backbone, "post_layernorm") else cells)
     if isinstance(backbone, VisionTransformer | Eva):
-        # Some heads pool the class token, others skip it. If every token is this cell, both return its features.
+        # Some heads pool the class token, others skip it. If all tokens are copies of the cell, both return its
+        # features.
         return backbone.forward_head(cells[:, None].expand(-1, 1 + backbone.num_prefix_tokens, -1))
     maps = cells[:, None, None] if _has_channels_last(tower) else cells[:, :, None, None]
     return cast(Tensor, backbone.forward_head(maps))
 
 
 def _resize_timm(tower: VisionTower, size: tuple[int, int]) -> nn.Module:
-    """Return a timm backbone for images of `size` that shares the tower's weights, except the position embeddings.
+    """Return a timm backbone for images of `size`, which shares the tower's weights except the position embeddings.
 
     Raises:
-        ValueError: the architecture supports only the size that it was built for.
+        ValueError: the architecture supports only the size for which it was built.
     """
     backbone = cast(Any, tower.backbone)
     if size == (tower.preprocess.size, tower.preprocess.size) or getattr(backbone, "dynamic_img_size", False):
@@ -297,9 +299,9 @@ def _resize_timm(tower: VisionTower, size: tuple[int, int]) -> nn.Module:
 
 
 def _replace_module(root: Any, name: str, module: nn.Module) -> Any:
-    """Return a copy of `root` in which the submodule `name` is replaced. The copy shares all other modules and weights.
+    """Return a copy of `root` with the submodule `name` replaced. The copy shares all other modules and weights.
 
-    `root` itself does not change, so that other threads can use it in the meantime.
+    `root` itself is not modified, so that other threads can use it in the meantime.
     """
     first, _, rest = name.partition(".")
     root = _shallow_copy(root)
@@ -318,7 +320,7 @@ def _shallow_copy(module: Any) -> Any:
 
 
 class _DenseBlock(nn.Module):
-    """Last block of a vision transformer with the attention of a variant."""
+    """Last block of a vision transformer, with a variant's attention."""
 
     def __init__(self, block: nn.Module, variant: str, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -372,7 +374,7 @@ class _ReplacedAttention(TorchFunctionMode):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, *_: Any, scale: float | None = None, **__: Any) -> Tensor:
         """Return the attention output for q, k and v, each (N, heads, L, head_dim).
 
-        The remaining arguments are not needed: eval mode has no dropout, and images of the same size need no mask.
+        The remaining arguments are ignored: there is no dropout in eval mode, and images of the same size need no mask.
         """
         attend = F.scaled_dot_product_attention
         if self.variant == "maskclip":
@@ -385,7 +387,7 @@ class _ReplacedAttention(TorchFunctionMode):
 
 
 def _neighbour_bias(grid: tuple[int, int], k: Tensor) -> Tensor:
-    """Return NACLIP's bias g for the attention between all tokens, (L, L), with the dtype and the device of k."""
+    """Return NACLIP's bias g for the attention between all tokens, (L, L), with the dtype and device of k."""
     per_axis = []
     for length in grid:
         position = torch.arange(length, device=k.device, dtype=torch.float32)

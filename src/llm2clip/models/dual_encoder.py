@@ -1,4 +1,4 @@
-"""Common interface for image-text models: llm2clip models and the baselines they are compared with.
+"""Common interface for image-text models: llm2clip models and baselines.
 
 Models are loaded by name:
 
@@ -50,15 +50,15 @@ class DualEncoder:
     Attributes:
         name: name that was passed to `open_dual_encoder`.
         embed_dim: dimension of the embeddings.
-        identity: function that returns a dict of everything that affects the embeddings, except the precision.
-        transform: picklable function that converts a decoded image, uint8 (3, H, W), to an input for the image encoder.
+        identity: function that returns a dict of everything that affects the embeddings except the precision.
+        transform: picklable function that preprocesses a decoded image, uint8 (3, H, W), for the image encoder.
         encode_images_raw: function that takes a list of N outputs of `transform` and returns embeddings (N, embed_dim).
         encode_texts_raw: function that takes N texts and a bool (show a progress bar) and returns embeddings
             (N, embed_dim).
-        count_truncated: function that takes a list of texts and returns how many of them are too long for the text
-            encoder and are truncated. It returns None if this number is unknown.
-        precision: precision that the model runs in.
-        dense: encoder for the cells of an image, or None if this kind of model has none.
+        count_truncated: function that takes a list of texts and returns the number of texts that the text encoder
+            truncates, or None if unknown.
+        precision: precision in which the model runs.
+        dense: dense encoder, which encodes the cells of an image, or None if this type of model does not support it.
     """
 
     name: str
@@ -86,13 +86,13 @@ class DualEncoder:
 def open_dual_encoder(
     name: str, device: torch.device | str | None = None, precision: str | None = None, trust_remote_code: bool = False
 ) -> DualEncoder:
-    """Load an image-text model by name. Code that comes with a model is run only if `trust_remote_code` is set.
+    """Load an image-text model by name. Code that comes with a model is run only if `trust_remote_code` is True.
 
     Args:
         name: model name, in one of the forms listed at the top of this module.
         device: device to load the model on. Default: a GPU if there is one.
-        precision: precision of an llm2clip model, see `from_llm2clip`. With bf16 and `auto`, the caption encoder is
-            loaded at once, otherwise on first use. All other models are run in fp32.
+        precision: precision of an llm2clip model; see `from_llm2clip`. With bf16 and `auto`, the caption encoder is
+            loaded immediately; otherwise, it is loaded on first use. All other models run in fp32.
         trust_remote_code: run the Python code that comes with a model, if there is any. Jina-CLIP requires this
             setting.
 
@@ -113,13 +113,13 @@ def open_dual_encoder(
 
 
 def from_llm2clip(model: LLM2CLIP, name: str, precision: str | None = None) -> DualEncoder:
-    """Set an LLM2CLIP model to eval mode and wrap the model in a `DualEncoder`.
+    """Switch an LLM2CLIP model to eval mode and wrap it in a `DualEncoder`.
 
     Args:
         model: the model.
         name: name of the dual encoder.
         precision: precision of the caption encoder, as in `CaptionEncoder.encode`. `auto` selects the fastest precision
-            that is accurate enough (see `models/precision_calibration.py`). On GPUs, the vision tower is also run in
+            that is accurate enough (see `models/precision_calibration.py`). On GPUs, the vision tower also runs in
             bf16, unless the precision is fp32 or the GPU does not support bf16. Default: `auto` on GPUs, fp32 on CPUs.
     """
     model.eval()
@@ -197,12 +197,12 @@ def _open_transformers(name: str, device: torch.device, trust_remote_code: bool)
 
 
 def _transformers_dense_encoder(model: Any, processor: Any) -> DenseEncoder | None:
-    """Return the dense encoder of a CLIP, SigLIP or SigLIP 2 model, or None for all other types."""
+    """Return the dense encoder of a CLIP, SigLIP or SigLIP 2 model, or None for other model types."""
     if model.config.model_type not in ("clip", "siglip", "siglip2"):
         return None
     try:
         preprocess = Preprocess.from_dict(processor.to_dict())
-    except ValueError:  # the model was not trained with square images
+    except ValueError:  # the model was not trained on square images
         return None
     architecture = model.config.vision_config.to_dict()
     config = {"library": "transformers", "architecture": architecture, "preprocess": preprocess.to_dict()}
@@ -228,7 +228,7 @@ def _open_open_clip(name: str, device: torch.device) -> DualEncoder:
 
 
 def _open_clip_dense_encoder(visual: Any, cfg: dict[str, Any], device: torch.device) -> DenseEncoder | None:
-    """Return the dense encoder of an open_clip model whose image encoder is a timm model, or None for all others."""
+    """Return the dense encoder of an open_clip model with a timm image encoder, or None for all other models."""
     trunk = getattr(visual, "trunk", None)
     if trunk is None or hasattr(visual.head, "pool"):  # open_clip's own pooling
         return None
@@ -298,7 +298,7 @@ def _identity(name: str, model: nn.Module) -> dict[str, Any]:
     return {"name": name, "weights": hash_weights(model)}
 
 
-# The transforms are module-level functions, so that they can be pickled and sent to the processes that decode images.
+# The transforms are module-level functions, so that they can be pickled and sent to the decoding processes.
 
 
 def _apply_processor(processor: Any, image: Tensor) -> Tensor | dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Hashes of everything that affects an encoder's embeddings. Caches use these hashes to detect a changed encoder."""
+"""Hashes of everything that affects an encoder's embeddings, with which caches detect that an encoder has changed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 def fingerprint(identity: dict[str, Any]) -> str:
     """Return a hash (32 hex digits) of an encoder's `identity()`.
 
-    Encoders with equal hashes produce identical embeddings.
+    Encoders with the same hash produce identical embeddings.
     """
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 

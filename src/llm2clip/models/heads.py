@@ -1,8 +1,8 @@
 """Text adapter, which maps caption embeddings to the shared embedding space, and its residual block.
 
 The architecture follows the LLM2CLIP paper (arXiv 2411.04997, section 3.3). The image head (the projection) is a single
-linear layer, which is created in `LLM2CLIP`. Exported models contain a copy of the classes in this module, so the
-classes must not use other modules of this package.
+linear layer, which is created in `LLM2CLIP`. Exported models contain a copy of these classes, which therefore must not
+use other modules of this package.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class ResidualBlock(nn.Module):
 class Adapter(nn.Module):
     """Text adapter: L2-normalise (optional) -> `depth` residual blocks -> LayerNorm -> Linear.
 
-    The paper uses depth 4 and expansion 2. With 4096 input and 1280 output dimensions, such an adapter has 273.8 M
-    parameters. Among the checkpoints released with the paper, adapters trained on cached embeddings L2-normalise their
-    input (`normalize_input=True`). Adapters trained with the LLM in the training loop do not.
+    The paper uses depth 4 and expansion 2. With 4096 input and 1280 output dimensions, this adapter has 273.8 M
+    parameters. In the checkpoints released with the paper, adapters trained on cached embeddings L2-normalise their
+    input (`normalize_input=True`), whereas those trained with the LLM in the training loop do not.
     """
 
     def __init__(

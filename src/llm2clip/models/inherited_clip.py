@@ -1,4 +1,4 @@
-"""The CLIP model that a vision tower comes from, whose text space a new model can inherit (see `train/inherit.py`)."""
+"""Original CLIP model of a vision tower, whose text space a new model can inherit (see `train/inherit.py`)."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ def load_inherited_clip(tower: str, inherit: bool | str, device: torch.device) -
 
     Args:
         tower: vision tower, as in `VisionTower.from_pretrained`.
-        inherit: name of the CLIP model, as in `load_clip_text_encoder`. True: the model that the tower belongs to.
-        device: device to load the model on.
+        inherit: name of the CLIP model, as in `load_clip_text_encoder`, or True for the model from which the tower was
+            taken.
+        device: device on which to load the model.
 
     Raises:
         ValueError: the tower's checkpoint contains no text tower.
@@ -40,9 +41,9 @@ def load_inherited_clip(tower: str, inherit: bool | str, device: torch.device) -
 
 
 def _clip_of_tower(tower: str) -> str:
-    """Return the name of the CLIP model that a tower belongs to, as in `load_clip_text_encoder`.
+    """Return the name of a tower's original CLIP model, as in `load_clip_text_encoder`.
 
-    In timm's repositories, the text tower is part of the open_clip model in the same repository.
+    For timm towers, the same repository also contains the open_clip model with the text tower.
     """
     source = hub_id_or_folder(resolve_pretrained(tower))
     if has_text_tower(source):
@@ -66,7 +67,7 @@ def visual_projection(clip: Any) -> nn.Linear | None:
         The layer, or None if the features are the embeddings, as in SigLIP.
 
     Raises:
-        ValueError: the features are mapped to the embeddings in another way.
+        ValueError: the mapping from features to embeddings is not a linear layer.
     """
     if hasattr(clip, "get_image_features"):  # transformers
         return getattr(clip, "visual_projection", None)
@@ -89,15 +90,15 @@ def visual_projection(clip: Any) -> nn.Linear | None:
 
 
 def model_in_clip_space(config: LLM2CLIPConfig, tower: VisionTower, clip: ClipTextEncoder) -> LLM2CLIP:
-    """Build a model with the image embeddings of a CLIP model, on its device. The adapter is randomly initialised.
+    """Build a model with the image embeddings and on the device of a CLIP model. The adapter is randomly initialised.
 
     Args:
         config: model config. Its `embed_dim` and projection are replaced with those of the CLIP model.
         tower: vision tower.
-        clip: the CLIP model, in the form in which its text tower is used.
+        clip: the CLIP model, as loaded for its text tower.
 
     Raises:
-        ValueError: the vision tower is not the image tower of the CLIP model, or see `visual_projection`.
+        ValueError: the vision tower is not the image tower of the CLIP model. See also `visual_projection`.
     """
     projection = visual_projection(clip.model)
     feature_dim = clip.embed_dim if projection is None else projection.in_features
@@ -121,9 +122,10 @@ def model_in_clip_space(config: LLM2CLIPConfig, tower: VisionTower, clip: ClipTe
 
 @torch.no_grad()
 def _check_image_space(model: LLM2CLIP, clip: Any) -> None:
-    """Check that the image embeddings of `model` are those of the CLIP model.
+    """Check that `model` has the same image embeddings as the CLIP model.
 
-    The embeddings of one random image are compared. NaFlex towers and towers with another image size are not checked.
+    The embeddings of one random image are compared. NaFlex towers and towers with a different image size are not
+    checked.
 
     Raises:
         ValueError: the vision tower is not the image tower of the CLIP model.

@@ -1,11 +1,11 @@
 """Latent attention pooling, the pooling layer of NV-Embed (arXiv 2405.17428).
 
-The final hidden state of each token attends to an array of trained vectors, the latents. An MLP is then applied to each
-token, and the results are averaged over the caption's tokens. Tokens do not attend to each other in this layer, so
-packed and padded batches produce the same embeddings.
+The final hidden state of each token attends to an array of trained vectors (the latents), passes through an MLP, and is
+averaged over the caption's tokens. Tokens do not attend to each other in this layer, so packed and padded batches
+produce the same embeddings.
 
-The module is stored in sentence-transformers' format. sentence-transformers can load the module only if llm2clip is
-installed. The class path in `modules.json` also requires `trust_remote_code=True`.
+The module is stored in sentence-transformers' format, but sentence-transformers can load it only if llm2clip is
+installed. Because of the class path in `modules.json`, `trust_remote_code=True` is also required.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class LatentAttentionPooling(Pooling):
             num_latents: number of latents.
             num_heads: number of attention heads.
             head_dim: dimension of each attention head.
-            include_prompt: whether the mean includes the tokens before the caption.
+            include_prompt: if True, the mean includes the tokens before the caption.
         """
         super().__init__(embedding_dimension, "mean", include_prompt)
         self.num_latents, self.num_heads, self.head_dim = num_latents, num_heads, head_dim
@@ -63,13 +63,13 @@ class LatentAttentionPooling(Pooling):
         self.mlp_out = nn.Linear(MLP_EXPANSION * embedding_dimension, embedding_dimension)
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Add `sentence_embedding`, (B, D), to the features. Replace `token_embeddings`, (B, T, D) or (1, T, D)."""
+        """Add `sentence_embedding`, (B, D), to the features, and replace `token_embeddings`, (B, T, D) or (1, T, D)."""
         features["token_embeddings"] = self.transform_tokens(features["token_embeddings"])
         pooled: dict[str, Any] = super().forward(features, **kwargs)
         return pooled
 
     def transform_tokens(self, states: Tensor) -> Tensor:
-        """Apply latent attention and the MLP to the LLM's final hidden states, (..., D), and return (..., D)."""
+        """Apply latent attention and the MLP to the LLM's final hidden states, (..., D); return (..., D)."""
         tokens = states.flatten(0, -2)  # (T, D)
         # Keys and values do not depend on the batch: (heads, latents, head_dim)
         keys, values = (self._split_heads(x) for x in self.to_kv(self.norm_latents(self.latents)).chunk(2, dim=-1))

@@ -1,4 +1,4 @@
-"""Length bucketing: group texts of similar length into batches with a maximum number of tokens."""
+"""Length bucketing, which groups texts of similar length into batches with a maximum number of tokens."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 # Tokens per batch, including padding. A CPU is fastest with batches that fit in its caches; a GPU needs large batches.
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 32768
-# Largest size of an LLM's hidden states in a batch, in elements. An LLM with 8 billion parameters (4,096 dimensions)
-# then needs 2.5 GB for the activations of a batch of 16,384 tokens, which is large enough for every GPU.
+# Maximum size of an LLM's hidden states in a batch, in elements. With this value, an LLM with 8 billion parameters
+# (4,096 dimensions) needs 2.5 GB for the activations of a batch of 16,384 tokens, which is large enough for every GPU.
 MAX_HIDDEN_SIZE = 1 << 26
 
 
@@ -53,8 +53,8 @@ class TokenizedTexts:
 def length_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
     """Group rows of similar length into batches, and yield the row indices of each batch.
 
-    A batch has at most `max_tokens` tokens, including padding. A row longer than `max_tokens` forms its own batch. The
-    longest rows come first, so that an out-of-memory error occurs in the first batch rather than late in a run.
+    A batch has at most `max_tokens` tokens, including padding. A row longer than `max_tokens` forms a batch of its own.
+    The longest rows come first, so that an out-of-memory error occurs in the first batch rather than late in a run.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0

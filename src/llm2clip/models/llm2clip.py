@@ -39,13 +39,13 @@ MAX_LOGIT_SCALE = 100.0
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md")
 # Fields of config.json that have been renamed since version 0.1: old name -> new name.
 _RENAMED_FIELDS = {"text_width": "text_dim", "width": "embed_dim"}
-# Each head's field in config.json, and the only supported value. Version 0.1 supported additional values.
+# Fields of the heads in config.json, each with the only supported value. Version 0.1 supported other values, too.
 _SUPPORTED_HEADS = {"adapter": "residual", "projection": "linear"}
 
 
 @dataclass
 class LLM2CLIPConfig:
-    """Everything needed to build the model, except its weights.
+    """Everything that is needed to build a model, except the weights.
 
     Attributes:
         tower: vision tower config (`VisionTower.config`).
@@ -53,12 +53,12 @@ class LLM2CLIPConfig:
         embed_dim: dimension of the shared embedding space.
         adapter_depth: number of residual blocks in the adapter.
         adapter_expansion: hidden size of an adapter block, as a multiple of `text_dim`.
-        normalize_input: L2-normalise the caption embeddings before the adapter.
-        projection: add an image projection. Without one, the image embedding is the tower's output, and `embed_dim`
-            must be the tower's feature size.
-        projection_bias: add a bias to the image projection.
-        logit_bias: add a learned bias to the logits, for the sigmoid loss.
-        encoder: `CaptionEncoder.identity()` of the encoder that the adapter was trained with. Empty if unknown.
+        normalize_input: if True, L2-normalise the caption embeddings before the adapter.
+        projection: if True, add an image projection. Otherwise, the tower's output is the image embedding, and
+            `embed_dim` must equal the tower's feature size.
+        projection_bias: if True, the image projection has a bias.
+        logit_bias: if True, add a learned bias to the logits, for the sigmoid loss.
+        encoder: `CaptionEncoder.identity()` of the encoder with which the adapter was trained. Empty if unknown.
     """
 
     tower: dict[str, Any]
@@ -82,7 +82,7 @@ class LLM2CLIPConfig:
             config: settings of the `align` stage.
             tower: the vision tower.
             text_dim: see the class docstring.
-            encoder: see the class docstring. None: unknown.
+            encoder: see the class docstring. None if unknown.
         """
         return cls(
             tower=tower.config,
@@ -97,10 +97,10 @@ class LLM2CLIPConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LLM2CLIPConfig:
-        """Create a config from the content of config.json. Files written by version 0.1 are supported, too.
+        """Create a config from the contents of config.json. Files written by version 0.1 are also supported.
 
         Raises:
-            ValueError: the model has a kind of head that only version 0.1 supports.
+            ValueError: the model has a type of head that only version 0.1 supports.
         """
         for name, supported in _SUPPORTED_HEADS.items():
             kind = values.get(name, supported)
@@ -109,15 +109,14 @@ class LLM2CLIPConfig:
                     f"{name} {kind!r} is no longer supported. Run `llm2clip align` again to train a {supported} {name}"
                 )
         values = {_RENAMED_FIELDS.get(name, name): value for name, value in values.items()}
-        if isinstance(values.get("projection"), str):  # version 0.1 stored the kind of projection
+        if isinstance(values.get("projection"), str):  # version 0.1 stored the type of projection
             values["projection"] = True
         return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
 
     def identity_fields(self) -> dict[str, Any]:
         """Return the config as a dict that is part of the model's identity.
 
-        The keys are version 0.1's field names. Search indexes and cached embeddings created by version 0.1 therefore
-        stay valid.
+        The keys are the field names of version 0.1, so that its search indexes and cached embeddings stay valid.
         """
         old_names = {new: old for old, new in _RENAMED_FIELDS.items()}
         fields = {old_names.get(name, name): value for name, value in dataclasses.asdict(self).items()}
@@ -126,19 +125,19 @@ class LLM2CLIPConfig:
 
 
 class LLM2CLIP(nn.Module):
-    """Vision tower and projection for images, caption encoder and adapter for texts.
+    """Vision tower and projection for images, and caption encoder and adapter for texts.
 
-    The caption encoder is frozen, and its weights are not parameters of this module. During training, caption
-    embeddings are read from an embedding store. `encode_text` runs the encoder.
+    The caption encoder is frozen, and its weights are not parameters of this module. `encode_text` runs the encoder;
+    during training, caption embeddings are read from an embedding store instead.
 
     Attributes:
         config: model config.
-        tower: vision tower; maps pixels (N, 3, S, S) to features (N, feature_dim).
-        projection: linear layer; maps features (N, feature_dim) to (N, embed_dim). The identity if `config.projection`
-            is False.
-        adapter: text adapter; maps unnormalised caption embeddings (M, text_dim) to (M, embed_dim).
+        tower: vision tower, which maps pixels (N, 3, S, S) to features (N, feature_dim).
+        projection: linear layer that maps features (N, feature_dim) to (N, embed_dim), or the identity if
+            `config.projection` is False.
+        adapter: text adapter, which maps unnormalised caption embeddings (M, text_dim) to (M, embed_dim).
         logit_scale: logarithm of the factor that multiplies the cosine similarities, shape (1,).
-        logit_bias: bias that is added to the logits, shape (1,), or None for models without a bias.
+        logit_bias: bias that is added to the logits, shape (1,). None for models without a bias.
     """
 
     def __init__(self, config: LLM2CLIPConfig, tower: VisionTower, encoder: CaptionEncoder | None = None) -> None:
@@ -156,7 +155,7 @@ class LLM2CLIP(nn.Module):
         # The parameters are one-dimensional, because FSDP cannot shard scalars.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(10 if config.logit_bias else 1 / 0.07)]))
         self.logit_bias = nn.Parameter(torch.tensor([-10.0])) if config.logit_bias else None
-        # The encoder is stored in a list, so that PyTorch does not register it as a submodule.
+        # The encoder is kept in a list, so that PyTorch does not register it as a submodule.
         self._encoder = [encoder] if encoder is not None else []
         self._text_folder: Path | None = None
 
@@ -172,14 +171,14 @@ class LLM2CLIP(nn.Module):
         Args:
             pixels: images, (N, 3, S, S) uint8.
             embeddings: caption embeddings, (M, text_dim) float, not normalised.
-            features: precomputed image features from the tower, (N, feature_dim) float, to use instead of `pixels`.
-            return_features: also return the tower's features as a fifth item, (N, feature_dim), not normalised.
+            features: precomputed tower features, (N, feature_dim) float, to use instead of `pixels`.
+            return_features: if True, also return the tower's unnormalised features, (N, feature_dim), as a fifth item.
 
         Returns:
-            A tuple of four items, or five with `return_features`. The first two are the image embeddings (N, embed_dim)
-            and the text embeddings (M, embed_dim), L2-normalised float32. Without images or texts, the corresponding
-            item is None. The next two are float32 scalars: the factor that multiplies the cosine similarities (at most
-            100), and the bias that is added to the logits.
+            Four items, or five with `return_features`. The first two are the image embeddings (N, embed_dim) and the
+            text embeddings (M, embed_dim), L2-normalised float32, or None if there are no images or no texts. The next
+            two are float32 scalars: the factor that multiplies the cosine similarities (at most 100), and the bias that
+            is added to the logits.
         """
         if pixels is not None:
             features = self.tower(pixels)
@@ -191,7 +190,7 @@ class LLM2CLIP(nn.Module):
 
     @torch.no_grad()
     def set_logits(self, scale: float, bias: float | None = None) -> None:
-        """Set the logit scale, which multiplies the cosine similarities and is clamped to 100, and the logit bias.
+        """Set the logit bias and the logit scale, which multiplies the cosine similarities and is clamped to 100.
 
         The bias is not changed if `bias` is None or if the model has no logit bias.
         """
@@ -221,7 +220,7 @@ class LLM2CLIP(nn.Module):
 
     @property
     def encoder(self) -> CaptionEncoder:
-        """The caption encoder, loaded on first use, with fp32 weights unless `load_encoder` loaded it before.
+        """The caption encoder. If `load_encoder` has not been called, it is loaded on first use, with fp32 weights.
 
         Raises:
             ValueError: the model has no caption encoder, or the encoder's embeddings do not have dimension `text_dim`.
@@ -231,17 +230,17 @@ class LLM2CLIP(nn.Module):
         return self._encoder[0]
 
     def load_encoder(self, precision: str) -> str:
-        """Load the caption encoder for encoding with one precision, which saves memory on the model's device.
+        """Load the caption encoder for encoding in a single precision, which saves memory on the model's device.
 
-        See `CaptionEncoder.move_for_encoding`. If the encoder is loaded already, its weights are not changed.
+        See `CaptionEncoder.move_for_encoding`. If the encoder has already been loaded, its weights are not changed.
 
         Args:
             precision: precision of the encoder, as in `CaptionEncoder.encode`. `auto` selects the fastest precision
-                that is accurate enough (see `models/precision_calibration.py`). It is not measured again if the model
-                was trained with bf16 embeddings of the encoder.
+                that is accurate enough (see `models/precision_calibration.py`). If the model was trained on bf16
+                embeddings, their precision is used without measuring again.
 
         Returns:
-            The precision, which is not `auto`.
+            The precision, with `auto` resolved.
 
         Raises:
             ValueError: see `encoder`.
@@ -257,7 +256,7 @@ class LLM2CLIP(nn.Module):
         return precision
 
     def _select_precision(self, encoder: CaptionEncoder) -> str:
-        """Return the precision that `auto` stands for."""
+        """Resolve `auto` to a precision."""
         trained_with = str(self.config.encoder.get("precision", ""))
         if trained_with.startswith("bf16") and resolve_device_precision("auto", self.device) == "bf16":
             return trained_with
@@ -274,7 +273,7 @@ class LLM2CLIP(nn.Module):
         return encoder
 
     def set_encoder(self, encoder: CaptionEncoder) -> None:
-        """Set the caption encoder. This must be the encoder that the adapter was trained with.
+        """Set the caption encoder, which must be the one with which the adapter was trained.
 
         Raises:
             ValueError: the encoder's embeddings do not have dimension `text_dim`, or the model's config specifies that
@@ -283,7 +282,7 @@ class LLM2CLIP(nn.Module):
         self._check_dimension(encoder, "the caption encoder")
         trained_with, identity = self.config.encoder, encoder.identity()
         # Two entries are not compared: the precision, because users choose it for each call, and the LLM's config,
-        # because each transformers release adds entries to it.
+        # because each release of transformers adds entries to it.
         names = [name for name in identity if name in trained_with and name not in ("precision", "config")]
         differences = [name for name in names if trained_with[name] != identity[name]]
         if differences:
@@ -331,15 +330,15 @@ class LLM2CLIP(nn.Module):
     ) -> list[Tensor]:
         """Encode the cells (ViT patches or CNN positions) of images in the shared space.
 
-        Images keep their aspect ratio, so their grids have different shapes. To get one tensor for images of the same
-        size, pass the result to `torch.stack`.
+        Images keep their aspect ratio, so their grids may have different shapes. For images of the same size,
+        `torch.stack` combines the result into one tensor.
 
         Args:
             images: one image or a list of N images, as for `encode_image`.
-            variant: `plain`, or for vision transformers `maskclip`, `sclip`, `clearclip` or `naclip`, which localise
+            variant: `plain` or, for vision transformers, `maskclip`, `sclip`, `clearclip` or `naclip`, which localise
                 objects better (see `models/dense.py`).
-            image_size: length in pixels to which the shorter side of an image is resized. Both sides are rounded to
-                multiples of the cell size. Default: the size that the tower was trained with.
+            image_size: length to which the shorter side of an image is resized, in pixels. Both sides are rounded to
+                multiples of the cell size. Default: the size on which the tower was trained.
             batch_size: number of images per forward pass.
 
         Returns:
@@ -371,14 +370,14 @@ class LLM2CLIP(nn.Module):
 
         Args:
             texts: one text or a list of N texts.
-            progress: show a progress bar.
+            progress: if True, show a progress bar.
             precision: precision of the caption encoder, as in `CaptionEncoder.encode`.
             templates: one or more prompt templates for class names and other short texts, such as "a photo of a {}".
                 Each text is inserted into every template, and its embedding is the normalised mean over the templates.
                 To include the text itself, add the template "{}".
 
         Raises:
-            ValueError: a template has no {}, or see `encoder`.
+            ValueError: a template has no {}. See also `encoder`.
         """
         captions = [texts] if isinstance(texts, str) else list(texts)
         if templates:
@@ -422,7 +421,8 @@ class LLM2CLIP(nn.Module):
         if folder.exists() and not is_model_folder(folder):
             raise FileExistsError(f"{folder} exists and is not a model folder: choose another folder")
         if text_folder is None and encoder is None:
-            # Weights in bf16 are not saved: such an encoder was loaded from the folder, which is copied instead.
+            # bf16 weights are not saved. An encoder with bf16 weights was loaded from the folder, so copy the folder
+            # instead.
             if self._encoder and self._encoder[0].has_full_precision:
                 encoder = self._encoder[0]
             else:
@@ -456,7 +456,7 @@ class LLM2CLIP(nn.Module):
 
         Args:
             path: model folder or hub id.
-            device: device to load the model on. Default: a GPU if there is one.
+            device: device on which to load the model. Default: a GPU if there is one.
 
         Raises:
             FileNotFoundError: the model does not exist.

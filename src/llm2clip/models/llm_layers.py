@@ -1,4 +1,4 @@
-"""Access to a language model's transformer layers, for decoders and BERT-like encoders."""
+"""Access to the transformer layers of decoders and BERT-like encoders."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def is_encoder_only(llm: Any) -> bool:
-    """Return True for BERT-like models, whose attention is bidirectional by design and cannot be made causal."""
+    """Return True for BERT-like models, whose attention is bidirectional and cannot be made causal."""
     return not hasattr(llm, "layers") and hasattr(llm, "encoder")
 
 
@@ -27,7 +27,7 @@ def set_layers(llm: Any, layers: nn.ModuleList) -> None:
 
 
 def truncate_layers(llm: Any, count: int) -> None:
-    """Keep only the first `count` layers, and update the config so that a saved model is loaded with `count` layers."""
+    """Keep only the first `count` layers, and update the config so that a saved model loads with `count` layers."""
     layers = get_layers(llm)
     if not 1 <= count <= len(layers):
         raise ValueError(f"layers must be between 1 and {len(layers)}, the depth of this model (got {count})")
@@ -38,7 +38,7 @@ def truncate_layers(llm: Any, count: int) -> None:
 
 
 def set_bidirectional(llm: Any, bidirectional: bool) -> None:
-    """Set a model's attention to bidirectional (True) or causal (False).
+    """Make a model's attention bidirectional (True) or causal (False).
 
     transformers >= 5.2 reads `config.is_causal` in every forward pass, for every attention implementation, and saves
     it with the model.

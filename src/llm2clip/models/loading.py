@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def hide_loading_bars() -> Iterator[None]:
-    """Hide transformers' progress bars for loading and saving weights. This function also works as a decorator.
+    """Hide transformers' progress bars for loading and saving weights. Also works as a decorator.
 
-    Progress bars for downloads from the hub stay visible. The previous settings are restored at the end.
+    Progress bars for downloads from the hub stay visible. The previous settings are restored on exit.
     """
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging as transformers_logging
@@ -31,10 +31,10 @@ def hide_loading_bars() -> Iterator[None]:
 
 @contextmanager
 def hide_load_report() -> Iterator[None]:
-    """Hide transformers' report of missing and unexpected weights. This function also works as a decorator.
+    """Hide transformers' report of missing and unexpected weights. Also works as a decorator.
 
-    A checkpoint often contains unused weights. For example, if only the vision model is loaded from a CLIP checkpoint,
-    the text model's weights are unused. Use this function only where missing weights raise an error.
+    Unused weights are normal: for example, when only the vision model is loaded from a CLIP checkpoint, the weights of
+    the text model are unused. Use this function only where missing weights raise an error.
     """
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level

@@ -1,13 +1,13 @@
-"""LoRA for a caption encoder's LLM: training, and loading of folders with a separate adapter.
+"""LoRA for the LLM of a caption encoder: training, and loading from folders with a separate adapter.
 
 QLoRA (arXiv 2305.14314) stores the frozen matrices in 4 bits, but only during training. At the end, LoRA is merged into
-the original weights. Without QLoRA, the frozen matrices can be stored in 16 bits. In that case, the merged weights are
-based on the rounded 16-bit values. The rounding has no effect if the LLM's weights were released in the same format.
+the original weights. Without QLoRA, the frozen matrices can be stored in 16 bits. The merged weights are then based on
+the rounded 16-bit values, which are exact if the LLM's weights were released in the same format.
 
 The `tune` command always merges LoRA into the LLM. Version 0.1 could also save the adapter separately, and such folders
 can still be loaded. A folder with a separate adapter contains the LoRA weights, the base LLM's name and the tuned LLM's
-config. The config specifies the number of layers and whether attention is bidirectional. sentence-transformers alone
-would ignore both settings and compute different embeddings, so the folder's `modules.json` specifies the class
+config. The config specifies the number of layers and whether attention is bidirectional. Because sentence-transformers
+would ignore both settings and compute different embeddings, the folder's `modules.json` specifies the class
 `LoraTransformer`.
 """
 
@@ -33,7 +33,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 class LoraSession:
-    """LoRA training of an encoder's LLM. The constructor adds LoRA and `finish` merges it."""
+    """LoRA training of an encoder's LLM. The constructor adds LoRA, and `finish` merges it."""
 
     def __init__(self, encoder: Any, config: LoraConfig, dtype: torch.dtype, device: torch.device, quantize: bool):
         """Add LoRA to the encoder's LLM, in place.
@@ -41,12 +41,12 @@ class LoraSession:
         Args:
             encoder: a `CaptionEncoder` whose LLM has no LoRA yet.
             config: LoRA config for PEFT.
-            dtype: dtype of the frozen matrices. With `quantize`, this is the dtype of the matmuls with these matrices.
+            dtype: dtype of the frozen matrices or, with `quantize`, of the matmuls with them.
             device: training device.
-            quantize: store the frozen matrices in 4 bits (QLoRA, requires bitsandbytes). The original matrices stay on
-                the CPU.
+            quantize: if True, store the frozen matrices in 4 bits (QLoRA, requires bitsandbytes). The original matrices
+                stay on the CPU.
 
-        If the LLM is on the CPU at first, its float32 weights need not fit in the device's memory.
+        If the LLM is initially on the CPU, its float32 weights do not have to fit in the device's memory.
         """
         self.encoder, self.config = encoder, config
         transformer = encoder.st[0]
@@ -59,7 +59,7 @@ class LoraSession:
     def finish(self) -> None:
         """Merge LoRA into the original weights, in place and in float32, on the CPU.
 
-        All weights in float32 may not fit on the device.
+        The CPU is used because the float32 weights may not all fit on the device.
         """
         transformer = self.encoder.st[0]
         model = transformer.model
@@ -107,7 +107,7 @@ def _quantize_linear_layers(llm: Any, dtype: torch.dtype, device: torch.device) 
     """Replace the linear layers with 4-bit layers on `device`.
 
     Returns:
-        A dict from layer name to original layer. The original layers are on the CPU.
+        The original layers, on the CPU, keyed by name.
     """
     from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -145,7 +145,7 @@ class LoraTransformer(Transformer):
     def _load_model(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
         base = str(PeftConfig.from_pretrained(model_name_or_path).base_model_name_or_path)
         if Path(base).is_absolute() and not Path(base).is_dir():
-            # The adapter was saved on another machine. This machine's download cache may contain the LLM.
+            # The adapter was saved on another machine, but this machine's download cache may contain the LLM.
             cached_base = cache_dir() / Path(base).name
             if cached_base.is_dir():
                 base = str(cached_base)
@@ -158,7 +158,7 @@ class LoraTransformer(Transformer):
             ) from error
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
-        """Save the adapter and the LLM's config. If the LLM is in a local folder, save the folder's absolute path."""
+        """Save the adapter and the LLM's config. If the LLM is a local folder, save its absolute path."""
         super().save(output_path, *args, **kwargs)
         self.model.get_base_model().config.save_pretrained(output_path)
         file = Path(output_path) / ADAPTER_CONFIG
@@ -177,7 +177,7 @@ def is_lora_folder(folder: str | Path) -> bool:
 
     Raises:
         ValueError: the folder contains an adapter that was saved by PEFT alone and therefore lacks the LLM's config and
-            the pooling.
+            the pooling settings.
     """
     modules_file = Path(folder) / "modules.json"
     if (Path(folder) / ADAPTER_CONFIG).is_file() and not modules_file.is_file():

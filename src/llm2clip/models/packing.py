@@ -1,14 +1,13 @@
-"""Packed attention: all captions of a batch are concatenated into a single row, without padding.
+"""Packed attention, which concatenates all captions of a batch into a single row without padding.
 
-The layers of an LLM that process each token separately receive one long row of tokens. Attention is computed within
-each caption: consecutive captions of equal length share one attention call without a mask. Because the captions in a
-batch have similar lengths, few calls are needed. In bf16 on GPUs that support it, a single call computes the attention
-of all captions (see `models/varlen_attention.py`). The attention function is registered with transformers under the
-name `packed`, so every model family can use it. For an ordinary padded batch, `packed` returns the same result as
-`sdpa`.
+Layers that process each token separately receive one long row of tokens. Attention is computed within each caption:
+consecutive captions of equal length share one attention call without a mask. Because the captions in a batch have
+similar lengths, few calls are needed. In bf16 on GPUs that support it, a single call computes the attention of all
+captions (see `models/varlen_attention.py`). The attention function is registered with transformers under the name
+`packed`, so every model family can use it. For an ordinary padded batch, `packed` returns the same result as `sdpa`.
 
 Restarting `position_ids` at each caption would not be enough: with `sdpa` and bidirectional attention, tokens would
-still attend to the tokens of other captions.
+still attend to other captions.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from llm2clip.models.varlen_attention import can_use_varlen, varlen_attention
 
 PACKED = "packed"
-MAX_UNFUSED_LENGTH = 512  # tokens; for longer captions, the attention scores would need too much memory
+MAX_UNFUSED_LENGTH = 512  # tokens; for longer captions, the attention scores would take too much memory
 
 
 def pack_batch(ids: Sequence[Sequence[int]], attention: str, device: torch.device) -> dict[str, Any]:
-    """Pack B captions with T tokens in total into one row, and return the model inputs.
+    """Pack B captions with T tokens in total into one row; return the model inputs.
 
     Args:
         ids: token ids of each caption.
@@ -39,9 +38,9 @@ def pack_batch(ids: Sequence[Sequence[int]], attention: str, device: torch.devic
         device: device on which to create the tensors.
 
     Returns:
-        A dict of keyword arguments for the model. input_ids and position_ids are (1, T) int64. cu_seq_lens_q and
-        cu_seq_lens_k contain the cumulative caption lengths, (B + 1,) int32, and max_length_q and max_length_k are the
-        maximum caption length, as transformers' flash attention expects. seq_idx contains the caption of each token,
+        A dict of keyword arguments for the model. input_ids and position_ids are (1, T) int64. As transformers' flash
+        attention expects, cu_seq_lens_q and cu_seq_lens_k contain the cumulative caption lengths, (B + 1,) int32, and
+        max_length_q and max_length_k are the maximum caption length. seq_idx contains the caption index of each token,
         (1, T) int64. Without it, sentence-transformers' pooling would wait for the GPU to count the tokens. For
         `packed`, caption_lengths is the list of caption lengths, and attention_mask is a dummy 4-dimensional mask,
         which prevents transformers from building a (T, T) mask.
@@ -49,7 +48,7 @@ def pack_batch(ids: Sequence[Sequence[int]], attention: str, device: torch.devic
     lengths = [len(row) for row in ids]
     total = sum(lengths)
     boundaries = np.cumsum([0, *lengths])
-    # All inputs are copied to the device in a single copy.
+    # Transfer all inputs to the device in a single copy.
     host = np.concatenate(
         [
             np.fromiter(chain.from_iterable(ids), np.int64, total),
@@ -77,20 +76,20 @@ def pack_batch(ids: Sequence[Sequence[int]], attention: str, device: torch.devic
 
 
 def remove_prompts(features: dict[str, Any]) -> None:
-    """Remove the states of the prompts' tokens from a packed batch, in place, before mean pooling.
+    """Remove the hidden states of prompt tokens from a packed batch, in place, before mean pooling.
 
     sentence-transformers' pooling can exclude prompts as well, but it waits for the GPU to find their tokens.
 
     Args:
-        features: output of the LLM, with the entries of `pack_batch` and `prompt_length`, the number of tokens to
-            remove at the start of each caption. This entry is removed.
+        features: output of the LLM, with the entries from `pack_batch` and the entry `prompt_length`, the number of
+            tokens to remove at the start of each caption. This entry is removed as well.
     """
     prompt_length = features.pop("prompt_length")
     lengths = np.array(features["caption_lengths"])
     new_lengths = np.maximum(lengths - prompt_length, 0)
     captions = np.repeat(np.arange(len(lengths)), new_lengths)
     new_boundaries = np.cumsum([0, *new_lengths])
-    # Number of tokens that are removed before each remaining token.
+    # Number of removed tokens before each remaining token.
     removed = np.cumsum(lengths - new_lengths)[captions]
     indices = np.arange(len(captions)) + removed
     host = torch.from_numpy(np.concatenate([indices, captions, new_boundaries]))
@@ -103,7 +102,7 @@ def remove_prompts(features: dict[str, Any]) -> None:
 
 
 def copy_to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copy a CPU tensor to a device. The host does not wait for a copy to a GPU, so it can prepare the next batch."""
+    """Copy a CPU tensor to a device. Copies to a GPU are asynchronous, so that the host can prepare the next batch."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
@@ -128,9 +127,9 @@ def can_pack(llm: Any) -> bool:
 
 
 def first_token_indices(features: dict[str, Any]) -> list[int]:
-    """Return the index of each caption's first token in the flattened batch, which includes any padding tokens."""
+    """Return the index of each caption's first token in the flattened batch, counting padding tokens."""
     if "cu_seq_lens_q" in features:
-        starts: list[int] = features["cu_seq_lens_q"][:-1].tolist()  # one copy from the device for all captions
+        starts: list[int] = features["cu_seq_lens_q"][:-1].tolist()  # a single copy from the device for all captions
         return starts
     mask = features["attention_mask"]  # (B, T)
     first_columns = mask.argmax(1).tolist()  # not always 0: padding may be on the left
@@ -148,19 +147,19 @@ def packed_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention within each caption of a packed row. The signature is defined by transformers.
+    """Compute attention within each caption of a packed row. The signature is the one that transformers requires.
 
     Args:
         module: the attention layer.
         query: queries, (1, heads, T, D).
         key: keys, (1, key heads, T, D).
         value: values, (1, key heads, T, D).
-        attention_mask: mask of an ordinary padded batch; ignored for a packed row.
-        caption_lengths: number of tokens in each caption, T in total. None: the batch is an ordinary padded batch.
+        attention_mask: mask of an ordinary padded batch. Ignored for a packed row.
+        caption_lengths: number of tokens in each caption, T in total. None for an ordinary padded batch.
         sliding_window: attention span in tokens, defined as in transformers' masks. With causal attention, a token
             attends to this many tokens, including itself. With bidirectional attention, a token attends to this many
             tokens on each side.
-        is_causal: True for causal attention, False for bidirectional attention. None: use `module.is_causal`.
+        is_causal: True for causal attention, False for bidirectional attention. Default: `module.is_causal`.
 
     Returns:
         The attention output, (1, T, heads, D), and None instead of the attention weights.
@@ -193,7 +192,7 @@ def packed_attention(
 
     # Consecutive captions of equal length form a group. Empty texts may have no tokens at all.
     groups = [(length, len(list(group))) for length, group in groupby(caption_lengths) if length > 0]
-    # `split` rather than one slice per group: the backward pass of each slice would fill a gradient of length T.
+    # Use `split` instead of slices, because the backward pass of each slice would fill a gradient of length T.
     group_sizes = [length * count for length, count in groups]
     queries, keys, values = (x[0].split(group_sizes, dim=1) for x in (query, key, value))
     outputs = []
@@ -221,15 +220,15 @@ def _sliding_window_mask(length: int, window: int, is_causal: bool, device: torc
 def unfused_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scaling: float | None
 ) -> Tensor:
-    """Compute attention with two batched matmuls. On CPUs, two matmuls are faster than `sdpa` for short captions.
+    """Compute attention with two batched matmuls, which are faster than `sdpa` for short captions on CPUs.
 
     Args:
         query: queries, (B, heads, L, D).
-        key: keys, (B, key heads, L, D); consecutive query heads share a key head.
+        key: keys, (B, key heads, L, D). Consecutive query heads share a key head.
         value: values, (B, key heads, L, D).
-        mask: bool attention mask, (1, 1, L, L). An entry is True if the row's token attends to the column's token.
-        is_causal: without a mask, use causal attention (True) or full attention (False).
-        scaling: factor that multiplies the scores. None: D ** -0.5.
+        mask: bool attention mask, (1, 1, L, L), in which an entry is True if the row's token attends to the column's.
+        is_causal: if there is no mask, use causal attention (True) or full attention (False).
+        scaling: factor that multiplies the scores. Default: D ** -0.5.
 
     Returns:
         The attention output, (B, L, heads, D).

@@ -1,10 +1,10 @@
-"""Numerical precision: choose bf16 or fp32 for a device, and run an LLM in bf16 with its first layers in fp32.
+"""Numerical precision: choice of bf16 or fp32 for a device, and bf16 inference with the first layers in fp32.
 
 In bf16, autocast casts the weights of the linear layers before every matmul. To save memory, the weights can also be
 stored in bf16 from the start (`cast_linear_weights`). The embeddings are then bit-identical.
 
-Some layers of an LLM are too inaccurate in bf16. `models/precision_calibration.py` determines how many of the first
-layers must stay in fp32.
+Some layers of an LLM are not accurate enough in bf16. `models/precision_calibration.py` determines how many of the
+first layers must stay in fp32.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def parse_precision(precision: str) -> tuple[bool, int]:
     """Parse `fp32`, `bf16` or `bf16+N`.
 
     Returns:
-        A bool, which is True for `bf16` and `bf16+N`, and N, the number of first layers that stay in fp32 (0 without
-        `+N`).
+        True for `bf16` and `bf16+N` and False for `fp32`, and N, the number of first layers that stay in fp32 (0
+        without `+N`).
 
     Raises:
         ValueError: `precision` has none of these forms.
@@ -64,14 +64,14 @@ def parse_precision(precision: str) -> tuple[bool, int]:
 def cast_linear_weights(llm: nn.Module, precision: str) -> None:
     """Cast to bf16, in place, the linear weights that a transformers model uses only in bf16 with `precision`.
 
-    Norms and token embeddings stay in fp32, and with bf16+N also the first N layers. Weights that other kinds of layers
-    share, such as tied token embeddings, stay in fp32, too. The rounding cannot be undone.
+    Norms and token embeddings stay in fp32, as do the first N layers with bf16+N, and weights that are shared with
+    other types of layers, such as tied token embeddings. The rounding cannot be undone.
     """
     is_bf16, fp32_layer_count = parse_precision(precision)
     if not is_bf16:
         return
     fp32_parameters = {parameter for layer in get_layers(llm)[:fp32_layer_count] for parameter in layer.parameters()}
-    # Subclasses of Linear may use their weights in other ways than in a matmul.
+    # Skip subclasses of Linear, which may use their weights for something other than a matmul.
     linear_layers = [module for module in llm.modules() if type(module) is nn.Linear]
     for module in llm.modules():
         if type(module) is not nn.Linear:
@@ -83,11 +83,11 @@ def cast_linear_weights(llm: nn.Module, precision: str) -> None:
 
 @contextmanager
 def tf32_matmul() -> Iterator[None]:
-    """Compute float32 matmuls on NVIDIA GPUs with TF32 inside the `with` block. Without a GPU, nothing changes.
+    """Use TF32 for float32 matmuls on NVIDIA GPUs inside the `with` block. Without a GPU, nothing changes.
 
-    TF32 rounds the inputs of a matmul to the precision of float16, and sums the products in float32. It is several
-    times faster. PyTorch uses TF32 for convolutions by default. Losses and similarities need full precision, because
-    the differences between similarities are small.
+    TF32 rounds the inputs of a matmul to the precision of float16 and accumulates the products in float32, which is
+    several times faster. PyTorch uses TF32 for convolutions by default. Losses and similarities need full precision,
+    because the differences between similarities are small.
     """
     if not torch.cuda.is_available():
         yield

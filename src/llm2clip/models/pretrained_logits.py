@@ -1,7 +1,7 @@
-"""Logit scale and bias of the pretrained CLIP model that a vision tower comes from.
+"""Logit scale and bias of the pretrained CLIP model from which a vision tower was taken.
 
-The LLM2CLIP authors' code continues with the logit scale of the pretrained CLIP model, which is close to the maximum of
-100, instead of starting at 1 / 0.07 like a new CLIP model.
+The LLM2CLIP authors' code starts from the logit scale of the pretrained CLIP model, which is close to the maximum of
+100, instead of 1 / 0.07, the initial value of a new CLIP model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def read_pretrained_logits(tower: str) -> tuple[float, float | None]:
         tower: vision tower, as in `VisionTower.from_pretrained`.
 
     Returns:
-        The logit scale (not its logarithm), and the logit bias. The bias is None for models without a bias.
+        The logit scale (not its logarithm) and the logit bias, which is None for models without a bias.
 
     Raises:
         ValueError: the tower's checkpoint has no logit scale, because it contains only a vision tower.
@@ -53,7 +53,7 @@ def read_pretrained_logits(tower: str) -> tuple[float, float | None]:
 def hub_id_or_folder(tower: str) -> str:
     """Return the folder or hub id of a tower's weights. The hub id of a timm model comes from timm's pretrained config.
 
-    If the tower is a timm model without weights on the hub, the name is returned unchanged.
+    If it is a timm model without weights on the hub, the name is returned unchanged.
     """
     prefix, colon, rest = tower.partition(":")
     name = rest if colon and prefix in ("timm", "hf") else tower

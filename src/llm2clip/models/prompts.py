@@ -1,7 +1,7 @@
-"""Prompt ensembles: a text is inserted into several templates, and the mean of the embeddings represents the text.
+"""Prompt ensembles: a text is inserted into several templates and is represented by the mean of their embeddings.
 
 Ensembles of templates such as "a photo of a {}" improve zero-shot classification with CLIP (arXiv 2103.00020, section
-3.1.4), because class names and other short texts are unlike the captions that the model was trained with.
+3.1.4), because class names and other short texts are unlike the captions on which the model was trained.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ def is_short_text(text: str) -> bool:
 def query_prompts(texts: Sequence[str], templates: Sequence[str]) -> tuple[list[str], list[int]]:
     """Return the prompts of search queries.
 
-    A short query is represented by the query itself and by the filled templates, any other query by itself alone.
+    The prompts of a short query are the query itself and the filled templates. Any other query is its own only prompt.
 
     Returns:
-        All prompts, and the number of prompts of each query. See `average_prompts`.
+        All prompts, and the number of prompts for each query. See `average_prompts`.
     """
     groups = [[text, *fill_templates([text], templates)] if is_short_text(text) else [text] for text in texts]
     return [prompt for group in groups for prompt in group], [len(group) for group in groups]

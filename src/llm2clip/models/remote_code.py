@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 def has_remote_code(path: str) -> bool:
-    """Return True if a transformers model can be loaded only with the Python code in its folder or hub repository.
+    """Return True if loading a transformers model requires the Python code in its folder or hub repository.
 
     This function does not run the code. It returns False if the model does not exist or if transformers has a class for
     the model's type.
@@ -16,7 +16,7 @@ def has_remote_code(path: str) -> bool:
 
     try:
         config, _ = PreTrainedConfig.get_config_dict(path)
-    except (OSError, ValueError):  # not a transformers model; the function that loads it later reports the error
+    except (OSError, ValueError):  # not a transformers model; the loading function will report the error
         return False
     code_classes = config.get("auto_map") or {}
     return "AutoModel" in code_classes and config.get("model_type") not in CONFIG_MAPPING

@@ -1,4 +1,4 @@
-"""Load models as SentenceTransformers, from which caption encoders are built."""
+"""Loading of models as SentenceTransformers, from which caption encoders are built."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def open_sentence_transformer(path: str, pooling: str, device: str | torch.devic
     """Load a model as a SentenceTransformer in float32.
 
     Args:
-        path: folder or hub id. A sentence-transformers model is loaded as it was saved. A plain transformers model is
-            given a pooling layer and bidirectional attention.
+        path: folder or hub id. A sentence-transformers model is loaded as it was saved. For a plain transformers model,
+            a pooling layer and bidirectional attention are added.
         pooling: pooling mode for a plain transformers model.
-        device: device to load the model on. Default: a GPU if there is one.
+        device: device on which to load the model. Default: a GPU if there is one.
 
     Raises:
-        ValueError: the checkpoint does not contain all weights of the model, or must be converted first.
+        ValueError: the checkpoint does not contain all weights of the model, or it must be converted first.
         OSError: the model does not exist.
     """
     from transformers.utils import cached_file
@@ -43,7 +43,7 @@ def open_sentence_transformer(path: str, pooling: str, device: str | torch.devic
         raise ValueError(f"{path} must be converted first, and then used: llm2clip convert {path} --out ENCODER")
     modules_file = cached_file(path, "modules.json", _raise_exceptions_for_missing_entries=False)
     if modules_file is not None:
-        # Modules of llm2clip need no trust in the folder, because their code is not in the folder.
+        # llm2clip's own modules do not require trust in the folder, because it does not contain their code.
         return SentenceTransformer._load_with_module_classes(
             path,
             {MODULE_TYPE: LatentAttentionPooling},
@@ -85,7 +85,7 @@ def _open_transformer(path: str) -> Transformer:
         model_kwargs={"dtype": torch.float32, "trust_remote_code": False},
         processor_kwargs={"trust_remote_code": False},
         config_kwargs={"trust_remote_code": False},
-        # Tokenize texts unchanged. By default, sentence-transformers wraps texts in the tokenizer's chat template.
+        # By default, sentence-transformers would wrap texts in the tokenizer's chat template.
         modality_config={"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
         module_output_name="token_embeddings",
     )
@@ -98,7 +98,7 @@ def _open_transformer(path: str) -> Transformer:
 
 
 class _StrictTransformer(Transformer):
-    """Transformer module that raises an error if the checkpoint lacks weights.
+    """Transformer module that raises an error if weights are missing from the checkpoint.
 
     transformers only prints a warning and initialises missing weights randomly.
     """
@@ -115,9 +115,9 @@ class _StrictTransformer(Transformer):
 
 
 def truncate_embeddings(st: Any, dim: int) -> None:
-    """Add a fixed linear layer at the end of the model that keeps only the first `dim` embedding dimensions.
+    """Append a fixed linear layer that keeps only the first `dim` embedding dimensions.
 
-    The linear layer is saved with the model, unlike sentence-transformers' setting `truncate_dim`.
+    Unlike sentence-transformers' setting `truncate_dim`, this layer is saved with the model.
     """
     full_dim = st.get_embedding_dimension()
     if not 0 < dim <= full_dim:

@@ -1,4 +1,4 @@
-"""A caption encoder's template, which is the text around a caption, and the number of tokens before the caption."""
+"""Template of a caption encoder (the text around a caption), and the number of tokens before the caption."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ CAPTION = "{caption}"
 
 
 def set_template(st: Any, template: str) -> None:
-    """Set the template of a SentenceTransformer. The template is saved with the model.
+    """Set the template of a SentenceTransformer. It is saved with the model.
 
     The text before the caption becomes the SentenceTransformer's default prompt and is excluded from pooling. If a
     special token follows the caption, the tokenizer adds that token to every text.
@@ -34,7 +34,7 @@ def set_template(st: Any, template: str) -> None:
 
 
 def _set_suffix(tokenizer: Any, suffix: str) -> None:
-    """Make the tokenizer append the special token `suffix`, and no longer add its default special tokens."""
+    """Make the tokenizer append the special token `suffix` instead of adding its default special tokens."""
     from tokenizers.processors import TemplateProcessing
 
     ids = tokenizer(suffix, add_special_tokens=False)["input_ids"]
@@ -48,8 +48,8 @@ def _set_suffix(tokenizer: Any, suffix: str) -> None:
 def prompt_length(tokenizer: Any, prompt: str) -> int:
     """Return the number of tokens before a caption: the prompt's tokens and any special token at the start of the text.
 
-    These are the leading tokens that do not depend on the caption. Tokenizing the prompt alone would give a wrong count
-    if the prompt ends in a space, because the space becomes part of the next word's token.
+    These are the leading tokens that do not depend on the caption. Tokenizing the prompt alone would give the wrong
+    count if the prompt ends in a space, because the space becomes part of the next token.
     """
     if not prompt:
         return 0
@@ -58,5 +58,5 @@ def prompt_length(tokenizer: Any, prompt: str) -> int:
 
 
 def has_consistent_length(st: Any, prompt: str) -> bool:
-    """Return True if sentence-transformers counts the same number of tokens in a prompt as `prompt_length`."""
+    """Return True if sentence-transformers and `prompt_length` count the same number of tokens in a prompt."""
     return bool(st[0]._get_prompt_length(prompt) == prompt_length(st.tokenizer, prompt))

@@ -15,7 +15,7 @@ def add_tower_lora(tower: VisionTower, rank: int, alpha: int) -> None:
     """Add LoRA to the linear layers and 1 x 1 convolutions in the tower's blocks, and freeze all original weights.
 
     Raises:
-        ValueError: the tower has no layer that LoRA can be added to.
+        ValueError: the tower has no layer to which LoRA can be added.
     """
     targets = lora_targets(tower)
     if not targets:
@@ -29,7 +29,7 @@ def add_tower_lora(tower: VisionTower, rank: int, alpha: int) -> None:
 def lora_targets(tower: VisionTower) -> list[str]:
     """Return the names of the backbone layers to which LoRA is added."""
     modules = list(tower.backbone.named_modules())
-    # nn.MultiheadAttention uses its sublayers' weights without calling the sublayers, so LoRA would have no effect.
+    # nn.MultiheadAttention uses the weights of its sublayers without calling them, so LoRA would have no effect.
     attention_prefixes = tuple(f"{name}." for name, m in modules if isinstance(m, nn.MultiheadAttention))
     return [
         name
@@ -41,7 +41,7 @@ def lora_targets(tower: VisionTower) -> list[str]:
 
 
 def merge_tower_lora(tower: VisionTower) -> None:
-    """Merge LoRA into the original weights, if the tower has LoRA layers, and make all weights trainable."""
+    """Merge LoRA layers, if the tower has any, into the original weights, and make all weights trainable."""
     lora_layers = {name: m for name, m in tower.backbone.named_modules() if isinstance(m, BaseTunerLayer)}
     for name, layer in lora_layers.items():
         layer.merge(safe_merge=True)
@@ -57,9 +57,9 @@ def _is_pointwise_conv(module: nn.Module) -> bool:
 
 
 def _set_qkv_module_call(tower: VisionTower, enable: bool) -> None:
-    """Set whether timm's EVA models call the fused qkv layer.
+    """Enable or disable calls of the fused qkv layer in timm's EVA models.
 
-    By default, these models use the layer's weight without calling the layer, so that LoRA would have no effect.
+    By default, these models use the weight of this layer without calling it, so LoRA would have no effect.
     """
     for module in tower.backbone.modules():
         if hasattr(module, "qkv_bias_separate"):

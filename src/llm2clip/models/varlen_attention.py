@@ -1,9 +1,9 @@
-"""Attention within each caption of a packed row in a single kernel, on NVIDIA GPUs.
+"""Attention within each caption of a packed row, computed by a single kernel on NVIDIA GPUs.
 
 `torch.nn.attention.varlen` wraps flash attention for sequences of different lengths. It computes the attention of all
-captions in one call, whereas `packing.packed_attention` otherwise needs one call per caption length. The kernel
-requires PyTorch 2.13, a GPU with compute capability 8.0, and bf16 or fp16. Before it is used for the first time, its
-outputs and gradients are compared with those of `scaled_dot_product_attention`.
+captions in one call; without it, `packing.packed_attention` needs one call per caption length. The kernel requires
+PyTorch 2.13, a GPU with compute capability 8.0, and bf16 or fp16. Before it is used for the first time, its outputs and
+gradients are compared with those of `scaled_dot_product_attention`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MIN_COSINE = 0.999  # of the kernel's outputs and gradients with those of PyTorc
 
 
 def varlen_dtype(query: Tensor) -> torch.dtype:
-    """Return the dtype in which attention is computed: under autocast, the autocast dtype."""
+    """Return the dtype in which attention is computed. Under autocast, this is the autocast dtype."""
     device_type = query.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else query.dtype
 
@@ -42,7 +42,7 @@ def can_use_varlen(query: Tensor, key: Tensor, dropout: float) -> bool:
 
 @lru_cache
 def load_varlen_attn() -> Callable[..., Any] | None:
-    """Return PyTorch's `varlen_attn`. Return None if it is missing or is an earlier version without grouped heads."""
+    """Return PyTorch's `varlen_attn`, or None if it is missing or too old to support grouped heads."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -69,19 +69,19 @@ def varlen_attention(
 
     Args:
         query: queries, (1, heads, T, D).
-        key: keys, (1, key heads, T, D); consecutive query heads share a key head.
+        key: keys, (1, key heads, T, D). Consecutive query heads share a key head.
         value: values, (1, key heads, T, D).
         boundaries: cumulative caption lengths, (B + 1,) int32, on the same device.
         max_length: length of the longest caption in tokens.
         is_causal, sliding_window: see `packing.packed_attention`.
-        scaling: factor that multiplies the scores. None: D ** -0.5.
+        scaling: factor that multiplies the scores. Default: D ** -0.5.
 
     Returns:
         The attention output, (1, T, heads, D).
     """
     varlen_attn = load_varlen_attn()
     assert varlen_attn is not None
-    # Number of earlier and later tokens that a token attends to. -1: no limit.
+    # Number of earlier and later tokens to which a token attends. -1 means no limit.
     before = after = -1
     if sliding_window is not None:
         before, after = (sliding_window - 1 if is_causal else sliding_window), sliding_window
@@ -108,8 +108,8 @@ def varlen_attention(
 def matches_sdpa(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, head_dim: int) -> bool:
     """Return True if `varlen_attention` works on a device and agrees with `scaled_dot_product_attention`.
 
-    Two random captions are compared, with bidirectional and with causal attention. If the kernel fails or disagrees, a
-    warning is shown, and the packed row is computed with one call per caption length instead.
+    The comparison uses two random captions, with bidirectional and causal attention. If the kernel fails or disagrees,
+    a warning is shown, and packed rows are processed with one call per caption length instead.
     """
     try:
         agrees = all(_agrees_with_sdpa(device, dtype, heads, key_heads, head_dim, causal) for causal in (False, True))
@@ -121,7 +121,7 @@ def matches_sdpa(device: torch.device, dtype: torch.dtype, heads: int, key_heads
     return agrees
 
 
-@torch.inference_mode(False)  # the comparison needs gradients, wherever the first caption is encoded
+@torch.inference_mode(False)  # the comparison needs gradients even if the first caption is encoded without them
 @torch.autocast("cuda", enabled=False)
 def _agrees_with_sdpa(
     device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, head_dim: int, causal: bool

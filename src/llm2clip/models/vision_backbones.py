@@ -1,4 +1,4 @@
-"""Backbones for vision towers: load timm and transformers models by name, or build them from a config.
+"""Backbones for vision towers: timm and transformers models, loaded by name or built from a config.
 
 A backbone is described by a JSON-serialisable config:
 
@@ -30,7 +30,7 @@ from llm2clip.models.pretrained import resolve_pretrained
 log = logging.getLogger(__name__)
 
 # Default preprocessing of each supported transformers model type, for folders without a preprocessor_config.json. The
-# model's image size replaces the size below. The pooled output of these models is a trained image feature.
+# size below is replaced by the model's image size. The pooled output of these models is a trained image feature.
 _CLIP_STATS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _HALF_STATS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -71,8 +71,8 @@ def build_backbone(config: dict[str, Any]) -> nn.Module:
 def _create_timm(architecture: str, args: dict[str, Any]) -> nn.Module:
     """Create a timm model with random weights from a saved architecture and its arguments.
 
-    A model folder may come from someone else. Names such as `hf-hub:OWNER/NAME`, which download files, are therefore
-    rejected, and arguments of `timm.create_model` itself, such as `checkpoint_path`, are ignored.
+    Because a model folder may come from an untrusted source, names that download files, such as `hf-hub:OWNER/NAME`,
+    are rejected, and arguments of `timm.create_model` itself, such as `checkpoint_path`, are ignored.
 
     Raises:
         ValueError: timm does not have the architecture.
@@ -85,7 +85,7 @@ def _create_timm(architecture: str, args: dict[str, Any]) -> nn.Module:
 
 
 def _parse_name(name: str) -> tuple[str, str]:
-    """Return the library ("timm" or "transformers") and the folder, hub id or model name to load with that library."""
+    """Return the library ("timm" or "transformers") and the folder, hub id or model name to load with it."""
     prefix, colon, rest = name.partition(":")
     if colon and prefix in ("timm", "hf"):
         return ("timm" if prefix == "timm" else "transformers"), rest
@@ -161,7 +161,7 @@ def _describe_timm(source: str) -> tuple[str, str, dict[str, Any], dict[str, Any
 
 
 def _timm_preprocess(backbone: nn.Module, name: str, size: int | None) -> Preprocess:
-    """Return the preprocessing that a timm model was trained with. If `size` is set, it replaces the image size."""
+    """Return the preprocessing with which a timm model was trained. If `size` is set, it replaces the image size."""
     data = resolve_model_data_config(backbone)
     height, width = data["input_size"][-2:]  # before timm 1.0.31, this is the original size even if `img_size` is set
     if size is None and height != width:
@@ -184,7 +184,7 @@ def _timm_preprocess(backbone: nn.Module, name: str, size: int | None) -> Prepro
 def _load_transformers(source: str, image_size: int | None, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
     from transformers import AutoConfig, CLIPVisionConfig
 
-    # By default, transformers asks the user in the terminal whether to run code from the folder.
+    # By default, transformers would ask the user in the terminal if code from the folder may be run.
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if config.model_type in _DUAL_ENCODER_TYPES:
         config = config.vision_config
@@ -219,7 +219,7 @@ def _build_transformers(config: Any, source: str | None = None) -> nn.Module:
     """Build the vision model of a transformers config. Load its weights from `source`, or initialise them randomly."""
     from transformers import AutoModel, CLIPVisionModel, Siglip2VisionModel, SiglipVisionModel
 
-    # AutoModel would build both towers from a folder that contains a complete CLIP model.
+    # Given a folder with a complete CLIP model, AutoModel would build both towers.
     classes = {
         "clip_vision_model": CLIPVisionModel,
         "siglip_vision_model": SiglipVisionModel,
@@ -230,14 +230,14 @@ def _build_transformers(config: Any, source: str | None = None) -> nn.Module:
         model = model_class(config) if model_class else AutoModel.from_config(config)
         model = model.float()
     else:
-        # By default, transformers 5 keeps a checkpoint's half precision.
+        # By default, transformers 5 loads half-precision checkpoints in half precision.
         model, report = (model_class or AutoModel).from_pretrained(
             source, config=config, dtype=torch.float32, output_loading_info=True
         )
         missing = sorted(report["missing_keys"])
         if missing:  # transformers only warns and initialises them randomly
             raise ValueError(f"{source} is missing {len(missing):,} weights, including {missing[0]}")
-    # Until roughly transformers 5.3, CLIP and SigLIP wrapped the vision model in an extra module. Return the inner
+    # Before transformers 5.3 or so, CLIP and SigLIP wrapped the vision model in another module. Return the inner
     # module, so that the weights have the same names in all versions.
     return cast(nn.Module, getattr(model, "vision_model", model))
 

@@ -1,8 +1,8 @@
-"""Vision tower: common interface for pretrained image encoders from timm and transformers.
+"""Common interface for pretrained image encoders (vision towers) from timm and transformers.
 
-A tower maps uint8 pixels to pooled features, without any projection, and stores the preprocessing that it was trained
-with. The architecture can be rebuilt from the tower's `config` without a network connection. A model that contains a
-tower can therefore save the tower's weights in its own state dict.
+A tower maps uint8 pixels to pooled features, without any projection, and stores the preprocessing with which it was
+trained. The architecture can be rebuilt from the tower's `config` without a network connection, so a model that
+contains a tower can save the tower's weights in its own state dict.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from llm2clip.data.transforms import Preprocess
 from llm2clip.models.loading import hide_loading_bars
 from llm2clip.models.vision_backbones import build_backbone, load_backbone
 
-# Names of repeated blocks. In this order: timm's ViTs and EfficientNets, models like ConvNeXt, ResNets, and
+# Names of repeated blocks of, in this order: timm's ViTs and EfficientNets, models like ConvNeXt, ResNets, and
 # transformers' ViTs.
 _BLOCK = re.compile(r"(?:blocks\.(?:\d+\.)+|stages\.\d+\.blocks\.\d+\.|layer[1-4]\.\d+\.|layers?\.\d+\.)")
-# These model types interpolate their position embeddings only on request. All other types do so automatically.
+# Model types that interpolate their position embeddings only on request. All other types do so automatically.
 _INTERPOLATES_ON_REQUEST = ("clip_vision_model", "siglip_vision_model")
 
 
@@ -35,13 +35,13 @@ class VisionTower(nn.Module):
     NaFlex towers also accept packed patches, which the transforms for these towers create from images of any shape.
 
     Attributes:
-        backbone: timm or transformers module, which contains all parameters.
-        config: JSON-serialisable dict. `from_config` builds this architecture from the dict.
-        preprocess: image preprocessing; `preprocess.size` is S.
+        backbone: timm or transformers module that contains all parameters.
+        config: JSON-serialisable dict from which `from_config` rebuilds the architecture.
+        preprocess: image preprocessing. `preprocess.size` is S.
         feature_dim: dimension of the features.
-        freeze_norm: keep batch norms in eval mode during training. In training mode, small batches would distort the
-            running statistics, and each feature would depend on the other images in the batch. A change of this
-            attribute takes effect at the next call of `train()`. Norms without running statistics are not affected.
+        freeze_norm: if True, batch norms stay in eval mode during training. In training mode, small batches would
+            distort the running statistics, and features would depend on the other images in the batch. Changes take
+            effect at the next call of `train()`. Norms without running statistics are not affected.
     """
 
     mean: Tensor
@@ -57,10 +57,10 @@ class VisionTower(nn.Module):
         self.register_buffer("mean", torch.empty(0), persistent=False)
         self.register_buffer("std", torch.empty(0), persistent=False)
         self._set_normalization(torch.get_default_device())
-        # The channels-last format speeds up networks with many convolutions. A ViT has only one convolution.
+        # The channels-last format speeds up networks with many convolutions, unlike ViTs, which have only one.
         self._channels_last = sum(isinstance(module, nn.Conv2d) for module in backbone.modules()) > 4
         for name, parameter in backbone.named_parameters():
-            # DINO uses the mask token only in pretraining. DDP would wait for the token's gradient.
+            # DINO uses the mask token only in pretraining, and DDP would wait for its gradient.
             if name.endswith("mask_token"):
                 parameter.requires_grad_(False)
 
@@ -75,8 +75,8 @@ class VisionTower(nn.Module):
             name: `timm:NAME` and `hf:NAME` load a model from timm and transformers, respectively. Without a prefix, the
                 name is one of: a folder saved by either library; a hub id (contains a slash); the name of a timm model;
                 the name of a model that `llm2clip` can download (see `models/pretrained.py`).
-            image_size: image size in pixels. Default: the size that the tower was trained with.
-            pretrained: load the pretrained weights (True) or use random weights (False).
+            image_size: image size in pixels. Default: the size on which the tower was trained.
+            pretrained: if True, load the pretrained weights. If False, initialise the weights randomly.
 
         Raises:
             ValueError: the model is not supported.
@@ -105,7 +105,7 @@ class VisionTower(nn.Module):
         return cast(Tensor, self._run_transformers(pixels, interpolate).pooler_output)
 
     def forward_features(self, pixels: Tensor) -> Tensor:
-        """Map pixels to the features that the tower's head would pool.
+        """Map pixels to the features before pooling.
 
         Args:
             pixels: images (N, 3, H, W), uint8 from 0 to 255 or float from 0 to 1.
@@ -123,7 +123,7 @@ class VisionTower(nn.Module):
         return x.contiguous(memory_format=torch.channels_last) if self._channels_last else x
 
     def _run_transformers(self, pixels: Tensor, interpolate: bool) -> Any:
-        """Return the output of a transformers model. `interpolate`: interpolate its position embeddings."""
+        """Return the output of a transformers model. If `interpolate`, interpolate its position embeddings."""
         if self.is_naflex:
             return self._run_naflex(pixels)
         options = {}
@@ -155,7 +155,7 @@ class VisionTower(nn.Module):
         return ((x - mean) / std).to(next(self.backbone.parameters()).dtype)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the training mode. If `freeze_norm` is set, batch norms stay in eval mode."""
+        """Set the training mode. If `freeze_norm` is True, batch norms stay in eval mode."""
         super().train(mode)
         if mode and self.freeze_norm:
             for module in self.backbone.modules():
@@ -166,7 +166,7 @@ class VisionTower(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Enable or disable gradient checkpointing.
 
-        With gradient checkpointing, activations are recomputed in the backward pass instead of being stored.
+        Gradient checkpointing recomputes activations in the backward pass instead of storing them.
 
         Raises:
             ValueError: timm does not support gradient checkpointing for this architecture.

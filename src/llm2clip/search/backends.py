@@ -1,4 +1,4 @@
-"""Interface of the index backends, and a function that opens an index.
+"""Interface of index backends, and a function that opens an index.
 
 An index is stored either in a local folder (SQLite) or in a Qdrant collection.
 """
@@ -41,16 +41,16 @@ class Backend(Protocol):
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
         """Return the state of each indexed image of the given sources, keyed by image name.
 
-        This includes images that were read from another source but whose path is inside one of the given sources.
+        This includes images that were read from another source if their path is inside one of the given sources.
         """
         ...
 
     def existing(self, hashes: Iterable[bytes]) -> set[bytes]:
-        """Return those of the given content hashes that are already in the index."""
+        """Return the given content hashes that are already in the index."""
         ...
 
     def add(self, contents: Sequence[IndexedContent], images: Sequence[tuple[IndexedImage, bytes]]) -> None:
-        """Add image contents and images, and replace existing images with the same names.
+        """Add image contents and images, replacing existing images with the same names.
 
         Each image is paired with its content hash. With SQLite, everything is added in one transaction. Qdrant does not
         support transactions.
@@ -58,11 +58,11 @@ class Backend(Protocol):
         ...
 
     def remove(self, names: Sequence[str]) -> None:
-        """Remove images by name. Then remove all contents that no longer belong to an image."""
+        """Remove images by name, and then all contents that no longer belong to an image."""
         ...
 
     def finish(self) -> None:
-        """Complete an indexing run. Must be called after all images have been added and removed."""
+        """Complete an indexing run. Call this after all images have been added and removed."""
         ...
 
     def count(self) -> tuple[int, int]:
@@ -70,14 +70,14 @@ class Backend(Protocol):
         ...
 
     def duplicates(self, limit: int = 10) -> list[list[str]]:
-        """Return groups of image names. The images in each group have identical content.
+        """Return groups of names of images with identical content.
 
-        The largest groups are returned first, up to `limit` groups.
+        At most `limit` groups are returned, largest first.
         """
         ...
 
     def search(self, vector: np.ndarray, count: int, image_filter: Filter) -> list[Hit]:
-        """Return the `count` nearest images to a vector, best first.
+        """Return the `count` images nearest to a vector, best first.
 
         Args:
             vector: Query vector, float32 (D,), L2-normalised.
@@ -104,7 +104,7 @@ def open_backend(location: str, write: bool = False, **options: int) -> Backend:
 
     Args:
         location: Path of a local folder, or URL of a Qdrant collection.
-        write: Open the index for writing, and create it if it does not exist.
+        write: If True, open the index for writing, and create it if it does not exist.
         options: Additional arguments for `SqliteBackend`. Ignored for Qdrant.
 
     Raises:

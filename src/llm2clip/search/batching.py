@@ -1,6 +1,6 @@
 """Dynamic batching of requests from different clients.
 
-Batching increases throughput because a forward pass over 32 texts takes little longer than one over a single text.
+Batching increases throughput, because a forward pass over 32 texts takes little longer than one over a single text.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class _Pending(Generic[Item, Result]):
 
 
 class Batcher(Generic[Item, Result]):
-    """Combines items from several callers into batches, and processes each batch with one call of `work`.
+    """Combines items from several callers into batches and processes each batch with a single call to `work`.
 
     While a batch is processed, new items are collected for the next batch. If fewer items have arrived than the
-    previous batch contained, the batcher waits for up to a tenth of the time that the previous batch took. During this
-    time, the callers whose items were in the previous batch can submit their next items. Without the wait, the first of
-    these items would form a batch alone and delay the other items. If there is only one client and it submits one item
-    at a time, the batcher never waits.
+    previous batch contained, the batcher waits for up to a tenth of the time that the previous batch took, so that the
+    callers of the previous batch can submit their next items. Without the wait, the first of these items would form a
+    batch of its own and delay the others. If there is only one client and it submits one item at a time, the batcher
+    never waits.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class Batcher(Generic[Item, Result]):
         """
         Args:
             work: Function that takes a list of items and returns one result per item. It runs in the executor.
-            executor: Executor that runs `work`. If calls of `work` must not overlap, use a single-threaded executor.
+            executor: Executor that runs `work`. If calls must not overlap, use a single-threaded executor.
             max_batch_size: Maximum number of items per batch.
             max_queue: Maximum number of waiting items.
-            on_batch: Callback that receives the size of each batch.
+            on_batch: Callback that is called with the size of each batch.
         """
         self.work, self.executor = work, executor
         self.max_batch_size, self.max_queue, self.on_batch = max_batch_size, max_queue, on_batch
@@ -66,12 +66,12 @@ class Batcher(Generic[Item, Result]):
         return self._queue.qsize()
 
     async def submit(self, items: Sequence[Item]) -> list[Result]:
-        """Process items, and return the results in the order of the items.
+        """Process items and return the results in the same order.
 
         Raises:
             ValueError: `items` contains more than `max_queue` items.
             QueueFull: The queue does not have enough space for the items.
-            Exception: `work` raised an exception for one of the items. The same exception is raised here.
+            Exception: Any exception that `work` raises for one of the items.
         """
         if len(items) > self.max_queue:
             raise ValueError(f"too many items in one request: {len(items):,}; the limit is {self.max_queue:,}")
@@ -86,7 +86,7 @@ class Batcher(Generic[Item, Result]):
         try:
             return list(await asyncio.gather(*(entry.result for entry in pending)))
         finally:
-            # If the caller timed out or if one item failed, the remaining results are not needed.
+            # If the caller timed out or an item failed, the remaining results are not needed.
             _cancel(pending)
 
     async def close(self) -> None:
@@ -109,11 +109,11 @@ class Batcher(Generic[Item, Result]):
             try:
                 await self._process(batch)
             finally:
-                _cancel(batch)  # if this task was cancelled, callers must not wait forever for their results
+                _cancel(batch)  # if this task was cancelled, callers must not wait for their results forever
             self._last_seconds = time.perf_counter() - start
 
     async def _next_batch(self) -> list[_Pending[Item, Result]]:
-        """Wait for items, and return the items that have not been cancelled. The returned list may be empty."""
+        """Wait for items and return those that have not been cancelled. The list may be empty."""
         batch = [await self._queue.get()]
         if len(self) + 1 < self._last_size:
             await asyncio.sleep(min(MAX_WAIT, self._last_seconds / 10))
@@ -124,7 +124,7 @@ class Batcher(Generic[Item, Result]):
     async def _process(self, batch: list[_Pending[Item, Result]]) -> None:
         """Process a batch and set the results of its items.
 
-        If `work` fails for the batch, call it again for each item alone, so that only invalid items fail.
+        If `work` fails for the batch, call it again for each item separately, so that only invalid items fail.
         """
         loop = asyncio.get_running_loop()
         try:

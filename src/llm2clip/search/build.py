@@ -1,6 +1,6 @@
-"""Build and update an index: embed new and changed images, and remove deleted images.
+"""Building and updating of an index: new and changed images are embedded, and deleted images are removed.
 
-Each batch is committed separately, so an interrupted run resumes where it stopped.
+Each batch is committed separately, so an interrupted run can resume where it left off.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from llm2clip.search.scan import digest_and_date, file_stamp, scan_sources
 from llm2clip.search.types import ImageState, IndexedContent, IndexedImage
 
 THUMBNAIL_SIDE = 256  # length of the longer side, in pixels
-# More deleted images than this number and this fraction of a source must be confirmed with `prune`, because a disk that
-# is mounted in a folder may be disconnected.
+# If more images than this number and this fraction of a source were deleted, the user must confirm with `prune`,
+# because a disk may be unmounted.
 MAX_DELETED, MAX_DELETED_FRACTION = 10, 0.2
-CHUNK = 8192  # number of images that are read and hashed at a time; new images among them are embedded afterwards
+CHUNK = 8192  # number of images to read and hash at a time, before new ones are embedded
 
 
 @dataclass
 class IndexReport:
-    """Number of images that an indexing run added, changed, removed and embedded.
+    """Numbers of images added, changed, removed and embedded by an indexing run.
 
     Identical files are embedded only once.
     """
@@ -76,12 +76,12 @@ def build_index(
         model: Model that encodes the images.
         backend: Index to build or update.
         log: Skip log for images that cannot be read.
-        columns: Column names of the sources, by llm2clip field.
+        columns: Column names of the sources, keyed by llm2clip field.
         batch_size: Number of images per forward pass and per commit.
         workers: Number of processes that decode images. For the default, see `image_batches`.
-        prune: If a source does not exist or is empty, or if many of its images no longer exist, remove these images
-            from the index instead of raising an error.
-        allow_outside: Also index images outside the folder of their source (see `find_images`).
+        prune: If True, missing or empty sources, and sources of which many images no longer exist, do not raise an
+            error: the missing images are removed from the index.
+        allow_outside: If True, also index images outside the folder of their source (see `find_images`).
 
     Raises:
         StoreError: Another run is writing to the index.
@@ -105,7 +105,7 @@ def build_index(
             if indexed.get(image.name) != ImageState(image.stamp, image.captions):
                 to_add.append(image)
         added, embedded = _add_images(to_add, model, backend, log, batch_size, workers)
-        log.check()  # raise before any image is removed
+        log.check()  # raise an error before any image is removed
 
         folders = [f"{source.path.rstrip('/')}/" for source in parsed if os.path.isdir(source.path)]
         deleted = []
@@ -128,7 +128,7 @@ def build_index(
 
 
 def _check_deleted(source: str, indexed: Mapping[str, ImageState], deleted: set[str]) -> None:
-    """Check that not too many indexed images of a source were deleted.
+    """Raise an error if too many of a source's indexed images were deleted.
 
     Raises:
         ValueError: More than MAX_DELETED images and more than MAX_DELETED_FRACTION of all images were deleted.
@@ -160,7 +160,7 @@ def _metadata_of(model: DualEncoder) -> dict[str, Any]:
 
 
 def _parse_source(text: str, columns: dict[str, str]) -> Source:
-    """Parse a source, make its path absolute, and add the given column names."""
+    """Parse a source, make its path absolute and add the given column names."""
     source = Source.parse(text)
     path = source.path
     if not path.startswith("hf:"):
@@ -169,9 +169,9 @@ def _parse_source(text: str, columns: dict[str, str]) -> Source:
 
 
 def _is_unchanged_file(name: str, stamp: str, folders: Sequence[str]) -> bool:
-    """Return whether an image that the scan did not find is still an unchanged file in one of the folders.
+    """Return True if an image that the scan did not find is still an unchanged file in one of the folders.
 
-    If so, the scan missed the file because of a read error, and the image must not be removed from the index.
+    In this case, the scan missed the file because of a read error, and the image must not be removed from the index.
     """
     try:
         stat = os.stat(name)
@@ -209,7 +209,7 @@ def _read_images(
     """Read and hash image files.
 
     Returns:
-        A list of the images whose content is already in the index, each with its content hash, and a dict of all other
+        A list of images whose content is already in the index, each with its content hash, and a dict of all other
         readable images, grouped by content hash.
     """
     readable: list[tuple[IndexedImage, bytes]] = []
@@ -235,7 +235,7 @@ def _embed_images(
     batch_size: int,
     workers: int | None,
 ) -> Iterator[list[IndexedContent]]:
-    """Decode and embed one image for each content hash, and yield the image contents in batches."""
+    """Decode and embed one image for each content hash; yield the image contents in batches."""
     hashes = list(images_by_hash)
     refs = [images_by_hash[digest][0].ref for digest in hashes]
     with ProgressBar(total=len(refs), desc="embed", unit="image", disable=not refs) as bar:
@@ -258,7 +258,7 @@ def _embed_images(
 
 @dataclass(frozen=True)
 class PreparedImages:
-    """Transform for a decoded image that returns the model's input, a JPEG thumbnail, the width and the height."""
+    """Transform that returns the model input, a JPEG thumbnail, and the width and height of a decoded image."""
 
     transform: Callable[[Tensor], Any]
 

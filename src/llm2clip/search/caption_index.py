@@ -1,7 +1,7 @@
-"""Substring search in the captions of an index, without case, in memory.
+"""Case-insensitive in-memory substring search in the captions of an index.
 
-SQLite's trigram index (FTS5) was not used, because it cannot search for fewer than three characters, and because a text
-that occurs in nearly all captions still returns millions of rows. A NumPy scan of all bytes takes 45 to 110 ms for
+SQLite's trigram index (FTS5) is not used, because it cannot search for fewer than three characters, and because a text
+that occurs in nearly all captions would still return millions of rows. A NumPy scan of all bytes takes 45 to 110 ms for
 a million captions (see benchmarks/search.py).
 """
 
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 
 BLOCK = 4096  # captions; the bytes of a block should fit in the CPU cache
-SEPARATOR = b"\xff"  # does not occur in UTF-8, so no match extends over two captions
-SPARSE_BYTES, DENSE_BYTES = 4, 8  # bytes compared at all positions, if few and if many positions remain
+SEPARATOR = b"\xff"  # does not occur in UTF-8, so no match spans two captions
+SPARSE_BYTES, DENSE_BYTES = 4, 8  # number of bytes to compare at all positions, if few and if many positions remain
 
 
 @dataclass(frozen=True)
 class CaptionBlock:
-    """Some captions of an index. The arrays must not be modified, because searches may be using them.
+    """A block of captions. Its arrays must not be modified, because searches may be using them.
 
     Args:
         text: Captions as UTF-8, casefolded, with a separator after each caption, uint8.
@@ -41,13 +41,13 @@ class CaptionBlock:
         return cls(text, np.cumsum(lengths, dtype=np.int64), np.array(rows, np.int64), np.array(contents, np.int64))
 
     def select(self, keep: np.ndarray) -> CaptionBlock:
-        """Return a block with the captions for which `keep`, bool (N,), is true."""
+        """Return a block with the captions for which `keep`, bool (N,), is True."""
         lengths = np.diff(self.starts, append=len(self.text))
         starts = np.cumsum(lengths[keep]) - lengths[keep]
         return CaptionBlock(self.text[np.repeat(keep, lengths)], starts, self.rows[keep], self.contents[keep])
 
     def contains(self, text: bytes) -> np.ndarray:
-        """Return for each caption whether it contains a casefolded text, bool (N,)."""
+        """Return True for each caption that contains a casefolded text, bool (N,)."""
         count = len(self.starts)
         length = len(self.text) - len(text) + 1  # number of positions at which the text can start
         if not text or length <= 0:
@@ -57,7 +57,7 @@ class CaptionBlock:
         compared = min(SPARSE_BYTES, len(text))
         for offset in range(1, compared):
             matches[:length] &= self.text[offset : offset + length] == text[offset]
-        # Looking at positions one by one is slower than comparing a few more bytes at all positions if many remain.
+        # If many positions remain, checking them one by one is slower than comparing a few more bytes at all positions.
         if np.count_nonzero(matches) > (count // 2 if len(text) <= DENSE_BYTES else 2 * count):
             for offset in range(compared, min(DENSE_BYTES, len(text))):
                 matches[:length] &= self.text[offset : offset + length] == text[offset]
@@ -79,7 +79,7 @@ def _windows(text: np.ndarray, needle: bytes) -> Iterator[tuple[int, np.ndarray,
     """Yield the values to compare at each candidate position: several bytes packed into one integer.
 
     Yields:
-        Offset in the needle, the integer at every position of the text, and the needle's integer at the offset.
+        The offset in the needle, the integers at all positions of the text, and the needle's integer at the offset.
     """
     size = 8 if len(needle) >= 8 else 4
     dtype = np.dtype(f"<u{size}")
@@ -90,12 +90,12 @@ def _windows(text: np.ndarray, needle: bytes) -> Iterator[tuple[int, np.ndarray,
 
 @dataclass(frozen=True)
 class CaptionIndex:
-    """Captions of an index. An update returns a new object, so searches that use the old one are not affected."""
+    """Captions of an index. Updates return a new object, so searches that use the old one are not affected."""
 
     blocks: tuple[CaptionBlock, ...] = ()
 
     def updated(self, removed: np.ndarray, rows: Iterable[tuple[int, int, str]]) -> CaptionIndex:
-        """Return an index without the captions of the removed contents, and with additional captions.
+        """Return an index without the captions of the removed contents and with additional captions.
 
         Args:
             removed: Ids of contents, int64 (N,).
@@ -115,10 +115,10 @@ class CaptionIndex:
         return CaptionIndex(tuple(blocks))
 
     def find(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the images with a caption that contains a text, ignoring case.
+        """Find the images with a caption that contains a text, ignoring case.
 
         Returns:
-            Row and content id of each caption that contains the text, int64 (K,) each.
+            The row and the content id of each caption that contains the text, each int64 (K,).
         """
         encoded = encode(text)
         rows, contents = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
@@ -130,12 +130,12 @@ class CaptionIndex:
 
 
 def encode(text: str) -> bytes:
-    """Return the casefolded text as UTF-8. Unpaired surrogates, which UTF-8 does not allow, are encoded as well."""
+    """Return the casefolded text as UTF-8. Lone surrogates are also encoded, although UTF-8 does not allow them."""
     return text.casefold().encode("utf-8", "surrogatepass")
 
 
 def _read_blocks(rows: Iterable[tuple[int, int, str]]) -> Iterator[CaptionBlock]:
-    """Yield the captions of some images in blocks."""
+    """Yield the captions of images in blocks."""
     captions: list[bytes] = []
     caption_rows: list[int] = []
     caption_contents: list[int] = []

@@ -1,4 +1,4 @@
-"""Identity of clients, and limits on the memory and threads that each client may use."""
+"""Identification of clients, and limits on the memory and threads that each client may use."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ ALWAYS_ACCEPTED = 64 << 10  # bytes; smaller bodies are accepted even if the bud
 
 
 def client_key(address: tuple[str, int] | None) -> str:
-    """Return the string that identifies a client: its IP address without the port, or its IPv6 /64 network.
+    """Return a string that identifies a client: its IPv4 address without the port, or its IPv6 /64 network.
 
-    An IPv6 client usually has a /64 network, so it could send each request from another address.
+    IPv6 clients usually have a /64 network, so they could send each request from a different address.
     """
     if address is None:
         return ""
@@ -36,12 +36,12 @@ def client_key(address: tuple[str, int] | None) -> str:
 
 
 class ByteBudget:
-    """Limits the number of bytes that bodies take at the same time, in total and for each client."""
+    """Limit on the total size of the bodies in memory, overall and for each client."""
 
     def __init__(self, max_bytes: int) -> None:
         """
         Args:
-            max_bytes: Maximum number of bytes in total. Each client may use a quarter of it.
+            max_bytes: Maximum total number of bytes. Each client may use a quarter of it.
         """
         self.max_bytes, self.max_bytes_per_client = max_bytes, max_bytes // 4
         self.total = 0
@@ -49,17 +49,17 @@ class ByteBudget:
 
 
 class ByteAllocation:
-    """The part of a byte budget that one request uses."""
+    """The share of a byte budget that a request uses."""
 
     def __init__(self, budget: ByteBudget, client: str) -> None:
         self._budget, self._client = budget, client
         self.size = 0
 
     def add(self, size: int) -> None:
-        """Count additional bytes.
+        """Allocate additional bytes.
 
         Raises:
-            QueueFull: The budget is exhausted, or the client uses more than its part.
+            QueueFull: The budget is exhausted, or the client has exceeded its share.
         """
         budget = self._budget
         self.size += size
@@ -79,9 +79,10 @@ class ByteAllocation:
 
 
 class FairThreadPool:
-    """Thread pool in which a client with many jobs delays the other clients only by a few of them.
+    """Thread pool in which a client with many jobs delays other clients by only a few of them.
 
-    Each client may have as many jobs in the pool's queue as there are threads. Its other jobs wait outside the queue.
+    Each client may have as many jobs in the pool's queue as there are threads. Its remaining jobs wait outside the
+    queue.
     """
 
     def __init__(self, threads: int, name: str, initializer: Callable[[], Any] | None = None) -> None:
@@ -96,7 +97,7 @@ class FairThreadPool:
         self._slots: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
     async def run(self, function: Callable[..., Result], *args: Any) -> Result:
-        """Call a function in a thread, and return its result. If the caller is cancelled, a running call continues."""
+        """Call a function in a thread and return its result. If the caller is cancelled, a running call continues."""
         loop = asyncio.get_running_loop()
         client = current_client.get()
         slots = self._slots.get(client) or self._slots.setdefault(client, asyncio.Semaphore(self._threads))
@@ -107,9 +108,9 @@ class FairThreadPool:
             with suppress(RuntimeError):  # the event loop has been closed
                 loop.call_soon_threadsafe(slots.release)
 
-        future.add_done_callback(release)  # not when the caller is cancelled, because the thread is still in use then
+        future.add_done_callback(release)  # not when the caller is cancelled, because the thread is then still in use
         return await asyncio.wrap_future(future)
 
     def shutdown(self) -> None:
-        """Cancel all jobs that have not started. Do not wait for the others."""
+        """Cancel all jobs that have not started, without waiting for the others."""
         self._pool.shutdown(wait=False, cancel_futures=True)

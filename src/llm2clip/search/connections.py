@@ -1,4 +1,4 @@
-"""HTTP connections with limits on their number and on how long they may wait for the client."""
+"""HTTP connections, with limits on their number and on how long they may wait for the client."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from llm2clip.search.schemas import Limits
 
 
 class LimitedConnection(H11Protocol):
-    """A uvicorn connection that is aborted if it waits too long for the client, or if there are too many connections.
+    """A uvicorn connection that is aborted if it waits for the client too long or if there are too many connections.
 
     A timer runs while the server waits for complete request headers, and while a response cannot be sent because the
-    client does not read it. `RequestMiddleware` limits the third wait, for the body of a request. A connection is
-    aborted rather than closed, because a transport closes only after the client has read all buffered data.
+    client does not read it. `RequestMiddleware` limits the wait for the body of a request. Connections are aborted
+    rather than closed, because a transport closes only after the client has read all buffered data.
     """
 
     limits: Limits
@@ -52,11 +52,11 @@ class LimitedConnection(H11Protocol):
         self._update_timer()
 
     def _is_idle(self) -> bool:
-        """Return whether no request is in progress."""
+        """Return True if no request is in progress."""
         return self.cycle is None or self.cycle.response_complete
 
     def _update_timer(self) -> None:
-        """Start the timer if the server begins to wait for the client, and stop it if the wait is over."""
+        """Start the timer when the server begins to wait for the client, and stop it when the wait is over."""
         if not (self._is_idle() or self.flow.write_paused):
             self._stop_timer()
         elif self._timer is None:
@@ -68,9 +68,10 @@ class LimitedConnection(H11Protocol):
             self._timer = None
 
     def _abort_one_connection(self) -> None:
-        """Abort a connection of the client with the most connections: its oldest idle one, or else its oldest one.
+        """Abort a connection of the client with the most connections: preferably its oldest idle one, or else its
+        oldest.
 
-        This connection is itself idle, so it is aborted if all other connections of the same client are in use.
+        Since this connection is itself idle, it is aborted if all other connections of the same client are in use.
         """
         largest = max(self.by_client.values(), key=len)
         oldest = next(iter(largest))
@@ -79,7 +80,7 @@ class LimitedConnection(H11Protocol):
         connection.transport.abort()
 
     def _unregister(self) -> None:
-        """Remove this connection from the open connections."""
+        """Remove this connection from the list of open connections."""
         self.connections.discard(self)
         connections = self.by_client.get(self._client_key, {})
         connections.pop(self, None)
@@ -88,5 +89,5 @@ class LimitedConnection(H11Protocol):
 
 
 def limited_connection(limits: Limits) -> type[LimitedConnection]:
-    """Return a connection class with the given limits, for uvicorn's setting `http`."""
+    """Return a connection class with the given limits, to use as uvicorn's setting `http`."""
     return type("LimitedConnection", (LimitedConnection,), {"limits": limits, "by_client": {}})

@@ -29,7 +29,7 @@ ERROR_TYPES = {
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     code: {"model": ErrorResponse, "description": description} for code, description in ERROR_TYPES.items()
 }
-MAX_MESSAGE_LENGTH = 1000  # characters; a message may contain parts of the request
+MAX_MESSAGE_LENGTH = 1000  # characters; messages may contain parts of the request
 RETRY_SOON = {"Retry-After": "1"}  # seconds
 
 
@@ -48,7 +48,7 @@ def error_response(code: int, message: str, headers: dict[str, str] | None = Non
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Register exception handlers that convert every exception raised by an application to an error response."""
+    """Register exception handlers that convert all exceptions raised by an application to error responses."""
     app.add_exception_handler(Exception, _handle_unexpected_error)
     app.add_exception_handler(HTTPException, _handle_http_exception)
     app.add_exception_handler(RequestValidationError, _handle_validation_error)
@@ -60,7 +60,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def _handler(code: int, headers: dict[str, str] | None = None) -> Callable[[Request, Exception], Awaitable[Response]]:
-    """Return a handler that responds with a fixed status code and the exception's message."""
+    """Return a handler that responds with the given status code and the exception's message."""
 
     async def handle(_: Request, error: Exception) -> Response:
         return error_response(code, str(error), headers)

@@ -1,4 +1,4 @@
-"""Heat maps that show where in an image a query is: the cosine similarity of each cell to the query."""
+"""Heat maps that show where in an image a query is, using the cosine similarity of each cell to the query."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ IMAGE_SIDE = 384  # longer side of a drawn heat map, in pixels
 
 
 def require_dense_encoder(model: DualEncoder) -> DenseEncoder:
-    """Return the dense encoder of a model.
+    """Return the dense encoder of a model, or raise an error.
 
     Raises:
-        ValueError: The model has none.
+        ValueError: The model has no dense encoder.
     """
     if model.dense is None:
         raise ValueError(
@@ -42,7 +42,7 @@ def compute_heatmap(dense: DenseEncoder, pixels: Tensor, query: np.ndarray) -> n
 
 
 def draw_heatmap(image: Tensor, heatmap: np.ndarray) -> bytes:
-    """Darken the parts of an image that are least similar to the query, and return a small JPEG.
+    """Darken the parts of an image that are least similar to the query; return a small JPEG.
 
     Args:
         image: Image, uint8 (3, H, W).

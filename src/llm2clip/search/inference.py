@@ -29,11 +29,11 @@ from llm2clip.search.schemas import HeatmapRequest, HitResponse, Limits, QueryRe
 
 DECODE_THREADS = 2
 COUNT_SECONDS = 1.0  # maximum age of the cached number of images
-SEARCH_THREADS = 2  # a search scans all vectors, so more threads would only compete for memory bandwidth
+SEARCH_THREADS = 2  # a search scans all vectors, so additional threads would only compete for memory bandwidth
 
 
 class InferenceService:
-    """Model, index, request queues and metrics of a server."""
+    """A server's model, index, request queues and metrics."""
 
     def __init__(
         self,
@@ -49,18 +49,18 @@ class InferenceService:
             backend: Index to search. If None, the server only computes embeddings.
             limits: Resource limits for requests.
             model_thread: Single-threaded executor in which the model was loaded and will run. On a CPU, each thread
-                that runs PyTorch operations has its own pool of OpenMP threads. If there are more OpenMP threads
-                than cores, the OpenMP threads do not busy-wait between operations, which halves the model's speed.
+                that runs PyTorch operations has its own pool of OpenMP threads. If there are more OpenMP threads than
+                cores, they do not busy-wait between operations, which halves the model's speed.
             templates: Prompt templates for searches that do not contain their own. See `query_prompts`.
         """
         self.model, self.backend, self.limits = model, backend, limits
         self.templates = templates
-        # Use a single thread, because running two batches at the same time is slower than one after the other.
+        # Use a single thread, because running two batches in parallel is slower than running them one after the other.
         self._model_thread = model_thread or ThreadPoolExecutor(1, "model")
         # The model thread must set its OpenMP thread count before the decoder threads limit theirs to one.
         self._model_thread.submit(torch.get_num_threads).result()
         self._decoders = FairThreadPool(DECODE_THREADS, "decode", lambda: torch.set_num_threads(1))
-        # Do not use the shared thread pool, because a search that timed out occupies its thread until the search ends.
+        # Do not use the shared thread pool, because a search occupies its thread until it ends, even after a timeout.
         self._searchers = FairThreadPool(SEARCH_THREADS, "search")
         self._images_decoding = self._searches_waiting = 0
         self._count, self._count_time, self._count_lock = 0, -math.inf, threading.Lock()
@@ -104,9 +104,9 @@ class InferenceService:
         )
 
     async def close(self) -> None:
-        """Cancel all waiting texts, images, heat maps and searches, and stop all threads that are idle.
+        """Cancel all waiting texts, images, heat maps and searches, and stop all idle threads.
 
-        A thread that is in use stops when it has finished its work. This method does not wait for it.
+        Busy threads stop when they have finished their work. This method does not wait for them.
         """
         await self._text_batcher.close()
         await self._image_batcher.close()
@@ -154,7 +154,7 @@ class InferenceService:
         return self.model.transform(load_request_image(data, self.limits.max_pixels))
 
     async def search(self, request: SearchRequest) -> list[HitResponse]:
-        """Embed a query, search the index, and return the results.
+        """Embed a query, search the index and return the results.
 
         Raises:
             NotFound: The server has no index, or an id in `request.like` is not in the index.
@@ -173,12 +173,12 @@ class InferenceService:
         return [HitResponse.from_hit(hit) for hit in hits]
 
     async def heatmap(self, request: HeatmapRequest) -> np.ndarray:
-        """Embed a query, and return its cosine similarity to each cell of the image of a hit, float32 (h, w).
+        """Embed a query; return its cosine similarity to each cell of a hit's image, float32 (h, w).
 
         Raises:
             NotFound: The server has no index, an id is not in the index, or the image file has been changed or removed.
             TooLarge: The image has too many pixels, or its file is too large.
-            ValueError: The query contains no positive text, image or hit, the model has no dense features, or it
+            ValueError: The query contains no positive text, image or hit, or the model has no dense features or
                 returned NaN or infinity.
             ImageError: The image cannot be decoded.
             QueueFull: Too many heat maps are waiting.
@@ -191,7 +191,7 @@ class InferenceService:
         return heatmap
 
     def _prepare_original(self, hit_id: str) -> Tensor:
-        """Decode the image file of a hit, and resize the image for the dense encoder."""
+        """Decode the image file of a hit and resize the image for the dense encoder."""
         try:
             stream, _ = open_original(self.require_backend(), hit_id)
         except FileNotFoundError as error:
@@ -205,7 +205,7 @@ class InferenceService:
         return dense.resize(load_request_image(data, self.limits.max_pixels), dense.localization_size)
 
     def _compute_heatmaps(self, items: Sequence[tuple[Tensor, np.ndarray]]) -> list[np.ndarray]:
-        # One image at a time, because the images have different sizes.
+        # Process one image at a time, because the images have different sizes.
         dense = require_dense_encoder(self.model)
         return [compute_heatmap(dense, pixels, query) for pixels, query in items]
 
@@ -243,7 +243,7 @@ class InferenceService:
         return self.backend
 
     def count_images(self) -> int:
-        """Return the number of images in the index, up to a second old. Without an index, return 0."""
+        """Return the number of images in the index, or 0 if there is no index. The number may be up to a second old."""
         if self.backend is None:
             return 0
         with self._count_lock:

@@ -16,9 +16,9 @@ from llm2clip.search.errors import RETRY_SOON, error_response
 from llm2clip.search.inference import InferenceService
 from llm2clip.search.schemas import Limits
 
-# All other methods are counted as "other", because clients can send arbitrary method names.
+# All other methods are counted under "other", because clients can send arbitrary method names.
 COUNTED_METHODS = ("GET", "POST", "HEAD", "OPTIONS")
-# A JSON value takes up to 100 times more memory than its text. Large requests consist of a few long strings.
+# A JSON value can take 100 times more memory than its text. Large legitimate requests consist of a few long strings.
 MAX_JSON_VALUES = 200_000
 PIECE_SIZE = 64 << 10  # bytes
 SECURITY_HEADERS = {
@@ -61,12 +61,12 @@ class RequestMiddleware:
         """Check a request before its body is read.
 
         Returns:
-            Error response if the request must be rejected, otherwise None.
+            An error response if the request must be rejected, otherwise None.
         """
         max_bytes = self.service.limits.max_body_bytes
         length = request.headers.get("content-length", "")
         if length and "transfer-encoding" in request.headers:
-            # A proxy that uses the other header than this server would see the end of the request elsewhere.
+            # If a proxy used one header and this server the other, they would disagree about where the request ends.
             message = "the request contains both Transfer-Encoding and Content-Length"
             return error_response(400, message, {"Connection": "close"})
         if not self._is_authorized(request):
@@ -92,7 +92,7 @@ class RequestMiddleware:
         """Run the application for one request.
 
         Returns:
-            Error response if the request times out or if its body is rejected, otherwise None.
+            An error response if the request times out or its body is rejected, otherwise None.
         """
         timeout = self.service.limits.timeout
         try:
@@ -122,12 +122,13 @@ class RequestMiddleware:
 class _BodyRejected(HTTPException):
     """Raised when a request body exceeds a size limit.
 
-    This class must be an HTTPException, because FastAPI replaces all other exceptions raised while it reads a body.
+    This class must be an HTTPException, because FastAPI replaces all other exceptions that are raised while it reads a
+    body.
     """
 
 
 class _BodyReader:
-    """Wraps `receive` and enforces size limits while a body arrives, because Content-Length may be missing or wrong."""
+    """Wrapper around `receive` that enforces size limits, because Content-Length may be missing or wrong."""
 
     def __init__(self, request: Request, receive: Receive, allocation: ByteAllocation, limits: Limits) -> None:
         self._receive, self._allocation, self._limits = receive, allocation, limits
@@ -154,9 +155,9 @@ class _BodyReader:
 
 
 class _ResponseSender:
-    """Wraps `send`, adds missing security headers to the response, and records the status of the response.
+    """Wrapper around `send` that adds missing security headers to the response and records its status.
 
-    A large body is sent in small pieces, so that the server buffers only a few of them for a client that reads slowly.
+    Large bodies are sent in small pieces, so that the server buffers only a few pieces for a client that reads slowly.
     """
 
     def __init__(self, scope: Scope, send: Send, allocation: ByteAllocation) -> None:
@@ -164,8 +165,8 @@ class _ResponseSender:
         self._start: Message | None = None  # not sent before the size of the body has been checked
         self._is_rejected = False
         self.status, self.started = 500, False
-        # Stopped when the response starts, because the time for sending it depends on the client. `LimitedConnection`
-        # aborts the connection if the client does not read the response.
+        # The timeout ends when the response starts, because the time it takes to send depends on the client.
+        # `LimitedConnection` aborts the connection if the client does not read the response.
         self.timer: asyncio.Timeout | None = None
 
     async def __call__(self, message: Message) -> None:
@@ -203,7 +204,7 @@ class _ResponseSender:
         await self._send({**message, "headers": headers})
 
     async def _reject(self, error: QueueFull) -> None:
-        """Send an error response in place of the application's response."""
+        """Send an error response instead of the application's response."""
         await error_response(429, str(error), RETRY_SOON)(self._scope, _receive_nothing, self)
         self._is_rejected = True
 

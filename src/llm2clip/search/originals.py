@@ -1,4 +1,4 @@
-"""Open the original image file of a search result, if it has not changed since it was indexed."""
+"""Access to the original image file of a search result, if it has not changed since it was indexed."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from llm2clip.search.types import IndexedImage
 
 
 def open_original(backend: Backend, hit_id: str) -> tuple[BinaryIO, str]:
-    """Open the image file of a hit, and return the stream and the media type.
+    """Open the image file of a hit; return the stream and the media type.
 
-    If the hit has several files, the first file that has not changed since it was indexed is used.
+    If the hit has several files, use the first one that has not changed since it was indexed.
 
     Raises:
         FileNotFoundError: The id is unknown, or all files of the hit have been changed or removed.
@@ -42,7 +42,7 @@ def _open_unchanged(image: IndexedImage) -> BinaryIO:
     """Open an image.
 
     Raises:
-        FileNotFoundError: The file no longer exists, or another file has its name.
+        FileNotFoundError: The file no longer exists or has been replaced by another file.
     """
     path = image.ref.container_path or ""
     if file_stamp(os.stat(path)) != image.stamp:  # checked first, because opening a named pipe would block

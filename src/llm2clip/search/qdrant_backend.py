@@ -1,7 +1,7 @@
-"""Index backend in a Qdrant collection, for data sets that are too large to search on one machine.
+"""Index backend that uses a Qdrant collection, for data sets that are too large to search on one machine.
 
-Each distinct image content is stored as one point. The payload of the point lists the images with that content. An
-additional point contains the metadata of the index.
+Each distinct image content is stored as one point, whose payload lists the images with that content. An additional
+point contains the metadata of the index.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ WITHOUT_THUMBNAIL = models.PayloadSelectorExclude(exclude=["thumbnail"])
 
 
 class QdrantBackend:
-    """Index backend in a Qdrant collection."""
+    """Index backend that uses a Qdrant collection."""
 
     def __init__(self, client: QdrantClient, collection: str) -> None:
         """
@@ -77,7 +77,7 @@ class QdrantBackend:
         backend = cls(QdrantClient(server, api_key=api_key), collection)
         try:
             exists = backend.client.collection_exists(collection)
-        except Exception as error:  # may be raised by the client or by either of its two HTTP libraries
+        except Exception as error:  # raised by the client or by either of its two HTTP libraries
             raise OSError(f"{server}: {error}") from error
         if not write and not (exists and backend.metadata()):
             raise FileNotFoundError(f"{server} has no llm2clip index in the collection {collection!r}")
@@ -111,7 +111,7 @@ class QdrantBackend:
         ]
         states = {}
         for point in self._scroll(models.Filter(should=conditions, must_not=[_metadata_point()])):
-            for image in _images(point.payload):  # a point matches if one of its images does, so check each image
+            for image in _images(point.payload):  # a point matches if any of its images does, so check each image
                 if image.source in sources or not set(_containing_paths(image)).isdisjoint(sources):
                     states[image.name] = ImageState(image.stamp, image.captions)
         return states
@@ -129,7 +129,8 @@ class QdrantBackend:
         new_images: dict[str, list[IndexedImage]] = {}  # keyed by point id
         for image, digest in images:
             new_images.setdefault(_point_id(digest), []).append(image)
-        # If an image file has changed, its image must move from the old content's point to the new one's.
+        # If an image file has changed, its image must move from the point of the old content to that of the new
+        # content.
         self._remove_images({image.name for image, _ in images}, keep_points=new_images.keys())
         new_points = {}
         for content in contents:
@@ -154,7 +155,7 @@ class QdrantBackend:
         self._remove_images(set(names))
 
     def finish(self) -> None:
-        """Store the number of images and the number of distinct images. Qdrant updates its HNSW graph by itself."""
+        """Store the number of images and the number of distinct images. Qdrant updates its HNSW graph automatically."""
         images_per_content = [len(_images(point.payload)) for point in self._scroll()]
         counts = {"pictures": sum(images_per_content), "contents": len(images_per_content)}
         self.initialize({**self.metadata(), **counts})
@@ -232,12 +233,12 @@ class QdrantBackend:
                 return
 
     def _remove_images(self, names: set[str], keep_points: Iterable[str] = ()) -> None:
-        """Remove images from their points, and delete points without any images, except those in `keep_points`."""
+        """Remove images from their points, and delete points without images unless they are in `keep_points`."""
         kept_ids, sorted_names = set(keep_points), sorted(names)
         for start in range(0, len(sorted_names), PAGE_SIZE):
             page = sorted_names[start : start + PAGE_SIZE]
             condition = models.FieldCondition(key="names", match=models.MatchAny(any=page))
-            # List all points before changing any of them, because changing points during a scroll could skip some.
+            # List all points before changing any of them, because changes during a scroll could make it skip some.
             for point in list(self._scroll(models.Filter(must=[condition]))):
                 images = _images(point.payload)
                 remaining = [image for image in images if image.name not in names]
@@ -252,7 +253,7 @@ def _point_id(digest: bytes) -> str:
 
 
 def _point(content: IndexedContent) -> models.PointStruct:
-    """Return a point for an image content. Its payload does not list any images yet."""
+    """Return a point for an image content, whose payload does not list any images yet."""
     payload = {
         "thumbnail": base64.b64encode(content.thumbnail).decode(),
         "width": content.width,
@@ -285,16 +286,16 @@ def _images(payload: Any) -> tuple[IndexedImage, ...]:
 
 
 def _containing_paths(image: IndexedImage) -> list[str]:
-    """Return all paths that contain an image: its parent folders, its tar or table, and its name."""
+    """Return all paths that contain an image: its parent folders, its tar file or table, and its name."""
     slashes = [match.start() for match in re.finditer("/", image.name)]
     folders = [image.name[:position] for position in slashes if position > 0]
     return [*folders, image.container, image.name]
 
 
 def _matches(image: IndexedImage, image_filter: Filter) -> bool:
-    """Return whether one image meets both the path condition and the time conditions.
+    """Return True if an image meets both the path condition and the time conditions.
 
-    Qdrant checks each condition separately, so a point can match even if no single one of its images meets them all.
+    Qdrant checks each condition separately, so a point can match even if none of its images meets all conditions.
     """
     path = image_filter.path.rstrip("/") if image_filter.path is not None else ""
     after = -math.inf if image_filter.after is None else image_filter.after
@@ -303,7 +304,7 @@ def _matches(image: IndexedImage, image_filter: Filter) -> bool:
 
 
 def _qdrant_filter(image_filter: Filter) -> models.Filter:
-    """Convert a filter to a Qdrant filter, and also exclude the metadata point."""
+    """Convert a filter to a Qdrant filter that also excludes the metadata point."""
     conditions: list[Any] = []
     path = image_filter.path.rstrip("/") if image_filter.path is not None else ""
     if path:

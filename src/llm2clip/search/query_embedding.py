@@ -1,4 +1,4 @@
-"""Compute the embedding of a search query from positive and negative texts and images."""
+"""Embeddings of search queries that consist of positive and negative texts and images."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from llm2clip.data.images import load_image
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import average_prompts, check_templates, query_prompts
 
-NEGATIVE_WEIGHT = 0.5  # with a weight of 1, results would be hardly related to the positives
+NEGATIVE_WEIGHT = 0.5  # with a weight of 1, results would hardly be related to the positives
 
 
 @dataclass(frozen=True)
 class Query:
     """A search query with positive and negative texts and images.
 
-    Results should resemble the positive texts and images, but not the negative ones. An image can have any type that
-    `data.images.load_image` accepts. `templates` are prompt templates, with which texts of up to three words are
-    averaged (see `models.prompts.query_prompts`).
+    Results should resemble the positive texts and images, but not the negative ones. Images can have any type that
+    `data.images.load_image` accepts. `templates` are prompt templates that form an ensemble with texts of up to three
+    words (see `models.prompts.query_prompts`).
     """
 
     texts: Sequence[str] = ()
@@ -64,8 +64,8 @@ def combine(positive: Sequence[np.ndarray], negative: Sequence[np.ndarray] = ())
     mean minus half the negative mean, normalised again.
 
     Args:
-        positive: Embeddings that results should be similar to, each float32 (D,), L2-normalised.
-        negative: Embeddings that results should be dissimilar to, each float32 (D,), L2-normalised.
+        positive: Embeddings to which results should be similar, each float32 (D,), L2-normalised.
+        negative: Embeddings to which results should be dissimilar, each float32 (D,), L2-normalised.
 
     Raises:
         ValueError: There is no positive embedding.

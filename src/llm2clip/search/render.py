@@ -1,4 +1,4 @@
-"""Display search results as a table in the terminal or as an HTML contact sheet."""
+"""Display of search results as a table in the terminal or as an HTML contact sheet."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def print_hits(hits: Sequence[Hit], backend: Backend, console: Console) -> None:
 
 
 def _printable(text: str) -> str:
-    """Replace unprintable characters with spaces, because a terminal would interpret control characters."""
+    """Replace unprintable characters with spaces, because terminals interpret control characters."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 
@@ -83,14 +83,14 @@ def write_contact_sheet(
     folder: Path | None = None,
     heatmaps: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """Write the thumbnails of search results to a self-contained HTML page, and return the path of the page.
+    """Write the thumbnails of search results to a self-contained HTML page; return the path of the page.
 
     Args:
         query: Description of the query, shown above the images.
         hits: Search results to show.
         backend: Index that returned the hits.
         folder: Folder to write the page to. Default: a new temporary folder.
-        heatmaps: JPEG image to show in place of the thumbnail, by the id of the hit. See `draw_heatmaps`.
+        heatmaps: JPEG images to show instead of thumbnails, keyed by hit id. See `draw_heatmaps`.
     """
     folder = folder or Path(tempfile.mkdtemp(prefix="llm2clip-"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,9 +108,9 @@ def write_contact_sheet(
 
 
 def draw_heatmaps(model: DualEncoder, query: np.ndarray, hits: Sequence[Hit], backend: Backend) -> dict[str, bytes]:
-    """Return a JPEG heat map of each hit, by the id of the hit.
+    """Return a JPEG heat map of each hit, keyed by hit id.
 
-    Hits whose image files have been changed or removed since they were indexed, or cannot be decoded, are skipped.
+    Hits are skipped if their image files cannot be decoded, or have been changed or removed since they were indexed.
 
     Args:
         model: Model that embedded the query.

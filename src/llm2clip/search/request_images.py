@@ -1,4 +1,4 @@
-"""Decode the images in HTTP requests, after checking that they are not too large."""
+"""Decoding of the images in HTTP requests, with a limit on their size."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def load_request_image(data: bytes, max_pixels: int) -> Any:
         raise TooLarge(str(error)) from error
     except Exception as error:  # Pillow can raise almost any exception for a damaged header
         raise ImageError("the data is not an image, or its format is not supported") from error
-    if is_avif:  # a small AVIF file can contain any number of hidden frames, which the decoder decodes first
+    if is_avif:  # a small AVIF file can contain any number of hidden frames, which are decoded first
         raise ImageError("AVIF images are not accepted in requests. Convert the image to JPEG, PNG or WebP")
     if width * height > max_pixels:
         raise TooLarge(f"the image has too many pixels: {width} x {height}; the limit is {max_pixels:,}")

@@ -1,4 +1,4 @@
-"""List the images and captions of the sources of an index, without decoding the images."""
+"""Listing of the images and captions in the sources of an index, without decoding the images."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ EXIF_IFD, EXIF_DATE_TAKEN, EXIF_DATE = 0x8769, 0x9003, 0x0132  # EXIF tags
 def scan_sources(
     sources: Sequence[Source], log: SkipLog, prune: bool = False, allow_outside: bool = False
 ) -> dict[str, IndexedImage]:
-    """Return the images of all sources, keyed by name. For the arguments, see `find_images`.
+    """Return the images of all sources, keyed by name. See `find_images` for the arguments.
 
-    If several rows describe the same image, they are merged into one image with the captions of all these rows.
+    Rows with the same image are merged into one image with all of their captions.
     """
     images: dict[str, IndexedImage] = {}
     for source in sources:
         for image in find_images(source, log, prune, allow_outside):
             previous = images.get(image.name)
             if previous is not None and isinstance(previous.ref, TarImage) and previous.ref != image.ref:
-                # If two members of a tar have the same name, the offset is appended to the name of the second member.
+                # If two members of a tar file have the same name, the offset is appended to the name of the second one.
                 image = dataclasses.replace(image, name=printable(image.ref.key))
                 previous = images.get(image.name)
             if previous is not None:  # for example, if a folder contains both the images and a caption file
@@ -50,14 +50,14 @@ def find_images(
 ) -> Iterator[IndexedImage]:
     """Yield the images of a source, without decoding them.
 
-    An index makes its images visible to all users of the server. By default, images outside the source's folder are
-    therefore skipped: a caption file or a symbolic link from someone else could otherwise publish private images.
+    All users of the server can see the images in an index. By default, images outside the source's folder are therefore
+    skipped: a caption file or a symbolic link from an untrusted source could otherwise expose private images.
 
     Args:
         source: Source with an absolute path.
         log: Skip log for rows without an image and for files in unsupported formats.
-        prune: If the source does not exist or has no images, yield nothing instead of raising an error.
-        allow_outside: Also yield images outside the source's folder.
+        prune: If True, yield nothing if the source does not exist or has no images, instead of raising an error.
+        allow_outside: If True, also yield images outside the source's folder.
 
     Raises:
         FileNotFoundError: `prune` is False, and the source does not exist or has no images.
@@ -106,9 +106,9 @@ def find_images(
 def _source_folder(source: str) -> str:
     """Return the folder that must contain the images of a source, with symbolic links resolved.
 
-    This is the source itself if it is a folder, and otherwise the folder of the file. For a pattern, it is the part
-    before the first folder with a special character. COCO's caption files are in a folder called `annotations`, and the
-    images are next to this folder.
+    For a folder, this is the source itself; for a file, it is the file's folder; and for a pattern, it is the part
+    before the first folder with a special character. COCO's caption files are in a folder called `annotations`, next to
+    the images, so they are an exception.
     """
     folder = os.path.abspath(source)
     while not os.path.isdir(folder):
@@ -126,12 +126,12 @@ def _is_in_folder(path: str, folder: str) -> bool:
 
 
 def file_stamp(stat: os.stat_result) -> str:
-    """Return the size and modification time of a file as a string, which is used to detect whether the file changes."""
+    """Return the size and modification time of a file as a string, which is used to detect changes."""
     return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
 def digest_and_date(image: IndexedImage, log: SkipLog) -> tuple[bytes | None, float]:
-    """Return the SHA-256 hash of an image's bytes, and the Unix timestamp at which the image was taken.
+    """Return the SHA-256 hash of an image's bytes and the Unix timestamp at which the image was taken.
 
     The hash is None if the image cannot be read.
     """
@@ -151,9 +151,9 @@ def date_taken(data: bytes) -> float | None:
     try:
         header = open_header(io.BytesIO(data))
         if header.format == "PNG" and "exif" not in header.info:
-            return None  # otherwise, Pillow decodes the entire image to search for EXIF data after the pixels
+            return None  # otherwise, Pillow would decode the entire image to look for EXIF data after the pixels
         exif = header.getexif()
         date = exif.get_ifd(EXIF_IFD).get(EXIF_DATE_TAKEN) or exif.get(EXIF_DATE)
         return datetime.strptime(str(date)[:19], "%Y:%m:%d %H:%M:%S").timestamp()
-    except Exception:  # Pillow can raise almost any exception for a damaged header; then there is no date
+    except Exception:  # Pillow can raise almost any exception for a damaged header, in which case there is no date
         return None

@@ -14,10 +14,10 @@ from llm2clip.search.types import MAX_CAPTION_FILTER_LENGTH, Filter, Hit
 
 DATA_URI_PREFIX = "data:image/"
 MAX_TEXT_LENGTH = 20_000  # characters
-MAX_PATH_LENGTH = 4096  # characters; filters compare this text with every image
+MAX_PATH_LENGTH = 4096  # characters; filters search for this text in the captions of every image
 MAX_TEXTS, MAX_IMAGES, MAX_TOP = 256, 16, 200  # maximum numbers of texts, images and results per request
-# Each template is another text to encode for each short text of a query. With the texts themselves, and with as many
-# negative texts, at most MAX_TEXTS texts are encoded for a request.
+# Each template adds a text to encode for each short text of a query. Including the texts themselves and as many
+# negative texts, at most MAX_TEXTS texts are encoded per request.
 MAX_TEMPLATES, MAX_TEMPLATE_LENGTH = MAX_TEXTS // (2 * MAX_IMAGES) - 1, 200  # characters
 
 
@@ -31,14 +31,14 @@ class Limits:
             address may use a quarter of it. Requests that would exceed this size are rejected with status 429, unless
             they are smaller than 64 KB.
         max_pixels: Maximum number of pixels in an image. Larger images are rejected with status 413.
-        max_queue: Maximum length of each of four queues: texts, images, heat maps and searches. When a queue is full,
-            requests that need it are rejected with status 429.
+        max_queue: Maximum length of each of the four queues (texts, images, heat maps and searches). Requests that need
+            a full queue are rejected with status 429.
         timeout: Maximum duration of a request in seconds. Requests that take longer fail with status 504.
         batch_size: Maximum number of texts or images per forward pass.
-        max_connections: Maximum number of connections. When there are more, the server aborts a connection of the
-            client with the most connections.
-        idle_timeout: Maximum time in seconds that a connection waits for the client: for the headers of a request, or
-            for the client to read more of a response. After this time, the connection is aborted.
+        max_connections: Maximum number of connections. If there are more, the server aborts a connection of the client
+            with the most connections.
+        idle_timeout: Maximum time in seconds that a connection waits for the client to send the headers of a request or
+            to read more of a response. After this time, the connection is aborted.
     """
 
     max_body_bytes: int = 32 << 20
@@ -105,7 +105,7 @@ class _StrictModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _stop_at_the_first_unknown_field(cls, data: Any) -> Any:
-        """Raise a single error, because pydantic itself creates an error object for each unknown field."""
+        """Raise a single error, because pydantic would create an error object for each unknown field."""
         if isinstance(data, dict):
             for name in data:
                 if name not in cls.model_fields:
@@ -167,7 +167,7 @@ class SearchRequest(QueryRequest):
 
 
 class ImageLocation(BaseModel):
-    """A location where an image is stored, with the captions at that location."""
+    """A location of an image, with the captions at that location."""
 
     name: str
     captions: list[str]
@@ -177,7 +177,7 @@ class ImageLocation(BaseModel):
 
 
 class HitResponse(BaseModel):
-    """A search result: an image, with all locations where it is stored."""
+    """A search result: an image with all of its locations."""
 
     id: str
     score: float = Field(description="cosine similarity to the query")
@@ -198,7 +198,7 @@ class SearchResponse(BaseModel):
 
 
 class HeatmapRequest(QueryRequest):
-    """A query, and the image in which to locate it."""
+    """A query and the image in which to locate it."""
 
     id: HitId = Field(description="id of a hit")
 
@@ -212,7 +212,7 @@ class HeatmapResponse(BaseModel):
 
 
 class EmbedRequest(BaseModel):
-    """A request in the format of OpenAI's embeddings API. If an input is an image data URI, the image is embedded."""
+    """A request in the format of OpenAI's embeddings API. Inputs that are image data URIs are embedded as images."""
 
     input: TextOrDataUri | Annotated[list[TextOrDataUri], Field(min_length=1, max_length=MAX_TEXTS)]
     model: AnyText | None = None
@@ -243,7 +243,7 @@ class EmbedResponse(BaseModel):
 
 
 class HealthResponse(BaseModel):
-    """Response of the health check. If the server requires a token, a request without it only receives the status."""
+    """Response of the health check. If the server requires a token, requests without it receive only the status."""
 
     status: Literal["ok"] = "ok"
     model: str | None = None

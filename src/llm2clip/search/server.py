@@ -68,14 +68,14 @@ def create_app(
         model: Model that encodes texts and images. If there is an index, it must have been built with this model.
         backend: Index to search. If None, the server only computes embeddings.
         limits: Resource limits for requests. Default: `Limits()`.
-        token: Token that every request must contain, except requests of `/health` for the status alone. API clients
-            send it in the header `Authorization: Bearer TOKEN`. In a browser, opening `/?token=TOKEN` starts a session
-            of 24 hours. If None, no token is required.
+        token: Token that every request must contain, except requests to `/health` that need only the status. API
+            clients send it in the header `Authorization: Bearer TOKEN`. In a browser, opening `/?token=TOKEN` starts a
+            24-hour session. If None, no token is required.
         hosts: Host names that are allowed in the Host header. If None, all host names are allowed. This check prevents
             DNS rebinding attacks, in which a website makes its own host name resolve to the address of this machine.
         model_thread: Single-threaded executor in which the model was loaded. See `InferenceService`.
-        templates: Prompt templates, with which texts of up to three words are averaged in searches. A request can
-            contain its own templates instead.
+        templates: Prompt templates that form an ensemble with texts of up to three words in searches. Requests can
+            contain their own templates instead.
 
     Raises:
         ValueError: The index was built with a different model, the token is empty or contains characters other than
@@ -119,13 +119,13 @@ def create_app(
 def serve(app: FastAPI, host: str, port: int, on_start: Callable[[int], None] = lambda port: None) -> None:
     """Serve an application until the process receives SIGINT or SIGTERM.
 
-    Before the server stops, it completes the requests in progress, for up to 5 seconds.
+    Before it stops, the server spends up to 5 seconds completing the requests in progress.
 
     Args:
         app: Application, from `create_app`.
         host: Address to listen on.
         port: Port to listen on. 0 means any free port.
-        on_start: Callback that receives the port, once the server accepts connections.
+        on_start: Callback that is called with the port when the server accepts connections.
     """
     import uvicorn
 
@@ -147,7 +147,7 @@ def serve(app: FastAPI, host: str, port: int, on_start: Callable[[int], None] = 
         timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
         server_header=False,
     )
-    with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has handled SIGINT
+    with suppress(KeyboardInterrupt):  # uvicorn raises it again after handling SIGINT
         Server(config).run()
 
 
@@ -175,7 +175,7 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
 
     @app.post("/heatmap", responses=API_ERRORS)
     async def heatmap(request: HeatmapRequest) -> HeatmapResponse:
-        """Return where in the image of a hit the given texts, images and earlier hits are."""
+        """Return where the given texts, images and earlier hits are located in the image of a hit."""
         return HeatmapResponse(rows=(await service.heatmap(request)).tolist())
 
 
@@ -255,7 +255,7 @@ def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
 
 
 async def _read_pieces(stream: BinaryIO, size: int) -> AsyncIterator[bytes]:
-    """Read a stream of a given size from its start, in pieces."""
+    """Read a stream of a given size from the start, in pieces."""
     with stream:
         stream.seek(0)
         for start in range(0, size, PIECE_SIZE):

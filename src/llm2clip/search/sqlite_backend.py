@@ -1,14 +1,14 @@
-"""Index backend that stores images, vectors and thumbnails in an SQLite file and searches the vectors in memory.
+"""Index backend that stores images, vectors and thumbnails in an SQLite file, and searches the vectors in memory.
 
     INDEX/
       pictures.sqlite    about, contents (hash, vector, thumbnail), pictures (name, place, captions, ...)
       graph.usearch      HNSW graph; built only for a million or more distinct images
       graph.json         quantization scale and checksum of the graph, and a summary of the ids that the graph contains
 
-Readers keep the quantized vectors and, after the first filter on captions, the captions in memory. After a write, they
-read only what has changed, which the table `changes` lists.
+Readers keep the quantized vectors in memory, as well as the captions after the first filter on them. After a write,
+they read only the changes, which are listed in the table `changes`.
 
-With SQLite, each batch is committed atomically, other processes can read during a write, and the database is a single
+SQLite commits each batch atomically, allows other processes to read during a write, and stores the database as a single
 file that is easy to copy.
 """
 
@@ -46,8 +46,8 @@ from llm2clip.store.lock import folder_lock
 
 APPROXIMATE_ABOVE = 1_000_000
 SCHEMA_VERSION = 1
-# The file, table and column names are those of version 0.1, so that existing indexes can still be opened:
-# The table "about" contains the metadata, and the table "pictures" contains the images. The column "place" contains the
+# The file, table and column names are the same as in version 0.1, so that existing indexes can still be opened. The
+# table "about" contains the metadata, and the table "pictures" contains the images. The column "place" contains the
 # reference to an image's bytes, and the column "largest" contains the largest absolute value in a vector.
 DATABASE = "pictures.sqlite"
 SCHEMA = f"""
@@ -65,8 +65,8 @@ CREATE INDEX pictures_source ON pictures(source);
 CREATE INDEX pictures_taken ON pictures(taken);
 PRAGMA user_version = {SCHEMA_VERSION};
 """
-# Log of the contents that were removed or whose images changed, so that readers need to read only these again. Indexes
-# of version 0.1 get the log when they are first opened for writing.
+# Log of the contents that were removed or whose images changed, so that readers have to reload only these. The log is
+# added to indexes of version 0.1 when they are first opened for writing.
 CHANGE_LOG = """
 CREATE TABLE IF NOT EXISTS changes (id INTEGER PRIMARY KEY AUTOINCREMENT, content INTEGER NOT NULL);
 CREATE TRIGGER IF NOT EXISTS picture_added AFTER INSERT ON pictures
@@ -76,7 +76,7 @@ CREATE TRIGGER IF NOT EXISTS picture_removed AFTER DELETE ON pictures
 CREATE TRIGGER IF NOT EXISTS content_removed AFTER DELETE ON contents
   BEGIN INSERT INTO changes (content) VALUES (old.id); END;
 """
-CHANGES_KEPT = 100_000  # a reader that has not read this many changes reads everything again
+CHANGES_KEPT = 100_000  # a reader that is behind by more changes than this reloads everything
 CHANGED = "content FROM changes WHERE id > :last"
 IMAGE_COLUMNS = "name, place, source, stamp, captions, taken"
 # An image is inside :path if its name equals :path or starts with :path followed by "/" (folder), "!" (tar) or
@@ -99,11 +99,11 @@ IDS_PER_QUERY = 500  # SQLite limits the number of parameters per statement
 
 
 class LogState(NamedTuple):
-    """Position in the log of changes, with the states that must be equal if the log is to be used.
+    """Position in the log of changes, and the states that must be unchanged for the log to be usable.
 
     Args:
         schema: SQLite's schema version. VACUUM, which renumbers rows, also changes it.
-        immutable_state: State of a file that is opened as immutable, which may be replaced by another index.
+        immutable_state: State of a database file that is opened as immutable, which may be replaced by another index.
         last: Largest id in the log.
     """
 
@@ -122,10 +122,10 @@ class SqliteBackend:
         """
         Args:
             folder: Folder of the index.
-            write: Open the index for writing, and create it if it does not exist. Only the current user can read a
-                new index.
-            approximate_above: Number of distinct images from which `finish` builds an HNSW graph, so that searches are
-                approximate.
+            write: If True, open the index for writing, and create it if it does not exist. Only the current user can
+                read a new index.
+            approximate_above: Number of distinct images at which `finish` starts to build an HNSW graph, which makes
+                searches approximate.
 
         Raises:
             FileNotFoundError: There is no index in the folder.
@@ -139,16 +139,17 @@ class SqliteBackend:
             )
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # thumbnails and captions may be private
         if not self._file.exists():
-            self._file.touch(mode=0o600)  # SQLite's temporary files get the same permissions
+            self._file.touch(mode=0o600)  # SQLite gives its temporary files the same permissions
         self._lock, self._index_lock = threading.RLock(), threading.Lock()
-        # Size and modification time of the database file when it was opened as immutable, or None if opened normally.
+        # Size and modification time of the database file when it was opened as immutable. None if it was opened
+        # normally.
         self._immutable_state: tuple[int, int] | None = None
-        self._may_have_orphans = True  # an interrupted run may leave rows in `contents` that belong to no image
+        self._may_have_orphans = True  # an interrupted run may leave rows in `contents` that do not belong to any image
         # Data read from the database, each preceded by the state of the database when it was read.
         self._vector_index: tuple[tuple[Any, ...], VectorIndex] | None = None
         self._counts: tuple[tuple[Any, ...], tuple[int, int]] | None = None
         self._graph: tuple[int, tuple[Any, GraphState] | None] | None = None
-        # The same, for data that is updated with the log of changes.
+        # The same for data that is updated with the log of changes.
         self._vectors: tuple[LogState, QuantizedVectors] | None = None
         self._captions: tuple[LogState, CaptionIndex] | None = None
         self._vectors_lock, self._captions_lock = threading.Lock(), threading.Lock()
@@ -218,7 +219,7 @@ class SqliteBackend:
 
     def remove(self, names: Sequence[str]) -> None:
         if not names and not self._may_have_orphans:
-            return  # avoid a write, because after every write, all open readers look for changes
+            return  # avoid the write, because all open readers look for changes after every write
         with self._transaction():
             self._db.executemany("DELETE FROM pictures WHERE name = ?", [(name,) for name in names])
             self._db.execute("DELETE FROM contents WHERE id NOT IN (SELECT content FROM pictures)")
@@ -258,7 +259,7 @@ class SqliteBackend:
         for content_id, score in zip(ids.tolist(), scores.tolist(), strict=True):
             images = self.images(str(content_id))
             sizes = self._query("SELECT width, height FROM contents WHERE id = ?", (content_id,))
-            if images and sizes:  # otherwise, another process removed the image during this search
+            if images and sizes:  # otherwise, another process has removed the image during this search
                 width, height = sizes[0]
                 hits.append(Hit(str(content_id), score, images, width, height))
         return hits
@@ -290,7 +291,7 @@ class SqliteBackend:
         rows: np.ndarray | None = None
         with self._snapshot() as db:
             if where:
-                # Row and content of each image that meets all conditions except that on the captions, int64 (N, 2).
+                # Row and content id of each image that meets all conditions except the one on captions, int64 (N, 2).
                 cursor = db.execute(
                     "SELECT pictures.rowid, contents.id FROM pictures JOIN contents ON contents.id = content "
                     f"WHERE {where}",
@@ -324,7 +325,7 @@ class SqliteBackend:
 
     def _current_vector_index(self) -> VectorIndex:
         """Return a vector index of the current database."""
-        with self._index_lock:  # if several threads search, one thread opens the graph while the others wait
+        with self._index_lock:  # if several threads search, one opens the graph while the others wait
             graph_state = self.folder / GRAPH_STATE_FILE
             graph_time = graph_state.stat().st_mtime_ns if graph_state.exists() else 0
             state = *self._state(), graph_time
@@ -334,7 +335,7 @@ class SqliteBackend:
             return self._vector_index[1]
 
     def _current_graph(self, graph_time: int) -> Any:
-        """Return the graph, or None if it is damaged or contains different ids than the database."""
+        """Return the graph, or None if it is damaged or its ids differ from those in the database."""
         if self._graph is None or self._graph[0] != graph_time:
             self._graph = graph_time, open_graph(self.folder)
         if self._graph[1] is None:
@@ -346,10 +347,10 @@ class SqliteBackend:
     def _current_vectors(self) -> QuantizedVectors:
         """Return all vectors, quantized. Only vectors that were added since the last call are read.
 
-        All vectors are read again if a new vector has a larger absolute value than all previous vectors, because the
-        quantization scale is then too large.
+        If a new vector contains a larger absolute value than all previous vectors, the quantization scale is too large,
+        and all vectors are read again.
         """
-        # Use a separate connection, because reading all vectors takes seconds and would block other threads.
+        # Use a separate connection, because reading all vectors takes seconds and would block the other threads.
         with self._vectors_lock, self._snapshot() as db:
             log = self._log_state(db)
             ((largest,),) = db.execute("SELECT max(largest) FROM contents")
@@ -414,7 +415,7 @@ class SqliteBackend:
         return LogState(schema, self._immutable_state, last)
 
     def _can_update(self, db: sqlite3.Connection, old: LogState, new: LogState) -> bool:
-        """Return whether the log contains all changes between two states, and not too many of them."""
+        """Return True if the log contains all changes between two states, and there are not too many of them."""
         if old[:2] != new[:2] or min(old.last, new.last) < 0 or new.last - old.last > CHANGES_KEPT:
             return False
         ((first,),) = db.execute("SELECT coalesce(min(id), 1) FROM changes")
@@ -431,11 +432,11 @@ class SqliteBackend:
             self._db = self._connect()
             if write:
                 _print_if_on_network(self.folder)
-                # Only has an effect on new files. A vector takes about 2 KB, and several vectors should fit in a page.
+                # Affects only new files. A vector takes about 2 KB, and several vectors should fit in a page.
                 self._db.execute("PRAGMA page_size = 16384")
                 self._db.execute("PRAGMA journal_mode = WAL")
                 self._db.execute("PRAGMA foreign_keys = ON")
-                self._db.execute("PRAGMA recursive_triggers = ON")  # REPLACE also runs the triggers of the log
+                self._db.execute("PRAGMA recursive_triggers = ON")  # make REPLACE also run the log's triggers
             version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
             if write and version == 0:
                 self._db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} {CHANGE_LOG} COMMIT;")
@@ -480,7 +481,7 @@ class SqliteBackend:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        """Run the statements in the `with` block as one transaction, and roll it back if an exception is raised."""
+        """Run the statements in the `with` block as one transaction, which is rolled back if an exception is raised."""
         with self._lock, self._named_errors(), self._db:
             self._db.execute("BEGIN IMMEDIATE")
             yield
@@ -516,7 +517,7 @@ def _has_change_log(db: sqlite3.Connection) -> bool:
 
 
 def _vector_chunks(db: sqlite3.Connection, last_id: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the ids, int64 (N,), and vectors, float16 (N, D), after an id, one chunk at a time."""
+    """Yield the ids, int64 (N,), and vectors, float16 (N, D), that follow an id, one chunk at a time."""
     cursor = db.execute("SELECT id, vector FROM contents WHERE id > ? ORDER BY id", (last_id,))
     while rows := cursor.fetchmany(CHUNK):
         ids = np.array([content_id for content_id, _ in rows], dtype=np.int64)
@@ -529,7 +530,7 @@ def _int_column(cursor: Iterable[tuple[int]]) -> np.ndarray:
 
 
 def _sorted_unique(ids: np.ndarray) -> np.ndarray:
-    """Return the distinct ids in ascending order. Ids are dense, so this is faster than sorting them."""
+    """Return the distinct ids in ascending order. This is faster than sorting, because ids are dense."""
     occurs = np.zeros(int(ids.max(initial=-1)) + 1, bool)
     occurs[ids] = True
     return np.flatnonzero(occurs)

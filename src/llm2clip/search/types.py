@@ -10,7 +10,7 @@ import numpy as np
 
 from llm2clip.data.image_refs import DatasetImage, FileImage, ImageRef, ParquetImage, TarImage, printable
 
-# These keys are stored in every index. If a class is renamed, its key must stay the same.
+# These keys are stored in every index, so a class must keep its key even if it is renamed.
 REF_TYPES: dict[str, type[ImageRef]] = {
     "FileImage": FileImage,
     "TarImage": TarImage,
@@ -26,7 +26,7 @@ class IndexedImage:
     Args:
         name: Canonical path in the form `FILE`, `TAR!MEMBER` or `TABLE[ROW].COLUMN`. Unique within an index.
         ref: Reference to the image's bytes.
-        source: Source that the image was read from, with an absolute path.
+        source: Source from which the image was read, with an absolute path.
         stamp: Size and modification time of the file, used to detect changes.
         captions: Captions of the image. Empty if the source has no captions.
         taken: Unix timestamp at which the photo was taken, from EXIF. If there is no EXIF date, the file's
@@ -42,19 +42,19 @@ class IndexedImage:
 
     @property
     def container(self) -> str:
-        """Path of the image file or, if the image is stored in a tar or table, the path of that tar or table."""
+        """Path of the image file, or of the tar file or table that contains the image."""
         if isinstance(self.ref, FileImage):
             return self.name
         name = self.name
         if isinstance(self.ref, TarImage):
-            # This suffix is appended if a tar contains two members with the same name.
+            # This suffix is appended if a tar file contains two members with the same name.
             name = name.removesuffix(f"@{self.ref.offset}")
         path_length = len(self.ref.container_path or "")
         return name.removesuffix(printable(str(self.ref)[path_length:]))
 
 
 class ImageState(NamedTuple):
-    """State of an indexed image. If the state of an image differs from the indexed state, the image has changed."""
+    """State of an image. If it differs from the indexed state, the image has changed."""
 
     stamp: str
     captions: tuple[str, ...]
@@ -62,7 +62,7 @@ class ImageState(NamedTuple):
 
 @dataclass(frozen=True)
 class IndexedContent:
-    """Content of an image file. Images with identical bytes share one content.
+    """Content of an image file, shared by all images with identical bytes.
 
     Args:
         hash: SHA-256 hash of the encoded image.
@@ -107,8 +107,8 @@ class Filter:
 
     Args:
         path: Folder, tar or file that contains the image.
-        caption: Text that at least one caption must contain, ignoring case. Its maximum length is
-            MAX_CAPTION_FILTER_LENGTH.
+        caption: Text that at least one caption must contain, ignoring case. At most MAX_CAPTION_FILTER_LENGTH
+            characters.
         after: Earliest time at which the photo may have been taken, as a Unix timestamp.
         before: Latest time at which the photo may have been taken, as a Unix timestamp.
         min_side: Minimum length of the shorter side of the image, in pixels.

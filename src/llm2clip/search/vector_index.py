@@ -1,9 +1,9 @@
-"""Nearest-neighbour search that uses either a scan of all quantized vectors or an HNSW graph.
+"""Nearest-neighbour search, using either a scan of all quantized vectors or an HNSW graph.
 
 A scan compares the query with all vectors, quantized to int8, and re-scores the best candidates with the float16
-vectors. The speed of a scan is limited by memory bandwidth, and int8 vectors need half as many bytes as float16 vectors
-(see benchmarks/search.py). A search in an HNSW graph (arXiv 1603.09320) visits only a few thousand vectors. Both
-methods are implemented with usearch.
+vectors. A scan is limited by memory bandwidth, and int8 vectors take half as many bytes as float16 vectors (see
+benchmarks/search.py). A search in an HNSW graph (arXiv 1603.09320) visits only a few thousand vectors. Both methods are
+implemented with usearch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FetchVectors = Callable[[np.ndarray], np.ndarray]  # ids (N,) -> float16 (N, D),
 
 
 class VectorBlock(NamedTuple):
-    """Some quantized vectors: sorted ids, int64 (N,), and codes, int8 (N, D)."""
+    """A block of quantized vectors: sorted ids, int64 (N,), and codes, int8 (N, D)."""
 
     ids: np.ndarray
     codes: np.ndarray
@@ -43,7 +43,7 @@ class QuantizedVectors:
     """Vectors quantized to int8 by rounding scale * x and clipping to ±127.
 
     All vectors have the same scale, so that their dot products with a query can be compared. The vectors are stored in
-    blocks, so that an update copies at most a few blocks, and never all vectors.
+    blocks, so that an update copies only a few blocks instead of all vectors.
     """
 
     def __init__(self, scale: float, blocks: Sequence[VectorBlock] = ()) -> None:
@@ -60,9 +60,9 @@ class QuantizedVectors:
         return int(self.blocks[-1].ids[-1]) if self.blocks else 0
 
     def updated(self, removed: np.ndarray, chunks: Iterable[tuple[np.ndarray, np.ndarray]]) -> QuantizedVectors:
-        """Return the vectors without those with the removed ids, and with additional vectors.
+        """Return the vectors without the removed ids and with additional vectors.
 
-        The blocks that do not change are shared, so searches that use the old object are not affected.
+        Unchanged blocks are shared, and searches that use the old object are not affected.
 
         Args:
             removed: Ids of vectors to remove, int64 (N,). Other ids are ignored.
@@ -90,7 +90,7 @@ class QuantizedVectors:
         Args:
             query_code: Quantized query, int8 (D,).
             count: Maximum number of ids.
-            allowed_ids: Sorted ids. If given, only vectors with these ids are considered.
+            allowed_ids: Sorted ids of the vectors to consider. Default: all vectors.
         """
         best_ids, best_distances = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
         for ids, codes in self.blocks:
@@ -118,7 +118,8 @@ class VectorIndex:
     def __init__(self, load_quantized: Callable[[], QuantizedVectors], fetch: FetchVectors, graph: Any = None) -> None:
         """
         Args:
-            load_quantized: Function that returns all vectors, quantized. It is called once, before the first scan.
+            load_quantized: Function that returns all vectors in quantized form. It is called once, before the first
+                scan.
             fetch: Function that returns the float16 vectors with the given ids. It is used to re-score candidates.
             graph: HNSW graph of the same vectors, from `open_graph`. If None, all searches scan the vectors.
         """
@@ -128,7 +129,7 @@ class VectorIndex:
 
     @property
     def quantized(self) -> QuantizedVectors:
-        with self._lock:  # if several threads search, only one of them loads the vectors
+        with self._lock:  # if several threads search, only one loads the vectors
             if self._quantized is None:
                 self._quantized = self._load_quantized()
             return self._quantized
@@ -143,7 +144,7 @@ class VectorIndex:
         Args:
             query: Query vector, float32 (D,), L2-normalised.
             count: Maximum number of results.
-            allowed_ids: Sorted ids. If given, only vectors with these ids are searched. Default: search all vectors.
+            allowed_ids: Sorted ids of the vectors to search. Default: all vectors.
         """
         ids = self._candidates(query, max(4 * count, MIN_CANDIDATES), allowed_ids)
         scores = self.fetch(ids).astype(np.float32) @ query
@@ -151,8 +152,8 @@ class VectorIndex:
         return ids[order], scores[order]
 
     def _candidates(self, query: np.ndarray, count: int, allowed_ids: np.ndarray | None) -> np.ndarray:
-        """Return the ids of about `count` candidates, which are selected by their int8 codes."""
-        # The query can have a different scale, because a constant factor does not change the order of the scores.
+        """Return the ids of about `count` candidates, selected by their int8 codes."""
+        # The query can have a different scale, because constant factors do not change the order of the scores.
         query_code = np.rint(query * (127 / max(float(np.abs(query).max()), 1e-6))).astype(np.int8)
         if allowed_ids is not None and len(allowed_ids) <= EXACT_BELOW:
             return allowed_ids
@@ -163,7 +164,7 @@ class VectorIndex:
 
 @dataclass(frozen=True)
 class GraphState:
-    """Content of `graph.json`: how the graph was built, and a summary of the ids that it contains.
+    """Contents of `graph.json`: how the graph was built, and a summary of its ids.
 
     Args:
         scale: Quantization scale.
@@ -193,7 +194,7 @@ def update_graph(
         max_abs: Largest absolute value in any vector. If this value has grown by 10% or more since the graph
             was built, the graph is rebuilt.
         threads: Number of threads that add vectors. 0 means all cores. With more than one thread, the order in which
-            vectors are added, and so the graph, differs between runs.
+            vectors are added, and thus the graph, differs between runs.
     """
     graph_file, state_file = folder / GRAPH_FILE, folder / GRAPH_STATE_FILE
     scale = 127 / max_abs
@@ -214,7 +215,7 @@ def update_graph(
             chunk = added[start : start + CHUNK]
             graph.add(chunk, quantize(fetch(chunk), scale), threads=threads)
             bar.update(len(chunk))
-    state_file.unlink(missing_ok=True)  # a graph without a state file is ignored, so an interrupted save does no harm
+    state_file.unlink(missing_ok=True)  # graphs without a state file are ignored, so an interrupted save does no harm
     with atomic_path(graph_file) as temporary:
         graph.save(str(temporary))
     state = GraphState(scale, len(ids), int(ids[-1]), int(ids.sum()), checksum(graph_file))
@@ -228,7 +229,7 @@ def open_graph(folder: Path, view: bool = True) -> tuple[Any, GraphState] | None
 
     Args:
         folder: Folder that contains `graph.usearch` and `graph.json`.
-        view: Memory-map the graph, which can then not be changed.
+        view: If True, memory-map the graph, which makes it read-only.
     """
     graph_file, state_file = folder / GRAPH_FILE, folder / GRAPH_STATE_FILE
     if not state_file.exists():
@@ -249,7 +250,7 @@ def open_graph(folder: Path, view: bool = True) -> tuple[Any, GraphState] | None
 def checksum(file: Path) -> str:
     """Return the size of a file and the sum of its 64-bit words.
 
-    The sum is limited by the speed of the disk, whereas a cryptographic hash of a large graph takes several seconds.
+    The sum is as fast as the disk, whereas a cryptographic hash of a large graph takes several seconds.
     """
     data = np.memmap(file, np.uint8, mode="r")
     end = len(data) // 8 * 8  # the last bytes are added one by one

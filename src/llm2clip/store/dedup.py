@@ -1,4 +1,4 @@
-"""Deduplication of captions before encoding. Memory use does not grow with the number of captions.
+"""Deduplication of captions before encoding, with constant memory use.
 
 `ingest` reads a stream of captions once and writes two files to a folder:
 
@@ -24,7 +24,7 @@ from llm2clip.store.key_index import sorted_partitions, write_records
 from llm2clip.store.layout import caption_keys, iter_chunks
 from llm2clip.store.store import EmbeddingStore
 
-ROW_GROUP_SIZE = 1 << 14  # number of captions per row group, which are in memory at the same time
+ROW_GROUP_SIZE = 1 << 14  # number of captions per row group, all of which are in memory at the same time
 TEXTS, WANTED = "captions.parquet", "wanted.bytes"
 
 
@@ -34,7 +34,7 @@ def ingest(captions: Iterable[str], folder: Path, store: EmbeddingStore | None) 
     Args:
         captions: Captions. They may contain duplicates.
         folder: Empty folder to write to.
-        store: Existing store, or None. Captions that are already in the store are not marked as wanted.
+        store: Existing store, or None. Captions in this store are not marked as wanted.
     """
     count = write_records(_write_captions(captions, folder, store), folder / "keys")
     wanted = _wanted(folder, "r+")
@@ -46,7 +46,7 @@ def ingest(captions: Iterable[str], folder: Path, store: EmbeddingStore | None) 
 def _write_captions(
     captions: Iterable[str], folder: Path, store: EmbeddingStore | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Write the captions and their wanted flags; yield the keys and positions of the wanted captions.
+    """Write the captions and their flags; yield the keys and positions of the wanted captions.
 
     Only duplicates within a row group are detected here.
     """
@@ -71,7 +71,7 @@ def _write_captions(
 
 
 def _wanted(folder: Path, mode: Literal["r", "r+"]) -> np.ndarray:
-    """Memory-map the wanted flags. There is one bool per caption in the stream."""
+    """Memory-map the wanted flags, one bool per caption in the stream."""
     file = folder / WANTED
     if file.stat().st_size == 0:  # an empty file cannot be mapped
         return np.empty(0, np.bool_)
@@ -79,7 +79,7 @@ def _wanted(folder: Path, mode: Literal["r", "r+"]) -> np.ndarray:
 
 
 class PendingCaptions:
-    """Sequence of the wanted captions in a folder written by `ingest`. Supports slicing."""
+    """Sequence of the wanted captions in a folder written by `ingest`, with support for slicing."""
 
     def __init__(self, folder: Path) -> None:
         self.texts = pq.ParquetFile(folder / TEXTS)

@@ -1,8 +1,8 @@
-"""Resumable encoding of captions into a store. It works shard by shard and with any number of processes.
+"""Resumable encoding of captions into a store, shard by shard, with any number of processes.
 
-Each distinct caption is encoded only once. Captions without an embedding are split into shards in stream order. With n
-processes, each process encodes every n-th shard. After an interruption, only missing shards are encoded. While a shard
-is being encoded, the previous shard is written and the next shard is read and tokenized.
+Each distinct caption is encoded only once. Captions without an embedding are split into shards in stream order, and
+each of n processes encodes every n-th shard. After an interruption, only missing shards are encoded. While a shard is
+being encoded, the previous one is written and the next one is read and tokenized.
 """
 
 from __future__ import annotations
@@ -56,14 +56,13 @@ def embed(
         folder: Folder of the store. Captions that are already in the store are not encoded again.
         shard_size: Number of captions per shard. An interrupted run resumes with the missing shards. Within each shard,
             captions of similar length are batched together.
-        batch_tokens: Number of tokens per batch; see `CaptionEncoder.encode`. If None and there are many captions
-            to encode, the fastest value is determined by measurement.
-        precision: Precision of the encoder; see `CaptionEncoder.encode`. The value "auto" is explained in
-            `resolve_precision`.
-        dtype: Stored dtype. It is either float16 or int8. int8 halves the store's size and uses a scale per row.
-        device: Device to encode on. The encoder, which may be on the CPU, is moved there with only the weights that
-            encoding needs (see `CaptionEncoder.move_for_encoding`). If all captions are in the store, the encoder is
-            not moved. Default: encode on the encoder's device, and do not change the encoder.
+        batch_tokens: Number of tokens per batch; see `CaptionEncoder.encode`. If None, the fastest value is measured if
+            there are many captions to encode.
+        precision: Precision of the encoder; see `CaptionEncoder.encode`. For "auto", see `resolve_precision`.
+        dtype: Stored dtype, either float16 or int8. int8 halves the store's size and uses one scale per row.
+        device: Device on which to encode. The encoder, which may be on the CPU, is moved there with only the weights
+            required for encoding (see `CaptionEncoder.move_for_encoding`), unless all captions are already in the
+            store. Default: the encoder's device; the encoder is then not changed.
 
     Raises:
         TypeError, ValueError: A caption is not a string or not valid Unicode.
@@ -87,10 +86,10 @@ def embed(
 
 
 def resolve_precision(precision: str, encoder: CaptionEncoder, folder: Path, device: torch.device | None = None) -> str:
-    """Replace the precision "auto" with the precision of the store at `folder`.
+    """Resolve the precision "auto" to that of the store at `folder`.
 
-    If the store does not exist yet, the main process measures which precision is fastest on `device`, among those that
-    are accurate enough. All processes use the result. The default device is the encoder's.
+    If the store does not exist yet, the main process determines the fastest precision on `device` that is accurate
+    enough, and all processes use the result. Default device: the encoder's.
     """
     if precision != "auto":
         return precision
@@ -100,7 +99,7 @@ def resolve_precision(precision: str, encoder: CaptionEncoder, folder: Path, dev
 
 
 def tuned_batch_tokens(encoder: CaptionEncoder, captions: Sequence[str], precision: str, folder: Path) -> int:
-    """Return the fastest number of tokens per batch for these captions. Only the main process measures it.
+    """Return the fastest number of tokens per batch for these captions, as measured by the main process.
 
     The result is saved in the store's folder, so that a resumed run computes bit-identical embeddings.
     """
@@ -116,7 +115,8 @@ def tuned_batch_tokens(encoder: CaptionEncoder, captions: Sequence[str], precisi
 def _encode_local_shards(
     plan: WritePlan, pending: PendingCaptions, encoder: CaptionEncoder, batch_tokens: int | None, precision: str
 ) -> None:
-    """Encode and write this process's shards. Background threads tokenize the next shard and write the previous one."""
+    """Encode and write this process's shards, while background threads tokenize the next shard and write the previous
+    one."""
     shards = plan.local_shards()
     total = sum(part.stop - part.start for _, part in shards)
     hide_bar = not process_state().is_main_process or not shards
@@ -152,7 +152,7 @@ class TokenizedShard:
 
 
 def tokenize_shard(captions: Sequence[str], encoder: CaptionEncoder) -> TokenizedShard:
-    """Tokenize captions. A caption is added to `refused` if it has no tokens or the tokenizer fails on it."""
+    """Tokenize captions. Captions without tokens, or on which the tokenizer fails, are added to `refused`."""
     try:
         tokens = encoder.tokenize(captions)
         if all(tokens.ids):
@@ -174,7 +174,7 @@ def tokenize_shard(captions: Sequence[str], encoder: CaptionEncoder) -> Tokenize
 def write_shard(
     writer: StoreWriter, number: int, shard: TokenizedShard, embeddings: np.ndarray, log: Callable[[str], object]
 ) -> None:
-    """Write a shard, and list its truncated and refused captions in files. Report these files through `log`."""
+    """Write a shard, and list its truncated and refused captions in files, which are reported through `log`."""
     truncated = [{"caption": shard.captions[i]} for i in shard.tokens.truncated]
     refused = [{"caption": caption, "why": why} for caption, why in shard.refused]
     for name, rows in (("truncated", truncated), ("refused", refused)):
@@ -186,7 +186,7 @@ def write_shard(
 
 
 def _add_caption_rows(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Append rows to a caption list. The file already exists if an earlier run was killed before writing the shard."""
+    """Append rows to a caption list, which already exists if an earlier run was killed before it wrote the shard."""
     by_caption: dict[str, dict[str, Any]] = {}
     if file.is_file():
         by_caption |= {row["caption"]: row for _, row in read_jsonl(file)}
@@ -195,7 +195,7 @@ def _add_caption_rows(file: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def prefetch(items: Iterator[T]) -> Generator[T, None, None]:
-    """Yield items. While the caller uses an item, a background thread computes the next item.
+    """Yield items. While the caller uses an item, a background thread computes the next one.
 
     Close the generator explicitly. Otherwise, the garbage collector might run the cleanup in the background thread.
     """

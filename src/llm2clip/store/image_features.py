@@ -44,12 +44,12 @@ class ImageEncoder(Protocol):
     def transform(self) -> Callable[[Tensor], Any]: ...
 
     def encode_images(self, images: list[Any]) -> Tensor:
-        """Encode images that have been preprocessed with `transform`; return (N, embed_dim) float32 on the CPU."""
+        """Encode images preprocessed with `transform`; return (N, embed_dim) float32 on the CPU."""
         ...
 
 
 class TowerEncoder:
-    """Encodes images with a vision tower, without the projection."""
+    """Image encoder that uses a vision tower without the projection."""
 
     def __init__(self, tower: VisionTower, precision: str) -> None:
         """
@@ -99,7 +99,7 @@ def image_name(ref: ImageRef) -> str:
 
 @lru_cache(maxsize=65536)
 def _cached_stat(path: str) -> os.stat_result:
-    """Return the `stat` result of a tar file or table. It is cached, because a file may contain many images."""
+    """Return the `stat` result of a tar file or table. The result is cached, because a file may contain many images."""
     return os.stat(path)
 
 
@@ -126,7 +126,7 @@ def store_image_features(
         encoder: Image encoder.
         identity: All properties of the encoder that affect the features.
         folder: Folder of the store.
-        log: Log for recording images that cannot be decoded. Such images are not added to the store.
+        log: Log in which to record images that cannot be decoded. Such images are not added to the store.
         dtype: Stored dtype.
         batch_size: Number of images per forward pass.
         workers: Number of image decoding processes; see `image_batches`.
@@ -147,9 +147,8 @@ def store_image_features(
                 decoded_names = [names[i] for i in decoded]
                 plan.writer.write(number, decoded_names, [0] * len(decoded_names), features.numpy())
     store = EmbeddingStore(folder)
-    # All processes check the limit at the end, because the remaining processes would wait forever if one process raised
-    # an error earlier. The log already contains the failures of this process, with reasons. The failures of the other
-    # processes are added here.
+    # All processes check the limit at the end: if one process raised an error earlier, the others would wait forever.
+    # The log already contains this process's failures, with reasons. Those of the other processes are added here.
     rows = store.find(caption_keys(list(refs_by_name)))
     for ref, row in zip(refs_by_name.values(), rows, strict=True):
         if row < 0:

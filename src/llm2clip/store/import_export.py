@@ -1,10 +1,10 @@
 """Export and import of stores, either as Parquet files or as tar files for the LLM2CLIP authors' code.
 
-The authors' code trains on pairs of webdataset tar files. `X.tar` contains images, and a JSON file with captions for
-each sample. `X_text_embeddings.tar` contains the same samples in the same order. Each of its members
-`KEY.shortsv_captions` and `KEY.longsv_captions` is a single embedding in raw float32. The authors' code finds an
-embedding by the position and name of its sample. During import, the captions are hashed, so that embeddings can be
-looked up by caption text.
+The authors' code trains on pairs of webdataset tar files. For each sample, `X.tar` contains an image and a JSON file
+with captions. `X_text_embeddings.tar` contains the same samples in the same order. Each of its members
+`KEY.shortsv_captions` and `KEY.longsv_captions` is a single embedding in raw float32. The authors' code finds
+embeddings by the position and name of their samples. The import hashes the captions, so that embeddings can be looked
+up by caption text.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from llm2clip.store.writer import StoreWriter
 
 SHARD_SIZE = 8192
 MAX_MEMBER_BYTES = 64 << 20  # size limit for tar members that are read into memory
-CAPTION_FIELDS = ("shortSV_captions", "longSV_captions")  # in the JSON files of the authors' code
+CAPTION_FIELDS = ("shortSV_captions", "longSV_captions")  # field names in the JSON files of the authors' code
 
 Rows = tuple[np.ndarray, list[int], np.ndarray]  # keys (n, 16) uint8, token counts, embeddings (n, embed_dim)
 
@@ -86,7 +86,7 @@ def import_parquet(
         dtype: Stored dtype.
 
     Raises:
-        StoreError: A column is missing or contains nulls, the embeddings were made by a different encoder, or the
+        StoreError: A column is missing or contains nulls, the embeddings were created by a different encoder, or the
             encoder is unknown.
     """
     source = pq.ParquetFile(file)
@@ -138,8 +138,8 @@ def export_official_tars(store: EmbeddingStore, tars: Sequence[str | Path]) -> l
     """Write `X_text_embeddings.tar` next to each sample file `X.tar`; return the paths of the new files.
 
     Raises:
-        StoreError: The store is damaged, a caption from the samples is not in the store, or one of the new files exists
-            already. Existing files are not overwritten, because the authors' code may have written them.
+        StoreError: The store is damaged, a caption in a sample is not in the store, or one of the new files already
+            exists. Existing files are not overwritten, because the authors' code may have written them.
     """
     store.verify()
     targets = [_embeddings_tar(Path(tar)) for tar in tars]
@@ -163,7 +163,7 @@ def import_official_tars(
     Args:
         tars: Tar files with samples. For each `X.tar`, there must be a file `X_text_embeddings.tar` in the same folder.
         out: Folder of the new store.
-        identity: Identity of the encoder that made the embeddings.
+        identity: Identity of the encoder that created the embeddings.
         dtype: Stored dtype.
 
     Raises:
@@ -206,7 +206,8 @@ def _embeddings_tar(tar: Path) -> Path:
 
 
 def _sample_captions(tar: Path, name: str, members: dict[str, bytes]) -> dict[str, str]:
-    """Return a dict {field: caption} for a sample. If a field in the JSON file contains a list, use the first item."""
+    """Return a dict {field: caption} for a sample. If a field of the JSON file contains a list, its first item is
+    used."""
     try:
         fields = json.loads(members["json"])
         captions = {}
@@ -220,7 +221,7 @@ def _sample_captions(tar: Path, name: str, members: dict[str, bytes]) -> dict[st
 
 
 def _read_samples(tar: Path, suffixes: Iterable[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield the samples in a webdataset tar file, in order, as (name, members that have one of the suffixes)."""
+    """Yield the samples in a webdataset tar file, in order, as (name, members with one of the suffixes)."""
     wanted, current = set(suffixes), None
     members: dict[str, bytes] = {}
     with tarfile.open(tar) as stream:

@@ -1,15 +1,14 @@
-"""Key index of a store, which maps caption keys to rows. Memory use does not grow with the number of keys.
+"""Key index of a store, which maps caption keys to rows with constant memory use.
 
-A key has 16 bytes, which are split into two uint64 halves. The index is an array (3, N) uint64, sorted by key. It
-contains the first halves of the keys, the second halves of the keys, and the row numbers in the store. The array is
-memory-mapped, so that a lookup touches only a few pages. The index takes 24 bytes per caption, while an embedding takes
-a few thousand bytes.
+A 16-byte key is split into two uint64 halves. The index is an array (3, N) uint64, sorted by key. It contains the first
+halves of the keys, their second halves, and the row numbers in the store. The array is memory-mapped, so that a lookup
+touches only a few pages. The index takes 24 bytes per caption, while an embedding takes a few thousand bytes.
 
 The index is built with an external sort, which `dedup` also uses:
 
 1. `write_records` writes every key with its position to a file of records.
 2. `sorted_partitions` splits this file into partitions by the first bits of the keys, so that each partition fits in
-   memory and equal keys are in the same partition. Then it sorts the partitions one after another.
+    memory and equal keys are in the same partition, and then sorts the partitions one after another.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import numpy as np
 
 from llm2clip.io_utils import atomic_path
 
-PARTITION_SIZE = 1 << 22  # records sorted at once: 100 MB, plus another 100 MB for sorting
+PARTITION_SIZE = 1 << 22  # number of records to sort at once: 100 MB, plus another 100 MB for sorting
 
 
 class KeyIndex:
@@ -42,14 +41,14 @@ class KeyIndex:
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Look up keys, (N, 16) uint8; return their row numbers, (N,) int64.
 
-        If a key is not in the index, its row number is -1. If a key has several rows, the first row is returned.
+        Keys that are not in the index have the row number -1. If a key has several rows, the first one is returned.
         """
         high, low = split_keys(keys)
         rows = np.full(len(keys), -1, np.int64)
         pending = np.argsort(high)  # in sorted order, consecutive lookups touch the same pages
         position = np.searchsorted(self.high, high[pending])
-        # Each iteration compares one entry per pending key. More than one iteration is needed only for keys that have
-        # the same first half but different second halves.
+        # Each iteration compares one entry per pending key. A second iteration is needed only for keys with the same
+        # first half but different second halves.
         while len(pending):
             in_range = position < len(self)
             pending, position = pending[in_range], position[in_range]
@@ -94,7 +93,7 @@ def _with_row_numbers(keys: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, 
 
 
 def _allocate_on_disk(file: Path) -> None:
-    """Allocate disk space for a file, so that a full disk raises OSError here and does not cause SIGBUS later."""
+    """Allocate disk space for a file, so that a full disk raises OSError here instead of causing SIGBUS later."""
     if hasattr(os, "posix_fallocate"):
         with file.open("r+b") as stream:
             os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)

@@ -9,10 +9,10 @@
       scales-00000.npy       only for int8: scale factor of each row, (rows,) float32
       index-1a2b3c4d.npy     key index; see `key_index`
 
-Each file in a shard is written under a temporary name, fsynced and renamed. The keys file is written last, so a shard
-that has a keys file is complete. The manifest and the index only summarize the shards. After an interruption, they are
-rebuilt from the shards. Embeddings are looked up by the hash of their caption, never by position, so the captions in
-the data set may be reordered, extended or filtered.
+Each file of a shard is written under a temporary name, fsynced and renamed. The keys file is written last, so a shard
+with a keys file is complete. The manifest and the index only summarize the shards and are rebuilt from them after an
+interruption. Embeddings are looked up by the hash of the caption, never by position, so the captions in the data set
+may be reordered, extended or filtered.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Shard:
     """A shard of a store.
 
     The fields are the shard's number in file names, its first row, its number of rows, and the checksum of its
-    embeddings and scales. The field names are keys in the manifest.
+    embeddings and scales. The field names are the keys in the manifest.
     """
 
     number: int
@@ -118,7 +118,7 @@ def read_shard_metadata(folder: Path, number: int) -> tuple[int, str, StoreSpec]
 
 
 def read_shards(folder: Path, spec: StoreSpec | None = None) -> list[Shard]:
-    """Read the metadata of all complete shards from their keys files; return the shards in numerical order.
+    """Read the metadata of all complete shards from their keys files; return the shards in order of their numbers.
 
     Raises:
         StoreError: A keys file cannot be read, or its spec differs from `spec`.
@@ -200,15 +200,15 @@ def store_spec(manifest: dict[str, Any]) -> StoreSpec:
 
 
 def check_identity(stored: dict[str, Any], expected: dict[str, Any], path: Path | str) -> None:
-    """Check that stored embeddings were made by the expected encoder.
+    """Check that stored embeddings were created by the expected encoder.
 
     Args:
-        stored: Identity of the encoder that made the embeddings.
+        stored: Identity of the encoder that created the embeddings.
         expected: Identity of the expected encoder.
-        path: Store or file with the embeddings, for the error message.
+        path: Store or file that contains the embeddings, for the error message.
 
     Raises:
-        StoreError: The encoders differ. The message lists all settings that differ, with both values.
+        StoreError: The encoders differ. The message lists the settings that differ, with both values.
     """
     if fingerprint(stored) == fingerprint(expected):
         return
@@ -233,7 +233,7 @@ def caption_keys(captions: Sequence[str]) -> np.ndarray:
 
 
 def iter_chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Yield lists of `size` items. The last list may be shorter."""
+    """Yield the items in lists of `size`. The last list may be shorter."""
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk
@@ -243,7 +243,7 @@ def iter_chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def remove_temp_files(folder: Path) -> list[str]:
-    """Delete temporary files left behind by killed processes, including those from version 0.1; return their names."""
+    """Delete temporary files left behind by killed processes, including those of version 0.1; return their names."""
     leftovers = [path for pattern in (".*.part", ".*.part.*", ".*.tmp", ".index-*") for path in folder.glob(pattern)]
     leftovers = sorted(set(leftovers))
     for path in leftovers:

@@ -1,4 +1,4 @@
-"""Folder lock, which ensures that only one run at a time writes to a folder."""
+"""Folder lock, which ensures that only one run writes to a folder at a time."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from llm2clip.store.layout import StoreError
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold a lock on a folder. The operating system releases the lock when the process ends, even if it is killed.
+    """Hold a lock on a folder. The operating system releases it when the process ends, even if the process is killed.
 
-    On file systems that do not support locks, nothing is locked.
+    Do nothing on file systems that do not support locks.
 
     Raises:
         StoreError: Another run holds the lock.

@@ -1,4 +1,4 @@
-"""Repair of damaged stores, and merging of stores from several machines. Neither operation encodes captions."""
+"""Repair of damaged stores, and merging of stores from several machines. Neither encodes captions."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ def _readable_specs(folder: Path, deleted: list[str]) -> list[StoreSpec]:
 
 
 def _delete_incomplete_shards(folder: Path, deleted: list[str]) -> None:
-    """Delete the files of incomplete shards, which lack keys or embeddings after an interrupted write or damage."""
+    """Delete the files of incomplete shards, which lack keys or embeddings because of an interrupted write or
+    damage."""
     complete = set(shard_numbers(folder))
     for path in sorted(folder.iterdir()):
         match = re.fullmatch(r"(?:embeddings|scales|keys)-(\d{5,})\.(?:npy|parquet)", path.name)
@@ -98,7 +99,7 @@ def _delete(path: Path, deleted: list[str]) -> None:
 
 
 def merge_stores(out: str | Path, sources: Sequence[str | Path]) -> EmbeddingStore:
-    """Add the shards of `sources` to the store at `out`. Files are hard-linked or, if that is not possible, copied.
+    """Add the shards of `sources` to the store at `out`. Files are hard-linked if possible, and otherwise copied.
 
     Shards that are already in `out` are skipped, so the merge can be repeated. If several stores contain a caption, its
     embedding is read from the first of these stores.
@@ -149,12 +150,13 @@ def _check_sources(folders: Sequence[Path]) -> StoreSpec:
 
 
 def _shard_content(folder: Path, shard: Shard) -> tuple[str, str]:
-    """Return the checksums of a shard's embeddings and keys, which identify its content."""
+    """Return the checksums of a shard's embeddings and keys, which identify its contents."""
     return shard.sha256, hashlib.sha256(read_keys(folder, shard).tobytes()).hexdigest()
 
 
 def _link_shard(source: Path, source_number: int, out: Path, number: int) -> None:
-    """Link or copy a shard's files to another store. The keys come last, because they mark the shard as complete."""
+    """Link or copy a shard's files to another store. The keys file comes last, because it marks the shard as
+    complete."""
     for file_path in (embeddings_path, scales_path, keys_path):
         file = file_path(source, source_number)
         if not file.is_file():  # only int8 stores have scales

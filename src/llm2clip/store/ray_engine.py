@@ -1,7 +1,7 @@
 """Encoding of captions into a store on a Ray cluster. Workers may join or leave the cluster at any time.
 
 The driver reads and deduplicates the captions. Each worker loads the encoder once and then processes one shard after
-another from the store's folder, which must be accessible to all machines. If a worker dies, Ray reassigns its shard to
+another from the store's folder, which must be accessible from all machines. If a worker dies, Ray assigns its shard to
 another worker, at most `MAX_RETRIES` times. The resulting store is the same as with `encode.embed`.
 """
 
@@ -41,13 +41,13 @@ def embed_with_ray(
 ) -> EmbeddingStore:
     """Encode captions into the store at `folder`, using Ray.
 
-    The environment variable RAY_ADDRESS specifies the cluster. If it is not set, Ray is started on this machine, and
+    The environment variable RAY_ADDRESS specifies the cluster. If it is not set, Ray is started on this machine and
     accepts only connections with a random token that this process passes to its workers.
 
     Args:
         captions, shard_size, batch_tokens, precision, dtype: See `encode.embed`.
-        open_encoder: Function that loads the encoder on the device that the keyword argument `device` names. It is
-            called once in the driver, to get the encoder's identity, and once in each worker, always with "cpu".
+        open_encoder: Function that loads the encoder on the device named by the keyword argument `device`. It is called
+            with "cpu", once in the driver (to get the encoder's identity) and once in each worker.
         folder: Folder of the store, on a file system that all machines share.
         workers: Number of workers. 0 means one worker per GPU in the cluster. If the cluster has no GPUs, 0 means one
             worker per two CPUs.
@@ -70,7 +70,7 @@ def embed_with_ray(
     identity, embed_dim = encoder.identity(precision), encoder.embed_dim
     del encoder
     gc.collect()  # the encoder contains reference cycles
-    torch.cuda.empty_cache()  # free what the choice of the precision used on the GPU
+    torch.cuda.empty_cache()  # free the GPU memory that was used to select the precision
     start_ray = not ray.is_initialized()
     if start_ray:
         _start_ray()
@@ -87,7 +87,7 @@ def embed_with_ray(
 
 
 def _start_ray() -> None:
-    """Connect to the cluster that RAY_ADDRESS specifies, or start Ray on this machine.
+    """Connect to the cluster at RAY_ADDRESS, or start Ray on this machine.
 
     Raises:
         ValueError: Ray would be started on this machine without authentication.
@@ -104,7 +104,7 @@ def _start_ray() -> None:
             f"{os.environ['RAY_AUTH_MODE']!r}"
         )
     if not (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")):
-        # Otherwise, Ray would create a token in a file that other users of this machine may be able to read.
+        # Otherwise, Ray would store a token in a file that other users of this machine may be able to read.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     ray.init("local", include_dashboard=False, log_to_driver=False)
 
@@ -149,7 +149,7 @@ def _run_workers(
 
 
 class ShardWorker:
-    """Encodes shards. Ray creates one instance per worker."""
+    """Encoder of shards. Ray creates one instance per worker."""
 
     def __init__(
         self,

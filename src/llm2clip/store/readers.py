@@ -1,4 +1,4 @@
-"""Readers for the embeddings in a store. They use memory maps or, if the store exceeds memory, positional reads.
+"""Readers for the embeddings in a store, using memory maps or, if the store exceeds memory, positional reads.
 
 With a memory map, the operating system reads ahead around every row. If the store is larger than memory, these pages
 are evicted before they are used. `PreadReader` therefore reads each run of consecutive rows with its own positional
@@ -35,8 +35,8 @@ from llm2clip.store.layout import (
 )
 
 T = TypeVar("T")
-THREADS = 16  # concurrent positional reads, so that the disk can reorder them
-MAX_OPEN_FILES = 256  # limit per cache; operating systems usually allow about a thousand open files per process
+THREADS = 16  # number of concurrent positional reads, which the disk can reorder
+MAX_OPEN_FILES = 256  # number of open files per cache; operating systems usually allow about a thousand per process
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ShardRows:
 
 
 class RowReader(ABC):
-    """Reads embeddings by row number. Subclasses implement how stored values are read from the shards."""
+    """Reader of embeddings by row number. Subclasses implement how values are read from the shards."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard], embed_dim: int, dtype: str) -> None:
         """Check the files of all shards.
@@ -75,7 +75,7 @@ class RowReader(ABC):
             self.scales = LRUCache(lambda n: _memory_map(scales_path(folder, shards[n].number)))
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """Read the embeddings in the given rows, (N,) int64; return (N, embed_dim) float32 in the given order.
+        """Read the embeddings in the given rows, (N,) int64; return (N, embed_dim) float32 in the same order.
 
         Raises:
             IndexError: A row number is out of range.
@@ -109,11 +109,11 @@ class RowReader(ABC):
 
     @abstractmethod
     def _read(self, parts: list[ShardRows]) -> None:
-        """Fill the `out` array of each part with the stored values of its rows."""
+        """Fill the `out` array of each part with the values stored in its rows."""
 
 
 class MmapReader(RowReader):
-    """Reads shards through memory maps."""
+    """Reader that uses memory maps."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard], embed_dim: int, dtype: str) -> None:
         super().__init__(folder, shards, embed_dim, dtype)
@@ -121,12 +121,12 @@ class MmapReader(RowReader):
 
     def _read(self, parts: list[ShardRows]) -> None:
         for part in parts:
-            # All rows are in range. With mode="raise", NumPy would also buffer the output.
+            # All rows are in range, and with mode="raise", NumPy would buffer the output.
             np.take(self.maps[part.shard], part.rows, axis=0, out=part.out, mode="clip")
 
 
 class PreadReader(RowReader):
-    """Reads each run of consecutive rows with a single positional read. Several threads read in parallel."""
+    """Reader that uses one positional read for each run of consecutive rows. Several threads read in parallel."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard], embed_dim: int, dtype: str) -> None:
         super().__init__(folder, shards, embed_dim, dtype)
@@ -139,7 +139,7 @@ class PreadReader(RowReader):
     def _read(self, parts: list[ShardRows]) -> None:
         if self.process_id != os.getpid():  # after a fork, the parent's threads do not exist in this process
             self._start_threads()
-        with self.lock:  # without the lock, a call from another thread could close a file that is being read
+        with self.lock:  # the lock prevents other threads from closing a file that is being read
             for first in range(0, len(parts), MAX_OPEN_FILES):
                 self._read_parts(parts[first : first + MAX_OPEN_FILES])
 
@@ -176,7 +176,7 @@ def _read_chunk(reads: Sequence[tuple[int, memoryview, int]]) -> None:
 
 
 class LRUCache(Generic[T]):
-    """Cache of open files or memory maps for the most recently used shards. Several threads may use it."""
+    """Thread-safe cache of open files or memory maps for the most recently used shards."""
 
     def __init__(self, open_item: Callable[[int], T], close_item: Callable[[T], object] | None = None) -> None:
         self.open_item, self.close_item = open_item, close_item
@@ -236,7 +236,8 @@ def _data_offset(path: Path, rows: int, row_bytes: int) -> int:
 
 
 def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the number of bytes that this process can still allocate, limited by the machine and the cgroup."""
+    """Return the number of bytes that this process can still allocate, given the limits of the machine and the
+    cgroup."""
     available = int(psutil.virtual_memory().available)
     limit_file, usage_file, stat_file = (cgroup / f"memory.{name}" for name in ("max", "current", "stat"))
     if not (limit_file.is_file() and usage_file.is_file()):

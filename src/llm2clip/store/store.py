@@ -40,13 +40,13 @@ from llm2clip.store.layout import (
 from llm2clip.store.readers import MmapReader, PreadReader, RowReader, available_memory
 
 ReadMode = Literal["auto", "mmap", "pread"]
-LOOKUP_CHUNK = 1 << 18  # number of captions that are hashed and looked up at once
+LOOKUP_CHUNK = 1 << 18  # number of captions to hash and look up at once
 
 
 class EmbeddingStore:
     """Read access to a store that was written completely by `llm2clip embed`.
 
-    Pickling copies only the folder's path and the read mode, so that worker processes reopen the store.
+    Only the folder's path and the read mode are pickled, so that worker processes reopen the store.
     """
 
     def __init__(self, folder: str | Path, read_mode: ReadMode = "auto") -> None:
@@ -82,7 +82,7 @@ class EmbeddingStore:
                 if len(index) == self._total_rows:
                     return index
             except READ_ERRORS:
-                pass  # the index is damaged and is rebuilt below
+                pass  # the index is damaged; it is rebuilt below
         build_key_index(file, (read_keys(self.folder, shard) for shard in self.shards))
         return KeyIndex(file)
 
@@ -97,7 +97,7 @@ class EmbeddingStore:
         return bool(self.find(caption_keys([caption]))[0] >= 0)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """Look up keys, (N, 16) uint8; return their row numbers, (N,) int64. Missing keys have the row number -1."""
+        """Look up keys, (N, 16) uint8; return their row numbers, (N,) int64, or -1 for missing keys."""
         return self._index.find(keys)
 
     def rows(self, captions: Iterable[str]) -> np.ndarray:
@@ -178,9 +178,9 @@ def damaged_shards(folder: Path, shards: Sequence[Shard], spec: StoreSpec, progr
 
 
 def drop_refused_captions(records: Sequence[Record], store: EmbeddingStore) -> list[Record]:
-    """Remove captions that the tokenizer could not encode, because the store has no embeddings for them.
+    """Remove captions that the tokenizer could not encode, for which the store has no embeddings.
 
-    Records with no remaining captions are dropped.
+    Records without remaining captions are dropped.
     """
     refused = {row["caption"] for row in refused_captions(store.folder)}
     if not refused:
@@ -197,7 +197,8 @@ def drop_refused_captions(records: Sequence[Record], store: EmbeddingStore) -> l
 
 
 def drop_missing_phrases(records: Sequence[Record], store: EmbeddingStore) -> list[Record]:
-    """Remove phrases without an embedding, such as those that the store's own data has in too few images.
+    """Remove phrases without an embedding, such as those that occur in too few images of the data used to create the
+    store.
 
     Raises:
         StoreError: The store has no embedding of any phrase.

@@ -1,4 +1,4 @@
-"""Preparation of a store before captions are encoded, and finalization afterwards, with any number of processes."""
+"""Preparation of a store before captions are encoded, and its finalization afterwards, with any number of processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class WritePlan:
     Attributes:
         writer: Writer that adds shards to the store.
         incoming: Folder with the captions to encode, for `PendingCaptions`.
-        shards: (shard number, slice of the pending captions) for each missing shard.
+        shards: A tuple (shard number, slice of the pending captions) for each missing shard.
     """
 
     writer: StoreWriter
@@ -34,7 +34,7 @@ class WritePlan:
     shards: list[tuple[int, slice]]
 
     def local_shards(self) -> list[tuple[int, slice]]:
-        """Return the shards that this process must write: with n processes, every n-th shard."""
+        """Return the shards that this process must write: every n-th shard if there are n processes."""
         state = process_state()
         return self.shards[state.process_index :: state.num_processes]
 
@@ -49,7 +49,7 @@ def open_for_writing(
     dtype: str,
     shard_size: int,
 ) -> Iterator[WritePlan]:
-    """Read the captions and yield a plan of the missing shards; on success, write the manifest and the index.
+    """Read the captions and yield a plan of the missing shards. On success, write the manifest and the index.
 
     All processes must enter and leave this context together. The main process locks the store, verifies the existing
     shards and deduplicates the captions. Captions that are already in the store, or that the tokenizer could not
@@ -78,12 +78,12 @@ def open_for_writing(
             _prepare(writer, captions, incoming)
         wait_for_everyone()
         shards = _missing_shards(folder, incoming, shard_size)
-        wait_for_everyone()  # no process may add a shard before all processes have listed the existing shards
+        wait_for_everyone()  # no process may add shards before all processes have listed the existing ones
         yield WritePlan(writer, incoming, shards)
         wait_for_everyone()
         if state.is_main_process:
             writer.finish()
-            shutil.rmtree(incoming, ignore_errors=True)  # on network file systems, open files may remain
+            shutil.rmtree(incoming, ignore_errors=True)  # open files may remain on network file systems
         wait_for_everyone()
 
 

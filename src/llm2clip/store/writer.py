@@ -1,4 +1,4 @@
-"""Writing of store shards, and of the manifest and key index that summarize the shards."""
+"""Writing of store shards, and of the manifest and key index that summarize them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from llm2clip.store.layout import (
 
 
 class StoreWriter:
-    """Adds shards to a store.
+    """Writer that adds shards to a store.
 
     Several processes may write shards with distinct numbers at the same time. Afterwards, one process must call
     `finish`.
@@ -48,7 +48,7 @@ class StoreWriter:
             folder: Folder of the store.
             identity: Identity of the encoder; see `fingerprint`.
             embed_dim: Embedding dimension.
-            dtype: Stored dtype. It is float16, float32 or int8. int8 uses a scale per row.
+            dtype: Stored dtype: float16, float32 or int8. int8 uses one scale per row.
 
         Raises:
             StoreError: An existing store has a different encoder, dimension or dtype. The message lists the
@@ -76,7 +76,7 @@ class StoreWriter:
         Args:
             number: Number of the new shard. No shard with this number may exist.
             captions: N captions.
-            tokens: N token counts. They are stored for estimating resources and for plotting against caption length.
+            tokens: N token counts, which are stored for resource estimates and for plots by caption length.
             embeddings: Floating-point embeddings, (N, embed_dim).
 
         Raises:
@@ -145,7 +145,7 @@ class StoreWriter:
 
 
 def write_manifest(folder: Path, identity: dict[str, Any], embed_dim: int, dtype: str) -> None:
-    """Write the key index and the manifest for a folder's complete shards; delete older indexes.
+    """Write the key index and the manifest for all complete shards in a folder; delete older indexes.
 
     Raises:
         StoreError: A shard has a different identity, dimension or dtype.
@@ -170,8 +170,8 @@ def quantize_rows(embeddings: np.ndarray, dtype: str) -> tuple[np.ndarray, np.nd
     """Convert embeddings, (N, embed_dim), to the dtype of a store.
 
     Returns:
-        The converted embeddings and the scale factors of the rows, (N,) float32. The scale factor is chosen so that the
-        row's largest absolute value becomes 127. If the dtype is not int8, None is returned instead of scale factors.
+        The converted embeddings, and the scale factors of the rows, (N,) float32, or None if the dtype is not int8. The
+        scale factors make the largest absolute value in each row 127.
     """
     if dtype != "int8":
         return np.ascontiguousarray(embeddings, DTYPES[dtype]), None

@@ -1,7 +1,7 @@
 """`llm2clip doctor`: check the machine and the Python environment.
 
-Each check reports a verdict, what was measured and, if there is a problem, how to fix it. The verdict "bad" means that
-`llm2clip fit` would fail. The verdict "note" means that some features are missing or slow.
+Each check reports a verdict, the measured values and, if there is a problem, how to fix it. "bad" means that `llm2clip
+fit` would fail. "note" means that some features are missing or slow.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 Verdict = Literal["ok", "note", "bad"]
 DEVELOPER_EXTRAS = ("dev", "docs", "peers")  # not checked, because only developers need them
-MIN_DISK_GB = 5.0  # space for the weights, embedding store and checkpoints of a small `fit` run
+MIN_DISK_GB = 5.0  # disk space for the weights, embedding store and checkpoints of a small `fit` run
 MIN_MEMORY_GB = 4.0  # free memory for a small `fit` run
-MIN_SHARED_MEMORY_MB = 64  # space for one batch of decoded images per worker
+MIN_SHARED_MEMORY_MB = 64  # shared memory for one batch of decoded images per worker
 
 
 @dataclass(frozen=True)
 class Check:
-    """Result of one check: the check's name, the verdict, what was measured, and how to fix a problem."""
+    """Result of a check: its name, the verdict, the measured values, and how to fix a problem."""
 
     name: str
     verdict: Verdict
@@ -45,8 +45,8 @@ def doctor(run_dir: Path, offline: bool = False) -> list[Check]:
     """Run all checks.
 
     Args:
-        run_dir: folder in which runs will be saved.
-        offline: skip the check that connects to the model hub.
+        run_dir: folder in which to save runs.
+        offline: if True, skip the check that connects to the model hub.
     """
     checks: list[Callable[[], Iterator[Check]]] = [
         check_packages,
@@ -75,18 +75,18 @@ def format_checks(checks: list[Check]) -> list[str]:
 
 
 def requirements() -> dict[str, list[Requirement]]:
-    """Return the package's requirements for each extra. The key "" contains the base install's requirements."""
+    """Return the package's requirements, keyed by extra. The key "" contains the requirements of the base install."""
     by_extra: dict[str, list[Requirement]] = {}
     for line in metadata.requires("llm2clip") or []:
         requirement = Requirement(line)
         extra = str(requirement.marker).rpartition("extra == ")[2].strip("\"'") if requirement.marker else ""
-        if requirement.name != "llm2clip":  # skip extras that only combine other extras
+        if requirement.name != "llm2clip":  # skip extras that merely combine other extras
             by_extra.setdefault(extra, []).append(requirement)
     return by_extra
 
 
 def version_problem(requirement: Requirement) -> str | None:
-    """Describe the problem with the installed version of a package, or return None if there is no problem."""
+    """Describe the problem with the installed version of a package. Return None if there is no problem."""
     try:
         version = metadata.version(requirement.name)
     except metadata.PackageNotFoundError:
@@ -121,7 +121,7 @@ def check_extras() -> Iterator[Check]:
 
 
 def check_compute() -> Iterator[Check]:
-    """Check the device, its default precision, the number of CPU threads, and a gradient computed on the device."""
+    """Check the device, its default precision, the number of CPU threads, and a gradient computed on it."""
     import torch
 
     from llm2clip.models.precision import resolve_device_precision
@@ -153,7 +153,7 @@ def check_compute() -> Iterator[Check]:
 
 
 def check_gradient(device: torch.device) -> Check:
-    """Compare the contrastive loss's gradient on the device with that of a plain float64 implementation."""
+    """Compare the gradient of the contrastive loss on the device with that of a plain float64 implementation."""
     import torch
     import torch.nn.functional as F
 
@@ -182,7 +182,7 @@ def check_gradient(device: torch.device) -> Check:
 
 
 def check_memory() -> Iterator[Check]:
-    """Check the free memory and the shared memory for data loading workers."""
+    """Check the free memory, and the shared memory for data loading workers."""
     import psutil
 
     memory = psutil.virtual_memory()

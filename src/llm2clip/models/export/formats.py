@@ -1,4 +1,4 @@
-"""Export models to the formats of other libraries."""
+"""Export of models to the formats of other libraries."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def export_model(model: LLM2CLIP, to: str, out: str | Path, int8: bool = False) 
         model: model with its caption encoder.
         to: name of the format, which is a key of `FORMATS`.
         out: folder to create.
-        int8: also write graphs with 8-bit weights. Only supported for "onnx".
+        int8: if True, also write graphs with 8-bit weights. Supported only for "onnx".
 
     Returns:
-        Messages for the user. For example, a message can report how closely the exported model matches the original.
+        Messages for the user, such as how closely the exported model matches the original.
 
     Raises:
         ValueError: the format is unknown, or cannot represent the model.

@@ -47,19 +47,19 @@ LIMITATIONS = (
 def render_model_card(folder: Path, name: str, license: str | None = None) -> str:
     """Render the model card for a model folder as Markdown with YAML front matter.
 
-    The card includes the training run's config and report if these files are next to the model folder. For RUN/model,
-    these are RUN/config.yaml and RUN/report.md. Paths in both files are shortened to file names.
+    The card includes the training run's config and report if these files are next to the model folder. For example, for
+    RUN/model, they are RUN/config.yaml and RUN/report.md. Paths in both files are shortened to file names.
 
     Args:
         folder: model folder or exported folder.
         name: path or hub id with which users load the model.
-        license: the hub's identifier for the license. None: the card does not specify a license. There is no default
-            license, because the license depends on the weights and the training data.
+        license: the hub's identifier for the license. If None, the card does not specify a license. There is no
+            default, because the license depends on the weights and the training data.
     """
     config_file = folder / "config.json"
     config: dict[str, Any] = read_json(config_file) if config_file.is_file() else {}
     model_type = config.get("model_type", "")
-    # In version 0.1, the key for the size of the shared embedding space was "width".
+    # In version 0.1, the key for the dimension of the shared embedding space was "width".
     embed_dim = config.get("embed_dim", config.get("width"))
 
     sections = [_front_matter(folder, model_type, license), f"# {name}", INTRODUCTION]
@@ -98,7 +98,7 @@ def _front_matter(folder: Path, model_type: str, license: str | None) -> str:
 def _architecture_table(config: dict[str, Any], embed_dim: int | None) -> str:
     """Render a Markdown table of the architecture that config.json describes."""
     tower = config["tower"]
-    architecture = tower.get("architecture")  # the model's name for timm towers, a config dict for transformers towers
+    architecture = tower.get("architecture")  # a model name for timm towers, a config dict for transformers towers
     if not isinstance(architecture, str):
         architecture = (architecture or {}).get("model_type")
     image_size = (tower.get("preprocess") or {}).get("crop_size", {}).get("height") or tower.get("image_size")
@@ -146,7 +146,7 @@ def _training_sections(run: Path) -> list[str]:
 
 
 def _nest_report(report: str) -> str:
-    """Move a report's headings two levels down, and remove the title and the link to the plots.
+    """Demote a report's headings by two levels, and remove the title and the link to the plots.
 
     Lines in code blocks are not changed.
     """

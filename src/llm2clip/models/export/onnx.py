@@ -1,4 +1,4 @@
-"""Export to ONNX. There is one graph for images and one for texts, and both are compared with PyTorch."""
+"""Export to ONNX: one graph for images and one for texts, both of which are checked against PyTorch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ images = onnxruntime.InferenceSession("vision.onnx").run(None, {{"pixels": pixel
 scores = texts @ images.T
 ```
 """
-# Graphs larger than this store their weights in a second file, because an ONNX file can have at most 2 GB.
+# Graphs larger than this store their weights in a second file, because ONNX files are limited to 2 GB.
 EXTERNAL_DATA_BYTES = 1 << 30
 
 
@@ -45,7 +45,7 @@ class _Graph:
     Attributes:
         name: file name without the suffix, either "vision" or "text".
         module: PyTorch module to export.
-        inputs: dict from input name to sample tensor. A sample tensor has more than one row.
+        inputs: sample tensors, keyed by input name. Each has more than one row.
         dynamic_shapes: dynamic dimensions of each input, in the format that `torch.onnx.export` expects.
     """
 
@@ -90,7 +90,7 @@ def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
     Args:
         model: model with its caption encoder.
         folder: existing, empty folder.
-        int8: also write vision-int8.onnx and text-int8.onnx, with weights quantized to 8 bits.
+        int8: if True, also write vision-int8.onnx and text-int8.onnx, with weights quantized to 8 bits.
 
     Returns:
         One message per graph, with the minimum cosine similarity between the graph's and PyTorch's embeddings of the
@@ -107,7 +107,7 @@ def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
     except ImportError as error:
         raise ImportError(f"exporting to ONNX requires `pip install llm2clip[onnx]` ({error})") from error
     exported, tokenizer = build_export_model(model), build_tokenizer(model.encoder)
-    tokenizer.save_pretrained(folder)  # save before use, because a call with padding changes the tokenizer's settings
+    tokenizer.save_pretrained(folder)  # save first, because a call with padding changes the tokenizer's settings
     messages = []
     for graph in (_vision_graph(exported, model), _text_graph(exported, tokenizer)):
         messages.append(_export_graph(graph, folder))
@@ -135,7 +135,7 @@ def _text_graph(exported: LLM2CLIPExport, tokenizer: Any) -> _Graph:
 
 
 def _export_graph(graph: _Graph, folder: Path) -> str:
-    """Write a graph, compare the graph's embeddings with PyTorch's embeddings, and return a message."""
+    """Write a graph, compare its embeddings with PyTorch's, and return a message."""
     file = folder / f"{graph.name}.onnx"
     program = torch.onnx.export(
         graph.module,
@@ -150,7 +150,7 @@ def _export_graph(graph: _Graph, folder: Path) -> str:
     program.save(str(file))
     one_row = {name: tensor[:1] for name, tensor in graph.inputs.items()}
     cosine = float(np.min([_min_cosine(file, graph.module, inputs) for inputs in (graph.inputs, one_row)]))
-    if not cosine >= MIN_COSINE:  # written this way to reject NaN, too
+    if not cosine >= MIN_COSINE:  # written this way so that NaN fails as well
         raise ValueError(f"the embeddings from {file.name} differ from PyTorch's: cosine similarity {cosine:.5f}")
     return f"{file.name}: minimum cosine similarity to PyTorch's embeddings {cosine:.6f}"
 
@@ -174,7 +174,7 @@ def _quantize_graph(graph: _Graph, folder: Path) -> str:
 
 
 def _total_size(folder: Path, name: str) -> int:
-    """Return the size of a graph in bytes. A separate file with the graph's weights is included."""
+    """Return the size of a graph in bytes, including its separate weights file, if any."""
     return sum(file.stat().st_size for file in folder.glob(f"{name}*"))
 
 

@@ -1,4 +1,4 @@
-"""Export the image encoder of a model with a timm vision tower to open_clip."""
+"""Export of the image encoder, if its vision tower is a timm model, to open_clip."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llm2clip.models.llm2clip import LLM2CLIP
 
-# Config of the placeholder text tower, which is the smallest that open_clip can build.
+# Config of the placeholder text tower: the smallest one that open_clip can build.
 PLACEHOLDER_TEXT = {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}
 
 
@@ -59,7 +59,7 @@ def _check_tower(model: LLM2CLIP) -> None:
 
 
 def _open_clip_config(model: LLM2CLIP) -> dict[str, Any]:
-    """Return the content of open_clip_config.json."""
+    """Return the contents of open_clip_config.json."""
     preprocess = model.tower.preprocess
     vision = {
         "image_size": preprocess.size,
@@ -87,7 +87,7 @@ def _pooling_name(backbone: Any) -> str:
 
 
 def _open_clip_tensors(model: LLM2CLIP, target: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict for the model that open_clip builds. `target` is that model's initial state dict."""
+    """Return a state dict for the model that open_clip builds. `target` is the initial state dict of that model."""
     backbone, projection = model.tower.backbone.state_dict(), model.projection.state_dict()
     tensors = {}
     for name, expected in target.items():

@@ -12,10 +12,10 @@ CHECKED_TEXTS = ("a", "Two dogs, running.", "一只猫", "1")
 
 
 def build_tokenizer(encoder: CaptionEncoder) -> Any:
-    """Return a copy of the encoder's tokenizer that strips every text and adds the template's tokens around it.
+    """Return a copy of the encoder's tokenizer that strips each text and adds the template's tokens around it.
 
     Raises:
-        ValueError: a text is tokenized differently if the template precedes the text.
+        ValueError: a text is tokenized differently when it is preceded by the template.
     """
     tokenizer = copy.deepcopy(encoder.tokenizer)
     _strip_texts(tokenizer.backend_tokenizer)
@@ -32,7 +32,7 @@ def build_tokenizer(encoder: CaptionEncoder) -> Any:
 
 
 def _strip_texts(backend: Any) -> None:
-    """Make a tokenizer remove whitespace at the start and end of a text, like `CaptionEncoder.tokenize`."""
+    """Make a tokenizer strip leading and trailing whitespace, as `CaptionEncoder.tokenize` does."""
     from tokenizers import normalizers
 
     steps = [normalizers.Strip()]
@@ -42,7 +42,7 @@ def _strip_texts(backend: Any) -> None:
 
 
 def _add_template(tokenizer: Any, encoder: CaptionEncoder) -> None:
-    """Make the tokenizer add the tokens that every text with the template starts and ends with."""
+    """Make the tokenizer add the tokens with which every text in the template starts and ends."""
     from tokenizers.processors import TemplateProcessing
 
     first, second = (encoder.tokenizer(encoder.prefix + text)["input_ids"] for text in ("a", "1"))

@@ -1,4 +1,4 @@
-"""Export models to transformers and sentence-transformers. An exported folder contains a single code file."""
+"""Export of models to transformers and sentence-transformers. An exported folder contains a single code file."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def export_transformers(model: LLM2CLIP, folder: Path) -> None:
 def export_sentence_transformers(model: LLM2CLIP, folder: Path) -> None:
     """Write a folder that both sentence-transformers and transformers can load.
 
-    `SentenceTransformer(..., trust_remote_code=True).encode` accepts texts and PIL images. Takes the same arguments and
-    raises the same errors as `export_transformers`.
+    `SentenceTransformer(..., trust_remote_code=True).encode` accepts texts and PIL images. The arguments and errors are
+    the same as those of `export_transformers`.
     """
     export_transformers(model, folder)
     modalities = {
@@ -84,7 +84,7 @@ def export_sentence_transformers(model: LLM2CLIP, folder: Path) -> None:
 
 @torch.no_grad()
 def build_export_model(model: LLM2CLIP) -> LLM2CLIPExport:
-    """Build a transformers model with a copy of a model's weights, in float32, on the CPU, in eval mode.
+    """Build a transformers model with a copy of a model's weights, in float32 and eval mode, on the CPU.
 
     If the caption encoder has a separate LoRA adapter, the adapter is merged into the copy.
 
@@ -157,7 +157,7 @@ def _tower_config(tower: VisionTower) -> dict[str, Any]:
         )
     library, architecture = tower.config["library"], tower.config["architecture"]
     is_timm = library == "timm"
-    # DINO towers always interpolate their position embeddings. CLIP and SigLIP towers do so only with a flag.
+    # DINO towers always interpolate their position embeddings; CLIP and SigLIP towers require a flag.
     needs_flag = not is_timm and architecture["model_type"] in ("clip_vision_model", "siglip_vision_model")
     return {
         "library": library,
@@ -173,8 +173,8 @@ def _tower_config(tower: VisionTower) -> dict[str, Any]:
 def _check_text_embeddings(exported: LLM2CLIPExport, model: LLM2CLIP) -> None:
     """Raise a ValueError if the two models produce different embeddings for sample texts.
 
-    The embeddings differ if the caption encoder contains a module that the format cannot represent, such as a trained
-    layer after pooling.
+    They differ if the caption encoder contains a module that the format cannot represent, such as a trained layer after
+    pooling.
     """
     tokenizer = build_tokenizer(model.encoder)
     embeddings: list[Any] = []
@@ -183,7 +183,7 @@ def _check_text_embeddings(exported: LLM2CLIPExport, model: LLM2CLIP) -> None:
         embeddings.append(exported.get_text_features(**tokens).pooler_output)
     cosines = (torch.cat(embeddings) * model.encode_text(SAMPLE_TEXTS)).sum(1)
     min_cosine = float(cosines.min())
-    if not min_cosine >= MIN_COSINE:  # written this way to reject NaN, too
+    if not min_cosine >= MIN_COSINE:  # written this way so that NaN fails as well
         raise ValueError(
             f"the exported text embeddings would differ (cosine similarity {min_cosine:.4f}): the caption encoder has "
             "a module that the format does not support"

@@ -1,4 +1,4 @@
-"""Export the vision tower alone as a transformers model."""
+"""Export of the vision tower alone as a transformers model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def export_vision(model: LLM2CLIP, folder: Path) -> None:
 
 
 def build_vision_model(tower: VisionTower) -> Any:
-    """Build a transformers model with a copy of a vision tower's weights, in float32, on the CPU, in eval mode.
+    """Build a transformers model with a copy of a vision tower's weights, in float32 and eval mode, on the CPU.
 
     A timm tower becomes a `TimmWrapperModel`. A transformers tower keeps its model class, such as `CLIPVisionModel`.
     """

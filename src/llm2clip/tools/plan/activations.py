@@ -1,8 +1,8 @@
-"""Count the bytes of activations that autograd saves for the backward pass, using fake tensors.
+"""Size of the activations that autograd saves for the backward pass, counted with fake tensors.
 
-With fake tensors, the model's code runs without allocating memory. The tensors are on a fake CPU, which gives the same
-counts as a GPU: CPU attention kernels keep just as little for the backward pass, and CPU autocast lowers the precision
-in the same way.
+Fake tensors run the model's code without allocating memory. They are on a fake CPU, which results in the same counts as
+a GPU: CPU attention kernels save just as little for the backward pass, and CPU autocast lowers the precision in the
+same way.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from llm2clip.train.optim import set_trainable
 
 
 class SavedTensorBytes:
-    """Counter for the bytes that autograd saves within `hooks`. Each storage is counted once; weights are excluded."""
+    """Counter of the bytes that autograd saves within `hooks`. Each storage is counted once, and weights are
+    excluded."""
 
     def __init__(self, *modules: nn.Module) -> None:
         weights = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
@@ -49,9 +50,9 @@ class SavedTensorBytes:
 def saved_by_llm(
     config: Any, tune: TuneConfig, precision: str, num_layers: int, tokens_on_cpu: int | None = None
 ) -> tuple[float, float]:
-    """Return the bytes of saved activations and the bytes of layer inputs, per token, for `num_layers` LLM layers.
+    """Return the sizes in bytes of saved activations and of layer inputs, per token, for `num_layers` LLM layers.
 
-    With `tokens_on_cpu`, the number of tokens per caption, decoders use the packed attention of CPUs, which is not
+    If `tokens_on_cpu` (the number of tokens per caption) is set, decoders use packed attention as on CPUs, which is not
     fused. Otherwise, attention is fused, as on GPUs.
     """
     short_config = type(config).from_dict(config.to_dict())
@@ -125,7 +126,7 @@ def saved_by_align_model(config: AlignConfig, text_dim: int, captions: int) -> l
 
 @contextmanager
 def requires_grad_as(module: nn.Module, value: bool) -> Iterator[None]:
-    """Temporarily set `requires_grad` of all parameters to `value`."""
+    """Temporarily set the `requires_grad` attribute of all parameters to `value`."""
     before = [p.requires_grad for p in module.parameters()]
     module.requires_grad_(value)
     try:
@@ -151,5 +152,5 @@ def _record_input_sizes(layers: Any) -> dict[int, int]:
 
 
 def _autocast(precision: str) -> torch.autocast:
-    """Return CPU autocast for the fake tensors. bf16 also stands in for fp16, which has the same size."""
+    """Return CPU autocast for the fake tensors. bf16 is also used for fp16, which has the same size."""
     return torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")

@@ -1,12 +1,13 @@
-"""Peak throughput and memory of accelerators, from the manufacturers' data sheets, and the fraction that is reached."""
+"""Peak throughput and memory of accelerators, from the manufacturers' data sheets, and the utilisation of each
+stage."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 
-# Model FLOPs utilisation of each stage on a GPU, from `benchmarks/roofline.py` (see docs/results.md). The vision tower
-# has smaller matrices than an LLM, and spends half of the time on elementwise operations.
+# Model FLOPs utilisation of each stage on a GPU, from `benchmarks/roofline.py` (see docs/results.md). Vision towers
+# have smaller matrices than LLMs and spend half of the time on elementwise operations.
 MFU = {"tune": 0.4, "embed": 0.4, "align": 0.25}
 
 
@@ -19,9 +20,9 @@ class Device:
         half: dense half-precision matmul throughput with fp32 accumulation, in 10^12 FLOP/s. Half precision is bf16,
             or fp16 if `bf16` is False.
         full: fp32 throughput without tensor cores (PyTorch's default), in 10^12 FLOP/s.
-        memory: memory in GB (10^9 bytes). Manufacturers use units of 2^30 bytes; the difference of 7% is left for the
-            driver.
-        bf16: whether the hardware supports bf16 matmuls.
+        memory: memory in GB (10^9 bytes). Manufacturers use units of 2^30 bytes; the difference of 7% is reserved for
+            the driver.
+        bf16: True if the hardware supports bf16 matmuls.
     """
 
     name: str
@@ -70,7 +71,7 @@ DEVICES = {
 
 @dataclass
 class Machine:
-    """Number and type of the devices that a plan is for."""
+    """Number and type of the devices used in a plan."""
 
     device: str
     """h100, h200, a100-80, a100-40, l40s, rtx4090, l4 or t4; or cpu or any other name, together with --tflops and
@@ -107,7 +108,7 @@ class Machine:
 
     @property
     def each(self) -> Device:
-        """Specifications of each device. --tflops and --memory override the values in the table."""
+        """Specifications of each device. --tflops and --memory override the values from the table."""
         device = DEVICES.get(self.device.lower()) or Device(
             self.device, 0, 0, 0, bf16=not self.is_cpu or _cpu_has_bf16()
         )
@@ -122,7 +123,7 @@ class Machine:
         return self.mfu or MFU[stage]
 
     def hours(self, flop: float, precision: str, stage: str) -> float:
-        """Return the number of hours that `flop` FLOPs of a stage take when distributed across all devices."""
+        """Return the time in hours that `flop` FLOPs of a stage take when distributed across all devices."""
         return flop / (self.count * self.stage_mfu(stage) * self.each.rate(precision)) / 3600
 
 

@@ -1,9 +1,9 @@
-"""Cost per caption and per image: parameters, FLOPs, and bytes of activations saved for the backward pass.
+"""Costs per caption and per image: parameters, FLOPs, and bytes of activations saved for the backward pass.
 
-A multiply-add counts as 2 FLOPs. As usual, only matmuls and convolutions are counted. The model of the `align` stage is
-built without weights on the meta device and executed, to count FLOPs and saved bytes. The LLM is a stack of identical
-layers, so a formula is enough to compute its FLOPs (`TextCosts.forward`). Its saved bytes are extrapolated from models
-with two and three layers.
+A multiply-add counts as 2 FLOPs. As usual, only matmuls and convolutions are counted. To count FLOPs and saved bytes,
+the model of the `align` stage is built without weights, on the meta device, and executed. The LLM is a stack of
+identical layers, so its FLOPs are computed by a formula (`TextCosts.forward`), and its saved bytes are extrapolated
+from models with two and three layers.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class TextCosts:
         return 2 * self.linear * tokens + self._attention(tokens)
 
     def backward(self, tokens: float, lora: bool) -> float:
-        """Return the FLOPs of the backward pass. With LoRA, weight gradients are computed for LoRA weights only."""
+        """Return the FLOPs of the backward pass. With LoRA, weight gradients are computed only for the LoRA weights."""
         weights = 4 * self.trained * tokens if lora else 2 * self.linear * tokens
         return 2 * self.linear * tokens + 2 * self._attention(tokens) + weights
 
@@ -115,7 +115,7 @@ class ImageCosts:
 def text_costs(encoder: EncoderConfig, tune: TuneConfig, precision: str, tokens_on_cpu: int | None = None) -> TextCosts:
     """Compute the costs of a caption encoder that is tuned in `precision` (fp32, bf16 or fp16).
 
-    `tokens_on_cpu` is the number of tokens per caption if the encoder is tuned on a CPU, where attention is not fused.
+    If the encoder is tuned on a CPU, where attention is not fused, `tokens_on_cpu` is the number of tokens per caption.
     """
     config = get_llm_config(encoder)
     llm = build_llm(config)
@@ -171,7 +171,7 @@ def image_costs(config: AlignConfig, text_dim: int, captions: float) -> ImageCos
         backward = count_flops(lambda: torch.stack(outputs).sum().backward()) if outputs else 0.0
         return np.array([heads, backward, *chain(*saved_by_align_model(config, text_dim, num_captions))])
 
-    # The model can only run with an integer number of captions, so costs are interpolated linearly.
+    # The model runs only with integer numbers of captions, so interpolate costs linearly.
     lower = max(1, math.floor(captions))
     counts = count_with(lower)
     if captions > lower:
@@ -194,7 +194,7 @@ def image_costs(config: AlignConfig, text_dim: int, captions: float) -> ImageCos
 
 
 def count_flops(run: Callable[[], Any]) -> float:
-    """Call `run`, and return the FLOPs of its matmuls and convolutions."""
+    """Call `run` and return the FLOPs of its matmuls and convolutions."""
     mode = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
     with mode:
         run()
@@ -206,7 +206,7 @@ def _convolution_backward(
 ) -> int:
     """Return the forward FLOPs times the number of requested gradients (input, weight).
 
-    PyTorch's own formula ignores groups, and therefore greatly overestimates the FLOPs of EfficientNet.
+    PyTorch's own formula ignores groups and therefore greatly overestimates the FLOPs of EfficientNet.
     """
     output_mask = settings[-1]
     return int(2 * math.prod(grad) * math.prod(weight[1:]) * (bool(output_mask[0]) + bool(output_mask[1])))
