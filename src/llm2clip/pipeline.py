@@ -1,7 +1,7 @@
-"""The four stages `tune`, `embed`, `align` and `evaluate`, and `fit`, which runs all stages in this order.
+"""The four stages `tune`, `embed`, `align` and `evaluate`, and `fit`, which runs them in this order.
 
 The command line and `reproduce` both call these functions. Each stage writes its result atomically and skips completed
-work, so running the same command again resumes an interrupted run. A run directory has this layout:
+work, so an interrupted run can be resumed by running the same command again. A run directory has this layout:
 
     RUN/
       config.yaml            all settings; a resumed run must not change settings that affect the result
@@ -65,8 +65,8 @@ def fit(sources: Sequence[str], run_dir: Path, config: FitConfig) -> Path:
     """Run all stages on captioned images.
 
     Args:
-        sources: Data sources, each written as PATH or PATH@split+split (see `llm2clip.data.records.Source`).
-        run_dir: Run directory. If it contains an interrupted run, that run is resumed.
+        sources: Data sources, each in the form PATH or PATH@split+split (see `llm2clip.data.records.Source`).
+        run_dir: Run directory. An interrupted run in this directory is resumed.
         config: Settings for all stages.
 
     Returns:
@@ -74,7 +74,7 @@ def fit(sources: Sequence[str], run_dir: Path, config: FitConfig) -> Path:
 
     Raises:
         ConfigChangedError: The run directory was created with different settings.
-        TooManySkipped: The fraction of rows that cannot be used is greater than `config.max_skipped`.
+        TooManySkipped: The fraction of rows that cannot be used exceeds `config.max_skipped`.
         ValueError: The data set is too small for the settings, or contains no captions to train on.
     """
     log = start_run(run_dir, {"data": list(sources), **dataclasses.asdict(config)}, config.max_skipped)
@@ -116,28 +116,28 @@ def tune(
     """Tune the caption encoder on pairs of texts.
 
     Args:
-        pairs: One list per source, which contains either image captions or text pairs (see `read_tuning_sources`).
+        pairs: One list of image captions or text pairs per source (see `read_tuning_sources`).
         out: Output folder of this stage.
-        encoder: Caption encoder to start from.
+        encoder: Initial caption encoder.
         config: Settings for this stage.
         held_out_captions: Captions of each held-out image. If at least two images have two or more distinct captions
-            each, caption retrieval accuracy is measured before and after tuning. The results are saved in cra_raw.json
-            and cra_tuned.json. With QLoRA, caption retrieval accuracy is not measured.
+            each, caption retrieval accuracy is measured before and after tuning, except with QLoRA. The results are
+            saved in cra_raw.json and cra_tuned.json.
 
     Returns:
         The folder of the tuned caption encoder, `out/encoder`.
     """
     encoder_dir = out / "encoder"
     is_done = encoder_dir.exists()
-    wait_for_everyone()  # every rank must check for the folder before it is created
-    # QLoRA is meant for LLMs that do not fit on the device without quantisation, so the untuned LLM is not evaluated.
+    wait_for_everyone()  # every rank must check if the folder exists before it is created
+    # QLoRA is for LLMs that do not fit on the device without quantisation, so the untuned LLM is not evaluated.
     measure = sum(len(set(captions)) > 1 for captions in held_out_captions) > 1 and not config.qlora
-    # On a CPU, the same encoder is measured and tuned. A GPU measures it in bf16, which requires an encoder of its own.
+    # On a CPU, the encoder that is measured is also tuned. GPUs measure in bf16, which requires a separate encoder.
     raw = open_encoder(encoder, "cpu") if process_state().device.type == "cpu" and not is_done else None
     if measure:
         cached_json(out / "cra_raw.json", lambda: _measure_cra(held_out_captions, encoder, raw))
     if not is_done:
-        # The encoder is loaded on the CPU, so that a GPU only holds the weights in the precision of the training.
+        # Load the encoder on the CPU, so that a GPU only has to hold the weights in the training precision.
         train_tune(pairs, raw or open_encoder(encoder, "cpu"), config, out)
         del raw
         free_memory()  # the LLM is no longer needed
@@ -160,16 +160,15 @@ def embed(
     Args:
         captions: Captions to encode. May contain duplicates.
         out: Folder of the embedding store.
-        encoder: Caption encoder, which is frozen.
+        encoder: Frozen caption encoder.
         config: Settings for this stage.
-        engine: "local" runs on the ranks that the launcher started. "ray" runs on a Ray cluster.
-        ray_workers: Number of Ray workers. 0 means one worker per GPU. If there is no GPU, 0 means one worker per two
-            CPU cores.
+        engine: "local" uses the ranks that the launcher started. "ray" uses a Ray cluster.
+        ray_workers: Number of Ray workers. 0 means one worker per GPU or, if there are no GPUs, one per two CPU cores.
     """
     options = dataclasses.asdict(config)
     if engine == "ray":
         return embed_with_ray(captions, partial(open_encoder, encoder), out, workers=ray_workers, **options)
-    # The encoder is loaded on the CPU, so that the GPU holds only the weights that encoding needs.
+    # Load the encoder on the CPU, so that the GPU only has to hold the weights that are required for encoding.
     return embed_locally(captions, open_encoder(encoder, "cpu"), out, device=process_state().device, **options)
 
 
@@ -192,11 +191,11 @@ def align(
         out: Output folder of this stage.
         config: Settings for this stage.
         log: Log of skipped rows and images, to which images that cannot be decoded are added.
-        held_out: Records to evaluate the model on before and during training, keyed by caption column.
+        held_out: Records on which to evaluate the model before and during training, keyed by caption column.
         encoder: Caption encoder to save with the model. If None, the model is saved without a caption encoder.
-        model_dir: Folder to save the model in. Default: `out/model`.
-        features: Folder of the feature store, which caches the frozen tower's features. Several runs may share this
-            folder. Default: a folder in `out`.
+        model_dir: Folder in which to save the model. Default: `out/model`.
+        features: Folder of the feature store, which caches the frozen tower's features and can be shared by several
+            runs. Default: a folder in `out`.
 
     Returns:
         The model folder.
@@ -226,12 +225,12 @@ def align(
 def evaluate(
     model_dir: Path, held_out: HeldOut, out: Path, log: SkipLog, store: EmbeddingStore
 ) -> list[dict[str, Any]]:
-    """Evaluate the retrieval performance of a trained model on held-out images, with text embeddings from the store.
+    """Evaluate image-text retrieval with a trained model on held-out images, using text embeddings from the store.
 
     Args:
         model_dir: Model folder.
-        held_out: Records to evaluate on, keyed by caption column.
-        out: Output folder of this stage. The metrics are saved in this folder as `trained.json`.
+        held_out: Records on which to evaluate, keyed by caption column.
+        out: Output folder of this stage, in which the metrics are saved as `trained.json`.
         log: Log of skipped rows and images, to which images that cannot be decoded are added.
         store: Store that contains the embeddings of the held-out captions.
 
@@ -264,15 +263,15 @@ def open_encoder(config: EncoderConfig, device: str | None = None) -> CaptionEnc
 def new_model(
     config: AlignConfig, store: EmbeddingStore, train: Sequence[Record] = (), out: Path | None = None
 ) -> LLM2CLIP:
-    """Create a model from a pretrained tower and randomly initialised heads. The config specifies the seed.
+    """Create a model from a pretrained tower and heads that are randomly initialised with the config's seed.
 
     With `config.inherit`, the heads come from a CLIP model instead (see `train/inherit.py`).
 
     Args:
         config: Settings of the `align` stage.
         store: Cached caption embeddings.
-        train: Training records, whose texts the adapter learns from. Only used with `config.inherit`.
-        out: Folder for the adapter and its cache. Must be set with `config.inherit`.
+        train: Training records with the texts from which the adapter learns. Used only with `config.inherit`.
+        out: Folder for the adapter and its cache. Required with `config.inherit`.
     """
     device = process_state().device
     torch.manual_seed(config.seed)
@@ -299,7 +298,7 @@ def new_model(
 def _tuning_pairs(
     train: Sequence[Record], held_out: HeldOut, config: FitConfig, out: Path, log: SkipLog
 ) -> list[list[TuningItem]]:
-    """Return the data that `fit` tunes on. Return an empty list if tuning is disabled or already complete."""
+    """Return the tuning data of `fit`, or an empty list if tuning is disabled or already complete."""
     if config.tune.steps == 0 or (out / "encoder").exists():
         return []
     own_captions = [] if config.tune.data or config.tune.text_pairs else train
@@ -310,7 +309,7 @@ def _tuning_pairs(
 def _measure_cra(
     captions: Sequence[Sequence[str]], encoder: EncoderConfig, loaded: CaptionEncoder | None = None
 ) -> dict[str, Any]:
-    """Measure the caption retrieval accuracy of `loaded`. If it is None, load the encoder, and free its memory."""
+    """Measure the caption retrieval accuracy of `loaded` or, if it is None, of a temporarily loaded encoder."""
     model = loaded or load_for_encoding(device=process_state().device, **dataclasses.asdict(encoder))
     metrics = caption_retrieval_accuracy(captions, model)
     del model
@@ -325,9 +324,9 @@ def _evaluate_from_store(
 
 
 def _save_model(model: LLM2CLIP, folder: Path, encoder: EncoderConfig | None) -> None:
-    """Save a model together with its caption encoder.
+    """Save a model with its caption encoder.
 
-    If `encoder` is a local folder and overrides none of the saved settings, the folder is copied.
+    If the encoder is a local folder and `encoder` does not override its saved settings, the folder is copied.
     """
     if encoder is None:
         model.save_pretrained(folder)
@@ -339,7 +338,7 @@ def _save_model(model: LLM2CLIP, folder: Path, encoder: EncoderConfig | None) ->
 
 
 def _write_report(run_dir: Path, model_dir: Path, trained: list[dict[str, Any]], data_summary: str) -> None:
-    """Write the report and the model card for a `fit` run, and print the report."""
+    """Write the report and the model card of a `fit` run, and print the report."""
     cra_files = (run_dir / "tune" / "cra_raw.json", run_dir / "tune" / "cra_tuned.json")
     cra = [json.loads(file.read_text()) for file in cra_files if file.exists()]
     report, page = write_fit_report(

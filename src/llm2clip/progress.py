@@ -12,9 +12,9 @@ LOG_INTERVAL = 10.0  # seconds between lines in a log file
 
 
 class ProgressBar(tqdm):
-    """tqdm progress bar for terminals and log files. In a log file, it writes a new line every few seconds.
+    """tqdm progress bar for terminals and log files. In log files, it writes a new line every few seconds.
 
-    Takes the same arguments as `tqdm.auto.tqdm`.
+    The arguments are the same as those of `tqdm.auto.tqdm`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -56,7 +56,7 @@ class ProgressBar(tqdm):
             super().moveto(n)
 
     def clear(self, *args: Any, **kwargs: Any) -> None:
-        """Clear the bar, so that a message can be printed. In a log file, do nothing."""
+        """Clear the bar, so that a message can be printed. Do nothing in a log file."""
         if not self._writes_lines:
             super().clear(*args, **kwargs)
 

@@ -1,8 +1,8 @@
-"""Results that the authors of LLM2CLIP (arXiv 2411.04997) published on their project page, for comparison.
+"""Results from the project page of the LLM2CLIP authors (arXiv 2411.04997), for comparison.
 
-The project page is docs/index.html in the repository microsoft/LLM2CLIP. The page of 2026 accompanies the paper as
-published at AAAI-26. It no longer contains some of the tables on the page of 2024. `PublishedTable.year` specifies
-which version of the page contains a table.
+The project page is docs/index.html in the repository microsoft/LLM2CLIP. The 2026 version of the page accompanies the
+paper as published at AAAI-26, and lacks some of the tables of the 2024 version. `PublishedTable.year` specifies which
+version contains a table.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class PublishedTable:
         title: Description of the values in the table.
         year: Version of the project page that contains the table. See `SOURCES`.
         columns: Column names.
-        rows: The cells of each row, one for each column, keyed by row name.
+        rows: Cells of each row, one per column, keyed by row name.
     """
 
     title: str
@@ -143,8 +143,8 @@ VISION_TRANSFER = PublishedTable(
     },
 )
 
-# POPE's values are F1 scores for random, adversarial and popular sampling. In the row for the LLaVA paper, the last two
-# values are swapped on the project page. This mistake is corrected here.
+# POPE's values are F1 scores for random, adversarial and popular sampling. On the project page, the last two values in
+# the row for the LLaVA paper are swapped, which is corrected here.
 LLAVA = PublishedTable(
     "LLaVA-1.5 with CLIP ViT-L/14 as vision tower, and with this tower trained by LLM2CLIP",
     2026,
@@ -171,7 +171,7 @@ LLAVA = PublishedTable(
 RETRIEVAL_TABLES = (EVA02_TEXT_TOWERS, CLIP_TEXT_ENCODERS, CHINESE_RETRIEVAL, MULTILINGUAL_RETRIEVAL)
 TABLES = (CRA_TABLE, CLIP_TEXT_ENCODERS, EVA02_TEXT_TOWERS, MULTILINGUAL_RETRIEVAL, CHINESE_RETRIEVAL, VISION_TRANSFER)
 
-# Maps the benchmark names used in llm2clip to the column names in the tables.
+# Benchmark names in llm2clip -> column names in the tables.
 PUBLISHED_NAMES = {
     "flickr30k": "Flickr30k",
     "coco": "COCO",
@@ -184,7 +184,7 @@ PUBLISHED_NAMES = {
 }
 
 
-# Maps the benchmark names to the columns of VISION_TRANSFER, and to the names of the metrics in these columns.
+# Benchmark names -> columns of VISION_TRANSFER and the metrics in these columns.
 VISION_TRANSFER_METRICS = {
     "voc20": ("VOC", ("mIoU",)),
     "voc21": ("VOC", ("mIoU",)),
@@ -200,7 +200,7 @@ VISION_TRANSFER_NOTE = (
 
 
 def published_metrics(benchmark: str) -> dict[str, dict[str, float]]:
-    """Return the authors' results for a benchmark about parts of images.
+    """Return the authors' results on a benchmark about parts of images.
 
     Returns:
         The metrics of each model, keyed by metric. The keys consist of the year of the project page and the model name.
@@ -217,9 +217,9 @@ def published_metrics(benchmark: str) -> dict[str, dict[str, float]]:
 
 
 def published_rows(benchmark: str) -> dict[str, tuple[float | None, ...]]:
-    """Return the authors' results for a benchmark.
+    """Return the authors' results on a benchmark.
 
-    For xm3600, the project page has a single value per direction, which is comparable to the mean over the languages.
+    For xm3600, the project page has a single value per direction, which is comparable with the mean over all languages.
 
     Returns:
         Six values for each model: R@1, R@5 and R@10 for I2T, followed by R@1, R@5 and R@10 for T2I. R@5 and R@10 are

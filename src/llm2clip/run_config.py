@@ -1,4 +1,4 @@
-"""The config file, which is saved in the run directory and checked whenever the run is resumed."""
+"""The config file of a run, which is saved in the run directory and checked when the run is resumed."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ RESUME_SAFE = (
     "cost_steps",
 )
 
-# Settings that earlier versions did not have -> the value that corresponds to what these versions did. Runs of earlier
-# versions can resume.
+# Settings that earlier versions did not have -> value that matches the behaviour of these versions, so that their runs
+# can be resumed.
 ADDED_SETTINGS = {"align.inherit": False, "align.distill_weight": 0.0}
 
-# First line of the file if the config has settings of the `tune` stage, whose batch size is per process.
+# First line of the file if the config contains settings of the `tune` stage, whose batch size is per process.
 PROCESSES_LINE = "# Number of processes in the tune stage: {}\n"
 
-# Settings of the `align` stage may be changed until the run directory contains one of these outputs of the stage.
+# Settings of the `align` stage may be changed until the run directory contains one of these files or folders.
 ALIGN_OUTPUTS = ("align/checkpoints", "checkpoints", "model")
 
 
@@ -43,16 +43,16 @@ class ConfigChangedError(ValueError):
 
 
 def save_or_check_config(config: dict[str, Any], run_dir: Path, processes: int | None = None) -> None:
-    """Save the config of a run in its run directory. If the run is resumed, first check the config.
+    """Save the config of a run in its run directory. If the run is resumed, check the config first.
 
     If the run directory already contains outputs, the config must match the saved config. The `align` settings may
     still be changed until the `align` stage has written outputs. A run may be resumed with a different number of
-    processes, either with the same settings or with a `tune.batch_size` such that the product of both remains the same.
+    processes, either with the same settings or with a `tune.batch_size` that keeps the product of the two constant.
 
     Args:
-        config: The value of each setting, keyed by name. Dataclasses are converted to dicts.
-        run_dir: Run directory. The config is saved in this directory as `config.yaml`.
-        processes: Number of processes of the run, which is also saved. None if it is unknown.
+        config: Settings, keyed by name. Dataclasses are converted to dicts.
+        run_dir: Run directory, in which the config is saved as `config.yaml`.
+        processes: Number of processes of the run, which is also saved. None if unknown.
 
     Raises:
         ConfigChangedError: The saved config is different. The message lists the settings that differ.
@@ -80,13 +80,13 @@ def save_or_check_config(config: dict[str, Any], run_dir: Path, processes: int |
 
 
 def _saved_processes(text: str) -> int | None:
-    """Return the number of processes that is saved in the text of a config file, or None if there is none."""
+    """Parse the number of processes from the text of a config file. Return None if it does not contain this number."""
     line = re.match(PROCESSES_LINE.format(r"(\d+)"), text)
     return int(line[1]) if line else None
 
 
 def _pairs_per_step(config: dict[str, Any], processes: int | None) -> int | None:
-    """Return the batch size of the `tune` stage over all processes, or None if it is unknown."""
+    """Return the total batch size of the `tune` stage over all processes, or None if it is unknown."""
     batch_size = config.get("tune", {}).get("batch_size")
     return None if batch_size is None or processes is None else batch_size * processes
 

@@ -1,8 +1,8 @@
-"""Weights, optimizer state and learning rate schedule of a training run, as saved in a checkpoint.
+"""Saving and loading of the weights, optimizer state and learning rate schedule of a training run.
 
-The files do not depend on the number of ranks or on FSDP: each tensor is unsharded, and is stored under the name of its
-parameter. A run can therefore resume on any number of ranks. The formats are safetensors and JSON, so loading a
-checkpoint cannot execute code, unlike formats that use pickle.
+The files do not depend on the number of ranks or on FSDP: tensors are unsharded and are stored under the names of their
+parameters. A run can therefore resume on any number of ranks. The formats are safetensors and JSON, so loading a
+checkpoint cannot execute code, unlike with pickle-based formats.
 
     state-1.safetensors, ...    trained weights and buffers, and the optimizer's state for each trained weight
     state.json                  learning rate schedule and gradient scaler
@@ -25,7 +25,7 @@ from llm2clip.distributed import process_state
 from llm2clip.io_utils import atomic_write_text
 
 TENSOR_FILE, JSON_FILE = "state-{}.safetensors", "state.json"
-MAX_FILE_BYTES = 4 * 2**30  # limits the memory for unsharded tensors on the main process
+MAX_FILE_BYTES = 4 * 2**30  # limits the memory that unsharded tensors take on the main process
 
 
 def full_tensor(weight: Tensor) -> Tensor:
@@ -34,9 +34,9 @@ def full_tensor(weight: Tensor) -> Tensor:
 
 
 def distribute_like(weight: Tensor, value: Tensor) -> Tensor:
-    """Move an unsharded value to the device of a parameter, and shard it in the same way. Must be called by all ranks.
+    """Move an unsharded value to a parameter's device and shard it in the same way. Must be called by all ranks.
 
-    All ranks must have the same value.
+    The value must be the same on all ranks.
     """
     value = value.to(weight.device)
     if not isinstance(weight, DTensor):
@@ -52,7 +52,7 @@ def save_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule
         model: Model without its DDP wrapper. Frozen parameters are not saved.
         optimizer: Optimizer of the trained parameters.
         schedule: Learning rate schedule. Its `state_dict()` must be JSON-serialisable.
-        scaler: Gradient scaler. None if the run has none.
+        scaler: Gradient scaler, or None if the run has none.
     """
     is_main = process_state().is_main_process
     part: dict[str, Tensor] = {}
@@ -78,7 +78,7 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule
     """Load a state that `save_training_state` saved on any number of ranks. Must be called by all ranks.
 
     Raises:
-        ValueError: The checkpoint does not contain the same weights as this run trains.
+        ValueError: The weights in the checkpoint are not the ones that this run trains.
     """
     saved = _SavedTensors(folder)
     weights = dict(_trained_tensors(model))
@@ -90,14 +90,14 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule
     for name, weight in weights.items():
         weight.copy_(distribute_like(weight, saved.read("model", name)))
 
-    # The optimizer's state dict numbers the parameters in the order of the parameter groups.
+    # In the optimizer's state dict, parameters are numbered in the order of the parameter groups.
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     states: dict[int, dict[str, Tensor]] = {}
     for number, parameter in enumerate(parameters):
         values = saved.read_all(f"optimizer/{names[id(parameter)]}")
         for key, value in values.items():
-            if key != "step":  # all others have the shape of the parameter, and are sharded in the same way
+            if key != "step":  # all others have the parameter's shape and are sharded in the same way
                 values[key] = distribute_like(parameter, value)
         if values:  # a parameter without a gradient has no state
             states[number] = values
@@ -112,10 +112,10 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule
 
 
 class TrainingStateMixin:
-    """Mixin for the Trainer of transformers, whose checkpoints then contain the files described above.
+    """Mixin for transformers' Trainer that makes its checkpoints contain the files described above.
 
-    By default, the Trainer also saves frozen weights, and its checkpoints of sharded models contain pickles. The
-    Trainer loads all other files of a checkpoint with `weights_only` or as JSON.
+    By default, the Trainer also saves frozen weights, and its checkpoints of sharded models contain pickles. It loads
+    all other files of a checkpoint with `weights_only` or as JSON.
     """
 
     args: Any
@@ -138,7 +138,7 @@ class TrainingStateMixin:
 
 
 class _SavedTensors:
-    """Tensors in the safetensors files of a checkpoint, whose names are `model/WEIGHT` and `optimizer/WEIGHT/KEY`."""
+    """Tensors in the safetensors files of a checkpoint, named `model/WEIGHT` and `optimizer/WEIGHT/KEY`."""
 
     def __init__(self, folder: Path) -> None:
         self._file_of: dict[str, Any] = {}
@@ -170,7 +170,7 @@ def _named_tensors(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tens
 
 
 def _trained_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the name and value of each trained parameter, and of each buffer that belongs to the model's state."""
+    """Yield the name and value of each trained parameter and of each buffer in the model's state dict."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield name, parameter

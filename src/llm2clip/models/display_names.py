@@ -9,9 +9,9 @@ from pathlib import Path
 def display_names(models: Sequence[str]) -> list[str]:
     """Return a short, unique name for each model, in the same order.
 
-    An existing path is shortened to its last component. RUN/model and RUN/encoder are shortened to the folder name of
-    RUN. Hub ids are not shortened. If two short names are identical, no name is shortened. If a model is listed more
-    than once, repeated names are numbered, e.g. "NAME (2)".
+    Existing paths are shortened to their last component, and RUN/model and RUN/encoder to the folder name of RUN. Hub
+    ids are not shortened. If two short names are identical, no name is shortened. If a model is listed more than once,
+    repeated names are numbered, e.g. "NAME (2)".
     """
     names = [_short_name(model) for model in models]
     if len(set(names)) < len(names):

@@ -68,8 +68,7 @@ class LimitedConnection(H11Protocol):
             self._timer = None
 
     def _abort_one_connection(self) -> None:
-        """Abort a connection of the client with the most connections: preferably its oldest idle one, or else its
-        oldest.
+        """Abort the oldest connection, preferably an idle one, of the client with the most connections.
 
         Since this connection is itself idle, it is aborted if all other connections of the same client are in use.
         """

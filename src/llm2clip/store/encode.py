@@ -115,8 +115,7 @@ def tuned_batch_tokens(encoder: CaptionEncoder, captions: Sequence[str], precisi
 def _encode_local_shards(
     plan: WritePlan, pending: PendingCaptions, encoder: CaptionEncoder, batch_tokens: int | None, precision: str
 ) -> None:
-    """Encode and write this process's shards, while background threads tokenize the next shard and write the previous
-    one."""
+    """Encode and write this process's shards. Background threads tokenize the next shard and write the previous one."""
     shards = plan.local_shards()
     total = sum(part.stop - part.start for _, part in shards)
     hide_bar = not process_state().is_main_process or not shards

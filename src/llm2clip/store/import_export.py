@@ -206,8 +206,7 @@ def _embeddings_tar(tar: Path) -> Path:
 
 
 def _sample_captions(tar: Path, name: str, members: dict[str, bytes]) -> dict[str, str]:
-    """Return a dict {field: caption} for a sample. If a field of the JSON file contains a list, its first item is
-    used."""
+    """Return a dict {field: caption} for a sample. Use the first item of JSON fields that contain a list."""
     try:
         fields = json.loads(members["json"])
         captions = {}

@@ -81,8 +81,7 @@ def _readable_specs(folder: Path, deleted: list[str]) -> list[StoreSpec]:
 
 
 def _delete_incomplete_shards(folder: Path, deleted: list[str]) -> None:
-    """Delete the files of incomplete shards, which lack keys or embeddings because of an interrupted write or
-    damage."""
+    """Delete the files of incomplete shards, which lack keys or embeddings after damage or an interrupted write."""
     complete = set(shard_numbers(folder))
     for path in sorted(folder.iterdir()):
         match = re.fullmatch(r"(?:embeddings|scales|keys)-(\d{5,})\.(?:npy|parquet)", path.name)
@@ -155,8 +154,7 @@ def _shard_content(folder: Path, shard: Shard) -> tuple[str, str]:
 
 
 def _link_shard(source: Path, source_number: int, out: Path, number: int) -> None:
-    """Link or copy a shard's files to another store. The keys file comes last, because it marks the shard as
-    complete."""
+    """Link or copy a shard's files to another store. The keys file is last, because it marks the shard as complete."""
     for file_path in (embeddings_path, scales_path, keys_path):
         file = file_path(source, source_number)
         if not file.is_file():  # only int8 stores have scales

@@ -197,8 +197,7 @@ def drop_refused_captions(records: Sequence[Record], store: EmbeddingStore) -> l
 
 
 def drop_missing_phrases(records: Sequence[Record], store: EmbeddingStore) -> list[Record]:
-    """Remove phrases without an embedding, such as those that occur in too few images of the data used to create the
-    store.
+    """Remove phrases without an embedding. For example, the data used for the store may contain them in too few images.
 
     Raises:
         StoreError: The store has no embedding of any phrase.

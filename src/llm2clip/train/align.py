@@ -1,11 +1,11 @@
-"""The `align` stage: train the vision tower, its projection and the adapter against cached caption embeddings.
+"""The `align` stage, which trains the vision tower, its projection and the adapter on cached caption embeddings.
 
 Each step minimises a contrastive loss between a batch of images and one or more captions per image. The LLM is not
 loaded, because its caption embeddings are read from the embedding store. If the tower is frozen (`tower_lr` is 0), its
-image features are computed once and cached in a second store, which training then reads instead of the images.
+image features are computed once and cached in a second store, from which training then reads.
 
-With self-distillation (`distill_weight`), a second loss keeps the tower's features close to those of the pretrained
-tower (see `distillation`).
+With self-distillation (`distill_weight`), an additional loss keeps the tower's features close to those of the
+pretrained tower (see `distillation`).
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def align(
         log: Log of skipped rows and images. Images that cannot be decoded are added to it.
         validate: Function that evaluates the model on held-out images. If None, the model is not evaluated during
             training.
-        features: Folder of the feature store, which caches the pretrained tower's features. It is only used if
-            `tower_lr` is 0, or for self-distillation without random crops. Default: a folder in `run_dir`.
+        features: Folder of the feature store, which caches the pretrained tower's features. Used only if `tower_lr` is
+            0, or for self-distillation without random crops. Default: a folder in `run_dir`.
 
     Returns:
         The trained model in eval mode. With FSDP, this is an unsharded copy; otherwise, it is `model` itself.
@@ -93,7 +93,7 @@ def align(
     """
     if config.load_best_at_end and validate is None:
         raise ValueError("--align.load_best_at_end needs held-out images to evaluate on: set --held_out")
-    state = process_state()  # must be called before Accelerator(), which would set up the ranks differently
+    state = process_state()  # call this before Accelerator(), which would set up the ranks differently
     run_dir.mkdir(parents=True, exist_ok=True)
     with folder_lock(run_dir) if state.is_main_process else nullcontext():
         return _train(records, store, model, config, run_dir, log, validate, features)
@@ -109,8 +109,8 @@ def _train(
     validate: Validate | None,
     features: Path | None,
 ) -> LLM2CLIP:
-    """Run the training loop. Takes the same arguments as `align`."""
-    # The pretrained tower, for self-distillation.
+    """Run the training loop. The arguments are the same as those of `align`."""
+    # Pretrained tower for self-distillation.
     frozen_tower = copy.deepcopy(model.tower).requires_grad_(False).eval() if config.distill_weight else None
 
     # Trainable parameters, precision and device. `set_trainable` also initialises the LoRA layers.
@@ -129,8 +129,8 @@ def _train(
     reduce_gradients_in_fp32(accelerator)
     keep_freed_memory(accelerator.device)
 
-    # Data: batches contain pixels or, if the tower is frozen, the tower's features. With self-distillation and without
-    # random crops, they contain both.
+    # Data. Batches contain pixels or, if the tower is frozen, its features. With self-distillation and no random crops,
+    # they contain both.
     feature_store = None
     if config.caches_features:
         tower = frozen_tower or model.tower  # without LoRA layers
@@ -191,7 +191,8 @@ def _train(
             schedule.step()
             model.clamp_logit_scale()
 
-            # Metrics. On a GPU, `report.add` waits for the previous step, so the time between two steps is measured.
+            # Metrics. On a GPU, `report.add` waits for the previous step, so the measured time is that between two
+            # steps.
             now = time.perf_counter()
             step_seconds, clock = now - clock, now
             line = {
@@ -234,7 +235,7 @@ def _train(
 
 
 def resolve_align_precision(precision: str, device: torch.device) -> str:
-    """Return fp32, bf16 or fp16. `auto` means bf16 on GPUs that support bf16, otherwise fp32."""
+    """Return fp32, bf16 or fp16. `auto` selects bf16 on GPUs that support it, and fp32 otherwise."""
     if precision == "auto" and device.type == "cpu":
         return "fp32"
     return resolve_device_precision(precision, device)
@@ -249,7 +250,7 @@ def _compute_features(
     run_dir: Path,
     log: SkipLog,
 ) -> EmbeddingStore:
-    """Compute the features of a frozen tower for all images not yet in the feature store, and return that store."""
+    """Compute the frozen tower's features for all images that the feature store lacks, and return the store."""
     refs = [record.image for record in records if record.image is not None]
     encoder = TowerEncoder(tower, precision)
     identity = encoder.identity()
@@ -258,7 +259,7 @@ def _compute_features(
 
 
 def _run_signature(data: AlignBatches, store: CaptionSource, config: AlignConfig, precision: str) -> dict[str, Any]:
-    """Return the properties of a run that must be equal to those saved in a checkpoint before the run can resume."""
+    """Return the properties of a run that must match those in a checkpoint before the run can resume."""
     settings = {**vars(config), "precision": precision}
     return {
         "steps": len(data),
@@ -272,7 +273,7 @@ def _run_signature(data: AlignBatches, store: CaptionSource, config: AlignConfig
 
 @dataclass(frozen=True)
 class _Inputs:
-    """Inputs of the model and the loss for one batch of N images and M texts.
+    """Inputs of the model and the loss for a batch of N images and M texts.
 
     Attributes:
         images: Pixels as uint8 (N, ...), or image features as float32 (N, feature_dim).
@@ -280,10 +281,10 @@ class _Inputs:
         embeddings: Text embeddings, (M, text_dim).
         image_of_text: Index of each text's image, int64 (M,), ascending.
         text_ids: Store row of each text, int64 (M,). Identical texts have the same row. None if all texts of the step
-            are known to be distinct, so that the loss need not wait for the GPU to compare them.
-        phrases: All phrases of the images, int64 (K, 2): the index of the image, and the store row. None if captions
-            are not mixed with phrases.
-        first_text: `first_text[n]` is the number of texts of the images before image n, a list of N + 1 integers.
+            are known to be distinct, so that the loss does not have to wait for the GPU to compare them.
+        phrases: All phrases of the images as (index of the image, store row), int64 (K, 2). None if captions are not
+            mixed with phrases.
+        first_text: List of N + 1 integers. `first_text[n]` is the total number of texts of the images before image n.
     """
 
     images: Tensor
@@ -295,12 +296,12 @@ class _Inputs:
     first_text: list[int]
 
     def to(self, device: torch.device) -> _Inputs:
-        """Copy the tensors to a device. The copy from pinned memory to a GPU runs in the background."""
+        """Copy the tensors to a device. Copies from pinned memory to a GPU run in the background."""
         is_cuda = device.type == "cuda"
         return self._replace_tensors(lambda tensor: tensor.to(device, non_blocking=is_cuda))
 
     def pin_memory(self) -> _Inputs:
-        """Copy the tensors to memory that a GPU can read in the background."""
+        """Copy the tensors to pinned memory, from which a GPU can read in the background."""
         return self._replace_tensors(Tensor.pin_memory)
 
     def _replace_tensors(self, function: Callable[[Tensor], Tensor]) -> _Inputs:
@@ -318,9 +319,9 @@ class _Inputs:
 def _prepare_batches(
     data: AlignBatches, store: CaptionSource, first_step: int, device: torch.device
 ) -> Generator[tuple[Batch, _Inputs]]:
-    """Yield each batch with its inputs. If the device is a GPU, the inputs are in pinned memory."""
+    """Yield each batch with its inputs, which are in pinned memory if the device is a GPU."""
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # for this thread; otherwise, pinning memory would also use the first GPU
+        torch.cuda.set_device(device)  # for this thread; otherwise, pinning memory would use the first GPU as well
     with closing(data.batches(first_step)) as batches:
         for batch in batches:
             # With several ranks, another rank may have an identical text.
@@ -339,7 +340,7 @@ def _prepare_batches(
 
 
 def _seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Seed the dropout masks of a step. A resumed run therefore has the same masks on the same number of ranks."""
+    """Seed the dropout masks of a step, so that a run resumed on the same number of ranks has the same masks."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
 
 
@@ -347,7 +348,7 @@ def _seed_dropout(seed: int, step: int, rank: int) -> None:
 def _add_frozen_features(
     inputs: _Inputs, frozen_tower: VisionTower, config: AlignConfig, accelerator: Accelerator
 ) -> _Inputs:
-    """Compute the features of the pretrained tower for the images of a batch."""
+    """Compute the pretrained tower's features for the images of a batch."""
     with accelerator.autocast(), tf32_matmul():
         parts = inputs.images.split(config.micro_batch_size or config.batch_size)
         return replace(inputs, frozen_features=torch.cat([frozen_tower(pixels).float() for pixels in parts]))
@@ -356,12 +357,12 @@ def _add_frozen_features(
 def _batch_loss(
     net: nn.Module, inputs: _Inputs, config: AlignConfig, accelerator: Accelerator
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss of a batch, and the logit scale. With gradient caching, this takes several forward passes."""
+    """Return the loss of a batch and the logit scale. With gradient caching, this takes several forward passes."""
     images, embeddings = inputs.images, inputs.embeddings
     image_argument = "pixels" if images.dtype == torch.uint8 else "features"
 
-    # Part n of the batch contains images bounds[n] to bounds[n + 1] - 1, and all of their texts. A batch is larger than
-    # `batch_size` if the run has been resumed on fewer ranks. In that case, memory per rank must not grow.
+    # Part n of the batch contains images bounds[n] to bounds[n + 1] - 1 and all of their texts. If the run has been
+    # resumed on fewer ranks, the batch is larger than `batch_size`, but the memory per rank must not grow.
     size = config.micro_batch_size or config.batch_size
     bounds = [*range(0, len(images), size), len(images)]
 
@@ -424,6 +425,6 @@ def _start_trackers(accelerator: Accelerator, options: dict[str, Any], config: A
     if not options:
         return
     if "tensorboard" in options and resume_step:
-        options["tensorboard"]["purge_step"] = resume_step + 1  # training will repeat the steps from here on
+        options["tensorboard"]["purge_step"] = resume_step + 1  # training will repeat the steps from this one on
     settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(config).items()}
     accelerator.init_trackers("llm2clip", settings, options)

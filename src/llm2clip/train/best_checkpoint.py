@@ -25,14 +25,14 @@ metrics must include `score`; a higher score is better."""
 
 
 class BestCheckpoint:
-    """Evaluates the model during training and saves the weights with the best score in `run_dir/best`."""
+    """Evaluates the model during training, and saves the weights with the best score to `run_dir/best`."""
 
     def __init__(self, run_dir: Path, resume_step: int, validate: Validate | None, accelerator: Accelerator) -> None:
         """
         Args:
-            run_dir: Run directory. Each evaluation is appended to the file evaluations.jsonl in this directory.
-            resume_step: Step that training resumes from. Saved evaluations of later steps are dropped, because training
-                repeats these steps.
+            run_dir: Run directory. Evaluations are appended to its file evaluations.jsonl.
+            resume_step: Step from which training resumes. Saved evaluations of later steps are dropped, because
+                training repeats these steps.
             validate: Function that evaluates a model. None disables evaluation.
             accelerator: The Accelerator of the training run.
         """
@@ -51,8 +51,8 @@ class BestCheckpoint:
     def evaluate(self, model: LLM2CLIP, step: int) -> dict[str, float]:
         """Evaluate the model and save its weights if they are the best so far. Must be called by all ranks.
 
-        The main process evaluates the model. If the model is sharded, all other ranks evaluate it as well. On each
-        rank that evaluates the model, the model is left in eval mode.
+        Only the main process evaluates the model, unless the model is sharded, in which case all ranks do. On these
+        ranks, the model is left in eval mode.
 
         Returns:
             The metrics, or an empty dict on ranks that did not evaluate the model.
@@ -84,7 +84,7 @@ class BestCheckpoint:
         model.load_state_dict(load_file(self.folder / WEIGHTS))
 
     def _saved_step(self) -> int:
-        """Return the step of the saved weights. If none are saved, return -1; if incomplete, return sys.maxsize."""
+        """Return the step of the saved weights, -1 if there are none, or sys.maxsize if they are incomplete."""
         if not self.folder.exists():
             return -1
         try:

@@ -1,6 +1,6 @@
-"""Sampling of the captions of each image for the `align` stage.
+"""Sampling of captions for the `align` stage.
 
-The captions of an image depend only on the seed, the epoch and the image.
+The captions sampled for an image depend only on the seed, the epoch and the image.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class CaptionSource(Protocol):
 
 
 class CaptionIndex:
-    """Lookup of the store rows of each image's captions, which uses two flat arrays to save memory.
+    """Lookup of the store rows of each image's captions, based on two flat arrays to save memory.
 
     Attributes:
         rows: Store rows of all captions, int64 (total,), sorted and without duplicates within each image.
@@ -39,7 +39,7 @@ class CaptionIndex:
     def __init__(self, store: CaptionSource, captions: Iterable[Sequence[str]]) -> None:
         """
         Args:
-            store: Store that contains the embeddings of all these captions.
+            store: Store with the embeddings of all captions.
             captions: The captions of each image.
 
         Raises:
@@ -54,7 +54,7 @@ class CaptionIndex:
 
         rows = store.rows(all_captions())
         image_of_row = np.repeat(np.arange(len(counts)), counts)
-        # Images and rows are combined into single integers, because NumPy sorts integers faster than pairs.
+        # Combine images and rows into single integers, which NumPy sorts faster than pairs.
         base = int(rows.max(initial=0)) + 1
         pairs = np.unique(image_of_row * base + rows)
         self.rows = pairs % base
@@ -66,14 +66,14 @@ class CaptionIndex:
 
 
 class CaptionSampler:
-    """Samples captions of all images of a batch at once.
+    """Samples captions for all images of a batch at once.
 
     The kind of each caption (such as short or long) is sampled according to the caption mix. Within a kind, captions
     are sampled without replacement, so an image with few captions of a kind may receive fewer captions than requested.
-    If an image has only kinds with weight 0, these kinds are sampled with equal weight.
+    If all kinds of an image have weight 0, they are sampled with equal weights.
 
-    Image i uses the random numbers of `np.random.default_rng([seed, epoch, i])`: first a permutation of each kind's
-    captions, then the kind of each caption.
+    For image i, random numbers are taken from `np.random.default_rng([seed, epoch, i])`: first a permutation of each
+    kind's captions, then the kind of each caption.
     """
 
     def __init__(self, captions_by_kind: Sequence[CaptionIndex], weights: Sequence[float], config: AlignConfig) -> None:
@@ -81,7 +81,7 @@ class CaptionSampler:
         Args:
             captions_by_kind: Captions of each kind.
             weights: Sampling weight of each kind, at least 0.
-            config: Settings for the `align` stage, which define the seed and the number of captions per image.
+            config: Settings for the `align` stage, which specify the seed and the number of captions per image.
         """
         self.captions_by_kind, self.weights = list(captions_by_kind), np.array(weights, np.float64)
         self.seed, self.captions_per_image = config.seed, config.captions_per_image
@@ -121,12 +121,12 @@ class CaptionSampler:
         """Sample the kind of each caption, as `Generator.choice` does; return int64 (captions_per_image, N).
 
         Args:
-            used: Whether each kind is sampled for each image, bool (kinds, N).
+            used: True for each kind that can be sampled for an image, bool (kinds, N).
             streams: Random number generators of the images.
         """
         numbers = np.stack([streams.random() for _ in range(self.captions_per_image)])
         kinds = np.empty(numbers.shape, np.int64)
-        codes = 2 ** np.arange(len(used)) @ used  # images with the same code have the same kinds
+        codes = 2 ** np.arange(len(used)) @ used  # images with the same code have the same kinds of captions
         for code in np.unique(codes):
             same_kinds = np.flatnonzero(codes == code)
             kinds_of_code = np.flatnonzero(used[:, same_kinds[0]])
@@ -140,7 +140,7 @@ class CaptionSampler:
 
 
 def _take_in_order(shuffled: list[np.ndarray], counts: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Take the next row of the sampled kind for each caption; skip captions if all rows of that kind have been taken.
+    """Take the next row of the sampled kind for each caption; skip the caption if no rows of that kind are left.
 
     Args:
         shuffled: Permuted rows of each kind, int64 (N, captions).

@@ -1,8 +1,8 @@
-"""Direct fine-tuning of a CLIP model, the baseline that the LLM2CLIP paper calls "directly fine-tuned CLIP".
+"""Direct fine-tuning of a CLIP model, a baseline that the LLM2CLIP paper calls "directly fine-tuned CLIP".
 
-Both towers of the model are trained with the training loop and the settings of `align`. The model's own text tower
-takes the place of the adapter, and tokenized captions take the place of the embedding store. The result is an ordinary
-transformers model, which `evaluate` accepts as a model or baseline.
+Both towers are trained with the training loop and settings of `align`, except that the model's own text tower replaces
+the adapter, and tokenized captions replace the embedding store. The result is an ordinary transformers model, which
+`evaluate` accepts as a model or baseline.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from llm2clip.models.loading import hide_loading_bars
 from llm2clip.models.vision_tower import VisionTower
 from llm2clip.train.align import align
 
-# The text towers of these types need no attention mask: CLIP's attention is causal, and SigLIP was trained on padded
-# texts.
+# Text towers of these types need no attention mask: CLIP's attention is causal, and SigLIP was trained on padded texts.
 SUPPORTED_TYPES = ("clip", "metaclip_2", "siglip")
 
 
@@ -36,8 +35,8 @@ def finetune_clip(records: Sequence[Record], config: AlignConfig, out: Path, log
     """Fine-tune both towers of the CLIP model `config.tower`, resuming from the latest checkpoint if one exists.
 
     `lr` is the learning rate of the text tower, the projections and the logit scale; `tower_lr` is the learning rate of
-    the vision tower. The adapter settings, `embed_dim` and `inherit` have no effect. The initial logit scale is that of
-    the CLIP model.
+    the vision tower. The adapter settings, `embed_dim` and `inherit` have no effect. The logit scale starts from the
+    value in the CLIP model.
 
     Args:
         records: Training data.
@@ -71,10 +70,10 @@ def finetune_clip(records: Sequence[Record], config: AlignConfig, out: Path, log
 
 
 class TokenizedCaptions:
-    """Captions as token ids, with the interface of an embedding store that `align` uses.
+    """Tokenized captions, with the embedding store interface that `align` expects.
 
     Attributes:
-        manifest: contains "fingerprint", a hash of the text tower's initial weights.
+        manifest: dict with the key "fingerprint": a hash of the text tower's initial weights.
     """
 
     def __init__(self, text_encoder: ClipTextEncoder) -> None:
@@ -105,7 +104,7 @@ class TextTower(nn.Module):
     def __init__(self, clip: Any) -> None:
         super().__init__()
         for name in ("vision_model", "visual_projection", "logit_scale", "logit_bias"):
-            if hasattr(clip, name):  # parameters without gradients would make a distributed run hang
+            if hasattr(clip, name):  # parameters without gradients would cause a distributed run to hang
                 delattr(clip, name)
         self.clip = clip
 
@@ -115,9 +114,9 @@ class TextTower(nn.Module):
 
 @torch.no_grad()
 def build_model(clip: Any, config: AlignConfig) -> LLM2CLIP:
-    """Build a model for `align` from both towers of a transformers CLIP model, with its text tower as the adapter.
+    """Build a model for `align` from a transformers CLIP model, with its text tower as the adapter.
 
-    This modifies `clip`: its text tower becomes part of the new model, and its vision tower is deleted.
+    `clip` is modified: its text tower becomes part of the new model, and its vision tower is deleted.
     """
     tower = VisionTower.from_pretrained(config.tower, image_size=config.image_size)
     visual_projection = getattr(clip, "visual_projection", None)
@@ -145,7 +144,7 @@ def _save(model: LLM2CLIP, name: str, folder: Path) -> None:
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
     clip: Any = AutoModel.from_pretrained(name, trust_remote_code=False, dtype=torch.float32)
-    # In some versions of transformers, the vision model is wrapped in another module.
+    # Some versions of transformers wrap the vision model in another module.
     vision_model = getattr(clip.vision_model, "vision_model", clip.vision_model)
     vision_model.load_state_dict(model.tower.backbone.state_dict())
     text_tower: Any = model.adapter

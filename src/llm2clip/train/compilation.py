@@ -1,8 +1,8 @@
 """Compilation of the vision tower's blocks with torch.compile, which fuses elementwise operations on GPUs.
 
-Each block is compiled on its own ("regional compilation"). All blocks of a vision transformer have the same code and
-the same shapes, so PyTorch compiles the first block and reuses the result for all others. Compiling the complete tower
-would take many times as long. The names and the values of the weights do not change.
+Each block is compiled separately ("regional compilation"). All blocks of a vision transformer have the same code and
+shapes, so PyTorch compiles the first block and reuses the result for the others. Compiling the complete tower would
+take many times as long. The names and values of the weights do not change.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from torch import nn
 from llm2clip.distributed import print_once
 from llm2clip.models.vision_tower import VisionTower
 
-# Compilation takes one to two minutes. The elementwise operations that it fuses take about 0.1 s per 64 images of
-# ViT-L/14-336 on an H100, and much less for a small tower (both are estimates, see docs/results.md). In shorter runs,
-# compilation may take longer than it saves.
+# Compilation takes one to two minutes. The elementwise operations that it fuses are estimated to take about 0.1 s per
+# 64 images of ViT-L/14-336 on an H100, and much less for a small tower (see docs/results.md). In shorter runs,
+# compilation may take more time than it saves.
 MIN_STEPS = 1000
 BACKEND = "inductor"
 
 
 def should_compile(tower: VisionTower, device: torch.device, steps: int) -> bool:
-    """Return True if compilation is expected to save time in a run with this number of remaining steps.
+    """Return True if compilation is likely to save time over the remaining steps of a run.
 
-    The tower must be trained on a GPU and consist of equal blocks. The blocks of a convolutional network have different
-    shapes, so each of them would have to be compiled. TORCH_COMPILE_DISABLE=1 disables all compilation in PyTorch.
+    The tower must be trained on a GPU and consist of identical blocks. The blocks of a convolutional network have
+    different shapes, so all of them would have to be compiled. TORCH_COMPILE_DISABLE=1 disables all compilation in
+    PyTorch.
     """
     if device.type != "cuda" or steps < MIN_STEPS or torch._dynamo.config.disable:
         return False
@@ -43,7 +44,7 @@ def has_equal_blocks(tower: VisionTower) -> bool:
 
 
 def compile_blocks(tower: VisionTower) -> None:
-    """Compile the tower's blocks for training, in place. In eval mode, the blocks still run uncompiled.
+    """Compile the tower's blocks in place for training. In eval mode, the blocks still run uncompiled.
 
     The blocks are compiled in the first step. If that fails, they run uncompiled, and PyTorch logs a warning.
     """
@@ -64,9 +65,9 @@ def restore_blocks(tower: VisionTower) -> None:
 
 
 def _in_training_only(block: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that calls the compiled function in training mode, and the block's own method in eval mode.
+    """Return a function that calls the compiled function in training mode and the block's own method in eval mode.
 
-    Evaluation has other batch sizes and precisions, for each of which the blocks would be compiled again.
+    Evaluation uses other batch sizes and precisions, each of which would require another compilation.
     """
     eager = block.forward
 

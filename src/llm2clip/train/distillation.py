@@ -1,7 +1,7 @@
-"""Distillation losses of ProCLIP (arXiv 2510.18795), which keep embeddings close to the embeddings of a frozen teacher.
+"""Distillation losses of ProCLIP (arXiv 2510.18795), which keep embeddings close to those of a frozen teacher.
 
-They are used twice. In the `align` stage, the vision tower's features stay close to the features of the pretrained
-tower (self-distillation). Before the `align` stage, the adapter can learn to reproduce the embeddings of a CLIP model's
+They have two uses. In the `align` stage, they keep the vision tower's features close to those of the pretrained tower
+(self-distillation). Before the `align` stage, they can train the adapter to reproduce the embeddings of a CLIP model's
 text tower (representation inheritance; see `inherit.py`).
 """
 
@@ -22,17 +22,17 @@ def distillation_loss(student: Tensor, teacher: Tensor, gather: bool = True) -> 
         instance loss:   mean over i of |s_i - t_i|^2
         structure loss:  mean over pairs i != j of smooth_l1(|s_i - s_j| - |t_i - t_j|)
 
-    The formulas are those of `train_one_epoch_stage1` and `train_one_epoch_stage2` in training/train.py of
-    https://github.com/VisionXLab/ProCLIP. That code sums over items and over the pairs of each rank. Here, the terms
-    are averaged over items and over the pairs of all ranks, so that the loss does not scale with the batch size or the
-    number of ranks. In its second stage, that code compares image embeddings, whereas `align` compares the tower's
-    features before the projection, because a new projection has no teacher. The memory is quadratic in N.
+    The formulas are taken from `train_one_epoch_stage1` and `train_one_epoch_stage2` in training/train.py of
+    https://github.com/VisionXLab/ProCLIP. ProCLIP's code sums over items and over the pairs of each rank, whereas this
+    function averages over items and over the pairs of all ranks, so that the loss does not scale with the batch size or
+    the number of ranks. In its second stage, ProCLIP's code compares image embeddings, whereas `align` compares the
+    tower's features before the projection, because a new projection has no teacher. Memory use is quadratic in N.
 
     Args:
         student: Embeddings, (N, D). They are L2-normalised here.
         teacher: Embeddings of the same items, (N, D), without gradients. They are L2-normalised here.
-        gather: Use the pairs of all ranks. All ranks must then call this function. If all ranks have the same number
-            of items, the average over ranks of the loss and of its gradients equals that of a single process with all
+        gather: If True, use the pairs of all ranks; all ranks must then call this function. If all ranks have the same
+            number of items, the loss and its gradients, averaged over ranks, equal those of a single process with all
             items.
 
     Returns:
@@ -55,8 +55,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, gather: bool = True) -> 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
     """Return the Euclidean distances between L2-normalised vectors, (N, D) and (M, D), as (N, M).
 
-    Vectors that are almost equal have a distance of 0 and no gradient, because the gradient of the square root is
-    infinite there.
+    Almost equal vectors have a distance of 0 and no gradient, because the gradient of the square root is infinite at 0.
     """
     squares = 2 - 2 * a @ b.T
     is_distinct = squares > 1e-6  # float32 has an absolute error of about 1e-7

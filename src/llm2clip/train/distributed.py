@@ -1,4 +1,4 @@
-"""Collective operations: gathering rows from all ranks, and helpers for models sharded with FSDP2.
+"""Collective operations that gather rows from all ranks, and helpers for models sharded with FSDP2.
 
 With `accelerate launch --use_fsdp --fsdp_version 2`, Accelerate shards the weights. This has two consequences for the
 training loops. First, every forward pass gathers weights from all ranks, so all ranks must run the same number of
@@ -28,7 +28,7 @@ class RaggedGather:
     a single process, tensors are returned unchanged.
 
     Attributes:
-        single_process: True if tensors are not gathered, because this process already has all rows.
+        single_process: True if tensors are not gathered because this process already has all rows.
         local_size: Number of rows on this rank.
         max_size: Largest number of rows on any rank.
         total_size: Number of rows on all ranks.
@@ -40,7 +40,7 @@ class RaggedGather:
 
         Args:
             local_size: Number of rows on this rank.
-            device: Device of the tensors that will be gathered.
+            device: Device of the tensors to gather.
             gather: If False, ignore all other ranks, as in a single process.
         """
         self.single_process = not (gather and is_distributed())
@@ -104,9 +104,9 @@ def max_over_ranks(value: int, device: torch.device) -> int:
 
 
 def reduce_gradients_in_fp32(accelerator: Accelerator) -> None:
-    """Make FSDP sum gradients in float32, over ranks and over the passes of a gradient cache.
+    """Make FSDP sum gradients in float32, both over ranks and over the passes of a gradient cache.
 
-    By default, Accelerate sums them in the precision of the forward pass. Must be called before `accelerator.prepare`.
+    By default, Accelerate sums them in the precision of the forward pass. Call this before `accelerator.prepare`.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.mixed_precision_policy is not None:
@@ -114,7 +114,7 @@ def reduce_gradients_in_fp32(accelerator: Accelerator) -> None:
 
 
 def empty_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of a model with all parameters on the meta device, where they take up no memory."""
+    """Return a copy of a model with all parameters on the meta device, where they take no memory."""
     meta_parameters: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()
     }
@@ -125,7 +125,7 @@ def gather_to_cpu(empty_model: nn.Module, sharded_model: nn.Module) -> nn.Module
     """Gather the weights of a sharded model into an empty copy on the CPU. Must be called by all ranks.
 
     Args:
-        empty_model: Copy of the model before sharding, created with `empty_copy`.
+        empty_model: Copy of the model from before it was sharded, created with `empty_copy`.
         sharded_model: The sharded model.
     """
     state = {name: full_tensor(tensor).cpu() for name, tensor in sharded_model.state_dict().items()}

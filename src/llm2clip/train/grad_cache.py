@@ -1,11 +1,11 @@
-"""Gradient caching (GradCache, arXiv 2101.06983): contrastive losses over batches too large for one forward pass.
+"""Gradient caching (GradCache, arXiv 2101.06983), for contrastive losses over batches too large for one forward pass.
 
 A contrastive loss is a function of the embeddings of the complete batch, and so is its gradient with respect to these
 embeddings. The gradients of the model's parameters can therefore be computed in three steps:
 
 1. Run the model on each part of the batch in turn, without storing activations.
-2. Compute the loss on the embeddings of all parts, and its gradient with respect to these embeddings.
-3. Run the model on each part again, and backpropagate the gradient of the part's embeddings through the model.
+2. Compute the loss on the embeddings of all parts and its gradient with respect to these embeddings.
+3. Run the model on each part again and backpropagate the gradient of the part's embeddings through the model.
 
 The result equals the gradients from a single pass over the complete batch. At any time, only the activations of one
 part are in memory. The cost is a second forward pass over the batch.
@@ -27,16 +27,16 @@ ForwardPass = Callable[[], tuple[Tensor, ...]]
 def cached_backward(
     passes: Sequence[ForwardPass], loss_function: Callable[..., Tensor], model: nn.Module, device: torch.device
 ) -> Tensor:
-    """Return the loss on the outputs of all passes. Calling backward() on the loss runs each pass again.
+    """Return the loss on the outputs of all passes. Calling backward() on the loss reruns each pass.
 
     Args:
-        passes: One function per part of the batch, which runs `model` on that part. Every function must return a tuple
-            of tensors with one row per item, and all tuples must have the same length.
+        passes: One function per part of the batch, which runs `model` on that part and returns a tuple of tensors with
+            one row per item. All tuples must have the same length.
         loss_function: Function that returns the scalar loss. Argument n is the concatenation of the n-th tensors from
             all passes.
-        model: The model, including its DDP or FSDP wrapper. The gradients are reduced only once, in the last pass.
-        device: Device that the passes run on. Its random state is saved and restored, so that dropout is identical
-            when a pass is run again.
+        model: The model, including its DDP or FSDP wrapper. Gradients are reduced only once, in the last pass.
+        device: Device on which the passes run. Its random state is saved and restored, so that a repeated pass has the
+            same dropout masks.
     """
     # 1. Forward passes, without storing activations.
     random_states, outputs = [], []
@@ -50,7 +50,7 @@ def cached_backward(
     joined = [torch.cat(parts).requires_grad_() for parts in zip(*outputs, strict=True)]
     loss = loss_function(*joined)
     loss.backward()
-    gradients = []  # gradient of each output tensor, split into one part per pass
+    gradients = []  # gradient of each output tensor, split into one part for each pass
     for x, parts in zip(joined, zip(*outputs, strict=True), strict=True):
         gradient = torch.zeros_like(x) if x.grad is None else x.grad
         gradients.append(gradient.split([len(part) for part in parts]))

@@ -1,15 +1,15 @@
-"""Contrastive losses between the images and the texts of a batch.
+"""Contrastive losses between the images and texts of a batch.
 
 An image may have any number of texts. All images have equal weight in the loss, and so do all texts of an image. If
-several images share a text, that text is not a negative for any of these images. The same holds if an image is known to
-have a text that is not among its texts in this batch (`other_texts`). Logits are always float32.
+several images share a text, that text is not a negative for any of them. Texts that an image is known to have outside
+this batch (`other_texts`) are not negatives for it, either. Logits are always float32.
 
 `info_nce_reference` and `sigmoid_reference` define the losses in plain PyTorch for a single process. `info_nce` and
 `sigmoid_loss` compute the same values for large batches and several ranks:
 
 - The full logit matrix is never stored, so memory is linear in the batch size instead of quadratic. Its rows are
-  computed in chunks, once for the loss and again for the gradient. The gradient is implemented by hand: InfoNCE takes
-  four matmuls, whereas automatic differentiation would take six.
+  computed in chunks, once for the loss and again for the gradient. The gradient is hand-written: InfoNCE takes four
+  matmuls instead of the six that automatic differentiation would take.
 - In a distributed run, ranks gather the embeddings without gradients and exchange sums of exponentials. Each rank then
   computes the gradients of its own embeddings. Averaged over ranks, as in DistributedDataParallel, the loss and its
   gradients equal those of a single process with the complete batch.
@@ -38,7 +38,7 @@ def info_nce_reference(
     text_ids: Tensor,
     other_texts: Tensor | None = None,
 ) -> Tensor:
-    """Compute `info_nce` in a single process from the full logit matrix. Takes the same arguments as `info_nce`."""
+    """Compute `info_nce` in a single process from the full logit matrix. The arguments are the same."""
     own, positive, weights = _reference_masks(len(image), image_of_text, text_ids, other_texts)
     logits = logit_scale * image @ text.T  # (images, texts)
 
@@ -64,7 +64,7 @@ def sigmoid_reference(
     text_ids: Tensor,
     other_texts: Tensor | None = None,
 ) -> Tensor:
-    """Compute `sigmoid_loss` in a single process from the full logit matrix. Takes `sigmoid_loss`'s arguments."""
+    """Compute `sigmoid_loss` in a single process from the full logit matrix. The arguments are the same."""
     own, positive, weights = _reference_masks(len(image), image_of_text, text_ids, other_texts)
     logits = logit_scale * text @ image.T + logit_bias  # (texts, images)
     loss = -F.logsigmoid(torch.where(own, logits, -logits))
@@ -76,8 +76,8 @@ def _reference_masks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return two bool masks of shape (texts, images), and the weight of each text, float32 (texts,).
 
-    The first mask is True where the text belongs to the image. The second mask is True where the image has an identical
-    text, in this batch or among its other texts.
+    The first mask is True for each text and its image. The second mask is True if the image has an identical text, in
+    this batch or among its other texts.
     """
     own = F.one_hot(image_of_text, images).bool()
     equal = text_ids[:, None] == text_ids[None, :]  # (texts, texts)
@@ -101,7 +101,7 @@ def info_nce(
 
     In the image-to-text direction, an image must retrieve each of its texts from the texts of all other images. The
     image's remaining texts are not candidates. In the text-to-image direction, each text must retrieve its image from
-    all images. With one text per image, this loss is CLIP's loss.
+    all images. With one text per image, this is CLIP's loss.
 
     Args:
         image: Image embeddings, (N, D), L2-normalised.
@@ -109,12 +109,13 @@ def info_nce(
         logit_scale: Factor applied to the cosine similarities (1 / temperature).
         image_of_text: Index of each text's image, int64 (M,), ascending. Every image must have at least one text. If
             None, text i belongs to image i.
-        text_ids: Ids of the texts, int64 (M,). Identical texts must have equal ids. If None, all texts are treated as
-            distinct, and the host does not wait for the GPU to find identical ids. All ranks must agree.
-        other_texts: Texts that the images are known to have, whether or not they are in this batch, int64 (K, 2): the
-            index of the image, and the id of the text. They are not negatives of these images. None if none are known.
-            All ranks must agree. If set, `text_ids` must be set.
-        gather: Use the texts and images of all ranks as negatives. All ranks must then call this function.
+        text_ids: Ids of the texts, int64 (M,). Identical texts must have the same id. If None, all texts are treated as
+            distinct, and the host does not wait for the GPU to find identical ids. Must be None on all ranks or on
+            none.
+        other_texts: Texts that the images are known to have, inside or outside this batch, as (index of the image, id
+            of the text), int64 (K, 2). They are not used as negatives of these images. Default: none are known. Must be
+            None on all ranks or on none. Requires `text_ids`.
+        gather: If True, use the texts and images of all ranks as negatives; all ranks must then call this function.
 
     Returns:
         The loss as a float32 scalar, averaged over both directions and over this rank's images.
@@ -172,14 +173,14 @@ def _apply(
 class _InfoNCE(torch.autograd.Function):
     """Multi-positive InfoNCE.
 
-    Let p be the logit of a text t and its image i, and let n be the logits of the negatives. In each direction, the
-    text contributes the term
+    Let p be the logit of a text t and its image i, and let n be the logits of the negatives. The text contributes the
+    following term in each direction:
 
         -log(exp(p) / (exp(p) + sum exp(n))) = softplus(lse - p)    with lse = log(sum exp(n))
 
-    In the image-to-text direction, lse is `image_lse`, which has one value per image. In the text-to-image direction,
-    lse is `text_lse`, which has one value per text. If w_t is the weight of text t, the derivatives of the loss (before
-    it is divided by two, the number of directions) are
+    lse is `image_lse` (one value per image) in the image-to-text direction, and `text_lse` (one value per text) in the
+    text-to-image direction. If w_t is the weight of text t, the derivatives of the loss (before it is divided by two,
+    the number of directions) are
 
         with respect to p:                      -w_t * (sigmoid(image_lse_i - p) + sigmoid(text_lse_t - p))   =: -coef_t
         with respect to a negative logit l_it:  a_i * exp(l_it - image_lse_i) + b_t * exp(l_it - text_lse_t)
@@ -244,8 +245,9 @@ class _InfoNCE(torch.autograd.Function):
 class _Sigmoid(torch.autograd.Function):
     """Pairwise sigmoid loss.
 
-    A positive pair (a text and its image) contributes softplus(-logit); a negative pair contributes softplus(logit).
-    Each term depends on a single pair, so the loss and its gradients are computed together, with three matmuls.
+    A positive pair (a text and its image) contributes softplus(-logit), and a negative pair contributes
+    softplus(logit). Each term depends on a single pair, so the loss and its gradients are computed together with three
+    matmuls.
     """
 
     @staticmethod
@@ -296,8 +298,8 @@ class _ImageTextLayout:
         text_gather: All-gather for tensors with one row per text.
         image_of_text: Index of each text's image among the images of this rank, int64 (texts of this rank,).
         all_image_of_text: Index of each text's image among the images of all ranks, int64 (texts of all ranks,).
-        weights: Loss weight of each text, float32 (texts of all ranks,). A rank's loss is the
-            weighted sum over the rank's texts.
+        weights: Loss weight of each text, float32 (texts of all ranks,). A rank's loss is the weighted sum over its
+            texts.
     """
 
     def __init__(
@@ -316,9 +318,9 @@ class _ImageTextLayout:
         self.weights = self.text_gather.gather(_text_weights(image_of_text, images))
         self.images = images
 
-        # These tensors exist only if some texts are identical. `group` assigns the same number to identical texts,
-        # `by_group` lists the indices of all texts sorted by group, and `group_starts` is the position in `by_group` at
-        # which each group starts.
+        # Tensors that exist only if some texts are identical. `group` assigns the same number to identical texts,
+        # `by_group` lists the indices of all texts sorted by group, and `group_starts` contains the position in
+        # `by_group` at which each group starts.
         self.group: Tensor | None = None
         if text_ids is not None:
             different, group = self.text_gather.gather(text_ids).unique(return_inverse=True)
@@ -326,8 +328,8 @@ class _ImageTextLayout:
                 self.group, self.by_group = group, group.argsort(stable=True)
                 self.group_starts = F.pad(torch.bincount(group).cumsum(0), (1, 0))
 
-        # Pairs of an image and a text of the batch that is one of the image's other texts, as two int64 vectors: the
-        # index of the image among the images of all ranks, and the index of the text among the texts of all ranks.
+        # Pairs of an image and a text in the batch that is one of the image's other texts, as two int64 vectors: the
+        # index of the image and the index of the text among those of all ranks.
         self.other_pairs: tuple[Tensor, Tensor] | None = None
         if other_texts is not None and text_ids is not None:
             self.other_pairs = self._find_other_pairs(text_ids, other_texts, gather)
@@ -343,14 +345,14 @@ class _ImageTextLayout:
         return image[repeated], by_id[first[repeated] + index_in_group]
 
     def row_chunks(self, rows: int, columns: int) -> Iterator[slice]:
-        """Yield slices that cover all rows. Each slice has at most CHUNK logits or, failing that, a single row."""
+        """Yield slices that cover all rows. Each slice has at most CHUNK logits, but at least one row."""
         chunk = CHUNK.get(self.image_of_text.device.type, CHUNK["cuda"])
         size = max(1, chunk // max(1, columns))
         for start in range(0, rows, size):
             yield slice(start, min(start + size, rows))
 
     def texts_of(self, images: slice) -> slice:
-        """Return the slice of this rank's texts that belong to a slice of its images."""
+        """Return the slice of this rank's texts that corresponds to a slice of its images."""
         if images.stop - images.start == self.images:
             return slice(0, len(self.image_of_text))
         return slice(self.text_starts[images.start], self.text_starts[images.stop])
@@ -359,18 +361,18 @@ class _ImageTextLayout:
     def text_starts(self) -> list[int]:
         """Positions of the texts: image i has texts text_starts[i] to text_starts[i + 1] - 1.
 
-        The host waits for the GPU to compute them. They are only needed if the logits do not fit in one chunk.
+        The host waits for the GPU to compute them. They are needed only if the logits do not fit in one chunk.
         """
         images = torch.arange(self.images + 1, device=self.image_of_text.device)
         starts: list[int] = torch.searchsorted(self.image_of_text, images).tolist()
         return starts
 
     def equal_texts(self, texts: slice) -> tuple[Tensor, Tensor]:
-        """Pair each text in a slice of this rank's texts with all identical texts on any rank, including itself.
+        """Pair each text in a slice of this rank's texts with all identical texts on all ranks, including itself.
 
         Returns:
-            Two int64 vectors with one element per pair. The first contains the position of the text in the slice, and
-            the second contains the index of the identical text among the texts of all ranks.
+            Two int64 vectors with one element per pair: the position of the text in the slice, and the index of the
+            identical text among the texts of all ranks.
         """
         device, offset = self.image_of_text.device, self.text_gather.offset
         positions = torch.arange(texts.stop - texts.start, device=device)
@@ -421,7 +423,7 @@ def _add_positive_grads(
     layout: _ImageTextLayout,
     rows: slice,
 ) -> None:
-    """Add the gradients of the positive pairs in place, for a slice of images.
+    """Add the gradients of the positive pairs of a slice of images in place.
 
     The derivative of the loss with respect to the logit of a positive pair is -coef.
     """
@@ -445,7 +447,7 @@ def _scale_grads(
 
 
 def _shifted_lse(lse: Tensor, coef: Tensor) -> Tensor:
-    """Return lse - log(coef), so that exp(logit - result) = coef * exp(logit - lse). Infinite where coef is 0."""
+    """Return lse - log(coef), so that exp(logit - result) = coef * exp(logit - lse). Infinite if coef is 0."""
     return torch.where(coef > 0, lse - coef.log(), torch.inf)
 
 

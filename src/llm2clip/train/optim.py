@@ -1,4 +1,4 @@
-"""Optimization for the `align` stage: trainable parameters, learning rates and the learning rate schedule."""
+"""Optimization for the `align` stage: trainable parameters, learning rates and schedule."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.tower_lora import add_tower_lora
 from llm2clip.models.vision_tower import VisionTower
 
-# Weight decay and gradient clipping use the values from the training script of the LLM2CLIP authors (arXiv 2411.04997).
+# Weight decay and gradient clipping, with the values from the LLM2CLIP authors' training script (arXiv 2411.04997).
 WEIGHT_DECAY = 0.05
 MAX_GRAD_NORM = 5.0
 ADAM_BETAS = (0.9, 0.999)
-# Names of the tower's learned position embeddings and tokens, in timm and transformers. Weight decay would pull these
-# vectors towards zero.
+# Names of the tower's learned position embeddings and tokens in timm and transformers, which weight decay would pull
+# towards zero.
 _EMBEDDING = re.compile(r"^tower\..*(pos_embed|position_embedding|cls_token|class_embedding|reg_token|register_token)")
 
 
 def set_trainable(model: LLM2CLIP, config: AlignConfig) -> None:
     """Set `requires_grad` for the tower's parameters. If `lora_r` is greater than 0, also add LoRA layers to the tower.
 
-    The parameters outside the tower (projection, adapter and logit scale) are always trained.
+    Parameters outside the tower (projection, adapter and logit scale) are always trained.
 
     Raises:
-        ValueError: The tower has no layers that LoRA can be applied to.
+        ValueError: The tower has no layers to which LoRA can be applied.
     """
     tower = model.tower
     tower.requires_grad_(config.tower_lr > 0)
@@ -42,7 +42,7 @@ def set_trainable(model: LLM2CLIP, config: AlignConfig) -> None:
 
 
 def make_optimizer(model: LLM2CLIP, config: AlignConfig, device: torch.device) -> torch.optim.AdamW:
-    """Return an AdamW optimizer for the trainable parameters. On a GPU, its step is a single fused kernel."""
+    """Return an AdamW optimizer for the trainable parameters. On a GPU, its steps use a single fused kernel."""
     fused = True if device.type == "cuda" else None
     return torch.optim.AdamW(parameter_groups(model, config), betas=ADAM_BETAS, fused=fused)
 
@@ -51,8 +51,8 @@ def parameter_groups(model: LLM2CLIP, config: AlignConfig) -> list[dict[str, Any
     """Group the trainable parameters by learning rate and weight decay.
 
     The tower has a separate learning rate, `tower_lr`, which is multiplied by `layer_decay` once for each layer below
-    the top layer. As in the authors' code, weight decay is not applied to vectors and scalars, such as biases, norms
-    and the logit scale, or to the tower's position embeddings and class tokens.
+    the top layer. As in the authors' code, weight decay is not applied to vectors and scalars (such as biases, norms
+    and the logit scale) or to the tower's position embeddings and class tokens.
 
     Raises:
         ValueError: `layer_decay` is less than 1, but the order of the tower's layers is unknown.
@@ -79,10 +79,10 @@ def parameter_groups(model: LLM2CLIP, config: AlignConfig) -> list[dict[str, Any
 
 
 def cosine_schedule(steps: int, warmup_ratio: float) -> Callable[[int], float]:
-    """Return a function that maps a step to its learning rate factor: linear warm-up, then cosine decay to zero.
+    """Return a function that maps a step to its learning rate factor: linear warm-up, followed by cosine decay to zero.
 
-    The first step has a learning rate greater than 0. In the cosine schedule of transformers, the learning rate of the
-    first step is 0, so that step has no effect.
+    Unlike in the cosine schedule of transformers, the learning rate of the first step is greater than 0, so that this
+    step is not wasted.
     """
     warmup = max(1, round(steps * warmup_ratio))
 
@@ -98,9 +98,9 @@ def cosine_schedule(steps: int, warmup_ratio: float) -> Callable[[int], float]:
 def _tower_layers(tower: VisionTower) -> dict[str, int]:
     """Return the layer index of each tower parameter: 0 for the stem, then the blocks, then the final norm.
 
-    As in the paper, the final norm is a separate layer above the last block. The norm therefore has the full learning
-    rate, and the last block has `layer_decay` times the full learning rate. In timm, by contrast, the final norm
-    belongs to the same layer as the last block.
+    As in the paper, the final norm is a separate layer above the last block, so the norm has the full learning rate,
+    and the last block has `layer_decay` times this rate. In timm, by contrast, the final norm is in the same layer as
+    the last block.
     """
     layers = tower.parameter_depths()
     block_layers = [layer for name, layer in layers.items() if tower.is_in_block(name)]

@@ -1,8 +1,8 @@
-"""Training loss of the `tune` stage: InfoNCE over pairs of texts, which are encoded in batches of similar length.
+"""Training loss of the `tune` stage: InfoNCE over pairs of texts, encoded in batches of similar length.
 
-Captions have 10 to 200 tokens. Padding a complete batch to its longest text would waste half the compute. The texts are
-therefore sorted by length, and encoded in forward passes with a limited number of tokens each. If there are several
-passes, gradient caching keeps only the activations of one pass in memory at a time.
+Captions have 10 to 200 tokens, so padding a complete batch to its longest text would waste half the compute. The texts
+are therefore sorted by length and encoded in forward passes with a limited number of tokens each. If there are several
+passes, gradient caching keeps the activations of only one pass in memory at a time.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ def pair_loss(
     symmetric: bool = True,
     gather: bool = True,
 ) -> Tensor:
-    """Compute InfoNCE over pairs of texts: each anchor retrieves its positive from all positives and hard negatives.
+    """Compute InfoNCE over pairs of texts. Each anchor retrieves its positive from all positives and hard negatives.
 
-    A candidate text that is identical to the anchor or to its positive is not used as a negative. In a distributed run,
-    the candidates of all ranks are gathered with gradients. Averaged over ranks, as in DDP, the gradients equal those
-    of a single process with the complete batch.
+    Candidates that are identical to the anchor or its positive are not used as negatives. In a distributed run, the
+    candidates of all ranks are gathered with gradients. Averaged over ranks, as in DDP, the gradients equal those of a
+    single process with the complete batch.
 
     Args:
         anchor, positive: Embeddings of this rank's pairs, (N, D), L2-normalised. Row i of `anchor` and row i of
             `positive` form a pair. N must be the same on all ranks.
         scale: Factor applied to the cosine similarities (1 / temperature).
-        text_ids: Ids of the anchors, then the positives, then the negatives, int64 (2 N + M,). Identical texts must
-            have equal ids.
+        text_ids: Ids of the anchors, positives and negatives, in this order, int64 (2 N + M,). Identical texts must
+            have the same id.
         negatives: Embeddings of the hard negatives, (M, D), L2-normalised. They are negatives for all anchors. M may
             differ between ranks.
         symmetric: If True, each positive must also retrieve its anchor from all anchors.
-        gather: Use the candidates of all ranks. All ranks must then call this function.
+        gather: If True, use the candidates of all ranks; all ranks must then call this function.
 
     Returns:
         The loss as a float32 scalar, averaged over this rank's pairs. If symmetric, it is the mean of both directions.
@@ -71,7 +71,7 @@ def pair_loss(
     target = torch.arange(n, device=anchor.device) + pairs.offset  # index of each pair among the pairs of all ranks
 
     def retrieval_loss(query: Tensor, query_ids: Tensor, answer_ids: Tensor, items: Tensor, item_ids: Tensor) -> Tensor:
-        """Return the cross-entropy loss of retrieving the target item with each query."""
+        """Return the cross-entropy loss of retrieving each query's target item."""
         excluded = (item_ids[None, :] == query_ids[:, None]) | (item_ids[None, :] == answer_ids[:, None])
         excluded = excluded.scatter(1, target[:, None], False)  # never exclude the target itself
         logits = scale * query @ items.T  # (queries, items)
@@ -87,7 +87,7 @@ def pair_loss(
 
 @dataclass
 class PairCollator(SentenceTransformerDataCollator):
-    """Data collator that tokenizes a batch of pairs, without padding.
+    """Data collator that tokenizes a batch of pairs without padding.
 
     The output lists the anchors first, then the positives, then the hard negatives. `preprocess_fn` must be the
     encoder's `tokenize` method.
@@ -108,7 +108,7 @@ class PairCollator(SentenceTransformerDataCollator):
 
 
 class PairLoss(nn.Module):
-    """Loss module for the sentence-transformers trainer, which computes `pair_loss` on batches from `PairCollator`."""
+    """Loss module for the sentence-transformers trainer. It computes `pair_loss` on batches from `PairCollator`."""
 
     def __init__(
         self,
@@ -123,16 +123,16 @@ class PairLoss(nn.Module):
         """
         Args:
             encoder: Caption encoder to train.
-            temperature: Temperature that cosine similarities are divided by.
+            temperature: Temperature by which cosine similarities are divided.
             batch_tokens: Maximum number of tokens per forward pass, including padding.
             symmetric: See `pair_loss`.
             matryoshka_dims: Truncated embedding sizes to train in addition to the full size (Matryoshka, arXiv
                 2205.13147). The loss is the mean over all sizes.
-            grad_cache: Use gradient caching if a batch needs several forward passes, so that only one pass at a time
-                has its activations in memory.
+            grad_cache: If True, use gradient caching for batches that take several forward passes, so that the
+                activations of only one pass are in memory at a time.
         """
         super().__init__()
-        self.model = encoder.st  # the trainer replaces this model with its distributed wrapper
+        self.model = encoder.st  # the trainer replaces this with its distributed wrapper
         self._encoder = [encoder]  # in a list, so that the encoder is not registered as a submodule
         self.scale = 1 / temperature
         self.batch_tokens = batch_tokens
@@ -148,20 +148,20 @@ class PairLoss(nn.Module):
         runs = [run for _, run in passes]
 
         def run_without_output() -> Tensor:
-            """Repeat the last pass, which has the shortest texts, and discard its output."""
+            """Rerun the last pass, which has the shortest texts, and discard its output."""
             return passes[-1][1]()[:0]
 
         sharded, most_passes = isinstance(self.model, FSDPModule), len(passes)
         if sharded or self.grad_cache:
             most_passes = max_over_ranks(len(passes), device)
-        if sharded:  # ranks with fewer passes add dummy passes, so that all ranks run the same number of passes
+        if sharded:  # ranks with fewer passes add dummy passes, so that all ranks run the same number
             runs += [run_without_output] * (most_passes - len(passes))
 
         def loss_function(embeddings: Tensor) -> Tensor:
             return self._loss(embeddings[order], batch["pairs"], batch["text_ids"].to(embeddings.device))
 
-        # A single pass needs no gradient caching, which would run it twice. Gradient caching changes the order of the
-        # collective operations, so all ranks must make the same choice.
+        # Gradient caching would run a single pass twice for no benefit. It changes the order of collective operations,
+        # so all ranks must make the same choice.
         if self.grad_cache and most_passes > 1 and torch.is_grad_enabled():
             return cached_backward([partial(_as_tuple, run) for run in runs], loss_function, self.model, device)
         return loss_function(torch.cat([run() for run in runs]))
@@ -169,7 +169,7 @@ class PairLoss(nn.Module):
     def _passes(
         self, tokens: list[list[int]], prompt_lengths: list[int]
     ) -> Iterator[tuple[list[int], Callable[[], Tensor]]]:
-        """Yield the row indices of each forward pass for a batch, and a function that encodes these rows."""
+        """Yield the row indices of each forward pass over a batch, and a function that encodes these rows."""
         for prompt_length, rows in TokenizedTexts(tokens, [], prompt_lengths).batches(self.batch_tokens):
             yield rows, partial(self._encode, [tokens[row] for row in rows], prompt_length)
 

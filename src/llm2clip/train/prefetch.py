@@ -1,4 +1,4 @@
-"""Preparation of training batches in a background thread, so that an accelerator does not wait for the next batch."""
+"""Preparation of training batches in a background thread, so that accelerators do not wait for the next batch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Generic, TypeVar
 import torch
 
 T = TypeVar("T")
-DEPTH = 2  # number of items that are prepared ahead
+DEPTH = 2  # number of items to prepare in advance
 
 
 def prefetch(items: Generator[T], device: torch.device) -> Generator[T] | Prefetcher[T]:
-    """Prepare items in a background thread if training runs on an accelerator. The caller must close the result.
+    """Prepare items in a background thread if training runs on an accelerator. The caller must close the iterator.
 
     On the CPU, the items are returned unchanged, because a thread would compete with training for the same cores.
     """
@@ -23,16 +23,16 @@ def prefetch(items: Generator[T], device: torch.device) -> Generator[T] | Prefet
 
 
 class Prefetcher(Iterator[T], Generic[T]):
-    """Iterator that runs a generator in a background thread. The order of the items does not change.
+    """Iterator that runs a generator in a background thread and preserves the order of its items.
 
-    An exception in the generator is raised after the preceding items have been returned.
+    An exception in the generator is raised after all preceding items have been returned.
     """
 
     def __init__(self, items: Generator[T], depth: int = DEPTH) -> None:
         """
         Args:
-            items: Generator, which is closed at the end.
-            depth: Number of items that are prepared ahead.
+            items: Generator of items, which is closed at the end.
+            depth: Number of items to prepare in advance.
         """
         self._items = items
         self._results: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
@@ -54,7 +54,7 @@ class Prefetcher(Iterator[T], Generic[T]):
         return item  # type: ignore[return-value]
 
     def close(self) -> None:
-        """Stop the thread and close the generator. The item that is being prepared is completed first."""
+        """Stop the thread, after it has completed the current item, and close the generator."""
         self._closed = True
         self._free.release()
         self._thread.join()

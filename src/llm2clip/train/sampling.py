@@ -34,7 +34,7 @@ Sample = tuple[int, int]  # epoch and image index
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's part of the batch for a training step: N images and M captions of these images."""
+    """One rank's share of the batch for a training step: N images and M of their captions."""
 
     images: Tensor
     """Pixels as uint8 (N, 3, S, S). If the tower is frozen, its image features as float32 (N, feature_dim)."""
@@ -58,8 +58,8 @@ class AlignBatches:
 
     Attributes:
         images_per_step: Total number of images per step, across all ranks.
-        steps_per_epoch: Number of steps per epoch. The images are shuffled in each epoch, and the last images of an
-            epoch are dropped if there are too few of them for a complete step.
+        steps_per_epoch: Number of steps per epoch. The images are shuffled in each epoch, and leftover images that do
+            not fill a step are dropped.
         image_hash: Hash of the image names.
         caption_hash: Hash of the captions.
     """
@@ -79,14 +79,14 @@ class AlignBatches:
         Args:
             records: Training data. Records without an image are ignored.
             store: Store that contains the caption embeddings.
-            model: Model that the batches are for; its vision tower defines the image preprocessing.
+            model: Model to train. Its vision tower determines the image preprocessing.
             config: Settings for the `align` stage.
             world_size: Number of ranks.
             rank: Rank of this process.
-            features: Store with the image features of the pretrained tower. If the tower is frozen (`tower_lr` is 0),
-                batches contain these features instead of pixels. Otherwise, batches contain them in addition to the
-                pixels. Images without features are ignored.
-            images_per_step: Total number of images per step, across all ranks; must be divisible by `world_size`.
+            features: Store with the image features of the pretrained tower. Batches contain these features instead of
+                pixels if the tower is frozen (`tower_lr` is 0), and in addition to pixels otherwise. Images without
+                features are ignored.
+            images_per_step: Total number of images per step, across all ranks. Must be divisible by `world_size`.
                 Default: `config.batch_size` images on each rank.
 
         Raises:
@@ -104,7 +104,7 @@ class AlignBatches:
         self.config, self.world_size, self.rank = config, world_size, rank
         self.image_count = len(usable)
         self.image_hash = hash_texts(str(record.image) for record in usable)
-        # Phrases with weight 0 are not used at all, even for images without captions of the other kinds.
+        # Do not use phrases with weight 0 at all, even for images that have no other kinds of captions.
         fields = TEXT_FIELDS if config.samples_phrases else CAPTION_FIELDS
         self.caption_hash = hash_texts(text for record in usable for text in training_texts(record, config))
         kinds = [kind for kind in fields if any(getattr(record, kind) for record in usable)]
@@ -124,7 +124,7 @@ class AlignBatches:
         Raises:
             ValueError: None of the images in a batch can be decoded.
         """
-        if first_step >= len(self):  # the run is complete, so do not start any workers
+        if first_step >= len(self):  # the run is complete; do not start any workers
             return
         if self.features is not None and self.config.tower_lr == 0:
             for samples in self.samples(first_step):
@@ -184,12 +184,12 @@ class AlignBatches:
 
 
 def training_texts(record: Record, config: AlignConfig) -> tuple[str, ...]:
-    """Return all texts of a record that `align` may train on: its captions and, if they are used, its phrases."""
+    """Return all texts of a record on which `align` may train: its captions and, if they are used, its phrases."""
     return record.texts + record.phrases if config.uses_phrases else record.texts
 
 
 def check_batch_size(images: int, config: AlignConfig, world_size: int) -> int:
-    """Check the caption mix and the number of images, and return the total number of images per step on all ranks.
+    """Check the caption mix and the number of images; return the total number of images per step on all ranks.
 
     Raises:
         ValueError: There are too few images for one step, or the caption mix is invalid.
@@ -211,9 +211,9 @@ def check_batch_size(images: int, config: AlignConfig, world_size: int) -> int:
 
 
 def limit_batch_size(batch_size: int, images: int, config: AlignConfig, world_size: int) -> int:
-    """Return the batch size. With a frozen tower, the batch size is limited to the number of images per rank.
+    """Return the batch size, which is limited to the number of images per rank if the tower is frozen.
 
-    With a frozen tower, batches are cheap and therefore usually large. A batch may be larger than a small data set.
+    With a frozen tower, batches are cheap and therefore usually large, possibly larger than a small data set.
     """
     if config.tower_lr > 0:
         return batch_size
@@ -221,7 +221,7 @@ def limit_batch_size(batch_size: int, images: int, config: AlignConfig, world_si
 
 
 def decoding_workers(config: AlignConfig) -> int:
-    """Return the number of image decoding processes for this rank. Default: one per two CPU cores, but at most 16."""
+    """Return the number of image decoding processes for this rank. Default: one per two CPU cores, at most 16."""
     if config.workers is not None:
         return config.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -243,16 +243,16 @@ class _BatchSampler(Sampler[list[Sample]]):
 
 
 class _ImageDataset(Dataset):
-    """Dataset that decodes and crops the image of each sample. The crop does not depend on the worker process."""
+    """Dataset that decodes and crops images. The crop of a sample does not depend on the worker process."""
 
     def __init__(self, records: Sequence[Record], transform: TrainTransform, seed: int) -> None:
         self.refs = SharedRefs([record.image for record in records if record.image is not None])
         self.transform, self.seed = transform, seed
 
     def __getitem__(self, sample: Sample) -> tuple[str, Tensor | str, Sample]:
-        """Return the image name, the pixels, and the sample.
+        """Return the image name, the pixels and the sample.
 
-        If the image cannot be decoded, the error message is returned in place of the pixels.
+        If the image cannot be decoded, the error message is returned instead of the pixels.
         """
         epoch, image = sample
         ref = self.refs[image]
@@ -262,7 +262,7 @@ class _ImageDataset(Dataset):
 
 
 def _collate(items: list[tuple[str, Tensor | str, Sample]]) -> tuple[Tensor | None, list[Sample], dict[str, str]]:
-    """Collate decoded images in the worker process; return their pixels, samples, and the error messages by name.
+    """Collate decoded images in the worker process; return their pixels, their samples, and a dict of error messages.
 
     The pixels are a single tensor, because the main process keeps one open file for each tensor that it receives. The
     pixels are None if none of the images can be decoded.
@@ -271,7 +271,7 @@ def _collate(items: list[tuple[str, Tensor | str, Sample]]) -> tuple[Tensor | No
     decoded = [(result, sample) for _, result, sample in items if not isinstance(result, str)]
     if not decoded:
         return None, [], failures
-    # Images that cannot be decoded are replaced with duplicates of other images from the batch. Duplicates are
-    # harmless, because the loss does not use identical captions as negatives.
+    # Replace images that cannot be decoded with duplicates of others in the batch. Duplicates are harmless, because the
+    # loss does not use identical captions as negatives.
     decoded += [decoded[n % len(decoded)] for n in range(len(items) - len(decoded))]
     return torch.stack([pixels for pixels, _ in decoded]), [sample for _, sample in decoded], failures

@@ -1,4 +1,4 @@
-"""Metrics of training steps: reading them from the device, checks for non-finite values, and logging."""
+"""Metrics of training steps, which are read from the device, checked for non-finite values, and logged."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Step:
     """Properties of a training step that are known without waiting for the device.
 
     Attributes:
-        number: Number of the step, starting at 1.
+        number: Step number, starting at 1.
         image_names: Names of this rank's images.
         failures: Error message for each image of this rank that could not be decoded, keyed by image name.
-        metrics: Metrics to log, in addition to the loss, the gradient norm and the logit scale.
+        metrics: Metrics to log in addition to the loss, the gradient norm and the logit scale.
     """
 
     number: int
@@ -43,8 +43,8 @@ class StepReport:
     """Logs the metrics of each training step, and stops training if a value is not finite.
 
     Reading a value from a GPU waits until the GPU has computed it. On a GPU, the values of a step are therefore read
-    when the next step is added, at which time the GPU has usually computed them. `flush` must be called before weights
-    are evaluated or saved, so that these weights have always been checked.
+    when the next step is added, by which time they have usually been computed. `flush` must be called before weights
+    are evaluated or saved, to ensure that they have been checked.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class StepReport:
             accelerator: The Accelerator of the training run.
             log: Log for images that could not be decoded.
             metrics: Log for the metrics. None on all ranks except the main process.
-            checkpoints: Checkpoints of the run, which error messages refer to.
-            run_dir: Run directory. If a value is not finite, the images of the step are listed in a file there.
+            checkpoints: Checkpoints of the run, which are mentioned in error messages.
+            run_dir: Run directory. If a value is not finite, the step's images are listed in a file in this directory.
             progress: Progress bar that shows the loss.
         """
         self.accelerator, self.log, self.metrics = accelerator, log, metrics
@@ -91,11 +91,11 @@ class StepReport:
         self._report(pending=1 if loss.device.type == "cuda" else 0)
 
     def flush(self) -> None:
-        """Report all steps that have been added. Must be called by all ranks. Raises the same errors as `add`."""
+        """Report all steps that have been added. Must be called by all ranks. Can raise the same errors as `add`."""
         self._report(pending=0)
 
     def _report(self, pending: int) -> None:
-        """Report the oldest steps, except for the last `pending` steps."""
+        """Report all steps except the last `pending` ones."""
         while len(self._pending) > pending:
             step, values = self._pending.pop(0)
             loss, grad_norm, logit_scale, *failures_of_all_ranks = values.read()
@@ -118,11 +118,12 @@ class StepReport:
     def _log_failures(self, step: Step, failures_of_all_ranks: list[float]) -> None:
         """Log images that could not be decoded.
 
-        Each rank counts the failures of all ranks. If there are too many, all ranks stop at the same step.
+        Each rank counts the failures of all ranks, so that all ranks stop at the same step if there are too many.
 
         Args:
             step: The step.
-            failures_of_all_ranks: Number of images that could not be decoded on any rank. Empty in a single process.
+            failures_of_all_ranks: Number of images that could not be decoded, over all ranks. Empty in a single
+                process.
         """
         failures = list(step.failures.items())
         if any(failures_of_all_ranks):
@@ -132,7 +133,7 @@ class StepReport:
             self.log.check()
 
     def _check_finite(self, name: str, value: float, step: Step) -> None:
-        """Raise FloatingPointError if `value` is not finite. The step's images are then listed in a file."""
+        """Raise FloatingPointError if `value` is not finite, after listing the step's images in a file."""
         if math.isfinite(value):
             return
         file = self.run_dir / f"not-finite-{step.number}-{self.accelerator.process_index}.json"
@@ -156,7 +157,7 @@ class DeviceValues:
         self._copied.record(torch.cuda.current_stream(stacked.device))
 
     def read(self) -> list[float]:
-        """Wait until the device has computed the values, and return them."""
+        """Wait until the device has computed the values; return them."""
         if self._copied is not None:
             self._copied.synchronize()
         values: list[float] = self._values.tolist()

@@ -1,11 +1,11 @@
-"""The `tune` stage: contrastive training of a decoder LLM on captions, using LoRA or full fine-tuning.
+"""The `tune` stage: contrastive training of a decoder LLM on captions, with LoRA or full fine-tuning.
 
 Two captions of the same image form a positive pair (called "CC" in the paper), and all other texts in the batch are
 negatives. General text pairs ("TC") can be added or used instead. LoRA is merged into the LLM after training, so the
 result is an ordinary sentence-transformers model.
 
-Training uses the sentence-transformers trainer, extended with a metrics log, a progress bar and checkpoints that
-contain only the trained weights.
+Training uses the sentence-transformers trainer, with a metrics log, a progress bar and checkpoints that contain only
+the trained weights.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, confi
     """Tune a caption encoder and save it to `run_dir/encoder`, resuming from the latest checkpoint if one exists.
 
     Args:
-        sources: One list per source, which contains either image captions or text pairs.
-        encoder: Caption encoder to tune. The encoder is modified in place.
+        sources: One list of image captions or text pairs per source.
+        encoder: Caption encoder to tune. It is modified in place.
         config: Settings for the `tune` stage. If `steps` is 0, the encoder is saved without tuning.
         run_dir: Output folder for checkpoints/ and metrics.jsonl. After training, it also contains encoder/.
 
@@ -117,11 +117,11 @@ def _sample_rows(
 def _set_trainable(encoder: CaptionEncoder, config: TuneConfig) -> tuple[str, LoraSession | None]:
     """Select the trainable weights: either newly added LoRA layers or all LLM weights except the token embeddings.
 
-    With LoRA, the frozen matrices take up nearly all of the memory. To save memory, these matrices are stored in the
-    training precision. With QLoRA, they are stored in 4 bits.
+    With LoRA, the frozen matrices take nearly all of the memory. To save memory, they are stored in the training
+    precision or, with QLoRA, in 4 bits.
 
     Returns:
-        The training precision (fp32, bf16 or fp16), and the LoRA session. Without LoRA, the session is None.
+        The training precision (fp32, bf16 or fp16), and the LoRA session, which is None without LoRA.
     """
     torch.manual_seed(config.seed)
     device = process_state().device
@@ -142,7 +142,7 @@ def _set_trainable(encoder: CaptionEncoder, config: TuneConfig) -> tuple[str, Lo
         lora = LoraSession(encoder, lora_config, DTYPES[precision], device, config.qlora)
     else:
         llm.requires_grad_(True)
-        llm.get_input_embeddings().requires_grad_(False)  # large, and captions use only a few rows
+        llm.get_input_embeddings().requires_grad_(False)  # they are large, and captions use only a few rows
         if pooler is not None:
             pooler.requires_grad_(False)
     encoder.to(device)
@@ -191,7 +191,7 @@ def _train(
         config.batch_tokens or default_batch_tokens(encoder.device),
         symmetric=config.symmetric,
         matryoshka_dims=config.matryoshka_dims,
-        # If the run has been resumed on fewer ranks, the memory on each rank must not grow.
+        # The memory per rank must not grow if the run has been resumed on fewer ranks.
         grad_cache=config.grad_cache or batch_size > config.batch_size,
     )
     trainer = _TuneTrainer(
@@ -215,7 +215,7 @@ def _train(
         encoder.st = gather_to_cpu(unsharded, encoder.st)
     else:
         trainer.accelerator.unwrap_model(encoder.st, keep_fp32_wrapper=False)  # removes the autocast wrapper
-        vars(encoder.st).pop("_is_accelerate_prepared", None)  # so that a later training run uses autocast again
+        vars(encoder.st).pop("_is_accelerate_prepared", None)  # so that later training uses autocast again
 
 
 def _finish(encoder: CaptionEncoder, lora: LoraSession | None) -> None:
@@ -248,8 +248,8 @@ def _training_arguments(
         report_to="none",
         dataloader_drop_last=True,
         logging_nan_inf_filter=False,
-        # The number of forward passes depends on the text lengths, so it may differ between ranks. A forward pass must
-        # therefore not run a collective operation.
+        # The number of forward passes depends on the text lengths and may differ between ranks, so forward passes must
+        # not run collective operations.
         ddp_broadcast_buffers=False,
         ddp_find_unused_parameters=False,
         disable_tqdm=False,
@@ -259,18 +259,18 @@ def _training_arguments(
 
 
 class _TuneTrainer(TrainingStateMixin, SentenceTransformerTrainer):
-    """A sentence-transformers trainer for batches from `PairCollator`."""
+    """Sentence-transformers trainer for batches from `PairCollator`."""
 
     def collect_features(self, inputs: dict[str, Any]) -> tuple[list[dict[str, Any]], None]:
         """Pass a batch from `PairCollator` to the loss unchanged."""
         return [inputs], None
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-        """Do nothing. The callback would encode examples for a model card, which is never saved."""
+        """Do nothing, because the callback would encode examples for a model card that is never saved."""
 
 
 class _ShowProgress(TrainerCallback):
-    """Trainer callback that shows a progress bar with the loss, instead of printing a line every few steps."""
+    """Trainer callback that shows a progress bar with the loss instead of printing a line every few steps."""
 
     bar: ProgressBar
 
@@ -295,7 +295,7 @@ class _ShowProgress(TrainerCallback):
 def _attention_backend(device: torch.device) -> AbstractContextManager[None]:
     """Return a context manager that, on CPUs, replaces PyTorch's fused attention with plain matmuls.
 
-    With bf16 and short captions, the backward pass of fused attention is slow on CPUs (see `benchmarks/tune.py`).
+    In bf16, the backward pass of fused attention is slow on CPUs for short captions (see `benchmarks/tune.py`).
     """
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 

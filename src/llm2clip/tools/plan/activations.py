@@ -27,8 +27,7 @@ from llm2clip.train.optim import set_trainable
 
 
 class SavedTensorBytes:
-    """Counter of the bytes that autograd saves within `hooks`. Each storage is counted once, and weights are
-    excluded."""
+    """Counter of the bytes that autograd saves within `hooks`. Each storage is counted once; weights are excluded."""
 
     def __init__(self, *modules: nn.Module) -> None:
         weights = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))

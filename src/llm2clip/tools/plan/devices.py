@@ -1,5 +1,4 @@
-"""Peak throughput and memory of accelerators, from the manufacturers' data sheets, and the utilisation of each
-stage."""
+"""Peak throughput and memory of accelerators, from the manufacturers' data sheets, and utilisation per stage."""
 
 from __future__ import annotations
 

@@ -22,13 +22,13 @@ class LlavaPlan:
     """Estimates for both training stages.
 
     Args:
-        machine: devices that the estimates are for.
+        machine: devices on which the estimates are based.
         image_tokens: number of tokens per image.
         parameters: number of parameters in each part of the model.
         flop: FLOP per conversation in each stage. The key "image" contains the vision tower's FLOP per image.
         feature_bytes: size of the cached patch features for each stage's images, in bytes.
-        memory: memory per device in each stage, broken down by component, in bytes.
-        fits: whether each stage fits into a device's memory.
+        memory: memory per device and component in each stage, in bytes.
+        fits: True for each stage that fits into a device's memory.
         hours: wall-clock hours per stage, using all devices.
     """
 
@@ -59,7 +59,7 @@ def plan_llava(
         machine: devices to train on.
         llm: causal LLM. No network access is required if `model_configs.py` lists the LLM.
         vision: vision tower. No network access is required if `model_configs.py` lists the tower.
-        image_size: image size in pixels. Default: the size that the tower was trained with.
+        image_size: image size in pixels. Default: the size on which the tower was trained.
         conversations: number of conversations in each stage. Each conversation is assumed to have a different image.
         text_tokens: mean number of text tokens per conversation in each stage.
 
@@ -70,7 +70,7 @@ def plan_llava(
     model = _count_model(config, llm, vision, image_size, precision)
     epochs = {"pretrain": config.pretrain_epochs, "instruct": config.epochs}
     feature_bytes = {stage: 2.0 * conversations[stage] * model.image_tokens * model.feature_size for stage in STAGES}
-    # Features are cached either for both stages or for neither. The stages are assumed to use different images.
+    # Features are cached for both stages or for neither. The stages are assumed to use different images.
     total_bytes = sum(feature_bytes[stage] for stage in STAGES if epochs[stage])
     cached = 0 < total_bytes <= config.cache_gb * 1e9
     flop = {"image": model.tower_flop}
@@ -222,7 +222,7 @@ def _conversation_flop(model: _ModelCosts, config: LlavaConfig, stage: str, leng
 def _stage_memory(
     model: _ModelCosts, config: LlavaConfig, stage: str, length: float, precision: str, machine: Machine, cached: bool
 ) -> dict[str, float]:
-    """Return the memory per device, broken down by component, in bytes.
+    """Return the memory per device and component, in bytes.
 
     Weights are in fp32, or in half precision if LoRA is used. In addition, each trained parameter needs 4 bytes for its
     gradient (8 bytes with several processes) and 8 bytes for AdamW.
@@ -234,7 +234,7 @@ def _stage_memory(
         length: number of tokens per conversation, including image tokens.
         precision: fp32, bf16 or fp16.
         machine: devices to train on.
-        cached: whether patch features are cached, so that the tower is not needed.
+        cached: if True, patch features are cached, and the tower is not needed.
     """
     llm = model.llm
     sharded, count = machine.use_fsdp, machine.count
@@ -261,7 +261,7 @@ def _stage_memory(
     per_token = llm.layers * llm.saved_per_token
     if config.gradient_checkpointing:
         per_token = llm.layers * llm.input_per_token + llm.saved_per_token
-    per_token += llm.saved_per_token + llm.saved_outside  # gradients while the backward pass processes one block
+    per_token += llm.saved_per_token + llm.saved_outside  # gradients during the backward pass of one block
     vocabulary = model.head // llm.embed_dim
     logits = vocabulary * (compute_bytes + 4 + 4)  # logits, their fp32 copy and their gradient
     text_tokens = length - model.image_tokens

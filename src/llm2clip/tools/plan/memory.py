@@ -1,11 +1,11 @@
-"""Estimate the memory per device and component, in bytes, from what the code allocates.
+"""Memory estimates per device and component, in bytes, based on what the code allocates.
 
 A trained fp32 weight takes 4 bytes, its gradient 4 bytes, and AdamW's two moments 8 bytes. With several processes,
-DistributedDataParallel keeps a second copy of the gradients in its communication buckets. The backward pass frees the
-activations while it creates the gradients, so in a single pass, only the larger of the two counts. With gradient
-caching, the gradients of earlier passes and the activations of a pass are in memory at the same time.
+DistributedDataParallel keeps a second copy of the gradients in its communication buckets. The backward pass frees
+activations while it creates gradients, so only the larger of the two counts in a single pass. With gradient caching,
+the gradients of earlier passes are in memory together with the activations of the current pass.
 
-On a CPU, the same memory also holds the weights while they are loaded, identified and saved.
+On a CPU, weights also take up this memory while they are loaded, hashed and saved.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ CPU_FRAMEWORK_OVERHEAD = 0.75e9  # bytes per process for PyTorch, transformers a
 USABLE_FRACTION = 0.93  # usable fraction of a device's memory; the rest is lost to fragmentation
 NF4_BYTES = (
     0.5 + (1 + 4 / 256) / 64
-)  # bytes per weight: 4 bits, plus a double-quantised 8-bit scale for every 64 weights
-MIN_EMBED_TOKENS = 8192  # smallest batch that `embed` tries on a GPU, in tokens
+)  # bytes per weight: 4 bits, plus a double-quantised 8-bit scale per 64 weights
+MIN_EMBED_TOKENS = 8192  # smallest batch that `embed` tries on GPUs, in tokens
 
 
 def bytes_per_value(precision: str) -> int:
@@ -30,7 +30,7 @@ def bytes_per_value(precision: str) -> int:
 
 
 def optimizer_memory(trained: float, count: int, use_fsdp: bool) -> dict[str, float]:
-    """Return the bytes for the gradients and AdamW state of `trained` weights, excluding the weights themselves."""
+    """Return the size of the gradients and AdamW state of `trained` weights in bytes, without the weights."""
     if use_fsdp:
         return {"gradients": 4 * trained / count, "AdamW": 8 * trained / count}
     return {"gradients": 4 * trained * (2 if count > 1 else 1), "AdamW": 8 * trained}
@@ -47,13 +47,13 @@ def tune_memory(
 ) -> dict[str, float]:
     """Return the memory per component in the `tune` stage, in bytes.
 
-    The component `loading` is the peak before training, when the weights are loaded in fp32.
+    The component `loading` is the peak before training, while the weights are loaded in fp32.
 
     Args:
         text: costs of the language model.
         config: settings for the `tune` stage.
         tokens: number of tokens per caption.
-        precision: precision of matmuls: fp32, bf16 or fp16.
+        precision: matmul precision: fp32, bf16 or fp16.
         count: number of devices.
         use_fsdp: shard the weights with FSDP2.
         is_cpu: the device is a CPU.
@@ -71,7 +71,7 @@ def tune_memory(
         saved = text.layers * text.input_per_token + one_layer
     else:
         saved = text.layers * text.saved_per_token
-    # One extra layer accounts for the gradients of the layer that the backward pass is currently processing.
+    # The additional layer accounts for the gradients of the layer that is being processed in the backward pass.
     activations = tokens_per_pass * (saved + one_layer + text.saved_outside)
 
     parts: dict[str, float] = {}
@@ -96,8 +96,8 @@ def tune_memory(
 def embed_memory(text: TextCosts, precision: str, is_cpu: bool = False) -> dict[str, float]:
     """Return the memory per component in the `embed` stage, in bytes.
 
-    On a GPU, the estimate is for the smallest batch. `embed` uses larger batches if they fit into memory. The LLM is
-    loaded on the CPU. The device holds linear weights only in the precision of the matmuls.
+    On GPUs, the estimate is for the smallest batch, because `embed` uses larger batches only if they fit into memory.
+    The LLM is loaded on the CPU, and the device holds linear weights only in the matmul precision.
     """
     other_weights = text.parameters - text.linear
     parts = {"LLM": bytes_per_value(precision) * text.linear + 4.0 * other_weights}
@@ -124,7 +124,7 @@ def align_memory(
         text_dim: dimension of the stored embeddings.
         count: number of devices.
         use_fsdp: shard the weights with FSDP2.
-        loading: memory of the device that loading the LLM needs, before training.
+        loading: device memory required for loading the LLM before training.
         is_cpu: the device is a CPU.
     """
     parameters, shards = image.tower + image.projection + image.adapter, count if use_fsdp else 1
@@ -146,27 +146,28 @@ def align_memory(
     parts["loss"] = 12 * image.embed_dim * (images + texts) + 12 * chunk
     parts["captions"] = 4 * text_dim * micro_batch * captions
     if config.distill_weight:
-        # The features' distances to those of all images, for both towers, with intermediate results and gradients.
+        # Distances from this rank's features to those of all images, for both towers, with intermediate results and
+        # gradients.
         parts["loss"] += 24 * config.batch_size * images
         parts["pretrained tower"] = 0.0 if config.caches_features else 4.0 * image.tower
     return parts | _fixed_parts(is_cpu, loading)
 
 
 def _beyond_gradients(activations: float, trained: float, several_passes: bool) -> float:
-    """Return the memory that activations need in addition to the memory of the gradients, in bytes.
+    """Return the memory that activations take in addition to the gradients, in bytes.
 
     Args:
         activations: size of the activations of a pass, in bytes.
         trained: number of trained weights on the device.
-        several_passes: gradients are accumulated over several passes.
+        several_passes: True if gradients are accumulated over several passes.
     """
     return activations if several_passes else max(0.0, activations - 4 * trained)
 
 
 def loading_memory(text: TextCosts) -> float:
-    """Return the memory that loading an LLM in fp32 from 16-bit files needs, in bytes.
+    """Return the memory required for loading an LLM in fp32 from 16-bit files, in bytes.
 
-    The files are memory-mapped, and count as memory of the process until all weights are converted.
+    The files are memory-mapped and count towards the memory of the process until all weights have been converted.
     """
     return 6.0 * text.parameters
 
@@ -178,7 +179,7 @@ def _fixed_parts(is_cpu: bool, loading: float) -> dict[str, float]:
 
 
 def peak_memory(parts: dict[str, float]) -> float:
-    """Return the peak memory in bytes, which occurs either during training or while loading."""
+    """Return the peak memory in bytes, either during training or while loading."""
     training = sum(size for part, size in parts.items() if part != "loading")
     return max(training, parts["loading"])
 

@@ -1,4 +1,4 @@
-"""Build models without weights, for planning. Models in the tables below do not require network access.
+"""Models without weights, for planning. The models in the tables below do not require network access.
 
 Models are built on PyTorch's meta device, where tensors have shapes but no values. The shape of a language model is
 read from the config.json on its hub page. Hub ids of vision towers are mapped to timm models of the same shape.
@@ -42,7 +42,7 @@ _SMOLLM2 = _shape("llama", 576, 30, 9, 3, 1536, 49152, tie_word_embeddings=True)
 _GEMMA3 = _shape("gemma3_text", 640, 18, 4, 1, 2048, 262144, head_dim=256)
 _MINILM = _shape("bert", 384, 6, 12, 12, 1536, 30522)
 
-# Map from lower-case hub ids, or `llm2clip`'s short model names, to configs.
+# Lower-case hub ids, or `llm2clip`'s short model names -> configs.
 LLMS = {
     "meta-llama/meta-llama-3-8b": _LLAMA_8B,
     "meta-llama/meta-llama-3-8b-instruct": _LLAMA_8B,
@@ -51,7 +51,7 @@ LLMS = {
     "meta-llama/llama-3.2-1b": _LLAMA_1B,
     "meta-llama/llama-3.2-1b-instruct": _LLAMA_1B,
     "deepseek-ai/deepseek-r1-distill-llama-8b": _LLAMA_8B,
-    "encoders/llm2vec-llama-3-8b": _LLAMA_8B,  # folders created by `convert`, as described in built-in configs
+    "encoders/llm2vec-llama-3-8b": _LLAMA_8B,  # folders created by `convert`, as described in the built-in configs
     "encoders/nv-embed-v2": _MISTRAL_7B,
     "baai/bge-en-icl": {**_MISTRAL_7B, "vocab_size": 32003},
     "lmsys/vicuna-7b-v1.5": _VICUNA_7B,
@@ -69,7 +69,7 @@ LLMS = {
     "sentence-transformers/all-minilm-l6-v2": _MINILM,
 }
 
-# Map from lower-case hub ids, or `llm2clip`'s short model names, to (timm model, image size).
+# Lower-case hub ids, or `llm2clip`'s short model names -> (timm model, image size).
 TOWERS: dict[str, tuple[str, int]] = {
     "openai/clip-vit-base-patch32": ("vit_base_patch32_clip_quickgelu_224", 224),
     "openai/clip-vit-base-patch16": ("vit_base_patch16_clip_quickgelu_224", 224),

@@ -1,7 +1,7 @@
-"""Estimate the parameters, FLOPs, memory and hours of a `fit` run without running it.
+"""Estimates of the parameters, FLOPs, memory and hours of a `fit` run, without running it.
 
-Hours are FLOPs divided by the peak throughput and an assumed model FLOPs utilisation (MFU), see `devices.MFU`. Small
-models, small batches and slow image decoding lower the MFU.
+Hours are FLOPs divided by the product of the peak throughput and an assumed model FLOPs utilisation (MFU); see
+`devices.MFU`. Small models, small batches and slow image decoding reduce the MFU.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from llm2clip.tools.plan.memory import align_memory, embed_memory, fits, loading
 
 STAGES = ("tune", "embed", "align")
 
-# Number of matmuls between image and text embeddings in the loss and its gradient: (one process, several processes).
+# Number of matmuls between image and text embeddings in the loss and its gradient, as (one process, several processes).
 LOSS_MATMULS = {"infonce": (4, 5), "sigmoid": (3, 4)}
 
-# Pair of command-line flags and the resulting memory per component, in bytes.
+# Command-line flags, and the resulting memory per component in bytes.
 Suggestion = tuple[str, dict[str, float]]
 
 
@@ -33,13 +33,13 @@ class Plan:
         config, machine, images, captions_per_image, tokens_per_caption: see `plan_fit`.
         captions: number of captions used per image in each `align` step.
         parameters: number of parameters in each component, and number of parameters trained by each stage.
-        flop: FLOPs per caption or image, for each kind of pass.
+        flop: FLOPs per caption or image for each type of pass.
         store: size of the embedding store, in bytes.
         features: size of the pretrained tower's cached features, in bytes; 0 if they are not cached.
         memory: memory per device for each stage and component, in bytes.
-        fits: whether each stage fits into the device's memory.
-        suggestions: for each stage that does not fit, command-line flags that would make the stage fit, and the
-            resulting peak memory in bytes.
+        fits: True for each stage that fits into the device's memory.
+        suggestions: for each stage that does not fit, command-line flags that would make it fit, and the resulting peak
+            memory in bytes.
         hours: duration of each stage, in hours.
         images_per_second: number of images that must be decoded per second and device in the `align` stage.
         online: costs of running the LLM in every `align` step, relative to training with an embedding store. "step" is
@@ -72,9 +72,9 @@ def plan_fit(
 
     Args:
         config: settings for all stages.
-        machine: devices that the run would use.
+        machine: devices on which to run.
         images: number of training images.
-        captions_per_image: average number of captions per image; all captions are assumed to be distinct.
+        captions_per_image: average number of captions per image. All captions are assumed to be distinct.
         tokens_per_caption: average number of tokens per caption, including the template.
 
     Raises:
@@ -113,7 +113,7 @@ def plan_fit(
         "align": align_hours,
     }
 
-    # Memory. `align` opens the LLM on the CPU, to check that the store belongs to it.
+    # Memory. `align` loads the LLM on the CPU to check that the store was created with it.
     llm_loading = loading_memory(text) if is_cpu else 0.0
     memory = {
         "tune": tune_memory(text, config.tune, tokens, tune_precision, count, use_fsdp, is_cpu),
@@ -187,7 +187,7 @@ def _align_flop(image: ImageCosts, config: AlignConfig, captions: float, count: 
 
 
 def _select_fitting(candidates: Iterator[Suggestion], device: Device) -> list[tuple[str, float]]:
-    """Return the candidates that fit, except candidates that only add flags to an earlier candidate that fits."""
+    """Return the candidates that fit, except those that only add flags to an earlier candidate that fits."""
     selected: list[tuple[str, float]] = []
     for flags, parts in candidates:
         names = _flag_names(flags)
@@ -247,6 +247,6 @@ def _align_candidates(
 
 
 def _flags(stage: str, config: TuneConfig | AlignConfig, change: dict[str, Any]) -> str:
-    """Return the command-line flags that apply a change, omitting settings that already have the new value."""
+    """Return the command-line flags for a change, omitting settings that already have the new value."""
     changed = {name: value for name, value in change.items() if getattr(config, name) != value}
     return " ".join(f"--{stage}.{name} {str(value).lower()}" for name, value in changed.items())

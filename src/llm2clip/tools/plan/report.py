@@ -1,4 +1,4 @@
-"""Format a plan as text tables."""
+"""Formatting of a plan as text tables."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-# Nouns for the subgroups of the Unicode emoji list in which nearly all emoji show the same kind of thing. All other
-# subgroups are too diverse to be mentioned in captions. For example, the building subgroup contains a rock.
+# Nouns for the subgroups of the Unicode emoji list in which nearly all emoji show the same kind of object. All other
+# subgroups are too diverse to be mentioned in captions: for example, the building subgroup contains a rock.
 SUBGROUP_NOUNS = {
     "face-smiling": "smiling face", "face-affection": "affectionate face", "face-tongue": "face with its tongue out",
     "face-hand": "face with a hand", "face-neutral-skeptical": "neutral or skeptical face",
@@ -33,8 +33,7 @@ VOWEL_SOUNDS = ("hour", "sos")  # words that start with a consonant but take "an
 def keyword_caption(name: str, keywords: Sequence[str], subgroup: str) -> str | None:
     """Return a caption built from the keywords of an emoji, such as "an emoji of a smiling face: eye, mouth".
 
-    Keywords that already occur in the name are omitted. If no keywords remain, or if all remaining keywords are words
-    for people, return None.
+    Keywords that already occur in the name are omitted. Return None if no keywords remain, or only words for people.
     """
     noun = SUBGROUP_NOUNS.get(subgroup, "")
     words = _additional_keywords(f"{name} {noun}", keywords)
@@ -53,7 +52,7 @@ def drawing_caption(name: str, subgroup: str) -> str:
 def long_caption(name: str, keywords: Sequence[str], group: str, subgroup: str) -> str:
     """Return a long caption that contains everything known about an emoji.
 
-    The caption has two sentences. If only the name is known, it has one sentence.
+    The caption has two sentences, or one if only the name is known.
     """
     drawing = f"A simple colour drawing of {_name_phrase(name, subgroup)} on a white background."
     noun = SUBGROUP_NOUNS.get(subgroup, "")
@@ -84,7 +83,7 @@ def _additional_keywords(text: str, keywords: Sequence[str]) -> list[str]:
 
 
 def _stems(text: str) -> set[str]:
-    """Return the words of a text, with plurals converted to singulars by a simple rule."""
+    """Return the words of a text. A simple rule converts plurals to singulars."""
     stems = set()
     for word in _words(text):
         is_plural = len(word) > 3 and word.endswith("s") and not word.endswith("ss")
@@ -102,9 +101,9 @@ def _join(words: Sequence[str]) -> str:
 
 
 def _name_phrase(name: str, subgroup: str) -> str:
-    """Return a name, with an article if the name is a countable noun, as in "a dog".
+    """Return a name, with an article if it is a countable noun, as in "a dog".
 
-    Only names in the subgroups of SUBGROUP_NOUNS get an article. For example, "ping pong" and "foggy" do not get one.
+    Only names in the subgroups of SUBGROUP_NOUNS get an article; "ping pong" and "foggy", for example, do not.
     """
     return _with_article(name) if subgroup in SUBGROUP_NOUNS else name
 

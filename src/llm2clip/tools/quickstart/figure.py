@@ -1,4 +1,4 @@
-"""Draw search results as an image with one row per query.
+"""Drawing of search results as an image with one row per query.
 
 Each row shows the query text on the left and the retrieved images on the right.
 """
@@ -30,7 +30,7 @@ CJK_FAMILIES = (
     "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "Noto Sans CJK JP", "PingFang SC", "Hiragino Sans GB",
     "Microsoft YaHei", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
 )  # fmt: skip
-# Characters that must not be the first character of a line.
+# Characters with which a line must not start.
 CLOSING_MARKS = "、。，．！？：；）」』】》〉ーっゃゅょッャュョ,.!?:;)"
 
 Row = tuple[str, Sequence[Image.Image | str | Path], Sequence[float]]  # query, images, scores
@@ -45,10 +45,10 @@ def draw_results(
     columns: int = 5,
     offline: bool = False,
 ) -> Path:
-    """Draw a row of top-ranked images for each query, write the result to a PNG file, and return the file's path.
+    """Draw a row of top-ranked images for each query and save it as a PNG file; return the path of the file.
 
-    Chinese, Japanese and Korean text requires a font that supports these languages. If no such font is installed, a
-    font is downloaded (2.3 MB).
+    Chinese, Japanese and Korean text requires a font that supports these languages. If none is installed, one is
+    downloaded (2.3 MB).
 
     Args:
         rows: Query, images and scores of each row.
@@ -56,7 +56,7 @@ def draw_results(
         title: Title drawn above the results.
         correct: Zero-based ranks of the correct images in each row. Correct images are drawn with a green frame.
         columns: Maximum number of images per row.
-        offline: Do not download a font.
+        offline: If True, do not download a font.
     """
     if correct is not None and len(correct) != len(rows):
         raise ValueError(f"got {len(rows)} rows, but `correct` has {len(correct)} entries: pass one entry per row")
@@ -116,7 +116,7 @@ def _lay_out_query(query: str, offline: bool) -> _QueryText:
 
 
 def _draw_query(draw: ImageDraw.ImageDraw, text: _QueryText, top: int, row_height: int) -> None:
-    """Draw a query to the left of its images, vertically centred unless the text is taller than the images."""
+    """Draw a query to the left of its images, vertically centred unless it is taller than the images."""
     y = top + GAP
     if text.height <= THUMBNAIL:
         y = top + (row_height - SCORE_HEIGHT - text.height) // 2
@@ -195,12 +195,12 @@ def _breakable_pieces(text: str) -> list[str]:
 
 
 def _is_wide(char: str) -> bool:
-    """Return whether a character is Chinese, Japanese or a full-width form."""
+    """Return True if a character is Chinese, Japanese or a full-width form."""
     return "\u2e80" <= char <= "\u9fff" or "\uff00" <= char <= "\uffef"
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """Truncate a text to at most `width` pixels. If the text is truncated, it ends with an ellipsis."""
+    """Truncate a text to at most `width` pixels. Truncated texts end with an ellipsis."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:
@@ -229,9 +229,9 @@ def _load_font(text: str, size: int, offline: bool) -> ImageFont.FreeTypeFont:
 
 @cache
 def _cjk_font(offline: bool) -> str | None:
-    """Return the path of a font for Chinese, Japanese and Korean. If no such font is installed, download one.
+    """Return the path of a font for Chinese, Japanese and Korean. If none is installed, download one.
 
-    If the download fails, return None.
+    Return None if the download fails.
     """
     for family in CJK_FAMILIES:
         path = _matplotlib_font(family)

@@ -1,12 +1,12 @@
-"""Small but real data set of OpenMoji images, with English captions and with names in 13 other languages.
+"""Small but real data set of OpenMoji images, with English captions and names in 13 other languages.
 
 The data set has 1,625 images. Each image has several short English captions, one long English caption, and one name in
-each of the other languages (`captions_zh`, ...). With this data set, you can see within minutes whether training works,
-and whether a name in another language retrieves an image that was described only in English.
+each of the other languages (`captions_zh`, ...). With this data set, you can see within minutes that training works,
+and that names in other languages retrieve images that were described only in English.
 
-The data set does not contain skin tone variants, because they are near duplicates. If several emoji have identical
-drawings, only one of these emoji is included. The flags of countries and regions are excluded, because the name of a
-country cannot be recognised from its flag, only memorised.
+The data set does not contain skin tone variants, which are near duplicates. If several emoji have identical drawings,
+only one of them is included. The flags of countries and regions are excluded, because a flag does not show the name of
+its country, which can only be memorised.
 
 Related emoji, such as "man surfing", "woman surfing" and "person surfing", are always in the same split.
 """
@@ -30,7 +30,8 @@ from llm2clip.progress import ProgressBar
 from llm2clip.tools.quickstart.captions import drawing_caption, keyword_caption, long_caption
 
 LANGUAGES = ("zh", "ja", "ko", "de", "fr", "es", "pt", "it", "ru", "ar", "fa", "tr", "id")
-# Fraction of emoji families in the validation split. This yields 423 images: one image changes R@1 by 0.25 points.
+# Fraction of emoji families in the validation split. This results in 423 images, so one image changes R@1 by about 0.25
+# points.
 VAL_FRACTION = 0.27
 VARIATION_SELECTOR = "\ufe0f"  # requests a colour drawing; omitted in some tables
 EXCLUDED_CODE_POINTS = (
@@ -82,7 +83,7 @@ class Emoji:
 
     @property
     def split(self) -> str:
-        """Name of the split, "val" or "train", chosen by a hash of the emoji's family.
+        """Name of the split, "val" or "train", which depends on a hash of the emoji's family.
 
         The family is the name of the emoji without words such as "man" and "person".
         """
@@ -102,8 +103,8 @@ def prepare_emoji_records(
     Args:
         folder: Folder of the data set. Default: a folder in the user's cache directory.
         size: Width and height of the images in pixels.
-        offline: Use only cached files, and do not download anything.
-        progress: Show progress bars.
+        offline: If True, use only cached files, and do not download anything.
+        progress: If True, show progress bars.
     """
     folder = Path(folder) if folder is not None else cache_dir() / f"openmoji-records-{size}"
     if (folder / "captions.jsonl").is_file():
@@ -133,7 +134,7 @@ def read_emoji(
 ) -> list[Emoji]:
     """Return all emoji that have a drawing and a name in every language, except flags and skin tone variants.
 
-    Emoji are sorted by number of code points. If several emoji have identical drawings, the most general emoji (such as
+    Emoji are sorted by number of code points. If several emoji have identical drawings, the most general one (such as
     "person ...") therefore comes first and is used.
 
     Args:
@@ -213,8 +214,8 @@ def record_rows(emojis: Sequence[Emoji]) -> list[dict[str, Any]]:
     """Return the rows of captions.jsonl.
 
     Each row has at least two English captions: the name, any unambiguous aliases, and a caption built from keywords. If
-    the keyword caption does not exist or would be ambiguous, a description of the drawing is used instead. Therefore,
-    two images share an English caption only if they have the same name.
+    there is no keyword caption or it would be ambiguous, a description of the drawing is used instead. Two images
+    therefore share an English caption only if they have the same name.
     """
     keyword_captions = [keyword_caption(emoji.name, emoji.keywords, emoji.subgroup) for emoji in emojis]
     uses = _count_uses(emojis, keyword_captions)
@@ -245,7 +246,7 @@ def _is_flag_or_skin_tone(char: str) -> bool:
 
 
 def _openmoji_id(char: str, svg_folder: Path) -> str | None:
-    """Return OpenMoji's id for an emoji, or None if OpenMoji has no drawing of the emoji.
+    """Return OpenMoji's id for an emoji, or None if OpenMoji has no drawing of it.
 
     The id may or may not contain variation selectors, so both forms are tried.
     """
@@ -259,7 +260,7 @@ def _openmoji_id(char: str, svg_folder: Path) -> str | None:
 def _gender_keywords(
     key: str, own_keywords: Sequence[str], keywords: dict[str, tuple[str, tuple[str, ...]]]
 ) -> tuple[str, ...]:
-    """Return additional keywords for an emoji with a gender sign. For other emoji, return an empty tuple.
+    """Return additional keywords for an emoji with a gender sign, or an empty tuple for other emoji.
 
     The additional keywords are "woman" or "man", and the keywords of the emoji without the gender sign. For example,
     "woman surfing" is 🏄 with a gender sign, so the keywords of 🏄 also describe "woman surfing".
@@ -273,7 +274,7 @@ def _gender_keywords(
 
 
 def _draw_images(emojis: Sequence[Emoji], folder: Path, size: int, progress: bool) -> Iterator[Emoji]:
-    """Draw emoji as PNG files, and yield the drawn emoji. Skip emoji whose image is identical to a previous image."""
+    """Draw emoji as PNG files; yield the drawn emoji. Skip emoji whose image is identical to a previous one."""
     try:
         import resvg_py
     except ModuleNotFoundError as error:
@@ -302,11 +303,11 @@ def _count_uses(emojis: Sequence[Emoji], keyword_captions: Sequence[str | None])
 
 
 def _is_readable(alias: str) -> bool:
-    """Return whether an alias consists of words. Aliases such as "+1", "clock10" and "dog2" do not."""
+    """Return True if an alias consists of words, unlike "+1", "clock10" and "dog2"."""
     num_letters = sum(char.isalpha() for char in alias)
     return num_letters > 2 and not any(char.isdigit() for char in alias)
 
 
 def _normalize(text: str) -> str:
-    """Convert a text to lower case, and remove all characters except letters and digits."""
+    """Convert a text to lower case and remove all characters except letters and digits."""
     return "".join(char for char in text.lower() if char.isalnum())

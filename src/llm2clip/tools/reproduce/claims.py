@@ -1,4 +1,4 @@
-"""Test the claims of the LLM2CLIP paper (arXiv 2411.04997), and compare the results with the paper's results."""
+"""Tests of the LLM2CLIP paper's claims (arXiv 2411.04997), and comparisons with the paper's results."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def long_captions(experiments: Experiments) -> Claim:
 
 
 def other_languages(experiments: Experiments) -> Claim:
-    """Test claim 4: measure retrieval in a language that was used in neither the `tune` nor the `align` stage."""
+    """Test claim 4: measure retrieval in a language that was not used in the `tune` or `align` stage."""
     claim = Claim(4)
     hits = _retrieval_table(experiments, claim, (BASELINE, LLM_CC, MULTILINGUAL_CC), FOREIGN_TEST)
     pairs = [(BASELINE, MULTILINGUAL_CC), (LLM_CC, MULTILINGUAL_CC)]
@@ -176,7 +176,7 @@ CLAIMS: dict[int, Callable[[Experiments], Claim]] = {
 
 
 def _retrieval_table(experiments: Experiments, claim: Claim, names: Sequence[str], test: str) -> dict[str, Tensor]:
-    """Measure image-text retrieval, and add a row to the claim's table for each caption encoder.
+    """Measure image-text retrieval, and add one row per caption encoder to the claim's table.
 
     Returns:
         Per-image hits of each caption encoder, (seeds, images), averaged over both retrieval directions.

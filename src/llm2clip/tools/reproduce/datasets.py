@@ -1,4 +1,4 @@
-"""Data sets for testing the claims.
+"""Data sets used to test the claims.
 
 The `tune` stage uses captions and text pairs, the `align` stage uses training images, and the retrieval tests use
 held-out images.
@@ -30,7 +30,7 @@ CAPTIONS_TEST, FOREIGN_TEST = "captions", "foreign"  # test names for `ClaimData
 class ClaimData:
     """Data sets for all claims.
 
-    Each data set is read when it is first accessed. If a source is missing, ValueError is raised.
+    Each data set is read when it is first accessed. A missing source raises ValueError.
     """
 
     def __init__(self, folder: Path, config: ReproduceConfig, log: SkipLog) -> None:
@@ -56,7 +56,7 @@ class ClaimData:
     def text_pairs(self) -> list[Pair]:
         """General text pairs from the configured sources. If no source is configured, the pairs come from WordNet.
 
-        The list is empty if WordNet is needed but not installed.
+        The list is empty if WordNet is required but not installed.
         """
         if self.config.text_pairs:
             sources = self._paths(self.config.text_pairs)
@@ -65,15 +65,15 @@ class ClaimData:
 
     @cached_property
     def cra(self) -> list[tuple[str, ...]]:
-        """The captions of each image, which are used to measure caption retrieval accuracy (CRA)."""
+        """Captions of each image, for measuring caption retrieval accuracy (CRA)."""
         return [record.captions for record in self._read(self.config.cra, images=False)]
 
     @cached_property
     def train(self) -> list[Record]:
         """Training images for the `align` stage. Test images are excluded.
 
-        Every third image gets a long caption that joins its short captions, unless the image already has a long
-        caption. Long captions for all images would double the embedding time.
+        Every third image without a long caption gets one that joins its short captions. Long captions for all images
+        would double the embedding time.
         """
         tested = [*self.config.test, *self.config.long_caption_sources]
         records = [record for record in self._read(self.config.train) if record.image is not None]
@@ -107,8 +107,8 @@ class ClaimData:
     def long_caption_tests(self) -> dict[str, list[Record]]:
         """Retrieval tests with long captions, keyed by query length.
 
-        The queries of the first test are the first sentences of the captions. Each further test adds one sentence, and
-        the queries of the last test are the complete captions.
+        The queries of the first test are the first sentences of the captions. Each subsequent test adds one sentence,
+        and the last one uses the complete captions.
 
         Raises:
             ValueError: There are no images with long captions.
@@ -153,7 +153,7 @@ class ClaimData:
 
 
 def split_in_two(captions: Sequence[str]) -> tuple[str, ...]:
-    """Join the first half of an image's captions into one long caption, and the second half into another.
+    """Join the first half of an image's captions into one long caption and the second half into another.
 
     Return an empty tuple if there are fewer than four captions.
     """
@@ -169,16 +169,16 @@ def join_captions(captions: Sequence[str]) -> tuple[str, ...]:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Split a text into sentences, after full stops, exclamation marks and question marks."""
+    """Split a text into sentences at full stops, exclamation marks and question marks."""
     return re.split(r"(?<=[.!?])\s+", text.strip())
 
 
 def read_wordnet(folder: Path) -> Iterator[Pair]:
     """Yield text pairs from WordNet's data files.
 
-    Each entry yields a pair of its words and their meaning. If the entry has an example sentence, it also yields a pair
-    of the sentence and the word that the sentence illustrates. The lines have the format
-    `offset file type count word id word id ... | definition; "example"; ...`, see the manual page wndb(5WN).
+    Each entry yields a pair of its words and their definition and, if there is an example sentence, a pair of this
+    sentence and the word that it illustrates. The lines have the format `offset file type count word id word id ... |
+    definition; "example"; ...`; see the manual page wndb(5WN).
     """
     for part_of_speech in PARTS_OF_SPEECH:
         for line in (folder / f"data.{part_of_speech}").read_text(encoding="latin-1").splitlines():

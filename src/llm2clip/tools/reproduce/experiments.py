@@ -1,4 +1,4 @@
-"""The experiments that test the claims, with caption encoders, caption retrieval, aligned models and retrieval ranks.
+"""Experiments that test the claims: caption encoders, caption retrieval, aligned models and retrieval ranks.
 
 Each result is computed once and saved in the run directory, so that an interrupted run can be resumed:
 
@@ -47,7 +47,7 @@ MULTILINGUAL_RAW, MULTILINGUAL_TC, MULTILINGUAL_CC = "multilingual raw", "multil
 
 
 class Experiments:
-    """Runs the experiments with each caption encoder, and caches the results in the run directory."""
+    """Runs the experiments with each caption encoder and caches the results in the run directory."""
 
     def __init__(self, data: ClaimData, config: ReproduceConfig, out: Path) -> None:
         self.data = data
@@ -87,7 +87,7 @@ class Experiments:
         return label
 
     def encoder(self, name: str) -> CaptionEncoder:
-        """Load a caption encoder. If it must be tuned and has not been tuned yet, tune it first."""
+        """Load a caption encoder, tuning it first if necessary."""
         return open_encoder(self._encoder_config(name))
 
     def caption_retrieval(self, name: str) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class Experiments:
         return metrics
 
     def store(self, name: str, texts: Sequence[str]) -> EmbeddingStore:
-        """Return a caption encoder's embedding store. Texts that the store does not contain are embedded first."""
+        """Return a caption encoder's embedding store, after adding the embeddings of missing texts."""
         folder = self.out / "stores" / _file_name(name)
         if (folder / "manifest.json").exists():
             store = EmbeddingStore(folder)
@@ -113,7 +113,7 @@ class Experiments:
         return embed(texts, folder, self._encoder_config(name), EmbedConfig())
 
     def model(self, name: str, seed: int) -> LLM2CLIP:
-        """Return an aligned model for a caption encoder, training the model first if it does not exist.
+        """Return an aligned model for a caption encoder, training it first if it does not exist.
 
         The vision tower is frozen. Only the heads are trained, using the stored embeddings of the caption encoder.
         """
@@ -135,7 +135,7 @@ class Experiments:
         return LLM2CLIP.from_pretrained(folder)
 
     def align_config(self, seed: int) -> AlignConfig:
-        """Return the settings of the `align` stage. They are the same for all models, except for the seed."""
+        """Return the settings of the `align` stage, which are the same for all models except for the seed."""
         return AlignConfig(
             tower=self.config.tower,
             image_size=self.config.image_size,
@@ -150,14 +150,14 @@ class Experiments:
         )
 
     def hits(self, name: str, test: str, direction: str) -> Tensor:
-        """Return the per-image hits of all models trained with a caption encoder. The mean of the hits is R@1.
+        """Return the per-image hits of all models trained with a caption encoder. Their mean is R@1.
 
         Args:
             name: Name of the caption encoder.
             test: Name of the test. See `ClaimData.test`.
-            direction: I2T or T2I. For I2T, an image's hit value is 1 if the top-ranked caption is correct, and
-                0 otherwise. For T2I, the hit value is the number of the image's captions that retrieve the
-                image at rank 1, divided by the mean number of captions per image.
+            direction: I2T or T2I. For I2T, the hit value of an image is 1 if the top-ranked caption is correct, and 0
+                otherwise. For T2I, it is the number of the image's captions that retrieve the image at rank 1, divided
+                by the mean number of captions per image.
 
         Returns:
             Hits, float64 (seeds, images).
@@ -192,7 +192,7 @@ class Experiments:
 
     def _ranks(self, name: str, seed: int, test: str) -> RetrievalRanks:
         model, records = self.model(name, seed), self.data.test(test)
-        # The texts of all long-caption tests are embedded in one call.
+        # Embed the texts of all long-caption tests in one call.
         tests = [test] if test in (CAPTIONS_TEST, FOREIGN_TEST) else list(self.data.long_caption_tests)
         texts = [text for each in tests for record in self.data.test(each) for text in record.captions]
         store = self.store(name, texts)
@@ -200,7 +200,7 @@ class Experiments:
         return rank_caption_fields(embeddings, {test: drop_refused_captions(records, store)})[test]
 
     def _encoder_config(self, name: str) -> EncoderConfig:
-        """Return the config of a caption encoder. If it must be tuned and has not been tuned yet, tune it first."""
+        """Return the config of a caption encoder, tuning it first if necessary."""
         config, tuning = self.encoders[name]
         if tuning is None:
             return config

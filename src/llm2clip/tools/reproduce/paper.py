@@ -14,7 +14,7 @@ from llm2clip.published_results import (
 
 
 def describe_paper(claim: int) -> list[str]:
-    """Return sentences with the paper's results for a claim, from the project pages of 2026 (AAAI-26) and 2024."""
+    """Return the paper's results for a claim as sentences, from the project pages of 2026 (AAAI-26) and 2024."""
     if claim == 1:
         return [_caption_retrieval(), CRA_NOTE]
     if claim == 2:
@@ -46,7 +46,7 @@ def _averages(table: PublishedTable, *models: str) -> str:
 
 
 def _gains(table: PublishedTable, tuned: str, reference: str) -> str:
-    """Return a sentence with one encoder's gain over another on each benchmark, averaged over both directions."""
+    """Return the gain of one encoder over another on each benchmark as a sentence, averaged over both directions."""
     gains = []
     for column in table.columns:
         high, low = table.cell(tuned, column), table.cell(reference, column)
@@ -56,7 +56,7 @@ def _gains(table: PublishedTable, tuned: str, reference: str) -> str:
 
 
 def _chinese(table: PublishedTable, t2i: int) -> str:
-    """Return a sentence that states each model's T2I R@1 on Flickr30k-CN, which is at index `t2i` in each cell."""
+    """Return a sentence that states each model's T2I R@1 on Flickr30k-CN, stored at index `t2i` of each cell."""
     values = []
     for model in table.rows:
         cell = table.cell(model, "Flickr30k-CN")

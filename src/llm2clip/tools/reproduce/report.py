@@ -1,4 +1,4 @@
-"""Build the report of the `reproduce` command, with a summary table and a section for each claim."""
+"""Report of the `reproduce` command, with a summary table and a section for each claim."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def report_blocks(claims: Sequence[Claim], config: ReproduceConfig, command: str
     """Return the content blocks of the report.
 
     Args:
-        claims: Claims to report, including claims that could not be tested.
+        claims: Claims to report, including those that could not be tested.
         config: Settings of the run.
         command: Command line that started the run.
     """

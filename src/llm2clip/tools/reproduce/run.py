@@ -20,9 +20,9 @@ from llm2clip.tools.reproduce.statistics import NOT_TESTED, Claim
 
 
 def reproduce(data: Path, out: Path, config: ReproduceConfig, claims: Sequence[int], max_skipped: float) -> Path:
-    """Test the claims, and write `out/report.md` and `out/report.html`.
+    """Test the claims and write `out/report.md` and `out/report.html`.
 
-    An interrupted run can be resumed. The report also includes claims that earlier runs in the same directory tested.
+    An interrupted run can be resumed. The report also includes claims tested by earlier runs in the same directory.
 
     Args:
         data: Data folder. The source paths in the config are relative to this folder.

@@ -42,14 +42,14 @@ TITLES = {
 
 @dataclass
 class Comparison:
-    """Comparison that tests whether one value is lower than another.
+    """Statistical test of the hypothesis that one value is lower than another.
 
     Args:
         low: Name of the value that should be lower.
         high: Name of the value that should be higher.
         metric: Name of the compared metric.
-        low_interval, high_interval: Each value with its confidence interval.
-        difference: The higher value minus the lower value, with the confidence interval of the difference.
+        low_interval, high_interval: The two values with their confidence intervals.
+        difference: Value of `high` minus value of `low`, with the confidence interval of this difference.
     """
 
     low: str
@@ -77,9 +77,9 @@ class Claim:
         number: Number of the claim, from 1 to 6. See `TITLES`.
         header, rows: Header and rows of the table of measured results.
         comparisons: Comparisons that determine the verdict.
-        notes: Notes that help to interpret the result.
+        notes: Notes that help interpret the result.
         points: Labels on the x axis of the plot. Empty if the claim has no curves.
-        curves: Curves in the plot, by name. Each curve is a list of values with their confidence intervals.
+        curves: Curves in the plot, keyed by name. Each is a list of values with their confidence intervals.
     """
 
     number: int
@@ -94,8 +94,7 @@ class Claim:
     def from_dict(cls, fields: dict[str, Any]) -> Claim:
         """Create a claim from a dict returned by `to_dict`.
 
-        Version 0.1 also saved the paper's results, including values that the authors later corrected. These are
-        ignored.
+        The paper's results, which version 0.1 also saved, are ignored, because the authors have corrected some of them.
         """
         comparisons = [Comparison(**comparison) for comparison in fields["comparisons"]]
         known = {name: value for name, value in fields.items() if name != "paper"}
@@ -113,9 +112,9 @@ class Claim:
     def verdict(self) -> str:
         """Verdict on the claim.
 
-        If all comparisons have the same verdict, this is also the verdict on the claim. Otherwise, the verdict is
-        PARTLY_HOLDS if a comparison holds, CONTRADICTED if a comparison is contradicted, and INCONCLUSIVE in all other
-        cases. Without comparisons, the verdict is NOT_TESTED.
+        If all comparisons have the same verdict, it is also the verdict on the claim. Otherwise, the claim's verdict is
+        PARTLY_HOLDS if a comparison holds, CONTRADICTED if one is contradicted, and INCONCLUSIVE in all other cases.
+        Without comparisons, it is NOT_TESTED.
         """
         verdicts = {comparison.verdict for comparison in self.comparisons}
         if not verdicts:
@@ -149,7 +148,7 @@ def compare_hits(low: str, high: str, metric: str, low_hits: Tensor, high_hits: 
 
 
 def bootstrap_interval(values: Tensor) -> Interval:
-    """Return the mean in percent with its 95% confidence interval, from a bootstrap over images and seeds.
+    """Return the mean in percent with its 95% confidence interval, using a bootstrap over images and seeds.
 
     If all values are equal, for example because no image was retrieved correctly, the interval is widened by
     3 / (number of images) on each side. This is the rule of three (JAMA 249:1743, 1983).
@@ -168,8 +167,8 @@ def bootstrap_interval(values: Tensor) -> Interval:
 def _resampled_means(values: Tensor, seed: int) -> Tensor:
     """Return the means of bootstrap resamples over images and training seeds, (resamples,).
 
-    The resampled images depend only on the number of images, so both models in a comparison are evaluated on the same
-    resamples. The training seeds are resampled separately for each model, with the random seed `seed`.
+    The resampled images depend only on the number of images, so both models in a comparison use the same resamples.
+    Training seeds are resampled separately for each model, using the random seed `seed`.
     """
     num_seeds, num_images = values.shape
     values = values.double()

@@ -1,4 +1,4 @@
-"""Measure the duration of a training step with each source of text embeddings.
+"""Measurement of the duration of training steps with each source of text embeddings.
 
 The sources are cached teacher embeddings, CLIP's own text tower, and the LLM in the training loop.
 """
@@ -24,12 +24,12 @@ from llm2clip.pipeline import new_model
 from llm2clip.tools.reproduce.experiments import Experiments
 from llm2clip.train.losses import info_nce
 
-# Variants of the training step, by source of the text embeddings.
+# Variants of the training step, which differ in the source of the text embeddings.
 CACHED_TEACHER = "cached teacher"
 CLIP_TEXT_TOWER = "CLIP's text tower, trained too"
 LLM_IN_LOOP = "LLM in the loop"
 
-# CLIP's text tower pads every text to 77 tokens and reads the embedding at the end token.
+# CLIP's text tower pads texts to 77 tokens and pools the output of the end token.
 CLIP_CONTEXT_LENGTH = 77
 CLIP_END_TOKEN = 49407
 
@@ -56,8 +56,8 @@ class StepTimes:
     """Measured durations of the training steps of each variant.
 
     Args:
-        seconds: Duration of each step in seconds, by variant.
-        parameters: Number of trained parameters in millions, by variant.
+        seconds: Duration of each step in seconds, keyed by variant.
+        parameters: Number of trained parameters in millions, keyed by variant.
         batch_size: Number of images per step, each with one caption.
     """
 
@@ -74,7 +74,7 @@ class StepTimes:
 def measure_step_times(experiments: Experiments, name: str) -> StepTimes:
     """Measure the duration of training steps for each variant.
 
-    The variants are run alternately, so that other load on the machine affects all variants equally.
+    The variants alternate, so that other load on the machine affects all of them equally.
 
     Args:
         experiments: Experiments that provide the data, the stores and the caption encoders.
@@ -139,5 +139,5 @@ def _loss_with_text_tower(model: LLM2CLIP, text_tower: ClipTextTower, pixels: Te
 
 
 def _encode(encoder: CaptionEncoder, texts: list[str]) -> Tensor:
-    # Autograd cannot use inference tensors, so copy the embeddings to a normal tensor.
+    # Autograd does not support inference tensors, so copy the embeddings to a normal tensor.
     return encoder.encode(texts).clone()
