@@ -18,9 +18,7 @@ from llm2clip.train.losses import CHUNK
 FRAMEWORK_OVERHEAD = 1e9  # bytes per device for the CUDA context and PyTorch's libraries
 CPU_FRAMEWORK_OVERHEAD = 0.75e9  # bytes per process for PyTorch, transformers and the interpreter
 USABLE_FRACTION = 0.93  # usable fraction of a device's memory; the rest is lost to fragmentation
-NF4_BYTES = (
-    0.5 + (1 + 4 / 256) / 64
-)  # bytes per weight: 4 bits, plus a double-quantised 8-bit scale per 64 weights
+NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # bytes per weight: 4 bits, plus a double-quantised 8-bit scale per 64 weights
 MIN_EMBED_TOKENS = 8192  # smallest batch that `embed` tries on GPUs, in tokens
 
 
