@@ -235,7 +235,7 @@ class AlignConfig:
 
     @property
     def uses_phrases(self) -> bool:
-        """True if the store must contain the phrases, because they are sampled or used by --align.inherit."""
+        """True if phrases are sampled or used by --align.inherit, so that the store must contain them."""
         return self.samples_phrases or bool(self.inherit)
 
     @property

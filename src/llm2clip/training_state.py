@@ -1,4 +1,4 @@
-"""Saving and loading of the weights, optimizer state and learning rate schedule of a training run.
+"""Saves and loads the weights, optimizer state and learning rate schedule of a training run.
 
 The files do not depend on the number of ranks or on FSDP: tensors are unsharded and are stored under the names of their
 parameters. A run can therefore resume on any number of ranks. The formats are safetensors and JSON, so loading a

@@ -1,4 +1,4 @@
-"""Conversion of table cells to captions, names and image references, and image validation."""
+"""Helpers that convert table cells to captions, names and image references, and validate images."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: 
     """Return the captions in a cell, stripped. A string is a single caption; a list contains several captions.
 
     Args:
-        value: Content of the cell.
+        value: Contents of the cell.
         parse_lists: If True, parse strings that look like a list in JSON or Python notation.
-        log: Log for recording empty captions, which are dropped.
+        log: Log in which to record empty captions, which are dropped.
         file: Source file, for the log.
         row: Row number, for the log.
 

@@ -331,7 +331,7 @@ def _batch_size(path: str, version: tuple[int, int], column: str) -> int:
 def parquet_batch_size(file: pq.ParquetFile, image_columns: Collection[str]) -> int:
     """Return the number of rows (at most 64) to read at a time from a Parquet file with images.
 
-    All rows of a row group can share one large value, so each image can be as large as the whole row group. In this
+    All rows of a row group can share one large value, so each image can be as large as the entire row group. In this
     worst case, the images in a batch still take at most `MAX_BATCH_BYTES`, unless the batch is a single row.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Reading of several sources, either merged into one record per image or as a stream."""
+"""Readers for several sources, which either merge the records of each image or stream all records."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read_merged_records(
     Args:
         sources: Paths or `Source` objects.
         columns: Column mapping that is added to each source's own mapping.
-        log: Log for recording skipped rows and counting copies of images.
+        log: Log in which to record skipped rows and count copies of images.
         image_check: How to check images; see `open_records`. If "ignore", the bytes of image files are not compared.
 
     Returns:

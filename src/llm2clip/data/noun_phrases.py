@@ -105,7 +105,7 @@ def _frequent(sets: Iterable[Iterable[str]]) -> dict[str, str]:
 
 
 def _runs(text: str) -> Iterator[tuple[str, list[str], str]]:
-    """Yield the runs of content words in a text, each with the token before it and the token after it.
+    """Yield the runs of content words in a text, each with the preceding and the following token.
 
     At the start and end of the text, these tokens are ".".
     """

@@ -119,7 +119,7 @@ def open_records(
 
     Args:
         source: Path, `path@split+split`, or anything else that `Source.parse` accepts.
-        log: Log for recording skipped rows. The default log does not write a file, and allows 5% of the rows to be
+        log: Log in which to record skipped rows. The default log does not write a file, and allows 5% of the rows to be
             skipped.
         image_check: How to check each image.
 

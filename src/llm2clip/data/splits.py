@@ -59,7 +59,7 @@ def read_splits(
         sources: Paths, optionally followed by `@split+split`.
         config: Evaluation settings, which list held-out sources and additional caption columns.
         columns: Column mapping that is added to each source's own mapping.
-        log: Log for recording skipped rows.
+        log: Log in which to record skipped rows.
         image_check: How to check images; see `open_records`.
     """
     records = read_merged_records(sources, columns, log, image_check)

@@ -34,7 +34,7 @@ def read_tuning_sources(
         config: Tuning settings. Caption sources are listed in `data`, and text-pair sources in `text_pairs`. Images in
             the sources listed under `exclude` are never used for tuning.
         columns: Column mapping that is added to each source's own mapping.
-        log: Log for recording skipped rows.
+        log: Log in which to record skipped rows.
         training_sources: Caption sources from which `held_out` may have been drawn. They precede the sources in
             `config.data`. In all sources, held-out images are recognised by their image files. In `config.data`,
             held-out images are also recognised by the comparable part of their ids; see `comparable_id`.

@@ -48,7 +48,7 @@ def caption_retrieval_accuracy(
         all_pairs: If True, also compute metrics for the "all pairs" protocol.
         num_mistakes: Maximum number of mistakes to return for the paper's protocol, worst first.
         return_hits: If True, also return the accuracy for each image.
-        progress: Show a progress bar.
+        progress: If True, show a progress bar.
 
     Returns:
         A dict with the following keys. For the paper's protocol, "CRA" is the top-1 accuracy, averaged over both

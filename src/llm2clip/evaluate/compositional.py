@@ -1,6 +1,6 @@
-"""Accuracy on compositional benchmarks, which test whether a model understands word order and small changes in wording.
+"""Accuracy on compositional benchmarks, which test a model's understanding of word order and small changes in wording.
 
-If a wrong answer has the same similarity as the correct answer, the model's answer counts as wrong.
+If a wrong answer is as similar as the correct one, the model's answer counts as wrong.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Extraction of words and short phrases from captions, which `short_queries` uses as queries."""
+"""Words and short phrases extracted from captions, to be used as queries by `short_queries`."""
 
 from __future__ import annotations
 

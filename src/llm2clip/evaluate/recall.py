@@ -23,7 +23,7 @@ def evaluate_retrieval(
         images: Image embeddings, (I, D), L2-normalised.
         texts: Text embeddings, (T, D), L2-normalised.
         image_of_text: Image index of each text. Every image must have at least one text.
-        progress: Show a progress bar.
+        progress: If True, show a progress bar.
     """
     image_ranks, text_ranks = two_way_ranks(images, texts, image_of_text, progress=progress)
     return retrieval_metrics(image_ranks, text_ranks, image_of_text)
@@ -105,7 +105,7 @@ def recall_intervals(
 def bootstrap(sums: Tensor, counts: Tensor, level: float = 0.95, resamples: int = 1000) -> Tensor:
     """Return bootstrap confidence intervals for the means of K quantities over all elements.
 
-    Whole groups of elements are resampled.
+    The bootstrap resamples complete groups of elements.
 
     Args:
         sums: Sum of each quantity over the elements in each group, (groups, K).
@@ -116,7 +116,7 @@ def bootstrap(sums: Tensor, counts: Tensor, level: float = 0.95, resamples: int 
     Returns:
         Lower and upper bounds, float64 (2, K).
     """
-    # scipy.stats.bootstrap computes the same kind of interval but gathers the resampled rows. For 1,000 to 25,000
+    # scipy.stats.bootstrap computes the same type of interval but gathers the resampled rows. For 1,000 to 25,000
     # groups, gathering is 1.5 to 5 times slower and, by default, needs memory for all resamples at once. Here, each
     # group is weighted by the number of times it was drawn, which takes only one matmul per resample.
     sums, counts = sums.double()[counts > 0], counts.double()[counts > 0]

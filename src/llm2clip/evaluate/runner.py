@@ -1,4 +1,4 @@
-"""Evaluation of one or more models on the user's data and on public benchmarks. The results are written to a report."""
+"""Evaluation of one or more models on the user's data and on public benchmarks, with a report of the results."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def evaluate_models(
         templates: Prompt templates to use for an additional evaluation of short queries. Requires `short_queries`.
         proposals: For detection benchmarks, the source of the boxes. See `open_proposals`.
         crop_proposals: For detection benchmarks: if True, also classify each box by its crop.
-        trust_remote_code: Run the Python code that comes with a model, if any. Jina-CLIP requires this setting.
+        trust_remote_code: If True, run the Python code that comes with a model. Jina-CLIP requires this setting.
 
     Returns:
         Lines to print at the end: a summary of the skipped rows, the failed evaluations, and the path of the report.

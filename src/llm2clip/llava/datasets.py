@@ -63,7 +63,7 @@ def read_conversations(
 
 
 def is_llava_file(name: str) -> bool:
-    """Return whether a source is a JSON or JSONL file in LLaVA's format."""
+    """Return True if a source is a JSON or JSONL file in LLaVA's format."""
     path = Path(name)
     if path.suffix not in (".json", ".jsonl") or not path.is_file():
         return False

@@ -32,7 +32,7 @@ class AnswerGenerator:
         Args:
             name: model folder or hub id.
             device: device to run on. Default: the current process's device.
-            precision: fp32, bf16 or auto. auto selects bf16 if the hardware supports bf16, otherwise fp32.
+            precision: fp32, bf16 or auto. auto selects bf16 if the hardware supports it, and fp32 otherwise.
             batch_size: number of questions per forward pass.
 
         Raises:

@@ -57,7 +57,7 @@ class LmmsModel(lmms):
         return answers
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Return (log-likelihood of the answer, whether greedy decoding would produce the answer) for each request."""
+        """Return (log-likelihood of the answer, True if greedy decoding would produce it) for each request."""
         results = []
         for n, request in enumerate(requests):
             context, target, to_visual, doc_id, task, split = request.args

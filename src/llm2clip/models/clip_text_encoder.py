@@ -133,7 +133,7 @@ def has_text_tower(path: str, trust_remote_code: bool = False) -> bool:
 
     Args:
         path: model name, as for `load_clip_text_encoder`.
-        trust_remote_code: run the Python code that comes with a model, if there is any.
+        trust_remote_code: if True, run the Python code that comes with a model.
 
     Raises:
         ValueError: the model comes with its own code, and `trust_remote_code` is False.
@@ -170,7 +170,7 @@ def load_clip_text_encoder(
         path: for transformers, a folder or hub id. For open_clip, one of `open_clip:NAME/PRETRAINED`,
             `open_clip:FOLDER` (a folder saved by open_clip) and `open_clip:hf-hub:ID`.
         device: device on which to load the model. Default: a GPU if there is one.
-        trust_remote_code: run the Python code that comes with a model, if there is any.
+        trust_remote_code: if True, run the Python code that comes with a model.
 
     Raises:
         ValueError: the model's type is not supported, the model comes with its own code and `trust_remote_code` is

@@ -93,8 +93,7 @@ def open_dual_encoder(
         device: device to load the model on. Default: a GPU if there is one.
         precision: precision of an llm2clip model; see `from_llm2clip`. With bf16 and `auto`, the caption encoder is
             loaded immediately; otherwise, it is loaded on first use. All other models run in fp32.
-        trust_remote_code: run the Python code that comes with a model, if there is any. Jina-CLIP requires this
-            setting.
+        trust_remote_code: if True, run the Python code that comes with a model. Jina-CLIP requires this setting.
 
     Raises:
         ValueError: the model does not have both an image encoder and a text encoder, its type is not supported, or it

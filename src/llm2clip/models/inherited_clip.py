@@ -90,7 +90,7 @@ def visual_projection(clip: Any) -> nn.Linear | None:
 
 
 def model_in_clip_space(config: LLM2CLIPConfig, tower: VisionTower, clip: ClipTextEncoder) -> LLM2CLIP:
-    """Build a model with the image embeddings and on the device of a CLIP model. The adapter is randomly initialised.
+    """Build a model that shares a CLIP model's image embeddings and device. Its adapter is randomly initialised.
 
     Args:
         config: model config. Its `embed_dim` and projection are replaced with those of the CLIP model.

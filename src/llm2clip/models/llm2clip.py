@@ -230,7 +230,7 @@ class LLM2CLIP(nn.Module):
         return self._encoder[0]
 
     def load_encoder(self, precision: str) -> str:
-        """Load the caption encoder for encoding in a single precision, which saves memory on the model's device.
+        """Load the caption encoder with only the weights required for encoding with `precision`, to save memory.
 
         See `CaptionEncoder.move_for_encoding`. If the encoder has already been loaded, its weights are not changed.
 

@@ -1,4 +1,4 @@
-"""Loading of models as SentenceTransformers, from which caption encoders are built."""
+"""Loader that opens models as SentenceTransformers, from which caption encoders are built."""
 
 from __future__ import annotations
 

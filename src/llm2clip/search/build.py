@@ -1,4 +1,4 @@
-"""Building and updating of an index: new and changed images are embedded, and deleted images are removed.
+"""Index builder, which embeds new and changed images and removes deleted ones.
 
 Each batch is committed separately, so an interrupted run can resume where it left off.
 """

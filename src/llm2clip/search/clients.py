@@ -49,7 +49,7 @@ class ByteBudget:
 
 
 class ByteAllocation:
-    """The share of a byte budget that a request uses."""
+    """A request's share of a byte budget."""
 
     def __init__(self, budget: ByteBudget, client: str) -> None:
         self._budget, self._client = budget, client

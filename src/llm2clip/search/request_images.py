@@ -1,4 +1,4 @@
-"""Decoding of the images in HTTP requests, with a limit on their size."""
+"""Decoder for the images in HTTP requests, with a limit on their size."""
 
 from __future__ import annotations
 

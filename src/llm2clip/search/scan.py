@@ -1,4 +1,4 @@
-"""Listing of the images and captions in the sources of an index, without decoding the images."""
+"""Scanner that lists the images and captions in the sources of an index without decoding the images."""
 
 from __future__ import annotations
 

@@ -345,7 +345,7 @@ class SqliteBackend:
         return graph if ids == (state.count, state.last, state.sum) else None
 
     def _current_vectors(self) -> QuantizedVectors:
-        """Return all vectors, quantized. Only vectors that were added since the last call are read.
+        """Return all vectors in quantized form. Only vectors that were added since the last call are read.
 
         If a new vector contains a larger absolute value than all previous vectors, the quantization scale is too large,
         and all vectors are read again.

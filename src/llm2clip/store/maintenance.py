@@ -1,4 +1,4 @@
-"""Repair of damaged stores, and merging of stores from several machines. Neither encodes captions."""
+"""Tools that repair damaged stores and merge stores from several machines. Neither of them encodes captions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preparation of a store before captions are encoded, and its finalization afterwards, with any number of processes."""
+"""Prepares a store before captions are encoded, and finalizes it afterwards, with any number of processes."""
 
 from __future__ import annotations
 

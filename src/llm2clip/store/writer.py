@@ -1,4 +1,4 @@
-"""Writing of store shards, and of the manifest and key index that summarize them."""
+"""Writer for store shards, and for the manifest and key index that summarize them."""
 
 from __future__ import annotations
 

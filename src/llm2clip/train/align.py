@@ -191,8 +191,7 @@ def _train(
             schedule.step()
             model.clamp_logit_scale()
 
-            # Metrics. On a GPU, `report.add` waits for the previous step, so the measured time is that between two
-            # steps.
+            # Metrics. On a GPU, `report.add` waits for the previous step, so this measures the time between two steps.
             now = time.perf_counter()
             step_seconds, clock = now - clock, now
             line = {

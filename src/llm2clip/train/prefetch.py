@@ -1,4 +1,4 @@
-"""Preparation of training batches in a background thread, so that accelerators do not wait for the next batch."""
+"""Prepares training batches in a background thread, so that accelerators do not wait for the next batch."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class StepReport:
         """
         Args:
             accelerator: The Accelerator of the training run.
-            log: Log for images that could not be decoded.
+            log: Log in which to record images that could not be decoded.
             metrics: Log for the metrics. None on all ranks except the main process.
             checkpoints: Checkpoints of the run, which are mentioned in error messages.
             run_dir: Run directory. If a value is not finite, the step's images are listed in a file in this directory.

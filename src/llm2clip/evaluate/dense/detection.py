@@ -46,7 +46,7 @@ EXAMPLE_BOXES = 8  # boxes per example image
 
 @dataclass
 class DetectionResults:
-    """Detections of a model in all images.
+    """A model's detections in all images.
 
     Args:
         by_method: Detections of each method, keyed by image id.

@@ -1,4 +1,4 @@
-"""Loading of official checkpoints (released by the authors of LLM2CLIP) as `LLM2CLIP` models.
+"""Loader for official checkpoints (released by the authors of LLM2CLIP), which become `LLM2CLIP` models.
 
 Loading is strict. For every parameter of the model, the checkpoint must contain a tensor of the same shape. Any other
 tensor in the checkpoint must either match a buffer that can be derived from the architecture, or be part of a model

@@ -1,4 +1,4 @@
-"""Export of an `LLM2CLIP` model as an official LLM2CLIP checkpoint."""
+"""Writer for official LLM2CLIP checkpoints, given an `LLM2CLIP` model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Export of models to the formats of other libraries."""
+"""Model export to the formats of other libraries."""
 
 from __future__ import annotations
 

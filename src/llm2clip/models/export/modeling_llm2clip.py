@@ -35,11 +35,11 @@ class LLM2CLIPExportConfig(PretrainedConfig):
         text_dim: dimension of the caption embeddings, which are the adapter's input.
         embed_dim: dimension of the shared embedding space.
         adapter_depth, adapter_expansion, normalize_input: arguments of `Adapter`.
-        projection: whether there is an image projection.
-        projection_bias: whether the image projection has a bias.
+        projection: True if there is an image projection.
+        projection_bias: True if the image projection has a bias.
         pooling: "mean", "lasttoken" or "cls".
         prompt_tokens: number of prompt tokens at the start of each text, which are excluded from mean pooling.
-        logit_bias: whether the model has a logit bias, which the sigmoid loss uses.
+        logit_bias: True if the model has a logit bias, which the sigmoid loss uses.
     """
 
     model_type = "llm2clip_export"

@@ -1,4 +1,4 @@
-"""Export to ONNX: one graph for images and one for texts, both of which are checked against PyTorch."""
+"""ONNX export: one graph for images and one for texts, both of which are checked against PyTorch."""
 
 from __future__ import annotations
 

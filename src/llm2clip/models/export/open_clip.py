@@ -1,4 +1,4 @@
-"""Export of the image encoder, if its vision tower is a timm model, to open_clip."""
+"""open_clip export of the image encoder of models with a timm vision tower."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Export of models to transformers and sentence-transformers. An exported folder contains a single code file."""
+"""Model export to transformers and sentence-transformers. An exported folder contains a single code file."""
 
 from __future__ import annotations
 

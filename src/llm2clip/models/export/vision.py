@@ -1,4 +1,4 @@
-"""Export of the vision tower alone as a transformers model."""
+"""Transformers export of the vision tower alone."""
 
 from __future__ import annotations
 

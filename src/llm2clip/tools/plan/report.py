@@ -1,4 +1,4 @@
-"""Formatting of a plan as text tables."""
+"""Text tables that show a plan."""
 
 from __future__ import annotations
 

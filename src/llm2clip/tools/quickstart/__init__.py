@@ -1,1 +1,1 @@
-"""Training of an emoji search engine with an LLM text tower on a small but real data set."""
+"""Quickstart that trains an emoji search engine with an LLM text tower on a small but real data set."""

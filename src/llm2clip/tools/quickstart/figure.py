@@ -1,4 +1,4 @@
-"""Drawing of search results as an image with one row per query.
+"""Image of search results, with one row per query.
 
 Each row shows the query text on the left and the retrieved images on the right.
 """

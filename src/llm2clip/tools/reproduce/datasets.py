@@ -72,8 +72,8 @@ class ClaimData:
     def train(self) -> list[Record]:
         """Training images for the `align` stage. Test images are excluded.
 
-        Every third image without a long caption gets one that joins its short captions. Long captions for all images
-        would double the embedding time.
+        For every third image, a long caption is created from the short captions unless there already is one. Doing this
+        for all images would double the embedding time.
         """
         tested = [*self.config.test, *self.config.long_caption_sources]
         records = [record for record in self._read(self.config.train) if record.image is not None]

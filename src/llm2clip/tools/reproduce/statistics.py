@@ -42,7 +42,7 @@ TITLES = {
 
 @dataclass
 class Comparison:
-    """Statistical test of the hypothesis that one value is lower than another.
+    """Comparison of two values, one of which should be lower than the other.
 
     Args:
         low: Name of the value that should be lower.
