@@ -80,7 +80,7 @@ def fit(sources: Sequence[str], run_dir: Path, config: FitConfig) -> Path:
     log = start_run(run_dir, {"data": list(sources), **dataclasses.asdict(config)}, config.max_skipped)
     data = read_splits(sources, config.evaluate, config.columns, log)
     print_once(data.summary, log.summary())
-    if latest_checkpoint(run_dir / "align" / "checkpoints") is None:  # otherwise, the run keeps its images per step
+    if latest_checkpoint(run_dir / "align" / "checkpoints") is None:  # otherwise, images per step stay the same
         check_batch_size(sum(r.image is not None for r in data.train), config.align, process_state().num_processes)
 
     print_once("1/4 tune: contrastive training of the language model on captions")

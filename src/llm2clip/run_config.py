@@ -27,8 +27,8 @@ RESUME_SAFE = (
     "cost_steps",
 )
 
-# Settings that earlier versions did not have -> value that matches the behaviour of these versions, so that their runs
-# can be resumed.
+# Settings added in later versions -> value that matches the behaviour of earlier versions, so that their runs can be
+# resumed.
 ADDED_SETTINGS = {"align.inherit": False, "align.distill_weight": 0.0}
 
 # First line of the file if the config contains settings of the `tune` stage, whose batch size is per process.

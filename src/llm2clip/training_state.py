@@ -1,4 +1,4 @@
-"""Saves and loads the weights, optimizer state and learning rate schedule of a training run.
+"""Training state in a checkpoint: weights, optimizer state and learning rate schedule.
 
 The files do not depend on the number of ranks or on FSDP: tensors are unsharded and are stored under the names of their
 parameters. A run can therefore resume on any number of ranks. The formats are safetensors and JSON, so loading a

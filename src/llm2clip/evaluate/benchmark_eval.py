@@ -47,8 +47,8 @@ class BenchmarkResult:
 
     Args:
         summary: Entry for results.json. It always has "benchmark" and "kind". Retrieval results also have "rows" (see
-            `caption_field_metrics`). Results for other kinds of benchmarks have "images" (number of images), "texts"
-            (number of texts) and "truncated" (number of texts that exceed the model's maximum length). They also have
+            `caption_field_metrics`). Results for other types of benchmarks have "images" and "texts" (number of images
+            and texts) and "truncated" (number of texts that exceed the model's maximum length). They also have
             "metrics" or, if the benchmark is evaluated with several methods, "rows". Each of these rows has "method",
             "metrics" and "intervals" (95% confidence intervals of the metrics). All metrics are in percent, except
             "linear probe C".

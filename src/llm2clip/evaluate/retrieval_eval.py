@@ -110,9 +110,9 @@ def caption_field_metrics(embeddings: EmbeddingSource, ranked: Mapping[str, Retr
     """Compute retrieval metrics from the ranks of each caption field.
 
     Returns:
-        One row per caption field. Each row has "captions" (name of the field), "images" (number of images), "texts"
-        (number of texts), "truncated" (number of texts that exceed the model's maximum length), and the metrics
-        returned by `retrieval_metrics`.
+        One row per caption field. Each row has "captions" (name of the field), "images" and "texts" (number of images
+        and texts), "truncated" (number of texts that exceed the model's maximum length), and the metrics returned by
+        `retrieval_metrics`.
     """
     rows = []
     for name, ranks in ranked.items():

@@ -94,8 +94,8 @@ def score_short_queries(
     Args:
         embeddings: Source of text embeddings.
         ranks: Images, captions and image embeddings of one caption field.
-        templates: Prompt templates. If not empty, queries of up to three words are also evaluated with templates, using
-            the mean of the embeddings of the query and of the filled templates (see `query_prompts`).
+        templates: Prompt templates. If not empty, queries of up to three words are also evaluated with templates: the
+            embeddings of the query and of the filled templates are averaged (see `query_prompts`).
 
     Raises:
         ValueError: If the source has no embedding for a query, or no queries can be built from the captions.

@@ -1,4 +1,4 @@
-"""Selects the number of tokens per batch by measuring the encoding speed with several batch sizes.
+"""Tuner for the number of tokens per batch, which measures the encoding speed with several batch sizes.
 
 A CPU is fastest with batches that fit in its caches, whereas a GPU needs large batches. The best size also depends on
 the model.

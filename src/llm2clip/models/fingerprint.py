@@ -1,4 +1,4 @@
-"""Hashes of everything that affects an encoder's embeddings, with which caches detect that an encoder has changed."""
+"""Hashes of everything that affects an encoder's embeddings. Caches use them to detect changes."""
 
 from __future__ import annotations
 

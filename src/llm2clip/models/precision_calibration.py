@@ -1,4 +1,4 @@
-"""Selects the fastest encoding precision that is accurate enough for a caption encoder.
+"""Search for the fastest encoding precision that is accurate enough for a caption encoder.
 
 In some layers of an LLM, the MLP's output for a few tokens is a thousand times larger than for all other tokens
 (massive activations, arXiv 2402.17762). Tokens that exceed a threshold have such an output. In an untuned LLM with

@@ -1,7 +1,7 @@
 """Logit scale and bias of the pretrained CLIP model from which a vision tower was taken.
 
 The LLM2CLIP authors' code starts from the logit scale of the pretrained CLIP model, which is close to the maximum of
-100, instead of 1 / 0.07, the initial value of a new CLIP model.
+100. A new CLIP model starts at 1 / 0.07 instead.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def average_prompts(prompts: Tensor, counts: Sequence[int]) -> Tensor:
 
     Args:
         prompts: Embeddings of all prompts, (P, D). The prompts of a text are adjacent.
-        counts: Number of prompts of each of the N texts. The sum must be P.
+        counts: Number of prompts for each of the N texts. The sum must be P.
 
     Returns:
         Text embeddings, (N, D) float32.

@@ -32,11 +32,10 @@ class _Pending(Generic[Item, Result]):
 class Batcher(Generic[Item, Result]):
     """Combines items from several callers into batches and processes each batch with a single call to `work`.
 
-    While a batch is processed, new items are collected for the next batch. If fewer items have arrived than the
-    previous batch contained, the batcher waits for up to a tenth of the time that the previous batch took, so that the
-    callers of the previous batch can submit their next items. Without the wait, the first of these items would form a
-    batch of its own and delay the others. If there is only one client and it submits one item at a time, the batcher
-    never waits.
+    While a batch is processed, new items are collected for the next batch. If fewer items have arrived than were in the
+    previous batch, the batcher waits for up to a tenth of that batch's duration, so that its callers can submit their
+    next items. Without the wait, the first of these items would form a batch of its own and delay the others. If there
+    is only one client and it submits one item at a time, the batcher never waits.
     """
 
     def __init__(

@@ -65,8 +65,8 @@ CREATE INDEX pictures_source ON pictures(source);
 CREATE INDEX pictures_taken ON pictures(taken);
 PRAGMA user_version = {SCHEMA_VERSION};
 """
-# Log of the contents that were removed or whose images changed, so that readers have to reload only these. The log is
-# added to indexes of version 0.1 when they are first opened for writing.
+# Log of contents that were removed or whose images changed, so that readers can reload only these. The log is added to
+# indexes of version 0.1 when they are first opened for writing.
 CHANGE_LOG = """
 CREATE TABLE IF NOT EXISTS changes (id INTEGER PRIMARY KEY AUTOINCREMENT, content INTEGER NOT NULL);
 CREATE TRIGGER IF NOT EXISTS picture_added AFTER INSERT ON pictures

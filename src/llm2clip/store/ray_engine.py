@@ -1,4 +1,4 @@
-"""Encodes captions into a store on a Ray cluster. Workers may join or leave the cluster at any time.
+"""Ray engine for encoding captions into a store. Workers may join or leave the cluster at any time.
 
 The driver reads and deduplicates the captions. Each worker loads the encoder once and then processes one shard after
 another from the store's folder, which must be accessible from all machines. If a worker dies, Ray assigns its shard to

@@ -1,4 +1,4 @@
-"""Prepares a store before captions are encoded, and finalizes it afterwards, with any number of processes."""
+"""Preparation of a store before captions are encoded, and its finalization afterwards, for any number of processes."""
 
 from __future__ import annotations
 

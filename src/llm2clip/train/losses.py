@@ -423,7 +423,7 @@ def _add_positive_grads(
     layout: _ImageTextLayout,
     rows: slice,
 ) -> None:
-    """Add the gradients of the positive pairs of a slice of images in place.
+    """For a slice of images, add the gradients of the positive pairs in place.
 
     The derivative of the loss with respect to the logit of a positive pair is -coef.
     """

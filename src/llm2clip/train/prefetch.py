@@ -1,4 +1,4 @@
-"""Prepares training batches in a background thread, so that accelerators do not wait for the next batch."""
+"""Background thread that prepares training batches, so that accelerators do not wait for the next batch."""
 
 from __future__ import annotations
 

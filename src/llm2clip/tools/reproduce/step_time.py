@@ -1,4 +1,4 @@
-"""Measurement of the duration of training steps with each source of text embeddings.
+"""Duration of training steps with each source of text embeddings.
 
 The sources are cached teacher embeddings, CLIP's own text tower, and the LLM in the training loop.
 """
