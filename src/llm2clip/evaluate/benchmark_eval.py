@@ -79,7 +79,7 @@ def run_benchmark(
         with_linear_probe: If True, also fit a linear probe for classification benchmarks with training images.
         dense_variants: Variants of the dense features to evaluate. See `DENSE_VARIANTS`.
         proposals: For detection benchmarks, the source of the boxes. See `open_proposals`.
-        crop_proposals: For detection benchmarks: if True, also classify each box by its crop.
+        crop_proposals: If True, also classify each box by its crop in detection benchmarks.
 
     Raises:
         MissingFileError: If a file is missing.

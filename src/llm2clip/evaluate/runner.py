@@ -93,7 +93,7 @@ def evaluate_models(
             `score_short_queries`.
         templates: Prompt templates to use for an additional evaluation of short queries. Requires `short_queries`.
         proposals: For detection benchmarks, the source of the boxes. See `open_proposals`.
-        crop_proposals: For detection benchmarks: if True, also classify each box by its crop.
+        crop_proposals: If True, also classify each box by its crop in detection benchmarks.
         trust_remote_code: If True, run the Python code that comes with a model. Jina-CLIP requires this setting.
 
     Returns:
@@ -186,7 +186,7 @@ class BenchmarkRunner:
             out: Output folder, in which embeddings are also cached. If None, errors are not analysed.
             log: Skip log for the user's data.
             max_skipped: Stop a benchmark if more than this fraction of its images cannot be decoded.
-            linear_probe: For classification benchmarks, also fit a linear probe on the training images.
+            linear_probe: If True, also fit a linear probe on the training images of classification benchmarks.
             dense_variants: Variants of the dense features, for benchmarks about parts of images.
             short_queries, templates: See `evaluate_models`.
             proposals, crop_proposals: See `evaluate_models`.

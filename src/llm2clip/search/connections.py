@@ -75,7 +75,7 @@ class LimitedConnection(H11Protocol):
         largest = max(self.by_client.values(), key=len)
         oldest = next(iter(largest))
         connection = next((connection for connection in largest if connection._is_idle()), oldest)
-        connection._unregister()  # connection_lost is called later, and another connection may be made before
+        connection._unregister()  # connection_lost is called later, and another connection may be made before then
         connection.transport.abort()
 
     def _unregister(self) -> None:

@@ -50,10 +50,10 @@ class SegmentationCounts:
     """Pixel counts for one variant, from which all metrics are computed. Ignored pixels are not counted.
 
     Args:
-        intersection: Number of pixels of each image that have the class as both label and prediction, int64 (images,
+        intersection: Number of pixels of each image whose label and prediction are both the class, int64 (images,
             classes).
-        labelled: Number of pixels of each image that have the class as label, int64 (images, classes).
-        predicted: Number of pixels of each image that have the class as prediction, int64 (images, classes).
+        labelled: Number of pixels of each image whose label is the class, int64 (images, classes).
+        predicted: Number of pixels of each image whose prediction is the class, int64 (images, classes).
     """
 
     intersection: np.ndarray

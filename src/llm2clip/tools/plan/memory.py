@@ -53,8 +53,8 @@ def tune_memory(
         tokens: number of tokens per caption.
         precision: matmul precision: fp32, bf16 or fp16.
         count: number of devices.
-        use_fsdp: shard the weights with FSDP2.
-        is_cpu: the device is a CPU.
+        use_fsdp: True if the weights are sharded with FSDP2.
+        is_cpu: True if the device is a CPU.
     """
     value_bytes, shards = bytes_per_value(precision), count if use_fsdp else 1
     other_weights = text.parameters - text.linear
@@ -121,9 +121,9 @@ def align_memory(
         captions: number of captions used per image in each step.
         text_dim: dimension of the stored embeddings.
         count: number of devices.
-        use_fsdp: shard the weights with FSDP2.
+        use_fsdp: True if the weights are sharded with FSDP2.
         loading: device memory required for loading the LLM before training.
-        is_cpu: the device is a CPU.
+        is_cpu: True if the device is a CPU.
     """
     parameters, shards = image.tower + image.projection + image.adapter, count if use_fsdp else 1
     micro_batch = min(config.micro_batch_size or config.batch_size, config.batch_size)
