@@ -107,8 +107,8 @@ def _source_folder(source: str) -> str:
     """Return the folder that must contain the images of a source, with symbolic links resolved.
 
     For a folder, this is the source itself; for a file, it is the file's folder; and for a pattern, it is the part
-    before the first folder with a special character. COCO's caption files are in a folder called `annotations`, next to
-    the images, so they are an exception.
+    before the first folder with a special character. For files in a folder called `annotations`, such as COCO's caption
+    files, it is the parent of that folder, which also contains the images.
     """
     folder = os.path.abspath(source)
     while not os.path.isdir(folder):
