@@ -281,7 +281,7 @@ def test_preprocess_reads_transformers_processors() -> None:
     assert (preprocess.size, preprocess.resize, preprocess.resize_size) == (384, "squash", 384)
     assert preprocess.interpolation == "bilinear"
     for bad in ({"height": 224, "width": 196}, {"longest_edge": 512}, None):
-        with pytest.raises(ValueError, match="must be a square"):
+        with pytest.raises(ValueError, match="must be square"):
             Preprocess.from_dict({**siglip, "size": bad, "crop_size": None})
 
 

@@ -74,7 +74,7 @@ def test_a_caption_of_many_images_neither_slows_sampling_nor_excludes_images(mon
 def test_pair_batches_raises_for_too_few_items_and_wrong_weights() -> None:
     with pytest.raises(ValueError, match="at least 41 images with two different captions, but a source has only 40"):
         batches_of(IMAGES, 41, 1, seed=0)
-    with pytest.raises(ValueError, match="2 pairs without shared texts"):
+    with pytest.raises(ValueError, match="fewer than 2 pairs that share no text"):
         batches_of([ImageCaptions(("a", "b")), ImageCaptions(("b", "a")), ImageCaptions(("a", "b"))], 2, 1, seed=0)
     with pytest.raises(ValueError, match="a source has no captions or pairs to tune on"):
         next(pair_batches([IMAGES, []], [], 2, 1, seed=0))

@@ -345,8 +345,8 @@ def test_device_rate_depends_on_precision() -> None:
 
 
 def test_machine_uses_the_given_numbers_or_the_table() -> None:
-    assert Machine("H100", memory=40).each.memory == 40
-    assert Machine("cpu", tflops=1.5, memory=24).each.rate("fp32") == 1.5e12
+    assert Machine("H100", memory=40).device_spec.memory == 40
+    assert Machine("cpu", tflops=1.5, memory=24).device_spec.rate("fp32") == 1.5e12
     with pytest.raises(ValueError, match="t4 does not support bf16"):
         DEVICES["t4"].rate("bf16")
     with pytest.raises(ValueError, match=r"--device must be one of h100, .*--tflops"):

@@ -28,7 +28,7 @@ from llm2clip.data.shared_refs import SharedRefs
 from llm2clip.data.transforms import Preprocess
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train.caption_sampling import CaptionIndex, CaptionSampler
-from llm2clip.train.sampling import AlignBatches, Batch, check_batch_size, decoding_workers
+from llm2clip.train.sampling import AlignBatches, Batch, decoding_workers, resolve_images_per_step
 
 EFFICIENTNET = "test_efficientnet"
 
@@ -163,20 +163,20 @@ def sample_with_numpy(
     return [remaining[kind].pop(0) for kind in sampled_kinds if remaining[kind]]
 
 
-def test_check_batch_size_rejects_wrong_settings() -> None:
-    assert check_batch_size(30, ALIGN, world_size=2) == 20
+def test_resolve_images_per_step_rejects_wrong_settings() -> None:
+    assert resolve_images_per_step(30, ALIGN, world_size=2) == 20
     with pytest.raises(ValueError, match="30 images are too few for one step"):
-        check_batch_size(30, ALIGN, world_size=4)
+        resolve_images_per_step(30, ALIGN, world_size=4)
     with pytest.raises(ValueError, match="unknown kinds of captions: dense"):
-        check_batch_size(30, dataclasses.replace(ALIGN, caption_mix={"dense": 1}), world_size=1)
+        resolve_images_per_step(30, dataclasses.replace(ALIGN, caption_mix={"dense": 1}), world_size=1)
     with pytest.raises(ValueError, match="must be at least 0"):
-        check_batch_size(30, dataclasses.replace(ALIGN, caption_mix={"captions": -1}), world_size=1)
+        resolve_images_per_step(30, dataclasses.replace(ALIGN, caption_mix={"captions": -1}), world_size=1)
 
 
-def test_check_batch_size_limits_the_batch_if_the_tower_is_frozen() -> None:
+def test_resolve_images_per_step_limits_the_batch_if_the_tower_is_frozen() -> None:
     frozen = dataclasses.replace(ALIGN, tower_lr=0.0, batch_size=100)
-    assert check_batch_size(31, frozen, world_size=1) == 31
-    assert check_batch_size(31, frozen, world_size=2) == 30
+    assert resolve_images_per_step(31, frozen, world_size=1) == 31
+    assert resolve_images_per_step(31, frozen, world_size=2) == 30
 
 
 def test_decoding_workers_follow_cores_and_local_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ from llm2clip.store.store import EmbeddingStore, drop_refused_captions
 from llm2clip.train.align import align as train_align
 from llm2clip.train.align import resolve_align_precision
 from llm2clip.train.inherit import inherit_text_space
-from llm2clip.train.sampling import check_batch_size, training_texts
+from llm2clip.train.sampling import resolve_images_per_step, training_texts
 from llm2clip.train.tune import tune as train_tune
 
 HeldOut = Mapping[str, Sequence[Record]]  # caption column -> records
@@ -81,7 +81,9 @@ def fit(sources: Sequence[str], run_dir: Path, config: FitConfig) -> Path:
     data = read_splits(sources, config.evaluate, config.columns, log)
     print_once(data.summary, log.summary())
     if latest_checkpoint(run_dir / "align" / "checkpoints") is None:  # otherwise, images per step stay the same
-        check_batch_size(sum(r.image is not None for r in data.train), config.align, process_state().num_processes)
+        resolve_images_per_step(
+            sum(r.image is not None for r in data.train), config.align, process_state().num_processes
+        )
 
     print_once("1/4 tune: contrastive training of the language model on captions")
     pairs = _tuning_pairs(data.train, data.held_out, config, run_dir / "tune", log)

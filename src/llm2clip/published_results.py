@@ -222,9 +222,10 @@ def published_rows(benchmark: str) -> dict[str, tuple[float | None, ...]]:
     For xm3600, the project page has a single value per direction, which is comparable with the mean over all languages.
 
     Returns:
-        Six values for each model: R@1, R@5 and R@10 for I2T, followed by R@1, R@5 and R@10 for T2I. R@5 and R@10 are
-        None if the authors published only R@1. The keys consist of the year of the project page and the model name,
-        e.g. "2026: Llama-3-8B-CC". If the authors published no results for the benchmark, the dict is empty.
+        A dict that maps each model to six values: R@1, R@5 and R@10 for I2T, then the same for T2I. R@5 and R@10 are
+        None if the authors published only R@1. The keys have the form "YEAR: MODEL", where YEAR is the year of the
+        project page, e.g. "2026: Llama-3-8B-CC". The dict is empty if the authors published no results for the
+        benchmark.
     """
     rows: dict[str, tuple[float | None, ...]] = {}
     for table in _tables_for(benchmark):

@@ -34,7 +34,7 @@ def add(commands: Commands) -> None:
         "--tars",
         nargs="+",
         type=str,
-        help="Webdataset tars of samples; X_text_embeddings.tar is written next to each X.tar.",
+        help="Webdataset tar files. X_text_embeddings.tar is written next to each X.tar.",
     )
 
     parser = group.add(
@@ -44,7 +44,7 @@ def add(commands: Commands) -> None:
         "--parquet", type=str, help="Parquet file with a column `embedding` and a column `key` or `caption`."
     )
     parser.add_argument(
-        "--tars", nargs="+", type=str, help="Webdataset tars of samples, with X_text_embeddings.tar next to each X.tar."
+        "--tars", nargs="+", type=str, help="Webdataset tar files, with X_text_embeddings.tar next to each X.tar."
     )
     parser.add_argument("--out", type=str, required=True, help="Store folder.")
     parser.add_argument("--precision", type=str, default="fp32", help="Precision that the embeddings were computed in.")

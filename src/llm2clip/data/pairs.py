@@ -174,7 +174,7 @@ def _source_batches(
                 num_conflicts += 1
                 if num_conflicts > 10 * len(usable):
                     raise ValueError(
-                        f"cannot fill a batch: a source does not have {batch_size} pairs without shared texts. Lower "
+                        f"cannot fill a batch: a source has fewer than {batch_size} pairs that share no text. Lower "
                         "--tune.batch_size"
                     )
                 continue

@@ -106,7 +106,7 @@ class SkipLog:
         self.notes.setdefault(text, {})[name] = None
 
     def summary(self) -> str:
-        """Return a one-line summary of the skipped rows, the dropped parts of rows, the reasons, and the notes."""
+        """Return a one-line summary: the numbers of skipped rows and dropped values, with reasons, and the notes."""
         return "; ".join([self._format_numbers(), *self._format_notes()])
 
     def check(self) -> None:

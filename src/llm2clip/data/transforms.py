@@ -150,7 +150,7 @@ class EvalTransform:
         side = [resize_size, resize_size]
         if self.preprocess.resize == "shortest":
             # The ends of an elongated image are cropped before resizing, because the final centre crop discards them
-            # anyway. Resizing a complete image of 1 x 1,000,000 pixels would exhaust the memory.
+            # anyway. Resizing an uncropped image of 1 x 1,000,000 pixels would exhaust memory.
             height, width = image.shape[-2:]
             shortest = min(height, width)
             image = F.center_crop(image, [min(height, 8 * shortest), min(width, 8 * shortest)])
@@ -236,7 +236,7 @@ def _square_side(size: Any) -> int:
     if isinstance(size, dict):
         sides = {size[key] for key in ("shortest_edge", "height", "width") if key in size}
     if len(sides) != 1:
-        raise ValueError(f"the image processor's size must be a square (got {size})")
+        raise ValueError(f"the image processor's size must be square (got {size})")
     return int(sides.pop())
 
 

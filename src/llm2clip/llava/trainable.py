@@ -17,7 +17,7 @@ TRAINED_WEIGHTS = "learned.safetensors"  # file name within each stage's folder
 
 
 def set_trainable(model: Any, stage: str, config: LlavaConfig, out: Path) -> Any:
-    """Freeze all parameters that a stage does not train. Return the model, wrapped by PEFT if LoRA is used.
+    """Freeze all parameters that a stage does not train. Return the model, wrapped in a PEFT model if LoRA is used.
 
     The `pretrain` stage trains the projector. The `instruct` stage starts from the result of `pretrain`, if there is
     one. It trains the projector and either all weights of the LLM or LoRA adapters. The projector and LoRA weights are

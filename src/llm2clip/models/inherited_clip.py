@@ -77,7 +77,7 @@ def visual_projection(clip: Any) -> nn.Linear | None:
         projection = nn.Linear(feature_dim, embed_dim, bias=False)
         projection.weight = nn.Parameter(weight.detach().T.contiguous())
         return projection
-    if (trunk := getattr(visual, "trunk", None)) is not None:  # a timm model, which has a linear layer or a head
+    if (trunk := getattr(visual, "trunk", None)) is not None:  # a timm model: its classifier or open_clip's head
         head = [module for module in visual.head if not isinstance(module, nn.Dropout)]
         layers = [layer for layer in (trunk.get_classifier(), *head) if not isinstance(layer, nn.Identity)]
         if not layers:

@@ -14,10 +14,10 @@ from llm2clip.search.types import MAX_CAPTION_FILTER_LENGTH, Filter, Hit
 
 DATA_URI_PREFIX = "data:image/"
 MAX_TEXT_LENGTH = 20_000  # characters
-MAX_PATH_LENGTH = 4096  # characters; filters search for this text in the captions of every image
+MAX_PATH_LENGTH = 4096  # characters
 MAX_TEXTS, MAX_IMAGES, MAX_TOP = 256, 16, 200  # maximum numbers of texts, images and results per request
-# Each template adds a text to encode for each short text of a query. Including the texts themselves and as many
-# negative texts, at most MAX_TEXTS texts are encoded per request.
+# A query has at most MAX_IMAGES texts and as many negative texts. Each short one is encoded once as it is and once per
+# template. With at most MAX_TEMPLATES templates, a request never encodes more than MAX_TEXTS texts.
 MAX_TEMPLATES, MAX_TEMPLATE_LENGTH = MAX_TEXTS // (2 * MAX_IMAGES) - 1, 200  # characters
 
 

@@ -1,4 +1,4 @@
-"""Tools that repair damaged stores and merge stores from several machines. Neither of them encodes captions."""
+"""Repair damaged stores, and merge stores that were built on several machines, without encoding any captions."""
 
 from __future__ import annotations
 

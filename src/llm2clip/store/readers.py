@@ -98,7 +98,7 @@ class RowReader(ABC):
         return embeddings.numpy()
 
     def _split_by_shard(self, sorted_rows: np.ndarray, out: np.ndarray) -> list[ShardRows]:
-        """Group the rows by shard, with the matching parts of the output array."""
+        """Group the rows by shard. Each group has a view of the part of `out` that it must fill."""
         parts = []
         cuts = np.searchsorted(sorted_rows, self.bounds)
         for shard, (start, stop) in enumerate(pairwise(cuts)):

@@ -6,9 +6,9 @@ randomly initialised, and contrastive training against it changes what the pretr
 step and self-distillation (see `distillation`) together improve zero-shot accuracy by 6.8 to 13.5 points.
 
 The texts are the captions, short captions and phrases of the training data, or the long captions if there are no other
-texts. Records without an image are also used. Phrases, such as "red hat", are repeated until they are half of the
-texts, so that short queries inherit as much as whole captions. CLIP's embeddings of these texts are cached in a store,
-and the LLM's embeddings come from the caption store, so each step only runs and updates the adapter.
+texts. Records without an image are also used. Phrases such as "red hat" are repeated until they make up about half of
+the texts, so that the adapter learns short texts as well as complete captions. CLIP's embeddings of these texts are
+cached in a store, and the LLM's embeddings come from the caption store, so each step only runs and updates the adapter.
 """
 
 from __future__ import annotations

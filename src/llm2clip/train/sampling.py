@@ -99,7 +99,7 @@ class AlignBatches:
             rows = features.find(image_keys([r.image for r in usable if r.image is not None]))
             usable = [record for record, row in zip(usable, rows, strict=True) if row >= 0]
             self.feature_rows = rows[rows >= 0]
-        self.images_per_step = images_per_step or check_batch_size(len(usable), config, world_size)
+        self.images_per_step = images_per_step or resolve_images_per_step(len(usable), config, world_size)
         self.steps_per_epoch = len(usable) // self.images_per_step
         self.config, self.world_size, self.rank = config, world_size, rank
         self.image_count = len(usable)
@@ -188,7 +188,7 @@ def training_texts(record: Record, config: AlignConfig) -> tuple[str, ...]:
     return record.texts + record.phrases if config.uses_phrases else record.texts
 
 
-def check_batch_size(images: int, config: AlignConfig, world_size: int) -> int:
+def resolve_images_per_step(images: int, config: AlignConfig, world_size: int) -> int:
     """Check the caption mix and the number of images; return the total number of images per step on all ranks.
 
     Raises:

@@ -42,7 +42,7 @@ class WindowAxis:
     def create(cls, length: int, window: int, cell_size: int) -> WindowAxis:
         """Place windows with a stride of half a window. The last window ends at the edge of the image.
 
-        An image shorter than a window has a single window of the same length, rounded to a whole number of cells.
+        If the image is shorter than a window, there is a single window as long as the image, rounded to whole cells.
         """
         if length < window:
             length = window = max(1, round(length / cell_size)) * cell_size

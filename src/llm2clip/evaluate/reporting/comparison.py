@@ -30,7 +30,7 @@ MEAN_BENCHMARKS = ("xm3600",)  # the authors published only the mean over the la
 
 @dataclass
 class ModelResult:
-    """Result of a model on a benchmark, as needed for the report.
+    """A model's result on one benchmark, for the report.
 
     Args:
         model: Display name of the model.

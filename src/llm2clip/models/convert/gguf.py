@@ -77,7 +77,7 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
 
 
 def check_gguf_header(gguf: Path) -> None:
-    """Check that all metadata announced in the header of a GGUF file fits into the file.
+    """Check that the metadata declared in the header of a GGUF file does not extend past the end of the file.
 
     The package gguf does not check array lengths: it would try to read an array of 2^40 values from a small file.
     Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md

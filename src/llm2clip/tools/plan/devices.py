@@ -106,7 +106,7 @@ class Machine:
         return self.device.lower() == "cpu"
 
     @property
-    def each(self) -> Device:
+    def device_spec(self) -> Device:
         """Specifications of each device. --tflops and --memory override the values from the table."""
         device = DEVICES.get(self.device.lower()) or Device(
             self.device, 0, 0, 0, bf16=not self.is_cpu or _cpu_has_bf16()
@@ -123,7 +123,7 @@ class Machine:
 
     def hours(self, flop: float, precision: str, stage: str) -> float:
         """Return the time in hours that `flop` FLOPs of a stage take when distributed across all devices."""
-        return flop / (self.count * self.stage_mfu(stage) * self.each.rate(precision)) / 3600
+        return flop / (self.count * self.stage_mfu(stage) * self.device_spec.rate(precision)) / 3600
 
 
 def _cpu_has_bf16() -> bool:

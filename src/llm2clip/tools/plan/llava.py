@@ -66,7 +66,7 @@ def plan_llava(
     Raises:
         ValueError: a model is unknown, or the device does not support the precision.
     """
-    precision = machine.each.precision(config.precision)
+    precision = machine.device_spec.precision(config.precision)
     model = _count_model(config, llm, vision, image_size, precision)
     epochs = {"pretrain": config.pretrain_epochs, "instruct": config.epochs}
     feature_bytes = {stage: 2.0 * conversations[stage] * model.image_tokens * model.feature_size for stage in STAGES}
@@ -94,7 +94,7 @@ def plan_llava(
         flop=flop,
         feature_bytes=feature_bytes,
         memory=memory,
-        fits={stage: fits(parts, machine.each.memory) for stage, parts in memory.items()},
+        fits={stage: fits(parts, machine.device_spec.memory) for stage, parts in memory.items()},
         hours=hours,
     )
 
@@ -106,7 +106,7 @@ def format_llava_plan(plan: LlavaPlan, conversations: dict[str, int]) -> list[st
     machine = plan.machine
     for stage in STAGES:
         memory = plan.memory[stage]
-        does_not_fit = f"does not fit into {machine.each.memory:.0f} GB: try --use_fsdp"
+        does_not_fit = f"does not fit into {machine.device_spec.memory:.0f} GB: try --use_fsdp"
         verdict = "fits" if plan.fits[stage] else does_not_fit
         largest_parts = sorted(memory.items(), key=lambda part: -part[1])[:4]
         parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in largest_parts)

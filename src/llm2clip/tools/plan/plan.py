@@ -84,7 +84,7 @@ def plan_fit(
     for name, value in data.items():
         if value <= 0:
             raise ValueError(f"--{name} must be greater than 0 (got {value})")
-    device, count, use_fsdp, is_cpu = machine.each, machine.count, machine.use_fsdp, machine.is_cpu
+    device, count, use_fsdp, is_cpu = machine.device_spec, machine.count, machine.use_fsdp, machine.is_cpu
     align_precision = "fp32" if is_cpu and config.align.precision == "auto" else config.align.precision
     align = dataclasses.replace(config.align, precision=cast(Any, device.precision(align_precision)))
     tune_precision = device.precision(config.tune.precision)

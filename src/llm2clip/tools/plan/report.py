@@ -68,7 +68,7 @@ def _flop(plan: Plan) -> Table:
 
 def _memory(plan: Plan) -> Table:
     stages = [stage for stage in STAGES if stage in plan.memory]
-    device = plan.machine.each
+    device = plan.machine.device_spec
     table = _table(f"Memory per device, GB (10^9 bytes; {device.name} has {device.memory:g} GB)", *stages)
     parts = dict.fromkeys(part for stage in stages for part in plan.memory[stage])
     for part in [*(part for part in parts if part not in ("libraries", "loading")), "libraries"]:
@@ -84,7 +84,7 @@ def _memory(plan: Plan) -> Table:
 
 def _hours(plan: Plan) -> Table:
     config, count = plan.config, plan.machine.count
-    table = _table(f"Time on {count} x {plan.machine.each.name}", "", "", right_align=False)
+    table = _table(f"Time on {count} x {plan.machine.device_spec.name}", "", "", right_align=False)
     if "tune" in plan.memory:
         pairs = config.tune.batch_size * count
         table.add_row("tune", _time(plan.hours["tune"]), f"{config.tune.steps:,} steps of {pairs:,} pairs")
