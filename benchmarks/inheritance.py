@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 from itertools import chain
 from pathlib import Path
@@ -131,7 +132,7 @@ def train(clip: Any, tokenizer: Any, records: list[Record], features: Tensor, ep
             optimizer.zero_grad()
             schedule.step()
             with torch.no_grad():
-                clip.logit_scale.clamp_(max=4.6052)  # log(100)
+                clip.logit_scale.clamp_(max=math.log(100))
         clip.eval()
         with torch.no_grad():
             texts = clip.encode_text(tokenizer([records[i].captions[0] for i in held_out]), normalize=True)

@@ -181,13 +181,11 @@ def _align(args: Namespace) -> list[str]:
         else:
             train, held_out = [record for _, record in read_merged_records(args.data, args.columns, log)], {}
         print_once(log.summary())
-        if args.align.samples_phrases or (args.align.inherit and args.store):
-            train = add_phrases(train, args.align.samples_phrases)
         if args.own_text_tower:
-            finetune_clip(train, args.align, out, log)
+            finetune_clip(add_phrases(train) if args.align.samples_phrases else train, args.align, out, log)
             return [f"Model: {model_dir}", f"Next: llm2clip evaluate {model_dir} DATA --baselines {args.align.tower}"]
         if args.align.uses_phrases:
-            train = drop_missing_phrases(train, store)
+            train = drop_missing_phrases(add_phrases(train, args.align.samples_phrases), store)
         model_dir = align(
             drop_refused_captions(train, store),
             store,

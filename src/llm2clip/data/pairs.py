@@ -64,7 +64,7 @@ def pair_batches(
     Each batch comes from a single source, so that negatives are similar in kind to positives. No image or text occurs
     twice in a batch, so that another caption of the anchor's image is never used as a negative. If one of an item's
     texts is already in the current batch, the item is deferred to the next batch. An item that is still deferred when a
-    new pass starts is left out of that pass. Each pass over a source draws a new order and new pairs.
+    new pass starts is not used in that pass. Each pass over a source draws a new order and new pairs.
 
     Args:
         sources: Items of each source. An item is either a text pair or the captions of an image. Images without two

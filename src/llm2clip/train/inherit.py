@@ -104,7 +104,7 @@ def inherit_text_space(
 
 
 def inherited_texts(records: Sequence[Record]) -> tuple[list[str], list[str]]:
-    """Return the distinct captions and the distinct phrases to train on. Phrases that are also captions are left out.
+    """Return the distinct captions and phrases to train on. A phrase that is also a caption counts as a caption.
 
     Long captions are only used if there are no other captions, because CLIP's text towers read at most 77 tokens.
     """
