@@ -12,6 +12,8 @@ import torch.nn.functional as F
 
 from conftest import make_llm
 from llm2clip import LLM2CLIP
+from llm2clip.config import AlignConfig
+from llm2clip.data.transforms import Preprocess
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.heads import Adapter
 from llm2clip.models.llm2clip import LLM2CLIPConfig
@@ -37,6 +39,27 @@ def test_adapter_parameter_count_matches_paper(text_dim: int, millions: float) -
     with torch.device("meta"):
         adapter = Adapter(text_dim, 1280)
     assert round(sum(p.numel() for p in adapter.parameters()) / 1e6, 1) == millions
+
+
+@pytest.mark.parametrize(
+    ("architecture", "std", "has_bias"),
+    [
+        ("eva02_base_patch16_clip_224", 0.02 * 0.001, True),  # EVAVisionTransformer.head in the authors' code
+        ("vit_base_patch16_clip_224", 32**-0.5, False),  # VisionTransformer.proj in the authors' code
+    ],
+)
+def test_new_projection_starts_as_in_the_authors_code(architecture: str, std: float, has_bias: bool) -> None:
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 1, "num_classes": 0}
+    preprocess = Preprocess(32, "shortest", 1.0, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)).to_dict()
+    tower_config = {"library": "timm", "architecture": architecture, "args": sizes, "preprocess": preprocess}
+    tower = VisionTower.from_config(tower_config)
+    settings = AlignConfig(embed_dim=1280)
+    projection = LLM2CLIP(LLM2CLIPConfig.from_config(settings, tower, text_dim=8), tower).projection
+    assert projection.weight.std().item() == pytest.approx(std, rel=0.02)
+    assert projection.weight.mean().item() == pytest.approx(0, abs=0.02 * std)
+    assert (projection.bias is not None) == has_bias
+    assert not has_bias or not projection.bias.any()
 
 
 @pytest.mark.parametrize("normalize", [True, False])

@@ -35,6 +35,12 @@ from llm2clip.models.prompts import average_prompts, check_templates, fill_templ
 from llm2clip.models.vision_tower import VisionTower
 
 MAX_LOGIT_SCALE = 100.0
+# Initial standard deviation of a projection with bias, as in the LLM2CLIP authors' code (eva_vit_model.py: 0.02 times
+# an init_scale of 0.001). The bias starts at zero.
+SMALL_PROJECTION_STD = 2e-5
+# Prefixes of the names of timm towers whose new projection has a bias. The authors' code has such a projection for EVA
+# towers, but none with bias for OpenAI's CLIP. It does not train a projection for any other tower.
+_TOWERS_WITH_PROJECTION_BIAS = ("eva",)
 # Files that are downloaded from the hub: configs, weights, tokenizers and model cards, but no pickles and no code.
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md")
 # Fields of config.json that have been renamed since version 0.1: old name -> new name.
@@ -56,7 +62,9 @@ class LLM2CLIPConfig:
         normalize_input: if True, L2-normalise the caption embeddings before the adapter.
         projection: if True, add an image projection. Otherwise, the tower's output is the image embedding, and
             `embed_dim` must equal the tower's feature size.
-        projection_bias: if True, the image projection has a bias.
+        projection_bias: if True, the image projection has a bias, and a new projection starts near zero, as in the
+            authors' code for EVA towers. Otherwise, it starts with the scale 1 / sqrt(feature_dim), as in the authors'
+            code for OpenAI's CLIP.
         logit_bias: if True, add a learned bias to the logits, for the sigmoid loss.
         encoder: `CaptionEncoder.identity()` of the encoder with which the adapter was trained. Empty if unknown.
     """
@@ -91,6 +99,7 @@ class LLM2CLIPConfig:
             adapter_depth=config.adapter_depth,
             normalize_input=config.normalize_input,
             projection=config.embed_dim > 0,
+            projection_bias=config.embed_dim > 0 and _has_projection_bias(tower),
             logit_bias=config.loss == "sigmoid",
             encoder=encoder or {},
         )
@@ -484,10 +493,19 @@ class LLM2CLIP(nn.Module):
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
+def _has_projection_bias(tower: VisionTower) -> bool:
+    """Return True if a new image projection of this tower has a bias and starts near zero."""
+    architecture = tower.config["architecture"]  # a dict for towers of transformers
+    return isinstance(architecture, str) and architecture.startswith(_TOWERS_WITH_PROJECTION_BIAS)
+
+
 def _build_projection(config: LLM2CLIPConfig, feature_dim: int) -> nn.Module:
+    """Build the image projection, or the identity if there is none. See `LLM2CLIPConfig.projection_bias`."""
     if config.projection:
         projection = nn.Linear(feature_dim, config.embed_dim, bias=config.projection_bias)
-        nn.init.normal_(projection.weight, std=feature_dim**-0.5)
+        nn.init.normal_(projection.weight, std=SMALL_PROJECTION_STD if config.projection_bias else feature_dim**-0.5)
+        if config.projection_bias:
+            nn.init.zeros_(projection.bias)
         return projection
     if config.embed_dim != feature_dim:
         raise ValueError(
