@@ -21,6 +21,8 @@ from llm2clip.config import (
     EncoderConfig,
     EvaluateConfig,
     FitConfig,
+    LlavaConfig,
+    ReproduceConfig,
     TuneConfig,
 )
 from llm2clip.run_config import ADDED_SETTINGS, ConfigChangedError, save_or_check_config
@@ -97,11 +99,35 @@ def test_help_imports_nothing_heavy() -> None:
         (AlignConfig, {"distill_weight": 1, "tower_lr": 0}, r"needs a trained tower: set --align.tower_lr"),
         (AlignConfig, {"load_best_at_end": True, "eval_steps": 0}, r"needs evaluations"),
         (EmbedConfig, {"precision": "fp8"}, r"--embed.precision must be auto, fp32"),
+        (AlignConfig, {"lr": -1}, r"--align.lr must be at least 0 \(got -1\)"),
+        (AlignConfig, {"lr": float("nan")}, r"--align.lr must be at least 0 \(got nan\)"),
+        (AlignConfig, {"image_size": 7}, r"--align.image_size must be at least 16 \(got 7\)"),
+        (AlignConfig, {"caption_mix": {"captions": -1}}, r"--align.caption_mix must be at least 0"),
+        (AlignConfig, {"layer_decay": 1.1}, r"--align.layer_decay must be between 0 and 1"),
+        (EncoderConfig, {"max_length": -3}, r"--encoder.max_length must be at least 1 \(got -3\)"),
+        (EncoderConfig, {"layers": 0}, r"--encoder.layers must be at least 1"),
+        (EncoderConfig, {"pooling": "median"}, r"--encoder.pooling must be one of mean, .*'median'"),
+        (EncoderConfig, {"template": "hello"}, r"--encoder.template must contain \{caption\} exactly once"),
+        (TuneConfig, {"matryoshka_dims": [64, 0]}, r"--tune.matryoshka_dims must be at least 1"),
+        (FitConfig, {"max_skipped": 5}, r"--max_skipped must be between 0 and 1 \(got 5\)"),
+        (ReproduceConfig, {"seeds": 0}, r"--reproduce.seeds must be at least 1"),
+        (LlavaConfig, {"warmup_ratio": 2}, r"--llava.warmup_ratio must be between 0 and 1"),
     ],
 )
 def test_config_rejects_values_out_of_range(config: type, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(**values)
+
+
+@pytest.mark.parametrize("config", [*STAGES, FitConfig, ReproduceConfig, LlavaConfig])
+def test_every_numeric_setting_has_a_range(config: type) -> None:
+    for field in dataclasses.fields(config):
+        if re.search(r"\b(int|float)\b", str(field.type)):
+            value: Any = -1e9
+            if "dict" in str(field.type) or "list" in str(field.type):
+                value = {"captions": value} if "dict" in str(field.type) else [value]
+            with pytest.raises(ValueError, match=field.name):
+                config(**{field.name: value})
 
 
 # ---- built-in configs ----------------------------------------------------------------------------------------------

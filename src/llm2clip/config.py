@@ -6,9 +6,15 @@ the YAML config. This module imports only the standard library to keep `llm2clip
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+# Pooling modes of sentence-transformers.
+POOLING_MODES = ("mean", "weightedmean", "lasttoken", "cls", "max")
+MIN_IMAGE_SIZE = 16  # the smallest patch size of common vision transformers
 
 
 @dataclass
@@ -34,6 +40,16 @@ class EncoderConfig:
     truncate_dim: int | None = None
     """Keep only the first N dimensions of each embedding. Suitable for encoders tuned with --tune.matryoshka_dims.
     Default: all dimensions."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for values out of range, an unknown pooling mode, and a template without a caption."""
+        if not self.path.strip():
+            raise ValueError("--encoder.path is empty: give a folder, a hub id or the name of a model")
+        require_at_least(1, self, "encoder", "layers", "max_length", "truncate_dim")
+        if self.pooling is not None and self.pooling not in POOLING_MODES:
+            raise ValueError(f"--encoder.pooling must be one of {', '.join(POOLING_MODES)} (got {self.pooling!r})")
+        if self.template is not None and self.template.count("{caption}") != 1:
+            raise ValueError(f"--encoder.template must contain {{caption}} exactly once (got {self.template!r})")
 
 
 @dataclass
@@ -99,10 +115,10 @@ class TuneConfig:
     def __post_init__(self) -> None:
         """Raise ValueError for values out of range and for settings that contradict each other."""
         require_at_least(1, self, "tune", "batch_size", "hard_negative_group_size", "batch_tokens", "save_steps")
-        require_at_least(0, self, "tune", "steps", "lr", "lora_r")
+        require_at_least(1, self, "tune", "matryoshka_dims")
+        require_at_least(0, self, "tune", "steps", "lr", "lora_r", "source_weights", "seed")
         require_fraction(self, "tune", "warmup_ratio", "lora_dropout")
-        if self.temperature <= 0:
-            raise ValueError(f"--tune.temperature must be greater than 0 (got {self.temperature})")
+        require_greater_than_zero(self, "tune", "temperature")
         if self.qlora and not self.lora_r:
             raise ValueError("--tune.qlora needs LoRA: set --tune.lora_r to 1 or more")
 
@@ -211,14 +227,11 @@ class AlignConfig:
     def __post_init__(self) -> None:
         """Raise ValueError for values out of range and for settings that contradict each other."""
         require_at_least(1, self, "align", "adapter_depth", "batch_size", "micro_batch_size", "save_steps")
-        require_at_least(0, self, "align", "embed_dim", "captions_per_image", "lora_r", "tower_lr", "eval_steps")
-        require_at_least(0, self, "align", "workers", "distill_weight")
-        require_fraction(self, "align", "warmup_ratio")
-        if self.epochs <= 0:
-            raise ValueError(f"--align.epochs must be greater than 0 (got {self.epochs})")
-        for name in ("min_crop_scale", "layer_decay"):
-            if not 0 < (value := getattr(self, name)) <= 1:
-                raise ValueError(f"--align.{name} must be greater than 0 and at most 1 (got {value})")
+        require_at_least(0, self, "align", "embed_dim", "captions_per_image", "lora_r", "lr", "tower_lr", "eval_steps")
+        require_at_least(0, self, "align", "workers", "distill_weight", "caption_mix", "seed")
+        require_at_least(MIN_IMAGE_SIZE, self, "align", "image_size")
+        require_fraction(self, "align", "warmup_ratio", "min_crop_scale", "layer_decay")
+        require_greater_than_zero(self, "align", "epochs", "min_crop_scale", "layer_decay")
         if isinstance(self.logit_scale, float | int) and not 1 <= self.logit_scale <= 100:
             raise ValueError(f"--align.logit_scale must be between 1 and 100, or inherit (got {self.logit_scale})")
         if self.lora_r and self.tower_lr == 0:
@@ -271,6 +284,10 @@ class FitConfig:
     embed: EmbedConfig = field(default_factory=EmbedConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError if `max_skipped` is not a fraction."""
+        require_fraction(self, "", "max_skipped")
 
 
 @dataclass
@@ -326,6 +343,13 @@ class ReproduceConfig:
     cost_steps: int = 8
     """Number of timed steps for each kind of training step."""
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for values out of range."""
+        require_at_least(1, self, "reproduce", "layers", "embed_dim", "batch_size", "seeds", "cost_images", "cost_steps")
+        require_at_least(0, self, "reproduce", "steps", "lr", "multilingual_lr")
+        require_at_least(MIN_IMAGE_SIZE, self, "reproduce", "image_size")
+        require_greater_than_zero(self, "reproduce", "epochs")
+
 
 @dataclass
 class LlavaConfig:
@@ -375,25 +399,34 @@ class LlavaConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for values out of range."""
-        require_at_least(
-            1, self, "llava", "pretrain_batch_size", "batch_size", "micro_batch_size", "max_length", "save_steps"
-        )
-        require_at_least(
-            0, self, "llava", "pretrain_epochs", "epochs", "pretrain_lr", "lr", "lora_r", "cache_gb", "workers"
-        )
+        require_at_least(1, self, "llava", "pretrain_batch_size", "batch_size", "micro_batch_size", "lora_alpha")
+        require_at_least(1, self, "llava", "max_length", "save_steps")
+        require_at_least(0, self, "llava", "pretrain_epochs", "epochs", "pretrain_lr", "lr", "lora_r", "cache_gb")
+        require_at_least(0, self, "llava", "workers", "seed")
+        require_fraction(self, "llava", "warmup_ratio")
 
 
 def require_at_least(minimum: int, config: Any, section: str, *names: str) -> None:
-    """Raise ValueError if any of the named settings is less than the minimum. `None` is accepted."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < minimum:
-            raise ValueError(f"--{section}.{name} must be at least {minimum} (got {value})")
+    """Raise ValueError if any of the named settings is NaN, infinite or less than the minimum.
+
+    `None` is accepted. If a setting is a list or a dict, each of its values is checked.
+    """
+    _require(lambda value: value >= minimum, f"at least {minimum}", config, section, names)
+
+
+def require_greater_than_zero(config: Any, section: str, *names: str) -> None:
+    """Raise ValueError if any of the named settings is not a finite number greater than 0. `None` is accepted."""
+    _require(lambda value: value > 0, "greater than 0", config, section, names)
 
 
 def require_fraction(config: Any, section: str, *names: str) -> None:
     """Raise ValueError if any of the named settings is not between 0 and 1."""
+    _require(lambda value: 0 <= value <= 1, "between 0 and 1", config, section, names)
+
+
+def _require(is_valid: Callable[[float], bool], rule: str, config: Any, section: str, names: Iterable[str]) -> None:
     for name in names:
-        value = getattr(config, name)
-        if not 0 <= value <= 1:
-            raise ValueError(f"--{section}.{name} must be between 0 and 1 (got {value})")
+        setting = getattr(config, name)
+        values = setting.values() if isinstance(setting, dict) else setting if isinstance(setting, list) else [setting]
+        if not all(value is None or (math.isfinite(value) and is_valid(value)) for value in values):
+            raise ValueError(f"--{f'{section}.' if section else ''}{name} must be {rule} (got {setting})")
