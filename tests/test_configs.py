@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from llm2clip.cli import build_parser
+from llm2clip.cli import build_parser, main
 from llm2clip.cli.commands import builtin_configs
 from llm2clip.config import (
     AlignConfig,
@@ -223,6 +223,24 @@ def test_llava_config_equals_the_defaults_except_for_hardware_settings() -> None
     hardware = ("precision", "gradient_checkpointing", "cache_gb", "workers", "micro_batch_size")
     assert all(config[name] == default[name] for name in vars(default) if name not in hardware)
     assert (config.pretrain_batch_size, config.pretrain_lr, config.batch_size, config.lr) == (256, 1e-3, 128, 2e-5)
+
+
+# ---- arguments -----------------------------------------------------------------------------------------------------
+
+
+def test_command_without_arguments_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "Getting started:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", ["captions=text,image=file name", "{'captions': 'text', 'image': 'file name'}"])
+def test_columns_are_pairs_or_a_mapping(columns: str, tmp_path: Path) -> None:
+    parser, _ = build_parser()
+    config = tmp_path / "columns.yaml"
+    config.write_text("columns: {captions: text, image: file name}\n")
+    for option in (["--columns", columns], ["--config", str(config)]):
+        args = parser.instantiate(parser.parse_args(["embed", "d", "--out", "s", *option])).embed
+        assert args.columns == {"captions": "text", "image": "file name"}
 
 
 # ---- --config ------------------------------------------------------------------------------------------------------

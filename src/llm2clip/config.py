@@ -345,7 +345,9 @@ class ReproduceConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for values out of range."""
-        require_at_least(1, self, "reproduce", "layers", "embed_dim", "batch_size", "seeds", "cost_images", "cost_steps")
+        require_at_least(
+            1, self, "reproduce", "layers", "embed_dim", "batch_size", "seeds", "cost_images", "cost_steps"
+        )
         require_at_least(0, self, "reproduce", "steps", "lr", "multilingual_lr")
         require_at_least(MIN_IMAGE_SIZE, self, "reproduce", "image_size")
         require_greater_than_zero(self, "reproduce", "epochs")

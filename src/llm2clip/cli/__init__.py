@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 import warnings
 
-from jsonargparse import ArgumentParser
-
+from llm2clip import __version__
 from llm2clip.cli import evaluate, export, llava, plan, search, setup, store, train
-from llm2clip.cli.commands import Commands, HelpFormatter, Run
+from llm2clip.cli.commands import ArgumentParser, Commands, HelpFormatter, Run
 
 DESCRIPTION = """Give any CLIP a large language model's understanding of text.
 
@@ -48,6 +48,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Run]]:
     """Return the argument parser and a dict that maps each command name to the function that runs the command."""
     parser = ArgumentParser(
         prog="llm2clip",
+        version=__version__,
         description=DESCRIPTION,
         formatter_class=HelpFormatter,
         allow_abbrev=False,  # otherwise a misspelt setting could be accepted as an abbreviation
@@ -71,6 +72,9 @@ def main(args: list[str] | None = None) -> int:
     Errors that users can fix are printed as a single message, without a traceback.
     """
     parser, run = build_parser()
+    if not (sys.argv[1:] if args is None else args):
+        parser.print_help()
+        return 0
     parsed = parser.parse_args(args)
     try:
         settings = parser.instantiate(parsed)
@@ -92,8 +96,9 @@ def main(args: list[str] | None = None) -> int:
             raise
         from llm2clip.io_utils import escape_control_characters
 
-        message = escape_control_characters(str(error))
-        print(f"llm2clip {command}: {message}\n(set LLM2CLIP_TRACEBACK=1 to see the traceback)", file=sys.stderr)
+        print(f"llm2clip {command}: {escape_control_characters(str(error))}", file=sys.stderr)
+        if not _is_raised_by({"llm2clip", *sys.stdlib_module_names}, error):  # the message may be unclear
+            print("(set LLM2CLIP_TRACEBACK=1 to see the traceback)", file=sys.stderr)
         return 1
     except RuntimeError as error:
         from llm2clip.distributed import PEER_FAILED, is_distributed
@@ -102,3 +107,9 @@ def main(args: list[str] | None = None) -> int:
             error.add_note(f"If this is an error of a collective operation: {PEER_FAILED}")
         raise
     return 0
+
+
+def _is_raised_by(packages: set[str], error: BaseException) -> bool:
+    """Return True if an exception was raised by code of one of the given packages."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return str(frames[-1].f_globals.get("__name__")).partition(".")[0] in packages

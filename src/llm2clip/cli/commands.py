@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
+import sys
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
+import jsonargparse
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
+from jsonargparse import ActionConfigFile, DefaultHelpFormatter, Namespace, set_parsing_settings
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    register_type,
+    restricted_number_type,
+)
 
 from llm2clip.config import FitConfig
 
@@ -26,6 +38,82 @@ SECTIONS = {name for name, value in FIT_SETTINGS.items() if isinstance(value, di
 Run = Callable[[Namespace], list[str]]
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # use the docstrings of dataclass fields as help texts
+
+
+class ArgumentParser(jsonargparse.ArgumentParser):
+    """Parser whose error messages name the option or setting, what it must be, and similar names."""
+
+    _words: Sequence[str] = ()  # command line of the root parser
+    config_file: str | None = None  # config file that is currently being read
+
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:
+        self._words = sys.argv[1:] if args is None else args
+        return super().parse_args(args, *others, **options)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print an error message and exit with status 2."""
+        parser: Any = self
+        for word in self._words:  # the root parser also reports errors of its subcommands
+            if parser._subcommands_action is None or word not in parser._subcommands_action.choices:
+                break
+            parser = parser._subcommands_action.choices[word]
+        command = parser.prog.replace(" [options]", "")
+        print(f"{command}: {_explain(message, parser)}\nFor help, run: {command} --help", file=sys.stderr)
+        sys.exit(2)
+
+
+def _explain(message: str, parser: Any) -> str:
+    """Return one of jsonargparse's error messages in words that do not require knowledge of Python types."""
+    actions = {action.dest: action for action in parser._actions}
+    flags = {dest: action.option_strings[0] for dest, action in actions.items() if action.option_strings}
+    if match := re.fullmatch(r"the following arguments are required: (.+)", message):
+        dests = [name.rpartition(".")[2] for name in match[1].split(", ")]
+        return f"required arguments are missing: {', '.join(flags.get(dest, dest.upper()) for dest in dests)}"
+    if match := re.fullmatch(r"unrecognized arguments: (.+)", message, re.DOTALL):
+        unknown = next((word for word in match[1].split() if word.startswith("-")), match[1]).partition("=")[0]
+        return f"unknown argument {unknown}{suggest(unknown, flags.values())}"
+    if match := re.match(r"argument COMMAND: invalid choice: '(.*)' \(choose from ", message):
+        commands = list(parser._subcommands_action.choices)
+        return f"no command {match[1]!r}{suggest(match[1], commands)}. Commands: {', '.join(commands)}"
+    if re.match(r'expected ".*subcommand" to be one of', message):
+        return f"a COMMAND is missing. Commands: {', '.join(parser._subcommands_action.choices)}"
+    if (match := re.match(r'Parser key "([^"]+)"', message)) and match[1] in actions:
+        name = f"{parser.config_file}: {match[1]}" if parser.config_file else flags[match[1]]
+        value = re.search(r"(?:Got value|Given value): (.*)|Not of type \w+: (.*) does not conform", message)
+        got = f" (got {value[1] or value[2]})" if value else ""
+        return f"{name} must be {_describe_type(actions[match[1]]._typehint)}{got}"
+    return message
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return " (did you mean X?)" with the most similar known names, or "" if no name is similar."""
+    known = list(known)
+    last_parts = {other: other.rpartition(".")[2] for other in known}  # `--lr` stands for `--align.lr` or `--tune.lr`
+    last_part = name.lstrip("-")
+    similar = [other for other in known if last_parts[other] == last_part] or difflib.get_close_matches(
+        name, known, n=1
+    )
+    if not similar:
+        closest = difflib.get_close_matches(last_part, set(last_parts.values()), n=1)
+        similar = [other for other in known if last_parts[other] in closest]
+    return f" (did you mean {' or '.join(similar)}?)" if similar else ""
+
+
+def _describe_type(typehint: Any) -> str:
+    """Return a description of a type for error messages, such as "an integer"."""
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+    if typehint in names:
+        return names[typehint]
+    if typehint in RANGES:
+        return RANGES[typehint]
+    if get_origin(typehint) is Literal:
+        return "one of " + ", ".join(map(str, get_args(typehint)))
+    if get_origin(typehint) is list:
+        return "a list, such as '[a, b]'"
+    if get_origin(typehint) is dict:
+        return "a mapping, such as '{a: 1, b: 2}'"
+    parts = [_describe_type(part) for part in get_args(typehint) if part is not NoneType]
+    return " or ".join(dict.fromkeys(parts)) or str(typehint)
 
 
 class Commands:
@@ -65,13 +153,14 @@ class ConfigFileAction(ActionConfigFile):
     """
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        known = {action.dest for action in parser._actions}
         try:
-            settings = yaml.safe_load(_config_text(values)) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            settings = _relevant_settings(_read_config(values), known)
+        except (OSError, ValueError) as error:
             raise TypeError(f"{values}: {error}") from error
-        if isinstance(settings, dict):
-            settings = _relevant_settings(settings, {action.dest for action in parser._actions})
+        parser.config_file = values
         self.apply_config(parser, cfg, self.dest, yaml.safe_dump(settings))
+        parser.config_file = None
 
 
 def builtin_configs() -> dict[str, str]:
@@ -82,38 +171,63 @@ def builtin_configs() -> dict[str, str]:
     return {entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8") for entry in entries}
 
 
-def _config_text(file_or_name: str) -> str:
-    """Return the text of a config file or a built-in config."""
+def _read_config(file_or_name: str) -> dict[str, Any]:
+    """Return the settings in a config file or a built-in config.
+
+    Raises:
+        FileNotFoundError: There is no such file and no such built-in config.
+        ValueError: The file is not valid YAML, or does not contain a mapping.
+    """
     path = Path(file_or_name)
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
     builtin = builtin_configs()
-    if file_or_name in builtin:
-        return builtin[file_or_name]
-    raise FileNotFoundError(
-        f"No such file, and no built-in config has this name. Built-in configs: {', '.join(builtin)}"
-    )
+    if not path.is_file() and file_or_name not in builtin:
+        raise FileNotFoundError(
+            f"no such file, and no built-in config has this name{suggest(file_or_name, builtin)}. Built-in configs: "
+            f"{', '.join(builtin)}"
+        )
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8") if path.is_file() else builtin[file_or_name])
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ValueError(f"{line}not valid YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"not valid YAML: {error}") from error
+    if not isinstance(settings, dict | None):
+        raise ValueError(f"must contain settings of the form `name: value` (got {settings!r})")
+    return settings or {}
 
 
 def _relevant_settings(settings: dict[str, Any], known: set[str]) -> dict[str, Any]:
     """Return `settings` without the `fit` settings that this command does not have.
 
-    Unknown settings are kept, so that the parser reports an error.
-
     Args:
         settings: contents of a config file.
         known: names of the command's settings.
+
+    Raises:
+        ValueError: No command has a setting with this name, or a section does not contain settings.
     """
     relevant: dict[str, Any] = {}
     for name, value in settings.items():
-        section = FIT_SETTINGS.get(name)
-        if isinstance(section, dict) and section and isinstance(value, dict):
-            fields = {key: v for key, v in value.items() if f"{name}.{key}" in known or key not in section}
-            if fields:
-                relevant[name] = fields
-        elif name in known or name not in FIT_SETTINGS:
-            relevant[name] = value
+        if name not in SECTIONS:
+            _check_name(name, known | FIT_SETTINGS.keys())
+            if name in known:
+                relevant[name] = value
+            continue
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} must contain settings of the form `name: value` (got {value!r})")
+        fields = FIT_SETTINGS.get(name, {})
+        for key in value:
+            _check_name(f"{name}.{key}", known | {f"{name}.{field}" for field in fields})
+        chosen = {key: v for key, v in value.items() if f"{name}.{key}" in known}
+        if chosen:
+            relevant[name] = chosen
     return relevant
+
+
+def _check_name(name: str, known: set[str]) -> None:
+    if name not in known:
+        raise ValueError(f"unknown setting {name}{suggest(name, known)}")
 
 
 class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -148,17 +262,49 @@ class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
         return text
 
 
+class Columns:
+    """Type of --columns for the parser. Its values are dicts from field to column name."""
+
+
+def parse_columns(value: str | dict[str, str]) -> dict[str, str]:
+    """Parse `field=column,field=column`. A dict is accepted, too.
+
+    Raises:
+        ValueError: The text has another form.
+    """
+    if isinstance(value, dict):
+        return value
+    pairs = [part.partition("=") for part in value.split(",")]
+    if not all(name and equals for name, equals, _ in pairs):
+        raise ValueError("not of the form field=column")
+    return {name.strip(): column.strip() for name, _, column in pairs}
+
+
+Port = restricted_number_type("Port", int, [(">=", 0), ("<=", 65535)])
+register_type(Columns, serializer=dict, deserializer=parse_columns, type_check=lambda value, _: type(value) is dict)
+
+# Types of arguments with a limited range -> description for error messages.
+RANGES: dict[type, str] = {
+    Columns: "of the form field=column,field=column, such as captions=text,image=file",
+    Port: "an integer between 0 and 65535",
+    PositiveInt: "an integer of at least 1",
+    NonNegativeInt: "an integer of at least 0",
+    PositiveFloat: "a number greater than 0",
+    ClosedUnitInterval: "a number between 0 and 1",
+}
+
+
 def add_reading_arguments(parser: ArgumentParser, max_skipped: float = 0.05) -> None:
     """Add the arguments shared by all commands that read records."""
     parser.add_argument(
         "--columns",
-        type=dict[str, str],
+        type=Columns,
         default={},
-        help='Column name in the source for each field, e.g. \'{"captions": "text"}\'.',
+        help="Column name in the source for each field, e.g. captions=text,image=file.",
     )
     parser.add_argument(
         "--max_skipped",
-        type=float,
+        type=ClosedUnitInterval,
         default=max_skipped,
         help="Stop if more than this fraction of the rows cannot be used.",
     )

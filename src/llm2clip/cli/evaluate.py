@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from jsonargparse import Namespace
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt
 
 from llm2clip.cli.commands import DATA_HELP, Commands, add_reading_arguments, select
 from llm2clip.config import EncoderConfig, EvaluateConfig, ReproduceConfig
@@ -91,7 +92,9 @@ def add(commands: Commands) -> None:
         action="store_true",
         help="CRA: also report the all-pairs protocol: each caption retrieves any other caption of its image.",
     )
-    parser.add_argument("--mistakes", type=int, default=3, help="CRA: how many of the worst mistakes to show.")
+    parser.add_argument(
+        "--mistakes", type=NonNegativeInt, default=3, help="CRA: how many of the worst mistakes to show."
+    )
     add_reading_arguments(parser)
     parser.add_class_arguments(EncoderConfig, "encoder")
     parser.add_class_arguments(EvaluateConfig, "evaluate", skip={"data"})
@@ -108,7 +111,10 @@ def add(commands: Commands) -> None:
         "--claims", nargs="+", type=int, default=[1, 2, 3, 4, 5, 6], help="Numbers of the claims to test."
     )
     parser.add_argument(
-        "--max_skipped", type=float, default=0.05, help="Stop if more than this fraction of the rows cannot be used."
+        "--max_skipped",
+        type=ClosedUnitInterval,
+        default=0.05,
+        help="Stop if more than this fraction of the rows cannot be used.",
     )
     parser.add_class_arguments(ReproduceConfig, "reproduce")
 

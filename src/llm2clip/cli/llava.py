@@ -6,9 +6,10 @@ import json
 import os
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
+from jsonargparse.typing import PositiveInt
 
-from llm2clip.cli.commands import Commands, add_reading_arguments
+from llm2clip.cli.commands import ArgumentParser, Commands, add_reading_arguments
 from llm2clip.cli.plan import add_machine_arguments, machine_from_args
 from llm2clip.config import LlavaConfig
 
@@ -99,7 +100,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--out", type=str, required=True, help="Folder for the answers and report.html.")
     parser.add_argument(
         "--num_beams",
-        type=int,
+        type=PositiveInt,
         default=3,
         help="Number of beams for captioning. Benchmarks always use greedy decoding.",
     )
@@ -108,11 +109,11 @@ def add(commands: Commands) -> None:
         action="store_true",
         help="Answer multiple-choice questions with the most likely option instead of generating a letter.",
     )
-    parser.add_argument("--batch_size", type=int, default=16, help="Questions per forward pass.")
+    parser.add_argument("--batch_size", type=PositiveInt, default=16, help="Questions per forward pass.")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="Precision of the model.")
     parser.add_argument(
         "--limit",
-        type=int,
+        type=PositiveInt,
         help="Maximum number of questions per task, for a quick test. Questions that are scored together count as one.",
     )
     parser.add_argument(
@@ -145,7 +146,7 @@ def _add_model_arguments(parser: ArgumentParser, required: bool) -> None:
         help="Folder or hub id of a causal LLM, or smollm2-135m.",
     )
     parser.add_argument(
-        "--image_size", type=int, help="Image size in pixels. Default: the size used in the tower's training."
+        "--image_size", type=PositiveInt, help="Image size in pixels. Default: the size used in the tower's training."
     )
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
-from llm2clip.cli.commands import Commands, select
+from llm2clip.cli.commands import ArgumentParser, Commands, select
 from llm2clip.cli.train import add_stage_settings
 from llm2clip.config import FitConfig
 from llm2clip.tools.plan.devices import Machine

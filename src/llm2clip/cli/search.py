@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from jsonargparse import Namespace
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
-from llm2clip.cli.commands import Commands, add_reading_arguments
+from llm2clip.cli.commands import Commands, Port, add_reading_arguments
 
 if TYPE_CHECKING:
     from llm2clip.data.skip_log import SkipLog
@@ -29,7 +30,7 @@ def add(commands: Commands) -> None:
         "--model", type=str, required=True, help="Model folder, or any other model that `evaluate` accepts."
     )
     sub.add_argument("--out", type=str, required=True, help="Index folder, or qdrant+http://HOST:6333/COLLECTION.")
-    sub.add_argument("--watch", type=float, help="Keep running and update the index every N seconds.")
+    sub.add_argument("--watch", type=PositiveFloat, help="Keep running and update the index every N seconds.")
     sub.add_argument(
         "--prune",
         action="store_true",
@@ -41,13 +42,15 @@ def add(commands: Commands) -> None:
         help="Also index images outside the folder of their source, which caption files and symbolic links can name.",
     )
     add_reading_arguments(sub, max_skipped=1.0)
-    sub.add_argument("--batch_size", type=int, default=64, help="Images per forward pass.")
+    sub.add_argument("--batch_size", type=PositiveInt, default=64, help="Images per forward pass.")
     sub.add_argument(
-        "--workers", type=int, help="Number of processes that decode images. Default: half the number of CPU cores."
+        "--workers",
+        type=NonNegativeInt,
+        help="Number of processes that decode images. Default: half the number of CPU cores.",
     )
     sub.add_argument(
         "--approximate_above",
-        type=int,
+        type=NonNegativeInt,
         default=1_000_000,
         help="Use approximate search (an HNSW graph) if the index has at least this many distinct images.",
     )
@@ -69,12 +72,14 @@ def add(commands: Commands) -> None:
         default=[],
         help="Average texts of up to three words with these prompt templates, such as 'a photo of a {}'.",
     )
-    sub.add_argument("--top", type=int, default=10, help="Maximum number of results.")
+    sub.add_argument("--top", type=PositiveInt, default=10, help="Maximum number of results.")
     sub.add_argument("--path", type=str, help="Only images in this folder, tar or file.")
     sub.add_argument("--caption", type=str, help="Only images with a caption that contains this text, ignoring case.")
     sub.add_argument("--after", type=str, help="Only images taken on or after this date or time, such as 2024-05-31.")
     sub.add_argument("--before", type=str, help="Only images taken on or before this date or time.")
-    sub.add_argument("--min_side", type=int, help="Only images whose shorter side has at least this many pixels.")
+    sub.add_argument(
+        "--min_side", type=PositiveInt, help="Only images whose shorter side has at least this many pixels."
+    )
     sub.add_argument("--model", type=str, help="Model that built the index, if the model folder was moved.")
     sub.add_argument("--sheet", type=str, help="Write an HTML page with the results to this folder.")
     sub.add_argument("--open", action="store_true", help="Open an HTML page with the results in a browser.")
@@ -88,7 +93,7 @@ def add(commands: Commands) -> None:
     sub.add_argument(
         "--host", type=str, default="127.0.0.1", help="Address to listen on. 0.0.0.0 means all interfaces."
     )
-    sub.add_argument("--port", type=int, default=7860, help="Port to listen on. 0 means any free port.")
+    sub.add_argument("--port", type=Port, default=7860, help="Port to listen on. 0 means any free port.")
     sub.add_argument(
         "--token",
         type=str,
@@ -108,16 +113,18 @@ def add(commands: Commands) -> None:
         help="Average texts of up to three words with these prompt templates, such as 'a photo of a {}'. Requests can "
         "contain their own templates instead.",
     )
-    sub.add_argument("--batch_size", type=int, default=32, help="Maximum number of texts or images per forward pass.")
+    sub.add_argument(
+        "--batch_size", type=PositiveInt, default=32, help="Maximum number of texts or images per forward pass."
+    )
     sub.add_argument(
         "--max_queue",
-        type=int,
+        type=PositiveInt,
         default=512,
         help="Maximum number of queued texts or images; further requests get status 429.",
     )
     sub.add_argument(
         "--timeout",
-        type=float,
+        type=PositiveFloat,
         default=30.0,
         help="Maximum time per request in seconds; slower requests get status 504.",
     )
@@ -210,8 +217,6 @@ def _search(args: Namespace) -> list[str]:
     from llm2clip.search.render import draw_heatmaps, open_in_browser, print_hits, write_contact_sheet
     from llm2clip.search.types import Filter
 
-    if args.top < 1:
-        raise ValueError(f"--top must be at least 1 (got {args.top})")
     if args.heatmaps and not args.open and args.sheet is None:
         raise ValueError("--heatmaps requires an HTML page: add --open or --sheet FOLDER")
     check_templates(args.templates, "--templates")

@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
+from jsonargparse.typing import NonNegativeInt
 
-from llm2clip.cli.commands import DATA_HELP, Commands, add_reading_arguments
+from llm2clip.cli.commands import DATA_HELP, ArgumentParser, Commands, add_reading_arguments
 from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, EvaluateConfig, FitConfig, TuneConfig
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument(
         "--ray_workers",
-        type=int,
+        type=NonNegativeInt,
         default=0,
         help="Number of Ray workers. 0 means one per GPU or, without a GPU, one per two CPU cores.",
     )
