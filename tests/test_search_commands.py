@@ -59,7 +59,6 @@ def test_index_and_search_explain_mistakes(
         (["search", index, "x", "--templates", "photo"], "--templates: template 0 ('photo') has no {}"),
         (["serve", "--index", index, "--templates", "photo"], "--templates: template 0 ('photo') has no {}"),
         (["serve", "--index", index, "--templates", *(["{}"] * 8)], "too many templates: 8; the limit is 7"),
-        (["search", index, "x", "--top", "0"], "--top must be at least 1"),
         (["index", str(photos), "--model", str(tmp_path / "typo"), "--out", str(tmp_path / "new")], "typo"),
         (["search", index, "x", "--images", "no.jpg"], "No such file"),
         (["search", index, "x", "--after", "yesterday"], "Invalid isoformat"),
