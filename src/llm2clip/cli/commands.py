@@ -46,7 +46,7 @@ class ArgumentParser(jsonargparse.ArgumentParser):
     _words: Sequence[str] = ()  # command line of the root parser
     config_file: str | None = None  # config file that is currently being read
 
-    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:  # type: ignore[override]
         self._words = sys.argv[1:] if args is None else args
         return super().parse_args(args, *others, **options)
 
