@@ -90,6 +90,39 @@ def test_boxes_prefix_reads_a_file_beside_its_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"images": []}, "lists no images"),
+        ({"annotations": []}, "contains no boxes that can be classified"),
+        (
+            {"images": [{"id": 10, "file_name": "0.png", "width": 64, "height": 48}] * 2},
+            "several images have the id 10",
+        ),
+        ({"categories": [{"id": 1, "name": "_ "}]}, "category 1 has no name"),
+        ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "several categories have the id 1"),
+    ],
+)
+@pytest.mark.parametrize("benchmark", ["coco-boxes", "ov-coco", "coco-object"])
+def test_invalid_coco_files_are_reported(benchmark: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    file = make_coco(tmp_path / "coco")
+    content = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps(content))
+    if "annotations" in changes and benchmark != "coco-boxes":
+        message = "has no category 'airplane'" if benchmark == "ov-coco" else "has 3 categories, but COCO has 80"
+    with pytest.raises(DataFormatError, match=message):
+        BENCHMARKS[benchmark].load(tmp_path / "coco")
+
+
+def test_categories_with_the_same_name_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = make_coco(tmp_path / "coco")
+    content = json.loads(file.read_text())
+    content["categories"][2]["name"] = " red_"
+    file.write_text(json.dumps(content))
+    assert list(BENCHMARKS["coco-boxes"].load(tmp_path / "coco").names) == ["red", "green", "red"]
+    assert "2 categories have the name 'red'. The model cannot distinguish them" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"image_id": 7}, "annotation 100 refers to image 7, which does not exist"),
         ({"category_id": 2}, "annotation 100 refers to category 2, which does not exist"),
         ({"bbox": [1, 2, 3]}, r"annotation 100 has the bbox \[1, 2, 3\], but a bbox must be \[left, top, width"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pycocotools import mask as coco_mask
 from scipy.io import savemat
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, jaccard_score
 from torch import Tensor
@@ -20,6 +21,7 @@ from llm2clip.cli import main
 from llm2clip.data.images import load_image
 from llm2clip.data.skip_log import TooManySkipped
 from llm2clip.evaluate.benchmarks import BENCHMARKS, DataFormatError, MissingFileError, SegmentationData
+from llm2clip.evaluate.benchmarks.coco_instances import decode_mask
 from llm2clip.evaluate.benchmarks.segmentation import read_class_names
 from llm2clip.evaluate.dense import sliding_window
 from llm2clip.evaluate.dense.segmentation import (
@@ -229,6 +231,12 @@ def test_invalid_label_files_of_context_are_reported(tmp_path: Path) -> None:
         ([], "need at least one array"),
         ({"counts": [5, 6], "size": [48, 64]}, "the run lengths cover 11 of 3072 pixels"),
         ({"counts": [5, 3067], "size": [64, 48]}, r"the mask has the size \[64, 48\], but the image has the size"),
+        ({"counts": [5, 3067.0], "size": [48, 64]}, "run lengths must be integers that are not negative"),
+        ({"counts": [-1, 3073], "size": [48, 64]}, "run lengths must be integers that are not negative"),
+        ({"counts": "5", "size": [48, 64]}, "the run lengths cover 5 of 3072 pixels"),
+        ({"counts": "5X", "size": [48, 64]}, "the compressed run lengths end in the middle of a number"),
+        ({"counts": "5 ", "size": [48, 64]}, "the compressed run lengths contain the invalid character ' '"),
+        ({"counts": "o" * 99, "size": [48, 64]}, "the compressed run lengths contain a number that is too large"),
         (None, "'NoneType' object is not subscriptable"),
     ],
 )
@@ -244,8 +252,21 @@ def test_invalid_masks_of_coco_are_reported(segmentation: object, message: str, 
         data.read_labels(0)
     content["annotations"][0]["image_id"] = 3
     file.write_text(json.dumps(content))
-    with pytest.raises(DataFormatError, match="annotation 77 has no area, or no known image and category"):
+    with pytest.raises(DataFormatError, match="annotation 77 refers to image 3, which does not exist"):
         BENCHMARKS["coco-object"].load(tmp_path / "coco")
+
+
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
+def test_decode_mask_equals_pycocotools(density: float) -> None:
+    rng = np.random.default_rng(0)
+    mask = (rng.random((150, 70)) < density).astype(np.uint8)
+    mask[20:140, 5:60] |= density > 0  # long runs need several characters
+    rle = coco_mask.encode(np.asfortranarray(mask))
+    compressed = {"size": [150, 70], "counts": rle["counts"].decode()}
+    assert np.array_equal(decode_mask(compressed, 150, 70), mask > 0)
+    changes = np.flatnonzero(np.diff(mask.T.flatten(), prepend=0))  # the positions at which a new run starts
+    runs = np.diff([0, *changes, mask.size]).tolist()
+    assert np.array_equal(decode_mask({"size": [150, 70], "counts": runs}, 150, 70), mask > 0)
 
 
 # ---- sliding window ------------------------------------------------------------------------------------------------
@@ -390,6 +411,23 @@ def test_segmentation_of_coloured_images_matches_sklearn(tmp_path: Path) -> None
         assert metrics["mean class accuracy"] == pytest.approx(100 * balanced_accuracy_score(correct, predicted))
 
 
+def test_learned_logit_scale_is_evaluated_next_to_the_scale_of_the_protocol(tmp_path: Path) -> None:
+    data = dataclasses.replace(make_segmentation(tmp_path), logit_scale=50, min_probability=0.6)
+    embeddings = colour_embeddings()
+    embeddings.model.logit_scale = lambda: 1.0
+    result = evaluate_segmentation(data, embeddings, ["plain"])
+    assert result.logit_scales == {"plain": 50, "plain, learned scale": 1}
+    for method, scale in result.logit_scales.items():
+        embeddings.model.logit_scale = lambda: None
+        expected = evaluate_segmentation(dataclasses.replace(data, logit_scale=scale), embeddings, ["plain"])
+        assert np.array_equal(result.counts[method].predicted, expected.counts["plain"].predicted)
+    # The probability of the right class is 0.6 only with the scale of the protocol: e / (e + 3) < 0.6.
+    assert result.counts["plain, learned scale"].predicted[:, 1:].sum() == 0
+    embeddings.model.logit_scale = lambda: 1.0
+    result = evaluate_segmentation(dataclasses.replace(data, min_probability=0), embeddings, ["plain"])
+    assert list(result.counts) == ["plain"], "without a minimum probability, the scale does not affect the result"
+
+
 def test_unusable_images_and_labels_are_skipped(tmp_path: Path) -> None:
     data = make_segmentation(tmp_path)
     (tmp_path / "1.png").write_bytes(b"x")
@@ -460,13 +498,15 @@ def test_evaluate_command_writes_segmentation_results_and_pictures(
     assert main([*command, "--dense_variants", "plain", "naclip", "--out", str(out)]) == 0
     assert "Skipped ade20k" in capsys.readouterr().out
     voc, coco = json.loads((out / "results.json").read_text())["results"]
-    assert [row["method"] for row in coco["rows"]] == ["plain", "naclip"] and coco["images"] == 3
+    methods = ["plain", "plain, learned scale", "naclip", "naclip, learned scale"]
+    assert [row["method"] for row in coco["rows"]] == methods and coco["images"] == 3
+    assert [row["logit scale"] for row in coco["rows"]] == pytest.approx([50, 14.3] * 2, abs=0.05)
     assert set(coco["rows"][0]["metrics"]) == {"mIoU", "pixel accuracy", "mean class accuracy"}
     assert "background" in coco["rows"][0]["IoU"] and "sky" not in coco["rows"][0]["IoU"]
     assert coco["rows"][0]["IoU"]["toothbrush"] == 0 and coco["rows"][0]["IoU"]["zebra"] is None
     assert voc["images"] == 1 and voc["texts"] == 80 * 30
     page, report = (out / "report.html").read_text(), (out / "report.md").read_text()
-    assert page.count("data:image/jpeg") == 4 * 3 + 4 * 1 and 'class="legend"' in page and "toothbrush" in page
+    assert page.count("data:image/jpeg") == 6 * 3 + 4 * 1 and 'class="legend"' in page and "toothbrush" in page
     assert "| mIoU |" in report and "paper 2026: EVA02 + LLM2CLIP | " in report
     assert "The authors published no code" in report
 

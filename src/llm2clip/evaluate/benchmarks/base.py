@@ -14,6 +14,7 @@ from llm2clip.data.records import Record
 from llm2clip.io_utils import DataFormatError, MissingFileError
 
 T = TypeVar("T")
+ImageId = int | str
 
 CaptionFields = Mapping[str, Sequence[Record]]
 """Records for each caption field (captions, captions_zh, ...). Each record's `captions` are the texts in that field."""
@@ -112,11 +113,13 @@ class DetectionData:
     """Images with annotated objects, and the class names from which a detector chooses."""
 
     images: Sequence[ImageRef]
-    image_ids: Sequence[int]
+    image_ids: Sequence[ImageId]
+    """Id of each image. The ids are unique."""
     sizes: Sequence[tuple[int, int]]
     """Width and height of each image in pixels. The boxes are given for this size."""
     annotations: Sequence[Mapping[str, Any]]
-    """Objects in COCO's format: "image_id", "category_id", "bbox" as [x, y, width, height] in pixels, and "iscrowd"."""
+    """Objects in COCO's format: "image_id", "category_id", "bbox" as [x, y, width, height] in pixels, and "iscrowd".
+    The boxes are inside the image and not empty."""
     names: Sequence[str]
     category_ids: Sequence[int]
     """COCO's category id of each class in `names`."""

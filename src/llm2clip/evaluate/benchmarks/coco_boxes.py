@@ -8,7 +8,6 @@ COCO's format is {"images": [{"id", "file_name", "width", "height"}], "annotatio
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,12 @@ from llm2clip.evaluate.benchmarks.base import Benchmark, RegionData
 from llm2clip.evaluate.benchmarks.classification import imagenet_templates
 from llm2clip.evaluate.benchmarks.coco_instances import (
     INSTANCES_FOLDERS,
+    clip_box,
     find_instances,
     image_refs,
-    image_size,
-    parse_box,
+    read_instances,
 )
-from llm2clip.io_utils import DataFormatError, first_existing, read_json
+from llm2clip.io_utils import DataFormatError, first_existing
 
 BOXES_PREFIX = "boxes:"
 MIN_SIDE = 1.0  # pixels; smaller boxes are excluded
@@ -59,51 +58,35 @@ def read_boxes(file: Path) -> RegionData:
 
     Raises:
         MissingFileError: If image files are missing, or open_clip, which provides the templates, is not installed.
-        DataFormatError: If an annotation refers to an unknown image or category or has an invalid box, or if there are
-            no boxes.
+        DataFormatError: If an annotation has an invalid box, or if there are no boxes. See also `read_instances`.
     """
-    data = read_json(file, drop_unused_keys)  # polygons take up a lot of memory
-    categories = sorted(data["categories"], key=lambda category: category["id"])
-    label_of_category = {category["id"]: label for label, category in enumerate(categories)}
-    images = {image["id"]: image for image in data["images"]}
-    sizes = {image_id: image_size(file, image) for image_id, image in images.items()}
+    instances = read_instances(file, drop_unused_keys)  # polygons take up a lot of memory
+    label_of_category = {category_id: label for label, category_id in enumerate(instances.names)}
     rows: dict[Any, list[tuple[list[float], int, float]]] = defaultdict(list)
     excluded: Counter[str] = Counter()
-    for annotation in data["annotations"]:
-        image = images.get(annotation["image_id"])
-        label = label_of_category.get(annotation["category_id"])
-        if image is None or label is None:
-            part = f"image {annotation['image_id']}" if image is None else f"category {annotation['category_id']}"
-            raise DataFormatError(f"{file}: annotation {annotation.get('id')} refers to {part}, which does not exist")
-        box = _clipped_box(file, annotation, sizes[annotation["image_id"]])
+    for annotation in instances.annotations:
+        image_id = annotation["image_id"]
+        box = clip_box(file, annotation, instances.sizes[image_id]).tolist()
         if annotation.get("iscrowd"):
             excluded[CROWD] += 1
         elif min(box[2] - box[0], box[3] - box[1]) < MIN_SIDE:
             excluded[DEGENERATE] += 1
         else:
             area = annotation.get("area", (box[2] - box[0]) * (box[3] - box[1]))
-            rows[annotation["image_id"]].append((box, label, area))
+            rows[image_id].append((box, label_of_category[annotation["category_id"]], area))
     if not rows:
         raise DataFormatError(f"{file} contains no boxes that can be classified")
-    used_images = [image for image_id, image in images.items() if image_id in rows]
+    used_ids = [image_id for image_id in instances.images if image_id in rows]
     return RegionData(
-        images=image_refs(file, used_images),
-        sizes=[sizes[image["id"]] for image in used_images],
-        boxes=[np.array([box for box, _, _ in rows[image["id"]]], np.float32) for image in used_images],
-        labels=[np.array([label for _, label, _ in rows[image["id"]]], np.int64) for image in used_images],
-        areas=[np.array([area for _, _, area in rows[image["id"]]], np.float32) for image in used_images],
-        names=[category["name"].replace("_", " ") for category in categories],
+        images=image_refs(file, [instances.images[image_id] for image_id in used_ids]),
+        sizes=[instances.sizes[image_id] for image_id in used_ids],
+        boxes=[np.array([box for box, _, _ in rows[image_id]], np.float32) for image_id in used_ids],
+        labels=[np.array([label for _, label, _ in rows[image_id]], np.int64) for image_id in used_ids],
+        areas=[np.array([area for _, _, area in rows[image_id]], np.float32) for image_id in used_ids],
+        names=list(instances.names.values()),
         templates=imagenet_templates(),
         excluded=excluded,
     )
-
-
-def _clipped_box(file: Path, annotation: Mapping[str, Any], image_size: tuple[int, int]) -> list[float]:
-    """Return a box as (left, top, right, bottom), clipped to an image with the given width and height."""
-    left, top, width, height = parse_box(file, annotation)
-    corners = np.array([left, top, left + width, top + height])
-    clipped: list[float] = corners.clip(0, np.array([*image_size, *image_size])).tolist()
-    return clipped
 
 
 def _read_coco(folder: Path) -> RegionData:

@@ -2,19 +2,94 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from llm2clip.data.image_header import MAX_PIXELS
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.readers.coco import find_image_folder, split_folders
-from llm2clip.evaluate.benchmarks.base import check_files, image_file
+from llm2clip.distributed import print_once
+from llm2clip.evaluate.benchmarks.base import ImageId, check_files, image_file
 from llm2clip.evaluate.benchmarks.karpathy_splits import COCO_FOLDERS
-from llm2clip.io_utils import DataFormatError, first_existing
+from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, read_json
 
 INSTANCES_FOLDERS = (*COCO_FOLDERS, "coco_instances")
+
+
+@dataclass(frozen=True)
+class Instances:
+    """Contents of a file in COCO's format.
+
+    Attributes:
+        file: Path of the file.
+        images: Entry of each image, keyed by image id.
+        sizes: Width and height of each image in pixels, keyed by image id.
+        annotations: Entries of the objects. The image and the category of each object exist.
+        names: Name of each category, with underscores replaced by spaces, keyed by category id, in the order of the
+            ids.
+    """
+
+    file: Path
+    images: dict[ImageId, dict[str, Any]]
+    sizes: dict[ImageId, tuple[int, int]]
+    annotations: list[dict[str, Any]]
+    names: dict[Any, str]
+
+
+def read_instances(file: Path, object_hook: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Instances:
+    """Read a JSON file in COCO's format. If several categories have the same name, print a warning.
+
+    Args:
+        file: Path of the file.
+        object_hook: Function that is applied to each JSON object, see `json.load`.
+
+    Raises:
+        DataFormatError: If the file lists no images, several images have the same id, a category has no name, or an
+            annotation refers to an image or a category that does not exist.
+    """
+    data = read_json(file, object_hook)
+    images: dict[ImageId, dict[str, Any]] = {}
+    for image in data["images"]:
+        if image["id"] in images:
+            raise DataFormatError(f"{file}: several images have the id {image['id']!r}, but ids must be unique")
+        images[image["id"]] = image
+    names = _category_names(file, data["categories"])
+    if not images:
+        raise DataFormatError(f"{file} lists no images")
+    for annotation in data["annotations"]:
+        if annotation["image_id"] not in images or annotation["category_id"] not in names:
+            is_unknown_image = annotation["image_id"] not in images
+            field = "image" if is_unknown_image else "category"
+            part = f"{field} {annotation[f'{field}_id']!r}"
+            raise DataFormatError(f"{file}: annotation {annotation.get('id')} refers to {part}, which does not exist")
+    sizes = {image_id: image_size(file, image) for image_id, image in images.items()}
+    return Instances(file, images, sizes, data["annotations"], names)
+
+
+def _category_names(file: Path, categories: Sequence[Mapping[str, Any]]) -> dict[Any, str]:
+    """Return the name of each category, keyed by category id, in the order of the ids."""
+    names: dict[Any, str] = {}
+    for category in sorted(categories, key=lambda category: category["id"]):
+        name = category["name"].replace("_", " ").strip()
+        if not name:
+            raise DataFormatError(f"{file}: category {category['id']} has no name")
+        if category["id"] in names:
+            raise DataFormatError(f"{file}: several categories have the id {category['id']}, but ids must be unique")
+        names[category["id"]] = name
+    for name, count in Counter(names.values()).items():
+        if count > 1:
+            print_once(
+                f"{file}: {count} categories have the name {name!r}. The model cannot distinguish them, and only the "
+                "first of them can be predicted"
+            )
+    return names
 
 
 def find_instances(folder: Path) -> Path:
@@ -24,6 +99,16 @@ def find_instances(folder: Path) -> Path:
         MissingFileError: If the folder does not contain the file.
     """
     return first_existing(folder, "annotations/instances_val2017.json", "instances_val2017.json")
+
+
+def require_pycocotools(purpose: str) -> None:
+    """Raise MissingFileError if pycocotools is not installed.
+
+    Args:
+        purpose: Sentence that says what pycocotools is needed for.
+    """
+    if importlib.util.find_spec("pycocotools") is None:
+        raise MissingFileError(f"{purpose}: pip install 'llm2clip[dense]'")
 
 
 def image_refs(file: Path, images: Sequence[Mapping[str, Any]]) -> list[ImageRef]:
@@ -75,3 +160,83 @@ def parse_box(file: Path, annotation: Mapping[str, Any]) -> tuple[float, float, 
         )
     left, top, width, height = box
     return left, top, width, height
+
+
+def clip_box(file: Path, annotation: Mapping[str, Any], image_size: tuple[int, int]) -> np.ndarray:
+    """Return the box of an annotation as (left, top, right, bottom), float64 (4,), clipped to the image.
+
+    Args:
+        file: Path of the file, for error messages.
+        annotation: Entry of the object.
+        image_size: Width and height of the image in pixels.
+
+    Raises:
+        DataFormatError: See `parse_box`.
+    """
+    left, top, width, height = parse_box(file, annotation)
+    return np.array([left, top, left + width, top + height], np.float64).clip(0, [*image_size, *image_size])
+
+
+# ---- masks ---------------------------------------------------------------------------------------------------------
+
+
+def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """Decode the mask of an object, bool (height, width), from polygons or from COCO's run-length encoding (RLE).
+
+    pycocotools validates neither of them: distant polygons take unlimited memory, and masks whose run lengths are too
+    short are filled with uninitialised memory. Therefore, pycocotools decodes only the polygons.
+
+    Raises:
+        ValueError: If a polygon is far outside the image, or the run lengths are invalid or belong to an image of a
+            different size.
+    """
+    if isinstance(segmentation, list):
+        from pycocotools import mask
+
+        coordinates = np.concatenate([np.asarray(polygon, np.float64) for polygon in segmentation])
+        if not (np.abs(coordinates) <= 2 * max(height, width)).all():  # also for NaN
+            raise ValueError(f"a polygon is far outside the image of {width} x {height} pixels")
+        decoded: np.ndarray = mask.decode(mask.merge(mask.frPyObjects(segmentation, height, width))) > 0
+        return decoded
+    if list(segmentation["size"]) != [height, width]:
+        raise ValueError(f"the mask has the size {segmentation['size']}, but the image has the size {[height, width]}")
+    runs = segmentation["counts"]
+    if not isinstance(runs, list):
+        runs = _decompress_run_lengths(runs.encode() if isinstance(runs, str) else runs)
+    if not all(type(run) is int and run >= 0 for run in runs):
+        raise ValueError("run lengths must be integers that are not negative")
+    if sum(runs) != height * width:
+        raise ValueError(f"the run lengths cover {sum(runs)} of {height * width} pixels")
+    values = np.arange(len(runs)) % 2 == 1  # runs of zeros and ones alternate, and zeros come first
+    return np.repeat(values, runs).reshape(width, height).T  # COCO's order is column by column
+
+
+def _decompress_run_lengths(data: bytes) -> list[int]:
+    """Decode COCO's compressed run lengths (`rleFrString` in pycocotools' maskApi.c).
+
+    Each number consists of groups of five bits, the lowest first, with 48 added. The sixth bit is set if more groups
+    follow. The highest bit of the last group is the sign. From the fourth number on, the numbers are differences to the
+    run length two positions before.
+
+    Raises:
+        ValueError: If a character is invalid, or the last number is incomplete.
+    """
+    runs: list[int] = []
+    value, shift = 0, 0
+    for byte in data:
+        group = byte - 48
+        if not 0 <= group < 64:
+            raise ValueError(f"the compressed run lengths contain the invalid character {chr(byte)!r}")
+        value |= (group & 31) << shift
+        shift += 5
+        if shift > 60:
+            raise ValueError("the compressed run lengths contain a number that is too large")
+        if group & 32:
+            continue
+        if group & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value, shift = 0, 0
+    if shift:
+        raise ValueError("the compressed run lengths end in the middle of a number")
+    return runs

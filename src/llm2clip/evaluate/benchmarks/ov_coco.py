@@ -6,20 +6,23 @@ classes, the objects of COCO's other 15 classes are removed, and images without 
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from llm2clip.evaluate.benchmarks.base import Benchmark, DetectionData
 from llm2clip.evaluate.benchmarks.classification import imagenet_templates
 from llm2clip.evaluate.benchmarks.coco_instances import (
     INSTANCES_FOLDERS,
+    Instances,
+    clip_box,
     find_instances,
     image_refs,
-    image_size,
-    parse_box,
+    read_instances,
+    require_pycocotools,
 )
-from llm2clip.io_utils import DataFormatError, MissingFileError, read_json
+from llm2clip.io_utils import DataFormatError, read_json
 
 
 def class_split() -> dict[str, list[str]]:
@@ -28,33 +31,58 @@ def class_split() -> dict[str, list[str]]:
     return {group: content[group] for group in ("novel", "base")}
 
 
+def read_detection(
+    instances: Instances, category_ids: Sequence[Any], groups: Mapping[str, Sequence[str]], templates: Sequence[str]
+) -> DetectionData:
+    """Return the images with their objects of some categories. Images without such objects are not included.
+
+    Boxes are clipped to the image, as the detections are. Objects whose boxes are then empty are excluded.
+
+    Args:
+        instances: Contents of a file in COCO's format.
+        category_ids: Ids of the categories to detect.
+        groups: Groups of class names for which metrics are reported.
+        templates: Prompt templates.
+
+    Raises:
+        MissingFileError: If image files are missing.
+        DataFormatError: If an annotation has an invalid box, or there are no objects apart from crowds.
+    """
+    used_categories = set(category_ids)
+    annotations = []
+    for row in instances.annotations:
+        left, top, right, bottom = clip_box(instances.file, row, instances.sizes[row["image_id"]]).tolist()
+        if row["category_id"] in used_categories and right > left and bottom > top:
+            annotations.append({**row, "bbox": [left, top, right - left, bottom - top]})
+    if all(row.get("iscrowd") for row in annotations):
+        problem = "only crowds" if annotations else "no objects of these classes"
+        raise DataFormatError(f"{instances.file} contains {problem}, so the average precision is undefined")
+    annotated = {row["image_id"] for row in annotations}
+    image_ids = [image_id for image_id in instances.images if image_id in annotated]
+    return DetectionData(
+        images=image_refs(instances.file, [instances.images[image_id] for image_id in image_ids]),
+        image_ids=image_ids,
+        sizes=[instances.sizes[image_id] for image_id in image_ids],
+        annotations=annotations,
+        names=[instances.names[category_id] for category_id in category_ids],
+        category_ids=list(category_ids),
+        groups=groups,
+        templates=templates,
+    )
+
+
 def _read_ov_coco(folder: Path) -> DetectionData:
-    if importlib.util.find_spec("pycocotools") is None:
-        raise MissingFileError("the average precision is computed by pycocotools: pip install 'llm2clip[dense]'")
-    file = find_instances(folder)
-    content = read_json(file)
+    require_pycocotools("the average precision is computed by pycocotools")
+    instances = read_instances(find_instances(folder))
     groups = class_split()
     names = [name for group in groups.values() for name in group]
-    category_ids = {category["name"]: int(category["id"]) for category in content["categories"]}
+    category_ids = {name: category_id for category_id, name in instances.names.items()}
     missing = [name for name in names if name not in category_ids]
     if missing:
-        raise DataFormatError(f"{file} has no category {missing[0]!r}; {len(missing)} of {len(names)} are missing")
-    used_ids = [category_ids[name] for name in names]
-    annotations = [row for row in content["annotations"] if row["category_id"] in set(used_ids)]
-    for row in annotations:
-        parse_box(file, row)  # raises an error if it is invalid
-    annotated = {row["image_id"] for row in annotations}
-    images = [image for image in content["images"] if image["id"] in annotated]
-    return DetectionData(
-        images=image_refs(file, images),
-        image_ids=[int(image["id"]) for image in images],
-        sizes=[image_size(file, image) for image in images],
-        annotations=annotations,
-        names=names,
-        category_ids=used_ids,
-        groups=groups,
-        templates=imagenet_templates(),
-    )
+        raise DataFormatError(
+            f"{instances.file} has no category {missing[0]!r}; {len(missing)} of {len(names)} are missing"
+        )
+    return read_detection(instances, [category_ids[name] for name in names], groups, imagenet_templates())
 
 
 BENCHMARKS = (

@@ -8,7 +8,6 @@ yields probabilities, and pixels without a probable class are assigned to the ba
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.resources import files
@@ -19,10 +18,24 @@ import numpy as np
 from PIL import Image
 
 from llm2clip.data.image_refs import FileImage, ImageRef
-from llm2clip.evaluate.benchmarks.base import IGNORED, Benchmark, SegmentationData, check_files, image_file
+from llm2clip.evaluate.benchmarks.base import (
+    IGNORED,
+    Benchmark,
+    ImageId,
+    SegmentationData,
+    check_files,
+    image_file,
+)
 from llm2clip.evaluate.benchmarks.classification import imagenet_templates
-from llm2clip.evaluate.benchmarks.coco_instances import INSTANCES_FOLDERS, find_instances, image_refs, image_size
-from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, read_json, read_lines
+from llm2clip.evaluate.benchmarks.coco_instances import (
+    INSTANCES_FOLDERS,
+    decode_mask,
+    find_instances,
+    image_refs,
+    read_instances,
+    require_pycocotools,
+)
+from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, read_lines
 
 _INVALID = -1  # in label tables: a value that must not occur
 # Ids of Cityscapes' 19 evaluated classes, in the order of their train ids (github.com/mcordts/cityscapesScripts,
@@ -203,37 +216,34 @@ def _read_coco_object(folder: Path) -> SegmentationData:
     Raises:
         MissingFileError: If pycocotools is not installed.
     """
-    if importlib.util.find_spec("pycocotools") is None:
-        raise MissingFileError("COCO's masks are decoded by pycocotools: pip install 'llm2clip[dense]'")
-    file = find_instances(folder)
-    data = read_json(file)
-    categories = sorted(category["id"] for category in data["categories"])
+    require_pycocotools("COCO's masks are decoded by pycocotools")
+    instances = read_instances(find_instances(folder))
+    file = instances.file
     names = read_class_names("coco_object")
-    if len(categories) != len(names):
-        raise DataFormatError(f"{file} has {len(categories)} categories, but COCO has {len(names)}")
-    label_of_category = {category: label for label, category in enumerate(categories, 1)}
-    images = data["images"]
-    sizes = [image_size(file, image) for image in images]
-    objects: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in images}
-    for row in data["annotations"]:
-        if row["image_id"] not in objects or row["category_id"] not in label_of_category or "area" not in row:
-            raise DataFormatError(f"{file}: annotation {row.get('id')} has no area, or no known image and category")
+    if len(instances.names) != len(names):
+        raise DataFormatError(f"{file} has {len(instances.names)} categories, but COCO has {len(names)}")
+    label_of_category = {category_id: label for label, category_id in enumerate(instances.names, 1)}
+    sizes = list(instances.sizes.values())
+    objects: dict[ImageId, list[dict[str, Any]]] = {image_id: [] for image_id in instances.images}
+    for row in instances.annotations:
+        if "area" not in row:
+            raise DataFormatError(f"{file}: annotation {row.get('id')} has no area")
         objects[row["image_id"]].append(row)
-    objects_of_image = [sorted(objects[image["id"]], key=lambda row: -row["area"]) for image in images]
+    objects_of_image = [sorted(rows, key=lambda row: -row["area"]) for rows in objects.values()]
 
     def read_labels(index: int) -> np.ndarray:
         width, height = sizes[index]
         labels = np.zeros((height, width), np.uint8)
         for row in objects_of_image[index]:
             try:
-                mask = _decode_mask(row["segmentation"], height, width)
+                mask = decode_mask(row["segmentation"], height, width)
             except Exception as error:  # pycocotools raises many types of exceptions, even Exception itself
                 raise DataFormatError(f"{file}: annotation {row.get('id')} has an invalid mask: {error!r}") from error
             labels[mask] = label_of_category[row["category_id"]]
         return labels
 
     return SegmentationData(
-        images=image_refs(file, images),
+        images=image_refs(file, list(instances.images.values())),
         read_labels=read_labels,
         names=[*read_class_names("background"), *names],
         templates=imagenet_templates(),
@@ -241,34 +251,6 @@ def _read_coco_object(folder: Path) -> SegmentationData:
         logit_scale=50,
         min_probability=0.1,
     )
-
-
-def _decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """Decode the mask of an object, bool (height, width), from polygons or from COCO's run-length encoding.
-
-    pycocotools validates neither of them: distant polygons take unlimited memory, and masks whose run lengths are too
-    short are filled with uninitialised memory.
-
-    Raises:
-        ValueError: If a polygon is far outside the image, or the run lengths belong to an image of a different size.
-    """
-    from pycocotools import mask
-
-    if isinstance(segmentation, list):
-        coordinates = np.concatenate([np.asarray(polygon, np.float64) for polygon in segmentation])
-        if not (np.abs(coordinates) <= 2 * max(height, width)).all():  # also for NaN
-            raise ValueError(f"a polygon is far outside the image of {width} x {height} pixels")
-        rle = mask.merge(mask.frPyObjects(segmentation, height, width))
-    else:
-        rle = segmentation
-        if list(rle["size"]) != [height, width]:
-            raise ValueError(f"the mask has the size {rle['size']}, but the image has the size {[height, width]}")
-        if isinstance(rle["counts"], list):
-            if sum(rle["counts"]) != height * width:
-                raise ValueError(f"the run lengths cover {sum(rle['counts'])} of {height * width} pixels")
-            rle = mask.frPyObjects(rle, height, width)
-    decoded: np.ndarray = mask.decode(rle) > 0
-    return decoded
 
 
 def _read_coco_stuff(folder: Path) -> SegmentationData:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm2clip.evaluate.benchmarks.base import DetectionData
+from llm2clip.evaluate.benchmarks.base import DetectionData, ImageId
 from llm2clip.evaluate.recall import bootstrap_counts, percentile_interval
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Detections:
 
     Args:
         boxes: Corners (x0, y0, x1, y1) in pixels, float32 (N, 4).
-        scores: Scores, float32 (N,).
+        scores: Scores, float64 (N,).
         labels: Class indices, int64 (N,).
     """
 
@@ -38,7 +38,7 @@ class Detections:
 
 
 def detection_metrics(
-    data: DetectionData, detections: Mapping[int, Detections], resamples: int = 1000
+    data: DetectionData, detections: Mapping[ImageId, Detections], resamples: int = 1000
 ) -> dict[str, dict[str, Any]]:
     """Return the average precision of each group of classes, in percent, with 95% confidence intervals.
 
@@ -57,6 +57,9 @@ def detection_metrics(
     Returns:
         {GROUP: {"AP50": ..., "AP50 interval": (low, high), "AP": ..., "classes": number of classes with objects}}, for
         the groups in `data.groups` and for the group "all".
+
+    Raises:
+        ValueError: If there are no objects except crowds.
     """
     evaluator = _run_coco_eval(data, detections)
     precision = evaluator.eval["precision"][..., 0, 0]  # (thresholds, recalls, classes), -1 for classes without objects
@@ -83,6 +86,8 @@ def detection_metrics(
             "AP": float(class_ap[:, classes].mean()),
             "classes": len(classes),
         }
+    if not metrics:
+        raise ValueError("the images contain no objects except crowds, so the average precision is undefined")
     return metrics
 
 
@@ -128,19 +133,27 @@ def weighted_ap(matches: ClassMatches, weights: np.ndarray, recall_values: np.nd
     return float(np.where(reached, precision[np.minimum(positions, len(precision) - 1)], 0.0).mean())
 
 
-def _run_coco_eval(data: DetectionData, detections: Mapping[int, Detections]) -> Any:
-    """Run COCOeval on boxes of all sizes. Category ids are class indices plus 1."""
+def _run_coco_eval(data: DetectionData, detections: Mapping[ImageId, Detections]) -> Any:
+    """Run COCOeval on boxes of all sizes. Category ids are class indices plus 1. Image ids are replaced by numbers.
+
+    The numbers are in the order of the ids, because COCOeval sorts detections with equal scores by image id.
+    """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     classes = {category_id: k for k, category_id in enumerate(data.category_ids)}
-    objects = [{**row, "category_id": classes[row["category_id"]] + 1} for row in data.annotations]
+    ordered_ids = sorted(data.image_ids, key=lambda image_id: (isinstance(image_id, str), image_id))
+    numbers = {image_id: number for number, image_id in enumerate(ordered_ids)}
+    objects = []
+    for row in data.annotations:
+        ids = {"image_id": numbers[row["image_id"]], "category_id": classes[row["category_id"]] + 1}
+        objects.append({**row, **ids})
     predictions = []
     for image_id, detected in detections.items():
         corners = detected.boxes.double()
         boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).tolist()
         for box, score, label in zip(boxes, detected.scores.tolist(), detected.labels.tolist(), strict=True):
-            predictions.append({"image_id": image_id, "category_id": label + 1, "bbox": box, "score": score})
+            predictions.append({"image_id": numbers[image_id], "category_id": label + 1, "bbox": box, "score": score})
     with contextlib.redirect_stdout(io.StringIO()):
         evaluator = COCOeval(_to_coco(COCO(), data, objects), _to_coco(COCO(), data, predictions), "bbox")
         evaluator.params.areaRng, evaluator.params.areaRngLbl = [[0, float("inf")]], ["all"]
@@ -151,13 +164,13 @@ def _run_coco_eval(data: DetectionData, detections: Mapping[int, Detections]) ->
 
 
 def _to_coco(coco: COCO, data: DetectionData, rows: Sequence[Mapping[str, Any]]) -> COCO:
-    """Fill an empty COCO object with rows and return it. Category ids are class indices plus 1."""
+    """Fill an empty COCO object with rows and return it. See `_run_coco_eval` for the ids."""
     annotations = []
     for number, row in enumerate(rows, 1):  # COCOeval treats a match with the id 0 as a missing match
         _, _, width, height = row["bbox"]
         annotations.append({"iscrowd": 0, "area": width * height, **row, "id": number})
     coco.dataset = {
-        "images": [{"id": image_id} for image_id in data.image_ids],
+        "images": [{"id": number} for number in range(len(data.image_ids))],
         "categories": [{"id": k + 1, "name": name} for k, name in enumerate(data.names)],
         "annotations": annotations,
     }

@@ -18,6 +18,7 @@ from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.progress import ProgressBar
 
 IMAGES_PER_BATCH = 8  # decoded images in memory at a time
+LEARNED_SCALE = ", learned scale"  # suffix for the name of a method that uses the logit scale learned by the model
 T = TypeVar("T")
 
 
@@ -57,6 +58,18 @@ def supported_variants(model: DualEncoder, variants: Sequence[str]) -> list[str]
         reason = f"the model supports only {', '.join(available)}" if available else "the model has no dense features"
         print_once(f"{model.name}: the dense variants {', '.join(skipped)} are skipped: {reason}")
     return [variant for variant in variants if variant in available]
+
+
+def logit_scales(model: DualEncoder, protocol_scale: float) -> dict[str, float]:
+    """Return the logit scales to evaluate: the scale of the protocol, and the scale that the model learned, if any.
+
+    Published protocols use CLIP's scales. A model with a different scale has other class probabilities.
+
+    Returns:
+        The scales, keyed by the suffix for the name of a method: "" for the protocol's scale.
+    """
+    learned = model.logit_scale()
+    return {"": protocol_scale} if learned is None else {"": protocol_scale, LEARNED_SCALE: learned}
 
 
 def decode_batches(
@@ -132,11 +145,13 @@ def record_failures(log: SkipLog, refs: Sequence[ImageRef], failures: dict[int, 
 
     Raises:
         TooManySkipped: If too many images could not be used.
-        ValueError: If no image could be used.
+        ValueError: If there are no images, or no image could be used.
     """
     log.count_at_least(len(refs))
     for index, reason in sorted(failures.items()):
         log.skip(str(refs[index]), 0, "unusable image", reason)
     log.check()
+    if not refs:
+        raise ValueError("the benchmark contains no images")
     if len(failures) == len(refs):
         raise ValueError(f"none of the {len(refs):,} images can be used; first failure: {refs[0]} ({failures[0]})")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert, clip_boxes_to_image
 
-from llm2clip.evaluate.benchmarks.base import DetectionData
+from llm2clip.evaluate.benchmarks.base import DetectionData, ImageId
 from llm2clip.io_utils import DataFormatError, MissingFileError, read_json
 
 GROUND_TRUTH = "ground-truth"
@@ -50,7 +50,7 @@ class ProposalSource(Protocol):
 
     note: str
 
-    def find(self, image_id: int, image: Tensor) -> Proposals:
+    def find(self, image_id: ImageId, image: Tensor) -> Proposals:
         """Return the proposals for an image, uint8 (3, H, W)."""
         ...
 
@@ -78,9 +78,9 @@ def open_proposals(name: str, data: DetectionData, device: torch.device) -> Prop
     return _Detector(_load_transformers(name, device))
 
 
-def object_boxes(data: DetectionData) -> dict[int, Tensor]:
+def object_boxes(data: DetectionData) -> dict[ImageId, Tensor]:
     """Return the corners of all objects except crowds, float32 (N, 4), keyed by image id."""
-    boxes: dict[int, list[list[float]]] = {}
+    boxes: dict[ImageId, list[list[float]]] = {}
     for row in data.annotations:
         if not row.get("iscrowd"):
             boxes.setdefault(row["image_id"], []).append(row["bbox"])
@@ -95,7 +95,7 @@ class _GroundTruth:
     def __init__(self, data: DetectionData) -> None:
         self._boxes = object_boxes(data)
 
-    def find(self, image_id: int, image: Tensor) -> Proposals:
+    def find(self, image_id: ImageId, image: Tensor) -> Proposals:
         boxes = self._boxes.get(image_id, torch.zeros(0, 4))
         return Proposals(boxes, torch.ones(len(boxes)))
 
@@ -111,12 +111,14 @@ class _ProposalFile:
             raise DataFormatError(
                 f'{file} must be a list of {{"image_id", "bbox", "score"}} (got {type(rows).__name__})'
             )
-        image_ids = set(data.image_ids)
-        by_image: dict[int, list[list[float]]] = {}
+        # A program that writes proposals may write the image id 139 as a string.
+        ids_by_text = {str(image_id): image_id for image_id in data.image_ids}
+        by_image: dict[ImageId, list[list[float]]] = {}
         num_unknown = 0
         for number, row in enumerate(rows, 1):
-            image_id, values = _parse_row(file, number, row)
-            if image_id in image_ids:
+            id_text, values = _parse_row(file, number, row)
+            image_id = ids_by_text.get(id_text)
+            if image_id is not None:
                 by_image.setdefault(image_id, []).append(values)
             else:
                 num_unknown += 1
@@ -124,24 +126,26 @@ class _ProposalFile:
         notes = []
         if num_unknown:
             notes.append(f"{num_unknown:,} of {len(rows):,} boxes belong to images that the benchmark does not use")
-        num_missing = len(image_ids - by_image.keys())
+        num_missing = len(data.image_ids) - len(by_image)
         if num_missing:
-            notes.append(f"{num_missing:,} of {len(image_ids):,} images have no boxes")
+            notes.append(f"{num_missing:,} of {len(data.image_ids):,} images have no boxes")
         self.note = f"{file}: {'; '.join(notes)}" if notes else ""
         if not by_image:
             raise DataFormatError(
-                f"{file} has no boxes for the benchmark's images: check that the image_id values are COCO image ids"
+                f"{file} has no boxes for the benchmark's images: check that every image_id is one of its ids"
             )
 
-    def find(self, image_id: int, image: Tensor) -> Proposals:
+    def find(self, image_id: ImageId, image: Tensor) -> Proposals:
         values = self._values.get(image_id, torch.zeros(0, 5))
         return Proposals(box_convert(values[:, :4], "xywh", "xyxy"), values[:, 4])
 
 
-def _parse_row(file: Path, number: int, row: Any) -> tuple[int, list[float]]:
-    """Return a row's image id, and its box [x, y, w, h] followed by its score."""
+def _parse_row(file: Path, number: int, row: Any) -> tuple[str, list[float]]:
+    """Return a row's image id as a string, and its box [x, y, w, h] followed by its score."""
     try:
-        image_id = int(row["image_id"])
+        image_id = row["image_id"]
+        if not isinstance(image_id, int | str):
+            raise TypeError(f"the image_id {image_id!r} is neither an integer nor a string")
         values = [*map(float, row["bbox"]), float(row["score"])]
     except (KeyError, TypeError, ValueError) as error:
         raise DataFormatError(
@@ -157,7 +161,7 @@ def _parse_row(file: Path, number: int, row: Any) -> tuple[int, list[float]]:
         raise DataFormatError(
             f"{file}, row {number}: the score {values[4]:g} must be between 0 and 1; apply a sigmoid to logits"
         )
-    return image_id, values
+    return str(image_id), values
 
 
 class _Detector:
@@ -173,7 +177,7 @@ class _Detector:
         self._detect = detect
 
     @torch.inference_mode()
-    def find(self, image_id: int, image: Tensor) -> Proposals:
+    def find(self, image_id: ImageId, image: Tensor) -> Proposals:
         boxes, scores = self._detect(image)
         return Proposals(boxes.float().cpu(), scores.float().cpu())
 
