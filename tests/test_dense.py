@@ -416,6 +416,15 @@ def test_encode_dense_projects_and_normalizes_cells(tmp_path: Path) -> None:
     assert model.encode_dense([]) == []
 
 
+def test_dual_encoders_have_the_learned_logit_scale(tmp_path: Path) -> None:
+    model = make_llm2clip(timm_tower("test_resnet"))
+    assert from_llm2clip(model, "model").logit_scale() == pytest.approx(1 / 0.07)
+    model.logit_scale.data.fill_(math.log(300))
+    assert from_llm2clip(model, "model").logit_scale() == 100
+    make_model(tmp_path, "clip")
+    assert open_dual_encoder(str(tmp_path), "cpu").logit_scale() == pytest.approx(math.exp(2.6592), rel=0.01)  # bf16
+
+
 def test_unsupported_requests_are_rejected() -> None:
     dense = build_dense_encoder(timm_tower("test_efficientnet"), nn.Identity())
     with pytest.raises(ValueError, match="variant must be one of plain for this tower \\(got 'sclip'\\)"):

@@ -31,7 +31,9 @@ from llm2clip.evaluate.dense.detection import (
     detection_blocks,
     without_images,
 )
-from llm2clip.evaluate.dense.proposals import Proposals, open_proposals
+from llm2clip.evaluate.dense.proposals import Proposals, object_boxes, open_proposals
+from llm2clip.evaluate.dense.regions import encode_boxes
+from llm2clip.evaluate.runner import evaluate_models
 from llm2clip.html_report import ResultImages
 from llm2clip.io_utils import DataFormatError, MissingFileError
 
@@ -229,6 +231,26 @@ def test_classify_boxes_scores_are_geometric_means() -> None:
         assert float(score) == pytest.approx(np.sqrt(float(objectness[n]) * probability), rel=1e-4)
 
 
+def test_classify_boxes_orders_scores_that_float32_would_round_to_1() -> None:
+    """With CLIP's logit scale, probabilities such as 1 - 2e-9 are common. Equal scores keep the order of the boxes."""
+    cosines = torch.tensor([0.18, 0.20, 0.22, 0.19], dtype=torch.float64)  # minus the cosine of the other class
+    classes = torch.eye(2, 4)
+    embeddings = torch.zeros(len(cosines), 4, dtype=torch.float64)
+    embeddings[:, 0] = cosines
+    corners = torch.tensor([[20.0 * n, 0, 20 * n + 10, 10] for n in range(len(cosines))])
+    detected = classify_boxes(Proposals(corners, torch.ones(len(cosines))), embeddings, classes)
+    confident = detected.labels == 0
+    assert detected.boxes[confident][:, 0].tolist() == [40, 20, 60, 0]  # by decreasing cosine
+    expected = np.sqrt(1 / (1 + np.exp(-100 * cosines.numpy())))
+    assert detected.scores[confident].tolist() == pytest.approx(np.sort(expected)[::-1], abs=1e-15, rel=0)
+    assert len(set(detected.scores[confident].tolist())) == 4
+
+    many = 1200  # more than the limit of 1,000 candidates
+    corners = torch.tensor([[20.0 * n, 0, 20 * n + 10, 10] for n in range(many)])
+    detected = classify_boxes(Proposals(corners, torch.ones(many)), classes[:1].expand(many, 4), classes[:1])
+    assert detected.boxes[:, 0].tolist() == [20.0 * n for n in range(100)]
+
+
 def test_classify_boxes_suppresses_overlapping_boxes_of_the_same_class_only() -> None:
     classes = torch.eye(2, 4)
     corners = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 8]])
@@ -266,7 +288,7 @@ def test_proposal_file_is_read_and_unknown_images_are_reported(tmp_path: Path) -
     rows = [
         {"image_id": 10, "category_id": 7, "bbox": [1, 2, 3, 4], "score": 0.25},
         {"image_id": 99, "bbox": [1, 2, 3, 4], "score": 0.5},
-        {"image_id": 10, "bbox": [0, 0, 5, 6], "score": 0.75},
+        {"image_id": "10", "bbox": [0, 0, 5, 6], "score": 0.75},
     ]
     source = open_proposals(write_proposals(tmp_path, rows), DATA, CPU)
     proposals = source.find(10, IMAGE)
@@ -281,7 +303,7 @@ def test_proposal_file_is_read_and_unknown_images_are_reported(tmp_path: Path) -
     [
         ({"image_id": 10, "score": 0.5}, "'bbox'"),
         ({"image_id": 10, "bbox": [1, 2, 3, 4]}, "'score'"),
-        ({"image_id": "one", "bbox": [1, 2, 3, 4], "score": 0.5}, "'one'"),
+        ({"image_id": [10], "bbox": [1, 2, 3, 4], "score": 0.5}, r"\[10\] is neither an integer nor a string"),
         ({"image_id": 10, "bbox": [1, 2, 3], "score": 0.5}, r"\[1, 2, 3\]"),
         ({"image_id": 10, "bbox": [1, 2, -3, 4], "score": 0.5}, r"\[1, 2, -3, 4\]"),
         ({"image_id": 10, "bbox": [1, 2, float("nan"), 4], "score": 0.5}, "finite"),
@@ -301,7 +323,7 @@ def test_proposal_file_errors_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(DataFormatError, match="must be a list"):
         open_proposals(write_proposals(tmp_path, {"annotations": []}), DATA, CPU)
     other = [{"image_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5}]
-    with pytest.raises(DataFormatError, match="the image_id values are COCO image ids"):
+    with pytest.raises(DataFormatError, match="check that every image_id is one of its ids"):
         open_proposals(write_proposals(tmp_path, other), DATA, CPU)
 
 
@@ -372,6 +394,77 @@ def test_class_split_has_48_base_and_17_novel_classes_of_coco() -> None:
     assert len(set(names)) == 65 and set(names) < coco_names
 
 
+def ov_coco_file(folder: Path, image_id: int | str = 10, **changes: Any) -> Path:
+    """Write a folder of OV-COCO with one image, which shows a cat, and change the annotation."""
+    names = list(itertools.chain(*class_split().values()))
+    row = {"image_id": image_id, "category_id": 2 * names.index("cat") + 1, "bbox": [4, 4, 20, 20], **changes}
+    content = coco_json([("0.png", (64, 48))], [row], names)
+    content["images"][0]["id"] = image_id
+    draw_rectangles(folder / "val2017/0.png", (64, 48), [("red", [4, 4, 20, 20])])
+    file = folder / "annotations/instances_val2017.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps(content))
+    return file
+
+
+def test_image_ids_can_be_strings(tmp_path: Path) -> None:
+    ov_coco_file(tmp_path, "one")
+    data = BENCHMARKS["ov-coco"].load(tmp_path)
+    results = detect_objects(data, colour_embeddings(), "ground-truth", ["plain"])
+    assert set(results.by_method["plain"]) == {"one"}
+    assert detection_metrics(data, results.by_method["plain"], resamples=2)["all"]["classes"] == 1
+    file = write_proposals(tmp_path, [{"image_id": "one", "bbox": [4, 4, 20, 20], "score": 0.5}])
+    assert detect_objects(data, colour_embeddings(), file, ["plain"]).num_covered == 1
+
+
+def test_boxes_are_clipped_to_the_image_so_that_the_true_boxes_cover_all_objects(tmp_path: Path) -> None:
+    ov_coco_file(tmp_path, bbox=[-30, 40, 94.5, 30])  # the part inside is 64 x 8 pixels
+    data = BENCHMARKS["ov-coco"].load(tmp_path)
+    assert data.annotations[0]["bbox"] == [0, 40, 64, 8]
+    results = detect_objects(data, colour_embeddings(), "ground-truth", ["plain"])
+    assert (results.num_objects, results.num_covered) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"iscrowd": 1}, "val2017.json contains only crowds, so the average precision is undefined"),
+        ({"bbox": [70, 4, 20, 20]}, "contains no objects of these classes"),
+        ({"image_id": "10"}, "annotation 100 refers to image '10', which does not exist"),
+    ],
+)
+def test_files_without_objects_are_rejected(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    file = ov_coco_file(tmp_path, **changes)
+    content = json.loads(file.read_text())
+    content["images"][0]["id"] = 10
+    file.write_text(json.dumps(content))
+    with pytest.raises(DataFormatError, match=message):
+        BENCHMARKS["ov-coco"].load(tmp_path)
+
+
+def test_average_precision_without_objects_is_rejected() -> None:
+    data = make_data([(0, "red", [1, 2, 3, 4])], 1, crowds=(0,))
+    with pytest.raises(ValueError, match="the images contain no objects except crowds"):
+        detection_metrics(data, {}, resamples=2)
+
+
+def test_results_of_finished_benchmarks_are_saved_when_a_later_one_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise IndexError("a bug")
+
+    ov_coco_file(tmp_path / "coco")
+    monkeypatch.setattr("llm2clip.evaluate.embeddings.open_dual_encoder", lambda *args, **kwargs: colour_model())
+    monkeypatch.setattr("llm2clip.evaluate.embeddings.fingerprint", lambda identity: "0" * 64)
+    monkeypatch.setattr("llm2clip.evaluate.benchmark_eval.detect_objects", fail)
+    options: dict[str, Any] = {"root": tmp_path, "out": tmp_path / "out", "proposals": "ground-truth"}
+    with pytest.raises(IndexError, match="a bug"):
+        evaluate_models(["colours"], benchmarks=["coco-boxes", "ov-coco"], **options)
+    [result] = json.loads((tmp_path / "out/results.json").read_text())["results"]
+    assert result["benchmark"] == "coco-boxes"
+
+
 # ---- detection with a model that recognises colours -----------------------------------------------------------------
 
 
@@ -435,6 +528,22 @@ def test_unusable_images_are_recorded(tmp_path: Path) -> None:
     assert "3.png" in wrong_size and "60 x 45 pixels, but its boxes are for 120 x 90" in wrong_size
 
 
+def test_learned_logit_scale_is_evaluated_next_to_the_scale_of_the_protocol(tmp_path: Path) -> None:
+    data = draw_data(tmp_path)
+    embeddings = colour_embeddings()
+    embeddings.model.logit_scale = lambda: 3.0
+    results = detect_objects(data, embeddings, "ground-truth", ["plain"])
+    assert results.logit_scales == {"plain": 100, "plain, learned scale": 3}
+    boxes = object_boxes(data)[10]
+    [embedded] = encode_boxes(embeddings.model, [load_image(data.images[0])], [boxes], "plain")
+    classes = torch.nn.functional.normalize(torch.eye(3) + 0.01, dim=-1)
+    cosines = (embedded.double() @ classes.double().T).numpy()
+    for method, scale in results.logit_scales.items():
+        exponentials = np.exp(scale * cosines)
+        scores = np.sqrt(exponentials / exponentials.sum(1, keepdims=True)).flatten()
+        assert results.by_method[method][10].scores.tolist() == pytest.approx(np.sort(scores)[::-1], rel=1e-5)
+
+
 def test_unsupported_variants_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = draw_data(tmp_path)
     results = detect_objects(data, colour_embeddings(), "ground-truth", ["naclip", "plain"])
@@ -466,7 +575,7 @@ def test_ov_coco_reports_invalid_files(tmp_path: Path) -> None:
     names = [name for group in class_split().values() for name in group]
     file = tmp_path / "annotations/instances_val2017.json"
     file.parent.mkdir()
-    file.write_text(json.dumps(coco_json([], [], names[1:])))
+    file.write_text(json.dumps(coco_json([("0.png", (64, 48))], [], names[1:])))
     with pytest.raises(DataFormatError, match=f"has no category '{names[0]}'; 1 of 65 are missing"):
         BENCHMARKS["ov-coco"].load(tmp_path)
     row = {"image_id": 10, "category_id": 1, "bbox": [1, 2, 3]}
@@ -526,7 +635,7 @@ def test_evaluate_command_reports_detection(
     command = ["evaluate", "colours", "--benchmarks", "ov-coco", *folders]
     assert main([*command, "--proposals", "ground-truth", "--crop_proposals"]) == 0
     output = capsys.readouterr().out
-    assert "| paper 2026: EVA02 + LLM2CLIP | – | – | 28.9 | 54.7 | 48.0 |" in output
+    assert "| paper 2026: EVA02 + LLM2CLIP | – | – | – | 28.9 | 54.7 | 48.0 |" in output
     [result] = json.loads((tmp_path / "out/results.json").read_text())["results"]
     assert result["images"] == 2  # the third image has only objects of classes that are not used
     assert [row["method"] for row in result["rows"]] == ["plain", "crop"]
@@ -536,5 +645,7 @@ def test_evaluate_command_reports_detection(
     assert result["proposals"]["boxes"] == 4 and metrics["proposal recall"] == 100
     page = (tmp_path / "out/report.html").read_text()
     assert "cat 1.00" in page and "Proposals from ground-truth: 4 boxes" in page
+    assert "| colours (upper bound) | plain | 100.0 |" in output
+    assert "ov-coco: Proposals from ground-truth: 4 boxes" in output and "the AP is an upper bound" in output
     assert main(command) == 1
     assert "pass --proposals" in capsys.readouterr().err

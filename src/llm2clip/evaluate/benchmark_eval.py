@@ -50,8 +50,8 @@ class BenchmarkResult:
             `caption_field_metrics`). Results for other types of benchmarks have "images" and "texts" (number of images
             and texts) and "truncated" (number of texts that exceed the model's maximum length). They also have
             "metrics" or, if the benchmark is evaluated with several methods, "rows". Each of these rows has "method",
-            "metrics" and "intervals" (95% confidence intervals of the metrics). All metrics are in percent, except
-            "linear probe C".
+            "metrics" and "intervals" (95% confidence intervals of the metrics). Rows whose metrics depend on
+            the logit scale also have "logit scale". All metrics are in percent, except "linear probe C".
         ranks: Ranks for each caption field. Only set for retrieval benchmarks.
         draw_examples: Function that returns a section of the report with example images.
     """
@@ -190,10 +190,13 @@ def _evaluate_segmentation(
     result = evaluate_segmentation(data, embeddings, variants)
     rows = []
     class_names = [data.class_name(label) for label in range(len(data.names))]
-    for variant, counts in result.counts.items():
+    for method, counts in result.counts.items():
         metrics, intervals = segmentation_metrics(counts)
         class_ious = dict(zip(class_names, class_iou(counts), strict=True))
-        rows.append({"method": variant, "metrics": metrics, "intervals": intervals, "IoU": class_ious})
+        row: dict[str, Any] = {"method": method, "metrics": metrics, "intervals": intervals, "IoU": class_ious}
+        if data.min_probability > 0:  # otherwise, the scale does not affect the predictions
+            row["logit scale"] = result.logit_scales[method]
+        rows.append(row)
     prompts = class_prompts([name for names in data.names for name in names], data.templates)
     summary = {
         "images": len(result.images),
@@ -229,7 +232,8 @@ def _evaluate_detection(
         for group, values in groups.items():
             intervals[f"AP50 {group}"] = values["AP50 interval"]
         metrics["proposal recall"] = description["recall"]
-        rows.append({"method": method, "metrics": metrics, "intervals": intervals})
+        row = {"method": method, "metrics": metrics, "intervals": intervals}
+        rows.append(row | {"logit scale": results.logit_scales[method]})
     prompts = class_prompts(data.names, data.templates)
     first_method, first_detections = next(iter(results.by_method.items()))
     summary = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,7 @@ def evaluate_models(
     results: dict[str, Any] = {}
     report: list[Block] = [Code(command_line())]
     failures: list[str] = []
+    notes: list[str] = []
     log = _skip_log(out, "records", max_skipped)
     title_name = display_names(models or [encoder.path])[0]
 
@@ -141,18 +142,19 @@ def evaluate_models(
             crop_proposals=crop_proposals,
         )
         for n, name in enumerate(display_names(models) if available else []):
-            runner.run(models[n], name, is_baseline=n > 0, trust_remote_code=trust_remote_code)
-            results["results"] = runner.summaries()
-            _write_results(out, results)  # after each model, so that an interruption loses no results
+            for _ in runner.run(models[n], name, is_baseline=n > 0, trust_remote_code=trust_remote_code):
+                results["results"] = runner.summaries()
+                _write_results(out, results)  # after each benchmark, so that a later error loses no results
         failures += runner.failures
         if not runner.summaries():
             raise ValueError("\n".join(["nothing could be evaluated:", *failures]))
+        notes = runner.skipped_rows() + runner.proposals()
         blocks = runner.blocks()
         report += [Paragraph(line) for line in [*runner.skipped_rows(), *failures]] + blocks
         print_once(to_markdown("Results", [block for block in blocks if not isinstance(block, Paragraph)]))
 
-    last_lines = [log.summary()] if log.rows_seen else []
-    last_lines += failures
+    last_lines = [log.summary()] if log.rows_seen and not data else []
+    last_lines += notes + failures
     if out is not None and process_state().is_main_process:
         _write_results(out, results)
         _, html_file = write_report(out, "report", f"Evaluation of {title_name}", report)
@@ -204,8 +206,8 @@ class BenchmarkRunner:
             is_user_data = benchmark.name == USER_DATA
             self._logs.append(log if is_user_data else _skip_log(out, f"{n}-{benchmark.name}", max_skipped))
 
-    def run(self, model: str, name: str, is_baseline: bool, trust_remote_code: bool = False) -> None:
-        """Evaluate a model on all benchmarks.
+    def run(self, model: str, name: str, is_baseline: bool, trust_remote_code: bool = False) -> Iterator[ModelResult]:
+        """Evaluate a model on all benchmarks, and yield each result as soon as it is finished.
 
         Args:
             model: Model as accepted by `open_dual_encoder`, or an .npz file of precomputed embeddings.
@@ -254,6 +256,7 @@ class BenchmarkRunner:
                 if result.draw_examples is not None and not is_baseline:
                     model_result.examples = result.draw_examples()
             self.results[n].append(model_result)
+            yield model_result
 
     def _add_short_queries(
         self, model_result: ModelResult, ranked: Mapping[str, RetrievalRanks], embeddings: EmbeddingSource
@@ -294,6 +297,15 @@ class BenchmarkRunner:
         for (benchmark, _), log in zip(self.benchmarks, self._logs, strict=True):
             if log.skipped or benchmark.name == USER_DATA:
                 lines.append(f"{benchmark.name}: {log.summary()}.")
+        return lines
+
+    def proposals(self) -> list[str]:
+        """Return one line about the proposals for each detection benchmark."""
+        lines = []
+        for results in self.results:
+            if results and "proposals" in results[0].summary:
+                summary = results[0].summary
+                lines.append(f"{summary['benchmark']}: {summary['proposals']['description']}")
         return lines
 
 

@@ -31,7 +31,7 @@ from llm2clip.models.clip_text_encoder import (
 )
 from llm2clip.models.dense import DenseEncoder, build_dense_encoder
 from llm2clip.models.fingerprint import hash_weights
-from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
+from llm2clip.models.llm2clip import LLM2CLIP, MAX_LOGIT_SCALE, is_model_folder
 from llm2clip.models.loading import hide_loading_bars
 from llm2clip.models.precision import default_encoding_precision, resolve_device_precision
 from llm2clip.models.remote_code import explain_remote_code_error
@@ -59,6 +59,7 @@ class DualEncoder:
             truncates, or None if unknown.
         precision: precision in which the model runs.
         dense: dense encoder, which encodes the cells of an image, or None if this type of model does not support it.
+        logit_scale: function that returns the learned factor for the cosine similarities, or None if there is none.
     """
 
     name: str
@@ -70,6 +71,7 @@ class DualEncoder:
     count_truncated: Callable[[Sequence[str]], int | None] = lambda texts: None
     precision: str = "fp32"
     dense: DenseEncoder | None = None
+    logit_scale: Callable[[], float | None] = lambda: None
 
     @torch.inference_mode()
     @onednn_matmul()
@@ -151,6 +153,7 @@ def from_llm2clip(model: LLM2CLIP, name: str, precision: str | None = None) -> D
         count_truncated=count_truncated,
         precision=device_precision,
         dense=_dense_encoder(model.tower, model.projection, bf16_images),
+        logit_scale=lambda: min(float(model.logit_scale.detach().exp()), MAX_LOGIT_SCALE),
     )
 
 
@@ -261,7 +264,14 @@ def _wrap(
         encode_texts_raw=lambda texts, progress: text_encoder.encode(texts, progress=progress),
         count_truncated=text_encoder.count_truncated,
         dense=dense,
+        logit_scale=partial(_learned_logit_scale, text_encoder.model),
     )
+
+
+def _learned_logit_scale(model: Any) -> float | None:
+    """Return the factor for the cosine similarities that CLIP and SigLIP models store as its logarithm."""
+    logarithm = getattr(model, "logit_scale", None)
+    return float(logarithm.detach().exp()) if isinstance(logarithm, Tensor) else None
 
 
 @hide_loading_bars()

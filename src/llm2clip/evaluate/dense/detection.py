@@ -20,17 +20,18 @@ from torchvision.utils import draw_bounding_boxes
 
 from llm2clip.data.images import load_image, make_thumbnail
 from llm2clip.distributed import process_state
-from llm2clip.evaluate.benchmarks.base import DetectionData
+from llm2clip.evaluate.benchmarks.base import DetectionData, ImageId
 from llm2clip.evaluate.dense.average_precision import MAX_DETECTIONS, Detections
 from llm2clip.evaluate.dense.inputs import (
     decode_images,
     gather_from_ranks,
     get_dense_encoder,
     get_model,
+    logit_scales,
     record_failures,
     supported_variants,
 )
-from llm2clip.evaluate.dense.proposals import Proposals, object_boxes, open_proposals
+from llm2clip.evaluate.dense.proposals import GROUND_TRUTH, Proposals, object_boxes, open_proposals
 from llm2clip.evaluate.dense.regions import CROP, encode_boxes
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.zero_shot import class_embeddings, class_prompts
@@ -49,14 +50,17 @@ class DetectionResults:
     """A model's detections in all images.
 
     Args:
-        by_method: Detections of each method, keyed by image id.
+        by_method: Detections of each method, keyed by image id. Each method occurs with the logit scale of the protocol
+            and, if the model has one, with its learned logit scale. See `logit_scales`.
+        logit_scales: Logit scale of each method.
         num_boxes: Number of proposals. num_covered, num_objects: Number of objects covered by a proposal, and total
             number of objects. Crowds are excluded.
         note: Note about proposals that are not used. Empty if all proposals are used.
         failures: Reason why each unusable image was skipped, keyed by the image's index.
     """
 
-    by_method: dict[str, dict[int, Detections]]
+    by_method: dict[str, dict[ImageId, Detections]]
+    logit_scales: dict[str, float]
     num_boxes: int = 0
     num_covered: int = 0
     num_objects: int = 0
@@ -64,7 +68,7 @@ class DetectionResults:
     failures: dict[int, str] = field(default_factory=dict)
 
     def describe_proposals(self, source: str) -> dict[str, Any]:
-        """Return the number of proposals, their recall in percent, and a sentence that states both."""
+        """Return the number of proposals, their recall in percent, and sentences that describe them."""
         recall = 100.0 * self.num_covered / max(1, self.num_objects)
         description = (
             f"Proposals from {source}: {self.num_boxes:,} boxes, which cover {recall:.1f}% of the objects at an IoU of "
@@ -72,7 +76,16 @@ class DetectionResults:
         )
         if self.note:
             description += f" {self.note}."
-        return {"source": source, "boxes": self.num_boxes, "recall": recall, "description": description}
+        is_upper_bound = source == GROUND_TRUTH
+        if is_upper_bound:
+            description += " These are the boxes of the annotated objects, so the AP is an upper bound."
+        return {
+            "source": source,
+            "boxes": self.num_boxes,
+            "recall": recall,
+            "is_upper_bound": is_upper_bound,
+            "description": description,
+        }
 
 
 def detect_objects(
@@ -103,7 +116,9 @@ def detect_objects(
     source = open_proposals(proposals, data, process_state().device)
     classes = class_embeddings(embeddings.encode_texts(class_prompts(data.names, data.templates)), len(data.names))
     objects = object_boxes(data)
-    local = DetectionResults({method: {} for method in methods})
+    scales = logit_scales(model, LOGIT_SCALE)
+    scale_of_method = {method + suffix: scale for method in methods for suffix, scale in scales.items()}
+    local = DetectionResults({method: {} for method in scale_of_method}, scale_of_method)
     for images in decode_images(data.images, data.sizes, "detection", local.failures):
         boxes_of_image = {}
         for index, image in images.items():
@@ -113,7 +128,9 @@ def detect_objects(
         for method in methods:
             box_embeddings = encode_boxes(model, list(images.values()), corners, method)
             for (image_id, boxes), embedded in zip(boxes_of_image.items(), box_embeddings, strict=True):
-                local.by_method[method][image_id] = classify_boxes(boxes, embedded, classes)
+                for suffix, scale in scales.items():
+                    detections = classify_boxes(boxes, embedded, classes, scale)
+                    local.by_method[method + suffix][image_id] = detections
         for image_id, boxes in boxes_of_image.items():
             true_boxes = objects.get(image_id, torch.zeros(0, 4))
             is_covered = (box_iou(true_boxes, boxes.boxes) >= RECALL_IOU).any(1)
@@ -124,7 +141,8 @@ def detect_objects(
     failures = {index: reason for part in parts for index, reason in part.failures.items()}
     record_failures(embeddings.log, data.images, failures)
     return DetectionResults(
-        by_method={m: {key: d for part in parts for key, d in part.by_method[m].items()} for m in methods},
+        by_method={m: {key: d for part in parts for key, d in part.by_method[m].items()} for m in scale_of_method},
+        logit_scales=scale_of_method,
         num_boxes=sum(part.num_boxes for part in parts),
         num_covered=sum(part.num_covered for part in parts),
         num_objects=sum(part.num_objects for part in parts),
@@ -147,27 +165,33 @@ def without_images(data: DetectionData, excluded: Collection[int]) -> DetectionD
     )
 
 
-def classify_boxes(proposals: Proposals, box_embeddings: Tensor, classes: Tensor) -> Detections:
+def classify_boxes(
+    proposals: Proposals, box_embeddings: Tensor, classes: Tensor, logit_scale: float = LOGIT_SCALE
+) -> Detections:
     """Return the detections in one image, at most `MAX_DETECTIONS`.
 
-    score(box, class) = sqrt(objectness * softmax over classes of (100 * cosine))
+    score(box, class) = sqrt(objectness * softmax over classes of (logit_scale * cosine)), in float64. Detections with
+    equal scores are in the order of their boxes and classes.
 
     Args:
         proposals: P class-agnostic boxes.
         box_embeddings: Embedding of each box, L2-normalised, (P, D).
         classes: Class embeddings, L2-normalised, (C, D).
+        logit_scale: Factor for the cosine similarities before the softmax.
     """
-    probabilities = (LOGIT_SCALE * box_embeddings.float() @ classes.float().T).softmax(1)  # (boxes, classes)
-    scores = (proposals.scores[:, None] * probabilities).sqrt().flatten()
-    top_scores, positions = scores.topk(min(MAX_CANDIDATES, len(scores)))
+    # float32 would round many probabilities to 1, and the order of equal scores would be arbitrary.
+    probabilities = (logit_scale * box_embeddings.double() @ classes.double().T).softmax(1)  # (boxes, classes)
+    scores = (proposals.scores.double()[:, None] * probabilities).sqrt().flatten()
+    positions = scores.argsort(descending=True, stable=True)[:MAX_CANDIDATES]
+    scores = scores[positions]
     boxes = proposals.boxes[positions // len(classes)]
     labels = positions % len(classes)
-    remaining = batched_nms(boxes, top_scores, labels, NMS_IOU)[:MAX_DETECTIONS]
-    return Detections(boxes[remaining], top_scores[remaining], labels[remaining])
+    remaining = batched_nms(boxes.double(), scores, labels, NMS_IOU)[:MAX_DETECTIONS]
+    return Detections(boxes[remaining], scores[remaining], labels[remaining])
 
 
 def detection_blocks(
-    data: DetectionData, method: str, detections: Mapping[int, Detections], count: int = 6
+    data: DetectionData, method: str, detections: Mapping[ImageId, Detections], count: int = 6
 ) -> list[Block]:
     """Return a report section with a few regularly sampled images and their highest-scoring detections."""
     images = []
@@ -189,7 +213,7 @@ def _draw(image: Tensor, detected: Detections, names: Sequence[str]) -> ResultIm
     height, width = image.shape[1:]
     scale = EXAMPLE_SIDE / max(height, width)
     drawn = F.resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)
-    shown = nms(detected.boxes, detected.scores, NMS_IOU)[:EXAMPLE_BOXES]
+    shown = nms(detected.boxes.double(), detected.scores, NMS_IOU)[:EXAMPLE_BOXES]
     labels = [names[k] for k in detected.labels[shown].tolist()]
     if labels:
         boxes = detected.boxes[shown] * scale

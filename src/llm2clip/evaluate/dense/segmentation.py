@@ -23,6 +23,7 @@ from llm2clip.evaluate.dense.inputs import (
     gather_from_ranks,
     get_dense_encoder,
     get_model,
+    logit_scales,
     record_failures,
     supported_variants,
 )
@@ -67,13 +68,16 @@ class SegmentationResult:
 
     Args:
         images: Indices of the evaluated images.
-        counts: Pixel counts of each variant.
-        examples: Downsampled predictions of a few images, keyed by image index and variant, uint8 (h, w). The key
+        counts: Pixel counts of each method. A method is a variant with the logit scale of the protocol or, if the scale
+            affects the result and the model has learned one, with the learned logit scale. See `logit_scales`.
+        logit_scales: Logit scale of each method.
+        examples: Downsampled predictions of a few images, keyed by image index and method, uint8 (h, w). The key
             "labels" contains the true labels.
     """
 
     images: list[int]
     counts: dict[str, SegmentationCounts]
+    logit_scales: dict[str, float]
     examples: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
 
 
@@ -103,7 +107,10 @@ def evaluate_segmentation(
     window = max(1, round(dense.image_size / dense.cell_size)) * dense.cell_size
     transform = ResizeForWindows(window, dense.cell_size, data.scale)
     example_indices = set(np.linspace(0, len(data.images) - 1, NUM_EXAMPLES).astype(int).tolist())
-    areas: dict[str, dict[int, np.ndarray]] = {variant: {} for variant in variants}
+    # Without a minimum probability, the scale does not affect the class with the highest probability.
+    scales = logit_scales(model, data.logit_scale) if data.min_probability > 0 else {"": data.logit_scale}
+    scale_of_method = {variant + suffix: scale for variant in variants for suffix, scale in scales.items()}
+    areas: dict[str, dict[int, np.ndarray]] = {method: {} for method in scale_of_method}
     examples: dict[int, dict[str, np.ndarray]] = {}
     failures: dict[int, str] = {}
     for resized in decode_batches(data.images, transform, "segmentation", failures):
@@ -116,20 +123,22 @@ def evaluate_segmentation(
                 continue
             maps = {"labels": labels}
             for variant in variants:
-                areas[variant][index], maps[variant] = _count_pixels(scores[variant][index], labels, data)
+                for suffix, scale in scales.items():
+                    method, pixel_scores = variant + suffix, scores[variant][index]
+                    areas[method][index], maps[method] = _count_pixels(pixel_scores, labels, data, scale)
             if index in example_indices:
                 examples[index] = {name: _reduce(label_map) for name, label_map in maps.items()}
     gathered = gather_from_ranks((areas, examples, failures))
     record_failures(embeddings.log, data.images, {i: reason for *_, part in gathered for i, reason in part.items()})
     counts = {}
     evaluated: list[int] = []
-    for variant in variants:
-        areas_of_image = {i: values for part, _, _ in gathered for i, values in part[variant].items()}
+    for method in scale_of_method:
+        areas_of_image = {i: values for part, _, _ in gathered for i, values in part[method].items()}
         evaluated = sorted(areas_of_image)
         stacked = np.stack([areas_of_image[i] for i in evaluated])  # (images, 3, classes)
-        counts[variant] = SegmentationCounts(stacked[:, 0], stacked[:, 1], stacked[:, 2])
+        counts[method] = SegmentationCounts(stacked[:, 0], stacked[:, 1], stacked[:, 2])
     all_examples = {i: maps for _, part, _ in gathered for i, maps in part.items()}
-    return SegmentationResult(evaluated, counts, dict(sorted(all_examples.items())))
+    return SegmentationResult(evaluated, counts, scale_of_method, dict(sorted(all_examples.items())))
 
 
 def segmentation_metrics(counts: SegmentationCounts) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
@@ -243,7 +252,9 @@ def _cell_scores(dense: DenseEncoder, windows: Tensor, variant: str, queries: Te
 
 
 @onednn_matmul()
-def _count_pixels(scores: PixelScores, labels: np.ndarray, data: SegmentationData) -> tuple[np.ndarray, np.ndarray]:
+def _count_pixels(
+    scores: PixelScores, labels: np.ndarray, data: SegmentationData, logit_scale: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Segment an image, and return its pixel counts, int64 (3, classes), and the predictions, uint8 (H, W).
 
     The rows of the counts are the intersection, the labelled pixels and the predicted pixels.
@@ -254,7 +265,7 @@ def _count_pixels(scores: PixelScores, labels: np.ndarray, data: SegmentationDat
     tiles = segment(
         scores,
         names_per_class=[len(class_names) for class_names in data.names],
-        logit_scale=data.logit_scale,
+        logit_scale=logit_scale,
         min_probability=data.min_probability,
         min_area=data.min_area,
     )

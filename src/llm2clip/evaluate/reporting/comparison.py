@@ -235,7 +235,8 @@ def method_table(results: Sequence[ModelResult], published: Mapping[str, Mapping
     """Return a metrics table for a benchmark that is evaluated by several methods.
 
     The table has one row for each published result, one for chance, and one for each model and method, with confidence
-    intervals. The last rows show the differences between the first model and each baseline.
+    intervals. The last rows show the differences between the first model and each baseline. There is a column for the
+    logit scale if the metrics depend on it.
 
     Args:
         results: Results of the evaluated models.
@@ -243,26 +244,37 @@ def method_table(results: Sequence[ModelResult], published: Mapping[str, Mapping
     """
     metric_rows = {(result.model, row["method"]): row for result in results for row in result.summary["rows"]}
     names = list(dict.fromkeys(name for row in metric_rows.values() for name in row["metrics"]))
+    has_scales = any("logit scale" in row for row in metric_rows.values())
     rows: list[list[Any]] = []
+
+    def add_row(
+        name: str, cells: Sequence[Any], row: Mapping[str, Any], images: int | None, truncated: str | None
+    ) -> None:
+        scale = [row.get("logit scale")] if has_scales else []
+        rows.append([name, row.get("method"), *scale, images, *cells, truncated])
+
     for model, values in published.items():
-        rows.append([f"paper {model}", None, None, *(values.get(name) for name in names), None])
+        add_row(f"paper {model}", [values.get(name) for name in names], {}, None, None)
     if "chance" in results[0].summary:
-        rows.append(["chance", None, None, results[0].summary["chance"], *[None] * len(names)])
+        add_row("chance", [results[0].summary["chance"], *[None] * (len(names) - 1)], {}, None, None)
     highlight = frozenset(range(len(rows), len(rows) + len(metric_rows)))
     for result in results:
         summary = result.summary
         truncated = format_truncated(summary["truncated"], summary["texts"])
         for row in summary["rows"]:
             cells = [_with_interval(row["metrics"].get(name), row["intervals"].get(name)) for name in names]
-            rows.append([result.model, row["method"], summary["images"], *cells, truncated])
+            is_upper_bound = summary.get("proposals", {}).get("is_upper_bound", False)
+            name = f"{result.model} (upper bound)" if is_upper_bound else result.model
+            add_row(name, cells, row, summary["images"], truncated)
     first_model = results[0].model
     for (model, method), row in metric_rows.items():
         first_row = metric_rows.get((first_model, method))
         if model != first_model and first_row is not None:
             pairs = [(first_row["metrics"].get(name), row["metrics"].get(name)) for name in names]
             differences = [None if a is None or b is None else f"{a - b:+.1f}" for a, b in pairs]
-            rows.append([f"{first_model} minus {model}", method, None, *differences, None])
-    return Table(["", "method", "images", *names, "truncated"], rows, highlight)
+            add_row(f"{first_model} minus {model}", differences, {"method": method}, None, None)
+    header = ["", "method", *(["logit scale"] if has_scales else []), "images", *names, "truncated"]
+    return Table(header, rows, highlight)
 
 
 def _with_interval(value: float | None, interval: tuple[float, float] | None) -> str | None:
