@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from llm2clip.data.records import Source, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.distributed import print_once
 from llm2clip.io_utils import atomic_dir, atomic_path
+from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.convert.gguf import check_gguf_header
 from llm2clip.models.vision_backbones import build_backbone
 from llm2clip.search.request_images import load_request_image
@@ -239,6 +241,67 @@ def test_timm_config_cannot_name_files_or_hub_models(tmp_path: Path) -> None:
     for name in ("hf-hub:owner/name", f"local-dir:{tmp_path}", "no_such_model"):
         with pytest.raises(ValueError, match="has no architecture"):
             build_backbone({**config, "architecture": name})
+
+
+KERNEL_KEYS = ("attn_implementation", "_attn_implementation")
+KERNELS = ("evil/kernel", "kernels-community/flash-attn2@v1:f", "flash_attention_2")
+
+
+@pytest.fixture
+def kernel_requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Attention implementations for which transformers looks outside of its own code."""
+    requests: list[str] = []
+    monkeypatch.setattr(
+        "transformers.modeling_utils.lazy_import_flash_attention", lambda name, **_: requests.append(name)
+    )
+    monkeypatch.setattr("transformers.modeling_utils.PreTrainedModel._supports_flash_attn", True, raising=False)
+    return requests
+
+
+@pytest.mark.parametrize("key", KERNEL_KEYS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_tower_config_cannot_name_kernels(key: str, kernel: str, kernel_requests: list[str]) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    architecture = {"model_type": "clip_vision_model", **sizes, "image_size": 16, "patch_size": 8}
+    auto_map = {"AutoModel": "modeling_evil.Evil"}
+    model: Any = build_backbone(
+        {"library": "transformers", "architecture": {**architecture, key: kernel, "auto_map": auto_map}}
+    )
+    assert model.config._attn_implementation in ("sdpa", "eager")
+    assert not kernel_requests and not hasattr(model.config, "auto_map")
+    with pytest.raises(ValueError, match="unsupported model type 'timm_wrapper'"):
+        build_backbone({"library": "transformers", "architecture": {"model_type": "timm_wrapper"}})
+
+
+@pytest.mark.parametrize("layout", ["transformers", "sentence-transformers", "arguments"])
+def test_encoder_config_cannot_name_kernels(
+    layout: str, llm: Path, encoder: CaptionEncoder, tmp_path: Path, kernel_requests: list[str]
+) -> None:
+    """A folder of sentence-transformers can also contain arguments of `from_pretrained`."""
+    if layout == "transformers":
+        shutil.copytree(llm, tmp_path, dirs_exist_ok=True)
+    else:
+        encoder.save_pretrained(tmp_path)
+    file = tmp_path / ("sentence_bert_config.json" if layout == "arguments" else "config.json")
+    config = json.loads(file.read_text())
+    for key in KERNEL_KEYS:
+        for kernel in KERNELS:
+            arguments = {"model_kwargs": {key: kernel, "allow_all_kernels": True}, "config_kwargs": {key: kernel}}
+            file.write_text(json.dumps({**config, **(arguments if layout == "arguments" else {key: kernel})}))
+            if layout == "arguments" and key == "_attn_implementation":
+                continue  # not an argument
+            loaded = CaptionEncoder.from_pretrained(tmp_path, device="cpu")
+            assert loaded.attention == encoder.attention
+    assert not kernel_requests
+
+
+def test_quantized_encoders_are_rejected(llm: Path, tmp_path: Path) -> None:
+    """Without its quantisation method, the weights would be loaded without their scale."""
+    shutil.copytree(llm, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(ValueError, match=r"weights are quantised .* Use the original weights"):
+        CaptionEncoder.from_pretrained(tmp_path, device="cpu")
 
 
 # ---- names of files -------------------------------------------------------------------------------------------------

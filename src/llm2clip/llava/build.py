@@ -28,6 +28,7 @@ from llm2clip.io_utils import atomic_dir
 from llm2clip.llava import modeling_patches
 from llm2clip.llava.chat_template import IMAGE_TOKEN, answer_end_tokens, check_template, get_chat_template
 from llm2clip.llava.vision import count_image_tokens, has_class_token, to_llava_tower
+from llm2clip.models.loading import load_config
 from llm2clip.models.pretrained import resolve_pretrained
 from llm2clip.models.vision_tower import VisionTower
 
@@ -81,7 +82,7 @@ def load_causal_llm(name: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        name, dtype="auto", trust_remote_code=False, output_loading_info=True
+        name, config=load_config(name), dtype="auto", trust_remote_code=False, output_loading_info=True
     )
     llm, loading_info = loaded
     missing = sorted(loading_info["missing_keys"])

@@ -16,6 +16,7 @@ from llm2clip.llava import modeling_patches  # noqa: F401  (registers its classe
 from llm2clip.llava.chat_template import IGNORE_INDEX, IMAGE_TOKEN, Conversation, to_messages, tokenize_and_label
 from llm2clip.llava.image_features import LlavaTransform
 from llm2clip.llava.tasks.base import Question
+from llm2clip.models.loading import load_config
 from llm2clip.models.precision import resolve_device_precision
 
 
@@ -45,7 +46,10 @@ class AnswerGenerator:
         self.device = torch.device(device) if device is not None else process_state().device
         bf16 = resolve_device_precision(precision, self.device) == "bf16"
         model: Any = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=torch.bfloat16 if bf16 else torch.float32, trust_remote_code=False
+            name,
+            config=load_config(name),
+            dtype=torch.bfloat16 if bf16 else torch.float32,
+            trust_remote_code=False,
         )
         self.model = model.to(self.device).eval()
         self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)

@@ -18,6 +18,7 @@ from llm2clip.llava.chat_template import IMAGE_TOKEN, Conversation
 from llm2clip.llava.collator import ConversationDataset, LengthGroupedSampler, LlavaCollator
 from llm2clip.llava.image_features import PatchFeatures, PrecomputedVision
 from llm2clip.llava.trainable import TRAINED_WEIGHTS, save_trained, select_trainable, set_trainable
+from llm2clip.models.loading import load_config
 from llm2clip.models.precision import resolve_device_precision
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.training_state import TrainingStateMixin
@@ -25,7 +26,8 @@ from llm2clip.training_state import TrainingStateMixin
 
 def load_llava(source: str, dtype: torch.dtype = torch.float32) -> Any:
     """Load a LLaVA model from a folder or hub id."""
-    return AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, trust_remote_code=False)
+    config = load_config(source)
+    return AutoModelForImageTextToText.from_pretrained(source, config=config, dtype=dtype, trust_remote_code=False)
 
 
 class TrainingStage:

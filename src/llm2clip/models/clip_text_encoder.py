@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llm2clip.cpu_tuning import onednn_matmul
-from llm2clip.models.loading import hide_loading_bars
+from llm2clip.models.loading import hide_loading_bars, load_config
 from llm2clip.models.remote_code import check_remote_code_is_allowed, has_remote_code
 from llm2clip.progress import ProgressBar
 
@@ -138,7 +138,7 @@ def has_text_tower(path: str, trust_remote_code: bool = False) -> bool:
     Raises:
         ValueError: the model comes with its own code, and `trust_remote_code` is False.
     """
-    from transformers import MODEL_MAPPING, AutoConfig
+    from transformers import MODEL_MAPPING
 
     if path.startswith(OPEN_CLIP_PREFIX):
         return True
@@ -146,7 +146,7 @@ def has_text_tower(path: str, trust_remote_code: bool = False) -> bool:
     if has_remote_code(path):
         return _remote_class_has_text_tower(path)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = load_config(path)
     except (OSError, ValueError):  # not a transformers model; the loading function will report the error
         return False
     return type(config) in MODEL_MAPPING and hasattr(MODEL_MAPPING[type(config)], "get_text_features")
@@ -189,10 +189,12 @@ def load_clip_text_encoder(
 
 @hide_loading_bars()
 def _load_transformers(path: str, device: torch.device) -> ClipTextEncoder:
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
+    from transformers import AutoModel, AutoTokenizer
 
-    text_input = _text_input(path, AutoConfig.from_pretrained(path, trust_remote_code=False).model_type)
-    model: Any = AutoModel.from_pretrained(path, trust_remote_code=False, dtype=torch.float32).to(device).eval()
+    config = load_config(path)
+    text_input = _text_input(path, config.model_type)
+    model: Any = AutoModel.from_pretrained(path, config=config, trust_remote_code=False, dtype=torch.float32)
+    model = model.to(device).eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     positions = model.config.text_config.max_position_embeddings
     context_length = min(text_input.context_length or positions, positions, tokenizer.model_max_length)

@@ -32,7 +32,7 @@ from llm2clip.models.clip_text_encoder import (
 from llm2clip.models.dense import DenseEncoder, build_dense_encoder
 from llm2clip.models.fingerprint import hash_weights
 from llm2clip.models.llm2clip import LLM2CLIP, MAX_LOGIT_SCALE, is_model_folder
-from llm2clip.models.loading import hide_loading_bars
+from llm2clip.models.loading import WITHOUT_HUB_CODE, hide_loading_bars
 from llm2clip.models.precision import default_encoding_precision, resolve_device_precision
 from llm2clip.models.remote_code import explain_remote_code_error
 from llm2clip.models.vision_tower import VisionTower
@@ -280,7 +280,12 @@ def _load_sentence_transformer(name: str, device: torch.device, trust_remote_cod
 
     path = name.removeprefix(SENTENCE_TRANSFORMERS_PREFIX)
     with explain_remote_code_error(name):
-        model: Any = SentenceTransformer(path, device=str(device), trust_remote_code=trust_remote_code)
+        model: Any = SentenceTransformer(
+            path,
+            device=str(device),
+            trust_remote_code=trust_remote_code,
+            model_kwargs={} if trust_remote_code else dict(WITHOUT_HUB_CODE),
+        )
     missing = [modality for modality in ("image", "text") if modality not in model.modalities]
     if missing:
         raise ValueError(

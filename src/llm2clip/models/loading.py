@@ -1,10 +1,73 @@
-"""Context managers that hide transformers' progress bars and messages while a pretrained model is loaded."""
+"""Helpers to load transformers models: configs without references to code, and context managers that hide messages.
+
+A model folder may come from an untrusted source, and its config can name code to run: an attention implementation such
+as `OWNER/NAME` is downloaded from the hub by the package `kernels`, as are the kernels of some quantisation methods.
+Pass the result of `load_config` or `build_config` to every transformers model, and `WITHOUT_HUB_CODE` to every
+SentenceTransformer, so that only the user can choose an implementation.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Arguments of `from_pretrained` that replace those saved in a sentence-transformers folder. The implementations apply
+# to the configs of all parts of the model.
+WITHOUT_HUB_CODE: dict[str, Any] = {
+    "attn_implementation": None,
+    "experts_implementation": None,
+    "allow_all_kernels": False,
+    "use_kernels": False,
+    "kernel_config": None,
+    "trust_remote_code": False,
+}
+
+
+def load_config(source: str | Path, **kwargs: Any) -> Any:
+    """Load the config of a transformers model, without the entries that name code.
+
+    Args:
+        source: folder or hub id.
+        kwargs: further arguments of `AutoConfig.from_pretrained`.
+
+    Raises:
+        ValueError: the model type is unknown to transformers, or the weights are quantised.
+        OSError: the model does not exist.
+    """
+    from transformers import AutoConfig
+
+    # By default, transformers would ask the user in the terminal if code from the folder may be run.
+    config = AutoConfig.from_pretrained(str(source), trust_remote_code=False, **kwargs)
+    check_not_quantized(config.to_dict(), source)
+    return _remove_code_entries(config)
+
+
+def build_config(architecture: dict[str, Any]) -> Any:
+    """Build a transformers config from a saved dict, without the entries that name code."""
+    from transformers import AutoConfig
+
+    return _remove_code_entries(AutoConfig.for_model(**architecture))
+
+
+def check_not_quantized(config: dict[str, Any], source: str | Path) -> None:
+    """Raise ValueError if the config of a model or of one of its parts says that the weights are quantised."""
+    for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
+        if part.get("quantization_config"):
+            raise ValueError(
+                f"{source}: the weights are quantised (quantization_config in config.json), which is not supported. "
+                "Use the original weights of the model, or a .gguf file"
+            )
+
+
+def _remove_code_entries(config: Any) -> Any:
+    config._attn_implementation = None  # the setter also applies to the configs of the model's parts
+    config._experts_implementation = None
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        vars(part).pop("auto_map", None)
+    return config
 
 
 @contextmanager

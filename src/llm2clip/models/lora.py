@@ -27,6 +27,7 @@ from sentence_transformers.util import import_from_string
 from torch import nn
 from transformers import AutoConfig
 
+from llm2clip.models.loading import WITHOUT_HUB_CODE
 from llm2clip.models.pretrained import cache_dir
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -201,8 +202,8 @@ def load_lora(folder: str | Path, device: str | None) -> SentenceTransformer:
     module_entries = json.loads((folder / "modules.json").read_text())
     if not (folder / "adapter_model.safetensors").is_file():
         raise OSError(f"{folder} has no adapter_model.safetensors")
-    trust: dict[str, Any] = {"trust_remote_code": False}
-    transformer = LoraTransformer.load(str(folder), model_kwargs={"dtype": torch.float32, **trust}, **trust)
+    model_kwargs = {"dtype": torch.float32, **WITHOUT_HUB_CODE}
+    transformer = LoraTransformer.load(str(folder), model_kwargs=model_kwargs, trust_remote_code=False)
     modules: list[nn.Module] = [transformer]
     for entry in module_entries[1:]:
         if not entry["type"].startswith("sentence_transformers."):

@@ -14,7 +14,7 @@ from torch import nn
 from llm2clip.io_utils import read_json
 from llm2clip.models.latent_attention import MODULE_TYPE, LatentAttentionPooling
 from llm2clip.models.llm_layers import set_bidirectional
-from llm2clip.models.loading import hide_load_report, hide_loading_bars
+from llm2clip.models.loading import WITHOUT_HUB_CODE, check_not_quantized, hide_load_report, hide_loading_bars
 from llm2clip.models.lora import is_lora_folder, load_lora
 
 NV_EMBED = "nvembed"  # model_type of NV-Embed-v2 in its published format (see convert/nv_embed.py)
@@ -39,17 +39,21 @@ def open_sentence_transformer(path: str, pooling: str, device: str | torch.devic
     device_name = str(device) if device is not None else None
     if is_lora_folder(path):
         return load_lora(path, device_name)
-    if read_model_type(path) == NV_EMBED:
+    config = read_config(path)
+    check_not_quantized(config, path)
+    if config.get("model_type") == NV_EMBED:
         raise ValueError(f"{path} must be converted first, and then used: llm2clip convert {path} --out ENCODER")
     modules_file = cached_file(path, "modules.json", _raise_exceptions_for_missing_entries=False)
     if modules_file is not None:
+        for module in read_json(Path(modules_file)):
+            check_not_quantized(read_config(path, module["path"]), path)
         # llm2clip's own modules do not require trust in the folder, because it does not contain their code.
         return SentenceTransformer._load_with_module_classes(
             path,
             {MODULE_TYPE: LatentAttentionPooling},
             device=device_name,
             trust_remote_code=False,
-            model_kwargs={"dtype": torch.float32},
+            model_kwargs={"dtype": torch.float32, **WITHOUT_HUB_CODE},
         )
 
     transformer = _open_transformer(path)
@@ -60,29 +64,34 @@ def open_sentence_transformer(path: str, pooling: str, device: str | torch.devic
     return st
 
 
-def read_model_type(path: str | Path) -> str | None:
-    """Return the `model_type` in the config.json of a folder or hub repository, or None if there is no such file."""
+def read_config(path: str | Path, subfolder: str = "") -> dict[str, Any]:
+    """Return the contents of a model's config.json, or an empty dict if there is no such file.
+
+    Args:
+        path: folder or hub id.
+        subfolder: subfolder that contains the file.
+    """
     from transformers.utils import cached_file
 
     try:
         file = cached_file(
             str(path),
             "config.json",
+            subfolder=subfolder,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_gated_repo=False,
             _raise_exceptions_for_connection_errors=False,
         )
     except OSError:  # neither a folder nor a hub id
-        return None
-    model_type: str | None = read_json(Path(file)).get("model_type") if file else None
-    return model_type
+        return {}
+    return dict(read_json(Path(file))) if file else {}
 
 
 def _open_transformer(path: str) -> Transformer:
     """Load a plain transformers model as the first module of a SentenceTransformer."""
     transformer = _StrictTransformer(
         path,
-        model_kwargs={"dtype": torch.float32, "trust_remote_code": False},
+        model_kwargs={"dtype": torch.float32, **WITHOUT_HUB_CODE},
         processor_kwargs={"trust_remote_code": False},
         config_kwargs={"trust_remote_code": False},
         # By default, sentence-transformers would wrap texts in the tokenizer's chat template.

@@ -24,7 +24,7 @@ from timm.models import get_pretrained_cfg, load_model_config_from_hf, split_mod
 from torch import nn
 
 from llm2clip.data.transforms import Preprocess
-from llm2clip.models.loading import hide_load_report
+from llm2clip.models.loading import build_config, hide_load_report, load_config
 from llm2clip.models.pretrained import resolve_pretrained
 
 log = logging.getLogger(__name__)
@@ -63,9 +63,9 @@ def build_backbone(config: dict[str, Any]) -> nn.Module:
     """Build the backbone described by a config, with random weights and without a network connection."""
     if config["library"] == "timm":
         return _create_timm(config["architecture"], config["args"])
-    from transformers import AutoConfig
-
-    return _build_transformers(AutoConfig.for_model(**config["architecture"]))
+    if config["architecture"].get("model_type") not in _DEFAULT_PREPROCESS:
+        raise ValueError(f"unsupported model type {config['architecture'].get('model_type')!r} of the vision tower")
+    return _build_transformers(build_config(config["architecture"]))
 
 
 def _create_timm(architecture: str, args: dict[str, Any]) -> nn.Module:
@@ -182,10 +182,9 @@ def _timm_preprocess(backbone: nn.Module, name: str, size: int | None) -> Prepro
 
 
 def _load_transformers(source: str, image_size: int | None, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
-    from transformers import AutoConfig, CLIPVisionConfig
+    from transformers import CLIPVisionConfig
 
-    # By default, transformers would ask the user in the terminal if code from the folder may be run.
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    config = load_config(source)
     if config.model_type in _DUAL_ENCODER_TYPES:
         config = config.vision_config
     if config.model_type == "metaclip_2_vision_model":

@@ -23,7 +23,7 @@ from llm2clip.io_utils import atomic_dir
 from llm2clip.models.clip_text_encoder import ClipTextEncoder, load_clip_text_encoder, pooled_output
 from llm2clip.models.fingerprint import fingerprint, hash_weights
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
-from llm2clip.models.loading import hide_loading_bars
+from llm2clip.models.loading import hide_loading_bars, load_config
 from llm2clip.models.vision_tower import VisionTower
 from llm2clip.train.align import align
 
@@ -143,7 +143,7 @@ def _save(model: LLM2CLIP, name: str, folder: Path) -> None:
     """Save the fine-tuned model in transformers format, with the tokenizer and image processor of the model `name`."""
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-    clip: Any = AutoModel.from_pretrained(name, trust_remote_code=False, dtype=torch.float32)
+    clip: Any = AutoModel.from_pretrained(name, config=load_config(name), trust_remote_code=False, dtype=torch.float32)
     # Some versions of transformers wrap the vision model in another module.
     vision_model = getattr(clip.vision_model, "vision_model", clip.vision_model)
     vision_model.load_state_dict(model.tower.backbone.state_dict())

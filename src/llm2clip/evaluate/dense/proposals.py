@@ -14,6 +14,7 @@ from torchvision.ops import box_convert, clip_boxes_to_image
 
 from llm2clip.evaluate.benchmarks.base import DetectionData, ImageId
 from llm2clip.io_utils import DataFormatError, MissingFileError, read_json
+from llm2clip.models.loading import load_config
 
 GROUND_TRUTH = "ground-truth"
 TORCHVISION_PREFIX = "torchvision:"
@@ -202,7 +203,9 @@ def _load_transformers(name: str, device: torch.device) -> Callable[[Tensor], tu
 
     try:
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
-        model = AutoModelForObjectDetection.from_pretrained(name, trust_remote_code=False).eval().to(device)
+        config = load_config(name)
+        model = AutoModelForObjectDetection.from_pretrained(name, config=config, trust_remote_code=False)
+        model = model.eval().to(device)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--proposals {name}: not a transformers object detection model ({error}). Pass ground-truth, a JSON file "

@@ -62,7 +62,7 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
     check_gguf_header(gguf)
     source = str(gguf.absolute().parent)
     model, report = AutoModel.from_pretrained(
-        source, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
+        source, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
     )
     missing = sorted(report["missing_keys"])
     if missing:  # transformers only warns, and initialises missing weights randomly
@@ -70,7 +70,7 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
             f"{gguf} does not contain {len(missing):,} of the model's weights, such as {missing[0]}. The file is "
             "incomplete, or the installed gguf package is too old"
         )
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name, trust_remote_code=False)
     _clear_quantization_metadata(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -21,7 +21,7 @@ from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.convert.checkpoint_io import read_checkpoint
 from llm2clip.models.convert.checkpoint_layout import describe_tensors
 from llm2clip.models.latent_attention import LatentAttentionPooling
-from llm2clip.models.sentence_transformer import NV_EMBED, read_model_type
+from llm2clip.models.sentence_transformer import NV_EMBED, read_config
 
 _LLM_PREFIX = "embedding_model."
 _POOLING_PREFIX = "latent_attention_model."
@@ -55,7 +55,7 @@ _LLM_SETTINGS = (
 
 def is_nv_embed(source: str | Path) -> bool:
     """Return True if `source` is a local folder or hub id of NV-Embed-v2 in its published format."""
-    return read_model_type(source) == NV_EMBED
+    return read_config(source).get("model_type") == NV_EMBED
 
 
 def load_nv_embed(source: str | Path) -> CaptionEncoder:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.loading import build_config
 from llm2clip.models.vision_tower import VisionTower
 
 
@@ -28,14 +29,7 @@ def build_vision_model(tower: VisionTower) -> Any:
 
     A timm tower becomes a `TimmWrapperModel`. A transformers tower keeps its model class, such as `CLIPVisionModel`.
     """
-    from transformers import (
-        AutoConfig,
-        AutoModel,
-        CLIPVisionModel,
-        SiglipVisionModel,
-        TimmWrapperConfig,
-        TimmWrapperModel,
-    )
+    from transformers import AutoModel, CLIPVisionModel, SiglipVisionModel, TimmWrapperConfig, TimmWrapperModel
 
     architecture = tower.config["architecture"]
     tensors = {name: tensor.detach().cpu() for name, tensor in tower.backbone.state_dict().items()}
@@ -47,7 +41,7 @@ def build_vision_model(tower: VisionTower) -> Any:
         timm_model.timm_model.load_state_dict(tensors)
         return timm_model.float().eval()
 
-    config = AutoConfig.for_model(**architecture)
+    config = build_config(architecture)
     classes: dict[str, Any] = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
     model_class = classes.get(config.model_type)
     model = model_class(config) if model_class else AutoModel.from_config(config)

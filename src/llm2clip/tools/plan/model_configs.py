@@ -13,6 +13,7 @@ import torch
 
 from llm2clip.config import AlignConfig, EncoderConfig
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
+from llm2clip.models.loading import load_config
 from llm2clip.models.vision_tower import VisionTower
 
 
@@ -103,9 +104,9 @@ def get_llm_config(encoder: EncoderConfig) -> Any:
     else:
         try:
             if folder.suffix == ".gguf":
-                config = AutoConfig.from_pretrained(str(folder.parent), gguf_file=folder.name, trust_remote_code=False)
+                config = load_config(folder.parent, gguf_file=folder.name)
             else:
-                config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+                config = load_config(folder)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"--encoder.path {path}: neither a folder with a config.json nor one of {', '.join(LLMS)}, and the hub "
