@@ -207,7 +207,7 @@ def test_error_names_the_problem_and_the_fix(
     if "align.seed 7" in command:
         (tmp / "run/tune").mkdir(parents=True)
         (tmp / "run/align/checkpoints").mkdir(parents=True)
-        (tmp / "run/config.yaml").write_text("align: {seed: 0}\n")
+        (tmp / "run/config.yaml").write_text("embed: {}\nalign: {seed: 0}\n")
     capsys.readouterr()
     words = [word.format(tmp=tmp, **paths) for word in command.split()]
     try:

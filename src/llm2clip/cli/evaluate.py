@@ -9,6 +9,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt
 
 from llm2clip.cli.commands import DATA_HELP, Commands, add_reading_arguments, select
 from llm2clip.config import EncoderConfig, EvaluateConfig, ReproduceConfig
+from llm2clip.output_folder import check_output_folder
 
 ROOT_HELP = "Folder that contains one folder per benchmark."
 
@@ -120,6 +121,8 @@ def add(commands: Commands) -> None:
 
 
 def _evaluate(args: Namespace) -> list[str]:
+    if args.out is not None:
+        check_output_folder(args.out, "evaluation")
     from llm2clip.evaluate.runner import evaluate_models
 
     models = [args.model] if args.model else []
@@ -156,6 +159,7 @@ def _benchmarks(args: Namespace) -> list[str]:
 
 
 def _reproduce(args: Namespace) -> list[str]:
+    check_output_folder(args.out, "reproduce")
     from llm2clip.tools.reproduce.run import reproduce
 
     page = reproduce(

@@ -12,6 +12,7 @@ from jsonargparse.typing import PositiveInt
 from llm2clip.cli.commands import ArgumentParser, Commands, add_reading_arguments
 from llm2clip.cli.plan import add_machine_arguments, machine_from_args
 from llm2clip.config import LlavaConfig
+from llm2clip.output_folder import check_output_folder
 
 
 def add(commands: Commands) -> None:
@@ -167,6 +168,7 @@ def _build(args: Namespace) -> list[str]:
 
 
 def _train(args: Namespace) -> list[str]:
+    check_output_folder(args.out, "llava")
     from llm2clip.data.skip_log import SkipLog
     from llm2clip.distributed import print_once, process_state
     from llm2clip.llava.datasets import captioning_conversations, instruction_conversations, read_conversations
@@ -212,6 +214,7 @@ def _plan(args: Namespace) -> list[str]:
 
 
 def _evaluate(args: Namespace) -> list[str]:
+    check_output_folder(args.out, "evaluation")
     from llm2clip.data.merged_records import read_merged_records
     from llm2clip.data.skip_log import SkipLog
     from llm2clip.distributed import command_line, process_state

@@ -15,6 +15,7 @@ from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from llm2clip.cli.commands import Commands, Port, add_reading_arguments
+from llm2clip.output_folder import check_output_folder
 
 if TYPE_CHECKING:
     from llm2clip.data.skip_log import SkipLog
@@ -137,6 +138,8 @@ def add(commands: Commands) -> None:
 
 
 def _index(args: Namespace) -> list[str]:
+    if "://" not in args.out:
+        check_output_folder(args.out, "index")
     from llm2clip.data.skip_log import SkipLog
     from llm2clip.distributed import print_once
     from llm2clip.models.dual_encoder import open_dual_encoder

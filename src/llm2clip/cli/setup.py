@@ -7,6 +7,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from llm2clip.cli.commands import Commands, builtin_configs
+from llm2clip.output_folder import check_output_folder
 
 
 def add(commands: Commands) -> None:
@@ -33,6 +34,8 @@ def _doctor(args: Namespace) -> list[str]:
 
 
 def _quickstart(args: Namespace) -> list[str]:
+    if not (Path(args.out) / "data").is_dir():  # the data set of an earlier run
+        check_output_folder(args.out, "fit")
     from llm2clip.tools.quickstart.run import quickstart
 
     return quickstart(Path(args.out), offline=args.offline, hub=args.hub)

@@ -8,6 +8,7 @@ from jsonargparse import Namespace
 
 from llm2clip.cli.commands import Commands
 from llm2clip.config import EncoderConfig
+from llm2clip.output_folder import check_output_folder
 
 if TYPE_CHECKING:
     from llm2clip.store.store import EmbeddingStore
@@ -72,6 +73,7 @@ def _repair(args: Namespace) -> list[str]:
 
 
 def _merge(args: Namespace) -> list[str]:
+    check_output_folder(args.out, "store")
     from llm2clip.store.maintenance import merge_stores
 
     return _summary(args.out, merge_stores(args.out, args.folders))
@@ -90,6 +92,7 @@ def _export(args: Namespace) -> list[str]:
 
 
 def _import(args: Namespace) -> list[str]:
+    check_output_folder(args.out, "store")
     from llm2clip.pipeline import open_encoder
     from llm2clip.store.import_export import import_official_tars, import_parquet
 

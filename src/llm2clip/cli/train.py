@@ -12,6 +12,7 @@ from jsonargparse.typing import NonNegativeInt
 
 from llm2clip.cli.commands import DATA_HELP, ArgumentParser, Commands, add_reading_arguments
 from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, EvaluateConfig, FitConfig, TuneConfig
+from llm2clip.output_folder import check_output_folder
 
 if TYPE_CHECKING:
     from llm2clip.store.store import EmbeddingStore
@@ -100,6 +101,7 @@ def add_stage_settings(parser: ArgumentParser) -> None:
 
 
 def _fit(args: Namespace) -> list[str]:
+    check_output_folder(args.out, "fit")
     from llm2clip.pipeline import fit
 
     config = FitConfig(**{field.name: args[field.name] for field in dataclasses.fields(FitConfig)})
@@ -108,6 +110,7 @@ def _fit(args: Namespace) -> list[str]:
 
 
 def _tune(args: Namespace) -> list[str]:
+    check_output_folder(args.out, "tune")
     from llm2clip.data.records import Record, Source
     from llm2clip.data.splits import read_splits
     from llm2clip.data.tuning_sources import read_tuning_sources
@@ -134,6 +137,7 @@ def _tune(args: Namespace) -> list[str]:
 
 
 def _embed(args: Namespace) -> list[str]:
+    check_output_folder(args.out, "store")
     from llm2clip.data.merged_records import stream_records
     from llm2clip.data.noun_phrases import add_phrases
     from llm2clip.data.skip_log import SkipLog
@@ -154,6 +158,7 @@ def _embed(args: Namespace) -> list[str]:
 
 
 def _align(args: Namespace) -> list[str]:
+    check_output_folder(args.out, "align")
     from llm2clip.data.merged_records import read_merged_records
     from llm2clip.data.noun_phrases import add_phrases
     from llm2clip.data.records import Source

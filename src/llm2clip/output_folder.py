@@ -1,0 +1,97 @@
+"""Kinds of output folders, so that a command does not write into a folder of another kind or into a data set."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llm2clip.run_config import CONFIG_FILE
+
+KINDS = {
+    "fit": "a run directory of `llm2clip fit`",
+    "tune": "a run directory of `llm2clip tune`",
+    "align": "a run directory of `llm2clip align`",
+    "llava": "a run directory of `llm2clip llava train`",
+    "reproduce": "a run directory of `llm2clip reproduce`",
+    "store": "an embedding store",
+    "index": "an index",
+    "evaluation": "an output folder of `llm2clip evaluate`",
+    "model": "a model folder",
+}
+# Kind -> files and folders, as glob patterns, of which a folder of this kind contains at least one.
+_CONTENTS = {
+    "index": ("pictures.sqlite",),
+    "store": ("manifest.json", "keys-*.parquet"),
+    "evaluation": ("results.json", "vectors", "skipped", "answers"),
+    "model": ("config.json", "open_clip_config.json", "text.onnx"),
+}
+_RUN_SECTIONS = ("llava", "reproduce", "embed", "align", "tune")  # the first one in a run's config tells its kind
+_OWN_FILES = ("skipped.jsonl", "metrics.jsonl")
+_DATA_SUFFIXES = {
+    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic"),
+    *(".tar", ".parquet", ".arrow", ".csv", ".tsv", ".jsonl"),
+}
+_MAX_ENTRIES = 1000  # number of files and folders to look at per folder
+
+
+def check_output_folder(path: str | Path, kind: str) -> None:
+    """Check that a command may write to an output folder, which does not have to exist.
+
+    Args:
+        path: Value of `--out`.
+        kind: Kind of folder that the command writes, a key of `KINDS`.
+
+    Raises:
+        ValueError: The folder is of another kind, or its kind is unknown and it contains images, tables or tar files.
+        NotADirectoryError: The path is a file.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        if folder.exists():
+            raise NotADirectoryError(f"--out {path} is a file. Pass a new or empty folder")
+        return
+    actual = folder_kind(folder)
+    if actual not in (None, kind):
+        raise ValueError(f"--out {path} is {KINDS[actual]}, not {KINDS[kind]}. Pass a new or empty folder")
+    data_file = _find_data_file(folder) if actual is None else None
+    if data_file is not None:
+        raise ValueError(f"--out {path} already contains data, such as {data_file}. Pass a new or empty folder")
+
+
+def folder_kind(folder: str | Path) -> str | None:
+    """Return the kind of folder that a command wrote, a key of `KINDS`, or None if it is unknown."""
+    folder = Path(folder)
+    if (folder / CONFIG_FILE).is_file():
+        config = _read_yaml(folder / CONFIG_FILE)
+        for section in _RUN_SECTIONS:
+            if section in config:
+                return "fit" if section == "embed" else section
+    for kind, names in _CONTENTS.items():
+        if any(any(folder.glob(name)) for name in names):
+            return kind
+    return None
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _find_data_file(folder: Path) -> Path | None:
+    """Return the path, relative to `folder`, of a data file in it or in one of its subfolders, or None."""
+    entries = list(islice(folder.iterdir(), _MAX_ENTRIES))
+    for entry in list(entries):
+        with suppress(OSError):  # not a folder, or not readable
+            entries += islice(entry.iterdir(), _MAX_ENTRIES)
+    for entry in entries:
+        is_own = entry.name.startswith(".") or entry.name in _OWN_FILES
+        if entry.suffix.lower() in _DATA_SUFFIXES and not is_own and entry.is_file():
+            return entry.relative_to(folder)
+    return None

@@ -1,0 +1,94 @@
+"""Tests of the checks of output folders."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm2clip.cli import main
+from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, LlavaConfig, ReproduceConfig, TuneConfig
+from llm2clip.output_folder import KINDS, check_output_folder, folder_kind
+from llm2clip.run_config import save_or_check_config
+
+RUN_CONFIGS: dict[str, dict[str, Any]] = {
+    "fit": {"data": ["d"], **dataclasses.asdict(FitConfig())},
+    "tune": {"data": ["d"], "columns": {}, "encoder": EncoderConfig(), "tune": TuneConfig()},
+    "align": {"data": ["d"], "store": "s", "encoder": EncoderConfig(), "align": AlignConfig()},
+    "llava": {"model": "m", "pretrain": ["d"], "llava": LlavaConfig()},
+    "reproduce": {"data": "d", "reproduce": ReproduceConfig()},
+}
+MARKERS = {
+    "index": "pictures.sqlite",
+    "store": "keys-00000.parquet",
+    "evaluation": "results.json",
+    "model": "config.json",
+}
+
+
+def make_folder(kind: str, folder: Path) -> Path:
+    """Create a folder with the first file that a command of this kind writes, and with a log."""
+    folder.mkdir()
+    (folder / "skipped.jsonl").touch()
+    if kind in RUN_CONFIGS:
+        save_or_check_config(RUN_CONFIGS[kind], folder)
+    else:
+        (folder / MARKERS[kind]).touch()
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_output_folder_must_be_of_the_same_kind(kind: str, tmp_path: Path) -> None:
+    folder = make_folder(kind, tmp_path / "out")
+    assert folder_kind(folder) == kind
+    check_output_folder(folder, kind)
+    for other in KINDS:
+        if other != kind:
+            with pytest.raises(ValueError, match=f"is {KINDS[kind]}, not {KINDS[other]}. Pass a new or empty folder"):
+                check_output_folder(folder, other)
+
+
+@pytest.mark.parametrize("name", ["captions.csv", "a.JPG", "sub/a.jpg", "00000.tar"])
+def test_output_folder_must_not_contain_data(name: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for kind in KINDS:
+        check_output_folder(out, kind)  # does not exist
+    (out / name).parent.mkdir(parents=True)
+    (out / "log.txt").touch()
+    for kind in KINDS:
+        check_output_folder(out, kind)
+    (out / name).touch()
+    for kind in KINDS:
+        with pytest.raises(ValueError, match=rf"already contains data, such as {name}"):
+            check_output_folder(out, kind)
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        check_output_folder(out / name, "fit")
+
+
+@pytest.mark.parametrize(
+    ("command", "kind", "message"),
+    [
+        ("index DATA --model M --out OUT", "store", "OUT is an embedding store, not an index"),
+        ("fit DATA --out OUT", "tune", "`llm2clip tune`, not a run directory of `llm2clip fit`"),
+        ("tune DATA --out OUT", "store", "not a run directory of `llm2clip tune`"),
+        ("embed DATA --out OUT", "tune", "not an embedding store"),
+        ("align DATA --store S --out OUT", "fit", "not a run directory of `llm2clip align`"),
+        ("evaluate M DATA --out OUT", "model", "not an output folder of `llm2clip evaluate`"),
+        ("reproduce DATA --out OUT", "fit", "not a run directory of `llm2clip reproduce`"),
+        ("store merge S --out OUT", "index", "not an embedding store"),
+        ("store import --parquet P --out OUT", "index", "not an embedding store"),
+        ("llava train M --out OUT", "align", "not a run directory of `llm2clip llava train`"),
+        ("llava evaluate M --out OUT", "llava", "not an output folder of `llm2clip evaluate`"),
+        ("quickstart --out OUT", "align", "not a run directory of `llm2clip fit`"),
+    ],
+)
+def test_commands_reject_output_folders_of_another_kind(
+    command: str, kind: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = make_folder(kind, tmp_path / "OUT")
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    assert main([str(out) if part == "OUT" else part for part in command.split()]) == 1
+    assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
