@@ -8,9 +8,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import binomtest
 
 from llm2clip.evaluate.ranks import positive_ranks, two_way_ranks
-from llm2clip.evaluate.recall import chance_recall, evaluate_retrieval, percentile_interval, recall, recall_intervals
+from llm2clip.evaluate.recall import (
+    chance_recall,
+    evaluate_retrieval,
+    percentile_interval,
+    recall,
+    recall_differences,
+    recall_intervals,
+)
 
 
 def rank_by_sorting(scores: torch.Tensor, positives: list[int]) -> int:
@@ -80,7 +88,7 @@ def test_evaluate_retrieval_on_a_small_example() -> None:
     texts = F.normalize(torch.tensor([[1.0, 0, 0], [0, 1, 0], [0.1, 1, 0], [1, 0, 0.5]]), dim=-1)
     metrics = evaluate_retrieval(images, texts, [0, 1, 1, 2])
     assert metrics["T2I"] == {"R@1": 75.0, "R@5": 100.0, "R@10": 100.0, "median rank": 1.0}
-    assert metrics["I2T"]["R@1"] == 100.0 and metrics["I2T interval"]["R@1"] == (100.0, 100.0)
+    assert metrics["I2T"]["R@1"] == metrics["I2T interval"]["R@1"][1] == 100.0
     low, high = metrics["T2I interval"]["R@1"]
     assert 0 <= low < 75 < high <= 100
     assert metrics["T2I chance"]["R@1"] == pytest.approx(100 / 3)
@@ -91,7 +99,34 @@ def test_evaluate_retrieval_on_a_small_example() -> None:
 def test_percentile_interval_matches_numpy() -> None:
     means = torch.rand(1000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = np.percentile(means.numpy(), [2.5, 97.5], axis=0)
-    assert torch.allclose(percentile_interval(means), torch.from_numpy(expected))
+    assert torch.allclose(percentile_interval(means, 40), torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("num_images", [1, 3, 40, 1000])
+def test_recall_intervals_at_0_and_100_percent_match_scipy(num_images: int) -> None:
+    """The captions of an image are correlated, so the number of images counts, not the number of captions."""
+    groups = torch.arange(num_images).repeat_interleave(5)
+    for hits in (0, num_images):
+        ranks = torch.full((5 * num_images,), 0 if hits else 7)
+        expected = binomtest(hits, num_images).proportion_ci(method="exact")
+        assert recall_intervals(ranks, groups, (1,))["R@1"] == pytest.approx([100 * limit for limit in expected])
+
+
+def test_recall_differences_are_paired_by_image() -> None:
+    g = torch.Generator().manual_seed(0)
+    groups = torch.arange(300).repeat_interleave(2)
+    ranks = torch.randint(0, 3, (600,), generator=g)
+    other = torch.where(torch.rand(600, generator=g) < 0.1, 2, ranks)
+    differences, intervals = recall_differences(ranks, other, groups, (1, 5))
+    assert differences["R@1"] == pytest.approx(recall(ranks, (1,))["R@1"] - recall(other, (1,))["R@1"])
+    per_image = ((ranks < 1).double() - (other < 1).double()).view(300, 2).mean(1)
+    half_width = 196 * float(per_image.std()) / 300**0.5
+    low, high = intervals["R@1"]
+    assert (low, high) == pytest.approx((differences["R@1"] - half_width, differences["R@1"] + half_width), abs=0.3)
+    widths = [h - low for low, h in (recall_intervals(r, groups, (1,))["R@1"] for r in (ranks, other))]
+    assert high - low < 0.6 * min(widths), "narrower than the interval of either model"
+    limit = 100 * binomtest(0, 300).proportion_ci(method="exact").high
+    assert differences["R@5"] == 0 and intervals["R@5"] == pytest.approx((-limit, limit)), "all hits are equal"
 
 
 def test_positive_ranks_are_worst_if_all_scores_are_equal() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from conftest import make_llm, make_tower
 from llm2clip.cli import main
@@ -168,10 +169,11 @@ def test_bootstrap_interval_matches_the_binomial_and_widens_with_seed_variance()
     assert mean == 25 and high - low > 1.5 * 2 * half_width
 
 
-def test_bootstrap_interval_of_equal_values_follows_the_rule_of_three() -> None:
-    assert bootstrap_interval(torch.zeros(2, 100)) == (0.0, 0.0, 3.0)
-    assert bootstrap_interval(torch.ones(2, 100)) == (100.0, 97.0, 100.0)
-    assert bootstrap_interval(-torch.ones(2, 100)) == (-100.0, -100.0, -97.0)
+def test_bootstrap_interval_of_equal_values_is_exact() -> None:
+    low, high = binomtest(100, 100).proportion_ci(method="exact")
+    assert bootstrap_interval(torch.zeros(2, 100)) == pytest.approx((0, 0, 100 * (1 - low)))
+    assert bootstrap_interval(torch.ones(2, 100)) == pytest.approx((100, 100 * low, 100 * high))
+    assert bootstrap_interval(-torch.ones(2, 100)) == pytest.approx((-100, -100, -100 + 200 * (1 - low)))
 
 
 def test_split_in_two_and_split_sentences() -> None:

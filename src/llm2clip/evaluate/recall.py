@@ -96,13 +96,44 @@ def recall_intervals(
         ks: Values of k.
         level, resamples: See `bootstrap`.
     """
-    hits = torch.stack([(ranks < k).double() for k in ks], 1)
-    sums = hits.new_zeros(int(groups.max()) + 1, len(ks)).index_add_(0, groups, hits)
-    low, high = (100 * bootstrap(sums, torch.bincount(groups), level, resamples)).tolist()
+    sums, counts = _hits_per_image([(ranks < k).double() for k in ks], groups)
+    return _percent_by_k(bootstrap(sums, counts, level, resamples), ks)
+
+
+def recall_differences(
+    ranks: Tensor, baseline_ranks: Tensor, groups: Tensor, ks: Sequence[int] = KS
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Return R@k of a model minus R@k of a baseline, in percentage points, and paired 95% bootstrap intervals.
+
+    Args:
+        ranks, baseline_ranks: Zero-based rank of each query's best positive, int64 (Q,), for the same queries.
+        groups: Image index of each query, int64 (Q,).
+        ks: Values of k.
+    """
+    differences = [(ranks < k).double() - (baseline_ranks < k).double() for k in ks]
+    intervals = bootstrap(*_hits_per_image(differences, groups), bounds=(-1.0, 1.0))
+    return {f"R@{k}": 100.0 * float(d.mean()) for k, d in zip(ks, differences, strict=True)}, _percent_by_k(intervals, ks)
+
+
+def _hits_per_image(values: Sequence[Tensor], groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum of each quantity over the queries of each image, (I, K), and the number of queries, (I,)."""
+    stacked = torch.stack(list(values), 1)  # (Q, K)
+    sums = stacked.new_zeros(int(groups.max()) + 1, len(values)).index_add_(0, groups, stacked)
+    return sums, torch.bincount(groups)
+
+
+def _percent_by_k(intervals: Tensor, ks: Sequence[int]) -> dict[str, tuple[float, float]]:
+    low, high = (100 * intervals).tolist()
     return {f"R@{k}": (low[n], high[n]) for n, k in enumerate(ks)}
 
 
-def bootstrap(sums: Tensor, counts: Tensor, level: float = 0.95, resamples: int = 1000) -> Tensor:
+def bootstrap(
+    sums: Tensor,
+    counts: Tensor,
+    level: float = 0.95,
+    resamples: int = 1000,
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> Tensor:
     """Return bootstrap confidence intervals for the means of K quantities over all elements.
 
     The bootstrap resamples complete groups of elements.
@@ -112,6 +143,7 @@ def bootstrap(sums: Tensor, counts: Tensor, level: float = 0.95, resamples: int 
         counts: Number of elements in each group, (groups,). Empty groups are ignored.
         level: Confidence level, e.g. 0.95.
         resamples: Number of bootstrap resamples.
+        bounds: Smallest and largest possible value of an element. See `percentile_interval`.
 
     Returns:
         Lower and upper bounds, float64 (2, K).
@@ -121,7 +153,7 @@ def bootstrap(sums: Tensor, counts: Tensor, level: float = 0.95, resamples: int 
     # group is weighted by the number of times it was drawn, which takes only one matmul per resample.
     sums, counts = sums.double()[counts > 0], counts.double()[counts > 0]
     means = [weights @ sums / (weights @ counts) for weights in bootstrap_counts(len(sums), resamples)]
-    return percentile_interval(torch.stack(means), level)
+    return percentile_interval(torch.stack(means), len(sums), bounds, level)
 
 
 def bootstrap_counts(groups: int, resamples: int = 1000) -> Iterator[Tensor]:
@@ -136,16 +168,31 @@ def bootstrap_counts(groups: int, resamples: int = 1000) -> Iterator[Tensor]:
         yield torch.bincount(drawn, minlength=groups).double()
 
 
-def percentile_interval(means: Tensor, level: float = 0.95) -> Tensor:
+def percentile_interval(
+    means: Tensor, num_groups: int, bounds: tuple[float, float] = (0.0, 1.0), level: float = 0.95
+) -> Tensor:
     """Return confidence intervals computed from resampled means by Efron's percentile method.
 
     Each interval is central and contains a fraction `level` of the resampled means.
 
+    If all groups have the same mean, such as 0% or 100%, all resampled means are equal, and the interval would be a
+    single point. In this case, Clopper and Pearson's exact method bounds the probability p of a group with another
+    mean: it has been observed in 0 of n groups, so p is at most 1 - ((1 - level) / 2) ** (1 / n). The interval contains
+    the means that are possible if a fraction p of the groups has values at one of the bounds.
+
     Args:
         means: Mean of each resample, (resamples, ...).
+        num_groups: Number of groups that were resampled (n).
+        bounds: Smallest and largest possible value of an element.
         level: Confidence level, e.g. 0.95.
 
     Returns:
         Lower and upper bounds, (2, ...).
     """
-    return means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64), 0)
+    quantiles = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=means.dtype)
+    interval = means.quantile(quantiles, 0)
+    largest_share = 1 - ((1 - level) / 2) ** (1 / num_groups)
+    limits = torch.stack([torch.full_like(means[0], bound) for bound in bounds])  # (2, ...)
+    widened = means[:1] + largest_share * (limits - means[:1])
+    is_constant = means.amax(0) - means.amin(0) < 1e-9 * (bounds[1] - bounds[0])
+    return torch.where(is_constant, widened, interval)

@@ -237,7 +237,7 @@ def _discounts(count: int) -> Tensor:
     return 1 / torch.arange(2, count + 2, dtype=torch.float64).log2()
 
 
-def mean_intervals(scores: Tensor) -> Tensor:
+def mean_intervals(scores: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
     """Return 95% bootstrap confidence intervals for the mean scores, in percent, float64 (2, 3).
 
     Queries are resampled, but images are not. If two models have the same queries, their resamples are paired, so the
@@ -245,5 +245,6 @@ def mean_intervals(scores: Tensor) -> Tensor:
 
     Args:
         scores: Scores of each query, or differences between the scores of two models, (Q, 3).
+        bounds: Smallest and largest possible value in `scores`.
     """
-    return 100 * bootstrap(scores, torch.ones(len(scores)))
+    return 100 * bootstrap(scores, torch.ones(len(scores)), bounds=bounds)

@@ -79,7 +79,7 @@ def detection_metrics(
         group_ap50 = resampled_ap50[:, classes]
         num_classes = (~np.isnan(group_ap50)).sum(1)  # a resample may have no objects of a class, or of the group
         means = np.nansum(group_ap50, axis=1)[num_classes > 0] / num_classes[num_classes > 0]
-        low, high = percentile_interval(torch.from_numpy(means)).tolist()
+        low, high = percentile_interval(torch.from_numpy(means), len(data.image_ids), (0.0, 100.0)).tolist()
         metrics[group] = {
             "AP50": float(class_ap[AP50_INDEX, classes].mean()),
             "AP50 interval": (low, high),

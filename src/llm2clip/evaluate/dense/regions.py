@@ -154,7 +154,7 @@ def region_metrics(
     intervals = {}
     for n, name in enumerate(names):
         column = samples[:, n]
-        low, high = percentile_interval(column[~column.isnan()]).tolist()
+        low, high = percentile_interval(column[~column.isnan()], num_images, (0.0, 100.0)).tolist()
         intervals[name] = (low, high)
     return dict(zip(names, metrics(np.ones(num_images)), strict=True)), intervals
 

@@ -164,7 +164,8 @@ def segmentation_metrics(counts: SegmentationCounts) -> tuple[dict[str, float], 
 
     names = ("mIoU", "pixel accuracy", "mean class accuracy")
     samples = [metrics(weights.numpy()) for weights in bootstrap_counts(len(stacked))]
-    lows, highs = percentile_interval(torch.tensor(samples, dtype=torch.float64)).tolist()
+    means = torch.tensor(samples, dtype=torch.float64)
+    lows, highs = percentile_interval(means, len(stacked), (0.0, 100.0)).tolist()
     intervals = dict(zip(names, zip(lows, highs, strict=True), strict=True))
     return dict(zip(names, metrics(np.ones(len(stacked))), strict=True)), intervals
 

@@ -103,7 +103,7 @@ def _difference_cell(first: LengthScores, other: LengthScores) -> str | None:
     if first.queries != other.queries:
         return None
     differences = first.scores - other.scores
-    low, high = mean_intervals(differences)[:, 0]
+    low, high = mean_intervals(differences, bounds=(-1.0, 1.0))[:, 0]
     return f"{100 * float(differences[:, 0].mean()):+.1f} ({low:+.1f} to {high:+.1f})"
 
 

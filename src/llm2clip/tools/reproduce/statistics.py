@@ -136,32 +136,28 @@ def compare_hits(low: str, high: str, metric: str, low_hits: Tensor, high_hits: 
         low_hits, high_hits: Per-image hits of the two models, (seeds, images). The images must be in the same order.
     """
     difference = 100 * float(high_hits.mean() - low_hits.mean())
-    limits = _percent_limits(_resampled_means(high_hits, seed=2) - _resampled_means(low_hits, seed=1))
+    means = _resampled_means(high_hits, seed=2) - _resampled_means(low_hits, seed=1)
     return Comparison(
         low=low,
         high=high,
         metric=metric,
         low_interval=bootstrap_interval(low_hits),
         high_interval=bootstrap_interval(high_hits),
-        difference=(difference, *limits),
+        difference=(difference, *_percent_limits(means, low_hits.shape[1], (-1.0, 1.0))),
     )
 
 
 def bootstrap_interval(values: Tensor) -> Interval:
     """Return the mean in percent with its 95% confidence interval, using a bootstrap over images and seeds.
 
-    If all values are equal, for example because no image was retrieved correctly, the interval is widened by
-    3 / (number of images) on each side. This is the rule of three (JAMA 249:1743, 1983).
+    If all values are equal, for example because no image was retrieved correctly, the interval is exact instead. See
+    `percentile_interval`.
 
     Args:
-        values: Per-image hits or differences between hits, (seeds, images).
+        values: Per-image hits, or differences between hits, (seeds, images).
     """
-    low, high = _percent_limits(_resampled_means(values, seed=1))
-    if values.min() == values.max():
-        margin = 300 / values.shape[1]
-        minimum = -100.0 if float(values.min()) < 0 else 0.0
-        low, high = max(minimum, low - margin), min(100.0, high + margin)
-    return 100 * float(values.mean()), low, high
+    bounds = (-1.0 if float(values.min()) < 0 else 0.0, 1.0)
+    return 100 * float(values.mean()), *_percent_limits(_resampled_means(values, seed=1), values.shape[1], bounds)
 
 
 def _resampled_means(values: Tensor, seed: int) -> Tensor:
@@ -181,7 +177,7 @@ def _resampled_means(values: Tensor, seed: int) -> Tensor:
     return torch.stack(means)
 
 
-def _percent_limits(means: Tensor) -> tuple[float, float]:
-    """Return the lower and upper limits of the 95% confidence interval in percent, given the resampled means."""
-    low, high = (100 * percentile_interval(means)).tolist()
+def _percent_limits(means: Tensor, num_images: int, bounds: tuple[float, float]) -> tuple[float, float]:
+    """Return the lower and upper limits of the 95% confidence interval in percent. See `percentile_interval`."""
+    low, high = (100 * percentile_interval(means, num_images, bounds)).tolist()
     return low, high
