@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score
 
 from conftest import run_distributed
+from format_fixtures import write_jsonl
 from llm2clip.cli import build_parser, main
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import load_image
 from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.training_images import hash_images, save_training_images
 from llm2clip.evaluate.precomputed import PrecomputedEmbeddings
 from llm2clip.evaluate.short_queries import build_queries
 from llm2clip.models.display_names import display_names
@@ -62,12 +65,14 @@ def test_evaluate_command_matches_direct_computation(
     out = tmp_path / "out"
     names = ["flickr30k", "winoground", "cifar10", "coco"]
     command = ["evaluate", str(clip), "--benchmarks", *names, "--root", str(root), "--out", str(out)]
-    assert main(command) == 0
-    output = capsys.readouterr().out
-    assert "Skipped coco" in output and "karpathy" in output.lower() and "% of the texts" in output
+    assert main(command) == 1, "coco is missing"
+    output, errors = capsys.readouterr()
+    assert "Skipped coco" in errors and "karpathy" in errors.lower() and "% of the texts" in output
+    assert "## flickr30k: part of the benchmark, 8 of 1,000 images; the published rows are for the complete" in output
+    assert "## winoground: part of the benchmark, 3 of 400 pairs\n" in output
     results = read_results(out)
     assert [result["benchmark"] for result in results] == names[:3]
-    assert main(command) == 0  # now from cached embeddings
+    assert main(command) == 1  # now from cached embeddings
     assert read_results(out) == results
 
     model = open_dual_encoder(str(clip), "cpu")
@@ -115,18 +120,26 @@ def test_evaluate_compares_baselines_in_a_report(
     page, report = (out / "report.html").read_text(), (out / "report.md").read_text()
     assert page.count("<svg") >= 2 and page.count("data:image/jpeg") >= 5 * 6
     assert "right: " in page and "wrong: " in page and "<script" not in page
-    assert "paper 2024: Llama3-8B-CC | 92.0" in report and f"{clip.name} minus other.npz | +0.0" in report
+    assert "paper 2024: Llama3-8B-CC | 92.0" in report
+    limit = 100 * binomtest(0, 8).proportion_ci(method="exact").high
+    assert f"{clip.name} minus other.npz | +0.0 | {-limit:.1f} to {limit:+.1f} |" in report, "all hits are equal"
+    assert other["rows"][0]["difference"]["I2T interval"]["R@1"] == pytest.approx([-limit, limit])
+    run = json.loads((out / "results.json").read_text())["run"]
+    assert run["settings"]["models"] == [str(clip), str(file)]
+    assert f"llm2clip {run['version']}, " in report and run["machine"] in page and "<details><summary>Settings" in page
     assert f"minus paper 2024: Llama3-8B-CC | {ours['rows'][0]['I2T']['R@1'] - 92.0:+.1f}" in report
 
     save(7)
     capsys.readouterr()
-    assert main([*command, "--baselines", str(file)]) == 0, "the first model has a result"
-    output = capsys.readouterr().out
-    assert "no embedding for 1 of 8 images" in output and "7.png" in output
+    assert main([*command, "--baselines", str(file)]) == 1
+    errors = capsys.readouterr().err
+    assert "no embedding for 1 of 8 images" in errors and "7.png" in errors
     np.savez(file, images=images.numpy())
-    assert main([*command, "--baselines", str(file), "no/such-model"]) == 0, "the first model has a result"
-    output = capsys.readouterr().out
-    assert "no array 'image_names'" in output and "Skipped no/such-model" in output and "Needed files" not in output
+    assert main([*command, "--baselines", str(file), "no/such-model"]) == 1
+    errors = capsys.readouterr().err
+    assert "no array 'image_names'" in errors and "Skipped no/such-model" in errors and "Needed files" not in errors
+    assert [result["model"] for result in read_results(out)] == [clip.name], "the first model has a result"
+    assert "Skipped no/such-model" in (out / "report.md").read_text()
 
 
 def test_precomputed_embeddings_reject_invalid_files(tmp_path: Path) -> None:
@@ -174,9 +187,9 @@ def test_evaluate_continues_after_a_failure(
     (folder / "broken.png").write_bytes(b"\x89PNG")
     names = ["--benchmarks", "flickr30k", f"folder:{tmp_path / 'mine'}", "--root", str(root), "--out", str(out)]
     command = ["evaluate", str(clip), *names, "--baselines", str(file), "--linear_probe"]
-    assert main(command) == 0
-    output = capsys.readouterr().out
-    assert "Skipped other.npz on flickr30k" in output and "linear probe skipped: " in output
+    assert main(command) == 1
+    output, errors = capsys.readouterr()
+    assert "Skipped other.npz on flickr30k" in errors and "linear probe skipped: " in output
     results = read_results(out)
     assert [(result["model"], result["benchmark"].partition(":")[0]) for result in results] == [
         (clip.name, "flickr30k"),
@@ -185,8 +198,8 @@ def test_evaluate_continues_after_a_failure(
     assert results[1]["images"] == 30 and "linear probe" not in results[1]["metrics"]
     assert "1 of 31 rows skipped (undecodable image: 1)" in (out / "report.md").read_text()
     (folder / "worse.png").write_bytes(b"")
-    assert main(command) == 0
-    assert "limit of 5.0%" in capsys.readouterr().out
+    assert main(command) == 1
+    assert "limit of 5.0%" in capsys.readouterr().err
 
 
 def test_evaluate_reports_short_queries_next_to_class_accuracy(
@@ -205,9 +218,9 @@ def test_evaluate_reports_short_queries_next_to_class_accuracy(
     copy = shutil.copytree(clip, tmp_path / "copy")
     command = ["evaluate", str(clip), f"{image_folder / 'captions.jsonl'}@train", "--short_queries", "--out", str(out)]
     command += ["--baselines", str(copy), str(file), "--templates", "a photo of a {}"]
-    assert main([*command, "--benchmarks", "cifar10", "--root", str(root)]) == 0
-    output = capsys.readouterr().out
-    assert "Skipped short queries of other.npz on data, captions" in output and "no embedding for" in output
+    assert main([*command, "--benchmarks", "cifar10", "--root", str(root)]) == 1
+    errors = capsys.readouterr().err
+    assert "Skipped short queries of other.npz on data, captions" in errors and "no embedding for" in errors
 
     results = {(result["model"], result["benchmark"]): result for result in read_results(out)}
     row, _ = results[clip.name, "data"]["rows"]  # the second row is for the long captions
@@ -227,7 +240,9 @@ def test_evaluate_reports_short_queries_next_to_class_accuracy(
     assert "8+ words: mAP" in long_section and "4–7 words" not in long_section
     assert "1 word: mAP" in section and "cifar10: top-1" in section and "other.npz" not in section
     assert re.search(rf"^\| {clip.name} \| .* \| {top1:.1f} \|$", section, re.M)
-    assert re.search(rf"^\| {clip.name} minus copy( \| \+0\.0 \(-\d+\.\d to \+\d+\.\d\)){{5}} \| \+0\.0 \|$", section, re.M)
+    assert re.search(
+        rf"^\| {clip.name} minus copy( \| \+0\.0 \(-\d+\.\d to \+\d+\.\d\)){{5}} \| \+0\.0 \|$", section, re.M
+    )
     assert f"{clip.name} minus {clip.name}, with templates" in section
     page = (out / "report.html").read_text()
     assert "words in the query" in page and "with 95% confidence intervals" in page
@@ -295,6 +310,34 @@ def test_evaluate_reports_missing_benchmarks_and_models(
     assert "Needed files: docci_descriptions" in errors
     assert main(["evaluate", "--benchmarks", "docci", "--root", str(root)]) == 1
     assert "put the model first" in capsys.readouterr().err
+    for option in (["--mistakes", "5"], ["--all_pairs"]):
+        assert main(["evaluate", str(clip), "--benchmarks", "flickr30k", "--root", str(root), *option]) == 1
+        assert "add --captions" in capsys.readouterr().err
+
+
+def test_evaluate_states_what_it_evaluates_and_warns_about_training_images(
+    clip: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in (image_folder / "captions.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["image"] = str(image_folder / row["image"])
+        row.pop("split")
+    data = write_jsonl(tmp_path / "unsplit.jsonl", rows)
+    model, out = shutil.copytree(clip, tmp_path / "mine"), tmp_path / "out"
+    save_training_images(model, hash_images(FileImage(row["image"]) for row in rows[:30]))
+    assert main(["evaluate", str(model), f"{data}@none", "--baselines", str(clip), "--out", str(out)]) == 0
+    warning = "Warning: mine was trained on 30 of the images of data"
+    output = capsys.readouterr().out
+    assert warning in output and "## data: 36 images" in output
+    assert warning in (out / "report.md").read_text() and warning in (out / "report.html").read_text()
+    assert [result.get("images trained on") for result in read_results(out)] == [30, None]
+    assert main(["evaluate", str(clip), str(data)]) == 0
+    output = capsys.readouterr().out
+    assert "Evaluating 3 held-out images of 36 (one in 10, at most 1,000, because no split" in output
+    assert "PATH@none" in output and "training images" not in output and "Warning" not in output
+    assert main(["evaluate", str(clip), str(image_folder / "captions.jsonl")]) == 0
+    output = capsys.readouterr().out
+    assert "Evaluating 6 held-out images of 36 (those of the split val)" in output and "PATH@train+val" in output
 
 
 def test_benchmarks_command_lists_sources_of_missing_benchmarks(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -311,7 +354,9 @@ def test_evaluate_skips_only_the_benchmark_with_a_malformed_row(
     shutil.copytree(root, broken)
     (broken / "docci/images").mkdir(parents=True)
     (broken / "docci/docci_descriptions.jsonlines").write_text('{"split": "test", "description": "a dog"}\n')
-    assert main(["evaluate", str(clip), "--benchmarks", "docci", "flickr30k", "--root", str(broken)]) == 0
-    output = capsys.readouterr().out
-    assert "Skipped" in output and "does not have the docci format (KeyError('image_file'))" in output
-    assert "flickr30k: 1,000 images" in output
+    assert main(["evaluate", str(clip), "--benchmarks", "docci", "flickr30k", "--root", str(broken)]) == 1
+    output, errors = capsys.readouterr()
+    assert "Skipped" in errors and "does not have the docci format (KeyError('image_file'))" in errors
+    assert "## flickr30k: " in output
+    assert main(["evaluate", str(clip), "--benchmarks", "all", "--root", str(root)]) == 0, "requests only what exists"
+    assert "Skipped coco" in capsys.readouterr().out

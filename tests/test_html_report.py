@@ -6,6 +6,7 @@ from PIL import Image
 
 from llm2clip.html_report import (
     Code,
+    Details,
     Heading,
     Paragraph,
     Plot,
@@ -23,14 +24,24 @@ def test_report_escapes_all_texts() -> None:
     images = [ResultImage(jpeg, True, text), ResultImage(jpeg, None, text)]
     blocks = [
         Heading(text), Paragraph(text), Code(text), Table([text], [[text], [1.25], [None]]), Plot("<svg></svg>", text),
-        ResultImages(text, images),
+        ResultImages(text, images), Details(text, text),
     ]  # fmt: skip
     page = to_html(text, blocks)
-    assert "<img src=x" not in page and page.count("&lt;img src=x") == 13
+    assert "<img src=x" not in page and page.count("&lt;img src=x") == 17
     assert "<code>code</code>" in page and ">1.2<" in page and ">–<" in page
     assert "right: " in page and "wrong: " not in page
     markdown = to_markdown("T", blocks, "page.html")
     assert "page.html" in markdown and "\\| `code`" in markdown
+
+
+def test_html_report_is_accessible() -> None:
+    """Wide tables can be scrolled with the keyboard, and each has a name of its own."""
+    table = Table(["model", "R@1"], [["a", 1.0]])
+    page = to_html("Evaluation", [table, Heading("Retrieval"), table, Plot("<svg></svg>", "a plot")])
+    assert page.count("<main>") == page.count("</main>") == page.count("<h1>") == 1
+    for label in ("Table 1: Evaluation", "Table 2: Retrieval"):
+        assert f'<div class="scroll" role="region" tabindex="0" aria-label="{label}">' in page
+    assert page.count('<th scope="col">') == 4 and '<svg role="img" aria-label="a plot">' in page
 
 
 def test_markdown_omits_sections_that_consist_of_plots_and_images() -> None:

@@ -17,6 +17,8 @@ from PIL import Image
 from conftest import HANG_TIMEOUT
 from llm2clip import LLM2CLIP, pipeline
 from llm2clip.cli import main
+from llm2clip.data.records import open_records
+from llm2clip.data.training_images import TRAINING_IMAGES_FILE, count_training_images, load_training_images
 from llm2clip.models.caption_encoder import CaptionEncoder
 
 
@@ -51,7 +53,9 @@ def test_fit_writes_the_documented_files(run: Path) -> None:
     for name in ("config.yaml", "skipped.jsonl", "tune/encoder/modules.json", "store/manifest.json", "report.md"):
         assert (run / name).exists(), name
     names = {p.name for p in (run / "model").iterdir()}
-    assert names == {"config.json", "model.safetensors", "preprocessor_config.json", "text", "README.md"}
+    assert names == {
+        "config.json", "model.safetensors", "preprocessor_config.json", "text", "README.md", TRAINING_IMAGES_FILE
+    }  # fmt: skip
     assert "I2T R@1" in (run / "report.md").read_text()
     rows = {r["captions"]: r for r in json.loads((run / "evaluate/trained.json").read_text())}
     assert {k: (r["images"], r["texts"]) for k, r in rows.items()} == {
@@ -97,6 +101,15 @@ def test_saved_model_encodes_images_and_texts(run: Path, image_folder: Path) -> 
     assert torch.allclose(scores[1, 0], texts[1] @ images[0])
     assert model.encode_image(str(image_folder / "0.png")).shape == (1, 16)
     assert model.encode_image([]).shape == (0, 16)
+
+
+def test_model_knows_its_training_images(run: Path, image_folder: Path, tmp_path: Path) -> None:
+    copy = LLM2CLIP.from_pretrained(run / "model", device="cpu").save_pretrained(tmp_path / "copy")
+    training_images = load_training_images(copy)
+    assert training_images is not None and len(training_images) == 30
+    for split, count in (("train", 30), ("val", 0)):
+        images = [record.image for record in open_records(f"{image_folder / 'captions.jsonl'}@{split}")]
+        assert count_training_images(training_images, images) == count
 
 
 def test_save_and_load_give_equal_embeddings(run: Path, image_folder: Path, tmp_path: Path) -> None:

@@ -390,7 +390,7 @@ def test_evaluate_command_writes_region_results_and_pictures(
     command += ["--dense_variants", "plain", "sclip", "--out", str(out), "--baselines", str(clip)]
     assert main(command) == 0
     output = capsys.readouterr().out
-    assert "| | method |" in output.replace("|  |", "| |") and "| crop |" in output and "| sclip |" in output
+    assert "| model | method |" in output and "| crop |" in output and "| sclip |" in output
     results = json.loads((out / "results.json").read_text())["results"]
     assert [row["method"] for row in results[0]["rows"]] == ["crop", "plain", "sclip"]
     assert results[0]["images"] == 3 and results[0]["regions"] == 5 and results[0]["texts"] == 240

@@ -54,7 +54,7 @@ class Table:
     """A table. Values are formatted by `format_cell`.
 
     Args:
-        header: Column names.
+        header: Column names. They must not be empty, because screen readers read them out.
         rows: Cell values of each row.
         highlight: Indices of the rows to highlight.
         statuses: Maps the text of a cell to the cell's status, e.g. {"holds": GOOD}.
@@ -108,8 +108,17 @@ class Legend:
     entries: Sequence[tuple[str, str]]
 
 
-Block = Heading | Paragraph | Code | Table | Plot | ResultImages | Legend
-_VISUAL = Plot | ResultImages | Legend  # blocks that Markdown reports omit
+@dataclass(frozen=True)
+class Details:
+    """Text, such as the settings of a run, that is collapsed until the reader clicks on the summary."""
+
+    kind: ClassVar[str] = "details"
+    summary: str
+    text: str
+
+
+Block = Heading | Paragraph | Code | Table | Plot | ResultImages | Legend | Details
+_VISUAL = Plot | ResultImages | Legend | Details  # blocks that Markdown reports omit
 
 
 def write_report(folder: Path, name: str, title: str, blocks: Sequence[Block]) -> tuple[Path, Path]:
@@ -121,9 +130,10 @@ def write_report(folder: Path, name: str, title: str, blocks: Sequence[Block]) -
 
 
 def to_markdown(title: str, blocks: Sequence[Block], html_name: str = "") -> str:
-    """Return a report as Markdown. Plots and images are omitted; a note refers to the HTML file `html_name` instead.
+    """Return a report as Markdown. Plots, images and collapsed text are omitted.
 
-    Sections that consist only of plots, images and paragraphs about them are omitted together with their headings.
+    If `html_name` is not empty, a note refers to this HTML file instead. Sections that consist only of omitted blocks
+    and paragraphs about them are omitted together with their headings.
     """
     parts = []
     has_images = any(isinstance(block, _VISUAL) for block in blocks)
@@ -202,6 +212,7 @@ def _load_template() -> jinja2.Template:
         "inline": _inline_html,
         "cell": format_cell,
         "cell_classes": _cell_classes,
+        "labelled_svg": _labelled_svg,
         "base64": lambda data: base64.b64encode(data).decode(),
     }
     source = (files("llm2clip") / "templates" / "report.html.jinja").read_text(encoding="utf-8")
@@ -211,6 +222,11 @@ def _load_template() -> jinja2.Template:
 def _inline_html(text: str) -> Markup:
     """Escape text for HTML, and convert text in backticks to <code> elements."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
+def _labelled_svg(plot: Plot) -> Markup:
+    """Return a plot's SVG as an image with a text alternative. Otherwise, screen readers read out each axis label."""
+    return Markup(plot.svg.replace("<svg", f'<svg role="img" aria-label="{escape(plot.caption)}"', 1))
 
 
 def format_cell(value: Any) -> str:

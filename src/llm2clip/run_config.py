@@ -58,7 +58,7 @@ def save_or_check_config(config: dict[str, Any], run_dir: Path, processes: int |
         ConfigChangedError: The saved config is different. The message lists the settings that differ.
     """
     file = run_dir / CONFIG_FILE
-    new = _to_plain_types(config)
+    new = to_plain_types(config)
     if file.exists() and _has_outputs(run_dir):
         text = file.read_text(encoding="utf-8")
         saved = yaml.safe_load(text)
@@ -100,14 +100,14 @@ def _is_resume_safe(name: str) -> bool:
     return name.rsplit(".", 1)[-1] in RESUME_SAFE
 
 
-def _to_plain_types(value: Any) -> Any:
+def to_plain_types(value: Any) -> Any:
     """Convert dataclasses, tuples and paths to types that YAML can represent."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _to_plain_types(dataclasses.asdict(value))
+        return to_plain_types(dataclasses.asdict(value))
     if isinstance(value, dict):
-        return {str(name): _to_plain_types(item) for name, item in value.items()}
+        return {str(name): to_plain_types(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_to_plain_types(item) for item in value]
+        return [to_plain_types(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 

@@ -94,7 +94,7 @@ def add(commands: Commands) -> None:
         help="CRA: also report the all-pairs protocol: each caption retrieves any other caption of its image.",
     )
     parser.add_argument(
-        "--mistakes", type=NonNegativeInt, default=3, help="CRA: how many of the worst mistakes to show."
+        "--mistakes", type=NonNegativeInt, help="CRA: how many of the worst mistakes to show. Default: 3."
     )
     add_reading_arguments(parser)
     parser.add_class_arguments(EncoderConfig, "encoder")

@@ -156,10 +156,14 @@ def _add_root_argument(parser: ArgumentParser) -> None:
 
 
 def _build(args: Namespace) -> list[str]:
+    from llm2clip.data.training_images import load_training_images, save_training_images
     from llm2clip.llava.build import build_llava
     from llm2clip.llava.vision import load_tower
 
     folder = build_llava(load_tower(args.vision, args.image_size), args.llm, args.out, pad=args.pad)
+    training_images = load_training_images(args.vision)
+    if training_images is not None:
+        save_training_images(folder, training_images)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return [
         f"Built: {folder} ({config['image_seq_length']} tokens per image; the projector is untrained)",

@@ -39,13 +39,13 @@ def find_copies(images: Iterable[ImageRef | None]) -> dict[str, str]:
     refs = {image.key: image for image in images if isinstance(image, FileImage | TarImage)}
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         keys: dict[Location, list[str]] = {}  # links to a file have the same location
-        for key, location in zip(refs, _map_in_chunks(pool, _locate, list(refs.values())), strict=True):
+        for key, location in zip(refs, map_in_chunks(pool, locate, list(refs.values())), strict=True):
             if location is not None:
                 keys.setdefault(location, []).append(key)
         groups = _group_equal(list(keys), lambda location: location[2])
-        for compute_digest in (_sample_digest, _full_digest):
+        for compute_digest in (sample_digest, _full_digest):
             candidates = [location for group in groups for location in group]
-            digests = dict(zip(candidates, _map_in_chunks(pool, compute_digest, candidates), strict=True))
+            digests = dict(zip(candidates, map_in_chunks(pool, compute_digest, candidates), strict=True))
             equal: list[list[Location]] = []
             for group in groups:
                 equal += _group_equal([location for location in group if digests[location]], digests.__getitem__)
@@ -58,7 +58,7 @@ def find_copies(images: Iterable[ImageRef | None]) -> dict[str, str]:
     return {key: copies[key] for key in refs if key in copies and copies[key] != key}
 
 
-def _map_in_chunks(pool: ThreadPoolExecutor, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
+def map_in_chunks(pool: ThreadPoolExecutor, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
     """Apply a function to items in several threads, in chunks for speed, and yield the results in order."""
     chunks = [items[start : start + ITEMS_PER_TASK] for start in range(0, len(items), ITEMS_PER_TASK)]
     for results in pool.map(lambda chunk: [function(item) for item in chunk], chunks):
@@ -73,7 +73,7 @@ def _group_equal(items: Sequence[Location], value: Callable[[Location], Hashable
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _locate(image: FileImage | TarImage) -> Location | None:
+def locate(image: FileImage | TarImage) -> Location | None:
     """Return the location of an image, with links resolved. Return None if the image is empty or does not exist."""
     path = resolve_folder(image.path)
     try:
@@ -85,7 +85,7 @@ def _locate(image: FileImage | TarImage) -> Location | None:
     return (path, image.offset if isinstance(image, TarImage) else 0, size) if size else None
 
 
-def _sample_digest(location: Location) -> bytes:
+def sample_digest(location: Location) -> bytes:
     """Return a hash of a few bytes from the middle of an image, or b"" if they cannot be read."""
     path, offset, size = location
     length = min(SAMPLE_BYTES, size)

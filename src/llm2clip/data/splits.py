@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,11 +30,14 @@ class DataSplits:
             The fields are `captions`, `short_captions` and `long_captions` if they are present in the data, and the
             columns listed in `EvaluateConfig.fields`.
         summary: One-line description of the training and held-out records, to be printed for the user.
+        rule: Description of the held-out records and of the other images in the sources, for commands that only use the
+            held-out records.
     """
 
     train: list[Record]
     held_out: dict[str, list[Record]]
     summary: str
+    rule: str = ""
 
 
 def read_splits(
@@ -63,6 +67,7 @@ def read_splits(
         image_check: How to check images; see `open_records`.
     """
     records = read_merged_records(sources, columns, log, image_check)
+    splits = Counter(record.split or NO_SPLIT for _, record in records if record.image is not None)
     train = [(source, record) for source, record in records if source.splits or is_training_split(record)]
     other = [(source, record) for source, record in records if not source.splits and not is_training_split(record)]
     notes = []
@@ -83,13 +88,30 @@ def read_splits(
         notes.append(f"{len(other):,} from other splits ({names}) unused")
     held_out = [(source, record) for source, record in held_out if record.image is not None]
     num_images = sum(record.image is not None for _, record in train)
-    counts = [f"{num_images:,} training images", f"{len(held_out):,} held out"]
-    if not num_images:  # `evaluate` has no training images
-        counts = [f"{len(held_out):,} images to evaluate"]
     return DataSplits(
         train=[record for _, record in train],
         held_out=_by_caption_field(held_out, config.fields, columns),
-        summary=", ".join([*counts, *notes]),
+        summary=", ".join([f"{num_images:,} training images", f"{len(held_out):,} held out", *notes]),
+        rule=_describe_rule(len(held_out), held_out_split, splits),
+    )
+
+
+def _describe_rule(num_held_out: int, held_out_split: str | None, splits: Counter[str]) -> str:
+    """Describe which of the images in the sources are held out, and how to select all of them.
+
+    Args:
+        num_held_out: Number of held-out images.
+        held_out_split: Name of the held-out split, or None if the images were drawn from the training images.
+        splits: Number of images in each split of the sources.
+    """
+    if held_out_split is not None:
+        reason = f"those of the split {held_out_split}"
+    else:
+        reason = f"one in {HELD_OUT_FRACTION}, at most {MAX_HELD_OUT:,}, because no split is named {HELD_OUT_SPLITS[0]}"
+        reason += f" or {HELD_OUT_SPLITS[-1]}"
+    return (
+        f"{num_held_out:,} held-out images of {splits.total():,} ({reason}). To use all images, name their splits: "
+        f"PATH@{'+'.join(sorted(splits))}"
     )
 
 

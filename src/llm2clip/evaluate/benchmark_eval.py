@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from llm2clip.data.hashing import unique_captions
+from llm2clip.data.image_refs import ImageRef
 from llm2clip.distributed import print_once
 from llm2clip.evaluate.benchmarks import (
     Benchmark,
@@ -48,15 +49,18 @@ class BenchmarkResult:
     Args:
         summary: Entry for results.json. It always has "benchmark" and "kind". Retrieval results also have "rows" (see
             `caption_field_metrics`). Results for other types of benchmarks have "images" and "texts" (number of images
-            and texts) and "truncated" (number of texts that exceed the model's maximum length). They also have
+            and texts) and "truncated" (number of texts that exceed the model's maximum length). Compositional
+            benchmarks have "examples" (number of examples whose images can be decoded). They also have
             "metrics" or, if the benchmark is evaluated with several methods, "rows". Each of these rows has "method",
             "metrics" and "intervals" (95% confidence intervals of the metrics). Rows whose metrics depend on
             the logit scale also have "logit scale". All metrics are in percent, except "linear probe C".
+        images: Images of the benchmark, including images that cannot be decoded.
         ranks: Ranks for each caption field. Only set for retrieval benchmarks.
         draw_examples: Function that returns a section of the report with example images.
     """
 
     summary: dict[str, Any]
+    images: Sequence[ImageRef] = ()
     ranks: dict[str, RetrievalRanks] = field(default_factory=dict)
     draw_examples: Callable[[], list[Block]] | None = None
 
@@ -88,20 +92,21 @@ def run_benchmark(
     """
     summary: dict[str, Any] = {"benchmark": benchmark.name, "kind": benchmark.kind}
     data = benchmark.load(folder)
+    images = _benchmark_images(benchmark, data)
     if benchmark.kind == "retrieval":
         ranks = rank_caption_fields(embeddings, data)
-        return BenchmarkResult(summary | {"rows": caption_field_metrics(embeddings, ranks)}, ranks)
+        return BenchmarkResult(summary | {"rows": caption_field_metrics(embeddings, ranks)}, images, ranks)
     if benchmark.kind in ("regions", "segmentation"):
         evaluate = _evaluate_regions if benchmark.kind == "regions" else _evaluate_segmentation
         result = evaluate(data, embeddings, dense_variants)
-        return dataclasses.replace(result, summary=summary | result.summary)
+        return dataclasses.replace(result, summary=summary | result.summary, images=images)
     if benchmark.kind == "detection":
         result = _evaluate_detection(data, embeddings, dense_variants, proposals, crop_proposals)
-        return dataclasses.replace(result, summary=summary | result.summary)
+        return dataclasses.replace(result, summary=summary | result.summary, images=images)
     if benchmark.kind == "judged retrieval":
         metrics, num_images, texts = _evaluate_judged_retrieval(data, embeddings)
     elif benchmark.kind == "compositional":
-        metrics, num_images, texts = _evaluate_compositional(data, embeddings)
+        metrics, num_images, texts, summary["examples"] = _evaluate_compositional(data, embeddings)
     else:
         train = _load_probe_data(benchmark, folder) if with_linear_probe else None
         metrics, num_images, texts = _evaluate_classification(data, embeddings, train)
@@ -111,10 +116,20 @@ def run_benchmark(
         "truncated": embeddings.count_truncated(texts),
         "metrics": metrics,
     }
-    return BenchmarkResult(summary)
+    return BenchmarkResult(summary, images)
+
+
+def _benchmark_images(benchmark: Benchmark, data: Any) -> list[ImageRef]:
+    """Return the images of a benchmark. The type of `data` depends on the benchmark's kind."""
+    if benchmark.kind == "retrieval":
+        return [record.image for records in data.values() for record in records if record.image is not None]
+    if benchmark.kind == "compositional":
+        return [image for example in data for image in example.images]
+    return list(data.images)
 
 
 # Each of the following functions returns the metrics, the number of images that could be decoded, and the texts.
+# `_evaluate_compositional` also returns the number of examples whose images could be decoded.
 
 
 def _evaluate_judged_retrieval(
@@ -133,14 +148,15 @@ def _evaluate_judged_retrieval(
 
 def _evaluate_compositional(
     examples: Sequence[CompositionalExample], embeddings: EmbeddingSource
-) -> tuple[dict[str, float], int, list[str]]:
+) -> tuple[dict[str, float], int, list[str], int]:
     refs = list({ref.key: ref for example in examples for ref in example.images}.values())
     texts = unique_captions(caption for example in examples for caption in example.captions)
     images, indices = embeddings.encode_images(refs)
     image_embeddings = {refs[i].key: image for i, image in zip(indices, images, strict=True)}
     text_embeddings = dict(zip(texts, embeddings.encode_texts(texts), strict=True))
     complete = [example for example in examples if all(ref.key in image_embeddings for ref in example.images)]
-    return compositional_accuracy(complete, image_embeddings, text_embeddings), len(image_embeddings), texts
+    metrics = compositional_accuracy(complete, image_embeddings, text_embeddings)
+    return metrics, len(image_embeddings), texts, len(complete)
 
 
 def _evaluate_classification(

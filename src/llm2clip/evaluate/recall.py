@@ -112,7 +112,8 @@ def recall_differences(
     """
     differences = [(ranks < k).double() - (baseline_ranks < k).double() for k in ks]
     intervals = bootstrap(*_hits_per_image(differences, groups), bounds=(-1.0, 1.0))
-    return {f"R@{k}": 100.0 * float(d.mean()) for k, d in zip(ks, differences, strict=True)}, _percent_by_k(intervals, ks)
+    means = {f"R@{k}": 100.0 * float(d.mean()) for k, d in zip(ks, differences, strict=True)}
+    return means, _percent_by_k(intervals, ks)
 
 
 def _hits_per_image(values: Sequence[Tensor], groups: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.benchmarks.base import CaptionFields
 from llm2clip.evaluate.embeddings import EmbeddingSource, ModelEmbeddings
 from llm2clip.evaluate.ranks import two_way_ranks
-from llm2clip.evaluate.recall import recall, retrieval_metrics
+from llm2clip.evaluate.recall import recall, recall_differences, retrieval_metrics
 from llm2clip.models.dual_encoder import DualEncoder, from_llm2clip
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.store.store import EmbeddingStore
@@ -125,6 +125,22 @@ def caption_field_metrics(embeddings: EmbeddingSource, ranked: Mapping[str, Retr
         }
         rows.append(row | retrieval_metrics(ranks.image_ranks, ranks.text_ranks, ranks.image_of_text))
     return rows
+
+
+def retrieval_difference(first: RetrievalRanks, other: RetrievalRanks) -> dict[str, Any] | None:
+    """Return the recall of one model minus that of another model, with paired 95% bootstrap intervals over images.
+
+    Returns:
+        {"I2T": {"R@1": ..., ...}, "I2T interval": {"R@1": (low, high), ...}, "T2I": ..., "T2I interval": ...}, in
+        percentage points, or None if the models were not evaluated on the same images and captions.
+    """
+    if [(r.image, r.captions) for r in first.records] != [(r.image, r.captions) for r in other.records]:
+        return None
+    result: dict[str, Any] = {}
+    images = torch.arange(len(first.image_ranks))
+    result["I2T"], result["I2T interval"] = recall_differences(first.image_ranks, other.image_ranks, images)
+    result["T2I"], result["T2I interval"] = recall_differences(first.text_ranks, other.text_ranks, first.image_of_text)
+    return result
 
 
 def make_validator(

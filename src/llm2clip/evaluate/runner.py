@@ -5,16 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
+import yaml
 
 from llm2clip.config import EncoderConfig, EvaluateConfig
 from llm2clip.data.merged_records import read_merged_records
 from llm2clip.data.records import Source
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import read_splits
-from llm2clip.distributed import command_line, print_once, process_state
+from llm2clip.data.training_images import count_training_images, load_training_images
+from llm2clip.distributed import describe_run, format_run, print_once, process_state
 from llm2clip.evaluate.benchmark_eval import run_benchmark
 from llm2clip.evaluate.benchmarks import Benchmark, get_benchmarks
 from llm2clip.evaluate.caption_retrieval import TextEncoder, caption_retrieval_accuracy
@@ -23,9 +29,9 @@ from llm2clip.evaluate.precomputed import PRECOMPUTED_SUFFIX
 from llm2clip.evaluate.reporting.comparison import ModelResult, benchmark_blocks, caption_retrieval_blocks
 from llm2clip.evaluate.reporting.error_analysis import analyze_errors
 from llm2clip.evaluate.reporting.short_query_report import short_query_blocks
-from llm2clip.evaluate.retrieval_eval import RetrievalRanks
+from llm2clip.evaluate.retrieval_eval import RetrievalRanks, retrieval_difference
 from llm2clip.evaluate.short_queries import score_short_queries
-from llm2clip.html_report import Block, Code, Paragraph, to_markdown, write_report
+from llm2clip.html_report import BAD, Block, Code, Details, Paragraph, to_markdown, write_report
 from llm2clip.io_utils import MissingFileError, atomic_write_text
 from llm2clip.models.clip_text_encoder import has_text_tower, load_clip_text_encoder
 from llm2clip.models.dense import DENSE_VARIANTS
@@ -36,6 +42,12 @@ from llm2clip.models.precision import default_encoding_precision
 from llm2clip.models.precision_calibration import load_for_encoding
 from llm2clip.models.pretrained import resolve_pretrained
 from llm2clip.models.prompts import check_templates
+from llm2clip.run_config import to_plain_types
+
+
+class IncompleteEvaluationError(ValueError):
+    """Raised after all results have been written, if some of the requested evaluations failed."""
+
 
 USER_DATA = "data"  # benchmark name for the user's own images and captions
 EXAMPLE_QUERIES = 6  # number of examples in the report, and maximum number of failures
@@ -54,7 +66,7 @@ def evaluate_models(
     columns: Mapping[str, str] | None = None,
     max_skipped: float = 0.05,
     all_pairs: bool = False,
-    num_mistakes: int = 3,
+    num_mistakes: int | None = None,
     linear_probe: bool = False,
     dense_variants: Sequence[str] = ("plain",),
     short_queries: bool = False,
@@ -68,10 +80,14 @@ def evaluate_models(
     In a distributed run, each rank encodes some of the images and texts. Each rank then computes all metrics, and the
     main process prints and writes the results.
 
-    results.json contains "caption retrieval" and "results". "caption retrieval" is the result of
+    results.json contains "caption retrieval", "results" and "run". "caption retrieval" is the result of
     `caption_retrieval_accuracy`. "results" is a list of `BenchmarkResult.summary` dicts with the additional key
-    "model". With `short_queries`, each row of a retrieval result also contains "short queries" and, if there are
-    templates, "short queries with templates". These are lists of `LengthScores.metrics` dicts.
+    "model". If the images on which the model was trained are known, "images trained on" is the number of these images
+    that were evaluated. "run" is the result of `describe_run`, with the settings.
+
+    Each row of a retrieval result of a baseline also contains "difference". See `retrieval_difference`. With
+    `short_queries`, each row of a retrieval result also contains "short queries" and, if there are templates, "short
+    queries with templates". These are lists of `LengthScores.metrics` dicts.
 
     Args:
         models: Model to evaluate, followed by the baselines. Each is either a model accepted by `open_dual_encoder` or
@@ -86,7 +102,8 @@ def evaluate_models(
         config: Evaluation settings, such as additional caption fields to evaluate.
         columns: Column mapping for the sources. See `read_splits`.
         max_skipped: Stop if more than this fraction of the rows cannot be used.
-        all_pairs, num_mistakes: Options for CRA. See `caption_retrieval_accuracy`.
+        all_pairs: Option for CRA. See `caption_retrieval_accuracy`.
+        num_mistakes: Number of the worst CRA mistakes to show. Default: 3.
         linear_probe: If True, also fit a linear probe on the training images of classification benchmarks.
             dense_variants: Variants of the dense features, for benchmarks about parts of images. See `DENSE_VARIANTS`.
             short_queries: If True, also evaluate retrieval by query length for images with captions. See
@@ -97,17 +114,22 @@ def evaluate_models(
         trust_remote_code: If True, run the Python code that comes with a model. Jina-CLIP requires this setting.
 
     Returns:
-        Lines to print at the end: a summary of the skipped rows, the failed evaluations, and the path of the report.
+        Lines to print at the end: a summary of the skipped rows, warnings, and the path of the report.
 
     Raises:
         ValueError: If there is nothing to evaluate, a benchmark does not exist, or every evaluation failed.
+        IncompleteEvaluationError: If some evaluations failed. The other results have been written.
     """
+    settings, start = dict(locals()), time.time()
     encoder, config, columns = encoder or EncoderConfig(), config or EvaluateConfig(), dict(columns or {})
     _check_arguments(models, data, benchmarks, captions, out)
+    if not captions and (all_pairs or num_mistakes is not None):
+        raise ValueError("--mistakes and --all_pairs apply to caption retrieval: add --captions DATA")
     _check_dense_variants(dense_variants)
     _check_short_query_arguments(short_queries, templates, has_data=bool(data or benchmarks))
     results: dict[str, Any] = {}
-    report: list[Block] = [Code(command_line())]
+    report: list[Block] = []
+    warnings: list[str] = []
     failures: list[str] = []
     notes: list[str] = []
     log = _skip_log(out, "records", max_skipped)
@@ -119,7 +141,7 @@ def evaluate_models(
             [record.captions for _, record in records],
             _open_text_encoder(models[0] if models else None, encoder, trust_remote_code),
             all_pairs=all_pairs,
-            num_mistakes=num_mistakes,
+            num_mistakes=3 if num_mistakes is None else num_mistakes,
         )
         blocks = caption_retrieval_blocks(title_name, results["caption retrieval"])
         print_once(to_markdown("Caption retrieval", blocks))
@@ -128,7 +150,11 @@ def evaluate_models(
 
     if data or benchmarks:
         user_data = [_user_benchmark(data, config, columns, log)] if data else []
-        available, failures = _find_benchmarks([*user_data, *get_benchmarks(benchmarks)], root)
+        available, missing = _find_benchmarks([*user_data, *get_benchmarks(benchmarks)], root)
+        if "all" in benchmarks:  # only those that exist were requested
+            warnings += missing
+        else:
+            failures += missing
         runner = BenchmarkRunner(
             available,
             out=out,
@@ -147,18 +173,27 @@ def evaluate_models(
                 _write_results(out, results)  # after each benchmark, so that a later error loses no results
         failures += runner.failures
         if not runner.summaries():
-            raise ValueError("\n".join(["nothing could be evaluated:", *failures]))
+            raise ValueError("\n".join(["nothing could be evaluated:", *warnings, *failures]))
         notes = runner.skipped_rows() + runner.proposals()
+        warnings += runner.warnings()
         blocks = runner.blocks()
-        report += [Paragraph(line) for line in [*runner.skipped_rows(), *failures]] + blocks
+        report += [Paragraph(line) for line in runner.skipped_rows()]
+        report += [Paragraph(line, BAD) for line in [*warnings, *failures]] + blocks
         print_once(to_markdown("Results", [block for block in blocks if not isinstance(block, Paragraph)]))
 
     last_lines = [log.summary()] if log.rows_seen and not data else []
-    last_lines += notes + failures
+    last_lines += notes + warnings
     if out is not None and process_state().is_main_process:
-        _write_results(out, results)
+        run = describe_run(time.time() - start)
+        settings = to_plain_types(settings)
+        _write_results(out, results | {"run": run | {"settings": settings}})
+        report = [Paragraph(format_run(run)), Code(run["command"]), *report]
+        report.append(Details("Settings", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)))
         _, html_file = write_report(out, "report", f"Evaluation of {title_name}", report)
         last_lines.append(f"Report: {html_file}")
+    if failures:
+        print_once(*last_lines)
+        raise IncompleteEvaluationError("\n".join(["some evaluations failed; the others are complete:", *failures]))
     return last_lines
 
 
@@ -196,6 +231,7 @@ class BenchmarkRunner:
         self.benchmarks = benchmarks
         self.results: list[list[ModelResult]] = [[] for _ in benchmarks]
         self.failures: list[str] = []
+        self._first_ranks: list[dict[str, RetrievalRanks]] = [{} for _ in benchmarks]
         self._out = out
         self._linear_probe = linear_probe
         self._dense_variants = dense_variants
@@ -225,6 +261,7 @@ class BenchmarkRunner:
                 raise
             self.failures.append(f"Skipped {name}: {error}")
             return
+        training_images = load_training_images(model)
         for n, (benchmark, folder) in enumerate(self.benchmarks):
             print_once(f"{name}: {benchmark.name}")
             embeddings.log = self._logs[n]
@@ -245,6 +282,10 @@ class BenchmarkRunner:
                 self.failures.append(_failure(f"{name} on {benchmark.name}", benchmark, error))
                 continue
             model_result = ModelResult(name, result.summary)
+            if training_images is not None and process_state().is_main_process:
+                model_result.trained_on = count_training_images(training_images, result.images)
+                model_result.summary["images trained on"] = model_result.trained_on
+            self._add_differences(model_result, result.ranks, self._first_ranks[n])
             if self._short_queries and result.ranks:
                 self._add_short_queries(model_result, result.ranks, embeddings)
             if self._out is not None and process_state().is_main_process:
@@ -257,6 +298,26 @@ class BenchmarkRunner:
                     model_result.examples = result.draw_examples()
             self.results[n].append(model_result)
             yield model_result
+
+    @staticmethod
+    def _add_differences(
+        model_result: ModelResult, ranked: Mapping[str, RetrievalRanks], first: dict[str, RetrievalRanks]
+    ) -> None:
+        """Add the difference between the first model and a baseline to each row of the baseline's retrieval result.
+
+        Args:
+            model_result: Result of a model.
+            ranked: Ranks of this model for each caption field.
+            first: Ranks of the first model. If empty, this is the first model, and its ranks are added.
+        """
+        if not first:
+            empty = torch.empty(0)  # the embeddings are no longer needed
+            first.update({name: replace(ranks, images=empty, texts=empty) for name, ranks in ranked.items()})
+            return
+        for row in model_result.summary["rows"]:
+            field = row["captions"]
+            if field in first:
+                row["difference"] = retrieval_difference(first[field], ranked[field])
 
     def _add_short_queries(
         self, model_result: ModelResult, ranked: Mapping[str, RetrievalRanks], embeddings: EmbeddingSource
@@ -290,6 +351,18 @@ class BenchmarkRunner:
                 blocks += benchmark_blocks(benchmark, results)
         benchmarks = [benchmark for benchmark, _ in self.benchmarks]
         return blocks + short_query_blocks(list(zip(benchmarks, self.results, strict=True)))
+
+    def warnings(self) -> list[str]:
+        """Return one line for each model and benchmark with images on which the model was trained."""
+        lines = []
+        for results in self.results:
+            for result in results:
+                if result.trained_on:
+                    lines.append(
+                        f"Warning: {result.model} was trained on {result.trained_on:,} of the images of "
+                        f"{result.summary['benchmark']}. These results do not predict those on new images."
+                    )
+        return lines
 
     def skipped_rows(self) -> list[str]:
         """Return one line for each benchmark with skipped rows. The user's data always has a line."""
@@ -354,11 +427,13 @@ def _user_benchmark(data: Sequence[str], config: EvaluateConfig, columns: dict[s
             f"{without_splits[0]}: name the splits to evaluate (PATH@test) for all sources or for none. Without "
             "splits, the images that `fit` would hold out are evaluated"
         )
-    print_once(splits.summary)
+    num_images = max(map(len, splits.held_out.values()))
+    description = splits.rule if without_splits and not config.data else f"{num_images:,} images"
+    print_once(f"Evaluating {description}")
     return Benchmark(
         name=USER_DATA,
         kind="retrieval",
-        description=f"{len(splits.held_out['captions']):,} of your images",
+        description=description.partition(" (")[0],
         folders=(str(Path.cwd()),),  # unused, but the folder must exist
         read=lambda _: splits.held_out,
         source="images with captions",

@@ -76,7 +76,7 @@ def _paper_comparison(results: Sequence[LlavaResult]) -> list[Block]:
             "Metrics are in percent, but MME is in points. The paper uses Vicuna-7B and CLIP L/14 at 336 pixels. "
             f"Source of the paper's metrics: {LLAVA.source}."
         ),
-        Table(["", *(COLUMNS[task][0] for task in benchmarks)], rows),
+        Table(["model", *(COLUMNS[task][0] for task in benchmarks)], rows),
     ]
 
 
@@ -86,7 +86,7 @@ def _task_section(task: str, results: Sequence[LlavaResult]) -> list[Block]:
     names = list(dict.fromkeys(name for result in results for name in result.metrics))
     if names:
         rows = [[result.model, *(result.metrics.get(name) for name in names)] for result in results]
-        blocks.append(Table(["", *names], rows))
+        blocks.append(Table(["model", *names], rows))
         if task in NOTES:
             blocks.append(Paragraph(NOTES[task]))
     else:

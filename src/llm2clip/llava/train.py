@@ -17,11 +17,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import AutoConfig, AutoProcessor
 
 from llm2clip.config import LlavaConfig
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.training_images import hash_images, load_training_images, save_training_images
 from llm2clip.distributed import print_once, process_state, wait_for_everyone
 from llm2clip.io_utils import atomic_dir
 from llm2clip.llava.build import save_llava
@@ -92,8 +94,11 @@ def train_llava(
             if usable and not (out / stage / TRAINED_WEIGHTS).is_file():
                 TrainingStage(source, processor, stage, config, out, store).run(usable)
         if state.is_main_process:
+            hashes = hash_images(conversation.image for conversation in all_conversations)
+            earlier = load_training_images(source)  # the images on which the vision tower was trained
             with atomic_dir(model_folder) as folder:
                 save_llava(_load_result(source, config, out), processor, folder)
+                save_training_images(folder, hashes if earlier is None else np.union1d(hashes, earlier))
             for checkpoint in out.glob("*/checkpoint-*"):
                 shutil.rmtree(checkpoint, ignore_errors=True)
     wait_for_everyone()

@@ -13,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from llm2clip.config import AlignConfig
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.images import load_image
+from llm2clip.data.training_images import TRAINING_IMAGES_FILE, load_training_images, save_training_images
 from llm2clip.data.transforms import EvalTransform
 from llm2clip.io_utils import atomic_dir
 from llm2clip.models.caption_encoder import CaptionEncoder
@@ -42,7 +44,7 @@ SMALL_PROJECTION_STD = 2e-5
 # towers, but none with bias for OpenAI's CLIP. It does not train a projection for any other tower.
 _TOWERS_WITH_PROJECTION_BIAS = ("eva",)
 # Files that are downloaded from the hub: configs, weights, tokenizers and model cards, but no pickles and no code.
-MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md")
+MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", TRAINING_IMAGES_FILE)
 # Fields of config.json that have been renamed since version 0.1: old name -> new name.
 _RENAMED_FIELDS = {"text_width": "text_dim", "width": "embed_dim"}
 # Fields of the heads in config.json, each with the only supported value. Version 0.1 supported other values, too.
@@ -147,6 +149,8 @@ class LLM2CLIP(nn.Module):
         adapter: text adapter, which maps unnormalised caption embeddings (M, text_dim) to (M, embed_dim).
         logit_scale: logarithm of the factor that multiplies the cosine similarities, shape (1,).
         logit_bias: bias that is added to the logits, shape (1,). None for models without a bias.
+        training_images: sorted hashes of the training images, uint64 (N,), which are saved with the model. None if the
+            training images are unknown. See `hash_images`.
     """
 
     def __init__(self, config: LLM2CLIPConfig, tower: VisionTower, encoder: CaptionEncoder | None = None) -> None:
@@ -167,6 +171,7 @@ class LLM2CLIP(nn.Module):
         # The encoder is kept in a list, so that PyTorch does not register it as a submodule.
         self._encoder = [encoder] if encoder is not None else []
         self._text_folder: Path | None = None
+        self.training_images: np.ndarray | None = None
 
     def forward(
         self,
@@ -456,6 +461,8 @@ class LLM2CLIP(nn.Module):
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_file(weights, folder / "model.safetensors")
         (folder / "preprocessor_config.json").write_text(json.dumps(self.tower.preprocess.to_dict(), indent=1))
+        if self.training_images is not None:
+            save_training_images(folder, self.training_images)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None) -> LLM2CLIP:
@@ -490,6 +497,7 @@ class LLM2CLIP(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"{folder}: config.json and model.safetensors do not match ({error})") from error
         model._text_folder = folder / "text" if (folder / "text").is_dir() else None
+        model.training_images = load_training_images(folder)
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 

@@ -124,18 +124,14 @@ def check_compute() -> Iterator[Check]:
     """Check the device, its default precision, the number of CPU threads, and a gradient computed on it."""
     import torch
 
+    from llm2clip.distributed import describe_device
     from llm2clip.models.precision import resolve_device_precision
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert device is not None
-    if device.type == "cuda":
-        gpus = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
-        description = ", ".join(f"{gpu.name} ({gpu.total_memory / 1e9:.0f} GB)" for gpu in gpus)
-    else:
-        description = f"{device.type}, {torch.get_num_threads()} threads on {os.cpu_count()} logical cores"
     precision = resolve_device_precision("auto", device)
     fix = "" if precision == "bf16" else "no bf16 support: training and encoding run in fp32, at about half the speed"
-    yield Check("device", "ok", f"{description}; precision auto means {precision}", fix)
+    yield Check("device", "ok", f"{describe_device(device)}; precision auto means {precision}", fix)
 
     if shutil.which("nvidia-smi") and device.type != "cuda":
         yield Check(

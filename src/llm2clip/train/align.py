@@ -32,6 +32,7 @@ from llm2clip.config import AlignConfig
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.training_images import hash_images
 from llm2clip.distributed import fsdp_enabled, process_state, set_fsdp_wrap_policy, set_mixed_precision
 from llm2clip.models.fingerprint import fingerprint
 from llm2clip.models.llm2clip import LLM2CLIP
@@ -83,7 +84,8 @@ def align(
             0, or for self-distillation without random crops. Default: a folder in `run_dir`.
 
     Returns:
-        The trained model in eval mode. With FSDP, this is an unsharded copy; otherwise, it is `model` itself.
+        The trained model in eval mode. With FSDP, this is an unsharded copy; otherwise, it is `model` itself. On the
+        main process, its `training_images` are set.
 
     Raises:
         ValueError: There are too few images for one step, or settings contradict each other. Also raised if the
@@ -96,7 +98,10 @@ def align(
     state = process_state()  # call this before Accelerator(), which would set up the ranks differently
     run_dir.mkdir(parents=True, exist_ok=True)
     with folder_lock(run_dir) if state.is_main_process else nullcontext():
-        return _train(records, store, model, config, run_dir, log, validate, features)
+        trained = _train(records, store, model, config, run_dir, log, validate, features)
+    if state.is_main_process:
+        trained.training_images = hash_images(record.image for record in records)
+    return trained
 
 
 def _train(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from llm2clip.config import AlignConfig
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.training_images import save_training_images
 from llm2clip.distributed import process_state, wait_for_everyone
 from llm2clip.io_utils import atomic_dir
 from llm2clip.models.clip_text_encoder import ClipTextEncoder, load_clip_text_encoder, pooled_output
@@ -159,3 +160,5 @@ def _save(model: LLM2CLIP, name: str, folder: Path) -> None:
         clip.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(name, trust_remote_code=False).save_pretrained(temporary)
         AutoImageProcessor.from_pretrained(name, trust_remote_code=False).save_pretrained(temporary)
+        if model.training_images is not None:
+            save_training_images(temporary, model.training_images)

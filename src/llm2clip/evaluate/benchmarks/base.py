@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,6 +156,15 @@ class Benchmark:
     read: Callable[[Path], Any]
     source: str
     read_train: Callable[[Path], ClassificationData] | None = None
+
+    @property
+    def size(self) -> tuple[int, str] | None:
+        """Number of images, pairs or boxes in the complete benchmark, and which of these, according to `description`.
+
+        None if the description does not state the size, as for the user's own data.
+        """
+        match = re.search(r"([\d,]+) (?:test )?(images|pairs|boxes)", self.description)
+        return (int(match[1].replace(",", "")), match[2]) if match else None
 
     def find(self, root: Path) -> Path:
         """Return the benchmark's folder.

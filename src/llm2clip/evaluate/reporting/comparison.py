@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llm2clip.evaluate.benchmarks import Benchmark
+from llm2clip.evaluate.benchmarks.coco_boxes import DEGENERATE
 from llm2clip.evaluate.recall import KS
 from llm2clip.evaluate.reporting import plots
 from llm2clip.evaluate.reporting.error_analysis import MAX_K, ErrorAnalysis
@@ -37,6 +38,7 @@ class ModelResult:
         summary: See `BenchmarkResult.summary`.
         error_analysis: Error analysis for each caption field, keyed by field name.
         examples: Report section with example images. See `BenchmarkResult.draw_examples`.
+        trained_on: Number of evaluated images on which the model was trained. None if the training images are unknown.
         short_queries: Result of `score_short_queries` for each caption field, keyed by field name.
     """
 
@@ -44,12 +46,13 @@ class ModelResult:
     summary: dict[str, Any]
     error_analysis: dict[str, ErrorAnalysis] = field(default_factory=dict)
     examples: list[Block] = field(default_factory=list)
+    trained_on: int | None = None
     short_queries: dict[str, ShortQueryResult] = field(default_factory=dict)
 
 
 def benchmark_blocks(benchmark: Benchmark, results: Sequence[ModelResult]) -> list[Block]:
     """Return the report section for a benchmark. Models appear in the order of `results`."""
-    blocks: list[Block] = [Heading(f"{benchmark.name}: {benchmark.description}")]
+    blocks: list[Block] = [Heading(f"{benchmark.name}: {_describe_images(benchmark, results[0].summary)}")]
     if "rows" in results[0].summary and benchmark.kind != "retrieval":
         published_values = published_metrics(benchmark.name)
         blocks.append(method_table(results, published_values))
@@ -77,6 +80,26 @@ def benchmark_blocks(benchmark: Benchmark, results: Sequence[ModelResult]) -> li
     return blocks + [Paragraph(source) for source in published_sources(benchmark.name)]
 
 
+def _describe_images(benchmark: Benchmark, summary: Mapping[str, Any]) -> str:
+    """Return the description of a benchmark or, if only a part of it has been evaluated, the size of this part."""
+    if benchmark.size is None:
+        return benchmark.description
+    total, unit = benchmark.size
+    if unit == "boxes":
+        count = summary["regions"] + summary["excluded regions"].get(DEGENERATE, 0)
+    elif benchmark.kind == "compositional":
+        count = summary["examples"]
+    elif benchmark.kind == "retrieval":
+        count = max(row["images"] for row in summary["rows"])
+    else:
+        count = summary["images"]
+    if count >= total:
+        return benchmark.description
+    has_published = published_rows(benchmark.name) or published_metrics(benchmark.name)
+    note = "; the published rows are for the complete benchmark" if has_published else ""
+    return f"part of the benchmark, {count:,} of {total:,} {unit}{note}"
+
+
 def caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[Block]:
     """Return the report section about caption retrieval.
 
@@ -99,9 +122,9 @@ def caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[Block]:
     truncated = "unknown" if metrics["truncated"] is None else f"{metrics['truncated']:,}"
     blocks: list[Block] = [
         Heading("CRA: the first two captions of each image retrieve each other"),
-        Table(["", "CRA, %", "95% interval", "images"], rows, highlight=frozenset([len(CRA)])),
+        Table(["text encoder", "CRA, %", "95% interval", "images"], rows, highlight=frozenset([len(CRA)])),
         Paragraph(CRA_NOTE),
-        Table(["", *(f"R@{k}, %" for k in KS), "chance of R@1"], direction_rows),
+        Table(["direction", *(f"R@{k}, %" for k in KS), "chance of R@1"], direction_rows),
         Paragraph(
             f"Mean cosine: {metrics['positive cosine']:.3f} for captions of the same image, "
             f"{metrics['negative cosine']:.3f} for captions of different images."
@@ -124,16 +147,17 @@ def recall_table(results: Mapping[str, dict[str, Any]], published: Mapping[str, 
     """Return a recall table with one row for each published result, one for chance, and one for each evaluated model.
 
     The evaluated models' rows include confidence intervals. The last rows show the differences between the first model
-    and each baseline, and between the first model and each published model in `REFERENCE_MODELS`.
+    and each baseline, with paired confidence intervals, and between the first model and each published model in
+    `REFERENCE_MODELS`.
 
     Args:
-        results: Metrics of each model, keyed by model name. See `caption_field_metrics`.
+        results: Metrics of each model, keyed by model name. See `caption_field_metrics` and `retrieval_difference`.
         published: Published recall of each model, keyed by model name. See `published_rows`.
     """
-    header = [""]
+    header = ["model"]
     for direction in DIRECTIONS:
-        header += [f"{direction} R@1", "95% interval", "R@5", "R@10"]
-    header += ["median rank", "truncated"]
+        header += [f"{direction} R@1", "95% interval", "R@5", "R@10", f"{direction} median rank"]
+    header.append("truncated")
     rows = [_table_row(f"paper {model}", recalls) for model, recalls in published.items()]
     first_row = next(iter(results.values()))
     rows.append(_table_row("chance", _both_recalls(first_row, " chance")))
@@ -145,12 +169,17 @@ def recall_table(results: Mapping[str, dict[str, Any]], published: Mapping[str, 
                 model,
                 _both_recalls(row),
                 intervals=[f"{low:.1f} to {high:.1f}" for low, high in limits],
-                median_rank=" / ".join(f"{row[direction]['median rank']:g}" for direction in DIRECTIONS),
+                median_ranks=[f"{row[direction]['median rank']:g}" for direction in DIRECTIONS],
                 truncated=format_truncated(row["truncated"], row["texts"]),
             )
         )
     differences = _differences({model: _both_recalls(row) for model, row in results.items()}, published)
-    rows += [_table_row(name, values) for name, values in differences.items()]
+    first_model = next(iter(results))
+    paired = {f"{first_model} minus {model}": row.get("difference") for model, row in results.items()}
+    for name, values in differences.items():
+        difference = paired.get(name)
+        limits = [difference[f"{direction} interval"]["R@1"] if difference else None for direction in DIRECTIONS]
+        rows.append(_table_row(name, values, [f"{x[0]:+.1f} to {x[1]:+.1f}" if x else None for x in limits]))
     return Table(header, rows, highlight)
 
 
@@ -169,7 +198,7 @@ def mean_recall_table(results: Sequence[ModelResult], published: Mapping[str, tu
     highlight = frozenset(range(len(rows), len(rows) + len(results)))
     rows += [[model, *recalls] for model, recalls in means.items()]
     rows += [[name, *values] for name, values in _differences(means, published).items()]
-    return Table(["", *(f"{direction} R@{k}" for direction in DIRECTIONS for k in KS)], rows, highlight)
+    return Table(["model", *(f"{direction} R@{k}" for direction in DIRECTIONS for k in KS)], rows, highlight)
 
 
 def error_analysis_blocks(analyses: Mapping[str, ErrorAnalysis]) -> list[Block]:
@@ -228,7 +257,7 @@ def metrics_table(results: Sequence[ModelResult]) -> Table:
         values = [summary["metrics"].get(name) for name in names]
         truncated = format_truncated(summary["truncated"], summary["texts"])
         rows.append([result.model, summary["images"], *values, truncated])
-    return Table(["", "images", *names, "truncated"], rows)
+    return Table(["model", "images", *names, "truncated"], rows)
 
 
 def method_table(results: Sequence[ModelResult], published: Mapping[str, Mapping[str, float]]) -> Table:
@@ -273,7 +302,7 @@ def method_table(results: Sequence[ModelResult], published: Mapping[str, Mapping
             pairs = [(first_row["metrics"].get(name), row["metrics"].get(name)) for name in names]
             differences = [None if a is None or b is None else f"{a - b:+.1f}" for a, b in pairs]
             add_row(f"{first_model} minus {model}", differences, {"method": method}, None, None)
-    header = ["", "method", *(["logit scale"] if has_scales else []), "images", *names, "truncated"]
+    header = ["model", "method", *(["logit scale"] if has_scales else []), "images", *names, "truncated"]
     return Table(header, rows, highlight)
 
 
@@ -295,15 +324,19 @@ def _table_row(
     name: str,
     recalls: Sequence[Any],
     intervals: Sequence[str | None] = (None, None),
-    median_rank: str | None = None,
+    median_ranks: Sequence[str | None] = (None, None),
     truncated: str | None = None,
 ) -> list[Any]:
     """Return a row for `recall_table`.
 
     `recalls` contains R@1, R@5 and R@10 for I2T, followed by R@1, R@5 and R@10 for T2I.
     """
-    i2t, t2i = recalls[: len(KS)], recalls[len(KS) :]
-    return [name, i2t[0], intervals[0], *i2t[1:], t2i[0], intervals[1], *t2i[1:], median_rank, truncated]
+    cells: list[Any] = [name]
+    for recalls_of_direction, interval, median_rank in zip(
+        (recalls[: len(KS)], recalls[len(KS) :]), intervals, median_ranks, strict=True
+    ):
+        cells += [recalls_of_direction[0], interval, *recalls_of_direction[1:], median_rank]
+    return [*cells, truncated]
 
 
 def _differences(

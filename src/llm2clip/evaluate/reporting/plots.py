@@ -29,7 +29,7 @@ def plot_curves(
         xlabel, ylabel: Axis labels.
         bands: Shaded interval (low, high) at each x value, keyed by curve name.
         tick_labels: Tick labels for the x values. Default: the x values themselves.
-        log_x: If True, the x axis is logarithmic.
+        log_x: If True, the x axis is logarithmic, and its label says so.
     """
     figure, axes = new_axes(6.6, 3.6)
     for n, (name, y) in enumerate(curves.items()):
@@ -40,6 +40,7 @@ def plot_curves(
             axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     if log_x:
         axes.set_xscale("log")
+        xlabel = f"{xlabel} (logarithmic)"
         ticks = [k for k in (1, 2, 5, 10, 20, 50, 100) if k <= max(x)]
         axes.set_xticks(ticks, [str(k) for k in ticks])
         axes.set_xticks([], minor=True)
@@ -69,9 +70,12 @@ def plot_intervals(intervals: Mapping[str, tuple[float, float, float]], xlabel: 
 
 
 def plot_matrix(scores: Tensor, xlabel: str, ylabel: str) -> str:
-    """Plot a matrix as a heat map and return the SVG. High values are dark."""
+    """Plot a matrix as a heat map and return the SVG.
+
+    High values are yellow and low values are dark blue, so that both differ from light and from dark pages.
+    """
     figure, axes = new_axes(4.2, 3.8)
-    image = axes.imshow(scores.numpy(), cmap="magma_r", interpolation="nearest")
+    image = axes.imshow(scores.numpy(), cmap="viridis", interpolation="nearest")
     axes.grid(False)
     axes.set_xticks([])
     axes.set_yticks([])

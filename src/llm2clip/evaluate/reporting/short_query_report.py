@@ -63,7 +63,7 @@ def overview_table(curves: Curves, accuracies: Mapping[str, Mapping[str, float]]
         accuracies: Top-1 accuracy of each model, keyed by benchmark and model.
     """
     name, first = next(iter(curves.items()))
-    header = ["", *(f"{length.words} {'word' if length.words == '1' else 'words'}: mAP" for length in first)]
+    header = ["model", *(f"{length.words} {'word' if length.words == '1' else 'words'}: mAP" for length in first)]
     header += [f"{benchmark}: top-1" for benchmark in accuracies]
     rows: list[list[Any]] = [["chance", *(100 * float(s.chance[0]) for s in first), *([None] * len(accuracies))]]
     for model, lengths in curves.items():
@@ -90,7 +90,7 @@ def metrics_table(curves: Curves) -> Table:
                 cells += [entry[name], f"{low:.1f} to {high:.1f}"]
             rows.append([model, length.words, entry["queries"], entry["relevant images per query"], *cells])
     columns = [column for name in METRICS for column in (f"{name}, %", "95% interval")]
-    return Table(["", "words", "queries", "relevant images", *columns], rows)
+    return Table(["model", "words", "queries", "relevant images", *columns], rows)
 
 
 def _map_cell(length: LengthScores) -> str:

@@ -44,7 +44,7 @@ def report_blocks(claims: Sequence[Claim], config: ReproduceConfig, command: str
             "machine: small models and few images."
         ),
         Code(command),
-        Table(["", "claim", "result"], summary, statuses=STATUSES),
+        Table(["number", "claim", "result"], summary, statuses=STATUSES),
         Paragraph(
             f"The vision tower ({config.tower}, {config.image_size} pixels) is frozen; the heads are trained for "
             f"{config.epochs:g} epochs. Values are means over {config.seeds} seeds, with 95% bootstrap intervals over "
