@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import resize
 
 from llm2clip.data.transforms import Preprocess
 from llm2clip.models.dense import DENSE_VARIANTS, build_dense_encoder, feature_map
@@ -21,6 +23,8 @@ from llm2clip.models.dual_encoder import from_llm2clip, open_dual_encoder
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
 from llm2clip.models.vision_tower import VisionTower
 from test_baselines import CLIP_STATS, make_model
+from test_regions import naive_roi_align
+from test_segmentation import reference_window_scores
 from test_vision_tower import SMALL, TINY, normalized, pixels
 
 PREPROCESS = Preprocess(64, "squash", 1.0, "bicubic", (0.5, 0.4, 0.3), (0.5, 0.6, 0.7))
@@ -416,6 +420,97 @@ def test_encode_dense_projects_and_normalizes_cells(tmp_path: Path) -> None:
     assert model.encode_dense([]) == []
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["vit", "siglip", "test_efficientnet"])
+def test_encode_regions_averages_the_cells_of_boxes_and_masks(family: str) -> None:
+    model = make_llm2clip(BUILDERS[family]() if family in BUILDERS else timm_tower(family))
+    image = pixels(150)[0, :, :90]
+    dense = build_dense_encoder(model.tower, model.projection)
+    [cells] = model.encode_dense(image, dense.localization_variant, dense.localization_size)
+    h, w, _ = cells.shape
+    grid = cells.double().numpy()
+
+    boxes = np.array([[3, 5, 80.5, 60], [0, 0, 149, 89], [140, 80, 150, 90]])
+    expected = [naive_roi_align(grid, box * [w / 150, h / 90, w / 150, h / 90]) for box in boxes]
+    reference = F.normalize(torch.from_numpy(np.stack(expected)), dim=-1)
+    torch.testing.assert_close(model.encode_regions(image, boxes).double(), reference, atol=1e-5, rtol=0)
+
+    masks = np.zeros((3, 90, 150), bool)
+    masks[0, 7:40, 30:41] = masks[1, 2, 3] = True
+    masks[2] = np.random.default_rng(0).random((90, 150)) < 0.3
+    for mask, embedding in zip(masks, model.encode_regions(image, masks=masks), strict=True):
+        total = np.zeros(grid.shape[-1])
+        for y, x in zip(*mask.nonzero(), strict=True):
+            for i in range(h):
+                for j in range(w):
+                    rows = min(y + 1, (i + 1) * 90 / h) - max(y, i * 90 / h)
+                    columns = min(x + 1, (j + 1) * 150 / w) - max(x, j * 150 / w)
+                    total += max(0, rows) * max(0, columns) * grid[i, j]
+        torch.testing.assert_close(embedding.double(), F.normalize(torch.from_numpy(total), dim=0), atol=1e-5, rtol=0)
+    assert model.encode_regions(image, []).shape == (0, 12)
+    assert not torch.equal(
+        model.encode_regions(image, boxes[:1], image_size=64)[0], model.encode_regions(image, boxes)[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("regions", "message"),
+    [
+        ({}, "needs either boxes or masks"),
+        ({"boxes": [[0, 0, 9, 9]], "masks": torch.ones(1, 64, 64, dtype=torch.bool)}, "needs either boxes or masks"),
+        ({"boxes": [0, 0, 9, 9]}, r"boxes must have the shape \(N, 4\), as \(x0, y0, x1, y1\) \(got \(4,\)\)"),
+        ({"boxes": [[0, 0, 9, 9], [1, 2, float("nan"), 9]]}, r"box 1, \(1.0, 2.0, nan, 9.0\), contains NaN"),
+        ({"boxes": [[5, 5, 5, 9]]}, r"box 0, \(5.0, 5.0, 5.0, 9.0\), is empty"),
+        ({"boxes": [[5, 5, 65, 9]]}, "is not inside the image of 64 x 64 pixels: clip the boxes"),
+        ({"boxes": [[-1, 5, 6, 9]]}, "is not inside the image of 64 x 64 pixels: clip the boxes"),
+        ({"masks": torch.ones(2, 64, 32, dtype=torch.bool)}, r"masks must have the shape \(N, 64, 64\)"),
+        ({"masks": torch.ones(2, 64, 64)}, r"masks must be boolean \(got torch.float32\)"),
+        ({"masks": torch.zeros(2, 64, 64, dtype=torch.bool)}, "mask 0 is empty"),
+        ({"boxes": [[0, 0, 9, 9]], "variant": "naclip"}, "does not support the dense variant 'naclip': use 'plain'"),
+    ],
+)
+def test_encode_regions_rejects_invalid_regions(regions: dict[str, Any], message: str) -> None:
+    model = make_llm2clip(timm_tower("test_efficientnet"))
+    with pytest.raises(ValueError, match=message):
+        model.encode_regions(pixels(64)[0], **regions)
+
+
+@torch.no_grad()
+def test_segment_follows_the_protocol_of_the_benchmark(model_folder: Path) -> None:
+    model = LLM2CLIP.from_pretrained(model_folder, "cpu")
+    image = pixels(70)[0, :, :45]
+    names: list[str | list[str]] = ["red", ["green", "a dog"], "blue"]
+    labels, scores = model.segment(image, names, templates=["a {}", "the {}."], return_scores=True)
+
+    dense = build_dense_encoder(model.tower, model.projection)
+    window, cell = dense.image_size, dense.cell_size
+    size = [round(45 * 1.5 * window / 45), round(70 * 1.5 * window / 45)]
+    resized = resize(image, size, antialias=True)
+    windows = []
+    for top in sorted({*range(0, size[0] - window, window // 2), size[0] - window}):
+        for left in sorted({*range(0, size[1] - window, window // 2), size[1] - window}):
+            windows.append(resized[:, top : top + window, left : left + window])
+    texts = model.encode_text(
+        ["a red", "the red.", "a green", "the green.", "a a dog", "the a dog.", "a blue", "the blue."]
+    )
+    queries = F.normalize(texts.double().unflatten(0, (4, 2)).mean(1), dim=-1)
+    embeddings = dense.encode(torch.stack(windows), dense.localization_variant).double()
+    assert embeddings.shape[1:3] == (window // cell, window // cell)
+    cells = (embeddings @ queries.T).permute(0, 3, 1, 2)
+    expected = reference_window_scores(resized, cells, window, (45, 70))
+    class_scores = torch.stack([expected[0], expected[1:3].amax(0), expected[3]])
+    torch.testing.assert_close(scores.double(), class_scores, atol=1e-5, rtol=0)
+    assert labels.dtype == torch.int64 and torch.equal(labels, scores.argmax(0)) and len(labels.unique()) > 1
+    assert torch.equal(model.segment(image, names, templates=["a {}", "the {}."]), labels)
+
+
+@pytest.mark.parametrize("names", ["red", [], ["red", " "], ["red", []]])
+def test_segment_rejects_invalid_names(names: Any) -> None:
+    model = make_llm2clip(timm_tower("test_efficientnet"))
+    with pytest.raises(ValueError, match="names must be a list with one or several non-empty names for each class"):
+        model.segment(pixels(64)[0], names)
+
+
 def test_dual_encoders_have_the_learned_logit_scale(tmp_path: Path) -> None:
     model = make_llm2clip(timm_tower("test_resnet"))
     assert from_llm2clip(model, "model").logit_scale() == pytest.approx(1 / 0.07)
@@ -427,7 +522,7 @@ def test_dual_encoders_have_the_learned_logit_scale(tmp_path: Path) -> None:
 
 def test_unsupported_requests_are_rejected() -> None:
     dense = build_dense_encoder(timm_tower("test_efficientnet"), nn.Identity())
-    with pytest.raises(ValueError, match="variant must be one of plain for this tower \\(got 'sclip'\\)"):
+    with pytest.raises(ValueError, match=r"does not support the dense variant 'sclip': use 'plain'$"):
         dense.encode(pixels(64), "sclip")
     with pytest.raises(ValueError, match=r"multiples of 32 as H and W \(got \(2, 3, 40, 40\)\)"):
         dense.encode(pixels(40))
@@ -451,8 +546,11 @@ def test_architecture_without_a_grid_is_rejected(monkeypatch: pytest.MonkeyPatch
     model = make_llm2clip(timm_tower("test_resnet"))
     monkeypatch.delattr(model.tower.backbone, "feature_info")
     assert from_llm2clip(model, "model").dense is None
+    for encode in (model.encode_dense, lambda image: model.encode_regions(image, [[0, 0, 9, 9]])):
+        with pytest.raises(ValueError, match="test_resnet has no dense features"):
+            encode(pixels(64)[0])
     with pytest.raises(ValueError, match="test_resnet has no dense features"):
-        model.encode_dense(pixels(64)[0])
+        model.segment(pixels(64)[0], ["cat"])
 
 
 @torch.no_grad()

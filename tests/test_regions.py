@@ -24,12 +24,12 @@ from llm2clip.evaluate.dense.regions import (
     classify_regions,
     crop_region,
     encode_boxes,
-    pool_regions,
     region_metrics,
 )
 from llm2clip.evaluate.dense.segmentation import evaluate_segmentation
 from llm2clip.evaluate.precomputed import PrecomputedEmbeddings
 from llm2clip.evaluate.recall import bootstrap_counts
+from llm2clip.models.regions import pool_boxes
 from test_dual_encoder import clip as clip  # the fixture
 
 
@@ -208,10 +208,10 @@ def naive_roi_align(features: np.ndarray, box: np.ndarray) -> np.ndarray:
     return total / (ny * nx)
 
 
-def test_pool_regions_matches_naive_roi_align() -> None:
+def test_pool_boxes_matches_naive_roi_align() -> None:
     features = F.normalize(torch.randn(2, 6, 9, 5, generator=torch.Generator().manual_seed(0)), dim=-1)
     boxes = [torch.tensor([[1.0, 2.0, 4.0, 4.0], [0.3, 0.2, 8.7, 5.9]]), torch.tensor([[7.9, 5.1, 9.0, 6.0]])]
-    pooled = pool_regions(features, boxes)
+    pooled = pool_boxes(features, boxes)
     expected = [naive_roi_align(features[n].double().numpy(), box.numpy()) for n in (0, 1) for box in boxes[n]]
     reference = F.normalize(torch.from_numpy(np.stack(expected)), dim=-1)
     torch.testing.assert_close(pooled.double(), reference, atol=1e-6, rtol=0)

@@ -23,7 +23,6 @@ from llm2clip.data.skip_log import TooManySkipped
 from llm2clip.evaluate.benchmarks import BENCHMARKS, DataFormatError, MissingFileError, SegmentationData
 from llm2clip.evaluate.benchmarks.coco_instances import decode_mask
 from llm2clip.evaluate.benchmarks.segmentation import read_class_names
-from llm2clip.evaluate.dense import sliding_window
 from llm2clip.evaluate.dense.segmentation import (
     SegmentationCounts,
     class_iou,
@@ -31,7 +30,10 @@ from llm2clip.evaluate.dense.segmentation import (
     segmentation_blocks,
     segmentation_metrics,
 )
-from llm2clip.evaluate.dense.sliding_window import (
+from llm2clip.evaluate.recall import bootstrap_counts
+from llm2clip.html_report import Legend, ResultImages
+from llm2clip.models import sliding_window
+from llm2clip.models.sliding_window import (
     PixelScores,
     ResizeForWindows,
     WindowAxis,
@@ -39,8 +41,6 @@ from llm2clip.evaluate.dense.sliding_window import (
     cut_windows,
     segment,
 )
-from llm2clip.evaluate.recall import bootstrap_counts
-from llm2clip.html_report import Legend, ResultImages
 from test_dual_encoder import clip as clip  # the fixture
 
 SIZE = (8, 6)  # width and height of the generated images

@@ -112,7 +112,10 @@ class DenseEncoder:
             ValueError: the tower does not support the variant or the size.
         """
         if variant not in self.variants:
-            raise ValueError(f"variant must be one of {', '.join(self.variants)} for this tower (got {variant!r})")
+            raise ValueError(
+                f"this vision tower does not support the dense variant {variant!r}: use "
+                f"{' or '.join(repr(name) for name in self.variants)}"
+            )
         height, width = pixels.shape[-2:]
         if pixels.ndim != 4 or not height or not width or height % self.cell_size or width % self.cell_size:
             raise ValueError(

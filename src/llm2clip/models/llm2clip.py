@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ from llm2clip.models.heads import Adapter
 from llm2clip.models.precision import resolve_device_precision
 from llm2clip.models.precision_calibration import fastest_precision
 from llm2clip.models.prompts import average_prompts, check_templates, fill_templates
+from llm2clip.models.regions import check_boxes, check_masks, encode_boxes, encode_masks
+from llm2clip.models.sliding_window import ResizeForWindows, encode_windows, segment
 from llm2clip.models.vision_tower import VisionTower
 
 MAX_LOGIT_SCALE = 100.0
@@ -371,6 +373,113 @@ class LLM2CLIP(nn.Module):
             for _, group in groupby(pixels, key=lambda image: image.shape):
                 embeddings += dense.encode(torch.stack(list(group)), variant).cpu()
         return embeddings
+
+    def encode_regions(
+        self,
+        image: Any,
+        boxes: Any = None,
+        masks: Any = None,
+        variant: str | None = None,
+        image_size: int | None = None,
+    ) -> Tensor:
+        """Encode regions of an image as L2-normalised (N, embed_dim) float32 embeddings on the CPU.
+
+        The entire image is encoded once. Boxes are averaged over the cells with RoIAlign, as in the benchmark
+        `coco-boxes`, and masks are averaged with the area of the mask in each cell as weight.
+
+        Args:
+            image: one image, as for `encode_image`.
+            boxes: N boxes (N, 4), as (x0, y0, x1, y1) in pixels of the original image, with its EXIF orientation.
+            masks: N boolean masks (N, H, W), instead of boxes. H and W are the size of the original image.
+            variant: see `encode_dense`. Default: `DenseEncoder.localization_variant` of the tower.
+            image_size: length to which the shorter side of the image is resized, in pixels. Default: 1.5 times the size
+                on which the tower was trained.
+
+        Raises:
+            ValueError: the vision tower has no dense features, or does not support the variant or the size; there are
+                both boxes and masks, or neither; a box is empty, contains NaN, or is not inside the image; a mask is
+                empty or does not have the size of the image.
+            ImageError: the image cannot be decoded.
+        """
+        if (boxes is None) == (masks is None):
+            raise ValueError("encode_regions needs either boxes or masks")
+        self.eval()
+        dense = build_dense_encoder(self.tower, self.projection)
+        variant = variant or dense.localization_variant
+        pixels = load_image(image)
+        height, width = pixels.shape[1:]
+        if boxes is None:
+            return encode_masks(dense, pixels, check_masks(masks, height, width), variant, image_size)
+        checked = check_boxes(boxes, height, width)
+        return encode_boxes(dense, [pixels], [checked], variant, self.config.embed_dim, image_size)[0]
+
+    @overload
+    def segment(
+        self,
+        image: Any,
+        names: Sequence[str | Sequence[str]],
+        templates: str | Sequence[str] = ...,
+        variant: str | None = ...,
+        return_scores: Literal[False] = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def segment(
+        self,
+        image: Any,
+        names: Sequence[str | Sequence[str]],
+        templates: str | Sequence[str] = ...,
+        variant: str | None = ...,
+        *,
+        return_scores: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @torch.no_grad()
+    @onednn_matmul()
+    def segment(
+        self,
+        image: Any,
+        names: Sequence[str | Sequence[str]],
+        templates: str | Sequence[str] = "a photo of a {}",
+        variant: str | None = None,
+        return_scores: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Assign each pixel of an image to one of the given classes, without training.
+
+        The protocol is that of the segmentation benchmarks without a background class (SCLIP, arXiv 2312.01597): a
+        window of the tower's training size slides over the image, whose shorter side is 1.5 times as long.
+
+        Args:
+            image: one image, as for `encode_image`.
+            names: name of each class, or several names. The score of a class is the highest score of its names.
+            templates: prompt templates for the names, see `encode_text`. The benchmarks use OpenAI's 80 templates.
+            variant: see `encode_dense`. Default: `DenseEncoder.localization_variant` of the tower.
+            return_scores: if True, also return the scores.
+
+        Returns:
+            The index of the class of each pixel, int64 (H, W), on the CPU. With `return_scores`, also the highest
+            cosine similarity of each class, float32 (classes, H, W), averaged over the windows.
+
+        Raises:
+            ValueError: there are no names, a name is empty, or a template has no {}. The vision tower has no dense
+                features, or does not support the variant. See also `encoder`.
+            ImageError: the image cannot be decoded.
+        """
+        classes = [[name] if isinstance(name, str) else list(name) for name in names]
+        is_valid = all(class_names and all(name.strip() for name in class_names) for class_names in classes)
+        if isinstance(names, str) or not classes or not is_valid:
+            raise ValueError(f"names must be a list with one or several non-empty names for each class (got {names!r})")
+        self.eval()
+        dense = build_dense_encoder(self.tower, self.projection)
+        queries = self.encode_text([name for class_names in classes for name in class_names], templates=templates)
+        transform = ResizeForWindows.for_encoder(dense)
+        resized = {0: transform(load_image(image))}
+        variant = variant or dense.localization_variant
+        scores = encode_windows(resized, dense, variant, queries.to(dense.device), transform)[0]
+        names_per_class = [len(class_names) for class_names in classes]
+        tiles = [labels for _, labels in segment(scores, names_per_class, logit_scale=1.0)]
+        labels = torch.cat(tiles).cpu()
+        return (labels, scores.class_scores(names_per_class).cpu()) if return_scores else labels
 
     @torch.no_grad()
     def encode_text(

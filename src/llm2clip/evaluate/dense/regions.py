@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from scipy.sparse import csr_matrix
 from torch import Tensor
-from torchvision.ops import roi_align
 
 from llm2clip.data.images import load_image, make_thumbnail
 from llm2clip.evaluate.benchmarks.base import RegionData
@@ -38,6 +37,7 @@ from llm2clip.evaluate.recall import bootstrap_counts, percentile_interval
 from llm2clip.evaluate.zero_shot import class_embeddings, class_prompts, class_ranks
 from llm2clip.html_report import Block, Heading, Paragraph, ResultImage, ResultImages
 from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.models.regions import encode_boxes as encode_dense_boxes
 
 CROP = "crop"
 CROP_SCALE = 1.5  # side of the crop, divided by the side of the box
@@ -196,23 +196,7 @@ def encode_boxes(model: DualEncoder, images: Sequence[Tensor], boxes: Sequence[T
         crops = torch.cat([torch.empty(0, model.embed_dim), *_encode_crops(model, images, boxes)])
         return list(crops.split([len(image_boxes) for image_boxes in boxes]))
     dense = get_dense_encoder(model, [method])
-    resized_by_shape: dict[torch.Size, dict[int, Tensor]] = {}  # images of the same shape are encoded together
-    for n, image in enumerate(images):
-        if len(boxes[n]):
-            resized = dense.resize(image, dense.localization_size)
-            resized_by_shape.setdefault(resized.shape, {})[n] = resized
-    results = [torch.empty(0, model.embed_dim) for _ in images]
-    for group in resized_by_shape.values():
-        features = dense.encode(torch.stack(list(group.values())), method)  # (N, h, w, D)
-        boxes_in_cells = []
-        for n in group:
-            height, width = images[n].shape[1:]
-            cells_per_pixel = torch.tensor([features.shape[2] / width, features.shape[1] / height] * 2)
-            boxes_in_cells.append((boxes[n] * cells_per_pixel).to(features.device))
-        pooled = pool_regions(features, boxes_in_cells).cpu()
-        for n, part in zip(group, pooled.split([len(boxes[n]) for n in group]), strict=True):
-            results[n] = part
-    return results
+    return encode_dense_boxes(dense, images, boxes, method, model.embed_dim)
 
 
 def _encode_crops(model: DualEncoder, images: Sequence[Tensor], boxes: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -249,20 +233,6 @@ def crop_region(image: Tensor, box: Sequence[float]) -> Tensor:
     side = max(crop.shape[1:])
     pad_y, pad_x = side - crop.shape[1], side - crop.shape[2]
     return F.pad(crop, (pad_x // 2, pad_x - pad_x // 2, pad_y // 2, pad_y - pad_y // 2))
-
-
-def pool_regions(features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-    """Average the cell embeddings within each box with RoIAlign.
-
-    Args:
-        features: Cell embeddings, (N, h, w, D).
-        boxes: Boxes in each image, (R, 4), as (left, top, right, bottom) in units of cells.
-
-    Returns:
-        L2-normalised embeddings of all boxes, float32 (sum of R, D).
-    """
-    pooled = roi_align(features.permute(0, 3, 1, 2).contiguous(), list(boxes), output_size=1, aligned=True)
-    return F.normalize(pooled[:, :, 0, 0], dim=-1)
 
 
 def _predict(regions: Tensor, indices: Sequence[int], data: RegionData, classes: Tensor) -> RegionPredictions:

@@ -1,8 +1,8 @@
 """Zero-shot semantic segmentation with dense features, and its metrics.
 
 Each cell of the image is compared with the embeddings of all class names, and the scores are upsampled. The protocol
-follows SCLIP; see `sliding_window.py` and `SegmentationData`. The metrics follow mmsegmentation: intersections and
-unions are summed over all images before they are divided.
+follows SCLIP; see `models/sliding_window.py` and `SegmentationData`. The metrics follow mmsegmentation: intersections
+and unions are summed over all images before they are divided.
 """
 
 from __future__ import annotations
@@ -27,20 +27,12 @@ from llm2clip.evaluate.dense.inputs import (
     record_failures,
     supported_variants,
 )
-from llm2clip.evaluate.dense.sliding_window import (
-    PixelScores,
-    ResizeForWindows,
-    arrange_windows,
-    cut_windows,
-    segment,
-)
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.recall import bootstrap_counts, percentile_interval
 from llm2clip.evaluate.zero_shot import class_embeddings, class_prompts
 from llm2clip.html_report import Block, Heading, Legend, Paragraph, ResultImage, ResultImages
-from llm2clip.models.dense import DenseEncoder
+from llm2clip.models.sliding_window import PixelScores, ResizeForWindows, encode_windows, segment
 
-WINDOWS_PER_BATCH = 32
 NUM_EXAMPLES = 4  # images in the report
 EXAMPLE_SIDE = 480  # maximum height and width of label maps and images in the report, in pixels
 OVERLAY_OPACITY = 0.6
@@ -104,8 +96,7 @@ def evaluate_segmentation(
     names = [name for class_names in data.names for name in class_names]
     prompts = class_prompts(names, data.templates)
     queries = class_embeddings(embeddings.encode_texts(prompts), len(names)).to(dense.device)
-    window = max(1, round(dense.image_size / dense.cell_size)) * dense.cell_size
-    transform = ResizeForWindows(window, dense.cell_size, data.scale)
+    transform = ResizeForWindows.for_encoder(dense, data.scale)
     example_indices = set(np.linspace(0, len(data.images) - 1, NUM_EXAMPLES).astype(int).tolist())
     # Without a minimum probability, the scale does not affect the class with the highest probability.
     scales = logit_scales(model, data.logit_scale) if data.min_probability > 0 else {"": data.logit_scale}
@@ -114,7 +105,7 @@ def evaluate_segmentation(
     examples: dict[int, dict[str, np.ndarray]] = {}
     failures: dict[int, str] = {}
     for resized in decode_batches(data.images, transform, "segmentation", failures):
-        scores = {name: _pixel_scores(resized, dense, name, queries, transform) for name in variants}
+        scores = {name: encode_windows(resized, dense, name, queries, transform) for name in variants}
         for index, (_, size) in resized.items():
             try:
                 labels = _read_labels(data, index, size)
@@ -209,47 +200,6 @@ def _read_labels(data: SegmentationData, index: int, image_size: tuple[int, int]
             f"{image_size[0]} pixels"
         )
     return labels
-
-
-def _pixel_scores(
-    images: dict[int, tuple[Tensor, tuple[int, int]]],
-    dense: DenseEncoder,
-    variant: str,
-    queries: Tensor,
-    transform: ResizeForWindows,
-) -> dict[int, PixelScores]:
-    """Encode the windows of all images in batches and return the pixel scores of each image.
-
-    Args:
-        images: Resized images, and their original heights and widths, keyed by index. Scores have the original size.
-        dense: Dense encoder.
-        variant: Variant of the dense features.
-        queries: Embeddings of all class names, (K, D).
-        transform: Transform that was used to resize the images.
-    """
-    axes = {index: transform.axes(*size) for index, (_, size) in images.items()}
-    indices_by_window: dict[tuple[int, int], list[int]] = {}  # windows of the same size are encoded together
-    for index, (rows, columns) in axes.items():
-        indices_by_window.setdefault((rows.window, columns.window), []).append(index)
-    results = {}
-    for indices in indices_by_window.values():
-        windows = [cut_windows(images[i][0], *axes[i]) for i in indices]
-        batches = torch.cat(windows).split(WINDOWS_PER_BATCH)
-        scores = torch.cat([_cell_scores(dense, batch, variant, queries) for batch in batches])  # (windows, h, w, K)
-        for i, part in zip(indices, scores.split([len(group) for group in windows]), strict=True):
-            rows, columns = axes[i]
-            height, width = images[i][1]
-            results[i] = PixelScores(
-                grid=arrange_windows(part, rows, columns),
-                rows=rows.matrix(part.shape[1], height).to(part.device),
-                columns=columns.matrix(part.shape[2], width).to(part.device),
-            )
-    return results
-
-
-@onednn_matmul()
-def _cell_scores(dense: DenseEncoder, windows: Tensor, variant: str, queries: Tensor) -> Tensor:
-    return dense.encode(windows, variant) @ queries.T
 
 
 @onednn_matmul()

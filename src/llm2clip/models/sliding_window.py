@@ -1,4 +1,4 @@
-"""Pixel scores from a window that slides over an image, computed in tiles of rows.
+"""Zero-shot segmentation: pixel scores from a window that slides over an image, computed in tiles of rows.
 
 SCLIP (arXiv 2312.01597) upsamples the cell scores of each window to the window's size, averages overlapping windows,
 and resizes the result to the size of the labels. Each of these steps is linear and separable into rows and columns. The
@@ -18,10 +18,15 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
+from llm2clip.cpu_tuning import onednn_matmul
+from llm2clip.models.dense import DenseEncoder
+
 # Maximum ratio of a resized image's longer side to the window. SCLIP's values are 2,048 and 224 pixels for all data
 # sets.
 MAX_SCALE = 2048 / 224
 TILE_ELEMENTS = 1 << 24  # number of scores in a tile (64 MB)
+WINDOWS_PER_BATCH = 32
+IMAGE_SCALE = 1.5  # shorter side of the resized image, divided by the side of the window, for most data sets
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,12 @@ class ResizeForWindows:
     cell_size: int
     scale: float
 
+    @classmethod
+    def for_encoder(cls, dense: DenseEncoder, scale: float = IMAGE_SCALE) -> ResizeForWindows:
+        """Return the transform for windows of the size on which the tower was trained, in whole cells."""
+        window = max(1, round(dense.image_size / dense.cell_size)) * dense.cell_size
+        return cls(window, dense.cell_size, scale)
+
     def axes(self, height: int, width: int) -> tuple[WindowAxis, WindowAxis]:
         """Return the vertical and horizontal window positions for an image of the given size."""
         scale = self.window * min(self.scale / min(height, width), MAX_SCALE / max(height, width))
@@ -139,6 +150,51 @@ class PixelScores:
             rows = slice(start, min(start + step, len(self.rows)))
             tile = (self.rows[rows] @ self.grid) @ self.columns.T  # (K, rows, B) @ (B, W)
             yield rows, tile
+
+    def class_scores(self, names_per_class: Sequence[int]) -> Tensor:
+        """Return the highest score over the names of each class for all pixels, (classes, H, W). See `segment`."""
+        return torch.cat([_best_names(tile, names_per_class) for _, tile in self.tiles()], 1)
+
+
+def encode_windows(
+    images: dict[int, tuple[Tensor, tuple[int, int]]],
+    dense: DenseEncoder,
+    variant: str,
+    queries: Tensor,
+    transform: ResizeForWindows,
+) -> dict[int, PixelScores]:
+    """Encode the windows of all images in batches and return the pixel scores of each image.
+
+    Args:
+        images: Resized images, and their original heights and widths, keyed by index. Scores have the original size.
+        dense: Dense encoder.
+        variant: Variant of the dense features.
+        queries: Embeddings of all class names, (K, D).
+        transform: Transform that was used to resize the images.
+    """
+    axes = {index: transform.axes(*size) for index, (_, size) in images.items()}
+    indices_by_window: dict[tuple[int, int], list[int]] = {}  # windows of the same size are encoded together
+    for index, (rows, columns) in axes.items():
+        indices_by_window.setdefault((rows.window, columns.window), []).append(index)
+    results = {}
+    for indices in indices_by_window.values():
+        windows = [cut_windows(images[i][0], *axes[i]) for i in indices]
+        batches = torch.cat(windows).split(WINDOWS_PER_BATCH)
+        scores = torch.cat([_cell_scores(dense, batch, variant, queries) for batch in batches])  # (windows, h, w, K)
+        for i, part in zip(indices, scores.split([len(group) for group in windows]), strict=True):
+            rows, columns = axes[i]
+            height, width = images[i][1]
+            results[i] = PixelScores(
+                grid=arrange_windows(part, rows, columns),
+                rows=rows.matrix(part.shape[1], height).to(part.device),
+                columns=columns.matrix(part.shape[2], width).to(part.device),
+            )
+    return results
+
+
+@onednn_matmul()
+def _cell_scores(dense: DenseEncoder, windows: Tensor, variant: str, queries: Tensor) -> Tensor:
+    return dense.encode(windows, variant) @ queries.T
 
 
 def segment(
