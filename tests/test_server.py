@@ -91,7 +91,48 @@ def test_search_returns_the_hits_of_the_index(
     (similar,) = client.post("/search", json={"like": [expected[0].id], "top": 1}).json()["hits"]
     assert similar["id"] == expected[0].id
     assert similar["score"] == pytest.approx(1, abs=2e-3)
-    assert client.post("/search", json={"texts": ["x"], "filter": {"path": "/nowhere"}}).json() == {"hits": []}
+    assert client.post("/search", json={"texts": ["x"], "filter": {"path": "/nowhere"}}).json() == {
+        "hits": [],
+        "total": 0,
+    }
+
+
+def test_search_returns_pages_and_the_total(client: TestClient) -> None:
+    def search(**request: Any) -> dict[str, Any]:
+        response = client.post("/search", json=request)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    everything = search(texts=["red"])
+    pages = [search(texts=["red"], top=20, offset=offset) for offset in (0, 20, 40)]
+    assert [hit for page in pages for hit in page["hits"]] == everything["hits"]
+    assert {page["total"] for page in pages} == {36} and len(everything["hits"]) == 36
+    assert search(texts=["red"], top=1, filter={"caption": "BLUE left half"})["total"] < 36
+
+    newest = search(filter={"path": "*.png"}, top=5)
+    times = [hit["images"][0]["taken"] for hit in newest["hits"]]
+    assert times == sorted(times, reverse=True) and newest["total"] == 36
+    assert [hit["score"] for hit in newest["hits"]] == [None] * 5
+    assert search(filter={"path": "*.png"}, top=5, offset=35)["hits"][1:] == []
+
+
+def test_search_with_only_negatives_returns_the_least_similar_images(client: TestClient) -> None:
+    positive = client.post("/search", json={"texts": ["red"]}).json()["hits"]
+    for request in ({"negative_texts": ["red"]}, {"negative_like": [positive[0]["id"]]}):
+        hits = client.post("/search", json=request).json()["hits"]
+        assert hits[-1]["id"] == positive[0]["id"]
+    like, unlike = [positive[0]["id"]], [positive[-1]["id"]]
+    hits = client.post("/search", json={"like": like, "negative_like": unlike}).json()["hits"]
+    assert hits[0]["id"] == like[0] and hits[-1]["id"] == unlike[0]
+
+
+def test_unreadable_images_are_named_in_the_error(client: TestClient, image_folder: Path) -> None:
+    """The search page removes the image from the query."""
+    image = data_uri((image_folder / "9.png").read_bytes())
+    for broken, code in ((data_uri(b"GIF89a"), 422), (data_uri(decompression_bomb(2000)), 413), ("data:image/a,", 422)):
+        for field in ("images", "negative_images"):
+            response = client.post("/search", json={"texts": ["a"], field: [image, broken]})
+            assert (response.status_code, response.json()["error"]["param"]) == (code, f"{field}.1")
 
 
 def test_search_averages_short_texts_with_templates(
@@ -290,6 +331,12 @@ def decompression_bomb(side: int) -> bytes:
         ("/embed", {"input": []}, 422, "at least 1"),
         ("/embed", {"input": ["a", " "]}, 422, "the text is empty"),
         ("/search", {"texts": [""]}, 422, "the text is empty"),
+        ("/search", {"texts": [" \n"], "filter": {"path": "a"}}, 422, "the text is empty"),
+        ("/search", {"filter": {}}, 422, "the query is empty"),
+        ("/search", {"texts": ["a"], "offset": -1}, 422, "greater than or equal to 0"),
+        ("/search", {"texts": ["a"], "offset": 10**6}, 422, "less than or equal to 10000"),
+        ("/search", {"negative_like": ["999999"]}, 404, "the index contains no image"),
+        ("/heatmap", {"id": "1"}, 422, "the query is empty"),
         ("/embed", {"input": ["a"] * (MAX_TEXTS + 1)}, 422, "at most 256"),
         ("/embed", {"input": [[1, 2]]}, 422, "valid string"),
         ("/embed", {"input": "a", "dimensions": 8}, 422, "dimensions must be 16"),
@@ -380,6 +427,9 @@ def test_token_is_required(dual_encoder: DualEncoder, backend: SqliteBackend) ->
         assert response.status_code == 401
         assert "Bearer" in response.headers["www-authenticate"]
         assert client.get("/").status_code == thumbnail() == 401
+        page = client.get("/", headers={"accept": "text/html"})
+        assert page.status_code == 401 and "A token is required" in page.text
+        assert "default-src 'none'" in page.headers["content-security-policy"]
         assert client.get("/?token=wrong").status_code == client.get("/?token=sécret").status_code == 401
         for host in ("x/health?", "localhost:1/health?", "x/health#"):  # must not change the path that is checked
             assert thumbnail(host=host) == 401
@@ -549,7 +599,7 @@ def test_searches_that_timed_out_do_not_pile_up(dual_encoder: DualEncoder, backe
         await asyncio.gather(*searches, return_exceptions=True)
         assert service._searches_waiting == 0
         resumed.set()
-        assert await service.search(SearchRequest(texts=["x"])) == []
+        assert (await service.search(SearchRequest(texts=["x"]))).hits == []
         await service.close()
 
     try:

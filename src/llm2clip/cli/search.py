@@ -74,7 +74,12 @@ def add(commands: Commands) -> None:
         help="Average texts of up to three words with these prompt templates, such as 'a photo of a {}'.",
     )
     sub.add_argument("--top", type=PositiveInt, default=10, help="Maximum number of results.")
-    sub.add_argument("--path", type=str, help="Only images in this folder, tar or file.")
+    sub.add_argument(
+        "--path",
+        type=str,
+        help="Only images in this folder, tar or file. A relative path that does not exist here matches in every "
+        "folder, and * stands for any characters: --path '2024/*.jpg'.",
+    )
     sub.add_argument("--caption", type=str, help="Only images with a caption that contains this text, ignoring case.")
     sub.add_argument("--after", type=str, help="Only images taken on or after this date or time, such as 2024-05-31.")
     sub.add_argument("--before", type=str, help="Only images taken on or before this date or time.")
@@ -230,21 +235,26 @@ def _search(args: Namespace) -> list[str]:
         before=parse_time(args.before, end_of_day=True),
         min_side=args.min_side,
     )
-    backend = open_backend(args["index"])
-    metadata = backend.metadata()
-    model = open_dual_encoder(args.model or metadata["model"])
-    check_model(metadata, model)
     query = Query(args.texts or [], args.images, args.negative, args.negative_images, args.templates)
-    if args.heatmaps:
-        require_dense_encoder(model)
-    vector = embed_query(model, query)
+    has_query = bool(query.texts or query.images or query.negative_texts or query.negative_images)
+    if not has_query and (args.heatmaps or not image_filter):
+        raise ValueError("pass a text or an image to search for, or a filter such as --after 2024-05-31")
+    backend = open_backend(args["index"])
+    vector = None  # without a query, the newest images come first, and no model is needed
+    if has_query:
+        metadata = backend.metadata()
+        model = open_dual_encoder(args.model or metadata["model"])
+        check_model(metadata, model)
+        if args.heatmaps:
+            require_dense_encoder(model)
+        vector = embed_query(model, query)
     hits = backend.search(vector, args.top, image_filter)
     if not hits:
         return ["No results: the index is empty, or no image meets the filters."]
     print_hits(hits, backend, Console())
     if not args.open and args.sheet is None:
         return []
-    heatmaps = draw_heatmaps(model, vector, hits, backend) if args.heatmaps else {}
+    heatmaps = draw_heatmaps(model, vector, hits, backend) if args.heatmaps and vector is not None else {}
     page = write_contact_sheet(_describe(query), hits, backend, Path(args.sheet) if args.sheet else None, heatmaps)
     if args.open:
         open_in_browser(page)
@@ -276,17 +286,23 @@ def parse_time(text: str | None, end_of_day: bool = False) -> float | None:
 
 
 def canonical_path(path: str | None) -> str | None:
-    """Return the path in the form that search indexes store: absolute, with symbolic links resolved."""
+    """Return a path filter in the form that search indexes store: absolute, with symbolic links resolved.
+
+    A relative path that does not exist is returned as it is, because it matches in every folder.
+    """
     from llm2clip.data.image_refs import printable
 
-    return printable(os.path.realpath(os.path.expanduser(path))) if path is not None else None
+    if path is None:
+        return None
+    path = os.path.expanduser(path)
+    return printable(os.path.realpath(path) if os.path.isabs(path) or os.path.exists(path) else path)
 
 
 def _describe(query: Query) -> str:
     """Return a description of a query, which is used as the title of the results page."""
     positive = [str(part) for part in (*query.texts, *query.images)]
     negative = [f" without {part}" for part in (*query.negative_texts, *query.negative_images)]
-    return " + ".join(positive) + "".join(negative)
+    return (" + ".join(positive) + "".join(negative)).strip() or "newest images"
 
 
 def _serve(args: Namespace) -> list[str]:

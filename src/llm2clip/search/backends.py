@@ -76,14 +76,22 @@ class Backend(Protocol):
         """
         ...
 
-    def search(self, vector: np.ndarray, count: int, image_filter: Filter) -> list[Hit]:
-        """Return the `count` images nearest to a vector, best first.
+    def search(self, vector: np.ndarray | None, count: int, image_filter: Filter, offset: int = 0) -> list[Hit]:
+        """Return the images that meet a filter, nearest to a vector first.
+
+        Without a vector, the newest images are returned first, by the latest time at which one of the image's files
+        that meet the filter was taken.
 
         Args:
-            vector: Query vector, float32 (D,), L2-normalised.
+            vector: Query vector, float32 (D,), L2-normalised, or None.
             count: Maximum number of hits.
             image_filter: Conditions that every hit must meet.
+            offset: Number of hits to skip.
         """
+        ...
+
+    def count_matches(self, image_filter: Filter) -> int:
+        """Return the number of distinct images that meet a filter."""
         ...
 
     def vector(self, hit_id: str) -> np.ndarray | None:

@@ -37,13 +37,28 @@ class TooLarge(ValueError):
     """Raised when an image has too many pixels."""
 
 
+class InvalidImage(ValueError):
+    """Raised when an image of a query cannot be decoded.
+
+    Args:
+        cause: ImageError or TooLarge, whose message and status code are returned.
+        param: Field and position of the image, such as "images.0".
+    """
+
+    def __init__(self, cause: Exception, param: str) -> None:
+        super().__init__(str(cause))
+        self.param, self.code = param, 413 if isinstance(cause, TooLarge) else 422
+
+
 class NotFound(LookupError):
     """Raised when a requested resource does not exist."""
 
 
-def error_response(code: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+def error_response(
+    code: int, message: str, headers: dict[str, str] | None = None, param: str | None = None
+) -> JSONResponse:
     """Return a JSON error response in the format of OpenAI's API."""
-    error = {"message": message, "type": ERROR_TYPES.get(code, "error"), "code": code}
+    error = {"message": message, "type": ERROR_TYPES.get(code, "error"), "code": code, "param": param}
     return JSONResponse({"error": error}, code, headers)
 
 
@@ -55,6 +70,7 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(QueueFull, _handler(429, RETRY_SOON))
     app.add_exception_handler(TooLarge, _handler(413))
     app.add_exception_handler(NotFound, _handler(404))
+    app.add_exception_handler(InvalidImage, _handle_invalid_image)
     app.add_exception_handler(ImageError, _handler(422))
     app.add_exception_handler(ValueError, _handler(422))
 
@@ -66,6 +82,11 @@ def _handler(code: int, headers: dict[str, str] | None = None) -> Callable[[Requ
         return error_response(code, str(error), headers)
 
     return handle
+
+
+async def _handle_invalid_image(_: Request, error: Exception) -> Response:
+    assert isinstance(error, InvalidImage)
+    return error_response(error.code, str(error), param=error.param)
 
 
 async def _handle_unexpected_error(_: Request, error: Exception) -> JSONResponse:

@@ -15,17 +15,26 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
+from llm2clip.data.images import ImageError
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import average_prompts, query_prompts
 from llm2clip.search.backends import Backend
 from llm2clip.search.batching import Batcher, QueueFull
 from llm2clip.search.clients import FairThreadPool
-from llm2clip.search.errors import NotFound, TooLarge
+from llm2clip.search.errors import InvalidImage, NotFound, TooLarge
 from llm2clip.search.heatmap import compute_heatmap, require_dense_encoder
 from llm2clip.search.originals import open_original
 from llm2clip.search.query_embedding import combine
 from llm2clip.search.request_images import decode_data_uri, load_request_image
-from llm2clip.search.schemas import HeatmapRequest, HitResponse, Limits, QueryRequest, SearchRequest
+from llm2clip.search.schemas import (
+    HeatmapRequest,
+    HitResponse,
+    Limits,
+    QueryRequest,
+    SearchRequest,
+    SearchResponse,
+)
+from llm2clip.search.types import Hit
 
 DECODE_THREADS = 2
 COUNT_SECONDS = 1.0  # maximum age of the cached number of images
@@ -133,7 +142,9 @@ class InferenceService:
             ValueError: The model returned NaN or infinity for an image.
             QueueFull: Too many images are waiting.
         """
-        prepared = await self._decode(self._prepare, encoded)
+        return await self._embed_prepared(await self._decode(self._prepare, encoded))
+
+    async def _embed_prepared(self, prepared: Sequence[Any]) -> list[np.ndarray]:
         return _check_finite(await self._image_batcher.submit(prepared), "an image")
 
     async def _decode(self, decode: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
@@ -153,34 +164,50 @@ class InferenceService:
         """Decode an image and apply the model's transform."""
         return self.model.transform(load_request_image(data, self.limits.max_pixels))
 
-    async def search(self, request: SearchRequest) -> list[HitResponse]:
-        """Embed a query, search the index and return the results.
+    def _prepare_uri(self, item: tuple[str, str]) -> Any:
+        """Decode an image of a query, given the image's field and position and its data URI."""
+        param, uri = item
+        try:
+            return self._prepare(decode_data_uri(uri))
+        except (ImageError, TooLarge) as error:
+            raise InvalidImage(error, param) from error
+
+    async def search(self, request: SearchRequest) -> SearchResponse:
+        """Embed a query, search the index and return the results. Without a query, return the newest images first.
 
         Raises:
-            NotFound: The server has no index, or an id in `request.like` is not in the index.
-            ValueError: The query contains no positive text, image or hit.
+            NotFound: The server has no index, or an id in the request is not in the index.
+            InvalidImage: An image cannot be decoded or has too many pixels.
+            ValueError: The query and the filter are empty.
             QueueFull: Too many searches are waiting.
         """
-        backend = self.require_backend()
-        query = await self._embed_query(request)
+        backend, image_filter = self.require_backend(), request.filter.to_filter()
+        if not request.has_query() and not image_filter:
+            raise ValueError("the query is empty: provide at least one text, image or filter")
+        query = await self._embed_query(request) if request.has_query() else None
+
+        def find() -> tuple[list[Hit], int]:
+            hits = backend.search(query, request.top, image_filter, request.offset)
+            return hits, backend.count_matches(image_filter)
+
         if self._searches_waiting >= self.limits.max_queue:
             raise QueueFull(f"the server is busy: {self._searches_waiting:,} searches are waiting; try again later")
         self._searches_waiting += 1
         try:
-            hits = await self._searchers.run(backend.search, query, request.top, request.filter.to_filter())
+            hits, total = await self._searchers.run(find)
         finally:
             self._searches_waiting -= 1
-        return [HitResponse.from_hit(hit) for hit in hits]
+        return SearchResponse(hits=[HitResponse.from_hit(hit) for hit in hits], total=total)
 
     async def heatmap(self, request: HeatmapRequest) -> np.ndarray:
         """Embed a query; return its cosine similarity to each cell of a hit's image, float32 (h, w).
 
         Raises:
             NotFound: The server has no index, an id is not in the index, or the image file has been changed or removed.
-            TooLarge: The image has too many pixels, or its file is too large.
-            ValueError: The query contains no positive text, image or hit, or the model has no dense features or
-                returned NaN or infinity.
-            ImageError: The image cannot be decoded.
+            TooLarge: The hit's image has too many pixels, or its file is too large.
+            ValueError: The query is empty, or the model has no dense features or returned NaN or infinity.
+            ImageError: The hit's image cannot be decoded.
+            InvalidImage: An image of the query cannot be decoded or has too many pixels.
             QueueFull: Too many heat maps are waiting.
         """
         require_dense_encoder(self.model)
@@ -211,26 +238,32 @@ class InferenceService:
 
     async def _embed_query(self, request: QueryRequest) -> np.ndarray:
         """Return the query vector of a request, float32 (D,)."""
-        backend = self.require_backend()
-        positive = []
-        for hit_id in request.like:
-            vector = await run_in_threadpool(backend.vector, hit_id)
-            if vector is None:
-                raise NotFound(f"the index contains no image with id {hit_id}")
-            positive.append(vector)
         templates = self.templates if request.templates is None else request.templates
-        positive += await self._embed(request.texts, request.images, templates)
-        negative = await self._embed(request.negative_texts, request.negative_images, templates)
+        positive = await self._hit_vectors(request.like)
+        positive += await self._embed(request.texts, request.images, "images", templates)
+        negative = await self._hit_vectors(request.negative_like)
+        negative += await self._embed(request.negative_texts, request.negative_images, "negative_images", templates)
         return combine(positive, negative)
 
-    async def _embed(self, texts: Sequence[str], uris: Sequence[str], templates: Sequence[str]) -> list[np.ndarray]:
+    async def _hit_vectors(self, hit_ids: Sequence[str]) -> list[np.ndarray]:
+        vectors = []
+        for hit_id in hit_ids:
+            vector = await run_in_threadpool(self.require_backend().vector, hit_id)
+            if vector is None:
+                raise NotFound(f"the index contains no image with id {hit_id}")
+            vectors.append(vector)
+        return vectors
+
+    async def _embed(
+        self, texts: Sequence[str], uris: Sequence[str], uri_field: str, templates: Sequence[str]
+    ) -> list[np.ndarray]:
         prompts, counts = query_prompts(texts, templates)
         prompt_vectors = await self.embed_texts(prompts)
         text_vectors = []
         if prompts:
             text_vectors = list(average_prompts(torch.from_numpy(np.stack(prompt_vectors)), counts).numpy())
-        image_vectors = await self.embed_images([decode_data_uri(uri) for uri in uris])
-        return text_vectors + image_vectors
+        items = [(f"{uri_field}.{index}", uri) for index, uri in enumerate(uris)]
+        return text_vectors + await self._embed_prepared(await self._decode(self._prepare_uri, items))
 
     def require_backend(self) -> Backend:
         """Return the index, or raise an error if there is none.

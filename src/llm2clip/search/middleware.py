@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 
 from fastapi import HTTPException, Request
-from fastapi.responses import Response
+from fastapi.responses import FileResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llm2clip.search.auth import Authenticator
@@ -21,6 +22,12 @@ COUNTED_METHODS = ("GET", "POST", "HEAD", "OPTIONS")
 # A JSON value can take 100 times more memory than its text. Large legitimate requests consist of a few long strings.
 MAX_JSON_VALUES = 200_000
 PIECE_SIZE = 64 << 10  # bytes
+# Page for browsers without a token. Its style is part of the page, because all other files require the token.
+TOKEN_PAGE = Path(__file__).parent / "static" / "token.html"
+TOKEN_PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'self'; "
+    "frame-ancestors 'none'"
+)
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -70,6 +77,9 @@ class RequestMiddleware:
             message = "the request contains both Transfer-Encoding and Content-Length"
             return error_response(400, message, {"Connection": "close"})
         if not self._is_authorized(request):
+            if request.scope["path"] == "/" and "text/html" in request.headers.get("accept", ""):
+                headers = {"Content-Security-Policy": TOKEN_PAGE_POLICY, "WWW-Authenticate": "Bearer"}
+                return FileResponse(TOKEN_PAGE, 401, headers)
             message = "invalid token: send the header Authorization: Bearer TOKEN, or open /?token=TOKEN in a browser"
             return error_response(401, message, {"WWW-Authenticate": "Bearer"})
         # "same-site" includes other ports of the same host, which are different servers.

@@ -7,6 +7,7 @@ point contains the metadata of the index.
 from __future__ import annotations
 
 import base64
+import fnmatch
 import json
 import math
 import os
@@ -20,7 +21,16 @@ from urllib.parse import urlsplit
 import numpy as np
 from qdrant_client import QdrantClient, models
 
-from llm2clip.search.types import Filter, Hit, ImageState, IndexedContent, IndexedImage, ref_from_json, ref_to_json
+from llm2clip.search.types import (
+    Filter,
+    Hit,
+    ImageState,
+    IndexedContent,
+    IndexedImage,
+    path_glob,
+    ref_from_json,
+    ref_to_json,
+)
 
 # The metadata point's id is derived from this key. All other point ids are derived from content hashes.
 METADATA_KEY = b"llm2clip"
@@ -175,21 +185,48 @@ class QdrantBackend:
         groups.sort(key=lambda names: (-len(names), names))
         return groups[:limit]
 
-    def search(self, vector: np.ndarray, count: int, image_filter: Filter) -> list[Hit]:
-        response = self.client.query_points(
+    def search(self, vector: np.ndarray | None, count: int, image_filter: Filter, offset: int = 0) -> list[Hit]:
+        end = limit = offset + count
+        while True:
+            points = self._newest(image_filter, limit) if vector is None else self._nearest(vector, image_filter, limit)
+            hits: dict[str, Hit] = {}
+            for point in points:
+                payload, hit_id = point.payload or {}, str(point.id)
+                images = _images(payload)
+                times = [image.taken for image in images if _matches(image, image_filter)]
+                # A point of several images occurs once per time, also at the times of images that do not match.
+                if times and (vector is not None or point.order_value <= max(times)):
+                    score = None if vector is None else point.score
+                    hits.setdefault(hit_id, Hit(hit_id, score, images, payload["width"], payload["height"]))
+            if len(hits) >= end or len(points) < limit:
+                return list(hits.values())[offset:end]
+            limit *= 4
+
+    def _nearest(self, vector: np.ndarray, image_filter: Filter, limit: int) -> list[Any]:
+        return self.client.query_points(
             self.collection,
             query=vector.astype(np.float32).tolist(),
             query_filter=_qdrant_filter(image_filter),
-            limit=count,
+            limit=limit,
             with_payload=WITHOUT_THUMBNAIL,
-        )
-        hits = []
-        for point in response.points:
-            payload = point.payload or {}
-            images = _images(payload)
-            if any(_matches(image, image_filter) for image in images):
-                hits.append(Hit(str(point.id), point.score, images, payload["width"], payload["height"]))
-        return hits
+        ).points
+
+    def _newest(self, image_filter: Filter, limit: int) -> list[Any]:
+        return self.client.scroll(
+            self.collection,
+            scroll_filter=_qdrant_filter(image_filter),
+            limit=limit,
+            order_by=models.OrderBy(key="taken", direction=models.Direction.DESC),
+            with_payload=WITHOUT_THUMBNAIL,
+        )[0]
+
+    def count_matches(self, image_filter: Filter) -> int:
+        condition, path = _qdrant_filter(image_filter), image_filter.path
+        has_times = image_filter.after is not None or image_filter.before is not None
+        if path is None or (_is_exact(path) and not has_times):
+            return self.client.count(self.collection, condition).count
+        points = self._scroll(condition)
+        return sum(any(_matches(image, image_filter) for image in _images(point.payload)) for point in points)
 
     def vector(self, hit_id: str) -> np.ndarray | None:
         point = self._retrieve(hit_id, with_vector=True)
@@ -295,20 +332,36 @@ def _containing_paths(image: IndexedImage) -> list[str]:
 def _matches(image: IndexedImage, image_filter: Filter) -> bool:
     """Return True if an image meets both the path condition and the time conditions.
 
-    Qdrant checks each condition separately, so a point can match even if none of its images meets all conditions.
+    Qdrant checks each condition separately, so a point can match even if none of its images meets all conditions. And
+    it finds only candidates for relative paths and wildcards.
     """
-    path = image_filter.path.rstrip("/") if image_filter.path is not None else ""
+    pattern = path_glob(image_filter.path or "")
     after = -math.inf if image_filter.after is None else image_filter.after
     before = math.inf if image_filter.before is None else image_filter.before
-    return (not path or path in _containing_paths(image)) and after <= image.taken <= before
+    is_inside = not pattern or any(fnmatch.fnmatchcase(path, pattern) for path in _containing_paths(image))
+    return is_inside and after <= image.taken <= before
+
+
+def _path_conditions(path: str) -> list[Any]:
+    """Return Qdrant conditions that all images inside a path meet. See `path_glob` for the syntax of the path."""
+    path = path.rstrip("/")
+    if not path:
+        return []
+    if _is_exact(path):
+        return [models.FieldCondition(key="within", match=models.MatchValue(value=path))]
+    # Qdrant searches for words and not for patterns, so search for the words in all folder names without wildcards.
+    names = [name for name in path.split("/") if re.search(r"[^\W_]", name) and not re.search("[*?]", name)]
+    return [models.FieldCondition(key="within", match=models.MatchText(text=name)) for name in names]
+
+
+def _is_exact(path: str) -> bool:
+    """Return True if a path filter is an absolute path without wildcards."""
+    return path.startswith("/") and not re.search("[*?]", path)
 
 
 def _qdrant_filter(image_filter: Filter) -> models.Filter:
     """Convert a filter to a Qdrant filter that also excludes the metadata point."""
-    conditions: list[Any] = []
-    path = image_filter.path.rstrip("/") if image_filter.path is not None else ""
-    if path:
-        conditions.append(models.FieldCondition(key="within", match=models.MatchValue(value=path)))
+    conditions = _path_conditions(image_filter.path or "")
     if image_filter.caption is not None:
         phrase = models.MatchPhrase(phrase=image_filter.caption)
         conditions.append(models.FieldCondition(key="captions", match=phrase))

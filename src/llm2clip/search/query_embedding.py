@@ -37,7 +37,7 @@ def embed_query(model: DualEncoder, query: Query) -> np.ndarray:
     """Return the embedding of a query, float32 (D,), L2-normalised. See `combine` for the formula.
 
     Raises:
-        ValueError: The query contains no positive text or image, or a template has no placeholder.
+        ValueError: The query contains no text or image, or a template has no placeholder.
         ImageError: An image cannot be read.
     """
     check_templates(query.templates)
@@ -61,17 +61,20 @@ def combine(positive: Sequence[np.ndarray], negative: Sequence[np.ndarray] = ())
     """Combine positive and negative embeddings into a query vector, float32 (D,), L2-normalised.
 
     The means of the positive and of the negative embeddings are L2-normalised first. The query vector is the positive
-    mean minus half the negative mean, normalised again.
+    mean minus half the negative mean, normalised again. Without positive embeddings, it is the opposite of the negative
+    mean, so that the least similar images are found.
 
     Args:
         positive: Embeddings to which results should be similar, each float32 (D,), L2-normalised.
         negative: Embeddings to which results should be dissimilar, each float32 (D,), L2-normalised.
 
     Raises:
-        ValueError: There is no positive embedding.
+        ValueError: There is no embedding.
     """
+    if not len(positive) and not len(negative):
+        raise ValueError("the query is empty: provide at least one text or image")
     if not len(positive):
-        raise ValueError("the query is empty: provide at least one text or image to search for")
+        return -_normalize(np.mean(negative, axis=0))
     query = _normalize(np.mean(positive, axis=0))
     if len(negative):
         query = _normalize(query - NEGATIVE_WEIGHT * _normalize(np.mean(negative, axis=0)))

@@ -6,6 +6,7 @@ import sys
 import tempfile
 import webbrowser
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING
@@ -32,7 +33,7 @@ def print_hits(hits: Sequence[Hit], backend: Backend, console: Console) -> None:
     with_thumbnails = console.is_terminal and console.color_system in ("truecolor", "256")
     table = RichTable(show_lines=with_thumbnails)
     table.add_column("", justify="right")
-    table.add_column("cosine", justify="right")
+    table.add_column("date" if hits[0].score is None else "cosine", justify="right")
     if with_thumbnails:
         table.add_column("image")
     table.add_column("file", overflow="fold")
@@ -45,8 +46,13 @@ def print_hits(hits: Sequence[Hit], backend: Backend, console: Console) -> None:
             caption = shorten(_printable(first.captions[0]), CAPTION_LENGTH, placeholder=" …")
             description.append("\n" + caption, style="dim")
         thumbnail = [_draw(backend.thumbnail(hit.id))] if with_thumbnails else []
-        table.add_row(str(rank), f"{hit.score:.3f}", *thumbnail, description)
+        table.add_row(str(rank), _score_or_date(hit), *thumbnail, description)
     console.print(table)
+
+
+def _score_or_date(hit: Hit) -> str:
+    """Return the score of a hit or, if the search had no query, the date of its first image."""
+    return f"{datetime.fromtimestamp(hit.images[0].taken):%Y-%m-%d}" if hit.score is None else f"{hit.score:.3f}"
 
 
 def _printable(text: str) -> str:
@@ -96,10 +102,12 @@ def write_contact_sheet(
     folder.mkdir(parents=True, exist_ok=True)
     images = []
     for rank, hit in enumerate(hits, 1):
-        label = f"{rank}. {hit.score:.3f} {Path(hit.images[0].name).name}"
+        label = f"{rank}. {_score_or_date(hit)} {Path(hit.images[0].name).name}"
         jpeg = (heatmaps or {}).get(hit.id) or backend.thumbnail(hit.id)
         images.append(ResultImage(jpeg, None, label))
     text = f"{len(hits)} images, most similar first, each with its rank and cosine similarity."
+    if hits[0].score is None:
+        text = f"{len(hits)} images, newest first, each with its rank and date."
     if heatmaps:
         text += " The parts of an image that are most similar to the query are bright, and the others are dark."
     summary = Paragraph(text)

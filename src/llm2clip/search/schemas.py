@@ -16,6 +16,7 @@ DATA_URI_PREFIX = "data:image/"
 MAX_TEXT_LENGTH = 20_000  # characters
 MAX_PATH_LENGTH = 4096  # characters
 MAX_TEXTS, MAX_IMAGES, MAX_TOP = 256, 16, 200  # maximum numbers of texts, images and results per request
+MAX_OFFSET = 10_000  # a search finds and scores all results that it skips
 # A query has at most MAX_IMAGES texts and as many negative texts. Each short one is encoded once as it is and once per
 # template. With at most MAX_TEMPLATES templates, a request never encodes more than MAX_TEXTS texts.
 MAX_TEMPLATES, MAX_TEMPLATE_LENGTH = MAX_TEXTS // (2 * MAX_IMAGES) - 1, 200  # characters
@@ -118,7 +119,10 @@ class FilterRequest(_StrictModel):
     """Conditions that every search result must meet."""
 
     path: AnyText | None = Field(
-        default=None, max_length=MAX_PATH_LENGTH, description="folder, tar or file that contains the image"
+        default=None,
+        max_length=MAX_PATH_LENGTH,
+        description="folder, tar or file that contains the image: an absolute path, or a relative path, which matches "
+        "in every folder; * stands for any characters, including slashes, and ? for one character",
     )
     caption: AnyText | None = Field(
         default=None,
@@ -136,7 +140,7 @@ class FilterRequest(_StrictModel):
 
 
 class QueryRequest(_StrictModel):
-    """A query, which must contain at least one text, image or earlier hit. Negative texts and images are optional."""
+    """A query: texts, images and earlier hits that results should resemble (or, if negative, should not resemble)."""
 
     texts: list[Text] = Field(
         default=[], max_length=MAX_IMAGES, description="texts of any length, in any language that the model supports"
@@ -151,6 +155,9 @@ class QueryRequest(_StrictModel):
     negative_images: list[DataUri] = Field(
         default=[], max_length=MAX_IMAGES, description="images, as data URIs, that results should not resemble"
     )
+    negative_like: list[HitId] = Field(
+        default=[], max_length=MAX_IMAGES, description="ids of earlier hits that results should not resemble"
+    )
     templates: list[Template] | None = Field(
         default=None,
         max_length=MAX_TEMPLATES,
@@ -158,11 +165,17 @@ class QueryRequest(_StrictModel):
         "by default, the templates that the server was started with",
     )
 
+    def has_query(self) -> bool:
+        """Return True if there is at least one text, image or earlier hit."""
+        positive = self.texts or self.images or self.like
+        return bool(positive or self.negative_texts or self.negative_images or self.negative_like)
+
 
 class SearchRequest(QueryRequest):
-    """A query, the maximum number of results and an optional filter."""
+    """A query, a filter, or both. Without a query, the newest images that meet the filter are returned first."""
 
     top: int = Field(default=50, ge=1, le=MAX_TOP, description="maximum number of hits")
+    offset: int = Field(default=0, ge=0, le=MAX_OFFSET, description="number of hits to skip, to get further pages")
     filter: FilterRequest = FilterRequest()  # pydantic copies defaults
 
 
@@ -180,7 +193,7 @@ class HitResponse(BaseModel):
     """A search result: an image with all of its locations."""
 
     id: str
-    score: float = Field(description="cosine similarity to the query")
+    score: float | None = Field(description="cosine similarity to the query, or null without a query")
     width: int
     height: int
     images: list[ImageLocation]
@@ -192,13 +205,14 @@ class HitResponse(BaseModel):
 
 
 class SearchResponse(BaseModel):
-    """Search results, best first."""
+    """Search results, best first or, without a query, newest first."""
 
     hits: list[HitResponse]
+    total: int = Field(description="number of distinct images in the index that meet the filter")
 
 
 class HeatmapRequest(QueryRequest):
-    """A query and the image in which to locate it."""
+    """A query, which must not be empty, and the image in which to locate it."""
 
     id: HitId = Field(description="id of a hit")
 
@@ -257,6 +271,9 @@ class ErrorBody(BaseModel):
     message: str
     type: str
     code: int
+    param: str | None = Field(
+        default=None, description='field and position of the query image that cannot be decoded, such as "images.0"'
+    )
 
 
 class ErrorResponse(BaseModel):

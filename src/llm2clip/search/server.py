@@ -170,8 +170,11 @@ def _add_status_routes(app: FastAPI, service: InferenceService, auth: Authentica
 def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
     @app.post("/search", responses=API_ERRORS)
     async def search(request: SearchRequest) -> SearchResponse:
-        """Return the images in the index that are most similar to the given texts, images and earlier hits."""
-        return SearchResponse(hits=await service.search(request))
+        """Return the images in the index that are most similar to the given texts, images and earlier hits.
+
+        A search with a filter and without a query returns the newest images that meet the filter first.
+        """
+        return await service.search(request)
 
     @app.post("/heatmap", responses=API_ERRORS)
     async def heatmap(request: HeatmapRequest) -> HeatmapResponse:

@@ -14,9 +14,9 @@ file that is easy to copy.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
-import re
 import shutil
 import sqlite3
 import threading
@@ -31,7 +31,16 @@ import psutil
 
 from llm2clip.distributed import print_once
 from llm2clip.search.caption_index import CaptionIndex
-from llm2clip.search.types import Filter, Hit, ImageState, IndexedContent, IndexedImage, ref_from_json, ref_to_json
+from llm2clip.search.types import (
+    Filter,
+    Hit,
+    ImageState,
+    IndexedContent,
+    IndexedImage,
+    path_glob,
+    ref_from_json,
+    ref_to_json,
+)
 from llm2clip.search.vector_index import (
     CHUNK,
     GRAPH_FILE,
@@ -79,19 +88,20 @@ CREATE TRIGGER IF NOT EXISTS content_removed AFTER DELETE ON contents
 CHANGES_KEPT = 100_000  # a reader that is behind by more changes than this reloads everything
 CHANGED = "content FROM changes WHERE id > :last"
 IMAGE_COLUMNS = "name, place, source, stamp, captions, taken"
-# An image is inside :path if its name equals :path or starts with :path followed by "/" (folder), "!" (tar) or
-# "[" (table). File and folder names may also contain "!" and "[". Therefore, an image whose name contains one of these
-# two characters after :path must also be stored in a tar or table whose file name equals the last part of :path
-# (:basename).
-INSIDE_PATH = """substr(name, 1, length(:path)) = :path AND (substr(name, length(:path) + 1, 1) IN ('', '/')
-  OR (substr(name, length(:path) + 1, 1) IN ('!', '[') AND place NOT LIKE '["FileImage"%'
-      AND '/' || json_extract(place, '$[1].path') LIKE '%/' || :basename ESCAPE '\\'))"""
+# An image is inside the path with the pattern :glob if its name matches this pattern, followed by nothing, by "/"
+# (folder), by "!" (tar) or by "[" (table). File and folder names may also contain "!" and "[". Therefore, an image whose
+# name contains one of these two characters after the path must also be stored in a tar or table whose file name matches
+# the last part of the path (:basename).
+INSIDE_PATH = """(name GLOB :glob OR name GLOB :glob || '/*'
+  OR (name GLOB :glob || '[![]*' AND place NOT LIKE '["FileImage"%'
+      AND '/' || json_extract(place, '$[1].path') GLOB '*/' || :basename))"""
 FILTER_CONDITIONS = {
     "path": INSIDE_PATH,
     "after": "taken >= :after",
     "before": "taken <= :before",
     "min_side": "min(width, height) >= :min_side",
 }
+MATCH = np.dtype([("row", np.int64), ("content", np.int64), ("taken", np.float64)])
 NETWORK_FILE_SYSTEMS = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "afs", "lustre", "gpfs", "beegfs", "ceph", "fuse.glusterfs"}
 )
@@ -148,6 +158,7 @@ class SqliteBackend:
         # Data read from the database, each preceded by the state of the database when it was read.
         self._vector_index: tuple[tuple[Any, ...], VectorIndex] | None = None
         self._counts: tuple[tuple[Any, ...], tuple[int, int]] | None = None
+        self._matches: tuple[tuple[Any, ...], np.ndarray] | None = None
         self._graph: tuple[int, tuple[Any, GraphState] | None] | None = None
         # The same for data that is updated with the log of changes.
         self._vectors: tuple[LogState, QuantizedVectors] | None = None
@@ -180,8 +191,9 @@ class SqliteBackend:
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
         states: dict[str, ImageState] = {}
         for source in sources:
-            sql = f"SELECT name, stamp, captions FROM pictures WHERE source = :path OR ({INSIDE_PATH})"
-            for name, stamp, captions in self._query(sql, _path_parameters(source)):
+            sql = f"SELECT name, stamp, captions FROM pictures WHERE source = :source OR {INSIDE_PATH}"
+            parameters = {"source": source, **_path_parameters(glob.escape(source))}
+            for name, stamp, captions in self._query(sql, parameters):
                 states[name] = ImageState(stamp, tuple(json.loads(captions)))
         return states
 
@@ -252,17 +264,27 @@ class SqliteBackend:
             groups.append([name for (name,) in self._query(names_of_content, content)])
         return groups
 
-    def search(self, vector: np.ndarray, count: int, image_filter: Filter) -> list[Hit]:
-        allowed_ids = self._matching_ids(image_filter) if image_filter else None
-        ids, scores = self._current_vector_index().search(vector.astype(np.float32), count, allowed_ids)
+    def search(self, vector: np.ndarray | None, count: int, image_filter: Filter, offset: int = 0) -> list[Hit]:
+        scores: Sequence[float | None]
+        if vector is None:
+            page = self._cached_ids(image_filter, newest_first=True)[offset : offset + count]
+            scores = [None] * len(page)
+        else:
+            allowed_ids = self._cached_ids(image_filter) if image_filter else None
+            index = self._current_vector_index()
+            ids, cosines = index.search(vector.astype(np.float32), offset + count, allowed_ids)
+            page, scores = ids[offset:], cosines[offset:].tolist()
         hits = []
-        for content_id, score in zip(ids.tolist(), scores.tolist(), strict=True):
+        for content_id, score in zip(page.tolist(), scores, strict=True):
             images = self.images(str(content_id))
             sizes = self._query("SELECT width, height FROM contents WHERE id = ?", (content_id,))
             if images and sizes:  # otherwise, another process has removed the image during this search
                 width, height = sizes[0]
                 hits.append(Hit(str(content_id), score, images, width, height))
         return hits
+
+    def count_matches(self, image_filter: Filter) -> int:
+        return len(self._cached_ids(image_filter)) if image_filter else self.count()[1]
 
     def vector(self, hit_id: str) -> np.ndarray | None:
         rows = self._query("SELECT vector FROM contents WHERE id = ?", (_content_id(hit_id),))
@@ -281,31 +303,46 @@ class SqliteBackend:
 
     # ---- filters
 
-    def _matching_ids(self, image_filter: Filter) -> np.ndarray:
-        """Return the sorted ids of the contents with at least one image that meets all conditions of a filter."""
+    def _cached_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
+        """Return `_matching_ids`, cached for the last filter, because further pages of a search use the same filter."""
+        key = self._state(), image_filter, newest_first
+        cached = self._matches
+        if cached is None or cached[0] != key:
+            cached = self._matches = key, self._matching_ids(image_filter, newest_first)
+        return cached[1]
+
+    def _matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
+        """Return the ids of the contents with at least one image that meets all conditions of a filter, int64 (N,).
+
+        The ids are sorted or, with `newest_first`, ordered by the latest time of the images that meet the conditions.
+        """
         parameters = {name: value for name, value in asdict(image_filter).items() if value is not None}
         caption = parameters.pop("caption", None)
         where = " AND ".join(FILTER_CONDITIONS[name] for name in parameters)
         if image_filter.path is not None:
-            parameters.update(_path_parameters(image_filter.path.rstrip("/")))
+            parameters.update(_path_parameters(path_glob(image_filter.path)))
         rows: np.ndarray | None = None
         with self._snapshot() as db:
-            if where:
-                # Row and content id of each image that meets all conditions except the one on captions, int64 (N, 2).
+            if where or newest_first:
+                # Images that meet all conditions except the one on captions, (N,) with the fields of MATCH.
                 cursor = db.execute(
-                    "SELECT pictures.rowid, contents.id FROM pictures JOIN contents ON contents.id = content "
-                    f"WHERE {where}",
+                    "SELECT pictures.rowid, contents.id, taken FROM pictures JOIN contents ON contents.id = content "
+                    f"WHERE {where or 'true'}",
                     parameters,
                 )
-                rows = np.fromiter(cursor, np.dtype((np.int64, 2)))
+                rows = np.fromiter(cursor, MATCH)
             captions = self._current_captions(db) if caption is not None else None
-        if captions is None:
-            assert rows is not None
-            return _sorted_unique(rows[:, 1])
-        caption_rows, contents = captions.find(caption)
-        if rows is not None:
-            contents = contents[np.isin(caption_rows, rows[:, 0])]
-        return _sorted_unique(contents)
+        if captions is not None:
+            caption_rows, contents = captions.find(caption)
+            if rows is None:
+                return _sorted_unique(contents)
+            rows = rows[np.isin(rows["row"], caption_rows)]
+        assert rows is not None
+        if not newest_first:
+            return _sorted_unique(rows["content"])
+        ids = rows["content"][np.lexsort((rows["content"], -rows["taken"]))]
+        _, first = np.unique(ids, return_index=True)
+        return ids[np.sort(first)]
 
     def _current_captions(self, db: sqlite3.Connection) -> CaptionIndex:
         """Return the captions in a snapshot of the database. Only captions that have changed are read."""
@@ -495,9 +532,9 @@ class SqliteBackend:
             raise OSError(f"{self._file}: {error}") from error
 
 
-def _path_parameters(path: str) -> dict[str, str]:
-    """Return the SQL parameters for INSIDE_PATH, with LIKE wildcards in the last part of the path escaped."""
-    return {"path": path, "basename": re.sub(r"([%_\\])", r"\\\1", os.path.basename(path))}
+def _path_parameters(pattern: str) -> dict[str, str]:
+    """Return the SQL parameters for INSIDE_PATH."""
+    return {"glob": pattern, "basename": os.path.basename(pattern)}
 
 
 def _print_if_on_network(folder: Path) -> None:

@@ -85,14 +85,14 @@ class Hit:
 
     Args:
         id: Identifier of the image content. Unique within an index.
-        score: Cosine similarity to the query.
+        score: Cosine similarity to the query vector, or None if the search had no query.
         images: All images with this content.
         width: Width of the image in pixels, after EXIF rotation.
         height: Height of the image in pixels, after EXIF rotation.
     """
 
     id: str
-    score: float
+    score: float | None
     images: tuple[IndexedImage, ...]
     width: int
     height: int
@@ -106,7 +106,7 @@ class Filter:
     """Conditions that every search result must meet. A condition that is None is ignored.
 
     Args:
-        path: Folder, tar or file that contains the image.
+        path: Folder, tar or file that contains the image. See `path_glob` for relative paths and wildcards.
         caption: Text that at least one caption must contain, ignoring case. At most MAX_CAPTION_FILTER_LENGTH
             characters.
         after: Earliest time at which the photo may have been taken, as a Unix timestamp.
@@ -132,6 +132,16 @@ class Filter:
 
     def __bool__(self) -> bool:
         return any(value is not None for value in asdict(self).values())
+
+
+def path_glob(path: str) -> str:
+    """Return the pattern of a path filter, in the syntax that `fnmatch` and SQLite's GLOB share.
+
+    An absolute path matches only itself. A relative path, such as `2024/trip`, matches in every folder. `*` stands for
+    any characters, including slashes, and `?` for one character. The pattern of the root folder is empty.
+    """
+    pattern = path.rstrip("/").replace("[", "[[]")  # brackets are common in file names, so they are not wildcards
+    return pattern if path.startswith("/") or not pattern else f"*/{pattern}"
 
 
 def ref_to_json(ref: ImageRef) -> str:
