@@ -39,6 +39,8 @@ def test_embed_query_averages_short_texts_with_templates(dual_encoder: DualEncod
         embed_query(dual_encoder, Query(["red"], templates=["photo"]))
 
 
-def test_embed_query_rejects_a_query_without_positives(dual_encoder: DualEncoder) -> None:
+def test_embed_query_of_only_negatives_is_their_opposite(dual_encoder: DualEncoder) -> None:
+    dog = dual_encoder.encode_texts(["dog"])[0]
+    assert embed_query(dual_encoder, Query(negative_texts=["dog"])) == pytest.approx(-dog.numpy(), abs=1e-6)
     with pytest.raises(ValueError, match="the query is empty"):
-        embed_query(dual_encoder, Query(negative_texts=["dog"]))
+        embed_query(dual_encoder, Query())

@@ -44,6 +44,11 @@ def test_index_and_search_print_their_results(
     for hit in backend.search(embed_query(model, query), 10, Filter()):
         assert f"{hit.score:.3f}" in output
 
+    assert main(["search", index, "--path", "*ub", "--sheet", str(tmp_path / "newest")]) == 0
+    output = capsys.readouterr().out
+    assert "date" in output and "cosine" not in output and "5.png" in output.replace("\n", "")
+    assert "1 images, newest first" in (tmp_path / "newest/results.html").read_text()
+
     assert main(["search", index, "x", "--after", "2100-01-01"]) == 0
     assert "No results: the index is empty" in capsys.readouterr().out
 
@@ -55,7 +60,8 @@ def test_index_and_search_explain_mistakes(
     assert main(["index", str(photos), "--model", model, "--out", index]) == 0
     for command, message in (
         (["search", str(tmp_path / "none"), "x"], "is not an index"),
-        (["search", index], "the query is empty"),
+        (["search", index], "pass a text or an image to search for, or a filter"),
+        (["search", index, "--path", "x", "--open", "--heatmaps"], "pass a text or an image to search for"),
         (["search", index, "x", "--templates", "photo"], "--templates: template 0 ('photo') has no {}"),
         (["serve", "--index", index, "--templates", "photo"], "--templates: template 0 ('photo') has no {}"),
         (["serve", "--index", index, "--templates", *(["{}"] * 8)], "too many templates: 8; the limit is 7"),
@@ -103,6 +109,15 @@ def test_parse_time_accepts_dates_and_times() -> None:
         end = parse_time(text, end_of_day=True)
         assert end is not None and midnight + 86399 < end < midnight + 86400
     assert parse_time("2024-05-31T12:00") == parse_time("2024-05-31T12:00", end_of_day=True) == midnight + 43200
+
+
+def test_canonical_path_resolves_only_existing_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other relative paths match in every folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("trip").mkdir()
+    Path("link").symlink_to("trip")
+    assert canonical_path("link") == canonical_path(f"{tmp_path}/link/") == str((tmp_path / "trip").resolve())
+    assert canonical_path("2024/*.jpg") == "2024/*.jpg"
 
 
 def test_canonical_path_escapes_invalid_unicode() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from conftest import HANG_TIMEOUT
 from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.search.server import create_app
 from search_fixtures import add_red_detector, create_patient_app, make_index, running_server
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -39,8 +40,11 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(params=["wide", "phone"])
 def page(request: pytest.FixtureRequest, browser: Any, address: str) -> Iterator[Any]:
     """The open page. At the end, checks that it sent no request to another server and that the console is empty."""
-    size = {"width": 1200, "height": 800} if request.param == "wide" else {"width": 380, "height": 700}
-    context = browser.new_context(viewport=size, color_scheme="dark" if request.param == "phone" else "light")
+    options: dict[str, Any] = {"viewport": {"width": 1200, "height": 800}, "color_scheme": "light"}
+    if request.param == "phone":
+        options = {"viewport": {"width": 380, "height": 700}, "color_scheme": "dark", "has_touch": True}
+        options["is_mobile"] = True
+    context = browser.new_context(**options)
     context.set_default_timeout(HANG_TIMEOUT * 1000)
     page, console_messages, requested_urls = context.new_page(), [], []
     page.on("console", lambda message: console_messages.append(message.text))
@@ -83,10 +87,10 @@ def test_text_search_detail_view_and_more_like_this(page: Any) -> None:
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page must not scroll horizontally"
     page.locator("#grid button").nth(1).click()
     assert page.locator("#detail").is_visible()
-    name = page.locator("#locations li").first.inner_text().splitlines()[0]
+    name = page.locator("#locations span").first.inner_text()
     wait_until(page, "document.getElementById('large').naturalWidth === 48")
     page.keyboard.press("ArrowRight")
-    assert page.locator("#locations li").first.inner_text().splitlines()[0] != name
+    assert page.locator("#locations span").first.inner_text() != name
     page.keyboard.press("ArrowLeft")
     page.locator("#like").click()
     wait_until(page, "document.querySelector('#grid .score').textContent === '1.000'")
@@ -196,13 +200,137 @@ def test_empty_results_and_errors_are_shown(page: Any, image_folder: Path, tmp_p
     page.locator("#caption").fill("BLUE left half")
     page.locator("#text").press("Enter")
     assert wait_for_hits(page, 1).locator(".name").inner_text() == "12.png"
-    (tmp_path / "a.png").write_bytes(b"not an image")
-    page.locator("#file").set_input_files(tmp_path / "a.png")
-    wait_until(page, "document.getElementById('status').textContent.includes('not an image')")
-    assert page.locator("#status.error").is_visible() and page.locator("#grid li").count() == 0
-    page.locator(".chip").click()
-    wait_for_hits(page, 1)
     page.context.set_offline(True)
     page.locator("#text").press("Enter")
     wait_until(page, "document.getElementById('status').textContent.includes('is not responding')")
     page.context.set_offline(False)
+    page.locator("#text").fill("")
+    page.locator("#caption").fill("")
+    page.locator("#text").press("Enter")
+    assert "Enter a text" in page.locator("#status").inner_text() and page.locator("#empty").is_visible()
+
+
+def test_unreadable_uploads_are_removed_from_the_query(page: Any, image_folder: Path, tmp_path: Path) -> None:
+    for name in ("bad.png", "photo.HEIC"):  # the type of the second file is unknown to browsers
+        (tmp_path / name).write_bytes(b"not an image")
+    (tmp_path / "notes.txt").write_text("not an image either")
+    page.locator("#text").fill("red")
+    files = [tmp_path / "bad.png", image_folder / "4.png", tmp_path / "photo.HEIC", tmp_path / "notes.txt"]
+    page.locator("#file").set_input_files(files)
+    wait_until(page, "document.getElementById('problem').textContent.split('\\n').length === 3")
+    wait_for_hits(page)
+    problem = page.locator("#problem").inner_text()
+    for name in ("bad.png", "photo.HEIC", "notes.txt"):
+        assert f"{name} was not added to the query: " in problem
+    assert page.locator(".chip").count() == 1 and page.locator("#uploads").is_visible()
+    page.locator("#text").press("Enter")
+    wait_for_hits(page)
+    assert page.locator("#problem").inner_text() == ""
+    assert "Searching" not in page.locator("#status").inner_text() and page.locator("#status.error").count() == 0
+
+
+def test_filters_work_without_a_query_and_are_part_of_the_address(page: Any, image_folder: Path) -> None:
+    page.locator("#more").click()
+    page.locator("#path").fill(f"{image_folder.name}/*.png")
+    page.locator("#min_side").fill("30")
+    page.locator("#after").fill("2001-02-03")
+    page.locator("#path").press("Enter")
+    wait_for_hits(page)
+    assert "newest first" in page.locator("#status").inner_text() and not page.locator("#empty").is_visible()
+    assert not page.locator("#active").is_visible()
+    page.locator("#more").click()
+    assert page.locator("#active button").count() == 3
+    page.locator("#grid button").first.click()
+    assert page.locator("#where").is_disabled()
+    page.keyboard.press("Escape")
+
+    page.reload()
+    wait_for_hits(page)
+    chips = " ".join(page.locator("#active button").all_inner_texts())
+    assert "/*.png" in chips and "at least 30" in chips and "after 2001-02-03" in chips
+    page.locator("#active button", has_text="shorter").click()
+    wait_for_hits(page)
+    assert page.locator("#active button").count() == 2 and page.locator("#min_side").input_value() == ""
+    page.go_back()
+    wait_until(page, "document.querySelectorAll('#active button').length === 3")
+
+    page.goto(page.url.partition("#")[0] + "#without=a+red+one&unlike=3")
+    wait_for_hits(page)
+    assert "least similar" in page.locator("#status").inner_text()
+    assert page.locator(".chip.negative").count() == 1 and page.locator("#active").inner_text() == "without a red one ✕"
+
+
+def test_show_more_adds_the_next_page(page: Any) -> None:
+    def shorten_pages(route: Any) -> None:
+        route.continue_(post_data={**route.request.post_data_json, "top": 20})
+
+    page.route("**/search", shorten_pages)
+    page.locator("#text").fill("red")
+    page.locator("#text").press("Enter")
+    wait_for_hits(page, 20)
+    assert "20 of 36 images" in page.locator("#status").inner_text()
+    page.locator("#show-more").click()
+    wait_for_hits(page)
+    assert len(set(page.locator("#grid .name").all_inner_texts())) == 36
+    assert not page.locator("#show-more").is_visible()
+    scores = [float(text) for text in page.locator("#grid .score").all_inner_texts()]
+    assert scores == sorted(scores, reverse=True)
+    page.locator("#grid button").nth(25).click()
+    assert page.locator("#locations span").first.inner_text().endswith(page.locator("#grid .name").nth(25).inner_text())
+
+
+def test_detail_view_offers_the_original(page: Any, image_folder: Path) -> None:
+    """A second Enter closes the view and does not start another search."""
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.locator("#text").fill("red")
+    page.locator("#text").press("Enter")
+    wait_for_hits(page).first.locator("button").focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "close"
+    path = Path(page.locator("#locations span").first.inner_text())
+    assert path.parent == image_folder
+    page.locator("#locations button").first.click()
+    wait_until(page, "document.querySelector('#locations button').textContent === 'Copied'")
+    assert page.evaluate("navigator.clipboard.readText()") == str(path)
+    with page.expect_download() as download:
+        page.locator("#download").click()
+    assert download.value.suggested_filename == path.name
+    assert Path(download.value.path()).read_bytes() == path.read_bytes()
+    with page.expect_popup() as popup:
+        page.locator("#original").click()
+    wait_until(popup.value, "document.images[0]?.naturalWidth === 48")
+    popup.value.close()
+    page.locator("#close").focus()
+    page.keyboard.press("Enter")
+    page.locator("#detail").wait_for(state="hidden")
+    assert page.locator(".chip").count() == 0
+
+
+def test_placeholders_are_readable_and_key_hints_are_hidden_on_touch_devices(page: Any) -> None:
+    contrast = """(selector) => {
+        const luminance = (color) => color.match(/\\d+/g).slice(0, 3).map((part) => part / 255)
+            .map((part) => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
+            .reduce((sum, part, i) => sum + part * [0.2126, 0.7152, 0.0722][i], 0);
+        const element = document.querySelector(selector), box = element.closest('.box') || element;
+        const colors = [getComputedStyle(element, '::placeholder').color, getComputedStyle(box).backgroundColor];
+        const [dark, light] = colors.map(luminance).sort((a, b) => a - b);
+        return (light + 0.05) / (dark + 0.05);
+    }"""
+    for selector in ("#text", "#negative"):
+        assert page.evaluate(contrast, selector) >= 4.5
+    is_touch = page.evaluate("matchMedia('(hover: none)').matches")
+    assert page.locator(".keys").is_visible() == (not is_touch)
+
+
+def test_page_without_a_token_asks_for_it(browser: Any, dual_encoder: DualEncoder) -> None:
+    with running_server(create_app(dual_encoder, token="secret")) as address:
+        page = browser.new_page()
+        page.goto(f"{address}#q=red")
+        page.locator("input[name=token]").fill("wrong")
+        page.keyboard.press("Enter")
+        wait_until(page, "location.search === '?token=wrong'")
+        page.locator("input[name=token]").fill("secret")
+        page.keyboard.press("Enter")
+        page.locator("#text").wait_for()
+        assert page.url == f"{address}#q=red" and page.locator("#text").input_value() == "red"
+        page.close()

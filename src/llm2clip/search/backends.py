@@ -80,7 +80,7 @@ class Backend(Protocol):
         """Return the images that meet a filter, nearest to a vector first.
 
         Without a vector, the newest images are returned first, by the latest time at which one of the image's files
-        that meet the filter was taken.
+        that meet the filter was taken. With SQLite, images of the same time are ordered by id.
 
         Args:
             vector: Query vector, float32 (D,), L2-normalised, or None.

@@ -72,7 +72,7 @@ def combine(positive: Sequence[np.ndarray], negative: Sequence[np.ndarray] = ())
         ValueError: There is no embedding.
     """
     if not len(positive) and not len(negative):
-        raise ValueError("the query is empty: provide at least one text or image")
+        raise ValueError("the query is empty: provide at least one text or image to search for")
     if not len(positive):
         return -_normalize(np.mean(negative, axis=0))
     query = _normalize(np.mean(positive, axis=0))

@@ -89,9 +89,9 @@ CHANGES_KEPT = 100_000  # a reader that is behind by more changes than this relo
 CHANGED = "content FROM changes WHERE id > :last"
 IMAGE_COLUMNS = "name, place, source, stamp, captions, taken"
 # An image is inside the path with the pattern :glob if its name matches this pattern, followed by nothing, by "/"
-# (folder), by "!" (tar) or by "[" (table). File and folder names may also contain "!" and "[". Therefore, an image whose
-# name contains one of these two characters after the path must also be stored in a tar or table whose file name matches
-# the last part of the path (:basename).
+# (folder), by "!" (tar) or by "[" (table). File and folder names may also contain "!" and "[". Therefore, an image
+# whose name contains one of these two characters after the path must also be stored in a tar or table whose file name
+# matches the last part of the path (:basename).
 INSIDE_PATH = """(name GLOB :glob OR name GLOB :glob || '/*'
   OR (name GLOB :glob || '[![]*' AND place NOT LIKE '["FileImage"%'
       AND '/' || json_extract(place, '$[1].path') GLOB '*/' || :basename))"""

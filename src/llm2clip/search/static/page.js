@@ -5,28 +5,37 @@
 const $ = (id) => document.getElementById(id);
 const MAX_SIDE = 1024; // in pixels; larger images are scaled down to this size before they are sent
 const MAX_IMAGES = 16; // maximum number of images per request; the server has the same limit
-const query = { images: [], like: [], negativeImages: [] }; // images and negativeImages are data URIs; like contains hit ids
+const MAX_UPLOAD = 20 << 20; // in bytes; files that the browser cannot decode are sent as they are
+const MAX_OFFSET = 10000; // the server has the same limit
+const query = { images: [], like: [], negativeLike: [] }; // images are {uri, name}; the others contain hit ids
+const FIELDS = { q: "text", without: "negative", caption: "caption", path: "path", after: "after", before: "before",
+  min_side: "min_side" }; // name in the address -> id of the input element
+const FILTER_LABELS = { negative: "without", caption: "caption contains", path: "in", after: "after", before: "before",
+  min_side: "shorter side at least" };
 const DARKEST = 0.8; // opacity of the heat map over the least similar cell
 let hits = [];
-let searchedQuery = null; // query fields of the request that returned the hits
+let searchedRequest = null; // request that returned the hits
+let total = 0; // number of images that meet its filter
 let openIndex = -1; // index of the hit in the detail view; -1 before the first hit is opened
 let lastRequest = 0;
 
 // ---- search ---------------------------------------------------------------------------------------------------------
 
+const value = (id) => $(id).value.trim();
+
 function readRequest() {
-  const text = $("text").value.trim(), negative = $("negative").value.trim();
   return {
-    texts: text ? [text] : [],
-    images: query.images,
+    texts: value("text") ? [value("text")] : [],
+    images: query.images.map((image) => image.uri),
     like: query.like,
-    negative_texts: negative ? [negative] : [],
-    negative_images: query.negativeImages,
+    negative_texts: value("negative") ? [value("negative")] : [],
+    negative_like: query.negativeLike,
     filter: {
-      caption: $("caption").value.trim() || null,
-      path: $("path").value.trim() || null,
+      caption: value("caption") || null,
+      path: value("path") || null,
       after: toSeconds($("after").value, "T00:00:00"),
       before: toSeconds($("before").value, "T23:59:59"),
+      min_side: value("min_side") ? Number(value("min_side")) : null,
     },
   };
 }
@@ -35,42 +44,95 @@ function toSeconds(date, time) {
   return date ? new Date(date + time).getTime() / 1000 : null;
 }
 
+function hasPositive(request) {
+  return request.texts.length > 0 || request.images.length > 0 || request.like.length > 0;
+}
+
+function hasQuery(request) {
+  return hasPositive(request) || request.negative_texts.length > 0 || request.negative_like.length > 0;
+}
+
+async function post(path, body) {
+  let response;
+  try {
+    response = await fetch(path, {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify(body),
+    });
+  } catch {
+    throw new Error("The server is not responding. Is it still running?");
+  }
+  if (response.status === 401) throw new Error("Your session has ended. Reload this page to start a new one.");
+  const answer = await response.json();
+  if (!response.ok) throw Object.assign(new Error(answer.error.message), { param: answer.error.param });
+  return answer;
+}
+
 async function search(addToHistory = true) {
   const request = readRequest(), requestNumber = ++lastRequest;
-  if (!request.texts.length && !request.images.length && !request.like.length) {
+  showChips();
+  if (!hasQuery(request) && Object.values(request.filter).every((condition) => condition === null)) {
+    if (addToHistory) updateAddress();
     showHits([]);
     showStatus("");
     $("empty").hidden = false;
     document.body.classList.remove("searching");
     return;
   }
-  if (addToHistory) {
-    const hash = "#" + new URLSearchParams({ q: $("text").value.trim(), like: query.like.join(",") });
-    if (hash !== location.hash) history.pushState(null, "", hash);
-  }
+  if (addToHistory) updateAddress();
   const start = performance.now();
   document.body.classList.add("searching");
   showStatus("Searching…");
   try {
-    const response = await fetch("/search", {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify(request),
-    });
-    const body = await response.json();
+    const answer = await post("/search", request);
     if (requestNumber !== lastRequest) return; // a newer search has started
-    if (!response.ok) throw new Error(body.error.message);
-    showHits(body.hits);
-    searchedQuery = (({ filter, ...fields }) => fields)(request);
-    const seconds = ((performance.now() - start) / 1000).toFixed(2);
-    showStatus(hits.length ? `${hits.length} images, most similar first (${seconds} s)` : "No results. Try changing the filters.");
+    searchedRequest = request;
+    total = answer.total;
+    showHits(answer.hits);
+    showCount(start);
   } catch (error) {
     if (requestNumber !== lastRequest) return;
+    if (removeRejectedImage(error)) {
+      search();
+      return;
+    }
     showHits([]);
-    showStatus(error instanceof TypeError ? "The server is not responding. Is it still running?" : error.message, true);
+    showStatus(error.message, true);
   } finally {
     if (requestNumber === lastRequest) document.body.classList.remove("searching");
   }
+}
+
+async function showMore() {
+  const start = performance.now(), request = { ...searchedRequest, offset: hits.length }, requestNumber = lastRequest;
+  const hasFocus = document.activeElement === $("show-more");
+  $("show-more").disabled = true;
+  try {
+    const answer = await post("/search", request);
+    if (requestNumber !== lastRequest) return;
+    const ids = new Set(hits.map((hit) => hit.id)); // the index may have changed since the last page
+    const newHits = answer.hits.filter((hit) => !ids.has(hit.id)), first = hits.length;
+    $("grid").append(...newHits.map((hit, index) => makeGridItem(hit, first + index)));
+    hits.push(...newHits);
+    total = newHits.length ? answer.total : first;
+    showCount(start);
+    if (hasFocus) focusHit(first);
+  } catch (error) {
+    if (requestNumber === lastRequest) showStatus(error.message, true);
+  } finally {
+    $("show-more").disabled = false;
+  }
+}
+
+function showCount(start) {
+  let order = "most similar first";
+  if (!hasQuery(searchedRequest)) order = "newest first";
+  else if (!hasPositive(searchedRequest)) order = "least similar to the excluded first";
+  const seconds = ((performance.now() - start) / 1000).toFixed(2);
+  const count = hits.length < total ? `${hits.length} of ${total.toLocaleString("en")}` : hits.length;
+  showStatus(hits.length ? `${count} images, ${order} (${seconds} s)` : "No results. Try changing the filters.");
+  $("show-more").hidden = !hits.length || hits.length >= Math.min(total, MAX_OFFSET);
 }
 
 function showStatus(text, isError = false) {
@@ -78,13 +140,42 @@ function showStatus(text, isError = false) {
   $("status").classList.toggle("error", isError);
 }
 
+// ---- address --------------------------------------------------------------------------------------------------------
+
+function updateAddress() {
+  const parameters = new URLSearchParams();
+  for (const [name, id] of Object.entries(FIELDS)) if (value(id)) parameters.set(name, value(id));
+  if (query.like.length) parameters.set("like", query.like.join(","));
+  if (query.negativeLike.length) parameters.set("unlike", query.negativeLike.join(","));
+  const hash = String(parameters) && `#${parameters}`;
+  if (hash !== location.hash) history.pushState(null, "", hash || location.pathname);
+}
+
+function restoreQuery() {
+  const parameters = new URLSearchParams(location.hash.slice(1));
+  for (const [name, id] of Object.entries(FIELDS)) $(id).value = parameters.get(name) || "";
+  const ids = (name) => (parameters.get(name) || "").split(",").filter(Boolean).slice(0, MAX_IMAGES);
+  Object.assign(query, { images: [], like: ids("like"), negativeLike: ids("unlike") });
+  showProblem("");
+  resizeText();
+  search(false);
+}
+
 // ---- results --------------------------------------------------------------------------------------------------------
 
 function showHits(newHits) {
   if ($("detail").open) $("detail").close(); // the dialog still shows one of the previous hits
   hits = newHits;
-  $("empty").hidden = true;
+  $("empty").hidden = $("show-more").hidden = true;
   $("grid").replaceChildren(...hits.map(makeGridItem));
+}
+
+function date(hit) {
+  return new Date(hit.images[0].taken * 1000).toLocaleDateString();
+}
+
+function scoreOrDate(hit) {
+  return hit.score === null ? date(hit) : hit.score.toFixed(3);
 }
 
 function makeGridItem(hit, index) {
@@ -96,9 +187,9 @@ function makeGridItem(hit, index) {
   image.loading = "lazy";
   image.alt = first.captions[0] || first.name;
   name.className = "name";
-  name.textContent = first.name.split(/[/!]/).pop();
+  name.textContent = fileName(first);
   score.className = "score";
-  score.textContent = hit.score.toFixed(3);
+  score.textContent = scoreOrDate(hit);
   line.append(name, score);
   button.append(image, line);
   button.type = "button";
@@ -115,21 +206,49 @@ function showDetail(index) {
   $("large").src = `/image/${hit.id}`;
   $("large").onerror = () => { $("large").onerror = null; $("large").src = `/thumbnail/${hit.id}`; };
   $("large").alt = first.captions[0] || first.name;
-  $("facts").textContent = `${hit.score.toFixed(3)} · ${hit.width} × ${hit.height} · ` +
-    new Date(first.taken * 1000).toLocaleDateString();
-  $("locations").replaceChildren(...hit.images.map((image) => {
-    const entry = document.createElement("li");
-    entry.textContent = image.name;
-    for (const caption of image.captions) {
-      const line = document.createElement("small");
-      line.textContent = caption;
-      entry.append(line);
-    }
-    return entry;
-  }));
+  const score = hit.score === null ? [] : [hit.score.toFixed(3)];
+  $("facts").textContent = [...score, `${hit.width} × ${hit.height}`, date(hit)].join(" · ");
+  $("original").href = $("download").href = `/image/${hit.id}`;
+  $("download").download = /\]\.[^/]*$/.test(first.name) ? "" : fileName(first); // the cells of a table have no name
+  $("locations").replaceChildren(...hit.images.map(makeLocation));
   $("back").disabled = index === 0;
   $("next").disabled = index === hits.length - 1;
+  $("where").disabled = !hasQuery(searchedRequest);
   if (!$("detail").open) $("detail").showModal();
+}
+
+function fileName(image) {
+  return image.name.split(/[/!]/).pop();
+}
+
+function makeLocation(image) {
+  const entry = document.createElement("li"), path = document.createElement("span"), copy = document.createElement("button");
+  path.textContent = image.name;
+  copy.type = "button";
+  copy.textContent = "Copy path";
+  copy.addEventListener("click", () => copyText(image.name, copy));
+  entry.append(path, copy);
+  for (const caption of image.captions) {
+    const line = document.createElement("small");
+    line.textContent = caption;
+    entry.append(line);
+  }
+  return entry;
+}
+
+async function copyText(text, button) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch { // browsers provide the clipboard only over HTTPS and on this machine
+    const area = document.createElement("textarea");
+    area.value = text;
+    button.after(area); // inside the dialog, because elements outside it cannot be selected
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+    button.focus();
+  }
+  button.textContent = "Copied";
 }
 
 // ---- heat map -------------------------------------------------------------------------------------------------------
@@ -146,6 +265,7 @@ function showHeatmapStatus(text, isError = false) {
 }
 
 async function toggleHeatmap() {
+  if ($("where").disabled) return;
   if ($("where").getAttribute("aria-pressed") === "true") {
     hideHeatmap();
     return;
@@ -155,19 +275,14 @@ async function toggleHeatmap() {
   showHeatmapStatus("Computing the heat map…");
   const isCurrent = () => hits[openIndex] === hit && $("where").getAttribute("aria-pressed") === "true";
   try {
-    const response = await fetch("/heatmap", {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ id: hit.id, ...searchedQuery }),
-    });
-    const body = await response.json();
+    const { filter, ...fields } = searchedRequest;
+    const answer = await post("/heatmap", { id: hit.id, ...fields });
     if (!isCurrent()) return;
-    if (!response.ok) throw new Error(body.error.message);
-    drawHeatmap(body.rows, hit);
+    drawHeatmap(answer.rows, hit);
   } catch (error) {
     if (!isCurrent()) return;
     hideHeatmap();
-    showHeatmapStatus(error instanceof TypeError ? "The server is not responding. Is it still running?" : error.message, true);
+    showHeatmapStatus(error.message, true);
   }
 }
 
@@ -190,23 +305,22 @@ function drawHeatmap(rows, hit) {
 // ---- more and less like a hit ---------------------------------------------------------------------------------------
 
 function moreLike(hit) {
-  Object.assign(query, { images: [], like: [hit.id], negativeImages: [] });
+  Object.assign(query, { images: [], like: [hit.id], negativeLike: [] });
   $("text").value = "";
   $("negative").value = "";
   updateQuery();
 }
 
-async function lessLike(hit) {
-  const response = await fetch(`/thumbnail/${hit.id}`);
-  if (!response.ok || query.negativeImages.length >= MAX_IMAGES) return;
-  query.negativeImages.push(await toDataUri(await response.blob()));
+function lessLike(hit) {
+  if (query.negativeLike.length >= MAX_IMAGES || query.negativeLike.includes(hit.id)) return;
+  query.negativeLike.push(hit.id);
   updateQuery();
 }
 
 function updateQuery() {
   if ($("detail").open) $("detail").close();
+  showProblem("");
   resizeText();
-  showChips();
   scrollTo(0, 0);
   search();
 }
@@ -224,11 +338,11 @@ function toDataUri(blob) {
 
 async function toSmallDataUri(file) {
   // The model does not need more than MAX_SIDE pixels per side. If the browser cannot decode a file, the original is
-  // sent, because the server may support its format.
+  // sent, because the server may support its format. The server decodes it whatever type the URI names.
   try {
     const bitmap = await createImageBitmap(file);
     const scale = Math.min(1, MAX_SIDE / Math.max(bitmap.width, bitmap.height));
-    if (scale === 1) return toDataUri(file);
+    if (scale === 1 && ["image/jpeg", "image/png"].includes(file.type)) return toDataUri(file);
     const canvas = document.createElement("canvas");
     canvas.width = Math.max(1, Math.round(bitmap.width * scale));
     canvas.height = Math.max(1, Math.round(bitmap.height * scale));
@@ -238,19 +352,45 @@ async function toSmallDataUri(file) {
     context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
     return canvas.toDataURL("image/jpeg", 0.92);
   } catch {
-    return toDataUri(file);
+    if (file.size > MAX_UPLOAD) {
+      throw new Error(`the browser cannot decode this file, and it is larger than ${MAX_UPLOAD >> 20} MB`);
+    }
+    return (await toDataUri(file)).replace(/^data:[^,]*,/, "data:image/unknown;base64,");
   }
 }
 
 async function addImages(files) {
-  const images = [...files].filter((file) => file.type.startsWith("image/"));
-  if (!images.length) {
-    showStatus("This file is not an image.", true);
-    return;
+  const problems = [], images = [];
+  for (const file of files) {
+    try {
+      // Browsers do not know the types of all image files, for example of .heic files.
+      if (file.type && !file.type.startsWith("image/")) throw new Error("this file is not an image");
+      images.push({ uri: await toSmallDataUri(file), name: file.name });
+    } catch (error) {
+      problems.push(describeRejected(file.name, error));
+    }
   }
-  query.images.push(...await Promise.all(images.map(toSmallDataUri)));
+  query.images.push(...images);
   query.images.splice(0, query.images.length - MAX_IMAGES);
-  updateQuery();
+  if (images.length) updateQuery();
+  showProblem(problems.join("\n"));
+}
+
+function describeRejected(name, error) {
+  return `${name} was not added to the query: ${error.message}`;
+}
+
+function removeRejectedImage(error) {
+  // The error names the image that the server could not decode. Return false if it does not.
+  const match = /^images\.(\d+)$/.exec(error.param || "");
+  if (!match) return false;
+  const [image] = query.images.splice(Number(match[1]), 1);
+  showProblem(`${$("problem").textContent}\n${describeRejected(image.name, error)}`.trim());
+  return true;
+}
+
+function showProblem(text) {
+  $("problem").textContent = text;
 }
 
 function makeChip(source, list, entry, isNegative) {
@@ -263,18 +403,28 @@ function makeChip(source, list, entry, isNegative) {
   chip.append(image);
   chip.addEventListener("click", () => {
     list.splice(list.indexOf(entry), 1);
-    showChips();
     search();
   });
+  return chip;
+}
+
+function makeFilterChip(id) {
+  const chip = document.createElement("button");
+  chip.type = "button";
+  chip.title = "Remove this filter";
+  chip.textContent = `${FILTER_LABELS[id]} ${value(id)} ✕`;
+  chip.addEventListener("click", () => { $(id).value = ""; search(); });
   return chip;
 }
 
 function showChips() {
   $("chips").replaceChildren(
     ...query.like.map((id) => makeChip(`/thumbnail/${id}`, query.like, id, false)),
-    ...query.images.map((uri) => makeChip(uri, query.images, uri, false)),
-    ...query.negativeImages.map((uri) => makeChip(uri, query.negativeImages, uri, true)),
+    ...query.images.map((image) => makeChip(image.uri, query.images, image, false)),
+    ...query.negativeLike.map((id) => makeChip(`/thumbnail/${id}`, query.negativeLike, id, true)),
   );
+  $("active").replaceChildren(...Object.keys(FILTER_LABELS).filter(value).map(makeFilterChip));
+  $("uploads").hidden = !query.images.length;
 }
 
 // ---- keyboard and mouse ---------------------------------------------------------------------------------------------
@@ -284,14 +434,22 @@ function resizeText() {
   $("text").style.height = `${$("text").scrollHeight}px`;
 }
 
-$("form").addEventListener("submit", (event) => { event.preventDefault(); search(); });
+function submit() {
+  showProblem("");
+  search();
+  if (!$("empty").hidden) showStatus("Enter a text, add an image or set a filter.");
+}
+
+$("form").addEventListener("submit", (event) => { event.preventDefault(); submit(); });
+$("filters").addEventListener("change", showChips);
+$("show-more").addEventListener("click", showMore);
 $("text").addEventListener("input", resizeText);
 $("text").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); search(); }
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); submit(); }
   if (event.key === "ArrowDown" && hits.length && !$("text").value.includes("\n")) { event.preventDefault(); focusHit(0); }
 });
 $("add").addEventListener("click", () => $("file").click());
-$("file").addEventListener("change", () => { addImages($("file").files); $("file").value = ""; });
+$("file").addEventListener("change", () => { addImages([...$("file").files]); $("file").value = ""; });
 $("more").addEventListener("click", () => {
   $("filters").hidden = !$("filters").hidden;
   $("more").setAttribute("aria-expanded", String(!$("filters").hidden));
@@ -347,20 +505,11 @@ addEventListener("drop", (event) => {
   event.preventDefault();
   dragDepth = 0;
   $("drop").hidden = true;
-  if (event.dataTransfer.files.length) addImages(event.dataTransfer.files);
+  if (event.dataTransfer.files.length) addImages([...event.dataTransfer.files]);
 });
 addEventListener("paste", (event) => {
-  if (event.clipboardData.files.length) { event.preventDefault(); addImages(event.clipboardData.files); }
+  if (event.clipboardData.files.length) { event.preventDefault(); addImages([...event.clipboardData.files]); }
 });
 
-function restoreQuery() {
-  const parameters = new URLSearchParams(location.hash.slice(1));
-  $("text").value = parameters.get("q") || "";
-  Object.assign(query, { images: [], negativeImages: [] });
-  query.like = (parameters.get("like") || "").split(",").filter(Boolean);
-  resizeText();
-  showChips();
-  search(false);
-}
 addEventListener("popstate", restoreQuery);
 restoreQuery();
