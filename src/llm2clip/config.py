@@ -173,15 +173,15 @@ class AlignConfig:
     give the name of the CLIP model instead of true."""
     epochs: float = 4
     """Number of epochs. Fractions are allowed."""
-    captions_per_image: int = 4
-    """Number of captions per image and step, sampled without replacement. 0 uses all captions. Additional captions cost
-    almost nothing, because their embeddings are read from the store."""
+    captions_per_image: int = 6
+    """Number of captions and phrases per image and step, sampled without replacement. 0 uses all of them. Additional
+    captions cost almost nothing, because their embeddings are read from the store."""
     caption_mix: dict[str, float] = field(
-        default_factory=lambda: {"captions": 1, "short_captions": 1, "long_captions": 1}
+        default_factory=lambda: {"captions": 1, "short_captions": 1, "long_captions": 1, "phrases": 0.5}
     )
     """Sampling weight of each kind of caption. For each image, kinds without captions are ignored. The kind phrases
-    adds short phrases, such as "red hat". They come from the column phrases or, without such a column, from the English
-    captions. Default: no phrases."""
+    means short phrases, such as "red hat", which improve short queries. They come from the column phrases or, without
+    such a column, from the English captions."""
     batch_size: int = 128
     """Number of images per step and device."""
     micro_batch_size: int | None = None

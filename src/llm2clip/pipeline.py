@@ -9,7 +9,8 @@ work, so an interrupted run can be resumed by running the same command again. A 
       tune/                  encoder/ (the tuned caption encoder), metrics.jsonl, cra_*.json, checkpoints/
       store/                 the embedding of every caption
       align/                 metrics.jsonl, evaluations.jsonl, checkpoints/, best/, features-*/ (if the tower is frozen)
-      evaluate/              untrained.json and trained.json: retrieval metrics before and after `align`
+      evaluate/              untrained.json and trained.json: retrieval metrics before and after `align`;
+                             query_templates.json: templates for short queries, with retrieval metrics
       model/                 the trained model
       report.md, report.html
 """
@@ -19,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -38,15 +39,25 @@ from llm2clip.data.tuning_sources import read_tuning_sources
 from llm2clip.distributed import cached_json, command_line, print_once, process_state, wait_for_everyone
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
+from llm2clip.evaluate.query_templates import TemplateChoice, choose_query_templates
 from llm2clip.evaluate.reporting.fit_report import write_fit_report
-from llm2clip.evaluate.retrieval_eval import dual_encoder_from_store, evaluate_caption_fields, make_validator
+from llm2clip.evaluate.retrieval_eval import (
+    RetrievalRanks,
+    caption_field_metrics,
+    dual_encoder_from_store,
+    evaluate_caption_fields,
+    make_validator,
+    rank_caption_fields,
+)
 from llm2clip.io_utils import atomic_write_text
 from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.dual_encoder import from_llm2clip
 from llm2clip.models.export.model_card import render_model_card
 from llm2clip.models.inherited_clip import load_inherited_clip, model_in_clip_space
-from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
+from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig, save_query_templates
 from llm2clip.models.precision_calibration import load_for_encoding
 from llm2clip.models.pretrained_logits import read_pretrained_logits
+from llm2clip.models.prompts import LITERAL, QueryTemplates
 from llm2clip.models.vision_tower import VisionTower
 from llm2clip.run_config import save_or_check_config
 from llm2clip.store.encode import embed as embed_locally
@@ -91,7 +102,7 @@ def fit(sources: Sequence[str], run_dir: Path, config: FitConfig) -> Path:
     encoder = EncoderConfig(path=str(tune(pairs, run_dir / "tune", config.encoder, config.tune, held_out_captions)))
 
     print_once("2/4 embed: encoding every caption into the store")
-    train = add_phrases(data.train, config.align.samples_phrases) if config.align.uses_phrases else data.train
+    train = add_phrases(data.train) if config.align.uses_phrases else data.train
     train_texts = (text for record in train for text in training_texts(record, config.align))
     held_out_texts = (text for column in data.held_out.values() for record in column for text in record.texts)
     store = embed(chain(train_texts, held_out_texts), run_dir / "store", encoder, config.embed)
@@ -229,6 +240,9 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Evaluate image-text retrieval with a trained model on held-out images, using text embeddings from the store.
 
+    If the model has a caption encoder, also choose the prompt templates for short queries (see
+    `choose_query_templates`), and save them in the model's config and, with their results, in `query_templates.json`.
+
     Args:
         model_dir: Model folder.
         held_out: Records on which to evaluate, keyed by caption column.
@@ -240,9 +254,13 @@ def evaluate(
         One row of metrics per caption column (see `evaluate_caption_fields`).
     """
     model = LLM2CLIP.from_pretrained(model_dir)
-    rows: list[dict[str, Any]] = cached_json(
-        out / "trained.json", lambda: _evaluate_from_store(model, held_out, store, log)
-    )
+    embeddings = ModelEmbeddings(dual_encoder_from_store(model, store), log)
+    ranked = cache(lambda: rank_caption_fields(embeddings, held_out))
+    rows: list[dict[str, Any]] = cached_json(out / "trained.json", lambda: caption_field_metrics(embeddings, ranked()))
+    if model.has_encoder:
+        choice = cached_json(out / "query_templates.json", lambda: _choose_query_templates(model, ranked(), log))
+        if process_state().is_main_process:
+            save_query_templates(model_dir, QueryTemplates.from_dict(choice))
     return rows
 
 
@@ -325,6 +343,18 @@ def _evaluate_from_store(
     return evaluate_caption_fields(ModelEmbeddings(dual_encoder_from_store(model, store), log), held_out)
 
 
+def _choose_query_templates(model: LLM2CLIP, ranked: Mapping[str, RetrievalRanks], log: SkipLog) -> dict[str, Any]:
+    """Return the templates for short queries and their results (see `TemplateChoice`), and print what was chosen."""
+    embeddings = ModelEmbeddings(from_llm2clip(model, "llm2clip"), log)
+    try:
+        choice = choose_query_templates(embeddings, next(iter(ranked.values())))
+    except ValueError as error:
+        print_once(f"Short queries are encoded without templates: {error}")
+        return TemplateChoice(LITERAL, [], None).to_dict()
+    print_once(choice.summary())
+    return choice.to_dict()
+
+
 def _save_model(model: LLM2CLIP, folder: Path, encoder: EncoderConfig | None) -> None:
     """Save a model with its caption encoder.
 
@@ -343,13 +373,16 @@ def _write_report(run_dir: Path, model_dir: Path, trained: list[dict[str, Any]],
     """Write the report and the model card of a `fit` run, and print the report."""
     cra_files = (run_dir / "tune" / "cra_raw.json", run_dir / "tune" / "cra_tuned.json")
     cra = [json.loads(file.read_text()) for file in cra_files if file.exists()]
+    evaluations = run_dir / "evaluate"
+    templates_file = evaluations / "query_templates.json"
     report, page = write_fit_report(
         run_dir,
         command=command_line(),
         data=data_summary,
         cra=(cra[0], cra[1]) if len(cra) == 2 else None,
-        untrained=json.loads((run_dir / "evaluate" / "untrained.json").read_text()),
+        untrained=json.loads((evaluations / "untrained.json").read_text()),
         trained=trained,
+        query_templates=json.loads(templates_file.read_text()) if templates_file.exists() else None,
         curves={stage: read_metrics(run_dir / stage / "metrics.jsonl") for stage in ("tune", "align")},
     )
     atomic_write_text(model_dir / "README.md", render_model_card(model_dir, run_dir.resolve().name))

@@ -66,10 +66,10 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument(
         "--templates",
-        nargs="+",
+        nargs="*",
         type=str,
         help="With --short_queries: also average each query of up to three words with these prompt templates, such as "
-        "'a photo of a {}'.",
+        "'a photo of a {}'. Default: the templates that were saved with the model.",
     )
     parser.add_argument(
         "--proposals",
@@ -135,7 +135,7 @@ def _evaluate(args: Namespace) -> list[str]:
         out=Path(args.out) if args.out else None,
         config=args.evaluate,
         num_mistakes=args.mistakes,
-        templates=args.templates or [],
+        templates=args.templates,
         **select(
             args,
             "encoder",

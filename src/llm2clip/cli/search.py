@@ -19,6 +19,7 @@ from llm2clip.output_folder import check_output_folder
 
 if TYPE_CHECKING:
     from llm2clip.data.skip_log import SkipLog
+    from llm2clip.models.prompts import QueryTemplates
     from llm2clip.search.build import IndexReport
     from llm2clip.search.query_embedding import Query
 
@@ -68,10 +69,10 @@ def add(commands: Commands) -> None:
     )
     sub.add_argument(
         "--templates",
-        nargs="+",
+        nargs="*",
         type=str,
-        default=[],
-        help="Average texts of up to three words with these prompt templates, such as 'a photo of a {}'.",
+        help="Average texts of up to three words with these prompt templates, such as 'a photo of a {}'. Default: the "
+        "templates that were saved with the model. --templates without a value uses no templates.",
     )
     sub.add_argument("--top", type=PositiveInt, default=10, help="Maximum number of results.")
     sub.add_argument(
@@ -113,11 +114,11 @@ def add(commands: Commands) -> None:
     )
     sub.add_argument(
         "--templates",
-        nargs="+",
+        nargs="*",
         type=str,
-        default=[],
         help="Average texts of up to three words with these prompt templates, such as 'a photo of a {}'. Requests can "
-        "contain their own templates instead.",
+        "contain their own templates instead. Default: the templates that were saved with the model. --templates "
+        "without a value uses no templates.",
     )
     sub.add_argument(
         "--batch_size", type=PositiveInt, default=32, help="Maximum number of texts or images per forward pass."
@@ -217,7 +218,6 @@ def _search(args: Namespace) -> list[str]:
     from rich.console import Console
 
     from llm2clip.models.dual_encoder import open_dual_encoder
-    from llm2clip.models.prompts import check_templates
     from llm2clip.search.backends import open_backend
     from llm2clip.search.build import check_model
     from llm2clip.search.heatmap import require_dense_encoder
@@ -227,7 +227,7 @@ def _search(args: Namespace) -> list[str]:
 
     if args.heatmaps and not args.open and args.sheet is None:
         raise ValueError("--heatmaps requires an HTML page: add --open or --sheet FOLDER")
-    check_templates(args.templates, "--templates")
+    templates = _query_templates(args.templates)
     image_filter = Filter(
         path=canonical_path(args.path),
         caption=args.caption,
@@ -235,7 +235,7 @@ def _search(args: Namespace) -> list[str]:
         before=parse_time(args.before, end_of_day=True),
         min_side=args.min_side,
     )
-    query = Query(args.texts or [], args.images, args.negative, args.negative_images, args.templates)
+    query = Query(args.texts or [], args.images, args.negative, args.negative_images, templates)
     has_query = bool(query.texts or query.images or query.negative_texts or query.negative_images)
     if not has_query and (args.heatmaps or not image_filter):
         raise ValueError("pass a text or an image to search for, or a filter such as --after 2024-05-31")
@@ -266,6 +266,14 @@ def _search(args: Namespace) -> list[str]:
             f"they were indexed, or cannot be decoded: {', '.join(missing[:3])}"
         )
     return lines
+
+
+def _query_templates(templates: list[str] | None) -> QueryTemplates | None:
+    """Return the templates given by --templates, or None for those that were saved with the model."""
+    from llm2clip.models.prompts import QueryTemplates, check_templates
+
+    check_templates(templates or [], "--templates")
+    return None if templates is None else QueryTemplates(tuple(templates))
 
 
 def parse_time(text: str | None, end_of_day: bool = False) -> float | None:
@@ -311,7 +319,6 @@ def _serve(args: Namespace) -> list[str]:
 
     from llm2clip.distributed import print_once
     from llm2clip.models.dual_encoder import open_dual_encoder
-    from llm2clip.models.prompts import check_templates
     from llm2clip.search.backends import open_backend
 
     try:
@@ -319,7 +326,7 @@ def _serve(args: Namespace) -> list[str]:
         from llm2clip.search.server import LOOPBACK, create_app, serve
     except ModuleNotFoundError as error:
         raise ImportError(f"`llm2clip serve` needs `pip install 'llm2clip[search]'` ({error})") from error
-    check_templates(args.templates, "--templates")
+    templates = _query_templates(args.templates)
     backend = open_backend(args["index"]) if args["index"] else None
     model_name = args.model or (backend.metadata()["model"] if backend else None)
     if model_name is None:
@@ -335,7 +342,7 @@ def _serve(args: Namespace) -> list[str]:
         token=token,
         hosts=LOOPBACK if is_local else None,
         model_thread=model_thread,
-        templates=args.templates,
+        templates=templates,
     )
     host = f"[{args.host}]" if ":" in args.host else args.host  # IPv6
 

@@ -58,9 +58,10 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument(
         "--phrases",
-        action="store_true",
-        help="Also encode the phrases of DATA, for `align` with --align.inherit or phrases in --align.caption_mix. All "
-        "captions are then read into memory.",
+        type=bool,
+        default=True,
+        help="Also encode the short phrases of DATA, on which `align` trains by default. All captions are then read "
+        "into memory.",
     )
     add_reading_arguments(parser)
     parser.add_class_arguments(EncoderConfig, "encoder")
@@ -191,7 +192,7 @@ def _align(args: Namespace) -> list[str]:
             finetune_clip(add_phrases(train) if args.align.samples_phrases else train, args.align, out, log)
             return [f"Model: {model_dir}", f"Next: llm2clip evaluate {model_dir} DATA --baselines {args.align.tower}"]
         if args.align.uses_phrases:
-            train = drop_missing_phrases(add_phrases(train, args.align.samples_phrases), store)
+            train = drop_missing_phrases(add_phrases(train), store)
         model_dir = align(
             drop_refused_captions(train, store),
             store,

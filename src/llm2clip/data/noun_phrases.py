@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from llm2clip.data.records import Record
+from llm2clip.distributed import print_once
 
 MIN_IMAGES = 3  # a phrase or noun must occur in the captions of this many images; rarer ones are often wrong
 MAX_WORDS = 4  # maximum number of words of a phrase
@@ -51,33 +52,44 @@ VAGUE_NOUNS = words_of(
     "front top bottom side sides middle center centre left right end edge part parts kind type lot lots number group "
     "bunch couple pair pairs set image picture photo photograph view scene background foreground something someone"
 )
+# Function words that most English captions contain, and that are rare in other languages.
+ENGLISH_WORDS = words_of("the of with and is are")
 _BOUNDARIES = DETERMINERS | CONNECTIVES | FUNCTION_WORDS
 # A word, or a character that ends a run.
 _TOKEN = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|[^\w\s]|\d+")
 
 
-def add_phrases(records: Sequence[Record], required: bool = True) -> list[Record]:
-    """Return the records with phrases taken from their captions.
+def add_phrases(records: Sequence[Record]) -> list[Record]:
+    """Return the records with phrases taken from their captions, and print a line if no phrases are found.
 
-    If any record already has phrases, from a column of the data, the records are returned unchanged.
+    The records are returned unchanged if any record already has phrases, from a column of the data, or if the captions
+    are not in English.
 
     Args:
         records: Records with captions.
-        required: If True, raise an error if no phrases are found.
-
-    Raises:
-        ValueError: No phrase occurs in the captions of enough images.
     """
     if any(record.phrases for record in records):
         return list(records)
-    phrases = extract_phrases([record.texts for record in records])
-    if required and not any(phrases):
-        raise ValueError(
-            f"no phrase occurs in the captions of {MIN_IMAGES} or more images. Phrases are only found in English "
-            "captions. Add a column `phrases` to the data, or remove phrases from --align.caption_mix or, for "
-            "`llm2clip embed`, the flag --phrases"
+    captions = [record.texts for record in records]
+    phrases = extract_phrases(captions) if is_english([text for texts in captions for text in texts]) else []
+    if not any(phrases):
+        print_once(
+            "No short phrases are used: they are only found in English captions, if they occur in the captions of "
+            f"{MIN_IMAGES} or more images. Alternatively, add a column `phrases` to the data"
         )
+        return list(records)
     return [dataclasses.replace(record, phrases=own) for record, own in zip(records, phrases, strict=True)]
+
+
+def is_english(captions: Sequence[str]) -> bool:
+    """Return True if at least a third of the captions contain a frequent English function word.
+
+    The rules for phrases would find a few wrong phrases in other languages. Of at most 10,000 captions, evenly spaced,
+    those without at least four words are ignored.
+    """
+    sample = [caption.lower().split() for caption in captions[:: len(captions) // 10_000 + 1]]
+    sentences = [words for words in sample if len(words) >= 4]
+    return sum(not ENGLISH_WORDS.isdisjoint(words) for words in sentences) * 3 >= len(sentences) > 0
 
 
 def extract_phrases(captions: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:

@@ -17,6 +17,7 @@ from llm2clip.evaluate.precomputed import PRECOMPUTED_SUFFIX, PrecomputedEmbeddi
 from llm2clip.evaluate.ranks import check_finite
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.fingerprint import fingerprint
+from llm2clip.models.prompts import QueryTemplates
 from llm2clip.progress import ProgressBar
 from llm2clip.store.image_features import encode_image_batches, image_keys, store_image_features, store_text_embeddings
 
@@ -28,6 +29,8 @@ class EmbeddingSource(Protocol):
 
     log: SkipLog
     """Records images that cannot be decoded."""
+    query_templates: QueryTemplates
+    """Prompt templates for short search queries that were saved with the model. `encode_texts` does not apply them."""
 
     def encode_images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
         """Return embeddings of the decodable images, and the indices of these images in `refs`."""
@@ -76,6 +79,7 @@ class ModelEmbeddings:
             progress: If True, show progress bars.
         """
         self.model, self.log, self.progress = model, log, progress
+        self.query_templates = model.query_templates
         self.identity = model.identity() if cache_dir is not None else {}
         if model.precision != "fp32":
             self.identity["precision"] = model.precision

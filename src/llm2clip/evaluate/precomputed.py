@@ -19,6 +19,7 @@ from torch import Tensor
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.ranks import check_finite
+from llm2clip.models.prompts import LITERAL
 
 PRECOMPUTED_SUFFIX = ".npz"
 ARRAYS = ("images", "image_names", "texts", "captions")
@@ -42,6 +43,7 @@ class PrecomputedEmbeddings:
                 name is repeated, or a caption has two different embeddings.
         """
         self.file, self.log = file, log
+        self.query_templates = LITERAL
         images, names, texts, captions = self._read_arrays()
         for name, embeddings, keys in (("images", images, names), ("texts", texts, captions)):
             if embeddings.ndim != 2 or keys.ndim != 1 or len(embeddings) != len(keys):

@@ -41,7 +41,7 @@ from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
 from llm2clip.models.precision import default_encoding_precision
 from llm2clip.models.precision_calibration import load_for_encoding
 from llm2clip.models.pretrained import resolve_pretrained
-from llm2clip.models.prompts import check_templates
+from llm2clip.models.prompts import QueryTemplates, check_templates
 from llm2clip.run_config import to_plain_types
 
 
@@ -70,7 +70,7 @@ def evaluate_models(
     linear_probe: bool = False,
     dense_variants: Sequence[str] = ("plain",),
     short_queries: bool = False,
-    templates: Sequence[str] = (),
+    templates: Sequence[str] | None = None,
     proposals: str | None = None,
     crop_proposals: bool = False,
     trust_remote_code: bool = False,
@@ -87,7 +87,7 @@ def evaluate_models(
 
     Each row of a retrieval result of a baseline also contains "difference". See `retrieval_difference`. With
     `short_queries`, each row of a retrieval result also contains "short queries" and, if there are templates, "short
-    queries with templates". These are lists of `LengthScores.metrics` dicts.
+    queries with templates" and "query templates". The first two are lists of `LengthScores.metrics` dicts.
 
     Args:
         models: Model to evaluate, followed by the baselines. Each is either a model accepted by `open_dual_encoder` or
@@ -109,6 +109,7 @@ def evaluate_models(
             short_queries: If True, also evaluate retrieval by query length for images with captions. See
             `score_short_queries`.
         templates: Prompt templates to use for an additional evaluation of short queries. Requires `short_queries`.
+            Default: the templates that were saved with each model.
         proposals: For detection benchmarks, the source of the boxes. See `open_proposals`.
         crop_proposals: If True, also classify each box by its crop in detection benchmarks.
         trust_remote_code: If True, run the Python code that comes with a model. Jina-CLIP requires this setting.
@@ -213,7 +214,7 @@ class BenchmarkRunner:
         linear_probe: bool,
         dense_variants: Sequence[str],
         short_queries: bool,
-        templates: Sequence[str],
+        templates: Sequence[str] | None,
         proposals: str | None,
         crop_proposals: bool,
     ) -> None:
@@ -235,7 +236,8 @@ class BenchmarkRunner:
         self._out = out
         self._linear_probe = linear_probe
         self._dense_variants = dense_variants
-        self._short_queries, self._templates = short_queries, templates
+        self._short_queries = short_queries
+        self._templates = None if templates is None else QueryTemplates(tuple(templates))
         self._proposals, self._crop_proposals = proposals, crop_proposals
         self._logs = []
         for n, (benchmark, _) in enumerate(benchmarks):
@@ -326,10 +328,11 @@ class BenchmarkRunner:
 
         If the model has no embeddings for the queries, the error is recorded in `failures`.
         """
+        templates = embeddings.query_templates if self._templates is None else self._templates
         for row in model_result.summary["rows"]:
             field = row["captions"]
             try:
-                scores = score_short_queries(embeddings, ranked[field], self._templates)
+                scores = score_short_queries(embeddings, ranked[field], templates)
             except ValueError as error:
                 benchmark = model_result.summary["benchmark"]
                 self.failures.append(f"Skipped short queries of {model_result.model} on {benchmark}, {field}: {error}")
@@ -338,6 +341,7 @@ class BenchmarkRunner:
             row["short queries"] = [length.metrics() for length in scores.plain]
             if scores.with_templates is not None:
                 row["short queries with templates"] = [length.metrics() for length in scores.with_templates]
+                row["query templates"] = dataclasses.asdict(templates)
 
     def summaries(self) -> list[dict[str, Any]]:
         """Return the entries for "results" in results.json."""
@@ -402,13 +406,13 @@ def _check_dense_variants(variants: Sequence[str]) -> None:
             raise ValueError(f"no dense variant {variant!r}; choose from {', '.join(DENSE_VARIANTS)}")
 
 
-def _check_short_query_arguments(short_queries: bool, templates: Sequence[str], has_data: bool) -> None:
+def _check_short_query_arguments(short_queries: bool, templates: Sequence[str] | None, has_data: bool) -> None:
     """Raise ValueError if the options for short queries have no effect, or a template has no placeholder."""
     if short_queries and not has_data:
         raise ValueError("--short_queries needs images with captions: pass data or --benchmarks")
-    if templates and not short_queries:
+    if templates is not None and not short_queries:
         raise ValueError("--templates applies to short queries: add --short_queries")
-    check_templates(templates, "--templates")
+    check_templates(templates or (), "--templates")
 
 
 def _user_benchmark(data: Sequence[str], config: EvaluateConfig, columns: dict[str, str], log: SkipLog) -> Benchmark:

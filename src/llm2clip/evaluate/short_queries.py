@@ -27,7 +27,7 @@ from llm2clip.evaluate.ranks import all_positive_ranks
 from llm2clip.evaluate.recall import bootstrap
 from llm2clip.evaluate.reporting.error_analysis import caption_lengths
 from llm2clip.evaluate.retrieval_eval import RetrievalRanks
-from llm2clip.models.prompts import average_prompts, query_prompts
+from llm2clip.models.prompts import LITERAL, QueryTemplates, average_prompts, query_prompts
 
 PHRASE_LENGTHS = (1, 2, 3)  # words
 CAPTION_LENGTHS = {"4–7": range(4, 8), "8+": range(8, 1 << 30)}  # words
@@ -87,15 +87,15 @@ class ShortQueryResult:
 
 
 def score_short_queries(
-    embeddings: EmbeddingSource, ranks: RetrievalRanks, templates: Sequence[str] = ()
+    embeddings: EmbeddingSource, ranks: RetrievalRanks, templates: QueryTemplates = LITERAL
 ) -> ShortQueryResult:
     """Compute the retrieval metrics for each query length.
 
     Args:
         embeddings: Source of text embeddings.
         ranks: Images, captions and image embeddings of one caption field.
-        templates: Prompt templates. If not empty, queries of up to three words are also evaluated with templates: the
-            embeddings of the query and of the filled templates are averaged (see `query_prompts`).
+        templates: Prompt templates. If there are any, short queries are also evaluated with them: the embeddings of the
+            query and of the filled templates are averaged (see `query_prompts`).
 
     Raises:
         ValueError: If the source has no embedding for a query, or no queries can be built from the captions.
@@ -109,18 +109,26 @@ def score_short_queries(
             "and of at most a third of the images"
         )
 
-    def score(templates: Sequence[str]) -> list[LengthScores]:
+    def score(templates: QueryTemplates) -> list[LengthScores]:
         results = []
         for words, length_queries in queries.items():
             prompts, counts = query_prompts([query.text for query in length_queries], templates)
             vectors = average_prompts(embeddings.encode_texts(prompts), counts)
-            results.append(_score_length(words, length_queries, vectors, ranks.images))
+            results.append(score_queries(words, length_queries, vectors, ranks.images))
         return results
 
-    return ShortQueryResult(plain=score(()), with_templates=score(templates) if templates else None)
+    return ShortQueryResult(plain=score(LITERAL), with_templates=score(templates) if templates.templates else None)
 
 
-def _score_length(words: str, queries: Sequence[Query], vectors: Tensor, images: Tensor) -> LengthScores:
+def score_queries(words: str, queries: Sequence[Query], vectors: Tensor, images: Tensor) -> LengthScores:
+    """Compute the retrieval metrics of queries of one length.
+
+    Args:
+        words: Number of words in the queries, such as "2" or "4–7".
+        queries: The Q queries.
+        vectors: Embeddings of the queries, float32 (Q, D), L2-normalised.
+        images: Embeddings of the images, float32 (I, D), L2-normalised.
+    """
     relevant = [query.relevant for query in queries]
     scores = [ranking_scores(query_ranks) for query_ranks in all_positive_ranks(vectors, images, relevant)]
     num_relevant = [len(indices) for indices in relevant]

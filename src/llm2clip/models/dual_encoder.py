@@ -34,6 +34,7 @@ from llm2clip.models.fingerprint import hash_weights
 from llm2clip.models.llm2clip import LLM2CLIP, MAX_LOGIT_SCALE, is_model_folder
 from llm2clip.models.loading import WITHOUT_HUB_CODE, hide_loading_bars
 from llm2clip.models.precision import default_encoding_precision, resolve_device_precision
+from llm2clip.models.prompts import LITERAL, QueryTemplates
 from llm2clip.models.remote_code import explain_remote_code_error
 from llm2clip.models.vision_tower import VisionTower
 
@@ -60,6 +61,8 @@ class DualEncoder:
         precision: precision in which the model runs.
         dense: dense encoder, which encodes the cells of an image, or None if this type of model does not support it.
         logit_scale: function that returns the learned factor for the cosine similarities, or None if there is none.
+        query_templates: prompt templates for short search queries that were saved with the model. `encode_texts` does
+            not apply them.
     """
 
     name: str
@@ -72,6 +75,7 @@ class DualEncoder:
     precision: str = "fp32"
     dense: DenseEncoder | None = None
     logit_scale: Callable[[], float | None] = lambda: None
+    query_templates: QueryTemplates = LITERAL
 
     @torch.inference_mode()
     @onednn_matmul()
@@ -154,6 +158,7 @@ def from_llm2clip(model: LLM2CLIP, name: str, precision: str | None = None) -> D
         precision=device_precision,
         dense=_dense_encoder(model.tower, model.projection, bf16_images),
         logit_scale=lambda: min(float(model.logit_scale.detach().exp()), MAX_LOGIT_SCALE),
+        query_templates=model.config.query_templates,
     )
 
 

@@ -24,7 +24,7 @@ from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.images import load_image
 from llm2clip.data.training_images import TRAINING_IMAGES_FILE, load_training_images, save_training_images
 from llm2clip.data.transforms import EvalTransform
-from llm2clip.io_utils import atomic_dir
+from llm2clip.io_utils import atomic_dir, atomic_write_text
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.convert.checkpoint_io import read_safetensors
 from llm2clip.models.dense import build_dense_encoder
@@ -33,7 +33,7 @@ from llm2clip.models.fingerprint import fingerprint
 from llm2clip.models.heads import Adapter
 from llm2clip.models.precision import resolve_device_precision
 from llm2clip.models.precision_calibration import fastest_precision
-from llm2clip.models.prompts import average_prompts, check_templates, fill_templates
+from llm2clip.models.prompts import LITERAL, QueryTemplates, average_prompts, check_templates, fill_templates
 from llm2clip.models.regions import check_boxes, check_masks, encode_boxes, encode_masks
 from llm2clip.models.sliding_window import ResizeForWindows, encode_windows, segment
 from llm2clip.models.vision_tower import VisionTower
@@ -71,6 +71,8 @@ class LLM2CLIPConfig:
             code for OpenAI's CLIP.
         logit_bias: if True, add a learned bias to the logits, for the sigmoid loss.
         encoder: `CaptionEncoder.identity()` of the encoder with which the adapter was trained. Empty if unknown.
+        query_templates: prompt templates with which search and evaluation encode short queries. `encode_text` does not
+            apply them.
     """
 
     tower: dict[str, Any]
@@ -83,6 +85,7 @@ class LLM2CLIPConfig:
     projection_bias: bool = False
     logit_bias: bool = False
     encoder: dict[str, Any] = field(default_factory=dict)
+    query_templates: QueryTemplates = LITERAL
 
     @classmethod
     def from_config(
@@ -124,6 +127,8 @@ class LLM2CLIPConfig:
         values = {_RENAMED_FIELDS.get(name, name): value for name, value in values.items()}
         if isinstance(values.get("projection"), str):  # version 0.1 stored the type of projection
             values["projection"] = True
+        if "query_templates" in values:
+            values["query_templates"] = QueryTemplates.from_dict(values["query_templates"])
         return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
 
     def identity_fields(self) -> dict[str, Any]:
@@ -133,6 +138,7 @@ class LLM2CLIPConfig:
         """
         old_names = {new: old for old, new in _RENAMED_FIELDS.items()}
         fields = {old_names.get(name, name): value for name, value in dataclasses.asdict(self).items()}
+        del fields["query_templates"]  # does not affect embeddings
         heads = _SUPPORTED_HEADS if self.projection else {**_SUPPORTED_HEADS, "projection": "none"}
         return fields | heads
 
@@ -630,6 +636,14 @@ def _build_projection(config: LLM2CLIPConfig, feature_dim: int) -> nn.Module:
             "image projection, the sizes must be equal"
         )
     return nn.Identity()
+
+
+def save_query_templates(folder: Path, templates: QueryTemplates) -> None:
+    """Replace the query templates in the config of a saved model."""
+    file = folder / "config.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values["query_templates"] = dataclasses.asdict(templates)
+    atomic_write_text(file, json.dumps(values, indent=1))
 
 
 def is_model_folder(path: str | Path) -> bool:

@@ -8,14 +8,53 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 PLACEHOLDER = "{}"
-# In search, templates are applied to queries of at most this length.
+# Longer queries are never inserted into templates.
 MAX_TEMPLATE_WORDS, MAX_TEMPLATE_CHARACTERS = 3, 50
+
+
+@dataclass(frozen=True)
+class QueryTemplates:
+    """Prompt templates for short queries. Longer queries are encoded as they are.
+
+    Attributes:
+        templates: Prompt templates, such as "a photo of a {}". If empty, all queries are encoded as they are.
+        max_words: Maximum number of words of a short query, at most `MAX_TEMPLATE_WORDS`.
+    """
+
+    templates: tuple[str, ...] = ()
+    max_words: int = MAX_TEMPLATE_WORDS
+
+    def __post_init__(self) -> None:
+        """Raise ValueError if a template has no placeholder or `max_words` is out of range."""
+        check_templates(self.templates)
+        if not 1 <= self.max_words <= MAX_TEMPLATE_WORDS:
+            raise ValueError(f"max_words must be between 1 and {MAX_TEMPLATE_WORDS} (got {self.max_words})")
+
+    @classmethod
+    def from_dict(cls, values: Any) -> QueryTemplates:
+        """Create templates from a dict with the keys "templates" and "max_words".
+
+        Raises:
+            ValueError: A value is missing or invalid.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"query templates must be a dict (got {values!r})")
+        templates, max_words = values.get("templates"), values.get("max_words")
+        is_list = isinstance(templates, list) and all(isinstance(template, str) for template in templates)
+        if not is_list or not isinstance(max_words, int):
+            raise ValueError(f"query templates must have a list of templates and an integer max_words (got {values})")
+        return cls(tuple(templates), max_words)
+
+
+LITERAL = QueryTemplates()  # encodes all queries as they are
 
 
 def check_templates(templates: Sequence[str], name: str = "templates") -> None:
@@ -56,18 +95,18 @@ def average_prompts(prompts: Tensor, counts: Sequence[int]) -> Tensor:
     return F.normalize(sums, dim=-1)
 
 
-def is_short_text(text: str) -> bool:
-    """Return True if a text has at most `MAX_TEMPLATE_WORDS` words and `MAX_TEMPLATE_CHARACTERS` characters.
+def is_short_text(text: str, max_words: int = MAX_TEMPLATE_WORDS) -> bool:
+    """Return True if a text has at most `max_words` words and `MAX_TEMPLATE_CHARACTERS` characters.
 
     Words are separated by whitespace. In Chinese, Japanese and Korean text, two characters count as one word.
     """
     if len(text) > MAX_TEMPLATE_CHARACTERS:
         return False
     wide_characters = sum(unicodedata.east_asian_width(character) == "W" for character in text)
-    return len(text.split()) <= MAX_TEMPLATE_WORDS and wide_characters <= 2 * MAX_TEMPLATE_WORDS
+    return len(text.split()) <= max_words and wide_characters <= 2 * max_words
 
 
-def query_prompts(texts: Sequence[str], templates: Sequence[str]) -> tuple[list[str], list[int]]:
+def query_prompts(texts: Sequence[str], templates: QueryTemplates) -> tuple[list[str], list[int]]:
     """Return the prompts of search queries.
 
     The prompts of a short query are the query itself and the filled templates. Any other query is its own only prompt.
@@ -75,5 +114,8 @@ def query_prompts(texts: Sequence[str], templates: Sequence[str]) -> tuple[list[
     Returns:
         All prompts, and the number of prompts for each query. See `average_prompts`.
     """
-    groups = [[text, *fill_templates([text], templates)] if is_short_text(text) else [text] for text in texts]
+    groups = []
+    for text in texts:
+        is_short = is_short_text(text, templates.max_words)
+        groups.append([text, *fill_templates([text], templates.templates)] if is_short else [text])
     return [prompt for group in groups for prompt in group], [len(group) for group in groups]

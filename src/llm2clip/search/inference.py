@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llm2clip.data.images import ImageError
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.models.prompts import average_prompts, query_prompts
+from llm2clip.models.prompts import LITERAL, QueryTemplates, average_prompts, query_prompts
 from llm2clip.search.backends import Backend
 from llm2clip.search.batching import Batcher, QueueFull
 from llm2clip.search.clients import FairThreadPool
@@ -50,7 +50,7 @@ class InferenceService:
         backend: Backend | None,
         limits: Limits,
         model_thread: ThreadPoolExecutor | None = None,
-        templates: Sequence[str] = (),
+        templates: QueryTemplates = LITERAL,
     ) -> None:
         """
         Args:
@@ -238,7 +238,7 @@ class InferenceService:
 
     async def _embed_query(self, request: QueryRequest) -> np.ndarray:
         """Return the query vector of a request, float32 (D,)."""
-        templates = self.templates if request.templates is None else request.templates
+        templates = self.templates if request.templates is None else QueryTemplates(tuple(request.templates))
         positive = await self._hit_vectors(request.like)
         positive += await self._embed(request.texts, request.images, "images", templates)
         negative = await self._hit_vectors(request.negative_like)
@@ -255,7 +255,7 @@ class InferenceService:
         return vectors
 
     async def _embed(
-        self, texts: Sequence[str], uris: Sequence[str], uri_field: str, templates: Sequence[str]
+        self, texts: Sequence[str], uris: Sequence[str], uri_field: str, templates: QueryTemplates
     ) -> list[np.ndarray]:
         prompts, counts = query_prompts(texts, templates)
         prompt_vectors = await self.embed_texts(prompts)

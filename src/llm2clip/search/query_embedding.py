@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llm2clip.data.images import load_image
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.models.prompts import average_prompts, check_templates, query_prompts
+from llm2clip.models.prompts import QueryTemplates, average_prompts, query_prompts
 
 NEGATIVE_WEIGHT = 0.5  # with a weight of 1, results would hardly be related to the positives
 
@@ -22,27 +22,27 @@ class Query:
     """A search query with positive and negative texts and images.
 
     Results should resemble the positive texts and images, but not the negative ones. Images can have any type that
-    `data.images.load_image` accepts. `templates` are prompt templates that form an ensemble with texts of up to three
-    words (see `models.prompts.query_prompts`).
+    `data.images.load_image` accepts. `templates` are prompt templates that form an ensemble with short texts (see
+    `models.prompts.query_prompts`). Default: the model's own templates.
     """
 
     texts: Sequence[str] = ()
     images: Sequence[Any] = ()
     negative_texts: Sequence[str] = ()
     negative_images: Sequence[Any] = ()
-    templates: Sequence[str] = ()
+    templates: QueryTemplates | None = None
 
 
 def embed_query(model: DualEncoder, query: Query) -> np.ndarray:
     """Return the embedding of a query, float32 (D,), L2-normalised. See `combine` for the formula.
 
     Raises:
-        ValueError: The query contains no text or image, or a template has no placeholder.
+        ValueError: The query contains no text or image.
         ImageError: An image cannot be read.
     """
-    check_templates(query.templates)
-    positive = _embed(model, query.texts, query.images, query.templates)
-    negative = _embed(model, query.negative_texts, query.negative_images, query.templates)
+    templates = model.query_templates if query.templates is None else query.templates
+    positive = _embed(model, query.texts, query.images, templates)
+    negative = _embed(model, query.negative_texts, query.negative_images, templates)
     return combine(positive, negative)
 
 
@@ -82,7 +82,7 @@ def combine(positive: Sequence[np.ndarray], negative: Sequence[np.ndarray] = ())
 
 
 def _embed(
-    model: DualEncoder, texts: Sequence[str], images: Sequence[Any], templates: Sequence[str]
+    model: DualEncoder, texts: Sequence[str], images: Sequence[Any], templates: QueryTemplates
 ) -> list[np.ndarray]:
     vectors = []
     if texts:

@@ -162,7 +162,8 @@ class QueryRequest(_StrictModel):
         default=None,
         max_length=MAX_TEMPLATES,
         description="prompt templates, such as 'a photo of a {}', with which texts of up to three words are averaged; "
-        "by default, the templates that the server was started with",
+        "by default, those that the server was started with or that were saved with the model; with an empty list, "
+        "all texts are encoded as they are",
     )
 
     def has_query(self) -> bool:

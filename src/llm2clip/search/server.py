@@ -22,7 +22,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from llm2clip import __version__
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.models.prompts import check_templates
+from llm2clip.models.prompts import QueryTemplates
 from llm2clip.search.auth import Authenticator
 from llm2clip.search.backends import Backend
 from llm2clip.search.build import check_model
@@ -60,7 +60,7 @@ def create_app(
     token: str | None = None,
     hosts: Sequence[str] | None = LOOPBACK,
     model_thread: ThreadPoolExecutor | None = None,
-    templates: Sequence[str] = (),
+    templates: QueryTemplates | None = None,
 ) -> FastAPI:
     """Create the web application.
 
@@ -74,19 +74,19 @@ def create_app(
         hosts: Host names that are allowed in the Host header. If None, all host names are allowed. This check prevents
             DNS rebinding attacks, in which a website makes its own host name resolve to the address of this machine.
         model_thread: Single-threaded executor in which the model was loaded. See `InferenceService`.
-        templates: Prompt templates that form an ensemble with texts of up to three words in searches. Requests can
-            contain their own templates instead.
+        templates: Prompt templates that form an ensemble with short texts in searches. Requests can contain their own
+            templates instead. Default: the templates that were saved with the model.
 
     Raises:
         ValueError: The index was built with a different model, the token is empty or contains characters other than
-            printable ASCII characters, or a template is invalid.
+            printable ASCII characters, or there are too many templates.
     """
     auth = Authenticator(token) if token is not None else None
     if backend is not None:
         check_model(backend.metadata(), model)
-    check_templates(templates)
-    if len(templates) > MAX_TEMPLATES:
-        raise ValueError(f"too many templates: {len(templates)}; the limit is {MAX_TEMPLATES}")
+    templates = model.query_templates if templates is None else templates
+    if len(templates.templates) > MAX_TEMPLATES:
+        raise ValueError(f"too many templates: {len(templates.templates)}; the limit is {MAX_TEMPLATES}")
     service = InferenceService(model, backend, limits or Limits(), model_thread, templates)
 
     @asynccontextmanager

@@ -19,6 +19,7 @@ import numpy as np
 
 from llm2clip.data.columns import TEXT_FIELDS
 from llm2clip.data.records import Record
+from llm2clip.distributed import print_once
 from llm2clip.io_utils import read_jsonl
 from llm2clip.progress import ProgressBar
 from llm2clip.store.key_index import KeyIndex, build_key_index
@@ -197,17 +198,16 @@ def drop_refused_captions(records: Sequence[Record], store: EmbeddingStore) -> l
 
 
 def drop_missing_phrases(records: Sequence[Record], store: EmbeddingStore) -> list[Record]:
-    """Remove phrases without an embedding. For example, the data used for the store may contain them in too few images.
+    """Remove phrases without an embedding, and print a line if the store has no embedding of any phrase.
 
-    Raises:
-        StoreError: The store has no embedding of any phrase.
+    For example, the data used for the store may contain a phrase in too few images.
     """
     phrases = sorted({phrase for record in records for phrase in record.phrases})
     is_stored = store.find(caption_keys(phrases)) >= 0
     if phrases and not is_stored.any():
-        raise StoreError(
-            f"{store.folder} has no embeddings for phrases, which --align.caption_mix or --align.inherit use. Run "
-            "`llm2clip embed` with --phrases"
+        print_once(
+            f"No short phrases are used: {store.folder} has no embeddings of them. To add them, run `llm2clip embed` "
+            "with --phrases true"
         )
     missing = {phrase for phrase, stored in zip(phrases, is_stored, strict=True) if not stored}
     if not missing:

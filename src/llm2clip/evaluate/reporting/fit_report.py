@@ -19,6 +19,7 @@ def write_fit_report(
     cra: tuple[dict[str, Any], dict[str, Any]] | None,
     untrained: Sequence[dict[str, Any]],
     trained: Sequence[dict[str, Any]],
+    query_templates: dict[str, Any] | None,
     curves: dict[str, list[dict[str, Any]]],
 ) -> tuple[Path, Path]:
     """Write `folder/report.md` and `folder/report.html`, and return their paths.
@@ -29,6 +30,7 @@ def write_fit_report(
         data: One-line description of the training and held-out data.
         cra: Results of `caption_retrieval_accuracy` before and after the `tune` stage, or None if CRA was not measured.
         untrained, trained: Results of `evaluate_caption_fields` before and after the `align` stage.
+        query_templates: `TemplateChoice.to_dict()`, or None if there is no caption encoder.
         curves: Rows of metrics.jsonl for each stage, keyed by stage name.
     """
     blocks: list[Block] = [
@@ -43,6 +45,7 @@ def write_fit_report(
             "retrieves its image. A tie with a wrong answer counts as a miss."
         ),
         retrieval_table(untrained, trained),
+        *(_short_query_blocks(query_templates) if query_templates and query_templates["short queries"] else []),
         Heading("Training"),
         *(plot_loss(stage, rows) for stage, rows in curves.items() if rows),
         Heading("How to use the model"),
@@ -75,6 +78,33 @@ def retrieval_table(untrained: Sequence[dict[str, Any]], trained: Sequence[dict[
         rows.append(["", "trained", *(after[direction][metric] for direction, metric in columns)])
     header = ["captions", "model", *(f"{direction} {metric}" for direction, metric in columns)]
     return Table(header, rows, highlight=frozenset(range(2, len(rows), 3)))
+
+
+def _short_query_blocks(choice: dict[str, Any]) -> list[Block]:
+    """Return a section on queries of one to three words, encoded as they are and with the model's templates."""
+    literal, with_templates = choice["short queries"], choice["short queries with templates"]
+    header = ["", *(f"{row['words']} {'word' if row['words'] == '1' else 'words'}: mAP" for row in literal)]
+    rows = [["chance", *(row["mAP chance"] for row in literal)], ["query as it is", *map(_map_cell, literal)]]
+    text = (
+        "Queries are words and short phrases from the held-out captions. Every image with a caption that mentions the "
+        "query is a correct answer. "
+    )
+    if with_templates:
+        rows.append(["with templates", *map(_map_cell, with_templates)])
+        templates = ", ".join(map(repr, choice["templates"]))
+        limit = "one word" if choice["max_words"] == 1 else f"up to {choice['max_words']} words"
+        text += (
+            f"In searches, queries of {limit} are averaged with the templates {templates}. The templates were chosen on "
+            "these images, so the values with templates are slightly too high."
+        )
+    else:
+        text += "No templates improve these queries, so searches do not use any."
+    return [Heading("Short queries"), Paragraph(text), Table(header, rows, frozenset([len(rows) - 1]))]
+
+
+def _map_cell(metrics: dict[str, Any]) -> str:
+    low, high = metrics["mAP interval"]
+    return f"{metrics['mAP']:.1f} ({low:.1f} to {high:.1f})"
 
 
 def plot_loss(stage: str, rows: Sequence[dict[str, Any]]) -> Plot:

@@ -1,0 +1,132 @@
+"""Choice of the prompt templates with which a model encodes short search queries.
+
+Templates such as "a photo of {}" help a model that was trained on whole captions, but not every model: one that was
+trained on short phrases or that inherited CLIP's embedding space may not need them. `fit` therefore compares the
+candidates on its held-out images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llm2clip.evaluate.embeddings import EmbeddingSource
+from llm2clip.evaluate.retrieval_eval import RetrievalRanks
+from llm2clip.evaluate.short_queries import (
+    PHRASE_LENGTHS,
+    LengthScores,
+    Query,
+    build_queries,
+    mean_intervals,
+    score_queries,
+)
+from llm2clip.models.prompts import LITERAL, QueryTemplates, average_prompts, query_prompts
+
+MAX_QUERIES = 300  # per query length
+# One template, and four templates with different wordings.
+CANDIDATES = (
+    ("a photo of {}",),
+    ("a photo of {}", "a photo of a {}.", "a picture of {}", "there is {}"),
+)
+
+
+@dataclass(frozen=True)
+class TemplateChoice:
+    """The chosen templates, and the results for each query length without and with them.
+
+    `with_templates` is None if no templates were chosen.
+    """
+
+    templates: QueryTemplates
+    literal: list[LengthScores]
+    with_templates: list[LengthScores] | None
+
+    def summary(self) -> str:
+        """Return a line that says which templates were chosen, and how much they help."""
+        if self.with_templates is None:
+            return "Short queries are encoded as they are: no templates improve them on the held-out images"
+        gains = []
+        for before, after in zip(self.literal, self.with_templates, strict=True):
+            if int(before.words) <= self.templates.max_words:
+                literal_map, template_map = (100 * float(length.scores[:, 0].mean()) for length in (before, after))
+                gains.append(f"{literal_map:.1f} to {template_map:.1f} for {before.words}-word queries")
+        templates = ", ".join(map(repr, self.templates.templates))
+        return f"Templates for short queries: {templates}. They increase mAP from {', from '.join(gains)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the choice as a JSON-compatible dict. See `LengthScores.metrics` for the results."""
+        with_templates = self.with_templates
+        return {
+            "templates": list(self.templates.templates),
+            "max_words": self.templates.max_words,
+            "short queries": [length.metrics() for length in self.literal],
+            "short queries with templates": with_templates and [length.metrics() for length in with_templates],
+        }
+
+
+def choose_query_templates(embeddings: EmbeddingSource, ranks: RetrievalRanks) -> TemplateChoice:
+    """Choose templates, and up to how many words a query may have to be inserted into them.
+
+    A candidate is applied to queries of one word up to n words, where n is the largest number for which the candidate
+    increases the mAP of each of these lengths, with a 95% bootstrap interval of the gain above 0. The candidate with
+    the largest sum of gains over these lengths is chosen. If no candidate increases the mAP of single words, no
+    templates are chosen. With I images and Q queries per length, time grows with Q * I, and memory with Q + I.
+
+    Args:
+        embeddings: Source of text embeddings.
+        ranks: Images, captions and image embeddings of one caption field.
+
+    Raises:
+        ValueError: If no short queries can be built from the captions (see `build_queries`).
+    """
+    all_queries = build_queries([record.captions for record in ranks.records], MAX_QUERIES)
+    queries = {words: all_queries[str(words)] for words in PHRASE_LENGTHS if str(words) in all_queries}
+    if not queries:
+        raise ValueError("no word or short phrase occurs in the captions of three or more held-out images")
+    candidates = [LITERAL, *(QueryTemplates(templates) for templates in CANDIDATES)]
+    literal, *results = _score_candidates(embeddings, ranks, queries, candidates)
+    best, best_scores, best_gain = LITERAL, None, 0.0
+    for candidate, scores in zip(candidates[1:], results, strict=True):
+        max_words, gain = _measure_gain(literal, scores)
+        if gain > best_gain:
+            best, best_gain = QueryTemplates(candidate.templates, max_words), gain
+            best_scores = scores[:max_words] + literal[max_words:]  # longer queries are not inserted into templates
+    return TemplateChoice(best, literal, best_scores)
+
+
+def _score_candidates(
+    embeddings: EmbeddingSource,
+    ranks: RetrievalRanks,
+    queries: Mapping[int, Sequence[Query]],
+    candidates: Sequence[QueryTemplates],
+) -> list[list[LengthScores]]:
+    """Return the results of each candidate for each query length. Each prompt is encoded once."""
+    texts = [query.text for length_queries in queries.values() for query in length_queries]
+    prompts = list(dict.fromkeys(prompt for templates in candidates for prompt in query_prompts(texts, templates)[0]))
+    row_of_prompt = {prompt: row for row, prompt in enumerate(prompts)}
+    prompt_vectors = embeddings.encode_texts(prompts)
+    results = []
+    for templates in candidates:
+        scores = []
+        for words, length_queries in queries.items():
+            own_prompts, counts = query_prompts([query.text for query in length_queries], templates)
+            vectors = average_prompts(prompt_vectors[[row_of_prompt[prompt] for prompt in own_prompts]], counts)
+            scores.append(score_queries(str(words), length_queries, vectors, ranks.images))
+        results.append(scores)
+    return results
+
+
+def _measure_gain(literal: Sequence[LengthScores], scores: Sequence[LengthScores]) -> tuple[int, float]:
+    """Return the maximum number of words for which templates help, and the sum of the gains in mAP up to it.
+
+    Both are 0 if templates do not help with single words.
+    """
+    max_words, gain = 0, 0.0
+    for words, before, after in zip(PHRASE_LENGTHS, literal, scores, strict=False):
+        differences = after.scores - before.scores
+        lowest_gain = float(mean_intervals(differences)[0, 0])
+        if before.words != str(words) or lowest_gain <= 0:
+            break
+        max_words, gain = words, gain + float(differences[:, 0].mean())
+    return max_words, gain
