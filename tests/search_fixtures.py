@@ -9,7 +9,7 @@ import dataclasses
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.dense import DenseEncoder
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
+from llm2clip.models.prompts import QueryTemplates
 from llm2clip.models.vision_tower import VisionTower
 from llm2clip.search.backends import Backend
 from llm2clip.search.build import IndexReport, build_index
@@ -93,7 +94,7 @@ def search_names(backend: Backend, image_filter: Filter | None = None, count: in
 
 
 def create_patient_app(
-    model: DualEncoder, backend: Backend | None = None, templates: Sequence[str] = (), **limits: Any
+    model: DualEncoder, backend: Backend | None = None, templates: QueryTemplates | None = None, **limits: Any
 ) -> Any:
     """Create the web application with a request timeout that no test reaches, however slow the machine is."""
     from llm2clip.search.schemas import Limits

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.models.prompts import LITERAL, QueryTemplates
 from llm2clip.search.query_embedding import NEGATIVE_WEIGHT, Query, combine, embed_query
 
 
@@ -24,7 +27,7 @@ def test_embed_query_averages_positives_and_subtracts_negatives(dual_encoder: Du
 
 def test_embed_query_averages_short_texts_with_templates(dual_encoder: DualEncoder) -> None:
     """Only texts of up to three words are averaged, and the text itself counts like a template."""
-    templates, long = ["a photo of a {}", "{} on grey"], "a red one on grey"
+    templates, long = QueryTemplates(("a photo of a {}", "{} on grey")), "a red one on grey"
     prompts = dual_encoder.encode_texts(["red", "a photo of a red", "red on grey"]).double()
     short = F.normalize(prompts.mean(0), dim=0)
     query = embed_query(dual_encoder, Query(["red"], templates=templates))
@@ -35,8 +38,10 @@ def test_embed_query_averages_short_texts_with_templates(dual_encoder: DualEncod
     negative = embed_query(dual_encoder, Query([long], negative_texts=["red"], templates=templates))
     expected = F.normalize(dual_encoder.encode_texts([long])[0] - NEGATIVE_WEIGHT * short, dim=0)
     assert negative == pytest.approx(expected.numpy(), abs=1e-6)
-    with pytest.raises(ValueError, match=r"template 0 \('photo'\) has no"):
-        embed_query(dual_encoder, Query(["red"], templates=["photo"]))
+    with_default = dataclasses.replace(dual_encoder, query_templates=templates)
+    assert embed_query(with_default, Query(["red"])) == pytest.approx(short.numpy(), abs=1e-6)
+    literal = embed_query(with_default, Query(["red"], templates=LITERAL))
+    assert literal == pytest.approx(dual_encoder.encode_texts(["red"])[0].numpy(), abs=1e-6)
 
 
 def test_embed_query_of_only_negatives_is_their_opposite(dual_encoder: DualEncoder) -> None:

@@ -12,6 +12,8 @@ import pytest
 from llm2clip.cli import main
 from llm2clip.cli.search import canonical_path, parse_time
 from llm2clip.models.dual_encoder import open_dual_encoder
+from llm2clip.models.llm2clip import save_query_templates
+from llm2clip.models.prompts import QueryTemplates
 from llm2clip.search.query_embedding import Query, embed_query
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import Filter
@@ -38,11 +40,26 @@ def test_index_and_search_print_their_results(
     assert "a red one" in page and "without a dog" in page
 
     model, backend = open_dual_encoder(str(model_folder)), SqliteBackend(Path(index))
-    query = Query(["red"], templates=["a photo of a {}", "{}!"])
-    assert main(["search", index, "red", "--templates", "a photo of a {}", "{}!"]) == 0
-    output = capsys.readouterr().out
-    for hit in backend.search(embed_query(model, query), 10, Filter()):
-        assert f"{hit.score:.3f}" in output
+    query = Query(["red"], templates=QueryTemplates(("a photo of a {}", "{}!")))
+    literal, with_templates = (
+        [f"{hit.score:.3f}" for hit in backend.search(embed_query(model, q), 10, Filter())]
+        for q in (Query(["red"]), query)
+    )
+
+    def search(*flags: str) -> str:
+        assert main(["search", index, "red", *flags]) == 0
+        return capsys.readouterr().out
+
+    assert all(score in search("--templates", "a photo of a {}", "{}!") for score in with_templates)
+    assert all(score in search() for score in literal)
+    templates = model_folder / "config.json"
+    saved = templates.read_text()
+    try:
+        save_query_templates(model_folder, query.templates)  # the model's identity stays the same
+        assert all(score in search() for score in with_templates)
+        assert all(score in search("--templates") for score in literal)
+    finally:
+        templates.write_text(saved)
 
     assert main(["search", index, "--path", "*ub", "--sheet", str(tmp_path / "newest")]) == 0
     output = capsys.readouterr().out

@@ -36,6 +36,7 @@ from conftest import HANG_TIMEOUT
 from llm2clip.cli import main
 from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.models.prompts import QueryTemplates
 from llm2clip.search.auth import SESSION_SECONDS, Authenticator
 from llm2clip.search.batching import Batcher, QueueFull
 from llm2clip.search.inference import SEARCH_THREADS, InferenceService
@@ -142,7 +143,7 @@ def test_search_averages_short_texts_with_templates(
     request = {"texts": ["red", "blue"], "negative_texts": ["a dog"], "top": 5}
 
     def expected(templates: list[str]) -> list[tuple[str, float]]:
-        query = Query(["red", "blue"], negative_texts=["a dog"], templates=templates)
+        query = Query(["red", "blue"], negative_texts=["a dog"], templates=QueryTemplates(tuple(templates)))
         hits = backend.search(embed_query(dual_encoder, query), 5, Filter())
         return [(hit.id, pytest.approx(hit.score, abs=1e-6)) for hit in hits]
 
@@ -156,10 +157,13 @@ def test_search_averages_short_texts_with_templates(
     assert search(client) == search(client, templates=[]) == expected([])
     texts = [f"a{n}" for n in range(MAX_IMAGES)]
     search(client, templates=many, texts=texts, negative_texts=texts)  # the largest number of texts is accepted
-    with TestClient(create_patient_app(dual_encoder, backend, templates=photo), base_url=BASE_URL) as other:
-        assert search(other) == expected(photo)
-        assert search(other, templates=many) == expected(many)
-        assert search(other, templates=[]) == expected([])
+    default = QueryTemplates(tuple(photo))
+    saved_with_model = dataclasses.replace(dual_encoder, query_templates=default)
+    for app in (create_patient_app(dual_encoder, backend, default), create_patient_app(saved_with_model, backend)):
+        with TestClient(app, base_url=BASE_URL) as other:
+            assert search(other) == expected(photo)
+            assert search(other, templates=many) == expected(many)
+            assert search(other, templates=[]) == expected([])
 
 
 def test_embed_returns_the_vectors_of_the_model(

@@ -15,6 +15,7 @@ from sklearn.metrics import average_precision_score, ndcg_score
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.query_phrases import caption_phrases, split_words
+from llm2clip.evaluate.query_templates import CANDIDATES, choose_query_templates
 from llm2clip.evaluate.ranks import QUERY_TILE, all_positive_ranks
 from llm2clip.evaluate.recall import bootstrap_counts
 from llm2clip.evaluate.reporting.short_query_report import overview_table
@@ -28,6 +29,9 @@ from llm2clip.evaluate.short_queries import (
     ranking_scores,
     score_short_queries,
 )
+from llm2clip.models.prompts import LITERAL, QueryTemplates
+
+COLORS, ANIMALS = ("red", "blue", "green", "white"), ("dog", "cat", "horse", "deer")
 
 
 def random_vectors(count: int, dimension: int = 6, seed: int = 0) -> torch.Tensor:
@@ -177,6 +181,7 @@ class FakeEmbeddings:
     """Embeds every word as a random vector, and a text as the sum of its words."""
 
     log = SkipLog()
+    query_templates = LITERAL
 
     def encode_texts(self, texts: list[str]) -> torch.Tensor:
         return torch.stack([F.normalize(sum(self.word(w) for w in split_words(text)), dim=0) for text in texts])
@@ -203,7 +208,7 @@ def test_score_short_queries_with_and_without_templates() -> None:
         image_ranks=torch.empty(0),
         text_ranks=torch.empty(0),
     )
-    result = score_short_queries(embeddings, ranks, ["a photo of a {}"])
+    result = score_short_queries(embeddings, ranks, QueryTemplates(("a photo of a {}",)))
     assert [length.words for length in result.plain] == ["1", "2", "3", "8+"]
     queries = build_queries([record.captions for record in ranks.records])
     for lengths in (result.plain, result.with_templates):
@@ -247,3 +252,48 @@ def test_captions_without_queries_are_rejected(captions: list[str], message: str
     )
     with pytest.raises(ValueError, match=message):
         score_short_queries(FakeEmbeddings(), ranks)
+
+
+class NoisyEmbeddings(FakeEmbeddings):
+    """Adds noise to the embeddings of texts that do not start with `prefix`."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+
+    def encode_texts(self, texts: list[str]) -> torch.Tensor:
+        vectors = super().encode_texts([text.removeprefix(self.prefix) for text in texts])
+        noise = [0 * self.word("") if text.startswith(self.prefix) else self.word(text[::-1]) for text in texts]
+        return F.normalize(vectors + 4 * torch.stack(noise), dim=1)
+
+
+def test_choose_query_templates_compares_the_candidates_on_the_images() -> None:
+    captions = [(f"a {color} {animal} runs",) for color in COLORS for animal in ANIMALS for _ in range(3)]
+    images = FakeEmbeddings().encode_texts([text for (text,) in captions])
+    ranks = RetrievalRanks(
+        records=[Record(str(n), None, texts) for n, texts in enumerate(captions)],
+        images=images,
+        texts=torch.empty(0, 8),
+        image_of_text=torch.empty(0),
+        image_ranks=torch.empty(0),
+        text_ranks=torch.empty(0),
+    )
+    embeddings = NoisyEmbeddings("a photo of ")
+    choice = choose_query_templates(embeddings, ranks)
+    results = {}
+    for candidate in CANDIDATES:
+        result = score_short_queries(embeddings, ranks, QueryTemplates(candidate))
+        assert result.with_templates is not None
+        pairs = zip(result.plain[:3], result.with_templates[:3], strict=True)
+        gains = [after.scores[:, 0].mean() - before.scores[:, 0].mean() for before, after in pairs]
+        results[candidate] = float(sum(gains)), result.with_templates[:3]
+    best = max(CANDIDATES, key=lambda candidate: results[candidate][0])
+    assert choice.templates == QueryTemplates(best, 3) and results[best][0] > 0
+    assert choice.with_templates is not None
+    for length, expected in zip(choice.with_templates, results[best][1], strict=True):
+        assert length.words == expected.words and torch.allclose(length.scores, expected.scores)
+    assert QueryTemplates.from_dict(choice.to_dict()) == choice.templates
+    assert repr(best[0]) in choice.summary()
+
+    bad = choose_query_templates(NoisyEmbeddings(""), ranks)  # no noise: templates only add misleading words
+    assert bad.templates == LITERAL and bad.with_templates is None
+    assert "encoded as they are" in bad.summary()

@@ -53,7 +53,7 @@ VAGUE_NOUNS = words_of(
     "bunch couple pair pairs set image picture photo photograph view scene background foreground something someone"
 )
 # Function words that most English captions contain, and that are rare in other languages.
-ENGLISH_WORDS = words_of("the of with and is are")
+ENGLISH_WORDS = words_of("the of with and is are on at")
 _BOUNDARIES = DETERMINERS | CONNECTIVES | FUNCTION_WORDS
 # A word, or a character that ends a run.
 _TOKEN = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|[^\w\s]|\d+")

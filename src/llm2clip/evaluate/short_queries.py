@@ -100,8 +100,6 @@ def score_short_queries(
     Raises:
         ValueError: If the source has no embedding for a query, or no queries can be built from the captions.
     """
-    if caption_lengths(ranks.captions)[0] != "words":
-        raise ValueError("the captions have no spaces between words, so they cannot be split into phrases")
     queries = build_queries([record.captions for record in ranks.records])
     if not queries:
         raise ValueError(
@@ -169,7 +167,12 @@ def build_queries(
 
     Returns:
         Queries keyed by their number of words: "1", "2", "3", "4–7" and "8+". Lengths without queries are omitted.
+
+    Raises:
+        ValueError: If the captions are in a language without spaces between words.
     """
+    if caption_lengths([text for texts in captions for text in texts])[0] != "words":
+        raise ValueError("the captions have no spaces between words, so they cannot be split into phrases")
     queries = {}
     for num_words in PHRASE_LENGTHS:
         counts = Counter(phrase for texts in captions for phrase in caption_phrases(texts, num_words))

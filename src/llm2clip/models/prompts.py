@@ -20,6 +20,20 @@ PLACEHOLDER = "{}"
 MAX_TEMPLATE_WORDS, MAX_TEMPLATE_CHARACTERS = 3, 50
 
 
+def check_templates(templates: Sequence[str], name: str = "templates") -> None:
+    """Raise ValueError if a template has no placeholder for the text.
+
+    Args:
+        templates: Prompt templates.
+        name: Name of the argument or flag, for the error message.
+    """
+    for n, template in enumerate(templates):
+        if PLACEHOLDER not in template:
+            raise ValueError(
+                f"{name}: template {n} ({template!r}) has no {{}} for the text. Example: 'a photo of a {{}}'"
+            )
+
+
 @dataclass(frozen=True)
 class QueryTemplates:
     """Prompt templates for short queries. Longer queries are encoded as they are.
@@ -55,20 +69,6 @@ class QueryTemplates:
 
 
 LITERAL = QueryTemplates()  # encodes all queries as they are
-
-
-def check_templates(templates: Sequence[str], name: str = "templates") -> None:
-    """Raise ValueError if a template has no placeholder for the text.
-
-    Args:
-        templates: Prompt templates.
-        name: Name of the argument or flag, for the error message.
-    """
-    for n, template in enumerate(templates):
-        if PLACEHOLDER not in template:
-            raise ValueError(
-                f"{name}: template {n} ({template!r}) has no {{}} for the text. Example: 'a photo of a {{}}'"
-            )
 
 
 def fill_templates(texts: Sequence[str], templates: Sequence[str]) -> list[str]:

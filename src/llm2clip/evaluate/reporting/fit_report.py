@@ -94,8 +94,8 @@ def _short_query_blocks(choice: dict[str, Any]) -> list[Block]:
         templates = ", ".join(map(repr, choice["templates"]))
         limit = "one word" if choice["max_words"] == 1 else f"up to {choice['max_words']} words"
         text += (
-            f"In searches, queries of {limit} are averaged with the templates {templates}. The templates were chosen on "
-            "these images, so the values with templates are slightly too high."
+            f"In searches, queries of {limit} are averaged with the templates {templates}. The templates were chosen "
+            "on these images, so the values with templates are slightly too high."
         )
     else:
         text += "No templates improve these queries, so searches do not use any."
