@@ -59,6 +59,17 @@ def test_encode_text_averages_the_filled_templates(model_folder: Path) -> None:
         model.encode_text(texts, templates=["a {}", "the dog"])
 
 
+def test_encode_query_averages_short_queries_with_the_templates_of_the_model(model_folder: Path) -> None:
+    model = LLM2CLIP.from_pretrained(model_folder, "cpu")
+    queries = ["dog", "a dog runs on grass"]
+    torch.testing.assert_close(model.encode_query(queries), model.encode_text(queries))
+    model.config.query_templates = QueryTemplates(("a photo of a {}.",), 1)
+    short, long = model.encode_query(queries)
+    expected = mean_direction(model.encode_text(["dog", "a photo of a dog."]))
+    torch.testing.assert_close(short.double(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(long, model.encode_text(queries[1])[0])
+
+
 def test_check_templates_names_the_flag() -> None:
     check_templates(TEMPLATES)
     with pytest.raises(ValueError, match=r"--templates: template 0 \('\{ \}'\)"):

@@ -33,7 +33,14 @@ from llm2clip.models.fingerprint import fingerprint
 from llm2clip.models.heads import Adapter
 from llm2clip.models.precision import resolve_device_precision
 from llm2clip.models.precision_calibration import fastest_precision
-from llm2clip.models.prompts import LITERAL, QueryTemplates, average_prompts, check_templates, fill_templates
+from llm2clip.models.prompts import (
+    LITERAL,
+    QueryTemplates,
+    average_prompts,
+    check_templates,
+    fill_templates,
+    query_prompts,
+)
 from llm2clip.models.regions import check_boxes, check_masks, encode_boxes, encode_masks
 from llm2clip.models.sliding_window import ResizeForWindows, encode_windows, segment
 from llm2clip.models.vision_tower import VisionTower
@@ -515,6 +522,23 @@ class LLM2CLIP(nn.Module):
             prompts = fill_templates(captions, template_list)
             return average_prompts(self.encode_text(prompts, progress, precision), [len(template_list)] * len(captions))
         return self.project_text_embeddings(self.encoder.encode(captions, progress=progress, precision=precision))
+
+    def encode_query(
+        self, queries: str | Sequence[str], progress: bool = False, precision: str | None = None
+    ) -> Tensor:
+        """Encode search queries as L2-normalised (N, embed_dim) float32 embeddings on the CPU.
+
+        Short queries are averaged with the model's query templates (`config.query_templates`), as in `llm2clip search`.
+        All other queries are encoded as in `encode_text`.
+
+        Args:
+            queries: one query or a list of N queries.
+            progress: if True, show a progress bar.
+            precision: precision of the caption encoder, as in `CaptionEncoder.encode`.
+        """
+        texts = [queries] if isinstance(queries, str) else list(queries)
+        prompts, counts = query_prompts(texts, self.config.query_templates)
+        return average_prompts(self.encode_text(prompts, progress, precision), counts)
 
     @torch.no_grad()
     def project_text_embeddings(self, embeddings: Tensor) -> Tensor:
