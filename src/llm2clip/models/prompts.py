@@ -62,9 +62,10 @@ class QueryTemplates:
         if not isinstance(values, dict):
             raise ValueError(f"query templates must be a dict (got {values!r})")
         templates, max_words = values.get("templates"), values.get("max_words")
-        is_list = isinstance(templates, list) and all(isinstance(template, str) for template in templates)
-        if not is_list or not isinstance(max_words, int):
-            raise ValueError(f"query templates must have a list of templates and an integer max_words (got {values})")
+        if not isinstance(templates, list) or not all(isinstance(template, str) for template in templates):
+            raise ValueError(f"query templates must have a list of texts named templates (got {templates!r})")
+        if not isinstance(max_words, int):
+            raise ValueError(f"query templates must have an integer named max_words (got {max_words!r})")
         return cls(tuple(templates), max_words)
 
 
