@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,8 @@ def test_average_precision_of_a_case_computed_by_hand() -> None:
     assert metrics["all"]["AP50"] == pytest.approx((red + 100) / 2)  # the mean over classes, not over groups
     # If either image is drawn twice, the misses come last, and AP50 is 100. Otherwise, it is as above.
     assert metrics["novel"]["AP50 interval"] == pytest.approx((red, 100))
+    assert metrics["all"]["class AP50"] == pytest.approx({"red": red, "blue": 100})
+    assert len(metrics["novel"]["AP50 resamples"]) == 1000
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -166,7 +169,8 @@ def test_perfect_detections_have_an_average_precision_of_100() -> None:
     detections = {image_id: make_detections(rows) for image_id, rows in by_image.items()}
     for group in detection_metrics(data, detections, resamples=10).values():
         assert group["AP50"] == group["AP"] == pytest.approx(100)
-        assert group["AP50 interval"] == pytest.approx((100, 100))
+        low, high = group["AP50 interval"]
+        assert low == pytest.approx(100 * 0.025 ** (1 / 12)) and high == 100  # Clopper and Pearson, 12 of 12 images
 
 
 def test_detections_on_crowds_are_ignored_and_no_detections_score_zero() -> None:
@@ -175,9 +179,9 @@ def test_detections_on_crowds_are_ignored_and_no_detections_score_zero() -> None
     on_crowd = ("red", [45, 45, 5, 5], 0.9)
     metrics = detection_metrics(data, {10: make_detections([on_crowd, ("red", box, 0.5)])}, resamples=5)
     assert metrics["novel"]["AP50"] == pytest.approx(100)
-    assert metrics["novel"]["AP50 interval"] == pytest.approx((100, 100))
+    assert metrics["novel"]["AP50 interval"] == pytest.approx((2.5, 100))  # Clopper and Pearson, 1 of 1 image
     nothing = detection_metrics(data, {}, resamples=5)
-    assert nothing["novel"]["AP50"] == 0 and nothing["novel"]["AP50 interval"] == (0, 0)
+    assert nothing["novel"]["AP50"] == 0 and nothing["novel"]["AP50 interval"] == pytest.approx((0, 97.5))
 
 
 def test_weighted_ap_equals_average_precision_with_repeated_images(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -643,7 +647,11 @@ def test_evaluate_command_reports_detection(
     for name in ("AP50 novel", "AP50 base", "AP50 all", "AP all"):
         assert metrics[name] == pytest.approx(100)
     assert result["proposals"]["boxes"] == 4 and metrics["proposal recall"] == 100
+    assert result["rows"][0]["class AP50"] == pytest.approx({"cat": 100, "dog": 100, "person": 100})
     page = (tmp_path / "out/report.html").read_text()
+    assert "<summary>AP50 of each class, %</summary>" in page and re.search(
+        r"^  100.0  100.0  person$", page, re.MULTILINE
+    )
     assert "cat 1.00" in page and "Proposals from ground-truth: 4 boxes" in page
     assert "| colours (upper bound) | plain | 100.0 |" in output
     assert "ov-coco: Proposals from ground-truth: 4 boxes" in output and "the AP is an upper bound" in output

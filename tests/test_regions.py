@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import balanced_accuracy_score
 
-from dense_fixtures import colour_embeddings, colour_model, make_coco, make_segmentation
+from dense_fixtures import COLOURS, colour_embeddings, colour_model, make_coco, make_segmentation
 from llm2clip.cli import main
 from llm2clip.data import image_loader
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
 from llm2clip.evaluate.benchmarks import BENCHMARKS, DataFormatError, MissingFileError, RegionData, get_benchmarks
 from llm2clip.evaluate.dense.regions import (
     RegionPredictions,
+    class_accuracy,
     classify_regions,
     crop_region,
     encode_boxes,
@@ -285,7 +286,7 @@ def test_unusable_images_are_skipped_and_counted(tmp_path: Path) -> None:
     assert predictions.image.tolist() == [0, 0] and embeddings.log.skipped == {"unusable image": 2}
     assert "not an image" in embeddings.log.examples[0]
     assert "the image is 64 x 48 pixels, but its boxes are for 70 x 48 pixels" in embeddings.log.examples[1]
-    metrics, _ = region_metrics(data, predictions)
+    metrics = region_metrics(data, predictions).values
     assert metrics["top-1"] == 100
     with pytest.raises(TooManySkipped, match="2 of 3 rows skipped"):
         classify_regions(data, colour_embeddings(), ["plain"])
@@ -357,7 +358,8 @@ def naive_metrics(data: RegionData, predictions: RegionPredictions, images: list
 @pytest.mark.filterwarnings("ignore:y_pred contains classes")
 def test_region_metrics_and_intervals_match_naive_computation() -> None:
     data, predictions = random_predictions()
-    metrics, intervals = region_metrics(data, predictions)
+    result = region_metrics(data, predictions)
+    metrics, intervals = result.values, result.intervals
     used = [n for n in range(12) if n not in (3, 7)]
     assert metrics == pytest.approx(naive_metrics(data, predictions, used))
     samples = []
@@ -370,10 +372,46 @@ def test_region_metrics_and_intervals_match_naive_computation() -> None:
         assert low < metrics[name] < high
 
 
+def test_differences_have_paired_intervals() -> None:
+    """Recompute both models' metrics on the same resamples of the images, and take the quantiles of the differences."""
+    data, first = random_predictions()
+    rng = np.random.default_rng(5)
+    correct = np.concatenate([data.labels[n] for n in range(12) if n not in (3, 7)])
+    predicted = np.where(rng.random(len(correct)) < 0.3, correct, first.predicted)
+    rank = np.where(predicted == correct, 0, first.rank)
+    second = dataclasses.replace(first, rank=rank, predicted=predicted)
+    difference = region_metrics(data, first).difference(region_metrics(data, second))
+    used = [n for n in range(12) if n not in (3, 7)]
+    samples: dict[str, list[float]] = {name: [] for name in ("top-1", "small")}
+    for weights in bootstrap_counts(len(used)):
+        images = [i for i, weight in zip(used, weights.tolist(), strict=True) for _ in range(int(weight))]
+        values, baseline_values = naive_metrics(data, first, images), naive_metrics(data, second, images)
+        for name, differences in samples.items():
+            differences.append(values[name] - baseline_values[name])
+    expected = naive_metrics(data, first, used)["top-1"] - naive_metrics(data, second, used)["top-1"]
+    assert difference["metrics"]["top-1"] == pytest.approx(expected) and expected != 0
+    for name, differences in samples.items():
+        low, high = np.nanquantile(differences, [0.025, 0.975])
+        assert difference["intervals"][name] == pytest.approx((low, high))
+    keep = second.image != 0
+    fewer = RegionPredictions(**{name: values[keep] for name, values in vars(second).items()})
+    difference = region_metrics(data, first).difference(region_metrics(data, fewer))
+    assert difference["intervals"] == {} and "top-1" in difference["metrics"], "the models saw different images"
+
+
+def test_class_accuracy_matches_naive_computation() -> None:
+    data, predictions = random_predictions()
+    correct = np.concatenate([data.labels[n] for n in range(12) if n not in (3, 7)])
+    for label, accuracy in enumerate(class_accuracy(data, predictions)):
+        is_class = correct == label
+        assert accuracy == (100 * float((predictions.rank[is_class] == 0).mean()) if is_class.any() else None)
+
+
 def test_sizes_without_regions_are_omitted() -> None:
     data, predictions = random_predictions()
     data = dataclasses.replace(data, areas=[np.full_like(areas, 100) for areas in data.areas])
-    metrics, intervals = region_metrics(data, predictions)
+    result = region_metrics(data, predictions)
+    metrics, intervals = result.values, result.intervals
     assert list(metrics) == list(intervals) == ["top-1", "top-5", "small", "mean per class"]
     assert metrics["small"] == metrics["top-1"]
 
@@ -394,7 +432,11 @@ def test_evaluate_command_writes_region_results_and_pictures(
     results = json.loads((out / "results.json").read_text())["results"]
     assert [row["method"] for row in results[0]["rows"]] == ["crop", "plain", "sclip"]
     assert results[0]["images"] == 3 and results[0]["regions"] == 5 and results[0]["texts"] == 240
-    assert results[0]["chance"] == pytest.approx(100 / 3) and results[0]["rows"] == results[1]["rows"]
+    assert results[0]["chance"] == pytest.approx(100 / 3)
+    for row, baseline_row in zip(results[0]["rows"], results[1]["rows"], strict=True):
+        difference = baseline_row.pop("difference")
+        assert row == baseline_row and set(difference["metrics"].values()) == {0}
+        assert set(row["class top-1"]) == set(COLOURS)
     report, page = (out / "report.md").read_text(), (out / "report.html").read_text()
     assert f"{clip.name} minus" in report and "+0.0" in report
     wrong = results[0]["rows"][0]["metrics"]["top-1"] < 100

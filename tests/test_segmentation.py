@@ -403,7 +403,7 @@ def test_segmentation_of_coloured_images_matches_sklearn(tmp_path: Path) -> None
     for variant in ("plain", "sclip"):
         predicted = np.concatenate([maps[variant].flatten() for maps in result.examples.values()])[labels != 255]
         correct = labels[labels != 255]
-        metrics, _ = segmentation_metrics(result.counts[variant])
+        metrics = segmentation_metrics(result.counts[variant], result.images).values
         iou = 100 * jaccard_score(correct, predicted, average=None)
         assert class_iou(result.counts[variant]) == pytest.approx(iou.tolist())
         assert metrics["mIoU"] == pytest.approx(iou.mean())
@@ -449,7 +449,8 @@ def test_segmentation_intervals_match_a_naive_bootstrap() -> None:
     confusion[:, 4] = 0
     confusion[:, :, 4] = 0
     counts = SegmentationCounts(np.einsum("ncc->nc", confusion), confusion.sum(2), confusion.sum(1))
-    metrics, intervals = segmentation_metrics(counts)
+    result = segmentation_metrics(counts, range(9))
+    metrics, intervals = result.values, result.intervals
 
     def naive(weights: np.ndarray) -> list[float]:
         total = np.tensordot(weights, confusion, 1)
@@ -495,8 +496,8 @@ def test_evaluate_command_writes_segmentation_results_and_pictures(
     make_coco_object(root / "coco")
     make_voc(root / "voc2012")
     command = ["evaluate", str(clip), "--benchmarks", "coco-object", "voc20", "ade20k", "--root", str(root)]
-    assert main([*command, "--dense_variants", "plain", "naclip", "--out", str(out)]) == 0
-    assert "Skipped ade20k" in capsys.readouterr().out
+    assert main([*command, "--dense_variants", "plain", "naclip", "--out", str(out)]) == 1
+    assert "Skipped ade20k" in capsys.readouterr().err
     voc, coco = json.loads((out / "results.json").read_text())["results"]
     methods = ["plain", "plain, learned scale", "naclip", "naclip, learned scale"]
     assert [row["method"] for row in coco["rows"]] == methods and coco["images"] == 3

@@ -27,8 +27,9 @@ from llm2clip.evaluate.benchmarks import (
 )
 from llm2clip.evaluate.compositional import compositional_accuracy
 from llm2clip.evaluate.dense.average_precision import detection_metrics
+from llm2clip.evaluate.dense.bootstrap import BootstrapMetrics
 from llm2clip.evaluate.dense.detection import detect_objects, detection_blocks, without_images
-from llm2clip.evaluate.dense.regions import classify_regions, region_metrics, wrong_region_blocks
+from llm2clip.evaluate.dense.regions import class_accuracy, classify_regions, region_metrics, wrong_region_blocks
 from llm2clip.evaluate.dense.segmentation import (
     class_iou,
     evaluate_segmentation,
@@ -50,18 +51,21 @@ class BenchmarkResult:
         summary: Entry for results.json. It always has "benchmark" and "kind". Retrieval results also have "rows" (see
             `caption_field_metrics`). Results for other types of benchmarks have "images" and "texts" (number of images
             and texts) and "truncated" (number of texts that exceed the model's maximum length). Compositional
-            benchmarks have "examples" (number of examples whose images can be decoded). They also have
-            "metrics" or, if the benchmark is evaluated with several methods, "rows". Each of these rows has "method",
-            "metrics" and "intervals" (95% confidence intervals of the metrics). Rows whose metrics depend on
-            the logit scale also have "logit scale". All metrics are in percent, except "linear probe C".
+            benchmarks have "examples" (number of examples whose images can be decoded). They also have "metrics" or, if
+            the benchmark is evaluated with several methods, "rows". Each of these rows has "method", "metrics",
+            "intervals" (95% confidence intervals of the metrics) and a metric of each class ("class top-1", "IoU" or
+            "class AP50"). Rows whose metrics depend on the logit scale also have "logit scale". All metrics are in
+            percent, except "linear probe C".
         images: Images of the benchmark, including images that cannot be decoded.
         ranks: Ranks for each caption field. Only set for retrieval benchmarks.
+        bootstrap: Metrics of each method, for paired differences. Only set for benchmarks about parts of images.
         draw_examples: Function that returns a section of the report with example images.
     """
 
     summary: dict[str, Any]
     images: Sequence[ImageRef] = ()
     ranks: dict[str, RetrievalRanks] = field(default_factory=dict)
+    bootstrap: dict[str, BootstrapMetrics] = field(default_factory=dict)
     draw_examples: Callable[[], list[Block]] | None = None
 
 
@@ -182,10 +186,11 @@ def _evaluate_classification(
 
 def _evaluate_regions(data: RegionData, embeddings: EmbeddingSource, variants: Sequence[str]) -> BenchmarkResult:
     predictions = classify_regions(data, embeddings, variants)
-    rows = []
+    rows, bootstrap = [], {}
     for method, method_predictions in predictions.items():
-        metrics, intervals = region_metrics(data, method_predictions)
-        rows.append({"method": method, "metrics": metrics, "intervals": intervals})
+        bootstrap[method] = region_metrics(data, method_predictions)
+        accuracies = dict(zip(data.names, class_accuracy(data, method_predictions), strict=True))
+        rows.append(_method_row(method, bootstrap[method]) | {"class top-1": accuracies})
     prompts = class_prompts(data.names, data.templates)
     first_method, first_predictions = next(iter(predictions.items()))
     summary = {
@@ -197,19 +202,20 @@ def _evaluate_regions(data: RegionData, embeddings: EmbeddingSource, variants: S
         "chance": 100.0 / len(data.names),
         "rows": rows,
     }
-    return BenchmarkResult(summary, draw_examples=partial(wrong_region_blocks, data, first_method, first_predictions))
+    draw_examples = partial(wrong_region_blocks, data, first_method, first_predictions)
+    return BenchmarkResult(summary, bootstrap=bootstrap, draw_examples=draw_examples)
 
 
 def _evaluate_segmentation(
     data: SegmentationData, embeddings: EmbeddingSource, variants: Sequence[str]
 ) -> BenchmarkResult:
     result = evaluate_segmentation(data, embeddings, variants)
-    rows = []
+    rows, bootstrap = [], {}
     class_names = [data.class_name(label) for label in range(len(data.names))]
     for method, counts in result.counts.items():
-        metrics, intervals = segmentation_metrics(counts)
-        class_ious = dict(zip(class_names, class_iou(counts), strict=True))
-        row: dict[str, Any] = {"method": method, "metrics": metrics, "intervals": intervals, "IoU": class_ious}
+        bootstrap[method] = segmentation_metrics(counts, result.images)
+        row = _method_row(method, bootstrap[method])
+        row["IoU"] = dict(zip(class_names, class_iou(counts), strict=True))
         if data.min_probability > 0:  # otherwise, the scale does not affect the predictions
             row["logit scale"] = result.logit_scales[method]
         rows.append(row)
@@ -220,7 +226,7 @@ def _evaluate_segmentation(
         "truncated": embeddings.count_truncated(prompts),
         "rows": rows,
     }
-    return BenchmarkResult(summary, draw_examples=partial(segmentation_blocks, data, result))
+    return BenchmarkResult(summary, bootstrap=bootstrap, draw_examples=partial(segmentation_blocks, data, result))
 
 
 def _evaluate_detection(
@@ -238,17 +244,15 @@ def _evaluate_detection(
     results = detect_objects(data, embeddings, proposals, variants, with_crops)
     description = results.describe_proposals(proposals)
     data = without_images(data, results.failures)
-    rows = []
+    rows, bootstrap = [], {}
     for method, detections in results.by_method.items():
-        metrics: dict[str, float] = {}
-        intervals = {}
         groups = detection_metrics(data, detections)
-        for name in ("AP50", "AP"):
-            metrics |= {f"{name} {group}": values[name] for group, values in groups.items()}
-        for group, values in groups.items():
-            intervals[f"AP50 {group}"] = values["AP50 interval"]
+        metrics = {f"AP50 {group}": values["AP50"] for group, values in groups.items()}
+        metrics |= {f"AP {group}": values["AP"] for group, values in groups.items()}
         metrics["proposal recall"] = description["recall"]
-        row = {"method": method, "metrics": metrics, "intervals": intervals}
+        resamples = {f"AP50 {group}": values["AP50 resamples"] for group, values in groups.items()}
+        bootstrap[method] = BootstrapMetrics(tuple(data.image_ids), metrics, resamples)
+        row = _method_row(method, bootstrap[method]) | {"class AP50": groups["all"]["class AP50"]}
         rows.append(row | {"logit scale": results.logit_scales[method]})
     prompts = class_prompts(data.names, data.templates)
     first_method, first_detections = next(iter(results.by_method.items()))
@@ -259,7 +263,12 @@ def _evaluate_detection(
         "proposals": description,
         "rows": rows,
     }
-    return BenchmarkResult(summary, draw_examples=partial(detection_blocks, data, first_method, first_detections))
+    draw_examples = partial(detection_blocks, data, first_method, first_detections)
+    return BenchmarkResult(summary, bootstrap=bootstrap, draw_examples=draw_examples)
+
+
+def _method_row(method: str, metrics: BootstrapMetrics) -> dict[str, Any]:
+    return {"method": method, "metrics": dict(metrics.values), "intervals": metrics.intervals}
 
 
 def _load_probe_data(benchmark: Benchmark, folder: Path) -> ClassificationData | None:

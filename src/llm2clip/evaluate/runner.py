@@ -21,7 +21,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import read_splits
 from llm2clip.data.training_images import count_training_images, load_training_images
 from llm2clip.distributed import describe_run, format_run, print_once, process_state
-from llm2clip.evaluate.benchmark_eval import run_benchmark
+from llm2clip.evaluate.benchmark_eval import BenchmarkResult, run_benchmark
 from llm2clip.evaluate.benchmarks import Benchmark, get_benchmarks
 from llm2clip.evaluate.caption_retrieval import TextEncoder, caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import EmbeddingSource, open_embedding_source
@@ -85,7 +85,8 @@ def evaluate_models(
     "model". If the images on which the model was trained are known, "images trained on" is the number of these images
     that were evaluated. "run" is the result of `describe_run`, with the settings.
 
-    Each row of a retrieval result of a baseline also contains "difference". See `retrieval_difference`. With
+    Each row of a baseline's result in retrieval, regions, segmentation or detection also contains "difference", which
+    is the first model minus the baseline. See `retrieval_difference` and `BootstrapMetrics.difference`. With
     `short_queries`, each row of a retrieval result also contains "short queries" and, if there are templates, "short
     queries with templates" and "query templates". The first two are lists of `LengthScores.metrics` dicts.
 
@@ -232,7 +233,7 @@ class BenchmarkRunner:
         self.benchmarks = benchmarks
         self.results: list[list[ModelResult]] = [[] for _ in benchmarks]
         self.failures: list[str] = []
-        self._first_ranks: list[dict[str, RetrievalRanks]] = [{} for _ in benchmarks]
+        self._first_results: list[BenchmarkResult | None] = [None for _ in benchmarks]
         self._out = out
         self._linear_probe = linear_probe
         self._dense_variants = dense_variants
@@ -287,7 +288,7 @@ class BenchmarkRunner:
             if training_images is not None and process_state().is_main_process:
                 model_result.trained_on = count_training_images(training_images, result.images)
                 model_result.summary["images trained on"] = model_result.trained_on
-            self._add_differences(model_result, result.ranks, self._first_ranks[n])
+            self._add_differences(n, result)
             if self._short_queries and result.ranks:
                 self._add_short_queries(model_result, result.ranks, embeddings)
             if self._out is not None and process_state().is_main_process:
@@ -301,25 +302,25 @@ class BenchmarkRunner:
             self.results[n].append(model_result)
             yield model_result
 
-    @staticmethod
-    def _add_differences(
-        model_result: ModelResult, ranked: Mapping[str, RetrievalRanks], first: dict[str, RetrievalRanks]
-    ) -> None:
-        """Add the difference between the first model and a baseline to each row of the baseline's retrieval result.
+    def _add_differences(self, n: int, result: BenchmarkResult) -> None:
+        """Add the difference between the first model and a baseline to each row of the baseline's result.
 
         Args:
-            model_result: Result of a model.
-            ranked: Ranks of this model for each caption field.
-            first: Ranks of the first model. If empty, this is the first model, and its ranks are added.
+            n: Index of the benchmark.
+            result: Result of a model. The first result for each benchmark is stored.
         """
-        if not first:
+        first = self._first_results[n]
+        if first is None:
             empty = torch.empty(0)  # the embeddings are no longer needed
-            first.update({name: replace(ranks, images=empty, texts=empty) for name, ranks in ranked.items()})
+            ranks = {name: replace(ranks, images=empty, texts=empty) for name, ranks in result.ranks.items()}
+            self._first_results[n] = replace(result, ranks=ranks, draw_examples=None)
             return
-        for row in model_result.summary["rows"]:
-            field = row["captions"]
-            if field in first:
-                row["difference"] = retrieval_difference(first[field], ranked[field])
+        for row in result.summary.get("rows", ()):
+            field, method = row.get("captions"), row.get("method")
+            if field in first.ranks:
+                row["difference"] = retrieval_difference(first.ranks[field], result.ranks[field])
+            elif method in first.bootstrap:
+                row["difference"] = first.bootstrap[method].difference(result.bootstrap[method])
 
     def _add_short_queries(
         self, model_result: ModelResult, ranked: Mapping[str, RetrievalRanks], embeddings: EmbeddingSource

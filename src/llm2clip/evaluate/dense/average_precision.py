@@ -55,8 +55,9 @@ def detection_metrics(
         resamples: Number of bootstrap resamples.
 
     Returns:
-        {GROUP: {"AP50": ..., "AP50 interval": (low, high), "AP": ..., "classes": number of classes with objects}}, for
-        the groups in `data.groups` and for the group "all".
+        {GROUP: {"AP50": ..., "AP50 interval": (low, high), "AP50 resamples": values in all resamples, float64
+        (resamples,), "AP": ..., "classes": number of classes with objects, "class AP50": {CLASS: ...}}}, for the groups
+        in `data.groups` and for the group "all".
 
     Raises:
         ValueError: If there are no objects except crowds.
@@ -78,13 +79,16 @@ def detection_metrics(
             continue
         group_ap50 = resampled_ap50[:, classes]
         num_classes = (~np.isnan(group_ap50)).sum(1)  # a resample may have no objects of a class, or of the group
-        means = np.nansum(group_ap50, axis=1)[num_classes > 0] / num_classes[num_classes > 0]
-        low, high = percentile_interval(torch.from_numpy(means), len(data.image_ids), (0.0, 100.0)).tolist()
+        means = np.where(num_classes > 0, np.nansum(group_ap50, axis=1) / np.maximum(num_classes, 1), np.nan)
+        defined = torch.from_numpy(means[~np.isnan(means)])
+        low, high = percentile_interval(defined, len(data.image_ids), (0.0, 100.0)).tolist()
         metrics[group] = {
             "AP50": float(class_ap[AP50_INDEX, classes].mean()),
             "AP50 interval": (low, high),
+            "AP50 resamples": means,
             "AP": float(class_ap[:, classes].mean()),
             "classes": len(classes),
+            "class AP50": {data.names[k]: float(class_ap[AP50_INDEX, k]) for k in classes},
         }
     if not metrics:
         raise ValueError("the images contain no objects except crowds, so the average precision is undefined")

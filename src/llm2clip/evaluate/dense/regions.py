@@ -24,6 +24,7 @@ from torch import Tensor
 
 from llm2clip.data.images import load_image, make_thumbnail
 from llm2clip.evaluate.benchmarks.base import RegionData
+from llm2clip.evaluate.dense.bootstrap import BootstrapMetrics
 from llm2clip.evaluate.dense.inputs import (
     decode_images,
     gather_from_ranks,
@@ -33,7 +34,6 @@ from llm2clip.evaluate.dense.inputs import (
     supported_variants,
 )
 from llm2clip.evaluate.embeddings import BATCH_SIZE, EmbeddingSource
-from llm2clip.evaluate.recall import bootstrap_counts, percentile_interval
 from llm2clip.evaluate.zero_shot import class_embeddings, class_prompts, class_ranks
 from llm2clip.html_report import Block, Heading, Paragraph, ResultImage, ResultImages
 from llm2clip.models.dual_encoder import DualEncoder
@@ -112,18 +112,11 @@ def classify_regions(
     }
 
 
-def region_metrics(
-    data: RegionData, predictions: RegionPredictions
-) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """Return accuracies in percent and their 95% confidence intervals.
+def region_metrics(data: RegionData, predictions: RegionPredictions) -> BootstrapMetrics:
+    """Return accuracies in percent. The bootstrap is over images, because regions of the same image are correlated.
 
-    The intervals are computed by a bootstrap over images, because regions of the same image are correlated.
-
-    Returns:
-        Two dicts with the same keys: the accuracies and their intervals.
-
-        The keys are "top-1", "top-5", "mean per class" (the mean top-1 accuracy over the classes that have
-        regions), "small", "medium" and "large" (top-1 by COCO's size classes, omitted if there are no such regions).
+    The metrics are "top-1", "top-5", "mean per class" (the mean top-1 accuracy over the classes that have regions),
+    "small", "medium" and "large" (top-1 by COCO's size classes, omitted if there are no such regions).
     """
     labels = np.concatenate([data.labels[i] for i in np.unique(predictions.image)])
     areas = np.concatenate([data.areas[i] for i in np.unique(predictions.image)])
@@ -133,8 +126,8 @@ def region_metrics(
     for name, (low, high) in SIZE_LIMITS.items():
         selections[name] = (hits, (areas >= low) & (areas < high))
     selections = {name: (values, mask) for name, (values, mask) in selections.items() if mask.any()}
-    _, image = np.unique(predictions.image, return_inverse=True)
-    num_images = int(image.max()) + 1
+    indices, image = np.unique(predictions.image, return_inverse=True)
+    num_images = len(indices)
     # (images, metrics)
     sums = np.stack([np.bincount(image, values * mask, num_images) for values, mask in selections.values()], 1)
     counts = np.stack([np.bincount(image, mask, num_images) for _, mask in selections.values()], 1)
@@ -146,17 +139,18 @@ def region_metrics(
         """Return all metrics, counting image i `weights[i]` times."""
         with np.errstate(invalid="ignore"):  # 0 / 0 in resamples without regions of a size or a class
             values = (weights @ sums) / (weights @ counts)
-            class_accuracy = (weights @ class_hits) / (weights @ class_counts)
-        return [100.0 * float(value) for value in (*values, np.nanmean(class_accuracy))]
+            accuracies = (weights @ class_hits) / (weights @ class_counts)
+        return [100.0 * float(value) for value in (*values, np.nanmean(accuracies))]
 
-    names = [*selections, "mean per class"]
-    samples = torch.tensor([metrics(weights.numpy()) for weights in bootstrap_counts(num_images)], dtype=torch.float64)
-    intervals = {}
-    for n, name in enumerate(names):
-        column = samples[:, n]
-        low, high = percentile_interval(column[~column.isnan()], num_images, (0.0, 100.0)).tolist()
-        intervals[name] = (low, high)
-    return dict(zip(names, metrics(np.ones(num_images)), strict=True)), intervals
+    return BootstrapMetrics.compute(indices.tolist(), [*selections, "mean per class"], metrics)
+
+
+def class_accuracy(data: RegionData, predictions: RegionPredictions) -> list[float | None]:
+    """Return the top-1 accuracy of each class in percent. None if the class has no regions."""
+    labels = np.concatenate([data.labels[i] for i in np.unique(predictions.image)])
+    counts = np.bincount(labels, minlength=len(data.names)).tolist()
+    hits = np.bincount(labels[predictions.rank < 1], minlength=len(data.names)).tolist()
+    return [100.0 * hit / count if count else None for hit, count in zip(hits, counts, strict=True)]
 
 
 def wrong_region_blocks(data: RegionData, method: str, predictions: RegionPredictions, count: int = 12) -> list[Block]:

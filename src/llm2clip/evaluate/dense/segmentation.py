@@ -18,6 +18,7 @@ from torch import Tensor
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.images import load_image, make_thumbnail
 from llm2clip.evaluate.benchmarks.base import IGNORED, SegmentationData
+from llm2clip.evaluate.dense.bootstrap import BootstrapMetrics
 from llm2clip.evaluate.dense.inputs import (
     decode_batches,
     gather_from_ranks,
@@ -28,7 +29,6 @@ from llm2clip.evaluate.dense.inputs import (
     supported_variants,
 )
 from llm2clip.evaluate.embeddings import EmbeddingSource
-from llm2clip.evaluate.recall import bootstrap_counts, percentile_interval
 from llm2clip.evaluate.zero_shot import class_embeddings, class_prompts
 from llm2clip.html_report import Block, Heading, Legend, Paragraph, ResultImage, ResultImages
 from llm2clip.models.sliding_window import PixelScores, ResizeForWindows, encode_windows, segment
@@ -132,15 +132,16 @@ def evaluate_segmentation(
     return SegmentationResult(evaluated, counts, scale_of_method, dict(sorted(all_examples.items())))
 
 
-def segmentation_metrics(counts: SegmentationCounts) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """Return metrics in percent and their 95% confidence intervals.
+def segmentation_metrics(counts: SegmentationCounts, images: Sequence[int]) -> BootstrapMetrics:
+    """Return "mIoU", "pixel accuracy" and "mean class accuracy" in percent.
 
     The metrics are defined as in mmsegmentation, where they are called mIoU, aAcc and mAcc. Classes that are neither
     labelled nor predicted in any image are excluded from the mean IoU, and classes without labelled pixels are excluded
-    from the mean class accuracy. The intervals are computed by a bootstrap over images.
+    from the mean class accuracy. The bootstrap is over images.
 
-    Returns:
-        Two dicts with the keys "mIoU", "pixel accuracy" and "mean class accuracy".
+    Args:
+        counts: Pixel counts of the images.
+        images: Index of each image.
     """
     stacked = np.stack([counts.intersection, counts.labelled, counts.predicted], 1).astype(np.float64)
 
@@ -153,12 +154,7 @@ def segmentation_metrics(counts: SegmentationCounts) -> tuple[dict[str, float], 
         values = np.nanmean(iou), intersection.sum() / labelled.sum(), np.nanmean(accuracy)
         return [100.0 * float(value) for value in values]
 
-    names = ("mIoU", "pixel accuracy", "mean class accuracy")
-    samples = [metrics(weights.numpy()) for weights in bootstrap_counts(len(stacked))]
-    means = torch.tensor(samples, dtype=torch.float64)
-    lows, highs = percentile_interval(means, len(stacked), (0.0, 100.0)).tolist()
-    intervals = dict(zip(names, zip(lows, highs, strict=True), strict=True))
-    return dict(zip(names, metrics(np.ones(len(stacked))), strict=True)), intervals
+    return BootstrapMetrics.compute(images, ("mIoU", "pixel accuracy", "mean class accuracy"), metrics)
 
 
 def class_iou(counts: SegmentationCounts) -> list[float | None]:

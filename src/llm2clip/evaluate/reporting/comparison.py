@@ -13,7 +13,7 @@ from llm2clip.evaluate.recall import KS
 from llm2clip.evaluate.reporting import plots
 from llm2clip.evaluate.reporting.error_analysis import MAX_K, ErrorAnalysis
 from llm2clip.evaluate.short_queries import ShortQueryResult
-from llm2clip.html_report import Block, Heading, Paragraph, Plot, Table
+from llm2clip.html_report import Block, Details, Heading, Paragraph, Plot, Table, format_cell
 from llm2clip.published_results import (
     CRA,
     CRA_NOTE,
@@ -26,6 +26,7 @@ from llm2clip.published_results import (
 DIRECTIONS = ("I2T", "T2I")
 # The LLM2CLIP authors' models with which the first evaluated model is compared. See `published_rows`.
 REFERENCE_MODELS = ("2024: Llama3-8B-CC", "2024: EVA02 + LLM2CLIP", "2026: Llama-3.1-8B-CC", "2026: SigLIP2 + LLM2CLIP")
+CLASS_METRICS = ("class top-1", "IoU", "class AP50")  # keys of a row of `BenchmarkResult.summary`
 MEAN_BENCHMARKS = ("xm3600",)  # the authors published only the mean over the languages
 
 
@@ -56,6 +57,7 @@ def benchmark_blocks(benchmark: Benchmark, results: Sequence[ModelResult]) -> li
     if "rows" in results[0].summary and benchmark.kind != "retrieval":
         published_values = published_metrics(benchmark.name)
         blocks.append(method_table(results, published_values))
+        blocks += class_details(results)
         if "proposals" in results[0].summary:
             blocks.append(Paragraph(results[0].summary["proposals"]["description"]))
         if published_values:
@@ -264,8 +266,8 @@ def method_table(results: Sequence[ModelResult], published: Mapping[str, Mapping
     """Return a metrics table for a benchmark that is evaluated by several methods.
 
     The table has one row for each published result, one for chance, and one for each model and method, with confidence
-    intervals. The last rows show the differences between the first model and each baseline. There is a column for the
-    logit scale if the metrics depend on it.
+    intervals. The last rows show the differences between the first model and each baseline, with paired intervals. The
+    logit scale has a column if the metrics depend on it.
 
     Args:
         results: Results of the evaluated models.
@@ -295,22 +297,35 @@ def method_table(results: Sequence[ModelResult], published: Mapping[str, Mapping
             is_upper_bound = summary.get("proposals", {}).get("is_upper_bound", False)
             name = f"{result.model} (upper bound)" if is_upper_bound else result.model
             add_row(name, cells, row, summary["images"], truncated)
-    first_model = results[0].model
     for (model, method), row in metric_rows.items():
-        first_row = metric_rows.get((first_model, method))
-        if model != first_model and first_row is not None:
-            pairs = [(first_row["metrics"].get(name), row["metrics"].get(name)) for name in names]
-            differences = [None if a is None or b is None else f"{a - b:+.1f}" for a, b in pairs]
-            add_row(f"{first_model} minus {model}", differences, {"method": method}, None, None)
+        if "difference" in row:
+            metrics, intervals = row["difference"]["metrics"], row["difference"]["intervals"]
+            differences = [_with_interval(metrics.get(name), intervals.get(name), "+.1f") for name in names]
+            add_row(f"{results[0].model} minus {model}", differences, {"method": method}, None, None)
     header = ["model", "method", *(["logit scale"] if has_scales else []), "images", *names, "truncated"]
     return Table(header, rows, highlight)
 
 
-def _with_interval(value: float | None, interval: tuple[float, float] | None) -> str | None:
+def _with_interval(value: float | None, interval: tuple[float, float] | None, number_format: str = ".1f") -> str | None:
     """Format a metric and its confidence interval, as in "45.2 (43.1 to 47.0)"."""
     if value is None or interval is None:
-        return None if value is None else f"{value:.1f}"
-    return f"{value:.1f} ({interval[0]:.1f} to {interval[1]:.1f})"
+        return None if value is None else format(value, number_format)
+    low, high = (format(limit, number_format) for limit in interval)
+    return f"{format(value, number_format)} ({low} to {high})"
+
+
+def class_details(results: Sequence[ModelResult]) -> list[Block]:
+    """Return the metric of each class for each model and method as collapsed text, or nothing if there is none."""
+    columns = [(result.model, row) for result in results for row in result.summary["rows"]]
+    metric = next((name for name in CLASS_METRICS if name in columns[0][1]), None)
+    if metric is None:
+        return []
+    lines = [f"{n}: {model}, {row['method']}" for n, (model, row) in enumerate(columns, 1)]
+    lines += ["", "".join(f"{n:>7}" for n in range(1, len(columns) + 1)) + "  class"]
+    for name in columns[0][1][metric]:
+        values = [row[metric].get(name) for _, row in columns]
+        lines.append("".join(f"{format_cell(value):>7}" for value in values) + f"  {name}")
+    return [Details(f"{metric.removeprefix('class ')} of each class, %", "\n".join(lines))]
 
 
 def format_truncated(truncated: int | None, texts: int) -> str:
