@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -649,9 +648,7 @@ def test_evaluate_command_reports_detection(
     assert result["proposals"]["boxes"] == 4 and metrics["proposal recall"] == 100
     assert result["rows"][0]["class AP50"] == pytest.approx({"cat": 100, "dog": 100, "person": 100})
     page = (tmp_path / "out/report.html").read_text()
-    assert "<summary>AP50 of each class, %</summary>" in page and re.search(
-        r"^  100.0  100.0  person$", page, re.MULTILINE
-    )
+    assert "<summary>AP50 of each class, %</summary>" in page and "  100.0  100.0  dog\n" in page
     assert "cat 1.00" in page and "Proposals from ground-truth: 4 boxes" in page
     assert "| colours (upper bound) | plain | 100.0 |" in output
     assert "ov-coco: Proposals from ground-truth: 4 boxes" in output and "the AP is an upper bound" in output
