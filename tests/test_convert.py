@@ -463,6 +463,19 @@ def test_load_official_reads_hf_weight_files(kind: str, tmp_path: Path) -> None:
         assert torch.equal(tensor.reshape(-1), official.float().reshape(-1))
 
 
+@pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": ["x"]}', '{"weight_map": {"a": 3}}'])
+def test_load_official_rejects_a_malformed_index_file(index: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=r"index\.json must "):
+        load_official_checkpoint(tmp_path)
+
+
+def test_load_official_explains_how_to_convert_a_torchscript_archive(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "ViT-B-32.pt")
+    with pytest.raises(ValueError, match=r"is a TorchScript archive.*torch\.jit\.load"):
+        load_official_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("wrapper", ["state_dict", "module", "prefix", "original"])
 def test_load_official_reads_eva_weight_files(wrapper: str, tmp_path: Path) -> None:
     tensors: dict[str, Any] = make_checkpoint("eva")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import io
 import json
 import os
 import shutil
 import struct
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +21,20 @@ import torch
 from PIL import Image, ImageFile
 
 from llm2clip.cli.export import _check_no_home_paths
-from llm2clip.data import image_header, image_refs, images
+from llm2clip.data import cells, image_header, image_refs, images, readers, records
 from llm2clip.data.image_header import DecodingLimitError, check_decoding_work, open_header
 from llm2clip.data.image_refs import FileImage, ParquetImage
 from llm2clip.data.images import ImageError, decode_image, load_image
+from llm2clip.data.readers import encoding
 from llm2clip.data.records import Source, open_records
-from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.skip_log import SkipLog, TooManySkipped
 from llm2clip.distributed import print_once
-from llm2clip.io_utils import atomic_dir, atomic_path
+from llm2clip.io_utils import DataFormatError, atomic_dir, atomic_path
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.convert.gguf import check_gguf_header
 from llm2clip.models.vision_backbones import build_backbone
 from llm2clip.search.request_images import load_request_image
-from llm2clip.search.scan import find_images
+from llm2clip.search.scan import container_stamp, find_images
 from llm2clip.search.types import IndexedImage
 
 
@@ -199,6 +202,7 @@ def test_parquet_rows_that_share_an_image_are_read_in_small_batches(
     pq.write_table(table, path, compression="zstd", row_group_size=5000)
     assert path.stat().st_size < 3000
     monkeypatch.setattr(image_refs, "MAX_BATCH_BYTES", 400_000)
+    monkeypatch.setattr(image_refs, "MAX_WINDOW_BYTES", 400_000)
     monkeypatch.setattr(image_refs, "MAX_ROW_GROUP_BYTES", 1 << 20)
     batches = []
     iter_batches = pq.ParquetFile.iter_batches
@@ -209,9 +213,10 @@ def test_parquet_rows_that_share_an_image_are_read_in_small_batches(
             yield batch
 
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", record_batches)
+    assert load_image(ParquetImage(str(path), 3, "image")).shape == (3, 10, 12)
     with pytest.raises(ImageError, match="row group 0 have more than"):
-        load_image(ParquetImage(str(path), 3, "image"))
-    assert max(batches) < 500_000 and sum(batches) < 2 << 20
+        load_image(ParquetImage(str(path), 4999, "image"))
+    assert max(batches) < 500_000 and sum(batches) < 4 << 20
     batches.clear()
     next(open_records(path))
     assert max(batches) < 500_000
@@ -221,6 +226,84 @@ def test_parquet_rows_that_share_an_image_are_read_in_small_batches(
     with pytest.raises(ValueError, match="no records"):
         list(open_records(path, log))
     assert log.skipped["unreadable file"] == 5000
+
+
+def test_parquet_captions_are_read_in_small_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file in which 1,000 rows share one caption of 100 kB."""
+    captions = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), pa.array(["x" * 100_000]))
+    pq.write_table(pa.table({"caption": captions}), tmp_path / "x.parquet", compression="zstd")
+    monkeypatch.setattr(image_refs, "MAX_BATCH_BYTES", 400_000)
+    sizes = []
+    iter_batches = pq.ParquetFile.iter_batches
+
+    def record_sizes(*args: Any, **options: Any) -> Any:
+        for batch in iter_batches(*args, **options):
+            sizes.append(len(batch))
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", record_sizes)
+    assert len(list(open_records(tmp_path / "x.parquet"))) == 1000
+    assert max(sizes) <= 4
+
+
+def test_reading_parquet_cells_in_any_order_takes_little_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.parquet"
+    images_in_rows = [png_bytes(width) + bytes(10_000) for width in range(1, 41)]
+    pq.write_table(pa.table({"image.x": [b"other"] * 40, "image": images_in_rows}), path, row_group_size=20)
+    monkeypatch.setattr(image_refs, "MAX_BATCH_BYTES", 1 << 18)  # a row at a time
+    monkeypatch.setattr(image_refs, "MAX_WINDOW_BYTES", 50_000)
+    monkeypatch.setattr(image_refs, "MAX_CACHE_BYTES", 120_000)
+    cache = image_refs._CellCache()
+    monkeypatch.setattr(image_refs, "_cells", cache)
+    for row in (0, 3, 25, 39, 38, 19, 7):
+        assert ParquetImage(str(path), row, "image").read() == images_in_rows[row]
+        windows = cache._windows.values()
+        assert sum(window.cells.nbytes for window in windows) <= 120_000
+        assert all(window.cells.nbytes <= 50_000 + 40_000 for window in windows)
+    with pytest.raises(FileNotFoundError, match="no longer has row 20 in row group 1"):
+        ParquetImage(str(path), 40, "image").read()
+    monkeypatch.setattr(image_refs, "MAX_CELL_BYTES", 5000)
+    with pytest.raises(OSError, match="the limit for a table cell"):
+        ParquetImage(str(path), 3, "image").read()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_paths_in_table_cells_are_not_opened_later(kind: str, tmp_path: Path) -> None:
+    """The cells of an indexed table are overwritten with the path of a private file."""
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "secret.png").write_bytes(png_bytes())
+    table = tmp_path / "set"
+    cells = [{"bytes": png_bytes(), "path": None}] * 2
+    data = datasets.Dataset.from_dict({"image": cells}, features=datasets.Features(image=datasets.Image()))
+    if kind == "saved":
+        data.save_to_disk(table)
+    else:
+        table.mkdir()
+        data.to_parquet(table / "x.parquet")
+    image, _ = find_images(Source(str(table)), SkipLog())
+    assert image.ref.read() == png_bytes()
+
+    status = os.stat(table)
+    schema = data.data.schema
+    changed = pa.table([pa.array([{"bytes": None, "path": str(tmp_path / "secret.png")}] * 2)], schema=schema)
+    if kind == "saved":
+        with pa.ipc.new_stream(next(table.glob("*.arrow")), schema) as file:
+            file.write_table(changed)
+        os.utime(table, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert container_stamp(str(table)) != image.stamp
+    else:
+        pq.write_table(changed, table / "x.parquet")
+    with pytest.raises(OSError, match="does not contain the bytes of an image"):
+        image.ref.read()
+
+
+def test_two_parquet_columns_with_the_same_name_are_not_read(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["caption", "caption"])
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(TooManySkipped, match="several columns are called 'caption'"):
+        list(open_records(tmp_path / "x.parquet"))
 
 
 @pytest.mark.parametrize(("kind", "message"), [(4, "larger than"), (8, "larger than"), (99, "unknown")])
@@ -304,6 +387,125 @@ def test_quantized_encoders_are_rejected(llm: Path, tmp_path: Path) -> None:
         CaptionEncoder.from_pretrained(tmp_path, device="cpu")
 
 
+# ---- captions -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.csv", "x.tsv", "captions.txt", "x.json"])
+def test_sparse_caption_files_are_rejected_before_they_fill_the_memory(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / name
+    monkeypatch.setattr(encoding, "MAX_LINE_CHARACTERS", 1 << 16)
+    monkeypatch.setattr(encoding, "MAX_SKIPPED_CHARACTERS", 1 << 20)
+    if name.endswith(".gz"):
+        path.write_bytes(gzip.compress(bytes(10 << 20)))
+    else:
+        path.write_text("id,caption\n1,")
+        os.truncate(path, 1 << 40)
+    with pytest.raises(DataFormatError, match=r"a line has over|must have at most"):
+        list(open_records(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.jsonl", '{{"id": "1", "caption": "a"}}\n{long}\n{{"id": "2", "caption": "b"}}\n'),
+        ("x.csv", "id,caption\n1,a\n2,{long}\n2,b\n"),
+        ("x.csv", 'id,caption\n1,a\n2,"{short}\n{short}\n{short}"\n2,b\n'),
+        ("captions.txt", "1.jpg,a\n1.jpg,{long}\n2.jpg,b\n"),
+    ],
+)
+def test_a_row_that_is_too_long_is_skipped(
+    name: str, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "MAX_LINE_CHARACTERS", 10_000)
+    (tmp_path / name).write_text(content.format(long="x" * 2_000_000, short="x" * 4000))
+    log = SkipLog(max_skipped=1.0)
+    assert [record.captions for record in open_records(tmp_path / name, log, "unchecked")] == [("a",), ("b",)]
+    assert "a row has over 10,000 characters" in log.examples[0]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.txt"])
+def test_caption_files_next_to_images_are_limited(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png_bytes())
+    (tmp_path / name).write_text("[")
+    os.truncate(tmp_path / name, 1 << 40)
+    with pytest.raises(TooManySkipped, match="caption file over 1 MB"):
+        list(open_records(tmp_path))
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_tar_headers_are_limited(kind: bytes, tmp_path: Path) -> None:
+    member = tarfile.TarInfo("x")
+    member.type, member.size = kind, 1 << 33
+    (tmp_path / "x.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT))
+    os.truncate(tmp_path / "x.tar", 1 << 40)
+    with pytest.raises(TooManySkipped, match="headers of a member have over 65,536 bytes"):
+        list(open_records(tmp_path / "x.tar"))
+
+
+def test_captions_of_a_row_are_limited(tmp_path: Path) -> None:
+    rows = [{"caption": "a" * (1 << 20)}, {"caption": ["a" * (1 << 19), "b" * (1 << 19), "c"]}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log = SkipLog(max_skipped=1.0)
+    assert len(list(open_records(tmp_path / "x.jsonl", log))) == 1
+    assert "1,048,577 characters" in log.examples[0]
+
+
+@pytest.mark.parametrize(
+    "cell", ["[f'{1}{1}']", "['a', rf'{1}']", "[{1,{2}}]", "[{[]: 1}]", "['a', ...]", "[b'a']", "[-'a']", "['a'] * 9"]
+)
+def test_only_lists_of_strings_are_parsed_as_python(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cells.ast, "literal_eval", lambda _: pytest.fail("the cell was parsed"))
+    assert cells.parse_captions(cell, True, SkipLog(), "x.csv", 1) == (cell,)
+
+
+@pytest.mark.parametrize(
+    ("cell", "captions"),
+    [
+        ("['the chef\\'s hat', \"a dog's\", None, u'x',]", ("the chef's hat", "a dog's", "x")),
+        (" [ 'of', \"if 'f'\" ] ", ("of", "if 'f'")),
+        ('["a", "b\\n"]', ("a", "b")),
+        ("['open", ("['open",)),
+    ],
+)
+def test_lists_in_cells_are_parsed(cell: str, captions: tuple[str, ...]) -> None:
+    assert cells.parse_captions(cell, True, SkipLog(), "x.csv", 1) == captions
+
+
+@pytest.mark.parametrize("value", [[], {}, None])
+def test_coco_ids_of_a_wrong_type_are_skipped(value: object, tmp_path: Path) -> None:
+    data = {
+        "images": [{"id": 1, "file_name": "a.png"}, {"id": value, "file_name": "a.png"}],
+        "annotations": [{"image_id": 1, "caption": "x"}, {"image_id": value, "caption": "y"}],
+    }
+    (tmp_path / "x.json").write_text(json.dumps(data))
+    log = SkipLog(max_skipped=1.0)
+    assert [record.captions for record in open_records(tmp_path / "x.json", log, "unchecked")] == [("x",)]
+    assert log.skipped == {"malformed row": 2}
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), MemoryError("no memory"), ValueError("odd")], ids=repr)
+def test_an_unexpected_exception_of_a_reader_is_a_bad_row(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.jsonl").write_text('{"caption": "a"}\n')
+
+    def read_json_lines(path: str, log: object) -> Any:
+        yield path, 1, {"caption": "a"}
+        raise error
+
+    monkeypatch.setattr(readers, "read_json_lines", read_json_lines)
+    log = SkipLog(max_skipped=1.0)
+    assert [record.captions for record in open_records(tmp_path / "x.jsonl", log)] == [("a",)]
+    assert log.examples == [f"{tmp_path}/x.jsonl, row 2: unreadable file: {type(error).__name__}: {error}"]
+
+    monkeypatch.undo()
+    monkeypatch.setattr(records, "parse_name", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(TooManySkipped, match=f"malformed row: {type(error).__name__}: "):
+        list(open_records(tmp_path / "x.jsonl"))
+
+
 # ---- names of files -------------------------------------------------------------------------------------------------
 
 
@@ -346,6 +548,17 @@ def test_index_finds_the_images_of_coco_next_to_the_annotations(folders: Path) -
     found, log = scan(file)
     assert [image.name for image in found] == [str(folders / "a.png")]
     assert log.skipped["outside the source's folder"] == 1
+
+
+def test_devices_and_named_pipes_are_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.jsonl")
+    os.mkfifo(tmp_path / "x.png")
+    for source in (tmp_path / "x.jsonl", tmp_path / "*.jsonl"):
+        with pytest.raises(ValueError, match="not a regular file"):
+            open_records(source)
+    for path in (tmp_path / "x.png", "/dev/zero"):
+        with pytest.raises(ImageError, match="not a regular file"):
+            load_image(path)
 
 
 def test_print_once_escapes_control_characters(capsys: pytest.CaptureFixture[str]) -> None:

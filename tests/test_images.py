@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import pickle
 import struct
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
 from conftest import run_with_few_open_files
-from llm2clip.data import image_loader, images
-from llm2clip.data.image_loader import image_batches
+from llm2clip.data import image_header, image_loader, images
+from llm2clip.data.image_loader import decode_or_error, image_batches
 from llm2clip.data.image_refs import FileImage, MemoryImage
 from llm2clip.data.images import ImageError, decode_image, load_image
 from llm2clip.data.transforms import EvalTransform, Preprocess, TrainTransform
+from llm2clip.search.request_images import load_request_image
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -413,3 +415,79 @@ def _load_images_for_inference() -> None:
     refs = [MemoryImage(encode(photo(), "PNG"), str(n)) for n in range(image_loader.MIN_IMAGES_FOR_WORKERS)]
     batches = list(image_batches(refs, EvalTransform(Preprocess(8, "squash", 1.0, "bicubic", *HALF)), 256, workers=2))
     assert sum(len(images) for _, images, _ in batches) == len(refs)
+
+
+# ---- damaged and unusual files --------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["WEBP", "JPEG", "PNG"])
+@pytest.mark.parametrize("exif", [b"garbage!", b"II", b"II*\0\x08\0\0\0" + struct.pack("<H", 65535)], ids=repr)
+def test_image_with_damaged_exif_is_not_rotated(kind: str, exif: bytes) -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (20, 10)).save(stream, kind, exif=b"Exif\0\0" + exif)
+    assert decode_image(stream.getvalue()).shape == (3, 10, 20)
+
+
+@pytest.mark.parametrize("error", [KeyError("tag"), MemoryError("no memory"), RecursionError("deep")], ids=repr)
+@pytest.mark.parametrize("step", ["decoder", "transform"])
+def test_decode_or_error_reports_any_exception(step: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    if step == "decoder":
+        monkeypatch.setattr(images, "_decode_with_torchvision", fail)
+    message = decode_or_error(MemoryImage(encode(photo(), "JPEG")), fail)
+    assert f"{type(error).__name__}: {error}" in message
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (b"II*\0\x10\0\0\0CR\x02\0" + bytes(99), r"Canon RAW \(CR2\) is not supported. Convert the image to JPEG"),
+        (b"\0\0\0\x18ftypcrx " + bytes(99), "CR3"),
+        (b'<?xml version="1.0"?>\n<!-- drawn by hand -->\n<svg xmlns="x"></svg>', "SVG is not supported"),
+        (b"", "it is empty"),
+    ],
+)
+def test_decode_image_names_unsupported_formats(start: bytes, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        decode_image(start)
+
+
+def test_decode_image_rejects_the_preview_in_a_raw_photo() -> None:
+    stream = io.BytesIO()
+    photo().save(stream, "TIFF", tiffinfo={254: 1})  # the first image in a DNG or NEF file is a reduced-size preview
+    with pytest.raises(ImageError, match="RAW photos are not supported"):
+        decode_image(stream.getvalue())
+
+
+def heic_bytes(image: Image.Image, **options: Any) -> bytes:
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    return encode(image, "HEIF", **options)
+
+
+def test_decode_image_reads_heic() -> None:
+    image = Image.linear_gradient("L").resize((40, 30)).convert("RGB")
+    pixels = decode_image(heic_bytes(image, quality=95))
+    assert (pixels.int() - torch.from_numpy(np.array(image)).permute(2, 0, 1).int()).abs().max() <= 3
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: rotated by 90 degrees
+    assert decode_image(heic_bytes(image, exif=exif.tobytes())).shape == (3, 40, 30)
+
+
+def test_heic_has_the_limits_of_other_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = heic_bytes(photo(64, 64))
+    assert load_image(data).shape == (3, 64, 64)
+    with pytest.raises(ImageError, match="HEIC images are not accepted in requests"):
+        load_request_image(data, 10**9)
+    monkeypatch.setattr(images, "MAX_PIXELS", 4000)
+    with pytest.raises(ImageError, match="64 x 64 is more than 4,000 pixels"):
+        decode_image(data)
+
+
+def test_heic_without_pillow_heif_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    image_header._register_heic.cache_clear()
+    with pytest.raises(ImageError, match=r"pip install -e '\.\[photos\]', or convert the image to JPEG"):
+        decode_image(b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf" + bytes(99))

@@ -323,7 +323,7 @@ def test_build_index_handles_invalid_unicode_names_and_rotated_images(
     exif[0x0112] = 6  # orientation: rotated by 90 degrees
     exif.get_ifd(0x8769)[0x9003] = "2002:03:04 05:06:07"
     Image.open(image_folder / "2.png").convert("RGB").save(photos / "rotated.jpg", exif=exif)
-    (photos / "phone.heic").write_bytes(b"an unsupported format")
+    (photos / "camera.cr2").write_bytes(b"an unsupported format")
     backend = SqliteBackend(tmp_path / "index", write=True)
     index_sources([photos], dual_encoder, backend, log=log)
     assert search_names(backend) == {r"caf\udce9.png", "rotated.jpg"}

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import glob
+import io
 import json
 import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+MAX_JSON_BYTES = 2 << 30  # JSON files are read into memory completely
+MAX_LINE_CHARACTERS = 1 << 25
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -165,6 +169,23 @@ def escape_control_characters(text: str) -> str:
 # ---- readers -------------------------------------------------------------------------------------------------------
 
 
+def describe_error(error: BaseException) -> str:
+    """Return the type and the text of an exception, for logs of inputs that cannot be read."""
+    return f"{type(error).__name__}: {error}"
+
+
+def open_regular_file(path: str | os.PathLike[str]) -> io.BufferedReader:
+    """Open a file in binary mode. Opening a named pipe would block, and reading a device might never end.
+
+    Raises:
+        OSError: The file does not exist, cannot be read, or is not a regular file.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # for a folder, `open` raises an error
+        raise OSError(f"{os.fspath(path)} is not a regular file")
+    return open(path, "rb")
+
+
 def first_existing(folder: Path, *names: str) -> Path:
     """Return the first file or folder in `names` that exists in `folder`. Names may be glob patterns.
 
@@ -189,12 +210,40 @@ def read_json(file: Path, object_hook: Callable[[dict[str, Any]], Any] | None = 
         object_hook: Function that replaces each JSON object, as in the module `json`.
 
     Raises:
-        DataFormatError: The file is not valid JSON, or is nested too deeply.
+        DataFormatError: The file is not valid JSON, is nested too deeply, or has more than `MAX_JSON_BYTES` bytes.
     """
+    with open_regular_file(file) as stream:
+        check_json_size(file, stream)
+        data = stream.read()
     try:
-        return json.loads(file.read_text(encoding="utf-8"), object_hook=object_hook)
+        return json.loads(data.decode(), object_hook=object_hook)
     except (ValueError, RecursionError) as error:
         raise DataFormatError(f"{file}: not JSON ({error})") from error
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Read a JSON file that contains an object.
+
+    Raises:
+        DataFormatError: The file is not valid JSON, or contains another type of value.
+    """
+    value = read_json(file)
+    if not isinstance(value, dict):
+        raise DataFormatError(f"{file} must contain a JSON object (got {type(value).__name__})")
+    return value
+
+
+def check_json_size(file: str | Path, stream: BinaryIO) -> None:
+    """Check the size of an open JSON file before it is read into memory.
+
+    Raises:
+        DataFormatError: The file has more than `MAX_JSON_BYTES` bytes. A sparse file can claim to have terabytes.
+    """
+    size = os.fstat(stream.fileno()).st_size
+    if size > MAX_JSON_BYTES:
+        raise DataFormatError(
+            f"{file} has {size:,} bytes; a JSON file must have at most {MAX_JSON_BYTES:,}. Convert it to JSON Lines"
+        )
 
 
 def read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -206,7 +255,7 @@ def read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in _numbered_lines(file):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataFormatError(f"{file}, line {number}: not JSON ({error})") from error
         if not isinstance(row, dict):
             raise DataFormatError(f"{file}, line {number}: not a JSON object")
@@ -228,9 +277,13 @@ def _numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
     Lines end only at newlines. `str.splitlines` would also split at the characters U+2028 and U+0085, which captions
     can contain.
     """
-    with file.open(encoding="utf-8-sig") as stream:
+    with io.TextIOWrapper(open_regular_file(file), "utf-8-sig") as stream:
         try:
-            for number, line in enumerate(stream, 1):
+            number = 0
+            while line := stream.readline(MAX_LINE_CHARACTERS + 1):
+                number += 1
+                if len(line) > MAX_LINE_CHARACTERS:
+                    raise DataFormatError(f"{file}, line {number}: over {MAX_LINE_CHARACTERS:,} characters")
                 if line.strip():
                     yield number, line.rstrip("\n")
         except UnicodeDecodeError as error:

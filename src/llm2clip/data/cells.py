@@ -7,17 +7,27 @@ import io
 import json
 import os
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from PIL import Image
 
 from llm2clip.data.columns import is_null
-from llm2clip.data.image_header import MAX_PIXELS, open_header
+from llm2clip.data.image_header import MAX_PIXELS, DecodingLimitError, ImageFormatError, open_header
 from llm2clip.data.image_refs import FileImage, ImageRef, LoadedImage, MemoryImage, printable
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.io_utils import DataFormatError, describe_error
 
 # Lower-case strings that represent a missing value in CSV cells.
 MISSING_TEXTS = frozenset({"nan", "-nan", "none", "null", "n/a", "#n/a", "#na", "<na>"})
+
+MAX_CAPTION_CHARACTERS = 1 << 20  # limit on the captions in a cell; encoders truncate them to a few hundred words
+# Python parses other expressions, such as f-strings, in quadratic time, so they are never passed to its parser.
+MAX_PYTHON_LIST = 1 << 16  # characters
+_PYTHON_LIST = re.compile(
+    r"""\s*\[(?:[\s,]|None|[uU]?(?:'[^'\\]*+(?:\\.[^'\\]*+)*+'|"[^"\\]*+(?:\\.[^"\\]*+)*+"))*+\]\s*""", re.DOTALL
+)
 
 
 class UnusableRow(Exception):
@@ -26,6 +36,17 @@ class UnusableRow(Exception):
     def __init__(self, reason: str, value: object) -> None:
         super().__init__(reason, value)
         self.reason, self.value = reason, value
+
+
+@contextmanager
+def malformed_row_on_error() -> Iterator[None]:
+    """Convert an exception that nobody expected to `UnusableRow`, so that one row cannot end a run."""
+    try:
+        yield
+    except (UnusableRow, DataFormatError):
+        raise
+    except Exception as error:
+        raise UnusableRow("malformed row", describe_error(error)) from error
 
 
 def is_missing_text(cell: object) -> bool:
@@ -44,7 +65,8 @@ def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: 
         row: Row number, for the log.
 
     Raises:
-        UnusableRow: The value is neither a string nor a list of strings, or a caption is not valid Unicode.
+        UnusableRow: The value is neither a string nor a list of strings, a caption is not valid Unicode, or the
+            captions have more than `MAX_CAPTION_CHARACTERS` characters.
     """
     if isinstance(value, str):
         value = _parse_list(value) if parse_lists else [value]
@@ -52,6 +74,9 @@ def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: 
         return ()
     if not isinstance(value, list):
         raise UnusableRow("malformed row", f"captions must be text or a list of texts (got {value!r})")
+    num_characters = sum(len(text) for text in value if isinstance(text, str))
+    if num_characters > MAX_CAPTION_CHARACTERS:
+        raise UnusableRow("malformed row", f"{num_characters:,} characters; the limit is {MAX_CAPTION_CHARACTERS:,}")
     captions = []
     for text in value:
         if not isinstance(text, str) and text is not None:
@@ -128,7 +153,9 @@ def check_image(image: LoadedImage, read_header: bool) -> None:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own limits
         raise UnusableRow("image too large", f"{image.ref}: {error}") from error
     except Exception as error:  # malicious bytes can make Pillow's plugins raise any type of exception
-        raise UnusableRow("unreadable image", f"{image.ref}: {error}") from error
+        is_complete = isinstance(error, ImageFormatError | DecodingLimitError | OSError)
+        reason = str(error) if is_complete else describe_error(error)
+        raise UnusableRow("unreadable image", f"{image.ref}: {reason}") from error
     if width * height > MAX_PIXELS:
         raise UnusableRow("image too large", f"{image.ref}: {width} x {height}")
 
@@ -136,7 +163,10 @@ def check_image(image: LoadedImage, read_header: bool) -> None:
 def _parse_list(text: str) -> list[Any]:
     """Parse a list of strings in JSON or Python notation. Any other text is returned as a list with one item."""
     if text.lstrip().startswith("["):
-        for parse in (json.loads, ast.literal_eval):
+        parsers: list[Callable[[str], Any]] = [json.loads]
+        if len(text) <= MAX_PYTHON_LIST and _PYTHON_LIST.fullmatch(text):
+            parsers.append(ast.literal_eval)
+        for parse in parsers:
             try:
                 value = parse(text.strip())
             except (ValueError, SyntaxError, RecursionError, MemoryError):

@@ -9,6 +9,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from llm2clip.io_utils import DataFormatError
+
 CAPTION_FIELDS = ("captions", "short_captions", "long_captions")
 TEXT_FIELDS = (*CAPTION_FIELDS, "phrases")
 COLUMN_NAMES = {  # record field -> common column names, in order of preference
@@ -73,7 +75,7 @@ class ColumnMapper:
         """Return a dict {field: column} for a table in which all rows have the same columns.
 
         Raises:
-            ValueError: A mapped column or the caption column is missing; see `check`.
+            DataFormatError: A mapped column or the caption column is missing; see `check`.
         """
         key = tuple(columns)
         if key not in self._cache:
@@ -99,7 +101,7 @@ class ColumnMapper:
         """Check that the source has the mapped columns and a caption column.
 
         Raises:
-            ValueError: A column is missing. The message lists the existing columns.
+            DataFormatError: A column is missing. The message lists the existing columns.
         """
         where = file or self.source
         existing = f"it has {', '.join(self.columns) or 'no columns'}"
@@ -107,9 +109,9 @@ class ColumnMapper:
             if column and column not in self.columns:
                 similar = difflib.get_close_matches(column, self.columns, n=1)
                 hint = f" (did you mean {similar[0]}?)" if similar else ""
-                raise ValueError(f"{where}: no column {column!r} for {field}{hint}; {existing}")
+                raise DataFormatError(f"{where}: no column {column!r} for {field}{hint}; {existing}")
         if self.require_captions and not self.has_captions:
-            raise ValueError(
+            raise DataFormatError(
                 f'{where}: no caption column; {existing}. Name one with --columns \'{{"captions": "NAME"}}\''
             )
 

@@ -21,7 +21,8 @@ MAX_PIXELS = 100_000_000
 MAX_FILE_BYTES = 1 << 30  # larger than 100 million uncompressed RGBA pixels with 16 bits per channel
 
 # Pillow decodes all of these formats in-process. EPS is excluded because Pillow runs Ghostscript on EPS files. ICO is
-# excluded because Pillow decodes the images in an ICO file before their size can be checked.
+# excluded because Pillow decodes the images in an ICO file before their size can be checked. HEIC is decoded by the
+# optional package pillow-heif, which `open_header` imports when it first meets such a file.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 
 # Ordinary progressive JPEGs have at most about 20 scans. A scan of only 100 bytes can visit all pixels.
@@ -39,6 +40,25 @@ _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
 # Header of a progressive or arithmetic-coded frame: marker, length for 1 to 4 components, 8 bits per sample.
 _COMPLEX_FRAME = re.compile(rb"\xff[\xc2\xc5-\xc7\xc9-\xcb\xcd-\xcf]\x00[\x0b\x0e\x11\x14]\x08")
 _TILE_WIDTH, _TILE_HEIGHT, _TILE_BYTES, _STRIP_BYTES = 322, 323, 325, 279  # TIFF tags
+_FILE_TYPE, _DNG_VERSION = 254, 50706  # TIFF tags
+_HEIC_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"})
+_UNSUPPORTED = {  # start of a file, as a regular expression -> format
+    rb"(II\*\0|MM\0\*)....CR\x02": "Canon RAW (CR2)",
+    rb"....ftypcrx ": "Canon RAW (CR3)",
+    rb"FUJIFILMCCD-RAW": "Fujifilm RAW (RAF)",
+    rb"IIU\0": "Panasonic RAW (RW2)",
+    rb"IIR[OS]|MMOR": "Olympus RAW (ORF)",
+    rb"8BPS": "Photoshop (PSD)",
+    rb"\xff\x0a|\0\0\0\x0cJXL ": "JPEG XL",
+    rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51": "JPEG 2000",
+    rb"%PDF": "PDF",
+    rb"%!PS": "EPS",
+    rb"\x00\x00\x01\x00": "ICO",
+}
+
+
+class ImageFormatError(ValueError):
+    """Raised if a file is not an image in a supported format. The message says what it is and what to do, if known."""
 
 
 class DecodingLimitError(ValueError):
@@ -55,17 +75,64 @@ def readable_formats() -> list[str]:
 def open_header(stream: BinaryIO) -> Image.Image:
     """Open an image in a supported format without decoding its pixels.
 
-    If the format is not supported, Pillow raises `Image.UnidentifiedImageError`. For malicious files, Pillow may raise
-    almost any type of exception. The caller must check that the image has at most `MAX_PIXELS` pixels.
+    For malicious files, Pillow may raise almost any type of exception. The caller must check that the image has at most
+    `MAX_PIXELS` pixels.
 
     Raises:
+        ImageFormatError: The file is not an image in a supported format.
         DecodingLimitError: The file or its header is too large.
     """
     reader = _BoundedReader(stream)
-    image = Image.open(cast(BinaryIO, reader), formats=readable_formats())
+    start = stream.read(1024)
+    stream.seek(0)
+    _check_format(start)
+    formats = readable_formats()
+    if is_heic(start):
+        _register_heic()
+        formats = ["HEIF"]
+    try:
+        image = Image.open(cast(BinaryIO, reader), formats=formats)
+    except Image.UnidentifiedImageError:
+        reason = f"supported formats: {', '.join(readable_formats())}, HEIC" if start else "it is empty"
+        raise ImageFormatError(f"not an image: {reason}") from None
+    tags = getattr(image, "tag_v2", {})
+    if tags.get(_FILE_TYPE) == 1 or _DNG_VERSION in tags:
+        # The first image in a DNG, NEF or ARW file is a small preview.
+        raise ImageFormatError("RAW photos are not supported. Convert the photo to JPEG")
     reads_pixels = any(codec == "ppm" for codec, *_ in cast(Any, image).tile)
     reader.allow_decoding(bytes_per_read=1 if reads_pixels else 64)
     return image
+
+
+def _check_format(start: bytes) -> None:
+    for pattern, name in _UNSUPPORTED.items():
+        if re.match(pattern, start, flags=re.DOTALL):
+            raise ImageFormatError(f"{name} is not supported. Convert the image to JPEG")
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<") and b"<svg" in start:
+        raise ImageFormatError("SVG is not supported. Convert the image to JPEG")
+
+
+@cache
+def _register_heic() -> None:
+    """Make Pillow read HEIC images."""
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise ImageFormatError(
+            f"HEIC images need the package pillow-heif ({error}). Run pip install -e '.[photos]', or convert the image "
+            "to JPEG"
+        ) from error
+    # Thumbnails, depth maps and other auxiliary images are not needed, and reading them takes memory.
+    pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
+
+
+def is_heic(start: bytes) -> bool:
+    """Return True for HEIC images, given at least the first bytes of a file. AVIF images have the same container."""
+    if start[4:8] != b"ftyp":
+        return False
+    box = start[: min(1024, int.from_bytes(start[:4], "big"))]
+    brands = {box[index : index + 4] for index in (8, *range(16, len(box), 4))}
+    return bool(brands & _HEIC_BRANDS) and not brands & {b"avif", b"avis"}
 
 
 def check_decoding_work(data: bytes, header: Image.Image) -> None:

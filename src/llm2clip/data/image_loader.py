@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.images import ImageError, load_image
 from llm2clip.data.shared_refs import SharedRefs
+from llm2clip.io_utils import describe_error
 
 T = TypeVar("T")
 MIN_IMAGES_FOR_WORKERS = 2048  # decoding fewer images than this takes less time than starting the workers
@@ -23,11 +24,13 @@ _ALIGNMENT = 64  # bytes; tensors of every dtype can start at a multiple of this
 
 
 def decode_or_error(ref: ImageRef, transform: Callable[[Tensor], T]) -> T | str:
-    """Decode and transform an image. Return an error message if the image cannot be decoded."""
+    """Decode and transform an image. Return an error message if this fails, for example for lack of memory."""
     try:
         return transform(load_image(ref))
     except (ImageError, OSError) as error:
         return str(error).removeprefix(f"{ref}: ")  # the caller adds the image's name
+    except Exception as error:  # one image must not end a run
+        return describe_error(error)
 
 
 def image_batches(

@@ -11,7 +11,9 @@ import io
 import os
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Collection
+from collections import OrderedDict, deque
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -19,11 +21,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llm2clip.data.image_header import MAX_FILE_BYTES
+from llm2clip.io_utils import describe_error, open_regular_file
 
 # Limit on the decoded image bytes of a Parquet row group. A file of a few hundred bytes can expand to many gigabytes,
 # because rows can share a value and because values are compressed.
 MAX_ROW_GROUP_BYTES = 2 << 30
-MAX_BATCH_BYTES = 512 << 20  # approximate limit on the image bytes that are decoded at a time
+MAX_BATCH_BYTES = 256 << 20  # approximate limit on the bytes that are decoded at a time
+MAX_WINDOW_BYTES = 128 << 20  # approximate limit on consecutive cells that are decoded to read one of them
+MAX_CACHE_BYTES = 256 << 20  # limit on the decoded cells that a process caches
+MAX_CELL_BYTES = 256 << 20  # limit on the image in a table cell
 
 
 class ImageRef(ABC):
@@ -55,9 +61,14 @@ class ImageRef(ABC):
         """Path of the file or folder that contains the bytes, or None for an image in memory."""
         return getattr(self, "path", None) or getattr(self, "folder", None)
 
-    @abstractmethod
     def open(self) -> BinaryIO:
-        """Open the encoded bytes as a stream, so that the header can be read on its own."""
+        """Open the encoded bytes as a stream, so that the header can be read on its own.
+
+        Raises:
+            OSError: The image cannot be read.
+        """
+        with self._reader_errors():
+            return self._open()
 
     def read(self) -> bytes:
         """Return all encoded bytes.
@@ -65,8 +76,21 @@ class ImageRef(ABC):
         Raises:
             OSError: The image cannot be read, or it has more than `MAX_FILE_BYTES` bytes.
         """
-        with self.open() as stream:
+        with self._reader_errors(), self._open() as stream:
             return read_image_file(stream)
+
+    @abstractmethod
+    def _open(self) -> BinaryIO:
+        """Open the encoded bytes as a stream. Damaged files can make the libraries raise any type of exception."""
+
+    @contextmanager
+    def _reader_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(f"{self}: {describe_error(error)}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +118,8 @@ class FileImage(ImageRef):
     def canonical_path(self) -> str:
         return resolve_folder(self.path)
 
-    def open(self) -> BinaryIO:
-        return open(self.path, "rb")
+    def _open(self) -> BinaryIO:
+        return open_regular_file(self.path)
 
     def __str__(self) -> str:
         return self.path
@@ -114,7 +138,7 @@ class TarImage(ImageRef):
     def key(self) -> str:
         return f"{self.canonical_path}@{self.offset}"  # several members of a tar file may have the same name
 
-    def open(self) -> BinaryIO:
+    def _open(self) -> BinaryIO:
         return io.BufferedReader(_FileSlice(self.path, self.offset, self.size))
 
     def __str__(self) -> str:
@@ -125,7 +149,7 @@ class _FileSlice(io.RawIOBase):
     """Stream over part of a file. It lets Pillow read an image's header without reading the entire tar member."""
 
     def __init__(self, path: str, offset: int, size: int) -> None:
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        self._file = open_regular_file(path)
         self._offset, self._size, self._position = offset, size, 0
 
     def readable(self) -> bool:
@@ -171,9 +195,9 @@ class _TableCell(ImageRef):
 class ParquetImage(_TableCell):
     """A cell in a Parquet file. It contains either bytes or a struct with bytes and a path.
 
-    The first read from a row group decodes the entire image column of that row group. Each process caches the decoded
-    columns of four row groups. Reading in file order is therefore fast, but each read in random order usually decodes
-    another row group. Row groups should therefore be small; Hugging Face uses 100 rows.
+    A read decodes the row group up to the cell and as many of the following cells as fit in `MAX_WINDOW_BYTES`. Each
+    process caches up to `MAX_CACHE_BYTES` of decoded cells. Reading in file order is therefore fast, but each read in
+    random order usually decodes another row group. Row groups should therefore be small; Hugging Face uses 100 rows.
     """
 
     path: str
@@ -181,18 +205,11 @@ class ParquetImage(_TableCell):
     column: str
     digest: str = ""
 
-    def open(self) -> BinaryIO:
-        version = _file_version(self.path)
-        try:
-            starts = _row_group_starts(self.path, version)
-            group = bisect_right(starts, self.row) - 1
-            column = _parquet_column(self.path, version, group, self.column)
-        except pa.ArrowException as error:  # some Arrow exceptions are ValueErrors
-            raise OSError(f"{self}: {error}") from error
-        if self.row - starts[group] >= len(column):
-            raise FileNotFoundError(f"{self} no longer exists")
-        value = column[self.row - starts[group]].as_py()
-        return _open_cell(value, os.path.dirname(self.path), str(self))
+    def _open(self) -> BinaryIO:
+        version = file_version(self.path)
+        starts = _row_group_starts(self.path, version)
+        group = bisect_right(starts, self.row) - 1
+        return _open_cell(_cells.get(self.path, version, group, self.column, self.row - starts[group]), self)
 
     def __str__(self) -> str:
         return f"{self.path}[{self.row}].{self.column}"
@@ -208,12 +225,10 @@ class DatasetImage(_TableCell):
     column: str
     digest: str = ""
 
-    def open(self) -> BinaryIO:
-        try:
-            value = _saved_dataset(self.folder, _file_version(self.folder), self.split)[self.row][self.column]
-        except (pa.ArrowException, IndexError) as error:
-            raise OSError(f"{self}: {error}") from error
-        return _open_cell(value, self.folder, str(self))
+    def _open(self) -> BinaryIO:
+        version = file_version(os.path.join(self.folder, self.split or ""))
+        column = _saved_column(self.folder, version, self.split, self.column)
+        return _open_cell(column[self.row][self.column], self)
 
     def __str__(self) -> str:
         return f"{self.folder}{'/' + self.split if self.split else ''}[{self.row}].{self.column}"
@@ -230,7 +245,7 @@ class MemoryImage(ImageRef):
     def key(self) -> str:
         return content_digest(self.data)
 
-    def open(self) -> BinaryIO:
+    def _open(self) -> BinaryIO:
         return io.BytesIO(self.data)
 
     def __str__(self) -> str:
@@ -291,14 +306,20 @@ def _real_path(folder: str) -> str:
     return os.path.realpath(folder)
 
 
-def _file_version(path: str) -> tuple[int, int]:
-    """Return a file's size and modification time. They are part of cache keys, so that stale entries are never used."""
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns
+def file_version(path: str) -> tuple[tuple[int, int], ...]:
+    """Return the sizes and modification times (in ns) of a file, or of all files in a folder and its subfolders.
+
+    They are part of cache keys and of the stamps in an index, so that stale entries are never used. The modification
+    time of a folder alone does not change if a file in it is overwritten.
+    """
+    files = [path]
+    if os.path.isdir(path):
+        files = sorted(os.path.join(parent, name) for parent, _, names in os.walk(path) for name in names)
+    return tuple((status.st_size, status.st_mtime_ns) for status in map(os.stat, files))
 
 
 @functools.lru_cache(maxsize=1024)
-def _row_group_starts(path: str, version: tuple[int, int]) -> list[int]:
+def _row_group_starts(path: str, version: object) -> list[int]:
     metadata = pq.read_metadata(path)
     starts = [0]
     for group in range(metadata.num_row_groups - 1):
@@ -306,47 +327,116 @@ def _row_group_starts(path: str, version: tuple[int, int]) -> list[int]:
     return starts
 
 
-@functools.lru_cache(maxsize=4)
-def _parquet_column(path: str, version: tuple[int, int], group: int, column: str) -> pa.ChunkedArray:
+@dataclass(frozen=True)
+class _Window:
+    """Consecutive decoded cells of a row group. `start` is the row of the first cell within the row group."""
+
+    start: int
+    cells: pa.ChunkedArray
+    num_bytes: int
+
+    def __contains__(self, row: int) -> bool:
+        return self.start <= row < self.start + len(self.cells)
+
+
+class _CellCache:
+    """Cache of decoded cells with a limit on their size, so that reading from many row groups takes little memory."""
+
+    def __init__(self) -> None:
+        self._windows: OrderedDict[tuple[object, ...], _Window] = OrderedDict()  # least recently used first
+
+    def get(self, path: str, version: object, group: int, column: str, row: int) -> Any:
+        """Return a cell as an Arrow scalar. `row` is the row within the row group.
+
+        No lock is used, because a process that is forked while a thread holds the lock would wait forever. If two
+        threads need the same window, both decode it.
+        """
+        key = (path, version, group, column)
+        window = self._windows.pop(key, None)
+        if window is None or row not in window:
+            window = _decode_window(path, version, group, column, row)
+        self._windows[key] = window
+        while len(self._windows) > 64 or sum(w.num_bytes for w in list(self._windows.values())) > MAX_CACHE_BYTES:
+            self._windows.popitem(last=False)
+        return window.cells[row - window.start]
+
+
+_cells = _CellCache()
+
+
+def _decode_window(path: str, version: object, group: int, column: str, row: int) -> _Window:
+    """Decode a row group up to a row, and as many of the following rows as fit in `MAX_WINDOW_BYTES`.
+
+    Raises:
+        FileNotFoundError: The row group has fewer rows.
+        OSError: The cells up to the row have more than `MAX_ROW_GROUP_BYTES` bytes.
+    """
     # The file is reopened each time and read without threads, because file handles and thread pools that survive a
     # fork can deadlock in data loader workers.
     batch_size = _batch_size(path, version, column)
+    batches: deque[pa.Array] = deque()
+    start = num_bytes = num_decoded = 0
     with pq.ParquetFile(path) as file:
-        batches, num_bytes = [], 0
         for batch in file.iter_batches(batch_size, row_groups=[group], columns=[column], use_threads=False):
-            num_bytes += batch.nbytes
-            if num_bytes > MAX_ROW_GROUP_BYTES:
+            index = batch.schema.get_field_index(column)  # the batch may have other columns, such as "image.x"
+            if index < 0:
+                raise OSError(f"{path} must have one column {column!r}")
+            cells = batch.column(index)
+            batches.append(cells)
+            num_bytes += cells.nbytes
+            num_decoded += cells.nbytes
+            while num_bytes > MAX_WINDOW_BYTES and start + len(batches[0]) <= row:
+                start += len(batches[0])
+                num_bytes -= batches.popleft().nbytes
+            is_decoded = row < start + sum(map(len, batches))
+            if is_decoded and num_bytes > MAX_WINDOW_BYTES:
+                break
+            if not is_decoded and num_decoded > MAX_ROW_GROUP_BYTES:
                 raise _row_group_error(group)
-            batches.append(batch.column(0))
-        return pa.chunked_array(batches, type=file.schema_arrow.field(column).type)
+    if row >= start + sum(map(len, batches)):
+        raise FileNotFoundError(f"{path} no longer has row {row} in row group {group}")
+    return _Window(start, pa.chunked_array(batches), num_bytes)
 
 
 @functools.lru_cache(maxsize=1024)
-def _batch_size(path: str, version: tuple[int, int], column: str) -> int:
+def _batch_size(path: str, version: object, column: str) -> int:
     """Cached `parquet_batch_size`, because it scans all row groups, and every row group is read separately."""
     with pq.ParquetFile(path) as file:
         return parquet_batch_size(file, [column])
 
 
-def parquet_batch_size(file: pq.ParquetFile, image_columns: Collection[str]) -> int:
-    """Return the number of rows (at most 64) to read at a time from a Parquet file with images.
+def parquet_batch_size(file: pq.ParquetFile, columns: Collection[str]) -> int:
+    """Return the number of rows (at most 64) to read at a time from these columns of a Parquet file.
 
-    All rows of a row group can share one large value, so each image can be as large as the entire row group. In this
-    worst case, the images in a batch still take at most `MAX_BATCH_BYTES`, unless the batch is a single row.
-
-    Raises:
-        OSError: The images of a row group have more than `MAX_ROW_GROUP_BYTES` bytes according to the file's metadata.
+    All rows of a row group can share one large value, so each value can be as large as the entire row group. In this
+    worst case, a batch still takes at most `MAX_BATCH_BYTES`, unless it is a single row.
     """
     largest = 1
     for group in range(file.metadata.num_row_groups):
-        metadata = file.metadata.row_group(group)
-        chunks = [metadata.column(index) for index in range(metadata.num_columns)]
-        images = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in image_columns]
-        num_bytes = sum(chunk.total_uncompressed_size for chunk in images)
-        if num_bytes > MAX_ROW_GROUP_BYTES:
-            raise _row_group_error(group)
-        largest = max(largest, num_bytes)
+        largest = max(largest, row_group_bytes(file, group, columns))
     return max(1, min(64, MAX_BATCH_BYTES // largest))
+
+
+def check_row_groups(file: pq.ParquetFile, image_columns: Collection[str]) -> None:
+    """Check the size of the images in each row group of a Parquet file, according to the file's metadata.
+
+    Raises:
+        OSError: The images of a row group have more than `MAX_ROW_GROUP_BYTES` bytes.
+    """
+    for group in range(file.metadata.num_row_groups):
+        if row_group_bytes(file, group, image_columns) > MAX_ROW_GROUP_BYTES:
+            raise _row_group_error(group)
+
+
+def row_group_bytes(file: pq.ParquetFile, group: int, columns: Collection[str]) -> int:
+    """Return the uncompressed size of these columns of a row group, according to the file's metadata."""
+    metadata = file.metadata.row_group(group)
+    prefixes = tuple(f"{column}." for column in columns)
+    num_bytes = 0
+    for chunk in (metadata.column(index) for index in range(metadata.num_columns)):
+        if f"{chunk.path_in_schema}.".startswith(prefixes):
+            num_bytes += chunk.total_uncompressed_size
+    return num_bytes
 
 
 def _row_group_error(group: int) -> OSError:
@@ -357,17 +447,29 @@ def _row_group_error(group: int) -> OSError:
 
 
 @functools.lru_cache(maxsize=16)
-def _saved_dataset(folder: str, version: tuple[int, int], split: str | None) -> Any:
+def _saved_column(folder: str, version: object, split: str | None, column: str) -> Any:
     from datasets import load_from_disk
 
     loaded = load_from_disk(folder)
-    return disable_image_decoding(loaded[split] if split is not None and isinstance(loaded, dict) else loaded)
+    dataset = loaded[split] if split is not None and isinstance(loaded, dict) else loaded
+    return disable_image_decoding(dataset.select_columns([column]))
 
 
-def _open_cell(value: Any, folder: str, name: str) -> BinaryIO:
-    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
-    if data is not None:
-        return io.BytesIO(data)
-    if path is None:
-        raise FileNotFoundError(f"{name} does not contain an image")
-    return open(os.path.join(folder, str(path)), "rb")
+def _open_cell(cell: Any, ref: ImageRef) -> BinaryIO:
+    """Open the image in a table cell: bytes or a struct with bytes, as Arrow scalars or as Python values.
+
+    A path in the cell is not opened. The cell contained bytes when the reference was created, so a path means that the
+    table was changed, and the path could be that of any file on this machine.
+
+    Raises:
+        OSError: The cell contains no bytes, or too many.
+    """
+    data = cell.get("bytes") if isinstance(cell, dict | pa.StructScalar) else cell
+    if isinstance(data, pa.Scalar):
+        data = data.as_buffer() if data.is_valid else None
+    if data is None:
+        raise FileNotFoundError(f"{ref} does not contain the bytes of an image")
+    size = memoryview(data).nbytes
+    if size > MAX_CELL_BYTES:
+        raise OSError(f"image too large: {size:,} bytes are more than {MAX_CELL_BYTES:,}, the limit for a table cell")
+    return io.BytesIO(data)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
@@ -11,14 +12,21 @@ import numpy as np
 import torch
 import torchvision
 from packaging.version import Version
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile
 from torch import Tensor
 from torchvision.io import ImageReadMode, encode_jpeg
 from torchvision.io import decode_image as torchvision_decode_image
 from torchvision.transforms.v2 import functional as F
 
-from llm2clip.data.image_header import MAX_PIXELS, check_decoding_work, open_header, readable_formats
+from llm2clip.data.image_header import (
+    MAX_PIXELS,
+    DecodingLimitError,
+    ImageFormatError,
+    check_decoding_work,
+    open_header,
+)
 from llm2clip.data.image_refs import FileImage, ImageRef
+from llm2clip.io_utils import describe_error
 
 _ORIENTATION = 0x0112  # EXIF tag
 # Formats to decode with torchvision. PNG is excluded for torchvision 0.29 and later, whose PNG decoder crashes with a
@@ -60,8 +68,8 @@ def load_image(image: ImageLike) -> Tensor:
     name = _name_of(image)
     try:
         if isinstance(image, Image.Image):
-            _check_size(image)
-            return _decode_with_pillow(image)
+            with _decoder_errors():
+                return _decode_with_pillow(image)
         if isinstance(image, str | Path):
             image = FileImage(str(image))
         return decode_image(image.read())
@@ -82,19 +90,27 @@ def decode_image(data: bytes) -> Tensor:
         ImageError: The bytes are not an image in a supported format, the image is damaged, it has more than
             `MAX_PIXELS` pixels, or decoding would take too much work (see `check_decoding_work`).
     """
-    try:
+    with _decoder_errors():
         header = open_header(BytesIO(data))
         _check_size(header)
         check_decoding_work(data, header)
+        pixels = _decode_with_torchvision(data, header)
+        return _decode_with_pillow(header) if pixels is None else pixels
+
+
+@contextmanager
+def _decoder_errors() -> Iterator[None]:
+    """Convert every exception of a decoder to an `ImageError`: damaged files can make decoders raise any exception."""
+    try:
+        yield
     except ImageError:
         raise
-    except Image.UnidentifiedImageError:
-        reason = "it is empty" if not data else f"supported formats: {', '.join(readable_formats())}"
-        raise ImageError(f"not an image: {reason}") from None
-    except Exception as error:  # malicious headers can make Pillow raise almost any type of exception
+    except ImageFormatError as error:
+        raise ImageError(str(error)) from error
+    except (DecodingLimitError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"unreadable image: {error}") from error
-    pixels = _decode_with_torchvision(data, header)
-    return _decode_with_pillow(header) if pixels is None else pixels
+    except Exception as error:
+        raise ImageError(f"unreadable image: {describe_error(error)}") from error
 
 
 def load_thumbnail(image: ImageLike, side: int) -> bytes | None:
@@ -135,10 +151,7 @@ def _check_size(image: Image.Image) -> None:
 def _decode_with_torchvision(data: bytes, header: Image.Image) -> Tensor | None:
     """Decode an image with torchvision. Return None if Pillow must decode the image, or report the error, instead."""
     if header.format == "PNG" and "PNG" not in _FAST_FORMATS and ImageFile.LOAD_TRUNCATED_IMAGES:
-        try:
-            open_header(BytesIO(data)).verify()  # missing pixels must raise an error, not become grey
-        except Exception as error:
-            raise ImageError(f"unreadable image: {error}") from error
+        open_header(BytesIO(data)).verify()  # missing pixels must raise an error, not become grey
     if header.format not in _FAST_FORMATS or "transparency" in header.info:
         return None
     has_alpha = header.mode in ("RGBA", "LA")
@@ -155,7 +168,7 @@ def _decode_with_torchvision(data: bytes, header: Image.Image) -> Tensor | None:
     if pixels.dtype == torch.uint16:  # 16-bit PNG
         pixels = _to_8_bits(pixels)
     if header.format == "WEBP":
-        pixels = _apply_orientation(pixels, header.getexif().get(_ORIENTATION, 1))
+        pixels = _apply_orientation(pixels, _read_orientation(header))
     return _blend_with_white(pixels) if has_alpha else pixels
 
 
@@ -163,23 +176,29 @@ def _decode_with_pillow(image: Image.Image) -> Tensor:
     """Convert a Pillow image of any mode to uint8 (3, H, W).
 
     Raises:
-        ImageError: The image is damaged, or its pixels are floats.
+        ImageError: The image is too large, or its pixels are floats.
     """
+    _check_size(image)
+    image.load()
+    _check_size(image)  # the size in the header of a HEIC image can differ from the size of its pixels
+    if image.mode == "F":
+        raise ImageError("the pixels are floating-point values with an unknown range")
+    if image.mode.startswith("I"):  # Pillow's own conversion clips 16-bit values at 255
+        grey = torch.from_numpy(np.asarray(image).astype(np.int64)).clamp(0, 65535)
+        pixels = _to_8_bits(grey).expand(3, -1, -1)
+    elif image.has_transparency_data:
+        pixels = _blend_with_white(torch.from_numpy(np.array(image.convert("RGBA"))).permute(2, 0, 1))
+    else:
+        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    return _apply_orientation(pixels, _read_orientation(image)).contiguous()
+
+
+def _read_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image (1 to 8), or 1 if it is missing or its EXIF data is damaged."""
     try:
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.mode == "F":
-            raise ImageError("the pixels are floating-point values with an unknown range")
-        if image.mode.startswith("I"):  # Pillow's own conversion clips 16-bit values at 255
-            grey = torch.from_numpy(np.asarray(image).astype(np.int64)).clamp(0, 65535)
-            return _to_8_bits(grey).expand(3, -1, -1).contiguous()
-        has_alpha = image.has_transparency_data
-        pixels = torch.from_numpy(np.array(image.convert("RGBA" if has_alpha else "RGB"))).permute(2, 0, 1)
-    except ImageError:
-        raise
-    except Exception as error:  # malicious files can make Pillow raise almost any type of exception
-        raise ImageError(f"unreadable image: {error}") from error
-    return _blend_with_white(pixels) if has_alpha else pixels.contiguous()
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged EXIF data can make Pillow raise almost any type of exception
+        return 1
 
 
 def _to_8_bits(pixels: Tensor) -> Tensor:

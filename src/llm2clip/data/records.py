@@ -14,7 +14,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from llm2clip.data import readers
-from llm2clip.data.cells import UnusableRow, check_image, is_missing_text, parse_captions, parse_image, parse_name
+from llm2clip.data.cells import (
+    UnusableRow,
+    check_image,
+    is_missing_text,
+    malformed_row_on_error,
+    parse_captions,
+    parse_image,
+    parse_name,
+)
 from llm2clip.data.columns import COLUMN_NAMES, TEXT_FIELDS, ColumnMapper
 from llm2clip.data.image_refs import ImageRef, LoadedImage
 from llm2clip.data.raw_rows import BadRow, RawRow
@@ -180,7 +188,8 @@ class _RecordReader:
         for kind, path in files:
             for row in self._parsed_rows(kind, path):
                 try:
-                    record = self._to_record(row)
+                    with malformed_row_on_error():
+                        record = self._to_record(row)
                 except UnusableRow as error:
                     self._skip(row.file, row.row, error.reason, error.value, row.num_rows)
                     continue
@@ -206,7 +215,8 @@ class _RecordReader:
                 self._skip(file, number, fields.reason, fields.value, fields.rows)
                 continue
             try:
-                row = self._parse_row(file, number, fields, kind)
+                with malformed_row_on_error():
+                    row = self._parse_row(file, number, fields, kind)
             except UnusableRow as error:
                 self._count_rows()
                 self._skip(file, number, error.reason, error.value)

@@ -17,6 +17,7 @@ from llm2clip.data.pairs import Pair
 from llm2clip.data.raw_rows import BadRow
 from llm2clip.data.records import EARLY_CHECK_ROWS, NO_SPLIT, Source
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.io_utils import DataFormatError
 
 COLUMN_NAMES = {  # pair field -> usual column names, in order of preference
     "query": ("query", "anchor", "question", "title"),
@@ -52,7 +53,7 @@ def read_text_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
             try:
                 columns = _choose_columns(row_file, list(fields))
                 columns_known = True
-            except ValueError:
+            except DataFormatError:
                 if not columns_known:  # the first row lacks these columns, so the file does not contain pairs
                     raise
                 columns = {}  # this JSON object lacks the required keys
@@ -80,13 +81,13 @@ def _choose_columns(file: str, columns: Sequence[str]) -> dict[str, str]:
     """Map pair fields to columns.
 
     Raises:
-        ValueError: There is no query column or no positive column.
+        DataFormatError: There is no query column or no positive column.
     """
     chosen = guess_columns(COLUMN_NAMES, columns)
     for field in ("query", "positive"):
         if field not in chosen:
             names = ", ".join(COLUMN_NAMES[field])
-            raise ValueError(f"{file}: no column for {field} (one of {names}); it has {', '.join(columns)}")
+            raise DataFormatError(f"{file}: no column for {field} (one of {names}); it has {', '.join(columns)}")
     return chosen
 
 

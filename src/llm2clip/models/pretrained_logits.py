@@ -6,13 +6,13 @@ The LLM2CLIP authors' code starts from the logit scale of the pretrained CLIP mo
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from llm2clip.models.convert.checkpoint_io import read_weight_map
 from llm2clip.models.pretrained import resolve_pretrained
 
 # Weight files that may contain the logit scale. In timm's repositories, only the open_clip file contains it.
@@ -87,7 +87,7 @@ def find_file(source: str, name: str) -> Path | None:
 def _read_tensors(file: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
     """Read the named tensors from a weight file, or from the shards listed in an index. Omit missing tensors."""
     if file.name.endswith(".index.json"):
-        shard_of = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        shard_of = read_weight_map(file)
         tensors: dict[str, Tensor] = {}
         for name in names:
             if name in shard_of:

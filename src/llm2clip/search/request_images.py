@@ -9,9 +9,12 @@ from typing import Any
 
 from PIL import Image
 
-from llm2clip.data.image_header import open_header
+from llm2clip.data.image_header import ImageFormatError, is_heic, open_header
 from llm2clip.data.images import ImageError, load_image
 from llm2clip.search.errors import TooLarge
+
+# A small AVIF or HEIC file can contain any number of hidden frames, which are decoded first.
+NOT_ACCEPTED = "{} images are not accepted in requests. Convert the image to JPEG, PNG or WebP"
 
 
 def decode_data_uri(uri: str) -> bytes:
@@ -36,16 +39,20 @@ def load_request_image(data: bytes, max_pixels: int) -> Any:
         TooLarge: The image has more than `max_pixels` pixels. The size is checked before the pixels are decoded.
         ImageError: The image cannot be decoded.
     """
+    if is_heic(data):
+        raise ImageError(NOT_ACCEPTED.format("HEIC"))
     try:
         with open_header(io.BytesIO(data)) as header:
             width, height = header.size
             is_avif = header.format == "AVIF"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooLarge(str(error)) from error
+    except ImageFormatError as error:
+        raise ImageError(str(error)) from error
     except Exception as error:  # Pillow can raise almost any exception for a damaged header
-        raise ImageError("the data is not an image, or its format is not supported") from error
-    if is_avif:  # a small AVIF file can contain any number of hidden frames, which are decoded first
-        raise ImageError("AVIF images are not accepted in requests. Convert the image to JPEG, PNG or WebP")
+        raise ImageError("the image is damaged") from error
+    if is_avif:
+        raise ImageError(NOT_ACCEPTED.format("AVIF"))
     if width * height > max_pixels:
         raise TooLarge(f"the image has too many pixels: {width} x {height}; the limit is {max_pixels:,}")
     return load_image(data)

@@ -10,16 +10,14 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 
 from llm2clip.data.image_header import open_header
-from llm2clip.data.image_refs import TarImage, printable, resolve_folder
+from llm2clip.data.image_refs import TarImage, file_version, printable, resolve_folder
 from llm2clip.data.readers.tar import list_files
 from llm2clip.data.records import Source, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.search.types import REF_TYPES, IndexedImage
 
 # File name suffixes of unsupported image formats. Files with these suffixes are recorded in the skip log.
-UNSUPPORTED_SUFFIXES = frozenset(
-    {"heic", "heif", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raw", "psd", "svg", "jxl"}
-)
+UNSUPPORTED_SUFFIXES = frozenset({"dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raw", "psd", "svg", "jxl"})
 EXIF_IFD, EXIF_DATE_TAKEN, EXIF_DATE = 0x8769, 0x9003, 0x0132  # EXIF tags
 
 
@@ -77,6 +75,7 @@ def find_images(
             log.count_row()
             log.skip(path, 0, "unknown format", "")
     folder = _source_folder(source.path)
+    stamps: dict[str, str] = {}
     for record in records:
         if record.image is None:
             log.skip(record.id, 0, "no image", "")
@@ -91,13 +90,15 @@ def find_images(
             continue
         try:
             stat = os.stat(path)
+            if path not in stamps:
+                stamps = {path: container_stamp(path)}  # for a table, the same for all of its images
         except FileNotFoundError:
             continue  # the file was deleted during the scan
         yield IndexedImage(
             name=printable(record.image.canonical_path),
             ref=record.image,
             source=printable(str(source)),
-            stamp=file_stamp(stat),
+            stamp=stamps[path],
             captions=record.texts,
             taken=stat.st_mtime,
         )
@@ -128,6 +129,13 @@ def _is_in_folder(path: str, folder: str) -> bool:
 def file_stamp(stat: os.stat_result) -> str:
     """Return the size and modification time of a file as a string, which is used to detect changes."""
     return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
+def container_stamp(path: str) -> str:
+    """Return the stamp of an image file, tar file or table. For a folder of a saved data set, it covers all files."""
+    if not os.path.isdir(path):
+        return file_stamp(os.stat(path))
+    return hashlib.sha256(repr(file_version(path)).encode()).hexdigest()[:32]
 
 
 def digest_and_date(image: IndexedImage, log: SkipLog) -> tuple[bytes | None, float]:

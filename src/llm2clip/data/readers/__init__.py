@@ -12,12 +12,13 @@ from collections.abc import Iterator, Sequence
 
 from braceexpand import braceexpand
 
-from llm2clip.data.raw_rows import ColumnChooser, RawRow
+from llm2clip.data.raw_rows import BadRow, ColumnChooser, RawRow
 from llm2clip.data.readers.csv_files import read_csv
 from llm2clip.data.readers.tables import read_huggingface, read_parquet
 from llm2clip.data.readers.tar import list_files, list_images, read_image_folder, read_tar
 from llm2clip.data.readers.text import read_captions_txt, read_json_lines, read_json_list
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.io_utils import DataFormatError, describe_error
 
 FORMATS = {  # file suffix -> name of the format in `read_source`
     ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
@@ -55,6 +56,8 @@ def find_files(path: str, all_files: bool = False) -> list[tuple[str, str]]:
     if os.path.isdir(path):
         return _all_in_folder(path) if all_files else _detect_folder_format(path)
     if os.path.exists(path):
+        if not os.path.isfile(path):
+            raise ValueError(f"{path}: not a regular file, but a device or a named pipe. Save the data to a file first")
         for suffix, name in FORMATS.items():
             if path.lower().endswith(suffix):
                 return [(name, path)]
@@ -80,7 +83,10 @@ def read_source(
     splits: Sequence[str] | None = (),
     log: SkipLog | None = None,
 ) -> Iterator[RawRow]:
-    """Return an iterator over the raw rows in a file or folder.
+    """Yield the raw rows in a file or folder.
+
+    A damaged file can make a library raise any type of exception. It ends the file with a `BadRow`, so that one file
+    cannot end a run.
 
     Args:
         kind: Name of the format, from `find_files`.
@@ -90,7 +96,25 @@ def read_source(
         splits: Splits of a Hugging Face data set to read. If empty or None, all splits are read. Each row's `split`
             field is set to the name of its split; if `splits` is None, rows keep the `split` value in the data.
         log: Log in which to note unusual properties of a file, such as its encoding.
+
+    Raises:
+        DataFormatError: The file as a whole cannot be read. The message says why.
+        OSError: The file does not exist, or the disk cannot be read.
     """
+    number = 0
+    try:
+        for row in _open_reader(kind, path, choose, image_bytes, splits, log):
+            number = row[1]
+            yield row
+    except (DataFormatError, OSError):
+        raise
+    except Exception as error:
+        yield path, number + 1, BadRow("unreadable file", describe_error(error))
+
+
+def _open_reader(
+    kind: str, path: str, choose: ColumnChooser, image_bytes: bool, splits: Sequence[str] | None, log: SkipLog | None
+) -> Iterator[RawRow]:
     if kind == "parquet":
         return read_parquet(path, choose, image_bytes)
     if kind in ("hf", "saved"):

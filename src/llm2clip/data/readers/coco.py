@@ -16,6 +16,7 @@ from typing import Any
 
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.raw_rows import BadRow, RawRow
+from llm2clip.io_utils import DataFormatError
 
 # Folders that may contain the images, relative to the JSON file. `annotations/` is usually next to the image folders.
 IMAGE_FOLDERS = (
@@ -70,11 +71,11 @@ def read_caption_json(path: str, data: Mapping[str, Any]) -> Iterator[RawRow]:
         data: Parsed contents of the file.
 
     Raises:
-        ValueError: The file has a different format, such as COCO's format for bounding boxes.
+        DataFormatError: The file has a different format, such as COCO's format for bounding boxes.
     """
     images, annotations = data.get("images"), data.get("annotations")
     if not isinstance(images, list) or not all(isinstance(image, dict) for image in images):
-        raise ValueError(
+        raise DataFormatError(
             f"{path}: a .json source must be a list of objects, or have the format of COCO (images, annotations) or of "
             f"Karpathy's splits (got an object with the keys {', '.join(map(str, list(data)[:10])) or '(none)'})"
         )
@@ -83,7 +84,7 @@ def read_caption_json(path: str, data: Mapping[str, Any]) -> Iterator[RawRow]:
     if not isinstance(annotations, list) or not any(
         "caption" in item for item in annotations if isinstance(item, dict)
     ):
-        raise ValueError(f"{path}: its annotations have no captions. Use COCO's captions_*.json")
+        raise DataFormatError(f"{path}: its annotations have no captions. Use COCO's captions_*.json")
     return _coco_rows(path, images, annotations)
 
 
@@ -104,11 +105,11 @@ def _karpathy_rows(path: str, images: Sequence[Mapping[str, Any]]) -> Iterator[R
 
 
 def _coco_rows(path: str, images: Sequence[Mapping[str, Any]], annotations: Sequence[Any]) -> Iterator[RawRow]:
-    captions: dict[Any, list[Any]] = {image.get("id"): [] for image in images}
+    captions: dict[Any, list[Any]] = {_read_id(image, "id"): [] for image in images}
     num_bad = 0
     example = ""
     for annotation in annotations:
-        image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
+        image_id = _read_id(annotation, "image_id") if isinstance(annotation, dict) else None
         if image_id is None or image_id not in captions:
             num_bad += 1
             example = example or repr(annotation)
@@ -117,14 +118,21 @@ def _coco_rows(path: str, images: Sequence[Mapping[str, Any]], annotations: Sequ
     folder = find_image_folder(path, [str(image.get("file_name")) for image in images], split_folders(path, images))
     for number, image in enumerate(images, 1):
         name = image.get("file_name")
-        if not isinstance(name, str) or image.get("id") is None:
+        image_id = _read_id(image, "id")
+        if not isinstance(name, str) or image_id is None:
             yield path, number, BadRow("malformed row", f"an image without id or file_name: {dict(image)!r}")
             continue
         ref = FileImage(os.path.join(folder, name))
-        yield path, number, {"id": image["id"], "image": ref, "captions": captions[image["id"]]}
+        yield path, number, {"id": image_id, "image": ref, "captions": captions[image_id]}
     if num_bad:
         problem = f"annotations of unknown images, such as {example}"
         yield path, len(images) + 1, BadRow("malformed row", problem, num_bad)
+
+
+def _read_id(fields: Mapping[str, Any], key: str) -> str | int | float | None:
+    """Return an id. Return None if it is missing or is neither text nor a number."""
+    value = fields.get(key)
+    return value if isinstance(value, str | int | float) else None
 
 
 def split_folders(path: str, images: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -10,9 +10,10 @@ from itertools import islice
 from typing import Any
 
 from llm2clip.data.raw_rows import BadRow, RawRow
-from llm2clip.data.readers.encoding import describe_encoding, find_undecodable, open_text
+from llm2clip.data.readers.encoding import BoundedLines, LineTooLong, describe_encoding, find_undecodable, open_text
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.valid_text import is_valid_unicode
+from llm2clip.io_utils import DataFormatError
 
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 MAX_CELL_CHARACTERS = 1 << 24  # the csv module's default of 131,072 characters is too low for long texts
@@ -33,7 +34,7 @@ def read_csv(path: str, delimiter: str, log: SkipLog | None = None) -> Iterator[
         log: Log in which to note unusual delimiters and encodings.
 
     Raises:
-        ValueError: The header is malformed or not UTF-8, or a quoted field is never closed.
+        DataFormatError: The header is malformed or not UTF-8, or a quoted field is never closed.
     """
     csv.field_size_limit(max(csv.field_size_limit(), MAX_CELL_CHARACTERS))
     with open_text(path, log, newline="") as file:
@@ -44,26 +45,30 @@ def read_csv(path: str, delimiter: str, log: SkipLog | None = None) -> Iterator[
     with open_text(path, newline="") as file:
         for _ in range(first_line - 1):
             file.readline()
-        rows = csv.reader(file, delimiter=detected, skipinitialspace=True, strict=True)
+        lines = BoundedLines(file, path)
+        rows = csv.reader(lines, delimiter=detected, skipinitialspace=True, strict=True)
         try:
             header = [name.strip() for name in next(rows, [])]
-        except csv.Error as error:
-            raise ValueError(f"{path}: malformed CSV header ({error})") from error
+        except (csv.Error, LineTooLong) as error:
+            raise DataFormatError(f"{path}: malformed CSV header ({error})") from error
         if not is_valid_unicode("".join(header)):
-            raise ValueError(f"{path}: the header is {describe_encoding(path)}")
+            raise DataFormatError(f"{path}: the header is {describe_encoding(path)}")
         repeated = {name for name in header if header.count(name) > 1}
         while True:
             number = rows.line_num + first_line
+            lines.start_row()
             try:
                 cells = next(rows)
             except StopIteration:
                 return
-            except csv.Error as error:
+            except (csv.Error, LineTooLong) as error:
                 num_lines = rows.line_num + first_line - number
                 is_too_long = "field limit" in str(error)
                 if "unexpected end" in str(error) or (is_too_long and num_lines > 1):
                     # All following rows are part of the quoted field.
-                    raise ValueError(f"{path}: a quote opened in the row at line {number} is not closed") from error
+                    raise DataFormatError(
+                        f"{path}: a quote opened in the row at line {number} is not closed"
+                    ) from error
                 problem = f"a cell has over {MAX_CELL_CHARACTERS:,} characters" if is_too_long else str(error)
                 yield path, number, BadRow("malformed row", f"{problem}{_describe_lines(num_lines)}", num_lines)
                 continue

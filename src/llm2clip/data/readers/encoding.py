@@ -14,6 +14,7 @@ import gzip
 import io
 import os
 import shlex
+from collections.abc import Iterator
 from itertools import islice
 from typing import BinaryIO, TextIO, cast
 
@@ -23,6 +24,7 @@ from llm2clip.data.image_refs import printable
 from llm2clip.data.raw_rows import BadRow
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.valid_text import is_valid_unicode
+from llm2clip.io_utils import MAX_LINE_CHARACTERS, DataFormatError, open_regular_file
 
 _MARKS = (  # byte order marks; the UTF-32 marks come first, because one of them starts with a UTF-16 mark
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
@@ -36,13 +38,15 @@ _LIKELY_ENCODINGS = (
 MAX_SAMPLE_LINES = 200_000  # maximum number of lines to search for text that is not UTF-8
 MAX_READINGS = 3  # maximum number of likely encodings listed in a message
 MAX_SAMPLE_BYTES = 1 << 14  # maximum size of the text whose encoding is guessed
+MAX_SEARCHED_BYTES = 1 << 28  # maximum size of the part of a file that is searched for text that is not UTF-8
+MAX_SKIPPED_CHARACTERS = 1 << 30  # a file with a longer line is damaged as a whole, or is a sparse file
 
 
 def open_text(path: str, log: SkipLog | None = None, newline: str | None = None) -> TextIO:
     """Open a UTF-8 or UTF-16 text file, which may be compressed (.gz). Byte order marks are removed.
 
     Bytes that cannot be decoded become lone surrogates, so that a reader can skip the row instead of the entire file;
-    see `find_undecodable`.
+    see `find_undecodable`. Read lines with `BoundedLines`.
 
     Args:
         path: Path of the file.
@@ -61,6 +65,66 @@ def open_text(path: str, log: SkipLog | None = None, newline: str | None = None)
     if log is not None:
         log.note(f"read as {encoding.upper()}", path)
     return io.TextIOWrapper(stream, encoding, "escape_undecodable", newline)
+
+
+class LineTooLong(ValueError):
+    """Raised if a line, or a row that consists of several lines, has too many characters."""
+
+
+class BoundedLines:
+    """Iterator over the lines of a text file that limits the number of characters of a row, which is usually a line.
+
+    If a line has too many characters, `LineTooLong` is raised, and the next line can be read.
+    """
+
+    def __init__(self, file: TextIO, path: str) -> None:
+        self._file, self._path = file, path
+        self.start_row()
+
+    def start_row(self) -> None:
+        """Start counting the characters of a row."""
+        self._characters_left = MAX_LINE_CHARACTERS
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._file.readline(self._characters_left + 1)
+        if not line:
+            raise StopIteration
+        self._characters_left -= len(line)
+        if self._characters_left >= 0:
+            return line
+        self._skip_line(line)
+        self.start_row()
+        raise LineTooLong(f"a row has over {MAX_LINE_CHARACTERS:,} characters")
+
+    def _skip_line(self, start: str) -> None:
+        part, num_skipped = start, 0
+        while part and not part.endswith("\n"):
+            part = self._file.readline(1 << 20)
+            num_skipped += len(part)
+            if num_skipped > MAX_SKIPPED_CHARACTERS:
+                raise DataFormatError(f"{self._path}: a line has over {MAX_SKIPPED_CHARACTERS:,} characters")
+
+
+def read_text_lines(path: str, log: SkipLog | None = None, newline: str | None = None) -> Iterator[str | BadRow]:
+    """Yield the lines of a text file. A line that is too long or cannot be decoded becomes a `BadRow`.
+
+    Takes the same arguments as `open_text`.
+    """
+    with open_text(path, log, newline) as file:
+        lines = BoundedLines(file, path)
+        while True:
+            lines.start_row()
+            try:
+                line = next(lines)
+            except StopIteration:
+                return
+            except LineTooLong as error:
+                yield BadRow("malformed row", str(error))
+                continue
+            yield find_undecodable(line, path, log) or line
 
 
 def detect_encoding(start: bytes) -> str:
@@ -126,15 +190,19 @@ def describe_encoding(path: str) -> str:
 
 
 def _open_binary(path: str) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path, "rb") if path.lower().endswith(".gz") else open(path, "rb"))
+    stream = open_regular_file(path)
+    return cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if path.lower().endswith(".gz") else stream
 
 
 def _sample_undecodable(path: str) -> tuple[bytes, bytes]:
     """Return the first lines of a file that are not valid UTF-8, joined, and separately the first of these lines."""
     lines: list[bytes] = []
-    size = 0
+    size = num_searched = 0
     with _open_binary(path) as stream:
-        for line in islice(stream, MAX_SAMPLE_LINES):
+        for line in islice(iter(lambda: stream.readline(1 << 20), b""), MAX_SAMPLE_LINES):
+            num_searched += len(line)
+            if num_searched > MAX_SEARCHED_BYTES:
+                break
             if line.isascii() or _is_utf8(line):
                 continue
             lines.append(line)

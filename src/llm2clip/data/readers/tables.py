@@ -14,11 +14,13 @@ from llm2clip.data.image_refs import (
     DatasetImage,
     LoadedImage,
     ParquetImage,
+    check_row_groups,
     content_digest,
     disable_image_decoding,
     parquet_batch_size,
 )
 from llm2clip.data.raw_rows import BadRow, ColumnChooser, RawRow
+from llm2clip.io_utils import DataFormatError, describe_error
 
 
 def read_parquet(path: str, choose: ColumnChooser, image_bytes: bool) -> Iterator[RawRow]:
@@ -33,6 +35,10 @@ def read_parquet(path: str, choose: ColumnChooser, image_bytes: bool) -> Iterato
             total = file.metadata.num_rows
             schema = file.schema_arrow
             selected = list(dict.fromkeys(choose(path, schema.names).values()))
+            for name in selected:
+                if schema.names.count(name) > 1:
+                    yield path, 1, BadRow("unreadable file", f"several columns are called {name!r}", max(1, total))
+                    return
             image_columns = {name for name in selected if _is_image_type(schema.field(name).type)}
             skipped: set[str] = set()
             if not image_bytes:
@@ -41,7 +47,9 @@ def read_parquet(path: str, choose: ColumnChooser, image_bytes: bool) -> Iterato
             for name in selected:
                 if name not in skipped:
                     columns.append(name if image_bytes or name not in image_columns else f"{name}.path")
-            batch_size = parquet_batch_size(file, image_columns) if image_columns and image_bytes else 1024
+            if image_bytes:
+                check_row_groups(file, image_columns)
+            batch_size = parquet_batch_size(file, columns)
             for batch in file.iter_batches(batch_size=batch_size, columns=columns, use_threads=False):
                 for fields in batch.to_pylist():
                     for name in image_columns - skipped:
@@ -49,8 +57,8 @@ def read_parquet(path: str, choose: ColumnChooser, image_bytes: bool) -> Iterato
                         fields[name] = _image_value(ref, fields[name], bytes_skipped=not image_bytes)
                     row += 1
                     yield path, row, fields
-    except (pa.ArrowException, OSError) as error:
-        yield path, row + 1, BadRow("unreadable file", str(error), max(1, total - row))
+    except (pa.ArrowException, OSError, MemoryError) as error:
+        yield path, row + 1, BadRow("unreadable file", describe_error(error), max(1, total - row))
 
 
 def read_huggingface(name: str, saved: bool, choose: ColumnChooser, splits: Sequence[str] | None) -> Iterator[RawRow]:
@@ -75,7 +83,7 @@ def read_huggingface(name: str, saved: bool, choose: ColumnChooser, splits: Sequ
     parts = dict(loaded) if has_splits else {str(loaded.split) if loaded.split else None: loaded}
     selected = [split for split in splits or () if has_splits and split != "none"]
     if missing := [split for split in selected if split not in parts]:
-        raise ValueError(f"{name} has no split {', '.join(missing)}; it has {', '.join(map(str, parts))}")
+        raise DataFormatError(f"{name} has no split {', '.join(missing)}; it has {', '.join(map(str, parts))}")
     for split, part in parts.items():
         if selected and split not in selected:
             continue

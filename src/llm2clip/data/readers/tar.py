@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tarfile
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any, cast
 
 from llm2clip.data.image_refs import FileImage, TarImage, printable
 from llm2clip.data.raw_rows import BadRow, RawRow
@@ -13,9 +14,14 @@ from llm2clip.data.readers.encoding import describe_encoding, open_text
 from llm2clip.data.readers.text import parse_json
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.valid_text import is_valid_unicode
+from llm2clip.io_utils import open_regular_file
 
-IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jp2"})
-MAX_CAPTION_BYTES = 1 << 20  # size limit for caption files in a tar file
+IMAGE_SUFFIXES = frozenset(
+    {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jp2", "heic", "heif", "hif"}
+)
+MAX_CAPTION_BYTES = 1 << 20  # size limit for a caption file that belongs to one image
+MAX_TAR_HEADER_BYTES = 1 << 16  # headers contain names, links and attributes of files
+MAX_GLOBAL_HEADERS = 100  # PAX headers that apply to all members
 
 
 def list_images(folder: str) -> Iterator[str]:
@@ -56,14 +62,19 @@ def read_image_folder(folder: str, log: SkipLog | None = None) -> Iterator[RawRo
         stem = path.rpartition(".")[0]
         fields: dict[str, Any] | BadRow = {}
         if os.path.isfile(stem + ".json"):
-            with open(stem + ".json", "rb") as file:
-                fields = _parse_caption_json(file.read())
+            with open_regular_file(stem + ".json") as file:
+                data = file.read(MAX_CAPTION_BYTES + 1)
+            too_large = len(data) > MAX_CAPTION_BYTES
+            fields = _too_large(stem + ".json") if too_large else _parse_caption_json(data)
         if isinstance(fields, BadRow):
             yield path, number, fields
             continue
         if os.path.isfile(stem + ".txt"):
-            with open_text(stem + ".txt", log) as file:
-                text = file.read()
+            with open_text(stem + ".txt", log) as text_file:
+                text = text_file.read(MAX_CAPTION_BYTES + 1)
+            if len(text) > MAX_CAPTION_BYTES:
+                yield path, number, _too_large(stem + ".txt")
+                continue
             if not is_valid_unicode(text):
                 if log is not None and not has_noted_encoding:
                     log.note(describe_encoding(stem + ".txt"), stem + ".txt")
@@ -84,11 +95,12 @@ def read_tar(path: str) -> Iterator[RawRow]:
     """
     number, sample = 0, _Sample("")
     try:
-        tar = tarfile.open(path, "r:")  # noqa: SIM115 - closed below; only errors from opening are caught here
+        file = _BoundedFile(open_regular_file(path).detach())
+        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - `file` is closed below
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         yield path, 1, BadRow("unreadable tar", str(error))
         return
-    with tar, open(path, "rb") as file:
+    with file:
         damage = ""
         for member in _members(tar, file):
             if isinstance(member, str):
@@ -112,6 +124,10 @@ def read_tar(path: str) -> Iterator[RawRow]:
             yield path, number + 1, BadRow("truncated tar", damage)
 
 
+def _too_large(name: str) -> BadRow:
+    return BadRow("caption file over 1 MB", name)
+
+
 def _parse_caption_json(data: bytes) -> dict[str, Any] | BadRow:
     """Parse a JSON caption file, which contains either an object with fields or the captions as a list or string."""
     value = parse_json(data)
@@ -122,17 +138,42 @@ def _parse_caption_json(data: bytes) -> dict[str, Any] | BadRow:
     return BadRow("malformed row", f"no captions: {value!r}")
 
 
-def _members(tar: tarfile.TarFile, file: BinaryIO) -> Iterator[tarfile.TarInfo | str]:
+class _BoundedFile(io.BufferedReader):
+    """Open tar file that limits the bytes that `tarfile` reads for the headers of a member.
+
+    Without this limit, a header in a sparse file could claim to have terabytes.
+    """
+
+    bytes_left = MAX_TAR_HEADER_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.bytes_left -= size or 0
+        if self.bytes_left < 0:
+            raise tarfile.ReadError(f"the headers of a member have over {MAX_TAR_HEADER_BYTES:,} bytes")
+        return super().read(size)
+
+    def read_member(self, member: tarfile.TarInfo) -> bytes:
+        """Read the contents of a member."""
+        self.seek(member.offset_data)
+        return super().read(member.size)
+
+
+def _members(tar: tarfile.TarFile, file: _BoundedFile) -> Iterator[tarfile.TarInfo | str]:
     """Yield the members of a tar file. If the file is damaged, the last item is a description of the damage.
 
     At the damaged position, `tarfile` itself stops without raising an error.
     """
     size, end = os.fstat(file.fileno()).st_size, 0
     while True:
+        file.bytes_left = MAX_TAR_HEADER_BYTES
         try:
             member = tar.next()
         except (tarfile.TarError, OSError, EOFError, ValueError) as error:
             yield f"after byte {end}: {error}"
+            return
+        cast(Any, tar).members.clear()  # `tarfile` keeps all members and copies the global headers to each of them
+        if len(tar.pax_headers) > MAX_GLOBAL_HEADERS:
+            yield f"after byte {end}: over {MAX_GLOBAL_HEADERS} global headers"
             return
         if member is None:
             break
@@ -145,6 +186,7 @@ def _members(tar: tarfile.TarFile, file: BinaryIO) -> Iterator[tarfile.TarInfo |
             return
         yield member
     file.seek(tar.offset)
+    file.bytes_left = MAX_TAR_HEADER_BYTES
     if file.read(512) != bytes(512):
         yield f"no end-of-archive marker at byte {tar.offset}"
 
@@ -165,7 +207,7 @@ class _Sample:
         """Return True if the sample has an image and captions."""
         return bool(self.members.keys() & IMAGE_SUFFIXES and self.members.keys() & {"txt", "json"})
 
-    def to_row(self, path: str, file: BinaryIO) -> dict[str, Any] | BadRow:
+    def to_row(self, path: str, file: _BoundedFile) -> dict[str, Any] | BadRow:
         if self.duplicate:
             return BadRow("duplicate name in tar", self.duplicate)
         fields: dict[str, Any] = {}
@@ -174,9 +216,8 @@ class _Sample:
             if member is None:
                 continue
             if member.size > MAX_CAPTION_BYTES:
-                return BadRow("caption file over 1 MB", f"{member.name}: {member.size} bytes")
-            file.seek(member.offset_data)
-            data = file.read(member.size)
+                return _too_large(member.name)
+            data = file.read_member(member)
             if suffix == "txt":
                 fields["txt"] = data.decode("utf-8-sig", "surrogateescape")
                 continue

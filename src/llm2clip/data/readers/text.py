@@ -12,9 +12,10 @@ from typing import Any
 
 from llm2clip.data.raw_rows import BadRow, RawRow
 from llm2clip.data.readers.coco import drop_unused_keys, read_caption_json
-from llm2clip.data.readers.encoding import describe_encoding, find_undecodable, open_text
+from llm2clip.data.readers.encoding import describe_encoding, open_text, read_text_lines
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.valid_text import is_valid_unicode
+from llm2clip.io_utils import DataFormatError, check_json_size
 
 FLICKR8K_IMAGE_FOLDERS = ("images", "Images", "Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k_images")
 
@@ -31,10 +32,11 @@ def read_json_lines(path: str, log: SkipLog | None = None) -> Iterator[RawRow]:
     """
     number = 0
     try:
-        with open_text(path, log, newline="\n") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield path, number, find_undecodable(line, path, log) or _require_object(_parse_json(line))
+        for number, line in enumerate(read_text_lines(path, log, newline="\n"), 1):
+            if isinstance(line, BadRow):
+                yield path, number, line
+            elif line.strip():
+                yield path, number, _require_object(_parse_json(line))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         yield path, number + 1, BadRow("truncated file", str(error))
 
@@ -45,23 +47,26 @@ def read_json_list(path: str, log: SkipLog | None = None) -> Iterator[RawRow]:
     The entire file is read into memory.
 
     Raises:
-        ValueError: The file is not valid JSON, or it has a different format.
+        DataFormatError: The file is not valid JSON, is too large, or has a different format.
     """
     with open_text(path, log) as file:
+        check_json_size(path, file.buffer)
         text = file.read()
     if not is_valid_unicode(text):
-        raise ValueError(f"{path}: {describe_encoding(path)}")
+        raise DataFormatError(f"{path}: {describe_encoding(path)}")
     is_object = text.lstrip().startswith("{")
     try:
         rows = json.loads(text, object_hook=drop_unused_keys if is_object else None)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error}). If it has one object per line, rename it to .jsonl") from error
+        raise DataFormatError(
+            f"{path}: not JSON ({error}). If it has one object per line, rename it to .jsonl"
+        ) from error
     del text
     if isinstance(rows, dict):
         yield from read_caption_json(path, rows)
         return
     if not isinstance(rows, list):
-        raise ValueError(f"{path}: a .json source must be a list of objects (got {type(rows).__name__})")
+        raise DataFormatError(f"{path}: a .json source must be a list of objects (got {type(rows).__name__})")
     for number, row in enumerate(rows, 1):
         yield path, number, _require_object(row)
 
@@ -80,23 +85,21 @@ def read_captions_txt(path: str, log: SkipLog | None = None) -> Iterator[RawRow]
     The first format is `name.jpg,caption`, optionally with a header line. The second is `name.jpg#0<TAB>caption`.
     """
     folder, image_folder = os.path.dirname(path), None
-    with open_text(path, log) as lines:
-        for number, line in enumerate(lines, 1):
-            bad_row = find_undecodable(line, path, log)
-            if bad_row is not None:
-                yield path, number, bad_row
-                continue
-            name, comma, caption = re.sub(r"#\d+\t", ",", line.strip(), count=1).partition(",")
-            if not name or (number == 1 and re.fullmatch(r"image(_name)?|file_?name", name.strip().lower())):
-                continue
-            if not comma:
-                yield path, number, BadRow("malformed row", f"neither 'name,caption' nor 'name#0<TAB>caption': {line}")
-                continue
-            if len(caption) > 1 and caption[0] == caption[-1] == '"':
-                caption = caption[1:-1].replace('""', '"')
-            if image_folder is None:
-                image_folder = _find_image_folder(folder, name)
-            yield path, number, {"image": os.path.join(image_folder, name.strip()), "caption": caption}
+    for number, line in enumerate(read_text_lines(path, log), 1):
+        if isinstance(line, BadRow):
+            yield path, number, line
+            continue
+        name, comma, caption = re.sub(r"#\d+\t", ",", line.strip(), count=1).partition(",")
+        if not name or (number == 1 and re.fullmatch(r"image(_name)?|file_?name", name.strip().lower())):
+            continue
+        if not comma:
+            yield path, number, BadRow("malformed row", f"neither 'name,caption' nor 'name#0<TAB>caption': {line}")
+            continue
+        if len(caption) > 1 and caption[0] == caption[-1] == '"':
+            caption = caption[1:-1].replace('""', '"')
+        if image_folder is None:
+            image_folder = _find_image_folder(folder, name)
+        yield path, number, {"image": os.path.join(image_folder, name.strip()), "caption": caption}
 
 
 def _parse_json(text: str) -> Any:

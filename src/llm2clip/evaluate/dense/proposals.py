@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from llm2clip.models.loading import load_config
 
 GROUND_TRUTH = "ground-truth"
 TORCHVISION_PREFIX = "torchvision:"
+MAX_COORDINATE = 1 << 24  # pixels; float32 represents whole numbers exactly up to this value
 MAX_PROPOSALS = 300  # per image; those with the highest scores are used
 
 
@@ -148,15 +148,15 @@ def _parse_row(file: Path, number: int, row: Any) -> tuple[str, list[float]]:
         if not isinstance(image_id, int | str):
             raise TypeError(f"the image_id {image_id!r} is neither an integer nor a string")
         values = [*map(float, row["bbox"]), float(row["score"])]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataFormatError(
             f'{file}, row {number}: expected {{"image_id": 1, "bbox": [x, y, w, h], "score": 0.9}} '
             f"({type(error).__name__}: {error}; got {str(row)[:200]})"
         ) from error
-    if len(values) != 5 or not all(map(math.isfinite, values)) or min(values[2:4]) < 0:
+    if len(values) != 5 or not all(abs(value) < MAX_COORDINATE for value in values) or min(values[2:4]) < 0:
         raise DataFormatError(
-            f"{file}, row {number}: the box {row['bbox']} must be [x, y, width, height] with finite values and a width "
-            "and height of at least 0"
+            f"{file}, row {number}: the box {row['bbox']} must be [x, y, width, height] in pixels, with values below "
+            f"{MAX_COORDINATE:,} and a width and height of at least 0"
         )
     if not 0 <= values[4] <= 1:
         raise DataFormatError(

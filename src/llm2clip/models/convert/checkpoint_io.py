@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from llm2clip.data.transforms import Preprocess
-from llm2clip.io_utils import read_json
+from llm2clip.io_utils import DataFormatError, describe_error, read_json_object
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -100,17 +100,22 @@ def _load_weights(path: Path) -> dict[str, Any]:
     """Load a weight file and return its state dict."""
     if path.suffix == ".safetensors":
         return read_safetensors(path)
+    if _is_torchscript(path):
+        raise ValueError(
+            f"{path} is a TorchScript archive, which contains code. If you trust the file, extract the tensors: "
+            f"safetensors.torch.save_file(torch.jit.load({str(path)!r}, map_location='cpu').state_dict(), "
+            "'model.safetensors')"
+        )
     try:
         # Some checkpoints also contain an LLM. With mmap, tensors that are not needed are never read.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, EOFError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is damaged or incomplete ({reason})") from error
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} contains objects other than tensors, and loading it could run code. If you trust the file, "
-            f"extract the state dict and save it with safetensors.torch.save_file ({str(error).splitlines()[0]})"
+            f"extract the state dict and save it with safetensors.torch.save_file ({_first_line(error)})"
         ) from error
+    except Exception as error:  # a damaged file can make torch raise almost any type of exception
+        raise ValueError(f"{path} is damaged or incomplete ({_first_line(error)})") from error
     for key in ("state_dict", "module", "model"):  # keys under which training scripts save the state dict
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -119,9 +124,22 @@ def _load_weights(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
+def _is_torchscript(path: Path) -> bool:
+    """Return True for archives written by `torch.jit.save`, such as the original checkpoints of CLIP."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+        return False
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [describe_error(error)])[0]
+
+
 def _load_shards(index: Path) -> dict[str, Any]:
     """Load all shards listed in an index file."""
-    shard_of: dict[str, str] = read_json(index)["weight_map"]
+    shard_of = read_weight_map(index)
     tensors: dict[str, Any] = {}
     for shard in sorted(set(shard_of.values())):
         if Path(shard).name != shard:
@@ -135,8 +153,20 @@ def _load_shards(index: Path) -> dict[str, Any]:
     return tensors
 
 
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Return a dict that maps the tensor names in an index file to file names of shards.
+
+    Raises:
+        DataFormatError: The file is not an index file.
+    """
+    shard_of = read_json_object(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
+        raise DataFormatError(f'{index} must have the form {{"weight_map": {{"TENSOR": "SHARD.safetensors"}}}}')
+    return shard_of
+
+
 def _read_optional_json(path: Path) -> dict[str, Any]:
-    return dict(read_json(path)) if path.is_file() else {}
+    return read_json_object(path) if path.is_file() else {}
 
 
 def _download(name: str) -> Path:
