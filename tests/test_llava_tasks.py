@@ -21,6 +21,7 @@ from llm2clip.data.image_refs import FileImage, MemoryImage
 from llm2clip.data.images import load_image
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
+from llm2clip.data.training_images import TRAINING_IMAGES_FILE, hash_images, save_training_images
 from llm2clip.llava.build import build_llava
 from llm2clip.llava.caption_metrics import caption_scores, tokenize
 from llm2clip.llava.chat_template import Conversation, tokenize_and_label
@@ -653,10 +654,15 @@ def test_evaluate_command_writes_report_and_results(
     out = tmp_path / "out"
     command = ["llava", "evaluate", str(built), "--benchmarks", "all", "--root", str(gqa_root), "--out", str(out)]
     command += ["--captions", f"{image_folder / 'captions.jsonl'}@val", "--limit", "4", "--num_beams", "1"]
+    images = [record.image for record in open_records(f"{image_folder / 'captions.jsonl'}@val")]
+    save_training_images(built, hash_images(images))
     assert main(command) == 0
+    (built / TRAINING_IMAGES_FILE).unlink()
     output = capsys.readouterr().out
-    assert "gqa (1 questions): accuracy" in output
-    assert "captions (4 questions): CIDEr-D" in output
+    assert "## gqa: 1 questions\n\n| model | accuracy | binary |" in output
+    assert "## captions: 4 questions\n\n| model | CIDEr-D | BLEU-4 |" in output
+    warning = f"{built.name} was trained on 4 of the images of captions."
+    assert warning in output and warning in (out / "report.md").read_text()
     page = (out / "report.html").read_text()
     assert "63.1" in page, "GQA in the paper"
     assert page.count("<img") == 4

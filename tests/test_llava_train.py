@@ -18,6 +18,7 @@ from llm2clip.cli import main
 from llm2clip.config import LlavaConfig
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.training_images import load_training_images
 from llm2clip.llava import stage as stage_module
 from llm2clip.llava.build import build_llava
 from llm2clip.llava.chat_template import Conversation, tokenize_and_label
@@ -234,6 +235,8 @@ def test_train_command_reads_records_and_llava_json(
     assert main(command) == 0
     assert "105 conversations for the projector, 8 for the projector and the LLM" in capsys.readouterr().out
     assert load_model(tmp_path / "run/model")[0].config.model_type == "fast_vlm"
+    training_images = load_training_images(tmp_path / "run/model")
+    assert training_images is not None and len(training_images) == 32, "30 of the split train, and two others"
 
     assert main(command) == 0, "repeating the command must find the result"
     assert main([*command, "--llava.lr", "1"]) == 1

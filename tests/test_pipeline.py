@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,22 @@ def test_fit_writes_the_documented_files(run: Path) -> None:
         "captions_xx": (3, 3),  # every other image has one
     }
     assert len((run / "tune/metrics.jsonl").read_text().splitlines()) == 6
+
+
+def test_fit_report_describes_the_run_and_shows_searches(run: Path) -> None:
+    page, report = (run / "report.html").read_text(), (run / "report.md").read_text()
+    assert "<title>Training of run</title>" in page and "<details><summary>Settings</summary>" in page
+    durations = json.loads((run / "durations.json").read_text())
+    assert list(durations) == ["tune", "embed", "align", "evaluate"]
+    for text in (f"llm2clip {metadata.version('llm2clip')}, ", " UTC, ", "Stages: tune ", "95% interval"):
+        assert text in page and text in report
+    [row] = [row for row in json.loads((run / "evaluate/trained.json").read_text()) if row["captions"] == "captions"]
+    low, high = row["T2I interval"]["R@1"]
+    assert f"{row['T2I']['R@1']:.1f} | {low:.1f} to {high:.1f}" in report
+    examples = json.loads((run / "evaluate/examples.json").read_text())
+    assert len(examples) == 5 and all(len(example["images"]) in (5, 6) for example in examples)
+    assert page.count("data:image/jpeg") == sum(len(example["images"]) for example in examples)
+    assert all(sum(image["is_correct"] for image in example["images"]) == 1 for example in examples)
 
 
 def test_fit_on_two_ranks_makes_one_run(image_folder: Path, llm: Path, tower: Path, tmp_path: Path) -> None:

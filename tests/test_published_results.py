@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from llm2clip.distributed import describe_run
 from llm2clip.evaluate.benchmarks import BENCHMARKS, list_benchmarks
 from llm2clip.evaluate.reporting.comparison import ModelResult, benchmark_blocks, caption_retrieval_blocks
 from llm2clip.html_report import Table, to_markdown
@@ -176,7 +177,7 @@ def test_llava_report_shows_the_published_metrics(tmp_path: Path) -> None:
     results = [
         LlavaResult("mine", task, {"F1": 50.0, "perception": 1000.0}, [question], ["yes"]) for task in ("pope", "mme")
     ]
-    write_llava_report(results, "llm2clip llava evaluate", tmp_path)
+    write_llava_report(results, describe_run(seconds=1.0), tmp_path)
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "| LLaVA (paper) | – | 1510.7 |" in report and "| + LLM2CLIP | – | 1505.8 |" in report
     assert "| LLaVA (paper) | 87.3 | 84.2 | 86.1 |" in report and LLAVA.source in report

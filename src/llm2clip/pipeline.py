@@ -10,7 +10,9 @@ work, so an interrupted run can be resumed by running the same command again. A 
       store/                 the embedding of every caption
       align/                 metrics.jsonl, evaluations.jsonl, checkpoints/, best/, features-*/ (if the tower is frozen)
       evaluate/              untrained.json and trained.json: retrieval metrics before and after `align`;
-                             query_templates.json: templates for short queries, with retrieval metrics
+                             query_templates.json: templates for short queries, with retrieval metrics;
+                             examples.json: held-out captions with the images that they retrieve
+      durations.json         seconds that each stage has taken, without interrupted attempts
       model/                 the trained model
       report.md, report.html
 """
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, partial
 from itertools import chain
@@ -36,10 +39,11 @@ from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import read_splits
 from llm2clip.data.tuning_sources import read_tuning_sources
-from llm2clip.distributed import cached_json, command_line, print_once, process_state, wait_for_everyone
+from llm2clip.distributed import cached_json, print_once, process_state, wait_for_everyone
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.query_templates import TemplateChoice, choose_query_templates
+from llm2clip.evaluate.reporting.error_analysis import example_searches
 from llm2clip.evaluate.reporting.fit_report import write_fit_report
 from llm2clip.evaluate.retrieval_eval import (
     RetrievalRanks,
@@ -59,7 +63,7 @@ from llm2clip.models.precision_calibration import load_for_encoding
 from llm2clip.models.pretrained_logits import read_pretrained_logits
 from llm2clip.models.prompts import LITERAL, QueryTemplates
 from llm2clip.models.vision_tower import VisionTower
-from llm2clip.run_config import save_or_check_config
+from llm2clip.run_config import CONFIG_FILE, save_or_check_config
 from llm2clip.store.encode import embed as embed_locally
 from llm2clip.store.ray_engine import embed_with_ray
 from llm2clip.store.store import EmbeddingStore, drop_refused_captions
@@ -69,6 +73,7 @@ from llm2clip.train.inherit import inherit_text_space
 from llm2clip.train.sampling import resolve_images_per_step, training_texts
 from llm2clip.train.tune import tune as train_tune
 
+DURATIONS_FILE = "durations.json"
 HeldOut = Mapping[str, Sequence[Record]]  # caption column -> records
 
 
@@ -96,24 +101,26 @@ def fit(sources: Sequence[str], run_dir: Path, config: FitConfig) -> Path:
             sum(r.image is not None for r in data.train), config.align, process_state().num_processes
         )
 
-    print_once("1/4 tune: contrastive training of the language model on captions")
+    clock = _StageClock(run_dir)
+    clock.start("1/4 tune: contrastive training of the language model on captions")
     pairs = _tuning_pairs(data.train, data.held_out, config, run_dir / "tune", log)
     held_out_captions = [record.captions for record in data.held_out["captions"]]
     encoder = EncoderConfig(path=str(tune(pairs, run_dir / "tune", config.encoder, config.tune, held_out_captions)))
 
-    print_once("2/4 embed: encoding every caption into the store")
+    clock.start("2/4 embed: encoding every caption into the store")
     train = add_phrases(data.train) if config.align.uses_phrases else data.train
     train_texts = (text for record in train for text in training_texts(record, config.align))
     held_out_texts = (text for column in data.held_out.values() for record in column for text in record.texts)
     store = embed(chain(train_texts, held_out_texts), run_dir / "store", encoder, config.embed)
 
-    print_once("3/4 align: training the vision tower against the store")
+    clock.start("3/4 align: training the vision tower against the store")
     train = drop_refused_captions(train, store)
     held_out = {column: drop_refused_captions(records, store) for column, records in data.held_out.items()}
     model_dir = align(train, store, run_dir / "align", config.align, log, held_out, encoder, run_dir / "model")
 
-    print_once("4/4 evaluate: retrieval on held-out images")
+    clock.start("4/4 evaluate: retrieval on held-out images")
     trained = evaluate(model_dir, held_out, run_dir / "evaluate", log, store)
+    clock.stop()
     if process_state().is_main_process:
         _write_report(run_dir, model_dir, trained, f"{data.summary}. {log.summary()}.")
     return model_dir
@@ -223,7 +230,8 @@ def align(
     if held_out:
         evaluations = out.parent / "evaluate"
         if state.is_main_process:
-            (evaluations / "trained.json").unlink(missing_ok=True)  # metrics of an earlier model
+            for name in ("trained.json", "query_templates.json", "examples.json"):  # results of an earlier model
+                (evaluations / name).unlink(missing_ok=True)
             if not (out / "checkpoints").exists():  # the `align` settings may have changed
                 (evaluations / "untrained.json").unlink(missing_ok=True)
         cached_json(evaluations / "untrained.json", lambda: _evaluate_from_store(model, held_out, store, log))
@@ -246,7 +254,8 @@ def evaluate(
     Args:
         model_dir: Model folder.
         held_out: Records on which to evaluate, keyed by caption column.
-        out: Output folder of this stage, in which the metrics are saved as `trained.json`.
+        out: Output folder of this stage, in which the metrics are saved as `trained.json`, and example searches as
+            `examples.json`.
         log: Log of skipped rows and images, to which images that cannot be decoded are added.
         store: Store that contains the embeddings of the held-out captions.
 
@@ -261,6 +270,7 @@ def evaluate(
         choice = cached_json(out / "query_templates.json", lambda: _choose_query_templates(model, ranked(), log))
         if process_state().is_main_process:
             save_query_templates(model_dir, QueryTemplates.from_dict(choice))
+    cached_json(out / "examples.json", lambda: example_searches(next(iter(ranked().values()))))
     return rows
 
 
@@ -313,6 +323,28 @@ def new_model(
     elif config.logit_scale is not None:
         model.set_logits(config.logit_scale)
     return model.to(device)
+
+
+class _StageClock:
+    """Announces the stages of `fit`, and adds the time that each of them takes to RUN/durations.json."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file = run_dir / DURATIONS_FILE
+        self._stage, self._start = "", 0.0
+
+    def start(self, title: str) -> None:
+        """Stop the previous stage, and start a stage with a title such as "1/4 tune: training on captions"."""
+        self.stop()
+        print_once(title)
+        self._stage, self._start = title.split()[1].rstrip(":"), time.time()
+
+    def stop(self) -> None:
+        """Stop the current stage, if there is one."""
+        if self._stage and process_state().is_main_process:
+            durations = json.loads(self._file.read_text()) if self._file.exists() else {}
+            durations[self._stage] = durations.get(self._stage, 0.0) + time.time() - self._start
+            atomic_write_text(self._file, json.dumps(durations))
+        self._stage = ""
 
 
 def _tuning_pairs(
@@ -377,13 +409,15 @@ def _write_report(run_dir: Path, model_dir: Path, trained: list[dict[str, Any]],
     templates_file = evaluations / "query_templates.json"
     report, page = write_fit_report(
         run_dir,
-        command=command_line(),
         data=data_summary,
         cra=(cra[0], cra[1]) if len(cra) == 2 else None,
         untrained=json.loads((evaluations / "untrained.json").read_text()),
         trained=trained,
         query_templates=json.loads(templates_file.read_text()) if templates_file.exists() else None,
+        examples=json.loads((evaluations / "examples.json").read_text()),
         curves={stage: read_metrics(run_dir / stage / "metrics.jsonl") for stage in ("tune", "align")},
+        durations=json.loads((run_dir / DURATIONS_FILE).read_text()),
+        settings=(run_dir / CONFIG_FILE).read_text(encoding="utf-8"),
     )
     atomic_write_text(model_dir / "README.md", render_model_card(model_dir, run_dir.resolve().name))
     print_once(report.read_text(encoding="utf-8"), f"\nReport: {page}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 from jsonargparse import Namespace
@@ -221,15 +222,15 @@ def _evaluate(args: Namespace) -> list[str]:
     check_output_folder(args.out, "evaluation")
     from llm2clip.data.merged_records import read_merged_records
     from llm2clip.data.skip_log import SkipLog
-    from llm2clip.distributed import command_line, process_state
+    from llm2clip.distributed import describe_run, print_once, process_state
     from llm2clip.io_utils import atomic_write_text
     from llm2clip.llava.evaluate import GenerationOptions, caption_task, evaluate_model, pope_task
-    from llm2clip.llava.report import write_llava_report
+    from llm2clip.llava.report import format_results, training_warnings, write_llava_report
     from llm2clip.llava.tasks import read_benchmarks
     from llm2clip.llava.tasks.base import first_units
     from llm2clip.llava.tasks.llm_judge import OpenAIJudge
 
-    out = Path(args.out)
+    out, start = Path(args.out), time.time()
     is_main = process_state().is_main_process
     log = SkipLog(out / "skipped.jsonl" if is_main else None, args.max_skipped)
     tasks = read_benchmarks(args.benchmarks, args.root, log)
@@ -255,13 +256,9 @@ def _evaluate(args: Namespace) -> list[str]:
     if not is_main:
         return []
     atomic_write_text(out / "results.json", json.dumps([result.to_dict() for result in results], indent=1))
-    page = write_llava_report(results, command_line(), out)
-    lines = []
-    for result in results:
-        metrics = ", ".join(f"{name} {value:.1f}" for name, value in list(result.metrics.items())[:4])
-        count = len(result.questions)
-        lines.append(f"{result.model}, {result.task} ({count:,} questions): {metrics or 'answered, not scored'}")
-    return [*lines, log.summary(), f"Report: {page}"]
+    page = write_llava_report(results, describe_run(time.time() - start), out)
+    print_once(format_results(results))
+    return [log.summary(), *training_warnings(results), f"Report: {page}"]
 
 
 def _benchmarks(args: Namespace) -> list[str]:

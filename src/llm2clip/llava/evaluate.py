@@ -17,6 +17,7 @@ from typing import Any
 
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
+from llm2clip.data.training_images import count_training_images, load_training_images
 from llm2clip.distributed import process_state
 from llm2clip.io_utils import atomic_write_text
 from llm2clip.llava.answer_cache import cached_answers
@@ -31,16 +32,28 @@ from llm2clip.models.fingerprint import fingerprint, hash_weights
 
 @dataclass
 class LlavaResult:
-    """A model's metrics and answers for one task."""
+    """A model's metrics and answers for one task.
+
+    Args:
+        model: display name of the model.
+        task: name of the task.
+        metrics: metrics, keyed by name.
+        questions: questions whose images can be decoded.
+        answers: answer to each of these questions.
+        trained_on: number of images in the questions on which the model was trained. None if the training images are
+            unknown.
+    """
 
     model: str
     task: str
     metrics: dict[str, float]
     questions: list[Question] = field(repr=False)
     answers: list[str] = field(repr=False)
+    trained_on: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"model": self.model, "task": self.task, "questions": len(self.questions), "metrics": self.metrics}
+        entry = {"model": self.model, "task": self.task, "questions": len(self.questions), "metrics": self.metrics}
+        return entry if self.trained_on is None else entry | {"images trained on": self.trained_on}
 
 
 @dataclass(frozen=True)
@@ -116,6 +129,7 @@ def evaluate_model(
     """
     model = AnswerGenerator(name, precision=options.precision, batch_size=options.batch_size)
     weights = hash_weights(model.model)
+    training_images = load_training_images(name)
     for task, questions in tasks:
         num_beams = options.num_beams if task.name == "captions" else 1
         by_likelihood = options.by_likelihood and any(question.options for question in questions)
@@ -143,7 +157,11 @@ def evaluate_model(
                 submission_file = out / "submissions" / f"{weights[:8]}-{filename}"
                 atomic_write_text(submission_file, json.dumps(rows, ensure_ascii=False))
         metrics = _score(task, answered, answers, options.judge, file)
-        yield LlavaResult(model=name, task=task.name, metrics=metrics, questions=answered, answers=answers)
+        result = LlavaResult(model=name, task=task.name, metrics=metrics, questions=answered, answers=answers)
+        if training_images is not None:
+            images = [question.image for question in answered]
+            result.trained_on = count_training_images(training_images, images)
+        yield result
 
 
 def _no_questions(folder: Path, log: SkipLog) -> list[Question]:

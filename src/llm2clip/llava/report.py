@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from llm2clip.data.images import load_thumbnail
+from llm2clip.distributed import format_run
 from llm2clip.html_report import (
+    BAD,
     Block,
     Code,
     Heading,
@@ -16,6 +19,7 @@ from llm2clip.html_report import (
     ResultImage,
     ResultImages,
     Table,
+    to_markdown,
     write_report,
 )
 from llm2clip.llava.evaluate import LlavaResult
@@ -47,15 +51,52 @@ SAMPLE_IMAGES = 12
 THUMBNAIL_SIDE = 280  # length of a thumbnail's longer side, in pixels
 
 
-def write_llava_report(results: Sequence[LlavaResult], command: str, out: Path) -> Path:
-    """Write `out/report.html` and `out/report.md`; return the path of the HTML file."""
+def write_llava_report(results: Sequence[LlavaResult], run: Mapping[str, Any], out: Path) -> Path:
+    """Write `out/report.html` and `out/report.md`; return the path of the HTML file.
+
+    Args:
+        results: Results of the models.
+        run: Result of `describe_run`.
+        out: Output folder.
+    """
+    results = _with_display_names(results)
+    blocks: list[Block] = [Paragraph(format_run(run)), Code(run["command"])]
+    blocks += [Paragraph(warning, BAD) for warning in training_warnings(results)]
+    blocks += _paper_comparison(results)
+    for task, task_results in _by_task(results).items():
+        blocks += _task_section(task, task_results)
+    return write_report(out, "report", "Evaluation of multimodal LLMs", blocks)[1]
+
+
+def format_results(results: Sequence[LlavaResult]) -> str:
+    """Return the metrics as one table per task, in Markdown."""
+    blocks: list[Block] = []
+    for task, task_results in _by_task(_with_display_names(results)).items():
+        blocks += _metrics_blocks(task, task_results)
+    return to_markdown("Results", blocks)
+
+
+def training_warnings(results: Sequence[LlavaResult]) -> list[str]:
+    """Return one line for each model and task with images on which the model was trained."""
+    return [
+        f"Warning: {result.model} was trained on {result.trained_on:,} of the images of {result.task}. These results "
+        "do not predict those on new images."
+        for result in results
+        if result.trained_on
+    ]
+
+
+def _with_display_names(results: Sequence[LlavaResult]) -> list[LlavaResult]:
     models = list(dict.fromkeys(result.model for result in results))
     short_names = dict(zip(models, display_names(models), strict=True))
-    results = [replace(result, model=short_names[result.model]) for result in results]
-    blocks: list[Block] = [Code(command), *_paper_comparison(results)]
-    for task in dict.fromkeys(result.task for result in results):
-        blocks += _task_section(task, [result for result in results if result.task == task])
-    return write_report(out, "report", "Evaluation of multimodal LLMs", blocks)[1]
+    return [replace(result, model=short_names[result.model]) for result in results]
+
+
+def _by_task(results: Sequence[LlavaResult]) -> dict[str, list[LlavaResult]]:
+    tasks: dict[str, list[LlavaResult]] = {}
+    for result in results:
+        tasks.setdefault(result.task, []).append(result)
+    return tasks
 
 
 def _paper_comparison(results: Sequence[LlavaResult]) -> list[Block]:
@@ -82,23 +123,26 @@ def _paper_comparison(results: Sequence[LlavaResult]) -> list[Block]:
 
 def _task_section(task: str, results: Sequence[LlavaResult]) -> list[Block]:
     """Return the report section for one task: a table of metrics with one row per model, and notes."""
-    blocks: list[Block] = [Heading(f"{task}: {len(results[0].questions):,} questions")]
-    names = list(dict.fromkeys(name for result in results for name in result.metrics))
-    if names:
-        rows = [[result.model, *(result.metrics.get(name) for name in names)] for result in results]
-        blocks.append(Table(["model", *names], rows))
-        if task in NOTES:
-            blocks.append(Paragraph(NOTES[task]))
-    else:
-        blocks.append(
-            Paragraph("Answers were generated but not scored: scoring requires the benchmark's server or a judge.")
-        )
+    blocks = _metrics_blocks(task, results)
+    if task in NOTES and any(result.metrics for result in results):
+        blocks.append(Paragraph(NOTES[task]))
     if task == "pope":
         paper_rows = [[name, *(LLAVA.cell(name, "POPE") or ())] for name in LLAVA.rows]
         blocks.append(Table(["F1 in the paper", "random", "adversarial", "popular"], paper_rows))
     if task == "captions":
         blocks += _sample_captions(results)
     return blocks
+
+
+def _metrics_blocks(task: str, results: Sequence[LlavaResult]) -> list[Block]:
+    """Return a heading and a table of metrics with one row per model."""
+    heading = Heading(f"{task}: {len(results[0].questions):,} questions")
+    names = list(dict.fromkeys(name for result in results for name in result.metrics))
+    if not names:
+        text = "Answers were generated but not scored: scoring requires the benchmark's server or a judge."
+        return [heading, Paragraph(text)]
+    rows = [[result.model, *(result.metrics.get(name) for name in names)] for result in results]
+    return [heading, Table(["model", *names], rows)]
 
 
 def _sample_captions(results: Sequence[LlavaResult]) -> list[Block]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,16 +58,43 @@ def analyze_errors(ranks: RetrievalRanks, num_queries: int = 6, matrix_size: int
     num_images = len(ranks.records)
     image_rows = torch.linspace(0, num_images - 1, min(matrix_size, num_images)).long()
     first_captions = torch.tensor([int((ranks.image_of_text == i).nonzero()[0]) for i in image_rows])
-    example_rows = torch.linspace(0, len(captions) - 1, num_queries).long().tolist()
     return ErrorAnalysis(
         curves={"I2T": recall_curve(ranks.image_ranks), "T2I": recall_curve(ranks.text_ranks)},
         length_unit=unit,
         length_bins=bins,
         recall_by_length=recall_by_length(ranks, lengths, bins),
         similarity=ranks.texts[first_captions] @ ranks.images[image_rows].T,
-        examples=[retrieved_images(ranks, text) for text in example_rows],
+        examples=[retrieved_images(ranks, text) for text in spread_captions(ranks, num_queries)],
         failures=[retrieved_images(ranks, text) for text in worst_captions(ranks, num_queries)],
     )
+
+
+def example_searches(ranks: RetrievalRanks, count: int = 5) -> list[dict[str, Any]]:
+    """Return captions with the images that they retrieve, for JSON files. `read_example_searches` reads the result."""
+    examples = [dataclasses.asdict(retrieved_images(ranks, text)) for text in spread_captions(ranks, count)]
+    for example in examples:
+        for image in example["images"]:
+            image["jpeg"] = image["jpeg"] and base64.b64encode(image["jpeg"]).decode()
+    return examples
+
+
+def read_example_searches(examples: Sequence[Mapping[str, Any]]) -> list[ResultImages]:
+    """Convert the result of `example_searches` to blocks of a report."""
+    blocks = []
+    for example in examples:
+        images = []
+        for image in example["images"]:
+            jpeg = image["jpeg"] and base64.b64decode(image["jpeg"])
+            images.append(ResultImage(jpeg, image["is_correct"], image["caption"]))
+        blocks.append(ResultImages(example["query"], images))
+    return blocks
+
+
+def spread_captions(ranks: RetrievalRanks, count: int) -> list[int]:
+    """Return the indices of at most `count` captions, sampled at regular intervals."""
+    num_captions = len(ranks.captions)
+    indices: list[int] = torch.linspace(0, num_captions - 1, min(count, num_captions)).long().tolist()
+    return indices
 
 
 def recall_curve(ranks: Tensor) -> list[float]:

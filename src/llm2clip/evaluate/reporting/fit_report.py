@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llm2clip.distributed import describe_run, format_duration, format_run
 from llm2clip.evaluate.recall import KS
 from llm2clip.evaluate.reporting import plots
-from llm2clip.html_report import Block, Code, Heading, Paragraph, Plot, Table, write_report
+from llm2clip.evaluate.reporting.error_analysis import read_example_searches
+from llm2clip.html_report import Block, Code, Details, Heading, Paragraph, Plot, Table, write_report
 
 
 def write_fit_report(
     folder: Path,
     *,
-    command: str,
     data: str,
     cra: tuple[dict[str, Any], dict[str, Any]] | None,
     untrained: Sequence[dict[str, Any]],
     trained: Sequence[dict[str, Any]],
     query_templates: dict[str, Any] | None,
+    examples: Sequence[Mapping[str, Any]],
     curves: dict[str, list[dict[str, Any]]],
+    durations: Mapping[str, float],
+    settings: str,
 ) -> tuple[Path, Path]:
     """Write `folder/report.md` and `folder/report.html`, and return their paths.
 
     Args:
         folder: Run directory, which contains `model/`.
-        command: Command that started the run.
         data: One-line description of the training and held-out data.
         cra: Results of `caption_retrieval_accuracy` before and after the `tune` stage, or None if CRA was not measured.
         untrained, trained: Results of `evaluate_caption_fields` before and after the `align` stage.
         query_templates: `TemplateChoice.to_dict()`, or None if there is no caption encoder.
+        examples: Result of `example_searches`.
         curves: Rows of metrics.jsonl for each stage, keyed by stage name.
+        durations: Seconds that each stage has taken, keyed by stage name.
+        settings: Settings of the run, as YAML.
     """
+    run = describe_run(sum(durations.values()))
+    stages = ", ".join(f"{stage} {format_duration(seconds)}" for stage, seconds in durations.items())
     blocks: list[Block] = [
-        Code(command),
+        Paragraph(f"{format_run(run)} Stages: {stages}."),
+        Code(run["command"]),
         Paragraph(data),
         Heading("Caption encoder"),
         Paragraph("Caption retrieval accuracy: the first two captions of each held-out image retrieve each other."),
@@ -42,10 +51,14 @@ def write_fit_report(
         Heading("Retrieval"),
         Paragraph(
             "Recall in percent on held-out images. I2T: an image retrieves one of its captions; T2I: a caption "
-            "retrieves its image. A tie with a wrong answer counts as a miss."
+            "retrieves its image. A tie with a wrong answer counts as a miss. The 95% confidence intervals are those "
+            "of a bootstrap over images."
         ),
         retrieval_table(untrained, trained),
         *(_short_query_blocks(query_templates) if query_templates and query_templates["short queries"] else []),
+        Heading("Example searches"),
+        Paragraph("Held-out captions and the images that the model retrieves for them. Correct images are marked."),
+        *read_example_searches(examples),
         Heading("Training"),
         *(plot_loss(stage, rows) for stage, rows in curves.items() if rows),
         Heading("How to use the model"),
@@ -57,33 +70,41 @@ def write_fit_report(
             "model.similarity(texts, images)",
             "python",
         ),
+        Details("Settings", settings),
     ]
-    return write_report(folder, "report", "Report", blocks)
+    return write_report(folder, "report", f"Training of {folder.resolve().name}", blocks)
 
 
 def caption_retrieval_table(raw: dict[str, Any], tuned: dict[str, Any]) -> Table:
     """Return a table with the chance level of CRA and the CRA before and after the `tune` stage."""
-    rows = [["chance", raw["chance"]], ["raw", raw["CRA"]], ["tuned", tuned["CRA"]]]
-    return Table([f"caption encoder ({raw['images']:,} images)", "CRA top-1, %"], rows, frozenset([2]))
+    rows: list[list[Any]] = [["chance", raw["chance"], None]]
+    for name, metrics in (("raw", raw), ("tuned", tuned)):
+        rows.append([name, metrics["CRA"], _format_interval(metrics["CRA interval"])])
+    header = [f"caption encoder ({raw['images']:,} images)", "CRA top-1, %", "95% interval"]
+    return Table(header, rows, frozenset([2]))
 
 
 def retrieval_table(untrained: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]) -> Table:
-    """Return a table of the recall for each caption field: at chance level, before training, and after training."""
-    columns = [(direction, f"R@{k}") for direction in ("I2T", "T2I") for k in KS]
+    """Return a table of the recall for each caption field: at chance level, before training, and after training.
+
+    R@1 comes with its confidence interval.
+    """
     rows: list[list[Any]] = []
     for before, after in zip(untrained, trained, strict=True):
         name = f"{after['captions']} ({after['images']:,} images, {after['texts']:,} texts)"
-        rows.append([name, "chance", *(after[f"{direction} chance"][metric] for direction, metric in columns)])
-        rows.append(["", "untrained", *(before[direction][metric] for direction, metric in columns)])
-        rows.append(["", "trained", *(after[direction][metric] for direction, metric in columns)])
-    header = ["captions", "model", *(f"{direction} {metric}" for direction, metric in columns)]
+        rows.append([name, "chance", *_recall_cells(after, " chance")])
+        rows.append(["", "untrained", *_recall_cells(before)])
+        rows.append(["", "trained", *_recall_cells(after)])
+    header = ["captions", "model"]
+    for direction in ("I2T", "T2I"):
+        header += [f"{direction} R@1", "95% interval", *(f"{direction} R@{k}" for k in KS[1:])]
     return Table(header, rows, highlight=frozenset(range(2, len(rows), 3)))
 
 
 def _short_query_blocks(choice: dict[str, Any]) -> list[Block]:
     """Return a section on queries of one to three words, encoded as they are and with the model's templates."""
     literal, with_templates = choice["short queries"], choice["short queries with templates"]
-    header = ["", *(f"{row['words']} {'word' if row['words'] == '1' else 'words'}: mAP" for row in literal)]
+    header = ["query", *(f"{row['words']} {'word' if row['words'] == '1' else 'words'}: mAP" for row in literal)]
     rows = [["chance", *(row["mAP chance"] for row in literal)], ["query as it is", *map(_map_cell, literal)]]
     text = (
         "Queries are words and short phrases from the held-out captions. Every image with a caption that mentions the "
@@ -105,6 +126,20 @@ def _short_query_blocks(choice: dict[str, Any]) -> list[Block]:
 def _map_cell(metrics: dict[str, Any]) -> str:
     low, high = metrics["mAP interval"]
     return f"{metrics['mAP']:.1f} ({low:.1f} to {high:.1f})"
+
+
+def _recall_cells(row: Mapping[str, Any], suffix: str = "") -> list[Any]:
+    """Return the cells of a row of `retrieval_table`. With the suffix " chance", they are those of the chance level."""
+    cells: list[Any] = []
+    for direction in ("I2T", "T2I"):
+        first, *others = (row[direction + suffix][f"R@{k}"] for k in KS)
+        interval = None if suffix else _format_interval(row[f"{direction} interval"]["R@1"])
+        cells += [first, interval, *others]
+    return cells
+
+
+def _format_interval(interval: Sequence[float]) -> str:
+    return f"{interval[0]:.1f} to {interval[1]:.1f}"
 
 
 def plot_loss(stage: str, rows: Sequence[dict[str, Any]]) -> Plot:
