@@ -21,7 +21,7 @@ from dense_fixtures import coco_json, colour_embeddings, colour_model, draw_rect
 from llm2clip.cli import main
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import load_image
-from llm2clip.evaluate.benchmarks import BENCHMARKS
+from llm2clip.evaluate.benchmarks import BENCHMARKS, get_benchmarks
 from llm2clip.evaluate.benchmarks.base import DetectionData
 from llm2clip.evaluate.benchmarks.ov_coco import class_split
 from llm2clip.evaluate.dense.average_precision import ClassMatches, Detections, detection_metrics, weighted_ap
@@ -31,6 +31,7 @@ from llm2clip.evaluate.dense.detection import (
     detect_objects,
     detection_blocks,
     without_images,
+    write_detections,
 )
 from llm2clip.evaluate.dense.proposals import Proposals, object_boxes, open_proposals
 from llm2clip.evaluate.dense.regions import encode_boxes
@@ -455,6 +456,46 @@ def test_average_precision_without_objects_is_rejected() -> None:
         detection_metrics(data, {}, resamples=2)
 
 
+def test_the_users_coco_file_is_read_with_all_images(tmp_path: Path) -> None:
+    file = ov_coco_file(tmp_path)
+    content = json.loads(file.read_text())
+    draw_rectangles(tmp_path / "val2017/empty.png", (64, 48), [])
+    content["images"].append({"id": 11, "file_name": "empty.png", "width": 64, "height": 48})
+    content["categories"] = content["categories"][:20]
+    content["categories"][0]["name"] = "red_cat"
+    file.write_text(json.dumps(content))
+    [benchmark] = get_benchmarks([f"detection:{file}"], ["a {}"])
+    data = benchmark.load(benchmark.find(Path("unused")))
+    assert (benchmark.kind, data.image_ids, data.templates) == ("detection", [10, 11], ["a {}"])
+    assert len(data.names) == 20 and data.names[0] == "red cat" and data.category_ids[:2] == [1, 3]
+    detections = {10: Detections(torch.tensor([[4.0, 4, 24, 24]]), torch.ones(1).double(), torch.tensor([5]))}
+    metrics = detection_metrics(data, detections, resamples=2)
+    assert list(metrics) == ["all"]
+
+
+def test_detections_are_written_in_the_results_format_of_coco(tmp_path: Path) -> None:
+    """pycocotools must read the file, and compute the same average precision from it."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    data, detections = random_case(2)
+    write_detections(tmp_path, "plain, learned scale", data, detections)
+    truth = COCO()
+    truth.dataset = {
+        "images": [{"id": image_id} for image_id in data.image_ids],
+        "annotations": [{**row, "id": row["id"] + 1} for row in data.annotations],
+        "categories": [{"id": category_id} for category_id in data.category_ids],
+        "info": {},
+    }
+    truth.createIndex()
+    evaluator = COCOeval(truth, truth.loadRes(str(tmp_path / "plain-learned-scale.json")), "bbox")
+    evaluator.evaluate()
+    evaluator.accumulate()
+    evaluator.summarize()
+    metrics = detection_metrics(data, detections, resamples=2)["all"]
+    assert 100 * evaluator.stats[:2] == pytest.approx([metrics["AP"], metrics["AP50"]])
+
+
 def test_results_of_finished_benchmarks_are_saved_when_a_later_one_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -640,7 +681,7 @@ def test_evaluate_command_reports_detection(
     monkeypatch.setattr("llm2clip.evaluate.embeddings.fingerprint", lambda identity: "0" * 64)
     folders = ["--root", str(tmp_path), "--out", str(tmp_path / "out")]
     command = ["evaluate", "colours", "--benchmarks", "ov-coco", *folders]
-    assert main([*command, "--proposals", "ground-truth", "--crop_proposals"]) == 0
+    assert main([*command, "--proposals", "ground-truth", "--crop_proposals", "--save_predictions"]) == 0
     output = capsys.readouterr().out
     assert "| paper 2026: EVA02 + LLM2CLIP | – | – | – | 28.9 | 54.7 | 48.0 |" in output
     [result] = json.loads((tmp_path / "out/results.json").read_text())["results"]
@@ -656,5 +697,26 @@ def test_evaluate_command_reports_detection(
     assert "cat 1.00" in page and "Proposals from ground-truth: 4 boxes" in page
     assert "| colours (upper bound) | plain | 100.0 |" in output
     assert "ov-coco: Proposals from ground-truth: 4 boxes" in output and "the AP is an upper bound" in output
+    for method in ("plain", "crop"):
+        rows = json.loads((tmp_path / f"out/predictions/ov-coco/colours/{method}.json").read_text())
+        assert {row["image_id"] for row in rows} == {10, 11}
     assert main(command) == 1
     assert "pass --proposals" in capsys.readouterr().err
+    assert main([*command[:-2], "--save_predictions"]) == 1
+    assert "--save_predictions needs an output folder: add --out FOLDER" in capsys.readouterr().err
+    own = [
+        "evaluate",
+        "colours",
+        "--benchmarks",
+        f"boxes:{file}",
+        "--templates",
+        "a {}!",
+        "--out",
+        str(tmp_path / "own"),
+    ]
+    assert main(own) == 0
+    assert "3 images, 5 boxes" in capsys.readouterr().out
+    [result] = json.loads((tmp_path / "own/results.json").read_text())["results"]
+    assert result["texts"] == len(names), "one template"
+    assert main([*command, "--templates", "a {}"]) == 1
+    assert "--templates applies to short queries and to your own images" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,11 @@ from dense_fixtures import CELL, colour_embeddings, make_coco, make_segmentation
 from llm2clip.cli import main
 from llm2clip.data.images import load_image
 from llm2clip.data.skip_log import TooManySkipped
-from llm2clip.evaluate.benchmarks import BENCHMARKS, DataFormatError, MissingFileError, SegmentationData
+from llm2clip.evaluate.benchmarks import BENCHMARKS, DataFormatError, MissingFileError, SegmentationData, get_benchmarks
 from llm2clip.evaluate.benchmarks.coco_instances import decode_mask
 from llm2clip.evaluate.benchmarks.segmentation import read_class_names
 from llm2clip.evaluate.dense.segmentation import (
+    LabelMapWriter,
     SegmentationCounts,
     class_iou,
     evaluate_segmentation,
@@ -484,6 +486,80 @@ def test_pictures_show_labels_and_predictions_without_the_background(tmp_path: P
             assert change[:, :24].mean() < 8 and names == ["green"]
         else:
             assert names == ["red", "green"]
+
+
+# ---- the user's images ---------------------------------------------------------------------------------------------
+
+
+def make_mask_folder(folder: Path, classes: str = "red\ngreen, grass\nblue\n") -> SegmentationData:
+    """Write the images and labels of `make_segmentation` as a folder of images, masks and class names."""
+    data = make_segmentation(folder / "images")
+    (folder / "masks").mkdir()
+    for index in range(3):
+        Image.fromarray(data.read_labels(index)).save(folder / f"masks/{index}.png")
+    (folder / "classes.txt").write_text(classes)
+    return data
+
+
+def test_folder_of_masks_is_read_with_its_class_names(tmp_path: Path) -> None:
+    expected = make_mask_folder(tmp_path)
+    [benchmark] = get_benchmarks([f"segmentation:{tmp_path}"], ["a {}", "the {}"])
+    data = benchmark.load(benchmark.find(Path("unused")))
+    assert benchmark.kind == "segmentation" and data.names == [["red"], ["green", "grass"], ["blue"]]
+    assert list(data.templates) == ["a {}", "the {}"] and not data.has_background and data.min_probability == 0
+    for index in range(3):
+        assert np.array_equal(data.read_labels(index), expected.read_labels(index))
+        assert str(data.images[index]) == str(expected.images[index])
+    (tmp_path / "classes.txt").write_text("background\ngreen\nblue\n")
+    data = benchmark.load(tmp_path)
+    assert data.has_background and data.class_name(0) == "background" and data.names[0][:2] == ["sky", "wall"]
+    assert (data.logit_scale, data.min_probability) == (50, 0.1)
+
+
+def test_invalid_folders_of_masks_are_reported(tmp_path: Path) -> None:
+    make_mask_folder(tmp_path, classes="red\ngreen\n")
+    [benchmark] = get_benchmarks([f"segmentation:{tmp_path}"], ["a {}"])
+    with pytest.raises(DataFormatError, match=r"2.png contains the label 2, which is not a label of this data set"):
+        benchmark.load(tmp_path).read_labels(2)
+    for classes in ("red\n, x\n", "red\n\nblue\n", "".join(f"c{n}\n" for n in range(256)), ""):
+        (tmp_path / "classes.txt").write_text(classes)
+        with pytest.raises(DataFormatError, match=r"classes.txt must contain 1 to 255 lines, each with the names"):
+            benchmark.load(tmp_path)
+    (tmp_path / "classes.txt").write_text("red\ngreen\nblue\n")
+    shutil.copy(tmp_path / "images/0.png", tmp_path / "images/0.jpg")
+    with pytest.raises(DataFormatError, match="contains several images with the name '0'"):
+        benchmark.load(tmp_path)
+    for name in ("0.jpg", "0.png"):
+        (tmp_path / "images" / name).unlink()
+    with pytest.raises(MissingFileError, match=r"images has no image for 1 masks, e.g. .*0.png"):
+        benchmark.load(tmp_path)
+    (tmp_path / "classes.txt").unlink()
+    with pytest.raises(MissingFileError, match=r"has no classes.txt"):
+        benchmark.load(tmp_path)
+
+
+def test_masks_of_the_users_coco_file_are_read(tmp_path: Path) -> None:
+    file = make_coco(tmp_path)
+    [benchmark] = get_benchmarks([f"segmentation:{file}"])
+    data = benchmark.load(benchmark.find(Path("unused")))
+    labels = np.zeros((48, 64), np.uint8)
+    labels[4:20, 4:28], labels[20:44, 36:56] = 1, 3
+    assert np.array_equal(data.read_labels(0), labels) and len(data.templates) == 80
+    assert [data.class_name(label) for label in range(4)] == ["background", "red", "green", "blue"]
+
+
+def test_label_maps_are_written_as_png(tmp_path: Path) -> None:
+    data = make_segmentation(tmp_path)
+    result = evaluate_segmentation(data, colour_embeddings(), ["plain", "sclip"], tmp_path / "out")
+    assert (tmp_path / "out/classes.txt").read_text() == "red\ngreen\nblue\n"
+    for method in ("plain", "sclip"):
+        for index in range(3):
+            with Image.open(tmp_path / f"out/{method}/{index}.png") as image:
+                assert np.array_equal(np.asarray(image), result.examples[index][method])
+                assert len({image.convert("RGB").getpixel((5, 5)), image.convert("RGB").getpixel((40, 40))}) == 2
+    duplicates = dataclasses.replace(data, images=[data.images[0]] * 3)
+    LabelMapWriter(tmp_path / "twice", duplicates).write("plain, learned scale", 2, np.zeros((4, 4), np.uint8))
+    assert (tmp_path / "twice/plain-learned-scale/2-0.png").is_file()
 
 
 # ---- command -------------------------------------------------------------------------------------------------------

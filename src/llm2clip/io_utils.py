@@ -262,6 +262,11 @@ def read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
+def safe_name(name: str) -> str:
+    """Return a name in which characters that may be a problem in file names are replaced by dashes."""
+    return re.sub(r"[^\w.-]+|^\.+", "-", name)
+
+
 def read_lines(file: Path) -> list[str]:
     """Return the non-empty lines of a UTF-8 text file.
 

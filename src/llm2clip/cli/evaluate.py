@@ -41,8 +41,9 @@ def add(commands: Commands) -> None:
         "--benchmarks",
         nargs="+",
         type=str,
-        help="Names of public benchmarks (see `llm2clip benchmarks`), `all`, folder:PATH (one subfolder per class), or "
-        "boxes:FILE.json (boxes in COCO's format).",
+        help="Names of public benchmarks (see `llm2clip benchmarks`) or `all`; or your own images: folder:PATH (one "
+        "subfolder per class), boxes:FILE.json or detection:FILE.json (COCO's format), segmentation:PATH (COCO's "
+        "format, or a folder with images/, masks/ and classes.txt).",
     )
     parser.add_argument("--root", type=str, default="data/benchmarks", help=ROOT_HELP)
     parser.add_argument(
@@ -69,7 +70,8 @@ def add(commands: Commands) -> None:
         nargs="*",
         type=str,
         help="With --short_queries: also average each query of up to three words with these prompt templates, such as "
-        "'a photo of a {}'. Default: the templates that were saved with the model.",
+        "'a photo of a {}'. Default: the templates that were saved with the model. Also: the templates for class names "
+        "in your own images, such as boxes:FILE.json.",
     )
     parser.add_argument(
         "--proposals",
@@ -81,6 +83,12 @@ def add(commands: Commands) -> None:
         "--crop_proposals",
         action="store_true",
         help="Detection: also name each box by encoding it like an image. This takes one forward pass per box.",
+    )
+    parser.add_argument(
+        "--save_predictions",
+        action="store_true",
+        help="Segmentation and detection: write label maps (PNG) and detections (COCO's results format) to "
+        "OUT/predictions.",
     )
     parser.add_argument(
         "--trust_remote_code",
@@ -147,6 +155,7 @@ def _evaluate(args: Namespace) -> list[str]:
             "short_queries",
             "proposals",
             "crop_proposals",
+            "save_predictions",
             "trust_remote_code",
         ),
     )

@@ -13,7 +13,7 @@ import torch
 
 from llm2clip.data.hashing import unique_captions
 from llm2clip.data.image_refs import ImageRef
-from llm2clip.distributed import print_once
+from llm2clip.distributed import print_once, process_state
 from llm2clip.evaluate.benchmarks import (
     Benchmark,
     ClassificationData,
@@ -28,7 +28,7 @@ from llm2clip.evaluate.benchmarks import (
 from llm2clip.evaluate.compositional import compositional_accuracy
 from llm2clip.evaluate.dense.average_precision import detection_metrics
 from llm2clip.evaluate.dense.bootstrap import BootstrapMetrics
-from llm2clip.evaluate.dense.detection import detect_objects, detection_blocks, without_images
+from llm2clip.evaluate.dense.detection import detect_objects, detection_blocks, without_images, write_detections
 from llm2clip.evaluate.dense.regions import class_accuracy, classify_regions, region_metrics, wrong_region_blocks
 from llm2clip.evaluate.dense.segmentation import (
     class_iou,
@@ -77,6 +77,7 @@ def run_benchmark(
     dense_variants: Sequence[str] = ("plain",),
     proposals: str | None = None,
     crop_proposals: bool = False,
+    predictions_dir: Path | None = None,
 ) -> BenchmarkResult:
     """Evaluate a model on a benchmark.
 
@@ -88,6 +89,8 @@ def run_benchmark(
         dense_variants: Variants of the dense features to evaluate. See `DENSE_VARIANTS`.
         proposals: For detection benchmarks, the source of the boxes. See `open_proposals`.
         crop_proposals: If True, also classify each box by its crop in detection benchmarks.
+        predictions_dir: Folder for the predictions in segmentation and detection. If None, they are not saved. See
+            `LabelMapWriter` and `write_detections`.
 
     Raises:
         MissingFileError: If a file is missing.
@@ -100,12 +103,13 @@ def run_benchmark(
     if benchmark.kind == "retrieval":
         ranks = rank_caption_fields(embeddings, data)
         return BenchmarkResult(summary | {"rows": caption_field_metrics(embeddings, ranks)}, images, ranks)
-    if benchmark.kind in ("regions", "segmentation"):
-        evaluate = _evaluate_regions if benchmark.kind == "regions" else _evaluate_segmentation
-        result = evaluate(data, embeddings, dense_variants)
-        return dataclasses.replace(result, summary=summary | result.summary, images=images)
-    if benchmark.kind == "detection":
-        result = _evaluate_detection(data, embeddings, dense_variants, proposals, crop_proposals)
+    if benchmark.kind in ("regions", "segmentation", "detection"):
+        if benchmark.kind == "regions":
+            result = _evaluate_regions(data, embeddings, dense_variants)
+        elif benchmark.kind == "segmentation":
+            result = _evaluate_segmentation(data, embeddings, dense_variants, predictions_dir)
+        else:
+            result = _evaluate_detection(data, embeddings, dense_variants, proposals, crop_proposals, predictions_dir)
         return dataclasses.replace(result, summary=summary | result.summary, images=images)
     if benchmark.kind == "judged retrieval":
         metrics, num_images, texts = _evaluate_judged_retrieval(data, embeddings)
@@ -207,9 +211,9 @@ def _evaluate_regions(data: RegionData, embeddings: EmbeddingSource, variants: S
 
 
 def _evaluate_segmentation(
-    data: SegmentationData, embeddings: EmbeddingSource, variants: Sequence[str]
+    data: SegmentationData, embeddings: EmbeddingSource, variants: Sequence[str], predictions_dir: Path | None
 ) -> BenchmarkResult:
-    result = evaluate_segmentation(data, embeddings, variants)
+    result = evaluate_segmentation(data, embeddings, variants, predictions_dir)
     rows, bootstrap = [], {}
     class_names = [data.class_name(label) for label in range(len(data.names))]
     for method, counts in result.counts.items():
@@ -235,6 +239,7 @@ def _evaluate_detection(
     variants: Sequence[str],
     proposals: str | None,
     with_crops: bool,
+    predictions_dir: Path | None,
 ) -> BenchmarkResult:
     if proposals is None:
         raise ValueError(
@@ -246,6 +251,8 @@ def _evaluate_detection(
     data = without_images(data, results.failures)
     rows, bootstrap = [], {}
     for method, detections in results.by_method.items():
+        if predictions_dir is not None and process_state().is_main_process:
+            write_detections(predictions_dir, method, data, detections)
         groups = detection_metrics(data, detections)
         metrics = {f"AP50 {group}": values["AP50"] for group, values in groups.items()}
         metrics |= {f"AP {group}": values["AP"] for group, values in groups.items()}

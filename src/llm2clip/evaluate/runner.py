@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from llm2clip.data.splits import read_splits
 from llm2clip.data.training_images import count_training_images, load_training_images
 from llm2clip.distributed import describe_run, format_run, print_once, process_state
 from llm2clip.evaluate.benchmark_eval import BenchmarkResult, run_benchmark
-from llm2clip.evaluate.benchmarks import Benchmark, get_benchmarks
+from llm2clip.evaluate.benchmarks import Benchmark, get_benchmarks, has_user_data
 from llm2clip.evaluate.caption_retrieval import TextEncoder, caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import EmbeddingSource, open_embedding_source
 from llm2clip.evaluate.precomputed import PRECOMPUTED_SUFFIX
@@ -32,7 +31,7 @@ from llm2clip.evaluate.reporting.short_query_report import short_query_blocks
 from llm2clip.evaluate.retrieval_eval import RetrievalRanks, retrieval_difference
 from llm2clip.evaluate.short_queries import score_short_queries
 from llm2clip.html_report import BAD, Block, Code, Details, Paragraph, to_markdown, write_report
-from llm2clip.io_utils import MissingFileError, atomic_write_text
+from llm2clip.io_utils import MissingFileError, atomic_write_text, safe_name
 from llm2clip.models.clip_text_encoder import has_text_tower, load_clip_text_encoder
 from llm2clip.models.dense import DENSE_VARIANTS
 from llm2clip.models.display_names import display_names
@@ -73,6 +72,7 @@ def evaluate_models(
     templates: Sequence[str] | None = None,
     proposals: str | None = None,
     crop_proposals: bool = False,
+    save_predictions: bool = False,
     trust_remote_code: bool = False,
 ) -> list[str]:
     """Evaluate models, print tables, and write results.json, report.md and report.html to `out`.
@@ -113,6 +113,8 @@ def evaluate_models(
             Default: the templates that were saved with each model.
         proposals: For detection benchmarks, the source of the boxes. See `open_proposals`.
         crop_proposals: If True, also classify each box by its crop in detection benchmarks.
+        save_predictions: If True, write the predictions in segmentation and detection to
+            `out/predictions/BENCHMARK/MODEL`. See `LabelMapWriter` and `write_detections`.
         trust_remote_code: If True, run the Python code that comes with a model. Jina-CLIP requires this setting.
 
     Returns:
@@ -128,7 +130,9 @@ def evaluate_models(
     if not captions and (all_pairs or num_mistakes is not None):
         raise ValueError("--mistakes and --all_pairs apply to caption retrieval: add --captions DATA")
     _check_dense_variants(dense_variants)
-    _check_short_query_arguments(short_queries, templates, has_data=bool(data or benchmarks))
+    _check_short_query_arguments(short_queries, templates, data, benchmarks)
+    if save_predictions and out is None:
+        raise ValueError("--save_predictions needs an output folder: add --out FOLDER")
     results: dict[str, Any] = {}
     report: list[Block] = []
     warnings: list[str] = []
@@ -152,7 +156,7 @@ def evaluate_models(
 
     if data or benchmarks:
         user_data = [_user_benchmark(data, config, columns, log)] if data else []
-        available, missing = _find_benchmarks([*user_data, *get_benchmarks(benchmarks)], root)
+        available, missing = _find_benchmarks([*user_data, *get_benchmarks(benchmarks, templates or ())], root)
         if "all" in benchmarks:  # only those that exist were requested
             warnings += missing
         else:
@@ -168,6 +172,7 @@ def evaluate_models(
             templates=templates,
             proposals=proposals,
             crop_proposals=crop_proposals,
+            save_predictions=save_predictions,
         )
         for n, name in enumerate(display_names(models) if available else []):
             for _ in runner.run(models[n], name, is_baseline=n > 0, trust_remote_code=trust_remote_code):
@@ -218,6 +223,7 @@ class BenchmarkRunner:
         templates: Sequence[str] | None,
         proposals: str | None,
         crop_proposals: bool,
+        save_predictions: bool,
     ) -> None:
         """
         Args:
@@ -228,7 +234,7 @@ class BenchmarkRunner:
             linear_probe: If True, also fit a linear probe on the training images of classification benchmarks.
             dense_variants: Variants of the dense features, for benchmarks about parts of images.
             short_queries, templates: See `evaluate_models`.
-            proposals, crop_proposals: See `evaluate_models`.
+            proposals, crop_proposals, save_predictions: See `evaluate_models`.
         """
         self.benchmarks = benchmarks
         self.results: list[list[ModelResult]] = [[] for _ in benchmarks]
@@ -240,6 +246,7 @@ class BenchmarkRunner:
         self._short_queries = short_queries
         self._templates = None if templates is None else QueryTemplates(tuple(templates))
         self._proposals, self._crop_proposals = proposals, crop_proposals
+        self._predictions_dir = out / "predictions" if out is not None and save_predictions else None
         self._logs = []
         for n, (benchmark, _) in enumerate(benchmarks):
             is_user_data = benchmark.name == USER_DATA
@@ -268,6 +275,9 @@ class BenchmarkRunner:
         for n, (benchmark, folder) in enumerate(self.benchmarks):
             print_once(f"{name}: {benchmark.name}")
             embeddings.log = self._logs[n]
+            predictions_dir = self._predictions_dir
+            if predictions_dir is not None:
+                predictions_dir = predictions_dir / safe_name(benchmark.name) / safe_name(name)
             try:
                 result = run_benchmark(
                     benchmark,
@@ -277,6 +287,7 @@ class BenchmarkRunner:
                     dense_variants=self._dense_variants,
                     proposals=self._proposals,
                     crop_proposals=self._crop_proposals,
+                    predictions_dir=predictions_dir,
                 )
             except (OSError, ValueError) as error:
                 # Invalid data causes the same error on every rank. Any other error may occur on this rank only.
@@ -407,12 +418,17 @@ def _check_dense_variants(variants: Sequence[str]) -> None:
             raise ValueError(f"no dense variant {variant!r}; choose from {', '.join(DENSE_VARIANTS)}")
 
 
-def _check_short_query_arguments(short_queries: bool, templates: Sequence[str] | None, has_data: bool) -> None:
+def _check_short_query_arguments(
+    short_queries: bool, templates: Sequence[str] | None, data: Sequence[str], benchmarks: Sequence[str]
+) -> None:
     """Raise ValueError if the options for short queries have no effect, or a template has no placeholder."""
-    if short_queries and not has_data:
+    if short_queries and not (data or benchmarks):
         raise ValueError("--short_queries needs images with captions: pass data or --benchmarks")
-    if templates is not None and not short_queries:
-        raise ValueError("--templates applies to short queries: add --short_queries")
+    if templates is not None and not short_queries and not any(map(has_user_data, benchmarks)):
+        raise ValueError(
+            "--templates applies to short queries and to your own images with class names: add --short_queries, or "
+            "pass a benchmark such as boxes:FILE.json"
+        )
     check_templates(templates or (), "--templates")
 
 
@@ -495,8 +511,7 @@ def _skip_log(out: Path | None, name: str, max_skipped: float) -> SkipLog:
     """Create a skip log, which writes skipped rows to `out/skipped/NAME.jsonl` on the main process."""
     file = None
     if out is not None and process_state().is_main_process:
-        safe_name = re.sub(r"[^\w.-]+", "-", name)
-        file = out / "skipped" / f"{safe_name}.jsonl"
+        file = out / "skipped" / f"{safe_name(name)}.jsonl"
     return SkipLog(file, max_skipped)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llm2clip.evaluate.benchmarks import (
@@ -27,6 +27,8 @@ from llm2clip.evaluate.benchmarks.base import (
 )
 from llm2clip.evaluate.benchmarks.classification import FOLDER_PREFIX, folder_benchmark
 from llm2clip.evaluate.benchmarks.coco_boxes import BOXES_PREFIX, boxes_benchmark
+from llm2clip.evaluate.benchmarks.ov_coco import DETECTION_PREFIX, detection_benchmark
+from llm2clip.evaluate.benchmarks.segmentation import SEGMENTATION_PREFIX, segmentation_benchmark
 from llm2clip.html_report import Table, to_markdown
 from llm2clip.io_utils import DataFormatError, MissingFileError
 from llm2clip.published_results import published_metrics, published_rows
@@ -43,6 +45,7 @@ __all__ = [
     "RegionData",
     "SegmentationData",
     "get_benchmarks",
+    "has_user_data",
     "list_benchmarks",
 ]
 
@@ -57,27 +60,41 @@ _MODULES = (
     segmentation,
     ov_coco,
 )
+USER_BENCHMARKS: dict[str, Callable[[str, Sequence[str]], Benchmark]] = {
+    FOLDER_PREFIX: folder_benchmark,
+    BOXES_PREFIX: boxes_benchmark,
+    SEGMENTATION_PREFIX: segmentation_benchmark,
+    DETECTION_PREFIX: detection_benchmark,
+}
+"""Functions that create a benchmark from the user's data and prompt templates, keyed by the prefix of the name."""
 BENCHMARKS = {benchmark.name: benchmark for module in _MODULES for benchmark in module.BENCHMARKS}
 
 
-def get_benchmarks(names: Sequence[str]) -> list[Benchmark]:
+def has_user_data(name: str) -> bool:
+    """Return True if the name of a benchmark refers to the user's own data. See `get_benchmarks`."""
+    return name.startswith(tuple(USER_BENCHMARKS))
+
+
+def get_benchmarks(names: Sequence[str], templates: Sequence[str] = ()) -> list[Benchmark]:
     """Return the benchmarks with the given names.
 
-    The name "all" selects every public benchmark. A name of the form folder:PATH creates a zero-shot classification
-    benchmark from a folder that contains one subfolder per class. A name of the form boxes:FILE creates a region
-    classification benchmark from a JSON file in COCO's format.
+    The name "all" selects every public benchmark. Names of the form PREFIX:PATH create benchmarks from the user's data,
+    see `USER_BENCHMARKS`.
+
+    Args:
+        names: Names of benchmarks.
+        templates: Prompt templates for the user's data. Default: those of each kind of benchmark.
 
     Raises:
         ValueError: If a name is unknown.
     """
     user_benchmarks = []
     for name in names:
-        if name.startswith(FOLDER_PREFIX):
-            user_benchmarks.append(folder_benchmark(name.removeprefix(FOLDER_PREFIX)))
-        elif name.startswith(BOXES_PREFIX):
-            user_benchmarks.append(boxes_benchmark(name.removeprefix(BOXES_PREFIX)))
+        if has_user_data(name):
+            prefix = next(prefix for prefix in USER_BENCHMARKS if name.startswith(prefix))
+            user_benchmarks.append(USER_BENCHMARKS[prefix](name.removeprefix(prefix), templates))
         elif name not in BENCHMARKS and name != "all":
-            choices = [*BENCHMARKS, "all", f"{FOLDER_PREFIX}PATH", f"{BOXES_PREFIX}FILE"]
+            choices = [*BENCHMARKS, "all", *(f"{prefix}PATH" for prefix in USER_BENCHMARKS)]
             raise ValueError(f"no benchmark {name!r}; choose from {', '.join(choices)}")
     public = [benchmark for benchmark in BENCHMARKS.values() if "all" in names or benchmark.name in names]
     return public + user_benchmarks

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,17 +28,19 @@ FOLDER_PREFIX = "folder:"
 CIFAR_PIXELS = 3 * 32 * 32
 
 
-def folder_benchmark(name: str) -> Benchmark:
+def folder_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
     """Create a zero-shot classification benchmark from the user's images.
 
     Args:
         name: Path of a folder with one subfolder of images per class. Alternatively, the folder contains test/ or val/,
             and optionally train/, each with one subfolder per class.
+        templates: Prompt templates. Default: see `read_class_folders`.
     """
 
     def read(folder: Path) -> ClassificationData:
         split = next((split for split in ("test", "val") if any(folder.glob(f"{split}/*/"))), "")
-        return read_class_folders(folder, split)
+        data = read_class_folders(folder, split)
+        return replace(data, templates=templates) if templates else data
 
     return Benchmark(
         name=FOLDER_PREFIX + name,

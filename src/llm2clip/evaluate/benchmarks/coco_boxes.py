@@ -8,6 +8,7 @@ COCO's format is {"images": [{"id", "file_name", "width", "height"}], "annotatio
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,19 @@ MIN_SIDE = 1.0  # pixels; smaller boxes are excluded
 CROWD, DEGENERATE = "crowd", "smaller than a pixel"  # reasons for excluding a box
 
 
-def boxes_benchmark(name: str) -> Benchmark:
+def boxes_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
     """Create a region classification benchmark from the user's JSON file in COCO's format.
 
     As for COCO captions, the images can be next to the file or in a folder such as `images`.
+
+    Args:
+        name: Path of the file.
+        templates: Prompt templates. Default: OpenAI's for ImageNet.
     """
     file = Path(name).expanduser().absolute()
 
     def read(folder: Path) -> RegionData:
-        return read_boxes(first_existing(folder, file.name))
+        return read_boxes(first_existing(folder, file.name), templates)
 
     return Benchmark(
         name=BOXES_PREFIX + name,
@@ -50,11 +55,11 @@ def boxes_benchmark(name: str) -> Benchmark:
     )
 
 
-def read_boxes(file: Path) -> RegionData:
+def read_boxes(file: Path, templates: Sequence[str] = ()) -> RegionData:
     """Read boxes from a JSON file in COCO's format. Images without boxes are not included.
 
     Boxes are clipped to the image. Crowd boxes and boxes smaller than a pixel are excluded. The class names are those
-    in the file, with underscores replaced by spaces, and the prompt templates are OpenAI's for ImageNet.
+    in the file, with underscores replaced by spaces, and the prompt templates are OpenAI's for ImageNet by default.
 
     Raises:
         MissingFileError: If image files are missing, or open_clip, which provides the templates, is not installed.
@@ -84,7 +89,7 @@ def read_boxes(file: Path) -> RegionData:
         labels=[np.array([label for _, label, _ in rows[image_id]], np.int64) for image_id in used_ids],
         areas=[np.array([area for _, _, area in rows[image_id]], np.float32) for image_id in used_ids],
         names=list(instances.names.values()),
-        templates=imagenet_templates(),
+        templates=templates or imagenet_templates(),
         excluded=excluded,
     )
 

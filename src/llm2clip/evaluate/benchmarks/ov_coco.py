@@ -1,7 +1,8 @@
-"""OV-COCO: open-vocabulary detection on COCO val2017, with 48 base classes and 17 novel classes.
+"""Open-vocabulary detection on OV-COCO, or on the user's own file in COCO's format.
 
-The class split is from Bansal et al. (arXiv 1804.04340). As in OVR-CNN (arXiv 2011.10678), detectors choose from all 65
-classes, the objects of COCO's other 15 classes are removed, and images without any remaining object are excluded.
+OV-COCO consists of COCO val2017 with 48 base classes and 17 novel classes. The class split is from Bansal et al. (arXiv
+1804.04340). As in OVR-CNN (arXiv 2011.10678), detectors choose from all 65 classes, the objects of COCO's other 15
+classes are removed, and images without any remaining object are excluded.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from llm2clip.evaluate.benchmarks.coco_instances import (
     read_instances,
     require_pycocotools,
 )
-from llm2clip.io_utils import DataFormatError, read_json
+from llm2clip.io_utils import DataFormatError, first_existing, read_json
+
+DETECTION_PREFIX = "detection:"
 
 
 def class_split() -> dict[str, list[str]]:
@@ -31,10 +34,39 @@ def class_split() -> dict[str, list[str]]:
     return {group: content[group] for group in ("novel", "base")}
 
 
+def detection_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
+    """Create a detection benchmark from the user's JSON file in COCO's format.
+
+    Args:
+        name: Path of the file. The images can be next to the file or in a folder such as `images`.
+        templates: Prompt templates. Default: OpenAI's for ImageNet.
+    """
+    file = Path(name).expanduser().absolute()
+
+    def read(folder: Path) -> DetectionData:
+        require_pycocotools("the average precision is computed by pycocotools")
+        instances = read_instances(first_existing(folder, file.name))
+        return read_detection(instances, list(instances.names), {}, templates or imagenet_templates(), with_empty=True)
+
+    return Benchmark(
+        name=DETECTION_PREFIX + name,
+        kind="detection",
+        description="objects with boxes",
+        folders=(str(file.parent),),
+        read=read,
+        source="a JSON file in COCO's format, with the images in the same folder or in images/; --proposals selects "
+        "the boxes",
+    )
+
+
 def read_detection(
-    instances: Instances, category_ids: Sequence[Any], groups: Mapping[str, Sequence[str]], templates: Sequence[str]
+    instances: Instances,
+    category_ids: Sequence[Any],
+    groups: Mapping[str, Sequence[str]],
+    templates: Sequence[str],
+    with_empty: bool = False,
 ) -> DetectionData:
-    """Return the images with their objects of some categories. Images without such objects are not included.
+    """Return the images with their objects of some categories.
 
     Boxes are clipped to the image, as the detections are. Objects whose boxes are then empty are excluded.
 
@@ -43,6 +75,7 @@ def read_detection(
         category_ids: Ids of the categories to detect.
         groups: Groups of class names for which metrics are reported.
         templates: Prompt templates.
+        with_empty: If True, also return the images without such objects.
 
     Raises:
         MissingFileError: If image files are missing.
@@ -58,7 +91,7 @@ def read_detection(
         problem = "only crowds" if annotations else "no objects of these classes"
         raise DataFormatError(f"{instances.file} contains {problem}, so the average precision is undefined")
     annotated = {row["image_id"] for row in annotations}
-    image_ids = [image_id for image_id in instances.images if image_id in annotated]
+    image_ids = [image_id for image_id in instances.images if with_empty or image_id in annotated]
     return DetectionData(
         images=image_refs(instances.file, [instances.images[image_id] for image_id in image_ids]),
         image_ids=image_ids,

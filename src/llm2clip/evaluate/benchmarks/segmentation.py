@@ -1,4 +1,4 @@
-"""Zero-shot semantic segmentation, with the data sets, class names and protocol of SCLIP.
+"""Zero-shot semantic segmentation of the user's images, or with the data sets, class names and protocol of SCLIP.
 
 SCLIP (arXiv 2312.01597, github.com/wangf3014/SCLIP) resizes the shorter side of each image to 336 pixels (COCO-Stuff:
 448, Cityscapes: 560) and slides a window of 224 pixels over it. Here, these sizes are scaled to the window, whose side
@@ -26,9 +26,10 @@ from llm2clip.evaluate.benchmarks.base import (
     check_files,
     image_file,
 )
-from llm2clip.evaluate.benchmarks.classification import imagenet_templates
+from llm2clip.evaluate.benchmarks.classification import IMAGE_SUFFIXES, imagenet_templates
 from llm2clip.evaluate.benchmarks.coco_instances import (
     INSTANCES_FOLDERS,
+    Instances,
     decode_mask,
     find_instances,
     image_refs,
@@ -37,6 +38,9 @@ from llm2clip.evaluate.benchmarks.coco_instances import (
 )
 from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, read_lines
 
+SEGMENTATION_PREFIX = "segmentation:"
+CLASSES_FILE = "classes.txt"
+BACKGROUND = "background"  # name of the first class in `CLASSES_FILE` if the data have a background
 _INVALID = -1  # in label tables: a value that must not occur
 # Ids of Cityscapes' 19 evaluated classes, in the order of their train ids (github.com/mcordts/cityscapesScripts,
 # helpers/labels.py).
@@ -57,6 +61,69 @@ def read_class_names(name: str) -> list[list[str]]:
     """Return the names of each class from a file in `class_names/`. The first line of the file states its source."""
     with_source = read_lines(Path(str(files("llm2clip.evaluate.benchmarks") / "class_names" / f"{name}.txt")))
     return [line.split(", ") for line in with_source if not line.startswith("#")]
+
+
+# ---- the user's images ---------------------------------------------------------------------------------------------
+
+
+def segmentation_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
+    """Create a segmentation benchmark from the user's images and masks.
+
+    Args:
+        name: Path of a JSON file in COCO's format with a "segmentation" for each object, or of a folder. The folder
+            must contain images/, masks/ with one PNG per image and with the same name, and classes.txt. Line n of
+            classes.txt contains the names of the class with the pixel value n - 1, separated by ", ". The value 255 is
+            ignored. If the first class is "background", the protocol is that of data sets with a background.
+        templates: Prompt templates. Default: OpenAI's for ImageNet.
+    """
+    path = Path(name).expanduser().absolute()
+
+    def read_file(folder: Path) -> SegmentationData:
+        require_pycocotools("COCO's masks are decoded by pycocotools")
+        instances = read_instances(first_existing(folder, path.name))
+        names = [[class_name] for class_name in instances.names.values()]
+        return _from_instances(instances, names, templates or imagenet_templates())
+
+    is_file = path.suffix == ".json"
+    return Benchmark(
+        name=SEGMENTATION_PREFIX + name,
+        kind="segmentation",
+        description="images with masks",
+        folders=(str(path.parent if is_file else path),),
+        read=read_file if is_file else partial(_read_mask_folder, templates=templates),
+        source="a JSON file in COCO's format, or a folder with images/, masks/ (PNGs) and classes.txt",
+    )
+
+
+def _read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationData:
+    classes_file = first_existing(folder, CLASSES_FILE)
+    try:
+        lines = (
+            classes_file.read_text(encoding="utf-8").rstrip().split("\n")
+        )  # an empty line must not shift the classes
+    except UnicodeDecodeError as error:
+        raise DataFormatError(f"{classes_file}: not UTF-8 text ({error})") from error
+    names = [[name.strip() for name in line.split(",")] for line in lines]
+    if len(names) > IGNORED or not all(all(class_names) for class_names in names):
+        raise DataFormatError(f"{classes_file} must contain 1 to {IGNORED} lines, each with the names of a class")
+    image_dir, label_dir = first_existing(folder, "images"), first_existing(folder, "masks")
+    image_of_stem: dict[str, FileImage] = {}
+    for file in sorted(image_dir.iterdir()):
+        if file.suffix.lower() in IMAGE_SUFFIXES:
+            if file.stem in image_of_stem:
+                raise DataFormatError(f"{image_dir} contains several images with the name {file.stem!r}")
+            image_of_stem[file.stem] = FileImage(str(file))
+    label_files = sorted(label_dir.glob("*.png"))
+    without_image = [file for file in label_files if file.stem not in image_of_stem]
+    if without_image:
+        raise MissingFileError(f"{image_dir} has no image for {len(without_image):,} masks, e.g. {without_image[0]}")
+    table = _label_table({value: value for value in range(len(names))})
+    protocol: dict[str, Any] = {}
+    if names[0] == [BACKGROUND]:
+        names[0] = read_class_names("background")[0]
+        protocol = {"has_background": True, "logit_scale": 50, "min_probability": 0.1}
+    images = [image_of_stem[file.stem] for file in label_files]
+    return _from_files(images, label_files, partial(_read_png, table=table), label_dir, names, templates, **protocol)
 
 
 # ---- label files ---------------------------------------------------------------------------------------------------
@@ -123,6 +190,7 @@ def _from_files(
     read: Callable[[Path], np.ndarray],
     source: Path,
     names: list[list[str]],
+    templates: Sequence[str] = (),
     **protocol: Any,
 ) -> SegmentationData:
     """Return a data set in which each image has its own label file.
@@ -133,6 +201,7 @@ def _from_files(
         read: Function that reads such a file.
         source: File or folder that lists the images, for error messages.
         names: Names of each class.
+        templates: Prompt templates. Default: OpenAI's for ImageNet.
         protocol: Other fields of `SegmentationData`.
 
     Raises:
@@ -147,7 +216,7 @@ def _from_files(
     def read_labels(index: int) -> np.ndarray:
         return read(label_files[index])
 
-    return SegmentationData(refs, read_labels, names, imagenet_templates(), **protocol)
+    return SegmentationData(refs, read_labels, names, templates or imagenet_templates(), **protocol)
 
 
 # ---- PASCAL VOC and PASCAL-Context ---------------------------------------------------------------------------------
@@ -171,7 +240,7 @@ def _read_voc(folder: Path, with_background: bool) -> SegmentationData:
     if with_background:
         table = _label_table({value: value for value in range(21)})
         names = [*read_class_names("background"), *names]
-        protocol = {"has_background": True, "logit_scale": 65, "min_probability": 0.1, "min_area": 0.1}
+        protocol: dict[str, Any] = {"has_background": True, "logit_scale": 65, "min_probability": 0.1, "min_area": 0.1}
     else:
         table = _label_table({value: value - 1 for value in range(1, 21)}, ignored=[0])
         protocol = {}
@@ -198,7 +267,7 @@ def _read_context(folder: Path, with_background: bool) -> SegmentationData:
         read = partial(_read_context_mat, table=table)
     images = [image_file(root / "JPEGImages", f"{name}.jpg") for name in ids]
     names = read_class_names("context59")
-    protocol = {}
+    protocol: dict[str, Any] = {}
     if with_background:
         names = [["background"], *names]
         protocol = {"has_background": True, "logit_scale": 50, "min_probability": 0.1}
@@ -209,19 +278,30 @@ def _read_context(folder: Path, with_background: bool) -> SegmentationData:
 
 
 def _read_coco_object(folder: Path) -> SegmentationData:
-    """Read the masks of COCO's objects. Pixels outside all masks are background.
+    require_pycocotools("COCO's masks are decoded by pycocotools")
+    instances = read_instances(find_instances(folder))
+    names = read_class_names("coco_object")
+    if len(instances.names) != len(names):
+        raise DataFormatError(f"{instances.file} has {len(instances.names)} categories, but COCO has {len(names)}")
+    return _from_instances(instances, names, imagenet_templates())
+
+
+def _from_instances(instances: Instances, names: list[list[str]], templates: Sequence[str]) -> SegmentationData:
+    """Return a data set with the masks of the objects as labels. Pixels outside all masks are background.
 
     Where objects overlap, the smallest object is on top.
 
+    Args:
+        instances: Contents of a file in COCO's format.
+        names: Names of each category, in the order of the category ids.
+        templates: Prompt templates.
+
     Raises:
-        MissingFileError: If pycocotools is not installed.
+        DataFormatError: If an object has no area, or there are too many categories.
     """
-    require_pycocotools("COCO's masks are decoded by pycocotools")
-    instances = read_instances(find_instances(folder))
     file = instances.file
-    names = read_class_names("coco_object")
-    if len(instances.names) != len(names):
-        raise DataFormatError(f"{file} has {len(instances.names)} categories, but COCO has {len(names)}")
+    if len(names) >= IGNORED:
+        raise DataFormatError(f"{file} has {len(names)} categories; segmentation supports at most {IGNORED - 1}")
     label_of_category = {category_id: label for label, category_id in enumerate(instances.names, 1)}
     sizes = list(instances.sizes.values())
     objects: dict[ImageId, list[dict[str, Any]]] = {image_id: [] for image_id in instances.images}
@@ -246,7 +326,7 @@ def _read_coco_object(folder: Path) -> SegmentationData:
         images=image_refs(file, list(instances.images.values())),
         read_labels=read_labels,
         names=[*read_class_names("background"), *names],
-        templates=imagenet_templates(),
+        templates=templates,
         has_background=True,
         logit_scale=50,
         min_probability=0.1,

@@ -8,13 +8,15 @@ class probability, followed by non-maximum suppression per class.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, box_iou, nms
+from torchvision.ops import batched_nms, box_convert, box_iou, nms
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes
 
@@ -36,6 +38,7 @@ from llm2clip.evaluate.dense.regions import CROP, encode_boxes
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.zero_shot import class_embeddings, class_prompts
 from llm2clip.html_report import Block, Heading, Paragraph, ResultImage, ResultImages
+from llm2clip.io_utils import atomic_write_text, safe_name
 
 LOGIT_SCALE = 100.0  # as in CLIP; RegionCLIP uses a temperature of 0.01
 NMS_IOU = 0.5  # as in RegionCLIP
@@ -188,6 +191,17 @@ def classify_boxes(
     labels = positions % len(classes)
     remaining = batched_nms(boxes.double(), scores, labels, NMS_IOU)[:MAX_DETECTIONS]
     return Detections(boxes[remaining], scores[remaining], labels[remaining])
+
+
+def write_detections(folder: Path, method: str, data: DetectionData, detections: Mapping[ImageId, Detections]) -> None:
+    """Write METHOD.json: the detections of a method in COCO's results format, which `COCO.loadRes` reads."""
+    rows = []
+    for image_id, detected in detections.items():
+        boxes = box_convert(detected.boxes.double(), "xyxy", "xywh").tolist()
+        for box, score, label in zip(boxes, detected.scores.tolist(), detected.labels.tolist(), strict=True):
+            category_id = data.category_ids[label]
+            rows.append({"image_id": image_id, "category_id": category_id, "bbox": box, "score": score})
+    atomic_write_text(folder / f"{safe_name(method)}.json", json.dumps(rows))
 
 
 def detection_blocks(

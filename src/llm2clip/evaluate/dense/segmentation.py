@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.colors import hsv_to_rgb
+from PIL import Image
 from torch import Tensor
 
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.images import load_image, make_thumbnail
+from llm2clip.distributed import process_state
 from llm2clip.evaluate.benchmarks.base import IGNORED, SegmentationData
 from llm2clip.evaluate.dense.bootstrap import BootstrapMetrics
 from llm2clip.evaluate.dense.inputs import (
@@ -31,6 +34,7 @@ from llm2clip.evaluate.dense.inputs import (
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.zero_shot import class_embeddings, class_prompts
 from llm2clip.html_report import Block, Heading, Legend, Paragraph, ResultImage, ResultImages
+from llm2clip.io_utils import atomic_path, atomic_write_text, safe_name
 from llm2clip.models.sliding_window import PixelScores, ResizeForWindows, encode_windows, segment
 
 NUM_EXAMPLES = 4  # images in the report
@@ -74,7 +78,10 @@ class SegmentationResult:
 
 
 def evaluate_segmentation(
-    data: SegmentationData, embeddings: EmbeddingSource, variants: Sequence[str]
+    data: SegmentationData,
+    embeddings: EmbeddingSource,
+    variants: Sequence[str],
+    predictions_dir: Path | None = None,
 ) -> SegmentationResult:
     """Segment all images with each variant. Each image is decoded once.
 
@@ -85,6 +92,7 @@ def evaluate_segmentation(
         embeddings: Embedding source with a model. Images that cannot be used are recorded in `embeddings.log`.
         variants: Variants of the dense features. See `DENSE_VARIANTS`. Variants that the model does not support are
             skipped.
+        predictions_dir: Folder for the predictions, see `LabelMapWriter`. If None, they are not saved.
 
     Raises:
         ValueError: If the embeddings are precomputed, or the model supports none of the variants.
@@ -104,6 +112,7 @@ def evaluate_segmentation(
     areas: dict[str, dict[int, np.ndarray]] = {method: {} for method in scale_of_method}
     examples: dict[int, dict[str, np.ndarray]] = {}
     failures: dict[int, str] = {}
+    writer = LabelMapWriter(predictions_dir, data) if predictions_dir is not None else None
     for resized in decode_batches(data.images, transform, "segmentation", failures):
         scores = {name: encode_windows(resized, dense, name, queries, transform) for name in variants}
         for index, (_, size) in resized.items():
@@ -117,6 +126,9 @@ def evaluate_segmentation(
                 for suffix, scale in scales.items():
                     method, pixel_scores = variant + suffix, scores[variant][index]
                     areas[method][index], maps[method] = _count_pixels(pixel_scores, labels, data, scale)
+            if writer is not None:
+                for method in scale_of_method:
+                    writer.write(method, index, maps[method])
             if index in example_indices:
                 examples[index] = {name: _reduce(label_map) for name, label_map in maps.items()}
     gathered = gather_from_ranks((areas, examples, failures))
@@ -130,6 +142,36 @@ def evaluate_segmentation(
         counts[method] = SegmentationCounts(stacked[:, 0], stacked[:, 1], stacked[:, 2])
     all_examples = {i: maps for _, part, _ in gathered for i, maps in part.items()}
     return SegmentationResult(evaluated, counts, scale_of_method, dict(sorted(all_examples.items())))
+
+
+class LabelMapWriter:
+    """Writer of predicted label maps: METHOD/NAME.png for each image, where NAME is the name of the image's file.
+
+    The pixel values are class indices. The PNGs have a palette, so that image viewers show the classes in colour.
+    classes.txt contains one class name per line, in the order of the indices.
+    """
+
+    def __init__(self, folder: Path, data: SegmentationData) -> None:
+        """
+        Args:
+            folder: Folder to write to.
+            data: Images and class names.
+        """
+        self._folder = folder
+        stems = [Path(str(ref)).stem for ref in data.images]
+        is_unique = len(set(stems)) == len(stems)
+        self._names = stems if is_unique else [f"{index}-{stem}" for index, stem in enumerate(stems)]
+        self._palette = _palette(len(data.names)).flatten().tolist()
+        if process_state().is_main_process:
+            classes = [data.class_name(label) for label in range(len(data.names))]
+            atomic_write_text(folder / "classes.txt", "\n".join(classes) + "\n")
+
+    def write(self, method: str, index: int, labels: np.ndarray) -> None:
+        """Write the label map of the image with a given index, uint8 (H, W)."""
+        image = Image.fromarray(labels)
+        image.putpalette(self._palette)
+        with atomic_path(self._folder / safe_name(method) / f"{self._names[index]}.png") as file:
+            image.save(file)
 
 
 def segmentation_metrics(counts: SegmentationCounts, images: Sequence[int]) -> BootstrapMetrics:

@@ -84,6 +84,9 @@ def benchmark_blocks(benchmark: Benchmark, results: Sequence[ModelResult]) -> li
 
 def _describe_images(benchmark: Benchmark, summary: Mapping[str, Any]) -> str:
     """Return the description of a benchmark or, if only a part of it has been evaluated, the size of this part."""
+    if benchmark.size is None and "images" in summary:
+        regions = f", {summary['regions']:,} boxes" if "regions" in summary else ""
+        return f"{benchmark.description}: {summary['images']:,} images{regions}"
     if benchmark.size is None:
         return benchmark.description
     total, unit = benchmark.size
