@@ -135,7 +135,6 @@ ERRORS = {
     "unknown claim": ("reproduce {folder} --claims 9", "unknown claim 9", "1, 2"),
     # search
     "missing index": ("search {tmp}/noindex dog", "noindex is not an index", "llm2clip index"),
-    "invalid date": ("search {tmp}/noindex dog --after yesterday", "yesterday"),
     "serve without index and model": ("serve", "--index", "--model"),
     # exports, plans, llava
     "export to an existing folder": ("export {model} --to vision --out {tmp}", "exists", "another"),

@@ -102,6 +102,12 @@ def test_caption_encoder_is_not_in_parameters(model: LLM2CLIP) -> None:
     assert children == {"tower", "projection", "adapter", "logit_scale"}
 
 
+def test_encode_text_rejects_empty_texts(model: LLM2CLIP) -> None:
+    for texts, templates in ((["a dog", " \n"], None), (["a dog", ""], ["a photo of a {}"])):
+        with pytest.raises(ValueError, match="text 1 is empty"):
+            model.encode_text(texts, templates=templates)
+
+
 def test_encode_text_is_encoder_then_adapter(model: LLM2CLIP) -> None:
     texts = ["a dog", "a much longer caption of a dog"]
     with torch.no_grad():

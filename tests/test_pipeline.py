@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,9 +21,12 @@ from PIL import Image
 from conftest import HANG_TIMEOUT
 from llm2clip import LLM2CLIP, pipeline
 from llm2clip.cli import main
+from llm2clip.config import AlignConfig, EncoderConfig, FitConfig
 from llm2clip.data.records import open_records
 from llm2clip.data.training_images import TRAINING_IMAGES_FILE, count_training_images, load_training_images
 from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.vision_tower import VisionTower
+from llm2clip.tools.plan import resources
 
 
 def fit_command(image_folder: Path, llm: Path, tower: Path, out: Path) -> list[str]:
@@ -81,6 +87,55 @@ def test_fit_report_describes_the_run_and_shows_searches(run: Path) -> None:
     assert len(examples) == 5 and all(len(example["images"]) in (5, 6) for example in examples)
     assert page.count("data:image/jpeg") == sum(len(example["images"]) for example in examples)
     assert all(sum(image["is_correct"] for image in example["images"]) == 1 for example in examples)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--align.tower", "timm:resnet5000"], "timm has no model 'resnet5000'"),
+        (["--align.tower", "vit_base_patch32_224", "--align.image_size", "16"], "cannot encode images of 16 pixels"),
+        (["--align.report_to", "[nosuchtracker]"], "--align.report_to must be one of"),
+    ],
+)
+def test_fit_checks_the_tower_before_it_reads_data(
+    flags: list[str],
+    message: str,
+    image_folder: Path,
+    llm: Path,
+    tower: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    load = VisionTower.from_pretrained
+    monkeypatch.setattr(VisionTower, "from_pretrained", partial(load, pretrained=False))
+    assert main([*fit_command(image_folder, llm, tower, tmp_path / "run"), *flags]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_fit_checks_disk_space_and_memory_before_training(
+    image_folder: Path,
+    llm: Path,
+    tower: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(resources, "available_memory", lambda: 10**8)
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**5))
+    assert main(fit_command(image_folder, llm, tower, tmp_path / "run")) == 1
+    assert re.search(r"needs about 0\.\d GB of disk space .* 0\.0 GB are free", capsys.readouterr().err)
+    assert not (tmp_path / "run/tune").exists()
+
+    records = list(open_records(image_folder / "captions.jsonl"))
+    config = FitConfig(encoder=EncoderConfig(str(llm)), align=AlignConfig(tower=str(tower), image_size=64))
+    monkeypatch.undo()
+    monkeypatch.setattr(resources, "available_memory", lambda: 10**8)
+    warnings = resources.check_resources(config, tmp_path, records)
+    assert warnings[0].startswith("Warning: tune needs about") and "0.1 GB are free" in warnings[0]
+    monkeypatch.undo()
+    assert resources.check_resources(config, tmp_path, records) == []
 
 
 def test_fit_on_two_ranks_makes_one_run(image_folder: Path, llm: Path, tower: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from datetime import datetime
@@ -32,11 +33,22 @@ def test_index_and_search_print_their_results(
     assert "Next: llm2clip search" in output
 
     words = ["a red one", "--images", str(photos / "1.png"), "--negative", "a dog", "--top", "3"]
-    assert main(["search", index, *words, "--sheet", str(tmp_path / "sheet")]) == 0
+    assert main(["search", index, *words]) == 0
     output = capsys.readouterr().out
     assert output.count("cosine") == 1 and ".png" in output
+    assert main(["search", index, *words, "--json"]) == 0
+    results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [result["rank"] for result in results] == [1, 2, 3]
+    assert all(Path(result["path"]).is_file() and f"{result['score']:.3f}" in output for result in results)
+    assert main(["search", index, *words, "--paths"]) == 0
+    paths = capsys.readouterr().out.splitlines()
+    assert paths == [result["path"] for result in results]
+    assert main(["search", index, *words, "--sheet", str(tmp_path / "sheet")]) == 0
+    output = capsys.readouterr().out
+    assert "Results: " in output and "cosine" not in output
     page = (tmp_path / "sheet/results.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 3
+    assert all(f'<a href="{Path(path).as_uri()}">' in page for path in paths)
     assert "a red one" in page and "without a dog" in page
 
     model, backend = open_dual_encoder(str(model_folder)), SqliteBackend(Path(index))
@@ -84,12 +96,18 @@ def test_index_and_search_explain_mistakes(
         (["serve", "--index", index, "--templates", *(["{}"] * 8)], "too many templates: 8; the limit is 7"),
         (["index", str(photos), "--model", str(tmp_path / "typo"), "--out", str(tmp_path / "new")], "typo"),
         (["search", index, "x", "--images", "no.jpg"], "No such file"),
-        (["search", index, "x", "--after", "yesterday"], "Invalid isoformat"),
-        (["index", str(tmp_path / "gone"), "--model", model, "--out", index], "--prune"),
+        (["search", index, " "], "text 0 is empty"),
+        (["search", index, "x", "--negative", "a", ""], "text 1 is empty"),
+        (["search", index, "x", "--after", "yesterday"], "--after must be a date or a time, such as 2024-05-31"),
+        (["search", index, "x", "--before", "2020-02-30"], "--before must be a date or a time"),
+        (["search", index, "x", "--after", "2030-01-01", "--before", "2020-01-01"], "--after 2030-01-01 is later than"),
+        (["search", index, "x", "--json", "--sheet", "s"], "cannot be combined"),
+        (["index", str(tmp_path / "gone"), "--model", model, "--out", index], "no such file or folder"),
         (["index", "hf:a", "--model", model, "--out", "qdrant+http://x"], "HOST:6333/COLLECTION"),
     ):
         assert main(command) == 1
-        assert message in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert message in error and "--prune" not in error
 
 
 def test_index_watch_updates_until_interrupted(
@@ -122,10 +140,14 @@ def test_index_watch_updates_until_interrupted(
 def test_parse_time_accepts_dates_and_times() -> None:
     midnight = datetime(2024, 5, 31).timestamp()
     for text in ("2024-05-31", "20240531"):
-        assert parse_time(text) == midnight
-        end = parse_time(text, end_of_day=True)
+        assert parse_time(text, "--after") == midnight
+        end = parse_time(text, "--before", end_of_day=True)
         assert end is not None and midnight + 86399 < end < midnight + 86400
-    assert parse_time("2024-05-31T12:00") == parse_time("2024-05-31T12:00", end_of_day=True) == midnight + 43200
+    assert (
+        parse_time("2024-05-31T12:00", "--after")
+        == parse_time("2024-05-31T12:00", "--before", end_of_day=True)
+        == midnight + 43200
+    )
 
 
 def test_canonical_path_resolves_only_existing_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,11 +84,13 @@ class ResultImage:
         jpeg: Image as JPEG data. None if the image cannot be decoded.
         is_correct: True if the image is a correct result for the query. None if this is unknown.
         caption: Text shown below the image.
+        url: Address that the image links to, or None.
     """
 
     jpeg: bytes | None
     is_correct: bool | None
     caption: str
+    url: str | None = None
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers.utils import cached_file
 
 from llm2clip.checkpoint import latest_checkpoint, read_metrics
 from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, FitConfig, TuneConfig
@@ -60,6 +61,7 @@ from llm2clip.models.export.model_card import render_model_card
 from llm2clip.models.inherited_clip import load_inherited_clip, model_in_clip_space
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig, save_query_templates
 from llm2clip.models.precision_calibration import load_for_encoding
+from llm2clip.models.pretrained import resolve_gguf, resolve_pretrained
 from llm2clip.models.pretrained_logits import read_pretrained_logits
 from llm2clip.models.prompts import LITERAL, QueryTemplates
 from llm2clip.models.vision_tower import VisionTower
@@ -68,22 +70,32 @@ from llm2clip.store.encode import embed as embed_locally
 from llm2clip.store.ray_engine import embed_with_ray
 from llm2clip.store.store import EmbeddingStore, drop_refused_captions
 from llm2clip.train.align import align as train_align
-from llm2clip.train.align import resolve_align_precision
+from llm2clip.train.align import resolve_align_precision, tracker_options
 from llm2clip.train.inherit import inherit_text_space
 from llm2clip.train.sampling import resolve_images_per_step, training_texts
 from llm2clip.train.tune import tune as train_tune
 
 DURATIONS_FILE = "durations.json"
+# A folder of a caption encoder or LLM contains at least one of these files.
+ENCODER_FILES = ("config.json", "modules.json", "adapter_config.json", "text/modules.json")
+
 HeldOut = Mapping[str, Sequence[Record]]  # caption column -> records
 
 
-def fit(sources: Sequence[str], run_dir: Path, config: FitConfig) -> Path:
+def fit(
+    sources: Sequence[str],
+    run_dir: Path,
+    config: FitConfig,
+    check_resources: Callable[[FitConfig, Path, Sequence[Record]], list[str]] | None = None,
+) -> Path:
     """Run all stages on captioned images.
 
     Args:
         sources: Data sources, each in the form PATH or PATH@split+split (see `llm2clip.data.records.Source`).
         run_dir: Run directory. An interrupted run in this directory is resumed.
         config: Settings for all stages.
+        check_resources: Function that is called with the settings, the run directory and the training records before
+            training starts, and returns warnings to print.
 
     Returns:
         The model folder.
@@ -93,6 +105,11 @@ def fit(sources: Sequence[str], run_dir: Path, config: FitConfig) -> Path:
         TooManySkipped: The fraction of rows that cannot be used exceeds `config.max_skipped`.
         ValueError: The data set is too small for the settings, or contains no captions to train on.
     """
+    is_complete = (run_dir / "model").exists()
+    if not is_complete:
+        check_align_models(config.align)
+        if not (run_dir / "tune/encoder").exists():
+            check_encoder(config.encoder)
     log = start_run(run_dir, {"data": list(sources), **dataclasses.asdict(config)}, config.max_skipped)
     data = read_splits(sources, config.evaluate, config.columns, log)
     print_once(data.summary, log.summary())
@@ -100,6 +117,8 @@ def fit(sources: Sequence[str], run_dir: Path, config: FitConfig) -> Path:
         resolve_images_per_step(
             sum(r.image is not None for r in data.train), config.align, process_state().num_processes
         )
+    if check_resources is not None and not is_complete and process_state().is_main_process:
+        print_once(*check_resources(config, run_dir, data.train))
 
     clock = _StageClock(run_dir)
     clock.start("1/4 tune: contrastive training of the language model on captions")
@@ -283,6 +302,50 @@ def start_run(run_dir: Path, config: dict[str, Any], max_skipped: float) -> Skip
     if state.is_main_process:
         save_or_check_config(config, run_dir, state.num_processes)
     return SkipLog(run_dir / "skipped.jsonl" if state.is_main_process else None, max_skipped)
+
+
+def check_encoder(config: EncoderConfig) -> None:
+    """Check that a caption encoder exists, without loading its weights, before the data is read.
+
+    Raises:
+        OSError: The encoder does not exist, or cannot be downloaded.
+        ValueError: The folder does not contain a model.
+    """
+    path = resolve_pretrained(config.path)
+    if path.endswith(".gguf"):
+        resolve_gguf(path)
+    elif not Path(path).is_dir():
+        cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False)  # raises an error for other ids
+    elif not any((Path(path) / name).is_file() for name in ENCODER_FILES):
+        raise ValueError(
+            f"--encoder.path {path} is not a caption encoder or LLM: it has no {' or '.join(ENCODER_FILES)}"
+        )
+
+
+@torch.random.fork_rng(devices=[])
+def check_align_models(config: AlignConfig) -> None:
+    """Load all models that `align` needs, so that errors occur before hours of reading data, tuning and encoding.
+
+    Raises:
+        OSError: A model does not exist, or cannot be downloaded.
+        ValueError: A model does not support the settings.
+        ImportError: A required package is not installed.
+    """
+    tracker_options(config.report_to, Path())
+    tower = VisionTower.from_pretrained(config.tower, image_size=config.image_size)
+    if config.image_size is not None:
+        try:
+            tower(torch.zeros(1, 3, config.image_size, config.image_size, dtype=torch.uint8))
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"--align.image_size: {config.tower} cannot encode images of {config.image_size} pixels ({error})"
+            ) from error
+    if config.gradient_checkpointing:
+        tower.set_grad_checkpointing()
+    if config.inherit:
+        load_inherited_clip(config.tower, config.inherit, torch.device("cpu"))
+    if config.logit_scale == "inherit":
+        read_pretrained_logits(config.tower)
 
 
 def open_encoder(config: EncoderConfig, device: str | None = None) -> CaptionEncoder:

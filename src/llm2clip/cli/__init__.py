@@ -91,6 +91,9 @@ def main(args: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted. Run the same command again to resume.", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the program that reads the output, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         if os.environ.get("LLM2CLIP_TRACEBACK"):
             raise

@@ -7,6 +7,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt
 
+from llm2clip.cli.checks import check_sources, resolve_encoder, resolve_model
 from llm2clip.cli.commands import DATA_HELP, Commands, add_reading_arguments, select
 from llm2clip.config import EncoderConfig, EvaluateConfig, ReproduceConfig
 from llm2clip.output_folder import check_output_folder
@@ -131,11 +132,13 @@ def add(commands: Commands) -> None:
 def _evaluate(args: Namespace) -> list[str]:
     if args.out is not None:
         check_output_folder(args.out, "evaluation")
+    check_sources(args.data, args.captions)
+    models = [resolve_model(name) for name in [args.model, *(args.baselines or [])] if name]
+    args.encoder.path = resolve_encoder(args.encoder.path)
     from llm2clip.evaluate.runner import evaluate_models
 
-    models = [args.model] if args.model else []
     return evaluate_models(
-        models + (args.baselines or []),
+        models,
         args.data or [],
         benchmarks=args.benchmarks or [],
         root=Path(args.root),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
+from llm2clip.cli.checks import resolve_model
 from llm2clip.cli.commands import Commands
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ def _closing_lines(model: LLM2CLIP, folder: Path, source: str) -> list[str]:
 
 
 def _export(args: Namespace) -> list[str]:
+    args.model = resolve_model(args.model)
     from llm2clip.models.export.formats import FORMATS, export_model
     from llm2clip.models.llm2clip import LLM2CLIP
 
@@ -144,6 +146,7 @@ def _export(args: Namespace) -> list[str]:
 
 
 def _push(args: Namespace) -> list[str]:
+    args.model = resolve_model(args.model)
     from huggingface_hub import HfApi
 
     from llm2clip.models.export.model_card import render_model_card

@@ -10,6 +10,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 
+from llm2clip.cli.checks import check_pretrained, check_sources, resolve_model
 from llm2clip.cli.commands import ArgumentParser, Commands, add_reading_arguments
 from llm2clip.cli.plan import add_machine_arguments, machine_from_args
 from llm2clip.config import LlavaConfig
@@ -157,6 +158,7 @@ def _add_root_argument(parser: ArgumentParser) -> None:
 
 
 def _build(args: Namespace) -> list[str]:
+    check_pretrained(args.vision, args.llm)
     from llm2clip.data.training_images import load_training_images, save_training_images
     from llm2clip.llava.build import build_llava
     from llm2clip.llava.vision import load_tower
@@ -174,6 +176,7 @@ def _build(args: Namespace) -> list[str]:
 
 def _train(args: Namespace) -> list[str]:
     check_output_folder(args.out, "llava")
+    check_sources(args.pretrain, args.instruct)
     from llm2clip.data.skip_log import SkipLog
     from llm2clip.distributed import print_once, process_state
     from llm2clip.llava.datasets import captioning_conversations, instruction_conversations, read_conversations
@@ -220,6 +223,8 @@ def _plan(args: Namespace) -> list[str]:
 
 def _evaluate(args: Namespace) -> list[str]:
     check_output_folder(args.out, "evaluation")
+    check_sources(args.captions, args.pope)
+    args.models = [resolve_model(model) for model in args.models]
     from llm2clip.data.merged_records import read_merged_records
     from llm2clip.data.skip_log import SkipLog
     from llm2clip.distributed import describe_run, print_once, process_state

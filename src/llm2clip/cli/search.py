@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from datetime import date as date_type
 from datetime import datetime
 from datetime import time as time_type
@@ -14,7 +16,9 @@ from typing import TYPE_CHECKING, NoReturn
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
+from llm2clip.cli.checks import check_index, check_sources, resolve_model
 from llm2clip.cli.commands import Commands, Port, add_reading_arguments
+from llm2clip.data.valid_text import check_not_empty
 from llm2clip.output_folder import check_output_folder
 
 if TYPE_CHECKING:
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
     from llm2clip.models.prompts import QueryTemplates
     from llm2clip.search.build import IndexReport
     from llm2clip.search.query_embedding import Query
+    from llm2clip.search.types import Filter
 
 
 def add(commands: Commands) -> None:
@@ -88,6 +93,12 @@ def add(commands: Commands) -> None:
         "--min_side", type=PositiveInt, help="Only images whose shorter side has at least this many pixels."
     )
     sub.add_argument("--model", type=str, help="Model that built the index, if the model folder was moved.")
+    sub.add_argument(
+        "--json",
+        action="store_true",
+        help="Print one JSON object per line: rank, score, path, duplicates, captions, taken, width and height.",
+    )
+    sub.add_argument("--paths", action="store_true", help="Print one path per line, without captions and scores.")
     sub.add_argument("--sheet", type=str, help="Write an HTML page with the results to this folder.")
     sub.add_argument("--open", action="store_true", help="Open an HTML page with the results in a browser.")
     sub.add_argument("--heatmaps", action="store_true", help="On the HTML page, show where in each image the query is.")
@@ -146,6 +157,9 @@ def add(commands: Commands) -> None:
 def _index(args: Namespace) -> list[str]:
     if "://" not in args.out:
         check_output_folder(args.out, "index")
+    if not args.prune:
+        check_sources(args.data)
+    args.model = resolve_model(args.model)
     from llm2clip.data.skip_log import SkipLog
     from llm2clip.distributed import print_once
     from llm2clip.models.dual_encoder import open_dual_encoder
@@ -215,6 +229,16 @@ def _clock() -> str:
 
 
 def _search(args: Namespace) -> list[str]:
+    check_index(args["index"])
+    _check_query(args)
+    image_filter = _read_filter(args)
+    to_page = args.open or args.sheet is not None
+    if args.heatmaps and not to_page:
+        raise ValueError("--heatmaps requires an HTML page: add --open or --sheet FOLDER")
+    if args.json + args.paths + to_page > 1:
+        raise ValueError("--json, --paths and the HTML page (--sheet, --open) cannot be combined")
+    if args.model is not None:
+        args.model = resolve_model(args.model)
     from rich.console import Console
 
     from llm2clip.models.dual_encoder import open_dual_encoder
@@ -222,37 +246,28 @@ def _search(args: Namespace) -> list[str]:
     from llm2clip.search.build import check_model
     from llm2clip.search.heatmap import require_dense_encoder
     from llm2clip.search.query_embedding import Query, embed_query
-    from llm2clip.search.render import draw_heatmaps, open_in_browser, print_hits, write_contact_sheet
-    from llm2clip.search.types import Filter
+    from llm2clip.search.render import draw_heatmaps, hit_to_json, open_in_browser, print_hits, write_contact_sheet
 
-    if args.heatmaps and not args.open and args.sheet is None:
-        raise ValueError("--heatmaps requires an HTML page: add --open or --sheet FOLDER")
-    templates = _query_templates(args.templates)
-    image_filter = Filter(
-        path=canonical_path(args.path),
-        caption=args.caption,
-        after=parse_time(args.after),
-        before=parse_time(args.before, end_of_day=True),
-        min_side=args.min_side,
-    )
-    query = Query(args.texts or [], args.images, args.negative, args.negative_images, templates)
-    has_query = bool(query.texts or query.images or query.negative_texts or query.negative_images)
-    if not has_query and (args.heatmaps or not image_filter):
-        raise ValueError("pass a text or an image to search for, or a filter such as --after 2024-05-31")
-    backend = open_backend(args["index"])
-    vector = None  # without a query, the newest images come first, and no model is needed
-    if has_query:
-        metadata = backend.metadata()
-        model = open_dual_encoder(args.model or metadata["model"])
-        check_model(metadata, model)
-        if args.heatmaps:
-            require_dense_encoder(model)
-        vector = embed_query(model, query)
-    hits = backend.search(vector, args.top, image_filter)
+    query = Query(args.texts, args.images, args.negative, args.negative_images, _query_templates(args.templates))
+    with redirect_stdout(sys.stderr):  # so that --json and --paths print only results
+        backend = open_backend(args["index"])
+        vector = None  # without a query, the newest images come first, and no model is needed
+        if _has_query(args):
+            metadata = backend.metadata()
+            model = open_dual_encoder(args.model or metadata["model"])
+            check_model(metadata, model)
+            if args.heatmaps:
+                require_dense_encoder(model)
+            vector = embed_query(model, query)
+        hits = backend.search(vector, args.top, image_filter)
+    if args.json:
+        return [hit_to_json(rank, hit) for rank, hit in enumerate(hits, 1)]
+    if args.paths:
+        return [hit.images[0].name for hit in hits]
     if not hits:
         return ["No results: the index is empty, or no image meets the filters."]
-    print_hits(hits, backend, Console())
-    if not args.open and args.sheet is None:
+    if not to_page:
+        print_hits(hits, backend, Console())
         return []
     heatmaps = draw_heatmaps(model, vector, hits, backend) if args.heatmaps and vector is not None else {}
     page = write_contact_sheet(_describe(query), hits, backend, Path(args.sheet) if args.sheet else None, heatmaps)
@@ -268,6 +283,37 @@ def _search(args: Namespace) -> list[str]:
     return lines
 
 
+def _has_query(args: Namespace) -> bool:
+    return bool(args.texts or args.images or args.negative or args.negative_images)
+
+
+def _check_query(args: Namespace) -> None:
+    """Raise an error if there is neither a query nor a filter, a text is empty, or an image file does not exist."""
+    filters = (args.path, args.caption, args.after, args.before, args.min_side)
+    if not _has_query(args) and (args.heatmaps or all(value is None for value in filters)):
+        raise ValueError("pass a text or an image to search for, or a filter such as --after 2024-05-31")
+    check_not_empty(args.texts)
+    check_not_empty(args.negative)
+    for image in (*args.images, *args.negative_images):
+        if not os.path.exists(image):
+            raise FileNotFoundError(f"No such file: {image}")
+
+
+def _read_filter(args: Namespace) -> Filter:
+    """Return the filter that the arguments describe.
+
+    Raises:
+        ValueError: A time is invalid, or --after is later than --before.
+    """
+    from llm2clip.search.types import Filter
+
+    after = parse_time(args.after, "--after")
+    before = parse_time(args.before, "--before", end_of_day=True)
+    if after is not None and before is not None and after > before:
+        raise ValueError(f"--after {args.after} is later than --before {args.before}, so no image can meet both")
+    return Filter(canonical_path(args.path), args.caption, after, before, args.min_side)
+
+
 def _query_templates(templates: list[str] | None) -> QueryTemplates | None:
     """Return the templates given by --templates, or None for those that were saved with the model."""
     from llm2clip.models.prompts import QueryTemplates, check_templates
@@ -276,20 +322,28 @@ def _query_templates(templates: list[str] | None) -> QueryTemplates | None:
     return None if templates is None else QueryTemplates(tuple(templates))
 
 
-def parse_time(text: str | None, end_of_day: bool = False) -> float | None:
+def parse_time(text: str | None, option: str, end_of_day: bool = False) -> float | None:
     """Convert an ISO 8601 date or time to a Unix timestamp.
 
-    A date without a time means the start of that day or, with `end_of_day`, its end.
+    Args:
+        text: Date or time. A date without a time means the start of that day or, with `end_of_day`, its end.
+        option: Name of the option, for the error message.
+        end_of_day: See `text`.
 
     Raises:
-        ValueError: the text is not a date or time.
+        ValueError: The text is not a date or time.
     """
     if text is None:
         return None
     try:
         date = date_type.fromisoformat(text)
     except ValueError:
-        return datetime.fromisoformat(text).timestamp()
+        try:
+            return datetime.fromisoformat(text).timestamp()
+        except ValueError as error:
+            raise ValueError(
+                f"{option} must be a date or a time, such as 2024-05-31 or 2024-05-31T12:00 (got {text!r}: {error})"
+            ) from error
     return datetime.combine(date, time_type.max if end_of_day else time_type.min).timestamp()
 
 
@@ -314,6 +368,9 @@ def _describe(query: Query) -> str:
 
 
 def _serve(args: Namespace) -> list[str]:
+    check_index(args["index"])
+    if args.model is not None:
+        args.model = resolve_model(args.model)
     from concurrent.futures import ThreadPoolExecutor
     from urllib.parse import quote
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
 
+from llm2clip.cli.checks import check_pretrained, check_sources, resolve_encoder
 from llm2clip.cli.commands import DATA_HELP, ArgumentParser, Commands, add_reading_arguments
 from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, EvaluateConfig, FitConfig, TuneConfig
 from llm2clip.output_folder import check_output_folder
@@ -103,21 +104,29 @@ def add_stage_settings(parser: ArgumentParser) -> None:
 
 def _fit(args: Namespace) -> list[str]:
     check_output_folder(args.out, "fit")
+    check_sources(args.data, args.tune.data, args.tune.text_pairs, args.tune.exclude, args.evaluate.data)
+    args.encoder.path = resolve_encoder(args.encoder.path)
+    check_pretrained(args.align.tower)
     from llm2clip.pipeline import fit
+    from llm2clip.tools.plan.resources import check_resources
 
     config = FitConfig(**{field.name: args[field.name] for field in dataclasses.fields(FitConfig)})
-    model = fit(args.data, Path(args.out), config)
+    model = fit(args.data, Path(args.out), config, check_resources)
     return [f"Model:  {model}", f"Next:   llm2clip evaluate {model} DATA"]
 
 
 def _tune(args: Namespace) -> list[str]:
     check_output_folder(args.out, "tune")
+    check_sources(args.data, args.tune.data, args.tune.text_pairs, args.tune.exclude)
+    args.encoder.path = resolve_encoder(args.encoder.path)
     from llm2clip.data.records import Record, Source
     from llm2clip.data.splits import read_splits
     from llm2clip.data.tuning_sources import read_tuning_sources
     from llm2clip.distributed import print_once
-    from llm2clip.pipeline import start_run, tune
+    from llm2clip.pipeline import check_encoder, start_run, tune
 
+    if not (Path(args.out) / "encoder").exists():
+        check_encoder(args.encoder)
     sources, out = args.data or [], Path(args.out)
     settings = {"data": sources, "columns": args.columns, "encoder": args.encoder, "tune": args.tune}
     log = start_run(out, settings, args.max_skipped)
@@ -139,6 +148,8 @@ def _tune(args: Namespace) -> list[str]:
 
 def _embed(args: Namespace) -> list[str]:
     check_output_folder(args.out, "store")
+    check_sources(args.data)
+    args.encoder.path = resolve_encoder(args.encoder.path)
     from llm2clip.data.merged_records import stream_records
     from llm2clip.data.noun_phrases import add_phrases
     from llm2clip.data.skip_log import SkipLog
@@ -160,17 +171,20 @@ def _embed(args: Namespace) -> list[str]:
 
 def _align(args: Namespace) -> list[str]:
     check_output_folder(args.out, "align")
+    if bool(args.store) == args.own_text_tower:
+        raise ValueError("pass either --store STORE or --own_text_tower")
+    check_sources(args.data, args.held_out)
+    args.encoder.path = resolve_encoder(args.encoder.path)
+    check_pretrained(args.align.tower)
     from llm2clip.data.merged_records import read_merged_records
     from llm2clip.data.noun_phrases import add_phrases
     from llm2clip.data.records import Source
     from llm2clip.data.splits import read_splits
     from llm2clip.distributed import print_once
-    from llm2clip.pipeline import align, start_run
+    from llm2clip.pipeline import align, check_align_models, start_run
     from llm2clip.store.store import EmbeddingStore, drop_missing_phrases, drop_refused_captions
     from llm2clip.train.clip_finetuning import finetune_clip
 
-    if bool(args.store) == args.own_text_tower:
-        raise ValueError("pass either --store STORE or --own_text_tower")
     out, held_out_sources = Path(args.out), args.held_out or []
     if args.own_text_tower and (held_out_sources or args.features):
         raise ValueError("--own_text_tower does not support --held_out and --features: evaluate the trained model")
@@ -179,6 +193,7 @@ def _align(args: Namespace) -> list[str]:
     model_dir = out / "model"
     if not model_dir.exists():
         if args.store:
+            check_align_models(args.align)
             store = EmbeddingStore(args.store)
             _check_store(store, args.encoder)
         if held_out_sources or any(not Source.parse(source).splits for source in args.data):

@@ -1,4 +1,4 @@
-"""Checks that texts are strings and can be encoded as UTF-8."""
+"""Checks that texts are strings, can be encoded as UTF-8, and are not empty."""
 
 from __future__ import annotations
 
@@ -32,3 +32,10 @@ def check_texts(texts: Iterable[str]) -> Iterator[str]:
                 "text, or decode it again with the right encoding"
             )
         yield text
+
+
+def check_not_empty(texts: Iterable[str]) -> None:
+    """Raise ValueError if a text is empty or only whitespace: its embedding is arbitrary. The message has its index."""
+    for index, text in enumerate(texts):
+        if isinstance(text, str) and not text.strip():
+            raise ValueError(f"text {index} is empty: write what the image should show")

@@ -24,6 +24,7 @@ from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.images import load_image
 from llm2clip.data.training_images import TRAINING_IMAGES_FILE, load_training_images, save_training_images
 from llm2clip.data.transforms import EvalTransform
+from llm2clip.data.valid_text import check_not_empty
 from llm2clip.io_utils import atomic_dir, atomic_write_text
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.convert.checkpoint_io import read_safetensors
@@ -513,9 +514,10 @@ class LLM2CLIP(nn.Module):
                 To include the text itself, add the template "{}".
 
         Raises:
-            ValueError: a template has no {}. See also `encoder`.
+            ValueError: a text is empty, or a template has no {}. See also `encoder`.
         """
         captions = [texts] if isinstance(texts, str) else list(texts)
+        check_not_empty(captions)
         if templates:
             template_list = [templates] if isinstance(templates, str) else templates
             check_templates(template_list)

@@ -5,6 +5,7 @@ An index is stored either in a local folder (SQLite) or in a Qdrant collection.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 from llm2clip.search.types import Filter, Hit, ImageState, IndexedContent, IndexedImage
 
 QDRANT_PREFIX = "qdrant+"
+DATABASE = "pictures.sqlite"  # file name of a local index
 
 
 class Backend(Protocol):
@@ -105,6 +107,12 @@ class Backend(Protocol):
     def images(self, hit_id: str) -> tuple[IndexedImage, ...]:
         """Return all images with a hit's content, or an empty tuple if the id is unknown."""
         ...
+
+
+def missing_index_message(folder: str | Path) -> str:
+    """Return the error message for a folder without an index."""
+    out = shlex.quote(str(folder))
+    return f"{folder} is not an index; create one with: llm2clip index PHOTOS --model MODEL --out {out}"
 
 
 def open_backend(location: str, write: bool = False, **options: int) -> Backend:

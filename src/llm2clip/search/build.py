@@ -97,8 +97,15 @@ def build_index(
         else:
             backend.initialize(_metadata_of(model))
         parsed = [_parse_source(source, columns or {}) for source in sources]
-        images = scan_sources(parsed, log, prune, allow_outside)
         indexed_by_source = {str(source): backend.indexed([printable(str(source))]) for source in parsed}
+        try:
+            images = scan_sources(parsed, log, prune, allow_outside)
+        except FileNotFoundError as error:
+            if any(indexed_by_source[str(source)] and source.path in str(error) for source in parsed):
+                raise FileNotFoundError(
+                    f"{error}\nIf the source no longer exists, add --prune to remove its images from the index."
+                ) from error
+            raise
         indexed = {name: state for states in indexed_by_source.values() for name, state in states.items()}
         to_add = []
         for image in images.values():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llm2clip.data.images import load_image
+from llm2clip.data.valid_text import check_not_empty
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import QueryTemplates, average_prompts, query_prompts
 
@@ -37,9 +38,11 @@ def embed_query(model: DualEncoder, query: Query) -> np.ndarray:
     """Return the embedding of a query, float32 (D,), L2-normalised. See `combine` for the formula.
 
     Raises:
-        ValueError: The query contains no text or image.
+        ValueError: The query contains no text or image, or a text is empty.
         ImageError: An image cannot be read.
     """
+    check_not_empty(query.texts)
+    check_not_empty(query.negative_texts)
     templates = model.query_templates if query.templates is None else query.templates
     positive = _embed(model, query.texts, query.images, templates)
     negative = _embed(model, query.negative_texts, query.negative_images, templates)

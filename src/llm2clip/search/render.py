@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 import tempfile
 import webbrowser
@@ -48,6 +50,23 @@ def print_hits(hits: Sequence[Hit], backend: Backend, console: Console) -> None:
         thumbnail = [_draw(backend.thumbnail(hit.id))] if with_thumbnails else []
         table.add_row(str(rank), _score_or_date(hit), *thumbnail, description)
     console.print(table)
+
+
+def hit_to_json(rank: int, hit: Hit) -> str:
+    """Return a search result as a JSON object on a single line. Times are in the local time zone, ISO 8601."""
+    first, *duplicates = hit.images
+    values = {
+        "rank": rank,
+        "score": None if hit.score is None else round(float(hit.score), 4),
+        "path": first.name,
+        "duplicates": [image.name for image in duplicates],
+        "captions": list(first.captions),
+        "taken": datetime.fromtimestamp(first.taken).isoformat(timespec="seconds"),
+        "width": hit.width,
+        "height": hit.height,
+    }
+    text = json.dumps(values, ensure_ascii=False)
+    return re.sub(r"[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text)  # terminals interpret these characters
 
 
 def _score_or_date(hit: Hit) -> str:
@@ -104,7 +123,7 @@ def write_contact_sheet(
     for rank, hit in enumerate(hits, 1):
         label = f"{rank}. {_score_or_date(hit)} {Path(hit.images[0].name).name}"
         jpeg = (heatmaps or {}).get(hit.id) or backend.thumbnail(hit.id)
-        images.append(ResultImage(jpeg, None, label))
+        images.append(ResultImage(jpeg, None, label, _file_url(hit)))
     text = f"{len(hits)} images, most similar first, each with its rank and cosine similarity."
     if hits[0].score is None:
         text = f"{len(hits)} images, newest first, each with its rank and date."
@@ -113,6 +132,12 @@ def write_contact_sheet(
     summary = Paragraph(text)
     blocks: list[Block] = [ResultImages(query, images), summary]
     return write_report(folder, "results", "Search results", blocks)[1]
+
+
+def _file_url(hit: Hit) -> str | None:
+    """Return the URL of an image file, or of the tar file or table that contains the image, if it still exists."""
+    path = Path(hit.images[0].container)
+    return path.as_uri() if path.is_absolute() and path.exists() else None
 
 
 def draw_heatmaps(model: DualEncoder, query: np.ndarray, hits: Sequence[Hit], backend: Backend) -> dict[str, bytes]:

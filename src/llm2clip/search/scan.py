@@ -64,12 +64,10 @@ def find_images(
     """
     try:
         records = open_records(source, log, require_captions=False)
-    except FileNotFoundError as error:
+    except FileNotFoundError:
         if prune:
             return
-        raise FileNotFoundError(
-            f"{error}\nIf the source no longer exists, add --prune to remove its images from the index."
-        ) from error
+        raise
     if os.path.isdir(source.path):
         for path in list_files(source.path, UNSUPPORTED_SUFFIXES):
             log.count_row()

@@ -30,6 +30,7 @@ import numpy as np
 import psutil
 
 from llm2clip.distributed import print_once
+from llm2clip.search.backends import DATABASE, missing_index_message
 from llm2clip.search.caption_index import CaptionIndex
 from llm2clip.search.types import (
     Filter,
@@ -58,7 +59,6 @@ SCHEMA_VERSION = 1
 # The file, table and column names are the same as in version 0.1, so that existing indexes can still be opened. The
 # table "about" contains the metadata, and the table "pictures" contains the images. The column "place" contains the
 # reference to an image's bytes, and the column "largest" contains the largest absolute value in a vector.
-DATABASE = "pictures.sqlite"
 SCHEMA = f"""
 CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE contents (
@@ -144,9 +144,7 @@ class SqliteBackend:
         self.folder, self.approximate_above = folder, approximate_above
         self._file = folder / DATABASE
         if not write and not self._file.exists():
-            raise FileNotFoundError(
-                f"{folder} is not an index; create one with: llm2clip index PHOTOS --model MODEL --out {folder}"
-            )
+            raise FileNotFoundError(missing_index_message(folder))
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # thumbnails and captions may be private
         if not self._file.exists():
             self._file.touch(mode=0o600)  # SQLite gives its temporary files the same permissions

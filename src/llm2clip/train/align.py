@@ -123,7 +123,7 @@ def _train(
     set_trainable(model, config)
     set_fsdp_wrap_policy(model.tower.blocks())
     precision = resolve_align_precision(config.precision, process_state().device)
-    trackers = _tracker_options(config.report_to, run_dir)
+    trackers = tracker_options(config.report_to, run_dir)
     accelerator = Accelerator(
         mixed_precision=set_mixed_precision(precision),
         log_with=list(trackers) or None,
@@ -404,7 +404,7 @@ def _batch_loss(
     return loss, logit_scale
 
 
-def _tracker_options(names: list[str], run_dir: Path) -> dict[str, Any]:
+def tracker_options(names: list[str], run_dir: Path) -> dict[str, Any]:
     """Return Accelerate's options for each tracker, keyed by tracker name. A resumed run continues its tracker run.
 
     Raises:

@@ -69,7 +69,7 @@ def find_files(path: str, all_files: bool = False) -> list[tuple[str, str]]:
         else:
             matches = [pattern] if os.path.exists(pattern) else []
         if not matches:
-            raise FileNotFoundError(_not_found(pattern))
+            raise FileNotFoundError(f"{pattern}: no such file or folder; {suggest_paths(pattern)}")
         for match in matches:
             files += find_files(match, all_files)
     return files
@@ -171,11 +171,10 @@ def _is_saved_dataset(names: Sequence[str]) -> bool:
     return "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= set(names)
 
 
-def _not_found(path: str) -> str:
-    """Return the error message for a missing path. It suggests similar names in the deepest existing parent folder."""
-    parent, name = os.path.split(os.path.abspath(path))
+def suggest_paths(path: str) -> str:
+    """Return the paths that are most similar to a missing path, in its deepest existing parent folder, as a hint."""
+    parent, name = os.path.split(os.path.abspath(os.path.expanduser(path)))
     while not os.path.isdir(parent):
         parent, name = os.path.split(parent)
     similar = [os.path.join(parent, match) for match in difflib.get_close_matches(name, os.listdir(parent), n=3)]
-    hint = f"did you mean {' or '.join(similar)}?" if similar else f"{parent} has no '{name}'"
-    return f"{path}: no such file or folder; {hint}"
+    return f"did you mean {' or '.join(similar)}?" if similar else f"{parent} has no '{name}'"

@@ -1,0 +1,86 @@
+"""Checks of paths and model names without heavy imports, so that commands report mistakes within a second."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+# Prefixes of model names (see `models/dual_encoder.py` and `models/vision_tower.py`).
+PREFIXES = ("open_clip:", "timm:", "st:", "hf:")
+ENCODERS = ("smollm2-135m", "all-minilm-l6-v2", "gemma3-270m")  # names of caption encoders in `models/assets.py`
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def check_sources(*groups: Iterable[str] | None) -> None:
+    """Check that the files and folders of data sources exist.
+
+    Args:
+        groups: Lists of sources, each in the form PATH or PATH@split+split.
+
+    Raises:
+        FileNotFoundError: A path does not exist, or a pattern matches no file. The message suggests similar names.
+    """
+    from llm2clip.data.readers import find_files
+    from llm2clip.data.records import Source
+
+    for source in (source for group in groups for source in group or []):
+        path = Source.parse(source).path
+        if not path.startswith("hf:") and not os.path.exists(os.path.expanduser(path)):
+            find_files(path)  # expands patterns, and raises an error if no file matches
+
+
+def check_index(location: str | None) -> None:
+    """Raise FileNotFoundError if there is no index in a local folder. URLs are not checked."""
+    from llm2clip.search.backends import DATABASE, missing_index_message
+
+    if location is not None and "://" not in location and not (Path(location) / DATABASE).is_file():
+        raise FileNotFoundError(missing_index_message(location))
+
+
+def resolve_model(name: str) -> str:
+    """Return the name of an image-text model. For a run directory, return its model folder.
+
+    Raises:
+        FileNotFoundError: The name is neither a file or folder that exists, nor can it be the name of a model.
+    """
+    return _resolve(name, "config.json", ("model",), ())
+
+
+def resolve_encoder(path: str) -> str:
+    """Return the path of a caption encoder. For a run directory of `tune` or `fit`, return its tuned encoder.
+
+    Raises:
+        FileNotFoundError: The path is neither a file or folder that exists, nor can it be the name of an encoder.
+    """
+    return _resolve(path, "modules.json", ("encoder", "tune/encoder"), ENCODERS)
+
+
+def check_pretrained(*names: str) -> None:
+    """Raise FileNotFoundError if the name of a vision tower or LLM looks like a path, but does not exist."""
+    for name in names:
+        if "/" in name or "\\" in name:  # otherwise the name of a timm model or an asset
+            _resolve(name, "config.json", (), ())
+
+
+def _resolve(name: str, config_file: str, subfolders: tuple[str, ...], known: tuple[str, ...]) -> str:
+    """Return `name` or, if it is a folder without `config_file`, the first of its subfolders that has this file."""
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / config_file).exists():
+        for subfolder in subfolders:
+            if (path / subfolder / config_file).is_file():
+                if os.environ.get("RANK", "0") == "0":
+                    print(f"{name}: using {path / subfolder}", file=sys.stderr)
+                return str(path / subfolder)
+    if name in known or name.startswith(PREFIXES) or path.exists():
+        return name
+    from llm2clip.data.readers import suggest_paths
+
+    if name.endswith((".npz", ".gguf")):
+        raise FileNotFoundError(f"{name}: no such file; {suggest_paths(name)}")
+    if not HUB_ID.fullmatch(name):
+        names = f", nor one of {', '.join(known)}" if known else ""
+        raise FileNotFoundError(f"{name} is neither a folder nor a hub id (OWNER/NAME){names}; {suggest_paths(name)}")
+    return name

@@ -1,0 +1,96 @@
+"""Comparison of the memory and disk space that a `fit` run needs with what is free on this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from llm2clip.checkpoint import MAX_CHECKPOINTS
+from llm2clip.config import FitConfig
+from llm2clip.data.records import Record
+from llm2clip.distributed import fsdp_enabled, process_state
+from llm2clip.store.readers import available_memory
+from llm2clip.tools.plan.devices import Machine
+from llm2clip.tools.plan.memory import peak_memory
+from llm2clip.tools.plan.plan import Plan, plan_fit
+
+CHARACTERS_PER_TOKEN = 4  # of English text
+SAMPLED_RECORDS = 1000
+
+
+def check_resources(config: FitConfig, run_dir: Path, records: Sequence[Record]) -> list[str]:
+    """Check that a run fits on the disk and into the free memory, before it starts.
+
+    Args:
+        config: Settings of the run.
+        run_dir: Run directory.
+        records: Training records.
+
+    Returns:
+        Warnings about stages that need more memory than is free. The memory is only estimated, so it is not an error.
+
+    Raises:
+        OSError: The disk has too little free space.
+    """
+    images = sum(record.image is not None for record in records)
+    texts = [text for record in islice(records, SAMPLED_RECORDS) for text in record.texts]
+    if not images or not texts:
+        return []
+    try:
+        plan = plan_fit(
+            config,
+            _this_machine(),
+            images,
+            captions_per_image=len(texts) / min(len(records), SAMPLED_RECORDS),
+            tokens_per_caption=max(1.0, sum(map(len, texts)) / len(texts) / CHARACTERS_PER_TOKEN),
+        )
+    except ValueError as error:
+        return [f"Memory and disk space were not checked: {error}"]
+    _check_disk(plan, run_dir)
+    warnings = []
+    for stage, parts in plan.memory.items():
+        if not plan.fits[stage]:
+            needed, free = peak_memory(parts) / 1e9, plan.machine.device_spec.memory
+            warnings.append(f"Warning: {stage} needs about {needed:.1f} GB of memory, but {free:.1f} GB are free.")
+            for flags, size in plan.suggestions.get(stage, []):
+                warnings.append(f"  {flags} reduces this to {size / 1e9:.1f} GB")
+    return warnings
+
+
+def _this_machine() -> Machine:
+    """Return a description of the devices of this run, with the memory that is free now."""
+    state = process_state()
+    if state.device.type == "cuda":
+        memory, name = torch.cuda.mem_get_info(state.device)[0], "gpu"
+    else:
+        memory, name = available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "cpu"
+    return Machine(name, state.num_processes, tflops=1, memory=memory / 1e9, use_fsdp=fsdp_enabled())
+
+
+def _check_disk(plan: Plan, run_dir: Path) -> None:
+    """Raise OSError if the files of a run do not fit on the disk. Files of an interrupted run are subtracted."""
+    parameters = plan.parameters
+    model = parameters["vision tower"] + parameters["projection"] + parameters["adapter"]
+    # AdamW's checkpoints contain each trained weight and two moments. The encoder is in tune/ and in model/.
+    sizes = {
+        "caption encoder": 2 * 4 * parameters["caption encoder"],
+        "model": 4 * model,
+        "checkpoints": 12 * MAX_CHECKPOINTS * (parameters["trained by tune"] + parameters["trained by align"]),
+        "embedding store": plan.store,
+        "image features": plan.features,
+    }
+    existing = sum(file.stat().st_size for file in run_dir.rglob("*") if file.is_file())
+    needed = (sum(sizes.values()) - existing) / 1e9
+    folder = next(parent for parent in (run_dir, *run_dir.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(folder).free / 1e9
+    if needed > free:
+        parts = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in sizes.items())
+        raise OSError(
+            f"the run needs about {needed:.1f} GB of disk space ({parts}), but only {free:.1f} GB are free at "
+            f"{folder}: free up space, or choose another folder with --out"
+        )
