@@ -23,11 +23,11 @@ ERRORS = {
     "empty folder": ("fit {tmp}/empty --out {tmp}/run", "contains no images", "supported formats"),
     "unknown file format": ("fit {tmp}/notes.docx --out {tmp}/run", "unknown format", "supported formats"),
     "missing column": (
-        FIT + " --columns captions=caption", "no column 'caption'", "it has", "did you mean captions",
+        FIT + " --columns captions=caption", "no column 'caption'", "the file has", "did you mean captions",
     ),
     "no caption column": (
         "embed {tmp}/none.csv --out {tmp}/s --encoder.path {llm}",
-        "no caption column", "--columns",
+        "no caption column; the file has the columns image, price", "--columns",
     ),
     "missing split": ("fit {data}@trian --out {tmp}/run", "no record", "its splits: ", "train"),
     "invalid JSON": (
@@ -38,7 +38,7 @@ ERRORS = {
         "embed {tmp}/open.csv --out {tmp}/s --encoder.path {llm}", "open.csv", "line 2", "not closed",
     ),
     "missing images": (
-        "fit {tmp}/gone.jsonl --out {tmp}/run", "missing image", "gone.jsonl, row 1", "max_skipped",
+        "fit {tmp}/gone.jsonl --out {tmp}/run", "missing image: {tmp}/0.jpg", "gone.jsonl, row 1", "the caption file",
     ),
     "group without a command": ("store", "a COMMAND is missing", "verify, repair"),
     # arguments
@@ -84,9 +84,13 @@ ERRORS = {
     "zero temperature": (FIT + " --tune.temperature 0", "--tune.temperature must be greater than 0"),
     "contradicting settings": (FIT + " --align.lora_r 4 --align.tower_lr 0", "--align.tower_lr greater than 0"),
     # too little data
-    "batch larger than the data": (
-        FIT + " --align.batch_size 5000",
-        "too few for one step of 5000", "lower --align.batch_size",
+    "one image": (
+        "fit {tmp}/single.jsonl --out {tmp}/run --encoder.path {llm} --align.tower {tower}",
+        "cannot train on 0 images", "at least 2 images that are not held out",
+    ),
+    "wrong image column": (
+        "evaluate {model} {tmp}/wrong.csv", "no image column", "the file has the columns img_file, sentence",
+        """--columns '{"image": "img_file"}'""",
     ),
     "one caption per image": (
         "fit {tmp}/one.jsonl --out {tmp}/run --encoder.path {llm} --align.batch_size 4", "--tune.steps 0",
@@ -182,7 +186,10 @@ def tmp(paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ones = ({"image": str(paths["folder"] / f"{n}.png"), "captions": [f"only {n}"]} for n in range(20))
     (tmp_path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ones))
     more = {"image": image, "captions": ["never embedded", "nor this"], "split": "train"}
-    (tmp_path / "more.jsonl").write_text(json.dumps(more) + "\n")
+    other = {"image": str(paths["folder"] / "1.png"), "captions": ["third", "fourth"], "split": "train"}
+    (tmp_path / "more.jsonl").write_text(json.dumps(more) + "\n" + json.dumps(other) + "\n")
+    (tmp_path / "single.jsonl").write_text(json.dumps({**more, "split": None}) + "\n")
+    (tmp_path / "wrong.csv").write_text("img_file,sentence\n0.png,a dog\n1.png,a cat\n")
     np.savez(tmp_path / "v.npz", images=np.zeros((1, 2)))
     return tmp_path
 
@@ -216,5 +223,6 @@ def test_error_names_the_problem_and_the_fix(
     output = "".join(capsys.readouterr())
     assert status not in (0, None), output
     for part in expected:
+        part = part.replace("{tmp}", str(tmp))
         assert part in output, f"{part!r} is not in: {output[-1500:]}"
     assert "traceback" not in output.lower() and not re.search(r"\b(KeyError|TypeError|AttributeError)\b", output)

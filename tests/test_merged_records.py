@@ -48,6 +48,18 @@ def test_stream_records_reads_a_second_source_with_a_bad_first_row(tmp_path: Pat
     assert log.skipped.total() == 1
 
 
+def test_sources_without_images_name_the_columns(tmp_path: Path) -> None:
+    rows = "".join(f"{n}.jpg,a dog\n" for n in range(3))
+    (tmp_path / "x.csv").write_text("img_file,sentence\n" + rows)
+    message = (
+        r"none of the 3 records has an image.*no image column; the file has the columns img_file, sentence\. "
+        """Name one with --columns '{"image": "img_file"}'"""
+    )
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        read_merged_records([str(tmp_path / "x.csv")], {}, SkipLog())
+    assert len(read_merged_records([str(tmp_path / "x.csv")], {}, SkipLog(), "unchecked")) == 3, "enough for `tune`"
+
+
 def test_a_source_that_is_read_again_counts_once(tmp_path: Path) -> None:
     file, log = tmp_path / "a.jsonl", SkipLog()
     write_images_and_jsonl(file, *(image_row(n) for n in range(20)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from format_fixtures import ROWS, as_jsonl, as_tars_in_braces, write_jsonl
+from format_fixtures import ROWS, as_jsonl, as_tars_in_braces, image_bytes, write_jsonl
 from llm2clip.data.records import Record, Source, open_records
 from llm2clip.data.skip_log import SkipLog
 
@@ -100,7 +101,7 @@ def test_open_records_maps_columns_and_explains_missing_ones(tmp_path: Path) -> 
     (tmp_path / "x.csv").write_text("bild,beschreibung\na.jpg,eins\n")
     csv_path = str(tmp_path / "x.csv")
     with pytest.raises(
-        ValueError, match=r"x\.csv: no caption column; it has bild, beschreibung\. Name one with --columns"
+        ValueError, match=r"x\.csv: no caption column; the file has the columns bild, beschreibung\. Name one with --columns"
     ):
         list(open_records(csv_path))
     with pytest.raises(ValueError, match=r"no column 'beschreibun' for captions \(did you mean beschreibung\?\)"):
@@ -115,11 +116,80 @@ def test_open_records_maps_columns_and_explains_missing_ones(tmp_path: Path) -> 
     unnamed = Source(str(tmp_path / "pandas.csv"), columns={"split": "", "id": ""})
     assert list(open_records(unnamed)) == [Record("pandas:2", None, ("x",))]
     write_jsonl(tmp_path / "y.jsonl", [{"words": "x"}])
-    with pytest.raises(ValueError, match="no caption column; it has words"):
+    with pytest.raises(ValueError, match="no caption column; the file has the columns words"):
         list(open_records(tmp_path / "y.jsonl"))
     pq.write_table(pa.table({"words": ["x"]}), tmp_path / "y.parquet")
-    with pytest.raises(ValueError, match=r"y\.parquet: no caption column; it has words"):
+    with pytest.raises(ValueError, match=r"y\.parquet: no caption column; the file has the columns words"):
         list(open_records(tmp_path / "y.parquet"))
+
+
+def test_open_records_explains_a_csv_without_header(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("a.jpg,a dog\nb.jpg,a cat\n")
+    with pytest.raises(ValueError, match=r"columns a\.jpg, a dog\. The first line of the file must contain the column"):
+        list(open_records(tmp_path / "x.csv"))
+
+
+def test_open_records_finds_images_whose_paths_have_backslashes(folder: Path) -> None:
+    path = write_jsonl(folder / "x.jsonl", [{"image": "images\\a.jpg", "caption": "x"}])
+    assert [str(record.image) for record in open_records(path)] == [str(folder / "images/a.jpg")]
+
+
+def test_image_folder_has_captions_in_upper_case_files_and_names_unsupported_formats(tmp_path: Path) -> None:
+    for name in ("IMG_0.JPG", "IMG_1.jpg", "IMG_2.jpg"):
+        (tmp_path / name).write_bytes(image_bytes(0))
+    (tmp_path / "IMG_0.TXT").write_text("a dog")
+    (tmp_path / "IMG_1.Json").write_text('{"caption": "a cat"}')
+    (tmp_path / "IMG_2.txt").write_text("a bird")
+    (tmp_path / "IMG_2.CR2").write_bytes(b"raw data of an image that is also a JPEG file")
+    (tmp_path / "IMG_3.heic").write_bytes(b"unsupported")
+    log = SkipLog(max_skipped=1.0)
+    assert [record.texts for record in open_records(tmp_path, log)] == [("a dog",), ("a cat",), ("a bird",)]
+    assert log.summary() == "1 of 4 rows skipped (unsupported image format: 1)"
+    assert "IMG_3.heic to JPEG" in log.examples[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("photos.zip", "photos.zip: unknown format; unpack the archive"),
+        ("a.jpg", "a.jpg: unknown format; this is a single image: pass the folder"),
+        ("phone", "(files: 1 .heic); convert the images to JPEG"),
+    ],
+)
+def test_open_records_explains_unsupported_files(tmp_path: Path, name: str, advice: str) -> None:
+    source = tmp_path / name
+    if name == "phone":
+        source.mkdir()
+        (source / "a.HEIC").touch()
+    else:
+        source.touch()
+    with pytest.raises(ValueError, match=re.escape(advice)):
+        open_records(source)
+
+
+@pytest.mark.parametrize("require_captions", [True, False])
+def test_outputs_of_llm2clip_in_a_folder_are_not_read(folder: Path, require_captions: bool) -> None:
+    for name in ("runs/a/config.yaml", "runs/a/skipped.jsonl", "store/manifest.json", "store/keys-00000.parquet"):
+        (folder / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "images" / name).touch()
+    (folder / "images/runs/a/figure.png").write_bytes(image_bytes(1))
+    (folder / "images/a.txt").write_text("a dog")
+    log = SkipLog(max_skipped=1.0)
+    records = list(open_records(folder / "images", log, require_captions=require_captions))
+    assert not any("runs" in str(record.image) for record in records)
+    assert log.rows_seen == 3
+    assert f"{folder}/images/runs/a: not read, because it is a run directory written by llm2clip" in log.summary()
+    assert f"{folder}/images/store: not read, because it is an embedding store written by llm2clip" in log.summary()
+
+
+def test_images_that_a_caption_file_lists_are_counted_once(folder: Path) -> None:
+    rows = [{"image": name, "caption": "x"} for name in ("a.jpg", "b.png", "empty.jpg")]
+    write_jsonl(folder / "images/captions.jsonl", rows)
+    (folder / "images/empty.jpg").touch()
+    log = SkipLog(max_skipped=1.0)
+    records = list(open_records(folder / "images", log, require_captions=False))
+    assert sorted({Path(str(record.image)).name for record in records}) == ["a.jpg", "b.png", "c.jpg"]
+    assert log.summary() == "1 of 4 rows skipped (unreadable image: 1)"
 
 
 def test_open_records_rejects_wrong_paths_immediately(folder: Path) -> None:

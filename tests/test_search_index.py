@@ -327,7 +327,7 @@ def test_build_index_handles_invalid_unicode_names_and_rotated_images(
     backend = SqliteBackend(tmp_path / "index", write=True)
     index_sources([photos], dual_encoder, backend, log=log)
     assert search_names(backend) == {r"caf\udce9.png", "rotated.jpg"}
-    assert log.skipped == {"unknown format": 1}
+    assert log.skipped == {"unsupported image format": 1}
     assert not index_sources([photos], dual_encoder, backend)
 
     hits = {Path(hit.images[0].name).name: hit for hit in backend.search(QUERY, 9, Filter())}

@@ -58,7 +58,7 @@ def test_skip_log_lists_every_skipped_row_of_a_jsonl(folder: Path) -> None:
     assert ids == ["a", "t"]
     assert skips == [("x.jsonl", row, reason) for row, reason in [
         (1, "empty caption"), (2, "missing image"), (3, "unreadable image"), (4, "image too large"),
-        (5, "image is a URL"), (6, "no caption"), (7, "empty caption"), (7, "empty caption"), (7, "no caption"),
+        (5, "image is a URL"), (6, "no caption"), (7, "empty caption"), (7, "no caption"),
         (8, "malformed row"), (9, "malformed row"), (10, "malformed row"), (11, "malformed row"),
         (12, "malformed row"), (13, "not UTF-8"), (14, "malformed row"), (15, "malformed row"),
         (18, "missing image"),
@@ -196,7 +196,7 @@ def test_skip_log_summarizes_notes_and_copies() -> None:
     log.count_copies(["x", "y"])
     log.count_copies(["y"])
     assert log.summary() == (
-        "0 of 0 rows skipped; 2 copies of images merged with the originals; a.csv and 1 more file: read as UTF-16"
+        "0 of 0 rows skipped; 2 copies of images merged with the originals; a.csv and 1 more: read as UTF-16"
     )
     for number in range(10):
         log.note(f"note {number}", "odd\udcff.csv")
@@ -204,7 +204,7 @@ def test_skip_log_summarizes_notes_and_copies() -> None:
     log.count_row()
     log.skip("a.csv", 1, "not UTF-8", "x")
     with pytest.raises(
-        TooManySkipped, match=r"over the limit of 5.0%\n  a.csv, row 1.*\na.csv and 1 more file: read as"
+        TooManySkipped, match=r"over the limit of 5.0%\n  a.csv, row 1.*\na.csv and 1 more: read as"
     ):
         log.check()
 
@@ -234,3 +234,33 @@ def test_lost_rows_of_a_damaged_parquet_file_are_counted(tmp_path: Path) -> None
     assert log.skipped["unreadable file"] == log.rows_seen - num_records == 10_000 - num_records
     with pytest.raises(TooManySkipped):
         list(open_records(path))
+
+
+@pytest.mark.parametrize(
+    ("image", "reason", "advice"),
+    [
+        ("photos/{n}.jpg", "missing image: {folder}/photos/0.jpg", "start in the folder of the caption file"),
+        ("https://example.org/{n}.jpg", "image is a URL", "Download them first"),
+        ("empty.jpg", "unreadable image: {folder}/empty.jpg: the file is empty", "Fix the source"),
+        ("text.jpg", "unreadable image: {folder}/text.jpg: not an image in a supported format", "Fix the source"),
+    ],
+)
+def test_skip_limit_explains_how_to_fix_the_images(tmp_path: Path, image: str, reason: str, advice: str) -> None:
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.jpg").write_text("no image")
+    path = write_jsonl(tmp_path / "x.jsonl", [{"image": image.format(n=n), "caption": "x"} for n in range(3)])
+    with pytest.raises(TooManySkipped) as caught:
+        list(open_records(path))
+    message = str(caught.value)
+    assert reason.format(folder=tmp_path) in message and advice in message
+    assert "--max_skipped" not in message, "a higher limit does not help if all rows are skipped"
+    assert "object at" not in message
+
+
+def test_skip_log_counts_dropped_parts_and_rows_of_several_passes_once(tmp_path: Path) -> None:
+    rows = [{"captions": ["x", ""], "split": split} for split in ("train", "train", "val")] + [{"captions": 3}]
+    path, log = write_jsonl(tmp_path / "x.jsonl", rows), SkipLog(tmp_path / "log.jsonl", max_skipped=1.0)
+    for splits in ((), ("train",), ("val",), ("train", "val")):
+        list(open_records(Source(str(path), splits), log, "unchecked"))
+        assert log.summary() == "1 of 4 rows skipped (malformed row: 1); parts of rows dropped (empty caption: 3)"
+    assert len(read_skip_log(tmp_path / "log.jsonl")) == 4

@@ -134,6 +134,9 @@ def parse_image(value: Any, file: str, reject_urls: bool) -> LoadedImage | None:
     if reject_urls and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", value):
         raise UnusableRow("image is a URL", value)
     path = os.path.join(os.path.dirname(file), value)
+    if "\\" in value and not os.path.exists(path):  # a relative path that was written on Windows
+        portable = os.path.join(os.path.dirname(file), value.replace("\\", "/"))
+        path = portable if os.path.exists(portable) else path
     return LoadedImage(FileImage(path), None, path)
 
 
@@ -144,14 +147,20 @@ def check_image(image: LoadedImage, read_header: bool) -> None:
         UnusableRow: The image is missing, unreadable or larger than `MAX_PIXELS`.
     """
     if isinstance(image.ref, FileImage) and not os.path.isfile(image.ref.path):
-        raise UnusableRow("missing image", image.ref)
+        raise UnusableRow("missing image", os.path.abspath(image.ref.path))
     if not read_header:
         return
     try:
         with io.BytesIO(image.data) if image.data is not None else image.ref.open() as stream:
+            if not stream.read(1):
+                raise UnusableRow("unreadable image", f"{image.ref}: the file is empty")
             width, height = open_header(stream).size
+    except UnusableRow:
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own limits
         raise UnusableRow("image too large", f"{image.ref}: {error}") from error
+    except Image.UnidentifiedImageError as error:  # its message names the stream object
+        raise UnusableRow("unreadable image", f"{image.ref}: not an image in a supported format") from error
     except Exception as error:  # malicious bytes can make Pillow's plugins raise any type of exception
         is_complete = isinstance(error, ImageFormatError | DecodingLimitError | OSError)
         reason = str(error) if is_complete else describe_error(error)

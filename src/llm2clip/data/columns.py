@@ -67,7 +67,7 @@ class ColumnMapper:
     def __init__(self, source: str, mapping: Mapping[str, str], require_captions: bool = True) -> None:
         self.source, self.mapping, self.require_captions = source, mapping, require_captions
         self.columns: dict[str, None] = {}  # all columns seen so far, in order
-        self.has_captions = False
+        self.has_captions = self.has_images = False
         self._names = COLUMN_NAMES | {field: (column,) for field, column in mapping.items()}
         self._cache: dict[tuple[str, ...], dict[str, str]] = {}
 
@@ -104,16 +104,28 @@ class ColumnMapper:
             DataFormatError: A column is missing. The message lists the existing columns.
         """
         where = file or self.source
-        existing = f"it has {', '.join(self.columns) or 'no columns'}"
         for field, column in self.mapping.items():
             if column and column not in self.columns:
                 similar = difflib.get_close_matches(column, self.columns, n=1)
                 hint = f" (did you mean {similar[0]}?)" if similar else ""
-                raise DataFormatError(f"{where}: no column {column!r} for {field}{hint}; {existing}")
+                raise DataFormatError(f"{where}: no column {column!r} for {field}{hint}; {self._list_columns()}")
         if self.require_captions and not self.has_captions:
-            raise DataFormatError(
-                f'{where}: no caption column; {existing}. Name one with --columns \'{{"captions": "NAME"}}\''
-            )
+            raise DataFormatError(f"{where}: {self.describe_missing('captions')}")
+
+    def describe_missing(self, field: str) -> str:
+        """Return an error message that says that no column was found for a field, and how to name one.
+
+        The message suggests a column whose name contains a usual name of the field.
+        """
+        parts = ("img", "image", "photo", "pic", "file", "path") if field == "image" else ("caption", "text", "descr")
+        similar = (column for column in self.columns if any(part in column.lower() for part in parts))
+        message = f"no {field.removesuffix('s')} column; {self._list_columns()}. "
+        if any(re.search(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", column.lower()) for column in self.columns):
+            return message + "The first line of the file must contain the column names, such as image,caption"
+        return message + f'Name one with --columns \'{{"{field}": "{next(similar, "NAME")}"}}\''
+
+    def _list_columns(self) -> str:
+        return f"the file has the columns {', '.join(self.columns)}" if self.columns else "the file has no columns"
 
     def _guess(self, columns: Sequence[str]) -> dict[str, str]:
         chosen = guess_columns(self._names, columns)
@@ -127,4 +139,5 @@ class ColumnMapper:
     def _remember(self, key: tuple[str, ...], columns: Sequence[str], chosen: dict[str, str]) -> None:
         self.columns |= dict.fromkeys(columns)
         self.has_captions = self.has_captions or bool(chosen.keys() & set(CAPTION_FIELDS))
+        self.has_images = self.has_images or "image" in chosen
         self._cache[key] = chosen

@@ -32,6 +32,9 @@ def read_merged_records(
 
     Returns:
         A list of (source, record) pairs, one for each image, in order of first appearance.
+
+    Raises:
+        ValueError: Images are checked, but no record has one. See `open_records` for other errors.
     """
     merged: dict[Any, SourcedRecord] = {}
     for number, (source, record) in enumerate(stream_records(sources, columns, log, image_check)):
@@ -41,6 +44,10 @@ def read_merged_records(
             merged[key] = first_source, _merge(first, record)
         else:
             merged[key] = source, record
+    if image_check in ("header", "exists") and merged and not any(record.image for _, record in merged.values()):
+        names = ", ".join(str(source) for source in sources)
+        message = f"{names}: none of the {len(merged):,} records has an image. Only `tune` and `embed` accept texts alone"
+        raise ValueError("\n".join([message, *log.list_notes()]))
     if image_check != "ignore":
         copies = find_copies(record.image for _, record in merged.values())
         log.count_copies(copies)

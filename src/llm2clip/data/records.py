@@ -24,7 +24,7 @@ from llm2clip.data.cells import (
     parse_name,
 )
 from llm2clip.data.columns import COLUMN_NAMES, TEXT_FIELDS, ColumnMapper
-from llm2clip.data.image_refs import ImageRef, LoadedImage
+from llm2clip.data.image_refs import FileImage, ImageRef, LoadedImage
 from llm2clip.data.raw_rows import BadRow, RawRow
 from llm2clip.data.skip_log import SkipLog
 
@@ -150,8 +150,9 @@ def open_records(
     source = Source.parse(source)
     if image_check not in get_args(ImageCheck):
         raise ValueError(f"image_check must be one of {', '.join(get_args(ImageCheck))} (got {image_check!r})")
-    files = readers.find_files(source.path, all_files=not require_captions)
-    return _RecordReader(source, SkipLog() if log is None else log, image_check, require_captions).read(files)
+    log = SkipLog() if log is None else log
+    files = readers.find_files(source.path, all_files=not require_captions, log=log)
+    return _RecordReader(source, log, image_check, require_captions).read(files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +168,7 @@ class _ParsedRow:
     long_captions: tuple[str, ...]
     phrases: tuple[str, ...]
     split: str | None
-    num_rows: int = 1  # number of source rows that were merged into this row
+    num_rows: int  # number of source rows that were merged into this row; 0 if they have already been counted
 
 
 class _RecordReader:
@@ -179,13 +180,17 @@ class _RecordReader:
         self.check_images = image_check in ("header", "exists")
         self.check_headers = image_check == "header"
         self.mapper = ColumnMapper(str(source), source.columns, require_captions)
-        self.num_rows = 0  # rows in this source only; the log counts the rows of all sources
         self.split_counts: Counter[str] = Counter()
-        self._splits = "+".join(sorted(source.splits))
+        self.row_counts: Counter[str] = Counter()  # rows in the selected splits of this source, by split
+        is_path = not source.path.startswith("hf:")
+        self._log_path = os.path.realpath(os.path.expanduser(source.path)) if is_path else source.path
+        self._listed_images: set[str] = set()  # image files that are listed in the caption files of a folder
 
     def read(self, files: Sequence[tuple[str, str]]) -> Iterator[Record]:
         num_records = 0
         for kind, path in files:
+            # In folders and tar files, captions are in files instead of columns.
+            self.mapper.require_captions = self.require_captions and kind not in ("images", "tar")
             for row in self._parsed_rows(kind, path):
                 try:
                     with malformed_row_on_error():
@@ -197,6 +202,8 @@ class _RecordReader:
                 yield record
         if self.mapper.columns:
             self.mapper.check()
+            if self.check_images and not self.mapper.has_images:
+                self.log.note(self.mapper.describe_missing("image"), self.source.path)
         self.log.check()
         if not num_records:
             raise ValueError(f"{self.source}: no records{self._list_splits()}; {self.log.summary()}")
@@ -210,36 +217,42 @@ class _RecordReader:
     def _parse_rows(self, raw_rows: Iterable[RawRow], kind: str) -> Iterator[_ParsedRow]:
         """Parse raw rows; yield the valid rows that are in the selected splits."""
         for file, number, fields in raw_rows:
-            if isinstance(fields, BadRow):
-                self._count_rows(fields.rows)
-                self._skip(file, number, fields.reason, fields.value, fields.rows)
-                continue
+            is_listed = kind == "images" and FileImage(file).key in self._listed_images
+            num_rows = 0 if is_listed else 1  # the row in the caption file has been counted
+            split = ""  # unknown
             try:
                 with malformed_row_on_error():
-                    row = self._parse_row(file, number, fields, kind)
+                    if isinstance(fields, BadRow):
+                        num_rows *= fields.rows
+                        raise UnusableRow(fields.reason, fields.value)
+                    values = self._select_values(file, number, fields, kind)
+                    split = parse_name(values.get("split"), "split") or NO_SPLIT
+                    self.split_counts[split] += 1
+                    if self.source.splits and split not in self.source.splits:
+                        continue
+                    row = self._parse_row(file, number, values, split, kind, num_rows)
             except UnusableRow as error:
-                self._count_rows()
-                self._skip(file, number, error.reason, error.value)
+                self._count_rows(split, num_rows)
+                self._skip(file, number, error.reason, error.value, num_rows)
                 continue
-            if row is not None:
-                self._count_rows()
-                yield row
+            self._count_rows(split, num_rows)
+            if not self.require_captions and row.image is not None and isinstance(row.image.ref, FileImage):
+                self._listed_images.add(row.image.ref.key)
+            yield row
 
-    def _parse_row(self, file: str, number: int, fields: dict[str, Any], kind: str) -> _ParsedRow | None:
-        """Parse the fields of a row. Return None if the row's split is not selected."""
+    def _select_values(self, file: str, number: int, fields: dict[str, Any], kind: str) -> dict[str, Any]:
+        """Return the values of a row as a dict {record field: value}."""
         if kind in ("csv", "tsv", "parquet", "hf", "saved"):
             columns = self.mapper.map_table(file, list(fields))
         else:
             columns = self.mapper.map_row(fields)
         values = {name: fields.get(column) for name, column in columns.items()}
-        if kind in ("csv", "tsv", "captions.txt"):
-            values = self._clean_cells(values, file, number)
-        split = parse_name(values.get("split"), "split")
-        if split == NO_SPLIT:
-            split = None
-        self.split_counts[split or NO_SPLIT] += 1
-        if self.source.splits and (split or NO_SPLIT) not in self.source.splits:
-            return None
+        return self._clean_cells(values, file, number) if kind in ("csv", "tsv", "captions.txt") else values
+
+    def _parse_row(
+        self, file: str, number: int, values: dict[str, Any], split: str, kind: str, num_rows: int
+    ) -> _ParsedRow:
+        """Parse the values of a row."""
         record_id = parse_name(values.get("id"), "id")
         image = parse_image(values.get("image"), file, reject_urls=self.check_images)
         parse_lists = kind in ("csv", "tsv", "tar")
@@ -253,7 +266,8 @@ class _RecordReader:
             short_captions=parse_captions(values.get("short_captions") or None, parse_lists, self.log, file, number),
             long_captions=parse_captions(values.get("long_captions") or None, parse_lists, self.log, file, number),
             phrases=self._parse_phrases(values.get("phrases"), parse_lists, file, number),
-            split=split,
+            split=None if split == NO_SPLIT else split,
+            num_rows=num_rows,
         )
 
     def _parse_phrases(self, value: Any, parse_lists: bool, file: str, number: int) -> tuple[str, ...]:
@@ -309,14 +323,16 @@ class _RecordReader:
             id_from_source=row.id is not None,
         )
 
-    def _count_rows(self, count: int = 1) -> None:
-        self.num_rows += count
-        self.log.count_source_rows(self.source.path, self._splits, self.num_rows)
+    def _count_rows(self, split: str, count: int) -> None:
+        self.row_counts[split] += count
+        self.log.count_source_rows(self._log_path, split, self.row_counts[split])
 
-    def _skip(self, file: str, row: int, reason: str, value: object, rows: int = 1) -> None:
+    def _skip(self, file: str, row: int, reason: str, value: object, rows: int) -> None:
+        if not rows:
+            return
         self.log.skip(file, row, reason, value, rows)
-        if self.num_rows >= EARLY_CHECK_ROWS:
-            if self.require_captions and not self.mapper.has_captions:
+        if self.row_counts.total() >= EARLY_CHECK_ROWS:
+            if not self.mapper.has_captions:
                 self.mapper.check()
             self.log.check()
 
@@ -336,4 +352,4 @@ def _merge_rows(rows: Iterable[_ParsedRow]) -> Iterator[_ParsedRow]:
         texts: dict[str, Any] = {}
         for name in TEXT_FIELDS:
             texts[name] = tuple(caption for row in group for caption in getattr(row, name))
-        yield replace(group[0], num_rows=len(group), **texts)
+        yield replace(group[0], num_rows=sum(row.num_rows for row in group), **texts)

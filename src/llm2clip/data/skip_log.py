@@ -10,6 +10,14 @@ from itertools import islice
 from pathlib import Path
 
 MAX_NOTES = 5  # number of notes in the summary
+# How to fix the source, by the reason for which most rows were skipped.
+ADVICE = {
+    "missing image": "Relative image paths start in the folder of the caption file. Move this file, or correct the paths",
+    "image is a URL": "Images are not downloaded. Download them first, for example with img2dataset --output_format "
+    "webdataset, and pass the tar files",
+    "no caption": "In a folder of images or a tar file, the captions of x.jpg must be in x.txt or x.json. A folder can "
+    "also contain captions.csv or captions.jsonl with the captions of all images",
+}
 
 
 class TooManySkipped(ValueError):
@@ -29,7 +37,8 @@ class SkipLog:
 
     Attributes:
         skipped: Number of skipped rows for each reason.
-        dropped: Number of dropped parts of rows, such as empty captions, for each reason. The rest of each row is used.
+        dropped: Number of rows of which a part, such as an empty caption, was dropped, for each reason. The rest of each
+            row is used.
         examples: Descriptions of the first three skipped rows.
         notes: Maps each unusual property, such as an encoding, to the files that have it.
     """
@@ -43,8 +52,8 @@ class SkipLog:
         self.notes: dict[str, dict[str, None]] = {}
         self._copies: set[str] = set()  # keys of images that are copies of other images
         self._single_rows = 0  # rows counted with `count_row`
-        self._source_rows: dict[str, dict[str, int]] = {}  # path -> splits -> rows; the key "" means all splits
-        self._skipped_rows: set[tuple[str, int, str]] = set()
+        self._source_rows: dict[str, dict[str, int]] = {}  # path -> split -> rows
+        self._recorded: set[tuple[str, int, str]] = set()  # file, row and reason of skipped rows and dropped parts
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text("")
@@ -52,23 +61,22 @@ class SkipLog:
     @property
     def rows_seen(self) -> int:
         """Number of rows read so far. If a source is read several times, its rows are counted once."""
-        source_rows = sum(splits.get("") or sum(splits.values()) for splits in self._source_rows.values())
-        return self._single_rows + source_rows
+        return self._single_rows + sum(sum(splits.values()) for splits in self._source_rows.values())
 
     def count_row(self) -> None:
         """Count one row."""
         self._single_rows += 1
 
-    def count_source_rows(self, path: str, splits: str, count: int) -> None:
-        """Set the number of rows that the current pass over a source has read so far.
+    def count_source_rows(self, path: str, split: str, count: int) -> None:
+        """Set the number of rows in a split of a source that the current pass over the source has read so far.
 
         Args:
             path: Path of the source.
-            splits: Selected splits. An empty string means that the pass reads all rows.
+            split: Name of the split. An empty string if the split of the rows is unknown.
             count: Number of rows read so far.
         """
         counts = self._source_rows.setdefault(path, {})
-        counts[splits] = max(count, counts.get(splits, 0))
+        counts[split] = max(count, counts.get(split, 0))
 
     def count_at_least(self, count: int) -> None:
         """Raise the row count to at least `count`. Used for data whose rows were not counted when they were read."""
@@ -79,18 +87,18 @@ class SkipLog:
 
         If a row was already skipped for the same reason in an earlier pass or stage, it is not recorded again.
         """
-        if (file, row, reason) in self._skipped_rows:
+        if not self._is_new(file, row, reason):
             return
-        self._skipped_rows.add((file, row, reason))
         self.skipped[reason] += rows
         if len(self.examples) < 3:
             self.examples.append(f"{file}, row {row}: {reason}: {str(value)[:200]}")
         self._write(file, row, reason, value)
 
     def record_dropped(self, file: str, row: int, reason: str, value: object) -> None:
-        """Record that part of a row was dropped. The rest of the row is used."""
-        self.dropped[reason] += 1
-        self._write(file, row, reason, value)
+        """Record that part of a row was dropped, once for each row and reason. The rest of the row is used."""
+        if self._is_new(file, row, reason):
+            self.dropped[reason] += 1
+            self._write(file, row, reason, value)
 
     def count_copies(self, keys: Iterable[str]) -> None:
         """Count images that were merged with an identical image.
@@ -107,7 +115,7 @@ class SkipLog:
 
     def summary(self) -> str:
         """Return a one-line summary: the numbers of skipped rows and dropped values, with reasons, and the notes."""
-        return "; ".join([self._format_numbers(), *self._format_notes()])
+        return "; ".join([self._format_numbers(), *self.list_notes()])
 
     def check(self) -> None:
         """Raise `TooManySkipped` if the fraction of skipped rows exceeds the limit."""
@@ -115,11 +123,30 @@ class SkipLog:
             return
         examples = "".join(f"\n  {example}" for example in self.examples)
         listed = f"\nAll skipped rows are listed in {self.path}." if self.path else ""
-        notes = "".join(f"\n{note}" for note in self._format_notes())
+        notes = "".join(f"\n{note}" for note in self.list_notes())
+        most_common, _ = self.skipped.most_common(1)[0]
+        advice = f"\n{ADVICE.get(most_common, 'Fix the source')}"
+        if self.skipped.total() < self.rows_seen / 2:  # otherwise, the source or the column mapping is wrong
+            advice += ", or raise the limit with --max_skipped"
         raise TooManySkipped(
-            f"{self._format_numbers()}, over the limit of {self.max_skipped:.1%}{examples}{listed}{notes}"
-            "\nFix the source, or raise the limit with --max_skipped."
+            f"{self._format_numbers()}, over the limit of {self.max_skipped:.1%}{examples}{listed}{notes}{advice}."
         )
+
+    def list_notes(self) -> list[str]:
+        """Return the first notes, each with the file to which it applies and the number of other such files."""
+        notes = []
+        for text, files in islice(self.notes.items(), MAX_NOTES):
+            others = f" and {len(files) - 1:,} more" if len(files) > 1 else ""
+            notes.append(f"{next(iter(files))}{others}: {text}")
+        return notes
+
+    def _is_new(self, file: str, row: int, reason: str) -> bool:
+        """Return True if a row has not been recorded for this reason yet, and remember it."""
+        key = (file, row, reason)
+        if key in self._recorded:
+            return False
+        self._recorded.add(key)
+        return True
 
     def _format_numbers(self) -> str:
         numbers = f"{self.skipped.total():,} of {self.rows_seen:,} rows skipped{_format_counts(self.skipped)}"
@@ -128,14 +155,6 @@ class SkipLog:
         if self._copies:
             numbers += f"; {len(self._copies):,} copies of images merged with the originals"
         return numbers
-
-    def _format_notes(self) -> list[str]:
-        notes = []
-        for text, files in islice(self.notes.items(), MAX_NOTES):
-            num_others = len(files) - 1
-            others = f" and {num_others:,} more file{'s' if num_others > 1 else ''}" if num_others else ""
-            notes.append(f"{next(iter(files))}{others}: {text}")
-        return notes
 
     def _write(self, file: str, row: int, reason: str, value: object) -> None:
         if self.path is None:

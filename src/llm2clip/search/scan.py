@@ -11,13 +11,10 @@ from datetime import datetime
 
 from llm2clip.data.image_header import open_header
 from llm2clip.data.image_refs import TarImage, file_version, printable, resolve_folder
-from llm2clip.data.readers.tar import list_files
 from llm2clip.data.records import Source, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.search.types import REF_TYPES, IndexedImage
 
-# File name suffixes of unsupported image formats. Files with these suffixes are recorded in the skip log.
-UNSUPPORTED_SUFFIXES = frozenset({"dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raw", "psd", "svg", "jxl"})
 EXIF_IFD, EXIF_DATE_TAKEN, EXIF_DATE = 0x8769, 0x9003, 0x0132  # EXIF tags
 
 
@@ -53,7 +50,7 @@ def find_images(
 
     Args:
         source: Source with an absolute path.
-        log: Skip log for rows without an image and for files in unsupported formats.
+        log: Skip log for rows without an image.
         prune: If True, yield nothing if the source does not exist or has no images, instead of raising an error.
         allow_outside: If True, also yield images outside the source's folder.
 
@@ -68,10 +65,6 @@ def find_images(
         if prune:
             return
         raise
-    if os.path.isdir(source.path):
-        for path in list_files(source.path, UNSUPPORTED_SUFFIXES):
-            log.count_row()
-            log.skip(path, 0, "unknown format", "")
     folder = _source_folder(source.path)
     stamps: dict[str, str] = {}
     for record in records:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import glob
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from braceexpand import braceexpand
@@ -15,7 +16,14 @@ from braceexpand import braceexpand
 from llm2clip.data.raw_rows import BadRow, ColumnChooser, RawRow
 from llm2clip.data.readers.csv_files import read_csv
 from llm2clip.data.readers.tables import read_huggingface, read_parquet
-from llm2clip.data.readers.tar import list_files, list_images, read_image_folder, read_tar
+from llm2clip.data.readers.tar import (
+    IMAGE_SUFFIXES,
+    UNSUPPORTED_SUFFIXES,
+    list_files,
+    list_images,
+    read_image_folder,
+    read_tar,
+)
 from llm2clip.data.readers.text import read_captions_txt, read_json_lines, read_json_list
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.io_utils import DataFormatError, describe_error
@@ -36,7 +44,7 @@ READABLE_FORMATS = (
 )
 
 
-def find_files(path: str, all_files: bool = False) -> list[tuple[str, str]]:
+def find_files(path: str, all_files: bool = False, log: SkipLog | None = None) -> list[tuple[str, str]]:
     """Resolve a path to a list of `(format, file)` pairs, in order.
 
     An existing path is never treated as a pattern, even if it contains glob or brace characters.
@@ -45,6 +53,7 @@ def find_files(path: str, all_files: bool = False) -> list[tuple[str, str]]:
         path: File, folder, glob or brace pattern, or `hf:NAME` for a Hugging Face data set.
         all_files: If True, use all caption files, images, tar files and Parquet files in a folder and its subfolders.
             If False, use only the first of these kinds that the folder contains.
+        log: Log in which to note the outputs of llm2clip in a folder, which are not read.
 
     Raises:
         FileNotFoundError: No file matches the path. The message suggests similar names.
@@ -54,14 +63,15 @@ def find_files(path: str, all_files: bool = False) -> list[tuple[str, str]]:
         return [("hf", path.removeprefix("hf:"))]
     path = os.path.expanduser(path)
     if os.path.isdir(path):
-        return _all_in_folder(path) if all_files else _detect_folder_format(path)
+        return _all_in_folder(path, log) if all_files else _detect_folder_format(path)
     if os.path.exists(path):
         if not os.path.isfile(path):
             raise ValueError(f"{path}: not a regular file, but a device or a named pipe. Save the data to a file first")
         for suffix, name in FORMATS.items():
             if path.lower().endswith(suffix):
                 return [(name, path)]
-        raise ValueError(f"{path}: unknown format; supported formats: {READABLE_FORMATS}")
+        advice = _suggest_conversion(path) or f"supported formats: {READABLE_FORMATS}"
+        raise ValueError(f"{path}: unknown format; {advice}")
     files: list[tuple[str, str]] = []
     for pattern in braceexpand(path) if "{" in path else [path]:
         if glob.has_magic(pattern):
@@ -71,7 +81,7 @@ def find_files(path: str, all_files: bool = False) -> list[tuple[str, str]]:
         if not matches:
             raise FileNotFoundError(f"{pattern}: no such file or folder; {suggest_paths(pattern)}")
         for match in matches:
-            files += find_files(match, all_files)
+            files += find_files(match, all_files, log)
     return files
 
 
@@ -134,36 +144,59 @@ def _detect_folder_format(folder: str) -> list[tuple[str, str]]:
     names = sorted(os.listdir(folder))
     if _is_saved_dataset(names):
         return [("saved", folder)]
-    for name in CAPTION_FILES:
-        if name in names:
-            return find_files(os.path.join(folder, name))
+    for file in _caption_files(folder, names):
+        return find_files(file)
     for suffix in (".tar", ".parquet"):
         files = [os.path.join(folder, name) for name in names if name.lower().endswith(suffix)]
         if files:
             return [(FORMATS[suffix], file) for file in files]
     if next(list_images(folder), None) is None:
-        raise ValueError(
-            f"{folder}: the folder contains no images, tar files, Parquet files or caption files; supported formats: "
-            f"{READABLE_FORMATS}"
-        )
+        raise ValueError(f"{_nothing_to_read(folder, names)}; supported formats: {READABLE_FORMATS}")
     return [("images", folder)]
 
 
-def _all_in_folder(folder: str) -> list[tuple[str, str]]:
+def _all_in_folder(folder: str, log: SkipLog | None) -> list[tuple[str, str]]:
     names = os.listdir(folder)
     if _is_saved_dataset(names):
         return [("saved", folder)]
     files: list[tuple[str, str]] = []
-    for name in CAPTION_FILES:
-        if name in names:
-            files += find_files(os.path.join(folder, name))
+    for file in _caption_files(folder, names):
+        files += find_files(file)
     if next(list_images(folder), None) is not None:
         files.append(("images", folder))
     for suffix in ("tar", "parquet"):
-        files += [(suffix, path) for path in list_files(folder, frozenset({suffix}))]
+        files += [(suffix, path) for path in list_files(folder, frozenset({suffix}), log)]
     if not files:
-        raise FileNotFoundError(f"{folder}: the folder contains no images, tar files or Parquet files")
+        raise FileNotFoundError(_nothing_to_read(folder, names))
     return files
+
+
+def _caption_files(folder: str, names: Sequence[str]) -> list[str]:
+    """Return the caption files in a folder, in the order of `CAPTION_FILES`. Their names may be in upper case."""
+    lower_names = {name.lower(): name for name in sorted(names)}
+    return [os.path.join(folder, lower_names[name]) for name in CAPTION_FILES if name in lower_names]
+
+
+def _nothing_to_read(folder: str, names: Sequence[str]) -> str:
+    suffixes = Counter(os.path.splitext(name)[1].lower() for name in names if "." in name.strip("."))
+    listed = ", ".join(f"{count:,} {suffix}" for suffix, count in suffixes.most_common(3))
+    advice = "".join(dict.fromkeys(f"; {_suggest_conversion(suffix)}" for suffix in suffixes))
+    return (
+        f"{folder}: the folder contains no images, tar files, Parquet files or caption files"
+        f"{f' (files: {listed}){advice}' if listed else ''}"
+    ).rstrip("; ")
+
+
+def _suggest_conversion(path: str) -> str:
+    """Return advice on how to convert a file in a common but unsupported format, or an empty string."""
+    suffix = path.lower().rpartition(".")[2]
+    if suffix in ("zip", "7z", "rar", "tgz", "gz", "bz2", "xz", "zst"):
+        return "unpack the archive, and pass the folder or the uncompressed file"
+    if suffix in UNSUPPORTED_SUFFIXES:
+        return "convert the images to JPEG, PNG or WebP, and pass their folder"
+    if suffix in IMAGE_SUFFIXES:
+        return "this is a single image: pass the folder that contains the images"
+    return ""
 
 
 def _is_saved_dataset(names: Sequence[str]) -> bool:

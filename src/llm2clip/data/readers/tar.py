@@ -14,11 +14,13 @@ from llm2clip.data.readers.encoding import describe_encoding, open_text
 from llm2clip.data.readers.text import parse_json
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.valid_text import is_valid_unicode
-from llm2clip.io_utils import open_regular_file
+from llm2clip.io_utils import identify_output, open_regular_file
 
 IMAGE_SUFFIXES = frozenset(
     {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jp2", "heic", "heif", "hif"}
 )
+# Image formats that are not supported. Their files are recorded in the skip log.
+UNSUPPORTED_SUFFIXES = frozenset({"dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raw", "psd", "svg", "jxl"})
 MAX_CAPTION_BYTES = 1 << 20  # size limit for a caption file that belongs to one image
 MAX_TAR_HEADER_BYTES = 1 << 16  # headers contain names, links and attributes of files
 MAX_GLOBAL_HEADERS = 100  # PAX headers that apply to all members
@@ -29,14 +31,15 @@ def list_images(folder: str) -> Iterator[str]:
     return list_files(folder, IMAGE_SUFFIXES)
 
 
-def list_files(folder: str, suffixes: frozenset[str]) -> Iterator[str]:
+def list_files(folder: str, suffixes: frozenset[str], log: SkipLog | None = None) -> Iterator[str]:
     """Yield the paths of all files with these suffixes in a folder and its subfolders, sorted within each folder.
 
-    Hidden files and folders are skipped.
+    Hidden files and folders are skipped, as are run directories and stores of llm2clip in subfolders.
 
     Args:
         folder: Folder to search.
         suffixes: File suffixes in lower case, without the dot.
+        log: Log in which to note the skipped outputs of llm2clip.
 
     Raises:
         OSError: A folder cannot be listed. Skipping it would make its files look deleted.
@@ -46,6 +49,12 @@ def list_files(folder: str, suffixes: frozenset[str]) -> Iterator[str]:
         raise error
 
     for parent, folders, names in os.walk(folder, onerror=fail):
+        kind = identify_output(names) if parent != folder else None
+        if kind is not None:
+            folders.clear()
+            if log is not None:
+                log.note(f"not read, because it is {kind} written by llm2clip", parent)
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             if name.rpartition(".")[2].lower() in suffixes and not name.startswith("."):
@@ -55,35 +64,51 @@ def list_files(folder: str, suffixes: frozenset[str]) -> Iterator[str]:
 def read_image_folder(folder: str, log: SkipLog | None = None) -> Iterator[RawRow]:
     """Yield the images in a folder. The captions of `x.jpg` are in `x.json` or, one per line, in `x.txt`.
 
-    Text files that are not UTF-8 are noted in `log`. The likely encodings are determined only for the first of them.
+    The suffixes may be in upper case. An image in an unsupported format becomes a `BadRow`, unless there is a supported
+    image of the same name, such as a JPEG file next to a camera's raw file. Text files that are not UTF-8 are noted in
+    `log`. The likely encodings are determined only for the first of them.
     """
     has_noted_encoding = False
-    for number, path in enumerate(list_images(folder), 1):
-        stem = path.rpartition(".")[0]
+    parent, files = "", dict[str, str]()  # names of the files in a folder, keyed by name with the suffix in lower case
+    for number, path in enumerate(list_files(folder, IMAGE_SUFFIXES | UNSUPPORTED_SUFFIXES, log), 1):
+        if os.path.dirname(path) != parent:
+            parent = os.path.dirname(path)
+            files = {_lower_suffix(name): name for name in sorted(os.listdir(parent))}
+        stem, _, suffix = os.path.basename(path).rpartition(".")
+        if suffix.lower() in UNSUPPORTED_SUFFIXES:
+            if not any(f"{stem}.{supported}" in files for supported in IMAGE_SUFFIXES):
+                yield path, number, BadRow("unsupported image format", f"convert {path} to JPEG, PNG or WebP")
+            continue
         fields: dict[str, Any] | BadRow = {}
-        if os.path.isfile(stem + ".json"):
-            with open_regular_file(stem + ".json") as file:
+        json_path = os.path.join(parent, files.get(stem + ".json", stem + ".json"))
+        text_path = os.path.join(parent, files.get(stem + ".txt", stem + ".txt"))
+        if os.path.isfile(json_path):
+            with open_regular_file(json_path) as file:
                 data = file.read(MAX_CAPTION_BYTES + 1)
-            too_large = len(data) > MAX_CAPTION_BYTES
-            fields = _too_large(stem + ".json") if too_large else _parse_caption_json(data)
+            fields = _too_large(json_path) if len(data) > MAX_CAPTION_BYTES else _parse_caption_json(data)
         if isinstance(fields, BadRow):
             yield path, number, fields
             continue
-        if os.path.isfile(stem + ".txt"):
-            with open_text(stem + ".txt", log) as text_file:
+        if os.path.isfile(text_path):
+            with open_text(text_path, log) as text_file:
                 text = text_file.read(MAX_CAPTION_BYTES + 1)
             if len(text) > MAX_CAPTION_BYTES:
-                yield path, number, _too_large(stem + ".txt")
+                yield path, number, _too_large(text_path)
                 continue
             if not is_valid_unicode(text):
                 if log is not None and not has_noted_encoding:
-                    log.note(describe_encoding(stem + ".txt"), stem + ".txt")
+                    log.note(describe_encoding(text_path), text_path)
                     has_noted_encoding = True
                 yield path, number, BadRow("not UTF-8", printable(text.strip()))
                 continue
             fields["txt"] = [line for line in text.split("\n") if line.strip()]
         fields["image"] = FileImage(path)
         yield path, number, fields
+
+
+def _lower_suffix(name: str) -> str:
+    stem, dot, suffix = name.rpartition(".")
+    return f"{stem}{dot}{suffix.lower()}"
 
 
 def read_tar(path: str) -> Iterator[RawRow]:
