@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llm2clip.data.hard_negatives import caption_vectors, grouped_permutation
-from llm2clip.data.pairs import ImageCaptions, Pair, can_pair, draw_pair, pair_batches
+from llm2clip.data.pairs import ImageCaptions, Pair, can_pair, draw_pair, pair_batches, resolve_pairs_per_step
 
 IMAGES = [  # 40 that give a pair and two that do not
     *(ImageCaptions(tuple(f"image {i} caption {j}" for j in range(2 + i % 4))) for i in range(40)),
@@ -80,6 +80,29 @@ def test_pair_batches_raises_for_too_few_items_and_wrong_weights() -> None:
         next(pair_batches([IMAGES, []], [], 2, 1, seed=0))
     with pytest.raises(ValueError, match="at least 2 text pairs, but a source has only 1"):
         next(pair_batches([[Pair("a", "b")]], [], 2, 1, seed=0))
+
+
+def test_small_sources_reduce_the_number_of_pairs_per_step() -> None:
+    def resolve(*sources: list, batch_size: int = 64, ranks: int = 1) -> int:
+        return resolve_pairs_per_step(sources, batch_size, ranks)
+
+    text_pairs = [Pair(f"question {n}", f"answer {n}") for n in range(50)]
+    assert resolve(IMAGES, batch_size=16, ranks=2) == 32
+    assert resolve(IMAGES) == 40 and resolve(IMAGES, ranks=3) == 39
+    assert resolve(text_pairs, IMAGES) == 40
+    with pytest.raises(ValueError, match="at least 48 images .* a source has only 40.* or remove this source"):
+        resolve(text_pairs, IMAGES, batch_size=48)
+    for few in (IMAGES[:1], [*IMAGES[:1], *IMAGES[:1]]):
+        with pytest.raises(ValueError, match=r"at least 2 pairs that share no text.*--tune\.steps 0"):
+            resolve(few)
+
+
+def test_batches_of_a_small_source_can_be_filled_if_images_share_captions() -> None:
+    """Each image of a chain shares a caption with the next one, so a batch has at least one image of each chain."""
+    images = [ImageCaptions((f"{n // 5} {n}", f"{n // 5} {n + 1}", f"own {n}")) for n in range(50) if n % 5 < 4]
+    size = resolve_pairs_per_step([images], 128, 1)
+    assert size == 10
+    assert [len(batch) for batch in batches_of(images, size, 50, seed=0, group_size=4)] == [size] * 50
 
 
 def test_pair_batches_are_of_a_single_source_drawn_by_weight() -> None:

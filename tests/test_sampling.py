@@ -165,18 +165,18 @@ def sample_with_numpy(
 
 def test_resolve_images_per_step_rejects_wrong_settings() -> None:
     assert resolve_images_per_step(30, ALIGN, world_size=2) == 20
-    with pytest.raises(ValueError, match="30 images are too few for one step"):
-        resolve_images_per_step(30, ALIGN, world_size=4)
+    for images, world_size in ((0, 1), (1, 1), (3, 4)):
+        with pytest.raises(ValueError, match=f"cannot train on {images} images .*{world_size} process.*at least 2"):
+            resolve_images_per_step(images, ALIGN, world_size)
     with pytest.raises(ValueError, match="unknown kinds of captions: dense"):
         resolve_images_per_step(30, dataclasses.replace(ALIGN, caption_mix={"dense": 1}), world_size=1)
     with pytest.raises(ValueError, match="must be at least 0"):
         resolve_images_per_step(30, dataclasses.replace(ALIGN, caption_mix={"captions": -1}), world_size=1)
 
 
-def test_resolve_images_per_step_limits_the_batch_if_the_tower_is_frozen() -> None:
-    frozen = dataclasses.replace(ALIGN, tower_lr=0.0, batch_size=100)
-    assert resolve_images_per_step(31, frozen, world_size=1) == 31
-    assert resolve_images_per_step(31, frozen, world_size=2) == 30
+def test_resolve_images_per_step_uses_all_images_of_a_small_data_set() -> None:
+    config = dataclasses.replace(ALIGN, batch_size=100)
+    assert [resolve_images_per_step(31, config, ranks) for ranks in (1, 2, 3)] == [31, 30, 30]
 
 
 def test_decoding_workers_follow_cores_and_local_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

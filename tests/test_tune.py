@@ -365,6 +365,7 @@ def test_pairs_of_a_batch_are_plain_data() -> None:
         {"precision": "bf16", "matryoshka_dims": [8]},
         {"grad_cache": True, "gradient_checkpointing": True, "batch_tokens": 64},
         {"qlora": True},
+        {"batch_size": 100},  # more than there are images
     ],
     ids=str,
 )

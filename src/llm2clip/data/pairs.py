@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 from llm2clip.data.hard_negatives import caption_vectors, grouped_permutation
 from llm2clip.data.hashing import unique_captions
@@ -93,6 +95,30 @@ def pair_batches(
         yield next(batches[index])
 
 
+def resolve_pairs_per_step(sources: Sequence[Sequence[TuningItem]], batch_size: int, world_size: int) -> int:
+    """Return the number of pairs per step, over all ranks, and check that all sources have enough items.
+
+    A step has `batch_size` pairs for each rank. If no source has that many items, a step has as many pairs as can
+    always be drawn from the smallest source, rounded down to a multiple of the number of ranks.
+
+    Raises:
+        ValueError: Some sources have enough items for a step of the full size, and others do not, or a source is too
+            small for 2 pairs per step and 1 pair per rank.
+    """
+    pairs_per_step = batch_size * world_size
+    usable = [pairable_items(items, 1) for items in sources]
+    if max(map(len, usable)) < pairs_per_step:
+        pairs_per_step = min(map(_count_unrelated_items, usable)) // world_size * world_size
+        if pairs_per_step < 2:
+            raise ValueError(
+                f"too few texts to tune on with {world_size} process(es): a step needs at least 2 pairs that share no text, "
+                "and 1 for each process. Add data, or use --tune.steps 0 to leave the LLM unchanged"
+            )
+    for items in sources:
+        pairable_items(items, pairs_per_step)
+    return pairs_per_step
+
+
 def pairable_items(items: Sequence[TuningItem], batch_size: int) -> list[TuningItem]:
     """Return the items of a source from which a pair can be formed.
 
@@ -104,7 +130,7 @@ def pairable_items(items: Sequence[TuningItem], batch_size: int) -> list[TuningI
         kind = "text pairs" if items and isinstance(items[0], Pair) else "images with two different captions"
         raise ValueError(
             f"a batch of {batch_size} pairs needs at least {batch_size} {kind}, but a source has only {len(usable)}. "
-            "Lower --tune.batch_size or add data"
+            "Lower --tune.batch_size, add data or remove this source"
         )
     return usable
 
@@ -131,6 +157,18 @@ def draw_pair(captions: ImageCaptions, rng: np.random.Generator) -> Pair:
     texts = str(rng.choice(captions_a)), str(rng.choice(captions_b))
     anchor, positive = texts if rng.random() < 0.5 else texts[::-1]
     return Pair(anchor, positive)
+
+
+def _count_unrelated_items(items: Sequence[TuningItem]) -> int:
+    """Return the number of groups of items that are connected by shared texts.
+
+    Items of different groups share no text, so a batch with one pair for each group can always be filled.
+    """
+    texts: dict[str, int] = {}
+    edges = [(n, len(items) + texts.setdefault(text, len(texts))) for n, item in enumerate(items) for text in item.texts]
+    num_nodes = len(items) + len(texts)
+    graph = coo_matrix((np.ones(len(edges)), np.array(edges).T), shape=(num_nodes, num_nodes))
+    return int(connected_components(graph, directed=False)[0])
 
 
 def _available_kinds(captions: ImageCaptions) -> list[tuple[list[str], list[str]]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from llm2clip.config import TuneConfig
 from llm2clip.data.merged_records import read_merged_records, same_image_filter, stream_records
-from llm2clip.data.pairs import ImageCaptions, TuningItem, can_pair, pairable_items
+from llm2clip.data.pairs import ImageCaptions, TuningItem, can_pair, resolve_pairs_per_step
 from llm2clip.data.records import Record, Source
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import is_training_split
@@ -40,8 +40,7 @@ def read_tuning_sources(
             held-out images are also recognised by the comparable part of their ids; see `comparable_id`.
 
     Raises:
-        ValueError: The number of source weights is wrong, a source has fewer pairs than a batch needs, or no pair can
-            be formed because there are neither text pairs nor images with two captions.
+        ValueError: The number of source weights is wrong, a source has too few pairs, or no pair can be formed because there are neither text pairs nor images with two captions.
     """
     groups = _caption_groups([*training_sources, *config.data], bool(config.source_weights))
     num_sources = bool(train) + len(groups) + len(config.text_pairs)
@@ -76,8 +75,7 @@ def read_tuning_sources(
 
     pairs: list[list[TuningItem]] = [list(read_text_pairs(path, log)) for path in config.text_pairs]
     if config.steps:
-        for items in [*captions, *pairs]:
-            pairable_items(items, config.batch_size * process_state().num_processes)
+        resolve_pairs_per_step([*captions, *pairs], config.batch_size, process_state().num_processes)
     counts = [f"the captions of {len(items):,} images" for items in captions]
     counts += [f"{len(items):,} text pairs" for items in pairs]
     removed = f"; {num_removed:,} images excluded" if num_removed else ""
@@ -137,5 +135,5 @@ def _require_two_captions(captions: Sequence[Sequence[TuningItem]]) -> None:
             return
     raise ValueError(
         "no image has two different captions, but tuning needs them as positive pairs. Use --tune.steps 0 to leave the "
-        "LLM unchanged, --tune.data to tune on other captions, or --encoder.path to use an LLM that is already tuned"
+        "LLM unchanged, or --tune.data to tune on a data set with several captions per image"
     )

@@ -33,7 +33,7 @@ from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.training_images import hash_images
-from llm2clip.distributed import fsdp_enabled, process_state, set_fsdp_wrap_policy, set_mixed_precision
+from llm2clip.distributed import fsdp_enabled, print_once, process_state, set_fsdp_wrap_policy, set_mixed_precision
 from llm2clip.models.fingerprint import fingerprint
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.precision import resolve_device_precision, tf32_matmul
@@ -88,7 +88,7 @@ def align(
         main process, its `training_images` are set.
 
     Raises:
-        ValueError: There are too few images for one step, or settings contradict each other. Also raised if the
+        ValueError: There are too few images, or settings contradict each other. Also raised if the
             existing checkpoints were saved with different settings or data.
         TooManySkipped: Too many images cannot be decoded.
         FloatingPointError: The loss or a gradient is not finite.
@@ -146,6 +146,11 @@ def _train(
     images_per_step = checkpoints.resumed_total("images per step")
     data = AlignBatches(records, store, model, config, world_size, rank, feature_store, images_per_step)
     steps = len(data)
+    if images_per_step is None and data.images_per_step < config.batch_size * world_size:
+        print_once(
+            f"{data.image_count:,} images: using {data.images_per_step:,} images per step instead of "
+            f"{config.batch_size * world_size:,}, in {steps:,} steps. To train longer, raise --align.epochs"
+        )
 
     # Check that the run can resume from its latest checkpoint, and find the best weights so far.
     checkpoints.check(_run_signature(data, store, config, precision))

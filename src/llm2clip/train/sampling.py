@@ -87,10 +87,10 @@ class AlignBatches:
                 pixels if the tower is frozen (`tower_lr` is 0), and in addition to pixels otherwise. Images without
                 features are ignored.
             images_per_step: Total number of images per step, across all ranks. Must be divisible by `world_size`.
-                Default: `config.batch_size` images on each rank.
+                Default: see `resolve_images_per_step`.
 
         Raises:
-            ValueError: There are too few images for one step, or the caption mix is invalid.
+            ValueError: There are too few images, or the caption mix is invalid.
             StoreError: A caption is not in the store.
         """
         usable = [record for record in records if record.image is not None]
@@ -191,8 +191,11 @@ def training_texts(record: Record, config: AlignConfig) -> tuple[str, ...]:
 def resolve_images_per_step(images: int, config: AlignConfig, world_size: int) -> int:
     """Check the caption mix and the number of images; return the total number of images per step on all ranks.
 
+    A step has `config.batch_size` images on each rank or, if there are fewer images, all of them, rounded down to a
+    multiple of the number of ranks.
+
     Raises:
-        ValueError: There are too few images for one step, or the caption mix is invalid.
+        ValueError: There are too few images, or the caption mix is invalid.
     """
     if unknown := config.caption_mix.keys() - set(TEXT_FIELDS):
         raise ValueError(
@@ -201,23 +204,13 @@ def resolve_images_per_step(images: int, config: AlignConfig, world_size: int) -
         )
     if any(weight < 0 for weight in config.caption_mix.values()):
         raise ValueError("weights in --align.caption_mix must be at least 0")
-    batch_size = limit_batch_size(config.batch_size, images, config, world_size)
-    images_per_step = batch_size * world_size
-    if images < images_per_step:
+    images_per_step = min(config.batch_size, images // world_size) * world_size
+    if images_per_step < 2:
         raise ValueError(
-            f"{images} images are too few for one step of {images_per_step}: lower --align.batch_size or add images"
+            f"cannot train on {images:,} images with --align.batch_size {config.batch_size} and {world_size} process(es): "
+            "a step needs at least 2 images that are not held out, and 1 for each process"
         )
     return images_per_step
-
-
-def limit_batch_size(batch_size: int, images: int, config: AlignConfig, world_size: int) -> int:
-    """Return the batch size, which is limited to the number of images per rank if the tower is frozen.
-
-    With a frozen tower, batches are cheap and therefore usually large, possibly larger than a small data set.
-    """
-    if config.tower_lr > 0:
-        return batch_size
-    return max(1, min(batch_size, images // world_size))
 
 
 def decoding_workers(config: AlignConfig) -> int:

@@ -27,9 +27,10 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from llm2clip.checkpoint import Checkpoints, TrainingLog, hash_texts
 from llm2clip.config import TuneConfig
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
-from llm2clip.data.pairs import TuningItem, pair_batches
+from llm2clip.data.pairs import TuningItem, pair_batches, resolve_pairs_per_step
 from llm2clip.distributed import (
     fsdp_enabled,
+    print_once,
     process_state,
     set_fsdp_wrap_policy,
     set_mixed_precision,
@@ -61,7 +62,7 @@ def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, confi
         The folder of the tuned encoder, in sentence-transformers format.
 
     Raises:
-        ValueError: A source has too few items for a batch, or settings contradict each other. Also raised if the
+        ValueError: A source has too few items, or settings contradict each other. Also raised if the
             existing checkpoints were saved with different settings or data.
         FloatingPointError: The loss or a gradient is not finite.
     """
@@ -71,8 +72,7 @@ def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, confi
         run_dir.mkdir(parents=True, exist_ok=True)
         with folder_lock(run_dir) if state.is_main_process else nullcontext():
             checkpoints = Checkpoints(run_dir / "checkpoints", config.batch_size)
-            pairs_per_step = checkpoints.resumed_total("pairs per step") or config.batch_size * state.num_processes
-            rows = _sample_rows(sources, encoder, config, pairs_per_step)
+            rows = _sample_rows(sources, encoder, config, checkpoints.resumed_total("pairs per step"))
             if rows:
                 precision, lora = _set_trainable(encoder, config)
                 _train(rows, encoder, config, run_dir, precision, checkpoints)
@@ -85,9 +85,12 @@ def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, confi
 
 
 def _sample_rows(
-    sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, config: TuneConfig, pairs_per_step: int
+    sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, config: TuneConfig, pairs_per_step: int | None
 ) -> list[dict[str, Any]]:
-    """Check the settings and return the text pairs for all steps. The pairs are identical on all ranks."""
+    """Check the settings and return the text pairs for all steps. The pairs are identical on all ranks.
+
+    `pairs_per_step` is the number of pairs per step of the run that is resumed, or None.
+    """
     if config.qlora:
         check_qlora_available()
         if fsdp_enabled():
@@ -99,6 +102,15 @@ def _sample_rows(
         )
     if config.steps == 0:
         return []
+    if pairs_per_step is None:
+        world_size = process_state().num_processes
+        pairs_per_step = resolve_pairs_per_step(sources, config.batch_size, world_size)
+        if pairs_per_step < config.batch_size * world_size:
+            counts = " + ".join(f"{len(items):,}" for items in sources)
+            print_once(
+                f"{counts} items to tune on: using {pairs_per_step:,} pairs per step instead of "
+                f"{config.batch_size * world_size:,}"
+            )
     batches = pair_batches(
         sources,
         config.source_weights,
