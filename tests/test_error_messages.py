@@ -90,7 +90,7 @@ ERRORS = {
     ),
     "wrong image column": (
         "evaluate {model} {tmp}/wrong.csv", "no image column", "the file has the columns img_file, sentence",
-        """--columns '{"image": "img_file"}'""",
+        "--columns image=img_file",
     ),
     "one caption per image": (
         "fit {tmp}/one.jsonl --out {tmp}/run --encoder.path {llm} --align.batch_size 4", "--tune.steps 0",
@@ -120,7 +120,7 @@ ERRORS = {
         "align {data} --store {tmp}/nostore --out {tmp}/run --encoder.path {llm}", "nostore", "llm2clip embed",
     ),
     "captions missing from the store": (
-        ALIGN.replace("{data}", "{tmp}/more.jsonl@train") + " --align.batch_size 1",
+        ALIGN.replace("{data}", "{tmp}/more.jsonl@train") + " --align.batch_size 2",
         "no embedding for the caption 'never embedded'", "Run `llm2clip embed`",
     ),
     "damaged store": ("store verify {tmp}/damagedstore", "damaged", "store repair"),

@@ -236,6 +236,34 @@ def test_load_image_accepts_every_input_type(tmp_path: Path) -> None:
             assert torch.equal(load_image(image), expected)
 
 
+def test_load_image_accepts_arrays_and_float_tensors() -> None:
+    array = np.asarray(photo(20, 16))
+    expected = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    assert torch.equal(load_image(array), expected)
+    assert torch.equal(load_image(array[:, ::-1]), expected.flip(2))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        assert (load_image((expected / 255).to(dtype)).int() - expected.int()).abs().max() <= (dtype == torch.bfloat16)
+    grey = load_image(array[..., 0])
+    assert grey.shape == (3, 16, 20) and torch.equal(grey[2], expected[0])
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (torch.rand(3, 4, 4) * 255, r"between 0 and 1, before any normalisation \(got .* to .*\)"),
+        (torch.full((3, 4, 4), math.nan), "between 0 and 1"),
+        (torch.zeros(4, 4, 3), r"uint8 or float, \(3, H, W\) \(got torch.float32 \(4, 4, 3\)\)"),
+        (torch.zeros(3, 4, 4, dtype=torch.int64), "uint8 or float"),
+        (torch.zeros(3, 0, 4), "uint8 or float"),
+        (np.zeros((3, 4, 4), np.uint8), r"uint8, \(H, W, 3\) or \(H, W\) \(got uint8 \(3, 4, 4\)\)"),
+        (np.zeros((4, 4, 3)), "got float64"),
+    ],
+)
+def test_load_image_rejects_arrays_of_other_types_and_shapes(image: Any, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        load_image(image)
+
+
 def test_load_image_names_the_file_in_errors(tmp_path: Path) -> None:
     path = tmp_path / "broken.jpg"
     with pytest.raises(ImageError, match=r"broken\.jpg: No such file"):
@@ -245,7 +273,7 @@ def test_load_image_names_the_file_in_errors(tmp_path: Path) -> None:
     for image in (path, str(path), path.open("rb"), Image.open(path)):
         with pytest.raises(ImageError, match=r"broken\.jpg: .*truncated"):
             load_image(image)
-    for wrong in (3, None, torch.zeros(3, 4, 4), torch.zeros(4, 4, dtype=torch.uint8)):
+    for wrong in (3, None, torch.zeros(4, 4, dtype=torch.uint8)):
         with pytest.raises(ImageError):
             load_image(wrong)  # type: ignore[arg-type]
 

@@ -90,7 +90,7 @@ def test_small_sources_reduce_the_number_of_pairs_per_step() -> None:
     assert resolve(IMAGES, batch_size=16, ranks=2) == 32
     assert resolve(IMAGES) == 40 and resolve(IMAGES, ranks=3) == 39
     assert resolve(text_pairs, IMAGES) == 40
-    with pytest.raises(ValueError, match="at least 48 images .* a source has only 40.* or remove this source"):
+    with pytest.raises(ValueError, match=r"at least 48 images .* a source has only 40.* or remove this source"):
         resolve(text_pairs, IMAGES, batch_size=48)
     for few in (IMAGES[:1], [*IMAGES[:1], *IMAGES[:1]]):
         with pytest.raises(ValueError, match=r"at least 2 pairs that share no text.*--tune\.steps 0"):

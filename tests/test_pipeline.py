@@ -21,7 +21,7 @@ from PIL import Image
 from conftest import HANG_TIMEOUT
 from llm2clip import LLM2CLIP, pipeline
 from llm2clip.cli import main
-from llm2clip.config import AlignConfig, EncoderConfig, FitConfig
+from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, TuneConfig
 from llm2clip.data.records import open_records
 from llm2clip.data.training_images import TRAINING_IMAGES_FILE, count_training_images, load_training_images
 from llm2clip.models.caption_encoder import CaptionEncoder
@@ -171,6 +171,10 @@ def test_saved_model_encodes_images_and_texts(run: Path, image_folder: Path) -> 
     scores = model.similarity(texts, images)
     assert scores.shape == (3, 2)
     assert torch.allclose(scores[1, 0], texts[1] @ images[0])
+    batch = torch.rand(2, 3, 20, 24, generator=torch.Generator().manual_seed(0))
+    arrays = (batch * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    assert torch.equal(model.encode_image(batch), model.encode_image(arrays))
+    assert model.encode_image(arrays[0]).shape == (1, 16)
     assert model.encode_image(str(image_folder / "0.png")).shape == (1, 16)
     assert model.encode_image([]).shape == (0, 16)
 
@@ -192,10 +196,30 @@ def test_save_and_load_give_equal_embeddings(run: Path, image_folder: Path, tmp_
     assert torch.equal(model.encode_text(["a dog"]), again.encode_text(["a dog"]))
 
 
-def test_fit_run_again_trains_nothing(run: Path, image_folder: Path, llm: Path, tower: Path) -> None:
+def test_fit_run_again_trains_nothing_and_prints_a_summary(
+    run: Path, image_folder: Path, llm: Path, tower: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = (run / "model/model.safetensors").stat().st_mtime_ns
     assert main(fit_command(image_folder, llm, tower, run)) == 0
     assert (run / "model/model.safetensors").stat().st_mtime_ns == before
+    output = capsys.readouterr().out
+    trained = json.loads((run / "evaluate/trained.json").read_text())[0]
+    summary = [line.split("|")[1:-1] for line in output.splitlines() if line.startswith("|")]
+    assert summary[2][0].strip() == "CRA (6 images)"
+    name, _, _, after = (cell.strip() for cell in summary[4])
+    assert (name, after) == ("captions: T2I R@1 (6 images)", f"{trained['T2I']['R@1']:.1f}")
+    assert f"Report: {run / 'report.html'}" in output and "How to use the model" not in output
+
+
+def test_rows_of_other_tuning_sources_are_counted_separately(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "more.jsonl"
+    data.write_text('{"captions": ["a", "b"]}\n{"captions": ["c", "d"]}\n{broken\n')
+    config = FitConfig(tune=TuneConfig(data=[str(data)]), max_skipped=0.5)
+    assert len(pipeline._tuning_pairs([], {}, config, tmp_path)[0]) == 2
+    assert "tuning data: 1 of 3 rows skipped (malformed row: 1)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "skipped_tune.jsonl").read_text())["row"] == 3
 
 
 def test_fit_rejects_other_settings_in_the_same_directory(

@@ -101,7 +101,8 @@ def test_open_records_maps_columns_and_explains_missing_ones(tmp_path: Path) -> 
     (tmp_path / "x.csv").write_text("bild,beschreibung\na.jpg,eins\n")
     csv_path = str(tmp_path / "x.csv")
     with pytest.raises(
-        ValueError, match=r"x\.csv: no caption column; the file has the columns bild, beschreibung\. Name one with --columns"
+        ValueError,
+        match=r"x\.csv: no caption column; the file has the columns bild, beschreibung\. Name one with --columns",
     ):
         list(open_records(csv_path))
     with pytest.raises(ValueError, match=r"no column 'beschreibun' for captions \(did you mean beschreibung\?\)"):

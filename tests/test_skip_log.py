@@ -203,9 +203,7 @@ def test_skip_log_summarizes_notes_and_copies() -> None:
     assert log.summary().endswith("; odd\\udcff.csv: note 3")
     log.count_row()
     log.skip("a.csv", 1, "not UTF-8", "x")
-    with pytest.raises(
-        TooManySkipped, match=r"over the limit of 5.0%\n  a.csv, row 1.*\na.csv and 1 more: read as"
-    ):
+    with pytest.raises(TooManySkipped, match=r"over the limit of 5.0%\n  a.csv, row 1.*\na.csv and 1 more: read as"):
         log.check()
 
 

@@ -6,6 +6,7 @@ work, so an interrupted run can be resumed by running the same command again. A 
     RUN/
       config.yaml            all settings; a resumed run must not change settings that affect the result
       skipped.jsonl          rows and images that could not be used, with their file and row number
+      skipped_tune.jsonl     the same for the sources in `tune.data` and `tune.text_pairs`
       tune/                  encoder/ (the tuned caption encoder), metrics.jsonl, cra_*.json, checkpoints/
       store/                 the embedding of every caption
       align/                 metrics.jsonl, evaluations.jsonl, checkpoints/, best/, features-*/ (if the tower is frozen)
@@ -45,7 +46,7 @@ from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.query_templates import TemplateChoice, choose_query_templates
 from llm2clip.evaluate.reporting.error_analysis import example_searches
-from llm2clip.evaluate.reporting.fit_report import write_fit_report
+from llm2clip.evaluate.reporting.fit_report import summary_table, write_fit_report
 from llm2clip.evaluate.retrieval_eval import (
     RetrievalRanks,
     caption_field_metrics,
@@ -54,6 +55,7 @@ from llm2clip.evaluate.retrieval_eval import (
     make_validator,
     rank_caption_fields,
 )
+from llm2clip.html_report import to_markdown
 from llm2clip.io_utils import atomic_write_text
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.dual_encoder import from_llm2clip
@@ -122,7 +124,7 @@ def fit(
 
     clock = _StageClock(run_dir)
     clock.start("1/4 tune: contrastive training of the language model on captions")
-    pairs = _tuning_pairs(data.train, data.held_out, config, run_dir / "tune", log)
+    pairs = _tuning_pairs(data.train, data.held_out, config, run_dir)
     held_out_captions = [record.captions for record in data.held_out["captions"]]
     encoder = EncoderConfig(path=str(tune(pairs, run_dir / "tune", config.encoder, config.tune, held_out_captions)))
 
@@ -411,14 +413,23 @@ class _StageClock:
 
 
 def _tuning_pairs(
-    train: Sequence[Record], held_out: HeldOut, config: FitConfig, out: Path, log: SkipLog
+    train: Sequence[Record], held_out: HeldOut, config: FitConfig, run_dir: Path
 ) -> list[list[TuningItem]]:
-    """Return the tuning data of `fit`, or an empty list if tuning is disabled or already complete."""
-    if config.tune.steps == 0 or (out / "encoder").exists():
+    """Return the tuning data of `fit`, or an empty list if tuning is disabled or already complete.
+
+    The rows of other sources are counted separately, because the skip log of the run counts the rows of its images.
+    """
+    if config.tune.steps == 0 or (run_dir / "tune" / "encoder").exists():
         return []
     own_captions = [] if config.tune.data or config.tune.text_pairs else train
     excluded = [record for records in held_out.values() for record in records]
-    return read_tuning_sources(own_captions, excluded, config.tune, config.columns, log)
+    has_other_sources = bool(config.tune.data or config.tune.text_pairs or config.tune.exclude)
+    writes_log = has_other_sources and process_state().is_main_process
+    log = SkipLog(run_dir / "skipped_tune.jsonl" if writes_log else None, config.max_skipped)
+    pairs = read_tuning_sources(own_captions, excluded, config.tune, config.columns, log)
+    if has_other_sources:
+        print_once(f"tuning data: {log.summary()}")
+    return pairs
 
 
 def _measure_cra(
@@ -465,16 +476,18 @@ def _save_model(model: LLM2CLIP, folder: Path, encoder: EncoderConfig | None) ->
 
 
 def _write_report(run_dir: Path, model_dir: Path, trained: list[dict[str, Any]], data_summary: str) -> None:
-    """Write the report and the model card of a `fit` run, and print the report."""
+    """Write the report and the model card of a `fit` run, and print a summary of the metrics."""
     cra_files = (run_dir / "tune" / "cra_raw.json", run_dir / "tune" / "cra_tuned.json")
-    cra = [json.loads(file.read_text()) for file in cra_files if file.exists()]
+    cra_before_after = [json.loads(file.read_text()) for file in cra_files if file.exists()]
+    cra = (cra_before_after[0], cra_before_after[1]) if len(cra_before_after) == 2 else None
     evaluations = run_dir / "evaluate"
     templates_file = evaluations / "query_templates.json"
-    report, page = write_fit_report(
+    untrained = json.loads((evaluations / "untrained.json").read_text())
+    _, page = write_fit_report(
         run_dir,
         data=data_summary,
-        cra=(cra[0], cra[1]) if len(cra) == 2 else None,
-        untrained=json.loads((evaluations / "untrained.json").read_text()),
+        cra=cra,
+        untrained=untrained,
         trained=trained,
         query_templates=json.loads(templates_file.read_text()) if templates_file.exists() else None,
         examples=json.loads((evaluations / "examples.json").read_text()),
@@ -483,4 +496,4 @@ def _write_report(run_dir: Path, model_dir: Path, trained: list[dict[str, Any]],
         settings=(run_dir / CONFIG_FILE).read_text(encoding="utf-8"),
     )
     atomic_write_text(model_dir / "README.md", render_model_card(model_dir, run_dir.resolve().name))
-    print_once(report.read_text(encoding="utf-8"), f"\nReport: {page}")
+    print_once(to_markdown("Results", [summary_table(cra, untrained, trained)]), f"Report: {page}")

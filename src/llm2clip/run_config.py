@@ -92,7 +92,7 @@ def _pairs_per_step(config: dict[str, Any], processes: int | None) -> int | None
 
 
 def _has_outputs(run_dir: Path) -> bool:
-    ignored = (CONFIG_FILE, "skipped.jsonl", ".lock")
+    ignored = (CONFIG_FILE, "skipped.jsonl", "skipped_tune.jsonl", ".lock")
     return any(path.name not in ignored for path in run_dir.iterdir())
 
 

@@ -122,7 +122,7 @@ class ColumnMapper:
         message = f"no {field.removesuffix('s')} column; {self._list_columns()}. "
         if any(re.search(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", column.lower()) for column in self.columns):
             return message + "The first line of the file must contain the column names, such as image,caption"
-        return message + f'Name one with --columns \'{{"{field}": "{next(similar, "NAME")}"}}\''
+        return message + f"Name one with --columns {field}={next(similar, 'NAME')}"
 
     def _list_columns(self) -> str:
         return f"the file has the columns {', '.join(self.columns)}" if self.columns else "the file has no columns"

@@ -45,24 +45,24 @@ class Readable(Protocol):
     def read(self) -> bytes: ...
 
 
-ImageLike = str | Path | bytes | Image.Image | Tensor | Readable
+ImageLike = str | Path | bytes | Image.Image | Tensor | np.ndarray | Readable
 
 
 def load_image(image: ImageLike) -> Tensor:
     """Load an image from any supported input as uint8 (3, H, W) RGB and apply its EXIF orientation.
 
     Args:
-        image: One of the following: a path, encoded bytes, an open file, an `ImageRef`, a PIL image, or a uint8
-            (3, H, W) tensor. A tensor is returned unchanged.
+        image: One of the following: a path, encoded bytes, an open file, an `ImageRef`, a PIL image, a uint8 NumPy
+            array (H, W, 3) or (H, W), a uint8 tensor (3, H, W), or a float tensor (3, H, W) with values from 0 to 1.
 
     Raises:
         ImageError: The image cannot be read, or the type of `image` is not supported. If the image is in a file, the
             message contains the file name.
     """
     if isinstance(image, Tensor):
-        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
-            raise ImageError(f"a tensor must be uint8 (3, H, W) (got {image.dtype} {tuple(image.shape)})")
-        return image
+        return _from_tensor(image)
+    if isinstance(image, np.ndarray):
+        return _from_array(image)
     if isinstance(image, bytes):
         return decode_image(image)
     name = _name_of(image)
@@ -138,8 +138,30 @@ def _name_of(image: object) -> object:
     if isinstance(image, Readable):
         return getattr(image, "name", "")
     raise ImageError(
-        f"an image must be a path, bytes, an open file, a PIL image or a tensor (got {type(image).__name__})"
+        f"an image must be a path, bytes, an open file, a PIL image, an array or a tensor (got {type(image).__name__})"
     )
+
+
+def _from_tensor(image: Tensor) -> Tensor:
+    is_float = image.is_floating_point()
+    if not (image.dtype == torch.uint8 or is_float) or image.ndim != 3 or image.shape[0] != 3 or not image.numel():
+        raise ImageError(f"a tensor must be uint8 or float, (3, H, W) (got {image.dtype} {tuple(image.shape)})")
+    if not is_float:
+        return image
+    if not bool(((image >= 0) & (image <= 1)).all()):  # also False for NaN
+        raise ImageError(
+            "the values of a float tensor must be between 0 and 1, before any normalisation "
+            f"(got {image.min():.3g} to {image.max():.3g})"
+        )
+    return (image.float() * 255).round().to(torch.uint8)
+
+
+def _from_array(image: np.ndarray) -> Tensor:
+    is_grey = image.ndim == 2
+    if image.dtype != np.uint8 or not (is_grey or (image.ndim == 3 and image.shape[2] == 3)) or not image.size:
+        raise ImageError(f"an array must be uint8, (H, W, 3) or (H, W) (got {image.dtype} {image.shape})")
+    pixels = torch.from_numpy(np.array(image, order="C"))  # a copy, because the array may be read-only
+    return pixels.expand(3, -1, -1).contiguous() if is_grey else pixels.permute(2, 0, 1).contiguous()
 
 
 def _check_size(image: Image.Image) -> None:

@@ -46,7 +46,9 @@ def read_merged_records(
             merged[key] = source, record
     if image_check in ("header", "exists") and merged and not any(record.image for _, record in merged.values()):
         names = ", ".join(str(source) for source in sources)
-        message = f"{names}: none of the {len(merged):,} records has an image. Only `tune` and `embed` accept texts alone"
+        message = (
+            f"{names}: none of the {len(merged):,} records has an image. Only `tune` and `embed` accept texts alone"
+        )
         raise ValueError("\n".join([message, *log.list_notes()]))
     if image_check != "ignore":
         copies = find_copies(record.image for _, record in merged.values())

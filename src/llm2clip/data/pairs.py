@@ -111,8 +111,8 @@ def resolve_pairs_per_step(sources: Sequence[Sequence[TuningItem]], batch_size: 
         pairs_per_step = min(map(_count_unrelated_items, usable)) // world_size * world_size
         if pairs_per_step < 2:
             raise ValueError(
-                f"too few texts to tune on with {world_size} process(es): a step needs at least 2 pairs that share no text, "
-                "and 1 for each process. Add data, or use --tune.steps 0 to leave the LLM unchanged"
+                f"too few texts to tune on with {world_size} process(es): a step needs at least 2 pairs that share no "
+                "text, and 1 for each process. Add data, or use --tune.steps 0 to leave the LLM unchanged"
             )
     for items in sources:
         pairable_items(items, pairs_per_step)
@@ -165,7 +165,9 @@ def _count_unrelated_items(items: Sequence[TuningItem]) -> int:
     Items of different groups share no text, so a batch with one pair for each group can always be filled.
     """
     texts: dict[str, int] = {}
-    edges = [(n, len(items) + texts.setdefault(text, len(texts))) for n, item in enumerate(items) for text in item.texts]
+    edges = [
+        (n, len(items) + texts.setdefault(text, len(texts))) for n, item in enumerate(items) for text in item.texts
+    ]
     num_nodes = len(items) + len(texts)
     graph = coo_matrix((np.ones(len(edges)), np.array(edges).T), shape=(num_nodes, num_nodes))
     return int(connected_components(graph, directed=False)[0])

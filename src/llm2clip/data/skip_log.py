@@ -12,7 +12,8 @@ from pathlib import Path
 MAX_NOTES = 5  # number of notes in the summary
 # How to fix the source, by the reason for which most rows were skipped.
 ADVICE = {
-    "missing image": "Relative image paths start in the folder of the caption file. Move this file, or correct the paths",
+    "missing image": "Relative image paths start in the folder of the caption file. Move this file, or correct "
+    "the paths",
     "image is a URL": "Images are not downloaded. Download them first, for example with img2dataset --output_format "
     "webdataset, and pass the tar files",
     "no caption": "In a folder of images or a tar file, the captions of x.jpg must be in x.txt or x.json. A folder can "
@@ -37,8 +38,8 @@ class SkipLog:
 
     Attributes:
         skipped: Number of skipped rows for each reason.
-        dropped: Number of rows of which a part, such as an empty caption, was dropped, for each reason. The rest of each
-            row is used.
+        dropped: Number of rows of which a part, such as an empty caption, was dropped, for each reason. The rest of
+            each row is used.
         examples: Descriptions of the first three skipped rows.
         notes: Maps each unusual property, such as an encoding, to the files that have it.
     """

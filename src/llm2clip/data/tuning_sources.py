@@ -40,7 +40,8 @@ def read_tuning_sources(
             held-out images are also recognised by the comparable part of their ids; see `comparable_id`.
 
     Raises:
-        ValueError: The number of source weights is wrong, a source has too few pairs, or no pair can be formed because there are neither text pairs nor images with two captions.
+        ValueError: The number of source weights is wrong, a source has too few pairs, or no pair can be
+            formed because there are neither text pairs nor images with two captions.
     """
     groups = _caption_groups([*training_sources, *config.data], bool(config.source_weights))
     num_sources = bool(train) + len(groups) + len(config.text_pairs)

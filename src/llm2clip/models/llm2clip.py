@@ -338,14 +338,15 @@ class LLM2CLIP(nn.Module):
         """Encode images as L2-normalised (N, embed_dim) float32 embeddings on the CPU.
 
         Args:
-            images: one image or a list of N images. Each image is one of: a path, the bytes of an image file, a PIL
-                image, a uint8 tensor (3, H, W).
+            images: one image, a list of N images, a tensor (N, 3, H, W) or an array (N, H, W, 3).
+                Each image is one of: a path, the bytes of an image file, a PIL image, a uint8 NumPy array (H, W, 3) or
+                (H, W), a uint8 tensor (3, H, W), a float tensor (3, H, W) with values from 0 to 1.
             batch_size: number of images per forward pass.
 
         Raises:
             ImageError: an image cannot be decoded. The message contains the image's name.
         """
-        items = list(images) if isinstance(images, list | tuple) else [images]
+        items = _to_list(images)
         transform = EvalTransform(self.tower.preprocess)
         self.eval()
         embeddings = [torch.empty(0, self.config.embed_dim)]
@@ -378,7 +379,7 @@ class LLM2CLIP(nn.Module):
             ValueError: the vision tower has no dense features, or does not support the variant or the size.
             ImageError: an image cannot be decoded. The message contains the image's name.
         """
-        items = list(images) if isinstance(images, list | tuple) else [images]
+        items = _to_list(images)
         self.eval()
         dense = build_dense_encoder(self.tower, self.projection)
         embeddings: list[Tensor] = []
@@ -640,6 +641,12 @@ class LLM2CLIP(nn.Module):
         model._text_folder = folder / "text" if (folder / "text").is_dir() else None
         model.training_images = load_training_images(folder)
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def _to_list(images: Any) -> list[Any]:
+    """Return the images in a list, tuple or batch. A single image becomes a list of one image."""
+    is_batch = isinstance(images, Tensor | np.ndarray) and images.ndim == 4
+    return list(images) if is_batch or isinstance(images, list | tuple) else [images]
 
 
 def _has_projection_bias(tower: VisionTower) -> bool:

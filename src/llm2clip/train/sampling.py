@@ -207,8 +207,8 @@ def resolve_images_per_step(images: int, config: AlignConfig, world_size: int) -
     images_per_step = min(config.batch_size, images // world_size) * world_size
     if images_per_step < 2:
         raise ValueError(
-            f"cannot train on {images:,} images with --align.batch_size {config.batch_size} and {world_size} process(es): "
-            "a step needs at least 2 images that are not held out, and 1 for each process"
+            f"cannot train on {images:,} images with --align.batch_size {config.batch_size} and {world_size} "
+            "process(es): a step needs at least 2 images that are not held out, and 1 for each process"
         )
     return images_per_step
 

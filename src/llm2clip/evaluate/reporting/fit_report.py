@@ -75,6 +75,23 @@ def write_fit_report(
     return write_report(folder, "report", f"Training of {folder.resolve().name}", blocks)
 
 
+def summary_table(
+    cra: tuple[dict[str, Any], dict[str, Any]] | None,
+    untrained: Sequence[dict[str, Any]],
+    trained: Sequence[dict[str, Any]],
+) -> Table:
+    """Return a table with the most important metrics of a `fit` run. For the arguments, see `write_fit_report`."""
+    rows: list[list[Any]] = []
+    if cra:
+        rows.append([f"CRA ({cra[0]['images']:,} images)", cra[0]["chance"], cra[0]["CRA"], cra[1]["CRA"]])
+    for before, after in zip(untrained, trained, strict=True):
+        for direction in ("I2T", "T2I"):
+            name = f"{after['captions']}: {direction} R@1 ({after['images']:,} images)"
+            chance = after[f"{direction} chance"]["R@1"]
+            rows.append([name, chance, before[direction]["R@1"], after[direction]["R@1"]])
+    return Table(["held-out images, %", "chance", "before training", "after training"], rows)
+
+
 def caption_retrieval_table(raw: dict[str, Any], tuned: dict[str, Any]) -> Table:
     """Return a table with the chance level of CRA and the CRA before and after the `tune` stage."""
     rows: list[list[Any]] = [["chance", raw["chance"], None]]
