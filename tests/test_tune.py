@@ -303,7 +303,6 @@ def test_a_second_training_of_an_encoder_also_uses_autocast(
     ("change", "message"),
     [
         ({"matryoshka_dims": [32]}, "must be between 1 and 31"),
-        ({"batch_size": 25}, "a batch of 25"),
         ({"source_weights": [1, 1]}, "weights"),
     ],
     ids=str,
