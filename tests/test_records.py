@@ -142,11 +142,11 @@ def test_image_folder_has_captions_in_upper_case_files_and_names_unsupported_for
     (tmp_path / "IMG_1.Json").write_text('{"caption": "a cat"}')
     (tmp_path / "IMG_2.txt").write_text("a bird")
     (tmp_path / "IMG_2.CR2").write_bytes(b"raw data of an image that is also a JPEG file")
-    (tmp_path / "IMG_3.heic").write_bytes(b"unsupported")
+    (tmp_path / "IMG_3.svg").write_bytes(b"unsupported")
     log = SkipLog(max_skipped=1.0)
     assert [record.texts for record in open_records(tmp_path, log)] == [("a dog",), ("a cat",), ("a bird",)]
     assert log.summary() == "1 of 4 rows skipped (unsupported image format: 1)"
-    assert "IMG_3.heic to JPEG" in log.examples[0]
+    assert "IMG_3.svg to JPEG" in log.examples[0]
 
 
 @pytest.mark.parametrize(
@@ -154,14 +154,14 @@ def test_image_folder_has_captions_in_upper_case_files_and_names_unsupported_for
     [
         ("photos.zip", "photos.zip: unknown format; unpack the archive"),
         ("a.jpg", "a.jpg: unknown format; this is a single image: pass the folder"),
-        ("phone", "(files: 1 .heic); convert the images to JPEG"),
+        ("camera", "(files: 1 .nef); convert the images to JPEG"),
     ],
 )
 def test_open_records_explains_unsupported_files(tmp_path: Path, name: str, advice: str) -> None:
     source = tmp_path / name
-    if name == "phone":
+    if name == "camera":
         source.mkdir()
-        (source / "a.HEIC").touch()
+        (source / "a.NEF").touch()
     else:
         source.touch()
     with pytest.raises(ValueError, match=re.escape(advice)):

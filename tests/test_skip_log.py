@@ -239,8 +239,8 @@ def test_lost_rows_of_a_damaged_parquet_file_are_counted(tmp_path: Path) -> None
     [
         ("photos/{n}.jpg", "missing image: {folder}/photos/0.jpg", "start in the folder of the caption file"),
         ("https://example.org/{n}.jpg", "image is a URL", "Download them first"),
-        ("empty.jpg", "unreadable image: {folder}/empty.jpg: the file is empty", "Fix the source"),
-        ("text.jpg", "unreadable image: {folder}/text.jpg: not an image in a supported format", "Fix the source"),
+        ("empty.jpg", "unreadable image: {folder}/empty.jpg: not an image: it is empty", "Fix the source"),
+        ("text.jpg", "unreadable image: {folder}/text.jpg: not an image: supported formats: ", "Fix the source"),
     ],
 )
 def test_skip_limit_explains_how_to_fix_the_images(tmp_path: Path, image: str, reason: str, advice: str) -> None:

@@ -152,15 +152,9 @@ def check_image(image: LoadedImage, read_header: bool) -> None:
         return
     try:
         with io.BytesIO(image.data) if image.data is not None else image.ref.open() as stream:
-            if not stream.read(1):
-                raise UnusableRow("unreadable image", f"{image.ref}: the file is empty")
             width, height = open_header(stream).size
-    except UnusableRow:
-        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own limits
         raise UnusableRow("image too large", f"{image.ref}: {error}") from error
-    except Image.UnidentifiedImageError as error:  # its message names the stream object
-        raise UnusableRow("unreadable image", f"{image.ref}: not an image in a supported format") from error
     except Exception as error:  # malicious bytes can make Pillow's plugins raise any type of exception
         is_complete = isinstance(error, ImageFormatError | DecodingLimitError | OSError)
         reason = str(error) if is_complete else describe_error(error)
