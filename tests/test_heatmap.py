@@ -103,6 +103,19 @@ def test_server_returns_where_the_query_is(model: DualEncoder, backend: SqliteBa
         assert 'llm2clip_batch_size_count{kind="heatmap"} 4.0' in client.get("/metrics").text
 
 
+def test_server_returns_where_the_query_is_in_an_uploaded_image(model: DualEncoder, image_folder: Path) -> None:
+    uri = "data:image/png;base64," + base64.b64encode((image_folder / "0.png").read_bytes()).decode()
+    with TestClient(create_patient_app(model), base_url=BASE_URL) as client:  # a server without an index
+        dense, query = model.dense, model.encode_texts([RED])[0].numpy()
+        assert dense is not None
+        for options, size in (({}, dense.localization_size), ({"variant": "plain", "image_size": 24}, 24)):
+            rows = client.post("/heatmap", json={"image": uri, "texts": [RED], **options}).json()["rows"]
+            expected = compute_heatmap(dense, dense.resize(load_image(image_folder / "0.png"), size), query, "plain")
+            np.testing.assert_allclose(rows, expected, atol=1e-5)
+        code, message = error(client.post("/heatmap", json={"image": uri, "texts": [RED], "variant": "sclip"}))
+        assert code == 422 and "this model does not support the variant sclip: use plain" in message
+
+
 def test_server_rejects_invalid_heatmap_requests(
     model: DualEncoder, dual_encoder: DualEncoder, backend: SqliteBackend
 ) -> None:
@@ -114,6 +127,14 @@ def test_server_rejects_invalid_heatmap_requests(
             "the query is empty: provide at least one text or image to search for",
         )
         assert error(client.post("/heatmap", json=request | {"top": 3}))[0] == 422
+        code, message = error(client.post("/heatmap", json=request | {"image": "data:image/png;base64,AAAA"}))
+        assert code == 422 and "a heat map needs either the id of a hit or an image" in message
+        image = {"image": "data:image/png;base64,AAAA", "texts": ["a"]}
+        assert error(client.post("/heatmap", json=image))[0] == 422
+        assert error(client.post("/heatmap", json=request | {"variant": "slip"}))[0] == 422
+        assert error(client.post("/heatmap", json=request | {"image_size": 0}))[0] == 422
+        code, message = error(client.post("/heatmap", json=request | {"image_size": 4000}))
+        assert code == 422 and "image_size 4000 results in 500 x 600 cells; the limit is 4,096 cells" in message
         code, message = error(client.post("/heatmap", json=request | {"id": "../x"}))
         assert code == 404 and "the index contains no image with id ../x" in message
     with TestClient(create_patient_app(model, backend, max_pixels=1000), base_url=BASE_URL) as client:

@@ -134,13 +134,16 @@ class DenseEncoder:
             image: the image.
             image_size: length of the shorter side, in pixels. Default: the size on which the tower was trained.
         """
-        shorter = max(1, round((image_size or self.image_size) / self.cell_size))  # in cells
-        height, width = image.shape[-2:]
+        rows, columns = self.grid(image.shape[-2], image.shape[-1], image_size)
+        size = [rows * self.cell_size, columns * self.cell_size]
+        return cast(Tensor, resize(image, size, InterpolationMode(self.interpolation), antialias=True))
+
+    def grid(self, height: int, width: int, image_size: int | None = None) -> tuple[int, int]:
+        """Return the number of rows and columns of cells of an image with the given size. See `resize`."""
+        shorter = max(1, round((image_size or self.image_size) / self.cell_size))
         ratio = min(max(height, width) / min(height, width), _MAX_ASPECT_RATIO)
         longer = round(ratio * shorter)
-        cells = (longer, shorter) if height > width else (shorter, longer)
-        size = [cells[0] * self.cell_size, cells[1] * self.cell_size]
-        return cast(Tensor, resize(image, size, InterpolationMode(self.interpolation), antialias=True))
+        return (longer, shorter) if height > width else (shorter, longer)
 
 
 def build_dense_encoder(tower: VisionTower, project: Callable[[Tensor], Tensor], bf16: bool = False) -> DenseEncoder:

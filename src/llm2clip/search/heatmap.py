@@ -29,15 +29,16 @@ def require_dense_encoder(model: DualEncoder) -> DenseEncoder:
     return model.dense
 
 
-def compute_heatmap(dense: DenseEncoder, pixels: Tensor, query: np.ndarray) -> np.ndarray:
+def compute_heatmap(dense: DenseEncoder, pixels: Tensor, query: np.ndarray, variant: str | None = None) -> np.ndarray:
     """Return the cosine similarity of each cell of an image to a query, float32 (h, w).
 
     Args:
         dense: Dense encoder of the model that embedded the query.
         pixels: Image, uint8 (3, H, W), resized by `dense.resize`, usually to `dense.localization_size`.
         query: Query vector, float32 (D,), L2-normalised.
+        variant: Variant of the dense features. Default: `dense.localization_variant`.
     """
-    cells = dense.encode(pixels[None], dense.localization_variant)[0]  # (h, w, D)
+    cells = dense.encode(pixels[None], variant or dense.localization_variant)[0]  # (h, w, D)
     return (cells @ torch.from_numpy(query).to(cells)).cpu().numpy()
 
 

@@ -37,6 +37,7 @@ from llm2clip.search.schemas import (
 from llm2clip.search.types import Hit
 
 DECODE_THREADS = 2
+MAX_HEATMAP_CELLS = 4096  # if the request specifies the image size: memory can grow with the square of the number
 COUNT_SECONDS = 1.0  # maximum age of the cached number of images
 SEARCH_THREADS = 2  # a search scans all vectors, so additional threads would only compete for memory bandwidth
 
@@ -200,25 +201,49 @@ class InferenceService:
         return SearchResponse(hits=[HitResponse.from_hit(hit) for hit in hits], total=total)
 
     async def heatmap(self, request: HeatmapRequest) -> np.ndarray:
-        """Embed a query; return its cosine similarity to each cell of a hit's image, float32 (h, w).
+        """Embed a query; return its cosine similarity to each cell of an image, float32 (h, w).
 
         Raises:
             NotFound: The server has no index, an id is not in the index, or the image file has been changed or removed.
             TooLarge: The hit's image has too many pixels, or its file is too large.
-            ValueError: The query is empty, or the model has no dense features or returned NaN or infinity.
+            ValueError: The query is empty, there are too many cells, or the model has no dense features, does not
+                support the variant, or returned NaN or infinity.
             ImageError: The hit's image cannot be decoded.
-            InvalidImage: An image of the query cannot be decoded or has too many pixels.
+            InvalidImage: An image of the request cannot be decoded or has too many pixels.
             QueueFull: Too many heat maps are waiting.
         """
-        require_dense_encoder(self.model)
-        self.require_backend()
+        dense = require_dense_encoder(self.model)
+        variant = request.variant or dense.localization_variant
+        if variant not in dense.variants:
+            raise ValueError(f"this model does not support the variant {variant}: use {' or '.join(dense.variants)}")
+        if request.id is not None:
+            self.require_backend()
         query = await self._embed_query(request)
-        [pixels] = await self._decode(self._prepare_original, [request.id])
-        [heatmap] = _check_finite(await self._heatmap_batcher.submit([(pixels, query)]), "an image")
+        [pixels] = await self._decode(self._prepare_for_heatmap, [request])
+        [heatmap] = _check_finite(await self._heatmap_batcher.submit([(pixels, query, variant)]), "an image")
         return heatmap
 
-    def _prepare_original(self, hit_id: str) -> Tensor:
-        """Decode the image file of a hit and resize the image for the dense encoder."""
+    def _prepare_for_heatmap(self, request: HeatmapRequest) -> Tensor:
+        """Decode the image of a request and resize it for the dense encoder."""
+        dense = require_dense_encoder(self.model)
+        image_size = request.image_size or dense.localization_size
+        if request.image is not None:
+            try:
+                image = load_request_image(decode_data_uri(request.image), self.limits.max_pixels)
+            except (ImageError, TooLarge) as error:
+                raise InvalidImage(error, "image") from error
+        else:
+            image = self._load_original(request.id or "")
+        rows, columns = dense.grid(image.shape[-2], image.shape[-1], image_size)
+        if request.image_size is not None and rows * columns > MAX_HEATMAP_CELLS:
+            raise ValueError(
+                f"image_size {image_size} results in {rows:,} x {columns:,} cells; the limit is {MAX_HEATMAP_CELLS:,} "
+                "cells: use a smaller image_size"
+            )
+        return dense.resize(image, image_size)
+
+    def _load_original(self, hit_id: str) -> Tensor:
+        """Decode the image file of a hit."""
         try:
             stream, _ = open_original(self.require_backend(), hit_id)
         except FileNotFoundError as error:
@@ -228,13 +253,12 @@ class InferenceService:
             data = stream.read(max_bytes + 1)
         if len(data) > max_bytes:
             raise TooLarge(f"the image file is too large; the limit is {max_bytes:,} bytes")
-        dense = require_dense_encoder(self.model)
-        return dense.resize(load_request_image(data, self.limits.max_pixels), dense.localization_size)
+        return load_request_image(data, self.limits.max_pixels)
 
-    def _compute_heatmaps(self, items: Sequence[tuple[Tensor, np.ndarray]]) -> list[np.ndarray]:
+    def _compute_heatmaps(self, items: Sequence[tuple[Tensor, np.ndarray, str]]) -> list[np.ndarray]:
         # Process one image at a time, because the images have different sizes.
         dense = require_dense_encoder(self.model)
-        return [compute_heatmap(dense, pixels, query) for pixels, query in items]
+        return [compute_heatmap(dense, pixels, query, variant) for pixels, query, variant in items]
 
     async def _embed_query(self, request: QueryRequest) -> np.ndarray:
         """Return the query vector of a request, float32 (D,)."""

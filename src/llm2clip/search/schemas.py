@@ -213,9 +213,26 @@ class SearchResponse(BaseModel):
 
 
 class HeatmapRequest(QueryRequest):
-    """A query, which must not be empty, and the image in which to locate it."""
+    """A query, which must not be empty, and the image in which to locate it: a hit or an image of the request."""
 
-    id: HitId = Field(description="id of a hit")
+    id: HitId | None = Field(default=None, description="id of a hit")
+    image: DataUri | None = Field(default=None, description="image, instead of a hit")
+    variant: Literal["plain", "maskclip", "sclip", "clearclip", "naclip"] | None = Field(
+        default=None, description="variant of the dense features; by default, the best one for the model"
+    )
+    image_size: int | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="length to which the shorter side is resized, in pixels; by default, 1.5 times the size on which "
+        "the model was trained",
+    )
+
+    @model_validator(mode="after")
+    def _require_one_image(self) -> HeatmapRequest:
+        if (self.id is None) == (self.image is None):
+            raise PydanticCustomError("one_image", "a heat map needs either the id of a hit or an image")
+        return self
 
 
 class HeatmapResponse(BaseModel):
