@@ -89,10 +89,11 @@ def test_forward_of_images_texts_or_both(model: LLM2CLIP) -> None:
     assert torch.equal(model(embeddings=embeddings)[1], text) and model(embeddings=embeddings)[0] is None
 
 
-def test_logit_scale_is_clamped(model: LLM2CLIP) -> None:
+def test_logit_scale_is_clamped_only_in_training(model: LLM2CLIP) -> None:
     with torch.no_grad():
-        model.logit_scale.fill_(9.0)
-    assert model()[2].item() == pytest.approx(100)
+        model.logit_scale.fill_(5.0)
+    assert model.eval()()[2].item() == pytest.approx(math.exp(5))
+    assert model.train()()[2].item() == pytest.approx(100)
     model.clamp_logit_scale()
     assert model.logit_scale.item() == pytest.approx(math.log(100))
 

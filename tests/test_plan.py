@@ -75,7 +75,11 @@ def test_llm_parameters_match_published_weights(name: str, parameters: int) -> N
 
 @pytest.mark.parametrize(
     ("tower", "parameters"),
-    [("openai/clip-vit-large-patch14-336", 578_587_905), ("openai/clip-vit-base-patch16", 360_552_193)],
+    [
+        ("openai/clip-vit-large-patch14-336", 578_587_905),
+        ("openai/clip-vit-base-patch16", 360_552_193),
+        ("eva02_large_patch14_clip_336.merged2b", 578_727_361),
+    ],
 )
 def test_align_parameters_match_published_checkpoints(tower: str, parameters: int) -> None:
     costs = image_costs(dataclasses.replace(PAPER_ALIGN, tower=tower), 4096, 1)

@@ -46,7 +46,7 @@ from llm2clip.models.regions import check_boxes, check_masks, encode_boxes, enco
 from llm2clip.models.sliding_window import ResizeForWindows, encode_windows, segment
 from llm2clip.models.vision_tower import VisionTower
 
-MAX_LOGIT_SCALE = 100.0
+MAX_LOGIT_SCALE = 100.0  # in training
 # Initial standard deviation of a projection with bias, as in the LLM2CLIP authors' code (eva_vit_model.py: 0.02 times
 # an init_scale of 0.001). The bias starts at zero.
 SMALL_PROJECTION_STD = 2e-5
@@ -207,22 +207,25 @@ class LLM2CLIP(nn.Module):
         Returns:
             Four items, or five with `return_features`. The first two are the image embeddings (N, embed_dim) and the
             text embeddings (M, embed_dim), L2-normalised float32, or None if there are no images or no texts. The next
-            two are float32 scalars: the factor that multiplies the cosine similarities (at most 100), and the bias that
-            is added to the logits.
+            two are float32 scalars: the factor that multiplies the cosine similarities, and the bias that is added to
+            the logits. In training mode, the factor is clamped to 100. In eval mode, it is not, because some official
+            checkpoints have a larger one.
         """
         if pixels is not None:
             features = self.tower(pixels)
         image = F.normalize(self.projection(features).float(), dim=-1) if features is not None else None
         text = F.normalize(self.adapter(embeddings).float(), dim=-1) if embeddings is not None else None
-        scale = self.logit_scale.float().exp().clamp(max=MAX_LOGIT_SCALE)[0]
+        scale = self.logit_scale.float().exp()[0]
+        if self.training:
+            scale = scale.clamp(max=MAX_LOGIT_SCALE)
         bias = scale.new_zeros(()) if self.logit_bias is None else self.logit_bias.float()[0]
         return (image, text, scale, bias, features) if return_features else (image, text, scale, bias)
 
     @torch.no_grad()
     def set_logits(self, scale: float, bias: float | None = None) -> None:
-        """Set the logit bias and the logit scale, which multiplies the cosine similarities and is clamped to 100.
+        """Set the logit bias and the logit scale with which training starts.
 
-        The bias is not changed if `bias` is None or if the model has no logit bias.
+        The logit scale multiplies the cosine similarities and is clamped to 100. The bias is not changed if `bias` is None or if the model has no logit bias.
         """
         self.logit_scale.fill_(math.log(scale))
         self.clamp_logit_scale()
@@ -231,7 +234,7 @@ class LLM2CLIP(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Clamp the logit scale to just below the maximum that `forward` allows. Call this after every optimizer step.
+        """Clamp the logit scale to just below the maximum in training. Call this after every optimizer step.
 
         Above the maximum, the gradient of the logit scale is zero, so the scale could never decrease again.
         """
