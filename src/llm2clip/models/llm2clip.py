@@ -225,7 +225,8 @@ class LLM2CLIP(nn.Module):
     def set_logits(self, scale: float, bias: float | None = None) -> None:
         """Set the logit bias and the logit scale with which training starts.
 
-        The logit scale multiplies the cosine similarities and is clamped to 100. The bias is not changed if `bias` is None or if the model has no logit bias.
+        The logit scale multiplies the cosine similarities and is clamped to 100. The bias is not changed if `bias` is
+        None or if the model has no logit bias.
         """
         self.logit_scale.fill_(math.log(scale))
         self.clamp_logit_scale()
