@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -111,6 +112,24 @@ def test_cosine_schedule_rises_linearly_and_falls_to_zero() -> None:
     factor = cosine_schedule(100, 0.1)
     assert [factor(0), factor(9), factor(10)] == pytest.approx([0.1, 1.0, 1.0])
     assert factor(55) == pytest.approx(0.5) and factor(100) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(10, 0), (1, 0), (7, 1), (40, 10), (5, 5)])
+def test_cosine_schedule_equals_that_of_the_authors(steps: int, warmup: int) -> None:
+    expected = []
+    for step in range(steps):  # warmup_cosine_lr in training/scheduler.py
+        if step < warmup:
+            expected.append((step + 1) / warmup)
+        else:
+            expected.append(0.5 * (1 + np.cos(np.pi * (step - warmup) / (steps - warmup))))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_schedule(steps, warmup / steps))
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx(expected, abs=1e-12)
 
 
 def test_adamw_is_fused_on_gpus() -> None:

@@ -81,10 +81,11 @@ def parameter_groups(model: LLM2CLIP, config: AlignConfig) -> list[dict[str, Any
 def cosine_schedule(steps: int, warmup_ratio: float) -> Callable[[int], float]:
     """Return a function that maps a step to its learning rate factor: linear warm-up, followed by cosine decay to zero.
 
-    Unlike in the cosine schedule of transformers, the learning rate of the first step is greater than 0, so that this
-    step is not wasted.
+    The schedule is that of the LLM2CLIP authors' code (training/scheduler.py), in which steps count from 0. Unlike in
+    the cosine schedule of transformers, the learning rate of the first step is greater than 0, so that this step is not
+    wasted.
     """
-    warmup = max(1, round(steps * warmup_ratio))
+    warmup = round(steps * warmup_ratio)
 
     def factor(step: int) -> float:
         if step < warmup:
