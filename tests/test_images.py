@@ -293,8 +293,7 @@ def test_preprocess_round_trips_and_transformers_reads_it(
     assert Preprocess.from_dict(json.loads((tmp_path / "preprocessor_config.json").read_text())) == preprocess
 
     processor = CLIPImageProcessor.from_pretrained(tmp_path)
-    # A square image: transformers rounds the corner of a centre crop down, while torchvision (and so timm, open_clip
-    # and OpenAI's CLIP) rounds it to even. On other shapes the crops can differ by one pixel.
+    # A square image, because transformers rounds the corner of a centre crop down.
     expected = torch.as_tensor(processor(photo(301, 301), return_tensors="pt")["pixel_values"][0])
     gap = ((EvalTransform(preprocess)(load_image(photo(301, 301))) / 255 - 0.5) / 0.5 - expected).abs()
     assert gap.mean() < 5e-3
@@ -303,7 +302,9 @@ def test_preprocess_round_trips_and_transformers_reads_it(
 
 def test_preprocess_reads_transformers_processors() -> None:
     old = {"size": 224, "crop_size": 224, "do_center_crop": True, "image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}
-    assert Preprocess.from_dict(old) == Preprocess(224, "shortest", 1.0, "bicubic", (0.1, 0.2, 0.3), (1, 1, 1))
+    assert Preprocess.from_dict(old) == Preprocess(
+        224, "shortest", 1.0, "bicubic", (0.1, 0.2, 0.3), (1, 1, 1), crop_rounding="down"
+    )
     dino = {**old, "size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}, "resample": 3}
     assert Preprocess.from_dict(dino).resize_size == 256
     siglip = {**old, "size": {"height": 384, "width": 384}, "do_center_crop": None, "resample": 2}
@@ -337,14 +338,37 @@ def test_eval_transform_equals_timm(shape: tuple[int, int], crop_mode: str, inte
     assert gap.max() < 2.01 / 255 / min(std)
 
 
-@pytest.mark.parametrize("shape", [(500, 375), (333, 500), (200, 150)])
-def test_eval_transform_equals_transformers_on_pil(shape: tuple[int, int]) -> None:
+def test_centre_crop_has_the_corner_of_torchvision_or_of_transformers() -> None:
+    from torchvision.transforms.v2 import CenterCrop
+    from transformers import CLIPImageProcessor
+
+    size = 16
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": size}, crop_size=size, do_rescale=False, do_normalize=False, do_resize=False
+    )
+    settings = processor.to_dict() | {"do_resize": True}
+    like_transformers = EvalTransform(Preprocess.from_dict(settings))
+    like_torchvision = EvalTransform(Preprocess(size, "shortest", 1.0, "bicubic", *HALF))
+    for long in range(size, size + 40):
+        row = torch.arange(long, dtype=torch.uint8)  # the value of a pixel is its column
+        for image in (row.expand(3, size, long), row.expand(3, size, long).transpose(1, 2)):
+            expected = processor(image, return_tensors="pt")["pixel_values"][0]
+            assert torch.equal(like_transformers(image), expected)
+            assert torch.equal(like_torchvision(image), CenterCrop(size)(image))
+
+
+@pytest.mark.parametrize("shape", [(500, 375), (333, 500), (200, 150), (640, 427), (427, 640), (227, 224), (501, 334)])
+@pytest.mark.parametrize("size", [224, 336])
+def test_eval_transform_equals_transformers_on_pil(shape: tuple[int, int], size: int) -> None:
     import transformers
 
     # In older versions the processor that uses Pillow has the plain name.
-    processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)()
+    processor_class = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+    processor = processor_class(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     preprocess = Preprocess.from_dict(processor.to_dict())
-    assert preprocess == Preprocess(224, "shortest", 1.0, "bicubic", preprocess.mean, preprocess.std)
+    statistics = preprocess.mean, preprocess.std
+    assert preprocess == Preprocess(size, "shortest", 1.0, "bicubic", *statistics, crop_rounding="down")
+    assert Preprocess.from_dict(json.loads(json.dumps(preprocess.to_dict()))) == preprocess
     expected = torch.as_tensor(processor(photo(*shape), return_tensors="pt")["pixel_values"][0])
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (preprocess.mean, preprocess.std))
     gap = ((EvalTransform(preprocess)(load_image(photo(*shape))) / 255 - mean) / std - expected).abs()

@@ -289,7 +289,7 @@ def test_missing_preprocessor_config_falls_back_with_a_warning(
         tower = VisionTower.from_pretrained(tmp_path)
     assert "has no preprocessor_config.json" in caplog.text
     assert tower.preprocess == Preprocess(
-        32, "shortest", 0.875, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        32, "shortest", 0.875, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), crop_rounding="down"
     )
 
 

@@ -38,6 +38,8 @@ class Preprocess:
         std: Per-channel normalisation standard deviation, for pixel values in [0, 1].
         patch_size: Side length of a patch, in pixels. Only for "patches".
         max_num_patches: Maximum number of patches. Only for "patches".
+        crop_rounding: Rounding of the crop's top left corner if an odd number of rows or columns is removed:
+            "half_even" as in torchvision (timm, open_clip and the LLM2CLIP authors' code), "down" as in transformers.
     """
 
     size: int
@@ -48,6 +50,7 @@ class Preprocess:
     std: tuple[float, float, float]
     patch_size: int = 0
     max_num_patches: int = 0
+    crop_rounding: Literal["half_even", "down"] = "half_even"
 
     @property
     def resize_size(self) -> int:
@@ -55,10 +58,15 @@ class Preprocess:
         return _resize_size(self.size, self.crop_pct)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the contents of a preprocessor_config.json for transformers, with the exact crop_pct added."""
+        """Return the contents of a preprocessor_config.json for transformers, with the exact crop_pct added.
+
+        `crop_rounding` is added only if it is "down": the config is part of the identity of models and feature stores,
+        and those of timm towers must stay valid.
+        """
         if self.resize == "patches":
             return self._naflex_dict()
         side = self.resize_size
+        rounding = {"crop_rounding": "down"} if self.crop_rounding == "down" else {}
         return {
             "image_processor_type": "CLIPImageProcessor",
             "do_convert_rgb": True,
@@ -73,6 +81,7 @@ class Preprocess:
             "image_mean": list(self.mean),
             "image_std": list(self.std),
             "crop_pct": self.crop_pct,
+            **rounding,
         }
 
     def _naflex_dict(self) -> dict[str, Any]:
@@ -121,6 +130,8 @@ class Preprocess:
         resize_size = _square_side(resize_config)
         size = _square_side(config["crop_size"]) if config.get("do_center_crop") else resize_size
         crop_pct = config.get("crop_pct")
+        # The config of an image processor contains neither entry. Version 0.2 always rounded to even.
+        crop_rounding = config.get("crop_rounding", "half_even" if "crop_pct" in config else "down")
         # In some transformers image processors, crop_pct has a different meaning and is inconsistent with the sizes.
         if not crop_pct or _resize_size(size, crop_pct) != resize_size:
             crop_pct = size / resize_size
@@ -131,6 +142,7 @@ class Preprocess:
             interpolation=_interpolation(int(config.get("resample", 3))),
             mean=_channels(config, "image_mean"),
             std=_channels(config, "image_std"),
+            crop_rounding=crop_rounding,
         )
 
 
@@ -156,6 +168,10 @@ class EvalTransform:
             image = F.center_crop(image, [min(height, 8 * shortest), min(width, 8 * shortest)])
             side = [resize_size]
         image = F.resize(image, side, interpolation=InterpolationMode(self.preprocess.interpolation), antialias=True)
+        if self.preprocess.crop_rounding == "down":
+            # Drop a row or column at the end if the number to crop is odd, so that there is nothing to round.
+            height, width = image.shape[-2:]
+            image = image[..., : height - max(0, height - size) % 2, : width - max(0, width - size) % 2]
         return cast(Tensor, F.center_crop(image, [size, size]).contiguous())
 
 

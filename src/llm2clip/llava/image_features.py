@@ -7,6 +7,7 @@ were read from a store or computed just before the forward pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class LlavaTransform:
 
     def __init__(self, processor: Any) -> None:
         settings = processor.image_processor.to_dict()
-        self.preprocess = Preprocess.from_dict(settings)
+        self.preprocess = replace(Preprocess.from_dict(settings), crop_rounding="down")  # as in transformers
         self.transform = EvalTransform(self.preprocess)
         self.mean = torch.tensor(self.preprocess.mean).view(3, 1, 1)
         self.std = torch.tensor(self.preprocess.std).view(3, 1, 1)

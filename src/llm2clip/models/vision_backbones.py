@@ -35,11 +35,11 @@ _CLIP_STATS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2
 _HALF_STATS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _DEFAULT_PREPROCESS = {
-    "clip_vision_model": Preprocess(224, "shortest", 1.0, "bicubic", *_CLIP_STATS),
-    "siglip_vision_model": Preprocess(224, "squash", 1.0, "bicubic", *_HALF_STATS),
-    "dinov2": Preprocess(224, "shortest", 0.875, "bicubic", *_IMAGENET_STATS),
-    "dinov2_with_registers": Preprocess(224, "shortest", 0.875, "bicubic", *_IMAGENET_STATS),
-    "dinov3_vit": Preprocess(224, "squash", 1.0, "bilinear", *_IMAGENET_STATS),
+    "clip_vision_model": Preprocess(224, "shortest", 1.0, "bicubic", *_CLIP_STATS, crop_rounding="down"),
+    "siglip_vision_model": Preprocess(224, "squash", 1.0, "bicubic", *_HALF_STATS, crop_rounding="down"),
+    "dinov2": Preprocess(224, "shortest", 0.875, "bicubic", *_IMAGENET_STATS, crop_rounding="down"),
+    "dinov2_with_registers": Preprocess(224, "shortest", 0.875, "bicubic", *_IMAGENET_STATS, crop_rounding="down"),
+    "dinov3_vit": Preprocess(224, "squash", 1.0, "bilinear", *_IMAGENET_STATS, crop_rounding="down"),
     "siglip2_vision_model": Preprocess.for_patches(16, 256, "bilinear", *_HALF_STATS),
 }
 # Only the vision model of these dual encoders is used.

@@ -26,7 +26,7 @@ scores = model.similarity(texts, images)
 from transformers import AutoModel, AutoProcessor
 
 model = AutoModel.from_pretrained("{name}", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("{name}")
+processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
 texts = model.get_text_features(**processor(text=["a long description ..."], padding=True, return_tensors="pt"))
 ```""",
 }

@@ -2,12 +2,12 @@
 
     from transformers import AutoModel, AutoProcessor
     model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(FOLDER)
+    processor = AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True)
     texts = model.get_text_features(**processor(text=["a long description ..."], padding=True, return_tensors="pt"))
     images = model.get_image_features(**processor(images=[image], return_tensors="pt"))
     scores = texts.pooler_output @ images.pooler_output.T
 
-Requires torch, transformers >= 5.2 and, for timm vision towers, timm.
+Requires torch, torchvision, transformers >= 5.10 and, for timm vision towers, timm.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, CLIPVisionModel, PretrainedConfig, PreTrainedModel, SiglipVisionModel
+from torchvision.transforms.v2 import functional as tvF
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    CLIPImageProcessor,
+    CLIPVisionModel,
+    PretrainedConfig,
+    PreTrainedModel,
+    SiglipVisionModel,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPOutput
 
@@ -73,6 +82,14 @@ class LLM2CLIPExportConfig(PretrainedConfig):
         self.pooling = pooling
         self.prompt_tokens = prompt_tokens
         self.logit_bias = logit_bias
+
+
+class LLM2CLIPImageProcessor(CLIPImageProcessor):
+    """Image processor for timm towers. Unlike transformers, it rounds the corner of the centre crop as timm does."""
+
+    def center_crop(self, image: Tensor, size: Any, **kwargs: Any) -> Tensor:
+        """Crop an image (..., H, W) to (..., size.height, size.width)."""
+        return tvF.center_crop(image, [size.height, size.width])
 
 
 class LLM2CLIPExport(PreTrainedModel):

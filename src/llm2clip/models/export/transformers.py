@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from llm2clip.models import heads, lora
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.export import modeling_llm2clip
-from llm2clip.models.export.modeling_llm2clip import LLM2CLIPExport, LLM2CLIPExportConfig
+from llm2clip.models.export.modeling_llm2clip import LLM2CLIPExport, LLM2CLIPExportConfig, LLM2CLIPImageProcessor
 from llm2clip.models.export.tokenizer import build_tokenizer
 from llm2clip.models.latent_attention import LatentAttentionPooling
 from llm2clip.models.llm2clip import LLM2CLIP
@@ -55,7 +55,10 @@ def export_transformers(model: LLM2CLIP, folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / CODE_FILE).write_text(standalone_source())
     build_tokenizer(model.encoder).save_pretrained(folder)
-    _write_json(folder / "preprocessor_config.json", model.tower.preprocess.to_dict())
+    processor_config = model.tower.preprocess.to_dict()
+    if model.tower.preprocess.crop_rounding == "half_even":
+        processor_config["auto_map"] = {"AutoImageProcessor": f"{module}.{LLM2CLIPImageProcessor.__name__}"}
+    _write_json(folder / "preprocessor_config.json", processor_config)
     _write_json(folder / "processor_config.json", {"processor_class": "CLIPProcessor"})
 
 
