@@ -87,7 +87,7 @@ class LLM2CLIPExportConfig(PretrainedConfig):
 class LLM2CLIPImageProcessor(CLIPImageProcessor):
     """Image processor for timm towers. Unlike transformers, it rounds the corner of the centre crop as timm does."""
 
-    def center_crop(self, image: Tensor, size: Any, **kwargs: Any) -> Tensor:
+    def center_crop(self, image: Any, size: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Crop an image (..., H, W) to (..., size.height, size.width)."""
         return tvF.center_crop(image, [size.height, size.width])
 
