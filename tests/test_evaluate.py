@@ -236,13 +236,14 @@ def test_evaluate_reports_short_queries_next_to_class_accuracy(
     assert "short queries" not in results["other.npz", "data"]["rows"][0]
 
     top1 = results[clip.name, "cifar10"]["metrics"]["top-1"]
-    _, section, long_section = re.split(r"## data, \w+: quality by query length", (out / "report.md").read_text())
+    report = (out / "report.md").read_text()
+    _, section, long_section = re.split(r"## data, \w+: quality by query length", report)
     assert "8+ words: mAP" in long_section and "4–7 words" not in long_section
     assert "1 word: mAP" in section and "cifar10: top-1" in section and "other.npz" not in section
-    assert re.search(rf"^\| {clip.name} \| .* \| {top1:.1f} \|$", section, re.M)
-    assert re.search(
-        rf"^\| {clip.name} minus copy( \| \+0\.0 \(-\d+\.\d to \+\d+\.\d\)){{5}} \| \+0\.0 \|$", section, re.M
-    )
+    assert re.search(rf"^\| {clip.name} \| .* \| {top1:.1f} \(\d+\.\d to \d+\.\d\) \|$", section, re.M)
+    zero = r" \| \+0\.0 \(-\d+\.\d to \+\d+\.\d\)"
+    assert re.search(rf"^\| {clip.name} minus copy({zero}){{6}} \|$", section, re.M)
+    assert re.search(rf"^\| {clip.name} minus copy \| –({zero}){{3}} \| – \| – \|$", report, re.M), "zero-shot accuracy"
     assert f"{clip.name} minus {clip.name}, with templates" in section
     page = (out / "report.html").read_text()
     assert "words in the query" in page and "with 95% confidence intervals" in page

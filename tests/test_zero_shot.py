@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from llm2clip.data.image_refs import FileImage
 from llm2clip.evaluate.benchmarks.base import CompositionalExample
 from llm2clip.evaluate.compositional import compositional_accuracy
+from llm2clip.evaluate.recall import bootstrap
 from llm2clip.evaluate.zero_shot import class_embeddings, class_prompts, classification_accuracy, linear_probe
 
 
@@ -36,17 +37,22 @@ def test_classification_accuracy_matches_sorting(chunk_size: int) -> None:
     scores = images.double() @ classes.double().T
     order = scores.argsort(descending=True)
     hits = {k: [labels[i] in order[i, :k] for i in range(60)] for k in (1, 5)}
-    accuracy = classification_accuracy(images, labels, classes, chunk_size)
+    result = classification_accuracy(images, labels, classes, range(60), chunk_size)
+    accuracy = result.values
     assert accuracy["top-1"] == pytest.approx(100 * sum(hits[1]) / 60)
     assert accuracy["top-5"] == pytest.approx(100 * sum(hits[5]) / 60)
     class_hits = [[hit for hit, c in zip(hits[1], labels, strict=True) if c == label] for label in used]
     assert accuracy["mean per class"] == pytest.approx(100 * sum(sum(h) / len(h) for h in class_hits) / 7)
+    low, high = (
+        bootstrap(torch.tensor(hits[1], dtype=torch.float64)[:, None], torch.ones(60)).flatten().mul(100).tolist()
+    )
+    assert result.intervals["top-1"] == pytest.approx((low, high))
 
 
 def test_classification_accuracy_ranks_the_first_of_equal_classes_first() -> None:
     classes = random(3, 4)
     classes[2] = classes[0]
-    assert classification_accuracy(classes, [0, 1, 2], classes)["top-1"] == pytest.approx(200 / 3)
+    assert classification_accuracy(classes, [0, 1, 2], classes, range(3)).values["top-1"] == pytest.approx(200 / 3)
 
 
 def test_linear_probe_separates_gaussian_classes() -> None:

@@ -25,9 +25,9 @@ from llm2clip.evaluate.benchmarks import (
     RegionData,
     SegmentationData,
 )
+from llm2clip.evaluate.bootstrap import BootstrapMetrics
 from llm2clip.evaluate.compositional import compositional_accuracy
 from llm2clip.evaluate.dense.average_precision import detection_metrics
-from llm2clip.evaluate.dense.bootstrap import BootstrapMetrics
 from llm2clip.evaluate.dense.detection import detect_objects, detection_blocks, without_images, write_detections
 from llm2clip.evaluate.dense.regions import class_accuracy, classify_regions, region_metrics, wrong_region_blocks
 from llm2clip.evaluate.dense.segmentation import (
@@ -51,14 +51,15 @@ class BenchmarkResult:
         summary: Entry for results.json. It always has "benchmark" and "kind". Retrieval results also have "rows" (see
             `caption_field_metrics`). Results for other types of benchmarks have "images" and "texts" (number of images
             and texts) and "truncated" (number of texts that exceed the model's maximum length). Compositional
-            benchmarks have "examples" (number of examples whose images can be decoded). They also have "metrics" or, if
-            the benchmark is evaluated with several methods, "rows". Each of these rows has "method", "metrics",
-            "intervals" (95% confidence intervals of the metrics) and a metric of each class ("class top-1", "IoU" or
-            "class AP50"). Rows whose metrics depend on the logit scale also have "logit scale". All metrics are in
-            percent, except "linear probe C".
+            benchmarks have "examples" (number of examples whose images can be decoded). They also have "metrics" (in
+            classification, with "intervals", the 95% confidence intervals) or, if the benchmark is evaluated with
+            several methods, "rows". Each of these rows has "method", "metrics", "intervals" and a metric of each class
+            ("class top-1", "IoU" or "class AP50"). Rows whose metrics depend on the logit scale also have "logit
+            scale". All metrics are in percent, except "linear probe C".
         images: Images of the benchmark, including images that cannot be decoded.
         ranks: Ranks for each caption field. Only set for retrieval benchmarks.
-        bootstrap: Metrics of each method, for paired differences. Only set for benchmarks about parts of images.
+        bootstrap: Metrics of each method, for paired differences. Only set for classification, whose only method is "",
+            and for benchmarks about parts of images.
         draw_examples: Function that returns a section of the report with example images.
     """
 
@@ -98,6 +99,7 @@ def run_benchmark(
         TooManySkipped: If too many images cannot be decoded.
     """
     summary: dict[str, Any] = {"benchmark": benchmark.name, "kind": benchmark.kind}
+    bootstrap: dict[str, BootstrapMetrics] = {}
     data = benchmark.load(folder)
     images = _benchmark_images(benchmark, data)
     if benchmark.kind == "retrieval":
@@ -117,14 +119,15 @@ def run_benchmark(
         metrics, num_images, texts, summary["examples"] = _evaluate_compositional(data, embeddings)
     else:
         train = _load_probe_data(benchmark, folder) if with_linear_probe else None
-        metrics, num_images, texts = _evaluate_classification(data, embeddings, train)
+        metrics, num_images, texts, bootstrap[""] = _evaluate_classification(data, embeddings, train)
+        summary["intervals"] = bootstrap[""].intervals
     summary |= {
         "images": num_images,
         "texts": len(texts),
         "truncated": embeddings.count_truncated(texts),
         "metrics": metrics,
     }
-    return BenchmarkResult(summary, images)
+    return BenchmarkResult(summary, images, bootstrap=bootstrap)
 
 
 def _benchmark_images(benchmark: Benchmark, data: Any) -> list[ImageRef]:
@@ -137,7 +140,8 @@ def _benchmark_images(benchmark: Benchmark, data: Any) -> list[ImageRef]:
 
 
 # Each of the following functions returns the metrics, the number of images that could be decoded, and the texts.
-# `_evaluate_compositional` also returns the number of examples whose images could be decoded.
+# `_evaluate_compositional` also returns the number of examples whose images could be decoded, and
+# `_evaluate_classification` the accuracies with their resamples.
 
 
 def _evaluate_judged_retrieval(
@@ -169,12 +173,13 @@ def _evaluate_compositional(
 
 def _evaluate_classification(
     data: ClassificationData, embeddings: EmbeddingSource, train: ClassificationData | None
-) -> tuple[dict[str, float], int, list[str]]:
+) -> tuple[dict[str, float], int, list[str], BootstrapMetrics]:
     images, indices = embeddings.encode_images(data.images)
     labels = [data.labels[i] for i in indices]
     prompts = class_prompts(data.names, data.templates)
     classes = class_embeddings(embeddings.encode_texts(prompts), len(data.names))
-    metrics = classification_accuracy(images, labels, classes)
+    accuracy = classification_accuracy(images, labels, classes, indices)
+    metrics = dict(accuracy.values)
     images_per_class = torch.bincount(torch.tensor(labels))
     metrics["chance"] = 100.0 / int((images_per_class > 0).sum())
     if train is not None:
@@ -185,7 +190,7 @@ def _evaluate_classification(
         train_images, train_indices = embeddings.encode_images(train.images)
         probe = linear_probe(train_images, [train.labels[i] for i in train_indices], images, labels)
         metrics |= {"linear probe": probe["top-1"], "linear probe C": probe["C"]}
-    return metrics, len(images), prompts
+    return metrics, len(images), prompts, accuracy
 
 
 def _evaluate_regions(data: RegionData, embeddings: EmbeddingSource, variants: Sequence[str]) -> BenchmarkResult:

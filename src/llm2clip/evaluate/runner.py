@@ -85,10 +85,11 @@ def evaluate_models(
     "model". If the images on which the model was trained are known, "images trained on" is the number of these images
     that were evaluated. "run" is the result of `describe_run`, with the settings.
 
-    Each row of a baseline's result in retrieval, regions, segmentation or detection also contains "difference", which
-    is the first model minus the baseline. See `retrieval_difference` and `BootstrapMetrics.difference`. With
-    `short_queries`, each row of a retrieval result also contains "short queries" and, if there are templates, "short
-    queries with templates" and "query templates". The first two are lists of `LengthScores.metrics` dicts.
+    Each row of a baseline's result in retrieval, regions, segmentation or detection, and each baseline's result in
+    classification, also contains "difference", which is the first model minus the baseline. See
+    `retrieval_difference` and `BootstrapMetrics.difference`. With `short_queries`, each row of a retrieval result also
+    contains "short queries" and, if there are templates, "short queries with templates" and "query templates". The
+    first two are lists of `LengthScores.metrics` dicts.
 
     Args:
         models: Model to evaluate, followed by the baselines. Each is either a model accepted by `open_dual_encoder` or
@@ -157,10 +158,6 @@ def evaluate_models(
     if data or benchmarks:
         user_data = [_user_benchmark(data, config, columns, log)] if data else []
         available, missing = _find_benchmarks([*user_data, *get_benchmarks(benchmarks, templates or ())], root)
-        if "all" in benchmarks:  # only those that exist were requested
-            warnings += missing
-        else:
-            failures += missing
         runner = BenchmarkRunner(
             available,
             out=out,
@@ -178,13 +175,15 @@ def evaluate_models(
             for _ in runner.run(models[n], name, is_baseline=n > 0, trust_remote_code=trust_remote_code):
                 results["results"] = runner.summaries()
                 _write_results(out, results)  # after each benchmark, so that a later error loses no results
-        failures += runner.failures
         if not runner.summaries():
-            raise ValueError("\n".join(["nothing could be evaluated:", *warnings, *failures]))
-        notes = runner.skipped_rows() + runner.proposals()
-        warnings += runner.warnings()
+            raise ValueError("\n".join(["nothing could be evaluated:", *missing, *runner.failures]))
+        requests_all = "all" in benchmarks  # missing benchmarks are then not a failure
+        failures = runner.failures if requests_all else missing + runner.failures
+        skipped = runner.skipped_rows() + (missing if requests_all else [])
+        notes = skipped + runner.proposals()
+        warnings = runner.warnings()
         blocks = runner.blocks()
-        report += [Paragraph(line) for line in runner.skipped_rows()]
+        report += [Paragraph(line) for line in skipped]
         report += [Paragraph(line, BAD) for line in [*warnings, *failures]] + blocks
         print_once(to_markdown("Results", [block for block in blocks if not isinstance(block, Paragraph)]))
 
@@ -314,7 +313,7 @@ class BenchmarkRunner:
             yield model_result
 
     def _add_differences(self, n: int, result: BenchmarkResult) -> None:
-        """Add the difference between the first model and a baseline to each row of the baseline's result.
+        """Add the difference between the first model and a baseline to the baseline's result or to each of its rows.
 
         Args:
             n: Index of the benchmark.
@@ -326,6 +325,8 @@ class BenchmarkRunner:
             ranks = {name: replace(ranks, images=empty, texts=empty) for name, ranks in result.ranks.items()}
             self._first_results[n] = replace(result, ranks=ranks, draw_examples=None)
             return
+        if "" in first.bootstrap:
+            result.summary["difference"] = first.bootstrap[""].difference(result.bootstrap[""])
         for row in result.summary.get("rows", ()):
             field, method = row.get("captions"), row.get("method")
             if field in first.ranks:

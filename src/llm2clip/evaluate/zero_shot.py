@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm2clip.evaluate.bootstrap import BootstrapMetrics
 from llm2clip.models.prompts import average_prompts, fill_templates
 
 
@@ -31,14 +32,15 @@ def class_embeddings(prompts: Tensor, num_classes: int) -> Tensor:
 
 
 def classification_accuracy(
-    images: Tensor, labels: Sequence[int], classes: Tensor, chunk_size: int = 4096
-) -> dict[str, float]:
+    images: Tensor, labels: Sequence[int], classes: Tensor, indices: Sequence[int], chunk_size: int = 4096
+) -> BootstrapMetrics:
     """Return accuracies in percent: "top-1", "top-5" and "mean per class", which is the mean top-1 accuracy per class.
 
     Args:
         images: Image embeddings, (N, D), L2-normalised.
         labels: Class index of each image.
         classes: Class embeddings, (classes, D), L2-normalised.
+        indices: Index of each image in the benchmark, which identifies the image in comparisons of models.
         chunk_size: Number of images per matmul.
     """
     targets = torch.tensor(labels)
@@ -47,15 +49,16 @@ def classification_accuracy(
         scores = images[start : start + chunk_size].float() @ classes.T  # (images, classes)
         rank_chunks.append(class_ranks(scores, targets[start : start + chunk_size]))
     ranks = torch.cat(rank_chunks)
-    hits = (ranks < 1).double()
-    counts = torch.bincount(targets)
-    hits_per_class = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, targets, hits)
-    class_accuracy = hits_per_class[counts > 0] / counts[counts > 0]
-    return {
-        "top-1": 100 * float(hits.mean()),
-        "top-5": 100 * float((ranks < 5).double().mean()),
-        "mean per class": 100 * float(class_accuracy.mean()),
-    }
+    top1, top5 = (ranks < 1).double().numpy(), (ranks < 5).double().numpy()
+
+    def metrics(weights: np.ndarray) -> list[float]:
+        """Return all accuracies, counting image i `weights[i]` times."""
+        counts = np.bincount(targets, weights)
+        class_accuracy = np.bincount(targets, weights * top1)[counts > 0] / counts[counts > 0]
+        total = weights.sum()
+        return [100 * float(value) for value in (weights @ top1 / total, weights @ top5 / total, class_accuracy.mean())]
+
+    return BootstrapMetrics.compute(indices, ("top-1", "top-5", "mean per class"), metrics)
 
 
 def class_ranks(scores: Tensor, labels: Tensor) -> Tensor:

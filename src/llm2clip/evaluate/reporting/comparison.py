@@ -254,14 +254,23 @@ def _length_plot(analyses: Mapping[str, ErrorAnalysis]) -> Plot:
 
 
 def metrics_table(results: Sequence[ModelResult]) -> Table:
-    """Return a metrics table for a benchmark whose kind is not "retrieval"."""
+    """Return a metrics table for a benchmark whose kind is not "retrieval".
+
+    In classification, the rows include confidence intervals, and the last rows show the differences between the first
+    model and each baseline, with paired intervals.
+    """
     names = list(dict.fromkeys(name for result in results for name in result.summary["metrics"]))
     rows: list[list[Any]] = []
     for result in results:
         summary = result.summary
-        values = [summary["metrics"].get(name) for name in names]
+        metrics, intervals = summary["metrics"], summary.get("intervals", {})
+        values = [with_interval(metrics[n], intervals[n]) if n in intervals else metrics.get(n) for n in names]
         truncated = format_truncated(summary["truncated"], summary["texts"])
         rows.append([result.model, summary["images"], *values, truncated])
+    for result in results:
+        if "difference" in result.summary:
+            differences = [format_difference(result.summary["difference"], name) for name in names]
+            rows.append([f"{results[0].model} minus {result.model}", None, *differences, None])
     return Table(["model", "images", *names, "truncated"], rows)
 
 
@@ -296,25 +305,29 @@ def method_table(results: Sequence[ModelResult], published: Mapping[str, Mapping
         summary = result.summary
         truncated = format_truncated(summary["truncated"], summary["texts"])
         for row in summary["rows"]:
-            cells = [_with_interval(row["metrics"].get(name), row["intervals"].get(name)) for name in names]
+            cells = [with_interval(row["metrics"].get(name), row["intervals"].get(name)) for name in names]
             is_upper_bound = summary.get("proposals", {}).get("is_upper_bound", False)
             name = f"{result.model} (upper bound)" if is_upper_bound else result.model
             add_row(name, cells, row, summary["images"], truncated)
     for (model, method), row in metric_rows.items():
         if "difference" in row:
-            metrics, intervals = row["difference"]["metrics"], row["difference"]["intervals"]
-            differences = [_with_interval(metrics.get(name), intervals.get(name), "+.1f") for name in names]
+            differences = [format_difference(row["difference"], name) for name in names]
             add_row(f"{results[0].model} minus {model}", differences, {"method": method}, None, None)
     header = ["model", "method", *(["logit scale"] if has_scales else []), "images", *names, "truncated"]
     return Table(header, rows, highlight)
 
 
-def _with_interval(value: float | None, interval: tuple[float, float] | None, number_format: str = ".1f") -> str | None:
+def with_interval(value: float | None, interval: tuple[float, float] | None, number_format: str = ".1f") -> str | None:
     """Format a metric and its confidence interval, as in "45.2 (43.1 to 47.0)"."""
     if value is None or interval is None:
         return None if value is None else format(value, number_format)
     low, high = (format(limit, number_format) for limit in interval)
     return f"{format(value, number_format)} ({low} to {high})"
+
+
+def format_difference(difference: Mapping[str, Any], name: str) -> str | None:
+    """Format a metric in the result of `BootstrapMetrics.difference`, as in "+1.2 (-0.3 to +2.5)"."""
+    return with_interval(difference["metrics"].get(name), difference["intervals"].get(name), "+.1f")
 
 
 def class_details(results: Sequence[ModelResult]) -> list[Block]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from llm2clip.evaluate.benchmarks import Benchmark
 from llm2clip.evaluate.reporting import plots
-from llm2clip.evaluate.reporting.comparison import ModelResult
+from llm2clip.evaluate.reporting.comparison import ModelResult, format_difference, with_interval
 from llm2clip.evaluate.short_queries import METRICS, LengthScores, mean_intervals
 from llm2clip.html_report import Block, Heading, Paragraph, Plot, Table
 
@@ -28,10 +28,7 @@ def short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[ModelResult]]
     Args:
         results: Results on each benchmark of the run, in the order of the models.
     """
-    accuracies: dict[str, dict[str, float]] = {}
-    for benchmark, model_results in results:
-        if benchmark.kind == "classification":
-            accuracies[benchmark.name] = {r.model: r.summary["metrics"]["top-1"] for r in model_results}
+    accuracies = {b.name: _accuracy_cells(r) for b, r in results if b.kind == "classification"}
     blocks: list[Block] = []
     for benchmark, model_results in results:
         for field in dict.fromkeys(name for result in model_results for name in result.short_queries):
@@ -52,7 +49,7 @@ def short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[ModelResult]]
     return blocks
 
 
-def overview_table(curves: Curves, accuracies: Mapping[str, Mapping[str, float]]) -> Table:
+def overview_table(curves: Curves, accuracies: Mapping[str, Mapping[str, str | None]]) -> Table:
     """Return a table of mAP by query length and of zero-shot accuracy, in percent.
 
     The last rows show the difference between the first model and each of the others. Differences of mAP include 95%
@@ -60,7 +57,7 @@ def overview_table(curves: Curves, accuracies: Mapping[str, Mapping[str, float]]
 
     Args:
         curves: Results of each model.
-        accuracies: Top-1 accuracy of each model, keyed by benchmark and model.
+        accuracies: Top-1 accuracy for each row of the table, keyed by benchmark and by the first cell of the row.
     """
     name, first = next(iter(curves.items()))
     header = ["model", *(f"{length.words} {'word' if length.words == '1' else 'words'}: mAP" for length in first)]
@@ -71,11 +68,20 @@ def overview_table(curves: Curves, accuracies: Mapping[str, Mapping[str, float]]
     highlight = frozenset(range(1, len(rows)))
     for other, lengths in list(curves.items())[1:]:
         cells: list[str | None] = [_difference_cell(a, b) for a, b in zip(first, lengths, strict=True)]
-        for values in accuracies.values():
-            is_known = name in values and other in values
-            cells.append(f"{values[name] - values[other]:+.1f}" if is_known else None)
-        rows.append([f"{name} minus {other}", *cells])
+        label = f"{name} minus {other}"
+        rows.append([label, *cells, *(values.get(label) for values in accuracies.values())])
     return Table(header, rows, highlight)
+
+
+def _accuracy_cells(results: Sequence[ModelResult]) -> dict[str, str | None]:
+    """Return the top-1 accuracy of each model and each difference, keyed by the first cell of the row."""
+    cells = {}
+    for result in results:
+        summary = result.summary
+        cells[result.model] = with_interval(summary["metrics"]["top-1"], summary["intervals"]["top-1"])
+        if "difference" in summary:
+            cells[f"{results[0].model} minus {result.model}"] = format_difference(summary["difference"], "top-1")
+    return cells
 
 
 def metrics_table(curves: Curves) -> Table:
