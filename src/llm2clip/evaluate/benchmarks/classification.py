@@ -190,7 +190,7 @@ class _BorderedImage(FileImage):
         """Key of the cropped image. It differs from the original image's key, because the embeddings differ."""
         return f"{super().key} without its border"
 
-    def open(self) -> io.BytesIO:
+    def _open(self) -> io.BytesIO:
         inner = load_image(FileImage(self.path))[:, 2:-2, 2:-2]
         return _png(Image.fromarray(inner.permute(1, 2, 0).numpy()))
 
