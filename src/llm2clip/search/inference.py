@@ -263,13 +263,13 @@ class InferenceService:
     async def _embed_query(self, request: QueryRequest) -> np.ndarray:
         """Return the query vector of a request, float32 (D,)."""
         templates = self.templates if request.templates is None else QueryTemplates(tuple(request.templates))
-        positive = await self._hit_vectors(request.like)
+        positive = await self._fetch_vectors(request.like)
         positive += await self._embed(request.texts, request.images, "images", templates)
-        negative = await self._hit_vectors(request.negative_like)
+        negative = await self._fetch_vectors(request.negative_like)
         negative += await self._embed(request.negative_texts, request.negative_images, "negative_images", templates)
         return combine(positive, negative)
 
-    async def _hit_vectors(self, hit_ids: Sequence[str]) -> list[np.ndarray]:
+    async def _fetch_vectors(self, hit_ids: Sequence[str]) -> list[np.ndarray]:
         vectors = []
         for hit_id in hit_ids:
             vector = await run_in_threadpool(self.require_backend().vector, hit_id)

@@ -48,7 +48,7 @@ def print_hits(hits: Sequence[Hit], backend: Backend, console: Console) -> None:
             caption = shorten(_printable(first.captions[0]), CAPTION_LENGTH, placeholder=" …")
             description.append("\n" + caption, style="dim")
         thumbnail = [_draw(backend.thumbnail(hit.id))] if with_thumbnails else []
-        table.add_row(str(rank), _score_or_date(hit), *thumbnail, description)
+        table.add_row(str(rank), _format_score_or_date(hit), *thumbnail, description)
     console.print(table)
 
 
@@ -69,7 +69,7 @@ def hit_to_json(rank: int, hit: Hit) -> str:
     return re.sub(r"[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text)  # terminals interpret these characters
 
 
-def _score_or_date(hit: Hit) -> str:
+def _format_score_or_date(hit: Hit) -> str:
     """Return the score of a hit or, if the search had no query, the date of its first image."""
     return f"{datetime.fromtimestamp(hit.images[0].taken):%Y-%m-%d}" if hit.score is None else f"{hit.score:.3f}"
 
@@ -121,7 +121,7 @@ def write_contact_sheet(
     folder.mkdir(parents=True, exist_ok=True)
     images = []
     for rank, hit in enumerate(hits, 1):
-        label = f"{rank}. {_score_or_date(hit)} {Path(hit.images[0].name).name}"
+        label = f"{rank}. {_format_score_or_date(hit)} {Path(hit.images[0].name).name}"
         jpeg = (heatmaps or {}).get(hit.id) or backend.thumbnail(hit.id)
         images.append(ResultImage(jpeg, None, label, _file_url(hit)))
     text = f"{len(hits)} images, most similar first, each with its rank and cosine similarity."

@@ -21,21 +21,21 @@ let lastRequest = 0;
 
 // ---- search ---------------------------------------------------------------------------------------------------------
 
-const value = (id) => $(id).value.trim();
+const getValue = (id) => $(id).value.trim();
 
 function readRequest() {
   return {
-    texts: value("text") ? [value("text")] : [],
+    texts: getValue("text") ? [getValue("text")] : [],
     images: query.images.map((image) => image.uri),
     like: query.like,
-    negative_texts: value("negative") ? [value("negative")] : [],
+    negative_texts: getValue("negative") ? [getValue("negative")] : [],
     negative_like: query.negativeLike,
     filter: {
-      caption: value("caption") || null,
-      path: value("path") || null,
+      caption: getValue("caption") || null,
+      path: getValue("path") || null,
       after: toSeconds($("after").value, "T00:00:00"),
       before: toSeconds($("before").value, "T23:59:59"),
-      min_side: value("min_side") ? Number(value("min_side")) : null,
+      min_side: getValue("min_side") ? Number(getValue("min_side")) : null,
     },
   };
 }
@@ -72,15 +72,14 @@ async function post(path, body) {
 async function search(addToHistory = true) {
   const request = readRequest(), requestNumber = ++lastRequest;
   showChips();
+  if (addToHistory) updateAddress();
   if (!hasQuery(request) && Object.values(request.filter).every((condition) => condition === null)) {
-    if (addToHistory) updateAddress();
     showHits([]);
     showStatus("");
     $("empty").hidden = false;
     document.body.classList.remove("searching");
     return;
   }
-  if (addToHistory) updateAddress();
   const start = performance.now();
   document.body.classList.add("searching");
   showStatus("Searching…");
@@ -144,7 +143,7 @@ function showStatus(text, isError = false) {
 
 function updateAddress() {
   const parameters = new URLSearchParams();
-  for (const [name, id] of Object.entries(FIELDS)) if (value(id)) parameters.set(name, value(id));
+  for (const [name, id] of Object.entries(FIELDS)) if (getValue(id)) parameters.set(name, getValue(id));
   if (query.like.length) parameters.set("like", query.like.join(","));
   if (query.negativeLike.length) parameters.set("unlike", query.negativeLike.join(","));
   const hash = String(parameters) && `#${parameters}`;
@@ -170,12 +169,12 @@ function showHits(newHits) {
   $("grid").replaceChildren(...hits.map(makeGridItem));
 }
 
-function date(hit) {
+function formatDate(hit) {
   return new Date(hit.images[0].taken * 1000).toLocaleDateString();
 }
 
-function scoreOrDate(hit) {
-  return hit.score === null ? date(hit) : hit.score.toFixed(3);
+function formatScoreOrDate(hit) {
+  return hit.score === null ? formatDate(hit) : hit.score.toFixed(3);
 }
 
 function makeGridItem(hit, index) {
@@ -187,9 +186,9 @@ function makeGridItem(hit, index) {
   image.loading = "lazy";
   image.alt = first.captions[0] || first.name;
   name.className = "name";
-  name.textContent = fileName(first);
+  name.textContent = getFileName(first);
   score.className = "score";
-  score.textContent = scoreOrDate(hit);
+  score.textContent = formatScoreOrDate(hit);
   line.append(name, score);
   button.append(image, line);
   button.type = "button";
@@ -207,9 +206,9 @@ function showDetail(index) {
   $("large").onerror = () => { $("large").onerror = null; $("large").src = `/thumbnail/${hit.id}`; };
   $("large").alt = first.captions[0] || first.name;
   const score = hit.score === null ? [] : [hit.score.toFixed(3)];
-  $("facts").textContent = [...score, `${hit.width} × ${hit.height}`, date(hit)].join(" · ");
+  $("facts").textContent = [...score, `${hit.width} × ${hit.height}`, formatDate(hit)].join(" · ");
   $("original").href = $("download").href = `/image/${hit.id}`;
-  $("download").download = /\]\.[^/]*$/.test(first.name) ? "" : fileName(first); // the cells of a table have no name
+  $("download").download = /\]\.[^/]*$/.test(first.name) ? "" : getFileName(first); // the cells of a table have no name
   $("locations").replaceChildren(...hit.images.map(makeLocation));
   $("back").disabled = index === 0;
   $("next").disabled = index === hits.length - 1;
@@ -217,7 +216,7 @@ function showDetail(index) {
   if (!$("detail").open) $("detail").showModal();
 }
 
-function fileName(image) {
+function getFileName(image) {
   return image.name.split(/[/!]/).pop();
 }
 
@@ -412,7 +411,7 @@ function makeFilterChip(id) {
   const chip = document.createElement("button");
   chip.type = "button";
   chip.title = "Remove this filter";
-  chip.textContent = `${FILTER_LABELS[id]} ${value(id)} ✕`;
+  chip.textContent = `${FILTER_LABELS[id]} ${getValue(id)} ✕`;
   chip.addEventListener("click", () => { $(id).value = ""; search(); });
   return chip;
 }
@@ -423,7 +422,7 @@ function showChips() {
     ...query.images.map((image) => makeChip(image.uri, query.images, image, false)),
     ...query.negativeLike.map((id) => makeChip(`/thumbnail/${id}`, query.negativeLike, id, true)),
   );
-  $("active").replaceChildren(...Object.keys(FILTER_LABELS).filter(value).map(makeFilterChip));
+  $("active").replaceChildren(...Object.keys(FILTER_LABELS).filter(getValue).map(makeFilterChip));
   $("uploads").hidden = !query.images.length;
 }
 
