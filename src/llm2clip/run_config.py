@@ -101,13 +101,16 @@ def _is_resume_safe(name: str) -> bool:
 
 
 def to_plain_types(value: Any) -> Any:
-    """Convert dataclasses, tuples and paths to types that YAML can represent."""
+    """Convert dataclasses, tuples, paths, and numbers of the command line's restricted types for YAML."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return to_plain_types(dataclasses.asdict(value))
     if isinstance(value, dict):
         return {str(name): to_plain_types(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [to_plain_types(item) for item in value]
+    for number_type in (bool, int, float):
+        if isinstance(value, number_type):
+            return number_type(value)
     return str(value) if isinstance(value, Path) else value
 
 
