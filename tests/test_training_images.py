@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 
 from conftest import TouchOnLoad
 from format_fixtures import image_bytes, write_tar
@@ -36,13 +37,22 @@ def test_training_images_are_recognised_in_other_folders_and_in_tar_files(image_
     assert count_training_images(hash_images([]), refs) == 0
 
 
-def test_training_images_are_saved_without_pickle(tmp_path: Path) -> None:
-    assert load_training_images(tmp_path) is None and load_training_images("org/model") is None
+def test_training_images_are_saved_without_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_training_images(tmp_path) is None and load_training_images("open_clip:ViT-B-32/openai") is None
     hashes = np.array([1, 2, 2**64 - 1], np.uint64)
     save_training_images(tmp_path, hashes)
     assert (tmp_path / TRAINING_IMAGES_FILE).stat().st_size <= 128 + 8 * 3
     loaded = load_training_images(tmp_path)
     assert loaded is not None and loaded.tolist() == hashes.tolist()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert load_training_images("org/model") is None
+    commit = tmp_path / "hub/models--org--model/snapshots/1"
+    commit.mkdir(parents=True)
+    (commit.parents[1] / "refs").mkdir()
+    (commit.parents[1] / "refs/main").write_text("1")
+    shutil.copy(tmp_path / TRAINING_IMAGES_FILE, commit)
+    loaded = load_training_images("org/model")
+    assert loaded is not None and loaded.tolist() == hashes.tolist(), "a model downloaded from the hub"
     for array in (np.zeros((2, 2), np.uint64), np.zeros(3), np.array([TouchOnLoad(tmp_path / "loaded")], object)):
         np.save(tmp_path / TRAINING_IMAGES_FILE, array, allow_pickle=True)
         with pytest.raises(ValueError, match="is not a list of image hashes"):

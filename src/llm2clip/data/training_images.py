@@ -8,11 +8,13 @@ image can check if the model was trained on it.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from huggingface_hub import try_to_load_from_cache
 
 from llm2clip.data.image_copies import NUM_THREADS, locate, map_in_chunks, sample_digest
 from llm2clip.data.image_refs import FileImage, ImageRef, TarImage
@@ -54,15 +56,17 @@ def load_training_images(model: str | Path) -> np.ndarray | None:
     """Return the hashes of a model's training images, uint64 (N,), memory-mapped.
 
     Args:
-        model: Model folder. For any other name, the result is None.
+        model: Model folder, or hub id of a model that has been downloaded.
 
     Returns:
-        None if the folder does not contain the hashes, so that the training images are unknown.
+        None if there is no such file, so that the training images are unknown.
 
     Raises:
         ValueError: The file is damaged.
     """
     file = Path(model) / TRAINING_IMAGES_FILE
+    if not Path(model).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+        file = Path(str(try_to_load_from_cache(str(model), TRAINING_IMAGES_FILE)))
     if not file.is_file():
         return None
     try:

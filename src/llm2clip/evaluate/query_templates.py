@@ -125,7 +125,7 @@ def _measure_gain(literal: Sequence[LengthScores], scores: Sequence[LengthScores
     max_words, gain = 0, 0.0
     for words, before, after in zip(PHRASE_LENGTHS, literal, scores, strict=False):
         differences = after.scores - before.scores
-        lowest_gain = float(mean_intervals(differences)[0, 0])
+        lowest_gain = float(mean_intervals(differences, bounds=(-1.0, 1.0))[0, 0])
         if before.words != str(words) or lowest_gain <= 0:
             break
         max_words, gain = words, gain + float(differences[:, 0].mean())
