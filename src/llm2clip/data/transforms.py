@@ -16,6 +16,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from llm2clip.data.naflex import pack_patches
+from llm2clip.io_utils import describe_error
 
 _RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's constants, as stored in preprocessor_config.json
 
@@ -117,8 +118,16 @@ class Preprocess:
         """Create the settings from either the output of `to_dict` or a transformers image processor's config.
 
         Raises:
-            ValueError: The config is neither for square images of a fixed size nor for patches, or a value is missing.
+            ValueError: The config is neither for square images of a fixed size nor for patches, or a value is missing
+                or has the wrong type.
         """
+        try:
+            return cls._from_dict(config)
+        except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
+            raise ValueError(f"malformed preprocessing config ({describe_error(error)}): {config}") from error
+
+    @classmethod
+    def _from_dict(cls, config: dict[str, Any]) -> Preprocess:
         if "max_num_patches" in config:
             mean, std = _channels(config, "image_mean"), _channels(config, "image_std")
             interpolation = _interpolation(int(config.get("resample", 2)))

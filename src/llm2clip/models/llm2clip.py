@@ -25,7 +25,7 @@ from llm2clip.data.images import load_image
 from llm2clip.data.training_images import TRAINING_IMAGES_FILE, load_training_images, save_training_images
 from llm2clip.data.transforms import EvalTransform
 from llm2clip.data.valid_text import check_not_empty
-from llm2clip.io_utils import atomic_dir, atomic_write_text
+from llm2clip.io_utils import atomic_dir, atomic_write_text, describe_error, read_json_object
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.convert.checkpoint_io import read_safetensors
 from llm2clip.models.dense import build_dense_encoder
@@ -630,14 +630,18 @@ class LLM2CLIP(nn.Module):
         file = folder / "config.json"
         if not file.is_file():
             raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
-        values = json.loads(file.read_text())
+        values = read_json_object(file)
         if values.get("model_type") != "llm2clip":
             raise ValueError(f"{file}: model_type is {values.get('model_type')!r}, not 'llm2clip'")
         try:
             config = LLM2CLIPConfig.from_dict(values)
+            model = cls(config, VisionTower.from_config(config.tower))
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
-        model = cls(config, VisionTower.from_config(config.tower))
+        except OSError:
+            raise
+        except Exception as error:  # a malformed config can make timm and transformers raise any type of exception
+            raise ValueError(f"{file} does not describe a model ({describe_error(error)})") from error
         try:
             model.load_state_dict(read_safetensors(folder / "model.safetensors"))
         except RuntimeError as error:

@@ -1,0 +1,549 @@
+"""Fuzz test of the readers: mutated images, caption files, tables, tar files and model configs.
+
+A reader may accept an input, or reject it with an exception that it documents. Each reader runs in its own process with
+limits on memory and on the CPU time of an input. The script prints how many inputs were read and rejected, which
+exceptions were unexpected, the slowest input and the peak memory. `tests/test_fuzz.py` reads a few inputs.
+
+    python benchmarks/fuzz.py [--reader NAME ...] [--count 100000] [--seconds 600] [--seed 0] [--save FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import io
+import json
+import multiprocessing
+import os
+import random
+import re
+import resource
+import struct
+import sys
+import tarfile
+import tempfile
+import time
+import traceback
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+MEMORY_LIMIT = 2 << 30  # bytes of address space in addition to that of the imported libraries
+TIME_LIMIT = 10.0  # CPU seconds per input
+# Exceptions that a reader does not raise on purpose. They may occur in messages about skipped rows.
+UNEXPECTED = re.compile(r"\b(?:Type|Key|Index|Attribute|Memory|Recursion|Overflow|Runtime|Unicode\w+)Error: .*")
+Mutate = Callable[[bytes, random.Random], bytes]
+NUMBERS = (0, 1, 2, 127, 128, 255, 4096, 65535, 1 << 31, (1 << 32) - 1)
+VALUES: tuple[Any, ...] = (
+    None, True, 0, -1, 1.5, 1e400, float("nan"), 10**400, "", " ", "\0", "\ud800", "x.png", "../x.png", "/dev/zero",
+    "https://x.org/a.jpg", "train", "long " * 2000, [], {}, [[]], [None], [{}], {"bytes": None, "path": []}, ["a", "b"],
+    "[f'{1}']", "[{1,{2}}]", "['a', None]",
+)  # fmt: skip
+TOKENS = (
+    b'"', b"'", b",", b";", b"\t", b"|", b"\n", b"\r\n", b"\r", b"\0", b"\\", b"{", b"}", b"[", b"]", b":", b"\xff",
+    b"\xef\xbb\xbf", b"\xff\xfe", b"sep=;\n", b"NaN", b"null", b"1e999", b"9" * 5000, b"[" * 3000, b"x" * 70000,
+    b"[f'{1}']", b"['a', 'b']", b"[{1,{2}}]", b"\xed\xa0\x80", "\u2028é一".encode(), b"caption", b"image", b"split",
+)  # fmt: skip
+
+
+# ---- mutations -----------------------------------------------------------------------------------------------------
+
+
+def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
+    """Change, insert, delete or repeat a few bytes, more often at the start and the end."""
+    result = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 4, 16))):
+        end = len(result)
+        near = rng.randrange(min(end, 300))
+        position = rng.choice((rng.randrange(end), near, end - 1 - near))
+        kind = rng.random()
+        if kind < 0.5:
+            result[position] = rng.choice((0, 255, 127, 128, rng.randrange(256)))
+        elif kind < 0.7:
+            result[position : position + 4] = struct.pack(rng.choice("<>") + "I", rng.choice(NUMBERS))
+        elif kind < 0.8:
+            del result[position : position + rng.randrange(1, 20)]
+        elif kind < 0.9:
+            result[position:position] = rng.randbytes(rng.randrange(1, 20))
+        else:
+            result[position:position] = result[max(0, position - 40) : position]
+        if rng.random() < 0.02:
+            del result[position:]
+        result = result or bytearray(b"x")
+    return bytes(result)
+
+
+def mutate_text(data: bytes, rng: random.Random) -> bytes:
+    """Insert tokens that have a meaning in caption files, or change bytes."""
+    if rng.random() < 0.4:
+        return mutate_bytes(data, rng)
+    result = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        position = rng.randrange(len(result) + 1)
+        length = rng.choice((0, 0, 1, 8))
+        result[position : position + length] = rng.choice(TOKENS)
+    return bytes(result)
+
+
+def mutate_json(data: bytes, rng: random.Random) -> bytes:
+    """Replace, remove or rename values in a JSON document, or mutate it as text."""
+    if rng.random() < 0.3:
+        return mutate_text(data, rng)
+    lines = [json.loads(line) for line in data.splitlines()]
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        parents: list[Any] = [lines]
+        for parent in parents:
+            children = parent.values() if isinstance(parent, dict) else parent
+            parents += [child for child in children if isinstance(child, dict | list) and child]
+        parent = rng.choice(parents)
+        key = rng.choice(list(parent) if isinstance(parent, dict) else range(len(parent)))
+        if rng.random() < 0.8:
+            parent[key] = rng.choice(VALUES)
+        elif isinstance(parent, dict):
+            parent[rng.choice(("id", "image", "captions", "split", "file_name", "x"))] = parent.pop(key)
+        elif len(parent) > 1:
+            del parent[key]
+    return "\n".join(json.dumps(line) for line in lines).encode() + b"\n"
+
+
+def mutate_parquet(data: bytes, rng: random.Random) -> bytes:
+    """Change a few bytes without moving the others, because a Parquet file contains many offsets."""
+    if rng.random() < 0.2:
+        return mutate_bytes(data, rng)
+    result = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2))):
+        result[rng.randrange(4, len(result) - 8)] = rng.choice((0, 1, 127, 128, 255, rng.randrange(256)))
+    return bytes(result)
+
+
+def mutate_tar(data: bytes, rng: random.Random) -> bytes:
+    """Mutate a tar file, and usually make the checksums of its headers right."""
+    result = bytearray(mutate_bytes(data, rng)) if rng.random() < 0.5 else bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        header = 512 * rng.randrange(max(1, len(result) // 512))
+        start = header + rng.choice((0, 100, 124, 136, 156, 157, 257, 345, rng.randrange(512)))
+        value = rng.choice((b"\xff" * 8, b"\0", b"77777777777", b"x", b"L", b"S", b"g", b"0", b"\x80" + bytes(10)))
+        result[start : start + len(value)] = value
+        if rng.random() < 0.8 and len(result) >= header + 512:
+            block = bytes(result[header : header + 512])
+            checksum = 256 + sum(block[:148]) + sum(block[156:])
+            result[header + 148 : header + 156] = b"%06o\0 " % checksum
+    return bytes(result)
+
+
+def mutate_image(data: bytes, rng: random.Random) -> bytes:
+    """Mutate an image, also within its EXIF data. The checksums of PNG chunks are usually made right."""
+    result = mutate_bytes(data, rng)
+    exif = re.search(rb"Exif\0\0|EXIF|eXIf", result)
+    if exif and rng.random() < 0.3:
+        end = min(len(result), exif.end() + 200)
+        result = result[: exif.end()] + mutate_bytes(result[exif.end() : end] or b"x", rng) + result[end:]
+    if result.startswith(b"\x89PNG") and rng.random() < 0.8:
+        fixed, position = bytearray(result), 8
+        while position + 12 <= len(fixed):
+            end = position + 8 + int.from_bytes(fixed[position : position + 4], "big")
+            if end + 4 > len(fixed):
+                break
+            fixed[end : end + 4] = struct.pack(">I", zlib.crc32(fixed[position + 4 : end]))
+            position = end + 4
+        result = bytes(fixed)
+    return result
+
+
+# ---- seeds ---------------------------------------------------------------------------------------------------------
+
+
+def image_seeds() -> list[bytes]:
+    """Return small images in all formats and modes, without and with EXIF data."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x8825] = 6, "x" * 50, {1: "N", 2: (1.0, 2.0, 3.0)}
+    exif[0x8769] = {0x9003: "2020:01:01 00:00:00"}
+    kinds: list[tuple[str, dict[str, Any]]] = [
+        ("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}), ("WEBP", {"lossless": True}),
+        ("GIF", {}), ("BMP", {}), ("AVIF", {}), ("PPM", {}), ("TIFF", {}),
+    ]  # fmt: skip
+    kinds += [("TIFF", {"compression": name}) for name in ("tiff_lzw", "tiff_adobe_deflate", "jpeg", "group4")]
+    try:
+        import pillow_heif
+    except ImportError:
+        pass
+    else:
+        pillow_heif.register_heif_opener()
+        kinds.append(("HEIF", {}))
+    noise = Image.effect_noise((48, 32), 80).convert("RGB")
+    seeds = []
+    for mode in ("RGB", "L", "RGBA", "P", "1", "CMYK", "I;16", "LA"):
+        for kind, options in kinds:
+            for data in (None, exif.tobytes()):
+                stream = io.BytesIO()
+                try:
+                    noise.convert(mode).save(stream, kind, **options, **({"exif": data} if data else {}))
+                except Exception:  # the format does not support this mode
+                    continue
+                seeds.append(stream.getvalue())
+    stream = io.BytesIO()
+    noise.save(stream, "WEBP", save_all=True, append_images=[noise] * 3, exif=exif.tobytes())
+    return [*seeds, stream.getvalue()]
+
+
+def png() -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (9, 9), "red").save(stream, "PNG")
+    return stream.getvalue()
+
+
+ROWS: list[dict[str, Any]] = [
+    {"id": "a", "image": "x.png", "captions": ["a cat", "一只猫"], "split": "train"},
+    {"id": 2, "image": "x.png", "long_captions": "a dog that runs", "split": None, "phrases": ["a dog"]},
+    {"id": "c", "image": {"bytes": None, "path": "x.png"}, "captions": 'one "two"', "boxes": [[1, 2, 3.5, 4]]},
+]
+PAIRS: list[dict[str, Any]] = [{"query": "q", "positive": "p", "negatives": ["n"], "instruction": "i"}] * 2
+COCO: dict[str, Any] = {
+    "images": [{"id": n, "file_name": "x.png", "coco_url": "http://x.org/train2017/x.png"} for n in (1, 2)],
+    "annotations": [{"id": n, "image_id": n % 2 + 1, "caption": f"caption {n}"} for n in range(4)],
+}
+SENTENCES = [{"raw": "a dog", "tokens": ["a", "dog"]}, {"raw": "it runs"}]
+KARPATHY: dict[str, Any] = {
+    "dataset": "coco",
+    "images": [
+        {"filepath": ".", "filename": "x.png", "cocoid": n, "split": "train", "sentences": SENTENCES} for n in (1, 2)
+    ],
+}
+
+
+def csv_seeds() -> list[bytes]:
+    seeds = []
+    for delimiter in ",;\t":
+        stream = io.StringIO()
+        writer = csv.writer(stream, delimiter=delimiter)
+        writer.writerows([["image", "caption", "caption", "split"], ["x.png", "a cat", "it, sits", "train"]])
+        writer.writerows([["x.png", "['a dog', \"it's\"]", "NaN", "val"], ["x.png", 'a "third"\nline', "", ""]])
+        text = stream.getvalue()
+        seeds += [text.encode(), text.encode("utf-16"), b"sep=;\n" + text.encode()]
+    return [*seeds, b"image_name| comment\nx.png| Two men .\n", b"x.png,a cat\nx.png#1\ta dog\n"]
+
+
+def parquet_seeds() -> list[bytes]:
+    image = png()
+    structs = pa.array([{"bytes": image, "path": "x.png"}, {"bytes": None, "path": "x.png"}, None])
+    columns = {
+        "image": [structs, pa.array([image] * 3), pa.array([image] * 3, pa.large_binary()), pa.array(["x.png"] * 3)],
+        "caption": [
+            pa.array(["a", "b", None]), pa.array([["a", "b"], [], None]), pa.array(["a"] * 3).dictionary_encode(),
+            pa.array([1, 2, 3]), pa.array([{"a": "b"}] * 3), pa.array(["a"] * 3, pa.large_string()), pa.nulls(3),
+            pa.array([[["a"]]] * 3), pa.array([1.5, None, 2]), pa.array(["a", "b", "c"]), pa.array(["é"] * 3),
+        ],
+        "split": [pa.array(["train", "val", None]), pa.array([b"x", b"\xff", None])],
+    }  # fmt: skip
+    rng = random.Random(0)
+    seeds = []
+    for number in range(40):
+        names = [*columns, "caption"] if number % 8 == 7 else list(columns)
+        table = pa.Table.from_arrays([rng.choice(columns[name]) for name in names], names=names)
+        stream = io.BytesIO()
+        compression = rng.choice(("none", "snappy", "zstd", "gzip"))
+        version = rng.choice(("1.0", "2.6"))
+        pq.write_table(table, stream, compression=compression, version=version, row_group_size=rng.choice((1, 3)))
+        seeds.append(stream.getvalue())
+    return seeds
+
+
+def tar_seeds() -> list[bytes]:
+    seeds = []
+    for kind in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        stream = io.BytesIO()
+        with tarfile.open(fileobj=stream, mode="w", format=kind, pax_headers={"comment": "x"}) as tar:
+            caption = json.dumps({"captions": ["a", "b"], "id": 7}).encode()
+            for name, data in (("0.png", png()), ("0.txt", b"a cat"), ("b/1.png", png()), ("b/1.json", caption)):
+                member = tarfile.TarInfo(name if kind == tarfile.USTAR_FORMAT else f"{name}/" * 20 + name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+        seeds.append(stream.getvalue())
+    return seeds
+
+
+# ---- readers -------------------------------------------------------------------------------------------------------
+
+
+class Reader:
+    """A reader under test.
+
+    Args:
+        seeds: Valid inputs.
+        mutate: Function that mutates an input.
+        read: Function that reads an input. The folder is empty except for an image x.png. It returns descriptions of
+            unexpected exceptions that became bad rows, and raises an exception if the input is rejected.
+        documented: Exceptions with which an input may be rejected.
+    """
+
+    def __init__(
+        self,
+        seeds: Callable[[], list[bytes]],
+        mutate: Mutate,
+        read: Callable[[bytes, Path, random.Random], list[str]],
+        documented: tuple[type[Exception], ...],
+    ) -> None:
+        self.seeds, self.mutate, self.read, self.documented = seeds, mutate, read, documented
+
+
+def read_image(data: bytes, folder: Path, rng: random.Random) -> list[str]:
+    from llm2clip.data.images import decode_image
+    from llm2clip.search.scan import date_taken
+
+    date_taken(data)
+    decode_image(data)
+    return []
+
+
+def read_rows(*names: str) -> Callable[[bytes, Path, random.Random], list[str]]:
+    """Return a function that reads a caption file, with one of these names, as records and as text pairs."""
+
+    def read(data: bytes, folder: Path, rng: random.Random) -> list[str]:
+        from llm2clip.data.records import open_records
+        from llm2clip.data.skip_log import SkipLog
+        from llm2clip.data.text_pairs import read_text_pairs
+
+        name = rng.choice(names)
+        (folder / name).write_bytes(gzip.compress(data, 1) if name.endswith(".gz") else data)
+        log = SkipLog(max_skipped=1.0)
+        try:
+            if b"query" in data:
+                for _ in read_text_pairs(str(folder / name), log):
+                    pass
+            else:
+                check = rng.choice(("header", "unchecked", "ignore", "exists"))
+                for record in open_records(folder / name, log, check, require_captions=rng.random() < 0.8):
+                    if record.image is not None and check == "header":
+                        record.image.read()
+        finally:
+            (folder / name).unlink()
+        return UNEXPECTED.findall("\n".join(log.examples))
+
+    return read
+
+
+def config_seeds() -> list[bytes]:
+    from llm2clip.models.llm2clip import LLM2CLIPConfig
+    from llm2clip.models.vision_tower import VisionTower
+
+    tower = VisionTower.from_pretrained("timm:test_vit", image_size=32, pretrained=False)
+    config = {"model_type": "llm2clip", **asdict(LLM2CLIPConfig(tower=tower.config, text_dim=8, embed_dim=16))}
+    clip = {"model_type": "clip", "projection_dim": 8, "vision_config": {"hidden_size": 8, "patch_size": 8}}
+    index = {"metadata": {"total_size": 8}, "weight_map": {"a": "shard.safetensors"}}
+    preprocess = {"size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
+    return [json.dumps(value).encode() for value in (config, config, clip, index, preprocess)]
+
+
+def read_config(data: bytes, folder: Path, rng: random.Random) -> list[str]:
+    """Read a mutated config.json, index file or preprocessor_config.json of a checkpoint."""
+    import torch
+    from safetensors.torch import save_file
+
+    from llm2clip.models.convert.checkpoint_io import read_checkpoint
+    from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
+
+    shard = folder / "shard.safetensors"
+    if not shard.exists():
+        save_file({"a": torch.zeros(2)}, shard)
+        save_file({"a": torch.zeros(2)}, folder / "model.safetensors")
+    files = {b"weight_map": "model.safetensors.index.json", b"image_mean": "preprocessor_config.json"}
+    name = next((name for key, name in files.items() if key in data), "config.json")
+    (folder / name).write_bytes(data)
+    weights = folder / "model.safetensors"
+    hidden = folder / "hidden"
+    try:
+        if name.endswith(".index.json"):
+            weights.rename(hidden)
+        if is_model_folder(folder) and rng.random() < 0.2:
+            LLM2CLIP.from_pretrained(folder)
+        read_checkpoint(folder)
+    finally:
+        if hidden.exists():
+            hidden.rename(weights)
+        (folder / name).unlink()
+    return []
+
+
+def _encode(*values: Any) -> Callable[[], list[bytes]]:
+    return lambda: [json.dumps(value).encode() for value in values]
+
+
+def _encode_lines(*values: list[dict[str, Any]]) -> Callable[[], list[bytes]]:
+    return lambda: [b"".join(json.dumps(row).encode() + b"\n" for row in rows) for rows in values]
+
+
+REJECTED = (ValueError, OSError)
+READERS = {
+    "images": Reader(image_seeds, mutate_image, read_image, REJECTED),
+    "json": Reader(_encode(ROWS, PAIRS), mutate_json, read_rows("d.json"), REJECTED),
+    "jsonl": Reader(_encode_lines(ROWS, PAIRS), mutate_json, read_rows("d.jsonl", "d.jsonl", "d.jsonl.gz"), REJECTED),
+    "csv": Reader(csv_seeds, mutate_text, read_rows("d.csv", "d.csv", "d.tsv", "captions.txt"), REJECTED),
+    "parquet": Reader(parquet_seeds, mutate_parquet, read_rows("d.parquet"), REJECTED),
+    "tar": Reader(tar_seeds, mutate_tar, read_rows("d.tar"), REJECTED),
+    "coco": Reader(_encode(COCO, KARPATHY), mutate_json, read_rows("captions_train2017.json"), REJECTED),
+    "config": Reader(config_seeds, mutate_json, read_config, REJECTED),
+}
+
+
+# ---- running -------------------------------------------------------------------------------------------------------
+
+
+class Fuzzer:
+    """Mutates and reads the inputs of a reader. Input `number` depends only on the seed and the number."""
+
+    def __init__(self, name: str, seed: int, folder: Path) -> None:
+        warnings.simplefilter("ignore")
+        self.name, self.seed, self.folder, self.reader = name, seed, folder, READERS[name]
+        self.seeds = self.reader.seeds()
+        (folder / "x.png").write_bytes(png())
+
+    def create_input(self, number: int) -> tuple[bytes, random.Random]:
+        """Return an input, and a generator for the choices of the reader."""
+        rng = random.Random(f"{self.seed} {self.name} {number}")
+        return self.reader.mutate(rng.choice(self.seeds), rng), rng
+
+    def run(self, number: int) -> tuple[str, list[str]]:
+        """Read an input. Return "read", "rejected" or "escaped", and descriptions of unexpected exceptions."""
+        data, rng = self.create_input(number)
+        try:
+            return "read", self.reader.read(data, self.folder, rng)
+        except self.reader.documented as error:
+            return "rejected", UNEXPECTED.findall(str(error))
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            return "escaped", [f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"]
+
+
+def _work(name: str, seed: int, start: int, stop: int, number: Synchronized, results: Any) -> None:
+    """Read the inputs from `start` to `stop`, put the results in the queue, and store the current number."""
+    import torch
+
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # image libraries print warnings
+    shared_memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared_memory if shared_memory.is_dir() else None) as folder:
+        fuzzer = Fuzzer(name, seed, Path(folder))
+        for warm_up in range(20):
+            fuzzer.run(-1 - warm_up)  # imports the libraries
+        limit = psutil.Process().memory_info().vms + MEMORY_LIMIT
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        before = _peak_memory()
+        for current in range(start, stop):
+            number.value = current
+            begin = time.process_time()
+            outcome, errors = fuzzer.run(current)
+            results.put((current, outcome, errors, time.process_time() - begin, _peak_memory() - before))
+    results.put(None)
+
+
+def _peak_memory() -> int:
+    """Return the peak memory of this process in MB (Linux)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+class Report:
+    """Results of one reader."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.outcomes: Counter[str] = Counter()
+        self.errors: Counter[str] = Counter()
+        self.failures: list[tuple[int, str]] = []  # number and description
+        self.slowest, self.slowest_number, self.peak = 0.0, -1, 0
+
+    def add(self, number: int, outcome: str, errors: list[str], seconds: float, peak: int) -> None:
+        self.outcomes[outcome] += 1
+        self.errors.update(re.sub(r"0x\w+|\d+", "N", error)[:110] for error in errors)
+        if outcome not in ("read", "rejected"):
+            self.failures.append((number, f"{outcome}: {errors}"))
+        self.peak = max(self.peak, peak)
+        if seconds > self.slowest:
+            self.slowest, self.slowest_number = seconds, number
+
+    def print(self) -> None:
+        counts = ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(self.outcomes.items()))
+        print(
+            f"{self.name}: {self.outcomes.total():,} inputs ({counts}); slowest {self.slowest:.2f} s (input "
+            f"{self.slowest_number}), memory +{self.peak:,} MB",
+            flush=True,
+        )
+        for error, count in self.errors.most_common(8):
+            print(f"    {count:,} x {error}")
+        for number, description in self.failures[:10]:
+            print(f"    input {number}: {description[:300]}")
+
+
+def fuzz(name: str, seed: int, count: int, seconds: float) -> Report:
+    """Read mutated inputs in a separate process, which is restarted after a crash or after a slow input."""
+    context = multiprocessing.get_context("spawn")
+    report, start, end = Report(name), 0, time.monotonic() + seconds
+    while start < count and time.monotonic() < end:
+        number: Synchronized = context.Value("q", -1)  # -1 until the first input
+        results = context.SimpleQueue()
+        process = context.Process(target=_work, args=(name, seed, start, count, number, results), daemon=True)
+        process.start()
+        start = _collect(report, psutil.Process(process.pid), number, results, end)
+        process.kill()
+        process.join()
+    return report
+
+
+def _collect(report: Report, process: psutil.Process, number: Synchronized, results: Any, end: float) -> int:
+    """Add the results of a process to the report until it ends or is too slow. Return the number of the next input."""
+    last_number, last_cpu = -1, 0.0
+    next_number = sys.maxsize
+    while time.monotonic() < end:
+        is_running = process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        while not results.empty():
+            result = results.get()
+            if result is None:
+                return sys.maxsize
+            report.add(*result)
+        current, next_number = number.value, number.value + 1
+        if not is_running:
+            if current < 0:
+                raise RuntimeError(f"the process of the reader {report.name} could not start")
+            report.add(current, "crashed", [], 0.0, 0)
+            return next_number
+        cpu = sum(process.cpu_times()[:2])
+        if current != last_number:
+            last_number, last_cpu = current, cpu
+        elif current >= 0 and cpu - last_cpu > TIME_LIMIT:
+            report.add(current, "over the time limit", [], cpu - last_cpu, 0)
+            return next_number
+        time.sleep(0.05)
+    return next_number
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--reader", nargs="+", choices=list(READERS), default=list(READERS))
+    parser.add_argument("--count", type=int, default=100_000, help="Number of inputs per reader.")
+    parser.add_argument("--seconds", type=float, default=600, help="Wall-clock time per reader.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", type=Path, help="Folder in which to save the inputs that failed.")
+    args = parser.parse_args()
+    for name in args.reader:
+        report = fuzz(name, args.seed, args.count, args.seconds)
+        report.print()
+        if args.save and report.failures:
+            args.save.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory() as folder:
+                fuzzer = Fuzzer(name, args.seed, Path(folder))
+                for number, _ in report.failures:
+                    (args.save / f"{name}-{number}").write_bytes(fuzzer.create_input(number)[0])
+
+
+if __name__ == "__main__":
+    main()
