@@ -10,6 +10,7 @@ exceptions were unexpected, the slowest input and the peak memory. `tests/test_f
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import gzip
 import io
@@ -37,7 +38,18 @@ from typing import Any
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
+from safetensors.torch import save_file
+
+from llm2clip.data.images import ImageError, decode_image
+from llm2clip.data.records import open_records
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.text_pairs import read_text_pairs
+from llm2clip.models.convert.checkpoint_io import read_checkpoint
+from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig, is_model_folder
+from llm2clip.models.vision_tower import VisionTower
+from llm2clip.search.scan import date_taken
 
 MEMORY_LIMIT = 2 << 30  # bytes of address space in addition to that of the imported libraries
 TIME_LIMIT = 10.0  # CPU seconds per input
@@ -109,7 +121,7 @@ def mutate_json(data: bytes, rng: random.Random) -> bytes:
         parent = rng.choice(parents)
         key = rng.choice(list(parent) if isinstance(parent, dict) else range(len(parent)))
         if rng.random() < 0.8:
-            parent[key] = rng.choice(VALUES)
+            parent[key] = copy.deepcopy(rng.choice(VALUES))
         elif isinstance(parent, dict):
             parent[rng.choice(("id", "image", "captions", "split", "file_name", "x"))] = parent.pop(key)
         elif len(parent) > 1:
@@ -298,9 +310,6 @@ class Reader:
 
 
 def read_image(data: bytes, folder: Path, rng: random.Random) -> list[str]:
-    from llm2clip.data.images import decode_image
-    from llm2clip.search.scan import date_taken
-
     date_taken(data)
     decode_image(data)
     return []
@@ -310,10 +319,6 @@ def read_rows(*names: str) -> Callable[[bytes, Path, random.Random], list[str]]:
     """Return a function that reads a caption file, with one of these names, as records and as text pairs."""
 
     def read(data: bytes, folder: Path, rng: random.Random) -> list[str]:
-        from llm2clip.data.records import open_records
-        from llm2clip.data.skip_log import SkipLog
-        from llm2clip.data.text_pairs import read_text_pairs
-
         name = rng.choice(names)
         (folder / name).write_bytes(gzip.compress(data, 1) if name.endswith(".gz") else data)
         log = SkipLog(max_skipped=1.0)
@@ -334,9 +339,6 @@ def read_rows(*names: str) -> Callable[[bytes, Path, random.Random], list[str]]:
 
 
 def config_seeds() -> list[bytes]:
-    from llm2clip.models.llm2clip import LLM2CLIPConfig
-    from llm2clip.models.vision_tower import VisionTower
-
     tower = VisionTower.from_pretrained("timm:test_vit", image_size=32, pretrained=False)
     config = {"model_type": "llm2clip", **asdict(LLM2CLIPConfig(tower=tower.config, text_dim=8, embed_dim=16))}
     clip = {"model_type": "clip", "projection_dim": 8, "vision_config": {"hidden_size": 8, "patch_size": 8}}
@@ -347,12 +349,6 @@ def config_seeds() -> list[bytes]:
 
 def read_config(data: bytes, folder: Path, rng: random.Random) -> list[str]:
     """Read a mutated config.json, index file or preprocessor_config.json of a checkpoint."""
-    import torch
-    from safetensors.torch import save_file
-
-    from llm2clip.models.convert.checkpoint_io import read_checkpoint
-    from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
-
     shard = folder / "shard.safetensors"
     if not shard.exists():
         save_file({"a": torch.zeros(2)}, shard)
@@ -385,7 +381,7 @@ def _encode_lines(*values: list[dict[str, Any]]) -> Callable[[], list[bytes]]:
 
 REJECTED = (ValueError, OSError)
 READERS = {
-    "images": Reader(image_seeds, mutate_image, read_image, REJECTED),
+    "images": Reader(image_seeds, mutate_image, read_image, (ImageError,)),
     "json": Reader(_encode(ROWS, PAIRS), mutate_json, read_rows("d.json"), REJECTED),
     "jsonl": Reader(_encode_lines(ROWS, PAIRS), mutate_json, read_rows("d.jsonl", "d.jsonl", "d.jsonl.gz"), REJECTED),
     "csv": Reader(csv_seeds, mutate_text, read_rows("d.csv", "d.csv", "d.tsv", "captions.txt"), REJECTED),
@@ -427,8 +423,6 @@ class Fuzzer:
 
 def _work(name: str, seed: int, start: int, stop: int, number: Synchronized, results: Any) -> None:
     """Read the inputs from `start` to `stop`, put the results in the queue, and store the current number."""
-    import torch
-
     torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # image libraries print warnings
     shared_memory = Path("/dev/shm")

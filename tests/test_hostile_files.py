@@ -48,6 +48,7 @@ def load_builders() -> Any:
 
 
 hostile = load_builders()
+FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def png_bytes(width: int = 12, height: int = 10) -> bytes:
@@ -226,6 +227,12 @@ def test_parquet_rows_that_share_an_image_are_read_in_small_batches(
     with pytest.raises(ValueError, match="no records"):
         list(open_records(path, log))
     assert log.skipped["unreadable file"] == 5000
+
+
+def test_damaged_parquet_metadata_does_not_end_the_process(tmp_path: Path) -> None:
+    """The fixture was found by the fuzz test. Reading the metadata of its columns aborts the process."""
+    with pytest.raises(ValueError, match="no records"):
+        list(open_records(FIXTURES / "damaged_statistics.parquet", SkipLog(max_skipped=1.0)))
 
 
 def test_parquet_captions_are_read_in_small_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

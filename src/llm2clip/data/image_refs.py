@@ -12,7 +12,7 @@ import os
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import OrderedDict, deque
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -373,7 +373,7 @@ def _decode_window(path: str, version: object, group: int, column: str, row: int
     """
     # The file is reopened each time and read without threads, because file handles and thread pools that survive a
     # fork can deadlock in data loader workers.
-    batch_size = _batch_size(path, version, column)
+    batch_size = _batch_size(path, version)
     batches: deque[pa.Array] = deque()
     start = num_bytes = num_decoded = 0
     with pq.ParquetFile(path) as file:
@@ -399,49 +399,43 @@ def _decode_window(path: str, version: object, group: int, column: str, row: int
 
 
 @functools.lru_cache(maxsize=1024)
-def _batch_size(path: str, version: object, column: str) -> int:
+def _batch_size(path: str, version: object) -> int:
     """Cached `parquet_batch_size`, because it scans all row groups, and every row group is read separately."""
     with pq.ParquetFile(path) as file:
-        return parquet_batch_size(file, [column])
+        return parquet_batch_size(file)
 
 
-def parquet_batch_size(file: pq.ParquetFile, columns: Collection[str]) -> int:
-    """Return the number of rows (at most 64) to read at a time from these columns of a Parquet file.
+def parquet_batch_size(file: pq.ParquetFile) -> int:
+    """Return the number of rows (at most 64) to read at a time from a Parquet file.
 
     All rows of a row group can share one large value, so each value can be as large as the entire row group. In this
     worst case, a batch still takes at most `MAX_BATCH_BYTES`, unless it is a single row.
     """
-    largest = 1
-    for group in range(file.metadata.num_row_groups):
-        largest = max(largest, row_group_bytes(file, group, columns))
-    return max(1, min(64, MAX_BATCH_BYTES // largest))
+    return max(1, min(64, MAX_BATCH_BYTES // max([1, *row_group_sizes(file)])))
 
 
-def check_row_groups(file: pq.ParquetFile, image_columns: Collection[str]) -> None:
-    """Check the size of the images in each row group of a Parquet file, according to the file's metadata.
+def check_row_groups(file: pq.ParquetFile) -> None:
+    """Check the size of each row group of a Parquet file with images, according to the file's metadata.
 
     Raises:
-        OSError: The images of a row group have more than `MAX_ROW_GROUP_BYTES` bytes.
+        OSError: A row group has more than `MAX_ROW_GROUP_BYTES` bytes.
     """
-    for group in range(file.metadata.num_row_groups):
-        if row_group_bytes(file, group, image_columns) > MAX_ROW_GROUP_BYTES:
+    for group, num_bytes in enumerate(row_group_sizes(file)):
+        if num_bytes > MAX_ROW_GROUP_BYTES:
             raise _row_group_error(group)
 
 
-def row_group_bytes(file: pq.ParquetFile, group: int, columns: Collection[str]) -> int:
-    """Return the uncompressed size of these columns of a row group, according to the file's metadata."""
-    metadata = file.metadata.row_group(group)
-    prefixes = tuple(f"{column}." for column in columns)
-    num_bytes = 0
-    for chunk in (metadata.column(index) for index in range(metadata.num_columns)):
-        if f"{chunk.path_in_schema}.".startswith(prefixes):
-            num_bytes += chunk.total_uncompressed_size
-    return num_bytes
+def row_group_sizes(file: pq.ParquetFile) -> list[int]:
+    """Return the uncompressed size of each row group in bytes, according to the file's metadata.
+
+    Sizes of single columns are not used, because `RowGroupMetaData.column` ends the process if the metadata is damaged.
+    """
+    return [file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups)]
 
 
 def _row_group_error(group: int) -> OSError:
     return OSError(
-        f"the images of row group {group} have more than {MAX_ROW_GROUP_BYTES:,} bytes. Rewrite the file with smaller "
+        f"the images in row group {group} have more than {MAX_ROW_GROUP_BYTES:,} bytes. Rewrite the file with smaller "
         "row groups, such as 100 rows"
     )
 

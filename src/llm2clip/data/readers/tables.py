@@ -47,9 +47,9 @@ def read_parquet(path: str, choose: ColumnChooser, image_bytes: bool) -> Iterato
             for name in selected:
                 if name not in skipped:
                     columns.append(name if image_bytes or name not in image_columns else f"{name}.path")
-            if image_bytes:
-                check_row_groups(file, image_columns)
-            batch_size = parquet_batch_size(file, columns)
+            if image_bytes and image_columns:
+                check_row_groups(file)
+            batch_size = parquet_batch_size(file)
             for batch in file.iter_batches(batch_size=batch_size, columns=columns, use_threads=False):
                 for fields in batch.to_pylist():
                     for name in image_columns - skipped:
