@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -509,6 +510,25 @@ def test_segment_rejects_invalid_names(names: Any) -> None:
     model = make_llm2clip(timm_tower("test_efficientnet"))
     with pytest.raises(ValueError, match="names must be a list with one or several non-empty names for each class"):
         model.segment(pixels(64)[0], names)
+
+
+def test_documented_examples_run_with_the_default_kind_of_tower(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default tower is a convolutional network, which supports only the variant plain."""
+    model = LLM2CLIP.from_pretrained(model_folder, "cpu")
+    assert build_dense_encoder(model.tower, model.projection).variants == ("plain",)
+    monkeypatch.setattr(LLM2CLIP, "from_pretrained", lambda path: model)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (320, 240), (200, 100, 0)).save("market.jpg")
+    page = (Path(__file__).parent.parent / "docs/howto/dense.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    names: dict[str, Any] = {"masks": torch.ones(2, 240, 320, dtype=torch.bool)}
+    for block in blocks:
+        exec(block, names)
+    assert names["cells"].shape[-1] == names["regions"].shape[-1] == model.config.embed_dim
+    assert names["labels"].shape == (240, 320)
 
 
 def test_dual_encoders_have_the_learned_logit_scale(tmp_path: Path) -> None:
