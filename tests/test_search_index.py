@@ -474,6 +474,24 @@ def test_search_pages_follow_each_other(
         assert [hit.id for page in pages for hit in page] == ids and len(ids) == 6
 
 
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_hits_contain_only_some_of_many_locations(
+    kind: str, image_folder: Path, dual_encoder: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, root = create_backend(kind, tmp_path / "index"), tmp_path / "p"
+    monkeypatch.setattr(sys.modules[type(backend).__module__], "MAX_LOCATIONS", 3)
+    for n in range(6):
+        (root / str(n)).mkdir(parents=True)
+        shutil.copy(image_folder / "0.png", root / f"{n}/{n}.png")
+    index_sources([root], dual_encoder, backend)
+    query = np.eye(int(backend.metadata()["width"]), dtype=np.float32)[0]
+    for folder, expected in ((root, ["0.png", "1.png", "2.png"]), (root / "5", ["5.png", "0.png", "1.png"])):
+        [hit] = backend.search(query, 5, Filter(path=str(folder)))
+        assert [Path(image.name).name for image in hit.images] == expected
+        assert hit.image_count == 6
+    assert len(backend.images(hit.id)) == 3
+
+
 def write_parquet(file: Path, images: list[Path]) -> None:
     cells = pa.array([{"bytes": image.read_bytes(), "path": None} for image in images])
     pq.write_table(pa.table({"image": cells}), file)

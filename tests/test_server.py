@@ -37,10 +37,12 @@ from llm2clip.cli import main
 from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import QueryTemplates
+from llm2clip.search import inference
 from llm2clip.search.auth import SESSION_SECONDS, Authenticator
 from llm2clip.search.batching import Batcher, QueueFull
 from llm2clip.search.inference import SEARCH_THREADS, InferenceService
 from llm2clip.search.middleware import PIECE_SIZE
+from llm2clip.search.originals import open_original
 from llm2clip.search.query_embedding import Query, embed_images, embed_query
 from llm2clip.search.schemas import MAX_IMAGES, MAX_TEMPLATES, MAX_TEXT_LENGTH, MAX_TEXTS, Limits, SearchRequest
 from llm2clip.search.server import create_app
@@ -266,6 +268,22 @@ def test_images_in_tars_and_tables_are_served(dual_encoder: DualEncoder, tmp_pat
         with TestClient(app, base_url=BASE_URL) as client:
             response = client.get("/image/1")
             assert (response.status_code, response.content) == (200, data)
+
+
+def test_images_are_opened_in_the_decoder_threads(
+    dual_encoder: DualEncoder, backend: SqliteBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cell of a table can take gigabytes to read, so only a few may be read at the same time."""
+    threads = []
+
+    def open_in_thread(*args: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return open_original(*args)
+
+    monkeypatch.setattr(inference, "open_original", open_in_thread)
+    with TestClient(create_patient_app(dual_encoder, backend, max_queue=1), base_url=BASE_URL) as client:
+        assert client.get("/image/1").status_code == 200
+    assert len(threads) == 1 and threads[0].startswith("decode")
 
 
 def test_health_and_metrics_count_images_at_most_once_per_interval(
@@ -602,7 +620,7 @@ def test_searches_that_timed_out_do_not_pile_up(dual_encoder: DualEncoder, backe
         await asyncio.gather(*searches, return_exceptions=True)
         assert service._searches_waiting == 0
         resumed.set()
-        assert (await service.search(SearchRequest(texts=["x"]))).hits == []
+        assert json.loads(await service.search(SearchRequest(texts=["x"])))["hits"] == []
         await service.close()
 
     try:

@@ -32,7 +32,7 @@ from llm2clip.search.clients import (
 )
 from llm2clip.search.connections import limited_connection
 from llm2clip.search.middleware import MAX_JSON_VALUES
-from llm2clip.search.schemas import SearchRequest
+from llm2clip.search.schemas import EmbedRequest, SearchRequest
 from search_fixtures import create_patient_app, running_server
 
 BASE_URL = "http://localhost"
@@ -94,6 +94,15 @@ def test_unknown_fields_create_a_single_error() -> None:
         with pytest.raises(ValidationError) as error:
             SearchRequest.model_validate(body)
         assert error.value.error_count() == 1
+
+
+@pytest.mark.parametrize("item", [[], {}, None, 1, "", "\ud800"])
+def test_lists_with_many_invalid_items_create_few_errors(item: Any) -> None:
+    """Validation runs in the event loop, where it delays all other requests."""
+    for model, field in ((EmbedRequest, "input"), (SearchRequest, "texts"), (SearchRequest, "templates")):
+        with pytest.raises(ValidationError) as error:
+            model.model_validate({"texts": ["a"], field: [item] * 1000})
+        assert error.value.error_count() <= 2
 
 
 def test_json_with_too_many_values_is_rejected_before_it_is_parsed(
@@ -228,7 +237,7 @@ def test_image_is_read_only_as_fast_as_the_client_reads_it(
     size = 64 << 20  # much more than the buffers of two sockets
     streams = [CountingStream(size), CountingStream(size)]
     opened = iter(streams)
-    monkeypatch.setattr("llm2clip.search.server.open_original", lambda backend, hit_id: (next(opened), "image/bmp"))
+    monkeypatch.setattr("llm2clip.search.inference.open_original", lambda backend, hit_id: (next(opened), "image/bmp"))
     monkeypatch.setattr("llm2clip.search.inference.InferenceService.require_backend", lambda self: None)
     request = b"GET /image/1 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     with limited_server(dual_encoder) as address, connect(address, request) as reader:

@@ -105,7 +105,7 @@ class Backend(Protocol):
         ...
 
     def images(self, hit_id: str) -> tuple[IndexedImage, ...]:
-        """Return all images with a hit's content, or an empty tuple if the id is unknown."""
+        """Return at most MAX_LOCATIONS images with a hit's content, or an empty tuple if the id is unknown."""
         ...
 
 

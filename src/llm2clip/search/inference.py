@@ -7,7 +7,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from functools import partial
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -34,7 +35,6 @@ from llm2clip.search.schemas import (
     SearchRequest,
     SearchResponse,
 )
-from llm2clip.search.types import Hit
 
 DECODE_THREADS = 2
 MAX_HEATMAP_CELLS = 4096  # if the request specifies the image size: memory can grow with the square of the number
@@ -173,8 +173,10 @@ class InferenceService:
         except (ImageError, TooLarge) as error:
             raise InvalidImage(error, param) from error
 
-    async def search(self, request: SearchRequest) -> SearchResponse:
+    async def search(self, request: SearchRequest) -> bytes:
         """Embed a query, search the index and return the results. Without a query, return the newest images first.
+
+        The result is a `SearchResponse` as JSON. It is created in the search thread, because it can be large.
 
         Raises:
             NotFound: The server has no index, or an id in the request is not in the index.
@@ -187,18 +189,19 @@ class InferenceService:
             raise ValueError("the query is empty: provide at least one text, image or filter")
         query = await self._embed_query(request) if request.has_query() else None
 
-        def find() -> tuple[list[Hit], int]:
+        def find() -> bytes:
             hits = backend.search(query, request.top, image_filter, request.offset)
-            return hits, backend.count_matches(image_filter)
+            total = backend.count_matches(image_filter)
+            response = SearchResponse(hits=[HitResponse.from_hit(hit) for hit in hits], total=total)
+            return response.model_dump_json().encode()
 
         if self._searches_waiting >= self.limits.max_queue:
             raise QueueFull(f"the server is busy: {self._searches_waiting:,} searches are waiting; try again later")
         self._searches_waiting += 1
         try:
-            hits, total = await self._searchers.run(find)
+            return await self._searchers.run(find)
         finally:
             self._searches_waiting -= 1
-        return SearchResponse(hits=[HitResponse.from_hit(hit) for hit in hits], total=total)
 
     async def heatmap(self, request: HeatmapRequest) -> np.ndarray:
         """Embed a query; return its cosine similarity to each cell of an image, float32 (h, w).
@@ -222,6 +225,19 @@ class InferenceService:
         [pixels] = await self._decode(self._prepare_for_heatmap, [request])
         [heatmap] = _check_finite(await self._heatmap_batcher.submit([(pixels, query, variant)]), "an image")
         return heatmap
+
+    async def open_original(self, hit_id: str) -> tuple[BinaryIO, str]:
+        """Open the image file of a hit in a decoder thread, because a table must be decoded to read one of its cells.
+
+        See `llm2clip.search.originals.open_original` for the result.
+
+        Raises:
+            NotFound: The server has no index.
+            FileNotFoundError: The id is unknown, or all files of the hit have been changed or removed.
+            QueueFull: Too many images are waiting.
+        """
+        [original] = await self._decode(partial(open_original, self.require_backend()), [hit_id])
+        return cast(tuple[BinaryIO, str], original)
 
     def _prepare_for_heatmap(self, request: HeatmapRequest) -> Tensor:
         """Decode the image of a request and resize it for the dense encoder."""

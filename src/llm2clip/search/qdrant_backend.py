@@ -22,6 +22,7 @@ import numpy as np
 from qdrant_client import QdrantClient, models
 
 from llm2clip.search.types import (
+    MAX_LOCATIONS,
     Filter,
     Hit,
     ImageState,
@@ -197,7 +198,9 @@ class QdrantBackend:
                 # A point of several images occurs once per time, also at the times of images that do not match.
                 if times and (vector is not None or point.order_value <= max(times)):
                     score = None if vector is None else point.score
-                    hits.setdefault(hit_id, Hit(hit_id, score, images, payload["width"], payload["height"]))
+                    locations = sorted(images, key=lambda image: not _matches(image, image_filter))[:MAX_LOCATIONS]
+                    size = payload["width"], payload["height"]
+                    hits.setdefault(hit_id, Hit(hit_id, score, tuple(locations), len(images), *size))
             if len(hits) >= end or len(points) < limit:
                 return list(hits.values())[offset:end]
             limit *= 4
@@ -238,7 +241,7 @@ class QdrantBackend:
 
     def images(self, hit_id: str) -> tuple[IndexedImage, ...]:
         point = self._retrieve(hit_id)
-        return () if point is None else _images(point.payload)
+        return () if point is None else _images(point.payload)[:MAX_LOCATIONS]
 
     # ---- points
 

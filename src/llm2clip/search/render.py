@@ -40,10 +40,10 @@ def print_hits(hits: Sequence[Hit], backend: Backend, console: Console) -> None:
         table.add_column("image")
     table.add_column("file", overflow="fold")
     for rank, hit in enumerate(hits, 1):
-        first, *duplicates = hit.images
+        first = hit.images[0]
         description = RichText(_printable(first.name))
-        if duplicates:
-            description.append(f"\nand {len(duplicates)} duplicates", style="dim")
+        if hit.image_count > 1:
+            description.append(f"\nand {hit.image_count - 1:,} duplicates", style="dim")
         if first.captions:
             caption = shorten(_printable(first.captions[0]), CAPTION_LENGTH, placeholder=" …")
             description.append("\n" + caption, style="dim")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from llm2clip.data.valid_text import is_valid_unicode
 from llm2clip.models.prompts import PLACEHOLDER
-from llm2clip.search.types import MAX_CAPTION_FILTER_LENGTH, Filter, Hit
+from llm2clip.search.types import MAX_CAPTION_FILTER_LENGTH, MAX_LOCATIONS, Filter, Hit
 
 DATA_URI_PREFIX = "data:image/"
 MAX_TEXT_LENGTH = 20_000  # characters
@@ -98,6 +98,11 @@ HitId = Annotated[str, Field(max_length=64), AfterValidator(_require_valid_unico
 Time = Annotated[float, Field(ge=-1e11, le=1e12, allow_inf_nan=False)]
 
 
+Item = TypeVar("Item")
+# Without fail_fast, pydantic would create an error object for each invalid item, even if there are far too many items.
+Items = Annotated[list[Item], Field(fail_fast=True)]
+
+
 class _StrictModel(BaseModel):
     """Pydantic base model that rejects unknown fields."""
 
@@ -142,23 +147,23 @@ class FilterRequest(_StrictModel):
 class QueryRequest(_StrictModel):
     """A query: texts, images and earlier hits that results should resemble (or, if negative, should not resemble)."""
 
-    texts: list[Text] = Field(
+    texts: Items[Text] = Field(
         default=[], max_length=MAX_IMAGES, description="texts of any length, in any language that the model supports"
     )
-    images: list[DataUri] = Field(default=[], max_length=MAX_IMAGES, description="images as data URIs")
-    like: list[HitId] = Field(
+    images: Items[DataUri] = Field(default=[], max_length=MAX_IMAGES, description="images as data URIs")
+    like: Items[HitId] = Field(
         default=[], max_length=MAX_IMAGES, description="ids of earlier hits that results should be similar to"
     )
-    negative_texts: list[Text] = Field(
+    negative_texts: Items[Text] = Field(
         default=[], max_length=MAX_IMAGES, description="descriptions of what the results should not show"
     )
-    negative_images: list[DataUri] = Field(
+    negative_images: Items[DataUri] = Field(
         default=[], max_length=MAX_IMAGES, description="images, as data URIs, that results should not resemble"
     )
-    negative_like: list[HitId] = Field(
+    negative_like: Items[HitId] = Field(
         default=[], max_length=MAX_IMAGES, description="ids of earlier hits that results should not resemble"
     )
-    templates: list[Template] | None = Field(
+    templates: Items[Template] | None = Field(
         default=None,
         max_length=MAX_TEMPLATES,
         description="prompt templates, such as 'a photo of a {}', with which texts of up to three words are averaged; "
@@ -191,18 +196,26 @@ class ImageLocation(BaseModel):
 
 
 class HitResponse(BaseModel):
-    """A search result: an image with all of its locations."""
+    """A search result: an image with its locations."""
 
     id: str
     score: float | None = Field(description="cosine similarity to the query, or null without a query")
     width: int
     height: int
-    images: list[ImageLocation]
+    images: list[ImageLocation] = Field(description=f"the first {MAX_LOCATIONS} locations")
+    image_count: int = Field(description="number of locations")
 
     @classmethod
     def from_hit(cls, hit: Hit) -> HitResponse:
         images = [ImageLocation(name=i.name, captions=list(i.captions), taken=i.taken) for i in hit.images]
-        return cls(id=hit.id, score=hit.score, width=hit.width, height=hit.height, images=images)
+        return cls(
+            id=hit.id,
+            score=hit.score,
+            width=hit.width,
+            height=hit.height,
+            images=images,
+            image_count=hit.image_count,
+        )
 
 
 class SearchResponse(BaseModel):
@@ -246,7 +259,7 @@ class HeatmapResponse(BaseModel):
 class EmbedRequest(BaseModel):
     """A request in the format of OpenAI's embeddings API. Inputs that are image data URIs are embedded as images."""
 
-    input: TextOrDataUri | Annotated[list[TextOrDataUri], Field(min_length=1, max_length=MAX_TEXTS)]
+    input: TextOrDataUri | Annotated[Items[TextOrDataUri], Field(min_length=1, max_length=MAX_TEXTS)]
     model: AnyText | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None

@@ -29,7 +29,6 @@ from llm2clip.search.build import check_model
 from llm2clip.search.errors import ERROR_RESPONSES, NotFound, add_error_handlers
 from llm2clip.search.inference import InferenceService
 from llm2clip.search.middleware import PIECE_SIZE, RequestMiddleware
-from llm2clip.search.originals import open_original
 from llm2clip.search.request_images import decode_data_uri
 from llm2clip.search.schemas import (
     DATA_URI_PREFIX,
@@ -168,13 +167,13 @@ def _add_status_routes(app: FastAPI, service: InferenceService, auth: Authentica
 
 
 def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
-    @app.post("/search", responses=API_ERRORS)
-    async def search(request: SearchRequest) -> SearchResponse:
+    @app.post("/search", response_model=SearchResponse, responses=API_ERRORS)
+    async def search(request: SearchRequest) -> Response:
         """Return the images in the index that are most similar to the given texts, images and earlier hits.
 
         A search with a filter and without a query returns the newest images that meet the filter first.
         """
-        return await service.search(request)
+        return Response(await service.search(request), media_type="application/json")
 
     @app.post("/heatmap", responses=API_ERRORS)
     async def heatmap(request: HeatmapRequest) -> HeatmapResponse:
@@ -246,7 +245,7 @@ def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
     async def image(hit_id: str) -> Response:
         """Return the original image file of a hit."""
         try:
-            stream, media_type = await run_in_threadpool(open_original, service.require_backend(), hit_id)
+            stream, media_type = await service.open_original(hit_id)
         except FileNotFoundError as error:
             raise NotFound(str(error)) from error
         headers = {"Content-Security-Policy": "default-src 'none'; sandbox"}

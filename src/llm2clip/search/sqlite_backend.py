@@ -22,7 +22,6 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +32,7 @@ from llm2clip.distributed import print_once
 from llm2clip.search.backends import DATABASE, missing_index_message
 from llm2clip.search.caption_index import CaptionIndex
 from llm2clip.search.types import (
+    MAX_LOCATIONS,
     Filter,
     Hit,
     ImageState,
@@ -272,13 +272,21 @@ class SqliteBackend:
             index = self._current_vector_index()
             ids, cosines = index.search(vector.astype(np.float32), offset + count, allowed_ids)
             page, scores = ids[offset:], cosines[offset:].tolist()
+        conditions, parameters = _sql_conditions(image_filter, ("path", "after", "before"))
         hits = []
         for content_id, score in zip(page.tolist(), scores, strict=True):
-            images = self.images(str(content_id))
-            sizes = self._query("SELECT width, height FROM contents WHERE id = ?", (content_id,))
+            images = self._images(content_id)
+            if conditions:
+                matching = self._images(content_id, conditions, parameters)
+                images = tuple(dict.fromkeys([*matching, *images]))[:MAX_LOCATIONS]
+            sizes = self._query(
+                "SELECT width, height, (SELECT count(*) FROM pictures WHERE content = contents.id) FROM contents "
+                "WHERE id = ?",
+                (content_id,),
+            )
             if images and sizes:  # otherwise, another process has removed the image during this search
-                width, height = sizes[0]
-                hits.append(Hit(str(content_id), score, images, width, height))
+                width, height, image_count = sizes[0]
+                hits.append(Hit(str(content_id), score, images, image_count, width, height))
         return hits
 
     def count_matches(self, image_filter: Filter) -> int:
@@ -293,11 +301,22 @@ class SqliteBackend:
         return bytes(rows[0][0]) if rows else None
 
     def images(self, hit_id: str) -> tuple[IndexedImage, ...]:
-        sql = f"SELECT {IMAGE_COLUMNS} FROM pictures WHERE content = ? ORDER BY name"
+        return self._images(_content_id(hit_id))
+
+    def _images(
+        self, content_id: int, conditions: Sequence[str] = (), parameters: Mapping[str, Any] | None = None
+    ) -> tuple[IndexedImage, ...]:
+        """Return at most MAX_LOCATIONS images with a content that meet SQL conditions, sorted by name.
+
+        If there are more, those that were indexed first are returned, which SQLite finds without reading the others.
+        """
+        where = " AND ".join(["content = :content", *conditions])
+        sql = f"SELECT {IMAGE_COLUMNS} FROM pictures WHERE {where} ORDER BY rowid LIMIT :limit"
+        rows = self._query(sql, {**(parameters or {}), "content": content_id, "limit": MAX_LOCATIONS})
         images = []
-        for name, ref, source, stamp, captions, taken in self._query(sql, (_content_id(hit_id),)):
+        for name, ref, source, stamp, captions, taken in rows:
             images.append(IndexedImage(name, ref_from_json(ref), source, stamp, tuple(json.loads(captions)), taken))
-        return tuple(images)
+        return tuple(sorted(images, key=lambda image: image.name))
 
     # ---- filters
 
@@ -314,18 +333,15 @@ class SqliteBackend:
 
         The ids are sorted or, with `newest_first`, ordered by the latest time of the images that meet the conditions.
         """
-        parameters = {name: value for name, value in asdict(image_filter).items() if value is not None}
-        caption = parameters.pop("caption", None)
-        where = " AND ".join(FILTER_CONDITIONS[name] for name in parameters)
-        if image_filter.path is not None:
-            parameters.update(_path_parameters(path_glob(image_filter.path)))
+        conditions, parameters = _sql_conditions(image_filter, FILTER_CONDITIONS)
+        caption = image_filter.caption
         rows: np.ndarray | None = None
         with self._snapshot() as db:
-            if where or newest_first:
+            if conditions or newest_first:
                 # Images that meet all conditions except the one on captions, (N,) with the fields of MATCH.
                 cursor = db.execute(
                     "SELECT pictures.rowid, contents.id, taken FROM pictures JOIN contents ON contents.id = content "
-                    f"WHERE {where or 'true'}",
+                    f"WHERE {' AND '.join(conditions) or 'true'}",
                     parameters,
                 )
                 rows = np.fromiter(cursor, MATCH)
@@ -528,6 +544,19 @@ class SqliteBackend:
             yield
         except sqlite3.Error as error:
             raise OSError(f"{self._file}: {error}") from error
+
+
+def _sql_conditions(image_filter: Filter, names: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
+    """Return the SQL conditions of a filter, of those in `names`, and their parameters."""
+    parameters: dict[str, Any] = {}
+    for name in names:
+        value = getattr(image_filter, name)
+        if value is not None:
+            parameters[name] = value
+    conditions = [FILTER_CONDITIONS[name] for name in parameters]
+    if "path" in parameters:
+        parameters.update(_path_parameters(path_glob(parameters["path"])))
+    return conditions, parameters
 
 
 def _path_parameters(pattern: str) -> dict[str, str]:

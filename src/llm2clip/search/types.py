@@ -79,6 +79,9 @@ class IndexedContent:
     height: int
 
 
+MAX_LOCATIONS = 100  # per hit; web data sets contain some images hundreds of thousands of times
+
+
 @dataclass(frozen=True)
 class Hit:
     """A search result.
@@ -86,7 +89,9 @@ class Hit:
     Args:
         id: Identifier of the image content. Unique within an index.
         score: Cosine similarity to the query vector, or None if the search had no query.
-        images: All images with this content.
+        images: The images with this content, at most MAX_LOCATIONS. Those that meet the filter's conditions on path and
+            time come first.
+        image_count: Number of images with this content.
         width: Width of the image in pixels, after EXIF rotation.
         height: Height of the image in pixels, after EXIF rotation.
     """
@@ -94,6 +99,7 @@ class Hit:
     id: str
     score: float | None
     images: tuple[IndexedImage, ...]
+    image_count: int
     width: int
     height: int
 

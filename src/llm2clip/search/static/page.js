@@ -210,6 +210,11 @@ function showDetail(index) {
   $("original").href = $("download").href = `/image/${hit.id}`;
   $("download").download = /\]\.[^/]*$/.test(first.name) ? "" : getFileName(first); // the cells of a table have no name
   $("locations").replaceChildren(...hit.images.map(makeLocation));
+  if (hit.image_count > hit.images.length) {
+    const entry = document.createElement("li");
+    entry.textContent = `and ${(hit.image_count - hit.images.length).toLocaleString()} more`;
+    $("locations").append(entry);
+  }
   $("back").disabled = index === 0;
   $("next").disabled = index === hits.length - 1;
   $("where").disabled = !hasQuery(searchedRequest);
