@@ -388,6 +388,13 @@ def test_malformed_and_oversized_bodies_are_rejected(client: TestClient) -> None
     assert client.post("/embed/upload", files=[("files", ("a.png", b"GIF89a"))]).status_code == 422
 
 
+def test_bodies_without_content_type_are_not_parsed(client: TestClient) -> None:
+    """The limit on the number of JSON values applies only to bodies whose content type is JSON."""
+    response = client.post("/search", content=b'{"texts": ["red"]}')
+    assert response.status_code == 422
+    assert "content-type" not in response.request.headers
+
+
 def test_paths_hosts_and_sites_are_checked(client: TestClient) -> None:
     for path in ("/thumbnail/..%2f..%2fetc%2fpasswd", "/static/..%2fserver.py", "/static/server.py", "/image/-1"):
         assert client.get(path).status_code == 404

@@ -33,6 +33,7 @@ from llm2clip.search.clients import (
 from llm2clip.search.connections import limited_connection
 from llm2clip.search.middleware import MAX_JSON_VALUES
 from llm2clip.search.schemas import EmbedRequest, SearchRequest
+from llm2clip.search.server import server_config
 from search_fixtures import create_patient_app, running_server
 
 BASE_URL = "http://localhost"
@@ -163,6 +164,20 @@ def test_client_key_ignores_ports_and_the_host_part_of_ipv6_addresses() -> None:
     assert client_key(("fe80::1%eth0", 1)) == client_key(("fe80::2", 1))
     assert client_key(("host:unknown", 1)) == "host:unknown"
     assert client_key(None) == ""
+
+
+@pytest.mark.parametrize(("behind_proxy", "client"), [(False, "127.0.0.1"), (True, "9.9.9.9")])
+def test_forwarded_addresses_are_ignored_without_a_proxy(
+    behind_proxy: bool, client: str, dual_encoder: DualEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients: list[str] = []
+    monkeypatch.setattr("llm2clip.search.middleware.client_key", lambda address: clients.append(address[0]) or "")
+    config = server_config(create_patient_app(dual_encoder), "127.0.0.1", 0, behind_proxy)
+    config.load()
+    app: Any = config.loaded_app
+    with TestClient(app, base_url=BASE_URL, client=("127.0.0.1", 50000)) as test_client:
+        assert test_client.get("/health", headers={"X-Forwarded-For": "9.9.9.9"}).status_code == 200
+    assert clients == [client]
 
 
 def test_thread_pool_runs_the_jobs_of_other_clients_first() -> None:

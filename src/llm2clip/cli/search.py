@@ -124,6 +124,11 @@ def add(commands: Commands) -> None:
         help="Accept requests without a token. Only allowed if just this machine can connect.",
     )
     sub.add_argument(
+        "--behind_proxy",
+        action="store_true",
+        help="Take the client's address from the headers of a reverse proxy on this machine.",
+    )
+    sub.add_argument(
         "--templates",
         nargs="*",
         type=str,
@@ -408,7 +413,7 @@ def _serve(args: Namespace) -> list[str]:
         page = f"{address}?token={quote(token, safe='')}" if token else address
         print_once(f"Serving at {page}", f"API description: {address}openapi.json. Press Ctrl-C to stop.")
 
-    serve(app, args.host, args.port, on_start=print_address)
+    serve(app, args.host, args.port, on_start=print_address, behind_proxy=args.behind_proxy)
     return ["Server stopped."]
 
 

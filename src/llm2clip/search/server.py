@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from fastapi import FastAPI, Request, UploadFile
@@ -44,6 +44,9 @@ from llm2clip.search.schemas import (
     SearchRequest,
     SearchResponse,
 )
+
+if TYPE_CHECKING:
+    import uvicorn
 
 STATIC_FOLDER = Path(__file__).parent / "static"
 STATIC_FILES = ("page.css", "page.js")
@@ -115,7 +118,13 @@ def create_app(
     return app
 
 
-def serve(app: FastAPI, host: str, port: int, on_start: Callable[[int], None] = lambda port: None) -> None:
+def serve(
+    app: FastAPI,
+    host: str,
+    port: int,
+    on_start: Callable[[int], None] = lambda port: None,
+    behind_proxy: bool = False,
+) -> None:
     """Serve an application until the process receives SIGINT or SIGTERM.
 
     Before it stops, the server spends up to 5 seconds completing the requests in progress.
@@ -125,10 +134,9 @@ def serve(app: FastAPI, host: str, port: int, on_start: Callable[[int], None] = 
         host: Address to listen on.
         port: Port to listen on. 0 means any free port.
         on_start: Callback that is called with the port when the server accepts connections.
+        behind_proxy: See `server_config`.
     """
     import uvicorn
-
-    from llm2clip.search.connections import limited_connection
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -136,7 +144,26 @@ def serve(app: FastAPI, host: str, port: int, on_start: Callable[[int], None] = 
             if self.started:
                 on_start(self.servers[0].sockets[0].getsockname()[1])
 
-    config = uvicorn.Config(
+    with suppress(KeyboardInterrupt):  # uvicorn raises it again after handling SIGINT
+        Server(server_config(app, host, port, behind_proxy)).run()
+
+
+def server_config(app: FastAPI, host: str, port: int, behind_proxy: bool) -> uvicorn.Config:
+    """Return the config of the HTTP server.
+
+    Args:
+        app: Application, from `create_app`.
+        host: Address to listen on.
+        port: Port to listen on.
+        behind_proxy: If True, the headers `X-Forwarded-For` and `X-Forwarded-Proto` of requests from 127.0.0.1 (or from
+            the addresses in the environment variable FORWARDED_ALLOW_IPS) set the client's address and scheme. If
+            False, they are ignored, because a client could use them to evade the limits on clients.
+    """
+    import uvicorn
+
+    from llm2clip.search.connections import limited_connection
+
+    return uvicorn.Config(
         app,
         host=host,
         port=port,
@@ -145,9 +172,8 @@ def serve(app: FastAPI, host: str, port: int, on_start: Callable[[int], None] = 
         log_level="warning",
         timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
         server_header=False,
+        proxy_headers=behind_proxy,
     )
-    with suppress(KeyboardInterrupt):  # uvicorn raises it again after handling SIGINT
-        Server(config).run()
 
 
 def _add_status_routes(app: FastAPI, service: InferenceService, auth: Authenticator | None) -> None:
