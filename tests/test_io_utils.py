@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import stat
 import subprocess
 import sys
 from pathlib import Path
 from subprocess import PIPE
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from llm2clip import io_utils
+from llm2clip.checkpoint import Checkpoints
 from llm2clip.io_utils import (
     DataFormatError,
     MissingFileError,
@@ -23,6 +28,7 @@ from llm2clip.io_utils import (
     read_jsonl,
     read_lines,
 )
+from llm2clip.training_state import save_training_state
 
 
 def test_read_jsonl_splits_at_newlines_only(tmp_path: Path) -> None:
@@ -118,6 +124,46 @@ with atomic_dir(sys.argv[1] + "/model") as folder, atomic_path(sys.argv[1] + "/a
     assert {path.name for path in tmp_path.iterdir()} == {*in_use, ".model.part", "model", "a [1].txt"}
     running.communicate()
     assert running.returncode == 0  # its temporary files were not removed
+
+
+def test_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
+    """safetensors creates files that only the current user can read."""
+    old = os.umask(0o027)
+    try:
+        with atomic_dir(tmp_path / "model") as folder:
+            (folder / "text").mkdir()
+            for file in (folder / "model.safetensors", folder / "text/model.safetensors"):
+                save_file({"a": torch.zeros(1)}, file)
+        with atomic_path(tmp_path / "model/best.safetensors") as file:
+            save_file({"a": torch.zeros(1)}, file)
+        checkpoints = Checkpoints(tmp_path / "checkpoints")
+        checkpoints.path(1).mkdir(parents=True)
+        save_file({"a": torch.zeros(1)}, checkpoints.path(1) / "state.safetensors")
+        checkpoints.commit(1)
+    finally:
+        os.umask(old)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 5 and {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
+
+
+@pytest.mark.parametrize("writer", ["file", "folder", "checkpoint"])
+def test_full_disk_is_an_error_with_path_and_free_space(writer: str, tmp_path: Path) -> None:
+    model = torch.nn.Linear(100, 100)
+    optimizer = torch.optim.SGD(model.parameters())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*/out.*: File too large \(free space: [\d.]+ GB\)"):
+            if writer == "file":
+                with atomic_path(tmp_path / "out") as path:
+                    save_file(model.state_dict(), path)
+            elif writer == "folder":
+                with atomic_dir(tmp_path / "out") as path:
+                    save_file(model.state_dict(), path / "model.safetensors")
+            else:
+                save_training_state(tmp_path / "out", model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_files_and_folders_are_flushed_before_they_are_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from llm2clip.distributed import print_once, process_state, wait_for_everyone
-from llm2clip.io_utils import atomic_write_jsonl, atomic_write_text, fsync_file, fsync_folder
+from llm2clip.io_utils import atomic_write_jsonl, atomic_write_text, fsync_file, fsync_folder, restore_mode
 from llm2clip.run_config import ADDED_SETTINGS
 
 PREFIX = "checkpoint-"  # also used by the Trainer in transformers
@@ -257,6 +257,7 @@ def _mark_complete(checkpoint: Path, run: Mapping[str, Any]) -> None:
     """Flush all files of a checkpoint to disk, then write its marker file, which lists the sizes of the files."""
     sizes = {}
     for name in sorted(path.name for path in checkpoint.iterdir()):
+        restore_mode(checkpoint / name, checkpoint.stat().st_mode)
         fsync_file(checkpoint / name)
         sizes[name] = (checkpoint / name).stat().st_size
     fsync_folder(checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import glob
 import io
@@ -56,9 +57,11 @@ def atomic_path(file: str | Path) -> Iterator[Path]:
     # random, so that other users who may write to the folder cannot create a link with this name.
     temporary = file.with_name(f".{file.stem}.{secrets.token_hex(8)}.part{file.suffix}")
     temporary.touch(exist_ok=False)
+    mode = temporary.stat().st_mode
     try:
-        with _locked(temporary):
+        with _locked(temporary), explain_write_errors(file):
             yield temporary
+            restore_mode(temporary, mode)
             fsync_file(temporary)
             temporary.replace(file)
         fsync_folder(file.parent)
@@ -79,12 +82,13 @@ def atomic_dir(folder: str | Path) -> Iterator[Path]:
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.part")
     temporary.mkdir()
     try:
-        with _locked(temporary):
+        with _locked(temporary), explain_write_errors(folder):
             yield temporary
             for path in [temporary, *temporary.rglob("*")]:
                 if path.is_dir():
                     fsync_folder(path)  # otherwise, the folder might not list its files after a power failure
                 else:
+                    restore_mode(path, temporary.stat().st_mode)
                     fsync_file(path)
             temporary.replace(folder)
         fsync_folder(folder.parent)
@@ -142,6 +146,38 @@ def atomic_write_text(file: str | Path, text: str) -> None:
 def atomic_write_jsonl(file: str | Path, rows: Iterable[Any]) -> None:
     """Write rows to a JSONL file atomically (see `atomic_path`)."""
     atomic_write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+@contextmanager
+def explain_write_errors(path: Path) -> Iterator[None]:
+    """Replace errors of the disk, such as a full disk, by an OSError that contains the path and the free space.
+
+    safetensors raises its own exception, whose message contains the number of the operating system's error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError):
+            number = error.errno if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+        else:
+            match = re.search(r"\(os error (\d+)\)", str(error))
+            number = int(match[1]) if match else None
+        if number is None:
+            raise
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        free = shutil.disk_usage(folder).free / 1e9
+        message = f"cannot write {path}: {os.strerror(number)} (free space: {free:.2f} GB)"
+        raise OSError(message) from error
+
+
+def restore_mode(file: Path, mode: int) -> None:
+    """Give a file the read and write permissions in `mode`, those of files and folders that follow the user's umask.
+
+    safetensors writes files that only the current user can read.
+    """
+    if os.name == "posix":
+        with suppress(OSError):  # some file systems have no permissions
+            file.chmod(mode & 0o666)
 
 
 def fsync_file(file: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llm2clip.distributed import process_state
-from llm2clip.io_utils import atomic_write_text
+from llm2clip.io_utils import atomic_write_text, explain_write_errors
 
 TENSOR_FILE, JSON_FILE = "state-{}.safetensors", "state.json"
 MAX_FILE_BYTES = 4 * 2**30  # limits the memory that unsharded tensors take on the main process
@@ -63,14 +63,19 @@ def save_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule
         if not is_main:
             continue
         if part and part_bytes + tensor.nbytes > MAX_FILE_BYTES:
-            save_file(part, folder / TENSOR_FILE.format(part_number))
+            _save_part(part, folder / TENSOR_FILE.format(part_number))
             part, part_bytes, part_number = {}, 0, part_number + 1
         part[name] = tensor.cpu().contiguous()
         part_bytes += tensor.nbytes
     if is_main:
-        save_file(part, folder / TENSOR_FILE.format(part_number))
+        _save_part(part, folder / TENSOR_FILE.format(part_number))
         state = {"schedule": schedule.state_dict(), "scaler": None if scaler is None else scaler.state_dict()}
         atomic_write_text(folder / JSON_FILE, json.dumps(state))
+
+
+def _save_part(tensors: dict[str, Tensor], file: Path) -> None:
+    with explain_write_errors(file):
+        save_file(tensors, file)
 
 
 @torch.no_grad()

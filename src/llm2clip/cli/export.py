@@ -148,20 +148,30 @@ def _export(args: Namespace) -> list[str]:
 def _push(args: Namespace) -> list[str]:
     args.model = resolve_model(args.model)
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
 
     from llm2clip.models.export.model_card import render_model_card
+    from llm2clip.models.model_source import find_hub_problem
 
     folder = Path(args.model)
     if not any((folder / name).is_file() for name in ("config.json", "open_clip_config.json", "text.onnx")):
         raise FileNotFoundError(f"{args.model} is not a model folder: it has no config.json")
     _check_no_home_paths(folder)
+    problem = find_hub_problem()
+    if problem:
+        raise OSError(f"cannot push to {args.repo_id}: {problem}")
     api = HfApi()
-    if args.private and api.repo_exists(args.repo_id) and not api.repo_info(args.repo_id).private:
-        raise ValueError(f"{args.repo_id} exists and is public: make it private on the hub first, or remove --private")
-    url = api.create_repo(args.repo_id, private=args.private, exist_ok=True)
-    card = render_model_card(folder, args.repo_id, args.license)
-    api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=args.repo_id)
-    api.upload_folder(folder_path=folder, repo_id=args.repo_id, ignore_patterns=["README.md", ".*"])
+    try:
+        if args.private and api.repo_exists(args.repo_id) and not api.repo_info(args.repo_id).private:
+            raise ValueError(
+                f"{args.repo_id} exists and is public: make it private on the hub first, or remove --private"
+            )
+        url = api.create_repo(args.repo_id, private=args.private, exist_ok=True)
+        card = render_model_card(folder, args.repo_id, args.license)
+        api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=args.repo_id)
+        api.upload_folder(folder_path=folder, repo_id=args.repo_id, ignore_patterns=["README.md", ".*"])
+    except HTTPError as error:
+        raise OSError(f"cannot push to {args.repo_id}: {error}") from error
     return [f"Pushed: {url}"]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.models.loading import hide_loading_bars, load_config
+from llm2clip.models.model_source import check_model_source
 from llm2clip.models.remote_code import check_remote_code_is_allowed, has_remote_code
 from llm2clip.progress import ProgressBar
 
@@ -142,6 +143,7 @@ def has_text_tower(path: str, trust_remote_code: bool = False) -> bool:
 
     if path.startswith(OPEN_CLIP_PREFIX):
         return True
+    check_model_source(path)
     check_remote_code_is_allowed(path, trust_remote_code)
     if has_remote_code(path):
         return _remote_class_has_text_tower(path)
@@ -181,6 +183,7 @@ def load_clip_text_encoder(
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if path.startswith(OPEN_CLIP_PREFIX):
         return _load_open_clip(path.removeprefix(OPEN_CLIP_PREFIX), device)
+    check_model_source(path)
     check_remote_code_is_allowed(path, trust_remote_code)
     if has_remote_code(path):
         return _load_remote_code(path, device)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from llm2clip.models.dense import DenseEncoder, build_dense_encoder
 from llm2clip.models.fingerprint import hash_weights
 from llm2clip.models.llm2clip import LLM2CLIP, MAX_LOGIT_SCALE, is_model_folder
 from llm2clip.models.loading import WITHOUT_HUB_CODE, hide_loading_bars
+from llm2clip.models.model_source import check_model_source
 from llm2clip.models.precision import default_encoding_precision, resolve_device_precision
 from llm2clip.models.prompts import LITERAL, QueryTemplates
 from llm2clip.models.remote_code import explain_remote_code_error
@@ -284,6 +286,8 @@ def _load_sentence_transformer(name: str, device: torch.device, trust_remote_cod
     from sentence_transformers import SentenceTransformer
 
     path = name.removeprefix(SENTENCE_TRANSFORMERS_PREFIX)
+    # On the hub, sentence-transformers also looks for names without an owner among its own models.
+    check_model_source(path if "/" in path or Path(path).exists() else f"sentence-transformers/{path}")
     with explain_remote_code_error(name):
         model: Any = SentenceTransformer(
             path,

@@ -32,6 +32,7 @@ from llm2clip.models.dense import build_dense_encoder
 from llm2clip.models.export.model_card import render_model_card
 from llm2clip.models.fingerprint import fingerprint
 from llm2clip.models.heads import Adapter
+from llm2clip.models.model_source import check_model_source
 from llm2clip.models.precision import resolve_device_precision
 from llm2clip.models.precision_calibration import fastest_precision
 from llm2clip.models.prompts import (
@@ -700,6 +701,7 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    check_model_source(hub_id)
     try:
         return Path(snapshot_download(hub_id, allow_patterns=list(MODEL_FILES)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llm2clip.models.model_source import check_model_source
+
 # Arguments of `from_pretrained` that replace those saved in a sentence-transformers folder. The implementations apply
 # to the configs of all parts of the model.
 WITHOUT_HUB_CODE: dict[str, Any] = {
@@ -39,6 +41,7 @@ def load_config(source: str | Path, **kwargs: Any) -> Any:
     """
     from transformers import AutoConfig
 
+    check_model_source(source)
     # By default, transformers would ask the user in the terminal if code from the folder may be run.
     config = AutoConfig.from_pretrained(str(source), trust_remote_code=False, **kwargs)
     check_not_quantized(config.to_dict(), source)

@@ -16,6 +16,7 @@ from llm2clip.models.latent_attention import MODULE_TYPE, LatentAttentionPooling
 from llm2clip.models.llm_layers import set_bidirectional
 from llm2clip.models.loading import WITHOUT_HUB_CODE, check_not_quantized, hide_load_report, hide_loading_bars
 from llm2clip.models.lora import is_lora_folder, load_lora
+from llm2clip.models.model_source import check_model_source
 
 NV_EMBED = "nvembed"  # model_type of NV-Embed-v2 in its published format (see convert/nv_embed.py)
 
@@ -37,6 +38,7 @@ def open_sentence_transformer(path: str, pooling: str, device: str | torch.devic
     from transformers.utils import cached_file
 
     device_name = str(device) if device is not None else None
+    check_model_source(path)
     if is_lora_folder(path):
         return load_lora(path, device_name)
     config = read_config(path)
@@ -73,7 +75,10 @@ def read_config(path: str | Path, subfolder: str = "") -> dict[str, Any]:
     """
     from transformers.utils import cached_file
 
+    if Path(path).is_file():
+        return {}
     try:
+        check_model_source(path)
         file = cached_file(
             str(path),
             "config.json",

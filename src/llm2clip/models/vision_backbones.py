@@ -25,6 +25,7 @@ from torch import nn
 
 from llm2clip.data.transforms import Preprocess
 from llm2clip.models.loading import build_config, hide_load_report, load_config
+from llm2clip.models.model_source import check_model_source
 from llm2clip.models.pretrained import resolve_pretrained
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,8 @@ def _parse_name(name: str) -> tuple[str, str]:
     """Return the library ("timm" or "transformers") and the folder, hub id or model name to load with it."""
     prefix, colon, rest = name.partition(":")
     if colon and prefix in ("timm", "hf"):
+        if prefix == "hf" or "/" in rest:
+            check_model_source(rest)
         return ("timm" if prefix == "timm" else "transformers"), rest
     folder = Path(name)
     if folder.is_dir():
@@ -113,6 +116,7 @@ def _parse_name(name: str) -> tuple[str, str]:
 def _download_config(hub_id: str) -> dict[str, Any]:
     from huggingface_hub import hf_hub_download
 
+    check_model_source(hub_id)
     try:
         return dict(json.loads(Path(hf_hub_download(hub_id, "config.json")).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:

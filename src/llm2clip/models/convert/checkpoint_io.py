@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from llm2clip.data.transforms import Preprocess
 from llm2clip.io_utils import DataFormatError, describe_error, read_json_object
+from llm2clip.models.model_source import check_model_source
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -174,6 +175,7 @@ def _download(name: str) -> Path:
     from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
+    check_model_source(name)
     try:
         weights = select_weights_file(list_repo_files(name), name)
         patterns = [weights, CONFIG_FILE, PREPROCESSOR_FILE]

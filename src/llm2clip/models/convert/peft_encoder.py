@@ -21,6 +21,7 @@ from llm2clip.io_utils import read_json
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.convert.published_encoders import published_template
 from llm2clip.models.lora import ADAPTER_CONFIG
+from llm2clip.models.model_source import check_model_source
 
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _LLM2VEC_CONFIG = "llm2vec_config.json"
@@ -156,6 +157,7 @@ def _download_adapter(source: str) -> Path | None:
         "_raise_exceptions_for_connection_errors": False,
     }
     try:
+        check_model_source(match[1])
         config = cached_file(match[1], ADAPTER_CONFIG, **options)
         if config is None:
             return None

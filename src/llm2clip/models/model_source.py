@@ -1,0 +1,62 @@
+"""Check of the names of models before a library looks for them on the hub.
+
+Otherwise, a library would send a mistyped path to the hub, and retry for a minute if the machine is offline.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from pathlib import Path
+
+TIMEOUT = 5  # seconds
+_HUB_ID = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9][\w.-]*", re.ASCII | re.IGNORECASE)
+_FILE_SUFFIXES = (
+    *(".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".gguf", ".onnx", ".npz", ".npy", ".pkl"),
+    *(".json", ".jsonl", ".yaml", ".yml", ".txt", ".csv", ".zip", ".tar", ".gz"),
+)
+
+
+def is_hub_id(name: str) -> bool:
+    """Return True if a name has the form OWNER/NAME and no suffix of a weight or data file."""
+    return _HUB_ID.fullmatch(name) is not None and not name.lower().endswith(_FILE_SUFFIXES)
+
+
+def check_model_source(source: str | Path) -> None:
+    """Check that a model is a local file or folder, or that it may be loaded from the hub or the hub's cache.
+
+    If the hub cannot be reached, this function switches huggingface_hub to offline mode, in which it does not retry.
+
+    Raises:
+        FileNotFoundError: The source does not exist and is not a hub id. Also raised if it is a hub id, but the hub
+            cannot be reached and the model is not in the cache.
+    """
+    name = str(source)
+    if Path(name).exists():
+        return
+    if not is_hub_id(name):
+        raise FileNotFoundError(f"{name} is neither a folder nor a file, and it is not a hub id (OWNER/NAME)")
+    problem = find_hub_problem()
+    if problem and not _is_cached(name):
+        raise FileNotFoundError(f"{name} is neither a folder nor a model in the hub's cache, and {problem}")
+
+
+@lru_cache(maxsize=1)
+def find_hub_problem() -> str:
+    """Return the reason why the hub cannot be used, or an empty string. The hub is asked once per process."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return "the hub is not asked in offline mode (HF_HUB_OFFLINE)"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
+    except Exception as error:  # the HTTP library depends on the version of huggingface_hub
+        constants.HF_HUB_OFFLINE = True
+        return f"the hub cannot be reached ({constants.ENDPOINT}: {error})"
+    return ""
+
+
+def _is_cached(hub_id: str) -> bool:
+    from huggingface_hub import constants
+
+    return (Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}").is_dir()
