@@ -346,7 +346,7 @@ class SqliteBackend:
                 )
                 rows = np.fromiter(cursor, MATCH)
             captions = self._current_captions(db) if caption is not None else None
-        if captions is not None:
+        if captions is not None and caption is not None:
             caption_rows, contents = captions.find(caption)
             if rows is None:
                 return _sorted_unique(contents)
