@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from llm2clip.models.model_source import is_hub_id
+
 # Prefixes of model names (see `models/dual_encoder.py` and `models/vision_tower.py`).
 PREFIXES = ("open_clip:", "timm:", "st:", "hf:")
 ENCODERS = ("smollm2-135m", "all-minilm-l6-v2", "gemma3-270m")  # names of caption encoders in `models/assets.py`
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def check_sources(*groups: Iterable[str] | None) -> None:
@@ -80,7 +80,7 @@ def _resolve(name: str, config_file: str, subfolders: tuple[str, ...], known: tu
 
     if name.endswith((".npz", ".gguf")):
         raise FileNotFoundError(f"{name}: no such file; {suggest_paths(name)}")
-    if not HUB_ID.fullmatch(name):
+    if not is_hub_id(name):
         names = f", nor one of {', '.join(known)}" if known else ""
         raise FileNotFoundError(f"{name} is neither a folder nor a hub id (OWNER/NAME){names}; {suggest_paths(name)}")
     return name
