@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from torchvision.ops import box_convert
 
-from dense_fixtures import coco_json, colour_embeddings, colour_model, draw_rectangles
+from dense_fixtures import coco_json, colour_embeddings, colour_model, draw_rectangles, make_coco
 from llm2clip.cli import main
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import load_image
@@ -294,12 +294,14 @@ def test_proposal_file_is_read_and_unknown_images_are_reported(tmp_path: Path) -
         {"image_id": 10, "category_id": 7, "bbox": [1, 2, 3, 4], "score": 0.25},
         {"image_id": 99, "bbox": [1, 2, 3, 4], "score": 0.5},
         {"image_id": "10", "bbox": [0, 0, 5, 6], "score": 0.75},
+        {"image_id": 10.0, "bbox": [2, 2, 2, 2], "score": 0.5},
     ]
     source = open_proposals(write_proposals(tmp_path, rows), DATA, CPU)
     proposals = source.find(10, IMAGE)
-    assert proposals.boxes.tolist() == [[1, 2, 4, 6], [0, 0, 5, 6]] and proposals.scores.tolist() == [0.25, 0.75]
+    assert proposals.boxes.tolist() == [[1, 2, 4, 6], [0, 0, 5, 6], [2, 2, 4, 4]]
+    assert proposals.scores.tolist() == [0.25, 0.75, 0.5]
     assert len(source.find(11, IMAGE).boxes) == 0
-    assert "1 of 3 boxes belong to images that the benchmark does not use" in source.note
+    assert "1 of 4 boxes belong to images that the benchmark does not use" in source.note
     assert "1 of 2 images have no boxes" in source.note
 
 
@@ -511,6 +513,14 @@ def test_results_of_finished_benchmarks_are_saved_when_a_later_one_fails(
         evaluate_models(["colours"], benchmarks=["coco-boxes", "ov-coco"], **options)
     [result] = json.loads((tmp_path / "out/results.json").read_text())["results"]
     assert result["benchmark"] == "coco-boxes"
+
+
+def test_skipped_images_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = make_coco(tmp_path)
+    (tmp_path / "val2017/1.png").write_bytes(b"no image")
+    monkeypatch.setattr("llm2clip.evaluate.embeddings.open_dual_encoder", lambda *args, **kwargs: colour_model())
+    lines = evaluate_models(["colours"], benchmarks=[f"boxes:{file}"], templates=["a {}"], max_skipped=0.5)
+    assert any(line.startswith(f"boxes:{file}: 1 of 3 rows skipped") for line in lines)
 
 
 # ---- detection with a model that recognises colours -----------------------------------------------------------------

@@ -107,11 +107,12 @@ def evaluate_models(
         all_pairs: Option for CRA. See `caption_retrieval_accuracy`.
         num_mistakes: Number of the worst CRA mistakes to show. Default: 3.
         linear_probe: If True, also fit a linear probe on the training images of classification benchmarks.
-            dense_variants: Variants of the dense features, for benchmarks about parts of images. See `DENSE_VARIANTS`.
-            short_queries: If True, also evaluate retrieval by query length for images with captions. See
+        dense_variants: Variants of the dense features, for benchmarks about parts of images. See `DENSE_VARIANTS`.
+        short_queries: If True, also evaluate retrieval by query length for images with captions. See
             `score_short_queries`.
-        templates: Prompt templates to use for an additional evaluation of short queries. Requires `short_queries`.
-            Default: the templates that were saved with each model.
+        templates: Prompt templates to use for an additional evaluation of short queries, and for the class names in
+            benchmarks on the user's own images. Default: the templates that were saved with each model, and those of
+            the kind of benchmark.
         proposals: For detection benchmarks, the source of the boxes. See `open_proposals`.
         crop_proposals: If True, also classify each box by its crop in detection benchmarks.
         save_predictions: If True, write the predictions in segmentation and detection to

@@ -145,6 +145,8 @@ def _parse_row(file: Path, number: int, row: Any) -> tuple[str, list[float]]:
     """Return a row's image id as a string, and its box [x, y, w, h] followed by its score."""
     try:
         image_id = row["image_id"]
+        if isinstance(image_id, float) and image_id.is_integer():  # for example, pandas writes 139.0
+            image_id = int(image_id)
         if not isinstance(image_id, int | str):
             raise TypeError(f"the image_id {image_id!r} is neither an integer nor a string")
         values = [*map(float, row["bbox"]), float(row["score"])]
