@@ -222,6 +222,24 @@ def test_evaluate(model_folder: Path, image_folder: Path, tmp_path: Path) -> Non
     assert counts.kernels.total() > 0
 
 
+def test_regions_and_segmentation_equal_those_of_the_cpu(model_folder: Path, image_folder: Path) -> None:
+    results = []
+    masks = torch.zeros(2, 40, 48, dtype=torch.bool)
+    masks[0, 3:20, 5:9] = masks[1, 30] = True
+    for device in ("cpu", "cuda"):
+        model = LLM2CLIP.from_pretrained(model_folder, device)
+        image = image_folder / "0.png"
+        labels, scores = model.segment(image, ["red", ["green", "blue"]], return_scores=True)
+        assert torch.equal(labels, scores.argmax(0))
+        regions = (
+            model.encode_regions(image, [[1, 2, 20, 30], [0, 0, 47, 39]]),
+            model.encode_regions(image, masks=masks),
+        )
+        results.append((*regions, scores))
+    for expected, result in zip(*results, strict=True):
+        torch.testing.assert_close(result, expected, atol=1e-3, rtol=0)
+
+
 @pytest.fixture
 def encoding_weights(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     """Return a list to which each call of `CaptionEncoder.encode` adds the devices and dtypes of the LLM's matrices."""
