@@ -71,7 +71,8 @@ class TuneConfig:
     steps: int = 150
     """Number of optimizer steps. 0 disables tuning."""
     batch_size: int = 128
-    """Number of text pairs per step and device. All other texts in the batch, across all devices, are negatives."""
+    """Number of text pairs per step and device. All other texts in the batch, across all devices, are negatives. If the
+    data is smaller than a step, a step uses all of it."""
     hard_negative_group_size: int = 1
     """Size of the groups of images with similar captions that are placed in the same batch, as hard negatives. 32 works
     well for tens of thousands of images. With millions of images, near-duplicates would become negatives of each other.
@@ -183,7 +184,7 @@ class AlignConfig:
     means short phrases, such as "red hat", which improve short queries. They come from the column phrases or, without
     such a column, from the English captions."""
     batch_size: int = 128
-    """Number of images per step and device."""
+    """Number of images per step and device. If the data is smaller than a step, a step uses all of it."""
     micro_batch_size: int | None = None
     """Number of images per forward pass. If smaller than the batch size, gradient caching is used: the gradients are
     still exactly those of the complete batch, but each image takes a second forward pass. Default: the batch size."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fnmatch
 import glob
 import io
 import json
@@ -12,7 +11,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,11 +23,6 @@ except ImportError:  # Windows
 
 MAX_JSON_BYTES = 2 << 30  # JSON files are read into memory completely
 MAX_LINE_CHARACTERS = 1 << 25
-# Outputs of llm2clip that contain files in the formats of data sets -> patterns of files that each of them contains.
-OUTPUT_FILES = {
-    "a run directory": ("config.yaml", "skipped.jsonl"),
-    "an embedding store": ("manifest.json", "keys-*.parquet"),
-}
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -242,14 +236,6 @@ def first_existing(folder: Path, *names: str) -> Path:
         elif (folder / name).exists():
             return folder / name
     raise MissingFileError(f"{folder} has no {' or '.join(names)}")
-
-
-def identify_output(names: Collection[str]) -> str | None:
-    """Return the kind of output of llm2clip that a folder with these file names is, or None. See `OUTPUT_FILES`."""
-    for kind, patterns in OUTPUT_FILES.items():
-        if all(fnmatch.filter(names, pattern) for pattern in patterns):
-            return kind
-    return None
 
 
 def read_json(file: Path, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:

@@ -1,7 +1,9 @@
-"""Kinds of output folders, so that a command does not write into a folder of another kind or into a data set."""
+"""Kinds of output folders, so that a command neither writes into a folder of another kind nor reads it as data."""
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Collection
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -28,6 +30,11 @@ _CONTENTS = {
     "store": ("manifest.json", "keys-*.parquet"),
     "evaluation": ("results.json", "vectors", "skipped", "answers"),
     "model": ("config.json", "open_clip_config.json", "text.onnx"),
+}
+# Kinds of folders with files that look like data -> glob patterns, all of which match files in a folder of this kind.
+_NOT_DATA = {
+    "a run directory": (CONFIG_FILE, "skipped.jsonl"),
+    "an embedding store": ("manifest.json", "keys-*.parquet"),
 }
 _RUN_SECTIONS = ("llava", "reproduce", "embed", "align", "tune")  # the first one in a run's config tells its kind
 _OWN_FILES = ("skipped.jsonl", "metrics.jsonl")
@@ -73,6 +80,17 @@ def folder_kind(folder: str | Path) -> str | None:
     for kind, names in _CONTENTS.items():
         if any(any(folder.glob(name)) for name in names):
             return kind
+    return None
+
+
+def describe_output(names: Collection[str]) -> str | None:
+    """Return what a folder in a data set is if llm2clip has written it, or None. `names` are the names of its files.
+
+    Unlike `folder_kind`, this is None in case of doubt, so that no data is ignored.
+    """
+    for description, patterns in _NOT_DATA.items():
+        if all(fnmatch.filter(names, pattern) for pattern in patterns):
+            return description
     return None
 
 

@@ -106,10 +106,8 @@ def _sample_rows(
         world_size = process_state().num_processes
         pairs_per_step = resolve_pairs_per_step(sources, config.batch_size, world_size)
         if pairs_per_step < config.batch_size * world_size:
-            counts = " + ".join(f"{len(items):,}" for items in sources)
             print_once(
-                f"{counts} items to tune on: using {pairs_per_step:,} pairs per step instead of "
-                f"{config.batch_size * world_size:,}"
+                f"Too little data for {config.batch_size * world_size:,} pairs per step: using {pairs_per_step:,}"
             )
     batches = pair_batches(
         sources,

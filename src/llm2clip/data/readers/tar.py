@@ -14,7 +14,8 @@ from llm2clip.data.readers.encoding import describe_encoding, open_text
 from llm2clip.data.readers.text import parse_json
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.valid_text import is_valid_unicode
-from llm2clip.io_utils import identify_output, open_regular_file
+from llm2clip.io_utils import open_regular_file
+from llm2clip.output_folder import describe_output
 
 IMAGE_SUFFIXES = frozenset(
     {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jp2", "heic", "heif", "hif"}
@@ -49,7 +50,7 @@ def list_files(folder: str, suffixes: frozenset[str], log: SkipLog | None = None
         raise error
 
     for parent, folders, names in os.walk(folder, onerror=fail):
-        kind = identify_output(names) if parent != folder else None
+        kind = describe_output(names) if parent != folder else None
         if kind is not None:
             folders.clear()
             if log is not None:

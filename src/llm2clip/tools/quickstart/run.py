@@ -50,7 +50,6 @@ def quickstart(out: Path, offline: bool = False, hub: bool = False) -> list[str]
         Lines to print at the end, with the paths of the model, the report and the image, and commands to try next.
     """
     if (out / "quickstart.png").exists():
-        print_once((out / "report.md").read_text(encoding="utf-8"))
         print_once(f"This run is complete. Delete {out} to start over.")
         return _last_lines(out)
 
