@@ -85,7 +85,6 @@ def open_header(stream: BinaryIO) -> Image.Image:
     reader = _BoundedReader(stream)
     start = stream.read(1024)
     stream.seek(0)
-    _check_format(start)
     formats = readable_formats()
     if is_heic(start):
         _register_heic()
@@ -93,9 +92,12 @@ def open_header(stream: BinaryIO) -> Image.Image:
     try:
         image = Image.open(cast(BinaryIO, reader), formats=formats)
     except Image.UnidentifiedImageError:
+        _check_format(start)
         reason = f"supported formats: {', '.join(readable_formats())}, HEIC" if start else "it is empty"
         raise ImageFormatError(f"not an image: {reason}") from None
     tags = getattr(image, "tag_v2", {})
+    if tags:
+        _check_format(start)  # CR2 is based on TIFF
     if tags.get(_FILE_TYPE) == 1 or _DNG_VERSION in tags:
         # The first image in a DNG, NEF or ARW file is a small preview.
         raise ImageFormatError("RAW photos are not supported. Convert the photo to JPEG")
@@ -105,6 +107,7 @@ def open_header(stream: BinaryIO) -> Image.Image:
 
 
 def _check_format(start: bytes) -> None:
+    """Raise `ImageFormatError` if a file is in a well-known format that is not supported."""
     for pattern, name in _UNSUPPORTED.items():
         if re.match(pattern, start, flags=re.DOTALL):
             raise ImageFormatError(f"{name} is not supported. Convert the image to JPEG")
