@@ -625,7 +625,7 @@ def test_missing_pycocotools_is_reported_before_the_images_are_encoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingFileError, match=r"pip install 'llm2clip\[dense\]'"):
+    with pytest.raises(MissingFileError, match=r"pip install -e '\.\[dense\]'"):
         BENCHMARKS["ov-coco"].load(tmp_path)
 
 

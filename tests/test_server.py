@@ -794,13 +794,15 @@ def test_serve_explains_wrong_token_options(
     assert message in capsys.readouterr().err
 
 
-def test_serve_does_not_print_an_address_if_the_port_is_in_use(
+def test_serve_rejects_a_port_in_use_before_it_loads_the_model(
     model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other_server, pytest.raises(SystemExit) as error:
-        main(["serve", "--model", str(model_folder), "--port", str(other_server.getsockname()[1])])
-    assert error.value.code != 0
-    assert "Serving at" not in capsys.readouterr().out
+    with socket.create_server(("127.0.0.1", 0)) as other_server:
+        port = str(other_server.getsockname()[1])
+        assert main(["serve", "--model", str(model_folder), "--port", port]) == 1
+    output = capsys.readouterr()
+    assert "Serving at" not in output.out
+    assert f"cannot listen on port {port} of 127.0.0.1: " in output.err and "--port" in output.err
 
 
 def read_until(process: subprocess.Popen[str], pattern: str) -> re.Match[str]:

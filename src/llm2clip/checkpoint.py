@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from transformers import TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from llm2clip.distributed import print_once, process_state, wait_for_everyone
 from llm2clip.io_utils import atomic_write_jsonl, atomic_write_text, fsync_file, fsync_folder, restore_mode
+from llm2clip.progress import ProgressBar
 from llm2clip.run_config import ADDED_SETTINGS
 
 PREFIX = "checkpoint-"  # also used by the Trainer in transformers
@@ -193,6 +194,38 @@ class TrainingLog(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.checkpoints.commit(state.global_step)
+
+
+def show_progress(trainer: Any, description: str) -> None:
+    """Make transformers' Trainer show a progress bar with the loss instead of printing a dict every few steps."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_TrainingProgress(description))
+
+
+class _TrainingProgress(TrainerCallback):
+    """Callback for transformers' Trainer that shows a progress bar."""
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar = ProgressBar(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.description,
+            unit="step",
+            disable=not state.is_world_process_zero,
+        )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:  # the final summary has no loss
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+        self.bar.close()
 
 
 def check_finite(name: str, value: float, step: int, checkpoints: Checkpoints, advice: str = "") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,6 +39,18 @@ def check_index(location: str | None) -> None:
 
     if location is not None and "://" not in location and not (Path(location) / DATABASE).is_file():
         raise FileNotFoundError(missing_index_message(location))
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise OSError if a server cannot listen on a port, for example because another program uses it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise OSError(
+            f"cannot listen on port {port} of {host}: {error.strerror}. Stop the other program, or choose another port "
+            "with --port (0 means any free port)"
+        ) from error
 
 
 def resolve_model(name: str) -> str:

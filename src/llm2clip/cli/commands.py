@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import shlex
 import sys
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Sequence
@@ -308,6 +309,16 @@ def add_reading_arguments(parser: ArgumentParser, max_skipped: float = 0.05) -> 
         default=max_skipped,
         help="Stop if more than this fraction of the rows cannot be used.",
     )
+
+
+def format_command(*words: object) -> str:
+    """Return an `llm2clip` command for the hints at the end of a command, quoted for the shell."""
+    return shlex.join(["llm2clip", *map(str, words)])
+
+
+def column_flags(columns: dict[str, str]) -> list[str]:
+    """Return the flags for a column mapping."""
+    return ["--columns", ",".join(f"{field}={column}" for field, column in columns.items())] if columns else []
 
 
 def select(args: Namespace, *names: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from jsonargparse import Namespace
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt
 
 from llm2clip.cli.checks import check_sources, resolve_encoder, resolve_model
-from llm2clip.cli.commands import DATA_HELP, Commands, add_reading_arguments, select
+from llm2clip.cli.commands import DATA_HELP, Commands, add_reading_arguments, column_flags, format_command, select
 from llm2clip.config import EncoderConfig, EvaluateConfig, ReproduceConfig
 from llm2clip.output_folder import check_output_folder
 
@@ -137,7 +137,7 @@ def _evaluate(args: Namespace) -> list[str]:
     args.encoder.path = resolve_encoder(args.encoder.path)
     from llm2clip.evaluate.runner import evaluate_models
 
-    return evaluate_models(
+    lines = evaluate_models(
         models,
         args.data or [],
         benchmarks=args.benchmarks or [],
@@ -162,6 +162,10 @@ def _evaluate(args: Namespace) -> list[str]:
             "trust_remote_code",
         ),
     )
+    if models and (args.data or args.benchmarks) and not models[0].endswith(".npz"):
+        data = [*(args.data or ["PHOTOS"]), *column_flags(args.columns)]
+        lines.append(f"Next: {format_command('index', *data, '--model', models[0], '--out', 'INDEX')}")
+    return lines
 
 
 def _benchmarks(args: Namespace) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import Namespace
 
 from llm2clip.cli.checks import resolve_model
-from llm2clip.cli.commands import Commands
+from llm2clip.cli.commands import Commands, format_command
 
 if TYPE_CHECKING:
     from llm2clip.models.caption_encoder import CaptionEncoder
@@ -97,8 +97,8 @@ def _convert_encoder(args: Namespace, kind: str, load: Callable[[], CaptionEncod
         encoder.save_pretrained(folder)
     return [
         f"Caption encoder: {args.out}",
-        f"Next: llm2clip convert CHECKPOINT --out MODEL --text {args.out}",
-        f"  or: llm2clip fit DATA --out RUN --encoder.path {args.out}",
+        f"Next: {format_command('convert', 'CHECKPOINT', '--out', 'MODEL', '--text', args.out)}",
+        f"  or: {format_command('fit', 'DATA', '--out', 'RUN', '--encoder.path', args.out)}",
     ]
 
 
@@ -124,7 +124,7 @@ def _closing_lines(model: LLM2CLIP, folder: Path, source: str) -> list[str]:
     from llm2clip.models.convert.published_encoders import suggest_encoders
 
     if model.has_encoder:
-        return [f"Model: {folder}", f"Next: llm2clip evaluate {folder} DATA"]
+        return [f"Model: {folder}", f"Next: {format_command('evaluate', folder, 'DATA')}"]
     text_dim = model.config.text_dim
     suggested = suggest_encoders(source, text_dim, model.config.tower)
     encoder = " or ".join(suggested) or f"an encoder whose embeddings have {text_dim} dimensions"
@@ -132,7 +132,7 @@ def _closing_lines(model: LLM2CLIP, folder: Path, source: str) -> list[str]:
         f"Model: {folder}",
         "The model can encode images and cached caption embeddings. To encode texts, add the caption encoder that the "
         "adapter was trained with:",
-        f"Next: llm2clip convert {folder} --out {folder} --text ENCODER      ({encoder})",
+        f"Next: {format_command('convert', folder, '--out', folder, '--text', 'ENCODER')}      ({encoder})",
     ]
 
 

@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 
 from llm2clip.cli.checks import check_pretrained, check_sources, resolve_model
-from llm2clip.cli.commands import ArgumentParser, Commands, add_reading_arguments
+from llm2clip.cli.commands import ArgumentParser, Commands, add_reading_arguments, format_command
 from llm2clip.cli.plan import add_machine_arguments, machine_from_args
 from llm2clip.config import LlavaConfig
 from llm2clip.output_folder import check_output_folder
@@ -170,7 +170,7 @@ def _build(args: Namespace) -> list[str]:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return [
         f"Built: {folder} ({config['image_seq_length']} tokens per image; the projector is untrained)",
-        f"Next: llm2clip llava train {folder} --pretrain CAPTIONS --instruct CONVERSATIONS --out RUN",
+        f"Next: {format_command('llava', 'train', folder)} --pretrain CAPTIONS --instruct CONVERSATIONS --out RUN",
     ]
 
 
@@ -199,7 +199,7 @@ def _train(args: Namespace) -> list[str]:
     folder = train_llava(args.model, pretrain, instruct, config=args.llava, out=run, log=log)
     return [
         f"Model: {folder}",
-        f"Next: llm2clip llava evaluate {folder} --captions DATA --pope DATA --out OUT",
+        f"Next: {format_command('llava', 'evaluate', folder)} --captions DATA --pope DATA --out OUT",
         f'Use: pipeline("image-text-to-text", model="{folder}")',
     ]
 

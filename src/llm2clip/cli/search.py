@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, NoReturn
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
-from llm2clip.cli.checks import check_index, check_sources, resolve_model
-from llm2clip.cli.commands import Commands, Port, add_reading_arguments
+from llm2clip.cli.checks import check_index, check_port, check_sources, resolve_model
+from llm2clip.cli.commands import Commands, Port, add_reading_arguments, format_command
 from llm2clip.data.valid_text import check_not_empty
+from llm2clip.extras import install_command
 from llm2clip.output_folder import check_output_folder
 
 if TYPE_CHECKING:
@@ -206,8 +207,8 @@ def _index(args: Namespace) -> list[str]:
         lines.append("Duplicates: " + ", ".join(names[:4]))
     if log.skipped and skipped_file:
         lines.append(f"Unreadable images: {log.skipped.total():,}, listed in {skipped_file}")
-    lines.append(f'Next: llm2clip search {args.out} "a description of an image"')
-    lines.append(f"      llm2clip serve --index {args.out}")
+    lines.append(f"Next: {format_command('search', args.out, 'a description of an image')}")
+    lines.append(f"      {format_command('serve', '--index', args.out)}")
     return lines
 
 
@@ -373,6 +374,7 @@ def _describe(query: Query) -> str:
 
 
 def _serve(args: Namespace) -> list[str]:
+    check_port(args.host, args.port)
     check_index(args["index"])
     if args.model is not None:
         args.model = resolve_model(args.model)
@@ -387,7 +389,7 @@ def _serve(args: Namespace) -> list[str]:
         from llm2clip.search.schemas import Limits
         from llm2clip.search.server import LOOPBACK, create_app, serve
     except ModuleNotFoundError as error:
-        raise ImportError(f"`llm2clip serve` needs `pip install 'llm2clip[search]'` ({error})") from error
+        raise ImportError(f"`llm2clip serve` needs `{install_command('search')}` ({error})") from error
     templates = _query_templates(args.templates)
     backend = open_backend(args["index"]) if args["index"] else None
     model_name = args.model or (backend.metadata()["model"] if backend else None)

@@ -11,7 +11,14 @@ from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
 
 from llm2clip.cli.checks import check_pretrained, check_sources, resolve_encoder
-from llm2clip.cli.commands import DATA_HELP, ArgumentParser, Commands, add_reading_arguments
+from llm2clip.cli.commands import (
+    DATA_HELP,
+    ArgumentParser,
+    Commands,
+    add_reading_arguments,
+    column_flags,
+    format_command,
+)
 from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, EvaluateConfig, FitConfig, TuneConfig
 from llm2clip.output_folder import check_output_folder
 
@@ -112,7 +119,7 @@ def _fit(args: Namespace) -> list[str]:
 
     config = FitConfig(**{field.name: args[field.name] for field in dataclasses.fields(FitConfig)})
     model = fit(args.data, Path(args.out), config, check_resources)
-    return [f"Model:  {model}", f"Next:   llm2clip evaluate {model} DATA"]
+    return [f"Model: {model}", *_model_hints(model, args)]
 
 
 def _tune(args: Namespace) -> list[str]:
@@ -143,7 +150,9 @@ def _tune(args: Namespace) -> list[str]:
         pairs = read_tuning_sources([], held_out, args.tune, args.columns, log, training_sources=sources)
         print_once(log.summary())
     encoder = tune(pairs, out, args.encoder, args.tune)
-    return [f"Caption encoder: {encoder}", f"Next: llm2clip embed DATA --encoder.path {encoder} --out STORE"]
+    flags = [*column_flags(args.columns), "--encoder.path", encoder, "--out", "STORE"]
+    hint = format_command("embed", *(sources or ["DATA"]), *flags)
+    return [f"Caption encoder: {encoder}", f"Next: {hint}"]
 
 
 def _embed(args: Namespace) -> list[str]:
@@ -163,10 +172,8 @@ def _embed(args: Namespace) -> list[str]:
     captions = (text for record in records for text in record.texts + record.phrases * args.phrases)
     store = embed(captions, out, args.encoder, args.embed, engine=args.engine, ray_workers=args.ray_workers)
     print_once(log.summary())
-    return [
-        f"Store: {out} ({len(store):,} captions)",
-        f"Next: llm2clip align DATA --store {out} {_encoder_flags(args.encoder)} --out RUN",
-    ]
+    flags = [*column_flags(args.columns), "--store", out, *_encoder_flags(args.encoder), "--out", "RUN"]
+    return [f"Store: {out} ({len(store):,} captions)", f"Next: {format_command('align', *args.data, *flags)}"]
 
 
 def _align(args: Namespace) -> list[str]:
@@ -205,7 +212,7 @@ def _align(args: Namespace) -> list[str]:
         print_once(log.summary())
         if args.own_text_tower:
             finetune_clip(add_phrases(train) if args.align.samples_phrases else train, args.align, out, log)
-            return [f"Model: {model_dir}", f"Next: llm2clip evaluate {model_dir} DATA --baselines {args.align.tower}"]
+            return [f"Model: {model_dir}", *_model_hints(model_dir, args, "--baselines", args.align.tower)]
         if args.align.uses_phrases:
             train = drop_missing_phrases(add_phrases(train), store)
         model_dir = align(
@@ -218,7 +225,16 @@ def _align(args: Namespace) -> list[str]:
             encoder=args.encoder,
             features=Path(args.features) if args.features else None,
         )
-    return [f"Model: {model_dir}", f"Next: llm2clip evaluate {model_dir} DATA"]
+    return [f"Model: {model_dir}", *_model_hints(model_dir, args)]
+
+
+def _model_hints(model: Path, args: Namespace, *flags: str) -> list[str]:
+    """Return the commands to run next with a trained model. `flags` are further arguments of `evaluate`."""
+    columns, index = column_flags(args.columns), model.parent / "index"
+    return [
+        f"Next: {format_command('evaluate', model, *args.data, *columns, *flags)}",
+        f"      {format_command('index', *args.data, *columns, '--model', model, '--out', index)}",
+    ]
 
 
 def _check_store(store: EmbeddingStore, encoder: EncoderConfig) -> None:
@@ -234,7 +250,7 @@ def _check_store(store: EmbeddingStore, encoder: EncoderConfig) -> None:
     wait_for_everyone()
 
 
-def _encoder_flags(encoder: EncoderConfig) -> str:
+def _encoder_flags(encoder: EncoderConfig) -> list[str]:
     """Return --encoder flags for all settings that differ from the defaults.
 
     The flags are needed because a store works only with the encoder config with which it was written.
@@ -242,7 +258,7 @@ def _encoder_flags(encoder: EncoderConfig) -> str:
     flags = []
     for name, value in vars(encoder).items():
         if name == "path":
-            flags.append(f"--encoder.path {value}")
+            flags += ["--encoder.path", value]
         elif value != getattr(EncoderConfig(), name):
-            flags.append(f"--encoder.{name} {json.dumps(value)}")
-    return " ".join(flags)
+            flags += [f"--encoder.{name}", value if isinstance(value, str) else json.dumps(value)]
+    return flags

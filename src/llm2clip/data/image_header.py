@@ -15,6 +15,8 @@ from typing import Any, BinaryIO, cast
 
 from PIL import Image
 
+from llm2clip.extras import install_command
+
 # Images with more pixels are rejected after their header is read and before they are decoded. 100 million RGB pixels
 # take 300 MB.
 MAX_PIXELS = 100_000_000
@@ -122,8 +124,8 @@ def _register_heic() -> None:
         import pillow_heif
     except ImportError as error:
         raise ImageFormatError(
-            f"HEIC images need the package pillow-heif ({error}). Run pip install -e '.[photos]', or convert the image "
-            "to JPEG"
+            f"HEIC images need the package pillow-heif ({error}). Run {install_command('photos')}, or convert the "
+            "image to JPEG"
         ) from error
     # Thumbnails, depth maps and other auxiliary images are not needed, and reading them takes memory.
     pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)

@@ -13,6 +13,8 @@ import io
 import re
 from collections.abc import Sequence
 
+from llm2clip.extras import install_command
+
 _CLITIC = re.compile(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))(?!\w)")
 _WORD = re.compile(r"n't|'(?:s|re|ve|ll|d|m)(?!\w)|[\w$%&@+*/#]+(?:[-'./,:]\w+)*", re.UNICODE)
 _SPLIT_WORDS = {"cannot": "can not", "gonna": "gon na", "wanna": "wan na", "gotta": "got ta"}
@@ -36,7 +38,7 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]])
         from pycocoevalcap.bleu.bleu import Bleu
         from pycocoevalcap.cider.cider import Cider
     except ModuleNotFoundError as error:
-        raise ImportError(f"to score captions, run `pip install llm2clip[llava]` ({error})") from error
+        raise ImportError(f"to score captions, run `{install_command('llava')}` ({error})") from error
     if len(captions) < 2:
         raise ValueError(f"CIDEr needs at least two images (got {len(captions)})")
     hypotheses = {n: [tokenize(caption)] for n, caption in enumerate(captions)}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
-from llm2clip.checkpoint import Checkpoints, TrainingLog, hash_texts
+from llm2clip.checkpoint import Checkpoints, TrainingLog, hash_texts, show_progress
 from llm2clip.config import LlavaConfig
 from llm2clip.distributed import process_state, set_fsdp_wrap_policy, set_mixed_precision, wait_for_everyone
 from llm2clip.llava.chat_template import IMAGE_TOKEN, Conversation
@@ -110,7 +110,7 @@ class TrainingStage:
             sampler = LengthGroupedSampler(dataset.lengths(), self.batch_size, config.seed)
         lr_setting = "--llava.pretrain_lr" if self.stage == "pretrain" else "--llava.lr"
         log = TrainingLog(self.folder / "metrics.jsonl", checkpoints, advice=f"Lower {lr_setting}", log_summary=True)
-        return _LlavaTrainer(
+        trainer = _LlavaTrainer(
             model=self.model,
             args=self._training_arguments(),
             train_dataset=dataset,
@@ -119,6 +119,8 @@ class TrainingStage:
             sampler=sampler,
             features=self.features,
         )
+        show_progress(trainer, self.stage)
+        return trainer
 
     def _blank_image(self) -> Tensor:
         """Return all-zero patch features if features are cached, otherwise the pixels of a blank image."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llm2clip.cpu_tuning import onednn_matmul
+from llm2clip.extras import install_command
 from llm2clip.models.loading import hide_loading_bars, load_config
 from llm2clip.models.model_source import check_model_source
 from llm2clip.models.remote_code import check_remote_code_is_allowed, has_remote_code
@@ -281,7 +282,7 @@ def _load_open_clip(name: str, device: torch.device) -> ClipTextEncoder:
     try:
         import open_clip
     except ImportError as error:
-        raise ImportError(f"{OPEN_CLIP_PREFIX}{name} requires open_clip: pip install open-clip-torch") from error
+        raise ImportError(f"{OPEN_CLIP_PREFIX}{name} requires open_clip: {install_command('open-clip')}") from error
 
     if Path(name).is_dir():
         architecture, pretrained = f"local-dir:{name}", ""

@@ -27,6 +27,7 @@ from sentence_transformers.util import import_from_string
 from torch import nn
 from transformers import AutoConfig
 
+from llm2clip.extras import install_command
 from llm2clip.models.loading import WITHOUT_HUB_CODE
 from llm2clip.models.pretrained import cache_dir
 
@@ -91,7 +92,7 @@ def merge_adapter(encoder: Any) -> None:
 def check_qlora_available() -> None:
     """Raise ModuleNotFoundError if bitsandbytes is not installed."""
     if find_spec("bitsandbytes") is None:
-        raise ModuleNotFoundError("--tune.qlora requires the package bitsandbytes: pip install 'llm2clip[qlora]'")
+        raise ModuleNotFoundError(f"--tune.qlora requires the package bitsandbytes: {install_command('qlora')}")
 
 
 def cast_frozen_linear(llm: nn.Module, dtype: torch.dtype) -> None:

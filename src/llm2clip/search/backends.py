@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from llm2clip.extras import install_command
 from llm2clip.search.types import Filter, Hit, ImageState, IndexedContent, IndexedImage
 
 QDRANT_PREFIX = "qdrant+"
@@ -143,6 +144,4 @@ def open_backend(location: str, write: bool = False, **options: int) -> Backend:
         return SqliteBackend(Path(location), write, **options)
     except ModuleNotFoundError as error:
         extra = "qdrant" if is_qdrant else "search"
-        raise ImportError(
-            f"{location}: a package is missing; run `pip install 'llm2clip[{extra}]'` ({error})"
-        ) from error
+        raise ImportError(f"{location}: a package is missing; run `{install_command(extra)}` ({error})") from error

@@ -18,6 +18,7 @@ import torch
 
 from llm2clip.cpu_tuning import keep_freed_memory
 from llm2clip.distributed import process_state
+from llm2clip.extras import install_command
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.store.dedup import PendingCaptions
 from llm2clip.store.encode import resolve_precision, tokenize_shard, tuned_batch_tokens, write_shard
@@ -62,7 +63,7 @@ def embed_with_ray(
         import ray
         import ray.data
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("--engine ray needs Ray: pip install 'llm2clip[ray]'") from error
+        raise ModuleNotFoundError(f"--engine ray needs Ray: {install_command('ray')}") from error
     if process_state().num_processes > 1:
         raise ValueError("--engine ray starts its own workers: run the command without torchrun")
     encoder = open_encoder(device="cpu")  # a worker may use this machine's GPU

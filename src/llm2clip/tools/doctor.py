@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Literal
 
 from packaging.requirements import Requirement
 
+from llm2clip.extras import install_command
+
 if TYPE_CHECKING:
     import torch
 
@@ -101,7 +103,7 @@ def check_packages() -> Iterator[Check]:
     versions = f"llm2clip {metadata.version('llm2clip')}, Python {platform.python_version()}"
     problems = _problems(requirements().get("", []))
     if problems:
-        fix = f"{sys.executable} -m pip install -U llm2clip"
+        fix = f"{sys.executable} -m {install_command()}"
         yield Check("packages", "bad", f"{versions}; {', '.join(problems)}", fix)
     else:
         yield Check("packages", "ok", f"{versions}, torch {metadata.version('torch')}; all versions supported")
@@ -114,7 +116,7 @@ def check_extras() -> Iterator[Check]:
             continue
         problems = _problems(packages)
         if problems:
-            fix = f"{sys.executable} -m pip install 'llm2clip[{extra}]'"
+            fix = f"{sys.executable} -m {install_command(extra)}"
             yield Check(f"extra: {extra}", "note", ", ".join(problems), fix)
         else:
             yield Check(f"extra: {extra}", "ok", ", ".join(package.name for package in packages))

@@ -22,9 +22,8 @@ from peft import LoraConfig
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import BatchSampler, SequentialSampler
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from llm2clip.checkpoint import Checkpoints, TrainingLog, hash_texts
+from llm2clip.checkpoint import Checkpoints, TrainingLog, hash_texts, show_progress
 from llm2clip.config import TuneConfig
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.pairs import TuningItem, pair_batches, resolve_pairs_per_step
@@ -42,7 +41,6 @@ from llm2clip.models.length_batching import default_batch_tokens
 from llm2clip.models.llm_layers import get_layers
 from llm2clip.models.lora import LoraSession, check_qlora_available, merge_adapter
 from llm2clip.models.precision import DTYPES, resolve_device_precision
-from llm2clip.progress import ProgressBar
 from llm2clip.store.lock import folder_lock
 from llm2clip.train.distributed import empty_copy, gather_to_cpu, reduce_gradients_in_fp32
 from llm2clip.train.pair_loss import PairCollator, PairLoss
@@ -215,9 +213,7 @@ def _train(
         ],
     )
     reduce_gradients_in_fp32(trainer.accelerator)
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(_ShowProgress)
+    show_progress(trainer, "tune")
     unsharded = empty_copy(encoder.st) if trainer.is_fsdp_enabled else None
     with _attention_backend(args.device):
         trainer.train(resume_from_checkpoint=str(checkpoints.latest) if checkpoints.latest else None)
@@ -277,29 +273,6 @@ class _TuneTrainer(TrainingStateMixin, SentenceTransformerTrainer):
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """Do nothing, because the callback would encode examples for a model card that is never saved."""
-
-
-class _ShowProgress(TrainerCallback):
-    """Trainer callback that shows a progress bar with the loss instead of printing a line every few steps."""
-
-    bar: ProgressBar
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar = ProgressBar(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc="tune",
-            unit="step",
-            disable=not state.is_world_process_zero,
-        )
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if logs and "loss" in logs:  # logged once per step; the final summary has no loss
-            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
-            self.bar.update()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.close()
 
 
 def _attention_backend(device: torch.device) -> AbstractContextManager[None]:

@@ -19,6 +19,7 @@ from PIL import Image
 from llm2clip.data.image_refs import FileImage, ImageRef, MemoryImage
 from llm2clip.data.images import load_image
 from llm2clip.evaluate.benchmarks.base import Benchmark, ClassificationData
+from llm2clip.extras import install_command
 from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, read_json, read_lines
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -134,7 +135,9 @@ def _imagenet_texts() -> tuple[list[str], list[str], list[str]]:
 
 def _check_open_clip() -> None:
     if importlib.util.find_spec("open_clip") is None:
-        raise MissingFileError("ImageNet's class names and templates come with open_clip: pip install open-clip-torch")
+        raise MissingFileError(
+            f"ImageNet's class names and templates come with open_clip: {install_command('open-clip')}"
+        )
 
 
 def _read_imagenet(folder: Path) -> ClassificationData:

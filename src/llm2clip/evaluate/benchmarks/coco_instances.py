@@ -18,6 +18,7 @@ from llm2clip.data.readers.coco import find_image_folder, split_folders
 from llm2clip.distributed import print_once
 from llm2clip.evaluate.benchmarks.base import ImageId, check_files, image_file
 from llm2clip.evaluate.benchmarks.karpathy_splits import COCO_FOLDERS
+from llm2clip.extras import install_command
 from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, read_json
 
 INSTANCES_FOLDERS = (*COCO_FOLDERS, "coco_instances")
@@ -108,7 +109,7 @@ def require_pycocotools(purpose: str) -> None:
         purpose: Sentence that says what pycocotools is needed for.
     """
     if importlib.util.find_spec("pycocotools") is None:
-        raise MissingFileError(f"{purpose}: pip install 'llm2clip[dense]'")
+        raise MissingFileError(f"{purpose}: {install_command('dense')}")
 
 
 def image_refs(file: Path, images: Sequence[Mapping[str, Any]]) -> list[ImageRef]:

@@ -12,10 +12,12 @@ to float16.
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from llm2clip.io_utils import atomic_dir
+from llm2clip.models.loading import hide_loading_bars
 
 # Types of metadata values, and the size of each numeric type in bytes.
 _STRING, _ARRAY = 8, 9
@@ -57,13 +59,22 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
         ValueError: the file is damaged, or does not contain all weights of the model.
     """
     import torch
+    import transformers.modeling_gguf_pytorch_utils
     from transformers import AutoModel, AutoTokenizer
 
     check_gguf_header(gguf)
     source = str(gguf.absolute().parent)
-    model, report = AutoModel.from_pretrained(
-        source, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-    )
+    gguf_utils: Any = transformers.modeling_gguf_pytorch_utils
+    tqdm = gguf_utils.tqdm
+    try:
+        # The bars for conversion, loading and saving would be printed as three unexplained lines.
+        gguf_utils.tqdm = partial(tqdm, disable=True)
+        with hide_loading_bars():
+            model, report = AutoModel.from_pretrained(
+                source, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+            )
+    finally:
+        gguf_utils.tqdm = tqdm
     missing = sorted(report["missing_keys"])
     if missing:  # transformers only warns, and initialises missing weights randomly
         raise ValueError(
@@ -72,7 +83,8 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
         )
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name, trust_remote_code=False)
     _clear_quantization_metadata(model)
-    model.save_pretrained(folder)
+    with hide_loading_bars():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

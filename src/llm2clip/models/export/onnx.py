@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llm2clip.extras import install_command
 from llm2clip.models.export.modeling_llm2clip import LLM2CLIPExport
 from llm2clip.models.export.tokenizer import build_tokenizer
 from llm2clip.models.export.transformers import MIN_COSINE, SAMPLE_TEXTS, build_export_model
@@ -105,7 +108,7 @@ def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"exporting to ONNX requires `pip install llm2clip[onnx]` ({error})") from error
+        raise ImportError(f"exporting to ONNX requires `{install_command('onnx')}` ({error})") from error
     exported, tokenizer = build_export_model(model), build_tokenizer(model.encoder)
     tokenizer.save_pretrained(folder)  # save first, because a call with padding changes the tokenizer's settings
     messages = []
@@ -137,15 +140,18 @@ def _text_graph(exported: LLM2CLIPExport, tokenizer: Any) -> _Graph:
 def _export_graph(graph: _Graph, folder: Path) -> str:
     """Write a graph, compare its embeddings with PyTorch's, and return a message."""
     file = folder / f"{graph.name}.onnx"
-    program = torch.onnx.export(
-        graph.module,
-        tuple(graph.inputs.values()),
-        dynamo=True,
-        input_names=list(graph.inputs),
-        output_names=["embeddings"],
-        dynamic_shapes=graph.dynamic_shapes,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`isinstance\\(treespec", FutureWarning)
+        warnings.filterwarnings("ignore", "# The axis name", UserWarning)  # texts and images have the same batch axis
+        program = torch.onnx.export(
+            graph.module,
+            tuple(graph.inputs.values()),
+            dynamo=True,
+            input_names=list(graph.inputs),
+            output_names=["embeddings"],
+            dynamic_shapes=graph.dynamic_shapes,
+            verbose=False,
+        )
     assert program is not None
     program.save(str(file))
     one_row = {name: tensor[:1] for name, tensor in graph.inputs.items()}
@@ -161,16 +167,26 @@ def _quantize_graph(graph: _Graph, folder: Path) -> str:
 
     file, quantized = folder / f"{graph.name}.onnx", folder / f"{graph.name}-int8.onnx"
     full_size = _total_size(folder, file.name)
-    quantize_dynamic(
-        file,
-        quantized,
-        weight_type=QuantType.QInt8,
-        per_channel=True,
-        use_external_data_format=full_size > EXTERNAL_DATA_BYTES,
-    )
+    root = logging.getLogger()
+    root.addFilter(_is_not_preprocessing_hint)
+    try:
+        quantize_dynamic(
+            file,
+            quantized,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            use_external_data_format=full_size > EXTERNAL_DATA_BYTES,
+        )
+    finally:
+        root.removeFilter(_is_not_preprocessing_hint)
     cosine = _min_cosine(quantized, graph.module, graph.inputs)
     ratio = _total_size(folder, quantized.name) / full_size
     return f"{quantized.name}: minimum cosine similarity {cosine:.4f}, {ratio:.0%} of the original size"
+
+
+def _is_not_preprocessing_hint(record: logging.LogRecord) -> bool:
+    """Hide onnxruntime's advice to preprocess a graph, which only improves the quantization of activations."""
+    return "run pre-processing before quantization" not in record.getMessage()
 
 
 def _total_size(folder: Path, name: str) -> int:

@@ -10,10 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llm2clip.extras import install_command
 from llm2clip.models.llm2clip import LLM2CLIP
 
 # Config of the placeholder text tower: the smallest one that open_clip can build.
 PLACEHOLDER_TEXT = {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}
+
+ADVICE = "Use another format, which supports all towers: --to transformers, --to onnx, or --to vision for images only"
 
 
 def export_open_clip(model: LLM2CLIP, folder: Path) -> None:
@@ -34,7 +37,7 @@ def export_open_clip(model: LLM2CLIP, folder: Path) -> None:
     try:
         import open_clip
     except ImportError as error:
-        raise ImportError(f"exporting to open_clip requires `pip install open-clip-torch` ({error})") from error
+        raise ImportError(f"exporting to open_clip requires `{install_command('open-clip')}` ({error})") from error
     _check_tower(model)
     (folder / "open_clip_config.json").write_text(json.dumps(_open_clip_config(model), indent=1))
     target = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
@@ -46,15 +49,15 @@ def _check_tower(model: LLM2CLIP) -> None:
     tower, preprocess = model.tower.config, model.tower.preprocess
     if tower["library"] != "timm":
         raise ValueError(
-            f"the open_clip format requires a timm vision tower, but this tower is from {tower['library']}. "
-            "For transformers towers, use `--to transformers` or `--to vision`"
+            f"the open_clip format requires a timm vision tower, but this tower is from {tower['library']}. {ADVICE}"
         )
     changed = {key: value for key, value in tower["args"].items() if key not in ("num_classes", "img_size")}
     if changed:
-        raise ValueError(f"open_clip builds timm towers with default arguments, but this tower has {changed}")
+        raise ValueError(f"open_clip builds timm towers with default arguments, but this tower has {changed}. {ADVICE}")
     if preprocess.crop_pct != 1:
         raise ValueError(
-            f"open_clip does not crop images, but this model's preprocessing crops off {1 - preprocess.crop_pct:.0%}"
+            f"open_clip does not crop images, but this model's preprocessing crops off {1 - preprocess.crop_pct:.0%}. "
+            f"{ADVICE}"
         )
 
 

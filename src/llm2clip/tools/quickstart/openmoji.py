@@ -24,6 +24,7 @@ from typing import Any
 
 from PIL import Image
 
+from llm2clip.extras import install_command
 from llm2clip.io_utils import atomic_dir, atomic_write_jsonl, atomic_write_text, read_json
 from llm2clip.models.pretrained import cache_dir, resolve_pretrained
 from llm2clip.progress import ProgressBar
@@ -43,7 +44,7 @@ PEOPLE = re.compile(r"\b(wo)?m[ae]n\b|\b(persons?|people|boys?|girls?|family|fac
 GENDER_SUFFIX = re.compile("\u200d([\u2640\u2642])")  # zero-width joiner and a gender sign
 GENDER_WORDS = {"\u2640": "woman", "\u2642": "man"}
 KEYWORD_LINE = re.compile(r"(\S+) (.+?)(?: <small>\((.*)\)</small>)?")
-MISSING_PACKAGES = "the emoji data set needs additional packages: run pip install llm2clip[quickstart]"
+MISSING_PACKAGES = f"the emoji data set needs additional packages: run {install_command('quickstart')}"
 README = """# OpenMoji as image-caption records
 
 Images: OpenMoji 17.0 (openmoji.org), CC BY-SA 4.0, rendered on white at {size} px; see LICENSE. All emojis designed by
