@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from llm2clip.cli import build_parser, main
-from llm2clip.cli.commands import builtin_configs
+from llm2clip.cli.commands import builtin_configs, column_flags, format_command
 from llm2clip.config import (
     AlignConfig,
     EmbedConfig,
@@ -241,6 +241,13 @@ def test_columns_are_pairs_or_a_mapping(columns: str, tmp_path: Path) -> None:
     for option in (["--columns", columns], ["--config", str(config)]):
         args = parser.instantiate(parser.parse_args(["embed", "d", "--out", "s", *option])).embed
         assert args.columns == {"captions": "text", "image": "file name"}
+
+
+def test_hints_quote_paths_and_keep_the_column_mapping() -> None:
+    columns = column_flags({"captions": "the text"})
+    assert format_command("evaluate", Path("my run/model"), "my data@test", *columns) == (
+        "llm2clip evaluate 'my run/model' 'my data@test' --columns 'captions=the text'"
+    )
 
 
 # ---- --config ------------------------------------------------------------------------------------------------------

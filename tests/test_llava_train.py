@@ -58,7 +58,7 @@ def changed_names(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor
 
 
 def test_each_stage_changes_only_its_own_weights(
-    built: Path, conversations: list[Conversation], tmp_path: Path
+    built: Path, conversations: list[Conversation], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     initial = load_weights(built)
     pretrained = load_weights(train(built, conversations, [], SMALL, tmp_path / "pretrained"))
@@ -70,6 +70,7 @@ def test_each_stage_changes_only_its_own_weights(
     assert changed_names(pretrained, both) == {name for name in initial if "vision_tower" not in name}
     metrics = [json.loads(line) for line in (tmp_path / "both/instruct/metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["train_loss"] > 0
+    assert "train_runtime" not in "".join(capsys.readouterr())  # the Trainer's dicts are not printed
 
     lora = load_weights(train(built, [], conversations, LORA, tmp_path / "lora"))
     linear = {name for name in initial if "language_model" in name and "_proj" in name}

@@ -208,6 +208,9 @@ def test_fit_run_again_trains_nothing_and_prints_a_summary(
     assert summary[2][0].strip() == "CRA (6 images)"
     name, _, _, after = (cell.strip() for cell in summary[4])
     assert (name, after) == ("captions: T2I R@1 (6 images)", f"{trained['T2I']['R@1']:.1f}")
+    data = image_folder / "captions.jsonl"
+    assert f"Next: llm2clip evaluate {run / 'model'} {data}\n" in output
+    assert f"      llm2clip index {data} --model {run / 'model'} --out {run / 'index'}\n" in output
     assert f"Report: {run / 'report.html'}" in output and "How to use the model" not in output
 
 

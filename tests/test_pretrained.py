@@ -227,9 +227,10 @@ def write_gguf(file: Path, without: str = "") -> dict[str, np.ndarray]:
     return weights
 
 
-def test_convert_gguf_keeps_the_weights(tmp_path: Path) -> None:
+def test_convert_gguf_keeps_the_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written = write_gguf(tmp_path / "tiny.gguf")
     folder = convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+    assert "it/s" not in capsys.readouterr().err  # transformers' progress bars are hidden
     loaded = load_file(folder / "model.safetensors")
     names = {"embed_tokens": "token_embd", "norm": "output_norm"}
     for n in range(2):
