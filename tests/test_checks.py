@@ -19,6 +19,7 @@ from llm2clip.models.assets import ASSETS
         (["search", "nowhere", "x"], "nowhere is not an index"),
         (["search", "photos", ""], "text 0 is empty"),
         (["fit", "photo", "--out", "x"], "did you mean .*/photos"),
+        (["store", "verify", "store"], "store is not a store: no such folder"),
         (["fit", "photos", "--out", "x", "--encoder.path", "TT"], "TT is neither a folder nor a hub id"),
         (["evaluate", "runs/a/model", "photos"], "runs/a/model is neither a folder nor a hub id"),
         (["evaluate", "photos", "photos", "--baselines", "nope.npz"], "nope.npz: no such file"),

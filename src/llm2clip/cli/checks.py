@@ -41,6 +41,18 @@ def check_index(location: str | None) -> None:
         raise FileNotFoundError(missing_index_message(location))
 
 
+def check_stores(*folders: str) -> None:
+    """Raise FileNotFoundError if the folder of an embedding store does not exist."""
+    for folder in folders:
+        if not os.path.isdir(folder):
+            from llm2clip.data.readers import suggest_paths
+
+            raise FileNotFoundError(
+                f"{folder} is not a store: no such folder; {suggest_paths(folder)}. Create a store with "
+                "`llm2clip embed`"
+            )
+
+
 def check_port(host: str, port: int) -> None:
     """Raise OSError if a server cannot listen on a port, for example because another program uses it."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

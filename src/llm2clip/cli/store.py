@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
+from llm2clip.cli.checks import check_stores
 from llm2clip.cli.commands import Commands
 from llm2clip.config import EncoderConfig
 from llm2clip.output_folder import check_output_folder
@@ -53,6 +54,7 @@ def add(commands: Commands) -> None:
 
 
 def _verify(args: Namespace) -> list[str]:
+    check_stores(args.folder)
     from llm2clip.store.store import EmbeddingStore
 
     store = EmbeddingStore(args.folder)
@@ -61,6 +63,7 @@ def _verify(args: Namespace) -> list[str]:
 
 
 def _repair(args: Namespace) -> list[str]:
+    check_stores(args.folder)
     from llm2clip.store.maintenance import repair_store
     from llm2clip.store.store import EmbeddingStore
 
@@ -73,6 +76,7 @@ def _repair(args: Namespace) -> list[str]:
 
 
 def _merge(args: Namespace) -> list[str]:
+    check_stores(*args.folders)
     check_output_folder(args.out, "store")
     from llm2clip.store.maintenance import merge_stores
 
@@ -80,10 +84,11 @@ def _merge(args: Namespace) -> list[str]:
 
 
 def _export(args: Namespace) -> list[str]:
+    check_stores(args.folder)
+    _check_format(args)
     from llm2clip.store.import_export import export_official_tars, export_parquet
     from llm2clip.store.store import EmbeddingStore
 
-    _check_format(args)
     store = EmbeddingStore(args.folder)
     if args.parquet:
         export_parquet(store, args.parquet)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
 
-from llm2clip.cli.checks import check_pretrained, check_sources, resolve_encoder
+from llm2clip.cli.checks import check_pretrained, check_sources, check_stores, resolve_encoder
 from llm2clip.cli.commands import (
     DATA_HELP,
     ArgumentParser,
@@ -181,6 +181,7 @@ def _align(args: Namespace) -> list[str]:
     if bool(args.store) == args.own_text_tower:
         raise ValueError("pass either --store STORE or --own_text_tower")
     check_sources(args.data, args.held_out)
+    check_stores(*([args.store] if args.store else []))
     args.encoder.path = resolve_encoder(args.encoder.path)
     check_pretrained(args.align.tower)
     from llm2clip.data.merged_records import read_merged_records
