@@ -62,6 +62,7 @@ from llm2clip.models.dual_encoder import from_llm2clip
 from llm2clip.models.export.model_card import render_model_card
 from llm2clip.models.inherited_clip import load_inherited_clip, model_in_clip_space
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig, save_query_templates
+from llm2clip.models.model_source import check_model_source
 from llm2clip.models.precision_calibration import load_for_encoding
 from llm2clip.models.pretrained import resolve_gguf, resolve_pretrained
 from llm2clip.models.pretrained_logits import read_pretrained_logits
@@ -317,6 +318,7 @@ def check_encoder(config: EncoderConfig) -> None:
     if path.endswith(".gguf"):
         resolve_gguf(path)
     elif not Path(path).is_dir():
+        check_model_source(path)
         cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False)  # raises an error for other ids
     elif not any((Path(path) / name).is_file() for name in ENCODER_FILES):
         raise ValueError(

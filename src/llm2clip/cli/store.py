@@ -76,8 +76,8 @@ def _repair(args: Namespace) -> list[str]:
 
 
 def _merge(args: Namespace) -> list[str]:
-    check_stores(*args.folders)
     check_output_folder(args.out, "store")
+    check_stores(*args.folders)
     from llm2clip.store.maintenance import merge_stores
 
     return _summary(args.out, merge_stores(args.out, args.folders))
