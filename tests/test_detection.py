@@ -689,8 +689,10 @@ def test_evaluate_command_reports_detection(
     )
     monkeypatch.setattr("llm2clip.evaluate.embeddings.open_dual_encoder", lambda *args, **kwargs: model)
     monkeypatch.setattr("llm2clip.evaluate.embeddings.fingerprint", lambda identity: "0" * 64)
+    (tmp_path / "colours").mkdir()  # the name of the model must be a path or a hub id
+    monkeypatch.chdir(tmp_path)
     folders = ["--root", str(tmp_path), "--out", str(tmp_path / "out")]
-    command = ["evaluate", "test/colours", "--benchmarks", "ov-coco", *folders]
+    command = ["evaluate", "colours", "--benchmarks", "ov-coco", *folders]
     assert main([*command, "--proposals", "ground-truth", "--crop_proposals", "--save_predictions"]) == 0
     output = capsys.readouterr().out
     assert "| paper 2026: EVA02 + LLM2CLIP | – | – | – | 28.9 | 54.7 | 48.0 |" in output
@@ -716,7 +718,7 @@ def test_evaluate_command_reports_detection(
     assert "--save_predictions needs an output folder: add --out FOLDER" in capsys.readouterr().err
     own = [
         "evaluate",
-        "test/colours",
+        "colours",
         "--benchmarks",
         f"boxes:{file}",
         "--templates",
