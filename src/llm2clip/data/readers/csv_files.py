@@ -62,7 +62,7 @@ def read_csv(path: str, delimiter: str, log: SkipLog | None = None) -> Iterator[
             except StopIteration:
                 return
             except (csv.Error, LineTooLong) as error:
-                num_lines = rows.line_num + first_line - number
+                num_lines = max(1, rows.line_num + first_line - number)  # a line that is too long is not in line_num
                 is_too_long = "field limit" in str(error)
                 if "unexpected end" in str(error) or (is_too_long and num_lines > 1):
                     # All following rows are part of the quoted field.
