@@ -40,7 +40,7 @@ class UnusableRow(Exception):
 
 @contextmanager
 def malformed_row_on_error() -> Iterator[None]:
-    """Convert an exception that nobody expected to `UnusableRow`, so that one row cannot end a run."""
+    """Convert an unexpected exception to `UnusableRow`, so that one row cannot end a run."""
     try:
         yield
     except (UnusableRow, DataFormatError):

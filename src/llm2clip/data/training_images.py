@@ -1,8 +1,8 @@
 """Hashes of the images on which a model was trained, so that `evaluate` can warn if it is evaluated on some of them.
 
 They are stored in the model folder, in `training_images.npy`, with 8 bytes per image. The hashes do not depend on the
-location of an image, so copies of a data set are recognised. They contain neither images nor paths, but whoever has an
-image can check if the model was trained on it.
+location of an image, so copies of a data set are recognised. They contain neither images nor paths, but with an
+image, you can check if the model was trained on it.
 """
 
 from __future__ import annotations
