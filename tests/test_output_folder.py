@@ -11,7 +11,8 @@ import pytest
 from llm2clip.cli import main
 from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, LlavaConfig, ReproduceConfig, TuneConfig
 from llm2clip.output_folder import KINDS, check_output_folder, folder_kind
-from llm2clip.run_config import save_or_check_config
+from llm2clip.run_config import RUN_LOCK, save_or_check_config
+from llm2clip.store.lock import folder_lock
 
 RUN_CONFIGS: dict[str, dict[str, Any]] = {
     "fit": {"data": ["d"], **dataclasses.asdict(FitConfig())},
@@ -92,3 +93,20 @@ def test_commands_reject_output_folders_of_another_kind(
     assert main([str(out) if part == "OUT" else part for part in command.split()]) == 1
     assert message in capsys.readouterr().err
     assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("command", ["fit", "tune", "embed", "align --store S"])
+def test_second_run_changes_no_file(
+    command: str, llm: Path, tower: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind = command.split()[0].replace("embed", "store")
+    out = make_folder(kind, tmp_path / "out")
+    (out / "skipped.jsonl").write_text("{}\n")
+    arguments = [*command.split(), str(image_folder / "captions.jsonl"), "--out", str(out), "--encoder.path", str(llm)]
+    if kind in ("fit", "align"):
+        arguments += ["--align.tower", str(tower)]
+    with folder_lock(out, RUN_LOCK):
+        before = {path: path.read_bytes() for path in out.iterdir()}
+        assert main(arguments) == 1
+        assert {path: path.read_bytes() for path in out.iterdir()} == before
+    assert "another run is writing to" in capsys.readouterr().err

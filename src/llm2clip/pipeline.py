@@ -23,7 +23,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
@@ -68,8 +69,9 @@ from llm2clip.models.pretrained import resolve_gguf, resolve_pretrained
 from llm2clip.models.pretrained_logits import read_pretrained_logits
 from llm2clip.models.prompts import LITERAL, QueryTemplates
 from llm2clip.models.vision_tower import VisionTower
-from llm2clip.run_config import CONFIG_FILE, save_or_check_config
+from llm2clip.run_config import CONFIG_FILE, RUN_LOCK, save_or_check_config
 from llm2clip.store.encode import embed as embed_locally
+from llm2clip.store.lock import folder_lock
 from llm2clip.store.ray_engine import embed_with_ray
 from llm2clip.store.store import EmbeddingStore, drop_refused_captions
 from llm2clip.train.align import align as train_align
@@ -107,12 +109,23 @@ def fit(
         ConfigChangedError: The run directory was created with different settings.
         TooManySkipped: The fraction of rows that cannot be used exceeds `config.max_skipped`.
         ValueError: The data set is too small for the settings, or contains no captions to train on.
+        StoreError: Another run is writing to the run directory, which is left unchanged.
     """
     is_complete = (run_dir / "model").exists()
     if not is_complete:
         check_align_models(config.align)
         if not (run_dir / "tune/encoder").exists():
             check_encoder(config.encoder)
+    with run_lock(run_dir):
+        return _run_stages(sources, run_dir, config, None if is_complete else check_resources)
+
+
+def _run_stages(
+    sources: Sequence[str],
+    run_dir: Path,
+    config: FitConfig,
+    check_resources: Callable[[FitConfig, Path, Sequence[Record]], list[str]] | None,
+) -> Path:
     log = start_run(run_dir, {"data": list(sources), **dataclasses.asdict(config)}, config.max_skipped)
     data = read_splits(sources, config.evaluate, config.columns, log)
     print_once(data.summary, log.summary())
@@ -120,7 +133,7 @@ def fit(
         resolve_images_per_step(
             sum(r.image is not None for r in data.train), config.align, process_state().num_processes
         )
-    if check_resources is not None and not is_complete and process_state().is_main_process:
+    if check_resources is not None and process_state().is_main_process:
         print_once(*check_resources(config, run_dir, data.train))
 
     clock = _StageClock(run_dir)
@@ -297,6 +310,17 @@ def evaluate(
 
 
 # ---- shared by the stages and the command line ---------------------------------------------------------------------
+
+
+@contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Hold the lock of a run directory on the main process. It must be acquired before the run writes any file.
+
+    Raises:
+        StoreError: Another run holds the lock.
+    """
+    with folder_lock(run_dir, RUN_LOCK) if process_state().is_main_process else nullcontext():
+        yield
 
 
 def start_run(run_dir: Path, config: dict[str, Any], max_skipped: float) -> SkipLog:

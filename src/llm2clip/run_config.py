@@ -12,6 +12,7 @@ import yaml
 from llm2clip.io_utils import atomic_write_text
 
 CONFIG_FILE = "config.yaml"
+RUN_LOCK = ".run.lock"  # held during all stages of a run, each of which also locks its own folder
 
 # Settings that may be changed when a run is resumed, because they do not affect the result.
 RESUME_SAFE = (
@@ -92,7 +93,7 @@ def _pairs_per_step(config: dict[str, Any], processes: int | None) -> int | None
 
 
 def _has_outputs(run_dir: Path) -> bool:
-    ignored = (CONFIG_FILE, "skipped.jsonl", "skipped_tune.jsonl", ".lock")
+    ignored = (CONFIG_FILE, "skipped.jsonl", "skipped_tune.jsonl", ".lock", RUN_LOCK)
     return any(path.name not in ignored for path in run_dir.iterdir())
 
 

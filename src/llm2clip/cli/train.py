@@ -126,6 +126,13 @@ def _tune(args: Namespace) -> list[str]:
     check_output_folder(args.out, "tune")
     check_sources(args.data, args.tune.data, args.tune.text_pairs, args.tune.exclude)
     args.encoder.path = resolve_encoder(args.encoder.path)
+    from llm2clip.pipeline import run_lock
+
+    with run_lock(Path(args.out)):
+        return _run_tune(args)
+
+
+def _run_tune(args: Namespace) -> list[str]:
     from llm2clip.data.records import Record, Source
     from llm2clip.data.splits import read_splits
     from llm2clip.data.tuning_sources import read_tuning_sources
@@ -159,6 +166,13 @@ def _embed(args: Namespace) -> list[str]:
     check_output_folder(args.out, "store")
     check_sources(args.data)
     args.encoder.path = resolve_encoder(args.encoder.path)
+    from llm2clip.pipeline import run_lock
+
+    with run_lock(Path(args.out)):
+        return _run_embed(args)
+
+
+def _run_embed(args: Namespace) -> list[str]:
     from llm2clip.data.merged_records import stream_records
     from llm2clip.data.noun_phrases import add_phrases
     from llm2clip.data.skip_log import SkipLog
@@ -184,6 +198,13 @@ def _align(args: Namespace) -> list[str]:
     check_stores(*([args.store] if args.store else []))
     args.encoder.path = resolve_encoder(args.encoder.path)
     check_pretrained(args.align.tower)
+    from llm2clip.pipeline import run_lock
+
+    with run_lock(Path(args.out)):
+        return _run_align(args)
+
+
+def _run_align(args: Namespace) -> list[str]:
     from llm2clip.data.merged_records import read_merged_records
     from llm2clip.data.noun_phrases import add_phrases
     from llm2clip.data.records import Source

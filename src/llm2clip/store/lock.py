@@ -13,15 +13,19 @@ from llm2clip.store.layout import StoreError
 
 
 @contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path, name: str = ".lock") -> Iterator[None]:
     """Hold a lock on a folder. The operating system releases it when the process ends, even if the process is killed.
 
     Do nothing on file systems that do not support locks.
 
+    Args:
+        folder: Folder to lock. It is created if needed.
+        name: Name of the lock file.
+
     Raises:
         StoreError: Another run holds the lock.
     """
-    lock = FileLock(folder / ".lock", timeout=0)
+    lock = FileLock(folder / name, timeout=0)
     try:
         lock.acquire()
     except Timeout:

@@ -11,7 +11,7 @@ from llm2clip.config import ReproduceConfig
 from llm2clip.distributed import cached_json, command_line, print_once, process_state
 from llm2clip.html_report import write_report
 from llm2clip.io_utils import read_json
-from llm2clip.pipeline import start_run
+from llm2clip.pipeline import run_lock, start_run
 from llm2clip.tools.reproduce.claims import CLAIMS
 from llm2clip.tools.reproduce.datasets import ClaimData
 from llm2clip.tools.reproduce.experiments import Experiments
@@ -42,6 +42,11 @@ def reproduce(data: Path, out: Path, config: ReproduceConfig, claims: Sequence[i
         raise ValueError(f"unknown claim {unknown[0]}: the claims are {', '.join(map(str, CLAIMS))}")
     if process_state().num_processes > 1:
         raise ValueError("reproduce runs in a single process: start it without torchrun or accelerate launch")
+    with run_lock(out):
+        return _test_claims(data, out, config, claims, max_skipped)
+
+
+def _test_claims(data: Path, out: Path, config: ReproduceConfig, claims: Sequence[int], max_skipped: float) -> Path:
     log = start_run(out, {"data": data, "reproduce": config}, max_skipped)
     experiments = Experiments(ClaimData(data, config, log), config, out)
 
