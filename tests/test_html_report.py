@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from PIL import Image
 
+from llm2clip.evaluate.reporting.plots import plot_curves, plot_intervals
 from llm2clip.html_report import (
     Code,
     Details,
@@ -32,6 +33,22 @@ def test_report_escapes_all_texts() -> None:
     assert "right: " in page and "wrong: " not in page
     markdown = to_markdown("T", blocks, "page.html")
     assert "page.html" in markdown and "\\| `code`" in markdown
+    code = f"```\n{text}\n```"
+    assert "<img" not in markdown.replace(code, "") and code in markdown
+
+
+def test_markdown_escapes_tags_only() -> None:
+    text = "<b>x</b> <!-- y --> 1 < 2 `<|end|>` `<b>` <|end|>"
+    assert "&lt;b>x&lt;/b> &lt;!-- y --> 1 < 2 `<|end|>` `<b>` <|end|>\n" in to_markdown("T", [Paragraph(text)])
+
+
+def test_plots_show_dollar_signs_as_text() -> None:
+    label = r"$\frac{$ $x$"
+    for svg in (
+        plot_curves({label: [1.0, 2.0]}, [1, 2], label, label, tick_labels=[label, "b"]),
+        plot_intervals({label: (1.0, 0.0, 2.0)}, label),
+    ):
+        assert svg.count(label) >= 2
 
 
 def test_html_report_is_accessible() -> None:

@@ -95,7 +95,7 @@ def test_commands_reject_output_folders_of_another_kind(
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
-@pytest.mark.parametrize("command", ["fit", "tune", "embed", "align --store S"])
+@pytest.mark.parametrize("command", ["fit", "tune", "embed", "align --own_text_tower"])
 def test_second_run_changes_no_file(
     command: str, llm: Path, tower: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

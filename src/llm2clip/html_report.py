@@ -141,16 +141,22 @@ def to_markdown(title: str, blocks: Sequence[Block], html_name: str = "") -> str
     has_images = any(isinstance(block, _VISUAL) for block in blocks)
     for block in _without_visual_sections(blocks):
         if isinstance(block, Heading):
-            parts.append(f"{'#' * block.level} {block.text}")
+            parts.append(f"{'#' * block.level} {_escape_tags(block.text)}")
         elif isinstance(block, Paragraph):
-            parts.append(f"**{block.text}**" if block.status else block.text)
+            text = _escape_tags(block.text)
+            parts.append(f"**{text}**" if block.status else text)
         elif isinstance(block, Code):
             parts.append(f"```{block.language}\n{block.text}\n```")
         elif isinstance(block, Table):
             parts.append(_markdown_table(block))
     if has_images and html_name:
         parts.insert(0, f"Plots and images are in {html_name}.")
-    return "\n\n".join([f"# {title}", *parts]) + "\n"
+    return "\n\n".join([f"# {_escape_tags(title)}", *parts]) + "\n"
+
+
+def _escape_tags(text: str) -> str:
+    """Escape HTML tags, which Markdown would keep, outside of the code in backticks."""
+    return re.sub(r"(`[^`]+`)|<(?=[a-z/!?])", lambda match: match[1] or "&lt;", text, flags=re.IGNORECASE)
 
 
 def _without_visual_sections(blocks: Sequence[Block]) -> list[Block]:
@@ -190,7 +196,7 @@ def _markdown_table(table: Table) -> str:
     rows += [[format_cell(value) for value in row] for row in table.rows]
     lines = []
     for row in rows:
-        cells = [text.replace("|", "\\|").replace("\n", " ") for text in row]
+        cells = [_escape_tags(text).replace("|", "\\|").replace("\n", " ") for text in row]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -110,10 +110,16 @@ def new_axes(width: float, height: float) -> tuple[Any, Any]:
 def to_svg(figure: Any) -> str:
     """Convert a figure to SVG text. Identical figures produce identical text."""
     import matplotlib
+    from matplotlib.text import Text
 
     stream = io.StringIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "llm2clip", "font.family": "sans-serif"}):
+    # Names of models and captions may contain dollar signs, which are not formulas.
+    for label in figure.findobj(Text):
+        label.set_parse_math(False)
+    options: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "llm2clip", "font.family": "sans-serif"}
+    options["text.parse_math"] = False
+    with matplotlib.rc_context(options):
         figure.savefig(stream, format="svg", transparent=True, metadata=metadata)
     text = stream.getvalue()
     return text[text.index("<svg") :]
