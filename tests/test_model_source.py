@@ -106,3 +106,10 @@ def test_push_without_a_network_is_an_error(
     (tmp_path / "config.json").write_text("{}")
     assert main(["push", str(tmp_path), "me/model"]) == 1
     assert "cannot push to me/model: the hub cannot be reached" in capsys.readouterr().err
+
+
+def test_weights_of_a_timm_model_name_are_looked_for_on_the_hub_once(hub_requests: list[str]) -> None:
+    with pytest.raises(FileNotFoundError, match=r"^timm/resnet18\.a1_in1k is neither .* cannot be reached"):
+        VisionTower.from_pretrained("timm:resnet18")
+    assert len(hub_requests) == 1
+    VisionTower.from_pretrained("timm:resnet18", pretrained=False)

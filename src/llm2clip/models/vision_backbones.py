@@ -128,6 +128,8 @@ def _download_config(hub_id: str) -> dict[str, Any]:
 
 def _load_timm(source: str, image_size: int | None, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
     model_name, architecture, cfg, args = _describe_timm(source)
+    if pretrained and cfg.get("hf_hub_id") and not Path(source).is_dir():
+        check_model_source(cfg["hf_hub_id"])  # the weights of a timm model name are on the hub
     args = {**args, "num_classes": 0}
     if cfg.get("fixed_input_size") or "img_size" in args:
         # Position embeddings and attention windows are built for one image size, and timm resizes the pretrained
