@@ -48,6 +48,7 @@ ERRORS = {
         "fit {data} --out {tmp}/run --align.lrr 3", "unknown argument --align.lrr (did you mean --align.lr?)",
     ),
     "flag without its stage": ("fit {data} --out {tmp}/run --lr=3", "--lr (did you mean --tune.lr or --align.lr?)"),
+    "flag that is like no other": ("plan --foo", "llm2clip plan: unknown argument --foo\n"),
     "flag of another command": (
         "embed {data} --out {tmp}/s --align.epochs 3", "--align.epochs", "llm2clip embed --help",
     ),

@@ -88,15 +88,14 @@ def _explain(message: str, parser: Any) -> str:
 
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return " (did you mean X?)" with the most similar known names, or "" if no name is similar."""
-    known = list(known)
-    last_parts = {other: other.rpartition(".")[2] for other in known}  # `--lr` stands for `--align.lr` or `--tune.lr`
-    last_part = name.lstrip("-")
-    similar = [other for other in known if last_parts[other] == last_part] or difflib.get_close_matches(
-        name, known, n=1
-    )
+    names = {other.lstrip("-"): other for other in known}  # otherwise the dashes would count as similar
+    name = name.lstrip("-")
+    last_parts = {other: other.rpartition(".")[2] for other in names}  # `--lr` stands for `--align.lr` or `--tune.lr`
+    similar = [other for other in names if last_parts[other] == name] or difflib.get_close_matches(name, names, n=1)
     if not similar:
-        closest = difflib.get_close_matches(last_part, set(last_parts.values()), n=1)
-        similar = [other for other in known if last_parts[other] in closest]
+        closest = difflib.get_close_matches(name, set(last_parts.values()), n=1)
+        similar = [other for other in names if last_parts[other] in closest]
+    similar = [names[other] for other in similar]
     return f" (did you mean {' or '.join(similar)}?)" if similar else ""
 
 

@@ -176,6 +176,7 @@ def _benchmarks(args: Namespace) -> list[str]:
 
 def _reproduce(args: Namespace) -> list[str]:
     check_output_folder(args.out, "reproduce")
+    check_sources([args.data])
     from llm2clip.tools.reproduce.run import reproduce
 
     page = reproduce(

@@ -57,6 +57,9 @@ def add(commands: Commands) -> None:
 
 
 def _convert(args: Namespace) -> list[str]:
+    for source in args.source:
+        if "/" not in source:  # a path; other names may refer to a file in a hub repository
+            resolve_model(source)
     from llm2clip.models.convert.load import load_official_checkpoint
     from llm2clip.models.convert.nv_embed import is_nv_embed, load_nv_embed
     from llm2clip.models.convert.peft_encoder import find_adapter, load_adapter_encoder
