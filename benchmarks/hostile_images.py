@@ -301,6 +301,18 @@ def avif() -> bytes:
     return stream.getvalue()
 
 
+def heic() -> bytes:
+    """A HEIC file, which needs the package pillow-heif."""
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    stream = io.BytesIO()
+    noise(500).resize((SIDE, SIDE), Image.Resampling.NEAREST).save(
+        stream, "HEIF", quality=10, enc_params={"preset": "ultrafast"}
+    )
+    return stream.getvalue()
+
+
 FILES: dict[str, Callable[[], bytes]] = {
     "jpeg refinement scans": lambda: refinement_scans(4000),
     "jpeg 90 scans": lambda: refinement_scans(90),
@@ -333,6 +345,7 @@ FILES: dict[str, Callable[[], bytes]] = {
     "webp lossless": webp_lossless,
     "webp frames": webp_frames,
     "avif": avif,
+    "heic": heic,
 }
 
 
