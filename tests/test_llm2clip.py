@@ -16,7 +16,7 @@ from llm2clip.config import AlignConfig
 from llm2clip.data.transforms import Preprocess
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.heads import Adapter
-from llm2clip.models.llm2clip import LLM2CLIPConfig
+from llm2clip.models.llm2clip import LLM2CLIPConfig, is_model_folder
 from llm2clip.models.vision_tower import VisionTower
 
 
@@ -228,3 +228,11 @@ def test_unsupported_heads_of_version_0_1_are_rejected(model: LLM2CLIP, name: st
     (folder / "config.json").write_text(json.dumps({**config, name: kind}))
     with pytest.raises(ValueError, match=rf"config\.json: {name} '{kind}' is no longer supported"):
         LLM2CLIP.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("config", ["[" * 3000, "[]", '{"model_type": "llm2clip", "tower": []}', "{", "\xff"])
+def test_malformed_config_is_rejected(config: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(config, encoding="latin-1")
+    assert is_model_folder(tmp_path) == ("llm2clip" in config)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        LLM2CLIP.from_pretrained(tmp_path)

@@ -691,9 +691,8 @@ def save_query_templates(folder: Path, templates: QueryTemplates) -> None:
 def is_model_folder(path: str | Path) -> bool:
     """Return True if `path` is a folder written by `LLM2CLIP.save_pretrained`."""
     try:
-        config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
-        return bool(config["model_type"] == "llm2clip")
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json_object(Path(path) / "config.json").get("model_type") == "llm2clip"
+    except (OSError, ValueError):
         return False
 
 

@@ -11,7 +11,6 @@ preprocess     image preprocessing, from `Preprocess.to_dict()`
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from timm.models import get_pretrained_cfg, load_model_config_from_hf, split_mod
 from torch import nn
 
 from llm2clip.data.transforms import Preprocess
+from llm2clip.io_utils import read_json_object
 from llm2clip.models.loading import build_config, hide_load_report, load_config
 from llm2clip.models.model_source import check_model_source
 from llm2clip.models.pretrained import resolve_pretrained
@@ -96,7 +96,7 @@ def _parse_name(name: str) -> tuple[str, str]:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(f"{name} has no config.json: the folder was saved neither by timm nor by transformers")
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json_object(folder / "config.json")
     elif "/" not in name or name.startswith("timm/"):
         return "timm", name
     else:
@@ -118,7 +118,7 @@ def _download_config(hub_id: str) -> dict[str, Any]:
 
     check_model_source(hub_id)
     try:
-        return dict(json.loads(Path(hf_hub_download(hub_id, "config.json")).read_text(encoding="utf-8")))
+        return read_json_object(Path(hf_hub_download(hub_id, "config.json")))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"{hub_id} is neither a folder nor a model on the hub ({error})") from error
 
@@ -148,7 +148,7 @@ def _load_timm(source: str, image_size: int | None, pretrained: bool) -> tuple[n
 def _describe_timm(source: str) -> tuple[str, str, dict[str, Any], dict[str, Any]]:
     """Return the name for `timm.create_model`, the architecture, the pretrained config and the saved arguments."""
     if Path(source).is_dir():
-        saved = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
+        saved = read_json_object(Path(source) / "config.json")
         cfg = saved.get("pretrained_cfg", saved)
         return f"local-dir:{source}", saved["architecture"], cfg, saved.get("model_args") or {}
     if "/" in source:
