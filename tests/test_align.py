@@ -721,7 +721,7 @@ def test_best_weights_of_repeated_steps_are_discarded(
         ({"lora_r": 2, "tower_lr": 0.0}, "lora_r trains the tower"),
         ({"load_best_at_end": True, "eval_steps": 0}, "needs evaluations"),
         ({"epochs": 0}, "epochs must be greater than 0"),
-        ({"min_crop_scale": 3.0}, "min_crop_scale must be greater than 0 and at most 1"),
+        ({"min_crop_scale": 3.0}, "min_crop_scale must be between 0 and 1"),
         ({"micro_batch_size": 0}, "micro_batch_size must be at least 1"),
         ({"captions_per_image": -1}, "captions_per_image must be at least 0"),
     ],

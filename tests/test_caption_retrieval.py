@@ -215,7 +215,8 @@ def test_has_text_tower_is_false_for_llms_and_sentence_encoders(llm: Path, tmp_p
     assert not has_text_tower(str(llm))
     CaptionEncoder.from_pretrained(llm, device="cpu").save_pretrained(tmp_path / "st")
     assert not has_text_tower(str(tmp_path / "st"))
-    assert not has_text_tower(str(tmp_path / "nothing"))
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a file"):
+        has_text_tower(str(tmp_path / "nothing"))
 
 
 def test_evaluate_captions_command_prints_metrics_and_mistakes(

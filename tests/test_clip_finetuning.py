@@ -155,7 +155,7 @@ def test_command_trains_the_baseline(clip: Path, image_folder: Path, capsys: pyt
     assert main(command) == 1
     assert "pass either --store STORE or --own_text_tower" in capsys.readouterr().err
     assert main([*command, "--own_text_tower"]) == 0
-    assert f"llm2clip evaluate {out / 'model'} DATA --baselines {clip}" in capsys.readouterr().out
+    assert f"llm2clip evaluate {out / 'model'} {command[1]} --baselines {clip}" in capsys.readouterr().out
     assert json.loads((out / "model" / "config.json").read_text())["model_type"] == clip.name
 
 

@@ -49,7 +49,7 @@ def check_resources(config: FitConfig, run_dir: Path, records: Sequence[Record])
             captions_per_image=len(texts) / min(len(records), SAMPLED_RECORDS),
             tokens_per_caption=max(1.0, sum(map(len, texts)) / len(texts) / CHARACTERS_PER_TOKEN),
         )
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # an operation of the model may not support the planner's fake tensors
         return [f"Memory and disk space were not checked: {error}"]
     _check_disk(plan, run_dir)
     warnings = []
