@@ -37,7 +37,8 @@ LOADERS: dict[str, Callable[[str], Any]] = {
 
 @pytest.fixture
 def hub_requests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
-    """Requests to the hub, which cannot be reached. The hub's cache is empty."""
+    """Requests to the hub, which cannot be reached. The hub's cache and the current folder are empty."""
+    monkeypatch.chdir(tmp_path)
     requests: list[str] = []
 
     class Session:
