@@ -102,11 +102,11 @@ def run_steps(batches: Any, steps: int, profile: Profile, step: Callable[[Any], 
 
 def run_current_version(folder: Path, name: str, steps: int, pause: float) -> Any:
     """Return the milliseconds per step of the current version."""
-    from llm2clip.checkpoint import MetricsLog
     from llm2clip.config import AlignConfig
     from llm2clip.data.image_refs import FileImage
     from llm2clip.data.records import Record
     from llm2clip.data.transforms import Preprocess
+    from llm2clip.runs.checkpoint import MetricsLog
     from llm2clip.store.image_features import image_name
     from llm2clip.store.store import EmbeddingStore
     from llm2clip.store.writer import StoreWriter

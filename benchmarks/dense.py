@@ -41,9 +41,9 @@ from llm2clip.evaluate.benchmarks.base import SegmentationData
 from llm2clip.evaluate.dense.regions import CROP, encode_boxes
 from llm2clip.evaluate.dense.segmentation import evaluate_segmentation
 from llm2clip.evaluate.embeddings import ModelEmbeddings
-from llm2clip.models.dense import build_dense_encoder
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.vision.dense import build_dense_encoder
+from llm2clip.models.vision.vision_tower import VisionTower
 from shared import memory_mb, reset_peak_memory
 
 SIZES = ((640, 480), (1280, 960), (2560, 1920), (4000, 3000))  # width and height

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.train.grad_cache import cached_backward
 from llm2clip.train.losses import info_nce
 from shared import memory_mb, reset_peak_memory

@@ -38,8 +38,8 @@ from llm2clip.llava.evaluate import GenerationOptions, caption_task, evaluate_mo
 from llm2clip.llava.image_features import PatchFeatures, cache_patch_features
 from llm2clip.llava.train import train_llava
 from llm2clip.llava.vision import load_tower
-from llm2clip.models.pretrained import resolve_pretrained
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.hub.pretrained import resolve_pretrained
+from llm2clip.models.vision.vision_tower import VisionTower
 
 LLM = "smollm2-135m"
 TRAIN = ("flickr8k/captions.jsonl@train", "coco_img/captions.jsonl", "ade20k_ids/captions.jsonl")

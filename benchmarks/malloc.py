@@ -13,7 +13,7 @@ import time
 import torch
 
 from llm2clip.cpu_tuning import keep_freed_memory
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.vision.vision_tower import VisionTower
 
 DEFAULT, KEEP = "default", "keep_freed_memory"
 

@@ -189,8 +189,8 @@ def llm_steps(fake_tensors: FakeTensorMode, train: bool) -> list[Step]:
     """Encode 448 captions of 20 to 51 tokens with Llama-3-8B, or encode them and backpropagate to the embeddings."""
     from transformers import AutoConfig
 
-    from llm2clip.models import varlen_attention
-    from llm2clip.models.packing import PACKED, pack_batch
+    from llm2clip.models.text import varlen_attention
+    from llm2clip.models.text.packing import PACKED, pack_batch
     from llm2clip.tools.plan.model_configs import LLMS, build_llm
 
     varlen_attention.matches_sdpa = lambda *_: True  # type: ignore[assignment]  # fake tensors cannot be compared

@@ -27,11 +27,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from llm2clip.cpu_tuning import keep_freed_memory
 from llm2clip.data.pairs import ImageCaptions, pair_batches
 from llm2clip.data.records import open_records
-from llm2clip.models.caption_encoder import CaptionEncoder
-from llm2clip.models.length_batching import default_batch_tokens
-from llm2clip.models.packing import PACKED
+from llm2clip.models.hub.pretrained import resolve_pretrained
 from llm2clip.models.precision import resolve_device_precision
-from llm2clip.models.pretrained import resolve_pretrained
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.text.length_batching import default_batch_tokens
+from llm2clip.models.text.packing import PACKED
 from llm2clip.train.pair_loss import PairCollator, PairLoss
 
 TEXTS_PER_BATCH = 32

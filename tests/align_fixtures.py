@@ -15,9 +15,9 @@ from conftest import Killed
 from llm2clip.config import AlignConfig
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.store.encode import embed
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train.align import align

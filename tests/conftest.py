@@ -25,10 +25,10 @@ from PIL import Image
 from format_fixtures import ROWS, image_bytes
 from llm2clip.config import TuneConfig
 from llm2clip.data.pairs import ImageCaptions
-from llm2clip.distributed import process_state, shutdown
-from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
-from llm2clip.models.pretrained import AssetUnavailableError
+from llm2clip.models.hub.pretrained import AssetUnavailableError
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.runs.ranks import process_state, shutdown
 
 # setuptools must be imported before the standard library's distutils, or compiling flex attention fails.
 with suppress(ImportError):

@@ -17,8 +17,8 @@ from llm2clip.data.image_refs import FileImage
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.benchmarks import SegmentationData
 from llm2clip.evaluate.embeddings import ModelEmbeddings
-from llm2clip.models.dense import DenseEncoder
 from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.models.vision.dense import DenseEncoder
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 CELL = 4

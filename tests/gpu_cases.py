@@ -25,10 +25,10 @@ from llm2clip.config import LlavaConfig, TuneConfig
 from llm2clip.data.pairs import ImageCaptions
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.llava.train import train_llava
-from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.dual_encoder import DualEncoder, from_llm2clip
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.pipeline import new_model
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.store.store import EmbeddingStore

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from conftest import HANG_TIMEOUT, make_llm
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.models.caption_encoder import CaptionEncoder
-from llm2clip.models.dense import DenseEncoder
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
 from llm2clip.models.prompts import QueryTemplates
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.vision.dense import DenseEncoder
+from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.search.backends import Backend
 from llm2clip.search.build import IndexReport, build_index
 from llm2clip.search.sqlite_backend import SqliteBackend

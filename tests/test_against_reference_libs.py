@@ -23,10 +23,10 @@ from llm2clip.evaluate.benchmarks import BENCHMARKS, DataFormatError
 from llm2clip.evaluate.eccv_caption import eccv_metrics
 from llm2clip.evaluate.recall import evaluate_retrieval
 from llm2clip.evaluate.top_k import top_k_neighbors
-from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.llm2clip import LLM2CLIPConfig
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.vision.vision_tower import VisionTower
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 CAPTIONS_PER_IMAGE = [5, 1, 3, 7, 2, 5, 4, 6, 1, 2, 3, 5]

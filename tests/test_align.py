@@ -36,7 +36,6 @@ from conftest import (
     make_tower,
     run_distributed,
 )
-from llm2clip.checkpoint import read_metrics
 from llm2clip.config import AlignConfig
 from llm2clip.data.hashing import epoch_permutation
 from llm2clip.data.image_refs import FileImage
@@ -46,12 +45,12 @@ from llm2clip.data.skip_log import SkipLog, TooManySkipped
 from llm2clip.data.transforms import EvalTransform
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.retrieval_eval import dual_encoder_from_store, make_validator
-from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.llm2clip import LLM2CLIP, MAX_LOGIT_SCALE
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.vision.vision_tower import VisionTower
+from llm2clip.runs.checkpoint import read_metrics
+from llm2clip.runs.lock import FolderInUseError, folder_lock
 from llm2clip.store.encode import embed
-from llm2clip.store.layout import StoreError
-from llm2clip.store.lock import folder_lock
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train import align as align_module
 from llm2clip.train import optim
@@ -742,7 +741,7 @@ def test_align_rejects_settings_that_do_not_fit_data_device_or_tower(
     ):
         with pytest.raises(ValueError, match=message):
             run_align(records, store, tmp_path / "run", dataclasses.replace(ALIGN, **change), **options)
-    with folder_lock(tmp_path), pytest.raises(StoreError, match="another run"):
+    with folder_lock(tmp_path), pytest.raises(FolderInUseError, match="another run"):
         run_align(records, store, tmp_path)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from llm2clip.models import batch_size_tuner
-from llm2clip.models.caption_encoder import CaptionEncoder
-from llm2clip.models.length_batching import TokenizedTexts, default_encoding_tokens
+from llm2clip.models.text import batch_size_tuner
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.text.length_batching import TokenizedTexts, default_encoding_tokens
 
 
 def test_tune_batch_tokens_takes_the_fastest(encoder: CaptionEncoder, monkeypatch: pytest.MonkeyPatch) -> None:

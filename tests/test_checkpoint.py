@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from llm2clip import checkpoint as checkpoint_module
-from llm2clip.checkpoint import Checkpoints, MetricsLog, check_finite, latest_checkpoint, read_metrics
+from llm2clip.runs import checkpoint as checkpoint_module
+from llm2clip.runs.checkpoint import Checkpoints, MetricsLog, check_finite, latest_checkpoint, read_metrics
 
 
 def make_checkpoints(folder: Path, complete: tuple[int, ...], incomplete: tuple[int, ...] = ()) -> None:

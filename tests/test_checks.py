@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llm2clip.cli.checks import ENCODERS, check_pretrained, check_sources, resolve_encoder, resolve_model
-from llm2clip.models.assets import ASSETS
+from llm2clip.models.hub.assets import ASSETS
 
 
 @pytest.mark.parametrize(

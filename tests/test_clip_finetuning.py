@@ -24,12 +24,12 @@ from transformers import (
 )
 
 from align_fixtures import ALIGN, read_split
-from llm2clip.checkpoint import Checkpoints, read_metrics
 from llm2clip.cli import main
 from llm2clip.config import AlignConfig
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.models.clip_text_encoder import load_clip_text_encoder
 from llm2clip.models.dual_encoder import open_dual_encoder
+from llm2clip.models.text.clip_text_encoder import load_clip_text_encoder
+from llm2clip.runs.checkpoint import Checkpoints, read_metrics
 from llm2clip.train.clip_finetuning import TokenizedCaptions, build_model, finetune_clip
 
 SIZES: dict[str, Any] = {

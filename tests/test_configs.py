@@ -25,7 +25,7 @@ from llm2clip.config import (
     ReproduceConfig,
     TuneConfig,
 )
-from llm2clip.run_config import ADDED_SETTINGS, ConfigChangedError, save_or_check_config
+from llm2clip.runs.run_config import ADDED_SETTINGS, ConfigChangedError, save_or_check_config
 from llm2clip.tools.plan.devices import Machine
 from llm2clip.tools.plan.plan import plan_fit
 

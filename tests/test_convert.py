@@ -17,14 +17,14 @@ from torch import Tensor
 from conftest import TouchOnLoad, make_llm
 from llm2clip import LLM2CLIP
 from llm2clip.cli import main
-from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.convert.checkpoint_layout import EVA, LAYOUTS, Checkpoint, computed_buffers, official_name
 from llm2clip.models.convert.infer_config import infer_config
 from llm2clip.models.convert.load import fill_weights, load_official_checkpoint
 from llm2clip.models.convert.published_encoders import TEMPLATE_TOKENS, published_template, suggest_encoders
 from llm2clip.models.convert.save import save_official
 from llm2clip.models.llm2clip import LLM2CLIPConfig
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.vision.vision_tower import VisionTower
 
 TEXT_DIM, EMBED_DIM = 32, 12
 CLIP_SIZES = {"width": 64, "depth": 2, "hidden": 96, "patch": 8, "size": 24}
@@ -523,7 +523,7 @@ def test_load_official_downloads_only_the_needed_files(tmp_path: Path, monkeypat
         patterns.extend(allow_patterns)
         return str(folder)
 
-    monkeypatch.setattr("llm2clip.models.model_source.find_hub_problem", lambda: "")
+    monkeypatch.setattr("llm2clip.models.hub.model_source.find_hub_problem", lambda: "")
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name: repository)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     load_official_checkpoint("microsoft/LLM2CLIP-Openai-B-16")
@@ -536,7 +536,7 @@ def test_load_official_reports_missing_checkpoints(tmp_path: Path, monkeypatch: 
 
         raise HTTPError("no network")
 
-    monkeypatch.setattr("llm2clip.models.model_source.find_hub_problem", lambda: "")
+    monkeypatch.setattr("llm2clip.models.hub.model_source.find_hub_problem", lambda: "")
     monkeypatch.setattr("huggingface_hub.list_repo_files", offline)
     with pytest.raises(FileNotFoundError, match="no/such-model"):
         load_official_checkpoint("no/such-model")

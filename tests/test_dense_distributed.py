@@ -9,11 +9,11 @@ import torch
 
 from conftest import run_distributed
 from dense_fixtures import colour_embeddings, make_coco, make_segmentation
-from llm2clip.distributed import process_state, shutdown
 from llm2clip.evaluate.benchmarks import BENCHMARKS
 from llm2clip.evaluate.dense.detection import DetectionResults
 from llm2clip.evaluate.dense.regions import RegionPredictions, classify_regions
 from llm2clip.evaluate.dense.segmentation import SegmentationResult, evaluate_segmentation
+from llm2clip.runs.ranks import process_state, shutdown
 from test_detection import detect, draw_data, make_drawn_data
 
 

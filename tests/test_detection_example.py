@@ -181,7 +181,7 @@ def test_pyramid_strides_are_those_that_torchvision_assumes(
     import timm
 
     from backbones import build_backbone
-    from llm2clip.models.vision_tower import VisionTower
+    from llm2clip.models.vision.vision_tower import VisionTower
 
     args = {"patch_size": patch_size, "img_size": 4 * patch_size} if patch_size else {}
     model = timm.create_model(architecture, **args)

@@ -14,8 +14,9 @@ import torch
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from conftest import HANG_TIMEOUT, run_distributed
-from llm2clip import cli, distributed
-from llm2clip.distributed import COLLECTIVE_TIMEOUT, PEER_FAILED, WAIT_TIMEOUT, process_state, wait_for_everyone
+from llm2clip import cli
+from llm2clip.runs import ranks as distributed
+from llm2clip.runs.ranks import COLLECTIVE_TIMEOUT, PEER_FAILED, WAIT_TIMEOUT, process_state, wait_for_everyone
 
 SHORT = timedelta(seconds=1)
 

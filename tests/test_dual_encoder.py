@@ -18,10 +18,10 @@ from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.retrieval_eval import evaluate_caption_fields
-from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.vision.vision_tower import VisionTower
 from test_caption_retrieval import make_clip
 
 TEXTS = ["a dog", "two cats", "a text of more than twenty-four tokens, the context length of the tiny CLIP model"]

@@ -20,12 +20,12 @@ from sentence_transformers.base.modules import Dense
 
 from conftest import make_llm
 from llm2clip.cli import export, main
-from llm2clip.models.assets import ASSETS
-from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.export.formats import FORMATS, export_model
 from llm2clip.models.export.model_card import render_model_card
+from llm2clip.models.hub.assets import ASSETS
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.vision.vision_tower import VisionTower
 
 TEXTS = ["a dog", "Two children in the snow, and an old man who watches them.", "一只猫", " a dog \n", "x" * 600]
 
@@ -384,7 +384,7 @@ def test_push_command_uploads_the_folder_and_a_card(
     exists = False
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    monkeypatch.setattr("llm2clip.models.model_source.find_hub_problem", lambda: "")
+    monkeypatch.setattr("llm2clip.models.hub.model_source.find_hub_problem", lambda: "")
     folder = make_model(tmp_path, timm_tower()).save_pretrained(tmp_path / "model")
     assert main(["push", str(folder), "me/finder", "--private"]) == 0
     assert "Pushed: https://hub/me/x" in capsys.readouterr().out

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from conftest import make_tower
 from llm2clip.cli import main
-from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.dual_encoder import from_llm2clip, open_dual_encoder
+from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.search.heatmap import compute_heatmap
 from llm2clip.train.losses import info_nce, sigmoid_loss
 from test_dense import BUILDERS, make_llm2clip

@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from conftest import run_distributed
+from llm2clip.runs.training_state import full_tensor
 from llm2clip.train.grad_cache import cached_backward
-from llm2clip.training_state import full_tensor
 
 # The function with which FSDP reduces gradients; the first is new in PyTorch 2.13.
 REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"

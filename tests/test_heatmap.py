@@ -17,8 +17,8 @@ from torch import nn
 
 from llm2clip.cli import main
 from llm2clip.data.images import decode_image, load_image
-from llm2clip.models.dense import build_dense_encoder
 from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.models.vision.dense import build_dense_encoder
 from llm2clip.search.heatmap import DARKEST, compute_heatmap, draw_heatmap
 from llm2clip.search.query_embedding import Query, embed_query
 from llm2clip.search.sqlite_backend import SqliteBackend

@@ -28,11 +28,11 @@ from llm2clip.data.images import ImageError, decode_image, load_image
 from llm2clip.data.readers import encoding
 from llm2clip.data.records import Source, open_records
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
-from llm2clip.distributed import print_once
 from llm2clip.io_utils import DataFormatError, atomic_dir, atomic_path
-from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.convert.gguf import check_gguf_header
-from llm2clip.models.vision_backbones import build_backbone
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.vision.vision_backbones import build_backbone
+from llm2clip.runs.ranks import print_once
 from llm2clip.search.request_images import load_request_image
 from llm2clip.search.scan import container_stamp, find_images
 from llm2clip.search.types import IndexedImage

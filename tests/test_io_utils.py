@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import save_file
 
 from llm2clip import io_utils
-from llm2clip.checkpoint import Checkpoints
 from llm2clip.io_utils import (
     DataFormatError,
     MissingFileError,
@@ -28,7 +27,8 @@ from llm2clip.io_utils import (
     read_jsonl,
     read_lines,
 )
-from llm2clip.training_state import save_training_state
+from llm2clip.runs.checkpoint import Checkpoints
+from llm2clip.runs.training_state import save_training_state
 
 
 def test_read_jsonl_splits_at_newlines_only(tmp_path: Path) -> None:

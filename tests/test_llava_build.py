@@ -23,7 +23,7 @@ from llm2clip.llava.build import assemble_llava, build_llava, load_causal_llm
 from llm2clip.llava.chat_template import IMAGE_TOKEN, Conversation
 from llm2clip.llava.image_features import LlavaTransform
 from llm2clip.llava.train import train_llava
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.vision.vision_tower import VisionTower
 from search_fixtures import make_model
 from test_export import hf_tower, run_without_llm2clip, timm_tower
 

@@ -13,7 +13,6 @@ import torch
 
 from conftest import Killed, emulate_fsdp_launch, make_llm, run_distributed
 from llava_fixtures import build_tiny_llava, load_model, load_weights, make_conversations, make_vision_tower
-from llm2clip.checkpoint import Checkpoints
 from llm2clip.cli import main
 from llm2clip.config import LlavaConfig
 from llm2clip.data.image_refs import FileImage
@@ -23,6 +22,7 @@ from llm2clip.llava import stage as stage_module
 from llm2clip.llava.build import build_llava
 from llm2clip.llava.chat_template import Conversation, tokenize_and_label
 from llm2clip.llava.train import train_llava
+from llm2clip.runs.checkpoint import Checkpoints
 from test_export import hf_tower
 
 SMALL = LlavaConfig(

@@ -14,10 +14,10 @@ from conftest import make_llm
 from llm2clip import LLM2CLIP
 from llm2clip.config import AlignConfig
 from llm2clip.data.transforms import Preprocess
-from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.heads import Adapter
 from llm2clip.models.llm2clip import LLM2CLIPConfig, is_model_folder
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.vision.vision_tower import VisionTower
 
 
 @pytest.fixture

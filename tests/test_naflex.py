@@ -18,7 +18,7 @@ from llm2clip.data.transforms import EvalTransform, Preprocess, TrainTransform
 from llm2clip.llava.vision import to_llava_tower
 from llm2clip.models.export.formats import export_model
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.tools.plan.flops import image_costs
 from llm2clip.train.align import align
 from test_baselines import image_files as image_files  # the fixture

@@ -18,7 +18,7 @@ from llm2clip.config import AlignConfig
 from llm2clip.data.noun_phrases import MIN_IMAGES, add_phrases, extract_phrases
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.store.encode import embed
 from llm2clip.store.store import EmbeddingStore, drop_missing_phrases
 from llm2clip.train.losses import info_nce_reference

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from llm2clip.cli import main
-from llm2clip.models import latent_attention
-from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.convert.nv_embed import is_nv_embed, load_nv_embed
 from llm2clip.models.export.transformers import build_export_model
-from llm2clip.models.fingerprint import fingerprint
+from llm2clip.models.hub.fingerprint import fingerprint
+from llm2clip.models.text import latent_attention
+from llm2clip.models.text.caption_encoder import CaptionEncoder
 from official_reference import NV_EMBED_FIXTURE, NV_EMBED_TEXTS, save_nv_embed
 
 TEXTS = list(NV_EMBED_TEXTS.values())

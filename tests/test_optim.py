@@ -21,7 +21,7 @@ from transformers import (
 from align_fixtures import ALIGN, fresh_model
 from llm2clip.config import AlignConfig
 from llm2clip.models.precision import tf32_matmul
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.train.optim import WEIGHT_DECAY, cosine_schedule, make_optimizer, parameter_groups, set_trainable
 
 CONFIG = AlignConfig(lr=1e-2, tower_lr=1e-3, layer_decay=0.5, loss="sigmoid")

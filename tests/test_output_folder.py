@@ -10,9 +10,9 @@ import pytest
 
 from llm2clip.cli import main
 from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, LlavaConfig, ReproduceConfig, TuneConfig
-from llm2clip.output_folder import KINDS, check_output_folder, folder_kind
-from llm2clip.run_config import RUN_LOCK, save_or_check_config
-from llm2clip.store.lock import folder_lock
+from llm2clip.runs.lock import RUN_LOCK, folder_lock
+from llm2clip.runs.output_folder import KINDS, check_output_folder, folder_kind
+from llm2clip.runs.run_config import save_or_check_config
 
 RUN_CONFIGS: dict[str, dict[str, Any]] = {
     "fit": {"data": ["d"], **dataclasses.asdict(FitConfig())},

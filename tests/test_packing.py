@@ -9,7 +9,7 @@ import torch
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llm2clip.models.packing import first_token_indices, pack_batch, packed_attention, remove_prompts
+from llm2clip.models.text.packing import first_token_indices, pack_batch, packed_attention, remove_prompts
 
 HEADS, KEY_HEADS, HEAD_DIM = 4, 2, 8
 

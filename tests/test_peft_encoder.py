@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from llm2clip import LLM2CLIP
 from llm2clip.cli import main
-from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.convert.load import load_official_checkpoint
 from llm2clip.models.convert.peft_encoder import find_adapter, load_adapter_encoder
 from llm2clip.models.convert.published_encoders import LLAMA_3_1_8B
+from llm2clip.models.text.caption_encoder import CaptionEncoder
 from official_reference import FIXTURE, MAX_LENGTH, TEXTS, save_llm, save_lora
 from test_published_checkpoints import write_checkpoint
 
@@ -106,7 +106,7 @@ def test_find_adapter_downloads_a_subfolder_of_a_repository(adapter: Path, monke
         return str(adapter / name) if (adapter / name).is_file() else None
 
     monkeypatch.setattr("transformers.utils.cached_file", cached_file)
-    monkeypatch.setattr("llm2clip.models.model_source.find_hub_problem", lambda: "")
+    monkeypatch.setattr("llm2clip.models.hub.model_source.find_hub_problem", lambda: "")
     assert find_adapter(LLAMA_3_1_8B) == adapter
     repository = "microsoft/LLM2CLIP-Llama3.1-8B-siglip2-so400m-patch14-224"
     assert requests[:2] == [

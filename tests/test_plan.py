@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, LlamaConfig
 
 from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, LlavaConfig, TuneConfig
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.tools.plan.activations import SavedTensorBytes
 from llm2clip.tools.plan.devices import DEVICES, Machine
 from llm2clip.tools.plan.flops import count_flops, image_costs, text_costs

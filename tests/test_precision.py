@@ -17,9 +17,9 @@ from llm2clip import LLM2CLIP, open_dual_encoder
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.models import precision_calibration
-from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.precision import cast_linear_weights
 from llm2clip.models.precision_calibration import calibrate_precision, layers_offloaded, load_for_encoding
+from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.store.encode import embed
 
 CPU = torch.device("cpu")

@@ -13,11 +13,11 @@ import pytest
 from gguf import GGUFWriter
 from safetensors.numpy import load_file
 
-from llm2clip.models import assets, pretrained
-from llm2clip.models.assets import Asset, Wheel, extract_members
-from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.convert.gguf import convert_gguf
-from llm2clip.models.pretrained import AssetError, AssetUnavailableError, resolve_gguf, resolve_pretrained
+from llm2clip.models.hub import assets, pretrained
+from llm2clip.models.hub.assets import Asset, Wheel, extract_members
+from llm2clip.models.hub.pretrained import AssetError, AssetUnavailableError, resolve_gguf, resolve_pretrained
+from llm2clip.models.text.caption_encoder import CaptionEncoder
 
 MEMBERS = {
     "thing/a.txt": b"a",

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.convert.load import load_official_checkpoint
 from llm2clip.models.convert.published_encoders import TEMPLATE
+from llm2clip.models.text.caption_encoder import CaptionEncoder
 from official_reference import (
     FIXTURE,
     MAX_LENGTH,

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from llm2clip.distributed import describe_run
 from llm2clip.evaluate.benchmarks import BENCHMARKS, list_benchmarks
 from llm2clip.evaluate.reporting.comparison import ModelResult, benchmark_blocks, caption_retrieval_blocks
 from llm2clip.html_report import Table, to_markdown
@@ -30,6 +29,7 @@ from llm2clip.published_results import (
     published_rows,
     published_sources,
 )
+from llm2clip.runs.ranks import describe_run
 from llm2clip.tools.reproduce.paper import describe_paper
 from llm2clip.tools.reproduce.statistics import Claim
 

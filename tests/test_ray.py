@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from conftest import HANG_TIMEOUT
-from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.runs.lock import FolderInUseError, folder_lock
 from llm2clip.store import ray_engine
 from llm2clip.store.encode import embed
 from llm2clip.store.layout import StoreError
-from llm2clip.store.lock import folder_lock
 from llm2clip.store.ray_engine import embed_with_ray
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
@@ -43,7 +43,7 @@ def test_embed_with_ray_writes_the_store_of_embed(cluster: None, llm: Path, tmp_
     assert len(first) == 20 and len(store) == 40
     assert [shard.sha256 for shard in store.shards] == [shard.sha256 for shard in local.shards]
     assert np.array_equal(store.take(store.rows(CAPTIONS)), local.take(local.rows(CAPTIONS)))
-    with folder_lock(tmp_path / "ray"), pytest.raises(StoreError, match="another run"):
+    with folder_lock(tmp_path / "ray"), pytest.raises(FolderInUseError, match="another run"):
         embed_with_ray(CAPTIONS, open_encoder, tmp_path / "ray")
 
 

@@ -30,7 +30,7 @@ from llm2clip.evaluate.dense.regions import (
 from llm2clip.evaluate.dense.segmentation import evaluate_segmentation
 from llm2clip.evaluate.precomputed import PrecomputedEmbeddings
 from llm2clip.evaluate.recall import bootstrap_counts
-from llm2clip.models.regions import pool_boxes
+from llm2clip.models.vision.regions import pool_boxes
 from test_dual_encoder import clip as clip  # the fixture
 
 

@@ -13,10 +13,10 @@ import pytest
 
 from llm2clip.data.image_refs import DatasetImage, FileImage, ImageRef, ParquetImage, TarImage
 from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.runs.lock import FolderInUseError
 from llm2clip.search.backends import open_backend
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import Filter, IndexedContent, IndexedImage, ref_from_json, ref_to_json
-from llm2clip.store.layout import StoreError
 from search_fixtures import index_sources, search_names
 
 # How version 0.1 stored references: indexes with these must open.
@@ -140,7 +140,7 @@ def test_sqlite_backend_creates_private_files(photos: Path, dual_encoder: DualEn
 
 def test_build_index_raises_while_another_run_writes(photos: Path, dual_encoder: DualEncoder, tmp_path: Path) -> None:
     first, second = (SqliteBackend(tmp_path / "index", write=True) for _ in range(2))
-    with first.lock(), pytest.raises(StoreError, match="another run is writing to"):
+    with first.lock(), pytest.raises(FolderInUseError, match="another run is writing to"):
         index_sources([photos], dual_encoder, second)
     assert index_sources([photos], dual_encoder, second).added == 7
 

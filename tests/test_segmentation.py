@@ -34,8 +34,8 @@ from llm2clip.evaluate.dense.segmentation import (
 )
 from llm2clip.evaluate.recall import bootstrap_counts
 from llm2clip.html_report import Legend, ResultImages
-from llm2clip.models import sliding_window
-from llm2clip.models.sliding_window import (
+from llm2clip.models.vision import sliding_window
+from llm2clip.models.vision.sliding_window import (
     PixelScores,
     ResizeForWindows,
     WindowAxis,

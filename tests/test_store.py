@@ -22,13 +22,13 @@ import torch
 from llm2clip.cli import main
 from llm2clip.data.records import Record
 from llm2clip.io_utils import atomic_path
-from llm2clip.models.caption_encoder import CaptionEncoder
-from llm2clip.models.fingerprint import fingerprint
+from llm2clip.models.hub.fingerprint import fingerprint
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.runs.lock import FolderInUseError, folder_lock
 from llm2clip.store.dedup import PendingCaptions, ingest
 from llm2clip.store.encode import embed
 from llm2clip.store.key_index import KeyIndex, build_key_index, sorted_partitions, split_keys
 from llm2clip.store.layout import StoreError, read_shards
-from llm2clip.store.lock import folder_lock
 from llm2clip.store.maintenance import merge_stores, repair_store
 from llm2clip.store.store import EmbeddingStore, drop_refused_captions, refused_captions
 from llm2clip.store.writer import StoreWriter
@@ -249,7 +249,7 @@ import os, signal, sys
 from pathlib import Path
 import llm2clip.store.writer as writer
 from llm2clip.store.encode import embed
-from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.text.caption_encoder import CaptionEncoder
 
 llm, out, captions = sys.argv[1], sys.argv[2], sys.argv[3:]
 encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
@@ -312,7 +312,7 @@ def test_embed_leaves_complete_shards_when_the_disk_is_full(
 
 
 def test_embed_raises_while_another_run_holds_the_lock(encoder: CaptionEncoder, tmp_path: Path) -> None:
-    with folder_lock(tmp_path), pytest.raises(StoreError, match="another run is writing to"):
+    with folder_lock(tmp_path), pytest.raises(FolderInUseError, match="another run is writing to"):
         embed(CAPTIONS, encoder, tmp_path)
     assert len(embed(CAPTIONS, encoder, tmp_path)) == 50
 
@@ -320,7 +320,7 @@ def test_embed_raises_while_another_run_holds_the_lock(encoder: CaptionEncoder, 
 LOCK_AND_WAIT = """
 import sys
 from pathlib import Path
-from llm2clip.store.lock import folder_lock
+from llm2clip.runs.lock import FolderInUseError, folder_lock
 
 with folder_lock(Path(sys.argv[1])):
     print("locked", flush=True)
@@ -332,7 +332,7 @@ def test_lock_is_released_when_its_process_is_killed(tmp_path: Path) -> None:
     command = [sys.executable, "-c", LOCK_AND_WAIT, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "locked\n"
-        with pytest.raises(StoreError, match="another run is writing to"), folder_lock(tmp_path):
+        with pytest.raises(FolderInUseError, match="another run is writing to"), folder_lock(tmp_path):
             pass
         process.send_signal(signal.SIGKILL)
     with folder_lock(tmp_path):

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.store.encode import embed
 from llm2clip.store.import_export import export_official_tars, export_parquet, import_official_tars, import_parquet
 from llm2clip.store.layout import StoreError

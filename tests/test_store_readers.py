@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from conftest import HANG_TIMEOUT
-from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.store.encode import embed
 from llm2clip.store.layout import StoreError
 from llm2clip.store.readers import LRUCache, MmapReader, PreadReader, available_memory

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from conftest import TouchOnLoad
-from llm2clip import training_state
-from llm2clip.training_state import load_training_state, save_training_state
+from llm2clip.runs import training_state
+from llm2clip.runs.training_state import load_training_state, save_training_state
 
 
 class Run:

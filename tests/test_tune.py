@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from conftest import CAPTIONS, TUNE, Killed, TouchOnLoad, emulate_fsdp_launch, run_distributed
-from llm2clip.checkpoint import Checkpoints, read_metrics
 from llm2clip.config import TuneConfig
 from llm2clip.data.pairs import Pair, pair_batches
-from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.precision import resolve_device_precision
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.runs.checkpoint import Checkpoints, read_metrics
 from llm2clip.train import pair_loss as pair_loss_module
 from llm2clip.train.grad_cache import cached_backward
 from llm2clip.train.pair_loss import PairCollator, PairLoss, pair_loss

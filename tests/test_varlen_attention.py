@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llm2clip.models import packing
-from llm2clip.models import varlen_attention as varlen
-from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.text import packing
+from llm2clip.models.text import varlen_attention as varlen
+from llm2clip.models.text.caption_encoder import CaptionEncoder
 
 HEADS, KEY_HEADS, HEAD_DIM = 4, 2, 8
 LENGTHS = [5, 5, 3, 1, 1, 4]

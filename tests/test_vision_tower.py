@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from llm2clip.data.transforms import Preprocess
-from llm2clip.models.tower_lora import add_tower_lora, merge_tower_lora
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.vision.tower_lora import add_tower_lora, merge_tower_lora
+from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.train.compilation import has_equal_blocks
 
 TINY = {"embed_dim": 64, "depth": 3, "num_heads": 2, "img_size": 64}

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from llm2clip.models.dense import feature_map
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.vision.dense import feature_map
+from llm2clip.models.vision.vision_tower import VisionTower
 
 CHANNELS = 256  # of the feature maps
 STRIDE = 16  # pixels per cell of a ViT

@@ -26,11 +26,11 @@ from torchvision.tv_tensors import BoundingBoxes, Mask
 from backbones import build_backbone
 from llm2clip import LLM2CLIP
 from llm2clip.data.images import load_image
-from llm2clip.distributed import is_distributed, process_state, shutdown
 from llm2clip.io_utils import atomic_path, atomic_write_text
 from llm2clip.models.llm2clip import is_model_folder
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.progress import ProgressBar
+from llm2clip.runs.ranks import is_distributed, process_state, shutdown
 
 
 @dataclass

@@ -7,9 +7,9 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llm2clip.models.caption_encoder import CaptionEncoder
     from llm2clip.models.dual_encoder import open_dual_encoder
     from llm2clip.models.llm2clip import LLM2CLIP
+    from llm2clip.models.text.caption_encoder import CaptionEncoder
 
 __all__ = ["LLM2CLIP", "CaptionEncoder", "open_dual_encoder"]
 __version__ = "0.2.0"
@@ -32,7 +32,7 @@ def __getattr__(name: str) -> Any:
 
         return LLM2CLIP
     if name == "CaptionEncoder":
-        from llm2clip.models.caption_encoder import CaptionEncoder
+        from llm2clip.models.text.caption_encoder import CaptionEncoder
 
         return CaptionEncoder
     if name == "open_dual_encoder":

@@ -22,9 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
@@ -33,7 +31,6 @@ from typing import Any, Literal
 import torch
 from transformers.utils import cached_file
 
-from llm2clip.checkpoint import latest_checkpoint, read_metrics
 from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, FitConfig, TuneConfig
 from llm2clip.cpu_tuning import free_memory
 from llm2clip.data.noun_phrases import add_phrases
@@ -42,7 +39,6 @@ from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import read_splits
 from llm2clip.data.tuning_sources import read_tuning_sources
-from llm2clip.distributed import cached_json, print_once, process_state, wait_for_everyone
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.query_templates import TemplateChoice, choose_query_templates
@@ -58,20 +54,23 @@ from llm2clip.evaluate.retrieval_eval import (
 )
 from llm2clip.html_report import to_markdown
 from llm2clip.io_utils import atomic_write_text
-from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.dual_encoder import from_llm2clip
 from llm2clip.models.export.model_card import render_model_card
+from llm2clip.models.hub.model_source import check_model_source
+from llm2clip.models.hub.pretrained import resolve_gguf, resolve_pretrained
 from llm2clip.models.inherited_clip import load_inherited_clip, model_in_clip_space
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig, save_query_templates
-from llm2clip.models.model_source import check_model_source
 from llm2clip.models.precision_calibration import load_for_encoding
-from llm2clip.models.pretrained import resolve_gguf, resolve_pretrained
 from llm2clip.models.pretrained_logits import read_pretrained_logits
 from llm2clip.models.prompts import LITERAL, QueryTemplates
-from llm2clip.models.vision_tower import VisionTower
-from llm2clip.run_config import CONFIG_FILE, RUN_LOCK, save_or_check_config
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.vision.vision_tower import VisionTower
+from llm2clip.runs.checkpoint import latest_checkpoint, read_metrics
+from llm2clip.runs.lock import run_lock
+from llm2clip.runs.ranks import cached_json, print_once, process_state, wait_for_everyone
+from llm2clip.runs.run_config import CONFIG_FILE, save_or_check_config
+from llm2clip.runs.stage_clock import DURATIONS_FILE, StageClock
 from llm2clip.store.encode import embed as embed_locally
-from llm2clip.store.lock import folder_lock
 from llm2clip.store.ray_engine import embed_with_ray
 from llm2clip.store.store import EmbeddingStore, drop_refused_captions
 from llm2clip.train.align import align as train_align
@@ -80,7 +79,6 @@ from llm2clip.train.inherit import inherit_text_space
 from llm2clip.train.sampling import resolve_images_per_step, training_texts
 from llm2clip.train.tune import tune as train_tune
 
-DURATIONS_FILE = "durations.json"
 # A folder of a caption encoder or LLM contains at least one of these files.
 ENCODER_FILES = ("config.json", "modules.json", "adapter_config.json", "text/modules.json")
 
@@ -109,7 +107,7 @@ def fit(
         ConfigChangedError: The run directory was created with different settings.
         TooManySkipped: The fraction of rows that cannot be used exceeds `config.max_skipped`.
         ValueError: The data set is too small for the settings, or contains no captions to train on.
-        StoreError: Another run is writing to the run directory, which is left unchanged.
+        FolderInUseError: Another run is writing to the run directory, which is left unchanged.
     """
     is_complete = (run_dir / "model").exists()
     if not is_complete:
@@ -136,7 +134,7 @@ def _run_stages(
     if check_resources is not None and process_state().is_main_process:
         print_once(*check_resources(config, run_dir, data.train))
 
-    clock = _StageClock(run_dir)
+    clock = StageClock(run_dir)
     clock.start("1/4 tune: contrastive training of the language model on captions")
     pairs = _tuning_pairs(data.train, data.held_out, config, run_dir)
     held_out_captions = [record.captions for record in data.held_out["captions"]]
@@ -312,17 +310,6 @@ def evaluate(
 # ---- shared by the stages and the command line ---------------------------------------------------------------------
 
 
-@contextmanager
-def run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold the lock of a run directory on the main process. It must be acquired before the run writes any file.
-
-    Raises:
-        StoreError: Another run holds the lock.
-    """
-    with folder_lock(run_dir, RUN_LOCK) if process_state().is_main_process else nullcontext():
-        yield
-
-
 def start_run(run_dir: Path, config: dict[str, Any], max_skipped: float) -> SkipLog:
     """Save or check the config of a run (see `save_or_check_config`), and return the run's skip log."""
     state = process_state()
@@ -414,28 +401,6 @@ def new_model(
     elif config.logit_scale is not None:
         model.set_logits(config.logit_scale)
     return model.to(device)
-
-
-class _StageClock:
-    """Announces the stages of `fit`, and adds the time that each of them takes to RUN/durations.json."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self._file = run_dir / DURATIONS_FILE
-        self._stage, self._start = "", 0.0
-
-    def start(self, title: str) -> None:
-        """Stop the previous stage, and start a stage with a title such as "1/4 tune: training on captions"."""
-        self.stop()
-        print_once(title)
-        self._stage, self._start = title.split()[1].rstrip(":"), time.time()
-
-    def stop(self) -> None:
-        """Stop the current stage, if there is one."""
-        if self._stage and process_state().is_main_process:
-            durations = json.loads(self._file.read_text()) if self._file.exists() else {}
-            durations[self._stage] = durations.get(self._stage, 0.0) + time.time() - self._start
-            atomic_write_text(self._file, json.dumps(durations))
-        self._stage = ""
 
 
 def _tuning_pairs(

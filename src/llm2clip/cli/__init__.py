@@ -84,7 +84,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         quiet_libraries()
         last_lines = run[command](settings[command])
-        from llm2clip.distributed import print_once, shutdown
+        from llm2clip.runs.ranks import print_once, shutdown
 
         print_once(*last_lines)
         shutdown()
@@ -105,7 +105,7 @@ def main(args: list[str] | None = None) -> int:
             print("(set LLM2CLIP_TRACEBACK=1 to see the traceback)", file=sys.stderr)
         return 1
     except RuntimeError as error:
-        from llm2clip.distributed import PEER_FAILED, is_distributed
+        from llm2clip.runs.ranks import PEER_FAILED, is_distributed
 
         if is_distributed() and PEER_FAILED not in str(error):
             error.add_note(f"If this is an error of a collective operation: {PEER_FAILED}")

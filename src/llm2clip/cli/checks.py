@@ -8,11 +8,11 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from llm2clip.models.model_source import is_hub_id
+from llm2clip.models.hub.model_source import is_hub_id
 
-# Prefixes of model names (see `models/dual_encoder.py` and `models/vision_tower.py`).
+# Prefixes of model names (see `models/dual_encoder.py` and `models/vision/vision_tower.py`).
 PREFIXES = ("open_clip:", "timm:", "st:", "hf:")
-ENCODERS = ("smollm2-135m", "all-minilm-l6-v2", "gemma3-270m")  # names of caption encoders in `models/assets.py`
+ENCODERS = ("smollm2-135m", "all-minilm-l6-v2", "gemma3-270m")  # names of caption encoders in `models/hub/assets.py`
 
 
 def check_sources(*groups: Iterable[str] | None) -> None:

@@ -10,7 +10,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt
 from llm2clip.cli.checks import check_sources, resolve_encoder, resolve_model
 from llm2clip.cli.commands import DATA_HELP, Commands, add_reading_arguments, column_flags, format_command, select
 from llm2clip.config import EncoderConfig, EvaluateConfig, ReproduceConfig
-from llm2clip.output_folder import check_output_folder
+from llm2clip.runs.output_folder import check_output_folder
 
 ROOT_HELP = "Folder that contains one folder per benchmark."
 

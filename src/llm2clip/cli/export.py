@@ -12,8 +12,8 @@ from llm2clip.cli.checks import resolve_model
 from llm2clip.cli.commands import Commands, format_command
 
 if TYPE_CHECKING:
-    from llm2clip.models.caption_encoder import CaptionEncoder
     from llm2clip.models.llm2clip import LLM2CLIP
+    from llm2clip.models.text.caption_encoder import CaptionEncoder
 
 FORMATS = ["transformers", "sentence-transformers", "vision", "onnx", "open_clip"]
 
@@ -154,7 +154,7 @@ def _push(args: Namespace) -> list[str]:
     from huggingface_hub.errors import HTTPError
 
     from llm2clip.models.export.model_card import render_model_card
-    from llm2clip.models.model_source import find_hub_problem
+    from llm2clip.models.hub.model_source import find_hub_problem
 
     folder = Path(args.model)
     if not any((folder / name).is_file() for name in ("config.json", "open_clip_config.json", "text.onnx")):

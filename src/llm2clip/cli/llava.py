@@ -14,7 +14,7 @@ from llm2clip.cli.checks import check_pretrained, check_sources, resolve_model
 from llm2clip.cli.commands import ArgumentParser, Commands, add_reading_arguments, format_command
 from llm2clip.cli.plan import add_machine_arguments, machine_from_args
 from llm2clip.config import LlavaConfig
-from llm2clip.output_folder import check_output_folder
+from llm2clip.runs.output_folder import check_output_folder
 
 
 def add(commands: Commands) -> None:
@@ -178,10 +178,10 @@ def _train(args: Namespace) -> list[str]:
     check_output_folder(args.out, "llava")
     check_sources(args.pretrain, args.instruct)
     from llm2clip.data.skip_log import SkipLog
-    from llm2clip.distributed import print_once, process_state
     from llm2clip.llava.datasets import captioning_conversations, instruction_conversations, read_conversations
     from llm2clip.llava.train import train_llava
-    from llm2clip.run_config import save_or_check_config
+    from llm2clip.runs.ranks import print_once, process_state
+    from llm2clip.runs.run_config import save_or_check_config
 
     run = Path(args.out)
     is_main = process_state().is_main_process
@@ -227,13 +227,13 @@ def _evaluate(args: Namespace) -> list[str]:
     args.models = [resolve_model(model) for model in args.models]
     from llm2clip.data.merged_records import read_merged_records
     from llm2clip.data.skip_log import SkipLog
-    from llm2clip.distributed import describe_run, print_once, process_state
     from llm2clip.io_utils import atomic_write_text
     from llm2clip.llava.evaluate import GenerationOptions, caption_task, evaluate_model, pope_task
     from llm2clip.llava.report import format_results, training_warnings, write_llava_report
     from llm2clip.llava.tasks import read_benchmarks
     from llm2clip.llava.tasks.base import first_units
     from llm2clip.llava.tasks.llm_judge import OpenAIJudge
+    from llm2clip.runs.ranks import describe_run, print_once, process_state
 
     out, start = Path(args.out), time.time()
     is_main = process_state().is_main_process

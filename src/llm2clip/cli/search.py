@@ -20,7 +20,7 @@ from llm2clip.cli.checks import check_index, check_port, check_sources, resolve_
 from llm2clip.cli.commands import Commands, Port, add_reading_arguments, format_command
 from llm2clip.data.valid_text import check_not_empty
 from llm2clip.extras import install_command
-from llm2clip.output_folder import check_output_folder
+from llm2clip.runs.output_folder import check_output_folder
 
 if TYPE_CHECKING:
     from llm2clip.data.skip_log import SkipLog
@@ -167,8 +167,8 @@ def _index(args: Namespace) -> list[str]:
         check_sources(args.data)
     args.model = resolve_model(args.model)
     from llm2clip.data.skip_log import SkipLog
-    from llm2clip.distributed import print_once
     from llm2clip.models.dual_encoder import open_dual_encoder
+    from llm2clip.runs.ranks import print_once
     from llm2clip.search.backends import open_backend
     from llm2clip.search.build import build_index
 
@@ -217,7 +217,7 @@ def _watch(update: Callable[[], tuple[IndexReport, SkipLog]], interval: float) -
 
     Errors are printed but do not stop the loop, because they may be temporary (for example, an unmounted disk).
     """
-    from llm2clip.distributed import print_once
+    from llm2clip.runs.ranks import print_once
 
     while True:
         time.sleep(interval)
@@ -381,8 +381,8 @@ def _serve(args: Namespace) -> list[str]:
     from concurrent.futures import ThreadPoolExecutor
     from urllib.parse import quote
 
-    from llm2clip.distributed import print_once
     from llm2clip.models.dual_encoder import open_dual_encoder
+    from llm2clip.runs.ranks import print_once
     from llm2clip.search.backends import open_backend
 
     try:

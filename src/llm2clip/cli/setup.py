@@ -7,7 +7,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from llm2clip.cli.commands import Commands, builtin_configs
-from llm2clip.output_folder import check_output_folder
+from llm2clip.runs.output_folder import check_output_folder
 
 
 def add(commands: Commands) -> None:

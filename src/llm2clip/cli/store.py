@@ -9,7 +9,7 @@ from jsonargparse import Namespace
 from llm2clip.cli.checks import check_stores
 from llm2clip.cli.commands import Commands
 from llm2clip.config import EncoderConfig
-from llm2clip.output_folder import check_output_folder
+from llm2clip.runs.output_folder import check_output_folder
 
 if TYPE_CHECKING:
     from llm2clip.store.store import EmbeddingStore

@@ -20,7 +20,7 @@ from llm2clip.cli.commands import (
     format_command,
 )
 from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, EvaluateConfig, FitConfig, TuneConfig
-from llm2clip.output_folder import check_output_folder
+from llm2clip.runs.output_folder import check_output_folder
 
 if TYPE_CHECKING:
     from llm2clip.store.store import EmbeddingStore
@@ -126,7 +126,7 @@ def _tune(args: Namespace) -> list[str]:
     check_output_folder(args.out, "tune")
     check_sources(args.data, args.tune.data, args.tune.text_pairs, args.tune.exclude)
     args.encoder.path = resolve_encoder(args.encoder.path)
-    from llm2clip.pipeline import run_lock
+    from llm2clip.runs.lock import run_lock
 
     with run_lock(Path(args.out)):
         return _run_tune(args)
@@ -136,8 +136,8 @@ def _run_tune(args: Namespace) -> list[str]:
     from llm2clip.data.records import Record, Source
     from llm2clip.data.splits import read_splits
     from llm2clip.data.tuning_sources import read_tuning_sources
-    from llm2clip.distributed import print_once
     from llm2clip.pipeline import check_encoder, start_run, tune
+    from llm2clip.runs.ranks import print_once
 
     if not (Path(args.out) / "encoder").exists():
         check_encoder(args.encoder)
@@ -166,7 +166,7 @@ def _embed(args: Namespace) -> list[str]:
     check_output_folder(args.out, "store")
     check_sources(args.data)
     args.encoder.path = resolve_encoder(args.encoder.path)
-    from llm2clip.pipeline import run_lock
+    from llm2clip.runs.lock import run_lock
 
     with run_lock(Path(args.out)):
         return _run_embed(args)
@@ -176,8 +176,8 @@ def _run_embed(args: Namespace) -> list[str]:
     from llm2clip.data.merged_records import stream_records
     from llm2clip.data.noun_phrases import add_phrases
     from llm2clip.data.skip_log import SkipLog
-    from llm2clip.distributed import print_once, process_state
     from llm2clip.pipeline import embed
+    from llm2clip.runs.ranks import print_once, process_state
 
     out = Path(args.out)
     log = SkipLog(out / "skipped.jsonl" if process_state().is_main_process else None, args.max_skipped)
@@ -198,7 +198,7 @@ def _align(args: Namespace) -> list[str]:
     check_stores(*([args.store] if args.store else []))
     args.encoder.path = resolve_encoder(args.encoder.path)
     check_pretrained(args.align.tower)
-    from llm2clip.pipeline import run_lock
+    from llm2clip.runs.lock import run_lock
 
     with run_lock(Path(args.out)):
         return _run_align(args)
@@ -209,8 +209,8 @@ def _run_align(args: Namespace) -> list[str]:
     from llm2clip.data.noun_phrases import add_phrases
     from llm2clip.data.records import Source
     from llm2clip.data.splits import read_splits
-    from llm2clip.distributed import print_once
     from llm2clip.pipeline import align, check_align_models, start_run
+    from llm2clip.runs.ranks import print_once
     from llm2clip.store.store import EmbeddingStore, drop_missing_phrases, drop_refused_captions
     from llm2clip.train.clip_finetuning import finetune_clip
 
@@ -261,8 +261,8 @@ def _model_hints(model: Path, args: Namespace, *flags: str) -> list[str]:
 
 def _check_store(store: EmbeddingStore, encoder: EncoderConfig) -> None:
     """On the main process, check that a store is intact and was written with the given encoder."""
-    from llm2clip.distributed import process_state, wait_for_everyone
     from llm2clip.pipeline import open_encoder
+    from llm2clip.runs.ranks import process_state, wait_for_everyone
     from llm2clip.store.layout import check_identity
 
     if process_state().is_main_process:

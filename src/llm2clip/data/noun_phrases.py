@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from llm2clip.data.records import Record
-from llm2clip.distributed import print_once
+from llm2clip.runs.ranks import print_once
 
 MIN_IMAGES = 3  # a phrase or noun must occur in the captions of this many images; rarer ones are often wrong
 MAX_WORDS = 4  # maximum number of words of a phrase

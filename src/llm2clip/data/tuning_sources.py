@@ -12,7 +12,7 @@ from llm2clip.data.records import Record, Source
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import is_training_split
 from llm2clip.data.text_pairs import read_text_pairs
-from llm2clip.distributed import print_once, process_state
+from llm2clip.runs.ranks import print_once, process_state
 
 
 def read_tuning_sources(

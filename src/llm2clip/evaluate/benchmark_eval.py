@@ -13,7 +13,6 @@ import torch
 
 from llm2clip.data.hashing import unique_captions
 from llm2clip.data.image_refs import ImageRef
-from llm2clip.distributed import print_once, process_state
 from llm2clip.evaluate.benchmarks import (
     Benchmark,
     ClassificationData,
@@ -41,6 +40,7 @@ from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.retrieval_eval import RetrievalRanks, caption_field_metrics, rank_caption_fields
 from llm2clip.evaluate.zero_shot import class_embeddings, class_prompts, classification_accuracy, linear_probe
 from llm2clip.html_report import Block
+from llm2clip.runs.ranks import print_once, process_state
 
 
 @dataclass

@@ -12,13 +12,13 @@ from torch import Tensor
 from llm2clip.data.hashing import unique_captions
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.distributed import process_state
 from llm2clip.evaluate.precomputed import PRECOMPUTED_SUFFIX, PrecomputedEmbeddings
 from llm2clip.evaluate.ranks import check_finite
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
-from llm2clip.models.fingerprint import fingerprint
+from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.models.prompts import QueryTemplates
 from llm2clip.progress import ProgressBar
+from llm2clip.runs.ranks import process_state
 from llm2clip.store.image_features import encode_image_batches, image_keys, store_image_features, store_text_embeddings
 
 BATCH_SIZE = 64  # images per forward pass

@@ -19,7 +19,6 @@ from llm2clip.data.records import Source
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import read_splits
 from llm2clip.data.training_images import count_training_images, load_training_images
-from llm2clip.distributed import describe_run, format_run, print_once, process_state
 from llm2clip.evaluate.benchmark_eval import BenchmarkResult, run_benchmark
 from llm2clip.evaluate.benchmarks import Benchmark, get_benchmarks, has_user_data
 from llm2clip.evaluate.caption_retrieval import TextEncoder, caption_retrieval_accuracy
@@ -32,16 +31,17 @@ from llm2clip.evaluate.retrieval_eval import RetrievalRanks, retrieval_differenc
 from llm2clip.evaluate.short_queries import score_short_queries
 from llm2clip.html_report import BAD, Block, Code, Details, Paragraph, to_markdown, write_report
 from llm2clip.io_utils import MissingFileError, atomic_write_text, safe_name
-from llm2clip.models.clip_text_encoder import has_text_tower, load_clip_text_encoder
-from llm2clip.models.dense import DENSE_VARIANTS
-from llm2clip.models.display_names import display_names
 from llm2clip.models.dual_encoder import SENTENCE_TRANSFORMERS_PREFIX
+from llm2clip.models.hub.display_names import display_names
+from llm2clip.models.hub.pretrained import resolve_pretrained
 from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
 from llm2clip.models.precision import default_encoding_precision
 from llm2clip.models.precision_calibration import load_for_encoding
-from llm2clip.models.pretrained import resolve_pretrained
 from llm2clip.models.prompts import QueryTemplates, check_templates
-from llm2clip.run_config import to_plain_types
+from llm2clip.models.text.clip_text_encoder import has_text_tower, load_clip_text_encoder
+from llm2clip.models.vision.dense import DENSE_VARIANTS
+from llm2clip.runs.ranks import describe_run, format_run, print_once, process_state
+from llm2clip.runs.run_config import to_plain_types
 
 
 class IncompleteEvaluationError(ValueError):

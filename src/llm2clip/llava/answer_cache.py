@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llm2clip.distributed import process_state, wait_for_everyone
 from llm2clip.llava.tasks import Question
-from llm2clip.models.fingerprint import fingerprint
+from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.progress import ProgressBar
+from llm2clip.runs.ranks import process_state, wait_for_everyone
 from llm2clip.store.image_features import image_name
 
 

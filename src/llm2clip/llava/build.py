@@ -28,9 +28,9 @@ from llm2clip.io_utils import atomic_dir
 from llm2clip.llava import modeling_patches
 from llm2clip.llava.chat_template import IMAGE_TOKEN, answer_end_tokens, check_template, get_chat_template
 from llm2clip.llava.vision import count_image_tokens, has_class_token, to_llava_tower
-from llm2clip.models.loading import load_config
-from llm2clip.models.pretrained import resolve_pretrained
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.hub.loading import load_config
+from llm2clip.models.hub.pretrained import resolve_pretrained
+from llm2clip.models.vision.vision_tower import VisionTower
 
 
 def build_llava(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pad: bool = True) -> Path:

@@ -18,7 +18,6 @@ from typing import Any
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
 from llm2clip.data.training_images import count_training_images, load_training_images
-from llm2clip.distributed import process_state
 from llm2clip.io_utils import atomic_write_text
 from llm2clip.llava.answer_cache import cached_answers
 from llm2clip.llava.caption_metrics import caption_scores
@@ -27,7 +26,8 @@ from llm2clip.llava.generate import AnswerGenerator
 from llm2clip.llava.tasks import Question, Task
 from llm2clip.llava.tasks.multiple_choice import LETTERS
 from llm2clip.llava.tasks.yes_no import pope_questions, score_pope
-from llm2clip.models.fingerprint import fingerprint, hash_weights
+from llm2clip.models.hub.fingerprint import fingerprint, hash_weights
+from llm2clip.runs.ranks import process_state
 
 
 @dataclass

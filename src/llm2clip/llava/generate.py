@@ -11,13 +11,13 @@ from torch import Tensor
 
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.image_loader import decode_or_error
-from llm2clip.distributed import process_state
 from llm2clip.llava import modeling_patches  # noqa: F401  (registers its classes with transformers)
 from llm2clip.llava.chat_template import IGNORE_INDEX, IMAGE_TOKEN, Conversation, to_messages, tokenize_and_label
 from llm2clip.llava.image_features import LlavaTransform
 from llm2clip.llava.tasks.base import Question
-from llm2clip.models.loading import load_config
+from llm2clip.models.hub.loading import load_config
 from llm2clip.models.precision import resolve_device_precision
+from llm2clip.runs.ranks import process_state
 
 
 class AnswerGenerator:

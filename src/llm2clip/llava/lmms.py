@@ -12,9 +12,9 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
 from llm2clip.data.image_refs import MemoryImage
-from llm2clip.distributed import process_state
 from llm2clip.llava.generate import AnswerGenerator
 from llm2clip.llava.tasks import Question
+from llm2clip.runs.ranks import process_state
 
 CHUNK = 256  # number of requests whose images are kept in memory at the same time
 MANIFEST = ModelManifest("llm2clip_llava", simple_class_path="llm2clip.llava.lmms.LmmsModel")

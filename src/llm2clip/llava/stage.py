@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
-from llm2clip.checkpoint import Checkpoints, TrainingLog, hash_texts, show_progress
 from llm2clip.config import LlavaConfig
-from llm2clip.distributed import process_state, set_fsdp_wrap_policy, set_mixed_precision, wait_for_everyone
 from llm2clip.llava.chat_template import IMAGE_TOKEN, Conversation
 from llm2clip.llava.collator import ConversationDataset, LengthGroupedSampler, LlavaCollator
 from llm2clip.llava.image_features import PatchFeatures, PrecomputedVision
 from llm2clip.llava.trainable import TRAINED_WEIGHTS, save_trained, select_trainable, set_trainable
-from llm2clip.models.loading import load_config
+from llm2clip.models.hub.loading import load_config
 from llm2clip.models.precision import resolve_device_precision
+from llm2clip.runs.checkpoint import Checkpoints, TrainingLog, hash_texts, show_progress
+from llm2clip.runs.ranks import process_state, set_fsdp_wrap_policy, set_mixed_precision, wait_for_everyone
+from llm2clip.runs.training_state import TrainingStateMixin
 from llm2clip.store.store import EmbeddingStore
-from llm2clip.training_state import TrainingStateMixin
 
 
 def load_llava(source: str, dtype: torch.dtype = torch.float32) -> Any:

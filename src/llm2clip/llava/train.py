@@ -24,15 +24,15 @@ from llm2clip.config import LlavaConfig
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.training_images import hash_images, load_training_images, save_training_images
-from llm2clip.distributed import print_once, process_state, wait_for_everyone
 from llm2clip.io_utils import atomic_dir
 from llm2clip.llava.build import save_llava
 from llm2clip.llava.chat_template import Conversation
 from llm2clip.llava.image_features import PatchFeatures, cache_patch_features, patch_feature_size
 from llm2clip.llava.stage import TrainingStage, load_llava
 from llm2clip.llava.trainable import TRAINED_WEIGHTS, load_trained, set_trainable
+from llm2clip.runs.lock import folder_lock
+from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 from llm2clip.store.image_features import image_keys
-from llm2clip.store.lock import folder_lock
 from llm2clip.store.store import EmbeddingStore
 
 STAGES = ("pretrain", "instruct")
@@ -63,7 +63,7 @@ def train_llava(
 
     Raises:
         ValueError: there are no conversations, the number of epochs is 0, or a setting is invalid.
-        StoreError: another process is using the run directory.
+        FolderInUseError: another process is using the run directory.
     """
     conversations = {
         "pretrain": [conversation for conversation in pretrain if conversation.image is not None],

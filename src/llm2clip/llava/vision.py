@@ -10,7 +10,7 @@ from torch import nn
 from llm2clip.llava import modeling_patches
 from llm2clip.models.export.vision import build_vision_model
 from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.vision.vision_tower import VisionTower
 
 
 def load_tower(name: str, image_size: int | None = None) -> VisionTower:

@@ -23,22 +23,22 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.transforms import EvalTransform, Preprocess
-from llm2clip.models.clip_text_encoder import (
+from llm2clip.models.hub.fingerprint import hash_weights
+from llm2clip.models.hub.loading import WITHOUT_HUB_CODE, hide_loading_bars
+from llm2clip.models.hub.model_source import check_model_source
+from llm2clip.models.hub.remote_code import explain_remote_code_error
+from llm2clip.models.llm2clip import LLM2CLIP, MAX_LOGIT_SCALE, is_model_folder
+from llm2clip.models.precision import default_encoding_precision, resolve_device_precision
+from llm2clip.models.prompts import LITERAL, QueryTemplates
+from llm2clip.models.text.clip_text_encoder import (
     OPEN_CLIP_PREFIX,
     ClipTextEncoder,
     has_text_tower,
     load_clip_text_encoder,
     pooled_output,
 )
-from llm2clip.models.dense import DenseEncoder, build_dense_encoder
-from llm2clip.models.fingerprint import hash_weights
-from llm2clip.models.llm2clip import LLM2CLIP, MAX_LOGIT_SCALE, is_model_folder
-from llm2clip.models.loading import WITHOUT_HUB_CODE, hide_loading_bars
-from llm2clip.models.model_source import check_model_source
-from llm2clip.models.precision import default_encoding_precision, resolve_device_precision
-from llm2clip.models.prompts import LITERAL, QueryTemplates
-from llm2clip.models.remote_code import explain_remote_code_error
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.vision.dense import DenseEncoder, build_dense_encoder
+from llm2clip.models.vision.vision_tower import VisionTower
 
 SENTENCE_TRANSFORMERS_PREFIX = "st:"
 

@@ -9,17 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm2clip.models.clip_text_encoder import (
+from llm2clip.models.hub.pretrained import resolve_pretrained
+from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
+from llm2clip.models.pretrained_logits import find_file, hub_id_or_folder
+from llm2clip.models.text.clip_text_encoder import (
     OPEN_CLIP_PREFIX,
     ClipTextEncoder,
     has_text_tower,
     load_clip_text_encoder,
     pooled_output,
 )
-from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
-from llm2clip.models.pretrained import resolve_pretrained
-from llm2clip.models.pretrained_logits import find_file, hub_id_or_folder
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.vision.vision_tower import VisionTower
 
 MIN_SIMILARITY = 0.99  # between two implementations of the same image tower
 

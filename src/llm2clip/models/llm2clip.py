@@ -26,13 +26,11 @@ from llm2clip.data.training_images import TRAINING_IMAGES_FILE, load_training_im
 from llm2clip.data.transforms import EvalTransform
 from llm2clip.data.valid_text import check_not_empty
 from llm2clip.io_utils import atomic_dir, atomic_write_text, describe_error, read_json_object
-from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.convert.checkpoint_io import read_safetensors
-from llm2clip.models.dense import build_dense_encoder
 from llm2clip.models.export.model_card import render_model_card
-from llm2clip.models.fingerprint import fingerprint
 from llm2clip.models.heads import Adapter
-from llm2clip.models.model_source import check_model_source
+from llm2clip.models.hub.fingerprint import fingerprint
+from llm2clip.models.hub.model_source import check_model_source
 from llm2clip.models.precision import resolve_device_precision
 from llm2clip.models.precision_calibration import fastest_precision
 from llm2clip.models.prompts import (
@@ -43,9 +41,11 @@ from llm2clip.models.prompts import (
     fill_templates,
     query_prompts,
 )
-from llm2clip.models.regions import check_boxes, check_masks, encode_boxes, encode_masks
-from llm2clip.models.sliding_window import ResizeForWindows, encode_windows, segment
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.vision.dense import build_dense_encoder
+from llm2clip.models.vision.regions import check_boxes, check_masks, encode_boxes, encode_masks
+from llm2clip.models.vision.sliding_window import ResizeForWindows, encode_windows, segment
+from llm2clip.models.vision.vision_tower import VisionTower
 
 MAX_LOGIT_SCALE = 100.0  # in training
 # Initial standard deviation of a projection with bias, as in the LLM2CLIP authors' code (eva_vit_model.py: 0.02 times
@@ -372,7 +372,7 @@ class LLM2CLIP(nn.Module):
         Args:
             images: one image or a list of N images, as for `encode_image`.
             variant: `plain` or, for vision transformers, `maskclip`, `sclip`, `clearclip` or `naclip`, which localise
-                objects better (see `models/dense.py`).
+                objects better (see `models/vision/dense.py`).
             image_size: length to which the shorter side of an image is resized, in pixels. Both sides are rounded to
                 multiples of the cell size. Default: the size on which the tower was trained.
             batch_size: number of images per forward pass.

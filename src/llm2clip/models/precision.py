@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm2clip.models.llm_layers import get_layers
+from llm2clip.models.text.llm_layers import get_layers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llm2clip.models.caption_encoder import CaptionEncoder
-from llm2clip.models.llm_layers import get_layers, set_layers
 from llm2clip.models.precision import default_encoding_precision, resolve_device_precision
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.text.llm_layers import get_layers, set_layers
 
 MIN_COSINE = 0.999
 # Do not change these captions: they determine the selected precision, which is part of an embedding store's

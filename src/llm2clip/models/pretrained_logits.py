@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llm2clip.models.convert.checkpoint_io import read_weight_map
-from llm2clip.models.pretrained import resolve_pretrained
+from llm2clip.models.hub.pretrained import resolve_pretrained
 
 # Weight files that may contain the logit scale. In timm's repositories, only the open_clip file contains it.
 _WEIGHT_FILES = (

@@ -26,7 +26,7 @@ class Backend(Protocol):
     def lock(self) -> AbstractContextManager[None]:
         """Return a context manager that prevents other runs from writing to the index. With Qdrant, it does nothing.
 
-        On entry, the context manager raises a StoreError if another run holds the lock.
+        On entry, the context manager raises a FolderInUseError if another run holds the lock.
         """
         ...
 

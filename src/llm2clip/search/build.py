@@ -21,7 +21,7 @@ from llm2clip.data.images import make_thumbnail
 from llm2clip.data.records import Source
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.models.fingerprint import fingerprint
+from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.progress import ProgressBar
 from llm2clip.search.backends import Backend
 from llm2clip.search.scan import digest_and_date, file_stamp, scan_sources
@@ -84,7 +84,7 @@ def build_index(
         allow_outside: If True, also index images outside the folder of their source (see `find_images`).
 
     Raises:
-        StoreError: Another run is writing to the index.
+        FolderInUseError: Another run is writing to the index.
         ValueError: The index was built with a different model, or many images of a source no longer exist. In the
             second case, new images have been added, but no images have been removed.
         OSError: A source does not exist, or a folder cannot be listed.

@@ -9,8 +9,8 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
 from llm2clip.data.images import make_thumbnail
-from llm2clip.models.dense import DenseEncoder
 from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.models.vision.dense import DenseEncoder
 
 DARKEST = 0.2  # brightness of the least similar cell, as a fraction of its original brightness
 IMAGE_SIDE = 384  # longer side of a drawn heat map, in pixels

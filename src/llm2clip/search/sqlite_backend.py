@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 
-from llm2clip.distributed import print_once
+from llm2clip.runs.lock import folder_lock
+from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import DATABASE, missing_index_message
 from llm2clip.search.caption_index import CaptionIndex
 from llm2clip.search.types import (
@@ -52,7 +53,6 @@ from llm2clip.search.vector_index import (
     open_graph,
     update_graph,
 )
-from llm2clip.store.lock import folder_lock
 
 APPROXIMATE_ABOVE = 1_000_000
 SCHEMA_VERSION = 1

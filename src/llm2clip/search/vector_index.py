@@ -19,9 +19,9 @@ import numpy as np
 from usearch.index import Index, MetricKind
 from usearch.index import search as exact_search
 
-from llm2clip.distributed import print_once
 from llm2clip.io_utils import atomic_path, atomic_write_text
 from llm2clip.progress import ProgressBar
+from llm2clip.runs.ranks import print_once
 
 # Minimum number of candidates to re-score. With 128, a scan of a million vectors found the exact top 10.
 MIN_CANDIDATES = 128

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 
 from llm2clip.cpu_tuning import keep_freed_memory
-from llm2clip.distributed import cached_json, process_state
 from llm2clip.io_utils import atomic_write_jsonl, read_jsonl
-from llm2clip.models.batch_size_tuner import MIN_CAPTIONS_TO_TUNE, tune_batch_tokens
-from llm2clip.models.caption_encoder import CaptionEncoder
-from llm2clip.models.length_batching import TokenizedTexts
 from llm2clip.models.precision_calibration import fastest_precision
+from llm2clip.models.text.batch_size_tuner import MIN_CAPTIONS_TO_TUNE, tune_batch_tokens
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.text.length_batching import TokenizedTexts
 from llm2clip.progress import ProgressBar
+from llm2clip.runs.ranks import cached_json, process_state
 from llm2clip.store.dedup import PendingCaptions
 from llm2clip.store.layout import MANIFEST, read_manifest
 from llm2clip.store.store import EmbeddingStore

@@ -23,11 +23,11 @@ from llm2clip.data.image_loader import image_batches
 from llm2clip.data.image_refs import FileImage, ImageRef, printable
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.transforms import EvalTransform
-from llm2clip.distributed import process_state
-from llm2clip.models.fingerprint import hash_weights
+from llm2clip.models.hub.fingerprint import hash_weights
 from llm2clip.models.precision import DTYPES
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.progress import ProgressBar
+from llm2clip.runs.ranks import process_state
 from llm2clip.store.dedup import PendingCaptions
 from llm2clip.store.layout import caption_keys
 from llm2clip.store.store import EmbeddingStore

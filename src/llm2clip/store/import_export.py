@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llm2clip.io_utils import atomic_path
+from llm2clip.runs.lock import folder_lock
 from llm2clip.store.layout import (
     KEY_BYTES,
     StoreError,
@@ -36,7 +37,6 @@ from llm2clip.store.layout import (
     read_shards,
     remove_temp_files,
 )
-from llm2clip.store.lock import folder_lock
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.writer import StoreWriter
 

@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llm2clip.data.hashing import caption_key
-from llm2clip.models.fingerprint import fingerprint
+from llm2clip.models.hub.fingerprint import fingerprint
 
 T = TypeVar("T")
 DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("float16", "int8", "float32")}
@@ -46,7 +46,7 @@ READ_ERRORS = (ValueError, KeyError, TypeError, OSError, EOFError, SyntaxError, 
 
 
 class StoreError(ValueError):
-    """Raised if a store is damaged, in use, created with a different encoder, or lacks a requested caption."""
+    """Raised if a store is damaged, created with a different encoder, or lacks a requested caption."""
 
 
 @dataclass(frozen=True)

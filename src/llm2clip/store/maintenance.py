@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm2clip.io_utils import atomic_path, atomic_write_jsonl
+from llm2clip.runs.lock import folder_lock
 from llm2clip.store.layout import (
     Shard,
     StoreError,
@@ -27,7 +28,6 @@ from llm2clip.store.layout import (
     shard_numbers,
     store_spec,
 )
-from llm2clip.store.lock import folder_lock
 from llm2clip.store.store import EmbeddingStore, damaged_shards, refused_captions
 from llm2clip.store.writer import StoreWriter, write_manifest
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from llm2clip.cpu_tuning import keep_freed_memory
-from llm2clip.distributed import process_state
 from llm2clip.extras import install_command
-from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.runs.ranks import process_state
 from llm2clip.store.dedup import PendingCaptions
 from llm2clip.store.encode import resolve_precision, tokenize_shard, tuned_batch_tokens, write_shard
 from llm2clip.store.store import EmbeddingStore

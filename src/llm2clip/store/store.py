@@ -19,9 +19,9 @@ import numpy as np
 
 from llm2clip.data.columns import TEXT_FIELDS
 from llm2clip.data.records import Record
-from llm2clip.distributed import print_once
 from llm2clip.io_utils import read_jsonl
 from llm2clip.progress import ProgressBar
+from llm2clip.runs.ranks import print_once
 from llm2clip.store.key_index import KeyIndex, build_key_index
 from llm2clip.store.layout import (
     DTYPES,

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.data.valid_text import check_texts
-from llm2clip.distributed import process_state, wait_for_everyone
 from llm2clip.progress import ProgressBar
+from llm2clip.runs.lock import folder_lock
+from llm2clip.runs.ranks import process_state, wait_for_everyone
 from llm2clip.store.dedup import PendingCaptions, ingest
 from llm2clip.store.layout import next_shard_number, remove_temp_files, shard_numbers
-from llm2clip.store.lock import folder_lock
 from llm2clip.store.store import EmbeddingStore, refused_captions
 from llm2clip.store.writer import StoreWriter
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llm2clip.io_utils import atomic_path, atomic_write_text
-from llm2clip.models.fingerprint import fingerprint
+from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.store.key_index import build_key_index
 from llm2clip.store.layout import (
     DTYPES,

@@ -126,8 +126,8 @@ def check_compute() -> Iterator[Check]:
     """Check the device, its default precision, the number of CPU threads, and a gradient computed on it."""
     import torch
 
-    from llm2clip.distributed import describe_device
     from llm2clip.models.precision import resolve_device_precision
+    from llm2clip.runs.ranks import describe_device
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert device is not None
@@ -201,7 +201,7 @@ def check_memory() -> Iterator[Check]:
 
 def check_disks(run_dir: Path) -> Iterator[Check]:
     """Check that the run directory and the cache folder are writable and have free space."""
-    from llm2clip.models.pretrained import cache_dir
+    from llm2clip.models.hub.pretrained import cache_dir
 
     for name, folder in (("runs", run_dir), ("cache", cache_dir())):
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())

@@ -27,35 +27,35 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from torch import Tensor, nn
 
-from llm2clip.checkpoint import Checkpoints, MetricsLog, hash_texts
 from llm2clip.config import AlignConfig
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.training_images import hash_images
-from llm2clip.distributed import fsdp_enabled, print_once, process_state, set_fsdp_wrap_policy, set_mixed_precision
-from llm2clip.models.fingerprint import fingerprint
+from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.precision import resolve_device_precision, tf32_matmul
-from llm2clip.models.tower_lora import merge_tower_lora
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.vision.tower_lora import merge_tower_lora
+from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.progress import ProgressBar
-from llm2clip.run_config import RESUME_SAFE
+from llm2clip.runs.checkpoint import Checkpoints, MetricsLog, hash_texts
+from llm2clip.runs.gather import empty_copy, gather_to_cpu, reduce_gradients_in_fp32
+from llm2clip.runs.lock import folder_lock
+from llm2clip.runs.ranks import fsdp_enabled, print_once, process_state, set_fsdp_wrap_policy, set_mixed_precision
+from llm2clip.runs.run_config import RESUME_SAFE
+from llm2clip.runs.training_state import full_tensor, load_training_state, save_training_state
 from llm2clip.store.image_features import TowerEncoder, store_image_features
-from llm2clip.store.lock import folder_lock
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train.best_checkpoint import BestCheckpoint, Validate
 from llm2clip.train.caption_sampling import CaptionSource
 from llm2clip.train.compilation import compile_blocks, restore_blocks, should_compile
 from llm2clip.train.distillation import distillation_loss
-from llm2clip.train.distributed import empty_copy, gather_to_cpu, reduce_gradients_in_fp32
 from llm2clip.train.grad_cache import cached_backward
 from llm2clip.train.losses import info_nce, sigmoid_loss
 from llm2clip.train.optim import MAX_GRAD_NORM, cosine_schedule, make_optimizer, set_trainable
 from llm2clip.train.prefetch import prefetch
 from llm2clip.train.sampling import AlignBatches, Batch, decoding_workers
 from llm2clip.train.step_report import Step, StepReport
-from llm2clip.training_state import full_tensor, load_training_state, save_training_state
 
 
 @onednn_matmul()

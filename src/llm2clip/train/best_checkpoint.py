@@ -11,11 +11,11 @@ from pathlib import Path
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
-from llm2clip.checkpoint import MetricsLog
-from llm2clip.distributed import fsdp_enabled, wait_for_everyone
 from llm2clip.io_utils import atomic_path, atomic_write_text, fsync_folder
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.training_state import full_tensor
+from llm2clip.runs.checkpoint import MetricsLog
+from llm2clip.runs.ranks import fsdp_enabled, wait_for_everyone
+from llm2clip.runs.training_state import full_tensor
 
 WEIGHTS, METRICS = "model.safetensors", "metrics.json"
 

@@ -19,13 +19,13 @@ from llm2clip.config import AlignConfig
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.training_images import save_training_images
-from llm2clip.distributed import process_state, wait_for_everyone
 from llm2clip.io_utils import atomic_dir
-from llm2clip.models.clip_text_encoder import ClipTextEncoder, load_clip_text_encoder, pooled_output
-from llm2clip.models.fingerprint import fingerprint, hash_weights
+from llm2clip.models.hub.fingerprint import fingerprint, hash_weights
+from llm2clip.models.hub.loading import hide_loading_bars, load_config
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
-from llm2clip.models.loading import hide_loading_bars, load_config
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.text.clip_text_encoder import ClipTextEncoder, load_clip_text_encoder, pooled_output
+from llm2clip.models.vision.vision_tower import VisionTower
+from llm2clip.runs.ranks import process_state, wait_for_everyone
 from llm2clip.train.align import align
 
 # Text towers of these types need no attention mask: CLIP's attention is causal, and SigLIP was trained on padded texts.

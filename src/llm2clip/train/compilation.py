@@ -14,8 +14,8 @@ import torch
 import torch._dynamo
 from torch import nn
 
-from llm2clip.distributed import print_once
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.vision.vision_tower import VisionTower
+from llm2clip.runs.ranks import print_once
 
 # Compilation takes one to two minutes. The elementwise operations that it fuses are estimated to take about 0.1 s per
 # 64 images of ViT-L/14-336 on an H100, and much less for a small tower (see docs/results.md). In shorter runs,

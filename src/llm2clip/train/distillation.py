@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip.train.distributed import RaggedGather
+from llm2clip.runs.gather import RaggedGather
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, gather: bool = True) -> Tensor:

@@ -26,12 +26,12 @@ from torch import nn
 
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.records import Record
-from llm2clip.distributed import print_once, process_state, wait_for_everyone
 from llm2clip.io_utils import atomic_path
-from llm2clip.models.clip_text_encoder import ClipTextEncoder
-from llm2clip.models.fingerprint import fingerprint, hash_weights
+from llm2clip.models.hub.fingerprint import fingerprint, hash_weights
 from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.text.clip_text_encoder import ClipTextEncoder
 from llm2clip.progress import ProgressBar
+from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 from llm2clip.store.image_features import store_text_embeddings
 from llm2clip.store.layout import caption_keys
 from llm2clip.store.store import EmbeddingStore

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip.train.distributed import RaggedGather
+from llm2clip.runs.gather import RaggedGather
 
 CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}  # logits per chunk: fits in the cache on a CPU, 256 MB on a GPU
 

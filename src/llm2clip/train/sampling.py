@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from llm2clip.checkpoint import hash_texts
 from llm2clip.config import AlignConfig
 from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
 from llm2clip.data.hashing import epoch_permutation
@@ -25,6 +24,7 @@ from llm2clip.data.records import Record
 from llm2clip.data.shared_refs import SharedRefs
 from llm2clip.data.transforms import TrainTransform
 from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.runs.checkpoint import hash_texts
 from llm2clip.store.image_features import image_keys
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train.caption_sampling import CaptionIndex, CaptionSampler, CaptionSource

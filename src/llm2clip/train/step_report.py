@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from llm2clip.checkpoint import Checkpoints, MetricsLog, check_finite
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.progress import ProgressBar
+from llm2clip.runs.checkpoint import Checkpoints, MetricsLog, check_finite
 
 # In fp16, the gradient scaler skips every step whose gradients are not finite, and then halves its scale factor. After
 # this many consecutive skipped steps, the scale factor cannot be the cause, so training stops with an error.

@@ -23,11 +23,19 @@ from sentence_transformers import SentenceTransformerTrainer, SentenceTransforme
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from llm2clip.checkpoint import Checkpoints, TrainingLog, hash_texts, show_progress
 from llm2clip.config import TuneConfig
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.pairs import TuningItem, pair_batches, resolve_pairs_per_step
-from llm2clip.distributed import (
+from llm2clip.io_utils import atomic_dir
+from llm2clip.models.precision import DTYPES, resolve_device_precision
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.text.length_batching import default_batch_tokens
+from llm2clip.models.text.llm_layers import get_layers
+from llm2clip.models.text.lora import LoraSession, check_qlora_available, merge_adapter
+from llm2clip.runs.checkpoint import Checkpoints, TrainingLog, hash_texts, show_progress
+from llm2clip.runs.gather import empty_copy, gather_to_cpu, reduce_gradients_in_fp32
+from llm2clip.runs.lock import folder_lock
+from llm2clip.runs.ranks import (
     fsdp_enabled,
     print_once,
     process_state,
@@ -35,16 +43,8 @@ from llm2clip.distributed import (
     set_mixed_precision,
     wait_for_everyone,
 )
-from llm2clip.io_utils import atomic_dir
-from llm2clip.models.caption_encoder import CaptionEncoder
-from llm2clip.models.length_batching import default_batch_tokens
-from llm2clip.models.llm_layers import get_layers
-from llm2clip.models.lora import LoraSession, check_qlora_available, merge_adapter
-from llm2clip.models.precision import DTYPES, resolve_device_precision
-from llm2clip.store.lock import folder_lock
-from llm2clip.train.distributed import empty_copy, gather_to_cpu, reduce_gradients_in_fp32
+from llm2clip.runs.training_state import TrainingStateMixin
 from llm2clip.train.pair_loss import PairCollator, PairLoss
-from llm2clip.training_state import TrainingStateMixin
 
 
 def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, config: TuneConfig, run_dir: Path) -> Path:

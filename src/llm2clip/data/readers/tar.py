@@ -15,7 +15,7 @@ from llm2clip.data.readers.text import parse_json
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.valid_text import is_valid_unicode
 from llm2clip.io_utils import open_regular_file
-from llm2clip.output_folder import describe_output
+from llm2clip.runs.output_folder import describe_output
 
 IMAGE_SUFFIXES = frozenset(
     {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jp2", "heic", "heif", "hif"}

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from llm2clip.data.images import load_image
 from llm2clip.models.dual_encoder import open_dual_encoder
-from llm2clip.models.fingerprint import fingerprint
+from llm2clip.models.hub.fingerprint import fingerprint
 
 
 class MTEBModel(AbsEncoder):

@@ -15,11 +15,11 @@ import numpy as np
 from llm2clip.data.image_header import MAX_PIXELS
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.readers.coco import find_image_folder, split_folders
-from llm2clip.distributed import print_once
 from llm2clip.evaluate.benchmarks.base import ImageId, check_files, image_file
 from llm2clip.evaluate.benchmarks.karpathy_splits import COCO_FOLDERS
 from llm2clip.extras import install_command
 from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, read_json
+from llm2clip.runs.ranks import print_once
 
 INSTANCES_FOLDERS = (*COCO_FOLDERS, "coco_instances")
 

@@ -21,7 +21,6 @@ from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes
 
 from llm2clip.data.images import load_image, make_thumbnail
-from llm2clip.distributed import process_state
 from llm2clip.evaluate.benchmarks.base import DetectionData, ImageId
 from llm2clip.evaluate.dense.average_precision import MAX_DETECTIONS, Detections
 from llm2clip.evaluate.dense.inputs import (
@@ -39,6 +38,7 @@ from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.zero_shot import class_embeddings, class_prompts
 from llm2clip.html_report import Block, Heading, Paragraph, ResultImage, ResultImages
 from llm2clip.io_utils import atomic_write_text, safe_name
+from llm2clip.runs.ranks import process_state
 
 LOGIT_SCALE = 100.0  # as in CLIP; RegionCLIP uses a temperature of 0.01
 NMS_IOU = 0.5  # as in RegionCLIP

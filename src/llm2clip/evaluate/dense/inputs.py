@@ -11,11 +11,11 @@ from torch import Tensor
 from llm2clip.data.image_loader import image_batches
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.distributed import print_once, process_state, wait_for_everyone
 from llm2clip.evaluate.embeddings import EmbeddingSource, ModelEmbeddings
-from llm2clip.models.dense import DenseEncoder
 from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.models.vision.dense import DenseEncoder
 from llm2clip.progress import ProgressBar
+from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 
 IMAGES_PER_BATCH = 8  # decoded images in memory at a time
 LEARNED_SCALE = ", learned scale"  # suffix for the name of a method that uses the logit scale learned by the model

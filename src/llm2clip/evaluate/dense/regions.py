@@ -37,7 +37,7 @@ from llm2clip.evaluate.embeddings import BATCH_SIZE, EmbeddingSource
 from llm2clip.evaluate.zero_shot import class_embeddings, class_prompts, class_ranks
 from llm2clip.html_report import Block, Heading, Paragraph, ResultImage, ResultImages
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.models.regions import encode_boxes as encode_dense_boxes
+from llm2clip.models.vision.regions import encode_boxes as encode_dense_boxes
 
 CROP = "crop"
 CROP_SCALE = 1.5  # side of the crop, divided by the side of the box

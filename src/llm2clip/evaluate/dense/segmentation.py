@@ -1,8 +1,8 @@
 """Zero-shot semantic segmentation with dense features, and its metrics.
 
 Each cell of the image is compared with the embeddings of all class names, and the scores are upsampled. The protocol
-follows SCLIP; see `models/sliding_window.py` and `SegmentationData`. The metrics follow mmsegmentation: intersections
-and unions are summed over all images before they are divided.
+follows SCLIP; see `models/vision/sliding_window.py` and `SegmentationData`. The metrics follow mmsegmentation:
+intersections and unions are summed over all images before they are divided.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.images import load_image, make_thumbnail
-from llm2clip.distributed import process_state
 from llm2clip.evaluate.benchmarks.base import IGNORED, SegmentationData
 from llm2clip.evaluate.bootstrap import BootstrapMetrics
 from llm2clip.evaluate.dense.inputs import (
@@ -35,7 +34,8 @@ from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.zero_shot import class_embeddings, class_prompts
 from llm2clip.html_report import Block, Heading, Legend, Paragraph, ResultImage, ResultImages
 from llm2clip.io_utils import atomic_path, atomic_write_text, safe_name
-from llm2clip.models.sliding_window import PixelScores, ResizeForWindows, encode_windows, segment
+from llm2clip.models.vision.sliding_window import PixelScores, ResizeForWindows, encode_windows, segment
+from llm2clip.runs.ranks import process_state
 
 NUM_EXAMPLES = 4  # images in the report
 EXAMPLE_SIDE = 480  # maximum height and width of label maps and images in the report, in pixels

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llm2clip.io_utils import atomic_dir
-from llm2clip.models.loading import hide_loading_bars
+from llm2clip.models.hub.loading import hide_loading_bars
 
 # Types of metadata values, and the size of each numeric type in bytes.
 _STRING, _ARRAY = 8, 9

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.convert.checkpoint_io import read_checkpoint
 from llm2clip.models.convert.checkpoint_layout import Checkpoint, computed_buffers, describe_tensors, official_name
 from llm2clip.models.convert.infer_config import infer_config
 from llm2clip.models.convert.peft_encoder import find_adapter, load_adapter_encoder
 from llm2clip.models.convert.published_encoders import published_template, suggest_encoders
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.vision.vision_tower import VisionTower
 
 # Buffers in official checkpoints may be stored in bfloat16, which changes cosines and sines by up to 2**-8.
 BUFFER_TOLERANCE = 4e-3

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from sentence_transformers.base.modules import Normalize
 from torch import Tensor, nn
 
-from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.convert.checkpoint_io import read_checkpoint
 from llm2clip.models.convert.checkpoint_layout import describe_tensors
-from llm2clip.models.latent_attention import LatentAttentionPooling
-from llm2clip.models.sentence_transformer import NV_EMBED, read_config
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.text.latent_attention import LatentAttentionPooling
+from llm2clip.models.text.sentence_transformer import NV_EMBED, read_config
 
 _LLM_PREFIX = "embedding_model."
 _POOLING_PREFIX = "latent_attention_model."

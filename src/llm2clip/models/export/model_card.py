@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from llm2clip.io_utils import read_json
-from llm2clip.models.assets import ASSETS
-from llm2clip.run_config import CONFIG_FILE
+from llm2clip.models.hub.assets import ASSETS
+from llm2clip.runs.run_config import CONFIG_FILE
 
 # Example code for the model card, keyed by `model_type` in config.json.
 USAGE = {

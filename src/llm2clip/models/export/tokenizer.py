@@ -6,7 +6,7 @@ import copy
 from itertools import takewhile
 from typing import Any
 
-from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.text.caption_encoder import CaptionEncoder
 
 CHECKED_TEXTS = ("a", "Two dogs, running.", "一只猫", "1")
 

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from llm2clip.models import heads, lora
-from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models import heads
 from llm2clip.models.export import modeling_llm2clip
 from llm2clip.models.export.modeling_llm2clip import LLM2CLIPExport, LLM2CLIPExportConfig, LLM2CLIPImageProcessor
 from llm2clip.models.export.tokenizer import build_tokenizer
-from llm2clip.models.latent_attention import LatentAttentionPooling
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.text import lora
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.text.latent_attention import LatentAttentionPooling
+from llm2clip.models.vision.vision_tower import VisionTower
 
 POOLINGS = ("mean", "lasttoken", "cls")
 CODE_FILE = "modeling_llm2clip.py"

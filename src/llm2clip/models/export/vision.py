@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llm2clip.models.hub.loading import build_config
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.loading import build_config
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.vision.vision_tower import VisionTower
 
 
 def export_vision(model: LLM2CLIP, folder: Path) -> None:

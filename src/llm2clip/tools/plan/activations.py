@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llm2clip.config import AlignConfig, TuneConfig
-from llm2clip.models.llm_layers import get_layers
-from llm2clip.models.lora import cast_frozen_linear
-from llm2clip.models.packing import PACKED, can_pack, pack_batch
 from llm2clip.models.precision import DTYPES
+from llm2clip.models.text.llm_layers import get_layers
+from llm2clip.models.text.lora import cast_frozen_linear
+from llm2clip.models.text.packing import PACKED, can_pack, pack_batch
 from llm2clip.tools.plan.model_configs import build_llm, build_model
 from llm2clip.train.optim import set_trainable
 

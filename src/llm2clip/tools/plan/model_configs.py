@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from llm2clip.config import AlignConfig, EncoderConfig
+from llm2clip.models.hub.loading import load_config
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
-from llm2clip.models.loading import load_config
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.vision.vision_tower import VisionTower
 
 
 def _shape(

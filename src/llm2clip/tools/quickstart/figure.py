@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from llm2clip.io_utils import atomic_path
-from llm2clip.models.pretrained import AssetError, resolve_pretrained
+from llm2clip.models.hub.pretrained import AssetError, resolve_pretrained
 
 # Sizes in pixels.
 TEXT_WIDTH = 320

@@ -15,11 +15,11 @@ from typing import Literal
 
 from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, EvaluateConfig, FitConfig, TuneConfig
 from llm2clip.data.records import open_records
-from llm2clip.distributed import print_once, process_state
 from llm2clip.io_utils import atomic_write_jsonl, read_jsonl
+from llm2clip.models.hub.pretrained import resolve_pretrained
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.pretrained import resolve_pretrained
 from llm2clip.pipeline import fit
+from llm2clip.runs.ranks import print_once, process_state
 from llm2clip.tools.quickstart.figure import draw_results
 from llm2clip.tools.quickstart.openmoji import prepare_emoji_records
 

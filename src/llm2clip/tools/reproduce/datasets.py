@@ -20,7 +20,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import read_splits, with_captions
 from llm2clip.data.text_pairs import read_text_pairs
 from llm2clip.data.tuning_sources import read_tuning_sources
-from llm2clip.distributed import print_once
+from llm2clip.runs.ranks import print_once
 
 WORDNET = Path("/usr/share/wordnet")  # installed by Debian's package wordnet-base
 PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")

@@ -28,14 +28,14 @@ from torch import Tensor
 from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, ReproduceConfig, TuneConfig
 from llm2clip.data.hashing import unique_captions
 from llm2clip.data.pairs import TuningItem
-from llm2clip.distributed import cached_json, print_once
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.retrieval_eval import RetrievalRanks, dual_encoder_from_store, rank_caption_fields
-from llm2clip.models.caption_encoder import CaptionEncoder
-from llm2clip.models.display_names import display_names
+from llm2clip.models.hub.display_names import display_names
 from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.pipeline import align, embed, open_encoder, tune
+from llm2clip.runs.ranks import cached_json, print_once
 from llm2clip.store.layout import caption_keys
 from llm2clip.store.store import EmbeddingStore, drop_refused_captions
 from llm2clip.tools.reproduce.datasets import CAPTIONS_TEST, FOREIGN_TEST, ClaimData

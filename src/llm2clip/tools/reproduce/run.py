@@ -8,10 +8,11 @@ from functools import partial
 from pathlib import Path
 
 from llm2clip.config import ReproduceConfig
-from llm2clip.distributed import cached_json, command_line, print_once, process_state
 from llm2clip.html_report import write_report
 from llm2clip.io_utils import read_json
-from llm2clip.pipeline import run_lock, start_run
+from llm2clip.pipeline import start_run
+from llm2clip.runs.lock import run_lock
+from llm2clip.runs.ranks import cached_json, command_line, print_once, process_state
 from llm2clip.tools.reproduce.claims import CLAIMS
 from llm2clip.tools.reproduce.datasets import ClaimData
 from llm2clip.tools.reproduce.experiments import Experiments

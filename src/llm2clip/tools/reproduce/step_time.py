@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.images import load_image
 from llm2clip.data.transforms import EvalTransform
-from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.pipeline import new_model
 from llm2clip.tools.reproduce.experiments import Experiments
 from llm2clip.train.losses import info_nce

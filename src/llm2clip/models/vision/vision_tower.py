@@ -19,8 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from llm2clip.data.naflex import split_into_patches, unpack_patches
 from llm2clip.data.transforms import Preprocess
-from llm2clip.models.loading import hide_loading_bars
-from llm2clip.models.vision_backbones import build_backbone, load_backbone
+from llm2clip.models.hub.loading import hide_loading_bars
+from llm2clip.models.vision.vision_backbones import build_backbone, load_backbone
 
 # Names of repeated blocks of, in this order: timm's ViTs and EfficientNets, models like ConvNeXt, ResNets, and
 # transformers' ViTs.
@@ -74,7 +74,7 @@ class VisionTower(nn.Module):
         Args:
             name: `timm:NAME` and `hf:NAME` load a model from timm and transformers, respectively. Without a prefix, the
                 name is one of: a folder saved by either library; a hub id (contains a slash); the name of a timm model;
-                the name of a model that `llm2clip` can download (see `models/pretrained.py`).
+                the name of a model that `llm2clip` can download (see `models/hub/pretrained.py`).
             image_size: image size in pixels. Default: the size on which the tower was trained.
             pretrained: if True, load the pretrained weights. If False, initialise the weights randomly.
 

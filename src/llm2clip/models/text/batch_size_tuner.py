@@ -10,8 +10,8 @@ import time
 
 import torch
 
-from llm2clip.models.caption_encoder import CaptionEncoder
-from llm2clip.models.length_batching import TokenizedTexts
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.text.length_batching import TokenizedTexts
 
 MIN_CAPTIONS_TO_TUNE = 4096  # with fewer captions, tuning takes more time than it saves
 CPU_CANDIDATES = (512, 1024, 2048, 4096)

@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 
 from llm2clip.io_utils import atomic_write_text
+from llm2clip.runs.lock import RUN_LOCK
 
 CONFIG_FILE = "config.yaml"
-RUN_LOCK = ".run.lock"  # held during all stages of a run, each of which also locks its own folder
 
 # Settings that may be changed when a run is resumed, because they do not affect the result.
 RESUME_SAFE = (

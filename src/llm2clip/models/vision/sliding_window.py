@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from llm2clip.cpu_tuning import onednn_matmul
-from llm2clip.models.dense import DenseEncoder
+from llm2clip.models.vision.dense import DenseEncoder
 
 # Maximum ratio of a resized image's longer side to the window. SCLIP's values are 2,048 and 224 pixels for all data
 # sets.

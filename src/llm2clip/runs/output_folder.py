@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from llm2clip.run_config import CONFIG_FILE
+from llm2clip.runs.run_config import CONFIG_FILE
 
 KINDS = {
     "fit": "a run directory of `llm2clip fit`",

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from llm2clip.models.dense import DenseEncoder
+from llm2clip.models.vision.dense import DenseEncoder
 
 
 def encode_boxes(

@@ -38,7 +38,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from llm2clip.cpu_tuning import onednn_matmul
-from llm2clip.models.vision_tower import VisionTower
+from llm2clip.models.vision.vision_tower import VisionTower
 
 DENSE_VARIANTS = ("plain", "maskclip", "sclip", "clearclip", "naclip")
 _NO_RESIDUAL = ("clearclip", "naclip")  # these variants also drop the feed-forward network

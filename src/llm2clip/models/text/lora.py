@@ -28,8 +28,8 @@ from torch import nn
 from transformers import AutoConfig
 
 from llm2clip.extras import install_command
-from llm2clip.models.loading import WITHOUT_HUB_CODE
-from llm2clip.models.pretrained import cache_dir
+from llm2clip.models.hub.loading import WITHOUT_HUB_CODE
+from llm2clip.models.hub.pretrained import cache_dir
 
 ADAPTER_CONFIG = "adapter_config.json"
 

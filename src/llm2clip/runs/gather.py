@@ -17,8 +17,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from llm2clip.distributed import is_distributed
-from llm2clip.training_state import full_tensor
+from llm2clip.runs.ranks import is_distributed
+from llm2clip.runs.training_state import full_tensor
 
 
 class RaggedGather:

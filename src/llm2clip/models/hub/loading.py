@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llm2clip.models.model_source import check_model_source
+from llm2clip.models.hub.model_source import check_model_source
 
 # Arguments of `from_pretrained` that replace those saved in a sentence-transformers folder. The implementations apply
 # to the configs of all parts of the model.

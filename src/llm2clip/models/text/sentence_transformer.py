@@ -12,11 +12,11 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import nn
 
 from llm2clip.io_utils import read_json
-from llm2clip.models.latent_attention import MODULE_TYPE, LatentAttentionPooling
-from llm2clip.models.llm_layers import set_bidirectional
-from llm2clip.models.loading import WITHOUT_HUB_CODE, check_not_quantized, hide_load_report, hide_loading_bars
-from llm2clip.models.lora import is_lora_folder, load_lora
-from llm2clip.models.model_source import check_model_source
+from llm2clip.models.hub.loading import WITHOUT_HUB_CODE, check_not_quantized, hide_load_report, hide_loading_bars
+from llm2clip.models.hub.model_source import check_model_source
+from llm2clip.models.text.latent_attention import MODULE_TYPE, LatentAttentionPooling
+from llm2clip.models.text.llm_layers import set_bidirectional
+from llm2clip.models.text.lora import is_lora_folder, load_lora
 
 NV_EMBED = "nvembed"  # model_type of NV-Embed-v2 in its published format (see convert/nv_embed.py)
 

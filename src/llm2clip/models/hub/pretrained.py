@@ -25,8 +25,8 @@ from typing import Literal
 from rich.console import Console
 
 from llm2clip.io_utils import atomic_dir
-from llm2clip.models.assets import ASSETS, Asset, AssetError, Wheel
 from llm2clip.models.convert.gguf import convert_gguf
+from llm2clip.models.hub.assets import ASSETS, Asset, AssetError, Wheel
 
 __all__ = ["AssetError", "AssetUnavailableError", "cache_dir", "resolve_gguf", "resolve_pretrained"]
 
@@ -66,7 +66,7 @@ def resolve_pretrained(
     target = cache_dir() / asset.name
     if not target.is_dir():
         if offline:
-            code = f"from llm2clip.models.pretrained import resolve_pretrained; resolve_pretrained('{asset.name}')"
+            code = f"from llm2clip.models.hub.pretrained import resolve_pretrained; resolve_pretrained('{asset.name}')"
             raise AssetUnavailableError(
                 f"{asset.name} is not in {cache_dir()} and cannot be downloaded in offline mode. "
                 f'Download it while online: python -c "{code}"'

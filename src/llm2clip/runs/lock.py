@@ -1,15 +1,21 @@
-"""Folder lock, which ensures that only one run writes to a folder at a time."""
+"""Locks, which ensure that only one run writes to a folder at a time."""
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from llm2clip.store.layout import StoreError
+from llm2clip.runs.ranks import process_state
+
+RUN_LOCK = ".run.lock"  # held during all stages of a run, each of which also locks its own folder
+
+
+class FolderInUseError(ValueError):
+    """Another run is writing to a folder."""
 
 
 @contextmanager
@@ -23,13 +29,13 @@ def folder_lock(folder: Path, name: str = ".lock") -> Iterator[None]:
         name: Name of the lock file.
 
     Raises:
-        StoreError: Another run holds the lock.
+        FolderInUseError: Another run holds the lock.
     """
     lock = FileLock(folder / name, timeout=0)
     try:
         lock.acquire()
     except Timeout:
-        raise StoreError(
+        raise FolderInUseError(
             f"another run is writing to {folder}. Wait until it has finished, or use another folder"
         ) from None
     except NotImplementedError:
@@ -41,3 +47,14 @@ def folder_lock(folder: Path, name: str = ".lock") -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Hold the lock of a run directory on the main process. It must be acquired before the run writes any file.
+
+    Raises:
+        FolderInUseError: Another run holds the lock.
+    """
+    with folder_lock(run_dir, RUN_LOCK) if process_state().is_main_process else nullcontext():
+        yield

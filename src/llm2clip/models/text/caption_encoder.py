@@ -2,7 +2,7 @@
 
 By default, the encoder is a decoder LLM with bidirectional attention and mean pooling. The encoder is stored as an
 ordinary `SentenceTransformer`, so sentence-transformers can load a saved encoder without code from this package and
-compute the same embeddings. The only exception is NV-Embed (see `models/latent_attention.py`).
+compute the same embeddings. The only exception is NV-Embed (see `models/text/latent_attention.py`).
 
 This module builds an encoder (attention, depth, template, pooling), batches texts of similar length, packs each batch
 without padding, and computes the encoder's identity: everything that affects the embeddings.
@@ -24,15 +24,15 @@ from torch import Tensor, nn
 
 from llm2clip.cpu_tuning import flex_attention_is_correct, onednn_matmul
 from llm2clip.data.valid_text import check_texts
-from llm2clip.models.latent_attention import LatentAttentionPooling
-from llm2clip.models.length_batching import TokenizedTexts, default_encoding_tokens
-from llm2clip.models.llm_layers import is_encoder_only, set_bidirectional, truncate_layers
-from llm2clip.models.loading import hide_loading_bars
-from llm2clip.models.packing import PACKED, can_pack, copy_to_device, pack_batch, remove_prompts
+from llm2clip.models.hub.loading import hide_loading_bars
+from llm2clip.models.hub.pretrained import resolve_gguf, resolve_pretrained
 from llm2clip.models.precision import autocast_precision, cast_linear_weights, parse_precision
-from llm2clip.models.pretrained import resolve_gguf, resolve_pretrained
-from llm2clip.models.sentence_transformer import open_sentence_transformer, truncate_embeddings
-from llm2clip.models.text_template import has_consistent_length, prompt_length, set_template
+from llm2clip.models.text.latent_attention import LatentAttentionPooling
+from llm2clip.models.text.length_batching import TokenizedTexts, default_encoding_tokens
+from llm2clip.models.text.llm_layers import is_encoder_only, set_bidirectional, truncate_layers
+from llm2clip.models.text.packing import PACKED, can_pack, copy_to_device, pack_batch, remove_prompts
+from llm2clip.models.text.sentence_transformer import open_sentence_transformer, truncate_embeddings
+from llm2clip.models.text.text_template import has_consistent_length, prompt_length, set_template
 from llm2clip.progress import ProgressBar
 
 MAX_EMBEDDINGS_ON_DEVICE = 8192  # number of accumulated embeddings after which they are copied to the CPU
@@ -83,7 +83,7 @@ class CaptionEncoder(nn.Module):
 
         Args:
             path: one of: a folder or hub id of a transformers or sentence-transformers model; an llm2clip model folder;
-                a `.gguf` file; the name of a model that `llm2clip` can download (see `models/pretrained.py`).
+                a `.gguf` file; the name of a model that `llm2clip` can download (see `models/hub/pretrained.py`).
             bidirectional: if True, every token attends to all tokens. If False, only to earlier tokens.
             layers: number of layers to keep, counted from the input. The final norm is always kept.
             template: text around the caption, such as `"<|im_start|>user\\n{caption}<|im_end|>"`. The text before
@@ -92,8 +92,8 @@ class CaptionEncoder(nn.Module):
             pooling: pooling mode of sentence-transformers: mean, weightedmean, lasttoken, cls or max.
             max_length: maximum input length in tokens, including the template.
             truncate_dim: number of embedding dimensions to keep, for encoders with Matryoshka training.
-            attention: attention implementation: `packed` (see `models/packing.py`) or one from transformers, such as
-                sdpa, eager, flex_attention or flash_attention_2. Decoders that support `packed` use it by default.
+            attention: attention implementation: `packed` (see `models/text/packing.py`) or one from transformers, such
+                as sdpa, eager, flex_attention or flash_attention_2. Decoders that support `packed` use it by default.
                 `packed` and flash attention need no padding. Flash attention requires bf16.
             device: device on which to load the encoder. Default: a GPU if there is one.
 

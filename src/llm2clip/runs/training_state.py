@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from llm2clip.distributed import process_state
+from llm2clip.runs.ranks import process_state
 from llm2clip.io_utils import atomic_write_text, explain_write_errors
 
 TENSOR_FILE, JSON_FILE = "state-{}.safetensors", "state.json"

@@ -3,7 +3,7 @@
 Layers that process each token separately receive one long row of tokens. Attention is computed within each caption:
 consecutive captions of equal length share one attention call without a mask. Because the captions in a batch have
 similar lengths, few calls are needed. In bf16 on GPUs that support it, a single call computes the attention of all
-captions (see `models/varlen_attention.py`). The attention function is registered with transformers under the name
+captions (see `models/text/varlen_attention.py`). The attention function is registered with transformers under the name
 `packed`, so every model family can use it. For an ordinary padded batch, `packed` returns the same result as `sdpa`.
 
 Restarting `position_ids` at each caption would not be enough: with `sdpa` and bidirectional attention, tokens would
@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from llm2clip.models.varlen_attention import can_use_varlen, varlen_attention
+from llm2clip.models.text.varlen_attention import can_use_varlen, varlen_attention
 
 PACKED = "packed"
 MAX_UNFUSED_LENGTH = 512  # tokens; for longer captions, the attention scores would take too much memory
