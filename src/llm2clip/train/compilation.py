@@ -18,7 +18,7 @@ from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.runs.ranks import print_once
 
 # Compilation takes one to two minutes. The elementwise operations that it fuses are estimated to take about 0.1 s per
-# 64 images of ViT-L/14-336 on an H100, and much less for a small tower (see docs/results.md). In shorter runs,
+# 64 images of ViT-L/14-336 on an H100, and much less for a small tower (see docs/results/speed.md). In shorter runs,
 # compilation may take more time than it saves.
 MIN_STEPS = 1000
 BACKEND = "inductor"
