@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-# Model FLOPs utilisation of each stage on a GPU, from `benchmarks/roofline.py` (see docs/results/speed.md). Vision towers
-# have smaller matrices than LLMs and spend half of the time on elementwise operations.
+# Model FLOPs utilisation of each stage on a GPU, from `benchmarks/roofline.py` (see docs/results/speed.md). Vision
+# towers have smaller matrices than LLMs and spend half of the time on elementwise operations.
 MFU = {"tune": 0.4, "embed": 0.4, "align": 0.25}
 
 
