@@ -39,7 +39,7 @@ from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.records import open_records
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.models.hub.pretrained import resolve_pretrained
-from llm2clip.models.precision_calibration import calibrate_precision
+from llm2clip.models.precision import calibrate_precision
 from llm2clip.models.text.batch_size_tuner import tune_batch_tokens
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.length_batching import default_batch_tokens

@@ -28,7 +28,7 @@ from llm2clip.cpu_tuning import keep_freed_memory
 from llm2clip.data.pairs import ImageCaptions, pair_batches
 from llm2clip.data.records import open_records
 from llm2clip.models.hub.pretrained import resolve_pretrained
-from llm2clip.models.precision import resolve_device_precision
+from llm2clip.models.precision import has_bf16_hardware
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.length_batching import default_batch_tokens
 from llm2clip.models.text.packing import PACKED
@@ -78,7 +78,7 @@ class Method:
 
 
 def make_methods(device: torch.device) -> list[Method]:
-    precisions = ["fp32", "bf16"] if resolve_device_precision("auto", device) == "bf16" else ["fp32"]
+    precisions = ["fp32", "bf16"] if has_bf16_hardware(device) else ["fp32"]
     kinds = [
         (f"batches of {TEXTS_PER_BATCH}, padded, fused attention", FixedBatchLoss, "sdpa"),
         (f"batches of {TEXTS_PER_BATCH}, padded, plain attention", FixedBatchLoss, "sdpa"),

@@ -54,7 +54,7 @@ from llm2clip.store.encode import embed
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train import align as align_module
 from llm2clip.train import optim
-from llm2clip.train.align import align, resolve_align_precision
+from llm2clip.train.align import align
 from llm2clip.train.losses import info_nce
 from llm2clip.train.prefetch import Prefetcher
 from llm2clip.train.sampling import AlignBatches
@@ -743,17 +743,6 @@ def test_align_rejects_settings_that_do_not_fit_data_device_or_tower(
             run_align(records, store, tmp_path / "run", dataclasses.replace(ALIGN, **change), **options)
     with folder_lock(tmp_path), pytest.raises(FolderInUseError, match="another run"):
         run_align(records, store, tmp_path)
-
-
-@pytest.mark.parametrize(("supported", "expected"), [(True, "bf16"), (False, "fp32")])
-def test_auto_precision_is_bf16_on_gpus_that_support_it(
-    monkeypatch: pytest.MonkeyPatch, supported: bool, expected: str
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: supported)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
-    assert resolve_align_precision("auto", torch.device("cuda")) == expected
-    assert resolve_align_precision("auto", torch.device("cpu")) == "fp32"
-    assert resolve_align_precision("fp16", torch.device("cuda")) == "fp16"
 
 
 def test_stages_do_not_inherit_a_precision(

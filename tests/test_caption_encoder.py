@@ -19,7 +19,7 @@ from transformers.utils.logging import is_progress_bar_enabled
 from conftest import FAMILIES, make_llm, save_tokenizer
 from llm2clip.cpu_tuning import flex_attention_is_correct
 from llm2clip.models.hub.fingerprint import fingerprint
-from llm2clip.models.precision_calibration import CALIBRATION_CAPTIONS, calibrate_precision
+from llm2clip.models.precision import CALIBRATION_CAPTIONS, calibrate_precision
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.length_batching import length_batches
 from llm2clip.models.text.lora import LoraTransformer, is_lora_folder, merge_adapter

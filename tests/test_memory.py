@@ -18,11 +18,11 @@ from conftest import make_llm
 from fake_memory import PeakMemory, count_bytes, fake_tensors
 from llm2clip.config import AlignConfig, EncoderConfig, TuneConfig
 from llm2clip.cpu_tuning import onednn_is_faster
-from llm2clip.models.precision import cast_linear_weights
 from llm2clip.models.text import packing
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.length_batching import TokenizedTexts, default_encoding_tokens
 from llm2clip.models.text.lora import cast_frozen_linear
+from llm2clip.models.text.mixed_precision import cast_linear_weights
 from llm2clip.models.text.packing import PACKED
 from llm2clip.tools.plan.flops import TextCosts, image_costs, text_costs
 from llm2clip.tools.plan.memory import USABLE_FRACTION, align_memory, embed_memory, fits, peak_memory, tune_memory

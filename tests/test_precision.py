@@ -16,14 +16,51 @@ from conftest import FAMILIES, make_llm
 from llm2clip import LLM2CLIP, open_dual_encoder
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.embeddings import ModelEmbeddings
-from llm2clip.models import precision_calibration
-from llm2clip.models.precision import cast_linear_weights
-from llm2clip.models.precision_calibration import calibrate_precision, layers_offloaded, load_for_encoding
+from llm2clip.models import precision as precision_choice
+from llm2clip.models.precision import (
+    AUTO_PRECISION,
+    Stage,
+    calibrate_precision,
+    layers_offloaded,
+    load_for_evaluation,
+    resolve_precision,
+)
 from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.text.mixed_precision import cast_linear_weights
 from llm2clip.store.encode import embed
 
 CPU = torch.device("cpu")
 TEXTS = ["a dog runs", "two cats sleep in the snow", "x", "a boat", "four boats on a lake in the morning"]
+
+
+@pytest.mark.parametrize(
+    ("device", "has_bf16", "expected"),
+    [
+        ("cuda", True, "bf16 calibrated bf16 calibrated calibrated"),
+        ("cuda", False, "fp32 fp32 fp32 fp32 fp32"),
+        ("cpu", True, "bf16 calibrated fp32 fp32 calibrated"),
+        ("cpu", False, "fp32 fp32 fp32 fp32 fp32"),
+        ("mps", True, "fp32 fp32 fp32 fp32 fp32"),
+    ],
+)
+def test_auto_precision_depends_on_stage_and_device(
+    device: str, has_bf16: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other values than `auto` are returned unchanged."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16, "avx2": True}, raising=False)
+    stages: list[Stage] = ["tune", "embed", "align", "evaluate", "serve"]
+    assert [resolve_precision(stage, "auto", torch.device(device)) for stage in stages] == expected.split()
+    assert resolve_precision("align", "fp16", torch.device(device)) == "fp16"
+
+
+def test_documented_table_equals_the_table_in_the_code() -> None:
+    """The documentation repeats the table at the top of the module."""
+    docs = (Path(__file__).parents[1] / "docs/howto/models.md").read_text(encoding="utf-8")
+    for stage, precisions in AUTO_PRECISION.items():
+        row = f"{stage:<10} {precisions['cuda']:<15} {precisions['cpu']:<15} fp32"
+        assert row in str(precision_choice.__doc__)
+        assert f"| `{stage}` | {precisions['cuda']} | {precisions['cpu']} | fp32 |" in docs
 
 
 def linear_dtypes(encoder: CaptionEncoder) -> list[torch.dtype]:
@@ -112,7 +149,9 @@ def test_layers_offloaded_moves_one_layer_at_a_time(encoder: CaptionEncoder, mon
     layers = list(encoder.llm.layers)
     moves: list[tuple[int, str]] = []
     monkeypatch.setattr(
-        precision_calibration, "_move", lambda layer, device: moves.append((layers.index(layer), type(device).__name__))
+        precision_choice,
+        "_move_layer",
+        lambda layer, device: moves.append((layers.index(layer), type(device).__name__)),
     )
     with layers_offloaded(encoder, CPU):
         embeddings = encoder.encode(TEXTS)
@@ -144,7 +183,7 @@ def test_embed_on_a_device_writes_the_same_store(encoder: CaptionEncoder, precis
 def test_open_dual_encoder_loads_only_the_weights_of_the_precision(
     model_folder: Path, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision_calibration, "resolve_device_precision", lambda precision, device: "bf16")
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": True}, raising=False)
     expected = open_dual_encoder(str(model_folder), CPU).encode_texts_raw(TEXTS, False)
     loaded: list[CaptionEncoder] = []
     move = CaptionEncoder.move_for_encoding
@@ -168,7 +207,7 @@ def test_commands_run_in_fp32_on_the_cpu_by_default(model_folder: Path, monkeypa
     assert dual_encoder.precision == "fp32"
     expected = LLM2CLIP.from_pretrained(model_folder, CPU).encode_text(TEXTS, precision="fp32")
     assert torch.equal(dual_encoder.encode_texts_raw(TEXTS, False), expected)
-    encoder = load_for_encoding(model_folder, CPU)
+    encoder = load_for_evaluation(model_folder, CPU)
     assert encoder.has_full_precision and encoder.device == CPU
 
 

@@ -19,7 +19,6 @@ from sentence_transformers import SentenceTransformer
 from conftest import CAPTIONS, TUNE, Killed, TouchOnLoad, emulate_fsdp_launch, run_distributed
 from llm2clip.config import TuneConfig
 from llm2clip.data.pairs import Pair, pair_batches
-from llm2clip.models.precision import resolve_device_precision
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.runs.checkpoint import Checkpoints, read_metrics
 from llm2clip.train import pair_loss as pair_loss_module
@@ -313,23 +312,6 @@ def test_tune_rejects_wrong_settings_before_any_work(
     with pytest.raises(ValueError, match=message):
         tune([CAPTIONS], open_encoder(llm), dataclasses.replace(TUNE, **change), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-
-
-@pytest.mark.parametrize(
-    ("precision", "capability", "expected"),
-    [
-        ("auto", "amx_bf16", "bf16"),
-        ("auto", "avx512_bf16", "bf16"),
-        ("auto", "avx2", "fp32"),
-        ("fp32", "amx_bf16", "fp32"),
-        ("fp16", "avx2", "fp16"),
-    ],
-)
-def test_auto_precision_is_bf16_on_cpus_that_multiply_it_in_hardware(
-    precision: str, capability: str, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True}, raising=False)
-    assert resolve_device_precision(precision, torch.device("cpu")) == expected
 
 
 def test_tune_stops_at_a_loss_that_is_not_finite(llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ from llm2clip.models.hub.model_source import check_model_source
 from llm2clip.models.hub.pretrained import resolve_gguf, resolve_pretrained
 from llm2clip.models.inherited_clip import load_inherited_clip, model_in_clip_space
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig, save_query_templates
-from llm2clip.models.precision_calibration import load_for_encoding
+from llm2clip.models.precision import load_for_evaluation, resolve_precision
 from llm2clip.models.pretrained_logits import read_pretrained_logits
 from llm2clip.models.prompts import LITERAL, QueryTemplates
 from llm2clip.models.text.caption_encoder import CaptionEncoder
@@ -74,7 +74,7 @@ from llm2clip.store.encode import embed as embed_locally
 from llm2clip.store.ray_engine import embed_with_ray
 from llm2clip.store.store import EmbeddingStore, drop_refused_captions
 from llm2clip.train.align import align as train_align
-from llm2clip.train.align import resolve_align_precision, tracker_options
+from llm2clip.train.align import tracker_options
 from llm2clip.train.inherit import inherit_text_space
 from llm2clip.train.sampling import resolve_images_per_step, training_texts
 from llm2clip.train.tune import tune as train_tune
@@ -390,7 +390,7 @@ def new_model(
         assert out is not None
         clip = load_inherited_clip(config.tower, config.inherit, device)
         model = model_in_clip_space(model_config, tower, clip)
-        precision = resolve_align_precision(config.precision, device)
+        precision = resolve_precision("align", config.precision, device)
         inherit_text_space(model, clip, train, store, config.seed, precision, out)
         del clip
         free_memory()
@@ -427,7 +427,7 @@ def _measure_cra(
     captions: Sequence[Sequence[str]], encoder: EncoderConfig, loaded: CaptionEncoder | None = None
 ) -> dict[str, Any]:
     """Measure the caption retrieval accuracy of `loaded` or, if it is None, of a temporarily loaded encoder."""
-    model = loaded or load_for_encoding(device=process_state().device, **dataclasses.asdict(encoder))
+    model = loaded or load_for_evaluation(device=process_state().device, **dataclasses.asdict(encoder))
     metrics = caption_retrieval_accuracy(captions, model)
     del model
     free_memory()

@@ -35,8 +35,7 @@ from llm2clip.models.dual_encoder import SENTENCE_TRANSFORMERS_PREFIX
 from llm2clip.models.hub.display_names import display_names
 from llm2clip.models.hub.pretrained import resolve_pretrained
 from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
-from llm2clip.models.precision import default_encoding_precision
-from llm2clip.models.precision_calibration import load_for_encoding
+from llm2clip.models.precision import load_for_evaluation
 from llm2clip.models.prompts import QueryTemplates, check_templates
 from llm2clip.models.text.clip_text_encoder import has_text_tower, load_clip_text_encoder
 from llm2clip.models.vision.dense import DENSE_VARIANTS
@@ -493,13 +492,13 @@ def _open_text_encoder(model: str | None, encoder: EncoderConfig, trust_remote_c
         if has_text_tower(model, trust_remote_code):
             return load_clip_text_encoder(model, trust_remote_code=trust_remote_code)
         if Path(model).is_dir() and not is_model_folder(model):
-            return load_for_encoding(model, device)
+            return load_for_evaluation(model, device)
         clip = LLM2CLIP.from_pretrained(model, device)
-        clip.load_encoder(default_encoding_precision(device))
+        clip.load_encoder(stage="evaluate")
         return clip.encoder
     path = resolve_pretrained(encoder.path)
     if not has_text_tower(path, trust_remote_code):
-        return load_for_encoding(device=device, **dataclasses.asdict(encoder))
+        return load_for_evaluation(device=device, **dataclasses.asdict(encoder))
     defaults = vars(EncoderConfig(path=encoder.path))
     changed = [f"--encoder.{name}" for name, value in vars(encoder).items() if value != defaults[name]]
     if changed:

@@ -16,7 +16,7 @@ from llm2clip.llava.chat_template import IGNORE_INDEX, IMAGE_TOKEN, Conversation
 from llm2clip.llava.image_features import LlavaTransform
 from llm2clip.llava.tasks.base import Question
 from llm2clip.models.hub.loading import load_config
-from llm2clip.models.precision import resolve_device_precision
+from llm2clip.models.precision import resolve_precision
 from llm2clip.runs.ranks import process_state
 
 
@@ -44,7 +44,7 @@ class AnswerGenerator:
         self.name = name
         self.batch_size = batch_size
         self.device = torch.device(device) if device is not None else process_state().device
-        bf16 = resolve_device_precision(precision, self.device) == "bf16"
+        bf16 = resolve_precision("tune", precision, self.device) == "bf16"
         model: Any = AutoModelForImageTextToText.from_pretrained(
             name,
             config=load_config(name),

@@ -17,7 +17,7 @@ from llm2clip.llava.collator import ConversationDataset, LengthGroupedSampler, L
 from llm2clip.llava.image_features import PatchFeatures, PrecomputedVision
 from llm2clip.llava.trainable import TRAINED_WEIGHTS, save_trained, select_trainable, set_trainable
 from llm2clip.models.hub.loading import load_config
-from llm2clip.models.precision import resolve_device_precision
+from llm2clip.models.precision import resolve_precision
 from llm2clip.runs.checkpoint import Checkpoints, TrainingLog, hash_texts, show_progress
 from llm2clip.runs.ranks import process_state, set_fsdp_wrap_policy, set_mixed_precision, wait_for_everyone
 from llm2clip.runs.training_state import TrainingStateMixin
@@ -52,7 +52,7 @@ class TrainingStage:
         self.processor = processor
         self.batch_size = config.pretrain_batch_size if stage == "pretrain" else config.batch_size
         device = process_state().device
-        self.precision = resolve_device_precision(config.precision, device)
+        self.precision = resolve_precision("tune", config.precision, device)
         bf16_on_gpu = self.precision == "bf16" and device.type == "cuda"
         model = load_llava(source, torch.bfloat16 if config.lora_r and bf16_on_gpu else torch.float32)
         self.features: PatchFeatures | None = None

@@ -28,7 +28,7 @@ from llm2clip.models.hub.loading import WITHOUT_HUB_CODE, hide_loading_bars
 from llm2clip.models.hub.model_source import check_model_source
 from llm2clip.models.hub.remote_code import explain_remote_code_error
 from llm2clip.models.llm2clip import LLM2CLIP, MAX_LOGIT_SCALE, is_model_folder
-from llm2clip.models.precision import default_encoding_precision, resolve_device_precision
+from llm2clip.models.precision import CALIBRATED, Stage, resolve_precision
 from llm2clip.models.prompts import LITERAL, QueryTemplates
 from llm2clip.models.text.clip_text_encoder import (
     OPEN_CLIP_PREFIX,
@@ -125,13 +125,14 @@ def from_llm2clip(model: LLM2CLIP, name: str, precision: str | None = None) -> D
     Args:
         model: the model.
         name: name of the dual encoder.
-        precision: precision of the caption encoder, as in `CaptionEncoder.encode`. `auto` selects the fastest precision
-            that is accurate enough (see `models/precision_calibration.py`). On GPUs, the vision tower also runs in
-            bf16, unless the precision is fp32 or the GPU does not support bf16. Default: `auto` on GPUs, fp32 on CPUs.
+        precision: precision of the caption encoder, as in `CaptionEncoder.encode`, or `auto`, the precision of the
+            `serve` stage (see `models/precision.py`). Default: the precision of the `evaluate` stage. On GPUs, the
+            vision tower also runs in bf16, unless the precision is fp32 or the GPU does not support bf16.
     """
     model.eval()
-    requested = precision or default_encoding_precision(model.device)
-    device_precision = resolve_device_precision(requested, model.device)
+    stage: Stage = "serve" if precision else "evaluate"
+    resolved = resolve_precision(stage, precision or "auto", model.device)
+    device_precision = "bf16" if resolved == CALIBRATED else resolved
     bf16_images = device_precision != "fp32" and model.device.type == "cuda"
 
     def encode_images(images: list[Tensor]) -> Tensor:
@@ -141,7 +142,7 @@ def from_llm2clip(model: LLM2CLIP, name: str, precision: str | None = None) -> D
 
     @cache
     def text_precision() -> str:
-        return model.load_encoder(requested)
+        return model.load_encoder(precision or "auto", stage)
 
     def count_truncated(texts: Sequence[str]) -> int | None:
         if not model.has_encoder:

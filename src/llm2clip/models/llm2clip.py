@@ -31,8 +31,7 @@ from llm2clip.models.export.model_card import render_model_card
 from llm2clip.models.heads import Adapter
 from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.models.hub.model_source import check_model_source
-from llm2clip.models.precision import resolve_device_precision
-from llm2clip.models.precision_calibration import fastest_precision
+from llm2clip.models.precision import CALIBRATED, Stage, calibrate_for_device, resolve_precision
 from llm2clip.models.prompts import (
     LITERAL,
     QueryTemplates,
@@ -264,15 +263,16 @@ class LLM2CLIP(nn.Module):
             self._encoder.append(self._open_encoder(self.device))
         return self._encoder[0]
 
-    def load_encoder(self, precision: str) -> str:
+    def load_encoder(self, precision: str = "auto", stage: Stage = "serve") -> str:
         """Load the caption encoder with only the weights required for encoding with `precision`, to save memory.
 
         See `CaptionEncoder.move_for_encoding`. If the encoder has already been loaded, its weights are not changed.
 
         Args:
-            precision: precision of the encoder, as in `CaptionEncoder.encode`. `auto` selects the fastest precision
-                that is accurate enough (see `models/precision_calibration.py`). If the model was trained on bf16
-                embeddings, their precision is used without measuring again.
+            precision: precision of the encoder, as in `CaptionEncoder.encode`, or `auto`.
+            stage: stage that determines the meaning of `auto` (see `models/precision.py`). If the precision would be
+                calibrated, but the model was trained on bf16 embeddings, their precision is used without measuring
+                again.
 
         Returns:
             The precision, with `auto` resolved.
@@ -281,21 +281,19 @@ class LLM2CLIP(nn.Module):
             ValueError: see `encoder`.
         """
         encoder = self._encoder[0] if self._encoder else self._open_encoder("cpu")
-        if precision == "auto" and not encoder.has_full_precision:
-            precision = encoder.weights_precision
-        if precision == "auto":
-            precision = self._select_precision(encoder)
+        precision = resolve_precision(stage, precision, self.device)
+        if precision == CALIBRATED:
+            precision = self._calibrate_precision(encoder)
         if not self._encoder:
             encoder.move_for_encoding(self.device, precision)
             self._encoder.append(encoder)
         return precision
 
-    def _select_precision(self, encoder: CaptionEncoder) -> str:
-        """Resolve `auto` to a precision."""
+    def _calibrate_precision(self, encoder: CaptionEncoder) -> str:
+        if not encoder.has_full_precision:
+            return encoder.weights_precision
         trained_with = str(self.config.encoder.get("precision", ""))
-        if trained_with.startswith("bf16") and resolve_device_precision("auto", self.device) == "bf16":
-            return trained_with
-        return fastest_precision(encoder, self.device)
+        return trained_with if trained_with.startswith("bf16") else calibrate_for_device(encoder, self.device)
 
     def _open_encoder(self, device: torch.device | str) -> CaptionEncoder:
         if self._text_folder is None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ import torch
 
 from llm2clip.cpu_tuning import keep_freed_memory
 from llm2clip.io_utils import atomic_write_jsonl, read_jsonl
-from llm2clip.models.precision_calibration import fastest_precision
+from llm2clip.models.precision import resolve_encoder_precision
 from llm2clip.models.text.batch_size_tuner import MIN_CAPTIONS_TO_TUNE, tune_batch_tokens
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.length_batching import TokenizedTexts
@@ -58,7 +59,7 @@ def embed(
             captions of similar length are batched together.
         batch_tokens: Number of tokens per batch; see `CaptionEncoder.encode`. If None, the fastest value is measured if
             there are many captions to encode.
-        precision: Precision of the encoder; see `CaptionEncoder.encode`. For "auto", see `resolve_precision`.
+        precision: Precision of the encoder; see `CaptionEncoder.encode`. For "auto", see `resolve_store_precision`.
         dtype: Stored dtype, either float16 or int8. int8 halves the store's size and uses one scale per row.
         device: Device on which to encode. The encoder, which may be on the CPU, is moved there with only the weights
             required for encoding (see `CaptionEncoder.move_for_encoding`), unless all captions are already in the
@@ -70,7 +71,7 @@ def embed(
     """
     keep_freed_memory(device or encoder.device)
     folder = Path(folder)
-    precision = resolve_precision(precision, encoder, folder, device)
+    precision = resolve_store_precision(precision, encoder, folder, device)
     identity = encoder.identity(precision)
     with (
         open_for_writing(captions, folder, identity, encoder.embed_dim, dtype=dtype, shard_size=shard_size) as plan,
@@ -85,17 +86,20 @@ def embed(
     return EmbeddingStore(folder)
 
 
-def resolve_precision(precision: str, encoder: CaptionEncoder, folder: Path, device: torch.device | None = None) -> str:
+def resolve_store_precision(
+    precision: str, encoder: CaptionEncoder, folder: Path, device: torch.device | None = None
+) -> str:
     """Resolve the precision "auto" to that of the store at `folder`.
 
-    If the store does not exist yet, the main process determines the fastest precision on `device` that is accurate
-    enough, and all processes use the result. Default device: the encoder's.
+    If the store does not exist yet, the main process resolves the precision (see `models/precision.py`), and all
+    processes use the result. Default device: the encoder's.
     """
     if precision != "auto":
         return precision
     if (folder / MANIFEST).is_file():
         return str(read_manifest(folder)["identity"]["precision"])
-    return str(cached_json(folder / "precision.json", lambda: fastest_precision(encoder, device)))
+    resolve = partial(resolve_encoder_precision, "embed", "auto", encoder, device)
+    return str(cached_json(folder / "precision.json", resolve))
 
 
 def tuned_batch_tokens(encoder: CaptionEncoder, captions: Sequence[str], precision: str, folder: Path) -> int:

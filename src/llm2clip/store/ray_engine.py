@@ -21,7 +21,7 @@ from llm2clip.extras import install_command
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.runs.ranks import process_state
 from llm2clip.store.dedup import PendingCaptions
-from llm2clip.store.encode import resolve_precision, tokenize_shard, tuned_batch_tokens, write_shard
+from llm2clip.store.encode import resolve_store_precision, tokenize_shard, tuned_batch_tokens, write_shard
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.write_plan import WritePlan, open_for_writing
 from llm2clip.store.writer import StoreWriter
@@ -67,7 +67,7 @@ def embed_with_ray(
     if process_state().num_processes > 1:
         raise ValueError("--engine ray starts its own workers: run the command without torchrun")
     encoder = open_encoder(device="cpu")  # a worker may use this machine's GPU
-    precision = resolve_precision(precision, encoder, Path(folder), process_state().device)
+    precision = resolve_store_precision(precision, encoder, Path(folder), process_state().device)
     identity, embed_dim = encoder.identity(precision), encoder.embed_dim
     del encoder
     gc.collect()  # the encoder contains reference cycles

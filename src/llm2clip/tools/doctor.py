@@ -126,12 +126,12 @@ def check_compute() -> Iterator[Check]:
     """Check the device, its default precision, the number of CPU threads, and a gradient computed on it."""
     import torch
 
-    from llm2clip.models.precision import resolve_device_precision
+    from llm2clip.models.precision import has_bf16_hardware
     from llm2clip.runs.ranks import describe_device
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert device is not None
-    precision = resolve_device_precision("auto", device)
+    precision = "bf16" if has_bf16_hardware(device) else "fp32"
     fix = "" if precision == "bf16" else "no bf16 support: training and encoding run in fp32, at about half the speed"
     yield Check("device", "ok", f"{describe_device(device)}; precision auto means {precision}", fix)
 

@@ -34,7 +34,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.training_images import hash_images
 from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.precision import resolve_device_precision, tf32_matmul
+from llm2clip.models.precision import resolve_precision, tf32_matmul
 from llm2clip.models.vision.tower_lora import merge_tower_lora
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.progress import ProgressBar
@@ -122,7 +122,7 @@ def _train(
     set_seed(config.seed)
     set_trainable(model, config)
     set_fsdp_wrap_policy(model.tower.blocks())
-    precision = resolve_align_precision(config.precision, process_state().device)
+    precision = resolve_precision("align", config.precision, process_state().device)
     trackers = tracker_options(config.report_to, run_dir)
     accelerator = Accelerator(
         mixed_precision=set_mixed_precision(precision),
@@ -241,13 +241,6 @@ def _train(
         model.tower.set_grad_checkpointing(False)
     merge_tower_lora(model.tower)
     return model.requires_grad_(True).eval()
-
-
-def resolve_align_precision(precision: str, device: torch.device) -> str:
-    """Return fp32, bf16 or fp16. `auto` selects bf16 on GPUs that support it, and fp32 otherwise."""
-    if precision == "auto" and device.type == "cpu":
-        return "fp32"
-    return resolve_device_precision(precision, device)
 
 
 def _compute_features(

@@ -27,7 +27,7 @@ from llm2clip.config import TuneConfig
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.pairs import TuningItem, pair_batches, resolve_pairs_per_step
 from llm2clip.io_utils import atomic_dir
-from llm2clip.models.precision import DTYPES, resolve_device_precision
+from llm2clip.models.precision import DTYPES, resolve_precision
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.length_batching import default_batch_tokens
 from llm2clip.models.text.llm_layers import get_layers
@@ -133,7 +133,7 @@ def _set_trainable(encoder: CaptionEncoder, config: TuneConfig) -> tuple[str, Lo
     """
     torch.manual_seed(config.seed)
     device = process_state().device
-    precision = resolve_device_precision(config.precision, device)
+    precision = resolve_precision("tune", config.precision, device)
     merge_adapter(encoder)  # the encoder may have an adapter from earlier tuning
     llm = encoder.llm
     pooler = getattr(llm, "pooler", None)  # BERT-like models have a pooler, which llm2clip does not use

@@ -26,10 +26,10 @@ from llm2clip.cpu_tuning import flex_attention_is_correct, onednn_matmul
 from llm2clip.data.valid_text import check_texts
 from llm2clip.models.hub.loading import hide_loading_bars
 from llm2clip.models.hub.pretrained import resolve_gguf, resolve_pretrained
-from llm2clip.models.precision import autocast_precision, cast_linear_weights, parse_precision
 from llm2clip.models.text.latent_attention import LatentAttentionPooling
 from llm2clip.models.text.length_batching import TokenizedTexts, default_encoding_tokens
 from llm2clip.models.text.llm_layers import is_encoder_only, set_bidirectional, truncate_layers
+from llm2clip.models.text.mixed_precision import autocast_precision, cast_linear_weights, parse_precision
 from llm2clip.models.text.packing import PACKED, can_pack, copy_to_device, pack_batch, remove_prompts
 from llm2clip.models.text.sentence_transformer import open_sentence_transformer, truncate_embeddings
 from llm2clip.models.text.text_template import has_consistent_length, prompt_length, set_template
@@ -278,7 +278,7 @@ class CaptionEncoder(nn.Module):
             captions: one text, a list of texts, or the result of `tokenize`.
             batch_tokens: maximum number of tokens per batch, including padding. Default: `default_batch_tokens`.
             precision: fp32, bf16 or bf16+N. bf16 is two to three times as fast as fp32. bf16+N runs the first N layers
-                in fp32, for models that are too inaccurate in bf16 (see `models/precision_calibration.py`). Default:
+                in fp32, for models that are too inaccurate in bf16 (see `models/precision.py`). Default:
                 fp32 or, after `move_for_encoding`, the precision of the weights.
             progress: if True, show a progress bar. If a `ProgressBar`, update it.
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llm2clip.models.precision import Stage
 
 # Model FLOPs utilisation of each stage on a GPU, from `benchmarks/roofline.py` (see docs/results/speed.md). Vision
 # towers have smaller matrices than LLMs and spend half of the time on elementwise operations.
@@ -30,14 +34,17 @@ class Device:
     memory: float
     bf16: bool = True
 
-    def precision(self, setting: str) -> str:
-        """Convert a precision setting to fp32, bf16 or fp16. bf16+N is converted to bf16.
+    def precision(self, setting: str, stage: Stage = "tune") -> str:
+        """Convert a stage's precision setting to fp32, bf16 or fp16. bf16+N and calibrated are converted to bf16.
 
         Raises:
             ValueError: the setting is bf16, and the hardware does not support bf16.
         """
         if setting == "auto":
-            return "bf16" if self.bf16 else "fp32"
+            from llm2clip.models.precision import auto_precision
+
+            device_type = "cpu" if self.name.lower() == "cpu" else "cuda"
+            return "fp32" if auto_precision(stage, device_type, self.bf16) == "fp32" else "bf16"
         if setting.startswith("bf16") and not self.bf16:
             raise ValueError(f"{self.name} does not support bf16: use fp16, fp32 or auto")
         return setting.partition("+")[0]
@@ -129,6 +136,6 @@ class Machine:
 def _cpu_has_bf16() -> bool:
     import torch
 
-    from llm2clip.models.precision import resolve_device_precision
+    from llm2clip.models.precision import has_bf16_hardware
 
-    return resolve_device_precision("auto", torch.device("cpu")) == "bf16"
+    return has_bf16_hardware(torch.device("cpu"))

@@ -85,8 +85,8 @@ def plan_fit(
         if value <= 0:
             raise ValueError(f"--{name} must be greater than 0 (got {value})")
     device, count, use_fsdp, is_cpu = machine.device_spec, machine.count, machine.use_fsdp, machine.is_cpu
-    align_precision = "fp32" if is_cpu and config.align.precision == "auto" else config.align.precision
-    align = dataclasses.replace(config.align, precision=cast(Any, device.precision(align_precision)))
+    align_precision = device.precision(config.align.precision, "align")
+    align = dataclasses.replace(config.align, precision=cast(Any, align_precision))
     tune_precision = device.precision(config.tune.precision)
     tokens = min(tokens_per_caption, config.encoder.max_length or 512)
     captions = min(align.captions_per_image or captions_per_image, captions_per_image)
