@@ -20,9 +20,9 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 from llm2clip.io_utils import atomic_write_jsonl, atomic_write_text, fsync_file, fsync_folder, restore_mode
 from llm2clip.progress import ProgressBar
+from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 from llm2clip.runs.run_config import ADDED_SETTINGS
 
 PREFIX = "checkpoint-"  # also used by the Trainer in transformers

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from llm2clip.runs.ranks import process_state
 from llm2clip.io_utils import atomic_write_text, explain_write_errors
+from llm2clip.runs.ranks import process_state
 
 TENSOR_FILE, JSON_FILE = "state-{}.safetensors", "state.json"
 MAX_FILE_BYTES = 4 * 2**30  # limits the memory that unsharded tensors take on the main process
