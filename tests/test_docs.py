@@ -11,6 +11,7 @@ import pytest
 from llm2clip.cli import build_parser
 
 ROOT = Path(__file__).parent.parent
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -39,7 +40,17 @@ def test_documentation_has_commands() -> None:
     assert len(documented_commands()) > 40
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, CONTRIBUTING], ids=lambda page: page.name)
 def test_documentation_links_exist(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", page.read_text()):
+    for target, anchor in re.findall(r"\]\(([^)#:]+?)(?:#([^)]*))?\)", page.read_text()):
         assert (page.parent / target).exists(), target
+        if anchor and "." not in anchor:  # an anchor with dots is the name of a documented Python object
+            headings = re.findall(r"^#+ (.*)", (page.parent / target).read_text(), flags=re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\s-]", "", heading).lower().replace(" ", "-") for heading in headings}, target
+
+
+def test_files_in_contributing_exist() -> None:
+    """Every file and folder that CONTRIBUTING.md names in backticks exists, in src/llm2clip or in the repository."""
+    names = re.findall(r"`([\w/.]+(?:\.py|/))`", CONTRIBUTING.read_text())
+    assert len(names) > 40
+    assert [n for n in names if not any((root / n).exists() for root in (ROOT, ROOT / "src/llm2clip"))] == []
