@@ -46,7 +46,8 @@ def test_documentation_links_exist(page: Path) -> None:
         assert (page.parent / target).exists(), target
         if anchor and "." not in anchor:  # an anchor with dots is the name of a documented Python object
             headings = re.findall(r"^#+ (.*)", (page.parent / target).read_text(), flags=re.MULTILINE)
-            assert anchor in {re.sub(r"[^\w\s-]", "", heading).lower().replace(" ", "-") for heading in headings}, target
+            anchors = {re.sub(r"[^\w\s-]", "", heading).lower().replace(" ", "-") for heading in headings}
+            assert anchor in anchors, f"{target}#{anchor}"
 
 
 def test_files_in_contributing_exist() -> None:
