@@ -30,7 +30,8 @@ from typing import Any
 import numpy as np
 
 from llm2clip.data.image_refs import FileImage
-from llm2clip.search.sqlite_backend import DATABASE, SqliteBackend
+from llm2clip.runs.output_folder import INDEX_FILE
+from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import Filter, IndexedContent, IndexedImage
 
 K = 10
@@ -98,7 +99,7 @@ def measure_captions(folder: Path, count: int) -> None:
     rng = np.random.default_rng(0)
     words = np.array(["dog", "狗", "Street", "oranges", *(f"word{n}" for n in range(5000))])
     writer = SqliteBackend(folder, write=True)
-    writer.initialize({"model": "none", "fingerprint": "none", "width": 8})
+    writer.initialize({"model": "none", "fingerprint": "none", "embed_dim": 8})
 
     def add(rows: range) -> None:
         contents, images = [], []
@@ -116,14 +117,14 @@ def measure_captions(folder: Path, count: int) -> None:
     seconds, _ = time_call(lambda: backend._matching_ids(Filter(caption="dog")))
     print(f"{count:,} captions; the first filter, which reads the captions, took {seconds:.1f} s of CPU time\n")
 
-    database = sqlite3.connect(folder / DATABASE)
+    database = sqlite3.connect(folder / INDEX_FILE)
     database.create_function(
         "any_contains",
         2,
         lambda captions, text: any(text.casefold() in caption.casefold() for caption in json.loads(captions)),
         deterministic=True,
     )
-    query = "SELECT DISTINCT content FROM pictures WHERE any_contains(captions, ?) ORDER BY content"
+    query = "SELECT DISTINCT content FROM images WHERE any_contains(captions, ?) ORDER BY content"
     print("| text | images | version 0.1, ms | llm2clip, ms (median of 10) |\n|---|---|---|---|")
     for text in ("DOG", "狗", "photo", "a photo of word"):
         before, rows = time_call(lambda text=text: database.execute(query, (text,)).fetchall())
@@ -158,7 +159,7 @@ def vector_chunks(count: int, dim: int) -> Iterator[np.ndarray]:
 def fill(backend: SqliteBackend, flat: Any, count: int, dim: int) -> float:
     """Fill the faiss index and, if necessary, the local index. Return the seconds spent on the local index."""
     is_filled = backend.count()[1] == count
-    backend.initialize({"model": "none", "fingerprint": "none", "width": dim})
+    backend.initialize({"model": "none", "fingerprint": "none", "embed_dim": dim})
     seconds = 0.0
     for chunk, vectors in enumerate(vector_chunks(count, dim)):
         flat.add(vectors)

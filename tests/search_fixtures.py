@@ -88,7 +88,7 @@ def create_backend(kind: str, folder: Path) -> Backend:
 
 def search_names(backend: Backend, image_filter: Filter | None = None, count: int = 100) -> set[str]:
     """Return the file names of the images that a search with a filter returns."""
-    query = np.eye(int(backend.metadata()["width"]), dtype=np.float32)[0]
+    query = np.eye(int(backend.metadata()["embed_dim"]), dtype=np.float32)[0]
     hits = backend.search(query, count, image_filter or Filter())
     return {Path(image.name).name for hit in hits for image in hit.images}
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from torch._dynamo.exc import TorchDynamoException
@@ -22,7 +21,6 @@ from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.models.precision import CALIBRATION_CAPTIONS, calibrate_precision
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.length_batching import length_batches
-from llm2clip.models.text.lora import LoraTransformer, is_lora_folder, merge_adapter
 from llm2clip.models.text.packing import can_pack, first_token_indices, unfused_attention
 
 TEXTS = ["a dog", "a very long caption about two dogs that run through deep snow near a house", "猫"]
@@ -457,31 +455,10 @@ def test_encode_empty_list(llm: Path) -> None:
     assert CaptionEncoder.from_pretrained(llm, device="cpu").encode([]).shape == (0, 32)
 
 
-def test_folder_with_separate_lora_adapter_opens_and_merges(llm: Path, tmp_path: Path) -> None:
-    """Version 0.1 could save LoRA beside its LLM; such a folder also keeps the direction and depth of the LLM."""
-    encoder = CaptionEncoder.from_pretrained(llm, layers=2, device="cpu")
-    transformer = encoder.st[0]
-    torch.manual_seed(0)
-    transformer.model = get_peft_model(transformer.model, LoraConfig(r=2, target_modules="all-linear"))
-    transformer.__class__ = LoraTransformer
-    for name, weight in transformer.model.named_parameters():
-        if "lora_B" in name:  # zero at first
-            torch.nn.init.normal_(weight, std=0.1)
-    embeddings = encoder.eval().encode(TEXTS)
-    encoder.save_pretrained(tmp_path / "encoder")
-
-    assert is_lora_folder(tmp_path / "encoder")
-    reopened = CaptionEncoder.from_pretrained(tmp_path / "encoder", device="cpu")
-    assert torch.allclose(reopened.encode(TEXTS), embeddings, atol=1e-6)
-    assert reopened.identity()["bidirectional"] and reopened.identity()["layers"] == 2
-    merge_adapter(reopened)
-    assert torch.allclose(reopened.encode(TEXTS), embeddings, atol=1e-5)
-    assert not torch.allclose(CaptionEncoder.from_pretrained(llm, layers=2).encode(TEXTS), embeddings, atol=1e-2)
-
-    (tmp_path / "peft").mkdir()
-    shutil.copy(tmp_path / "encoder/adapter_config.json", tmp_path / "peft")
-    with pytest.raises(ValueError, match="only a PEFT adapter"):
-        CaptionEncoder.from_pretrained(tmp_path / "peft")
+def test_folder_with_only_a_peft_adapter_is_rejected(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"only a PEFT adapter.*llm2clip convert"):
+        CaptionEncoder.from_pretrained(tmp_path)
 
 
 def test_loading_and_saving_show_no_progress_bars(llm: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

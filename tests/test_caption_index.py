@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -72,7 +71,7 @@ def add_image(backend: SqliteBackend, name: str, captions: list[str], content: i
 
 def create_index(folder: Path, count: int) -> SqliteBackend:
     backend = SqliteBackend(folder, write=True)
-    backend.initialize({"model": "m", "fingerprint": "f", "width": DIM})
+    backend.initialize({"model": "m", "fingerprint": "f", "embed_dim": DIM})
     for n in range(count):
         add_image(backend, f"/p/{n}", [f"caption {n}", "common"], n)
     return backend
@@ -195,20 +194,3 @@ def test_filters_do_not_block_other_readers(tmp_path: Path, monkeypatch: pytest.
             finally:
                 may_continue.set()
             assert [hit_id for hit_id, _ in filtered.result(HANG_TIMEOUT)] == ["2"]
-
-
-def test_an_index_without_a_log_is_read_and_upgraded(tmp_path: Path) -> None:
-    """Indexes of version 0.1 have no log of changes."""
-    create_index(tmp_path, 3)._db.executescript(
-        "DROP TRIGGER picture_added; DROP TRIGGER picture_removed; DROP TRIGGER content_removed; DROP TABLE changes;"
-    )
-    reader = SqliteBackend(tmp_path)
-    assert len(hits(reader, Filter(caption="common"))) == 3
-    with sqlite3.connect(tmp_path / "pictures.sqlite") as db:  # version 0.1 writes to the index
-        db.execute("UPDATE pictures SET captions = '[\"common\"]' WHERE name = '/p/1'")
-    db.close()
-    assert len(hits(reader, Filter(caption="caption"))) == 2
-    writer = SqliteBackend(tmp_path, write=True)
-    add_image(writer, "/p/1", ["caption again"], 1)
-    assert len(hits(reader, Filter(caption="caption"))) == 3
-    assert len(hits(SqliteBackend(tmp_path), Filter(caption="caption"))) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from llm2clip.runs import checkpoint as checkpoint_module
 from llm2clip.runs.checkpoint import Checkpoints, MetricsLog, check_finite, latest_checkpoint, read_metrics
+from llm2clip.runs.output_folder import FormatVersionError
 
 
 def make_checkpoints(folder: Path, complete: tuple[int, ...], incomplete: tuple[int, ...] = ()) -> None:
@@ -88,10 +90,15 @@ def set_ranks(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
     monkeypatch.setattr(checkpoint_module, "broadcast_object_list", lambda objects: objects)
 
 
-def test_checkpoints_of_an_older_version_are_rejected(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("marker", "version"), [({}, "no format version"), ({"format_version": 9}, "format version 9")]
+)
+def test_checkpoints_of_another_format_version_are_rejected(
+    marker: dict[str, int], version: str, tmp_path: Path
+) -> None:
     make_checkpoints(tmp_path, complete=(5,))
-    (tmp_path / "checkpoint-5/complete").write_text('{"steps": 20}')
-    with pytest.raises(ValueError, match=r"checkpoint-5 was saved by an older version of llm2clip: delete .* to start"):
+    (tmp_path / "checkpoint-5/complete").write_text(json.dumps(marker))
+    with pytest.raises(FormatVersionError, match=rf"checkpoint-5 has {version}, but.* version 1\. Delete .* to start"):
         Checkpoints(tmp_path)
 
 

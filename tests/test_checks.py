@@ -28,7 +28,7 @@ from llm2clip.models.hub.assets import ASSETS
 )
 def test_wrong_paths_are_reported_without_importing_torch(command: list[str], message: str, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
-    (tmp_path / "photos/pictures.sqlite").touch()
+    (tmp_path / "photos/index.sqlite").touch()
     code = f"import sys; from llm2clip.cli import main; print(main({command!r}), 'torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert run.stdout == "1 False\n"

@@ -25,7 +25,7 @@ from llm2clip.config import (
     ReproduceConfig,
     TuneConfig,
 )
-from llm2clip.runs.run_config import ADDED_SETTINGS, ConfigChangedError, save_or_check_config
+from llm2clip.runs.run_config import ConfigChangedError, save_or_check_config
 from llm2clip.tools.plan.devices import Machine
 from llm2clip.tools.plan.plan import plan_fit
 
@@ -317,18 +317,6 @@ def test_align_settings_may_change_until_align_has_outputs(tmp_path: Path) -> No
     (tmp_path / "align/checkpoints").mkdir(parents=True)
     with pytest.raises(ConfigChangedError, match=r"align\.batch_size: 64 saved, 32 now"):
         save_or_check_config({"tune": {"lr": 1}, "align": {"batch_size": 32}}, tmp_path)
-
-
-def test_run_of_an_earlier_version_resumes_if_its_new_settings_are_off(tmp_path: Path) -> None:
-    (tmp_path / "align/checkpoints").mkdir(parents=True)
-    config = dataclasses.asdict(FitConfig())
-    saved = config | {
-        "align": {name: value for name, value in config["align"].items() if f"align.{name}" not in ADDED_SETTINGS}
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
-    with pytest.raises(ConfigChangedError, match=r"settings \(align\.distill_weight: 0\.0 saved, 1\.0 now\)"):
-        save_or_check_config(config | {"align": config["align"] | {"distill_weight": 1.0}}, tmp_path)
-    save_or_check_config(config, tmp_path)
 
 
 def test_number_of_processes_may_change_if_the_pairs_per_step_stay_the_same(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -16,8 +17,10 @@ from llm2clip.config import AlignConfig
 from llm2clip.data.transforms import Preprocess
 from llm2clip.models.heads import Adapter
 from llm2clip.models.llm2clip import LLM2CLIPConfig, is_model_folder
+from llm2clip.models.prompts import QueryTemplates
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
+from llm2clip.runs.output_folder import FormatVersionError
 
 
 @pytest.fixture
@@ -188,15 +191,14 @@ def test_save_pretrained_replaces_a_model_folder(model: LLM2CLIP, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
-def test_folder_of_version_0_1_opens(model: LLM2CLIP, tmp_path: Path) -> None:
-    folder = model.save_pretrained(tmp_path / "m")
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"text_width": config.pop("text_dim"), "width": config.pop("embed_dim")}
-    config |= {"adapter": "residual", "projection": "linear"}
-    (folder / "config.json").write_text(json.dumps(config))
-    reopened = LLM2CLIP.from_pretrained(folder, device="cpu")
-    assert reopened.config == model.config
-    assert torch.equal(reopened.encode_text(["a dog"]), model.encode_text(["a dog"]))
+@pytest.mark.parametrize("version", [None, 0, 2])
+def test_model_folder_of_another_format_version_is_rejected(model: LLM2CLIP, version: object, tmp_path: Path) -> None:
+    file = model.save_pretrained(tmp_path / "m") / "config.json"
+    config = json.loads(file.read_text())
+    assert config["format_version"] == 1
+    file.write_text(json.dumps(config | {"format_version": version}))
+    with pytest.raises(FormatVersionError, match=r"config\.json has .*only format version 1.*`llm2clip align`"):
+        LLM2CLIP.from_pretrained(tmp_path / "m")
 
 
 def test_model_without_projection_uses_the_towers_output(model: LLM2CLIP, tmp_path: Path) -> None:
@@ -210,24 +212,11 @@ def test_model_without_projection_uses_the_towers_output(model: LLM2CLIP, tmp_pa
         LLM2CLIP(LLM2CLIPConfig(model.tower.config, 32, embed_dim=12, projection=False), model.tower)
 
 
-def test_identity_fields_are_those_of_version_0_1_for_models_with_a_projection(model: LLM2CLIP) -> None:
-    """Search indexes and cached embeddings of earlier versions stay valid."""
-    assert list(model.config.identity_fields()) == [
-        *("tower", "text_width", "width", "adapter_depth", "adapter_expansion", "normalize_input", "projection"),
-        *("projection_bias", "logit_bias", "encoder", "adapter"),
-    ]
-    assert model.config.identity_fields()["projection"] == "linear"
-    without = LLM2CLIPConfig(model.tower.config, 32, projection=False)
-    assert without.identity_fields()["projection"] == "none"
-
-
-@pytest.mark.parametrize(("name", "kind"), [("adapter", "glu"), ("adapter", "none"), ("projection", "glu")])
-def test_unsupported_heads_of_version_0_1_are_rejected(model: LLM2CLIP, name: str, kind: str, tmp_path: Path) -> None:
-    folder = model.save_pretrained(tmp_path / "m")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, name: kind}))
-    with pytest.raises(ValueError, match=rf"config\.json: {name} '{kind}' is no longer supported"):
-        LLM2CLIP.from_pretrained(folder)
+def test_identity_excludes_the_query_templates(model: LLM2CLIP) -> None:
+    """They do not affect embeddings, so that search indexes and cached embeddings stay valid if they change."""
+    with_templates = dataclasses.replace(model.config, query_templates=QueryTemplates(("a photo of {}",)))
+    assert with_templates.identity() == model.config.identity()
+    assert dataclasses.replace(model.config, embed_dim=5).identity() != model.config.identity()
 
 
 @pytest.mark.parametrize("config", ["[" * 3000, "[]", '{"model_type": "llm2clip", "tower": []}', "{", "\xff"])

@@ -22,7 +22,7 @@ RUN_CONFIGS: dict[str, dict[str, Any]] = {
     "reproduce": {"data": "d", "reproduce": ReproduceConfig()},
 }
 MARKERS = {
-    "index": "pictures.sqlite",
+    "index": "index.sqlite",
     "store": "keys-00000.parquet",
     "evaluation": "results.json",
     "model": "config.json",

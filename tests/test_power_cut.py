@@ -201,9 +201,9 @@ def digest(stage: str, out: Path) -> str:
     """Return a hash of the result of a command."""
     total = hashlib.sha256()
     if stage == "index":
-        database = sqlite3.connect(out / "pictures.sqlite")
-        query = """SELECT name, place, captions, stamp, hash, vector, jpeg
-            FROM pictures JOIN contents ON contents.id = content JOIN thumbnails ON thumbnails.id = content
+        database = sqlite3.connect(out / "index.sqlite")
+        query = """SELECT name, location, captions, file_version, hash, vector, jpeg
+            FROM images JOIN contents ON contents.id = content JOIN thumbnails ON thumbnails.id = content
             ORDER BY name"""
         for row in database.execute(query):
             total.update(repr(row).encode())

@@ -1,4 +1,4 @@
-"""Tests of what is specific to the index backends: storage, transactions, read-only folders, old versions."""
+"""Tests of what is specific to the index backends: storage, transactions, read-only folders, format versions."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ import pytest
 from llm2clip.data.image_refs import DatasetImage, FileImage, ImageRef, ParquetImage, TarImage
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.runs.lock import FolderInUseError
+from llm2clip.runs.output_folder import FormatVersionError
 from llm2clip.search.backends import open_backend
 from llm2clip.search.sqlite_backend import SqliteBackend
-from llm2clip.search.types import Filter, IndexedContent, IndexedImage, ref_from_json, ref_to_json
+from llm2clip.search.types import IndexedContent, IndexedImage, ref_from_json, ref_to_json
 from search_fixtures import index_sources, search_names
 
-# How version 0.1 stored references: indexes with these must open.
-VERSION_0_1_REFS = (
+# References as they are stored in an index: a class must keep its name there even if it is renamed.
+STORED_REFS = (
     (FileImage("/a b"), '["FileImage", {"path": "/a b"}]'),
     (TarImage("/t.tar", 512, 9, "n"), '["TarImage", {"path": "/t.tar", "offset": 512, "size": 9, "name": "n"}]'),
     (
@@ -32,22 +33,10 @@ VERSION_0_1_REFS = (
         '["DatasetImage", {"folder": "/d", "split": "train", "row": 3, "column": "image", "digest": ""}]',
     ),
 )
-# The tables of version 0.1.
-VERSION_0_1_SCHEMA = """
-CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE contents (
-  id INTEGER PRIMARY KEY AUTOINCREMENT, hash BLOB NOT NULL UNIQUE, vector BLOB NOT NULL, largest REAL NOT NULL,
-  width INTEGER NOT NULL, height INTEGER NOT NULL);
-CREATE TABLE thumbnails (id INTEGER PRIMARY KEY REFERENCES contents(id) ON DELETE CASCADE, jpeg BLOB NOT NULL);
-CREATE TABLE pictures (
-  name TEXT PRIMARY KEY, content INTEGER NOT NULL REFERENCES contents(id), place TEXT NOT NULL, source TEXT NOT NULL,
-  stamp TEXT NOT NULL, captions TEXT NOT NULL, taken REAL NOT NULL);
-PRAGMA user_version = 1;
-"""
 
 
-@pytest.mark.parametrize(("ref", "text"), VERSION_0_1_REFS)
-def test_ref_to_json_keeps_the_form_of_version_0_1(ref: ImageRef, text: str) -> None:
+@pytest.mark.parametrize(("ref", "text"), STORED_REFS)
+def test_ref_to_json_matches_the_stored_form(ref: ImageRef, text: str) -> None:
     assert ref_to_json(ref) == text
     assert ref_from_json(text) == ref
 
@@ -57,23 +46,14 @@ def test_ref_from_json_rejects_unknown_types() -> None:
         ref_from_json('["Popen", {}]')
 
 
-def test_sqlite_backend_opens_an_index_of_version_0_1(tmp_path: Path) -> None:
-    vector = np.array([1, 0, 0, 0], dtype="<f2")
-    with sqlite3.connect(tmp_path / "pictures.sqlite") as db:
-        db.executescript(VERSION_0_1_SCHEMA)
-        metadata = [("model", '"m"'), ("fingerprint", '"f"'), ("width", "4")]
-        db.executemany("INSERT INTO about VALUES (?, ?)", metadata)
-        db.execute("INSERT INTO contents VALUES (1, x'aa', ?, 1.0, 40, 30)", (vector.tobytes(),))
-        db.execute("INSERT INTO thumbnails VALUES (1, x'ffd8')")
-        row = ("/p/a.jpg", 1, '["FileImage", {"path": "/p/a.jpg"}]', "/p", "9 1", '["a dog"]', 5.0)
-        db.execute("INSERT INTO pictures VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+@pytest.mark.parametrize("version", [2, 99])
+def test_sqlite_backend_rejects_other_format_versions(version: int, tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "index.sqlite") as db:
+        db.execute(f"PRAGMA user_version = {version}")
     db.close()
-    backend = SqliteBackend(tmp_path)
-    assert backend.metadata() == {"model": "m", "fingerprint": "f", "width": 4}
-    (hit,) = backend.search(np.eye(4, dtype=np.float32)[0], 5, Filter(path="/p", caption="DOG", min_side=30))
-    assert (hit.id, hit.score, hit.width, hit.height) == ("1", 1.0, 40, 30)
-    assert hit.images == (IndexedImage("/p/a.jpg", FileImage("/p/a.jpg"), "/p", "9 1", ("a dog",), 5.0),)
-    assert backend.thumbnail("1") == b"\xff\xd8"
+    for write in (False, True):
+        with pytest.raises(FormatVersionError, match=rf"format version {version}, but.* version 1.*`llm2clip index`"):
+            SqliteBackend(tmp_path, write)
 
 
 def test_sqlite_backend_adds_a_batch_completely_or_not_at_all(tmp_path: Path) -> None:
@@ -107,7 +87,7 @@ def test_sqlite_backend_reads_from_a_read_only_folder(
         writer._db.close()
         reader = SqliteBackend(folder)
         assert search_names(reader) >= {"1.png", "5.png", "old.jpg"}
-        assert {file.name for file in folder.iterdir()} <= {"pictures.sqlite", ".lock"}
+        assert {file.name for file in folder.iterdir()} <= {"index.sqlite", ".lock"}
     (photos / "1.png").unlink()
     writer = SqliteBackend(folder, write=True)
     index_sources([photos], dual_encoder, writer)
@@ -123,16 +103,16 @@ def test_sqlite_backend_creates_private_files(photos: Path, dual_encoder: DualEn
         backend = SqliteBackend(folder, write=True, approximate_above=3)
         index_sources([photos], dual_encoder, backend)
         modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir() if file.name != ".lock"}
-        assert modes.pop("graph.usearch") == modes.pop("graph.json") == modes.pop("pictures.sqlite") == 0o600
+        assert modes.pop("graph.usearch") == modes.pop("graph.json") == modes.pop("index.sqlite") == 0o600
         assert set(modes.values()) <= {0o600}
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
         folder.chmod(0o755)  # an existing index stays as it is
-        (folder / "pictures.sqlite").chmod(0o644)
+        (folder / "index.sqlite").chmod(0o644)
         (photos / "1.png").unlink()
         index_sources([photos], dual_encoder, SqliteBackend(folder, write=True, approximate_above=3))
         assert stat.S_IMODE(folder.stat().st_mode) == 0o755
-        for name in ("graph.usearch", "graph.json", "pictures.sqlite"):
+        for name in ("graph.usearch", "graph.json", "index.sqlite"):
             assert stat.S_IMODE((folder / name).stat().st_mode) == 0o644
     finally:
         os.umask(mask)

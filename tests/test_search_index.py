@@ -77,7 +77,7 @@ def test_build_index_rejects_another_model(
 
     backend = SqliteBackend(tmp_path / "index", write=True)
     index_sources([photos], dual_encoder, backend)
-    backend.initialize({"model": dual_encoder.name, "fingerprint": "0", "width": 16})  # same name, other weights
+    backend.initialize({"model": dual_encoder.name, "fingerprint": "0", "embed_dim": 16})  # same name, other weights
     with pytest.raises(ValueError, match="built with a different model"):
         index_sources([photos], dual_encoder, backend)
     assert main(["search", str(tmp_path / "index"), "a"]) == 1
@@ -484,7 +484,7 @@ def test_hits_contain_only_some_of_many_locations(
         (root / str(n)).mkdir(parents=True)
         shutil.copy(image_folder / "0.png", root / f"{n}/{n}.png")
     index_sources([root], dual_encoder, backend)
-    query = np.eye(int(backend.metadata()["width"]), dtype=np.float32)[0]
+    query = np.eye(int(backend.metadata()["embed_dim"]), dtype=np.float32)[0]
     for folder, expected in ((root, ["0.png", "1.png", "2.png"]), (root / "5", ["5.png", "0.png", "1.png"])):
         [hit] = backend.search(query, 5, Filter(path=str(folder)))
         assert [Path(image.name).name for image in hit.images] == expected

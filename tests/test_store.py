@@ -25,6 +25,7 @@ from llm2clip.io_utils import atomic_path
 from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.runs.lock import FolderInUseError, folder_lock
+from llm2clip.runs.output_folder import FormatVersionError
 from llm2clip.store.dedup import PendingCaptions, ingest
 from llm2clip.store.encode import embed
 from llm2clip.store.key_index import KeyIndex, build_key_index, sorted_partitions, split_keys
@@ -54,19 +55,27 @@ def test_store_finds_embeddings_by_caption_in_any_order(encoder: CaptionEncoder,
 
 
 def test_store_opens_the_documented_layout(tmp_path: Path) -> None:
-    """The files of version 0.1, written without any code of the store."""
+    """The files are written without any code of the store."""
     captions, embeddings = ["a dog", "two cats"], np.array([[1, 2, 3], [4, 5, 6]], np.float16)
     np.save(tmp_path / "embeddings-00000.npy", embeddings)
     file_digest = hashlib.sha256((tmp_path / "embeddings-00000.npy").read_bytes()).digest()
     sha256 = hashlib.sha256(file_digest).hexdigest()
-    metadata = {"sha256": sha256, "rows": "2", "width": "3", "dtype": "float16", "identity": json.dumps(IDENTITY)}
+    metadata = {
+        "format_version": "1",
+        "sha256": sha256,
+        "rows": "2",
+        "embed_dim": "3",
+        "dtype": "float16",
+        "identity": json.dumps(IDENTITY),
+    }
     keys = pa.array([hashlib.sha256(caption.encode()).digest()[:16] for caption in captions], pa.binary(16))
     table = pa.table({"key": keys, "tokens": pa.array([2, 3], pa.int32())}).replace_schema_metadata(metadata)
     pq.write_table(table, tmp_path / "keys-00000.parquet", write_page_checksum=True)
     manifest = {
+        "format_version": 1,
         "fingerprint": fingerprint(IDENTITY),
         "identity": IDENTITY,
-        "width": 3,
+        "embed_dim": 3,
         "dtype": "float16",
         "captions": 2,
         "shards": [{"number": 0, "start": 0, "rows": 2, "sha256": sha256}],
@@ -362,7 +371,7 @@ def test_writer_rejects_another_dtype_or_dimension(tmp_path: Path) -> None:
     StoreWriter(tmp_path, IDENTITY, 4, "int8")
     with pytest.raises(StoreError, match="has dtype int8, not float16"):
         StoreWriter(tmp_path, IDENTITY, 4)
-    with pytest.raises(StoreError, match="has width 4, not 3"):
+    with pytest.raises(StoreError, match="has embed_dim 4, not 3"):
         StoreWriter(tmp_path, IDENTITY, 3, "int8")
 
 
@@ -473,7 +482,7 @@ def test_verify_detects_any_flipped_bit_that_matters(tmp_path: Path) -> None:
                 store = EmbeddingStore(folder)
                 store.verify()
                 assert np.array_equal(store.take(store.rows(texts)), before), (path, at)
-            except StoreError:
+            except (StoreError, FormatVersionError):
                 detected += 1
             repair_store(folder)
             EmbeddingStore(folder).verify()
@@ -492,6 +501,28 @@ def test_store_rebuilds_a_missing_or_damaged_index(encoder: CaptionEncoder, tmp_
             index.write_bytes(damaged)
         assert EmbeddingStore(tmp_path).rows(CAPTIONS).tolist() == store.rows(CAPTIONS).tolist()
         assert index.read_bytes() == content
+
+
+def test_store_of_another_format_version_is_rejected_and_not_repaired(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path, IDENTITY, 1)
+    writer.write(0, ["a"], [1], np.ones((1, 1)))
+    writer.finish()
+    manifest = tmp_path / "manifest.json"
+    change(manifest, '"format_version": 1', '"format_version": 2')
+    message = r"has format version 2, but.* version 1\. Delete it and create it again with `llm2clip embed`"
+    for open_store in (EmbeddingStore, lambda folder: StoreWriter(folder, IDENTITY, 1)):
+        with pytest.raises(FormatVersionError, match=message):
+            open_store(tmp_path)
+    keys = tmp_path / "keys-00000.parquet"
+    table = pq.read_table(keys)
+    metadata = table.schema.metadata
+    pq.write_table(table.replace_schema_metadata(metadata | {b"format_version": b"2"}), keys)
+    with pytest.raises(FormatVersionError, match=message):
+        repair_store(tmp_path)
+    assert keys.exists()
+    pq.write_table(table, keys)  # as if a single bit of the manifest were damaged
+    repair_store(tmp_path)
+    assert "a" in EmbeddingStore(tmp_path)
 
 
 def test_repair_without_manifest_keeps_the_encoder_of_most_shards(tmp_path: Path) -> None:
@@ -513,7 +544,6 @@ def test_repair_deletes_leftovers_of_killed_processes(encoder: CaptionEncoder, t
     leftovers = {
         "embeddings-00009.npy",
         ".keys-00009.77.part.parquet",
-        ".keys-00009.parquet.77.tmp",  # version 0.1
         ".index-1.npy-xyz",
         ".index-2.npy-xyz",
     }
@@ -566,7 +596,7 @@ def test_merge_links_or_copies_each_shard_once(tmp_path: Path, monkeypatch: pyte
         assert store.take(store.rows(["b", "a"])).tolist() == [[1, 1], [1, 1]]
         store.verify()
     for other, message in (
-        ("wide", r"wide has width 3, .*a has 2$"),
+        ("wide", r"wide has embed_dim 3, .*a has 2$"),
         ("half", r"half has dtype float16, .*a has int8$"),
     ):
         with pytest.raises(StoreError, match=message):

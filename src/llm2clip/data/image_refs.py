@@ -309,8 +309,8 @@ def _real_path(folder: str) -> str:
 def file_version(path: str) -> tuple[tuple[int, int], ...]:
     """Return the sizes and modification times (in ns) of a file, or of all files in a folder and its subfolders.
 
-    They are part of cache keys and of the stamps in an index, so that stale entries are never used. The modification
-    time of a folder alone does not change if a file in it is overwritten.
+    They are part of cache keys and of an index, so that stale entries are never used. The modification time of a folder
+    alone does not change if a file in it is overwritten.
     """
     files = [path]
     if os.path.isdir(path):

@@ -59,15 +59,10 @@ class Preprocess:
         return _resize_size(self.size, self.crop_pct)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the contents of a preprocessor_config.json for transformers, with the exact crop_pct added.
-
-        `crop_rounding` is added only if it is "down": the config is part of the identity of models and feature stores,
-        and those of timm towers must stay valid.
-        """
+        """Return the contents of a preprocessor_config.json for transformers, with crop_pct and crop_rounding added."""
         if self.resize == "patches":
             return self._naflex_dict()
         side = self.resize_size
-        rounding = {"crop_rounding": "down"} if self.crop_rounding == "down" else {}
         return {
             "image_processor_type": "CLIPImageProcessor",
             "do_convert_rgb": True,
@@ -82,7 +77,7 @@ class Preprocess:
             "image_mean": list(self.mean),
             "image_std": list(self.std),
             "crop_pct": self.crop_pct,
-            **rounding,
+            "crop_rounding": self.crop_rounding,
         }
 
     def _naflex_dict(self) -> dict[str, Any]:
@@ -139,8 +134,6 @@ class Preprocess:
         resize_size = _square_side(resize_config)
         size = _square_side(config["crop_size"]) if config.get("do_center_crop") else resize_size
         crop_pct = config.get("crop_pct")
-        # The config of an image processor contains neither entry. Version 0.2 always rounded to even.
-        crop_rounding = config.get("crop_rounding", "half_even" if "crop_pct" in config else "down")
         # In some transformers image processors, crop_pct has a different meaning and is inconsistent with the sizes.
         if not crop_pct or _resize_size(size, crop_pct) != resize_size:
             crop_pct = size / resize_size
@@ -151,7 +144,7 @@ class Preprocess:
             interpolation=_interpolation(int(config.get("resample", 3))),
             mean=_channels(config, "image_mean"),
             std=_channels(config, "image_std"),
-            crop_rounding=crop_rounding,
+            crop_rounding=config.get("crop_rounding", "down"),  # image processors of transformers round down
         )
 
 

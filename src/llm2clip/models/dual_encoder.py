@@ -153,7 +153,7 @@ def from_llm2clip(model: LLM2CLIP, name: str, precision: str | None = None) -> D
     return DualEncoder(
         name=name,
         embed_dim=model.config.embed_dim,
-        identity=lambda: {"llm2clip": model.config.identity_fields(), "weights": hash_weights(model)},
+        identity=lambda: {"llm2clip": model.config.identity(), "weights": hash_weights(model)},
         transform=EvalTransform(model.tower.preprocess),
         encode_images_raw=encode_images,
         encode_texts_raw=lambda texts, progress: model.encode_text(texts, progress, text_precision()),

@@ -45,6 +45,7 @@ from llm2clip.models.vision.dense import build_dense_encoder
 from llm2clip.models.vision.regions import check_boxes, check_masks, encode_boxes, encode_masks
 from llm2clip.models.vision.sliding_window import ResizeForWindows, encode_windows, segment
 from llm2clip.models.vision.vision_tower import VisionTower
+from llm2clip.runs.output_folder import check_format_version
 
 MAX_LOGIT_SCALE = 100.0  # in training
 # Initial standard deviation of a projection with bias, as in the LLM2CLIP authors' code (eva_vit_model.py: 0.02 times
@@ -55,10 +56,7 @@ SMALL_PROJECTION_STD = 2e-5
 _TOWERS_WITH_PROJECTION_BIAS = ("eva",)
 # Files that are downloaded from the hub: configs, weights, tokenizers and model cards, but no pickles and no code.
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", TRAINING_IMAGES_FILE)
-# Fields of config.json that have been renamed since version 0.1: old name -> new name.
-_RENAMED_FIELDS = {"text_width": "text_dim", "width": "embed_dim"}
-# Fields of the heads in config.json, each with the only supported value. Version 0.1 supported other values, too.
-_SUPPORTED_HEADS = {"adapter": "residual", "projection": "linear"}
+FORMAT_VERSION = 1  # of model folders
 
 
 @dataclass
@@ -121,34 +119,21 @@ class LLM2CLIPConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LLM2CLIPConfig:
-        """Create a config from the contents of config.json. Files written by version 0.1 are also supported.
+        """Create a config from the contents of config.json.
 
         Raises:
-            ValueError: the model has a type of head that only version 0.1 supports.
+            ValueError: the query templates are invalid.
         """
-        for name, supported in _SUPPORTED_HEADS.items():
-            kind = values.get(name, supported)
-            if isinstance(kind, str) and kind != supported:
-                raise ValueError(
-                    f"{name} {kind!r} is no longer supported. Run `llm2clip align` again to train a {supported} {name}"
-                )
-        values = {_RENAMED_FIELDS.get(name, name): value for name, value in values.items()}
-        if isinstance(values.get("projection"), str):  # version 0.1 stored the type of projection
-            values["projection"] = True
-        if "query_templates" in values:
-            values["query_templates"] = QueryTemplates.from_dict(values["query_templates"])
-        return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+        fields = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
+        if "query_templates" in fields:
+            fields["query_templates"] = QueryTemplates.from_dict(fields["query_templates"])
+        return cls(**fields)
 
-    def identity_fields(self) -> dict[str, Any]:
-        """Return the config as a dict that is part of the model's identity.
-
-        The keys are the field names of version 0.1, so that its search indexes and cached embeddings stay valid.
-        """
-        old_names = {new: old for old, new in _RENAMED_FIELDS.items()}
-        fields = {old_names.get(name, name): value for name, value in dataclasses.asdict(self).items()}
-        del fields["query_templates"]  # does not affect embeddings
-        heads = _SUPPORTED_HEADS if self.projection else {**_SUPPORTED_HEADS, "projection": "none"}
-        return fields | heads
+    def identity(self) -> dict[str, Any]:
+        """Return all fields that affect embeddings, as part of the model's identity."""
+        fields = dataclasses.asdict(self)
+        del fields["query_templates"]
+        return fields
 
 
 class LLM2CLIP(nn.Module):
@@ -600,7 +585,7 @@ class LLM2CLIP(nn.Module):
         return folder
 
     def _write_config_and_weights(self, folder: Path) -> None:
-        config = {"model_type": "llm2clip", **dataclasses.asdict(self.config)}
+        config = {"model_type": "llm2clip", "format_version": FORMAT_VERSION, **dataclasses.asdict(self.config)}
         config["encoder_fingerprint"] = fingerprint(self.config.encoder)  # lets users compare folders; not read by code
         (folder / "config.json").write_text(json.dumps(config, indent=1))
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
@@ -621,7 +606,7 @@ class LLM2CLIP(nn.Module):
 
         Raises:
             FileNotFoundError: the model does not exist.
-            ValueError: the folder is damaged, or does not contain an llm2clip model that this version supports.
+            ValueError: the folder is damaged, does not contain an llm2clip model, or has another format version.
         """
         folder = Path(path)
         if not folder.is_dir():
@@ -632,6 +617,8 @@ class LLM2CLIP(nn.Module):
         values = read_json_object(file)
         if values.get("model_type") != "llm2clip":
             raise ValueError(f"{file}: model_type is {values.get('model_type')!r}, not 'llm2clip'")
+        advice = "Create the model again with `llm2clip align` or `llm2clip convert`"
+        check_format_version(file, values.get("format_version"), FORMAT_VERSION, advice)
         try:
             config = LLM2CLIPConfig.from_dict(values)
             model = cls(config, VisionTower.from_config(config.tower))

@@ -22,13 +22,13 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from llm2clip.io_utils import atomic_write_jsonl, atomic_write_text, fsync_file, fsync_folder, restore_mode
 from llm2clip.progress import ProgressBar
+from llm2clip.runs.output_folder import check_format_version
 from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
-from llm2clip.runs.run_config import ADDED_SETTINGS
 
 PREFIX = "checkpoint-"  # also used by the Trainer in transformers
 COMPLETE_MARKER = "complete"
 MAX_CHECKPOINTS = 2  # older checkpoints are removed
-FORMAT = 2  # format of the files in a checkpoint
+FORMAT_VERSION = 1  # of checkpoints
 
 
 class Checkpoints:
@@ -52,8 +52,8 @@ class Checkpoints:
                 setting.
 
         Raises:
-            ValueError: The latest checkpoint was saved by an older version, or is not visible on this rank. Also raised
-                if all checkpoints are damaged.
+            ValueError: The latest checkpoint has another format version or is not visible on this rank, or all
+                checkpoints are damaged.
         """
         self.folder, self.batch_size = folder, batch_size
         state = process_state()
@@ -74,10 +74,8 @@ class Checkpoints:
             if not (latest / COMPLETE_MARKER).exists():
                 raise ValueError(f"{latest} is not visible on all ranks: put the run directory on a shared disk")
             self._marker = json.loads((latest / COMPLETE_MARKER).read_text())
-            if self._marker.get("format") != FORMAT:
-                raise ValueError(
-                    f"{latest} was saved by an older version of llm2clip: delete {folder} to start this stage over"
-                )
+            advice = f"Delete {folder} to start this stage over"
+            check_format_version(latest, self._marker.get("format_version"), FORMAT_VERSION, advice)
         self.latest: Path | None = latest
         self.step = 0 if latest is None else checkpoint_step(latest)
 
@@ -126,7 +124,7 @@ class Checkpoints:
         self._signature = dict(signature)
         if self.latest is None:
             return
-        saved = {f"--{name}": value for name, value in ADDED_SETTINGS.items()} | self._marker["signature"]
+        saved = self._marker["signature"]
         changes = [
             f"{name}: {saved.get(name)} then, {value} now"
             for name, value in signature.items()
@@ -295,7 +293,7 @@ def _mark_complete(checkpoint: Path, run: Mapping[str, Any]) -> None:
         sizes[name] = (checkpoint / name).stat().st_size
     fsync_folder(checkpoint)
     fsync_folder(checkpoint.parent)
-    atomic_write_text(checkpoint / COMPLETE_MARKER, json.dumps({"format": FORMAT, "files": sizes, **run}))
+    atomic_write_text(checkpoint / COMPLETE_MARKER, json.dumps({"format_version": FORMAT_VERSION, "files": sizes, **run}))
 
 
 def _set_damaged_aside(folder: Path) -> Path | None:

@@ -1,4 +1,8 @@
-"""Kinds of output folders, so that a command neither writes into a folder of another kind nor reads it as data."""
+"""Kinds of output folders, and the versions of their file formats.
+
+A command neither writes into a folder of another kind nor reads it as data. It reads a folder only if the folder has
+the supported format version.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,8 @@ import yaml
 
 from llm2clip.runs.run_config import CONFIG_FILE
 
+INDEX_FILE, MANIFEST = "index.sqlite", "manifest.json"  # of an index and of an embedding store
+
 KINDS = {
     "fit": "a run directory of `llm2clip fit`",
     "tune": "a run directory of `llm2clip tune`",
@@ -26,15 +32,15 @@ KINDS = {
 }
 # Kind -> files and folders, as glob patterns, of which a folder of this kind contains at least one.
 _CONTENTS = {
-    "index": ("pictures.sqlite",),
-    "store": ("manifest.json", "keys-*.parquet"),
+    "index": (INDEX_FILE,),
+    "store": (MANIFEST, "keys-*.parquet"),
     "evaluation": ("results.json", "vectors", "skipped", "answers"),
     "model": ("config.json", "open_clip_config.json", "text.onnx"),
 }
 # Kinds of folders with files that look like data -> glob patterns, all of which match files in a folder of this kind.
 _NOT_DATA = {
     "a run directory": (CONFIG_FILE, "skipped.jsonl"),
-    "an embedding store": ("manifest.json", "keys-*.parquet"),
+    "an embedding store": (MANIFEST, "keys-*.parquet"),
 }
 _RUN_SECTIONS = ("llava", "reproduce", "embed", "align", "tune")  # the first one in a run's config tells its kind
 _OWN_FILES = ("skipped.jsonl", "metrics.jsonl")
@@ -43,6 +49,29 @@ _DATA_SUFFIXES = {
     *(".tar", ".parquet", ".arrow", ".csv", ".tsv", ".jsonl"),
 }
 _MAX_ENTRIES = 1000  # number of files and folders to look at per folder
+
+
+class FormatVersionError(ValueError):
+    """A file was written by a version of llm2clip that uses a different file format."""
+
+
+def check_format_version(path: str | Path, version: object, supported: int, advice: str) -> None:
+    """Check that a file or folder has the format version that this version of llm2clip reads.
+
+    Args:
+        path: File or folder, for the error message.
+        version: Format version in the file, or None if the file does not contain one.
+        supported: Supported format version.
+        advice: How to create the file again, for the error message.
+
+    Raises:
+        FormatVersionError: The versions differ.
+    """
+    if version != supported:
+        actual = "no format version" if version is None else f"format version {version}"
+        raise FormatVersionError(
+            f"{path} has {actual}, but this version of llm2clip reads only format version {supported}. {advice}"
+        )
 
 
 def check_output_folder(path: str | Path, kind: str) -> None:

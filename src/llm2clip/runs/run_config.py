@@ -28,10 +28,6 @@ RESUME_SAFE = (
     "cost_steps",
 )
 
-# Settings added in later versions -> value that matches the behaviour of earlier versions, so that their runs can be
-# resumed.
-ADDED_SETTINGS = {"align.inherit": False, "align.distill_weight": 0.0}
-
 # First line of the file if the config contains settings of the `tune` stage, whose batch size is per process.
 PROCESSES_LINE = "# Number of processes in the tune stage: {}\n"
 
@@ -122,5 +118,5 @@ def _differences(saved: Any, new: Any, name: str = "") -> list[tuple[str, Any, A
     differences = []
     for key in [*saved, *(key for key in new if key not in saved)]:
         dotted = f"{name}.{key}" if name else key
-        differences += _differences(saved.get(key, ADDED_SETTINGS.get(dotted)), new.get(key), dotted)
+        differences += _differences(saved.get(key), new.get(key), dotted)
     return differences

@@ -17,7 +17,8 @@ from llm2clip.extras import install_command
 from llm2clip.search.types import Filter, Hit, ImageState, IndexedContent, IndexedImage
 
 QDRANT_PREFIX = "qdrant+"
-DATABASE = "pictures.sqlite"  # file name of a local index
+FORMAT_VERSION = 1  # of indexes
+NEW_INDEX_ADVICE = "Build a new index with `llm2clip index`, with another --out"
 
 
 class Backend(Protocol):
@@ -33,7 +34,7 @@ class Backend(Protocol):
     def metadata(self) -> dict[str, Any]:
         """Return the metadata of the index, or an empty dict if `initialize` has not been called.
 
-        The keys are `model` (name of the model), `fingerprint` (of the model) and `width` (embedding dimension).
+        The keys are `model` (name of the model), `fingerprint` (of the model) and `embed_dim`.
         """
         ...
 

@@ -24,7 +24,7 @@ from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.progress import ProgressBar
 from llm2clip.search.backends import Backend
-from llm2clip.search.scan import digest_and_date, file_stamp, scan_sources
+from llm2clip.search.scan import digest_and_date, format_file_version, scan_sources
 from llm2clip.search.types import ImageState, IndexedContent, IndexedImage
 
 THUMBNAIL_SIDE = 256  # length of the longer side, in pixels
@@ -109,7 +109,7 @@ def build_index(
         indexed = {name: state for states in indexed_by_source.values() for name, state in states.items()}
         to_add = []
         for image in images.values():
-            if indexed.get(image.name) != ImageState(image.stamp, image.captions):
+            if indexed.get(image.name) != ImageState(image.file_version, image.captions):
                 to_add.append(image)
         added, embedded = _add_images(to_add, model, backend, log, batch_size, workers)
         log.check()  # raise an error before any image is removed
@@ -117,7 +117,7 @@ def build_index(
         folders = [f"{source.path.rstrip('/')}/" for source in parsed if os.path.isdir(source.path)]
         deleted = []
         for name, state in indexed.items():
-            if name not in images and not _is_unchanged_file(name, state.stamp, folders):
+            if name not in images and not _is_unchanged_file(name, state.file_version, folders):
                 deleted.append(name)
         if not prune:
             for source, states in indexed_by_source.items():
@@ -163,7 +163,7 @@ def check_model(metadata: Mapping[str, Any], model: DualEncoder) -> None:
 
 def _metadata_of(model: DualEncoder) -> dict[str, Any]:
     name = os.path.abspath(model.name) if os.path.isdir(model.name) else model.name
-    return {"model": name, "fingerprint": fingerprint(model.identity()), "width": model.embed_dim}
+    return {"model": name, "fingerprint": fingerprint(model.identity()), "embed_dim": model.embed_dim}
 
 
 def _parse_source(text: str, columns: dict[str, str]) -> Source:
@@ -175,7 +175,7 @@ def _parse_source(text: str, columns: dict[str, str]) -> Source:
     return dataclasses.replace(source, path=path, columns={**source.columns, **columns})
 
 
-def _is_unchanged_file(name: str, stamp: str, folders: Sequence[str]) -> bool:
+def _is_unchanged_file(name: str, file_version: str, folders: Sequence[str]) -> bool:
     """Return True if an image that the scan did not find is still an unchanged file in one of the folders.
 
     In this case, the scan missed the file because of a read error, and the image must not be removed from the index.
@@ -184,7 +184,7 @@ def _is_unchanged_file(name: str, stamp: str, folders: Sequence[str]) -> bool:
         stat = os.stat(name)
     except (OSError, ValueError):
         return False
-    return stamp == file_stamp(stat) and any(name.startswith(folder) for folder in folders)
+    return file_version == format_file_version(stat) and any(name.startswith(folder) for folder in folders)
 
 
 def _add_images(

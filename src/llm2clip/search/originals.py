@@ -10,7 +10,7 @@ from PIL import Image
 from llm2clip.data.image_header import open_header
 from llm2clip.data.image_refs import FileImage
 from llm2clip.search.backends import Backend
-from llm2clip.search.scan import container_stamp, file_stamp
+from llm2clip.search.scan import container_version, format_file_version
 from llm2clip.search.types import IndexedImage
 
 
@@ -45,9 +45,9 @@ def _open_unchanged(image: IndexedImage) -> BinaryIO:
         FileNotFoundError: The file no longer exists or has been replaced by another file.
     """
     path = image.ref.container_path or ""
-    if container_stamp(path) != image.stamp:  # checked first, because opening a named pipe would block
+    if container_version(path) != image.file_version:  # checked first, because opening a named pipe would block
         raise FileNotFoundError(f"{path} has changed since it was indexed")
     stream = image.ref.open()
-    if isinstance(image.ref, FileImage) and file_stamp(os.fstat(stream.fileno())) != image.stamp:
+    if isinstance(image.ref, FileImage) and format_file_version(os.fstat(stream.fileno())) != image.file_version:
         raise FileNotFoundError(f"{path} has changed since it was indexed")
     return stream

@@ -21,6 +21,8 @@ from urllib.parse import urlsplit
 import numpy as np
 from qdrant_client import QdrantClient, models
 
+from llm2clip.runs.output_folder import check_format_version
+from llm2clip.search.backends import FORMAT_VERSION, NEW_INDEX_ADVICE
 from llm2clip.search.types import (
     MAX_LOCATIONS,
     Filter,
@@ -37,15 +39,14 @@ from llm2clip.search.types import (
 METADATA_KEY = b"llm2clip"
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 PAGE_SIZE = 1000  # points per request
-# Payload fields used by filters. They have the same names as in version 0.1, so that existing collections can still be
-# opened. "within" lists the folders and files that contain an image, and "side" is the length of the shorter side in
-# pixels.
+# Payload fields used by filters. "paths" lists the folders and files that contain an image, and "shorter_side" is a
+# length in pixels.
 PAYLOAD_INDEXES: dict[str, models.PayloadSchemaType | models.TextIndexParams] = {
     "sources": models.PayloadSchemaType.KEYWORD,
     "names": models.PayloadSchemaType.KEYWORD,
-    "within": models.PayloadSchemaType.KEYWORD,
+    "paths": models.PayloadSchemaType.KEYWORD,
     "taken": models.PayloadSchemaType.FLOAT,
-    "side": models.PayloadSchemaType.INTEGER,
+    "shorter_side": models.PayloadSchemaType.INTEGER,
     "captions": models.TextIndexParams(type=models.TextIndexType.TEXT, phrase_matching=True),
 }
 WITHOUT_THUMBNAIL = models.PayloadSelectorExclude(exclude=["thumbnail"])
@@ -72,6 +73,7 @@ class QdrantBackend:
             ValueError: The URL does not have the form `http(s)://HOST:PORT/COLLECTION`, or the API key would be sent
                 without encryption.
             FileNotFoundError: `write` is False, and the collection does not exist or does not contain an index.
+            FormatVersionError: The index has another format version.
             OSError: The server does not respond.
         """
         match = re.fullmatch(r"(https?://[^/]+)/([\w-]+)", url)
@@ -103,28 +105,32 @@ class QdrantBackend:
         if not self.client.collection_exists(self.collection):
             return {}
         points = self.client.retrieve(self.collection, [_point_id(METADATA_KEY)], with_payload=True)
-        return dict((points[0].payload or {})["about"]) if points else {}
+        if not points:
+            return {}
+        payload = points[0].payload or {}
+        check_format_version(self.collection, payload.get("format_version"), FORMAT_VERSION, NEW_INDEX_ADVICE)
+        return dict(payload["metadata"])
 
     def initialize(self, metadata: Mapping[str, Any]) -> None:
-        dim = int(metadata["width"])
+        dim = int(metadata["embed_dim"])
         if not self.client.collection_exists(self.collection):
             vectors = models.VectorParams(size=dim, distance=models.Distance.DOT, datatype=models.Datatype.FLOAT16)
             self.client.create_collection(self.collection, vectors_config=vectors)
             for field, schema in PAYLOAD_INDEXES.items():
                 self.client.create_payload_index(self.collection, field, schema)
-        payload = {"about": dict(metadata)}
+        payload = {"format_version": FORMAT_VERSION, "metadata": dict(metadata)}
         point = models.PointStruct(id=_point_id(METADATA_KEY), vector=[0.0] * dim, payload=payload)
         self.client.upsert(self.collection, [point])
 
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
         conditions: list[Any] = [
-            models.FieldCondition(key=key, match=models.MatchAny(any=list(sources))) for key in ("sources", "within")
+            models.FieldCondition(key=key, match=models.MatchAny(any=list(sources))) for key in ("sources", "paths")
         ]
         states = {}
         for point in self._scroll(models.Filter(should=conditions, must_not=[_metadata_point()])):
             for image in _images(point.payload):  # a point matches if any of its images does, so check each image
                 if image.source in sources or not set(_containing_paths(image)).isdisjoint(sources):
-                    states[image.name] = ImageState(image.stamp, image.captions)
+                    states[image.name] = ImageState(image.file_version, image.captions)
         return states
 
     def existing(self, hashes: Iterable[bytes]) -> set[bytes]:
@@ -168,14 +174,14 @@ class QdrantBackend:
     def finish(self) -> None:
         """Store the number of images and the number of distinct images. Qdrant updates its HNSW graph automatically."""
         images_per_content = [len(_images(point.payload)) for point in self._scroll()]
-        counts = {"pictures": sum(images_per_content), "contents": len(images_per_content)}
+        counts = {"images": sum(images_per_content), "contents": len(images_per_content)}
         self.initialize({**self.metadata(), **counts})
 
     # ---- searching
 
     def count(self) -> tuple[int, int]:
         metadata = self.metadata()
-        return metadata.get("pictures", 0), metadata.get("contents", 0)
+        return metadata.get("images", 0), metadata.get("contents", 0)
 
     def duplicates(self, limit: int = 10) -> list[list[str]]:
         groups = []
@@ -252,7 +258,7 @@ class QdrantBackend:
         except ValueError:
             return None
         points = self.client.retrieve(self.collection, [point_id], with_vectors=with_vector)
-        return points[0] if points and "pictures" in (points[0].payload or {}) else None
+        return points[0] if points and "images" in (points[0].payload or {}) else None
 
     def _scroll(self, condition: models.Filter | None = None) -> Iterator[Any]:
         """Yield all points that meet a condition, without their thumbnails.
@@ -298,7 +304,7 @@ def _point(content: IndexedContent) -> models.PointStruct:
         "thumbnail": base64.b64encode(content.thumbnail).decode(),
         "width": content.width,
         "height": content.height,
-        "side": min(content.width, content.height),
+        "shorter_side": min(content.width, content.height),
     }
     vector = content.vector.astype(np.float32).tolist()
     return models.PointStruct(id=_point_id(content.hash), vector=vector, payload=payload)
@@ -306,12 +312,12 @@ def _point(content: IndexedContent) -> models.PointStruct:
 
 def _image_payload(images: Sequence[IndexedImage]) -> dict[str, Any]:
     """Return the payload fields that describe the images of a point, including the fields used by filters."""
-    fields = [[i.name, ref_to_json(i.ref), i.source, i.stamp, list(i.captions), i.taken] for i in images]
+    fields = [[i.name, ref_to_json(i.ref), i.source, i.file_version, list(i.captions), i.taken] for i in images]
     return {
-        "pictures": json.dumps(fields),
+        "images": json.dumps(fields),
         "names": [image.name for image in images],
         "sources": sorted({image.source for image in images}),
-        "within": sorted({path for image in images for path in _containing_paths(image)}),
+        "paths": sorted({path for image in images for path in _containing_paths(image)}),
         "captions": [caption for image in images for caption in image.captions],
         "taken": [image.taken for image in images],
     }
@@ -320,8 +326,8 @@ def _image_payload(images: Sequence[IndexedImage]) -> dict[str, Any]:
 def _images(payload: Any) -> tuple[IndexedImage, ...]:
     """Return the images stored in a point's payload."""
     images = []
-    for name, ref, source, stamp, captions, taken in json.loads((payload or {}).get("pictures", "[]")):
-        images.append(IndexedImage(name, ref_from_json(ref), source, stamp, tuple(captions), taken))
+    for name, ref, source, file_version, captions, taken in json.loads((payload or {}).get("images", "[]")):
+        images.append(IndexedImage(name, ref_from_json(ref), source, file_version, tuple(captions), taken))
     return tuple(images)
 
 
@@ -351,10 +357,10 @@ def _path_conditions(path: str) -> list[Any]:
     if not path:
         return []
     if _is_exact(path):
-        return [models.FieldCondition(key="within", match=models.MatchValue(value=path))]
+        return [models.FieldCondition(key="paths", match=models.MatchValue(value=path))]
     # Qdrant searches for words and not for patterns, so search for the words in all folder names without wildcards.
     names = [name for name in path.split("/") if re.search(r"[^\W_]", name) and not re.search("[*?]", name)]
-    return [models.FieldCondition(key="within", match=models.MatchText(text=name)) for name in names]
+    return [models.FieldCondition(key="paths", match=models.MatchText(text=name)) for name in names]
 
 
 def _is_exact(path: str) -> bool:
@@ -372,7 +378,7 @@ def _qdrant_filter(image_filter: Filter) -> models.Filter:
         time_range = models.Range(gte=image_filter.after, lte=image_filter.before)
         conditions.append(models.FieldCondition(key="taken", range=time_range))
     if image_filter.min_side is not None:
-        conditions.append(models.FieldCondition(key="side", range=models.Range(gte=image_filter.min_side)))
+        conditions.append(models.FieldCondition(key="shorter_side", range=models.Range(gte=image_filter.min_side)))
     return models.Filter(must=conditions, must_not=[_metadata_point()])
 
 

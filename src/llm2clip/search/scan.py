@@ -66,7 +66,7 @@ def find_images(
             return
         raise
     folder = _source_folder(source.path)
-    stamps: dict[str, str] = {}
+    versions: dict[str, str] = {}
     for record in records:
         if record.image is None:
             log.skip(record.id, 0, "no image", "")
@@ -81,15 +81,15 @@ def find_images(
             continue
         try:
             stat = os.stat(path)
-            if path not in stamps:
-                stamps = {path: container_stamp(path)}  # for a table, the same for all of its images
+            if path not in versions:
+                versions = {path: container_version(path)}  # for a table, the same for all of its images
         except FileNotFoundError:
             continue  # the file was deleted during the scan
         yield IndexedImage(
             name=printable(record.image.canonical_path),
             ref=record.image,
             source=printable(str(source)),
-            stamp=stamps[path],
+            file_version=versions[path],
             captions=record.texts,
             taken=stat.st_mtime,
         )
@@ -117,15 +117,15 @@ def _is_in_folder(path: str, folder: str) -> bool:
     return path == folder or path.startswith(os.path.join(folder, ""))
 
 
-def file_stamp(stat: os.stat_result) -> str:
+def format_file_version(stat: os.stat_result) -> str:
     """Return the size and modification time of a file as a string, which is used to detect changes."""
     return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
-def container_stamp(path: str) -> str:
-    """Return the stamp of an image file, tar file or table. For a folder of a saved data set, it covers all files."""
+def container_version(path: str) -> str:
+    """Return the version of an image file, tar file or table. For a saved data set, it covers all files in its folder."""
     if not os.path.isdir(path):
-        return file_stamp(os.stat(path))
+        return format_file_version(os.stat(path))
     return hashlib.sha256(repr(file_version(path)).encode()).hexdigest()[:32]
 
 

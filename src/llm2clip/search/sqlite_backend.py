@@ -1,7 +1,7 @@
 """Index backend that stores images, vectors and thumbnails in an SQLite file, and searches the vectors in memory.
 
     INDEX/
-      pictures.sqlite    about, contents (hash, vector, thumbnail), pictures (name, place, captions, ...)
+      index.sqlite       metadata, contents (hash, vector, ...), thumbnails, images (name, location, captions, ...)
       graph.usearch      HNSW graph; built only for a million or more distinct images
       graph.json         quantization scale and checksum of the graph, and a summary of the ids that the graph contains
 
@@ -29,8 +29,9 @@ import numpy as np
 import psutil
 
 from llm2clip.runs.lock import folder_lock
+from llm2clip.runs.output_folder import INDEX_FILE, check_format_version
 from llm2clip.runs.ranks import print_once
-from llm2clip.search.backends import DATABASE, missing_index_message
+from llm2clip.search.backends import FORMAT_VERSION, NEW_INDEX_ADVICE, missing_index_message
 from llm2clip.search.caption_index import CaptionIndex
 from llm2clip.search.types import (
     MAX_LOCATIONS,
@@ -55,46 +56,41 @@ from llm2clip.search.vector_index import (
 )
 
 APPROXIMATE_ABOVE = 1_000_000
-SCHEMA_VERSION = 1
-# The file, table and column names are the same as in version 0.1, so that existing indexes can still be opened. The
-# table "about" contains the metadata, and the table "pictures" contains the images. The column "place" contains the
-# reference to an image's bytes, and the column "largest" contains the largest absolute value in a vector.
+# The column "location" contains the reference to an image's bytes, and "max_abs" the largest absolute value in a
+# vector. The table "changes" is a log of contents that were removed or whose images changed, so that readers can reload
+# only these.
 SCHEMA = f"""
-CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE metadata (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE contents (
-  id INTEGER PRIMARY KEY AUTOINCREMENT, hash BLOB NOT NULL UNIQUE, vector BLOB NOT NULL, largest REAL NOT NULL,
+  id INTEGER PRIMARY KEY AUTOINCREMENT, hash BLOB NOT NULL UNIQUE, vector BLOB NOT NULL, max_abs REAL NOT NULL,
   width INTEGER NOT NULL, height INTEGER NOT NULL);
-CREATE INDEX contents_largest ON contents(largest);
+CREATE INDEX contents_max_abs ON contents(max_abs);
 CREATE TABLE thumbnails (id INTEGER PRIMARY KEY REFERENCES contents(id) ON DELETE CASCADE, jpeg BLOB NOT NULL);
-CREATE TABLE pictures (
-  name TEXT PRIMARY KEY, content INTEGER NOT NULL REFERENCES contents(id), place TEXT NOT NULL, source TEXT NOT NULL,
-  stamp TEXT NOT NULL, captions TEXT NOT NULL, taken REAL NOT NULL);
-CREATE INDEX pictures_content ON pictures(content);
-CREATE INDEX pictures_source ON pictures(source);
-CREATE INDEX pictures_taken ON pictures(taken);
-PRAGMA user_version = {SCHEMA_VERSION};
-"""
-# Log of contents that were removed or whose images changed, so that readers can reload only these. The log is added to
-# indexes of version 0.1 when they are first opened for writing.
-CHANGE_LOG = """
-CREATE TABLE IF NOT EXISTS changes (id INTEGER PRIMARY KEY AUTOINCREMENT, content INTEGER NOT NULL);
-CREATE TRIGGER IF NOT EXISTS picture_added AFTER INSERT ON pictures
+CREATE TABLE images (
+  name TEXT PRIMARY KEY, content INTEGER NOT NULL REFERENCES contents(id), location TEXT NOT NULL, source TEXT NOT NULL,
+  file_version TEXT NOT NULL, captions TEXT NOT NULL, taken REAL NOT NULL);
+CREATE INDEX images_content ON images(content);
+CREATE INDEX images_source ON images(source);
+CREATE INDEX images_taken ON images(taken);
+CREATE TABLE changes (id INTEGER PRIMARY KEY AUTOINCREMENT, content INTEGER NOT NULL);
+CREATE TRIGGER image_added AFTER INSERT ON images
   BEGIN INSERT INTO changes (content) VALUES (new.content); END;
-CREATE TRIGGER IF NOT EXISTS picture_removed AFTER DELETE ON pictures
+CREATE TRIGGER image_removed AFTER DELETE ON images
   BEGIN INSERT INTO changes (content) VALUES (old.content); END;
-CREATE TRIGGER IF NOT EXISTS content_removed AFTER DELETE ON contents
+CREATE TRIGGER content_removed AFTER DELETE ON contents
   BEGIN INSERT INTO changes (content) VALUES (old.id); END;
+PRAGMA user_version = {FORMAT_VERSION};
 """
 CHANGES_KEPT = 100_000  # a reader that is behind by more changes than this reloads everything
 CHANGED = "content FROM changes WHERE id > :last"
-IMAGE_COLUMNS = "name, place, source, stamp, captions, taken"
+IMAGE_COLUMNS = "name, location, source, file_version, captions, taken"
 # An image is inside the path with the pattern :glob if its name matches this pattern, followed by nothing, by "/"
 # (folder), by "!" (tar) or by "[" (table). File and folder names may also contain "!" and "[". Therefore, an image
 # whose name contains one of these two characters after the path must also be stored in a tar or table whose file name
 # matches the last part of the path (:basename).
 INSIDE_PATH = """(name GLOB :glob OR name GLOB :glob || '/*'
-  OR (name GLOB :glob || '[![]*' AND place NOT LIKE '["FileImage"%'
-      AND '/' || json_extract(place, '$[1].path') GLOB '*/' || :basename))"""
+  OR (name GLOB :glob || '[![]*' AND location NOT LIKE '["FileImage"%'
+      AND '/' || json_extract(location, '$[1].path') GLOB '*/' || :basename))"""
 FILTER_CONDITIONS = {
     "path": INSIDE_PATH,
     "after": "taken >= :after",
@@ -139,10 +135,10 @@ class SqliteBackend:
 
         Raises:
             FileNotFoundError: There is no index in the folder.
-            ValueError: The schema version of the index is not supported.
+            FormatVersionError: The index has another format version.
         """
         self.folder, self.approximate_above = folder, approximate_above
-        self._file = folder / DATABASE
+        self._file = folder / INDEX_FILE
         if not write and not self._file.exists():
             raise FileNotFoundError(missing_index_message(folder))
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # thumbnails and captions may be private
@@ -163,11 +159,8 @@ class SqliteBackend:
         self._captions: tuple[LogState, CaptionIndex] | None = None
         self._vectors_lock, self._captions_lock = threading.Lock(), threading.Lock()
         version = self._open(write)
-        if version not in (0, SCHEMA_VERSION):
-            raise ValueError(
-                f"{self._file} has schema version {version}, but only version {SCHEMA_VERSION} can be read; "
-                "build a new index in another folder (--out)"
-            )
+        if version:
+            check_format_version(self._file, version, FORMAT_VERSION, NEW_INDEX_ADVICE)
         if not write and not (version and self.metadata()):
             raise FileNotFoundError(
                 f"{folder} is an incomplete index without images: run llm2clip index again to complete it"
@@ -179,20 +172,20 @@ class SqliteBackend:
         return folder_lock(self.folder)
 
     def metadata(self) -> dict[str, Any]:
-        return {key: json.loads(value) for key, value in self._query("SELECT key, value FROM about")}
+        return {key: json.loads(value) for key, value in self._query("SELECT key, value FROM metadata")}
 
     def initialize(self, metadata: Mapping[str, Any]) -> None:
         rows = [(key, json.dumps(value)) for key, value in metadata.items()]
         with self._transaction():
-            self._db.executemany("INSERT OR REPLACE INTO about VALUES (?, ?)", rows)
+            self._db.executemany("INSERT OR REPLACE INTO metadata VALUES (?, ?)", rows)
 
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
         states: dict[str, ImageState] = {}
         for source in sources:
-            sql = f"SELECT name, stamp, captions FROM pictures WHERE source = :source OR {INSIDE_PATH}"
+            sql = f"SELECT name, file_version, captions FROM images WHERE source = :source OR {INSIDE_PATH}"
             parameters = {"source": source, **_path_parameters(glob.escape(source))}
-            for name, stamp, captions in self._query(sql, parameters):
-                states[name] = ImageState(stamp, tuple(json.loads(captions)))
+            for name, file_version, captions in self._query(sql, parameters):
+                states[name] = ImageState(file_version, tuple(json.loads(captions)))
         return states
 
     def existing(self, hashes: Iterable[bytes]) -> set[bytes]:
@@ -203,13 +196,13 @@ class SqliteBackend:
         for image, digest in images:
             captions = json.dumps(image.captions)
             ref = ref_to_json(image.ref)
-            image_rows.append((digest, image.name, ref, image.source, image.stamp, captions, image.taken))
+            image_rows.append((digest, image.name, ref, image.source, image.file_version, captions, image.taken))
         with self._transaction():
             self._may_have_orphans = True
             for content in contents:
                 self._add_content(content)
             self._db.executemany(
-                f"INSERT OR REPLACE INTO pictures (content, {IMAGE_COLUMNS}) "
+                f"INSERT OR REPLACE INTO images (content, {IMAGE_COLUMNS}) "
                 "VALUES ((SELECT id FROM contents WHERE hash = ?), ?, ?, ?, ?, ?, ?)",
                 image_rows,
             )
@@ -218,11 +211,11 @@ class SqliteBackend:
     def _add_content(self, content: IndexedContent) -> None:
         """Insert an image content and its thumbnail, unless the content is already in the database."""
         vector = np.ascontiguousarray(content.vector, dtype="<f2").tobytes()
-        largest = float(np.abs(content.vector).max())
+        max_abs = float(np.abs(content.vector).max())
         row = self._db.execute(
-            "INSERT INTO contents (hash, vector, largest, width, height) VALUES (?, ?, ?, ?, ?) "
+            "INSERT INTO contents (hash, vector, max_abs, width, height) VALUES (?, ?, ?, ?, ?) "
             "ON CONFLICT DO NOTHING RETURNING id",
-            (content.hash, vector, largest, content.width, content.height),
+            (content.hash, vector, max_abs, content.width, content.height),
         ).fetchone()
         if row is not None:
             self._db.execute("INSERT INTO thumbnails VALUES (?, ?)", (row[0], content.thumbnail))
@@ -231,14 +224,16 @@ class SqliteBackend:
         if not names and not self._may_have_orphans:
             return  # avoid the write, because all open readers look for changes after every write
         with self._transaction():
-            self._db.executemany("DELETE FROM pictures WHERE name = ?", [(name,) for name in names])
-            self._db.execute("DELETE FROM contents WHERE id NOT IN (SELECT content FROM pictures)")
+            self._db.executemany("DELETE FROM images WHERE name = ?", [(name,) for name in names])
+            self._db.execute("DELETE FROM contents WHERE id NOT IN (SELECT content FROM images)")
             self._may_have_orphans = False
 
     def finish(self) -> None:
         ids = self._content_ids()
         if len(ids) >= self.approximate_above:
-            update_graph(self.folder, ids, self._fetch_vectors, self._dim(), self._largest())
+            with self._snapshot() as db:
+                max_abs = _max_abs(db)
+            update_graph(self.folder, ids, self._fetch_vectors, self._dim(), max_abs)
             for name in (GRAPH_FILE, GRAPH_STATE_FILE):
                 shutil.copymode(self._file, self.folder / name)
 
@@ -247,16 +242,16 @@ class SqliteBackend:
     def count(self) -> tuple[int, int]:
         state = self._state()
         if self._counts is None or self._counts[0] != state:
-            ((images,),) = self._query("SELECT count(*) FROM pictures")
+            ((images,),) = self._query("SELECT count(*) FROM images")
             ((contents,),) = self._query("SELECT count(*) FROM contents")
             self._counts = state, (images, contents)
         return self._counts[1]
 
     def duplicates(self, limit: int = 10) -> list[list[str]]:
         largest_groups = (
-            "SELECT content FROM pictures GROUP BY content HAVING count(*) > 1 ORDER BY count(*) DESC, content LIMIT ?"
+            "SELECT content FROM images GROUP BY content HAVING count(*) > 1 ORDER BY count(*) DESC, content LIMIT ?"
         )
-        names_of_content = "SELECT name FROM pictures WHERE content = ? ORDER BY name"
+        names_of_content = "SELECT name FROM images WHERE content = ? ORDER BY name"
         groups = []
         for content in self._query(largest_groups, (limit,)):
             groups.append([name for (name,) in self._query(names_of_content, content)])
@@ -280,7 +275,7 @@ class SqliteBackend:
                 matching = self._images(content_id, conditions, parameters)
                 images = tuple(dict.fromkeys([*matching, *images]))[:MAX_LOCATIONS]
             sizes = self._query(
-                "SELECT width, height, (SELECT count(*) FROM pictures WHERE content = contents.id) FROM contents "
+                "SELECT width, height, (SELECT count(*) FROM images WHERE content = contents.id) FROM contents "
                 "WHERE id = ?",
                 (content_id,),
             )
@@ -311,11 +306,12 @@ class SqliteBackend:
         If there are more, those that were indexed first are returned, which SQLite finds without reading the others.
         """
         where = " AND ".join(["content = :content", *conditions])
-        sql = f"SELECT {IMAGE_COLUMNS} FROM pictures WHERE {where} ORDER BY rowid LIMIT :limit"
+        sql = f"SELECT {IMAGE_COLUMNS} FROM images WHERE {where} ORDER BY rowid LIMIT :limit"
         rows = self._query(sql, {**(parameters or {}), "content": content_id, "limit": MAX_LOCATIONS})
         images = []
-        for name, ref, source, stamp, captions, taken in rows:
-            images.append(IndexedImage(name, ref_from_json(ref), source, stamp, tuple(json.loads(captions)), taken))
+        for name, ref, source, file_version, captions, taken in rows:
+            texts = tuple(json.loads(captions))
+            images.append(IndexedImage(name, ref_from_json(ref), source, file_version, texts, taken))
         return tuple(sorted(images, key=lambda image: image.name))
 
     # ---- filters
@@ -340,7 +336,7 @@ class SqliteBackend:
             if conditions or newest_first:
                 # Images that meet all conditions except the one on captions, (N,) with the fields of MATCH.
                 cursor = db.execute(
-                    "SELECT pictures.rowid, contents.id, taken FROM pictures JOIN contents ON contents.id = content "
+                    "SELECT images.rowid, contents.id, taken FROM images JOIN contents ON contents.id = content "
                     f"WHERE {' AND '.join(conditions) or 'true'}",
                     parameters,
                 )
@@ -362,7 +358,7 @@ class SqliteBackend:
         """Return the captions in a snapshot of the database. Only captions that have changed are read."""
         with self._captions_lock:
             log = self._log_state(db)
-            sql, parameters = "SELECT rowid, content, captions FROM pictures WHERE captions != '[]'", {}
+            sql, parameters = "SELECT rowid, content, captions FROM images WHERE captions != '[]'", {}
             captions, removed = CaptionIndex(), np.empty(0, np.int64)
             if self._captions is not None and self._can_update(db, self._captions[0], log):
                 captions, parameters = self._captions[1], {"last": self._captions[0].last}
@@ -404,8 +400,7 @@ class SqliteBackend:
         # Use a separate connection, because reading all vectors takes seconds and would block the other threads.
         with self._vectors_lock, self._snapshot() as db:
             log = self._log_state(db)
-            ((largest,),) = db.execute("SELECT max(largest) FROM contents")
-            scale = 127 / max(float(largest or 0), 1e-6)
+            scale = 127 / _max_abs(db)
             vectors, removed = QuantizedVectors(scale), np.empty(0, np.int64)
             if self._vectors is not None:
                 last_log, last_vectors = self._vectors
@@ -436,12 +431,7 @@ class SqliteBackend:
         return np.array([content_id for (content_id,) in rows], dtype=np.int64)
 
     def _dim(self) -> int:
-        return int(self.metadata()["width"])
-
-    def _largest(self) -> float:
-        """Return the largest absolute value in any vector."""
-        ((largest,),) = self._query("SELECT max(largest) FROM contents")
-        return max(float(largest or 0), 1e-6)
+        return int(self.metadata()["embed_dim"])
 
     # ---- changes
 
@@ -458,16 +448,14 @@ class SqliteBackend:
             yield db
 
     def _log_state(self, db: sqlite3.Connection) -> LogState:
-        """Return the position of the last entry in the log of changes, or -1 if the index has no log."""
+        """Return the position of the last entry in the log of changes."""
         ((schema,),) = db.execute("PRAGMA schema_version")
-        last = -1
-        if _has_change_log(db):
-            ((last,),) = db.execute("SELECT coalesce(max(id), 0) FROM changes")
+        ((last,),) = db.execute("SELECT coalesce(max(id), 0) FROM changes")
         return LogState(schema, self._immutable_state, last)
 
     def _can_update(self, db: sqlite3.Connection, old: LogState, new: LogState) -> bool:
         """Return True if the log contains all changes between two states, and there are not too many of them."""
-        if old[:2] != new[:2] or min(old.last, new.last) < 0 or new.last - old.last > CHANGES_KEPT:
+        if old[:2] != new[:2] or new.last - old.last > CHANGES_KEPT:
             return False
         ((first,),) = db.execute("SELECT coalesce(min(id), 1) FROM changes")
         return bool(first <= old.last + 1)
@@ -475,7 +463,7 @@ class SqliteBackend:
     # ---- database
 
     def _open(self, write: bool) -> int:
-        """Connect to the database and return its schema version, where 0 means that the database was empty.
+        """Connect to the database and return its format version, where 0 means that the database was empty.
 
         If `write` is true and the database is empty, create the tables.
         """
@@ -490,9 +478,7 @@ class SqliteBackend:
                 self._db.execute("PRAGMA recursive_triggers = ON")  # make REPLACE also run the log's triggers
             version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
             if write and version == 0:
-                self._db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} {CHANGE_LOG} COMMIT;")
-            if write and version == SCHEMA_VERSION and not _has_change_log(self._db):
-                self._db.executescript(f"BEGIN IMMEDIATE; {CHANGE_LOG} COMMIT;")
+                self._db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
         except sqlite3.Error as error:
             raise OSError(f"{self._file}: {error}") from error
         return version
@@ -508,7 +494,7 @@ class SqliteBackend:
                 db = sqlite3.connect(self._file, **options)
                 db.execute("PRAGMA user_version")
             except sqlite3.OperationalError:
-                log = self._file.with_name(f"{DATABASE}-wal")
+                log = self._file.with_name(f"{INDEX_FILE}-wal")
                 has_unmerged_writes = log.exists() and log.stat().st_size > 0
                 if os.access(self._file.parent, os.W_OK) or has_unmerged_writes:
                     raise
@@ -576,10 +562,6 @@ def _print_if_on_network(folder: Path) -> None:
         )
 
 
-def _has_change_log(db: sqlite3.Connection) -> bool:
-    return db.execute("SELECT 1 FROM sqlite_master WHERE name = 'changes'").fetchone() is not None
-
-
 def _vector_chunks(db: sqlite3.Connection, last_id: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the ids, int64 (N,), and vectors, float16 (N, D), that follow an id, one chunk at a time."""
     cursor = db.execute("SELECT id, vector FROM contents WHERE id > ? ORDER BY id", (last_id,))
@@ -587,6 +569,12 @@ def _vector_chunks(db: sqlite3.Connection, last_id: int) -> Iterator[tuple[np.nd
         ids = np.array([content_id for content_id, _ in rows], dtype=np.int64)
         vectors = np.frombuffer(b"".join(vector for _, vector in rows), "<f2")
         yield ids, vectors.reshape(len(rows), -1)
+
+
+def _max_abs(db: sqlite3.Connection) -> float:
+    """Return the largest absolute value in any vector."""
+    ((max_abs,),) = db.execute("SELECT max(max_abs) FROM contents")
+    return max(float(max_abs or 0), 1e-6)
 
 
 def _int_column(cursor: Iterable[tuple[int]]) -> np.ndarray:

@@ -27,7 +27,7 @@ class IndexedImage:
         name: Canonical path in the form `FILE`, `TAR!MEMBER` or `TABLE[ROW].COLUMN`. Unique within an index.
         ref: Reference to the image's bytes.
         source: Source from which the image was read, with an absolute path.
-        stamp: Size and modification time of the file, used to detect changes.
+        file_version: Size and modification time of the file, used to detect changes.
         captions: Captions of the image. Empty if the source has no captions.
         taken: Unix timestamp at which the photo was taken, from EXIF. If there is no EXIF date, the file's
             modification time.
@@ -36,7 +36,7 @@ class IndexedImage:
     name: str
     ref: ImageRef
     source: str
-    stamp: str
+    file_version: str
     captions: tuple[str, ...] = ()
     taken: float = 0.0
 
@@ -56,7 +56,7 @@ class IndexedImage:
 class ImageState(NamedTuple):
     """State of an image. If it differs from the indexed state, the image has changed."""
 
-    stamp: str
+    file_version: str
     captions: tuple[str, ...]
 
 

@@ -171,14 +171,14 @@ class GraphState:
         count: Number of ids.
         last: Largest id.
         sum: Sum of all ids.
-        checksum: Checksum of the graph file. Empty for graphs that version 0.1 wrote.
+        checksum: Checksum of the graph file.
     """
 
     scale: float
     count: int
     last: int
     sum: int
-    checksum: str = ""
+    checksum: str
 
 
 def update_graph(
@@ -236,7 +236,7 @@ def open_graph(folder: Path, view: bool = True) -> tuple[Any, GraphState] | None
         return None
     try:
         state = GraphState(**json.loads(state_file.read_text()))
-        if state.checksum not in ("", checksum(graph_file)):
+        if state.checksum != checksum(graph_file):
             raise ValueError("its checksum is wrong")
         return Index.restore(str(graph_file), view=view), state
     except Exception as error:  # usearch raises different errors for truncated and for empty files

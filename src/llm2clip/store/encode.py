@@ -25,9 +25,10 @@ from llm2clip.models.text.batch_size_tuner import MIN_CAPTIONS_TO_TUNE, tune_bat
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.length_batching import TokenizedTexts
 from llm2clip.progress import ProgressBar
+from llm2clip.runs.output_folder import MANIFEST
 from llm2clip.runs.ranks import cached_json, process_state
 from llm2clip.store.dedup import PendingCaptions
-from llm2clip.store.layout import MANIFEST, read_manifest
+from llm2clip.store.layout import read_manifest
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.write_plan import WritePlan, open_for_writing
 from llm2clip.store.writer import StoreWriter

@@ -62,7 +62,7 @@ def export_parquet(store: EmbeddingStore, file: str | Path) -> None:
     store.verify()
     embedding_type = pa.list_(pa.float16(), store.embed_dim)
     fields = [("key", pa.binary(KEY_BYTES)), ("tokens", pa.int32()), ("embedding", embedding_type)]
-    metadata = {"identity": json.dumps(store.manifest["identity"]), "width": str(store.embed_dim)}
+    metadata = {"identity": json.dumps(store.manifest["identity"]), "embed_dim": str(store.embed_dim)}
     schema = pa.schema(fields, metadata=metadata)
     with atomic_path(file) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for shard in store.shards:

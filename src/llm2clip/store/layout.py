@@ -1,12 +1,12 @@
 """On-disk layout of the embedding store.
 
     store/
-      manifest.json          encoder identity, width, dtype, number of captions, and the row range and checksum of each
-                             shard
+      manifest.json          format version, encoder identity, embedding dimension, dtype, number of captions, and the
+                             row range and checksum of each shard
       keys-00000.parquet     key and token count of the caption in each row; the metadata contains the checksum of the
-                             embeddings
-      embeddings-00000.npy   (rows, width) float16, int8 or float32, C order
-      scales-00000.npy       only for int8: scale factor of each row, (rows,) float32
+                             embeddings and the same properties of the store as the manifest
+      embeddings-00000.npy   embeddings of shape (rows, embed_dim), float16, int8 or float32, C order
+      scales-00000.npy       only for int8: scale factor of each row, of shape (rows,), float32
       index-1a2b3c4d.npy     key index; see `key_index`
 
 Each file of a shard is written under a temporary name, fsynced and renamed. The keys file is written last, so a shard
@@ -34,12 +34,13 @@ import pyarrow.parquet as pq
 
 from llm2clip.data.hashing import caption_key
 from llm2clip.models.hub.fingerprint import fingerprint
+from llm2clip.runs.output_folder import MANIFEST, check_format_version
 
 T = TypeVar("T")
 DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("float16", "int8", "float32")}
-MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
 KEY_BYTES = 16
-# Properties shared by all shards of a store: encoder identity, embedding dimension ("width" on disk) and dtype.
+# Properties shared by all shards of a store: encoder identity, embedding dimension and dtype.
 StoreSpec = tuple[dict[str, Any], int, str]
 # Exceptions that may be raised when a damaged JSON, Parquet or .npy file is read.
 READ_ERRORS = (ValueError, KeyError, TypeError, OSError, EOFError, SyntaxError, TokenError, pa.ArrowException)
@@ -111,7 +112,9 @@ def read_shard_metadata(folder: Path, number: int) -> tuple[int, str, StoreSpec]
     path = keys_path(folder, number)
     try:
         metadata = pq.read_schema(path).metadata
-        spec = json.loads(metadata[b"identity"]), int(metadata[b"width"]), metadata[b"dtype"].decode()
+        if int(metadata[b"format_version"]) != FORMAT_VERSION:
+            raise ValueError(f"its format version is not {FORMAT_VERSION}")
+        spec = json.loads(metadata[b"identity"]), int(metadata[b"embed_dim"]), metadata[b"dtype"].decode()
         return int(metadata[b"rows"]), metadata[b"sha256"].decode(), spec
     except READ_ERRORS as error:
         raise damage_error(path, error) from error
@@ -176,19 +179,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Raises:
         StoreError: The manifest is missing, damaged or inconsistent.
+        FormatVersionError: The store has another format version.
     """
     file = folder / MANIFEST
     if not file.is_file():
         raise StoreError(f"{folder} is not a store: it has no {MANIFEST}. Create a store with `llm2clip embed`")
     try:
-        manifest: dict[str, Any] = json.loads(file.read_text())
+        manifest: dict[str, Any] = dict(json.loads(file.read_text()))
+    except READ_ERRORS as error:
+        raise damage_error(file, repr(error)) from error
+    advice = "Delete it and create it again with `llm2clip embed`"
+    check_format_version(folder, manifest.get("format_version"), FORMAT_VERSION, advice)
+    try:
         shards = [Shard(**shard) for shard in manifest["shards"]]
         starts = [0, *accumulate(shard.rows for shard in shards)]
         if manifest["fingerprint"] != fingerprint(manifest["identity"]):
             raise ValueError("the fingerprint does not match the identity")
         if [shard.start for shard in shards] != starts[:-1]:
             raise ValueError("the first rows of the shards do not match the numbers of rows")
-        int(manifest["width"]), DTYPES[manifest["dtype"]], int(manifest["captions"])
+        int(manifest["embed_dim"]), DTYPES[manifest["dtype"]], int(manifest["captions"])
     except READ_ERRORS as error:
         raise damage_error(file, repr(error)) from error
     return manifest
@@ -196,7 +205,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def store_spec(manifest: dict[str, Any]) -> StoreSpec:
     """Return the spec in a store's manifest. All shards of the store must have this spec."""
-    return manifest["identity"], manifest["width"], manifest["dtype"]
+    return manifest["identity"], manifest["embed_dim"], manifest["dtype"]
 
 
 def check_identity(stored: dict[str, Any], expected: dict[str, Any], path: Path | str) -> None:
@@ -243,8 +252,8 @@ def iter_chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def remove_temp_files(folder: Path) -> list[str]:
-    """Delete temporary files left behind by killed processes, including those of version 0.1; return their names."""
-    leftovers = [path for pattern in (".*.part", ".*.part.*", ".*.tmp", ".index-*") for path in folder.glob(pattern)]
+    """Delete temporary files left behind by killed processes; return their names."""
+    leftovers = [path for pattern in (".*.part", ".*.part.*", ".index-*") for path in folder.glob(pattern)]
     leftovers = sorted(set(leftovers))
     for path in leftovers:
         if path.is_dir():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from llm2clip.io_utils import atomic_path, atomic_write_jsonl
 from llm2clip.runs.lock import folder_lock
+from llm2clip.runs.output_folder import FormatVersionError
 from llm2clip.store.layout import (
     Shard,
     StoreError,
@@ -43,21 +44,26 @@ def repair_store(folder: str | Path, progress: bool = False) -> list[str]:
         The names of the deleted files.
 
     Raises:
-        StoreError: The encoder is unknown because the manifest and all shards are damaged, or another run is writing to
-            the store.
+        StoreError: The encoder is unknown because the manifest and all shards are damaged.
+        FormatVersionError: The manifest and all shards have another format version.
+        FolderInUseError: Another run is writing to the store.
     """
     folder = Path(folder)
     deleted: list[str] = []
     with folder_lock(folder):
-        specs = _readable_specs(folder, deleted)
+        specs, unreadable = _read_specs(folder)
         try:
             spec = store_spec(read_manifest(folder))
-        except StoreError as error:
+        except (StoreError, FormatVersionError) as error:
+            if not specs and isinstance(error, FormatVersionError):
+                raise
             if not specs:
                 raise StoreError(
                     f"{folder} has no intact manifest and no intact shard. Delete it and run `llm2clip embed`"
                 ) from error
             spec = max(specs, key=specs.count)  # the most common spec
+        for number in unreadable:
+            _delete(keys_path(folder, number), deleted)
         for number in damaged_shards(folder, read_shards(folder), spec, progress):
             _delete(keys_path(folder, number), deleted)
         deleted += remove_temp_files(folder)
@@ -68,16 +74,15 @@ def repair_store(folder: str | Path, progress: bool = False) -> list[str]:
     return deleted
 
 
-def _readable_specs(folder: Path, deleted: list[str]) -> list[StoreSpec]:
-    """Return the spec of each shard; delete keys files that cannot be read."""
-    specs = []
+def _read_specs(folder: Path) -> tuple[list[StoreSpec], list[int]]:
+    """Return the specs of the readable shards, and the numbers of the shards whose keys files cannot be read."""
+    specs, unreadable = [], []
     for number in shard_numbers(folder):
         try:
-            _, _, spec = read_shard_metadata(folder, number)
-            specs.append(spec)
+            specs.append(read_shard_metadata(folder, number)[2])
         except StoreError:
-            _delete(keys_path(folder, number), deleted)
-    return specs
+            unreadable.append(number)
+    return specs, unreadable
 
 
 def _delete_incomplete_shards(folder: Path, deleted: list[str]) -> None:
@@ -135,7 +140,7 @@ def _check_sources(folders: Sequence[Path]) -> StoreSpec:
     manifests = [read_manifest(folder) for folder in folders]
     for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
         check_identity(manifest["identity"], manifests[0]["identity"], folder)
-        for name in ("width", "dtype"):
+        for name in ("embed_dim", "dtype"):
             if manifest[name] != manifests[0][name]:
                 raise StoreError(
                     f"cannot merge: {folder} has {name} {manifest[name]}, but {folders[0]} has {manifests[0][name]}"

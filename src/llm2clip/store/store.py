@@ -63,7 +63,7 @@ class EmbeddingStore:
         """
         self.folder, self.read_mode = Path(folder), read_mode
         self.manifest: dict[str, Any] = read_manifest(self.folder)
-        self.embed_dim: int = self.manifest["width"]
+        self.embed_dim: int = self.manifest["embed_dim"]
         self.shards = [Shard(**shard) for shard in self.manifest["shards"]]
         self._total_rows = sum(shard.rows for shard in self.shards)
         dtype = self.manifest["dtype"]

@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 
 from llm2clip.io_utils import atomic_path, atomic_write_text
 from llm2clip.models.hub.fingerprint import fingerprint
+from llm2clip.runs.output_folder import MANIFEST
 from llm2clip.store.key_index import build_key_index
 from llm2clip.store.layout import (
     DTYPES,
+    FORMAT_VERSION,
     KEY_BYTES,
-    MANIFEST,
     StoreError,
     caption_keys,
     check_identity,
@@ -62,7 +63,7 @@ class StoreWriter:
         if (self.folder / MANIFEST).is_file():
             manifest = read_manifest(self.folder)
             check_identity(manifest["identity"], identity, self.folder)
-            for name, value in (("dtype", dtype), ("width", embed_dim)):
+            for name, value in (("dtype", dtype), ("embed_dim", embed_dim)):
                 if manifest[name] != value:
                     raise StoreError(f"{self.folder} has {name} {manifest[name]}, not {value}. Use another folder")
         elif shard_numbers(self.folder):
@@ -110,9 +111,10 @@ class StoreWriter:
         key_column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(keys), [None, buffer])
         table = pa.table({"key": key_column, "tokens": pa.array(tokens, pa.int32())})
         metadata = {
+            "format_version": str(FORMAT_VERSION),
             "sha256": shard_checksum(self.folder, number),
             "rows": str(len(keys)),
-            "width": str(self.embed_dim),
+            "embed_dim": str(self.embed_dim),
             "dtype": self.dtype,
             "identity": json.dumps(self.identity),
         }
@@ -154,9 +156,10 @@ def write_manifest(folder: Path, identity: dict[str, Any], embed_dim: int, dtype
     index = index_path(folder, shards)
     distinct = build_key_index(index, (read_keys(folder, shard) for shard in shards))
     manifest = {
+        "format_version": FORMAT_VERSION,
         "fingerprint": fingerprint(identity),
         "identity": identity,
-        "width": embed_dim,
+        "embed_dim": embed_dim,
         "dtype": dtype,
         "captions": distinct,
         "shards": [asdict(shard) for shard in shards],

@@ -31,7 +31,7 @@ from llm2clip.models.precision import DTYPES, resolve_precision
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.length_batching import default_batch_tokens
 from llm2clip.models.text.llm_layers import get_layers
-from llm2clip.models.text.lora import LoraSession, check_qlora_available, merge_adapter
+from llm2clip.models.text.lora import LoraSession, check_qlora_available
 from llm2clip.runs.checkpoint import Checkpoints, TrainingLog, hash_texts, show_progress
 from llm2clip.runs.gather import empty_copy, gather_to_cpu, reduce_gradients_in_fp32
 from llm2clip.runs.lock import folder_lock
@@ -134,7 +134,6 @@ def _set_trainable(encoder: CaptionEncoder, config: TuneConfig) -> tuple[str, Lo
     torch.manual_seed(config.seed)
     device = process_state().device
     precision = resolve_precision("tune", config.precision, device)
-    merge_adapter(encoder)  # the encoder may have an adapter from earlier tuning
     llm = encoder.llm
     pooler = getattr(llm, "pooler", None)  # BERT-like models have a pooler, which llm2clip does not use
     encoder.st.requires_grad_(False)  # also freezes modules that follow the LLM

@@ -21,7 +21,7 @@ from llm2clip.io_utils import read_json
 from llm2clip.models.convert.published_encoders import published_template
 from llm2clip.models.hub.model_source import check_model_source
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.models.text.lora import ADAPTER_CONFIG
+from llm2clip.models.text.sentence_transformer import ADAPTER_CONFIG
 
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _LLM2VEC_CONFIG = "llm2vec_config.json"

@@ -59,9 +59,7 @@ def render_model_card(folder: Path, name: str, license: str | None = None) -> st
     config_file = folder / "config.json"
     config: dict[str, Any] = read_json(config_file) if config_file.is_file() else {}
     model_type = config.get("model_type", "")
-    # In version 0.1, the key for the dimension of the shared embedding space was "width".
-    embed_dim = config.get("embed_dim", config.get("width"))
-
+    embed_dim = config.get("embed_dim")
     sections = [_front_matter(folder, model_type, license), f"# {name}", INTRODUCTION]
     if config.get("tower"):
         sections.append(f"## Architecture\n\n{_architecture_table(config, embed_dim)}")
@@ -107,7 +105,7 @@ def _architecture_table(config: dict[str, Any], embed_dim: int | None) -> str:
         "vision tower": f"{architecture} ({tower.get('library')}), {image_size} pixels",
         "LLM layers": encoder.get("layers") or llm.get("num_hidden_layers"),
         "bidirectional attention": encoder.get("bidirectional", not llm.get("is_causal", True)),
-        "caption embedding": config.get("text_dim", config.get("text_width")),
+        "caption embedding": config.get("text_dim"),
         "adapter": f"{config.get('adapter_depth')} residual blocks",
         "shared embedding": embed_dim,
     }

@@ -16,7 +16,6 @@ from llm2clip.models.export import modeling_llm2clip
 from llm2clip.models.export.modeling_llm2clip import LLM2CLIPExport, LLM2CLIPExportConfig, LLM2CLIPImageProcessor
 from llm2clip.models.export.tokenizer import build_tokenizer
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.text import lora
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.latent_attention import LatentAttentionPooling
 from llm2clip.models.vision.vision_tower import VisionTower
@@ -90,15 +89,11 @@ def export_sentence_transformers(model: LLM2CLIP, folder: Path) -> None:
 def build_export_model(model: LLM2CLIP) -> LLM2CLIPExport:
     """Build a transformers model with a copy of a model's weights, in float32 and eval mode, on the CPU.
 
-    If the caption encoder has a separate LoRA adapter, the adapter is merged into the copy.
-
     Raises:
         ValueError: the format cannot represent the caption encoder.
     """
     _check_modules(model.encoder)
-    encoder = CaptionEncoder(copy.deepcopy(model.encoder.st).cpu())
-    lora.merge_adapter(encoder)
-    llm = encoder.llm.float()
+    llm = CaptionEncoder(copy.deepcopy(model.encoder.st).cpu()).llm.float()
     llm.set_attn_implementation("sdpa")
 
     exported = LLM2CLIPExport(_export_config(model, llm)).float().eval()

@@ -387,9 +387,6 @@ class CaptionEncoder(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Save the encoder in the sentence-transformers layout, with safetensors weights.
 
-        If the encoder has a separate LoRA adapter, only the adapter and the LLM's name are saved, not the LLM's
-        weights.
-
         Raises:
             ValueError: the weights are no longer in fp32 (see `move_for_encoding`).
         """

@@ -16,8 +16,8 @@ from llm2clip.models.hub.loading import WITHOUT_HUB_CODE, check_not_quantized, h
 from llm2clip.models.hub.model_source import check_model_source
 from llm2clip.models.text.latent_attention import MODULE_TYPE, LatentAttentionPooling
 from llm2clip.models.text.llm_layers import set_bidirectional
-from llm2clip.models.text.lora import is_lora_folder, load_lora
 
+ADAPTER_CONFIG = "adapter_config.json"  # file of PEFT
 NV_EMBED = "nvembed"  # model_type of NV-Embed-v2 in its published format (see convert/nv_embed.py)
 
 
@@ -32,15 +32,18 @@ def open_sentence_transformer(path: str, pooling: str, device: str | torch.devic
         device: device on which to load the model. Default: a GPU if there is one.
 
     Raises:
-        ValueError: the checkpoint does not contain all weights of the model, or it must be converted first.
+        ValueError: the checkpoint does not contain all weights of the model, or must be converted first.
         OSError: the model does not exist.
     """
     from transformers.utils import cached_file
 
     device_name = str(device) if device is not None else None
     check_model_source(path)
-    if is_lora_folder(path):
-        return load_lora(path, device_name)
+    if (Path(path) / ADAPTER_CONFIG).is_file() and not (Path(path) / "modules.json").is_file():
+        raise ValueError(
+            f"{path} contains only a PEFT adapter. Merge it into its LLM and use the result: llm2clip convert {path} "
+            "--out ENCODER"
+        )
     config = read_config(path)
     check_not_quantized(config, path)
     if config.get("model_type") == NV_EMBED:

@@ -92,13 +92,9 @@ class Claim:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Claim:
-        """Create a claim from a dict returned by `to_dict`.
-
-        The paper's results, which version 0.1 also saved, are ignored, because the authors have corrected some of them.
-        """
+        """Create a claim from a dict returned by `to_dict`."""
         comparisons = [Comparison(**comparison) for comparison in fields["comparisons"]]
-        known = {name: value for name, value in fields.items() if name != "paper"}
-        return cls(**{**known, "comparisons": comparisons})
+        return cls(**{**fields, "comparisons": comparisons})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-serialisable values."""
