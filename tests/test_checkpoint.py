@@ -45,13 +45,6 @@ def test_checkpoints_reject_another_signature(tmp_path: Path) -> None:
         Checkpoints(tmp_path).check({"steps": 5})
 
 
-def test_checkpoint_of_an_earlier_version_has_the_former_behaviour_of_new_settings(tmp_path: Path) -> None:
-    make_checkpoints(tmp_path, complete=(10,))
-    Checkpoints(tmp_path).check({"steps": 20, "--align.inherit": False, "--align.distill_weight": 0.0})
-    with pytest.raises(ValueError, match=r"--align\.distill_weight: 0\.0 then, 1\.0 now"):
-        Checkpoints(tmp_path).check({"steps": 20, "--align.distill_weight": 1.0})
-
-
 def test_checkpoints_commit_marks_and_prunes(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     for step in (2, 4, 10):
@@ -90,15 +83,13 @@ def set_ranks(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
     monkeypatch.setattr(checkpoint_module, "broadcast_object_list", lambda objects: objects)
 
 
-@pytest.mark.parametrize(
-    ("marker", "version"), [({}, "no format version"), ({"format_version": 9}, "format version 9")]
-)
-def test_checkpoints_of_another_format_version_are_rejected(
-    marker: dict[str, int], version: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("marker", [{}, {"format_version": 9}])
+def test_checkpoints_of_another_format_version_are_rejected(marker: dict[str, int], tmp_path: Path) -> None:
     make_checkpoints(tmp_path, complete=(5,))
     (tmp_path / "checkpoint-5/complete").write_text(json.dumps(marker))
-    with pytest.raises(FormatVersionError, match=rf"checkpoint-5 has {version}, but.* version 1\. Delete .* to start"):
+    with pytest.raises(
+        FormatVersionError, match=r"checkpoint-5 has .*format version.*, but.* version 1\. Delete .* to start"
+    ):
         Checkpoints(tmp_path)
 
 

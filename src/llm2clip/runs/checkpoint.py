@@ -293,7 +293,9 @@ def _mark_complete(checkpoint: Path, run: Mapping[str, Any]) -> None:
         sizes[name] = (checkpoint / name).stat().st_size
     fsync_folder(checkpoint)
     fsync_folder(checkpoint.parent)
-    atomic_write_text(checkpoint / COMPLETE_MARKER, json.dumps({"format_version": FORMAT_VERSION, "files": sizes, **run}))
+    atomic_write_text(
+        checkpoint / COMPLETE_MARKER, json.dumps({"format_version": FORMAT_VERSION, "files": sizes, **run})
+    )
 
 
 def _set_damaged_aside(folder: Path) -> Path | None:

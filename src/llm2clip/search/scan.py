@@ -123,7 +123,7 @@ def format_file_version(stat: os.stat_result) -> str:
 
 
 def container_version(path: str) -> str:
-    """Return the version of an image file, tar file or table. For a saved data set, it covers all files in its folder."""
+    """Return the version of an image file, tar file or table. For a saved data set, it covers all of its files."""
     if not os.path.isdir(path):
         return format_file_version(os.stat(path))
     return hashlib.sha256(repr(file_version(path)).encode()).hexdigest()[:32]
