@@ -38,7 +38,6 @@ CAPTION_BENCHMARK = """
 import random, sys, time
 from pathlib import Path
 import numpy as np
-from llm2clip.store.dedup import PendingCaptions
 from llm2clip.store.layout import iter_chunks
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.write_plan import open_for_writing
@@ -62,9 +61,8 @@ for _ in captions():
 times.append(time.perf_counter())
 with open_for_writing(captions(), folder, {"weights": "none"}, 1, dtype="float16", shard_size=65536) as plan:
     times.append(time.perf_counter())
-    pending = PendingCaptions(plan.incoming)
-    for number, part in plan.shards:
-        texts = pending[part]
+    for number in plan.shards:
+        texts = plan.read_captions(number)
         plan.writer.write(number, texts, [len(texts)] * len(texts), np.zeros((len(texts), 1)))
 times.append(time.perf_counter())
 store = EmbeddingStore(folder)

@@ -16,7 +16,7 @@ from conftest import HANG_TIMEOUT
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.store.encode import embed
 from llm2clip.store.layout import StoreError
-from llm2clip.store.readers import LRUCache, MmapReader, PreadReader, available_memory
+from llm2clip.store.readers import MmapReader, PreadReader, available_memory
 from llm2clip.store.store import EmbeddingStore, ReadMode
 from llm2clip.store.writer import StoreWriter
 
@@ -70,15 +70,6 @@ def test_readers_limit_and_close_open_files(
     assert len(os.listdir("/proc/self/fd")) <= before, "files stay open"
 
 
-def test_lru_cache_closes_the_least_recently_used_item(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm2clip.store.readers.MAX_OPEN_FILES", 2)
-    closed: list[int] = []
-    cache = LRUCache(lambda n: n, closed.append)
-    for n in (1, 2, 1, 3):
-        assert cache[n] == n
-    assert closed == [2] and set(cache.items) == {1, 3}
-
-
 def test_pread_reader_raises_if_a_shard_is_truncated_later(tmp_path: Path) -> None:
     writer = StoreWriter(tmp_path, IDENTITY, 4)
     writer.write(0, ["a", "b"], [1, 1], np.ones((2, 4)))
@@ -116,7 +107,7 @@ def test_store_is_mapped_if_it_takes_less_than_half_of_the_memory(
         assert type(store._reader) is reader
         assert type(pickle.loads(pickle.dumps(store))._reader) is reader
     mapped = EmbeddingStore(tmp_path, "mmap")._reader
-    assert type(mapped) is MmapReader and isinstance(mapped.maps[0], np.memmap)
+    assert type(mapped) is MmapReader and isinstance(mapped.map(0), np.memmap)
 
 
 @pytest.mark.parametrize("read_mode", ["mmap", "pread"])

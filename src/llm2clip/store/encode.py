@@ -24,10 +24,8 @@ from llm2clip.models.precision import resolve_encoder_precision
 from llm2clip.models.text.batch_size_tuner import MIN_CAPTIONS_TO_TUNE, tune_batch_tokens
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.length_batching import TokenizedTexts
-from llm2clip.progress import ProgressBar
 from llm2clip.runs.output_folder import MANIFEST
-from llm2clip.runs.ranks import cached_json, process_state
-from llm2clip.store.dedup import PendingCaptions
+from llm2clip.runs.ranks import cached_json
 from llm2clip.store.layout import read_manifest
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.write_plan import WritePlan, open_for_writing
@@ -74,16 +72,12 @@ def embed(
     folder = Path(folder)
     precision = resolve_store_precision(precision, encoder, folder, device)
     identity = encoder.identity(precision)
-    with (
-        open_for_writing(captions, folder, identity, encoder.embed_dim, dtype=dtype, shard_size=shard_size) as plan,
-        closing(PendingCaptions(plan.incoming)) as pending,
-    ):
+    with open_for_writing(captions, folder, identity, encoder.embed_dim, dtype=dtype, shard_size=shard_size) as plan:
         if device is not None and plan.shards:
             encoder.move_for_encoding(device, precision)
         if batch_tokens is None and plan.shards:
-            _, first_slice = plan.shards[0]
-            batch_tokens = tuned_batch_tokens(encoder, pending[first_slice], precision, folder)
-        _encode_local_shards(plan, pending, encoder, batch_tokens, precision)
+            batch_tokens = tuned_batch_tokens(encoder, plan.read_captions(plan.shards[0]), precision, folder)
+        _encode_local_shards(plan, encoder, batch_tokens, precision)
     return EmbeddingStore(folder)
 
 
@@ -117,16 +111,11 @@ def tuned_batch_tokens(encoder: CaptionEncoder, captions: Sequence[str], precisi
     return int(cached_json(folder / f"batch_tokens-{encoder.device.type}.json", measure))
 
 
-def _encode_local_shards(
-    plan: WritePlan, pending: PendingCaptions, encoder: CaptionEncoder, batch_tokens: int | None, precision: str
-) -> None:
+def _encode_local_shards(plan: WritePlan, encoder: CaptionEncoder, batch_tokens: int | None, precision: str) -> None:
     """Encode and write this process's shards. Background threads tokenize the next shard and write the previous one."""
-    shards = plan.local_shards()
-    total = sum(part.stop - part.start for _, part in shards)
-    hide_bar = not process_state().is_main_process or not shards
-    tokenized_shards = ((number, tokenize_shard(pending[part], encoder)) for number, part in shards)
+    tokenized_shards = ((n, tokenize_shard(plan.read_captions(n), encoder)) for n in plan.local_shards())
     with (
-        ProgressBar(total=total, desc="embed", unit="caption", disable=hide_bar) as bar,
+        plan.progress_bar("embed", "caption") as bar,
         closing(prefetch(tokenized_shards)) as prefetched,
         ThreadPoolExecutor(1) as pool,
     ):

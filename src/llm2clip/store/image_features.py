@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,8 +27,6 @@ from llm2clip.models.hub.fingerprint import hash_weights
 from llm2clip.models.precision import DTYPES
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.progress import ProgressBar
-from llm2clip.runs.ranks import process_state
-from llm2clip.store.dedup import PendingCaptions
 from llm2clip.store.layout import caption_keys
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.write_plan import WritePlan, open_for_writing
@@ -201,10 +199,6 @@ def encode_image_batches(
 
 def _iter_shards(plan: WritePlan, description: str, unit: str) -> Iterator[tuple[int, list[str], ProgressBar]]:
     """Yield this process's shards as (shard number, image names or texts, progress bar for all shards)."""
-    with closing(PendingCaptions(plan.incoming)) as pending:
-        shards = [(number, pending[part]) for number, part in plan.local_shards()]
-    total = sum(len(items) for _, items in shards)
-    hide_bar = not process_state().is_main_process or not total
-    with ProgressBar(total=total, desc=description, unit=unit, disable=hide_bar) as bar:
-        for number, items in shards:
-            yield number, items, bar
+    with plan.progress_bar(description, unit) as bar:
+        for number in plan.local_shards():
+            yield number, plan.read_captions(number), bar

@@ -4,7 +4,7 @@ A 16-byte key is split into two uint64 halves. The index is an array (3, N) uint
 halves of the keys, their second halves, and the row numbers in the store. The array is memory-mapped, so that a lookup
 touches only a few pages. The index takes 24 bytes per caption, while an embedding takes a few thousand bytes.
 
-The index is built with an external sort, which `dedup` also uses:
+The index is built with an external sort, which `write_plan` also uses:
 
 1. `write_records` writes every key with its position to a file of records.
 2. `sorted_partitions` splits this file into partitions by the first bits of the keys, so that each partition fits in
@@ -77,8 +77,7 @@ def build_key_index(file: Path, keys: Iterable[np.ndarray]) -> int:
             for partition in sorted_partitions(records, count):
                 index[:, start : start + len(partition)] = partition.T
                 start += len(partition)
-                repeated = (partition[1:, :2] == partition[:-1, :2]).all(axis=1)
-                distinct += len(partition) - int(repeated.sum())
+                distinct += len(partition) - int(repeats_previous_key(partition).sum())
             index.flush()
             del index  # close the memory map
     return distinct
@@ -130,6 +129,11 @@ def sorted_partitions(file: Path, count: int) -> Iterator[np.ndarray]:
         if len(records):
             # Positions are not used as a sort key, because lexsort is stable and positions increase within the file.
             yield records[np.lexsort((records[:, 1], records[:, 0]))]
+
+
+def repeats_previous_key(partition: np.ndarray) -> np.ndarray:
+    """Return a boolean mask of shape (N,): which of the sorted records have the same key as the record before them."""
+    return np.append([False], (partition[1:, :2] == partition[:-1, :2]).all(axis=1))
 
 
 def _split_by_key(file: Path, bits: int) -> list[Path]:

@@ -208,6 +208,19 @@ def store_spec(manifest: dict[str, Any]) -> StoreSpec:
     return manifest["identity"], manifest["embed_dim"], manifest["dtype"]
 
 
+def check_spec(manifest: dict[str, Any], expected: StoreSpec, folder: Path) -> None:
+    """Check that a store has the expected encoder, dimension and dtype.
+
+    Raises:
+        StoreError: The store has other properties. The message lists them.
+    """
+    identity, embed_dim, dtype = expected
+    check_identity(manifest["identity"], identity, folder)
+    for name, value in (("embed_dim", embed_dim), ("dtype", dtype)):
+        if manifest[name] != value:
+            raise StoreError(f"{folder} has {name} {manifest[name]}, expected {value}. Use another folder")
+
+
 def check_identity(stored: dict[str, Any], expected: dict[str, Any], path: Path | str) -> None:
     """Check that stored embeddings were created by the expected encoder.
 

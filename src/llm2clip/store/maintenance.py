@@ -16,7 +16,7 @@ from llm2clip.store.layout import (
     Shard,
     StoreError,
     StoreSpec,
-    check_identity,
+    check_spec,
     embeddings_path,
     keys_path,
     next_shard_number,
@@ -137,20 +137,15 @@ def _check_sources(folders: Sequence[Path]) -> StoreSpec:
     """Check that the stores can be merged, and return their common spec."""
     if not folders:
         raise StoreError("no stores to merge")
-    manifests = [read_manifest(folder) for folder in folders]
-    for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
-        check_identity(manifest["identity"], manifests[0]["identity"], folder)
-        for name in ("embed_dim", "dtype"):
-            if manifest[name] != manifests[0][name]:
-                raise StoreError(
-                    f"cannot merge: {folder} has {name} {manifest[name]}, but {folders[0]} has {manifests[0][name]}"
-                )
-    for folder, manifest in zip(folders, manifests, strict=True):
+    spec = store_spec(read_manifest(folders[0]))
+    for folder in folders[1:]:
+        check_spec(read_manifest(folder), spec, folder)
+    for folder in folders:
         # Check all shards in the folder, because the manifest may be incomplete after an interruption.
-        damaged = damaged_shards(folder, read_shards(folder), store_spec(manifest))
+        damaged = damaged_shards(folder, read_shards(folder), spec)
         if damaged:
             raise StoreError(f"{folder} has damaged shards: {damaged}. Run `llm2clip store repair {folder}`")
-    return store_spec(manifests[0])
+    return spec
 
 
 def _shard_content(folder: Path, shard: Shard) -> tuple[str, str]:

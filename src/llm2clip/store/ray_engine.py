@@ -20,11 +20,9 @@ from llm2clip.cpu_tuning import keep_freed_memory
 from llm2clip.extras import install_command
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.runs.ranks import process_state
-from llm2clip.store.dedup import PendingCaptions
 from llm2clip.store.encode import resolve_store_precision, tokenize_shard, tuned_batch_tokens, write_shard
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.write_plan import WritePlan, open_for_writing
-from llm2clip.store.writer import StoreWriter
 
 MAX_RETRIES = 4  # per worker and per shard; by default, Ray Data retries without limit
 
@@ -129,10 +127,10 @@ def _run_workers(
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
     default_workers = gpus or max(1, int(resources["CPU"]) // 2)
-    rows = [{"number": number, "start": part.start, "stop": part.stop} for number, part in plan.shards]
+    rows = [{"shard": shard} for shard in plan.shards]
     encoded = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         ShardWorker,
-        fn_constructor_args=(open_encoder, plan.writer, plan.incoming, batch_tokens, precision),
+        fn_constructor_args=(open_encoder, plan, batch_tokens, precision),
         batch_size=1,
         concurrency=min(workers or default_workers, len(rows)),
         num_gpus=1 if gpus else 0,
@@ -153,24 +151,20 @@ class ShardWorker:
     """Encoder of shards. Ray creates one instance per worker."""
 
     def __init__(
-        self,
-        open_encoder: Callable[..., CaptionEncoder],
-        writer: StoreWriter,
-        incoming: Path,
-        batch_tokens: int | None,
-        precision: str,
+        self, open_encoder: Callable[..., CaptionEncoder], plan: WritePlan, batch_tokens: int | None, precision: str
     ) -> None:
-        self.encoder, self.writer, self.pending = open_encoder(device="cpu"), writer, PendingCaptions(incoming)
+        self.encoder, self.plan = open_encoder(device="cpu"), plan
         self.batch_tokens, self.precision = batch_tokens, precision
         self.encoder.move_for_encoding(process_state().device, precision)
         keep_freed_memory(self.encoder.device)
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        for number, start, stop in zip(rows["number"], rows["start"], rows["stop"], strict=True):
-            captions = self.pending[int(start) : int(stop)]
+        writer = self.plan.writer
+        for number in rows["shard"].tolist():
+            captions = self.plan.read_captions(number)
             if self.batch_tokens is None:
-                self.batch_tokens = tuned_batch_tokens(self.encoder, captions, self.precision, self.writer.folder)
+                self.batch_tokens = tuned_batch_tokens(self.encoder, captions, self.precision, writer.folder)
             shard = tokenize_shard(captions, self.encoder)
             embeddings = self.encoder.encode(shard.tokens, batch_tokens=self.batch_tokens, precision=self.precision)
-            write_shard(self.writer, int(number), shard, embeddings.numpy(), print)
-        return {"captions": rows["stop"] - rows["start"]}
+            write_shard(writer, number, shard, embeddings.numpy(), print)
+        return rows

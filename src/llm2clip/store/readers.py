@@ -11,14 +11,12 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from threading import Lock
-from typing import Generic, TypeVar
 
 import numpy as np
 import psutil
@@ -34,7 +32,6 @@ from llm2clip.store.layout import (
     scales_path,
 )
 
-T = TypeVar("T")
 THREADS = 16  # number of concurrent positional reads, which the disk can reorder
 MAX_OPEN_FILES = 256  # number of open files per cache; operating systems usually allow about a thousand per process
 
@@ -68,11 +65,11 @@ class RowReader(ABC):
         self.bounds = np.array([*(shard.start for shard in shards), *ends[-1:]], np.int64)
         row_bytes = embed_dim * self.dtype.itemsize
         self.data_offsets = [_data_offset(embeddings_path(folder, s.number), s.rows, row_bytes) for s in shards]
-        self.scales: LRUCache[np.ndarray] | None = None
+        self.scales: Callable[[int], np.ndarray] | None = None  # opens the scale factors of a shard
         if self.dtype == np.int8:
             for shard in shards:
                 _data_offset(scales_path(folder, shard.number), shard.rows, row_bytes=4)
-            self.scales = LRUCache(lambda n: _memory_map(scales_path(folder, shards[n].number)))
+            self.scales = lru_cache(MAX_OPEN_FILES)(lambda n: _memory_map(scales_path(folder, shards[n].number)))
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Read the embeddings in the given rows, (N,) int64; return (N, embed_dim) float32 in the same order.
@@ -93,7 +90,7 @@ class RowReader(ABC):
         # torch is faster than NumPy here, because it uses several threads.
         embeddings = torch.from_numpy(stored)[torch.from_numpy(position)].float()
         if self.scales is not None:
-            scales = np.concatenate([np.empty(0, np.float32), *(self.scales[p.shard][p.rows] for p in parts)])
+            scales = np.concatenate([np.empty(0, np.float32), *(self.scales(p.shard)[p.rows] for p in parts)])
             embeddings *= torch.from_numpy(scales[position])[:, None]
         return embeddings.numpy()
 
@@ -117,12 +114,12 @@ class MmapReader(RowReader):
 
     def __init__(self, folder: Path, shards: Sequence[Shard], embed_dim: int, dtype: str) -> None:
         super().__init__(folder, shards, embed_dim, dtype)
-        self.maps = LRUCache(lambda n: _memory_map(embeddings_path(folder, shards[n].number)))
+        self.map = lru_cache(MAX_OPEN_FILES)(lambda n: _memory_map(embeddings_path(folder, shards[n].number)))
 
     def _read(self, parts: list[ShardRows]) -> None:
         for part in parts:
             # All rows are in range, and with mode="raise", NumPy would buffer the output.
-            np.take(self.maps[part.shard], part.rows, axis=0, out=part.out, mode="clip")
+            np.take(self.map(part.shard), part.rows, axis=0, out=part.out, mode="clip")
 
 
 class PreadReader(RowReader):
@@ -130,24 +127,20 @@ class PreadReader(RowReader):
 
     def __init__(self, folder: Path, shards: Sequence[Shard], embed_dim: int, dtype: str) -> None:
         super().__init__(folder, shards, embed_dim, dtype)
-        self.files = LRUCache(self._open, os.close)
-        self._start_threads()
-
-    def _start_threads(self) -> None:
-        self.process_id, self.pool, self.lock = os.getpid(), ThreadPoolExecutor(THREADS), Lock()
+        self.open = lru_cache(MAX_OPEN_FILES)(lambda n: _RandomAccessFile(embeddings_path(folder, shards[n].number)))
+        self.process_id, self.pool = os.getpid(), ThreadPoolExecutor(THREADS)
 
     def _read(self, parts: list[ShardRows]) -> None:
         if self.process_id != os.getpid():  # after a fork, the parent's threads do not exist in this process
-            self._start_threads()
-        with self.lock:  # the lock prevents other threads from closing a file that is being read
-            for first in range(0, len(parts), MAX_OPEN_FILES):
-                self._read_parts(parts[first : first + MAX_OPEN_FILES])
+            self.process_id, self.pool = os.getpid(), ThreadPoolExecutor(THREADS)
+        for first in range(0, len(parts), MAX_OPEN_FILES):
+            self._read_parts(parts[first : first + MAX_OPEN_FILES])
 
     def _read_parts(self, parts: list[ShardRows]) -> None:
         row_bytes = self.embed_dim * self.dtype.itemsize
-        reads: list[tuple[int, memoryview, int]] = []  # file descriptor, memory to fill, offset in the file
+        reads: list[tuple[_RandomAccessFile, memoryview, int]] = []  # file, memory to fill, offset in the file
         for part in parts:
-            file, offset = self.files[part.shard], self.data_offsets[part.shard]
+            file, offset = self.open(part.shard), self.data_offsets[part.shard]
             memory = part.out.view(np.uint8).reshape(-1).data
             run_ends = (np.flatnonzero(np.diff(part.rows) != 1) + 1).tolist()
             for start, stop in pairwise([0, *run_ends, len(part.rows)]):
@@ -158,50 +151,24 @@ class PreadReader(RowReader):
         for _ in self.pool.map(_read_chunk, chunks):
             pass  # iterating re-raises exceptions from the threads
 
-    def _open(self, n: int) -> int:
-        file = os.open(embeddings_path(self.folder, self.shards[n].number), os.O_RDONLY)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
-        return file
 
-    def __del__(self) -> None:
-        if hasattr(self, "files"):  # the attribute is missing if __init__ raised an error
-            self.files.clear()
-
-
-def _read_chunk(reads: Sequence[tuple[int, memoryview, int]]) -> None:
+def _read_chunk(reads: Sequence[tuple[_RandomAccessFile, memoryview, int]]) -> None:
     for file, memory, offset in reads:
-        if os.preadv(file, [memory], offset) != len(memory):
+        if os.preadv(file.descriptor, [memory], offset) != len(memory):
             raise StoreError("a shard was truncated while it was being read")
 
 
-class LRUCache(Generic[T]):
-    """Thread-safe cache of open files or memory maps for the most recently used shards."""
+class _RandomAccessFile:
+    """File that is open for positional reads. It is closed when the object is deleted."""
 
-    def __init__(self, open_item: Callable[[int], T], close_item: Callable[[T], object] | None = None) -> None:
-        self.open_item, self.close_item = open_item, close_item
-        self.items: OrderedDict[int, T] = OrderedDict()
-        self.lock = Lock()
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
-    def __getitem__(self, n: int) -> T:
-        with self.lock:
-            if n in self.items:
-                self.items.move_to_end(n)
-                return self.items[n]
-            while len(self.items) >= MAX_OPEN_FILES:
-                self._drop_oldest()
-            self.items[n] = self.open_item(n)
-            return self.items[n]
-
-    def clear(self) -> None:
-        """Close all items and remove them from the cache."""
-        while self.items:
-            self._drop_oldest()
-
-    def _drop_oldest(self) -> None:
-        _, item = self.items.popitem(last=False)
-        if self.close_item is not None:
-            self.close_item(item)
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):  # the attribute is missing if __init__ raised an error
+            os.close(self.descriptor)
 
 
 def _memory_map(file: Path) -> np.ndarray:

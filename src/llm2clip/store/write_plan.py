@@ -1,22 +1,40 @@
-"""Preparation of a store before captions are encoded, and its finalization afterwards, for any number of processes."""
+"""Preparation of a store before captions are encoded, and its finalization afterwards, for any number of processes.
+
+The main process reads the stream of captions once, and writes the captions without an embedding to a folder:
+
+    store/.incoming/
+      captions.parquet   all captions, in stream order; deleted when all duplicates are known
+      keys               keys of the captions, for the external sort that finds duplicates; see `key_index`
+      00012.parquet      captions of the missing shard 12
+
+Stream order is preserved, so captions of the same image stay together. Besides the captions of a few shards, only one
+byte per caption is in memory.
+"""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from llm2clip.data.valid_text import check_texts
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.lock import folder_lock
 from llm2clip.runs.ranks import process_state, wait_for_everyone
-from llm2clip.store.dedup import PendingCaptions, ingest
-from llm2clip.store.layout import next_shard_number, remove_temp_files, shard_numbers
+from llm2clip.store.key_index import repeats_previous_key, sorted_partitions, write_records
+from llm2clip.store.layout import caption_keys, iter_chunks, next_shard_number, remove_temp_files, shard_numbers
 from llm2clip.store.store import EmbeddingStore, refused_captions
 from llm2clip.store.writer import StoreWriter
+
+CHUNK = 1 << 14  # number of captions to hash at once
+TEXTS = "captions.parquet"
 
 
 @dataclass(frozen=True)
@@ -25,18 +43,29 @@ class WritePlan:
 
     Attributes:
         writer: Writer that adds shards to the store.
-        incoming: Folder with the captions to encode, for `PendingCaptions`.
-        shards: A tuple (shard number, slice of the pending captions) for each missing shard.
+        incoming: Folder with the captions of the missing shards.
+        shards: Numbers of the missing shards.
     """
 
     writer: StoreWriter
     incoming: Path
-    shards: list[tuple[int, slice]]
+    shards: list[int]
 
-    def local_shards(self) -> list[tuple[int, slice]]:
+    def local_shards(self) -> list[int]:
         """Return the shards that this process must write: every n-th shard if there are n processes."""
         state = process_state()
         return self.shards[state.process_index :: state.num_processes]
+
+    def read_captions(self, shard: int) -> list[str]:
+        """Return the captions to encode for a shard."""
+        captions: list[str] = pq.read_table(shard_file(self.incoming, shard))["text"].to_pylist()
+        return captions
+
+    def progress_bar(self, description: str, unit: str) -> ProgressBar[Any]:
+        """Return a progress bar for the captions of all local shards. Only the main process shows it."""
+        total = sum(pq.read_metadata(shard_file(self.incoming, shard)).num_rows for shard in self.local_shards())
+        hide = not process_state().is_main_process or not total
+        return ProgressBar(total=total, desc=description, unit=unit, disable=hide)
 
 
 @contextmanager
@@ -65,8 +94,8 @@ def open_for_writing(
 
     Raises:
         TypeError, ValueError: A caption is not a string or not valid Unicode.
-        StoreError: The store is damaged, the store was created with a different encoder, or another run is writing to
-            the store.
+        StoreError: The store is damaged or was created with a different encoder.
+        FolderInUseError: Another run is writing to the store.
     """
     state, folder = process_state(), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,10 +104,9 @@ def open_for_writing(
         with state.main_process_first():
             writer = StoreWriter(folder, identity, embed_dim, dtype)
         if state.is_main_process:
-            _prepare(writer, captions, incoming)
+            _prepare(writer, captions, incoming, shard_size)
         wait_for_everyone()
-        shards = _missing_shards(folder, incoming, shard_size)
-        wait_for_everyone()  # no process may add shards before all processes have listed the existing ones
+        shards = sorted(int(path.stem) for path in incoming.glob("[0-9]*.parquet"))
         yield WritePlan(writer, incoming, shards)
         wait_for_everyone()
         if state.is_main_process:
@@ -87,8 +115,8 @@ def open_for_writing(
         wait_for_everyone()
 
 
-def _prepare(writer: StoreWriter, captions: Iterable[str], incoming: Path) -> None:
-    """Clean up after an interrupted run, verify the existing shards, and deduplicate the captions."""
+def _prepare(writer: StoreWriter, captions: Iterable[str], incoming: Path, shard_size: int) -> None:
+    """Clean up after an interrupted run, verify the existing shards, and write the captions of the missing shards."""
     folder = writer.folder
     shutil.rmtree(incoming, ignore_errors=True)
     incoming.mkdir(exist_ok=True)
@@ -102,12 +130,65 @@ def _prepare(writer: StoreWriter, captions: Iterable[str], incoming: Path) -> No
     stream: Iterable[str] = check_texts(ProgressBar(captions, "read", unit="caption", leave=False, delay=1))
     if refused:
         stream = (caption for caption in stream if caption not in refused)
-    ingest(stream, incoming, store)
+    write_missing_shards(stream, incoming, store, shard_size, next_shard_number(folder))
 
 
-def _missing_shards(folder: Path, incoming: Path, shard_size: int) -> list[tuple[int, slice]]:
-    """Split the pending captions into shards with new numbers."""
-    with closing(PendingCaptions(incoming)) as pending:
-        count = len(pending)
-    slices = [slice(start, min(start + shard_size, count)) for start in range(0, count, shard_size)]
-    return list(enumerate(slices, next_shard_number(folder)))
+# ---- deduplication -------------------------------------------------------------------------------------------------
+
+
+def write_missing_shards(
+    captions: Iterable[str], incoming: Path, store: EmbeddingStore | None, shard_size: int, first_shard: int
+) -> None:
+    """Write the captions that have no embedding yet to one file per shard.
+
+    Args:
+        captions: Captions. They may contain duplicates.
+        incoming: Empty folder to write to.
+        store: Existing store, whose captions are skipped, or None.
+        shard_size: Number of captions per shard.
+        first_shard: Number of the first shard.
+    """
+    is_missing: list[np.ndarray] = []  # one boolean mask per chunk of captions
+    count = write_records(_write_captions(captions, incoming / TEXTS, store, is_missing), incoming / "keys")
+    mask = np.concatenate([np.empty(0, np.bool_), *is_missing])
+    for partition in sorted_partitions(incoming / "keys", count):
+        mask[partition[repeats_previous_key(partition), 2].astype(np.int64)] = False
+    for number, texts in enumerate(iter_chunks(_select_captions(incoming / TEXTS, mask), shard_size), first_shard):
+        pq.write_table(pa.table({"text": texts}), shard_file(incoming, number), compression="zstd")
+    (incoming / TEXTS).unlink()
+
+
+def shard_file(incoming: Path, shard: int) -> Path:
+    return incoming / f"{shard:05d}.parquet"
+
+
+def _write_captions(
+    captions: Iterable[str], file: Path, store: EmbeddingStore | None, is_missing: list[np.ndarray]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Write all captions to a file; yield the keys and positions of those that are missing from the store.
+
+    A boolean mask of the missing captions of each chunk is appended to `is_missing`. Only duplicates within a chunk are
+    detected here.
+    """
+    with pq.ParquetWriter(file, pa.schema([("text", pa.string())]), compression="zstd") as writer:
+        start = 0
+        for texts in iter_chunks(captions, CHUNK):
+            writer.write_table(pa.table({"text": texts}))
+            keys = caption_keys(texts)
+            mask = np.zeros(len(texts), np.bool_)
+            mask[np.unique(keys.view("V16")[:, 0], return_index=True)[1]] = True
+            if store is not None:
+                mask &= store.find(keys) < 0
+            is_missing.append(mask)
+            positions = np.flatnonzero(mask)
+            yield keys[positions], (start + positions).astype(np.uint64)
+            start += len(texts)
+
+
+def _select_captions(file: Path, mask: np.ndarray) -> Iterator[str]:
+    """Yield the captions in a file for which a boolean mask is True."""
+    start = 0
+    with pq.ParquetFile(file) as captions:
+        for batch in captions.iter_batches(CHUNK):
+            yield from batch["text"].filter(pa.array(mask[start : start + len(batch)])).to_pylist()
+            start += len(batch)

@@ -22,7 +22,7 @@ from llm2clip.store.layout import (
     KEY_BYTES,
     StoreError,
     caption_keys,
-    check_identity,
+    check_spec,
     embeddings_path,
     index_path,
     keys_path,
@@ -61,11 +61,7 @@ class StoreWriter:
         self.folder, self.identity, self.embed_dim, self.dtype = Path(folder), identity, embed_dim, dtype
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / MANIFEST).is_file():
-            manifest = read_manifest(self.folder)
-            check_identity(manifest["identity"], identity, self.folder)
-            for name, value in (("dtype", dtype), ("embed_dim", embed_dim)):
-                if manifest[name] != value:
-                    raise StoreError(f"{self.folder} has {name} {manifest[name]}, not {value}. Use another folder")
+            check_spec(read_manifest(self.folder), (identity, embed_dim, dtype), self.folder)
         elif shard_numbers(self.folder):
             raise StoreError(f"{self.folder} has shards but no {MANIFEST}. Run `llm2clip store repair {self.folder}`")
         else:
