@@ -29,7 +29,7 @@ from llm2clip.published_results import (
     published_rows,
     published_sources,
 )
-from llm2clip.runs.ranks import describe_run
+from llm2clip.runs.run_description import describe_run
 from llm2clip.tools.reproduce.paper import describe_paper
 from llm2clip.tools.reproduce.statistics import Claim
 

@@ -233,7 +233,8 @@ def _evaluate(args: Namespace) -> list[str]:
     from llm2clip.llava.tasks import read_benchmarks
     from llm2clip.llava.tasks.base import first_units
     from llm2clip.llava.tasks.llm_judge import OpenAIJudge
-    from llm2clip.runs.ranks import describe_run, print_once, process_state
+    from llm2clip.runs.ranks import print_once, process_state
+    from llm2clip.runs.run_description import describe_run
 
     out, start = Path(args.out), time.time()
     is_main = process_state().is_main_process

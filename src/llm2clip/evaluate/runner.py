@@ -39,8 +39,9 @@ from llm2clip.models.precision import load_for_evaluation
 from llm2clip.models.prompts import QueryTemplates, check_templates
 from llm2clip.models.text.clip_text_encoder import has_text_tower, load_clip_text_encoder
 from llm2clip.models.vision.dense import DENSE_VARIANTS
-from llm2clip.runs.ranks import describe_run, format_run, print_once, process_state
+from llm2clip.runs.ranks import print_once, process_state
 from llm2clip.runs.run_config import to_plain_types
+from llm2clip.runs.run_description import describe_run, format_run
 
 
 class IncompleteEvaluationError(ValueError):

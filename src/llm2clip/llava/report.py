@@ -24,7 +24,7 @@ from llm2clip.html_report import (
 from llm2clip.llava.evaluate import LlavaResult
 from llm2clip.models.hub.display_names import display_names
 from llm2clip.published_results import LLAVA
-from llm2clip.runs.ranks import format_run
+from llm2clip.runs.run_description import format_run
 
 # Benchmarks in the published LLaVA-1.5 table. Each benchmark has a column name and a metric. For POPE, F1 was published
 # for each sampling strategy, but not the mean.

@@ -1,20 +1,12 @@
-"""Utilities for distributed runs: ranks, barriers, FSDP settings, printing on the main process only.
-
-Also describes the current run and its machine, for reports.
-"""
+"""Utilities for distributed runs: ranks, barriers, FSDP settings, printing on the main process only."""
 
 from __future__ import annotations
 
 import json
 import os
-import platform
-import re
-import shlex
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -111,61 +103,6 @@ def set_mixed_precision(precision: str) -> str:
     if PartialState._shared_state.get("distributed_type") is DistributedType.FSDP:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return name
-
-
-def command_line() -> str:
-    """Return the command that started this process, quoted for the shell."""
-    return shlex.join(["llm2clip", *sys.argv[1:]])
-
-
-def describe_device(device: torch.device) -> str:
-    """Describe the GPUs of this machine or, if `device` is not a GPU, its processor."""
-    if device.type == "cuda":
-        gpus = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
-        return ", ".join(f"{gpu.name} ({gpu.total_memory / 1e9:.0f} GB)" for gpu in gpus)
-    if device.type != "cpu":
-        return device.type
-    cpu_info = Path("/proc/cpuinfo")
-    name = None
-    if cpu_info.is_file():
-        name = re.search(r"^model name\s*:\s*(.+)$", cpu_info.read_text(errors="replace"), re.MULTILINE)
-    processor = name[1] if name else platform.processor() or "CPU"
-    return f"{processor}, {torch.get_num_threads()} threads on {os.cpu_count()} logical cores"
-
-
-def describe_run(seconds: float) -> dict[str, Any]:
-    """Return the command, date, version, machine and duration of this run, for JSON files and reports.
-
-    Args:
-        seconds: Duration of the run.
-    """
-    state = process_state()
-    processes = f"{state.num_processes} processes, each on " if state.num_processes > 1 else ""
-    return {
-        "command": command_line(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "version": metadata.version("llm2clip"),
-        "machine": processes + describe_device(state.device),
-        "seconds": round(seconds, 1),
-    }
-
-
-def format_run(run: Mapping[str, Any]) -> str:
-    """Format the result of `describe_run`, except for the command, as a sentence."""
-    date = datetime.fromisoformat(run["date"])
-    return (
-        f"llm2clip {run['version']}, {date.day} {date:%B %Y, %H:%M} UTC, {format_duration(run['seconds'])} on "
-        f"{run['machine']}."
-    )
-
-
-def format_duration(seconds: float) -> str:
-    """Format a duration with its two largest units, such as "45 s", "6 min 49 s" or "2 h 5 min"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def print_once(*lines: str) -> None:

@@ -127,7 +127,7 @@ def check_compute() -> Iterator[Check]:
     import torch
 
     from llm2clip.models.precision import has_bf16_hardware
-    from llm2clip.runs.ranks import describe_device
+    from llm2clip.runs.run_description import describe_device
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert device is not None

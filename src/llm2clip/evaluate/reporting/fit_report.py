@@ -10,7 +10,7 @@ from llm2clip.evaluate.recall import KS
 from llm2clip.evaluate.reporting import plots
 from llm2clip.evaluate.reporting.error_analysis import read_example_searches
 from llm2clip.html_report import Block, Code, Details, Heading, Paragraph, Plot, Table, write_report
-from llm2clip.runs.ranks import describe_run, format_duration, format_run
+from llm2clip.runs.run_description import describe_run, format_duration, format_run
 
 
 def write_fit_report(

@@ -12,7 +12,8 @@ from llm2clip.html_report import write_report
 from llm2clip.io_utils import read_json
 from llm2clip.pipeline import start_run
 from llm2clip.runs.lock import run_lock
-from llm2clip.runs.ranks import cached_json, command_line, print_once, process_state
+from llm2clip.runs.ranks import cached_json, print_once, process_state
+from llm2clip.runs.run_description import command_line
 from llm2clip.tools.reproduce.claims import CLAIMS
 from llm2clip.tools.reproduce.datasets import ClaimData
 from llm2clip.tools.reproduce.experiments import Experiments
