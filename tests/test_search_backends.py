@@ -18,7 +18,7 @@ from llm2clip.runs.output_folder import FormatVersionError
 from llm2clip.search.backends import open_backend
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import IndexedContent, IndexedImage, ref_from_json, ref_to_json
-from search_fixtures import index_sources, search_names
+from search_fixtures import create_backend, index_sources, search_names
 
 # References as they are stored in an index: a class must keep its name there even if it is renamed.
 STORED_REFS = (
@@ -54,6 +54,17 @@ def test_sqlite_backend_rejects_other_format_versions(version: int, tmp_path: Pa
     for write in (False, True):
         with pytest.raises(FormatVersionError, match=rf"format version {version}, but.* version 1.*`llm2clip index`"):
             SqliteBackend(tmp_path, write)
+
+
+def test_qdrant_backend_rejects_other_format_versions(tmp_path: Path) -> None:
+    backend = create_backend("qdrant", tmp_path)
+    backend.initialize({"model": "m", "fingerprint": "f", "embed_dim": 4})
+    assert backend.metadata() == {"model": "m", "fingerprint": "f", "embed_dim": 4}
+    client: Any = backend.client  # type: ignore[attr-defined]
+    (point,), _ = client.scroll("pictures")
+    client.set_payload("pictures", {"format_version": 2}, points=[point.id])
+    with pytest.raises(FormatVersionError, match=r"pictures has format version 2, but.* version 1.*`llm2clip index`"):
+        backend.metadata()
 
 
 def test_sqlite_backend_adds_a_batch_completely_or_not_at_all(tmp_path: Path) -> None:

@@ -31,8 +31,6 @@ from llm2clip.search.types import (
     IndexedContent,
     IndexedImage,
     path_glob,
-    ref_from_json,
-    ref_to_json,
 )
 
 # The metadata point's id is derived from this key. All other point ids are derived from content hashes.
@@ -312,9 +310,8 @@ def _point(content: IndexedContent) -> models.PointStruct:
 
 def _image_payload(images: Sequence[IndexedImage]) -> dict[str, Any]:
     """Return the payload fields that describe the images of a point, including the fields used by filters."""
-    fields = [[i.name, ref_to_json(i.ref), i.source, i.file_version, list(i.captions), i.taken] for i in images]
     return {
-        "images": json.dumps(fields),
+        "images": json.dumps([image.to_row() for image in images]),
         "names": [image.name for image in images],
         "sources": sorted({image.source for image in images}),
         "paths": sorted({path for image in images for path in _containing_paths(image)}),
@@ -325,10 +322,7 @@ def _image_payload(images: Sequence[IndexedImage]) -> dict[str, Any]:
 
 def _images(payload: Any) -> tuple[IndexedImage, ...]:
     """Return the images stored in a point's payload."""
-    images = []
-    for name, ref, source, file_version, captions, taken in json.loads((payload or {}).get("images", "[]")):
-        images.append(IndexedImage(name, ref_from_json(ref), source, file_version, tuple(captions), taken))
-    return tuple(images)
+    return tuple(map(IndexedImage.from_row, json.loads((payload or {}).get("images", "[]"))))
 
 
 def _containing_paths(image: IndexedImage) -> list[str]:

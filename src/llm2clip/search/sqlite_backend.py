@@ -41,8 +41,6 @@ from llm2clip.search.types import (
     IndexedContent,
     IndexedImage,
     path_glob,
-    ref_from_json,
-    ref_to_json,
 )
 from llm2clip.search.vector_index import (
     CHUNK,
@@ -83,7 +81,7 @@ PRAGMA user_version = {FORMAT_VERSION};
 """
 CHANGES_KEPT = 100_000  # a reader that is behind by more changes than this reloads everything
 CHANGED = "content FROM changes WHERE id > :last"
-IMAGE_COLUMNS = "name, location, source, file_version, captions, taken"
+IMAGE_COLUMNS = "name, location, source, file_version, captions, taken"  # in the order of `IndexedImage.to_row`
 # An image is inside the path with the pattern :glob if its name matches this pattern, followed by nothing, by "/"
 # (folder), by "!" (tar) or by "[" (table). File and folder names may also contain "!" and "[". Therefore, an image
 # whose name contains one of these two characters after the path must also be stored in a tar or table whose file name
@@ -192,11 +190,6 @@ class SqliteBackend:
         return {digest for digest in hashes if self._query("SELECT 1 FROM contents WHERE hash = ?", (digest,))}
 
     def add(self, contents: Sequence[IndexedContent], images: Sequence[tuple[IndexedImage, bytes]]) -> None:
-        image_rows = []
-        for image, digest in images:
-            captions = json.dumps(image.captions)
-            ref = ref_to_json(image.ref)
-            image_rows.append((digest, image.name, ref, image.source, image.file_version, captions, image.taken))
         with self._transaction():
             self._may_have_orphans = True
             for content in contents:
@@ -204,7 +197,7 @@ class SqliteBackend:
             self._db.executemany(
                 f"INSERT OR REPLACE INTO images (content, {IMAGE_COLUMNS}) "
                 "VALUES ((SELECT id FROM contents WHERE hash = ?), ?, ?, ?, ?, ?, ?)",
-                image_rows,
+                [(digest, *image.to_row()) for image, digest in images],
             )
             self._db.execute("DELETE FROM changes WHERE id <= (SELECT max(id) FROM changes) - ?", (CHANGES_KEPT,))
 
@@ -308,11 +301,7 @@ class SqliteBackend:
         where = " AND ".join(["content = :content", *conditions])
         sql = f"SELECT {IMAGE_COLUMNS} FROM images WHERE {where} ORDER BY rowid LIMIT :limit"
         rows = self._query(sql, {**(parameters or {}), "content": content_id, "limit": MAX_LOCATIONS})
-        images = []
-        for name, ref, source, file_version, captions, taken in rows:
-            texts = tuple(json.loads(captions))
-            images.append(IndexedImage(name, ref_from_json(ref), source, file_version, texts, taken))
-        return tuple(sorted(images, key=lambda image: image.name))
+        return tuple(sorted(map(IndexedImage.from_row, rows), key=lambda image: image.name))
 
     # ---- filters
 

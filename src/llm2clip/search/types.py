@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,6 +40,21 @@ class IndexedImage:
     file_version: str
     captions: tuple[str, ...] = ()
     taken: float = 0.0
+
+    def to_row(self) -> tuple[str, str, str, str, str, float]:
+        """Return the fields as they are stored in an index, with the reference and the captions as JSON."""
+        captions = json.dumps(self.captions)
+        return self.name, ref_to_json(self.ref), self.source, self.file_version, captions, self.taken
+
+    @classmethod
+    def from_row(cls, row: Sequence[Any]) -> IndexedImage:
+        """Create an image from the result of `to_row`.
+
+        Raises:
+            ValueError: The type of the reference is unknown.
+        """
+        name, ref, source, file_version, captions, taken = row
+        return cls(name, ref_from_json(ref), source, file_version, tuple(json.loads(captions)), taken)
 
     @property
     def container(self) -> str:
