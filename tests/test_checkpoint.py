@@ -32,11 +32,8 @@ def test_checkpoints_resume_from_the_latest_complete_one(tmp_path: Path) -> None
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.latest == tmp_path / "checkpoint-10" and checkpoints.step == 10
     assert not (tmp_path / "checkpoint-15").exists() and (tmp_path / "checkpoint-note").exists()
-
-
-def test_checkpoints_start_from_the_beginning_without_any(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path / "checkpoints")
-    assert checkpoints.latest is None and checkpoints.step == 0
+    new_run = Checkpoints(tmp_path / "new run")
+    assert new_run.latest is None and new_run.step == 0
 
 
 def test_checkpoints_reject_another_signature(tmp_path: Path) -> None:
@@ -168,19 +165,13 @@ def test_check_finite_names_step_and_last_checkpoint(tmp_path: Path) -> None:
         check_finite("loss", math.nan, 7, checkpoints, "Lower the rate")
 
 
-def test_metrics_log_drops_steps_that_will_be_repeated(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "metrics.jsonl")
-    for step in range(1, 5):
-        log.write(step, loss=float(step))
-    with log.path.open("a") as file:
-        file.write('{"step": 5, "lo')  # cut off by a kill
-    MetricsLog(tmp_path / "metrics.jsonl", resume_step=3).write(4, loss=0.0)
-    assert [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 2.0, 3.0, 0.0]
-
-
-def test_metrics_log_keeps_the_lines_after_a_damaged_one(tmp_path: Path) -> None:
+def test_metrics_log_drops_repeated_steps_and_damaged_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1, "loss": 1.0}\n\0\0\0\xff\n{"step": 3, "lo\n[4]\n{"step": 5, "loss": 5.0}\n')
-    assert [line["step"] for line in read_metrics(path)] == [1, 5]
-    MetricsLog(path, resume_step=5).write(6, loss=6.0)
-    assert [line["loss"] for line in read_metrics(path)] == [1.0, 5.0, 6.0]
+    log = MetricsLog(path)
+    for step in range(1, 4):
+        log.write(step, loss=float(step))
+    with path.open("ab") as file:
+        file.write(b'\0\0\0\xff\n{"step": 4, "lo\n[4]\n{"step": 5, "loss": 5.0}\n{"step": 6, "lo')  # cut off by a kill
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 5]
+    MetricsLog(path, resume_step=2).write(3, loss=0.0)
+    assert [line["loss"] for line in read_metrics(path)] == [1.0, 2.0, 0.0]

@@ -128,7 +128,7 @@ def test_images_without_the_weighted_kinds_use_all_captions(records: list[Record
 def test_captions_of_a_batch_are_those_sampled_for_each_image_by_numpy(
     captions_per_image: int, weights: tuple[float, ...]
 ) -> None:
-    """Runs of earlier versions, which sampled the captions of each image separately, must resume with the same data."""
+    """The reference samples the captions of each image separately."""
     rng = np.random.default_rng(0)
     kinds = []
     for most in (6, 1, 11):  # every image has a caption of the second kind

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -101,15 +99,6 @@ def test_sqlite_backend_scans_if_the_graph_is_damaged(
     assert reader._current_vector_index().graph is not None
 
 
-def test_sqlite_backend_opens_a_graph_of_version_0_1(photos: Path, dual_encoder: DualEncoder, tmp_path: Path) -> None:
-    writer = SqliteBackend(tmp_path, write=True, approximate_above=3)
-    index_sources([photos], dual_encoder, writer)
-    state = json.loads((tmp_path / "graph.json").read_text())
-    del state["checksum"]
-    (tmp_path / "graph.json").write_text(json.dumps(state))
-    assert SqliteBackend(tmp_path)._current_vector_index().graph is not None
-
-
 def test_sqlite_backend_reloads_vectors_and_graph_after_a_write(
     photos: Path, dual_encoder: DualEncoder, tmp_path: Path
 ) -> None:
@@ -143,14 +132,3 @@ def test_sqlite_backend_keeps_vectors_when_nothing_changed(
     index_sources([photos], dual_encoder, writer)
     assert reader._current_vector_index() is second is not None
     assert first is not None
-
-
-def test_sqlite_backend_finds_images_added_by_another_process(
-    photos: Path, image_folder: Path, dual_encoder: DualEncoder, tmp_path: Path
-) -> None:
-    writer, reader = (SqliteBackend(tmp_path / "index", write=True) for _ in range(2))
-    index_sources([photos], dual_encoder, writer)
-    assert "9.png" not in search_names(reader)
-    shutil.copy(image_folder / "9.png", photos)
-    index_sources([photos], dual_encoder, writer)
-    assert "9.png" in search_names(reader)
