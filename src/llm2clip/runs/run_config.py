@@ -59,7 +59,9 @@ def save_or_check_config(config: dict[str, Any], run_dir: Path, processes: int |
     if file.exists() and _has_outputs(run_dir):
         text = file.read_text(encoding="utf-8")
         saved = yaml.safe_load(text)
-        changes = [(name, old, value) for name, old, value in _differences(saved, new) if not _is_resume_safe(name)]
+        changes = [
+            (name, old, value) for name, old, value in _find_differences(saved, new) if not _is_resume_safe(name)
+        ]
         if _pairs_per_step(saved, _saved_processes(text)) == _pairs_per_step(new, processes):
             changes = [change for change in changes if change[0] != "tune.batch_size"]
         else:
@@ -111,12 +113,12 @@ def to_plain_types(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _differences(saved: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+def _find_differences(saved: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
     """Return (dotted name, saved value, new value) for each setting whose value has changed."""
     if not (isinstance(saved, dict) and isinstance(new, dict)):
         return [] if saved == new else [(name, saved, new)]
     differences = []
     for key in [*saved, *(key for key in new if key not in saved)]:
         dotted = f"{name}.{key}" if name else key
-        differences += _differences(saved.get(key), new.get(key), dotted)
+        differences += _find_differences(saved.get(key), new.get(key), dotted)
     return differences

@@ -20,7 +20,7 @@ import os
 import shutil
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -147,12 +147,8 @@ class SqliteBackend:
         # normally.
         self._immutable_state: tuple[int, int] | None = None
         self._may_have_orphans = True  # an interrupted run may leave rows in `contents` that do not belong to any image
-        # Data read from the database, each preceded by the state of the database when it was read.
-        self._vector_index: tuple[tuple[Any, ...], VectorIndex] | None = None
-        self._counts: tuple[tuple[Any, ...], tuple[int, int]] | None = None
-        self._matches: tuple[tuple[Any, ...], np.ndarray] | None = None
-        self._graph: tuple[int, tuple[Any, GraphState] | None] | None = None
-        # The same for data that is updated with the log of changes.
+        self._cache: dict[str, tuple[Any, Any]] = {}  # see `_cached`
+        # Data that is updated with the log of changes, each preceded by its position in the log.
         self._vectors: tuple[LogState, QuantizedVectors] | None = None
         self._captions: tuple[LogState, CaptionIndex] | None = None
         self._vectors_lock, self._captions_lock = threading.Lock(), threading.Lock()
@@ -233,12 +229,9 @@ class SqliteBackend:
     # ---- searching
 
     def count(self) -> tuple[int, int]:
-        state = self._state()
-        if self._counts is None or self._counts[0] != state:
-            ((images,),) = self._query("SELECT count(*) FROM images")
-            ((contents,),) = self._query("SELECT count(*) FROM contents")
-            self._counts = state, (images, contents)
-        return self._counts[1]
+        sql = "SELECT (SELECT count(*) FROM images), (SELECT count(*) FROM contents)"
+        images, contents = self._cached("count", self._state(), lambda: self._query(sql)[0])
+        return images, contents
 
     def duplicates(self, limit: int = 10) -> list[list[str]]:
         largest_groups = (
@@ -308,10 +301,8 @@ class SqliteBackend:
     def _cached_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
         """Return `_matching_ids`, cached for the last filter, because further pages of a search use the same filter."""
         key = self._state(), image_filter, newest_first
-        cached = self._matches
-        if cached is None or cached[0] != key:
-            cached = self._matches = key, self._matching_ids(image_filter, newest_first)
-        return cached[1]
+        ids: np.ndarray = self._cached("ids", key, lambda: self._matching_ids(image_filter, newest_first))
+        return ids
 
     def _matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
         """Return the ids of the contents with at least one image that meets all conditions of a filter, int64 (N,).
@@ -364,19 +355,20 @@ class SqliteBackend:
         with self._index_lock:  # if several threads search, one opens the graph while the others wait
             graph_state = self.folder / GRAPH_STATE_FILE
             graph_time = graph_state.stat().st_mtime_ns if graph_state.exists() else 0
-            state = *self._state(), graph_time
-            if self._vector_index is None or self._vector_index[0] != state:
+
+            def create_index() -> VectorIndex:
                 graph = self._current_graph(graph_time) if graph_time else None
-                self._vector_index = state, VectorIndex(self._current_vectors, self._fetch_vectors, graph)
-            return self._vector_index[1]
+                return VectorIndex(self._current_vectors, self._fetch_vectors, graph)
+
+            index: VectorIndex = self._cached("index", (self._state(), graph_time), create_index)
+            return index
 
     def _current_graph(self, graph_time: int) -> Any:
         """Return the graph, or None if it is damaged or its ids differ from those in the database."""
-        if self._graph is None or self._graph[0] != graph_time:
-            self._graph = graph_time, open_graph(self.folder)
-        if self._graph[1] is None:
+        opened: tuple[Any, GraphState] | None = self._cached("graph", graph_time, lambda: open_graph(self.folder))
+        if opened is None:
             return None
-        graph, state = self._graph[1]
+        graph, state = opened
         (ids,) = self._query("SELECT count(*), max(id), sum(id) FROM contents")
         return graph if ids == (state.count, state.last, state.sum) else None
 
@@ -428,6 +420,13 @@ class SqliteBackend:
         """Return the state of the database, which changes with every write."""
         ((version,),) = self._query("PRAGMA data_version")  # changes when another connection writes to the database
         return version, self._db.total_changes, self._immutable_state
+
+    def _cached(self, name: str, state: Any, compute: Callable[[], Any]) -> Any:
+        """Return the last computed value with a name. Compute it first if the state has changed since then."""
+        cached = self._cache.get(name)
+        if cached is None or cached[0] != state:
+            cached = self._cache[name] = state, compute()
+        return cached[1]
 
     @contextmanager
     def _snapshot(self) -> Iterator[sqlite3.Connection]:
