@@ -59,9 +59,7 @@ def save_or_check_config(config: dict[str, Any], run_dir: Path, processes: int |
     if file.exists() and _has_outputs(run_dir):
         text = file.read_text(encoding="utf-8")
         saved = yaml.safe_load(text)
-        changes = [
-            (name, old, value) for name, old, value in _find_differences(saved, new) if not _is_resume_safe(name)
-        ]
+        changes = [change for change in _find_differences(saved, new) if not _is_resume_safe(change[0])]
         if _pairs_per_step(saved, _saved_processes(text)) == _pairs_per_step(new, processes):
             changes = [change for change in changes if change[0] != "tune.batch_size"]
         else:
