@@ -72,7 +72,7 @@ def test_sqlite_backend_adds_a_batch_completely_or_not_at_all(tmp_path: Path) ->
     content = IndexedContent(b"a", np.zeros(4, np.float16), b"jpeg", 1, 1)
     valid = IndexedImage("a", FileImage("a"), "s", "1")
     without_content = IndexedImage("b", FileImage("b"), "s", "1")
-    with pytest.raises(OSError, match=r"pictures\.sqlite"):
+    with pytest.raises(OSError, match=r"index\.sqlite"):
         backend.add([content], [(valid, b"a"), (without_content, b"b")])
     assert backend.count() == (0, 0)
 
