@@ -69,7 +69,7 @@ from llm2clip.runs.checkpoint import latest_checkpoint, read_metrics
 from llm2clip.runs.lock import run_lock
 from llm2clip.runs.ranks import cached_json, print_once, process_state, wait_for_everyone
 from llm2clip.runs.run_config import CONFIG_FILE, save_or_check_config
-from llm2clip.runs.stage_clock import DURATIONS_FILE, StageClock
+from llm2clip.runs.run_description import DURATIONS_FILE, StageClock
 from llm2clip.store.encode import embed as embed_locally
 from llm2clip.store.ray_engine import embed_with_ray
 from llm2clip.store.store import EmbeddingStore, drop_refused_captions

@@ -1,12 +1,14 @@
-"""Description of a run for reports: its command, date, version, machine and duration."""
+"""Description of a run for reports: its command, date, version and machine, and the durations of its stages."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
 import shlex
 import sys
+import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
@@ -15,7 +17,10 @@ from typing import Any
 
 import torch
 
-from llm2clip.runs.ranks import process_state
+from llm2clip.io_utils import atomic_write_text
+from llm2clip.runs.ranks import print_once, process_state
+
+DURATIONS_FILE = "durations.json"
 
 
 def command_line() -> str:
@@ -71,3 +76,25 @@ def format_duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+class StageClock:
+    """Announces the stages of `fit`, and adds the time that each of them takes to RUN/durations.json."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file = run_dir / DURATIONS_FILE
+        self._stage, self._start = "", 0.0
+
+    def start(self, title: str) -> None:
+        """Stop the previous stage, and start a stage with a title such as "1/4 tune: training on captions"."""
+        self.stop()
+        print_once(title)
+        self._stage, self._start = title.split()[1].rstrip(":"), time.time()
+
+    def stop(self) -> None:
+        """Stop the current stage, if there is one."""
+        if self._stage and process_state().is_main_process:
+            durations = json.loads(self._file.read_text()) if self._file.exists() else {}
+            durations[self._stage] = durations.get(self._stage, 0.0) + time.time() - self._start
+            atomic_write_text(self._file, json.dumps(durations))
+        self._stage = ""
