@@ -87,7 +87,7 @@ class Backend(Protocol):
         that meet the filter was taken. With SQLite, images of the same time are ordered by id.
 
         Args:
-            vector: Query vector, float32 (D,), L2-normalised, or None.
+            vector: L2-normalised query vector of shape (D,), float32, or None.
             count: Maximum number of hits.
             image_filter: Conditions that every hit must meet.
             offset: Number of hits to skip.
@@ -99,7 +99,7 @@ class Backend(Protocol):
         ...
 
     def vector(self, hit_id: str) -> np.ndarray | None:
-        """Return the embedding of a hit, float32 (D,), or None if the id is unknown."""
+        """Return the embedding of a hit, of shape (D,), float32, or None if the id is unknown."""
         ...
 
     def thumbnail(self, hit_id: str) -> bytes | None:

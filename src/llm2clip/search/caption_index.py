@@ -24,9 +24,9 @@ class CaptionBlock:
 
     Args:
         text: Captions as UTF-8, casefolded, with a separator after each caption, uint8.
-        starts: Position of each caption in `text`, int64 (N,).
-        rows: Row of each caption in the table of images, int64 (N,).
-        contents: Content id of each caption's image, int64 (N,).
+        starts: Position of each caption in `text`, of shape (N,), int64.
+        rows: Row of each caption in the table of images, of shape (N,), int64.
+        contents: Content id of each caption's image, of shape (N,), int64.
     """
 
     text: np.ndarray
@@ -41,13 +41,13 @@ class CaptionBlock:
         return cls(text, np.cumsum(lengths, dtype=np.int64), np.array(rows, np.int64), np.array(contents, np.int64))
 
     def select(self, keep: np.ndarray) -> CaptionBlock:
-        """Return a block with the captions for which `keep`, bool (N,), is True."""
+        """Return a block with the captions that are selected by a boolean mask of shape (N,)."""
         lengths = np.diff(self.starts, append=len(self.text))
         starts = np.cumsum(lengths[keep]) - lengths[keep]
         return CaptionBlock(self.text[np.repeat(keep, lengths)], starts, self.rows[keep], self.contents[keep])
 
     def contains(self, text: bytes) -> np.ndarray:
-        """Return True for each caption that contains a casefolded text, bool (N,)."""
+        """Return a boolean mask of shape (N,): which captions contain a casefolded text."""
         count = len(self.starts)
         length = len(self.text) - len(text) + 1  # number of positions at which the text can start
         if not text or length <= 0:
@@ -98,7 +98,7 @@ class CaptionIndex:
         """Return an index without the captions of the removed contents and with additional captions.
 
         Args:
-            removed: Ids of contents, int64 (N,).
+            removed: Ids of contents, of shape (N,), int64.
             rows: Row, content id and captions (a JSON list) of each additional image.
         """
         blocks = []
@@ -118,7 +118,7 @@ class CaptionIndex:
         """Find the images with a caption that contains a text, ignoring case.
 
         Returns:
-            The row and the content id of each caption that contains the text, each int64 (K,).
+            The row and the content id of each caption that contains the text, each of shape (K,), int64.
         """
         encoded = encode(text)
         rows, contents = [np.empty(0, np.int64)], [np.empty(0, np.int64)]

@@ -305,7 +305,7 @@ class SqliteBackend:
         return ids
 
     def _matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
-        """Return the ids of the contents with at least one image that meets all conditions of a filter, int64 (N,).
+        """Return the ids of the contents with at least one image that meets all conditions of a filter, of shape (N,).
 
         The ids are sorted or, with `newest_first`, ordered by the latest time of the images that meet the conditions.
         """
@@ -314,7 +314,7 @@ class SqliteBackend:
         rows: np.ndarray | None = None
         with self._snapshot() as db:
             if conditions or newest_first:
-                # Images that meet all conditions except the one on captions, (N,) with the fields of MATCH.
+                # Images that meet all conditions except the one on captions, with the fields of MATCH.
                 cursor = db.execute(
                     "SELECT images.rowid, contents.id, taken FROM images JOIN contents ON contents.id = content "
                     f"WHERE {' AND '.join(conditions) or 'true'}",
@@ -396,7 +396,7 @@ class SqliteBackend:
             return vectors
 
     def _fetch_vectors(self, ids: np.ndarray) -> np.ndarray:
-        """Return the vectors with the given ids, float16 (N, D). The vector of a removed id is returned as zeros."""
+        """Return the vectors of ids, of shape (N, D), float16. The vector of a removed id is zero."""
         vectors: dict[int, bytes] = {}
         for start in range(0, len(ids), IDS_PER_QUERY):
             chunk = ids[start : start + IDS_PER_QUERY].tolist()
@@ -551,7 +551,7 @@ def _print_if_on_network(folder: Path) -> None:
 
 
 def _vector_chunks(db: sqlite3.Connection, last_id: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the ids, int64 (N,), and vectors, float16 (N, D), that follow an id, one chunk at a time."""
+    """Yield ids of shape (N,) and vectors of shape (N, D), float16, that follow an id, one chunk at a time."""
     cursor = db.execute("SELECT id, vector FROM contents WHERE id > ? ORDER BY id", (last_id,))
     while rows := cursor.fetchmany(CHUNK):
         ids = np.array([content_id for content_id, _ in rows], dtype=np.int64)

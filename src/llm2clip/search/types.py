@@ -82,7 +82,7 @@ class IndexedContent:
 
     Args:
         hash: SHA-256 hash of the encoded image.
-        vector: Embedding, float16 (D,), L2-normalised.
+        vector: L2-normalised embedding of shape (D,), float16.
         thumbnail: JPEG thumbnail of at most 256 pixels per side.
         width: Width of the image in pixels, after EXIF rotation.
         height: Height of the image in pixels, after EXIF rotation.

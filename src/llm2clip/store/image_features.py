@@ -42,7 +42,7 @@ class ImageEncoder(Protocol):
     def transform(self) -> Callable[[Tensor], Any]: ...
 
     def encode_images(self, images: list[Any]) -> Tensor:
-        """Encode images preprocessed with `transform`; return (N, embed_dim) float32 on the CPU."""
+        """Encode images preprocessed with `transform`; return embeddings of shape (N, embed_dim), float32, on the CPU."""
         ...
 
 
@@ -75,7 +75,7 @@ class TowerEncoder:
 
 
 def image_keys(refs: Iterable[ImageRef]) -> np.ndarray:
-    """Return the store keys of images, (N, 16) uint8."""
+    """Return the store keys of images, of shape (N, 16), uint8."""
     return caption_keys([image_name(ref) for ref in refs])
 
 
@@ -165,7 +165,17 @@ def store_text_embeddings(
     dtype: str = "float32",
     shard_size: int = 8192,
 ) -> EmbeddingStore:
-    """Encode texts into the store at `folder`; return the opened store. `encode` returns embeddings, (N, embed_dim)."""
+    """Encode texts into the store at `folder`; return the opened store.
+
+    Args:
+        texts: Texts. They may contain duplicates.
+        encode: Function that returns embeddings of shape (N, embed_dim).
+        embed_dim: Embedding dimension.
+        identity: All properties of the encoder that affect the embeddings.
+        folder: Folder of the store.
+        dtype: Stored dtype.
+        shard_size: Number of texts per shard.
+    """
     with open_for_writing(texts, folder, identity, embed_dim, dtype=dtype, shard_size=shard_size) as plan:
         for number, shard_texts, bar in _iter_shards(plan, "texts", "text"):
             plan.writer.write(number, shard_texts, [0] * len(shard_texts), encode(shard_texts).numpy())
@@ -184,7 +194,7 @@ def encode_image_batches(
     """Decode and encode images. Images that cannot be decoded are recorded in `log`.
 
     Returns:
-        The embeddings, (N, embed_dim) float32, and the indices of the encoded images in `refs`.
+        The embeddings, of shape (N, embed_dim), float32, and the indices of the encoded images in `refs`.
     """
     embeddings, indices = [torch.empty(0, encoder.embed_dim)], []
     for decoded, images, failures in image_batches(refs, encoder.transform, batch_size, workers):

@@ -1,6 +1,6 @@
 """Key index of a store, which maps caption keys to rows with constant memory use.
 
-A 16-byte key is split into two uint64 halves. The index is an array (3, N) uint64, sorted by key. It contains the first
+A 16-byte key is split into two uint64 halves. The index is an array of shape (3, N), uint64, sorted by key. It contains the first
 halves of the keys, their second halves, and the row numbers in the store. The array is memory-mapped, so that a lookup
 touches only a few pages. The index takes 24 bytes per caption, while an embedding takes a few thousand bytes.
 
@@ -39,7 +39,7 @@ class KeyIndex:
         return len(self.high)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """Look up keys, (N, 16) uint8; return their row numbers, (N,) int64.
+        """Look up keys of shape (N, 16), uint8; return their row numbers, of shape (N,), int64.
 
         Keys that are not in the index have the row number -1. If a key has several rows, the first one is returned.
         """
@@ -65,7 +65,7 @@ def build_key_index(file: Path, keys: Iterable[np.ndarray]) -> int:
 
     Args:
         file: Path of the index. It must end in .npy.
-        keys: Keys of all rows, in row order, as chunks of (n, 16) uint8.
+        keys: Keys of all rows, in row order, in chunks of shape (N, 16), uint8.
     """
     with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as temporary_folder:
         records = Path(temporary_folder) / "records"
@@ -105,8 +105,8 @@ def write_records(chunks: Iterable[tuple[np.ndarray, np.ndarray]], file: Path) -
     """Write records (first half of the key, second half of the key, position) to a file; return the number of records.
 
     Args:
-        chunks: Keys, (n, 16) uint8, with their positions, (n,) uint64. Positions must increase across all chunks.
-        file: File to write. It contains an array (number of records, 3) uint64 without a header.
+        chunks: Keys of shape (N, 16), uint8, with their positions, of shape (N,), uint64. Positions must increase across all chunks.
+        file: File to write. It contains an array of shape (number of records, 3), uint64, without a header.
     """
     count = 0
     with file.open("wb") as stream:
@@ -120,7 +120,7 @@ def sorted_partitions(file: Path, count: int) -> Iterator[np.ndarray]:
     """Sort the `count` records in a file by key, then by position, and delete the file.
 
     Yields:
-        Consecutive parts of the sorted records, (n, 3) uint64. All records with the same key are in the same part.
+        Consecutive parts of the sorted records, of shape (N, 3), uint64. All records with the same key are in the same part.
     """
     bits = max(0, (count - 1) // PARTITION_SIZE).bit_length()
     for partition in _split_by_key(file, bits) if bits else [file]:
@@ -153,6 +153,6 @@ def _split_by_key(file: Path, bits: int) -> list[Path]:
 
 
 def split_keys(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Split keys, (N, 16) uint8, into two halves, each (N,) uint64. The halves sort in the same order as the keys."""
+    """Split keys of shape (N, 16), uint8, into two halves of shape (N,), uint64, which sort in the same order."""
     halves = np.ascontiguousarray(keys).view(">u8").astype(np.uint64)
     return halves[:, 0], halves[:, 1]

@@ -52,10 +52,13 @@ class StoreError(ValueError):
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard of a store.
+    """A shard of a store. The field names are the keys in the manifest.
 
-    The fields are the shard's number in file names, its first row, its number of rows, and the checksum of its
-    embeddings and scales. The field names are the keys in the manifest.
+    Attributes:
+        number: Number in file names.
+        start: First row of the shard in the store.
+        rows: Number of rows.
+        sha256: Checksum of the embeddings and scales.
     """
 
     number: int
@@ -140,7 +143,7 @@ def read_shards(folder: Path, spec: StoreSpec | None = None) -> list[Shard]:
 
 
 def read_keys(folder: Path, shard: Shard) -> np.ndarray:
-    """Read the keys of all rows in a shard, (rows, 16) uint8.
+    """Read the keys of all rows in a shard, of shape (N, 16), uint8.
 
     Raises:
         StoreError: The keys cannot be read, or the number of keys differs from the number of rows.
@@ -243,7 +246,7 @@ def check_identity(stored: dict[str, Any], expected: dict[str, Any], path: Path 
 
 
 def caption_keys(captions: Sequence[str]) -> np.ndarray:
-    """Return the keys of captions, (N, 16) uint8: the first 16 bytes of each caption's SHA-256 hash.
+    """Return the keys of captions, of shape (N, 16), uint8: the first 16 bytes of each caption's SHA-256 hash.
 
     Raises:
         StoreError: A caption contains a lone surrogate, which cannot be encoded in UTF-8.

@@ -42,8 +42,8 @@ class ShardRows:
 
     Attributes:
         shard: Index of the shard in the list of shards.
-        rows: Row numbers within the shard in ascending order, (n,) int64.
-        out: Array to fill, (n, embed_dim), in the store's dtype.
+        rows: Row numbers within the shard in ascending order, of shape (N,), int64.
+        out: Array to fill, of shape (N, embed_dim), in the store's dtype.
     """
 
     shard: int
@@ -72,7 +72,7 @@ class RowReader(ABC):
             self.scales = lru_cache(MAX_OPEN_FILES)(lambda n: _memory_map(scales_path(folder, shards[n].number)))
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """Read the embeddings in the given rows, (N,) int64; return (N, embed_dim) float32 in the same order.
+        """Read the embeddings in rows of shape (N,), int64; return them in the same order as (N, embed_dim), float32.
 
         Raises:
             IndexError: A row number is out of range.

@@ -98,11 +98,11 @@ class EmbeddingStore:
         return bool(self.find(caption_keys([caption]))[0] >= 0)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """Look up keys, (N, 16) uint8; return their row numbers, (N,) int64, or -1 for missing keys."""
+        """Look up keys of shape (N, 16), uint8; return row numbers of shape (N,), int64, with -1 for missing keys."""
         return self._index.find(keys)
 
     def rows(self, captions: Iterable[str]) -> np.ndarray:
-        """Look up captions; return their row numbers, (N,) int64.
+        """Look up captions; return their row numbers, of shape (N,), int64.
 
         Raises:
             StoreError: A caption is not in the store. The message quotes the caption.
@@ -120,7 +120,7 @@ class EmbeddingStore:
         return np.concatenate(parts)
 
     def take(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
-        """Read the embeddings in the given rows, in the given order; return (N, embed_dim) float32.
+        """Read the embeddings in the given rows, in the given order, of shape (N, embed_dim), float32.
 
         Raises:
             IndexError: A row number is out of range.

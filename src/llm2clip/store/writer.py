@@ -74,7 +74,7 @@ class StoreWriter:
             number: Number of the new shard. No shard with this number may exist.
             captions: N captions.
             tokens: N token counts, which are stored for resource estimates and for plots by caption length.
-            embeddings: Floating-point embeddings, (N, embed_dim).
+            embeddings: Floating-point embeddings of shape (N, embed_dim).
 
         Raises:
             StoreError: A value is not finite or does not fit into float16.
@@ -89,7 +89,7 @@ class StoreWriter:
         embeddings: np.ndarray,
         captions: Sequence[str] | None = None,
     ) -> None:
-        """Write a shard from keys, (N, 16) uint8, instead of captions. `captions` is used only in error messages.
+        """Write a shard from keys of shape (N, 16), uint8. `captions` is used only in error messages.
 
         Raises:
             StoreError: A value is not finite or is too large for float16, or a shape does not match the store.
@@ -166,10 +166,10 @@ def write_manifest(folder: Path, identity: dict[str, Any], embed_dim: int, dtype
 
 
 def quantize_rows(embeddings: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Convert embeddings, (N, embed_dim), to the dtype of a store.
+    """Convert embeddings of shape (N, embed_dim) to the dtype of a store.
 
     Returns:
-        The converted embeddings, and the scale factors of the rows, (N,) float32, or None if the dtype is not int8. The
+        The converted embeddings, and the scale factors of the rows, of shape (N,), float32, or None without int8. The
         scale factors make the largest absolute value in each row 127.
     """
     if dtype != "int8":
