@@ -42,7 +42,7 @@ class ImageEncoder(Protocol):
     def transform(self) -> Callable[[Tensor], Any]: ...
 
     def encode_images(self, images: list[Any]) -> Tensor:
-        """Encode images preprocessed with `transform`; return embeddings of shape (N, embed_dim), float32, on the CPU."""
+        """Encode images preprocessed with `transform`, of shape (N, embed_dim), float32, on the CPU."""
         ...
 
 

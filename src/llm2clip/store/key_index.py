@@ -1,8 +1,8 @@
 """Key index of a store, which maps caption keys to rows with constant memory use.
 
-A 16-byte key is split into two uint64 halves. The index is an array of shape (3, N), uint64, sorted by key. It contains the first
-halves of the keys, their second halves, and the row numbers in the store. The array is memory-mapped, so that a lookup
-touches only a few pages. The index takes 24 bytes per caption, while an embedding takes a few thousand bytes.
+A 16-byte key is split into two uint64 halves. The index is an array of shape (3, N), uint64, sorted by key. It contains
+the first halves of the keys, their second halves, and the row numbers in the store. The array is memory-mapped, so that
+a lookup touches only a few pages. The index takes 24 bytes per caption, while an embedding takes a few thousand bytes.
 
 The index is built with an external sort, which `write_plan` also uses:
 
@@ -105,7 +105,8 @@ def write_records(chunks: Iterable[tuple[np.ndarray, np.ndarray]], file: Path) -
     """Write records (first half of the key, second half of the key, position) to a file; return the number of records.
 
     Args:
-        chunks: Keys of shape (N, 16), uint8, with their positions, of shape (N,), uint64. Positions must increase across all chunks.
+        chunks: Keys of shape (N, 16), uint8, with their positions, of shape (N,), uint64. Positions must increase
+            across all chunks.
         file: File to write. It contains an array of shape (number of records, 3), uint64, without a header.
     """
     count = 0
@@ -120,7 +121,8 @@ def sorted_partitions(file: Path, count: int) -> Iterator[np.ndarray]:
     """Sort the `count` records in a file by key, then by position, and delete the file.
 
     Yields:
-        Consecutive parts of the sorted records, of shape (N, 3), uint64. All records with the same key are in the same part.
+        Consecutive parts of the sorted records, of shape (N, 3), uint64. All records with the same key are in the same
+        part.
     """
     bits = max(0, (count - 1) // PARTITION_SIZE).bit_length()
     for partition in _split_by_key(file, bits) if bits else [file]:
