@@ -12,7 +12,7 @@ import pytest
 
 from conftest import HANG_TIMEOUT
 from llm2clip.data.image_refs import FileImage
-from llm2clip.search import caption_index, sqlite_backend, vector_index
+from llm2clip.search import caption_index, sqlite_database, vector_index
 from llm2clip.search.caption_index import CaptionIndex
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import MAX_CAPTION_FILTER_LENGTH, Filter, IndexedContent, IndexedImage
@@ -84,7 +84,7 @@ def hits(backend: SqliteBackend, image_filter: Filter) -> list[tuple[str, float]
 
 def test_readers_see_all_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that follows the log of changes returns the same results as a reader that reads everything."""
-    monkeypatch.setattr(sqlite_backend, "CHANGES_KEPT", 20)
+    monkeypatch.setattr(sqlite_database, "CHANGES_KEPT", 20)
     monkeypatch.setattr(vector_index, "EXACT_BELOW", 0)
     monkeypatch.setattr(vector_index, "CHUNK", 8)
     writer = create_index(tmp_path, 30)
@@ -101,7 +101,7 @@ def test_readers_see_all_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                 captions = [caption.replace("\ud800", "") for caption in captions]
                 add_image(writer, f"/p/{number}", captions, int(rng.integers(40)) + 100 * (step // 30), largest)
         if step == 40:
-            writer._db.execute("VACUUM")
+            writer._db.connection.execute("VACUUM")
         for image_filter in (Filter(), Filter(caption="common"), Filter(caption="a"), Filter(caption="B", after=20)):
             expected = hits(SqliteBackend(tmp_path), image_filter)
             assert hits(reader, image_filter) == expected
@@ -152,7 +152,7 @@ def test_count_is_cached_until_the_index_changes(tmp_path: Path) -> None:
     reader = SqliteBackend(tmp_path)
     statements: list[str] = []
     assert reader.count() == (3, 3)
-    reader._db.set_trace_callback(statements.append)
+    reader._db.connection.set_trace_callback(statements.append)
     assert reader.count() == (3, 3)
     assert statements and not any("count" in statement for statement in statements)
     add_image(writer, "/p/copy", [], 0)

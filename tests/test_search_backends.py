@@ -91,18 +91,18 @@ def test_sqlite_backend_reads_from_a_read_only_folder(
         return connect(database, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("llm2clip.search.sqlite_backend.os.access", lambda *_: False)
+        patch.setattr("llm2clip.search.sqlite_database.os.access", lambda *_: False)
         patch.setattr(sqlite3, "connect", read_only_connect)
         with pytest.raises(OSError, match="readonly"):  # an immutable database would lack the writer's last changes
             SqliteBackend(folder)
-        writer._db.close()
+        writer._db.connection.close()
         reader = SqliteBackend(folder)
         assert search_names(reader) >= {"1.png", "5.png", "old.jpg"}
         assert {file.name for file in folder.iterdir()} <= {"index.sqlite", ".lock"}
     (photos / "1.png").unlink()
     writer = SqliteBackend(folder, write=True)
     index_sources([photos], dual_encoder, writer)
-    writer._db.close()
+    writer._db.connection.close()
     with monkeypatch.context() as patch:
         patch.setattr(sqlite3, "connect", read_only_connect)
         assert "1.png" not in search_names(reader)  # the change is noticed
@@ -144,7 +144,7 @@ def test_sqlite_backend_warns_about_network_file_systems(
         fstype: str
 
     partitions = [Partition("/", "ext4"), Partition(str(tmp_path), "nfs4"), Partition(f"{tmp_path}/a", "xfs")]
-    monkeypatch.setattr("llm2clip.search.sqlite_backend.psutil.disk_partitions", lambda all: partitions)
+    monkeypatch.setattr("llm2clip.search.sqlite_database.psutil.disk_partitions", lambda all: partitions)
     SqliteBackend(tmp_path / "a/index", write=True)
     assert capsys.readouterr().out == ""
     SqliteBackend(tmp_path / "ab", write=True)

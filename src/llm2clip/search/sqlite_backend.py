@@ -1,15 +1,12 @@
 """Index backend that stores images, vectors and thumbnails in an SQLite file, and searches the vectors in memory.
 
     INDEX/
-      index.sqlite       metadata, contents (hash, vector, ...), thumbnails, images (name, location, captions, ...)
+      index.sqlite       metadata, images, their contents, and changes; see `sqlite_database`
       graph.usearch      HNSW graph; built only for a million or more distinct images
       graph.json         quantization scale and checksum of the graph, and a summary of the ids that the graph contains
 
 Readers keep the quantized vectors in memory, as well as the captions after the first filter on them. After a write,
 they read only the changes, which are listed in the table `changes`.
-
-SQLite commits each batch atomically, allows other processes to read during a write, and stores the database as a single
-file that is easy to copy.
 """
 
 from __future__ import annotations
@@ -21,18 +18,17 @@ import shutil
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import psutil
 
 from llm2clip.runs.lock import folder_lock
-from llm2clip.runs.output_folder import INDEX_FILE, check_format_version
-from llm2clip.runs.ranks import print_once
-from llm2clip.search.backends import FORMAT_VERSION, NEW_INDEX_ADVICE, missing_index_message
+from llm2clip.runs.output_folder import INDEX_FILE
+from llm2clip.search.backends import missing_index_message
 from llm2clip.search.caption_index import CaptionIndex
+from llm2clip.search.sqlite_database import LogState, SqliteDatabase
 from llm2clip.search.types import (
     MAX_LOCATIONS,
     Filter,
@@ -54,32 +50,6 @@ from llm2clip.search.vector_index import (
 )
 
 APPROXIMATE_ABOVE = 1_000_000
-# The column "location" contains the reference to an image's bytes, and "max_abs" the largest absolute value in a
-# vector. The table "changes" is a log of contents that were removed or whose images changed, so that readers can reload
-# only these.
-SCHEMA = f"""
-CREATE TABLE metadata (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE contents (
-  id INTEGER PRIMARY KEY AUTOINCREMENT, hash BLOB NOT NULL UNIQUE, vector BLOB NOT NULL, max_abs REAL NOT NULL,
-  width INTEGER NOT NULL, height INTEGER NOT NULL);
-CREATE INDEX contents_max_abs ON contents(max_abs);
-CREATE TABLE thumbnails (id INTEGER PRIMARY KEY REFERENCES contents(id) ON DELETE CASCADE, jpeg BLOB NOT NULL);
-CREATE TABLE images (
-  name TEXT PRIMARY KEY, content INTEGER NOT NULL REFERENCES contents(id), location TEXT NOT NULL, source TEXT NOT NULL,
-  file_version TEXT NOT NULL, captions TEXT NOT NULL, taken REAL NOT NULL);
-CREATE INDEX images_content ON images(content);
-CREATE INDEX images_source ON images(source);
-CREATE INDEX images_taken ON images(taken);
-CREATE TABLE changes (id INTEGER PRIMARY KEY AUTOINCREMENT, content INTEGER NOT NULL);
-CREATE TRIGGER image_added AFTER INSERT ON images
-  BEGIN INSERT INTO changes (content) VALUES (new.content); END;
-CREATE TRIGGER image_removed AFTER DELETE ON images
-  BEGIN INSERT INTO changes (content) VALUES (old.content); END;
-CREATE TRIGGER content_removed AFTER DELETE ON contents
-  BEGIN INSERT INTO changes (content) VALUES (old.id); END;
-PRAGMA user_version = {FORMAT_VERSION};
-"""
-CHANGES_KEPT = 100_000  # a reader that is behind by more changes than this reloads everything
 CHANGED = "content FROM changes WHERE id > :last"
 IMAGE_COLUMNS = "name, location, source, file_version, captions, taken"  # in the order of `IndexedImage.to_row`
 # An image is inside the path with the pattern :glob if its name matches this pattern, followed by nothing, by "/"
@@ -96,24 +66,7 @@ FILTER_CONDITIONS = {
     "min_side": "min(width, height) >= :min_side",
 }
 MATCH = np.dtype([("row", np.int64), ("content", np.int64), ("taken", np.float64)])
-NETWORK_FILE_SYSTEMS = frozenset(
-    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "afs", "lustre", "gpfs", "beegfs", "ceph", "fuse.glusterfs"}
-)
 IDS_PER_QUERY = 500  # SQLite limits the number of parameters per statement
-
-
-class LogState(NamedTuple):
-    """Position in the log of changes, and the states that must be unchanged for the log to be usable.
-
-    Args:
-        schema: SQLite's schema version. VACUUM, which renumbers rows, also changes it.
-        immutable_state: State of a database file that is opened as immutable, which may be replaced by another index.
-        last: Largest id in the log.
-    """
-
-    schema: int
-    immutable_state: tuple[int, int] | None
-    last: int
 
 
 class SqliteBackend:
@@ -136,26 +89,17 @@ class SqliteBackend:
             FormatVersionError: The index has another format version.
         """
         self.folder, self.approximate_above = folder, approximate_above
-        self._file = folder / INDEX_FILE
-        if not write and not self._file.exists():
+        if not write and not (folder / INDEX_FILE).exists():
             raise FileNotFoundError(missing_index_message(folder))
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # thumbnails and captions may be private
-        if not self._file.exists():
-            self._file.touch(mode=0o600)  # SQLite gives its temporary files the same permissions
-        self._lock, self._index_lock = threading.RLock(), threading.Lock()
-        # Size and modification time of the database file when it was opened as immutable. None if it was opened
-        # normally.
-        self._immutable_state: tuple[int, int] | None = None
+        self._db = SqliteDatabase(folder, write)
         self._may_have_orphans = True  # an interrupted run may leave rows in `contents` that do not belong to any image
         self._cache: dict[str, tuple[Any, Any]] = {}  # see `_cached`
         # Data that is updated with the log of changes, each preceded by its position in the log.
         self._vectors: tuple[LogState, QuantizedVectors] | None = None
         self._captions: tuple[LogState, CaptionIndex] | None = None
-        self._vectors_lock, self._captions_lock = threading.Lock(), threading.Lock()
-        version = self._open(write)
-        if version:
-            check_format_version(self._file, version, FORMAT_VERSION, NEW_INDEX_ADVICE)
-        if not write and not (version and self.metadata()):
+        self._index_lock, self._vectors_lock, self._captions_lock = (threading.Lock() for _ in range(3))
+        if not write and (self._db.is_empty or not self.metadata()):
             raise FileNotFoundError(
                 f"{folder} is an incomplete index without images: run llm2clip index again to complete it"
             )
@@ -166,71 +110,71 @@ class SqliteBackend:
         return folder_lock(self.folder)
 
     def metadata(self) -> dict[str, Any]:
-        return {key: json.loads(value) for key, value in self._query("SELECT key, value FROM metadata")}
+        return {key: json.loads(value) for key, value in self._db.query("SELECT key, value FROM metadata")}
 
     def initialize(self, metadata: Mapping[str, Any]) -> None:
         rows = [(key, json.dumps(value)) for key, value in metadata.items()]
-        with self._transaction():
-            self._db.executemany("INSERT OR REPLACE INTO metadata VALUES (?, ?)", rows)
+        with self._db.transaction() as connection:
+            connection.executemany("INSERT OR REPLACE INTO metadata VALUES (?, ?)", rows)
 
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
         states: dict[str, ImageState] = {}
         for source in sources:
             sql = f"SELECT name, file_version, captions FROM images WHERE source = :source OR {INSIDE_PATH}"
             parameters = {"source": source, **_path_parameters(glob.escape(source))}
-            for name, file_version, captions in self._query(sql, parameters):
+            for name, file_version, captions in self._db.query(sql, parameters):
                 states[name] = ImageState(file_version, tuple(json.loads(captions)))
         return states
 
     def existing(self, hashes: Iterable[bytes]) -> set[bytes]:
-        return {digest for digest in hashes if self._query("SELECT 1 FROM contents WHERE hash = ?", (digest,))}
+        return {digest for digest in hashes if self._db.query("SELECT 1 FROM contents WHERE hash = ?", (digest,))}
 
     def add(self, contents: Sequence[IndexedContent], images: Sequence[tuple[IndexedImage, bytes]]) -> None:
-        with self._transaction():
+        with self._db.transaction() as connection:
             self._may_have_orphans = True
             for content in contents:
-                self._add_content(content)
-            self._db.executemany(
+                self._add_content(connection, content)
+            connection.executemany(
                 f"INSERT OR REPLACE INTO images (content, {IMAGE_COLUMNS}) "
                 "VALUES ((SELECT id FROM contents WHERE hash = ?), ?, ?, ?, ?, ?, ?)",
                 [(digest, *image.to_row()) for image, digest in images],
             )
-            self._db.execute("DELETE FROM changes WHERE id <= (SELECT max(id) FROM changes) - ?", (CHANGES_KEPT,))
+            self._db.trim_log(connection)
 
-    def _add_content(self, content: IndexedContent) -> None:
+    def _add_content(self, connection: sqlite3.Connection, content: IndexedContent) -> None:
         """Insert an image content and its thumbnail, unless the content is already in the database."""
         vector = np.ascontiguousarray(content.vector, dtype="<f2").tobytes()
         max_abs = float(np.abs(content.vector).max())
-        row = self._db.execute(
+        row = connection.execute(
             "INSERT INTO contents (hash, vector, max_abs, width, height) VALUES (?, ?, ?, ?, ?) "
             "ON CONFLICT DO NOTHING RETURNING id",
             (content.hash, vector, max_abs, content.width, content.height),
         ).fetchone()
         if row is not None:
-            self._db.execute("INSERT INTO thumbnails VALUES (?, ?)", (row[0], content.thumbnail))
+            connection.execute("INSERT INTO thumbnails VALUES (?, ?)", (row[0], content.thumbnail))
 
     def remove(self, names: Sequence[str]) -> None:
         if not names and not self._may_have_orphans:
             return  # avoid the write, because all open readers look for changes after every write
-        with self._transaction():
-            self._db.executemany("DELETE FROM images WHERE name = ?", [(name,) for name in names])
-            self._db.execute("DELETE FROM contents WHERE id NOT IN (SELECT content FROM images)")
+        with self._db.transaction() as connection:
+            connection.executemany("DELETE FROM images WHERE name = ?", [(name,) for name in names])
+            connection.execute("DELETE FROM contents WHERE id NOT IN (SELECT content FROM images)")
             self._may_have_orphans = False
 
     def finish(self) -> None:
         ids = self._content_ids()
         if len(ids) >= self.approximate_above:
-            with self._snapshot() as db:
+            with self._db.snapshot() as db:
                 max_abs = _max_abs(db)
             update_graph(self.folder, ids, self._fetch_vectors, self._dim(), max_abs)
             for name in (GRAPH_FILE, GRAPH_STATE_FILE):
-                shutil.copymode(self._file, self.folder / name)
+                shutil.copymode(self._db.file, self.folder / name)
 
     # ---- searching
 
     def count(self) -> tuple[int, int]:
         sql = "SELECT (SELECT count(*) FROM images), (SELECT count(*) FROM contents)"
-        images, contents = self._cached("count", self._state(), lambda: self._query(sql)[0])
+        images, contents = self._cached("count", self._db.state(), lambda: self._db.query(sql)[0])
         return images, contents
 
     def duplicates(self, limit: int = 10) -> list[list[str]]:
@@ -239,8 +183,8 @@ class SqliteBackend:
         )
         names_of_content = "SELECT name FROM images WHERE content = ? ORDER BY name"
         groups = []
-        for content in self._query(largest_groups, (limit,)):
-            groups.append([name for (name,) in self._query(names_of_content, content)])
+        for content in self._db.query(largest_groups, (limit,)):
+            groups.append([name for (name,) in self._db.query(names_of_content, content)])
         return groups
 
     def search(self, vector: np.ndarray | None, count: int, image_filter: Filter, offset: int = 0) -> list[Hit]:
@@ -260,7 +204,7 @@ class SqliteBackend:
             if conditions:
                 matching = self._images(content_id, conditions, parameters)
                 images = tuple(dict.fromkeys([*matching, *images]))[:MAX_LOCATIONS]
-            sizes = self._query(
+            sizes = self._db.query(
                 "SELECT width, height, (SELECT count(*) FROM images WHERE content = contents.id) FROM contents "
                 "WHERE id = ?",
                 (content_id,),
@@ -274,11 +218,11 @@ class SqliteBackend:
         return len(self._cached_ids(image_filter)) if image_filter else self.count()[1]
 
     def vector(self, hit_id: str) -> np.ndarray | None:
-        rows = self._query("SELECT vector FROM contents WHERE id = ?", (_content_id(hit_id),))
+        rows = self._db.query("SELECT vector FROM contents WHERE id = ?", (_content_id(hit_id),))
         return np.frombuffer(rows[0][0], "<f2").astype(np.float32) if rows else None
 
     def thumbnail(self, hit_id: str) -> bytes | None:
-        rows = self._query("SELECT jpeg FROM thumbnails WHERE id = ?", (_content_id(hit_id),))
+        rows = self._db.query("SELECT jpeg FROM thumbnails WHERE id = ?", (_content_id(hit_id),))
         return bytes(rows[0][0]) if rows else None
 
     def images(self, hit_id: str) -> tuple[IndexedImage, ...]:
@@ -293,14 +237,14 @@ class SqliteBackend:
         """
         where = " AND ".join(["content = :content", *conditions])
         sql = f"SELECT {IMAGE_COLUMNS} FROM images WHERE {where} ORDER BY rowid LIMIT :limit"
-        rows = self._query(sql, {**(parameters or {}), "content": content_id, "limit": MAX_LOCATIONS})
+        rows = self._db.query(sql, {**(parameters or {}), "content": content_id, "limit": MAX_LOCATIONS})
         return tuple(sorted(map(IndexedImage.from_row, rows), key=lambda image: image.name))
 
     # ---- filters
 
     def _cached_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
         """Return `_matching_ids`, cached for the last filter, because further pages of a search use the same filter."""
-        key = self._state(), image_filter, newest_first
+        key = self._db.state(), image_filter, newest_first
         ids: np.ndarray = self._cached("ids", key, lambda: self._matching_ids(image_filter, newest_first))
         return ids
 
@@ -312,7 +256,7 @@ class SqliteBackend:
         conditions, parameters = _sql_conditions(image_filter, FILTER_CONDITIONS)
         caption = image_filter.caption
         rows: np.ndarray | None = None
-        with self._snapshot() as db:
+        with self._db.snapshot() as db:
             if conditions or newest_first:
                 # Images that meet all conditions except the one on captions, with the fields of MATCH.
                 cursor = db.execute(
@@ -337,10 +281,10 @@ class SqliteBackend:
     def _current_captions(self, db: sqlite3.Connection) -> CaptionIndex:
         """Return the captions in a snapshot of the database. Only captions that have changed are read."""
         with self._captions_lock:
-            log = self._log_state(db)
+            log = self._db.log_state(db)
             sql, parameters = "SELECT rowid, content, captions FROM images WHERE captions != '[]'", {}
             captions, removed = CaptionIndex(), np.empty(0, np.int64)
-            if self._captions is not None and self._can_update(db, self._captions[0], log):
+            if self._captions is not None and self._db.can_update(db, self._captions[0], log):
                 captions, parameters = self._captions[1], {"last": self._captions[0].last}
                 removed = _int_column(db.execute(f"SELECT DISTINCT {CHANGED}", parameters))
                 sql += f" AND content IN (SELECT {CHANGED})"
@@ -360,7 +304,7 @@ class SqliteBackend:
                 graph = self._current_graph(graph_time) if graph_time else None
                 return VectorIndex(self._current_vectors, self._fetch_vectors, graph)
 
-            index: VectorIndex = self._cached("index", (self._state(), graph_time), create_index)
+            index: VectorIndex = self._cached("index", (self._db.state(), graph_time), create_index)
             return index
 
     def _current_graph(self, graph_time: int) -> Any:
@@ -369,7 +313,7 @@ class SqliteBackend:
         if opened is None:
             return None
         graph, state = opened
-        (ids,) = self._query("SELECT count(*), max(id), sum(id) FROM contents")
+        (ids,) = self._db.query("SELECT count(*), max(id), sum(id) FROM contents")
         return graph if ids == (state.count, state.last, state.sum) else None
 
     def _current_vectors(self) -> QuantizedVectors:
@@ -379,13 +323,13 @@ class SqliteBackend:
         and all vectors are read again.
         """
         # Use a separate connection, because reading all vectors takes seconds and would block the other threads.
-        with self._vectors_lock, self._snapshot() as db:
-            log = self._log_state(db)
+        with self._vectors_lock, self._db.snapshot() as db:
+            log = self._db.log_state(db)
             scale = 127 / _max_abs(db)
             vectors, removed = QuantizedVectors(scale), np.empty(0, np.int64)
             if self._vectors is not None:
                 last_log, last_vectors = self._vectors
-                if scale >= last_vectors.scale and self._can_update(db, last_log, log):
+                if scale >= last_vectors.scale and self._db.can_update(db, last_log, log):
                     vectors = last_vectors
                     sql = f"SELECT DISTINCT {CHANGED} AND content NOT IN (SELECT id FROM contents)"
                     removed = _int_column(db.execute(sql, {"last": last_log.last}))
@@ -401,25 +345,18 @@ class SqliteBackend:
         for start in range(0, len(ids), IDS_PER_QUERY):
             chunk = ids[start : start + IDS_PER_QUERY].tolist()
             placeholders = ", ".join("?" * len(chunk))
-            vectors.update(self._query(f"SELECT id, vector FROM contents WHERE id IN ({placeholders})", chunk))
+            vectors.update(self._db.query(f"SELECT id, vector FROM contents WHERE id IN ({placeholders})", chunk))
         dim = self._dim()
         zeros = bytes(2 * dim)
         joined = b"".join(vectors.get(content_id, zeros) for content_id in ids.tolist())
         return np.frombuffer(joined, "<f2").reshape(-1, dim)
 
     def _content_ids(self) -> np.ndarray:
-        rows = self._query("SELECT id FROM contents ORDER BY id")
+        rows = self._db.query("SELECT id FROM contents ORDER BY id")
         return np.array([content_id for (content_id,) in rows], dtype=np.int64)
 
     def _dim(self) -> int:
         return int(self.metadata()["embed_dim"])
-
-    # ---- changes
-
-    def _state(self) -> tuple[Any, ...]:
-        """Return the state of the database, which changes with every write."""
-        ((version,),) = self._query("PRAGMA data_version")  # changes when another connection writes to the database
-        return version, self._db.total_changes, self._immutable_state
 
     def _cached(self, name: str, state: Any, compute: Callable[[], Any]) -> Any:
         """Return the last computed value with a name. Compute it first if the state has changed since then."""
@@ -427,97 +364,6 @@ class SqliteBackend:
         if cached is None or cached[0] != state:
             cached = self._cache[name] = state, compute()
         return cached[1]
-
-    @contextmanager
-    def _snapshot(self) -> Iterator[sqlite3.Connection]:
-        """Open a separate connection that reads from a snapshot of the database without blocking other threads."""
-        with self._named_errors(), closing(self._connect()) as db:
-            db.execute("BEGIN")
-            yield db
-
-    def _log_state(self, db: sqlite3.Connection) -> LogState:
-        """Return the position of the last entry in the log of changes."""
-        ((schema,),) = db.execute("PRAGMA schema_version")
-        ((last,),) = db.execute("SELECT coalesce(max(id), 0) FROM changes")
-        return LogState(schema, self._immutable_state, last)
-
-    def _can_update(self, db: sqlite3.Connection, old: LogState, new: LogState) -> bool:
-        """Return True if the log contains all changes between two states, and there are not too many of them."""
-        if old[:2] != new[:2] or new.last - old.last > CHANGES_KEPT:
-            return False
-        ((first,),) = db.execute("SELECT coalesce(min(id), 1) FROM changes")
-        return bool(first <= old.last + 1)
-
-    # ---- database
-
-    def _open(self, write: bool) -> int:
-        """Connect to the database and return its format version, where 0 means that the database was empty.
-
-        If `write` is true and the database is empty, create the tables.
-        """
-        try:
-            self._db = self._connect()
-            if write:
-                _print_if_on_network(self.folder)
-                # Affects only new files. A vector takes about 2 KB, and several vectors should fit in a page.
-                self._db.execute("PRAGMA page_size = 16384")
-                self._db.execute("PRAGMA journal_mode = WAL")
-                self._db.execute("PRAGMA foreign_keys = ON")
-                self._db.execute("PRAGMA recursive_triggers = ON")  # make REPLACE also run the log's triggers
-            version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
-            if write and version == 0:
-                self._db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
-        except sqlite3.Error as error:
-            raise OSError(f"{self._file}: {error}") from error
-        return version
-
-    def _connect(self) -> sqlite3.Connection:
-        """Open a connection to the database. In a read-only folder, open the database as immutable.
-
-        SQLite creates files next to the database even for reading, so a normal connection fails in a read-only folder.
-        """
-        options: dict[str, Any] = {"check_same_thread": False, "isolation_level": None, "timeout": 60}
-        if self._immutable_state is None:
-            try:
-                db = sqlite3.connect(self._file, **options)
-                db.execute("PRAGMA user_version")
-            except sqlite3.OperationalError:
-                log = self._file.with_name(f"{INDEX_FILE}-wal")
-                has_unmerged_writes = log.exists() and log.stat().st_size > 0
-                if os.access(self._file.parent, os.W_OK) or has_unmerged_writes:
-                    raise
-                self._immutable_state = self._file_state()
-        if self._immutable_state is not None:
-            db = sqlite3.connect(f"{self._file.absolute().as_uri()}?immutable=1", uri=True, **options)
-        return db
-
-    def _file_state(self) -> tuple[int, int]:
-        """Return the size and modification time of the database file."""
-        stat = self._file.stat()
-        return stat.st_size, stat.st_mtime_ns
-
-    def _query(self, sql: str, parameters: Sequence[Any] | dict[str, Any] = ()) -> list[tuple[Any, ...]]:
-        with self._lock, self._named_errors():
-            if self._immutable_state is not None:
-                state = self._file_state()
-                if state != self._immutable_state:  # another process with write access has changed the file
-                    self._immutable_state, self._db = state, self._connect()
-            return self._db.execute(sql, parameters).fetchall()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """Run the statements in the `with` block as one transaction, which is rolled back if an exception is raised."""
-        with self._lock, self._named_errors(), self._db:
-            self._db.execute("BEGIN IMMEDIATE")
-            yield
-
-    @contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        """Convert SQLite errors, such as a full disk or a locked database, to OSErrors that contain the file name."""
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise OSError(f"{self._file}: {error}") from error
 
 
 def _sql_conditions(image_filter: Filter, names: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
@@ -536,18 +382,6 @@ def _sql_conditions(image_filter: Filter, names: Iterable[str]) -> tuple[list[st
 def _path_parameters(pattern: str) -> dict[str, str]:
     """Return the SQL parameters for INSIDE_PATH."""
     return {"glob": pattern, "basename": os.path.basename(pattern)}
-
-
-def _print_if_on_network(folder: Path) -> None:
-    """Print a message if a folder is on a network file system, where SQLite's write-ahead log is unsafe."""
-    path = folder.resolve()
-    partitions = [part for part in psutil.disk_partitions(all=True) if path.is_relative_to(part.mountpoint)]
-    partition = max(partitions, key=lambda part: len(part.mountpoint), default=None)
-    if partition is not None and partition.fstype in NETWORK_FILE_SYSTEMS:
-        print_once(
-            f"{folder} is on a network file system ({partition.fstype}). Do not search it from other machines while "
-            "`llm2clip index` is running."
-        )
 
 
 def _vector_chunks(db: sqlite3.Connection, last_id: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
