@@ -108,6 +108,7 @@ class SqliteDatabase:
                     self.connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
 
     def query(self, sql: str, parameters: Sequence[Any] | dict[str, Any] = ()) -> list[tuple[Any, ...]]:
+        """Run a statement and return all rows."""
         with self._lock, self._named_errors():
             if self._immutable_state is not None:
                 state = self._file_state()
@@ -133,7 +134,7 @@ class SqliteDatabase:
 
     def state(self) -> tuple[Any, ...]:
         """Return the state of the database, which changes with every write."""
-        ((version,),) = self._query("PRAGMA data_version")  # changes when another connection writes to the database
+        ((version,),) = self.query("PRAGMA data_version")  # changes when another connection writes to the database
         return version, self.connection.total_changes, self._immutable_state
 
     def trim_log(self, connection: sqlite3.Connection) -> None:
