@@ -1,4 +1,4 @@
-"""LoRA training of a caption encoder's LLM. At the end, LoRA is always merged into the LLM.
+"""LoRA training of a caption encoder's LLM, which ends with merging LoRA into the LLM.
 
 QLoRA (arXiv 2305.14314) stores the frozen matrices in 4 bits, but only during training. At the end, LoRA is merged into
 the original weights. Without QLoRA, the frozen matrices can be stored in 16 bits. The merged weights are then based on
