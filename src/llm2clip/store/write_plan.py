@@ -61,7 +61,7 @@ class WritePlan:
         captions: list[str] = pq.read_table(shard_file(self.incoming, shard))["text"].to_pylist()
         return captions
 
-    def progress_bar(self, description: str, unit: str) -> ProgressBar[Any]:
+    def progress_bar(self, description: str, unit: str) -> ProgressBar:
         """Return a progress bar for the captions of all local shards. Only the main process shows it."""
         total = sum(pq.read_metadata(shard_file(self.incoming, shard)).num_rows for shard in self.local_shards())
         hide = not process_state().is_main_process or not total
