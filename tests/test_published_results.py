@@ -31,7 +31,6 @@ from llm2clip.published_results import (
 )
 from llm2clip.runs.run_description import describe_run
 from llm2clip.tools.reproduce.paper import describe_paper
-from llm2clip.tools.reproduce.statistics import Claim
 
 ROOT = Path(__file__).parents[1]
 
@@ -140,11 +139,6 @@ def test_paper_results_of_each_claim() -> None:
     assert "EVA-L-224 0.9, EVA-L-224 + LLM2CLIP 75.6" in describe_paper(4)[0] and "JinaCLIP 0.7" in describe_paper(4)[1]
     assert "Qwen2.5-0.5B-CC 75.6 / 73.0" in describe_paper(5)[0] and "Mistral-Nemo-12B-CC 86.0" in describe_paper(5)[1]
     assert len(describe_paper(6)) == 1
-
-
-def test_claim_ignores_the_paper_results_saved_by_version_0_1() -> None:
-    saved = {**Claim(1).to_dict(), "paper": "CLIP-L/14 66.6, Llama3-8B-CC 73.0"}
-    assert "73.0" not in json.dumps(Claim.from_dict(saved).to_dict())
 
 
 def test_docs_have_every_published_table() -> None:

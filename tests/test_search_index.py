@@ -221,7 +221,7 @@ def test_build_index_resumes_after_kill_at_any_moment(
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     for moment, committed in (("_add_content", (3, 2)), ("finish", (7, 6)), ("atomic_write_text", (7, 6))):
         backend = SqliteBackend(tmp_path / moment, write=True, approximate_above=3)
-        assert backend._query("PRAGMA integrity_check") == [("ok",)]
+        assert backend._db.query("PRAGMA integrity_check") == [("ok",)]
         assert backend.count()[1] == committed[1]
         index_sources([photos], dual_encoder, backend, batch_size=2)
         assert backend.count() == (7, 6)

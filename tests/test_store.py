@@ -418,7 +418,7 @@ def test_verify_detects_any_flipped_bit_that_matters(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     detected = 0
     for path, content in files.items():
-        for at in range(0, len(content), 1 + len(content) // 60):
+        for at in range(0, len(content), 1 + len(content) // 30):
             data = bytearray(content)
             data[at] ^= 1 << int(rng.integers(8))
             path.write_bytes(data)
@@ -432,7 +432,7 @@ def test_verify_detects_any_flipped_bit_that_matters(tmp_path: Path) -> None:
             EmbeddingStore(folder).verify()
             for file, original in files.items():
                 file.write_bytes(original)
-    assert detected > 100
+    assert detected > 50
 
 
 def test_store_rebuilds_a_missing_or_damaged_index(encoder: CaptionEncoder, tmp_path: Path) -> None:
