@@ -20,7 +20,7 @@ from llm2clip.data.images import decode_image, load_image
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.vision.dense import build_dense_encoder
 from llm2clip.search.heatmap import DARKEST, compute_heatmap, draw_heatmap
-from llm2clip.search.query_embedding import Query, embed_query
+from llm2clip.search.query import SearchQuery, embed_query
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import Filter
 from search_fixtures import add_red_detector, create_patient_app, make_index
@@ -205,7 +205,7 @@ def test_search_command_writes_heatmaps(
     page = (tmp_path / "sheet/results.html").read_text()
     assert "most similar to the query are bright" in page
     backend = SqliteBackend(Path(index))
-    vector = embed_query(model, Query([RED], [photos / "0.png"]))
+    vector = embed_query(model, SearchQuery([RED], [photos / "0.png"]))
     [hit] = backend.search(vector, 1, Filter())
     image = load_image(hit.images[0].name)
     assert model.dense is not None

@@ -1,4 +1,4 @@
-"""Tests of `search.query_embedding`."""
+"""Tests of `search.query`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch.nn.functional as F
 
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import LITERAL, QueryTemplates
-from llm2clip.search.query_embedding import NEGATIVE_WEIGHT, Query, combine, embed_query
+from llm2clip.search.query import NEGATIVE_WEIGHT, SearchQuery, combine_embeddings, embed_query
 
 
 def test_embed_query_averages_positives_and_subtracts_negatives(dual_encoder: DualEncoder) -> None:
     black = torch.zeros(3, 9, 9).byte()
     red, dog = dual_encoder.encode_texts(["red", "dog"])
     image = F.normalize(dual_encoder.encode_images([dual_encoder.transform(black)]), dim=1)[0]
-    assert combine([red.numpy()]) == pytest.approx(red.numpy(), abs=1e-6)
-    text_and_image = embed_query(dual_encoder, Query(["red"], [black]))
+    assert combine_embeddings([red.numpy()]) == pytest.approx(red.numpy(), abs=1e-6)
+    text_and_image = embed_query(dual_encoder, SearchQuery(["red"], [black]))
     assert text_and_image == pytest.approx(F.normalize(red + image, dim=0).numpy(), abs=1e-6)
-    with_negative = embed_query(dual_encoder, Query(["red"], negative_texts=["dog"]))
+    with_negative = embed_query(dual_encoder, SearchQuery(["red"], negative_texts=["dog"]))
     expected = F.normalize(red - NEGATIVE_WEIGHT * dog, dim=0).numpy()
     assert with_negative == pytest.approx(expected, abs=1e-6)
 
@@ -30,22 +30,22 @@ def test_embed_query_averages_short_texts_with_templates(dual_encoder: DualEncod
     templates, long = QueryTemplates(("a photo of a {}", "{} on grey")), "a red one on grey"
     prompts = dual_encoder.encode_texts(["red", "a photo of a red", "red on grey"]).double()
     short = F.normalize(prompts.mean(0), dim=0)
-    query = embed_query(dual_encoder, Query(["red"], templates=templates))
+    query = embed_query(dual_encoder, SearchQuery(["red"], templates=templates))
     assert query == pytest.approx(short.numpy(), abs=1e-6)
-    assert query != pytest.approx(embed_query(dual_encoder, Query(["red"])), abs=1e-3)
-    unchanged = embed_query(dual_encoder, Query([long], templates=templates))
+    assert query != pytest.approx(embed_query(dual_encoder, SearchQuery(["red"])), abs=1e-3)
+    unchanged = embed_query(dual_encoder, SearchQuery([long], templates=templates))
     assert unchanged == pytest.approx(dual_encoder.encode_texts([long])[0].numpy(), abs=1e-6)
-    negative = embed_query(dual_encoder, Query([long], negative_texts=["red"], templates=templates))
+    negative = embed_query(dual_encoder, SearchQuery([long], negative_texts=["red"], templates=templates))
     expected = F.normalize(dual_encoder.encode_texts([long])[0] - NEGATIVE_WEIGHT * short, dim=0)
     assert negative == pytest.approx(expected.numpy(), abs=1e-6)
     with_default = dataclasses.replace(dual_encoder, query_templates=templates)
-    assert embed_query(with_default, Query(["red"])) == pytest.approx(short.numpy(), abs=1e-6)
-    literal = embed_query(with_default, Query(["red"], templates=LITERAL))
+    assert embed_query(with_default, SearchQuery(["red"])) == pytest.approx(short.numpy(), abs=1e-6)
+    literal = embed_query(with_default, SearchQuery(["red"], templates=LITERAL))
     assert literal == pytest.approx(dual_encoder.encode_texts(["red"])[0].numpy(), abs=1e-6)
 
 
 def test_embed_query_of_only_negatives_is_their_opposite(dual_encoder: DualEncoder) -> None:
     dog = dual_encoder.encode_texts(["dog"])[0]
-    assert embed_query(dual_encoder, Query(negative_texts=["dog"])) == pytest.approx(-dog.numpy(), abs=1e-6)
+    assert embed_query(dual_encoder, SearchQuery(negative_texts=["dog"])) == pytest.approx(-dog.numpy(), abs=1e-6)
     with pytest.raises(ValueError, match="the query is empty"):
-        embed_query(dual_encoder, Query())
+        embed_query(dual_encoder, SearchQuery())

@@ -15,7 +15,7 @@ from llm2clip.cli.search import canonical_path, parse_time
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.llm2clip import save_query_templates
 from llm2clip.models.prompts import QueryTemplates
-from llm2clip.search.query_embedding import Query, embed_query
+from llm2clip.search.query import SearchQuery, embed_query
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import Filter
 
@@ -52,10 +52,10 @@ def test_index_and_search_print_their_results(
     assert "a red one" in page and "without a dog" in page
 
     model, backend = open_dual_encoder(str(model_folder)), SqliteBackend(Path(index))
-    query = Query(["red"], templates=QueryTemplates(("a photo of a {}", "{}!")))
+    query = SearchQuery(["red"], templates=QueryTemplates(("a photo of a {}", "{}!")))
     literal, with_templates = (
         [f"{hit.score:.3f}" for hit in backend.search(embed_query(model, q), 10, Filter())]
-        for q in (Query(["red"]), query)
+        for q in (SearchQuery(["red"]), query)
     )
 
     def search(*flags: str) -> str:

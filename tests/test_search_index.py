@@ -26,7 +26,7 @@ from llm2clip.data.image_refs import FileImage
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.search.query_embedding import Query, embed_images, embed_query
+from llm2clip.search.query import SearchQuery, embed_images, embed_query
 from llm2clip.search.scan import date_taken
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import Filter
@@ -365,7 +365,7 @@ def test_date_taken_is_none_without_exif(image_folder: Path) -> None:
 def test_search_matches_brute_force(kind: str, image_folder: Path, dual_encoder: DualEncoder, tmp_path: Path) -> None:
     backend = create_backend(kind, tmp_path / "index")
     index_sources([image_folder], dual_encoder, backend)
-    query = embed_query(dual_encoder, Query(texts=["the middle is red"]))
+    query = embed_query(dual_encoder, SearchQuery(texts=["the middle is red"]))
     files = sorted(image_folder.glob("*.png"))
     cosines = LLM2CLIP.from_pretrained(dual_encoder.name).encode_image(files).numpy() @ query
     best = np.argsort(-cosines)[:5]

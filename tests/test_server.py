@@ -38,13 +38,13 @@ from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import QueryTemplates
 from llm2clip.search import inference
-from llm2clip.search.auth import SESSION_SECONDS, Authenticator
-from llm2clip.search.batching import Batcher, QueueFull
 from llm2clip.search.inference import SEARCH_THREADS, InferenceService
-from llm2clip.search.middleware import PIECE_SIZE
-from llm2clip.search.originals import open_original
-from llm2clip.search.query_embedding import Query, embed_images, embed_query
-from llm2clip.search.schemas import MAX_IMAGES, MAX_TEMPLATES, MAX_TEXT_LENGTH, MAX_TEXTS, Limits, SearchRequest
+from llm2clip.search.limits import Limits
+from llm2clip.search.middleware import PIECE_SIZE, SESSION_SECONDS, Authenticator
+from llm2clip.search.query import SearchQuery, embed_images, embed_query
+from llm2clip.search.queues import Batcher, QueueFull
+from llm2clip.search.request_images import open_original
+from llm2clip.search.schemas import MAX_IMAGES, MAX_TEMPLATES, MAX_TEXT_LENGTH, MAX_TEXTS, SearchRequest
 from llm2clip.search.server import create_app
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import Filter
@@ -87,7 +87,9 @@ def test_search_returns_the_hits_of_the_index(
     response = client.post("/search", json=request)
     assert response.status_code == 200
     hits = response.json()["hits"]
-    expected = backend.search(embed_query(dual_encoder, Query(["red"], [image], ["a dog"])), 4, Filter(min_side=40))
+    expected = backend.search(
+        embed_query(dual_encoder, SearchQuery(["red"], [image], ["a dog"])), 4, Filter(min_side=40)
+    )
     assert [hit["id"] for hit in hits] == [hit.id for hit in expected]
     assert hits[0]["images"][0]["captions"]
 
@@ -145,7 +147,7 @@ def test_search_averages_short_texts_with_templates(
     request = {"texts": ["red", "blue"], "negative_texts": ["a dog"], "top": 5}
 
     def expected(templates: list[str]) -> list[tuple[str, float]]:
-        query = Query(["red", "blue"], negative_texts=["a dog"], templates=QueryTemplates(tuple(templates)))
+        query = SearchQuery(["red", "blue"], negative_texts=["a dog"], templates=QueryTemplates(tuple(templates)))
         hits = backend.search(embed_query(dual_encoder, query), 5, Filter())
         return [(hit.id, pytest.approx(hit.score, abs=1e-6)) for hit in hits]
 
@@ -283,7 +285,7 @@ def test_images_are_opened_in_the_decoder_threads(
     monkeypatch.setattr(inference, "open_original", open_in_thread)
     with TestClient(create_patient_app(dual_encoder, backend, max_queue=1), base_url=BASE_URL) as client:
         assert client.get("/image/1").status_code == 200
-    assert len(threads) == 1 and threads[0].startswith("decode")
+    assert len(threads) == 1 and threads[0].startswith("images")
 
 
 def test_health_and_metrics_count_images_at_most_once_per_interval(
@@ -484,9 +486,9 @@ def test_session_cookie_does_not_contain_the_token(dual_encoder: DualEncoder, ba
 
 
 def test_sessions_expire_and_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm2clip.search.auth.MAX_SESSIONS", 2)
+    monkeypatch.setattr("llm2clip.search.middleware.MAX_SESSIONS", 2)
     now = [1000.0]
-    monkeypatch.setattr("llm2clip.search.auth.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("llm2clip.search.middleware.time.monotonic", lambda: now[0])
     auth = Authenticator("secret")
     scope = {"type": "http", "scheme": "http", "server": ("localhost", 80), "headers": []}
 
@@ -616,7 +618,7 @@ def test_searches_that_timed_out_do_not_pile_up(dual_encoder: DualEncoder, backe
         service = InferenceService(dual_encoder, PausedBackend(backend.folder), Limits(max_queue=6))
         searches = [asyncio.create_task(service.search(SearchRequest(texts=[f"{n}"]))) for n in range(6)]
         async with asyncio.timeout(HANG_TIMEOUT):
-            while service._searches_waiting < 6:
+            while service._searchers.waiting < 6:
                 await asyncio.sleep(0.005)
         with pytest.raises(QueueFull, match="6 searches are waiting"):
             await service.search(SearchRequest(texts=["x"]))
@@ -625,7 +627,7 @@ def test_searches_that_timed_out_do_not_pile_up(dual_encoder: DualEncoder, backe
         for search in searches:
             search.cancel()  # as the server does after the timeout
         await asyncio.gather(*searches, return_exceptions=True)
-        assert service._searches_waiting == 0
+        assert service._searchers.waiting == 0
         resumed.set()
         assert json.loads(await service.search(SearchRequest(texts=["x"])))["hits"] == []
         await service.close()

@@ -21,17 +21,9 @@ from starlette.testclient import TestClient
 
 from conftest import HANG_TIMEOUT
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.search.batching import QueueFull
-from llm2clip.search.clients import (
-    ALWAYS_ACCEPTED,
-    ByteAllocation,
-    ByteBudget,
-    FairThreadPool,
-    client_key,
-    current_client,
-)
-from llm2clip.search.connections import limited_connection
+from llm2clip.search.limits import ALWAYS_ACCEPTED, ByteAllocation, ByteBudget, client_key, limited_connection
 from llm2clip.search.middleware import MAX_JSON_VALUES
+from llm2clip.search.queues import FairThreadPool, QueueFull, current_client
 from llm2clip.search.schemas import EmbedRequest, SearchRequest
 from llm2clip.search.server import server_config
 from search_fixtures import create_patient_app, running_server
@@ -191,11 +183,11 @@ def test_thread_pool_runs_the_jobs_of_other_clients_first() -> None:
         return name
 
     async def run() -> None:
-        pool = FairThreadPool(1, "test")
+        pool = FairThreadPool(1, "jobs", 10)
 
-        def start(client: str, name: str) -> asyncio.Task[str]:
+        def start(client: str, name: str) -> asyncio.Task[list[str]]:
             current_client.set(client)
-            return asyncio.create_task(pool.run(job, name))
+            return asyncio.create_task(pool.map(job, [name]))
 
         tasks = [start("a", f"a{n}") for n in range(4)]
         await asyncio.sleep(0)  # one step of the event loop: the first job is in the queue
@@ -206,7 +198,7 @@ def test_thread_pool_runs_the_jobs_of_other_clients_first() -> None:
         await asyncio.gather(*tasks[:2], return_exceptions=True)
         resumed.release(4)
         results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert results[2:] == ["a2", "a3", "b"]
+        assert results[2:] == [["a2"], ["a3"], ["b"]]
         pool.shutdown()
 
     try:

@@ -21,7 +21,7 @@ from llm2clip.config import EncoderConfig, EvaluateConfig, ReproduceConfig
 from llm2clip.runs.output_folder import check_output_folder
 
 
-def add(commands: Commands) -> None:
+def add_commands(commands: Commands) -> None:
     """Add this module's commands."""
     parser = commands.add(
         "evaluate",

@@ -17,7 +17,7 @@ from llm2clip.config import LlavaConfig
 from llm2clip.runs.output_folder import check_output_folder
 
 
-def add(commands: Commands) -> None:
+def add_commands(commands: Commands) -> None:
     """Add this module's commands."""
     llava = commands.group("llava", "Build, train and evaluate a multimodal LLM: LLaVA-1.5 with any vision tower.")
 

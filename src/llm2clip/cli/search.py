@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from llm2clip.data.skip_log import SkipLog
     from llm2clip.models.prompts import QueryTemplates
     from llm2clip.search.build import IndexReport
-    from llm2clip.search.query_embedding import Query
+    from llm2clip.search.query import SearchQuery
     from llm2clip.search.types import Filter
 
 
-def add(commands: Commands) -> None:
+def add_commands(commands: Commands) -> None:
     """Add this module's commands."""
     sub = commands.add("index", _index, "Build or update an index of images, for `search` and `serve`.")
     sub.add_argument("data", nargs="+", type=str, help="Image sources, with or without captions.")
@@ -250,15 +250,16 @@ def _search(args: Namespace) -> list[str]:
     from llm2clip.models.dual_encoder import open_dual_encoder
     from llm2clip.search.backends import open_backend
     from llm2clip.search.build import check_model
-    from llm2clip.search.heatmap import require_dense_encoder
-    from llm2clip.search.query_embedding import Query, embed_query
-    from llm2clip.search.render import draw_heatmaps, hit_to_json, open_in_browser, print_hits, write_contact_sheet
+    from llm2clip.search.heatmap import draw_heatmaps, require_dense_encoder
+    from llm2clip.search.query import SearchQuery, embed_query
+    from llm2clip.search.render import hit_to_json, open_in_browser, print_hits, write_contact_sheet
 
-    query = Query(args.texts, args.images, args.negative, args.negative_images, _query_templates(args.templates))
+    templates = _query_templates(args.templates)
+    query = SearchQuery(args.texts, args.images, args.negative, args.negative_images, templates=templates)
     with redirect_stdout(sys.stderr):  # so that --json and --paths print only results
         backend = open_backend(args["index"])
         vector = None  # without a query, the newest images come first, and no model is needed
-        if _has_query(args):
+        if query:
             metadata = backend.metadata()
             model = open_dual_encoder(args.model or metadata["model"])
             check_model(metadata, model)
@@ -276,7 +277,9 @@ def _search(args: Namespace) -> list[str]:
         print_hits(hits, backend, Console())
         return []
     heatmaps = draw_heatmaps(model, vector, hits, backend) if args.heatmaps and vector is not None else {}
-    page = write_contact_sheet(_describe(query), hits, backend, Path(args.sheet) if args.sheet else None, heatmaps)
+    page = write_contact_sheet(
+        _describe_query(query), hits, backend, Path(args.sheet) if args.sheet else None, heatmaps
+    )
     if args.open:
         open_in_browser(page)
     lines = [f"Results: {page}"]
@@ -289,14 +292,11 @@ def _search(args: Namespace) -> list[str]:
     return lines
 
 
-def _has_query(args: Namespace) -> bool:
-    return bool(args.texts or args.images or args.negative or args.negative_images)
-
-
 def _check_query(args: Namespace) -> None:
     """Raise an error if there is neither a query nor a filter, a text is empty, or an image file does not exist."""
     filters = (args.path, args.caption, args.after, args.before, args.min_side)
-    if not _has_query(args) and (args.heatmaps or all(value is None for value in filters)):
+    has_query = args.texts or args.images or args.negative or args.negative_images
+    if not has_query and (args.heatmaps or all(value is None for value in filters)):
         raise ValueError("pass a text or an image to search for, or a filter such as --after 2024-05-31")
     check_not_empty(args.texts)
     check_not_empty(args.negative)
@@ -366,7 +366,7 @@ def canonical_path(path: str | None) -> str | None:
     return printable(os.path.realpath(path) if os.path.isabs(path) or os.path.exists(path) else path)
 
 
-def _describe(query: Query) -> str:
+def _describe_query(query: SearchQuery) -> str:
     """Return a description of a query, which is used as the title of the results page."""
     positive = [str(part) for part in (*query.texts, *query.images)]
     negative = [f" without {part}" for part in (*query.negative_texts, *query.negative_images)]
@@ -386,7 +386,7 @@ def _serve(args: Namespace) -> list[str]:
     from llm2clip.search.backends import open_backend
 
     try:
-        from llm2clip.search.schemas import Limits
+        from llm2clip.search.limits import Limits
         from llm2clip.search.server import LOOPBACK, create_app, serve
     except ModuleNotFoundError as error:
         raise ImportError(f"`llm2clip serve` needs `{install_command('search')}` ({error})") from error

@@ -8,12 +8,13 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from llm2clip.data.image_refs import printable
 from llm2clip.data.images import ImageError
-from llm2clip.search.batching import QueueFull
-from llm2clip.search.schemas import ErrorResponse
+from llm2clip.search.queues import QueueFull
+from llm2clip.search.request_images import InvalidImage, TooLarge
 
 ERROR_TYPES = {
     400: "bad request",
@@ -25,29 +26,31 @@ ERROR_TYPES = {
     429: "too many requests",
     504: "timeout",
 }
-# Passed to FastAPI as `responses`, so that the OpenAPI schema documents these errors.
-ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
-    code: {"model": ErrorResponse, "description": description} for code, description in ERROR_TYPES.items()
-}
 MAX_MESSAGE_LENGTH = 1000  # characters; messages may contain parts of the request
 RETRY_SOON = {"Retry-After": "1"}  # seconds
 
 
-class TooLarge(ValueError):
-    """Raised when an image has too many pixels."""
+class ErrorBody(BaseModel):
+    """Description of an error, in the format of OpenAI's API."""
+
+    message: str
+    type: str
+    code: int
+    param: str | None = Field(
+        default=None, description='field and position of the query image that cannot be decoded, such as "images.0"'
+    )
 
 
-class InvalidImage(ValueError):
-    """Raised when an image of a query cannot be decoded.
+class ErrorResponse(BaseModel):
+    """JSON body of all error responses."""
 
-    Args:
-        cause: ImageError or TooLarge, whose message and status code are returned.
-        param: Field and position of the image, such as "images.0".
-    """
+    error: ErrorBody
 
-    def __init__(self, cause: Exception, param: str) -> None:
-        super().__init__(str(cause))
-        self.param, self.code = param, 413 if isinstance(cause, TooLarge) else 422
+
+# Passed to FastAPI as `responses`, so that the OpenAPI schema documents these errors.
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    code: {"model": ErrorResponse, "description": description} for code, description in ERROR_TYPES.items()
+}
 
 
 class NotFound(LookupError):
@@ -67,21 +70,21 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _handle_unexpected_error)
     app.add_exception_handler(HTTPException, _handle_http_exception)
     app.add_exception_handler(RequestValidationError, _handle_validation_error)
-    app.add_exception_handler(QueueFull, _handler(429, RETRY_SOON))
-    app.add_exception_handler(TooLarge, _handler(413))
-    app.add_exception_handler(NotFound, _handler(404))
     app.add_exception_handler(InvalidImage, _handle_invalid_image)
-    app.add_exception_handler(ImageError, _handler(422))
-    app.add_exception_handler(ValueError, _handler(422))
+    app.add_exception_handler(QueueFull, _make_handler(429, RETRY_SOON))
+    for exception, code in ((TooLarge, 413), (NotFound, 404), (ImageError, 422), (ValueError, 422)):
+        app.add_exception_handler(exception, _make_handler(code))
 
 
-def _handler(code: int, headers: dict[str, str] | None = None) -> Callable[[Request, Exception], Awaitable[Response]]:
+def _make_handler(
+    code: int, headers: dict[str, str] | None = None
+) -> Callable[[Request, Exception], Awaitable[Response]]:
     """Return a handler that responds with the given status code and the exception's message."""
 
-    async def handle(_: Request, error: Exception) -> Response:
+    async def handle_error(_: Request, error: Exception) -> Response:
         return error_response(code, str(error), headers)
 
-    return handle
+    return handle_error
 
 
 async def _handle_invalid_image(_: Request, error: Exception) -> Response:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
-from llm2clip.data.images import make_thumbnail
+from llm2clip.data.image_refs import read_image_file
+from llm2clip.data.images import ImageError, load_image, make_thumbnail
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.vision.dense import DenseEncoder
+from llm2clip.search.backends import Backend
+from llm2clip.search.request_images import open_original
+from llm2clip.search.types import Hit
 
 DARKEST = 0.2  # brightness of the least similar cell, as a fraction of its original brightness
 IMAGE_SIDE = 384  # longer side of a drawn heat map, in pixels
@@ -30,12 +36,12 @@ def require_dense_encoder(model: DualEncoder) -> DenseEncoder:
 
 
 def compute_heatmap(dense: DenseEncoder, pixels: Tensor, query: np.ndarray, variant: str | None = None) -> np.ndarray:
-    """Return the cosine similarity of each cell of an image to a query, float32 (h, w).
+    """Return the cosine similarity of each cell of an image to a query, of shape (h, w), float32.
 
     Args:
         dense: Dense encoder of the model that embedded the query.
-        pixels: Image, uint8 (3, H, W), resized by `dense.resize`, usually to `dense.localization_size`.
-        query: Query vector, float32 (D,), L2-normalised.
+        pixels: Image of shape (3, H, W), uint8, resized by `dense.resize`, usually to `dense.localization_size`.
+        query: Query vector, of shape (D,), float32, L2-normalised.
         variant: Variant of the dense features. Default: `dense.localization_variant`.
     """
     cells = dense.encode(pixels[None], variant or dense.localization_variant)[0]  # (h, w, D)
@@ -46,8 +52,9 @@ def draw_heatmap(image: Tensor, heatmap: np.ndarray) -> bytes:
     """Darken the parts of an image that are least similar to the query; return a small JPEG.
 
     Args:
-        image: Image, uint8 (3, H, W).
-        heatmap: Cosine similarity of each cell, (h, w). Its range is stretched to the full range of brightness.
+        image: Image of shape (3, H, W), uint8.
+        heatmap: Cosine similarity of each cell, of shape (h, w). Its range is stretched to the full range of
+            brightness.
     """
     height, width = image.shape[-2:]
     scale = min(1.0, IMAGE_SIDE / max(height, width))
@@ -58,3 +65,31 @@ def draw_heatmap(image: Tensor, heatmap: np.ndarray) -> bytes:
     brightness = DARKEST + (1 - DARKEST) * F.interpolate(relative[None, None], size, mode="bilinear")[0]
     shaded = resize(image, size, antialias=True) * brightness
     return make_thumbnail(shaded.round().to(torch.uint8), IMAGE_SIDE)
+
+
+def draw_heatmaps(model: DualEncoder, query: np.ndarray, hits: Sequence[Hit], backend: Backend) -> dict[str, bytes]:
+    """Return a JPEG heat map of each hit, keyed by hit id.
+
+    Hits are skipped if their image files cannot be decoded, or have been changed or removed since they were indexed.
+
+    Args:
+        model: Model that embedded the query.
+        query: Query vector, of shape (D,), float32, L2-normalised.
+        hits: Search results.
+        backend: Index that returned the hits.
+
+    Raises:
+        ValueError: The model has no dense features.
+    """
+    dense = require_dense_encoder(model)
+    heatmaps = {}
+    for hit in hits:
+        try:
+            stream, _ = open_original(backend, hit.id)
+            with stream:
+                image = load_image(read_image_file(stream))
+        except (ImageError, OSError):
+            continue
+        heatmap = compute_heatmap(dense, dense.resize(image, dense.localization_size), query)
+        heatmaps[hit.id] = draw_heatmap(image, heatmap)
+    return heatmaps

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -16,25 +16,16 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
-from llm2clip.data.images import ImageError
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.models.prompts import LITERAL, QueryTemplates, average_prompts, query_prompts
+from llm2clip.models.prompts import LITERAL, QueryTemplates
 from llm2clip.search.backends import Backend
-from llm2clip.search.batching import Batcher, QueueFull
-from llm2clip.search.clients import FairThreadPool
-from llm2clip.search.errors import InvalidImage, NotFound, TooLarge
+from llm2clip.search.errors import NotFound
 from llm2clip.search.heatmap import compute_heatmap, require_dense_encoder
-from llm2clip.search.originals import open_original
-from llm2clip.search.query_embedding import combine
-from llm2clip.search.request_images import decode_data_uri, load_request_image
-from llm2clip.search.schemas import (
-    HeatmapRequest,
-    HitResponse,
-    Limits,
-    QueryRequest,
-    SearchRequest,
-    SearchResponse,
-)
+from llm2clip.search.limits import Limits
+from llm2clip.search.query import SearchQuery
+from llm2clip.search.queues import Batcher, FairThreadPool
+from llm2clip.search.request_images import TooLarge, load_query_image, load_request_image, open_original
+from llm2clip.search.schemas import HeatmapRequest, HitResponse, SearchRequest, SearchResponse
 
 DECODE_THREADS = 2
 MAX_HEATMAP_CELLS = 4096  # if the request specifies the image size: memory can grow with the square of the number
@@ -69,10 +60,9 @@ class InferenceService:
         self._model_thread = model_thread or ThreadPoolExecutor(1, "model")
         # The model thread must set its OpenMP thread count before the decoder threads limit theirs to one.
         self._model_thread.submit(torch.get_num_threads).result()
-        self._decoders = FairThreadPool(DECODE_THREADS, "decode", lambda: torch.set_num_threads(1))
+        self._decoders = FairThreadPool(DECODE_THREADS, "images", limits.max_queue, lambda: torch.set_num_threads(1))
         # Do not use the shared thread pool, because a search occupies its thread until it ends, even after a timeout.
-        self._searchers = FairThreadPool(SEARCH_THREADS, "search")
-        self._images_decoding = self._searches_waiting = 0
+        self._searchers = FairThreadPool(SEARCH_THREADS, "searches", limits.max_queue)
         self._count, self._count_time, self._count_lock = 0, -math.inf, threading.Lock()
         self._create_metrics()
         self._text_batcher = self._batcher("text", lambda texts: model.encode_texts(texts).numpy())
@@ -143,35 +133,14 @@ class InferenceService:
             ValueError: The model returned NaN or infinity for an image.
             QueueFull: Too many images are waiting.
         """
-        return await self._embed_prepared(await self._decode(self._prepare, encoded))
-
-    async def _embed_prepared(self, prepared: Sequence[Any]) -> list[np.ndarray]:
-        return _check_finite(await self._image_batcher.submit(prepared), "an image")
-
-    async def _decode(self, decode: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-        """Call `decode` for each item in the decoder threads."""
-        max_queue = self.limits.max_queue
-        if len(items) > max_queue:
-            raise ValueError(f"too many images in one request: {len(items):,}; the limit is {max_queue:,}")
-        if self._images_decoding + len(items) > max_queue:
-            raise QueueFull(f"the server is busy: {self._images_decoding:,} images are waiting; try again later")
-        self._images_decoding += len(items)
-        try:
-            return [await self._decoders.run(decode, item) for item in items]
-        finally:
-            self._images_decoding -= len(items)
+        return await self._embed_prepared(await self._decoders.map(self._prepare, encoded))
 
     def _prepare(self, data: bytes) -> Any:
         """Decode an image and apply the model's transform."""
         return self.model.transform(load_request_image(data, self.limits.max_pixels))
 
-    def _prepare_uri(self, item: tuple[str, str]) -> Any:
-        """Decode an image of a query, given the image's field and position and its data URI."""
-        param, uri = item
-        try:
-            return self._prepare(decode_data_uri(uri))
-        except (ImageError, TooLarge) as error:
-            raise InvalidImage(error, param) from error
+    async def _embed_prepared(self, prepared: Sequence[Any]) -> list[np.ndarray]:
+        return _check_finite(await self._image_batcher.submit(prepared), "an image")
 
     async def search(self, request: SearchRequest) -> bytes:
         """Embed a query, search the index and return the results. Without a query, return the newest images first.
@@ -184,24 +153,19 @@ class InferenceService:
             ValueError: The query and the filter are empty.
             QueueFull: Too many searches are waiting.
         """
-        backend, image_filter = self.require_backend(), request.filter.to_filter()
-        if not request.has_query() and not image_filter:
+        backend, query, image_filter = self.require_backend(), request.to_query(), request.filter.to_filter()
+        if not query and not image_filter:
             raise ValueError("the query is empty: provide at least one text, image or filter")
-        query = await self._embed_query(request) if request.has_query() else None
+        query_vector = await self._embed_query(query) if query else None
 
-        def find() -> bytes:
-            hits = backend.search(query, request.top, image_filter, request.offset)
+        def find_hits(vector: np.ndarray | None) -> bytes:
+            hits = backend.search(vector, request.top, image_filter, request.offset)
             total = backend.count_matches(image_filter)
             response = SearchResponse(hits=[HitResponse.from_hit(hit) for hit in hits], total=total)
             return response.model_dump_json().encode()
 
-        if self._searches_waiting >= self.limits.max_queue:
-            raise QueueFull(f"the server is busy: {self._searches_waiting:,} searches are waiting; try again later")
-        self._searches_waiting += 1
-        try:
-            return await self._searchers.run(find)
-        finally:
-            self._searches_waiting -= 1
+        [response] = await self._searchers.map(find_hits, [query_vector])
+        return response
 
     async def heatmap(self, request: HeatmapRequest) -> np.ndarray:
         """Embed a query; return its cosine similarity to each cell of an image, float32 (h, w).
@@ -221,33 +185,30 @@ class InferenceService:
             raise ValueError(f"this model does not support the variant {variant}: use {' or '.join(dense.variants)}")
         if request.id is not None:
             self.require_backend()
-        query = await self._embed_query(request)
-        [pixels] = await self._decode(self._prepare_for_heatmap, [request])
-        [heatmap] = _check_finite(await self._heatmap_batcher.submit([(pixels, query, variant)]), "an image")
+        query_vector = await self._embed_query(request.to_query())
+        [pixels] = await self._decoders.map(self._prepare_for_heatmap, [request])
+        [heatmap] = _check_finite(await self._heatmap_batcher.submit([(pixels, query_vector, variant)]), "an image")
         return heatmap
 
     async def open_original(self, hit_id: str) -> tuple[BinaryIO, str]:
         """Open the image file of a hit in a decoder thread, because a table must be decoded to read one of its cells.
 
-        See `llm2clip.search.originals.open_original` for the result.
+        See `llm2clip.search.request_images.open_original` for the result.
 
         Raises:
             NotFound: The server has no index.
             FileNotFoundError: The id is unknown, or all files of the hit have been changed or removed.
             QueueFull: Too many images are waiting.
         """
-        [original] = await self._decode(partial(open_original, self.require_backend()), [hit_id])
-        return cast(tuple[BinaryIO, str], original)
+        [original] = await self._decoders.map(partial(open_original, self.require_backend()), [hit_id])
+        return original
 
     def _prepare_for_heatmap(self, request: HeatmapRequest) -> Tensor:
         """Decode the image of a request and resize it for the dense encoder."""
         dense = require_dense_encoder(self.model)
         image_size = request.image_size or dense.localization_size
         if request.image is not None:
-            try:
-                image = load_request_image(decode_data_uri(request.image), self.limits.max_pixels)
-            except (ImageError, TooLarge) as error:
-                raise InvalidImage(error, "image") from error
+            image = load_query_image(request.image, "image", self.limits.max_pixels)
         else:
             image = self._load_original(request.id or "")
         rows, columns = dense.grid(image.shape[-2], image.shape[-1], image_size)
@@ -276,34 +237,25 @@ class InferenceService:
         dense = require_dense_encoder(self.model)
         return [compute_heatmap(dense, pixels, query, variant) for pixels, query, variant in items]
 
-    async def _embed_query(self, request: QueryRequest) -> np.ndarray:
-        """Return the query vector of a request, float32 (D,)."""
-        templates = self.templates if request.templates is None else QueryTemplates(tuple(request.templates))
-        positive = await self._fetch_vectors(request.like)
-        positive += await self._embed(request.texts, request.images, "images", templates)
-        negative = await self._fetch_vectors(request.negative_like)
-        negative += await self._embed(request.negative_texts, request.negative_images, "negative_images", templates)
-        return combine(positive, negative)
-
-    async def _fetch_vectors(self, hit_ids: Sequence[str]) -> list[np.ndarray]:
-        vectors = []
-        for hit_id in hit_ids:
-            vector = await run_in_threadpool(self.require_backend().vector, hit_id)
-            if vector is None:
-                raise NotFound(f"the index contains no image with id {hit_id}")
-            vectors.append(vector)
-        return vectors
-
-    async def _embed(
-        self, texts: Sequence[str], uris: Sequence[str], uri_field: str, templates: QueryTemplates
-    ) -> list[np.ndarray]:
-        prompts, counts = query_prompts(texts, templates)
+    async def _embed_query(self, query: SearchQuery) -> np.ndarray:
+        """Return the embedding of a query, of shape (D,), float32."""
+        prompts, counts = query.prompts(self.templates)
+        hit_vectors = [await self._fetch_vector(hit_id) for hit_id in (*query.like, *query.negative_like)]
         prompt_vectors = await self.embed_texts(prompts)
-        text_vectors = []
-        if prompts:
-            text_vectors = list(average_prompts(torch.from_numpy(np.stack(prompt_vectors)), counts).numpy())
-        items = [(f"{uri_field}.{index}", uri) for index, uri in enumerate(uris)]
-        return text_vectors + await self._embed_prepared(await self._decode(self._prepare_uri, items))
+        images = [(uri, f"images.{index}") for index, uri in enumerate(query.images)]
+        images += [(uri, f"negative_images.{index}") for index, uri in enumerate(query.negative_images)]
+        image_vectors = await self._embed_prepared(await self._decoders.map(self._prepare_query_image, images))
+        return query.combine(prompt_vectors, counts, image_vectors, hit_vectors)
+
+    async def _fetch_vector(self, hit_id: str) -> np.ndarray:
+        vector = await run_in_threadpool(self.require_backend().vector, hit_id)
+        if vector is None:
+            raise NotFound(f"the index contains no image with id {hit_id}")
+        return vector
+
+    def _prepare_query_image(self, uri_and_param: tuple[str, str]) -> Any:
+        """Decode an image of a query and apply the model's transform."""
+        return self.model.transform(load_query_image(*uri_and_param, self.limits.max_pixels))
 
     def require_backend(self) -> Backend:
         """Return the index, or raise an error if there is none.

@@ -11,16 +11,10 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text as RichText
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from llm2clip.models.dual_encoder import DualEncoder
 
 from llm2clip.html_report import Block, Paragraph, ResultImage, ResultImages, write_report
 from llm2clip.search.backends import Backend
@@ -115,7 +109,7 @@ def write_contact_sheet(
         hits: Search results to show.
         backend: Index that returned the hits.
         folder: Folder to write the page to. Default: a new temporary folder.
-        heatmaps: JPEG images to show instead of thumbnails, keyed by hit id. See `draw_heatmaps`.
+        heatmaps: JPEG images to show instead of thumbnails, keyed by hit id. See `search.heatmap.draw_heatmaps`.
     """
     folder = folder or Path(tempfile.mkdtemp(prefix="llm2clip-"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,40 +132,6 @@ def _file_url(hit: Hit) -> str | None:
     """Return the URL of an image file, or of the tar file or table that contains the image, if it still exists."""
     path = Path(hit.images[0].container)
     return path.as_uri() if path.is_absolute() and path.exists() else None
-
-
-def draw_heatmaps(model: DualEncoder, query: np.ndarray, hits: Sequence[Hit], backend: Backend) -> dict[str, bytes]:
-    """Return a JPEG heat map of each hit, keyed by hit id.
-
-    Hits are skipped if their image files cannot be decoded, or have been changed or removed since they were indexed.
-
-    Args:
-        model: Model that embedded the query.
-        query: Query vector, float32 (D,), L2-normalised.
-        hits: Search results.
-        backend: Index that returned the hits.
-
-    Raises:
-        ValueError: The model has no dense features.
-    """
-    from llm2clip.data.image_refs import read_image_file
-    from llm2clip.data.images import ImageError, load_image
-    from llm2clip.search.heatmap import compute_heatmap, draw_heatmap, require_dense_encoder
-    from llm2clip.search.originals import open_original
-
-    dense = require_dense_encoder(model)
-    heatmaps = {}
-    for hit in hits:
-        try:
-            stream, _ = open_original(backend, hit.id)
-            with stream:
-                image = load_image(read_image_file(stream))
-        except (ImageError, OSError):
-            continue
-        heatmaps[hit.id] = draw_heatmap(
-            image, compute_heatmap(dense, dense.resize(image, dense.localization_size), query)
-        )
-    return heatmaps
 
 
 def open_in_browser(page: Path) -> None:

@@ -1,20 +1,58 @@
-"""Decoder for the images in HTTP requests, with a limit on their size."""
+"""Images that requests name: data URIs, and the original files of hits. Their sizes are limited."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import io
-from typing import Any
+import os
+from typing import Any, BinaryIO
 
 from PIL import Image
 
 from llm2clip.data.image_header import ImageFormatError, is_heic, open_header
+from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import ImageError, load_image
-from llm2clip.search.errors import TooLarge
+from llm2clip.search.backends import Backend
+from llm2clip.search.scan import container_version, format_file_version
+from llm2clip.search.types import IndexedImage
 
 # A small AVIF or HEIC file can contain any number of hidden frames, which are decoded first.
 NOT_ACCEPTED = "{} images are not accepted in requests. Convert the image to JPEG, PNG or WebP"
+
+
+class TooLarge(ValueError):
+    """Raised when an image has too many pixels."""
+
+
+class InvalidImage(ValueError):
+    """Raised when an image of a query cannot be decoded.
+
+    Args:
+        cause: ImageError or TooLarge, whose message and status code are returned.
+        param: Field and position of the image, such as "images.0".
+    """
+
+    def __init__(self, cause: Exception, param: str) -> None:
+        super().__init__(str(cause))
+        self.param, self.code = param, 413 if isinstance(cause, TooLarge) else 422
+
+
+def load_query_image(uri: str, param: str, max_pixels: int) -> Any:
+    """Decode a data URI in a query to a tensor of shape (3, H, W), uint8.
+
+    Args:
+        uri: Base64 data URI.
+        param: Field and position of the image, such as "images.0", for the error response.
+        max_pixels: Maximum number of pixels.
+
+    Raises:
+        InvalidImage: The image cannot be decoded or has too many pixels.
+    """
+    try:
+        return load_request_image(decode_data_uri(uri), max_pixels)
+    except (ImageError, TooLarge) as error:
+        raise InvalidImage(error, param) from error
 
 
 def decode_data_uri(uri: str) -> bytes:
@@ -33,7 +71,7 @@ def decode_data_uri(uri: str) -> bytes:
 
 
 def load_request_image(data: bytes, max_pixels: int) -> Any:
-    """Decode an image file to a tensor, uint8 (3, H, W).
+    """Decode an image file to a tensor of shape (3, H, W), uint8.
 
     Raises:
         TooLarge: The image has more than `max_pixels` pixels. The size is checked before the pixels are decoded.
@@ -56,3 +94,42 @@ def load_request_image(data: bytes, max_pixels: int) -> Any:
     if width * height > max_pixels:
         raise TooLarge(f"the image has too many pixels: {width} x {height}; the limit is {max_pixels:,}")
     return load_image(data)
+
+
+def open_original(backend: Backend, hit_id: str) -> tuple[BinaryIO, str]:
+    """Open the image file of a hit; return the stream and the media type.
+
+    If the hit has several files, use the first one that has not changed since it was indexed.
+
+    Raises:
+        FileNotFoundError: The id is unknown, or all files of the hit have been changed or removed.
+    """
+    for image in backend.images(hit_id):
+        try:
+            stream = _open_unchanged(image)
+            header = open_header(stream)
+        except Exception:  # Pillow can raise almost any exception for a damaged header
+            continue
+        media_type = Image.MIME.get(header.format or "", "")
+        if media_type.startswith("image/"):
+            stream.seek(0)
+            return stream, media_type
+    raise FileNotFoundError(
+        f"the index contains no image with id {hit_id}, or the image file has been changed or removed since it was "
+        "indexed"
+    )
+
+
+def _open_unchanged(image: IndexedImage) -> BinaryIO:
+    """Open an image.
+
+    Raises:
+        FileNotFoundError: The file no longer exists or has been replaced by another file.
+    """
+    path = image.ref.container_path or ""
+    if container_version(path) != image.file_version:  # checked first, because opening a named pipe would block
+        raise FileNotFoundError(f"{path} has changed since it was indexed")
+    stream = image.ref.open()
+    if isinstance(image.ref, FileImage) and format_file_version(os.fstat(stream.fileno())) != image.file_version:
+        raise FileNotFoundError(f"{path} has changed since it was indexed")
+    return stream

@@ -1,15 +1,15 @@
-"""Pydantic models for the requests and responses of the HTTP API, and limits on requests."""
+"""Pydantic models for the requests and responses of the HTTP API."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from llm2clip.data.valid_text import is_valid_unicode
-from llm2clip.models.prompts import PLACEHOLDER
+from llm2clip.models.prompts import PLACEHOLDER, QueryTemplates
+from llm2clip.search.query import SearchQuery
 from llm2clip.search.types import MAX_CAPTION_FILTER_LENGTH, MAX_LOCATIONS, Filter, Hit
 
 DATA_URI_PREFIX = "data:image/"
@@ -20,36 +20,6 @@ MAX_OFFSET = 10_000  # a search finds and scores all results that it skips
 # A query has at most MAX_IMAGES texts and as many negative texts. Each short one is encoded once as it is and once per
 # template. With at most MAX_TEMPLATES templates, a request never encodes more than MAX_TEXTS texts.
 MAX_TEMPLATES, MAX_TEMPLATE_LENGTH = MAX_TEXTS // (2 * MAX_IMAGES) - 1, 200  # characters
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits on the resources that requests to a server may use.
-
-    Args:
-        max_body_bytes: Maximum size of a request body in bytes. Larger requests are rejected with status 413.
-        max_bytes_in_flight: Maximum total size in bytes of the request and response bodies in memory. A single client
-            address may use a quarter of it. Requests that would exceed this size are rejected with status 429, unless
-            they are smaller than 64 KB.
-        max_pixels: Maximum number of pixels in an image. Larger images are rejected with status 413.
-        max_queue: Maximum length of each of the four queues (texts, images, heat maps and searches). Requests that need
-            a full queue are rejected with status 429.
-        timeout: Maximum duration of a request in seconds. Requests that take longer fail with status 504.
-        batch_size: Maximum number of texts or images per forward pass.
-        max_connections: Maximum number of connections. If there are more, the server aborts a connection of the client
-            with the most connections.
-        idle_timeout: Maximum time in seconds that a connection waits for the client to send the headers of a request or
-            to read more of a response. After this time, the connection is aborted.
-    """
-
-    max_body_bytes: int = 32 << 20
-    max_bytes_in_flight: int = 512 << 20
-    max_pixels: int = 50_000_000
-    max_queue: int = 512
-    timeout: float = 30.0
-    batch_size: int = 32
-    max_connections: int = 512
-    idle_timeout: float = 10.0
 
 
 def _require_text(text: str) -> str:
@@ -171,10 +141,16 @@ class QueryRequest(_StrictModel):
         "all texts are encoded as they are",
     )
 
-    def has_query(self) -> bool:
-        """Return True if there is at least one text, image or earlier hit."""
-        positive = self.texts or self.images or self.like
-        return bool(positive or self.negative_texts or self.negative_images or self.negative_like)
+    def to_query(self) -> SearchQuery:
+        return SearchQuery(
+            texts=self.texts,
+            images=self.images,
+            like=self.like,
+            negative_texts=self.negative_texts,
+            negative_images=self.negative_images,
+            negative_like=self.negative_like,
+            templates=None if self.templates is None else QueryTemplates(tuple(self.templates)),
+        )
 
 
 class SearchRequest(QueryRequest):
@@ -294,20 +270,3 @@ class HealthResponse(BaseModel):
     model: str | None = None
     dimensions: int | None = None
     images: int | None = None
-
-
-class ErrorBody(BaseModel):
-    """Description of an error, in the format of OpenAI's API."""
-
-    message: str
-    type: str
-    code: int
-    param: str | None = Field(
-        default=None, description='field and position of the query image that cannot be decoded, such as "images.0"'
-    )
-
-
-class ErrorResponse(BaseModel):
-    """JSON body of all error responses."""
-
-    error: ErrorBody

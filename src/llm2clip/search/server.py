@@ -11,9 +11,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+import uvicorn
 from fastapi import FastAPI, Request, UploadFile
 from fastapi.responses import FileResponse, RedirectResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -23,12 +24,12 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from llm2clip import __version__
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import QueryTemplates
-from llm2clip.search.auth import Authenticator
 from llm2clip.search.backends import Backend
 from llm2clip.search.build import check_model
 from llm2clip.search.errors import ERROR_RESPONSES, NotFound, add_error_handlers
 from llm2clip.search.inference import InferenceService
-from llm2clip.search.middleware import PIECE_SIZE, RequestMiddleware
+from llm2clip.search.limits import Limits, limited_connection
+from llm2clip.search.middleware import PIECE_SIZE, Authenticator, RequestMiddleware
 from llm2clip.search.request_images import decode_data_uri
 from llm2clip.search.schemas import (
     DATA_URI_PREFIX,
@@ -40,13 +41,9 @@ from llm2clip.search.schemas import (
     HealthResponse,
     HeatmapRequest,
     HeatmapResponse,
-    Limits,
     SearchRequest,
     SearchResponse,
 )
-
-if TYPE_CHECKING:
-    import uvicorn
 
 STATIC_FOLDER = Path(__file__).parent / "static"
 STATIC_FILES = ("page.css", "page.js")
@@ -136,7 +133,6 @@ def serve(
         on_start: Callback that is called with the port when the server accepts connections.
         behind_proxy: See `server_config`.
     """
-    import uvicorn
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -159,10 +155,6 @@ def server_config(app: FastAPI, host: str, port: int, behind_proxy: bool) -> uvi
             the addresses in the environment variable FORWARDED_ALLOW_IPS) set the client's address and scheme. If
             False, they are ignored, because a client could use them to evade the limits on clients.
     """
-    import uvicorn
-
-    from llm2clip.search.connections import limited_connection
-
     return uvicorn.Config(
         app,
         host=host,

@@ -1,4 +1,4 @@
-"""Dynamic batching of requests from different clients.
+"""Queues of work: batches of items from different clients for the model, and threads that clients share fairly.
 
 Batching increases throughput, because a forward pass over 32 texts takes little longer than one over a single text.
 """
@@ -8,12 +8,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+from weakref import WeakValueDictionary
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+current_client: ContextVar[str] = ContextVar("current_client", default="")  # key of the client of the current request
 MAX_WAIT = 0.03  # maximum time to wait for more items before a batch is processed, in seconds
 
 
@@ -146,3 +150,64 @@ def _cancel(entries: Sequence[_Pending[Item, Result]]) -> None:
     """Cancel the futures of all entries that have no result yet."""
     for entry in entries:
         entry.result.cancel()
+
+
+class FairThreadPool:
+    """Thread pool in which a client with many jobs delays other clients by only a few of them.
+
+    Each client may have as many jobs in the pool's queue as there are threads. Its remaining jobs wait outside the
+    queue.
+    """
+
+    def __init__(self, threads: int, unit: str, max_waiting: int, initializer: Callable[[], Any] | None = None) -> None:
+        """
+        Args:
+            threads: Number of threads.
+            unit: What a job processes, in the plural, such as "images". Used in error messages and thread names.
+            max_waiting: Maximum number of jobs that are waiting or running.
+            initializer: Function that each thread calls when it starts.
+        """
+        self.waiting = 0  # number of jobs that are waiting or running
+        self._threads, self._unit, self._max_waiting = threads, unit, max_waiting
+        self._pool = ThreadPoolExecutor(threads, unit, initializer)
+        self._slots: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+
+    async def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """Call a function for each item, one after the other, and return the results.
+
+        If the caller is cancelled, a running call continues.
+
+        Raises:
+            ValueError: There are more than `max_waiting` items.
+            QueueFull: Too many jobs are waiting.
+            Exception: Any exception that the function raises.
+        """
+        if len(items) > self._max_waiting:
+            raise ValueError(
+                f"too many {self._unit} in one request: {len(items):,}; the limit is {self._max_waiting:,}"
+            )
+        if self.waiting + len(items) > self._max_waiting:
+            raise QueueFull(f"the server is busy: {self.waiting:,} {self._unit} are waiting; try again later")
+        self.waiting += len(items)
+        try:
+            return [await self._run(function, item) for item in items]
+        finally:
+            self.waiting -= len(items)
+
+    async def _run(self, function: Callable[[Item], Result], item: Item) -> Result:
+        loop = asyncio.get_running_loop()
+        client = current_client.get()
+        slots = self._slots.get(client) or self._slots.setdefault(client, asyncio.Semaphore(self._threads))
+        await slots.acquire()
+        future = self._pool.submit(function, item)
+
+        def release(_: Any) -> None:
+            with suppress(RuntimeError):  # the event loop has been closed
+                loop.call_soon_threadsafe(slots.release)
+
+        future.add_done_callback(release)  # not when the caller is cancelled, because the thread is then still in use
+        return await asyncio.wrap_future(future)
+
+    def shutdown(self) -> None:
+        """Cancel all jobs that have not started, without waiting for the others."""
+        self._pool.shutdown(wait=False, cancel_futures=True)

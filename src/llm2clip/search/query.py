@@ -1,0 +1,132 @@
+"""Search queries, which consist of positive and negative texts, images and earlier hits, and their embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm2clip.data.images import load_image
+from llm2clip.data.valid_text import check_not_empty
+from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.models.prompts import QueryTemplates, average_prompts, query_prompts
+
+NEGATIVE_WEIGHT = 0.5  # with a weight of 1, results would hardly be related to the positives
+
+
+@dataclass(frozen=True)
+class SearchQuery:
+    """A search query. Results should resemble its positive parts, but not its negative parts.
+
+    The command and the server encode the texts and images in different ways (directly, or in batches with other
+    requests). `prompts` returns the texts to encode, and `combine` returns the query vector.
+
+    Attributes:
+        texts, negative_texts: Texts of any length.
+        images, negative_images: Images, or data URIs of images if the query is a request to the server.
+        like, negative_like: Ids of earlier hits.
+        templates: Prompt templates that form an ensemble with short texts (see `models.prompts.query_prompts`).
+            Default: the model's own templates.
+    """
+
+    texts: Sequence[str] = ()
+    images: Sequence[Any] = ()
+    negative_texts: Sequence[str] = ()
+    negative_images: Sequence[Any] = ()
+    like: Sequence[str] = ()
+    negative_like: Sequence[str] = ()
+    templates: QueryTemplates | None = None
+
+    def __bool__(self) -> bool:
+        """Return True if the query has at least one part."""
+        positive = len(self.texts) + len(self.images) + len(self.like)
+        return positive + len(self.negative_texts) + len(self.negative_images) + len(self.negative_like) > 0
+
+    def prompts(self, default_templates: QueryTemplates) -> tuple[list[str], list[int]]:
+        """Return all prompts of the texts and then of the negative texts, and the number of prompts for each text.
+
+        Raises:
+            ValueError: A text is empty.
+        """
+        texts = [*self.texts, *self.negative_texts]
+        check_not_empty(texts)
+        return query_prompts(texts, default_templates if self.templates is None else self.templates)
+
+    def combine(
+        self,
+        prompts: Sequence[np.ndarray],
+        counts: Sequence[int],
+        images: Sequence[np.ndarray],
+        hits: Sequence[np.ndarray] = (),
+    ) -> np.ndarray:
+        """Return the query vector, of shape (D,), float32, L2-normalised. See `combine_embeddings` for the formula.
+
+        Args:
+            prompts: Embeddings of the prompts that `prompts` returns, each of shape (D,).
+            counts: Number of prompts for each text.
+            images: Embeddings of the images and then of the negative images, each of shape (D,).
+            hits: Embeddings of the hits in `like` and then of those in `negative_like`, each of shape (D,).
+
+        Raises:
+            ValueError: The query has no parts.
+        """
+        texts = list(average_prompts(torch.from_numpy(np.stack(prompts)), counts).numpy()) if len(prompts) else []
+        positive = [*hits[: len(self.like)], *texts[: len(self.texts)], *images[: len(self.images)]]
+        negative = [*hits[len(self.like) :], *texts[len(self.texts) :], *images[len(self.images) :]]
+        return combine_embeddings(positive, negative)
+
+
+def embed_query(model: DualEncoder, query: SearchQuery) -> np.ndarray:
+    """Return the embedding of a query without hits, of shape (D,), float32, L2-normalised.
+
+    Raises:
+        ValueError: The query has no parts, or a text is empty.
+        ImageError: An image cannot be read.
+    """
+    prompts, counts = query.prompts(model.query_templates)
+    prompt_vectors = model.encode_texts(prompts).numpy() if prompts else np.empty((0, model.embed_dim), np.float32)
+    image_vectors = embed_images(model, [*query.images, *query.negative_images]).numpy()
+    return query.combine(list(prompt_vectors), counts, list(image_vectors))
+
+
+def embed_images(model: DualEncoder, images: Sequence[Any]) -> Tensor:
+    """Return the embeddings of images, of shape (N, D), float32, L2-normalised.
+
+    Raises:
+        ImageError: An image cannot be read.
+    """
+    if not images:
+        return torch.empty(0, model.embed_dim)
+    return model.encode_images([model.transform(load_image(image)) for image in images])
+
+
+def combine_embeddings(positive: Sequence[np.ndarray], negative: Sequence[np.ndarray] = ()) -> np.ndarray:
+    """Combine positive and negative embeddings into a query vector, of shape (D,), float32, L2-normalised.
+
+    The means of the positive and of the negative embeddings are L2-normalised first. The query vector is the positive
+    mean minus half the negative mean, normalised again. Without positive embeddings, it is the opposite of the negative
+    mean, so that the least similar images are found.
+
+    Args:
+        positive: Embeddings to which results should be similar, each of shape (D,), float32, L2-normalised.
+        negative: Embeddings to which results should be dissimilar, each of shape (D,), float32, L2-normalised.
+
+    Raises:
+        ValueError: There is no embedding.
+    """
+    if not len(positive) and not len(negative):
+        raise ValueError("the query is empty: provide at least one text or image to search for")
+    if not len(positive):
+        return -_normalize(np.mean(negative, axis=0))
+    query = _normalize(np.mean(positive, axis=0))
+    if len(negative):
+        query = _normalize(query - NEGATIVE_WEIGHT * _normalize(np.mean(negative, axis=0)))
+    return query
+
+
+def _normalize(vector: np.ndarray) -> np.ndarray:
+    return (vector / max(float(np.linalg.norm(vector)), 1e-12)).astype(np.float32)
