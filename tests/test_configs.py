@@ -253,19 +253,6 @@ def test_hints_quote_paths_and_keep_the_column_mapping() -> None:
 # ---- --config ------------------------------------------------------------------------------------------------------
 
 
-def test_unknown_setting_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        build_parser()[0].parse_args(["fit", "a.jsonl", "--out", "r", "--align.epocs", "7"])
-    assert "align.epocs" in capsys.readouterr().err
-
-
-def test_unknown_config_name_lists_the_builtin_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        build_parser()[0].parse_args(["fit", "a.jsonl", "--out", "r", "--config", "llama-4"])
-    error = capsys.readouterr().err
-    assert "llama-4" in error and "llama-3.2-1b" in error
-
-
 @pytest.mark.parametrize("command", [["tune"], ["embed", "d"], ["align", "d", "--store", "s"], ["evaluate", "m"]])
 def test_one_config_file_serves_every_stage(command: list[str], tmp_path: Path) -> None:
     parser, _ = build_parser()
@@ -288,8 +275,6 @@ def test_config_file_with_unknown_settings_is_an_error(text: str, tmp_path: Path
 
 
 def test_configs_command_lists_each_config_with_a_description(capsys: pytest.CaptureFixture[str]) -> None:
-    from llm2clip.cli import main
-
     assert main(["configs"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(builtin_configs())

@@ -144,11 +144,8 @@ def test_parse_time_accepts_dates_and_times() -> None:
         assert parse_time(text, "--after") == midnight
         end = parse_time(text, "--before", end_of_day=True)
         assert end is not None and midnight + 86399 < end < midnight + 86400
-    assert (
-        parse_time("2024-05-31T12:00", "--after")
-        == parse_time("2024-05-31T12:00", "--before", end_of_day=True)
-        == midnight + 43200
-    )
+    for option, end_of_day in (("--after", False), ("--before", True)):
+        assert parse_time("2024-05-31T12:00", option, end_of_day) == midnight + 43200
 
 
 def test_canonical_path_resolves_only_existing_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +155,4 @@ def test_canonical_path_resolves_only_existing_paths(tmp_path: Path, monkeypatch
     Path("link").symlink_to("trip")
     assert canonical_path("link") == canonical_path(f"{tmp_path}/link/") == str((tmp_path / "trip").resolve())
     assert canonical_path("2024/*.jpg") == "2024/*.jpg"
-
-
-def test_canonical_path_escapes_invalid_unicode() -> None:
-    assert canonical_path(os.fsdecode(b"/x/\xff.png")) == "/x/\\udcff.png"
+    assert canonical_path(os.fsdecode(b"/x/\xff.png")) == "/x/\\udcff.png"  # as index backends store it

@@ -74,6 +74,13 @@ def wait_for_hits(page: Any, count: int = 36) -> Any:
     return page.locator("#grid li")
 
 
+def search_for(page: Any, text: str, count: int = 36) -> Any:
+    """Search for a text, wait for the results, and return them."""
+    page.locator("#text").fill(text)
+    page.locator("#text").press("Enter")
+    return wait_for_hits(page, count)
+
+
 def test_text_search_detail_view_and_more_like_this(page: Any) -> None:
     assert page.locator("#empty").is_visible()
     page.keyboard.type("a red one,")
@@ -108,9 +115,7 @@ def test_text_search_detail_view_and_more_like_this(page: Any) -> None:
 
 
 def test_heat_map_is_drawn_over_the_image(page: Any, address: str) -> None:
-    page.locator("#text").fill("a red one")
-    page.keyboard.press("Enter")
-    wait_for_hits(page)
+    search_for(page, "a red one")
     names = page.locator("#grid .name").all_inner_texts()
     page.locator("#grid button").nth(names.index("0.png")).click()  # its left half is red
     wait_until(page, "document.getElementById('large').naturalWidth === 48")
@@ -159,9 +164,7 @@ def test_keyboard_navigation(page: Any) -> None:
 
 
 def test_closing_the_detail_view_keeps_the_focus_in_the_search_box(page: Any) -> None:
-    page.locator("#text").fill("blue")
-    page.keyboard.press("Enter")
-    wait_for_hits(page).first.locator("button").click()
+    search_for(page, "blue").first.locator("button").click()
     close_and_focus = """() => new Promise((done) => {
         const detail = document.getElementById('detail'), text = document.getElementById('text');
         detail.addEventListener('close', () => setTimeout(() => done(document.activeElement.id)));
@@ -265,9 +268,7 @@ def test_show_more_adds_the_next_page(page: Any) -> None:
         route.continue_(post_data={**route.request.post_data_json, "top": 20})
 
     page.route("**/search", shorten_pages)
-    page.locator("#text").fill("red")
-    page.locator("#text").press("Enter")
-    wait_for_hits(page, 20)
+    search_for(page, "red", 20)
     assert "20 of 36 images" in page.locator("#status").inner_text()
     page.locator("#show-more").click()
     wait_for_hits(page)
@@ -282,9 +283,7 @@ def test_show_more_adds_the_next_page(page: Any) -> None:
 def test_detail_view_offers_the_original(page: Any, image_folder: Path) -> None:
     """A second Enter closes the view and does not start another search."""
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    page.locator("#text").fill("red")
-    page.locator("#text").press("Enter")
-    wait_for_hits(page).first.locator("button").focus()
+    search_for(page, "red").first.locator("button").focus()
     page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.id") == "close"
     path = Path(page.locator("#locations span").first.inner_text())

@@ -695,26 +695,33 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_serve_completes_requests_after_sigterm(model_folder: Path) -> None:
-    """Starts a real server process, and stops it while it processes a request."""
-    command = [sys.executable, "-c", SERVE_WITH_PAUSED_MODEL, "serve", "--model", str(model_folder), "--port", "0"]
-    command += ["--no_token"]
+@contextmanager
+def serving_process(script: str, model: Path) -> Iterator[tuple[subprocess.Popen[str], str, int]]:
+    """Run `serve` in a process with a script around it, and yield the process, its address and its port."""
+    command = [sys.executable, "-c", script, "serve", "--model", str(model), "--port", "0", "--no_token"]
     command += ["--timeout", str(HANG_TIMEOUT), "--precision", "fp32"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(command, env=env, text=True, **pipes) as server, ThreadPoolExecutor(1) as clients:
+    with subprocess.Popen(command, env=env, text=True, **pipes) as server:
         try:
             address = read_until(server, r"Serving at (http://127.0.0.1:(\d+)/)\n")
-            response = clients.submit(post_json, f"{address[1]}embed", {"input": ["a", "b"]})
-            read_until(server, "Encoding\n")
-            server.send_signal(signal.SIGTERM)
-            wait_until(lambda: not is_listening(int(address[2])))  # the server is stopping, and accepts no new requests
-            assert not response.done()
-            print(file=server.stdin, flush=True)  # the model continues
-            assert len(response.result()["data"]) == 2
-            assert server.wait(HANG_TIMEOUT) in (0, -signal.SIGTERM)
+            yield server, address[1], int(address[2])
         finally:
             server.kill()
+
+
+def test_serve_completes_requests_after_sigterm(model_folder: Path) -> None:
+    """Starts a real server process, and stops it while it processes a request."""
+    with ThreadPoolExecutor(1) as clients, serving_process(SERVE_WITH_PAUSED_MODEL, model_folder) as process:
+        server, address, port = process
+        response = clients.submit(post_json, f"{address}embed", {"input": ["a", "b"]})
+        read_until(server, "Encoding\n")
+        server.send_signal(signal.SIGTERM)
+        wait_until(lambda: not is_listening(port))  # the server is stopping, and accepts no new requests
+        assert not response.done()
+        print(file=server.stdin, flush=True)  # the model continues
+        assert len(response.result()["data"]) == 2
+        assert server.wait(HANG_TIMEOUT) in (0, -signal.SIGTERM)
 
 
 SERVE_WITH_ENDLESS_DECODING = """
@@ -733,21 +740,14 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_serve_stops_after_sigterm_although_a_decoder_never_returns(model_folder: Path) -> None:
-    command = [sys.executable, "-c", SERVE_WITH_ENDLESS_DECODING, "serve", "--model", str(model_folder), "--port", "0"]
-    command += ["--timeout", str(HANG_TIMEOUT), "--precision", "fp32", "--no_token"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as server:
-        try:
-            address = read_until(server, r"Serving at http://(127.0.0.1):(\d+)/\n")
-            body = json.dumps({"input": data_uri(b"x")})
-            with socket.create_connection((address[1], int(address[2]))) as client:
-                head = "POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
-                read_until(server, "Decoding\n")
-                server.send_signal(signal.SIGTERM)
-                assert server.wait(HANG_TIMEOUT) in (0, -signal.SIGTERM)
-        finally:
-            server.kill()
+    with serving_process(SERVE_WITH_ENDLESS_DECODING, model_folder) as (server, _, port):
+        body = json.dumps({"input": data_uri(b"x")})
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            head = "POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+            read_until(server, "Decoding\n")
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(HANG_TIMEOUT) in (0, -signal.SIGTERM)
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)  # use the docst
 class ArgumentParser(jsonargparse.ArgumentParser):
     """Parser whose error messages name the option or setting, what it must be, and similar names."""
 
-    _words: Sequence[str] = ()  # command line of the root parser
+    _words: Sequence[str] = ()  # arguments of the command line; empty for parsers of subcommands
     config_file: str | None = None  # config file that is currently being read
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:  # type: ignore[override]
@@ -54,30 +54,35 @@ class ArgumentParser(jsonargparse.ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print an error message and exit with status 2."""
         parser: Any = self
-        for word in self._words:  # the root parser also reports errors of its subcommands
-            if parser._subcommands_action is None or word not in parser._subcommands_action.choices:
-                break
-            parser = parser._subcommands_action.choices[word]
+        words = list(self._words)
+        while words and parser._subcommands_action is not None and words[0] in parser._subcommands_action.choices:
+            parser = parser._subcommands_action.choices[words.pop(0)]  # the root parser reports its subcommands' errors
+        if parser._subcommands_action is None or (words and words[0].startswith("-")):
+            message = _explain(message, parser)
+        else:
+            commands = list(parser._subcommands_action.choices)
+            problem = f"no command {words[0]!r}{suggest(words[0], commands)}" if words else "a COMMAND is missing"
+            message = f"{problem}. Commands: {', '.join(commands)}"
         command = parser.prog.replace(" [options]", "")
-        print(f"{command}: {_explain(message, parser)}\nFor help, run: {command} --help", file=sys.stderr)
+        print(f"{command}: {message}\nFor help, run: {command} --help", file=sys.stderr)
         sys.exit(2)
 
 
 def _explain(message: str, parser: Any) -> str:
-    """Return one of jsonargparse's error messages in words that do not require knowledge of Python types."""
+    """Return one of jsonargparse's error messages in words that do not require knowledge of Python types.
+
+    If jsonargparse changes a message, its own text is returned.
+    """
     actions = {action.dest: action for action in parser._actions}
     flags = {dest: action.option_strings[0] for dest, action in actions.items() if action.option_strings}
-    if match := re.fullmatch(r"the following arguments are required: (.+)", message):
-        dests = [name.rpartition(".")[2] for name in match[1].split(", ")]
+    required, unknown = "the following arguments are required: ", "unrecognized arguments: "
+    if message.startswith(required):
+        dests = [name.rpartition(".")[2] for name in message.removeprefix(required).split(", ")]
         return f"required arguments are missing: {', '.join(flags.get(dest, dest.upper()) for dest in dests)}"
-    if match := re.fullmatch(r"unrecognized arguments: (.+)", message, re.DOTALL):
-        unknown = next((word for word in match[1].split() if word.startswith("-")), match[1]).partition("=")[0]
-        return f"unknown argument {unknown}{suggest(unknown, flags.values())}"
-    if match := re.match(r"argument COMMAND: invalid choice: '(.*)' \(choose from ", message):
-        commands = list(parser._subcommands_action.choices)
-        return f"no command {match[1]!r}{suggest(match[1], commands)}. Commands: {', '.join(commands)}"
-    if re.match(r'expected ".*subcommand" to be one of', message):
-        return f"a COMMAND is missing. Commands: {', '.join(parser._subcommands_action.choices)}"
+    if message.startswith(unknown):
+        words = message.removeprefix(unknown)
+        name = next((word for word in words.split() if word.startswith("-")), words).partition("=")[0]
+        return f"unknown argument {name}{suggest(name, flags.values())}"
     if (match := re.match(r'Parser key "([^"]+)"', message)) and match[1] in actions:
         name = f"{parser.config_file}: {match[1]}" if parser.config_file else flags[match[1]]
         value = re.search(r"(?:Got value|Given value): (.*)|Not of type \w+: (.*) does not conform", message)
