@@ -116,7 +116,7 @@ class InferenceService:
         self._searchers.shutdown()
 
     async def embed_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Compute text embeddings, each float32 (D,).
+        """Compute text embeddings, each of shape (D,), float32.
 
         Raises:
             ValueError: The model returned NaN or infinity for a text.
@@ -125,7 +125,7 @@ class InferenceService:
         return _check_finite(await self._text_batcher.submit(texts), "a text")
 
     async def embed_images(self, encoded: Sequence[bytes]) -> list[np.ndarray]:
-        """Decode images and compute their embeddings, each float32 (D,).
+        """Decode images and compute their embeddings, each of shape (D,), float32.
 
         Raises:
             TooLarge: An image has too many pixels.
@@ -168,7 +168,7 @@ class InferenceService:
         return response
 
     async def heatmap(self, request: HeatmapRequest) -> np.ndarray:
-        """Embed a query; return its cosine similarity to each cell of an image, float32 (h, w).
+        """Embed a query; return its cosine similarity to each cell of an image, of shape (h, w), float32.
 
         Raises:
             NotFound: The server has no index, an id is not in the index, or the image file has been changed or removed.

@@ -33,7 +33,7 @@ FetchVectors = Callable[[np.ndarray], np.ndarray]  # ids (N,) -> float16 (N, D),
 
 
 class VectorBlock(NamedTuple):
-    """A block of quantized vectors: sorted ids, int64 (N,), and codes, int8 (N, D)."""
+    """A block of quantized vectors: sorted ids, of shape (N,), int64, and codes, of shape (N, D), int8."""
 
     ids: np.ndarray
     codes: np.ndarray
@@ -65,9 +65,9 @@ class QuantizedVectors:
         Unchanged blocks are shared, and searches that use the old object are not affected.
 
         Args:
-            removed: Ids of vectors to remove, int64 (N,). Other ids are ignored.
-            chunks: Chunks of additional vectors. Each chunk is a pair of ids, int64 (N,), which must be larger than all
-                previous ids, and vectors, float16 (N, D).
+            removed: Ids, of shape (N,), int64, of the vectors to remove. Other ids are ignored.
+            chunks: Chunks of additional vectors. Each chunk is a pair of ids, of shape (N,), int64, and vectors, of
+                shape (N, D), float16. The ids must be larger than all previous ids.
         """
         blocks = []
         for block in self.blocks:
@@ -85,10 +85,12 @@ class QuantizedVectors:
         return QuantizedVectors(self.scale, blocks)
 
     def nearest(self, query_code: np.ndarray, count: int, allowed_ids: np.ndarray | None = None) -> np.ndarray:
-        """Return the ids of the `count` vectors with the largest dot products with a quantized query, int64 (k,).
+        """Return the ids of the vectors with the largest dot products with a quantized query.
+
+        The result has the shape (min(count, N),), int64.
 
         Args:
-            query_code: Quantized query, int8 (D,).
+            query_code: Quantized query of shape (D,), int8.
             count: Maximum number of ids.
             allowed_ids: Sorted ids of the vectors to consider. Default: all vectors.
         """
@@ -137,12 +139,13 @@ class VectorIndex:
     def search(
         self, query: np.ndarray, count: int, allowed_ids: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids, int64 (k,), and cosine similarities, float32 (k,), of the nearest vectors, best first.
+        """Return the ids and the cosine similarities of the nearest vectors, best first.
 
-        Vectors with equal similarities are ordered by id.
+        The ids are int64, the similarities are float32, and both have the shape (k,). Vectors with equal similarities
+        are ordered by id.
 
         Args:
-            query: Query vector, float32 (D,), L2-normalised.
+            query: Query vector of shape (D,), float32, L2-normalised.
             count: Maximum number of results.
             allowed_ids: Sorted ids of the vectors to search. Default: all vectors.
         """
@@ -188,7 +191,7 @@ def update_graph(
 
     Args:
         folder: Folder that contains `graph.usearch` and `graph.json`.
-        ids: Sorted ids of all vectors, int64 (N,).
+        ids: Sorted ids of all vectors, of shape (N,), int64.
         fetch: Function that returns the float16 vectors with the given ids.
         dim: Vector dimension, D.
         max_abs: Largest absolute value in any vector. If this value has grown by 10% or more since the graph
