@@ -21,11 +21,11 @@ from starlette.testclient import TestClient
 
 from conftest import HANG_TIMEOUT
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.search.limits import ALWAYS_ACCEPTED, ByteAllocation, ByteBudget, client_key, limited_connection
+from llm2clip.search.limits import ALWAYS_ACCEPTED, ByteAllocation, ByteBudget, identify_client, make_connection_class
 from llm2clip.search.middleware import MAX_JSON_VALUES
 from llm2clip.search.queues import FairThreadPool, QueueFull, current_client
 from llm2clip.search.schemas import EmbedRequest, SearchRequest
-from llm2clip.search.server import server_config
+from llm2clip.search.server import make_server_config
 from search_fixtures import create_patient_app, running_server
 
 BASE_URL = "http://localhost"
@@ -38,7 +38,7 @@ SHORT_TIMEOUT = 0.05  # seconds
 def limited_server(model: DualEncoder, **limits: Any) -> Iterator[tuple[str, int]]:
     """Serve a model with the connection class of `serve`, and yield the address."""
     app = create_patient_app(model, **{"idle_timeout": HANG_TIMEOUT, **limits})
-    with running_server(app, http=limited_connection(app.state.service.limits), ws="none") as url:
+    with running_server(app, http=make_connection_class(app.state.service.limits), ws="none") as url:
         address = urlsplit(url)
         yield str(address.hostname), int(address.port or 0)
 
@@ -151,11 +151,15 @@ def test_byte_budget_limits_each_client_and_the_total() -> None:
 
 
 def test_client_key_ignores_ports_and_the_host_part_of_ipv6_addresses() -> None:
-    assert client_key(("10.0.0.1", 1)) == client_key(("10.0.0.1", 2)) != client_key(("10.0.0.2", 1))
-    assert client_key(("2001:db8::1", 1)) == client_key(("2001:db8::ffff:1", 1)) != client_key(("2001:db8:0:1::1", 1))
-    assert client_key(("fe80::1%eth0", 1)) == client_key(("fe80::2", 1))
-    assert client_key(("host:unknown", 1)) == "host:unknown"
-    assert client_key(None) == ""
+    assert identify_client(("10.0.0.1", 1)) == identify_client(("10.0.0.1", 2)) != identify_client(("10.0.0.2", 1))
+    assert (
+        identify_client(("2001:db8::1", 1))
+        == identify_client(("2001:db8::ffff:1", 1))
+        != identify_client(("2001:db8:0:1::1", 1))
+    )
+    assert identify_client(("fe80::1%eth0", 1)) == identify_client(("fe80::2", 1))
+    assert identify_client(("host:unknown", 1)) == "host:unknown"
+    assert identify_client(None) == ""
 
 
 @pytest.mark.parametrize(("behind_proxy", "client"), [(False, "127.0.0.1"), (True, "9.9.9.9")])
@@ -163,8 +167,8 @@ def test_forwarded_addresses_are_ignored_without_a_proxy(
     behind_proxy: bool, client: str, dual_encoder: DualEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clients: list[str] = []
-    monkeypatch.setattr("llm2clip.search.middleware.client_key", lambda address: clients.append(address[0]) or "")
-    config = server_config(create_patient_app(dual_encoder), "127.0.0.1", 0, behind_proxy)
+    monkeypatch.setattr("llm2clip.search.middleware.identify_client", lambda address: clients.append(address[0]) or "")
+    config = make_server_config(create_patient_app(dual_encoder), "127.0.0.1", 0, behind_proxy)
     config.load()
     app: Any = config.loaded_app
     with TestClient(app, base_url=BASE_URL, client=("127.0.0.1", 50000)) as test_client:
@@ -215,7 +219,7 @@ def test_requests_are_attributed_to_the_client_address(dual_encoder: DualEncoder
         return current_client.get()
 
     app.add_api_route("/client", get_client)
-    with running_server(app, http=limited_connection(app.state.service.limits)) as url:
+    with running_server(app, http=make_connection_class(app.state.service.limits)) as url:
         for headers, expected in (({}, "127.0.0.1"), ({"X-Forwarded-For": "10.0.0.9"}, "10.0.0.9")):
             with urllib.request.urlopen(urllib.request.Request(f"{url}client", headers=headers)) as response:
                 assert json.load(response) == expected

@@ -327,7 +327,7 @@ def format_command(*words: object) -> str:
     return shlex.join(["llm2clip", *map(str, words)])
 
 
-def column_flags(columns: dict[str, str]) -> list[str]:
+def format_column_flags(columns: dict[str, str]) -> list[str]:
     """Return the flags for a column mapping."""
     return ["--columns", ",".join(f"{field}={column}" for field, column in columns.items())] if columns else []
 

@@ -13,7 +13,7 @@ from llm2clip.cli.commands import (
     Commands,
     add_reading_arguments,
     add_root_argument,
-    column_flags,
+    format_column_flags,
     format_command,
     select,
 )
@@ -169,7 +169,7 @@ def _evaluate(args: Namespace) -> list[str]:
         ),
     )
     if models and (args.data or args.benchmarks) and not models[0].endswith(".npz"):
-        data = [*(args.data or ["PHOTOS"]), *column_flags(args.columns)]
+        data = [*(args.data or ["PHOTOS"]), *format_column_flags(args.columns)]
         lines.append(f"Next: {format_command('index', *data, '--model', models[0], '--out', 'INDEX')}")
     return lines
 

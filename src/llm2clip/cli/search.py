@@ -17,7 +17,7 @@ from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from llm2clip.cli.checks import check_index, check_port, check_sources, resolve_model
-from llm2clip.cli.commands import Commands, Port, add_reading_arguments, format_command
+from llm2clip.cli.commands import ArgumentParser, Commands, Port, add_reading_arguments, format_command
 from llm2clip.data.valid_text import check_not_empty
 from llm2clip.extras import install_command
 from llm2clip.runs.output_folder import check_output_folder
@@ -73,13 +73,7 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument(
         "--negative_images", nargs="+", type=str, default=[], help="Images that results should not be similar to."
     )
-    sub.add_argument(
-        "--templates",
-        nargs="*",
-        type=str,
-        help="Average texts of up to three words with these prompt templates, such as 'a photo of a {}'. Default: the "
-        "templates that were saved with the model. --templates without a value uses no templates.",
-    )
+    _add_templates_argument(sub)
     sub.add_argument("--top", type=PositiveInt, default=10, help="Maximum number of results.")
     sub.add_argument(
         "--path",
@@ -129,14 +123,7 @@ def add_commands(commands: Commands) -> None:
         action="store_true",
         help="Take the client's address from the headers of a reverse proxy on this machine.",
     )
-    sub.add_argument(
-        "--templates",
-        nargs="*",
-        type=str,
-        help="Average texts of up to three words with these prompt templates, such as 'a photo of a {}'. Requests can "
-        "contain their own templates instead. Default: the templates that were saved with the model. --templates "
-        "without a value uses no templates.",
-    )
+    _add_templates_argument(sub, " Requests can contain their own templates instead.")
     sub.add_argument(
         "--batch_size", type=PositiveInt, default=32, help="Maximum number of texts or images per forward pass."
     )
@@ -157,6 +144,16 @@ def add_commands(commands: Commands) -> None:
         type=str,
         default="auto",
         help="Precision of the text encoder: fp32, bf16, or auto (the faster of the two).",
+    )
+
+
+def _add_templates_argument(parser: ArgumentParser, note: str = "") -> None:
+    parser.add_argument(
+        "--templates",
+        nargs="*",
+        type=str,
+        help=f"Average texts of up to three words with these prompt templates, such as 'a photo of a {{}}'.{note} "
+        "Default: the templates that were saved with the model. --templates without a value uses no templates.",
     )
 
 
@@ -196,7 +193,7 @@ def _index(args: Namespace) -> list[str]:
 
     report, log = update()
     if args.watch is not None:
-        print_once(f"{_clock()} {report}", log.summary())
+        print_once(f"{_format_time()} {report}", log.summary())
         print_once(f"Watching {', '.join(args.data)}; press Ctrl-C to stop.")
         _watch(update, args.watch)
     print_once(str(report), log.summary())
@@ -224,13 +221,13 @@ def _watch(update: Callable[[], tuple[IndexReport, SkipLog]], interval: float) -
         try:
             report, log = update()
         except (OSError, ValueError) as error:
-            print_once(f"{_clock()} {error}")
+            print_once(f"{_format_time()} {error}")
             continue
         if report:
-            print_once(f"{_clock()} {report}", log.summary())
+            print_once(f"{_format_time()} {report}", log.summary())
 
 
-def _clock() -> str:
+def _format_time() -> str:
     return f"{datetime.now():%H:%M:%S}"
 
 

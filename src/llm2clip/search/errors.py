@@ -57,7 +57,7 @@ class NotFound(LookupError):
     """Raised when a requested resource does not exist."""
 
 
-def error_response(
+def make_error_response(
     code: int, message: str, headers: dict[str, str] | None = None, param: str | None = None
 ) -> JSONResponse:
     """Return a JSON error response in the format of OpenAI's API."""
@@ -82,23 +82,23 @@ def _make_handler(
     """Return a handler that responds with the given status code and the exception's message."""
 
     async def handle_error(_: Request, error: Exception) -> Response:
-        return error_response(code, str(error), headers)
+        return make_error_response(code, str(error), headers)
 
     return handle_error
 
 
 async def _handle_invalid_image(_: Request, error: Exception) -> Response:
     assert isinstance(error, InvalidImage)
-    return error_response(error.code, str(error), param=error.param)
+    return make_error_response(error.code, str(error), param=error.param)
 
 
 async def _handle_unexpected_error(_: Request, error: Exception) -> JSONResponse:
-    return error_response(500, "internal server error; see the server's log")
+    return make_error_response(500, "internal server error; see the server's log")
 
 
 async def _handle_http_exception(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return error_response(error.status_code, str(error.detail), dict(error.headers or {}))
+    return make_error_response(error.status_code, str(error.detail), dict(error.headers or {}))
 
 
 async def _handle_validation_error(_: Request, error: Exception) -> Response:
@@ -107,4 +107,4 @@ async def _handle_validation_error(_: Request, error: Exception) -> Response:
     for problem in error.errors()[:3]:
         field = ".".join(str(part) for part in problem["loc"])
         problems.append(f"{field}: {problem['msg']}")
-    return error_response(422, printable("; ".join(problems))[:MAX_MESSAGE_LENGTH])
+    return make_error_response(422, printable("; ".join(problems))[:MAX_MESSAGE_LENGTH])

@@ -44,7 +44,7 @@ class Limits:
     idle_timeout: float = 10.0
 
 
-def client_key(address: tuple[str, int] | None) -> str:
+def identify_client(address: tuple[str, int] | None) -> str:
     """Return a string that identifies a client: its IPv4 address without the port, or its IPv6 /64 network.
 
     IPv6 clients usually have a /64 network, so they could send each request from a different address.
@@ -117,7 +117,7 @@ class LimitedConnection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._timer: asyncio.TimerHandle | None = None
-        self._client_key = client_key(self.client)
+        self._client_key = identify_client(self.client)
         self.by_client.setdefault(self._client_key, {})[self] = None
         self._update_timer()
         if len(self.connections) > self.limits.max_connections:
@@ -180,6 +180,6 @@ class LimitedConnection(H11Protocol):
             self.by_client.pop(self._client_key, None)
 
 
-def limited_connection(limits: Limits) -> type[LimitedConnection]:
+def make_connection_class(limits: Limits) -> type[LimitedConnection]:
     """Return a connection class with the given limits, to use as uvicorn's setting `http`."""
     return type("LimitedConnection", (LimitedConnection,), {"limits": limits, "by_client": {}})

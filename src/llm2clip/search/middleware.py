@@ -12,9 +12,9 @@ from fastapi import HTTPException, Request
 from fastapi.responses import FileResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llm2clip.search.errors import RETRY_SOON, error_response
+from llm2clip.search.errors import RETRY_SOON, make_error_response
 from llm2clip.search.inference import InferenceService
-from llm2clip.search.limits import ByteAllocation, ByteBudget, Limits, client_key
+from llm2clip.search.limits import ByteAllocation, ByteBudget, Limits, identify_client
 from llm2clip.search.queues import QueueFull, current_client
 
 SESSION_SECONDS = 24 * 3600
@@ -109,7 +109,7 @@ class RequestMiddleware:
             await self.app(scope, receive, send)
             return
         start = time.perf_counter()
-        client = client_key(scope.get("client"))
+        client = identify_client(scope.get("client"))
         current_client.set(client)
         allocation = ByteAllocation(self.budget, client)
         body = _BodyReader(Request(scope), receive, allocation, self.service.limits)
@@ -135,19 +135,19 @@ class RequestMiddleware:
         if length and "transfer-encoding" in request.headers:
             # If a proxy used one header and this server the other, they would disagree about where the request ends.
             message = "the request contains both Transfer-Encoding and Content-Length"
-            return error_response(400, message, {"Connection": "close"})
+            return make_error_response(400, message, {"Connection": "close"})
         if not self._is_authorized(request):
             if request.scope["path"] == "/" and "text/html" in request.headers.get("accept", ""):
                 headers = {"Content-Security-Policy": TOKEN_PAGE_POLICY, "WWW-Authenticate": "Bearer"}
                 return FileResponse(TOKEN_PAGE, 401, headers)
             message = "invalid token: send the header Authorization: Bearer TOKEN, or open /?token=TOKEN in a browser"
-            return error_response(401, message, {"WWW-Authenticate": "Bearer"})
+            return make_error_response(401, message, {"WWW-Authenticate": "Bearer"})
         # "same-site" includes other ports of the same host, which are different servers.
         is_other_site = request.headers.get("sec-fetch-site") in ("cross-site", "same-site")
         if is_other_site and request.scope["path"] != "/":
-            return error_response(403, "cross-site requests are not allowed")
+            return make_error_response(403, "cross-site requests are not allowed")
         if length.isdigit() and int(length) > max_bytes:
-            return error_response(
+            return make_error_response(
                 413, f"the request body is too large: {int(length):,} bytes; the limit is {max_bytes:,}"
             )
         return None
@@ -172,11 +172,11 @@ class RequestMiddleware:
         except TimeoutError:
             if sender.started:
                 raise
-            return error_response(504, f"the request took longer than {timeout:g} seconds")
+            return make_error_response(504, f"the request took longer than {timeout:g} seconds")
         except _BodyRejected as error:
             if sender.started:
                 raise
-            return error_response(error.status_code, str(error.detail), dict(error.headers or {}))
+            return make_error_response(error.status_code, str(error.detail), dict(error.headers or {}))
         finally:
             sender.timer = None
         return None
@@ -275,7 +275,7 @@ class _ResponseSender:
 
     async def _reject(self, error: QueueFull) -> None:
         """Send an error response instead of the application's response."""
-        await error_response(429, str(error), RETRY_SOON)(self._scope, _receive_nothing, self)
+        await make_error_response(429, str(error), RETRY_SOON)(self._scope, _receive_nothing, self)
         self._is_rejected = True
 
 

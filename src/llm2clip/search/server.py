@@ -28,7 +28,7 @@ from llm2clip.search.backends import Backend
 from llm2clip.search.build import check_model
 from llm2clip.search.errors import ERROR_RESPONSES, NotFound, add_error_handlers
 from llm2clip.search.inference import InferenceService
-from llm2clip.search.limits import Limits, limited_connection
+from llm2clip.search.limits import Limits, make_connection_class
 from llm2clip.search.middleware import PIECE_SIZE, Authenticator, RequestMiddleware
 from llm2clip.search.request_images import decode_data_uri
 from llm2clip.search.schemas import (
@@ -131,7 +131,7 @@ def serve(
         host: Address to listen on.
         port: Port to listen on. 0 means any free port.
         on_start: Callback that is called with the port when the server accepts connections.
-        behind_proxy: See `server_config`.
+        behind_proxy: See `make_server_config`.
     """
 
     class Server(uvicorn.Server):
@@ -141,10 +141,10 @@ def serve(
                 on_start(self.servers[0].sockets[0].getsockname()[1])
 
     with suppress(KeyboardInterrupt):  # uvicorn raises it again after handling SIGINT
-        Server(server_config(app, host, port, behind_proxy)).run()
+        Server(make_server_config(app, host, port, behind_proxy)).run()
 
 
-def server_config(app: FastAPI, host: str, port: int, behind_proxy: bool) -> uvicorn.Config:
+def make_server_config(app: FastAPI, host: str, port: int, behind_proxy: bool) -> uvicorn.Config:
     """Return the config of the HTTP server.
 
     Args:
@@ -159,7 +159,7 @@ def server_config(app: FastAPI, host: str, port: int, behind_proxy: bool) -> uvi
         app,
         host=host,
         port=port,
-        http=limited_connection(app.state.service.limits),
+        http=make_connection_class(app.state.service.limits),
         ws="none",
         log_level="warning",
         timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
