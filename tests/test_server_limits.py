@@ -150,7 +150,7 @@ def test_byte_budget_limits_each_client_and_the_total() -> None:
     assert budget.total == 0 and not budget.by_client
 
 
-def test_client_key_ignores_ports_and_the_host_part_of_ipv6_addresses() -> None:
+def test_identify_client_ignores_ports_and_the_host_part_of_ipv6_addresses() -> None:
     assert identify_client(("10.0.0.1", 1)) == identify_client(("10.0.0.1", 2)) != identify_client(("10.0.0.2", 1))
     assert (
         identify_client(("2001:db8::1", 1))
