@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from llm2clip.cli import build_parser, main
-from llm2clip.cli.commands import builtin_configs, format_column_flags, format_command
+from llm2clip.cli.commands import builtin_configs, column_flags, format_command
 from llm2clip.config import (
     AlignConfig,
     EmbedConfig,
@@ -244,7 +244,7 @@ def test_columns_are_pairs_or_a_mapping(columns: str, tmp_path: Path) -> None:
 
 
 def test_hints_quote_paths_and_keep_the_column_mapping() -> None:
-    columns = format_column_flags({"captions": "the text"})
+    columns = column_flags({"captions": "the text"})
     assert format_command("evaluate", Path("my run/model"), "my data@test", *columns) == (
         "llm2clip evaluate 'my run/model' 'my data@test' --columns 'captions=the text'"
     )

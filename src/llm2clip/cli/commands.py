@@ -315,19 +315,12 @@ def add_reading_arguments(parser: ArgumentParser, max_skipped: float = 0.05) -> 
     )
 
 
-def add_root_argument(parser: ArgumentParser) -> None:
-    """Add the argument shared by all commands that read public benchmarks."""
-    parser.add_argument(
-        "--root", type=str, default="data/benchmarks", help="Folder that contains one folder per benchmark."
-    )
-
-
 def format_command(*words: object) -> str:
     """Return an `llm2clip` command for the hints at the end of a command, quoted for the shell."""
     return shlex.join(["llm2clip", *map(str, words)])
 
 
-def format_column_flags(columns: dict[str, str]) -> list[str]:
+def column_flags(columns: dict[str, str]) -> list[str]:
     """Return the flags for a column mapping."""
     return ["--columns", ",".join(f"{field}={column}" for field, column in columns.items())] if columns else []
 

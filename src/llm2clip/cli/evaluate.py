@@ -8,20 +8,14 @@ from jsonargparse import Namespace
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt
 
 from llm2clip.cli.checks import check_sources, resolve_encoder, resolve_model
-from llm2clip.cli.commands import (
-    DATA_HELP,
-    Commands,
-    add_reading_arguments,
-    add_root_argument,
-    format_column_flags,
-    format_command,
-    select,
-)
+from llm2clip.cli.commands import DATA_HELP, Commands, add_reading_arguments, column_flags, format_command, select
 from llm2clip.config import EncoderConfig, EvaluateConfig, ReproduceConfig
 from llm2clip.runs.output_folder import check_output_folder
 
+ROOT_HELP = "Folder that contains one folder per benchmark."
 
-def add_commands(commands: Commands) -> None:
+
+def add(commands: Commands) -> None:
     """Add this module's commands."""
     parser = commands.add(
         "evaluate",
@@ -52,7 +46,7 @@ def add_commands(commands: Commands) -> None:
         "subfolder per class), boxes:FILE.json or detection:FILE.json (COCO's format), segmentation:PATH (COCO's "
         "format, or a folder with images/, masks/ and classes.txt).",
     )
-    add_root_argument(parser)
+    parser.add_argument("--root", type=str, default="data/benchmarks", help=ROOT_HELP)
     parser.add_argument(
         "--out", type=str, help="Output folder for report.html, results.json, and embeddings, which later runs reuse."
     )
@@ -116,7 +110,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_class_arguments(EvaluateConfig, "evaluate", skip={"data"})
 
     parser = commands.add("benchmarks", _benchmarks, "List the public benchmarks and where to download each of them.")
-    add_root_argument(parser)
+    parser.add_argument("--root", type=str, default="data/benchmarks", help=ROOT_HELP)
 
     parser = commands.add("reproduce", _reproduce, "Test the paper's claims on your data.")
     parser.add_argument("data", type=str, help="Folder that the source paths in --reproduce are relative to.")
@@ -169,7 +163,7 @@ def _evaluate(args: Namespace) -> list[str]:
         ),
     )
     if models and (args.data or args.benchmarks) and not models[0].endswith(".npz"):
-        data = [*(args.data or ["PHOTOS"]), *format_column_flags(args.columns)]
+        data = [*(args.data or ["PHOTOS"]), *column_flags(args.columns)]
         lines.append(f"Next: {format_command('index', *data, '--model', models[0], '--out', 'INDEX')}")
     return lines
 

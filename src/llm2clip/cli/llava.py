@@ -11,13 +11,13 @@ from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 
 from llm2clip.cli.checks import check_pretrained, check_sources, resolve_model
-from llm2clip.cli.commands import ArgumentParser, Commands, add_reading_arguments, add_root_argument, format_command
+from llm2clip.cli.commands import ArgumentParser, Commands, add_reading_arguments, format_command
 from llm2clip.cli.plan import add_machine_arguments, machine_from_args
 from llm2clip.config import LlavaConfig
 from llm2clip.runs.output_folder import check_output_folder
 
 
-def add_commands(commands: Commands) -> None:
+def add(commands: Commands) -> None:
     """Add this module's commands."""
     llava = commands.group("llava", "Build, train and evaluate a multimodal LLM: LLaVA-1.5 with any vision tower.")
 
@@ -89,7 +89,7 @@ def add_commands(commands: Commands) -> None:
         default=[],
         help="Names of benchmarks (see `llm2clip llava benchmarks`), or `all` for every benchmark whose folder exists.",
     )
-    add_root_argument(parser)
+    _add_root_argument(parser)
     parser.add_argument(
         "--captions", nargs="+", type=str, default=[], help="Sources of images to caption. Reports BLEU-4 and CIDEr-D."
     )
@@ -126,7 +126,7 @@ def add_commands(commands: Commands) -> None:
     add_reading_arguments(parser)
 
     parser = llava.add("benchmarks", _benchmarks, "List LLaVA-1.5's benchmarks and where to download each of them.")
-    add_root_argument(parser)
+    _add_root_argument(parser)
 
 
 def _add_model_arguments(parser: ArgumentParser, required: bool) -> None:
@@ -151,6 +151,10 @@ def _add_model_arguments(parser: ArgumentParser, required: bool) -> None:
     parser.add_argument(
         "--image_size", type=PositiveInt, help="Image size in pixels. Default: the size used in the tower's training."
     )
+
+
+def _add_root_argument(parser: ArgumentParser) -> None:
+    parser.add_argument("--root", type=str, default="benchmarks", help="Folder that contains one folder per benchmark.")
 
 
 def _build(args: Namespace) -> list[str]:

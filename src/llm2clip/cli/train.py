@@ -16,7 +16,7 @@ from llm2clip.cli.commands import (
     ArgumentParser,
     Commands,
     add_reading_arguments,
-    format_column_flags,
+    column_flags,
     format_command,
 )
 from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, EvaluateConfig, FitConfig, TuneConfig
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from llm2clip.store.store import EmbeddingStore
 
 
-def add_commands(commands: Commands) -> None:
+def add(commands: Commands) -> None:
     """Add this module's commands."""
     parser = commands.add("fit", _fit, "Train on your images and captions: tune, embed, align, evaluate.")
     parser.add_argument("data", nargs="+", type=str, help=DATA_HELP)
@@ -157,7 +157,7 @@ def _run_tune(args: Namespace) -> list[str]:
         pairs = read_tuning_sources([], held_out, args.tune, args.columns, log, training_sources=sources)
         print_once(log.summary())
     encoder = tune(pairs, out, args.encoder, args.tune)
-    flags = [*format_column_flags(args.columns), "--encoder.path", encoder, "--out", "STORE"]
+    flags = [*column_flags(args.columns), "--encoder.path", encoder, "--out", "STORE"]
     hint = format_command("embed", *(sources or ["DATA"]), *flags)
     return [f"Caption encoder: {encoder}", f"Next: {hint}"]
 
@@ -186,7 +186,7 @@ def _run_embed(args: Namespace) -> list[str]:
     captions = (text for record in records for text in record.texts + record.phrases * args.phrases)
     store = embed(captions, out, args.encoder, args.embed, engine=args.engine, ray_workers=args.ray_workers)
     print_once(log.summary())
-    flags = [*format_column_flags(args.columns), "--store", out, *_encoder_flags(args.encoder), "--out", "RUN"]
+    flags = [*column_flags(args.columns), "--store", out, *_encoder_flags(args.encoder), "--out", "RUN"]
     return [f"Store: {out} ({len(store):,} captions)", f"Next: {format_command('align', *args.data, *flags)}"]
 
 
@@ -252,7 +252,7 @@ def _run_align(args: Namespace) -> list[str]:
 
 def _model_hints(model: Path, args: Namespace, *flags: str) -> list[str]:
     """Return the commands to run next with a trained model. `flags` are further arguments of `evaluate`."""
-    columns, index = format_column_flags(args.columns), model.parent / "index"
+    columns, index = column_flags(args.columns), model.parent / "index"
     return [
         f"Next: {format_command('evaluate', model, *args.data, *columns, *flags)}",
         f"      {format_command('index', *args.data, *columns, '--model', model, '--out', index)}",
