@@ -9,8 +9,6 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from llm2clip.runs.ranks import process_state
-
 RUN_LOCK = ".run.lock"  # held during all stages of a run, each of which also locks its own folder
 
 
@@ -56,5 +54,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
     Raises:
         FolderInUseError: Another run holds the lock.
     """
+    from llm2clip.runs.ranks import process_state  # imports torch, which the command line must not import at its start
+
     with folder_lock(run_dir, RUN_LOCK) if process_state().is_main_process else nullcontext():
         yield
