@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 # Pooling modes of sentence-transformers.
+Stage = Literal["tune", "embed", "align", "evaluate", "serve"]  # stages whose precision can be chosen
 POOLING_MODES = ("mean", "weightedmean", "lasttoken", "cls", "max")
 MIN_IMAGE_SIZE = 16  # the smallest patch size of common vision transformers
 

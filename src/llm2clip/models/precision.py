@@ -32,16 +32,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from llm2clip.config import Stage
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.llm_layers import get_layers, set_layers
 
-Stage = Literal["tune", "embed", "align", "evaluate", "serve"]
 CALIBRATED = "calibrated"
 # Precision of each stage on GPUs and CPUs that support bf16.
 AUTO_PRECISION: dict[Stage, dict[str, str]] = {

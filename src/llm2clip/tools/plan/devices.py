@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from llm2clip.models.precision import Stage
+from llm2clip.config import Stage
 
 # Model FLOPs utilisation of each stage on a GPU, from `benchmarks/roofline.py` (see docs/results/speed.md). Vision
 # towers have smaller matrices than LLMs and spend half of the time on elementwise operations.
