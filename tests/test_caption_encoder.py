@@ -21,7 +21,7 @@ from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.models.precision import CALIBRATION_CAPTIONS, calibrate_precision
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.length_batching import length_batches
-from llm2clip.models.text.packing import can_pack, first_token_indices, unfused_attention
+from llm2clip.models.text.packing import can_pack, unfused_attention
 
 TEXTS = ["a dog", "a very long caption about two dogs that run through deep snow near a house", "猫"]
 
@@ -35,7 +35,7 @@ def first_token_state(encoder: CaptionEncoder, batch: list[str]) -> torch.Tensor
     """Return the hidden state of the first token, padding excluded, of the first text of a batch."""
     features = encoder.collate(encoder.tokenize(batch).ids)
     states: torch.Tensor = encoder.st[0](features)["token_embeddings"].flatten(0, 1)
-    return states[first_token_indices(features)[0]]
+    return states[0 if "cu_seq_lens_q" in features else features["attention_mask"][0].argmax()]
 
 
 @pytest.mark.parametrize("backend", ["packed", "sdpa", "eager", "flex_attention"])

@@ -30,7 +30,7 @@ from test_vision_tower import SMALL, TINY, normalized, pixels
 
 PREPROCESS = Preprocess(64, "squash", 1.0, "bicubic", (0.5, 0.4, 0.3), (0.5, 0.6, 0.7))
 HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-STATS = {"clip": (CLIP_STATS["image_mean"], CLIP_STATS["image_std"]), "siglip": HALVES, "siglip2": HALVES}
+STATS = {"clip": (CLIP_STATS["image_mean"], CLIP_STATS["image_std"]), "siglip": HALVES}
 
 
 def timm_tower(name: str, size: int = 64, **args: Any) -> VisionTower:
@@ -42,12 +42,7 @@ def timm_tower(name: str, size: int = 64, **args: Any) -> VisionTower:
 def hf_tower(model_type: str, **options: Any) -> VisionTower:
     size = options.get("image_size", SMALL["image_size"])
     preprocess = Preprocess(size, "squash", 1.0, "bicubic", (0.5, 0.4, 0.3), (0.5, 0.6, 0.7)).to_dict()
-    values = {**SMALL, **options}
-    if model_type == "siglip2_vision_model":
-        del values["image_size"]
-        values["num_patches"] = 16
-        preprocess = Preprocess.for_patches(8, 16, "bilinear", (0.5, 0.4, 0.3), (0.5, 0.6, 0.7)).to_dict()
-    architecture = {"model_type": model_type, **values}
+    architecture = {"model_type": model_type, **SMALL, **options}
     config = {"library": "transformers", "architecture": architecture, "preprocess": preprocess}
     return randomize(VisionTower.from_config(config))
 
@@ -70,7 +65,6 @@ BUILDERS: dict[str, Callable[[], VisionTower]] = {
     "eva_giant": lambda: timm_tower("eva_giant_patch14_clip_224", 56, **TINY | {"img_size": 56, "mlp_ratio": 2.0}),
     "clip": lambda: hf_tower("clip_vision_model"),
     "siglip": lambda: hf_tower("siglip_vision_model"),
-    "siglip2": lambda: hf_tower("siglip2_vision_model"),
     "dinov2": lambda: hf_tower("dinov2"),
     "dinov3": lambda: hf_tower("dinov3_vit", num_register_tokens=2),
 }
@@ -178,7 +172,7 @@ def naive_cells(family: str, tower: VisionTower, variant: str, images: Tensor, g
     weights = Weights(tower.backbone)
     last = next(name for name, module in tower.backbone.named_modules() if module is tower.blocks()[-1])
     heads = SMALL["num_attention_heads"] if is_hf else TINY["num_heads"]
-    siglip_like = family in ("clip", "siglip", "siglip2")
+    siglip_like = family in ("clip", "siglip")
     norm1, norm2 = ("layer_norm1", "layer_norm2") if siglip_like else ("norm1", "norm2")
     attention = f"{last}.{'self_attn' if siglip_like else 'attention' if is_hf else 'attn'}"
     eps = next(module.eps for module in tower.blocks()[-1].modules() if isinstance(module, nn.LayerNorm))
@@ -203,7 +197,7 @@ def naive_cells(family: str, tower: VisionTower, variant: str, images: Tensor, g
         if family == "clip":
             hidden = hidden / (1 + (-1.702 * hidden).exp())
         else:
-            hidden = gelu_tanh(hidden) if family in ("siglip", "siglip2") else gelu(hidden)
+            hidden = gelu_tanh(hidden) if family == "siglip" else gelu(hidden)
         return weights.linear(f"{mlp}.{second}", hidden)
 
     def layer_scale(number: int) -> Tensor | float:
@@ -212,7 +206,7 @@ def naive_cells(family: str, tower: VisionTower, variant: str, images: Tensor, g
 
     def head(cell: Tensor) -> Tensor:
         """SigLIP's attention pooling: with one key, the attention weight is 1."""
-        if family in ("siglip", "siglip2"):
+        if family == "siglip":
             in_weight = weights.values["head.attention.in_proj_weight"].chunk(3)[2]
             value = cell @ in_weight.T + weights.values["head.attention.in_proj_bias"].chunk(3)[2]
             y = weights.linear("head.attention.out_proj", value)
@@ -285,7 +279,7 @@ def test_plain_tokens_equal_the_librarys_hidden_states(family: str) -> None:
         tokens = backbone.forward_intermediates(normalized(x, tower.preprocess), norm=True, output_fmt="NLC")[1][-1]
         if family == "vit_siglip":
             tokens = backbone.attn_pool(tokens.flatten(0, 1)[:, None]).unflatten(0, tokens.shape[:2])
-    elif family in ("siglip", "siglip2"):
+    elif family == "siglip":
         last = tower.forward_features(x)
         tokens = backbone.head(last.flatten(0, 1)[:, None]).unflatten(0, last.shape[:2])
     else:
@@ -372,14 +366,6 @@ def test_position_embeddings_are_interpolated_as_by_the_library(family: str) -> 
             tokens = peer.forward_intermediates(x, norm=True, output_fmt="NLC")[1][-1]
             if family == "vit_siglip":
                 tokens = peer.attn_pool(tokens.flatten(0, 1)[:, None]).unflatten(0, tokens.shape[:2])
-        elif family == "siglip2":
-            patches = x.unfold(2, cell, cell).unfold(3, cell, cell)  # (N, 3, rows, columns, cell, cell)
-            patches = patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
-            shapes = torch.tensor([[rows, columns]] * 2)
-            mask = torch.ones(2, rows * columns, dtype=torch.int)
-            peer = tower.backbone
-            tokens = peer(pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shapes).last_hidden_state
-            tokens = peer.head(tokens.flatten(0, 1)[:, None]).unflatten(0, tokens.shape[:2])
         else:
             peer = tower.backbone
             options = {"interpolate_pos_encoding": True} if family in ("clip", "siglip") else {}
@@ -574,7 +560,7 @@ def test_architecture_without_a_grid_is_rejected(monkeypatch: pytest.MonkeyPatch
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["clip", "siglip", "siglip2", "chinese_clip"])
+@pytest.mark.parametrize("kind", ["clip", "siglip", "chinese_clip"])
 def test_dense_features_of_transformers_models(kind: str, tmp_path: Path) -> None:
     from transformers import AutoModel
 
@@ -587,10 +573,7 @@ def test_dense_features_of_transformers_models(kind: str, tmp_path: Path) -> Non
     reference = AutoModel.from_pretrained(tmp_path).eval()
     x = pixels(32) if kind == "clip" else pixels(8)  # SigLIP pools the only cell
     inputs: dict[str, Any] = {"pixel_values": normalized(x, Preprocess(32, "squash", 1.0, "bicubic", *STATS[kind]))}
-    if kind == "siglip2":  # one patch, whose pixels are in row-major order, with adjacent channels
-        inputs["pixel_values"] = inputs["pixel_values"].permute(0, 2, 3, 1).flatten(1)[:, None]
-        inputs |= {"pixel_attention_mask": torch.ones(2, 1, dtype=torch.int), "spatial_shapes": torch.ones(2, 2).int()}
-    elif kind == "siglip":
+    if kind == "siglip":
         inputs["interpolate_pos_encoding"] = True
     if kind == "clip":
         tokens = reference.vision_model(**inputs).last_hidden_state[:, 1:]

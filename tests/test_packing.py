@@ -9,7 +9,7 @@ import torch
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llm2clip.models.text.packing import first_token_indices, pack_batch, packed_attention, remove_prompts
+from llm2clip.models.text.packing import pack_batch, packed_attention, remove_prompts
 
 HEADS, KEY_HEADS, HEAD_DIM = 4, 2, 8
 
@@ -95,8 +95,3 @@ def test_pooling_without_prompts_equals_sentence_transformers(prompt_length: int
     remove_prompts(batch)
     assert "prompt_length" not in batch
     assert torch.equal(pooling(batch)["sentence_embedding"], expected)
-
-
-def test_first_token_indices_of_packed_batch() -> None:
-    batch = pack_batch([[5, 6, 7], [8], [9, 10]], "packed", torch.device("cpu"))
-    assert first_token_indices(batch) == [0, 3, 4]

@@ -223,23 +223,18 @@ class NumberedCaptions:
         return rows[:, None].astype(np.float32)
 
 
-# Square pixels, and packed patches of NaFlex towers.
-PREPROCESS = {
-    "squash": Preprocess(8, "squash", 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3),
-    "patches": Preprocess(16, "patches", 1.0, "bilinear", (0.5,) * 3, (0.5,) * 3, patch_size=4, max_num_patches=16),
-}
+PREPROCESS = Preprocess(8, "squash", 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
 
 
-@pytest.mark.parametrize("resize", PREPROCESS)
-def test_workers_send_large_batches_with_few_open_files(resize: str) -> None:
+def test_workers_send_large_batches_with_few_open_files() -> None:
     """The usual limit is 1,024 open files. A batch may contain more images than that."""
-    run_with_few_open_files(_load_large_batches, resize)
+    run_with_few_open_files(_load_large_batches)
 
 
-def _load_large_batches(resize: str) -> None:
+def _load_large_batches() -> None:
     data, broken = image_bytes(0), b"not an image"
     records = [Record(str(n), MemoryImage(broken if n % 100 == 7 else data, str(n)), (str(n),)) for n in range(600)]
-    model: Any = SimpleNamespace(tower=SimpleNamespace(preprocess=PREPROCESS[resize]))
+    model: Any = SimpleNamespace(tower=SimpleNamespace(preprocess=PREPROCESS))
     config = dataclasses.replace(ALIGN, batch_size=300, epochs=1, workers=2)
     batches = list(AlignBatches(records, NumberedCaptions(), model, config).batches(0))
     assert [len(batch.images) for batch in batches] == [300, 300]
@@ -250,7 +245,7 @@ def test_closing_the_batches_early_stops_the_workers_cleanly(capfd: pytest.Captu
     """A worker would be aborted if a thread were still sending a batch when the interpreter is finalized."""
     data = image_bytes(0)
     records = [Record(str(n), MemoryImage(data, str(n)), (str(n),)) for n in range(300)]
-    large = dataclasses.replace(PREPROCESS["squash"], size=224)
+    large = dataclasses.replace(PREPROCESS, size=224)
     model: Any = SimpleNamespace(tower=SimpleNamespace(preprocess=large))
     config = dataclasses.replace(ALIGN, batch_size=300, epochs=9, workers=1)
     batches = AlignBatches(records, NumberedCaptions(), model, config).batches(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -13,9 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
+from align_fixtures import ALIGN, make_store, read_split
+from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.transforms import Preprocess
+from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
 from llm2clip.models.vision.tower_lora import add_tower_lora, merge_tower_lora
 from llm2clip.models.vision.vision_tower import VisionTower
+from llm2clip.train.align import align
 from llm2clip.train.compilation import has_equal_blocks
 
 TINY = {"embed_dim": 64, "depth": 3, "num_heads": 2, "img_size": 64}
@@ -28,8 +33,7 @@ TIMM: dict[str, dict[str, Any]] = {
     "vit_base_patch16_clip_224": TINY,
 }
 HF = ["clip", "clip_vision_model", "siglip", "siglip_vision_model", "dinov2", "dinov2_with_registers", "dinov3_vit"]
-HF += ["metaclip_2", "metaclip_2_vision_model", "siglip2", "siglip2_vision_model"]
-NAFLEX = ("siglip2", "siglip2_vision_model")
+HF += ["metaclip_2", "metaclip_2_vision_model"]
 SMALL = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -54,7 +58,6 @@ def save_hf(kind: str, folder: Path, processor: bool = True) -> nn.Module:
     torch.manual_seed(0)
     text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     text |= {"vocab_size": 9, "max_position_embeddings": 5, "projection_size": 32}
-    naflex = {name: value for name, value in SMALL.items() if name != "image_size"} | {"num_patches": 16}
     metaclip = tf.MetaClip2VisionConfig(**SMALL)
     builders: dict[str, Any] = {
         "clip": lambda: tf.CLIPModel(tf.CLIPConfig(vision_config=SMALL, text_config=text, projection_dim=16)),
@@ -66,8 +69,6 @@ def save_hf(kind: str, folder: Path, processor: bool = True) -> nn.Module:
         "dinov3_vit": lambda: tf.DINOv3ViTModel(tf.DINOv3ViTConfig(**SMALL, num_register_tokens=2)),
         "metaclip_2": lambda: tf.MetaClip2Model(tf.MetaClip2Config(vision_config=SMALL, text_config=text)),
         "metaclip_2_vision_model": lambda: tf.MetaClip2VisionModelWithProjection(metaclip),
-        "siglip2": lambda: tf.Siglip2Model(tf.Siglip2Config(vision_config=naflex, text_config=text)),
-        "siglip2_vision_model": lambda: tf.Siglip2VisionModel(tf.Siglip2VisionConfig(**naflex)),
     }
     model = builders[kind]().eval()
     for parameter in model.parameters():  # also biases and scales, so that swapped ones are noticed
@@ -75,9 +76,7 @@ def save_hf(kind: str, folder: Path, processor: bool = True) -> nn.Module:
     model.half().save_pretrained(folder)  # as most published checkpoints
     model.float()
     if processor:
-        if kind in NAFLEX:
-            tf.Siglip2ImageProcessor(patch_size=8, max_num_patches=16).save_pretrained(folder)
-        elif kind.startswith("siglip"):
+        if kind.startswith("siglip"):
             tf.SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
         else:
             tf.CLIPImageProcessor(size={"shortest_edge": 36}, crop_size=32).save_pretrained(folder)
@@ -154,12 +153,6 @@ def test_tower_matches_original_model_and_is_rebuilt_from_config(
     if family in TIMM:
         original.reset_classifier(0)  # type: ignore[operator]
         expected = original(normalized(x, tower.preprocess))
-    elif family in NAFLEX:  # transformers' processor resizes nothing, because each image has exactly 4 x 4 patches
-        from transformers import AutoImageProcessor
-
-        inputs = AutoImageProcessor.from_pretrained(folder)(list(x), return_tensors="pt")
-        assert inputs["spatial_shapes"].tolist() == [[4, 4]] * 2
-        expected = original(**inputs).pooler_output
     else:
         expected = original(pixel_values=normalized(x, tower.preprocess)).pooler_output
     # The saved transformers models are in half precision.
@@ -390,3 +383,38 @@ def test_loading_half_of_a_clip_prints_nothing(
     """transformers would show a progress bar and list the weights of the text model as unexpected."""
     VisionTower.from_pretrained(saved["clip"][0])
     assert capfd.readouterr() == ("", "")
+
+
+def test_naflex_models_are_rejected(tmp_path: Path) -> None:
+    """SigLIP 2 models with a fixed image size have the model type `siglip`."""
+    import transformers as tf
+
+    tf.Siglip2VisionConfig(**{name: value for name, value in SMALL.items() if name != "image_size"}).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ValueError, match="is a NaFlex model, whose images have no fixed size"):
+        VisionTower.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["metaclip_2", "dinov3_vit", "vit_pe_core_small_patch16_384"])
+def test_align_trains_saves_and_loads_recent_towers(family: str, image_folder: Path, llm: Path, tmp_path: Path) -> None:
+    if family.startswith("vit_pe"):
+        save_timm(family, tmp_path / "tower")
+    else:
+        save_hf(family, tmp_path / "tower")
+    tower = VisionTower.from_pretrained(tmp_path / "tower")
+    before = {name: parameter.detach().clone() for name, parameter in tower.named_parameters()}
+    model = LLM2CLIP(LLM2CLIPConfig(tower.config, text_dim=32, embed_dim=12, adapter_depth=1), tower)
+    store = make_store(image_folder, llm, tmp_path / "store")
+    config = dataclasses.replace(ALIGN, epochs=1, tower_lr=1e-3, image_size=None)
+    align(read_split(image_folder), store, model, config, tmp_path / "run", SkipLog())
+    trained = {name: parameter for name, parameter in tower.named_parameters() if parameter.requires_grad}
+    assert trained and all(torch.isfinite(parameter).all() for parameter in trained.values())
+    changed = [name for name, parameter in trained.items() if not torch.equal(parameter, before[name])]
+    assert len(changed) > 0.9 * len(trained)
+
+    model.save_pretrained(tmp_path / "model")
+    loaded = LLM2CLIP.from_pretrained(tmp_path / "model", "cpu")
+    assert loaded.tower.preprocess == tower.preprocess
+    files = sorted(image_folder.glob("*.png"))[:3]
+    assert torch.equal(loaded.encode_image(files), model.encode_image(files))

@@ -1,7 +1,7 @@
 """Image preprocessing for vision towers: settings, evaluation transform and training transform.
 
-The transforms take and return uint8 RGB images; for NaFlex towers, they return patches. The vision tower normalises the
-pixels on its device, so data loader workers transfer only a quarter of the bytes that float32 pixels would need.
+The transforms take and return uint8 RGB images. The vision tower normalises the pixels on its device, so data loader
+workers transfer only a quarter of the bytes that float32 pixels would need.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from llm2clip.data.naflex import pack_patches
 from llm2clip.io_utils import describe_error
 
 _RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's constants, as stored in preprocessor_config.json
@@ -28,29 +27,22 @@ class Preprocess:
     The image is resized to floor(size / crop_pct) and then centre-cropped, as timm's evaluation transforms do.
 
     Attributes:
-        size: Side length of the square input, in pixels. If `resize` is "patches", the side length to which a square
-            image is resized.
-        resize: "shortest" resizes the shorter side and keeps the aspect ratio; "squash" resizes to a square; "patches"
-            resizes to at most `max_num_patches` patches and keeps the aspect ratio, apart from rounding to whole
-            patches (SigLIP 2 NaFlex).
+        size: Side length of the square input, in pixels.
+        resize: "shortest" resizes the shorter side and keeps the aspect ratio; "squash" resizes to a square.
         crop_pct: Side length of the centre crop, divided by the side length of the resized image.
         interpolation: Interpolation mode for resizing.
         mean: Per-channel normalisation mean, for pixel values in [0, 1].
         std: Per-channel normalisation standard deviation, for pixel values in [0, 1].
-        patch_size: Side length of a patch, in pixels. Only for "patches".
-        max_num_patches: Maximum number of patches. Only for "patches".
         crop_rounding: Rounding of the crop's top left corner if an odd number of rows or columns is removed:
             "half_even" as in torchvision (timm, open_clip and the LLM2CLIP authors' code), "down" as in transformers.
     """
 
     size: int
-    resize: Literal["shortest", "squash", "patches"]
+    resize: Literal["shortest", "squash"]
     crop_pct: float
     interpolation: Literal["bicubic", "bilinear"]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    patch_size: int = 0
-    max_num_patches: int = 0
     crop_rounding: Literal["half_even", "down"] = "half_even"
 
     @property
@@ -60,8 +52,6 @@ class Preprocess:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the contents of a preprocessor_config.json for transformers, with crop_pct and crop_rounding added."""
-        if self.resize == "patches":
-            return self._naflex_dict()
         side = self.resize_size
         return {
             "image_processor_type": "CLIPImageProcessor",
@@ -80,41 +70,13 @@ class Preprocess:
             "crop_rounding": self.crop_rounding,
         }
 
-    def _naflex_dict(self) -> dict[str, Any]:
-        return {
-            "image_processor_type": "Siglip2ImageProcessor",
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "patch_size": self.patch_size,
-            "max_num_patches": self.max_num_patches,
-            "resample": _RESAMPLE[self.interpolation],
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": list(self.mean),
-            "image_std": list(self.std),
-        }
-
-    @classmethod
-    def for_patches(
-        cls,
-        patch_size: int,
-        max_num_patches: int,
-        interpolation: Literal["bicubic", "bilinear"],
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
-    ) -> Preprocess:
-        """Return the settings of a NaFlex tower."""
-        size = patch_size * math.isqrt(max_num_patches)
-        return cls(size, "patches", 1.0, interpolation, mean, std, patch_size, max_num_patches)
-
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Preprocess:
         """Create the settings from either the output of `to_dict` or a transformers image processor's config.
 
         Raises:
-            ValueError: The config is neither for square images of a fixed size nor for patches, or a value is missing
-                or has the wrong type.
+            ValueError: The config is not for square images of a fixed size, or a value is missing or has the wrong
+                type.
         """
         try:
             return cls._from_dict(config)
@@ -123,10 +85,6 @@ class Preprocess:
 
     @classmethod
     def _from_dict(cls, config: dict[str, Any]) -> Preprocess:
-        if "max_num_patches" in config:
-            mean, std = _channels(config, "image_mean"), _channels(config, "image_std")
-            interpolation = _interpolation(int(config.get("resample", 2)))
-            return cls.for_patches(config["patch_size"], config["max_num_patches"], interpolation, mean, std)
         resize_config = config.get("size", config.get("crop_size"))
         if isinstance(resize_config, int):  # in configs written before 2022, an int means the shorter side
             resize_config = {"shortest_edge": resize_config}
@@ -150,16 +108,11 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Evaluation transform: resize and centre-crop an image, uint8 (3, H, W); return uint8 (3, S, S).
-
-    For NaFlex towers, the image is not cropped, and the result contains packed patches (see `data/naflex.py`).
-    """
+    """Evaluation transform: resize and centre-crop an image, uint8 (3, H, W); return uint8 (3, S, S)."""
 
     preprocess: Preprocess
 
     def __call__(self, image: Tensor) -> Tensor:
-        if self.preprocess.resize == "patches":
-            return _pack(image, self.preprocess)
         size, resize_size = self.preprocess.size, self.preprocess.resize_size
         side = [resize_size, resize_size]
         if self.preprocess.resize == "shortest":
@@ -183,7 +136,6 @@ class TrainTransform:
 
     The crop covers a random fraction of the image area, at least `min_crop_scale`, and has an aspect ratio between 3/4
     and 4/3. It is then resized to a square. If `min_crop_scale` is 1, the transform is the same as `EvalTransform`.
-    For NaFlex towers, the crop has the aspect ratio of the image, and the result contains packed patches.
     Images are not flipped, because captions mention left and right.
 
     All random numbers come from the `generator` argument. If the generator is seeded with (seed, epoch, index), the
@@ -196,9 +148,6 @@ class TrainTransform:
     def __call__(self, image: Tensor, generator: torch.Generator) -> Tensor:
         if self.min_crop_scale >= 1:
             return EvalTransform(self.preprocess)(image)
-        if self.preprocess.resize == "patches":
-            top, left, height, width = self._crop_same_shape(image.shape[-2], image.shape[-1], generator)
-            return _pack(image[:, top : top + height, left : left + width], self.preprocess)
         top, left, height, width = self._crop(image.shape[-2], image.shape[-1], generator)
         size = self.preprocess.size
         image = F.resized_crop(
@@ -212,13 +161,6 @@ class TrainTransform:
             antialias=True,
         )
         return image.contiguous()
-
-    def _crop_same_shape(self, height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
-        """Draw a random crop with the same aspect ratio as the image; return (top, left, height, width)."""
-        share, down, right = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
-        scale = math.sqrt(self.min_crop_scale + share * (1.0 - self.min_crop_scale))
-        crop_height, crop_width = max(1, round(height * scale)), max(1, round(width * scale))
-        return int(down * (height - crop_height + 1)), int(right * (width - crop_width + 1)), crop_height, crop_width
 
     def _crop(self, height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
         """Draw a random crop as in torchvision's RandomResizedCrop; return (top, left, height, width)."""
@@ -235,10 +177,6 @@ class TrainTransform:
         crop_width, crop_height = min(width, round(height * max_ratio)), min(height, round(width / min_ratio))
         top, left = (height - crop_height) // 2, (width - crop_width) // 2
         return top, left, max(crop_height, 1), max(crop_width, 1)
-
-
-def _pack(image: Tensor, preprocess: Preprocess) -> Tensor:
-    return pack_patches(image, preprocess.patch_size, preprocess.max_num_patches, preprocess.interpolation)
 
 
 def _resize_size(size: int, crop_pct: float) -> int:

@@ -37,12 +37,7 @@ def to_llava_tower(tower: VisionTower) -> Any:
 
     A vision transformer from timm becomes a `PatchTower`. Position embeddings are interpolated to the tower's input
     size, because the LLaVA classes cannot do this.
-
-    Raises:
-        ValueError: the tower is a NaFlex tower, which the LLaVA classes do not support.
     """
-    if tower.is_naflex:
-        raise ValueError("LLaVA requires a vision tower with a fixed image size, but this is a NaFlex tower")
     backbone: Any = tower.backbone
     if tower.config["library"] == "timm" and hasattr(getattr(backbone, "patch_embed", None), "num_patches"):
         return _to_patch_tower(tower)

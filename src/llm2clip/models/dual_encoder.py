@@ -207,8 +207,8 @@ def _open_transformers(name: str, device: torch.device, trust_remote_code: bool)
 
 
 def _transformers_dense_encoder(model: Any, processor: Any) -> DenseEncoder | None:
-    """Return the dense encoder of a CLIP, SigLIP or SigLIP 2 model, or None for other model types."""
-    if model.config.model_type not in ("clip", "siglip", "siglip2"):
+    """Return the dense encoder of a CLIP or SigLIP model, or None for other model types."""
+    if model.config.model_type not in ("clip", "siglip"):
         return None
     try:
         preprocess = Preprocess.from_dict(processor.to_dict())

@@ -124,14 +124,13 @@ def model_in_clip_space(config: LLM2CLIPConfig, tower: VisionTower, clip: ClipTe
 def _check_image_space(model: LLM2CLIP, clip: Any) -> None:
     """Check that `model` has the same image embeddings as the CLIP model.
 
-    The embeddings of one random image are compared. NaFlex towers and towers with a different image size are not
-    checked.
+    The embeddings of one random image are compared. Towers with a different image size are not checked.
 
     Raises:
         ValueError: the vision tower is not the image tower of the CLIP model.
     """
     tower = model.tower
-    if tower.is_naflex or _image_size(clip) != tower.preprocess.size:
+    if _image_size(clip) != tower.preprocess.size:
         return
     size = tower.preprocess.size
     pixels = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(model.device)

@@ -149,11 +149,6 @@ def _export_config(model: LLM2CLIP, llm: Any) -> LLM2CLIPExportConfig:
 
 
 def _tower_config(tower: VisionTower) -> dict[str, Any]:
-    if tower.is_naflex:
-        raise ValueError(
-            "this format requires a vision tower with a fixed image size, but the model has a NaFlex tower. "
-            "Use `--to vision` to export the tower alone"
-        )
     library, architecture = tower.config["library"], tower.config["architecture"]
     is_timm = library == "timm"
     # DINO towers always interpolate their position embeddings; CLIP and SigLIP towers require a flag.

@@ -126,16 +126,6 @@ def can_pack(llm: Any) -> bool:
     )
 
 
-def first_token_indices(features: dict[str, Any]) -> list[int]:
-    """Return the index of each caption's first token in the flattened batch, counting padding tokens."""
-    if "cu_seq_lens_q" in features:
-        starts: list[int] = features["cu_seq_lens_q"][:-1].tolist()  # a single copy from the device for all captions
-        return starts
-    mask = features["attention_mask"]  # (B, T)
-    first_columns = mask.argmax(1).tolist()  # not always 0: padding may be on the left
-    return [row * mask.shape[1] + column for row, column in enumerate(first_columns)]
-
-
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,

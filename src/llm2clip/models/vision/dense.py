@@ -53,7 +53,6 @@ _BLOCK_PARTS = {
     "timm.models.eva.EvaBlock": ("norm1", "attn", "gamma_1"),
     "transformers.models.clip.modeling_clip.CLIPEncoderLayer": ("layer_norm1", "self_attn", ""),
     "transformers.models.siglip.modeling_siglip.SiglipEncoderLayer": ("layer_norm1", "self_attn", ""),
-    "transformers.models.siglip2.modeling_siglip2.Siglip2EncoderLayer": ("layer_norm1", "self_attn", ""),
     "transformers.models.dinov2.modeling_dinov2.Dinov2Layer": ("norm1", "attention", "layer_scale1"),
     "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersLayer": (
         "norm1",

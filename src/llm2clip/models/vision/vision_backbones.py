@@ -41,10 +41,9 @@ _DEFAULT_PREPROCESS = {
     "dinov2": Preprocess(224, "shortest", 0.875, "bicubic", *_IMAGENET_STATS, crop_rounding="down"),
     "dinov2_with_registers": Preprocess(224, "shortest", 0.875, "bicubic", *_IMAGENET_STATS, crop_rounding="down"),
     "dinov3_vit": Preprocess(224, "squash", 1.0, "bilinear", *_IMAGENET_STATS, crop_rounding="down"),
-    "siglip2_vision_model": Preprocess.for_patches(16, 256, "bilinear", *_HALF_STATS),
 }
 # Only the vision model of these dual encoders is used.
-_DUAL_ENCODER_TYPES = ("clip", "metaclip_2", "siglip", "siglip2")
+_DUAL_ENCODER_TYPES = ("clip", "metaclip_2", "siglip")
 # Entries of a transformers config that do not describe the architecture, such as paths and version numbers.
 _TRANSIENT_ENTRIES = ("transformers_version", "_name_or_path", "dtype", "architectures", "id2label", "label2id")
 
@@ -197,19 +196,16 @@ def _load_transformers(source: str, image_size: int | None, pretrained: bool) ->
         # MetaCLIP 2's vision model has CLIP's architecture and weight names, but AutoModel does not support its type.
         fields = {key: value for key, value in config.to_dict().items() if key != "model_type"}
         config = CLIPVisionConfig.from_dict(fields)
+    if config.model_type.startswith("siglip2"):
+        raise ValueError(
+            f"{source} is a NaFlex model, whose images have no fixed size. Use a SigLIP 2 model with a fixed image "
+            "size, such as google/siglip2-so400m-patch16-256"
+        )
     if config.model_type not in _DEFAULT_PREPROCESS:
         supported = ", ".join([*_DUAL_ENCODER_TYPES, *_DEFAULT_PREPROCESS])
         raise ValueError(f"{source} has unsupported model type {config.model_type!r}; supported types: {supported}")
     backbone = _build_transformers(config, source if pretrained else None)
     preprocess = _transformers_preprocess(source, config)
-    if preprocess.resize == "patches":
-        if image_size is not None:
-            raise ValueError(f"{source} is a NaFlex model, which has no fixed image size: remove --align.image_size")
-        if preprocess.patch_size != config.patch_size:
-            raise ValueError(
-                f"{source}: the image processor's patch_size is {preprocess.patch_size}, but the model's is "
-                f"{config.patch_size}"
-            )
     preprocess = replace(preprocess, size=image_size or preprocess.size)
     architecture = {key: value for key, value in config.to_dict().items() if key not in _TRANSIENT_ENTRIES}
     return backbone, {
@@ -222,14 +218,10 @@ def _load_transformers(source: str, image_size: int | None, pretrained: bool) ->
 @hide_load_report()
 def _build_transformers(config: Any, source: str | None = None) -> nn.Module:
     """Build the vision model of a transformers config. Load its weights from `source`, or initialise them randomly."""
-    from transformers import AutoModel, CLIPVisionModel, Siglip2VisionModel, SiglipVisionModel
+    from transformers import AutoModel, CLIPVisionModel, SiglipVisionModel
 
     # Given a folder with a complete CLIP model, AutoModel would build both towers.
-    classes = {
-        "clip_vision_model": CLIPVisionModel,
-        "siglip_vision_model": SiglipVisionModel,
-        "siglip2_vision_model": Siglip2VisionModel,
-    }
+    classes = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
     model_class: Any = classes.get(config.model_type)
     if source is None:
         model = model_class(config) if model_class else AutoModel.from_config(config)
@@ -253,11 +245,7 @@ def _transformers_preprocess(source: str, config: Any) -> Preprocess:
     try:
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError):
-        preprocess = _DEFAULT_PREPROCESS[config.model_type]
-        if preprocess.resize == "patches":
-            preprocess = Preprocess.for_patches(config.patch_size, config.num_patches, "bilinear", *_HALF_STATS)
-        else:
-            preprocess = replace(preprocess, size=int(config.image_size))
+        preprocess = replace(_DEFAULT_PREPROCESS[config.model_type], size=int(config.image_size))
         log.warning(
             "%s has no preprocessor_config.json; using the default preprocessing for its model type: %s",
             source,

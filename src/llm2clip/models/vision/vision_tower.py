@@ -17,7 +17,6 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from llm2clip.data.naflex import split_into_patches, unpack_patches
 from llm2clip.data.transforms import Preprocess
 from llm2clip.models.hub.loading import hide_loading_bars
 from llm2clip.models.vision.vision_backbones import build_backbone, load_backbone
@@ -31,8 +30,6 @@ _INTERPOLATES_ON_REQUEST = ("clip_vision_model", "siglip_vision_model")
 
 class VisionTower(nn.Module):
     """Vision encoder that maps uint8 or float images (N, 3, S, S) to pooled features (N, feature_dim).
-
-    NaFlex towers also accept packed patches, which the transforms for these towers create from images of any shape.
 
     Attributes:
         backbone: timm or transformers module that contains all parameters.
@@ -95,13 +92,12 @@ class VisionTower(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Map pixels (N, 3, S, S) to features (N, feature_dim).
 
-        Pixels are either uint8 values from 0 to 255 or float values from 0 to 1. For NaFlex towers, pixels can also be
-        packed patches, uint8 (N, P + 1, D) (see `data/naflex.py`), or images (N, 3, H, W) whose height and width are
-        multiples of the patch size. The features have the dtype of the backbone's output.
+        Pixels are either uint8 values from 0 to 255 or float values from 0 to 1. The features have the dtype of the
+        backbone's output.
         """
         if self.config["library"] == "timm":
             return cast(Tensor, self.backbone(self._timm_input(pixels)))
-        interpolate = not self.is_naflex and self.preprocess.size != self.config["architecture"]["image_size"]
+        interpolate = self.preprocess.size != self.config["architecture"]["image_size"]
         return cast(Tensor, self._run_transformers(pixels, interpolate).pooler_output)
 
     def forward_features(self, pixels: Tensor) -> Tensor:
@@ -119,40 +115,19 @@ class VisionTower(nn.Module):
         return cast(Tensor, self._run_transformers(pixels, interpolate=True).last_hidden_state)
 
     def _timm_input(self, pixels: Tensor) -> Tensor:
-        x = self._normalize(pixels, self.mean, self.std)
+        x = self._normalize(pixels)
         return x.contiguous(memory_format=torch.channels_last) if self._channels_last else x
 
     def _run_transformers(self, pixels: Tensor, interpolate: bool) -> Any:
         """Return the output of a transformers model. If `interpolate`, interpolate its position embeddings."""
-        if self.is_naflex:
-            return self._run_naflex(pixels)
         options = {}
         if interpolate and self.config["architecture"]["model_type"] in _INTERPOLATES_ON_REQUEST:
             options["interpolate_pos_encoding"] = True
-        return self.backbone(pixel_values=self._normalize(pixels, self.mean, self.std), **options)
+        return self.backbone(pixel_values=self._normalize(pixels), **options)
 
-    @property
-    def is_naflex(self) -> bool:
-        """True if the tower keeps the aspect ratio of each image (SigLIP 2 NaFlex)."""
-        return self.preprocess.resize == "patches"
-
-    def _run_naflex(self, pixels: Tensor) -> Any:
-        patch_size = self.preprocess.patch_size
-        if pixels.ndim == 4:
-            patches = split_into_patches(pixels, patch_size)  # (N, P, D)
-            grid = [pixels.shape[-2] // patch_size, pixels.shape[-1] // patch_size]
-            shapes = torch.tensor(grid, device=pixels.device).expand(len(pixels), 2)
-        else:
-            patches, shapes = unpack_patches(pixels)
-        # Within a patch, the three channels of each pixel are adjacent.
-        mean, std = (value.view(3).repeat(patch_size**2) for value in (self.mean, self.std))
-        mask = torch.arange(patches.shape[1], device=pixels.device) < shapes.prod(1, keepdim=True)  # (N, P)
-        x = self._normalize(patches, mean, std) * mask[..., None]
-        return self.backbone(pixel_values=x, pixel_attention_mask=mask.int(), spatial_shapes=shapes)
-
-    def _normalize(self, pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    def _normalize(self, pixels: Tensor) -> Tensor:
         x = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
-        return ((x - mean) / std).to(next(self.backbone.parameters()).dtype)
+        return ((x - self.mean) / self.std).to(next(self.backbone.parameters()).dtype)
 
     def train(self, mode: bool = True) -> Self:
         """Set the training mode. If `freeze_norm` is True, batch norms stay in eval mode."""

@@ -133,7 +133,7 @@ def build_tower(align: AlignConfig) -> VisionTower:
     """Build the vision tower on the meta device.
 
     Raises:
-        ValueError: the tower is a NaFlex tower. Also raised if the hub cannot be reached, and the tower is neither in
+        ValueError: the tower is not supported. Also raised if the hub cannot be reached, and the tower is neither in
             the table nor a folder nor a timm model.
     """
     name, size = TOWERS.get(align.tower.lower().removeprefix("hf:"), (align.tower, None))
@@ -145,11 +145,6 @@ def build_tower(align: AlignConfig) -> VisionTower:
             f"--align.tower {align.tower}: neither a folder, nor a timm model, nor one of {', '.join(TOWERS)}, and "
             f"the hub did not respond: {str(error).splitlines()[0]}"
         ) from error
-    if tower.is_naflex:
-        raise ValueError(
-            f"--align.tower {align.tower}: `plan` does not support NaFlex towers. To estimate time and memory, use "
-            "a SigLIP 2 checkpoint of the same size with a fixed resolution and the same number of patches"
-        )
     return tower
 
 
