@@ -47,7 +47,8 @@ from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.text_pairs import read_text_pairs
 from llm2clip.models.convert.checkpoint_io import read_checkpoint
-from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig, is_model_folder
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.model_folder import LLM2CLIPConfig, is_model_folder
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.search.scan import date_taken
 

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
-from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
+from llm2clip.models.heads import AdapterConfig
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.train.grad_cache import cached_backward
 from llm2clip.train.losses import info_nce
@@ -36,7 +38,7 @@ def measure_step(batch_size: int, micro_batch_size: int, tower_name: str, image_
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory(device)
     tower = VisionTower.from_pretrained(f"timm:{tower_name}", pretrained=False, image_size=image_size)
-    config = LLM2CLIPConfig(tower.config, text_dim=TEXT_DIM, embed_dim=512, adapter_depth=1)
+    config = LLM2CLIPConfig(tower.config, text_dim=TEXT_DIM, embed_dim=512, adapter=AdapterConfig(depth=1))
     model = LLM2CLIP(config, tower).to(device).train()
     pixels = torch.randint(0, 256, (batch_size, 3, image_size, image_size), dtype=torch.uint8)
     embeddings = torch.randn(batch_size, TEXT_DIM)

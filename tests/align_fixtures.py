@@ -15,7 +15,9 @@ from conftest import Killed
 from llm2clip.config import AlignConfig
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
+from llm2clip.models.heads import AdapterConfig
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.store.encode import embed
@@ -64,7 +66,11 @@ def fresh_model(config: AlignConfig = ALIGN, tower: str = "test_vit", dropout: f
         if isinstance(module, nn.Dropout):
             module.p = dropout
     model_config = LLM2CLIPConfig(
-        vision_tower.config, text_dim=32, embed_dim=12, adapter_depth=1, logit_bias=config.loss == "sigmoid"
+        vision_tower.config,
+        text_dim=32,
+        embed_dim=12,
+        adapter=AdapterConfig(depth=1),
+        logit_bias=config.loss == "sigmoid",
     )
     return LLM2CLIP(model_config, vision_tower)
 

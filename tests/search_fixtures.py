@@ -23,7 +23,8 @@ from torch import Tensor
 from conftest import HANG_TIMEOUT, make_llm
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.prompts import QueryTemplates
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.dense import DenseEncoder

@@ -24,7 +24,7 @@ from llm2clip.evaluate.eccv_caption import eccv_metrics
 from llm2clip.evaluate.recall import evaluate_retrieval
 from llm2clip.evaluate.top_k import top_k_neighbors
 from llm2clip.models.dual_encoder import open_dual_encoder
-from llm2clip.models.llm2clip import LLM2CLIPConfig
+from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 

@@ -22,7 +22,8 @@ from llm2clip.models.convert.infer_config import infer_config
 from llm2clip.models.convert.load import fill_weights, load_official_checkpoint
 from llm2clip.models.convert.published_encoders import TEMPLATE_TOKENS, published_template, suggest_encoders
 from llm2clip.models.convert.save import save_official
-from llm2clip.models.llm2clip import LLM2CLIPConfig
+from llm2clip.models.heads import AdapterConfig
+from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 
@@ -172,10 +173,10 @@ def test_infer_config_matches_published_hf_parameter_counts(tower: dict[str, int
         model = LLM2CLIP(config, VisionTower.from_config(config.tower))
         fill_weights(model, checkpoint)
     assert sum(p.numel() for p in model.parameters()) == count
-    assert (config.text_dim, config.embed_dim, config.adapter_depth, config.adapter_expansion) == (4096, 1280, 4, 2)
+    assert (config.text_dim, config.embed_dim, config.adapter) == (4096, 1280, AdapterConfig())
     assert config.tower["architecture"]["num_attention_heads"] == tower["width"] // 64
     assert config.tower["architecture"]["hidden_act"] == "quick_gelu"  # as OpenAI trained them
-    assert config.normalize_input and not config.projection_bias
+    assert not config.projection_bias
 
 
 LARGE_EVA, BASE_EVA = LARGE_CLIP | {"hidden": 2730}, BASE_CLIP | {"hidden": 2048}
@@ -317,7 +318,7 @@ def test_load_official_text_embeddings_and_scale_match_reference(layout: str, tm
 def test_load_official_online_adapter_does_not_normalise_its_input(tmp_path: Path) -> None:
     tensors = {n.replace("text.text_", "text.text_proj.text_"): t for n, t in make_checkpoint("eva").items()}
     tensors["text.text.model.layers.0.mlp.up_proj.weight"] = torch.zeros(2, 2)
-    assert not load_official_checkpoint(write_checkpoint(tensors, "eva", tmp_path)).config.normalize_input
+    assert not load_official_checkpoint(write_checkpoint(tensors, "eva", tmp_path)).config.adapter.normalize_input
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------
@@ -423,7 +424,7 @@ def test_save_official_rejects_models_that_the_layout_cannot_represent(tmp_path:
         save_official(eva, tmp_path / "x", "eva")
     with pytest.raises(FileExistsError, match="another path"):
         save_official(clip, tmp_path / "hf", "hf")
-    clip.config.normalize_input = False
+    clip.config.adapter = AdapterConfig(normalize_input=False)
     with pytest.raises(ValueError, match="does not normalise"):
         save_official(clip, tmp_path / "x", "hf")
     assert not (tmp_path / "x").exists()

@@ -20,7 +20,8 @@ from torchvision.transforms.v2.functional import resize
 
 from llm2clip.data.transforms import Preprocess
 from llm2clip.models.dual_encoder import from_llm2clip, open_dual_encoder
-from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.vision.dense import DENSE_VARIANTS, build_dense_encoder, feature_map
 from llm2clip.models.vision.vision_tower import VisionTower
 from test_baselines import CLIP_STATS, make_model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,10 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.retrieval_eval import evaluate_caption_fields
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
-from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
+from llm2clip.models.heads import AdapterConfig
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.model_folder import LLM2CLIPConfig
+from llm2clip.models.prompts import QueryTemplates
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 from test_caption_retrieval import make_clip
@@ -98,7 +102,9 @@ def test_open_clip_model_matches_open_clip(tmp_path: Path, image_folder: Path) -
 def test_model_folder_matches_llm2clip(llm: Path, tmp_path: Path, image_folder: Path) -> None:
     encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
     tower = VisionTower.from_pretrained("timm:test_vit", pretrained=False, image_size=64)
-    config = LLM2CLIPConfig(tower.config, encoder.embed_dim, embed_dim=12, adapter_depth=1, encoder=encoder.identity())
+    config = LLM2CLIPConfig(
+        tower.config, encoder.embed_dim, embed_dim=12, adapter=AdapterConfig(depth=1), encoder=encoder.identity()
+    )
     LLM2CLIP(config, tower).save_pretrained(tmp_path / "model", encoder=encoder)
     model = open_dual_encoder(str(tmp_path / "model"), "cpu")
     images, texts, files = encode_both(model, image_folder)
@@ -148,18 +154,13 @@ def test_unknown_models_are_rejected(tmp_path: Path, llm: Path) -> None:
         open_dual_encoder(str(llm), "cpu")
 
 
-def test_identity_of_an_llm2clip_model_has_the_field_names_of_version_0_1() -> None:
+def test_identity_of_an_llm2clip_model_contains_everything_that_affects_embeddings() -> None:
     config = LLM2CLIPConfig(tower={"x": 1}, text_dim=8, embed_dim=4)
-    assert config.identity_fields() == {
-        "tower": {"x": 1},
-        "text_width": 8,
-        "width": 4,
-        "adapter": "residual",
-        "adapter_depth": 4,
-        "adapter_expansion": 2,
-        "normalize_input": True,
-        "projection": "linear",
-        "projection_bias": False,
-        "logit_bias": False,
-        "encoder": {},
-    }
+    changes: list[dict[str, Any]] = [
+        *({"tower": {"x": 2}}, {"embed_dim": 5}, {"adapter": AdapterConfig(normalize_input=False)}),
+        *({"projection": False}, {"encoder": {"weights": "0"}}),
+    ]
+    identities = [dataclasses.replace(config, **change).identity() for change in changes]
+    assert all(identity != config.identity() for identity in identities)
+    templates = QueryTemplates(("a photo of {}",))
+    assert dataclasses.replace(config, query_templates=templates).identity() == config.identity()

@@ -3,6 +3,7 @@ equal the original ones."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -20,10 +21,14 @@ from sentence_transformers.base.modules import Dense
 
 from conftest import make_llm
 from llm2clip.cli import export, main
+from llm2clip.models import heads
+from llm2clip.models.export import modeling_llm2clip
 from llm2clip.models.export.formats import FORMATS, export_model
 from llm2clip.models.export.model_card import render_model_card
+from llm2clip.models.heads import AdapterConfig
 from llm2clip.models.hub.assets import ASSETS
-from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 
@@ -35,14 +40,25 @@ def make_model(folder: Path, tower: VisionTower, family: str = "llama", **option
     torch.manual_seed(1)
     text = {k.removeprefix("text_"): v for k, v in options.items() if k.startswith("text_")}
     encoder = CaptionEncoder.from_pretrained(make_llm(folder / "llm", family), device="cpu", **text)
-    heads = {k: v for k, v in options.items() if not k.startswith("text_")}
-    heads = {"embed_dim": 16, "adapter_depth": 2, **heads}
-    config = LLM2CLIPConfig(tower=tower.config, text_dim=encoder.embed_dim, **heads)
+    fields = {k: v for k, v in options.items() if not k.startswith("text_")}
+    fields = {"embed_dim": 16, "adapter": AdapterConfig(depth=2), **fields}
+    config = LLM2CLIPConfig(tower=tower.config, text_dim=encoder.embed_dim, **fields)
     model = LLM2CLIP(config, tower, encoder).eval()
     with torch.no_grad():
         model.logit_scale.fill_(2.5)
     model.config.encoder = encoder.identity()
     return model
+
+
+@pytest.mark.parametrize(
+    "config", [AdapterConfig(), AdapterConfig(depth=1, expansion=3, normalize_input=False)], ids=str
+)
+def test_copy_of_the_adapter_for_exports_equals_the_adapter(config: AdapterConfig) -> None:
+    options = dataclasses.asdict(config)
+    adapter, copy = heads.Adapter(6, 4, **options), modeling_llm2clip.Adapter(6, 4, **options)
+    copy.load_state_dict(adapter.state_dict())
+    x = torch.randn(5, 6)
+    assert torch.equal(copy(x), adapter(x))
 
 
 def timm_tower(size: int = 76) -> VisionTower:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -15,12 +14,12 @@ from conftest import make_llm
 from llm2clip import LLM2CLIP
 from llm2clip.config import AlignConfig
 from llm2clip.data.transforms import Preprocess
-from llm2clip.models.heads import Adapter
-from llm2clip.models.llm2clip import LLM2CLIPConfig, is_model_folder
-from llm2clip.models.prompts import QueryTemplates
+from llm2clip.models.heads import Adapter, AdapterConfig
+from llm2clip.models.model_folder import LLM2CLIPConfig, is_model_folder
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.runs.output_folder import FormatVersionError
+from llm2clip.train.initial_model import new_model_config
 
 
 @pytest.fixture
@@ -28,7 +27,9 @@ def model(llm: Path) -> LLM2CLIP:
     torch.manual_seed(0)
     encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
     tower = VisionTower.from_pretrained("timm:test_efficientnet", pretrained=False, image_size=64)
-    config = LLM2CLIPConfig(tower.config, encoder.embed_dim, embed_dim=12, adapter_depth=2, encoder=encoder.identity())
+    config = LLM2CLIPConfig(
+        tower.config, encoder.embed_dim, embed_dim=12, adapter=AdapterConfig(depth=2), encoder=encoder.identity()
+    )
     return LLM2CLIP(config, tower, encoder).eval()
 
 
@@ -58,7 +59,7 @@ def test_new_projection_starts_as_in_the_authors_code(architecture: str, std: fl
     tower_config = {"library": "timm", "architecture": architecture, "args": sizes, "preprocess": preprocess}
     tower = VisionTower.from_config(tower_config)
     settings = AlignConfig(embed_dim=1280)
-    projection = LLM2CLIP(LLM2CLIPConfig.from_config(settings, tower, text_dim=8), tower).projection
+    projection = LLM2CLIP(new_model_config(settings, tower, text_dim=8), tower).projection
     assert projection.weight.std().item() == pytest.approx(std, rel=0.02)
     assert projection.weight.mean().item() == pytest.approx(0, abs=0.02 * std)
     assert (projection.bias is not None) == has_bias
@@ -210,13 +211,6 @@ def test_model_without_projection_uses_the_towers_output(model: LLM2CLIP, tmp_pa
     assert reopened.config == config and torch.equal(reopened(pixels=pixels)[0], bare(pixels=pixels)[0])
     with pytest.raises(ValueError, match="embed_dim is 12, but the vision tower's features have size"):
         LLM2CLIP(LLM2CLIPConfig(model.tower.config, 32, embed_dim=12, projection=False), model.tower)
-
-
-def test_identity_excludes_the_query_templates(model: LLM2CLIP) -> None:
-    """They do not affect embeddings, so that search indexes and cached embeddings stay valid if they change."""
-    with_templates = dataclasses.replace(model.config, query_templates=QueryTemplates(("a photo of {}",)))
-    assert with_templates.identity() == model.config.identity()
-    assert dataclasses.replace(model.config, embed_dim=5).identity() != model.config.identity()
 
 
 @pytest.mark.parametrize("config", ["[" * 3000, "[]", '{"model_type": "llm2clip", "tower": []}', "{", "\xff"])

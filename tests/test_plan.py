@@ -14,7 +14,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, LlamaConfig
 
 from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, LlavaConfig, TuneConfig
-from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
+from llm2clip.models.heads import AdapterConfig
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.tools.plan.activations import SavedTensorBytes
 from llm2clip.tools.plan.devices import DEVICES, Machine
@@ -226,7 +228,7 @@ def test_frozen_parts_cost_no_backward_pass() -> None:
 def test_saved_bytes_match_a_real_forward_pass(precision: str) -> None:
     config = AlignConfig(tower="test_vit", embed_dim=32, precision=precision)  # type: ignore[arg-type]
     tower = VisionTower.from_pretrained("test_vit", pretrained=False)
-    model = LLM2CLIP(LLM2CLIPConfig(tower.config, 48, 32, adapter_depth=1), tower).train()
+    model = LLM2CLIP(LLM2CLIPConfig(tower.config, 48, 32, adapter=AdapterConfig(depth=1)), tower).train()
     kept = []
     for images in (1, 2):
         seen = SavedTensorBytes(model)

@@ -55,7 +55,7 @@ def test_converted_checkpoint_matches_the_authors_classes(form: str, tmp_path: P
 
 def test_siglip2_form_has_no_projection_and_does_not_normalise_caption_embeddings(tmp_path: Path) -> None:
     config = load_official_checkpoint(write_checkpoint("siglip2", tmp_path)).config
-    assert not config.projection and not config.normalize_input and not config.logit_bias
+    assert not config.projection and not config.adapter.normalize_input and not config.logit_bias
     assert config.embed_dim == 128
     tensors = torch.load(write_checkpoint("siglip2", tmp_path)) | {"logit_bias": torch.tensor(-9.0)}
     torch.save(tensors, tmp_path / "bias.pt")

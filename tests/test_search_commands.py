@@ -13,7 +13,7 @@ import pytest
 from llm2clip.cli import main
 from llm2clip.cli.search import canonical_path, parse_time
 from llm2clip.models.dual_encoder import open_dual_encoder
-from llm2clip.models.llm2clip import save_query_templates
+from llm2clip.models.model_folder import save_query_templates
 from llm2clip.models.prompts import QueryTemplates
 from llm2clip.search.query import SearchQuery, embed_query
 from llm2clip.search.sqlite_backend import SqliteBackend

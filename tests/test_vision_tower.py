@@ -17,7 +17,9 @@ from torch._dynamo.testing import CompileCounter
 from align_fixtures import ALIGN, make_store, read_split
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.transforms import Preprocess
-from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
+from llm2clip.models.heads import AdapterConfig
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.vision.tower_lora import add_tower_lora, merge_tower_lora
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.train.align import align
@@ -404,7 +406,7 @@ def test_align_trains_saves_and_loads_recent_towers(family: str, image_folder: P
         save_hf(family, tmp_path / "tower")
     tower = VisionTower.from_pretrained(tmp_path / "tower")
     before = {name: parameter.detach().clone() for name, parameter in tower.named_parameters()}
-    model = LLM2CLIP(LLM2CLIPConfig(tower.config, text_dim=32, embed_dim=12, adapter_depth=1), tower)
+    model = LLM2CLIP(LLM2CLIPConfig(tower.config, text_dim=32, embed_dim=12, adapter=AdapterConfig(depth=1)), tower)
     store = make_store(image_folder, llm, tmp_path / "store")
     config = dataclasses.replace(ALIGN, epochs=1, tower_lr=1e-3, image_size=None)
     align(read_split(image_folder), store, model, config, tmp_path / "run", SkipLog())

@@ -27,7 +27,7 @@ from backbones import build_backbone
 from llm2clip import LLM2CLIP
 from llm2clip.data.images import load_image
 from llm2clip.io_utils import atomic_path, atomic_write_text
-from llm2clip.models.llm2clip import is_model_folder
+from llm2clip.models.model_folder import is_model_folder
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import is_distributed, process_state, shutdown

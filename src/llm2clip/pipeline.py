@@ -53,13 +53,13 @@ from llm2clip.evaluate.retrieval_eval import (
     rank_caption_fields,
 )
 from llm2clip.html_report import to_markdown
-from llm2clip.io_utils import atomic_write_text
 from llm2clip.models.dual_encoder import from_llm2clip
-from llm2clip.models.export.model_card import render_model_card
+from llm2clip.models.export.model_card import write_model_card
 from llm2clip.models.hub.model_source import check_model_source
 from llm2clip.models.hub.pretrained import resolve_gguf, resolve_pretrained
 from llm2clip.models.inherited_clip import load_inherited_clip, model_in_clip_space
-from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig, save_query_templates
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.model_folder import save_query_templates
 from llm2clip.models.precision import load_for_evaluation, resolve_precision
 from llm2clip.models.pretrained_logits import read_pretrained_logits
 from llm2clip.models.prompts import LITERAL, QueryTemplates
@@ -76,6 +76,7 @@ from llm2clip.store.store import EmbeddingStore, drop_refused_captions
 from llm2clip.train.align import align as train_align
 from llm2clip.train.align import tracker_options
 from llm2clip.train.inherit import inherit_text_space
+from llm2clip.train.initial_model import new_model_config
 from llm2clip.train.sampling import resolve_images_per_step, training_texts
 from llm2clip.train.tune import tune as train_tune
 
@@ -385,7 +386,7 @@ def new_model(
     torch.manual_seed(config.seed)
     tower = VisionTower.from_pretrained(config.tower, image_size=config.image_size)
     tower.freeze_norm = True  # keep the pretrained batch-norm statistics
-    model_config = LLM2CLIPConfig.from_config(config, tower, store.embed_dim, store.manifest["identity"])
+    model_config = new_model_config(config, tower, store.embed_dim, store.manifest["identity"])
     if config.inherit:
         assert out is not None
         clip = load_inherited_clip(config.tower, config.inherit, device)
@@ -464,6 +465,7 @@ def _save_model(model: LLM2CLIP, folder: Path, encoder: EncoderConfig | None) ->
     else:
         free_memory()  # the optimizer is no longer needed
         model.save_pretrained(folder, encoder=open_encoder(encoder, "cpu"))
+    write_model_card(folder, folder.name)
 
 
 def _write_report(run_dir: Path, model_dir: Path, trained: list[dict[str, Any]], data_summary: str) -> None:
@@ -486,5 +488,5 @@ def _write_report(run_dir: Path, model_dir: Path, trained: list[dict[str, Any]],
         durations=json.loads((run_dir / DURATIONS_FILE).read_text()),
         settings=(run_dir / CONFIG_FILE).read_text(encoding="utf-8"),
     )
-    atomic_write_text(model_dir / "README.md", render_model_card(model_dir, run_dir.resolve().name))
+    write_model_card(model_dir, run_dir.resolve().name)
     print_once(to_markdown("Results", [summary_table(cra, untrained, trained)]), f"Report: {page}")

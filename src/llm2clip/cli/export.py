@@ -64,7 +64,9 @@ def _convert(args: Namespace) -> list[str]:
     from llm2clip.models.convert.nv_embed import is_nv_embed, load_nv_embed
     from llm2clip.models.convert.peft_encoder import find_adapter, load_adapter_encoder
     from llm2clip.models.convert.save import save_official
-    from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
+    from llm2clip.models.export.model_card import write_model_card
+    from llm2clip.models.llm2clip import LLM2CLIP
+    from llm2clip.models.model_folder import is_model_folder
 
     source = args.source[0]
     if len(args.source) > 1 or find_adapter(source) is not None:
@@ -84,7 +86,9 @@ def _convert(args: Namespace) -> list[str]:
         model = _add_caption_encoder(source, args.text)
     else:
         model = load_official_checkpoint(source, text=args.text)
-    return _closing_lines(model, model.save_pretrained(args.out), source)
+    folder = model.save_pretrained(args.out)
+    write_model_card(folder, folder.name)
+    return _closing_lines(model, folder, source)
 
 
 def _convert_encoder(args: Namespace, kind: str, load: Callable[[], CaptionEncoder]) -> list[str]:

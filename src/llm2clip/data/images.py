@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -76,6 +76,12 @@ def load_image(image: ImageLike) -> Tensor:
     except (ImageError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ImageError(f"{name}: {reason}" if name else str(reason)) from error
+
+
+def list_images(images: object) -> list[Any]:
+    """Return the images in a list, a tuple or a batch (N, ...). A single image becomes a list of one image."""
+    is_batch = isinstance(images, Tensor | np.ndarray) and images.ndim == 4
+    return list(images) if is_batch or isinstance(images, list | tuple) else [images]  # type: ignore[call-overload]
 
 
 def decode_image(data: bytes) -> Tensor:

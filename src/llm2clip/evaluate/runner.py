@@ -34,7 +34,8 @@ from llm2clip.io_utils import MissingFileError, atomic_write_text, safe_name
 from llm2clip.models.dual_encoder import SENTENCE_TRANSFORMERS_PREFIX
 from llm2clip.models.hub.display_names import display_names
 from llm2clip.models.hub.pretrained import resolve_pretrained
-from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.model_folder import is_model_folder
 from llm2clip.models.precision import load_for_evaluation
 from llm2clip.models.prompts import QueryTemplates, check_templates
 from llm2clip.models.text.clip_text_encoder import has_text_tower, load_clip_text_encoder

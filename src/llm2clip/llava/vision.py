@@ -9,7 +9,8 @@ from torch import nn
 
 from llm2clip.llava import modeling_patches
 from llm2clip.models.export.vision import build_vision_model
-from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.model_folder import is_model_folder
 from llm2clip.models.vision.vision_tower import VisionTower
 
 

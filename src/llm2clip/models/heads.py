@@ -1,14 +1,38 @@
-"""Text adapter, which maps caption embeddings to the shared embedding space, and its residual block.
+"""Heads that map caption embeddings and image features to the shared embedding space: text adapter and projection.
 
-The architecture follows the LLM2CLIP paper (arXiv 2411.04997, section 3.3). The image head (the projection) is a single
-linear layer, which is created in `LLM2CLIP`. Exported models contain a copy of these classes, which therefore must not
-use other modules of this package.
+The adapter follows the LLM2CLIP paper (arXiv 2411.04997, section 3.3). Exported models contain a copy of its classes
+(`export/modeling_llm2clip.py`). If you change the adapter, change the copy as well; a test compares the two.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# Initial standard deviation of a projection with bias, as in the LLM2CLIP authors' code (eva_vit_model.py: 0.02 times
+# an init_scale of 0.001). The bias starts at zero.
+SMALL_PROJECTION_STD = 2e-5
+# Prefixes of the names of timm towers whose new projection has a bias. The authors' code has such a projection for EVA
+# towers, but none with bias for OpenAI's CLIP. It does not train a projection for any other tower.
+_TOWERS_WITH_PROJECTION_BIAS = ("eva",)
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Arguments of `Adapter` that are saved with a model.
+
+    Attributes:
+        depth: number of residual blocks.
+        expansion: hidden size of a residual block, as a multiple of its input size.
+        normalize_input: if True, L2-normalise the caption embeddings.
+    """
+
+    depth: int = 4  # as in the paper
+    expansion: int = 2
+    normalize_input: bool = True
 
 
 class ResidualBlock(nn.Module):
@@ -46,3 +70,22 @@ class Adapter(nn.Module):
         """Map unnormalised caption embeddings (N, text_dim) to unnormalised text embeddings (N, embed_dim)."""
         x = F.normalize(embeddings, dim=-1) if self.normalize_input else embeddings
         return self.out(self.norm(self.blocks(x)))
+
+
+def build_projection(feature_dim: int, embed_dim: int, bias: bool) -> nn.Linear:
+    """Build an image projection with random weights.
+
+    With a bias, it starts near zero, as in the authors' code for EVA towers. Without a bias, it starts with the scale
+    1 / sqrt(feature_dim), as in the authors' code for OpenAI's CLIP.
+    """
+    projection = nn.Linear(feature_dim, embed_dim, bias=bias)
+    nn.init.normal_(projection.weight, std=SMALL_PROJECTION_STD if bias else feature_dim**-0.5)
+    if bias:
+        nn.init.zeros_(projection.bias)
+    return projection
+
+
+def has_projection_bias(tower: dict[str, Any]) -> bool:
+    """Return True if a new image projection of a tower with this config has a bias and starts near zero."""
+    architecture = tower["architecture"]  # a dict for towers of transformers
+    return isinstance(architecture, str) and architecture.startswith(_TOWERS_WITH_PROJECTION_BIAS)

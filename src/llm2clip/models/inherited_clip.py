@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm2clip.models.hub.pretrained import resolve_pretrained
-from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.pretrained_logits import find_file, hub_id_or_folder
 from llm2clip.models.text.clip_text_encoder import (
     OPEN_CLIP_PREFIX,

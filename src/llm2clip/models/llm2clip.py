@@ -1,4 +1,8 @@
-"""LLM2CLIP model: a vision tower and a caption encoder with a shared embedding space."""
+"""LLM2CLIP model: a vision tower and a caption encoder with a shared embedding space.
+
+`dense_methods.py` adds the methods for dense features, regions and segmentation. A model does not write its model card
+(see `export/model_card.py`).
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,8 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,124 +21,27 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llm2clip.config import AlignConfig
 from llm2clip.cpu_tuning import onednn_matmul
-from llm2clip.data.images import load_image
-from llm2clip.data.training_images import TRAINING_IMAGES_FILE, load_training_images, save_training_images
+from llm2clip.data.images import list_images, load_image
+from llm2clip.data.training_images import load_training_images, save_training_images
 from llm2clip.data.transforms import EvalTransform
 from llm2clip.data.valid_text import check_not_empty
-from llm2clip.io_utils import atomic_dir, atomic_write_text, describe_error, read_json_object
-from llm2clip.models.convert.checkpoint_io import read_safetensors
-from llm2clip.models.export.model_card import render_model_card
-from llm2clip.models.heads import Adapter
+from llm2clip.io_utils import atomic_dir, describe_error, read_json_object
+from llm2clip.models.dense_methods import DenseMethods
+from llm2clip.models.heads import Adapter, build_projection
 from llm2clip.models.hub.fingerprint import fingerprint
-from llm2clip.models.hub.model_source import check_model_source
+from llm2clip.models.hub.loading import read_safetensors
+from llm2clip.models.model_folder import FORMAT_VERSION, LLM2CLIPConfig, find_model_folder, is_model_folder
 from llm2clip.models.precision import CALIBRATED, Stage, calibrate_for_device, resolve_precision
-from llm2clip.models.prompts import (
-    LITERAL,
-    QueryTemplates,
-    average_prompts,
-    check_templates,
-    fill_templates,
-    query_prompts,
-)
+from llm2clip.models.prompts import average_prompts, check_templates, fill_templates, query_prompts
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.models.vision.dense import build_dense_encoder
-from llm2clip.models.vision.regions import check_boxes, check_masks, encode_boxes, encode_masks
-from llm2clip.models.vision.sliding_window import ResizeForWindows, encode_windows, segment
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.runs.output_folder import check_format_version
 
 MAX_LOGIT_SCALE = 100.0  # in training
-# Initial standard deviation of a projection with bias, as in the LLM2CLIP authors' code (eva_vit_model.py: 0.02 times
-# an init_scale of 0.001). The bias starts at zero.
-SMALL_PROJECTION_STD = 2e-5
-# Prefixes of the names of timm towers whose new projection has a bias. The authors' code has such a projection for EVA
-# towers, but none with bias for OpenAI's CLIP. It does not train a projection for any other tower.
-_TOWERS_WITH_PROJECTION_BIAS = ("eva",)
-# Files that are downloaded from the hub: configs, weights, tokenizers and model cards, but no pickles and no code.
-MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", TRAINING_IMAGES_FILE)
-FORMAT_VERSION = 1  # of model folders
 
 
-@dataclass
-class LLM2CLIPConfig:
-    """Everything that is needed to build a model, except the weights.
-
-    Attributes:
-        tower: vision tower config (`VisionTower.config`).
-        text_dim: dimension of the caption encoder's embeddings, which are the adapter's input.
-        embed_dim: dimension of the shared embedding space.
-        adapter_depth: number of residual blocks in the adapter.
-        adapter_expansion: hidden size of an adapter block, as a multiple of `text_dim`.
-        normalize_input: if True, L2-normalise the caption embeddings before the adapter.
-        projection: if True, add an image projection. Otherwise, the tower's output is the image embedding, and
-            `embed_dim` must equal the tower's feature size.
-        projection_bias: if True, the image projection has a bias, and a new projection starts near zero, as in the
-            authors' code for EVA towers. Otherwise, it starts with the scale 1 / sqrt(feature_dim), as in the authors'
-            code for OpenAI's CLIP.
-        logit_bias: if True, add a learned bias to the logits, for the sigmoid loss.
-        encoder: `CaptionEncoder.identity()` of the encoder with which the adapter was trained. Empty if unknown.
-        query_templates: prompt templates with which search and evaluation encode short queries. `encode_text` does not
-            apply them.
-    """
-
-    tower: dict[str, Any]
-    text_dim: int
-    embed_dim: int = 1280  # as in the paper
-    adapter_depth: int = 4  # as in the paper
-    adapter_expansion: int = 2
-    normalize_input: bool = True
-    projection: bool = True
-    projection_bias: bool = False
-    logit_bias: bool = False
-    encoder: dict[str, Any] = field(default_factory=dict)
-    query_templates: QueryTemplates = LITERAL
-
-    @classmethod
-    def from_config(
-        cls, config: AlignConfig, tower: VisionTower, text_dim: int, encoder: dict[str, Any] | None = None
-    ) -> LLM2CLIPConfig:
-        """Return the config of the model that the `align` stage trains.
-
-        Args:
-            config: settings of the `align` stage.
-            tower: the vision tower.
-            text_dim: see the class docstring.
-            encoder: see the class docstring. None if unknown.
-        """
-        return cls(
-            tower=tower.config,
-            text_dim=text_dim,
-            embed_dim=config.embed_dim or tower.feature_dim,
-            adapter_depth=config.adapter_depth,
-            normalize_input=config.normalize_input,
-            projection=config.embed_dim > 0,
-            projection_bias=config.embed_dim > 0 and _has_projection_bias(tower),
-            logit_bias=config.loss == "sigmoid",
-            encoder=encoder or {},
-        )
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> LLM2CLIPConfig:
-        """Create a config from the contents of config.json.
-
-        Raises:
-            ValueError: the query templates are invalid.
-        """
-        fields = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
-        if "query_templates" in fields:
-            fields["query_templates"] = QueryTemplates.from_dict(fields["query_templates"])
-        return cls(**fields)
-
-    def identity(self) -> dict[str, Any]:
-        """Return all fields that affect embeddings, as part of the model's identity."""
-        fields = dataclasses.asdict(self)
-        del fields["query_templates"]
-        return fields
-
-
-class LLM2CLIP(nn.Module):
+class LLM2CLIP(DenseMethods, nn.Module):
     """Vision tower and projection for images, and caption encoder and adapter for texts.
 
     The caption encoder is frozen, and its weights are not parameters of this module. `encode_text` runs the encoder;
@@ -158,14 +63,15 @@ class LLM2CLIP(nn.Module):
         super().__init__()
         self.config = config
         self.tower = tower
-        self.projection = _build_projection(config, tower.feature_dim)
-        self.adapter = Adapter(
-            config.text_dim,
-            config.embed_dim,
-            depth=config.adapter_depth,
-            expansion=config.adapter_expansion,
-            normalize_input=config.normalize_input,
-        )
+        self.projection: nn.Module = nn.Identity()
+        if config.projection:
+            self.projection = build_projection(tower.feature_dim, config.embed_dim, config.projection_bias)
+        elif config.embed_dim != tower.feature_dim:
+            raise ValueError(
+                f"embed_dim is {config.embed_dim}, but the vision tower's features have size {tower.feature_dim}. "
+                "Without an image projection, the sizes must be equal"
+            )
+        self.adapter = Adapter(config.text_dim, config.embed_dim, **dataclasses.asdict(config.adapter))
         # The parameters are one-dimensional, because FSDP cannot shard scalars.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(10 if config.logit_bias else 1 / 0.07)]))
         self.logit_bias = nn.Parameter(torch.tensor([-10.0])) if config.logit_bias else None
@@ -334,7 +240,7 @@ class LLM2CLIP(nn.Module):
         Raises:
             ImageError: an image cannot be decoded. The message contains the image's name.
         """
-        items = _to_list(images)
+        items = list_images(images)
         transform = EvalTransform(self.tower.preprocess)
         self.eval()
         embeddings = [torch.empty(0, self.config.embed_dim)]
@@ -343,146 +249,6 @@ class LLM2CLIP(nn.Module):
             image, *_ = self(pixels=pixels.to(self.device))
             embeddings.append(image.cpu())
         return torch.cat(embeddings)
-
-    def encode_dense(
-        self, images: Any, variant: str = "plain", image_size: int | None = None, batch_size: int = 16
-    ) -> list[Tensor]:
-        """Encode the cells (ViT patches or CNN positions) of images in the shared space.
-
-        Images keep their aspect ratio, so their grids may have different shapes. For images of the same size,
-        `torch.stack` combines the result into one tensor.
-
-        Args:
-            images: one image or a list of N images, as for `encode_image`.
-            variant: `plain` or, for vision transformers, `maskclip`, `sclip`, `clearclip` or `naclip`, which localise
-                objects better (see `models/vision/dense.py`).
-            image_size: length to which the shorter side of an image is resized, in pixels. Both sides are rounded to
-                multiples of the cell size. Default: the size on which the tower was trained.
-            batch_size: number of images per forward pass.
-
-        Returns:
-            One tensor of L2-normalised embeddings (h, w, embed_dim) per image, float32, on the CPU.
-
-        Raises:
-            ValueError: the vision tower has no dense features, or does not support the variant or the size.
-            ImageError: an image cannot be decoded. The message contains the image's name.
-        """
-        items = _to_list(images)
-        self.eval()
-        dense = build_dense_encoder(self.tower, self.projection)
-        embeddings: list[Tensor] = []
-        for start in range(0, len(items), batch_size):
-            pixels = [dense.resize(load_image(item), image_size) for item in items[start : start + batch_size]]
-            for _, group in groupby(pixels, key=lambda image: image.shape):
-                embeddings += dense.encode(torch.stack(list(group)), variant).cpu()
-        return embeddings
-
-    def encode_regions(
-        self,
-        image: Any,
-        boxes: Any = None,
-        masks: Any = None,
-        variant: str | None = None,
-        image_size: int | None = None,
-    ) -> Tensor:
-        """Encode regions of an image as L2-normalised (N, embed_dim) float32 embeddings on the CPU.
-
-        The entire image is encoded once. Boxes are averaged over the cells with RoIAlign, as in the benchmark
-        `coco-boxes`, and masks are averaged with the area of the mask in each cell as weight.
-
-        Args:
-            image: one image, as for `encode_image`.
-            boxes: N boxes (N, 4), as (x0, y0, x1, y1) in pixels of the original image, with its EXIF orientation.
-            masks: N boolean masks (N, H, W), instead of boxes. H and W are the size of the original image.
-            variant: see `encode_dense`. Default: `DenseEncoder.localization_variant` of the tower.
-            image_size: length to which the shorter side of the image is resized, in pixels. Default: 1.5 times the size
-                on which the tower was trained.
-
-        Raises:
-            ValueError: the vision tower has no dense features, or does not support the variant or the size; there are
-                both boxes and masks, or neither; a box is empty, contains NaN, or is not inside the image; a mask is
-                empty or does not have the size of the image.
-            ImageError: the image cannot be decoded.
-        """
-        if (boxes is None) == (masks is None):
-            raise ValueError("encode_regions needs either boxes or masks")
-        self.eval()
-        dense = build_dense_encoder(self.tower, self.projection)
-        variant = variant or dense.localization_variant
-        pixels = load_image(image)
-        height, width = pixels.shape[1:]
-        if boxes is None:
-            return encode_masks(dense, pixels, check_masks(masks, height, width), variant, image_size)
-        checked = check_boxes(boxes, height, width)
-        return encode_boxes(dense, [pixels], [checked], variant, self.config.embed_dim, image_size)[0]
-
-    @overload
-    def segment(
-        self,
-        image: Any,
-        names: Sequence[str | Sequence[str]],
-        templates: str | Sequence[str] = ...,
-        variant: str | None = ...,
-        return_scores: Literal[False] = ...,
-    ) -> Tensor: ...
-
-    @overload
-    def segment(
-        self,
-        image: Any,
-        names: Sequence[str | Sequence[str]],
-        templates: str | Sequence[str] = ...,
-        variant: str | None = ...,
-        *,
-        return_scores: Literal[True],
-    ) -> tuple[Tensor, Tensor]: ...
-
-    @torch.no_grad()
-    @onednn_matmul()
-    def segment(
-        self,
-        image: Any,
-        names: Sequence[str | Sequence[str]],
-        templates: str | Sequence[str] = "a photo of a {}",
-        variant: str | None = None,
-        return_scores: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Assign each pixel of an image to one of the given classes, without training.
-
-        The protocol is that of the segmentation benchmarks without a background class (SCLIP, arXiv 2312.01597): a
-        window of the tower's training size slides over the image, whose shorter side is 1.5 times as long.
-
-        Args:
-            image: one image, as for `encode_image`.
-            names: name of each class, or several names. The score of a class is the highest score of its names.
-            templates: prompt templates for the names, see `encode_text`. The benchmarks use OpenAI's 80 templates.
-            variant: see `encode_dense`. Default: `DenseEncoder.localization_variant` of the tower.
-            return_scores: if True, also return the scores.
-
-        Returns:
-            The index of the class of each pixel, int64 (H, W), on the CPU. With `return_scores`, also the highest
-            cosine similarity of each class, float32 (classes, H, W), averaged over the windows.
-
-        Raises:
-            ValueError: there are no names, a name is empty, or a template has no {}. The vision tower has no dense
-                features, or does not support the variant. See also `encoder`.
-            ImageError: the image cannot be decoded.
-        """
-        classes = [[name] if isinstance(name, str) else list(name) for name in names]
-        is_valid = all(class_names and all(name.strip() for name in class_names) for class_names in classes)
-        if isinstance(names, str) or not classes or not is_valid:
-            raise ValueError(f"names must be a list with one or several non-empty names for each class (got {names!r})")
-        self.eval()
-        dense = build_dense_encoder(self.tower, self.projection)
-        queries = self.encode_text([name for class_names in classes for name in class_names], templates=templates)
-        transform = ResizeForWindows.for_encoder(dense)
-        resized = {0: transform(load_image(image))}
-        variant = variant or dense.localization_variant
-        scores = encode_windows(resized, dense, variant, queries.to(dense.device), transform)[0]
-        names_per_class = [len(class_names) for class_names in classes]
-        tiles = [labels for _, labels in segment(scores, names_per_class, logit_scale=1.0)]
-        labels = torch.cat(tiles).cpu()
-        return (labels, scores.class_scores(names_per_class).cpu()) if return_scores else labels
 
     @torch.no_grad()
     def encode_text(
@@ -551,7 +317,7 @@ class LLM2CLIP(nn.Module):
         text_folder: str | Path | None = None,
         encoder: CaptionEncoder | None = None,
     ) -> Path:
-        """Save the model in a folder, atomically.
+        """Save the model in a folder, atomically. The folder has no model card yet (see `write_model_card`).
 
         Args:
             folder: folder to create. An existing model folder is replaced.
@@ -578,7 +344,6 @@ class LLM2CLIP(nn.Module):
                 shutil.copytree(text_folder, temporary / "text")
             elif encoder is not None:
                 encoder.save_pretrained(temporary / "text")
-            (temporary / "README.md").write_text(render_model_card(temporary, folder.name))
             if folder.exists():
                 folder.replace(replaced)
         shutil.rmtree(replaced, ignore_errors=True)
@@ -608,9 +373,7 @@ class LLM2CLIP(nn.Module):
             FileNotFoundError: the model does not exist.
             ValueError: the folder is damaged, does not contain an llm2clip model, or has another format version.
         """
-        folder = Path(path)
-        if not folder.is_dir():
-            folder = _download(str(path))
+        folder = find_model_folder(path)
         file = folder / "config.json"
         if not file.is_file():
             raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
@@ -635,58 +398,3 @@ class LLM2CLIP(nn.Module):
         model._text_folder = folder / "text" if (folder / "text").is_dir() else None
         model.training_images = load_training_images(folder)
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-
-
-def _to_list(images: Any) -> list[Any]:
-    """Return the images in a list, tuple or batch. A single image becomes a list of one image."""
-    is_batch = isinstance(images, Tensor | np.ndarray) and images.ndim == 4
-    return list(images) if is_batch or isinstance(images, list | tuple) else [images]
-
-
-def _has_projection_bias(tower: VisionTower) -> bool:
-    """Return True if a new image projection of this tower has a bias and starts near zero."""
-    architecture = tower.config["architecture"]  # a dict for towers of transformers
-    return isinstance(architecture, str) and architecture.startswith(_TOWERS_WITH_PROJECTION_BIAS)
-
-
-def _build_projection(config: LLM2CLIPConfig, feature_dim: int) -> nn.Module:
-    """Build the image projection, or the identity if there is none. See `LLM2CLIPConfig.projection_bias`."""
-    if config.projection:
-        projection = nn.Linear(feature_dim, config.embed_dim, bias=config.projection_bias)
-        nn.init.normal_(projection.weight, std=SMALL_PROJECTION_STD if config.projection_bias else feature_dim**-0.5)
-        if config.projection_bias:
-            nn.init.zeros_(projection.bias)
-        return projection
-    if config.embed_dim != feature_dim:
-        raise ValueError(
-            f"embed_dim is {config.embed_dim}, but the vision tower's features have size {feature_dim}. Without an "
-            "image projection, the sizes must be equal"
-        )
-    return nn.Identity()
-
-
-def save_query_templates(folder: Path, templates: QueryTemplates) -> None:
-    """Replace the query templates in the config of a saved model."""
-    file = folder / "config.json"
-    values = json.loads(file.read_text(encoding="utf-8"))
-    values["query_templates"] = dataclasses.asdict(templates)
-    atomic_write_text(file, json.dumps(values, indent=1))
-
-
-def is_model_folder(path: str | Path) -> bool:
-    """Return True if `path` is a folder written by `LLM2CLIP.save_pretrained`."""
-    try:
-        return read_json_object(Path(path) / "config.json").get("model_type") == "llm2clip"
-    except (OSError, ValueError):
-        return False
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    check_model_source(hub_id)
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(MODEL_FILES)))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(f"{hub_id} is neither a folder nor a model on the hub ({error})") from error

@@ -20,9 +20,11 @@ from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.training_images import save_training_images
 from llm2clip.io_utils import atomic_dir
+from llm2clip.models.heads import AdapterConfig
 from llm2clip.models.hub.fingerprint import fingerprint, hash_weights
 from llm2clip.models.hub.loading import hide_loading_bars, load_config
-from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.text.clip_text_encoder import ClipTextEncoder, load_clip_text_encoder, pooled_output
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.runs.ranks import process_state, wait_for_everyone
@@ -125,7 +127,7 @@ def build_model(clip: Any, config: AlignConfig) -> LLM2CLIP:
         tower=tower.config,
         text_dim=1,  # not used
         embed_dim=tower.feature_dim if visual_projection is None else visual_projection.out_features,
-        adapter_depth=0,
+        adapter=AdapterConfig(depth=0),
         projection=visual_projection is not None,
         logit_bias=config.loss == "sigmoid",
     )

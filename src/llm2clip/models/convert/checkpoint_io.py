@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from llm2clip.data.transforms import Preprocess
 from llm2clip.io_utils import DataFormatError, describe_error, read_json_object
+from llm2clip.models.hub.loading import read_safetensors
 from llm2clip.models.hub.model_source import check_model_source
 
 WEIGHT_FILES = (
@@ -83,18 +82,6 @@ def select_weights_file(names: list[str], source: str) -> str:
         f"{source} must contain one of {', '.join(WEIGHT_FILES)}, or a single .pt file. Otherwise, pass the path of "
         "the weight file"
     )
-
-
-def read_safetensors(path: Path) -> dict[str, Any]:
-    """Load a safetensors file.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or incomplete ({error})") from error
 
 
 def _load_weights(path: Path) -> dict[str, Any]:

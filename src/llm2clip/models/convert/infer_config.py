@@ -9,7 +9,8 @@ from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from llm2clip.data.transforms import Preprocess
 from llm2clip.models.convert.checkpoint_layout import EVA, SIGLIP2, Checkpoint
-from llm2clip.models.llm2clip import LLM2CLIPConfig
+from llm2clip.models.heads import AdapterConfig
+from llm2clip.models.model_folder import LLM2CLIPConfig
 
 # Head size of the CLIP and EVA-02 towers released with LLM2CLIP: 12 heads at width 768, 16 heads at width 1024.
 HEAD_DIM = 64
@@ -70,9 +71,11 @@ def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) ->
         tower=tower,
         text_dim=text_dim,
         embed_dim=embed_dim,
-        adapter_depth=depth,
-        adapter_expansion=hidden // text_dim,
-        normalize_input=not checkpoint.online if normalize_input is None else normalize_input,
+        adapter=AdapterConfig(
+            depth=depth,
+            expansion=hidden // text_dim,
+            normalize_input=not checkpoint.online if normalize_input is None else normalize_input,
+        ),
         projection=checkpoint.layout is not SIGLIP2,
         projection_bias=checkpoint.layout is EVA,
         logit_bias="logit_bias" in checkpoint.tensors,

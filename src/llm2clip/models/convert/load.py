@@ -113,7 +113,7 @@ def _match_tensors(model: LLM2CLIP, checkpoint: Checkpoint) -> tuple[list[tuple[
     mismatches: list[str] = []
 
     for name, parameter in model.state_dict().items():
-        official = official_name(name, layout, model.config.adapter_depth)
+        official = official_name(name, layout, model.config.adapter.depth)
         tensor = unused.pop(official, None)
         if tensor is None:
             missing[official] = parameter

@@ -77,7 +77,7 @@ def _check_representable(model: LLM2CLIP, layout: Layout) -> None:
         problems.append("there is no image projection")
     if config.logit_bias:
         problems.append("the logits have a bias")
-    if not config.normalize_input:
+    if not config.adapter.normalize_input:
         problems.append("the adapter does not normalise its input, but the official adapter does")
     if problems:
         raise ValueError(f"the model cannot be saved in the layout {layout.name!r}: {'; '.join(problems)}")
@@ -110,7 +110,7 @@ def _tower_name(model: LLM2CLIP) -> str:
 
 def _official_tensors(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
     tensors = {
-        official_name(name, layout, model.config.adapter_depth): tensor.detach().cpu().contiguous()
+        official_name(name, layout, model.config.adapter.depth): tensor.detach().cpu().contiguous()
         for name, tensor in model.state_dict().items()
     }
     tensors["logit_scale"] = tensors["logit_scale"].reshape(())

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from llm2clip.io_utils import read_json
+from llm2clip.io_utils import atomic_write_text, read_json
 from llm2clip.models.hub.assets import ASSETS
 from llm2clip.runs.run_config import CONFIG_FILE
 
@@ -42,6 +42,11 @@ LIMITATIONS = (
     "The model reproduces the errors and biases of the images and captions that it was trained on. The licenses of the "
     "vision tower, the language model and the training data apply to its use."
 )
+
+
+def write_model_card(folder: Path, name: str) -> None:
+    """Write the model card of a model folder, README.md. An existing card is replaced. See `render_model_card`."""
+    atomic_write_text(folder / "README.md", render_model_card(folder, name))
 
 
 def render_model_card(folder: Path, name: str, license: str | None = None) -> str:
@@ -106,7 +111,7 @@ def _architecture_table(config: dict[str, Any], embed_dim: int | None) -> str:
         "LLM layers": encoder.get("layers") or llm.get("num_hidden_layers"),
         "bidirectional attention": encoder.get("bidirectional", not llm.get("is_causal", True)),
         "caption embedding": config.get("text_dim"),
-        "adapter": f"{config.get('adapter_depth')} residual blocks",
+        "adapter": f"{config['adapter']['depth']} residual blocks",
         "shared embedding": embed_dim,
     }
     lines = [f"| {label} | {value} |" for label, value in rows.items() if value is not None]

@@ -8,6 +8,8 @@
     scores = texts.pooler_output @ images.pooler_output.T
 
 Requires torch, torchvision, transformers >= 5.10 and, for timm vision towers, timm.
+
+`llm2clip export` copies this file into the exported folder, so it must not import llm2clip.
 """
 
 from __future__ import annotations
@@ -30,8 +32,6 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPOutput
 
-from llm2clip.models.heads import Adapter
-
 
 class LLM2CLIPExportConfig(PretrainedConfig):
     """Architecture of an exported model.
@@ -43,7 +43,7 @@ class LLM2CLIPExportConfig(PretrainedConfig):
         text: config of the LLM.
         text_dim: dimension of the caption embeddings, which are the adapter's input.
         embed_dim: dimension of the shared embedding space.
-        adapter_depth, adapter_expansion, normalize_input: arguments of `Adapter`.
+        adapter: further arguments of `Adapter`.
         projection: True if there is an image projection.
         projection_bias: True if the image projection has a bias.
         pooling: "mean", "lasttoken" or "cls".
@@ -59,9 +59,7 @@ class LLM2CLIPExportConfig(PretrainedConfig):
         text: dict[str, Any] | None = None,
         text_dim: int = 0,
         embed_dim: int = 0,
-        adapter_depth: int = 4,
-        adapter_expansion: int = 2,
-        normalize_input: bool = True,
+        adapter: dict[str, Any] | None = None,
         projection_bias: bool = False,
         pooling: str = "mean",
         prompt_tokens: int = 0,
@@ -74,9 +72,7 @@ class LLM2CLIPExportConfig(PretrainedConfig):
         self.text = text or {}
         self.text_dim = text_dim
         self.embed_dim = embed_dim
-        self.adapter_depth = adapter_depth
-        self.adapter_expansion = adapter_expansion
-        self.normalize_input = normalize_input
+        self.adapter = adapter or {}
         self.projection = projection
         self.projection_bias = projection_bias
         self.pooling = pooling
@@ -90,6 +86,43 @@ class LLM2CLIPImageProcessor(CLIPImageProcessor):
     def center_crop(self, image: Any, size: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Crop an image (..., H, W) to (..., size.height, size.width)."""
         return tvF.center_crop(image, [size.height, size.width])
+
+
+class ResidualBlock(nn.Module):
+    """x + Linear(GELU(Linear(LayerNorm(x)))), with a hidden layer of `expansion * dim` units."""
+
+    def __init__(self, dim: int, expansion: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.up = nn.Linear(dim, expansion * dim)
+        self.down = nn.Linear(expansion * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, dim) to (N, dim)."""
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class Adapter(nn.Module):
+    """Text adapter: L2-normalise (optional) -> `depth` residual blocks -> LayerNorm -> Linear.
+
+    The paper uses depth 4 and expansion 2. With 4096 input and 1280 output dimensions, this adapter has 273.8 M
+    parameters. In the checkpoints released with the paper, adapters trained on cached embeddings L2-normalise their
+    input (`normalize_input=True`), whereas those trained with the LLM in the training loop do not.
+    """
+
+    def __init__(
+        self, text_dim: int, embed_dim: int, depth: int = 4, expansion: int = 2, normalize_input: bool = True
+    ) -> None:
+        super().__init__()
+        self.normalize_input = normalize_input
+        self.blocks = nn.Sequential(*(ResidualBlock(text_dim, expansion) for _ in range(depth)))
+        self.norm = nn.LayerNorm(text_dim)
+        self.out = nn.Linear(text_dim, embed_dim)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Map unnormalised caption embeddings (N, text_dim) to unnormalised text embeddings (N, embed_dim)."""
+        x = F.normalize(embeddings, dim=-1) if self.normalize_input else embeddings
+        return self.out(self.norm(self.blocks(x)))
 
 
 class LLM2CLIPExport(PreTrainedModel):
@@ -107,13 +140,7 @@ class LLM2CLIPExport(PreTrainedModel):
         self.projection: nn.Module = nn.Identity()
         if config.projection:
             self.projection = nn.Linear(config.tower["feature_dim"], config.embed_dim, bias=config.projection_bias)
-        self.adapter = Adapter(
-            config.text_dim,
-            config.embed_dim,
-            depth=config.adapter_depth,
-            expansion=config.adapter_expansion,
-            normalize_input=config.normalize_input,
-        )
+        self.adapter = Adapter(config.text_dim, config.embed_dim, **config.adapter)
         self.logit_scale = nn.Parameter(torch.zeros(()))
         self.logit_bias = nn.Parameter(torch.zeros(())) if config.logit_bias else None
         self.post_init()

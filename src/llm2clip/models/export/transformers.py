@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-import inspect
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from llm2clip.models import heads
 from llm2clip.models.export import modeling_llm2clip
 from llm2clip.models.export.modeling_llm2clip import LLM2CLIPExport, LLM2CLIPExportConfig, LLM2CLIPImageProcessor
 from llm2clip.models.export.tokenizer import build_tokenizer
@@ -53,7 +53,7 @@ def export_transformers(model: LLM2CLIP, folder: Path) -> None:
     exported.config.save_pretrained(folder)
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in exported.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / CODE_FILE).write_text(standalone_source())
+    shutil.copyfile(modeling_llm2clip.__file__, folder / CODE_FILE)
     build_tokenizer(model.encoder).save_pretrained(folder)
     processor_config = model.tower.preprocess.to_dict()
     if model.tower.preprocess.crop_rounding == "half_even":
@@ -108,15 +108,6 @@ def build_export_model(model: LLM2CLIP) -> LLM2CLIPExport:
     return exported
 
 
-def standalone_source() -> str:
-    """Return the source code of modeling_llm2clip.py, with the import of `Adapter` replaced by the adapter's code."""
-    source = inspect.getsource(modeling_llm2clip)
-    adapter_source = "\n\n".join(inspect.getsource(part) for part in (heads.ResidualBlock, heads.Adapter))
-    import_line = "from llm2clip.models.heads import Adapter\n"
-    assert import_line in source
-    return source.replace(import_line, "\n" + adapter_source)
-
-
 def _check_modules(encoder: CaptionEncoder) -> None:
     if isinstance(encoder.st[1], LatentAttentionPooling):
         raise ValueError("the caption encoder uses latent attention pooling, which the format does not support")
@@ -137,9 +128,7 @@ def _export_config(model: LLM2CLIP, llm: Any) -> LLM2CLIPExportConfig:
         text={key: value for key, value in llm.config.to_dict().items() if key not in not_architecture},
         text_dim=model.config.text_dim,
         embed_dim=model.config.embed_dim,
-        adapter_depth=model.config.adapter_depth,
-        adapter_expansion=model.config.adapter_expansion,
-        normalize_input=model.config.normalize_input,
+        adapter=dataclasses.asdict(model.config.adapter),
         projection=model.config.projection,
         projection_bias=model.config.projection_bias,
         pooling=pooling.get_config_dict()["pooling_mode"],

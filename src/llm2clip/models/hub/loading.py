@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
 from llm2clip.models.hub.model_source import check_model_source
 
 # Arguments of `from_pretrained` that replace those saved in a sentence-transformers folder. The implementations apply
@@ -71,6 +74,18 @@ def _remove_code_entries(config: Any) -> Any:
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         vars(part).pop("auto_map", None)
     return config
+
+
+def read_safetensors(path: Path) -> dict[str, Any]:
+    """Load a safetensors file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or incomplete ({error})") from error
 
 
 @contextmanager

@@ -1,0 +1,111 @@
+"""Config of a model, and the folder in which a model is saved.
+
+MODEL/
+  config.json                the model's config (`LLM2CLIPConfig`)
+  model.safetensors          weights of the vision tower, the projection and the adapter
+  preprocessor_config.json   preprocessing of images, in transformers' format
+  text/                      caption encoder, in sentence-transformers' format
+  README.md                  model card
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llm2clip.data.training_images import TRAINING_IMAGES_FILE
+from llm2clip.io_utils import atomic_write_text, read_json_object
+from llm2clip.models.heads import AdapterConfig
+from llm2clip.models.hub.model_source import check_model_source
+from llm2clip.models.prompts import LITERAL, QueryTemplates
+
+# Files that are downloaded from the hub: configs, weights, tokenizers and model cards, but no pickles and no code.
+MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", TRAINING_IMAGES_FILE)
+FORMAT_VERSION = 1  # of model folders
+
+
+@dataclass
+class LLM2CLIPConfig:
+    """Everything that is needed to build a model, except the weights.
+
+    Attributes:
+        tower: vision tower config (`VisionTower.config`).
+        text_dim: dimension of the caption encoder's embeddings, which are the adapter's input.
+        embed_dim: dimension of the shared embedding space.
+        adapter: arguments of the text adapter.
+        projection: if True, add an image projection. Otherwise, the tower's output is the image embedding, and
+            `embed_dim` must equal the tower's feature size.
+        projection_bias: if True, the image projection has a bias (see `build_projection`).
+        logit_bias: if True, add a learned bias to the logits, for the sigmoid loss.
+        encoder: `CaptionEncoder.identity()` of the encoder with which the adapter was trained. Empty if unknown.
+        query_templates: prompt templates with which search and evaluation encode short queries. `encode_text` does not
+            apply them.
+    """
+
+    tower: dict[str, Any]
+    text_dim: int
+    embed_dim: int = 1280  # as in the paper
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    projection: bool = True
+    projection_bias: bool = False
+    logit_bias: bool = False
+    encoder: dict[str, Any] = field(default_factory=dict)
+    query_templates: QueryTemplates = LITERAL
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LLM2CLIPConfig:
+        """Create a config from the contents of config.json.
+
+        Raises:
+            ValueError: the query templates are invalid.
+        """
+        fields = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
+        if "adapter" in fields:
+            fields["adapter"] = AdapterConfig(**fields["adapter"])
+        if "query_templates" in fields:
+            fields["query_templates"] = QueryTemplates.from_dict(fields["query_templates"])
+        return cls(**fields)
+
+    def identity(self) -> dict[str, Any]:
+        """Return all fields that affect embeddings, as part of the model's identity."""
+        fields = dataclasses.asdict(self)
+        del fields["query_templates"]
+        return fields
+
+
+def is_model_folder(path: str | Path) -> bool:
+    """Return True if `path` is a folder written by `LLM2CLIP.save_pretrained`."""
+    try:
+        return read_json_object(Path(path) / "config.json").get("model_type") == "llm2clip"
+    except (OSError, ValueError):
+        return False
+
+
+def save_query_templates(folder: Path, templates: QueryTemplates) -> None:
+    """Replace the query templates in the config of a saved model."""
+    file = folder / "config.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values["query_templates"] = dataclasses.asdict(templates)
+    atomic_write_text(file, json.dumps(values, indent=1))
+
+
+def find_model_folder(path: str | Path) -> Path:
+    """Return a model's folder. If `path` is a hub id, download the model.
+
+    Raises:
+        FileNotFoundError: `path` is neither a folder nor a model on the hub.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if Path(path).is_dir():
+        return Path(path)
+    hub_id = str(path)
+    check_model_source(hub_id)
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(MODEL_FILES)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(f"{hub_id} is neither a folder nor a model on the hub ({error})") from error
