@@ -40,9 +40,8 @@ from llm2clip.data.records import open_records
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.models.hub.pretrained import resolve_pretrained
 from llm2clip.models.precision import calibrate_precision
-from llm2clip.models.text.batch_size_tuner import tune_batch_tokens
+from llm2clip.models.text.batching import default_batch_tokens, tune_batch_tokens
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.models.text.length_batching import default_batch_tokens
 from llm2clip.store.writer import quantize_rows
 
 # Code for the encoders of other libraries. Each defines `methods`, a dict from names to functions that encode `texts`.

@@ -190,7 +190,7 @@ def llm_steps(fake_tensors: FakeTensorMode, train: bool) -> list[Step]:
     from transformers import AutoConfig
 
     from llm2clip.models.text import varlen_attention
-    from llm2clip.models.text.packing import PACKED, pack_batch
+    from llm2clip.models.text.packing import PACKED, pack_captions
     from llm2clip.tools.plan.model_configs import LLMS, build_llm
 
     varlen_attention.matches_sdpa = lambda *_: True  # type: ignore[assignment]  # fake tensors cannot be compared
@@ -203,7 +203,7 @@ def llm_steps(fake_tensors: FakeTensorMode, train: bool) -> list[Step]:
         model.set_attn_implementation(PACKED)
         with fake_tensors:
             move_to_gpu(model)
-            batch = pack_batch([[1] * length for length in lengths], PACKED, torch.device("cuda"))
+            batch = pack_captions([[1] * length for length in lengths], PACKED, torch.device("cuda"))
         ids = batch.pop("input_ids")
 
         def run(model: Any = model, batch: dict[str, Any] = batch, ids: Tensor = ids) -> None:

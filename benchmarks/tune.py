@@ -29,8 +29,8 @@ from llm2clip.data.pairs import ImageCaptions, pair_batches
 from llm2clip.data.records import open_records
 from llm2clip.models.hub.pretrained import resolve_pretrained
 from llm2clip.models.precision import has_bf16_hardware
+from llm2clip.models.text.batching import default_batch_tokens
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.models.text.length_batching import default_batch_tokens
 from llm2clip.models.text.packing import PACKED
 from llm2clip.train.pair_loss import PairCollator, PairLoss
 

@@ -19,8 +19,8 @@ from conftest import FAMILIES, make_llm, save_tokenizer
 from llm2clip.cpu_tuning import flex_attention_is_correct
 from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.models.precision import CALIBRATION_CAPTIONS, calibrate_precision
+from llm2clip.models.text.batching import length_batches
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.models.text.length_batching import length_batches
 from llm2clip.models.text.packing import can_pack, unfused_attention
 
 TEXTS = ["a dog", "a very long caption about two dogs that run through deep snow near a house", "猫"]

@@ -25,7 +25,7 @@ from llm2clip.data.training_images import hash_images, save_training_images
 from llm2clip.evaluate.precomputed import PrecomputedEmbeddings
 from llm2clip.evaluate.short_queries import build_queries
 from llm2clip.models.dual_encoder import open_dual_encoder
-from llm2clip.models.hub.display_names import display_names
+from llm2clip.models.hub.model_names import display_names
 from test_benchmarks import write
 from test_dual_encoder import clip as clip  # the fixture
 from test_dual_encoder import encode_both

@@ -400,7 +400,7 @@ def test_push_command_uploads_the_folder_and_a_card(
     exists = False
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    monkeypatch.setattr("llm2clip.models.hub.model_source.find_hub_problem", lambda: "")
+    monkeypatch.setattr("llm2clip.models.hub.model_names.find_hub_problem", lambda: "")
     folder = make_model(tmp_path, timm_tower()).save_pretrained(tmp_path / "model")
     assert main(["push", str(folder), "me/finder", "--private"]) == 0
     assert "Pushed: https://hub/me/x" in capsys.readouterr().out

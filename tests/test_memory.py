@@ -19,8 +19,8 @@ from fake_memory import PeakMemory, count_bytes, fake_tensors
 from llm2clip.config import AlignConfig, EncoderConfig, TuneConfig
 from llm2clip.cpu_tuning import onednn_is_faster
 from llm2clip.models.text import packing
+from llm2clip.models.text.batching import TokenizedTexts, default_encoding_tokens
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.models.text.length_batching import TokenizedTexts, default_encoding_tokens
 from llm2clip.models.text.lora import cast_frozen_linear
 from llm2clip.models.text.mixed_precision import cast_linear_weights
 from llm2clip.models.text.packing import PACKED

@@ -9,7 +9,7 @@ import torch
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llm2clip.models.text.packing import pack_batch, packed_attention, remove_prompts
+from llm2clip.models.text.packing import pack_captions, packed_attention, remove_prompts
 
 HEADS, KEY_HEADS, HEAD_DIM = 4, 2, 8
 
@@ -75,8 +75,8 @@ def test_packed_attention_backward_is_linear_in_number_of_lengths() -> None:
     assert elements_per_token(64) < 1.5 * elements_per_token(1)
 
 
-def test_pack_batch_inputs() -> None:
-    batch = pack_batch([[5, 6, 7], [8], [9, 10]], "packed", torch.device("cpu"))
+def test_pack_captions_inputs() -> None:
+    batch = pack_captions([[5, 6, 7], [8], [9, 10]], "packed", torch.device("cpu"))
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]
     assert batch["seq_idx"].tolist() == [[0, 0, 0, 1, 2, 2]]
@@ -89,7 +89,7 @@ def test_pack_batch_inputs() -> None:
 def test_pooling_without_prompts_equals_sentence_transformers(prompt_length: int) -> None:
     """Captions that consist of their prompt, or of a part of it, have a zero embedding."""
     pooling = Pooling(8, "mean", include_prompt=False)
-    batch = pack_batch([[1, 2, 3, 4, 5], [1, 2], [1, 2, 3, 4], [1, 2, 3]], "packed", torch.device("cpu"))
+    batch = pack_captions([[1, 2, 3, 4, 5], [1, 2], [1, 2, 3, 4], [1, 2, 3]], "packed", torch.device("cpu"))
     batch |= {"token_embeddings": torch.randn(1, 14, 8), "prompt_length": prompt_length}
     expected = pooling(dict(batch))["sentence_embedding"]
     remove_prompts(batch)

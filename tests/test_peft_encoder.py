@@ -106,7 +106,7 @@ def test_find_adapter_downloads_a_subfolder_of_a_repository(adapter: Path, monke
         return str(adapter / name) if (adapter / name).is_file() else None
 
     monkeypatch.setattr("transformers.utils.cached_file", cached_file)
-    monkeypatch.setattr("llm2clip.models.hub.model_source.find_hub_problem", lambda: "")
+    monkeypatch.setattr("llm2clip.models.hub.model_names.find_hub_problem", lambda: "")
     assert find_adapter(LLAMA_3_1_8B) == adapter
     repository = "microsoft/LLM2CLIP-Llama3.1-8B-siglip2-so400m-patch14-224"
     assert requests[:2] == [

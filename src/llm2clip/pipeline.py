@@ -55,7 +55,7 @@ from llm2clip.evaluate.retrieval_eval import (
 from llm2clip.html_report import to_markdown
 from llm2clip.models.dual_encoder import from_llm2clip
 from llm2clip.models.export.model_card import write_model_card
-from llm2clip.models.hub.model_source import check_model_source
+from llm2clip.models.hub.model_names import check_model_source
 from llm2clip.models.hub.pretrained import resolve_gguf, resolve_pretrained
 from llm2clip.models.inherited_clip import load_inherited_clip, model_in_clip_space
 from llm2clip.models.llm2clip import LLM2CLIP

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from llm2clip.models.hub.model_source import is_hub_id
+from llm2clip.models.hub.model_names import is_hub_id
 
 # Prefixes of model names (see `models/dual_encoder.py` and `models/vision/vision_tower.py`).
 PREFIXES = ("open_clip:", "timm:", "st:", "hf:")

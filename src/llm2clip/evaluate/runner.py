@@ -32,7 +32,7 @@ from llm2clip.evaluate.short_queries import score_short_queries
 from llm2clip.html_report import BAD, Block, Code, Details, Paragraph, to_markdown, write_report
 from llm2clip.io_utils import MissingFileError, atomic_write_text, safe_name
 from llm2clip.models.dual_encoder import SENTENCE_TRANSFORMERS_PREFIX
-from llm2clip.models.hub.display_names import display_names
+from llm2clip.models.hub.model_names import display_names
 from llm2clip.models.hub.pretrained import resolve_pretrained
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import is_model_folder

@@ -22,7 +22,7 @@ from llm2clip.html_report import (
     write_report,
 )
 from llm2clip.llava.evaluate import LlavaResult
-from llm2clip.models.hub.display_names import display_names
+from llm2clip.models.hub.model_names import display_names
 from llm2clip.published_results import LLAVA
 from llm2clip.runs.run_description import format_run
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from llm2clip.llava import modeling_patches
-from llm2clip.models.export.vision import build_vision_model
+from llm2clip.models.export.transformers import build_vision_model
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import is_model_folder
 from llm2clip.models.vision.vision_tower import VisionTower

@@ -24,9 +24,8 @@ from torchvision.transforms.v2.functional import to_pil_image
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.transforms import EvalTransform, Preprocess
 from llm2clip.models.hub.fingerprint import hash_weights
-from llm2clip.models.hub.loading import WITHOUT_HUB_CODE, hide_loading_bars
-from llm2clip.models.hub.model_source import check_model_source
-from llm2clip.models.hub.remote_code import explain_remote_code_error
+from llm2clip.models.hub.loading import WITHOUT_HUB_CODE, explain_remote_code_error, hide_loading_bars
+from llm2clip.models.hub.model_names import check_model_source
 from llm2clip.models.llm2clip import LLM2CLIP, MAX_LOGIT_SCALE
 from llm2clip.models.model_folder import is_model_folder
 from llm2clip.models.precision import CALIBRATED, Stage, resolve_precision

@@ -19,7 +19,7 @@ from typing import Any
 from llm2clip.data.training_images import TRAINING_IMAGES_FILE
 from llm2clip.io_utils import atomic_write_text, read_json_object
 from llm2clip.models.heads import AdapterConfig
-from llm2clip.models.hub.model_source import check_model_source
+from llm2clip.models.hub.model_names import check_model_source
 from llm2clip.models.prompts import LITERAL, QueryTemplates
 
 # Files that are downloaded from the hub: configs, weights, tokenizers and model cards, but no pickles and no code.

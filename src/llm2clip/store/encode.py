@@ -21,9 +21,8 @@ import torch
 from llm2clip.cpu_tuning import keep_freed_memory
 from llm2clip.io_utils import atomic_write_jsonl, read_jsonl
 from llm2clip.models.precision import resolve_encoder_precision
-from llm2clip.models.text.batch_size_tuner import MIN_CAPTIONS_TO_TUNE, tune_batch_tokens
+from llm2clip.models.text.batching import MIN_CAPTIONS_TO_TUNE, TokenizedTexts, tune_batch_tokens
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.models.text.length_batching import TokenizedTexts
 from llm2clip.runs.output_folder import MANIFEST
 from llm2clip.runs.ranks import cached_json
 from llm2clip.store.layout import read_manifest

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from llm2clip.data.hashing import text_key
+from llm2clip.models.text.batching import TokenizedTexts
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.models.text.length_batching import TokenizedTexts
 from llm2clip.models.text.packing import copy_to_device
 from llm2clip.runs.gather import RaggedGather, max_over_ranks
 from llm2clip.train.grad_cache import cached_backward

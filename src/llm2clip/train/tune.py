@@ -28,8 +28,8 @@ from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.pairs import TuningItem, pair_batches, resolve_pairs_per_step
 from llm2clip.io_utils import atomic_dir
 from llm2clip.models.precision import DTYPES, resolve_precision
+from llm2clip.models.text.batching import default_batch_tokens
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.models.text.length_batching import default_batch_tokens
 from llm2clip.models.text.llm_layers import get_layers
 from llm2clip.models.text.lora import LoraSession, check_qlora_available
 from llm2clip.runs.checkpoint import Checkpoints, TrainingLog, hash_texts, show_progress

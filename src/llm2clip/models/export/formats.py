@@ -10,8 +10,7 @@ from typing import Any
 from llm2clip.io_utils import atomic_dir
 from llm2clip.models.export.onnx import export_onnx
 from llm2clip.models.export.open_clip import export_open_clip
-from llm2clip.models.export.transformers import export_sentence_transformers, export_transformers
-from llm2clip.models.export.vision import export_vision
+from llm2clip.models.export.transformers import export_sentence_transformers, export_transformers, export_vision
 from llm2clip.models.llm2clip import LLM2CLIP
 
 

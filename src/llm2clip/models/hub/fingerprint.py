@@ -15,13 +15,18 @@ def fingerprint(identity: dict[str, Any]) -> str:
 
     Encoders with the same hash produce identical embeddings.
     """
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+    return hash_text(json.dumps(identity, sort_keys=True))
+
+
+def hash_text(text: str) -> str:
+    """Return a hash (32 hex digits) of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def hash_weights(module: nn.Module) -> str:
-    """Return a hash (16 hex digits) of the names and values of a module's weights and buffers."""
+    """Return a hash (32 hex digits) of the names, dtypes, shapes and values of a module's weights and buffers."""
     digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+    for name, tensor in sorted(module.state_dict().items(), key=lambda item: item[0]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]

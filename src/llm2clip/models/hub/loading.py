@@ -1,9 +1,9 @@
-"""Helpers to load transformers models: configs without references to code, and context managers that hide messages.
+"""Helpers to load models without running code from a model folder, and without irrelevant messages.
 
-A model folder may come from an untrusted source, and its config can name code to run: an attention implementation such
-as `OWNER/NAME` is downloaded from the hub by the package `kernels`, as are the kernels of some quantisation methods.
-Pass the result of `load_config` or `build_config` to every transformers model, and `WITHOUT_HUB_CODE` to every
-SentenceTransformer, so that only the user can choose an implementation.
+A model folder may come from an untrusted source. It can contain Python code, as Jina-CLIP does, and its config can name
+code to run: an attention implementation such as `OWNER/NAME` is downloaded from the hub by the package `kernels`, as
+are the kernels of some quantisation methods. Pass the result of `load_config` or `build_config` to every transformers
+model, and `WITHOUT_HUB_CODE` to every SentenceTransformer, so that only the user can choose an implementation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from llm2clip.models.hub.model_source import check_model_source
+from llm2clip.models.hub.model_names import check_model_source
 
 # Arguments of `from_pretrained` that replace those saved in a sentence-transformers folder. The implementations apply
 # to the configs of all parts of the model.
@@ -124,3 +124,43 @@ def hide_load_report() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def has_remote_code(path: str) -> bool:
+    """Return True if loading a transformers model requires the Python code in its folder or hub repository.
+
+    This function does not run the code. It returns False if the model does not exist or if transformers has a class for
+    the model's type.
+    """
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(path)
+    except (OSError, ValueError):  # not a transformers model; the loading function will report the error
+        return False
+    code_classes = config.get("auto_map") or {}
+    return "AutoModel" in code_classes and config.get("model_type") not in CONFIG_MAPPING
+
+
+def check_remote_code_is_allowed(path: str, trust_remote_code: bool) -> None:
+    """Raise ValueError if a transformers model comes with Python code that the user has not allowed to run."""
+    if not trust_remote_code and has_remote_code(path):
+        raise ValueError(_not_allowed_message(path))
+
+
+@contextmanager
+def explain_remote_code_error(path: str) -> Iterator[None]:
+    """Replace a library's error about `trust_remote_code=True` with a ValueError that names llm2clip's option."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code=True" not in str(error):
+            raise
+        raise ValueError(_not_allowed_message(path)) from error
+
+
+def _not_allowed_message(path: str) -> str:
+    return (
+        f"{path} comes with Python code, which is not run by default. If you trust its authors, pass "
+        "--trust_remote_code (in Python: trust_remote_code=True)"
+    )

@@ -10,7 +10,6 @@ without padding, and computes the encoder's identity: everything that affects th
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,15 +23,21 @@ from torch import Tensor, nn
 
 from llm2clip.cpu_tuning import flex_attention_is_correct, onednn_matmul
 from llm2clip.data.valid_text import check_texts
+from llm2clip.models.hub.fingerprint import hash_text, hash_weights
 from llm2clip.models.hub.loading import hide_loading_bars
 from llm2clip.models.hub.pretrained import resolve_gguf, resolve_pretrained
+from llm2clip.models.text.batching import TokenizedTexts, default_encoding_tokens
 from llm2clip.models.text.latent_attention import LatentAttentionPooling
-from llm2clip.models.text.length_batching import TokenizedTexts, default_encoding_tokens
 from llm2clip.models.text.llm_layers import is_encoder_only, set_bidirectional, truncate_layers
 from llm2clip.models.text.mixed_precision import autocast_precision, cast_linear_weights, parse_precision
-from llm2clip.models.text.packing import PACKED, can_pack, copy_to_device, pack_batch, remove_prompts
-from llm2clip.models.text.sentence_transformer import open_sentence_transformer, truncate_embeddings
-from llm2clip.models.text.text_template import has_consistent_length, prompt_length, set_template
+from llm2clip.models.text.packing import PACKED, can_pack, copy_to_device, pack_captions, remove_prompts
+from llm2clip.models.text.sentence_transformer import (
+    has_consistent_length,
+    open_sentence_transformer,
+    prompt_length,
+    set_template,
+    truncate_embeddings,
+)
 from llm2clip.progress import ProgressBar
 
 MAX_EMBEDDINGS_ON_DEVICE = 8192  # number of accumulated embeddings after which they are copied to the CPU
@@ -237,12 +242,12 @@ class CaptionEncoder(nn.Module):
                 of the template's prefix.
 
         Returns:
-            A dict of model inputs. For `packed` and flash attention, this is the output of `pack_batch`: a single row
+            A dict of model inputs. For `packed` and flash attention, it is the output of `pack_captions`, a single row
             without padding. For other attention implementations, it contains the padded input_ids and attention_mask,
             both (B, T) int64, and prompt_length if it is not 0.
         """
         if self.attention == PACKED or "flash" in self.attention:
-            batch = pack_batch(ids, self.attention, self.device)
+            batch = pack_captions(ids, self.attention, self.device)
         else:
             padded = self.tokenizer.pad({"input_ids": list(ids)}, return_tensors="pt")
             batch = {name: copy_to_device(padded[name], self.device) for name in ("input_ids", "attention_mask")}
@@ -366,16 +371,12 @@ class CaptionEncoder(nn.Module):
             ValueError: the weights are no longer in fp32 (see `move_for_encoding`).
         """
         self._check_weights("fp32")
-        weights = hashlib.sha256()
-        for name, tensor in sorted(self.st.state_dict().items()):
-            weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return {
-            "weights": weights.hexdigest()[:32],
-            "tokenizer": _short_hash(_canonical_tokenizer(self.tokenizer.backend_tokenizer)),
+            "weights": hash_weights(self.st),
+            "tokenizer": hash_text(_canonical_tokenizer(self.tokenizer.backend_tokenizer)),
             "bidirectional": not getattr(self.llm.config, "is_causal", not is_encoder_only(self.llm)),
             "layers": self.llm.config.num_hidden_layers,
-            "config": _short_hash(json.dumps(_effective_config(self.llm), sort_keys=True)),
+            "config": hash_text(json.dumps(_effective_config(self.llm), sort_keys=True)),
             "header": self.prefix,
             "modules": [type(m).__name__ for m in self.st],
             "pooling": self.st[1].get_config_dict(),
@@ -403,10 +404,6 @@ def _move_to_cpu(on_device: list[tuple[list[int], Tensor]], embeddings: Tensor) 
         rows = [row for batch_rows, _ in on_device for row in batch_rows]
         embeddings[rows] = torch.cat([batch for _, batch in on_device]).cpu()
         on_device.clear()
-
-
-def _short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _effective_config(llm: Any) -> dict[str, Any]:

@@ -29,7 +29,7 @@ PACKED = "packed"
 MAX_UNFUSED_LENGTH = 512  # tokens; for longer captions, the attention scores would take too much memory
 
 
-def pack_batch(ids: Sequence[Sequence[int]], attention: str, device: torch.device) -> dict[str, Any]:
+def pack_captions(ids: Sequence[Sequence[int]], attention: str, device: torch.device) -> dict[str, Any]:
     """Pack B captions with T tokens in total into one row; return the model inputs.
 
     Args:
@@ -81,7 +81,7 @@ def remove_prompts(features: dict[str, Any]) -> None:
     sentence-transformers' pooling can exclude prompts as well, but it waits for the GPU to find their tokens.
 
     Args:
-        features: output of the LLM, with the entries from `pack_batch` and the entry `prompt_length`, the number of
+        features: output of the LLM, with the entries from `pack_captions` and the entry `prompt_length`, the number of
             tokens to remove at the start of each caption. This entry is removed as well.
     """
     prompt_length = features.pop("prompt_length")

@@ -21,7 +21,7 @@ from llm2clip.config import AlignConfig, TuneConfig
 from llm2clip.models.precision import DTYPES
 from llm2clip.models.text.llm_layers import get_layers
 from llm2clip.models.text.lora import cast_frozen_linear
-from llm2clip.models.text.packing import PACKED, can_pack, pack_batch
+from llm2clip.models.text.packing import PACKED, can_pack, pack_captions
 from llm2clip.tools.plan.model_configs import build_llm, build_model
 from llm2clip.train.optim import set_trainable
 
@@ -76,7 +76,7 @@ def saved_by_llm(
         input_sizes = _record_input_sizes(layers)
         for captions in (1, 2):
             if is_packed:
-                inputs = pack_batch([[0] * tokens] * captions, PACKED, torch.device("cpu"))
+                inputs = pack_captions([[0] * tokens] * captions, PACKED, torch.device("cpu"))
             else:
                 inputs = {"input_ids": torch.zeros(1, tokens * captions, dtype=torch.long)}
             saved = SavedTensorBytes(net)

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from llm2clip.config import AlignConfig, EncoderConfig, TuneConfig
-from llm2clip.models.text.length_batching import GPU_BATCH_TOKENS
+from llm2clip.models.text.batching import GPU_BATCH_TOKENS
 from llm2clip.models.text.llm_layers import get_layers
 from llm2clip.tools.plan.activations import requires_grad_as, saved_by_align_model, saved_by_llm
 from llm2clip.tools.plan.model_configs import build_llm, build_model, get_llm_config

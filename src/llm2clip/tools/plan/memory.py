@@ -11,7 +11,7 @@ On a CPU, weights also take up this memory while they are loaded, hashed and sav
 from __future__ import annotations
 
 from llm2clip.config import AlignConfig, TuneConfig
-from llm2clip.models.text.length_batching import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
+from llm2clip.models.text.batching import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
 from llm2clip.tools.plan.flops import ImageCosts, TextCosts
 from llm2clip.train.losses import CHUNK
 

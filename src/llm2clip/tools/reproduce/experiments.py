@@ -31,7 +31,7 @@ from llm2clip.data.pairs import TuningItem
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.retrieval_eval import RetrievalRanks, dual_encoder_from_store, rank_caption_fields
-from llm2clip.models.hub.display_names import display_names
+from llm2clip.models.hub.model_names import display_names
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.pipeline import align, embed, open_encoder, tune

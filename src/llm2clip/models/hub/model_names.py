@@ -1,11 +1,12 @@
-"""Check of the names of models before a library looks for them on the hub.
+"""Names of models: check of a name before a library looks for it on the hub, and short names for tables.
 
-Otherwise, a library would send a mistyped path to the hub, and retry for a minute if the machine is offline.
+Without the check, a library would send a mistyped path to the hub, and retry for a minute if the machine is offline.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -60,3 +61,29 @@ def _is_cached(hub_id: str) -> bool:
     from huggingface_hub import constants
 
     return (Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}").is_dir()
+
+
+def display_names(models: Sequence[str]) -> list[str]:
+    """Return a short, unique name for each model, in the same order.
+
+    Existing paths are shortened to their last component, and RUN/model and RUN/encoder to the folder name of RUN. Hub
+    ids are not shortened. If two short names are identical, no name is shortened. If a model is listed more than once,
+    repeated names are numbered, e.g. "NAME (2)".
+    """
+    names = [_short_name(model) for model in models]
+    if len(set(names)) < len(names):
+        names = list(models)
+    unique_names = []
+    for n, name in enumerate(names):
+        earlier = names[:n].count(name)
+        unique_names.append(f"{name} ({earlier + 1})" if earlier else name)
+    return unique_names
+
+
+def _short_name(model: str) -> str:
+    path = Path(model)
+    if not path.exists():
+        return model
+    folder = path.resolve()
+    name = folder.parent.name if path.name in ("model", "encoder") else folder.name
+    return name or model

@@ -13,7 +13,7 @@ from llm2clip.cli import main
 from llm2clip.models.convert.load import load_official_checkpoint
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.hub.loading import load_config
-from llm2clip.models.hub.model_source import check_model_source, find_hub_problem, is_hub_id
+from llm2clip.models.hub.model_names import check_model_source, find_hub_problem, is_hub_id
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.clip_text_encoder import load_clip_text_encoder

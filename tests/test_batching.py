@@ -8,16 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from llm2clip.models.text import batch_size_tuner
+from llm2clip.models.text import batching
+from llm2clip.models.text.batching import TokenizedTexts, default_encoding_tokens
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.models.text.length_batching import TokenizedTexts, default_encoding_tokens
 
 
 def test_tune_batch_tokens_takes_the_fastest(encoder: CaptionEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """A larger batch must be faster, and none is tried after one that is slower or does not fit in memory."""
-    tokens = TokenizedTexts(
-        [[1, 2]] * batch_size_tuner.MIN_CAPTIONS_TO_TUNE, [], [0] * batch_size_tuner.MIN_CAPTIONS_TO_TUNE
-    )
+    tokens = TokenizedTexts([[1, 2]] * batching.MIN_CAPTIONS_TO_TUNE, [], [0] * batching.MIN_CAPTIONS_TO_TUNE)
     tried: list[int] = []
 
     def set_speeds(speeds: dict[int, float]) -> None:
@@ -30,25 +28,25 @@ def test_tune_batch_tokens_takes_the_fastest(encoder: CaptionEncoder, monkeypatc
             return speeds[size]
 
         tried.clear()
-        monkeypatch.setattr(batch_size_tuner, "tokens_per_second", speed)
+        monkeypatch.setattr(batching, "tokens_per_second", speed)
 
     set_speeds({512: 100, 1024: 120, 2048: 121, 4096: 110})
-    assert batch_size_tuner.tune_batch_tokens(encoder, tokens) == 1024 and tried == [512, 1024, 2048, 4096]
+    assert batching.tune_batch_tokens(encoder, tokens) == 1024 and tried == [512, 1024, 2048, 4096]
     set_speeds({512: 100, 1024: 90, 2048: 1000})
-    assert batch_size_tuner.tune_batch_tokens(encoder, tokens) == 512 and tried == [512, 1024]
+    assert batching.tune_batch_tokens(encoder, tokens) == 512 and tried == [512, 1024]
     set_speeds({512: 100, 1024: 120})
-    assert batch_size_tuner.tune_batch_tokens(encoder, tokens) == 1024 and tried == [512, 1024, 2048]
+    assert batching.tune_batch_tokens(encoder, tokens) == 1024 and tried == [512, 1024, 2048]
     set_speeds({})
-    assert batch_size_tuner.tune_batch_tokens(encoder, tokens) == 256  # not even the smallest one fits
+    assert batching.tune_batch_tokens(encoder, tokens) == 256  # not even the smallest one fits
     tried.clear()
-    assert batch_size_tuner.tune_batch_tokens(encoder, encoder.tokenize(["a few"])) == 1024 and not tried
+    assert batching.tune_batch_tokens(encoder, encoder.tokenize(["a few"])) == 1024 and not tried
 
 
 def test_tokens_per_second_times_batches_of_all_lengths(
     encoder: CaptionEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(100))
-    monkeypatch.setattr(batch_size_tuner, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    monkeypatch.setattr(batching, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     encoded_lengths: list[int] = []
     encode = encoder.encode
 
@@ -59,7 +57,7 @@ def test_tokens_per_second_times_batches_of_all_lengths(
     monkeypatch.setattr(encoder, "encode", record_and_encode)
     lengths = [40] * 10 + [20] * 20 + [10] * 40 + [5] * 80  # 400 tokens of each length
     tokens = TokenizedTexts([[1] * n for n in lengths], [], [0] * len(lengths))
-    assert batch_size_tuner.tokens_per_second(encoder, tokens, 200, "fp32") == 200  # one second per batch
+    assert batching.tokens_per_second(encoder, tokens, 200, "fp32") == 200  # one second per batch
     assert encoded_lengths == [40, 40, 40, 10, 5]
 
 
