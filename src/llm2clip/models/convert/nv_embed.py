@@ -18,7 +18,6 @@ from sentence_transformers.base.modules import Normalize
 from torch import Tensor, nn
 
 from llm2clip.models.convert.checkpoint_io import read_checkpoint
-from llm2clip.models.convert.checkpoint_layout import describe_tensors
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.latent_attention import LatentAttentionPooling
 from llm2clip.models.text.sentence_transformer import NV_EMBED, read_config
@@ -28,7 +27,6 @@ _POOLING_PREFIX = "latent_attention_model."
 _ROTARY_BUFFER = "rotary_emb.inv_freq"  # recomputed from the config
 # Weights of the pooling layer, without prefix -> parameter of LatentAttentionPooling.
 _POOLING_NAMES = {
-    "latents": "latents",
     "cross_attend_blocks.0.norm": "norm",
     "cross_attend_blocks.0.norm_context": "norm_latents",
     "cross_attend_blocks.0.fn.to_q": "to_q",
@@ -72,15 +70,10 @@ def load_nv_embed(source: str | Path) -> CaptionEncoder:
         ValueError: a tensor is missing, is unexpected or has the wrong shape, or the architecture is not supported.
     """
     tensors, config, _ = read_checkpoint(source)
-    llm_tensors, pooling_tensors, unexpected = _split_tensors(tensors)
+    llm_tensors, pooling_tensors = _split_tensors(tensors)
     del tensors
-    if unexpected:
-        raise ValueError(f"{source} is not NV-Embed-v2: unexpected {describe_tensors(unexpected)}")
-
     pooling = _build_pooling(config["latent_attention_config"])
-    _check_tensors(source, _POOLING_PREFIX, pooling_tensors, pooling)
-    pooling.load_state_dict(pooling_tensors)
-
+    _load_weights(source, pooling, pooling_tensors)
     encoder = _load_llm(source, llm_tensors, config["text_config"])
     encoder.st[1] = pooling
     if config["latent_attention_config"].get("output_normalize"):
@@ -88,24 +81,27 @@ def load_nv_embed(source: str | Path) -> CaptionEncoder:
     return encoder.eval()
 
 
-def _split_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Return the tensors of the LLM and of the pooling layer, renamed to llm2clip's names, and all other tensors."""
+def _split_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the tensors of the LLM and all other tensors, renamed to llm2clip's names."""
     llm: dict[str, Tensor] = {}
     pooling: dict[str, Tensor] = {}
-    unexpected: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.startswith(_LLM_PREFIX):
             if not name.endswith(_ROTARY_BUFFER):
                 llm[name.removeprefix(_LLM_PREFIX)] = tensor
             continue
-        module, _, kind = name.removeprefix(_POOLING_PREFIX).rpartition(".")
-        if name == f"{_POOLING_PREFIX}latents":
-            pooling["latents"] = tensor.float()
-        elif name.startswith(_POOLING_PREFIX) and module in _POOLING_NAMES:
-            pooling[f"{_POOLING_NAMES[module]}.{kind}"] = tensor.float()
-        else:
-            unexpected[name] = tensor
-    return llm, pooling, unexpected
+        name = name.removeprefix(_POOLING_PREFIX)
+        module, _, kind = name.rpartition(".")
+        pooling[f"{_POOLING_NAMES[module]}.{kind}" if module in _POOLING_NAMES else name] = tensor.float()
+    return llm, pooling
+
+
+def _load_weights(source: str | Path, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Load tensors into a module. Raise ValueError if a name or shape differs."""
+    try:
+        module.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{source} is not NV-Embed-v2: {error}") from error
 
 
 def _build_pooling(config: Mapping[str, Any]) -> LatentAttentionPooling:
@@ -133,7 +129,7 @@ def _load_llm(source: str | Path, tensors: dict[str, Tensor], settings: Mapping[
     )
     with torch.device("meta"):
         model = AutoModel.from_config(config)
-    _check_tensors(source, _LLM_PREFIX, tensors, model)
+    _load_weights(source, model, tensors)
     # transformers and sentence-transformers load models from folders.
     with tempfile.TemporaryDirectory() as folder:
         config.architectures = ["MistralModel"]
@@ -141,6 +137,7 @@ def _load_llm(source: str | Path, tensors: dict[str, Tensor], settings: Mapping[
         save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
         _load_tokenizer(source).save_pretrained(folder)
         tensors.clear()  # free this memory before the LLM is loaded again
+        del model
         return CaptionEncoder.from_pretrained(folder, device="cpu")
 
 
@@ -158,20 +155,3 @@ def _load_tokenizer(source: str | Path) -> Any:
     tokenizer.pad_token = end
     tokenizer.padding_side = "right"
     return tokenizer
-
-
-def _check_tensors(source: str | Path, prefix: str, tensors: Mapping[str, Tensor], module: nn.Module) -> None:
-    """Raise ValueError unless the tensors have the names and shapes of the module's weights."""
-    expected = module.state_dict()
-    problems = []
-    missing = {name: expected[name] for name in expected.keys() - tensors.keys()}
-    if missing:
-        problems.append(f"missing {describe_tensors(missing)}")
-    unexpected = {name: tensors[name] for name in tensors.keys() - expected.keys()}
-    if unexpected:
-        problems.append(f"unexpected {describe_tensors(unexpected)}")
-    for name in sorted(expected.keys() & tensors.keys()):
-        if tensors[name].shape != expected[name].shape:
-            problems.append(f"{name} is {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}")
-    if problems:
-        raise ValueError(f"{source} is not NV-Embed-v2: {prefix}*: {'; '.join(problems)}")

@@ -214,7 +214,7 @@ class CaptionEncoder(nn.Module):
         return len(self.tokenize(captions).truncated)
 
     def prompt_length(self, prompt: str) -> int:
-        """Return the number of tokens before a caption (see `text_template.prompt_length`)."""
+        """Return the number of tokens before a caption (see `sentence_transformer.prompt_length`)."""
         if prompt not in self._prompt_lengths:
             self._prompt_lengths[prompt] = prompt_length(self.tokenizer, prompt)
         return self._prompt_lengths[prompt]
