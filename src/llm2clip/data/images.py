@@ -78,10 +78,10 @@ def load_image(image: ImageLike) -> Tensor:
         raise ImageError(f"{name}: {reason}" if name else str(reason)) from error
 
 
-def list_images(images: object) -> list[Any]:
+def list_images(images: Any) -> list[Any]:
     """Return the images in a list, a tuple or a batch (N, ...). A single image becomes a list of one image."""
     is_batch = isinstance(images, Tensor | np.ndarray) and images.ndim == 4
-    return list(images) if is_batch or isinstance(images, list | tuple) else [images]  # type: ignore[call-overload]
+    return list(images) if is_batch or isinstance(images, list | tuple) else [images]
 
 
 def decode_image(data: bytes) -> Tensor:
