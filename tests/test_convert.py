@@ -19,7 +19,7 @@ from llm2clip import LLM2CLIP
 from llm2clip.cli import main
 from llm2clip.models.convert.checkpoint_layout import EVA, LAYOUTS, Checkpoint, computed_buffers, official_name
 from llm2clip.models.convert.infer_config import infer_config
-from llm2clip.models.convert.load import fill_weights, load_official_checkpoint
+from llm2clip.models.convert.load import copy_tensors, load_official_checkpoint
 from llm2clip.models.convert.published_encoders import TEMPLATE_TOKENS, published_template, suggest_encoders
 from llm2clip.models.convert.save import save_official
 from llm2clip.models.heads import AdapterConfig
@@ -171,7 +171,7 @@ def test_infer_config_matches_published_hf_parameter_counts(tower: dict[str, int
         checkpoint = Checkpoint.from_tensors("memory", {name: torch.empty(shape) for name, shape in shapes.items()})
         config = infer_config(checkpoint)
         model = LLM2CLIP(config, VisionTower.from_config(config.tower))
-        fill_weights(model, checkpoint)
+        copy_tensors(model, checkpoint)
     assert sum(p.numel() for p in model.parameters()) == count
     assert (config.text_dim, config.embed_dim, config.adapter) == (4096, 1280, AdapterConfig())
     assert config.tower["architecture"]["num_attention_heads"] == tower["width"] // 64
@@ -199,7 +199,7 @@ def test_infer_config_eva_towers_match_open_clip(tower: dict[str, int], size: in
         config = infer_config(checkpoint)
         model = LLM2CLIP(config, VisionTower.from_config(config.tower))
         trunk = open_clip.create_model(reference, load_weights=False, device="meta").visual.trunk
-        fill_weights(model, checkpoint)
+        copy_tensors(model, checkpoint)
     assert config.tower["architecture"] == name
     assert config.tower["args"] == {"num_classes": 0, "img_size": size}
     theirs = {n: p.shape for n, p in trunk.named_parameters() if not n.startswith("head.")}

@@ -129,16 +129,11 @@ def _eva_tower(checkpoint: Checkpoint) -> dict[str, Any]:
     rotary = checkpoint.tensors.get("visual.rope.freqs_cos")  # (positions, head dimension)
     heads = _num_heads(checkpoint, width, HEAD_DIM if rotary is None else rotary.shape[-1])
 
-    args: dict[str, Any] = {"num_classes": 0, "img_size": image_size}
-    architecture = None
+    known = None
     if heads == width // HEAD_DIM:
-        architecture = _TIMM_EVA_TOWERS.get((patch_size, width, depth, hidden), {}).get(image_size)
-    if architecture is None:
-        architecture = "eva02_large_patch14_clip_336"
-        args |= {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads}
-        args["mlp_ratio"] = (hidden + 0.5) / width  # timm rounds width * mlp_ratio down
-    preprocess = checkpoint.preprocess or _default_preprocess(image_size)
-    return {"library": "timm", "architecture": architecture, "args": args, "preprocess": preprocess.to_dict()}
+        known = _TIMM_EVA_TOWERS.get((patch_size, width, depth, hidden), {}).get(image_size)
+    sizes = {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads}
+    return _timm_tower(checkpoint, known, "eva02_large_patch14_clip_336", image_size, sizes, hidden)
 
 
 def _siglip_tower(checkpoint: Checkpoint, embed_dim: int) -> dict[str, Any]:
@@ -157,15 +152,31 @@ def _siglip_tower(checkpoint: Checkpoint, embed_dim: int) -> dict[str, Any]:
     depth = checkpoint.count_blocks("visual.trunk.blocks.")
     hidden = checkpoint.shape("visual.trunk.blocks.0.mlp.fc1.weight")[0]
 
+    known = _TIMM_SIGLIP_TOWERS.get((patch_size, width, depth, hidden), {}).get(image_size)
+    heads = 0 if known else _num_heads(checkpoint, width, HEAD_DIM)  # known towers can have heads of another size
+    sizes = {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads}
+    return _timm_tower(checkpoint, known, "vit_base_patch16_siglip_224", image_size, sizes, hidden)
+
+
+def _timm_tower(
+    checkpoint: Checkpoint, known: str | None, family: str, image_size: int, sizes: dict[str, int], hidden: int
+) -> dict[str, Any]:
+    """Return the config of a timm tower.
+
+    Args:
+        checkpoint: official checkpoint, from which the preprocessing is taken.
+        known: timm's name for a tower with these sizes, or None if timm has no such tower.
+        family: timm's name for a tower of the same family. If `known` is None, this tower is built with custom sizes.
+        image_size: image size in pixels.
+        sizes: custom sizes, as arguments of `timm.create_model`.
+        hidden: hidden size of the MLPs.
+    """
     args: dict[str, Any] = {"num_classes": 0, "img_size": image_size}
-    architecture = _TIMM_SIGLIP_TOWERS.get((patch_size, width, depth, hidden), {}).get(image_size)
-    if architecture is None:
-        architecture = "vit_base_patch16_siglip_224"
-        heads = _num_heads(checkpoint, width, HEAD_DIM)
-        args |= {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads}
-        args["mlp_ratio"] = (hidden + 0.5) / width  # timm rounds width * mlp_ratio down
+    if known is None:
+        # timm rounds width * mlp_ratio down.
+        args |= {**sizes, "mlp_ratio": (hidden + 0.5) / sizes["embed_dim"]}
     preprocess = checkpoint.preprocess or _default_preprocess(image_size)
-    return {"library": "timm", "architecture": architecture, "args": args, "preprocess": preprocess.to_dict()}
+    return {"library": "timm", "architecture": known or family, "args": args, "preprocess": preprocess.to_dict()}
 
 
 def _default_preprocess(size: int) -> Preprocess:

@@ -46,14 +46,14 @@ def load_official_checkpoint(
     checkpoint = Checkpoint.from_tensors(str(source), tensors, config, preprocess)
     model_config = infer_config(checkpoint, normalize_input)
     model = LLM2CLIP(model_config, VisionTower.from_config(model_config.tower)).eval()
-    fill_weights(model, checkpoint)
+    copy_tensors(model, checkpoint)
     if text is not None:
         attach_caption_encoder(model, text, source)
     return model
 
 
 @torch.no_grad()
-def fill_weights(model: LLM2CLIP, checkpoint: Checkpoint) -> None:
+def copy_tensors(model: LLM2CLIP, checkpoint: Checkpoint) -> None:
     """Copy the tensors of a checkpoint into a model with the same architecture.
 
     Raises:
