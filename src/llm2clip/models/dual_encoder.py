@@ -123,7 +123,7 @@ def from_llm2clip(model: LLM2CLIP, name: str, precision: str | None = None) -> D
     """Switch an LLM2CLIP model to eval mode and wrap it in a `DualEncoder`.
 
     Args:
-        model: the model.
+        model: model on its device; its caption encoder is loaded on first use.
         name: name of the dual encoder.
         precision: precision of the caption encoder, as in `CaptionEncoder.encode`, or `auto`, the precision of the
             `serve` stage (see `models/precision.py`). Default: the precision of the `evaluate` stage. On GPUs, the

@@ -95,7 +95,7 @@ def model_in_clip_space(config: LLM2CLIPConfig, tower: VisionTower, clip: ClipTe
 
     Args:
         config: model config. Its `embed_dim` and projection are replaced with those of the CLIP model.
-        tower: vision tower.
+        tower: the image tower of the CLIP model, as loaded for training.
         clip: the CLIP model, as loaded for its text tower.
 
     Raises:

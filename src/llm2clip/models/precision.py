@@ -64,7 +64,7 @@ def resolve_precision(stage: Stage, setting: str, device: torch.device) -> str:
     """Return the precision of a stage, without measuring anything.
 
     Args:
-        stage: the stage. Multimodal LLMs are trained in the precision of `tune`.
+        stage: row of the table. Multimodal LLMs use the row of `tune`.
         setting: the user's setting. Any value except `auto` is returned unchanged.
         device: device on which the stage runs.
 
@@ -96,7 +96,7 @@ def resolve_encoder_precision(
     """Return the precision in which a stage runs a caption encoder: fp32, bf16 or bf16+N.
 
     Args:
-        stage: the stage.
+        stage: row of the table at the top of this module.
         setting: the user's setting. Any value except `auto` is returned unchanged.
         encoder: encoder with fp32 weights.
         device: device on which the encoder will run. Default: the encoder's device.

@@ -48,7 +48,7 @@ def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) ->
     """Return the config of a model with the checkpoint's architecture.
 
     Args:
-        checkpoint: official checkpoint.
+        checkpoint: official checkpoint, with canonical tensor names.
         normalize_input: if True, the adapter L2-normalises its input. Checkpoints do not contain this setting. By
             default, as in the LLM2CLIP authors' code, it is False if the adapter was trained with the LLM in the
             training loop, and True otherwise.

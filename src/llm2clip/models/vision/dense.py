@@ -130,7 +130,7 @@ class DenseEncoder:
         multiples of `cell_size`. The longer side is at most eight times as long as the shorter one.
 
         Args:
-            image: the image.
+            image: uint8 image of any size and aspect ratio.
             image_size: length of the shorter side, in pixels. Default: the size on which the tower was trained.
         """
         rows, columns = self.grid(image.shape[-2], image.shape[-1], image_size)
@@ -149,7 +149,7 @@ def build_dense_encoder(tower: VisionTower, project: Callable[[Tensor], Tensor],
     """Return a dense encoder that shares the weights of a vision tower in eval mode.
 
     Args:
-        tower: the vision tower.
+        tower: vision tower in eval mode. Later changes of its weights also change the dense features.
         project: image projection, which maps pooled features (N, feature_dim) to the shared space.
         bf16: if True, run the tower and the projection with bf16 autocast.
 

@@ -98,7 +98,7 @@ def pool_masks(features: Tensor, masks: Tensor) -> Tensor:
     """
     h, w, dim = features.shape
     rows, columns = (
-        _overlaps(cells, pixels).to(features) for cells, pixels in zip((h, w), masks.shape[1:], strict=True)
+        _compute_overlaps(cells, pixels).to(features) for cells, pixels in zip((h, w), masks.shape[1:], strict=True)
     )
     pooled = [features.new_empty(0, dim)]
     for mask in masks:  # one at a time, because floats take up four times the memory of the masks
@@ -107,7 +107,7 @@ def pool_masks(features: Tensor, masks: Tensor) -> Tensor:
     return F.normalize(torch.cat(pooled), dim=-1)
 
 
-def _overlaps(cells: int, pixels: int) -> Tensor:
+def _compute_overlaps(cells: int, pixels: int) -> Tensor:
     """Return the overlap of each cell with each pixel along an axis, in pixels, float64 (cells, pixels)."""
     cell_edges = torch.arange(cells + 1, dtype=torch.float64) * pixels / cells
     pixel_edges = torch.arange(pixels + 1, dtype=torch.float64)
