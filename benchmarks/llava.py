@@ -7,9 +7,9 @@ DATA contains flickr8k/, coco_img/ and ade20k_ids/, each with a captions.jsonl. 
 initialised from EfficientNet-Lite0 and was not trained on the val split of flickr8k.
 
 Quality: SmolLM2-135M-Instruct is trained with each tower on the same conversations, in the same order and for the same
-number of steps. The conversations come from the train split of flickr8k, coco_img and ade20k_ids. The models are
-evaluated on the val split of flickr8k: CIDEr-D and BLEU-4 against the five captions of each image, and
-POPE accuracy and F1.
+number of steps. The conversations come from the train split of flickr8k, coco_img and ade20k_ids. lmms-eval evaluates
+the models on the val split of flickr8k: CIDEr and BLEU-4 against the five captions of each image, and accuracy and F1
+of yes-or-no questions about objects. Install lmms-eval and Java, which its caption metrics need.
 
 Speed (`--only speed`): training conversations per second with random batches, with length-grouped batches, and with
 length-grouped batches plus cached tower features.
@@ -20,21 +20,28 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import random
 import shutil
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from llm2clip.config import LlavaConfig
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.llava.build import build_llava
+from llm2clip.llava.caption_conversations import (
+    SHORT_ANSWER,
+    SHORT_CAPTION_PROMPTS,
+    captioning_conversations,
+    instruction_conversations,
+    object_conversations,
+)
 from llm2clip.llava.chat_template import Conversation
-from llm2clip.llava.datasets import captioning_conversations, instruction_conversations
-from llm2clip.llava.evaluate import GenerationOptions, caption_task, evaluate_model, pope_task
+from llm2clip.llava.config import LlavaConfig
 from llm2clip.llava.image_features import PatchFeatures, cache_patch_features
 from llm2clip.llava.train import train_llava
 from llm2clip.llava.vision import load_tower
@@ -47,7 +54,13 @@ TEST = ("flickr8k/captions.jsonl@val",)
 CONFIG = LlavaConfig(
     pretrain_lr=2e-3, pretrain_batch_size=64, lr=2e-4, batch_size=64, micro_batch_size=32, save_steps=1000
 )
-METRICS = ("CIDEr-D", "BLEU-4", "accuracy", "F1")
+# Name in the table -> task and metric in lmms-eval.
+METRICS = {
+    "CIDEr": ("flickr30k_test", "flickr_CIDEr,none"),
+    "BLEU-4": ("flickr30k_test", "flickr_Bleu_4,none"),
+    "accuracy": ("pope", "pope_accuracy,none"),
+    "F1": ("pope", "pope_f1_score,none"),
+}
 SPEED_CONVERSATIONS = 768
 
 
@@ -61,7 +74,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=120, help="number of training steps for the projector and the LLM")
     parser.add_argument("--images", type=int, default=1000, help="number of val images to caption")
-    parser.add_argument("--pope_images", type=int, default=200, help="number of val images for POPE")
+    parser.add_argument("--pope_images", type=int, default=200, help="number of val images to ask about objects")
     parser.add_argument("--only", choices=["towers", "speed"], help="run only one of the two parts")
     parser.add_argument("--out", type=Path, default=Path("runs/llava"), help="folder for models and results")
     args = parser.parse_args()
@@ -78,11 +91,11 @@ def compare_towers(args: argparse.Namespace, towers: dict[str, VisionTower], tra
     """Train and evaluate a model with each tower and seed. Print a table row per run, and the mean per tower."""
     test_records = read_records(args.data, TEST)
     sample = random.Random(0).sample(test_records, min(args.images, len(test_records)))
-    tasks = [caption_task(sample), pope_task(sample[: args.pope_images])]
+    tasks = write_tasks(args.out / "tasks", sample, sample[: args.pope_images])
     captioning = captioning_conversations(train_records)
     instruction = instruction_conversations(train_records)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in towers}
-    print("| tower | seed | CIDEr-D | BLEU-4 | POPE accuracy | POPE F1 | minutes |\n|---|---|---|---|---|---|---|")
+    print(f"| tower | seed | {' | '.join(METRICS)} | minutes |\n|---|---|---|---|---|---|---|")
     for seed in range(args.seeds):
         config = dataclasses.replace(CONFIG, seed=seed)
         pretrain = random_subset(captioning, args.pretrain_steps * config.pretrain_batch_size, seed)
@@ -92,10 +105,7 @@ def compare_towers(args: argparse.Namespace, towers: dict[str, VisionTower], tra
             run = args.out / f"{name}-{seed}"
             if not (run / "model").is_dir():
                 train_model(args.out, name, tower, pretrain, instruct, config=config)
-            metrics: dict[str, float] = {}
-            options = GenerationOptions(num_beams=3)
-            for result in evaluate_model(str(run / "model"), tasks, options, run, SkipLog()):
-                metrics |= result.metrics
+            metrics = evaluate(run / "model", tasks)
             minutes = (time.perf_counter() - start) / 60
             runs[name].append(metrics)
             (run / "metrics.json").write_text(json.dumps(metrics, indent=1))
@@ -103,6 +113,58 @@ def compare_towers(args: argparse.Namespace, towers: dict[str, VisionTower], tra
             print(f"| {name} | {seed} | {values} | {minutes:.1f} |", flush=True)
     for name, results in runs.items():
         print(f"| {name}, mean | | {' | '.join(mean_and_deviation(results, key) for key in METRICS)} | |")
+
+
+def write_tasks(folder: Path, captioned: list[Record], asked_about: list[Record]) -> list[dict[str, Any]]:
+    """Write the images and questions of two tasks. Return the tasks, which are variants of tasks of lmms-eval.
+
+    Args:
+        folder: folder for the files of the tasks.
+        captioned: images for which captions are generated.
+        asked_about: images about which yes-or-no questions are asked.
+    """
+    captions = []
+    for n, record in enumerate(captioned):
+        captions.append((record, {"img_id": n, "caption": list(record.captions)}))
+    questions = []
+    record_by_id = {record.id: record for record in asked_about}
+    for conversation in object_conversations(asked_about):
+        for question, answer in conversation.turns:
+            row = {
+                "question_id": len(questions),
+                "question": question.removesuffix(SHORT_ANSWER),
+                "answer": answer.lower(),
+            }
+            questions.append((record_by_id[conversation.id], row))
+    caption_settings = {
+        "doc_to_text": SHORT_CAPTION_PROMPTS[0],
+        "generation_kwargs": {"max_new_tokens": 32, "num_beams": 3, "do_sample": False},
+    }
+    tasks: list[dict[str, Any]] = []
+    for task, rows, settings in (("flickr30k_test", captions, caption_settings), ("pope", questions, {})):
+        data = folder / task
+        (data / "test").mkdir(parents=True, exist_ok=True)
+        with (data / "test/metadata.jsonl").open("w") as file:
+            for n, (record, row) in enumerate(rows):
+                source = Path(str(record.image)).resolve()
+                link = data / f"test/{n}{source.suffix}"
+                if not link.is_symlink():
+                    link.symlink_to(source)
+                file.write(json.dumps({"file_name": link.name, **row}) + "\n")
+        dataset = {"dataset_path": "imagefolder", "dataset_kwargs": {"data_dir": str(data)}}
+        tasks.append({"task": task, **dataset, **settings})
+    return tasks
+
+
+def evaluate(model: Path, tasks: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the metrics of a model in percent, as lmms-eval computes them."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tasks' data are local
+    from lmms_eval.evaluator import simple_evaluate
+
+    from llm2clip.llava.lmms import LmmsModel
+
+    results = simple_evaluate(LmmsModel(str(model)), tasks=[dict(task) for task in tasks], bootstrap_iters=0)["results"]
+    return {name: 100 * results[task][metric] for name, (task, metric) in METRICS.items()}
 
 
 def train_model(

@@ -21,9 +21,10 @@ from align_fixtures import ALIGN, make_store, read_split
 from conftest import CAPTIONS, make_tower
 from llava_fixtures import build_tiny_llava, make_conversations
 from llm2clip.cli import main
-from llm2clip.config import LlavaConfig, TuneConfig
+from llm2clip.config import TuneConfig
 from llm2clip.data.pairs import ImageCaptions
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.llava.config import LlavaConfig
 from llm2clip.llava.train import train_llava
 from llm2clip.models.dual_encoder import DualEncoder, from_llm2clip
 from llm2clip.models.llm2clip import LLM2CLIP

@@ -37,9 +37,9 @@ from conftest import (
     run_distributed,
 )
 from llm2clip.config import AlignConfig
-from llm2clip.data.hashing import epoch_permutation
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import load_image
+from llm2clip.data.random_streams import epoch_permutation
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
 from llm2clip.data.transforms import EvalTransform

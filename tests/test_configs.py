@@ -21,10 +21,10 @@ from llm2clip.config import (
     EncoderConfig,
     EvaluateConfig,
     FitConfig,
-    LlavaConfig,
     ReproduceConfig,
     TuneConfig,
 )
+from llm2clip.llava.config import LlavaConfig
 from llm2clip.runs.run_config import ConfigChangedError, save_or_check_config
 from llm2clip.tools.plan.devices import Machine
 from llm2clip.tools.plan.plan import plan_fit

@@ -139,7 +139,6 @@ ERRORS = {
     "unknown device": ("plan --images 10 --device gtx1080", "gtx1080", "h100", "--tflops"),
     "MFU above 1": ("plan --images 10 --device h100 --mfu 40", "--mfu", "at most 1"),
     "llava without conversations": ("llava train {llm} --out {tmp}/run", "no conversations"),
-    "unknown llava benchmark": ("llava evaluate {llm} --benchmarks vqa --out {tmp}/e", "vqav2"),
     # folders
     "changed setting in a run directory": (
         FIT + " --align.seed 7", "different settings", "align.seed", "--out",

@@ -17,11 +17,11 @@ from sklearn.metrics import average_precision_score
 from conftest import run_distributed
 from format_fixtures import write_jsonl
 from llm2clip.cli import build_parser, main
+from llm2clip.data.image_hashes import hash_images, save_training_images
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import load_image
 from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.training_images import hash_images, save_training_images
 from llm2clip.evaluate.precomputed import PrecomputedEmbeddings
 from llm2clip.evaluate.short_queries import build_queries
 from llm2clip.models.dual_encoder import open_dual_encoder

@@ -193,8 +193,23 @@ def test_file_size_is_limited_before_reading(tmp_path: Path) -> None:
 # ---- tables and models ----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def parquet_batches(monkeypatch: pytest.MonkeyPatch) -> list[pa.RecordBatch]:
+    """All batches that are read from Parquet files during the test."""
+    batches: list[pa.RecordBatch] = []
+    iter_batches = pq.ParquetFile.iter_batches
+
+    def record_batches(*args: Any, **options: Any) -> Any:
+        for batch in iter_batches(*args, **options):
+            batches.append(batch)
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", record_batches)
+    return batches
+
+
 def test_parquet_rows_that_share_an_image_are_read_in_small_batches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parquet_batches: list[pa.RecordBatch]
 ) -> None:
     """A file of a kilobyte in which 5,000 rows share one image of 100 kB."""
     path = tmp_path / "x.parquet"
@@ -205,22 +220,14 @@ def test_parquet_rows_that_share_an_image_are_read_in_small_batches(
     monkeypatch.setattr(image_refs, "MAX_BATCH_BYTES", 400_000)
     monkeypatch.setattr(image_refs, "MAX_WINDOW_BYTES", 400_000)
     monkeypatch.setattr(image_refs, "MAX_ROW_GROUP_BYTES", 1 << 20)
-    batches = []
-    iter_batches = pq.ParquetFile.iter_batches
-
-    def record_batches(*args: Any, **options: Any) -> Any:
-        for batch in iter_batches(*args, **options):
-            batches.append(batch.nbytes)
-            yield batch
-
-    monkeypatch.setattr(pq.ParquetFile, "iter_batches", record_batches)
     assert load_image(ParquetImage(str(path), 3, "image")).shape == (3, 10, 12)
     with pytest.raises(ImageError, match="row group 0 have more than"):
         load_image(ParquetImage(str(path), 4999, "image"))
-    assert max(batches) < 500_000 and sum(batches) < 4 << 20
-    batches.clear()
+    sizes = [batch.nbytes for batch in parquet_batches]
+    assert max(sizes) < 500_000 and sum(sizes) < 4 << 20
+    parquet_batches.clear()
     next(open_records(path))
-    assert max(batches) < 500_000
+    assert max(batch.nbytes for batch in parquet_batches) < 500_000
 
     monkeypatch.setattr(image_refs, "MAX_ROW_GROUP_BYTES", 50_000)
     log = SkipLog(max_skipped=1.0)
@@ -235,22 +242,15 @@ def test_damaged_parquet_metadata_does_not_end_the_process(tmp_path: Path) -> No
         list(open_records(FIXTURES / "damaged_statistics.parquet", SkipLog(max_skipped=1.0)))
 
 
-def test_parquet_captions_are_read_in_small_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_captions_are_read_in_small_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parquet_batches: list[pa.RecordBatch]
+) -> None:
     """A file in which 1,000 rows share one caption of 100 kB."""
     captions = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), pa.array(["x" * 100_000]))
     pq.write_table(pa.table({"caption": captions}), tmp_path / "x.parquet", compression="zstd")
     monkeypatch.setattr(image_refs, "MAX_BATCH_BYTES", 400_000)
-    sizes = []
-    iter_batches = pq.ParquetFile.iter_batches
-
-    def record_sizes(*args: Any, **options: Any) -> Any:
-        for batch in iter_batches(*args, **options):
-            sizes.append(len(batch))
-            yield batch
-
-    monkeypatch.setattr(pq.ParquetFile, "iter_batches", record_sizes)
     assert len(list(open_records(tmp_path / "x.parquet"))) == 1000
-    assert max(sizes) <= 4
+    assert max(map(len, parquet_batches)) <= 4
 
 
 def test_reading_parquet_cells_in_any_order_takes_little_memory(

@@ -1,4 +1,4 @@
-"""Tests of LLaVA's training data: chat template, conversations, POPE questions and batches."""
+"""Tests of LLaVA's training data: chat template, conversations, questions about objects, and batches."""
 
 from __future__ import annotations
 
@@ -15,6 +15,15 @@ from llm2clip.data.image_refs import FileImage
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
 from llm2clip.llava.build import assemble_llava, load_causal_llm
+from llm2clip.llava.caption_conversations import (
+    OBJECTS_FILE,
+    SHORT_ANSWER,
+    captioning_conversations,
+    instruction_conversations,
+    mentioned_objects,
+    object_conversations,
+    read_objects,
+)
 from llm2clip.llava.chat_template import (
     IGNORE_INDEX,
     IMAGE_TOKEN,
@@ -24,13 +33,7 @@ from llm2clip.llava.chat_template import (
     tokenize_and_label,
 )
 from llm2clip.llava.collator import ConversationDataset, LengthGroupedSampler, LlavaCollator
-from llm2clip.llava.datasets import (
-    captioning_conversations,
-    instruction_conversations,
-    read_conversations,
-    read_llava,
-)
-from llm2clip.llava.pope import OBJECTS_FILE, Sampling, make_questions, mentioned_objects, read_objects
+from llm2clip.llava.datasets import read_conversations, read_llava
 from test_export import timm_tower
 
 # ---- chat template --------------------------------------------------------------------------------------------------
@@ -166,10 +169,10 @@ def test_conversations_are_made_from_captions_and_named_objects() -> None:
     assert {conversation.id for conversation in yes_no} == {"1", "2"}
     for conversation in yes_no:
         answers = [answer for _, answer in conversation.turns]
-        assert answers.count("Yes.") == answers.count("No.") > 0
+        assert answers.count("Yes") == answers.count("No") > 0
 
 
-# ---- POPE -----------------------------------------------------------------------------------------------------------
+# ---- questions about objects ----------------------------------------------------------------------------------------
 
 
 def test_mentioned_objects_match_synonyms_plurals_and_longest_names() -> None:
@@ -188,56 +191,27 @@ def test_read_objects_rejects_a_name_of_two_objects(tmp_path: Path) -> None:
         read_objects(file)
 
 
-@pytest.fixture
-def objects_file(tmp_path: Path) -> Path:
-    file = tmp_path / "objects.txt"
-    file.write_text("dog\ncat  # purrs\nball: globe\nkite\nowl\n")
-    return file
-
-
-PRESENT = [("dog", "ball"), ("dog", "ball"), ("dog", "kite"), ("cat", "kite"), ("cat",), ("owl",)]
-FREQUENCY = {"dog": 3, "ball": 2, "kite": 2, "cat": 2, "owl": 1}
-
-
-def pope_records() -> list[Record]:
-    """Return records whose captions name the objects in PRESENT, and one that names none."""
+def test_object_conversations_ask_about_present_and_absent_objects(tmp_path: Path) -> None:
+    objects_file = tmp_path / "objects.txt"
+    objects_file.write_text("dog\ncat  # purrs\nball: globe\nkite\nowl\n")
+    present = [("dog", "ball"), ("dog", "ball"), ("dog", "kite"), ("cat", "kite"), ("cat",), ("owl",)]
     records = []
-    for n, objects in enumerate([*PRESENT, ("x",)]):
+    for n, objects in enumerate([*present, ("x",)]):  # the last captions name no object
         captions = tuple(f"a {name.replace('ball', 'globe')} here" for name in objects)
         records.append(Record(str(n), FileImage(f"{n}.jpg"), captions))
-    return records
-
-
-@pytest.mark.parametrize("sampling", list(Sampling))
-def test_make_questions_asks_about_present_and_absent_objects(sampling: Sampling, objects_file: Path) -> None:
-    questions = make_questions(pope_records(), sampling, objects_file=objects_file)
-    assert len(questions) == 2 * sum(map(len, PRESENT))
-    assert len({(question.record, question.object) for question in questions}) == len(questions)
-    for n, objects in enumerate(PRESENT):
-        present = {question.object for question in questions if question.record == n and question.answer == "yes"}
-        absent = [question.object for question in questions if question.record == n and question.answer == "no"]
-        assert present == set(objects)
-        assert len(absent) == len(objects)
-        assert not set(absent) & present
-        if sampling is Sampling.POPULAR:
-            most_frequent = sorted((FREQUENCY[name] for name in FREQUENCY if name not in objects), reverse=True)
-            assert sorted((FREQUENCY[name] for name in absent), reverse=True) == most_frequent[: len(objects)]
-
-
-def test_make_questions_adversarial_uses_co_occurrence(objects_file: Path) -> None:
-    questions = make_questions(pope_records(), Sampling.ADVERSARIAL, objects_file=objects_file)
-    (absent,) = [question.object for question in questions if question.record == 4 and question.answer == "no"]
-    assert absent == "kite"  # the only object that is named together with the cat
-
-
-def test_make_questions_is_deterministic(objects_file: Path) -> None:
-    first, second = (make_questions(pope_records(), Sampling.RANDOM, seed=1, objects_file=objects_file) for _ in "ab")
-    assert first == second
-
-
-def test_make_questions_uses_the_correct_article(objects_file: Path) -> None:
-    texts = {question.text for question in make_questions(pope_records(), Sampling.RANDOM, objects_file=objects_file)}
-    assert {"Is there an owl in the image?", "Is there a dog in the image?"} <= texts
+    conversations = object_conversations(records, seed=1, objects_file=objects_file)
+    assert conversations == object_conversations(records, seed=1, objects_file=objects_file)
+    assert [conversation.id for conversation in conversations] == ["0", "1", "2", "3", "4", "5"]
+    questions = {question for conversation in conversations for question, _ in conversation.turns}
+    assert {"Is there an owl in the image?", "Is there a dog in the image?"} <= questions
+    for conversation, objects in zip(conversations, present, strict=True):
+        objects_by_answer: dict[str, set[str]] = {"Yes": set(), "No": set()}
+        for n, (question, answer) in enumerate(conversation.turns):
+            assert question.endswith(SHORT_ANSWER) is (n == 0)
+            objects_by_answer[answer].add(question.removesuffix(SHORT_ANSWER).split()[3])
+        assert objects_by_answer["Yes"] == set(objects)
+        assert len(objects_by_answer["No"] - set(objects)) == len(objects)
+        assert len(conversation.turns) == 2 * len(objects)
 
 
 # ---- batches --------------------------------------------------------------------------------------------------------

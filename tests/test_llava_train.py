@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,14 @@ import torch
 from conftest import Killed, emulate_fsdp_launch, make_llm, run_distributed
 from llava_fixtures import build_tiny_llava, load_model, load_weights, make_conversations, make_vision_tower
 from llm2clip.cli import main
-from llm2clip.config import LlavaConfig
+from llm2clip.data.image_hashes import load_training_images
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.training_images import load_training_images
 from llm2clip.llava import stage as stage_module
 from llm2clip.llava.build import build_llava
 from llm2clip.llava.chat_template import Conversation, tokenize_and_label
+from llm2clip.llava.config import LlavaConfig
 from llm2clip.llava.train import train_llava
-from llm2clip.runs.checkpoint import Checkpoints
 from test_export import hf_tower
 
 SMALL = LlavaConfig(
@@ -117,28 +115,6 @@ def test_train_llava_resumes_exactly(
     resumed = load_weights(train(built, conversations, conversations, config, out))
     for name, tensor in uninterrupted.items():
         assert torch.equal(tensor, resumed[name]), name
-
-
-def test_no_checkpoint_is_lost_if_the_clock_goes_back(
-    built: Path, conversations: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The Trainer can remove old checkpoints, and orders them by time in some versions."""
-    commit = Checkpoints.commit
-    committed = []
-
-    def commit_at_an_earlier_time(self: Checkpoints, step: int) -> None:
-        commit(self, step)
-        os.utime(self.path(step), (1e9 - step, 1e9 - step))
-        committed.append(step)
-        if len(committed) == 4:
-            raise Killed
-
-    monkeypatch.setattr(Checkpoints, "commit", commit_at_an_earlier_time)
-    with pytest.raises(Killed):
-        train(built, [], conversations, replace(SMALL, epochs=4, save_steps=1), tmp_path)
-    checkpoints = sorted((tmp_path / "instruct").glob("checkpoint-*"))
-    assert [checkpoint.name for checkpoint in checkpoints] == ["checkpoint-3", "checkpoint-4"]
-    assert all((checkpoint / "state-1.safetensors").is_file() for checkpoint in checkpoints)
 
 
 def test_train_llava_raises_for_non_finite_values(

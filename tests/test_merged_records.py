@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from format_fixtures import image_bytes, image_row, write_images_and_jsonl, write_jsonl, write_tar
-from llm2clip.data import image_copies
+from llm2clip.data import image_hashes
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.merged_records import read_merged_records, stream_records
 from llm2clip.data.records import EARLY_CHECK_ROWS, ImageCheck, open_records
@@ -144,9 +144,9 @@ def test_links_are_copies_of_their_target_without_reading_it(tmp_path: Path, mon
     (tmp_path / "broken.jpg").symlink_to("nothing.jpg")
     refs = {name: FileImage(str(tmp_path / f"{name}.jpg")) for name in ("link", "target", "broken", "0")}
     key = {name: ref.key for name, ref in refs.items()}
-    assert image_copies.find_copies(refs.values()) == {key["target"]: key["link"], key["0"]: key["link"]}
-    monkeypatch.setattr(image_copies, "_digest", None)
-    assert image_copies.find_copies([refs["link"], refs["target"]]) == {key["target"]: key["link"]}
+    assert image_hashes.find_copies(refs.values()) == {key["target"]: key["link"], key["0"]: key["link"]}
+    monkeypatch.setattr(image_hashes, "_digest", None)
+    assert image_hashes.find_copies([refs["link"], refs["target"]]) == {key["target"]: key["link"]}
 
 
 def test_only_files_of_equal_size_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,12 +155,12 @@ def test_only_files_of_equal_size_are_read(tmp_path: Path, monkeypatch: pytest.M
         (tmp_path / name).write_bytes(content)
     refs = [FileImage(str(tmp_path / name)) for name in "abc"] + [FileImage(str(tmp_path / "missing"))]
     lengths: list[int] = []
-    digest = image_copies._digest
+    digest = image_hashes._digest
     monkeypatch.setattr(
-        image_copies, "_digest", lambda path, start, length: lengths.append(length) or digest(path, start, length)
+        image_hashes, "_digest", lambda path, start, length: lengths.append(length) or digest(path, start, length)
     )
     refs += [FileImage(str(tmp_path / name)) for name in ("empty", "empty too")]
     for ref in refs[-2:]:
         Path(ref.path).touch()
-    assert image_copies.find_copies(refs) == {}
-    assert lengths == [image_copies.SAMPLE_BYTES] * 2
+    assert image_hashes.find_copies(refs) == {}
+    assert lengths == [image_hashes.SAMPLE_BYTES] * 2

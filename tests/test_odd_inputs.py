@@ -124,16 +124,7 @@ COCO = {
         {"id": 3, "image_id": 9, "caption": "it runs"},
     ],
 }
-KARPATHY = {
-    "dataset": "coco",
-    "images": [
-        {"filepath": "val2014", "filename": f"COCO_val2014_{n:012}.jpg", "cocoid": n, "split": split,
-         "sentences": [{"raw": f"{n} {word}", "tokens": [str(n), word]} for word in ("dog", "cat")]}
-        for n, split in ((9, "train"), (25, "restval"), (30, "val"), (34, "test"))
-    ],
-}  # fmt: skip
 CASES |= {
-    "COCO's captions": Case({"captions_val2017.json": json.dumps(COCO)}, [("a dog", "it runs"), ("a cat",)]),
     "COCO with an unknown image": Case(
         {"x.json": json.dumps(COCO | {"images": COCO["images"][:1]})},
         [("a dog", "it runs")],
@@ -143,9 +134,6 @@ CASES |= {
         {"instances.json": json.dumps(COCO | {"annotations": [{"image_id": 9, "bbox": [0, 0, 1, 1]}]})},
         None,
         ("its annotations have no captions. Use COCO's captions_*.json",),
-    ),
-    "Karpathy's splits": Case(
-        {"dataset_coco.json": json.dumps(KARPATHY)}, [(f"{n} dog", f"{n} cat") for n in (9, 25, 30, 34)]
     ),
     "another JSON object": Case({"x.json": '{"data": []}'}, None, ("must be a list of objects", "keys data")),
 }

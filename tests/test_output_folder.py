@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from llm2clip.cli import main
-from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, LlavaConfig, ReproduceConfig, TuneConfig
+from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, ReproduceConfig, TuneConfig
+from llm2clip.llava.config import LlavaConfig
 from llm2clip.runs.lock import RUN_LOCK, folder_lock
 from llm2clip.runs.output_folder import KINDS, check_output_folder, folder_kind
 from llm2clip.runs.run_config import save_or_check_config
@@ -81,7 +82,6 @@ def test_output_folder_must_not_contain_data(name: str, tmp_path: Path) -> None:
         ("store merge S --out OUT", "index", "not an embedding store"),
         ("store import --parquet P --out OUT", "index", "not an embedding store"),
         ("llava train M --out OUT", "align", "not a run directory of `llm2clip llava train`"),
-        ("llava evaluate M --out OUT", "llava", "not an output folder of `llm2clip evaluate`"),
         ("quickstart --out OUT", "align", "not a run directory of `llm2clip fit`"),
     ],
 )

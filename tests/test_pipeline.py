@@ -22,8 +22,8 @@ from conftest import HANG_TIMEOUT
 from llm2clip import LLM2CLIP, pipeline
 from llm2clip.cli import main
 from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, TuneConfig
+from llm2clip.data.image_hashes import TRAINING_IMAGES_FILE, count_training_images, load_training_images
 from llm2clip.data.records import open_records
-from llm2clip.data.training_images import TRAINING_IMAGES_FILE, count_training_images, load_training_images
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.tools.plan import resources

@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModel, LlamaConfig
 
-from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, LlavaConfig, TuneConfig
+from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, TuneConfig
+from llm2clip.llava.config import LlavaConfig
 from llm2clip.models.heads import AdapterConfig
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import LLM2CLIPConfig

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from llm2clip.data.hashing import epoch_permutation, unique_captions
+from llm2clip.data.random_streams import epoch_permutation
 from llm2clip.data.records import Source, open_records
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.texts import unique_captions
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.ranks import positive_ranks, two_way_ranks
 from llm2clip.evaluate.recall import chance_recall, recall, retrieval_metrics

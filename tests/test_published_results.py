@@ -12,14 +12,10 @@ import pytest
 from llm2clip.evaluate.benchmarks import BENCHMARKS, list_benchmarks
 from llm2clip.evaluate.reporting.comparison import ModelResult, benchmark_blocks, caption_retrieval_blocks
 from llm2clip.html_report import Table, to_markdown
-from llm2clip.llava.evaluate import LlavaResult
-from llm2clip.llava.report import write_llava_report
-from llm2clip.llava.tasks.base import Question
 from llm2clip.models.export.model_card import render_model_card
 from llm2clip.published_results import (
     CRA,
     CRA_NOTE,
-    LLAVA,
     PUBLISHED_NAMES,
     RETRIEVAL_TABLES,
     TABLES,
@@ -29,7 +25,6 @@ from llm2clip.published_results import (
     published_rows,
     published_sources,
 )
-from llm2clip.runs.run_description import describe_run
 from llm2clip.tools.reproduce.paper import describe_paper
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +50,6 @@ def test_published_rows_have_the_values_of_the_project_page() -> None:
         "2026: SigLIP2 + LLM2CLIP": (69.1, None, None, 56.3, None, None),
     }
     assert VISION_TRANSFER.cell("EVA02 + LLM2CLIP", "OV-COCO") == (28.9, 54.7, 48.0)
-    assert LLAVA.cell("+ LLM2CLIP", "MME") == (1505.82,)
     assert published_rows("xtd10") == {} == published_rows("data")
     assert published_metrics("ade20k") == {"2026: EVA02": {"mIoU": 11.5}, "2026: EVA02 + LLM2CLIP": {"mIoU": 15.8}}
     assert published_metrics("cityscapes")["2026: EVA02 + LLM2CLIP"] == {"mIoU": 20.1}
@@ -64,7 +58,7 @@ def test_published_rows_have_the_values_of_the_project_page() -> None:
 
 def test_published_tables_are_complete() -> None:
     assert set(PUBLISHED_NAMES) | set(VISION_TRANSFER_METRICS) <= set(BENCHMARKS)
-    for table in (*TABLES, LLAVA):
+    for table in TABLES:
         assert re.fullmatch(r"LLM2CLIP project page, commit [0-9a-f]{7}, 20\d\d-\d\d-\d\d", table.source)
         assert all(len(cells) == len(table.columns) for cells in table.rows.values())
     for table in RETRIEVAL_TABLES:
@@ -164,14 +158,3 @@ def test_withdrawn_cra_values_appear_only_in_the_note() -> None:
             if withdrawn.search(line) and encoders.search(line):
                 found.add(file.name)
     assert found == {"published_results.py", "method.md"}
-
-
-def test_llava_report_shows_the_published_metrics(tmp_path: Path) -> None:
-    question = Question(id="1", image=None, prompt="Is there a cat?", target="yes")
-    results = [
-        LlavaResult("mine", task, {"F1": 50.0, "perception": 1000.0}, [question], ["yes"]) for task in ("pope", "mme")
-    ]
-    write_llava_report(results, describe_run(seconds=1.0), tmp_path)
-    report = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert "| LLaVA (paper) | – | 1510.7 |" in report and "| + LLM2CLIP | – | 1505.8 |" in report
-    assert "| LLaVA (paper) | 87.3 | 84.2 | 86.1 |" in report and LLAVA.source in report

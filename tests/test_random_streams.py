@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llm2clip.data.random_streams import RandomStreams
+from llm2clip.data.random_streams import RandomStreams, epoch_permutation
 
 
 @pytest.mark.parametrize("seed", [0, 42, 2**32 - 1, 2**32, 2**63 + 5, 2**100 + 3])
@@ -29,3 +29,10 @@ def test_streams_equal_the_generators_of_numpy(seed: int) -> None:
 def test_negative_seeds_are_rejected() -> None:
     with pytest.raises(ValueError, match="at least 0"):
         RandomStreams(-1, np.array([1]))
+
+
+def test_epoch_permutation_depends_on_the_epoch_only() -> None:
+    first = epoch_permutation(9, 0, 1).tolist()
+    assert sorted(first) == list(range(9))
+    assert epoch_permutation(9, 0, 1).tolist() == first
+    assert epoch_permutation(9, 0, 2).tolist() != first

@@ -11,15 +11,15 @@ from huggingface_hub import constants
 
 from conftest import TouchOnLoad
 from format_fixtures import image_bytes, write_tar
-from llm2clip.data.image_refs import FileImage, MemoryImage
-from llm2clip.data.records import open_records
-from llm2clip.data.training_images import (
+from llm2clip.data.image_hashes import (
     TRAINING_IMAGES_FILE,
     count_training_images,
     hash_images,
     load_training_images,
     save_training_images,
 )
+from llm2clip.data.image_refs import FileImage, MemoryImage
+from llm2clip.data.records import open_records
 
 
 def test_training_images_are_recognised_in_other_folders_and_in_tar_files(image_folder: Path, tmp_path: Path) -> None:

@@ -355,61 +355,6 @@ class ReproduceConfig:
         require_greater_than_zero(self, "reproduce", "epochs")
 
 
-@dataclass
-class LlavaConfig:
-    """Settings for training a multimodal LLM in two stages: first the projector alone, then the projector and the LLM.
-
-    The default values are taken from LLaVA-1.5 (arXiv 2310.03744).
-    """
-
-    pretrain_epochs: float = 1
-    """Number of epochs in the first stage, which trains only the projector."""
-    pretrain_lr: float = 1e-3
-    """Peak learning rate for the projector in the first stage."""
-    pretrain_batch_size: int = 256
-    """Number of conversations per step in the first stage, in total across devices."""
-    epochs: float = 1
-    """Number of epochs over the instruction data in the second stage."""
-    lr: float = 2e-5
-    """Peak learning rate for the LLM and the projector in the second stage. 2e-4 is common with LoRA."""
-    batch_size: int = 128
-    """Number of conversations per step in the second stage, in total across devices."""
-    micro_batch_size: int = 16
-    """Number of conversations per forward pass and device. Gradients are accumulated up to the batch size."""
-    lora_r: int = 0
-    """LoRA rank for the LLM. The LoRA weights are merged after training. 0 disables LoRA and trains all weights."""
-    lora_alpha: int = 256
-    """LoRA alpha, which scales the output of the LoRA layers."""
-    max_length: int = 2048
-    """Maximum conversation length in tokens, including image tokens. Longer conversations are truncated."""
-    group_by_length: bool = True
-    """Group conversations of similar length into batches, to reduce padding."""
-    cache_gb: float = 20.0
-    """Maximum size in GB of the cache for the frozen tower's patch features. If the features do not fit, they are
-    recomputed in every step. 0 disables caching."""
-    warmup_ratio: float = 0.03
-    """Fraction of the steps spent on linear warm-up. Afterwards, the learning rate decays to zero on a cosine
-    schedule."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Training precision. auto means bf16 on devices with bf16 hardware support, otherwise fp32."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass to save memory."""
-    workers: int = 0
-    """Number of worker processes that decode images."""
-    save_steps: int = 200
-    """Steps between checkpoints."""
-    seed: int = 0
-    """Seed for the data order, the generated questions and LoRA initialisation."""
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for values out of range."""
-        require_at_least(1, self, "llava", "pretrain_batch_size", "batch_size", "micro_batch_size", "lora_alpha")
-        require_at_least(1, self, "llava", "max_length", "save_steps")
-        require_at_least(0, self, "llava", "pretrain_epochs", "epochs", "pretrain_lr", "lr", "lora_r", "cache_gb")
-        require_at_least(0, self, "llava", "workers", "seed")
-        require_fraction(self, "llava", "warmup_ratio")
-
-
 def require_at_least(minimum: int, config: Any, section: str, *names: str) -> None:
     """Raise ValueError if any of the named settings is NaN, infinite or less than the minimum.
 

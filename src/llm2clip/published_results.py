@@ -143,31 +143,6 @@ VISION_TRANSFER = PublishedTable(
     },
 )
 
-# POPE's values are F1 scores for random, adversarial and popular sampling. On the project page, the last two values in
-# the row for the LLaVA paper are swapped, which is corrected here.
-LLAVA = PublishedTable(
-    "LLaVA-1.5 with CLIP ViT-L/14 as vision tower, and with this tower trained by LLM2CLIP",
-    2026,
-    (
-        *("VQAv2", "GQA", "VizWiz", "SQA-IMG", "TextVQA", "POPE"),
-        *("MME", "MMBench", "MMBench-CN", "LLaVA-Bench", "MM-Vet", "SEED"),
-    ),
-    {
-        "LLaVA (paper)": (
-            *((78.5,), (62.0,), (50.0,), (66.8,), (58.2,), (87.3, 84.2, 86.1)),
-            *((1510.7,), (64.3,), (58.3,), (65.4,), (31.1,), (58.6,)),
-        ),
-        "LLaVA (reproduced)": (
-            *((79.04,), (62.86,), (50.57,), (67.97,), (57.48,), (87.7, 84.85, 86.3)),
-            *((1476.69,), (66.66,), (60.39,), (58.0,), (34.3,), (59.86,)),
-        ),
-        "+ LLM2CLIP": (
-            *((79.80,), (63.15,), (52.37,), (69.92,), (58.35,), (88.55, 82.76, 87.75)),
-            *((1505.82,), (68.29,), (60.40,), (62.7,), (34.8,), (60.96,)),
-        ),
-    },
-)
-
 RETRIEVAL_TABLES = (EVA02_TEXT_TOWERS, CLIP_TEXT_ENCODERS, CHINESE_RETRIEVAL, MULTILINGUAL_RETRIEVAL)
 TABLES = (CRA_TABLE, CLIP_TEXT_ENCODERS, EVA02_TEXT_TOWERS, MULTILINGUAL_RETRIEVAL, CHINESE_RETRIEVAL, VISION_TRANSFER)
 

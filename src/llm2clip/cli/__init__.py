@@ -33,7 +33,7 @@ Using a model:
   llm2clip export MODEL --to FORMAT --out FOLDER    transformers, sentence-transformers, ONNX, open_clip
   llm2clip convert CHECKPOINT --out MODEL           import a published LLM2CLIP checkpoint
   llm2clip push MODEL REPO
-  llm2clip llava build | train | evaluate           use the vision tower in a multimodal LLM
+  llm2clip llava build | train | plan               use the vision tower in a multimodal LLM
 
 Research:
   llm2clip benchmarks                   list the public benchmarks that `evaluate` supports

@@ -32,7 +32,8 @@ DATA_HELP = "Image-caption sources: PATH, or PATH@split+split to use only some s
 
 # Default value of each setting in a config file, grouped by section.
 FIT_SETTINGS: dict[str, Any] = dataclasses.asdict(FitConfig())
-SECTIONS = {name for name, value in FIT_SETTINGS.items() if isinstance(value, dict) and value} | {"llava", "reproduce"}
+# Names of the sections of config files. Modules whose commands have other sections add them.
+SECTIONS = {name for name, value in FIT_SETTINGS.items() if isinstance(value, dict) and value} | {"reproduce"}
 
 # Function that runs a command. It takes the parsed arguments and returns the lines to print at the end, such as the
 # path of the result and the next command to run.

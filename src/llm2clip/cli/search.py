@@ -18,7 +18,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from llm2clip.cli.checks import check_index, check_port, check_sources, resolve_model
 from llm2clip.cli.commands import ArgumentParser, Commands, Port, add_reading_arguments, format_command
-from llm2clip.data.valid_text import check_not_empty
+from llm2clip.data.texts import check_not_empty
 from llm2clip.extras import install_command
 from llm2clip.runs.output_folder import check_output_folder
 

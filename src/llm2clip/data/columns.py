@@ -1,4 +1,9 @@
-"""Detection of the columns that contain the ids, images, captions and splits of records."""
+"""Raw rows, the common output format of all readers, and detection of the columns that contain the fields of records.
+
+A raw row is a tuple `(file, row, fields)`. `row` is the row number, starting at 1; for text files, it is the line
+number. `fields` is a dict that maps column names to the values in the file, or a `BadRow` if the row cannot be read.
+Readers do not interpret the values; the modules `records` and `text_pairs` do.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,8 @@ import difflib
 import functools
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from llm2clip.io_utils import DataFormatError
@@ -22,6 +28,25 @@ COLUMN_NAMES = {  # record field -> common column names, in order of preference
     "phrases": ("phrases",),
     "split": ("split",),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be read.
+
+    Attributes:
+        reason: Short reason. Skipped rows are counted by reason.
+        value: Details for the skip log.
+        rows: Number of rows that cannot be read, including this row.
+    """
+
+    reason: str
+    value: str
+    rows: int = 1
+
+
+RawRow = tuple[str, int, dict[str, Any] | BadRow]
+ColumnChooser = Callable[[str, Sequence[str]], dict[str, str]]  # (file, column names) -> {field: column}
 
 
 def guess_columns(names: Mapping[str, Sequence[str]], columns: Collection[str]) -> dict[str, str]:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from llm2clip.data.columns import TEXT_FIELDS
-from llm2clip.data.hashing import unique_captions
-from llm2clip.data.image_copies import find_copies
+from llm2clip.data.image_hashes import find_copies
 from llm2clip.data.records import ImageCheck, Record, Source, open_records
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.texts import unique_captions
 
 SourcedRecord = tuple[Source, Record]
 

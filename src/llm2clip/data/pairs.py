@@ -14,7 +14,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from llm2clip.data.hard_negatives import caption_vectors, grouped_permutation
-from llm2clip.data.hashing import unique_captions
+from llm2clip.data.texts import unique_captions
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,11 @@ _MULTIPLIER = np.uint64(0x2360ED051FC65DA4), np.uint64(0x4385DF649FCCF645)
 _ONE, _32_BITS, _LOW_32 = np.uint64(1), np.uint64(32), np.uint64(0xFFFFFFFF)
 
 
+def epoch_permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """Return a random permutation of `n` items, int64 of shape (n,). It depends only on `n`, the seed and the epoch."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
 class RandomStreams:
     """N random number generators. Generator n is equivalent to `np.random.default_rng([seed, *words_of_n])`.
 

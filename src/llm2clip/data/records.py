@@ -23,9 +23,8 @@ from llm2clip.data.cells import (
     parse_image,
     parse_name,
 )
-from llm2clip.data.columns import COLUMN_NAMES, TEXT_FIELDS, ColumnMapper
+from llm2clip.data.columns import COLUMN_NAMES, TEXT_FIELDS, BadRow, ColumnMapper, RawRow
 from llm2clip.data.image_refs import FileImage, ImageRef, LoadedImage
-from llm2clip.data.raw_rows import BadRow, RawRow
 from llm2clip.data.skip_log import SkipLog
 
 ImageCheck = Literal["header", "exists", "unchecked", "ignore"]

@@ -12,9 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llm2clip.data import readers
-from llm2clip.data.columns import guess_columns
+from llm2clip.data.columns import BadRow, guess_columns
 from llm2clip.data.pairs import Pair
-from llm2clip.data.raw_rows import BadRow
 from llm2clip.data.records import EARLY_CHECK_ROWS, NO_SPLIT, Source
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.io_utils import DataFormatError

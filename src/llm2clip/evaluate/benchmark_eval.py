@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from llm2clip.data.hashing import unique_captions
 from llm2clip.data.image_refs import ImageRef
+from llm2clip.data.texts import unique_captions
 from llm2clip.evaluate.benchmarks import (
     Benchmark,
     ClassificationData,

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip.data.hashing import unique_captions
+from llm2clip.data.texts import unique_captions
 from llm2clip.evaluate.ranks import positive_ranks, two_way_ranks
 from llm2clip.evaluate.recall import KS, bootstrap, chance_recall, recall
 

@@ -40,7 +40,6 @@ def build_llava(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pa
     again: its logits for a sample text must match the LLM's logits. The folder is then renamed to `out`.
 
     Args:
-        tower: vision tower.
         llm: folder, hub id or short name of a causal LLM with a tokenizer. The LLM keeps its dtype.
         out: folder to create. It must not exist yet.
         seed: random seed for initialising the projector.
@@ -222,10 +221,9 @@ def _check_saved_model(folder: Path, llm: str, text_ids: torch.Tensor, expected_
     """Load a saved model, compare its logits for a text with the LLM's logits, and run it on an image.
 
     Args:
-        folder: model folder.
         llm: name of the LLM, for the error message.
-        text_ids: token ids of the text, (1, tokens) int64.
-        expected_logits: the LLM's logits for the text, (1, tokens, vocabulary) float32.
+        text_ids: token ids of the text, int64 of shape (1, tokens).
+        expected_logits: the LLM's logits for the text, float32 of shape (1, tokens, vocabulary).
 
     Raises:
         ValueError: the saved model's logits do not match the LLM's logits.

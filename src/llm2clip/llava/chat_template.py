@@ -120,7 +120,6 @@ def tokenize_and_label(conversation: Conversation, tokenizer: Any, image_tokens:
 
     Args:
         conversation: conversation that ends with an answer.
-        tokenizer: the processor's tokenizer.
         image_tokens: number of tokens per image.
 
     Raises:

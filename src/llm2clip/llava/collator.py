@@ -39,7 +39,6 @@ class ConversationDataset(Dataset):
         """
         Args:
             conversations: conversations to train on. `store`, if not None, must contain all their images.
-            processor: the model's processor.
             image_tokens: number of tokens per image.
             max_length: maximum number of tokens; longer conversations are truncated.
             store: cached patch features of the images. If None, images are decoded.
@@ -122,8 +121,6 @@ class LlavaCollator:
     def __init__(self, pad_id: int, image_id: int, image_tokens: int, empty_image: Tensor) -> None:
         """
         Args:
-            pad_id: id of the padding token.
-            image_id: id of the image token.
             image_tokens: number of tokens per image.
             empty_image: pixels or patch features of a blank image, which is added to batches without an image.
         """
@@ -135,9 +132,10 @@ class LlavaCollator:
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return the model inputs for a batch.
 
-        For B conversations padded to T tokens, input_ids and attention_mask are (B, T) int64, and pixel_values contains
-        the pixels or patch features of all images. labels is (B, K), where K = logits_to_keep. Logits are computed only
-        from just before the first answer in the batch; those for the system prompt and the image are not needed.
+        For B conversations padded to T tokens, input_ids and attention_mask are int64 of shape (B, T), and pixel_values
+        contains the pixels or patch features of all images. labels has shape (B, K), where K = logits_to_keep. Logits
+        are computed only from just before the first answer in the batch, because those for the system prompt and the
+        image are not needed.
 
         If no conversation has an image, a blank image is appended to the first conversation, where causal attention
         hides it from the text. This way, the projector receives gradients in every batch on every rank, as DDP and FSDP

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from llm2clip.data.columns import BadRow
 from llm2clip.data.image_refs import FileImage, is_inside
 from llm2clip.data.merged_records import read_merged_records
-from llm2clip.data.raw_rows import BadRow
 from llm2clip.data.readers.text import read_json_rows
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.llava.chat_template import Conversation, clean_text
-from llm2clip.llava.pope import Sampling, make_questions
-
-# These prompts are part of the training data: changing them changes the results.
-SHORT_CAPTION_PROMPTS = (
-    "Describe the picture in one sentence.",
-    "What does the picture show, in one sentence?",
-    "Give a short caption for this picture.",
-    "Say in one sentence what is in the picture.",
-)
-LONG_CAPTION_PROMPTS = (
-    "Describe the picture in detail.",
-    "What can be seen in the picture? Go into detail.",
-    "Give a long description of this picture.",
-    "Write a paragraph about what the picture shows.",
-)
 
 
 def read_conversations(
@@ -48,7 +32,6 @@ def read_conversations(
             `instruction_conversations`.
         images: folder that contains the images of files in LLaVA's format. See `read_llava`.
         columns: mapping from record fields to column names in the sources.
-        log: log of skipped rows.
         seed: random seed, passed to `from_records`.
     """
     conversations: list[Conversation] = []
@@ -81,7 +64,6 @@ def read_llava(file: str | Path, images: str | Path | None, log: SkipLog) -> lis
     Args:
         file: .json or .jsonl file.
         images: folder to which image paths are relative. Default: the folder that contains the file.
-        log: log of skipped rows.
 
     Raises:
         ValueError: a .json file does not contain a list.
@@ -102,40 +84,6 @@ def read_llava(file: str | Path, images: str | Path | None, log: SkipLog) -> lis
         except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
             log.skip(str(file), number, "no conversation", error)
     log.check()
-    return conversations
-
-
-def captioning_conversations(records: Iterable[Record], seed: int = 0) -> list[Conversation]:
-    """Make one conversation per caption: a random prompt that asks for a caption, and the caption as the answer."""
-    rng = random.Random(seed)
-    conversations = []
-    for record in records:
-        if record.image is None:
-            continue
-        for caption in (*record.captions, *record.short_captions):
-            turn = (rng.choice(SHORT_CAPTION_PROMPTS), caption)
-            conversations.append(Conversation(record.id, record.image, (turn,)))
-        for caption in record.long_captions:
-            turn = (rng.choice(LONG_CAPTION_PROMPTS), caption)
-            conversations.append(Conversation(record.id, record.image, (turn,)))
-    return conversations
-
-
-def instruction_conversations(records: Iterable[Record], seed: int = 0) -> list[Conversation]:
-    """Make captioning conversations, plus one conversation per image with yes-or-no questions about objects.
-
-    Half of the answers are yes and half are no.
-    """
-    records = list(records)
-    turns_by_record: dict[int, list[tuple[str, str]]] = {}
-    for question in make_questions(records, Sampling.RANDOM, seed=seed):
-        turn = (question.text, question.answer.capitalize() + ".")
-        turns_by_record.setdefault(question.record, []).append(turn)
-    conversations = captioning_conversations(records, seed)
-    rng = random.Random(seed)
-    for number, turns in turns_by_record.items():
-        rng.shuffle(turns)
-        conversations.append(Conversation(records[number].id, records[number].image, tuple(turns)))
     return conversations
 
 

@@ -1,8 +1,9 @@
-"""Batched answer generation and option scoring with a LLaVA model."""
+"""Batched answer generation and log-likelihoods of answers with a LLaVA model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,20 +12,25 @@ from torch import Tensor
 
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.image_loader import decode_or_error
+from llm2clip.data.image_refs import ImageRef
 from llm2clip.llava import modeling_patches  # noqa: F401  (registers its classes with transformers)
 from llm2clip.llava.chat_template import IGNORE_INDEX, IMAGE_TOKEN, Conversation, to_messages, tokenize_and_label
 from llm2clip.llava.image_features import LlavaTransform
-from llm2clip.llava.tasks.base import Question
 from llm2clip.models.hub.loading import load_config
 from llm2clip.models.precision import resolve_precision
 from llm2clip.runs.ranks import process_state
 
 
-class AnswerGenerator:
-    """A LLaVA model that answers questions by greedy decoding, beam search or option likelihood.
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt without an image token, optionally about an image."""
 
-    If the image of a question cannot be decoded, the answer is None.
-    """
+    image: ImageRef | None
+    prompt: str
+
+
+class AnswerGenerator:
+    """A LLaVA model that answers questions by greedy decoding or beam search."""
 
     def __init__(
         self, name: str, device: torch.device | str | None = None, precision: str = "auto", batch_size: int = 16
@@ -41,7 +47,6 @@ class AnswerGenerator:
         """
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        self.name = name
         self.batch_size = batch_size
         self.device = torch.device(device) if device is not None else process_state().device
         bf16 = resolve_precision("tune", precision, self.device) == "bf16"
@@ -69,7 +74,7 @@ class AnswerGenerator:
         """Yield (question index, answer) as each batch completes. Questions are sorted by length before batching.
 
         Args:
-            questions: questions to answer, with or without an image.
+            questions: questions to answer. If the image of a question cannot be decoded, the answer is None.
             max_new_tokens: maximum number of tokens per answer.
             num_beams: number of beams; 1 means greedy decoding.
         """
@@ -94,48 +99,29 @@ class AnswerGenerator:
                 if n not in usable:
                     yield n, None
 
-    def choose_options(self, questions: Sequence[Question]) -> Iterator[tuple[int, int | None]]:
-        """Yield (question index, index of the option with the highest mean log-likelihood per token)."""
-        for n, question in enumerate(questions):
-            scores = self.score_answers(question, question.options)
-            yield n, None if scores is None else int((scores[:, 0] / scores[:, 1]).argmax())
+    def score_answer(self, question: Question, answer: str) -> tuple[float, bool] | None:
+        """Return the log-likelihood of an answer and True if greedy decoding would produce it.
 
-    def score_answers(self, question: Question, answers: Sequence[str]) -> Tensor | None:
-        """Score candidate answers to a question.
-
-        Returns:
-            (answers, 3) float32, or None if the image cannot be decoded. The three values per answer are the sum of the
-            log-likelihoods of its tokens, the number of tokens, and the number of tokens that greedy decoding would
-            also choose.
+        The answer includes the token that ends it. Return None if the image cannot be decoded.
         """
-        pixels = decode_or_error(question.image, self.transform) if question.image is not None else None
-        if isinstance(pixels, str):
-            return None
-        rows = []
-        for answer in answers:
-            conversation = Conversation(question.id, question.image, ((question.prompt, answer),))
-            rows.append(tokenize_and_label(conversation, self.tokenizer, self.image_tokens))
-        length = max(len(row.ids) for row in rows)
-        padding = [length - len(row.ids) for row in rows]
-        pad_id = self.tokenizer.pad_token_id
-        inputs = {
-            "input_ids": torch.tensor([row.ids + [pad_id] * n for row, n in zip(rows, padding, strict=True)]),
-            "attention_mask": torch.tensor([[1] * (length - n) + [0] * n for n in padding]),
-        }
-        if pixels is not None:
-            inputs["pixel_values"] = pixels.to(self.model.dtype).expand(len(rows), -1, -1, -1)
-        labels = torch.tensor([row.labels + [IGNORE_INDEX] * n for row, n in zip(rows, padding, strict=True)])[:, 1:]
+        conversation = Conversation("", question.image, ((question.prompt, answer),))
+        labeled = tokenize_and_label(conversation, self.tokenizer, self.image_tokens)
+        inputs = {"input_ids": torch.tensor([labeled.ids], device=self.device)}
+        if question.image is not None:
+            pixels = decode_or_error(question.image, self.transform)
+            if isinstance(pixels, str):
+                return None
+            inputs["pixel_values"] = pixels[None].to(self.device, self.model.dtype)
         with torch.inference_mode(), onednn_matmul():
-            inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-            logits = self.model(**inputs).logits[:, :-1].float().cpu()  # (answers, tokens - 1, vocabulary)
-        in_answer = labels != IGNORE_INDEX
-        losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none")
-        greedy = (logits.argmax(-1) == labels) & in_answer
-        return torch.stack([-losses.sum(1), in_answer.sum(1).float(), greedy.sum(1).float()], 1)
+            logits = self.model(**inputs).logits[0, :-1].float().cpu()  # (tokens - 1, vocabulary)
+        labels = torch.tensor(labeled.labels[1:])
+        loss = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+        is_greedy = (logits.argmax(-1) == labels)[labels != IGNORE_INDEX].all()
+        return -float(loss), bool(is_greedy)
 
     def prompt_ids(self, question: Question) -> list[int]:
         """Return the token ids of a question's prompt, up to the start of the answer."""
-        messages = to_messages(Conversation(question.id, question.image, ((question.prompt, ""),)))[:1]
+        messages = to_messages(Conversation("", question.image, ((question.prompt, ""),)))[:1]
         text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         text = text.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.image_tokens)
         has_bos = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)

@@ -39,7 +39,7 @@ class LlavaTransform:
         self.pad = bool(settings.get("do_pad"))
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Convert a uint8 image (3, H, W) to normalised float32 pixels (3, S, S)."""
+        """Convert an image, uint8 of shape (3, H, W), to normalised pixels, float32 of shape (3, S, S)."""
         if self.pad:
             max_side = MAX_SCALE * self.preprocess.resize_size
             if max(image.shape[-2:]) > max_side:  # padding a very long image to a square would exhaust memory
@@ -50,14 +50,14 @@ class LlavaTransform:
 
 
 def resize_longer_side(image: Tensor, side: int) -> Tensor:
-    """Resize an image (3, H, W) so that its longer side equals `side`."""
+    """Resize an image of shape (3, H, W) so that its longer side equals `side`."""
     height, width = image.shape[-2:]
     scale = side / max(height, width)
     return resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)
 
 
 def pad_to_square(image: Tensor, colour: Sequence[int]) -> Tensor:
-    """Pad an image (3, H, W) to a square, equally on both sides, as LLaVA-1.5 does.
+    """Pad an image of shape (3, H, W) to a square, equally on both sides, as LLaVA-1.5 does.
 
     If the tower's preprocessing crops images (crop_pct below 1), the padded image is also cropped.
     """
@@ -84,7 +84,6 @@ class PatchFeatures:
         """
         Args:
             model: LLaVA model. Its tower is switched to eval mode and stays on its current device.
-            processor: the model's processor.
             bf16: if True, run the tower with bfloat16 autocast.
         """
         self.tower = model.model.vision_tower.eval()
@@ -101,7 +100,7 @@ class PatchFeatures:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Map pixels (N, 3, S, S) to patch features (N, tokens, feature size)."""
+        """Map pixels of shape (N, 3, S, S) to patch features of shape (N, tokens, feature size)."""
         pixels = pixels.to(self.device, self.tower.dtype)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             if self.config.model_type == "fast_vlm":
@@ -126,7 +125,7 @@ class PatchFeatures:
         }
 
     def encode_images(self, images: list[Any]) -> Tensor:
-        """Encode preprocessed images as (N, tokens * feature size) float32 on the CPU."""
+        """Encode preprocessed images as float32 of shape (N, tokens * feature size) on the CPU."""
         return self(torch.stack(images)).float().flatten(1).cpu()
 
 
@@ -160,7 +159,7 @@ class PrecomputedVision(nn.Module):
         self.feature_maps = feature_maps
 
     def forward(self, pixel_values: Tensor, **_: Any) -> Any:
-        """Wrap patch features (N, tokens, feature size) in the output type of a vision tower."""
+        """Wrap patch features of shape (N, tokens, feature size) in the output type of a vision tower."""
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         last: Any = pixel_values.transpose(1, 2) if self.feature_maps else pixel_values

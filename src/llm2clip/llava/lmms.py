@@ -1,6 +1,6 @@
 """LLaVA model class for lmms-eval, which finds the class through an entry point if both packages are installed.
 
-python -m lmms_eval --model llm2clip_llava --model_args pretrained=RUN/model --tasks pope --batch_size 16
+lmms-eval --model llm2clip_llava --model_args pretrained=RUN/model --tasks pope,gqa --batch_size 16
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
 from llm2clip.data.image_refs import MemoryImage
-from llm2clip.llava.generate import AnswerGenerator
-from llm2clip.llava.tasks import Question
+from llm2clip.llava.generate import AnswerGenerator, Question
 from llm2clip.runs.ranks import process_state
 
-CHUNK = 256  # number of requests whose images are kept in memory at the same time
+CHUNK = 256  # number of requests whose images are in memory at the same time
 MANIFEST = ModelManifest("llm2clip_llava", simple_class_path="llm2clip.llava.lmms.LmmsModel")
 
 
 class LmmsModel(lmms):
-    """LLaVA model for lmms-eval: greedy decoding and log-likelihoods for questions with at most one image."""
+    """LLaVA model for lmms-eval: generated answers and log-likelihoods for questions with at most one image."""
 
     def __init__(
         self, pretrained: str, device: str | None = None, batch_size: int | str = 16, precision: str = "auto", **_: Any
@@ -35,45 +34,49 @@ class LmmsModel(lmms):
         """
         super().__init__()
         self.generator = AnswerGenerator(pretrained, device, precision, int(batch_size))
+        self.device = self.generator.device
         self._rank = process_state().process_index
         self._world_size = process_state().num_processes
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Return one answer per request. Each answer ends before the first of the request's `until` strings."""
+        """Return one answer per request. Each answer ends before the first of the request's `until` strings.
+
+        Of the generation settings of a task, `max_new_tokens` and `num_beams` are used. Answers are never sampled.
+        """
         answers = [""] * len(requests)
-        settings = [request.args[1] for request in requests]
-        limits = [int(setting.get("max_new_tokens", 128)) for setting in settings]
-        for limit in sorted(set(limits)):
-            with_limit = [n for n in range(len(requests)) if limits[n] == limit]
-            for start in range(0, len(with_limit), CHUNK):
-                chunk = with_limit[start : start + CHUNK]
+        requests_by_settings: dict[tuple[int, int], list[int]] = {}
+        for n, request in enumerate(requests):
+            settings = request.args[1]
+            key = (int(settings.get("max_new_tokens", 128)), int(settings.get("num_beams") or 1))
+            requests_by_settings.setdefault(key, []).append(n)
+        for (max_new_tokens, num_beams), numbers in requests_by_settings.items():
+            for start in range(0, len(numbers), CHUNK):
+                chunk = numbers[start : start + CHUNK]
                 questions = []
                 for n in chunk:
-                    context, _, *image_args = requests[n].args
-                    questions.append(self._to_question(n, context, *image_args))
-                for k, answer in self.generator.generate(questions, limit):
+                    context, _, to_visual, doc_id, task, split = requests[n].args
+                    questions.append(self._to_question(context, to_visual, doc_id, task, split))
+                for k, answer in self.generator.generate(questions, max_new_tokens, num_beams):
                     n = chunk[k]
-                    answers[n] = _truncate_at(answer or "", settings[n].get("until") or [])
+                    answers[n] = _truncate_at(answer or "", requests[n].args[1].get("until") or [])
         return answers
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """Return (log-likelihood of the answer, True if greedy decoding would produce it) for each request."""
         results = []
-        for n, request in enumerate(requests):
+        for request in requests:
             context, target, to_visual, doc_id, task, split = request.args
             answer = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
-            question = self._to_question(n, context, to_visual, doc_id, task, split)
-            scores = self.generator.score_answers(question, [answer])
-            if scores is None:
+            result = self.generator.score_answer(self._to_question(context, to_visual, doc_id, task, split), answer)
+            if result is None:
                 raise ValueError(f"{task}: the image of document {doc_id} cannot be decoded")
-            log_likelihood, tokens, greedy_tokens = scores[0].tolist()
-            results.append((log_likelihood, tokens == greedy_tokens))
+            results.append(result)
         return results
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         raise NotImplementedError("multi-round requests are not supported")
 
-    def _to_question(self, n: int, context: str, to_visual: Any, doc_id: Any, task: str, split: str) -> Question:
+    def _to_question(self, context: str, to_visual: Any, doc_id: Any, task: str, split: str) -> Question:
         """Convert a request to a question.
 
         Raises:
@@ -89,7 +92,7 @@ class LmmsModel(lmms):
             stream = io.BytesIO()
             visuals[0].convert("RGB").save(stream, "PNG")
             image = MemoryImage(stream.getvalue(), f"{task} {doc_id}")
-        return Question(str(n), image, context)
+        return Question(image, context)
 
 
 def _truncate_at(answer: str, until: str | list[str]) -> str:

@@ -1,27 +1,35 @@
-"""One stage of LLaVA training with transformers' Trainer: model, data, checkpoints and metrics."""
+"""One stage of LLaVA training with transformers' Trainer: trained weights, data, checkpoints and metrics.
+
+The `pretrain` stage trains the projector. The `instruct` stage starts from the result of `pretrain`, if there is one,
+and trains the projector and the LLM.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
-from llm2clip.config import LlavaConfig
+from llm2clip.io_utils import atomic_path
 from llm2clip.llava.chat_template import IMAGE_TOKEN, Conversation
 from llm2clip.llava.collator import ConversationDataset, LengthGroupedSampler, LlavaCollator
+from llm2clip.llava.config import LlavaConfig
 from llm2clip.llava.image_features import PatchFeatures, PrecomputedVision
-from llm2clip.llava.trainable import TRAINED_WEIGHTS, save_trained, select_trainable, set_trainable
 from llm2clip.models.hub.loading import load_config
 from llm2clip.models.precision import resolve_precision
 from llm2clip.runs.checkpoint import Checkpoints, TrainingLog, hash_texts, show_progress
 from llm2clip.runs.ranks import process_state, set_fsdp_wrap_policy, set_mixed_precision, wait_for_everyone
 from llm2clip.runs.training_state import TrainingStateMixin
 from llm2clip.store.store import EmbeddingStore
+
+TRAINED_WEIGHTS = "learned.safetensors"  # file name within each stage's folder
 
 
 def load_llava(source: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -39,9 +47,7 @@ class TrainingStage:
         """
         Args:
             source: folder or hub id of the untrained model.
-            processor: the model's processor.
             stage: `pretrain` or `instruct`.
-            config: training settings.
             out: run directory; the stage writes to `out/STAGE`.
             store: cached patch features. If None, the vision tower computes the features in each step.
         """
@@ -87,10 +93,12 @@ class TrainingStage:
         trainer.train(resume_from_checkpoint=str(checkpoints.latest) if checkpoints.latest else None)
         full_state = trainer.accelerator.get_state_dict(trainer.model)  # gathered from all ranks under FSDP
         if process_state().is_main_process:
-            trained = select_trainable(self.model, full_state)
+            names = sorted(name for name, weight in self.model.named_parameters() if weight.requires_grad)
+            trained = {name: full_state[name].detach().cpu().contiguous() for name in names}
             if not all(tensor.isfinite().all() for tensor in trained.values()):
                 raise FloatingPointError(f"the trained weights are not finite: see {self.folder / 'metrics.jsonl'}")
-            save_trained(trained, self.folder / TRAINED_WEIGHTS)
+            with atomic_path(self.folder / TRAINED_WEIGHTS) as file:
+                save_file(trained, file)
         wait_for_everyone()
 
     def _trainer(self, conversations: Sequence[Conversation], checkpoints: Checkpoints) -> _LlavaTrainer:
@@ -183,7 +191,6 @@ class _LlavaTrainer(TrainingStateMixin, Trainer):
             sampler: sampler for the training data. If None, the Trainer's default sampler is used.
             features: function that computes patch features from pixels in each step. If None, batches already contain
                 patch features.
-            arguments: other keyword arguments for the Trainer.
         """
         super().__init__(**arguments)
         self.sampler = sampler
@@ -197,3 +204,69 @@ class _LlavaTrainer(TrainingStateMixin, Trainer):
         if self.features is not None:
             prepared["pixel_values"] = self.features(prepared["pixel_values"])
         return prepared
+
+
+def set_trainable(model: Any, stage: str, config: LlavaConfig, out: Path) -> Any:
+    """Freeze all parameters that a stage does not train. Return the model, wrapped in a PEFT model if LoRA is used.
+
+    Of the LLM, the `instruct` stage trains either all weights or LoRA adapters. The projector and LoRA weights are
+    converted to float32.
+
+    Args:
+        model: LLaVA model; modified in place. For the `instruct` stage, it gets the weights from `out/pretrain`.
+        stage: `pretrain` or `instruct`.
+    """
+    model.requires_grad_(False)
+    model.model.multi_modal_projector.float().requires_grad_(True)
+    if stage == "pretrain":
+        return model
+    pretrained = out / "pretrain" / TRAINED_WEIGHTS
+    if pretrained.is_file():
+        load_trained(model, pretrained)
+    if config.lora_r:
+        return _add_lora(model, config)
+    model.model.language_model.requires_grad_(True)
+    model.lm_head.requires_grad_(True)
+    return model
+
+
+def load_trained(model: nn.Module, file: Path) -> None:
+    """Copy trained weights into the parameters of a model.
+
+    Raises:
+        ValueError: the names or shapes in the file do not match the model's parameters.
+    """
+    parameters = dict(model.named_parameters())
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise ValueError(
+                f"{file} does not match this model: the name or shape of {name} differs. "
+                "Use another --out to start over"
+            )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+
+
+def _add_lora(model: Any, config: LlavaConfig) -> Any:
+    """Add float32 LoRA adapters to all linear layers of the LLM. All weights of the projector are trained."""
+    from peft import LoraConfig, get_peft_model
+
+    linear_layers = [
+        re.escape(f"model.language_model.{name}")
+        for name, module in model.model.language_model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    lora_config = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        target_modules=f"({'|'.join(linear_layers)})",
+        modules_to_save=["multi_modal_projector"],
+    )
+    torch.manual_seed(config.seed)
+    peft_model: Any = get_peft_model(model, lora_config)
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return peft_model

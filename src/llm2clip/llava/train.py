@@ -20,16 +20,15 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig, AutoProcessor
 
-from llm2clip.config import LlavaConfig
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
+from llm2clip.data.image_hashes import hash_images, load_training_images, save_training_images
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.training_images import hash_images, load_training_images, save_training_images
 from llm2clip.io_utils import atomic_dir
 from llm2clip.llava.build import save_llava
 from llm2clip.llava.chat_template import Conversation
+from llm2clip.llava.config import LlavaConfig
 from llm2clip.llava.image_features import PatchFeatures, cache_patch_features, patch_feature_size
-from llm2clip.llava.stage import TrainingStage, load_llava
-from llm2clip.llava.trainable import TRAINED_WEIGHTS, load_trained, set_trainable
+from llm2clip.llava.stage import TRAINED_WEIGHTS, TrainingStage, load_llava, load_trained, set_trainable
 from llm2clip.runs.lock import folder_lock
 from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 from llm2clip.store.image_features import image_keys
@@ -53,7 +52,6 @@ def train_llava(
         pretrain: conversations on which to train the projector. May be empty. Conversations without an image are
             ignored.
         instruct: conversations on which to train the projector and the LLM. May be empty.
-        config: training settings.
         out: run directory.
         log: log of images that cannot be decoded when features are cached. Without caching, such images only cause
             warnings.

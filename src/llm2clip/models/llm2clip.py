@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llm2clip.cpu_tuning import onednn_matmul
+from llm2clip.data.image_hashes import load_training_images, save_training_images
 from llm2clip.data.images import list_images, load_image
-from llm2clip.data.training_images import load_training_images, save_training_images
+from llm2clip.data.texts import check_not_empty
 from llm2clip.data.transforms import EvalTransform
-from llm2clip.data.valid_text import check_not_empty
 from llm2clip.io_utils import atomic_dir, describe_error, read_json_object
 from llm2clip.models.dense_methods import DenseMethods
 from llm2clip.models.heads import Adapter, build_projection

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llm2clip.data.training_images import TRAINING_IMAGES_FILE
+from llm2clip.data.image_hashes import TRAINING_IMAGES_FILE
 from llm2clip.io_utils import atomic_write_text, read_json_object
 from llm2clip.models.heads import AdapterConfig
 from llm2clip.models.hub.model_names import check_model_source

@@ -1,4 +1,4 @@
-"""Checkpoints and metrics of a training run, shared by `tune`, `align` and LLaVA training.
+"""Checkpoints and metrics of a training run, shared by all training loops.
 
 A run saves `checkpoints/checkpoint-N` every few steps and appends a line to `metrics.jsonl` for every logged step. A
 checkpoint without a marker file is incomplete and is ignored. The marker file contains the run's signature, which

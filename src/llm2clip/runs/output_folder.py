@@ -23,7 +23,6 @@ KINDS = {
     "fit": "a run directory of `llm2clip fit`",
     "tune": "a run directory of `llm2clip tune`",
     "align": "a run directory of `llm2clip align`",
-    "llava": "a run directory of `llm2clip llava train`",
     "reproduce": "a run directory of `llm2clip reproduce`",
     "store": "an embedding store",
     "index": "an index",
@@ -34,7 +33,7 @@ KINDS = {
 _CONTENTS = {
     "index": (INDEX_FILE,),
     "store": (MANIFEST, "keys-*.parquet"),
-    "evaluation": ("results.json", "vectors", "skipped", "answers"),
+    "evaluation": ("results.json", "vectors", "skipped"),
     "model": ("config.json", "open_clip_config.json", "text.onnx"),
 }
 # Kinds of folders with files that look like data -> glob patterns, all of which match files in a folder of this kind.
@@ -42,13 +41,19 @@ _NOT_DATA = {
     "a run directory": (CONFIG_FILE, "skipped.jsonl"),
     "an embedding store": (MANIFEST, "keys-*.parquet"),
 }
-_RUN_SECTIONS = ("llava", "reproduce", "embed", "align", "tune")  # the first one in a run's config tells its kind
+_RUN_SECTIONS = ["reproduce", "embed", "align", "tune"]  # the first one in a run's config tells its kind
 _OWN_FILES = ("skipped.jsonl", "metrics.jsonl")
 _DATA_SUFFIXES = {
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic"),
     *(".tar", ".parquet", ".arrow", ".csv", ".tsv", ".jsonl"),
 }
 _MAX_ENTRIES = 1000  # number of files and folders to look at per folder
+
+
+def register_run(section: str, description: str) -> None:
+    """Add a kind of run directory. Its config contains a section with the name of the kind."""
+    KINDS[section] = description
+    _RUN_SECTIONS.insert(0, section)
 
 
 class FormatVersionError(ValueError):

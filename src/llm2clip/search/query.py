@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llm2clip.data.images import load_image
-from llm2clip.data.valid_text import check_not_empty
+from llm2clip.data.texts import check_not_empty
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import QueryTemplates, average_prompts, query_prompts
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from llm2clip.data.valid_text import is_valid_unicode
+from llm2clip.data.texts import is_valid_unicode
 from llm2clip.models.prompts import PLACEHOLDER, QueryTemplates
 from llm2clip.search.query import SearchQuery
 from llm2clip.search.types import MAX_CAPTION_FILTER_LENGTH, MAX_LOCATIONS, Filter, Hit

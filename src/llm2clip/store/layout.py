@@ -32,7 +32,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llm2clip.data.hashing import caption_key
+from llm2clip.data.texts import caption_key
 from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.runs.output_folder import MANIFEST, check_format_version
 

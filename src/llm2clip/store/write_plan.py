@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llm2clip.data.valid_text import check_texts
+from llm2clip.data.texts import check_texts
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.lock import folder_lock
 from llm2clip.runs.ranks import process_state, wait_for_everyone

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from llm2clip.config import AlignConfig
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
+from llm2clip.data.image_hashes import hash_images
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.training_images import hash_images
 from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.precision import resolve_precision, tf32_matmul

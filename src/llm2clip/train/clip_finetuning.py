@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from llm2clip.config import AlignConfig
+from llm2clip.data.image_hashes import save_training_images
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.training_images import save_training_images
 from llm2clip.io_utils import atomic_dir
 from llm2clip.models.heads import AdapterConfig
 from llm2clip.models.hub.fingerprint import fingerprint, hash_weights

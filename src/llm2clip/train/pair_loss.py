@@ -18,7 +18,7 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from llm2clip.data.hashing import text_key
+from llm2clip.data.texts import text_key
 from llm2clip.models.text.batching import TokenizedTexts
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.packing import copy_to_device

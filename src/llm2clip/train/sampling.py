@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from llm2clip.config import AlignConfig
 from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
-from llm2clip.data.hashing import epoch_permutation
 from llm2clip.data.image_loader import decode_or_error, skip_finalization
+from llm2clip.data.random_streams import epoch_permutation
 from llm2clip.data.records import Record
 from llm2clip.data.shared_refs import SharedRefs
 from llm2clip.data.transforms import TrainTransform

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from braceexpand import braceexpand
 
-from llm2clip.data.raw_rows import BadRow, ColumnChooser, RawRow
+from llm2clip.data.columns import BadRow, ColumnChooser, RawRow
 from llm2clip.data.readers.csv_files import read_csv
 from llm2clip.data.readers.tables import read_huggingface, read_parquet
 from llm2clip.data.readers.tar import (

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llm2clip.data.columns import BadRow, RawRow
 from llm2clip.data.image_refs import FileImage
-from llm2clip.data.raw_rows import BadRow, RawRow
 from llm2clip.io_utils import DataFormatError
 
 # Folders that may contain the images, relative to the JSON file. `annotations/` is usually next to the image folders.

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence, Set
 from itertools import islice
 from typing import Any
 
-from llm2clip.data.raw_rows import BadRow, RawRow
+from llm2clip.data.columns import BadRow, RawRow
 from llm2clip.data.readers.encoding import BoundedLines, LineTooLong, describe_encoding, find_undecodable, open_text
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.valid_text import is_valid_unicode
+from llm2clip.data.texts import is_valid_unicode
 from llm2clip.io_utils import DataFormatError
 
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}

@@ -20,10 +20,10 @@ from typing import BinaryIO, TextIO, cast
 
 from charset_normalizer import from_bytes
 
+from llm2clip.data.columns import BadRow
 from llm2clip.data.image_refs import printable
-from llm2clip.data.raw_rows import BadRow
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.valid_text import is_valid_unicode
+from llm2clip.data.texts import is_valid_unicode
 from llm2clip.io_utils import MAX_LINE_CHARACTERS, DataFormatError, open_regular_file
 
 _MARKS = (  # byte order marks; the UTF-32 marks come first, because one of them starts with a UTF-16 mark

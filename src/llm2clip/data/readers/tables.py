@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llm2clip.data.columns import BadRow, ColumnChooser, RawRow
 from llm2clip.data.image_refs import (
     DatasetImage,
     LoadedImage,
@@ -19,7 +20,6 @@ from llm2clip.data.image_refs import (
     disable_image_decoding,
     parquet_batch_size,
 )
-from llm2clip.data.raw_rows import BadRow, ColumnChooser, RawRow
 from llm2clip.io_utils import DataFormatError, describe_error
 
 

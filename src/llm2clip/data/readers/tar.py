@@ -8,12 +8,12 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any, cast
 
+from llm2clip.data.columns import BadRow, RawRow
 from llm2clip.data.image_refs import FileImage, TarImage, printable
-from llm2clip.data.raw_rows import BadRow, RawRow
 from llm2clip.data.readers.encoding import describe_encoding, open_text
 from llm2clip.data.readers.text import parse_json
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.valid_text import is_valid_unicode
+from llm2clip.data.texts import is_valid_unicode
 from llm2clip.io_utils import open_regular_file
 from llm2clip.runs.output_folder import describe_output
 

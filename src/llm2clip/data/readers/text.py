@@ -10,11 +10,11 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from llm2clip.data.raw_rows import BadRow, RawRow
+from llm2clip.data.columns import BadRow, RawRow
 from llm2clip.data.readers.coco import drop_unused_keys, read_caption_json
 from llm2clip.data.readers.encoding import describe_encoding, open_text, read_text_lines
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.valid_text import is_valid_unicode
+from llm2clip.data.texts import is_valid_unicode
 from llm2clip.io_utils import DataFormatError, check_json_size
 
 FLICKR8K_IMAGE_FOLDERS = ("images", "Images", "Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k_images")

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from llm2clip.config import AlignConfig, EncoderConfig, LlavaConfig, TuneConfig
+from llm2clip.config import AlignConfig, EncoderConfig, TuneConfig
+from llm2clip.llava.config import LlavaConfig
 from llm2clip.tools.plan.devices import Machine
 from llm2clip.tools.plan.flops import TextCosts, count_flops, text_costs
 from llm2clip.tools.plan.memory import FRAMEWORK_OVERHEAD, bytes_per_value, fits, optimizer_memory, peak_memory

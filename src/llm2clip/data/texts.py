@@ -1,7 +1,8 @@
-"""Checks that texts are strings, can be encoded as UTF-8, and are not empty."""
+"""Validation, hashing and deduplication of texts."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 
 
@@ -39,3 +40,18 @@ def check_not_empty(texts: Iterable[str]) -> None:
     for index, text in enumerate(texts):
         if isinstance(text, str) and not text.strip():
             raise ValueError(f"text {index} is empty: write what the image should show")
+
+
+def caption_key(caption: str) -> bytes:
+    """Return a caption's key in an embedding store: the first 16 bytes of the text's SHA-256 hash."""
+    return hashlib.sha256(caption.encode()).digest()[:16]
+
+
+def text_key(text: str) -> int:
+    """Hash a text to a signed 64-bit integer. The hash is the same in every process."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
+
+
+def unique_captions(captions: Iterable[str]) -> list[str]:
+    """Remove duplicate captions, keeping the order of first appearance."""
+    return list(dict.fromkeys(captions))

@@ -1,0 +1,201 @@
+"""Hashes of image files: detection of identical images, and the list of images on which a model was trained.
+
+To detect copies, most files are never read, because only files of the same size can be identical. For files of the same
+size, a short sample from the middle is compared first, and only files with equal samples are read completely.
+
+The hashes of the training images are stored in the model folder, in `training_images.npy`, with 8 bytes per image, so
+that `evaluate` can warn if a model is evaluated on some of them. The hashes do not depend on the location of an image,
+so copies of a data set are recognised. They contain neither images nor paths, but with an image, you can check if the
+model was trained on it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from huggingface_hub import try_to_load_from_cache
+
+from llm2clip.data.image_refs import FileImage, ImageRef, TarImage, resolve_folder
+
+TRAINING_IMAGES_FILE = "training_images.npy"
+SAMPLE_BYTES = 1024
+NUM_THREADS = 16  # many threads help on network file systems, where most of the time is spent waiting
+ITEMS_PER_TASK = 32
+CHUNK_BYTES = 1 << 20
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+Location = tuple[str, int, int]  # path, offset and size of the image
+
+
+def find_copies(images: Iterable[ImageRef | None]) -> dict[str, str]:
+    """Find images that have the same bytes as an earlier image. Symbolic links to an image count as copies.
+
+    Image files and members of tar files are compared. Images in tables do not need this comparison, because their
+    `ImageRef.key` is already a hash of their bytes. Missing image files are ignored.
+
+    Returns:
+        A dict that maps the key (`ImageRef.key`) of each copy to the key of the first image with the same bytes. The
+        copies are in the same order as in `images`.
+    """
+    refs = {image.key: image for image in images if isinstance(image, FileImage | TarImage)}
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        keys: dict[Location, list[str]] = {}  # links to a file have the same location
+        for key, location in zip(refs, _map_in_chunks(pool, _locate, list(refs.values())), strict=True):
+            if location is not None:
+                keys.setdefault(location, []).append(key)
+        groups = _group_by_value(list(keys), lambda location: location[2])
+        for compute_digest in (_sample_digest, _full_digest):
+            candidates = [location for group in groups for location in group]
+            digests = dict(zip(candidates, _map_in_chunks(pool, compute_digest, candidates), strict=True))
+            equal: list[list[Location]] = []
+            for group in groups:
+                equal += _group_by_value([location for location in group if digests[location]], digests.__getitem__)
+            groups = equal
+    first_locations = {location: group[0] for group in groups for location in group}
+    copies: dict[str, str] = {}
+    for location, keys_of_location in keys.items():
+        first_key = keys[first_locations.get(location, location)][0]
+        copies |= dict.fromkeys(keys_of_location, first_key)
+    return {key: copies[key] for key in refs if key in copies and copies[key] != key}
+
+
+def hash_images(images: Iterable[ImageRef | None]) -> np.ndarray:
+    """Return the sorted hashes of distinct images, uint64 of shape (N,). Images that do not exist are omitted.
+
+    The hash of an image file or a member of a tar file is computed from its size and 1,024 bytes from its middle, so
+    that few bytes are read. Images in tables are already identified by a hash of all their bytes.
+    """
+    refs = list({image.key: image for image in images if image is not None}.values())
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        digests = [digest for digest in _map_in_chunks(pool, _content_digest, refs) if digest]
+    return np.unique(np.frombuffer(b"".join(digests), dtype="<u8"))
+
+
+def count_training_images(training_images: np.ndarray, images: Iterable[ImageRef | None]) -> int:
+    """Return the number of distinct images on which the model was trained.
+
+    Args:
+        training_images: Sorted hashes of the training images, uint64 of shape (N,). See `hash_images`.
+        images: Images on which the model is evaluated.
+    """
+    hashes = hash_images(images)
+    positions = np.searchsorted(training_images, hashes)
+    is_inside = positions < len(training_images)
+    return int((training_images[positions[is_inside]] == hashes[is_inside]).sum())
+
+
+def save_training_images(folder: Path, training_images: np.ndarray) -> None:
+    """Write sorted hashes, uint64 of shape (N,), to a model folder."""
+    np.save(folder / TRAINING_IMAGES_FILE, training_images, allow_pickle=False)
+
+
+def load_training_images(model: str | Path) -> np.ndarray | None:
+    """Return the hashes of a model's training images, uint64 of shape (N,), memory-mapped.
+
+    Args:
+        model: Model folder, or hub id of a model that has been downloaded.
+
+    Returns:
+        None if there is no such file, so that the training images are unknown.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    file = Path(model) / TRAINING_IMAGES_FILE
+    if not Path(model).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+        file = Path(str(try_to_load_from_cache(str(model), TRAINING_IMAGES_FILE)))
+    if not file.is_file():
+        return None
+    try:
+        hashes = np.load(file, mmap_mode="r", allow_pickle=False)
+        if hashes.dtype != np.dtype("<u8") or hashes.ndim != 1:
+            raise ValueError(f"the array has dtype {hashes.dtype} and shape {hashes.shape}")
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{file} is not a list of image hashes ({error}): delete this file") from error
+    return hashes
+
+
+def _content_digest(image: ImageRef) -> bytes:
+    """Return 8 bytes that identify an image, or b"" if it does not exist."""
+    if not isinstance(image, FileImage | TarImage):
+        return hashlib.sha256(image.key.encode()).digest()[:8]
+    location = _locate(image)
+    sample = b"" if location is None else _sample_digest(location)
+    if location is None or not sample:
+        return b""
+    return hashlib.sha256(location[2].to_bytes(8, "little") + sample).digest()[:8]
+
+
+def _map_in_chunks(pool: ThreadPoolExecutor, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
+    """Apply a function to items in several threads, in chunks for speed, and yield the results in order."""
+    chunks = [items[start : start + ITEMS_PER_TASK] for start in range(0, len(items), ITEMS_PER_TASK)]
+    for results in pool.map(lambda chunk: [function(item) for item in chunk], chunks):
+        yield from results
+
+
+def _group_by_value(items: Sequence[Location], value: Callable[[Location], Hashable]) -> list[list[Location]]:
+    """Group items with equal values, in order of first appearance. Omit groups with a single item."""
+    groups: dict[Hashable, list[Location]] = {}
+    for item in items:
+        groups.setdefault(value(item), []).append(item)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _locate(image: FileImage | TarImage) -> Location | None:
+    """Return the location of an image, with links resolved. Return None if the image is empty or does not exist."""
+    path = resolve_folder(image.path)
+    try:
+        if os.path.islink(path):
+            path = os.path.realpath(path)
+        size = image.size if isinstance(image, TarImage) else os.path.getsize(path)
+    except (OSError, ValueError):
+        return None
+    return (path, image.offset if isinstance(image, TarImage) else 0, size) if size else None
+
+
+def _sample_digest(location: Location) -> bytes:
+    """Return a hash of a few bytes from the middle of an image, or b"" if they cannot be read."""
+    path, offset, size = location
+    length = min(SAMPLE_BYTES, size)
+    return _digest(path, offset + (size - length) // 2, length)
+
+
+def _full_digest(location: Location) -> bytes:
+    """Return a hash of all bytes of an image, or b"" if they cannot be read."""
+    path, offset, size = location
+    try:
+        modified = os.stat(path).st_mtime_ns
+    except OSError:
+        return b""
+    return _cached_digest(path, offset, size, modified)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _cached_digest(path: str, offset: int, size: int, modified: int) -> bytes:
+    return _digest(path, offset, size)
+
+
+def _digest(path: str, start: int, length: int) -> bytes:
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(start)
+            while length > 0:
+                data = file.read(min(length, CHUNK_BYTES))
+                if not data:
+                    return b""
+                digest.update(data)
+                length -= len(data)
+    except OSError:
+        return b""
+    return digest.digest()

@@ -1,0 +1,150 @@
+"""Training conversations made from captioned images: captioning, and yes-or-no questions about objects.
+
+The yes-or-no questions follow POPE (arXiv 2305.10355) with random sampling. The original POPE asks about objects marked
+by annotators. Here, an object counts as present if any caption of the image names it, and as absent otherwise. Captions
+name most of the salient objects but not everything in the image, so the answer "No" is sometimes wrong.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from llm2clip.data.records import Record
+from llm2clip.llava.chat_template import Conversation
+
+# These prompts are part of the training data: changing them changes the results.
+SHORT_CAPTION_PROMPTS = (
+    "Describe the picture in one sentence.",
+    "What does the picture show, in one sentence?",
+    "Give a short caption for this picture.",
+    "Say in one sentence what is in the picture.",
+)
+LONG_CAPTION_PROMPTS = (
+    "Describe the picture in detail.",
+    "What can be seen in the picture? Go into detail.",
+    "Give a long description of this picture.",
+    "Write a paragraph about what the picture shows.",
+)
+# LLaVA-1.5 appends this to the first question of a conversation with short answers, and benchmarks do the same.
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+
+OBJECTS_FILE = Path(__file__).with_name("objects.txt")
+UNCOUNTABLE = ("snow",)
+OBJECTS_PER_IMAGE = 3  # maximum number of present objects per image, and of absent objects per image (POPE's k)
+
+
+def captioning_conversations(records: Iterable[Record], seed: int = 0) -> list[Conversation]:
+    """Make one conversation per caption: a random prompt that asks for a caption, and the caption as the answer."""
+    rng = random.Random(seed)
+    conversations = []
+    for record in records:
+        if record.image is None:
+            continue
+        for caption in (*record.captions, *record.short_captions):
+            turn = (rng.choice(SHORT_CAPTION_PROMPTS), caption)
+            conversations.append(Conversation(record.id, record.image, (turn,)))
+        for caption in record.long_captions:
+            turn = (rng.choice(LONG_CAPTION_PROMPTS), caption)
+            conversations.append(Conversation(record.id, record.image, (turn,)))
+    return conversations
+
+
+def instruction_conversations(records: Iterable[Record], seed: int = 0) -> list[Conversation]:
+    """Make captioning conversations, plus one conversation per image with yes-or-no questions about objects."""
+    records = list(records)
+    return captioning_conversations(records, seed) + object_conversations(records, seed)
+
+
+def object_conversations(
+    records: Sequence[Record], seed: int = 0, objects_file: Path = OBJECTS_FILE
+) -> list[Conversation]:
+    """Make one conversation per image with yes-or-no questions about objects. Half of the answers are "Yes".
+
+    Args:
+        records: captioned images. Records without an image, or whose captions do not name any object, are ignored.
+        objects_file: file with objects and their synonyms. See `read_objects`.
+    """
+    names = read_objects(objects_file)
+    objects_by_record = {}  # objects in each image, by the index of its record
+    for index, record in enumerate(records):
+        objects = sorted(mentioned_objects(record.texts, names)) if record.image is not None else []
+        if objects:
+            objects_by_record[index] = objects
+    all_objects = {name for objects in objects_by_record.values() for name in objects}
+    rng = random.Random(seed)
+    turns_by_record: dict[int, list[tuple[str, str]]] = {}
+    for index, present in objects_by_record.items():
+        absent = sorted(all_objects - set(present))
+        rng.shuffle(absent)
+        count = min(OBJECTS_PER_IMAGE, len(present), len(absent))
+        for present_object, absent_object in zip(rng.sample(present, count), absent, strict=False):
+            turns = turns_by_record.setdefault(index, [])
+            turns += [(_question(present_object), "Yes"), (_question(absent_object), "No")]
+    rng = random.Random(seed)
+    conversations = []
+    for index, turns in turns_by_record.items():
+        rng.shuffle(turns)
+        first_question, first_answer = turns[0]
+        turns[0] = (first_question + SHORT_ANSWER, first_answer)
+        conversations.append(Conversation(records[index].id, records[index].image, tuple(turns)))
+    return conversations
+
+
+def mentioned_objects(texts: Iterable[str], names: dict[str, str]) -> set[str]:
+    """Return the objects mentioned in the texts. Longer names match first, so that "hot dog" does not count as a dog.
+
+    Args:
+        texts: captions of one image.
+        names: mapping from names to objects, as returned by `read_objects`.
+    """
+    pattern = _name_pattern(tuple(names))
+    return {names[match.lower()] for text in texts for match in pattern.findall(text)}
+
+
+@lru_cache
+def read_objects(file: Path) -> dict[str, str]:
+    """Read objects and their synonyms. Return a dict that maps every name, singular or plural, to its object.
+
+    Each line is `object` or `object: synonym, synonym`; # starts a comment. Plurals are formed by rules.
+
+    Raises:
+        ValueError: two objects share a name.
+    """
+    names: dict[str, str] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        line = line.partition("#")[0].strip()
+        if not line:
+            continue
+        object_name, _, synonyms = line.partition(":")
+        object_name = object_name.strip()
+        for name in (object_name, *synonyms.split(",")):
+            name = " ".join(name.lower().split())
+            if not name:
+                continue
+            for form in (name, _plural(name)):
+                if names.setdefault(form, object_name) != object_name:
+                    raise ValueError(f"{file}: {form!r} is a name for both {names[form]!r} and {object_name!r}")
+    return names
+
+
+@lru_cache
+def _name_pattern(names: Sequence[str]) -> re.Pattern[str]:
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)", re.IGNORECASE)
+
+
+def _plural(word: str) -> str:
+    if re.search(r"(s|x|z|ch|sh)$", word):
+        return word + "es"
+    return word[:-1] + "ies" if re.search(r"[^aeiou]y$", word) else word + "s"
+
+
+def _question(name: str) -> str:
+    if name in UNCOUNTABLE:
+        return f"Is there {name} in the image?"
+    article = "an" if name[0] in "aeiou" else "a"
+    return f"Is there {article} {name} in the image?"
