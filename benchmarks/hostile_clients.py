@@ -239,7 +239,7 @@ def make_default_index(folder: Path) -> Path:
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from llm2clip.data.image_refs import FileImage
     from llm2clip.models.dual_encoder import open_dual_encoder
-    from llm2clip.search.types import IndexedContent, IndexedImage
+    from llm2clip.search.backends import IndexedContent, IndexedImage
     from search_fixtures import make_index, make_model
 
     model = open_dual_encoder(str(make_model(folder)))

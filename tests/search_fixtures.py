@@ -29,10 +29,9 @@ from llm2clip.models.prompts import QueryTemplates
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.dense import DenseEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
-from llm2clip.search.backends import Backend
+from llm2clip.search.backends import Backend, Filter
 from llm2clip.search.build import IndexReport, build_index
 from llm2clip.search.sqlite_backend import SqliteBackend
-from llm2clip.search.types import Filter
 
 BACKENDS = ("sqlite", "qdrant")
 

@@ -13,9 +13,9 @@ import pytest
 from conftest import HANG_TIMEOUT
 from llm2clip.data.image_refs import FileImage
 from llm2clip.search import caption_index, sqlite_database, vector_index
+from llm2clip.search.backends import MAX_CAPTION_FILTER_LENGTH, Filter, IndexedContent, IndexedImage
 from llm2clip.search.caption_index import CaptionIndex
 from llm2clip.search.sqlite_backend import SqliteBackend
-from llm2clip.search.types import MAX_CAPTION_FILTER_LENGTH, Filter, IndexedContent, IndexedImage
 
 NEEDLES = ("", "a", "B", "ab", "abab", "狗", "\u7209", "ss", "ß", "İ", "i̇", "\x00", "\ud800", "zz", "b" * 9, "abba" * 3)
 DIM = 8

@@ -33,9 +33,9 @@ from llm2clip.models.convert.gguf import check_gguf_header
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_backbones import build_backbone
 from llm2clip.runs.ranks import print_once
+from llm2clip.search.backends import IndexedImage
 from llm2clip.search.request_images import load_request_image
-from llm2clip.search.scan import container_version, find_images
-from llm2clip.search.types import IndexedImage
+from llm2clip.search.scan import container_version, scan_source
 
 
 def load_builders() -> Any:
@@ -289,7 +289,7 @@ def test_paths_in_table_cells_are_not_opened_later(kind: str, tmp_path: Path) ->
     else:
         table.mkdir()
         data.to_parquet(table / "x.parquet")
-    image, _ = find_images(Source(str(table)), SkipLog())
+    image, _ = scan_source(Source(str(table)), SkipLog())
     assert image.ref.read() == png_bytes()
 
     status = os.stat(table)
@@ -518,7 +518,7 @@ def test_an_unexpected_exception_of_a_reader_is_a_bad_row(
 
 def scan(source: Path | str, allow_outside: bool = False) -> tuple[list[IndexedImage], SkipLog]:
     log = SkipLog(max_skipped=1.0)
-    return list(find_images(Source(str(source)), log, allow_outside=allow_outside)), log
+    return list(scan_source(Source(str(source)), log, allow_outside=allow_outside)), log
 
 
 @pytest.fixture

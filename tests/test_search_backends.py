@@ -15,9 +15,8 @@ from llm2clip.data.image_refs import DatasetImage, FileImage, ImageRef, ParquetI
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.runs.lock import FolderInUseError
 from llm2clip.runs.output_folder import FormatVersionError
-from llm2clip.search.backends import open_backend
+from llm2clip.search.backends import IndexedContent, IndexedImage, open_backend, ref_from_json, ref_to_json
 from llm2clip.search.sqlite_backend import SqliteBackend
-from llm2clip.search.types import IndexedContent, IndexedImage, ref_from_json, ref_to_json
 from search_fixtures import create_backend, index_sources, search_names
 
 # References as they are stored in an index: a class must keep its name there even if it is renamed.

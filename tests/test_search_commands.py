@@ -15,9 +15,9 @@ from llm2clip.cli.search import canonical_path, parse_time
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.model_folder import save_query_templates
 from llm2clip.models.prompts import QueryTemplates
+from llm2clip.search.backends import Filter
 from llm2clip.search.query import SearchQuery, embed_query
 from llm2clip.search.sqlite_backend import SqliteBackend
-from llm2clip.search.types import Filter
 
 
 def test_index_and_search_print_their_results(

@@ -26,10 +26,10 @@ from llm2clip.data.image_refs import FileImage
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.search.backends import Filter
 from llm2clip.search.query import SearchQuery, embed_images, embed_query
-from llm2clip.search.scan import date_taken
+from llm2clip.search.scan import read_date_taken
 from llm2clip.search.sqlite_backend import SqliteBackend
-from llm2clip.search.types import Filter
 from search_fixtures import BACKENDS, create_backend, index_sources, search_names
 
 QUERY = np.eye(16, dtype=np.float32)[0]
@@ -354,8 +354,8 @@ def test_build_index_skips_images_with_a_vector_that_is_not_finite(
 
 
 def test_date_taken_is_none_without_exif(image_folder: Path) -> None:
-    assert date_taken((image_folder / "1.png").read_bytes()) is None
-    assert date_taken(b"\xff\xd8\xff") is None
+    assert read_date_taken((image_folder / "1.png").read_bytes()) is None
+    assert read_date_taken(b"\xff\xd8\xff") is None
 
 
 # ---- search ---------------------------------------------------------------------------------------------------------

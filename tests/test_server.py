@@ -38,6 +38,7 @@ from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import QueryTemplates
 from llm2clip.search import inference
+from llm2clip.search.backends import Filter
 from llm2clip.search.inference import SEARCH_THREADS, InferenceService
 from llm2clip.search.limits import Limits
 from llm2clip.search.middleware import PIECE_SIZE, SESSION_SECONDS, Authenticator
@@ -47,7 +48,6 @@ from llm2clip.search.request_images import open_original
 from llm2clip.search.schemas import MAX_IMAGES, MAX_TEMPLATES, MAX_TEXT_LENGTH, MAX_TEXTS, SearchRequest
 from llm2clip.search.server import create_app
 from llm2clip.search.sqlite_backend import SqliteBackend
-from llm2clip.search.types import Filter
 from search_fixtures import create_patient_app, make_index, wait_until
 
 BASE_URL = "http://localhost"

@@ -25,9 +25,9 @@ from llm2clip.runs.output_folder import check_output_folder
 if TYPE_CHECKING:
     from llm2clip.data.skip_log import SkipLog
     from llm2clip.models.prompts import QueryTemplates
+    from llm2clip.search.backends import Filter
     from llm2clip.search.build import IndexReport
     from llm2clip.search.query import SearchQuery
-    from llm2clip.search.types import Filter
 
 
 def add(commands: Commands) -> None:
@@ -308,7 +308,7 @@ def _read_filter(args: Namespace) -> Filter:
     Raises:
         ValueError: A time is invalid, or --after is later than --before.
     """
-    from llm2clip.search.types import Filter
+    from llm2clip.search.backends import Filter
 
     after = parse_time(args.after, "--after")
     before = parse_time(args.before, "--before", end_of_day=True)

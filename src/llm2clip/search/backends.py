@@ -1,24 +1,196 @@
-"""Interface of index backends, and a function that opens an index.
+"""Interface of index backends, the data types that all backends share, and a function that opens an index.
 
 An index is stored either in a local folder (SQLite) or in a Qdrant collection.
 """
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from llm2clip.data.image_refs import DatasetImage, FileImage, ImageRef, ParquetImage, TarImage, printable
 from llm2clip.extras import install_command
-from llm2clip.search.types import Filter, Hit, ImageState, IndexedContent, IndexedImage
 
 QDRANT_PREFIX = "qdrant+"
 FORMAT_VERSION = 1  # of indexes
 NEW_INDEX_ADVICE = "Build a new index with `llm2clip index`, with another --out"
+# These keys are stored in every index, so a class must keep its key even if it is renamed.
+REF_TYPES: dict[str, type[ImageRef]] = {
+    "FileImage": FileImage,
+    "TarImage": TarImage,
+    "ParquetImage": ParquetImage,
+    "DatasetImage": DatasetImage,
+}
+
+
+@dataclass(frozen=True)
+class IndexedImage:
+    """An image at a specific location.
+
+    Args:
+        name: Canonical path in the form `FILE`, `TAR!MEMBER` or `TABLE[ROW].COLUMN`. Unique within an index.
+        ref: Reference to the image's bytes.
+        source: Source from which the image was read, with an absolute path.
+        file_version: Size and modification time of the file, used to detect changes.
+        captions: Captions of the image. Empty if the source has no captions.
+        taken: Unix timestamp at which the photo was taken, from EXIF. If there is no EXIF date, the file's
+            modification time.
+    """
+
+    name: str
+    ref: ImageRef
+    source: str
+    file_version: str
+    captions: tuple[str, ...] = ()
+    taken: float = 0.0
+
+    def to_row(self) -> tuple[str, str, str, str, str, float]:
+        """Return the fields as they are stored in an index, with the reference and the captions as JSON."""
+        captions = json.dumps(self.captions)
+        return self.name, ref_to_json(self.ref), self.source, self.file_version, captions, self.taken
+
+    @classmethod
+    def from_row(cls, row: Sequence[Any]) -> IndexedImage:
+        """Create an image from the result of `to_row`.
+
+        Raises:
+            ValueError: The type of the reference is unknown.
+        """
+        name, ref, source, file_version, captions, taken = row
+        return cls(name, ref_from_json(ref), source, file_version, tuple(json.loads(captions)), taken)
+
+    @property
+    def container(self) -> str:
+        """Path of the image file, or of the tar file or table that contains the image."""
+        if isinstance(self.ref, FileImage):
+            return self.name
+        name = self.name
+        if isinstance(self.ref, TarImage):
+            # This suffix is appended if a tar file contains two members with the same name.
+            name = name.removesuffix(f"@{self.ref.offset}")
+        path_length = len(self.ref.container_path or "")
+        return name.removesuffix(printable(str(self.ref)[path_length:]))
+
+
+class ImageState(NamedTuple):
+    """State of an image. If it differs from the indexed state, the image has changed."""
+
+    file_version: str
+    captions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class IndexedContent:
+    """Content of an image file, shared by all images with identical bytes.
+
+    Args:
+        hash: SHA-256 hash of the encoded image.
+        vector: L2-normalised embedding of shape (D,), float16.
+        thumbnail: JPEG thumbnail of at most 256 pixels per side.
+        width: Width of the image in pixels, after EXIF rotation.
+        height: Height of the image in pixels, after EXIF rotation.
+    """
+
+    hash: bytes
+    vector: np.ndarray
+    thumbnail: bytes
+    width: int
+    height: int
+
+
+MAX_LOCATIONS = 100  # per hit; web data sets contain some images hundreds of thousands of times
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A search result.
+
+    Args:
+        id: Identifier of the image content. Unique within an index.
+        score: Cosine similarity to the query vector, or None if the search had no query.
+        images: The images with this content, at most MAX_LOCATIONS. Those that meet the filter's conditions on path and
+            time come first.
+        image_count: Number of images with this content.
+        width: Width of the image in pixels, after EXIF rotation.
+        height: Height of the image in pixels, after EXIF rotation.
+    """
+
+    id: str
+    score: float | None
+    images: tuple[IndexedImage, ...]
+    image_count: int
+    width: int
+    height: int
+
+
+MAX_CAPTION_FILTER_LENGTH = 500  # characters
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Conditions that every search result must meet. A condition that is None is ignored.
+
+    Args:
+        path: Folder, tar or file that contains the image. See `path_glob` for relative paths and wildcards.
+        caption: Text that at least one caption must contain, ignoring case. At most MAX_CAPTION_FILTER_LENGTH
+            characters.
+        after: Earliest time at which the photo may have been taken, as a Unix timestamp.
+        before: Latest time at which the photo may have been taken, as a Unix timestamp.
+        min_side: Minimum length of the shorter side of the image, in pixels.
+
+    Raises:
+        ValueError: `caption` is too long.
+    """
+
+    path: str | None = None
+    caption: str | None = None
+    after: float | None = None
+    before: float | None = None
+    min_side: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.caption is not None and len(self.caption) > MAX_CAPTION_FILTER_LENGTH:
+            raise ValueError(
+                f"the caption filter is too long: {len(self.caption):,} characters; "
+                f"the limit is {MAX_CAPTION_FILTER_LENGTH}"
+            )
+
+    def __bool__(self) -> bool:
+        return any(value is not None for value in asdict(self).values())
+
+
+def path_glob(path: str) -> str:
+    """Return the pattern of a path filter, in the syntax that `fnmatch` and SQLite's GLOB share.
+
+    An absolute path matches only itself. A relative path, such as `2024/trip`, matches in every folder. `*` stands for
+    any characters, including slashes, and `?` for one character. The pattern of the root folder is empty.
+    """
+    pattern = path.rstrip("/").replace("[", "[[]")  # brackets are common in file names, so they are not wildcards
+    return pattern if path.startswith("/") or not pattern else f"*/{pattern}"
+
+
+def ref_to_json(ref: ImageRef) -> str:
+    """Serialize an image reference to JSON."""
+    return json.dumps([type(ref).__name__, asdict(ref)])  # type: ignore[call-overload]
+
+
+def ref_from_json(text: str) -> ImageRef:
+    """Deserialize an image reference written by `ref_to_json`.
+
+    Raises:
+        ValueError: The reference has an unknown type.
+    """
+    name, fields = json.loads(text)
+    if name not in REF_TYPES:
+        raise ValueError(f"unknown image reference type: {name}")
+    return REF_TYPES[name](**fields)
 
 
 class Backend(Protocol):

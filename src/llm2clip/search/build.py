@@ -23,9 +23,8 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.progress import ProgressBar
-from llm2clip.search.backends import Backend
-from llm2clip.search.scan import digest_and_date, format_file_version, scan_sources
-from llm2clip.search.types import ImageState, IndexedContent, IndexedImage
+from llm2clip.search.backends import Backend, ImageState, IndexedContent, IndexedImage
+from llm2clip.search.scan import format_file_version, read_digest_and_date, scan_sources
 
 THUMBNAIL_SIDE = 256  # length of the longer side, in pixels
 # If more images than this number and this fraction of a source were deleted, the user must confirm with `prune`,
@@ -81,7 +80,7 @@ def build_index(
         workers: Number of processes that decode images. For the default, see `image_batches`.
         prune: If True, missing or empty sources, and sources of which many images no longer exist, do not raise an
             error: the missing images are removed from the index.
-        allow_outside: If True, also index images outside the folder of their source (see `find_images`).
+        allow_outside: If True, also index images outside the folder of their source (see `scan_source`).
 
     Raises:
         FolderInUseError: Another run is writing to the index.
@@ -221,7 +220,7 @@ def _read_images(
     """
     readable: list[tuple[IndexedImage, bytes]] = []
     for image in ProgressBar(images, desc="read", unit="image"):
-        digest, taken = digest_and_date(image, log)
+        digest, taken = read_digest_and_date(image, log)
         if digest is not None:
             readable.append((dataclasses.replace(image, taken=taken), digest))
     existing = backend.existing({digest for _, digest in readable})

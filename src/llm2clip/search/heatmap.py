@@ -14,9 +14,8 @@ from llm2clip.data.image_refs import read_image_file
 from llm2clip.data.images import ImageError, load_image, make_thumbnail
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.vision.dense import DenseEncoder
-from llm2clip.search.backends import Backend
+from llm2clip.search.backends import Backend, Hit
 from llm2clip.search.request_images import open_original
-from llm2clip.search.types import Hit
 
 DARKEST = 0.2  # brightness of the least similar cell, as a fraction of its original brightness
 IMAGE_SIDE = 384  # longer side of a drawn heat map, in pixels

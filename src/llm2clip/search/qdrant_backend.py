@@ -22,9 +22,10 @@ import numpy as np
 from qdrant_client import QdrantClient, models
 
 from llm2clip.runs.output_folder import check_format_version
-from llm2clip.search.backends import FORMAT_VERSION, NEW_INDEX_ADVICE
-from llm2clip.search.types import (
+from llm2clip.search.backends import (
+    FORMAT_VERSION,
     MAX_LOCATIONS,
+    NEW_INDEX_ADVICE,
     Filter,
     Hit,
     ImageState,

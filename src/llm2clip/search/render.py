@@ -17,8 +17,7 @@ from rich.table import Table as RichTable
 from rich.text import Text as RichText
 
 from llm2clip.html_report import Block, Paragraph, ResultImage, ResultImages, write_report
-from llm2clip.search.backends import Backend
-from llm2clip.search.types import Hit
+from llm2clip.search.backends import Backend, Hit
 
 CAPTION_LENGTH = 160  # characters
 THUMBNAIL_COLUMNS, THUMBNAIL_ROWS = 24, 24  # in pixels; each character covers one pixel column and two pixel rows

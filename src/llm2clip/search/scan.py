@@ -13,7 +13,7 @@ from llm2clip.data.image_header import open_header
 from llm2clip.data.image_refs import TarImage, file_version, printable, resolve_folder
 from llm2clip.data.records import Source, open_records
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.search.types import REF_TYPES, IndexedImage
+from llm2clip.search.backends import REF_TYPES, IndexedImage
 
 EXIF_IFD, EXIF_DATE_TAKEN, EXIF_DATE = 0x8769, 0x9003, 0x0132  # EXIF tags
 
@@ -21,13 +21,13 @@ EXIF_IFD, EXIF_DATE_TAKEN, EXIF_DATE = 0x8769, 0x9003, 0x0132  # EXIF tags
 def scan_sources(
     sources: Sequence[Source], log: SkipLog, prune: bool = False, allow_outside: bool = False
 ) -> dict[str, IndexedImage]:
-    """Return the images of all sources, keyed by name. See `find_images` for the arguments.
+    """Return the images of all sources, keyed by name. See `scan_source` for the arguments.
 
     Rows with the same image are merged into one image with all of their captions.
     """
     images: dict[str, IndexedImage] = {}
     for source in sources:
-        for image in find_images(source, log, prune, allow_outside):
+        for image in scan_source(source, log, prune, allow_outside):
             previous = images.get(image.name)
             if previous is not None and isinstance(previous.ref, TarImage) and previous.ref != image.ref:
                 # If two members of a tar file have the same name, the offset is appended to the name of the second one.
@@ -40,7 +40,7 @@ def scan_sources(
     return images
 
 
-def find_images(
+def scan_source(
     source: Source, log: SkipLog, prune: bool = False, allow_outside: bool = False
 ) -> Iterator[IndexedImage]:
     """Yield the images of a source, without decoding them.
@@ -129,7 +129,7 @@ def container_version(path: str) -> str:
     return hashlib.sha256(repr(file_version(path)).encode()).hexdigest()[:32]
 
 
-def digest_and_date(image: IndexedImage, log: SkipLog) -> tuple[bytes | None, float]:
+def read_digest_and_date(image: IndexedImage, log: SkipLog) -> tuple[bytes | None, float]:
     """Return the SHA-256 hash of an image's bytes and the Unix timestamp at which the image was taken.
 
     The hash is None if the image cannot be read.
@@ -139,10 +139,10 @@ def digest_and_date(image: IndexedImage, log: SkipLog) -> tuple[bytes | None, fl
     except (OSError, ValueError, LookupError) as error:
         log.skip(image.name, 0, "unreadable image", error)
         return None, 0.0
-    return hashlib.sha256(data).digest(), date_taken(data) or image.taken
+    return hashlib.sha256(data).digest(), read_date_taken(data) or image.taken
 
 
-def date_taken(data: bytes) -> float | None:
+def read_date_taken(data: bytes) -> float | None:
     """Return the EXIF date of an encoded image as a Unix timestamp, or None if the image has no EXIF date.
 
     EXIF dates do not specify a time zone, so the date is interpreted in the local time zone.

@@ -9,8 +9,8 @@ from pydantic_core import PydanticCustomError
 
 from llm2clip.data.texts import is_valid_unicode
 from llm2clip.models.prompts import PLACEHOLDER, QueryTemplates
+from llm2clip.search.backends import MAX_CAPTION_FILTER_LENGTH, MAX_LOCATIONS, Filter, Hit
 from llm2clip.search.query import SearchQuery
-from llm2clip.search.types import MAX_CAPTION_FILTER_LENGTH, MAX_LOCATIONS, Filter, Hit
 
 DATA_URI_PREFIX = "data:image/"
 MAX_TEXT_LENGTH = 20_000  # characters

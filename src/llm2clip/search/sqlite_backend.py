@@ -26,18 +26,18 @@ import numpy as np
 
 from llm2clip.runs.lock import folder_lock
 from llm2clip.runs.output_folder import INDEX_FILE
-from llm2clip.search.backends import missing_index_message
-from llm2clip.search.caption_index import CaptionIndex
-from llm2clip.search.sqlite_database import LogState, SqliteDatabase
-from llm2clip.search.types import (
+from llm2clip.search.backends import (
     MAX_LOCATIONS,
     Filter,
     Hit,
     ImageState,
     IndexedContent,
     IndexedImage,
+    missing_index_message,
     path_glob,
 )
+from llm2clip.search.caption_index import CaptionIndex
+from llm2clip.search.sqlite_database import LogState, SqliteDatabase
 from llm2clip.search.vector_index import (
     CHUNK,
     GRAPH_FILE,
