@@ -55,7 +55,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Run]]:
     )
     commands = Commands(parser, "COMMAND")
     for module in (setup, train, store, plan, evaluate, search, export, llava):
-        module.add(commands)
+        module.add_commands(commands)
     return parser, commands.run
 
 

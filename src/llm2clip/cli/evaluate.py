@@ -15,7 +15,7 @@ from llm2clip.runs.output_folder import check_output_folder
 ROOT_HELP = "Folder that contains one folder per benchmark."
 
 
-def add(commands: Commands) -> None:
+def add_commands(commands: Commands) -> None:
     """Add this module's commands."""
     parser = commands.add(
         "evaluate",

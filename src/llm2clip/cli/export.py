@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 FORMATS = ["transformers", "sentence-transformers", "vision", "onnx", "open_clip"]
 
 
-def add(commands: Commands) -> None:
+def add_commands(commands: Commands) -> None:
     """Add this module's commands."""
     parser = commands.add(
         "convert",

@@ -19,7 +19,7 @@ SECTIONS.add("llava")
 register_run("llava", "a run directory of `llm2clip llava train`")
 
 
-def add(commands: Commands) -> None:
+def add_commands(commands: Commands) -> None:
     """Add this module's commands."""
     llava = commands.group("llava", "Build and train a multimodal LLM: LLaVA-1.5 with any vision tower.")
 

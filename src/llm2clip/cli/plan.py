@@ -12,7 +12,7 @@ from llm2clip.config import FitConfig
 from llm2clip.tools.plan.devices import Machine
 
 
-def add(commands: Commands) -> None:
+def add_commands(commands: Commands) -> None:
     """Add the `plan` command."""
     parser = commands.add(
         "plan", _plan, "Estimate the parameters, FLOPs, memory and hours of a `fit` run, without downloading anything."

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from llm2clip.search.query import SearchQuery
 
 
-def add(commands: Commands) -> None:
+def add_commands(commands: Commands) -> None:
     """Add this module's commands."""
     sub = commands.add("index", _index, "Build or update an index of images, for `search` and `serve`.")
     sub.add_argument("data", nargs="+", type=str, help="Image sources, with or without captions.")

@@ -10,7 +10,7 @@ from llm2clip.cli.commands import Commands, builtin_configs
 from llm2clip.runs.output_folder import check_output_folder
 
 
-def add(commands: Commands) -> None:
+def add_commands(commands: Commands) -> None:
     """Add this module's commands."""
     parser = commands.add("doctor", _doctor, "Check this machine and environment, and explain how to fix any problems.")
     parser.add_argument("--out", type=str, default="runs", help="Folder where runs will be written.")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from llm2clip.store.store import EmbeddingStore
 
 
-def add(commands: Commands) -> None:
+def add_commands(commands: Commands) -> None:
     """Add this module's commands."""
     group = commands.group("store", "Check, repair, merge, export and import embedding stores.")
 

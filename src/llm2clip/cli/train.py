@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from llm2clip.store.store import EmbeddingStore
 
 
-def add(commands: Commands) -> None:
+def add_commands(commands: Commands) -> None:
     """Add this module's commands."""
     parser = commands.add("fit", _fit, "Train on your images and captions: tune, embed, align, evaluate.")
     parser.add_argument("data", nargs="+", type=str, help=DATA_HELP)
