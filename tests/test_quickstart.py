@@ -18,9 +18,9 @@ from torch import Tensor
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.images import decode_image
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.tools.quickstart.captions import drawing_caption, keyword_caption
+from llm2clip.tools.quickstart.captions import make_drawing_caption, make_keyword_caption
 from llm2clip.tools.quickstart.openmoji import LANGUAGES, prepare_emoji_records
-from llm2clip.tools.quickstart.run import QUERIES, _last_lines, _write_search_results
+from llm2clip.tools.quickstart.run import QUERIES, _format_last_lines, _write_search_results
 
 
 @pytest.fixture
@@ -94,8 +94,8 @@ def test_prepare_emoji_records_deduplicates_and_splits_by_family(
 def test_captions_are_built_from_name_keywords_and_subgroup(
     name: str, keywords: list[str], subgroup: str, from_keywords: str | None, of_drawing: str
 ) -> None:
-    assert keyword_caption(name, keywords, subgroup) == from_keywords
-    assert drawing_caption(name, subgroup) == of_drawing
+    assert make_keyword_caption(name, keywords, subgroup) == from_keywords
+    assert make_drawing_caption(name, subgroup) == of_drawing
 
 
 def test_search_results_page_shows_the_nearest_images_of_each_query(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_search_results_page_shows_the_nearest_images_of_each_query(tmp_path: Pa
 def test_last_lines_are_quoted_for_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.executable", "/opt/my env/bin/python")
     monkeypatch.setattr("shutil.which", lambda name: None)
-    commands = [shlex.split(line, comments=True) for line in _last_lines(Path("my 'own' run"))[-3:]]
+    commands = [shlex.split(line, comments=True) for line in _format_last_lines(Path("my 'own' run"))[-3:]]
     assert all(command[0].startswith("..") and "my env" in command[0] for command in commands)
     assert commands[0][1] == "-c" and repr(str(Path("my 'own' run/model"))) in ast.unparse(ast.parse(commands[0][2]))
     assert [command[1] for command in commands[1:]] == ["fit", "fit"]

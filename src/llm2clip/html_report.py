@@ -139,7 +139,7 @@ def to_markdown(title: str, blocks: Sequence[Block], html_name: str = "") -> str
     """
     parts = []
     has_images = any(isinstance(block, _VISUAL) for block in blocks)
-    for block in _without_visual_sections(blocks):
+    for block in _omit_visual_sections(blocks):
         if isinstance(block, Heading):
             parts.append(f"{'#' * block.level} {_escape_tags(block.text)}")
         elif isinstance(block, Paragraph):
@@ -148,7 +148,7 @@ def to_markdown(title: str, blocks: Sequence[Block], html_name: str = "") -> str
         elif isinstance(block, Code):
             parts.append(f"```{block.language}\n{block.text}\n```")
         elif isinstance(block, Table):
-            parts.append(_markdown_table(block))
+            parts.append(_format_table(block))
     if has_images and html_name:
         parts.insert(0, f"Plots and images are in {html_name}.")
     return "\n\n".join([f"# {_escape_tags(title)}", *parts]) + "\n"
@@ -159,12 +159,12 @@ def _escape_tags(text: str) -> str:
     return re.sub(r"(`[^`]+`)|<(?=[a-z/!?])", lambda match: match[1] or "&lt;", text, flags=re.IGNORECASE)
 
 
-def _without_visual_sections(blocks: Sequence[Block]) -> list[Block]:
+def _omit_visual_sections(blocks: Sequence[Block]) -> list[Block]:
     """Return the blocks without the sections that contain plots or images, but no table and no code."""
     kept: list[Block] = []
     position = 0
     while position < len(blocks):
-        section = _section(blocks, position)
+        section = _find_section(blocks, position)
         is_visual = any(isinstance(block, _VISUAL) for block in section)
         if is_visual and not any(isinstance(block, Table | Code) for block in section):
             position += len(section)
@@ -174,7 +174,7 @@ def _without_visual_sections(blocks: Sequence[Block]) -> list[Block]:
     return kept
 
 
-def _section(blocks: Sequence[Block], start: int) -> Sequence[Block]:
+def _find_section(blocks: Sequence[Block], start: int) -> Sequence[Block]:
     """Return the heading at index `start` and all blocks before the next heading of the same or a higher level.
 
     If there is no heading at this index, the result is empty.
@@ -191,7 +191,7 @@ def _section(blocks: Sequence[Block], start: int) -> Sequence[Block]:
     return blocks[start:end]
 
 
-def _markdown_table(table: Table) -> str:
+def _format_table(table: Table) -> str:
     rows = [list(table.header), ["---"] * len(table.header)]
     rows += [[format_cell(value) for value in row] for row in table.rows]
     lines = []
@@ -217,22 +217,22 @@ def _load_template() -> jinja2.Template:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {
-        "inline": _inline_html,
+        "inline": _format_inline,
         "cell": format_cell,
-        "cell_classes": _cell_classes,
-        "labelled_svg": _labelled_svg,
+        "cell_classes": _choose_cell_classes,
+        "labelled_svg": _label_svg,
         "base64": lambda data: base64.b64encode(data).decode(),
     }
     source = (files("llm2clip") / "templates" / "report.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(source)
 
 
-def _inline_html(text: str) -> Markup:
+def _format_inline(text: str) -> Markup:
     """Escape text for HTML, and convert text in backticks to <code> elements."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
-def _labelled_svg(plot: Plot) -> Markup:
+def _label_svg(plot: Plot) -> Markup:
     """Return a plot's SVG as an image with a text alternative. Otherwise, screen readers read out each axis label."""
     return Markup(plot.svg.replace("<svg", f'<svg role="img" aria-label="{escape(plot.caption)}"', 1))
 
@@ -247,7 +247,7 @@ def format_cell(value: Any) -> str:
     return "–" if value is None else str(value)
 
 
-def _cell_classes(text: str, statuses: Mapping[str, str]) -> str:
+def _choose_cell_classes(text: str, statuses: Mapping[str, str]) -> str:
     """Return the CSS classes for a table cell."""
     classes = []
     if text in statuses:

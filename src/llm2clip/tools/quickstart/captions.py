@@ -30,91 +30,91 @@ CONSONANT_SOUNDS = ("uni", "use", "eur", "one", "ufo", "uk")  # words that start
 VOWEL_SOUNDS = ("hour", "sos")  # words that start with a consonant but take "an"
 
 
-def keyword_caption(name: str, keywords: Sequence[str], subgroup: str) -> str | None:
+def make_keyword_caption(name: str, keywords: Sequence[str], subgroup: str) -> str | None:
     """Return a caption built from the keywords of an emoji, such as "an emoji of a smiling face: eye, mouth".
 
     Keywords that already occur in the name are omitted. Return None if no keywords remain, or only words for people.
     """
     noun = SUBGROUP_NOUNS.get(subgroup, "")
-    words = _additional_keywords(f"{name} {noun}", keywords)
-    if not words or all(_stems(word) <= PERSONS for word in words):
+    words = _select_keywords(f"{name} {noun}", keywords)
+    if not words or all(_find_stems(word) <= PERSONS for word in words):
         return None
     if noun and noun not in PERSONS:
-        return f"an emoji of {_with_article(noun)}: {', '.join(words)}"
-    return f"an emoji of {_join(words)}"
+        return f"an emoji of {_add_article(noun)}: {', '.join(words)}"
+    return f"an emoji of {_join_words(words)}"
 
 
-def drawing_caption(name: str, subgroup: str) -> str:
+def make_drawing_caption(name: str, subgroup: str) -> str:
     """Return a caption such as "a drawing of a grinning face"."""
-    return f"a drawing of {_name_phrase(name, subgroup)}"
+    return f"a drawing of {_format_name(name, subgroup)}"
 
 
-def long_caption(name: str, keywords: Sequence[str], group: str, subgroup: str) -> str:
+def make_long_caption(name: str, keywords: Sequence[str], group: str, subgroup: str) -> str:
     """Return a long caption that contains everything known about an emoji.
 
     The caption has two sentences, or one if only the name is known.
     """
-    drawing = f"A simple colour drawing of {_name_phrase(name, subgroup)} on a white background."
+    drawing = f"A simple colour drawing of {_format_name(name, subgroup)} on a white background."
     noun = SUBGROUP_NOUNS.get(subgroup, "")
-    words = [word for word in _additional_keywords(f"{name} {noun}", keywords) if not _stems(word) <= PERSONS]
+    words = [word for word in _select_keywords(f"{name} {noun}", keywords) if not _find_stems(word) <= PERSONS]
     facts = []
-    if noun and not _stems(noun) <= _stems(name):
-        facts.append(f"is {_with_article(noun)}")
+    if noun and not _find_stems(noun) <= _find_stems(name):
+        facts.append(f"is {_add_article(noun)}")
     if words:
-        facts.append(f"stands for {_join(words)}")
+        facts.append(f"stands for {_join_words(words)}")
     if group:
         facts.append(f"is one of the emoji for {group}")
-    return f"{drawing} It {_join(facts)}." if facts else drawing
+    return f"{drawing} It {_join_words(facts)}." if facts else drawing
 
 
-def _additional_keywords(text: str, keywords: Sequence[str]) -> list[str]:
+def _select_keywords(text: str, keywords: Sequence[str]) -> list[str]:
     """Return the keywords that do not occur in a text.
 
     Words such as "man" and "woman" are always included, because they distinguish variants of the same emoji.
     """
-    stems = _stems(text)
+    stems = _find_stems(text)
     additional = []
     for keyword in keywords:
-        is_new = keyword in PERSONS or not _stems(keyword) <= stems
+        is_new = keyword in PERSONS or not _find_stems(keyword) <= stems
         num_letters = sum(char.isalpha() for char in keyword)
         if is_new and num_letters > 1:
             additional.append(keyword)
     return additional
 
 
-def _stems(text: str) -> set[str]:
+def _find_stems(text: str) -> set[str]:
     """Return the words of a text. A simple rule converts plurals to singulars."""
     stems = set()
-    for word in _words(text):
+    for word in _split_words(text):
         is_plural = len(word) > 3 and word.endswith("s") and not word.endswith("ss")
         stems.add(word[:-1] if is_plural else word)
     return stems
 
 
-def _words(text: str) -> list[str]:
+def _split_words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", text.lower())
 
 
-def _join(words: Sequence[str]) -> str:
+def _join_words(words: Sequence[str]) -> str:
     """Join words into a list such as "a, b and c"."""
     return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else "".join(words)
 
 
-def _name_phrase(name: str, subgroup: str) -> str:
+def _format_name(name: str, subgroup: str) -> str:
     """Return a name, with an article if it is a countable noun, as in "a dog".
 
     Only names in the subgroups of SUBGROUP_NOUNS get an article; "ping pong" and "foggy", for example, do not.
     """
-    return _with_article(name) if subgroup in SUBGROUP_NOUNS else name
+    return _add_article(name) if subgroup in SUBGROUP_NOUNS else name
 
 
-def _with_article(name: str) -> str:
+def _add_article(name: str) -> str:
     """Return a name as a noun phrase, such as "an apple" or "a unicorn".
 
     Plurals, such as "grapes" and "men wrestling", do not get an article.
     """
-    first_word = (_words(name) or [""])[0]
-    head_noun = (_words(re.split(r" with | of | in | on |:", name)[0]) or [""])[-1]
+    first_word = (_split_words(name) or [""])[0]
+    head_noun = (_split_words(re.split(r" with | of | in | on |:", name)[0]) or [""])[-1]
     is_plural = head_noun.endswith("s") and not head_noun.endswith(("ss", "us", "is"))
     if is_plural or first_word in {"men", "women", "people"}:
         return name

@@ -28,7 +28,7 @@ from llm2clip.extras import install_command
 from llm2clip.io_utils import atomic_dir, atomic_write_jsonl, atomic_write_text, read_json
 from llm2clip.models.hub.pretrained import cache_dir, resolve_pretrained
 from llm2clip.progress import ProgressBar
-from llm2clip.tools.quickstart.captions import drawing_caption, keyword_caption, long_caption
+from llm2clip.tools.quickstart.captions import make_drawing_caption, make_keyword_caption, make_long_caption
 
 LANGUAGES = ("zh", "ja", "ko", "de", "fr", "es", "pt", "it", "ru", "ar", "fa", "tr", "id")
 # Fraction of emoji families in the validation split. This results in 423 images, so one image changes R@1 by about 0.25
@@ -117,7 +117,7 @@ def prepare_emoji_records(
     try:
         with atomic_dir(folder) as temporary:
             (temporary / "images").mkdir()
-            rows = record_rows(list(_draw_images(candidates, temporary / "images", size, progress)))
+            rows = make_rows(list(_draw_images(candidates, temporary / "images", size, progress)))
             atomic_write_jsonl(temporary / "captions.jsonl", rows)
             splits = Counter(row["split"] for row in rows)
             readme = README.format(size=size, train=splits["train"], val=splits["val"])
@@ -211,14 +211,14 @@ def shortcode_to_name(shortcode: str) -> str:
     return " ".join(shortcode.strip(":").replace("_", " ").split())
 
 
-def record_rows(emojis: Sequence[Emoji]) -> list[dict[str, Any]]:
+def make_rows(emojis: Sequence[Emoji]) -> list[dict[str, Any]]:
     """Return the rows of captions.jsonl.
 
     Each row has at least two English captions: the name, any unambiguous aliases, and a caption built from keywords. If
     there is no keyword caption or it would be ambiguous, a description of the drawing is used instead. Two images
     therefore share an English caption only if they have the same name.
     """
-    keyword_captions = [keyword_caption(emoji.name, emoji.keywords, emoji.subgroup) for emoji in emojis]
+    keyword_captions = [make_keyword_caption(emoji.name, emoji.keywords, emoji.subgroup) for emoji in emojis]
     uses = _count_uses(emojis, keyword_captions)
     rows = []
     for emoji, by_keywords in zip(emojis, keyword_captions, strict=True):
@@ -226,14 +226,14 @@ def record_rows(emojis: Sequence[Emoji]) -> list[dict[str, Any]]:
         for alias in emoji.aliases:
             if uses[_normalize(alias)] == 1 and _is_readable(alias):
                 captions.setdefault(_normalize(alias), alias)
-        description = drawing_caption(emoji.name, emoji.subgroup)
+        description = make_drawing_caption(emoji.name, emoji.subgroup)
         if by_keywords is not None and uses[_normalize(by_keywords)] == 1:
             description = by_keywords
         row: dict[str, Any] = {
             "image": f"images/{emoji.id}.png",
             "id": emoji.id,
             "captions": [*captions.values(), description],
-            "long_captions": [long_caption(emoji.name, emoji.keywords, emoji.group, emoji.subgroup)],
+            "long_captions": [make_long_caption(emoji.name, emoji.keywords, emoji.group, emoji.subgroup)],
         }
         for language in LANGUAGES:
             row[f"captions_{language}"] = [emoji.names[language]]

@@ -56,7 +56,7 @@ def quickstart(out: Path, offline: bool = False, hub: bool = False) -> list[str]
     """
     if (out / PAGE).exists():
         print_once(f"This run is complete. Delete {out} to start over.")
-        return _last_lines(out)
+        return _format_last_lines(out)
 
     source: Literal["hub", "packages"] = "hub" if hub else "packages"
     llm = resolve_pretrained("smollm2-135m", source=source, offline=offline)
@@ -67,12 +67,12 @@ def quickstart(out: Path, offline: bool = False, hub: bool = False) -> list[str]
         if not data.exists():
             _write_training_data(emoji, data)
 
-    model_dir = fit([str(data)], out, _config(llm, tower, emoji))
+    model_dir = fit([str(data)], out, _make_config(llm, tower, emoji))
     _write_search_results(LLM2CLIP.from_pretrained(model_dir), data, out / PAGE)
-    return _last_lines(out)
+    return _format_last_lines(out)
 
 
-def _config(llm: str, tower: str, emoji: Path) -> FitConfig:
+def _make_config(llm: str, tower: str, emoji: Path) -> FitConfig:
     """Return the settings for `fit`.
 
     Args:
@@ -132,7 +132,7 @@ def _write_search_results(model: LLM2CLIP, data: Path, page: Path) -> None:
     atomic_write_text(page, to_html(f"Searching {len(images)} emoji that were never trained on", blocks))
 
 
-def _last_lines(out: Path) -> list[str]:
+def _format_last_lines(out: Path) -> list[str]:
     # Without an activated environment, `llm2clip` and `python` are not on the PATH.
     folder = Path() if shutil.which("llm2clip") else Path(os.path.relpath(Path(sys.executable).parent))
     model = out / "model"
