@@ -26,8 +26,7 @@ SUBGROUP_NOUNS = {
     "tool": "tool", "lock": "lock or key",
 }  # fmt: skip
 PERSONS = {"man", "woman", "person", "boy", "girl", "men", "women", "people", "adult"}
-CONSONANT_SOUNDS = ("uni", "use", "eur", "one", "ufo", "uk")  # words that start with a vowel but take "a"
-VOWEL_SOUNDS = ("hour", "sos")  # words that start with a consonant but take "an"
+CONSONANT_SOUNDS = ("uni", "one")  # starts of words that begin with a vowel letter but take "a"
 
 
 def make_keyword_caption(name: str, keywords: Sequence[str], subgroup: str) -> str | None:
@@ -114,11 +113,9 @@ def _add_article(name: str) -> str:
     Plurals, such as "grapes" and "men wrestling", do not get an article.
     """
     first_word = (_split_words(name) or [""])[0]
-    head_noun = (_split_words(re.split(r" with | of | in | on |:", name)[0]) or [""])[-1]
+    head_noun = (_split_words(re.split(" with | of | in | on ", name)[0]) or [""])[-1]
     is_plural = head_noun.endswith("s") and not head_noun.endswith(("ss", "us", "is"))
     if is_plural or first_word in {"men", "women", "people"}:
         return name
-    if first_word.startswith(VOWEL_SOUNDS):
-        return f"an {name}"
     starts_with_vowel = first_word.startswith(tuple("aeiou")) and not first_word.startswith(CONSONANT_SOUNDS)
     return f"{'an' if starts_with_vowel else 'a'} {name}"
