@@ -69,7 +69,7 @@ class TrainingStage:
         self.feature_size: int = model.model.multi_modal_projector.linear_1.in_features
         model.model.vision_tower = PrecomputedVision(feature_maps=model.config.model_type == "fast_vlm")
         model.config.get_text_config().use_cache = False
-        self.model = set_trainable(model, stage, config, out)
+        self.model = set_trainable_parts(model, stage, config, out)
         set_fsdp_wrap_policy(model.model.language_model.layers)
 
     def run(self, conversations: Sequence[Conversation]) -> None:
@@ -206,7 +206,7 @@ class _LlavaTrainer(TrainingStateMixin, Trainer):
         return prepared
 
 
-def set_trainable(model: Any, stage: str, config: LlavaConfig, out: Path) -> Any:
+def set_trainable_parts(model: Any, stage: str, config: LlavaConfig, out: Path) -> Any:
     """Freeze all parameters that a stage does not train. Return the model, wrapped in a PEFT model if LoRA is used.
 
     Of the LLM, the `instruct` stage trains either all weights or LoRA adapters. The projector and LoRA weights are

@@ -28,7 +28,7 @@ from llm2clip.llava.build import save_llava
 from llm2clip.llava.chat_template import Conversation
 from llm2clip.llava.config import LlavaConfig
 from llm2clip.llava.image_features import PatchFeatures, cache_patch_features, patch_feature_size
-from llm2clip.llava.stage import TRAINED_WEIGHTS, TrainingStage, load_llava, load_trained, set_trainable
+from llm2clip.llava.stage import TRAINED_WEIGHTS, TrainingStage, load_llava, load_trained, set_trainable_parts
 from llm2clip.runs.lock import folder_lock
 from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 from llm2clip.store.image_features import image_keys
@@ -149,6 +149,6 @@ def _load_result(source: str, config: LlavaConfig, out: Path) -> Any:
     if not trained_stages:
         return model
     last = trained_stages[-1]
-    model = set_trainable(model, last, config, out)
+    model = set_trainable_parts(model, last, config, out)
     load_trained(model, out / last / TRAINED_WEIGHTS)
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
