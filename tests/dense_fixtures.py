@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.evaluate.benchmarks import SegmentationData
+from llm2clip.evaluate.benchmarks.base import SegmentationData
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.vision.dense import DenseEncoder

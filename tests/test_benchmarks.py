@@ -17,15 +17,11 @@ from PIL import Image
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import load_image
 from llm2clip.data.records import Record
-from llm2clip.evaluate.benchmarks import (
-    BENCHMARKS,
-    ClassificationData,
-    CompositionalExample,
-    DataFormatError,
-    MissingFileError,
-)
+from llm2clip.evaluate.benchmarks import BENCHMARKS
+from llm2clip.evaluate.benchmarks.base import ClassificationData, CompositionalExample
 from llm2clip.evaluate.benchmarks.classification import read_class_folders
-from llm2clip.evaluate.benchmarks.karpathy_splits import strip_tags
+from llm2clip.evaluate.benchmarks.english import read_first_objects, strip_tags
+from llm2clip.io_utils import DataFormatError, MissingFileError
 
 
 def draw(file: Path, colour: tuple[int, int, int] = (200, 10, 10)) -> None:
@@ -131,8 +127,6 @@ def test_long_caption_benchmarks_read_the_first_caption(tmp_path: Path) -> None:
 
 def test_read_first_objects_ignores_the_rest_of_the_file(tmp_path: Path) -> None:
     """A truncated end of the file does not matter if it is not reached."""
-    from llm2clip.evaluate.benchmarks.long_captions import read_first_objects
-
     rows = [{"n": n, "text": "x" * 5000} for n in range(400)]
     write(tmp_path / "big.json", json.dumps(rows)[:-100_000])
     assert [row["n"] for row in read_first_objects(tmp_path / "big.json", 300)] == list(range(300))

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from conftest import save_tokenizer
 from llm2clip.cli import main
+from llm2clip.evaluate.bootstrap import bootstrap
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy, mean_cosines, worst_mistakes
-from llm2clip.evaluate.recall import bootstrap
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.clip_text_encoder import has_text_tower, load_clip_text_encoder
 

@@ -19,11 +19,12 @@ from torchvision.ops import box_convert
 
 from dense_fixtures import coco_json, colour_embeddings, colour_model, draw_rectangles, make_coco
 from llm2clip.cli import main
+from llm2clip.config import EvaluateOptions
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import load_image
 from llm2clip.evaluate.benchmarks import BENCHMARKS, get_benchmarks
 from llm2clip.evaluate.benchmarks.base import DetectionData
-from llm2clip.evaluate.benchmarks.ov_coco import class_split
+from llm2clip.evaluate.benchmarks.coco_boxes import class_split
 from llm2clip.evaluate.dense.average_precision import ClassMatches, Detections, detection_metrics, weighted_ap
 from llm2clip.evaluate.dense.detection import (
     DetectionResults,
@@ -134,31 +135,31 @@ def test_average_precision_of_a_case_computed_by_hand() -> None:
         10: make_detections([("red", box, 0.9), ("red", other, 0.8), ("blue", [50, 50, 10, 7], 0.5)]),
         11: make_detections([("red", box, 0.7)]),
     }
-    metrics = detection_metrics(data, detections)
+    result, class_ap50 = detection_metrics(data, detections)
+    metrics, intervals = result.values, result.intervals
     # red: hit, miss, hit. The precision is 1 up to a recall of 0.5 (51 of 101 values), and 2/3 above.
     red = 100 * (51 + 50 * 2 / 3) / 101
-    assert metrics["novel"]["AP50"] == pytest.approx(red)
-    assert metrics["novel"]["classes"] == 1  # there are no green objects
-    assert metrics["base"]["AP50"] == pytest.approx(100)
-    assert metrics["base"]["AP"] == pytest.approx(50)  # the IoU is 0.7: correct at 5 of the 10 thresholds
-    assert metrics["all"]["AP50"] == pytest.approx((red + 100) / 2)  # the mean over classes, not over groups
+    assert metrics["AP50 novel"] == pytest.approx(red)  # there are no green objects
+    assert metrics["AP50 base"] == pytest.approx(100)
+    assert metrics["AP base"] == pytest.approx(50)  # the IoU is 0.7: correct at 5 of the 10 thresholds
+    assert metrics["AP50 all"] == pytest.approx((red + 100) / 2)  # the mean over classes, not over groups
     # If either image is drawn twice, the misses come last, and AP50 is 100. Otherwise, it is as above.
-    assert metrics["novel"]["AP50 interval"] == pytest.approx((red, 100))
-    assert metrics["all"]["class AP50"] == pytest.approx({"red": red, "blue": 100})
-    assert len(metrics["novel"]["AP50 resamples"]) == 1000
+    assert intervals["AP50 novel"] == pytest.approx((red, 100))
+    assert class_ap50 == pytest.approx({"red": red, "blue": 100})
+    assert len(result.resamples["AP50 novel"]) == 1000
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_average_precision_equals_a_naive_computation(seed: int) -> None:
     data, detections = random_case(seed)
-    metrics = detection_metrics(data, detections, resamples=10)
+    metrics = detection_metrics(data, detections, resamples=10)[0].values
     ap50 = [naive_ap(data, detections, label, 0.5) for label in range(3)]
     thresholds = np.linspace(0.5, 0.95, 10)
     ap = [np.mean([naive_ap(data, detections, label, t) for t in thresholds]) for label in range(3)]
-    assert metrics["novel"]["AP50"] == pytest.approx(np.mean(ap50[:2]))
-    assert metrics["base"]["AP50"] == pytest.approx(ap50[2])
-    assert metrics["all"]["AP50"] == pytest.approx(np.mean(ap50))
-    assert metrics["all"]["AP"] == pytest.approx(np.mean(ap))
+    assert metrics["AP50 novel"] == pytest.approx(np.mean(ap50[:2]))
+    assert metrics["AP50 base"] == pytest.approx(ap50[2])
+    assert metrics["AP50 all"] == pytest.approx(np.mean(ap50))
+    assert metrics["AP all"] == pytest.approx(np.mean(ap))
 
 
 def test_perfect_detections_have_an_average_precision_of_100() -> None:
@@ -168,9 +169,9 @@ def test_perfect_detections_have_an_average_precision_of_100() -> None:
         name = NAMES[data.category_ids.index(row["category_id"])]
         by_image.setdefault(row["image_id"], []).append((name, row["bbox"], 1.0))
     detections = {image_id: make_detections(rows) for image_id, rows in by_image.items()}
-    for group in detection_metrics(data, detections, resamples=10).values():
-        assert group["AP50"] == group["AP"] == pytest.approx(100)
-        low, high = group["AP50 interval"]
+    metrics, _ = detection_metrics(data, detections, resamples=10)
+    assert set(metrics.values.values()) == {pytest.approx(100)}
+    for low, high in metrics.intervals.values():
         assert low == pytest.approx(100 * 0.025 ** (1 / 12)) and high == 100  # Clopper and Pearson, 12 of 12 images
 
 
@@ -178,11 +179,11 @@ def test_detections_on_crowds_are_ignored_and_no_detections_score_zero() -> None
     box, crowd = [0, 0, 10, 10], [40, 40, 30, 30]
     data = make_data([(0, "red", box), (0, "red", crowd)], num_images=1, crowds=(1,))
     on_crowd = ("red", [45, 45, 5, 5], 0.9)
-    metrics = detection_metrics(data, {10: make_detections([on_crowd, ("red", box, 0.5)])}, resamples=5)
-    assert metrics["novel"]["AP50"] == pytest.approx(100)
-    assert metrics["novel"]["AP50 interval"] == pytest.approx((2.5, 100))  # Clopper and Pearson, 1 of 1 image
-    nothing = detection_metrics(data, {}, resamples=5)
-    assert nothing["novel"]["AP50"] == 0 and nothing["novel"]["AP50 interval"] == pytest.approx((0, 97.5))
+    metrics, _ = detection_metrics(data, {10: make_detections([on_crowd, ("red", box, 0.5)])}, resamples=5)
+    assert metrics.values["AP50 novel"] == pytest.approx(100)
+    assert metrics.intervals["AP50 novel"] == pytest.approx((2.5, 100))  # Clopper and Pearson, 1 of 1 image
+    nothing, _ = detection_metrics(data, {}, resamples=5)
+    assert nothing.values["AP50 novel"] == 0 and nothing.intervals["AP50 novel"] == pytest.approx((0, 97.5))
 
 
 def test_weighted_ap_equals_average_precision_with_repeated_images(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,9 +197,9 @@ def test_weighted_ap_equals_average_precision_with_repeated_images(monkeypatch: 
         return weighted_ap(match, weights, recall_values)
 
     monkeypatch.setattr("llm2clip.evaluate.dense.average_precision.weighted_ap", record)
-    metrics = detection_metrics(data, detections, resamples=1)
+    metrics = detection_metrics(data, detections, resamples=1)[0].values
     ones = [100 * weighted_ap(match, np.ones(6), RECALL_VALUES) for match in matches]
-    assert metrics["all"]["AP50"] == pytest.approx(np.nanmean(ones))
+    assert metrics["AP50 all"] == pytest.approx(np.nanmean(ones))
 
     sources = [image for image, count in enumerate(counts) for _ in range(count)]
     objects, repeated = [], {}
@@ -208,9 +209,9 @@ def test_weighted_ap_equals_average_precision_with_repeated_images(monkeypatch: 
                 objects.append((copy, NAMES[data.category_ids.index(row["category_id"])], row["bbox"]))
         repeated[10 + copy] = detections[10 + image]
     resampled = [100 * weighted_ap(match, counts.astype(float), RECALL_VALUES) for match in matches]
-    expected = detection_metrics(make_data(objects, len(sources)), repeated, resamples=1)
-    assert expected["all"]["AP50"] == pytest.approx(np.nanmean(resampled))
-    assert expected["novel"]["AP50"] == pytest.approx(np.nanmean(resampled[:2]))
+    expected = detection_metrics(make_data(objects, len(sources)), repeated, resamples=1)[0].values
+    assert expected["AP50 all"] == pytest.approx(np.nanmean(resampled))
+    assert expected["AP50 novel"] == pytest.approx(np.nanmean(resampled[:2]))
 
 
 # ---- names of boxes -------------------------------------------------------------------------------------------------
@@ -471,8 +472,8 @@ def test_the_users_coco_file_is_read_with_all_images(tmp_path: Path) -> None:
     assert (benchmark.kind, data.image_ids, data.templates) == ("detection", [10, 11], ["a {}"])
     assert len(data.names) == 20 and data.names[0] == "red cat" and data.category_ids[:2] == [1, 3]
     detections = {10: Detections(torch.tensor([[4.0, 4, 24, 24]]), torch.ones(1).double(), torch.tensor([5]))}
-    metrics = detection_metrics(data, detections, resamples=2)
-    assert list(metrics) == ["all"]
+    metrics, _ = detection_metrics(data, detections, resamples=2)
+    assert list(metrics.values) == ["AP50 all", "AP all"]
 
 
 def test_detections_are_written_in_the_results_format_of_coco(tmp_path: Path) -> None:
@@ -494,8 +495,8 @@ def test_detections_are_written_in_the_results_format_of_coco(tmp_path: Path) ->
     evaluator.evaluate()
     evaluator.accumulate()
     evaluator.summarize()
-    metrics = detection_metrics(data, detections, resamples=2)["all"]
-    assert 100 * evaluator.stats[:2] == pytest.approx([metrics["AP"], metrics["AP50"]])
+    metrics = detection_metrics(data, detections, resamples=2)[0].values
+    assert 100 * evaluator.stats[:2] == pytest.approx([metrics["AP all"], metrics["AP50 all"]])
 
 
 def test_results_of_finished_benchmarks_are_saved_when_a_later_one_fails(
@@ -508,9 +509,14 @@ def test_results_of_finished_benchmarks_are_saved_when_a_later_one_fails(
     monkeypatch.setattr("llm2clip.evaluate.embeddings.open_dual_encoder", lambda *args, **kwargs: colour_model())
     monkeypatch.setattr("llm2clip.evaluate.embeddings.fingerprint", lambda identity: "0" * 64)
     monkeypatch.setattr("llm2clip.evaluate.benchmark_eval.detect_objects", fail)
-    options: dict[str, Any] = {"root": tmp_path, "out": tmp_path / "out", "proposals": "ground-truth"}
+    options = EvaluateOptions(
+        benchmarks=["coco-boxes", "ov-coco"],
+        root=str(tmp_path),
+        out=str(tmp_path / "out"),
+        proposals="ground-truth",
+    )
     with pytest.raises(IndexError, match="a bug"):
-        evaluate_models(["colours"], benchmarks=["coco-boxes", "ov-coco"], **options)
+        evaluate_models(["colours"], [], options)
     [result] = json.loads((tmp_path / "out/results.json").read_text())["results"]
     assert result["benchmark"] == "coco-boxes"
 
@@ -519,7 +525,8 @@ def test_skipped_images_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     file = make_coco(tmp_path)
     (tmp_path / "val2017/1.png").write_bytes(b"no image")
     monkeypatch.setattr("llm2clip.evaluate.embeddings.open_dual_encoder", lambda *args, **kwargs: colour_model())
-    lines = evaluate_models(["colours"], benchmarks=[f"boxes:{file}"], templates=["a {}"], max_skipped=0.5)
+    options = EvaluateOptions(benchmarks=[f"boxes:{file}"], templates=["a {}"], max_skipped=0.5)
+    lines = evaluate_models(["colours"], [], options)
     assert any(line.startswith(f"boxes:{file}: 1 of 3 rows skipped") for line in lines)
 
 
@@ -555,10 +562,10 @@ def test_true_boxes_and_correct_names_have_an_average_precision_of_100(tmp_path:
     results = detect(data)
     assert (results.num_boxes, results.num_covered, results.num_objects) == (8, 8, 8)
     for method in ("plain", "crop"):
-        for metrics in detection_metrics(data, results.by_method[method], resamples=5).values():
-            assert metrics["AP50"] == metrics["AP"] == pytest.approx(100)
-    swapped = detection_metrics(data, results.by_method["sclip"], resamples=5)  # red and blue are swapped
-    assert swapped["base"]["AP50"] < 50  # the wrong name of each box has the higher score
+        metrics, _ = detection_metrics(data, results.by_method[method], resamples=5)
+        assert set(metrics.values.values()) == {pytest.approx(100)}
+    swapped, _ = detection_metrics(data, results.by_method["sclip"], resamples=5)  # red and blue are swapped
+    assert swapped.values["AP50 base"] < 50  # the wrong name of each box has the higher score
 
 
 def test_proposal_recall_counts_the_objects_that_a_proposal_covers(tmp_path: Path) -> None:
@@ -659,10 +666,8 @@ def test_perfect_detections_on_real_images_have_an_average_precision_of_100(real
         boxes = box_convert(torch.tensor([box for box, _ in objects]), "xywh", "xyxy")
         classes = torch.tensor([label for _, label in objects])
         detections[image_id] = Detections(boxes, torch.ones(len(objects)), classes)
-    metrics = detection_metrics(data, detections, resamples=20)
-    assert metrics["novel"]["classes"] + metrics["base"]["classes"] == metrics["all"]["classes"] > 40
-    for group in metrics.values():
-        assert group["AP50"] == group["AP"] == pytest.approx(100)
+    metrics, class_ap50 = detection_metrics(data, detections, resamples=20)
+    assert len(class_ap50) > 40 and set(metrics.values.values()) == {pytest.approx(100)}
 
 
 def test_evaluate_command_reports_detection(

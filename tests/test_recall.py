@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import binomtest
 
-from llm2clip.evaluate.ranks import positive_ranks, two_way_ranks
+from llm2clip.evaluate.bootstrap import percentile_interval
+from llm2clip.evaluate.ranks import QUERY_TILE, positive_ranks, two_way_ranks
 from llm2clip.evaluate.recall import (
     chance_recall,
-    evaluate_retrieval,
-    percentile_interval,
     recall,
     recall_differences,
     recall_intervals,
+    retrieval_metrics,
 )
 
 
@@ -29,12 +29,17 @@ def rank_by_sorting(scores: torch.Tensor, positives: list[int]) -> int:
 
 @pytest.mark.parametrize("tile_size", [3, 7, 4096])
 def test_positive_ranks_match_sorting(tile_size: int) -> None:
+    """More queries than in one tile. One of the items is ignored by each query."""
     g = torch.Generator().manual_seed(0)
-    queries, items = (F.normalize(torch.randn(n, 6, generator=g), dim=-1) for n in (20, 37))
-    positives = [sorted(torch.randperm(37, generator=g)[: 1 + i % 4].tolist()) for i in range(20)]
-    ranks = positive_ranks(queries, items, positives, tile_size)
+    queries, items = (F.normalize(torch.randn(n, 6, generator=g), dim=-1) for n in (QUERY_TILE + 5, 37))
+    orders = [torch.randperm(37, generator=g).tolist() for _ in queries]
+    positives = [sorted(order[: 1 + n % 4]) for n, order in enumerate(orders)]
+    ignored = [order[-1] for order in orders]
+    ranks = positive_ranks(queries, items, positives, tile_size, ignored)
     exact = queries.double() @ items.double().T
-    assert ranks.tolist() == [rank_by_sorting(exact[i], p) for i, p in enumerate(positives)]
+    for n, query_ranks in enumerate(ranks):
+        order = [j for j in exact[n].argsort(descending=True).tolist() if j != ignored[n]]
+        assert query_ranks.tolist() == sorted(order.index(j) for j in positives[n])
 
 
 @pytest.mark.parametrize("tile_size", [8, 16, 512])
@@ -53,7 +58,6 @@ def test_two_way_ranks_match_sorting(tile_size: int, in_order: bool) -> None:
         assert image_ranks[i] == rank_by_sorting(exact[i], (owner == i).nonzero()[:, 0].tolist())
     for t in range(41):
         assert text_ranks[t] == rank_by_sorting(exact[:, t], [int(owner[t])])
-    assert torch.equal(text_ranks, positive_ranks(texts, images, [[int(i)] for i in owner], tile_size))
     half = two_way_ranks(images.half(), texts.half(), owner, tile_size)
     full = two_way_ranks(images.half().float(), texts.half().float(), owner, tile_size)
     assert torch.equal(half[0], full[0]) and torch.equal(half[1], full[1])
@@ -82,11 +86,12 @@ def test_recall_intervals_resample_images_not_captions() -> None:
     assert narrow[1] - narrow[0] < 0.6 * (high - low)
 
 
-def test_evaluate_retrieval_on_a_small_example() -> None:
+def test_retrieval_metrics_on_a_small_example() -> None:
     """Three images, of which the second has two captions; the last caption is nearer to the first image."""
     images = torch.eye(3)
     texts = F.normalize(torch.tensor([[1.0, 0, 0], [0, 1, 0], [0.1, 1, 0], [1, 0, 0.5]]), dim=-1)
-    metrics = evaluate_retrieval(images, texts, [0, 1, 1, 2])
+    owner = [0, 1, 1, 2]
+    metrics = retrieval_metrics(*two_way_ranks(images, texts, owner), owner)
     assert metrics["T2I"] == {"R@1": 75.0, "R@5": 100.0, "R@10": 100.0, "median rank": 1.0}
     assert metrics["I2T"]["R@1"] == metrics["I2T interval"]["R@1"][1] == 100.0
     low, high = metrics["T2I interval"]["R@1"]
@@ -129,29 +134,26 @@ def test_recall_differences_are_paired_by_image() -> None:
     assert differences["R@5"] == 0 and intervals["R@5"] == pytest.approx((-limit, limit)), "all hits are equal"
 
 
-def test_positive_ranks_are_worst_if_all_scores_are_equal() -> None:
+def test_two_way_ranks_are_worst_if_all_scores_are_equal() -> None:
     embeddings = torch.ones(10, 4) / 2
-    ranks = positive_ranks(embeddings, embeddings, [[i] for i in range(10)])
-    assert ranks.tolist() == [9] * 10
+    ranks, text_ranks = two_way_ranks(embeddings, embeddings, range(10))
+    assert ranks.tolist() == text_ranks.tolist() == [9] * 10
     assert recall(ranks) == {"R@1": 0.0, "R@5": 0.0, "R@10": 100.0}
 
 
-def test_evaluate_retrieval_with_different_numbers_of_captions() -> None:
+def test_retrieval_metrics_with_different_numbers_of_captions() -> None:
     """COCO's images have 5, 6 or 7 captions: reshaping to (N, 5) would misalign all captions after the first six."""
     counts = [5, 6, 7, 5, 2]
     image_of_text = [i for i, n in enumerate(counts) for _ in range(n)]
     images = torch.eye(5)
-    metrics = evaluate_retrieval(images, images[image_of_text], image_of_text)
+    metrics = retrieval_metrics(*two_way_ranks(images, images[image_of_text], image_of_text), image_of_text)
     assert metrics["I2T"]["R@1"] == metrics["T2I"]["R@1"] == 100.0
 
 
-def test_positive_ranks_reject_a_query_without_positives() -> None:
-    with pytest.raises(ValueError, match="query 1"):
-        positive_ranks(torch.eye(2), torch.eye(2), [[0], []])
-
-
-def test_positive_ranks_reject_nan() -> None:
+def test_positive_ranks_reject_queries_without_positive_and_nan() -> None:
     """No score is greater than NaN, so without the check every rank would be 0 and recall 100%."""
+    with pytest.raises(ValueError, match="query 1 has no positive item"):
+        positive_ranks(torch.eye(2), torch.eye(2), [[0], []])
     with pytest.raises(ValueError, match="NaN or infinity"):
         positive_ranks(torch.full((3, 2), torch.nan), torch.eye(2), [[0]] * 3)
 

@@ -18,7 +18,9 @@ from dense_fixtures import COLOURS, colour_embeddings, colour_model, make_coco, 
 from llm2clip.cli import main
 from llm2clip.data import image_loader
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
-from llm2clip.evaluate.benchmarks import BENCHMARKS, DataFormatError, MissingFileError, RegionData, get_benchmarks
+from llm2clip.evaluate.benchmarks import BENCHMARKS, get_benchmarks
+from llm2clip.evaluate.benchmarks.base import RegionData
+from llm2clip.evaluate.bootstrap import bootstrap_counts
 from llm2clip.evaluate.dense.regions import (
     RegionPredictions,
     class_accuracy,
@@ -28,8 +30,8 @@ from llm2clip.evaluate.dense.regions import (
     region_metrics,
 )
 from llm2clip.evaluate.dense.segmentation import evaluate_segmentation
-from llm2clip.evaluate.precomputed import PrecomputedEmbeddings
-from llm2clip.evaluate.recall import bootstrap_counts
+from llm2clip.evaluate.embeddings import PrecomputedEmbeddings
+from llm2clip.io_utils import DataFormatError, MissingFileError
 from llm2clip.models.vision.regions import pool_boxes
 from test_dual_encoder import clip as clip  # the fixture
 

@@ -21,9 +21,11 @@ from dense_fixtures import CELL, colour_embeddings, make_coco, make_segmentation
 from llm2clip.cli import main
 from llm2clip.data.images import load_image
 from llm2clip.data.skip_log import TooManySkipped
-from llm2clip.evaluate.benchmarks import BENCHMARKS, DataFormatError, MissingFileError, SegmentationData, get_benchmarks
+from llm2clip.evaluate.benchmarks import BENCHMARKS, get_benchmarks
+from llm2clip.evaluate.benchmarks.base import SegmentationData
 from llm2clip.evaluate.benchmarks.coco_instances import decode_mask
 from llm2clip.evaluate.benchmarks.segmentation import read_class_names
+from llm2clip.evaluate.bootstrap import bootstrap_counts
 from llm2clip.evaluate.dense.segmentation import (
     LabelMapWriter,
     SegmentationCounts,
@@ -32,8 +34,8 @@ from llm2clip.evaluate.dense.segmentation import (
     segmentation_blocks,
     segmentation_metrics,
 )
-from llm2clip.evaluate.recall import bootstrap_counts
 from llm2clip.html_report import Legend, ResultImages
+from llm2clip.io_utils import DataFormatError, MissingFileError
 from llm2clip.models.vision import sliding_window
 from llm2clip.models.vision.sliding_window import (
     PixelScores,

@@ -14,20 +14,21 @@ from sklearn.metrics import average_precision_score, ndcg_score
 
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.evaluate.query_phrases import caption_phrases, split_words
+from llm2clip.evaluate.bootstrap import bootstrap_counts
 from llm2clip.evaluate.query_templates import CANDIDATES, choose_query_templates
-from llm2clip.evaluate.ranks import QUERY_TILE, all_positive_ranks
-from llm2clip.evaluate.recall import bootstrap_counts
+from llm2clip.evaluate.ranks import QUERY_TILE, positive_ranks
 from llm2clip.evaluate.reporting.short_query_report import overview_table
 from llm2clip.evaluate.retrieval_eval import RetrievalRanks
 from llm2clip.evaluate.short_queries import (
+    LabelledQuery,
     LengthScores,
-    Query,
     build_queries,
+    caption_phrases,
     chance_scores,
     mean_intervals,
     ranking_scores,
     score_short_queries,
+    split_words,
 )
 from llm2clip.models.prompts import LITERAL, QueryTemplates
 
@@ -67,19 +68,23 @@ def test_build_queries_finds_all_images_that_mention_a_phrase() -> None:
     ]
     queries = build_queries(captions, min_images=2, max_share=0.7)
     assert queries["1"] == [
-        Query("dog", (0, 1, 2, 3)),
-        Query("else", (1, 5)),
-        Query("grey", (4, 5)),
-        Query("nothing", (1, 5)),
-        Query("red", (0, 1, 2)),
-        Query("runs", (0, 2)),
+        LabelledQuery("dog", (0, 1, 2, 3)),
+        LabelledQuery("else", (1, 5)),
+        LabelledQuery("grey", (4, 5)),
+        LabelledQuery("nothing", (1, 5)),
+        LabelledQuery("red", (0, 1, 2)),
+        LabelledQuery("runs", (0, 2)),
     ]
-    assert queries["2"] == [Query("dog runs", (0, 2)), Query("nothing else", (1, 5)), Query("red dog", (0, 1, 2))]
-    assert queries["3"] == [Query("red dog runs", (0, 2))]
+    assert queries["2"] == [
+        LabelledQuery("dog runs", (0, 2)),
+        LabelledQuery("nothing else", (1, 5)),
+        LabelledQuery("red dog", (0, 1, 2)),
+    ]
+    assert queries["3"] == [LabelledQuery("red dog runs", (0, 2))]
     assert queries["4–7"] == [
-        Query("A big red dog runs", (2,)),
-        Query("A red dog runs.", (0,)),
-        Query("The red dog sits", (1,)),
+        LabelledQuery("A big red dog runs", (2,)),
+        LabelledQuery("A red dog runs.", (0,)),
+        LabelledQuery("The red dog sits", (1,)),
     ]
     assert "8+" not in queries
     assert [query.text for query in build_queries(captions, min_images=3, max_share=0.6)["1"]] == ["red"]
@@ -89,7 +94,7 @@ def test_equal_captions_share_their_images_and_samples_are_reproducible() -> Non
     long = "one two three four five six seven eight"
     captions = [[long], [f"{long.title()}!"], *([f"caption number {n} of an image"] for n in range(30))]
     queries = build_queries(captions, max_queries=7)
-    assert queries["8+"] == [Query(long, (0, 1))]
+    assert queries["8+"] == [LabelledQuery(long, (0, 1))]
     assert len(queries["4–7"]) == 7 and len({query.text for query in queries["4–7"]}) == 7
     assert queries["4–7"] == build_queries(captions, max_queries=7)["4–7"]
     assert queries["4–7"] != build_queries(captions, max_queries=7, seed=1)["4–7"]
@@ -106,7 +111,7 @@ def test_metrics_match_scikit_learn(tile_size: int) -> None:
     images, queries = random_vectors(75), random_vectors(QUERY_TILE + 5, seed=1)
     generator = torch.Generator().manual_seed(2)
     relevant = [torch.randperm(75, generator=generator)[: 1 + n % 20].tolist() for n in range(len(queries))]
-    ranks = all_positive_ranks(queries, images, relevant, tile_size)
+    ranks = positive_ranks(queries, images, relevant, tile_size)
     exact = (queries.double() @ images.double().T).numpy()
     for n, indices in enumerate(relevant):
         truth = np.zeros(75)
@@ -125,19 +130,12 @@ def test_wrong_answers_rank_first_among_equal_scores() -> None:
     queries = random_vectors(3, seed=1)
     relevant = [[0, 9, 4], [40, 13], [8]]
     scores = queries.double() @ images.double().T
-    for n, ranks in enumerate(all_positive_ranks(queries, images, relevant, 16)):
+    for n, ranks in enumerate(positive_ranks(queries, images, relevant, 16)):
         keys = [(-round(scores[n, i].item(), 9), i in relevant[n]) for i in range(41)]
         order = sorted(range(41), key=keys.__getitem__)
         assert ranks.tolist() == [rank for rank, i in enumerate(order) if i in relevant[n]]
-    constant = all_positive_ranks(torch.ones(1, 2), torch.ones(6, 2), [[0, 3]])
+    constant = positive_ranks(torch.ones(1, 2), torch.ones(6, 2), [[0, 3]])
     assert constant[0].tolist() == [4, 5], "a model that returns a constant has the worst ranks"
-
-
-def test_all_positive_ranks_reject_queries_without_positive_and_nan() -> None:
-    with pytest.raises(ValueError, match="query 1 has no positive item"):
-        all_positive_ranks(torch.eye(2), torch.eye(2), [[0], []])
-    with pytest.raises(ValueError, match="NaN or infinity"):
-        all_positive_ranks(torch.full((1, 2), torch.nan), torch.eye(2), [[0]])
 
 
 def test_ranking_scores_of_a_small_example() -> None:
@@ -164,9 +162,9 @@ def test_mean_intervals_resample_queries() -> None:
 def test_models_with_other_queries_have_no_difference() -> None:
     """Images that one model cannot decode, but another has precomputed embeddings for, change the queries."""
     scores = torch.rand(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    queries = [Query(text, (0, 1)) for text in ("dog", "cat", "sofa")]
+    queries = [LabelledQuery(text, (0, 1)) for text in ("dog", "cat", "sofa")]
     lengths = LengthScores("1", queries, scores, torch.zeros(3), 2.0)
-    other = LengthScores("1", [*queries[:2], Query("sofa", (0, 2))], scores - 0.1, torch.zeros(3), 2.0)
+    other = LengthScores("1", [*queries[:2], LabelledQuery("sofa", (0, 2))], scores - 0.1, torch.zeros(3), 2.0)
     fewer = LengthScores("1", queries[:2], scores[:2], torch.zeros(3), 2.0)
     same = dataclasses.replace(lengths, scores=scores - 0.1)
     table = overview_table({"a": [lengths], "b": [other], "c": [fewer], "d": [same]}, {})

@@ -10,22 +10,30 @@ import torch.nn.functional as F
 
 from llm2clip.data.image_refs import FileImage
 from llm2clip.evaluate.benchmarks.base import CompositionalExample
-from llm2clip.evaluate.compositional import compositional_accuracy
-from llm2clip.evaluate.recall import bootstrap
-from llm2clip.evaluate.zero_shot import class_embeddings, class_prompts, classification_accuracy, linear_probe
+from llm2clip.evaluate.benchmarks.compositional import compositional_accuracy
+from llm2clip.evaluate.bootstrap import bootstrap
+from llm2clip.evaluate.zero_shot import classification_accuracy, encode_classes, linear_probe
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
+class FakeEmbeddings:
+    """Returns fixed text embeddings, whose norms must not matter."""
+
+    vectors = random(6, 5) * torch.arange(1, 7)[:, None]
+
+    def encode_texts(self, texts: list[str]) -> torch.Tensor:
+        assert texts == ["a dog.", "the dog!", "dog dog", "a big cat.", "the big cat!", "big cat big cat"]
+        return self.vectors
+
+
 def test_class_embedding_is_the_mean_of_its_prompts() -> None:
-    prompts = class_prompts(["dog", "big cat"], ["a {}.", "the {}!", "{} {}"])
-    assert prompts == ["a dog.", "the dog!", "dog dog", "a big cat.", "the big cat!", "big cat big cat"]
-    texts = random(6, 5) * torch.arange(1, 7)[:, None]  # the norm of an embedding must not matter
-    classes = class_embeddings(texts, 2)
+    classes = encode_classes(FakeEmbeddings(), ["dog", "big cat"], ["a {}.", "the {}!", "{} {}"])  # type: ignore[arg-type]
     for n in range(2):
-        mean = sum(texts[3 * n + t].double() / texts[3 * n + t].double().norm() for t in range(3)) / 3
+        vectors = [vector.double() / vector.double().norm() for vector in FakeEmbeddings.vectors[3 * n : 3 * n + 3]]
+        mean = sum(vectors) / 3
         torch.testing.assert_close(classes[n].double(), mean / mean.norm(), atol=1e-6, rtol=0)
 
 

@@ -274,6 +274,59 @@ class EvaluateConfig:
 
 
 @dataclass
+class EvaluateOptions:
+    """Options of the `evaluate` command. Each field is a command-line flag, and its docstring is the help text."""
+
+    benchmarks: list[str] = field(default_factory=list)
+    """Names of public benchmarks (see `llm2clip benchmarks`) or `all`; or your own images: folder:PATH (one subfolder
+    per class), boxes:FILE.json or detection:FILE.json (COCO's format), segmentation:PATH (COCO's format, or a folder
+    with images/, masks/ and classes.txt)."""
+    root: str = "data/benchmarks"
+    """Folder that contains one folder per benchmark."""
+    out: str | None = None
+    """Output folder for report.html, results.json, and embeddings, which later runs reuse."""
+    linear_probe: bool = False
+    """Classification: also fit a linear probe to the training images."""
+    dense_variants: list[str] = field(default_factory=lambda: ["plain"])
+    """Regions, segmentation and detection: how the embeddings of image parts are computed: `plain`, `maskclip`,
+    `sclip`, `clearclip` or `naclip`."""
+    short_queries: bool = False
+    """Images with captions: also report retrieval by query length, from single words to whole captions."""
+    templates: list[str] | None = None
+    """With --short_queries: also average each query of up to three words with these prompt templates, such as 'a photo
+    of a {}'. Default: the templates that were saved with the model. Also: the templates for class names in your own
+    images, such as boxes:FILE.json."""
+    proposals: str | None = None
+    """Detection: the boxes to classify. A JSON file in COCO's results format; a detector, which is a folder or hub id
+    of transformers, or torchvision:NAME; or `ground-truth`."""
+    crop_proposals: bool = False
+    """Detection: also classify each box by encoding it like an image. This takes one forward pass per box."""
+    save_predictions: bool = False
+    """Segmentation and detection: write label maps (PNG) and detections (COCO's results format) to OUT/predictions."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with a model, such as Jina-CLIP. Use this only for models that you trust."""
+    captions: list[str] = field(default_factory=list)
+    """Sources for caption retrieval accuracy (CRA)."""
+    all_pairs: bool = False
+    """CRA: also report the all-pairs protocol: each caption retrieves any other caption of its image."""
+    mistakes: int | None = None
+    """CRA: how many of the worst mistakes to show. Default: 3."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Column name in the source for each field, e.g. captions=text,image=file."""
+    max_skipped: float = 0.05
+    """Stop if more than this fraction of the rows, or of the images of a benchmark, cannot be used."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for values out of range and for options that have no effect without others."""
+        require_at_least(0, self, "", "mistakes")
+        require_fraction(self, "", "max_skipped")
+        if not self.captions and (self.all_pairs or self.mistakes is not None):
+            raise ValueError("--mistakes and --all_pairs apply to caption retrieval: add --captions DATA")
+        if self.save_predictions and self.out is None:
+            raise ValueError("--save_predictions needs an output folder: add --out FOLDER")
+
+
+@dataclass
 class FitConfig:
     """Settings for all stages: `tune`, `embed`, `align` and `evaluate`."""
 

@@ -8,14 +8,15 @@ import re
 import shlex
 import sys
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import jsonargparse
 import yaml
+from docstring_parser import parse_from_object
 from jsonargparse import ActionConfigFile, DefaultHelpFormatter, Namespace, set_parsing_settings
 from jsonargparse.typing import (
     ClosedUnitInterval,
@@ -314,6 +315,34 @@ def add_reading_arguments(parser: ArgumentParser, max_skipped: float = 0.05) -> 
         default=max_skipped,
         help="Stop if more than this fraction of the rows cannot be used.",
     )
+
+
+def add_flags(parser: ArgumentParser, options: type, skip: Collection[str] = ()) -> None:
+    """Add a flag for each field of a dataclass, with the docstring of the field as help text.
+
+    Booleans become switches without a value. Lists take one or more values, separated by spaces, or any number of
+    values if they may be None.
+
+    Args:
+        options: Dataclass whose booleans are False by default.
+        skip: Names of fields without a flag.
+    """
+    help_texts = {param.arg_name: param.description or "" for param in parse_from_object(options).params}
+    types = get_type_hints(options)
+    for field in dataclasses.fields(options):
+        if field.name in skip:
+            continue
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        help_text = " ".join(help_texts[field.name].split())
+        if types[field.name] is bool:
+            settings: dict[str, Any] = {"action": "store_true"}
+        elif types[field.name] == list[str]:
+            settings = {"nargs": "+", "type": str, "default": default}
+        elif types[field.name] == list[str] | None:
+            settings = {"nargs": "*", "type": str, "default": default}
+        else:
+            settings = {"type": types[field.name], "default": default}
+        parser.add_argument(f"--{field.name}", help=help_text, **settings)
 
 
 def format_command(*words: object) -> str:

@@ -1,16 +1,87 @@
-"""Metrics with a bootstrap over images, for confidence intervals and for paired differences between two models."""
+"""Bootstrap confidence intervals, and paired differences between two models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from llm2clip.evaluate.benchmarks.base import ImageId
-from llm2clip.evaluate.recall import bootstrap_counts, percentile_interval
+
+
+def bootstrap(
+    sums: Tensor,
+    counts: Tensor,
+    level: float = 0.95,
+    resamples: int = 1000,
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> Tensor:
+    """Return bootstrap confidence intervals for the means of K quantities over all elements.
+
+    The bootstrap resamples complete groups of elements.
+
+    Args:
+        sums: Sum of each quantity over the elements in each group, (groups, K).
+        counts: Number of elements in each group, (groups,). Empty groups are ignored.
+        level: Confidence level, e.g. 0.95.
+        resamples: Number of bootstrap resamples.
+        bounds: Smallest and largest possible value of an element. See `percentile_interval`.
+
+    Returns:
+        Lower and upper bounds, float64 (2, K).
+    """
+    # scipy.stats.bootstrap computes the same type of interval but gathers the resampled rows. For 1,000 to 25,000
+    # groups, gathering is 1.5 to 5 times slower and, by default, needs memory for all resamples at once. Here, each
+    # group is weighted by the number of times it was drawn, which takes only one matmul per resample.
+    sums, counts = sums.double()[counts > 0], counts.double()[counts > 0]
+    means = [weights @ sums / (weights @ counts) for weights in bootstrap_counts(len(sums), resamples)]
+    return percentile_interval(torch.stack(means), len(sums), bounds, level)
+
+
+def bootstrap_counts(groups: int, resamples: int = 1000) -> Iterator[Tensor]:
+    """For each resample, yield how often each group was drawn, float64 (groups,).
+
+    The draws depend only on the number of groups, so two models that are evaluated on the same data have paired
+    resamples.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(resamples):
+        drawn = torch.randint(groups, (groups,), generator=generator)
+        yield torch.bincount(drawn, minlength=groups).double()
+
+
+def percentile_interval(
+    means: Tensor, num_groups: int, bounds: tuple[float, float] = (0.0, 1.0), level: float = 0.95
+) -> Tensor:
+    """Return confidence intervals computed from resampled means by Efron's percentile method.
+
+    Each interval is central and contains a fraction `level` of the resampled means.
+
+    If all groups have the same mean, such as 0% or 100%, all resampled means are equal, and the interval would be a
+    single point. In this case, Clopper and Pearson's exact method bounds the probability p of a group with another
+    mean: it has been observed in 0 of n groups, so p is at most 1 - ((1 - level) / 2) ** (1 / n). The interval contains
+    the means that are possible if a fraction p of the groups has values at one of the bounds.
+
+    Args:
+        means: Mean of each resample, (resamples, ...).
+        num_groups: Number of groups that were resampled (n).
+        bounds: Smallest and largest possible value of an element.
+        level: Confidence level, e.g. 0.95.
+
+    Returns:
+        Lower and upper bounds, (2, ...).
+    """
+    quantiles = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=means.dtype)
+    interval = means.quantile(quantiles, 0)
+    largest_share = 1 - ((1 - level) / 2) ** (1 / num_groups)
+    limits = torch.stack([torch.full_like(means[0], bound) for bound in bounds])  # (2, ...)
+    widened = means[:1] + largest_share * (limits - means[:1])
+    is_constant = means.amax(0) - means.amin(0) < 1e-9 * (bounds[1] - bounds[0])
+    return torch.where(is_constant, widened, interval)
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,28 @@ image is a correct answer. In both protocols, a tie between a correct and a wron
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm2clip.config import EncoderConfig
 from llm2clip.data.texts import unique_captions
+from llm2clip.evaluate.bootstrap import bootstrap
+from llm2clip.evaluate.embeddings import PRECOMPUTED_SUFFIX
 from llm2clip.evaluate.ranks import positive_ranks, two_way_ranks
-from llm2clip.evaluate.recall import KS, bootstrap, chance_recall, recall
+from llm2clip.evaluate.recall import KS, chance_recall, recall
+from llm2clip.models.dual_encoder import SENTENCE_TRANSFORMERS_PREFIX
+from llm2clip.models.hub.pretrained import resolve_pretrained
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.model_folder import is_model_folder
+from llm2clip.models.precision import load_for_evaluation
+from llm2clip.models.text.clip_text_encoder import has_text_tower, load_clip_text_encoder
+from llm2clip.runs.ranks import process_state
 
 
 class TextEncoder(Protocol):
@@ -29,6 +41,36 @@ class TextEncoder(Protocol):
     def count_truncated(self, captions: Sequence[str]) -> int | None:
         """Return the number of texts truncated to the maximum length, or None if unknown."""
         ...
+
+
+def open_text_encoder(model: str | None, encoder: EncoderConfig, trust_remote_code: bool) -> TextEncoder:
+    """Load the text encoder of a model. If there is no model, load the caption encoder described by the config.
+
+    Raises:
+        ValueError: If the model has no separate text encoder, or if the config contains settings that do not apply to a
+            CLIP text tower.
+    """
+    device = process_state().device
+    if model is not None:
+        if model.endswith(PRECOMPUTED_SUFFIX) or model.startswith(SENTENCE_TRANSFORMERS_PREFIX):
+            raise ValueError(f"{model} has no separate caption encoder: remove --captions")
+        if has_text_tower(model, trust_remote_code):
+            return load_clip_text_encoder(model, trust_remote_code=trust_remote_code)
+        if Path(model).is_dir() and not is_model_folder(model):
+            return load_for_evaluation(model, device)
+        clip = LLM2CLIP.from_pretrained(model, device)
+        clip.load_encoder(stage="evaluate")
+        return clip.encoder
+    path = resolve_pretrained(encoder.path)
+    if not has_text_tower(path, trust_remote_code):
+        return load_for_evaluation(device=device, **dataclasses.asdict(encoder))
+    defaults = vars(EncoderConfig(path=encoder.path))
+    changed = [f"--encoder.{name}" for name, value in vars(encoder).items() if value != defaults[name]]
+    if changed:
+        raise ValueError(
+            f"{path} is a CLIP text tower, to which some settings do not apply: remove {', '.join(changed)}"
+        )
+    return load_clip_text_encoder(path, trust_remote_code=trust_remote_code)
 
 
 def caption_retrieval_accuracy(
@@ -118,9 +160,10 @@ def _all_pairs_metrics(embeddings: Tensor, captions_per_image: Sequence[int]) ->
         positives += [[other for other in group if other != caption] for caption in group]
     total = len(positives)
     ranks = positive_ranks(embeddings, embeddings, positives, self_index=range(total))
+    best_ranks = torch.stack([query_ranks[0] for query_ranks in ranks])
     return {
         "captions": total,
-        "all pairs": recall(ranks),
+        "all pairs": recall(best_ranks),
         "all pairs chance": chance_recall([len(others) for others in positives], total - 1, KS),
     }
 

@@ -7,7 +7,7 @@ candidates on its held-out images.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,11 @@ from llm2clip.evaluate.retrieval_eval import RetrievalRanks
 from llm2clip.evaluate.short_queries import (
     PHRASE_LENGTHS,
     LengthScores,
-    Query,
     build_queries,
     mean_intervals,
     score_queries,
 )
-from llm2clip.models.prompts import LITERAL, QueryTemplates, average_prompts, query_prompts
+from llm2clip.models.prompts import LITERAL, QueryTemplates
 
 MAX_QUERIES = 300  # per query length
 # One template, and four templates with different wordings.
@@ -81,11 +80,11 @@ def choose_query_templates(embeddings: EmbeddingSource, ranks: RetrievalRanks) -
         ValueError: If no short queries can be built from the captions (see `build_queries`).
     """
     all_queries = build_queries([record.captions for record in ranks.records], MAX_QUERIES)
-    queries = {words: all_queries[str(words)] for words in PHRASE_LENGTHS if str(words) in all_queries}
+    queries = {words: all_queries[words] for words in map(str, PHRASE_LENGTHS) if words in all_queries}
     if not queries:
         raise ValueError("no word or short phrase occurs in the captions of three or more held-out images")
     candidates = [LITERAL, *(QueryTemplates(templates) for templates in CANDIDATES)]
-    literal, *results = _score_candidates(embeddings, ranks, queries, candidates)
+    literal, *results = score_queries(embeddings, ranks.images, queries, candidates)
     best, best_scores, best_gain = LITERAL, None, 0.0
     for candidate, scores in zip(candidates[1:], results, strict=True):
         max_words, gain = _measure_gain(literal, scores)
@@ -93,28 +92,6 @@ def choose_query_templates(embeddings: EmbeddingSource, ranks: RetrievalRanks) -
             best, best_gain = QueryTemplates(candidate.templates, max_words), gain
             best_scores = scores[:max_words] + literal[max_words:]  # longer queries are not inserted into templates
     return TemplateChoice(best, literal, best_scores)
-
-
-def _score_candidates(
-    embeddings: EmbeddingSource,
-    ranks: RetrievalRanks,
-    queries: Mapping[int, Sequence[Query]],
-    candidates: Sequence[QueryTemplates],
-) -> list[list[LengthScores]]:
-    """Return the results of each candidate for each query length. Each prompt is encoded once."""
-    texts = [query.text for length_queries in queries.values() for query in length_queries]
-    prompts = list(dict.fromkeys(prompt for templates in candidates for prompt in query_prompts(texts, templates)[0]))
-    row_of_prompt = {prompt: row for row, prompt in enumerate(prompts)}
-    prompt_vectors = embeddings.encode_texts(prompts)
-    results = []
-    for templates in candidates:
-        scores = []
-        for words, length_queries in queries.items():
-            own_prompts, counts = query_prompts([query.text for query in length_queries], templates)
-            vectors = average_prompts(prompt_vectors[[row_of_prompt[prompt] for prompt in own_prompts]], counts)
-            scores.append(score_queries(str(words), length_queries, vectors, ranks.images))
-        results.append(scores)
-    return results
 
 
 def _measure_gain(literal: Sequence[LengthScores], scores: Sequence[LengthScores]) -> tuple[int, float]:

@@ -17,7 +17,7 @@ from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.progress import ProgressBar
 
 TILE = 512  # images per tile; with four times as many texts, a tile's float32 scores (4 MB) fit into the CPU cache
-QUERY_TILE = 32  # number of queries whose scores for all items `all_positive_ranks` keeps in memory
+QUERY_TILE = 32  # number of queries whose scores for all items `positive_ranks` keeps in memory
 
 
 @onednn_matmul()
@@ -27,76 +27,46 @@ def positive_ranks(
     positives: Sequence[Sequence[int]],
     tile_size: int = 2 * TILE,
     self_index: Sequence[int] | None = None,
-) -> Tensor:
-    """Return the zero-based rank of each query's best positive among all items, int64 (Q,).
+) -> list[Tensor]:
+    """Return the zero-based ranks of all positives of each query, from which recall and mAP are computed.
 
     Only one direction is computed. A query can have several positives, and an item can be a positive for several
-    queries. For images and their captions, `two_way_ranks` computes both directions in one pass.
+    queries. Negatives that score the same as a positive rank before the positive. For images and their captions,
+    `two_way_ranks` computes the ranks of the best positives in both directions in one pass.
 
     Args:
-        queries: Query embeddings, (Q, D), L2-normalised.
-        items: Item embeddings, (N, D), L2-normalised.
+        queries: Query embeddings of shape (Q, D), L2-normalised.
+        items: Item embeddings of shape (N, D), L2-normalised.
         positives: Indices of the correct items for each query. Every query must have at least one correct item. For
             example, if 3 images have 2, 1 and 2 captions, the positives are [[0, 1], [2], [3, 4]] for image-to-text
             retrieval and [[0], [0], [1], [2], [2]] for text-to-image retrieval.
-        tile_size: Number of queries and number of items per tile.
+        tile_size: Number of items per matmul. The scores of up to `QUERY_TILE` queries for all items are in memory.
         self_index: For each query, the index of an item to ignore. If the queries are also items, pass each query's own
             index.
 
-    Raises:
-        ValueError: If a query has no positive, or an embedding contains NaN or infinity.
-    """
-    _check_positives(positives)
-    check_finite(queries, items)
-    width = min(tile_size, len(items))
-    ranks = torch.zeros(len(queries), dtype=torch.int64)
-    for start in range(0, len(queries), tile_size):
-        rows = slice(start, start + tile_size)
-        query_tile = queries[rows].float()
-        row, column = _positive_coordinates(positives[rows])
-        best = _best_positive_scores(query_tile, items, row, column, width)
-        for offset in range(0, len(items), width):
-            scores = _item_scores(query_tile, items, offset, width)
-            inside = (column >= offset) & (column < offset + width)
-            scores[row[inside], column[inside] - offset] = -torch.inf
-            if self_index is not None:
-                own_column = torch.tensor(self_index[rows]) - offset
-                inside = (own_column >= 0) & (own_column < scores.shape[1])
-                scores[inside.nonzero()[:, 0], own_column[inside]] = -torch.inf
-            ranks[rows] += _at_least(scores, best[:, None]).sum(1).long()
-    return ranks
-
-
-@onednn_matmul()
-def all_positive_ranks(
-    queries: Tensor, items: Tensor, positives: Sequence[Sequence[int]], tile_size: int = 2 * TILE
-) -> list[Tensor]:
-    """Return the zero-based ranks of all positives of each query, from which metrics such as mAP are computed.
-
-    Negatives that score the same as a positive rank before the positive.
-
-    Args:
-        queries: Query embeddings, (Q, D), L2-normalised.
-        items: Item embeddings, (N, D), L2-normalised.
-        positives: Indices of the correct items for each query. Every query must have at least one correct item.
-        tile_size: Number of items per matmul. The scores of up to `QUERY_TILE` queries for all items are in memory.
-
     Returns:
-        For each query with P positives, the P ranks in ascending order, int64 (P,).
+        For each query with P positives, the P ranks in ascending order, int64 of shape (P,).
 
     Raises:
         ValueError: If a query has no positive, or an embedding contains NaN or infinity.
     """
-    _check_positives(positives)
+    for n, indices in enumerate(positives):
+        if len(indices) == 0:
+            raise ValueError(f"query {n} has no positive item")
     check_finite(queries, items)
     ranks = []
     for start in range(0, len(queries), QUERY_TILE):
-        rows = slice(start, start + QUERY_TILE)
-        query_tile = _pad_tile(queries[rows].float(), QUERY_TILE)
-        offsets = range(0, len(items), tile_size)
-        scores = torch.cat([_item_scores(query_tile, items, offset, tile_size) for offset in offsets], 1)
-        for query_scores, indices in zip(scores, positives[rows], strict=False):  # `scores` may contain padding rows
-            ranks.append(_ranks_in_row(query_scores, torch.as_tensor(indices)))
+        query_tile = _pad_tile(queries[start : start + QUERY_TILE].float(), QUERY_TILE)
+        tiles = []
+        for offset in range(0, len(items), tile_size):
+            tile_scores = query_tile @ _pad_tile(items[offset : offset + tile_size].float(), tile_size).T
+            tiles.append(tile_scores[:, : len(items) - offset])
+        scores = torch.cat(tiles, 1)  # (QUERY_TILE, N)
+        for query in range(start, min(start + QUERY_TILE, len(queries))):
+            query_scores = scores[query - start]
+            if self_index is not None:
+                query_scores[self_index[query]] = -torch.inf
+            ranks.append(_ranks_in_row(query_scores, torch.as_tensor(positives[query])))
     return ranks
 
 
@@ -110,38 +80,6 @@ def _ranks_in_row(scores: Tensor, positives: Tensor) -> Tensor:
     # The n-th best of P positives is beaten by the negatives that beat at least P - n positives.
     negatives_before = negatives_by_beaten.flip(0).cumsum(0)[:-1]
     return negatives_before + torch.arange(len(positives))
-
-
-def _check_positives(positives: Sequence[Sequence[int]]) -> None:
-    for n, indices in enumerate(positives):
-        if len(indices) == 0:
-            raise ValueError(f"query {n} has no positive item")
-
-
-def _positive_coordinates(positives: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Return the row and column indices of the P positives in the score matrix, each int64 (P,)."""
-    rows = torch.tensor([row for row, columns in enumerate(positives) for _ in columns])
-    columns = torch.tensor([column for columns in positives for column in columns])
-    return rows, columns
-
-
-def _best_positive_scores(query_tile: Tensor, items: Tensor, row: Tensor, column: Tensor, width: int) -> Tensor:
-    """Return the score of each query's best positive, (Q,). The positives are at `row` and `column`.
-
-    Positives and negatives are scored by matmuls of the same shape, so that ties are exact.
-    """
-    best = torch.full((len(query_tile),), -torch.inf)
-    for offset in (column // width).unique().mul(width).tolist():
-        scores = _item_scores(query_tile, items, offset, width)
-        inside = (column >= offset) & (column < offset + width)
-        best.scatter_reduce_(0, row[inside], scores[row[inside], column[inside] - offset], "amax")
-    return best
-
-
-def _item_scores(query_tile: Tensor, items: Tensor, offset: int, width: int) -> Tensor:
-    """Score the queries against up to `width` items, starting at index `offset`."""
-    scores = query_tile @ _pad_tile(items[offset : offset + width].float(), width).T
-    return scores[:, : len(items) - offset]
 
 
 @onednn_matmul()

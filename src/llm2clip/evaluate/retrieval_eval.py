@@ -143,6 +143,20 @@ def retrieval_difference(first: RetrievalRanks, other: RetrievalRanks) -> dict[s
     return result
 
 
+def caption_lengths(captions: Sequence[str]) -> tuple[str, list[int]]:
+    """Return the length unit and the length of each caption.
+
+    Lengths are measured in words. If most captions have no spaces between words, as in Chinese or Japanese, lengths are
+    measured in characters.
+    """
+    words = [len(caption.split()) for caption in captions]
+    characters = [len(caption) for caption in captions]
+    middle = len(captions) // 2
+    if sorted(words)[middle] <= 2 < sorted(characters)[middle] / 3:
+        return "characters", characters
+    return "words", words
+
+
 def make_validator(
     fields: CaptionFields, log: SkipLog, store: EmbeddingStore
 ) -> Callable[[LLM2CLIP], dict[str, float]]:

@@ -13,17 +13,15 @@ from typing import Any
 import torch
 import yaml
 
-from llm2clip.config import EncoderConfig, EvaluateConfig
-from llm2clip.data.image_hashes import count_training_images, load_training_images
+from llm2clip.config import EncoderConfig, EvaluateConfig, EvaluateOptions
 from llm2clip.data.merged_records import read_merged_records
 from llm2clip.data.records import Source
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import read_splits
 from llm2clip.evaluate.benchmark_eval import BenchmarkResult, run_benchmark
 from llm2clip.evaluate.benchmarks import Benchmark, get_benchmarks, has_user_data
-from llm2clip.evaluate.caption_retrieval import TextEncoder, caption_retrieval_accuracy
+from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy, open_text_encoder
 from llm2clip.evaluate.embeddings import EmbeddingSource, open_embedding_source
-from llm2clip.evaluate.precomputed import PRECOMPUTED_SUFFIX
 from llm2clip.evaluate.reporting.comparison import ModelResult, benchmark_blocks, caption_retrieval_blocks
 from llm2clip.evaluate.reporting.error_analysis import analyze_errors
 from llm2clip.evaluate.reporting.short_query_report import short_query_blocks
@@ -31,14 +29,8 @@ from llm2clip.evaluate.retrieval_eval import RetrievalRanks, retrieval_differenc
 from llm2clip.evaluate.short_queries import score_short_queries
 from llm2clip.html_report import BAD, Block, Code, Details, Paragraph, to_markdown, write_report
 from llm2clip.io_utils import MissingFileError, atomic_write_text, safe_name
-from llm2clip.models.dual_encoder import SENTENCE_TRANSFORMERS_PREFIX
 from llm2clip.models.hub.model_names import display_names
-from llm2clip.models.hub.pretrained import resolve_pretrained
-from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.model_folder import is_model_folder
-from llm2clip.models.precision import load_for_evaluation
 from llm2clip.models.prompts import QueryTemplates, check_templates
-from llm2clip.models.text.clip_text_encoder import has_text_tower, load_clip_text_encoder
 from llm2clip.models.vision.dense import DENSE_VARIANTS
 from llm2clip.runs.ranks import print_once, process_state
 from llm2clip.runs.run_config import to_plain_types
@@ -54,29 +46,13 @@ EXAMPLE_QUERIES = 6  # number of examples in the report, and maximum number of f
 
 
 def evaluate_models(
-    models: Sequence[str] = (),
-    data: Sequence[str] = (),
-    *,
-    benchmarks: Sequence[str] = (),
-    root: Path = Path("data/benchmarks"),
-    captions: Sequence[str] = (),
+    models: Sequence[str],
+    data: Sequence[str],
+    options: EvaluateOptions,
     encoder: EncoderConfig | None = None,
-    out: Path | None = None,
     config: EvaluateConfig | None = None,
-    columns: Mapping[str, str] | None = None,
-    max_skipped: float = 0.05,
-    all_pairs: bool = False,
-    num_mistakes: int | None = None,
-    linear_probe: bool = False,
-    dense_variants: Sequence[str] = ("plain",),
-    short_queries: bool = False,
-    templates: Sequence[str] | None = None,
-    proposals: str | None = None,
-    crop_proposals: bool = False,
-    save_predictions: bool = False,
-    trust_remote_code: bool = False,
 ) -> list[str]:
-    """Evaluate models, print tables, and write results.json, report.md and report.html to `out`.
+    """Evaluate models, print tables, and write results.json, report.md and report.html to `options.out`.
 
     In a distributed run, each rank encodes some of the images and texts. Each rank then computes all metrics, and the
     main process prints and writes the results.
@@ -88,37 +64,18 @@ def evaluate_models(
 
     Each row of a baseline's result in retrieval, regions, segmentation or detection, and each baseline's result in
     classification, also contains "difference", which is the first model minus the baseline. See
-    `retrieval_difference` and `BootstrapMetrics.difference`. With `short_queries`, each row of a retrieval result also
-    contains "short queries" and, if there are templates, "short queries with templates" and "query templates". The
-    first two are lists of `LengthScores.metrics` dicts.
+    `retrieval_difference` and `BootstrapMetrics.difference`. With `options.short_queries`, each row of a retrieval
+    result also contains "short queries" and, if there are templates, "short queries with templates" and "query
+    templates". The first two are lists of `LengthScores.metrics` dicts.
 
     Args:
         models: Model to evaluate, followed by the baselines. Each is either a model accepted by `open_dual_encoder` or
             an .npz file of precomputed embeddings.
         data: Sources of images and captions. If no splits are specified, the images that `fit` would hold out are
             evaluated.
-        benchmarks: Names of benchmarks. See `get_benchmarks`.
-        root: Folder that contains one folder per benchmark.
-        captions: Sources of captions on which to measure caption retrieval accuracy (CRA).
+        options: Benchmarks, caption sources, output folder and other options.
         encoder: Caption encoder whose CRA is measured. Used only if `models` is empty.
-        out: Output folder, in which embeddings are also cached. If None, no files are written.
         config: Evaluation settings, such as additional caption fields to evaluate.
-        columns: Column mapping for the sources. See `read_splits`.
-        max_skipped: Stop if more than this fraction of the rows cannot be used.
-        all_pairs: Option for CRA. See `caption_retrieval_accuracy`.
-        num_mistakes: Number of the worst CRA mistakes to show. Default: 3.
-        linear_probe: If True, also fit a linear probe on the training images of classification benchmarks.
-        dense_variants: Variants of the dense features, for benchmarks about parts of images. See `DENSE_VARIANTS`.
-        short_queries: If True, also evaluate retrieval by query length for images with captions. See
-            `score_short_queries`.
-        templates: Prompt templates to use for an additional evaluation of short queries, and for the class names in
-            benchmarks on the user's own images. Default: the templates that were saved with each model, and those of
-            the kind of benchmark.
-        proposals: For detection benchmarks, the source of the boxes. See `open_proposals`.
-        crop_proposals: If True, also classify each box by its crop in detection benchmarks.
-        save_predictions: If True, write the predictions in segmentation and detection to
-            `out/predictions/BENCHMARK/MODEL`. See `LabelMapWriter` and `write_detections`.
-        trust_remote_code: If True, run the Python code that comes with a model. Jina-CLIP requires this setting.
 
     Returns:
         Lines to print at the end: a summary of the skipped rows, warnings, and the path of the report.
@@ -127,59 +84,43 @@ def evaluate_models(
         ValueError: If there is nothing to evaluate, a benchmark does not exist, or every evaluation failed.
         IncompleteEvaluationError: If some evaluations failed. The other results have been written.
     """
-    settings, start = dict(locals()), time.time()
-    encoder, config, columns = encoder or EncoderConfig(), config or EvaluateConfig(), dict(columns or {})
-    _check_arguments(models, data, benchmarks, captions, out)
-    if not captions and (all_pairs or num_mistakes is not None):
-        raise ValueError("--mistakes and --all_pairs apply to caption retrieval: add --captions DATA")
-    _check_dense_variants(dense_variants)
-    _check_short_query_arguments(short_queries, templates, data, benchmarks)
-    if save_predictions and out is None:
-        raise ValueError("--save_predictions needs an output folder: add --out FOLDER")
+    start = time.time()
+    encoder, config = encoder or EncoderConfig(), config or EvaluateConfig()
+    _check_arguments(models, data, options)
+    out = Path(options.out) if options.out else None
     results: dict[str, Any] = {}
     report: list[Block] = []
     warnings: list[str] = []
     failures: list[str] = []
     notes: list[str] = []
-    log = _skip_log(out, "records", max_skipped)
+    log = _skip_log(options, "records")
     title_name = display_names(models or [encoder.path])[0]
 
-    if captions:
-        records = read_merged_records(captions, columns, log, "unchecked")
+    if options.captions:
+        records = read_merged_records(options.captions, options.columns, log, "unchecked")
         results["caption retrieval"] = caption_retrieval_accuracy(
             [record.captions for _, record in records],
-            _open_text_encoder(models[0] if models else None, encoder, trust_remote_code),
-            all_pairs=all_pairs,
-            num_mistakes=3 if num_mistakes is None else num_mistakes,
+            open_text_encoder(models[0] if models else None, encoder, options.trust_remote_code),
+            all_pairs=options.all_pairs,
+            num_mistakes=3 if options.mistakes is None else options.mistakes,
         )
         blocks = caption_retrieval_blocks(title_name, results["caption retrieval"])
         print_once(to_markdown("Caption retrieval", blocks))
         report += blocks
         _write_results(out, results)
 
-    if data or benchmarks:
-        user_data = [_user_benchmark(data, config, columns, log)] if data else []
-        available, missing = _find_benchmarks([*user_data, *get_benchmarks(benchmarks, templates or ())], root)
-        runner = BenchmarkRunner(
-            available,
-            out=out,
-            log=log,
-            max_skipped=max_skipped,
-            linear_probe=linear_probe,
-            dense_variants=dense_variants,
-            short_queries=short_queries,
-            templates=templates,
-            proposals=proposals,
-            crop_proposals=crop_proposals,
-            save_predictions=save_predictions,
-        )
+    if data or options.benchmarks:
+        user_data = [_user_benchmark(data, config, options.columns, log)] if data else []
+        benchmarks = [*user_data, *get_benchmarks(options.benchmarks, options.templates or ())]
+        available, missing = _find_benchmarks(benchmarks, Path(options.root))
+        runner = BenchmarkRunner(available, log, options)
         for n, name in enumerate(display_names(models) if available else []):
-            for _ in runner.run(models[n], name, is_baseline=n > 0, trust_remote_code=trust_remote_code):
+            for _ in runner.run(models[n], name, is_baseline=n > 0):
                 results["results"] = runner.summaries()
                 _write_results(out, results)  # after each benchmark, so that a later error loses no results
         if not runner.summaries():
             raise ValueError("\n".join(["nothing could be evaluated:", *missing, *runner.failures]))
-        requests_all = "all" in benchmarks  # missing benchmarks are then not a failure
+        requests_all = "all" in options.benchmarks  # missing benchmarks are then not a failure
         failures = runner.failures if requests_all else missing + runner.failures
         skipped = runner.skipped_rows() + (missing if requests_all else [])
         notes = skipped + runner.proposals()
@@ -193,7 +134,9 @@ def evaluate_models(
     last_lines += notes + warnings
     if out is not None and process_state().is_main_process:
         run = describe_run(time.time() - start)
-        settings = to_plain_types(settings)
+        settings = to_plain_types(
+            {"models": models, "data": data, **vars(options), "encoder": encoder, "config": config}
+        )
         _write_results(out, results | {"run": run | {"settings": settings}})
         report = [Paragraph(format_run(run)), Code(run["command"]), *report]
         report.append(Details("Settings", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)))
@@ -211,49 +154,26 @@ class BenchmarkRunner:
     If an evaluation fails, the error is recorded in `failures`, and the remaining evaluations are still run.
     """
 
-    def __init__(
-        self,
-        benchmarks: Sequence[tuple[Benchmark, Path]],
-        *,
-        out: Path | None,
-        log: SkipLog,
-        max_skipped: float,
-        linear_probe: bool,
-        dense_variants: Sequence[str],
-        short_queries: bool,
-        templates: Sequence[str] | None,
-        proposals: str | None,
-        crop_proposals: bool,
-        save_predictions: bool,
-    ) -> None:
+    def __init__(self, benchmarks: Sequence[tuple[Benchmark, Path]], log: SkipLog, options: EvaluateOptions) -> None:
         """
         Args:
             benchmarks: Benchmarks to run, and the folder of each benchmark.
-            out: Output folder, in which embeddings are also cached. If None, errors are not analysed.
             log: Skip log for the user's data.
-            max_skipped: Stop a benchmark if more than this fraction of its images cannot be decoded.
-            linear_probe: If True, also fit a linear probe on the training images of classification benchmarks.
-            dense_variants: Variants of the dense features, for benchmarks about parts of images.
-            short_queries, templates: See `evaluate_models`.
-            proposals, crop_proposals, save_predictions: See `evaluate_models`.
+            options: Options of the evaluation. Without an output folder, embeddings are not cached, and errors are not
+                analysed.
         """
         self.benchmarks = benchmarks
         self.results: list[list[ModelResult]] = [[] for _ in benchmarks]
         self.failures: list[str] = []
+        self._options = options
+        self._out = Path(options.out) if options.out else None
         self._first_results: list[BenchmarkResult | None] = [None for _ in benchmarks]
-        self._out = out
-        self._linear_probe = linear_probe
-        self._dense_variants = dense_variants
-        self._short_queries = short_queries
-        self._templates = None if templates is None else QueryTemplates(tuple(templates))
-        self._proposals, self._crop_proposals = proposals, crop_proposals
-        self._predictions_dir = out / "predictions" if out is not None and save_predictions else None
         self._logs = []
         for n, (benchmark, _) in enumerate(benchmarks):
             is_user_data = benchmark.name == USER_DATA
-            self._logs.append(log if is_user_data else _skip_log(out, f"{n}-{benchmark.name}", max_skipped))
+            self._logs.append(log if is_user_data else _skip_log(options, f"{n}-{benchmark.name}"))
 
-    def run(self, model: str, name: str, is_baseline: bool, trust_remote_code: bool = False) -> Iterator[ModelResult]:
+    def run(self, model: str, name: str, is_baseline: bool) -> Iterator[ModelResult]:
         """Evaluate a model on all benchmarks, and yield each result as soon as it is finished.
 
         Args:
@@ -261,12 +181,11 @@ class BenchmarkRunner:
             name: Model name to show in tables.
             is_baseline: True if the model is a baseline. A baseline that cannot be loaded is skipped, and the report
                 shows no example images for baselines.
-            trust_remote_code: If True, run the Python code that comes with the model.
         """
         is_distributed = process_state().num_processes > 1
         try:
             cache_dir = self._out / "vectors" if self._out else None
-            embeddings = open_embedding_source(model, self._logs[0], cache_dir, trust_remote_code)
+            embeddings = open_embedding_source(model, self._logs[0], cache_dir, self._options.trust_remote_code)
         except (OSError, ValueError, ImportError) as error:
             if not is_baseline or is_distributed:  # otherwise, the other ranks would wait for this rank
                 raise
@@ -276,20 +195,11 @@ class BenchmarkRunner:
         for n, (benchmark, folder) in enumerate(self.benchmarks):
             print_once(f"{name}: {benchmark.name}")
             embeddings.log = self._logs[n]
-            predictions_dir = self._predictions_dir
-            if predictions_dir is not None:
-                predictions_dir = predictions_dir / safe_name(benchmark.name) / safe_name(name)
+            predictions_dir = None
+            if self._out is not None and self._options.save_predictions:
+                predictions_dir = self._out / "predictions" / safe_name(benchmark.name) / safe_name(name)
             try:
-                result = run_benchmark(
-                    benchmark,
-                    folder,
-                    embeddings,
-                    with_linear_probe=self._linear_probe,
-                    dense_variants=self._dense_variants,
-                    proposals=self._proposals,
-                    crop_proposals=self._crop_proposals,
-                    predictions_dir=predictions_dir,
-                )
+                result = run_benchmark(benchmark, folder, embeddings, self._options, predictions_dir)
             except (OSError, ValueError) as error:
                 # Invalid data causes the same error on every rank. Any other error may occur on this rank only.
                 if is_distributed and not isinstance(error, MissingFileError | ValueError):
@@ -301,7 +211,7 @@ class BenchmarkRunner:
                 model_result.trained_on = count_training_images(training_images, result.images)
                 model_result.summary["images trained on"] = model_result.trained_on
             self._add_differences(n, result)
-            if self._short_queries and result.ranks:
+            if self._options.short_queries and result.ranks:
                 self._add_short_queries(model_result, result.ranks, embeddings)
             if self._out is not None and process_state().is_main_process:
                 for field_index, (field, ranks) in enumerate(result.ranks.items()):
@@ -343,7 +253,9 @@ class BenchmarkRunner:
 
         If the model has no embeddings for the queries, the error is recorded in `failures`.
         """
-        templates = embeddings.query_templates if self._templates is None else self._templates
+        templates = embeddings.query_templates
+        if self._options.templates is not None:
+            templates = QueryTemplates(tuple(self._options.templates))
         for row in model_result.summary["rows"]:
             field = row["captions"]
             try:
@@ -401,38 +313,29 @@ class BenchmarkRunner:
         return lines
 
 
-def _check_arguments(
-    models: Sequence[str], data: Sequence[str], benchmarks: Sequence[str], captions: Sequence[str], out: Path | None
-) -> None:
-    """Raise ValueError if there is nothing to evaluate, or if a distributed run has no output folder."""
-    if (data or benchmarks) and not models:
+def _check_arguments(models: Sequence[str], data: Sequence[str], options: EvaluateOptions) -> None:
+    """Raise ValueError if there is nothing to evaluate, or an option is invalid or has no effect."""
+    has_images = bool(data or options.benchmarks)
+    if has_images and not models:
         raise ValueError("no model given: put the model first, before the data or --benchmarks")
-    if not (captions or data or benchmarks):
+    if not (options.captions or has_images):
         raise ValueError(
             "nothing to evaluate: pass a model and either data or --benchmarks; for caption retrieval, pass --captions"
         )
-    if process_state().num_processes > 1 and out is None:
+    if process_state().num_processes > 1 and options.out is None:
         raise ValueError("a distributed evaluation needs --out: the ranks exchange embeddings through this folder")
-
-
-def _check_dense_variants(variants: Sequence[str]) -> None:
-    for variant in variants:
+    for variant in options.dense_variants:
         if variant not in DENSE_VARIANTS:
             raise ValueError(f"no dense variant {variant!r}; choose from {', '.join(DENSE_VARIANTS)}")
-
-
-def _check_short_query_arguments(
-    short_queries: bool, templates: Sequence[str] | None, data: Sequence[str], benchmarks: Sequence[str]
-) -> None:
-    """Raise ValueError if the options for short queries have no effect, or a template has no placeholder."""
-    if short_queries and not (data or benchmarks):
+    if options.short_queries and not has_images:
         raise ValueError("--short_queries needs images with captions: pass data or --benchmarks")
-    if templates is not None and not short_queries and not any(map(has_user_data, benchmarks)):
+    has_class_names = any(map(has_user_data, options.benchmarks))
+    if options.templates is not None and not options.short_queries and not has_class_names:
         raise ValueError(
             "--templates applies to short queries and to your own images with class names: add --short_queries, or "
             "pass a benchmark such as boxes:FILE.json"
         )
-    check_templates(templates or (), "--templates")
+    check_templates(options.templates or (), "--templates")
 
 
 def _user_benchmark(data: Sequence[str], config: EvaluateConfig, columns: dict[str, str], log: SkipLog) -> Benchmark:
@@ -480,42 +383,12 @@ def _failure(name: str, benchmark: Benchmark, error: Exception) -> str:
     return f"Skipped {name}: {error}{source}"
 
 
-def _open_text_encoder(model: str | None, encoder: EncoderConfig, trust_remote_code: bool) -> TextEncoder:
-    """Load the text encoder of a model. If there is no model, load the caption encoder described by the config.
-
-    Raises:
-        ValueError: If the model has no separate text encoder, or if the config contains settings that do not apply to a
-            CLIP text tower.
-    """
-    device = process_state().device
-    if model is not None:
-        if model.endswith(PRECOMPUTED_SUFFIX) or model.startswith(SENTENCE_TRANSFORMERS_PREFIX):
-            raise ValueError(f"{model} has no separate caption encoder: remove --captions")
-        if has_text_tower(model, trust_remote_code):
-            return load_clip_text_encoder(model, trust_remote_code=trust_remote_code)
-        if Path(model).is_dir() and not is_model_folder(model):
-            return load_for_evaluation(model, device)
-        clip = LLM2CLIP.from_pretrained(model, device)
-        clip.load_encoder(stage="evaluate")
-        return clip.encoder
-    path = resolve_pretrained(encoder.path)
-    if not has_text_tower(path, trust_remote_code):
-        return load_for_evaluation(device=device, **dataclasses.asdict(encoder))
-    defaults = vars(EncoderConfig(path=encoder.path))
-    changed = [f"--encoder.{name}" for name, value in vars(encoder).items() if value != defaults[name]]
-    if changed:
-        raise ValueError(
-            f"{path} is a CLIP text tower, to which some settings do not apply: remove {', '.join(changed)}"
-        )
-    return load_clip_text_encoder(path, trust_remote_code=trust_remote_code)
-
-
-def _skip_log(out: Path | None, name: str, max_skipped: float) -> SkipLog:
-    """Create a skip log, which writes skipped rows to `out/skipped/NAME.jsonl` on the main process."""
+def _skip_log(options: EvaluateOptions, name: str) -> SkipLog:
+    """Create a skip log, which writes skipped rows to `options.out/skipped/NAME.jsonl` on the main process."""
     file = None
-    if out is not None and process_state().is_main_process:
-        file = out / "skipped" / f"{safe_name(name)}.jsonl"
-    return SkipLog(file, max_skipped)
+    if options.out is not None and process_state().is_main_process:
+        file = Path(options.out) / "skipped" / f"{safe_name(name)}.jsonl"
+    return SkipLog(file, options.max_skipped)
 
 
 def _write_results(out: Path | None, results: dict[str, Any]) -> None:

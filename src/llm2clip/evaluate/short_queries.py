@@ -12,21 +12,21 @@ so the metrics usually underestimate the models. Use them to compare models on t
 from __future__ import annotations
 
 import random
+import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from llm2clip.data.noun_phrases import CONNECTIVES, DETERMINERS, FUNCTION_WORDS, NUMBERS, words_of
+from llm2clip.evaluate.bootstrap import bootstrap
 from llm2clip.evaluate.embeddings import EmbeddingSource
-from llm2clip.evaluate.query_phrases import caption_phrases, split_words
-from llm2clip.evaluate.ranks import all_positive_ranks
-from llm2clip.evaluate.recall import bootstrap
-from llm2clip.evaluate.reporting.error_analysis import caption_lengths
-from llm2clip.evaluate.retrieval_eval import RetrievalRanks
+from llm2clip.evaluate.ranks import positive_ranks
+from llm2clip.evaluate.retrieval_eval import RetrievalRanks, caption_lengths
 from llm2clip.models.prompts import LITERAL, QueryTemplates, average_prompts, query_prompts
 
 PHRASE_LENGTHS = (1, 2, 3)  # words
@@ -34,10 +34,24 @@ CAPTION_LENGTHS = {"4–7": range(4, 8), "8+": range(8, 1 << 30)}  # words
 Item = TypeVar("Item", str, tuple[str, ...])
 METRICS = ("mAP", "R-precision", "nDCG@10")
 NDCG_K = 10
+# Letters and digits, joined by apostrophes and hyphens, as in "t-shirt" and "man's".
+_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+# Spaces before apostrophes in tokenized captions, as in "the dog 's mouth".
+_SEPARATE_POSSESSIVE = re.compile(r"\s+(?=['’]s\b)")
+_PUNCTUATION = re.compile(r"[^\w\s'’-]+")
+# English words that do not name anything visible. Lists for document retrieval, such as scikit-learn's, also contain
+# "two", "three", "fire" and "empty", which are useful in queries for images.
+_OTHER_STOP_WORDS = """
+having doing get gets getting appears seems isn't aren't
+hers herself himself itself mine myself ours theirs themselves yours whose someone something he's she's there's
+about amid among amongst atop besides front per throughout underneath until upon via within
+although nor though whether almost still well
+"""
+STOP_WORDS = (DETERMINERS | CONNECTIVES | FUNCTION_WORDS | words_of(_OTHER_STOP_WORDS)) - NUMBERS - {"back"}
 
 
 @dataclass(frozen=True)
-class Query:
+class LabelledQuery:
     """A text query, and the indices of the relevant images."""
 
     text: str
@@ -57,7 +71,7 @@ class LengthScores:
     """
 
     words: str
-    queries: Sequence[Query]
+    queries: Sequence[LabelledQuery]
     scores: Tensor
     chance: Tensor
     mean_relevant: float
@@ -107,28 +121,46 @@ def score_short_queries(
             "and of at most a third of the images"
         )
 
-    def score(templates: QueryTemplates) -> list[LengthScores]:
-        results = []
-        for words, length_queries in queries.items():
-            prompts, counts = query_prompts([query.text for query in length_queries], templates)
-            vectors = average_prompts(embeddings.encode_texts(prompts), counts)
-            results.append(score_queries(words, length_queries, vectors, ranks.images))
-        return results
-
-    return ShortQueryResult(plain=score(LITERAL), with_templates=score(templates) if templates.templates else None)
+    candidates = [LITERAL, templates] if templates.templates else [LITERAL]
+    return ShortQueryResult(*score_queries(embeddings, ranks.images, queries, candidates))
 
 
-def score_queries(words: str, queries: Sequence[Query], vectors: Tensor, images: Tensor) -> LengthScores:
-    """Compute the retrieval metrics of queries of one length.
+def score_queries(
+    embeddings: EmbeddingSource,
+    images: Tensor,
+    queries: Mapping[str, Sequence[LabelledQuery]],
+    candidates: Sequence[QueryTemplates],
+) -> list[list[LengthScores]]:
+    """Compute the retrieval metrics of queries with different prompt templates. Each prompt is encoded once.
 
     Args:
-        words: Number of words in the queries, such as "2" or "4–7".
-        queries: The Q queries.
-        vectors: Embeddings of the queries, float32 (Q, D), L2-normalised.
-        images: Embeddings of the images, float32 (I, D), L2-normalised.
+        embeddings: Source of text embeddings.
+        images: Embeddings of the images, float32 of shape (I, D), L2-normalised.
+        queries: Queries of each length. See `build_queries`.
+        candidates: Prompt templates to compare.
+
+    Returns:
+        For each candidate, the results for each query length.
     """
+    texts = [query.text for length_queries in queries.values() for query in length_queries]
+    prompts = list(dict.fromkeys(prompt for templates in candidates for prompt in query_prompts(texts, templates)[0]))
+    row_of_prompt = {prompt: row for row, prompt in enumerate(prompts)}
+    prompt_vectors = embeddings.encode_texts(prompts)
+    results = []
+    for templates in candidates:
+        scores = []
+        for words, length_queries in queries.items():
+            length_prompts, counts = query_prompts([query.text for query in length_queries], templates)
+            vectors = average_prompts(prompt_vectors[[row_of_prompt[prompt] for prompt in length_prompts]], counts)
+            scores.append(_score_length(words, length_queries, vectors, images))
+        results.append(scores)
+    return results
+
+
+def _score_length(words: str, queries: Sequence[LabelledQuery], vectors: Tensor, images: Tensor) -> LengthScores:
+    """Compute the metrics of queries of one length, given their embeddings of shape (Q, D)."""
     relevant = [query.relevant for query in queries]
-    scores = [ranking_scores(query_ranks) for query_ranks in all_positive_ranks(vectors, images, relevant)]
+    scores = [ranking_scores(query_ranks) for query_ranks in positive_ranks(vectors, images, relevant)]
     num_relevant = [len(indices) for indices in relevant]
     chance_of = {r: chance_scores(r, len(images)) for r in set(num_relevant)}
     return LengthScores(
@@ -149,7 +181,7 @@ def build_queries(
     min_images: int = 3,
     max_share: float = 1 / 3,
     seed: int = 0,
-) -> dict[str, list[Query]]:
+) -> dict[str, list[LabelledQuery]]:
     """Build queries of different lengths from the captions of images.
 
     Queries of one to three words are phrases (see `caption_phrases`). A phrase is used if it occurs in the captions of
@@ -184,7 +216,7 @@ def build_queries(
         for image, texts in enumerate(captions):
             for phrase in caption_phrases(texts, num_words).intersection(selected):
                 images[phrase].append(image)
-        queries[str(num_words)] = [Query(phrase, tuple(images[phrase])) for phrase in selected]
+        queries[str(num_words)] = [LabelledQuery(phrase, tuple(images[phrase])) for phrase in selected]
     for name, lengths in CAPTION_LENGTHS.items():
         texts_of_words: dict[tuple[str, ...], str] = {}
         images_of_words = defaultdict(set)
@@ -195,7 +227,7 @@ def build_queries(
                     texts_of_words.setdefault(words, text)
                     images_of_words[words].add(image)
         selected_words = _sample(texts_of_words, max_queries, seed)
-        queries[name] = [Query(texts_of_words[w], tuple(sorted(images_of_words[w]))) for w in selected_words]
+        queries[name] = [LabelledQuery(texts_of_words[w], tuple(sorted(images_of_words[w]))) for w in selected_words]
     return {name: length_queries for name, length_queries in queries.items() if length_queries}
 
 
@@ -203,6 +235,42 @@ def _sample(items: Iterable[Item], count: int, seed: int) -> list[Item]:
     """Return a sorted random sample of at most `count` items. It does not depend on the order of the items."""
     ordered = sorted(items)
     return ordered if len(ordered) <= count else sorted(random.Random(seed).sample(ordered, count))
+
+
+def split_words(text: str) -> list[str]:
+    """Return the words of a text in lower case, without punctuation."""
+    return _WORD.findall(_SEPARATE_POSSESSIVE.sub("", text.lower()))
+
+
+def split_clauses(text: str) -> list[list[str]]:
+    """Return the words of each part of a text between punctuation marks, in lower case."""
+    clauses = [split_words(part) for part in _PUNCTUATION.split(text)]
+    return [clause for clause in clauses if clause]
+
+
+def caption_phrases(captions: Iterable[str], num_words: int) -> set[str]:
+    """Return the phrases of `num_words` words that occur in an image's captions, in lower case.
+
+    A phrase is a sequence of adjacent words without punctuation in between. Its first and last words must have at least
+    two characters and at least one letter, and must not be in `STOP_WORDS`. The words in between can be any words, as
+    in "man in red".
+    """
+    return {
+        " ".join(phrase)
+        for caption in captions
+        for clause in split_clauses(caption)
+        for phrase in _ngrams(clause, num_words)
+        if _is_content_word(phrase[0]) and _is_content_word(phrase[-1])
+    }
+
+
+def _ngrams(words: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    for start in range(len(words) - size + 1):
+        yield words[start : start + size]
+
+
+def _is_content_word(word: str) -> bool:
+    return len(word) > 1 and word.replace("’", "'") not in STOP_WORDS and any(map(str.isalpha, word))
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------

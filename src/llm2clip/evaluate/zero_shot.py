@@ -10,25 +10,14 @@ import torch
 from torch import Tensor
 
 from llm2clip.evaluate.bootstrap import BootstrapMetrics
+from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.models.prompts import average_prompts, fill_templates
 
 
-def class_prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Insert every class name into every prompt template in place of "{}". Prompts for the same class are adjacent."""
-    return fill_templates(names, templates)
-
-
-def class_embeddings(prompts: Tensor, num_classes: int) -> Tensor:
-    """Return the mean prompt embedding of each class. See `average_prompts`.
-
-    Args:
-        prompts: Embeddings of the prompts returned by `class_prompts`, (classes * templates, D).
-        num_classes: Number of classes.
-
-    Returns:
-        Class embeddings, (classes, D) float32.
-    """
-    return average_prompts(prompts, [len(prompts) // num_classes] * num_classes)
+def encode_classes(embeddings: EmbeddingSource, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """Return the mean prompt embedding of each class, float32 of shape (classes, D). See `average_prompts`."""
+    prompts = fill_templates(names, templates)
+    return average_prompts(embeddings.encode_texts(prompts), [len(templates)] * len(names))
 
 
 def classification_accuracy(

@@ -10,56 +10,24 @@ from llm2clip.evaluate.benchmarks import (
     coco_boxes,
     compositional,
     eccv_caption,
-    karpathy_splits,
-    long_captions,
+    english,
     multilingual,
-    ov_coco,
     segmentation,
 )
-from llm2clip.evaluate.benchmarks.base import (
-    Benchmark,
-    ClassificationData,
-    CompositionalExample,
-    DetectionData,
-    JudgedRetrieval,
-    RegionData,
-    SegmentationData,
-)
+from llm2clip.evaluate.benchmarks.base import Benchmark
 from llm2clip.evaluate.benchmarks.classification import FOLDER_PREFIX, folder_benchmark
-from llm2clip.evaluate.benchmarks.coco_boxes import BOXES_PREFIX, boxes_benchmark
-from llm2clip.evaluate.benchmarks.ov_coco import DETECTION_PREFIX, detection_benchmark
+from llm2clip.evaluate.benchmarks.coco_boxes import (
+    BOXES_PREFIX,
+    DETECTION_PREFIX,
+    boxes_benchmark,
+    detection_benchmark,
+)
 from llm2clip.evaluate.benchmarks.segmentation import SEGMENTATION_PREFIX, segmentation_benchmark
 from llm2clip.html_report import Table, to_markdown
-from llm2clip.io_utils import DataFormatError, MissingFileError
+from llm2clip.io_utils import MissingFileError
 from llm2clip.published_results import published_metrics, published_rows
 
-__all__ = [
-    "BENCHMARKS",
-    "Benchmark",
-    "ClassificationData",
-    "CompositionalExample",
-    "DataFormatError",
-    "DetectionData",
-    "JudgedRetrieval",
-    "MissingFileError",
-    "RegionData",
-    "SegmentationData",
-    "get_benchmarks",
-    "has_user_data",
-    "list_benchmarks",
-]
-
-_MODULES = (
-    karpathy_splits,
-    eccv_caption,
-    long_captions,
-    multilingual,
-    compositional,
-    classification,
-    coco_boxes,
-    segmentation,
-    ov_coco,
-)
+_MODULES = (english, eccv_caption, multilingual, compositional, classification, coco_boxes, segmentation)
 USER_BENCHMARKS: dict[str, Callable[[str, Sequence[str]], Benchmark]] = {
     FOLDER_PREFIX: folder_benchmark,
     BOXES_PREFIX: boxes_benchmark,

@@ -1,57 +1,58 @@
-"""Region classification: boxes with class names from COCO, LVIS, or the user's own file in COCO's format.
+"""Region classification and open-vocabulary detection on COCO, LVIS, or the user's own file in COCO's format.
 
-COCO's format is {"images": [{"id", "file_name", "width", "height"}], "annotations": [{"id", "image_id", "category_id",
-"bbox", "area", "iscrowd"}], "categories": [{"id", "name"}]}, where "bbox" is [left, top, width, height] in pixels
-(cocodataset.org, "Data format"). LVIS has "coco_url" instead of "file_name", and no crowd boxes.
+OV-COCO consists of COCO val2017 with 48 base classes and 17 novel classes. The class split is from Bansal et al. (arXiv
+1804.04340). As in OVR-CNN (arXiv 2011.10678), detectors choose from all 65 classes, the objects of COCO's other 15
+classes are removed, and images without any remaining object are excluded.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llm2clip.data.readers.coco import drop_unused_keys
-from llm2clip.evaluate.benchmarks.base import Benchmark, RegionData
+from llm2clip.evaluate.benchmarks.base import Benchmark, DetectionData, RegionData
 from llm2clip.evaluate.benchmarks.classification import imagenet_templates
 from llm2clip.evaluate.benchmarks.coco_instances import (
     INSTANCES_FOLDERS,
+    Instances,
     clip_box,
+    coco_file_benchmark,
     find_instances,
     image_refs,
     read_instances,
+    require_pycocotools,
 )
-from llm2clip.io_utils import DataFormatError, first_existing
+from llm2clip.io_utils import DataFormatError, first_existing, read_json
 
 BOXES_PREFIX = "boxes:"
-MIN_SIDE = 1.0  # pixels; smaller boxes are excluded
+DETECTION_PREFIX = "detection:"
+MIN_SIDE = 1.0  # pixels; smaller boxes are excluded from region classification
 CROWD, DEGENERATE = "crowd", "smaller than a pixel"  # reasons for excluding a box
+
+
+# ---- region classification -------------------------------------------------------------------------------------------
 
 
 def boxes_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
     """Create a region classification benchmark from the user's JSON file in COCO's format.
 
-    As for COCO captions, the images can be next to the file or in a folder such as `images`.
-
     Args:
         name: Path of the file.
         templates: Prompt templates. Default: OpenAI's for ImageNet.
     """
-    file = Path(name).expanduser().absolute()
-
-    def read(folder: Path) -> RegionData:
-        return read_boxes(first_existing(folder, file.name), templates)
-
-    return Benchmark(
-        name=BOXES_PREFIX + name,
+    return coco_file_benchmark(
+        BOXES_PREFIX,
+        name,
         kind="regions",
         description="boxes with class names",
-        folders=(str(file.parent),),
-        read=read,
         source="a JSON file in COCO's format, with the images in the same folder or in images/",
+        read=partial(read_boxes, templates=templates),
     )
 
 
@@ -65,13 +66,13 @@ def read_boxes(file: Path, templates: Sequence[str] = ()) -> RegionData:
         MissingFileError: If image files are missing, or open_clip, which provides the templates, is not installed.
         DataFormatError: If an annotation has an invalid box, or if there are no boxes. See also `read_instances`.
     """
-    instances = read_instances(file, drop_unused_keys)  # polygons take up a lot of memory
+    instances = read_instances(file)
     label_of_category = {category_id: label for label, category_id in enumerate(instances.names)}
     rows: dict[Any, list[tuple[list[float], int, float]]] = defaultdict(list)
     excluded: Counter[str] = Counter()
     for annotation in instances.annotations:
         image_id = annotation["image_id"]
-        box = clip_box(file, annotation, instances.sizes[image_id]).tolist()
+        box = clip_box(file, annotation, instances.sizes[image_id])
         if annotation.get("iscrowd"):
             excluded[CROWD] += 1
         elif min(box[2] - box[0], box[3] - box[1]) < MIN_SIDE:
@@ -94,12 +95,96 @@ def read_boxes(file: Path, templates: Sequence[str] = ()) -> RegionData:
     )
 
 
-def _read_coco(folder: Path) -> RegionData:
-    return read_boxes(find_instances(folder))
+# ---- detection -------------------------------------------------------------------------------------------------------
 
 
-def _read_lvis(folder: Path) -> RegionData:
-    return read_boxes(first_existing(folder, "annotations/lvis_v1_val.json", "lvis_v1_val.json"))
+def class_split() -> dict[str, list[str]]:
+    """Return the names of the base classes and of the novel classes, with the keys "base" and "novel"."""
+    content = read_json(Path(str(files("llm2clip.evaluate.benchmarks") / "class_names" / "ov_coco.json")))
+    return {group: content[group] for group in ("novel", "base")}
+
+
+def detection_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
+    """Create a detection benchmark from the user's JSON file in COCO's format.
+
+    Args:
+        name: Path of the file.
+        templates: Prompt templates. Default: OpenAI's for ImageNet.
+    """
+
+    def read(file: Path) -> DetectionData:
+        require_pycocotools()
+        instances = read_instances(file)
+        return read_detection(instances, list(instances.names), {}, templates or imagenet_templates(), with_empty=True)
+
+    return coco_file_benchmark(
+        DETECTION_PREFIX,
+        name,
+        kind="detection",
+        description="objects with boxes",
+        source="a JSON file in COCO's format, with the images in the same folder or in images/; --proposals selects "
+        "the boxes",
+        read=read,
+    )
+
+
+def read_detection(
+    instances: Instances,
+    category_ids: Sequence[Any],
+    groups: Mapping[str, Sequence[str]],
+    templates: Sequence[str],
+    with_empty: bool = False,
+) -> DetectionData:
+    """Return the images with their objects of some categories.
+
+    Boxes are clipped to the image, as the detections are. Objects whose boxes are then empty are excluded.
+
+    Args:
+        instances: Contents of a file in COCO's format.
+        category_ids: Ids of the categories to detect.
+        groups: Groups of class names for which metrics are reported.
+        templates: Prompt templates.
+        with_empty: If True, also return the images without such objects.
+
+    Raises:
+        MissingFileError: If image files are missing.
+        DataFormatError: If an annotation has an invalid box, or there are no objects apart from crowds.
+    """
+    used_categories = set(category_ids)
+    annotations = []
+    for row in instances.annotations:
+        left, top, right, bottom = clip_box(instances.file, row, instances.sizes[row["image_id"]])
+        if row["category_id"] in used_categories and right > left and bottom > top:
+            annotations.append({**row, "bbox": [left, top, right - left, bottom - top]})
+    if all(row.get("iscrowd") for row in annotations):
+        problem = "only crowds" if annotations else "no objects of these classes"
+        raise DataFormatError(f"{instances.file} contains {problem}, so the average precision is undefined")
+    annotated = {row["image_id"] for row in annotations}
+    image_ids = [image_id for image_id in instances.images if with_empty or image_id in annotated]
+    return DetectionData(
+        images=image_refs(instances.file, [instances.images[image_id] for image_id in image_ids]),
+        image_ids=image_ids,
+        sizes=[instances.sizes[image_id] for image_id in image_ids],
+        annotations=annotations,
+        names=[instances.names[category_id] for category_id in category_ids],
+        category_ids=list(category_ids),
+        groups=groups,
+        templates=templates,
+    )
+
+
+def _read_ov_coco(folder: Path) -> DetectionData:
+    require_pycocotools()
+    instances = read_instances(find_instances(folder))
+    groups = class_split()
+    names = [name for group in groups.values() for name in group]
+    category_ids = {name: category_id for category_id, name in instances.names.items()}
+    missing = [name for name in names if name not in category_ids]
+    if missing:
+        raise DataFormatError(
+            f"{instances.file} has no category {missing[0]!r}; {len(missing)} of {len(names)} are missing"
+        )
+    return read_detection(instances, [category_ids[name] for name in names], groups, imagenet_templates())
 
 
 BENCHMARKS = (
@@ -108,7 +193,7 @@ BENCHMARKS = (
         kind="regions",
         description="36,335 boxes of 80 classes in COCO val2017",
         folders=INSTANCES_FOLDERS,
-        read=_read_coco,
+        read=lambda folder: read_boxes(find_instances(folder)),
         source="annotations/instances_val2017.json and val2017/ (cocodataset.org)",
     ),
     Benchmark(
@@ -116,7 +201,15 @@ BENCHMARKS = (
         kind="regions",
         description="244,707 boxes of 1,203 classes in LVIS v1's validation split",
         folders=INSTANCES_FOLDERS,
-        read=_read_lvis,
+        read=lambda folder: read_boxes(first_existing(folder, "annotations/lvis_v1_val.json", "lvis_v1_val.json")),
         source="annotations/lvis_v1_val.json (lvisdataset.org), and COCO's train2017/ and val2017/ (cocodataset.org)",
+    ),
+    Benchmark(
+        name="ov-coco",
+        kind="detection",
+        description="4,836 images, 48 base classes and 17 novel classes (arXiv 1804.04340)",
+        folders=INSTANCES_FOLDERS,
+        read=_read_ov_coco,
+        source="annotations/instances_val2017.json and val2017/ (cocodataset.org); --proposals selects the boxes",
     ),
 )

@@ -1,4 +1,9 @@
-"""Helpers for reading COCO's instances files (cocodataset.org, "Data format"), shared by several benchmarks."""
+"""Reader for files in COCO's format (cocodataset.org, "Data format"), which several benchmarks share.
+
+The format is {"images": [{"id", "file_name", "width", "height"}], "annotations": [{"id", "image_id", "category_id",
+"bbox", "segmentation", "area", "iscrowd"}], "categories": [{"id", "name"}]}, where "bbox" is [left, top, width, height]
+in pixels. LVIS has "coco_url" instead of "file_name", and no crowd boxes.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +13,20 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from llm2clip.data.image_header import MAX_PIXELS
 from llm2clip.data.image_refs import ImageRef
-from llm2clip.data.readers.coco import find_image_folder, split_folders
-from llm2clip.evaluate.benchmarks.base import ImageId, check_files, image_file
-from llm2clip.evaluate.benchmarks.karpathy_splits import COCO_FOLDERS
+from llm2clip.data.readers.coco import drop_unused_keys, find_image_folder, split_folders
+from llm2clip.evaluate.benchmarks.base import (
+    Benchmark,
+    ImageId,
+    check_files,
+    image_file,
+)
+from llm2clip.evaluate.benchmarks.english import COCO_FOLDERS
 from llm2clip.extras import install_command
 from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, read_json
 from llm2clip.runs.ranks import print_once
@@ -44,18 +54,47 @@ class Instances:
     names: dict[Any, str]
 
 
-def read_instances(file: Path, object_hook: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Instances:
+def coco_file_benchmark(
+    prefix: str,
+    name: str,
+    kind: Literal["regions", "segmentation", "detection"],
+    description: str,
+    source: str,
+    read: Callable[[Path], Any],
+) -> Benchmark:
+    """Create a benchmark from the user's JSON file in COCO's format.
+
+    As for COCO captions, the images can be next to the file or in a folder such as `images`.
+
+    Args:
+        prefix: Prefix that selects the kind of benchmark on the command line, such as "boxes:".
+        name: Path of the file.
+        kind, description, source: See `Benchmark`.
+        read: Function that reads the file.
+    """
+    file = Path(name).expanduser().absolute()
+    return Benchmark(
+        name=prefix + name,
+        kind=kind,
+        description=description,
+        folders=(str(file.parent),),
+        read=lambda folder: read(first_existing(folder, file.name)),
+        source=source,
+    )
+
+
+def read_instances(file: Path, with_masks: bool = False) -> Instances:
     """Read a JSON file in COCO's format. If several categories have the same name, print a warning.
 
     Args:
         file: Path of the file.
-        object_hook: Function that is applied to each JSON object, see `json.load`.
+        with_masks: If True, keep "segmentation", whose polygons take up a lot of memory.
 
     Raises:
-        DataFormatError: If the file lists no images, several images have the same id, a category has no name, or an
-            annotation refers to an image or a category that does not exist.
+        DataFormatError: If the file lists no images, several images have the same id, a category has no name, an image
+            has an invalid size, or an annotation refers to an image or a category that does not exist.
     """
-    data = read_json(file, object_hook)
+    data = read_json(file, None if with_masks else drop_unused_keys)
     images: dict[ImageId, dict[str, Any]] = {}
     for image in data["images"]:
         if image["id"] in images:
@@ -70,7 +109,7 @@ def read_instances(file: Path, object_hook: Callable[[dict[str, Any]], dict[str,
             field = "image" if is_unknown_image else "category"
             part = f"{field} {annotation[f'{field}_id']!r}"
             raise DataFormatError(f"{file}: annotation {annotation.get('id')} refers to {part}, which does not exist")
-    sizes = {image_id: image_size(file, image) for image_id, image in images.items()}
+    sizes = {image_id: _image_size(file, image) for image_id, image in images.items()}
     return Instances(file, images, sizes, data["annotations"], names)
 
 
@@ -102,14 +141,13 @@ def find_instances(folder: Path) -> Path:
     return first_existing(folder, "annotations/instances_val2017.json", "instances_val2017.json")
 
 
-def require_pycocotools(purpose: str) -> None:
-    """Raise MissingFileError if pycocotools is not installed.
-
-    Args:
-        purpose: Sentence that says what pycocotools is needed for.
-    """
+def require_pycocotools() -> None:
+    """Raise MissingFileError if pycocotools is not installed."""
     if importlib.util.find_spec("pycocotools") is None:
-        raise MissingFileError(f"{purpose}: {install_command('dense')}")
+        raise MissingFileError(
+            f"pycocotools, which decodes COCO's masks and computes the average precision, is not installed: "
+            f"{install_command('dense')}"
+        )
 
 
 def image_refs(file: Path, images: Sequence[Mapping[str, Any]]) -> list[ImageRef]:
@@ -129,7 +167,7 @@ def image_refs(file: Path, images: Sequence[Mapping[str, Any]]) -> list[ImageRef
     return refs
 
 
-def image_size(file: Path, image: Mapping[str, Any]) -> tuple[int, int]:
+def _image_size(file: Path, image: Mapping[str, Any]) -> tuple[int, int]:
     """Return the width and height of an image in pixels, as stated in a JSON file.
 
     Raises:
@@ -146,8 +184,13 @@ def image_size(file: Path, image: Mapping[str, Any]) -> tuple[int, int]:
     return width, height
 
 
-def parse_box(file: Path, annotation: Mapping[str, Any]) -> tuple[float, float, float, float]:
-    """Return the box of an annotation, (left, top, width, height) in pixels.
+def clip_box(file: Path, annotation: Mapping[str, Any], image_size: tuple[int, int]) -> list[float]:
+    """Return the box of an annotation as [left, top, right, bottom] in pixels, clipped to the image.
+
+    Args:
+        file: Path of the file, for error messages.
+        annotation: Entry of the object.
+        image_size: Width and height of the image in pixels.
 
     Raises:
         DataFormatError: If the box does not consist of four finite numbers, or the width or height is negative.
@@ -160,22 +203,9 @@ def parse_box(file: Path, annotation: Mapping[str, Any]) -> tuple[float, float, 
             "[left, top, width, height] in pixels"
         )
     left, top, width, height = box
-    return left, top, width, height
-
-
-def clip_box(file: Path, annotation: Mapping[str, Any], image_size: tuple[int, int]) -> np.ndarray:
-    """Return the box of an annotation as (left, top, right, bottom), float64 (4,), clipped to the image.
-
-    Args:
-        file: Path of the file, for error messages.
-        annotation: Entry of the object.
-        image_size: Width and height of the image in pixels.
-
-    Raises:
-        DataFormatError: See `parse_box`.
-    """
-    left, top, width, height = parse_box(file, annotation)
-    return np.array([left, top, left + width, top + height], np.float64).clip(0, [*image_size, *image_size])
+    corners = np.array([left, top, left + width, top + height], np.float64)
+    clipped: list[float] = corners.clip(0, [*image_size, *image_size]).tolist()
+    return clipped
 
 
 # ---- masks ---------------------------------------------------------------------------------------------------------

@@ -12,11 +12,18 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.evaluate.benchmarks.base import Benchmark, JudgedRetrieval, check_files, image_file
-from llm2clip.evaluate.benchmarks.karpathy_splits import COCO_FOLDERS
+from llm2clip.evaluate.benchmarks.english import COCO_FOLDERS
+from llm2clip.evaluate.recall import KS
 from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, read_json
 
 ANNOTATIONS = "captions_val2014.json"
+RANKED_ITEMS = 64  # R-precision and mAP@R need at least 48, because a query has up to 48 correct items
+QUERIES_PER_CHUNK = 512  # their float32 scores for all captions take up 50 MB
 
 
 def load_judgements() -> Any:
@@ -60,6 +67,45 @@ def _read_judged_retrieval(folder: Path) -> JudgedRetrieval:
         captions=[captions[caption_id][1] for caption_id in caption_ids],
         caption_ids=caption_ids,
     )
+
+
+def eccv_metrics(data: JudgedRetrieval, images: Tensor, captions: Tensor) -> dict[str, float]:
+    """Return COCO 5k R@k, CxC R@k, and ECCV Caption R@1, R-precision and mAP@R (arXiv 2204.03359), in percent.
+
+    The items are ranked here; the package eccv-caption computes the metrics from the ranked lists.
+
+    Args:
+        data: Images and captions with their COCO ids.
+        images: Image embeddings, (I, D), L2-normalised, in the order of `data.images`.
+        captions: Caption embeddings, (T, D), L2-normalised, in the order of `data.captions`.
+
+    Returns:
+        Metrics for both directions, with keys such as "I2T COCO R@1".
+    """
+    image_ids, caption_ids = torch.tensor(data.image_ids), torch.tensor(data.caption_ids)
+    captions_of_image, images_of_caption = _top_items(images, captions), _top_items(captions, images)
+    metrics = load_judgements().compute_all_metrics(
+        dict(zip(data.image_ids, caption_ids[captions_of_image].tolist(), strict=True)),
+        dict(zip(data.caption_ids, image_ids[images_of_caption].tolist(), strict=True)),
+        target_metrics=["coco_5k_recalls", "cxc_recalls", "eccv_r1", "eccv_map_at_r", "eccv_rprecision"],
+        Ks=list(KS),
+        verbose=False,
+    )
+    names = {f"coco_5k_r{k}": f"COCO R@{k}" for k in KS}
+    names |= {f"cxc_r{k}": f"CxC R@{k}" for k in KS}
+    names |= {"eccv_r1": "ECCV R@1", "eccv_rprecision": "ECCV R-precision", "eccv_map_at_r": "ECCV mAP@R"}
+    return {
+        f"{direction} {name}": 100 * float(metrics[key][direction.lower()])
+        for direction in ("I2T", "T2I")
+        for key, name in names.items()
+    }
+
+
+@onednn_matmul()
+def _top_items(queries: Tensor, items: Tensor) -> Tensor:
+    """Return the indices of the best `RANKED_ITEMS` items for each query, best first, int64 of shape (Q, K)."""
+    count = min(RANKED_ITEMS, len(items))
+    return torch.cat([(chunk @ items.T).topk(count).indices for chunk in queries.split(QUERIES_PER_CHUNK)])
 
 
 BENCHMARKS = (

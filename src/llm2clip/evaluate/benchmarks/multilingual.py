@@ -1,6 +1,6 @@
 """Multilingual retrieval benchmarks: Flickr30k-CN, COCO-CN, Flickr8k-CN, Crossmodal-3600 and XTD10.
 
-Each language is evaluated separately, in both directions. `karpathy_splits` describes the protocol.
+Each language is evaluated separately, in both directions. `english.py` describes the protocol.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from llm2clip.data.image_refs import ImageRef, MemoryImage
 from llm2clip.data.records import Record
 from llm2clip.evaluate.benchmarks.base import Benchmark, CaptionFields, captioned_records, find_image, image_file
-from llm2clip.evaluate.benchmarks.karpathy_splits import (
+from llm2clip.evaluate.benchmarks.english import (
     COCO_FOLDERS,
     IMAGE_FOLDERS,
     read_caption_lines,

@@ -30,6 +30,7 @@ from llm2clip.evaluate.benchmarks.classification import IMAGE_SUFFIXES, imagenet
 from llm2clip.evaluate.benchmarks.coco_instances import (
     INSTANCES_FOLDERS,
     Instances,
+    coco_file_benchmark,
     decode_mask,
     find_instances,
     image_refs,
@@ -76,22 +77,29 @@ def segmentation_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmar
             ignored. If the first class is "background", the protocol is that of data sets with a background.
         templates: Prompt templates. Default: OpenAI's for ImageNet.
     """
-    path = Path(name).expanduser().absolute()
+    if not name.endswith(".json"):
+        return Benchmark(
+            name=SEGMENTATION_PREFIX + name,
+            kind="segmentation",
+            description="images with masks",
+            folders=(str(Path(name).expanduser().absolute()),),
+            read=partial(_read_mask_folder, templates=templates),
+            source="a folder with images/, masks/ (PNGs) and classes.txt",
+        )
 
-    def read_file(folder: Path) -> SegmentationData:
-        require_pycocotools("COCO's masks are decoded by pycocotools")
-        instances = read_instances(first_existing(folder, path.name))
+    def read(file: Path) -> SegmentationData:
+        require_pycocotools()
+        instances = read_instances(file, with_masks=True)
         names = [[class_name] for class_name in instances.names.values()]
         return _from_instances(instances, names, templates or imagenet_templates())
 
-    is_file = path.suffix == ".json"
-    return Benchmark(
-        name=SEGMENTATION_PREFIX + name,
+    return coco_file_benchmark(
+        SEGMENTATION_PREFIX,
+        name,
         kind="segmentation",
         description="images with masks",
-        folders=(str(path.parent if is_file else path),),
-        read=read_file if is_file else partial(_read_mask_folder, templates=templates),
-        source="a JSON file in COCO's format, or a folder with images/, masks/ (PNGs) and classes.txt",
+        source="a JSON file in COCO's format, with the images in the same folder or in images/",
+        read=read,
     )
 
 
@@ -278,8 +286,8 @@ def _read_context(folder: Path, with_background: bool) -> SegmentationData:
 
 
 def _read_coco_object(folder: Path) -> SegmentationData:
-    require_pycocotools("COCO's masks are decoded by pycocotools")
-    instances = read_instances(find_instances(folder))
+    require_pycocotools()
+    instances = read_instances(find_instances(folder), with_masks=True)
     names = read_class_names("coco_object")
     if len(instances.names) != len(names):
         raise DataFormatError(f"{instances.file} has {len(instances.names)} categories, but COCO has {len(names)}")

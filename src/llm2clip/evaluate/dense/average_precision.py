@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from llm2clip.evaluate.benchmarks.base import DetectionData, ImageId
-from llm2clip.evaluate.recall import bootstrap_counts, percentile_interval
+from llm2clip.evaluate.bootstrap import BootstrapMetrics, bootstrap_counts
 
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
@@ -39,15 +39,14 @@ class Detections:
 
 def detection_metrics(
     data: DetectionData, detections: Mapping[ImageId, Detections], resamples: int = 1000
-) -> dict[str, dict[str, Any]]:
-    """Return the average precision of each group of classes, in percent, with 95% confidence intervals.
+) -> tuple[BootstrapMetrics, dict[str, float]]:
+    """Return the average precision of each group of classes and of each class, in percent.
 
     pycocotools' COCOeval matches the detections to the objects and computes the precision at 101 recall values. AP50 is
     measured at the IoU threshold 0.5, and AP is the mean over the thresholds 0.5, 0.55, ..., 0.95. A group's value is
     the mean over its classes. Classes without objects are excluded.
 
-    The intervals are computed by a bootstrap over images, which reuses COCOeval's matches and recomputes only the
-    precision for each resample.
+    The bootstrap is over images. It reuses COCOeval's matches and recomputes only the precision for each resample.
 
     Args:
         data: Objects, classes and groups of classes.
@@ -55,9 +54,8 @@ def detection_metrics(
         resamples: Number of bootstrap resamples.
 
     Returns:
-        {GROUP: {"AP50": ..., "AP50 interval": (low, high), "AP50 resamples": values in all resamples, float64
-        (resamples,), "AP": ..., "classes": number of classes with objects, "class AP50": {CLASS: ...}}}, for the groups
-        in `data.groups` and for the group "all".
+        "AP50 GROUP" (with resamples) and "AP GROUP" for the groups in `data.groups` and for the group "all", and the
+        AP50 of each class that has objects.
 
     Raises:
         ValueError: If there are no objects except crowds.
@@ -65,6 +63,7 @@ def detection_metrics(
     evaluator = _run_coco_eval(data, detections)
     precision = evaluator.eval["precision"][..., 0, 0]  # (thresholds, recalls, classes), -1 for classes without objects
     class_ap = np.where(precision > -1, 100 * precision, np.nan).mean(1)  # (thresholds, classes)
+    class_ap50 = class_ap[AP50_INDEX]
     matches = [_class_matches(evaluator, k) for k in range(len(data.names))]
     recall_values = evaluator.params.recThrs
     resampled = []
@@ -72,27 +71,34 @@ def detection_metrics(
         resampled.append([100 * weighted_ap(match, weights.numpy(), recall_values) for match in matches])
     resampled_ap50 = np.array(resampled)  # (resamples, classes)
 
-    metrics: dict[str, dict[str, Any]] = {}
+    ap50: dict[str, float] = {}
+    ap: dict[str, float] = {}
+    group_resamples: dict[str, np.ndarray] = {}
     for group, names in {**data.groups, "all": data.names}.items():
-        classes = [k for k, name in enumerate(data.names) if name in names and not np.isnan(class_ap[AP50_INDEX, k])]
+        classes = [k for k, name in enumerate(data.names) if name in names and not np.isnan(class_ap50[k])]
         if not classes:
             continue
         group_ap50 = resampled_ap50[:, classes]
         num_classes = (~np.isnan(group_ap50)).sum(1)  # a resample may have no objects of a class, or of the group
         means = np.where(num_classes > 0, np.nansum(group_ap50, axis=1) / np.maximum(num_classes, 1), np.nan)
-        defined = torch.from_numpy(means[~np.isnan(means)])
-        low, high = percentile_interval(defined, len(data.image_ids), (0.0, 100.0)).tolist()
-        metrics[group] = {
-            "AP50": float(class_ap[AP50_INDEX, classes].mean()),
-            "AP50 interval": (low, high),
-            "AP50 resamples": means,
-            "AP": float(class_ap[:, classes].mean()),
-            "classes": len(classes),
-            "class AP50": {data.names[k]: float(class_ap[AP50_INDEX, k]) for k in classes},
-        }
-    if not metrics:
+        group_resamples[f"AP50 {group}"] = means
+        ap50[f"AP50 {group}"] = float(class_ap50[classes].mean())
+        ap[f"AP {group}"] = float(class_ap[:, classes].mean())
+    if not ap50:
         raise ValueError("the images contain no objects except crowds, so the average precision is undefined")
-    return metrics
+    metrics = BootstrapMetrics(tuple(data.image_ids), ap50 | ap, group_resamples)
+    return metrics, {name: float(class_ap50[k]) for k, name in enumerate(data.names) if not np.isnan(class_ap50[k])}
+
+
+def to_result_rows(data: DetectionData, detections: Mapping[ImageId, Detections]) -> list[dict[str, Any]]:
+    """Return the detections in COCO's results format: "image_id", "category_id", "bbox" as [x, y, w, h] and "score"."""
+    rows = []
+    for image_id, detected in detections.items():
+        boxes = box_convert(detected.boxes.double(), "xyxy", "xywh").tolist()
+        for box, score, label in zip(boxes, detected.scores.tolist(), detected.labels.tolist(), strict=True):
+            category_id = data.category_ids[label]
+            rows.append({"image_id": image_id, "category_id": category_id, "bbox": box, "score": score})
+    return rows
 
 
 @dataclass
@@ -145,41 +151,34 @@ def _run_coco_eval(data: DetectionData, detections: Mapping[ImageId, Detections]
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    classes = {category_id: k for k, category_id in enumerate(data.category_ids)}
+    category_ids = {category_id: k + 1 for k, category_id in enumerate(data.category_ids)}
     ordered_ids = sorted(data.image_ids, key=lambda image_id: (isinstance(image_id, str), image_id))
-    numbers = {image_id: number for number, image_id in enumerate(ordered_ids)}
-    objects = []
-    for row in data.annotations:
-        ids = {"image_id": numbers[row["image_id"]], "category_id": classes[row["category_id"]] + 1}
-        objects.append({**row, **ids})
-    predictions = []
-    for image_id, detected in detections.items():
-        corners = detected.boxes.double()
-        boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).tolist()
-        for box, score, label in zip(boxes, detected.scores.tolist(), detected.labels.tolist(), strict=True):
-            predictions.append({"image_id": numbers[image_id], "category_id": label + 1, "bbox": box, "score": score})
+    image_ids = {image_id: number for number, image_id in enumerate(ordered_ids)}
+
+    def to_coco(rows: Sequence[Mapping[str, Any]]) -> COCO:
+        annotations = []
+        for number, row in enumerate(rows, 1):  # COCOeval treats a match with the id 0 as a missing match
+            _, _, width, height = row["bbox"]
+            ids = {"image_id": image_ids[row["image_id"]], "category_id": category_ids[row["category_id"]]}
+            annotations.append({"iscrowd": 0, "area": width * height, **row, **ids, "id": number})
+        coco = COCO()
+        coco.dataset = {
+            "images": [{"id": number} for number in image_ids.values()],
+            "categories": [
+                {"id": category_ids[i], "name": name} for i, name in zip(data.category_ids, data.names, strict=True)
+            ],
+            "annotations": annotations,
+        }
+        coco.createIndex()
+        return coco
+
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluator = COCOeval(_to_coco(COCO(), data, objects), _to_coco(COCO(), data, predictions), "bbox")
+        evaluator = COCOeval(to_coco(data.annotations), to_coco(to_result_rows(data, detections)), "bbox")
         evaluator.params.areaRng, evaluator.params.areaRngLbl = [[0, float("inf")]], ["all"]
         evaluator.params.maxDets = [MAX_DETECTIONS]
         evaluator.evaluate()
         evaluator.accumulate()
     return evaluator
-
-
-def _to_coco(coco: COCO, data: DetectionData, rows: Sequence[Mapping[str, Any]]) -> COCO:
-    """Fill an empty COCO object with rows and return it. See `_run_coco_eval` for the ids."""
-    annotations = []
-    for number, row in enumerate(rows, 1):  # COCOeval treats a match with the id 0 as a missing match
-        _, _, width, height = row["bbox"]
-        annotations.append({"iscrowd": 0, "area": width * height, **row, "id": number})
-    coco.dataset = {
-        "images": [{"id": number} for number in range(len(data.image_ids))],
-        "categories": [{"id": k + 1, "name": name} for k, name in enumerate(data.names)],
-        "annotations": annotations,
-    }
-    coco.createIndex()
-    return coco
 
 
 def _class_matches(evaluator: Any, k: int) -> ClassMatches:

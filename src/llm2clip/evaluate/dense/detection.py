@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, box_convert, box_iou, nms
+from torchvision.ops import batched_nms, box_iou, nms
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes
 
 from llm2clip.data.images import load_image, make_thumbnail
 from llm2clip.evaluate.benchmarks.base import DetectionData, ImageId
-from llm2clip.evaluate.dense.average_precision import MAX_DETECTIONS, Detections
+from llm2clip.evaluate.dense.average_precision import MAX_DETECTIONS, Detections, to_result_rows
 from llm2clip.evaluate.dense.inputs import (
     decode_images,
     gather_from_ranks,
@@ -35,7 +35,7 @@ from llm2clip.evaluate.dense.inputs import (
 from llm2clip.evaluate.dense.proposals import GROUND_TRUTH, Proposals, object_boxes, open_proposals
 from llm2clip.evaluate.dense.regions import CROP, encode_boxes
 from llm2clip.evaluate.embeddings import EmbeddingSource
-from llm2clip.evaluate.zero_shot import class_embeddings, class_prompts
+from llm2clip.evaluate.zero_shot import encode_classes
 from llm2clip.html_report import Block, Heading, Paragraph, ResultImage, ResultImages
 from llm2clip.io_utils import atomic_write_text, safe_name
 from llm2clip.runs.ranks import process_state
@@ -117,7 +117,7 @@ def detect_objects(
     if not methods:
         get_dense_encoder(model, variants)  # raises an error with the reason
     source = open_proposals(proposals, data, process_state().device)
-    classes = class_embeddings(embeddings.encode_texts(class_prompts(data.names, data.templates)), len(data.names))
+    classes = encode_classes(embeddings, data.names, data.templates)
     objects = object_boxes(data)
     scales = logit_scales(model, LOGIT_SCALE)
     scale_of_method = {method + suffix: scale for method in methods for suffix, scale in scales.items()}
@@ -195,12 +195,7 @@ def classify_boxes(
 
 def write_detections(folder: Path, method: str, data: DetectionData, detections: Mapping[ImageId, Detections]) -> None:
     """Write METHOD.json: the detections of a method in COCO's results format, which `COCO.loadRes` reads."""
-    rows = []
-    for image_id, detected in detections.items():
-        boxes = box_convert(detected.boxes.double(), "xyxy", "xywh").tolist()
-        for box, score, label in zip(boxes, detected.scores.tolist(), detected.labels.tolist(), strict=True):
-            category_id = data.category_ids[label]
-            rows.append({"image_id": image_id, "category_id": category_id, "bbox": box, "score": score})
+    rows = to_result_rows(data, detections)
     atomic_write_text(folder / f"{safe_name(method)}.json", json.dumps(rows))
 
 

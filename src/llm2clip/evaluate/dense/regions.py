@@ -34,7 +34,7 @@ from llm2clip.evaluate.dense.inputs import (
     supported_variants,
 )
 from llm2clip.evaluate.embeddings import BATCH_SIZE, EmbeddingSource
-from llm2clip.evaluate.zero_shot import class_embeddings, class_prompts, class_ranks
+from llm2clip.evaluate.zero_shot import class_ranks, encode_classes
 from llm2clip.html_report import Block, Heading, Paragraph, ResultImage, ResultImages
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.vision.regions import encode_boxes as encode_dense_boxes
@@ -94,8 +94,7 @@ def classify_regions(
     """
     model = get_model(embeddings)
     variants = supported_variants(model, variants)
-    prompts = class_prompts(data.names, data.templates)
-    classes = class_embeddings(embeddings.encode_texts(prompts), len(data.names))
+    classes = encode_classes(embeddings, data.names, data.templates)
     parts: dict[str, list[RegionPredictions]] = {method: [] for method in (CROP, *variants)}
     failures: dict[int, str] = {}
     for images in decode_images(data.images, data.sizes, "regions", failures):

@@ -31,7 +31,7 @@ from llm2clip.evaluate.dense.inputs import (
     supported_variants,
 )
 from llm2clip.evaluate.embeddings import EmbeddingSource
-from llm2clip.evaluate.zero_shot import class_embeddings, class_prompts
+from llm2clip.evaluate.zero_shot import encode_classes
 from llm2clip.html_report import Block, Heading, Legend, Paragraph, ResultImage, ResultImages
 from llm2clip.io_utils import atomic_path, atomic_write_text, safe_name
 from llm2clip.models.vision.sliding_window import PixelScores, ResizeForWindows, encode_windows, segment
@@ -102,8 +102,7 @@ def evaluate_segmentation(
     variants = supported_variants(model, variants) or variants
     dense = get_dense_encoder(model, variants)
     names = [name for class_names in data.names for name in class_names]
-    prompts = class_prompts(names, data.templates)
-    queries = class_embeddings(embeddings.encode_texts(prompts), len(names)).to(dense.device)
+    queries = encode_classes(embeddings, names, data.templates).to(dense.device)
     transform = ResizeForWindows.for_encoder(dense, data.scale)
     example_indices = set(np.linspace(0, len(data.images) - 1, NUM_EXAMPLES).astype(int).tolist())
     # Without a minimum probability, the scale does not affect the class with the highest probability.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llm2clip.data.images import load_thumbnail
 from llm2clip.evaluate.recall import recall_intervals
-from llm2clip.evaluate.retrieval_eval import RetrievalRanks
+from llm2clip.evaluate.retrieval_eval import RetrievalRanks, caption_lengths
 from llm2clip.html_report import ResultImage, ResultImages
 
 MAX_K = 50  # maximum k in the recall curves
@@ -102,20 +102,6 @@ def recall_curve(ranks: Tensor) -> list[float]:
     counts = torch.bincount(ranks.clamp(max=MAX_K), minlength=MAX_K + 1)[:MAX_K]
     curve: list[float] = (100 * counts.cumsum(0).double() / len(ranks)).tolist()
     return curve
-
-
-def caption_lengths(captions: Sequence[str]) -> tuple[str, list[int]]:
-    """Return the length unit and the length of each caption.
-
-    Lengths are measured in words. If most captions have no spaces between words, as in Chinese or Japanese, lengths are
-    measured in characters.
-    """
-    words = [len(caption.split()) for caption in captions]
-    characters = [len(caption) for caption in captions]
-    middle = len(captions) // 2
-    if sorted(words)[middle] <= 2 < sorted(characters)[middle] / 3:
-        return "characters", characters
-    return "words", words
 
 
 def length_bins(lengths: Sequence[int], max_bins: int = 6, min_captions: int = 20) -> list[tuple[int, int]]:

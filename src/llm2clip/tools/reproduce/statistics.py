@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm2clip.evaluate.recall import bootstrap_counts, percentile_interval
+from llm2clip.evaluate.bootstrap import bootstrap_counts, percentile_interval
 
 Interval = tuple[float, float, float]  # value, lower limit, upper limit
 

@@ -1,30 +1,38 @@
-"""Retrieval on the test images of Karpathy's splits (arXiv 1412.2306): Flickr30k 1K, COCO 5K and Flickr8k.
+"""Retrieval with English captions: Flickr30k, COCO, Flickr8k, ShareGPT4V-1k, Urban-1k and DOCCI.
 
 All test images and all their captions form one pool. They are ranked by cosine similarity, and no prompt is added to
 the captions. In text-to-image retrieval (T2I), a query counts as correct if the caption's image is in the top k. In
 image-to-text retrieval (I2T), a query counts as correct if any of the image's captions is in the top k. VSE++ (arXiv
 1707.05612) and CLIP (arXiv 2103.00020) use this protocol.
 
-COCO's 5,000 test images have five to seven captions each. All 25,010 captions are used, whereas code derived from VSE++
-uses only the first five captions of each image, 25,000 in total.
+Flickr30k, COCO and Flickr8k have Karpathy's test splits (arXiv 1412.2306). COCO's 5,000 test images have five to seven
+captions each. All 25,010 captions are used, whereas code derived from VSE++ uses only the first five captions of each
+image, 25,000 in total. ShareGPT4V-1k, Urban-1k and DOCCI have one long caption per image.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from llm2clip.data.readers.coco import KarpathyImage
 from llm2clip.data.records import Record
 from llm2clip.evaluate.benchmarks.base import Benchmark, CaptionFields, captioned_records, find_image, image_file
-from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, read_json, read_lines
+from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, read_json, read_jsonl, read_lines
 
 COCO_FOLDERS = ("coco", "COCO", "mscoco")
 IMAGE_FOLDERS = {
     "flickr30k": ("flickr30k-images", "flickr30k_images", "images", "Images"),
     "flickr8k": ("Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images"),  # sic: the archive spells it "Flicker8k"
 }
+SHAREGPT4V_FILE = "share-captioner_coco_lcs_sam_1246k_1107.json"
+READ_SIZE = 1 << 20  # characters per read
+
+
+# ---- Flickr30k, COCO and Flickr8k ------------------------------------------------------------------------------------
 
 
 def read_karpathy_json(file: Path, image_dir: Path, split: str = "test") -> list[Record]:
@@ -120,6 +128,81 @@ def _read_flickr8k(folder: Path) -> CaptionFields:
     return {"captions": read_listed_images(names, captions, [image_dir])}
 
 
+# ---- ShareGPT4V, Urban-1k and DOCCI: one long caption per image ------------------------------------------------------
+
+
+def read_first_objects(file: Path, count: int) -> list[dict[str, Any]]:
+    """Read the first `count` objects in a JSON list without reading the rest of the file.
+
+    ShareGPT4V's file has 1.4 GB, of which only a small part is needed.
+
+    Raises:
+        DataFormatError: If the file is not a JSON list, or one of its first `count` objects is not valid JSON.
+    """
+    decoder = json.JSONDecoder()
+    objects: list[dict[str, Any]] = []
+    with file.open(encoding="utf-8") as stream:
+        text = stream.read(READ_SIZE).lstrip()
+        if not text.startswith("["):
+            raise DataFormatError(f"{file}: expected a JSON list")
+        text = text[1:]
+        while len(objects) < count:
+            text = text.lstrip(" \t\r\n,")
+            if text.startswith("]"):
+                break
+            try:
+                item, end = decoder.raw_decode(text)
+            except json.JSONDecodeError as error:  # the object may continue in the next chunk
+                chunk = stream.read(READ_SIZE)
+                if not chunk:
+                    raise DataFormatError(f"{file}: object {len(objects) + 1} is truncated or is not JSON") from error
+                text += chunk
+                continue
+            objects.append(item)
+            text = text[end:]
+    return objects
+
+
+def _read_sharegpt4v(folder: Path) -> CaptionFields:
+    """Read the first 1,000 records, whose images are SA-1B images in `sam/images/`.
+
+    As in Long-CLIP (arXiv 2403.15378), the caption is `conversations[1].value` with newlines replaced by spaces.
+    """
+    file = first_existing(folder, SHAREGPT4V_FILE)
+    rows = read_first_objects(file, 1000)
+    image_dir = folder if (folder / "sam").exists() else first_existing(folder, "images", "data")
+    pairs = []
+    for row in rows:
+        caption = row["conversations"][1]["value"].replace("\n", " ")
+        pairs.append((image_file(image_dir, row["image"]), [caption]))
+    return {"captions": captioned_records(pairs, file)}
+
+
+def _read_urban1k(folder: Path) -> CaptionFields:
+    """Read `caption/N.txt` and `image/N.jpg`. As in Long-CLIP's script, only the first line of each file is used."""
+    caption_dir = first_existing(folder, "caption")
+    files = sorted(caption_dir.glob("*.txt"), key=lambda file: (len(file.stem), file.stem))
+    if not files:
+        raise MissingFileError(f"{folder / 'caption'} has no .txt files")
+    pairs = []
+    for file in files:
+        first_line = file.read_text(encoding="utf-8").split("\n")[0]
+        pairs.append((image_file(folder / "image", f"{file.stem}.jpg"), [first_line]))
+    return {"captions": captioned_records(pairs, folder / "caption")}
+
+
+def _read_docci(folder: Path) -> CaptionFields:
+    """Read `docci_descriptions.jsonlines` and `images/` (arXiv 2404.19753).
+
+    The split name must be exactly "test", because the file also has a "qual_test" split.
+    """
+    file = first_existing(folder, "docci_descriptions.jsonlines")
+    rows = [row for _, row in read_jsonl(file) if row["split"] == "test"]
+    image_dir = first_existing(folder, "images", "test_images")
+    pairs = [(image_file(image_dir, row["image_file"]), [row["description"]]) for row in rows]
+    return {"captions": captioned_records(pairs, file)}
+
+
 KARPATHY_SOURCE = "caption_datasets.zip from cs.stanford.edu/people/karpathy/deepimagesent"
 BLIP_SOURCE = "storage.googleapis.com/sfr-vision-language-research/datasets"
 BENCHMARKS = (
@@ -149,5 +232,30 @@ BENCHMARKS = (
         read=_read_flickr8k,
         source=f"dataset_flickr8k.json ({KARPATHY_SOURCE}), or Flickr8k.token.txt and Flickr_8k.testImages.txt "
         "(Flickr8k_text.zip); and Flicker8k_Dataset/ (Flickr8k_Dataset.zip)",
+    ),
+    Benchmark(
+        name="sharegpt4v",
+        kind="retrieval",
+        description="1,000 images, one long caption each",
+        folders=("sharegpt4v", "ShareGPT4V"),
+        read=_read_sharegpt4v,
+        source=f"{SHAREGPT4V_FILE} (huggingface.co/datasets/Lin-Chen/ShareGPT4V), and the images for its first 1,000 "
+        "records, sam/images/sa_*.jpg (ai.meta.com/datasets/segment-anything, tars 000000 to 000050)",
+    ),
+    Benchmark(
+        name="urban1k",
+        kind="retrieval",
+        description="1,000 images, one long caption each",
+        folders=("urban1k", "Urban1k", "Urban-1k"),
+        read=_read_urban1k,
+        source="Urban1k.zip (huggingface.co/datasets/BeichenZhang/Urban1k): caption/ and image/",
+    ),
+    Benchmark(
+        name="docci",
+        kind="retrieval",
+        description="5,000 images, one description of about 136 words each",
+        folders=("docci", "DOCCI"),
+        read=_read_docci,
+        source="docci_descriptions.jsonlines and docci_images.tar.gz (storage.googleapis.com/docci/data), CC BY 4.0",
     ),
 )
