@@ -22,7 +22,6 @@ from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import load_image
 from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.image_hashes import hash_images, save_training_images
 from llm2clip.evaluate.embeddings import PrecomputedEmbeddings
 from llm2clip.evaluate.short_queries import build_queries
 from llm2clip.models.dual_encoder import open_dual_encoder

@@ -247,6 +247,17 @@ def format_cell(value: Any) -> str:
     return "–" if value is None else str(value)
 
 
+def format_interval(interval: Sequence[float], number_format: str = ".1f") -> str:
+    """Format an interval, as in "43.1 to 47.0"."""
+    low, high = (format(limit, number_format) for limit in interval)
+    return f"{low} to {high}"
+
+
+def with_interval(value: float, interval: Sequence[float], number_format: str = ".1f") -> str:
+    """Format a value and its interval, as in "45.2 (43.1 to 47.0)"."""
+    return f"{format(value, number_format)} ({format_interval(interval, number_format)})"
+
+
 def _choose_cell_classes(text: str, statuses: Mapping[str, str]) -> str:
     """Return the CSS classes for a table cell."""
     classes = []

@@ -13,15 +13,18 @@ from llm2clip.evaluate.recall import KS
 from llm2clip.evaluate.reporting import plots
 from llm2clip.evaluate.reporting.error_analysis import MAX_K, ErrorAnalysis
 from llm2clip.evaluate.short_queries import ShortQueryResult
-from llm2clip.html_report import Block, Details, Heading, Paragraph, Plot, Table, format_cell
-from llm2clip.published_results import (
-    CRA,
-    CRA_NOTE,
-    VISION_TRANSFER_NOTE,
-    published_metrics,
-    published_rows,
-    published_sources,
+from llm2clip.html_report import (
+    Block,
+    Details,
+    Heading,
+    Paragraph,
+    Plot,
+    Table,
+    format_cell,
+    format_interval,
+    with_interval,
 )
+from llm2clip.published_results import CRA, CRA_NOTE, published_metrics, published_notes, published_rows
 
 DIRECTIONS = ("I2T", "T2I")
 # The LLM2CLIP authors' models with which the first evaluated model is compared. See `published_rows`.
@@ -54,17 +57,12 @@ class ModelResult:
 def benchmark_blocks(benchmark: Benchmark, results: Sequence[ModelResult]) -> list[Block]:
     """Return the report section for a benchmark. Models appear in the order of `results`."""
     blocks: list[Block] = [Heading(f"{benchmark.name}: {_describe_images(benchmark, results[0].summary)}")]
-    if "rows" in results[0].summary and benchmark.kind != "retrieval":
-        published_values = published_metrics(benchmark.name)
-        blocks.append(method_table(results, published_values))
-        blocks += class_details(results)
+    notes = [Paragraph(note) for note in published_notes(benchmark.name)]
+    if benchmark.kind != "retrieval":
+        blocks += [metrics_table(results, published_metrics(benchmark.name)), *class_details(results)]
         if "proposals" in results[0].summary:
             blocks.append(Paragraph(results[0].summary["proposals"]["description"]))
-        if published_values:
-            blocks.append(Paragraph(VISION_TRANSFER_NOTE))
-        return blocks + [block for result in results for block in result.examples]
-    if benchmark.kind != "retrieval":
-        return [*blocks, metrics_table(results)]
+        return [*blocks, *notes, *(block for result in results for block in result.examples)]
     published = published_rows(benchmark.name)
     is_mean = benchmark.name in MEAN_BENCHMARKS
     if is_mean:
@@ -79,7 +77,7 @@ def benchmark_blocks(benchmark: Benchmark, results: Sequence[ModelResult]) -> li
         analyses = {r.model: r.error_analysis[field_name] for r in results if field_name in r.error_analysis}
         if analyses:
             blocks += error_analysis_blocks(analyses)
-    return blocks + [Paragraph(source) for source in published_sources(benchmark.name)]
+    return [*blocks, *notes]
 
 
 def _describe_images(benchmark: Benchmark, summary: Mapping[str, Any]) -> str:
@@ -115,9 +113,8 @@ def caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[Block]:
         name: Display name of the text encoder.
         metrics: Result of `caption_retrieval_accuracy`.
     """
-    low, high = metrics["CRA interval"]
     rows: list[list[Any]] = [[f"paper: {model}, COCO", cra, None, 5000] for model, cra in CRA.items()]
-    rows.append([name, metrics["CRA"], f"{low:.1f} to {high:.1f}", metrics["images"]])
+    rows.append([name, metrics["CRA"], format_interval(metrics["CRA interval"]), metrics["images"]])
     rows.append(["chance", metrics["chance"], None, metrics["images"]])
     direction_rows: list[list[Any]] = []
     for protocol in ("first to second", "second to first", "all pairs"):
@@ -173,18 +170,18 @@ def recall_table(results: Mapping[str, dict[str, Any]], published: Mapping[str, 
             _table_row(
                 model,
                 _both_recalls(row),
-                intervals=[f"{low:.1f} to {high:.1f}" for low, high in limits],
+                intervals=[format_interval(interval) for interval in limits],
                 median_ranks=[f"{row[direction]['median rank']:g}" for direction in DIRECTIONS],
                 truncated=format_truncated(row["truncated"], row["texts"]),
             )
         )
-    differences = _differences({model: _both_recalls(row) for model, row in results.items()}, published)
+    differences = _subtract_recalls({model: _both_recalls(row) for model, row in results.items()}, published)
     first_model = next(iter(results))
     paired = {f"{first_model} minus {model}": row.get("difference") for model, row in results.items()}
     for name, values in differences.items():
         difference = paired.get(name)
         limits = [difference[f"{direction} interval"]["R@1"] if difference else None for direction in DIRECTIONS]
-        rows.append(_table_row(name, values, [f"{x[0]:+.1f} to {x[1]:+.1f}" if x else None for x in limits]))
+        rows.append(_table_row(name, values, [interval and format_interval(interval, "+.1f") for interval in limits]))
     return Table(header, rows, highlight)
 
 
@@ -202,7 +199,7 @@ def mean_recall_table(results: Sequence[ModelResult], published: Mapping[str, tu
     rows: list[list[Any]] = [[f"paper {model}", *recalls] for model, recalls in published.items()]
     highlight = frozenset(range(len(rows), len(rows) + len(results)))
     rows += [[model, *recalls] for model, recalls in means.items()]
-    rows += [[name, *values] for name, values in _differences(means, published).items()]
+    rows += [[name, *values] for name, values in _subtract_recalls(means, published).items()]
     return Table(["model", *(f"{direction} R@{k}" for direction in DIRECTIONS for k in KS)], rows, highlight)
 
 
@@ -253,87 +250,58 @@ def _length_plot(analyses: Mapping[str, ErrorAnalysis]) -> Plot:
     return Plot(svg, "Recall by caption length, with 95% confidence intervals.")
 
 
-def metrics_table(results: Sequence[ModelResult]) -> Table:
+def metrics_table(results: Sequence[ModelResult], published: Mapping[str, Mapping[str, float]]) -> Table:
     """Return a metrics table for a benchmark whose kind is not "retrieval".
 
-    In classification, the rows include confidence intervals, and the last rows show the differences between the first
-    model and each baseline, with paired intervals.
-    """
-    names = list(dict.fromkeys(name for result in results for name in result.summary["metrics"]))
-    rows: list[list[Any]] = []
-    for result in results:
-        summary = result.summary
-        metrics, intervals = summary["metrics"], summary.get("intervals", {})
-        values = [with_interval(metrics[n], intervals[n]) if n in intervals else metrics.get(n) for n in names]
-        truncated = format_truncated(summary["truncated"], summary["texts"])
-        rows.append([result.model, summary["images"], *values, truncated])
-    for result in results:
-        if "difference" in result.summary:
-            differences = [format_difference(result.summary["difference"], name) for name in names]
-            rows.append([f"{results[0].model} minus {result.model}", None, *differences, None])
-    return Table(["model", "images", *names, "truncated"], rows)
-
-
-def method_table(results: Sequence[ModelResult], published: Mapping[str, Mapping[str, float]]) -> Table:
-    """Return a metrics table for a benchmark that is evaluated by several methods.
-
-    The table has one row for each published result, one for chance, and one for each model and method, with confidence
-    intervals. The last rows show the differences between the first model and each baseline, with paired intervals. The
-    logit scale has a column if the metrics depend on it.
+    The table has one row for each published result, one for chance if it is not a metric, and one for each model and
+    method, with confidence intervals. The last rows show the differences between the first model and each baseline,
+    with paired intervals. The method and the logit scale have a column if the benchmark has them.
 
     Args:
         results: Results of the evaluated models.
         published: Published metrics of each model. See `published_metrics`.
     """
-    metric_rows = {(result.model, row["method"]): row for result in results for row in result.summary["rows"]}
-    names = list(dict.fromkeys(name for row in metric_rows.values() for name in row["metrics"]))
-    has_scales = any("logit scale" in row for row in metric_rows.values())
+    metric_rows = [(result, row) for result in results for row in result.summary.get("rows", [result.summary])]
+    names = list(dict.fromkeys(name for _, row in metric_rows for name in row["metrics"]))
+    settings = [key for key in ("method", "logit scale") if any(key in row for _, row in metric_rows)]
     rows: list[list[Any]] = []
-
-    def add_row(
-        name: str, cells: Sequence[Any], row: Mapping[str, Any], images: int | None, truncated: str | None
-    ) -> None:
-        scale = [row.get("logit scale")] if has_scales else []
-        rows.append([name, row.get("method"), *scale, images, *cells, truncated])
-
     for model, values in published.items():
-        add_row(f"paper {model}", [values.get(name) for name in names], {}, None, None)
+        rows.append([f"paper {model}", *(None for _ in settings), None, *map(values.get, names), None])
     if "chance" in results[0].summary:
-        add_row("chance", [results[0].summary["chance"], *[None] * (len(names) - 1)], {}, None, None)
-    highlight = frozenset(range(len(rows), len(rows) + len(metric_rows)))
-    for result in results:
+        chances = [results[0].summary["chance"], *(None for _ in names[1:])]
+        rows.append(["chance", *(None for _ in settings), None, *chances, None])
+    highlight = frozenset(range(len(rows), len(rows) + len(metric_rows)) if rows else ())
+    for result, row in metric_rows:
         summary = result.summary
+        is_upper_bound = summary.get("proposals", {}).get("is_upper_bound", False)
+        name = f"{result.model} (upper bound)" if is_upper_bound else result.model
+        cells = [_metric_cell(row["metrics"], row.get("intervals", {}), metric) for metric in names]
         truncated = format_truncated(summary["truncated"], summary["texts"])
-        for row in summary["rows"]:
-            cells = [with_interval(row["metrics"].get(name), row["intervals"].get(name)) for name in names]
-            is_upper_bound = summary.get("proposals", {}).get("is_upper_bound", False)
-            name = f"{result.model} (upper bound)" if is_upper_bound else result.model
-            add_row(name, cells, row, summary["images"], truncated)
-    for (model, method), row in metric_rows.items():
+        rows.append([name, *map(row.get, settings), summary["images"], *cells, truncated])
+    for result, row in metric_rows:
         if "difference" in row:
             differences = [format_difference(row["difference"], name) for name in names]
-            add_row(f"{results[0].model} minus {model}", differences, {"method": method}, None, None)
-    header = ["model", "method", *(["logit scale"] if has_scales else []), "images", *names, "truncated"]
-    return Table(header, rows, highlight)
+            methods = [row[key] if key == "method" else None for key in settings]
+            rows.append([f"{results[0].model} minus {result.model}", *methods, None, *differences, None])
+    return Table(["model", *settings, "images", *names, "truncated"], rows, highlight)
 
 
-def with_interval(value: float | None, interval: tuple[float, float] | None, number_format: str = ".1f") -> str | None:
-    """Format a metric and its confidence interval, as in "45.2 (43.1 to 47.0)"."""
-    if value is None or interval is None:
-        return None if value is None else format(value, number_format)
-    low, high = (format(limit, number_format) for limit in interval)
-    return f"{format(value, number_format)} ({low} to {high})"
+def _metric_cell(metrics: Mapping[str, float], intervals: Mapping[str, Any], name: str) -> str | float | None:
+    return with_interval(metrics[name], intervals[name]) if name in intervals else metrics.get(name)
 
 
 def format_difference(difference: Mapping[str, Any], name: str) -> str | None:
     """Format a metric in the result of `BootstrapMetrics.difference`, as in "+1.2 (-0.3 to +2.5)"."""
-    return with_interval(difference["metrics"].get(name), difference["intervals"].get(name), "+.1f")
+    metrics, intervals = difference["metrics"], difference["intervals"]
+    if name in intervals:
+        return with_interval(metrics[name], intervals[name], "+.1f")
+    return f"{metrics[name]:+.1f}" if name in metrics else None
 
 
 def class_details(results: Sequence[ModelResult]) -> list[Block]:
     """Return the metric of each class for each model and method as collapsed text, or nothing if there is none."""
-    columns = [(result.model, row) for result in results for row in result.summary["rows"]]
-    metric = next((name for name in CLASS_METRICS if name in columns[0][1]), None)
+    columns = [(result.model, row) for result in results for row in result.summary.get("rows", ())]
+    metric = next((name for name in CLASS_METRICS if columns and name in columns[0][1]), None)
     if metric is None:
         return []
     lines = [f"{n}: {model}, {row['method']}" for n, (model, row) in enumerate(columns, 1)]
@@ -370,7 +338,7 @@ def _table_row(
     return [*cells, truncated]
 
 
-def _differences(
+def _subtract_recalls(
     recalls: Mapping[str, Sequence[float]], published: Mapping[str, tuple[float | None, ...]]
 ) -> dict[str, list[str | None]]:
     """Return the first model's recall minus the recall of each other model, including `REFERENCE_MODELS`."""

@@ -9,7 +9,18 @@ from typing import Any
 from llm2clip.evaluate.recall import KS
 from llm2clip.evaluate.reporting import plots
 from llm2clip.evaluate.reporting.error_analysis import read_example_searches
-from llm2clip.html_report import Block, Code, Details, Heading, Paragraph, Plot, Table, write_report
+from llm2clip.html_report import (
+    Block,
+    Code,
+    Details,
+    Heading,
+    Paragraph,
+    Plot,
+    Table,
+    format_interval,
+    with_interval,
+    write_report,
+)
 from llm2clip.runs.run_description import describe_run, format_duration, format_run
 
 
@@ -96,7 +107,7 @@ def caption_retrieval_table(raw: dict[str, Any], tuned: dict[str, Any]) -> Table
     """Return a table with the chance level of CRA and the CRA before and after the `tune` stage."""
     rows: list[list[Any]] = [["chance", raw["chance"], None]]
     for name, metrics in (("raw", raw), ("tuned", tuned)):
-        rows.append([name, metrics["CRA"], _format_interval(metrics["CRA interval"])])
+        rows.append([name, metrics["CRA"], format_interval(metrics["CRA interval"])])
     header = [f"caption encoder ({raw['images']:,} images)", "CRA top-1, %", "95% interval"]
     return Table(header, rows, frozenset([2]))
 
@@ -122,13 +133,16 @@ def _short_query_blocks(choice: dict[str, Any]) -> list[Block]:
     """Return a section on queries of one to three words, encoded as they are and with the model's templates."""
     literal, with_templates = choice["short queries"], choice["short queries with templates"]
     header = ["query", *(f"{row['words']} {'word' if row['words'] == '1' else 'words'}: mAP" for row in literal)]
-    rows = [["chance", *(row["mAP chance"] for row in literal)], ["query as it is", *map(_map_cell, literal)]]
+    rows = [
+        ["chance", *(row["mAP chance"] for row in literal)],
+        ["query as it is", *(with_interval(row["mAP"], row["mAP interval"]) for row in literal)],
+    ]
     text = (
         "Queries are words and short phrases from the held-out captions. Every image with a caption that mentions the "
         "query is a correct answer. "
     )
     if with_templates:
-        rows.append(["with templates", *map(_map_cell, with_templates)])
+        rows.append(["with templates", *(with_interval(row["mAP"], row["mAP interval"]) for row in with_templates)])
         templates = ", ".join(map(repr, choice["templates"]))
         limit = "one word" if choice["max_words"] == 1 else f"up to {choice['max_words']} words"
         text += (
@@ -140,23 +154,14 @@ def _short_query_blocks(choice: dict[str, Any]) -> list[Block]:
     return [Heading("Short queries"), Paragraph(text), Table(header, rows, frozenset([len(rows) - 1]))]
 
 
-def _map_cell(metrics: dict[str, Any]) -> str:
-    low, high = metrics["mAP interval"]
-    return f"{metrics['mAP']:.1f} ({low:.1f} to {high:.1f})"
-
-
 def _recall_cells(row: Mapping[str, Any], suffix: str = "") -> list[Any]:
     """Return the cells of a row of `retrieval_table`. With the suffix " chance", they are those of the chance level."""
     cells: list[Any] = []
     for direction in ("I2T", "T2I"):
         first, *others = (row[direction + suffix][f"R@{k}"] for k in KS)
-        interval = None if suffix else _format_interval(row[f"{direction} interval"]["R@1"])
+        interval = None if suffix else format_interval(row[f"{direction} interval"]["R@1"])
         cells += [first, interval, *others]
     return cells
-
-
-def _format_interval(interval: Sequence[float]) -> str:
-    return f"{interval[0]:.1f} to {interval[1]:.1f}"
 
 
 def plot_loss(stage: str, rows: Sequence[dict[str, Any]]) -> Plot:

@@ -7,9 +7,9 @@ from typing import Any
 
 from llm2clip.evaluate.benchmarks import Benchmark
 from llm2clip.evaluate.reporting import plots
-from llm2clip.evaluate.reporting.comparison import ModelResult, format_difference, with_interval
+from llm2clip.evaluate.reporting.comparison import ModelResult, format_difference
 from llm2clip.evaluate.short_queries import METRICS, LengthScores, mean_intervals
-from llm2clip.html_report import Block, Heading, Paragraph, Plot, Table
+from llm2clip.html_report import Block, Heading, Paragraph, Plot, Table, format_interval, with_interval
 
 DEFINITION = (
     "Queries of one to three words are words and phrases from the captions. Every image with a caption that mentions "
@@ -92,16 +92,14 @@ def metrics_table(curves: Curves) -> Table:
             entry = length.metrics()
             cells = []
             for name in METRICS:
-                low, high = entry[f"{name} interval"]
-                cells += [entry[name], f"{low:.1f} to {high:.1f}"]
+                cells += [entry[name], format_interval(entry[f"{name} interval"])]
             rows.append([model, length.words, entry["queries"], entry["relevant images per query"], *cells])
     columns = [column for name in METRICS for column in (f"{name}, %", "95% interval")]
     return Table(["model", "words", "queries", "relevant images", *columns], rows)
 
 
 def _map_cell(length: LengthScores) -> str:
-    low, high = mean_intervals(length.scores)[:, 0]
-    return f"{100 * float(length.scores[:, 0].mean()):.1f} ({low:.1f} to {high:.1f})"
+    return with_interval(100 * float(length.scores[:, 0].mean()), mean_intervals(length.scores)[:, 0].tolist())
 
 
 def _difference_cell(first: LengthScores, other: LengthScores) -> str | None:
@@ -109,8 +107,8 @@ def _difference_cell(first: LengthScores, other: LengthScores) -> str | None:
     if first.queries != other.queries:
         return None
     differences = first.scores - other.scores
-    low, high = mean_intervals(differences, bounds=(-1.0, 1.0))[:, 0]
-    return f"{100 * float(differences[:, 0].mean()):+.1f} ({low:+.1f} to {high:+.1f})"
+    interval = mean_intervals(differences, bounds=(-1.0, 1.0))[:, 0].tolist()
+    return with_interval(100 * float(differences[:, 0].mean()), interval, "+.1f")
 
 
 def _length_plot(curves: Curves) -> Plot:

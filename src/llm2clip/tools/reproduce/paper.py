@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-from llm2clip.published_results import (
-    CHINESE_RETRIEVAL,
-    CLIP_TEXT_ENCODERS,
-    CRA,
-    CRA_NOTE,
-    EVA02_TEXT_TOWERS,
-    MULTILINGUAL_RETRIEVAL,
-    PublishedTable,
-)
+from llm2clip.published_results import CRA, CRA_NOTE, TABLES, PublishedTable
 
 
 def describe_paper(claim: int) -> list[str]:
@@ -19,17 +11,26 @@ def describe_paper(claim: int) -> list[str]:
         return [_caption_retrieval(), CRA_NOTE]
     if claim == 2:
         return [
-            _averages(CLIP_TEXT_ENCODERS, "CLIP", "e5 (XLM-R)", "jina-v3-XLM-R", "LLM2Vec-Llama-3-8B", "Llama-3-8B-CC"),
-            _averages(EVA02_TEXT_TOWERS, "Llama3-8B", "Jina Bert", "Llama3-8B-TC", "Llama3-8B-CC"),
+            _averages(
+                TABLES["clip_text_encoders"],
+                "CLIP",
+                "e5 (XLM-R)",
+                "jina-v3-XLM-R",
+                "LLM2Vec-Llama-3-8B",
+                "Llama-3-8B-CC",
+            ),
+            _averages(TABLES["eva02_text_towers"], "Llama3-8B", "Jina Bert", "Llama3-8B-TC", "Llama3-8B-CC"),
         ]
     if claim == 3:
-        return [_gains(CLIP_TEXT_ENCODERS, "Llama-3-8B-CC", "CLIP")]
+        return [_gains(TABLES["clip_text_encoders"], "Llama-3-8B-CC", "CLIP")]
     if claim == 4:
-        return [_chinese(MULTILINGUAL_RETRIEVAL, t2i=1), _chinese(CHINESE_RETRIEVAL, t2i=3)]
+        return [_chinese(TABLES["multilingual_retrieval"], t2i=1), _chinese(TABLES["chinese_retrieval"], t2i=3)]
     if claim == 5:
         return [
-            _averages(CLIP_TEXT_ENCODERS, "Qwen2.5-0.5B-CC", "Llama-3.2-1B-CC", "Llama-3-8B-CC", "Llama-3.1-8B-CC"),
-            _averages(EVA02_TEXT_TOWERS, "Llama3.2-1B-CC", "Llama3-8B-CC", "Mistral-Nemo-12B-CC"),
+            _averages(
+                TABLES["clip_text_encoders"], "Qwen2.5-0.5B-CC", "Llama-3.2-1B-CC", "Llama-3-8B-CC", "Llama-3.1-8B-CC"
+            ),
+            _averages(TABLES["eva02_text_towers"], "Llama3.2-1B-CC", "Llama3-8B-CC", "Mistral-Nemo-12B-CC"),
         ]
     return ["The paper computes the LLM's embeddings once, before training (section 3.3)."]
 
