@@ -12,25 +12,23 @@ def describe_paper(claim: int) -> list[str]:
     if claim == 2:
         return [
             _averages(
-                TABLES["clip_text_encoders"],
+                "clip_text_encoders",
                 "CLIP",
                 "e5 (XLM-R)",
                 "jina-v3-XLM-R",
                 "LLM2Vec-Llama-3-8B",
                 "Llama-3-8B-CC",
             ),
-            _averages(TABLES["eva02_text_towers"], "Llama3-8B", "Jina Bert", "Llama3-8B-TC", "Llama3-8B-CC"),
+            _averages("eva02_text_towers", "Llama3-8B", "Jina Bert", "Llama3-8B-TC", "Llama3-8B-CC"),
         ]
     if claim == 3:
-        return [_gains(TABLES["clip_text_encoders"], "Llama-3-8B-CC", "CLIP")]
+        return [_gains("clip_text_encoders", "Llama-3-8B-CC", "CLIP")]
     if claim == 4:
-        return [_chinese(TABLES["multilingual_retrieval"], t2i=1), _chinese(TABLES["chinese_retrieval"], t2i=3)]
+        return [_chinese("multilingual_retrieval", t2i=1), _chinese("chinese_retrieval", t2i=3)]
     if claim == 5:
         return [
-            _averages(
-                TABLES["clip_text_encoders"], "Qwen2.5-0.5B-CC", "Llama-3.2-1B-CC", "Llama-3-8B-CC", "Llama-3.1-8B-CC"
-            ),
-            _averages(TABLES["eva02_text_towers"], "Llama3.2-1B-CC", "Llama3-8B-CC", "Mistral-Nemo-12B-CC"),
+            _averages("clip_text_encoders", "Qwen2.5-0.5B-CC", "Llama-3.2-1B-CC", "Llama-3-8B-CC", "Llama-3.1-8B-CC"),
+            _averages("eva02_text_towers", "Llama3.2-1B-CC", "Llama3-8B-CC", "Mistral-Nemo-12B-CC"),
         ]
     return ["The paper computes the LLM's embeddings once, before training (section 3.3)."]
 
@@ -41,13 +39,15 @@ def _caption_retrieval() -> str:
     return f"Paper (2026), CRA on COCO: {values}. Tuning adds {' and '.join(gains)}."
 
 
-def _averages(table: PublishedTable, *models: str) -> str:
+def _averages(table_name: str, *models: str) -> str:
+    table = TABLES[table_name]
     values = [f"{model} {_join(table, model, 'average')}" for model in models]
     return f"Paper ({table.year}), average R@1 over five benchmarks: {', '.join(values)}."
 
 
-def _gains(table: PublishedTable, tuned: str, reference: str) -> str:
+def _gains(table_name: str, tuned: str, reference: str) -> str:
     """Return the gain of one encoder over another on each benchmark as a sentence, averaged over both directions."""
+    table = TABLES[table_name]
     gains = []
     for column in table.columns:
         high, low = table.cell(tuned, column), table.cell(reference, column)
@@ -56,8 +56,9 @@ def _gains(table: PublishedTable, tuned: str, reference: str) -> str:
     return f"Paper ({table.year}), gain of {tuned} over {reference}, mean of I2T and T2I R@1: {', '.join(gains)}."
 
 
-def _chinese(table: PublishedTable, t2i: int) -> str:
+def _chinese(table_name: str, t2i: int) -> str:
     """Return a sentence that states each model's T2I R@1 on Flickr30k-CN, stored at index `t2i` of each cell."""
+    table = TABLES[table_name]
     values = []
     for model in table.rows:
         cell = table.cell(model, "Flickr30k-CN")
