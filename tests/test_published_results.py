@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from llm2clip.evaluate.benchmark_eval import BenchmarkResult
 from llm2clip.evaluate.benchmarks import BENCHMARKS, list_benchmarks
-from llm2clip.evaluate.reporting.comparison import ModelResult, benchmark_blocks, caption_retrieval_blocks
+from llm2clip.evaluate.reporting.comparison import benchmark_blocks, caption_retrieval_blocks
 from llm2clip.html_report import Table, to_markdown
 from llm2clip.models.export.model_card import render_model_card
 from llm2clip.published_results import (
@@ -82,7 +83,7 @@ def retrieval_row(field: str, i2t: float, t2i: float) -> dict[str, Any]:
 
 
 def test_report_shows_published_rows_and_their_sources() -> None:
-    result = ModelResult("mine", {"rows": [retrieval_row("captions", 80.0, 70.0)]})
+    result = BenchmarkResult({"rows": [retrieval_row("captions", 80.0, 70.0)]}, model="mine")
     report = to_markdown("x", benchmark_blocks(BENCHMARKS["flickr30k"], [result]))
     assert "| paper 2024: Llama3-8B-CC | 92.0 |" in report and "| paper 2026: Llama-3.1-8B-CC | 92.2 |" in report
     assert "| mine minus paper 2026: Llama-3.1-8B-CC | -12.2 |" in report
@@ -93,7 +94,7 @@ def test_report_shows_published_rows_and_their_sources() -> None:
 
 def test_report_compares_the_mean_over_languages_with_the_published_xm3600_rows() -> None:
     rows = [retrieval_row("captions_de", 60.0, 50.0), retrieval_row("captions_zh", 30.0, 20.0)]
-    blocks = benchmark_blocks(BENCHMARKS["xm3600"], [ModelResult("mine", {"rows": rows})])
+    blocks = benchmark_blocks(BENCHMARKS["xm3600"], [BenchmarkResult({"rows": rows}, model="mine")])
     mean, german, _ = [block for block in blocks if isinstance(block, Table)]
     assert ["mine", 45.0, 55.0, 65.0, 35.0, 45.0, 55.0] in mean.rows
     assert ["paper 2026: SigLIP2 + LLM2CLIP", 69.1, None, None, 56.3, None, None] in mean.rows

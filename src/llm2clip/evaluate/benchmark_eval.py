@@ -34,7 +34,9 @@ from llm2clip.evaluate.dense.segmentation import (
     segmentation_metrics,
 )
 from llm2clip.evaluate.embeddings import EmbeddingSource
+from llm2clip.evaluate.reporting.error_analysis import ErrorAnalysis
 from llm2clip.evaluate.retrieval_eval import RetrievalRanks, caption_field_metrics, rank_caption_fields
+from llm2clip.evaluate.short_queries import ShortQueryResult
 from llm2clip.evaluate.zero_shot import classification_accuracy, encode_classes, linear_probe
 from llm2clip.html_report import Block
 from llm2clip.io_utils import DataFormatError, MissingFileError
@@ -60,6 +62,10 @@ class BenchmarkResult:
         bootstrap: Metrics of each method, for paired differences. Only set for classification, whose only method is "",
             and for benchmarks about parts of images.
         draw_examples: Function that returns a section of the report with example images.
+        model: Display name of the model.
+        error_analysis: Error analysis for each caption field.
+        short_queries: Result of `score_short_queries` for each caption field.
+        examples: Result of `draw_examples`, if the report shows it.
     """
 
     summary: dict[str, Any]
@@ -67,6 +73,10 @@ class BenchmarkResult:
     ranks: dict[str, RetrievalRanks] = field(default_factory=dict)
     bootstrap: dict[str, BootstrapMetrics] = field(default_factory=dict)
     draw_examples: Callable[[], list[Block]] | None = None
+    model: str = ""
+    error_analysis: dict[str, ErrorAnalysis] = field(default_factory=dict)
+    short_queries: dict[str, ShortQueryResult] = field(default_factory=dict)
+    examples: list[Block] = field(default_factory=list)
 
 
 def run_benchmark(
@@ -248,7 +258,7 @@ def _method_row(method: str, metrics: BootstrapMetrics) -> dict[str, Any]:
 def _load_probe_data(benchmark: Benchmark, folder: Path) -> ClassificationData | None:
     """Return the training images for a linear probe. If there are none, print the reason and return None."""
     try:
-        train = benchmark.load_train_split(folder)
+        train: ClassificationData | None = benchmark.load(folder, train=True)
     except MissingFileError as error:
         print_once(f"{benchmark.name}: linear probe skipped: {error}")
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ from llm2clip.evaluate.benchmark_eval import BenchmarkResult, run_benchmark
 from llm2clip.evaluate.benchmarks import Benchmark, get_benchmarks, has_user_data
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy, open_text_encoder
 from llm2clip.evaluate.embeddings import EmbeddingSource, open_embedding_source
-from llm2clip.evaluate.reporting.comparison import ModelResult, benchmark_blocks, caption_retrieval_blocks
+from llm2clip.evaluate.reporting.comparison import benchmark_blocks, caption_retrieval_blocks
 from llm2clip.evaluate.reporting.error_analysis import analyze_errors
 from llm2clip.evaluate.reporting.short_query_report import short_query_blocks
-from llm2clip.evaluate.retrieval_eval import RetrievalRanks, retrieval_difference
+from llm2clip.evaluate.retrieval_eval import retrieval_difference
 from llm2clip.evaluate.short_queries import score_short_queries
 from llm2clip.html_report import BAD, Block, Code, Details, Paragraph, to_markdown, write_report
 from llm2clip.io_utils import MissingFileError, atomic_write_text, safe_name
@@ -163,17 +163,16 @@ class BenchmarkRunner:
                 analysed.
         """
         self.benchmarks = benchmarks
-        self.results: list[list[ModelResult]] = [[] for _ in benchmarks]
+        self.results: list[list[BenchmarkResult]] = [[] for _ in benchmarks]
         self.failures: list[str] = []
         self._options = options
         self._out = Path(options.out) if options.out else None
-        self._first_results: list[BenchmarkResult | None] = [None for _ in benchmarks]
         self._logs = []
         for n, (benchmark, _) in enumerate(benchmarks):
             is_user_data = benchmark.name == USER_DATA
             self._logs.append(log if is_user_data else _skip_log(options, f"{n}-{benchmark.name}"))
 
-    def run(self, model: str, name: str, is_baseline: bool) -> Iterator[ModelResult]:
+    def run(self, model: str, name: str, is_baseline: bool) -> Iterator[BenchmarkResult]:
         """Evaluate a model on all benchmarks, and yield each result as soon as it is finished.
 
         Args:
@@ -206,65 +205,43 @@ class BenchmarkRunner:
                     raise
                 self.failures.append(_failure(f"{name} on {benchmark.name}", benchmark, error))
                 continue
-            model_result = ModelResult(name, result.summary)
+            result.model = name
             if training_images is not None and process_state().is_main_process:
-                model_result.trained_on = count_training_images(training_images, result.images)
-                model_result.summary["images trained on"] = model_result.trained_on
-            self._add_differences(n, result)
-            if self._options.short_queries and result.ranks:
-                self._add_short_queries(model_result, result.ranks, embeddings)
+                result.summary["images trained on"] = count_training_images(training_images, result.images)
+            if self.results[n]:
+                _add_differences(self.results[n][0], result)
+            if self._options.short_queries:
+                self._add_short_queries(result, embeddings)
             if self._out is not None and process_state().is_main_process:
                 for field_index, (field, ranks) in enumerate(result.ranks.items()):
                     # With images for all 36 languages of Crossmodal-3600, the page would contain 2,000 images.
                     with_examples = not is_baseline and field_index == 0
-                    analysis = analyze_errors(ranks, num_queries=EXAMPLE_QUERIES if with_examples else 0)
-                    model_result.error_analysis[field] = analysis
+                    result.error_analysis[field] = analyze_errors(ranks, EXAMPLE_QUERIES if with_examples else 0)
                 if result.draw_examples is not None and not is_baseline:
-                    model_result.examples = result.draw_examples()
-            self.results[n].append(model_result)
-            yield model_result
+                    result.examples = result.draw_examples()
+            result.draw_examples = None  # free the memory for the images and the embeddings
+            empty = torch.empty(0)
+            result.ranks = {name: replace(ranks, images=empty, texts=empty) for name, ranks in result.ranks.items()}
+            self.results[n].append(result)
+            yield result
 
-    def _add_differences(self, n: int, result: BenchmarkResult) -> None:
-        """Add the difference between the first model and a baseline to the baseline's result or to each of its rows.
-
-        Args:
-            n: Index of the benchmark.
-            result: Result of a model. The first result for each benchmark is stored.
-        """
-        first = self._first_results[n]
-        if first is None:
-            empty = torch.empty(0)  # the embeddings are no longer needed
-            ranks = {name: replace(ranks, images=empty, texts=empty) for name, ranks in result.ranks.items()}
-            self._first_results[n] = replace(result, ranks=ranks, draw_examples=None)
-            return
-        if "" in first.bootstrap:
-            result.summary["difference"] = first.bootstrap[""].difference(result.bootstrap[""])
-        for row in result.summary.get("rows", ()):
-            field, method = row.get("captions"), row.get("method")
-            if field in first.ranks:
-                row["difference"] = retrieval_difference(first.ranks[field], result.ranks[field])
-            elif method in first.bootstrap:
-                row["difference"] = first.bootstrap[method].difference(result.bootstrap[method])
-
-    def _add_short_queries(
-        self, model_result: ModelResult, ranked: Mapping[str, RetrievalRanks], embeddings: EmbeddingSource
-    ) -> None:
-        """Evaluate short queries for each caption field, and add the results to `model_result`.
+    def _add_short_queries(self, result: BenchmarkResult, embeddings: EmbeddingSource) -> None:
+        """Evaluate short queries for each caption field, and add the metrics to `result`.
 
         If the model has no embeddings for the queries, the error is recorded in `failures`.
         """
         templates = embeddings.query_templates
         if self._options.templates is not None:
             templates = QueryTemplates(tuple(self._options.templates))
-        for row in model_result.summary["rows"]:
-            field = row["captions"]
+        for field, ranks in result.ranks.items():
             try:
-                scores = score_short_queries(embeddings, ranked[field], templates)
+                scores = score_short_queries(embeddings, ranks, templates)
             except ValueError as error:
-                benchmark = model_result.summary["benchmark"]
-                self.failures.append(f"Skipped short queries of {model_result.model} on {benchmark}, {field}: {error}")
+                benchmark = result.summary["benchmark"]
+                self.failures.append(f"Skipped short queries of {result.model} on {benchmark}, {field}: {error}")
                 continue
-            model_result.short_queries[field] = scores
+            result.short_queries[field] = scores
+            row = next(row for row in result.summary["rows"] if row["captions"] == field)
             row["short queries"] = [length.metrics() for length in scores.plain]
             if scores.with_templates is not None:
                 row["short queries with templates"] = [length.metrics() for length in scores.with_templates]
@@ -288,10 +265,10 @@ class BenchmarkRunner:
         lines = []
         for results in self.results:
             for result in results:
-                if result.trained_on:
+                if result.summary.get("images trained on"):
                     lines.append(
-                        f"Warning: {result.model} was trained on {result.trained_on:,} of the images of "
-                        f"{result.summary['benchmark']}. These results do not predict those on new images."
+                        f"Warning: {result.model} was trained on {result.summary['images trained on']:,} of the images "
+                        f"of {result.summary['benchmark']}. These results do not predict those on new images."
                     )
         return lines
 
@@ -311,6 +288,18 @@ class BenchmarkRunner:
                 summary = results[0].summary
                 lines.append(f"{summary['benchmark']}: {summary['proposals']['description']}")
         return lines
+
+
+def _add_differences(first: BenchmarkResult, result: BenchmarkResult) -> None:
+    """Add the difference between the first model and a baseline to the baseline's summary or to each of its rows."""
+    if "" in first.bootstrap:
+        result.summary["difference"] = first.bootstrap[""].difference(result.bootstrap[""])
+    for row in result.summary.get("rows", ()):
+        field, method = row.get("captions"), row.get("method")
+        if field in first.ranks:
+            row["difference"] = retrieval_difference(first.ranks[field], result.ranks[field])
+        elif method in first.bootstrap:
+            row["difference"] = first.bootstrap[method].difference(result.bootstrap[method])
 
 
 def _check_arguments(models: Sequence[str], data: Sequence[str], options: EvaluateOptions) -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,7 +14,6 @@ from llm2clip.data.image_refs import FileImage, ImageRef, is_inside
 from llm2clip.data.records import Record
 from llm2clip.io_utils import DataFormatError, MissingFileError
 
-T = TypeVar("T")
 ImageId = int | str
 
 CaptionFields = Mapping[str, Sequence[Record]]
@@ -177,30 +176,20 @@ class Benchmark:
                 return root / name
         raise MissingFileError(f"{root} has no folder {' or '.join(self.folders)}")
 
-    def load(self, folder: Path) -> Any:
+    def load(self, folder: Path, train: bool = False) -> Any:
         """Read the data. The return type depends on `kind`.
+
+        If `train` is True, read the training images for a linear probe instead, or return None if there are none.
 
         Raises:
             MissingFileError: If a file is missing.
             DataFormatError: If a file does not have the expected format.
         """
-        return _with_format_errors(self.read, folder, self.name)
-
-    def load_train_split(self, folder: Path) -> ClassificationData | None:
-        """Read the training images for a linear probe, or return None if the benchmark has none.
-
-        Raises:
-            MissingFileError, DataFormatError: See `load`.
-        """
-        return None if self.read_train is None else _with_format_errors(self.read_train, folder, self.name)
-
-
-def _with_format_errors(read: Callable[[Path], T], folder: Path, name: str) -> T:
-    """Call a reader, and raise DataFormatError if a row has missing or invalid fields."""
-    try:
-        return read(folder)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise DataFormatError(f"{folder}: a row does not have the {name} format ({error!r})") from error
+        read = self.read_train if train else self.read
+        try:
+            return read and read(folder)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:  # a row has missing or invalid fields
+            raise DataFormatError(f"{folder}: a row does not have the {self.name} format ({error!r})") from error
 
 
 def image_file(folder: Path, name: str) -> FileImage:
@@ -214,7 +203,7 @@ def image_file(folder: Path, name: str) -> FileImage:
     return FileImage(str(folder / name))
 
 
-def find_image(folders: Sequence[Path], name: str) -> FileImage:
+def find_image_file(folders: Sequence[Path], name: str) -> FileImage:
     """Return a reference to the image in the first folder that contains it.
 
     If none of the folders contains the image, return a reference to a missing file in the first folder.

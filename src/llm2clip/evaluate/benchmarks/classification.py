@@ -145,10 +145,6 @@ def _read_imagenet(folder: Path) -> ClassificationData:
     return _read_wordnet_folders(folder / "val" if (folder / "val").is_dir() else folder)
 
 
-def _read_imagenet_train(folder: Path) -> ClassificationData:
-    return _read_wordnet_folders(first_existing(folder, "train"))
-
-
 def _read_wordnet_folders(root: Path) -> ClassificationData:
     ids, names, templates = _imagenet_texts()
     class_dirs, class_names = [], []
@@ -205,7 +201,7 @@ def _png(image: Image.Image) -> io.BytesIO:
     return stream
 
 
-def _read_cifar(folder: Path, files: Sequence[str], names_file: str, skipped_labels: int) -> ClassificationData:
+def _read_cifar(folder: Path, files: Sequence[str], names_file: str, skipped_labels: int = 0) -> ClassificationData:
     """Read CIFAR's binary format.
 
     Each row consists of one or two label bytes, followed by 1,024 bytes each for red, green and blue. CIFAR-10 has one
@@ -232,21 +228,7 @@ def _read_cifar(folder: Path, files: Sequence[str], names_file: str, skipped_lab
     return ClassificationData(images, labels, names, TEMPLATES)
 
 
-def _read_cifar10(folder: Path) -> ClassificationData:
-    return _read_cifar(folder, ["test_batch.bin"], "batches.meta.txt", 0)
-
-
-def _read_cifar10_train(folder: Path) -> ClassificationData:
-    return _read_cifar(folder, [f"data_batch_{n}.bin" for n in range(1, 6)], "batches.meta.txt", 0)
-
-
-def _read_cifar100(folder: Path) -> ClassificationData:
-    return _read_cifar(folder, ["test.bin"], "fine_label_names.txt", 1)
-
-
-def _read_cifar100_train(folder: Path) -> ClassificationData:
-    return _read_cifar(folder, ["train.bin"], "fine_label_names.txt", 1)
-
+CIFAR10_NAMES, CIFAR100_NAMES = "batches.meta.txt", "fine_label_names.txt"
 
 BENCHMARKS = (
     Benchmark(
@@ -257,7 +239,7 @@ BENCHMARKS = (
         read=_read_imagenet,
         source="val/WNID/*.JPEG: ILSVRC2012_img_val.tar (image-net.org) sorted into one folder per class; for a linear "
         "probe, also train/",
-        read_train=_read_imagenet_train,
+        read_train=lambda folder: _read_wordnet_folders(first_existing(folder, "train")),
     ),
     Benchmark(
         name="imagenet-v2",
@@ -304,17 +286,17 @@ BENCHMARKS = (
         kind="classification",
         description="10,000 images, 10 classes",
         folders=("cifar10", "cifar-10-batches-bin"),
-        read=_read_cifar10,
+        read=lambda folder: _read_cifar(folder, ["test_batch.bin"], CIFAR10_NAMES),
         source="cifar-10-binary.tar.gz (cs.toronto.edu/~kriz/cifar.html)",
-        read_train=_read_cifar10_train,
+        read_train=lambda folder: _read_cifar(folder, [f"data_batch_{n}.bin" for n in range(1, 6)], CIFAR10_NAMES),
     ),
     Benchmark(
         name="cifar100",
         kind="classification",
         description="10,000 images, 100 classes",
         folders=("cifar100", "cifar-100-binary"),
-        read=_read_cifar100,
+        read=lambda folder: _read_cifar(folder, ["test.bin"], CIFAR100_NAMES, skipped_labels=1),
         source="cifar-100-binary.tar.gz (cs.toronto.edu/~kriz/cifar.html)",
-        read_train=_read_cifar100_train,
+        read_train=lambda folder: _read_cifar(folder, ["train.bin"], CIFAR100_NAMES, skipped_labels=1),
     ),
 )

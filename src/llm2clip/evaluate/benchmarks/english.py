@@ -20,7 +20,7 @@ from typing import Any
 
 from llm2clip.data.readers.coco import KarpathyImage
 from llm2clip.data.records import Record
-from llm2clip.evaluate.benchmarks.base import Benchmark, CaptionFields, captioned_records, find_image, image_file
+from llm2clip.evaluate.benchmarks.base import Benchmark, CaptionFields, captioned_records, find_image_file, image_file
 from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, read_json, read_jsonl, read_lines
 
 COCO_FOLDERS = ("coco", "COCO", "mscoco")
@@ -94,7 +94,7 @@ def read_listed_images(names_file: Path, captions_file: Path, image_dirs: Sequen
         name = line.removesuffix(".jpg")
         if name not in captions:
             raise DataFormatError(f"{captions_file} has no captions for {name}, which is listed in {names_file}")
-        pairs.append((find_image(image_dirs, f"{name}.jpg"), captions[name]))
+        pairs.append((find_image_file(image_dirs, f"{name}.jpg"), captions[name]))
     return captioned_records(pairs, captions_file)
 
 

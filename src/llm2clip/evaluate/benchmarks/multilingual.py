@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llm2clip.data.image_refs import ImageRef, MemoryImage
 from llm2clip.data.records import Record
-from llm2clip.evaluate.benchmarks.base import Benchmark, CaptionFields, captioned_records, find_image, image_file
+from llm2clip.evaluate.benchmarks.base import Benchmark, CaptionFields, captioned_records, find_image_file, image_file
 from llm2clip.evaluate.benchmarks.english import (
     COCO_FOLDERS,
     IMAGE_FOLDERS,
@@ -149,7 +149,7 @@ def _read_xtd10(folder: Path) -> CaptionFields:
     refs = []
     for name in names:
         split = "train2014" if "train2014" in name else "val2014"
-        refs.append(find_image(roots, f"{split}/{name}"))
+        refs.append(find_image_file(roots, f"{split}/{name}"))
     fields: dict[str, list[Record]] = {}
     for name, language in XTD10_FILES.items():
         file = next((path for path in (folder / name, folder / Path(name).name) if path.exists()), None)

@@ -8,7 +8,7 @@ yields probabilities, and pixels without a probable class are assigned to the ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -42,6 +42,7 @@ from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing,
 SEGMENTATION_PREFIX = "segmentation:"
 CLASSES_FILE = "classes.txt"
 BACKGROUND = "background"  # name of the first class in `CLASSES_FILE` if the data have a background
+_WITH_BACKGROUND: dict[str, Any] = {"has_background": True, "logit_scale": 50, "min_probability": 0.1}
 _INVALID = -1  # in label tables: a value that must not occur
 # Ids of Cityscapes' 19 evaluated classes, in the order of their train ids (github.com/mcordts/cityscapesScripts,
 # helpers/labels.py).
@@ -126,12 +127,12 @@ def _read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationDat
     if without_image:
         raise MissingFileError(f"{image_dir} has no image for {len(without_image):,} masks, e.g. {without_image[0]}")
     table = _label_table({value: value for value in range(len(names))})
-    protocol: dict[str, Any] = {}
-    if names[0] == [BACKGROUND]:
+    has_background = names[0] == [BACKGROUND]
+    if has_background:
         names[0] = read_class_names("background")[0]
-        protocol = {"has_background": True, "logit_scale": 50, "min_probability": 0.1}
     images = [image_of_stem[file.stem] for file in label_files]
-    return _from_files(images, label_files, partial(_read_png, table=table), label_dir, names, templates, **protocol)
+    protocol = _WITH_BACKGROUND if has_background else {}
+    return _from_files(images, label_files, table, label_dir, names, templates, **protocol)
 
 
 # ---- label files ---------------------------------------------------------------------------------------------------
@@ -151,38 +152,29 @@ def _label_table(classes: Mapping[int, int], ignored: Sequence[int] = ()) -> np.
     return table
 
 
-def _read_png(file: Path, table: np.ndarray) -> np.ndarray:
-    """Read labels, uint8 (H, W), from a single-channel PNG.
+def _read_label_file(file: Path, table: np.ndarray) -> np.ndarray:
+    """Read labels, uint8 of shape (H, W), from a single-channel PNG or a MATLAB file with the array LabelMap.
 
-    Raises:
-        DataFormatError: If the file is not a single-channel PNG, or contains a value that is not in the table.
-    """
-    try:
-        with Image.open(file, formats=["PNG"]) as image:
-            mode, values = image.mode, np.asarray(image)
-    except Exception as error:  # Pillow can raise almost any exception for a damaged file
-        raise DataFormatError(f"{file}: unreadable label file: {error}") from error
-    if mode not in ("L", "P"):
-        raise DataFormatError(f"{file}: label files must have one 8-bit channel (got mode {mode})")
-    return _apply_table(values, table, file)
-
-
-def _read_context_mat(file: Path, table: np.ndarray) -> np.ndarray:
-    """Read labels, uint8 (H, W), from PASCAL-Context's own format, a MATLAB file with the array LabelMap.
+    Args:
+        file: Label file.
+        table: Class index of each pixel value, int16. See `_label_table`.
 
     Raises:
         DataFormatError: If the file has a different format, or contains a value that is not in the table.
     """
-    from scipy.io import loadmat
-
+    mode = ""
     try:
-        values = loadmat(file)["LabelMap"]
-    except Exception as error:  # SciPy can raise almost any exception for a damaged file
+        if file.suffix == ".mat":  # PASCAL-Context's own format
+            from scipy.io import loadmat
+
+            values = loadmat(file)["LabelMap"]
+        else:
+            with Image.open(file, formats=["PNG"]) as image:
+                mode, values = image.mode, np.asarray(image)
+    except Exception as error:  # Pillow and SciPy can raise almost any exception for a damaged file
         raise DataFormatError(f"{file}: unreadable label file: {error!r}") from error
-    return _apply_table(values, table, file)
-
-
-def _apply_table(values: np.ndarray, table: np.ndarray, file: Path) -> np.ndarray:
+    if mode not in ("L", "P", ""):
+        raise DataFormatError(f"{file}: label files must have one 8-bit channel (got mode {mode})")
     is_invalid = (values < 0) | (values >= len(table))
     labels = table[np.where(is_invalid, 0, values)]
     is_invalid |= labels == _INVALID
@@ -195,7 +187,7 @@ def _apply_table(values: np.ndarray, table: np.ndarray, file: Path) -> np.ndarra
 def _from_files(
     images: Sequence[FileImage],
     label_files: Sequence[Path],
-    read: Callable[[Path], np.ndarray],
+    table: np.ndarray,
     source: Path,
     names: list[list[str]],
     templates: Sequence[str] = (),
@@ -206,7 +198,7 @@ def _from_files(
     Args:
         images: Images.
         label_files: File with the labels of each image.
-        read: Function that reads such a file.
+        table: Class index of each pixel value. See `_label_table`.
         source: File or folder that lists the images, for error messages.
         names: Names of each class.
         templates: Prompt templates. Default: OpenAI's for ImageNet.
@@ -222,7 +214,7 @@ def _from_files(
     check_files([FileImage(str(file)) for file in label_files], source)
 
     def read_labels(index: int) -> np.ndarray:
-        return read(label_files[index])
+        return _read_label_file(label_files[index], table)
 
     return SegmentationData(refs, read_labels, names, templates or imagenet_templates(), **protocol)
 
@@ -248,11 +240,11 @@ def _read_voc(folder: Path, with_background: bool) -> SegmentationData:
     if with_background:
         table = _label_table({value: value for value in range(21)})
         names = [*read_class_names("background"), *names]
-        protocol: dict[str, Any] = {"has_background": True, "logit_scale": 65, "min_probability": 0.1, "min_area": 0.1}
+        protocol = {**_WITH_BACKGROUND, "logit_scale": 65, "min_area": 0.1}
     else:
         table = _label_table({value: value - 1 for value in range(1, 21)}, ignored=[0])
         protocol = {}
-    return _from_files(images, label_files, partial(_read_png, table=table), split_file, names, **protocol)
+    return _from_files(images, label_files, table, split_file, names, **protocol)
 
 
 def _read_context(folder: Path, with_background: bool) -> SegmentationData:
@@ -265,21 +257,17 @@ def _read_context(folder: Path, with_background: bool) -> SegmentationData:
         ids = read_lines(split_file)
         label_files = [root / "SegmentationClassContext" / f"{name}.png" for name in ids]
         table = _label_table({value: value - offset for value in range(1, 60)} | background, ignored=[0])
-        read: Callable[[Path], np.ndarray] = partial(_read_png, table=table)
     else:
         split_file = first_existing(root, "ImageSets/Main/val.txt")
         ids = read_lines(split_file)
         label_files = [root / "trainval" / f"{name}.mat" for name in ids]
         table = np.full(460, 0 if with_background else IGNORED, np.int16)
         table[list(_CONTEXT_IDS)] = np.arange(1, 60) - offset
-        read = partial(_read_context_mat, table=table)
     images = [image_file(root / "JPEGImages", f"{name}.jpg") for name in ids]
     names = read_class_names("context59")
-    protocol: dict[str, Any] = {}
     if with_background:
-        names = [["background"], *names]
-        protocol = {"has_background": True, "logit_scale": 50, "min_probability": 0.1}
-    return _from_files(images, label_files, read, split_file, names, **protocol)
+        return _from_files(images, label_files, table, split_file, [["background"], *names], **_WITH_BACKGROUND)
+    return _from_files(images, label_files, table, split_file, names)
 
 
 # ---- COCO ----------------------------------------------------------------------------------------------------------
@@ -335,9 +323,7 @@ def _from_instances(instances: Instances, names: list[list[str]], templates: Seq
         read_labels=read_labels,
         names=[*read_class_names("background"), *names],
         templates=templates,
-        has_background=True,
-        logit_scale=50,
-        min_probability=0.1,
+        **_WITH_BACKGROUND,
     )
 
 
@@ -351,7 +337,7 @@ def _read_coco_stuff(folder: Path) -> SegmentationData:
     values = [value for value in range(182) if value not in _COCO_REMOVED]
     table = _label_table({value: label for label, value in enumerate(values)})
     names = read_class_names("coco_stuff")
-    return _from_files(images, label_files, partial(_read_png, table=table), label_dir, names, scale=2.0)
+    return _from_files(images, label_files, table, label_dir, names, scale=2.0)
 
 
 # ---- ADE20K and Cityscapes -----------------------------------------------------------------------------------------
@@ -363,7 +349,7 @@ def _read_ade20k(folder: Path) -> SegmentationData:
     label_files = sorted(label_dir.glob("*.png"))
     images = [image_file(root / "images" / "validation", f"{file.stem}.jpg") for file in label_files]
     table = _label_table({value: value - 1 for value in range(1, 151)}, ignored=[0])
-    return _from_files(images, label_files, partial(_read_png, table=table), label_dir, read_class_names("ade20k"))
+    return _from_files(images, label_files, table, label_dir, read_class_names("ade20k"))
 
 
 def _read_cityscapes(folder: Path) -> SegmentationData:
@@ -376,7 +362,7 @@ def _read_cityscapes(folder: Path) -> SegmentationData:
     others = [value for value in range(34) if value not in _CITYSCAPES_IDS]
     table = _label_table({value: label for label, value in enumerate(_CITYSCAPES_IDS)}, ignored=others)
     names = read_class_names("cityscapes")
-    return _from_files(images, label_files, partial(_read_png, table=table), label_dir, names, scale=2.5)
+    return _from_files(images, label_files, table, label_dir, names, scale=2.5)
 
 
 _VOC_SOURCE = (

@@ -22,8 +22,7 @@ from torchvision.utils import draw_bounding_boxes
 
 from llm2clip.data.images import load_image, make_thumbnail
 from llm2clip.evaluate.benchmarks.base import DetectionData, ImageId
-from llm2clip.evaluate.dense.average_precision import MAX_DETECTIONS, Detections, to_result_rows
-from llm2clip.evaluate.dense.inputs import (
+from llm2clip.evaluate.dense import (
     decode_images,
     gather_from_ranks,
     get_dense_encoder,
@@ -32,6 +31,7 @@ from llm2clip.evaluate.dense.inputs import (
     record_failures,
     supported_variants,
 )
+from llm2clip.evaluate.dense.average_precision import MAX_DETECTIONS, Detections, to_result_rows
 from llm2clip.evaluate.dense.proposals import GROUND_TRUTH, Proposals, object_boxes, open_proposals
 from llm2clip.evaluate.dense.regions import CROP, encode_boxes
 from llm2clip.evaluate.embeddings import EmbeddingSource

@@ -25,7 +25,7 @@ from torch import Tensor
 from llm2clip.data.images import load_image, make_thumbnail
 from llm2clip.evaluate.benchmarks.base import RegionData
 from llm2clip.evaluate.bootstrap import BootstrapMetrics
-from llm2clip.evaluate.dense.inputs import (
+from llm2clip.evaluate.dense import (
     decode_images,
     gather_from_ranks,
     get_dense_encoder,

@@ -21,7 +21,7 @@ from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.images import load_image, make_thumbnail
 from llm2clip.evaluate.benchmarks.base import IGNORED, SegmentationData
 from llm2clip.evaluate.bootstrap import BootstrapMetrics
-from llm2clip.evaluate.dense.inputs import (
+from llm2clip.evaluate.dense import (
     decode_batches,
     gather_from_ranks,
     get_dense_encoder,

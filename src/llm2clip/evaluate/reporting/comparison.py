@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
+from llm2clip.evaluate.benchmark_eval import BenchmarkResult
 from llm2clip.evaluate.benchmarks import Benchmark
 from llm2clip.evaluate.benchmarks.coco_boxes import DEGENERATE
 from llm2clip.evaluate.recall import KS
 from llm2clip.evaluate.reporting import plots
 from llm2clip.evaluate.reporting.error_analysis import MAX_K, ErrorAnalysis
-from llm2clip.evaluate.short_queries import ShortQueryResult
 from llm2clip.html_report import (
     Block,
     Details,
@@ -33,28 +32,7 @@ CLASS_METRICS = ("class top-1", "IoU", "class AP50")  # keys of a row of `Benchm
 MEAN_BENCHMARKS = ("xm3600",)  # the authors published only the mean over the languages
 
 
-@dataclass
-class ModelResult:
-    """A model's result on one benchmark, for the report.
-
-    Args:
-        model: Display name of the model.
-        summary: See `BenchmarkResult.summary`.
-        error_analysis: Error analysis for each caption field, keyed by field name.
-        examples: Report section with example images. See `BenchmarkResult.draw_examples`.
-        trained_on: Number of evaluated images on which the model was trained. None if the training images are unknown.
-        short_queries: Result of `score_short_queries` for each caption field, keyed by field name.
-    """
-
-    model: str
-    summary: dict[str, Any]
-    error_analysis: dict[str, ErrorAnalysis] = field(default_factory=dict)
-    examples: list[Block] = field(default_factory=list)
-    trained_on: int | None = None
-    short_queries: dict[str, ShortQueryResult] = field(default_factory=dict)
-
-
-def benchmark_blocks(benchmark: Benchmark, results: Sequence[ModelResult]) -> list[Block]:
+def benchmark_blocks(benchmark: Benchmark, results: Sequence[BenchmarkResult]) -> list[Block]:
     """Return the report section for a benchmark. Models appear in the order of `results`."""
     blocks: list[Block] = [Heading(f"{benchmark.name}: {_describe_images(benchmark, results[0].summary)}")]
     notes = [Paragraph(note) for note in published_notes(benchmark.name)]
@@ -185,7 +163,7 @@ def recall_table(results: Mapping[str, dict[str, Any]], published: Mapping[str, 
     return Table(header, rows, highlight)
 
 
-def mean_recall_table(results: Sequence[ModelResult], published: Mapping[str, tuple[float | None, ...]]) -> Table:
+def mean_recall_table(results: Sequence[BenchmarkResult], published: Mapping[str, tuple[float | None, ...]]) -> Table:
     """Return a table of the mean recall over the caption fields, with the same kinds of rows as `recall_table`.
 
     Args:
@@ -250,7 +228,7 @@ def _length_plot(analyses: Mapping[str, ErrorAnalysis]) -> Plot:
     return Plot(svg, "Recall by caption length, with 95% confidence intervals.")
 
 
-def metrics_table(results: Sequence[ModelResult], published: Mapping[str, Mapping[str, float]]) -> Table:
+def metrics_table(results: Sequence[BenchmarkResult], published: Mapping[str, Mapping[str, float]]) -> Table:
     """Return a metrics table for a benchmark whose kind is not "retrieval".
 
     The table has one row for each published result, one for chance if it is not a metric, and one for each model and
@@ -298,7 +276,7 @@ def format_difference(difference: Mapping[str, Any], name: str) -> str | None:
     return f"{metrics[name]:+.1f}" if name in metrics else None
 
 
-def class_details(results: Sequence[ModelResult]) -> list[Block]:
+def class_details(results: Sequence[BenchmarkResult]) -> list[Block]:
     """Return the metric of each class for each model and method as collapsed text, or nothing if there is none."""
     columns = [(result.model, row) for result in results for row in result.summary.get("rows", ())]
     metric = next((name for name in CLASS_METRICS if columns and name in columns[0][1]), None)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llm2clip.evaluate.benchmark_eval import BenchmarkResult
 from llm2clip.evaluate.benchmarks import Benchmark
 from llm2clip.evaluate.reporting import plots
-from llm2clip.evaluate.reporting.comparison import ModelResult, format_difference
+from llm2clip.evaluate.reporting.comparison import format_difference
 from llm2clip.evaluate.short_queries import METRICS, LengthScores, mean_intervals
 from llm2clip.html_report import Block, Heading, Paragraph, Plot, Table, format_interval, with_interval
 
@@ -20,7 +21,7 @@ Curves = Mapping[str, Sequence[LengthScores]]
 """Results for each query length, keyed by the name of the model. The name says whether templates are used."""
 
 
-def short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[ModelResult]]]) -> list[Block]:
+def short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[BenchmarkResult]]]) -> list[Block]:
     """Return one section for each caption field for which short queries were evaluated.
 
     The first table shows mAP by query length, and top-1 accuracy on each classification benchmark of the same run.
@@ -73,7 +74,7 @@ def overview_table(curves: Curves, accuracies: Mapping[str, Mapping[str, str | N
     return Table(header, rows, highlight)
 
 
-def _accuracy_cells(results: Sequence[ModelResult]) -> dict[str, str | None]:
+def _accuracy_cells(results: Sequence[BenchmarkResult]) -> dict[str, str | None]:
     """Return the top-1 accuracy of each model and each difference, keyed by the first cell of the row."""
     cells = {}
     for result in results:
