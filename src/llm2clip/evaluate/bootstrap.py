@@ -25,14 +25,14 @@ def bootstrap(
     The bootstrap resamples complete groups of elements.
 
     Args:
-        sums: Sum of each quantity over the elements in each group, (groups, K).
-        counts: Number of elements in each group, (groups,). Empty groups are ignored.
+        sums: Sums of each quantity over the elements in each group, as a tensor of shape (groups, K).
+        counts: Tensor of shape (groups,) with the number of elements in each group. Empty groups are ignored.
         level: Confidence level, e.g. 0.95.
         resamples: Number of bootstrap resamples.
         bounds: Smallest and largest possible value of an element. See `percentile_interval`.
 
     Returns:
-        Lower and upper bounds, float64 (2, K).
+        Lower and upper bounds, float64 of shape (2, K).
     """
     # scipy.stats.bootstrap computes the same type of interval but gathers the resampled rows. For 1,000 to 25,000
     # groups, gathering is 1.5 to 5 times slower and, by default, needs memory for all resamples at once. Here, each
@@ -43,7 +43,7 @@ def bootstrap(
 
 
 def bootstrap_counts(groups: int, resamples: int = 1000) -> Iterator[Tensor]:
-    """For each resample, yield how often each group was drawn, float64 (groups,).
+    """For each resample, yield how often each group was drawn, float64 of shape (groups,).
 
     The draws depend only on the number of groups, so two models that are evaluated on the same data have paired
     resamples.
@@ -67,13 +67,13 @@ def percentile_interval(
     the means that are possible if a fraction p of the groups has values at one of the bounds.
 
     Args:
-        means: Mean of each resample, (resamples, ...).
+        means: Means of the resamples, of shape (resamples, ...).
         num_groups: Number of groups that were resampled (n).
         bounds: Smallest and largest possible value of an element.
         level: Confidence level, e.g. 0.95.
 
     Returns:
-        Lower and upper bounds, (2, ...).
+        Lower and upper bounds of shape (2, ...).
     """
     quantiles = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=means.dtype)
     interval = means.quantile(quantiles, 0)
@@ -91,8 +91,8 @@ class BootstrapMetrics:
     Args:
         images: Index or id of each evaluated image.
         values: Value of each metric.
-        resamples: Values of a metric in all resamples, float64 (resamples,). NaN where the metric is undefined. Metrics
-            that are missing here have no confidence interval.
+        resamples: Values of a metric in all resamples, float64 of shape (resamples,). NaN where the metric is
+            undefined. Metrics that are missing here have no confidence interval.
     """
 
     images: tuple[ImageId, ...]

@@ -35,7 +35,7 @@ class TextEncoder(Protocol):
     """Interface for text encoders, such as a `CaptionEncoder` or the text tower of an image-text model."""
 
     def encode(self, captions: Sequence[str], *, progress: bool = ...) -> Tensor:
-        """Return embeddings, (N, D) float32 on the CPU."""
+        """Return embeddings of shape (N, D), float32 on the CPU."""
         ...
 
     def count_truncated(self, captions: Sequence[str]) -> int | None:
@@ -150,7 +150,7 @@ def _all_pairs_metrics(embeddings: Tensor, captions_per_image: Sequence[int]) ->
     """Compute recall for the "all pairs" protocol, in which each caption retrieves the other captions of its image.
 
     Args:
-        embeddings: Caption embeddings, (captions, D), L2-normalised. Captions of the same image are adjacent.
+        embeddings: Caption embeddings of shape (captions, D), L2-normalised. Captions of the same image are adjacent.
         captions_per_image: Number of captions for each image.
     """
     positives: list[list[int]] = []
@@ -172,7 +172,7 @@ def mean_cosines(first: Tensor, second: Tensor) -> tuple[float, float]:
     """Return the mean of first[i] · second[i] over all i, and the mean of first[i] · second[j] over all i != j.
 
     Args:
-        first, second: Embeddings, (N, D), L2-normalised.
+        first, second: Embeddings of shape (N, D), L2-normalised.
     """
     a, b = first.double(), second.double()
     diagonal_sum = float((a * b).sum())
@@ -187,7 +187,7 @@ def worst_mistakes(
     """Return queries for which a wrong caption is at least as similar as the correct caption, worst mistakes first.
 
     Args:
-        first, second: Embeddings of the first and second captions of N images, (N, D), L2-normalised.
+        first, second: Embeddings of the first and second captions of N images, each of shape (N, D), L2-normalised.
         captions: List of captions for each image.
         count: Maximum number of mistakes to return.
         chunk_size: Number of queries per matmul.

@@ -71,7 +71,7 @@ def positive_ranks(
 
 
 def _ranks_in_row(scores: Tensor, positives: Tensor) -> Tensor:
-    """Return the zero-based ranks of the positives, in ascending order, given the scores of all items, (N,)."""
+    """Return the zero-based ranks of the positives, in ascending order, given all scores, of shape (N,)."""
     positive_scores = scores[positives].sort().values  # ascending
     negative_scores = scores.index_fill(0, positives, -torch.inf)
     # For each negative, count the positives that it ranks before: all positives whose score is not higher.
@@ -94,9 +94,9 @@ def two_way_ranks(
     """Return the zero-based ranks of each image's best caption and of each caption's image.
 
     Args:
-        images: Image embeddings, (I, D), L2-normalised. The dtype is float32, or float16 to save memory. Scores are
-            always computed in float32.
-        texts: Text embeddings, (T, D), L2-normalised, float32 or float16. To avoid a copy, sort the texts by image.
+        images: Image embeddings of shape (I, D), L2-normalised. The dtype is float32, or float16 to save memory. Scores
+            are always computed in float32.
+        texts: Text embeddings of shape (T, D), L2-normalised, float32 or float16. Sort them by image to avoid a copy.
         image_of_text: Image index of each text. Every image must have at least one text.
         tile_size: Number of images per tile. Must be a multiple of 16. Otherwise, the scores of equal vectors may be
             rounded differently.
@@ -104,7 +104,7 @@ def two_way_ranks(
         progress: If True, show a progress bar.
 
     Returns:
-        Image ranks, int64 (I,), and text ranks, int64 (T,), on the CPU.
+        Image ranks, int64 of shape (I,), and text ranks, int64 of shape (T,), on the CPU.
 
     Raises:
         ValueError: If an image has no text, or an embedding contains NaN or infinity.
@@ -162,11 +162,11 @@ class _ScoreTiles:
         return slice(j * self.width, (j + 1) * self.width)
 
     def images(self, i: int) -> Tensor:
-        """Return the image embeddings for row `i` of the grid, float32 (height, D), zero-padded."""
+        """Return the image embeddings for row `i` of the grid, float32 of shape (height, D), zero-padded."""
         return _pad_tile(self._images[self.image_range(i)].to(self._device, torch.float32), self.height)
 
     def texts(self, j: int) -> Tensor:
-        """Return the text embeddings for column `j` of the grid, float32 (width, D), zero-padded."""
+        """Return the text embeddings for column `j` of the grid, float32 of shape (width, D), zero-padded."""
         text_range = self.text_range(j)
         texts = self._texts[text_range if self.order is None else self.order[text_range]]
         return _pad_tile(texts.to(self._device, torch.float32), self.width)

@@ -20,8 +20,8 @@ def retrieval_metrics(
     """Return recall in both directions, with chance levels and 95% confidence intervals.
 
     Args:
-        image_ranks: Zero-based rank of each image's best caption, int64 (I,).
-        text_ranks: Zero-based rank of each caption's image, int64 (T,).
+        image_ranks: Zero-based rank of each image's best caption, int64 of shape (I,).
+        text_ranks: Zero-based rank of each caption's image, int64 of shape (T,).
         image_of_text: Image index of each caption.
 
     Returns:
@@ -76,8 +76,8 @@ def recall_intervals(
     Images are resampled together with all their queries, because the results for captions of an image are correlated.
 
     Args:
-        ranks: Zero-based rank of each query's best positive, int64 (Q,).
-        groups: Image index of each query, int64 (Q,).
+        ranks: Zero-based rank of each query's best positive, int64 of shape (Q,).
+        groups: Image index of each query, int64 of shape (Q,).
         ks: Values of k.
         level, resamples: See `bootstrap`.
     """
@@ -92,7 +92,7 @@ def recall_differences(
 
     Args:
         ranks, baseline_ranks: Zero-based rank of each query's best positive, int64 (Q,), for the same queries.
-        groups: Image index of each query, int64 (Q,).
+        groups: Image index of each query, int64 of shape (Q,).
         ks: Values of k.
     """
     differences = [(ranks < k).double() - (baseline_ranks < k).double() for k in ks]
@@ -102,7 +102,7 @@ def recall_differences(
 
 
 def _hits_per_image(values: Sequence[Tensor], groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sum of each quantity over the queries of each image, (I, K), and the number of queries, (I,)."""
+    """Return the sums of the K values over the queries of each image, of shape (I, K), and the numbers of queries."""
     stacked = torch.stack(list(values), 1)  # (Q, K)
     sums = stacked.new_zeros(int(groups.max()) + 1, len(values)).index_add_(0, groups, stacked)
     return sums, torch.bincount(groups)

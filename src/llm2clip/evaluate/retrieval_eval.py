@@ -29,11 +29,11 @@ class RetrievalRanks:
 
     Args:
         records: Records that have a caption and a decodable image.
-        images: Image embeddings, (I, D).
-        texts: Embeddings of all captions, (T, D).
-        image_of_text: Image index of each caption, int64 (T,).
-        image_ranks: Zero-based rank of each image's best caption, int64 (I,).
-        text_ranks: Zero-based rank of each caption's image, int64 (T,).
+        images: Image embeddings of shape (I, D).
+        texts: Embeddings of all captions, of shape (T, D).
+        image_of_text: Image index of each caption, int64 of shape (T,).
+        image_ranks: Zero-based rank of each image's best caption, int64 of shape (I,).
+        text_ranks: Zero-based rank of each caption's image, int64 of shape (T,).
     """
 
     records: list[Record]

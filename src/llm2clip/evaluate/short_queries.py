@@ -65,8 +65,8 @@ class LengthScores:
     Args:
         words: Number of words in the queries, such as "2" or "4–7".
         queries: The Q queries.
-        scores: mAP, R-precision and nDCG@10 of each query, between 0 and 1, float64 (Q, 3).
-        chance: Expected scores of a random ranking, averaged over the queries, float64 (3,).
+        scores: mAP, R-precision and nDCG@10 of each query, between 0 and 1, float64 of shape (Q, 3).
+        chance: Expected scores of a random ranking, averaged over the queries, float64 of shape (3,).
         mean_relevant: Mean number of relevant images per query.
     """
 
@@ -277,7 +277,7 @@ def _is_content_word(word: str) -> bool:
 
 
 def ranking_scores(ranks: Tensor) -> Tensor:
-    """Return average precision, R-precision and nDCG@10 of a ranking, each between 0 and 1, float64 (3,).
+    """Return average precision, R-precision and nDCG@10 of a ranking, each between 0 and 1, float64 of shape (3,).
 
     Let P be the number of relevant images, and r_n the rank of the n-th of them (1 is best). Average precision is the
     mean of n / r_n. R-precision is the fraction of relevant images among the first P images. nDCG@10 is the sum of
@@ -285,7 +285,7 @@ def ranking_scores(ranks: Tensor) -> Tensor:
     and Kekäläinen, 2002, with binary relevance).
 
     Args:
-        ranks: Zero-based ranks of all relevant images, in ascending order, int64 (P,).
+        ranks: Zero-based ranks of all relevant images, in ascending order, int64 of shape (P,).
     """
     num_relevant = len(ranks)
     positions = torch.arange(1, num_relevant + 1, dtype=torch.float64)
@@ -297,7 +297,7 @@ def ranking_scores(ranks: Tensor) -> Tensor:
 
 
 def chance_scores(num_relevant: int, num_images: int) -> Tensor:
-    """Return the expected `ranking_scores` of a random ranking, float64 (3,).
+    """Return the expected `ranking_scores` of a random ranking, float64 of shape (3,).
 
     If P of N images are relevant, the image at rank r is relevant with probability P / N. If it is relevant, each of
     the r - 1 images before it is relevant with probability (P - 1) / (N - 1), so the expected precision at this rank is
@@ -312,18 +312,18 @@ def chance_scores(num_relevant: int, num_images: int) -> Tensor:
 
 
 def _discounts(count: int) -> Tensor:
-    """Return the weight of each rank in the discounted cumulative gain, float64 (count,)."""
+    """Return the weight of each rank in the discounted cumulative gain, float64 of shape (count,)."""
     return 1 / torch.arange(2, count + 2, dtype=torch.float64).log2()
 
 
 def mean_intervals(scores: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
-    """Return 95% bootstrap confidence intervals for the mean scores, in percent, float64 (2, 3).
+    """Return 95% bootstrap confidence intervals for the mean scores, in percent, float64 of shape (2, 3).
 
     Queries are resampled, but images are not. If two models have the same queries, their resamples are paired, so the
     interval of their difference can be computed from the differences between their scores.
 
     Args:
-        scores: Scores of each query, or differences between the scores of two models, (Q, 3).
+        scores: Scores of each query, or differences between the scores of two models, of shape (Q, 3).
         bounds: Smallest and largest possible value in `scores`.
     """
     return 100 * bootstrap(scores, torch.ones(len(scores)), bounds=bounds)

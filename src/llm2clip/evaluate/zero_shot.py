@@ -26,9 +26,9 @@ def classification_accuracy(
     """Return accuracies in percent: "top-1", "top-5" and "mean per class", which is the mean top-1 accuracy per class.
 
     Args:
-        images: Image embeddings, (N, D), L2-normalised.
+        images: Image embeddings of shape (N, D), L2-normalised.
         labels: Class index of each image.
-        classes: Class embeddings, (classes, D), L2-normalised.
+        classes: Class embeddings of shape (classes, D), L2-normalised.
         indices: Index of each image in the benchmark, which identifies the image in comparisons of models.
         chunk_size: Number of images per matmul.
     """
@@ -51,14 +51,14 @@ def classification_accuracy(
 
 
 def class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return the zero-based rank of the correct class of each item, int64 (N,).
+    """Return the zero-based rank of the correct class of each item, int64 of shape (N,).
 
     If several classes have the same score, the one with the lowest index is ranked first, as in argmax. Such ties occur
     because some ImageNet classes share a name.
 
     Args:
-        scores: Score of each class, (N, classes).
-        labels: Index of the correct class, int64 (N,).
+        scores: Scores of all classes, of shape (N, classes).
+        labels: Index of the correct class, int64 of shape (N,).
     """
     correct_score = scores.gather(1, labels[:, None])
     is_earlier_class = torch.arange(scores.shape[1]) < labels[:, None]
@@ -74,7 +74,7 @@ def linear_probe(
     candidates are powers of ten, and the validation split is a fifth of the training images.
 
     Args:
-        train, test: Embeddings of the training and test images, (N, D).
+        train, test: Embeddings of the training and test images, of shape (N, D).
         train_labels, test_labels: Class index of each image.
         seed: Random seed for the validation split.
 

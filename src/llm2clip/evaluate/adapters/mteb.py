@@ -46,7 +46,7 @@ class MTEBModel(AbsEncoder):
         self.mteb_model_meta = ModelMeta.create_empty(overwrites=metadata)
 
     def encode(self, inputs: DataLoader[Any], **_: Any) -> np.ndarray:
-        """Return embeddings, (N, D) float32, L2-normalised. Prompts are not added to the texts.
+        """Return embeddings of shape (N, D), float32, L2-normalised. Prompts are not added to the texts.
 
         Args:
             inputs: Data loader. Its batches must have a text column, an image column with PIL images, or both columns.

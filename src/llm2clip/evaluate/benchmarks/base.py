@@ -65,11 +65,11 @@ class RegionData:
     sizes: Sequence[tuple[int, int]]
     """Width and height of each image in pixels. The boxes are given for this size."""
     boxes: Sequence[np.ndarray]
-    """Boxes in each image, float32 (R, 4), as (left, top, right, bottom) in pixels. They are inside the image."""
+    """Boxes in each image as (left, top, right, bottom) in pixels inside the image, float32 of shape (R, 4)."""
     labels: Sequence[np.ndarray]
-    """Class index (into `names`) of each box, int64 (R,)."""
+    """Class index (into `names`) of each box, int64 of shape (R,)."""
     areas: Sequence[np.ndarray]
-    """Area of each object's segmentation mask in square pixels, float32 (R,). COCO's size classes refer to it."""
+    """Area of each object's mask in square pixels, float32 of shape (R,). COCO's size classes refer to it."""
     names: Sequence[str]
     templates: Sequence[str]
     """Prompt templates, with {} as the placeholder for the class name."""
@@ -87,7 +87,7 @@ class SegmentationData:
 
     images: Sequence[ImageRef]
     read_labels: Callable[[int], np.ndarray]
-    """Function that returns the labels of the image with a given index: class indices, or `IGNORED`, uint8 (H, W)."""
+    """Function that returns the class index or `IGNORED` for each pixel of an image, uint8 of shape (H, W)."""
     names: Sequence[Sequence[str]]
     """Names of each class. A pixel's score for a class is the highest score of the class' names."""
     templates: Sequence[str]

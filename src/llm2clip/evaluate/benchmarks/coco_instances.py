@@ -212,7 +212,7 @@ def clip_box(file: Path, annotation: Mapping[str, Any], image_size: tuple[int, i
 
 
 def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """Decode the mask of an object, bool (height, width), from polygons or from COCO's run-length encoding (RLE).
+    """Decode an object's mask, bool of shape (height, width), from polygons or from COCO's run-length encoding (RLE).
 
     pycocotools validates neither of them: distant polygons take unlimited memory, and masks whose run lengths are too
     short are filled with uninitialised memory. Therefore, pycocotools decodes only the polygons.

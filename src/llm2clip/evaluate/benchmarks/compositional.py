@@ -101,8 +101,8 @@ def compositional_accuracy(
 
     Args:
         examples: All examples of a single benchmark.
-        image_embeddings: Image embeddings, (D,), L2-normalised, keyed by `ImageRef.key`.
-        text_embeddings: Caption embeddings, (D,), L2-normalised, keyed by caption.
+        image_embeddings: Image embeddings of shape (D,), L2-normalised, keyed by `ImageRef.key`.
+        text_embeddings: Caption embeddings of shape (D,), L2-normalised, keyed by caption.
     """
     hits: dict[str, list[bool]] = {}
     for example in examples:
@@ -121,7 +121,7 @@ def compositional_accuracy(
 
 
 def _pair_scores(scores: Tensor) -> dict[str, bool]:
-    """Return Winoground's three scores for one example, computed from its similarity matrix, (images, captions)."""
+    """Return Winoground's three scores for an example with similarities of shape (images, captions)."""
     correct = scores.diagonal()
     off_diagonal = ~torch.eye(len(scores), dtype=torch.bool)
     text = bool((correct[:, None] > scores)[off_diagonal].all())

@@ -76,8 +76,8 @@ def eccv_metrics(data: JudgedRetrieval, images: Tensor, captions: Tensor) -> dic
 
     Args:
         data: Images and captions with their COCO ids.
-        images: Image embeddings, (I, D), L2-normalised, in the order of `data.images`.
-        captions: Caption embeddings, (T, D), L2-normalised, in the order of `data.captions`.
+        images: Image embeddings of shape (I, D), L2-normalised, in the order of `data.images`.
+        captions: Caption embeddings of shape (T, D), L2-normalised, in the order of `data.captions`.
 
     Returns:
         Metrics for both directions, with keys such as "I2T COCO R@1".

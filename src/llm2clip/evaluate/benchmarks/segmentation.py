@@ -139,7 +139,7 @@ def _read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationDat
 
 
 def _label_table(classes: Mapping[int, int], ignored: Sequence[int] = ()) -> np.ndarray:
-    """Return a table that maps pixel values to class indices, int16 (256,).
+    """Return a table that maps pixel values to class indices, int16 of shape (256,).
 
     Args:
         classes: Class index of each pixel value.

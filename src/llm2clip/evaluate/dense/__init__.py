@@ -79,7 +79,7 @@ def decode_batches(
 
     Args:
         refs: All images of the benchmark.
-        transform: Picklable function that is applied to each image, uint8 (3, H, W).
+        transform: Picklable function that is applied to each image, uint8 of shape (3, H, W).
         description: Label of the progress bar.
         failures: Dict to which this function adds the reason why an image cannot be decoded, keyed by the image's
             index.
@@ -107,7 +107,7 @@ def decode_images(
         failures: See `decode_batches`. Images with an unexpected size are also recorded.
 
     Yields:
-        Images, uint8 (3, H, W), keyed by their index in `refs`.
+        Images, uint8 of shape (3, H, W), keyed by their index in `refs`.
     """
     for images in decode_batches(refs, _unchanged, description, failures):
         usable = {}

@@ -28,8 +28,8 @@ class Detections:
 
     Args:
         boxes: Corners (x0, y0, x1, y1) in pixels, float32 (N, 4).
-        scores: Scores, float64 (N,).
-        labels: Class indices, int64 (N,).
+        scores: Scores, float64 of shape (N,).
+        labels: Class indices, int64 of shape (N,).
     """
 
     boxes: Tensor
@@ -106,10 +106,10 @@ class ClassMatches:
     """Matches of one class at the IoU threshold 0.5 in all images, in order of decreasing score.
 
     Args:
-        image: Image index of each detection, (N,).
+        image: Image index of each detection, of shape (N,).
         is_correct: True for each detection that matches an object, bool (N,). Detections that match a crowd are
             omitted.
-        objects: Number of objects in each image, excluding crowds, (images,).
+        objects: Number of objects in each image, excluding crowds. The shape is (images,).
     """
 
     image: np.ndarray
@@ -125,8 +125,8 @@ def weighted_ap(matches: ClassMatches, weights: np.ndarray, recall_values: np.nd
 
     Args:
         matches: Matches of the class.
-        weights: Number of occurrences of each image, (images,).
-        recall_values: Recall values at which the precision is averaged, (R,).
+        weights: Number of occurrences of each image, of shape (images,).
+        recall_values: Recall values at which the precision is averaged, of shape (R,).
     """
     num_objects = float(weights @ matches.objects)
     if num_objects == 0:

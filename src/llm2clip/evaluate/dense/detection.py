@@ -178,8 +178,8 @@ def classify_boxes(
 
     Args:
         proposals: P class-agnostic boxes.
-        box_embeddings: Embedding of each box, L2-normalised, (P, D).
-        classes: Class embeddings, L2-normalised, (C, D).
+        box_embeddings: Box embeddings of shape (P, D), L2-normalised.
+        classes: Class embeddings of shape (C, D), L2-normalised.
         logit_scale: Factor for the cosine similarities before the softmax.
     """
     # float32 would round many probabilities to 1, and the order of equal scores would be arbitrary.

@@ -27,7 +27,7 @@ class Proposals:
 
     Args:
         boxes: Corners (x0, y0, x1, y1) in pixels, float32 (N, 4).
-        scores: Objectness between 0 and 1, float32 (N,).
+        scores: Objectness between 0 and 1, float32 of shape (N,).
     """
 
     boxes: Tensor
@@ -52,7 +52,7 @@ class ProposalSource(Protocol):
     note: str
 
     def find(self, image_id: ImageId, image: Tensor) -> Proposals:
-        """Return the proposals for an image, uint8 (3, H, W)."""
+        """Return the proposals for an image, uint8 of shape (3, H, W)."""
         ...
 
 
@@ -80,7 +80,7 @@ def open_proposals(name: str, data: DetectionData, device: torch.device) -> Prop
 
 
 def object_boxes(data: DetectionData) -> dict[ImageId, Tensor]:
-    """Return the corners of all objects except crowds, float32 (N, 4), keyed by image id."""
+    """Return the corners of all objects except crowds, float32 of shape (N, 4), keyed by image id."""
     boxes: dict[ImageId, list[list[float]]] = {}
     for row in data.annotations:
         if not row.get("iscrowd"):
@@ -175,7 +175,8 @@ class _Detector:
     def __init__(self, detect: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
         """
         Args:
-            detect: Function that maps an image, uint8 (3, H, W), to corners (N, 4) and scores (N,).
+            detect: Function that maps an image, uint8 of shape (3, H, W), to corners of shape (N, 4) and scores of
+                shape (N,).
         """
         self._detect = detect
 

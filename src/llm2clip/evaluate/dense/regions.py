@@ -51,11 +51,11 @@ class RegionPredictions:
     """Predicted classes of regions, using one method.
 
     Args:
-        image: Index of each region's image, int64 (R,).
-        region: Index of each region among the regions of its image, int64 (R,).
-        rank: Zero-based rank of the correct class, int64 (R,). See `class_ranks`.
-        predicted: Class with the highest score, int64 (R,).
-        margin: Score of the predicted class minus the score of the correct class, float32 (R,).
+        image: Index of each region's image, int64 of shape (R,).
+        region: Index of each region among the regions of its image, int64 of shape (R,).
+        rank: Zero-based rank of the correct class, int64 of shape (R,). See `class_ranks`.
+        predicted: Class with the highest score, int64 of shape (R,).
+        margin: Score of the predicted class minus the score of the correct class, float32 of shape (R,).
     """
 
     image: np.ndarray
@@ -177,11 +177,11 @@ def wrong_region_blocks(data: RegionData, method: str, predictions: RegionPredic
 
 
 def encode_boxes(model: DualEncoder, images: Sequence[Tensor], boxes: Sequence[Tensor], method: str) -> list[Tensor]:
-    """Return the embeddings of the boxes in each image, L2-normalised, float32 (R, D) on the CPU.
+    """Return the embeddings of the boxes in each image, L2-normalised, float32 of shape (R, D) on the CPU.
 
     Args:
         model: Image-text model.
-        images: Images, uint8 (3, H, W).
+        images: Images, uint8 of shape (3, H, W).
         boxes: Boxes in each image, float32 (R, 4), as (left, top, right, bottom) in pixels.
         method: "crop", or a variant of the dense features.
     """
@@ -209,12 +209,12 @@ def crop_region(image: Tensor, box: Sequence[float]) -> Tensor:
     """Crop a box and its surroundings from an image.
 
     Args:
-        image: Image, uint8 (3, H, W).
+        image: Image, uint8 of shape (3, H, W).
         box: Box, (left, top, right, bottom) in pixels.
 
     Returns:
-        Square image, uint8 (3, S, S). The box is enlarged by `CROP_SCALE` around its centre, clipped to the image, and
-        padded with black on both sides of its shorter dimension.
+        Square image, uint8 of shape (3, S, S). The box is enlarged by `CROP_SCALE` around its centre, clipped to the
+        image, and padded with black on both sides of its shorter dimension.
     """
     height, width = image.shape[1:]
     left, top, right, bottom = box
@@ -229,7 +229,7 @@ def crop_region(image: Tensor, box: Sequence[float]) -> Tensor:
 
 
 def _predict(regions: Tensor, indices: Sequence[int], data: RegionData, classes: Tensor) -> RegionPredictions:
-    """Classify all regions of the images with the given indices, using region embeddings, (R, D)."""
+    """Classify all regions of the images with the given indices, using region embeddings of shape (R, D)."""
     labels = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *(data.labels[i] for i in indices)]))
     counts = [len(data.labels[i]) for i in indices]
     scores = regions @ classes.T  # (regions, classes)

@@ -49,8 +49,8 @@ class SegmentationCounts:
     Args:
         intersection: Number of pixels of each image whose label and prediction are both the class, int64 (images,
             classes).
-        labelled: Number of pixels of each image whose label is the class, int64 (images, classes).
-        predicted: Number of pixels of each image whose prediction is the class, int64 (images, classes).
+        labelled: Number of pixels of each image whose label is the class, int64 of shape (images, classes).
+        predicted: Number of pixels of each image whose prediction is the class, int64 of shape (images, classes).
     """
 
     intersection: np.ndarray
@@ -67,8 +67,8 @@ class SegmentationResult:
         counts: Pixel counts of each method. A method is a variant with the logit scale of the protocol or, if the scale
             affects the result and the model has learned one, with the learned logit scale. See `logit_scales`.
         logit_scales: Logit scale of each method.
-        examples: Downsampled predictions of a few images, keyed by image index and method, uint8 (h, w). The key
-            "labels" contains the true labels.
+        examples: Downsampled predictions of a few images, keyed by image index and method, uint8 of shape
+            (h, w). The key "labels" contains the true labels.
     """
 
     images: list[int]
@@ -166,7 +166,7 @@ class LabelMapWriter:
             atomic_write_text(folder / "classes.txt", "\n".join(classes) + "\n")
 
     def write(self, method: str, index: int, labels: np.ndarray) -> None:
-        """Write the label map of the image with a given index, uint8 (H, W)."""
+        """Write the label map of the image with a given index, uint8 of shape (H, W)."""
         image = Image.fromarray(labels)
         image.putpalette(self._palette)
         with atomic_path(self._folder / safe_name(method) / f"{self._names[index]}.png") as file:
@@ -225,7 +225,7 @@ def segmentation_blocks(data: SegmentationData, result: SegmentationResult) -> l
 
 
 def _read_labels(data: SegmentationData, index: int, image_size: tuple[int, int]) -> np.ndarray:
-    """Read the labels of an image, uint8 (H, W).
+    """Read the labels of an image, uint8 of shape (H, W).
 
     Raises:
         ValueError, OSError: If the labels cannot be read, or do not have the size of the image.
@@ -243,9 +243,10 @@ def _read_labels(data: SegmentationData, index: int, image_size: tuple[int, int]
 def _count_pixels(
     scores: PixelScores, labels: np.ndarray, data: SegmentationData, logit_scale: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Segment an image, and return its pixel counts, int64 (3, classes), and the predictions, uint8 (H, W).
+    """Segment an image, and return its pixel counts and its predictions.
 
-    The rows of the counts are the intersection, the labelled pixels and the predicted pixels.
+    The counts are int64 of shape (3, classes). Their rows are the intersection, the labelled pixels and the predicted
+    pixels. The predictions are uint8 of shape (H, W).
     """
     num_classes = len(data.names)
     prediction = np.empty(labels.shape, np.uint8)
@@ -274,7 +275,7 @@ def _reduce(labels: np.ndarray) -> np.ndarray:
 
 
 def _palette(num_classes: int) -> np.ndarray:
-    """Return a colour for each class, uint8 (classes, 3). Golden-ratio steps make the hues of neighbours differ."""
+    """Return a colour for each class, uint8 of shape (classes, 3). Neighbours have different hues (golden-ratio steps)."""
     n = np.arange(num_classes)
     hsv = np.stack([n * 0.618034 % 1, 1 - 0.25 * (n % 3), 1 - 0.2 * (n % 4)], 1)
     return (255 * hsv_to_rgb(hsv)).astype(np.uint8)
