@@ -127,6 +127,7 @@ def test_categories_with_the_same_name_are_reported(tmp_path: Path, capsys: pyte
     ("changes", "message"),
     [
         ({"image_id": 7}, "annotation 100 refers to image 7, which does not exist"),
+        ({"image_id": "10"}, "annotation 100 refers to image '10', which does not exist"),
         ({"category_id": 2}, "annotation 100 refers to category 2, which does not exist"),
         ({"bbox": [1, 2, 3]}, r"annotation 100 has the bbox \[1, 2, 3\], but a bbox must be \[left, top, width"),
         ({"bbox": [1, 2, 3, float("nan")]}, "annotation 100 has the bbox"),
@@ -155,17 +156,10 @@ def test_invalid_image_sizes_are_reported(changes: dict[str, Any], tmp_path: Pat
         BENCHMARKS["coco-boxes"].load(tmp_path / "coco")
 
 
-def test_file_without_usable_boxes_or_images_is_reported(tmp_path: Path) -> None:
+def test_files_without_images_and_malformed_files_are_reported(tmp_path: Path) -> None:
     file = make_coco(tmp_path / "coco")
     (tmp_path / "coco/val2017/1.png").unlink()
     with pytest.raises(MissingFileError, match=r"1 of 3 images listed in .*instances_val2017.json are missing"):
-        BENCHMARKS["coco-boxes"].load(tmp_path / "coco")
-    data = json.loads(file.read_text())
-    file.write_text(json.dumps(data | {"annotations": []}))
-    with pytest.raises(DataFormatError, match="contains no boxes"):
-        BENCHMARKS["coco-boxes"].load(tmp_path / "coco")
-    file.write_text("{")
-    with pytest.raises(DataFormatError, match=r"instances_val2017.json: not JSON"):
         BENCHMARKS["coco-boxes"].load(tmp_path / "coco")
     file.write_text("[" * 100_000)
     with pytest.raises(DataFormatError, match=r"instances_val2017.json: not JSON"):

@@ -254,10 +254,6 @@ def test_invalid_masks_of_coco_are_reported(segmentation: object, message: str, 
     data = BENCHMARKS["coco-object"].load(tmp_path / "coco")
     with pytest.raises(DataFormatError, match=f"val2017.json: annotation 77 has an invalid mask: .*{message}"):
         data.read_labels(0)
-    content["annotations"][0]["image_id"] = 3
-    file.write_text(json.dumps(content))
-    with pytest.raises(DataFormatError, match="annotation 77 refers to image 3, which does not exist"):
-        BENCHMARKS["coco-object"].load(tmp_path / "coco")
 
 
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])

@@ -275,7 +275,7 @@ def _reduce(labels: np.ndarray) -> np.ndarray:
 
 
 def _palette(num_classes: int) -> np.ndarray:
-    """Return a colour for each class, uint8 of shape (classes, 3). Neighbours have different hues (golden-ratio steps)."""
+    """Return a colour for each class, uint8 of shape (classes, 3). Neighbours have different hues (golden ratio)."""
     n = np.arange(num_classes)
     hsv = np.stack([n * 0.618034 % 1, 1 - 0.25 * (n % 3), 1 - 0.2 * (n % 4)], 1)
     return (255 * hsv_to_rgb(hsv)).astype(np.uint8)
