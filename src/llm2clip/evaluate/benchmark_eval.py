@@ -89,10 +89,6 @@ def run_benchmark(
     """Evaluate a model on a benchmark.
 
     Args:
-        benchmark: Benchmark to evaluate on.
-        folder: Folder that contains the benchmark's files.
-        embeddings: Source of the model's embeddings.
-        options: Options of the evaluation.
         predictions_dir: Folder for the predictions in segmentation and detection. If None, they are not saved. See
             `LabelMapWriter` and `write_detections`.
 

@@ -28,7 +28,6 @@ def bootstrap(
         sums: Sums of each quantity over the elements in each group, as a tensor of shape (groups, K).
         counts: Tensor of shape (groups,) with the number of elements in each group. Empty groups are ignored.
         level: Confidence level, e.g. 0.95.
-        resamples: Number of bootstrap resamples.
         bounds: Smallest and largest possible value of an element. See `percentile_interval`.
 
     Returns:
@@ -90,7 +89,6 @@ class BootstrapMetrics:
 
     Args:
         images: Index or id of each evaluated image.
-        values: Value of each metric.
         resamples: Values of a metric in all resamples, float64 of shape (resamples,). NaN where the metric is
             undefined. Metrics that are missing here have no confidence interval.
     """
@@ -107,7 +105,6 @@ class BootstrapMetrics:
 
         Args:
             images: Index or id of each evaluated image.
-            names: Names of the metrics.
             metrics: Function that returns all metrics if image i is counted `weights[i]` times.
         """
         samples = np.array([metrics(weights.numpy()) for weights in bootstrap_counts(len(images))], np.float64)

@@ -86,11 +86,9 @@ def caption_retrieval_accuracy(
 
     Args:
         images: List of captions for each image. Images with fewer than two distinct captions are excluded.
-        encoder: Text encoder to evaluate.
         all_pairs: If True, also compute metrics for the "all pairs" protocol.
         num_mistakes: Maximum number of mistakes to return for the paper's protocol, worst first.
         return_hits: If True, also return the accuracy for each image.
-        progress: If True, show a progress bar.
 
     Returns:
         A dict with the following keys. For the paper's protocol, "CRA" is the top-1 accuracy, averaged over both
@@ -151,7 +149,6 @@ def _all_pairs_metrics(embeddings: Tensor, captions_per_image: Sequence[int]) ->
 
     Args:
         embeddings: Caption embeddings of shape (captions, D), L2-normalised. Captions of the same image are adjacent.
-        captions_per_image: Number of captions for each image.
     """
     positives: list[list[int]] = []
     for count in captions_per_image:
@@ -188,7 +185,6 @@ def worst_mistakes(
 
     Args:
         first, second: Embeddings of the first and second captions of N images, each of shape (N, D), L2-normalised.
-        captions: List of captions for each image.
         count: Maximum number of mistakes to return.
         chunk_size: Number of queries per matmul.
 

@@ -55,7 +55,6 @@ def open_embedding_source(
 
     Args:
         model: Model as accepted by `open_dual_encoder`, or an .npz file.
-        log: Skip log for images that cannot be decoded.
         cache_dir: Folder in which the model's embeddings are cached. If None, embeddings are not cached.
         trust_remote_code: If True, run the Python code that comes with a model. Jina-CLIP requires this setting.
 
@@ -76,10 +75,7 @@ class ModelEmbeddings:
     def __init__(self, model: DualEncoder, log: SkipLog, cache_dir: Path | None = None, progress: bool = True) -> None:
         """
         Args:
-            model: Image-text model.
-            log: Skip log for images that cannot be decoded.
             cache_dir: Folder for the embedding stores, one store per model. If None, embeddings are not cached.
-            progress: If True, show progress bars.
         """
         self.model, self.log, self.progress = model, log, progress
         self.query_templates = model.query_templates

@@ -73,7 +73,6 @@ def choose_query_templates(embeddings: EmbeddingSource, ranks: RetrievalRanks) -
     templates are chosen. With I images and Q queries per length, time grows with Q * I, and memory with Q + I.
 
     Args:
-        embeddings: Source of text embeddings.
         ranks: Images, captions and image embeddings of one caption field.
 
     Raises:

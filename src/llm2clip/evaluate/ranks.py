@@ -101,7 +101,6 @@ def two_way_ranks(
         tile_size: Number of images per tile. Must be a multiple of 16. Otherwise, the scores of equal vectors may be
             rounded differently.
         device: Device for the matmuls. Default: the device of the images.
-        progress: If True, show a progress bar.
 
     Returns:
         Image ranks, int64 of shape (I,), and text ranks, int64 of shape (T,), on the CPU.

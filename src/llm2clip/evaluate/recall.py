@@ -54,7 +54,6 @@ def chance_recall(positives: Sequence[int], num_items: int, ks: Sequence[int] = 
     Args:
         positives: Number of positives (p) for each query.
         num_items: Number of ranked items.
-        ks: Values of k.
     """
     chance = {}
     for k in ks:
@@ -78,8 +77,6 @@ def recall_intervals(
     Args:
         ranks: Zero-based rank of each query's best positive, int64 of shape (Q,).
         groups: Image index of each query, int64 of shape (Q,).
-        ks: Values of k.
-        level, resamples: See `bootstrap`.
     """
     sums, counts = _hits_per_image([(ranks < k).double() for k in ks], groups)
     return _percent_by_k(bootstrap(sums, counts, level, resamples), ks)
@@ -93,7 +90,6 @@ def recall_differences(
     Args:
         ranks, baseline_ranks: Zero-based rank of each query's best positive, int64 (Q,), for the same queries.
         groups: Image index of each query, int64 of shape (Q,).
-        ks: Values of k.
     """
     differences = [(ranks < k).double() - (baseline_ranks < k).double() for k in ks]
     intervals = bootstrap(*_hits_per_image(differences, groups), bounds=(-1.0, 1.0))

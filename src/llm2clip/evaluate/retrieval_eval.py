@@ -51,9 +51,6 @@ class RetrievalRanks:
 def evaluate_caption_fields(embeddings: EmbeddingSource, fields: CaptionFields) -> list[dict[str, Any]]:
     """Compute retrieval metrics for each caption field.
 
-    Args:
-        embeddings, fields: See `rank_caption_fields`.
-
     Returns:
         One row per caption field. See `caption_field_metrics`.
 
@@ -167,7 +164,6 @@ def make_validator(
 
     Args:
         fields: Records for each caption field, keyed by field name.
-        log: Skip log for images that cannot be decoded.
         store: Embedding store that contains all captions.
     """
 

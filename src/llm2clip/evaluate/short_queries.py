@@ -64,7 +64,6 @@ class LengthScores:
 
     Args:
         words: Number of words in the queries, such as "2" or "4–7".
-        queries: The Q queries.
         scores: mAP, R-precision and nDCG@10 of each query, between 0 and 1, float64 of shape (Q, 3).
         chance: Expected scores of a random ranking, averaged over the queries, float64 of shape (3,).
         mean_relevant: Mean number of relevant images per query.
@@ -106,7 +105,6 @@ def score_short_queries(
     """Compute the retrieval metrics for each query length.
 
     Args:
-        embeddings: Source of text embeddings.
         ranks: Images, captions and image embeddings of one caption field.
         templates: Prompt templates. If there are any, short queries are also evaluated with them: the embeddings of the
             query and of the filled templates are averaged (see `query_prompts`).
@@ -134,10 +132,8 @@ def score_queries(
     """Compute the retrieval metrics of queries with different prompt templates. Each prompt is encoded once.
 
     Args:
-        embeddings: Source of text embeddings.
         images: Embeddings of the images, float32 of shape (I, D), L2-normalised.
         queries: Queries of each length. See `build_queries`.
-        candidates: Prompt templates to compare.
 
     Returns:
         For each candidate, the results for each query length.
@@ -192,10 +188,7 @@ def build_queries(
     same caption, apart from case and punctuation, all of these images are relevant.
 
     Args:
-        captions: Captions of each image.
         max_queries: Maximum number of queries of each length. If there are more, they are sampled at random.
-        min_images, max_share: See above.
-        seed: Random seed of the samples.
 
     Returns:
         Queries keyed by their number of words: "1", "2", "3", "4–7" and "8+". Lengths without queries are omitted.

@@ -27,7 +27,6 @@ def classification_accuracy(
 
     Args:
         images: Image embeddings of shape (N, D), L2-normalised.
-        labels: Class index of each image.
         classes: Class embeddings of shape (classes, D), L2-normalised.
         indices: Index of each image in the benchmark, which identifies the image in comparisons of models.
         chunk_size: Number of images per matmul.
@@ -75,8 +74,6 @@ def linear_probe(
 
     Args:
         train, test: Embeddings of the training and test images, of shape (N, D).
-        train_labels, test_labels: Class index of each image.
-        seed: Random seed for the validation split.
 
     Returns:
         A dict with "top-1", the accuracy in percent, and "C", the selected inverse regularisation strength.

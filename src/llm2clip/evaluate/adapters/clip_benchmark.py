@@ -65,7 +65,6 @@ def load_model(
     Args:
         model_name: Model as accepted by `open_dual_encoder`.
         pretrained, cache_dir: Ignored. CLIP_benchmark passes these arguments to every model.
-        device: Device to load the model on.
     """
     model = open_dual_encoder(model_name, device)
     return CLIPBenchmarkModel(model, device).eval(), ImageTransform(model.transform), TokenizedTexts

@@ -50,7 +50,6 @@ def get_benchmarks(names: Sequence[str], templates: Sequence[str] = ()) -> list[
     see `USER_BENCHMARKS`.
 
     Args:
-        names: Names of benchmarks.
         templates: Prompt templates for the user's data. Default: those of each kind of benchmark.
 
     Raises:

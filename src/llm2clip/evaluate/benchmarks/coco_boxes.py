@@ -140,10 +140,7 @@ def read_detection(
     Boxes are clipped to the image, as the detections are. Objects whose boxes are then empty are excluded.
 
     Args:
-        instances: Contents of a file in COCO's format.
-        category_ids: Ids of the categories to detect.
         groups: Groups of class names for which metrics are reported.
-        templates: Prompt templates.
         with_empty: If True, also return the images without such objects.
 
     Raises:

@@ -39,7 +39,6 @@ class Instances:
     """Contents of a file in COCO's format.
 
     Attributes:
-        file: Path of the file.
         images: Entry of each image, keyed by image id.
         sizes: Width and height of each image in pixels, keyed by image id.
         annotations: Entries of the objects. The image and the category of each object exist.
@@ -70,7 +69,6 @@ def coco_file_benchmark(
         prefix: Prefix that selects the kind of benchmark on the command line, such as "boxes:".
         name: Path of the file.
         kind, description, source: See `Benchmark`.
-        read: Function that reads the file.
     """
     file = Path(name).expanduser().absolute()
     return Benchmark(
@@ -87,7 +85,6 @@ def read_instances(file: Path, with_masks: bool = False) -> Instances:
     """Read a JSON file in COCO's format. If several categories have the same name, print a warning.
 
     Args:
-        file: Path of the file.
         with_masks: If True, keep "segmentation", whose polygons take up a lot of memory.
 
     Raises:
@@ -189,7 +186,6 @@ def clip_box(file: Path, annotation: Mapping[str, Any], image_size: tuple[int, i
 
     Args:
         file: Path of the file, for error messages.
-        annotation: Entry of the object.
         image_size: Width and height of the image in pixels.
 
     Raises:

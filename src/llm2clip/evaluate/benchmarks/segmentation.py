@@ -156,7 +156,6 @@ def _read_label_file(file: Path, table: np.ndarray) -> np.ndarray:
     """Read labels, uint8 of shape (H, W), from a single-channel PNG or a MATLAB file with the array LabelMap.
 
     Args:
-        file: Label file.
         table: Class index of each pixel value, int16. See `_label_table`.
 
     Raises:
@@ -196,11 +195,8 @@ def _from_files(
     """Return a data set in which each image has its own label file.
 
     Args:
-        images: Images.
-        label_files: File with the labels of each image.
         table: Class index of each pixel value. See `_label_table`.
         source: File or folder that lists the images, for error messages.
-        names: Names of each class.
         templates: Prompt templates. Default: OpenAI's for ImageNet.
         protocol: Other fields of `SegmentationData`.
 
@@ -288,9 +284,7 @@ def _from_instances(instances: Instances, names: list[list[str]], templates: Seq
     Where objects overlap, the smallest object is on top.
 
     Args:
-        instances: Contents of a file in COCO's format.
         names: Names of each category, in the order of the category ids.
-        templates: Prompt templates.
 
     Raises:
         DataFormatError: If an object has no area, or there are too many categories.

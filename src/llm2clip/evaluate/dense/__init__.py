@@ -78,7 +78,6 @@ def decode_batches(
     """Decode and transform this rank's images (every N-th image of N ranks) in batches, with a progress bar.
 
     Args:
-        refs: All images of the benchmark.
         transform: Picklable function that is applied to each image, uint8 of shape (3, H, W).
         description: Label of the progress bar.
         failures: Dict to which this function adds the reason why an image cannot be decoded, keyed by the image's
@@ -139,8 +138,6 @@ def record_failures(log: SkipLog, refs: Sequence[ImageRef], failures: dict[int, 
     """Record the images that could not be used, and raise an error if there are too many.
 
     Args:
-        log: Skip log.
-        refs: All images of the benchmark.
         failures: Reason for each failure, keyed by the image's index. Must be the same on all ranks.
 
     Raises:

@@ -49,9 +49,7 @@ def detection_metrics(
     The bootstrap is over images. It reuses COCOeval's matches and recomputes only the precision for each resample.
 
     Args:
-        data: Objects, classes and groups of classes.
         detections: Detections, keyed by image id. Images without an entry have no detections.
-        resamples: Number of bootstrap resamples.
 
     Returns:
         "AP50 GROUP" (with resamples) and "AP GROUP" for the groups in `data.groups` and for the group "all", and the
@@ -124,7 +122,6 @@ def weighted_ap(matches: ClassMatches, weights: np.ndarray, recall_values: np.nd
     objects.
 
     Args:
-        matches: Matches of the class.
         weights: Number of occurrences of each image, of shape (images,).
         recall_values: Recall values at which the precision is averaged, of shape (R,).
     """

@@ -99,9 +99,7 @@ def detect_objects(
     In a distributed run, the images are split across the ranks, and every rank returns all detections.
 
     Args:
-        data: Images and class names.
         embeddings: Embedding source with a model. Images that cannot be used are recorded in `embeddings.log`.
-        proposals: Source of the boxes, see `open_proposals`.
         variants: Variants of the dense features. See `DENSE_VARIANTS`. Variants that the model does not support are
             skipped.
         with_crops: If True, also classify the boxes with the method "crop", which encodes each box as a separate image.

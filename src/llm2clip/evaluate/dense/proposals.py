@@ -62,8 +62,6 @@ def open_proposals(name: str, data: DetectionData, device: torch.device) -> Prop
     Args:
         name: "ground-truth", a JSON file in COCO's results format, torchvision:NAME, or a folder or hub id of a
             transformers object detection model.
-        data: Images and objects of the benchmark.
-        device: Device for a detector.
 
     Raises:
         MissingFileError: If the JSON file does not exist.

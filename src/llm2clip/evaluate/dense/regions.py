@@ -80,7 +80,6 @@ def classify_regions(
     In a distributed run, the images are split across the ranks, and every rank returns all predictions.
 
     Args:
-        data: Regions, class names and prompt templates.
         embeddings: Embedding source with a model. Images that cannot be used are recorded in `embeddings.log`.
         variants: Variants of the dense features. See `DENSE_VARIANTS`. Variants that the model does not support are
             skipped.
@@ -180,7 +179,6 @@ def encode_boxes(model: DualEncoder, images: Sequence[Tensor], boxes: Sequence[T
     """Return the embeddings of the boxes in each image, L2-normalised, float32 of shape (R, D) on the CPU.
 
     Args:
-        model: Image-text model.
         images: Images, uint8 of shape (3, H, W).
         boxes: Boxes in each image, float32 (R, 4), as (left, top, right, bottom) in pixels.
         method: "crop", or a variant of the dense features.

@@ -88,7 +88,6 @@ def evaluate_segmentation(
     In a distributed run, the images are split across the ranks, and every rank returns the complete result.
 
     Args:
-        data: Images, labels, class names and protocol.
         embeddings: Embedding source with a model. Images that cannot be used are recorded in `embeddings.log`.
         variants: Variants of the dense features. See `DENSE_VARIANTS`. Variants that the model does not support are
             skipped.
@@ -151,11 +150,6 @@ class LabelMapWriter:
     """
 
     def __init__(self, folder: Path, data: SegmentationData) -> None:
-        """
-        Args:
-            folder: Folder to write to.
-            data: Images and class names.
-        """
         self._folder = folder
         stems = [Path(str(ref)).stem for ref in data.images]
         is_unique = len(set(stems)) == len(stems)
@@ -179,10 +173,6 @@ def segmentation_metrics(counts: SegmentationCounts, images: Sequence[int]) -> B
     The metrics are defined as in mmsegmentation, where they are called mIoU, aAcc and mAcc. Classes that are neither
     labelled nor predicted in any image are excluded from the mean IoU, and classes without labelled pixels are excluded
     from the mean class accuracy. The bootstrap is over images.
-
-    Args:
-        counts: Pixel counts of the images.
-        images: Index of each image.
     """
     stacked = np.stack([counts.intersection, counts.labelled, counts.predicted], 1).astype(np.float64)
 

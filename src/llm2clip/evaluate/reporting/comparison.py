@@ -167,7 +167,6 @@ def mean_recall_table(results: Sequence[BenchmarkResult], published: Mapping[str
     """Return a table of the mean recall over the caption fields, with the same kinds of rows as `recall_table`.
 
     Args:
-        results: Results of the evaluated models.
         published: Published recall of each model, keyed by model name. See `published_rows`.
     """
     means = {}
@@ -236,7 +235,6 @@ def metrics_table(results: Sequence[BenchmarkResult], published: Mapping[str, Ma
     with paired intervals. The method and the logit scale have a column if the benchmark has them.
 
     Args:
-        results: Results of the evaluated models.
         published: Published metrics of each model. See `published_metrics`.
     """
     metric_rows = [(result, row) for result in results for row in result.summary.get("rows", [result.summary])]

@@ -48,7 +48,6 @@ def analyze_errors(ranks: RetrievalRanks, num_queries: int = 6, matrix_size: int
     """Analyse a model's retrieval errors for one caption field.
 
     Args:
-        ranks: Ranks and embeddings for the caption field.
         num_queries: Number of examples, and maximum number of failures.
         matrix_size: Maximum number of images in the similarity matrix.
     """

@@ -25,8 +25,6 @@ def plot_curves(
 
     Args:
         curves: y values of each curve, keyed by curve name.
-        x: The shared x values.
-        xlabel, ylabel: Axis labels.
         bands: Shaded interval (low, high) at each x value, keyed by curve name.
         tick_labels: Tick labels for the x values. Default: the x values themselves.
         log_x: If True, the x axis is logarithmic, and its label says so.
@@ -57,7 +55,6 @@ def plot_intervals(intervals: Mapping[str, tuple[float, float, float]], xlabel: 
 
     Args:
         intervals: Value and interval as (value, low, high), keyed by label. The first label is at the top.
-        xlabel: Label for the x axis.
     """
     figure, axes = new_axes(7.5, 0.5 + 0.36 * len(intervals))
     for n, (value, low, high) in enumerate(intervals.values()):

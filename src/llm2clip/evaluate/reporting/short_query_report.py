@@ -57,7 +57,6 @@ def overview_table(curves: Curves, accuracies: Mapping[str, Mapping[str, str | N
     confidence intervals, which are computed from paired bootstrap resamples.
 
     Args:
-        curves: Results of each model.
         accuracies: Top-1 accuracy for each row of the table, keyed by benchmark and by the first cell of the row.
     """
     name, first = next(iter(curves.items()))
