@@ -24,7 +24,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.texts import unique_captions
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.ranks import positive_ranks, two_way_ranks
-from llm2clip.evaluate.recall import chance_recall, recall, retrieval_metrics
+from llm2clip.evaluate.recall import chance_recall, retrieval_metrics
 from llm2clip.store.key_index import KeyIndex, build_key_index
 from llm2clip.store.layout import StoreError
 from llm2clip.store.maintenance import merge_stores, repair_store
@@ -284,12 +284,6 @@ def test_chance_recall_is_the_hypergeometric_probability(positives: list[int], i
     drawn = min(k, items)
     exact = [1 - math.comb(items - p, drawn) / math.comb(items, drawn) for p in positives]
     assert chance_recall(positives, items, (k,))[f"R@{k}"] == pytest.approx(100 * sum(exact) / len(exact))
-
-
-@default_settings
-@given(st.lists(st.integers(0, 12), min_size=1), st.integers(1, 12))
-def test_recall_is_the_share_of_ranks_below_k(ranks: list[int], k: int) -> None:
-    assert recall(torch.tensor(ranks), (k,))[f"R@{k}"] == pytest.approx(100 * sum(r < k for r in ranks) / len(ranks))
 
 
 class FirstLetterEncoder:
