@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm2clip.evaluate.benchmarks.base import ImageId
-
 
 def bootstrap(
     sums: Tensor,
@@ -93,13 +91,13 @@ class BootstrapMetrics:
             undefined. Metrics that are missing here have no confidence interval.
     """
 
-    images: tuple[ImageId, ...]
+    images: tuple[int | str, ...]
     values: Mapping[str, float]
     resamples: Mapping[str, np.ndarray]
 
     @classmethod
     def compute(
-        cls, images: Sequence[ImageId], names: Sequence[str], metrics: Callable[[np.ndarray], Sequence[float]]
+        cls, images: Sequence[int | str], names: Sequence[str], metrics: Callable[[np.ndarray], Sequence[float]]
     ) -> BootstrapMetrics:
         """Compute metrics on all images and on each resample.
 
