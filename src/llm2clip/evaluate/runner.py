@@ -221,7 +221,7 @@ class BenchmarkRunner:
                     result.examples = result.draw_examples()
             result.draw_examples = None  # free the memory for the images and the embeddings
             empty = torch.empty(0)
-            result.ranks = {name: replace(ranks, images=empty, texts=empty) for name, ranks in result.ranks.items()}
+            result.ranks = {key: replace(ranks, images=empty, texts=empty) for key, ranks in result.ranks.items()}
             self.results[n].append(result)
             yield result
 
