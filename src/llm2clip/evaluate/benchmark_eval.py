@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.config import EvaluateOptions
-from llm2clip.data.texts import unique_captions
 from llm2clip.data.image_refs import ImageRef
+from llm2clip.data.texts import unique_captions
 from llm2clip.evaluate.benchmarks.base import (
     Benchmark,
     ClassificationData,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.texts import unique_captions
 from llm2clip.evaluate.ranks import check_finite
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.hub.fingerprint import fingerprint

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from llm2clip.config import EncoderConfig, EvaluateConfig, EvaluateOptions
+from llm2clip.data.image_hashes import count_training_images, load_training_images
 from llm2clip.data.merged_records import read_merged_records
 from llm2clip.data.records import Source
 from llm2clip.data.skip_log import SkipLog
