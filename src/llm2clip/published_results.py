@@ -49,9 +49,9 @@ def _load_tables() -> dict[str, PublishedTable]:
 
 
 def _parse_cell(value: Any) -> Cell:
-    if value is None or isinstance(value, list):
-        return value and tuple(value)
-    return (value,)
+    if value is None:
+        return None
+    return tuple(value) if isinstance(value, list) else (value,)
 
 
 TABLES = _load_tables()
