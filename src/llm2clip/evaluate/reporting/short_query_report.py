@@ -75,7 +75,7 @@ def overview_table(curves: Curves, accuracies: Mapping[str, Mapping[str, str | N
 
 def _accuracy_cells(results: Sequence[BenchmarkResult]) -> dict[str, str | None]:
     """Return the top-1 accuracy of each model and each difference, keyed by the first cell of the row."""
-    cells = {}
+    cells: dict[str, str | None] = {}
     for result in results:
         summary = result.summary
         cells[result.model] = with_interval(summary["metrics"]["top-1"], summary["intervals"]["top-1"])
