@@ -223,8 +223,8 @@ def test_train_command_reads_records_and_llava_json(
 
 
 def test_plan_matches_the_counted_flops_and_parameters(tmp_path: Path) -> None:
+    from llm2clip.tools.plan.costs import count_flops
     from llm2clip.tools.plan.devices import Machine
-    from llm2clip.tools.plan.flops import count_flops
     from llm2clip.tools.plan.llava import plan_llava
 
     llm = make_llm(tmp_path / "llm", layers=4)
@@ -234,7 +234,7 @@ def test_plan_matches_the_counted_flops_and_parameters(tmp_path: Path) -> None:
     conversation = Conversation("", None, (("Q?", "An"),))
     ids = torch.tensor([tokenize_and_label(conversation, processor.tokenizer, 0).ids])
     text_tokens = ids.shape[1]
-    plan = plan_llava(
+    stages = plan_llava(
         LlavaConfig(precision="fp32"),
         Machine("h100"),
         llm=str(llm),
@@ -243,8 +243,8 @@ def test_plan_matches_the_counted_flops_and_parameters(tmp_path: Path) -> None:
         conversations={"pretrain": 1000, "instruct": 1000},
         text_tokens={"pretrain": text_tokens, "instruct": text_tokens},
     )
-    assert plan.image_tokens == model.config.image_seq_length == 16
-    assert plan.parameters == {
+    assert stages["instruct"].image_tokens == model.config.image_seq_length == 16
+    assert stages["instruct"].parameters == {
         "vision tower": count_parameters(model.model.vision_tower),
         "projector": count_parameters(model.model.multi_modal_projector),
         "language model": count_parameters(model.model.language_model),
@@ -258,7 +258,7 @@ def test_plan_matches_the_counted_flops_and_parameters(tmp_path: Path) -> None:
             # Image tokens have no logits.
             model(inputs_embeds=embeddings, labels=ids, logits_to_keep=text_tokens).loss.backward()
 
-        assert plan.flop[stage] == pytest.approx(count_flops(step), rel=0.15), stage
+        assert stages[stage].flop == pytest.approx(count_flops(step), rel=0.15), stage
 
 
 def count_parameters(module: torch.nn.Module) -> int:

@@ -24,8 +24,16 @@ from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.lora import cast_frozen_linear
 from llm2clip.models.text.mixed_precision import cast_linear_weights
 from llm2clip.models.text.packing import PACKED
-from llm2clip.tools.plan.flops import TextCosts, image_costs, text_costs
-from llm2clip.tools.plan.memory import USABLE_FRACTION, align_memory, embed_memory, fits, peak_memory, tune_memory
+from llm2clip.tools.plan.costs import TextCosts, measure_image_costs, measure_text_costs
+from llm2clip.tools.plan.devices import Machine
+from llm2clip.tools.plan.memory import (
+    USABLE_FRACTION,
+    estimate_align_memory,
+    estimate_embed_memory,
+    estimate_tune_memory,
+    fits,
+    peak_memory,
+)
 from llm2clip.tools.plan.model_configs import build_llm, build_model, get_llm_config
 from llm2clip.train.grad_cache import cached_backward
 from llm2clip.train.optim import make_optimizer, set_trainable
@@ -36,6 +44,7 @@ ALIGN = AlignConfig(
     tower="openai/clip-vit-large-patch14-336", adapter_depth=4, embed_dim=1280, captions_per_image=1, precision="bf16"
 )
 GPU_GB = 24
+GPU = Machine("rtx4090")
 LIMIT = USABLE_FRACTION * GPU_GB * 1e9 - 1e9  # bytes for tensors: without fragmentation and PyTorch's libraries
 CAPTION_TOKENS = 84
 
@@ -89,6 +98,16 @@ def fill_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
 
 
+def planned_costs(config: TuneConfig, layers: int | None = None) -> TextCosts:
+    return measure_text_costs(dataclasses.replace(LLAMA_8B, layers=layers), config, CAPTION_TOKENS)
+
+
+def plan_align(config: AlignConfig) -> dict[str, float]:
+    """Return the planned memory per component of `align` with embeddings from Llama-3-8B."""
+    text = planned_costs(TuneConfig(precision="bf16"))
+    return estimate_align_memory(measure_image_costs(config, text.embed_dim, 1), text, config, GPU)
+
+
 def captions(tokens: int) -> TokenizedTexts:
     count = tokens // CAPTION_TOKENS
     return TokenizedTexts([[1] * CAPTION_TOKENS] * count, [], [0] * count)
@@ -109,7 +128,7 @@ def encoding_peak(encoder: CaptionEncoder, tokens: int) -> float:
 def test_embed_with_an_8b_llm_fits_and_matches_the_plan(build_encoder: Callable[..., CaptionEncoder]) -> None:
     peak = encoding_peak(build_encoder(), 8192)
     assert peak < LIMIT
-    parts = embed_memory(text_costs(LLAMA_8B, TuneConfig(), "bf16"), "bf16")
+    parts = estimate_embed_memory(planned_costs(TuneConfig(precision="bf16")), "bf16", GPU)
     assert peak_memory(parts) - parts["libraries"] == pytest.approx(peak, rel=0.05)
 
 
@@ -175,14 +194,14 @@ def align_peak(config: AlignConfig) -> float:
 )
 def test_align_memory_matches_the_plan(settings: dict[str, Any]) -> None:
     config = dataclasses.replace(ALIGN, **settings)
-    parts = align_memory(image_costs(config, 4096, 1), config, 1, 4096, 1)
+    parts = plan_align(config)
     assert peak_memory(parts) - parts["libraries"] == pytest.approx(align_peak(config), rel=0.08)
 
 
 def test_align_fits_with_the_published_batch_size() -> None:
     """The published batch of 512 images per GPU, in micro-batches of 16."""
     config = dataclasses.replace(ALIGN, batch_size=512, micro_batch_size=16)
-    assert fits(align_memory(image_costs(config, 4096, 1), config, 1, 4096, 1), GPU_GB)
+    assert fits(plan_align(config), GPU_GB)
 
 
 # ---- tune ------------------------------------------------------------------------------------------------------------
@@ -209,10 +228,6 @@ def tune_peak(encoder: CaptionEncoder, config: TuneConfig) -> float:
     return memory.peak
 
 
-def planned_costs(layers: int, config: TuneConfig) -> TextCosts:
-    return text_costs(dataclasses.replace(LLAMA_8B, layers=layers), config, "bf16")
-
-
 @pytest.mark.parametrize(
     "settings",
     [{}, {"gradient_checkpointing": True}, {"grad_cache": True, "batch_tokens": 840}],
@@ -221,7 +236,7 @@ def planned_costs(layers: int, config: TuneConfig) -> TextCosts:
 def test_tune_memory_matches_the_plan(build_encoder: Callable[..., CaptionEncoder], settings: dict[str, Any]) -> None:
     """With four layers. All layers are equal, so the plan for all layers is as accurate."""
     config = TuneConfig(batch_size=10, precision="bf16", **settings)
-    parts = tune_memory(planned_costs(4, config), config, CAPTION_TOKENS, "bf16", 1)
+    parts = estimate_tune_memory(planned_costs(config, layers=4), config, GPU)
     peak = tune_peak(build_encoder(layers=4), config)
     assert peak_memory(parts) - parts["libraries"] == pytest.approx(peak, rel=0.05)
 
@@ -229,6 +244,6 @@ def test_tune_memory_matches_the_plan(build_encoder: Callable[..., CaptionEncode
 def test_qlora_with_an_8b_llm_fits() -> None:
     """The default batch of 128 pairs, with the settings that `plan` suggests."""
     config = TuneConfig(qlora=True, gradient_checkpointing=True, grad_cache=True, batch_tokens=4096, precision="bf16")
-    parts = tune_memory(text_costs(LLAMA_8B, config, "bf16"), config, CAPTION_TOKENS, "bf16", 1)
+    parts = estimate_tune_memory(planned_costs(config), config, GPU)
     assert fits(parts, GPU_GB)
     assert 5e9 < parts["LLM"] < 6.5e9  # 7 billion weights in 4 bits, and token embeddings in fp32

@@ -157,15 +157,13 @@ def _train(args: Namespace) -> list[str]:
 def _plan(args: Namespace) -> list[str]:
     from llm2clip.tools.plan.llava import format_llava_plan, plan_llava
 
-    conversations = {"pretrain": args.pretrain, "instruct": args.instruct}
-    text_tokens = {"pretrain": args.pretrain_tokens, "instruct": args.instruct_tokens}
-    plan = plan_llava(
+    stages = plan_llava(
         args.llava,
         machine_from_args(args),
         llm=args.llm,
         vision=args.vision,
         image_size=args.image_size,
-        conversations=conversations,
-        text_tokens=text_tokens,
+        conversations={"pretrain": args.pretrain, "instruct": args.instruct},
+        text_tokens={"pretrain": args.pretrain_tokens, "instruct": args.instruct_tokens},
     )
-    return format_llava_plan(plan, conversations)
+    return format_llava_plan(stages)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
@@ -10,6 +11,9 @@ from llm2clip.cli.commands import ArgumentParser, Commands, select
 from llm2clip.cli.train import add_stage_settings
 from llm2clip.config import FitConfig
 from llm2clip.tools.plan.devices import Machine
+
+if TYPE_CHECKING:
+    from llm2clip.tools.plan.plan import Plan
 
 
 def add_commands(commands: Commands) -> None:
@@ -41,10 +45,16 @@ def machine_from_args(args: Namespace) -> Machine:
     return Machine(**select(args, *(field.name for field in dataclasses.fields(Machine))))
 
 
-def _plan(args: Namespace) -> list[str]:
+def plan_from_args(args: Namespace) -> Plan:
+    """Return the plan of a `fit` run that the arguments of the `plan` command describe."""
     from llm2clip.tools.plan.plan import plan_fit
-    from llm2clip.tools.plan.report import format_plan
 
     config = FitConfig(**select(args, "encoder", "tune", "embed", "align"))
     data = select(args, "images", "captions_per_image", "tokens_per_caption")
-    return format_plan(plan_fit(config, machine_from_args(args), **data)).splitlines()
+    return plan_fit(config, machine_from_args(args), **data)
+
+
+def _plan(args: Namespace) -> list[str]:
+    from llm2clip.tools.plan.report import format_plan
+
+    return format_plan(plan_from_args(args)).splitlines()

@@ -111,6 +111,11 @@ class Machine:
         return self.device.lower() == "cpu"
 
     @property
+    def shards(self) -> int:
+        """Number of devices across which each weight is sharded."""
+        return self.count if self.use_fsdp else 1
+
+    @property
     def device_spec(self) -> Device:
         """Specifications of each device. --tflops and --memory override the values from the table."""
         device = DEVICES.get(self.device.lower()) or Device(
@@ -126,7 +131,7 @@ class Machine:
         """Return the model FLOPs utilisation of `tune`, `embed` or `align`."""
         return self.mfu or MFU[stage]
 
-    def hours(self, flop: float, precision: str, stage: str) -> float:
+    def estimate_hours(self, flop: float, precision: str, stage: str) -> float:
         """Return the time in hours that `flop` FLOPs of a stage take when distributed across all devices."""
         return flop / (self.count * self.stage_mfu(stage) * self.device_spec.rate(precision)) / 3600
 

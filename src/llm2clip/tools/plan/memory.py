@@ -1,18 +1,28 @@
 """Memory estimates per device and component, in bytes, based on what the code allocates.
 
+The sizes of weights and activations are measured (see `costs.py`). What they add up to is computed here instead of
+running a complete step on fake tensors, because the components are reported, many settings are compared, and fake
+tensors on one device do not show sharded weights, communication buffers or 4-bit weights.
+
 A trained fp32 weight takes 4 bytes, its gradient 4 bytes, and AdamW's two moments 8 bytes. With several processes,
 DistributedDataParallel keeps a second copy of the gradients in its communication buckets. The backward pass frees
 activations while it creates gradients, so only the larger of the two counts in a single pass. With gradient caching,
 the gradients of earlier passes are in memory together with the activations of the current pass.
 
-On a CPU, weights also take up this memory while they are loaded, hashed and saved.
+On a CPU, weights also take up this memory while they are loaded, hashed and saved. The component `loading` is the peak
+before training, while the LLM's weights are loaded in fp32 from 16-bit files, which are memory-mapped.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
 from llm2clip.config import AlignConfig, TuneConfig
 from llm2clip.models.text.batching import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
-from llm2clip.tools.plan.flops import ImageCosts, TextCosts
+from llm2clip.tools.plan.costs import ImageCosts, TextCosts
+from llm2clip.tools.plan.devices import Machine
 from llm2clip.train.losses import CHUNK
 
 FRAMEWORK_OVERHEAD = 1e9  # bytes per device for the CUDA context and PyTorch's libraries
@@ -21,167 +31,196 @@ USABLE_FRACTION = 0.93  # usable fraction of a device's memory; the rest is lost
 NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # bytes per weight: 4 bits, plus a double-quantised 8-bit scale per 64 weights
 MIN_EMBED_TOKENS = 8192  # smallest batch that `embed` tries on GPUs, in tokens
 
-
-def bytes_per_value(precision: str) -> int:
-    """Return the size of one matmul input value, in bytes."""
-    return 4 if precision == "fp32" else 2
+Parts = dict[str, float]  # name of a component -> bytes
 
 
-def optimizer_memory(trained: float, count: int, use_fsdp: bool) -> dict[str, float]:
-    """Return the size of the gradients and AdamW state of `trained` weights in bytes, without the weights."""
-    if use_fsdp:
-        return {"gradients": 4 * trained / count, "AdamW": 8 * trained / count}
-    return {"gradients": 4 * trained * (2 if count > 1 else 1), "AdamW": 8 * trained}
-
-
-def tune_memory(
-    text: TextCosts,
-    config: TuneConfig,
-    tokens: float,
-    precision: str,
-    count: int,
-    use_fsdp: bool = False,
-    is_cpu: bool = False,
-) -> dict[str, float]:
-    """Return the memory per component in the `tune` stage, in bytes.
-
-    The component `loading` is the peak before training, while the weights are loaded in fp32.
-
-    Args:
-        text: costs of the language model.
-        config: settings for the `tune` stage.
-        tokens: number of tokens per caption.
-        precision: matmul precision: fp32, bf16 or fp16.
-        count: number of devices.
-        use_fsdp: True if the weights are sharded with FSDP2.
-        is_cpu: True if the device is a CPU.
-    """
-    value_bytes, shards = bytes_per_value(precision), count if use_fsdp else 1
-    other_weights = text.parameters - text.linear
-    tokens_per_step = 2 * config.batch_size * tokens  # two texts per pair
+def estimate_tune_memory(text: TextCosts, config: TuneConfig, machine: Machine) -> Parts:
+    """Return the memory per component in the `tune` stage; `config.precision` must be fp32, bf16 or fp16."""
+    value_bytes, shards = bytes_per_value(config.precision), machine.shards
+    tokens_per_step = 2 * config.batch_size * text.tokens  # two texts per pair
     tokens_per_pass = tokens_per_step
     if config.grad_cache:
-        tokens_per_pass = min(
-            tokens_per_step, config.batch_tokens or (CPU_BATCH_TOKENS if is_cpu else GPU_BATCH_TOKENS)
-        )
-    one_layer = text.saved_per_token
-    if config.gradient_checkpointing:
-        saved = text.layers * text.input_per_token + one_layer
-    else:
-        saved = text.layers * text.saved_per_token
-    # The additional layer accounts for the gradients of the layer that is being processed in the backward pass.
-    activations = tokens_per_pass * (saved + one_layer + text.saved_outside)
+        default = CPU_BATCH_TOKENS if machine.is_cpu else GPU_BATCH_TOKENS
+        tokens_per_pass = min(tokens_per_step, config.batch_tokens or default)
 
-    parts: dict[str, float] = {}
+    parts: Parts = {}
     if config.lora_r:
         linear_bytes = NF4_BYTES if config.qlora else value_bytes
-        parts["LLM"] = (linear_bytes * text.linear + 4 * other_weights) / shards
+        parts["LLM"] = (linear_bytes * text.linear + 4 * (text.parameters - text.linear)) / shards
         parts["LoRA"] = 4 * text.trained / shards
         if config.qlora:
             parts["dequantised matrix"] = value_bytes * text.largest_matrix
     else:
         parts["LLM"] = 4 * text.parameters / shards
         if value_bytes == 2:
-            parts["half-precision copies"] = 2 * (text.largest_linear if use_fsdp else text.linear)
-    if use_fsdp:
+            parts["half-precision copies"] = 2 * (text.largest_linear if machine.use_fsdp else text.linear)
+    if machine.use_fsdp:
         parts["gathered"] = 2 * value_bytes * text.largest_linear  # one layer in use and the next layer prefetched
-    parts |= optimizer_memory(text.trained, count, use_fsdp)
-    several_passes = tokens_per_pass < tokens_per_step
-    parts["activations"] = _beyond_gradients(activations, text.trained / shards, several_passes)
-    return parts | _fixed_parts(is_cpu, loading_memory(text) if is_cpu else 0.0)
+    parts |= estimate_optimizer_memory(text.trained, machine)
+    activations = tokens_per_pass * count_saved_bytes(text, config.gradient_checkpointing)
+    parts["activations"] = _beyond_gradients(activations, text.trained / shards, tokens_per_pass < tokens_per_step)
+    return parts | _fixed_parts(text, machine)
 
 
-def embed_memory(text: TextCosts, precision: str, is_cpu: bool = False) -> dict[str, float]:
-    """Return the memory per component in the `embed` stage, in bytes.
+def estimate_embed_memory(text: TextCosts, precision: str, machine: Machine) -> Parts:
+    """Return the memory per component in the `embed` stage.
 
     On GPUs, the estimate is for the smallest batch, because `embed` uses larger batches only if they fit into memory.
     The LLM is loaded on the CPU, and the device holds linear weights only in the matmul precision.
     """
-    other_weights = text.parameters - text.linear
-    parts = {"LLM": bytes_per_value(precision) * text.linear + 4.0 * other_weights}
-    parts["activations"] = (CPU_BATCH_TOKENS if is_cpu else MIN_EMBED_TOKENS) * text.saved_per_token
-    return parts | _fixed_parts(is_cpu, loading_memory(text) if is_cpu else 0.0)
+    parts = {"LLM": bytes_per_value(precision) * text.linear + 4.0 * (text.parameters - text.linear)}
+    parts["activations"] = (CPU_BATCH_TOKENS if machine.is_cpu else MIN_EMBED_TOKENS) * text.saved_per_token
+    return parts | _fixed_parts(text, machine)
 
 
-def align_memory(
-    image: ImageCosts,
-    config: AlignConfig,
-    captions: float,
-    text_dim: int,
-    count: int,
-    use_fsdp: bool = False,
-    loading: float = 0.0,
-    is_cpu: bool = False,
-) -> dict[str, float]:
-    """Return the memory per component in the `align` stage, in bytes.
+def estimate_align_memory(image: ImageCosts, text: TextCosts, config: AlignConfig, machine: Machine) -> Parts:
+    """Return the memory per component in the `align` stage; `config.precision` must be fp32, bf16 or fp16.
 
-    Args:
-        image: costs of the model that `align` trains.
-        config: settings for the `align` stage; `config.precision` must be fp32, bf16 or fp16.
-        captions: number of captions used per image in each step.
-        text_dim: dimension of the stored embeddings.
-        count: number of devices.
-        use_fsdp: True if the weights are sharded with FSDP2.
-        loading: device memory required for loading the LLM before training.
-        is_cpu: True if the device is a CPU.
+    `align` loads the LLM on the CPU to check that the store was created with it.
     """
-    parameters, shards = image.tower + image.projection + image.adapter, count if use_fsdp else 1
     micro_batch = min(config.micro_batch_size or config.batch_size, config.batch_size)
-    images = config.batch_size * count
-    texts = images * captions
+    images = config.batch_size * machine.count
+    texts = images * image.captions
     saved = image.saved
     if config.gradient_checkpointing and image.saved > image.layer_inputs:
         saved = image.layer_inputs + image.saved_per_layer
 
-    parts = {"model": 4 * parameters / shards, **optimizer_memory(image.trained, count, use_fsdp)}
+    parts = {"model": 4 * image.parameters / machine.shards} | estimate_optimizer_memory(image.trained, machine)
     if config.precision != "fp32":
-        parts["half-precision copies"] = image.copies / shards
+        parts["half-precision copies"] = image.copies / machine.shards
+    activations = micro_batch * (
+        saved + image.saved_per_layer
+    )  # one more layer for gradients, as in `count_saved_bytes`
     several_passes = micro_batch < config.batch_size
-    activations = micro_batch * (saved + image.saved_per_layer)
-    parts["activations"] = _beyond_gradients(activations, image.trained / shards, several_passes)
+    parts["activations"] = _beyond_gradients(activations, image.trained / machine.shards, several_passes)
     # Embeddings, gathered embeddings and their gradients, plus a chunk of logits and two tensors of that chunk's size.
-    chunk = min(CHUNK["cpu" if is_cpu else "cuda"], config.batch_size * texts)
+    chunk = min(CHUNK["cpu" if machine.is_cpu else "cuda"], config.batch_size * texts)
     parts["loss"] = 12 * image.embed_dim * (images + texts) + 12 * chunk
-    parts["captions"] = 4 * text_dim * micro_batch * captions
+    parts["captions"] = 4 * text.embed_dim * micro_batch * image.captions
     if config.distill_weight:
         # Distances from this rank's features to those of all images, for both towers, with intermediate results and
         # gradients.
         parts["loss"] += 24 * config.batch_size * images
         parts["pretrained tower"] = 0.0 if config.caches_features else 4.0 * image.tower
-    return parts | _fixed_parts(is_cpu, loading)
+    return parts | _fixed_parts(text, machine)
 
 
-def _beyond_gradients(activations: float, trained: float, several_passes: bool) -> float:
-    """Return the memory that activations take in addition to the gradients, in bytes.
+def count_saved_bytes(text: TextCosts, gradient_checkpointing: bool) -> float:
+    """Return the bytes of activations per token in a training pass through the LLM.
 
-    Args:
-        activations: size of the activations of a pass, in bytes.
-        trained: number of trained weights on the device.
-        several_passes: True if gradients are accumulated over several passes.
+    One layer more than the saved ones accounts for the gradients of the layer that the backward pass is processing.
     """
-    return activations if several_passes else max(0.0, activations - 4 * trained)
+    saved = text.layers * text.saved_per_token
+    if gradient_checkpointing:
+        saved = text.layers * text.input_per_token + text.saved_per_token
+    return saved + text.saved_per_token + text.saved_outside
 
 
-def loading_memory(text: TextCosts) -> float:
-    """Return the memory required for loading an LLM in fp32 from 16-bit files, in bytes.
-
-    The files are memory-mapped and count towards the memory of the process until all weights have been converted.
-    """
-    return 6.0 * text.parameters
-
-
-def _fixed_parts(is_cpu: bool, loading: float) -> dict[str, float]:
-    """Return the components `libraries` and `loading`, in bytes."""
-    libraries = CPU_FRAMEWORK_OVERHEAD if is_cpu else FRAMEWORK_OVERHEAD
-    return {"libraries": libraries, "loading": loading + libraries if loading else 0.0}
+def estimate_optimizer_memory(trained: float, machine: Machine) -> Parts:
+    """Return the size of the gradients and AdamW state of `trained` weights, without the weights."""
+    if machine.use_fsdp:
+        return {"gradients": 4 * trained / machine.count, "AdamW": 8 * trained / machine.count}
+    return {"gradients": 4 * trained * (2 if machine.count > 1 else 1), "AdamW": 8 * trained}
 
 
-def peak_memory(parts: dict[str, float]) -> float:
+def bytes_per_value(precision: str) -> int:
+    """Return the size of one matmul input value, in bytes."""
+    return 4 if precision == "fp32" else 2
+
+
+def peak_memory(parts: Parts) -> float:
     """Return the peak memory in bytes, either during training or while loading."""
     training = sum(size for part, size in parts.items() if part != "loading")
     return max(training, parts["loading"])
 
 
-def fits(parts: dict[str, float], memory: float) -> bool:
+def fits(parts: Parts, memory: float) -> bool:
     """Return True if all components fit on a device with `memory` GB."""
     return peak_memory(parts) <= USABLE_FRACTION * memory * 1e9
+
+
+def _beyond_gradients(activations: float, trained: float, several_passes: bool) -> float:
+    """Return the memory that a pass's activations take in addition to the gradients of `trained` weights.
+
+    `several_passes` is True if gradients are accumulated over several passes.
+    """
+    return activations if several_passes else max(0.0, activations - 4 * trained)
+
+
+def _fixed_parts(text: TextCosts, machine: Machine) -> Parts:
+    if not machine.is_cpu:
+        return {"libraries": FRAMEWORK_OVERHEAD, "loading": 0.0}
+    # fp32 weights, and 16-bit files, which count towards the memory of the process until all weights are converted.
+    return {"libraries": CPU_FRAMEWORK_OVERHEAD, "loading": 6.0 * text.parameters + CPU_FRAMEWORK_OVERHEAD}
+
+
+# ---- settings that fit into memory -----------------------------------------------------------------------------------
+
+Changes = dict[str, Any]  # setting -> new value; the key use_fsdp refers to the machine
+
+
+def suggest_settings(
+    config: TuneConfig | AlignConfig, machine: Machine, memory: Callable[[Any, Machine], Parts]
+) -> list[tuple[str, float]]:
+    """Return command-line flags that make a stage fit, with the resulting peak memory in bytes.
+
+    Combinations that only add flags to an earlier suggestion are omitted.
+
+    Args:
+        config: settings of the stage.
+        machine: devices.
+        memory: function that returns the memory per component of the stage.
+    """
+    if isinstance(config, TuneConfig):
+        stage, changes = "tune", _tune_changes(config)
+    else:
+        stage, changes = "align", _align_changes(config)
+    suggestions: list[tuple[str, float]] = []
+    selected: list[set[str]] = []
+    for change in changes:
+        use_fsdp = change.pop("use_fsdp", False)
+        if use_fsdp and machine.count == 1:
+            continue
+        settings = {name: value for name, value in change.items() if getattr(config, name) != value}
+        flags = ["--use_fsdp"] if use_fsdp else []
+        flags += [f"--{stage}.{name} {str(value).lower()}" for name, value in settings.items()]
+        names = {flag.split()[0] for flag in flags}
+        if any(earlier <= names for earlier in selected):
+            continue
+        try:
+            parts = memory(dataclasses.replace(config, **settings), dataclasses.replace(machine, use_fsdp=use_fsdp))
+        except ValueError:  # the tower has no layers to which LoRA can be applied
+            continue
+        if fits(parts, machine.device_spec.memory):
+            suggestions.append((" ".join(flags), peak_memory(parts)))
+            selected.append(names)
+    return suggestions
+
+
+def _tune_changes(config: TuneConfig) -> Iterable[Changes]:
+    small = {"gradient_checkpointing": True, "grad_cache": True}
+    yield {"gradient_checkpointing": True}
+    yield {"grad_cache": True}
+    for tokens in (32768, 16384, 8192, 4096):
+        yield small | {"batch_tokens": tokens}
+    if config.lora_r:
+        yield {"qlora": True}
+        for tokens in (16384, 4096):
+            yield small | {"qlora": True, "batch_tokens": tokens}
+    yield {"use_fsdp": True, "qlora": False}  # FSDP2 does not support 4-bit weights
+    yield {"use_fsdp": True, "qlora": False, **small, "batch_tokens": 8192}
+
+
+def _align_changes(config: AlignConfig) -> Iterable[Changes]:
+    largest = config.micro_batch_size or config.batch_size
+    sizes = [2**n for n in range(16, -1, -1) if 2**n < largest]
+    yield {"gradient_checkpointing": True}
+    for size in sizes:
+        yield {"micro_batch_size": size}
+    for size in sizes:
+        yield {"gradient_checkpointing": True, "micro_batch_size": size}
+    small = {"gradient_checkpointing": True, "micro_batch_size": min(16, largest)}
+    yield {"use_fsdp": True}
+    yield {"use_fsdp": True, **small}
+    if config.tower_lr > 0 and not config.lora_r:
+        yield {**small, "lora_r": 16}

@@ -1,7 +1,7 @@
 """Models without weights, for planning. The models in the tables below do not require network access.
 
-Models are built on PyTorch's meta device, where tensors have shapes but no values. The shape of a language model is
-read from the config.json on its hub page. Hub ids of vision towers are mapped to timm models of the same shape.
+Models are built on PyTorch's meta device, where tensors have shapes but no values. The config of any other language
+model is read from its folder or its hub page. Hub ids of vision towers are mapped to timm models of the same shape.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.train.initial_model import new_model_config
 
 
-def _shape(
+def _make_config(
     kind: str, width: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int, **extra: int
 ) -> dict[str, Any]:
     return {
@@ -33,16 +33,16 @@ def _shape(
     }
 
 
-_LLAMA_8B = _shape("llama", 4096, 32, 32, 8, 14336, 128256)
-_LLAMA_1B = _shape("llama", 2048, 16, 32, 8, 8192, 128256, head_dim=64, tie_word_embeddings=True)
-_VICUNA_7B = _shape("llama", 4096, 32, 32, 32, 11008, 32000)
-_VICUNA_13B = _shape("llama", 5120, 40, 40, 40, 13824, 32000)
-_MISTRAL_7B = _shape("mistral", 4096, 32, 32, 8, 14336, 32000)
-_NEMO = _shape("mistral", 5120, 40, 32, 8, 14336, 131072, head_dim=128)
-_QWEN = _shape("qwen2", 896, 24, 14, 2, 4864, 151936, tie_word_embeddings=True)
-_SMOLLM2 = _shape("llama", 576, 30, 9, 3, 1536, 49152, tie_word_embeddings=True)
-_GEMMA3 = _shape("gemma3_text", 640, 18, 4, 1, 2048, 262144, head_dim=256)
-_MINILM = _shape("bert", 384, 6, 12, 12, 1536, 30522)
+_LLAMA_8B = _make_config("llama", 4096, 32, 32, 8, 14336, 128256)
+_LLAMA_1B = _make_config("llama", 2048, 16, 32, 8, 8192, 128256, head_dim=64, tie_word_embeddings=True)
+_VICUNA_7B = _make_config("llama", 4096, 32, 32, 32, 11008, 32000)
+_VICUNA_13B = _make_config("llama", 5120, 40, 40, 40, 13824, 32000)
+_MISTRAL_7B = _make_config("mistral", 4096, 32, 32, 8, 14336, 32000)
+_NEMO = _make_config("mistral", 5120, 40, 32, 8, 14336, 131072, head_dim=128)
+_QWEN = _make_config("qwen2", 896, 24, 14, 2, 4864, 151936, tie_word_embeddings=True)
+_SMOLLM2 = _make_config("llama", 576, 30, 9, 3, 1536, 49152, tie_word_embeddings=True)
+_GEMMA3 = _make_config("gemma3_text", 640, 18, 4, 1, 2048, 262144, head_dim=256)
+_MINILM = _make_config("bert", 384, 6, 12, 12, 1536, 30522)
 
 # Lower-case hub ids, or `llm2clip`'s short model names -> configs.
 LLMS = {
@@ -62,7 +62,7 @@ LLMS = {
     "mistralai/mistral-nemo-instruct-2407": _NEMO,
     "qwen/qwen2.5-0.5b": _QWEN,
     "qwen/qwen2.5-0.5b-instruct": _QWEN,
-    "qwen/qwen3-embedding-8b": _shape("qwen3", 4096, 36, 32, 8, 12288, 151665, head_dim=128),
+    "qwen/qwen3-embedding-8b": _make_config("qwen3", 4096, 36, 32, 8, 12288, 151665, head_dim=128),
     "smollm2-135m": _SMOLLM2,
     "huggingfacetb/smollm2-135m-instruct": _SMOLLM2,
     "gemma3-270m": _GEMMA3,

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from io import StringIO
 
 from rich.console import Console
 from rich.table import Table
 
 from llm2clip.tools.plan.memory import USABLE_FRACTION, peak_memory
-from llm2clip.tools.plan.plan import STAGES, Plan
+from llm2clip.tools.plan.plan import Plan
 
 
 def format_plan(plan: Plan, width: int = 110) -> str:
     """Format a plan as text that is at most `width` characters wide."""
     page = StringIO()
     console = Console(file=page, width=width, highlight=False)
-    for table in (_parameter_table(plan), _flop(plan), _memory(plan), _hours(plan)):
+    for table in (_parameter_table(plan), _flop_table(plan), _memory_table(plan), _time_table(plan)):
         console.print(table)
         console.print()
     for line in (*_stores(plan), _caching_section(plan), *_suggestions(plan), _assumptions(plan)):
@@ -23,79 +24,85 @@ def format_plan(plan: Plan, width: int = 110) -> str:
     return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
 
 
-def _table(*columns: str, right_align: bool = True) -> Table:
+def format_hours(hours: float) -> str:
+    """Format a duration in days, hours or minutes."""
+    if hours >= 48:
+        return f"{hours / 24:,.1f} days"
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.1f} minutes"
+
+
+def _table(columns: Iterable[str], rows: Iterable[Iterable[str]], right_align: bool = True) -> Table:
     """Create a table. All columns except the first are right-aligned, unless `right_align` is False."""
     table = Table(box=None, pad_edge=False)
     for n, name in enumerate(columns):
         table.add_column(name, justify="right" if n and right_align else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
 def _parameter_table(plan: Plan) -> Table:
-    parameters = plan.parameters
-    align_total = parameters["vision tower"] + parameters["projection"] + parameters["adapter"]
-    table = _table("Parameters", "all", "trained")
-    table.add_row(
-        f"caption encoder {plan.config.encoder.path}",
-        _count(parameters["caption encoder"]),
-        _count(parameters["trained by tune"]),
-    )
-    table.add_row(f"vision tower {plan.config.align.tower}", _count(parameters["vision tower"]), "")
-    table.add_row("projection", _count(parameters["projection"]), "")
-    table.add_row("adapter", _count(parameters["adapter"]), "")
-    table.add_row("tower, projection and adapter", _count(align_total), _count(parameters["trained by align"]))
-    return table
+    text, image = plan.text, plan.image
+    tuned = text.trained if plan.config.tune.steps else 0
+    rows = [
+        (f"caption encoder {plan.config.encoder.path}", f"{text.parameters:,}", f"{tuned:,}"),
+        (f"vision tower {plan.config.align.tower}", f"{image.tower:,}", ""),
+        ("projection", f"{image.projection:,}", ""),
+        ("adapter", f"{image.adapter:,}", ""),
+        ("tower, projection and adapter", f"{image.parameters:,}", f"{image.trained:,}"),
+    ]
+    return _table(("Parameters", "all", "trained"), rows)
 
 
-def _flop(plan: Plan) -> Table:
-    flop, align = plan.flop, plan.config.align
-    table = _table("GFLOPs (10^9 FLOPs; a multiply-add counts as 2)", "")
+def _flop_table(plan: Plan) -> Table:
+    flop, align = plan.step_flop, plan.config.align
     caption = f"caption of {plan.tokens_per_caption:g} tokens"
-    table.add_row(f"{caption}, forward", _format_giga(flop["caption forward"]))
-    if "tune" in plan.memory:
-        table.add_row(f"{caption}, in a tuning step", _format_giga(flop["caption tune"]))
-    table.add_row("image through the tower", _format_giga(flop["tower forward"]))
-    captions = "its caption" if plan.captions == 1 else f"its {plan.captions:g} captions"
-    table.add_row(f"image and {captions} in an align step", _format_giga(flop["step"]))
+    captions = "its caption" if plan.image.captions == 1 else f"its {plan.image.captions:g} captions"
     source = ", from cached features" if align.tower_lr == 0 else ""
-    table.add_row(f"  forward and backward{source}", _format_giga(flop["image once"]))
-    if flop["image again"]:
-        reasons = [name for name in ("gradient_checkpointing", "micro_batch_size") if getattr(align, name)]
-        table.add_row(f"  repeated forward ({', '.join(reasons)})", _format_giga(flop["image again"]))
-    table.add_row("  loss", _format_giga(flop["image loss"]))
-    return table
-
-
-def _memory(plan: Plan) -> Table:
-    stages = [stage for stage in STAGES if stage in plan.memory]
-    device = plan.machine.device_spec
-    table = _table(f"Memory per device, GB (10^9 bytes; {device.name} has {device.memory:g} GB)", *stages)
-    parts = dict.fromkeys(part for stage in stages for part in plan.memory[stage])
-    for part in [*(part for part in parts if part not in ("libraries", "loading")), "libraries"]:
-        sizes = [plan.memory[stage].get(part) for stage in stages]
-        table.add_row(part, *("" if size is None else f"{size / 1e9:.1f}" for size in sizes))
-    loading = [plan.memory[stage]["loading"] for stage in stages]
-    if any(loading):
-        table.add_row("loading (before training)", *(f"{size / 1e9:.1f}" if size else "" for size in loading))
-    table.add_row("peak", *(f"{peak_memory(plan.memory[stage]) / 1e9:.1f}" for stage in stages))
-    table.add_row("fits", *("yes" if plan.fits[stage] else "NO" for stage in stages))
-    return table
-
-
-def _hours(plan: Plan) -> Table:
-    config, count = plan.config, plan.machine.count
-    table = _table(f"Time on {count} x {plan.machine.device_spec.name}", "", "", right_align=False)
+    counts = {f"{caption}, forward": plan.text.forward}
     if "tune" in plan.memory:
-        pairs = config.tune.batch_size * count
-        table.add_row("tune", _time(plan.hours["tune"]), f"{config.tune.steps:,} steps of {pairs:,} pairs")
-    captions = plan.images * plan.captions_per_image
-    table.add_row("embed", _time(plan.hours["embed"]), f"{captions:,.0f} captions")
-    images = config.align.batch_size * count
-    details = f"{config.align.epochs:g} epochs of {plan.images:,} images, {images:,} per step"
+        counts[f"{caption}, in a tuning step"] = plan.text.tune_flop(plan.config.tune)
+    counts["image through the tower"] = plan.image.tower_forward
+    counts[f"image and {captions} in an align step"] = flop["total"]
+    counts[f"  forward and backward{source}"] = flop["once"]
+    if flop["repeated"]:
+        reasons = [name for name in ("gradient_checkpointing", "micro_batch_size") if getattr(align, name)]
+        counts[f"  repeated forward ({', '.join(reasons)})"] = flop["repeated"]
+    counts["  loss"] = flop["loss"]
+    rows = [(name, f"{count / 1e9:,.0f}" if count >= 1e11 else f"{count / 1e9:,.2f}") for name, count in counts.items()]
+    return _table(("GFLOPs (10^9 FLOPs; a multiply-add counts as 2)", ""), rows)
+
+
+def _memory_table(plan: Plan) -> Table:
+    stages, device = list(plan.memory), plan.machine.device_spec
+    parts = dict.fromkeys(part for memory in plan.memory.values() for part in memory)  # in order, without duplicates
+    ordered = [part for part in parts if part not in ("libraries", "loading")] + ["libraries", "loading"]
+    rows = []
+    for part in ordered:
+        sizes = [plan.memory[stage].get(part) for stage in stages]
+        if part != "loading":
+            rows.append([part, *("" if size is None else f"{size / 1e9:.1f}" for size in sizes)])
+        elif any(sizes):
+            rows.append(["loading (before training)", *(f"{size / 1e9:.1f}" if size else "" for size in sizes)])
+    rows.append(["peak", *(f"{peak_memory(memory) / 1e9:.1f}" for memory in plan.memory.values())])
+    rows.append(["fits", *("yes" if stage_fits else "NO" for stage_fits in plan.fits.values())])
+    title = f"Memory per device, GB (10^9 bytes; {device.name} has {device.memory:g} GB)"
+    return _table((title, *stages), rows)
+
+
+def _time_table(plan: Plan) -> Table:
+    config, count = plan.config, plan.machine.count
+    images_per_step = config.align.batch_size * count
+    align = f"{config.align.epochs:g} epochs of {plan.images:,} images, {images_per_step:,} per step"
     if plan.images_per_second:
-        details += f"; {plan.images_per_second:,.0f} images/s to decode per device"
-    table.add_row("align", _time(plan.hours["align"]), details)
-    return table
+        align += f"; {plan.images_per_second:,.0f} images/s to decode per device"
+    details = {
+        "tune": f"{config.tune.steps:,} steps of {config.tune.batch_size * count:,} pairs",
+        "embed": f"{plan.images * plan.captions_per_image:,.0f} captions",
+        "align": align,
+    }
+    rows = [(stage, format_hours(plan.hours[stage]), details[stage]) for stage in plan.memory]
+    return _table((f"Time on {count} x {plan.machine.device_spec.name}", "", ""), rows, right_align=False)
 
 
 def _stores(plan: Plan) -> list[str]:
@@ -106,11 +113,11 @@ def _stores(plan: Plan) -> list[str]:
 
 
 def _caching_section(plan: Plan) -> str:
-    online = plan.online
+    (step, hours), weights = plan.online, 2.0 * plan.text.parameters  # in half precision
     return (
-        f"Without the store, running the LLM in every `align` step: {online['step']:.2f} times the FLOPs per step, "
-        f"{online['hours']:.2f} times the total time of `embed` plus `align`, "
-        f"and {_format_bytes(online['weights'])} more memory per device for the weights."
+        f"Without the store, running the LLM in every `align` step: {step:.2f} times the FLOPs per step, "
+        f"{hours:.2f} times the total time of `embed` plus `align`, and {_format_bytes(weights)} more memory per "
+        "device for the weights."
     )
 
 
@@ -118,7 +125,7 @@ def _suggestions(plan: Plan) -> list[str]:
     lines = []
     for stage in (stage for stage, stage_fits in plan.fits.items() if not stage_fits):
         lines.append(f"OUT OF MEMORY in {stage}.")
-        suggestions = plan.suggestions.get(stage, [])
+        suggestions = plan.suggest(stage)
         lines += [f"  would fit: {flags} ({size / 1e9:.1f} GB)" for flags, size in suggestions]
         if any("--use_fsdp" in flags for flags, _ in suggestions):
             lines.append("  --use_fsdp shards the weights: accelerate launch --use_fsdp --fsdp_version 2")
@@ -128,7 +135,7 @@ def _suggestions(plan: Plan) -> list[str]:
 
 
 def _assumptions(plan: Plan) -> str:
-    mfu = ", ".join(f"{stage} {plan.machine.stage_mfu(stage):.0%}" for stage in STAGES)
+    mfu = ", ".join(f"{stage} {plan.machine.stage_mfu(stage):.0%}" for stage in plan.hours)
     return (
         f"Estimated, not measured. Assumptions: {mfu} of the peak throughput (MFU), "
         f"{1 - USABLE_FRACTION:.0%} of the memory lost to fragmentation, no duplicate captions, and image decoding "
@@ -136,25 +143,8 @@ def _assumptions(plan: Plan) -> str:
     )
 
 
-# ---- number formats ------------------------------------------------------------------------------------------------
-
-
-def _count(count: float) -> str:
-    return f"{count:,.0f}" if count else "0"
-
-
-def _format_giga(flop: float) -> str:
-    return f"{flop / 1e9:,.0f}" if flop >= 1e11 else f"{flop / 1e9:,.2f}"
-
-
 def _format_bytes(size: float) -> str:
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if size >= factor:
             return f"{size / factor:,.1f} {unit}"
     return f"{size / 1e3:,.1f} kB"
-
-
-def _time(hours: float) -> str:
-    if hours >= 48:
-        return f"{hours / 24:,.1f} days"
-    return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.1f} minutes"

@@ -44,25 +44,29 @@ def check_resources(config: FitConfig, run_dir: Path, records: Sequence[Record])
     try:
         plan = plan_fit(
             config,
-            _this_machine(),
+            _describe_this_machine(),
             images,
             captions_per_image=len(texts) / min(len(records), SAMPLED_RECORDS),
             tokens_per_caption=max(1.0, sum(map(len, texts)) / len(texts) / CHARACTERS_PER_TOKEN),
         )
+        warnings = _list_memory_warnings(plan)
     except (ValueError, RuntimeError) as error:  # an operation of the model may not support the planner's fake tensors
         return [f"Memory and disk space were not checked: {error}"]
     _check_disk(plan, run_dir)
+    return warnings
+
+
+def _list_memory_warnings(plan: Plan) -> list[str]:
     warnings = []
     for stage, parts in plan.memory.items():
         if not plan.fits[stage]:
             needed, free = peak_memory(parts) / 1e9, plan.machine.device_spec.memory
             warnings.append(f"Warning: {stage} needs about {needed:.1f} GB of memory, but {free:.1f} GB are free.")
-            for flags, size in plan.suggestions.get(stage, []):
-                warnings.append(f"  {flags} reduces this to {size / 1e9:.1f} GB")
+            warnings += [f"  {flags} reduces this to {size / 1e9:.1f} GB" for flags, size in plan.suggest(stage)]
     return warnings
 
 
-def _this_machine() -> Machine:
+def _describe_this_machine() -> Machine:
     """Return a description of the devices of this run, with the memory that is free now."""
     state = process_state()
     if state.device.type == "cuda":
@@ -74,13 +78,12 @@ def _this_machine() -> Machine:
 
 def _check_disk(plan: Plan, run_dir: Path) -> None:
     """Raise OSError if the files of a run do not fit on the disk. Files of an interrupted run are subtracted."""
-    parameters = plan.parameters
-    model = parameters["vision tower"] + parameters["projection"] + parameters["adapter"]
+    trained = plan.image.trained + (plan.text.trained if plan.config.tune.steps else 0)
     # AdamW's checkpoints contain each trained weight and two moments. The encoder is in tune/ and in model/.
     sizes = {
-        "caption encoder": 2 * 4 * parameters["caption encoder"],
-        "model": 4 * model,
-        "checkpoints": 12 * MAX_CHECKPOINTS * (parameters["trained by tune"] + parameters["trained by align"]),
+        "caption encoder": 2 * 4 * plan.text.parameters,
+        "model": 4 * plan.image.parameters,
+        "checkpoints": 12 * MAX_CHECKPOINTS * trained,
         "embedding store": plan.store,
         "image features": plan.features,
     }

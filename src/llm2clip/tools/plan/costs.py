@@ -1,0 +1,373 @@
+"""Parameters, FLOPs and activations of the models, measured by running their code on fake tensors.
+
+Fake tensors have shapes but no values, so models of any size run without weights, memory or a GPU. They are on a fake
+CPU, which results in the same counts as a GPU: CPU attention kernels save just as little for the backward pass, and CPU
+autocast lowers the precision in the same way.
+
+A multiply-add counts as 2 FLOPs. As usual, only matmuls and convolutions are counted. An LLM is a stack of identical
+layers, so its costs are extrapolated from models with two and three layers.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from llm2clip.config import AlignConfig, EncoderConfig, TuneConfig
+from llm2clip.models.precision import DTYPES
+from llm2clip.models.text.batching import GPU_BATCH_TOKENS
+from llm2clip.models.text.llm_layers import get_layers
+from llm2clip.models.text.lora import cast_frozen_linear
+from llm2clip.models.text.packing import PACKED, can_pack, pack_captions
+from llm2clip.tools.plan.model_configs import build_llm, build_model, get_llm_config
+from llm2clip.train.optim import set_trainable
+
+
+@dataclass(frozen=True)
+class PassCosts:
+    """Costs of a forward and a backward pass for one item, such as an image or a caption.
+
+    Attributes:
+        forward: FLOPs of the forward pass.
+        backward: FLOPs of the backward pass.
+        saved: bytes of activations that autograd saves.
+        layer_inputs: total size of the inputs to all layers, in bytes.
+        copies: bytes that autograd saves regardless of the number of items: half-precision copies of trained weights.
+    """
+
+    forward: float
+    backward: float
+    saved: float
+    layer_inputs: float
+    copies: float
+
+
+@dataclass(frozen=True)
+class TextCosts:
+    """Costs of running and fine-tuning the language model.
+
+    Attributes:
+        tokens: number of tokens per caption, including the template.
+        embed_dim: dimension of the stored embeddings.
+        parameters: number of parameters, excluding the language modelling head.
+        linear: number of weights in all linear layers.
+        largest_linear: number of linear weights in the largest transformer layer.
+        largest_matrix: number of weights in the largest linear layer.
+        layers: number of transformer layers.
+        trained: number of parameters that the `tune` stage trains.
+        forward: FLOPs of a forward pass without LoRA, per caption.
+        tune_forward, tune_backward: FLOPs of the passes in a `tune` step, per caption.
+        saved_per_token: bytes of activations that autograd saves per token in each transformer layer.
+        input_per_token: size of a transformer layer's input per token, in bytes.
+        saved_outside: bytes of activations that autograd saves per token outside the transformer layers.
+    """
+
+    tokens: float
+    embed_dim: int
+    parameters: int
+    linear: int
+    largest_linear: int
+    largest_matrix: int
+    layers: int
+    trained: int
+    forward: float
+    tune_forward: float
+    tune_backward: float
+    saved_per_token: float
+    input_per_token: float
+    saved_outside: float
+
+    def tune_flop(self, config: TuneConfig) -> float:
+        """Return the FLOPs per caption in a `tune` step, including repeated forward passes."""
+        tokens_per_batch = 2 * config.batch_size * self.tokens  # two texts per pair
+        several_passes = tokens_per_batch > (config.batch_tokens or GPU_BATCH_TOKENS)
+        num_forwards = 1 + config.gradient_checkpointing + (config.grad_cache and several_passes)
+        return self.tune_forward * num_forwards + self.tune_backward
+
+
+@dataclass(frozen=True)
+class ImageCosts:
+    """Costs of running and training the model of the `align` stage, per image with its captions.
+
+    Attributes:
+        tower, projection, adapter: number of parameters in each component.
+        trained: number of parameters that the `align` stage trains.
+        feature_dim: dimension of the tower's image features.
+        embed_dim: dimension of the shared embedding space.
+        captions: number of captions used per image in each step.
+        tower_forward: FLOPs of the tower's forward pass.
+        forward, backward: FLOPs of the passes in a training step. If the tower is frozen, `forward` excludes it.
+        saved: bytes of activations that autograd saves.
+        saved_per_layer: bytes of activations that autograd saves in each tower layer. 0 if the tower is frozen.
+        layer_inputs: total size of the inputs to all tower layers, in bytes. 0 if the tower is frozen.
+        copies: size of the half-precision copies of weights that autograd saves, in bytes.
+    """
+
+    tower: int
+    projection: int
+    adapter: int
+    trained: int
+    feature_dim: int
+    embed_dim: int
+    captions: float
+    tower_forward: float
+    forward: float
+    backward: float
+    saved: float
+    saved_per_layer: float
+    layer_inputs: float
+    copies: float
+
+    @property
+    def parameters(self) -> int:
+        return self.tower + self.projection + self.adapter
+
+
+def measure_text_costs(encoder: EncoderConfig, tune: TuneConfig, tokens: float, is_cpu: bool = False) -> TextCosts:
+    """Measure the costs of a caption encoder.
+
+    Args:
+        encoder: settings of the caption encoder.
+        tune: settings of the `tune` stage; `tune.precision` must be fp32, bf16 or fp16.
+        tokens: number of tokens per caption.
+        is_cpu: if True, decoders use packed attention as on CPUs, which is not fused.
+
+    Raises:
+        ValueError: the language model is unknown.
+    """
+    config = get_llm_config(encoder)
+    llm = build_llm(config)
+    layers, parameters = get_layers(llm), count_parameters(llm)
+    linear, largest_linear = _count_linear(layers), max(_count_linear(layer) for layer in layers)
+    largest_matrix = max(m.weight.numel() for m in layers.modules() if isinstance(m, nn.Linear))
+    trained = count_parameters(_prepare_llm(llm, tune), only_trained=True)
+
+    length = max(1, round(tokens))
+    two, three = (_measure_llm(config, tune, n, length, is_cpu) for n in (2, 3))
+
+    def per_caption(costs: Callable[[PassCosts], float]) -> float:
+        """Extrapolate FLOPs to all layers."""
+        total = costs(two) + (len(layers) - 2) * (costs(three) - costs(two))
+        return total * tokens / length
+
+    tune_forward = per_caption(lambda costs: costs.forward)
+    return TextCosts(
+        tokens=tokens,
+        embed_dim=encoder.truncate_dim or config.hidden_size,
+        parameters=parameters,
+        linear=linear,
+        largest_linear=largest_linear,
+        largest_matrix=largest_matrix,
+        layers=len(layers),
+        trained=trained,
+        forward=tune_forward - (2 * trained * tokens if tune.lora_r else 0),
+        tune_forward=tune_forward,
+        tune_backward=per_caption(lambda costs: costs.backward),
+        saved_per_token=(three.saved - two.saved) / length,
+        input_per_token=(three.layer_inputs - two.layer_inputs) / length,
+        saved_outside=max(0.0, 3 * two.saved - 2 * three.saved) / length,
+    )
+
+
+def measure_image_costs(config: AlignConfig, text_dim: int, captions: float) -> ImageCosts:
+    """Measure the costs of the `align` stage's model with `captions` captions per image and step.
+
+    Raises:
+        ValueError: the settings contradict each other, or the tower is unknown.
+    """
+    model = build_model(config, text_dim)
+    tower = model.tower
+    tower_parameters = count_parameters(tower)
+    with torch.device("meta"):
+        set_trainable(model, config)  # freezes the tower, or adds LoRA layers, if configured
+    trained, layers = count_parameters(model, only_trained=True), tower.blocks()
+
+    def make_pixels(images: int) -> Tensor:
+        return torch.zeros(images, 3, tower.preprocess.size, tower.preprocess.size, dtype=torch.uint8)
+
+    def embed_images(images: int) -> Tensor:
+        if config.tower_lr == 0:
+            embeddings = model(features=torch.zeros(images, tower.feature_dim))[0]
+        else:
+            embeddings = model(pixels=make_pixels(images))[0]
+        return cast(Tensor, embeddings)
+
+    def embed_texts(texts: int) -> Tensor:
+        return cast(Tensor, model(embeddings=torch.zeros(texts, text_dim))[1])
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        image = measure_pass(model, layers, embed_images, config.precision)
+        text = measure_pass(model, [], embed_texts, config.precision)
+        tower.requires_grad_(False)  # under `no_grad`, torch's counter fails for towers with attention pooling
+        tower_forward = count_flops(lambda: tower(make_pixels(1)))
+    return ImageCosts(
+        tower=tower_parameters,
+        projection=count_parameters(model.projection),
+        adapter=count_parameters(model.adapter),
+        trained=trained,
+        feature_dim=tower.feature_dim,
+        embed_dim=model.config.embed_dim,
+        captions=captions,
+        tower_forward=tower_forward,
+        forward=image.forward + captions * text.forward,
+        backward=image.backward + captions * text.backward,
+        saved=image.saved + captions * text.saved,
+        saved_per_layer=image.saved / max(1, len(layers)) if config.tower_lr else 0.0,
+        layer_inputs=image.layer_inputs,
+        copies=image.copies + text.copies,
+    )
+
+
+def measure_pass(
+    model: nn.Module, layers: Iterable[nn.Module], run: Callable[[int], Tensor], precision: str
+) -> PassCosts:
+    """Measure the costs of one item in a `FakeTensorMode`.
+
+    Args:
+        model: model whose weights do not count as activations.
+        layers: modules whose inputs are measured.
+        run: function that returns the model's output for a number of items.
+        precision: matmul precision: fp32, bf16 or fp16.
+    """
+    saved_bytes = {}
+    for items in (2, 1):  # the difference excludes what does not grow with the number of items
+        saved = SavedTensorBytes(model)
+        # Autocast to bf16 also stands for fp16, which has the same size.
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")
+        with autocast, saved.hooks, _record_input_bytes(layers) as input_bytes, _make_flop_counter() as counter:
+            output = run(items)  # keeps the saved tensors alive
+        forward = float(counter.get_total_flops())
+        saved_bytes[items] = saved.bytes
+    backward = count_flops(output.sum().backward) if output.requires_grad else 0.0
+    per_item = saved_bytes[2] - saved_bytes[1]
+    return PassCosts(forward, backward, per_item, sum(input_bytes), copies=saved_bytes[1] - per_item)
+
+
+def count_flops(run: Callable[[], Any]) -> float:
+    """Call `run` and return the FLOPs of its matmuls and convolutions."""
+    with _make_flop_counter() as counter:
+        run()
+    return float(counter.get_total_flops())
+
+
+def _make_flop_counter() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping=_FLOP_FORMULAS)
+
+
+def count_parameters(module: nn.Module, only_trained: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not only_trained)
+
+
+class SavedTensorBytes:
+    """Counter of the bytes that autograd saves within `hooks`. Each storage is counted once; weights are excluded."""
+
+    def __init__(self, model: nn.Module) -> None:
+        weights = (*model.parameters(), *model.buffers())
+        self._excluded = {tensor.untyped_storage()._cdata for tensor in weights}
+        self._sizes: dict[int, int] = {}
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._record, lambda tensor: tensor)
+
+    @property
+    def bytes(self) -> int:
+        return sum(self._sizes.values())
+
+    def _record(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._excluded:
+            self._sizes[storage._cdata] = storage.nbytes()
+        return tensor
+
+
+@contextmanager
+def _record_input_bytes(layers: Iterable[nn.Module]) -> Iterator[list[int]]:
+    """Record the size of the input to each layer that runs in the `with` block, in bytes."""
+    sizes: list[int] = []
+
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        sizes.append(first.numel() * first.element_size())
+
+    hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
+    try:
+        yield sizes
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _measure_llm(config: Any, tune: TuneConfig, num_layers: int, tokens: int, is_cpu: bool) -> PassCosts:
+    """Measure the costs of a `tune` step with only `num_layers` layers, per caption of `tokens` tokens."""
+    short_config = type(config).from_dict(config.to_dict())
+    short_config.num_hidden_layers, short_config.is_causal = num_layers, False
+    if getattr(short_config, "layer_types", None):
+        short_config.layer_types = (config.layer_types * num_layers)[:num_layers]
+    llm = build_llm(short_config).train()
+    is_packed = is_cpu and can_pack(llm)
+    if is_packed:
+        llm.set_attn_implementation(PACKED)
+    net = _prepare_llm(llm, tune)
+
+    def encode(captions: int) -> Tensor:
+        if is_packed:
+            inputs = pack_captions([[0] * tokens] * captions, PACKED, torch.device("cpu"))
+        else:
+            inputs = {"input_ids": torch.zeros(captions, tokens, dtype=torch.long)}
+        hidden_states: Tensor = net(**inputs).last_hidden_state
+        return hidden_states
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        net.to_empty(device="cpu")
+        return measure_pass(net, get_layers(llm), encode, tune.precision)
+
+
+def _prepare_llm(llm: Any, tune: TuneConfig) -> Any:
+    """Freeze the weights that `tune` does not train, and add LoRA if configured."""
+    llm.get_input_embeddings().requires_grad_(False)
+    if not tune.lora_r:
+        return llm
+    lora = LoraConfig(r=tune.lora_r, lora_dropout=tune.lora_dropout, target_modules="all-linear")
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft uses a deprecated transformers API
+        net = get_peft_model(llm, lora)
+    cast_frozen_linear(net, DTYPES[tune.precision])
+    return net
+
+
+def _count_linear(module: nn.Module) -> int:
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def _attention_flop(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Return the FLOPs of QK^T and PV. The arguments are shapes, (..., tokens, dim)."""
+    return int(2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1]))
+
+
+def _attention_backward_flop(_grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return 2 * _attention_flop(query, key, value)
+
+
+def _convolution_backward_flop(grad: Any, _input: Any, weight: Any, _bias: Any, *settings: Any, **_: Any) -> int:
+    """Return the forward FLOPs times the number of requested gradients (input, weight).
+
+    PyTorch's own formula ignores groups and therefore greatly overestimates the FLOPs of EfficientNet.
+    """
+    output_mask = settings[-1]
+    return int(2 * math.prod(grad) * math.prod(weight[1:]) * (bool(output_mask[0]) + bool(output_mask[1])))
+
+
+_FLOP_FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flop,
+    torch.ops.aten.convolution_backward: _convolution_backward_flop,
+}
