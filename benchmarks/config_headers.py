@@ -1,0 +1,81 @@
+"""Write the estimates of `llm2clip plan` into the comments at the top of the built-in configs.
+
+    python benchmarks/config_headers.py
+
+A line such as `# - 8 x h100 --config llama-3-8b: ...` states the number of devices, the device and additional flags of
+`llm2clip plan`. This script replaces the text after the colon. tests/test_configs.py checks that it is up to date.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import textwrap
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+
+from llm2clip.cli import build_parser
+from llm2clip.cli.commands import builtin_configs
+from llm2clip.cli.plan import plan_from_args
+from llm2clip.tools.plan.memory import peak_memory
+from llm2clip.tools.plan.plan import Plan
+from llm2clip.tools.plan.report import format_hours
+
+IMAGES = 3_000_000  # with the defaults of `llm2clip plan`: two captions of 84 tokens each
+# The first line of an estimate, and its continuation lines, which are indented.
+ESTIMATE = re.compile(r"^# - (?P<count>\d+) x (?P<device>[\w-]+)(?P<rest>.*\n(?:#   .*\n)*)", re.MULTILINE)
+
+
+def main() -> None:
+    folder = Path(str(files("llm2clip") / "configs"))
+    for name, text in builtin_configs().items():
+        (folder / f"{name}.yaml").write_text(update_header(name, text), encoding="utf-8")
+
+
+def update_header(name: str, text: str, count: int = 0) -> str:
+    """Return the text of the built-in config `name` with current estimates.
+
+    Only the first `count` estimates are updated, or all of them if `count` is 0.
+    """
+    parser, _ = build_parser()
+    stages = yaml.safe_load(text).keys()
+
+    def replace_estimate(match: re.Match[str]) -> str:
+        rest = " ".join(line.removeprefix("#").strip() for line in match["rest"].splitlines())
+        flags = rest.partition(":")[0]
+        command = ["plan", "--images", str(IMAGES), "--count", match["count"], "--device", match["device"]]
+        command += ["--config", name, *shlex.split(flags)]
+        plan = plan_from_args(parser.instantiate(parser.parse_args(command)).plan)
+        parts = []
+        if "encoder" in stages:
+            parts = [describe_stage(plan, stage) for stage in ("tune", "embed") if stage in plan.memory]
+            parts.append(f"store {plan.store / 1e9:.0f} GB")
+        if "align" in stages:
+            parts.append(describe_stage(plan, "align"))
+        line = f"- {match['count']} x {match['device']} {flags}".rstrip() + f": {'; '.join(parts)}."
+        return textwrap.fill(line, 120, initial_indent="# ", subsequent_indent="#   ", break_on_hyphens=False) + "\n"
+
+    return ESTIMATE.sub(replace_estimate, text, count=count)
+
+
+def describe_stage(plan: Plan, stage: str) -> str:
+    """Return the duration of a stage and its memory per device."""
+    size = f"{peak_memory(plan.memory[stage]) / 1e9:.0f} GB"
+    if not plan.fits[stage]:
+        return f"{stage} does not fit ({size})"
+    if stage == "tune":
+        longest = plan.config.encoder.max_length or 512
+        long_plan = dataclasses.replace(plan, text=dataclasses.replace(plan.text, tokens=longest))
+        long_size = f"{peak_memory(long_plan.memory['tune']) / 1e9:.0f} GB"
+        if long_size != size:
+            size += f" ({long_size} if all captions have {longest} tokens)"
+    if stage == "align" and plan.images_per_second:
+        size += f", {plan.images_per_second:,.0f} images/s to decode"
+    return f"{stage} {format_hours(plan.hours[stage])}, {size}"
+
+
+if __name__ == "__main__":
+    main()
