@@ -28,7 +28,7 @@ def _doctor(args: Namespace) -> list[str]:
     from llm2clip.tools.doctor import doctor, format_checks
 
     checks = doctor(Path(args.out), args.offline)
-    if any(check.verdict == "bad" for check in checks):
+    if any(check.failed for check in checks):
         raise OSError("\n".join(["", *format_checks(checks)]))
     return format_checks(checks)
 

@@ -1,7 +1,7 @@
 """`llm2clip doctor`: check the machine and the Python environment.
 
-Each check reports a verdict, the measured values and, if there is a problem, how to fix it. "bad" means that `llm2clip
-fit` would fail. "note" means that some features are missing or slow.
+Each check reports the measured values and, if there is a problem, how to fix it. A failed check ("bad") means that
+`llm2clip fit` would fail. A "note" means that some features are missing or slow.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import shutil
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 
@@ -26,7 +26,6 @@ from llm2clip.extras import install_command
 if TYPE_CHECKING:
     import torch
 
-Verdict = Literal["ok", "note", "bad"]
 DEVELOPER_EXTRAS = ("dev", "docs", "peers")  # not checked, because only developers need them
 MIN_DISK_GB = 5.0  # disk space for the weights, embedding store and checkpoints of a small `fit` run
 MIN_MEMORY_GB = 4.0  # free memory for a small `fit` run
@@ -35,12 +34,24 @@ MIN_SHARED_MEMORY_MB = 64  # shared memory for one batch of decoded images per w
 
 @dataclass(frozen=True)
 class Check:
-    """Result of a check: its name, the verdict, the measured values, and how to fix a problem."""
+    """Result of a check.
+
+    Attributes:
+        name: what was checked.
+        result: the measured values.
+        fix: how to fix the problem. Empty if there is none.
+        failed: True if `llm2clip fit` would fail.
+    """
 
     name: str
-    verdict: Verdict
     result: str
     fix: str = ""
+    failed: bool = False
+
+    @property
+    def verdict(self) -> str:
+        """The verdict: bad, note or ok."""
+        return "bad" if self.failed else "note" if self.fix else "ok"
 
 
 def doctor(run_dir: Path, offline: bool = False) -> list[Check]:
@@ -50,29 +61,21 @@ def doctor(run_dir: Path, offline: bool = False) -> list[Check]:
         run_dir: folder in which to save runs.
         offline: if True, skip the check that connects to the model hub.
     """
-    checks: list[Callable[[], Iterator[Check]]] = [
-        check_packages,
-        check_extras,
-        check_compute,
-        check_memory,
-        lambda: check_disks(run_dir),
-    ]
-    if not offline:
-        checks.append(check_hub)
-    return [result for check in checks for result in check()]
+    checks = [*check_packages(), *check_extras(), *check_compute(), *check_memory(), *check_disks(run_dir)]
+    return checks if offline else [*checks, *check_hub()]
 
 
 def format_checks(checks: list[Check]) -> list[str]:
     """Format the checks as a table followed by a summary line."""
-    marks = {"ok": "ok  ", "note": "note", "bad": "BAD "}
     width = max(len(check.name) for check in checks)
     lines = []
     for check in checks:
-        lines.append(f"{marks[check.verdict]}  {check.name:<{width}}  {check.result}")
+        mark = "BAD" if check.failed else check.verdict
+        lines.append(f"{mark:<4}  {check.name:<{width}}  {check.result}")
         if check.fix:
             lines.append(f"{'':<{width + 8}}-> {check.fix}")
-    num_bad = sum(check.verdict == "bad" for check in checks)
-    summary = f"{num_bad} of {len(checks)} checks failed." if num_bad else "All checks passed."
+    failures = sum(check.failed for check in checks)
+    summary = f"{failures} of {len(checks)} checks failed." if failures else "All checks passed."
     return [*lines, "", summary]
 
 
@@ -101,12 +104,12 @@ def version_problem(requirement: Requirement) -> str | None:
 def check_packages() -> Iterator[Check]:
     """Check the versions of the packages that the base install requires."""
     versions = f"llm2clip {metadata.version('llm2clip')}, Python {platform.python_version()}"
-    problems = _problems(requirements().get("", []))
+    problems = _find_problems(requirements().get("", []))
     if problems:
         fix = f"{sys.executable} -m {install_command()}"
-        yield Check("packages", "bad", f"{versions}; {', '.join(problems)}", fix)
+        yield Check("packages", f"{versions}; {', '.join(problems)}", fix, failed=True)
     else:
-        yield Check("packages", "ok", f"{versions}, torch {metadata.version('torch')}; all versions supported")
+        yield Check("packages", f"{versions}, torch {metadata.version('torch')}; all versions supported")
 
 
 def check_extras() -> Iterator[Check]:
@@ -114,12 +117,9 @@ def check_extras() -> Iterator[Check]:
     for extra, packages in sorted(requirements().items()):
         if not extra or extra in DEVELOPER_EXTRAS:
             continue
-        problems = _problems(packages)
-        if problems:
-            fix = f"{sys.executable} -m {install_command(extra)}"
-            yield Check(f"extra: {extra}", "note", ", ".join(problems), fix)
-        else:
-            yield Check(f"extra: {extra}", "ok", ", ".join(package.name for package in packages))
+        problems = _find_problems(packages)
+        fix = f"{sys.executable} -m {install_command(extra)}" if problems else ""
+        yield Check(f"extra: {extra}", ", ".join(problems or [package.name for package in packages]), fix)
 
 
 def check_compute() -> Iterator[Check]:
@@ -133,20 +133,20 @@ def check_compute() -> Iterator[Check]:
     assert device is not None
     precision = "bf16" if has_bf16_hardware(device) else "fp32"
     fix = "" if precision == "bf16" else "no bf16 support: training and encoding run in fp32, at about half the speed"
-    yield Check("device", "ok", f"{describe_device(device)}; precision auto means {precision}", fix)
+    yield Check("device", f"{describe_device(device)}; precision auto means {precision}", fix)
 
     if shutil.which("nvidia-smi") and device.type != "cuda":
         yield Check(
             "torch",
-            "bad",
             f"an NVIDIA driver is installed, but torch {torch.__version__} does not find a GPU",
             "install the torch build that matches your driver: pytorch.org/get-started",
+            failed=True,
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = torch.get_num_threads()
     if device.type == "cpu" and threads not in (cores, cores // 2):
         fix = f"OMP_NUM_THREADS={cores} is usually fastest"
-        yield Check("threads", "note", f"{threads} threads on {cores} cores", fix)
+        yield Check("threads", f"{threads} threads on {cores} cores", fix)
     yield check_gradient(device)
 
 
@@ -169,14 +169,14 @@ def check_gradient(device: torch.device) -> Check:
     try:
         info_nce(device_image, text.to(device), 20.0, gather=False).backward()
     except RuntimeError as error:
-        return Check("training", "bad", f"a training step on {device} failed: {error}", "reinstall torch")
+        return Check("training", f"a training step on {device} failed: {error}", "reinstall torch", failed=True)
     assert exact_image.grad is not None and device_image.grad is not None
     difference = device_image.grad.cpu().double() - exact_image.grad
     error_ratio = float(difference.norm() / exact_image.grad.norm())
     if not error_ratio < 1e-2:
         result = f"the gradient on {device} differs from the float64 gradient by {error_ratio:.0%}"
-        return Check("training", "bad", result, "reinstall torch for this device")
-    return Check("training", "ok", f"the gradient on {device} matches the float64 gradient (error {error_ratio:.0e})")
+        return Check("training", result, "reinstall torch for this device", failed=True)
+    return Check("training", f"the gradient on {device} matches the float64 gradient (error {error_ratio:.0e})")
 
 
 def check_memory() -> Iterator[Check]:
@@ -185,18 +185,15 @@ def check_memory() -> Iterator[Check]:
 
     memory = psutil.virtual_memory()
     free = memory.available / 1e9
-    is_enough = free >= MIN_MEMORY_GB
-    fix = "" if is_enough else "reduce --align.batch_size, --tune.batch_size and --embed.batch_tokens"
-    yield Check("memory", "ok" if is_enough else "note", f"{free:.1f} of {memory.total / 1e9:.1f} GB free", fix)
+    fix = "reduce --align.batch_size, --tune.batch_size and --embed.batch_tokens" if free < MIN_MEMORY_GB else ""
+    yield Check("memory", f"{free:.1f} of {memory.total / 1e9:.1f} GB free", fix)
 
     shared = Path("/dev/shm")
     if shared.is_dir():
-        free = shutil.disk_usage(shared).free / 1e6
+        free, fix = shutil.disk_usage(shared).free / 1e6, ""
         if free < MIN_SHARED_MEMORY_MB:
             fix = "set --align.workers 0, or give the container more shared memory: docker run --shm-size 2g"
-            yield Check("shared memory", "note", f"{free:.0f} MB free in {shared}", fix)
-        else:
-            yield Check("shared memory", "ok", f"{free:,.0f} MB free in {shared}")
+        yield Check("shared memory", f"{free:,.0f} MB free in {shared}", fix)
 
 
 def check_disks(run_dir: Path) -> Iterator[Check]:
@@ -208,12 +205,10 @@ def check_disks(run_dir: Path) -> Iterator[Check]:
         free = shutil.disk_usage(existing).free / 1e9
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             fix = "choose another folder with --out" if name == "runs" else "choose another folder with LLM2CLIP_CACHE"
-            yield Check(name, "bad", f"{existing} is not a writable folder", fix)
-        elif free < MIN_DISK_GB:
-            fix = "free up disk space for the weights, store and checkpoints"
-            yield Check(name, "note", f"{free:.1f} GB free at {existing}", fix)
+            yield Check(name, f"{existing} is not a writable folder", fix, failed=True)
         else:
-            yield Check(name, "ok", f"{free:,.0f} GB free at {existing}")
+            fix = "free up disk space for the weights, store and checkpoints" if free < MIN_DISK_GB else ""
+            yield Check(name, f"{free:,.1f} GB free at {existing}", fix)
 
 
 def check_hub() -> Iterator[Check]:
@@ -221,18 +216,18 @@ def check_hub() -> Iterator[Check]:
     from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 
     if HF_HUB_OFFLINE:
-        yield Check("hub", "note", "HF_HUB_OFFLINE is set", "models with hub ids must already be in the local cache")
+        yield Check("hub", "HF_HUB_OFFLINE is set", "models with hub ids must already be in the local cache")
         return
     try:
         urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=5).close()
     except urllib.error.HTTPError as error:
-        yield Check("hub", "ok", f"{ENDPOINT} is reachable (HTTP {error.code})")
+        yield Check("hub", f"{ENDPOINT} is reachable (HTTP {error.code})")
     except (OSError, ValueError, http.client.HTTPException) as error:
         fix = "use local folders or built-in model names (smollm2-135m, ...), or set HF_ENDPOINT to a mirror"
-        yield Check("hub", "note", f"{ENDPOINT} did not respond: {error}", fix)
+        yield Check("hub", f"{ENDPOINT} did not respond: {error}", fix)
     else:
-        yield Check("hub", "ok", f"{ENDPOINT} is reachable")
+        yield Check("hub", f"{ENDPOINT} is reachable")
 
 
-def _problems(packages: list[Requirement]) -> list[str]:
+def _find_problems(packages: list[Requirement]) -> list[str]:
     return [problem for package in packages if (problem := version_problem(package))]

@@ -30,7 +30,7 @@ from llm2clip.data.pairs import TuningItem
 from llm2clip.data.texts import unique_captions
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
-from llm2clip.evaluate.retrieval_eval import RetrievalRanks, dual_encoder_from_store, rank_caption_fields
+from llm2clip.evaluate.retrieval_eval import dual_encoder_from_store, rank_caption_fields
 from llm2clip.models.hub.model_names import display_names
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.text.caption_encoder import CaptionEncoder
@@ -179,7 +179,13 @@ class Experiments:
         """Return the retrieval ranks of a model in a test, as a dict with the fields of `RetrievalRanks`."""
 
         def compute() -> dict[str, list[int]]:
-            ranks = self._ranks(name, seed, test)
+            model, records = self.model(name, seed), self.data.test(test)
+            # Embed the texts of all long-caption tests in one call.
+            tests = [test] if test in (CAPTIONS_TEST, FOREIGN_TEST) else list(self.data.long_caption_tests)
+            texts = [text for each in tests for record in self.data.test(each) for text in record.captions]
+            store = self.store(name, texts)
+            embeddings = ModelEmbeddings(dual_encoder_from_store(model, store), self.data.log, self.out / "vectors")
+            ranks = rank_caption_fields(embeddings, {test: drop_refused_captions(records, store)})[test]
             return {
                 "image_ranks": ranks.image_ranks.tolist(),
                 "text_ranks": ranks.text_ranks.tolist(),
@@ -189,15 +195,6 @@ class Experiments:
         file = self.out / "ranks" / f"{_file_name(name)}-{seed}-{_file_name(test)}.json"
         ranks: dict[str, list[int]] = cached_json(file, compute)
         return ranks
-
-    def _ranks(self, name: str, seed: int, test: str) -> RetrievalRanks:
-        model, records = self.model(name, seed), self.data.test(test)
-        # Embed the texts of all long-caption tests in one call.
-        tests = [test] if test in (CAPTIONS_TEST, FOREIGN_TEST) else list(self.data.long_caption_tests)
-        texts = [text for each in tests for record in self.data.test(each) for text in record.captions]
-        store = self.store(name, texts)
-        embeddings = ModelEmbeddings(dual_encoder_from_store(model, store), self.data.log, self.out / "vectors")
-        return rank_caption_fields(embeddings, {test: drop_refused_captions(records, store)})[test]
 
     def _encoder_config(self, name: str) -> EncoderConfig:
         """Return the config of a caption encoder, tuning it first if necessary."""

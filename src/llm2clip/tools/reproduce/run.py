@@ -52,20 +52,20 @@ def _test_claims(data: Path, out: Path, config: ReproduceConfig, claims: Sequenc
     log = start_run(out, {"data": data, "reproduce": config}, max_skipped)
     experiments = Experiments(ClaimData(data, config, log), config, out)
 
+    files = {number: out / "claims" / f"{number}.json" for number in CLAIMS}
     untested = []
     for number in claims:
         start = time.time()
         compute = partial(_test_claim, number, experiments)
         try:
-            claim = Claim.from_dict(cached_json(_claim_file(out, number), compute))
+            claim = Claim.from_dict(cached_json(files[number], compute))
         except (ValueError, OSError, FloatingPointError) as error:
             print_once(f"claim {number}: {NOT_TESTED} ({error})")
             untested.append(Claim(number, notes=[str(error)]))
             continue
         print_once(f"claim {number}: {claim.verdict} ({(time.time() - start) / 60:.0f} minutes)")
 
-    files = [_claim_file(out, number) for number in CLAIMS]
-    tested = [Claim.from_dict(read_json(file)) for file in files if file.exists()]
+    tested = [Claim.from_dict(read_json(file)) for file in files.values() if file.exists()]
     if not tested:
         reasons = "; ".join(f"{claim.number}: {claim.notes[0]}" for claim in untested)
         raise ValueError(f"no claim could be tested: {reasons}")
@@ -74,10 +74,6 @@ def _test_claims(data: Path, out: Path, config: ReproduceConfig, claims: Sequenc
     markdown_file, html_file = write_report(out, "report", "Tests of the claims of LLM2CLIP", blocks)
     print_once(markdown_file.read_text(encoding="utf-8"), log.summary())
     return html_file
-
-
-def _claim_file(out: Path, number: int) -> Path:
-    return out / "claims" / f"{number}.json"
 
 
 def _test_claim(number: int, experiments: Experiments) -> dict[str, object]:

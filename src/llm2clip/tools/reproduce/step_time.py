@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,6 @@ from torch import Tensor, nn
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.images import load_image
 from llm2clip.data.transforms import EvalTransform
-from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.pipeline import new_model
 from llm2clip.tools.reproduce.experiments import Experiments
 from llm2clip.train.losses import info_nce
@@ -95,10 +94,15 @@ def measure_step_times(experiments: Experiments, name: str) -> StepTimes:
     ids = torch.randint(1, CLIP_END_TOKEN - 1, (len(texts), CLIP_CONTEXT_LENGTH), device=device)
     ids[:, -1] = CLIP_END_TOKEN
 
-    losses: dict[str, Callable[[], Tensor]] = {
-        CACHED_TEACHER: lambda: _loss(model, pixels, torch.from_numpy(store.take(store.rows(texts)))),
-        CLIP_TEXT_TOWER: lambda: _loss_with_text_tower(model, text_tower, pixels, ids),
-        LLM_IN_LOOP: lambda: _loss(model, pixels, _encode(encoder, texts)),
+    def adapt(embeddings: Tensor) -> Tensor:
+        """Return the text embeddings (N, embed_dim) for the LLM's embeddings (N, D)."""
+        return cast(Tensor, model(embeddings=embeddings.to(device).float())[1])
+
+    embed_texts: dict[str, Callable[[], Tensor]] = {
+        CACHED_TEACHER: lambda: adapt(torch.from_numpy(store.take(store.rows(texts)))),
+        CLIP_TEXT_TOWER: lambda: text_tower(ids),
+        # Autograd does not support inference tensors, so copy the embeddings to a normal tensor.
+        LLM_IN_LOOP: lambda: adapt(encoder.encode(texts).clone()),
     }
     model_parameters = list(model.parameters())
     vision_parameters = [*model.tower.parameters(), *model.projection.parameters(), model.logit_scale]
@@ -107,37 +111,19 @@ def measure_step_times(experiments: Experiments, name: str) -> StepTimes:
         CLIP_TEXT_TOWER: [*vision_parameters, *text_tower.parameters()],
         LLM_IN_LOOP: model_parameters,
     }
-    optimizers = {variant: torch.optim.AdamW(parameters[variant], lr=1e-6) for variant in losses}
-    seconds: dict[str, list[float]] = {variant: [] for variant in losses}
+    optimizers = {variant: torch.optim.AdamW(parameters[variant], lr=1e-6) for variant in embed_texts}
+    seconds: dict[str, list[float]] = {variant: [] for variant in embed_texts}
     model.train()
-    num_steps = len(losses) * (config.cost_steps + 1)
-    for step, variant in zip(range(num_steps), cycle(losses), strict=False):
+    num_steps = len(embed_texts) * (config.cost_steps + 1)
+    for step, variant in zip(range(num_steps), cycle(embed_texts), strict=False):
         start = time.perf_counter()
-        losses[variant]().backward()
+        image, _, scale, _ = model(pixels)
+        info_nce(image, embed_texts[variant](), scale).backward()
         optimizers[variant].step()
         optimizers[variant].zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        if step >= len(losses):  # the first step of each variant is a warm-up
+        if step >= len(embed_texts):  # the first step of each variant is a warm-up
             seconds[variant].append(time.perf_counter() - start)
-    counts = {variant: sum(p.numel() for p in parameters[variant]) / 1e6 for variant in losses}
+    counts = {variant: sum(p.numel() for p in parameters[variant]) / 1e6 for variant in embed_texts}
     return StepTimes(seconds, counts, batch_size=len(texts))
-
-
-def _loss(model: LLM2CLIP, pixels: Tensor, embeddings: Tensor) -> Tensor:
-    """Return the loss for images and the LLM embeddings of their captions, (N, D)."""
-    image, text, scale, _ = model(pixels, embeddings.to(model.device).float())
-    assert image is not None and text is not None
-    return info_nce(image, text, scale)
-
-
-def _loss_with_text_tower(model: LLM2CLIP, text_tower: ClipTextTower, pixels: Tensor, ids: Tensor) -> Tensor:
-    """Return the loss for images and token ids, (N, 77), which are encoded by CLIP's text tower."""
-    image, _, scale, _ = model(pixels)
-    assert image is not None
-    return info_nce(image, text_tower(ids), scale)
-
-
-def _encode(encoder: CaptionEncoder, texts: list[str]) -> Tensor:
-    # Autograd does not support inference tensors, so copy the embeddings to a normal tensor.
-    return encoder.encode(texts).clone()
