@@ -106,13 +106,12 @@ def run_current_version(folder: Path, name: str, steps: int, pause: float) -> An
     from llm2clip.data.image_refs import FileImage
     from llm2clip.data.records import Record
     from llm2clip.data.transforms import Preprocess
+    from llm2clip.prefetch import Prefetcher
     from llm2clip.runs.checkpoint import MetricsLog
     from llm2clip.store.image_features import image_name
     from llm2clip.store.store import EmbeddingStore
     from llm2clip.store.writer import StoreWriter
-    from llm2clip.train.align import _prepare_batches
     from llm2clip.train.caption_sampling import CaptionSampler
-    from llm2clip.train.prefetch import Prefetcher
     from llm2clip.train.sampling import AlignBatches
 
     refs, records = make_records(FileImage, Record)
@@ -136,16 +135,15 @@ def run_current_version(folder: Path, name: str, steps: int, pause: float) -> An
     metrics = MetricsLog(folder / "metrics.jsonl", 0)
 
     def copied_batches() -> Generator[Any]:
-        with closing(_prepare_batches(data, store, 0, torch.device("cpu"))) as batches:
+        with closing(data.batches(0)) as batches:
             while True:
-                batch, inputs = profile.call("total", lambda: copy(next(batches)))
-                yield batch, inputs
+                yield profile.call("total", lambda: copy(next(batches)))
 
-    def copy(item: Any) -> Any:
-        return item[0], profile.call("copy", item[1]._replace_tensors, copy_to_buffer)  # as pin_memory
+    def copy(batch: Any) -> Any:
+        return profile.call("copy", batch.map_tensors, copy_to_buffer)  # as pin_memory
 
-    def step(item: Any) -> None:
-        item[1].to(torch.device("cpu"))
+    def step(batch: Any) -> None:
+        batch.to(torch.device("cpu"))
         profile.call("metrics", metrics.write, 1, **METRICS)
 
     return run_steps(Prefetcher(copied_batches()), steps, profile, step, pause)

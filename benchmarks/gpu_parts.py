@@ -43,10 +43,9 @@ from llm2clip.tools.plan.costs import count_flops
 from llm2clip.tools.plan.devices import DEVICES, Machine
 from llm2clip.tools.plan.model_configs import LLMS
 from llm2clip.tools.plan.plan import plan_fit
-from llm2clip.train.compilation import compile_blocks
 from llm2clip.train.grad_cache import cached_backward
 from llm2clip.train.losses import info_nce
-from llm2clip.train.optim import MAX_GRAD_NORM, make_optimizer
+from llm2clip.train.optim import MAX_GRAD_NORM, compile_blocks, make_optimizer
 from llm2clip.train.pair_loss import PairCollator, PairLoss
 from llm2clip.train.sampling import AlignBatches
 from search import K, vector_chunks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,12 @@ def run_align(
     """Train a fresh model; any number of images may be undecodable."""
     model = fresh_model(config, **model_options)
     return align(records, store, model, config, run_dir, SkipLog(max_skipped=1.0), validate)
+
+
+@pytest.fixture
+def train(records: list[Record], store: EmbeddingStore) -> Any:
+    """Return `run_align` for the records and the store of the other fixtures."""
+    return partial(run_align, records, store)
 
 
 @contextmanager

@@ -30,12 +30,12 @@ from llm2clip.models.dual_encoder import DualEncoder, from_llm2clip
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
-from llm2clip.pipeline import new_model
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train import align as align_module
-from llm2clip.train import compilation
+from llm2clip.train import optim
 from llm2clip.train.align import align
+from llm2clip.train.initial_model import new_model
 from llm2clip.train.tune import tune
 from pretended_gpu import Counts
 from search_fixtures import create_patient_app, make_index
@@ -344,7 +344,7 @@ def test_align_step_waits_only_for_the_metrics_of_the_previous_step(
     """
     syncs = align_step(batch_size=8, **settings).syncs
     assert [(cause, line.partition(":")[0]) for cause, line in syncs.elements()] == [
-        ("wait for an event", "step_report.py")
+        ("wait for an event", "monitoring.py")
     ]
 
 
@@ -369,7 +369,7 @@ def test_align_compiles_the_tower_in_long_runs(
     align_step: CountSteps, monkeypatch: pytest.MonkeyPatch, min_steps: int, compiles: bool
 ) -> None:
     compiled: list[VisionTower] = []
-    monkeypatch.setattr(compilation, "MIN_STEPS", min_steps)
+    monkeypatch.setattr(optim, "MIN_COMPILED_STEPS", min_steps)
     monkeypatch.setattr(align_module, "compile_blocks", compiled.append)
     align_step()  # runs of two and of three steps
     assert len(compiled) == compiles

@@ -26,11 +26,11 @@ from safetensors.torch import load_file, save_file
 from align_fixtures import ALIGN, fresh_model, killed_after, read_split, run_align
 from align_fixtures import records as records  # the fixture
 from align_fixtures import store as store  # the fixture
+from align_fixtures import train as train  # the fixture
 from conftest import (
     CAPTIONS,
     HANG_TIMEOUT,
     TUNE,
-    TouchOnLoad,
     emulate_fsdp_launch,
     make_llm,
     make_tower,
@@ -48,6 +48,7 @@ from llm2clip.evaluate.retrieval_eval import dual_encoder_from_store, make_valid
 from llm2clip.models.llm2clip import LLM2CLIP, MAX_LOGIT_SCALE
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
+from llm2clip.prefetch import Prefetcher
 from llm2clip.runs.checkpoint import read_metrics
 from llm2clip.runs.lock import FolderInUseError, folder_lock
 from llm2clip.store.encode import embed
@@ -55,10 +56,9 @@ from llm2clip.store.store import EmbeddingStore
 from llm2clip.train import align as align_module
 from llm2clip.train import optim
 from llm2clip.train.align import align
-from llm2clip.train.losses import info_nce
-from llm2clip.train.prefetch import Prefetcher
+from llm2clip.train.losses import LOSSES, info_nce
+from llm2clip.train.monitoring import StepReport
 from llm2clip.train.sampling import AlignBatches
-from llm2clip.train.step_report import StepReport
 from llm2clip.train.tune import tune
 
 TIMES = ("images_per_second", "data_wait")  # metrics that differ from run to run
@@ -69,6 +69,17 @@ def metrics_of(run_dir: Path, name: str = "metrics") -> list[dict[str, Any]]:
     """Return the lines of a metrics file without the times."""
     lines = read_metrics(run_dir / f"{name}.jsonl")
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+def replace_info_nce(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
+    monkeypatch.setitem(LOSSES, "infonce", dataclasses.replace(LOSSES["infonce"], function=function))
+
+
+def read_metrics_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read the metrics of a step during the next step, as on a GPU."""
+    report = StepReport._report
+    monkeypatch.setattr(StepReport, "_report", lambda self, pending: report(self, pending=1))
+    monkeypatch.setattr(StepReport, "flush", lambda self: report(self, pending=0))
 
 
 def mean_similarity(records: list[Record], store: EmbeddingStore) -> Any:
@@ -130,10 +141,8 @@ def test_align_matches_adamw_written_out(
     batches = AlignBatches(records, store, model, config).batches(0)
     norms = []
     for step, (batch, factor) in enumerate(zip(batches, factors, strict=True)):
-        embeddings = torch.from_numpy(store.take(batch.caption_rows))
-        image, text, scale, _ = model(pixels=batch.images, embeddings=embeddings)
-        layout = torch.from_numpy(batch.image_of_caption), torch.from_numpy(batch.caption_rows)
-        loss = info_nce(image, text, scale, *layout)
+        image, text, scale, _ = model(pixels=batch.images, embeddings=batch.embeddings)
+        loss = info_nce(image, text, scale, batch.image_of_caption, batch.caption_rows)
         if config.distill_weight:
             frozen_features = frozen_tower(batch.images).detach()
             if config.min_crop_scale == 1:
@@ -192,8 +201,8 @@ def test_align_trains_the_heads_of_a_frozen_tower_on_its_features(
     assert len(features) == 30
 
 
-def test_align_merges_tower_lora_into_the_blocks(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
-    model = run_align(records, store, tmp_path, dataclasses.replace(ALIGN, lora_r=2, tower_lr=1e-2))
+def test_align_merges_tower_lora_into_the_blocks(train: Any, tmp_path: Path) -> None:
+    model = train(tmp_path, dataclasses.replace(ALIGN, lora_r=2, tower_lr=1e-2))
     before, after = fresh_model().state_dict(), model.state_dict()
     assert before.keys() == after.keys()
     changed = {name for name in before if name.startswith("tower.") and not torch.equal(before[name], after[name])}
@@ -233,13 +242,11 @@ def test_align_replaces_counts_and_lists_undecodable_images(
         align([record, *records[1:]], store, fresh_model(), ALIGN, tmp_path / "strict", strict_log)
 
 
-def test_align_stops_at_a_loss_that_is_not_finite(
-    records: list[Record], store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_align_stops_at_a_loss_that_is_not_finite(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = iter(range(99))
-    monkeypatch.setattr(align_module, "info_nce", lambda *args: info_nce(*args) * (math.nan if next(calls) == 4 else 1))
+    replace_info_nce(monkeypatch, lambda *args: info_nce(*args) * (math.nan if next(calls) == 4 else 1))
     with pytest.raises(FloatingPointError, match=r"loss is nan at step 5\. .*checkpoint-4") as error:
-        run_align(records, store, tmp_path)
+        train(tmp_path)
     file = next(tmp_path.glob("not-finite-5-*.json"))
     assert str(file) in str(error.value)
     images = json.loads(file.read_text())["images"]
@@ -259,16 +266,10 @@ def test_align_stops_at_a_gradient_that_is_not_finite(
 
 @pytest.mark.parametrize("change", [{}, {"eval_steps": 3}], ids=str)
 def test_weights_are_checked_before_they_are_saved_if_metrics_are_read_later(
-    records: list[Record],
-    store: EmbeddingStore,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    change: dict[str, Any],
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
-    """On a GPU, the metrics of a step are read during the next step. Step 4 saves weights; step 3 evaluates them."""
-    report = StepReport._report
-    monkeypatch.setattr(StepReport, "_report", lambda self, pending: report(self, pending=1))
-    monkeypatch.setattr(StepReport, "flush", lambda self: report(self, pending=0))
+    """Step 4 saves weights; step 3 evaluates them."""
+    read_metrics_late(monkeypatch)
     failing = 3 if change else 4
     calls = iter(range(99))
     evaluated: list[int] = []
@@ -280,36 +281,32 @@ def test_weights_are_checked_before_they_are_saved_if_metrics_are_read_later(
         evaluated.append(1)
         return {"score": 0.0}
 
-    monkeypatch.setattr(align_module, "info_nce", loss)
+    replace_info_nce(monkeypatch, loss)
     with pytest.raises(FloatingPointError, match=rf"loss is nan at step {failing}\. .*checkpoint-2"):
-        run_align(records, store, tmp_path, dataclasses.replace(ALIGN, **change), validate)
+        train(tmp_path, dataclasses.replace(ALIGN, **change), validate)
     assert not evaluated and not (tmp_path / "checkpoints" / "checkpoint-4").exists()
     assert [line["step"] for line in metrics_of(tmp_path)] == list(range(1, failing))
 
 
-def test_metrics_that_are_read_later_are_the_same(
-    records: list[Record], store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_align(records, store, tmp_path / "at once")
-    report = StepReport._report
-    monkeypatch.setattr(StepReport, "_report", lambda self, pending: report(self, pending=1))
-    monkeypatch.setattr(StepReport, "flush", lambda self: report(self, pending=0))
-    run_align(records, store, tmp_path / "later")
+def test_metrics_that_are_read_later_are_the_same(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path / "at once")
+    read_metrics_late(monkeypatch)
+    train(tmp_path / "later")
     assert metrics_of(tmp_path / "later") == metrics_of(tmp_path / "at once")
 
 
-def test_align_reports_to_trackers_by_name(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
+def test_align_reports_to_trackers_by_name(train: Any, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run_align(records, store, tmp_path, dataclasses.replace(ALIGN, report_to=["tensorboard"]))
+    train(tmp_path, dataclasses.replace(ALIGN, report_to=["tensorboard"]))
     events = EventAccumulator(str(next((tmp_path / "logs").rglob("events*")).parent)).Reload()
     lines = metrics_of(tmp_path)
     assert [event.step for event in events.Scalars("loss")] == [line["step"] for line in lines]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx([line["loss"] for line in lines])
     with pytest.raises(ValueError, match="must be one of tensorboard, wandb, trackio"):
-        run_align(records, store, tmp_path / "a", dataclasses.replace(ALIGN, report_to=["paper"]))
+        train(tmp_path / "a", dataclasses.replace(ALIGN, report_to=["paper"]))
     with pytest.raises(ModuleNotFoundError, match="pip install wandb"):
-        run_align(records, store, tmp_path / "b", dataclasses.replace(ALIGN, report_to=["wandb"]))
+        train(tmp_path / "b", dataclasses.replace(ALIGN, report_to=["wandb"]))
 
 
 # ---- gradient caching ------------------------------------------------------------------------------------------------
@@ -329,11 +326,7 @@ def test_align_reports_to_trackers_by_name(records: list[Record], store: Embeddi
     ids=str,
 )
 def test_micro_batches_give_the_gradients_of_the_whole_batch(
-    records: list[Record],
-    store: EmbeddingStore,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    change: dict[str, Any],
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
     """Parts of 4, 4 and 2 images of a batch of 10."""
     steps: list[list[torch.Tensor]] = []
@@ -344,7 +337,7 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(
     )
     for micro_batch_size in (None, 4):
         config = dataclasses.replace(ALIGN, micro_batch_size=micro_batch_size, epochs=1, **change)
-        run_align(records, store, tmp_path / str(micro_batch_size), config)
+        train(tmp_path / str(micro_batch_size), config)
     assert len(steps) == 2 * 3
     for whole, in_parts in zip(steps[:3], steps[3:], strict=True):
         assert sum(gradient.norm().item() > 0 for gradient in whole) > len(whole) / 2
@@ -353,7 +346,7 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(
 
 
 def test_micro_batches_repeat_their_dropout_in_the_second_pass(
-    records: list[Record], store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outputs: list[torch.Tensor] = []
     forward = VisionTower.forward
@@ -363,7 +356,7 @@ def test_micro_batches_repeat_their_dropout_in_the_second_pass(
         return outputs[-1]
 
     monkeypatch.setattr(VisionTower, "forward", recorded_forward)
-    run_align(records, store, tmp_path, dataclasses.replace(ALIGN, micro_batch_size=5, epochs=1), dropout=0.3)
+    train(tmp_path, dataclasses.replace(ALIGN, micro_batch_size=5, epochs=1), dropout=0.3)
     assert len(outputs) == 3 * 2 * 2  # steps, parts, passes
     for n in range(0, len(outputs), 4):
         assert torch.equal(outputs[n], outputs[n + 2]) and torch.equal(outputs[n + 1], outputs[n + 3])
@@ -459,7 +452,7 @@ def _align_damaged_on_rank(records: list[Record], store: str, folder: str) -> No
     ids=str,
 )
 def test_align_resumes_exactly(
-    records: list[Record],
+    train: Any,
     store: EmbeddingStore,
     image_folder: Path,
     tmp_path: Path,
@@ -473,7 +466,7 @@ def test_align_resumes_exactly(
 
     def run(name: str) -> LLM2CLIP:
         validate = make_validator(held_out, SkipLog(max_skipped=1.0), store)
-        return run_align(records, store, tmp_path / name, config, validate, tower=tower, dropout=0.1)
+        return train(tmp_path / name, config, validate, tower=tower, dropout=0.1)
 
     uninterrupted = run("uninterrupted")
     monkeypatch.setattr(align_module, "prefetch", lambda items, _: Prefetcher(items))  # as on accelerators
@@ -520,12 +513,7 @@ def test_align_resumes_before_a_truncated_checkpoint(
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=repr)
 def test_an_error_in_the_loss_stops_the_workers_and_the_thread(
-    records: list[Record],
-    store: EmbeddingStore,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    error: BaseException,
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], error: BaseException
 ) -> None:
     workers: list[Any] = []
 
@@ -533,10 +521,10 @@ def test_an_error_in_the_loss_stops_the_workers_and_the_thread(
         workers.extend(multiprocessing.active_children())
         raise error
 
-    monkeypatch.setattr(align_module, "info_nce", failing_loss)
+    replace_info_nce(monkeypatch, failing_loss)
     monkeypatch.setattr(align_module, "prefetch", lambda items, _: Prefetcher(items))  # as on accelerators
     with pytest.raises(type(error)):
-        run_align(records, store, tmp_path / "run", dataclasses.replace(ALIGN, workers=1, epochs=99))
+        train(tmp_path / "run", dataclasses.replace(ALIGN, workers=1, epochs=99))
     assert [worker.exitcode for worker in workers] == [0]
     assert "prefetch" not in {thread.name for thread in threading.enumerate()}
     assert "terminate" not in capfd.readouterr().err
@@ -649,30 +637,10 @@ def _align_until_killed(
     assert (AcceleratorState().distributed_type is DistributedType.FSDP) == fsdp
 
 
-def test_pickles_in_a_checkpoint_are_not_executed(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
-    """In place of files that are saved now, and under the names that Accelerate would load."""
-    config = dataclasses.replace(ALIGN, epochs=1)
-    with killed_after(2):
-        run_align(records, store, tmp_path / "run", config)
-    checkpoint = tmp_path / "run/checkpoints/checkpoint-2"
-    names = ["random_states_0.pkl", "custom_checkpoint_0.pkl", "optimizer.bin", "scheduler.bin", "pytorch_model.bin"]
-    for name in names:
-        torch.save(TouchOnLoad(tmp_path / "executed"), checkpoint / name)
-    with killed_after(2):
-        run_align(records, store, tmp_path / "run", config)
-    for file in checkpoint.glob("state*"):
-        torch.save(TouchOnLoad(tmp_path / "executed"), file)
-        with pytest.raises(Exception, match=r"."):
-            run_align(records, store, tmp_path / "run", config)
-    assert not (tmp_path / "executed").exists()
-
-
 # ---- evaluation during training --------------------------------------------------------------------------------------
 
 
-def test_load_best_at_end_restores_the_weights_with_the_best_score(
-    records: list[Record], store: EmbeddingStore, tmp_path: Path
-) -> None:
+def test_load_best_at_end_restores_the_weights_with_the_best_score(train: Any, tmp_path: Path) -> None:
     """The score falls after the second evaluation: the best weights are those of step 4."""
 
     def run(load_best: bool) -> tuple[LLM2CLIP, list[torch.Tensor]]:
@@ -684,7 +652,7 @@ def test_load_best_at_end_restores_the_weights_with_the_best_score(
             return {"score": [1.0, 5.0, 3.0][len(weights) - 1]}
 
         config = dataclasses.replace(ALIGN, eval_steps=2, load_best_at_end=load_best)
-        return run_align(records, store, tmp_path / str(load_best), config, validate), weights
+        return train(tmp_path / str(load_best), config, validate), weights
 
     last, weights = run(load_best=False)
     assert torch.equal(last.projection.weight, weights[2])
@@ -694,9 +662,7 @@ def test_load_best_at_end_restores_the_weights_with_the_best_score(
     assert json.loads((tmp_path / "True/best/metrics.json").read_text()) == {"step": 4, "score": 5.0}
 
 
-def test_best_weights_of_repeated_steps_are_discarded(
-    records: list[Record], store: EmbeddingStore, tmp_path: Path
-) -> None:
+def test_best_weights_of_repeated_steps_are_discarded(train: Any, tmp_path: Path) -> None:
     """Killed after an evaluation and before a checkpoint: the steps of the evaluation will be repeated."""
     config = dataclasses.replace(ALIGN, eval_steps=1, load_best_at_end=True, save_steps=100)
     scores = iter([9.0, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0])
@@ -705,53 +671,34 @@ def test_best_weights_of_repeated_steps_are_discarded(
         return {"score": next(scores)}
 
     with killed_after(1):
-        run_align(records, store, tmp_path, config, validate)
+        train(tmp_path, config, validate)
     assert json.loads((tmp_path / "best/metrics.json").read_text())["score"] == 9.0
-    run_align(records, store, tmp_path, config, validate)
+    train(tmp_path, config, validate)
     assert json.loads((tmp_path / "best/metrics.json").read_text()) == {"step": 2, "score": 2.0}
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"lora_r": 2, "tower_lr": 0.0}, "lora_r trains the tower"),
-        ({"load_best_at_end": True, "eval_steps": 0}, "needs evaluations"),
-        ({"epochs": 0}, "epochs must be greater than 0"),
-        ({"min_crop_scale": 3.0}, "min_crop_scale must be between 0 and 1"),
-        ({"micro_batch_size": 0}, "micro_batch_size must be at least 1"),
-        ({"captions_per_image": -1}, "captions_per_image must be at least 0"),
-    ],
-    ids=str,
-)
-def test_align_config_rejects_wrong_settings(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(ALIGN, **change)
-
-
-def test_align_rejects_settings_that_do_not_fit_data_device_or_tower(
-    records: list[Record], store: EmbeddingStore, tmp_path: Path
-) -> None:
+def test_align_rejects_settings_that_do_not_fit_data_device_or_tower(train: Any, tmp_path: Path) -> None:
     for change, options, message in (
         ({"load_best_at_end": True, "eval_steps": None}, {}, "set --held_out"),
         ({"precision": "fp16"}, {}, "fp16 needs a GPU"),
         ({"gradient_checkpointing": True}, {"tower": "vgg11"}, "vgg11"),
     ):
         with pytest.raises(ValueError, match=message):
-            run_align(records, store, tmp_path / "run", dataclasses.replace(ALIGN, **change), **options)
+            train(tmp_path / "run", dataclasses.replace(ALIGN, **change), **options)
     with folder_lock(tmp_path), pytest.raises(FolderInUseError, match="another run"):
-        run_align(records, store, tmp_path)
+        train(tmp_path)
 
 
 def test_stages_do_not_inherit_a_precision(
-    records: list[Record], store: EmbeddingStore, llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Any, llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Accelerate keeps one precision per process, and the launcher's in the environment."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
     tune([CAPTIONS], encoder, dataclasses.replace(TUNE, steps=1), tmp_path / "tune")
     assert AcceleratorState().mixed_precision == "no"
-    run_align(records, store, tmp_path / "align", dataclasses.replace(ALIGN, precision="bf16", epochs=1))
+    train(tmp_path / "align", dataclasses.replace(ALIGN, precision="bf16", epochs=1))
     assert AcceleratorState().mixed_precision == "bf16"

@@ -15,13 +15,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from align_fixtures import ALIGN, fresh_model, killed_after, run_align
 from align_fixtures import records as records  # the fixture
 from align_fixtures import store as store  # the fixture
+from align_fixtures import train as train  # the fixture
 from conftest import emulate_fsdp_launch, run_distributed
 from llm2clip.data.records import Record
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train import align as align_module
-from llm2clip.train import compilation
-from llm2clip.train.compilation import MIN_STEPS, compile_blocks, restore_blocks, should_compile
+from llm2clip.train import optim
+from llm2clip.train.optim import MIN_COMPILED_STEPS, compile_blocks, restore_blocks, should_compile
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -41,20 +42,20 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
 def always_compile(patch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    patch.setattr(compilation, "BACKEND", counter)
+    patch.setattr(optim, "COMPILE_BACKEND", counter)
     patch.setattr(align_module, "should_compile", lambda *args: True)
     return counter
 
 
 def test_only_long_runs_on_gpus_with_equal_blocks_are_compiled() -> None:
     tower = fresh_model().tower
-    assert should_compile(tower, CUDA, MIN_STEPS)
-    assert not should_compile(tower, CUDA, MIN_STEPS - 1)
-    assert not should_compile(tower, CPU, MIN_STEPS)
-    assert not should_compile(fresh_model(tower="test_efficientnet").tower, CUDA, MIN_STEPS)
-    assert not should_compile(tower.requires_grad_(False), CUDA, MIN_STEPS)
+    assert should_compile(tower, CUDA, MIN_COMPILED_STEPS)
+    assert not should_compile(tower, CUDA, MIN_COMPILED_STEPS - 1)
+    assert not should_compile(tower, CPU, MIN_COMPILED_STEPS)
+    assert not should_compile(fresh_model(tower="test_efficientnet").tower, CUDA, MIN_COMPILED_STEPS)
+    assert not should_compile(tower.requires_grad_(False), CUDA, MIN_COMPILED_STEPS)
     with torch._dynamo.config.patch(disable=True):  # as with TORCH_COMPILE_DISABLE=1
-        assert not should_compile(tower.requires_grad_(True), CUDA, MIN_STEPS)
+        assert not should_compile(tower.requires_grad_(True), CUDA, MIN_COMPILED_STEPS)
 
 
 def test_compiled_blocks_are_announced_run_in_training_only_and_are_restored(
@@ -79,7 +80,7 @@ def test_blocks_run_uncompiled_if_compilation_fails(monkeypatch: pytest.MonkeyPa
         raise RuntimeError("there is no C compiler")
 
     torch._dynamo.reset()
-    monkeypatch.setattr(compilation, "BACKEND", fail)
+    monkeypatch.setattr(optim, "COMPILE_BACKEND", fail)
     tower = fresh_model().tower.train()
     pixels = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     expected = tower(pixels)
@@ -91,25 +92,21 @@ def test_blocks_run_uncompiled_if_compilation_fails(monkeypatch: pytest.MonkeyPa
     "change", [{"micro_batch_size": 4}, {"gradient_checkpointing": True}, {"lora_r": 2}], ids=lambda change: str(change)
 )
 def test_compiled_run_equals_uncompiled_run(
-    records: list[Record],
-    store: EmbeddingStore,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    change: dict[str, Any],
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
     """The compiled run is killed in the middle and resumed. The same checkpoints continue without compilation."""
     config = dataclasses.replace(ALIGN, **change)
-    expected = run_align(records, store, tmp_path / "uncompiled", config)
+    expected = train(tmp_path / "uncompiled", config)
     with monkeypatch.context() as patch:
         counter = always_compile(patch)
         with killed_after(3):
-            run_align(records, store, tmp_path / "compiled", config)
+            train(tmp_path / "compiled", config)
         compiled_functions = counter.frame_count
         assert compiled_functions > 0
         with killed_after(5):
-            run_align(records, store, tmp_path / "compiled", config)
+            train(tmp_path / "compiled", config)
         assert counter.frame_count == compiled_functions  # nothing is compiled again for later batches
-    model = run_align(records, store, tmp_path / "compiled", config)
+    model = train(tmp_path / "compiled", config)
     assert_equal_weights(model, expected.state_dict())
 
 

@@ -28,11 +28,12 @@ from llm2clip.models.hub.fingerprint import hash_weights
 from llm2clip.models.inherited_clip import visual_projection
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.text.clip_text_encoder import load_clip_text_encoder
-from llm2clip.pipeline import align, new_model
+from llm2clip.stages import align
 from llm2clip.store.layout import caption_keys
 from llm2clip.store.store import EmbeddingStore
-from llm2clip.train import inherit
-from llm2clip.train.inherit import _repeat_phrases, inherited_texts
+from llm2clip.train import proclip
+from llm2clip.train.initial_model import new_model
+from llm2clip.train.proclip import _repeat_phrases, inherited_texts
 from test_baselines import CLIP_STATS, make_model
 
 
@@ -79,7 +80,7 @@ def make_clip(folder: Path, kind: str) -> tuple[str, str]:
 
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inherit, "MIN_STEPS", 300)
+    monkeypatch.setattr(proclip, "MIN_STEPS", 300)
 
 
 def config_for(tower: str, **settings: Any) -> AlignConfig:
@@ -131,8 +132,8 @@ def test_adapter_is_saved_and_trained_again_only_if_something_changes(
     tower, _ = make_clip(tmp_path / "clip", "clip")
     first = new_model(config_for(tower), store, records, tmp_path).adapter.state_dict()
     runs: list[int] = []
-    train = inherit._train_adapter
-    monkeypatch.setattr(inherit, "_train_adapter", lambda *args: runs.append(1) or train(*args))
+    train = proclip._train_adapter
+    monkeypatch.setattr(proclip, "_train_adapter", lambda *args: runs.append(1) or train(*args))
     second = new_model(config_for(tower, epochs=9), store, records, tmp_path).adapter.state_dict()
     assert not runs
     for name, tensor in first.items():
@@ -209,7 +210,7 @@ def test_texts_are_the_short_ones_and_each_is_used_once() -> None:
 def test_phrases_are_repeated_until_they_are_half_of_the_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     order = np.array([8, 1, 0, 4, 9, 2, 7, 3])  # captions are 0 to 7
     assert sorted(_repeat_phrases(order, 8).tolist()) == [0, 1, 2, 3, 4, 7, 8, 8, 8, 9, 9, 9]
-    monkeypatch.setattr(inherit, "MAX_REPEATS", 2)
+    monkeypatch.setattr(proclip, "MAX_REPEATS", 2)
     assert sorted(_repeat_phrases(order, 8).tolist()) == [0, 1, 2, 3, 4, 7, 8, 8, 9, 9]
     for only_one_kind in (0, 10):
         assert sorted(_repeat_phrases(order, only_one_kind).tolist()) == sorted(order.tolist())
@@ -225,7 +226,7 @@ def test_all_ranks_have_the_adapter_of_the_main_process(
 
 
 def _inherit_on_rank(records: list[Record], store: str, folder: str) -> None:
-    inherit.MIN_STEPS = 2
+    proclip.MIN_STEPS = 2
     model = new_model(config_for(f"{folder}/clip"), EmbeddingStore(store), records, Path(folder))
     (Path(folder) / str(torch.distributed.get_rank())).write_text(hash_weights(model))
 
@@ -240,7 +241,7 @@ def test_fit_inherits_phrases_if_there_are_any(column: str, image_folder: Path, 
     flags += ["--align.epochs", "1", "--align.workers", "0", "--max_skipped", "0.5"]
     run = tmp_path / "run"
     assert main(["fit", str(image_folder / "captions.jsonl"), "--out", str(run), *flags]) == 0
-    assert (run / "align" / inherit.WEIGHTS).exists()
+    assert (run / "align" / proclip.WEIGHTS).exists()
     (clip_store,) = (run / "align").glob("clip-texts-*")
     for folder in (run / "store", clip_store):
         is_stored = EmbeddingStore(folder).find(caption_keys(["border"])) >= 0

@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import run_distributed
 from llm2clip.train import losses
-from llm2clip.train.losses import info_nce, info_nce_reference, sigmoid_loss, sigmoid_reference
+from llm2clip.train.losses import LOSSES, info_nce, info_nce_reference, sigmoid_loss, sigmoid_reference
 
 SCALE, BIAS = 14.3, -3.0
+REFERENCES: dict[str, Any] = {"infonce": info_nce_reference, "sigmoid": sigmoid_reference}
 # Images 0 and 2 share a text, images 3 and 4 have a single text, which is the same, and image 1 has a text twice.
 IMAGE_OF_TEXT = [0, 0, 0, 1, 1, 2, 2, 3, 4, 5, 5]
 TEXT_IDS = [1, 2, 3, 4, 4, 3, 5, 6, 6, 7, 8]
@@ -57,29 +58,20 @@ def chunk_size(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("chunk_size")
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize(("image_of_text", "text_ids"), LAYOUTS)
 @pytest.mark.parametrize("scale", [1.0, SCALE, 100.0])
 @pytest.mark.parametrize("other_texts", [None, OTHER_TEXTS], ids=["", "other_texts"])
-def test_losses_match_the_references(
-    other_texts: list[list[int]] | None, scale: float, image_of_text: list[int], text_ids: list[int]
+def test_loss_matches_its_reference(
+    other_texts: list[list[int]] | None, scale: float, image_of_text: list[int], text_ids: list[int], name: str
 ) -> None:
     image, text = random_embeddings(image_of_text[-1] + 1, len(image_of_text))
     layout = torch.tensor(image_of_text), torch.tensor(text_ids), other_texts and torch.tensor(other_texts)
-    inputs = [image, text, torch.tensor(scale)]
-    bias = torch.tensor(BIAS)
-    pairs = [
-        (
-            value_and_gradients(lambda i, t, s: info_nce(i, t, s, *layout), *inputs),
-            value_and_gradients(lambda i, t, s: info_nce_reference(i, t, s, *layout), *as_double(*inputs)),
-        ),
-        (
-            value_and_gradients(lambda i, t, s, b: sigmoid_loss(i, t, s, b, *layout), *inputs, bias),
-            value_and_gradients(lambda i, t, s, b: sigmoid_reference(i, t, s, b, *layout), *as_double(*inputs, bias)),
-        ),
-    ]
-    for actual, expected in pairs:
-        for a, b in zip(actual, expected, strict=True):
-            torch.testing.assert_close(a, b, atol=2e-6 * max(1, scale), rtol=1e-5)
+    inputs = [image, text, torch.tensor(scale), torch.tensor(BIAS)][: 4 if LOSSES[name].needs_bias else 3]
+    actual = value_and_gradients(lambda *args: LOSSES[name].function(*args, *layout), *inputs)
+    expected = value_and_gradients(lambda *args: REFERENCES[name](*args, *layout), *as_double(*inputs))
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-6 * max(1, scale), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("image_of_text", "text_ids"), LAYOUTS)
@@ -176,8 +168,8 @@ def test_losses_use_memory_linear_in_the_batch_size(monkeypatch: pytest.MonkeyPa
 
     image, text = (x.requires_grad_() for x in random_embeddings(512, 512))
     with LargestTensor():
-        info_nce(image, text, 10.0).backward()
-        sigmoid_loss(image, text, 10.0, 0.0).backward()
+        for loss in LOSSES.values():
+            loss(image, text, torch.tensor(10.0), torch.tensor(0.0), torch.arange(512), None, None).backward()
     assert largest <= 512 * 512 / 10
 
 
@@ -201,13 +193,10 @@ def _gradients(images: slice) -> dict[str, Tensor]:
     other_texts = other_texts[(other_texts[:, 0] >= images.start) & (other_texts[:, 0] < images.stop)]
     layout = image_of_text[texts] - images.start, text_ids[texts], other_texts - torch.tensor([images.start, 0])
     results: dict[str, Tensor] = {}
-    for name in ("infonce", "sigmoid"):
+    for name, loss_function in LOSSES.items():
         weight, scalars = torch.eye(8).requires_grad_(), torch.tensor([10.0, -2.0]).requires_grad_()
         i, t = F.normalize(image[images] @ weight, dim=-1), F.normalize(text[texts] @ weight.T, dim=-1)
-        if name == "infonce":
-            loss = info_nce(i, t, scalars[0], *layout)
-        else:
-            loss = sigmoid_loss(i, t, scalars[0], scalars[1], *layout)
+        loss = loss_function(i, t, scalars[0], scalars[1], *layout)
         loss.backward()
         assert weight.grad is not None and scalars.grad is not None
         results |= {f"{name} weight": weight.grad, f"{name} loss": loss.detach(), f"{name} scalars": scalars.grad}

@@ -14,9 +14,9 @@ from PIL import Image
 from format_fixtures import image_bytes, image_row, write_images_and_jsonl, write_jsonl, write_tar
 from llm2clip.data import image_hashes
 from llm2clip.data.image_refs import FileImage
-from llm2clip.data.merged_records import read_merged_records, stream_records
 from llm2clip.data.records import EARLY_CHECK_ROWS, ImageCheck, open_records
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.splits import read_merged_records, stream_records
 
 
 def test_tar_images_have_the_same_key_by_any_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,16 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from llm2clip.data.hard_negatives import caption_vectors, grouped_permutation
-from llm2clip.data.pairs import ImageCaptions, Pair, can_pair, draw_pair, pair_batches, resolve_pairs_per_step
+from llm2clip.data.pairs import (
+    ImageCaptions,
+    Pair,
+    can_pair,
+    caption_vectors,
+    draw_pair,
+    grouped_permutation,
+    pair_batches,
+    resolve_pairs_per_step,
+)
 
 IMAGES = [  # 40 that give a pair and two that do not
     *(ImageCaptions(tuple(f"image {i} caption {j}" for j in range(2 + i % 4))) for i in range(40)),

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from conftest import Killed
-from llm2clip.train.prefetch import Prefetcher, prefetch
+from llm2clip.prefetch import Prefetcher, prefetch
 
 
 class Source:
@@ -65,7 +65,7 @@ def test_closing_early_stops_the_thread_and_closes_the_source() -> None:
 
 PREFETCH_UNTIL_EXIT = """
 import torch
-from llm2clip.train.prefetch import Prefetcher
+from llm2clip.prefetch import Prefetcher
 
 def matmuls():
     x = torch.randn(800, 800)

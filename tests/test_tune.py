@@ -7,6 +7,8 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from sentence_transformers import SentenceTransformer
 
 from conftest import CAPTIONS, TUNE, Killed, TouchOnLoad, emulate_fsdp_launch, run_distributed
 from llm2clip.config import TuneConfig
-from llm2clip.data.pairs import Pair, pair_batches
+from llm2clip.data.pairs import Pair
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.runs.checkpoint import Checkpoints, read_metrics
 from llm2clip.train import pair_loss as pair_loss_module
@@ -41,6 +43,30 @@ def open_encoder(llm: Path) -> CaptionEncoder:
 
 def collate(encoder: CaptionEncoder, pairs: list[Pair] = PAIRS) -> dict[str, Any]:
     return PairCollator(preprocess_fn=encoder.tokenize)([dataclasses.asdict(pair) for pair in pairs])
+
+
+@contextmanager
+def recorded_models(killed_in: int | None = None) -> Iterator[list[torch.nn.Module]]:
+    """Record the model, with its distributed wrapper, in each training step. Raise `Killed` in step `killed_in`."""
+    models: list[torch.nn.Module] = []
+    forward = PairLoss.forward
+
+    def recorded_forward(self: PairLoss, *args: Any, **kwargs: Any) -> torch.Tensor:
+        models.append(self.model)
+        if len(models) == killed_in:
+            raise Killed
+        return forward(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PairLoss, "forward", recorded_forward)
+        yield models
+
+
+@contextmanager
+def killed_in_step(step: int) -> Iterator[list[torch.nn.Module]]:
+    """Expect training to be killed in a step, counted from the start of this block."""
+    with recorded_models(step) as models, pytest.raises(Killed):
+        yield models
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
@@ -330,11 +356,6 @@ def test_tune_stops_at_a_gradient_that_is_not_finite(llm: Path, tmp_path: Path) 
     assert not list((tmp_path / "checkpoints").glob("*/complete"))
 
 
-def test_pairs_of_a_batch_are_plain_data() -> None:
-    batch = next(pair_batches([CAPTIONS], [], 4, 1, 0))
-    json.dumps([dataclasses.asdict(pair) for pair in batch])
-
-
 # ---- resume ----------------------------------------------------------------------------------------------------------
 
 
@@ -350,22 +371,11 @@ def test_pairs_of_a_batch_are_plain_data() -> None:
     ],
     ids=str,
 )
-def test_tune_resumes_exactly(
-    llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
-) -> None:
+def test_tune_resumes_exactly(llm: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     """Killed in step 6 of 6: the same losses and weights as without the interruption, to the last bit."""
     config = dataclasses.replace(TUNE, **change)
     uninterrupted = tune([CAPTIONS], open_encoder(llm), config, tmp_path / "uninterrupted")
-    forward, calls = PairLoss.forward, []
-
-    def killed_forward(self: PairLoss, *args: Any, **kwargs: Any) -> torch.Tensor:
-        calls.append(1)
-        if len(calls) == 6:
-            raise Killed
-        return forward(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(PairLoss, "forward", killed_forward)
+    with killed_in_step(6):
         tune([CAPTIONS], open_encoder(llm), config, tmp_path / "killed")
     (tmp_path / "killed/checkpoints/checkpoint-5").mkdir(parents=True)  # incomplete: no marker file
     resumed = tune([CAPTIONS], open_encoder(llm), config, tmp_path / "killed")
@@ -377,19 +387,15 @@ def test_tune_resumes_exactly(
     assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
-@pytest.mark.parametrize("change", [{"precision": "bf16"}, {"steps": 7}], ids=str)
-def test_tune_does_not_resume_with_other_settings(llm: Path, tmp_path: Path, change: dict[str, Any]) -> None:
-    encoder_dir = tune([CAPTIONS], open_encoder(llm), TUNE, tmp_path)
-    encoder_dir.rename(tmp_path / "removed")
-    with pytest.raises(ValueError, match="Cannot resume from"):
-        tune([CAPTIONS], open_encoder(llm), dataclasses.replace(TUNE, **change), tmp_path)
-
-
-def test_tune_does_not_resume_with_other_data(llm: Path, tmp_path: Path) -> None:
-    encoder_dir = tune([CAPTIONS], open_encoder(llm), TUNE, tmp_path)
-    encoder_dir.rename(tmp_path / "removed")
-    with pytest.raises(ValueError, match=r"texts: .* then"):
-        tune([CAPTIONS[::-1]], open_encoder(llm), TUNE, tmp_path)
+def test_tune_does_not_resume_with_other_settings_or_data(llm: Path, tmp_path: Path) -> None:
+    tune([CAPTIONS], open_encoder(llm), TUNE, tmp_path).rename(tmp_path / "removed")
+    for change, data, message in (
+        ({"precision": "bf16"}, CAPTIONS, "precision: fp32 then, bf16 now"),
+        ({"steps": 7}, CAPTIONS, "steps: 6 then, 7 now"),
+        ({}, CAPTIONS[::-1], r"texts: .* then"),
+    ):
+        with pytest.raises(ValueError, match=rf"Cannot resume from .*{message}"):
+            tune([data], open_encoder(llm), dataclasses.replace(TUNE, **change), tmp_path)
 
 
 def test_no_checkpoint_is_lost_if_the_clock_goes_back(
@@ -492,16 +498,7 @@ def _assert_same_run(encoder_dir: Path, other_dir: Path) -> None:
 
 
 def _tune_until_killed(llm: str, folder: str, config: TuneConfig) -> None:
-    forward, calls = PairLoss.forward, []
-
-    def killed_forward(self: PairLoss, *args: Any) -> torch.Tensor:
-        calls.append(1)
-        if len(calls) == 4:
-            raise Killed
-        return forward(self, *args)
-
-    PairLoss.forward = killed_forward  # type: ignore[method-assign]
-    with pytest.raises(Killed):
+    with killed_in_step(4):
         _tune_on_rank(llm, folder, config)
 
 
@@ -533,24 +530,17 @@ def _tune_sharded_on_rank(llm: str, folder: str, config: TuneConfig) -> None:
     from torch.distributed.fsdp import FSDPModule
 
     emulate_fsdp_launch()
-    forward, calls = PairLoss.forward, []
-
-    def killed_forward(self: PairLoss, *args: Any) -> torch.Tensor:
-        assert isinstance(self.model, FSDPModule) and isinstance(self._encoder[0].llm.layers[0], FSDPModule)
-        calls.append(1)
-        if len(calls) == 4:  # after the checkpoint of step 2
-            raise Killed
-        return forward(self, *args)
-
-    PairLoss.forward = killed_forward  # type: ignore[method-assign]
-    with pytest.raises(Killed):
+    with killed_in_step(4) as models:  # after the checkpoint of step 2
         _tune_on_rank(llm, folder, config)
     if torch.distributed.get_rank() == 0:
         shutil.copytree(folder, Path(folder).parent / "killed")
     torch.distributed.barrier()
     encoder = open_encoder(Path(llm))
-    tune([CAPTIONS], encoder, dataclasses.replace(config, batch_size=config.batch_size // 2), Path(folder))
-    assert len(calls) == 4 + 2
+    with recorded_models() as resumed_models:
+        tune([CAPTIONS], encoder, dataclasses.replace(config, batch_size=config.batch_size // 2), Path(folder))
+    assert len(resumed_models) == 2
+    for model in [*models, *resumed_models]:  # also the layers are sharded
+        assert isinstance(model, FSDPModule) and sum(isinstance(m, FSDPModule) for m in model.modules()) > 2
     assert not list(Path(folder).rglob("*fsdp*")), "checkpoints must not hold frozen weights or pickles"
     assert torch.equal(encoder.encode(["a dog"]), open_encoder(Path(folder) / "encoder").encode(["a dog"]))
 

@@ -23,7 +23,7 @@ from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.vision.tower_lora import add_tower_lora, merge_tower_lora
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.train.align import align
-from llm2clip.train.compilation import has_equal_blocks
+from llm2clip.train.optim import has_equal_blocks
 
 TINY = {"embed_dim": 64, "depth": 3, "num_heads": 2, "img_size": 64}
 TIMM: dict[str, dict[str, Any]] = {

@@ -161,8 +161,8 @@ class AlignConfig:
     """Number of residual blocks in the adapter. The paper uses 4."""
     normalize_input: bool = True
     """L2-normalise the cached embeddings before the adapter, as the paper does."""
-    loss: Literal["infonce", "sigmoid"] = "infonce"
-    """Contrastive loss: infonce (as in CLIP and the paper) or sigmoid (as in SigLIP)."""
+    loss: str = "infonce"
+    """Contrastive loss, as named in `train/losses.py`: infonce (as in CLIP and the paper) or sigmoid (as in SigLIP)."""
     logit_scale: float | Literal["inherit"] | None = None
     """Initial value of the factor that multiplies the cosine similarities, at most 100. inherit: use the value from the
     CLIP model that the tower belongs to, as in the authors' code. With the sigmoid loss, the logit bias is also

@@ -1,7 +1,7 @@
-"""The four stages `tune`, `embed`, `align` and `evaluate`, and `fit`, which runs them in this order.
+"""Training runs: `fit`, which runs all stages, and the commands `tune`, `embed` and `align`, which run one stage.
 
-The command line and `reproduce` both call these functions. Each stage writes its result atomically and skips completed
-work, so an interrupted run can be resumed by running the same command again. A run directory has this layout:
+These functions lock the output folder, read the data and run the stages of `stages.py`. Completed work is skipped, so
+an interrupted run can be resumed by running the same command again. `fit` writes a run directory with this layout:
 
     RUN/
       config.yaml            all settings; a resumed run must not change settings that affect the result
@@ -22,75 +22,49 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from transformers.utils import cached_file
 
-from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, FitConfig, TuneConfig
-from llm2clip.cpu_tuning import free_memory
+from llm2clip.config import AlignConfig, EncoderConfig, EvaluateConfig, FitConfig
 from llm2clip.data.noun_phrases import add_phrases
 from llm2clip.data.pairs import TuningItem
-from llm2clip.data.records import Record
+from llm2clip.data.records import Record, Source
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.splits import read_splits
+from llm2clip.data.splits import DataSplits, read_splits, stream_records
 from llm2clip.data.tuning_sources import read_tuning_sources
-from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
-from llm2clip.evaluate.embeddings import ModelEmbeddings
-from llm2clip.evaluate.query_templates import TemplateChoice, choose_query_templates
-from llm2clip.evaluate.reporting.error_analysis import example_searches
 from llm2clip.evaluate.reporting.fit_report import summary_table, write_fit_report
-from llm2clip.evaluate.retrieval_eval import (
-    RetrievalRanks,
-    caption_field_metrics,
-    dual_encoder_from_store,
-    evaluate_caption_fields,
-    make_validator,
-    rank_caption_fields,
-)
 from llm2clip.html_report import to_markdown
-from llm2clip.models.dual_encoder import from_llm2clip
 from llm2clip.models.export.model_card import write_model_card
 from llm2clip.models.hub.model_names import check_model_source
 from llm2clip.models.hub.pretrained import resolve_gguf, resolve_pretrained
-from llm2clip.models.inherited_clip import load_inherited_clip, model_in_clip_space
-from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.model_folder import save_query_templates
-from llm2clip.models.precision import load_for_evaluation, resolve_precision
-from llm2clip.models.pretrained_logits import read_pretrained_logits
-from llm2clip.models.prompts import LITERAL, QueryTemplates
-from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.runs.checkpoint import latest_checkpoint, read_metrics
 from llm2clip.runs.lock import run_lock
-from llm2clip.runs.ranks import cached_json, print_once, process_state, wait_for_everyone
+from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 from llm2clip.runs.run_config import CONFIG_FILE, save_or_check_config
 from llm2clip.runs.run_description import DURATIONS_FILE, StageClock
-from llm2clip.store.encode import embed as embed_locally
-from llm2clip.store.ray_engine import embed_with_ray
-from llm2clip.store.store import EmbeddingStore, drop_refused_captions
-from llm2clip.train.align import align as train_align
-from llm2clip.train.align import tracker_options
-from llm2clip.train.inherit import inherit_text_space
-from llm2clip.train.initial_model import new_model_config
+from llm2clip.stages import HeldOut, align, embed, evaluate, open_encoder, tune
+from llm2clip.store.layout import check_identity
+from llm2clip.store.store import EmbeddingStore
+from llm2clip.train.clip_finetuning import finetune_clip
+from llm2clip.train.initial_model import PretrainedParts, load_pretrained_parts
+from llm2clip.train.losses import get_loss
+from llm2clip.train.monitoring import tracker_options
 from llm2clip.train.sampling import resolve_images_per_step, training_texts
-from llm2clip.train.tune import tune as train_tune
 
 # A folder of a caption encoder or LLM contains at least one of these files.
 ENCODER_FILES = ("config.json", "modules.json", "adapter_config.json", "text/modules.json")
 
-HeldOut = Mapping[str, Sequence[Record]]  # caption column -> records
+# Function that is called with the settings, the run directory and the training records before training starts, and
+# returns warnings to print.
+CheckResources = Callable[[FitConfig, Path, Sequence[Record]], list[str]]
 
 
 def fit(
-    sources: Sequence[str],
-    run_dir: Path,
-    config: FitConfig,
-    check_resources: Callable[[FitConfig, Path, Sequence[Record]], list[str]] | None = None,
+    sources: Sequence[str], run_dir: Path, config: FitConfig, check_resources: CheckResources | None = None
 ) -> Path:
     """Run all stages on captioned images.
 
@@ -98,8 +72,7 @@ def fit(
         sources: Data sources, each in the form PATH or PATH@split+split (see `llm2clip.data.records.Source`).
         run_dir: Run directory. An interrupted run in this directory is resumed.
         config: Settings for all stages.
-        check_resources: Function that is called with the settings, the run directory and the training records before
-            training starts, and returns warnings to print.
+        check_resources: See `CheckResources`.
 
     Returns:
         The model folder.
@@ -110,29 +83,31 @@ def fit(
         ValueError: The data set is too small for the settings, or contains no captions to train on.
         FolderInUseError: Another run is writing to the run directory, which is left unchanged.
     """
-    is_complete = (run_dir / "model").exists()
-    if not is_complete:
-        check_align_models(config.align)
+    parts = None
+    if not (run_dir / "model").exists():
+        _check_names(config.align)
+        parts = load_pretrained_parts(config.align)
         if not (run_dir / "tune/encoder").exists():
             check_encoder(config.encoder)
     with run_lock(run_dir):
-        return _run_stages(sources, run_dir, config, None if is_complete else check_resources)
+        return _run_stages(sources, run_dir, config, parts, check_resources)
 
 
 def _run_stages(
     sources: Sequence[str],
     run_dir: Path,
     config: FitConfig,
-    check_resources: Callable[[FitConfig, Path, Sequence[Record]], list[str]] | None,
+    parts: PretrainedParts | None,
+    check_resources: CheckResources | None,
 ) -> Path:
+    """Run the stages of `fit`. `parts` is None if the model is already trained."""
     log = start_run(run_dir, {"data": list(sources), **dataclasses.asdict(config)}, config.max_skipped)
-    data = read_splits(sources, config.evaluate, config.columns, log)
-    print_once(data.summary, log.summary())
+    data = read_training_data(sources, config, log)
     if latest_checkpoint(run_dir / "align" / "checkpoints") is None:  # otherwise, images per step stay the same
         resolve_images_per_step(
             sum(r.image is not None for r in data.train), config.align, process_state().num_processes
         )
-    if check_resources is not None and process_state().is_main_process:
+    if parts is not None and check_resources is not None and process_state().is_main_process:
         print_once(*check_resources(config, run_dir, data.train))
 
     clock = StageClock(run_dir)
@@ -142,173 +117,186 @@ def _run_stages(
     encoder = EncoderConfig(path=str(tune(pairs, run_dir / "tune", config.encoder, config.tune, held_out_captions)))
 
     clock.start("2/4 embed: encoding every caption into the store")
-    train = add_phrases(data.train) if config.align.uses_phrases else data.train
-    train_texts = (text for record in train for text in training_texts(record, config.align))
+    train_texts = (text for record in data.train for text in training_texts(record, config.align.uses_phrases))
     held_out_texts = (text for column in data.held_out.values() for record in column for text in record.texts)
     store = embed(chain(train_texts, held_out_texts), run_dir / "store", encoder, config.embed)
 
     clock.start("3/4 align: training the vision tower against the store")
-    train = drop_refused_captions(train, store)
-    held_out = {column: drop_refused_captions(records, store) for column, records in data.held_out.items()}
-    model_dir = align(train, store, run_dir / "align", config.align, log, held_out, encoder, run_dir / "model")
+    model_dir = align(
+        data.train,
+        store,
+        run_dir / "align",
+        config.align,
+        log,
+        data.held_out,
+        encoder,
+        model_dir=run_dir / "model",
+        parts=parts,
+    )
 
     clock.start("4/4 evaluate: retrieval on held-out images")
-    trained = evaluate(model_dir, held_out, run_dir / "evaluate", log, store)
+    trained = evaluate(model_dir, data.held_out, run_dir / "evaluate", log, store)
     clock.stop()
     if process_state().is_main_process:
         _write_report(run_dir, model_dir, trained, f"{data.summary}. {log.summary()}.")
     return model_dir
 
 
-def tune(
-    pairs: Sequence[Sequence[TuningItem]],
-    out: Path,
-    encoder: EncoderConfig,
-    config: TuneConfig,
-    held_out_captions: Sequence[Sequence[str]] = (),
-) -> Path:
-    """Tune the caption encoder on pairs of texts.
+def run_tune(sources: Sequence[str], out: Path, config: FitConfig) -> Path:
+    """Run the `tune` stage on captions and text pairs.
 
     Args:
-        pairs: One list of image captions or text pairs per source (see `read_tuning_sources`).
-        out: Output folder of this stage.
-        encoder: Initial caption encoder.
-        config: Settings for this stage.
-        held_out_captions: Captions of each held-out image. If at least two images have two or more distinct captions
-            each, caption retrieval accuracy is measured before and after tuning, except with QLoRA. The results are
-            saved in cra_raw.json and cra_tuned.json.
+        sources: Caption sources. If splits are not selected for all of them, the captions of the images that `fit`
+            would hold out are not used.
+        out: Output folder.
+        config: Settings. Those of other stages are not used.
 
     Returns:
-        The folder of the tuned caption encoder, `out/encoder`.
+        The folder of the tuned caption encoder.
+
+    Raises:
+        ValueError: There is nothing to tune on.
     """
-    encoder_dir = out / "encoder"
-    is_done = encoder_dir.exists()
-    wait_for_everyone()  # every rank must check if the folder exists before it is created
-    # QLoRA is for LLMs that do not fit on the device without quantisation, so the untuned LLM is not evaluated.
-    measure = sum(len(set(captions)) > 1 for captions in held_out_captions) > 1 and not config.qlora
-    # On a CPU, the encoder that is measured is also tuned. GPUs measure in bf16, which requires a separate encoder.
-    raw = open_encoder(encoder, "cpu") if process_state().device.type == "cpu" and not is_done else None
-    if measure:
-        cached_json(out / "cra_raw.json", lambda: _measure_cra(held_out_captions, encoder, raw))
-    if not is_done:
-        # Load the encoder on the CPU, so that a GPU only has to hold the weights in the training precision.
-        train_tune(pairs, raw or open_encoder(encoder, "cpu"), config, out)
-        del raw
-        free_memory()  # the LLM is no longer needed
-    if measure:
-        cached_json(out / "cra_tuned.json", lambda: _measure_cra(held_out_captions, EncoderConfig(str(encoder_dir))))
-    return encoder_dir
+    with run_lock(out):
+        is_done = (out / "encoder").exists()
+        if not is_done:
+            check_encoder(config.encoder)
+        settings = {"data": list(sources), "columns": config.columns, "encoder": config.encoder, "tune": config.tune}
+        log = start_run(out, settings, config.max_skipped)
+        pairs = [] if is_done else _read_tuning_pairs(sources, config, log)
+        return tune(pairs, out, config.encoder, config.tune)
 
 
-def embed(
-    captions: Iterable[str],
+def run_embed(
+    sources: Sequence[str],
     out: Path,
-    encoder: EncoderConfig,
-    config: EmbedConfig,
+    config: FitConfig,
     *,
+    phrases: bool = True,
     engine: Literal["local", "ray"] = "local",
     ray_workers: int = 0,
 ) -> EmbeddingStore:
-    """Encode captions into an embedding store. Captions that are already in the store are skipped.
+    """Run the `embed` stage on all captions of data sources.
 
     Args:
-        captions: Captions to encode. May contain duplicates.
+        sources: Caption sources.
         out: Folder of the embedding store.
-        encoder: Frozen caption encoder.
-        config: Settings for this stage.
-        engine: "local" uses the ranks that the launcher started. "ray" uses a Ray cluster.
-        ray_workers: Number of Ray workers. 0 means one worker per GPU or, if there are no GPUs, one per two CPU cores.
+        config: Settings. Those of other stages are not used.
+        phrases: If True, also encode the short phrases of the captions. All captions are then read into memory.
+        engine, ray_workers: See `stages.embed`.
     """
-    options = dataclasses.asdict(config)
-    if engine == "ray":
-        return embed_with_ray(captions, partial(open_encoder, encoder), out, workers=ray_workers, **options)
-    # Load the encoder on the CPU, so that the GPU only has to hold the weights that are required for encoding.
-    return embed_locally(captions, open_encoder(encoder, "cpu"), out, device=process_state().device, **options)
+    with run_lock(out):
+        log = _open_skip_log(out / "skipped.jsonl", config.max_skipped)
+        records: Iterable[Record] = (r for _, r in stream_records(sources, config.columns, log, "ignore"))
+        if phrases:
+            records = add_phrases(list(records))
+        texts = (text for record in records for text in training_texts(record, phrases))
+        store = embed(texts, out, config.encoder, config.embed, engine=engine, ray_workers=ray_workers)
+        print_once(log.summary())
+        return store
 
 
-def align(
-    train: Sequence[Record],
-    store: EmbeddingStore,
-    out: Path,
-    config: AlignConfig,
-    log: SkipLog,
-    held_out: HeldOut | None = None,
-    encoder: EncoderConfig | None = None,
-    model_dir: Path | None = None,
-    features: Path | None = None,
+def run_align(
+    sources: Sequence[str], out: Path, config: FitConfig, store_dir: str | None, features: Path | None = None
 ) -> Path:
-    """Train the vision tower, its projection and the adapter against the cached caption embeddings.
+    """Run the `align` stage on captioned images, or fine-tune both towers of a CLIP model as a baseline.
 
     Args:
-        train: Training records. All of their captions must be in the store.
-        store: Cached caption embeddings.
-        out: Output folder of this stage.
-        config: Settings for this stage.
-        log: Log of skipped rows and images, to which images that cannot be decoded are added.
-        held_out: Records on which to evaluate the model before and during training, keyed by caption column.
-        encoder: Caption encoder to save with the model. If None, the model is saved without a caption encoder.
-        model_dir: Folder in which to save the model. Default: `out/model`.
-        features: Folder of the feature store, which caches the frozen tower's features and can be shared by several
-            runs. Default: a folder in `out`.
+        sources: Data sources. If splits are not selected for all of them, the images that `fit` would hold out are not
+            used.
+        out: Output folder.
+        config: Settings. The model is evaluated during training only if `config.evaluate` lists sources.
+        store_dir: Store with the embeddings of the captions. If None, both towers of the CLIP model
+            `config.align.tower` are fine-tuned instead.
+        features: See `stages.align`.
 
     Returns:
         The model folder.
     """
-    state = process_state()
-    model_dir = model_dir or out / "model"
-    if model_dir.exists():
-        return model_dir
-    free_memory()  # the LLM is no longer needed
-    model = new_model(config, store, train, out)
-    validate = None
-    if held_out:
-        evaluations = out.parent / "evaluate"
-        if state.is_main_process:
-            for name in ("trained.json", "query_templates.json", "examples.json"):  # results of an earlier model
-                (evaluations / name).unlink(missing_ok=True)
-            if not (out / "checkpoints").exists():  # the `align` settings may have changed
-                (evaluations / "untrained.json").unlink(missing_ok=True)
-        cached_json(evaluations / "untrained.json", lambda: _evaluate_from_store(model, held_out, store, log))
-        validate = make_validator(held_out, log, store)
-    model = train_align(train, store, model, config, out, log, validate, features)
-    if state.is_main_process:
-        _save_model(model, model_dir, encoder)
-    wait_for_everyone()
-    return model_dir
+    held_out = config.evaluate.data
+    if store_dir is None and (held_out or features):
+        raise ValueError("--own_text_tower does not support --held_out and --features: evaluate the trained model")
+    settings: dict[str, Any] = {"data": list(sources), "held_out": held_out, "columns": config.columns}
+    settings |= {"store": store_dir, "encoder": config.encoder, "align": config.align}
+    with run_lock(out):
+        log = start_run(out, settings, config.max_skipped)
+        if (out / "model").exists():
+            return out / "model"
+        _check_names(config.align)
+        if store_dir is None:
+            data = read_training_data(sources, config, log, keep_selected_splits=True)
+            return finetune_clip(data.train, config.align, out, log)
+        parts = load_pretrained_parts(config.align)
+        store = EmbeddingStore(store_dir)
+        _check_store(store, config.encoder)
+        data = read_training_data(sources, config, log, keep_selected_splits=True)
+        evaluated = data.held_out if held_out else None
+        return align(
+            data.train, store, out, config.align, log, evaluated, config.encoder, features=features, parts=parts
+        )
 
 
-def evaluate(
-    model_dir: Path, held_out: HeldOut, out: Path, log: SkipLog, store: EmbeddingStore
-) -> list[dict[str, Any]]:
-    """Evaluate image-text retrieval with a trained model on held-out images, using text embeddings from the store.
+# ---- reading data ----------------------------------------------------------------------------------------------------
 
-    If the model has a caption encoder, also choose the prompt templates for short queries (see
-    `choose_query_templates`), and save them in the model's config and, with their results, in `query_templates.json`.
+
+def read_training_data(
+    sources: Sequence[str], config: FitConfig, log: SkipLog, keep_selected_splits: bool = False
+) -> DataSplits:
+    """Read the records for `align`, with phrases if they are used, and print how many there are.
 
     Args:
-        model_dir: Model folder.
-        held_out: Records on which to evaluate, keyed by caption column.
-        out: Output folder of this stage, in which the metrics are saved as `trained.json`, and example searches as
-            `examples.json`.
-        log: Log of skipped rows and images, to which images that cannot be decoded are added.
-        store: Store that contains the embeddings of the held-out captions.
-
-    Returns:
-        One row of metrics per caption column (see `evaluate_caption_fields`).
+        sources: Data sources.
+        config: Settings for all stages.
+        log: Log in which to record skipped rows.
+        keep_selected_splits: See `read_splits`.
     """
-    model = LLM2CLIP.from_pretrained(model_dir)
-    embeddings = ModelEmbeddings(dual_encoder_from_store(model, store), log)
-    ranked = cache(lambda: rank_caption_fields(embeddings, held_out))
-    rows: list[dict[str, Any]] = cached_json(out / "trained.json", lambda: caption_field_metrics(embeddings, ranked()))
-    if model.has_encoder:
-        choice = cached_json(out / "query_templates.json", lambda: _choose_query_templates(model, ranked(), log))
-        if process_state().is_main_process:
-            save_query_templates(model_dir, QueryTemplates.from_dict(choice))
-    cached_json(out / "examples.json", lambda: example_searches(next(iter(ranked().values()))))
-    return rows
+    data = read_splits(sources, config.evaluate, config.columns, log, keep_selected_splits=keep_selected_splits)
+    print_once(data.summary, log.summary())
+    if config.align.uses_phrases:
+        data.train = add_phrases(data.train)
+    return data
 
 
-# ---- shared by the stages and the command line ---------------------------------------------------------------------
+def _tuning_pairs(
+    train: Sequence[Record], held_out: HeldOut, config: FitConfig, run_dir: Path
+) -> list[list[TuningItem]]:
+    """Return the tuning data of `fit`, or an empty list if tuning is disabled or already complete.
+
+    The rows of other sources are counted separately, because the skip log of the run counts the rows of its images.
+    """
+    if config.tune.steps == 0 or (run_dir / "tune" / "encoder").exists():
+        return []
+    own_captions = [] if config.tune.data or config.tune.text_pairs else train
+    excluded = [record for records in held_out.values() for record in records]
+    has_other_sources = bool(config.tune.data or config.tune.text_pairs or config.tune.exclude)
+    log = _open_skip_log(run_dir / "skipped_tune.jsonl" if has_other_sources else None, config.max_skipped)
+    pairs = read_tuning_sources(own_captions, excluded, config.tune, config.columns, log)
+    if has_other_sources:
+        print_once(f"tuning data: {log.summary()}")
+    return pairs
+
+
+def _read_tuning_pairs(sources: Sequence[str], config: FitConfig, log: SkipLog) -> list[list[TuningItem]]:
+    """Read the tuning data of the `tune` command."""
+    if not (sources or config.tune.data or config.tune.text_pairs):
+        raise ValueError("Nothing to tune on: pass caption sources, or text pairs with --tune.text_pairs")
+    held_out: list[Record] = []
+    if any(not Source.parse(source).splits for source in sources):
+        data = read_splits(sources, EvaluateConfig(), config.columns, log, "unchecked")
+        held_out = [record for records in data.held_out.values() for record in records]
+        if held_out:
+            print_once(data.summary)
+    pairs = read_tuning_sources([], held_out, config.tune, config.columns, log, training_sources=sources)
+    print_once(log.summary())
+    return pairs
+
+
+def _open_skip_log(file: Path | None, max_skipped: float) -> SkipLog:
+    """Return a skip log. Only the main process writes it to the file."""
+    return SkipLog(file if process_state().is_main_process else None, max_skipped)
+
+
+# ---- checks before training ------------------------------------------------------------------------------------------
 
 
 def start_run(run_dir: Path, config: dict[str, Any], max_skipped: float) -> SkipLog:
@@ -316,7 +304,7 @@ def start_run(run_dir: Path, config: dict[str, Any], max_skipped: float) -> Skip
     state = process_state()
     if state.is_main_process:
         save_or_check_config(config, run_dir, state.num_processes)
-    return SkipLog(run_dir / "skipped.jsonl" if state.is_main_process else None, max_skipped)
+    return _open_skip_log(run_dir / "skipped.jsonl", max_skipped)
 
 
 def check_encoder(config: EncoderConfig) -> None:
@@ -338,134 +326,22 @@ def check_encoder(config: EncoderConfig) -> None:
         )
 
 
-@torch.random.fork_rng(devices=[])
-def check_align_models(config: AlignConfig) -> None:
-    """Load all models that `align` needs, so that errors occur before hours of reading data, tuning and encoding.
-
-    Raises:
-        OSError: A model does not exist, or cannot be downloaded.
-        ValueError: A model does not support the settings.
-        ImportError: A required package is not installed.
-    """
+def _check_names(config: AlignConfig) -> None:
+    """Raise an error if there is no such loss or tracker, before the data is read."""
+    get_loss(config.loss)
     tracker_options(config.report_to, Path())
-    tower = VisionTower.from_pretrained(config.tower, image_size=config.image_size)
-    if config.image_size is not None:
-        try:
-            tower(torch.zeros(1, 3, config.image_size, config.image_size, dtype=torch.uint8))
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(
-                f"--align.image_size: {config.tower} cannot encode images of {config.image_size} pixels ({error})"
-            ) from error
-    if config.gradient_checkpointing:
-        tower.set_grad_checkpointing()
-    if config.inherit:
-        load_inherited_clip(config.tower, config.inherit, torch.device("cpu"))
-    if config.logit_scale == "inherit":
-        read_pretrained_logits(config.tower)
 
 
-def open_encoder(config: EncoderConfig, device: str | None = None) -> CaptionEncoder:
-    """Load the caption encoder described by `config`. If `device` is None, load it on this rank's device."""
-    return CaptionEncoder.from_pretrained(**dataclasses.asdict(config), device=device)
+def _check_store(store: EmbeddingStore, encoder: EncoderConfig) -> None:
+    """On the main process, check that a store is intact and was written with the given encoder."""
+    if process_state().is_main_process:
+        store.verify(progress=True)
+        identity = store.manifest["identity"]
+        check_identity(identity, open_encoder(encoder, "cpu").identity(identity["precision"]), store.folder)
+    wait_for_everyone()
 
 
-def new_model(
-    config: AlignConfig, store: EmbeddingStore, train: Sequence[Record] = (), out: Path | None = None
-) -> LLM2CLIP:
-    """Create a model from a pretrained tower and heads that are randomly initialised with the config's seed.
-
-    With `config.inherit`, the heads come from a CLIP model instead (see `train/inherit.py`).
-
-    Args:
-        config: Settings of the `align` stage.
-        store: Cached caption embeddings.
-        train: Training records with the texts from which the adapter learns. Used only with `config.inherit`.
-        out: Folder for the adapter and its cache. Required with `config.inherit`.
-    """
-    device = process_state().device
-    torch.manual_seed(config.seed)
-    tower = VisionTower.from_pretrained(config.tower, image_size=config.image_size)
-    tower.freeze_norm = True  # keep the pretrained batch-norm statistics
-    model_config = new_model_config(config, tower, store.embed_dim, store.manifest["identity"])
-    if config.inherit:
-        assert out is not None
-        clip = load_inherited_clip(config.tower, config.inherit, device)
-        model = model_in_clip_space(model_config, tower, clip)
-        precision = resolve_precision("align", config.precision, device)
-        inherit_text_space(model, clip, train, store, config.seed, precision, out)
-        del clip
-        free_memory()
-    else:
-        model = LLM2CLIP(model_config, tower)
-    if config.logit_scale == "inherit":
-        model.set_logits(*read_pretrained_logits(config.tower))
-    elif config.logit_scale is not None:
-        model.set_logits(config.logit_scale)
-    return model.to(device)
-
-
-def _tuning_pairs(
-    train: Sequence[Record], held_out: HeldOut, config: FitConfig, run_dir: Path
-) -> list[list[TuningItem]]:
-    """Return the tuning data of `fit`, or an empty list if tuning is disabled or already complete.
-
-    The rows of other sources are counted separately, because the skip log of the run counts the rows of its images.
-    """
-    if config.tune.steps == 0 or (run_dir / "tune" / "encoder").exists():
-        return []
-    own_captions = [] if config.tune.data or config.tune.text_pairs else train
-    excluded = [record for records in held_out.values() for record in records]
-    has_other_sources = bool(config.tune.data or config.tune.text_pairs or config.tune.exclude)
-    writes_log = has_other_sources and process_state().is_main_process
-    log = SkipLog(run_dir / "skipped_tune.jsonl" if writes_log else None, config.max_skipped)
-    pairs = read_tuning_sources(own_captions, excluded, config.tune, config.columns, log)
-    if has_other_sources:
-        print_once(f"tuning data: {log.summary()}")
-    return pairs
-
-
-def _measure_cra(
-    captions: Sequence[Sequence[str]], encoder: EncoderConfig, loaded: CaptionEncoder | None = None
-) -> dict[str, Any]:
-    """Measure the caption retrieval accuracy of `loaded` or, if it is None, of a temporarily loaded encoder."""
-    model = loaded or load_for_evaluation(device=process_state().device, **dataclasses.asdict(encoder))
-    metrics = caption_retrieval_accuracy(captions, model)
-    del model
-    free_memory()
-    return metrics
-
-
-def _evaluate_from_store(
-    model: LLM2CLIP, held_out: HeldOut, store: EmbeddingStore, log: SkipLog
-) -> list[dict[str, Any]]:
-    return evaluate_caption_fields(ModelEmbeddings(dual_encoder_from_store(model, store), log), held_out)
-
-
-def _choose_query_templates(model: LLM2CLIP, ranked: Mapping[str, RetrievalRanks], log: SkipLog) -> dict[str, Any]:
-    """Return the templates for short queries and their results (see `TemplateChoice`), and print what was chosen."""
-    embeddings = ModelEmbeddings(from_llm2clip(model, "llm2clip"), log)
-    try:
-        choice = choose_query_templates(embeddings, next(iter(ranked.values())))
-    except ValueError as error:
-        print_once(f"Short queries are encoded without templates: {error}")
-        return TemplateChoice(LITERAL, [], None).to_dict()
-    print_once(choice.summary())
-    return choice.to_dict()
-
-
-def _save_model(model: LLM2CLIP, folder: Path, encoder: EncoderConfig | None) -> None:
-    """Save a model with its caption encoder.
-
-    If the encoder is a local folder and `encoder` does not override its saved settings, the folder is copied.
-    """
-    if encoder is None:
-        model.save_pretrained(folder)
-    elif encoder == EncoderConfig(path=encoder.path) and (Path(encoder.path) / "modules.json").is_file():
-        model.save_pretrained(folder, text_folder=encoder.path)
-    else:
-        free_memory()  # the optimizer is no longer needed
-        model.save_pretrained(folder, encoder=open_encoder(encoder, "cpu"))
-    write_model_card(folder, folder.name)
+# ---- report ----------------------------------------------------------------------------------------------------------
 
 
 def _write_report(run_dir: Path, model_dir: Path, trained: list[dict[str, Any]], data_summary: str) -> None:

@@ -98,7 +98,7 @@ def _export(args: Namespace) -> list[str]:
 
 def _import(args: Namespace) -> list[str]:
     check_output_folder(args.out, "store")
-    from llm2clip.pipeline import open_encoder
+    from llm2clip.stages import open_encoder
     from llm2clip.store.import_export import import_official_tars, import_parquet
 
     _check_format(args)

@@ -7,6 +7,7 @@ import os
 import pickle
 from collections.abc import Callable, Generator, Sequence
 from io import BytesIO
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +16,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.images import ImageError, load_image
-from llm2clip.data.shared_refs import SharedRefs
 from llm2clip.io_utils import describe_error
 
 T = TypeVar("T")
@@ -88,6 +88,59 @@ def skip_finalization(worker: int) -> None:
     atexit.register(os._exit, 0)
 
 
+# ---- image references in worker processes ---------------------------------------------------------------------------
+
+
+class SharedRefs:
+    """List of image references that can be sent to worker processes quickly, whatever its length.
+
+    A data loader pickles its data set once for each worker. For millions of references, this takes minutes, and each
+    worker gets its own copy. This list is instead serialised once, into tensors. PyTorch sends tensors to other
+    processes as shared memory, and each worker unpickles a reference when it needs that reference.
+    """
+
+    def __init__(self, refs: Sequence[ImageRef] | SerialisedRefs) -> None:
+        self._refs = refs
+        self._serialised: SerialisedRefs | None = None
+
+    def __len__(self) -> int:
+        return len(self._refs)
+
+    def __getitem__(self, index: int) -> ImageRef:
+        return self._refs[index]
+
+    def __reduce__(self) -> tuple[type[SharedRefs], tuple[SerialisedRefs]]:
+        if self._serialised is None:
+            self._serialised = _serialise(self)
+        return SharedRefs, (self._serialised,)
+
+
+class SerialisedRefs:
+    """Image references as pickles in a buffer.
+
+    Attributes:
+        buffer: The pickles of all references, one after another, uint8.
+        ends: End of each pickle in the buffer, of shape (N,), int64.
+    """
+
+    def __init__(self, buffer: Tensor, ends: Tensor) -> None:
+        self.buffer, self.ends = buffer, ends
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> ImageRef:
+        start = int(self.ends[index - 1]) if index else 0
+        ref: ImageRef = pickle.loads(self.buffer[start : int(self.ends[index])].numpy().data)
+        return ref
+
+
+def _serialise(refs: SharedRefs) -> SerialisedRefs:
+    pickles = [pickle.dumps(refs[n], protocol=pickle.HIGHEST_PROTOCOL) for n in range(len(refs))]
+    ends = torch.tensor(list(accumulate(map(len, pickles))), dtype=torch.int64)
+    return SerialisedRefs(torch.frombuffer(bytearray(b"".join(pickles)), dtype=torch.uint8), ends)
+
+
 # ---- sending batches from worker processes ---------------------------------------------------------------------------
 
 
@@ -101,7 +154,7 @@ def pack_batch(items: list[Any]) -> tuple[bytes, list[int], Tensor]:
         items: Picklable values. They may contain tensors of any shape and dtype.
 
     Returns:
-        The pickled items without their tensors, the offset of each tensor, and the bytes of all tensors as uint8 (N,).
+        The pickled items without their tensors, the offset of each tensor, and all tensors as uint8 bytes.
     """
     tensors: list[Tensor] = []
     stream = BytesIO()

@@ -41,7 +41,7 @@ class RandomStreams:
         """
         Args:
             seed: Non-negative integer.
-            words: Arrays of non-negative integers below 2 ** 32, each (N,).
+            words: Arrays of shape (N,) with integers from 0 to 2 ** 32 - 1.
         """
         self._high, self._low, self._inc_high, self._inc_low = _seed_pcg64(_seed_words(seed, words))
         self.count = len(self._high)
@@ -50,15 +50,15 @@ class RandomStreams:
         self._has_upper_half = np.zeros(self.count, bool)
 
     def random(self) -> np.ndarray:
-        """Return a random number in [0, 1) from each generator, as NumPy's `Generator.random` does, float64 (N,)."""
+        """Draw a number in [0, 1) from each generator, as NumPy's `Generator.random` does. Shape (N,), float64."""
         return (self._next_64_bits(np.arange(self.count)) >> np.uint64(11)) * (1.0 / 9007199254740992.0)
 
     def shuffle(self, values: np.ndarray, counts: np.ndarray) -> None:
         """Permute the first `counts[n]` values of row n in place with generator n, as `Generator.permutation` does.
 
         Args:
-            values: Values to permute, (N, largest count).
-            counts: Number of values in each row, int64 (N,).
+            values: Values to permute, of shape (N, largest count).
+            counts: Number of values in each row, of shape (N,), int64.
         """
         for last in range(values.shape[1] - 1, 0, -1):
             rows = np.flatnonzero(counts > last)
@@ -66,7 +66,7 @@ class RandomStreams:
             values[rows, last], values[rows, other] = values[rows, other], values[rows, last]
 
     def _integers(self, which: np.ndarray, highest: int) -> np.ndarray:
-        """Return a random integer between 0 and `highest` from each of the generators `which`, int64 (n,).
+        """Draw a random integer between 0 and `highest` from each generator in `which`, an array of indices.
 
         Like NumPy, take as many random bits as `highest` has, and draw again if the integer is larger than `highest`.
         """
@@ -79,7 +79,7 @@ class RandomStreams:
         return integers.astype(np.int64)
 
     def _next_32_bits(self, which: np.ndarray) -> np.ndarray:
-        """Return 32 random bits from each of the generators `which`, int64 (n,), as uint64 (n,)."""
+        """Draw 32 random bits from each generator in `which`, an array of indices. Return them as uint64."""
         has_upper_half = self._has_upper_half[which]
         numbers = self._upper_half[which]
         fresh = which[~has_upper_half]
@@ -90,7 +90,7 @@ class RandomStreams:
         return numbers
 
     def _next_64_bits(self, which: np.ndarray) -> np.ndarray:
-        """Return 64 random bits from each of the generators `which`, int64 (n,), as uint64 (n,)."""
+        """Draw 64 random bits from each generator in `which`, an array of indices. Return them as uint64."""
         high, low = _multiply_128(self._high[which], self._low[which])
         high, low = _add_128(high, low, self._inc_high[which], self._inc_low[which])
         self._high[which], self._low[which] = high, low
@@ -102,7 +102,7 @@ class RandomStreams:
 
 
 def _seed_words(seed: int, words: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Return all seeds as 32-bit words, each uint32 (N,). A large `seed` takes several words."""
+    """Return all seeds as 32-bit words, each of shape (N,), uint32. A large `seed` takes several words."""
     if seed < 0:
         raise ValueError(f"the seed must be at least 0 (got {seed})")
     seed_words = [seed & 0xFFFFFFFF]
@@ -114,7 +114,7 @@ def _seed_words(seed: int, words: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def _seed_pcg64(words: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the state and increment of the PCG64 generators, each as its upper and lower 64 bits, uint64 (N,)."""
+    """Return the upper and lower 64 bits of the generators' states, and those of their increments. Shape (N,)."""
     pool = _mix_entropy(words)
     hash_constant = _HashConstant(_INIT_B, _MULT_B)
     state = [hash_constant.hash(pool[n % _POOL_SIZE]).astype(np.uint64) for n in range(8)]

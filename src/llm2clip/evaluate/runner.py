@@ -15,10 +15,9 @@ import yaml
 
 from llm2clip.config import EncoderConfig, EvaluateConfig, EvaluateOptions
 from llm2clip.data.image_hashes import count_training_images, load_training_images
-from llm2clip.data.merged_records import read_merged_records
 from llm2clip.data.records import Source
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.splits import read_splits
+from llm2clip.data.splits import read_merged_records, read_splits
 from llm2clip.evaluate.benchmark_eval import BenchmarkResult, run_benchmark
 from llm2clip.evaluate.benchmarks import Benchmark, get_benchmarks, has_user_data
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy, open_text_encoder

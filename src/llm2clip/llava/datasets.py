@@ -8,10 +8,10 @@ from typing import Any
 
 from llm2clip.data.columns import BadRow
 from llm2clip.data.image_refs import FileImage, is_inside
-from llm2clip.data.merged_records import read_merged_records
 from llm2clip.data.readers.text import read_json_rows
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.splits import read_merged_records
 from llm2clip.llava.chat_template import Conversation, clean_text
 
 

@@ -1,4 +1,4 @@
-"""Original CLIP model of a vision tower, whose text space a new model can inherit (see `train/inherit.py`)."""
+"""Original CLIP model of a vision tower, whose text space a new model can inherit (see `train/proclip.py`)."""
 
 from __future__ import annotations
 

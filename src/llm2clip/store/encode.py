@@ -7,13 +7,13 @@ being encoded, the previous one is written and the next one is read and tokenize
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,14 +23,13 @@ from llm2clip.io_utils import atomic_write_jsonl, read_jsonl
 from llm2clip.models.precision import resolve_encoder_precision
 from llm2clip.models.text.batching import MIN_CAPTIONS_TO_TUNE, TokenizedTexts, tune_batch_tokens
 from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.prefetch import Prefetcher
 from llm2clip.runs.output_folder import MANIFEST
 from llm2clip.runs.ranks import cached_json
 from llm2clip.store.layout import read_manifest
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.write_plan import WritePlan, open_for_writing
 from llm2clip.store.writer import StoreWriter
-
-T = TypeVar("T")
 
 
 def embed(
@@ -115,7 +114,7 @@ def _encode_local_shards(plan: WritePlan, encoder: CaptionEncoder, batch_tokens:
     tokenized_shards = ((n, tokenize_shard(plan.read_captions(n), encoder)) for n in plan.local_shards())
     with (
         plan.progress_bar("embed", "caption") as bar,
-        closing(prefetch(tokenized_shards)) as prefetched,
+        closing(Prefetcher(tokenized_shards, depth=1)) as prefetched,
         ThreadPoolExecutor(1) as pool,
     ):
         writing: Future[None] | None = None
@@ -184,16 +183,3 @@ def _add_caption_rows(file: Path, rows: list[dict[str, Any]]) -> None:
         by_caption |= {row["caption"]: row for _, row in read_jsonl(file)}
     by_caption |= {row["caption"]: row for row in rows}
     atomic_write_jsonl(file, by_caption.values())
-
-
-def prefetch(items: Iterator[T]) -> Generator[T, None, None]:
-    """Yield items. While the caller uses an item, a background thread computes the next one.
-
-    Close the generator explicitly. Otherwise, the garbage collector might run the cleanup in the background thread.
-    """
-    end: Any = object()
-    with ThreadPoolExecutor(1) as pool:
-        upcoming = pool.submit(next, items, end)
-        while (item := upcoming.result()) is not end:
-            upcoming = pool.submit(next, items, end)
-            yield item

@@ -5,18 +5,17 @@ loaded, because its caption embeddings are read from the embedding store. If the
 image features are computed once and cached in a second store, from which training then reads.
 
 With self-distillation (`distill_weight`), an additional loss keeps the tower's features close to those of the
-pretrained tower (see `distillation`).
+pretrained tower (see `proclip.py`).
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,9 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.precision import resolve_precision, tf32_matmul
 from llm2clip.models.vision.tower_lora import merge_tower_lora
 from llm2clip.models.vision.vision_tower import VisionTower
+from llm2clip.prefetch import prefetch
 from llm2clip.progress import ProgressBar
-from llm2clip.runs.checkpoint import Checkpoints, MetricsLog, hash_texts
+from llm2clip.runs.checkpoint import Checkpoints, MetricsLog
 from llm2clip.runs.gather import empty_copy, gather_to_cpu, reduce_gradients_in_fp32
 from llm2clip.runs.lock import folder_lock
 from llm2clip.runs.ranks import fsdp_enabled, print_once, process_state, set_fsdp_wrap_policy, set_mixed_precision
@@ -46,16 +46,21 @@ from llm2clip.runs.run_config import RESUME_SAFE
 from llm2clip.runs.training_state import full_tensor, load_training_state, save_training_state
 from llm2clip.store.image_features import TowerEncoder, store_image_features
 from llm2clip.store.store import EmbeddingStore
-from llm2clip.train.best_checkpoint import BestCheckpoint, Validate
 from llm2clip.train.caption_sampling import CaptionSource
-from llm2clip.train.compilation import compile_blocks, restore_blocks, should_compile
-from llm2clip.train.distillation import distillation_loss
 from llm2clip.train.grad_cache import cached_backward
-from llm2clip.train.losses import info_nce, sigmoid_loss
-from llm2clip.train.optim import MAX_GRAD_NORM, cosine_schedule, make_optimizer, set_trainable
-from llm2clip.train.prefetch import prefetch
+from llm2clip.train.losses import get_loss
+from llm2clip.train.monitoring import BestCheckpoint, Step, StepReport, Validate, start_trackers, tracker_options
+from llm2clip.train.optim import (
+    MAX_GRAD_NORM,
+    compile_blocks,
+    cosine_schedule,
+    make_optimizer,
+    restore_blocks,
+    set_trainable,
+    should_compile,
+)
+from llm2clip.train.proclip import distillation_loss
 from llm2clip.train.sampling import AlignBatches, Batch, decoding_workers
-from llm2clip.train.step_report import Step, StepReport
 
 
 @onednn_matmul()
@@ -157,7 +162,7 @@ def _train(
     eval_steps = data.steps_per_epoch if config.eval_steps is None else config.eval_steps
     best = BestCheckpoint(run_dir, checkpoints.step, validate if eval_steps else None, accelerator)
     metrics = MetricsLog(run_dir / "metrics.jsonl", checkpoints.step) if accelerator.is_main_process else None
-    _start_trackers(accelerator, trackers, config, checkpoints.step)
+    start_trackers(accelerator, trackers, config, checkpoints.step)
 
     # Model and optimizer.
     optimizer = make_optimizer(model, config, accelerator.device)
@@ -174,21 +179,21 @@ def _train(
     model.train()
     progress = ProgressBar(total=steps, initial=checkpoints.step, desc="align", unit="step", disable=metrics is None)
     report = StepReport(accelerator, log, metrics, checkpoints, run_dir, progress)
-    prepared = prefetch(_prepare_batches(data, store, checkpoints.step, accelerator.device), accelerator.device)
+    prepared = prefetch(_pinned_batches(data, checkpoints.step, accelerator.device), accelerator.device)
     with closing(prepared) as batches:
         clock = time.perf_counter()
         for step in range(checkpoints.step + 1, steps + 1):
             # Batch.
             data_start = time.perf_counter()
-            batch, inputs = next(batches)
+            batch = next(batches)
             data_seconds = time.perf_counter() - data_start
 
             # Forward and backward.
             _seed_dropout(config.seed, step, rank)
-            inputs = inputs.to(accelerator.device)
+            batch = batch.to(accelerator.device)
             if frozen_tower is not None:
-                inputs = _add_frozen_features(inputs, frozen_tower, config, accelerator)
-            local_loss, logit_scale = _batch_loss(net, inputs, config, accelerator)
+                batch = _add_frozen_features(batch, frozen_tower, config, accelerator)
+            local_loss, logit_scale = _batch_loss(net, batch, config, accelerator)
             loss = accelerator.reduce(local_loss.detach(), "mean")
             with tf32_matmul():
                 accelerator.backward(local_loss)
@@ -273,72 +278,13 @@ def _run_signature(data: AlignBatches, store: CaptionSource, config: AlignConfig
     }
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """Inputs of the model and the loss for a batch of N images and M texts.
-
-    Attributes:
-        images: Pixels as uint8 (N, ...), or image features as float32 (N, feature_dim).
-        frozen_features: Features of the pretrained tower, float32 (N, feature_dim). None without self-distillation.
-        embeddings: Text embeddings, (M, text_dim).
-        image_of_text: Index of each text's image, int64 (M,), ascending.
-        text_ids: Store row of each text, int64 (M,). Identical texts have the same row. None if all texts of the step
-            are known to be distinct, so that the loss does not have to wait for the GPU to compare them.
-        phrases: All phrases of the images as (index of the image, store row), int64 (K, 2). None if captions are not
-            mixed with phrases.
-        first_text: List of N + 1 integers. `first_text[n]` is the total number of texts of the images before image n.
-    """
-
-    images: Tensor
-    frozen_features: Tensor | None
-    embeddings: Tensor
-    image_of_text: Tensor
-    text_ids: Tensor | None
-    phrases: Tensor | None
-    first_text: list[int]
-
-    def to(self, device: torch.device) -> _Inputs:
-        """Copy the tensors to a device. Copies from pinned memory to a GPU run in the background."""
-        is_cuda = device.type == "cuda"
-        return self._replace_tensors(lambda tensor: tensor.to(device, non_blocking=is_cuda))
-
-    def pin_memory(self) -> _Inputs:
-        """Copy the tensors to pinned memory, from which a GPU can read in the background."""
-        return self._replace_tensors(Tensor.pin_memory)
-
-    def _replace_tensors(self, function: Callable[[Tensor], Tensor]) -> _Inputs:
-        return _Inputs(
-            images=function(self.images),
-            frozen_features=None if self.frozen_features is None else function(self.frozen_features),
-            embeddings=function(self.embeddings),
-            image_of_text=function(self.image_of_text),
-            text_ids=None if self.text_ids is None else function(self.text_ids),
-            phrases=None if self.phrases is None else function(self.phrases),
-            first_text=self.first_text,
-        )
-
-
-def _prepare_batches(
-    data: AlignBatches, store: CaptionSource, first_step: int, device: torch.device
-) -> Generator[tuple[Batch, _Inputs]]:
-    """Yield each batch with its inputs, which are in pinned memory if the device is a GPU."""
+def _pinned_batches(data: AlignBatches, first_step: int, device: torch.device) -> Generator[Batch]:
+    """Yield the batches, in pinned memory if the device is a GPU."""
     if device.type == "cuda":
         torch.cuda.set_device(device)  # for this thread; otherwise, pinning memory would use the first GPU as well
     with closing(data.batches(first_step)) as batches:
         for batch in batches:
-            # With several ranks, another rank may have an identical text.
-            all_distinct = data.world_size == 1 and len(np.unique(batch.caption_rows)) == len(batch.caption_rows)
-            has_phrases = data.phrases is not None
-            inputs = _Inputs(
-                images=batch.images,
-                frozen_features=batch.frozen_features,
-                embeddings=torch.from_numpy(store.take(batch.caption_rows)),
-                image_of_text=torch.from_numpy(batch.image_of_caption),
-                text_ids=None if all_distinct and not has_phrases else torch.from_numpy(batch.caption_rows),
-                phrases=torch.from_numpy(batch.phrases) if has_phrases else None,
-                first_text=np.searchsorted(batch.image_of_caption, np.arange(len(batch.images) + 1)).tolist(),
-            )
-            yield batch, inputs.pin_memory() if device.type == "cuda" else inputs
+            yield batch.pin_memory() if device.type == "cuda" else batch
 
 
 def _seed_dropout(seed: int, step: int, rank: int) -> None:
@@ -348,19 +294,17 @@ def _seed_dropout(seed: int, step: int, rank: int) -> None:
 
 @torch.no_grad()
 def _add_frozen_features(
-    inputs: _Inputs, frozen_tower: VisionTower, config: AlignConfig, accelerator: Accelerator
-) -> _Inputs:
+    batch: Batch, frozen_tower: VisionTower, config: AlignConfig, accelerator: Accelerator
+) -> Batch:
     """Compute the pretrained tower's features for the images of a batch."""
     with accelerator.autocast(), tf32_matmul():
-        parts = inputs.images.split(config.micro_batch_size or config.batch_size)
-        return replace(inputs, frozen_features=torch.cat([frozen_tower(pixels).float() for pixels in parts]))
+        parts = batch.images.split(config.micro_batch_size or config.batch_size)
+        return replace(batch, frozen_features=torch.cat([frozen_tower(pixels).float() for pixels in parts]))
 
 
-def _batch_loss(
-    net: nn.Module, inputs: _Inputs, config: AlignConfig, accelerator: Accelerator
-) -> tuple[Tensor, Tensor]:
+def _batch_loss(net: nn.Module, batch: Batch, config: AlignConfig, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
     """Return the loss of a batch and the logit scale. With gradient caching, this takes several forward passes."""
-    images, embeddings = inputs.images, inputs.embeddings
+    images, embeddings = batch.images, batch.embeddings
     image_argument = "pixels" if images.dtype == torch.uint8 else "features"
 
     # Part n of the batch contains images bounds[n] to bounds[n + 1] - 1 and all of their texts. If the run has been
@@ -369,14 +313,16 @@ def _batch_loss(
     bounds = [*range(0, len(images), size), len(images)]
 
     def forward(start: int, stop: int) -> tuple[Tensor, ...]:
-        texts = embeddings[inputs.first_text[start] : inputs.first_text[stop]]
+        texts = embeddings[batch.first_caption[start] : batch.first_caption[stop]]
         with accelerator.autocast(), tf32_matmul():
             image, text, scale, bias, *features = net(
                 **{image_argument: images[start:stop], "embeddings": texts},
-                return_features=inputs.frozen_features is not None,
+                return_features=batch.frozen_features is not None,
             )
         return image, text, scale[None], bias[None], *features
 
+    contrastive_loss = get_loss(config.loss)
+    layout = batch.image_of_caption, None if batch.all_distinct else batch.caption_rows, batch.phrases
     logit_scale = torch.zeros(())
 
     def loss_function(
@@ -384,14 +330,9 @@ def _batch_loss(
     ) -> Tensor:
         nonlocal logit_scale
         logit_scale = scale.detach().mean()  # all parts return the same scale
-        layout = inputs.image_of_text, inputs.text_ids, inputs.phrases
-        if config.loss == "sigmoid":
-            loss = sigmoid_loss(image, text, scale.mean(), bias.mean(), *layout)
-        else:
-            assert config.loss == "infonce"
-            loss = info_nce(image, text, scale.mean(), *layout)
-        if features is not None and inputs.frozen_features is not None:
-            loss = loss + config.distill_weight * distillation_loss(features, inputs.frozen_features)
+        loss = contrastive_loss(image, text, scale.mean(), bias.mean(), *layout)
+        if features is not None and batch.frozen_features is not None:
+            loss = loss + config.distill_weight * distillation_loss(features, batch.frozen_features)
         return loss
 
     parts = [partial(forward, start, stop) for start, stop in pairwise(bounds)]
@@ -400,33 +341,3 @@ def _batch_loss(
     else:
         loss = cached_backward(parts, loss_function, net, accelerator.device)
     return loss, logit_scale
-
-
-def tracker_options(names: list[str], run_dir: Path) -> dict[str, Any]:
-    """Return Accelerate's options for each tracker, keyed by tracker name. A resumed run continues its tracker run.
-
-    Raises:
-        ValueError: A tracker name is unknown.
-        ModuleNotFoundError: The package for a tracker is not installed.
-    """
-    run_id = hash_texts([str(run_dir.resolve())])
-    options: dict[str, Any] = {
-        "tensorboard": {},
-        "wandb": {"id": run_id, "resume": "allow"},
-        "trackio": {"name": f"{run_dir.parent.name}-{run_id}", "resume": "allow"},
-    }
-    for name in names:
-        if name not in options:
-            raise ValueError(f"--align.report_to must be one of {', '.join(options)} (got {name!r})")
-        if find_spec(name) is None:
-            raise ModuleNotFoundError(f"--align.report_to {name} needs the package {name}: pip install {name}")
-    return {name: options[name] for name in names}
-
-
-def _start_trackers(accelerator: Accelerator, options: dict[str, Any], config: AlignConfig, resume_step: int) -> None:
-    if not options:
-        return
-    if "tensorboard" in options and resume_step:
-        options["tensorboard"]["purge_step"] = resume_step + 1  # training will repeat the steps from this one on
-    settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(config).items()}
-    accelerator.init_trackers("llm2clip", settings, options)

@@ -20,7 +20,7 @@ class CaptionSource(Protocol):
     manifest: dict[str, Any]
 
     def rows(self, captions: Iterable[str]) -> np.ndarray:
-        """Look up captions; return their row numbers, int64 (N,)."""
+        """Return the row numbers of N captions, of shape (N,), int64."""
         ...
 
     def take(self, rows: np.ndarray) -> np.ndarray:
@@ -32,7 +32,7 @@ class CaptionIndex:
     """Lookup of the store rows of each image's captions, based on two flat arrays to save memory.
 
     Attributes:
-        rows: Store rows of all captions, int64 (total,), sorted and without duplicates within each image.
+        rows: Store rows of all captions, int64. Those of an image are sorted and have no duplicates.
         starts: Position of each image's first row in `rows`, int64 (images + 1,).
     """
 
@@ -61,7 +61,7 @@ class CaptionIndex:
         self.starts = np.concatenate([[0], np.cumsum(np.bincount(pairs // base, minlength=len(counts)))])
 
     def __getitem__(self, image: int) -> np.ndarray:
-        """Return the store rows of an image's captions, int64 (captions,), without duplicates."""
+        """Return the store rows of an image's captions, int64, without duplicates."""
         return self.rows[self.starts[image] : self.starts[image + 1]]
 
 
@@ -90,12 +90,12 @@ class CaptionSampler:
         """Sample captions of N images.
 
         Args:
-            epochs: Epoch of each sample, int64 (N,).
-            images: Index of each sample's image, int64 (N,).
+            epochs: Epoch of each sample, of shape (N,), int64.
+            images: Index of each sample's image, of shape (N,), int64.
 
         Returns:
-            The store rows of the captions, int64 (M,), and the position of each caption's image in `images`,
-            int64 (M,), ascending.
+            The store rows of the captions, and the position of each caption's image in `images`, which is ascending.
+            Both are of shape (M,), int64.
         """
         starts = np.stack([captions.starts[images] for captions in self.captions_by_kind])
         counts = np.stack([captions.starts[images + 1] for captions in self.captions_by_kind]) - starts
@@ -118,10 +118,10 @@ class CaptionSampler:
         return _take_in_order(shuffled, counts, kinds)
 
     def _sample_kinds(self, used: np.ndarray, streams: RandomStreams) -> np.ndarray:
-        """Sample the kind of each caption, as `Generator.choice` does; return int64 (captions_per_image, N).
+        """Sample the kind of each caption, as `Generator.choice` does. Shape (captions_per_image, N), int64.
 
         Args:
-            used: True for each kind that can be sampled for an image, bool (kinds, N).
+            used: Boolean mask of the kinds that can be sampled for each image, of shape (kinds, N).
             streams: Random number generators of the images.
         """
         numbers = np.stack([streams.random() for _ in range(self.captions_per_image)])
@@ -143,12 +143,12 @@ def _take_in_order(shuffled: list[np.ndarray], counts: np.ndarray, kinds: np.nda
     """Take the next row of the sampled kind for each caption; skip the caption if no rows of that kind are left.
 
     Args:
-        shuffled: Permuted rows of each kind, int64 (N, captions).
-        counts: Number of rows of each kind and image, int64 (kinds, N).
-        kinds: Sampled kinds, int64 (captions per image, N).
+        shuffled: Permuted rows of each kind, of shape (N, captions), int64.
+        counts: Number of rows of each kind and image, of shape (kinds, N), int64.
+        kinds: Sampled kinds, of shape (captions per image, N), int64.
 
     Returns:
-        The rows, int64 (M,), and the position of each row's image, int64 (M,), ascending.
+        The rows, and the position of each row's image, which is ascending. Both are of shape (M,), int64.
     """
     images = np.arange(kinds.shape[1])
     taken = np.zeros_like(counts)

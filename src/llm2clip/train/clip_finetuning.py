@@ -29,6 +29,7 @@ from llm2clip.models.text.clip_text_encoder import ClipTextEncoder, load_clip_te
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.runs.ranks import process_state, wait_for_everyone
 from llm2clip.train.align import align
+from llm2clip.train.losses import get_loss
 
 # Text towers of these types need no attention mask: CLIP's attention is causal, and SigLIP was trained on padded texts.
 SUPPORTED_TYPES = ("clip", "metaclip_2", "siglip")
@@ -86,7 +87,7 @@ class TokenizedCaptions:
         self._row_of: dict[str, int] = {}
 
     def rows(self, captions: Iterable[str]) -> np.ndarray:
-        """Return the row numbers of captions, int64 (N,). Identical captions have the same row number."""
+        """Return the row numbers of N captions, of shape (N,), int64. Identical captions have the same row number."""
         rows = []
         for caption in captions:
             row = self._row_of.setdefault(caption, len(self._captions))
@@ -96,7 +97,7 @@ class TokenizedCaptions:
         return np.array(rows, dtype=np.int64)
 
     def take(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
-        """Return the token ids of the captions in the given rows, int64 (N, tokens), padded to equal length."""
+        """Return the token ids of N captions, padded to equal length, of shape (N, tokens), int64."""
         ids: Tensor = self._tokenize([self._captions[row] for row in rows])["input_ids"]
         return ids.numpy()
 
@@ -129,7 +130,7 @@ def build_model(clip: Any, config: AlignConfig) -> LLM2CLIP:
         embed_dim=tower.feature_dim if visual_projection is None else visual_projection.out_features,
         adapter=AdapterConfig(depth=0),
         projection=visual_projection is not None,
-        logit_bias=config.loss == "sigmoid",
+        logit_bias=get_loss(config.loss).needs_bias,
     )
     model = LLM2CLIP(model_config, tower)
     if visual_projection is not None:

@@ -13,11 +13,16 @@ this batch (`other_texts`) are not negatives for it, either. Logits are always f
 - In a distributed run, ranks gather the embeddings without gradients and exchange sums of exponentials. Each rank then
   computes the gradients of its own embeddings. Averaged over ranks, as in DistributedDataParallel, the loss and its
   gradients equal those of a single process with the complete batch.
+
+`LOSSES` lists the losses that `--align.loss` can select. The `tune` stage has its own loss, `pair_loss.pair_loss`,
+which compares texts with each other and with hard negatives. It stores the full logit matrix, because its batches are
+limited by the activations of the LLM to a few thousand texts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -74,10 +79,10 @@ def sigmoid_reference(
 def _reference_masks(
     images: int, image_of_text: Tensor, text_ids: Tensor, other_texts: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return two bool masks of shape (texts, images), and the weight of each text, float32 (texts,).
+    """Return two boolean masks of shape (texts, images), and the weight of each text, of shape (texts,), float32.
 
-    The first mask is True for each text and its image. The second mask is True if the image has an identical text, in
-    this batch or among its other texts.
+    The first mask selects the image of each text. The second mask selects all images that have an identical text, in
+    this batch or among their other texts.
     """
     own = F.one_hot(image_of_text, images).bool()
     equal = text_ids[:, None] == text_ids[None, :]  # (texts, texts)
@@ -104,17 +109,17 @@ def info_nce(
     all images. With one text per image, this is CLIP's loss.
 
     Args:
-        image: Image embeddings, (N, D), L2-normalised.
-        text: Text embeddings, (M, D), L2-normalised.
+        image: Image embeddings of shape (N, D), L2-normalised.
+        text: Text embeddings of shape (M, D), L2-normalised.
         logit_scale: Factor applied to the cosine similarities (1 / temperature).
-        image_of_text: Index of each text's image, int64 (M,), ascending. Every image must have at least one text. If
-            None, text i belongs to image i.
-        text_ids: Ids of the texts, int64 (M,). Identical texts must have the same id. If None, all texts are treated as
-            distinct, and the host does not wait for the GPU to find identical ids. Must be None on all ranks or on
-            none.
+        image_of_text: Index of each text's image, of shape (M,), int64, ascending. Every image must have at least one
+            text. If None, text i belongs to image i.
+        text_ids: Ids of the texts, of shape (M,), int64. Identical texts must have the same id. If None, all texts are
+            treated as distinct, and the host does not wait for the GPU to find identical ids. Must be None on all ranks
+            or on none.
         other_texts: Texts that the images are known to have, inside or outside this batch, as (index of the image, id
-            of the text), int64 (K, 2). They are not used as negatives of these images. Default: none are known. Must be
-            None on all ranks or on none. Requires `text_ids`.
+            of the text), of shape (K, 2), int64. They are not used as negatives of these images. Default: none are
+            known. Must be None on all ranks or on none. Requires `text_ids`.
         gather: If True, use the texts and images of all ranks as negatives; all ranks must then call this function.
 
     Returns:
@@ -165,6 +170,46 @@ def _apply(
     with torch.autocast(image.device.type, enabled=False):
         layout = _ImageTextLayout(len(image), image_of_text, text_ids, other_texts, gather)
         return function.apply(image.float(), text.float(), *scalars, layout)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Loss that can be selected with `--align.loss`.
+
+    Attributes:
+        function: Function with the arguments of `sigmoid_loss`, or with those of `info_nce` if `needs_bias` is False.
+        needs_bias: True if a learned bias is added to the logits.
+        matmuls: Number of matmuls between the embeddings of all images and all texts of a step, for the loss and its
+            gradient: in a single process, and in each of several processes.
+        chunk_tensors: Number of tensors with the size of a chunk of logits (see `CHUNK`) that exist at the same time.
+    """
+
+    function: Callable[..., Tensor]
+    needs_bias: bool
+    matmuls: tuple[int, int]
+    chunk_tensors: int
+
+    def __call__(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, *layout: Tensor | None) -> Tensor:
+        """Return the loss. `bias` is ignored if the loss needs no bias; `layout` contains the remaining arguments."""
+        scalars = (scale, bias) if self.needs_bias else (scale,)
+        return self.function(image, text, *scalars, *layout)
+
+
+LOSSES = {
+    "infonce": Loss(info_nce, needs_bias=False, matmuls=(4, 5), chunk_tensors=3),
+    "sigmoid": Loss(sigmoid_loss, needs_bias=True, matmuls=(3, 4), chunk_tensors=3),
+}
+
+
+def get_loss(name: str) -> Loss:
+    """Return the loss that `--align.loss` selects.
+
+    Raises:
+        ValueError: There is no loss with this name.
+    """
+    if name not in LOSSES:
+        raise ValueError(f"--align.loss must be one of {', '.join(LOSSES)} (got {name})")
+    return LOSSES[name]
 
 
 # ---- chunked losses --------------------------------------------------------------------------------------------------
@@ -296,10 +341,10 @@ class _ImageTextLayout:
     Attributes:
         image_gather: All-gather for tensors with one row per image.
         text_gather: All-gather for tensors with one row per text.
-        image_of_text: Index of each text's image among the images of this rank, int64 (texts of this rank,).
-        all_image_of_text: Index of each text's image among the images of all ranks, int64 (texts of all ranks,).
-        weights: Loss weight of each text, float32 (texts of all ranks,). A rank's loss is the weighted sum over its
-            texts.
+        image_of_text: Index of each text's image among the images of this rank, int64, for the texts of this rank.
+        all_image_of_text: Index of each text's image among the images of all ranks, int64, for the texts of all ranks.
+        weights: Loss weight of each text, float32, for the texts of all ranks. A rank's loss is the weighted sum over
+            its texts.
     """
 
     def __init__(

@@ -42,13 +42,13 @@ def pair_loss(
     single process with the complete batch.
 
     Args:
-        anchor, positive: Embeddings of this rank's pairs, (N, D), L2-normalised. Row i of `anchor` and row i of
-            `positive` form a pair. N must be the same on all ranks.
+        anchor, positive: Embeddings of this rank's pairs, of shape (N, D), L2-normalised. Row i of `anchor` and row i
+            of `positive` form a pair. N must be the same on all ranks.
         scale: Factor applied to the cosine similarities (1 / temperature).
-        text_ids: Ids of the anchors, positives and negatives, in this order, int64 (2 N + M,). Identical texts must
-            have the same id.
-        negatives: Embeddings of the hard negatives, (M, D), L2-normalised. They are negatives for all anchors. M may
-            differ between ranks.
+        text_ids: Ids of the anchors, positives and negatives, in this order, of shape (2 N + M,), int64. Identical
+            texts must have the same id.
+        negatives: Embeddings of the hard negatives, of shape (M, D), L2-normalised. They are negatives for all anchors.
+            M may differ between ranks.
         symmetric: If True, each positive must also retrieve its anchor from all anchors.
         gather: If True, use the candidates of all ranks; all ranks must then call this function.
 

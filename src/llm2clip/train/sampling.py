@@ -7,9 +7,10 @@ on the same data as an uninterrupted run, regardless of the number of workers.
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +19,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from llm2clip.config import AlignConfig
 from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
-from llm2clip.data.image_loader import decode_or_error, skip_finalization
+from llm2clip.data.image_loader import SharedRefs, decode_or_error, skip_finalization
 from llm2clip.data.random_streams import epoch_permutation
 from llm2clip.data.records import Record
-from llm2clip.data.shared_refs import SharedRefs
 from llm2clip.data.transforms import TrainTransform
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.runs.checkpoint import hash_texts
@@ -37,20 +37,43 @@ class Batch:
     """One rank's share of the batch for a training step: N images and M of their captions."""
 
     images: Tensor
-    """Pixels as uint8 (N, 3, S, S). If the tower is frozen, its image features as float32 (N, feature_dim)."""
+    """Pixels as uint8, of shape (N, 3, S, S). If the tower is frozen, its features as float32, (N, feature_dim)."""
     frozen_features: Tensor | None
-    """Features of the pretrained tower for self-distillation, float32 (N, feature_dim). None if they are not stored."""
-    caption_rows: np.ndarray
-    """Store rows of the captions, int64 (M,). Identical captions have the same row."""
-    image_of_caption: np.ndarray
-    """Index of each caption's image, int64 (M,), ascending."""
-    phrases: np.ndarray
-    """All phrases of the images, sampled or not, int64 (K, 2): the index of the image, ascending, and the store row."""
+    """Features of the pretrained tower for self-distillation, of shape (N, feature_dim), float32. None without
+    self-distillation, or if they are not stored."""
+    embeddings: Tensor
+    """Text embeddings of the captions, of shape (M, text_dim)."""
+    caption_rows: Tensor
+    """Store rows of the captions, of shape (M,), int64. Identical captions have the same row."""
+    image_of_caption: Tensor
+    """Index of each caption's image, of shape (M,), int64, ascending."""
+    phrases: Tensor | None
+    """All phrases of the images, sampled or not, of shape (K, 2), int64: the index of the image, ascending, and the
+    store row. None if captions are not mixed with phrases."""
+    first_caption: list[int]
+    """N + 1 integers. `first_caption[n]` is the total number of captions of the images before image n."""
+    all_distinct: bool
+    """True if all captions of the step are known to be distinct, and no phrases are used. The loss then does not have
+    to wait for the GPU to compare the rows."""
     image_names: list[str]
     """Image names for log and error messages."""
     failures: dict[str, str]
     """Error message for each image that could not be decoded, keyed by image name. Each of these images is replaced
     with a duplicate of another image from the batch."""
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy the tensors to a device. Copies from pinned memory to a GPU run in the background."""
+        is_cuda = device.type == "cuda"
+        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=is_cuda))
+
+    def pin_memory(self) -> Batch:
+        """Copy the tensors to pinned memory, from which a GPU can read in the background."""
+        return self.map_tensors(Tensor.pin_memory)
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """Return a batch in which each tensor is replaced by the result of a function."""
+        tensors: dict[str, Any] = {k: function(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
 
 
 class AlignBatches:
@@ -101,12 +124,14 @@ class AlignBatches:
             self.feature_rows = rows[rows >= 0]
         self.images_per_step = images_per_step or resolve_images_per_step(len(usable), config, world_size)
         self.steps_per_epoch = len(usable) // self.images_per_step
-        self.config, self.world_size, self.rank = config, world_size, rank
+        self.config, self.world_size, self.rank, self.store = config, world_size, rank, store
         self.image_count = len(usable)
         self.image_hash = hash_texts(str(record.image) for record in usable)
         # Do not use phrases with weight 0 at all, even for images that have no other kinds of captions.
         fields = TEXT_FIELDS if config.samples_phrases else CAPTION_FIELDS
-        self.caption_hash = hash_texts(text for record in usable for text in training_texts(record, config))
+        self.caption_hash = hash_texts(
+            text for record in usable for text in training_texts(record, config.uses_phrases)
+        )
         kinds = [kind for kind in fields if any(getattr(record, kind) for record in usable)]
         captions = [CaptionIndex(store, (getattr(record, kind) for record in usable)) for kind in kinds]
         self.phrases = captions[kinds.index("phrases")] if "phrases" in kinds else None
@@ -169,23 +194,32 @@ class AlignBatches:
     ) -> Batch:
         epochs, image_numbers = np.array(samples, np.int64).T
         caption_rows, image_of_caption = self.captions.sample(epochs, image_numbers)
-        phrases = [] if self.phrases is None else [self.phrases[image] for image in image_numbers]
-        counts = np.array([len(rows) for rows in phrases], np.int64)
-        image_of_phrase = np.repeat(np.arange(len(phrases)), counts)
+        # With several ranks, another rank may have an identical caption.
+        all_distinct = self.world_size == 1 and len(np.unique(caption_rows)) == len(caption_rows)
         return Batch(
             images=images,
             frozen_features=frozen_features,
-            caption_rows=caption_rows,
-            image_of_caption=image_of_caption,
-            phrases=np.stack([image_of_phrase, np.concatenate([*phrases, np.empty(0, np.int64)])], axis=1),
+            embeddings=torch.from_numpy(self.store.take(caption_rows)),
+            caption_rows=torch.from_numpy(caption_rows),
+            image_of_caption=torch.from_numpy(image_of_caption),
+            phrases=None if self.phrases is None else torch.from_numpy(_list_rows(self.phrases, image_numbers)),
+            first_caption=np.searchsorted(image_of_caption, np.arange(len(images) + 1)).tolist(),
+            all_distinct=all_distinct and self.phrases is None,
             image_names=[str(self.images.refs[image]) for _, image in samples],
             failures=failures,
         )
 
 
-def training_texts(record: Record, config: AlignConfig) -> tuple[str, ...]:
+def _list_rows(captions: CaptionIndex, images: np.ndarray) -> np.ndarray:
+    """Return (position in `images`, store row) for each caption of the images, of shape (K, 2), int64."""
+    rows = [captions[image] for image in images]
+    position = np.repeat(np.arange(len(rows)), [len(rows_of_image) for rows_of_image in rows])
+    return np.stack([position, np.concatenate(rows)], axis=1)
+
+
+def training_texts(record: Record, with_phrases: bool) -> tuple[str, ...]:
     """Return all texts of a record on which `align` may train: its captions and, if they are used, its phrases."""
-    return record.texts + record.phrases if config.uses_phrases else record.texts
+    return record.texts + record.phrases if with_phrases else record.texts
 
 
 def resolve_images_per_step(images: int, config: AlignConfig, world_size: int) -> int:

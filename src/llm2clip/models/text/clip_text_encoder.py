@@ -108,7 +108,7 @@ class ClipTextEncoder:
         self.model, self.context_length = model, context_length
         self.tokenize, self._forward, self._token_count = tokenize, forward, token_count
         with torch.inference_mode():
-            self.embed_dim = self._forward(**self.tokenize(["a"])).shape[-1]
+            self.embed_dim = self._embed(["a"]).shape[-1]
 
     @torch.inference_mode()
     @onednn_matmul()
@@ -118,9 +118,14 @@ class ClipTextEncoder:
         embeddings = torch.empty(len(captions), self.embed_dim)
         for start in ProgressBar(range(0, len(order), batch_size), desc="encode", unit="batch", disable=not progress):
             rows = order[start : start + batch_size]
-            batch = self.tokenize([captions[i] for i in rows])
-            embeddings[rows] = self._forward(**batch).float().cpu()
+            embeddings[rows] = self._embed([captions[i] for i in rows]).float().cpu()
         return embeddings
+
+    def _embed(self, texts: list[str]) -> Tensor:
+        """Embed one batch of texts on the model's device, to which `model` may have been moved after it was loaded."""
+        batch = self.tokenize(texts)
+        device = next(self.model.parameters()).device
+        return self._forward(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
 
     def count_truncated(self, captions: Sequence[str]) -> int | None:
         """Return the number of texts that are truncated to the context length, or None if this number is unknown."""
@@ -210,7 +215,7 @@ def _load_transformers(path: str, device: torch.device) -> ClipTextEncoder:
         padding = "max_length" if text_input.fully_padded else True
         batch = tokenizer(texts, padding=padding, truncation=True, max_length=context_length, return_tensors="pt")
         names = ("input_ids",) if text_input.fully_padded else ("input_ids", "attention_mask")
-        return {name: batch[name].to(device) for name in names}
+        return {name: batch[name] for name in names}
 
     return ClipTextEncoder(
         model=model,
@@ -266,7 +271,7 @@ def _load_remote_code(path: str, device: torch.device) -> ClipTextEncoder:
 
     def tokenize(texts: list[str]) -> dict[str, Tensor]:
         batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+        return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
     return ClipTextEncoder(
         model=model,
@@ -305,7 +310,7 @@ def _load_open_clip(name: str, device: torch.device) -> ClipTextEncoder:
     return ClipTextEncoder(
         model=model,
         context_length=tokenizer.context_length,
-        tokenize=lambda texts: {"text": tokenizer(texts).to(device)},
+        tokenize=lambda texts: {"text": tokenizer(texts)},
         forward=model.encode_text,
         token_count=token_count,
     )

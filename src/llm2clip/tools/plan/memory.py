@@ -23,7 +23,7 @@ from llm2clip.config import AlignConfig, TuneConfig
 from llm2clip.models.text.batching import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
 from llm2clip.tools.plan.costs import ImageCosts, TextCosts
 from llm2clip.tools.plan.devices import Machine
-from llm2clip.train.losses import CHUNK
+from llm2clip.train.losses import CHUNK, get_loss
 
 FRAMEWORK_OVERHEAD = 1e9  # bytes per device for the CUDA context and PyTorch's libraries
 CPU_FRAMEWORK_OVERHEAD = 0.75e9  # bytes per process for PyTorch, transformers and the interpreter
@@ -93,9 +93,9 @@ def estimate_align_memory(image: ImageCosts, text: TextCosts, config: AlignConfi
     )  # one more layer for gradients, as in `count_saved_bytes`
     several_passes = micro_batch < config.batch_size
     parts["activations"] = _beyond_gradients(activations, image.trained / machine.shards, several_passes)
-    # Embeddings, gathered embeddings and their gradients, plus a chunk of logits and two tensors of that chunk's size.
+    # Embeddings, gathered embeddings and their gradients, plus the tensors for a chunk of logits.
     chunk = min(CHUNK["cpu" if machine.is_cpu else "cuda"], config.batch_size * texts)
-    parts["loss"] = 12 * image.embed_dim * (images + texts) + 12 * chunk
+    parts["loss"] = 12 * image.embed_dim * (images + texts) + 4 * chunk * get_loss(config.loss).chunk_tensors
     parts["captions"] = 4 * text.embed_dim * micro_batch * image.captions
     if config.distill_weight:
         # Distances from this rank's features to those of all images, for both towers, with intermediate results and

@@ -22,10 +22,8 @@ from llm2clip.tools.plan.memory import (
     fits,
     suggest_settings,
 )
+from llm2clip.train.losses import get_loss
 from llm2clip.train.sampling import resolve_images_per_step
-
-# Number of matmuls between image and text embeddings in the loss and its gradient, as (one process, several processes).
-LOSS_MATMULS = {"infonce": (4, 5), "sigmoid": (3, 4)}
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Plan:
         once = image.forward + teacher + image.backward
         repeated = (image.tower_forward if recomputes else 0.0) + (image.forward if uses_grad_cache else 0.0)
         texts = align.batch_size * count * image.captions
-        loss = 2 * LOSS_MATMULS[align.loss][count > 1] * texts * image.embed_dim
+        loss = 2 * get_loss(align.loss).matmuls[count > 1] * texts * image.embed_dim
         return {"once": once, "repeated": repeated, "loss": loss, "total": once + repeated + loss}
 
     @cached_property

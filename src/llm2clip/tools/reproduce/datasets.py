@@ -13,13 +13,11 @@ from functools import cached_property
 from pathlib import Path
 
 from llm2clip.config import EvaluateConfig, ReproduceConfig, TuneConfig
-from llm2clip.data.merged_records import read_merged_records, same_image_filter
 from llm2clip.data.pairs import ImageCaptions, Pair
 from llm2clip.data.records import Record, Source
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.splits import read_splits, with_captions
-from llm2clip.data.text_pairs import read_text_pairs
-from llm2clip.data.tuning_sources import read_tuning_sources
+from llm2clip.data.splits import read_merged_records, read_splits, same_image_filter, with_captions
+from llm2clip.data.tuning_sources import read_text_pairs, read_tuning_sources
 from llm2clip.runs.ranks import print_once
 
 WORDNET = Path("/usr/share/wordnet")  # installed by Debian's package wordnet-base

@@ -34,8 +34,8 @@ from llm2clip.evaluate.retrieval_eval import dual_encoder_from_store, rank_capti
 from llm2clip.models.hub.model_names import display_names
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.pipeline import align, embed, open_encoder, tune
 from llm2clip.runs.ranks import cached_json, print_once
+from llm2clip.stages import align, embed, open_encoder, tune
 from llm2clip.store.layout import caption_keys
 from llm2clip.store.store import EmbeddingStore, drop_refused_captions
 from llm2clip.tools.reproduce.datasets import CAPTIONS_TEST, FOREIGN_TEST, ClaimData
@@ -123,7 +123,7 @@ class Experiments:
             print_once(f"align: {self.label(name)}, seed {seed}")
             run_dir = self.out / "work" / folder.name
             align(
-                drop_refused_captions(self.data.train, store),
+                self.data.train,
                 store,
                 run_dir,
                 self.align_config(seed),

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.images import load_image
 from llm2clip.data.transforms import EvalTransform
-from llm2clip.pipeline import new_model
 from llm2clip.tools.reproduce.experiments import Experiments
+from llm2clip.train.initial_model import new_model
 from llm2clip.train.losses import info_nce
 
 # Variants of the training step, which differ in the source of the text embeddings.

@@ -1,9 +1,12 @@
-"""Representation inheritance (ProCLIP, arXiv 2510.18795): start `align` in the embedding space of a CLIP model.
+"""Losses and training step of ProCLIP (arXiv 2510.18795), which keep what a pretrained CLIP model knows.
 
-Before `align`, the adapter learns, on text alone, to map the LLM's embedding of a text to the text embedding of the
-CLIP model that the tower comes from. The image projection is CLIP's own. Without this step, the adapter is
-randomly initialised, and contrastive training against it changes what the pretrained tower knows. In the paper, this
-step and self-distillation (see `distillation`) together improve zero-shot accuracy by 6.8 to 13.5 points.
+Self-distillation: in the `align` stage, `distillation_loss` keeps the vision tower's features close to those of the
+pretrained tower.
+
+Representation inheritance: before `align`, the adapter learns, on text alone, to map the LLM's embedding of a text to
+the text embedding of the CLIP model that the tower comes from. The image projection is CLIP's own. Without this step,
+the adapter is randomly initialised, and contrastive training against it changes what the pretrained tower knows. In the
+paper, both together improve zero-shot accuracy by 6.8 to 13.5 points.
 
 The texts are the captions, short captions and phrases of the training data, or the long captions if there are no other
 texts. Records without an image are also used. Phrases such as "red hat" are repeated until they make up about half of
@@ -22,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.records import Record
@@ -31,11 +34,11 @@ from llm2clip.models.hub.fingerprint import fingerprint, hash_weights
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.text.clip_text_encoder import ClipTextEncoder
 from llm2clip.progress import ProgressBar
+from llm2clip.runs.gather import RaggedGather
 from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 from llm2clip.store.image_features import store_text_embeddings
 from llm2clip.store.layout import caption_keys
 from llm2clip.store.store import EmbeddingStore
-from llm2clip.train.distillation import distillation_loss
 from llm2clip.train.optim import ADAM_BETAS, MAX_GRAD_NORM, WEIGHT_DECAY, cosine_schedule
 
 WEIGHTS = "inherited_adapter.safetensors"
@@ -46,6 +49,57 @@ LR = 1e-3
 WARMUP_RATIO = 0.05
 MAX_REPEATS = 16  # maximum number of times that a phrase is repeated per epoch
 MAX_TEST_TEXTS = 1000  # maximum number of held-out texts, on which the result is measured
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, gather: bool = True) -> Tensor:
+    """Return the sum of ProCLIP's instance loss and structure loss between L2-normalised embeddings.
+
+    With student embeddings s_i and teacher embeddings t_i of N items:
+
+        instance loss:   mean over i of |s_i - t_i|^2
+        structure loss:  mean over pairs i != j of smooth_l1(|s_i - s_j| - |t_i - t_j|)
+
+    The formulas are taken from `train_one_epoch_stage1` and `train_one_epoch_stage2` in training/train.py of
+    https://github.com/VisionXLab/ProCLIP. ProCLIP's code sums over items and over the pairs of each rank, whereas this
+    function averages over items and over the pairs of all ranks, so that the loss does not scale with the batch size or
+    the number of ranks. In its second stage, ProCLIP's code compares image embeddings, whereas `align` compares the
+    tower's features before the projection, because a new projection has no teacher. Memory use is quadratic in N.
+
+    Args:
+        student: Embeddings of shape (N, D). They are L2-normalised here.
+        teacher: Embeddings of the same items, of shape (N, D), without gradients. They are L2-normalised here.
+        gather: If True, use the pairs of all ranks; all ranks must then call this function. If all ranks have the same
+            number of items, the loss and its gradients, averaged over ranks, equal those of a single process with all
+            items.
+
+    Returns:
+        The loss as a float32 scalar. With a single item, the structure loss is 0.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        student, teacher = F.normalize(student.float(), dim=-1), F.normalize(teacher.float(), dim=-1)
+        instance = (student - teacher).square().sum(-1).mean()
+
+        ranks = RaggedGather(len(student), student.device, gather)
+        all_student, all_teacher = ranks.gather(student, gradients=True), ranks.gather(teacher)
+        student_distances = _distances(student, all_student)  # (items of this rank, items of all ranks)
+        teacher_distances = _distances(teacher, all_teacher)
+        # The pair of an item with itself adds 0 to the sum.
+        total = F.smooth_l1_loss(student_distances, teacher_distances, reduction="sum")
+        structure = total / max(1, len(student) * (ranks.total_size - 1))
+    return instance + structure
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    """Return the Euclidean distances between L2-normalised vectors, (N, D) and (M, D), as (N, M).
+
+    Almost equal vectors have a distance of 0 and no gradient, because the gradient of the square root is infinite at 0.
+    """
+    squares = 2 - 2 * a @ b.T
+    is_distinct = squares > 1e-6  # float32 has an absolute error of about 1e-7
+    return torch.where(is_distinct, squares.where(is_distinct, 1.0).sqrt(), 0.0)
+
+
+# ---- representation inheritance --------------------------------------------------------------------------------------
 
 
 @onednn_matmul()
@@ -140,8 +194,8 @@ def _train_adapter(
         adapter: The adapter, on `device`. It is modified in place.
         store: Store of the LLM's embeddings.
         clip_store: Store of CLIP's text embeddings.
-        rows: Row of each text in `store`, int64 (N,).
-        clip_rows: Row of each text in `clip_store`, int64 (N,).
+        rows: Row of each text in `store`, of shape (N,), int64.
+        clip_rows: Row of each text in `clip_store`, of shape (N,), int64.
         num_captions: Number of captions. They come before the phrases.
         seed: Seed for the order of the texts.
         precision: "bf16" for autocast. With "fp32" and "fp16", the adapter is trained in float32.
@@ -155,7 +209,7 @@ def _train_adapter(
     steps_per_epoch = len(train) // batch_size
     steps = max(MIN_STEPS, EPOCHS * steps_per_epoch)
 
-    def load(items: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def load(items: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return the LLM's and CLIP's embeddings of texts, float32 on the device."""
         return (
             torch.from_numpy(store.take(rows[items])).to(device),
@@ -195,7 +249,7 @@ def _repeat_phrases(texts: np.ndarray, num_captions: int) -> np.ndarray:
     """Repeat the phrases until they are about half of the texts, but at most `MAX_REPEATS` times.
 
     Args:
-        texts: Numbers of texts, int64 (N,). Numbers below `num_captions` are captions, and the others are phrases.
+        texts: Indices of the texts, int64. Indices below `num_captions` are captions, and the others are phrases.
         num_captions: Number of captions.
     """
     captions, phrases = texts[texts < num_captions], texts[texts >= num_captions]

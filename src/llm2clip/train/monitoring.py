@@ -1,21 +1,31 @@
-"""Metrics of training steps, which are read from the device, checked for non-finite values, and logged."""
+"""Metrics, evaluations and experiment trackers of an `align` run."""
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llm2clip.config import AlignConfig
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.io_utils import atomic_path, atomic_write_text, fsync_folder
+from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.progress import ProgressBar
-from llm2clip.runs.checkpoint import Checkpoints, MetricsLog, check_finite
+from llm2clip.runs.checkpoint import Checkpoints, MetricsLog, check_finite, hash_texts
+from llm2clip.runs.ranks import fsdp_enabled, wait_for_everyone
+from llm2clip.runs.training_state import full_tensor
 
 # In fp16, the gradient scaler skips every step whose gradients are not finite, and then halves its scale factor. After
 # this many consecutive skipped steps, the scale factor cannot be the cause, so training stops with an error.
@@ -162,3 +172,114 @@ class DeviceValues:
             self._copied.synchronize()
         values: list[float] = self._values.tolist()
         return values
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+WEIGHTS, METRICS = "model.safetensors", "metrics.json"
+
+Validate = Callable[[LLM2CLIP], dict[str, float]]
+"""Function that evaluates a model on held-out images and returns its metrics. The model must be in eval mode. The
+metrics must include `score`; a higher score is better."""
+
+
+class BestCheckpoint:
+    """Evaluates the model during training, and saves the weights with the best score to `run_dir/best`."""
+
+    def __init__(self, run_dir: Path, resume_step: int, validate: Validate | None, accelerator: Accelerator) -> None:
+        """
+        Args:
+            run_dir: Run directory. Evaluations are appended to its file evaluations.jsonl.
+            resume_step: Step from which training resumes. Saved evaluations of later steps are dropped, because
+                training repeats these steps.
+            validate: Function that evaluates a model. None disables evaluation.
+            accelerator: The Accelerator of the training run.
+        """
+        self.folder, self.validate, self.accelerator = run_dir / "best", validate, accelerator
+        self.log: MetricsLog | None = None
+        self.best_score = float("-inf")
+        if accelerator.is_main_process:
+            if self._saved_step() > resume_step:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            if validate is not None:
+                self.log = MetricsLog(run_dir / "evaluations.jsonl", resume_step)
+                if self._saved_step() >= 0:
+                    self.best_score = json.loads((self.folder / METRICS).read_text())["score"]
+        wait_for_everyone()
+
+    def evaluate(self, model: LLM2CLIP, step: int) -> dict[str, float]:
+        """Evaluate the model and save its weights if they are the best so far. Must be called by all ranks.
+
+        Only the main process evaluates the model, unless the model is sharded, in which case all ranks do. On these
+        ranks, the model is left in eval mode.
+
+        Returns:
+            The metrics, or an empty dict on ranks that did not evaluate the model.
+        """
+        if self.validate is None:
+            return {}
+        metrics: dict[str, float] = {}
+        if self.accelerator.is_main_process or fsdp_enabled():  # a sharded model must run on all ranks
+            model.eval()
+            metrics = self.validate(model)
+        is_best = self.log is not None and metrics["score"] > self.best_score
+        if is_best or fsdp_enabled():
+            state = {name: full_tensor(t).detach().cpu().contiguous() for name, t in model.state_dict().items()}
+        if is_best:
+            self.best_score = metrics["score"]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / METRICS).unlink(missing_ok=True)  # marks the weights as incomplete until they are saved
+            fsync_folder(self.folder)
+            with atomic_path(self.folder / WEIGHTS) as file:
+                save_file(state, file, {"step": str(step)})
+            atomic_write_text(self.folder / METRICS, json.dumps({"step": step, **metrics}, indent=1))
+        if self.log is not None:
+            self.log.write(step, **metrics)
+        wait_for_everyone()
+        return metrics
+
+    def restore(self, model: LLM2CLIP) -> None:
+        """Load the best weights into the model."""
+        model.load_state_dict(load_file(self.folder / WEIGHTS))
+
+    def _saved_step(self) -> int:
+        """Return the step of the saved weights, -1 if there are none, or sys.maxsize if they are incomplete."""
+        if not self.folder.exists():
+            return -1
+        try:
+            return int(json.loads((self.folder / METRICS).read_text())["step"])
+        except (OSError, ValueError, KeyError):
+            return sys.maxsize
+
+
+# ---- trackers --------------------------------------------------------------------------------------------------------
+
+
+def tracker_options(names: list[str], run_dir: Path) -> dict[str, Any]:
+    """Return Accelerate's options for each tracker, keyed by tracker name. A resumed run continues its tracker run.
+
+    Raises:
+        ValueError: A tracker name is unknown.
+        ModuleNotFoundError: The package for a tracker is not installed.
+    """
+    run_id = hash_texts([str(run_dir.resolve())])
+    options: dict[str, Any] = {
+        "tensorboard": {},
+        "wandb": {"id": run_id, "resume": "allow"},
+        "trackio": {"name": f"{run_dir.parent.name}-{run_id}", "resume": "allow"},
+    }
+    for name in names:
+        if name not in options:
+            raise ValueError(f"--align.report_to must be one of {', '.join(options)} (got {name!r})")
+        if find_spec(name) is None:
+            raise ModuleNotFoundError(f"--align.report_to {name} needs the package {name}: pip install {name}")
+    return {name: options[name] for name in names}
+
+
+def start_trackers(accelerator: Accelerator, options: dict[str, Any], config: AlignConfig, resume_step: int) -> None:
+    if not options:
+        return
+    if "tensorboard" in options and resume_step:
+        options["tensorboard"]["purge_step"] = resume_step + 1  # training will repeat the steps from this one on
+    settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(config).items()}
+    accelerator.init_trackers("llm2clip", settings, options)

@@ -1,4 +1,4 @@
-"""Background thread that prepares training batches, so that accelerators do not wait for the next batch."""
+"""Background thread that prepares the next items, such as training batches, while the caller uses the current one."""
 
 from __future__ import annotations
 

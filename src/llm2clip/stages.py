@@ -1,0 +1,260 @@
+"""The stages `tune`, `embed`, `align` and `evaluate`, on captions and records that have already been read.
+
+`pipeline.py` reads the data, and runs one stage or all of them in a run directory. Each stage writes its result
+atomically and skips completed work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, TuneConfig
+from llm2clip.cpu_tuning import free_memory
+from llm2clip.data.pairs import TuningItem
+from llm2clip.data.records import Record
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
+from llm2clip.evaluate.embeddings import ModelEmbeddings
+from llm2clip.evaluate.query_templates import TemplateChoice, choose_query_templates
+from llm2clip.evaluate.reporting.error_analysis import example_searches
+from llm2clip.evaluate.retrieval_eval import (
+    RetrievalRanks,
+    caption_field_metrics,
+    dual_encoder_from_store,
+    evaluate_caption_fields,
+    make_validator,
+    rank_caption_fields,
+)
+from llm2clip.models.dual_encoder import from_llm2clip
+from llm2clip.models.export.model_card import write_model_card
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.model_folder import save_query_templates
+from llm2clip.models.precision import load_for_evaluation
+from llm2clip.models.prompts import LITERAL, QueryTemplates
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.runs.ranks import cached_json, print_once, process_state, wait_for_everyone
+from llm2clip.store.encode import embed as embed_locally
+from llm2clip.store.ray_engine import embed_with_ray
+from llm2clip.store.store import EmbeddingStore, drop_missing_phrases, drop_refused_captions
+from llm2clip.train.align import align as train_align
+from llm2clip.train.initial_model import PretrainedParts, new_model
+from llm2clip.train.tune import tune as train_tune
+
+HeldOut = Mapping[str, Sequence[Record]]  # caption column -> records
+
+
+def tune(
+    pairs: Sequence[Sequence[TuningItem]],
+    out: Path,
+    encoder: EncoderConfig,
+    config: TuneConfig,
+    held_out_captions: Sequence[Sequence[str]] = (),
+) -> Path:
+    """Tune the caption encoder on pairs of texts.
+
+    Args:
+        pairs: One list of image captions or text pairs per source (see `read_tuning_sources`).
+        out: Output folder of this stage.
+        encoder: Initial caption encoder.
+        config: Settings for this stage.
+        held_out_captions: Captions of each held-out image. If at least two images have two or more distinct captions
+            each, caption retrieval accuracy is measured before and after tuning, except with QLoRA. The results are
+            saved in cra_raw.json and cra_tuned.json.
+
+    Returns:
+        The folder of the tuned caption encoder, `out/encoder`.
+    """
+    encoder_dir = out / "encoder"
+    is_done = encoder_dir.exists()
+    wait_for_everyone()  # every rank must check if the folder exists before it is created
+    # QLoRA is for LLMs that do not fit on the device without quantisation, so the untuned LLM is not evaluated.
+    measure = sum(len(set(captions)) > 1 for captions in held_out_captions) > 1 and not config.qlora
+    # On a CPU, the encoder that is measured is also tuned. GPUs measure in bf16, which requires a separate encoder.
+    raw = open_encoder(encoder, "cpu") if process_state().device.type == "cpu" and not is_done else None
+    if measure:
+        cached_json(out / "cra_raw.json", lambda: _measure_cra(held_out_captions, encoder, raw))
+    if not is_done:
+        # Load the encoder on the CPU, so that a GPU only has to hold the weights in the training precision.
+        train_tune(pairs, raw or open_encoder(encoder, "cpu"), config, out)
+        del raw
+        free_memory()  # the LLM is no longer needed
+    if measure:
+        cached_json(out / "cra_tuned.json", lambda: _measure_cra(held_out_captions, EncoderConfig(str(encoder_dir))))
+    return encoder_dir
+
+
+def embed(
+    captions: Iterable[str],
+    out: Path,
+    encoder: EncoderConfig,
+    config: EmbedConfig,
+    *,
+    engine: Literal["local", "ray"] = "local",
+    ray_workers: int = 0,
+) -> EmbeddingStore:
+    """Encode captions into an embedding store. Captions that are already in the store are skipped.
+
+    Args:
+        captions: Captions to encode. May contain duplicates.
+        out: Folder of the embedding store.
+        encoder: Frozen caption encoder.
+        config: Settings for this stage.
+        engine: "local" uses the ranks that the launcher started. "ray" uses a Ray cluster.
+        ray_workers: Number of Ray workers. 0 means one worker per GPU or, if there are no GPUs, one per two CPU cores.
+    """
+    options = dataclasses.asdict(config)
+    if engine == "ray":
+        return embed_with_ray(captions, partial(open_encoder, encoder), out, workers=ray_workers, **options)
+    # Load the encoder on the CPU, so that the GPU only has to hold the weights that are required for encoding.
+    return embed_locally(captions, open_encoder(encoder, "cpu"), out, device=process_state().device, **options)
+
+
+def align(
+    train: Sequence[Record],
+    store: EmbeddingStore,
+    out: Path,
+    config: AlignConfig,
+    log: SkipLog,
+    held_out: HeldOut | None = None,
+    encoder: EncoderConfig | None = None,
+    model_dir: Path | None = None,
+    features: Path | None = None,
+    parts: PretrainedParts | None = None,
+) -> Path:
+    """Train the vision tower, its projection and the adapter against the cached caption embeddings.
+
+    Args:
+        train: Training records. All of their captions must be in the store, unless the tokenizer could not encode
+            them. Phrases that are not in the store are not used.
+        store: Cached caption embeddings.
+        out: Output folder of this stage.
+        config: Settings for this stage.
+        log: Log of skipped rows and images, to which images that cannot be decoded are added.
+        held_out: Records on which to evaluate the model before and during training, keyed by caption column.
+        encoder: Caption encoder to save with the model. If None, the model is saved without a caption encoder.
+        model_dir: Folder in which to save the model. Default: `out/model`.
+        features: Folder of the feature store, which caches the frozen tower's features and can be shared by several
+            runs. Default: a folder in `out`.
+        parts: Pretrained parts of the model. Default: they are loaded.
+
+    Returns:
+        The model folder.
+    """
+    state = process_state()
+    model_dir = model_dir or out / "model"
+    if model_dir.exists():
+        return model_dir
+    free_memory()  # the LLM is no longer needed
+    train = drop_refused_captions(train, store)
+    if config.uses_phrases:
+        train = drop_missing_phrases(train, store)
+    model = new_model(config, store, train, out, parts)
+    validate = None
+    if held_out:
+        held_out = _drop_refused(held_out, store)
+        evaluations = out.parent / "evaluate"
+        if state.is_main_process:
+            for name in ("trained.json", "query_templates.json", "examples.json"):  # results of an earlier model
+                (evaluations / name).unlink(missing_ok=True)
+            if not (out / "checkpoints").exists():  # the `align` settings may have changed
+                (evaluations / "untrained.json").unlink(missing_ok=True)
+        cached_json(evaluations / "untrained.json", lambda: _evaluate_from_store(model, held_out, store, log))
+        validate = make_validator(held_out, log, store)
+    model = train_align(train, store, model, config, out, log, validate, features)
+    if state.is_main_process:
+        _save_model(model, model_dir, encoder)
+    wait_for_everyone()
+    return model_dir
+
+
+def evaluate(
+    model_dir: Path, held_out: HeldOut, out: Path, log: SkipLog, store: EmbeddingStore
+) -> list[dict[str, Any]]:
+    """Evaluate image-text retrieval with a trained model on held-out images, using text embeddings from the store.
+
+    If the model has a caption encoder, also choose the prompt templates for short queries (see
+    `choose_query_templates`), and save them in the model's config and, with their results, in `query_templates.json`.
+
+    Args:
+        model_dir: Model folder.
+        held_out: Records on which to evaluate, keyed by caption column.
+        out: Output folder of this stage, in which the metrics are saved as `trained.json`, and example searches as
+            `examples.json`.
+        log: Log of skipped rows and images, to which images that cannot be decoded are added.
+        store: Store that contains the embeddings of the held-out captions.
+
+    Returns:
+        One row of metrics per caption column (see `evaluate_caption_fields`).
+    """
+    held_out = _drop_refused(held_out, store)
+    model = LLM2CLIP.from_pretrained(model_dir)
+    embeddings = ModelEmbeddings(dual_encoder_from_store(model, store), log)
+    ranked = cache(lambda: rank_caption_fields(embeddings, held_out))
+    rows: list[dict[str, Any]] = cached_json(out / "trained.json", lambda: caption_field_metrics(embeddings, ranked()))
+    if model.has_encoder:
+        choice = cached_json(out / "query_templates.json", lambda: _choose_query_templates(model, ranked(), log))
+        if process_state().is_main_process:
+            save_query_templates(model_dir, QueryTemplates.from_dict(choice))
+    cached_json(out / "examples.json", lambda: example_searches(next(iter(ranked().values()))))
+    return rows
+
+
+# ---- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def open_encoder(config: EncoderConfig, device: str | None = None) -> CaptionEncoder:
+    """Load the caption encoder described by `config`. If `device` is None, load it on this rank's device."""
+    return CaptionEncoder.from_pretrained(**dataclasses.asdict(config), device=device)
+
+
+def _drop_refused(held_out: HeldOut, store: EmbeddingStore) -> HeldOut:
+    """Remove captions that the tokenizer could not encode."""
+    return {column: drop_refused_captions(records, store) for column, records in held_out.items()}
+
+
+def _measure_cra(
+    captions: Sequence[Sequence[str]], encoder: EncoderConfig, loaded: CaptionEncoder | None = None
+) -> dict[str, Any]:
+    """Measure the caption retrieval accuracy of `loaded` or, if it is None, of a temporarily loaded encoder."""
+    model = loaded or load_for_evaluation(device=process_state().device, **dataclasses.asdict(encoder))
+    metrics = caption_retrieval_accuracy(captions, model)
+    del model
+    free_memory()
+    return metrics
+
+
+def _evaluate_from_store(
+    model: LLM2CLIP, held_out: HeldOut, store: EmbeddingStore, log: SkipLog
+) -> list[dict[str, Any]]:
+    return evaluate_caption_fields(ModelEmbeddings(dual_encoder_from_store(model, store), log), held_out)
+
+
+def _choose_query_templates(model: LLM2CLIP, ranked: Mapping[str, RetrievalRanks], log: SkipLog) -> dict[str, Any]:
+    """Return the templates for short queries and their results (see `TemplateChoice`), and print what was chosen."""
+    embeddings = ModelEmbeddings(from_llm2clip(model, "llm2clip"), log)
+    try:
+        choice = choose_query_templates(embeddings, next(iter(ranked.values())))
+    except ValueError as error:
+        print_once(f"Short queries are encoded without templates: {error}")
+        return TemplateChoice(LITERAL, [], None).to_dict()
+    print_once(choice.summary())
+    return choice.to_dict()
+
+
+def _save_model(model: LLM2CLIP, folder: Path, encoder: EncoderConfig | None) -> None:
+    """Save a model with its caption encoder.
+
+    If the encoder is a local folder and `encoder` does not override its saved settings, the folder is copied.
+    """
+    if encoder is None:
+        model.save_pretrained(folder)
+    elif encoder == EncoderConfig(path=encoder.path) and (Path(encoder.path) / "modules.json").is_file():
+        model.save_pretrained(folder, text_folder=encoder.path)
+    else:
+        free_memory()  # the optimizer is no longer needed
+        model.save_pretrained(folder, encoder=open_encoder(encoder, "cpu"))
+    write_model_card(folder, folder.name)
