@@ -17,6 +17,20 @@ Stage = Literal["tune", "embed", "align", "evaluate", "serve"]  # stages whose p
 POOLING_MODES = ("mean", "weightedmean", "lasttoken", "cls", "max")
 MIN_IMAGE_SIZE = 16  # the smallest patch size of common vision transformers
 
+# Settings that may be changed when a run is resumed, because they do not affect the result.
+RESUME_SAFE = (
+    "workers",
+    "save_steps",
+    "batch_tokens",
+    "max_skipped",
+    "grad_cache",
+    "micro_batch_size",
+    "gradient_checkpointing",
+    "report_to",
+    "cost_images",
+    "cost_steps",
+)
+
 
 @dataclass
 class EncoderConfig:

@@ -9,24 +9,11 @@ from typing import Any
 
 import yaml
 
+from llm2clip.config import RESUME_SAFE
 from llm2clip.io_utils import atomic_write_text
 from llm2clip.runs.lock import RUN_LOCK
 
 CONFIG_FILE = "config.yaml"
-
-# Settings that may be changed when a run is resumed, because they do not affect the result.
-RESUME_SAFE = (
-    "workers",
-    "save_steps",
-    "batch_tokens",
-    "max_skipped",
-    "grad_cache",
-    "micro_batch_size",
-    "gradient_checkpointing",
-    "report_to",
-    "cost_images",
-    "cost_steps",
-)
 
 # First line of the file if the config contains settings of the `tune` stage, whose batch size is per process.
 PROCESSES_LINE = "# Number of processes in the tune stage: {}\n"

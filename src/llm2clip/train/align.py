@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from torch import Tensor, nn
 
-from llm2clip.config import AlignConfig
+from llm2clip.config import RESUME_SAFE, AlignConfig
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.image_hashes import hash_images
 from llm2clip.data.records import Record
@@ -42,7 +42,6 @@ from llm2clip.runs.checkpoint import Checkpoints, MetricsLog
 from llm2clip.runs.gather import empty_copy, gather_to_cpu, reduce_gradients_in_fp32
 from llm2clip.runs.lock import folder_lock
 from llm2clip.runs.ranks import fsdp_enabled, print_once, process_state, set_fsdp_wrap_policy, set_mixed_precision
-from llm2clip.runs.run_config import RESUME_SAFE
 from llm2clip.runs.training_state import full_tensor, load_training_state, save_training_state
 from llm2clip.store.image_features import TowerEncoder, store_image_features
 from llm2clip.store.store import EmbeddingStore
