@@ -35,8 +35,8 @@ from llm2clip.data.noun_phrases import add_phrases
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.hub.pretrained import resolve_pretrained
-from llm2clip.models.inherited_clip import visual_projection
 from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.pretrained_clip import visual_projection
 from llm2clip.models.text.clip_text_encoder import load_clip_text_encoder
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.store.image_features import TowerEncoder, image_keys, store_image_features

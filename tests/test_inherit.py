@@ -25,8 +25,8 @@ from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.hub.fingerprint import hash_weights
-from llm2clip.models.inherited_clip import visual_projection
 from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.pretrained_clip import visual_projection
 from llm2clip.models.text.clip_text_encoder import load_clip_text_encoder
 from llm2clip.stages import align
 from llm2clip.store.layout import caption_keys

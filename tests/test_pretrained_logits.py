@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionMode
 
 from llm2clip.config import AlignConfig
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.pretrained_logits import read_pretrained_logits
+from llm2clip.models.pretrained_clip import read_pretrained_logits
 from llm2clip.train.initial_model import new_model
 
 TEXT: dict[str, Any] = {

@@ -14,11 +14,10 @@ from llm2clip.config import AlignConfig
 from llm2clip.cpu_tuning import free_memory
 from llm2clip.data.records import Record
 from llm2clip.models.heads import AdapterConfig, has_projection_bias
-from llm2clip.models.inherited_clip import load_inherited_clip, model_in_clip_space
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.precision import resolve_precision
-from llm2clip.models.pretrained_logits import read_pretrained_logits
+from llm2clip.models.pretrained_clip import load_inherited_clip, model_in_clip_space, read_pretrained_logits
 from llm2clip.models.text.clip_text_encoder import ClipTextEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.runs.ranks import process_state
