@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from llm2clip.runs import checkpoint as checkpoint_module
-from llm2clip.runs.checkpoint import Checkpoints, MetricsLog, check_finite, latest_checkpoint, read_metrics
+from llm2clip.runs.checkpoint import Checkpoints, MetricsLog, check_training_value, latest_checkpoint, read_metrics
 from llm2clip.runs.output_folder import FormatVersionError
 
 
@@ -160,9 +160,9 @@ def test_checkpoints_are_ordered_by_step_if_the_clock_goes_back(tmp_path: Path) 
 def test_check_finite_names_step_and_last_checkpoint(tmp_path: Path) -> None:
     make_checkpoints(tmp_path, complete=(5,))
     checkpoints = Checkpoints(tmp_path)
-    check_finite("loss", 1.5, 7, checkpoints)
+    check_training_value("loss", 1.5, 7, checkpoints)
     with pytest.raises(FloatingPointError, match=r"loss is nan at step 7\. .*checkpoint-5\. Lower the rate"):
-        check_finite("loss", math.nan, 7, checkpoints, "Lower the rate")
+        check_training_value("loss", math.nan, 7, checkpoints, "Lower the rate")
 
 
 def test_metrics_log_drops_repeated_steps_and_damaged_lines(tmp_path: Path) -> None:

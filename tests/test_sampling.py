@@ -27,7 +27,7 @@ from llm2clip.data.image_refs import FileImage, MemoryImage, TarImage
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.transforms import Preprocess
 from llm2clip.store.store import EmbeddingStore
-from llm2clip.train.caption_sampling import CaptionIndex, CaptionSampler
+from llm2clip.train.caption_sampling import CaptionRows, CaptionSampler
 from llm2clip.train.sampling import AlignBatches, Batch, decoding_workers, resolve_images_per_step
 
 EFFICIENTNET = "test_efficientnet"
@@ -133,7 +133,7 @@ def test_captions_of_a_batch_are_those_sampled_for_each_image_by_numpy(
     for most in (6, 1, 11):  # every image has a caption of the second kind
         captions = [rng.integers(0, 40, rng.integers(0 if most > 1 else 1, most + 1)) for _ in range(200)]
         kinds.append([[str(row) for row in rows] for rows in captions])
-    indexes = [CaptionIndex(NumberedCaptions(), captions) for captions in kinds]
+    indexes = [CaptionRows(NumberedCaptions(), captions) for captions in kinds]
     config = dataclasses.replace(ALIGN, captions_per_image=captions_per_image, seed=12)
     epochs, images = rng.integers(0, 3, 300), rng.integers(0, 200, 300)
     rows, image_of_caption = CaptionSampler(indexes, weights, config).sample(epochs, images)

@@ -186,7 +186,7 @@ class TrainingLog(TrainerCallback):
         # A non-finite gradient would make the weights non-finite. In fp16, however, the gradient scaler skips such
         # steps.
         for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):
-            check_finite(name, logs.get(name, 0.0), state.global_step, self.checkpoints, self.advice)
+            check_training_value(name, logs.get(name, 0.0), state.global_step, self.checkpoints, self.advice)
         if self.log is not None and ("loss" in logs or self.log_summary):
             self.log.write(state.global_step, **logs)
 
@@ -226,7 +226,7 @@ class _TrainingProgress(TrainerCallback):
         self.bar.close()
 
 
-def check_finite(name: str, value: float, step: int, checkpoints: Checkpoints, advice: str = "") -> None:
+def check_training_value(name: str, value: float, step: int, checkpoints: Checkpoints, advice: str = "") -> None:
     """Raise FloatingPointError if `value` is not finite. The message names the latest complete checkpoint."""
     if math.isfinite(value):
         return

@@ -28,7 +28,7 @@ class CaptionSource(Protocol):
         ...
 
 
-class CaptionIndex:
+class CaptionRows:
     """Lookup of the store rows of each image's captions, based on two flat arrays to save memory.
 
     Attributes:
@@ -76,7 +76,7 @@ class CaptionSampler:
     kind's captions, then the kind of each caption.
     """
 
-    def __init__(self, captions_by_kind: Sequence[CaptionIndex], weights: Sequence[float], config: AlignConfig) -> None:
+    def __init__(self, captions_by_kind: Sequence[CaptionRows], weights: Sequence[float], config: AlignConfig) -> None:
         """
         Args:
             captions_by_kind: Captions of each kind.

@@ -23,7 +23,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.io_utils import atomic_path, atomic_write_text, fsync_folder
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.progress import ProgressBar
-from llm2clip.runs.checkpoint import Checkpoints, MetricsLog, check_finite, hash_texts
+from llm2clip.runs.checkpoint import Checkpoints, MetricsLog, check_training_value, hash_texts
 from llm2clip.runs.ranks import fsdp_enabled, wait_for_everyone
 from llm2clip.runs.training_state import full_tensor
 
@@ -149,7 +149,7 @@ class StepReport:
         file = self.run_dir / f"not-finite-{step.number}-{self.accelerator.process_index}.json"
         file.write_text(json.dumps({"step": step.number, "images": step.image_names}, indent=1))
         advice = f"The images of this step are listed in {file}. Lower --align.lr or --align.tower_lr, or use fp32"
-        check_finite(name, value, step.number, self.checkpoints, advice)
+        check_training_value(name, value, step.number, self.checkpoints, advice)
 
 
 class DeviceValues:

@@ -27,7 +27,7 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.runs.checkpoint import hash_texts
 from llm2clip.store.image_features import image_keys
 from llm2clip.store.store import EmbeddingStore
-from llm2clip.train.caption_sampling import CaptionIndex, CaptionSampler, CaptionSource
+from llm2clip.train.caption_sampling import CaptionRows, CaptionSampler, CaptionSource
 
 Sample = tuple[int, int]  # epoch and image index
 
@@ -133,7 +133,7 @@ class AlignBatches:
             text for record in usable for text in training_texts(record, config.uses_phrases)
         )
         kinds = [kind for kind in fields if any(getattr(record, kind) for record in usable)]
-        captions = [CaptionIndex(store, (getattr(record, kind) for record in usable)) for kind in kinds]
+        captions = [CaptionRows(store, (getattr(record, kind) for record in usable)) for kind in kinds]
         self.phrases = captions[kinds.index("phrases")] if "phrases" in kinds else None
         self.captions = CaptionSampler(captions, [config.caption_mix.get(kind, 0.0) for kind in kinds], config)
         transform = TrainTransform(model.tower.preprocess, config.min_crop_scale)
@@ -210,7 +210,7 @@ class AlignBatches:
         )
 
 
-def _list_rows(captions: CaptionIndex, images: np.ndarray) -> np.ndarray:
+def _list_rows(captions: CaptionRows, images: np.ndarray) -> np.ndarray:
     """Return (position in `images`, store row) for each caption of the images, of shape (K, 2), int64."""
     rows = [captions[image] for image in images]
     position = np.repeat(np.arange(len(rows)), [len(rows_of_image) for rows_of_image in rows])
