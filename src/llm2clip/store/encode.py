@@ -1,8 +1,8 @@
 """Resumable encoding of captions into a store, shard by shard, with any number of processes.
 
-Each distinct caption is encoded only once. Captions without an embedding are split into shards in stream order, and
-each of n processes encodes every n-th shard. After an interruption, only missing shards are encoded. While a shard is
-being encoded, the previous one is written and the next one is read and tokenized.
+Each distinct caption is encoded only once. Captions without an embedding are split into shards in input order, and each
+of n processes encodes every n-th shard. After an interruption, only the missing shards are encoded. While a shard is
+being encoded, background threads write the previous shard and tokenize the next shard.
 """
 
 from __future__ import annotations
@@ -49,18 +49,20 @@ def embed(
     Captions that the tokenizer cannot encode are skipped, counted, and listed in `folder/refused-*.jsonl`.
 
     Args:
-        captions: Captions. They may contain duplicates. Only the main process reads this stream, and only once.
-        encoder: Frozen caption encoder.
-        folder: Folder of the store. Captions that are already in the store are not encoded again.
+        captions: Captions, possibly with duplicates. Only the main process iterates over them, and only once.
+        encoder: Caption encoder with fp32 weights.
+        folder: Folder of the store. It is created if it does not exist. Captions that are already in the store are not
+            encoded again.
         shard_size: Number of captions per shard. An interrupted run resumes with the missing shards. Within each shard,
             captions of similar length are batched together.
-        batch_tokens: Number of tokens per batch; see `CaptionEncoder.encode`. If None, the fastest value is measured if
-            there are many captions to encode.
+        batch_tokens: Maximum number of tokens per batch; see `CaptionEncoder.encode`. If None, the fastest value is
+            measured or, with fewer than 4096 captions, the encoder's default is used.
         precision: Precision of the encoder; see `CaptionEncoder.encode`. For "auto", see `resolve_store_precision`.
-        dtype: Stored dtype, either float16 or int8. int8 halves the store's size and uses one scale per row.
-        device: Device on which to encode. The encoder, which may be on the CPU, is moved there with only the weights
-            required for encoding (see `CaptionEncoder.move_for_encoding`), unless all captions are already in the
-            store. Default: the encoder's device; the encoder is then not changed.
+        dtype: dtype of the stored embeddings: float16, float32 or int8. int8 takes half the disk space of float16, and
+            uses one scale factor per row.
+        device: Device on which to encode. If there are captions to encode, the encoder is moved there with only the
+            weights required for encoding (see `CaptionEncoder.move_for_encoding`). Default: the encoder's device, and
+            all weights stay as they are.
 
     Raises:
         TypeError, ValueError: A caption is not a string or not valid Unicode.
@@ -82,10 +84,10 @@ def embed(
 def resolve_store_precision(
     precision: str, encoder: CaptionEncoder, folder: Path, device: torch.device | None = None
 ) -> str:
-    """Resolve the precision "auto" to that of the store at `folder`.
+    """Resolve the precision "auto" to the precision of the embeddings in the store at `folder`.
 
-    If the store does not exist yet, the main process resolves the precision (see `models/precision.py`), and all
-    processes use the result. Default device: the encoder's.
+    If the store does not exist yet, the main process chooses the precision (see `models/precision.py`), and all
+    processes use the same result. `device` is the device on which to encode, by default the encoder's device.
     """
     if precision != "auto":
         return precision
@@ -96,9 +98,10 @@ def resolve_store_precision(
 
 
 def tuned_batch_tokens(encoder: CaptionEncoder, captions: Sequence[str], precision: str, folder: Path) -> int:
-    """Return the fastest number of tokens per batch for these captions, as measured by the main process.
+    """Measure which number of tokens per batch is fastest for these captions. Only the main process measures.
 
-    The result is saved in the store's folder, so that a resumed run computes bit-identical embeddings.
+    The result is saved in the store's folder, so that a resumed run computes bit-identical embeddings. With fewer than
+    4096 captions, the encoder's default is returned instead.
     """
     if len(captions) < MIN_CAPTIONS_TO_TUNE:
         return encoder.default_batch_tokens
@@ -110,7 +113,7 @@ def tuned_batch_tokens(encoder: CaptionEncoder, captions: Sequence[str], precisi
 
 
 def _encode_local_shards(plan: WritePlan, encoder: CaptionEncoder, batch_tokens: int | None, precision: str) -> None:
-    """Encode and write this process's shards. Background threads tokenize the next shard and write the previous one."""
+    """Encode and write the shards of this process."""
     tokenized_shards = ((n, tokenize_shard(plan.read_captions(n), encoder)) for n in plan.local_shards())
     with (
         plan.progress_bar("embed", "caption") as bar,
@@ -129,12 +132,12 @@ def _encode_local_shards(plan: WritePlan, encoder: CaptionEncoder, batch_tokens:
 
 @dataclass(frozen=True)
 class TokenizedShard:
-    """The tokenized captions of a shard.
+    """Tokenized captions of a shard.
 
     Attributes:
         captions: Captions that could be tokenized.
-        tokens: Tokens of `captions`.
-        refused: Captions that could not be tokenized, each with the reason.
+        tokens: Token ids of `captions`.
+        refused: (caption, reason) for each caption that could not be tokenized.
     """
 
     captions: list[str]
@@ -143,7 +146,7 @@ class TokenizedShard:
 
 
 def tokenize_shard(captions: Sequence[str], encoder: CaptionEncoder) -> TokenizedShard:
-    """Tokenize captions. Captions without tokens, or on which the tokenizer fails, are added to `refused`."""
+    """Tokenize captions. Captions that have no tokens, or for which the tokenizer raises an error, go to `refused`."""
     try:
         tokens = encoder.tokenize(captions)
         if all(tokens.ids):
@@ -165,7 +168,7 @@ def tokenize_shard(captions: Sequence[str], encoder: CaptionEncoder) -> Tokenize
 def write_shard(
     writer: StoreWriter, number: int, shard: TokenizedShard, embeddings: np.ndarray, log: Callable[[str], object]
 ) -> None:
-    """Write a shard, and list its truncated and refused captions in files, which are reported through `log`."""
+    """Write a shard. Write its truncated and refused captions to JSON Lines files, and report these through `log`."""
     truncated = [{"caption": shard.captions[i]} for i in shard.tokens.truncated]
     refused = [{"caption": caption, "why": why} for caption, why in shard.refused]
     for name, rows in (("truncated", truncated), ("refused", refused)):
@@ -177,7 +180,7 @@ def write_shard(
 
 
 def _add_caption_rows(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Append rows to a caption list, which already exists if an earlier run was killed before it wrote the shard."""
+    """Add rows to a JSON Lines file. The file exists already if an earlier run was killed before it wrote the shard."""
     by_caption: dict[str, dict[str, Any]] = {}
     if file.is_file():
         by_caption |= {row["caption"]: row for _, row in read_jsonl(file)}

@@ -1,8 +1,8 @@
-"""Stores for image features and for text embeddings from any model. Each input is encoded only once.
+"""Stores for image features, and for text embeddings from any model. Each input is encoded only once.
 
-These stores have the same layout as caption stores. The key of an image is a hash of its name; see `image_name`. With
-cached features, training with a frozen tower (SAIL, arXiv 2412.04616; LiT, arXiv 2111.07991) takes only seconds, and
-repeated evaluations do not encode any images or texts again.
+These stores have the same on-disk layout as caption stores. The key of an image is a hash of its name; see
+`image_name`. With cached features, training with a frozen tower (SAIL, arXiv 2412.04616; LiT, arXiv 2111.07991) takes
+only seconds, and repeated evaluations do not encode any images or texts again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ImageEncoder(Protocol):
     def transform(self) -> Callable[[Tensor], Any]: ...
 
     def encode_images(self, images: list[Any]) -> Tensor:
-        """Encode images preprocessed with `transform`, of shape (N, embed_dim), float32, on the CPU."""
+        """Encode N outputs of `transform` as embeddings of shape (N, embed_dim), float32, on the CPU."""
         ...
 
 
@@ -52,7 +52,7 @@ class TowerEncoder:
     def __init__(self, tower: VisionTower, precision: str) -> None:
         """
         Args:
-            tower: Vision tower, already on its device. It is set to eval mode.
+            tower: Vision tower, which is set to eval mode. Its device is used for encoding.
             precision: "fp32" for full precision, or "bf16" or "fp16" for autocast.
         """
         self.tower, self.precision, self.embed_dim = tower.eval(), precision, tower.feature_dim
@@ -60,7 +60,7 @@ class TowerEncoder:
         keep_freed_memory(next(tower.parameters()).device)
 
     def identity(self) -> dict[str, Any]:
-        """Return all properties that affect the features: architecture, preprocessing, weights and precision."""
+        """Return everything that affects the features: architecture, preprocessing, weights and precision."""
         return {"tower": self.tower.config, "weights": hash_weights(self.tower), "precision": self.precision}
 
     @torch.no_grad()
@@ -121,13 +121,12 @@ def store_image_features(
 
     Args:
         refs: References to the images. Images that are already in the store are not encoded again.
-        encoder: Image encoder.
-        identity: All properties of the encoder that affect the features.
-        folder: Folder of the store.
+        identity: Everything about the encoder that affects the features.
+        folder: Folder of the store. It is created if it does not exist.
         log: Log in which to record images that cannot be decoded. Such images are not added to the store.
-        dtype: Stored dtype.
+        dtype: dtype of the stored features: float16, float32 or int8.
         batch_size: Number of images per forward pass.
-        workers: Number of image decoding processes; see `image_batches`.
+        workers: Number of processes that decode images; see `image_batches`.
         shard_size: Number of images per shard. An interrupted run resumes with the missing shards.
 
     Raises:
@@ -168,12 +167,12 @@ def store_text_embeddings(
     """Encode texts into the store at `folder`; return the opened store.
 
     Args:
-        texts: Texts. They may contain duplicates.
-        encode: Function that returns embeddings of shape (N, embed_dim).
-        embed_dim: Embedding dimension.
-        identity: All properties of the encoder that affect the embeddings.
-        folder: Folder of the store.
-        dtype: Stored dtype.
+        texts: Texts, possibly with duplicates.
+        encode: Function that takes N texts and returns embeddings of shape (N, embed_dim).
+        embed_dim: Dimension of the embeddings.
+        identity: Everything about the encoder that affects the embeddings.
+        folder: Folder of the store. It is created if it does not exist.
+        dtype: dtype of the stored embeddings: float16, float32 or int8.
         shard_size: Number of texts per shard.
     """
     with open_for_writing(texts, folder, identity, embed_dim, dtype=dtype, shard_size=shard_size) as plan:
@@ -194,7 +193,7 @@ def encode_image_batches(
     """Decode and encode images. Images that cannot be decoded are recorded in `log`.
 
     Returns:
-        The embeddings, of shape (N, embed_dim), float32, and the indices of the encoded images in `refs`.
+        Embeddings of shape (N, embed_dim), float32, and the indices of the N encoded images in `refs`.
     """
     embeddings, indices = [torch.empty(0, encoder.embed_dim)], []
     for decoded, images, failures in image_batches(refs, encoder.transform, batch_size, workers):
@@ -208,7 +207,7 @@ def encode_image_batches(
 
 
 def _iter_shards(plan: WritePlan, description: str, unit: str) -> Iterator[tuple[int, list[str], ProgressBar]]:
-    """Yield this process's shards as (shard number, image names or texts, progress bar for all shards)."""
+    """Yield (shard number, image names or texts, progress bar) for each shard of this process. The bar is shared."""
     with plan.progress_bar(description, unit) as bar:
         for number in plan.local_shards():
             yield number, plan.read_captions(number), bar

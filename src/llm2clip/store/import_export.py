@@ -2,9 +2,8 @@
 
 The authors' code trains on pairs of webdataset tar files. For each sample, `X.tar` contains an image and a JSON file
 with captions. `X_text_embeddings.tar` contains the same samples in the same order. Each of its members
-`KEY.shortsv_captions` and `KEY.longsv_captions` is a single embedding in raw float32. The authors' code finds
-embeddings by the position and name of their samples. The import hashes the captions, so that embeddings can be looked
-up by caption text.
+`KEY.shortsv_captions` and `KEY.longsv_captions` contains the raw float32 values of one embedding. The authors' code
+finds embeddings by the position and name of their samples, whereas a store finds them by a hash of the caption.
 """
 
 from __future__ import annotations
@@ -44,14 +43,15 @@ SHARD_SIZE = 8192
 MAX_MEMBER_BYTES = 64 << 20  # size limit for tar members that are read into memory
 CAPTION_FIELDS = ("shortSV_captions", "longSV_captions")  # field names in the JSON files of the authors' code
 
-Rows = tuple[np.ndarray, list[int], np.ndarray]  # keys (n, 16) uint8, token counts, embeddings (n, embed_dim)
+# Keys of shape (N, 16), uint8; N token counts; embeddings of shape (N, embed_dim).
+Rows = tuple[np.ndarray, list[int], np.ndarray]
 
 
 # ---- Parquet -------------------------------------------------------------------------------------------------------
 
 
 def export_parquet(store: EmbeddingStore, file: str | Path) -> None:
-    """Write a store to a Parquet file.
+    """Export a store to a Parquet file.
 
     The columns are `key` (the first 16 bytes of the caption's SHA-256 hash), `tokens` (the caption's token count) and
     `embedding` (a list of float16 values). The file's metadata contains the identity of the encoder.
@@ -82,12 +82,11 @@ def import_parquet(
         file: Parquet file. It must have a column `embedding` and either a column `key` (as in `export_parquet`) or a
             column `caption`. The column `tokens` is optional.
         out: Folder of the new store.
-        identity: Identity of the encoder. If None, the identity is read from the file's metadata.
-        dtype: Stored dtype.
+        identity: Identity of the encoder. If None, it is read from the file's metadata.
+        dtype: dtype of the stored embeddings: float16, float32 or int8.
 
     Raises:
-        StoreError: A column is missing or contains nulls, the embeddings were created by a different encoder, or the
-            encoder is unknown.
+        StoreError: A column is missing or contains nulls, or the encoder is unknown or differs from `identity`.
     """
     source = pq.ParquetFile(file)
     columns, metadata = set(source.schema_arrow.names), source.schema_arrow.metadata or {}
@@ -103,7 +102,7 @@ def import_parquet(
 
 
 def _parquet_rows(file: str | Path, source: pq.ParquetFile) -> Iterator[Rows]:
-    """Read a Parquet file in batches."""
+    """Yield the keys, token counts and embeddings in a Parquet file in batches of at most `SHARD_SIZE` rows."""
     columns = set(source.schema_arrow.names)
     key_column = "key" if "key" in columns else "caption"
     for batch in _parquet_batches(file, source):
@@ -164,7 +163,7 @@ def import_official_tars(
         tars: Tar files with samples. For each `X.tar`, there must be a file `X_text_embeddings.tar` in the same folder.
         out: Folder of the new store.
         identity: Identity of the encoder that created the embeddings.
-        dtype: Stored dtype.
+        dtype: dtype of the stored embeddings: float16, float32 or int8.
 
     Raises:
         StoreError: The two tar files of a pair contain different samples, or an embedding is missing.
@@ -173,7 +172,7 @@ def import_official_tars(
 
 
 def _official_rows(tars: Sequence[Path]) -> Iterator[Rows]:
-    """Yield captions and their embeddings in batches. Duplicate captions within a batch are merged."""
+    """Yield the keys, token counts (0) and embeddings of all captions in batches without duplicate captions."""
     pairs = (pair for tar in tars for pair in _captions_with_embeddings(tar))
     for chunk in iter_chunks(pairs, SHARD_SIZE):
         embeddings = dict(chunk)
@@ -206,7 +205,7 @@ def _embeddings_tar(tar: Path) -> Path:
 
 
 def _sample_captions(tar: Path, name: str, members: dict[str, bytes]) -> dict[str, str]:
-    """Return a dict {field: caption} for a sample. Use the first item of JSON fields that contain a list."""
+    """Return a dict from field name to caption for a sample. If a JSON field contains a list, use its first item."""
     try:
         fields = json.loads(members["json"])
         captions = {}
@@ -220,7 +219,7 @@ def _sample_captions(tar: Path, name: str, members: dict[str, bytes]) -> dict[st
 
 
 def _read_samples(tar: Path, suffixes: Iterable[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield the samples in a webdataset tar file, in order, as (name, members with one of the suffixes)."""
+    """Yield (name, dict from suffix to contents) for each sample in a webdataset tar file, in file order."""
     wanted, current = set(suffixes), None
     members: dict[str, bytes] = {}
     with tarfile.open(tar) as stream:
@@ -256,7 +255,7 @@ def _add_member(stream: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _fill_store(out: Path, identity: dict[str, Any], dtype: str, batches: Iterator[Rows]) -> EmbeddingStore:
-    """Write each batch as a shard of the store at `out`. Skip a batch if an existing shard has the same keys."""
+    """Write each batch as a shard of the store at `out`. Skip batches whose keys equal an existing shard's keys."""
     out.mkdir(parents=True, exist_ok=True)
     with folder_lock(out):
         remove_temp_files(out)

@@ -1,12 +1,13 @@
-"""Key index of a store, which maps caption keys to rows with constant memory use.
+"""Key index of a store, which maps caption keys to row numbers with constant memory use.
 
-A 16-byte key is split into two uint64 halves. The index is an array of shape (3, N), uint64, sorted by key. It contains
-the first halves of the keys, their second halves, and the row numbers in the store. The array is memory-mapped, so that
-a lookup touches only a few pages. The index takes 24 bytes per caption, while an embedding takes a few thousand bytes.
+A 16-byte key is split into two uint64 halves. The index is an array of shape (3, N), uint64, sorted by key. Its three
+rows contain the first halves of the keys, the second halves, and the row numbers in the store. The array is
+memory-mapped, so that a lookup touches only a few pages. It takes 24 bytes per caption, while an embedding takes a few
+thousand bytes.
 
 The index is built with an external sort, which `write_plan` also uses:
 
-1. `write_records` writes every key with its position to a file of records.
+1. `write_records` writes every key and its position to a file of fixed-size records.
 2. `sorted_partitions` splits this file into partitions by the first bits of the keys, so that each partition fits in
     memory and equal keys are in the same partition, and then sorts the partitions one after another.
 """
@@ -27,7 +28,7 @@ PARTITION_SIZE = 1 << 22  # number of records to sort at once: 100 MB, plus anot
 
 
 class KeyIndex:
-    """A memory-mapped index file."""
+    """Memory-mapped index file of a store."""
 
     def __init__(self, file: Path) -> None:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -39,9 +40,9 @@ class KeyIndex:
         return len(self.high)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """Look up keys of shape (N, 16), uint8; return their row numbers, of shape (N,), int64.
+        """Look up keys of shape (N, 16), uint8; return row numbers of shape (N,), int64.
 
-        Keys that are not in the index have the row number -1. If a key has several rows, the first one is returned.
+        The row number of a missing key is -1. If a key has several rows, the first row is returned.
         """
         high, low = split_keys(keys)
         rows = np.full(len(keys), -1, np.int64)
@@ -65,7 +66,7 @@ def build_key_index(file: Path, keys: Iterable[np.ndarray]) -> int:
 
     Args:
         file: Path of the index. It must end in .npy.
-        keys: Keys of all rows, in row order, in chunks of shape (N, 16), uint8.
+        keys: Keys of all rows of the store, in row order, in chunks of shape (N, 16), uint8.
     """
     with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as temporary_folder:
         records = Path(temporary_folder) / "records"
@@ -84,7 +85,7 @@ def build_key_index(file: Path, keys: Iterable[np.ndarray]) -> int:
 
 
 def _with_row_numbers(keys: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield each chunk of keys with its row numbers, uint64. Row numbers continue across chunks."""
+    """Yield (keys, row numbers of shape (N,), uint64) for each chunk. Row numbers continue across chunks."""
     start = 0
     for chunk in keys:
         yield chunk, np.arange(start, start + len(chunk), dtype=np.uint64)
@@ -102,12 +103,15 @@ def _allocate_on_disk(file: Path) -> None:
 
 
 def write_records(chunks: Iterable[tuple[np.ndarray, np.ndarray]], file: Path) -> int:
-    """Write records (first half of the key, second half of the key, position) to a file; return the number of records.
+    """Write keys and positions to a file of records; return the number of records.
+
+    A record consists of three uint64 values: the first half of the key, the second half, and the position. The file has
+    no header.
 
     Args:
-        chunks: Keys of shape (N, 16), uint8, with their positions, of shape (N,), uint64. Positions must increase
+        chunks: (keys of shape (N, 16), uint8; positions of shape (N,), uint64) for each chunk. Positions must increase
             across all chunks.
-        file: File to write. It contains an array of shape (number of records, 3), uint64, without a header.
+        file: File to write.
     """
     count = 0
     with file.open("wb") as stream:
@@ -121,8 +125,8 @@ def sorted_partitions(file: Path, count: int) -> Iterator[np.ndarray]:
     """Sort the `count` records in a file by key, then by position, and delete the file.
 
     Yields:
-        Consecutive parts of the sorted records, of shape (N, 3), uint64. All records with the same key are in the same
-        part.
+        Consecutive partitions of the sorted records, of shape (N, 3), uint64. Records with equal keys are in the same
+        partition.
     """
     bits = max(0, (count - 1) // PARTITION_SIZE).bit_length()
     for partition in _split_by_key(file, bits) if bits else [file]:
@@ -134,7 +138,7 @@ def sorted_partitions(file: Path, count: int) -> Iterator[np.ndarray]:
 
 
 def repeats_previous_key(partition: np.ndarray) -> np.ndarray:
-    """Return a boolean mask of shape (N,): which of the sorted records have the same key as the record before them."""
+    """Return a boolean mask of shape (N,) that is True for each sorted record whose key equals the previous key."""
     return np.append([False], (partition[1:, :2] == partition[:-1, :2]).all(axis=1))
 
 
@@ -155,6 +159,6 @@ def _split_by_key(file: Path, bits: int) -> list[Path]:
 
 
 def split_keys(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Split keys of shape (N, 16), uint8, into two halves of shape (N,), uint64, which sort in the same order."""
+    """Split keys of shape (N, 16), uint8, into two halves of shape (N,), uint64, that have the same sort order."""
     halves = np.ascontiguousarray(keys).view(">u8").astype(np.uint64)
     return halves[:, 0], halves[:, 1]

@@ -11,8 +11,8 @@
 
 Each file of a shard is written under a temporary name, fsynced and renamed. The keys file is written last, so a shard
 with a keys file is complete. The manifest and the index only summarize the shards and are rebuilt from them after an
-interruption. Embeddings are looked up by the hash of the caption, never by position, so the captions in the data set
-may be reordered, extended or filtered.
+interruption. Embeddings are looked up by the hash of the caption, never by position, so you may reorder, extend or
+filter the captions of a data set.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ T = TypeVar("T")
 DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("float16", "int8", "float32")}
 FORMAT_VERSION = 1
 KEY_BYTES = 16
-# Properties shared by all shards of a store: encoder identity, embedding dimension and dtype.
+# Spec shared by all shards of a store: encoder identity, embedding dimension and dtype.
 StoreSpec = tuple[dict[str, Any], int, str]
 # Exceptions that may be raised when a damaged JSON, Parquet or .npy file is read.
 READ_ERRORS = (ValueError, KeyError, TypeError, OSError, EOFError, SyntaxError, TokenError, pa.ArrowException)
 
 
 class StoreError(ValueError):
-    """Raised if a store is damaged, created with a different encoder, or lacks a requested caption."""
+    """Raised if a store is damaged, was created with a different encoder, or does not contain a requested caption."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class Shard:
     """A shard of a store. The field names are the keys in the manifest.
 
     Attributes:
-        number: Number in file names.
-        start: First row of the shard in the store.
+        number: Shard number, as in the file names.
+        start: Row number in the store of the shard's first row.
         rows: Number of rows.
-        sha256: Checksum of the embeddings and scales.
+        sha256: SHA-256 checksum of the embeddings and scales; see `shard_checksum`.
     """
 
     number: int
@@ -92,7 +92,7 @@ def index_path(folder: Path, shards: Sequence[Shard]) -> Path:
 
 
 def shard_numbers(folder: Path) -> list[int]:
-    """Return the numbers of the complete shards, in ascending order."""
+    """List the numbers of the complete shards in ascending order."""
     numbers = []
     for path in folder.iterdir():
         match = re.fullmatch(r"keys-(\d{5,})\.parquet", path.name)
@@ -102,12 +102,12 @@ def shard_numbers(folder: Path) -> list[int]:
 
 
 def next_shard_number(folder: Path) -> int:
-    """Return the next shard number: one more than the largest number of a complete shard, or 0 if there is none."""
+    """Return the largest number of a complete shard plus 1, or 0 if there are no complete shards."""
     return max(shard_numbers(folder), default=-1) + 1
 
 
 def read_shard_metadata(folder: Path, number: int) -> tuple[int, str, StoreSpec]:
-    """Read a shard's number of rows, checksum and spec from the metadata of its keys file.
+    """Read the number of rows, the checksum and the spec of a shard from the metadata of its keys file.
 
     Raises:
         StoreError: The file cannot be read.
@@ -124,7 +124,7 @@ def read_shard_metadata(folder: Path, number: int) -> tuple[int, str, StoreSpec]
 
 
 def read_shards(folder: Path, spec: StoreSpec | None = None) -> list[Shard]:
-    """Read the metadata of all complete shards from their keys files; return the shards in order of their numbers.
+    """List all complete shards in ascending order of their numbers. Only the metadata of the keys files is read.
 
     Raises:
         StoreError: A keys file cannot be read, or its spec differs from `spec`.
@@ -170,7 +170,7 @@ def shard_checksum(folder: Path, number: int) -> str:
 
 
 def damage_error(path: Path, reason: object) -> StoreError:
-    """Return the error to raise for a damaged file in a store."""
+    """Create the error to raise for a damaged file in a store."""
     return StoreError(f"{path} is damaged ({reason}). Run `llm2clip store repair {path.parent}`")
 
 
@@ -207,7 +207,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def store_spec(manifest: dict[str, Any]) -> StoreSpec:
-    """Return the spec in a store's manifest. All shards of the store must have this spec."""
+    """Extract the spec from a store's manifest. All shards of the store must have this spec."""
     return manifest["identity"], manifest["embed_dim"], manifest["dtype"]
 
 
@@ -215,7 +215,7 @@ def check_spec(manifest: dict[str, Any], expected: StoreSpec, folder: Path) -> N
     """Check that a store has the expected encoder, dimension and dtype.
 
     Raises:
-        StoreError: The store has other properties. The message lists them.
+        StoreError: The store differs in one of these properties. The message names the property.
     """
     identity, embed_dim, dtype = expected
     check_identity(manifest["identity"], identity, folder)
@@ -246,7 +246,7 @@ def check_identity(stored: dict[str, Any], expected: dict[str, Any], path: Path 
 
 
 def caption_keys(captions: Sequence[str]) -> np.ndarray:
-    """Return the keys of captions, of shape (N, 16), uint8: the first 16 bytes of each caption's SHA-256 hash.
+    """Compute the keys of N captions: the first 16 bytes of their SHA-256 hashes, of shape (N, 16), uint8.
 
     Raises:
         StoreError: A caption contains a lone surrogate, which cannot be encoded in UTF-8.

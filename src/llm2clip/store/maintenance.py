@@ -44,7 +44,7 @@ def repair_store(folder: str | Path, progress: bool = False) -> list[str]:
         The names of the deleted files.
 
     Raises:
-        StoreError: The encoder is unknown because the manifest and all shards are damaged.
+        StoreError: The manifest and all shards are damaged, so the encoder is unknown.
         FormatVersionError: The manifest and all shards have another format version.
         FolderInUseError: Another run is writing to the store.
     """
@@ -75,7 +75,7 @@ def repair_store(folder: str | Path, progress: bool = False) -> list[str]:
 
 
 def _read_specs(folder: Path) -> tuple[list[StoreSpec], list[int]]:
-    """Return the specs of the readable shards, and the numbers of the shards whose keys files cannot be read."""
+    """Read the specs of all shards. Return the specs, and the numbers of the shards whose keys files are unreadable."""
     specs, unreadable = [], []
     for number in shard_numbers(folder):
         try:
@@ -86,7 +86,7 @@ def _read_specs(folder: Path) -> tuple[list[StoreSpec], list[int]]:
 
 
 def _delete_incomplete_shards(folder: Path, deleted: list[str]) -> None:
-    """Delete the files of incomplete shards, which lack keys or embeddings after damage or an interrupted write."""
+    """Delete the files of shards that lack keys or embeddings, because of damage or an interrupted write."""
     complete = set(shard_numbers(folder))
     for path in sorted(folder.iterdir()):
         match = re.fullmatch(r"(?:embeddings|scales|keys)-(\d{5,})\.(?:npy|parquet)", path.name)
@@ -105,8 +105,8 @@ def _delete(path: Path, deleted: list[str]) -> None:
 def merge_stores(out: str | Path, sources: Sequence[str | Path]) -> EmbeddingStore:
     """Add the shards of `sources` to the store at `out`. Files are hard-linked if possible, and otherwise copied.
 
-    Shards that are already in `out` are skipped, so the merge can be repeated. If several stores contain a caption, its
-    embedding is read from the first of these stores.
+    Shards that are already in `out` are skipped, so the merge can be repeated. If several stores contain the same
+    caption, lookups return the embedding from the first of them.
 
     Raises:
         StoreError: A source is damaged, or the sources differ in encoder, dimension or dtype.
@@ -149,7 +149,7 @@ def _check_sources(folders: Sequence[Path]) -> StoreSpec:
 
 
 def _shard_content(folder: Path, shard: Shard) -> tuple[str, str]:
-    """Return the checksums of a shard's embeddings and keys, which identify its contents."""
+    """Return the checksums of a shard's embeddings and keys. Shards with equal checksums are duplicates."""
     return shard.sha256, hashlib.sha256(read_keys(folder, shard).tobytes()).hexdigest()
 
 

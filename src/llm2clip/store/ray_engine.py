@@ -1,8 +1,8 @@
-"""Ray engine for encoding captions into a store. Workers may join or leave the cluster at any time.
+"""Encoding of captions into a store with Ray. Workers may join or leave the cluster at any time.
 
-The driver reads and deduplicates the captions. Each worker loads the encoder once and then processes one shard after
-another from the store's folder, which must be accessible from all machines. If a worker dies, Ray assigns its shard to
-another worker, at most `MAX_RETRIES` times. The resulting store is the same as with `encode.embed`.
+The driver reads and deduplicates the captions. Each worker loads the encoder once and then encodes one shard after
+another. The store's folder must be accessible from all machines. If a worker dies, Ray assigns its shard to another
+worker, at most `MAX_RETRIES` times. The resulting store is the same as with `encode.embed`.
 """
 
 from __future__ import annotations
@@ -45,16 +45,15 @@ def embed_with_ray(
 
     Args:
         captions, shard_size, batch_tokens, precision, dtype: See `encode.embed`.
-        open_encoder: Function that loads the encoder on the device named by the keyword argument `device`. It is called
-            with "cpu", once in the driver (to get the encoder's identity) and once in each worker.
+        open_encoder: Function that takes the keyword argument `device` and loads the encoder on this device. It is
+            called with device="cpu": once in the driver, to compute the encoder's identity, and once in each worker.
         folder: Folder of the store, on a file system that all machines share.
-        workers: Number of workers. 0 means one worker per GPU in the cluster. If the cluster has no GPUs, 0 means one
-            worker per two CPUs.
+        workers: Number of workers. 0 means one worker per GPU in the cluster or, without GPUs, one per two CPU cores.
 
     Raises:
         ModuleNotFoundError: Ray is not installed.
         ValueError: The command was started with several processes, or RAY_AUTH_MODE disables Ray's authentication.
-        ChildProcessError: A worker has died too often.
+        ChildProcessError: A worker died more than `MAX_RETRIES` times.
         StoreError: The store was created with a different encoder, or another run is writing to the store.
     """
     try:
@@ -118,7 +117,7 @@ def _run_workers(
     """Encode all missing shards on the cluster.
 
     Raises:
-        ChildProcessError: A worker has died too often.
+        ChildProcessError: A worker died more than `MAX_RETRIES` times.
     """
     import ray
     import ray.data
@@ -141,14 +140,14 @@ def _run_workers(
         encoded.materialize()
     except RayActorError as error:
         raise ChildProcessError(
-            f"A Ray worker died {MAX_RETRIES + 1} times. Ray's description of the last time: {error}\n"
+            f"A Ray worker died {MAX_RETRIES + 1} times. Ray reported the last failure as: {error}\n"
             "The worker may have run out of memory: use fewer --ray_workers or lower --embed.batch_tokens. Ray's logs "
             "are in /tmp/ray on the worker's machine. Complete shards are kept: run the same command again to resume"
         ) from error
 
 
 class ShardWorker:
-    """Encoder of shards. Ray creates one instance per worker."""
+    """Callable that encodes and writes shards. Ray creates one instance per worker."""
 
     def __init__(
         self, open_encoder: Callable[..., CaptionEncoder], plan: WritePlan, batch_tokens: int | None, precision: str

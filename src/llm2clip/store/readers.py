@@ -1,9 +1,9 @@
 """Readers for the embeddings in a store, using memory maps or, if the store exceeds memory, positional reads.
 
-With a memory map, the operating system reads ahead around every row. If the store is larger than memory, these pages
-are evicted before they are used. `PreadReader` therefore reads each run of consecutive rows with its own positional
-read, uses several threads, and tells the operating system that access is random. Both readers read rows in the order in
-which they are stored on disk.
+With a memory map, the operating system also reads the pages around every requested row. If the store is larger than
+memory, these pages are evicted before they are used. `PreadReader` therefore reads each run of consecutive rows with a
+positional read, in several threads, and declares to the operating system that access is random. Both readers access
+rows in the order in which they are stored on disk.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from llm2clip.store.layout import (
     scales_path,
 )
 
-THREADS = 16  # number of concurrent positional reads, which the disk can reorder
-MAX_OPEN_FILES = 256  # number of open files per cache; operating systems usually allow about a thousand per process
+THREADS = 16  # maximum number of concurrent positional reads; the disk can reorder concurrent reads
+MAX_OPEN_FILES = 256  # per cache; operating systems usually allow about a thousand open files per process
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,13 @@ class RowReader(ABC):
             self.scales = lru_cache(MAX_OPEN_FILES)(lambda n: _memory_map(scales_path(folder, shards[n].number)))
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """Read the embeddings in rows of shape (N,), int64; return them in the same order as (N, embed_dim), float32.
+        """Read the embeddings in the given rows, in the given order.
+
+        Args:
+            rows: Row numbers in the store, of shape (N,), int64.
+
+        Returns:
+            Embeddings of shape (N, embed_dim), float32.
 
         Raises:
             IndexError: A row number is out of range.
@@ -95,7 +101,7 @@ class RowReader(ABC):
         return embeddings.numpy()
 
     def _split_by_shard(self, sorted_rows: np.ndarray, out: np.ndarray) -> list[ShardRows]:
-        """Group the rows by shard. Each group has a view of the part of `out` that it must fill."""
+        """Group the rows by shard. The `out` array of each group is a view of the matching rows of `out`."""
         parts = []
         cuts = np.searchsorted(sorted_rows, self.bounds)
         for shard, (start, stop) in enumerate(pairwise(cuts)):
@@ -106,7 +112,7 @@ class RowReader(ABC):
 
     @abstractmethod
     def _read(self, parts: list[ShardRows]) -> None:
-        """Fill the `out` array of each part with the values stored in its rows."""
+        """Read the rows of each part into its `out` array."""
 
 
 class MmapReader(RowReader):
@@ -118,7 +124,7 @@ class MmapReader(RowReader):
 
     def _read(self, parts: list[ShardRows]) -> None:
         for part in parts:
-            # All rows are in range, and with mode="raise", NumPy would buffer the output.
+            # All rows are in range, so nothing is clipped. With mode="raise", NumPy would buffer the output.
             np.take(self.map(part.shard), part.rows, axis=0, out=part.out, mode="clip")
 
 
@@ -159,7 +165,7 @@ def _read_chunk(reads: Sequence[tuple[_RandomAccessFile, memoryview, int]]) -> N
 
 
 class _RandomAccessFile:
-    """File that is open for positional reads. It is closed when the object is deleted."""
+    """File opened for positional reads. The file is closed when this object is deleted."""
 
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_RDONLY)
@@ -203,7 +209,7 @@ def _data_offset(path: Path, rows: int, row_bytes: int) -> int:
 
 
 def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the number of bytes that this process can still allocate, within the limits of machine and cgroup."""
+    """Return how many bytes this process can still allocate, given the available RAM and the memory limit of its cgroup."""
     available = int(psutil.virtual_memory().available)
     limit_file, usage_file, stat_file = (cgroup / f"memory.{name}" for name in ("max", "current", "stat"))
     if not (limit_file.is_file() and usage_file.is_file()):

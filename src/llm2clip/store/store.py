@@ -1,7 +1,7 @@
 """Read access to an embedding store, which contains an embedding of every caption in a data set.
 
-`EmbeddingStore.rows` looks up captions, and `EmbeddingStore.take` reads their embeddings in any order. The files in a
-store are described in `layout`.
+`EmbeddingStore.rows` looks up the row numbers of captions, and `EmbeddingStore.take` reads the embeddings in any rows.
+The files in a store are described in `layout`.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ LOOKUP_CHUNK = 1 << 18  # number of captions to hash and look up at once
 
 
 class EmbeddingStore:
-    """Read access to a store that was written completely by `llm2clip embed`.
+    """Read access to a complete store.
 
-    Only the folder's path and the read mode are pickled, so that worker processes reopen the store.
+    Only the folder and the read mode are pickled. Worker processes reopen the store.
     """
 
     def __init__(self, folder: str | Path, read_mode: ReadMode = "auto") -> None:
@@ -102,7 +102,7 @@ class EmbeddingStore:
         return self._index.find(keys)
 
     def rows(self, captions: Iterable[str]) -> np.ndarray:
-        """Look up captions; return their row numbers, of shape (N,), int64.
+        """Look up N captions; return their row numbers, of shape (N,), int64.
 
         Raises:
             StoreError: A caption is not in the store. The message quotes the caption.
@@ -120,7 +120,7 @@ class EmbeddingStore:
         return np.concatenate(parts)
 
     def take(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
-        """Read the embeddings in the given rows, in the given order, of shape (N, embed_dim), float32.
+        """Read the embeddings in N rows; return them in the same order, of shape (N, embed_dim), float32.
 
         Raises:
             IndexError: A row number is out of range.
@@ -149,7 +149,7 @@ class EmbeddingStore:
 
 
 def damaged_shards(folder: Path, shards: Sequence[Shard], spec: StoreSpec, progress: bool = False) -> list[int]:
-    """List the numbers of shards that are missing, have a wrong checksum, or belong to a different store."""
+    """List the numbers of the shards that are missing, have a wrong checksum, or have another spec than `spec`."""
 
     def is_intact(shard: Shard) -> bool:
         try:
@@ -179,7 +179,7 @@ def damaged_shards(folder: Path, shards: Sequence[Shard], spec: StoreSpec, progr
 
 
 def drop_refused_captions(records: Sequence[Record], store: EmbeddingStore) -> list[Record]:
-    """Remove captions that the tokenizer could not encode, for which the store has no embeddings.
+    """Remove captions that have no embedding because the tokenizer could not encode them.
 
     Records without remaining captions are dropped.
     """
@@ -198,9 +198,9 @@ def drop_refused_captions(records: Sequence[Record], store: EmbeddingStore) -> l
 
 
 def drop_missing_phrases(records: Sequence[Record], store: EmbeddingStore) -> list[Record]:
-    """Remove phrases without an embedding, and print a line if the store has no embedding of any phrase.
+    """Remove phrases without an embedding. Print a message if the store has no embedding of any phrase.
 
-    For example, the data used for the store may contain a phrase in too few images.
+    A phrase may have no embedding because it occurred in too few images of the data used for the store.
     """
     phrases = sorted({phrase for record in records for phrase in record.phrases})
     is_stored = store.find(caption_keys(phrases)) >= 0
@@ -219,5 +219,5 @@ def drop_missing_phrases(records: Sequence[Record], store: EmbeddingStore) -> li
 
 
 def refused_captions(folder: Path) -> list[dict[str, Any]]:
-    """Read the captions that the tokenizer could not encode from refused-*.jsonl, as {"caption": ..., "why": ...}."""
+    """Read the captions that the tokenizer could not encode, as dicts with the keys "caption" and "why"."""
     return [row for file in sorted(folder.glob("refused-*.jsonl")) for _, row in read_jsonl(file)]

@@ -1,14 +1,14 @@
-"""Preparation of a store before captions are encoded, and its finalization afterwards, for any number of processes.
+"""Preparation of a store before captions are encoded, and finalization afterwards, for any number of processes.
 
-The main process reads the stream of captions once, and writes the captions without an embedding to a folder:
+The main process reads the captions once, and writes the captions without an embedding to a folder:
 
     store/.incoming/
-      captions.parquet   all captions, in stream order; deleted when all duplicates are known
+      captions.parquet   all captions, in input order; deleted when all duplicates are known
       keys               keys of the captions, for the external sort that finds duplicates; see `key_index`
       00012.parquet      captions of the missing shard 12
 
-Stream order is preserved, so captions of the same image stay together. Besides the captions of a few shards, only one
-byte per caption is in memory.
+Input order is preserved, so captions of the same image stay together. Apart from the captions of a few shards, memory
+holds only one byte per caption.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TEXTS = "captions.parquet"
 
 @dataclass(frozen=True)
 class WritePlan:
-    """The shards that are missing from a store.
+    """Shards that are missing from a store.
 
     Attributes:
         writer: Writer that adds shards to the store.
@@ -52,17 +52,17 @@ class WritePlan:
     shards: list[int]
 
     def local_shards(self) -> list[int]:
-        """Return the shards that this process must write: every n-th shard if there are n processes."""
+        """List the shards that this process must write: every n-th shard if there are n processes."""
         state = process_state()
         return self.shards[state.process_index :: state.num_processes]
 
     def read_captions(self, shard: int) -> list[str]:
-        """Return the captions to encode for a shard."""
+        """Read the captions of a missing shard."""
         captions: list[str] = pq.read_table(shard_file(self.incoming, shard))["text"].to_pylist()
         return captions
 
     def progress_bar(self, description: str, unit: str) -> ProgressBar:
-        """Return a progress bar for the captions of all local shards. Only the main process shows it."""
+        """Create a progress bar for the captions of all local shards. Only the main process shows the bar."""
         total = sum(pq.read_metadata(shard_file(self.incoming, shard)).num_rows for shard in self.local_shards())
         hide = not process_state().is_main_process or not total
         return ProgressBar(total=total, desc=description, unit=unit, disable=hide)
@@ -85,11 +85,11 @@ def open_for_writing(
     encode, are skipped.
 
     Args:
-        captions: Texts or image names. They may contain duplicates. Only the main process reads them, and only once.
-        folder: Folder of the store.
-        identity: Identity of the encoder.
-        embed_dim: Embedding dimension.
-        dtype: Stored dtype.
+        captions: Texts or image names, possibly with duplicates. Only the main process reads them, and only once.
+        folder: Folder of the store. It is created if it does not exist.
+        identity: Everything about the encoder that affects the embeddings; see `fingerprint`.
+        embed_dim: Dimension of the embeddings.
+        dtype: dtype of the stored embeddings: float16, float32 or int8.
         shard_size: Number of captions per shard.
 
     Raises:
@@ -142,11 +142,11 @@ def write_missing_shards(
     """Write the captions that have no embedding yet to one file per shard.
 
     Args:
-        captions: Captions. They may contain duplicates.
+        captions: Captions, possibly with duplicates.
         incoming: Empty folder to write to.
         store: Existing store, whose captions are skipped, or None.
         shard_size: Number of captions per shard.
-        first_shard: Number of the first shard.
+        first_shard: Number of the first missing shard. The following shards are numbered consecutively.
     """
     is_missing: list[np.ndarray] = []  # one boolean mask per chunk of captions
     count = write_records(_write_captions(captions, incoming / TEXTS, store, is_missing), incoming / "keys")
@@ -165,10 +165,10 @@ def shard_file(incoming: Path, shard: int) -> Path:
 def _write_captions(
     captions: Iterable[str], file: Path, store: EmbeddingStore | None, is_missing: list[np.ndarray]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Write all captions to a file; yield the keys and positions of those that are missing from the store.
+    """Write all captions to a file; yield the keys and positions of the captions that are missing from the store.
 
-    A boolean mask of the missing captions of each chunk is appended to `is_missing`. Only duplicates within a chunk are
-    detected here.
+    For each chunk, a boolean mask of the missing captions is appended to `is_missing`. Duplicates are detected only
+    within a chunk; `write_missing_shards` finds all others.
     """
     with pq.ParquetWriter(file, pa.schema([("text", pa.string())]), compression="zstd") as writer:
         start = 0
@@ -186,7 +186,7 @@ def _write_captions(
 
 
 def _select_captions(file: Path, mask: np.ndarray) -> Iterator[str]:
-    """Yield the captions in a file for which a boolean mask is True."""
+    """Yield the captions in a Parquet file that a boolean mask selects."""
     start = 0
     with pq.ParquetFile(file) as captions:
         for batch in captions.iter_batches(CHUNK):

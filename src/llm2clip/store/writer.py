@@ -46,10 +46,10 @@ class StoreWriter:
         """Create a store at `folder`, or prepare to add shards to an existing store.
 
         Args:
-            folder: Folder of the store.
-            identity: Identity of the encoder; see `fingerprint`.
-            embed_dim: Embedding dimension.
-            dtype: Stored dtype: float16, float32 or int8. int8 uses one scale per row.
+            folder: Folder of the store. It is created if it does not exist.
+            identity: Everything about the encoder that affects the embeddings; see `fingerprint`.
+            embed_dim: Dimension of the embeddings.
+            dtype: dtype of the stored embeddings: float16, float32 or int8. int8 uses one scale factor per row.
 
         Raises:
             StoreError: An existing store has a different encoder, dimension or dtype. The message lists the
@@ -77,7 +77,7 @@ class StoreWriter:
             embeddings: Floating-point embeddings of shape (N, embed_dim).
 
         Raises:
-            StoreError: A value is not finite or does not fit into float16.
+            StoreError: See `write_keyed`.
         """
         self.write_keyed(number, caption_keys(captions), tokens, embeddings, captions)
 
@@ -92,7 +92,7 @@ class StoreWriter:
         """Write a shard from keys of shape (N, 16), uint8. `captions` is used only in error messages.
 
         Raises:
-            StoreError: A value is not finite or is too large for float16, or a shape does not match the store.
+            StoreError: A value is not finite in the store's dtype, or a shape does not match the store.
         """
         self._check_shapes(keys, tokens, embeddings)
         self._check_values(keys, embeddings, captions)
@@ -169,8 +169,8 @@ def quantize_rows(embeddings: np.ndarray, dtype: str) -> tuple[np.ndarray, np.nd
     """Convert embeddings of shape (N, embed_dim) to the dtype of a store.
 
     Returns:
-        The converted embeddings, and the scale factors of the rows, of shape (N,), float32, or None without int8. The
-        scale factors make the largest absolute value in each row 127.
+        The converted embeddings, and the scale factors of shape (N,), float32, by which int8 rows must be multiplied.
+        They are chosen such that the largest absolute int8 value in each row is 127. None for other dtypes.
     """
     if dtype != "int8":
         return np.ascontiguousarray(embeddings, DTYPES[dtype]), None
