@@ -82,7 +82,7 @@ VISION_TRANSFER_METRICS = {
 
 
 def published_metrics(benchmark: str) -> dict[str, dict[str, float]]:
-    """Return the authors' results on a benchmark about parts of images.
+    """Return the authors' results on a segmentation or detection benchmark.
 
     Returns:
         The metrics of each model, keyed by metric. The keys consist of the year of the project page and the model name.

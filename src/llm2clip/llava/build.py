@@ -5,10 +5,10 @@ maps the features to embeddings that replace the `<image>` tokens in the LLM's i
 tower:
 
 - Towers from transformers: `LlavaForConditionalGeneration`.
-- Convolutional towers from timm: `FastVlmForConditionalGeneration`, which reads the tower's last feature map. The
+- Convolutional towers from timm: `FastVlmForConditionalGeneration`, which uses the tower's last feature map. The
   projector and the LLM are the same as for the other towers.
-- Vision transformers from timm: `PatchLlava`, because no transformers class can read patch features from timm. The
-  source file `modeling_patches.py` is copied into the model folder. Loading such a model without llm2clip requires
+- Vision transformers from timm: `PatchLlava`, because transformers' LLaVA classes do not support them. The source file
+  `modeling_patches.py` is copied into the model folder. Loading such a model without llm2clip requires
   `trust_remote_code=True`.
 
 `AutoModelForImageTextToText.from_pretrained` and `pipeline("image-text-to-text")` can load all of these models without
@@ -50,7 +50,8 @@ def build_llava(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pa
         The path of the model folder.
 
     Raises:
-        ValueError: the LLM has no head, or transformers' LLaVA classes do not support the tower or the LLM's head.
+        ValueError: the LLM has no language modelling head, or transformers' LLaVA classes do not support the tower or
+            the head.
         FileExistsError: `out` exists.
     """
     from transformers import AutoTokenizer
@@ -73,10 +74,10 @@ def build_llava(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pa
 
 
 def load_causal_llm(name: str) -> Any:
-    """Load a causal LLM with its head, in the dtype in which it was saved.
+    """Load a causal LLM with its language modelling head, in the dtype of the checkpoint.
 
     Raises:
-        ValueError: the checkpoint is missing weights, such as those of the head.
+        ValueError: the checkpoint is missing weights, e.g. the weights of the head.
     """
     from transformers import AutoModelForCausalLM
 
@@ -99,8 +100,8 @@ def assemble_llava(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0, 
     patches, registers = count_image_tokens(vision, tower.preprocess.size)
     _add_image_token(tokenizer, llm)
     check_template(tokenizer)
-    model = _join(vision, llm, tokenizer, image_tokens=patches + registers, seed=seed)
-    model.generation_config = _generation_config(llm, tokenizer)
+    model = _join_parts(vision, llm, tokenizer, image_tokens=patches + registers, seed=seed)
+    model.generation_config = _make_generation_config(llm, tokenizer)
     processor = _build_processor(tower, vision, tokenizer, patches=patches, registers=registers, pad=pad)
     return model.eval(), processor
 
@@ -130,7 +131,7 @@ def _add_image_token(tokenizer: Any, llm: Any) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def _join(vision: Any, llm: Any, tokenizer: Any, *, image_tokens: int, seed: int) -> Any:
+def _join_parts(vision: Any, llm: Any, tokenizer: Any, *, image_tokens: int, seed: int) -> Any:
     """Combine the tower, a new projector and the LLM into one model, in the LLM's dtype."""
     from transformers import FastVlmConfig, FastVlmForConditionalGeneration, LlavaConfig, LlavaForConditionalGeneration
 
@@ -154,7 +155,9 @@ def _join(vision: Any, llm: Any, tokenizer: Any, *, image_tokens: int, seed: int
         config = FastVlmConfig(**common)
     else:
         model_class = LlavaForConditionalGeneration
-        config = LlavaConfig(**common, vision_feature_layer=-2, vision_feature_select_strategy=_select_strategy(vision))
+        config = LlavaConfig(
+            **common, vision_feature_layer=-2, vision_feature_select_strategy=_get_select_strategy(vision)
+        )
     with torch.device("meta"):  # meta tensors take no memory; all parts are replaced below
         model = model_class(config)
     model.model.vision_tower = vision
@@ -166,12 +169,12 @@ def _join(vision: Any, llm: Any, tokenizer: Any, *, image_tokens: int, seed: int
     return model.to(llm.dtype)
 
 
-def _select_strategy(vision: Any) -> Any:
+def _get_select_strategy(vision: Any) -> Any:
     """Return `vision_feature_select_strategy`: "default" drops the class token, "full" keeps all tokens."""
     return "default" if has_class_token(vision) else "full"
 
 
-def _generation_config(llm: Any, tokenizer: Any) -> Any:
+def _make_generation_config(llm: Any, tokenizer: Any) -> Any:
     """Return the LLM's generation config, extended with the tokens that end an answer in the chat template."""
     from transformers import GenerationConfig
 
@@ -210,7 +213,7 @@ def _build_processor(
         image_processor=LlavaImageProcessor.from_dict(settings),
         tokenizer=tokenizer,
         patch_size=patch_size,
-        vision_feature_select_strategy=_select_strategy(vision),
+        vision_feature_select_strategy=_get_select_strategy(vision),
         num_additional_image_tokens=registers + has_class_token(vision),
         image_token=IMAGE_TOKEN,
         chat_template=get_chat_template(tokenizer),

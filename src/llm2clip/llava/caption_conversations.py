@@ -69,7 +69,7 @@ def object_conversations(
         objects_file: file with objects and their synonyms. See `read_objects`.
     """
     names = read_objects(objects_file)
-    objects_by_record = {}  # objects in each image, by the index of its record
+    objects_by_record = {}  # objects in each image, keyed by record index
     for index, record in enumerate(records):
         objects = sorted(mentioned_objects(record.texts, names)) if record.image is not None else []
         if objects:
@@ -83,7 +83,7 @@ def object_conversations(
         count = min(OBJECTS_PER_IMAGE, len(present), len(absent))
         for present_object, absent_object in zip(rng.sample(present, count), absent, strict=False):
             turns = turns_by_record.setdefault(index, [])
-            turns += [(_question(present_object), "Yes"), (_question(absent_object), "No")]
+            turns += [(_format_question(present_object), "Yes"), (_format_question(absent_object), "No")]
     rng = random.Random(seed)
     conversations = []
     for index, turns in turns_by_record.items():
@@ -101,7 +101,7 @@ def mentioned_objects(texts: Iterable[str], names: dict[str, str]) -> set[str]:
         texts: captions of one image.
         names: mapping from names to objects, as returned by `read_objects`.
     """
-    pattern = _name_pattern(tuple(names))
+    pattern = _compile_name_pattern(tuple(names))
     return {names[match.lower()] for text in texts for match in pattern.findall(text)}
 
 
@@ -109,7 +109,8 @@ def mentioned_objects(texts: Iterable[str], names: dict[str, str]) -> set[str]:
 def read_objects(file: Path) -> dict[str, str]:
     """Read objects and their synonyms. Return a dict that maps every name, singular or plural, to its object.
 
-    Each line is `object` or `object: synonym, synonym`; # starts a comment. Plurals are formed by rules.
+    Each line is `object` or `object: synonym, synonym`. Text after # is a comment. Plurals are formed by spelling
+    rules.
 
     Raises:
         ValueError: two objects share a name.
@@ -125,25 +126,25 @@ def read_objects(file: Path) -> dict[str, str]:
             name = " ".join(name.lower().split())
             if not name:
                 continue
-            for form in (name, _plural(name)):
+            for form in (name, _pluralize(name)):
                 if names.setdefault(form, object_name) != object_name:
                     raise ValueError(f"{file}: {form!r} is a name for both {names[form]!r} and {object_name!r}")
     return names
 
 
 @lru_cache
-def _name_pattern(names: Sequence[str]) -> re.Pattern[str]:
+def _compile_name_pattern(names: Sequence[str]) -> re.Pattern[str]:
     longest_first = sorted(names, key=len, reverse=True)
     return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)", re.IGNORECASE)
 
 
-def _plural(word: str) -> str:
+def _pluralize(word: str) -> str:
     if re.search(r"(s|x|z|ch|sh)$", word):
         return word + "es"
     return word[:-1] + "ies" if re.search(r"[^aeiou]y$", word) else word + "s"
 
 
-def _question(name: str) -> str:
+def _format_question(name: str) -> str:
     if name in UNCOUNTABLE:
         return f"Is there {name} in the image?"
     article = "an" if name[0] in "aeiou" else "a"

@@ -129,15 +129,15 @@ def tokenize_and_label(conversation: Conversation, tokenizer: Any, image_tokens:
     answers = []
     for n, message in enumerate(messages[1::2]):
         answers.append(message["content"][0]["text"])
-        message["content"][0]["text"] = _placeholder(n)
+        message["content"][0]["text"] = _make_placeholder(n)
     rendered = tokenizer.apply_chat_template(
         messages, chat_template=get_chat_template(tokenizer), tokenize=False, add_generation_prompt=False
     )
-    special_tokens = _special_tokens(tokenizer)
+    special_tokens = _get_special_tokens(tokenizer)
     text = ""
     spans = []  # (start, end) of each answer in the text, including the token that ends the answer
     for n, answer in enumerate(answers):
-        before, placeholder, rendered = rendered.partition(_placeholder(n))
+        before, placeholder, rendered = rendered.partition(_make_placeholder(n))
         if not placeholder:
             raise ValueError("the LLM's chat template drops an answer. Use another LLM")
         end_token = next((token for token in special_tokens if rendered.lstrip().startswith(token)), None)
@@ -153,11 +153,11 @@ def tokenize_and_label(conversation: Conversation, tokenizer: Any, image_tokens:
     return _label_spans(text, spans, tokenizer, image_tokens)
 
 
-def _placeholder(n: int) -> str:
+def _make_placeholder(n: int) -> str:
     return f"{PLACEHOLDER_MARKS[0]}{n}{PLACEHOLDER_MARKS[1]}"
 
 
-def _special_tokens(tokenizer: Any) -> list[str]:
+def _get_special_tokens(tokenizer: Any) -> list[str]:
     """Return all special tokens except `<image>`, longest first.
 
     `all_special_tokens` does not contain every added token that is marked as special, so read `added_tokens_decoder`

@@ -21,7 +21,7 @@ from llm2clip.store.store import EmbeddingStore
 log = logging.getLogger(__name__)
 
 MEGABATCH = 50  # number of batches in each group that is sorted by length, as in LLaVA's sampler
-MIN_TEXT_TOKENS = 64  # minimum number of text tokens that must fit into max_length besides the image
+MIN_TEXT_TOKENS = 64  # max_length must leave at least this many tokens for text
 MAX_REPLACEMENTS = 1000  # number of consecutive unusable conversations after which an error is raised
 
 
@@ -38,7 +38,7 @@ class ConversationDataset(Dataset):
     ) -> None:
         """
         Args:
-            conversations: conversations to train on. `store`, if not None, must contain all their images.
+            conversations: if `store` is not None, it must contain all images of these conversations.
             image_tokens: number of tokens per image.
             max_length: maximum number of tokens; longer conversations are truncated.
             store: cached patch features of the images. If None, images are decoded.
@@ -86,13 +86,13 @@ class ConversationDataset(Dataset):
             ValueError: no usable conversation was found.
         """
         for offset in range(min(MAX_REPLACEMENTS, len(self))):
-            item = self._load(index=(index + offset) % len(self))
+            item = self._load_item(index=(index + offset) % len(self))
             if isinstance(item, dict):
                 return item
             log.warning("%s; using the next conversation instead", item)
         raise ValueError(f"{item}, and none of the conversations after it can be used")
 
-    def _load(self, index: int) -> dict[str, Any] | str:
+    def _load_item(self, index: int) -> dict[str, Any] | str:
         """Return the item for one conversation, or the reason why it cannot be used."""
         conversation = self.conversations[index]
         try:
@@ -134,8 +134,8 @@ class LlavaCollator:
 
         For B conversations padded to T tokens, input_ids and attention_mask are int64 of shape (B, T), and pixel_values
         contains the pixels or patch features of all images. labels has shape (B, K), where K = logits_to_keep. Logits
-        are computed only from just before the first answer in the batch, because those for the system prompt and the
-        image are not needed.
+        are computed only from the token before the first answer in the batch, because the loss ignores the system
+        prompt and the image.
 
         If no conversation has an image, a blank image is appended to the first conversation, where causal attention
         hides it from the text. This way, the projector receives gradients in every batch on every rank, as DDP and FSDP
@@ -149,7 +149,7 @@ class LlavaCollator:
             labels[0] += [IGNORE_INDEX] * self.image_tokens
             vision = [self.empty_image]
         length = max(map(len, rows))
-        first_answer = min(_first_label(row_labels) for row_labels in labels)
+        first_answer = min(_find_first_label(row_labels) for row_labels in labels)
         logits_to_keep = length - max(0, first_answer - 1)
         return {
             "input_ids": _pad_right(rows, length, self.pad_id),
@@ -198,7 +198,7 @@ class LengthGroupedSampler(Sampler):
         yield from map(int, remainder)  # the last, incomplete batch
 
 
-def _first_label(labels: Sequence[int]) -> int:
+def _find_first_label(labels: Sequence[int]) -> int:
     return next(n for n, label in enumerate(labels) if label != IGNORE_INDEX)
 
 

@@ -20,15 +20,16 @@ class LlavaConfig:
     pretrain_lr: float = 1e-3
     """Peak learning rate for the projector in the first stage."""
     pretrain_batch_size: int = 256
-    """Number of conversations per step in the first stage, in total across devices."""
+    """Conversations per optimizer step in the first stage, in total over all devices."""
     epochs: float = 1
     """Number of epochs over the instruction data in the second stage."""
     lr: float = 2e-5
     """Peak learning rate for the LLM and the projector in the second stage. 2e-4 is common with LoRA."""
     batch_size: int = 128
-    """Number of conversations per step in the second stage, in total across devices."""
+    """Conversations per optimizer step in the second stage, in total over all devices."""
     micro_batch_size: int = 16
-    """Number of conversations per forward pass and device. Gradients are accumulated up to the batch size."""
+    """Maximum number of conversations per forward pass on each device. Gradients are accumulated up to the batch
+    size."""
     lora_r: int = 0
     """LoRA rank for the LLM. The LoRA weights are merged after training. 0 disables LoRA and trains all weights."""
     lora_alpha: int = 256

@@ -27,9 +27,9 @@ def read_conversations(
     """Read conversations from files in LLaVA's format and from captioned images.
 
     Args:
-        sources: paths of the sources. The format of each source is detected automatically.
-        from_records: function that makes conversations from records and a seed: `captioning_conversations` or
-            `instruction_conversations`.
+        sources: paths of files or folders, whose formats are detected automatically.
+        from_records: function that converts records to conversations, given a seed. Either `captioning_conversations`
+            or `instruction_conversations`.
         images: folder that contains the images of files in LLaVA's format. See `read_llava`.
         columns: mapping from record fields to column names in the sources.
         seed: random seed, passed to `from_records`.

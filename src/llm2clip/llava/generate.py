@@ -1,4 +1,4 @@
-"""Batched answer generation and log-likelihoods of answers with a LLaVA model."""
+"""Batched answer generation and answer log-likelihoods for LLaVA models."""
 
 from __future__ import annotations
 
@@ -74,14 +74,14 @@ class AnswerGenerator:
         """Yield (question index, answer) as each batch completes. Questions are sorted by length before batching.
 
         Args:
-            questions: questions to answer. If the image of a question cannot be decoded, the answer is None.
+            questions: if the image of a question cannot be decoded, its answer is None.
             max_new_tokens: maximum number of tokens per answer.
             num_beams: number of beams; 1 means greedy decoding.
         """
         self.tokenizer.padding_side = "left"
         image_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         for indices in self._batch_indices(questions):
-            usable, inputs = self._generation_inputs(questions, indices)
+            usable, inputs = self._prepare_inputs(questions, indices)
             if usable:
                 with torch.inference_mode(), onednn_matmul():
                     output = self.model.generate(
@@ -129,14 +129,17 @@ class AnswerGenerator:
         return ids
 
     def _batch_indices(self, questions: Sequence[Question]) -> Iterator[list[int]]:
-        """Yield the question indices of each batch: first questions with images, then others, longest prompts first."""
+        """Yield the question indices of each batch.
+
+        Questions with images come before questions without. In both groups, the longest prompts come first.
+        """
         longest_first = sorted(range(len(questions)), key=lambda n: -len(questions[n].prompt))
         for has_image in (True, False):
             indices = [n for n in longest_first if (questions[n].image is not None) is has_image]
             for start in range(0, len(indices), self.batch_size):
                 yield indices[start : start + self.batch_size]
 
-    def _generation_inputs(
+    def _prepare_inputs(
         self, questions: Sequence[Question], indices: Sequence[int]
     ) -> tuple[list[int], dict[str, Tensor]]:
         """Return the indices of the usable questions and the model inputs for them.

@@ -1,4 +1,4 @@
-"""Image preprocessing for LLaVA, and cached computation of the vision tower's patch features.
+"""Image preprocessing for LLaVA, and computation and caching of patch features.
 
 The vision tower is frozen, so it is replaced during training by `PrecomputedVision`, which returns patch features that
 were read from a store or computed just before the forward pass.
@@ -39,7 +39,7 @@ class LlavaTransform:
         self.pad = bool(settings.get("do_pad"))
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Convert an image, uint8 of shape (3, H, W), to normalised pixels, float32 of shape (3, S, S)."""
+        """Convert a uint8 image of shape (3, H, W) to normalised float32 pixels of shape (3, S, S)."""
         if self.pad:
             max_side = MAX_SCALE * self.preprocess.resize_size
             if max(image.shape[-2:]) > max_side:  # padding a very long image to a square would exhaust memory
@@ -75,7 +75,7 @@ def patch_feature_size(config: Any) -> int:
 
 
 class PatchFeatures:
-    """A LLaVA model's vision tower as a function from pixels to the projector's input.
+    """Callable that runs a LLaVA model's vision tower and returns the projector's input.
 
     Implements `ImageEncoder` from `store/image_features.py`. The patch features of an image are flattened to a vector.
     """
@@ -114,7 +114,7 @@ class PatchFeatures:
             return torch.cat(selected, -1)
 
     def identity(self) -> dict[str, Any]:
-        """Return a dict of everything that affects the features, for the store's fingerprint."""
+        """Return the settings and the weight hash that determine the features, for the store's fingerprint."""
         return {
             "tower": self.tower.config.to_dict(),
             "weights": hash_weights(self.tower),

@@ -39,7 +39,7 @@ class LmmsModel(lmms):
         self._world_size = process_state().num_processes
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Return one answer per request. Each answer ends before the first of the request's `until` strings.
+        """Return one answer per request. Each answer is truncated at the first of the request's `until` strings.
 
         Of the generation settings of a task, `max_new_tokens` and `num_beams` are used. Answers are never sampled.
         """
@@ -80,7 +80,7 @@ class LmmsModel(lmms):
         """Convert a request to a question.
 
         Raises:
-            ValueError: the request contains either a video or more than one image.
+            ValueError: the request contains a video or more than one image.
         """
         visuals = (to_visual(self.task_dict[task][split][doc_id]) if to_visual else None) or []
         if any(isinstance(visual, str) for visual in visuals):

@@ -1,8 +1,9 @@
 """Self-contained transformers modeling code for LLaVA with a vision transformer from timm.
 
-transformers' wrapper for timm models returns feature maps, which transformers' LLaVA class cannot read. `build_llava`
-copies this file into the model folder if the tower is a vision transformer from timm. To load such a model without
-llm2clip, use `AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)`.
+transformers' wrapper for timm models returns feature maps of shape (N, channels, rows, columns), but transformers'
+LLaVA class expects patch features of shape (N, patches, width). `build_llava` copies this file into the model folder if
+the tower is a vision transformer from timm. To load such a model without llm2clip, use
+`AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)`.
 """
 
 from typing import Any
@@ -46,7 +47,10 @@ class PatchTower(PreTrainedModel):
         """Do nothing: timm has already initialised the weights."""
 
     def forward(self, pixel_values: Any, **_: Any) -> Any:
-        """Map pixels (N, 3, S, S) to the outputs of all blocks before the final norm, each (N, patches, width)."""
+        """Return the output of each block before the final norm, of shape (N, patches, width).
+
+        The pixels have shape (N, 3, S, S).
+        """
         states = self.timm_model.forward_intermediates(
             pixel_values.to(self.dtype), norm=False, output_fmt="NLC", intermediates_only=True
         )

@@ -78,7 +78,7 @@ class TrainingStage:
         Training resumes from the latest checkpoint, if there is one.
 
         Raises:
-            ValueError: the data, batch size or number of processes differs from that of the checkpoint.
+            ValueError: the data, batch size or number of processes has changed since the checkpoint was saved.
             FloatingPointError: the loss, gradient norm or weights are not finite.
         """
         trained_on = hash_texts(json.dumps([conversation.id, *conversation.turns]) for conversation in conversations)
@@ -89,7 +89,7 @@ class TrainingStage:
         }
         checkpoints = Checkpoints(self.folder)
         checkpoints.check(signature)
-        trainer = self._trainer(conversations, checkpoints)
+        trainer = self._make_trainer(conversations, checkpoints)
         trainer.train(resume_from_checkpoint=str(checkpoints.latest) if checkpoints.latest else None)
         full_state = trainer.accelerator.get_state_dict(trainer.model)  # gathered from all ranks under FSDP
         if process_state().is_main_process:
@@ -101,7 +101,7 @@ class TrainingStage:
                 save_file(trained, file)
         wait_for_everyone()
 
-    def _trainer(self, conversations: Sequence[Conversation], checkpoints: Checkpoints) -> _LlavaTrainer:
+    def _make_trainer(self, conversations: Sequence[Conversation], checkpoints: Checkpoints) -> _LlavaTrainer:
         config = self.config
         tokenizer = self.processor.tokenizer
         dataset = ConversationDataset(
@@ -111,7 +111,7 @@ class TrainingStage:
             pad_id=tokenizer.pad_token_id,
             image_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
             image_tokens=self.image_tokens,
-            empty_image=self._blank_image(),
+            empty_image=self._make_blank_image(),
         )
         sampler = None
         if config.group_by_length:
@@ -120,7 +120,7 @@ class TrainingStage:
         log = TrainingLog(self.folder / "metrics.jsonl", checkpoints, advice=f"Lower {lr_setting}", log_summary=True)
         trainer = _LlavaTrainer(
             model=self.model,
-            args=self._training_arguments(),
+            args=self._make_training_arguments(),
             train_dataset=dataset,
             data_collator=collator,
             callbacks=[log],
@@ -130,14 +130,14 @@ class TrainingStage:
         show_progress(trainer, self.stage)
         return trainer
 
-    def _blank_image(self) -> Tensor:
+    def _make_blank_image(self) -> Tensor:
         """Return all-zero patch features if features are cached, otherwise the pixels of a blank image."""
         if self.features is None:
             return torch.zeros(self.image_tokens, self.feature_size)
         size = self.features.transform.preprocess.size
         return torch.zeros(3, size, size)
 
-    def _training_arguments(self) -> TrainingArguments:
+    def _make_training_arguments(self) -> TrainingArguments:
         """Return the arguments for the Trainer.
 
         Raises:
@@ -188,7 +188,7 @@ class _LlavaTrainer(TrainingStateMixin, Trainer):
     ) -> None:
         """
         Args:
-            sampler: sampler for the training data. If None, the Trainer's default sampler is used.
+            sampler: if None, the Trainer's default sampler is used.
             features: function that computes patch features from pixels in each step. If None, batches already contain
                 patch features.
         """
@@ -209,11 +209,11 @@ class _LlavaTrainer(TrainingStateMixin, Trainer):
 def set_trainable_parts(model: Any, stage: str, config: LlavaConfig, out: Path) -> Any:
     """Freeze all parameters that a stage does not train. Return the model, wrapped in a PEFT model if LoRA is used.
 
-    Of the LLM, the `instruct` stage trains either all weights or LoRA adapters. The projector and LoRA weights are
-    converted to float32.
+    The `pretrain` stage trains the projector. The `instruct` stage also trains the LLM, either all weights or LoRA
+    adapters. The projector and LoRA weights are converted to float32.
 
     Args:
-        model: LLaVA model; modified in place. For the `instruct` stage, it gets the weights from `out/pretrain`.
+        model: LLaVA model; modified in place. For the `instruct` stage, any weights in `out/pretrain` are loaded.
         stage: `pretrain` or `instruct`.
     """
     model.requires_grad_(False)

@@ -53,7 +53,7 @@ def train_llava(
             ignored.
         instruct: conversations on which to train the projector and the LLM. May be empty.
         out: run directory.
-        log: log of images that cannot be decoded when features are cached. Without caching, such images only cause
+        log: records images that cannot be decoded while features are cached. Without caching, such images only cause
             warnings.
 
     Returns:
@@ -95,7 +95,7 @@ def train_llava(
             hashes = hash_images(conversation.image for conversation in all_conversations)
             earlier = load_training_images(source)  # the images on which the vision tower was trained
             with atomic_dir(model_folder) as folder:
-                save_llava(_load_result(source, config, out), processor, folder)
+                save_llava(_load_trained_model(source, config, out), processor, folder)
                 save_training_images(folder, hashes if earlier is None else np.union1d(hashes, earlier))
             for checkpoint in out.glob("*/checkpoint-*"):
                 shutil.rmtree(checkpoint, ignore_errors=True)
@@ -142,7 +142,7 @@ def _drop_undecodable(conversations: Sequence[Conversation], store: EmbeddingSto
     return [conversation for conversation in conversations if conversation.image is None or next(in_store)]
 
 
-def _load_result(source: str, config: LlavaConfig, out: Path) -> Any:
+def _load_trained_model(source: str, config: LlavaConfig, out: Path) -> Any:
     """Load the complete model in float32, with the weights from the last trained stage. LoRA weights are merged."""
     model = load_llava(source)
     trained_stages = [stage for stage in STAGES if (out / stage / TRAINED_WEIGHTS).is_file()]

@@ -19,10 +19,10 @@ def load_tower(name: str, image_size: int | None = None) -> VisionTower:
 
     Args:
         name: path of an LLM2CLIP model folder, or name of a pretrained tower.
-        image_size: input size in pixels. Default: the size with which the tower was trained.
+        image_size: input size in pixels. Default: the tower's training resolution.
 
     Raises:
-        ValueError: `image_size` differs from the size with which the LLM2CLIP model was trained.
+        ValueError: `image_size` differs from the training resolution of the LLM2CLIP model.
     """
     if not is_model_folder(name):
         return VisionTower.from_pretrained(name, image_size=image_size)
@@ -37,7 +37,7 @@ def to_llava_tower(tower: VisionTower) -> Any:
     """Convert a tower to a transformers model on the CPU, in float32 and eval mode. The weights are copied.
 
     A vision transformer from timm becomes a `PatchTower`. Position embeddings are interpolated to the tower's input
-    size, because the LLaVA classes cannot do this.
+    size, because transformers' LLaVA classes do not interpolate them.
     """
     backbone: Any = tower.backbone
     if tower.config["library"] == "timm" and hasattr(getattr(backbone, "patch_embed", None), "num_patches"):
@@ -58,7 +58,7 @@ def count_image_tokens(vision: Any, size: int) -> tuple[int, int]:
         size: input size in pixels.
 
     Raises:
-        ValueError: the LLaVA classes cannot read the tower's features.
+        ValueError: the tower does not return features of a shape that transformers' LLaVA classes support.
     """
     kind = vision.config.model_type
     pixels = torch.zeros(1, 3, size, size)
