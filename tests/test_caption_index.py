@@ -84,7 +84,7 @@ def hits(backend: SqliteBackend, image_filter: Filter) -> list[tuple[str, float]
 
 def test_readers_see_all_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that follows the log of changes returns the same results as a reader that reads everything."""
-    monkeypatch.setattr(sqlite_database, "CHANGES_KEPT", 20)
+    monkeypatch.setattr(sqlite_database, "MAX_LOG_LENGTH", 20)
     monkeypatch.setattr(vector_index, "EXACT_BELOW", 0)
     monkeypatch.setattr(vector_index, "CHUNK", 8)
     writer = create_index(tmp_path, 30)

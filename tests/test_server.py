@@ -41,7 +41,7 @@ from llm2clip.search import inference
 from llm2clip.search.backends import Filter
 from llm2clip.search.inference import SEARCH_THREADS, InferenceService
 from llm2clip.search.limits import Limits
-from llm2clip.search.middleware import PIECE_SIZE, SESSION_SECONDS, Authenticator
+from llm2clip.search.middleware import CHUNK_SIZE, SESSION_SECONDS, Authenticator
 from llm2clip.search.query import SearchQuery, embed_images, embed_query
 from llm2clip.search.queues import Batcher, QueueFull
 from llm2clip.search.request_images import open_original
@@ -254,7 +254,7 @@ def test_images_in_tars_and_tables_are_served(dual_encoder: DualEncoder, tmp_pat
     stream = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)).save(stream, "PNG")
     data = stream.getvalue()
-    assert len(data) > PIECE_SIZE
+    assert len(data) > CHUNK_SIZE
     sources = tmp_path / "sources"
     sources.mkdir()
     with tarfile.open(sources / "a.tar", "w") as tar:

@@ -20,7 +20,7 @@ from llm2clip.extras import install_command
 
 QDRANT_PREFIX = "qdrant+"
 FORMAT_VERSION = 1  # of indexes
-NEW_INDEX_ADVICE = "Build a new index with `llm2clip index`, with another --out"
+NEW_INDEX_ADVICE = "Build a new index in another folder with `llm2clip index`"
 # These keys are stored in every index, so a class must keep its key even if it is renamed.
 REF_TYPES: dict[str, type[ImageRef]] = {
     "FileImage": FileImage,
@@ -115,8 +115,8 @@ class Hit:
     Args:
         id: Identifier of the image content. Unique within an index.
         score: Cosine similarity to the query vector, or None if the search had no query.
-        images: The images with this content, at most MAX_LOCATIONS. Those that meet the filter's conditions on path and
-            time come first.
+        images: Images with this content, at most MAX_LOCATIONS. Images that meet the path and time conditions of the
+            filter come first.
         image_count: Number of images with this content.
         width: Width of the image in pixels, after EXIF rotation.
         height: Height of the image in pixels, after EXIF rotation.
@@ -246,7 +246,7 @@ class Backend(Protocol):
         ...
 
     def duplicates(self, limit: int = 10) -> list[list[str]]:
-        """Return groups of names of images with identical content.
+        """Return the names of images with identical content, grouped by content.
 
         At most `limit` groups are returned, largest first.
         """
@@ -255,8 +255,8 @@ class Backend(Protocol):
     def search(self, vector: np.ndarray | None, count: int, image_filter: Filter, offset: int = 0) -> list[Hit]:
         """Return the images that meet a filter, nearest to a vector first.
 
-        Without a vector, the newest images are returned first, by the latest time at which one of the image's files
-        that meet the filter was taken. With SQLite, images of the same time are ordered by id.
+        Without a vector, return the newest images first. If an image has several files that meet the filter, the latest
+        capture time counts. With SQLite, images with equal times are ordered by id.
 
         Args:
             vector: L2-normalised query vector of shape (D,), float32, or None.

@@ -27,7 +27,7 @@ from llm2clip.search.backends import Backend, ImageState, IndexedContent, Indexe
 from llm2clip.search.scan import format_file_version, read_digest_and_date, scan_sources
 
 THUMBNAIL_SIDE = 256  # length of the longer side, in pixels
-# If more images than this number and this fraction of a source were deleted, the user must confirm with `prune`,
+# If more than this number and this fraction of a source's images were deleted, the user must confirm with `prune`,
 # because a disk may be unmounted.
 MAX_DELETED, MAX_DELETED_FRACTION = 10, 0.2
 CHUNK = 8192  # number of images to read and hash at a time, before new ones are embedded
@@ -78,8 +78,8 @@ def build_index(
         columns: Column names of the sources, keyed by llm2clip field.
         batch_size: Number of images per forward pass and per commit.
         workers: Number of processes that decode images. For the default, see `image_batches`.
-        prune: If True, missing or empty sources, and sources of which many images no longer exist, do not raise an
-            error: the missing images are removed from the index.
+        prune: If True, remove deleted images from the index even if a source is missing or empty, or many of its images
+            no longer exist. If False, these cases raise an error.
         allow_outside: If True, also index images outside the folder of their source (see `scan_source`).
 
     Raises:
@@ -94,7 +94,7 @@ def build_index(
         if metadata:
             check_model(metadata, model)
         else:
-            backend.initialize(_metadata_of(model))
+            backend.initialize(_make_metadata(model))
         parsed = [_parse_source(source, columns or {}) for source in sources]
         indexed_by_source = {str(source): backend.indexed([printable(str(source))]) for source in parsed}
         try:
@@ -160,7 +160,7 @@ def check_model(metadata: Mapping[str, Any], model: DualEncoder) -> None:
         )
 
 
-def _metadata_of(model: DualEncoder) -> dict[str, Any]:
+def _make_metadata(model: DualEncoder) -> dict[str, Any]:
     name = os.path.abspath(model.name) if os.path.isdir(model.name) else model.name
     return {"model": name, "fingerprint": fingerprint(model.identity()), "embed_dim": model.embed_dim}
 

@@ -23,7 +23,7 @@ class CaptionBlock:
     """A block of captions. Its arrays must not be modified, because searches may be using them.
 
     Args:
-        text: Captions as UTF-8, casefolded, with a separator after each caption, uint8.
+        text: Casefolded captions in UTF-8, each followed by a separator, uint8.
         starts: Position of each caption in `text`, of shape (N,), int64.
         rows: Row of each caption in the table of images, of shape (N,), int64.
         contents: Content id of each caption's image, of shape (N,), int64.
@@ -47,7 +47,7 @@ class CaptionBlock:
         return CaptionBlock(self.text[np.repeat(keep, lengths)], starts, self.rows[keep], self.contents[keep])
 
     def contains(self, text: bytes) -> np.ndarray:
-        """Return a boolean mask of shape (N,): which captions contain a casefolded text."""
+        """Return a boolean mask of the captions that contain a casefolded text, of shape (N,)."""
         count = len(self.starts)
         length = len(self.text) - len(text) + 1  # number of positions at which the text can start
         if not text or length <= 0:
@@ -64,7 +64,7 @@ class CaptionBlock:
             compared = min(DENSE_BYTES, len(text))
         if compared < len(text):
             positions = np.flatnonzero(matches)
-            for offset, window, value in _windows(self.text, text):
+            for offset, window, value in _iterate_windows(self.text, text):
                 positions = positions[window[positions + offset] == value]
             matches[:] = False
             matches[positions] = True
@@ -75,7 +75,7 @@ class CaptionBlock:
         return contains
 
 
-def _windows(text: np.ndarray, needle: bytes) -> Iterator[tuple[int, np.ndarray, np.unsignedinteger]]:
+def _iterate_windows(text: np.ndarray, needle: bytes) -> Iterator[tuple[int, np.ndarray, np.unsignedinteger]]:
     """Yield the values to compare at each candidate position: several bytes packed into one integer.
 
     Yields:

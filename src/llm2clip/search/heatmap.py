@@ -1,4 +1,7 @@
-"""Heat maps that show where in an image a query is, using the cosine similarity of each cell to the query."""
+"""Heat maps that show where in an image a query is, using the cosine similarity of each cell to the query.
+
+A cell is a patch of a vision transformer or a position in the last feature map of a convolutional network.
+"""
 
 from __future__ import annotations
 

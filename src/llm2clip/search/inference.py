@@ -28,7 +28,7 @@ from llm2clip.search.request_images import TooLarge, load_query_image, load_requ
 from llm2clip.search.schemas import HeatmapRequest, HitResponse, SearchRequest, SearchResponse
 
 DECODE_THREADS = 2
-MAX_HEATMAP_CELLS = 4096  # if the request specifies the image size: memory can grow with the square of the number
+MAX_HEATMAP_CELLS = 4096  # for requests that set image_size; memory can grow with the square of the number of cells
 COUNT_SECONDS = 1.0  # maximum age of the cached number of images
 SEARCH_THREADS = 2  # a search scans all vectors, so additional threads would only compete for memory bandwidth
 
@@ -52,7 +52,7 @@ class InferenceService:
             model_thread: Single-threaded executor in which the model was loaded and will run. On a CPU, each thread
                 that runs PyTorch operations has its own pool of OpenMP threads. If there are more OpenMP threads than
                 cores, they do not busy-wait between operations, which halves the model's speed.
-            templates: Prompt templates for searches that do not contain their own. See `query_prompts`.
+            templates: Prompt templates for requests that do not contain templates. See `query_prompts`.
         """
         self.model, self.backend, self.limits = model, backend, limits
         self.templates = templates
@@ -65,9 +65,9 @@ class InferenceService:
         self._searchers = FairThreadPool(SEARCH_THREADS, "searches", limits.max_queue)
         self._count, self._count_time, self._count_lock = 0, -math.inf, threading.Lock()
         self._create_metrics()
-        self._text_batcher = self._batcher("text", lambda texts: model.encode_texts(texts).numpy())
-        self._image_batcher = self._batcher("image", lambda images: model.encode_images(images).numpy())
-        self._heatmap_batcher = self._batcher("heatmap", self._compute_heatmaps)
+        self._text_batcher = self._make_batcher("text", lambda texts: model.encode_texts(texts).numpy())
+        self._image_batcher = self._make_batcher("image", lambda images: model.encode_images(images).numpy())
+        self._heatmap_batcher = self._make_batcher("heatmap", self._compute_heatmaps)
 
     def _create_metrics(self) -> None:
         registry = self.registry = CollectorRegistry()
@@ -94,7 +94,7 @@ class InferenceService:
         index_images = Gauge("llm2clip_index_images", "Number of images in the index.", registry=registry)
         index_images.set_function(self.count_images)
 
-    def _batcher(self, kind: str, encode: Callable[[list[Any]], Any]) -> Batcher[Any, np.ndarray]:
+    def _make_batcher(self, kind: str, encode: Callable[[list[Any]], Any]) -> Batcher[Any, np.ndarray]:
         return Batcher(
             encode,
             self._model_thread,
@@ -133,9 +133,9 @@ class InferenceService:
             ValueError: The model returned NaN or infinity for an image.
             QueueFull: Too many images are waiting.
         """
-        return await self._embed_prepared(await self._decoders.map(self._prepare, encoded))
+        return await self._embed_prepared(await self._decoders.map(self._prepare_image, encoded))
 
-    def _prepare(self, data: bytes) -> Any:
+    def _prepare_image(self, data: bytes) -> Any:
         """Decode an image and apply the model's transform."""
         return self.model.transform(load_request_image(data, self.limits.max_pixels))
 

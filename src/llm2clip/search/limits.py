@@ -1,4 +1,4 @@
-"""Limits on requests: the settings, and limits on the memory and connections of each client."""
+"""Settings that limit requests, and limits on the memory and connections of each client."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llm2clip.search.queues import QueueFull
 
-ALWAYS_ACCEPTED = 64 << 10  # bytes; smaller bodies are accepted even if the budget is exhausted
+ALWAYS_ACCEPTED = 64 << 10  # bytes; requests up to this size are accepted even if the budget is exhausted
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def identify_client(address: tuple[str, int] | None) -> str:
 
 
 class ByteBudget:
-    """Limit on the total size of the bodies in memory, overall and for each client."""
+    """Limit on the total size of the request and response bodies in memory, overall and per client."""
 
     def __init__(self, max_bytes: int) -> None:
         """
@@ -163,7 +163,7 @@ class LimitedConnection(H11Protocol):
     def _abort_one_connection(self) -> None:
         """Abort the oldest connection, preferably an idle one, of the client with the most connections.
 
-        Since this connection is itself idle, it is aborted if all other connections of the same client are in use.
+        The new connection is itself idle. If the client's other connections are all busy, it is the one to be aborted.
         """
         largest = max(self.by_client.values(), key=len)
         oldest = next(iter(largest))
@@ -181,5 +181,5 @@ class LimitedConnection(H11Protocol):
 
 
 def make_connection_class(limits: Limits) -> type[LimitedConnection]:
-    """Return a connection class with the given limits, to use as uvicorn's setting `http`."""
+    """Return a connection class with the given limits, for uvicorn's setting `http`."""
     return type("LimitedConnection", (LimitedConnection,), {"limits": limits, "by_client": {}})

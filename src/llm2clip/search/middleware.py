@@ -23,7 +23,7 @@ MAX_SESSIONS = 1000  # if there are more sessions, the oldest one ends
 COUNTED_METHODS = ("GET", "POST", "HEAD", "OPTIONS")
 # A JSON value can take 100 times more memory than its text. Large legitimate requests consist of a few long strings.
 MAX_JSON_VALUES = 200_000
-PIECE_SIZE = 64 << 10  # bytes
+CHUNK_SIZE = 64 << 10  # bytes
 # Page for browsers without a token. Its style is part of the page, because all other files require the token.
 TOKEN_PAGE = Path(__file__).parent / "static" / "token.html"
 TOKEN_PAGE_POLICY = (
@@ -115,16 +115,16 @@ class RequestMiddleware:
         body = _BodyReader(Request(scope), receive, allocation, self.service.limits)
         sender = _ResponseSender(scope, send, allocation)
         try:
-            error = self._check(Request(scope))
+            error = self._check_request(Request(scope))
             if error is None:
                 error = await self._run_app(scope, body, sender)
             if error is not None:
                 await error(scope, receive, sender)
         finally:
             allocation.release()
-            self._record(scope, sender.status, time.perf_counter() - start)
+            self._record_metrics(scope, sender.status, time.perf_counter() - start)
 
-    def _check(self, request: Request) -> Response | None:
+    def _check_request(self, request: Request) -> Response | None:
         """Check a request before its body is read.
 
         Returns:
@@ -181,7 +181,7 @@ class RequestMiddleware:
             sender.timer = None
         return None
 
-    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+    def _record_metrics(self, scope: Scope, status: int, seconds: float) -> None:
         """Add a request to the metrics."""
         route = getattr(scope.get("route"), "path", "other")
         method = scope["method"] if scope["method"] in COUNTED_METHODS else "other"
@@ -227,7 +227,7 @@ class _BodyReader:
 class _ResponseSender:
     """Wrapper around `send` that adds missing security headers to the response and records its status.
 
-    Large bodies are sent in small pieces, so that the server buffers only a few pieces for a client that reads slowly.
+    Large bodies are sent in small chunks, so that the server buffers only a few chunks for a client that reads slowly.
     """
 
     def __init__(self, scope: Scope, send: Send, allocation: ByteAllocation) -> None:
@@ -235,7 +235,7 @@ class _ResponseSender:
         self._start: Message | None = None  # not sent before the size of the body has been checked
         self._is_rejected = False
         self.status, self.started = 500, False
-        # The timeout ends when the response starts, because the time it takes to send depends on the client.
+        # The timeout no longer applies once the response has started, because the client determines the sending time.
         # `LimitedConnection` aborts the connection if the client does not read the response.
         self.timer: asyncio.Timeout | None = None
 
@@ -247,19 +247,19 @@ class _ResponseSender:
 
     async def _send_body(self, message: Message) -> None:
         body = message.get("body", b"")
-        if len(body) > PIECE_SIZE:
+        if len(body) > CHUNK_SIZE:
             try:
                 self._allocation.add(len(body))
             except QueueFull as error:
-                await self._reject(error)
+                await self._send_error(error)
                 return
         if self._start is not None:
             await self._send_start(self._start)
         more_body = message.get("more_body", False)
-        for start in range(0, max(1, len(body)), PIECE_SIZE):
-            end = start + PIECE_SIZE
-            piece = {**message, "body": body[start:end], "more_body": more_body or end < len(body)}
-            await self._send(piece)
+        for start in range(0, max(1, len(body)), CHUNK_SIZE):
+            end = start + CHUNK_SIZE
+            chunk = {**message, "body": body[start:end], "more_body": more_body or end < len(body)}
+            await self._send(chunk)
 
     async def _send_start(self, message: Message) -> None:
         self._start = None
@@ -273,7 +273,7 @@ class _ResponseSender:
                 headers.append((name.lower().encode(), value.encode()))
         await self._send({**message, "headers": headers})
 
-    async def _reject(self, error: QueueFull) -> None:
+    async def _send_error(self, error: QueueFull) -> None:
         """Send an error response instead of the application's response."""
         await make_error_response(429, str(error), RETRY_SOON)(self._scope, _receive_nothing, self)
         self._is_rejected = True

@@ -1,4 +1,4 @@
-"""Search queries, which consist of positive and negative texts, images and earlier hits, and their embeddings."""
+"""Search queries (positive and negative texts, images and earlier hits) and their embeddings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llm2clip.data.texts import check_not_empty
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import QueryTemplates, average_prompts, query_prompts
 
-NEGATIVE_WEIGHT = 0.5  # with a weight of 1, results would hardly be related to the positives
+NEGATIVE_WEIGHT = 0.5  # with a weight of 1, results would hardly be related to the positive parts
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class SearchQuery:
         texts, negative_texts: Texts of any length.
         images, negative_images: Images, or data URIs of images if the query is a request to the server.
         like, negative_like: Ids of earlier hits.
-        templates: Prompt templates that form an ensemble with short texts (see `models.prompts.query_prompts`).
-            Default: the model's own templates.
+        templates: Prompt templates for short texts, whose embeddings are averaged over several prompts (see
+            `models.prompts.query_prompts`). Default: the model's own templates.
     """
 
     texts: Sequence[str] = ()
@@ -69,7 +69,7 @@ class SearchQuery:
             prompts: Embeddings of the prompts that `prompts` returns, each of shape (D,).
             counts: Number of prompts for each text.
             images: Embeddings of the images and then of the negative images, each of shape (D,).
-            hits: Embeddings of the hits in `like` and then of those in `negative_like`, each of shape (D,).
+            hits: Embeddings of the hits in `like` and then in `negative_like`, each of shape (D,).
 
         Raises:
             ValueError: The query has no parts.
@@ -108,15 +108,15 @@ def combine_embeddings(positive: Sequence[np.ndarray], negative: Sequence[np.nda
     """Combine positive and negative embeddings into a query vector, of shape (D,), float32, L2-normalised.
 
     The means of the positive and of the negative embeddings are L2-normalised first. The query vector is the positive
-    mean minus half the negative mean, normalised again. Without positive embeddings, it is the opposite of the negative
-    mean, so that the least similar images are found.
+    mean minus half the negative mean, normalised again. Without positive embeddings, it is the negated negative mean,
+    so that the images least similar to the negative embeddings are ranked first.
 
     Args:
         positive: Embeddings to which results should be similar, each of shape (D,), float32, L2-normalised.
         negative: Embeddings to which results should be dissimilar, each of shape (D,), float32, L2-normalised.
 
     Raises:
-        ValueError: There is no embedding.
+        ValueError: Both lists are empty.
     """
     if not len(positive) and not len(negative):
         raise ValueError("the query is empty: provide at least one text or image to search for")

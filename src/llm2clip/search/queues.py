@@ -1,4 +1,4 @@
-"""Queues of work: batches of items from different clients for the model, and threads that clients share fairly.
+"""Work queues: a batcher that combines items from several clients, and a thread pool that clients share fairly.
 
 Batching increases throughput, because a forward pass over 32 texts takes little longer than one over a single text.
 """
@@ -82,7 +82,7 @@ class Batcher(Generic[Item, Result]):
             raise QueueFull(f"the server is busy: {len(self):,} items are waiting; try again later")
         loop = asyncio.get_running_loop()
         if self._task is None:
-            self._task = loop.create_task(self._run())
+            self._task = loop.create_task(self._process_batches())
         pending: list[_Pending[Item, Result]] = [_Pending(item, loop.create_future()) for item in items]
         for entry in pending:
             self._queue.put_nowait(entry)
@@ -90,7 +90,7 @@ class Batcher(Generic[Item, Result]):
             return list(await asyncio.gather(*(entry.result for entry in pending)))
         finally:
             # If the caller timed out or an item failed, the remaining results are not needed.
-            _cancel(pending)
+            _cancel_pending(pending)
 
     async def close(self) -> None:
         """Stop processing and cancel all waiting items."""
@@ -101,7 +101,7 @@ class Batcher(Generic[Item, Result]):
         while not self._queue.empty():
             self._queue.get_nowait().result.cancel()
 
-    async def _run(self) -> None:
+    async def _process_batches(self) -> None:
         """Process batches until the task is cancelled."""
         while True:
             batch = await self._next_batch()
@@ -110,9 +110,9 @@ class Batcher(Generic[Item, Result]):
             self.on_batch(len(batch))
             self._last_size, start = len(batch), time.perf_counter()
             try:
-                await self._process(batch)
+                await self._process_batch(batch)
             finally:
-                _cancel(batch)  # if this task was cancelled, callers must not wait for their results forever
+                _cancel_pending(batch)  # if this task was cancelled, callers must not wait for their results forever
             self._last_seconds = time.perf_counter() - start
 
     async def _next_batch(self) -> list[_Pending[Item, Result]]:
@@ -124,7 +124,7 @@ class Batcher(Generic[Item, Result]):
             batch.append(self._queue.get_nowait())
         return [entry for entry in batch if not entry.result.done()]
 
-    async def _process(self, batch: list[_Pending[Item, Result]]) -> None:
+    async def _process_batch(self, batch: list[_Pending[Item, Result]]) -> None:
         """Process a batch and set the results of its items.
 
         If `work` fails for the batch, call it again for each item separately, so that only invalid items fail.
@@ -137,7 +137,7 @@ class Batcher(Generic[Item, Result]):
         except Exception as error:
             if len(batch) > 1:
                 for entry in batch:
-                    await self._process([entry])
+                    await self._process_batch([entry])
             elif not batch[0].result.done():
                 batch[0].result.set_exception(error)
             return
@@ -146,7 +146,7 @@ class Batcher(Generic[Item, Result]):
                 entry.result.set_result(result)
 
 
-def _cancel(entries: Sequence[_Pending[Item, Result]]) -> None:
+def _cancel_pending(entries: Sequence[_Pending[Item, Result]]) -> None:
     """Cancel the futures of all entries that have no result yet."""
     for entry in entries:
         entry.result.cancel()
@@ -190,11 +190,11 @@ class FairThreadPool:
             raise QueueFull(f"the server is busy: {self.waiting:,} {self._unit} are waiting; try again later")
         self.waiting += len(items)
         try:
-            return [await self._run(function, item) for item in items]
+            return [await self._run_job(function, item) for item in items]
         finally:
             self.waiting -= len(items)
 
-    async def _run(self, function: Callable[[Item], Result], item: Item) -> Result:
+    async def _run_job(self, function: Callable[[Item], Result], item: Item) -> Result:
         loop = asyncio.get_running_loop()
         client = current_client.get()
         slots = self._slots.get(client) or self._slots.setdefault(client, asyncio.Semaphore(self._threads))

@@ -40,7 +40,7 @@ def print_hits(hits: Sequence[Hit], backend: Backend, console: Console) -> None:
         if first.captions:
             caption = shorten(_printable(first.captions[0]), CAPTION_LENGTH, placeholder=" …")
             description.append("\n" + caption, style="dim")
-        thumbnail = [_draw(backend.thumbnail(hit.id))] if with_thumbnails else []
+        thumbnail = [_draw_thumbnail(backend.thumbnail(hit.id))] if with_thumbnails else []
         table.add_row(str(rank), _format_score_or_date(hit), *thumbnail, description)
     console.print(table)
 
@@ -72,7 +72,7 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def _draw(jpeg: bytes | None) -> RichText:
+def _draw_thumbnail(jpeg: bytes | None) -> RichText:
     """Draw a thumbnail with half-block characters. Each character shows two pixels, one above the other."""
     import torch
     from torchvision.transforms.v2 import functional as F
@@ -105,7 +105,7 @@ def write_contact_sheet(
 
     Args:
         query: Description of the query, shown above the images.
-        hits: Search results to show.
+        hits: Search results, at least one.
         backend: Index that returned the hits.
         folder: Folder to write the page to. Default: a new temporary folder.
         heatmaps: JPEG images to show instead of thumbnails, keyed by hit id. See `search.heatmap.draw_heatmaps`.

@@ -1,4 +1,4 @@
-"""Images that requests name: data URIs, and the original files of hits. Their sizes are limited."""
+"""Size-limited loading of images for requests, from data URIs or from the original files of hits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llm2clip.data.images import ImageError, load_image
 from llm2clip.search.backends import Backend, IndexedImage
 from llm2clip.search.scan import container_version, format_file_version
 
-# A small AVIF or HEIC file can contain any number of hidden frames, which are decoded first.
+# A small AVIF or HEIC file can contain any number of hidden frames, all of which would be decoded.
 NOT_ACCEPTED = "{} images are not accepted in requests. Convert the image to JPEG, PNG or WebP"
 
 
@@ -28,7 +28,7 @@ class InvalidImage(ValueError):
     """Raised when an image of a query cannot be decoded.
 
     Args:
-        cause: ImageError or TooLarge, whose message and status code are returned.
+        cause: ImageError or TooLarge, which determines the message and the status code of the response.
         param: Field and position of the image, such as "images.0".
     """
 
@@ -43,7 +43,7 @@ def load_query_image(uri: str, param: str, max_pixels: int) -> Any:
     Args:
         uri: Base64 data URI.
         param: Field and position of the image, such as "images.0", for the error response.
-        max_pixels: Maximum number of pixels.
+        max_pixels: Maximum value of height times width.
 
     Raises:
         InvalidImage: The image cannot be decoded or has too many pixels.

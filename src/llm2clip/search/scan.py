@@ -49,7 +49,7 @@ def scan_source(
     skipped: a caption file or a symbolic link from an untrusted source could otherwise expose private images.
 
     Args:
-        source: Source with an absolute path.
+        source: Image source. Its path must be absolute.
         log: Skip log for rows without an image.
         prune: If True, yield nothing if the source does not exist or has no images, instead of raising an error.
         allow_outside: If True, also yield images outside the source's folder.
@@ -65,7 +65,7 @@ def scan_source(
         if prune:
             return
         raise
-    folder = _source_folder(source.path)
+    folder = _find_source_folder(source.path)
     versions: dict[str, str] = {}
     for record in records:
         if record.image is None:
@@ -95,7 +95,7 @@ def scan_source(
         )
 
 
-def _source_folder(source: str) -> str:
+def _find_source_folder(source: str) -> str:
     """Return the folder that must contain the images of a source, with symbolic links resolved.
 
     For a folder, this is the source itself; for a file, it is the file's folder; and for a pattern, it is the part

@@ -17,8 +17,8 @@ MAX_TEXT_LENGTH = 20_000  # characters
 MAX_PATH_LENGTH = 4096  # characters
 MAX_TEXTS, MAX_IMAGES, MAX_TOP = 256, 16, 200  # maximum numbers of texts, images and results per request
 MAX_OFFSET = 10_000  # a search finds and scores all results that it skips
-# A query has at most MAX_IMAGES texts and as many negative texts. Each short one is encoded once as it is and once per
-# template. With at most MAX_TEMPLATES templates, a request never encodes more than MAX_TEXTS texts.
+# A query has at most MAX_IMAGES texts and as many negative texts. A short text is encoded once without a template and
+# once per template. With at most MAX_TEMPLATES templates, a request never encodes more than MAX_TEXTS texts.
 MAX_TEMPLATES, MAX_TEMPLATE_LENGTH = MAX_TEXTS // (2 * MAX_IMAGES) - 1, 200  # characters
 
 
@@ -96,8 +96,8 @@ class FilterRequest(_StrictModel):
     path: AnyText | None = Field(
         default=None,
         max_length=MAX_PATH_LENGTH,
-        description="folder, tar or file that contains the image: an absolute path, or a relative path, which matches "
-        "in every folder; * stands for any characters, including slashes, and ? for one character",
+        description="path of the folder, tar or file that contains the image; a relative path matches in every folder; "
+        "* stands for any characters, including slashes, and ? for one character",
     )
     caption: AnyText | None = Field(
         default=None,
@@ -136,9 +136,9 @@ class QueryRequest(_StrictModel):
     templates: Items[Template] | None = Field(
         default=None,
         max_length=MAX_TEMPLATES,
-        description="prompt templates, such as 'a photo of a {}', with which texts of up to three words are averaged; "
-        "by default, those that the server was started with or that were saved with the model; with an empty list, "
-        "all texts are encoded as they are",
+        description="prompt templates, such as 'a photo of a {}', for texts of up to three words: the embeddings of "
+        "the text and of the filled templates are averaged; default: the server's templates; an empty list means no "
+        "templates",
     )
 
     def to_query(self) -> SearchQuery:
@@ -167,7 +167,7 @@ class ImageLocation(BaseModel):
     name: str
     captions: list[str]
     taken: float = Field(
-        description="time at which the photo was taken, or else the file's modification time, as a Unix timestamp"
+        description="capture time or, if it is unknown, modification time of the file, as a Unix timestamp"
     )
 
 
@@ -202,10 +202,10 @@ class SearchResponse(BaseModel):
 
 
 class HeatmapRequest(QueryRequest):
-    """A query, which must not be empty, and the image in which to locate it: a hit or an image of the request."""
+    """A non-empty query, and the image in which to locate it. The image is either a hit or part of the request."""
 
     id: HitId | None = Field(default=None, description="id of a hit")
-    image: DataUri | None = Field(default=None, description="image, instead of a hit")
+    image: DataUri | None = Field(default=None, description="image as a data URI, used instead of a hit")
     variant: Literal["plain", "maskclip", "sclip", "clearclip", "naclip"] | None = Field(
         default=None, description="variant of the dense features; by default, the best one for the model"
     )
@@ -213,8 +213,8 @@ class HeatmapRequest(QueryRequest):
         default=None,
         ge=1,
         le=4096,
-        description="length to which the shorter side is resized, in pixels; by default, 1.5 times the size on which "
-        "the model was trained",
+        description="length to which the shorter side is resized, in pixels; by default, 1.5 times the training "
+        "resolution of the model",
     )
 
     @model_validator(mode="after")
@@ -225,7 +225,7 @@ class HeatmapRequest(QueryRequest):
 
 
 class HeatmapResponse(BaseModel):
-    """Similarity of the cells of an image to a query."""
+    """Similarity of each cell of an image to a query."""
 
     rows: list[list[float]] = Field(
         description="cosine similarity of each cell to the query, row by row; the cells divide the image evenly"

@@ -29,7 +29,7 @@ from llm2clip.search.build import check_model
 from llm2clip.search.errors import ERROR_RESPONSES, NotFound, add_error_handlers
 from llm2clip.search.inference import InferenceService
 from llm2clip.search.limits import Limits, make_connection_class
-from llm2clip.search.middleware import PIECE_SIZE, Authenticator, RequestMiddleware
+from llm2clip.search.middleware import CHUNK_SIZE, Authenticator, RequestMiddleware
 from llm2clip.search.request_images import decode_data_uri
 from llm2clip.search.schemas import (
     DATA_URI_PREFIX,
@@ -153,7 +153,7 @@ def make_server_config(app: FastAPI, host: str, port: int, behind_proxy: bool) -
         port: Port to listen on.
         behind_proxy: If True, the headers `X-Forwarded-For` and `X-Forwarded-Proto` of requests from 127.0.0.1 (or from
             the addresses in the environment variable FORWARDED_ALLOW_IPS) set the client's address and scheme. If
-            False, they are ignored, because a client could use them to evade the limits on clients.
+            False, they are ignored, because clients could use them to evade the limits per client.
     """
     return uvicorn.Config(
         app,
@@ -195,7 +195,7 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
 
     @app.post("/heatmap", responses=API_ERRORS)
     async def heatmap(request: HeatmapRequest) -> HeatmapResponse:
-        """Return where the given texts, images and earlier hits are located in the image of a hit."""
+        """Return a heat map that locates the given texts, images and earlier hits in an image."""
         return HeatmapResponse(rows=(await service.heatmap(request)).tolist())
 
 
@@ -271,15 +271,15 @@ def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
             return Response(stream.getvalue(), media_type=media_type, headers=headers)
         size = stream.seek(0, os.SEEK_END)
         headers["Content-Length"] = str(size)
-        return StreamingResponse(_read_pieces(stream, size), media_type=media_type, headers=headers)
+        return StreamingResponse(_read_chunks(stream, size), media_type=media_type, headers=headers)
 
 
-async def _read_pieces(stream: BinaryIO, size: int) -> AsyncIterator[bytes]:
-    """Read a stream of a given size from the start, in pieces."""
+async def _read_chunks(stream: BinaryIO, size: int) -> AsyncIterator[bytes]:
+    """Yield the first `size` bytes of a stream in chunks."""
     with stream:
         stream.seek(0)
-        for start in range(0, size, PIECE_SIZE):
-            yield await run_in_threadpool(stream.read, min(PIECE_SIZE, size - start))
+        for start in range(0, size, CHUNK_SIZE):
+            yield await run_in_threadpool(stream.read, min(CHUNK_SIZE, size - start))
 
 
 def _add_page_routes(app: FastAPI, auth: Authenticator | None) -> None:

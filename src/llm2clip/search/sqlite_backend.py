@@ -5,7 +5,7 @@
       graph.usearch      HNSW graph; built only for a million or more distinct images
       graph.json         quantization scale and checksum of the graph, and a summary of the ids that the graph contains
 
-Readers keep the quantized vectors in memory, as well as the captions after the first filter on them. After a write,
+Readers keep the quantized vectors in memory and, from the first caption filter on, also the captions. After a write,
 they read only the changes, which are listed in the table `changes`.
 """
 
@@ -94,8 +94,8 @@ class SqliteBackend:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # thumbnails and captions may be private
         self._db = SqliteDatabase(folder, write)
         self._may_have_orphans = True  # an interrupted run may leave rows in `contents` that do not belong to any image
-        self._cache: dict[str, tuple[Any, Any]] = {}  # see `_cached`
-        # Data that is updated with the log of changes, each preceded by its position in the log.
+        self._cache: dict[str, tuple[Any, Any]] = {}  # see `_get_cached`
+        # Cached data, each with the position in the log of changes up to which it is current.
         self._vectors: tuple[LogState, QuantizedVectors] | None = None
         self._captions: tuple[LogState, CaptionIndex] | None = None
         self._index_lock, self._vectors_lock, self._captions_lock = (threading.Lock() for _ in range(3))
@@ -121,7 +121,7 @@ class SqliteBackend:
         states: dict[str, ImageState] = {}
         for source in sources:
             sql = f"SELECT name, file_version, captions FROM images WHERE source = :source OR {INSIDE_PATH}"
-            parameters = {"source": source, **_path_parameters(glob.escape(source))}
+            parameters = {"source": source, **_make_path_parameters(glob.escape(source))}
             for name, file_version, captions in self._db.query(sql, parameters):
                 states[name] = ImageState(file_version, tuple(json.loads(captions)))
         return states
@@ -162,10 +162,10 @@ class SqliteBackend:
             self._may_have_orphans = False
 
     def finish(self) -> None:
-        ids = self._content_ids()
+        ids = self._read_content_ids()
         if len(ids) >= self.approximate_above:
             with self._db.snapshot() as db:
-                max_abs = _max_abs(db)
+                max_abs = _read_max_abs(db)
             update_graph(self.folder, ids, self._fetch_vectors, self._dim(), max_abs)
             for name in (GRAPH_FILE, GRAPH_STATE_FILE):
                 shutil.copymode(self._db.file, self.folder / name)
@@ -174,7 +174,7 @@ class SqliteBackend:
 
     def count(self) -> tuple[int, int]:
         sql = "SELECT (SELECT count(*) FROM images), (SELECT count(*) FROM contents)"
-        images, contents = self._cached("count", self._db.state(), lambda: self._db.query(sql)[0])
+        images, contents = self._get_cached("count", self._db.state(), lambda: self._db.query(sql)[0])
         return images, contents
 
     def duplicates(self, limit: int = 10) -> list[list[str]]:
@@ -190,14 +190,14 @@ class SqliteBackend:
     def search(self, vector: np.ndarray | None, count: int, image_filter: Filter, offset: int = 0) -> list[Hit]:
         scores: Sequence[float | None]
         if vector is None:
-            page = self._cached_ids(image_filter, newest_first=True)[offset : offset + count]
+            page = self._get_matching_ids(image_filter, newest_first=True)[offset : offset + count]
             scores = [None] * len(page)
         else:
-            allowed_ids = self._cached_ids(image_filter) if image_filter else None
+            allowed_ids = self._get_matching_ids(image_filter) if image_filter else None
             index = self._current_vector_index()
             ids, cosines = index.search(vector.astype(np.float32), offset + count, allowed_ids)
             page, scores = ids[offset:], cosines[offset:].tolist()
-        conditions, parameters = _sql_conditions(image_filter, ("path", "after", "before"))
+        conditions, parameters = _make_sql_conditions(image_filter, ("path", "after", "before"))
         hits = []
         for content_id, score in zip(page.tolist(), scores, strict=True):
             images = self._images(content_id)
@@ -215,25 +215,25 @@ class SqliteBackend:
         return hits
 
     def count_matches(self, image_filter: Filter) -> int:
-        return len(self._cached_ids(image_filter)) if image_filter else self.count()[1]
+        return len(self._get_matching_ids(image_filter)) if image_filter else self.count()[1]
 
     def vector(self, hit_id: str) -> np.ndarray | None:
-        rows = self._db.query("SELECT vector FROM contents WHERE id = ?", (_content_id(hit_id),))
+        rows = self._db.query("SELECT vector FROM contents WHERE id = ?", (_parse_content_id(hit_id),))
         return np.frombuffer(rows[0][0], "<f2").astype(np.float32) if rows else None
 
     def thumbnail(self, hit_id: str) -> bytes | None:
-        rows = self._db.query("SELECT jpeg FROM thumbnails WHERE id = ?", (_content_id(hit_id),))
+        rows = self._db.query("SELECT jpeg FROM thumbnails WHERE id = ?", (_parse_content_id(hit_id),))
         return bytes(rows[0][0]) if rows else None
 
     def images(self, hit_id: str) -> tuple[IndexedImage, ...]:
-        return self._images(_content_id(hit_id))
+        return self._images(_parse_content_id(hit_id))
 
     def _images(
         self, content_id: int, conditions: Sequence[str] = (), parameters: Mapping[str, Any] | None = None
     ) -> tuple[IndexedImage, ...]:
         """Return at most MAX_LOCATIONS images with a content that meet SQL conditions, sorted by name.
 
-        If there are more, those that were indexed first are returned, which SQLite finds without reading the others.
+        If there are more, return the images that were indexed first, because SQLite can stop reading after them.
         """
         where = " AND ".join(["content = :content", *conditions])
         sql = f"SELECT {IMAGE_COLUMNS} FROM images WHERE {where} ORDER BY rowid LIMIT :limit"
@@ -242,10 +242,10 @@ class SqliteBackend:
 
     # ---- filters
 
-    def _cached_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
-        """Return `_matching_ids`, cached for the last filter, because further pages of a search use the same filter."""
+    def _get_matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
+        """Return the result of `_matching_ids`, cached for the last filter, which further pages of a search reuse."""
         key = self._db.state(), image_filter, newest_first
-        ids: np.ndarray = self._cached("ids", key, lambda: self._matching_ids(image_filter, newest_first))
+        ids: np.ndarray = self._get_cached("ids", key, lambda: self._matching_ids(image_filter, newest_first))
         return ids
 
     def _matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
@@ -253,7 +253,7 @@ class SqliteBackend:
 
         The ids are sorted or, with `newest_first`, ordered by the latest time of the images that meet the conditions.
         """
-        conditions, parameters = _sql_conditions(image_filter, FILTER_CONDITIONS)
+        conditions, parameters = _make_sql_conditions(image_filter, FILTER_CONDITIONS)
         caption = image_filter.caption
         rows: np.ndarray | None = None
         with self._db.snapshot() as db:
@@ -286,7 +286,7 @@ class SqliteBackend:
             captions, removed = CaptionIndex(), np.empty(0, np.int64)
             if self._captions is not None and self._db.can_update(db, self._captions[0], log):
                 captions, parameters = self._captions[1], {"last": self._captions[0].last}
-                removed = _int_column(db.execute(f"SELECT DISTINCT {CHANGED}", parameters))
+                removed = _read_int_column(db.execute(f"SELECT DISTINCT {CHANGED}", parameters))
                 sql += f" AND content IN (SELECT {CHANGED})"
             captions = captions.updated(removed, db.execute(sql, parameters))
             self._captions = log, captions
@@ -295,7 +295,7 @@ class SqliteBackend:
     # ---- vectors
 
     def _current_vector_index(self) -> VectorIndex:
-        """Return a vector index of the current database."""
+        """Return a vector index of the current state of the database."""
         with self._index_lock:  # if several threads search, one opens the graph while the others wait
             graph_state = self.folder / GRAPH_STATE_FILE
             graph_time = graph_state.stat().st_mtime_ns if graph_state.exists() else 0
@@ -304,12 +304,12 @@ class SqliteBackend:
                 graph = self._current_graph(graph_time) if graph_time else None
                 return VectorIndex(self._current_vectors, self._fetch_vectors, graph)
 
-            index: VectorIndex = self._cached("index", (self._db.state(), graph_time), create_index)
+            index: VectorIndex = self._get_cached("index", (self._db.state(), graph_time), create_index)
             return index
 
     def _current_graph(self, graph_time: int) -> Any:
         """Return the graph, or None if it is damaged or its ids differ from those in the database."""
-        opened: tuple[Any, GraphState] | None = self._cached("graph", graph_time, lambda: open_graph(self.folder))
+        opened: tuple[Any, GraphState] | None = self._get_cached("graph", graph_time, lambda: open_graph(self.folder))
         if opened is None:
             return None
         graph, state = opened
@@ -319,28 +319,28 @@ class SqliteBackend:
     def _current_vectors(self) -> QuantizedVectors:
         """Return all vectors in quantized form. Only vectors that were added since the last call are read.
 
-        If a new vector contains a larger absolute value than all previous vectors, the quantization scale is too large,
-        and all vectors are read again.
+        If a new vector contains a larger absolute value than all previous vectors, the old quantization scale is too
+        large, and all vectors are read again.
         """
         # Use a separate connection, because reading all vectors takes seconds and would block the other threads.
         with self._vectors_lock, self._db.snapshot() as db:
             log = self._db.log_state(db)
-            scale = 127 / _max_abs(db)
+            scale = 127 / _read_max_abs(db)
             vectors, removed = QuantizedVectors(scale), np.empty(0, np.int64)
             if self._vectors is not None:
                 last_log, last_vectors = self._vectors
                 if scale >= last_vectors.scale and self._db.can_update(db, last_log, log):
                     vectors = last_vectors
                     sql = f"SELECT DISTINCT {CHANGED} AND content NOT IN (SELECT id FROM contents)"
-                    removed = _int_column(db.execute(sql, {"last": last_log.last}))
+                    removed = _read_int_column(db.execute(sql, {"last": last_log.last}))
                 else:
                     self._vectors = None  # free the old vectors first, because both may not fit in memory
-            vectors = vectors.updated(removed, _vector_chunks(db, vectors.last_id))
+            vectors = vectors.updated(removed, _read_vector_chunks(db, vectors.last_id))
             self._vectors = log, vectors
             return vectors
 
     def _fetch_vectors(self, ids: np.ndarray) -> np.ndarray:
-        """Return the vectors of ids, of shape (N, D), float16. The vector of a removed id is zero."""
+        """Return the vectors with the given ids, of shape (N, D), float16. The vector of a removed id is zero."""
         vectors: dict[int, bytes] = {}
         for start in range(0, len(ids), IDS_PER_QUERY):
             chunk = ids[start : start + IDS_PER_QUERY].tolist()
@@ -351,23 +351,23 @@ class SqliteBackend:
         joined = b"".join(vectors.get(content_id, zeros) for content_id in ids.tolist())
         return np.frombuffer(joined, "<f2").reshape(-1, dim)
 
-    def _content_ids(self) -> np.ndarray:
+    def _read_content_ids(self) -> np.ndarray:
         rows = self._db.query("SELECT id FROM contents ORDER BY id")
         return np.array([content_id for (content_id,) in rows], dtype=np.int64)
 
     def _dim(self) -> int:
         return int(self.metadata()["embed_dim"])
 
-    def _cached(self, name: str, state: Any, compute: Callable[[], Any]) -> Any:
-        """Return the last computed value with a name. Compute it first if the state has changed since then."""
+    def _get_cached(self, name: str, state: Any, compute: Callable[[], Any]) -> Any:
+        """Return the cached value with a name. Compute it again if the state has changed since the last call."""
         cached = self._cache.get(name)
         if cached is None or cached[0] != state:
             cached = self._cache[name] = state, compute()
         return cached[1]
 
 
-def _sql_conditions(image_filter: Filter, names: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
-    """Return the SQL conditions of a filter, of those in `names`, and their parameters."""
+def _make_sql_conditions(image_filter: Filter, names: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
+    """Return SQL conditions for the fields of a filter that are set and listed in `names`, and their parameters."""
     parameters: dict[str, Any] = {}
     for name in names:
         value = getattr(image_filter, name)
@@ -375,17 +375,17 @@ def _sql_conditions(image_filter: Filter, names: Iterable[str]) -> tuple[list[st
             parameters[name] = value
     conditions = [FILTER_CONDITIONS[name] for name in parameters]
     if "path" in parameters:
-        parameters.update(_path_parameters(path_glob(parameters["path"])))
+        parameters.update(_make_path_parameters(path_glob(parameters["path"])))
     return conditions, parameters
 
 
-def _path_parameters(pattern: str) -> dict[str, str]:
+def _make_path_parameters(pattern: str) -> dict[str, str]:
     """Return the SQL parameters for INSIDE_PATH."""
     return {"glob": pattern, "basename": os.path.basename(pattern)}
 
 
-def _vector_chunks(db: sqlite3.Connection, last_id: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield ids of shape (N,) and vectors of shape (N, D), float16, that follow an id, one chunk at a time."""
+def _read_vector_chunks(db: sqlite3.Connection, last_id: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the vectors after `last_id` in chunks: ids of shape (N,) and vectors of shape (N, D), float16."""
     cursor = db.execute("SELECT id, vector FROM contents WHERE id > ? ORDER BY id", (last_id,))
     while rows := cursor.fetchmany(CHUNK):
         ids = np.array([content_id for content_id, _ in rows], dtype=np.int64)
@@ -393,13 +393,13 @@ def _vector_chunks(db: sqlite3.Connection, last_id: int) -> Iterator[tuple[np.nd
         yield ids, vectors.reshape(len(rows), -1)
 
 
-def _max_abs(db: sqlite3.Connection) -> float:
+def _read_max_abs(db: sqlite3.Connection) -> float:
     """Return the largest absolute value in any vector."""
     ((max_abs,),) = db.execute("SELECT max(max_abs) FROM contents")
     return max(float(max_abs or 0), 1e-6)
 
 
-def _int_column(cursor: Iterable[tuple[int]]) -> np.ndarray:
+def _read_int_column(cursor: Iterable[tuple[int]]) -> np.ndarray:
     return np.array([value for (value,) in cursor], dtype=np.int64)
 
 
@@ -410,6 +410,6 @@ def _sorted_unique(ids: np.ndarray) -> np.ndarray:
     return np.flatnonzero(occurs)
 
 
-def _content_id(hit_id: str) -> int:
+def _parse_content_id(hit_id: str) -> int:
     """Convert a hit's id to an integer. If the id is not a valid number, return -1, which is never a content id."""
     return int(hit_id) if hit_id.isascii() and hit_id.isdigit() and len(hit_id) < 19 else -1

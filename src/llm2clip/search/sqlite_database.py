@@ -45,7 +45,7 @@ CREATE TRIGGER content_removed AFTER DELETE ON contents
   BEGIN INSERT INTO changes (content) VALUES (old.id); END;
 PRAGMA user_version = {FORMAT_VERSION};
 """
-CHANGES_KEPT = 100_000  # a reader that is behind by more changes than this reloads everything
+MAX_LOG_LENGTH = 100_000  # a reader that has missed more changes than this reloads everything
 NETWORK_FILE_SYSTEMS = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "afs", "lustre", "gpfs", "beegfs", "ceph", "fuse.glusterfs"}
 )
@@ -56,7 +56,8 @@ class LogState(NamedTuple):
 
     Args:
         schema: SQLite's schema version. VACUUM, which renumbers rows, also changes it.
-        immutable_state: State of a database file that is opened as immutable, which may be replaced by another index.
+        immutable_state: Size and modification time of a database file that was opened as immutable, otherwise None.
+            Another index may replace such a file.
         last: Largest id in the log.
     """
 
@@ -69,7 +70,6 @@ class SqliteDatabase:
     """Connection to the database of an index. Instances are thread-safe.
 
     Attributes:
-        connection: Connection to the database.
         is_empty: True if the database was empty when it was opened for reading.
     """
 
@@ -91,14 +91,14 @@ class SqliteDatabase:
         # Size and modification time of the database file when it was opened as immutable. None if it was opened
         # normally.
         self._immutable_state: tuple[int, int] | None = None
-        with self._named_errors():
+        with self._convert_errors():
             self.connection = self._connect()
             version = int(self.connection.execute("PRAGMA user_version").fetchone()[0])
             self.is_empty = version == 0 and not write
             if version:
                 check_format_version(self.file, version, FORMAT_VERSION, NEW_INDEX_ADVICE)
             if write:
-                _print_if_on_network(folder)
+                _warn_if_on_network(folder)
                 # Affects only new files. A vector takes about 2 KB, and several vectors should fit in a page.
                 self.connection.execute("PRAGMA page_size = 16384")
                 self.connection.execute("PRAGMA journal_mode = WAL")
@@ -109,7 +109,7 @@ class SqliteDatabase:
 
     def query(self, sql: str, parameters: Sequence[Any] | dict[str, Any] = ()) -> list[tuple[Any, ...]]:
         """Run a statement and return all rows."""
-        with self._lock, self._named_errors():
+        with self._lock, self._convert_errors():
             if self._immutable_state is not None:
                 state = self._file_state()
                 if state != self._immutable_state:  # another process with write access has changed the file
@@ -119,27 +119,27 @@ class SqliteDatabase:
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Yield a connection for the statements of one transaction, which is rolled back after an exception."""
-        with self._lock, self._named_errors(), self.connection:
+        with self._lock, self._convert_errors(), self.connection:
             self.connection.execute("BEGIN IMMEDIATE")
             yield self.connection
 
     @contextmanager
     def snapshot(self) -> Iterator[sqlite3.Connection]:
         """Open a separate connection that reads from a snapshot of the database without blocking other threads."""
-        with self._named_errors(), closing(self._connect()) as db:
+        with self._convert_errors(), closing(self._connect()) as db:
             db.execute("BEGIN")
             yield db
 
     # ---- changes
 
     def state(self) -> tuple[Any, ...]:
-        """Return the state of the database, which changes with every write."""
+        """Return a value that changes with every write to the database."""
         ((version,),) = self.query("PRAGMA data_version")  # changes when another connection writes to the database
         return version, self.connection.total_changes, self._immutable_state
 
     def trim_log(self, connection: sqlite3.Connection) -> None:
         """Delete all but the latest changes from the log."""
-        connection.execute("DELETE FROM changes WHERE id <= (SELECT max(id) FROM changes) - ?", (CHANGES_KEPT,))
+        connection.execute("DELETE FROM changes WHERE id <= (SELECT max(id) FROM changes) - ?", (MAX_LOG_LENGTH,))
 
     def log_state(self, db: sqlite3.Connection) -> LogState:
         """Return the position of the last entry in the log of changes."""
@@ -149,7 +149,7 @@ class SqliteDatabase:
 
     def can_update(self, db: sqlite3.Connection, old: LogState, new: LogState) -> bool:
         """Return True if the log contains all changes between two states, and there are not too many of them."""
-        if old[:2] != new[:2] or new.last - old.last > CHANGES_KEPT:
+        if old[:2] != new[:2] or new.last - old.last > MAX_LOG_LENGTH:
             return False
         ((first,),) = db.execute("SELECT coalesce(min(id), 1) FROM changes")
         return bool(first <= old.last + 1)
@@ -182,7 +182,7 @@ class SqliteDatabase:
         return stat.st_size, stat.st_mtime_ns
 
     @contextmanager
-    def _named_errors(self) -> Iterator[None]:
+    def _convert_errors(self) -> Iterator[None]:
         """Convert SQLite errors, such as a full disk or a locked database, to OSErrors that contain the file name."""
         try:
             yield
@@ -190,7 +190,7 @@ class SqliteDatabase:
             raise OSError(f"{self.file}: {error}") from error
 
 
-def _print_if_on_network(folder: Path) -> None:
+def _warn_if_on_network(folder: Path) -> None:
     """Print a message if a folder is on a network file system, where SQLite's write-ahead log is unsafe."""
     path = folder.resolve()
     partitions = [part for part in psutil.disk_partitions(all=True) if path.is_relative_to(part.mountpoint)]

@@ -29,11 +29,11 @@ EXACT_BELOW = 2048  # up to this many ids, scoring all float16 vectors is faster
 CHUNK = 65_536
 GRAPH_FILE, GRAPH_STATE_FILE = "graph.usearch", "graph.json"
 
-FetchVectors = Callable[[np.ndarray], np.ndarray]  # ids (N,) -> float16 (N, D), in the same order
+FetchVectors = Callable[[np.ndarray], np.ndarray]  # ids of shape (N,) -> vectors of shape (N, D), float16
 
 
 class VectorBlock(NamedTuple):
-    """A block of quantized vectors: sorted ids, of shape (N,), int64, and codes, of shape (N, D), int8."""
+    """A block of quantized vectors: sorted ids of shape (N,), int64, and codes of shape (N, D), int8."""
 
     ids: np.ndarray
     codes: np.ndarray
@@ -65,9 +65,9 @@ class QuantizedVectors:
         Unchanged blocks are shared, and searches that use the old object are not affected.
 
         Args:
-            removed: Ids, of shape (N,), int64, of the vectors to remove. Other ids are ignored.
-            chunks: Chunks of additional vectors. Each chunk is a pair of ids, of shape (N,), int64, and vectors, of
-                shape (N, D), float16. The ids must be larger than all previous ids.
+            removed: Ids of the vectors to remove, of shape (N,), int64. Unknown ids are ignored.
+            chunks: Chunks of additional vectors. Each chunk is a pair of ids of shape (N,), int64, and vectors of shape
+                (N, D), float16. The ids must be larger than all previous ids.
         """
         blocks = []
         for block in self.blocks:
@@ -87,7 +87,7 @@ class QuantizedVectors:
     def nearest(self, query_code: np.ndarray, count: int, allowed_ids: np.ndarray | None = None) -> np.ndarray:
         """Return the ids of the vectors with the largest dot products with a quantized query.
 
-        The result has the shape (min(count, N),), int64.
+        The ids are of shape (min(count, N),), int64, and sorted by decreasing dot product.
 
         Args:
             query_code: Quantized query of shape (D,), int8.
@@ -110,7 +110,7 @@ class QuantizedVectors:
 
 
 def quantize(vectors: np.ndarray, scale: float) -> np.ndarray:
-    """Quantize float vectors (N, D) to int8 (N, D)."""
+    """Quantize float vectors of shape (N, D) to int8."""
     return np.clip(np.rint(vectors.astype(np.float32) * scale), -127, 127).astype(np.int8)
 
 
@@ -141,20 +141,20 @@ class VectorIndex:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids and the cosine similarities of the nearest vectors, best first.
 
-        The ids are int64, the similarities are float32, and both have the shape (k,). Vectors with equal similarities
-        are ordered by id.
+        Both arrays are of shape (K,). The ids are int64, and the similarities are float32. Vectors with equal
+        similarities are ordered by id.
 
         Args:
             query: Query vector of shape (D,), float32, L2-normalised.
             count: Maximum number of results.
             allowed_ids: Sorted ids of the vectors to search. Default: all vectors.
         """
-        ids = self._candidates(query, max(4 * count, MIN_CANDIDATES), allowed_ids)
+        ids = self._find_candidates(query, max(4 * count, MIN_CANDIDATES), allowed_ids)
         scores = self.fetch(ids).astype(np.float32) @ query
         order = np.lexsort((ids, -scores))[:count]
         return ids[order], scores[order]
 
-    def _candidates(self, query: np.ndarray, count: int, allowed_ids: np.ndarray | None) -> np.ndarray:
+    def _find_candidates(self, query: np.ndarray, count: int, allowed_ids: np.ndarray | None) -> np.ndarray:
         """Return the ids of about `count` candidates, selected by their int8 codes."""
         # The query can have a different scale, because constant factors do not change the order of the scores.
         query_code = np.rint(query * (127 / max(float(np.abs(query).max()), 1e-6))).astype(np.int8)
@@ -170,7 +170,7 @@ class GraphState:
     """Contents of `graph.json`: how the graph was built, and a summary of its ids.
 
     Args:
-        scale: Quantization scale.
+        scale: Quantization scale of the vectors in the graph.
         count: Number of ids.
         last: Largest id.
         sum: Sum of all ids.
@@ -221,7 +221,7 @@ def update_graph(
     state_file.unlink(missing_ok=True)  # graphs without a state file are ignored, so an interrupted save does no harm
     with atomic_path(graph_file) as temporary:
         graph.save(str(temporary))
-    state = GraphState(scale, len(ids), int(ids[-1]), int(ids.sum()), checksum(graph_file))
+    state = GraphState(scale, len(ids), int(ids[-1]), int(ids.sum()), compute_checksum(graph_file))
     atomic_write_text(state_file, json.dumps(asdict(state)))
 
 
@@ -239,7 +239,7 @@ def open_graph(folder: Path, view: bool = True) -> tuple[Any, GraphState] | None
         return None
     try:
         state = GraphState(**json.loads(state_file.read_text()))
-        if state.checksum != checksum(graph_file):
+        if state.checksum != compute_checksum(graph_file):
             raise ValueError("its checksum is wrong")
         return Index.restore(str(graph_file), view=view), state
     except Exception as error:  # usearch raises different errors for truncated and for empty files
@@ -250,10 +250,10 @@ def open_graph(folder: Path, view: bool = True) -> tuple[Any, GraphState] | None
         return None
 
 
-def checksum(file: Path) -> str:
+def compute_checksum(file: Path) -> str:
     """Return the size of a file and the sum of its 64-bit words.
 
-    The sum is as fast as the disk, whereas a cryptographic hash of a large graph takes several seconds.
+    The sum is limited only by the disk, whereas a cryptographic hash of a large graph takes several seconds.
     """
     data = np.memmap(file, np.uint8, mode="r")
     end = len(data) // 8 * 8  # the last bytes are added one by one

@@ -342,7 +342,7 @@ function toDataUri(blob) {
 
 async function toSmallDataUri(file) {
   // The model does not need more than MAX_SIDE pixels per side. If the browser cannot decode a file, the original is
-  // sent, because the server may support its format. The server decodes it whatever type the URI names.
+  // sent, because the server may support its format. The server ignores the media type in the URI.
   try {
     const bitmap = await createImageBitmap(file);
     const scale = Math.min(1, MAX_SIDE / Math.max(bitmap.width, bitmap.height));
@@ -367,7 +367,7 @@ async function addImages(files) {
   const problems = [], images = [];
   for (const file of files) {
     try {
-      // Browsers do not know the types of all image files, for example of .heic files.
+      // Browsers do not know the media types of all image files, such as .heic files.
       if (file.type && !file.type.startsWith("image/")) throw new Error("this file is not an image");
       images.push({ uri: await toSmallDataUri(file), name: file.name });
     } catch (error) {
@@ -385,7 +385,7 @@ function describeRejected(name, error) {
 }
 
 function removeRejectedImage(error) {
-  // The error names the image that the server could not decode. Return false if it does not.
+  // Remove the image that the server could not decode. Return false if the error does not name an image.
   const match = /^images\.(\d+)$/.exec(error.param || "");
   if (!match) return false;
   const [image] = query.images.splice(Number(match[1]), 1);
