@@ -49,23 +49,23 @@ class BenchmarkResult:
     """Result of a model on a benchmark.
 
     Args:
-        summary: Entry for results.json. It always has "benchmark" and "kind". Retrieval results also have "rows" (see
-            `caption_field_metrics`). Results for other types of benchmarks have "images" and "texts" (number of images
-            and texts) and "truncated" (number of texts that exceed the model's maximum length). Compositional
-            benchmarks have "examples" (number of examples whose images can be decoded). They also have "metrics" (in
-            classification, with "intervals", the 95% confidence intervals) or, if the benchmark is evaluated with
-            several methods, "rows". Each of these rows has "method", "metrics", "intervals" and a metric of each class
-            ("class top-1", "IoU" or "class AP50"). Rows whose metrics depend on the logit scale also have "logit
-            scale". All metrics are in percent, except "linear probe C".
+        summary: Entry for results.json. It has "benchmark" and "kind". Metrics are in percent, except "linear probe C".
+            Retrieval entries have "rows" (see `caption_field_metrics`). All other entries have "images" and "texts"
+            (number of images and texts) and "truncated" (number of texts that exceed the model's maximum length).
+            Judged retrieval, compositional and classification entries have "metrics". Classification entries also have
+            "intervals" (95% confidence intervals), and compositional entries have "examples" (number of examples whose
+            images can be decoded). Region, segmentation and detection entries have "rows", one per method. Each row has
+            "method", "metrics", "intervals", a metric for each class ("class top-1", "IoU" or "class AP50") and, if the
+            metrics depend on the logit scale, "logit scale".
         images: Images of the benchmark, including images that cannot be decoded.
         ranks: Ranks for each caption field. Only set for retrieval benchmarks.
-        bootstrap: Metrics of each method, for paired differences. Only set for classification, whose only method is "",
-            and for benchmarks about parts of images.
-        draw_examples: Function that returns a section of the report with example images.
+        bootstrap: Metrics for paired differences, keyed by method. Only set for region, segmentation and detection
+            benchmarks, and for classification, where the only key is "".
+        draw_examples: Function that returns a report section with example images.
         model: Display name of the model.
         error_analysis: Error analysis for each caption field.
         short_queries: Result of `score_short_queries` for each caption field.
-        examples: Result of `draw_examples`, if the report shows it.
+        examples: Result of `draw_examples`. Empty if the report shows no example images.
     """
 
     summary: dict[str, Any]
@@ -89,7 +89,7 @@ def run_benchmark(
     """Evaluate a model on a benchmark.
 
     Args:
-        predictions_dir: Folder for the predictions in segmentation and detection. If None, they are not saved. See
+        predictions_dir: Folder for segmentation and detection predictions. If None, predictions are not saved. See
             `LabelMapWriter` and `write_detections`.
 
     Raises:
@@ -121,7 +121,7 @@ def run_benchmark(
 
 
 def _count_texts(embeddings: EmbeddingSource, texts: Sequence[str]) -> dict[str, int | None]:
-    """Return entries of a summary: the number of texts, and how many of them exceed the model's maximum length."""
+    """Return the summary entries "texts" and "truncated"."""
     return {"texts": len(texts), "truncated": embeddings.count_truncated(texts)}
 
 

@@ -1,4 +1,4 @@
-"""Adapter that lets CLIP_benchmark evaluate any model `open_dual_encoder` can load.
+"""Adapter that lets CLIP_benchmark evaluate any model that `open_dual_encoder` can load.
 
 The adapter registers the model type "llm2clip" with CLIP_benchmark:
 
@@ -31,7 +31,10 @@ class TokenizedTexts(list[str]):
 
 
 class CLIPBenchmarkModel(nn.Module):
-    """Image-text model with the interface that CLIP_benchmark expects. Embeddings are (N, D) float32, L2-normalised."""
+    """Image-text model with the interface that CLIP_benchmark expects.
+
+    Embeddings are float32 of shape (N, D), L2-normalised.
+    """
 
     def __init__(self, model: DualEncoder, device: torch.device | str) -> None:
         super().__init__()
@@ -60,7 +63,7 @@ class ImageTransform:
 def load_model(
     model_name: str, pretrained: str = "", cache_dir: str | None = None, device: torch.device | str = "cpu"
 ) -> tuple[CLIPBenchmarkModel, ImageTransform, type[TokenizedTexts]]:
-    """Load a model as CLIP_benchmark expects: return the model, an image transform and a tokenizer.
+    """Load a model for CLIP_benchmark. Return the model, its image transform and its tokenizer.
 
     Args:
         model_name: Model as accepted by `open_dual_encoder`.

@@ -1,11 +1,11 @@
-"""Adapter that lets mteb evaluate any model `open_dual_encoder` can load.
+"""Adapter that lets mteb evaluate any model that `open_dual_encoder` can load.
 
     import mteb
     from llm2clip.evaluate.adapters.mteb import MTEBModel
 
     mteb.evaluate(MTEBModel("runs/mine/model"), mteb.get_tasks(["Flickr30kT2IRetrieval"]))
 
-Embeddings are compared by cosine similarity, as mteb's base class does.
+Embeddings are compared by cosine similarity, the default in mteb's base class.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from llm2clip.models.hub.fingerprint import fingerprint
 
 
 class MTEBModel(AbsEncoder):
-    """Encoder for texts, images and image-text pairs. A pair's embedding is the normalised sum of both embeddings."""
+    """Encoder for texts, images and image-text pairs.
+
+    The embedding of a pair is the normalised sum of its image embedding and its text embedding.
+    """
 
     def __init__(self, name: str, device: torch.device | str | None = None) -> None:
         """
@@ -46,10 +49,10 @@ class MTEBModel(AbsEncoder):
         self.mteb_model_meta = ModelMeta.create_empty(overwrites=metadata)
 
     def encode(self, inputs: DataLoader[Any], **_: Any) -> np.ndarray:
-        """Return embeddings of shape (N, D), float32, L2-normalised. Prompts are not added to the texts.
+        """Return L2-normalised embeddings, float32 of shape (N, D). Prompts are not added to the texts.
 
         Args:
-            inputs: Data loader. Its batches must have a text column, an image column with PIL images, or both columns.
+            inputs: Each batch must have a "text" column, an "image" column with PIL images, or both.
         """
         chunks = []
         for batch in inputs:

@@ -50,7 +50,7 @@ def get_benchmarks(names: Sequence[str], templates: Sequence[str] = ()) -> list[
     see `USER_BENCHMARKS`.
 
     Args:
-        templates: Prompt templates for the user's data. Default: those of each kind of benchmark.
+        templates: Prompt templates for the user's data. Default: depends on the kind of benchmark.
 
     Raises:
         ValueError: If a name is unknown.
@@ -70,8 +70,8 @@ def get_benchmarks(names: Sequence[str], templates: Sequence[str] = ()) -> list[
 def list_benchmarks(root: Path) -> list[str]:
     """Return lines of text that list all benchmarks and their folders in `root`.
 
-    For each benchmark, the table shows for how many models the LLM2CLIP authors published results. For each missing
-    benchmark, a line says where to download its files.
+    The table also shows the number of models for which the LLM2CLIP authors published results. For each missing
+    benchmark, a line states where to download its files.
     """
     rows, missing = [], []
     for benchmark in BENCHMARKS.values():

@@ -1,4 +1,4 @@
-"""Benchmark types, and helpers shared by the benchmark readers."""
+"""Data types for benchmarks, and helpers shared by the benchmark readers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class CompositionalExample:
 
     id: str
     kind: str
-    """Category of the example. Accuracy is averaged over the examples of each category."""
+    """Category of the example. Accuracy is reported for each category."""
     images: tuple[ImageRef, ...]
     captions: tuple[str, ...]
 
@@ -63,13 +63,13 @@ class RegionData:
 
     images: Sequence[ImageRef]
     sizes: Sequence[tuple[int, int]]
-    """Width and height of each image in pixels. The boxes are given for this size."""
+    """Width and height in pixels of each image, to which the box coordinates refer."""
     boxes: Sequence[np.ndarray]
-    """Boxes in each image as (left, top, right, bottom) in pixels inside the image, float32 of shape (R, 4)."""
+    """Boxes in each image as (left, top, right, bottom) in pixels, clipped to the image, float32 of shape (R, 4)."""
     labels: Sequence[np.ndarray]
     """Class index (into `names`) of each box, int64 of shape (R,)."""
     areas: Sequence[np.ndarray]
-    """Area of each object's mask in square pixels, float32 of shape (R,). COCO's size classes refer to it."""
+    """Area of each object's mask in square pixels, float32 of shape (R,). It determines COCO's size class."""
     names: Sequence[str]
     templates: Sequence[str]
     """Prompt templates, with {} as the placeholder for the class name."""
@@ -89,19 +89,19 @@ class SegmentationData:
     read_labels: Callable[[int], np.ndarray]
     """Function that returns the class index or `IGNORED` for each pixel of an image, uint8 of shape (H, W)."""
     names: Sequence[Sequence[str]]
-    """Names of each class. A pixel's score for a class is the highest score of the class' names."""
+    """Names of each class. A pixel's score for a class is the maximum over the names of the class."""
     templates: Sequence[str]
     """Prompt templates, with {} as the placeholder for the class name."""
     has_background: bool = False
-    """True if class 0 is the background. Its names are those of things that are not among the other classes."""
+    """True if class 0 is the background. Its names are things that do not belong to any other class."""
     scale: float = 1.5
     """Shorter side of the resized image, divided by the side of the sliding window."""
     logit_scale: float = 40.0
     """Factor for the cosine similarities before the softmax."""
     min_probability: float = 0.0
-    """Pixels whose highest probability is lower are assigned to class 0, the background."""
+    """Pixels whose maximum class probability is below this value are assigned to class 0, the background."""
     min_area: float = 0.0
-    """Classes that cover at most this fraction of the pixels assigned to foreground classes are not predicted."""
+    """Classes that cover at most this fraction of the predicted foreground pixels are removed from the prediction."""
 
     def class_name(self, label: int) -> str:
         """Return the name of a class for tables and images."""
@@ -110,13 +110,13 @@ class SegmentationData:
 
 @dataclass(frozen=True)
 class DetectionData:
-    """Images with annotated objects, and the class names from which a detector chooses."""
+    """Images with annotated objects, and the names of the classes to detect."""
 
     images: Sequence[ImageRef]
     image_ids: Sequence[ImageId]
-    """Id of each image. The ids are unique."""
+    """Unique id of each image."""
     sizes: Sequence[tuple[int, int]]
-    """Width and height of each image in pixels. The boxes are given for this size."""
+    """Width and height in pixels of each image, to which the box coordinates refer."""
     annotations: Sequence[Mapping[str, Any]]
     """Objects in COCO's format: "image_id", "category_id", "bbox" as [x, y, width, height] in pixels, and "iscrowd".
     The boxes are inside the image and not empty."""
@@ -135,10 +135,10 @@ class Benchmark:
 
     Args:
         name: Name of the benchmark on the command line.
-        kind: Kind of benchmark, which determines the metrics and the return type of `read`. "retrieval":
-            `CaptionFields`. "judged retrieval": `JudgedRetrieval`. "compositional": a list of `CompositionalExample`.
-            "classification": `ClassificationData`. "regions": `RegionData`. "segmentation":
-            `SegmentationData`. "detection": `DetectionData`.
+        kind: Kind of benchmark, which determines the metrics and the return type of `read`: `CaptionFields` for
+            "retrieval", `JudgedRetrieval` for "judged retrieval", a list of `CompositionalExample` for "compositional",
+            `ClassificationData` for "classification", `RegionData` for "regions", `SegmentationData` for
+            "segmentation", and `DetectionData` for "detection".
         description: One-line description that states the size and the split.
         folders: Possible names of the benchmark's folder inside the root folder, in order of preference.
         read: Function that reads the data from the benchmark's folder.
@@ -158,7 +158,7 @@ class Benchmark:
 
     @property
     def size(self) -> tuple[int, str] | None:
-        """Number of images, pairs or boxes in the complete benchmark, and which of these, according to `description`.
+        """Size of the complete benchmark and its unit ("images", "pairs" or "boxes"), parsed from `description`.
 
         None if the description does not state the size, as for the user's own data.
         """

@@ -67,7 +67,7 @@ def read_class_folders(folder: Path, split: str = "") -> ClassificationData:
     """
     root = folder / split
     class_dirs = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    class_dirs = [path for path in class_dirs if _image_files(path)]
+    class_dirs = [path for path in class_dirs if _list_image_files(path)]
     if not class_dirs:
         raise MissingFileError(f"{root} must contain one folder of images per class, but has no folders with images")
     names = [path.name.replace("_", " ") for path in class_dirs]
@@ -97,7 +97,7 @@ def _read_class_names(file: Path, class_dirs: Sequence[Path]) -> list[str]:
     return [name_of_folder[path.name] for path in class_dirs]
 
 
-def _image_files(folder: Path) -> list[Path]:
+def _list_image_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
 
 
@@ -106,7 +106,7 @@ def _read_images(class_dirs: Sequence[Path], names: Sequence[str], templates: Se
     images: list[ImageRef] = []
     labels: list[int] = []
     for label, class_dir in enumerate(class_dirs):
-        files = _image_files(class_dir)
+        files = _list_image_files(class_dir)
         images += [FileImage(str(file)) for file in files]
         labels += [label] * len(files)
     return ClassificationData(images, labels, names, templates)
@@ -118,7 +118,7 @@ def imagenet_templates() -> list[str]:
     Raises:
         MissingFileError: If open_clip is not installed.
     """
-    _check_open_clip()
+    _require_open_clip()
     from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 
     return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
@@ -126,14 +126,14 @@ def imagenet_templates() -> list[str]:
 
 def _imagenet_texts() -> tuple[list[str], list[str], list[str]]:
     """Return ImageNet's sorted WordNet ids, OpenAI's class names and OpenAI's prompt templates."""
-    _check_open_clip()
+    _require_open_clip()
     from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
     from timm.data import ImageNetInfo
 
     return list(ImageNetInfo("imagenet-1k").label_names()), list(IMAGENET_CLASSNAMES), imagenet_templates()
 
 
-def _check_open_clip() -> None:
+def _require_open_clip() -> None:
     if importlib.util.find_spec("open_clip") is None:
         raise MissingFileError(
             f"ImageNet's class names and templates come with open_clip: {install_command('open-clip')}"
@@ -141,7 +141,7 @@ def _check_open_clip() -> None:
 
 
 def _read_imagenet(folder: Path) -> ClassificationData:
-    """Read `val/WNID/*.JPEG`. For ImageNet-A and ImageNet-R, only the variant's own classes are candidates."""
+    """Read `val/WNID/*.JPEG`. For ImageNet-A and ImageNet-R, only the classes of the variant are candidates."""
     return _read_wordnet_folders(folder / "val" if (folder / "val").is_dir() else folder)
 
 
@@ -165,7 +165,7 @@ def _read_imagenet_v2(folder: Path) -> ClassificationData:
 
 
 def _read_objectnet(folder: Path) -> ClassificationData:
-    """Read the 113 classes that ObjectNet shares with ImageNet. The class names are ObjectNet's.
+    """Read the 113 classes that ObjectNet shares with ImageNet, with ObjectNet's class names.
 
     As the authors' README requires, the red two-pixel border around each image is removed.
     """
@@ -191,10 +191,10 @@ class _BorderedImage(FileImage):
 
     def _open(self) -> io.BytesIO:
         inner = load_image(FileImage(self.path))[:, 2:-2, 2:-2]
-        return _png(Image.fromarray(inner.permute(1, 2, 0).numpy()))
+        return _encode_png(Image.fromarray(inner.permute(1, 2, 0).numpy()))
 
 
-def _png(image: Image.Image) -> io.BytesIO:
+def _encode_png(image: Image.Image) -> io.BytesIO:
     stream = io.BytesIO()
     image.save(stream, "PNG", compress_level=1)
     stream.seek(0)
@@ -222,7 +222,7 @@ def _read_cifar(folder: Path, files: Sequence[str], names_file: str, skipped_lab
             if label >= len(names):
                 raise DataFormatError(f"{folder / file}: found label {label}, but there are only {len(names)} classes")
             pixels = row[skipped_labels + 1 :].reshape(3, 32, 32).transpose(1, 2, 0)
-            png = _png(Image.fromarray(np.ascontiguousarray(pixels)))
+            png = _encode_png(Image.fromarray(np.ascontiguousarray(pixels)))
             images.append(MemoryImage(png.getvalue(), f"{folder / file}, image {n}"))
             labels.append(label)
     return ClassificationData(images, labels, names, TEMPLATES)

@@ -59,8 +59,8 @@ def boxes_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
 def read_boxes(file: Path, templates: Sequence[str] = ()) -> RegionData:
     """Read boxes from a JSON file in COCO's format. Images without boxes are not included.
 
-    Boxes are clipped to the image. Crowd boxes and boxes smaller than a pixel are excluded. The class names are those
-    in the file, with underscores replaced by spaces, and the prompt templates are OpenAI's for ImageNet by default.
+    Boxes are clipped to the image. Crowd boxes and boxes smaller than a pixel are excluded. In class names, underscores
+    are replaced by spaces. By default, OpenAI's prompt templates for ImageNet are used.
 
     Raises:
         MissingFileError: If image files are missing, or open_clip, which provides the templates, is not installed.
@@ -99,7 +99,7 @@ def read_boxes(file: Path, templates: Sequence[str] = ()) -> RegionData:
 
 
 def class_split() -> dict[str, list[str]]:
-    """Return the names of the base classes and of the novel classes, with the keys "base" and "novel"."""
+    """Return OV-COCO's class names, keyed by group: "novel" and "base"."""
     content = read_json(Path(str(files("llm2clip.evaluate.benchmarks") / "class_names" / "ov_coco.json")))
     return {group: content[group] for group in ("novel", "base")}
 
@@ -135,13 +135,13 @@ def read_detection(
     templates: Sequence[str],
     with_empty: bool = False,
 ) -> DetectionData:
-    """Return the images with their objects of some categories.
+    """Return the objects of the given categories, and the images that contain them.
 
-    Boxes are clipped to the image, as the detections are. Objects whose boxes are then empty are excluded.
+    Boxes are clipped to the image, like the boxes of detections. Objects whose clipped boxes are empty are excluded.
 
     Args:
         groups: Groups of class names for which metrics are reported.
-        with_empty: If True, also return the images without such objects.
+        with_empty: If True, also return images without objects of these categories.
 
     Raises:
         MissingFileError: If image files are missing.

@@ -1,4 +1,4 @@
-"""Reader for files in COCO's format (cocodataset.org, "Data format"), which several benchmarks share.
+"""Reader for files in COCO's format (cocodataset.org, "Data format"), shared by several benchmarks.
 
 The format is {"images": [{"id", "file_name", "width", "height"}], "annotations": [{"id", "image_id", "category_id",
 "bbox", "segmentation", "area", "iscrowd"}], "categories": [{"id", "name"}]}, where "bbox" is [left, top, width, height]
@@ -41,9 +41,9 @@ class Instances:
     Attributes:
         images: Entry of each image, keyed by image id.
         sizes: Width and height of each image in pixels, keyed by image id.
-        annotations: Entries of the objects. The image and the category of each object exist.
-        names: Name of each category, with underscores replaced by spaces, keyed by category id, in the order of the
-            ids.
+        annotations: Entry of each object. Every "image_id" is a key of `images`, and every "category_id" is a key of
+            `names`.
+        names: Name of each category, with underscores replaced by spaces, keyed by category id and sorted by id.
     """
 
     file: Path
@@ -111,7 +111,7 @@ def read_instances(file: Path, with_masks: bool = False) -> Instances:
 
 
 def _category_names(file: Path, categories: Sequence[Mapping[str, Any]]) -> dict[Any, str]:
-    """Return the name of each category, keyed by category id, in the order of the ids."""
+    """Return the name of each category, keyed by category id and sorted by id."""
     names: dict[Any, str] = {}
     for category in sorted(categories, key=lambda category: category["id"]):
         name = category["name"].replace("_", " ").strip()
@@ -168,7 +168,7 @@ def _image_size(file: Path, image: Mapping[str, Any]) -> tuple[int, int]:
     """Return the width and height of an image in pixels, as stated in a JSON file.
 
     Raises:
-        DataFormatError: If they are not positive integers, or the image is too large to be decoded.
+        DataFormatError: If the width and height are not positive integers, or the image is too large to be decoded.
     """
     width: Any = image.get("width")
     height: Any = image.get("height")
@@ -210,8 +210,9 @@ def clip_box(file: Path, annotation: Mapping[str, Any], image_size: tuple[int, i
 def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
     """Decode an object's mask, bool of shape (height, width), from polygons or from COCO's run-length encoding (RLE).
 
-    pycocotools validates neither of them: distant polygons take unlimited memory, and masks whose run lengths are too
-    short are filled with uninitialised memory. Therefore, pycocotools decodes only the polygons.
+    pycocotools does not validate its input: polygons far outside the image take unlimited memory, and masks with
+    missing run lengths contain uninitialised memory. Therefore, polygons are checked before pycocotools decodes them,
+    and RLE is decoded without pycocotools.
 
     Raises:
         ValueError: If a polygon is far outside the image, or the run lengths are invalid or belong to an image of a
@@ -231,7 +232,7 @@ def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
     if not isinstance(runs, list):
         runs = _decompress_run_lengths(runs.encode() if isinstance(runs, str) else runs)
     if not all(type(run) is int and run >= 0 for run in runs):
-        raise ValueError("run lengths must be integers that are not negative")
+        raise ValueError("run lengths must be non-negative integers")
     if sum(runs) != height * width:
         raise ValueError(f"the run lengths cover {sum(runs)} of {height * width} pixels")
     values = np.arange(len(runs)) % 2 == 1  # runs of zeros and ones alternate, and zeros come first
@@ -241,9 +242,9 @@ def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
 def _decompress_run_lengths(data: bytes) -> list[int]:
     """Decode COCO's compressed run lengths (`rleFrString` in pycocotools' maskApi.c).
 
-    Each number consists of groups of five bits, the lowest first, with 48 added. The sixth bit is set if more groups
-    follow. The highest bit of the last group is the sign. From the fourth number on, the numbers are differences to the
-    run length two positions before.
+    Each number is split into groups of five bits, lowest group first. A group is stored as a character whose code is 48
+    plus the group. In all groups but the last of a number, the sixth bit is also set. The fifth bit of the last group
+    is the sign. From the fourth number on, each number is the difference from the run length two positions before.
 
     Raises:
         ValueError: If a character is invalid, or the last number is incomplete.

@@ -1,6 +1,6 @@
 """Winoground and SugarCrepe: images with captions that differ only in a few words or in their word order.
 
-If a wrong answer is as similar as the correct one, the model's answer counts as wrong.
+A tie between the correct answer and a wrong answer counts as an error.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing,
 
 ANNOTATIONS = "captions_val2014.json"
 RANKED_ITEMS = 64  # R-precision and mAP@R need at least 48, because a query has up to 48 correct items
-QUERIES_PER_CHUNK = 512  # their float32 scores for all captions take up 50 MB
+QUERIES_PER_CHUNK = 512  # the float32 scores of 512 images for all captions take up 50 MB
 
 
 def load_judgements() -> Any:
@@ -72,10 +72,9 @@ def _read_judged_retrieval(folder: Path) -> JudgedRetrieval:
 def eccv_metrics(data: JudgedRetrieval, images: Tensor, captions: Tensor) -> dict[str, float]:
     """Return COCO 5k R@k, CxC R@k, and ECCV Caption R@1, R-precision and mAP@R (arXiv 2204.03359), in percent.
 
-    The items are ranked here; the package eccv-caption computes the metrics from the ranked lists.
+    This function ranks the items. The package eccv-caption computes the metrics from the ranked lists.
 
     Args:
-        data: Images and captions with their COCO ids.
         images: Image embeddings of shape (I, D), L2-normalised, in the order of `data.images`.
         captions: Caption embeddings of shape (T, D), L2-normalised, in the order of `data.captions`.
 
@@ -103,7 +102,7 @@ def eccv_metrics(data: JudgedRetrieval, images: Tensor, captions: Tensor) -> dic
 
 @onednn_matmul()
 def _top_items(queries: Tensor, items: Tensor) -> Tensor:
-    """Return the indices of the best `RANKED_ITEMS` items for each query, best first, int64 of shape (Q, K)."""
+    """Return the indices of the top `RANKED_ITEMS` items for each query, best first, int64 of shape (Q, K)."""
     count = min(RANKED_ITEMS, len(items))
     return torch.cat([(chunk @ items.T).topk(count).indices for chunk in queries.split(QUERIES_PER_CHUNK)])
 

@@ -1,7 +1,7 @@
 """Retrieval with English captions: Flickr30k, COCO, Flickr8k, ShareGPT4V-1k, Urban-1k and DOCCI.
 
-All test images and all their captions form one pool. They are ranked by cosine similarity, and no prompt is added to
-the captions. In text-to-image retrieval (T2I), a query counts as correct if the caption's image is in the top k. In
+All test images and all their captions form one pool and are ranked by cosine similarity. No prompt is added to the
+captions. In text-to-image retrieval (T2I), a query counts as correct if the caption's image is in the top k. In
 image-to-text retrieval (I2T), a query counts as correct if any of the image's captions is in the top k. VSE++ (arXiv
 1707.05612) and CLIP (arXiv 2103.00020) use this protocol.
 
@@ -134,7 +134,7 @@ def _read_flickr8k(folder: Path) -> CaptionFields:
 def read_first_objects(file: Path, count: int) -> list[dict[str, Any]]:
     """Read the first `count` objects in a JSON list without reading the rest of the file.
 
-    ShareGPT4V's file has 1.4 GB, of which only a small part is needed.
+    ShareGPT4V's file has 1.4 GB, but only its first 1,000 objects are needed.
 
     Raises:
         DataFormatError: If the file is not a JSON list, or one of its first `count` objects is not valid JSON.

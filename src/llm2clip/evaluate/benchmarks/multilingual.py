@@ -69,7 +69,7 @@ def _read_flickr30k_cn(folder: Path) -> CaptionFields:
     """Read 1,000 images with 5,000 human-translated captions (arXiv 1708.04390)."""
     if (folder / "test_texts.jsonl").exists():
         return read_chinese_clip(folder)
-    image_dir = _image_dir(folder, "flickr30k")
+    image_dir = _find_image_dir(folder, "flickr30k")
     file = folder / "flickr30k_cn_test.txt"
     if file.exists():
         pairs = [(image_file(image_dir, f"{name}.jpg"), texts) for name, texts in read_caption_lines(file).items()]
@@ -96,7 +96,7 @@ def _read_coco_cn(folder: Path) -> CaptionFields:
 
 def _read_flickr8k_cn(folder: Path) -> CaptionFields:
     """Read two sets of test captions, human-written and human-translated (ICMR 2016, doi 10.1145/2911996.2912049)."""
-    image_dir = _image_dir(folder, "flickr8k")
+    image_dir = _find_image_dir(folder, "flickr8k")
     data_dir = folder / "data" if (folder / "data").is_dir() else folder
     names = first_existing(data_dir, "flickr8ktest.txt")
     files = {
@@ -112,7 +112,7 @@ def _read_flickr8k_cn(folder: Path) -> CaptionFields:
     return fields
 
 
-def _image_dir(folder: Path, dataset: str) -> Path:
+def _find_image_dir(folder: Path, dataset: str) -> Path:
     """Return the image folder of `dataset` (flickr30k or flickr8k).
 
     The images are either in the benchmark's own folder or in a folder named after `dataset` next to it.

@@ -1,9 +1,9 @@
-"""Zero-shot semantic segmentation of the user's images, or with the data sets, class names and protocol of SCLIP.
+"""Zero-shot semantic segmentation with SCLIP's data sets, class names and protocol, or on the user's images.
 
 SCLIP (arXiv 2312.01597, github.com/wangf3014/SCLIP) resizes the shorter side of each image to 336 pixels (COCO-Stuff:
-448, Cityscapes: 560) and slides a window of 224 pixels over it. Here, these sizes are scaled to the window, whose side
-is the image size with which the tower was trained. In data sets with a background class, a softmax over all names
-yields probabilities, and pixels without a probable class are assigned to the background.
+448, Cityscapes: 560) and slides a window of 224 pixels over it. Here, the window has the tower's training resolution,
+and the image sizes are scaled accordingly. In data sets with a background class, a softmax over all names yields
+probabilities, and pixels without a probable class are assigned to the background.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing,
 
 SEGMENTATION_PREFIX = "segmentation:"
 CLASSES_FILE = "classes.txt"
-BACKGROUND = "background"  # name of the first class in `CLASSES_FILE` if the data have a background
+BACKGROUND = "background"  # name of the first class in `CLASSES_FILE` if the data set has a background
 _WITH_BACKGROUND: dict[str, Any] = {"has_background": True, "logit_scale": 50, "min_probability": 0.1}
-_INVALID = -1  # in label tables: a value that must not occur
+_INVALID = -1  # entry in label tables for pixel values that must not occur
 # Ids of Cityscapes' 19 evaluated classes, in the order of their train ids (github.com/mcordts/cityscapesScripts,
 # helpers/labels.py).
 _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
@@ -75,7 +75,7 @@ def segmentation_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmar
         name: Path of a JSON file in COCO's format with a "segmentation" for each object, or of a folder. The folder
             must contain images/, masks/ with one PNG per image and with the same name, and classes.txt. Line n of
             classes.txt contains the names of the class with the pixel value n - 1, separated by ", ". The value 255 is
-            ignored. If the first class is "background", the protocol is that of data sets with a background.
+            ignored. If the first class is "background", the protocol for data sets with a background is used.
         templates: Prompt templates. Default: OpenAI's for ImageNet.
     """
     if not name.endswith(".json"):
@@ -126,7 +126,7 @@ def _read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationDat
     without_image = [file for file in label_files if file.stem not in image_of_stem]
     if without_image:
         raise MissingFileError(f"{image_dir} has no image for {len(without_image):,} masks, e.g. {without_image[0]}")
-    table = _label_table({value: value for value in range(len(names))})
+    table = _make_label_table({value: value for value in range(len(names))})
     has_background = names[0] == [BACKGROUND]
     if has_background:
         names[0] = read_class_names("background")[0]
@@ -138,12 +138,12 @@ def _read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationDat
 # ---- label files ---------------------------------------------------------------------------------------------------
 
 
-def _label_table(classes: Mapping[int, int], ignored: Sequence[int] = ()) -> np.ndarray:
+def _make_label_table(classes: Mapping[int, int], ignored: Sequence[int] = ()) -> np.ndarray:
     """Return a table that maps pixel values to class indices, int16 of shape (256,).
 
     Args:
         classes: Class index of each pixel value.
-        ignored: Other values that can occur. They are mapped to `IGNORED`, as is 255.
+        ignored: Other pixel values that may occur. Like 255, they are mapped to `IGNORED`.
     """
     table = np.full(256, _INVALID, np.int16)
     table[[*ignored, 255]] = IGNORED
@@ -156,7 +156,7 @@ def _read_label_file(file: Path, table: np.ndarray) -> np.ndarray:
     """Read labels, uint8 of shape (H, W), from a single-channel PNG or a MATLAB file with the array LabelMap.
 
     Args:
-        table: Class index of each pixel value, int16. See `_label_table`.
+        table: Class index of each pixel value, int16. See `_make_label_table`.
 
     Raises:
         DataFormatError: If the file has a different format, or contains a value that is not in the table.
@@ -170,7 +170,7 @@ def _read_label_file(file: Path, table: np.ndarray) -> np.ndarray:
         else:
             with Image.open(file, formats=["PNG"]) as image:
                 mode, values = image.mode, np.asarray(image)
-    except Exception as error:  # Pillow and SciPy can raise almost any exception for a damaged file
+    except Exception as error:  # Pillow and SciPy can raise almost any exception for a corrupt file
         raise DataFormatError(f"{file}: unreadable label file: {error!r}") from error
     if mode not in ("L", "P", ""):
         raise DataFormatError(f"{file}: label files must have one 8-bit channel (got mode {mode})")
@@ -192,10 +192,10 @@ def _from_files(
     templates: Sequence[str] = (),
     **protocol: Any,
 ) -> SegmentationData:
-    """Return a data set in which each image has its own label file.
+    """Return a data set with one label file per image.
 
     Args:
-        table: Class index of each pixel value. See `_label_table`.
+        table: Class index of each pixel value. See `_make_label_table`.
         source: File or folder that lists the images, for error messages.
         templates: Prompt templates. Default: OpenAI's for ImageNet.
         protocol: Other fields of `SegmentationData`.
@@ -218,7 +218,7 @@ def _from_files(
 # ---- PASCAL VOC and PASCAL-Context ---------------------------------------------------------------------------------
 
 
-def _devkit(folder: Path, year: str) -> Path:
+def _find_devkit(folder: Path, year: str) -> Path:
     """Return the folder VOC2012 or VOC2010, which can be `folder` itself."""
     for root in (folder / "VOCdevkit" / year, folder / year, folder):
         if (root / "JPEGImages").is_dir():
@@ -227,32 +227,32 @@ def _devkit(folder: Path, year: str) -> Path:
 
 
 def _read_voc(folder: Path, with_background: bool) -> SegmentationData:
-    root = _devkit(folder, "VOC2012")
+    root = _find_devkit(folder, "VOC2012")
     split_file = first_existing(root, "ImageSets/Segmentation/val.txt")
     ids = read_lines(split_file)
     label_files = [root / "SegmentationClass" / f"{name}.png" for name in ids]
     images = [image_file(root / "JPEGImages", f"{name}.jpg") for name in ids]
     names = read_class_names("voc20")
     if with_background:
-        table = _label_table({value: value for value in range(21)})
+        table = _make_label_table({value: value for value in range(21)})
         names = [*read_class_names("background"), *names]
         protocol = {**_WITH_BACKGROUND, "logit_scale": 65, "min_area": 0.1}
     else:
-        table = _label_table({value: value - 1 for value in range(1, 21)}, ignored=[0])
+        table = _make_label_table({value: value - 1 for value in range(1, 21)}, ignored=[0])
         protocol = {}
     return _from_files(images, label_files, table, split_file, names, **protocol)
 
 
 def _read_context(folder: Path, with_background: bool) -> SegmentationData:
     """Read mmsegmentation's PNGs (SegmentationClassContext/) or, if there are none, the original MATLAB files."""
-    root = _devkit(folder, "VOC2010")
+    root = _find_devkit(folder, "VOC2010")
     background = {0: 0} if with_background else {}
     offset = 0 if with_background else 1
     if (root / "SegmentationClassContext").is_dir():
         split_file = first_existing(root, "ImageSets/SegmentationContext/val.txt")
         ids = read_lines(split_file)
         label_files = [root / "SegmentationClassContext" / f"{name}.png" for name in ids]
-        table = _label_table({value: value - offset for value in range(1, 60)} | background, ignored=[0])
+        table = _make_label_table({value: value - offset for value in range(1, 60)} | background, ignored=[0])
     else:
         split_file = first_existing(root, "ImageSets/Main/val.txt")
         ids = read_lines(split_file)
@@ -329,7 +329,7 @@ def _read_coco_stuff(folder: Path) -> SegmentationData:
     label_files = sorted(file for file in label_dir.glob("*.png") if "TrainIds" not in file.name)
     images = [image_file(image_dir, f"{file.stem}.jpg") for file in label_files]
     values = [value for value in range(182) if value not in _COCO_REMOVED]
-    table = _label_table({value: label for label, value in enumerate(values)})
+    table = _make_label_table({value: label for label, value in enumerate(values)})
     names = read_class_names("coco_stuff")
     return _from_files(images, label_files, table, label_dir, names, scale=2.0)
 
@@ -342,7 +342,7 @@ def _read_ade20k(folder: Path) -> SegmentationData:
     label_dir = first_existing(root, "annotations/validation")
     label_files = sorted(label_dir.glob("*.png"))
     images = [image_file(root / "images" / "validation", f"{file.stem}.jpg") for file in label_files]
-    table = _label_table({value: value - 1 for value in range(1, 151)}, ignored=[0])
+    table = _make_label_table({value: value - 1 for value in range(1, 151)}, ignored=[0])
     return _from_files(images, label_files, table, label_dir, read_class_names("ade20k"))
 
 
@@ -354,7 +354,7 @@ def _read_cityscapes(folder: Path) -> SegmentationData:
         name = file.name.replace("_gtFine_labelIds", "_leftImg8bit")
         images.append(image_file(folder / "leftImg8bit" / "val", f"{file.parent.name}/{name}"))
     others = [value for value in range(34) if value not in _CITYSCAPES_IDS]
-    table = _label_table({value: label for label, value in enumerate(_CITYSCAPES_IDS)}, ignored=others)
+    table = _make_label_table({value: label for label, value in enumerate(_CITYSCAPES_IDS)}, ignored=others)
     names = read_class_names("cityscapes")
     return _from_files(images, label_files, table, label_dir, names, scale=2.5)
 
