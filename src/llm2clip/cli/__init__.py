@@ -51,7 +51,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Run]]:
         version=__version__,
         description=DESCRIPTION,
         formatter_class=HelpFormatter,
-        allow_abbrev=False,  # otherwise a misspelt setting could be accepted as an abbreviation
+        allow_abbrev=False,  # otherwise argparse could accept a misspelt setting as an abbreviation
     )
     commands = Commands(parser, "COMMAND")
     for module in (setup, train, store, plan, evaluate, search, export, llava):
@@ -108,7 +108,7 @@ def main(args: list[str] | None = None) -> int:
         from llm2clip.runs.ranks import PEER_FAILED, is_distributed
 
         if is_distributed() and PEER_FAILED not in str(error):
-            error.add_note(f"If this is an error of a collective operation: {PEER_FAILED}")
+            error.add_note(f"If a collective operation raised this error: {PEER_FAILED}")
         raise
     return 0
 

@@ -70,28 +70,28 @@ def resolve_model(name: str) -> str:
     """Return the name of an image-text model. For a run directory, return its model folder.
 
     Raises:
-        FileNotFoundError: The name is neither a file or folder that exists, nor can it be the name of a model.
+        FileNotFoundError: The name is not an existing file or folder, and cannot be the name of a model.
     """
-    return _resolve(name, "config.json", ("model",), ())
+    return _resolve_name(name, "config.json", ("model",), ())
 
 
 def resolve_encoder(path: str) -> str:
     """Return the path of a caption encoder. For a run directory of `tune` or `fit`, return its tuned encoder.
 
     Raises:
-        FileNotFoundError: The path is neither a file or folder that exists, nor can it be the name of an encoder.
+        FileNotFoundError: The path is not an existing file or folder, and cannot be the name of an encoder.
     """
-    return _resolve(path, "modules.json", ("encoder", "tune/encoder"), ENCODERS)
+    return _resolve_name(path, "modules.json", ("encoder", "tune/encoder"), ENCODERS)
 
 
 def check_pretrained(*names: str) -> None:
-    """Raise FileNotFoundError if the name of a vision tower or LLM looks like a path, but does not exist."""
+    """Raise FileNotFoundError if the name of a vision tower or LLM looks like a path that does not exist."""
     for name in names:
-        if "/" in name or "\\" in name:  # otherwise the name of a timm model or an asset
-            _resolve(name, "config.json", (), ())
+        if "/" in name or "\\" in name:  # other names refer to timm models and built-in models
+            _resolve_name(name, "config.json", (), ())
 
 
-def _resolve(name: str, config_file: str, subfolders: tuple[str, ...], known: tuple[str, ...]) -> str:
+def _resolve_name(name: str, config_file: str, subfolders: tuple[str, ...], known: tuple[str, ...]) -> str:
     """Return `name` or, if it is a folder without `config_file`, the first of its subfolders that has this file."""
     path = Path(name).expanduser()
     if path.is_dir() and not (path / config_file).exists():

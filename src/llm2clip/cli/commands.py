@@ -44,9 +44,9 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)  # use the docst
 
 
 class ArgumentParser(jsonargparse.ArgumentParser):
-    """Parser whose error messages name the option or setting, what it must be, and similar names."""
+    """Parser whose error messages contain the option or setting, its valid values, and similar names."""
 
-    _words: Sequence[str] = ()  # arguments of the command line; empty for parsers of subcommands
+    _words: Sequence[str] = ()  # command-line arguments; empty for parsers of subcommands
     config_file: str | None = None  # config file that is currently being read
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:  # type: ignore[override]
@@ -60,7 +60,7 @@ class ArgumentParser(jsonargparse.ArgumentParser):
         while words and parser._subcommands_action is not None and words[0] in parser._subcommands_action.choices:
             parser = parser._subcommands_action.choices[words.pop(0)]  # the root parser reports its subcommands' errors
         if parser._subcommands_action is None or (words and words[0].startswith("-")):
-            message = _explain(message, parser)
+            message = _explain_error(message, parser)
         else:
             commands = list(parser._subcommands_action.choices)
             problem = f"no command {words[0]!r}{suggest(words[0], commands)}" if words else "a COMMAND is missing"
@@ -70,10 +70,10 @@ class ArgumentParser(jsonargparse.ArgumentParser):
         sys.exit(2)
 
 
-def _explain(message: str, parser: Any) -> str:
-    """Return one of jsonargparse's error messages in words that do not require knowledge of Python types.
+def _explain_error(message: str, parser: Any) -> str:
+    """Rewrite a jsonargparse error message so that users need not know Python types.
 
-    If jsonargparse changes a message, its own text is returned.
+    Unknown messages are returned unchanged.
     """
     actions = {action.dest: action for action in parser._actions}
     flags = {dest: action.option_strings[0] for dest, action in actions.items() if action.option_strings}
@@ -162,7 +162,7 @@ class ConfigFileAction(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         known = {action.dest for action in parser._actions}
         try:
-            settings = _relevant_settings(_read_config(values), known)
+            settings = _select_relevant_settings(_read_config(values), known)
         except (OSError, ValueError) as error:
             raise TypeError(f"{values}: {error}") from error
         parser.config_file = values
@@ -204,12 +204,12 @@ def _read_config(file_or_name: str) -> dict[str, Any]:
     return settings or {}
 
 
-def _relevant_settings(settings: dict[str, Any], known: set[str]) -> dict[str, Any]:
+def _select_relevant_settings(settings: dict[str, Any], known: set[str]) -> dict[str, Any]:
     """Return `settings` without the `fit` settings that this command does not have.
 
     Args:
-        settings: contents of a config file.
-        known: names of the command's settings.
+        settings: Contents of a config file.
+        known: Names of the command's settings.
 
     Raises:
         ValueError: No command has a setting with this name, or a section does not contain settings.
@@ -270,11 +270,11 @@ class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 
 class Columns:
-    """Type of --columns for the parser. Its values are dicts from field to column name."""
+    """Argument type of --columns. Parsed values are dicts that map field names to column names."""
 
 
 def parse_columns(value: str | dict[str, str]) -> dict[str, str]:
-    """Parse `field=column,field=column`. A dict is accepted, too.
+    """Parse `field=column,field=column`. A dict is returned unchanged.
 
     Raises:
         ValueError: The text has another form.
@@ -290,7 +290,7 @@ def parse_columns(value: str | dict[str, str]) -> dict[str, str]:
 Port = restricted_number_type("Port", int, [(">=", 0), ("<=", 65535)])
 register_type(Columns, serializer=dict, deserializer=parse_columns, type_check=lambda value, _: type(value) is dict)
 
-# Types of arguments with a limited range -> description for error messages.
+# Argument types with a limited range -> descriptions for error messages.
 RANGES: dict[type, str] = {
     Columns: "of the form field=column,field=column, such as captions=text,image=file",
     Port: "an integer between 0 and 65535",
@@ -320,8 +320,8 @@ def add_reading_arguments(parser: ArgumentParser, max_skipped: float = 0.05) -> 
 def add_flags(parser: ArgumentParser, options: type, skip: Collection[str] = ()) -> None:
     """Add a flag for each field of a dataclass, with the docstring of the field as help text.
 
-    Booleans become switches without a value. Lists take one or more values, separated by spaces, or any number of
-    values if they may be None.
+    Booleans become switches without a value. Lists take one or more values, separated by spaces. Lists that may be None
+    also accept zero values.
 
     Args:
         options: Dataclass whose booleans are False by default.
@@ -355,6 +355,6 @@ def column_flags(columns: dict[str, str]) -> list[str]:
     return ["--columns", ",".join(f"{field}={column}" for field, column in columns.items())] if columns else []
 
 
-def select(args: Namespace, *names: str) -> dict[str, Any]:
+def select_arguments(args: Namespace, *names: str) -> dict[str, Any]:
     """Return the arguments with the given names as a dict, for example to pass as keyword arguments."""
     return {name: args[name] for name in names}

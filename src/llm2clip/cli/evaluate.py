@@ -16,7 +16,7 @@ from llm2clip.cli.commands import (
     add_reading_arguments,
     column_flags,
     format_command,
-    select,
+    select_arguments,
 )
 from llm2clip.config import EncoderConfig, EvaluateConfig, EvaluateOptions, ReproduceConfig
 from llm2clip.runs.output_folder import check_output_folder
@@ -80,7 +80,7 @@ def _evaluate(args: Namespace) -> list[str]:
     args.encoder.path = resolve_encoder(args.encoder.path)
     from llm2clip.evaluate.runner import evaluate_models
 
-    options = EvaluateOptions(**select(args, *(field.name for field in fields(EvaluateOptions))))
+    options = EvaluateOptions(**select_arguments(args, *(field.name for field in fields(EvaluateOptions))))
     lines = evaluate_models(models, args.data or [], options, encoder=args.encoder, config=args.evaluate)
     if models and (args.data or args.benchmarks) and not models[0].endswith(".npz"):
         data = [*(args.data or ["PHOTOS"]), *column_flags(args.columns)]

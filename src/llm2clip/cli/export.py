@@ -88,11 +88,11 @@ def _convert(args: Namespace) -> list[str]:
         model = load_official_checkpoint(source, text=args.text)
     folder = model.save_pretrained(args.out)
     write_model_card(folder, folder.name)
-    return _closing_lines(model, folder, source)
+    return _format_closing_lines(model, folder, source)
 
 
 def _convert_encoder(args: Namespace, kind: str, load: Callable[[], CaptionEncoder]) -> list[str]:
-    """Load a caption encoder in another format with `load`, and write it in ours. `kind` describes the source."""
+    """Load a caption encoder with `load` and save it in llm2clip's format. Error messages name its `kind`."""
     from llm2clip.io_utils import atomic_dir
 
     if args.to is not None or args.text is not None:
@@ -126,7 +126,7 @@ def _add_caption_encoder(source: str, text: str | None) -> LLM2CLIP:
     return model
 
 
-def _closing_lines(model: LLM2CLIP, folder: Path, source: str) -> list[str]:
+def _format_closing_lines(model: LLM2CLIP, folder: Path, source: str) -> list[str]:
     """Return the closing lines of `convert`: the path of the result and the next command to run."""
     from llm2clip.models.convert.published_encoders import suggest_encoders
 
@@ -185,7 +185,7 @@ def _push(args: Namespace) -> list[str]:
 def _check_no_home_paths(folder: Path) -> None:
     """Raise ValueError if a config contains a path in the home folder, which would reveal the user name."""
     for file in sorted(folder.rglob("*.json")):
-        is_config = file.stat().st_size < 1 << 20  # the others are vocabularies
+        is_config = file.stat().st_size < 1 << 20  # larger files are vocabularies
         if is_config and f"{Path.home()}/" in file.read_text(encoding="utf-8", errors="replace"):
             raise ValueError(
                 f"{file} contains a path in {Path.home()}, which would be published. Replace the path, for example "

@@ -30,8 +30,8 @@ def add_commands(commands: Commands) -> None:
         "--pad",
         type=bool,
         default=True,
-        help="Pad images to squares, as LLaVA-1.5 does. false: use the tower's own preprocessing, usually "
-        "a center crop.",
+        help="Pad images to squares, as LLaVA-1.5 does. false: use the preprocessing of the vision tower, usually a "
+        "center crop.",
     )
 
     parser = llava.add(
@@ -101,7 +101,7 @@ def _add_model_arguments(parser: ArgumentParser, required: bool) -> None:
         help="Folder or hub id of a causal LLM, or smollm2-135m.",
     )
     parser.add_argument(
-        "--image_size", type=PositiveInt, help="Image size in pixels. Default: the size used in the tower's training."
+        "--image_size", type=PositiveInt, help="Image size in pixels. Default: the tower's training resolution."
     )
 
 

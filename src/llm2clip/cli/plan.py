@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
-from llm2clip.cli.commands import ArgumentParser, Commands, select
+from llm2clip.cli.commands import ArgumentParser, Commands, select_arguments
 from llm2clip.cli.train import add_stage_settings
 from llm2clip.config import FitConfig
 from llm2clip.tools.plan.devices import Machine
@@ -40,17 +40,17 @@ def machine_from_args(args: Namespace) -> Machine:
     """Return the machine that the arguments describe.
 
     Raises:
-        ValueError: the device is unknown, or a value is out of range.
+        ValueError: The device is unknown, or a value is out of range.
     """
-    return Machine(**select(args, *(field.name for field in dataclasses.fields(Machine))))
+    return Machine(**select_arguments(args, *(field.name for field in dataclasses.fields(Machine))))
 
 
 def plan_from_args(args: Namespace) -> Plan:
     """Return the plan of a `fit` run that the arguments of the `plan` command describe."""
     from llm2clip.tools.plan.plan import plan_fit
 
-    config = FitConfig(**select(args, "encoder", "tune", "embed", "align"))
-    data = select(args, "images", "captions_per_image", "tokens_per_caption")
+    config = FitConfig(**select_arguments(args, "encoder", "tune", "embed", "align"))
+    data = select_arguments(args, "images", "captions_per_image", "tokens_per_caption")
     return plan_fit(config, machine_from_args(args), **data)
 
 

@@ -42,15 +42,15 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument(
         "--prune",
         action="store_true",
-        help="Remove images whose source no longer exists, or more than 20%% of the images of a source.",
+        help="Remove deleted images even if a source no longer exists or more than 20%% of its images were deleted.",
     )
     sub.add_argument(
         "--allow_outside",
         action="store_true",
-        help="Also index images outside the folder of their source, which caption files and symbolic links can name.",
+        help="Also index images outside the source's folder, to which caption files and symbolic links can refer.",
     )
     add_reading_arguments(sub, max_skipped=1.0)
-    sub.add_argument("--batch_size", type=PositiveInt, default=64, help="Images per forward pass.")
+    sub.add_argument("--batch_size", type=PositiveInt, default=64, help="Number of images per forward pass.")
     sub.add_argument(
         "--workers",
         type=NonNegativeInt,
@@ -110,13 +110,13 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument(
         "--token",
         type=str,
-        help="Token that requests must contain. Default: $LLM2CLIP_TOKEN, or else a random token. Other users of this "
-        "machine can see command-line arguments, but not environment variables.",
+        help="Token that requests must contain. Default: $LLM2CLIP_TOKEN if it is set, otherwise a random token. Other "
+        "users of this machine can see command-line arguments, but not environment variables.",
     )
     sub.add_argument(
         "--no_token",
         action="store_true",
-        help="Accept requests without a token. Only allowed if just this machine can connect.",
+        help="Accept requests without a token. Only allowed if no other machine can connect (see --host).",
     )
     sub.add_argument(
         "--behind_proxy",
@@ -152,8 +152,9 @@ def _add_templates_argument(parser: ArgumentParser, note: str = "") -> None:
         "--templates",
         nargs="*",
         type=str,
-        help=f"Average texts of up to three words with these prompt templates, such as 'a photo of a {{}}'.{note} "
-        "Default: the templates that were saved with the model. --templates without a value uses no templates.",
+        help="Prompt templates for texts of up to three words, such as 'a photo of a {}'. The embeddings of the text "
+        f"and of the filled templates are averaged.{note} Default: the templates saved with the model. --templates without "
+        "a value disables templates.",
     )
 
 
@@ -251,7 +252,7 @@ def _search(args: Namespace) -> list[str]:
     from llm2clip.search.query import SearchQuery, embed_query
     from llm2clip.search.render import hit_to_json, open_in_browser, print_hits, write_contact_sheet
 
-    templates = _query_templates(args.templates)
+    templates = _make_query_templates(args.templates)
     query = SearchQuery(args.texts, args.images, args.negative, args.negative_images, templates=templates)
     with redirect_stdout(sys.stderr):  # so that --json and --paths print only results
         backend = open_backend(args["index"])
@@ -317,8 +318,8 @@ def _read_filter(args: Namespace) -> Filter:
     return Filter(canonical_path(args.path), args.caption, after, before, args.min_side)
 
 
-def _query_templates(templates: list[str] | None) -> QueryTemplates | None:
-    """Return the templates given by --templates, or None for those that were saved with the model."""
+def _make_query_templates(templates: list[str] | None) -> QueryTemplates | None:
+    """Return the templates given by --templates, or None to use the templates saved with the model."""
     from llm2clip.models.prompts import QueryTemplates, check_templates
 
     check_templates(templates or [], "--templates")
@@ -329,12 +330,12 @@ def parse_time(text: str | None, option: str, end_of_day: bool = False) -> float
     """Convert an ISO 8601 date or time to a Unix timestamp.
 
     Args:
-        text: Date or time. A date without a time means the start of that day or, with `end_of_day`, its end.
+        text: Date or time in ISO 8601.
         option: Name of the option, for the error message.
-        end_of_day: See `text`.
+        end_of_day: If True, a date without a time means the end of that day instead of its start.
 
     Raises:
-        ValueError: The text is not a date or time.
+        ValueError: The text is not an ISO 8601 date or time.
     """
     if text is None:
         return None
@@ -387,7 +388,7 @@ def _serve(args: Namespace) -> list[str]:
         from llm2clip.search.server import LOOPBACK, create_app, serve
     except ModuleNotFoundError as error:
         raise ImportError(f"`llm2clip serve` needs `{install_command('search')}` ({error})") from error
-    templates = _query_templates(args.templates)
+    templates = _make_query_templates(args.templates)
     backend = open_backend(args["index"]) if args["index"] else None
     model_name = args.model or (backend.metadata()["model"] if backend else None)
     if model_name is None:

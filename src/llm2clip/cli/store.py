@@ -80,7 +80,7 @@ def _merge(args: Namespace) -> list[str]:
     check_stores(*args.folders)
     from llm2clip.store.maintenance import merge_stores
 
-    return _summary(args.out, merge_stores(args.out, args.folders))
+    return _format_summary(args.out, merge_stores(args.out, args.folders))
 
 
 def _export(args: Namespace) -> list[str]:
@@ -103,11 +103,11 @@ def _import(args: Namespace) -> list[str]:
 
     _check_format(args)
     if args.parquet and args.encoder == EncoderConfig():  # the file's metadata identifies the encoder
-        return _summary(args.out, import_parquet(args.parquet, args.out))
+        return _format_summary(args.out, import_parquet(args.parquet, args.out))
     identity = open_encoder(args.encoder, "cpu").identity(args.precision)
     if args.parquet:
-        return _summary(args.out, import_parquet(args.parquet, args.out, identity))
-    return _summary(args.out, import_official_tars(args.tars, args.out, identity))
+        return _format_summary(args.out, import_parquet(args.parquet, args.out, identity))
+    return _format_summary(args.out, import_official_tars(args.tars, args.out, identity))
 
 
 def _check_format(args: Namespace) -> None:
@@ -115,5 +115,5 @@ def _check_format(args: Namespace) -> None:
         raise ValueError("pass either --parquet FILE or --tars X.tar ...")
 
 
-def _summary(out: str, store: EmbeddingStore) -> list[str]:
+def _format_summary(out: str, store: EmbeddingStore) -> list[str]:
     return [f"{out}: {len(store):,} captions"]

@@ -17,7 +17,7 @@ from llm2clip.cli.commands import (
     add_reading_arguments,
     column_flags,
     format_command,
-    select,
+    select_arguments,
 )
 from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, EvaluateConfig, FitConfig, TuneConfig
 from llm2clip.runs.output_folder import check_output_folder
@@ -114,8 +114,8 @@ def _fit(args: Namespace) -> list[str]:
     from llm2clip.pipeline import fit
     from llm2clip.tools.plan.resources import check_resources
 
-    model = fit(args.data, Path(args.out), _config(args), check_resources)
-    return [f"Model: {model}", *_model_hints(model, args)]
+    model = fit(args.data, Path(args.out), _make_config(args), check_resources)
+    return [f"Model: {model}", *_format_model_hints(model, args)]
 
 
 def _tune(args: Namespace) -> list[str]:
@@ -124,7 +124,7 @@ def _tune(args: Namespace) -> list[str]:
     args.encoder.path = resolve_encoder(args.encoder.path)
     from llm2clip.pipeline import run_tune
 
-    encoder = run_tune(args.data, Path(args.out), _config(args))
+    encoder = run_tune(args.data, Path(args.out), _make_config(args))
     flags = [*column_flags(args.columns), "--encoder.path", encoder, "--out", "STORE"]
     hint = format_command("embed", *(args.data or ["DATA"]), *flags)
     return [f"Caption encoder: {encoder}", f"Next: {hint}"]
@@ -137,8 +137,8 @@ def _embed(args: Namespace) -> list[str]:
     from llm2clip.pipeline import run_embed
 
     out = Path(args.out)
-    store = run_embed(args.data, out, _config(args), **select(args, "phrases", "engine", "ray_workers"))
-    flags = [*column_flags(args.columns), "--store", out, *_encoder_flags(args.encoder), "--out", "RUN"]
+    store = run_embed(args.data, out, _make_config(args), **select_arguments(args, "phrases", "engine", "ray_workers"))
+    flags = [*column_flags(args.columns), "--store", out, *_make_encoder_flags(args.encoder), "--out", "RUN"]
     return [f"Store: {out} ({len(store):,} captions)", f"Next: {format_command('align', *args.data, *flags)}"]
 
 
@@ -152,20 +152,20 @@ def _align(args: Namespace) -> list[str]:
     check_pretrained(args.align.tower)
     from llm2clip.pipeline import run_align
 
-    config = dataclasses.replace(_config(args), evaluate=EvaluateConfig(data=args.held_out or []))
+    config = dataclasses.replace(_make_config(args), evaluate=EvaluateConfig(data=args.held_out or []))
     features = Path(args.features) if args.features else None
     model = run_align(args.data, Path(args.out), config, args.store, features)
     flags = ["--baselines", args.align.tower] if args.own_text_tower else []
-    return [f"Model: {model}", *_model_hints(model, args, *flags)]
+    return [f"Model: {model}", *_format_model_hints(model, args, *flags)]
 
 
-def _config(args: Namespace) -> FitConfig:
+def _make_config(args: Namespace) -> FitConfig:
     """Return the settings of a command. Settings that the command does not have keep their defaults."""
     return FitConfig(**{field.name: args[field.name] for field in dataclasses.fields(FitConfig) if field.name in args})
 
 
-def _model_hints(model: Path, args: Namespace, *flags: str) -> list[str]:
-    """Return the commands to run next with a trained model. `flags` are further arguments of `evaluate`."""
+def _format_model_hints(model: Path, args: Namespace, *flags: str) -> list[str]:
+    """Format the next commands for a trained model. `flags` are additional arguments of `evaluate`."""
     columns, index = column_flags(args.columns), model.parent / "index"
     return [
         f"Next: {format_command('evaluate', model, *args.data, *columns, *flags)}",
@@ -173,10 +173,10 @@ def _model_hints(model: Path, args: Namespace, *flags: str) -> list[str]:
     ]
 
 
-def _encoder_flags(encoder: EncoderConfig) -> list[str]:
+def _make_encoder_flags(encoder: EncoderConfig) -> list[str]:
     """Return --encoder flags for all settings that differ from the defaults.
 
-    The flags are needed because a store works only with the encoder config with which it was written.
+    They must be repeated in later commands, because a store works only with the encoder config that wrote it.
     """
     flags = []
     for name, value in vars(encoder).items():
