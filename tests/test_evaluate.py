@@ -330,7 +330,7 @@ def test_evaluate_states_what_it_evaluates_and_warns_about_training_images(
     assert "PATH@none" in output and "training images" not in output and "Warning" not in output
     assert main(["evaluate", str(clip), str(image_folder / "captions.jsonl")]) == 0
     output = capsys.readouterr().out
-    assert "Evaluating 6 held-out images of 36 (those of the split val)" in output and "PATH@train+val" in output
+    assert "Evaluating 6 held-out images of 36 (the split val)" in output and "PATH@train+val" in output
 
 
 def test_benchmarks_command_lists_sources_of_missing_benchmarks(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

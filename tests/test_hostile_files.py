@@ -74,7 +74,7 @@ def png_bytes(width: int = 12, height: int = 10) -> bytes:
         ("bmp jumps", "run-length coding"),
         ("ppm comments", "text form"),
         ("ppm numbers", "text form"),
-        ("tiff shared strips", "share bytes"),
+        ("tiff shared strips", "overlap"),
         ("tiff large tiles", "tiles of the TIFF"),
         ("tiff huge tile", "tiles of the TIFF"),
         ("tiff progressive jpeg", "progressive"),

@@ -53,7 +53,7 @@ def test_sources_without_images_name_the_columns(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("img_file,sentence\n" + rows)
     message = (
         r"none of the 3 records has an image.*no image column; the file has the columns img_file, sentence\. "
-        "Name one with --columns image=img_file"
+        "Select one with --columns image=img_file"
     )
     with pytest.raises(ValueError, match=f"(?s){message}"):
         read_merged_records([str(tmp_path / "x.csv")], {}, SkipLog())

@@ -102,7 +102,7 @@ def test_open_records_maps_columns_and_explains_missing_ones(tmp_path: Path) -> 
     csv_path = str(tmp_path / "x.csv")
     with pytest.raises(
         ValueError,
-        match=r"x\.csv: no caption column; the file has the columns bild, beschreibung\. Name one with --columns",
+        match=r"x\.csv: no caption column; the file has the columns bild, beschreibung\. Select one with --columns",
     ):
         list(open_records(csv_path))
     with pytest.raises(ValueError, match=r"no column 'beschreibun' for captions \(did you mean beschreibung\?\)"):

@@ -1,4 +1,4 @@
-"""Helpers that convert table cells to captions, names and image references, and validate images."""
+"""Conversion of table cells to captions, ids, split names and image references, and image validation."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from llm2clip.io_utils import DataFormatError, describe_error
 # Lower-case strings that represent a missing value in CSV cells.
 MISSING_TEXTS = frozenset({"nan", "-nan", "none", "null", "n/a", "#n/a", "#na", "<na>"})
 
-MAX_CAPTION_CHARACTERS = 1 << 20  # limit on the captions in a cell; encoders truncate them to a few hundred words
-# Python parses other expressions, such as f-strings, in quadratic time, so they are never passed to its parser.
+MAX_CAPTION_CHARACTERS = 1 << 20  # in all captions of a cell; encoders use only a few hundred words of each
 MAX_PYTHON_LIST = 1 << 16  # characters
+# Only list literals that match this pattern are passed to Python's parser, because it takes quadratic time for some
+# other expressions, such as f-strings.
 _PYTHON_LIST = re.compile(
     r"""\s*\[(?:[\s,]|None|[uU]?(?:'[^'\\]*+(?:\\.[^'\\]*+)*+'|"[^"\\]*+(?:\\.[^"\\]*+)*+"))*+\]\s*""", re.DOTALL
 )
@@ -40,7 +41,7 @@ class UnusableRow(Exception):
 
 @contextmanager
 def malformed_row_on_error() -> Iterator[None]:
-    """Convert an unexpected exception to `UnusableRow`, so that one row cannot end a run."""
+    """Convert an unexpected exception to `UnusableRow`, so that a single bad row does not stop a run."""
     try:
         yield
     except (UnusableRow, DataFormatError):
@@ -58,15 +59,13 @@ def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: 
     """Return the captions in a cell, stripped. A string is a single caption; a list contains several captions.
 
     Args:
-        value: Contents of the cell.
         parse_lists: If True, parse strings that look like a list in JSON or Python notation.
         log: Log in which to record empty captions, which are dropped.
-        file: Source file, for the log.
-        row: Row number, for the log.
+        file, row: Location of the cell, for the log.
 
     Raises:
         UnusableRow: The value is neither a string nor a list of strings, a caption is not valid Unicode, or the
-            captions have more than `MAX_CAPTION_CHARACTERS` characters.
+            captions together have more than `MAX_CAPTION_CHARACTERS` characters.
     """
     if isinstance(value, str):
         value = _parse_list(value) if parse_lists else [value]

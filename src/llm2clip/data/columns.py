@@ -2,7 +2,7 @@
 
 A raw row is a tuple `(file, row, fields)`. `row` is the row number, starting at 1; for text files, it is the line
 number. `fields` is a dict that maps column names to the values in the file, or a `BadRow` if the row cannot be read.
-Readers do not interpret the values; the modules `records` and `text_pairs` do.
+Readers do not interpret the values; the modules `records` and `tuning_sources` do.
 """
 
 from __future__ import annotations
@@ -104,14 +104,14 @@ class ColumnMapper:
         """
         key = tuple(columns)
         if key not in self._cache:
-            self._remember(key, columns, self._guess(columns))
+            self._cache_columns(key, columns, self._guess_columns(columns))
             self.check(file)
         return self._cache[key]
 
     def map_row(self, fields: Mapping[str, Any]) -> dict[str, str]:
         """Return a dict {field: column} for a row that has its own set of keys, such as a JSON object.
 
-        If several keys match a field, keys with missing values are ignored.
+        If several keys match a field, keys with a missing value are ignored.
         """
         names = tuple(fields)
         filled = tuple(
@@ -119,7 +119,7 @@ class ColumnMapper:
         )
         key = (*names, "", *filled)
         if key not in self._cache:  # cached, because a source has only a few distinct sets of keys
-            self._remember(key, names, self._guess(names) | self._guess(filled))
+            self._cache_columns(key, names, self._guess_columns(names) | self._guess_columns(filled))
         return self._cache[key]
 
     def check(self, file: str = "") -> None:
@@ -138,21 +138,21 @@ class ColumnMapper:
             raise DataFormatError(f"{where}: {self.describe_missing('captions')}")
 
     def describe_missing(self, field: str) -> str:
-        """Return an error message that says that no column was found for a field, and how to name one.
+        """Return an error message for a field without a column. It says how to select a column.
 
-        The message suggests a column whose name contains a usual name of the field.
+        If a column name contains a typical word, such as "img" or "text", the message suggests this column.
         """
         parts = ("img", "image", "photo", "pic", "file", "path") if field == "image" else ("caption", "text", "descr")
         similar = (column for column in self.columns if any(part in column.lower() for part in parts))
         message = f"no {field.removesuffix('s')} column; {self._list_columns()}. "
         if any(re.search(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", column.lower()) for column in self.columns):
             return message + "The first line of the file must contain the column names, such as image,caption"
-        return message + f"Name one with --columns {field}={next(similar, 'NAME')}"
+        return message + f"Select one with --columns {field}={next(similar, 'NAME')}"
 
     def _list_columns(self) -> str:
         return f"the file has the columns {', '.join(self.columns)}" if self.columns else "the file has no columns"
 
-    def _guess(self, columns: Sequence[str]) -> dict[str, str]:
+    def _guess_columns(self, columns: Sequence[str]) -> dict[str, str]:
         chosen = guess_columns(self._names, columns)
         # If a source has long captions, its `sentences` column contains the sentences of the long caption, not separate
         # captions. An example is the Image Paragraphs data set.
@@ -161,7 +161,7 @@ class ColumnMapper:
             del chosen["captions"]
         return chosen
 
-    def _remember(self, key: tuple[str, ...], columns: Sequence[str], chosen: dict[str, str]) -> None:
+    def _cache_columns(self, key: tuple[str, ...], columns: Sequence[str], chosen: dict[str, str]) -> None:
         self.columns |= dict.fromkeys(columns)
         self.has_captions = self.has_captions or bool(chosen.keys() & set(CAPTION_FIELDS))
         self.has_images = self.has_images or "image" in chosen

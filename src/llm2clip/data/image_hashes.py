@@ -1,12 +1,12 @@
-"""Hashes of image files: detection of identical images, and the list of images on which a model was trained.
+"""Hashes of image files, used to find identical images and to record the images on which a model was trained.
 
 To detect copies, most files are never read, because only files of the same size can be identical. For files of the same
 size, a short sample from the middle is compared first, and only files with equal samples are read completely.
 
 The hashes of the training images are stored in the model folder, in `training_images.npy`, with 8 bytes per image, so
-that `evaluate` can warn if a model is evaluated on some of them. The hashes do not depend on the location of an image,
-so copies of a data set are recognised. They contain neither images nor paths, but with an image, you can check if the
-model was trained on it.
+that `evaluate` can warn if a model is evaluated on its training images. The hashes do not depend on the location of an
+image, so copies of a data set are recognised. Neither images nor paths can be recovered from the hashes, but anyone who
+has an image can check if the model was trained on it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from llm2clip.data.image_refs import FileImage, ImageRef, TarImage, resolve_fold
 
 TRAINING_IMAGES_FILE = "training_images.npy"
 SAMPLE_BYTES = 1024
-NUM_THREADS = 16  # many threads help on network file systems, where most of the time is spent waiting
+NUM_THREADS = 16  # many threads help on network file systems, which have a high latency
 ITEMS_PER_TASK = 32
 CHUNK_BYTES = 1 << 20
 
@@ -70,7 +70,7 @@ def find_copies(images: Iterable[ImageRef | None]) -> dict[str, str]:
 
 
 def hash_images(images: Iterable[ImageRef | None]) -> np.ndarray:
-    """Return the sorted hashes of distinct images, uint64 of shape (N,). Images that do not exist are omitted.
+    """Return the sorted hashes of distinct images, of shape (N,), uint64. Images that do not exist are omitted.
 
     The hash of an image file or a member of a tar file is computed from its size and 1,024 bytes from its middle, so
     that few bytes are read. Images in tables are already identified by a hash of all their bytes.
@@ -85,7 +85,7 @@ def count_training_images(training_images: np.ndarray, images: Iterable[ImageRef
     """Return the number of distinct images on which the model was trained.
 
     Args:
-        training_images: Sorted hashes of the training images, uint64 of shape (N,). See `hash_images`.
+        training_images: Sorted hashes of the training images; see `hash_images`.
         images: Images on which the model is evaluated.
     """
     hashes = hash_images(images)
@@ -95,18 +95,18 @@ def count_training_images(training_images: np.ndarray, images: Iterable[ImageRef
 
 
 def save_training_images(folder: Path, training_images: np.ndarray) -> None:
-    """Write sorted hashes, uint64 of shape (N,), to a model folder."""
+    """Write the hashes from `hash_images` to a model folder."""
     np.save(folder / TRAINING_IMAGES_FILE, training_images, allow_pickle=False)
 
 
 def load_training_images(model: str | Path) -> np.ndarray | None:
-    """Return the hashes of a model's training images, uint64 of shape (N,), memory-mapped.
+    """Load the hashes of a model's training images, memory-mapped.
 
     Args:
         model: Model folder, or hub id of a model that has been downloaded.
 
     Returns:
-        None if there is no such file, so that the training images are unknown.
+        Sorted hashes of shape (N,), uint64. None if the model folder does not contain them.
 
     Raises:
         ValueError: The file is damaged.
@@ -121,7 +121,7 @@ def load_training_images(model: str | Path) -> np.ndarray | None:
         if hashes.dtype != np.dtype("<u8") or hashes.ndim != 1:
             raise ValueError(f"the array has dtype {hashes.dtype} and shape {hashes.shape}")
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{file} is not a list of image hashes ({error}): delete this file") from error
+        raise ValueError(f"{file} is not a list of image hashes ({error}). Delete this file") from error
     return hashes
 
 
@@ -137,7 +137,7 @@ def _content_digest(image: ImageRef) -> bytes:
 
 
 def _map_in_chunks(pool: ThreadPoolExecutor, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
-    """Apply a function to items in several threads, in chunks for speed, and yield the results in order."""
+    """Apply a function to items in a thread pool, one chunk per task. Yield the results in order."""
     chunks = [items[start : start + ITEMS_PER_TASK] for start in range(0, len(items), ITEMS_PER_TASK)]
     for results in pool.map(lambda chunk: [function(item) for item in chunk], chunks):
         yield from results

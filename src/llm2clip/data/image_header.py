@@ -24,7 +24,7 @@ MAX_FILE_BYTES = 1 << 30  # larger than 100 million uncompressed RGBA pixels wit
 
 # Pillow decodes all of these formats in-process. EPS is excluded because Pillow runs Ghostscript on EPS files. ICO is
 # excluded because Pillow decodes the images in an ICO file before their size can be checked. HEIC is decoded by the
-# optional package pillow-heif, which `open_header` imports when it first meets such a file.
+# optional package pillow-heif, which `open_header` imports when it first opens a HEIC file.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 
 # Ordinary progressive JPEGs have at most about 20 scans. A scan of only 100 bytes can visit all pixels.
@@ -60,7 +60,7 @@ _UNSUPPORTED = {  # start of a file, as a regular expression -> format
 
 
 class ImageFormatError(ValueError):
-    """Raised if a file is not an image in a supported format. The message says what it is and what to do, if known."""
+    """Raised if a file is not an image in a supported format. The message names the format if it is known."""
 
 
 class DecodingLimitError(ValueError):
@@ -132,7 +132,7 @@ def _register_heic() -> None:
 
 
 def is_heic(start: bytes) -> bool:
-    """Return True for HEIC images, given at least the first bytes of a file. AVIF images have the same container."""
+    """Return True for HEIC images, given at least the first bytes of a file. AVIF images use the same container."""
     if start[4:8] != b"ftyp":
         return False
     box = start[: min(1024, int.from_bytes(start[:4], "big"))]
@@ -161,14 +161,16 @@ def check_decoding_work(data: bytes, header: Image.Image) -> None:
         if codec in ("bmp_rle", "ppm_plain"):  # decoded in Python
             raise DecodingLimitError("BMP images with run-length coding and PPM images in text form are not supported")
         if codec == "ppm" and width * height > MAX_PYTHON_PIXELS:
-            raise DecodingLimitError(f"a PPM image with this maximum value may have {MAX_PYTHON_PIXELS:,} pixels")
+            raise DecodingLimitError(
+                f"a PPM image with this maximum value must have at most {MAX_PYTHON_PIXELS:,} pixels"
+            )
 
 
 class _BoundedReader:
     """Stream that limits a decoder to the number of reads and bytes that a file of this size requires.
 
-    Without these limits, a header with a million empty chunks, or with thousands of references to the same bytes, would
-    take minutes or gigabytes.
+    Without these limits, a header with a million empty chunks, or with thousands of references to the same bytes, could
+    take minutes to read, or gigabytes of memory.
     """
 
     def __init__(self, stream: BinaryIO) -> None:
@@ -181,7 +183,7 @@ class _BoundedReader:
         self._bytes_left = 2 * self._size + (1 << 20)
 
     def allow_decoding(self, bytes_per_read: int) -> None:
-        """Allow as many further reads as it takes to read the file in pieces of `bytes_per_read` bytes."""
+        """Allow the number of further reads that it takes to read the file in chunks of `bytes_per_read` bytes."""
         self._reads_left = MAX_HEADER_READS + self._size // bytes_per_read
         self._bytes_left = 2 * self._size + (1 << 20)
 
@@ -200,7 +202,7 @@ class _BoundedReader:
 def _check_jpeg(data: bytes, num_pixels: int) -> None:
     max_scans = min(MAX_SCANS, MAX_SCANNED_PIXELS // max(1, num_pixels))
     num_scans = 0
-    num_components = None  # of a sequential frame
+    num_components = None  # number of components of a sequential frame
     for marker, position in _jpeg_markers(data):
         if marker in _ARITHMETIC_FRAMES:
             raise DecodingLimitError("JPEG images with arithmetic coding are not supported")
@@ -243,6 +245,6 @@ def _check_tiff(data: bytes, header: Any) -> None:
         return  # Pillow reads the pixels with a bounded reader
     sizes = tags.get(_TILE_BYTES) or tags.get(_STRIP_BYTES)
     if not sizes or sum(sizes) > len(data):
-        raise DecodingLimitError("the strips or tiles of the TIFF do not have a size, or share bytes")
+        raise DecodingLimitError("the strips or tiles of the TIFF have no size, or overlap")
     if "jpeg" in header.info["compression"] and _COMPLEX_FRAME.search(data):
         raise DecodingLimitError("TIFF images with progressive or arithmetic-coded JPEG data are not supported")

@@ -29,7 +29,7 @@ def decode_or_error(ref: ImageRef, transform: Callable[[Tensor], T]) -> T | str:
         return transform(load_image(ref))
     except (ImageError, OSError) as error:
         return str(error).removeprefix(f"{ref}: ")  # the caller adds the image's name
-    except Exception as error:  # one image must not end a run
+    except Exception as error:  # a single bad image must not stop a run
         return describe_error(error)
 
 
@@ -40,7 +40,7 @@ def image_batches(
 
     Args:
         refs: References to the images.
-        transform: Function applied to each decoded image, uint8 (3, H, W).
+        transform: Function applied to each decoded image, of shape (3, H, W), uint8.
         batch_size: Number of images per batch, including images that cannot be decoded.
         workers: Number of worker processes. Workers are used only for 2,048 or more images. Default: half the number
             of CPU cores, but at most 8.
@@ -92,10 +92,10 @@ def skip_finalization(worker: int) -> None:
 
 
 class SharedRefs:
-    """List of image references that can be sent to worker processes quickly, whatever its length.
+    """List of image references that can be sent to worker processes quickly, even if it is very long.
 
     A data loader pickles its data set once for each worker. For millions of references, this takes minutes, and each
-    worker gets its own copy. This list is instead serialised once, into tensors. PyTorch sends tensors to other
+    worker gets its own copy. Instead, this list is serialised once, into tensors. PyTorch sends tensors to other
     processes as shared memory, and each worker unpickles a reference when it needs that reference.
     """
 
@@ -116,11 +116,11 @@ class SharedRefs:
 
 
 class SerialisedRefs:
-    """Image references as pickles in a buffer.
+    """Image references, pickled into a single buffer.
 
     Attributes:
-        buffer: The pickles of all references, one after another, uint8.
-        ends: End of each pickle in the buffer, of shape (N,), int64.
+        buffer: Concatenated pickles of all references, uint8.
+        ends: Offset of the end of each pickle, of shape (N,), int64.
     """
 
     def __init__(self, buffer: Tensor, ends: Tensor) -> None:
@@ -191,7 +191,7 @@ class _TensorPickler(pickle.Pickler):
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Counterpart of `_TensorPickler`. It takes the tensors from a buffer."""
+    """Counterpart of `_TensorPickler` that reads the tensors from a buffer."""
 
     def __init__(self, stream: BytesIO, offsets: list[int], buffer: Tensor) -> None:
         super().__init__(stream)

@@ -27,19 +27,22 @@ from llm2clip.io_utils import describe_error, open_regular_file
 # because rows can share a value and because values are compressed.
 MAX_ROW_GROUP_BYTES = 2 << 30
 MAX_BATCH_BYTES = 256 << 20  # approximate limit on the bytes that are decoded at a time
-MAX_WINDOW_BYTES = 128 << 20  # approximate limit on consecutive cells that are decoded to read one of them
+MAX_WINDOW_BYTES = 128 << 20  # approximate size of the consecutive cells that are decoded to read one of them
 MAX_CACHE_BYTES = 256 << 20  # limit on the decoded cells that a process caches
 MAX_CELL_BYTES = 256 << 20  # limit on the image in a table cell
 
 
 class ImageRef(ABC):
-    """Location of an image's bytes. It is small, can be pickled, and works in any process. `str()` returns a name."""
+    """Reference to the encoded bytes of an image. It is small, picklable and valid in any process.
+
+    `str()` returns a name for messages.
+    """
 
     __slots__ = ()
 
     @property
     def key(self) -> str:
-        """String that is the same for all references to an image, even if their paths are written differently."""
+        """String that is equal for all references to an image, even if they spell its path differently."""
         return self.canonical_path
 
     @property
@@ -67,7 +70,7 @@ class ImageRef(ABC):
         Raises:
             OSError: The image cannot be read.
         """
-        with self._reader_errors():
+        with self._convert_reader_errors():
             return self._open()
 
     def read(self) -> bytes:
@@ -76,15 +79,15 @@ class ImageRef(ABC):
         Raises:
             OSError: The image cannot be read, or it has more than `MAX_FILE_BYTES` bytes.
         """
-        with self._reader_errors(), self._open() as stream:
+        with self._convert_reader_errors(), self._open() as stream:
             return read_image_file(stream)
 
     @abstractmethod
     def _open(self) -> BinaryIO:
-        """Open the encoded bytes as a stream. Damaged files can make the libraries raise any type of exception."""
+        """Open the encoded bytes as a stream. If the file is damaged, any type of exception may be raised."""
 
     @contextmanager
-    def _reader_errors(self) -> Iterator[None]:
+    def _convert_reader_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError:
@@ -196,8 +199,8 @@ class ParquetImage(_TableCell):
     """A cell in a Parquet file. It contains either bytes or a struct with bytes and a path.
 
     A read decodes the row group up to the cell and as many of the following cells as fit in `MAX_WINDOW_BYTES`. Each
-    process caches up to `MAX_CACHE_BYTES` of decoded cells. Reading in file order is therefore fast, but each read in
-    random order usually decodes another row group. Row groups should therefore be small; Hugging Face uses 100 rows.
+    process caches up to `MAX_CACHE_BYTES` of decoded cells. Reading in file order is therefore fast, but in random
+    order, most reads decode another row group. Files should have small row groups; Hugging Face uses 100 rows.
     """
 
     path: str
@@ -309,8 +312,8 @@ def _real_path(folder: str) -> str:
 def file_version(path: str) -> tuple[tuple[int, int], ...]:
     """Return the sizes and modification times (in ns) of a file, or of all files in a folder and its subfolders.
 
-    They are part of cache keys and of an index, so that stale entries are never used. The modification time of a folder
-    alone does not change if a file in it is overwritten.
+    Cache keys and search indexes contain them, so that stale entries are never used. The modification time of a folder
+    is not enough, because it does not change if a file in the folder is overwritten.
     """
     files = [path]
     if os.path.isdir(path):
@@ -400,7 +403,7 @@ def _decode_window(path: str, version: object, group: int, column: str, row: int
 
 @functools.lru_cache(maxsize=1024)
 def _batch_size(path: str, version: object) -> int:
-    """Cached `parquet_batch_size`, because it scans all row groups, and every row group is read separately."""
+    """Cache `parquet_batch_size`, which scans the metadata of all row groups, across reads of single row groups."""
     with pq.ParquetFile(path) as file:
         return parquet_batch_size(file)
 
@@ -453,7 +456,7 @@ def _open_cell(cell: Any, ref: ImageRef) -> BinaryIO:
     """Open the image in a table cell: bytes or a struct with bytes, as Arrow scalars or as Python values.
 
     A path in the cell is not opened. The cell contained bytes when the reference was created, so a path means that the
-    table was changed, and the path could be that of any file on this machine.
+    table was changed, and the path could point to any file on this machine.
 
     Raises:
         OSError: The cell contains no bytes, or too many.

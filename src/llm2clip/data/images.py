@@ -49,11 +49,12 @@ ImageLike = str | Path | bytes | Image.Image | Tensor | np.ndarray | Readable
 
 
 def load_image(image: ImageLike) -> Tensor:
-    """Load an image from any supported input as uint8 (3, H, W) RGB and apply its EXIF orientation.
+    """Load an image as an RGB tensor of shape (3, H, W), uint8, with its EXIF orientation applied.
 
     Args:
         image: One of the following: a path, encoded bytes, an open file, an `ImageRef`, a PIL image, a uint8 NumPy
-            array (H, W, 3) or (H, W), a uint8 tensor (3, H, W), or a float tensor (3, H, W) with values from 0 to 1.
+            array of shape (H, W, 3) or (H, W), or a tensor of shape (3, H, W) that is either uint8 or float with values
+            from 0 to 1.
 
     Raises:
         ImageError: The image cannot be read, or the type of `image` is not supported. If the image is in a file, the
@@ -65,10 +66,10 @@ def load_image(image: ImageLike) -> Tensor:
         return _from_array(image)
     if isinstance(image, bytes):
         return decode_image(image)
-    name = _name_of(image)
+    name = _file_name(image)
     try:
         if isinstance(image, Image.Image):
-            with _decoder_errors():
+            with _convert_decoder_errors():
                 return _decode_with_pillow(image)
         if isinstance(image, str | Path):
             image = FileImage(str(image))
@@ -79,13 +80,13 @@ def load_image(image: ImageLike) -> Tensor:
 
 
 def list_images(images: Any) -> list[Any]:
-    """Return the images in a list, a tuple or a batch (N, ...). A single image becomes a list of one image."""
+    """Return the images in a list, a tuple or a batch of shape (N, ...). A single image becomes a list of one image."""
     is_batch = isinstance(images, Tensor | np.ndarray) and images.ndim == 4
     return list(images) if is_batch or isinstance(images, list | tuple) else [images]
 
 
 def decode_image(data: bytes) -> Tensor:
-    """Decode an image to uint8 (3, H, W) RGB.
+    """Decode an image to an RGB tensor of shape (3, H, W), uint8.
 
     The EXIF orientation is applied, transparent pixels are blended with white, and only the first frame of an animation
     is used. torchvision decodes JPEG and WebP images, twice as fast as Pillow, and also PNG images in versions where
@@ -96,7 +97,7 @@ def decode_image(data: bytes) -> Tensor:
         ImageError: The bytes are not an image in a supported format, the image is damaged, it has more than
             `MAX_PIXELS` pixels, or decoding would take too much work (see `check_decoding_work`).
     """
-    with _decoder_errors():
+    with _convert_decoder_errors():
         header = open_header(BytesIO(data))
         _check_size(header)
         check_decoding_work(data, header)
@@ -105,8 +106,8 @@ def decode_image(data: bytes) -> Tensor:
 
 
 @contextmanager
-def _decoder_errors() -> Iterator[None]:
-    """Convert every exception of a decoder to an `ImageError`: damaged files can make decoders raise any exception."""
+def _convert_decoder_errors() -> Iterator[None]:
+    """Convert exceptions of decoders to `ImageError`. Damaged files can make decoders raise any type of exception."""
     try:
         yield
     except ImageError:
@@ -128,14 +129,14 @@ def load_thumbnail(image: ImageLike, side: int) -> bytes | None:
 
 
 def make_thumbnail(image: Tensor, side: int) -> bytes:
-    """Shrink an image, uint8 (3, H, W), so that its longer side has at most `side` pixels. Return JPEG bytes."""
+    """Shrink an image of shape (3, H, W), uint8, to at most `side` pixels on its longer side. Return JPEG bytes."""
     height, width = image.shape[-2:]
     scale = min(1.0, side / max(height, width))
     small = F.resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)
     return cast(bytes, encode_jpeg(small.contiguous(), quality=80).numpy().tobytes())
 
 
-def _name_of(image: object) -> object:
+def _file_name(image: object) -> object:
     """Return the file name of an input, for error messages. Return an empty string if it has no file name."""
     if isinstance(image, ImageRef | str | Path):
         return image
@@ -151,7 +152,9 @@ def _name_of(image: object) -> object:
 def _from_tensor(image: Tensor) -> Tensor:
     is_float = image.is_floating_point()
     if not (image.dtype == torch.uint8 or is_float) or image.ndim != 3 or image.shape[0] != 3 or not image.numel():
-        raise ImageError(f"a tensor must be uint8 or float, (3, H, W) (got {image.dtype} {tuple(image.shape)})")
+        raise ImageError(
+            f"a tensor must have shape (3, H, W) and dtype uint8 or float (got {image.dtype} {tuple(image.shape)})"
+        )
     if not is_float:
         return image
     if not bool(((image >= 0) & (image <= 1)).all()):  # also False for NaN
@@ -165,7 +168,9 @@ def _from_tensor(image: Tensor) -> Tensor:
 def _from_array(image: np.ndarray) -> Tensor:
     is_grey = image.ndim == 2
     if image.dtype != np.uint8 or not (is_grey or (image.ndim == 3 and image.shape[2] == 3)) or not image.size:
-        raise ImageError(f"an array must be uint8, (H, W, 3) or (H, W) (got {image.dtype} {image.shape})")
+        raise ImageError(
+            f"an array must have shape (H, W, 3) or (H, W) and dtype uint8 (got {image.dtype} {image.shape})"
+        )
     pixels = torch.from_numpy(np.array(image, order="C"))  # a copy, because the array may be read-only
     return pixels.expand(3, -1, -1).contiguous() if is_grey else pixels.permute(2, 0, 1).contiguous()
 
@@ -177,7 +182,7 @@ def _check_size(image: Image.Image) -> None:
 
 
 def _decode_with_torchvision(data: bytes, header: Image.Image) -> Tensor | None:
-    """Decode an image with torchvision. Return None if Pillow must decode the image, or report the error, instead."""
+    """Decode an image with torchvision. Return None if Pillow must decode it or report its error instead."""
     if header.format == "PNG" and "PNG" not in _FAST_FORMATS and ImageFile.LOAD_TRUNCATED_IMAGES:
         open_header(BytesIO(data)).verify()  # missing pixels must raise an error, not become grey
     if header.format not in _FAST_FORMATS or "transparency" in header.info:
@@ -201,7 +206,7 @@ def _decode_with_torchvision(data: bytes, header: Image.Image) -> Tensor | None:
 
 
 def _decode_with_pillow(image: Image.Image) -> Tensor:
-    """Convert a Pillow image of any mode to uint8 (3, H, W).
+    """Convert a Pillow image of any mode to an RGB tensor of shape (3, H, W), uint8.
 
     Raises:
         ImageError: The image is too large, or its pixels are floats.
@@ -230,7 +235,7 @@ def _read_orientation(image: Image.Image) -> int:
 
 
 def _to_8_bits(pixels: Tensor) -> Tensor:
-    """Scale pixel values from 0-65535 to 0-255 with rounding; return uint8 of the same shape."""
+    """Scale pixel values from 0-65535 to 0-255, with rounding. Return a uint8 tensor of the same shape."""
     result = torch.empty(pixels.shape, dtype=torch.uint8)
     for chunk, out in zip(_row_chunks(pixels), _row_chunks(result), strict=True):
         out.copy_((chunk.to(torch.int32) + 128) // 257)
@@ -238,7 +243,7 @@ def _to_8_bits(pixels: Tensor) -> Tensor:
 
 
 def _blend_with_white(pixels: Tensor) -> Tensor:
-    """Blend an RGBA image, uint8 (4, H, W), with a white background; return uint8 (3, H, W)."""
+    """Blend an RGBA image of shape (4, H, W), uint8, with white. Return an RGB image of shape (3, H, W), uint8."""
     result = torch.empty(3, *pixels.shape[1:], dtype=torch.uint8)
     for chunk, out in zip(_row_chunks(pixels), _row_chunks(result), strict=True):
         colour, alpha = chunk[:3].to(torch.int32), chunk[3:].to(torch.int32)

@@ -28,7 +28,7 @@ def words_of(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-ARTICLES = words_of("a an the his its their")  # articles and possessives, which are never pronouns
+ARTICLES = words_of("a an the his its their")  # a word that stands alone after one of these is a noun
 NUMBERS = words_of("two three four five six seven eight nine ten")
 DETERMINERS = (
     ARTICLES
@@ -40,7 +40,7 @@ CONNECTIVES = words_of(
     "and or of in on at to with without for from by near over under through across into onto behind beside between "
     "along around against above below inside outside beneath next like toward towards past off during before after"
 )
-# Other function words.
+# Other function words. They end a run, but a phrase does not start after them.
 FUNCTION_WORDS = words_of(
     "is are was were be been being am do does did has have had can could will would may might must should he she it "
     "they them him who whom which what where when while as if than then there here not only very also just so too but "
@@ -62,11 +62,8 @@ _TOKEN = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|[^\w\s]|\d+")
 def add_phrases(records: Sequence[Record]) -> list[Record]:
     """Return the records with phrases taken from their captions, and print a line if no phrases are found.
 
-    The records are returned unchanged if any record already has phrases, from a column of the data, or if the captions
-    are not in English.
-
-    Args:
-        records: Records with captions.
+    The records are returned unchanged if any record already has phrases from a data column, or if the captions are not
+    in English.
     """
     if any(record.phrases for record in records):
         return list(records)
@@ -74,18 +71,18 @@ def add_phrases(records: Sequence[Record]) -> list[Record]:
     phrases = extract_phrases(captions) if is_english([text for texts in captions for text in texts]) else []
     if not any(phrases):
         print_once(
-            "No short phrases are used: they are only found in English captions, if they occur in the captions of "
-            f"{MIN_IMAGES} or more images. Alternatively, add a column `phrases` to the data"
+            "No short phrases are used: the captions are not in English, or no phrase occurs in the captions of "
+            f"{MIN_IMAGES} or more images. To use your own phrases, add a column `phrases` to the data"
         )
         return list(records)
-    return [dataclasses.replace(record, phrases=own) for record, own in zip(records, phrases, strict=True)]
+    return [dataclasses.replace(record, phrases=selected) for record, selected in zip(records, phrases, strict=True)]
 
 
 def is_english(captions: Sequence[str]) -> bool:
     """Return True if at least a third of the captions contain a frequent English function word.
 
-    The rules for phrases would find a few wrong phrases in other languages. Of at most 10,000 captions, evenly spaced,
-    those without at least four words are ignored.
+    In other languages, the rules for phrases would find a few wrong phrases. At most 10,000 evenly spaced captions are
+    checked, and captions with fewer than four words are ignored.
     """
     sample = [caption.lower().split() for caption in captions[:: len(captions) // 10_000 + 1]]
     sentences = [words for words in sample if len(words) >= 4]
@@ -101,13 +98,13 @@ def extract_phrases(captions: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
     Args:
         captions: Captions of each image.
     """
-    nouns = _frequent({noun for text in texts for noun in _lone_nouns(text)} for texts in captions)
-    candidates = [tuple(dict.fromkeys(p for text in texts for p in _phrases(text, nouns))) for texts in captions]
-    frequent = _frequent(candidates)
+    nouns = _select_frequent({noun for text in texts for noun in _find_lone_nouns(text)} for texts in captions)
+    candidates = [tuple(dict.fromkeys(p for text in texts for p in _find_phrases(text, nouns))) for texts in captions]
+    frequent = _select_frequent(candidates)
     return [tuple(frequent[phrase] for phrase in phrases if phrase in frequent) for phrases in candidates]
 
 
-def _frequent(sets: Iterable[Iterable[str]]) -> dict[str, str]:
+def _select_frequent(sets: Iterable[Iterable[str]]) -> dict[str, str]:
     """Return the strings that are in at least `MIN_IMAGES` of the sets, as a dict that maps each string to itself.
 
     The dict lets all images share one string object per phrase.
@@ -116,7 +113,7 @@ def _frequent(sets: Iterable[Iterable[str]]) -> dict[str, str]:
     return {item: item for item, count in counts.items() if count >= MIN_IMAGES}
 
 
-def _runs(text: str) -> Iterator[tuple[str, list[str], str]]:
+def _split_into_runs(text: str) -> Iterator[tuple[str, list[str], str]]:
     """Yield the runs of content words in a text, each with the preceding and the following token.
 
     At the start and end of the text, these tokens are ".".
@@ -131,19 +128,19 @@ def _runs(text: str) -> Iterator[tuple[str, list[str], str]]:
         before, run = token, []
 
 
-def _lone_nouns(text: str) -> Iterator[str]:
+def _find_lone_nouns(text: str) -> Iterator[str]:
     """Yield the words that stand alone after an article and before a function word or the end of a sentence.
 
     Words before "and", "or" or a comma are excluded, because they may be adjectives ("a black and white dog").
     """
-    for before, run, after in _runs(text):
+    for before, run, after in _split_into_runs(text):
         if len(run) == 1 and before in ARTICLES and (after == "." or (after in _BOUNDARIES - {"and", "or"})):
             yield run[0]
 
 
-def _phrases(text: str, nouns: dict[str, str]) -> Iterator[str]:
+def _find_phrases(text: str, nouns: dict[str, str]) -> Iterator[str]:
     """Yield the noun phrase at the start of each run, and its last noun."""
-    for before, run, _ in _runs(text):
+    for before, run, _ in _split_into_runs(text):
         if before != "." and not before.isdigit() and before not in DETERMINERS | CONNECTIVES:
             continue
         start = next((n for n, word in enumerate(run) if word in nouns), None)

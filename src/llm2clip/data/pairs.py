@@ -18,7 +18,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from llm2clip.data.texts import unique_captions
 
-DIMENSION = 64  # maximum dimension of the vectors by which similar captions are found
+DIMENSION = 64  # maximum dimension of the vectors from which similar captions are grouped
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +106,8 @@ def resolve_pairs_per_step(sources: Sequence[Sequence[TuningItem]], batch_size: 
     always be drawn from the smallest source, rounded down to a multiple of the number of ranks.
 
     Raises:
-        ValueError: Some sources have enough items for a step of the full size, and others do not, or a source is too
-            small for 2 pairs per step and 1 pair per rank.
+        ValueError: Some sources have enough items for a step of the full size, and others do not. Also raised if a
+            source is too small for 2 pairs per step or for 1 pair per rank and step.
     """
     pairs_per_step = batch_size * world_size
     usable = [pairable_items(items, 1) for items in sources]
@@ -116,7 +116,7 @@ def resolve_pairs_per_step(sources: Sequence[Sequence[TuningItem]], batch_size: 
         if pairs_per_step < 2:
             raise ValueError(
                 f"too few texts to tune on with {world_size} process(es): a step needs at least 2 pairs that share no "
-                "text, and 1 for each process. Add data, or use --tune.steps 0 to leave the LLM unchanged"
+                "text, and at least 1 such pair per process. Add data, or use --tune.steps 0 to leave the LLM unchanged"
             )
     for items in sources:
         pairable_items(items, pairs_per_step)
@@ -141,7 +141,7 @@ def pairable_items(items: Sequence[TuningItem], batch_size: int) -> list[TuningI
 
 def can_pair(captions: ImageCaptions) -> bool:
     """Return True if an image has two different captions."""
-    return bool(_available_kinds(captions))
+    return bool(_list_kinds(captions))
 
 
 def draw_pair(captions: ImageCaptions, rng: np.random.Generator) -> Pair:
@@ -150,7 +150,7 @@ def draw_pair(captions: ImageCaptions, rng: np.random.Generator) -> Pair:
     The kind of pair is drawn first: two short captions, a short and a long caption, or two long captions. All kinds
     that the image's captions allow are equally likely.
     """
-    kinds = _available_kinds(captions)
+    kinds = _list_kinds(captions)
     chosen = 0
     if len(kinds) > 1:
         chosen = int(rng.choice(len(kinds), p=np.full(len(kinds), 1 / len(kinds))))
@@ -177,8 +177,8 @@ def _count_unrelated_items(items: Sequence[TuningItem]) -> int:
     return int(connected_components(graph, directed=False)[0])
 
 
-def _available_kinds(captions: ImageCaptions) -> list[tuple[list[str], list[str]]]:
-    """List the possible kinds of pair. Each is a tuple of the candidates for the first and for the second text."""
+def _list_kinds(captions: ImageCaptions) -> list[tuple[list[str], list[str]]]:
+    """Return the candidates for the first and the second text, for each kind of pair that the captions allow."""
     short = unique_captions(captions.short)
     long = [caption for caption in unique_captions(captions.long) if caption not in short]
     kinds = []
@@ -240,7 +240,7 @@ def _source_batches(
 
 
 def caption_vectors(captions: Sequence[Sequence[str]]) -> np.ndarray:
-    """Compute one vector per item from its captions, of shape (N, at most 64), float32, centred and L2-normalised.
+    """Compute a vector for each item from its captions. Return shape (N, at most 64), float32, L2-normalised.
 
     The method is latent semantic analysis: TF-IDF followed by truncated SVD. The captions of an item are concatenated
     into one document.
@@ -249,7 +249,7 @@ def caption_vectors(captions: Sequence[Sequence[str]]) -> np.ndarray:
         captions: Captions of each item. They can be in any language.
     """
     documents = [" ".join(texts) for texts in captions]
-    tfidf = TfidfVectorizer(analyzer=_words, sublinear_tf=True).fit_transform(documents)
+    tfidf = TfidfVectorizer(analyzer=_split_words, sublinear_tf=True).fit_transform(documents)
     dimension = min(DIMENSION, min(tfidf.shape) - 1)
     if dimension < 1:
         return np.zeros((len(captions), 1), np.float32)
@@ -263,29 +263,33 @@ def grouped_permutation(vectors: np.ndarray, group_size: int, rng: np.random.Gen
     """Return a random permutation of N items, as int64 indices, in which groups of similar items are adjacent.
 
     Args:
-        vectors: Vectors from `caption_vectors`, (N, D).
+        vectors: Vectors from `caption_vectors`, of shape (N, D).
         group_size: Number of items per group. If N is not a multiple of `group_size`, one group is smaller. If
             `group_size` is 1, the result is an ordinary random permutation.
         rng: Generator for the random directions and the random order. Each call forms new groups.
     """
     if group_size <= 1:
         return rng.permutation(len(vectors))
-    groups = _split(vectors, rng.permutation(len(vectors)), group_size, rng)
+    groups = _split_into_groups(vectors, rng.permutation(len(vectors)), group_size, rng)
     if not groups:
         return np.empty(0, np.int64)
     return np.concatenate([groups[i] for i in rng.permutation(len(groups))])
 
 
-def _split(vectors: np.ndarray, items: np.ndarray, group_size: int, rng: np.random.Generator) -> list[np.ndarray]:
+def _split_into_groups(
+    vectors: np.ndarray, items: np.ndarray, group_size: int, rng: np.random.Generator
+) -> list[np.ndarray]:
     """Recursively halve the items along random directions until each group has at most `group_size` items."""
     if len(items) <= group_size:
         return [items] if len(items) else []
     direction = rng.standard_normal(vectors.shape[1], dtype=np.float32)
     ordered = items[np.argsort(vectors[items] @ direction, kind="stable")]
     half = max(1, len(items) // group_size // 2) * group_size
-    return _split(vectors, ordered[:half], group_size, rng) + _split(vectors, ordered[half:], group_size, rng)
+    return _split_into_groups(vectors, ordered[:half], group_size, rng) + _split_into_groups(
+        vectors, ordered[half:], group_size, rng
+    )
 
 
-def _words(text: str) -> list[str]:
+def _split_words(text: str) -> list[str]:
     """Split a text into words. Scripts without spaces (such as Thai or Chinese) are split into characters."""
     return re.findall(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|\w+", text.lower()) or [text]

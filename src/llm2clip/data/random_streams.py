@@ -1,7 +1,7 @@
-"""Many independent random number generators at once, each equal to a generator from NumPy.
+"""Vectorised random number generators, each of which draws the same numbers as a generator of NumPy.
 
 A sample that depends only on (seed, epoch, image) needs its own random number generator. Creating one with
-`np.random.default_rng([seed, epoch, image])` takes tens of microseconds. `RandomStreams` computes the same numbers for
+`np.random.default_rng([seed, epoch, image])` takes tens of microseconds. `RandomStreams` draws the same numbers for
 all images of a batch with array operations.
 
 The algorithms are the same as NumPy's: `SeedSequence` hashes the seeds, PCG64 (XSL-RR 128/64,
@@ -26,7 +26,7 @@ _ONE, _32_BITS, _LOW_32 = np.uint64(1), np.uint64(32), np.uint64(0xFFFFFFFF)
 
 
 def epoch_permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    """Return a random permutation of `n` items, int64 of shape (n,). It depends only on `n`, the seed and the epoch."""
+    """Return a permutation of shape (n,), int64, that depends only on `n`, the seed and the epoch."""
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
@@ -50,7 +50,7 @@ class RandomStreams:
         self._has_upper_half = np.zeros(self.count, bool)
 
     def random(self) -> np.ndarray:
-        """Draw a number in [0, 1) from each generator, as NumPy's `Generator.random` does. Shape (N,), float64."""
+        """Draw a number in [0, 1) from each generator, as `Generator.random` does. Return shape (N,), float64."""
         return (self._next_64_bits(np.arange(self.count)) >> np.uint64(11)) * (1.0 / 9007199254740992.0)
 
     def shuffle(self, values: np.ndarray, counts: np.ndarray) -> None:
@@ -65,35 +65,35 @@ class RandomStreams:
             other = self._integers(rows, last)
             values[rows, last], values[rows, other] = values[rows, other], values[rows, last]
 
-    def _integers(self, which: np.ndarray, highest: int) -> np.ndarray:
-        """Draw a random integer between 0 and `highest` from each generator in `which`, an array of indices.
+    def _integers(self, indices: np.ndarray, highest: int) -> np.ndarray:
+        """Draw a random integer from 0 to `highest` with each of the generators `indices`.
 
         Like NumPy, take as many random bits as `highest` has, and draw again if the integer is larger than `highest`.
         """
         mask = np.uint64((1 << highest.bit_length()) - 1)
-        integers = self._next_32_bits(which) & mask
+        integers = self._next_32_bits(indices) & mask
         too_large = np.flatnonzero(integers > highest)
         while len(too_large):
-            integers[too_large] = self._next_32_bits(which[too_large]) & mask
+            integers[too_large] = self._next_32_bits(indices[too_large]) & mask
             too_large = too_large[integers[too_large] > highest]
         return integers.astype(np.int64)
 
-    def _next_32_bits(self, which: np.ndarray) -> np.ndarray:
-        """Draw 32 random bits from each generator in `which`, an array of indices. Return them as uint64."""
-        has_upper_half = self._has_upper_half[which]
-        numbers = self._upper_half[which]
-        fresh = which[~has_upper_half]
+    def _next_32_bits(self, indices: np.ndarray) -> np.ndarray:
+        """Draw 32 random bits with each of the generators `indices`. Return them as uint64."""
+        has_upper_half = self._has_upper_half[indices]
+        numbers = self._upper_half[indices]
+        fresh = indices[~has_upper_half]
         outputs = self._next_64_bits(fresh)
         numbers[~has_upper_half] = outputs & _LOW_32
         self._upper_half[fresh] = outputs >> _32_BITS
-        self._has_upper_half[which] = ~has_upper_half
+        self._has_upper_half[indices] = ~has_upper_half
         return numbers
 
-    def _next_64_bits(self, which: np.ndarray) -> np.ndarray:
-        """Draw 64 random bits from each generator in `which`, an array of indices. Return them as uint64."""
-        high, low = _multiply_128(self._high[which], self._low[which])
-        high, low = _add_128(high, low, self._inc_high[which], self._inc_low[which])
-        self._high[which], self._low[which] = high, low
+    def _next_64_bits(self, indices: np.ndarray) -> np.ndarray:
+        """Draw 64 random bits with each of the generators `indices`. Return them as uint64."""
+        high, low = _multiply_128(self._high[indices], self._low[indices])
+        high, low = _add_128(high, low, self._inc_high[indices], self._inc_low[indices])
+        self._high[indices], self._low[indices] = high, low
         rotation, bits = high >> np.uint64(58), high ^ low
         return (bits >> rotation) | (bits << ((np.uint64(64) - rotation) & np.uint64(63)))
 
@@ -102,7 +102,7 @@ class RandomStreams:
 
 
 def _seed_words(seed: int, words: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Return all seeds as 32-bit words, each of shape (N,), uint32. A large `seed` takes several words."""
+    """Split the seeds into 32-bit words, each of shape (N,), uint32. A large `seed` takes several words."""
     if seed < 0:
         raise ValueError(f"the seed must be at least 0 (got {seed})")
     seed_words = [seed & 0xFFFFFFFF]
@@ -114,7 +114,7 @@ def _seed_words(seed: int, words: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def _seed_pcg64(words: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the upper and lower 64 bits of the generators' states, and those of their increments. Shape (N,)."""
+    """Return the states and the increments of the generators, each as its upper and lower 64 bits, of shape (N,)."""
     pool = _mix_entropy(words)
     hash_constant = _HashConstant(_INIT_B, _MULT_B)
     state = [hash_constant.hash(pool[n % _POOL_SIZE]).astype(np.uint64) for n in range(8)]

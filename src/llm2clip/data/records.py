@@ -1,4 +1,4 @@
-"""Records (an image and its captions) read from a source in any supported format.
+"""Records, each with an image and its captions, read from a source in any supported format.
 
 `open_records` is the entry point. It reads all formats in `readers`, validates every row, and logs each skipped row
 with the file, the row number and the reason. URLs in the data are never downloaded.
@@ -251,7 +251,6 @@ class _RecordReader:
     def _parse_row(
         self, file: str, number: int, values: dict[str, Any], split: str, kind: str, num_rows: int
     ) -> _ParsedRow:
-        """Parse the values of a row."""
         record_id = parse_name(values.get("id"), "id")
         image = parse_image(values.get("image"), file, reject_urls=self.check_images)
         parse_lists = kind in ("csv", "tsv", "tar")

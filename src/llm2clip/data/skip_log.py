@@ -1,4 +1,4 @@
-"""Log that counts skipped rows and lists them by file and row number. Raises an error if too many rows are skipped."""
+"""Log of skipped rows, by file and row number. It raises an error if too many rows are skipped."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 MAX_NOTES = 5  # number of notes in the summary
 # How to fix the source, by the reason for which most rows were skipped.
 ADVICE = {
-    "missing image": "Relative image paths start in the folder of the caption file. Move this file, or correct "
-    "the paths",
+    "missing image": "Relative image paths are resolved against the folder of the caption file. Move this file, "
+    "or correct the paths",
     "image is a URL": "Images are not downloaded. Download them first, for example with img2dataset --output_format "
     "webdataset, and pass the tar files",
     "no caption": "In a folder of images or a tar file, the captions of x.jpg must be in x.txt or x.json. A folder can "
@@ -69,18 +69,18 @@ class SkipLog:
         self._single_rows += 1
 
     def count_source_rows(self, path: str, split: str, count: int) -> None:
-        """Set the number of rows in a split of a source that the current pass over the source has read so far.
+        """Update the number of rows that the current pass has read from a split of a source.
 
         Args:
             path: Path of the source.
-            split: Name of the split. An empty string if the split of the rows is unknown.
+            split: Name of the split, or an empty string if it is unknown.
             count: Number of rows read so far.
         """
         counts = self._source_rows.setdefault(path, {})
         counts[split] = max(count, counts.get(split, 0))
 
     def count_at_least(self, count: int) -> None:
-        """Raise the row count to at least `count`. Used for data whose rows were not counted when they were read."""
+        """Increase the row count to at least `count`. Used for data whose rows were not counted when they were read."""
         self._single_rows += max(0, count - self.rows_seen)
 
     def skip(self, file: str, row: int, reason: str, value: object, rows: int = 1) -> None:

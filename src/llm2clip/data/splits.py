@@ -1,4 +1,4 @@
-"""Reading of several sources: merging of the records of each image, and the choice of training and held-out images."""
+"""Reading of several data sources, merging of records with the same image, and the choice of held-out images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.texts import unique_captions
 
 TRAIN_SPLITS = (NO_SPLIT, "train", "training", "restval")
-HELD_OUT_SPLITS = ("val", "validation", "valid", "dev", "test")  # the first of these that exists is held out
+HELD_OUT_SPLITS = ("val", "validation", "valid", "dev", "test")  # the first of these splits that exists is held out
 HELD_OUT_FRACTION = 10  # without such a split, one in this many images is held out
 MAX_HELD_OUT = 1000  # maximum number of images held out from the training images
 
@@ -34,8 +34,8 @@ class DataSplits:
             The fields are `captions`, `short_captions` and `long_captions` if they are present in the data, and the
             columns listed in `EvaluateConfig.fields`.
         summary: One-line description of the training and held-out records, to be printed for the user.
-        rule: Description of the held-out records and of the other images in the sources, for commands that only use the
-            held-out records.
+        rule: Explanation of how the held-out images were chosen and how to select all images, for commands that use
+            only the held-out records.
     """
 
     train: list[Record]
@@ -78,7 +78,7 @@ def read_splits(
     train = [(source, record) for source, record in records if source.splits or is_training_split(record)]
     other = [(source, record) for source, record in records if not source.splits and not is_training_split(record)]
     notes = []
-    held_out_split = _held_out_split(other)
+    held_out_split = _find_held_out_split(other)
     if config.data:
         held_out = read_merged_records(config.data, columns, log, image_check)
         num_before = len(train)
@@ -99,14 +99,14 @@ def read_splits(
     num_images = sum(record.image is not None for _, record in train)
     return DataSplits(
         train=[record for _, record in train],
-        held_out=_by_caption_field(held_out, config.fields, columns),
+        held_out=_group_by_caption_field(held_out, config.fields, columns),
         summary=", ".join([f"{num_images:,} training images", f"{len(held_out):,} held out", *notes]),
         rule=_describe_rule(len(held_out), held_out_split, splits),
     )
 
 
 def _describe_rule(num_held_out: int, held_out_split: str | None, splits: Counter[str]) -> str:
-    """Describe which of the images in the sources are held out, and how to select all of them.
+    """Explain which images in the sources are held out, and how to select all images.
 
     Args:
         num_held_out: Number of held-out images.
@@ -114,7 +114,7 @@ def _describe_rule(num_held_out: int, held_out_split: str | None, splits: Counte
         splits: Number of images in each split of the sources.
     """
     if held_out_split is not None:
-        reason = f"those of the split {held_out_split}"
+        reason = f"the split {held_out_split}"
     else:
         reason = f"one in {HELD_OUT_FRACTION}, at most {MAX_HELD_OUT:,}, because no split is named {HELD_OUT_SPLITS[0]}"
         reason += f" or {HELD_OUT_SPLITS[-1]}"
@@ -138,7 +138,7 @@ def _split_name(record: Record) -> str:
     return record.split.lower() if record.split else NO_SPLIT
 
 
-def _held_out_split(records: Sequence[SourcedRecord]) -> str | None:
+def _find_held_out_split(records: Sequence[SourcedRecord]) -> str | None:
     names = {_split_name(record) for _, record in records}
     return next((name for name in HELD_OUT_SPLITS if name in names), None)
 
@@ -164,7 +164,7 @@ def _record_hash(record: Record) -> str:
     return hashlib.sha256("\0".join([record.id, *record.texts]).encode(errors="surrogatepass")).hexdigest()
 
 
-def _by_caption_field(
+def _group_by_caption_field(
     held_out: Sequence[SourcedRecord], extra_columns: Sequence[str], columns: dict[str, str]
 ) -> dict[str, list[Record]]:
     """Group held-out records by caption field. For each extra caption column, read the sources again."""
@@ -236,7 +236,7 @@ def stream_records(
 ) -> Iterator[SourcedRecord]:
     """Yield (source, record) for each record in several sources, in order. Records are not merged.
 
-    Takes the same arguments as `read_merged_records`.
+    The arguments are the same as those of `read_merged_records`.
     """
     for name in sources:
         parsed = Source.parse(name)
@@ -248,7 +248,7 @@ def stream_records(
 def same_image_filter(records: Sequence[Record], candidates: Sequence[Record]) -> Callable[[Record], bool]:
     """Return a function that returns True if a candidate has the same image as one of the records.
 
-    Image files with the same bytes count as the same image. All candidates must be known in advance, so that only files
+    Image files with the same bytes count as the same image. All candidates must be passed at once, so that only files
     of the same size are compared.
     """
     copies = find_copies([record.image for record in [*records, *candidates]])

@@ -36,7 +36,7 @@ def check_texts(texts: Iterable[str]) -> Iterator[str]:
 
 
 def check_not_empty(texts: Iterable[str]) -> None:
-    """Raise ValueError if a text is empty or only whitespace: its embedding is arbitrary. The message has its index."""
+    """Raise ValueError with the index of the first text that is empty or only whitespace, if there is one."""
     for index, text in enumerate(texts):
         if isinstance(text, str) and not text.strip():
             raise ValueError(f"text {index} is empty: write what the image should show")

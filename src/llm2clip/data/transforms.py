@@ -108,7 +108,7 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Evaluation transform: resize and centre-crop an image, uint8 (3, H, W); return uint8 (3, S, S)."""
+    """Evaluation transform: resize and centre-crop an image of shape (3, H, W), uint8, to (3, S, S), uint8."""
 
     preprocess: Preprocess
 
@@ -132,10 +132,10 @@ class EvalTransform:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Training transform: take a random crop of an image, uint8 (3, H, W); return uint8 (3, S, S).
+    """Training transform: take a random crop of an image of shape (3, H, W), uint8, and resize it to (3, S, S), uint8.
 
     The crop covers a random fraction of the image area, at least `min_crop_scale`, and has an aspect ratio between 3/4
-    and 4/3. It is then resized to a square. If `min_crop_scale` is 1, the transform is the same as `EvalTransform`.
+    and 4/3. If `min_crop_scale` is 1, the transform is the same as `EvalTransform`.
     Images are not flipped, because captions mention left and right.
 
     All random numbers come from the `generator` argument. If the generator is seeded with (seed, epoch, index), the

@@ -23,7 +23,7 @@ from llm2clip.data.splits import is_training_split, read_merged_records, same_im
 from llm2clip.io_utils import DataFormatError
 from llm2clip.runs.ranks import print_once, process_state
 
-COLUMN_NAMES = {  # pair field -> usual column names, in order of preference
+COLUMN_NAMES = {  # pair field -> common column names, in order of preference
     "query": ("query", "anchor", "question", "title"),
     "positive": ("positive", "pos", "positives", "document", "answer", "passage", "text"),
     "negatives": ("negatives", "negative", "neg", "hard_negatives"),

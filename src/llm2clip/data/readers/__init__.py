@@ -63,7 +63,7 @@ def find_files(path: str, all_files: bool = False, log: SkipLog | None = None) -
         return [("hf", path.removeprefix("hf:"))]
     path = os.path.expanduser(path)
     if os.path.isdir(path):
-        return _all_in_folder(path, log) if all_files else _detect_folder_format(path)
+        return _find_all_in_folder(path, log) if all_files else _detect_folder_format(path)
     if os.path.exists(path):
         if not os.path.isfile(path):
             raise ValueError(f"{path}: not a regular file, but a device or a named pipe. Save the data to a file first")
@@ -95,8 +95,8 @@ def read_source(
 ) -> Iterator[RawRow]:
     """Yield the raw rows in a file or folder.
 
-    A damaged file can make a library raise any type of exception. It ends the file with a `BadRow`, so that one file
-    cannot end a run.
+    A damaged file can make a library raise any type of exception. In this case, the last row is a `BadRow`, so that a
+    single damaged file does not stop a run.
 
     Args:
         kind: Name of the format, from `find_files`.
@@ -144,40 +144,40 @@ def _detect_folder_format(folder: str) -> list[tuple[str, str]]:
     names = sorted(os.listdir(folder))
     if _is_saved_dataset(names):
         return [("saved", folder)]
-    for file in _caption_files(folder, names):
+    for file in _find_caption_files(folder, names):
         return find_files(file)
     for suffix in (".tar", ".parquet"):
         files = [os.path.join(folder, name) for name in names if name.lower().endswith(suffix)]
         if files:
             return [(FORMATS[suffix], file) for file in files]
     if next(list_images(folder), None) is None:
-        raise ValueError(f"{_nothing_to_read(folder, names)}; supported formats: {READABLE_FORMATS}")
+        raise ValueError(f"{_describe_unreadable_folder(folder, names)}; supported formats: {READABLE_FORMATS}")
     return [("images", folder)]
 
 
-def _all_in_folder(folder: str, log: SkipLog | None) -> list[tuple[str, str]]:
+def _find_all_in_folder(folder: str, log: SkipLog | None) -> list[tuple[str, str]]:
     names = os.listdir(folder)
     if _is_saved_dataset(names):
         return [("saved", folder)]
     files: list[tuple[str, str]] = []
-    for file in _caption_files(folder, names):
+    for file in _find_caption_files(folder, names):
         files += find_files(file)
     if next(list_images(folder), None) is not None:
         files.append(("images", folder))
     for suffix in ("tar", "parquet"):
         files += [(suffix, path) for path in list_files(folder, frozenset({suffix}), log)]
     if not files:
-        raise FileNotFoundError(_nothing_to_read(folder, names))
+        raise FileNotFoundError(_describe_unreadable_folder(folder, names))
     return files
 
 
-def _caption_files(folder: str, names: Sequence[str]) -> list[str]:
+def _find_caption_files(folder: str, names: Sequence[str]) -> list[str]:
     """Return the caption files in a folder, in the order of `CAPTION_FILES`. Their names may be in upper case."""
     lower_names = {name.lower(): name for name in sorted(names)}
     return [os.path.join(folder, lower_names[name]) for name in CAPTION_FILES if name in lower_names]
 
 
-def _nothing_to_read(folder: str, names: Sequence[str]) -> str:
+def _describe_unreadable_folder(folder: str, names: Sequence[str]) -> str:
     suffixes = Counter(os.path.splitext(name)[1].lower() for name in names if "." in name.strip("."))
     listed = ", ".join(f"{count:,} {suffix}" for suffix, count in suffixes.most_common(3))
     advice = "".join(dict.fromkeys(f"; {_suggest_conversion(suffix)}" for suffix in suffixes))

@@ -67,7 +67,7 @@ def read_caption_json(path: str, data: Mapping[str, Any]) -> Iterator[RawRow]:
     """Return an iterator over the images and captions in a file in COCO's or Karpathy's format.
 
     Args:
-        path: Path of the JSON file. Its folder is used to find the images.
+        path: Path of the JSON file, near which the images are searched for.
         data: Parsed contents of the file.
 
     Raises:
@@ -80,15 +80,15 @@ def read_caption_json(path: str, data: Mapping[str, Any]) -> Iterator[RawRow]:
             f"Karpathy's splits (got an object with the keys {', '.join(map(str, list(data)[:10])) or '(none)'})"
         )
     if any("sentences" in image for image in images):
-        return _karpathy_rows(path, images)
+        return _read_karpathy_rows(path, images)
     if not isinstance(annotations, list) or not any(
         "caption" in item for item in annotations if isinstance(item, dict)
     ):
         raise DataFormatError(f"{path}: its annotations have no captions. Use COCO's captions_*.json")
-    return _coco_rows(path, images, annotations)
+    return _read_coco_rows(path, images, annotations)
 
 
-def _karpathy_rows(path: str, images: Sequence[Mapping[str, Any]]) -> Iterator[RawRow]:
+def _read_karpathy_rows(path: str, images: Sequence[Mapping[str, Any]]) -> Iterator[RawRow]:
     parsed: list[KarpathyImage | BadRow] = []
     for row in images:
         try:
@@ -104,7 +104,7 @@ def _karpathy_rows(path: str, images: Sequence[Mapping[str, Any]]) -> Iterator[R
         yield path, number, {"id": image.id, "image": ref, "captions": image.captions, "split": image.split}
 
 
-def _coco_rows(path: str, images: Sequence[Mapping[str, Any]], annotations: Sequence[Any]) -> Iterator[RawRow]:
+def _read_coco_rows(path: str, images: Sequence[Mapping[str, Any]], annotations: Sequence[Any]) -> Iterator[RawRow]:
     captions: dict[Any, list[Any]] = {_read_id(image, "id"): [] for image in images}
     num_bad = 0
     example = ""

@@ -51,7 +51,7 @@ def open_text(path: str, log: SkipLog | None = None, newline: str | None = None)
     Args:
         path: Path of the file.
         log: Log in which to note UTF-16 files.
-        newline: See the function `open`.
+        newline: Newline mode, as in the built-in function `open`.
     """
     stream = _open_binary(path)
     try:
@@ -72,7 +72,7 @@ class LineTooLong(ValueError):
 
 
 class BoundedLines:
-    """Iterator over the lines of a text file that limits the number of characters of a row, which is usually a line.
+    """Iterator over the lines of a text file that limits the length of a row, which may consist of several lines.
 
     If a line has too many characters, `LineTooLong` is raised, and the next line can be read.
     """

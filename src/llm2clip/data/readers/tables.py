@@ -68,7 +68,6 @@ def read_huggingface(name: str, saved: bool, choose: ColumnChooser, splits: Sequ
         name: If `saved` is True, a folder written by `save_to_disk`, which supports random access. Otherwise, the name
             of a data set on the Hub, which may end in `:CONFIG`. Such a data set is streamed, and its images are kept
             in memory.
-        saved: True if `name` is a folder written by `save_to_disk`.
         choose: Function that selects the columns to read.
         splits: Splits to read; see `read_source`. Only these splits are downloaded.
     """

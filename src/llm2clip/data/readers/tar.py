@@ -86,7 +86,7 @@ def read_image_folder(folder: str, log: SkipLog | None = None) -> Iterator[RawRo
         if os.path.isfile(json_path):
             with open_regular_file(json_path) as file:
                 data = file.read(MAX_CAPTION_BYTES + 1)
-            fields = _too_large(json_path) if len(data) > MAX_CAPTION_BYTES else _parse_caption_json(data)
+            fields = _caption_file_too_large(json_path) if len(data) > MAX_CAPTION_BYTES else _parse_caption_json(data)
         if isinstance(fields, BadRow):
             yield path, number, fields
             continue
@@ -94,7 +94,7 @@ def read_image_folder(folder: str, log: SkipLog | None = None) -> Iterator[RawRo
             with open_text(text_path, log) as text_file:
                 text = text_file.read(MAX_CAPTION_BYTES + 1)
             if len(text) > MAX_CAPTION_BYTES:
-                yield path, number, _too_large(text_path)
+                yield path, number, _caption_file_too_large(text_path)
                 continue
             if not is_valid_unicode(text):
                 if log is not None and not has_noted_encoding:
@@ -128,7 +128,7 @@ def read_tar(path: str) -> Iterator[RawRow]:
         return
     with file:
         damage = ""
-        for member in _members(tar, file):
+        for member in _read_members(tar, file):
             if isinstance(member, str):
                 damage = member
                 break
@@ -150,7 +150,7 @@ def read_tar(path: str) -> Iterator[RawRow]:
             yield path, number + 1, BadRow("truncated tar", damage)
 
 
-def _too_large(name: str) -> BadRow:
+def _caption_file_too_large(name: str) -> BadRow:
     return BadRow("caption file over 1 MB", name)
 
 
@@ -184,7 +184,7 @@ class _BoundedFile(io.BufferedReader):
         return super().read(member.size)
 
 
-def _members(tar: tarfile.TarFile, file: _BoundedFile) -> Iterator[tarfile.TarInfo | str]:
+def _read_members(tar: tarfile.TarFile, file: _BoundedFile) -> Iterator[tarfile.TarInfo | str]:
     """Yield the members of a tar file. If the file is damaged, the last item is a description of the damage.
 
     At the damaged position, `tarfile` itself stops without raising an error.
@@ -242,7 +242,7 @@ class _Sample:
             if member is None:
                 continue
             if member.size > MAX_CAPTION_BYTES:
-                return _too_large(member.name)
+                return _caption_file_too_large(member.name)
             data = file.read_member(member)
             if suffix == "txt":
                 fields["txt"] = data.decode("utf-8-sig", "surrogateescape")
