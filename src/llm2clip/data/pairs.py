@@ -141,7 +141,7 @@ def pairable_items(items: Sequence[TuningItem], batch_size: int) -> list[TuningI
 
 def can_pair(captions: ImageCaptions) -> bool:
     """Return True if an image has two different captions."""
-    return bool(_list_kinds(captions))
+    return bool(_list_pair_kinds(captions))
 
 
 def draw_pair(captions: ImageCaptions, rng: np.random.Generator) -> Pair:
@@ -150,7 +150,7 @@ def draw_pair(captions: ImageCaptions, rng: np.random.Generator) -> Pair:
     The kind of pair is drawn first: two short captions, a short and a long caption, or two long captions. All kinds
     that the image's captions allow are equally likely.
     """
-    kinds = _list_kinds(captions)
+    kinds = _list_pair_kinds(captions)
     chosen = 0
     if len(kinds) > 1:
         chosen = int(rng.choice(len(kinds), p=np.full(len(kinds), 1 / len(kinds))))
@@ -177,7 +177,7 @@ def _count_unrelated_items(items: Sequence[TuningItem]) -> int:
     return int(connected_components(graph, directed=False)[0])
 
 
-def _list_kinds(captions: ImageCaptions) -> list[tuple[list[str], list[str]]]:
+def _list_pair_kinds(captions: ImageCaptions) -> list[tuple[list[str], list[str]]]:
     """Return the candidates for the first and the second text, for each kind of pair that the captions allow."""
     short = unique_captions(captions.short)
     long = [caption for caption in unique_captions(captions.long) if caption not in short]
