@@ -1,4 +1,4 @@
-"""Methods of a model that encode parts of an image: cells, boxes, masks, and the pixels of each class."""
+"""Methods of `LLM2CLIP` for parts of an image: dense features, region embeddings and segmentation."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ class DenseMethods:
     def encode_dense(
         self, images: Any, variant: str = "plain", image_size: int | None = None, batch_size: int = 16
     ) -> list[Tensor]:
-        """Encode the cells (ViT patches or CNN positions) of images in the shared space.
+        """Encode the cells of images (ViT patches or CNN feature map positions) in the shared embedding space.
 
-        Images keep their aspect ratio, so their grids may have different shapes. For images of the same size,
-        `torch.stack` combines the result into one tensor.
+        Images keep their aspect ratio, so their grids may have different shapes. For images of the same size, you can
+        combine the result into one tensor with `torch.stack`.
 
         Args:
             images: one image or a list of N images, as for `encode_image`.
-            variant: `plain` or, for vision transformers, `maskclip`, `sclip`, `clearclip` or `naclip`, which localise
-                objects better (see `models/vision/dense.py`).
-            image_size: length to which the shorter side of an image is resized, in pixels. Both sides are rounded to
-                multiples of the cell size. Default: the size on which the tower was trained.
+            variant: `plain` or, for vision transformers, `maskclip`, `sclip`, `clearclip` or `naclip`. The latter four
+                localise objects better (see `models/vision/dense.py`).
+            image_size: length in pixels to which the shorter side of an image is resized. Both sides are rounded to
+                multiples of the cell size. Default: the tower's training resolution.
             batch_size: number of images per forward pass.
 
         Returns:
-            One tensor of L2-normalised embeddings (h, w, embed_dim) per image, float32, on the CPU.
+            For each image, L2-normalised float32 embeddings of shape (h, w, embed_dim), on the CPU.
 
         Raises:
-            ValueError: the vision tower has no dense features, or does not support the variant or the size.
+            ValueError: the vision tower has no dense features, or does not support the variant or image size.
             ImageError: an image cannot be decoded. The message contains the image's name.
         """
         items = list_images(images)
@@ -67,23 +67,25 @@ class DenseMethods:
         variant: str | None = None,
         image_size: int | None = None,
     ) -> Tensor:
-        """Encode regions of an image as L2-normalised (N, embed_dim) float32 embeddings on the CPU.
+        """Encode N regions of an image as L2-normalised float32 embeddings of shape (N, embed_dim), on the CPU.
 
-        The entire image is encoded once. Boxes are averaged over the cells with RoIAlign, as in the benchmark
-        `coco-boxes`, and masks are averaged with the area of the mask in each cell as weight.
+        The entire image is encoded once. The embedding of a box is the average over its cells, computed with RoIAlign
+        as in the benchmark `coco-boxes`. The embedding of a mask is the average over the cells, weighted by the area of
+        the mask in each cell.
 
         Args:
             image: one image, as for `encode_image`.
-            boxes: N boxes (N, 4), as (x0, y0, x1, y1) in pixels of the original image, with its EXIF orientation.
-            masks: N boolean masks (N, H, W), instead of boxes. H and W are the size of the original image.
+            boxes: array of shape (N, 4) with (x0, y0, x1, y1) in pixels of the original image, after applying its EXIF
+                orientation.
+            masks: boolean array of shape (N, H, W), to pass instead of boxes. H and W are the original image size.
             variant: see `encode_dense`. Default: `DenseEncoder.localization_variant` of the tower.
-            image_size: length to which the shorter side of the image is resized, in pixels. Default: 1.5 times the size
-                on which the tower was trained.
+            image_size: length in pixels to which the shorter side of the image is resized. Default: 1.5 times the
+                tower's training resolution.
 
         Raises:
-            ValueError: the vision tower has no dense features, or does not support the variant or the size; there are
-                both boxes and masks, or neither; a box is empty, contains NaN, or is not inside the image; a mask is
-                empty or does not have the size of the image.
+            ValueError: the vision tower has no dense features, or does not support the variant or image size. Both
+                boxes and masks are passed, or neither. A box is empty, contains NaN, or is not inside the image. A mask
+                is empty or does not have the size of the image.
             ImageError: the image cannot be decoded.
         """
         if (boxes is None) == (masks is None):
@@ -131,19 +133,19 @@ class DenseMethods:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Assign each pixel of an image to one of the given classes, without training.
 
-        The protocol is that of the segmentation benchmarks without a background class (SCLIP, arXiv 2312.01597): a
-        window of the tower's training size slides over the image, whose shorter side is 1.5 times as long.
+        As in the segmentation benchmarks without a background class (SCLIP, arXiv 2312.01597), a square window with the
+        tower's training resolution slides over the resized image, whose shorter side is 1.5 times the window's side.
 
         Args:
             image: one image, as for `encode_image`.
-            names: name of each class, or several names. The score of a class is the highest score of its names.
-            templates: prompt templates for the names, see `encode_text`. The benchmarks use OpenAI's 80 templates.
+            names: one or several names for each class. The score of a class is the highest score of its names.
+            templates: prompt templates for the names, as for `encode_text`. The benchmarks use OpenAI's 80 templates.
             variant: see `encode_dense`. Default: `DenseEncoder.localization_variant` of the tower.
             return_scores: if True, also return the scores.
 
         Returns:
-            The index of the class of each pixel, int64 (H, W), on the CPU. With `return_scores`, also the highest
-            cosine similarity of each class, float32 (classes, H, W), averaged over the windows.
+            The class index of each pixel, of shape (H, W), int64, on the CPU. With `return_scores`, also the class
+            scores of shape (classes, H, W), float32: cosine similarities, averaged over the windows.
 
         Raises:
             ValueError: there are no names, a name is empty, or a template has no {}. The vision tower has no dense

@@ -1,11 +1,11 @@
 """Common interface for image-text models: llm2clip models and baselines.
 
-Models are loaded by name:
+A model is loaded by its name, which has one of these forms:
 
 MODEL                        folder or hub id of an llm2clip model
 NAME                         folder or hub id of a transformers model (CLIP, SigLIP, Chinese-CLIP, Jina-CLIP, ...)
-open_clip:NAME/PRETRAINED    an open_clip model
-st:NAME                      a sentence-transformers model that encodes images and texts
+open_clip:NAME/PRETRAINED    open_clip model
+st:NAME                      sentence-transformers model that encodes images and texts
 """
 
 from __future__ import annotations
@@ -47,21 +47,21 @@ SENTENCE_TRANSFORMERS_PREFIX = "st:"
 class DualEncoder:
     """An image encoder and a text encoder with a shared embedding space.
 
-    Use `encode_images` and `encode_texts`, which return normalised embeddings. The functions whose names end in `_raw`
-    may return embeddings that are not normalised, with any dtype and on any device.
+    Use the methods `encode_images` and `encode_texts`, which return normalised embeddings. The functions whose names
+    end in `_raw` may return unnormalised embeddings with any dtype and on any device.
 
     Attributes:
         name: name that was passed to `open_dual_encoder`.
         embed_dim: dimension of the embeddings.
         identity: function that returns a dict of everything that affects the embeddings except the precision.
-        transform: picklable function that preprocesses a decoded image, uint8 (3, H, W), for the image encoder.
-        encode_images_raw: function that takes a list of N outputs of `transform` and returns embeddings (N, embed_dim).
-        encode_texts_raw: function that takes N texts and a bool (show a progress bar) and returns embeddings
-            (N, embed_dim).
+        transform: picklable function that preprocesses an image of shape (3, H, W), uint8, for the image encoder.
+        encode_images_raw: function that takes N outputs of `transform` and returns embeddings of shape (N, embed_dim).
+        encode_texts_raw: function that takes N texts and a bool (if True, show a progress bar) and returns embeddings
+            of shape (N, embed_dim).
         count_truncated: function that takes a list of texts and returns the number of texts that the text encoder
             truncates, or None if unknown.
-        precision: precision in which the model runs.
-        dense: dense encoder, which encodes the cells of an image, or None if this type of model does not support it.
+        precision: precision in which the model runs: fp32, bf16 or bf16+N.
+        dense: encoder for the cells of an image, or None if this type of model does not support dense features.
         logit_scale: function that returns the learned factor for the cosine similarities, or None if there is none.
         query_templates: prompt templates for short search queries that were saved with the model. `encode_texts` does
             not apply them.
@@ -82,25 +82,25 @@ class DualEncoder:
     @torch.inference_mode()
     @onednn_matmul()
     def encode_images(self, images: list[Any]) -> Tensor:
-        """Encode N outputs of `transform` as L2-normalised (N, embed_dim) float32 embeddings on the CPU."""
+        """Encode N outputs of `transform` as L2-normalised float32 embeddings of shape (N, embed_dim), on the CPU."""
         return F.normalize(self.encode_images_raw(images).float(), dim=-1).cpu()
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str], progress: bool = False) -> Tensor:
-        """Encode N texts as L2-normalised (N, embed_dim) float32 embeddings on the CPU."""
+        """Encode N texts as L2-normalised float32 embeddings of shape (N, embed_dim), on the CPU."""
         return F.normalize(self.encode_texts_raw(texts, progress).float(), dim=-1).cpu()
 
 
 def open_dual_encoder(
     name: str, device: torch.device | str | None = None, precision: str | None = None, trust_remote_code: bool = False
 ) -> DualEncoder:
-    """Load an image-text model by name. Code that comes with a model is run only if `trust_remote_code` is True.
+    """Load an image-text model by name.
 
     Args:
         name: model name, in one of the forms listed at the top of this module.
-        device: device to load the model on. Default: a GPU if there is one.
-        precision: precision of an llm2clip model; see `from_llm2clip`. With bf16 and `auto`, the caption encoder is
-            loaded immediately; otherwise, it is loaded on first use. All other models run in fp32.
+        device: device on which to load the model. Default: a GPU if there is one.
+        precision: precision of an llm2clip model; see `from_llm2clip`. With bf16 or `auto`, the caption encoder is
+            loaded immediately. Otherwise, it is loaded on first use. All other models run in fp32.
         trust_remote_code: if True, run the Python code that comes with a model. Jina-CLIP requires this setting.
 
     Raises:
@@ -123,11 +123,11 @@ def from_llm2clip(model: LLM2CLIP, name: str, precision: str | None = None) -> D
     """Switch an LLM2CLIP model to eval mode and wrap it in a `DualEncoder`.
 
     Args:
-        model: model on its device; its caption encoder is loaded on first use.
-        name: name of the dual encoder.
-        precision: precision of the caption encoder, as in `CaptionEncoder.encode`, or `auto`, the precision of the
-            `serve` stage (see `models/precision.py`). Default: the precision of the `evaluate` stage. On GPUs, the
-            vision tower also runs in bf16, unless the precision is fp32 or the GPU does not support bf16.
+        model: model on its device. Its caption encoder is loaded on first use.
+        name: `DualEncoder.name`.
+        precision: precision of the caption encoder, as in `CaptionEncoder.encode`. `auto` selects the precision of the
+            `serve` stage (see `models/precision.py`). Default: the precision of the `evaluate` stage. On GPUs with
+            bf16 support, the vision tower runs in bf16, unless the precision is fp32.
     """
     model.eval()
     stage: Stage = "serve" if precision else "evaluate"
@@ -159,14 +159,16 @@ def from_llm2clip(model: LLM2CLIP, name: str, precision: str | None = None) -> D
         encode_texts_raw=lambda texts, progress: model.encode_text(texts, progress, text_precision()),
         count_truncated=count_truncated,
         precision=device_precision,
-        dense=_dense_encoder(model.tower, model.projection, bf16_images),
+        dense=_try_build_dense_encoder(model.tower, model.projection, bf16_images),
         logit_scale=lambda: min(float(model.logit_scale.detach().exp()), MAX_LOGIT_SCALE),
         query_templates=model.config.query_templates,
     )
 
 
-def _dense_encoder(tower: VisionTower, project: Callable[[Tensor], Tensor], bf16: bool = False) -> DenseEncoder | None:
-    """Return a dense encoder, or None if the tower's architecture has no grid of cells."""
+def _try_build_dense_encoder(
+    tower: VisionTower, project: Callable[[Tensor], Tensor], bf16: bool = False
+) -> DenseEncoder | None:
+    """Build a dense encoder, or return None if the tower's architecture has no grid of cells."""
     try:
         return build_dense_encoder(tower, project, bf16)
     except ValueError:
@@ -187,8 +189,8 @@ def _open_transformers(name: str, device: torch.device, trust_remote_code: bool)
     text_encoder = load_clip_text_encoder(name, device, trust_remote_code)
     model = text_encoder.model
     if hasattr(model, "encode_text") and hasattr(model, "encode_image"):
-        # Jina-CLIP's own code preprocesses the images.
-        return _wrap(
+        # The code that comes with Jina-CLIP preprocesses the images.
+        return _wrap_text_encoder(
             name,
             text_encoder,
             transform=to_pil_image,
@@ -203,11 +205,13 @@ def _open_transformers(name: str, device: torch.device, trust_remote_code: bool)
         return pooled_output(model.get_image_features(**batch))
 
     transform = partial(_apply_processor, processor)
-    return _wrap(name, text_encoder, transform, encode_images, _transformers_dense_encoder(model, processor))
+    return _wrap_text_encoder(
+        name, text_encoder, transform, encode_images, _build_transformers_dense_encoder(model, processor)
+    )
 
 
-def _transformers_dense_encoder(model: Any, processor: Any) -> DenseEncoder | None:
-    """Return the dense encoder of a CLIP or SigLIP model, or None for other model types."""
+def _build_transformers_dense_encoder(model: Any, processor: Any) -> DenseEncoder | None:
+    """Build the dense encoder of a CLIP or SigLIP model, or return None for other model types."""
     if model.config.model_type not in ("clip", "siglip"):
         return None
     try:
@@ -218,7 +222,7 @@ def _transformers_dense_encoder(model: Any, processor: Any) -> DenseEncoder | No
     config = {"library": "transformers", "architecture": architecture, "preprocess": preprocess.to_dict()}
     backbone = getattr(model.vision_model, "vision_model", model.vision_model)
     tower = VisionTower(backbone, config).to(model.device).eval()
-    return _dense_encoder(tower, getattr(model, "visual_projection", nn.Identity()))
+    return _try_build_dense_encoder(tower, getattr(model, "visual_projection", nn.Identity()))
 
 
 def _open_open_clip(name: str, device: torch.device) -> DualEncoder:
@@ -228,19 +232,19 @@ def _open_open_clip(name: str, device: torch.device) -> DualEncoder:
 
     model = text_encoder.model
     transform = image_transform_v2(PreprocessCfg(**get_model_preprocess_cfg(model)), is_train=False)
-    return _wrap(
+    return _wrap_text_encoder(
         name,
         text_encoder,
         transform=partial(_apply_to_pil, transform),
         encode_images=lambda images: model.encode_image(torch.stack(images).to(device)),
-        dense=_open_clip_dense_encoder(model.visual, get_model_preprocess_cfg(model), device),
+        dense=_build_open_clip_dense_encoder(model.visual, get_model_preprocess_cfg(model), device),
     )
 
 
-def _open_clip_dense_encoder(visual: Any, cfg: dict[str, Any], device: torch.device) -> DenseEncoder | None:
-    """Return the dense encoder of an open_clip model with a timm image encoder, or None for all other models."""
+def _build_open_clip_dense_encoder(visual: Any, cfg: dict[str, Any], device: torch.device) -> DenseEncoder | None:
+    """Build the dense encoder of an open_clip model with a timm image encoder, or return None for other models."""
     trunk = getattr(visual, "trunk", None)
-    if trunk is None or hasattr(visual.head, "pool"):  # open_clip's own pooling
+    if trunk is None or hasattr(visual.head, "pool"):  # open_clip's own image encoder or pooling
         return None
     size = max(cfg["size"]) if isinstance(cfg["size"], tuple | list) else cfg["size"]
     preprocess = Preprocess(
@@ -253,10 +257,10 @@ def _open_clip_dense_encoder(visual: Any, cfg: dict[str, Any], device: torch.dev
     )
     config = {"library": "timm", "architecture": type(trunk).__name__, "preprocess": preprocess.to_dict()}
     tower = VisionTower(trunk, config | {"args": {"img_size": size}}).to(device).eval()
-    return _dense_encoder(tower, visual.head)
+    return _try_build_dense_encoder(tower, visual.head)
 
 
-def _wrap(
+def _wrap_text_encoder(
     name: str,
     text_encoder: ClipTextEncoder,
     transform: Callable[[Tensor], Any],
@@ -266,18 +270,18 @@ def _wrap(
     return DualEncoder(
         name=name,
         embed_dim=text_encoder.embed_dim,
-        identity=partial(_identity, name, text_encoder.model),
+        identity=partial(_compute_identity, name, text_encoder.model),
         transform=transform,
         encode_images_raw=encode_images,
         encode_texts_raw=lambda texts, progress: text_encoder.encode(texts, progress=progress),
         count_truncated=text_encoder.count_truncated,
         dense=dense,
-        logit_scale=partial(_learned_logit_scale, text_encoder.model),
+        logit_scale=partial(_get_logit_scale, text_encoder.model),
     )
 
 
-def _learned_logit_scale(model: Any) -> float | None:
-    """Return the factor for the cosine similarities that CLIP and SigLIP models store as its logarithm."""
+def _get_logit_scale(model: Any) -> float | None:
+    """Return the learned factor for the cosine similarities, of which CLIP and SigLIP models store the logarithm."""
     logarithm = getattr(model, "logit_scale", None)
     return float(logarithm.detach().exp()) if isinstance(logarithm, Tensor) else None
 
@@ -287,7 +291,7 @@ def _load_sentence_transformer(name: str, device: torch.device, trust_remote_cod
     from sentence_transformers import SentenceTransformer
 
     path = name.removeprefix(SENTENCE_TRANSFORMERS_PREFIX)
-    # On the hub, sentence-transformers also looks for names without an owner among its own models.
+    # For names without an owner, sentence-transformers also searches its own models on the hub.
     check_model_source(path if "/" in path or Path(path).exists() else f"sentence-transformers/{path}")
     with explain_remote_code_error(name):
         model: Any = SentenceTransformer(
@@ -311,14 +315,14 @@ def _load_sentence_transformer(name: str, device: torch.device, trust_remote_cod
     return DualEncoder(
         name=name,
         embed_dim=encode(["a"]).shape[-1],
-        identity=partial(_identity, name, model),
+        identity=partial(_compute_identity, name, model),
         transform=to_pil_image,
         encode_images_raw=encode,
         encode_texts_raw=encode,
     )
 
 
-def _identity(name: str, model: nn.Module) -> dict[str, Any]:
+def _compute_identity(name: str, model: nn.Module) -> dict[str, Any]:
     return {"name": name, "weights": hash_weights(model)}
 
 
@@ -326,7 +330,7 @@ def _identity(name: str, model: nn.Module) -> dict[str, Any]:
 
 
 def _apply_processor(processor: Any, image: Tensor) -> Tensor | dict[str, Tensor]:
-    """Return the pixel values, or a dict if the processor also returns other tensors, such as a patch mask."""
+    """Preprocess an image. Return the pixel values, or a dict if the processor returns further tensors."""
     batch = processor(images=to_pil_image(image), return_tensors="pt")
     tensors = {key: tensor[0] for key, tensor in batch.items()}
     return tensors["pixel_values"] if len(tensors) == 1 else tensors

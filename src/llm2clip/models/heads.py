@@ -1,4 +1,4 @@
-"""Heads that map caption embeddings and image features to the shared embedding space: text adapter and projection.
+"""Text adapter and image projection, which map caption embeddings and image features to the shared embedding space.
 
 The adapter follows the LLM2CLIP paper (arXiv 2411.04997, section 3.3). Exported models contain a copy of its classes
 (`export/modeling_llm2clip.py`). If you change the adapter, change the copy as well; a test compares the two.
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 # Initial standard deviation of a projection with bias, as in the LLM2CLIP authors' code (eva_vit_model.py: 0.02 times
 # an init_scale of 0.001). The bias starts at zero.
 SMALL_PROJECTION_STD = 2e-5
-# Prefixes of the names of timm towers whose new projection has a bias. The authors' code has such a projection for EVA
-# towers, but none with bias for OpenAI's CLIP. It does not train a projection for any other tower.
+# Name prefixes of the timm towers whose new projection has a bias. In the authors' code, the projection of EVA towers
+# has a bias, and the projection of OpenAI's CLIP does not. The authors' code trains no projection for other towers.
 _TOWERS_WITH_PROJECTION_BIAS = ("eva",)
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Arguments of `Adapter` that are saved with a model.
+    """Architecture of the text adapter, which is saved with a model.
 
     Attributes:
         depth: number of residual blocks.
@@ -45,7 +45,7 @@ class ResidualBlock(nn.Module):
         self.down = nn.Linear(expansion * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, dim) to (N, dim)."""
+        """Map hidden states of shape (N, dim) to hidden states of the same shape."""
         return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
@@ -67,16 +67,16 @@ class Adapter(nn.Module):
         self.out = nn.Linear(text_dim, embed_dim)
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Map unnormalised caption embeddings (N, text_dim) to unnormalised text embeddings (N, embed_dim)."""
+        """Map caption embeddings of shape (N, text_dim) to unnormalised text embeddings of shape (N, embed_dim)."""
         x = F.normalize(embeddings, dim=-1) if self.normalize_input else embeddings
         return self.out(self.norm(self.blocks(x)))
 
 
 def build_projection(feature_dim: int, embed_dim: int, bias: bool) -> nn.Linear:
-    """Build an image projection with random weights.
+    """Build an image projection with random weights, initialised as in the authors' code.
 
-    With a bias, it starts near zero, as in the authors' code for EVA towers. Without a bias, it starts with the scale
-    1 / sqrt(feature_dim), as in the authors' code for OpenAI's CLIP.
+    With a bias, the weights are near zero, as for EVA towers. Without a bias, their standard deviation is
+    1 / sqrt(feature_dim), as for OpenAI's CLIP.
     """
     projection = nn.Linear(feature_dim, embed_dim, bias=bias)
     nn.init.normal_(projection.weight, std=SMALL_PROJECTION_STD if bias else feature_dim**-0.5)
@@ -87,5 +87,5 @@ def build_projection(feature_dim: int, embed_dim: int, bias: bool) -> nn.Linear:
 
 def has_projection_bias(tower: dict[str, Any]) -> bool:
     """Return True if a new image projection of a tower with this config has a bias and starts near zero."""
-    architecture = tower["architecture"]  # a dict for towers of transformers
+    architecture = tower["architecture"]  # a dict for transformers towers
     return isinstance(architecture, str) and architecture.startswith(_TOWERS_WITH_PROJECTION_BIAS)

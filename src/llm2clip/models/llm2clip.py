@@ -1,7 +1,7 @@
 """LLM2CLIP model: a vision tower and a caption encoder with a shared embedding space.
 
-`dense_methods.py` adds the methods for dense features, regions and segmentation. A model does not write its model card
-(see `export/model_card.py`).
+`dense_methods.py` contains the methods for dense features, regions and segmentation, and `export/model_card.py` writes
+model cards.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.runs.output_folder import check_format_version
 
-MAX_LOGIT_SCALE = 100.0  # in training
+MAX_LOGIT_SCALE = 100.0  # applies only during training
 
 
 class LLM2CLIP(DenseMethods, nn.Module):
@@ -49,14 +49,13 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     Attributes:
         config: model config.
-        tower: vision tower, which maps pixels (N, 3, S, S) to features (N, feature_dim).
-        projection: linear layer that maps features (N, feature_dim) to (N, embed_dim), or the identity if
-            `config.projection` is False.
-        adapter: text adapter, which maps unnormalised caption embeddings (M, text_dim) to (M, embed_dim).
-        logit_scale: logarithm of the factor that multiplies the cosine similarities, shape (1,).
-        logit_bias: bias that is added to the logits, shape (1,). None for models without a bias.
-        training_images: sorted hashes of the training images, uint64 (N,), which are saved with the model. None if the
-            training images are unknown. See `hash_images`.
+        tower: vision tower, which maps images of shape (N, 3, S, S) to features of shape (N, feature_dim).
+        projection: linear layer from feature_dim to embed_dim, or the identity if `config.projection` is False.
+        adapter: text adapter, which maps caption embeddings of shape (M, text_dim) to shape (M, embed_dim).
+        logit_scale: logarithm of the factor that multiplies the cosine similarities, of shape (1,).
+        logit_bias: bias that is added to the logits, of shape (1,). None for models without a bias.
+        training_images: sorted hashes of the training images, of shape (N,), uint64 (see `hash_images`). They are saved
+            with the model. None if the training images are unknown.
     """
 
     def __init__(self, config: LLM2CLIPConfig, tower: VisionTower, encoder: CaptionEncoder | None = None) -> None:
@@ -90,17 +89,18 @@ class LLM2CLIP(DenseMethods, nn.Module):
         """Embed images, texts, or both.
 
         Args:
-            pixels: images, (N, 3, S, S) uint8.
-            embeddings: caption embeddings, (M, text_dim) float, not normalised.
-            features: precomputed tower features, (N, feature_dim) float, to use instead of `pixels`.
-            return_features: if True, also return the tower's unnormalised features, (N, feature_dim), as a fifth item.
+            pixels: images of shape (N, 3, S, S), uint8.
+            embeddings: unnormalised caption embeddings of shape (M, text_dim).
+            features: precomputed tower features of shape (N, feature_dim), to use instead of `pixels`.
+            return_features: if True, also return the tower's features.
 
         Returns:
-            Four items, or five with `return_features`. The first two are the image embeddings (N, embed_dim) and the
-            text embeddings (M, embed_dim), L2-normalised float32, or None if there are no images or no texts. The next
-            two are float32 scalars: the factor that multiplies the cosine similarities, and the bias that is added to
-            the logits. In training mode, the factor is clamped to 100. In eval mode, it is not, because some official
-            checkpoints have a larger one.
+            (image embeddings, text embeddings, logit scale, logit bias), and with `return_features` a fifth item: the
+            unnormalised tower features of shape (N, feature_dim). The embeddings are L2-normalised, of shape
+            (N, embed_dim) and (M, embed_dim), float32, or None if there are no images or no texts. The logit scale
+            multiplies the cosine similarities, and the logit bias is added to them; both are float32 scalars. In
+            training mode, the logit scale is clamped to 100. In eval mode, it is not clamped, because some official
+            checkpoints have a larger logit scale.
         """
         if pixels is not None:
             features = self.tower(pixels)
@@ -114,9 +114,9 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     @torch.no_grad()
     def set_logits(self, scale: float, bias: float | None = None) -> None:
-        """Set the logit bias and the logit scale with which training starts.
+        """Set the initial logit scale and logit bias for training.
 
-        The logit scale multiplies the cosine similarities and is clamped to 100. The bias is not changed if `bias` is
+        `scale` multiplies the cosine similarities and is clamped to 100. The logit bias is not changed if `bias` is
         None or if the model has no logit bias.
         """
         self.logit_scale.fill_(math.log(scale))
@@ -126,7 +126,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Clamp the logit scale to just below the maximum in training. Call this after every optimizer step.
+        """Clamp the logit scale to just below the training maximum of 100. Call this method after every optimizer step.
 
         Above the maximum, the gradient of the logit scale is zero, so the scale could never decrease again.
         """
@@ -161,9 +161,8 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
         Args:
             precision: precision of the encoder, as in `CaptionEncoder.encode`, or `auto`.
-            stage: stage that determines the meaning of `auto` (see `models/precision.py`). If the precision would be
-                calibrated, but the model was trained on bf16 embeddings, their precision is used without measuring
-                again.
+            stage: stage for which to resolve `auto` (see `models/precision.py`). If the model was trained on bf16
+                embeddings, their precision is used instead of a new calibration.
 
         Returns:
             The precision, with `auto` resolved.
@@ -197,7 +196,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
         return encoder
 
     def set_encoder(self, encoder: CaptionEncoder) -> None:
-        """Set the caption encoder, which must be the one with which the adapter was trained.
+        """Set the caption encoder. It must be the encoder with which the adapter was trained.
 
         Raises:
             ValueError: the encoder's embeddings do not have dimension `text_dim`, or the model's config specifies that
@@ -229,12 +228,12 @@ class LLM2CLIP(DenseMethods, nn.Module):
     @torch.no_grad()  # not inference_mode: users may train a linear probe on the embeddings
     @onednn_matmul()
     def encode_image(self, images: Any, batch_size: int = 64) -> Tensor:
-        """Encode images as L2-normalised (N, embed_dim) float32 embeddings on the CPU.
+        """Encode images as L2-normalised float32 embeddings of shape (N, embed_dim), on the CPU.
 
         Args:
-            images: one image, a list of N images, a tensor (N, 3, H, W) or an array (N, H, W, 3).
-                Each image is one of: a path, the bytes of an image file, a PIL image, a uint8 NumPy array (H, W, 3) or
-                (H, W), a uint8 tensor (3, H, W), a float tensor (3, H, W) with values from 0 to 1.
+            images: one image, a list of N images, a tensor of shape (N, 3, H, W) or an array of shape (N, H, W, 3). An
+                image is a path, the bytes of an image file, a PIL image, a uint8 NumPy array of shape (H, W, 3) or
+                (H, W), or a tensor of shape (3, H, W), either uint8 or float with values from 0 to 1.
             batch_size: number of images per forward pass.
 
         Raises:
@@ -258,7 +257,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
         precision: str | None = None,
         templates: str | Sequence[str] | None = None,
     ) -> Tensor:
-        """Encode texts as L2-normalised (N, embed_dim) float32 embeddings on the CPU.
+        """Encode texts as L2-normalised float32 embeddings of shape (N, embed_dim), on the CPU.
 
         Args:
             texts: one text or a list of N texts.
@@ -283,10 +282,10 @@ class LLM2CLIP(DenseMethods, nn.Module):
     def encode_query(
         self, queries: str | Sequence[str], progress: bool = False, precision: str | None = None
     ) -> Tensor:
-        """Encode search queries as L2-normalised (N, embed_dim) float32 embeddings on the CPU.
+        """Encode search queries as L2-normalised float32 embeddings of shape (N, embed_dim), on the CPU.
 
-        Short queries are averaged with the model's query templates (`config.query_templates`), as in `llm2clip search`.
-        All other queries are encoded as in `encode_text`.
+        As in `llm2clip search`, the embedding of a short query is the normalised mean over the query itself and the
+        model's query templates (`config.query_templates`). Longer queries are encoded as in `encode_text`.
 
         Args:
             queries: one query or a list of N queries.
@@ -299,14 +298,14 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     @torch.no_grad()
     def project_text_embeddings(self, embeddings: Tensor) -> Tensor:
-        """Map caption embeddings (N, text_dim) to L2-normalised (N, embed_dim) float32 text embeddings on the CPU."""
+        """Map caption embeddings (N, text_dim) to L2-normalised float32 text embeddings (N, embed_dim), on the CPU."""
         self.eval()
         _, text, *_ = self(embeddings=embeddings.to(self.device))
         assert text is not None
         return text.cpu()
 
     def similarity(self, texts: Tensor, images: Tensor) -> Tensor:
-        """Return the cosine similarities between L2-normalised text and image embeddings, shape (texts, images)."""
+        """Return the cosine similarities between L2-normalised embeddings, of shape (texts, images)."""
         return texts @ images.T
 
     # ---- saving and loading -----------------------------------------------------------------------------------------
@@ -317,12 +316,12 @@ class LLM2CLIP(DenseMethods, nn.Module):
         text_folder: str | Path | None = None,
         encoder: CaptionEncoder | None = None,
     ) -> Path:
-        """Save the model in a folder, atomically. The folder has no model card yet (see `write_model_card`).
+        """Save the model in a folder, atomically, without a model card (see `write_model_card`).
 
         Args:
             folder: folder to create. An existing model folder is replaced.
-            text_folder: folder of a saved caption encoder, which is copied. Default: save `encoder` instead.
-            encoder: caption encoder to save. Default: this model's caption encoder, if there is one.
+            text_folder: folder of a saved caption encoder to copy. Default: save `encoder` instead.
+            encoder: caption encoder to save. Default: the model's caption encoder, if there is one.
 
         Raises:
             FileExistsError: `folder` exists and is not a model folder.
@@ -331,8 +330,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
         if folder.exists() and not is_model_folder(folder):
             raise FileExistsError(f"{folder} exists and is not a model folder: choose another folder")
         if text_folder is None and encoder is None:
-            # bf16 weights are not saved. An encoder with bf16 weights was loaded from the folder, so copy the folder
-            # instead.
+            # An encoder with bf16 weights cannot be saved, but it was loaded from a folder, which can be copied.
             if self._encoder and self._encoder[0].has_full_precision:
                 encoder = self._encoder[0]
             else:
@@ -351,7 +349,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     def _write_config_and_weights(self, folder: Path) -> None:
         config = {"model_type": "llm2clip", "format_version": FORMAT_VERSION, **dataclasses.asdict(self.config)}
-        config["encoder_fingerprint"] = fingerprint(self.config.encoder)  # lets users compare folders; not read by code
+        config["encoder_fingerprint"] = fingerprint(self.config.encoder)  # for users who compare folders; never read
         (folder / "config.json").write_text(json.dumps(config, indent=1))
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_file(weights, folder / "model.safetensors")

@@ -1,7 +1,7 @@
-"""Config of a model, and the folder in which a model is saved.
+"""Model config, and layout of a model folder.
 
 MODEL/
-  config.json                the model's config (`LLM2CLIPConfig`)
+  config.json                model config (`LLM2CLIPConfig`)
   model.safetensors          weights of the vision tower, the projection and the adapter
   preprocessor_config.json   preprocessing of images, in transformers' format
   text/                      caption encoder, in sentence-transformers' format
@@ -22,24 +22,24 @@ from llm2clip.models.heads import AdapterConfig
 from llm2clip.models.hub.model_names import check_model_source
 from llm2clip.models.prompts import LITERAL, QueryTemplates
 
-# Files that are downloaded from the hub: configs, weights, tokenizers and model cards, but no pickles and no code.
+# Files to download from the hub: configs, weights, tokenizers and model cards, but no pickles and no code.
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", TRAINING_IMAGES_FILE)
 FORMAT_VERSION = 1  # of model folders
 
 
 @dataclass
 class LLM2CLIPConfig:
-    """Everything that is needed to build a model, except the weights.
+    """Architecture of a model: everything that is needed to build the model except the weights.
 
     Attributes:
         tower: vision tower config (`VisionTower.config`).
-        text_dim: dimension of the caption encoder's embeddings, which are the adapter's input.
+        text_dim: dimension of the caption embeddings, which are the adapter's input.
         embed_dim: dimension of the shared embedding space.
         adapter: arguments of the text adapter.
-        projection: if True, add an image projection. Otherwise, the tower's output is the image embedding, and
-            `embed_dim` must equal the tower's feature size.
+        projection: if True, the model has an image projection. If False, the tower's output is the image embedding, and
+            `embed_dim` must equal the tower's feature dimension.
         projection_bias: if True, the image projection has a bias (see `build_projection`).
-        logit_bias: if True, add a learned bias to the logits, for the sigmoid loss.
+        logit_bias: if True, the model has a learned logit bias, for the sigmoid loss.
         encoder: `CaptionEncoder.identity()` of the encoder with which the adapter was trained. Empty if unknown.
         query_templates: prompt templates with which search and evaluation encode short queries. `encode_text` does not
             apply them.
@@ -70,7 +70,7 @@ class LLM2CLIPConfig:
         return cls(**fields)
 
     def identity(self) -> dict[str, Any]:
-        """Return all fields that affect embeddings, as part of the model's identity."""
+        """Return a dict of all fields that affect the embeddings."""
         fields = dataclasses.asdict(self)
         del fields["query_templates"]
         return fields
@@ -93,7 +93,7 @@ def save_query_templates(folder: Path, templates: QueryTemplates) -> None:
 
 
 def find_model_folder(path: str | Path) -> Path:
-    """Return a model's folder. If `path` is a hub id, download the model.
+    """Return the local folder of a model. If `path` is a hub id, download the model.
 
     Raises:
         FileNotFoundError: `path` is neither a folder nor a model on the hub.

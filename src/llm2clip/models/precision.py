@@ -1,6 +1,6 @@
 """Choice of the numerical precision for each stage and device, and calibration of the encoding precision.
 
-If the precision setting of a stage is `auto`, the device determines the precision:
+If a stage's precision setting is `auto`, the device determines the precision:
 
 stage      GPU with bf16   CPU with bf16   all other devices
 tune       bf16            bf16            fp32
@@ -15,9 +15,10 @@ depend on the CPU. `serve` is the search server.
 
 "Calibrated" means the fastest precision in which the caption encoder is accurate enough. In some layers of an LLM, the
 MLP's output for a few tokens is a thousand times larger than for all other tokens (massive activations, arXiv
-2402.17762). Tokens that exceed a threshold have such an output. In an untuned LLM with bidirectional attention, many
-tokens are close to the threshold, so the layer amplifies the small rounding errors of all earlier layers. Layer 11 of
-untuned SmolLM2-135M is an example. The minimum cosine similarity between the bf16 and fp32 embeddings of 48 captions is
+2402.17762). This happens to tokens whose hidden state exceeds a threshold. In an untuned LLM with bidirectional
+attention, many tokens are close to the threshold, so such a layer amplifies the rounding errors of all earlier layers.
+Layer 11 of untuned SmolLM2-135M is an example. The minimum cosine similarity between the bf16 and fp32 embeddings of 48
+captions is
 
 - 0.984 with all 30 layers in bf16;
 - 0.984 with layers 0 to 11 in bf16 and layers 12 to 29 in fp32;
@@ -53,8 +54,7 @@ AUTO_PRECISION: dict[Stage, dict[str, str]] = {
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIN_COSINE = 0.999
-# Do not change these captions: they determine the selected precision, which is part of an embedding store's
-# fingerprint.
+# Do not change these captions. They determine the calibrated precision, which is part of a store's fingerprint.
 CALIBRATION_CAPTIONS = tuple(
     Path(__file__).with_name("calibration_captions.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
 )
@@ -64,13 +64,13 @@ def resolve_precision(stage: Stage, setting: str, device: torch.device) -> str:
     """Return the precision of a stage, without measuring anything.
 
     Args:
-        stage: row of the table. Multimodal LLMs use the row of `tune`.
+        stage: row of the table at the top of this module. Multimodal LLMs use the row of `tune`.
         setting: the user's setting. Any value except `auto` is returned unchanged.
         device: device on which the stage runs.
 
     Returns:
-        For `auto`, the entry of the table at the top of this module: fp32, bf16, or `CALIBRATED`, which
-        `resolve_encoder_precision` resolves.
+        For `auto`, the entry of the table: fp32, bf16, or `CALIBRATED`, which `resolve_encoder_precision` replaces with
+        the measured precision.
     """
     if setting != "auto":
         return setting
@@ -78,7 +78,7 @@ def resolve_precision(stage: Stage, setting: str, device: torch.device) -> str:
 
 
 def auto_precision(stage: Stage, device_type: str, has_bf16: bool) -> str:
-    """Return the entry of the table at the top of this module for a type of device, such as cuda or cpu."""
+    """Look up a stage and a device type (cuda, cpu, ...) in the table at the top of this module."""
     return AUTO_PRECISION[stage].get(device_type, "fp32") if has_bf16 else "fp32"
 
 
@@ -93,7 +93,7 @@ def has_bf16_hardware(device: torch.device) -> bool:
 def resolve_encoder_precision(
     stage: Stage, setting: str, encoder: CaptionEncoder, device: torch.device | None = None
 ) -> str:
-    """Return the precision in which a stage runs a caption encoder: fp32, bf16 or bf16+N.
+    """Return the precision in which a stage runs a caption encoder: fp32, bf16 or bf16+N. Calibrate it if necessary.
 
     Args:
         stage: row of the table at the top of this module.
@@ -117,10 +117,10 @@ def load_for_evaluation(path: str | Path, device: torch.device, **options: Any) 
 
 
 def calibrate_for_device(encoder: CaptionEncoder, device: torch.device) -> str:
-    """Return the fastest precision that is accurate enough on a device. See `calibrate_precision`.
+    """Measure the fastest precision that is accurate enough on a device. See `calibrate_precision`.
 
     If the encoder is on the CPU and the device is a GPU, layers are moved to the GPU one at a time, because the fp32
-    weights may not all fit.
+    weights may not fit in GPU memory.
     """
     if device.type == encoder.device.type:
         return calibrate_precision(encoder)
@@ -129,11 +129,11 @@ def calibrate_for_device(encoder: CaptionEncoder, device: torch.device) -> str:
 
 
 def calibrate_precision(encoder: CaptionEncoder) -> str:
-    """Return the fastest precision that is accurate enough.
+    """Measure the fastest precision that is accurate enough on the encoder's device.
 
-    This is `bf16` if possible, otherwise `bf16+N` with the smallest sufficient N, or `fp32` if no N is sufficient. A
-    precision is accurate enough if the embedding of every calibration caption has a cosine similarity of at least 0.999
-    to its fp32 embedding.
+    Return `bf16` if it is accurate enough, otherwise `bf16+N` with the smallest sufficient N, or `fp32` if no N is
+    sufficient. A precision is accurate enough if the embedding of every calibration caption has a cosine similarity of
+    at least 0.999 to its fp32 embedding.
     """
     exact = encoder.encode(CALIBRATION_CAPTIONS)
 
@@ -157,7 +157,7 @@ def calibrate_precision(encoder: CaptionEncoder) -> str:
 
 @contextmanager
 def layers_offloaded(encoder: CaptionEncoder, device: torch.device) -> Iterator[None]:
-    """Run an encoder on `device` inside the `with` block, with at most one of the LLM's layers on the device at a time.
+    """Inside the `with` block, run an encoder on `device` with at most one of the LLM's layers on it at a time.
 
     The encoder must be on the CPU. It is moved back to the CPU on exit.
     """
@@ -181,7 +181,7 @@ def layers_offloaded(encoder: CaptionEncoder, device: torch.device) -> Iterator[
 
 
 def _move_layer(layer: nn.Module, device: torch.device | str) -> None:
-    """Forward hook that moves a layer. It returns None, so the layer's inputs and outputs are not changed."""
+    """Move a layer. As a forward hook, this function returns None so that inputs and outputs are not changed."""
     layer.to(device)
 
 

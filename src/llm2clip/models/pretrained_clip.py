@@ -1,7 +1,8 @@
-"""Original CLIP model of a vision tower: its logit scale and bias, and its text space, which a new model can inherit.
+"""Inheritance from a vision tower's original CLIP model: its logit scale and bias, and its embedding space.
 
 The LLM2CLIP authors' code starts from the logit scale of the pretrained CLIP model, which is close to the maximum of
-100. A new CLIP model starts at 1 / 0.07 instead. For the text space, see `train/proclip.py`.
+100. A CLIP model trained from scratch starts at 1 / 0.07 instead. For training in the inherited embedding space, see
+`train/proclip.py`.
 """
 
 from __future__ import annotations
@@ -36,17 +37,17 @@ _WEIGHT_FILES = (
     "pytorch_model.bin",
     "open_clip_pytorch_model.bin",
 )
-MIN_SIMILARITY = 0.99  # between two implementations of the same image tower
+MIN_SIMILARITY = 0.99  # minimum cosine similarity between the outputs of two implementations of the same image tower
 
 
 def read_pretrained_logits(tower: str) -> tuple[float, float | None]:
-    """Return the factor that multiplies the cosine similarities in a pretrained CLIP model, and its logit bias.
+    """Read the logit scale and the logit bias of a pretrained CLIP model.
 
     Args:
         tower: vision tower, as in `VisionTower.from_pretrained`.
 
     Returns:
-        The logit scale (not its logarithm) and the logit bias, which is None for models without a bias.
+        The factor that multiplies the cosine similarities (not its logarithm), and the logit bias or None.
 
     Raises:
         ValueError: the tower's checkpoint has no logit scale, because it contains only a vision tower.
@@ -87,21 +88,20 @@ def load_inherited_clip(tower: str, inherit: bool | str, device: torch.device) -
 
     Args:
         tower: vision tower, as in `VisionTower.from_pretrained`.
-        inherit: name of the CLIP model, as in `load_clip_text_encoder`, or True for the model from which the tower was
-            taken.
+        inherit: name of the CLIP model, as in `load_clip_text_encoder`, or True for the tower's original CLIP model.
         device: device on which to load the model.
 
     Raises:
         ValueError: the tower's checkpoint contains no text tower.
         ImportError, OSError: see `load_clip_text_encoder`.
     """
-    return load_clip_text_encoder(inherit if isinstance(inherit, str) else _clip_of_tower(tower), device)
+    return load_clip_text_encoder(inherit if isinstance(inherit, str) else _find_original_clip(tower), device)
 
 
-def _clip_of_tower(tower: str) -> str:
-    """Return the name of a tower's original CLIP model, as in `load_clip_text_encoder`.
+def _find_original_clip(tower: str) -> str:
+    """Return the name of a tower's original CLIP model, in a form that `load_clip_text_encoder` accepts.
 
-    For timm towers, the same repository also contains the open_clip model with the text tower.
+    For timm towers, the hub repository also contains the open_clip model with the text tower.
     """
     source = hub_id_or_folder(resolve_pretrained(tower))
     if has_text_tower(source):
@@ -130,7 +130,7 @@ def visual_projection(clip: Any) -> nn.Linear | None:
     if hasattr(clip, "get_image_features"):  # transformers
         return getattr(clip, "visual_projection", None)
     visual = clip.visual
-    if isinstance(weight := getattr(visual, "proj", None), Tensor):  # open_clip's own ViT, (features, embeddings)
+    if isinstance(weight := getattr(visual, "proj", None), Tensor):  # open_clip's own ViT; (features, embeddings)
         feature_dim, embed_dim = weight.shape
         projection = nn.Linear(feature_dim, embed_dim, bias=False)
         projection.weight = nn.Parameter(weight.detach().T.contiguous())
@@ -147,13 +147,13 @@ def visual_projection(clip: Any) -> nn.Linear | None:
     )
 
 
-def model_in_clip_space(config: LLM2CLIPConfig, tower: VisionTower, clip: ClipTextEncoder) -> LLM2CLIP:
-    """Build a model that shares a CLIP model's image embeddings and device. Its adapter is randomly initialised.
+def build_model_in_clip_space(config: LLM2CLIPConfig, tower: VisionTower, clip: ClipTextEncoder) -> LLM2CLIP:
+    """Build a model with a CLIP model's image embeddings, on the same device. The text adapter has random weights.
 
     Args:
-        config: model config. Its `embed_dim` and projection are replaced with those of the CLIP model.
-        tower: the image tower of the CLIP model, as loaded for training.
-        clip: the CLIP model, as loaded for its text tower.
+        config: model config. The CLIP model determines `embed_dim`, `projection` and `projection_bias`.
+        tower: the image tower of the CLIP model, loaded for training.
+        clip: the CLIP model.
 
     Raises:
         ValueError: the vision tower is not the image tower of the CLIP model. See also `visual_projection`.
@@ -180,15 +180,13 @@ def model_in_clip_space(config: LLM2CLIPConfig, tower: VisionTower, clip: ClipTe
 
 @torch.no_grad()
 def _check_image_space(model: LLM2CLIP, clip: Any) -> None:
-    """Check that `model` has the same image embeddings as the CLIP model.
-
-    The embeddings of one random image are compared. Towers with a different image size are not checked.
+    """Check that a model and a CLIP model embed a random image alike. Towers with another image size are not checked.
 
     Raises:
         ValueError: the vision tower is not the image tower of the CLIP model.
     """
     tower = model.tower
-    if _image_size(clip) != tower.preprocess.size:
+    if _get_image_size(clip) != tower.preprocess.size:
         return
     size = tower.preprocess.size
     pixels = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(model.device)
@@ -206,7 +204,7 @@ def _check_image_space(model: LLM2CLIP, clip: Any) -> None:
         )
 
 
-def _image_size(clip: Any) -> int | None:
+def _get_image_size(clip: Any) -> int | None:
     if hasattr(clip, "get_image_features"):
         return getattr(clip.config.vision_config, "image_size", None)
     size = clip.visual.image_size
@@ -214,9 +212,9 @@ def _image_size(clip: Any) -> int | None:
 
 
 def hub_id_or_folder(tower: str) -> str:
-    """Return the folder or hub id of a tower's weights. The hub id of a timm model comes from timm's pretrained config.
+    """Return the folder or hub id of a tower's weights. For a timm model, timm's pretrained config contains the hub id.
 
-    If it is a timm model without weights on the hub, the name is returned unchanged.
+    The name of a timm model without weights on the hub is returned unchanged.
     """
     prefix, colon, rest = tower.partition(":")
     name = rest if colon and prefix in ("timm", "hf") else tower
@@ -232,7 +230,7 @@ def hub_id_or_folder(tower: str) -> str:
 
 
 def find_file(source: str, name: str) -> Path | None:
-    """Return the path of a file in a folder or hub repository. The file is downloaded if necessary."""
+    """Return the path of a file in a folder or hub repository, or None. The file is downloaded if necessary."""
     from transformers.utils import cached_file
 
     if not Path(source).is_dir() and source.count("/") != 1:

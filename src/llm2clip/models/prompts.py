@@ -40,7 +40,7 @@ class QueryTemplates:
 
     Attributes:
         templates: Prompt templates, such as "a photo of a {}". If empty, all queries are encoded as they are.
-        max_words: Maximum number of words of a short query, at most `MAX_TEMPLATE_WORDS`.
+        max_words: A query is short if it has at most this many words (1 to `MAX_TEMPLATE_WORDS`).
     """
 
     templates: tuple[str, ...] = ()
@@ -54,7 +54,7 @@ class QueryTemplates:
 
     @classmethod
     def from_dict(cls, values: Any) -> QueryTemplates:
-        """Create templates from a dict with the keys "templates" and "max_words".
+        """Create query templates from a dict with the keys "templates" and "max_words".
 
         Raises:
             ValueError: A value is missing or invalid.
@@ -73,7 +73,7 @@ LITERAL = QueryTemplates()  # encodes all queries as they are
 
 
 def fill_templates(texts: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Insert every text into every template. The prompts of a text are adjacent, in the order of the templates."""
+    """Insert every text into every template. The prompts of each text are adjacent, in the order of the templates."""
     return [template.replace(PLACEHOLDER, text) for text in texts for template in templates]
 
 
@@ -83,11 +83,11 @@ def average_prompts(prompts: Tensor, counts: Sequence[int]) -> Tensor:
     The prompt embeddings are L2-normalised before averaging, and their mean is L2-normalised again.
 
     Args:
-        prompts: Embeddings of all prompts, (P, D). The prompts of a text are adjacent.
+        prompts: Embeddings of all prompts, of shape (P, D). The prompts of each text are adjacent.
         counts: Number of prompts for each of the N texts. The sum must be P.
 
     Returns:
-        Text embeddings, (N, D) float32.
+        Text embeddings of shape (N, D), float32.
     """
     normalized = F.normalize(prompts.float(), dim=-1)
     text_of_prompt = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
@@ -108,12 +108,13 @@ def is_short_text(text: str, max_words: int = MAX_TEMPLATE_WORDS) -> bool:
 
 
 def query_prompts(texts: Sequence[str], templates: QueryTemplates) -> tuple[list[str], list[int]]:
-    """Return the prompts of search queries.
+    """Return the prompts whose mean embedding represents each search query.
 
-    The prompts of a short query are the query itself and the filled templates. Any other query is its own only prompt.
+    The prompts of a short query are the query itself and the filled templates. A longer query has only itself as a
+    prompt.
 
     Returns:
-        All prompts, and the number of prompts for each query. See `average_prompts`.
+        The prompts of all queries, and the number of prompts of each query. See `average_prompts`.
     """
     groups = []
     for text in texts:

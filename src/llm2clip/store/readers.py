@@ -209,7 +209,7 @@ def _data_offset(path: Path, rows: int, row_bytes: int) -> int:
 
 
 def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return how many bytes this process can still allocate, given the available RAM and the memory limit of its cgroup."""
+    """Return the number of bytes that this process can still allocate within available RAM and its cgroup's limit."""
     available = int(psutil.virtual_memory().available)
     limit_file, usage_file, stat_file = (cgroup / f"memory.{name}" for name in ("max", "current", "stat"))
     if not (limit_file.is_file() and usage_file.is_file()):

@@ -17,7 +17,7 @@ from llm2clip.models.heads import AdapterConfig, has_projection_bias
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.precision import resolve_precision
-from llm2clip.models.pretrained_clip import load_inherited_clip, model_in_clip_space, read_pretrained_logits
+from llm2clip.models.pretrained_clip import build_model_in_clip_space, load_inherited_clip, read_pretrained_logits
 from llm2clip.models.text.clip_text_encoder import ClipTextEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.runs.ranks import process_state
@@ -104,7 +104,7 @@ def new_model(
     if parts.clip is not None:
         assert out is not None
         parts.clip.model.to(device)
-        model = model_in_clip_space(model_config, parts.tower, parts.clip)
+        model = build_model_in_clip_space(model_config, parts.tower, parts.clip)
         precision = resolve_precision("align", config.precision, device)
         inherit_text_space(model, parts.clip, train, store, config.seed, precision, out)
         parts.clip = None  # no longer needed, even if the caller keeps the parts

@@ -185,11 +185,11 @@ def official_name(name: str, layout: Layout, adapter_depth: int) -> str:
     """Return the official name of a tensor of `LLM2CLIP`. `adapter_depth` is the number of residual blocks."""
     part, _, rest = name.partition(".")
     if part == "tower":
-        return layout.tower + _official_tower_name(rest.removeprefix("backbone."), layout)
+        return layout.tower + _get_official_tower_name(rest.removeprefix("backbone."), layout)
     if part == "projection":
         return layout.projection + rest
     if part == "adapter":
-        return layout.adapter + _official_adapter_name(rest, adapter_depth)
+        return layout.adapter + _get_official_adapter_name(rest, adapter_depth)
     return name  # logit_scale, logit_bias
 
 
@@ -269,14 +269,14 @@ def _default_logit_scale(source: str, config: Mapping[str, Any]) -> Tensor:
     return torch.tensor(value)
 
 
-def _official_tower_name(name: str, layout: Layout) -> str:
+def _get_official_tower_name(name: str, layout: Layout) -> str:
     if layout is EVA:
         for timm_name, eva_name in _TIMM_TO_EVA.items():
             name = name.replace(timm_name, eva_name)
     return name
 
 
-def _official_adapter_name(name: str, depth: int) -> str:
+def _get_official_adapter_name(name: str, depth: int) -> str:
     """Return the official name of an adapter tensor, such as blocks.N.LAYER.weight, norm.weight or out.weight.
 
     The LLM2CLIP authors' code stores all layers of the adapter in one nn.Sequential, so official names start with an

@@ -62,11 +62,11 @@ def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) ->
     hidden = checkpoint.shape(f"{prefix}0.fn.0.weight")[0] if depth else 2 * text_dim
     embed_dim = checkpoint.shape(f"{prefix}{depth + 1}.weight")[0]
     if checkpoint.layout is SIGLIP2:
-        tower = _siglip_tower(checkpoint, embed_dim)
+        tower = _infer_siglip_tower(checkpoint, embed_dim)
     elif checkpoint.layout is EVA:
-        tower = _eva_tower(checkpoint)
+        tower = _infer_eva_tower(checkpoint)
     else:
-        tower = _clip_tower(checkpoint)
+        tower = _infer_clip_tower(checkpoint)
     return LLM2CLIPConfig(
         tower=tower,
         text_dim=text_dim,
@@ -82,7 +82,7 @@ def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) ->
     )
 
 
-def _clip_tower(checkpoint: Checkpoint) -> dict[str, Any]:
+def _infer_clip_tower(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the `VisionTower` config of a CLIP tower.
 
     The config is read from the checkpoint's config.json, if there is one. Otherwise, it is inferred from the tensor
@@ -105,8 +105,8 @@ def _clip_tower(checkpoint: Checkpoint) -> dict[str, Any]:
             "hidden_size": width,
             "intermediate_size": checkpoint.shape("vision_model.encoder.layers.0.mlp.fc1.weight")[0],
             "num_hidden_layers": checkpoint.count_blocks("vision_model.encoder.layers."),
-            "num_attention_heads": _num_heads(checkpoint, width, HEAD_DIM),
-            "image_size": _grid_size(checkpoint, positions - 1) * patch_size,
+            "num_attention_heads": _compute_num_heads(checkpoint, width, HEAD_DIM),
+            "image_size": _compute_grid_size(checkpoint, positions - 1) * patch_size,
             "patch_size": patch_size,
         }
     config = CLIPVisionConfig(**fields)
@@ -116,27 +116,27 @@ def _clip_tower(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"library": "transformers", "architecture": architecture, "preprocess": preprocess.to_dict()}
 
 
-def _eva_tower(checkpoint: Checkpoint) -> dict[str, Any]:
+def _infer_eva_tower(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the `VisionTower` config of an EVA-02 tower.
 
     The config describes a standard timm model if there is one with the tower's sizes. Otherwise, it describes a timm
     model with custom sizes.
     """
     width, _, patch_size, _ = checkpoint.shape("visual.patch_embed.proj.weight")
-    image_size = _grid_size(checkpoint, checkpoint.shape("visual.pos_embed")[1] - 1) * patch_size
+    image_size = _compute_grid_size(checkpoint, checkpoint.shape("visual.pos_embed")[1] - 1) * patch_size
     depth = checkpoint.count_blocks("visual.blocks.")
     hidden = checkpoint.shape("visual.blocks.0.mlp.w1.weight")[0]
     rotary = checkpoint.tensors.get("visual.rope.freqs_cos")  # (positions, head dimension)
-    heads = _num_heads(checkpoint, width, HEAD_DIM if rotary is None else rotary.shape[-1])
+    heads = _compute_num_heads(checkpoint, width, HEAD_DIM if rotary is None else rotary.shape[-1])
 
     known = None
     if heads == width // HEAD_DIM:
         known = _TIMM_EVA_TOWERS.get((patch_size, width, depth, hidden), {}).get(image_size)
     sizes = {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads}
-    return _timm_tower(checkpoint, known, "eva02_large_patch14_clip_336", image_size, sizes, hidden)
+    return _build_timm_config(checkpoint, known, "eva02_large_patch14_clip_336", image_size, sizes, hidden)
 
 
-def _siglip_tower(checkpoint: Checkpoint, embed_dim: int) -> dict[str, Any]:
+def _infer_siglip_tower(checkpoint: Checkpoint, embed_dim: int) -> dict[str, Any]:
     """Return the `VisionTower` config of a timm SigLIP tower with attention pooling.
 
     The config describes a standard timm model if there is one with the tower's sizes. Otherwise, it describes a timm
@@ -148,17 +148,18 @@ def _siglip_tower(checkpoint: Checkpoint, embed_dim: int) -> dict[str, Any]:
             f"{checkpoint.source}: the tower's output has size {width}, but the adapter's has size {embed_dim}. In the "
             f"layout {checkpoint.layout.name!r}, which has no image projection, the sizes must be equal"
         )
-    image_size = _grid_size(checkpoint, checkpoint.shape("visual.trunk.pos_embed")[1]) * patch_size
+    image_size = _compute_grid_size(checkpoint, checkpoint.shape("visual.trunk.pos_embed")[1]) * patch_size
     depth = checkpoint.count_blocks("visual.trunk.blocks.")
     hidden = checkpoint.shape("visual.trunk.blocks.0.mlp.fc1.weight")[0]
 
     known = _TIMM_SIGLIP_TOWERS.get((patch_size, width, depth, hidden), {}).get(image_size)
-    heads = 0 if known else _num_heads(checkpoint, width, HEAD_DIM)  # known towers can have heads of another size
+    # timm defines the heads of known towers, which can have another size.
+    heads = 0 if known else _compute_num_heads(checkpoint, width, HEAD_DIM)
     sizes = {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads}
-    return _timm_tower(checkpoint, known, "vit_base_patch16_siglip_224", image_size, sizes, hidden)
+    return _build_timm_config(checkpoint, known, "vit_base_patch16_siglip_224", image_size, sizes, hidden)
 
 
-def _timm_tower(
+def _build_timm_config(
     checkpoint: Checkpoint, known: str | None, family: str, image_size: int, sizes: dict[str, int], hidden: int
 ) -> dict[str, Any]:
     """Return the config of a timm tower.
@@ -189,7 +190,7 @@ def _default_preprocess(size: int) -> Preprocess:
     return Preprocess(size, "shortest", 1.0, "bicubic", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 
 
-def _grid_size(checkpoint: Checkpoint, patches: int) -> int:
+def _compute_grid_size(checkpoint: Checkpoint, patches: int) -> int:
     """Return the number of patches along one side of the image."""
     side = math.isqrt(patches)
     if side * side != patches:
@@ -199,7 +200,7 @@ def _grid_size(checkpoint: Checkpoint, patches: int) -> int:
     return side
 
 
-def _num_heads(checkpoint: Checkpoint, width: int, head_dim: int) -> int:
+def _compute_num_heads(checkpoint: Checkpoint, width: int, head_dim: int) -> int:
     if width % head_dim:
         raise ValueError(
             f"{checkpoint.source}: the tower's width {width} is not a multiple of the head size {head_dim}"

@@ -51,14 +51,14 @@ def save_official(model: LLM2CLIP, out: str | Path, layout_name: str) -> Path:
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another path")
 
-    tensors = _official_tensors(model, layout)
+    tensors = _build_official_tensors(model, layout)
     if layout is EVA:
         with atomic_path(out) as file:
             torch.save(tensors, file)
         return out
     with atomic_dir(out) as folder:
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(_clip_config(model), indent=1))
+        (folder / "config.json").write_text(json.dumps(_build_clip_config(model), indent=1))
         (folder / "preprocessor_config.json").write_text(json.dumps(model.tower.preprocess.to_dict(), indent=1))
     return out
 
@@ -68,11 +68,11 @@ def _check_representable(model: LLM2CLIP, layout: Layout) -> None:
     config = model.config
     problems = []
     if layout is HF:
-        problems += _clip_tower_problems(model)
+        problems += _find_clip_tower_problems(model)
         if config.projection_bias:
             problems.append("the projection has a bias")
     else:
-        problems += _eva_tower_problems(model)
+        problems += _find_eva_tower_problems(model)
     if not config.projection:
         problems.append("there is no image projection")
     if config.logit_bias:
@@ -83,32 +83,32 @@ def _check_representable(model: LLM2CLIP, layout: Layout) -> None:
         raise ValueError(f"the model cannot be saved in the layout {layout.name!r}: {'; '.join(problems)}")
 
 
-def _clip_tower_problems(model: LLM2CLIP) -> list[str]:
-    if _tower_name(model) != "clip_vision_model":
-        return [f"the vision tower is {_tower_name(model)}, but must be a transformers CLIP tower"]
+def _find_clip_tower_problems(model: LLM2CLIP) -> list[str]:
+    if _get_tower_name(model) != "clip_vision_model":
+        return [f"the vision tower is {_get_tower_name(model)}, but must be a transformers CLIP tower"]
     if model.tower.config["architecture"]["image_size"] != model.tower.preprocess.size:
         return ["the vision tower's image size differs from the image size of its position embeddings"]
     return []
 
 
-def _eva_tower_problems(model: LLM2CLIP) -> list[str]:
-    is_eva_clip = re.match("timm:eva02_(base|large)_.*_clip_", _tower_name(model)) is not None
+def _find_eva_tower_problems(model: LLM2CLIP) -> list[str]:
+    is_eva_clip = re.match("timm:eva02_(base|large)_.*_clip_", _get_tower_name(model)) is not None
     if is_eva_clip and model.tower.config["args"].keys() <= set(EVA_ARGS):
         return []
     return [
-        f"the vision tower is {_tower_name(model)}, but must be a timm EVA-02 CLIP tower "
+        f"the vision tower is {_get_tower_name(model)}, but must be a timm EVA-02 CLIP tower "
         "without custom arguments other than sizes"
     ]
 
 
-def _tower_name(model: LLM2CLIP) -> str:
+def _get_tower_name(model: LLM2CLIP) -> str:
     config: dict[str, Any] = model.tower.config
     if config["library"] == "transformers":
         return str(config["architecture"]["model_type"])
     return f"timm:{config['architecture']}"
 
 
-def _official_tensors(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
+def _build_official_tensors(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
     tensors = {
         official_name(name, layout, model.config.adapter.depth): tensor.detach().cpu().contiguous()
         for name, tensor in model.state_dict().items()
@@ -121,7 +121,7 @@ def _official_tensors(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
     return tensors
 
 
-def _clip_config(model: LLM2CLIP) -> dict[str, Any]:
+def _build_clip_config(model: LLM2CLIP) -> dict[str, Any]:
     """Return the contents of config.json for a model with a CLIP tower."""
     architecture = model.tower.config["architecture"]
     vision_config = {"model_type": "clip_vision_model"} | {key: architecture[key] for key in CLIP_FIELDS}

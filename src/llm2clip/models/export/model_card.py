@@ -65,18 +65,18 @@ def render_model_card(folder: Path, name: str, license: str | None = None) -> st
     config: dict[str, Any] = read_json(config_file) if config_file.is_file() else {}
     model_type = config.get("model_type", "")
     embed_dim = config.get("embed_dim")
-    sections = [_front_matter(folder, model_type, license), f"# {name}", INTRODUCTION]
+    sections = [_render_front_matter(folder, model_type, license), f"# {name}", INTRODUCTION]
     if config.get("tower"):
-        sections.append(f"## Architecture\n\n{_architecture_table(config, embed_dim)}")
+        sections.append(f"## Architecture\n\n{_render_architecture_table(config, embed_dim)}")
     if model_type in USAGE:
         sections.append(f"## Usage\n\n{USAGE[model_type].format(name=name, embed_dim=embed_dim)}")
     if model_type == "llm2clip":
-        sections += _asset_section(folder.parent) + _training_sections(folder.parent)
+        sections += _render_asset_section(folder.parent) + _render_training_sections(folder.parent)
     sections.append(f"## Limitations\n\n{LIMITATIONS}")
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(folder: Path, model_type: str, license: str | None) -> str:
+def _render_front_matter(folder: Path, model_type: str, license: str | None) -> str:
     task = "zero-shot-image-classification"
     if (folder / "text.onnx").is_file():
         library = "onnx"
@@ -98,7 +98,7 @@ def _front_matter(folder: Path, model_type: str, license: str | None) -> str:
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
 
 
-def _architecture_table(config: dict[str, Any], embed_dim: int | None) -> str:
+def _render_architecture_table(config: dict[str, Any], embed_dim: int | None) -> str:
     """Render a Markdown table of the architecture that config.json describes."""
     tower = config["tower"]
     architecture = tower.get("architecture")  # a model name for timm towers, a config dict for transformers towers
@@ -118,7 +118,7 @@ def _architecture_table(config: dict[str, Any], embed_dim: int | None) -> str:
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
-def _asset_section(run: Path) -> list[str]:
+def _render_asset_section(run: Path) -> list[str]:
     """Render the licenses and origins of the pretrained parts that llm2clip downloaded for a run."""
     config_file = run / CONFIG_FILE
     if not config_file.is_file():
@@ -135,7 +135,7 @@ def _asset_section(run: Path) -> list[str]:
     return ["## Pretrained parts\n\n" + "\n".join(lines) + f"\n\n{PROVENANCE}"]
 
 
-def _training_sections(run: Path) -> list[str]:
+def _render_training_sections(run: Path) -> list[str]:
     """Render the report and the config in a run directory. Missing files are skipped."""
     sections = []
     report, config = run / "report.md", run / CONFIG_FILE

@@ -1,4 +1,4 @@
-"""An LLM2CLIP model (arXiv 2411.04997) for transformers, in a single file.
+"""LLM2CLIP model (arXiv 2411.04997) for transformers, in a single file.
 
     from transformers import AutoModel, AutoProcessor
     model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
@@ -38,17 +38,17 @@ class LLM2CLIPExportConfig(PretrainedConfig):
 
     Args:
         tower: config of the vision tower. The keys are `library` ("timm" or "transformers"), `architecture`, `args`
-            (arguments for `timm.create_model`), `feature_dim`, `image_size` and `interpolate_pos_encoding`. The last
-            key is only used for transformers towers. It is True if the tower must interpolate its position embeddings.
+            (arguments for `timm.create_model`), `feature_dim`, `image_size` and `interpolate_pos_encoding` (True if a
+            transformers tower must interpolate its position embeddings).
         text: config of the LLM.
         text_dim: dimension of the caption embeddings, which are the adapter's input.
         embed_dim: dimension of the shared embedding space.
-        adapter: further arguments of `Adapter`.
-        projection: True if there is an image projection.
+        adapter: arguments of `Adapter` except `text_dim` and `embed_dim`.
+        projection: True if the model has an image projection.
         projection_bias: True if the image projection has a bias.
-        pooling: "mean", "lasttoken" or "cls".
-        prompt_tokens: number of prompt tokens at the start of each text, which are excluded from mean pooling.
-        logit_bias: True if the model has a logit bias, which the sigmoid loss uses.
+        pooling: pooling mode of the LLM: "mean", "lasttoken" or "cls".
+        prompt_tokens: number of tokens at the start of each text that are excluded from mean pooling.
+        logit_bias: True if the model has a logit bias, which models trained with the sigmoid loss use.
     """
 
     model_type = "llm2clip_export"
@@ -81,10 +81,10 @@ class LLM2CLIPExportConfig(PretrainedConfig):
 
 
 class LLM2CLIPImageProcessor(CLIPImageProcessor):
-    """Image processor for timm towers. Unlike transformers, it rounds the corner of the centre crop as timm does."""
+    """Image processor for timm towers. It rounds the position of the centre crop as timm does, unlike transformers."""
 
     def center_crop(self, image: Any, size: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Crop an image (..., H, W) to (..., size.height, size.width)."""
+        """Crop the centre of an image of shape (..., H, W) to shape (..., size.height, size.width)."""
         return tvF.center_crop(image, [size.height, size.width])
 
 
@@ -98,7 +98,7 @@ class ResidualBlock(nn.Module):
         self.down = nn.Linear(expansion * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, dim) to (N, dim)."""
+        """Map hidden states of shape (N, dim) to hidden states of the same shape."""
         return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
@@ -120,7 +120,7 @@ class Adapter(nn.Module):
         self.out = nn.Linear(text_dim, embed_dim)
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Map unnormalised caption embeddings (N, text_dim) to unnormalised text embeddings (N, embed_dim)."""
+        """Map caption embeddings of shape (N, text_dim) to unnormalised text embeddings of shape (N, embed_dim)."""
         x = F.normalize(embeddings, dim=-1) if self.normalize_input else embeddings
         return self.out(self.norm(self.blocks(x)))
 
@@ -148,9 +148,9 @@ class LLM2CLIPExport(PreTrainedModel):
     def get_text_features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Encode token ids (N, T).
+        """Encode token ids of shape (N, T).
 
-        The output's `pooler_output` contains the L2-normalised embeddings, (N, embed_dim) float32.
+        `pooler_output` of the result contains L2-normalised embeddings of shape (N, embed_dim), float32.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         hidden = self.llm(input_ids=input_ids, attention_mask=mask).last_hidden_state
@@ -160,9 +160,9 @@ class LLM2CLIPExport(PreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=text)
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """Encode the processor's pixel values (N, 3, S, S).
+        """Encode the processor's pixel values of shape (N, 3, S, S).
 
-        The output's `pooler_output` contains the L2-normalised embeddings, (N, embed_dim) float32.
+        `pooler_output` of the result contains L2-normalised embeddings of shape (N, embed_dim), float32.
         """
         tower = self.config.tower
         if tower["library"] == "timm":
@@ -180,7 +180,7 @@ class LLM2CLIPExport(PreTrainedModel):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> CLIPOutput:
-        """Encode texts, images or both. With both, also return the logits: scale * cosine similarity + bias."""
+        """Encode texts, images or both. For both, also return the logits: scale * cosine similarity + bias."""
         text = image = logits = None
         if input_ids is not None:
             text = self.get_text_features(input_ids, attention_mask).pooler_output
@@ -198,7 +198,7 @@ class LLM2CLIPExport(PreTrainedModel):
         )
 
     def _pooling_mask(self, mask: Tensor) -> Tensor:
-        """Return a mask (N, T) of the tokens to pool, given the attention mask. Padding may be on either side."""
+        """Return a mask of shape (N, T) that selects the tokens to pool. Padding may be on either side."""
         position = mask.cumsum(1)  # 1-based position of each token, not counting padding
         if self.config.pooling == "mean":
             return mask * (position > self.config.prompt_tokens)

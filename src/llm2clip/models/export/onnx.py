@@ -112,7 +112,7 @@ def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
     exported, tokenizer = build_export_model(model), build_tokenizer(model.encoder)
     tokenizer.save_pretrained(folder)  # save first, because a call with padding changes the tokenizer's settings
     messages = []
-    for graph in (_vision_graph(exported, model), _text_graph(exported, tokenizer)):
+    for graph in (_build_vision_graph(exported, model), _build_text_graph(exported, tokenizer)):
         messages.append(_export_graph(graph, folder))
         if int8:
             messages.append(_quantize_graph(graph, folder))
@@ -122,7 +122,7 @@ def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
     return messages
 
 
-def _vision_graph(exported: LLM2CLIPExport, model: LLM2CLIP) -> _Graph:
+def _build_vision_graph(exported: LLM2CLIPExport, model: LLM2CLIP) -> _Graph:
     size = model.tower.preprocess.size
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (3, 3, size, size), generator=generator, dtype=torch.uint8)
@@ -130,7 +130,7 @@ def _vision_graph(exported: LLM2CLIPExport, model: LLM2CLIP) -> _Graph:
     return _Graph("vision", module, {"pixels": pixels}, ({0: torch.export.Dim("count")},))
 
 
-def _text_graph(exported: LLM2CLIPExport, tokenizer: Any) -> _Graph:
+def _build_text_graph(exported: LLM2CLIPExport, tokenizer: Any) -> _Graph:
     tokens = tokenizer(list(SAMPLE_TEXTS), padding=True, return_tensors="pt")
     inputs = {name: tokens[name] for name in ("input_ids", "attention_mask")}
     shape = {0: torch.export.Dim("count"), 1: torch.export.Dim("length")}
@@ -155,7 +155,7 @@ def _export_graph(graph: _Graph, folder: Path) -> str:
     assert program is not None
     program.save(str(file))
     one_row = {name: tensor[:1] for name, tensor in graph.inputs.items()}
-    cosine = float(np.min([_min_cosine(file, graph.module, inputs) for inputs in (graph.inputs, one_row)]))
+    cosine = float(np.min([_compute_min_cosine(file, graph.module, inputs) for inputs in (graph.inputs, one_row)]))
     if not cosine >= MIN_COSINE:  # written this way so that NaN fails as well
         raise ValueError(f"the embeddings from {file.name} differ from PyTorch's: cosine similarity {cosine:.5f}")
     return f"{file.name}: minimum cosine similarity to PyTorch's embeddings {cosine:.6f}"
@@ -179,7 +179,7 @@ def _quantize_graph(graph: _Graph, folder: Path) -> str:
         )
     finally:
         root.removeFilter(_is_not_preprocessing_hint)
-    cosine = _min_cosine(quantized, graph.module, graph.inputs)
+    cosine = _compute_min_cosine(quantized, graph.module, graph.inputs)
     ratio = _total_size(folder, quantized.name) / full_size
     return f"{quantized.name}: minimum cosine similarity {cosine:.4f}, {ratio:.0%} of the original size"
 
@@ -194,7 +194,7 @@ def _total_size(folder: Path, name: str) -> int:
     return sum(file.stat().st_size for file in folder.glob(f"{name}*"))
 
 
-def _min_cosine(file: Path, module: nn.Module, inputs: Mapping[str, Tensor]) -> float:
+def _compute_min_cosine(file: Path, module: nn.Module, inputs: Mapping[str, Tensor]) -> float:
     """Return the minimum cosine similarity between a graph's embeddings and a PyTorch module's embeddings."""
     import onnxruntime
 

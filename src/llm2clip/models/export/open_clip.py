@@ -39,9 +39,9 @@ def export_open_clip(model: LLM2CLIP, folder: Path) -> None:
     except ImportError as error:
         raise ImportError(f"exporting to open_clip requires `{install_command('open-clip')}` ({error})") from error
     _check_tower(model)
-    (folder / "open_clip_config.json").write_text(json.dumps(_open_clip_config(model), indent=1))
+    (folder / "open_clip_config.json").write_text(json.dumps(_build_open_clip_config(model), indent=1))
     target = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
-    tensors = _open_clip_tensors(model, target.state_dict())
+    tensors = _build_open_clip_tensors(model, target.state_dict())
     save_file(tensors, folder / "open_clip_model.safetensors", {"format": "pt"})
 
 
@@ -61,14 +61,14 @@ def _check_tower(model: LLM2CLIP) -> None:
         )
 
 
-def _open_clip_config(model: LLM2CLIP) -> dict[str, Any]:
+def _build_open_clip_config(model: LLM2CLIP) -> dict[str, Any]:
     """Return the contents of open_clip_config.json."""
     preprocess = model.tower.preprocess
     vision = {
         "image_size": preprocess.size,
         "timm_model_name": model.tower.config["architecture"],
         "timm_model_pretrained": False,
-        "timm_pool": "" if model.config.projection else _pooling_name(model.tower.backbone),
+        "timm_pool": "" if model.config.projection else _get_pooling_name(model.tower.backbone),
         "timm_proj": "linear" if model.config.projection else "none",
         "timm_proj_bias": model.config.projection_bias,
     }
@@ -83,13 +83,13 @@ def _open_clip_config(model: LLM2CLIP) -> dict[str, Any]:
     }
 
 
-def _pooling_name(backbone: Any) -> str:
+def _get_pooling_name(backbone: Any) -> str:
     """Return timm's name for a backbone's pooling. Without a projection, open_clip does not use timm's default."""
     pooling = backbone.global_pool
     return str(pooling if isinstance(pooling, str) else pooling.pool_type)
 
 
-def _open_clip_tensors(model: LLM2CLIP, target: dict[str, Tensor]) -> dict[str, Tensor]:
+def _build_open_clip_tensors(model: LLM2CLIP, target: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a state dict for the model that open_clip builds. `target` is the initial state dict of that model."""
     backbone, projection = model.tower.backbone.state_dict(), model.projection.state_dict()
     tensors = {}

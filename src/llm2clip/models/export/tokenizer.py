@@ -46,24 +46,24 @@ def _add_template(tokenizer: Any, encoder: CaptionEncoder) -> None:
     from tokenizers.processors import TemplateProcessing
 
     first, second = (encoder.tokenizer(encoder.prefix + text)["input_ids"] for text in ("a", "1"))
-    before = _common_start(first, second)
-    after = _common_start(first[::-1], second[::-1])[::-1]
+    before = _find_common_prefix(first, second)
+    after = _find_common_prefix(first[::-1], second[::-1])[::-1]
     template, special_tokens = "$A", []
     if before:
         template = f"<before> {template}"
-        special_tokens.append(_special_token(tokenizer, "<before>", before))
+        special_tokens.append(_build_special_token(tokenizer, "<before>", before))
     if after:
         template = f"{template} <after>"
-        special_tokens.append(_special_token(tokenizer, "<after>", after))
+        special_tokens.append(_build_special_token(tokenizer, "<after>", after))
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special_tokens)
 
 
-def _special_token(tokenizer: Any, name: str, ids: list[int]) -> dict[str, Any]:
+def _build_special_token(tokenizer: Any, name: str, ids: list[int]) -> dict[str, Any]:
     """Return a special token for `TemplateProcessing`, which is replaced with a sequence of token ids."""
     return {"id": name, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)}
 
 
-def _common_start(first: list[int], second: list[int]) -> list[int]:
+def _find_common_prefix(first: list[int], second: list[int]) -> list[int]:
     """Return the longest common prefix of two lists of token ids."""
     equal = takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
     return [token for token, _ in equal]

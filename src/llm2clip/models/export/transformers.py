@@ -97,7 +97,7 @@ def build_export_model(model: LLM2CLIP) -> LLM2CLIPExport:
     llm = CaptionEncoder(copy.deepcopy(model.encoder.st).cpu()).llm.float()
     llm.set_attn_implementation("sdpa")
 
-    exported = LLM2CLIPExport(_export_config(model, llm)).float().eval()
+    exported = LLM2CLIPExport(_build_export_config(model, llm)).float().eval()
     exported.vision.load_state_dict(model.tower.backbone.state_dict())
     exported.llm.load_state_dict(llm.state_dict())
     exported.projection.load_state_dict(model.projection.state_dict())
@@ -121,11 +121,11 @@ def _check_modules(encoder: CaptionEncoder) -> None:
         raise ValueError(f"the caption encoder has {len(encoder.st)} modules, but the format supports at most 3")
 
 
-def _export_config(model: LLM2CLIP, llm: Any) -> LLM2CLIPExportConfig:
+def _build_export_config(model: LLM2CLIP, llm: Any) -> LLM2CLIPExportConfig:
     encoder, pooling = model.encoder, model.encoder.st[1]
     not_architecture = ("_name_or_path", "architectures", "dtype")
     return LLM2CLIPExportConfig(
-        tower=_tower_config(model.tower),
+        tower=_build_tower_config(model.tower),
         text={key: value for key, value in llm.config.to_dict().items() if key not in not_architecture},
         text_dim=model.config.text_dim,
         embed_dim=model.config.embed_dim,
@@ -138,7 +138,7 @@ def _export_config(model: LLM2CLIP, llm: Any) -> LLM2CLIPExportConfig:
     )
 
 
-def _tower_config(tower: VisionTower) -> dict[str, Any]:
+def _build_tower_config(tower: VisionTower) -> dict[str, Any]:
     library, architecture = tower.config["library"], tower.config["architecture"]
     is_timm = library == "timm"
     # DINO towers always interpolate their position embeddings; CLIP and SigLIP towers require a flag.

@@ -145,7 +145,7 @@ def has_remote_code(path: str) -> bool:
 def check_remote_code_is_allowed(path: str, trust_remote_code: bool) -> None:
     """Raise ValueError if a transformers model comes with Python code that the user has not allowed to run."""
     if not trust_remote_code and has_remote_code(path):
-        raise ValueError(_not_allowed_message(path))
+        raise ValueError(_format_not_allowed_message(path))
 
 
 @contextmanager
@@ -156,10 +156,10 @@ def explain_remote_code_error(path: str) -> Iterator[None]:
     except ValueError as error:
         if "trust_remote_code=True" not in str(error):
             raise
-        raise ValueError(_not_allowed_message(path)) from error
+        raise ValueError(_format_not_allowed_message(path)) from error
 
 
-def _not_allowed_message(path: str) -> str:
+def _format_not_allowed_message(path: str) -> str:
     return (
         f"{path} comes with Python code, which is not run by default. If you trust its authors, pass "
         "--trust_remote_code (in Python: trust_remote_code=True)"

@@ -70,7 +70,7 @@ def display_names(models: Sequence[str]) -> list[str]:
     ids are not shortened. If two short names are identical, no name is shortened. If a model is listed more than once,
     repeated names are numbered, e.g. "NAME (2)".
     """
-    names = [_short_name(model) for model in models]
+    names = [_shorten_name(model) for model in models]
     if len(set(names)) < len(names):
         names = list(models)
     unique_names = []
@@ -80,7 +80,7 @@ def display_names(models: Sequence[str]) -> list[str]:
     return unique_names
 
 
-def _short_name(model: str) -> str:
+def _shorten_name(model: str) -> str:
     path = Path(model)
     if not path.exists():
         return model

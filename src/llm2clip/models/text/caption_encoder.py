@@ -373,10 +373,10 @@ class CaptionEncoder(nn.Module):
         self._check_weights("fp32")
         return {
             "weights": hash_weights(self.st),
-            "tokenizer": hash_text(_canonical_tokenizer(self.tokenizer.backend_tokenizer)),
+            "tokenizer": hash_text(_serialize_tokenizer(self.tokenizer.backend_tokenizer)),
             "bidirectional": not getattr(self.llm.config, "is_causal", not is_encoder_only(self.llm)),
             "layers": self.llm.config.num_hidden_layers,
-            "config": hash_text(json.dumps(_effective_config(self.llm), sort_keys=True)),
+            "config": hash_text(json.dumps(_read_effective_config(self.llm), sort_keys=True)),
             "header": self.prefix,
             "modules": [type(m).__name__ for m in self.st],
             "pooling": self.st[1].get_config_dict(),
@@ -406,13 +406,13 @@ def _move_to_cpu(on_device: list[tuple[list[int], Tensor]], embeddings: Tensor) 
         on_device.clear()
 
 
-def _effective_config(llm: Any) -> dict[str, Any]:
+def _read_effective_config(llm: Any) -> dict[str, Any]:
     """Return the entries of the LLM's config that affect its output, except those that `identity` lists separately."""
     config: dict[str, Any] = json.loads(llm.config.to_json_string(use_diff=False))
     return {name: value for name, value in config.items() if name not in _CONFIG_WITHOUT_EFFECT}
 
 
-def _canonical_tokenizer(tokenizer: Any) -> str:
+def _serialize_tokenizer(tokenizer: Any) -> str:
     """Return the tokenizer as JSON.
 
     Padding and truncation settings are removed, because earlier calls may have changed them.

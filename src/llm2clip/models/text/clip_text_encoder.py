@@ -200,7 +200,7 @@ def _load_transformers(path: str, device: torch.device) -> ClipTextEncoder:
     from transformers import AutoModel, AutoTokenizer
 
     config = load_config(path)
-    text_input = _text_input(path, config.model_type)
+    text_input = _get_text_input(path, config.model_type)
     model: Any = AutoModel.from_pretrained(path, config=config, trust_remote_code=False, dtype=torch.float32)
     model = model.to(device).eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -226,7 +226,7 @@ def _load_transformers(path: str, device: torch.device) -> ClipTextEncoder:
     )
 
 
-def _text_input(path: str, model_type: str) -> _TextInput:
+def _get_text_input(path: str, model_type: str) -> _TextInput:
     """Return the text preprocessing that a transformers model requires.
 
     Raises:

@@ -65,7 +65,7 @@ def autocast_precision(llm: Any, device: torch.device, precision: str) -> Iterat
         return
     fp32_layers = get_layers(llm)[:fp32_layer_count]
     for layer in fp32_layers:
-        layer.forward = _without_autocast(layer.forward, device)
+        layer.forward = _disable_autocast(layer.forward, device)
     try:
         with torch.autocast(device.type, torch.bfloat16):
             yield
@@ -74,7 +74,7 @@ def autocast_precision(llm: Any, device: torch.device, precision: str) -> Iterat
             del layer.forward
 
 
-def _without_autocast(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+def _disable_autocast(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         with torch.autocast(device.type, enabled=False):
             return forward(*args, **kwargs)

@@ -190,7 +190,7 @@ def packed_attention(
         q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in qkv)  # (count, heads, length, D)
         mask = None
         if sliding_window is not None and length > sliding_window:
-            mask = _sliding_window_mask(length, sliding_window, is_causal, query.device)
+            mask = _build_sliding_window_mask(length, sliding_window, is_causal, query.device)
         if query.device.type == "cpu" and length <= MAX_UNFUSED_LENGTH and not kwargs.get("dropout"):
             output = unfused_attention(q, k, v, mask, is_causal, kwargs.get("scaling"))
         else:
@@ -199,7 +199,7 @@ def packed_attention(
     return torch.cat(outputs)[None], None
 
 
-def _sliding_window_mask(length: int, window: int, is_causal: bool, device: torch.device) -> Tensor:
+def _build_sliding_window_mask(length: int, window: int, is_causal: bool, device: torch.device) -> Tensor:
     """Return a bool mask (1, 1, length, length). An entry is True if the row's token attends to the column's token."""
     positions = torch.arange(length, device=device)
     distance = positions[:, None] - positions  # positive for earlier tokens

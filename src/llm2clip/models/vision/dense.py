@@ -156,7 +156,7 @@ def build_dense_encoder(tower: VisionTower, project: Callable[[Tensor], Tensor],
     Raises:
         ValueError: the tower's architecture has no grid of cells.
     """
-    cell_size = _cell_size(tower)
+    cell_size = _get_cell_size(tower)
     device = tower.mean.device
 
     def features(pixels: Tensor, variant: str) -> Tensor:
@@ -166,7 +166,7 @@ def build_dense_encoder(tower: VisionTower, project: Callable[[Tensor], Tensor],
             embeddings = project(_apply_head(tower, cells.flatten(0, 2)))
         return embeddings.unflatten(0, cells.shape[:3])
 
-    has_variants = _class_name(_last_block(tower)[1]) in _BLOCK_PARTS
+    has_variants = _get_class_name(_find_last_block(tower)[1]) in _BLOCK_PARTS
     return DenseEncoder(
         cell_size=cell_size,
         image_size=tower.preprocess.size,
@@ -195,12 +195,12 @@ def feature_map(tower: VisionTower, pixels: Tensor) -> Tensor:
     Raises:
         ValueError: the tower's architecture has no grid of cells.
     """
-    cell_size = _cell_size(tower)
+    cell_size = _get_cell_size(tower)
     grid = (pixels.shape[-2] // cell_size, pixels.shape[-1] // cell_size)
     return _encode_cells(tower, pixels, grid, "plain").permute(0, 3, 1, 2)
 
 
-def _cell_size(tower: VisionTower) -> int:
+def _get_cell_size(tower: VisionTower) -> int:
     if tower.config["library"] == "transformers":
         return int(tower.config["architecture"]["patch_size"])
     backbone = cast(Any, tower.backbone)
@@ -218,14 +218,14 @@ def _pools_class_token(tower: VisionTower) -> bool:
     return getattr(tower.backbone, "global_pool", "") == "token"
 
 
-def _last_block(tower: VisionTower) -> tuple[str, nn.Module | None]:
+def _find_last_block(tower: VisionTower) -> tuple[str, nn.Module | None]:
     """Return the last block and its name in the backbone, or ("", None) if the backbone has no blocks."""
     blocks = tower.blocks()
     names = [name for name, module in tower.backbone.named_modules() if blocks and module is blocks[-1]]
     return (names[0], blocks[-1]) if names else ("", None)
 
 
-def _class_name(module: nn.Module | None) -> str:
+def _get_class_name(module: nn.Module | None) -> str:
     return f"{type(module).__module__}.{type(module).__name__}"
 
 
@@ -237,7 +237,7 @@ def _encode_cells(tower: VisionTower, pixels: Tensor, grid: tuple[int, int], var
     if tower.config["library"] == "timm":
         tower = _replace_module(tower, "backbone", _resize_timm(tower, (pixels.shape[-2], pixels.shape[-1])))
     if variant != "plain":
-        name, block = _last_block(tower)
+        name, block = _find_last_block(tower)
         tower = _replace_module(tower, f"backbone.{name}", _DenseBlock(cast(nn.Module, block), variant, grid))
     features = tower.forward_features(pixels)
     if features.ndim == 3:  # tokens (N, L, C), class and register tokens first
@@ -334,20 +334,20 @@ class _DenseBlock(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         with _ReplacedAttention(self.variant, self.grid) as attention:
             if self.variant in _NO_RESIDUAL:
-                output = _attention_branch(self.block, x, *args, **kwargs)
+                output = _run_attention_branch(self.block, x, *args, **kwargs)
             else:
                 output = self.block(x, *args, **kwargs)
         if attention.calls != 1:
             raise ValueError(
                 f"variant {self.variant!r} requires a last block that calls PyTorch's scaled_dot_product_attention "
-                f"once, but {_class_name(self.block)} called it {attention.calls} times: use variant 'plain'"
+                f"once, but {_get_class_name(self.block)} called it {attention.calls} times: use variant 'plain'"
             )
         return output
 
 
-def _attention_branch(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _run_attention_branch(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Return the output of a block's attention, without the residual connection and the feed-forward network."""
-    norm_name, attention_name, scale_name = _BLOCK_PARTS[_class_name(block)]
+    norm_name, attention_name, scale_name = _BLOCK_PARTS[_get_class_name(block)]
     output = getattr(block, attention_name)(getattr(block, norm_name)(x), *args, **kwargs)
     output = output[0] if isinstance(output, tuple) else output  # transformers also returns the attention weights
     scale = getattr(block, scale_name) if scale_name else None
@@ -388,10 +388,10 @@ class _ReplacedAttention(TorchFunctionMode):
             return attend(q, q, v, scale=scale) + attend(k, k, v, scale=scale)
         if self.variant == "clearclip":
             return attend(q, q, v, scale=scale)
-        return attend(k, k, v, attn_mask=_neighbour_bias(self.grid, k), scale=scale)
+        return attend(k, k, v, attn_mask=_build_neighbour_bias(self.grid, k), scale=scale)
 
 
-def _neighbour_bias(grid: tuple[int, int], k: Tensor) -> Tensor:
+def _build_neighbour_bias(grid: tuple[int, int], k: Tensor) -> Tensor:
     """Return NACLIP's bias g for the attention between all tokens, (L, L), with the dtype and device of k."""
     per_axis = []
     for length in grid:

@@ -62,13 +62,13 @@ class WindowAxis:
             cells: Number of cells per window.
             size: Number of output pixels.
         """
-        upsample = _bilinear_matrix(cells, self.window)
+        upsample = _build_bilinear_matrix(cells, self.window)
         average = torch.zeros(self.length, len(self.starts) * cells, dtype=torch.float64)
         count = torch.zeros(self.length, 1, dtype=torch.float64)
         for n, start in enumerate(self.starts):
             average[start : start + self.window, n * cells : (n + 1) * cells] = upsample
             count[start : start + self.window] += 1
-        return (_bilinear_matrix(self.length, size) @ (average / count)).float()
+        return (_build_bilinear_matrix(self.length, size) @ (average / count)).float()
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class PixelScores:
 
     def class_scores(self, names_per_class: Sequence[int]) -> Tensor:
         """Return the highest score over the names of each class for all pixels, (classes, H, W). See `segment`."""
-        return torch.cat([_best_names(tile, names_per_class) for _, tile in self.tiles()], 1)
+        return torch.cat([_max_over_names(tile, names_per_class) for _, tile in self.tiles()], 1)
 
 
 def encode_windows(
@@ -180,7 +180,7 @@ def encode_windows(
     for indices in indices_by_window.values():
         windows = [cut_windows(images[i][0], *axes[i]) for i in indices]
         batches = torch.cat(windows).split(WINDOWS_PER_BATCH)
-        scores = torch.cat([_cell_scores(dense, batch, variant, queries) for batch in batches])  # (windows, h, w, K)
+        scores = torch.cat([_score_cells(dense, batch, variant, queries) for batch in batches])  # (windows, h, w, K)
         for i, part in zip(indices, scores.split([len(group) for group in windows]), strict=True):
             rows, columns = axes[i]
             height, width = images[i][1]
@@ -193,7 +193,7 @@ def encode_windows(
 
 
 @onednn_matmul()
-def _cell_scores(dense: DenseEncoder, windows: Tensor, variant: str, queries: Tensor) -> Tensor:
+def _score_cells(dense: DenseEncoder, windows: Tensor, variant: str, queries: Tensor) -> Tensor:
     return dense.encode(windows, variant) @ queries.T
 
 
@@ -221,11 +221,11 @@ def segment(
     if min_area > 0:
         areas = torch.zeros(len(names_per_class), dtype=torch.int64, device=scores.grid.device)
         for _, tile in scores.tiles():
-            labels = _best_names(tile, names_per_class).argmax(0)
+            labels = _max_over_names(tile, names_per_class).argmax(0)
             areas += labels.flatten().bincount(minlength=len(names_per_class))
         is_allowed[1:] = areas[1:] > min_area * areas[1:].sum()
     for rows, tile in scores.tiles():
-        class_scores = _best_names(tile, names_per_class)
+        class_scores = _max_over_names(tile, names_per_class)
         if min_area > 0:
             class_scores = class_scores.masked_fill(~is_allowed[:, None, None], float("-inf"))
         best, labels = class_scores.max(0)
@@ -235,14 +235,14 @@ def segment(
         yield rows, labels
 
 
-def _best_names(tile: Tensor, names_per_class: Sequence[int]) -> Tensor:
+def _max_over_names(tile: Tensor, names_per_class: Sequence[int]) -> Tensor:
     """Return the highest score over the names of each class, (classes, rows, W), given the scores of all names."""
     if len(names_per_class) == len(tile):
         return tile
     return torch.stack([scores.amax(0) for scores in tile.split(list(names_per_class))])
 
 
-def _bilinear_matrix(size_in: int, size_out: int) -> Tensor:
+def _build_bilinear_matrix(size_in: int, size_out: int) -> Tensor:
     """Return the matrix of linear interpolation, float64 (size_out, size_in)."""
     identity = torch.eye(size_in, dtype=torch.float64)[None]  # (1, channels, positions)
     return F.interpolate(identity, size=size_out, mode="linear", align_corners=False)[0].T

@@ -139,7 +139,7 @@ def _load_timm(source: str, image_size: int | None, pretrained: bool) -> tuple[n
             raise ValueError(f"{model_name} was built for images of {built_size}; only square images are supported")
         args["img_size"] = image_size or sides.pop()
     backbone = timm.create_model(model_name, pretrained=pretrained, **args)
-    preprocess = _timm_preprocess(backbone, model_name, args.get("img_size") or image_size)
+    preprocess = _read_timm_preprocess(backbone, model_name, args.get("img_size") or image_size)
     config = {"library": "timm", "architecture": architecture, "args": args, "preprocess": preprocess.to_dict()}
     return backbone, config
 
@@ -165,7 +165,7 @@ def _describe_timm(source: str) -> tuple[str, str, dict[str, Any], dict[str, Any
     return source, architecture, pretrained_cfg.to_dict() if pretrained_cfg else {}, {}
 
 
-def _timm_preprocess(backbone: nn.Module, name: str, size: int | None) -> Preprocess:
+def _read_timm_preprocess(backbone: nn.Module, name: str, size: int | None) -> Preprocess:
     """Return the preprocessing with which a timm model was trained. If `size` is set, it replaces the image size."""
     data = resolve_model_data_config(backbone)
     height, width = data["input_size"][-2:]  # before timm 1.0.31, this is the original size even if `img_size` is set
@@ -205,7 +205,7 @@ def _load_transformers(source: str, image_size: int | None, pretrained: bool) ->
         supported = ", ".join([*_DUAL_ENCODER_TYPES, *_DEFAULT_PREPROCESS])
         raise ValueError(f"{source} has unsupported model type {config.model_type!r}; supported types: {supported}")
     backbone = _build_transformers(config, source if pretrained else None)
-    preprocess = _transformers_preprocess(source, config)
+    preprocess = _read_transformers_preprocess(source, config)
     preprocess = replace(preprocess, size=image_size or preprocess.size)
     architecture = {key: value for key, value in config.to_dict().items() if key not in _TRANSIENT_ENTRIES}
     return backbone, {
@@ -239,7 +239,7 @@ def _build_transformers(config: Any, source: str | None = None) -> nn.Module:
     return cast(nn.Module, getattr(model, "vision_model", model))
 
 
-def _transformers_preprocess(source: str, config: Any) -> Preprocess:
+def _read_transformers_preprocess(source: str, config: Any) -> Preprocess:
     from transformers import AutoImageProcessor
 
     try:

@@ -186,7 +186,7 @@ class VisionTower(nn.Module):
             matcher = cast(Any, self.backbone).group_matcher(coarse=False)
             depths = cast(dict[str, int], group_parameters(self.backbone, matcher, reverse=True))
         else:
-            depths = _transformers_depths([name for name, _ in self.backbone.named_parameters()])
+            depths = _compute_transformers_depths([name for name, _ in self.backbone.named_parameters()])
         return {f"backbone.{name}": depth for name, depth in depths.items()}
 
     @property
@@ -216,7 +216,7 @@ def _feature_dim(backbone: Any, config: dict[str, Any]) -> int:
     return int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)
 
 
-def _transformers_depths(names: list[str]) -> dict[str, int]:
+def _compute_transformers_depths(names: list[str]) -> dict[str, int]:
     """Return a dict from parameter name to depth.
 
     The embeddings and the norm that directly follows them have depth 0, the L layers have depths 1 to L, and all
