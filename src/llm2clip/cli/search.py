@@ -153,8 +153,8 @@ def _add_templates_argument(parser: ArgumentParser, note: str = "") -> None:
         nargs="*",
         type=str,
         help="Prompt templates for texts of up to three words, such as 'a photo of a {}'. The embeddings of the text "
-        f"and of the filled templates are averaged.{note} Default: the templates saved with the model. --templates without "
-        "a value disables templates.",
+        f"and of the filled templates are averaged.{note} Default: the templates saved with the model. --templates "
+        "without a value disables templates.",
     )
 
 

@@ -23,7 +23,7 @@ from llm2clip.runs.ranks import print_once, process_state
 DURATIONS_FILE = "durations.json"
 
 
-def command_line() -> str:
+def format_command_line() -> str:
     """Return the command that started this process, quoted for the shell."""
     return shlex.join(["llm2clip", *sys.argv[1:]])
 
@@ -52,7 +52,7 @@ def describe_run(seconds: float) -> dict[str, Any]:
     state = process_state()
     processes = f"{state.num_processes} processes, each on " if state.num_processes > 1 else ""
     return {
-        "command": command_line(),
+        "command": format_command_line(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": metadata.version("llm2clip"),
         "machine": processes + describe_device(state.device),

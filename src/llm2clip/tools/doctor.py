@@ -37,9 +37,9 @@ class Check:
     """Result of a check.
 
     Attributes:
-        name: what was checked.
-        result: the measured values.
-        fix: how to fix the problem. Empty if there is none.
+        name: Name of the checked item, such as "memory".
+        result: The measured values.
+        fix: How to fix the problem. Empty if there is none.
         failed: True if `llm2clip fit` would fail.
     """
 
@@ -50,7 +50,7 @@ class Check:
 
     @property
     def verdict(self) -> str:
-        """The verdict: bad, note or ok."""
+        """bad, note or ok."""
         return "bad" if self.failed else "note" if self.fix else "ok"
 
 
@@ -58,8 +58,8 @@ def doctor(run_dir: Path, offline: bool = False) -> list[Check]:
     """Run all checks.
 
     Args:
-        run_dir: folder in which to save runs.
-        offline: if True, skip the check that connects to the model hub.
+        run_dir: Folder for runs. It does not have to exist.
+        offline: If True, skip the check that connects to the model hub.
     """
     checks = [*check_packages(), *check_extras(), *check_compute(), *check_memory(), *check_disks(run_dir)]
     return checks if offline else [*checks, *check_hub()]
@@ -151,7 +151,7 @@ def check_compute() -> Iterator[Check]:
 
 
 def check_gradient(device: torch.device) -> Check:
-    """Compare the gradient of the contrastive loss on the device with that of a plain float64 implementation."""
+    """Compare the gradient of the contrastive loss on the device with the gradient of a plain float64 loss."""
     import torch
     import torch.nn.functional as F
 

@@ -40,9 +40,10 @@ class PassCosts:
     Attributes:
         forward: FLOPs of the forward pass.
         backward: FLOPs of the backward pass.
-        saved: bytes of activations that autograd saves.
-        layer_inputs: total size of the inputs to all layers, in bytes.
-        copies: bytes that autograd saves regardless of the number of items: half-precision copies of trained weights.
+        saved: Bytes of activations that autograd saves.
+        layer_inputs: Total size of the inputs to all layers, in bytes.
+        copies: Size of the half-precision copies of trained weights that autograd saves, in bytes. It does not depend
+            on the number of items.
     """
 
     forward: float
@@ -57,19 +58,19 @@ class TextCosts:
     """Costs of running and fine-tuning the language model.
 
     Attributes:
-        tokens: number of tokens per caption, including the template.
-        embed_dim: dimension of the stored embeddings.
-        parameters: number of parameters, excluding the language modelling head.
-        linear: number of weights in all linear layers.
-        largest_linear: number of linear weights in the largest transformer layer.
-        largest_matrix: number of weights in the largest linear layer.
-        layers: number of transformer layers.
-        trained: number of parameters that the `tune` stage trains.
+        tokens: Number of tokens per caption, including the template.
+        embed_dim: Dimension of the stored embeddings.
+        parameters: Number of parameters, excluding the language modelling head.
+        linear: Number of weights in all linear layers.
+        largest_linear: Number of linear weights in the largest transformer layer.
+        largest_matrix: Number of weights in the largest linear layer.
+        layers: Number of transformer layers.
+        trained: Number of parameters that the `tune` stage trains.
         forward: FLOPs of a forward pass without LoRA, per caption.
         tune_forward, tune_backward: FLOPs of the passes in a `tune` step, per caption.
-        saved_per_token: bytes of activations that autograd saves per token in each transformer layer.
-        input_per_token: size of a transformer layer's input per token, in bytes.
-        saved_outside: bytes of activations that autograd saves per token outside the transformer layers.
+        saved_per_token: Bytes of activations that autograd saves per token in each transformer layer.
+        input_per_token: Size of a transformer layer's input per token, in bytes.
+        saved_outside: Bytes of activations that autograd saves per token outside the transformer layers.
     """
 
     tokens: float
@@ -100,17 +101,17 @@ class ImageCosts:
     """Costs of running and training the model of the `align` stage, per image with its captions.
 
     Attributes:
-        tower, projection, adapter: number of parameters in each component.
-        trained: number of parameters that the `align` stage trains.
-        feature_dim: dimension of the tower's image features.
-        embed_dim: dimension of the shared embedding space.
-        captions: number of captions used per image in each step.
+        tower, projection, adapter: Number of parameters in each component.
+        trained: Number of parameters that the `align` stage trains.
+        feature_dim: Dimension of the tower's image features.
+        embed_dim: Dimension of the shared embedding space.
+        captions: Number of captions used per image in each step.
         tower_forward: FLOPs of the tower's forward pass.
         forward, backward: FLOPs of the passes in a training step. If the tower is frozen, `forward` excludes it.
-        saved: bytes of activations that autograd saves.
-        saved_per_layer: bytes of activations that autograd saves in each tower layer. 0 if the tower is frozen.
-        layer_inputs: total size of the inputs to all tower layers, in bytes. 0 if the tower is frozen.
-        copies: size of the half-precision copies of weights that autograd saves, in bytes.
+        saved: Bytes of activations that autograd saves.
+        saved_per_layer: Bytes of activations that autograd saves in each tower layer. 0 if the tower is frozen.
+        layer_inputs: Total size of the inputs to all tower layers, in bytes. 0 if the tower is frozen.
+        copies: Size of the half-precision copies of weights that autograd saves, in bytes.
     """
 
     tower: int
@@ -137,13 +138,13 @@ def measure_text_costs(encoder: EncoderConfig, tune: TuneConfig, tokens: float, 
     """Measure the costs of a caption encoder.
 
     Args:
-        encoder: settings of the caption encoder.
-        tune: settings of the `tune` stage; `tune.precision` must be fp32, bf16 or fp16.
-        tokens: number of tokens per caption.
-        is_cpu: if True, decoders use packed attention as on CPUs, which is not fused.
+        encoder: Settings of the caption encoder.
+        tune: Settings of the `tune` stage; `tune.precision` must be fp32, bf16 or fp16.
+        tokens: Number of tokens per caption.
+        is_cpu: If True, decoders use the packed attention of CPUs, which is not fused.
 
     Raises:
-        ValueError: the language model is unknown.
+        ValueError: The language model is unknown.
     """
     config = get_llm_config(encoder)
     llm = build_llm(config)
@@ -180,10 +181,10 @@ def measure_text_costs(encoder: EncoderConfig, tune: TuneConfig, tokens: float, 
 
 
 def measure_image_costs(config: AlignConfig, text_dim: int, captions: float) -> ImageCosts:
-    """Measure the costs of the `align` stage's model with `captions` captions per image and step.
+    """Measure the costs of the `align` stage's model per image, with `captions` captions per image in each step.
 
     Raises:
-        ValueError: the settings contradict each other, or the tower is unknown.
+        ValueError: The settings contradict each other, or the tower is unknown.
     """
     model = build_model(config, text_dim)
     tower = model.tower
@@ -232,16 +233,16 @@ def measure_image_costs(config: AlignConfig, text_dim: int, captions: float) -> 
 def measure_pass(
     model: nn.Module, layers: Iterable[nn.Module], run: Callable[[int], Tensor], precision: str
 ) -> PassCosts:
-    """Measure the costs of one item in a `FakeTensorMode`.
+    """Measure the costs per item. Must be called within a `FakeTensorMode`.
 
     Args:
-        model: model whose weights do not count as activations.
-        layers: modules whose inputs are measured.
-        run: function that returns the model's output for a number of items.
-        precision: matmul precision: fp32, bf16 or fp16.
+        model: Model whose weights do not count as activations.
+        layers: Layers whose input sizes are measured.
+        run: Function that returns the model's output for a number of items.
+        precision: Matmul precision: fp32, bf16 or fp16.
     """
     saved_bytes = {}
-    for items in (2, 1):  # the difference excludes what does not grow with the number of items
+    for items in (2, 1):  # the difference excludes bytes that do not grow with the number of items
         saved = SavedTensorBytes(model)
         # Autocast to bf16 also stands for fp16, which has the same size.
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")
@@ -270,7 +271,7 @@ def count_parameters(module: nn.Module, only_trained: bool = False) -> int:
 
 
 class SavedTensorBytes:
-    """Counter of the bytes that autograd saves within `hooks`. Each storage is counted once; weights are excluded."""
+    """Number of bytes that autograd saves within `hooks`. Each storage is counted once; weights are excluded."""
 
     def __init__(self, model: nn.Module) -> None:
         weights = (*model.parameters(), *model.buffers())
@@ -307,7 +308,7 @@ def _record_input_bytes(layers: Iterable[nn.Module]) -> Iterator[list[int]]:
 
 
 def _measure_llm(config: Any, tune: TuneConfig, num_layers: int, tokens: int, is_cpu: bool) -> PassCosts:
-    """Measure the costs of a `tune` step with only `num_layers` layers, per caption of `tokens` tokens."""
+    """Measure the costs of a `tune` step per caption of `tokens` tokens, with only `num_layers` LLM layers."""
     short_config = type(config).from_dict(config.to_dict())
     short_config.num_hidden_layers, short_config.is_causal = num_layers, False
     if getattr(short_config, "layer_types", None):
@@ -349,7 +350,7 @@ def _count_linear(module: nn.Module) -> int:
 
 
 def _attention_flop(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Return the FLOPs of QK^T and PV. The arguments are shapes, (..., tokens, dim)."""
+    """Return the FLOPs of QK^T and PV. The arguments are shapes (..., tokens, dim)."""
     return int(2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1]))
 
 

@@ -1,4 +1,4 @@
-"""Peak throughput and memory of accelerators, from the manufacturers' data sheets, and utilisation per stage."""
+"""Peak throughput and memory of accelerators, from data sheets, and the assumed utilisation in each stage."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Device:
     """Specifications of an accelerator.
 
     Attributes:
-        name: device name on the command line.
-        half: dense half-precision matmul throughput with fp32 accumulation, in 10^12 FLOP/s. Half precision is bf16,
+        name: Device name on the command line.
+        half: Dense half-precision matmul throughput with fp32 accumulation, in 10^12 FLOP/s. Half precision is bf16,
             or fp16 if `bf16` is False.
-        full: fp32 throughput without tensor cores (PyTorch's default), in 10^12 FLOP/s.
-        memory: memory in GB (10^9 bytes). Manufacturers use units of 2^30 bytes; the difference of 7% is reserved for
+        full: fp32 matmul throughput without tensor cores (PyTorch's default), in 10^12 FLOP/s.
+        memory: Memory in GB (10^9 bytes). Manufacturers use units of 2^30 bytes; the difference of 7% is reserved for
             the driver.
         bf16: True if the hardware supports bf16 matmuls.
     """
@@ -36,7 +36,7 @@ class Device:
         """Convert a stage's precision setting to fp32, bf16 or fp16. bf16+N and calibrated are converted to bf16.
 
         Raises:
-            ValueError: the setting is bf16, and the hardware does not support bf16.
+            ValueError: The setting is bf16, and the hardware does not support bf16.
         """
         if setting == "auto":
             from llm2clip.models.precision import auto_precision
@@ -78,13 +78,13 @@ class Machine:
     """Number and type of the devices used in a plan."""
 
     device: str
-    """h100, h200, a100-80, a100-40, l40s, rtx4090, l4 or t4; or cpu or any other name, together with --tflops and
-    --memory. cpu means the CPU of this computer, on which the host's memory is counted."""
+    """h100, h200, a100-80, a100-40, l40s, rtx4090, l4 or t4. Any other name requires --tflops and --memory. cpu means
+    the CPU of this machine."""
     count: int = 1
     """Number of devices; one process runs on each."""
     mfu: float | None = None
-    """Model FLOPs utilisation: assumed fraction of the peak throughput. Default: 0.25 for align, 0.4 for tune, embed
-    and llava."""
+    """Model FLOPs utilisation, as a fraction of the peak throughput. Default: 0.25 for align; 0.4 for tune, embed and
+    llava."""
     tflops: float | None = None
     """Peak throughput of the device in the config's precision, in 10^12 FLOP/s. Default: from the data sheet."""
     memory: float | None = None
@@ -132,7 +132,7 @@ class Machine:
         return self.mfu or MFU[stage]
 
     def estimate_hours(self, flop: float, precision: str, stage: str) -> float:
-        """Return the time in hours that `flop` FLOPs of a stage take when distributed across all devices."""
+        """Return the number of hours that `flop` FLOPs of a stage take on all devices together."""
         return flop / (self.count * self.stage_mfu(stage) * self.device_spec.rate(precision)) / 3600
 
 

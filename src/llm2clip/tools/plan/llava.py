@@ -1,4 +1,4 @@
-"""Memory and time estimates for `llm2clip llava train`, computed with the same methods as in the `plan` command."""
+"""Memory and time estimates for `llm2clip llava train`, computed with the same methods as the `plan` command."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class LlavaStage:
 
     Args:
         name: `pretrain` or `instruct`.
-        config: training settings, with the precision of the device.
-        machine: devices to train on.
-        llm: costs of the LLM's layers for the tokens of a conversation, including image tokens.
-        head: number of weights in the LLM's head, counted even if they are tied to the input embeddings.
-        parameters: number of parameters in each part of the model.
-        image_tokens: number of tokens per image.
-        tower_flop: FLOP of the vision tower per image.
-        conversations: number of conversations, each with a different image.
-        feature_bytes: size of the cached patch features for all images, in bytes.
-        cached: if True, patch features are cached, and the tower is not needed.
+        config: Training settings, with the precision of the device.
+        machine: Type and number of the devices.
+        llm: Costs of the LLM's layers for one conversation, including its image tokens.
+        head: Number of weights in the LLM's head, counted even if they are tied to the input embeddings.
+        parameters: Number of parameters in each part of the model.
+        image_tokens: Number of tokens per image.
+        tower_flop: FLOPs of the vision tower per image.
+        conversations: Number of conversations, each with a different image.
+        feature_bytes: Size of the cached patch features for all images, in bytes.
+        cached: If True, patch features are cached, and training does not need the tower.
     """
 
     name: str
@@ -59,10 +59,10 @@ class LlavaStage:
 
     @property
     def flop(self) -> float:
-        """FLOP per conversation in a training step, without the vision tower.
+        """FLOPs per conversation in a training step, without the vision tower.
 
         The forward and backward passes go through the LLM, its head and the projector. The backward pass also computes
-        the gradients of the trained weights. With fused kernels, causal attention takes half the FLOP of full
+        the gradients of the trained weights. With fused kernels, causal attention takes half the FLOPs of full
         attention.
         """
         llm, length = self.llm, self.llm.tokens
@@ -135,16 +135,16 @@ def plan_llava(
     """Estimate the cost of both training stages.
 
     Args:
-        config: training settings.
-        machine: devices to train on.
-        llm: causal LLM. No network access is required if `model_configs.py` lists the LLM.
-        vision: vision tower. No network access is required if `model_configs.py` lists the tower.
-        image_size: image size in pixels. Default: the training resolution of the tower.
-        conversations: number of conversations in each stage. Each conversation is assumed to have a different image.
-        text_tokens: mean number of text tokens per conversation in each stage.
+        config: Training settings.
+        machine: Type and number of the devices.
+        llm: Causal LLM. No network access is required if `model_configs.py` lists the LLM.
+        vision: Vision tower. No network access is required if `model_configs.py` lists the tower.
+        image_size: Image size in pixels. Default: the training resolution of the tower.
+        conversations: Number of conversations in each stage. Each conversation is assumed to have a different image.
+        text_tokens: Mean number of text tokens per conversation in each stage.
 
     Raises:
-        ValueError: a model is unknown, or the device does not support the precision.
+        ValueError: A model is unknown, or the device does not support the precision.
     """
     config = dataclasses.replace(config, precision=cast(Any, machine.device_spec.precision(config.precision)))
     tower = build_tower(AlignConfig(tower=vision, image_size=image_size)).requires_grad_(False)

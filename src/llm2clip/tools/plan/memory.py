@@ -1,16 +1,16 @@
 """Memory estimates per device and component, in bytes, based on what the code allocates.
 
-The sizes of weights and activations are measured (see `costs.py`). What they add up to is computed here instead of
-running a complete step on fake tensors, because the components are reported, many settings are compared, and fake
-tensors on one device do not show sharded weights, communication buffers or 4-bit weights.
+The sizes of weights and activations are measured (see `costs.py`). The total is computed here instead of by running a
+complete step on fake tensors, because the report lists the components, many settings are compared, and fake tensors on
+one device do not show sharded weights, communication buffers or 4-bit weights.
 
 A trained fp32 weight takes 4 bytes, its gradient 4 bytes, and AdamW's two moments 8 bytes. With several processes,
 DistributedDataParallel keeps a second copy of the gradients in its communication buckets. The backward pass frees
 activations while it creates gradients, so only the larger of the two counts in a single pass. With gradient caching,
 the gradients of earlier passes are in memory together with the activations of the current pass.
 
-On a CPU, weights also take up this memory while they are loaded, hashed and saved. The component `loading` is the peak
-before training, while the LLM's weights are loaded in fp32 from 16-bit files, which are memory-mapped.
+On a CPU, the memory use can also peak before training, while the LLM is loaded. The component `loading` is this peak.
+It consists of the fp32 weights and of the memory-mapped 16-bit files from which they are converted.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def estimate_tune_memory(text: TextCosts, config: TuneConfig, machine: Machine) 
         parts["gathered"] = 2 * value_bytes * text.largest_linear  # one layer in use and the next layer prefetched
     parts |= estimate_optimizer_memory(text.trained, machine)
     activations = tokens_per_pass * count_saved_bytes(text, config.gradient_checkpointing)
-    parts["activations"] = _beyond_gradients(activations, text.trained / shards, tokens_per_pass < tokens_per_step)
-    return parts | _fixed_parts(text, machine)
+    parts["activations"] = _exclude_gradients(activations, text.trained / shards, tokens_per_pass < tokens_per_step)
+    return parts | _estimate_fixed_parts(text, machine)
 
 
 def estimate_embed_memory(text: TextCosts, precision: str, machine: Machine) -> Parts:
@@ -70,7 +70,7 @@ def estimate_embed_memory(text: TextCosts, precision: str, machine: Machine) -> 
     """
     parts = {"LLM": bytes_per_value(precision) * text.linear + 4.0 * (text.parameters - text.linear)}
     parts["activations"] = (CPU_BATCH_TOKENS if machine.is_cpu else MIN_EMBED_TOKENS) * text.saved_per_token
-    return parts | _fixed_parts(text, machine)
+    return parts | _estimate_fixed_parts(text, machine)
 
 
 def estimate_align_memory(image: ImageCosts, text: TextCosts, config: AlignConfig, machine: Machine) -> Parts:
@@ -88,27 +88,26 @@ def estimate_align_memory(image: ImageCosts, text: TextCosts, config: AlignConfi
     parts = {"model": 4 * image.parameters / machine.shards} | estimate_optimizer_memory(image.trained, machine)
     if config.precision != "fp32":
         parts["half-precision copies"] = image.copies / machine.shards
-    activations = micro_batch * (
-        saved + image.saved_per_layer
-    )  # one more layer for gradients, as in `count_saved_bytes`
+    # One additional layer accounts for gradients, as in `count_saved_bytes`.
+    activations = micro_batch * (saved + image.saved_per_layer)
     several_passes = micro_batch < config.batch_size
-    parts["activations"] = _beyond_gradients(activations, image.trained / machine.shards, several_passes)
+    parts["activations"] = _exclude_gradients(activations, image.trained / machine.shards, several_passes)
     # Embeddings, gathered embeddings and their gradients, plus the tensors for a chunk of logits.
     chunk = min(CHUNK["cpu" if machine.is_cpu else "cuda"], config.batch_size * texts)
     parts["loss"] = 12 * image.embed_dim * (images + texts) + 4 * chunk * get_loss(config.loss).chunk_tensors
     parts["captions"] = 4 * text.embed_dim * micro_batch * image.captions
     if config.distill_weight:
-        # Distances from this rank's features to those of all images, for both towers, with intermediate results and
-        # gradients.
+        # Distances between this rank's features and the features of all images, for both towers, with intermediate
+        # results and gradients.
         parts["loss"] += 24 * config.batch_size * images
         parts["pretrained tower"] = 0.0 if config.caches_features else 4.0 * image.tower
-    return parts | _fixed_parts(text, machine)
+    return parts | _estimate_fixed_parts(text, machine)
 
 
 def count_saved_bytes(text: TextCosts, gradient_checkpointing: bool) -> float:
     """Return the bytes of activations per token in a training pass through the LLM.
 
-    One layer more than the saved ones accounts for the gradients of the layer that the backward pass is processing.
+    One additional layer accounts for the gradients of the layer that the backward pass is processing.
     """
     saved = text.layers * text.saved_per_token
     if gradient_checkpointing:
@@ -139,24 +138,24 @@ def fits(parts: Parts, memory: float) -> bool:
     return peak_memory(parts) <= USABLE_FRACTION * memory * 1e9
 
 
-def _beyond_gradients(activations: float, trained: float, several_passes: bool) -> float:
-    """Return the memory that a pass's activations take in addition to the gradients of `trained` weights.
+def _exclude_gradients(activations: float, trained: float, several_passes: bool) -> float:
+    """Return how much memory the activations of a pass need in addition to the gradients of `trained` weights.
 
     `several_passes` is True if gradients are accumulated over several passes.
     """
     return activations if several_passes else max(0.0, activations - 4 * trained)
 
 
-def _fixed_parts(text: TextCosts, machine: Machine) -> Parts:
+def _estimate_fixed_parts(text: TextCosts, machine: Machine) -> Parts:
     if not machine.is_cpu:
         return {"libraries": FRAMEWORK_OVERHEAD, "loading": 0.0}
-    # fp32 weights, and 16-bit files, which count towards the memory of the process until all weights are converted.
+    # fp32 weights (4 bytes) and memory-mapped 16-bit files (2 bytes), which stay in memory until the conversion ends.
     return {"libraries": CPU_FRAMEWORK_OVERHEAD, "loading": 6.0 * text.parameters + CPU_FRAMEWORK_OVERHEAD}
 
 
 # ---- settings that fit into memory -----------------------------------------------------------------------------------
 
-Changes = dict[str, Any]  # setting -> new value; the key use_fsdp refers to the machine
+Changes = dict[str, Any]  # setting -> new value; use_fsdp is a setting of the machine
 
 
 def suggest_settings(
@@ -167,14 +166,14 @@ def suggest_settings(
     Combinations that only add flags to an earlier suggestion are omitted.
 
     Args:
-        config: settings of the stage.
-        machine: devices.
-        memory: function that returns the memory per component of the stage.
+        config: Settings of the stage.
+        machine: Type and number of the devices.
+        memory: Function that returns the memory per component of the stage for a config and a machine.
     """
     if isinstance(config, TuneConfig):
-        stage, changes = "tune", _tune_changes(config)
+        stage, changes = "tune", _list_tune_changes(config)
     else:
-        stage, changes = "align", _align_changes(config)
+        stage, changes = "align", _list_align_changes(config)
     suggestions: list[tuple[str, float]] = []
     selected: list[set[str]] = []
     for change in changes:
@@ -197,7 +196,7 @@ def suggest_settings(
     return suggestions
 
 
-def _tune_changes(config: TuneConfig) -> Iterable[Changes]:
+def _list_tune_changes(config: TuneConfig) -> Iterable[Changes]:
     small = {"gradient_checkpointing": True, "grad_cache": True}
     yield {"gradient_checkpointing": True}
     yield {"grad_cache": True}
@@ -211,7 +210,7 @@ def _tune_changes(config: TuneConfig) -> Iterable[Changes]:
     yield {"use_fsdp": True, "qlora": False, **small, "batch_tokens": 8192}
 
 
-def _align_changes(config: AlignConfig) -> Iterable[Changes]:
+def _list_align_changes(config: AlignConfig) -> Iterable[Changes]:
     largest = config.micro_batch_size or config.batch_size
     sizes = [2**n for n in range(16, -1, -1) if 2**n < largest]
     yield {"gradient_checkpointing": True}

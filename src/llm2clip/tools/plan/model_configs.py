@@ -1,4 +1,4 @@
-"""Models without weights, for planning. The models in the tables below do not require network access.
+"""Models without weights, for planning. Models in the tables below do not require network access.
 
 Models are built on PyTorch's meta device, where tensors have shapes but no values. The config of any other language
 model is read from its folder or its hub page. Hub ids of vision towers are mapped to timm models of the same shape.
@@ -93,7 +93,7 @@ def get_llm_config(encoder: EncoderConfig) -> Any:
     """Return the Hugging Face config of an encoder's language model, truncated to `encoder.layers` layers.
 
     Raises:
-        ValueError: the hub cannot be reached, and the model is neither in the table nor a folder.
+        ValueError: The hub cannot be reached, and the model is neither in the table nor a folder.
     """
     from transformers import AutoConfig
 
@@ -134,7 +134,7 @@ def build_tower(align: AlignConfig) -> VisionTower:
     """Build the vision tower on the meta device.
 
     Raises:
-        ValueError: the tower is not supported. Also raised if the hub cannot be reached, and the tower is neither in
+        ValueError: The tower is not supported. Also raised if the hub cannot be reached, and the tower is neither in
             the table nor a folder nor a timm model.
     """
     name, size = TOWERS.get(align.tower.lower().removeprefix("hf:"), (align.tower, None))

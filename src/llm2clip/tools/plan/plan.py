@@ -31,10 +31,10 @@ class Plan:
     """Resource estimates for a `fit` run.
 
     Attributes:
-        config: settings of the run, with the precision of each stage on the device, and with a smaller batch size for
-            `align` if there are few images.
-        machine, images, captions_per_image, tokens_per_caption: see `plan_fit`.
-        text, image: costs of the caption encoder, and of the model that `align` trains.
+        config: Settings of the run, with precisions resolved for the device, and with a smaller batch size for `align`
+            if there are few images.
+        machine, images, captions_per_image, tokens_per_caption: See `plan_fit`.
+        text, image: Costs of the caption encoder, and of the model that `align` trains.
     """
 
     config: FitConfig
@@ -49,7 +49,7 @@ class Plan:
     def step_flop(self) -> dict[str, float]:
         """FLOPs per image in an `align` step: forward and backward, repeated forward passes, loss, and total.
 
-        With self-distillation and random crops, the forward pass through the pretrained tower is part of "once".
+        "once" includes the pretrained tower's forward pass if self-distillation uses random crops.
         """
         align, image, count = self.config.align, self.image, self.machine.count
         recomputes = align.gradient_checkpointing and image.saved > image.layer_inputs > 0
@@ -146,14 +146,14 @@ def plan_fit(
     """Estimate the parameters, FLOPs, memory and hours of a `fit` run.
 
     Args:
-        config: settings for all stages.
-        machine: devices on which to run.
-        images: number of training images.
-        captions_per_image: average number of captions per image. All captions are assumed to be distinct.
-        tokens_per_caption: average number of tokens per caption, including the template.
+        config: Settings for all stages.
+        machine: Type and number of the devices.
+        images: Number of training images.
+        captions_per_image: Average number of captions per image. All captions are assumed to be distinct.
+        tokens_per_caption: Average number of tokens per caption, including the template.
 
     Raises:
-        ValueError: a model is unknown, a number is not positive, or there are too few images for a step.
+        ValueError: A model is unknown, a number is not positive, or there are too few images for a step.
     """
     data = {"images": images, "captions_per_image": captions_per_image, "tokens_per_caption": tokens_per_caption}
     for name, value in data.items():

@@ -1,4 +1,4 @@
-"""Text tables that show a plan."""
+"""Text output of the `plan` command."""
 
 from __future__ import annotations
 
@@ -16,10 +16,20 @@ def format_plan(plan: Plan, width: int = 110) -> str:
     """Format a plan as text that is at most `width` characters wide."""
     page = StringIO()
     console = Console(file=page, width=width, highlight=False)
-    for table in (_parameter_table(plan), _flop_table(plan), _memory_table(plan), _time_table(plan)):
+    for table in (
+        _make_parameter_table(plan),
+        _make_flop_table(plan),
+        _make_memory_table(plan),
+        _make_time_table(plan),
+    ):
         console.print(table)
         console.print()
-    for line in (*_stores(plan), _caching_section(plan), *_suggestions(plan), _assumptions(plan)):
+    for line in (
+        *_format_store_sizes(plan),
+        _format_caching_gain(plan),
+        *_format_suggestions(plan),
+        _format_assumptions(plan),
+    ):
         console.print(line, markup=False)
     return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
 
@@ -31,7 +41,7 @@ def format_hours(hours: float) -> str:
     return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.1f} minutes"
 
 
-def _table(columns: Iterable[str], rows: Iterable[Iterable[str]], right_align: bool = True) -> Table:
+def _make_table(columns: Iterable[str], rows: Iterable[Iterable[str]], right_align: bool = True) -> Table:
     """Create a table. All columns except the first are right-aligned, unless `right_align` is False."""
     table = Table(box=None, pad_edge=False)
     for n, name in enumerate(columns):
@@ -41,7 +51,7 @@ def _table(columns: Iterable[str], rows: Iterable[Iterable[str]], right_align: b
     return table
 
 
-def _parameter_table(plan: Plan) -> Table:
+def _make_parameter_table(plan: Plan) -> Table:
     text, image = plan.text, plan.image
     tuned = text.trained if plan.config.tune.steps else 0
     rows = [
@@ -51,10 +61,10 @@ def _parameter_table(plan: Plan) -> Table:
         ("adapter", f"{image.adapter:,}", ""),
         ("tower, projection and adapter", f"{image.parameters:,}", f"{image.trained:,}"),
     ]
-    return _table(("Parameters", "all", "trained"), rows)
+    return _make_table(("Parameters", "all", "trained"), rows)
 
 
-def _flop_table(plan: Plan) -> Table:
+def _make_flop_table(plan: Plan) -> Table:
     flop, align = plan.step_flop, plan.config.align
     caption = f"caption of {plan.tokens_per_caption:g} tokens"
     captions = "its caption" if plan.image.captions == 1 else f"its {plan.image.captions:g} captions"
@@ -70,10 +80,10 @@ def _flop_table(plan: Plan) -> Table:
         counts[f"  repeated forward ({', '.join(reasons)})"] = flop["repeated"]
     counts["  loss"] = flop["loss"]
     rows = [(name, f"{count / 1e9:,.0f}" if count >= 1e11 else f"{count / 1e9:,.2f}") for name, count in counts.items()]
-    return _table(("GFLOPs (10^9 FLOPs; a multiply-add counts as 2)", ""), rows)
+    return _make_table(("GFLOPs (10^9 FLOPs; a multiply-add counts as 2)", ""), rows)
 
 
-def _memory_table(plan: Plan) -> Table:
+def _make_memory_table(plan: Plan) -> Table:
     stages, device = list(plan.memory), plan.machine.device_spec
     parts = dict.fromkeys(part for memory in plan.memory.values() for part in memory)  # in order, without duplicates
     ordered = [part for part in parts if part not in ("libraries", "loading")] + ["libraries", "loading"]
@@ -87,10 +97,10 @@ def _memory_table(plan: Plan) -> Table:
     rows.append(["peak", *(f"{peak_memory(memory) / 1e9:.1f}" for memory in plan.memory.values())])
     rows.append(["fits", *("yes" if stage_fits else "NO" for stage_fits in plan.fits.values())])
     title = f"Memory per device, GB (10^9 bytes; {device.name} has {device.memory:g} GB)"
-    return _table((title, *stages), rows)
+    return _make_table((title, *stages), rows)
 
 
-def _time_table(plan: Plan) -> Table:
+def _make_time_table(plan: Plan) -> Table:
     config, count = plan.config, plan.machine.count
     images_per_step = config.align.batch_size * count
     align = f"{config.align.epochs:g} epochs of {plan.images:,} images, {images_per_step:,} per step"
@@ -102,17 +112,17 @@ def _time_table(plan: Plan) -> Table:
         "align": align,
     }
     rows = [(stage, format_hours(plan.hours[stage]), details[stage]) for stage in plan.memory]
-    return _table((f"Time on {count} x {plan.machine.device_spec.name}", "", ""), rows, right_align=False)
+    return _make_table((f"Time on {count} x {plan.machine.device_spec.name}", "", ""), rows, right_align=False)
 
 
-def _stores(plan: Plan) -> list[str]:
+def _format_store_sizes(plan: Plan) -> list[str]:
     lines = [f"Embedding store ({plan.config.embed.dtype}): {_format_bytes(plan.store)} on disk."]
     if plan.features:
         lines.append(f"Cached tower features (float16): {_format_bytes(plan.features)} on disk.")
     return lines
 
 
-def _caching_section(plan: Plan) -> str:
+def _format_caching_gain(plan: Plan) -> str:
     (step, hours), weights = plan.online, 2.0 * plan.text.parameters  # in half precision
     return (
         f"Without the store, running the LLM in every `align` step: {step:.2f} times the FLOPs per step, "
@@ -121,7 +131,7 @@ def _caching_section(plan: Plan) -> str:
     )
 
 
-def _suggestions(plan: Plan) -> list[str]:
+def _format_suggestions(plan: Plan) -> list[str]:
     lines = []
     for stage in (stage for stage, stage_fits in plan.fits.items() if not stage_fits):
         lines.append(f"OUT OF MEMORY in {stage}.")
@@ -130,11 +140,13 @@ def _suggestions(plan: Plan) -> list[str]:
         if any("--use_fsdp" in flags for flags, _ in suggestions):
             lines.append("  --use_fsdp shards the weights: accelerate launch --use_fsdp --fsdp_version 2")
         if not suggestions:
-            lines.append("  None of the settings tried fits: use a smaller model, fewer layers, or a larger device.")
+            lines.append(
+                "  No tested combination of settings fits: use a smaller model, fewer layers, or a larger device."
+            )
     return lines
 
 
-def _assumptions(plan: Plan) -> str:
+def _format_assumptions(plan: Plan) -> str:
     mfu = ", ".join(f"{stage} {plan.machine.stage_mfu(stage):.0%}" for stage in plan.hours)
     return (
         f"Estimated, not measured. Assumptions: {mfu} of the peak throughput (MFU), "

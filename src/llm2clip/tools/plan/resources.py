@@ -1,4 +1,4 @@
-"""Comparison of the memory and disk space that a `fit` run needs with what is free on this machine."""
+"""Checks of the free memory and disk space before a `fit` run."""
 
 from __future__ import annotations
 
@@ -24,15 +24,11 @@ SAMPLED_RECORDS = 1000
 
 
 def check_resources(config: FitConfig, run_dir: Path, records: Sequence[Record]) -> list[str]:
-    """Check that a run fits on the disk and into the free memory, before it starts.
-
-    Args:
-        config: Settings of the run.
-        run_dir: Run directory.
-        records: Training records.
+    """Check that the disk and the free memory are large enough for a run, before it starts.
 
     Returns:
-        Warnings about stages that need more memory than is free. The memory is only estimated, so it is not an error.
+        Warnings about stages that need more memory than is free. These are not errors, because the required memory is
+        only an estimate.
 
     Raises:
         OSError: The disk has too little free space.
@@ -67,7 +63,7 @@ def _list_memory_warnings(plan: Plan) -> list[str]:
 
 
 def _describe_this_machine() -> Machine:
-    """Return a description of the devices of this run, with the memory that is free now."""
+    """Describe the devices of this run, with their free memory."""
     state = process_state()
     if state.device.type == "cuda":
         memory, name = torch.cuda.mem_get_info(state.device)[0], "gpu"
@@ -77,9 +73,9 @@ def _describe_this_machine() -> Machine:
 
 
 def _check_disk(plan: Plan, run_dir: Path) -> None:
-    """Raise OSError if the files of a run do not fit on the disk. Files of an interrupted run are subtracted."""
+    """Raise OSError if the files of a run do not fit on the disk. Files that already exist need no additional space."""
     trained = plan.image.trained + (plan.text.trained if plan.config.tune.steps else 0)
-    # AdamW's checkpoints contain each trained weight and two moments. The encoder is in tune/ and in model/.
+    # Checkpoints contain each trained weight and AdamW's two moments. The encoder is stored in tune/ and in model/.
     sizes = {
         "caption encoder": 2 * 4 * plan.text.parameters,
         "model": 4 * plan.image.parameters,

@@ -69,7 +69,7 @@ class Emoji:
         aliases: Other English names.
         keywords: English keywords.
         group, subgroup: Group and subgroup in the Unicode emoji list. Empty if unknown.
-        names: Names in other languages, by language code.
+        names: Names in other languages, keyed by language code.
     """
 
     id: str
@@ -154,7 +154,7 @@ def read_emoji(
         is_named = all(entry.get(language) for language in LANGUAGES)
         if entry["status"] != emoji.STATUS["fully_qualified"] or not is_named or _is_flag_or_skin_tone(char):
             continue
-        emoji_id = _openmoji_id(char, svg_folder)
+        emoji_id = _find_openmoji_id(char, svg_folder)
         if emoji_id is None:
             continue
         key = char.replace(VARIATION_SELECTOR, "")
@@ -167,7 +167,7 @@ def read_emoji(
                 svg=svg_folder / f"{emoji_id}.svg",
                 name=name,
                 aliases=tuple(shortcode_to_name(alias) for alias in entry.get("alias", ())),
-                keywords=own_keywords + _gender_keywords(key, own_keywords, keywords),
+                keywords=own_keywords + _find_gender_keywords(key, own_keywords, keywords),
                 group=group,
                 subgroup=subgroup,
                 names={language: shortcode_to_name(entry[language]) for language in LANGUAGES},
@@ -246,7 +246,7 @@ def _is_flag_or_skin_tone(char: str) -> bool:
     return any(ord(point) in excluded for point in char for excluded in EXCLUDED_CODE_POINTS)
 
 
-def _openmoji_id(char: str, svg_folder: Path) -> str | None:
+def _find_openmoji_id(char: str, svg_folder: Path) -> str | None:
     """Return OpenMoji's id for an emoji, or None if OpenMoji has no drawing of it.
 
     The id may or may not contain variation selectors, so both forms are tried.
@@ -258,7 +258,7 @@ def _openmoji_id(char: str, svg_folder: Path) -> str | None:
     return None
 
 
-def _gender_keywords(
+def _find_gender_keywords(
     key: str, own_keywords: Sequence[str], keywords: dict[str, tuple[str, tuple[str, ...]]]
 ) -> tuple[str, ...]:
     """Return additional keywords for an emoji with a gender sign, or an empty tuple for other emoji.

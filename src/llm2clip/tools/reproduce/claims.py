@@ -58,7 +58,7 @@ def text_towers(experiments: Experiments) -> Claim:
             "There is no TC row because no general text pairs are available. To add it, install Debian's wordnet-base, "
             "delete claims/2.json in the run directory and run the same command again."
         )
-    hits = _retrieval_table(experiments, claim, [LLM_RAW, LLM_CC, *order], CAPTIONS_TEST)
+    hits = _fill_retrieval_table(experiments, claim, [LLM_RAW, LLM_CC, *order], CAPTIONS_TEST)
     pairs = [
         *pairwise(order),
         (BASELINE, MULTILINGUAL_CC),
@@ -104,7 +104,7 @@ def long_captions(experiments: Experiments) -> Claim:
 def other_languages(experiments: Experiments) -> Claim:
     """Test claim 4: measure retrieval in a language that was not used in the `tune` or `align` stage."""
     claim = Claim(4)
-    hits = _retrieval_table(experiments, claim, (BASELINE, LLM_CC, MULTILINGUAL_CC), FOREIGN_TEST)
+    hits = _fill_retrieval_table(experiments, claim, (BASELINE, LLM_CC, MULTILINGUAL_CC), FOREIGN_TEST)
     pairs = [(BASELINE, MULTILINGUAL_CC), (LLM_CC, MULTILINGUAL_CC)]
     metric = f"{MEAN_RECALL}, {experiments.config.foreign_column}"
     claim.comparisons = _compare_pairs(experiments, pairs, metric, hits)
@@ -114,7 +114,7 @@ def other_languages(experiments: Experiments) -> Claim:
 def larger_llm(experiments: Experiments) -> Claim:
     """Test claim 5: compare two LLMs that were tuned on the same number of pairs."""
     claim = Claim(5)
-    hits = _retrieval_table(experiments, claim, (LLM_CC, MULTILINGUAL_CC), CAPTIONS_TEST)
+    hits = _fill_retrieval_table(experiments, claim, (LLM_CC, MULTILINGUAL_CC), CAPTIONS_TEST)
     claim.comparisons = _compare_pairs(experiments, [(LLM_CC, MULTILINGUAL_CC)], MEAN_RECALL, hits)
     claim.notes.append(
         "The two LLMs differ in more than size: they also have different training data and numbers of layers used. All "
@@ -144,9 +144,9 @@ def training_cost(experiments: Experiments) -> Claim:
                 low=CACHED_TEACHER,
                 high=variant,
                 metric="seconds",
-                low_interval=_quartiles(times.seconds[CACHED_TEACHER]),
-                high_interval=_quartiles(seconds),
-                difference=_quartiles(differences),
+                low_interval=_compute_quartiles(times.seconds[CACHED_TEACHER]),
+                high_interval=_compute_quartiles(seconds),
+                difference=_compute_quartiles(differences),
             )
         )
     claim.notes.append(
@@ -175,11 +175,11 @@ CLAIMS: dict[int, Callable[[Experiments], Claim]] = {
 }
 
 
-def _retrieval_table(experiments: Experiments, claim: Claim, names: Sequence[str], test: str) -> dict[str, Tensor]:
+def _fill_retrieval_table(experiments: Experiments, claim: Claim, names: Sequence[str], test: str) -> dict[str, Tensor]:
     """Measure image-text retrieval, and add one row per caption encoder to the claim's table.
 
     Returns:
-        Per-image hits of each caption encoder, (seeds, images), averaged over both retrieval directions.
+        Per-image hits of each caption encoder, of shape (seeds, images), averaged over both retrieval directions.
     """
     claim.header = RETRIEVAL_HEADER
     mean_hits = {}
@@ -207,7 +207,7 @@ def _mean_percent(hits: Tensor) -> float:
     return 100 * float(hits.mean())
 
 
-def _quartiles(values: Sequence[float]) -> Interval:
+def _compute_quartiles(values: Sequence[float]) -> Interval:
     """Return the median, the lower quartile and the upper quartile."""
     low, median, high = statistics.quantiles(values, n=4)
     return median, low, high

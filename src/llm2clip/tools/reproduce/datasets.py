@@ -1,4 +1,4 @@
-"""Data sets used to test the claims.
+"""Data sets for testing the claims.
 
 The `tune` stage uses captions and text pairs, the `align` stage uses training images, and the retrieval tests use
 held-out images.
@@ -28,7 +28,7 @@ CAPTIONS_TEST, FOREIGN_TEST = "captions", "foreign"  # test names for `ClaimData
 class ClaimData:
     """Data sets for all claims.
 
-    Each data set is read when it is first accessed. A missing source raises ValueError.
+    Each data set is read when it is first accessed, which raises ValueError if a source is missing.
     """
 
     def __init__(self, folder: Path, config: ReproduceConfig, log: SkipLog) -> None:
@@ -70,8 +70,8 @@ class ClaimData:
     def train(self) -> list[Record]:
         """Training images for the `align` stage. Test images are excluded.
 
-        For every third image, a long caption is created from the short captions unless there already is one. Doing this
-        for all images would double the embedding time.
+        Every third image gets a long caption, made of its short captions, unless it already has one. Doing this for all
+        images would double the embedding time.
         """
         tested = [*self.config.test, *self.config.long_caption_sources]
         records = [record for record in self._read(self.config.train) if record.image is not None]

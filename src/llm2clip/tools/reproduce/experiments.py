@@ -88,7 +88,7 @@ class Experiments:
 
     def encoder(self, name: str) -> CaptionEncoder:
         """Load a caption encoder, tuning it first if necessary."""
-        return open_encoder(self._encoder_config(name))
+        return open_encoder(self._prepare_encoder(name))
 
     def caption_retrieval(self, name: str) -> dict[str, Any]:
         """Return the results of `caption_retrieval_accuracy` for a caption encoder, including the key "hits"."""
@@ -99,25 +99,25 @@ class Experiments:
             encoder = _StoreTextEncoder(self.store(name, texts))
             return caption_retrieval_accuracy(self.data.cra, encoder, return_hits=True)
 
-        metrics: dict[str, Any] = cached_json(self.out / "cra" / f"{_file_name(name)}.json", compute)
+        metrics: dict[str, Any] = cached_json(self.out / "cra" / f"{_make_file_name(name)}.json", compute)
         return metrics
 
     def store(self, name: str, texts: Sequence[str]) -> EmbeddingStore:
         """Return a caption encoder's embedding store, after adding the embeddings of missing texts."""
-        folder = self.out / "stores" / _file_name(name)
+        folder = self.out / "stores" / _make_file_name(name)
         if (folder / "manifest.json").exists():
             store = EmbeddingStore(folder)
             if (store.find(caption_keys(unique_captions(texts))) >= 0).all():
                 return store
         print_once(f"embed: {self.label(name)}")
-        return embed(texts, folder, self._encoder_config(name), EmbedConfig())
+        return embed(texts, folder, self._prepare_encoder(name), EmbedConfig())
 
     def model(self, name: str, seed: int) -> LLM2CLIP:
         """Return an aligned model for a caption encoder, training it first if it does not exist.
 
         The vision tower is frozen. Only the heads are trained, using the stored embeddings of the caption encoder.
         """
-        folder = self.out / "models" / f"{_file_name(name)}-{seed}"
+        folder = self.out / "models" / f"{_make_file_name(name)}-{seed}"
         if not folder.exists():
             store = self.store(name, [text for record in self.data.train for text in record.texts])
             print_once(f"align: {self.label(name)}, seed {seed}")
@@ -160,11 +160,11 @@ class Experiments:
                 by the mean number of captions per image.
 
         Returns:
-            Hits, float64 (seeds, images).
+            Hits of shape (seeds, images), float64.
         """
         hits = []
         for seed in range(self.config.seeds):
-            ranks = self._saved_ranks(name, seed, test)
+            ranks = self._load_or_compute_ranks(name, seed, test)
             image_hits = (torch.tensor(ranks["image_ranks"]) < 1).double()
             if direction == "I2T":
                 hits.append(image_hits)
@@ -175,7 +175,7 @@ class Experiments:
             hits.append(sums * len(image_hits) / len(image_of_text))
         return torch.stack(hits)
 
-    def _saved_ranks(self, name: str, seed: int, test: str) -> dict[str, list[int]]:
+    def _load_or_compute_ranks(self, name: str, seed: int, test: str) -> dict[str, list[int]]:
         """Return the retrieval ranks of a model in a test, as a dict with the fields of `RetrievalRanks`."""
 
         def compute() -> dict[str, list[int]]:
@@ -192,16 +192,16 @@ class Experiments:
                 "image_of_text": ranks.image_of_text.tolist(),
             }
 
-        file = self.out / "ranks" / f"{_file_name(name)}-{seed}-{_file_name(test)}.json"
+        file = self.out / "ranks" / f"{_make_file_name(name)}-{seed}-{_make_file_name(test)}.json"
         ranks: dict[str, list[int]] = cached_json(file, compute)
         return ranks
 
-    def _encoder_config(self, name: str) -> EncoderConfig:
+    def _prepare_encoder(self, name: str) -> EncoderConfig:
         """Return the config of a caption encoder, tuning it first if necessary."""
         config, tuning = self.encoders[name]
         if tuning is None:
             return config
-        folder = self.out / "encoders" / _file_name(name)
+        folder = self.out / "encoders" / _make_file_name(name)
         if not (folder / "encoder").exists():
             print_once(f"tune: {self.label(name)}")
             items: Sequence[TuningItem] = self.data.tune
@@ -223,12 +223,12 @@ class _StoreTextEncoder:
         self.store = store
 
     def encode(self, captions: Sequence[str], *, progress: bool = False) -> Tensor:
-        """Return the stored embeddings of captions, float32 (N, D)."""
+        """Return the stored embeddings of captions, of shape (N, D), float32."""
         return torch.from_numpy(self.store.take(self.store.rows(captions))).float()
 
     def count_truncated(self, captions: Sequence[str]) -> None:
         """Return None, because the store does not record which texts were truncated."""
 
 
-def _file_name(name: str) -> str:
+def _make_file_name(name: str) -> str:
     return name.replace(" ", "-")

@@ -29,13 +29,13 @@ STATUSES = {
 }
 
 
-def report_blocks(claims: Sequence[Claim], config: ReproduceConfig, command: str) -> list[Block]:
+def make_report_blocks(claims: Sequence[Claim], config: ReproduceConfig, command: str) -> list[Block]:
     """Return the content blocks of the report.
 
     Args:
-        claims: Claims to report, including those that could not be tested.
+        claims: Claims to report, including claims that could not be tested.
         config: Settings of the run.
-        command: Command line that started the run.
+        command: Shell command that started the run.
     """
     summary = [[claim.number, claim.title, claim.verdict] for claim in claims]
     blocks: list[Block] = [
@@ -57,11 +57,11 @@ def report_blocks(claims: Sequence[Claim], config: ReproduceConfig, command: str
         ),
     ]
     for claim in claims:
-        blocks += _claim_section(claim, command)
+        blocks += _make_claim_section(claim, command)
     return blocks
 
 
-def _claim_section(claim: Claim, command: str) -> list[Block]:
+def _make_claim_section(claim: Claim, command: str) -> list[Block]:
     verdict = claim.verdict
     blocks: list[Block] = [Heading(f"{claim.number}. {claim.title}"), Paragraph(verdict, STATUSES[verdict])]
     notes = [Paragraph(note) for note in claim.notes]
@@ -69,16 +69,16 @@ def _claim_section(claim: Claim, command: str) -> list[Block]:
         return [*blocks, *notes]
     blocks += [Paragraph(sentence) for sentence in describe_paper(claim.number)]
     blocks.append(Table(claim.header, claim.rows))
-    blocks.append(_curves_plot(claim) if claim.curves else _intervals_plot(claim))
+    blocks.append(_plot_claim_curves(claim) if claim.curves else _plot_claim_intervals(claim))
     return [
         *blocks,
-        _comparison_table(claim),
+        _make_comparison_table(claim),
         *notes,
         Paragraph(f"To test only this claim: `{command} --claims {claim.number}`"),
     ]
 
 
-def _curves_plot(claim: Claim) -> Plot:
+def _plot_claim_curves(claim: Claim) -> Plot:
     curves = {name: [mean for mean, _, _ in intervals] for name, intervals in claim.curves.items()}
     bands = {name: [(low, high) for _, low, high in intervals] for name, intervals in claim.curves.items()}
     svg = plots.plot_curves(
@@ -92,7 +92,7 @@ def _curves_plot(claim: Claim) -> Plot:
     return Plot(svg, "Shaded bands are 95% intervals.")
 
 
-def _intervals_plot(claim: Claim) -> Plot:
+def _plot_claim_intervals(claim: Claim) -> Plot:
     intervals: dict[str, Interval] = {}
     for comparison in claim.comparisons:
         intervals[comparison.low] = comparison.low_interval
@@ -100,7 +100,7 @@ def _intervals_plot(claim: Claim) -> Plot:
     return Plot(plots.plot_intervals(intervals, claim.comparisons[0].metric), "Each value is shown with its interval.")
 
 
-def _comparison_table(claim: Claim) -> Table:
+def _make_comparison_table(claim: Claim) -> Table:
     header = ["lower", "higher", "metric", "lower (interval)", "higher (interval)", "difference (interval)", "result"]
     rows = []
     for comparison in claim.comparisons:

@@ -13,18 +13,18 @@ from llm2clip.io_utils import read_json
 from llm2clip.pipeline import start_run
 from llm2clip.runs.lock import run_lock
 from llm2clip.runs.ranks import cached_json, print_once, process_state
-from llm2clip.runs.run_description import command_line
+from llm2clip.runs.run_description import format_command_line
 from llm2clip.tools.reproduce.claims import CLAIMS
 from llm2clip.tools.reproduce.datasets import ClaimData
 from llm2clip.tools.reproduce.experiments import Experiments
-from llm2clip.tools.reproduce.report import report_blocks
+from llm2clip.tools.reproduce.report import make_report_blocks
 from llm2clip.tools.reproduce.statistics import NOT_TESTED, Claim
 
 
 def reproduce(data: Path, out: Path, config: ReproduceConfig, claims: Sequence[int], max_skipped: float) -> Path:
     """Test the claims and write `out/report.md` and `out/report.html`.
 
-    An interrupted run can be resumed. The report also includes claims tested by earlier runs in the same directory.
+    An interrupted run can be resumed. The report also includes the claims that earlier runs in `out` have tested.
 
     Args:
         data: Data folder. The source paths in the config are relative to this folder.
@@ -70,7 +70,7 @@ def _test_claims(data: Path, out: Path, config: ReproduceConfig, claims: Sequenc
         reasons = "; ".join(f"{claim.number}: {claim.notes[0]}" for claim in untested)
         raise ValueError(f"no claim could be tested: {reasons}")
     reported = sorted([*tested, *untested], key=lambda claim: claim.number)
-    blocks = report_blocks(reported, config, command_line())
+    blocks = make_report_blocks(reported, config, format_command_line())
     markdown_file, html_file = write_report(out, "report", "Tests of the claims of LLM2CLIP", blocks)
     print_once(markdown_file.read_text(encoding="utf-8"), log.summary())
     return html_file

@@ -77,7 +77,7 @@ class Claim:
         number: Number of the claim, from 1 to 6. See `TITLES`.
         header, rows: Header and rows of the table of measured results.
         comparisons: Comparisons that determine the verdict.
-        notes: Notes that help interpret the result.
+        notes: Notes on the interpretation of the result.
         points: Labels on the x axis of the plot. Empty if the claim has no curves.
         curves: Curves in the plot, keyed by name. Each is a list of values with their confidence intervals.
     """
@@ -129,17 +129,17 @@ def compare_hits(low: str, high: str, metric: str, low_hits: Tensor, high_hits: 
         low: Name of the value that should be lower.
         high: Name of the value that should be higher.
         metric: Name of the compared metric.
-        low_hits, high_hits: Per-image hits of the two models, (seeds, images). The images must be in the same order.
+        low_hits, high_hits: Per-image hits of each model, of shape (seeds, images), with images in the same order.
     """
     difference = 100 * float(high_hits.mean() - low_hits.mean())
-    means = _resampled_means(high_hits, seed=2) - _resampled_means(low_hits, seed=1)
+    means = _resample_means(high_hits, seed=2) - _resample_means(low_hits, seed=1)
     return Comparison(
         low=low,
         high=high,
         metric=metric,
         low_interval=bootstrap_interval(low_hits),
         high_interval=bootstrap_interval(high_hits),
-        difference=(difference, *_percent_limits(means, low_hits.shape[1], (-1.0, 1.0))),
+        difference=(difference, *_compute_percent_limits(means, low_hits.shape[1], (-1.0, 1.0))),
     )
 
 
@@ -150,14 +150,16 @@ def bootstrap_interval(values: Tensor) -> Interval:
     `percentile_interval`.
 
     Args:
-        values: Per-image hits, or differences between hits, (seeds, images).
+        values: Per-image hits, or differences between hits, of shape (seeds, images).
     """
     bounds = (-1.0 if float(values.min()) < 0 else 0.0, 1.0)
-    return 100 * float(values.mean()), *_percent_limits(_resampled_means(values, seed=1), values.shape[1], bounds)
+    return 100 * float(values.mean()), *_compute_percent_limits(
+        _resample_means(values, seed=1), values.shape[1], bounds
+    )
 
 
-def _resampled_means(values: Tensor, seed: int) -> Tensor:
-    """Return the means of bootstrap resamples over images and training seeds, (resamples,).
+def _resample_means(values: Tensor, seed: int) -> Tensor:
+    """Return the means of bootstrap resamples over images and training seeds, of shape (resamples,).
 
     The resampled images depend only on the number of images, so both models in a comparison use the same resamples.
     Training seeds are resampled separately for each model, using the random seed `seed`.
@@ -173,7 +175,7 @@ def _resampled_means(values: Tensor, seed: int) -> Tensor:
     return torch.stack(means)
 
 
-def _percent_limits(means: Tensor, num_images: int, bounds: tuple[float, float]) -> tuple[float, float]:
+def _compute_percent_limits(means: Tensor, num_images: int, bounds: tuple[float, float]) -> tuple[float, float]:
     """Return the lower and upper limits of the 95% confidence interval in percent. See `percentile_interval`."""
     low, high = (100 * percentile_interval(means, num_images, bounds)).tolist()
     return low, high

@@ -46,7 +46,7 @@ class ClipTextTower(nn.Module):
         self.model = CLIPTextModelWithProjection(CLIPTextConfig(projection_dim=embed_dim))
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Return L2-normalised embeddings (N, embed_dim) for token ids (N, 77)."""
+        """Return L2-normalised embeddings of shape (N, embed_dim) for token ids of shape (N, 77)."""
         return F.normalize(self.model(input_ids=ids).text_embeds.float(), dim=-1)
 
 
@@ -73,7 +73,7 @@ class StepTimes:
 def measure_step_times(experiments: Experiments, name: str) -> StepTimes:
     """Measure the duration of training steps for each variant.
 
-    The variants alternate, so that other load on the machine affects all of them equally.
+    The variants alternate, so that other processes on the machine slow down all of them equally.
 
     Args:
         experiments: Experiments that provide the data, the stores and the caption encoders.
@@ -95,7 +95,7 @@ def measure_step_times(experiments: Experiments, name: str) -> StepTimes:
     ids[:, -1] = CLIP_END_TOKEN
 
     def adapt(embeddings: Tensor) -> Tensor:
-        """Return the text embeddings (N, embed_dim) for the LLM's embeddings (N, D)."""
+        """Return text embeddings of shape (N, embed_dim) for the LLM's embeddings of shape (N, D)."""
         return cast(Tensor, model(embeddings=embeddings.to(device).float())[1])
 
     embed_texts: dict[str, Callable[[], Tensor]] = {
