@@ -1,4 +1,4 @@
-"""llm2clip: give any CLIP a large language model's understanding of text (LLM2CLIP, arXiv 2411.04997)."""
+"""llm2clip: give a CLIP model a large language model's understanding of text (LLM2CLIP, arXiv 2411.04997)."""
 
 from __future__ import annotations
 

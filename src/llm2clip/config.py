@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-# Pooling modes of sentence-transformers.
 Stage = Literal["tune", "embed", "align", "evaluate", "serve"]  # stages whose precision can be chosen
-POOLING_MODES = ("mean", "weightedmean", "lasttoken", "cls", "max")
+POOLING_MODES = ("mean", "weightedmean", "lasttoken", "cls", "max")  # as in sentence-transformers
 MIN_IMAGE_SIZE = 16  # the smallest patch size of common vision transformers
 
 # Settings that may be changed when a run is resumed, because they do not affect the result.
@@ -99,7 +98,7 @@ class TuneConfig:
     warmup_ratio: float = 0.1
     """Fraction of the steps spent on linear warm-up."""
     temperature: float = 0.05
-    """Temperature that cosine similarities are divided by."""
+    """Softmax temperature. The cosine similarities are divided by this value."""
     symmetric: bool = True
     """Also train each positive to retrieve its query. The paper trains only the query-to-positive direction."""
     matryoshka_dims: list[int] = field(default_factory=list)
@@ -108,14 +107,14 @@ class TuneConfig:
     """LoRA rank for all linear layers. LoRA alpha is twice the rank. 0 disables LoRA and trains all weights except the
     token embeddings."""
     lora_dropout: float = 0.0
-    """Dropout probability before the LoRA layers."""
+    """Dropout probability for the inputs of the LoRA layers."""
     qlora: bool = False
     """Quantise the frozen matrices to 4 bits during LoRA training, which reduces their device memory to an eighth.
     Requires bitsandbytes. After training, LoRA is merged into the original, unquantised weights. With QLoRA, `fit` does
     not measure caption retrieval accuracy."""
     grad_cache: bool = False
-    """Use gradient caching, so that memory does not grow with the batch size. Training takes about a third longer. A
-    batch that fits in a single forward pass (see --tune.batch_tokens) is not affected."""
+    """Use gradient caching, so that memory does not grow with the batch size. Training takes about a third longer.
+    Batches that fit in a single forward pass (see --tune.batch_tokens) are not affected."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory. Useful for long captions and large LLMs."""
     batch_tokens: int | None = None
@@ -150,7 +149,7 @@ class EmbedConfig:
     hardware support, auto selects the fastest precision that is accurate enough: embeddings of sixteen test captions
     must have a cosine similarity of at least 0.999 to their fp32 embeddings. On all other devices, auto means fp32."""
     dtype: Literal["float16", "int8"] = "float16"
-    """Data type of the stored embeddings. int8 halves the size of the store; it uses one scale factor per embedding."""
+    """Data type of the stored embeddings. int8, with one scale factor per embedding, halves the size of the store."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for values out of range and for an unknown precision."""
@@ -167,7 +166,7 @@ class AlignConfig:
     """Vision tower, given as a timm model name, a Hugging Face hub id or a local folder. The names efficientnet-lite0
     and efficientnet-lite2 are also accepted and downloaded."""
     image_size: int | None = None
-    """Input image size in pixels. Default: the size that the tower was trained with."""
+    """Input image size in pixels. Default: the training resolution of the tower."""
     embed_dim: int = 512
     """Dimension of the shared embedding space. 0 removes the image projection: the tower's output is then the image
     embedding, as in the authors' SigLIP 2 model."""
@@ -207,8 +206,8 @@ class AlignConfig:
     """Peak learning rate for the projection, the adapter and the logit scale. The learning rate decays to zero on a
     cosine schedule."""
     tower_lr: float = 1e-4
-    """Peak learning rate for the vision tower. 0 freezes the tower. Each image is then encoded only once,
-    without random crops, and the remaining epochs train on the cached features in seconds."""
+    """Peak learning rate for the vision tower. 0 freezes the tower. In this case, each image is encoded
+    only once, without random crops, and all epochs train on the cached features, which is fast."""
     layer_decay: float = 1.0
     """Factor applied to the learning rate once for each tower layer below the top layer. The paper uses 0.85."""
     distill_weight: float = 0.0
@@ -279,7 +278,7 @@ class AlignConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Settings for the evaluation on held-out images that ends a `fit` run."""
+    """Settings for the evaluation on held-out images at the end of a `fit` run."""
 
     data: list[str] = field(default_factory=list)
     """Sources to evaluate on. Default: the held-out part of the training data."""
@@ -292,29 +291,29 @@ class EvaluateOptions:
     """Options of the `evaluate` command. Each field is a command-line flag, and its docstring is the help text."""
 
     benchmarks: list[str] = field(default_factory=list)
-    """Names of public benchmarks (see `llm2clip benchmarks`) or `all`; or your own images: folder:PATH (one subfolder
-    per class), boxes:FILE.json or detection:FILE.json (COCO's format), segmentation:PATH (COCO's format, or a folder
+    """Names of public benchmarks (see `llm2clip benchmarks`), `all`, or your own images: folder:PATH (one subfolder per
+    class), boxes:FILE.json or detection:FILE.json (COCO's format), segmentation:PATH (COCO's format, or a folder
     with images/, masks/ and classes.txt)."""
     root: str = "data/benchmarks"
     """Folder that contains one folder per benchmark."""
     out: str | None = None
     """Output folder for report.html, results.json, and embeddings, which later runs reuse."""
     linear_probe: bool = False
-    """Classification: also fit a linear probe to the training images."""
+    """Classification: also fit a linear probe on the training images."""
     dense_variants: list[str] = field(default_factory=lambda: ["plain"])
-    """Regions, segmentation and detection: how the embeddings of image parts are computed: `plain`, `maskclip`,
-    `sclip`, `clearclip` or `naclip`."""
+    """Regions, segmentation and detection: methods of computing patch embeddings (`plain`, `maskclip`, `sclip`,
+    `clearclip` or `naclip`)."""
     short_queries: bool = False
     """Images with captions: also report retrieval by query length, from single words to whole captions."""
     templates: list[str] | None = None
-    """With --short_queries: also average each query of up to three words with these prompt templates, such as 'a photo
-    of a {}'. Default: the templates that were saved with the model. Also: the templates for class names in your own
-    images, such as boxes:FILE.json."""
+    """Prompt templates, such as 'a photo of a {}'. With --short_queries, they are applied to queries of up to
+    three words, whose embeddings are averaged. Default: the templates that were saved with the model. They are also
+    applied to class names in your own images, such as boxes:FILE.json."""
     proposals: str | None = None
-    """Detection: the boxes to classify. A JSON file in COCO's results format; a detector, which is a folder or hub id
-    of transformers, or torchvision:NAME; or `ground-truth`."""
+    """Detection: source of the boxes to classify. One of: a JSON file in COCO's results format, a transformers detector
+    (folder or hub id), a torchvision detector (torchvision:NAME), or `ground-truth`."""
     crop_proposals: bool = False
-    """Detection: also classify each box by encoding it like an image. This takes one forward pass per box."""
+    """Detection: also classify each box by cropping it and encoding the crop. This takes one forward pass per box."""
     save_predictions: bool = False
     """Segmentation and detection: write label maps (PNG) and detections (COCO's results format) to OUT/predictions."""
     trust_remote_code: bool = False
@@ -322,9 +321,9 @@ class EvaluateOptions:
     captions: list[str] = field(default_factory=list)
     """Sources for caption retrieval accuracy (CRA)."""
     all_pairs: bool = False
-    """CRA: also report the all-pairs protocol: each caption retrieves any other caption of its image."""
+    """CRA: also report the all-pairs protocol, in which each caption retrieves any other caption of its image."""
     mistakes: int | None = None
-    """CRA: how many of the worst mistakes to show. Default: 3."""
+    """CRA: number of mistakes to show, worst first. Default: 3."""
     columns: dict[str, str] = field(default_factory=dict)
     """Column name in the source for each field, e.g. captions=text,image=file."""
     max_skipped: float = 0.05

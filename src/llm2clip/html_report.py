@@ -160,7 +160,7 @@ def _escape_tags(text: str) -> str:
 
 
 def _omit_visual_sections(blocks: Sequence[Block]) -> list[Block]:
-    """Return the blocks without the sections that contain plots or images, but no table and no code."""
+    """Remove the sections that contain plots or images and neither tables nor code."""
     kept: list[Block] = []
     position = 0
     while position < len(blocks):

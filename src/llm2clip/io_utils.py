@@ -39,7 +39,7 @@ class DataFormatError(ValueError):
 
 @contextmanager
 def atomic_path(file: str | Path) -> Iterator[Path]:
-    """Yield the path of an empty temporary file in the folder of `file`. On success, flush the file and rename it.
+    """Yield the path of an empty temporary file in the folder of `file`. On success, flush it and rename it to `file`.
 
     Readers see either the old file or the complete new file. The temporary file is removed if the `with` block raises
     an exception. Temporary files left by killed processes are removed, too. The parent folder is created if needed.
@@ -144,9 +144,9 @@ def atomic_write_jsonl(file: str | Path, rows: Iterable[Any]) -> None:
 
 @contextmanager
 def explain_write_errors(path: Path) -> Iterator[None]:
-    """Replace errors of the disk, such as a full disk, by an OSError that contains the path and the free space.
+    """Convert write errors, such as a full disk, to an OSError whose message contains the path and the free space.
 
-    safetensors raises its own exception, whose message contains the number of the operating system's error.
+    safetensors raises its own exception, whose message contains the error number of the operating system.
     """
     try:
         yield
@@ -165,7 +165,7 @@ def explain_write_errors(path: Path) -> Iterator[None]:
 
 
 def restore_mode(file: Path, mode: int) -> None:
-    """Give a file the read and write permissions in `mode`, those of files and folders that follow the user's umask.
+    """Set a file's read and write permissions to those of another file or folder, whose mode is `mode`.
 
     safetensors writes files that only the current user can read.
     """
@@ -206,7 +206,7 @@ def escape_control_characters(text: str) -> str:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return the type and the text of an exception, for logs of inputs that cannot be read."""
+    """Return the type and the message of an exception, for logs of inputs that cannot be read."""
     return f"{type(error).__name__}: {error}"
 
 
@@ -299,7 +299,7 @@ def read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def safe_name(name: str) -> str:
-    """Return a name in which characters that may be a problem in file names are replaced by dashes."""
+    """Replace characters that may be invalid in file names with dashes."""
     return re.sub(r"[^\w.-]+|^\.+", "-", name)
 
 

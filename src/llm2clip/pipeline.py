@@ -149,7 +149,7 @@ def run_tune(sources: Sequence[str], out: Path, config: FitConfig) -> Path:
         sources: Caption sources. If splits are not selected for all of them, the captions of the images that `fit`
             would hold out are not used.
         out: Output folder.
-        config: Settings. Those of other stages are not used.
+        config: Settings. The settings of other stages are ignored.
 
     Returns:
         The folder of the tuned caption encoder.
@@ -181,7 +181,7 @@ def run_embed(
     Args:
         sources: Caption sources.
         out: Folder of the embedding store.
-        config: Settings. Those of other stages are not used.
+        config: Settings. The settings of other stages are ignored.
         phrases: If True, also encode the short phrases of the captions. All captions are then read into memory.
         engine, ray_workers: See `stages.embed`.
     """
@@ -242,7 +242,7 @@ def run_align(
 def read_training_data(
     sources: Sequence[str], config: FitConfig, log: SkipLog, keep_selected_splits: bool = False
 ) -> DataSplits:
-    """Read the records for `align`, with phrases if they are used, and print how many there are.
+    """Read the records for `align`, with phrases if they are used, and print their number.
 
     Args:
         sources: Data sources.
@@ -262,7 +262,7 @@ def _tuning_pairs(
 ) -> list[list[TuningItem]]:
     """Return the tuning data of `fit`, or an empty list if tuning is disabled or already complete.
 
-    The rows of other sources are counted separately, because the skip log of the run counts the rows of its images.
+    Skipped rows of additional tuning sources have a separate log, because the run's log is for the rows of its images.
     """
     if config.tune.steps == 0 or (run_dir / "tune" / "encoder").exists():
         return []

@@ -133,7 +133,7 @@ def align(
         store: Cached caption embeddings.
         out: Output folder of this stage.
         config: Settings for this stage.
-        log: Log of skipped rows and images, to which images that cannot be decoded are added.
+        log: Log to which images that cannot be decoded are added.
         held_out: Records on which to evaluate the model before and during training, keyed by caption column.
         encoder: Caption encoder to save with the model. If None, the model is saved without a caption encoder.
         model_dir: Folder in which to save the model. Default: `out/model`.
@@ -184,7 +184,7 @@ def evaluate(
         held_out: Records on which to evaluate, keyed by caption column.
         out: Output folder of this stage, in which the metrics are saved as `trained.json`, and example searches as
             `examples.json`.
-        log: Log of skipped rows and images, to which images that cannot be decoded are added.
+        log: Log to which images that cannot be decoded are added.
         store: Store that contains the embeddings of the held-out captions.
 
     Returns:

@@ -12,7 +12,7 @@ from llm2clip import __version__
 from llm2clip.cli import evaluate, export, llava, plan, search, setup, store, train
 from llm2clip.cli.commands import ArgumentParser, Commands, HelpFormatter, Run
 
-DESCRIPTION = """Give any CLIP a large language model's understanding of text.
+DESCRIPTION = """Give a CLIP model a large language model's understanding of text.
 
 Getting started:
   llm2clip doctor                       check this machine and explain how to fix any problems

@@ -28,7 +28,7 @@ from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 PREFIX = "checkpoint-"  # also used by the Trainer in transformers
 COMPLETE_MARKER = "complete"
 MAX_CHECKPOINTS = 2  # older checkpoints are removed
-FORMAT_VERSION = 1  # of checkpoints
+FORMAT_VERSION = 1  # version of the checkpoint format
 
 
 class Checkpoints:
@@ -61,7 +61,7 @@ class Checkpoints:
         if state.is_main_process:
             _remove_incomplete(folder)
             try:
-                latest = _set_damaged_aside(folder)
+                latest = _rename_damaged(folder)
             except ValueError as damage:
                 error = str(damage)
         if state.num_processes > 1:
@@ -85,7 +85,7 @@ class Checkpoints:
         If the number of ranks has changed, print a line that says so.
 
         Args:
-            name: Name under which the signature stores this number, for example "images per step".
+            name: Key of this number in the signature, such as "images per step".
 
         Returns:
             The saved number, or None if there is no checkpoint or the batch size per rank has changed. If None, the
@@ -156,7 +156,7 @@ class MetricsLog:
     """JSONL file of metrics, with one object per line. Each object has a `step` field."""
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
-        """Prepare the file for appending. Drop the lines for steps after `resume_step`, which will be run again."""
+        """Prepare the file for appending. Drop the lines of steps after `resume_step`, which will be repeated."""
         self.path = path
         lines = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
         atomic_write_jsonl(path, lines)
@@ -298,7 +298,7 @@ def _mark_complete(checkpoint: Path, run: Mapping[str, Any]) -> None:
     )
 
 
-def _set_damaged_aside(folder: Path) -> Path | None:
+def _rename_damaged(folder: Path) -> Path | None:
     """Return the latest undamaged checkpoint and rename all later ones. All checkpoints must be complete.
 
     Returns:

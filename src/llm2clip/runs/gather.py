@@ -59,7 +59,10 @@ class RaggedGather:
         return slice(self.offset, self.offset + self.local_size)
 
     def gather(self, x: Tensor, gradients: bool = False) -> Tensor:
-        """Return the rows of all ranks, with shape (total_size, ...). Must be called by all ranks."""
+        """Return the rows of all ranks, of shape (total_size, ...). Must be called by all ranks.
+
+        If `gradients` is True, gradients are propagated to all ranks.
+        """
         if self.single_process or not self.max_size:
             return x
         padded = torch.cat([x, x.new_zeros(self.max_size - len(x), *x.shape[1:])])

@@ -1,4 +1,4 @@
-"""Locks, which ensure that only one run writes to a folder at a time."""
+"""Locks that ensure that only one run writes to a folder at a time."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def folder_lock(folder: Path, name: str = ".lock") -> Iterator[None]:
 
 @contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold the lock of a run directory on the main process. It must be acquired before the run writes any file.
+    """Hold the lock of a run directory on the main process. Acquire it before the run writes any file.
 
     Raises:
         FolderInUseError: Another run holds the lock.
     """
-    from llm2clip.runs.ranks import process_state  # imports torch, which the command line must not import at its start
+    from llm2clip.runs.ranks import process_state  # imports torch, which is too slow to import when a command starts
 
     with folder_lock(run_dir, RUN_LOCK) if process_state().is_main_process else nullcontext():
         yield

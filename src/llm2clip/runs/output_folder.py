@@ -1,7 +1,7 @@
 """Kinds of output folders, and the versions of their file formats.
 
-A command neither writes into a folder of another kind nor reads it as data. It reads a folder only if the folder has
-the supported format version.
+A command does not write into an output folder of another kind, and does not read output folders as data. It rejects
+folders with an unsupported format version.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import yaml
 
 from llm2clip.runs.run_config import CONFIG_FILE
 
-INDEX_FILE, MANIFEST = "index.sqlite", "manifest.json"  # of an index and of an embedding store
+INDEX_FILE, MANIFEST = "index.sqlite", "manifest.json"  # files of an index and of an embedding store
 
 KINDS = {
     "fit": "a run directory of `llm2clip fit`",
@@ -29,25 +29,25 @@ KINDS = {
     "evaluation": "an output folder of `llm2clip evaluate`",
     "model": "a model folder",
 }
-# Kind -> files and folders, as glob patterns, of which a folder of this kind contains at least one.
+# Kind -> glob patterns, at least one of which matches in a folder of this kind.
 _CONTENTS = {
     "index": (INDEX_FILE,),
     "store": (MANIFEST, "keys-*.parquet"),
     "evaluation": ("results.json", "vectors", "skipped"),
     "model": ("config.json", "open_clip_config.json", "text.onnx"),
 }
-# Kinds of folders with files that look like data -> glob patterns, all of which match files in a folder of this kind.
+# Kinds of folders whose files look like data -> glob patterns, all of which match in a folder of this kind.
 _NOT_DATA = {
     "a run directory": (CONFIG_FILE, "skipped.jsonl"),
     "an embedding store": (MANIFEST, "keys-*.parquet"),
 }
-_RUN_SECTIONS = ["reproduce", "embed", "align", "tune"]  # the first one in a run's config tells its kind
+_RUN_SECTIONS = ["reproduce", "embed", "align", "tune"]  # the first of these in a run's config determines the kind
 _OWN_FILES = ("skipped.jsonl", "metrics.jsonl")
 _DATA_SUFFIXES = {
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic"),
     *(".tar", ".parquet", ".arrow", ".csv", ".tsv", ".jsonl"),
 }
-_MAX_ENTRIES = 1000  # number of files and folders to look at per folder
+_MAX_ENTRIES = 1000  # maximum number of files and folders to check per folder
 
 
 def register_run(section: str, description: str) -> None:
@@ -87,7 +87,7 @@ def check_output_folder(path: str | Path, kind: str) -> None:
         kind: Kind of folder that the command writes, a key of `KINDS`.
 
     Raises:
-        ValueError: The folder is of another kind, or its kind is unknown and it contains images, tables or tar files.
+        ValueError: The folder is of another kind, or it is of unknown kind and contains data files.
         NotADirectoryError: The path is a file.
     """
     folder = Path(path).expanduser()
@@ -118,9 +118,9 @@ def folder_kind(folder: str | Path) -> str | None:
 
 
 def describe_output(names: Collection[str]) -> str | None:
-    """Return what a folder in a data set is if llm2clip has written it, or None. `names` are the names of its files.
+    """Describe a folder inside a data set if llm2clip has written it, given the names of its files. Otherwise None.
 
-    Unlike `folder_kind`, this is None in case of doubt, so that no data is ignored.
+    Unlike `folder_kind`, return None in case of doubt, so that no data is ignored.
     """
     for description, patterns in _NOT_DATA.items():
         if all(fnmatch.filter(names, pattern) for pattern in patterns):

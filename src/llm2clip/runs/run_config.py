@@ -85,7 +85,7 @@ def _is_resume_safe(name: str) -> bool:
 
 
 def to_plain_types(value: Any) -> Any:
-    """Convert dataclasses, tuples, paths, and numbers of the command line's restricted types for YAML."""
+    """Convert dataclasses, tuples, paths and the command line's restricted number types to plain types for YAML."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return to_plain_types(dataclasses.asdict(value))
     if isinstance(value, dict):

@@ -44,11 +44,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def describe_run(seconds: float) -> dict[str, Any]:
-    """Return the command, date, version, machine and duration of this run, for JSON files and reports.
-
-    Args:
-        seconds: Duration of the run.
-    """
+    """Return the command, date, version, machine and duration of this run, for JSON files and reports."""
     state = process_state()
     processes = f"{state.num_processes} processes, each on " if state.num_processes > 1 else ""
     return {
@@ -79,7 +75,7 @@ def format_duration(seconds: float) -> str:
 
 
 class StageClock:
-    """Announces the stages of `fit`, and adds the time that each of them takes to RUN/durations.json."""
+    """Prints the title of each stage of `fit`, and adds the duration of the stage to RUN/durations.json."""
 
     def __init__(self, run_dir: Path) -> None:
         self._file = run_dir / DURATIONS_FILE

@@ -1,8 +1,8 @@
 """Training state in a checkpoint: weights, optimizer state and learning rate schedule.
 
 The files do not depend on the number of ranks or on FSDP: tensors are unsharded and are stored under the names of their
-parameters. A run can therefore resume on any number of ranks. The formats are safetensors and JSON, so loading a
-checkpoint cannot execute code, unlike with pickle-based formats.
+parameters. A run can therefore resume on any number of ranks. The formats are safetensors and JSON. Unlike
+pickle-based formats, they cannot execute code when a checkpoint is loaded.
 
     state-1.safetensors, ...    trained weights and buffers, and the optimizer's state for each trained weight
     state.json                  learning rate schedule and gradient scaler
@@ -25,7 +25,7 @@ from llm2clip.io_utils import atomic_write_text, explain_write_errors
 from llm2clip.runs.ranks import process_state
 
 TENSOR_FILE, JSON_FILE = "state-{}.safetensors", "state.json"
-MAX_FILE_BYTES = 4 * 2**30  # limits the memory that unsharded tensors take on the main process
+MAX_FILE_BYTES = 4 * 2**30  # limits the memory for unsharded tensors on the main process
 
 
 def full_tensor(weight: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def align(
         model: Model with a pretrained tower and newly initialised heads. The model is modified in place.
         config: Settings for the `align` stage.
         run_dir: Output folder for checkpoints/, metrics.jsonl, evaluations.jsonl and best/.
-        log: Log of skipped rows and images. Images that cannot be decoded are added to it.
+        log: Log to which images that cannot be decoded are added.
         validate: Function that evaluates the model on held-out images. If None, the model is not evaluated during
             training.
         features: Folder of the feature store, which caches the pretrained tower's features. Used only if `tower_lr` is
@@ -92,8 +92,8 @@ def align(
         main process, its `training_images` are set.
 
     Raises:
-        ValueError: There are too few images, or settings contradict each other. Also raised if the
-            existing checkpoints were saved with different settings or data.
+        ValueError: There are too few images, settings contradict each other, or the existing checkpoints were saved
+            with different settings or data.
         TooManySkipped: Too many images cannot be decoded.
         FloatingPointError: The loss or a gradient is not finite.
     """
@@ -178,7 +178,7 @@ def _train(
     model.train()
     progress = ProgressBar(total=steps, initial=checkpoints.step, desc="align", unit="step", disable=metrics is None)
     report = StepReport(accelerator, log, metrics, checkpoints, run_dir, progress)
-    prepared = prefetch(_pinned_batches(data, checkpoints.step, accelerator.device), accelerator.device)
+    prepared = prefetch(_pin_batches(data, checkpoints.step, accelerator.device), accelerator.device)
     with closing(prepared) as batches:
         clock = time.perf_counter()
         for step in range(checkpoints.step + 1, steps + 1):
@@ -192,7 +192,7 @@ def _train(
             batch = batch.to(accelerator.device)
             if frozen_tower is not None:
                 batch = _add_frozen_features(batch, frozen_tower, config, accelerator)
-            local_loss, logit_scale = _batch_loss(net, batch, config, accelerator)
+            local_loss, logit_scale = _compute_loss(net, batch, config, accelerator)
             loss = accelerator.reduce(local_loss.detach(), "mean")
             with tf32_matmul():
                 accelerator.backward(local_loss)
@@ -265,7 +265,7 @@ def _compute_features(
 
 
 def _run_signature(data: AlignBatches, store: CaptionSource, config: AlignConfig, precision: str) -> dict[str, Any]:
-    """Return the properties of a run that must match those in a checkpoint before the run can resume."""
+    """Return the properties of a run that must match the checkpoint from which the run resumes."""
     settings = {**vars(config), "precision": precision}
     return {
         "steps": len(data),
@@ -277,10 +277,10 @@ def _run_signature(data: AlignBatches, store: CaptionSource, config: AlignConfig
     }
 
 
-def _pinned_batches(data: AlignBatches, first_step: int, device: torch.device) -> Generator[Batch]:
+def _pin_batches(data: AlignBatches, first_step: int, device: torch.device) -> Generator[Batch]:
     """Yield the batches, in pinned memory if the device is a GPU."""
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # for this thread; otherwise, pinning memory would use the first GPU as well
+        torch.cuda.set_device(device)  # for this thread; otherwise, pinning would also use memory on the first GPU
     with closing(data.batches(first_step)) as batches:
         for batch in batches:
             yield batch.pin_memory() if device.type == "cuda" else batch
@@ -301,7 +301,7 @@ def _add_frozen_features(
         return replace(batch, frozen_features=torch.cat([frozen_tower(pixels).float() for pixels in parts]))
 
 
-def _batch_loss(net: nn.Module, batch: Batch, config: AlignConfig, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+def _compute_loss(net: nn.Module, batch: Batch, config: AlignConfig, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
     """Return the loss of a batch and the logit scale. With gradient caching, this takes several forward passes."""
     images, embeddings = batch.images, batch.embeddings
     image_argument = "pixels" if images.dtype == torch.uint8 else "features"

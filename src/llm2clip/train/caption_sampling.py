@@ -24,16 +24,16 @@ class CaptionSource(Protocol):
         ...
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """Return the text inputs in the given rows, (N, ...)."""
+        """Return the text inputs in N rows, of shape (N, ...)."""
         ...
 
 
 class CaptionRows:
-    """Lookup of the store rows of each image's captions, based on two flat arrays to save memory.
+    """Store rows of each image's captions, in two flat arrays to save memory.
 
     Attributes:
-        rows: Store rows of all captions, int64. Those of an image are sorted and have no duplicates.
-        starts: Position of each image's first row in `rows`, int64 (images + 1,).
+        rows: Store rows of all captions, int64. The rows of each image are sorted and distinct.
+        starts: Position of each image's first row in `rows`, of shape (images + 1,), int64.
     """
 
     def __init__(self, store: CaptionSource, captions: Iterable[Sequence[str]]) -> None:
@@ -61,7 +61,7 @@ class CaptionRows:
         self.starts = np.concatenate([[0], np.cumsum(np.bincount(pairs // base, minlength=len(counts)))])
 
     def __getitem__(self, image: int) -> np.ndarray:
-        """Return the store rows of an image's captions, int64, without duplicates."""
+        """Return the distinct store rows of an image's captions, of shape (captions,), int64."""
         return self.rows[self.starts[image] : self.starts[image + 1]]
 
 
@@ -70,7 +70,7 @@ class CaptionSampler:
 
     The kind of each caption (such as short or long) is sampled according to the caption mix. Within a kind, captions
     are sampled without replacement, so an image with few captions of a kind may receive fewer captions than requested.
-    If all kinds of an image have weight 0, they are sampled with equal weights.
+    If all of an image's kinds have weight 0, they are sampled with equal weights.
 
     For image i, random numbers are taken from `np.random.default_rng([seed, epoch, i])`: first a permutation of each
     kind's captions, then the kind of each caption.
@@ -118,11 +118,14 @@ class CaptionSampler:
         return _take_in_order(shuffled, counts, kinds)
 
     def _sample_kinds(self, used: np.ndarray, streams: RandomStreams) -> np.ndarray:
-        """Sample the kind of each caption, as `Generator.choice` does. Shape (captions_per_image, N), int64.
+        """Sample the kind of each caption, as `Generator.choice` does.
 
         Args:
             used: Boolean mask of the kinds that can be sampled for each image, of shape (kinds, N).
             streams: Random number generators of the images.
+
+        Returns:
+            Kinds of shape (captions_per_image, N), int64.
         """
         numbers = np.stack([streams.random() for _ in range(self.captions_per_image)])
         kinds = np.empty(numbers.shape, np.int64)

@@ -1,4 +1,4 @@
-"""Direct fine-tuning of a CLIP model, a baseline that the LLM2CLIP paper calls "directly fine-tuned CLIP".
+"""Contrastive fine-tuning of a CLIP model: the baseline "directly fine-tuned CLIP" of the LLM2CLIP paper.
 
 Both towers are trained with the training loop and settings of `align`, except that the model's own text tower replaces
 the adapter, and tokenized captions replace the embedding store. The result is an ordinary transformers model, which
@@ -46,7 +46,7 @@ def finetune_clip(records: Sequence[Record], config: AlignConfig, out: Path, log
         records: Training data.
         config: Settings for the `align` stage.
         out: Output folder for checkpoints and metrics.
-        log: Log of skipped rows and images. Images that cannot be decoded are added to this log.
+        log: Log to which images that cannot be decoded are added.
 
     Returns:
         The model folder, `out/model`, in transformers format.
@@ -103,7 +103,7 @@ class TokenizedCaptions:
 
 
 class TextTower(nn.Module):
-    """Text tower of a transformers CLIP model, which maps token ids (N, tokens) to embeddings (N, embed_dim)."""
+    """Text tower of a transformers CLIP model, which maps token ids of shape (N, tokens) to embeddings."""
 
     def __init__(self, clip: Any) -> None:
         super().__init__()

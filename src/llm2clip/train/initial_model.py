@@ -31,7 +31,6 @@ class PretrainedParts:
     """Pretrained parts of a model, on the CPU.
 
     Attributes:
-        tower: Vision tower.
         clip: CLIP model whose text space is inherited. None without `--align.inherit`.
         logits: Logit scale and bias of the CLIP model that the tower belongs to, or None if they are not inherited.
         random_state: State of PyTorch's random number generator after the parts were loaded, which may draw random
@@ -46,7 +45,7 @@ class PretrainedParts:
 
 @torch.random.fork_rng(devices=[])
 def load_pretrained_parts(config: AlignConfig) -> PretrainedParts:
-    """Load everything that `new_model` needs, so that errors occur before hours of reading data, tuning and encoding.
+    """Load everything that `new_model` needs. Call this first, so that errors do not occur after hours of tuning.
 
     Raises:
         OSError: A model does not exist, or cannot be downloaded.
@@ -91,7 +90,7 @@ def new_model(
     Args:
         config: Settings of the `align` stage.
         store: Cached caption embeddings.
-        train: Training records with the texts from which the adapter learns. Used only with `config.inherit`.
+        train: Training records, on whose texts the adapter is trained. Used only with `config.inherit`.
         out: Folder for the adapter and its cache. Required with `config.inherit`.
         parts: Pretrained parts, which become part of the model. Default: they are loaded.
     """

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from llm2clip.runs.gather import RaggedGather
 
-CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}  # logits per chunk: fits in the cache on a CPU, 256 MB on a GPU
+CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}  # logits per chunk; a chunk fits in a CPU's cache, or takes 256 MB on a GPU
 
 
 def info_nce_reference(
@@ -115,7 +115,7 @@ def info_nce(
         image_of_text: Index of each text's image, of shape (M,), int64, ascending. Every image must have at least one
             text. If None, text i belongs to image i.
         text_ids: Ids of the texts, of shape (M,), int64. Identical texts must have the same id. If None, all texts are
-            treated as distinct, and the host does not wait for the GPU to find identical ids. Must be None on all ranks
+            treated as distinct, which avoids a GPU synchronisation. Must be None on all ranks
             or on none.
         other_texts: Texts that the images are known to have, inside or outside this batch, as (index of the image, id
             of the text), of shape (K, 2), int64. They are not used as negatives of these images. Default: none are
@@ -179,8 +179,8 @@ class Loss:
     Attributes:
         function: Function with the arguments of `sigmoid_loss`, or with those of `info_nce` if `needs_bias` is False.
         needs_bias: True if a learned bias is added to the logits.
-        matmuls: Number of matmuls between the embeddings of all images and all texts of a step, for the loss and its
-            gradient: in a single process, and in each of several processes.
+        matmuls: Number of matmuls between all image embeddings and all text embeddings of a step, for the loss and
+            its gradient. The first value is for a single process, the second for each of several processes.
         chunk_tensors: Number of tensors with the size of a chunk of logits (see `CHUNK`) that exist at the same time.
     """
 
@@ -336,7 +336,7 @@ class _Sigmoid(torch.autograd.Function):
 
 
 class _ImageTextLayout:
-    """Assignment of texts to images on all ranks, with methods that compute logits in chunks of rows.
+    """Positive pairs of images and texts on all ranks, with methods that compute logits in chunks of rows.
 
     Attributes:
         image_gather: All-gather for tensors with one row per image.
@@ -374,7 +374,7 @@ class _ImageTextLayout:
                 self.group_starts = F.pad(torch.bincount(group).cumsum(0), (1, 0))
 
         # Pairs of an image and a text in the batch that is one of the image's other texts, as two int64 vectors: the
-        # index of the image and the index of the text among those of all ranks.
+        # index of the image among all images, and the index of the text among all texts, on all ranks.
         self.other_pairs: tuple[Tensor, Tensor] | None = None
         if other_texts is not None and text_ids is not None:
             self.other_pairs = self._find_other_pairs(text_ids, other_texts, gather)
@@ -451,7 +451,7 @@ class _ImageTextLayout:
         return logits
 
     def positive_cosines(self, image: Tensor, text: Tensor) -> Tensor:
-        """Return the cosine similarity between each of this rank's texts and its image, (texts of this rank,)."""
+        """Return the cosine similarity of each of this rank's texts to its image, of shape (texts of this rank,)."""
         cosines = image.new_empty(len(text))
         for rows in self.row_chunks(len(image), text.shape[1]):
             texts = self.texts_of(rows)
@@ -504,6 +504,6 @@ def _text_weights(image_of_text: Tensor, images: int) -> Tensor:
 
 
 def _exclude(logits: Tensor, rows: Tensor, columns: Tensor) -> None:
-    """Set the logits at these positions, two int64 vectors, to -inf. Positions outside the rows are ignored."""
+    """Set logits[rows[k], columns[k]] to -inf for every k. Rows that are out of range are ignored."""
     is_inside = (rows >= 0) & (rows < len(logits))
     logits[rows[is_inside], columns[is_inside]] = -torch.inf

@@ -68,10 +68,9 @@ class StepReport:
     ) -> None:
         """
         Args:
-            accelerator: The Accelerator of the training run.
             log: Log in which to record images that could not be decoded.
             metrics: Log for the metrics. None on all ranks except the main process.
-            checkpoints: Checkpoints of the run, which are mentioned in error messages.
+            checkpoints: Checkpoints of the run, for error messages.
             run_dir: Run directory. If a value is not finite, the step's images are listed in a file in this directory.
             progress: Progress bar that shows the loss.
         """
@@ -84,7 +83,7 @@ class StepReport:
         """Report a step. Must be called by all ranks.
 
         Args:
-            step: The step.
+            step: Step that has just been run.
             loss: Mean loss of all ranks, a scalar.
             grad_norm: Norm of the gradient, a scalar.
             logit_scale: Factor of the cosine similarities, a scalar.
@@ -131,7 +130,7 @@ class StepReport:
         Each rank counts the failures of all ranks, so that all ranks stop at the same step if there are too many.
 
         Args:
-            step: The step.
+            step: Step that the images belong to.
             failures_of_all_ranks: Number of images that could not be decoded, over all ranks. Empty in a single
                 process.
         """
@@ -193,7 +192,6 @@ class BestCheckpoint:
             resume_step: Step from which training resumes. Saved evaluations of later steps are dropped, because
                 training repeats these steps.
             validate: Function that evaluates a model. None disables evaluation.
-            accelerator: The Accelerator of the training run.
         """
         self.folder, self.validate, self.accelerator = run_dir / "best", validate, accelerator
         self.log: MetricsLog | None = None
@@ -210,8 +208,8 @@ class BestCheckpoint:
     def evaluate(self, model: LLM2CLIP, step: int) -> dict[str, float]:
         """Evaluate the model and save its weights if they are the best so far. Must be called by all ranks.
 
-        Only the main process evaluates the model, unless the model is sharded, in which case all ranks do. On these
-        ranks, the model is left in eval mode.
+        Only the main process evaluates the model. If the model is sharded, all ranks evaluate it. On these ranks, the
+        model is left in eval mode.
 
         Returns:
             The metrics, or an empty dict on ranks that did not evaluate the model.
@@ -280,6 +278,6 @@ def start_trackers(accelerator: Accelerator, options: dict[str, Any], config: Al
     if not options:
         return
     if "tensorboard" in options and resume_step:
-        options["tensorboard"]["purge_step"] = resume_step + 1  # training will repeat the steps from this one on
+        options["tensorboard"]["purge_step"] = resume_step + 1  # training will repeat all steps from this one onwards
     settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(config).items()}
     accelerator.init_trackers("llm2clip", settings, options)

@@ -83,7 +83,7 @@ def parameter_groups(model: LLM2CLIP, config: AlignConfig) -> list[dict[str, Any
 def cosine_schedule(steps: int, warmup_ratio: float) -> Callable[[int], float]:
     """Return a function that maps a step to its learning rate factor: linear warm-up, followed by cosine decay to zero.
 
-    The schedule is that of the LLM2CLIP authors' code (training/scheduler.py), in which steps count from 0. Unlike in
+    The schedule is taken from the LLM2CLIP authors' code (training/scheduler.py), where steps count from 0. Unlike in
     the cosine schedule of transformers, the learning rate of the first step is greater than 0, so that this step is not
     wasted.
     """
@@ -160,7 +160,7 @@ def compile_blocks(tower: VisionTower) -> None:
     torch._dynamo.config.suppress_errors = True
     for block in tower.blocks():
         # Replace `forward` instead of calling `block.compile()`, so that the hooks of FSDP are not compiled.
-        block.forward = _in_training_only(block, torch.compile(block.forward, backend=COMPILE_BACKEND))
+        block.forward = _make_mode_dependent_forward(block, torch.compile(block.forward, backend=COMPILE_BACKEND))
 
 
 def restore_blocks(tower: VisionTower) -> None:
@@ -169,8 +169,8 @@ def restore_blocks(tower: VisionTower) -> None:
         block.__dict__.pop("forward", None)
 
 
-def _in_training_only(block: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that calls the compiled function in training mode and the block's own method in eval mode.
+def _make_mode_dependent_forward(block: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a `forward` that runs the compiled function in training mode and the uncompiled method in eval mode.
 
     Evaluation uses other batch sizes and precisions, each of which would require another compilation.
     """

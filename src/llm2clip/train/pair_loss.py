@@ -108,7 +108,7 @@ class PairCollator(SentenceTransformerDataCollator):
 
 
 class PairLoss(nn.Module):
-    """Loss module for the sentence-transformers trainer. It computes `pair_loss` on batches from `PairCollator`."""
+    """Loss module for the sentence-transformers trainer, which computes `pair_loss` on batches from `PairCollator`."""
 
     def __init__(
         self,

@@ -1,17 +1,19 @@
-"""Losses and training step of ProCLIP (arXiv 2510.18795), which keep what a pretrained CLIP model knows.
+"""Self-distillation and representation inheritance (ProCLIP, arXiv 2510.18795).
+
+Both methods preserve the capabilities of a pretrained CLIP model.
 
 Self-distillation: in the `align` stage, `distillation_loss` keeps the vision tower's features close to those of the
 pretrained tower.
 
 Representation inheritance: before `align`, the adapter learns, on text alone, to map the LLM's embedding of a text to
 the text embedding of the CLIP model that the tower comes from. The image projection is CLIP's own. Without this step,
-the adapter is randomly initialised, and contrastive training against it changes what the pretrained tower knows. In the
-paper, both together improve zero-shot accuracy by 6.8 to 13.5 points.
+the adapter is randomly initialised, and contrastive training against it degrades the features of the pretrained tower.
+In the paper, both methods together improve zero-shot accuracy by 6.8 to 13.5 points.
 
 The texts are the captions, short captions and phrases of the training data, or the long captions if there are no other
 texts. Records without an image are also used. Phrases such as "red hat" are repeated until they make up about half of
 the texts, so that the adapter learns short texts as well as complete captions. CLIP's embeddings of these texts are
-cached in a store, and the LLM's embeddings come from the caption store, so each step only runs and updates the adapter.
+cached in a store, and the LLM's embeddings come from the caption store, so each training step only runs the adapter.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ BATCH_SIZE = 1024
 LR = 1e-3
 WARMUP_RATIO = 0.05
 MAX_REPEATS = 16  # maximum number of times that a phrase is repeated per epoch
-MAX_TEST_TEXTS = 1000  # maximum number of held-out texts, on which the result is measured
+MAX_TEST_TEXTS = 1000  # maximum number of held-out texts, on which the cosine similarity is measured
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, gather: bool = True) -> Tensor:
@@ -81,16 +83,16 @@ def distillation_loss(student: Tensor, teacher: Tensor, gather: bool = True) -> 
 
         ranks = RaggedGather(len(student), student.device, gather)
         all_student, all_teacher = ranks.gather(student, gradients=True), ranks.gather(teacher)
-        student_distances = _distances(student, all_student)  # (items of this rank, items of all ranks)
-        teacher_distances = _distances(teacher, all_teacher)
+        student_distances = _pairwise_distances(student, all_student)  # (items of this rank, items of all ranks)
+        teacher_distances = _pairwise_distances(teacher, all_teacher)
         # The pair of an item with itself adds 0 to the sum.
         total = F.smooth_l1_loss(student_distances, teacher_distances, reduction="sum")
         structure = total / max(1, len(student) * (ranks.total_size - 1))
     return instance + structure
 
 
-def _distances(a: Tensor, b: Tensor) -> Tensor:
-    """Return the Euclidean distances between L2-normalised vectors, (N, D) and (M, D), as (N, M).
+def _pairwise_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Return the Euclidean distances, of shape (N, M), between L2-normalised vectors of shapes (N, D) and (M, D).
 
     Almost equal vectors have a distance of 0 and no gradient, because the gradient of the square root is infinite at 0.
     """
@@ -118,7 +120,7 @@ def inherit_text_space(
     they depend on. If the folder has weights with the same signature, they are loaded instead.
 
     Args:
-        model: Model with a new adapter, whose `embed_dim` is that of the CLIP model. It is modified in place.
+        model: Model with a new adapter and the same `embed_dim` as the CLIP model. It is modified in place.
         clip: Text tower of the CLIP model.
         records: Training data.
         store: Store of the LLM's embeddings. It must contain the captions and phrases of `records`.
@@ -186,9 +188,9 @@ def _train_adapter(
     precision: str,
     device: torch.device,
 ) -> float:
-    """Train the adapter; print and return its mean cosine similarity to CLIP's embeddings of held-out texts.
+    """Train the adapter. Print and return the mean cosine similarity of its outputs to CLIP's embeddings.
 
-    With fewer than 20 texts, no texts are held out, and the similarity is that of the training texts.
+    The similarity is measured on held-out texts or, if there are fewer than 20 texts, on the training texts.
 
     Args:
         adapter: The adapter, on `device`. It is modified in place.
@@ -210,7 +212,7 @@ def _train_adapter(
     steps = max(MIN_STEPS, EPOCHS * steps_per_epoch)
 
     def load(items: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return the LLM's and CLIP's embeddings of texts, float32 on the device."""
+        """Return the LLM's and CLIP's embeddings of texts, in float32 on the device."""
         return (
             torch.from_numpy(store.take(rows[items])).to(device),
             torch.from_numpy(clip_store.take(clip_rows[items])).to(device),

@@ -37,7 +37,7 @@ class Batch:
     """One rank's share of the batch for a training step: N images and M of their captions."""
 
     images: Tensor
-    """Pixels as uint8, of shape (N, 3, S, S). If the tower is frozen, its features as float32, (N, feature_dim)."""
+    """Pixels of shape (N, 3, S, S), uint8. If the tower is frozen, its features of shape (N, feature_dim), float32."""
     frozen_features: Tensor | None
     """Features of the pretrained tower for self-distillation, of shape (N, feature_dim), float32. None without
     self-distillation, or if they are not stored."""
@@ -48,15 +48,15 @@ class Batch:
     image_of_caption: Tensor
     """Index of each caption's image, of shape (M,), int64, ascending."""
     phrases: Tensor | None
-    """All phrases of the images, sampled or not, of shape (K, 2), int64: the index of the image, ascending, and the
-    store row. None if captions are not mixed with phrases."""
+    """All phrases of the images, sampled or not, of shape (K, 2), int64. Each row consists of the index of the image
+    and the store row, sorted by image. None if captions are not mixed with phrases."""
     first_caption: list[int]
     """N + 1 integers. `first_caption[n]` is the total number of captions of the images before image n."""
     all_distinct: bool
-    """True if all captions of the step are known to be distinct, and no phrases are used. The loss then does not have
-    to wait for the GPU to compare the rows."""
+    """True if all captions of the step are known to be distinct, and no phrases are used. In this case, the loss does
+    not compare the rows, which avoids a GPU synchronisation."""
     image_names: list[str]
-    """Image names for log and error messages."""
+    """Name of each image, for log and error messages."""
     failures: dict[str, str]
     """Error message for each image that could not be decoded, keyed by image name. Each of these images is replaced
     with a duplicate of another image from the batch."""
@@ -223,7 +223,7 @@ def training_texts(record: Record, with_phrases: bool) -> tuple[str, ...]:
 
 
 def resolve_images_per_step(images: int, config: AlignConfig, world_size: int) -> int:
-    """Check the caption mix and the number of images; return the total number of images per step on all ranks.
+    """Check the caption mix and the number of images; return the number of images per step across all ranks.
 
     A step has `config.batch_size` images on each rank or, if there are fewer images, all of them, rounded down to a
     multiple of the number of ranks.
@@ -242,7 +242,7 @@ def resolve_images_per_step(images: int, config: AlignConfig, world_size: int) -
     if images_per_step < 2:
         raise ValueError(
             f"cannot train on {images:,} images with --align.batch_size {config.batch_size} and {world_size} "
-            "process(es): a step needs at least 2 images that are not held out, and 1 for each process"
+            "process(es): a step needs at least 2 images that are not held out, and at least 1 per process"
         )
     return images_per_step
 

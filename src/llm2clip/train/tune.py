@@ -60,8 +60,8 @@ def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, confi
         The folder of the tuned encoder, in sentence-transformers format.
 
     Raises:
-        ValueError: A source has too few items, or settings contradict each other. Also raised if the
-            existing checkpoints were saved with different settings or data.
+        ValueError: A source has too few items, settings contradict each other, or the existing checkpoints were saved
+            with different settings or data.
         FloatingPointError: The loss or a gradient is not finite.
     """
     state = process_state()
@@ -74,7 +74,7 @@ def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, confi
             if rows:
                 precision, lora = _set_trainable(encoder, config)
                 _train(rows, encoder, config, run_dir, precision, checkpoints)
-                _finish(encoder, lora)
+                _restore_encoder(encoder, lora)
             if state.is_main_process:
                 with atomic_dir(encoder_dir) as folder:
                     encoder.save_pretrained(folder)
@@ -87,7 +87,7 @@ def _sample_rows(
 ) -> list[dict[str, Any]]:
     """Check the settings and return the text pairs for all steps. The pairs are identical on all ranks.
 
-    `pairs_per_step` is the number of pairs per step of the run that is resumed, or None.
+    `pairs_per_step` is the number of pairs per step of the run to resume, or None for a new run.
     """
     if config.qlora:
         check_qlora_available()
@@ -182,7 +182,7 @@ def _train(
     batch_size = pairs_per_step // process_state().num_processes
     set_mixed_precision(precision)
     set_fsdp_wrap_policy(list(get_layers(encoder.llm)))
-    args = _training_arguments(config, run_dir, precision, batch_size)
+    args = _make_training_arguments(config, run_dir, precision, batch_size)
     keep_freed_memory(args.device)
     texts = (text for r in rows for text in (r["instruction"], r["anchor"], r["positive"], *r["negatives"]))
     signature = {
@@ -214,7 +214,7 @@ def _train(
     reduce_gradients_in_fp32(trainer.accelerator)
     show_progress(trainer, "tune")
     unsharded = empty_copy(encoder.st) if trainer.is_fsdp_enabled else None
-    with _attention_backend(args.device):
+    with _select_attention_backend(args.device):
         trainer.train(resume_from_checkpoint=str(checkpoints.latest) if checkpoints.latest else None)
     if unsharded is not None:
         encoder.st = gather_to_cpu(unsharded, encoder.st)
@@ -223,8 +223,8 @@ def _train(
         vars(encoder.st).pop("_is_accelerate_prepared", None)  # so that later training uses autocast again
 
 
-def _finish(encoder: CaptionEncoder, lora: LoraSession | None) -> None:
-    """Convert the encoder back to an ordinary LLM: merge LoRA and disable gradient checkpointing."""
+def _restore_encoder(encoder: CaptionEncoder, lora: LoraSession | None) -> None:
+    """Restore an ordinary encoder after training: merge LoRA and disable gradient checkpointing."""
     if getattr(encoder.llm, "is_gradient_checkpointing", False):
         encoder.llm.gradient_checkpointing_disable()
         encoder.llm.disable_input_require_grads()
@@ -233,7 +233,7 @@ def _finish(encoder: CaptionEncoder, lora: LoraSession | None) -> None:
     encoder.eval()
 
 
-def _training_arguments(
+def _make_training_arguments(
     config: TuneConfig, run_dir: Path, precision: str, batch_size: int
 ) -> SentenceTransformerTrainingArguments:
     args = SentenceTransformerTrainingArguments(
@@ -247,7 +247,7 @@ def _training_arguments(
         fp16=precision == "fp16",
         use_cpu=process_state().device.type == "cpu",
         seed=config.seed,
-        batch_sampler=cast(Any, _sequential_batches),
+        batch_sampler=cast(Any, _make_sequential_sampler),
         save_steps=config.save_steps,
         logging_steps=1,
         report_to="none",
@@ -274,7 +274,7 @@ class _TuneTrainer(TrainingStateMixin, SentenceTransformerTrainer):
         """Do nothing, because the callback would encode examples for a model card that is never saved."""
 
 
-def _attention_backend(device: torch.device) -> AbstractContextManager[None]:
+def _select_attention_backend(device: torch.device) -> AbstractContextManager[None]:
     """Return a context manager that, on CPUs, replaces PyTorch's fused attention with plain matmuls.
 
     In bf16, the backward pass of fused attention is slow on CPUs for short captions (see `benchmarks/tune.py`).
@@ -282,6 +282,6 @@ def _attention_backend(device: torch.device) -> AbstractContextManager[None]:
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
-def _sequential_batches(dataset: Dataset, batch_size: int, drop_last: bool, **_: Any) -> BatchSampler:
+def _make_sequential_sampler(dataset: Dataset, batch_size: int, drop_last: bool, **_: Any) -> BatchSampler:
     """Return a batch sampler that keeps the order of the rows."""
     return BatchSampler(SequentialSampler(dataset), batch_size=batch_size, drop_last=drop_last)
