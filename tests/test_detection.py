@@ -312,7 +312,7 @@ def test_proposal_file_errors_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(DataFormatError, match="must be a list"):
         open_proposals(write_proposals(tmp_path, {"annotations": []}), DATA, CPU)
     other = [{"image_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5}]
-    with pytest.raises(DataFormatError, match="check that every image_id is one of its ids"):
+    with pytest.raises(DataFormatError, match="check the values of image_id"):
         open_proposals(write_proposals(tmp_path, other), DATA, CPU)
 
 

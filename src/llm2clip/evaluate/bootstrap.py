@@ -20,11 +20,11 @@ def bootstrap(
 ) -> Tensor:
     """Return bootstrap confidence intervals for the means of K quantities over all elements.
 
-    The bootstrap resamples complete groups of elements.
+    Groups of elements, such as the captions of an image, are resampled together.
 
     Args:
-        sums: Sums of each quantity over the elements in each group, as a tensor of shape (groups, K).
-        counts: Tensor of shape (groups,) with the number of elements in each group. Empty groups are ignored.
+        sums: Sum of each quantity over the elements of each group, of shape (groups, K).
+        counts: Number of elements in each group, of shape (groups,). Empty groups are ignored.
         level: Confidence level, e.g. 0.95.
         bounds: Smallest and largest possible value of an element. See `percentile_interval`.
 
@@ -59,9 +59,9 @@ def percentile_interval(
     Each interval is central and contains a fraction `level` of the resampled means.
 
     If all groups have the same mean, such as 0% or 100%, all resampled means are equal, and the interval would be a
-    single point. In this case, Clopper and Pearson's exact method bounds the probability p of a group with another
-    mean: it has been observed in 0 of n groups, so p is at most 1 - ((1 - level) / 2) ** (1 / n). The interval contains
-    the means that are possible if a fraction p of the groups has values at one of the bounds.
+    single point. In this case, let p be the probability that a group has a different mean. Because this was observed in
+    0 of n groups, the Clopper-Pearson upper bound of p is 1 - ((1 - level) / 2) ** (1 / n). The interval contains all
+    means that are possible if a fraction p of the groups has values at one of the bounds.
 
     Args:
         means: Means of the resamples, of shape (resamples, ...).
@@ -87,8 +87,9 @@ class BootstrapMetrics:
 
     Args:
         images: Index or id of each evaluated image.
-        resamples: Values of a metric in all resamples, float64 of shape (resamples,). NaN where the metric is
-            undefined. Metrics that are missing here have no confidence interval.
+        values: Metrics on all images, keyed by metric name.
+        resamples: Values of each metric in all resamples, float64 of shape (resamples,), keyed by metric name. NaN
+            where the metric is undefined. Metrics without an entry have no confidence interval.
     """
 
     images: tuple[int | str, ...]
@@ -103,7 +104,7 @@ class BootstrapMetrics:
 
         Args:
             images: Index or id of each evaluated image.
-            metrics: Function that returns all metrics if image i is counted `weights[i]` times.
+            metrics: Function that takes `weights` and returns all metrics, counting image i `weights[i]` times.
         """
         samples = np.array([metrics(weights.numpy()) for weights in bootstrap_counts(len(images))], np.float64)
         values = [float(value) for value in metrics(np.ones(len(images)))]

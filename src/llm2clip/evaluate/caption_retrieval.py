@@ -44,11 +44,11 @@ class TextEncoder(Protocol):
 
 
 def open_text_encoder(model: str | None, encoder: EncoderConfig, trust_remote_code: bool) -> TextEncoder:
-    """Load the text encoder of a model. If there is no model, load the caption encoder described by the config.
+    """Load the text encoder of a model. If `model` is None, load the caption encoder that `encoder` describes.
 
     Raises:
-        ValueError: If the model has no separate text encoder, or if the config contains settings that do not apply to a
-            CLIP text tower.
+        ValueError: If the model has no separate text encoder, or if `encoder` is a CLIP text tower and has settings
+            that do not apply to it.
     """
     device = process_state().device
     if model is not None:

@@ -29,7 +29,10 @@ PRECOMPUTED_ARRAYS = ("images", "image_names", "texts", "captions")
 
 
 class EmbeddingSource(Protocol):
-    """Interface for sources of image and text embeddings. Embeddings are (N, D) float32, L2-normalised, on the CPU."""
+    """Interface for sources of image and text embeddings.
+
+    Embeddings are float32 of shape (N, D), L2-normalised, on the CPU.
+    """
 
     log: SkipLog
     """Records images that cannot be decoded."""
@@ -71,7 +74,7 @@ def open_embedding_source(
 
 
 class ModelEmbeddings:
-    """Embedding source that runs a model. Embeddings are (N, D) float32, L2-normalised, on the CPU."""
+    """Embedding source that runs a model."""
 
     def __init__(self, model: DualEncoder, log: SkipLog, cache_dir: Path | None = None, progress: bool = True) -> None:
         """
@@ -143,8 +146,8 @@ class PrecomputedEmbeddings:
     To create the file: np.savez("other.npz", images=image_embeddings, image_names=paths, texts=text_embeddings,
     captions=strings), with arrays of shape (N, D), (N,), (M, D) and (M,).
 
-    The name of an image is its full path. If it is not found, leading folders are removed one by one until only the
-    file name remains.
+    An image is looked up by its full path. If the path is not in `image_names`, leading folders are removed one by one
+    until only the file name remains.
     """
 
     def __init__(self, file: Path, log: SkipLog) -> None:

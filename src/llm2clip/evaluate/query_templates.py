@@ -1,8 +1,8 @@
 """Choice of the prompt templates with which a model encodes short search queries.
 
-Templates such as "a photo of {}" help a model that was trained on whole captions, but not every model: one that was
-trained on short phrases or that inherited CLIP's embedding space may not need them. `fit` therefore compares the
-candidates on its held-out images.
+Templates such as "a photo of {}" help a model that was trained on complete captions. A model that was trained on short
+phrases, or that uses CLIP's embedding space, may not need them. `fit` therefore compares the candidates on its held-out
+images.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CANDIDATES = (
 
 @dataclass(frozen=True)
 class TemplateChoice:
-    """The chosen templates, and the results for each query length without and with them.
+    """The chosen templates, and the results for each query length, without templates (`literal`) and with templates.
 
     `with_templates` is None if no templates were chosen.
     """
@@ -42,7 +42,7 @@ class TemplateChoice:
     with_templates: list[LengthScores] | None
 
     def summary(self) -> str:
-        """Return a line that says which templates were chosen, and how much they help."""
+        """Return a line that states which templates were chosen and how much they increase mAP."""
         if self.with_templates is None:
             return "Short queries are encoded as they are: no templates improve them on the held-out images"
         gains = []
@@ -65,12 +65,13 @@ class TemplateChoice:
 
 
 def choose_query_templates(embeddings: EmbeddingSource, ranks: RetrievalRanks) -> TemplateChoice:
-    """Choose templates, and up to how many words a query may have to be inserted into them.
+    """Choose the templates, and the maximum length in words of the queries to which they are applied.
 
-    A candidate is applied to queries of one word up to n words, where n is the largest number for which the candidate
-    increases the mAP of each of these lengths, with a 95% bootstrap interval of the gain above 0. The candidate with
-    the largest sum of gains over these lengths is chosen. If no candidate increases the mAP of single words, no
-    templates are chosen. With I images and Q queries per length, time grows with Q * I, and memory with Q + I.
+    A candidate helps at a query length if the 95% bootstrap interval of its gain in mAP is above 0. A candidate's
+    maximum length is the largest n such that it helps at all lengths from 1 to n. The candidate with the largest sum of
+    gains up to its maximum length is chosen. If no candidate helps with single words, no templates are chosen.
+
+    With I images and Q queries per length, the time is O(Q * I), and the memory is O(Q + I).
 
     Args:
         ranks: Images, captions and image embeddings of one caption field.
@@ -94,7 +95,7 @@ def choose_query_templates(embeddings: EmbeddingSource, ranks: RetrievalRanks) -
 
 
 def _measure_gain(literal: Sequence[LengthScores], scores: Sequence[LengthScores]) -> tuple[int, float]:
-    """Return the maximum number of words for which templates help, and the sum of the gains in mAP up to it.
+    """Return the maximum query length at which templates help, and the sum of the gains in mAP up to this length.
 
     Both are 0 if templates do not help with single words.
     """

@@ -71,7 +71,7 @@ def positive_ranks(
 
 
 def _ranks_in_row(scores: Tensor, positives: Tensor) -> Tensor:
-    """Return the zero-based ranks of the positives, in ascending order, given all scores, of shape (N,)."""
+    """Return the zero-based ranks of the positives in ascending order, given the scores of all N items."""
     positive_scores = scores[positives].sort().values  # ascending
     negative_scores = scores.index_fill(0, positives, -torch.inf)
     # For each negative, count the positives that it ranks before: all positives whose score is not higher.

@@ -88,7 +88,7 @@ def recall_differences(
     """Return R@k of a model minus R@k of a baseline, in percentage points, and paired 95% bootstrap intervals.
 
     Args:
-        ranks, baseline_ranks: Zero-based rank of each query's best positive, int64 (Q,), for the same queries.
+        ranks, baseline_ranks: Zero-based rank of each query's best positive, int64 of shape (Q,).
         groups: Image index of each query, int64 of shape (Q,).
     """
     differences = [(ranks < k).double() - (baseline_ranks < k).double() for k in ks]
@@ -98,7 +98,7 @@ def recall_differences(
 
 
 def _hits_per_image(values: Sequence[Tensor], groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sums of the K values over the queries of each image, of shape (I, K), and the numbers of queries."""
+    """Sum K values over the queries of each image. Return sums of shape (I, K) and counts of queries of shape (I,)."""
     stacked = torch.stack(list(values), 1)  # (Q, K)
     sums = stacked.new_zeros(int(groups.max()) + 1, len(values)).index_add_(0, groups, stacked)
     return sums, torch.bincount(groups)

@@ -23,9 +23,7 @@ from llm2clip.store.store import EmbeddingStore
 
 @dataclass(frozen=True)
 class RetrievalRanks:
-    """Retrieval ranks for one caption field in both directions.
-
-    Also contains the records and embeddings from which the ranks were computed.
+    """Retrieval ranks for one caption field in both directions, and the records and embeddings that were ranked.
 
     Args:
         records: Records that have a caption and a decodable image.
@@ -68,7 +66,7 @@ def rank_caption_fields(embeddings: EmbeddingSource, fields: CaptionFields) -> d
     Args:
         embeddings: Source of image and text embeddings. Images that cannot be decoded are excluded and recorded in
             `embeddings.log`.
-        fields: Records for each caption field, keyed by field name.
+        fields: Records, keyed by the name of the caption field.
 
     Raises:
         ValueError: If no image has a caption.
@@ -125,7 +123,7 @@ def caption_field_metrics(embeddings: EmbeddingSource, ranked: Mapping[str, Retr
 
 
 def retrieval_difference(first: RetrievalRanks, other: RetrievalRanks) -> dict[str, Any] | None:
-    """Return the recall of one model minus that of another model, with paired 95% bootstrap intervals over images.
+    """Return the recall of `first` minus the recall of `other`, with paired 95% bootstrap intervals over images.
 
     Returns:
         {"I2T": {"R@1": ..., ...}, "I2T interval": {"R@1": (low, high), ...}, "T2I": ..., "T2I interval": ...}, in
@@ -163,8 +161,8 @@ def make_validator(
     the first field. It raises ValueError if no image has a caption.
 
     Args:
-        fields: Records for each caption field, keyed by field name.
-        store: Embedding store that contains all captions.
+        fields: Records, keyed by the name of the caption field.
+        store: Store of the caption encoder's embeddings of all captions.
     """
 
     def validate(model: LLM2CLIP) -> dict[str, float]:

@@ -93,7 +93,7 @@ def evaluate_models(
     warnings: list[str] = []
     failures: list[str] = []
     notes: list[str] = []
-    log = _skip_log(options, "records")
+    log = _make_skip_log(options, "records")
     title_name = display_names(models or [encoder.path])[0]
 
     if options.captions:
@@ -110,7 +110,7 @@ def evaluate_models(
         _write_results(out, results)
 
     if data or options.benchmarks:
-        user_data = [_user_benchmark(data, config, options.columns, log)] if data else []
+        user_data = [_read_user_benchmark(data, config, options.columns, log)] if data else []
         benchmarks = [*user_data, *get_benchmarks(options.benchmarks, options.templates or ())]
         available, missing = _find_benchmarks(benchmarks, Path(options.root))
         runner = BenchmarkRunner(available, log, options)
@@ -159,8 +159,7 @@ class BenchmarkRunner:
         Args:
             benchmarks: Benchmarks to run, and the folder of each benchmark.
             log: Skip log for the user's data.
-            options: Options of the evaluation. Without an output folder, embeddings are not cached, and errors are not
-                analysed.
+            options: If `options.out` is not set, embeddings are not cached, and errors are not analysed.
         """
         self.benchmarks = benchmarks
         self.results: list[list[BenchmarkResult]] = [[] for _ in benchmarks]
@@ -170,7 +169,7 @@ class BenchmarkRunner:
         self._logs = []
         for n, (benchmark, _) in enumerate(benchmarks):
             is_user_data = benchmark.name == USER_DATA
-            self._logs.append(log if is_user_data else _skip_log(options, f"{n}-{benchmark.name}"))
+            self._logs.append(log if is_user_data else _make_skip_log(options, f"{n}-{benchmark.name}"))
 
     def run(self, model: str, name: str, is_baseline: bool) -> Iterator[BenchmarkResult]:
         """Evaluate a model on all benchmarks, and yield each result as soon as it is finished.
@@ -178,8 +177,8 @@ class BenchmarkRunner:
         Args:
             model: Model as accepted by `open_dual_encoder`, or an .npz file of precomputed embeddings.
             name: Model name to show in tables.
-            is_baseline: True if the model is a baseline. A baseline that cannot be loaded is skipped, and the report
-                shows no example images for baselines.
+            is_baseline: If True, the model is skipped if it cannot be loaded, and the report shows no example images
+                for it.
         """
         is_distributed = process_state().num_processes > 1
         try:
@@ -203,7 +202,7 @@ class BenchmarkRunner:
                 # Invalid data causes the same error on every rank. Any other error may occur on this rank only.
                 if is_distributed and not isinstance(error, MissingFileError | ValueError):
                     raise
-                self.failures.append(_failure(f"{name} on {benchmark.name}", benchmark, error))
+                self.failures.append(_describe_failure(f"{name} on {benchmark.name}", benchmark, error))
                 continue
             result.model = name
             if training_images is not None and process_state().is_main_process:
@@ -214,7 +213,7 @@ class BenchmarkRunner:
                 self._add_short_queries(result, embeddings)
             if self._out is not None and process_state().is_main_process:
                 for field_index, (field, ranks) in enumerate(result.ranks.items()):
-                    # With images for all 36 languages of Crossmodal-3600, the page would contain 2,000 images.
+                    # With examples for all 36 languages of Crossmodal-3600, the report would contain 2,000 images.
                     with_examples = not is_baseline and field_index == 0
                     result.error_analysis[field] = analyze_errors(ranks, EXAMPLE_QUERIES if with_examples else 0)
                 if result.draw_examples is not None and not is_baseline:
@@ -268,7 +267,7 @@ class BenchmarkRunner:
                 if result.summary.get("images trained on"):
                     lines.append(
                         f"Warning: {result.model} was trained on {result.summary['images trained on']:,} of the images "
-                        f"of {result.summary['benchmark']}. These results do not predict those on new images."
+                        f"of {result.summary['benchmark']}. These results do not predict the results on new images."
                     )
         return lines
 
@@ -327,7 +326,9 @@ def _check_arguments(models: Sequence[str], data: Sequence[str], options: Evalua
     check_templates(options.templates or (), "--templates")
 
 
-def _user_benchmark(data: Sequence[str], config: EvaluateConfig, columns: dict[str, str], log: SkipLog) -> Benchmark:
+def _read_user_benchmark(
+    data: Sequence[str], config: EvaluateConfig, columns: dict[str, str], log: SkipLog
+) -> Benchmark:
     """Return the user's data as a retrieval benchmark.
 
     Raises:
@@ -363,16 +364,16 @@ def _find_benchmarks(benchmarks: Sequence[Benchmark], root: Path) -> tuple[list[
         try:
             available.append((benchmark, benchmark.find(root)))
         except MissingFileError as error:
-            failures.append(_failure(benchmark.name, benchmark, error))
+            failures.append(_describe_failure(benchmark.name, benchmark, error))
     return available, failures
 
 
-def _failure(name: str, benchmark: Benchmark, error: Exception) -> str:
+def _describe_failure(name: str, benchmark: Benchmark, error: Exception) -> str:
     source = f". Needed files: {benchmark.source}" if isinstance(error, MissingFileError) else ""
     return f"Skipped {name}: {error}{source}"
 
 
-def _skip_log(options: EvaluateOptions, name: str) -> SkipLog:
+def _make_skip_log(options: EvaluateOptions, name: str) -> SkipLog:
     """Create a skip log, which writes skipped rows to `options.out/skipped/NAME.jsonl` on the main process."""
     file = None
     if options.out is not None and process_state().is_main_process:

@@ -1,8 +1,8 @@
 """Text-to-image retrieval by query length, from single words to complete captions.
 
 The queries are built from the captions of the evaluated images. For single words and for phrases of two or three words,
-an image is relevant if one of its captions mentions them. Longer queries are complete captions, for which the images
-that they describe are relevant. The metrics are computed from exact ranks, in which ties count against the model (see
+an image is relevant if one of its captions mentions them. Longer queries are complete captions. The images described by
+a caption are relevant. The metrics are computed from exact ranks, in which ties count against the model (see
 `ranks`).
 
 An image can show what a query names although none of its captions mentions it. Such an image counts as a wrong answer,
@@ -39,7 +39,7 @@ _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 # Spaces before apostrophes in tokenized captions, as in "the dog 's mouth".
 _SEPARATE_POSSESSIVE = re.compile(r"\s+(?=['’]s\b)")
 _PUNCTUATION = re.compile(r"[^\w\s'’-]+")
-# English words that do not name anything visible. Lists for document retrieval, such as scikit-learn's, also contain
+# English words that do not name anything visible. Stop words for document retrieval, such as scikit-learn's, include
 # "two", "three", "fire" and "empty", which are useful in queries for images.
 _OTHER_STOP_WORDS = """
 having doing get gets getting appears seems isn't aren't

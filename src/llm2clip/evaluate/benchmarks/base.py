@@ -101,7 +101,7 @@ class SegmentationData:
     min_probability: float = 0.0
     """Pixels whose maximum class probability is below this value are assigned to class 0, the background."""
     min_area: float = 0.0
-    """Classes that cover at most this fraction of the predicted foreground pixels are removed from the prediction."""
+    """Foreground classes that cover at most this fraction of the foreground are not predicted."""
 
     def class_name(self, label: int) -> str:
         """Return the name of a class for tables and images."""

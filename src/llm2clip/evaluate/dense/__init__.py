@@ -1,4 +1,4 @@
-"""Evaluations of regions, segmentation and detection, and what they share: access to the model, and decoding."""
+"""Evaluation of region classification, segmentation and detection, with shared helpers for models and decoding."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def get_model(embeddings: EmbeddingSource) -> DualEncoder:
         ValueError: If the embeddings were precomputed.
     """
     if not isinstance(embeddings, ModelEmbeddings):
-        raise ValueError("precomputed embeddings cannot be used here: parts of images must be encoded with a model")
+        raise ValueError("precomputed embeddings cannot be used here: regions and pixels must be encoded with a model")
     return embeddings.model
 
 
@@ -51,7 +51,7 @@ def get_dense_encoder(model: DualEncoder, variants: Sequence[str]) -> DenseEncod
 
 
 def supported_variants(model: DualEncoder, variants: Sequence[str]) -> list[str]:
-    """Return the variants that the model supports, and print those that are skipped."""
+    """Return the variants that the model supports, and print the variants that are skipped."""
     available = model.dense.variants if model.dense is not None else ()
     skipped = [variant for variant in variants if variant not in available]
     if skipped:
@@ -63,7 +63,7 @@ def supported_variants(model: DualEncoder, variants: Sequence[str]) -> list[str]
 def logit_scales(model: DualEncoder, protocol_scale: float) -> dict[str, float]:
     """Return the logit scales to evaluate: the scale of the protocol, and the scale that the model learned, if any.
 
-    Published protocols use CLIP's scales. A model with a different scale has other class probabilities.
+    Published protocols use CLIP's scales, which may not fit models that learned a different scale.
 
     Returns:
         The scales, keyed by the suffix for the name of a method: "" for the protocol's scale.
@@ -78,10 +78,9 @@ def decode_batches(
     """Decode and transform this rank's images (every N-th image of N ranks) in batches, with a progress bar.
 
     Args:
-        transform: Picklable function that is applied to each image, uint8 of shape (3, H, W).
+        transform: Picklable function that is applied to each uint8 image of shape (3, H, W).
         description: Label of the progress bar.
-        failures: Dict to which this function adds the reason why an image cannot be decoded, keyed by the image's
-            index.
+        failures: Updated with the reason why each undecodable image failed, keyed by the image's index in `refs`.
 
     Yields:
         Transformed images, keyed by their index in `refs`.
@@ -102,13 +101,13 @@ def decode_images(
 
     Args:
         refs, description: See `decode_batches`.
-        sizes: Width and height of each image on which its boxes are based.
-        failures: See `decode_batches`. Images with an unexpected size are also recorded.
+        sizes: Width and height of each image in pixels, to which its boxes refer.
+        failures: See `decode_batches`. Images with a different size are also recorded.
 
     Yields:
-        Images, uint8 of shape (3, H, W), keyed by their index in `refs`.
+        uint8 images of shape (3, H, W), keyed by their index in `refs`.
     """
-    for images in decode_batches(refs, _unchanged, description, failures):
+    for images in decode_batches(refs, _identity, description, failures):
         usable = {}
         for index, image in images.items():
             width, height = sizes[index]
@@ -120,7 +119,7 @@ def decode_images(
         yield usable
 
 
-def _unchanged(image: Tensor) -> Tensor:
+def _identity(image: Tensor) -> Tensor:
     return image
 
 
@@ -135,7 +134,7 @@ def gather_from_ranks(local: T) -> list[T]:
 
 
 def record_failures(log: SkipLog, refs: Sequence[ImageRef], failures: dict[int, Any]) -> None:
-    """Record the images that could not be used, and raise an error if there are too many.
+    """Log the images that could not be used, and raise an error if there are too many.
 
     Args:
         failures: Reason for each failure, keyed by the image's index. Must be the same on all ranks.

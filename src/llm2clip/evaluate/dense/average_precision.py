@@ -27,8 +27,8 @@ class Detections:
     """Detections in one image, in order of decreasing score.
 
     Args:
-        boxes: Corners (x0, y0, x1, y1) in pixels, float32 (N, 4).
-        scores: Scores, float64 of shape (N,).
+        boxes: Corners (x0, y0, x1, y1) in pixels, float32 of shape (N, 4).
+        scores: Between 0 and 1, float64 of shape (N,).
         labels: Class indices, int64 of shape (N,).
     """
 
@@ -52,8 +52,8 @@ def detection_metrics(
         detections: Detections, keyed by image id. Images without an entry have no detections.
 
     Returns:
-        "AP50 GROUP" (with resamples) and "AP GROUP" for the groups in `data.groups` and for the group "all", and the
-        AP50 of each class that has objects.
+        Metrics "AP50 GROUP" and "AP GROUP" for each group in `data.groups` and for the group "all", and the AP50 of
+        each class that has objects. Only "AP50 GROUP" has resamples.
 
     Raises:
         ValueError: If there are no objects except crowds.
@@ -62,7 +62,7 @@ def detection_metrics(
     precision = evaluator.eval["precision"][..., 0, 0]  # (thresholds, recalls, classes), -1 for classes without objects
     class_ap = np.where(precision > -1, 100 * precision, np.nan).mean(1)  # (thresholds, classes)
     class_ap50 = class_ap[AP50_INDEX]
-    matches = [_class_matches(evaluator, k) for k in range(len(data.names))]
+    matches = [_extract_class_matches(evaluator, k) for k in range(len(data.names))]
     recall_values = evaluator.params.recThrs
     resampled = []
     for weights in bootstrap_counts(len(data.image_ids), resamples):
@@ -105,9 +105,9 @@ class ClassMatches:
 
     Args:
         image: Image index of each detection, of shape (N,).
-        is_correct: True for each detection that matches an object, bool (N,). Detections that match a crowd are
-            omitted.
-        objects: Number of objects in each image, excluding crowds. The shape is (images,).
+        is_correct: Boolean mask of the detections that match an object, of shape (N,). Detections that match a crowd
+            are omitted.
+        objects: Number of objects in each image, excluding crowds, of shape (images,).
     """
 
     image: np.ndarray
@@ -134,16 +134,17 @@ def weighted_ap(matches: ClassMatches, weights: np.ndarray, recall_values: np.nd
     true_positives = np.cumsum(weight * matches.is_correct)
     num_detections = np.cumsum(weight)
     precision = true_positives / np.maximum(num_detections, 1)
-    precision = np.maximum.accumulate(precision[::-1])[::-1]  # highest precision at this recall or at a higher recall
+    precision = np.maximum.accumulate(precision[::-1])[::-1]  # maximum precision at this or any higher recall
     positions = np.searchsorted(true_positives / num_objects, recall_values)
     reached = positions < len(precision)
     return float(np.where(reached, precision[np.minimum(positions, len(precision) - 1)], 0.0).mean())
 
 
 def _run_coco_eval(data: DetectionData, detections: Mapping[ImageId, Detections]) -> Any:
-    """Run COCOeval on boxes of all sizes. Category ids are class indices plus 1. Image ids are replaced by numbers.
+    """Run COCOeval on boxes of all sizes.
 
-    The numbers are in the order of the ids, because COCOeval sorts detections with equal scores by image id.
+    Category ids are replaced by class indices plus 1, and image ids by integers. The integers preserve the order of the
+    image ids, because COCOeval sorts detections with equal scores by image id.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -178,7 +179,7 @@ def _run_coco_eval(data: DetectionData, detections: Mapping[ImageId, Detections]
     return evaluator
 
 
-def _class_matches(evaluator: Any, k: int) -> ClassMatches:
+def _extract_class_matches(evaluator: Any, k: int) -> ClassMatches:
     """Extract COCOeval's matches of class k at the IoU threshold 0.5."""
     num_images = len(evaluator.params.imgIds)
     scores, images, is_correct = [np.zeros(0)], [np.zeros(0, int)], [np.zeros(0, bool)]

@@ -43,7 +43,7 @@ from llm2clip.runs.ranks import process_state
 LOGIT_SCALE = 100.0  # as in CLIP; RegionCLIP uses a temperature of 0.01
 NMS_IOU = 0.5  # as in RegionCLIP
 MAX_CANDIDATES = 1000  # (box, class) pairs per image, before non-maximum suppression
-RECALL_IOU = 0.5  # an object counts as covered if a proposal overlaps it by at least this IoU
+RECALL_IOU = 0.5  # minimum IoU with a proposal for an object to count as covered
 EXAMPLE_SIDE = 480  # pixels
 EXAMPLE_BOXES = 8  # boxes per example image
 
@@ -53,12 +53,13 @@ class DetectionResults:
     """A model's detections in all images.
 
     Args:
-        by_method: Detections of each method, keyed by image id. Each method occurs with the logit scale of the protocol
-            and, if the model has one, with its learned logit scale. See `logit_scales`.
+        by_method: Detections, keyed by method and image id. Each method is evaluated with the protocol's logit scale
+            and, if the model has a learned logit scale, also with the learned scale. See `logit_scales`.
         logit_scales: Logit scale of each method.
-        num_boxes: Number of proposals. num_covered, num_objects: Number of objects covered by a proposal, and total
-            number of objects. Crowds are excluded.
-        note: Note about proposals that are not used. Empty if all proposals are used.
+        num_boxes: Number of proposals.
+        num_covered: Number of objects covered by a proposal, excluding crowds.
+        num_objects: Number of objects, excluding crowds.
+        note: See `ProposalSource.note`.
         failures: Reason why each unusable image was skipped, keyed by the image's index.
     """
 
@@ -99,7 +100,7 @@ def detect_objects(
     In a distributed run, the images are split across the ranks, and every rank returns all detections.
 
     Args:
-        embeddings: Embedding source with a model. Images that cannot be used are recorded in `embeddings.log`.
+        embeddings: Embedding source that runs a model. Images that cannot be used are recorded in `embeddings.log`.
         variants: Variants of the dense features. See `DENSE_VARIANTS`. Variants that the model does not support are
             skipped.
         with_crops: If True, also classify the boxes with the method "crop", which encodes each box as a separate image.
@@ -171,8 +172,8 @@ def classify_boxes(
 ) -> Detections:
     """Return the detections in one image, at most `MAX_DETECTIONS`.
 
-    score(box, class) = sqrt(objectness * softmax over classes of (logit_scale * cosine)), in float64. Detections with
-    equal scores are in the order of their boxes and classes.
+    score(box, class) = sqrt(objectness * p) in float64, where p is the softmax of logit_scale * cosine over classes.
+    Detections with equal scores are in the order of their boxes and classes.
 
     Args:
         proposals: P class-agnostic boxes.
@@ -205,7 +206,7 @@ def detection_blocks(
     for n in torch.linspace(0, len(data.images) - 1, min(count, len(data.images))).long().tolist():
         detected = detections.get(data.image_ids[n])
         if detected is not None:
-            images.append(_draw(load_image(data.images[n]), detected, data.names))
+            images.append(_draw_detections(load_image(data.images[n]), detected, data.names))
     if not images:
         return []
     text = (
@@ -215,8 +216,8 @@ def detection_blocks(
     return [Heading("Detections", 3), Paragraph(text), ResultImages("Images sampled at regular intervals:", images)]
 
 
-def _draw(image: Tensor, detected: Detections, names: Sequence[str]) -> ResultImage:
-    """Draw the highest-scoring detections on an image. If boxes overlap, only the best one is drawn."""
+def _draw_detections(image: Tensor, detected: Detections, names: Sequence[str]) -> ResultImage:
+    """Draw the highest-scoring detections on an image. Of overlapping boxes, only the best one is drawn."""
     height, width = image.shape[1:]
     scale = EXAMPLE_SIDE / max(height, width)
     drawn = F.resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)

@@ -18,7 +18,7 @@ from llm2clip.models.hub.loading import load_config
 GROUND_TRUTH = "ground-truth"
 TORCHVISION_PREFIX = "torchvision:"
 MAX_COORDINATE = 1 << 24  # pixels; float32 represents whole numbers exactly up to this value
-MAX_PROPOSALS = 300  # per image; those with the highest scores are used
+MAX_PROPOSALS = 300  # per image; the highest-scoring proposals are used
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Proposals:
     """Class-agnostic boxes in one image.
 
     Args:
-        boxes: Corners (x0, y0, x1, y1) in pixels, float32 (N, 4).
+        boxes: Corners (x0, y0, x1, y1) in pixels, float32 of shape (N, 4).
         scores: Objectness between 0 and 1, float32 of shape (N,).
     """
 
@@ -43,16 +43,16 @@ class Proposals:
 
 
 class ProposalSource(Protocol):
-    """Source of proposals.
+    """Interface for sources of proposals.
 
     Attributes:
-        note: Note about boxes that are not used. Empty if all boxes are used.
+        note: Warning about boxes that are not used, or images without boxes. Empty if there are none.
     """
 
     note: str
 
     def find(self, image_id: ImageId, image: Tensor) -> Proposals:
-        """Return the proposals for an image, uint8 of shape (3, H, W)."""
+        """Return the proposals for a uint8 image of shape (3, H, W)."""
         ...
 
 
@@ -78,7 +78,7 @@ def open_proposals(name: str, data: DetectionData, device: torch.device) -> Prop
 
 
 def object_boxes(data: DetectionData) -> dict[ImageId, Tensor]:
-    """Return the corners of all objects except crowds, float32 of shape (N, 4), keyed by image id."""
+    """Return the corners (x0, y0, x1, y1) of all objects except crowds, float32 of shape (N, 4), keyed by image id."""
     boxes: dict[ImageId, list[list[float]]] = {}
     for row in data.annotations:
         if not row.get("iscrowd"):
@@ -110,7 +110,7 @@ class _ProposalFile:
             raise DataFormatError(
                 f'{file} must be a list of {{"image_id", "bbox", "score"}} (got {type(rows).__name__})'
             )
-        # A program that writes proposals may write the image id 139 as a string.
+        # Some tools write the image id 139 as a string.
         ids_by_text = {str(image_id): image_id for image_id in data.image_ids}
         by_image: dict[ImageId, list[list[float]]] = {}
         num_unknown = 0
@@ -130,9 +130,7 @@ class _ProposalFile:
             notes.append(f"{num_missing:,} of {len(data.image_ids):,} images have no boxes")
         self.note = f"{file}: {'; '.join(notes)}" if notes else ""
         if not by_image:
-            raise DataFormatError(
-                f"{file} has no boxes for the benchmark's images: check that every image_id is one of its ids"
-            )
+            raise DataFormatError(f"{file} has no boxes for the benchmark's images: check the values of image_id")
 
     def find(self, image_id: ImageId, image: Tensor) -> Proposals:
         values = self._values.get(image_id, torch.zeros(0, 5))
@@ -173,8 +171,8 @@ class _Detector:
     def __init__(self, detect: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
         """
         Args:
-            detect: Function that maps an image, uint8 of shape (3, H, W), to corners of shape (N, 4) and scores of
-                shape (N,).
+            detect: Function that maps a uint8 image of shape (3, H, W) to corners of shape (N, 4) and scores of shape
+                (N,).
         """
         self._detect = detect
 

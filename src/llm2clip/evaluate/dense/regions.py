@@ -3,8 +3,8 @@
 - "crop": the region is cropped and encoded like any other image. As in CLIPSelf (arXiv 2310.01403), the box is enlarged
     by a factor of 1.5 around its centre, clipped to the image, and padded with black to a square, so that preprocessing
     does not cut off its longer side. Preprocessing with a `crop_pct` below 1 still cuts off the edges.
-- Each dense variant: the entire image is encoded. As in CLIPSelf, the cell embeddings within the box are averaged using
-    RoIAlign (arXiv 1703.06870) with an adaptive sampling ratio, and the mean is L2-normalised.
+- Each dense variant: the entire image is encoded. As in CLIPSelf, the patch embeddings within the box are averaged
+    using RoIAlign (arXiv 1703.06870) with an adaptive sampling ratio, and the mean is L2-normalised.
 
 The predicted class is the class whose embedding has the highest cosine similarity. A class embedding is the mean over
 OpenAI's prompt templates for ImageNet.
@@ -80,7 +80,7 @@ def classify_regions(
     In a distributed run, the images are split across the ranks, and every rank returns all predictions.
 
     Args:
-        embeddings: Embedding source with a model. Images that cannot be used are recorded in `embeddings.log`.
+        embeddings: Embedding source that runs a model. Images that cannot be used are recorded in `embeddings.log`.
         variants: Variants of the dense features. See `DENSE_VARIANTS`. Variants that the model does not support are
             skipped.
 
@@ -101,7 +101,7 @@ def classify_regions(
         for method, predictions in parts.items():
             region_embeddings = encode_boxes(model, list(images.values()), boxes, method)
             regions = torch.cat([torch.empty(0, model.embed_dim), *region_embeddings])
-            predictions.append(_predict(regions, list(images), data, classes))
+            predictions.append(_predict_classes(regions, list(images), data, classes))
     gathered = gather_from_ranks((parts, failures))
     record_failures(embeddings.log, data.images, {i: reason for _, part in gathered for i, reason in part.items()})
     return {
@@ -130,7 +130,7 @@ def region_metrics(data: RegionData, predictions: RegionPredictions) -> Bootstra
     sums = np.stack([np.bincount(image, values * mask, num_images) for values, mask in selections.values()], 1)
     counts = np.stack([np.bincount(image, mask, num_images) for _, mask in selections.values()], 1)
     shape = (num_images, len(data.names))
-    class_hits = csr_matrix((hits, (image, labels)), shape)  # duplicate entries are added up
+    class_hits = csr_matrix((hits, (image, labels)), shape)  # duplicate entries are summed
     class_counts = csr_matrix((np.ones(len(hits)), (image, labels)), shape)
 
     def metrics(weights: np.ndarray) -> list[float]:
@@ -179,8 +179,8 @@ def encode_boxes(model: DualEncoder, images: Sequence[Tensor], boxes: Sequence[T
     """Return the embeddings of the boxes in each image, L2-normalised, float32 of shape (R, D) on the CPU.
 
     Args:
-        images: Images, uint8 of shape (3, H, W).
-        boxes: Boxes in each image, float32 (R, 4), as (left, top, right, bottom) in pixels.
+        images: uint8 images of shape (3, H, W).
+        boxes: Boxes in each image as (left, top, right, bottom) in pixels, float32 of shape (R, 4).
         method: "crop", or a variant of the dense features.
     """
     if method == CROP:
@@ -207,8 +207,8 @@ def crop_region(image: Tensor, box: Sequence[float]) -> Tensor:
     """Crop a box and its surroundings from an image.
 
     Args:
-        image: Image, uint8 of shape (3, H, W).
-        box: Box, (left, top, right, bottom) in pixels.
+        image: uint8 of shape (3, H, W).
+        box: (left, top, right, bottom) in pixels.
 
     Returns:
         Square image, uint8 of shape (3, S, S). The box is enlarged by `CROP_SCALE` around its centre, clipped to the
@@ -226,7 +226,7 @@ def crop_region(image: Tensor, box: Sequence[float]) -> Tensor:
     return F.pad(crop, (pad_x // 2, pad_x - pad_x // 2, pad_y // 2, pad_y - pad_y // 2))
 
 
-def _predict(regions: Tensor, indices: Sequence[int], data: RegionData, classes: Tensor) -> RegionPredictions:
+def _predict_classes(regions: Tensor, indices: Sequence[int], data: RegionData, classes: Tensor) -> RegionPredictions:
     """Classify all regions of the images with the given indices, using region embeddings of shape (R, D)."""
     labels = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *(data.labels[i] for i in indices)]))
     counts = [len(data.labels[i]) for i in indices]

@@ -1,6 +1,6 @@
 """Zero-shot semantic segmentation with dense features, and its metrics.
 
-Each cell of the image is compared with the embeddings of all class names, and the scores are upsampled. The protocol
+Each patch embedding is compared with the embeddings of all class names, and the scores are upsampled. The protocol
 follows SCLIP; see `models/vision/sliding_window.py` and `SegmentationData`. The metrics follow mmsegmentation:
 intersections and unions are summed over all images before they are divided.
 """
@@ -44,13 +44,14 @@ OVERLAY_OPACITY = 0.6
 
 @dataclass
 class SegmentationCounts:
-    """Pixel counts for one variant, from which all metrics are computed. Ignored pixels are not counted.
+    """Pixel counts per image and class for one method, from which all metrics are computed.
+
+    Ignored pixels are not counted. All arrays are int64 of shape (images, classes).
 
     Args:
-        intersection: Number of pixels of each image whose label and prediction are both the class, int64 (images,
-            classes).
-        labelled: Number of pixels of each image whose label is the class, int64 of shape (images, classes).
-        predicted: Number of pixels of each image whose prediction is the class, int64 of shape (images, classes).
+        intersection: Number of pixels whose label and prediction are both the class.
+        labelled: Number of pixels whose label is the class.
+        predicted: Number of pixels whose prediction is the class.
     """
 
     intersection: np.ndarray
@@ -64,8 +65,8 @@ class SegmentationResult:
 
     Args:
         images: Indices of the evaluated images.
-        counts: Pixel counts of each method. A method is a variant with the logit scale of the protocol or, if the scale
-            affects the result and the model has learned one, with the learned logit scale. See `logit_scales`.
+        counts: Pixel counts of each method. A method is a variant with the protocol's logit scale or with the model's
+            learned logit scale. The learned scale is omitted if it does not affect the result. See `logit_scales`.
         logit_scales: Logit scale of each method.
         examples: Downsampled predictions of a few images, keyed by image index and method, uint8 of shape
             (h, w). The key "labels" contains the true labels.
@@ -88,10 +89,10 @@ def evaluate_segmentation(
     In a distributed run, the images are split across the ranks, and every rank returns the complete result.
 
     Args:
-        embeddings: Embedding source with a model. Images that cannot be used are recorded in `embeddings.log`.
+        embeddings: Embedding source that runs a model. Images that cannot be used are recorded in `embeddings.log`.
         variants: Variants of the dense features. See `DENSE_VARIANTS`. Variants that the model does not support are
             skipped.
-        predictions_dir: Folder for the predictions, see `LabelMapWriter`. If None, they are not saved.
+        predictions_dir: Folder for the predictions (see `LabelMapWriter`). If None, predictions are not saved.
 
     Raises:
         ValueError: If the embeddings are precomputed, or the model supports none of the variants.
@@ -128,7 +129,7 @@ def evaluate_segmentation(
                 for method in scale_of_method:
                     writer.write(method, index, maps[method])
             if index in example_indices:
-                examples[index] = {name: _reduce(label_map) for name, label_map in maps.items()}
+                examples[index] = {name: _downsample(label_map) for name, label_map in maps.items()}
     gathered = gather_from_ranks((areas, examples, failures))
     record_failures(embeddings.log, data.images, {i: reason for *_, part in gathered for i, reason in part.items()})
     counts = {}
@@ -143,7 +144,7 @@ def evaluate_segmentation(
 
 
 class LabelMapWriter:
-    """Writer of predicted label maps: METHOD/NAME.png for each image, where NAME is the name of the image's file.
+    """Writer of predicted label maps: METHOD/NAME.png for each image, where NAME is the stem of the image file.
 
     The pixel values are class indices. The PNGs have a palette, so that image viewers show the classes in colour.
     classes.txt contains one class name per line, in the order of the indices.
@@ -154,13 +155,13 @@ class LabelMapWriter:
         stems = [Path(str(ref)).stem for ref in data.images]
         is_unique = len(set(stems)) == len(stems)
         self._names = stems if is_unique else [f"{index}-{stem}" for index, stem in enumerate(stems)]
-        self._palette = _palette(len(data.names)).flatten().tolist()
+        self._palette = _make_palette(len(data.names)).flatten().tolist()
         if process_state().is_main_process:
             classes = [data.class_name(label) for label in range(len(data.names))]
             atomic_write_text(folder / "classes.txt", "\n".join(classes) + "\n")
 
     def write(self, method: str, index: int, labels: np.ndarray) -> None:
-        """Write the label map of the image with a given index, uint8 of shape (H, W)."""
+        """Write an image's label map, uint8 of shape (H, W). `index` is the index of the image in the data set."""
         image = Image.fromarray(labels)
         image.putpalette(self._palette)
         with atomic_path(self._folder / safe_name(method) / f"{self._names[index]}.png") as file:
@@ -197,7 +198,7 @@ def class_iou(counts: SegmentationCounts) -> list[float | None]:
 
 def segmentation_blocks(data: SegmentationData, result: SegmentationResult) -> list[Block]:
     """Return a report section with a few images, their labels, the predictions of each variant, and a legend."""
-    colours = _palette(len(data.names))
+    colours = _make_palette(len(data.names))
     hidden = {IGNORED, 0} if data.has_background else {IGNORED}
     text = "Images sampled at regular intervals. The background and pixels without a label are not coloured."
     blocks: list[Block] = [Heading("Examples", 3), Paragraph(text)]
@@ -208,9 +209,9 @@ def segmentation_blocks(data: SegmentationData, result: SegmentationResult) -> l
         for name, labels in maps.items():
             shown |= set(np.unique(labels).tolist()) - hidden
             visible = np.where(np.isin(labels, list(hidden)), IGNORED, labels)
-            images.append(ResultImage(_overlay(image, visible, colours), None, name))
+            images.append(ResultImage(_overlay_labels(image, visible, colours), None, name))
         blocks.append(ResultImages(str(data.images[index]), images))
-        blocks.append(Legend([(data.class_name(label), _css(colours[label])) for label in sorted(shown)]))
+        blocks.append(Legend([(data.class_name(label), _to_css(colours[label])) for label in sorted(shown)]))
     return blocks
 
 
@@ -258,24 +259,24 @@ def _count_pixels(
     return counts, prediction
 
 
-def _reduce(labels: np.ndarray) -> np.ndarray:
+def _downsample(labels: np.ndarray) -> np.ndarray:
     """Downsample a label map to at most `EXAMPLE_SIDE` pixels per side by skipping rows and columns."""
     step = -(-max(labels.shape) // EXAMPLE_SIDE)
     return labels[::step, ::step].copy()
 
 
-def _palette(num_classes: int) -> np.ndarray:
-    """Return a colour for each class, uint8 of shape (classes, 3). Neighbours have different hues (golden ratio)."""
+def _make_palette(num_classes: int) -> np.ndarray:
+    """Return a colour for each class, uint8 of shape (classes, 3). Adjacent classes differ in hue (golden ratio)."""
     n = np.arange(num_classes)
     hsv = np.stack([n * 0.618034 % 1, 1 - 0.25 * (n % 3), 1 - 0.2 * (n % 4)], 1)
     return (255 * hsv_to_rgb(hsv)).astype(np.uint8)
 
 
-def _css(colour: np.ndarray) -> str:
+def _to_css(colour: np.ndarray) -> str:
     return "#{:02x}{:02x}{:02x}".format(*colour.tolist())
 
 
-def _overlay(image: Tensor, labels: np.ndarray, colours: np.ndarray) -> bytes:
+def _overlay_labels(image: Tensor, labels: np.ndarray, colours: np.ndarray) -> bytes:
     """Overlay an image with the colours of a downsampled label map, except for `IGNORED`. Return the result as JPEG."""
     rows, columns = (torch.arange(n) * size // n for n, size in zip(labels.shape, image.shape[1:], strict=True))
     pixels = image[:, rows][:, :, columns].permute(1, 2, 0).numpy()  # (h, w, 3)

@@ -230,9 +230,10 @@ def _length_plot(analyses: Mapping[str, ErrorAnalysis]) -> Plot:
 def metrics_table(results: Sequence[BenchmarkResult], published: Mapping[str, Mapping[str, float]]) -> Table:
     """Return a metrics table for a benchmark whose kind is not "retrieval".
 
-    The table has one row for each published result, one for chance if it is not a metric, and one for each model and
-    method, with confidence intervals. The last rows show the differences between the first model and each baseline,
-    with paired intervals. The method and the logit scale have a column if the benchmark has them.
+    The table has one row for each published result, one for the chance level unless it is a metric, and one for each
+    model and method, with confidence intervals. The last rows show the differences between the first model and each
+    baseline, with paired intervals. Columns for the method and the logit scale are included if any row has these
+    values.
 
     Args:
         published: Published metrics of each model. See `published_metrics`.
@@ -275,7 +276,7 @@ def format_difference(difference: Mapping[str, Any], name: str) -> str | None:
 
 
 def class_details(results: Sequence[BenchmarkResult]) -> list[Block]:
-    """Return the metric of each class for each model and method as collapsed text, or nothing if there is none."""
+    """Return collapsed text with the metric of each class for each model and method, if there are class metrics."""
     columns = [(result.model, row) for result in results for row in result.summary.get("rows", ())]
     metric = next((name for name in CLASS_METRICS if columns and name in columns[0][1]), None)
     if metric is None:

@@ -47,8 +47,8 @@ def write_fit_report(
         query_templates: `TemplateChoice.to_dict()`, or None if there is no caption encoder.
         examples: Result of `example_searches`.
         curves: Rows of metrics.jsonl for each stage, keyed by stage name.
-        durations: Seconds that each stage has taken, keyed by stage name.
-        settings: Settings of the run, as YAML.
+        durations: Duration of each stage in seconds, keyed by stage name.
+        settings: YAML of the run config.
     """
     run = describe_run(sum(durations.values()))
     stages = ", ".join(f"{stage} {format_duration(seconds)}" for stage, seconds in durations.items())
@@ -62,8 +62,8 @@ def write_fit_report(
         Heading("Retrieval"),
         Paragraph(
             "Recall in percent on held-out images. I2T: an image retrieves one of its captions; T2I: a caption "
-            "retrieves its image. A tie with a wrong answer counts as a miss. The 95% confidence intervals are those "
-            "of a bootstrap over images."
+            "retrieves its image. A tie with a wrong answer counts as a miss. Confidence intervals are 95% bootstrap "
+            "intervals over images."
         ),
         retrieval_table(untrained, trained),
         *(_short_query_blocks(query_templates) if query_templates and query_templates["short queries"] else []),
@@ -155,7 +155,7 @@ def _short_query_blocks(choice: dict[str, Any]) -> list[Block]:
 
 
 def _recall_cells(row: Mapping[str, Any], suffix: str = "") -> list[Any]:
-    """Return the cells of a row of `retrieval_table`. With the suffix " chance", they are those of the chance level."""
+    """Return the cells of a row of `retrieval_table`. The suffix " chance" selects the row of chance levels."""
     cells: list[Any] = []
     for direction in ("I2T", "T2I"):
         first, *others = (row[direction + suffix][f"R@{k}"] for k in KS)

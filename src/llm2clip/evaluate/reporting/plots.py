@@ -27,7 +27,7 @@ def plot_curves(
         curves: y values of each curve, keyed by curve name.
         bands: Shaded interval (low, high) at each x value, keyed by curve name.
         tick_labels: Tick labels for the x values. Default: the x values themselves.
-        log_x: If True, the x axis is logarithmic, and its label says so.
+        log_x: If True, the x axis is logarithmic, and "(logarithmic)" is appended to its label.
     """
     figure, axes = new_axes(6.6, 3.6)
     for n, (name, y) in enumerate(curves.items()):
@@ -69,7 +69,7 @@ def plot_intervals(intervals: Mapping[str, tuple[float, float, float]], xlabel: 
 def plot_matrix(scores: Tensor, xlabel: str, ylabel: str) -> str:
     """Plot a matrix as a heat map and return the SVG.
 
-    High values are yellow and low values are dark blue, so that both differ from light and from dark pages.
+    High values are yellow and low values are dark blue. Both stand out from light and dark pages.
     """
     figure, axes = new_axes(4.2, 3.8)
     image = axes.imshow(scores.numpy(), cmap="viridis", interpolation="nearest")

@@ -14,11 +14,11 @@ from llm2clip.html_report import Block, Heading, Paragraph, Plot, Table, format_
 
 DEFINITION = (
     "Queries of one to three words are words and phrases from the captions. Every image with a caption that mentions "
-    "the query is a correct answer. Longer queries are whole captions. Intervals are 95% bootstrap intervals over the "
+    "the query is a correct answer. Longer queries are complete captions. Intervals are 95% bootstrap intervals over "
     "queries. Images that show what the query names, but whose captions do not mention it, count as wrong answers."
 )
 Curves = Mapping[str, Sequence[LengthScores]]
-"""Results for each query length, keyed by the name of the model. The name says whether templates are used."""
+"""Results for each query length, keyed by model name, with the suffix ", with templates" if templates are used."""
 
 
 def short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[BenchmarkResult]]]) -> list[Block]:
@@ -103,7 +103,7 @@ def _map_cell(length: LengthScores) -> str:
 
 
 def _difference_cell(first: LengthScores, other: LengthScores) -> str | None:
-    """Return the mean difference in mAP, or None if different images led to different queries."""
+    """Return the mean difference in mAP, or None if the models were evaluated on different queries."""
     if first.queries != other.queries:
         return None
     differences = first.scores - other.scores
