@@ -1,15 +1,15 @@
 """Dense image features: one embedding per cell of an image, in the shared space of images and texts.
 
 A cell is a patch of a vision transformer or a position in the last feature map of a convolutional network. Its
-embedding is computed by applying the tower's head and the image projection to this cell alone. Images can have any
-size: position embeddings are interpolated, and rotary embeddings are computed for the grid.
+embedding is the output of the tower's head and the image projection for this cell alone. Images can have any size:
+position embeddings are interpolated, and rotary embeddings are computed for the grid.
 
-CLIP is trained only to match complete images, so the output for a patch is not forced to stay local: the last block
-blends all patches. The training-free variants change only this block. Below, x is the block's input, q, k and v are the
-queries, keys and values of norm1(x), s is the scale 1 / sqrt(head dimension), W is the output projection of the
-attention, and FFN includes its norm:
+CLIP is trained only to match complete images with texts, so nothing forces the output for a patch to describe that
+patch, and the last block mixes all patches. The training-free variants change only this block. In the formulas, x is
+the block's input; q, k and v are the queries, keys and values of norm1(x); s is the scale 1 / sqrt(head dimension); W
+is the output projection of the attention; and FFN includes its norm:
 
-plain      y = x + W(softmax(s q k^T) v); y + FFN(y). The block as it was trained.
+plain      y = x + W(softmax(s q k^T) v); y + FFN(y). This is the block as it was trained.
 maskclip   y = x + W(v); y + FFN(y). arXiv 2112.01071, https://github.com/chongzhou96/MaskCLIP
 sclip      y = x + W((softmax(s q q^T) + softmax(s k k^T)) v); y + FFN(y). arXiv 2312.01597,
            https://github.com/wangf3014/SCLIP
@@ -42,12 +42,12 @@ from llm2clip.models.vision.vision_tower import VisionTower
 
 DENSE_VARIANTS = ("plain", "maskclip", "sclip", "clearclip", "naclip")
 _NO_RESIDUAL = ("clearclip", "naclip")  # these variants also drop the feed-forward network
-_GAUSSIAN_STD = 5.0  # NACLIP's, in patches
-# Ratio of the image's shorter side to the tower's training size, for localisation. 1.5 results in 336 pixels for a
-# 224-pixel tower, as in SCLIP.
+_GAUSSIAN_STD = 5.0  # in patches, as in NACLIP
+# For localisation: shorter side of the resized image, divided by the tower's training resolution. As in SCLIP, a
+# 224-pixel tower receives images with a shorter side of 336 pixels.
 LOCALIZATION_SCALE = 1.5
-_MAX_ASPECT_RATIO = 8  # more elongated images are squeezed, because their size would otherwise be unbounded
-# Classes of pre-norm blocks -> names of the norm, the attention and the layer scale.
+_MAX_ASPECT_RATIO = 8  # images with a larger aspect ratio are squeezed to this ratio, to limit their size
+# Class of a pre-norm block -> names of the block's norm, attention and layer scale.
 _BLOCK_PARTS = {
     "timm.models.vision_transformer.Block": ("norm1", "attn", "ls1"),
     "timm.models.eva.EvaBlock": ("norm1", "attn", "gamma_1"),
@@ -65,20 +65,20 @@ _BLOCK_PARTS = {
 
 @dataclass
 class DenseEncoder:
-    """Image encoder that returns one embedding per cell (ViT patch or CNN cell) in the shared space.
+    """Image encoder that returns one embedding per cell in the shared embedding space.
 
     Attributes:
         cell_size: side length of a cell in pixels: the patch size, or the total stride of a convolutional network.
-        image_size: side length in pixels of the images on which the tower was trained.
-        variants: supported variants; ("plain",) for convolutional networks.
-        device: device of the embeddings.
+        image_size: the tower's training resolution, in pixels.
+        variants: supported variants. Convolutional networks support only "plain".
+        device: device of the model and of the embeddings.
         interpolation: interpolation mode of the tower's preprocessing, for `resize`.
-        localization_variant: variant to use for localisation. If the tower was trained with a class token, training
-            never compared patches with texts, so this is NACLIP, which according to its paper has better segmentation
-            results than other variants on most data sets. If the tower pools its cells, training compared their mean
-            with texts, so this is plain.
-        features: function that takes pixels (N, 3, H, W) on `device` and a variant, and returns the embeddings before
-            normalisation, (N, H / cell_size, W / cell_size, D).
+        localization_variant: best variant for localisation. For towers that pool a class token, it is "naclip", because
+            training never compared patches with texts, and NACLIP has the best segmentation results on most data sets
+            according to its paper. For all other towers, it is "plain", because training compared pooled cells with
+            texts.
+        features: function that takes pixels of shape (N, 3, H, W) on `device` and a variant, and returns unnormalised
+            embeddings of shape (N, H / cell_size, W / cell_size, D).
     """
 
     cell_size: int
@@ -91,7 +91,7 @@ class DenseEncoder:
 
     @property
     def localization_size(self) -> int:
-        """Length of the shorter side, in pixels, to use for localisation. See `resize`."""
+        """Value of `image_size` in `resize` that is used for localisation, in pixels."""
         return round(LOCALIZATION_SCALE * self.image_size)
 
     @torch.no_grad()
@@ -100,15 +100,15 @@ class DenseEncoder:
         """Encode the cells of N images of the same size.
 
         Args:
-            pixels: images (N, 3, H, W), uint8 from 0 to 255 or float from 0 to 1, on any device. H and W must be
+            pixels: images of shape (N, 3, H, W), on any device. Values are uint8 or float from 0 to 1. H and W must be
                 multiples of `cell_size`.
-            variant: one of `variants`, see the top of this module.
+            variant: one of `variants`. The variants are defined at the top of this module.
 
         Returns:
-            L2-normalised embeddings (N, H / cell_size, W / cell_size, D), float32, on `device`.
+            L2-normalised embeddings of shape (N, H / cell_size, W / cell_size, D), float32, on `device`.
 
         Raises:
-            ValueError: the tower does not support the variant or the size.
+            ValueError: the tower does not support the variant or the image size.
         """
         if variant not in self.variants:
             raise ValueError(
@@ -124,21 +124,22 @@ class DenseEncoder:
         return F.normalize(self.features(pixels.to(self.device), variant).float(), dim=-1)
 
     def resize(self, image: Tensor, image_size: int | None = None) -> Tensor:
-        """Resize an image, uint8 (3, H, W), to a whole number of cells; return uint8 (3, H', W').
-
-        The shorter side is resized to `image_size`, and the aspect ratio is kept, apart from rounding both sides to
-        multiples of `cell_size`. The longer side is at most eight times as long as the shorter one.
+        """Resize an image to a whole number of cells. Its aspect ratio is kept, up to rounding and a maximum of 8:1.
 
         Args:
-            image: uint8 image of any size and aspect ratio.
-            image_size: length of the shorter side, in pixels. Default: the size on which the tower was trained.
+            image: image of shape (3, H, W), uint8.
+            image_size: length of the shorter side in pixels, which is rounded to a multiple of `cell_size`. Default: the
+                tower's training resolution.
+
+        Returns:
+            Image of shape (3, H', W'), uint8. H' and W' are multiples of `cell_size`.
         """
         rows, columns = self.grid(image.shape[-2], image.shape[-1], image_size)
         size = [rows * self.cell_size, columns * self.cell_size]
         return cast(Tensor, resize(image, size, InterpolationMode(self.interpolation), antialias=True))
 
     def grid(self, height: int, width: int, image_size: int | None = None) -> tuple[int, int]:
-        """Return the number of rows and columns of cells of an image with the given size. See `resize`."""
+        """Return the numbers of rows and columns of cells for an image of the given size after `resize`."""
         shorter = max(1, round((image_size or self.image_size) / self.cell_size))
         ratio = min(max(height, width) / min(height, width), _MAX_ASPECT_RATIO)
         longer = round(ratio * shorter)
@@ -146,11 +147,11 @@ class DenseEncoder:
 
 
 def build_dense_encoder(tower: VisionTower, project: Callable[[Tensor], Tensor], bf16: bool = False) -> DenseEncoder:
-    """Return a dense encoder that shares the weights of a vision tower in eval mode.
+    """Build a dense encoder that shares the weights of a vision tower.
 
     Args:
         tower: vision tower in eval mode. Later changes of its weights also change the dense features.
-        project: image projection, which maps pooled features (N, feature_dim) to the shared space.
+        project: image projection, which maps pooled features of shape (N, feature_dim) to the shared embedding space.
         bf16: if True, run the tower and the projection with bf16 autocast.
 
     Raises:
@@ -179,18 +180,17 @@ def build_dense_encoder(tower: VisionTower, project: Callable[[Tensor], Tensor],
 
 
 def feature_map(tower: VisionTower, pixels: Tensor) -> Tensor:
-    """Return the features of all cells before the tower's head, for example as the input of a detector.
+    """Compute the feature map before the tower's head, for example as the input of a detector.
 
-    Gradients flow to the tower's weights, except to position embeddings that are interpolated to a different image
-    size.
+    Gradients flow to all weights of the tower except to position embeddings that are interpolated.
 
     Args:
         tower: vision tower, in eval or training mode.
-        pixels: images (N, 3, H, W), uint8 from 0 to 255 or float from 0 to 1. H and W must be multiples of the cell
-            size, see `DenseEncoder`.
+        pixels: images of shape (N, 3, H, W), uint8, or float from 0 to 1. H and W must be multiples of the cell size
+            (see `DenseEncoder`).
 
     Returns:
-        Features (N, C, h, w), where h and w are H and W divided by the cell size.
+        Features of shape (N, C, h, w), where h and w are H and W divided by the cell size.
 
     Raises:
         ValueError: the tower's architecture has no grid of cells.
@@ -233,14 +233,14 @@ def _get_class_name(module: nn.Module | None) -> str:
 
 
 def _encode_cells(tower: VisionTower, pixels: Tensor, grid: tuple[int, int], variant: str) -> Tensor:
-    """Return the features of all cells before the tower's head, (N, h, w, C)."""
+    """Compute the features of all cells before the tower's head, of shape (N, h, w, C)."""
     if tower.config["library"] == "timm":
         tower = _replace_module(tower, "backbone", _resize_timm(tower, (pixels.shape[-2], pixels.shape[-1])))
     if variant != "plain":
         name, block = _find_last_block(tower)
         tower = _replace_module(tower, f"backbone.{name}", _DenseBlock(cast(nn.Module, block), variant, grid))
     features = tower.forward_features(pixels)
-    if features.ndim == 3:  # tokens (N, L, C), class and register tokens first
+    if features.ndim == 3:  # tokens of shape (N, L, C), which start with the class and register tokens
         return features[:, -grid[0] * grid[1] :].unflatten(1, grid)
     cells = features if _has_channels_last(tower) else features.permute(0, 2, 3, 1)
     if cells.shape[1:3] != grid:
@@ -253,7 +253,7 @@ def _has_channels_last(tower: VisionTower) -> bool:
 
 
 def _apply_head(tower: VisionTower, cells: Tensor) -> Tensor:
-    """Apply the tower's head to each of M cells separately: features (M, C) to pooled features (M, feature_dim)."""
+    """Apply the tower's head to M cells separately. Map shape (M, C) to shape (M, feature_dim)."""
     backbone = cast(Any, tower.backbone)
     if tower.config["library"] == "transformers":
         if hasattr(backbone, "head"):  # SigLIP pools with attention
@@ -261,15 +261,15 @@ def _apply_head(tower: VisionTower, cells: Tensor) -> Tensor:
         # In CLIP, the last norm is part of the head.
         return cast(Tensor, backbone.post_layernorm(cells) if hasattr(backbone, "post_layernorm") else cells)
     if isinstance(backbone, VisionTransformer | Eva):
-        # Some heads pool the class token, others skip it. If all tokens are copies of the cell, both return its
-        # features.
+        # Some heads pool the class token, and others exclude it. If all tokens are copies of the cell, both types of
+        # heads return the cell's features.
         return backbone.forward_head(cells[:, None].expand(-1, 1 + backbone.num_prefix_tokens, -1))
     maps = cells[:, None, None] if _has_channels_last(tower) else cells[:, :, None, None]
     return cast(Tensor, backbone.forward_head(maps))
 
 
 def _resize_timm(tower: VisionTower, size: tuple[int, int]) -> nn.Module:
-    """Return a timm backbone for images of `size`, which shares the tower's weights except the position embeddings.
+    """Return a timm backbone for images of `size` that shares all weights of the tower except position embeddings.
 
     Raises:
         ValueError: the architecture supports only the size for which it was built.
@@ -325,7 +325,7 @@ def _shallow_copy(module: Any) -> Any:
 
 
 class _DenseBlock(nn.Module):
-    """Last block of a vision transformer, with a variant's attention."""
+    """Last block of a vision transformer, with the attention of a dense variant."""
 
     def __init__(self, block: nn.Module, variant: str, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -346,7 +346,7 @@ class _DenseBlock(nn.Module):
 
 
 def _run_attention_branch(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Return the output of a block's attention, without the residual connection and the feed-forward network."""
+    """Compute the attention output of a block, without the residual connection and the feed-forward network."""
     norm_name, attention_name, scale_name = _BLOCK_PARTS[_get_class_name(block)]
     output = getattr(block, attention_name)(getattr(block, norm_name)(x), *args, **kwargs)
     output = output[0] if isinstance(output, tuple) else output  # transformers also returns the attention weights
@@ -377,9 +377,9 @@ class _ReplacedAttention(TorchFunctionMode):
         return self._attend(*args, **(kwargs or {}))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, *_: Any, scale: float | None = None, **__: Any) -> Tensor:
-        """Return the attention output for q, k and v, each (N, heads, L, head_dim).
+        """Compute the attention output for q, k and v, each of shape (N, heads, L, head_dim).
 
-        The remaining arguments are ignored: there is no dropout in eval mode, and images of the same size need no mask.
+        The mask and the dropout are ignored: eval mode has no dropout, and images of the same size need no mask.
         """
         attend = F.scaled_dot_product_attention
         if self.variant == "maskclip":
@@ -392,7 +392,7 @@ class _ReplacedAttention(TorchFunctionMode):
 
 
 def _build_neighbour_bias(grid: tuple[int, int], k: Tensor) -> Tensor:
-    """Return NACLIP's bias g for the attention between all tokens, (L, L), with the dtype and device of k."""
+    """Compute NACLIP's attention bias g, of shape (L, L), with the dtype and device of k."""
     per_axis = []
     for length in grid:
         position = torch.arange(length, device=k.device, dtype=torch.float32)

@@ -1,6 +1,6 @@
-"""Embeddings of image regions, averaged from dense features: boxes with RoIAlign, masks by the area in each cell.
+"""Embeddings of image regions (boxes and masks), computed as weighted averages of dense features.
 
-Images are resized without cropping. In an image with H x W pixels, cell (i, j) of a grid (h, w) therefore covers the
+Images are resized without cropping. In an image with H x W pixels and h x w cells, cell (i, j) therefore covers the
 rows i * H / h to (i + 1) * H / h and the columns j * W / w to (j + 1) * W / w.
 """
 
@@ -25,17 +25,20 @@ def encode_boxes(
     embed_dim: int,
     image_size: int | None = None,
 ) -> list[Tensor]:
-    """Return the embeddings of the boxes in each image, L2-normalised, float32 (R, embed_dim) on the CPU.
+    """Encode the boxes in each image.
 
     As in CLIPSelf (arXiv 2310.01403), the entire image is encoded, and the cells in a box are averaged with RoIAlign.
 
     Args:
         dense: Dense encoder.
-        images: Images, uint8 (3, H, W).
-        boxes: Boxes in each image, float32 (R, 4), as (left, top, right, bottom) in pixels.
-        variant: Variant of the dense features.
+        images: Images of shape (3, H, W), uint8.
+        boxes: For each image, R boxes of shape (R, 4), float32, as (left, top, right, bottom) in pixels.
+        variant: Variant of the dense features; see `dense.py`.
         embed_dim: Dimension of the embeddings.
         image_size: Length of the resized image's shorter side in pixels. Default: `dense.localization_size`.
+
+    Returns:
+        For each image, L2-normalised embeddings of shape (R, embed_dim), float32, on the CPU.
     """
     resized_by_shape: dict[torch.Size, dict[int, Tensor]] = {}  # images of the same shape are encoded together
     for n, image in enumerate(images):
@@ -59,13 +62,13 @@ def encode_boxes(
 def encode_masks(
     dense: DenseEncoder, image: Tensor, masks: Tensor, variant: str, image_size: int | None = None
 ) -> Tensor:
-    """Return the embeddings of masks in an image, L2-normalised, float32 (N, D) on the CPU.
+    """Encode masks in an image as L2-normalised float32 embeddings of shape (N, D), on the CPU.
 
     Args:
         dense: Dense encoder.
-        image: Image, uint8 (3, H, W).
-        masks: Masks, bool (N, H, W).
-        variant: Variant of the dense features.
+        image: Image of shape (3, H, W), uint8.
+        masks: Masks of shape (N, H, W), bool.
+        variant: Variant of the dense features; see `dense.py`.
         image_size: Length of the resized image's shorter side in pixels. Default: `dense.localization_size`.
     """
     resized = dense.resize(image, image_size or dense.localization_size)
@@ -76,11 +79,11 @@ def pool_boxes(features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
     """Average the cell embeddings within each box with RoIAlign (arXiv 1703.06870).
 
     Args:
-        features: Cell embeddings, (N, h, w, D).
-        boxes: Boxes in each image, (R, 4), as (left, top, right, bottom) in units of cells.
+        features: Cell embeddings of shape (N, h, w, D).
+        boxes: For each image, R boxes of shape (R, 4), as (left, top, right, bottom) in units of cells.
 
     Returns:
-        L2-normalised embeddings of all boxes, float32 (sum of R, D).
+        L2-normalised embeddings of all boxes, of shape (total number of boxes, D), in the order of the images.
     """
     pooled = roi_align(features.permute(0, 3, 1, 2).contiguous(), list(boxes), output_size=1, aligned=True)
     return F.normalize(pooled[:, :, 0, 0], dim=-1)
@@ -90,25 +93,25 @@ def pool_masks(features: Tensor, masks: Tensor) -> Tensor:
     """Average the cell embeddings, weighted by the area of the mask in each cell.
 
     Args:
-        features: Cell embeddings, float32 (h, w, D).
-        masks: Masks that are not empty, bool (N, H, W). They can have any resolution.
+        features: Cell embeddings of shape (h, w, D), float32.
+        masks: Non-empty masks of shape (N, H, W), bool. They can have any resolution.
 
     Returns:
-        L2-normalised embeddings, float32 (N, D).
+        L2-normalised embeddings of shape (N, D), float32.
     """
     h, w, dim = features.shape
     rows, columns = (
         _compute_overlaps(cells, pixels).to(features) for cells, pixels in zip((h, w), masks.shape[1:], strict=True)
     )
     pooled = [features.new_empty(0, dim)]
-    for mask in masks:  # one at a time, because floats take up four times the memory of the masks
+    for mask in masks:  # one at a time, because a float mask takes four times the memory of a boolean mask
         areas = rows @ mask.to(features) @ columns.T  # (h, w), in pixels
         pooled.append((areas / areas.sum()).flatten()[None] @ features.flatten(0, 1))
     return F.normalize(torch.cat(pooled), dim=-1)
 
 
 def _compute_overlaps(cells: int, pixels: int) -> Tensor:
-    """Return the overlap of each cell with each pixel along an axis, in pixels, float64 (cells, pixels)."""
+    """Compute the overlap of each cell with each pixel along an axis, in pixels, of shape (cells, pixels), float64."""
     cell_edges = torch.arange(cells + 1, dtype=torch.float64) * pixels / cells
     pixel_edges = torch.arange(pixels + 1, dtype=torch.float64)
     ends = torch.minimum(cell_edges[1:, None], pixel_edges[1:])
@@ -117,14 +120,14 @@ def _compute_overlaps(cells: int, pixels: int) -> Tensor:
 
 
 def check_boxes(boxes: Any, height: int, width: int) -> Tensor:
-    """Convert boxes to float32 (N, 4).
+    """Check boxes and convert them to a tensor of shape (N, 4), float32, on the CPU.
 
     Args:
         boxes: Array-like of N boxes, as (left, top, right, bottom) in pixels.
-        height, width: Size of the image.
+        height, width: Size of the image in pixels.
 
     Raises:
-        ValueError: If the shape is wrong, or a box contains NaN or infinity, is empty, or is not inside the image.
+        ValueError: The shape is wrong, or a box contains NaN or infinity, is empty, or is not inside the image.
     """
     tensor = torch.as_tensor(boxes, dtype=torch.float32).cpu()
     if tensor.numel() == 0:
@@ -145,14 +148,14 @@ def check_boxes(boxes: Any, height: int, width: int) -> Tensor:
 
 
 def check_masks(masks: Any, height: int, width: int) -> Tensor:
-    """Convert masks to a tensor, bool (N, H, W).
+    """Check masks and convert them to a tensor of shape (N, H, W), bool, on the CPU.
 
     Args:
         masks: Array-like of N boolean masks.
-        height, width: Size of the image.
+        height, width: Size of the image in pixels.
 
     Raises:
-        ValueError: If the masks are not boolean, do not have the size of the image, or a mask is empty.
+        ValueError: The masks are not boolean or do not have the size of the image, or a mask is empty.
     """
     tensor = torch.as_tensor(masks).cpu()
     if tensor.ndim != 3 or tensor.shape[1:] != (height, width):

@@ -1,10 +1,10 @@
-"""Zero-shot segmentation: pixel scores from a window that slides over an image, computed in tiles of rows.
+"""Zero-shot segmentation with a window that slides over the image. Pixel scores are computed in tiles of rows.
 
 SCLIP (arXiv 2312.01597) upsamples the cell scores of each window to the window's size, averages overlapping windows,
 and resizes the result to the size of the labels. Each of these steps is linear and separable into rows and columns. The
-scores of a class are therefore `R @ S @ C.T`, where S contains the cell scores of all windows, arranged in a grid, and
-the row matrix R and the column matrix C combine all interpolation and averaging. Any tile of rows can be computed from
-the corresponding rows of R, so the memory for pixel scores does not grow with the size of the image.
+scores of a class are therefore `R @ S @ C.T`, where S contains the cell scores of all windows, arranged in a grid. The
+row matrix R and the column matrix C combine all interpolation and averaging. A tile is computed from the corresponding
+rows of R, so the memory for pixel scores does not grow with the size of the image.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torchvision.transforms.v2 import functional as transforms
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.models.vision.dense import DenseEncoder
 
-# Maximum ratio of a resized image's longer side to the window. SCLIP's values are 2,048 and 224 pixels for all data
-# sets.
+# Maximum ratio of the resized image's longer side to the window's side. As in SCLIP, where the maximum is 2,048 pixels
+# and the window has 224 pixels for all data sets.
 MAX_SCALE = 2048 / 224
-TILE_ELEMENTS = 1 << 24  # number of scores in a tile (64 MB)
+TILE_ELEMENTS = 1 << 24  # maximum number of scores in a tile (64 MB)
 WINDOWS_PER_BATCH = 32
-IMAGE_SCALE = 1.5  # shorter side of the resized image, divided by the side of the window, for most data sets
+IMAGE_SCALE = 1.5  # default ratio of the resized image's shorter side to the window's side
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,14 @@ class WindowAxis:
         return cls(length, window, tuple(min(n * stride, length - window) for n in range(count)))
 
     def matrix(self, cells: int, size: int) -> Tensor:
-        """Return the matrix that maps the cells of all windows to output pixels, float32 (size, windows * cells).
+        """Return the matrix that maps the cells of all windows to output pixels along this axis.
 
         Args:
             cells: Number of cells per window.
             size: Number of output pixels.
+
+        Returns:
+            Matrix of shape (size, windows * cells), float32.
         """
         upsample = _build_bilinear_matrix(cells, self.window)
         average = torch.zeros(self.length, len(self.starts) * cells, dtype=torch.float64)
@@ -73,15 +76,15 @@ class WindowAxis:
 
 @dataclass(frozen=True)
 class ResizeForWindows:
-    """Transform that resizes an image, uint8 (3, H, W), before it is cut into windows.
+    """Transform that resizes an image of shape (3, H, W), uint8, before it is split into windows.
 
-    The aspect ratio is kept. The shorter side becomes `scale` times the window, or less if the longer side would exceed
-    `MAX_SCALE` times the window. The interpolation is bilinear, with antialiasing.
+    The aspect ratio is kept. The interpolation is bilinear, with antialiasing.
 
     Args:
         window: Side length of the window in pixels. Must be a multiple of `cell_size`.
         cell_size: Side length of a cell in pixels.
-        scale: Shorter side of the resized image, divided by the window.
+        scale: Ratio of the resized image's shorter side to the window. It is reduced if the longer side would exceed
+            `MAX_SCALE` times the window.
     """
 
     window: int
@@ -90,7 +93,7 @@ class ResizeForWindows:
 
     @classmethod
     def for_encoder(cls, dense: DenseEncoder, scale: float = IMAGE_SCALE) -> ResizeForWindows:
-        """Return the transform for windows of the size on which the tower was trained, in whole cells."""
+        """Create a transform for windows of the tower's training resolution, rounded to whole cells."""
         window = max(1, round(dense.image_size / dense.cell_size)) * dense.cell_size
         return cls(window, dense.cell_size, scale)
 
@@ -103,7 +106,7 @@ class ResizeForWindows:
         return rows, columns
 
     def __call__(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Return the resized image and the original height and width."""
+        """Return (resized image, (original height, original width))."""
         height, width = image.shape[1:]
         rows, columns = self.axes(height, width)
         size = [rows.length, columns.length]
@@ -112,7 +115,7 @@ class ResizeForWindows:
 
 
 def cut_windows(image: Tensor, rows: WindowAxis, columns: WindowAxis) -> Tensor:
-    """Return all windows of a resized image, uint8 (windows, 3, H, W), row by row."""
+    """Cut all windows out of a resized image, row by row. Return a tensor of shape (windows, 3, H, W), uint8."""
     windows = []
     for top in rows.starts:
         for left in columns.starts:
@@ -121,7 +124,7 @@ def cut_windows(image: Tensor, rows: WindowAxis, columns: WindowAxis) -> Tensor:
 
 
 def arrange_windows(scores: Tensor, rows: WindowAxis, columns: WindowAxis) -> Tensor:
-    """Arrange the cell scores of all windows, (windows, h, w, K), in a grid, (K, window rows * h, columns * w)."""
+    """Arrange cell scores of shape (windows, h, w, K) in a grid of shape (K, window rows * h, window columns * w)."""
     _, h, w, num_scores = scores.shape
     grid = scores.reshape(len(rows.starts), len(columns.starts), h, w, num_scores)
     grid = grid.permute(4, 0, 2, 1, 3)  # (K, window rows, h, window columns, w)
@@ -133,9 +136,9 @@ class PixelScores:
     """Pixel scores of an image, computed tile by tile.
 
     Args:
-        grid: Cell scores of all windows, (K, A, B). See `arrange_windows`.
-        rows: Row matrix, (H, A). See `WindowAxis.matrix`.
-        columns: Column matrix, (W, B).
+        grid: Cell scores of all windows, of shape (K, A, B). See `arrange_windows`.
+        rows: Row matrix of shape (H, A). See `WindowAxis.matrix`.
+        columns: Column matrix of shape (W, B).
     """
 
     grid: Tensor
@@ -143,7 +146,7 @@ class PixelScores:
     columns: Tensor
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """For each tile, yield the slice of rows and the scores of the pixels, (K, rows, W)."""
+        """Yield (slice of rows, pixel scores of shape (K, rows, W)) for each tile."""
         num_scores, width = len(self.grid), len(self.columns)
         step = max(1, TILE_ELEMENTS // (num_scores * width))
         for start in range(0, len(self.rows), step):
@@ -152,7 +155,7 @@ class PixelScores:
             yield rows, tile
 
     def class_scores(self, names_per_class: Sequence[int]) -> Tensor:
-        """Return the highest score over the names of each class for all pixels, (classes, H, W). See `segment`."""
+        """Compute the maximum score over the names of each class for all pixels, of shape (classes, H, W)."""
         return torch.cat([_max_over_names(tile, names_per_class) for _, tile in self.tiles()], 1)
 
 
@@ -166,11 +169,14 @@ def encode_windows(
     """Encode the windows of all images in batches and return the pixel scores of each image.
 
     Args:
-        images: Resized images, and their original heights and widths, keyed by index. Scores have the original size.
+        images: Outputs of `transform`, keyed by image index.
         dense: Dense encoder.
-        variant: Variant of the dense features.
-        queries: Embeddings of all class names, (K, D).
-        transform: Transform that was used to resize the images.
+        variant: Variant of the dense features; see `dense.py`.
+        queries: Embeddings of all class names, of shape (K, D).
+        transform: Transform with which the images were resized.
+
+    Returns:
+        Scores with the original image sizes, keyed by image index.
     """
     axes = {index: transform.axes(*size) for index, (_, size) in images.items()}
     indices_by_window: dict[tuple[int, int], list[int]] = {}  # windows of the same size are encoded together
@@ -210,12 +216,11 @@ def segment(
         scores: Scores of all names. The names of the same class are adjacent.
         names_per_class: Number of names of each class. The score of a class is the highest score of its names.
         logit_scale: Factor for the scores before the softmax over all names.
-        min_probability: Pixels whose highest probability is below this value are assigned to class 0.
-        min_area: Foreground classes (all except 0) that cover at most this fraction of the foreground are not
-            predicted.
+        min_probability: Pixels whose highest probability is below this value are assigned to class 0 (background).
+        min_area: Foreground classes that cover at most this fraction of the foreground are not predicted.
 
     Yields:
-        The slice of rows and the class of each pixel, int64 (rows, W), for each tile.
+        (slice of rows, class of each pixel of shape (rows, W), int64) for each tile.
     """
     is_allowed = torch.ones(len(names_per_class), dtype=torch.bool, device=scores.grid.device)
     if min_area > 0:
@@ -236,13 +241,13 @@ def segment(
 
 
 def _max_over_names(tile: Tensor, names_per_class: Sequence[int]) -> Tensor:
-    """Return the highest score over the names of each class, (classes, rows, W), given the scores of all names."""
+    """Reduce the scores of all names to the maximum per class, of shape (classes, rows, W)."""
     if len(names_per_class) == len(tile):
         return tile
     return torch.stack([scores.amax(0) for scores in tile.split(list(names_per_class))])
 
 
 def _build_bilinear_matrix(size_in: int, size_out: int) -> Tensor:
-    """Return the matrix of linear interpolation, float64 (size_out, size_in)."""
+    """Return the matrix of linear interpolation, of shape (size_out, size_in), float64."""
     identity = torch.eye(size_in, dtype=torch.float64)[None]  # (1, channels, positions)
     return F.interpolate(identity, size=size_out, mode="linear", align_corners=False)[0].T

@@ -19,7 +19,7 @@ def add_tower_lora(tower: VisionTower, rank: int, alpha: int) -> None:
     """
     targets = lora_targets(tower)
     if not targets:
-        raise ValueError("--align.lora_r: this tower has no linear layer for LoRA; use --align.lora_r 0")
+        raise ValueError("--align.lora_r: this tower has no linear layer for LoRA. Use --align.lora_r 0")
     _set_qkv_module_call(tower, True)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), tower.backbone)
     for name, parameter in tower.backbone.named_parameters():
@@ -27,7 +27,7 @@ def add_tower_lora(tower: VisionTower, rank: int, alpha: int) -> None:
 
 
 def lora_targets(tower: VisionTower) -> list[str]:
-    """Return the names of the backbone layers to which LoRA is added."""
+    """List the names of the backbone layers to which LoRA is added."""
     modules = list(tower.backbone.named_modules())
     # nn.MultiheadAttention uses the weights of its sublayers without calling them, so LoRA would have no effect.
     attention_prefixes = tuple(f"{name}." for name, m in modules if isinstance(m, nn.MultiheadAttention))
@@ -41,7 +41,7 @@ def lora_targets(tower: VisionTower) -> list[str]:
 
 
 def merge_tower_lora(tower: VisionTower) -> None:
-    """Merge LoRA layers, if the tower has any, into the original weights, and make all weights trainable."""
+    """Merge all LoRA layers into the original weights, and make all weights of the tower trainable."""
     lora_layers = {name: m for name, m in tower.backbone.named_modules() if isinstance(m, BaseTunerLayer)}
     for name, layer in lora_layers.items():
         layer.merge(safe_merge=True)
@@ -57,9 +57,9 @@ def _is_pointwise_conv(module: nn.Module) -> bool:
 
 
 def _set_qkv_module_call(tower: VisionTower, enable: bool) -> None:
-    """Enable or disable calls of the fused qkv layer in timm's EVA models.
+    """Select whether timm's EVA models call their fused qkv layer.
 
-    By default, these models use the weight of this layer without calling it, so LoRA would have no effect.
+    By default, they use the layer's weight without calling the layer, so LoRA would have no effect.
     """
     for module in tower.backbone.modules():
         if hasattr(module, "qkv_bias_separate"):

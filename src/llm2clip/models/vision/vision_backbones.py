@@ -31,7 +31,7 @@ from llm2clip.models.hub.pretrained import resolve_pretrained
 log = logging.getLogger(__name__)
 
 # Default preprocessing of each supported transformers model type, for folders without a preprocessor_config.json. The
-# size below is replaced by the model's image size. The pooled output of these models is a trained image feature.
+# model's image size replaces the size of 224. The supported types are models whose pooled output was trained.
 _CLIP_STATS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _HALF_STATS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -42,9 +42,9 @@ _DEFAULT_PREPROCESS = {
     "dinov2_with_registers": Preprocess(224, "shortest", 0.875, "bicubic", *_IMAGENET_STATS, crop_rounding="down"),
     "dinov3_vit": Preprocess(224, "squash", 1.0, "bilinear", *_IMAGENET_STATS, crop_rounding="down"),
 }
-# Only the vision model of these dual encoders is used.
+# Model types of dual encoders, of which only the vision model is used.
 _DUAL_ENCODER_TYPES = ("clip", "metaclip_2", "siglip")
-# Entries of a transformers config that do not describe the architecture, such as paths and version numbers.
+# Entries of a transformers config that do not describe the architecture.
 _TRANSIENT_ENTRIES = ("transformers_version", "_name_or_path", "dtype", "architectures", "id2label", "label2id")
 
 
@@ -85,7 +85,7 @@ def _create_timm(architecture: str, args: dict[str, Any]) -> nn.Module:
 
 
 def _parse_name(name: str) -> tuple[str, str]:
-    """Return the library ("timm" or "transformers") and the folder, hub id or model name to load with it."""
+    """Return (library, source): "timm" or "transformers", and the folder, hub id or model name to load with it."""
     prefix, colon, rest = name.partition(":")
     if colon and prefix in ("timm", "hf"):
         if prefix == "hf" or "/" in rest:
@@ -131,8 +131,8 @@ def _load_timm(source: str, image_size: int | None, pretrained: bool) -> tuple[n
         check_model_source(cfg["hf_hub_id"])  # the weights of a timm model name are on the hub
     args = {**args, "num_classes": 0}
     if cfg.get("fixed_input_size") or "img_size" in args:
-        # Position embeddings and attention windows are built for one image size, and timm resizes the pretrained
-        # values. The size is always written to the config, because an architecture's default size depends on its tag.
+        # Position embeddings and attention windows are built for one image size, and timm resizes the pretrained ones.
+        # The config always contains the size, because an architecture's default size depends on the tag.
         built_size = args.get("img_size") or cfg["input_size"][-2:]
         sides = {built_size} if isinstance(built_size, int) else set(built_size)
         if image_size is None and len(sides) > 1:
@@ -145,7 +145,7 @@ def _load_timm(source: str, image_size: int | None, pretrained: bool) -> tuple[n
 
 
 def _describe_timm(source: str) -> tuple[str, str, dict[str, Any], dict[str, Any]]:
-    """Return the name for `timm.create_model`, the architecture, the pretrained config and the saved arguments."""
+    """Return (name for `timm.create_model`, architecture, pretrained config, saved arguments)."""
     if Path(source).is_dir():
         saved = read_json_object(Path(source) / "config.json")
         cfg = saved.get("pretrained_cfg", saved)
@@ -232,10 +232,10 @@ def _build_transformers(config: Any, source: str | None = None) -> nn.Module:
             source, config=config, dtype=torch.float32, output_loading_info=True
         )
         missing = sorted(report["missing_keys"])
-        if missing:  # transformers only warns and initialises them randomly
+        if missing:  # transformers only warns, and initialises missing weights randomly
             raise ValueError(f"{source} is missing {len(missing):,} weights, including {missing[0]}")
-    # Before transformers 5.3 or so, CLIP and SigLIP wrapped the vision model in another module. Return the inner
-    # module, so that the weights have the same names in all versions.
+    # Before transformers 5.3, CLIP and SigLIP wrapped the vision model in another module. Return the inner module, so
+    # that the weights have the same names in all versions.
     return cast(nn.Module, getattr(model, "vision_model", model))
 
 

@@ -21,15 +21,15 @@ from llm2clip.data.transforms import Preprocess
 from llm2clip.models.hub.loading import hide_loading_bars
 from llm2clip.models.vision.vision_backbones import build_backbone, load_backbone
 
-# Names of repeated blocks of, in this order: timm's ViTs and EfficientNets, models like ConvNeXt, ResNets, and
-# transformers' ViTs.
+# Names of repeated blocks in timm's ViTs and EfficientNets, ConvNeXt and similar models, ResNets, and transformers'
+# ViTs, in this order.
 _BLOCK = re.compile(r"(?:blocks\.(?:\d+\.)+|stages\.\d+\.blocks\.\d+\.|layer[1-4]\.\d+\.|layers?\.\d+\.)")
-# Model types that interpolate their position embeddings only on request. All other types do so automatically.
+# Model types that interpolate their position embeddings only on request. All other types always interpolate them.
 _INTERPOLATES_ON_REQUEST = ("clip_vision_model", "siglip_vision_model")
 
 
 class VisionTower(nn.Module):
-    """Vision encoder that maps uint8 or float images (N, 3, S, S) to pooled features (N, feature_dim).
+    """Vision encoder that maps images of shape (N, 3, S, S) to pooled features of shape (N, feature_dim).
 
     Attributes:
         backbone: timm or transformers module that contains all parameters.
@@ -37,8 +37,8 @@ class VisionTower(nn.Module):
         preprocess: image preprocessing. `preprocess.size` is S.
         feature_dim: dimension of the features.
         freeze_norm: if True, batch norms stay in eval mode during training. In training mode, small batches would
-            distort the running statistics, and features would depend on the other images in the batch. Changes take
-            effect at the next call of `train()`. Norms without running statistics are not affected.
+            distort the running statistics, and features would depend on the other images in the batch. Changes of this
+            attribute take effect at the next call of `train()`.
     """
 
     mean: Tensor
@@ -72,7 +72,7 @@ class VisionTower(nn.Module):
             name: `timm:NAME` and `hf:NAME` load a model from timm and transformers, respectively. Without a prefix, the
                 name is one of: a folder saved by either library; a hub id (contains a slash); the name of a timm model;
                 the name of a model that `llm2clip` can download (see `models/hub/pretrained.py`).
-            image_size: image size in pixels. Default: the size on which the tower was trained.
+            image_size: image size in pixels. Default: the tower's training resolution.
             pretrained: if True, load the pretrained weights. If False, initialise the weights randomly.
 
         Raises:
@@ -84,16 +84,16 @@ class VisionTower(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """Build the architecture of `config` with random weights, in eval mode, without a network connection."""
+        """Build a tower from its `config` with random weights, in eval mode, without a network connection."""
         return cls(build_backbone(config), config).eval()
 
     # ---- forward pass -----------------------------------------------------------------------------------------------
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Map pixels (N, 3, S, S) to features (N, feature_dim).
+        """Encode images as pooled features of shape (N, feature_dim), with the dtype of the backbone's output.
 
-        Pixels are either uint8 values from 0 to 255 or float values from 0 to 1. The features have the dtype of the
-        backbone's output.
+        Args:
+            pixels: images of shape (N, 3, S, S), uint8, or float from 0 to 1.
         """
         if self.config["library"] == "timm":
             return cast(Tensor, self.backbone(self._timm_input(pixels)))
@@ -101,14 +101,14 @@ class VisionTower(nn.Module):
         return cast(Tensor, self._run_transformers(pixels, interpolate).pooler_output)
 
     def forward_features(self, pixels: Tensor) -> Tensor:
-        """Map pixels to the features before pooling.
+        """Encode images as features before pooling. Position embeddings of transformers models are interpolated.
 
         Args:
-            pixels: images (N, 3, H, W), uint8 from 0 to 255 or float from 0 to 1.
+            pixels: images of shape (N, 3, H, W), uint8, or float from 0 to 1.
 
         Returns:
-            The tokens of a vision transformer (N, L, C), including class and register tokens, or the feature map of a
-            convolutional network in timm's layout. Position embeddings of transformers models are interpolated.
+            For a vision transformer, all tokens including class and register tokens, of shape (N, L, C). For a
+            convolutional network, the feature map in the memory layout of the timm model.
         """
         if self.config["library"] == "timm":
             return cast(Tensor, cast(Any, self.backbone).forward_features(self._timm_input(pixels)))
@@ -119,7 +119,7 @@ class VisionTower(nn.Module):
         return x.contiguous(memory_format=torch.channels_last) if self._channels_last else x
 
     def _run_transformers(self, pixels: Tensor, interpolate: bool) -> Any:
-        """Return the output of a transformers model. If `interpolate`, interpolate its position embeddings."""
+        """Run the transformers model. If `interpolate` is True, it interpolates its position embeddings."""
         options = {}
         if interpolate and self.config["architecture"]["model_type"] in _INTERPOLATES_ON_REQUEST:
             options["interpolate_pos_encoding"] = True
@@ -164,9 +164,9 @@ class VisionTower(nn.Module):
         self.std = torch.tensor(self.preprocess.std, device=device).view(3, 1, 1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Apply `fn` to the weights, and restore `mean` and `std` to float32.
+        """Apply `fn` to the weights, and restore `mean` and `std` in float32.
 
-        PyTorch calls this method in `to`, `half`, `cuda` and `to_empty`.
+        PyTorch's `to`, `half`, `cuda` and `to_empty` call this method.
         """
         super()._apply(fn, recurse)
         self._set_normalization(self.mean.device)
@@ -175,10 +175,10 @@ class VisionTower(nn.Module):
     # ---- layers -----------------------------------------------------------------------------------------------------
 
     def parameter_depths(self) -> dict[str, int]:
-        """Return a dict from parameter name to depth.
+        """Return a dict from parameter name to depth, for layer-wise learning rate decay and for unfreezing layers.
 
         Parameters of the stem or the embeddings have depth 0, and parameters closest to the output have the largest
-        depth. The depths are used for layer-wise learning rate decay and for training only the last layers.
+        depth.
         """
         if self.config["library"] == "timm":
             if not hasattr(self.backbone, "group_matcher"):  # timm does not specify the layers of this architecture
@@ -191,7 +191,7 @@ class VisionTower(nn.Module):
 
     @property
     def num_layers(self) -> int:
-        """Number of depths: one more than the largest value in `parameter_depths`."""
+        """Number of different depths: the largest value in `parameter_depths` plus 1."""
         return 1 + max(self.parameter_depths().values())
 
     def blocks(self) -> list[nn.Module]:
@@ -212,15 +212,15 @@ class VisionTower(nn.Module):
 def _feature_dim(backbone: Any, config: dict[str, Any]) -> int:
     if config["library"] == "transformers":
         return int(config["architecture"]["hidden_size"])
-    # Some convolutional networks have a hidden layer after pooling, which stays when the classifier is removed.
+    # Some convolutional networks have a hidden layer after pooling, which remains if the classifier is removed.
     return int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)
 
 
 def _compute_transformers_depths(names: list[str]) -> dict[str, int]:
-    """Return a dict from parameter name to depth.
+    """Compute the depth of each parameter of a transformers model.
 
-    The embeddings and the norm that directly follows them have depth 0, the L layers have depths 1 to L, and all
-    remaining parameters have depth L + 1.
+    The embeddings and the norm after the embeddings have depth 0, the L layers have depths 1 to L, and all other
+    parameters have depth L + 1.
     """
     layer_indices = {name: int(match[1]) for name in names if (match := re.search(r"\blayers?\.(\d+)\.", name))}
     last_depth = 2 + max(layer_indices.values())
