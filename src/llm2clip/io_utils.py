@@ -288,7 +288,7 @@ def read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         DataFormatError: A line is not a JSON object.
     """
-    for number, line in _numbered_lines(file):
+    for number, line in _read_numbered_lines(file):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -309,10 +309,10 @@ def read_lines(file: Path) -> list[str]:
     Raises:
         DataFormatError: The file is not valid UTF-8.
     """
-    return [line for _, line in _numbered_lines(file)]
+    return [line for _, line in _read_numbered_lines(file)]
 
 
-def _numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
+def _read_numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
     """Yield (line number, line) for each non-empty line. Line numbers start at 1.
 
     Lines end only at newlines. `str.splitlines` would also split at the characters U+2028 and U+0085, which captions

@@ -148,7 +148,6 @@ def run_tune(sources: Sequence[str], out: Path, config: FitConfig) -> Path:
     Args:
         sources: Caption sources. If splits are not selected for all of them, the captions of the images that `fit`
             would hold out are not used.
-        out: Output folder.
         config: Settings. The settings of other stages are ignored.
 
     Returns:
@@ -179,7 +178,6 @@ def run_embed(
     """Run the `embed` stage on all captions of data sources.
 
     Args:
-        sources: Caption sources.
         out: Folder of the embedding store.
         config: Settings. The settings of other stages are ignored.
         phrases: If True, also encode the short phrases of the captions. All captions are then read into memory.
@@ -204,7 +202,6 @@ def run_align(
     Args:
         sources: Data sources. If splits are not selected for all of them, the images that `fit` would hold out are not
             used.
-        out: Output folder.
         config: Settings. The model is evaluated during training only if `config.evaluate` lists sources.
         store_dir: Store with the embeddings of the captions. If None, both towers of the CLIP model
             `config.align.tower` are fine-tuned instead.
@@ -245,8 +242,6 @@ def read_training_data(
     """Read the records for `align`, with phrases if they are used, and print their number.
 
     Args:
-        sources: Data sources.
-        config: Settings for all stages.
         log: Log in which to record skipped rows.
         keep_selected_splits: See `read_splits`.
     """

@@ -20,7 +20,6 @@ class PublishedTable:
         title: Description of the values in the table.
         year: Version of the project page that contains the table.
         source: Version of the project page, with commit and date.
-        columns: Column names.
         rows: Cells of each row, one per column, keyed by row name.
         heading: Heading in the documentation. Empty if the documentation does not contain the table.
         note: Remarks about the values. May be empty.
@@ -110,7 +109,7 @@ def published_rows(benchmark: str) -> dict[str, tuple[float | None, ...]]:
         benchmark.
     """
     rows: dict[str, tuple[float | None, ...]] = {}
-    for table in _tables_for(benchmark):
+    for table in _find_tables(benchmark):
         for model in table.rows:
             values = table.cell(model, PUBLISHED_NAMES[benchmark])
             if values is not None and len(values) == 2:
@@ -122,12 +121,12 @@ def published_rows(benchmark: str) -> dict[str, tuple[float | None, ...]]:
 
 def published_notes(benchmark: str) -> list[str]:
     """Return one line for each published table with results for a benchmark: its year, title and source."""
-    tables = _tables_for(benchmark)
+    tables = _find_tables(benchmark)
     if benchmark in VISION_TRANSFER_METRICS:
         tables = [TABLES["vision_transfer"]]
     return [f"Paper {table.year}: {table.title} ({table.source}). {table.note}".rstrip() for table in tables]
 
 
-def _tables_for(benchmark: str) -> list[PublishedTable]:
+def _find_tables(benchmark: str) -> list[PublishedTable]:
     column = PUBLISHED_NAMES.get(benchmark)
     return [TABLES[name] for name in RETRIEVAL_TABLES if column in TABLES[name].columns]

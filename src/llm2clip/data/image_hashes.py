@@ -54,7 +54,7 @@ def find_copies(images: Iterable[ImageRef | None]) -> dict[str, str]:
             if location is not None:
                 keys.setdefault(location, []).append(key)
         groups = _group_by_value(list(keys), lambda location: location[2])
-        for compute_digest in (_sample_digest, _full_digest):
+        for compute_digest in (_hash_sample, _hash_contents):
             candidates = [location for group in groups for location in group]
             digests = dict(zip(candidates, _map_in_chunks(pool, compute_digest, candidates), strict=True))
             equal: list[list[Location]] = []
@@ -77,7 +77,7 @@ def hash_images(images: Iterable[ImageRef | None]) -> np.ndarray:
     """
     refs = list({image.key: image for image in images if image is not None}.values())
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        digests = [digest for digest in _map_in_chunks(pool, _content_digest, refs) if digest]
+        digests = [digest for digest in _map_in_chunks(pool, _hash_image, refs) if digest]
     return np.unique(np.frombuffer(b"".join(digests), dtype="<u8"))
 
 
@@ -125,12 +125,12 @@ def load_training_images(model: str | Path) -> np.ndarray | None:
     return hashes
 
 
-def _content_digest(image: ImageRef) -> bytes:
+def _hash_image(image: ImageRef) -> bytes:
     """Return 8 bytes that identify an image, or b"" if it does not exist."""
     if not isinstance(image, FileImage | TarImage):
         return hashlib.sha256(image.key.encode()).digest()[:8]
     location = _locate(image)
-    sample = b"" if location is None else _sample_digest(location)
+    sample = b"" if location is None else _hash_sample(location)
     if location is None or not sample:
         return b""
     return hashlib.sha256(location[2].to_bytes(8, "little") + sample).digest()[:8]
@@ -163,14 +163,14 @@ def _locate(image: FileImage | TarImage) -> Location | None:
     return (path, image.offset if isinstance(image, TarImage) else 0, size) if size else None
 
 
-def _sample_digest(location: Location) -> bytes:
+def _hash_sample(location: Location) -> bytes:
     """Return a hash of a few bytes from the middle of an image, or b"" if they cannot be read."""
     path, offset, size = location
     length = min(SAMPLE_BYTES, size)
     return _digest(path, offset + (size - length) // 2, length)
 
 
-def _full_digest(location: Location) -> bytes:
+def _hash_contents(location: Location) -> bytes:
     """Return a hash of all bytes of an image, or b"" if they cannot be read."""
     path, offset, size = location
     try:

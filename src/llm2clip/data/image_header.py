@@ -144,8 +144,7 @@ def check_decoding_work(data: bytes, header: Image.Image) -> None:
     """Check that decoding an image visits its pixels and bytes only a limited number of times.
 
     Args:
-        data: Encoded image.
-        header: The same image, opened with `open_header`.
+        header: The image in `data`, opened with `open_header`.
 
     Raises:
         DecodingLimitError: Decoding would take too much work, or the image uses a rare feature that allows this.
@@ -220,7 +219,7 @@ def _check_jpeg(data: bytes, num_pixels: int) -> None:
 def _jpeg_markers(data: bytes) -> Iterator[tuple[int, int]]:
     """Yield all markers of a JPEG, each with the offset of the byte after the marker.
 
-    Markers inside segments, such as those of EXIF thumbnails, are skipped.
+    Markers inside segments, such as the markers of EXIF thumbnails, are skipped.
     """
     position = 0
     while (match := _MARKER.search(data, position)) is not None:

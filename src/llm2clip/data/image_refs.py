@@ -210,7 +210,7 @@ class ParquetImage(_TableCell):
 
     def _open(self) -> BinaryIO:
         version = file_version(self.path)
-        starts = _row_group_starts(self.path, version)
+        starts = _list_row_group_starts(self.path, version)
         group = bisect_right(starts, self.row) - 1
         return _open_cell(_cells.get(self.path, version, group, self.column, self.row - starts[group]), self)
 
@@ -230,7 +230,7 @@ class DatasetImage(_TableCell):
 
     def _open(self) -> BinaryIO:
         version = file_version(os.path.join(self.folder, self.split or ""))
-        column = _saved_column(self.folder, version, self.split, self.column)
+        column = _open_saved_column(self.folder, version, self.split, self.column)
         return _open_cell(column[self.row][self.column], self)
 
     def __str__(self) -> str:
@@ -322,7 +322,7 @@ def file_version(path: str) -> tuple[tuple[int, int], ...]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _row_group_starts(path: str, version: object) -> list[int]:
+def _list_row_group_starts(path: str, version: object) -> list[int]:
     metadata = pq.read_metadata(path)
     starts = [0]
     for group in range(metadata.num_row_groups - 1):
@@ -376,7 +376,7 @@ def _decode_window(path: str, version: object, group: int, column: str, row: int
     """
     # The file is reopened each time and read without threads, because file handles and thread pools that survive a
     # fork can deadlock in data loader workers.
-    batch_size = _batch_size(path, version)
+    batch_size = _cached_batch_size(path, version)
     batches: deque[pa.Array] = deque()
     start = num_bytes = num_decoded = 0
     with pq.ParquetFile(path) as file:
@@ -402,7 +402,7 @@ def _decode_window(path: str, version: object, group: int, column: str, row: int
 
 
 @functools.lru_cache(maxsize=1024)
-def _batch_size(path: str, version: object) -> int:
+def _cached_batch_size(path: str, version: object) -> int:
     """Cache `parquet_batch_size`, which scans the metadata of all row groups, across reads of single row groups."""
     with pq.ParquetFile(path) as file:
         return parquet_batch_size(file)
@@ -444,7 +444,7 @@ def _row_group_error(group: int) -> OSError:
 
 
 @functools.lru_cache(maxsize=16)
-def _saved_column(folder: str, version: object, split: str | None, column: str) -> Any:
+def _open_saved_column(folder: str, version: object, split: str | None, column: str) -> Any:
     from datasets import load_from_disk
 
     loaded = load_from_disk(folder)

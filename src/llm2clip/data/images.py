@@ -237,7 +237,7 @@ def _read_orientation(image: Image.Image) -> int:
 def _to_8_bits(pixels: Tensor) -> Tensor:
     """Scale pixel values from 0-65535 to 0-255, with rounding. Return a uint8 tensor of the same shape."""
     result = torch.empty(pixels.shape, dtype=torch.uint8)
-    for chunk, out in zip(_row_chunks(pixels), _row_chunks(result), strict=True):
+    for chunk, out in zip(_split_rows(pixels), _split_rows(result), strict=True):
         out.copy_((chunk.to(torch.int32) + 128) // 257)
     return result
 
@@ -245,13 +245,13 @@ def _to_8_bits(pixels: Tensor) -> Tensor:
 def _blend_with_white(pixels: Tensor) -> Tensor:
     """Blend an RGBA image of shape (4, H, W), uint8, with white. Return an RGB image of shape (3, H, W), uint8."""
     result = torch.empty(3, *pixels.shape[1:], dtype=torch.uint8)
-    for chunk, out in zip(_row_chunks(pixels), _row_chunks(result), strict=True):
+    for chunk, out in zip(_split_rows(pixels), _split_rows(result), strict=True):
         colour, alpha = chunk[:3].to(torch.int32), chunk[3:].to(torch.int32)
         out.copy_((colour * alpha + 255 * (255 - alpha) + 127) // 255)
     return result
 
 
-def _row_chunks(pixels: Tensor) -> Sequence[Tensor]:
+def _split_rows(pixels: Tensor) -> Sequence[Tensor]:
     """Split an image into row blocks of about a million pixels each, to limit the memory for int32 intermediates."""
     return pixels.split(max(1, (1 << 20) // max(1, pixels.shape[-1])), dim=-2)
 

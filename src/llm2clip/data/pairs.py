@@ -77,7 +77,6 @@ def pair_batches(
             different captions are ignored.
         source_weights: Sampling weight of each source. If empty, the weight of a source is its number of items.
         batch_size: Number of pairs per batch.
-        steps: Number of batches.
         seed: Random seed for the order of the items and the choice of captions.
         hard_negative_group_size: Number of items in each group of similar captions; see `grouped_permutation`. If 1,
             batches are random.
@@ -91,7 +90,7 @@ def pair_batches(
     if len(weights) != len(sources) or min(weights) <= 0:
         raise ValueError(f"source_weights must be {len(sources)} weights greater than 0 (got {weights})")
     batches = [
-        _source_batches(items, batch_size, steps, seed + index, hard_negative_group_size)
+        _draw_batches(items, batch_size, steps, seed + index, hard_negative_group_size)
         for index, items in enumerate(sources)
     ]
     probabilities = np.asarray(weights) / np.sum(weights)
@@ -191,7 +190,7 @@ def _list_pair_kinds(captions: ImageCaptions) -> list[tuple[list[str], list[str]
     return kinds
 
 
-def _source_batches(
+def _draw_batches(
     items: Sequence[TuningItem], batch_size: int, steps: int, seed: int, group_size: int
 ) -> Iterator[list[Pair]]:
     usable = pairable_items(items, batch_size)

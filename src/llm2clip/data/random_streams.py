@@ -51,7 +51,7 @@ class RandomStreams:
 
     def random(self) -> np.ndarray:
         """Draw a number in [0, 1) from each generator, as `Generator.random` does. Return shape (N,), float64."""
-        return (self._next_64_bits(np.arange(self.count)) >> np.uint64(11)) * (1.0 / 9007199254740992.0)
+        return (self._draw_64_bits(np.arange(self.count)) >> np.uint64(11)) * (1.0 / 9007199254740992.0)
 
     def shuffle(self, values: np.ndarray, counts: np.ndarray) -> None:
         """Permute the first `counts[n]` values of row n in place with generator n, as `Generator.permutation` does.
@@ -62,34 +62,34 @@ class RandomStreams:
         """
         for last in range(values.shape[1] - 1, 0, -1):
             rows = np.flatnonzero(counts > last)
-            other = self._integers(rows, last)
+            other = self._draw_integers(rows, last)
             values[rows, last], values[rows, other] = values[rows, other], values[rows, last]
 
-    def _integers(self, indices: np.ndarray, highest: int) -> np.ndarray:
+    def _draw_integers(self, indices: np.ndarray, highest: int) -> np.ndarray:
         """Draw a random integer from 0 to `highest` with each of the generators `indices`.
 
         Like NumPy, take as many random bits as `highest` has, and draw again if the integer is larger than `highest`.
         """
         mask = np.uint64((1 << highest.bit_length()) - 1)
-        integers = self._next_32_bits(indices) & mask
+        integers = self._draw_32_bits(indices) & mask
         too_large = np.flatnonzero(integers > highest)
         while len(too_large):
-            integers[too_large] = self._next_32_bits(indices[too_large]) & mask
+            integers[too_large] = self._draw_32_bits(indices[too_large]) & mask
             too_large = too_large[integers[too_large] > highest]
         return integers.astype(np.int64)
 
-    def _next_32_bits(self, indices: np.ndarray) -> np.ndarray:
+    def _draw_32_bits(self, indices: np.ndarray) -> np.ndarray:
         """Draw 32 random bits with each of the generators `indices`. Return them as uint64."""
         has_upper_half = self._has_upper_half[indices]
         numbers = self._upper_half[indices]
         fresh = indices[~has_upper_half]
-        outputs = self._next_64_bits(fresh)
+        outputs = self._draw_64_bits(fresh)
         numbers[~has_upper_half] = outputs & _LOW_32
         self._upper_half[fresh] = outputs >> _32_BITS
         self._has_upper_half[indices] = ~has_upper_half
         return numbers
 
-    def _next_64_bits(self, indices: np.ndarray) -> np.ndarray:
+    def _draw_64_bits(self, indices: np.ndarray) -> np.ndarray:
         """Draw 64 random bits with each of the generators `indices`. Return them as uint64."""
         high, low = _multiply_128(self._high[indices], self._low[indices])
         high, low = _add_128(high, low, self._inc_high[indices], self._inc_low[indices])

@@ -190,7 +190,7 @@ class _RecordReader:
         for kind, path in files:
             # In folders and tar files, captions are in files instead of columns.
             self.mapper.require_captions = self.require_captions and kind not in ("images", "tar")
-            for row in self._parsed_rows(kind, path):
+            for row in self._read_rows(kind, path):
                 try:
                     with malformed_row_on_error():
                         record = self._to_record(row)
@@ -207,7 +207,7 @@ class _RecordReader:
         if not num_records:
             raise ValueError(f"{self.source}: no records{self._list_splits()}; {self.log.summary()}")
 
-    def _parsed_rows(self, kind: str, path: str) -> Iterable[_ParsedRow]:
+    def _read_rows(self, kind: str, path: str) -> Iterable[_ParsedRow]:
         splits = None if "split" in self.source.columns else self.source.splits
         raw_rows = readers.read_source(kind, path, self.mapper.map_table, self.read_bytes, splits, self.log)
         rows = self._parse_rows(raw_rows, kind)

@@ -82,7 +82,7 @@ def read_splits(
     if config.data:
         held_out = read_merged_records(config.data, columns, log, image_check)
         num_before = len(train)
-        train = _without_images_of(held_out, train)
+        train = _remove_images_of(held_out, train)
         if num_leaked := num_before - len(train):
             notes.append(f"{num_leaked:,} held-out images removed from training")
     elif held_out_split is not None:
@@ -143,7 +143,7 @@ def _find_held_out_split(records: Sequence[SourcedRecord]) -> str | None:
     return next((name for name in HELD_OUT_SPLITS if name in names), None)
 
 
-def _without_images_of(held_out: Sequence[SourcedRecord], train: Sequence[SourcedRecord]) -> list[SourcedRecord]:
+def _remove_images_of(held_out: Sequence[SourcedRecord], train: Sequence[SourcedRecord]) -> list[SourcedRecord]:
     is_held_out = same_image_filter([record for _, record in held_out], [record for _, record in train])
     return [(source, record) for source, record in train if not is_held_out(record)]
 

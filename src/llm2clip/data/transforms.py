@@ -48,7 +48,7 @@ class Preprocess:
     @property
     def resize_size(self) -> int:
         """Side length in pixels after resizing, before the centre crop."""
-        return _resize_size(self.size, self.crop_pct)
+        return _compute_resize_size(self.size, self.crop_pct)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the contents of a preprocessor_config.json for transformers, with crop_pct and crop_rounding added."""
@@ -89,19 +89,19 @@ class Preprocess:
         if isinstance(resize_config, int):  # in configs written before 2022, an int means the shorter side
             resize_config = {"shortest_edge": resize_config}
         resize: Literal["shortest", "squash"] = "shortest" if "shortest_edge" in (resize_config or {}) else "squash"
-        resize_size = _square_side(resize_config)
-        size = _square_side(config["crop_size"]) if config.get("do_center_crop") else resize_size
+        resize_size = _parse_square_side(resize_config)
+        size = _parse_square_side(config["crop_size"]) if config.get("do_center_crop") else resize_size
         crop_pct = config.get("crop_pct")
         # In some transformers image processors, crop_pct has a different meaning and is inconsistent with the sizes.
-        if not crop_pct or _resize_size(size, crop_pct) != resize_size:
+        if not crop_pct or _compute_resize_size(size, crop_pct) != resize_size:
             crop_pct = size / resize_size
         return cls(
             size=size,
             resize=resize,
             crop_pct=crop_pct,
-            interpolation=_interpolation(int(config.get("resample", 3))),
-            mean=_channels(config, "image_mean"),
-            std=_channels(config, "image_std"),
+            interpolation=_parse_interpolation(int(config.get("resample", 3))),
+            mean=_parse_channels(config, "image_mean"),
+            std=_parse_channels(config, "image_std"),
             crop_rounding=config.get("crop_rounding", "down"),  # image processors of transformers round down
         )
 
@@ -179,12 +179,12 @@ class TrainTransform:
         return top, left, max(crop_height, 1), max(crop_width, 1)
 
 
-def _resize_size(size: int, crop_pct: float) -> int:
+def _compute_resize_size(size: int, crop_pct: float) -> int:
     # The small constant compensates for rounding errors, so that 224 / (224 / 256) results in 256.
     return math.floor(size / crop_pct + 1e-6)
 
 
-def _square_side(size: Any) -> int:
+def _parse_square_side(size: Any) -> int:
     """Return the side length of a square, given as 224, {"height": 224, "width": 224} or {"shortest_edge": 224}."""
     if isinstance(size, int):
         return size
@@ -196,7 +196,7 @@ def _square_side(size: Any) -> int:
     return int(sides.pop())
 
 
-def _interpolation(resample: int) -> Literal["bilinear", "bicubic"]:
+def _parse_interpolation(resample: int) -> Literal["bilinear", "bicubic"]:
     if resample not in (2, 3):
         raise ValueError(
             f"the image processor's resampling filter must be bilinear (2) or bicubic (3), but it is {resample}"
@@ -204,7 +204,7 @@ def _interpolation(resample: int) -> Literal["bilinear", "bicubic"]:
     return "bilinear" if resample == 2 else "bicubic"
 
 
-def _channels(config: dict[str, Any], name: str) -> tuple[float, float, float]:
+def _parse_channels(config: dict[str, Any], name: str) -> tuple[float, float, float]:
     if name not in config:
         raise ValueError(f"the image processor has no {name}")
     red, green, blue = (float(value) for value in config[name])

@@ -1,9 +1,9 @@
 """Captions and general text pairs for `tune`, without the captions of held-out images.
 
-Text pairs are, for example, questions with answers, titles with documents, or paraphrases. Their format is that of E5's
-training data (arXiv 2212.03533). A row has the form `{"query": ..., "positive": ..., "negatives": [...], "instruction":
-...}`. All table formats that are supported for records are also supported here. The fields `negatives` and
-`instruction` are optional, and other common column names are recognised, too. Sentence pairs with a label or a score
+Text pairs are, for example, questions with answers, titles with documents, or paraphrases. The format is the same as in
+E5's training data (arXiv 2212.03533). A row has the form `{"query": ..., "positive": ..., "negatives": [...],
+"instruction": ...}`. All table formats that are supported for records are also supported here. The fields `negatives`
+and `instruction` are optional, and other common column names are recognised, too. Sentence pairs with a label or a score
 are not supported, because the two sentences may contradict each other.
 """
 
@@ -60,7 +60,7 @@ def read_tuning_sources(
         ValueError: The number of source weights is wrong, a source has too few pairs, or no pair can be
             formed because there are neither text pairs nor images with two captions.
     """
-    groups = _caption_groups([*training_sources, *config.data], bool(config.source_weights))
+    groups = _group_sources([*training_sources, *config.data], bool(config.source_weights))
     num_sources = bool(train) + len(groups) + len(config.text_pairs)
     if config.source_weights and len(config.source_weights) != num_sources:
         raise ValueError(
@@ -136,7 +136,7 @@ class _HeldOutFilter:
         return comparable_id(record.id) in self.excluded_ids
 
 
-def _caption_groups(sources: list[str], weighted: bool) -> list[list[str]]:
+def _group_sources(sources: list[str], weighted: bool) -> list[list[str]]:
     """Group sources for reading. If `weighted`, each source is its own group; otherwise, all sources form one group."""
     if weighted:
         return [[source] for source in sources]
@@ -179,7 +179,7 @@ def read_text_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
                     log.count_row()
                 log.skip(row_file, number, fields.reason, fields.value, fields.rows)
                 continue
-            if source.splits and (_first_text(fields.get("split")) or NO_SPLIT) not in source.splits:
+            if source.splits and (_get_first_text(fields.get("split")) or NO_SPLIT) not in source.splits:
                 continue
             log.count_row()
             try:
@@ -224,10 +224,10 @@ def _choose_columns(file: str, columns: Sequence[str]) -> dict[str, str]:
 
 
 def _to_pair(fields: Mapping[str, Any], columns: Mapping[str, str]) -> Pair:
-    query = _first_text(fields.get(columns.get("query", "")))
-    positive = _first_text(fields.get(columns.get("positive", "")))
-    negatives = _texts(fields.get(columns.get("negatives", "")))
-    instruction = _first_text(fields.get(columns.get("instruction", "")))
+    query = _get_first_text(fields.get(columns.get("query", "")))
+    positive = _get_first_text(fields.get(columns.get("positive", "")))
+    negatives = _list_texts(fields.get(columns.get("negatives", "")))
+    instruction = _get_first_text(fields.get(columns.get("instruction", "")))
     return Pair(
         anchor=query,
         positive=positive,
@@ -237,12 +237,12 @@ def _to_pair(fields: Mapping[str, Any], columns: Mapping[str, str]) -> Pair:
     )
 
 
-def _first_text(value: Any) -> str:
+def _get_first_text(value: Any) -> str:
     """Return the first text in a cell. Return an empty string if the cell contains no text."""
-    return next(iter(_texts(value)), "")
+    return next(iter(_list_texts(value)), "")
 
 
-def _texts(value: Any) -> list[str]:
+def _list_texts(value: Any) -> list[str]:
     """Return the texts in a cell, which contains either a single text or a list of texts."""
     values = value if isinstance(value, list) else [value]
     return [text.strip() for text in values if isinstance(text, str) and text.strip()]

@@ -236,7 +236,7 @@ def check_training_value(name: str, value: float, step: int, checkpoints: Checkp
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """Return the complete checkpoint with the highest step, or None if there is no complete checkpoint."""
-    complete = [path for path in _checkpoints(folder) if (path / COMPLETE_MARKER).exists()]
+    complete = [path for path in _list_checkpoints(folder) if (path / COMPLETE_MARKER).exists()]
     return complete[-1] if complete else None
 
 
@@ -247,7 +247,7 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 def prune_checkpoints(folder: Path, keep: int = MAX_CHECKPOINTS) -> None:
     """Remove all but the latest `keep` checkpoints."""
-    for path in _checkpoints(folder)[:-keep]:
+    for path in _list_checkpoints(folder)[:-keep]:
         shutil.rmtree(path)
 
 
@@ -272,14 +272,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def _list_checkpoints(folder: Path) -> list[Path]:
     """List all checkpoints in a folder, including incomplete ones, sorted by step."""
     pattern = re.compile(re.escape(PREFIX) + r"\d+")
     return sorted((path for path in folder.glob(f"{PREFIX}*") if pattern.fullmatch(path.name)), key=checkpoint_step)
 
 
 def _remove_incomplete(folder: Path) -> None:
-    for path in _checkpoints(folder):
+    for path in _list_checkpoints(folder):
         if not (path / COMPLETE_MARKER).exists():
             shutil.rmtree(path)
 
@@ -308,7 +308,7 @@ def _rename_damaged(folder: Path) -> Path | None:
         ValueError: All checkpoints are damaged. None of them is renamed.
     """
     damages: dict[Path, str] = {}
-    for checkpoint in reversed(_checkpoints(folder)):
+    for checkpoint in reversed(_list_checkpoints(folder)):
         damage = _find_damage(checkpoint)
         if not damage:
             for damaged, reason in damages.items():

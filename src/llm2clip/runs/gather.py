@@ -129,7 +129,6 @@ def gather_to_cpu(empty_model: nn.Module, sharded_model: nn.Module) -> nn.Module
 
     Args:
         empty_model: Copy of the model from before it was sharded, created with `empty_copy`.
-        sharded_model: The sharded model.
     """
     state = {name: full_tensor(tensor).cpu() for name, tensor in sharded_model.state_dict().items()}
     empty_model.load_state_dict(state, assign=True)

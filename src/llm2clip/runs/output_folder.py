@@ -66,7 +66,6 @@ def check_format_version(path: str | Path, version: object, supported: int, advi
     Args:
         path: File or folder, for the error message.
         version: Format version in the file, or None if the file does not contain one.
-        supported: Supported format version.
         advice: How to create the file again, for the error message.
 
     Raises:

@@ -40,8 +40,8 @@ def process_state() -> PartialState:
 def wait_for_everyone() -> None:
     """Wait up to `WAIT_TIMEOUT` for all ranks, for example while the main process evaluates the model.
 
-    The wait uses Gloo, which fails at once if another rank exits or is killed, because its connection is closed. NCCL
-    would wait for its timeout, which would therefore have to be short.
+    The wait uses Gloo, which fails immediately if another rank exits or is killed, because its connection is closed.
+    NCCL would fail only after its timeout, which would therefore have to be short.
 
     Raises:
         RuntimeError: Another rank has exited, or did not arrive before the timeout.

@@ -47,10 +47,10 @@ def save_or_check_config(config: dict[str, Any], run_dir: Path, processes: int |
         text = file.read_text(encoding="utf-8")
         saved = yaml.safe_load(text)
         changes = [change for change in _find_differences(saved, new) if not _is_resume_safe(change[0])]
-        if _pairs_per_step(saved, _saved_processes(text)) == _pairs_per_step(new, processes):
+        if _compute_pairs_per_step(saved, _parse_processes(text)) == _compute_pairs_per_step(new, processes):
             changes = [change for change in changes if change[0] != "tune.batch_size"]
         else:
-            processes = _saved_processes(text)  # a resumed `tune` stage keeps its number of pairs per step
+            processes = _parse_processes(text)  # a resumed `tune` stage keeps its number of pairs per step
         if not any((run_dir / output).exists() for output in ALIGN_OUTPUTS):
             changes = [change for change in changes if not change[0].startswith("align.")]
         if changes:
@@ -63,13 +63,13 @@ def save_or_check_config(config: dict[str, Any], run_dir: Path, processes: int |
     atomic_write_text(file, first_line + yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
 
 
-def _saved_processes(text: str) -> int | None:
+def _parse_processes(text: str) -> int | None:
     """Parse the number of processes from the text of a config file. Return None if it does not contain this number."""
     line = re.match(PROCESSES_LINE.format(r"(\d+)"), text)
     return int(line[1]) if line else None
 
 
-def _pairs_per_step(config: dict[str, Any], processes: int | None) -> int | None:
+def _compute_pairs_per_step(config: dict[str, Any], processes: int | None) -> int | None:
     """Return the total batch size of the `tune` stage over all processes, or None if it is unknown."""
     batch_size = config.get("tune", {}).get("batch_size")
     return None if batch_size is None or processes is None else batch_size * processes

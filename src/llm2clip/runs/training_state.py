@@ -83,7 +83,7 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule
     """Load a state that `save_training_state` saved on any number of ranks. Must be called by all ranks.
 
     Raises:
-        ValueError: The weights in the checkpoint are not the ones that this run trains.
+        ValueError: The checkpoint does not contain the same weights as this run trains.
     """
     saved = _SavedTensors(folder)
     weights = dict(_trained_tensors(model))

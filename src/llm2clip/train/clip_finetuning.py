@@ -43,7 +43,6 @@ def finetune_clip(records: Sequence[Record], config: AlignConfig, out: Path, log
     value in the CLIP model.
 
     Args:
-        records: Training data.
         config: Settings for the `align` stage.
         out: Output folder for checkpoints and metrics.
         log: Log to which images that cannot be decoded are added.
@@ -68,7 +67,7 @@ def finetune_clip(records: Sequence[Record], config: AlignConfig, out: Path, log
         model = build_model(text_encoder.model, config)
         model = align(records, captions, model.to(process_state().device), config, out, log)
         if process_state().is_main_process:
-            _save(model, config.tower, model_dir)
+            _save_clip(model, config.tower, model_dir)
     wait_for_everyone()
     return model_dir
 
@@ -143,7 +142,7 @@ def build_model(clip: Any, config: AlignConfig) -> LLM2CLIP:
 
 @torch.no_grad()
 @hide_loading_bars()
-def _save(model: LLM2CLIP, name: str, folder: Path) -> None:
+def _save_clip(model: LLM2CLIP, name: str, folder: Path) -> None:
     """Save the fine-tuned model in transformers format, with the tokenizer and image processor of the model `name`."""
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 

@@ -90,7 +90,7 @@ def _reference_masks(
     if other_texts is not None:
         for other_image, text_id in other_texts.tolist():
             positive[text_ids == text_id, other_image] = True
-    return own, positive, _text_weights(image_of_text, images)
+    return own, positive, _compute_text_weights(image_of_text, images)
 
 
 def info_nce(
@@ -360,7 +360,7 @@ class _ImageTextLayout:
         self.text_gather = RaggedGather(len(image_of_text), device, gather)
         self.image_of_text = image_of_text
         self.all_image_of_text = self.text_gather.gather(image_of_text + self.image_gather.offset)
-        self.weights = self.text_gather.gather(_text_weights(image_of_text, images))
+        self.weights = self.text_gather.gather(_compute_text_weights(image_of_text, images))
         self.images = images
 
         # Tensors that exist only if some texts are identical. `group` assigns the same number to identical texts,
@@ -496,7 +496,7 @@ def _shifted_lse(lse: Tensor, coef: Tensor) -> Tensor:
     return torch.where(coef > 0, lse - coef.log(), torch.inf)
 
 
-def _text_weights(image_of_text: Tensor, images: int) -> Tensor:
+def _compute_text_weights(image_of_text: Tensor, images: int) -> Tensor:
     """Return the weight of each text: 1 / (number of images * number of texts of its image)."""
     # Unlike bincount, index_add does not make the host wait for the GPU.
     texts_per_image = image_of_text.new_zeros(images).index_add_(0, image_of_text, torch.ones_like(image_of_text))

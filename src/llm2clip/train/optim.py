@@ -59,7 +59,7 @@ def parameter_groups(model: LLM2CLIP, config: AlignConfig) -> list[dict[str, Any
     Raises:
         ValueError: `layer_decay` is less than 1, but the order of the tower's layers is unknown.
     """
-    layers = _tower_layers(model.tower)
+    layers = _index_tower_layers(model.tower)
     top = max(layers.values())
     if config.layer_decay < 1 and top == 0:
         raise ValueError("--align.layer_decay is not possible: timm does not list this tower's layers in order")
@@ -98,7 +98,7 @@ def cosine_schedule(steps: int, warmup_ratio: float) -> Callable[[int], float]:
     return factor
 
 
-def _tower_layers(tower: VisionTower) -> dict[str, int]:
+def _index_tower_layers(tower: VisionTower) -> dict[str, int]:
     """Return the layer index of each tower parameter: 0 for the stem, then the blocks, then the final norm.
 
     As in the paper, the final norm is a separate layer above the last block, so the norm has the full learning rate,

@@ -122,7 +122,6 @@ def inherit_text_space(
     Args:
         model: Model with a new adapter and the same `embed_dim` as the CLIP model. It is modified in place.
         clip: Text tower of the CLIP model.
-        records: Training data.
         store: Store of the LLM's embeddings. It must contain the captions and phrases of `records`.
         seed: Seed for the order of the texts.
         precision: "bf16" for autocast. With "fp32" and "fp16", the adapter is trained in float32.
@@ -147,7 +146,7 @@ def inherit_text_space(
         "training": [EPOCHS, MIN_STEPS, BATCH_SIZE, LR, WARMUP_RATIO, MAX_REPEATS, seed, precision],
     }
     file = folder / WEIGHTS
-    if process_state().is_main_process and _saved_signature(file) != signature:
+    if process_state().is_main_process and _read_signature(file) != signature:
         rows = store.rows(texts), clip_store.find(caption_keys(texts))
         similarity = _train_adapter(
             model.adapter, store, clip_store, *rows, len(captions), seed, precision, model.device
@@ -170,7 +169,7 @@ def inherited_texts(records: Sequence[Record]) -> tuple[list[str], list[str]]:
     return list(captions), list(phrases)
 
 
-def _saved_signature(file: Path) -> object:
+def _read_signature(file: Path) -> object:
     if not file.exists():
         return None
     with safe_open(file, "pt") as weights:
@@ -252,7 +251,6 @@ def _repeat_phrases(texts: np.ndarray, num_captions: int) -> np.ndarray:
 
     Args:
         texts: Indices of the texts, int64. Indices below `num_captions` are captions, and the others are phrases.
-        num_captions: Number of captions.
     """
     captions, phrases = texts[texts < num_captions], texts[texts >= num_captions]
     repeats = min(MAX_REPEATS, max(1, len(captions) // max(1, len(phrases))))

@@ -104,8 +104,6 @@ class AlignBatches:
             store: Store that contains the caption embeddings.
             model: Model to train. Its vision tower determines the image preprocessing.
             config: Settings for the `align` stage.
-            world_size: Number of ranks.
-            rank: Rank of this process.
             features: Store with the image features of the pretrained tower. Batches contain these features instead of
                 pixels if the tower is frozen (`tower_lr` is 0), and in addition to pixels otherwise. Images without
                 features are ignored.

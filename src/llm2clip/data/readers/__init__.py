@@ -108,7 +108,7 @@ def read_source(
         log: Log in which to note unusual properties of a file, such as its encoding.
 
     Raises:
-        DataFormatError: The file as a whole cannot be read. The message says why.
+        DataFormatError: The entire file cannot be read. The message contains the reason.
         OSError: The file does not exist, or the disk cannot be read.
     """
     number = 0

@@ -38,7 +38,6 @@ def list_files(folder: str, suffixes: frozenset[str], log: SkipLog | None = None
     Hidden files and folders are skipped, as are run directories and stores of llm2clip in subfolders.
 
     Args:
-        folder: Folder to search.
         suffixes: File suffixes in lower case, without the dot.
         log: Log in which to note the skipped outputs of llm2clip.
 
