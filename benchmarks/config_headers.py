@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 
 from llm2clip.cli import build_parser
-from llm2clip.cli.commands import builtin_configs
+from llm2clip.cli.commands import read_builtin_configs
 from llm2clip.cli.plan import plan_from_args
 from llm2clip.tools.plan.memory import peak_memory
 from llm2clip.tools.plan.plan import Plan
@@ -31,7 +31,7 @@ ESTIMATE = re.compile(r"^# - (?P<count>\d+) x (?P<device>[\w-]+)(?P<rest>.*\n(?:
 
 def main() -> None:
     folder = Path(str(files("llm2clip") / "configs"))
-    for name, text in builtin_configs().items():
+    for name, text in read_builtin_configs().items():
         (folder / f"{name}.yaml").write_text(update_header(name, text), encoding="utf-8")
 
 

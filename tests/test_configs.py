@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from llm2clip.cli import build_parser, main
-from llm2clip.cli.commands import builtin_configs, column_flags, format_command
+from llm2clip.cli.commands import format_column_flags, format_command, read_builtin_configs
 from llm2clip.config import (
     AlignConfig,
     EmbedConfig,
@@ -28,7 +28,7 @@ from llm2clip.config import (
 from llm2clip.llava.config import LlavaConfig
 from llm2clip.runs.run_config import ConfigChangedError, save_or_check_config
 
-FIT_CONFIGS = [name for name in builtin_configs() if not name.startswith("llava-")]
+FIT_CONFIGS = [name for name in read_builtin_configs() if not name.startswith("llava-")]
 LLMS = [
     "deepseek-r1-distill-llama-8b",
     "llama-3-8b",
@@ -141,7 +141,7 @@ def test_builtin_config_parses_and_flags_override_it(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in FIT_CONFIGS if name != "cpu"])
 def test_builtin_config_states_the_estimates_of_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-    text = builtin_configs()[name]
+    text = read_builtin_configs()[name]
     count = 0 if name in ("qwen2.5-0.5b", "tower-openai-b16") else 1  # all estimates, or the first one, to save time
     updated = import_module("config_headers").update_header(name, text, count)
     assert updated == text, "run benchmarks/config_headers.py"
@@ -206,7 +206,7 @@ def test_recipes_page_has_the_values_of_the_configs() -> None:
             assert (name, setting) not in covered, f"docs/recipes.md has {setting} of {name} twice"
             covered.add((name, setting))
     for name in configs:
-        for stage, settings in yaml.safe_load(builtin_configs()[name]).items():
+        for stage, settings in yaml.safe_load(read_builtin_configs()[name]).items():
             for field in settings:
                 assert (name, f"{stage}.{field}") in covered, (
                     f"docs/recipes.md has no row for {stage}.{field} of {name}"
@@ -242,7 +242,7 @@ def test_columns_are_pairs_or_a_mapping(columns: str, tmp_path: Path) -> None:
 
 
 def test_hints_quote_paths_and_keep_the_column_mapping() -> None:
-    columns = column_flags({"captions": "the text"})
+    columns = format_column_flags({"captions": "the text"})
     assert format_command("evaluate", Path("my run/model"), "my data@test", *columns) == (
         "llm2clip evaluate 'my run/model' 'my data@test' --columns 'captions=the text'"
     )
@@ -256,7 +256,7 @@ def test_one_config_file_serves_every_stage(command: list[str], tmp_path: Path) 
     parser, _ = build_parser()
     save_or_check_config({"data": ["x.csv"], **dataclasses.asdict(FitConfig())}, tmp_path)
     out = [] if command[0] == "evaluate" else ["--out", "o"]
-    texts = {**{name: builtin_configs()[name] for name in FIT_CONFIGS}}
+    texts = {**{name: read_builtin_configs()[name] for name in FIT_CONFIGS}}
     texts[str(tmp_path / "config.yaml")] = (tmp_path / "config.yaml").read_text()
     for config, text in texts.items():
         args = parser.parse_args([*command, *out, "--config", config])[command[0]]
@@ -275,7 +275,7 @@ def test_config_file_with_unknown_settings_is_an_error(text: str, tmp_path: Path
 def test_configs_command_lists_each_config_with_a_description(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["configs"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(builtin_configs())
+    assert len(lines) == len(read_builtin_configs())
     assert any(line.startswith("llama-3.2-1b ") and "Llama-3.2-1B" in line for line in lines)
     assert all(line.endswith(".") for line in lines)  # the description is a complete sentence
 

@@ -21,13 +21,15 @@ def test_doctor_passes_on_a_working_machine(capsys: pytest.CaptureFixture[str], 
 
 
 def test_version_problem_names_missing_and_unsupported_packages() -> None:
-    assert doctor.version_problem(Requirement("torch>=2.6")) is None
-    assert doctor.version_problem(Requirement("torch<2")) == f"torch {metadata.version('torch')} does not satisfy <2"
-    assert doctor.version_problem(Requirement("no-such-package>=1")) == "no-such-package is not installed"
+    assert doctor.find_version_problem(Requirement("torch>=2.6")) is None
+    assert (
+        doctor.find_version_problem(Requirement("torch<2")) == f"torch {metadata.version('torch')} does not satisfy <2"
+    )
+    assert doctor.find_version_problem(Requirement("no-such-package>=1")) == "no-such-package is not installed"
 
 
 def test_requirements_are_grouped_by_extra() -> None:
-    base = {requirement.name for requirement in doctor.requirements()[""]}
+    base = {requirement.name for requirement in doctor.read_requirements()[""]}
     assert {"torch", "transformers", "timm"} <= base and "fastapi" not in base
 
 
@@ -39,7 +41,7 @@ def test_doctor_fails_and_names_a_fix(
         "search": [Requirement("no-such-package")],
         "dev": [Requirement("another-missing-package")],
     }
-    monkeypatch.setattr(doctor, "requirements", lambda: requirements)
+    monkeypatch.setattr(doctor, "read_requirements", lambda: requirements)
     (tmp_path / "file").touch()
     assert main(["doctor", "--offline", "--out", str(tmp_path / "file" / "runs")]) == 1
     error = capsys.readouterr().err

@@ -13,7 +13,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from tokenizers import AddedToken
 from transformers import AutoModel, AutoTokenizer, MistralConfig, MistralModel
 
-from llm2clip.cli.commands import builtin_configs
+from llm2clip.cli.commands import read_builtin_configs
 from llm2clip.models.convert.peft_encoder import load_adapter_encoder
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from official_reference import LLM_CONFIG, make_weights, save_llama2_tokenizer, save_llm, save_lora
@@ -23,7 +23,7 @@ DEEPSEEK_TOKENS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>
 
 
 def open_with_config(folder: Path, config: str) -> CaptionEncoder:
-    settings = yaml.safe_load(builtin_configs()[config])["encoder"]
+    settings = yaml.safe_load(read_builtin_configs()[config])["encoder"]
     return CaptionEncoder.from_pretrained(**{**settings, "path": str(folder)}, device="cpu")
 
 

@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 
 from conftest import make_llm, make_tower
 from llm2clip.cli import main
-from llm2clip.tools.reproduce.datasets import read_wordnet, split_in_two, split_sentences
+from llm2clip.tools.reproduce.datasets import join_halves, read_wordnet, split_sentences
 from llm2clip.tools.reproduce.statistics import (
     CONTRADICTED,
     HOLDS,
@@ -172,8 +172,8 @@ def test_bootstrap_interval_of_equal_values_is_exact() -> None:
 
 
 def test_split_in_two_and_split_sentences() -> None:
-    assert split_in_two(("a", "b", "c", "d", "e")) == ("a b", "c d e")
-    assert split_in_two(("a", "b", "c")) == ()
+    assert join_halves(("a", "b", "c", "d", "e")) == ("a b", "c d e")
+    assert join_halves(("a", "b", "c")) == ()
     assert split_sentences("A room. It has 2 chairs! Is it red?") == ["A room.", "It has 2 chairs!", "Is it red?"]
 
 

@@ -33,7 +33,7 @@ DATA_HELP = "Image-caption sources: PATH, or PATH@split+split to use only some s
 
 # Default value of each setting in a config file, grouped by section.
 FIT_SETTINGS: dict[str, Any] = dataclasses.asdict(FitConfig())
-# Names of the sections of config files. Modules whose commands have other sections add them.
+# Names of the sections of config files. Modules add the sections that only their own commands have.
 SECTIONS = {name for name, value in FIT_SETTINGS.items() if isinstance(value, dict) and value} | {"reproduce"}
 
 # Function that runs a command. It takes the parsed arguments and returns the lines to print at the end, such as the
@@ -63,7 +63,7 @@ class ArgumentParser(jsonargparse.ArgumentParser):
             message = _explain_error(message, parser)
         else:
             commands = list(parser._subcommands_action.choices)
-            problem = f"no command {words[0]!r}{suggest(words[0], commands)}" if words else "a COMMAND is missing"
+            problem = f"no command {words[0]!r}{suggest_names(words[0], commands)}" if words else "a COMMAND is missing"
             message = f"{problem}. Commands: {', '.join(commands)}"
         command = parser.prog.replace(" [options]", "")
         print(f"{command}: {message}\nFor help, run: {command} --help", file=sys.stderr)
@@ -73,7 +73,7 @@ class ArgumentParser(jsonargparse.ArgumentParser):
 def _explain_error(message: str, parser: Any) -> str:
     """Rewrite a jsonargparse error message so that users need not know Python types.
 
-    Unknown messages are returned unchanged.
+    A message in an unknown format is returned unchanged.
     """
     actions = {action.dest: action for action in parser._actions}
     flags = {dest: action.option_strings[0] for dest, action in actions.items() if action.option_strings}
@@ -84,7 +84,7 @@ def _explain_error(message: str, parser: Any) -> str:
     if message.startswith(unknown):
         words = message.removeprefix(unknown)
         name = next((word for word in words.split() if word.startswith("-")), words).partition("=")[0]
-        return f"unknown argument {name}{suggest(name, flags.values())}"
+        return f"unknown argument {name}{suggest_names(name, flags.values())}"
     if (match := re.match(r'Parser key "([^"]+)"', message)) and match[1] in actions:
         name = f"{parser.config_file}: {match[1]}" if parser.config_file else flags[match[1]]
         value = re.search(r"(?:Got value|Given value): (.*)|Not of type \w+: (.*) does not conform", message)
@@ -93,7 +93,7 @@ def _explain_error(message: str, parser: Any) -> str:
     return message
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
+def suggest_names(name: str, known: Iterable[str]) -> str:
     """Return " (did you mean X?)" with the most similar known names, or "" if no name is similar."""
     names = {other.lstrip("-"): other for other in known}  # otherwise the dashes would count as similar
     name = name.lstrip("-")
@@ -170,7 +170,7 @@ class ConfigFileAction(ActionConfigFile):
         parser.config_file = None
 
 
-def builtin_configs() -> dict[str, str]:
+def read_builtin_configs() -> dict[str, str]:
     """Return the configs included in the package, as a dict {name: YAML text}."""
     folder = files("llm2clip") / "configs"
     entries = [entry for entry in folder.iterdir() if entry.name.endswith(".yaml")]
@@ -186,11 +186,11 @@ def _read_config(file_or_name: str) -> dict[str, Any]:
         ValueError: The file is not valid YAML, or does not contain a mapping.
     """
     path = Path(file_or_name)
-    builtin = builtin_configs()
+    builtin = read_builtin_configs()
     if not path.is_file() and file_or_name not in builtin:
         raise FileNotFoundError(
-            f"no such file, and no built-in config has this name{suggest(file_or_name, builtin)}. Built-in configs: "
-            f"{', '.join(builtin)}"
+            f"no such file, and no built-in config has this name{suggest_names(file_or_name, builtin)}. Built-in "
+            f"configs: {', '.join(builtin)}"
         )
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8") if path.is_file() else builtin[file_or_name])
@@ -209,7 +209,7 @@ def _select_relevant_settings(settings: dict[str, Any], known: set[str]) -> dict
 
     Args:
         settings: Contents of a config file.
-        known: Names of the command's settings.
+        known: Names of all settings of the command.
 
     Raises:
         ValueError: No command has a setting with this name, or a section does not contain settings.
@@ -234,7 +234,7 @@ def _select_relevant_settings(settings: dict[str, Any], known: set[str]) -> dict
 
 def _check_name(name: str, known: set[str]) -> None:
     if name not in known:
-        raise ValueError(f"unknown setting {name}{suggest(name, known)}")
+        raise ValueError(f"unknown setting {name}{suggest_names(name, known)}")
 
 
 class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -277,7 +277,7 @@ def parse_columns(value: str | dict[str, str]) -> dict[str, str]:
     """Parse `field=column,field=column`. A dict is returned unchanged.
 
     Raises:
-        ValueError: The text has another form.
+        ValueError: The text does not have this form.
     """
     if isinstance(value, dict):
         return value
@@ -350,7 +350,7 @@ def format_command(*words: object) -> str:
     return shlex.join(["llm2clip", *map(str, words)])
 
 
-def column_flags(columns: dict[str, str]) -> list[str]:
+def format_column_flags(columns: dict[str, str]) -> list[str]:
     """Return the flags for a column mapping."""
     return ["--columns", ",".join(f"{field}={column}" for field, column in columns.items())] if columns else []
 

@@ -14,7 +14,7 @@ from llm2clip.cli.commands import (
     Commands,
     add_flags,
     add_reading_arguments,
-    column_flags,
+    format_column_flags,
     format_command,
     select_arguments,
 )
@@ -50,7 +50,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_class_arguments(EncoderConfig, "encoder")
     parser.add_class_arguments(EvaluateConfig, "evaluate", skip={"data"})
 
-    parser = commands.add("benchmarks", _benchmarks, "List the public benchmarks and where to download each of them.")
+    parser = commands.add("benchmarks", _benchmarks, "List the public benchmarks and their download locations.")
     parser.add_argument(
         "--root", type=str, default="data/benchmarks", help="Folder that contains one folder per benchmark."
     )
@@ -83,7 +83,7 @@ def _evaluate(args: Namespace) -> list[str]:
     options = EvaluateOptions(**select_arguments(args, *(field.name for field in fields(EvaluateOptions))))
     lines = evaluate_models(models, args.data or [], options, encoder=args.encoder, config=args.evaluate)
     if models and (args.data or args.benchmarks) and not models[0].endswith(".npz"):
-        data = [*(args.data or ["PHOTOS"]), *column_flags(args.columns)]
+        data = [*(args.data or ["PHOTOS"]), *format_column_flags(args.columns)]
         lines.append(f"Next: {format_command('index', *data, '--model', models[0], '--out', 'INDEX')}")
     return lines
 

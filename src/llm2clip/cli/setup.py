@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from llm2clip.cli.commands import Commands, builtin_configs
+from llm2clip.cli.commands import Commands, read_builtin_configs
 from llm2clip.runs.output_folder import check_output_folder
 
 
@@ -42,7 +42,7 @@ def _quickstart(args: Namespace) -> list[str]:
 
 
 def _configs(args: Namespace) -> list[str]:
-    configs = builtin_configs()
+    configs = read_builtin_configs()
     width = max(map(len, configs))
     # The first line of each file is a comment that describes the config.
     return [f"{name:<{width}}  {text.splitlines()[0].removeprefix('#').strip()}" for name, text in configs.items()]

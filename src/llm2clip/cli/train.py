@@ -15,7 +15,7 @@ from llm2clip.cli.commands import (
     ArgumentParser,
     Commands,
     add_reading_arguments,
-    column_flags,
+    format_column_flags,
     format_command,
     select_arguments,
 )
@@ -125,7 +125,7 @@ def _tune(args: Namespace) -> list[str]:
     from llm2clip.pipeline import run_tune
 
     encoder = run_tune(args.data, Path(args.out), _make_config(args))
-    flags = [*column_flags(args.columns), "--encoder.path", encoder, "--out", "STORE"]
+    flags = [*format_column_flags(args.columns), "--encoder.path", encoder, "--out", "STORE"]
     hint = format_command("embed", *(args.data or ["DATA"]), *flags)
     return [f"Caption encoder: {encoder}", f"Next: {hint}"]
 
@@ -138,7 +138,7 @@ def _embed(args: Namespace) -> list[str]:
 
     out = Path(args.out)
     store = run_embed(args.data, out, _make_config(args), **select_arguments(args, "phrases", "engine", "ray_workers"))
-    flags = [*column_flags(args.columns), "--store", out, *_make_encoder_flags(args.encoder), "--out", "RUN"]
+    flags = [*format_column_flags(args.columns), "--store", out, *_make_encoder_flags(args.encoder), "--out", "RUN"]
     return [f"Store: {out} ({len(store):,} captions)", f"Next: {format_command('align', *args.data, *flags)}"]
 
 
@@ -166,7 +166,7 @@ def _make_config(args: Namespace) -> FitConfig:
 
 def _format_model_hints(model: Path, args: Namespace, *flags: str) -> list[str]:
     """Format the next commands for a trained model. `flags` are additional arguments of `evaluate`."""
-    columns, index = column_flags(args.columns), model.parent / "index"
+    columns, index = format_column_flags(args.columns), model.parent / "index"
     return [
         f"Next: {format_command('evaluate', model, *args.data, *columns, *flags)}",
         f"      {format_command('index', *args.data, *columns, '--model', model, '--out', index)}",
@@ -176,7 +176,7 @@ def _format_model_hints(model: Path, args: Namespace, *flags: str) -> list[str]:
 def _make_encoder_flags(encoder: EncoderConfig) -> list[str]:
     """Return --encoder flags for all settings that differ from the defaults.
 
-    They must be repeated in later commands, because a store works only with the encoder config that wrote it.
+    Commands that use a store need these flags, because a store works only with the encoder config that created it.
     """
     flags = []
     for name, value in vars(encoder).items():

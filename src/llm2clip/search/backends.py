@@ -37,7 +37,7 @@ class IndexedImage:
     Args:
         name: Canonical path in the form `FILE`, `TAR!MEMBER` or `TABLE[ROW].COLUMN`. Unique within an index.
         ref: Reference to the image's bytes.
-        source: Source from which the image was read, with an absolute path.
+        source: Image source in the format of `open_records`. Its path is absolute.
         file_version: Size and modification time of the file, used to detect changes.
         captions: Captions of the image. Empty if the source has no captions.
         taken: Unix timestamp at which the photo was taken, from EXIF. If there is no EXIF date, the file's
@@ -217,7 +217,7 @@ class Backend(Protocol):
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
         """Return the state of each indexed image of the given sources, keyed by image name.
 
-        This includes images that were read from another source if their path is inside one of the given sources.
+        Images that were read from another source are included if their path is inside one of the given sources.
         """
         ...
 
@@ -261,7 +261,6 @@ class Backend(Protocol):
         Args:
             vector: L2-normalised query vector of shape (D,), float32, or None.
             count: Maximum number of hits.
-            image_filter: Conditions that every hit must meet.
             offset: Number of hits to skip.
         """
         ...

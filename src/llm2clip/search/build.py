@@ -72,8 +72,6 @@ def build_index(
 
     Args:
         sources: Image sources in the format of `open_records`. Captions are optional. Folders are read recursively.
-        model: Model that encodes the images.
-        backend: Index to build or update.
         log: Skip log for images that cannot be read.
         columns: Column names of the sources, keyed by llm2clip field.
         batch_size: Number of images per forward pass and per commit.
@@ -215,8 +213,8 @@ def _read_images(
     """Read and hash image files.
 
     Returns:
-        A list of images whose content is already in the index, each with its content hash, and a dict of all other
-        readable images, grouped by content hash.
+        Two collections of readable images. The first one is a list of images whose content is already in the index, in
+        pairs with the content hash. The second one is a dict of all other images, grouped by content hash.
     """
     readable: list[tuple[IndexedImage, bytes]] = []
     for image in ProgressBar(images, desc="read", unit="image"):

@@ -98,7 +98,7 @@ class CaptionIndex:
         """Return an index without the captions of the removed contents and with additional captions.
 
         Args:
-            removed: Ids of contents, of shape (N,), int64.
+            removed: Ids of the removed contents, of shape (N,), int64.
             rows: Row, content id and captions (a JSON list) of each additional image.
         """
         blocks = []

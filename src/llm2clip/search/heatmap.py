@@ -77,7 +77,6 @@ def draw_heatmaps(model: DualEncoder, query: np.ndarray, hits: Sequence[Hit], ba
     Args:
         model: Model that embedded the query.
         query: Query vector, of shape (D,), float32, L2-normalised.
-        hits: Search results.
         backend: Index that returned the hits.
 
     Raises:

@@ -46,9 +46,7 @@ class InferenceService:
     ) -> None:
         """
         Args:
-            model: Model that encodes texts and images.
             backend: Index to search. If None, the server only computes embeddings.
-            limits: Resource limits for requests.
             model_thread: Single-threaded executor in which the model was loaded and will run. On a CPU, each thread
                 that runs PyTorch operations has its own pool of OpenMP threads. If there are more OpenMP threads than
                 cores, they do not busy-wait between operations, which halves the model's speed.
@@ -145,7 +143,7 @@ class InferenceService:
     async def search(self, request: SearchRequest) -> bytes:
         """Embed a query, search the index and return the results. Without a query, return the newest images first.
 
-        The result is a `SearchResponse` as JSON. It is created in the search thread, because it can be large.
+        Return a `SearchResponse` as JSON. The search thread serializes it, because the response can be large.
 
         Raises:
             NotFound: The server has no index, or an id in the request is not in the index.
@@ -172,7 +170,7 @@ class InferenceService:
 
         Raises:
             NotFound: The server has no index, an id is not in the index, or the image file has been changed or removed.
-            TooLarge: The hit's image has too many pixels, or its file is too large.
+            TooLarge: The hit's image has too many pixels, or the image file is too large.
             ValueError: The query is empty, there are too many cells, or the model has no dense features, does not
                 support the variant, or returned NaN or infinity.
             ImageError: The hit's image cannot be decoded.

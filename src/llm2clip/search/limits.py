@@ -163,7 +163,7 @@ class LimitedConnection(H11Protocol):
     def _abort_one_connection(self) -> None:
         """Abort the oldest connection, preferably an idle one, of the client with the most connections.
 
-        The new connection is itself idle. If the client's other connections are all busy, it is the one to be aborted.
+        A new connection counts as idle, so it is aborted if all other connections of its client are busy.
         """
         largest = max(self.by_client.values(), key=len)
         oldest = next(iter(largest))

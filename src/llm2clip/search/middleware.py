@@ -68,7 +68,7 @@ class Authenticator:
         scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and self.is_token(bearer):
             return True
-        end = self._sessions.get(request.cookies.get(_cookie_name(request), ""))
+        end = self._sessions.get(request.cookies.get(_make_cookie_name(request), ""))
         return end is not None and time.monotonic() < end
 
     def is_token(self, text: str) -> bool:
@@ -82,7 +82,7 @@ class Authenticator:
         if len(self._sessions) > MAX_SESSIONS:
             del self._sessions[next(iter(self._sessions))]
         response.set_cookie(
-            _cookie_name(request),
+            _make_cookie_name(request),
             session,
             max_age=SESSION_SECONDS,
             httponly=True,
@@ -91,7 +91,7 @@ class Authenticator:
         )
 
 
-def _cookie_name(request: Request) -> str:
+def _make_cookie_name(request: Request) -> str:
     """Return a cookie name that contains the server's port, so that two servers on a host do not share a cookie."""
     server = request.scope.get("server")
     return f"llm2clip_session_{server[1] if server else 0}"

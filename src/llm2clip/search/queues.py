@@ -116,7 +116,7 @@ class Batcher(Generic[Item, Result]):
             self._last_seconds = time.perf_counter() - start
 
     async def _next_batch(self) -> list[_Pending[Item, Result]]:
-        """Wait for items and return those that have not been cancelled. The list may be empty."""
+        """Wait for items and return the next batch without cancelled items, which may be empty."""
         batch = [await self._queue.get()]
         if len(self) + 1 < self._last_size:
             await asyncio.sleep(min(MAX_WAIT, self._last_seconds / 10))
@@ -153,7 +153,7 @@ def _cancel_pending(entries: Sequence[_Pending[Item, Result]]) -> None:
 
 
 class FairThreadPool:
-    """Thread pool in which a client with many jobs delays other clients by only a few of them.
+    """Thread pool in which a client with many jobs delays other clients by only a few jobs.
 
     Each client may have as many jobs in the pool's queue as there are threads. Its remaining jobs wait outside the
     queue.
@@ -162,7 +162,6 @@ class FairThreadPool:
     def __init__(self, threads: int, unit: str, max_waiting: int, initializer: Callable[[], Any] | None = None) -> None:
         """
         Args:
-            threads: Number of threads.
             unit: What a job processes, in the plural, such as "images". Used in error messages and thread names.
             max_waiting: Maximum number of jobs that are waiting or running.
             initializer: Function that each thread calls when it starts.

@@ -105,7 +105,6 @@ def write_contact_sheet(
 
     Args:
         query: Description of the query, shown above the images.
-        hits: Search results, at least one.
         backend: Index that returned the hits.
         folder: Folder to write the page to. Default: a new temporary folder.
         heatmaps: JPEG images to show instead of thumbnails, keyed by hit id. See `search.heatmap.draw_heatmaps`.
@@ -116,7 +115,7 @@ def write_contact_sheet(
     for rank, hit in enumerate(hits, 1):
         label = f"{rank}. {_format_score_or_date(hit)} {Path(hit.images[0].name).name}"
         jpeg = (heatmaps or {}).get(hit.id) or backend.thumbnail(hit.id)
-        images.append(ResultImage(jpeg, None, label, _file_url(hit)))
+        images.append(ResultImage(jpeg, None, label, _make_file_url(hit)))
     text = f"{len(hits)} images, most similar first, each with its rank and cosine similarity."
     if hits[0].score is None:
         text = f"{len(hits)} images, newest first, each with its rank and date."
@@ -127,7 +126,7 @@ def write_contact_sheet(
     return write_report(folder, "results", "Search results", blocks)[1]
 
 
-def _file_url(hit: Hit) -> str | None:
+def _make_file_url(hit: Hit) -> str | None:
     """Return the URL of an image file, or of the tar file or table that contains the image, if it still exists."""
     path = Path(hit.images[0].container)
     return path.as_uri() if path.is_absolute() and path.exists() else None

@@ -149,8 +149,6 @@ def make_server_config(app: FastAPI, host: str, port: int, behind_proxy: bool) -
 
     Args:
         app: Application, from `create_app`.
-        host: Address to listen on.
-        port: Port to listen on.
         behind_proxy: If True, the headers `X-Forwarded-For` and `X-Forwarded-Proto` of requests from 127.0.0.1 (or from
             the addresses in the environment variable FORWARDED_ALLOW_IPS) set the client's address and scheme. If
             False, they are ignored, because clients could use them to evade the limits per client.

@@ -78,7 +78,6 @@ class SqliteBackend:
     def __init__(self, folder: Path, write: bool = False, approximate_above: int = APPROXIMATE_ABOVE) -> None:
         """
         Args:
-            folder: Folder of the index.
             write: If True, open the index for writing, and create it if it does not exist. Only the current user can
                 read a new index.
             approximate_above: Number of distinct images at which `finish` starts to build an HNSW graph, which makes
@@ -166,7 +165,7 @@ class SqliteBackend:
         if len(ids) >= self.approximate_above:
             with self._db.snapshot() as db:
                 max_abs = _read_max_abs(db)
-            update_graph(self.folder, ids, self._fetch_vectors, self._dim(), max_abs)
+            update_graph(self.folder, ids, self._fetch_vectors, self._read_dim(), max_abs)
             for name in (GRAPH_FILE, GRAPH_STATE_FILE):
                 shutil.copymode(self._db.file, self.folder / name)
 
@@ -233,7 +232,7 @@ class SqliteBackend:
     ) -> tuple[IndexedImage, ...]:
         """Return at most MAX_LOCATIONS images with a content that meet SQL conditions, sorted by name.
 
-        If there are more, return the images that were indexed first, because SQLite can stop reading after them.
+        If there are more images, return those indexed first, because SQLite can then stop reading.
         """
         where = " AND ".join(["content = :content", *conditions])
         sql = f"SELECT {IMAGE_COLUMNS} FROM images WHERE {where} ORDER BY rowid LIMIT :limit"
@@ -258,7 +257,7 @@ class SqliteBackend:
         rows: np.ndarray | None = None
         with self._db.snapshot() as db:
             if conditions or newest_first:
-                # Images that meet all conditions except the one on captions, with the fields of MATCH.
+                # The fields of MATCH for all images that meet every condition except the caption condition.
                 cursor = db.execute(
                     "SELECT images.rowid, contents.id, taken FROM images JOIN contents ON contents.id = content "
                     f"WHERE {' AND '.join(conditions) or 'true'}",
@@ -308,7 +307,7 @@ class SqliteBackend:
             return index
 
     def _current_graph(self, graph_time: int) -> Any:
-        """Return the graph, or None if it is damaged or its ids differ from those in the database."""
+        """Return the graph, or None if the graph is damaged or does not contain exactly the ids in the database."""
         opened: tuple[Any, GraphState] | None = self._get_cached("graph", graph_time, lambda: open_graph(self.folder))
         if opened is None:
             return None
@@ -346,7 +345,7 @@ class SqliteBackend:
             chunk = ids[start : start + IDS_PER_QUERY].tolist()
             placeholders = ", ".join("?" * len(chunk))
             vectors.update(self._db.query(f"SELECT id, vector FROM contents WHERE id IN ({placeholders})", chunk))
-        dim = self._dim()
+        dim = self._read_dim()
         zeros = bytes(2 * dim)
         joined = b"".join(vectors.get(content_id, zeros) for content_id in ids.tolist())
         return np.frombuffer(joined, "<f2").reshape(-1, dim)
@@ -355,7 +354,7 @@ class SqliteBackend:
         rows = self._db.query("SELECT id FROM contents ORDER BY id")
         return np.array([content_id for (content_id,) in rows], dtype=np.int64)
 
-    def _dim(self) -> int:
+    def _read_dim(self) -> int:
         return int(self.metadata()["embed_dim"])
 
     def _get_cached(self, name: str, state: Any, compute: Callable[[], Any]) -> Any:

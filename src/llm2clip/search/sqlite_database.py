@@ -76,7 +76,7 @@ class SqliteDatabase:
     def __init__(self, folder: Path, write: bool) -> None:
         """
         Args:
-            folder: Folder of the index, which must exist.
+            folder: Index folder, which must exist.
             write: If True, open the database for writing, and create it if it does not exist. Only the current user can
                 read a new database.
 
@@ -111,7 +111,7 @@ class SqliteDatabase:
         """Run a statement and return all rows."""
         with self._lock, self._convert_errors():
             if self._immutable_state is not None:
-                state = self._file_state()
+                state = self._read_file_state()
                 if state != self._immutable_state:  # another process with write access has changed the file
                     self._immutable_state, self.connection = state, self._connect()
             return self.connection.execute(sql, parameters).fetchall()
@@ -148,7 +148,7 @@ class SqliteDatabase:
         return LogState(schema, self._immutable_state, last)
 
     def can_update(self, db: sqlite3.Connection, old: LogState, new: LogState) -> bool:
-        """Return True if the log contains all changes between two states, and there are not too many of them."""
+        """Return True if the log contains all changes between two states, and they are few enough for an update."""
         if old[:2] != new[:2] or new.last - old.last > MAX_LOG_LENGTH:
             return False
         ((first,),) = db.execute("SELECT coalesce(min(id), 1) FROM changes")
@@ -171,12 +171,12 @@ class SqliteDatabase:
                 has_unmerged_writes = log.exists() and log.stat().st_size > 0
                 if os.access(self.file.parent, os.W_OK) or has_unmerged_writes:
                     raise
-                self._immutable_state = self._file_state()
+                self._immutable_state = self._read_file_state()
         if self._immutable_state is not None:
             db = sqlite3.connect(f"{self.file.absolute().as_uri()}?immutable=1", uri=True, **options)
         return db
 
-    def _file_state(self) -> tuple[int, int]:
+    def _read_file_state(self) -> tuple[int, int]:
         """Return the size and modification time of the database file."""
         stat = self.file.stat()
         return stat.st_size, stat.st_mtime_ns

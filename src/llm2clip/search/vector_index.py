@@ -91,7 +91,6 @@ class QuantizedVectors:
 
         Args:
             query_code: Quantized query of shape (D,), int8.
-            count: Maximum number of ids.
             allowed_ids: Sorted ids of the vectors to consider. Default: all vectors.
         """
         best_ids, best_distances = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
@@ -146,7 +145,6 @@ class VectorIndex:
 
         Args:
             query: Query vector of shape (D,), float32, L2-normalised.
-            count: Maximum number of results.
             allowed_ids: Sorted ids of the vectors to search. Default: all vectors.
         """
         ids = self._find_candidates(query, max(4 * count, MIN_CANDIDATES), allowed_ids)
@@ -196,8 +194,8 @@ def update_graph(
         dim: Vector dimension, D.
         max_abs: Largest absolute value in any vector. If this value has grown by 10% or more since the graph
             was built, the graph is rebuilt.
-        threads: Number of threads that add vectors. 0 means all cores. With more than one thread, the order in which
-            vectors are added, and thus the graph, differs between runs.
+        threads: Number of threads that add vectors. 0 means all cores. With several threads, the graph differs
+            between runs, because the order in which vectors are added is not deterministic.
     """
     graph_file, state_file = folder / GRAPH_FILE, folder / GRAPH_STATE_FILE
     scale = 127 / max_abs

@@ -79,7 +79,7 @@ def format_checks(checks: list[Check]) -> list[str]:
     return [*lines, "", summary]
 
 
-def requirements() -> dict[str, list[Requirement]]:
+def read_requirements() -> dict[str, list[Requirement]]:
     """Return the package's requirements, keyed by extra. The key "" contains the requirements of the base install."""
     by_extra: dict[str, list[Requirement]] = {}
     for line in metadata.requires("llm2clip") or []:
@@ -90,7 +90,7 @@ def requirements() -> dict[str, list[Requirement]]:
     return by_extra
 
 
-def version_problem(requirement: Requirement) -> str | None:
+def find_version_problem(requirement: Requirement) -> str | None:
     """Describe the problem with the installed version of a package. Return None if there is no problem."""
     try:
         version = metadata.version(requirement.name)
@@ -104,7 +104,7 @@ def version_problem(requirement: Requirement) -> str | None:
 def check_packages() -> Iterator[Check]:
     """Check the versions of the packages that the base install requires."""
     versions = f"llm2clip {metadata.version('llm2clip')}, Python {platform.python_version()}"
-    problems = _find_problems(requirements().get("", []))
+    problems = _find_problems(read_requirements().get("", []))
     if problems:
         fix = f"{sys.executable} -m {install_command()}"
         yield Check("packages", f"{versions}; {', '.join(problems)}", fix, failed=True)
@@ -114,7 +114,7 @@ def check_packages() -> Iterator[Check]:
 
 def check_extras() -> Iterator[Check]:
     """Check which optional features are installed."""
-    for extra, packages in sorted(requirements().items()):
+    for extra, packages in sorted(read_requirements().items()):
         if not extra or extra in DEVELOPER_EXTRAS:
             continue
         problems = _find_problems(packages)
@@ -230,4 +230,4 @@ def check_hub() -> Iterator[Check]:
 
 
 def _find_problems(packages: list[Requirement]) -> list[str]:
-    return [problem for package in packages if (problem := version_problem(package))]
+    return [problem for package in packages if (problem := find_version_problem(package))]

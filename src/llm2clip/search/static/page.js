@@ -9,13 +9,13 @@ const MAX_UPLOAD = 20 << 20; // in bytes; files that the browser cannot decode a
 const MAX_OFFSET = 10000; // the server has the same limit
 const query = { images: [], like: [], negativeLike: [] }; // images are {uri, name}; the others contain hit ids
 const FIELDS = { q: "text", without: "negative", caption: "caption", path: "path", after: "after", before: "before",
-  min_side: "min_side" }; // name in the address -> id of the input element
+  min_side: "min_side" }; // URL parameter -> id of the input element
 const FILTER_LABELS = { negative: "without", caption: "caption contains", path: "in", after: "after", before: "before",
   min_side: "shorter side at least" };
 const DARKEST = 0.8; // opacity of the heat map over the least similar cell
 let hits = [];
 let searchedRequest = null; // request that returned the hits
-let total = 0; // number of images that meet its filter
+let total = 0; // number of images that meet the filter of that request
 let openIndex = -1; // index of the hit in the detail view; -1 before the first hit is opened
 let lastRequest = 0;
 
@@ -139,7 +139,7 @@ function showStatus(text, isError = false) {
   $("status").classList.toggle("error", isError);
 }
 
-// ---- address --------------------------------------------------------------------------------------------------------
+// ---- URL ------------------------------------------------------------------------------------------------------------
 
 function updateAddress() {
   const parameters = new URLSearchParams();

@@ -138,9 +138,8 @@ def measure_text_costs(encoder: EncoderConfig, tune: TuneConfig, tokens: float, 
     """Measure the costs of a caption encoder.
 
     Args:
-        encoder: Settings of the caption encoder.
         tune: Settings of the `tune` stage; `tune.precision` must be fp32, bf16 or fp16.
-        tokens: Number of tokens per caption.
+        tokens: Number of tokens per caption, including the template.
         is_cpu: If True, decoders use the packed attention of CPUs, which is not fused.
 
     Raises:
@@ -349,16 +348,16 @@ def _count_linear(module: nn.Module) -> int:
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
-def _attention_flop(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def _count_attention_flop(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     """Return the FLOPs of QK^T and PV. The arguments are shapes (..., tokens, dim)."""
     return int(2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1]))
 
 
-def _attention_backward_flop(_grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return 2 * _attention_flop(query, key, value)
+def _count_attention_backward_flop(_grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return 2 * _count_attention_flop(query, key, value)
 
 
-def _convolution_backward_flop(grad: Any, _input: Any, weight: Any, _bias: Any, *settings: Any, **_: Any) -> int:
+def _count_convolution_backward_flop(grad: Any, _input: Any, weight: Any, _bias: Any, *settings: Any, **_: Any) -> int:
     """Return the forward FLOPs times the number of requested gradients (input, weight).
 
     PyTorch's own formula ignores groups and therefore greatly overestimates the FLOPs of EfficientNet.
@@ -368,7 +367,7 @@ def _convolution_backward_flop(grad: Any, _input: Any, weight: Any, _bias: Any, 
 
 
 _FLOP_FORMULAS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flop,
-    torch.ops.aten.convolution_backward: _convolution_backward_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _count_attention_backward_flop,
+    torch.ops.aten.convolution_backward: _count_convolution_backward_flop,
 }

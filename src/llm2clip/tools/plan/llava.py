@@ -34,7 +34,6 @@ class LlavaStage:
     Args:
         name: `pretrain` or `instruct`.
         config: Training settings, with the precision of the device.
-        machine: Type and number of the devices.
         llm: Costs of the LLM's layers for one conversation, including its image tokens.
         head: Number of weights in the LLM's head, counted even if they are tied to the input embeddings.
         parameters: Number of parameters in each part of the model.
@@ -135,8 +134,6 @@ def plan_llava(
     """Estimate the cost of both training stages.
 
     Args:
-        config: Training settings.
-        machine: Type and number of the devices.
         llm: Causal LLM. No network access is required if `model_configs.py` lists the LLM.
         vision: Vision tower. No network access is required if `model_configs.py` lists the tower.
         image_size: Image size in pixels. Default: the training resolution of the tower.

@@ -166,8 +166,6 @@ def suggest_settings(
     Combinations that only add flags to an earlier suggestion are omitted.
 
     Args:
-        config: Settings of the stage.
-        machine: Type and number of the devices.
         memory: Function that returns the memory per component of the stage for a config and a machine.
     """
     if isinstance(config, TuneConfig):

@@ -99,7 +99,7 @@ class Plan:
                 self.config.tune, self.machine, lambda config, machine: estimate_tune_memory(self.text, config, machine)
             )
         if stage == "align":
-            return suggest_settings(self.config.align, self.machine, self._changed_align_memory)
+            return suggest_settings(self.config.align, self.machine, self._estimate_changed_align_memory)
         return []
 
     @property
@@ -126,15 +126,14 @@ class Plan:
     def online(self) -> tuple[float, float]:
         """Costs of running the LLM in every `align` step, relative to training with an embedding store.
 
-        The first value is the ratio of FLOPs per step, and the second the ratio of the total time for `embed` and
-        `align`.
+        Return the ratio of the FLOPs per step and the ratio of the total time for `embed` and `align`.
         """
         text_flop, step_flop = self.image.captions * self.text.forward, self.step_flop["total"]
         all_flop = self.images * self.config.align.epochs * text_flop
         hours = self.hours["align"] + self.machine.estimate_hours(all_flop, self.config.embed.precision, "embed")
         return (step_flop + text_flop) / step_flop, hours / (self.hours["embed"] + self.hours["align"])
 
-    def _changed_align_memory(self, config: AlignConfig, machine: Machine) -> Parts:
+    def _estimate_changed_align_memory(self, config: AlignConfig, machine: Machine) -> Parts:
         same_model = config.lora_r == self.config.align.lora_r
         image = self.image if same_model else measure_image_costs(config, self.text.embed_dim, self.image.captions)
         return estimate_align_memory(image, self.text, config, machine)
@@ -146,9 +145,6 @@ def plan_fit(
     """Estimate the parameters, FLOPs, memory and hours of a `fit` run.
 
     Args:
-        config: Settings for all stages.
-        machine: Type and number of the devices.
-        images: Number of training images.
         captions_per_image: Average number of captions per image. All captions are assumed to be distinct.
         tokens_per_caption: Average number of tokens per caption, including the template.
 

@@ -98,8 +98,8 @@ def prepare_emoji_records(
 ) -> Path:
     """Return the folder of the data set, which contains `captions.jsonl` and `images/`.
 
-    If the folder does not exist, the data set is created first. This downloads 32 MB, takes about 10 seconds on one
-    core and uses 12 MB of disk space.
+    If the folder does not exist, create the data set first, which downloads 32 MB, takes about 10 seconds on one core
+    and uses 12 MB of disk space.
 
     Args:
         folder: Folder of the data set. Default: a folder in the user's cache directory.

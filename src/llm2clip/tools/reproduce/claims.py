@@ -84,7 +84,7 @@ def long_captions(experiments: Experiments) -> Claim:
     for name in (BASELINE, LLM_CC, MULTILINGUAL_RAW, MULTILINGUAL_CC):
         hits[name] = [experiments.hits(name, test, "T2I") for test in tests]
         label = experiments.label(name)
-        claim.rows.append([label, *map(_mean_percent, hits[name])])
+        claim.rows.append([label, *map(_compute_mean_percent, hits[name])])
         claim.curves[label] = [bootstrap_interval(test_hits) for test_hits in hits[name]]
     for name, reference in (
         (LLM_CC, BASELINE),
@@ -93,7 +93,7 @@ def long_captions(experiments: Experiments) -> Claim:
     ):
         gains = [high - low for high, low in zip(hits[name], hits[reference], strict=True)]
         label = f"gain of {experiments.label(name)} over {experiments.label(reference)}"
-        claim.rows.append([label, *map(_mean_percent, gains)])
+        claim.rows.append([label, *map(_compute_mean_percent, gains)])
         first, last = f"{label}, first sentence", "the same gain, whole caption"
         claim.comparisons.append(compare_hits(first, last, "T2I R@1", gains[0], gains[-1]))
     num_images = hits[LLM_CC][0].shape[1]
@@ -187,7 +187,13 @@ def _fill_retrieval_table(experiments: Experiments, claim: Claim, names: Sequenc
         i2t, t2i = experiments.hits(name, test, "I2T"), experiments.hits(name, test, "T2I")
         mean_hits[name] = (i2t + t2i) / 2
         mean, low, high = bootstrap_interval(mean_hits[name])
-        row = [experiments.label(name), _mean_percent(i2t), _mean_percent(t2i), mean, _format_limits(low, high)]
+        row = [
+            experiments.label(name),
+            _compute_mean_percent(i2t),
+            _compute_mean_percent(t2i),
+            mean,
+            _format_limits(low, high),
+        ]
         claim.rows.append(row)
     return mean_hits
 
@@ -203,7 +209,7 @@ def _compare_pairs(
     return comparisons
 
 
-def _mean_percent(hits: Tensor) -> float:
+def _compute_mean_percent(hits: Tensor) -> float:
     return 100 * float(hits.mean())
 
 

@@ -40,15 +40,15 @@ class ClaimData:
     def tune(self) -> list[ImageCaptions]:
         """Captions for the `tune` stage.
 
-        Images with at least four short captions and no long captions get two long captions from `split_in_two`.
+        Images with at least four short captions and no long captions get two long captions from `join_halves`.
         """
         long_sources = self.config.long_caption_sources
         existing = [source for source in long_sources if (self.folder / Source.parse(source).path).exists()]
         excluded = [*self.config.exclude, *self.config.test, *self.config.cra, *existing]
-        config = TuneConfig(data=self._paths(self.config.tune), exclude=self._paths(excluded), steps=0)
+        config = TuneConfig(data=self._resolve_paths(self.config.tune), exclude=self._resolve_paths(excluded), steps=0)
         (items,) = read_tuning_sources([], [], config, {}, self.log)
         images = [item for item in items if isinstance(item, ImageCaptions)]
-        return [dataclasses.replace(image, long=image.long or split_in_two(image.short)) for image in images]
+        return [dataclasses.replace(image, long=image.long or join_halves(image.short)) for image in images]
 
     @cached_property
     def text_pairs(self) -> list[Pair]:
@@ -57,14 +57,14 @@ class ClaimData:
         The list is empty if WordNet is required but not installed.
         """
         if self.config.text_pairs:
-            sources = self._paths(self.config.text_pairs)
+            sources = self._resolve_paths(self.config.text_pairs)
             return [pair for source in sources for pair in read_text_pairs(source, self.log)]
         return list(read_wordnet(WORDNET)) if (WORDNET / f"data.{PARTS_OF_SPEECH[0]}").exists() else []
 
     @cached_property
     def cra(self) -> list[tuple[str, ...]]:
         """Captions of each image, for measuring caption retrieval accuracy (CRA)."""
-        return [record.captions for record in self._read(self.config.cra, images=False)]
+        return [record.captions for record in self._read_records(self.config.cra, images=False)]
 
     @cached_property
     def train(self) -> list[Record]:
@@ -74,8 +74,8 @@ class ClaimData:
         images would double the embedding time.
         """
         tested = [*self.config.test, *self.config.long_caption_sources]
-        records = [record for record in self._read(self.config.train) if record.image is not None]
-        is_tested = same_image_filter(self._read(tested), records)
+        records = [record for record in self._read_records(self.config.train) if record.image is not None]
+        is_tested = same_image_filter(self._read_records(tested), records)
         train = [record for record in records if not is_tested(record)]
         if len(train) < len(records):
             print_once(f"{len(records) - len(train):,} test images excluded from training")
@@ -87,7 +87,7 @@ class ClaimData:
     @cached_property
     def captions_test(self) -> list[Record]:
         """Test images with their English captions."""
-        return self._held_out([])["captions"]
+        return self._read_held_out([])["captions"]
 
     @cached_property
     def foreign_test(self) -> list[Record]:
@@ -99,7 +99,7 @@ class ClaimData:
         column = self.config.foreign_column
         if not column:
             raise ValueError("no column with captions in another language: set --reproduce.foreign_column")
-        return self._held_out([column])[column]
+        return self._read_held_out([column])[column]
 
     @cached_property
     def long_caption_tests(self) -> dict[str, list[Record]]:
@@ -111,7 +111,7 @@ class ClaimData:
         Raises:
             ValueError: There are no images with long captions.
         """
-        records = [record for record in self._read(self.config.long_caption_sources) if record.long_captions]
+        records = [record for record in self._read_records(self.config.long_caption_sources) if record.long_captions]
         if not records:
             raise ValueError("no images with long captions: set --reproduce.long_caption_sources")
         sentences = [split_sentences(record.long_captions[0]) for record in records]
@@ -138,19 +138,19 @@ class ClaimData:
             return self.foreign_test
         return self.long_caption_tests[name]
 
-    def _paths(self, sources: Sequence[str]) -> list[str]:
+    def _resolve_paths(self, sources: Sequence[str]) -> list[str]:
         return [str(self.folder / source) for source in sources]
 
-    def _read(self, sources: Sequence[str], images: bool = True) -> list[Record]:
-        records = read_merged_records(self._paths(sources), {}, self.log, "header" if images else "unchecked")
+    def _read_records(self, sources: Sequence[str], images: bool = True) -> list[Record]:
+        records = read_merged_records(self._resolve_paths(sources), {}, self.log, "header" if images else "unchecked")
         return [record for _, record in records]
 
-    def _held_out(self, fields: list[str]) -> dict[str, list[Record]]:
-        config = EvaluateConfig(data=self._paths(self.config.test), fields=fields)
+    def _read_held_out(self, fields: list[str]) -> dict[str, list[Record]]:
+        config = EvaluateConfig(data=self._resolve_paths(self.config.test), fields=fields)
         return read_splits([], config, {}, self.log).held_out
 
 
-def split_in_two(captions: Sequence[str]) -> tuple[str, ...]:
+def join_halves(captions: Sequence[str]) -> tuple[str, ...]:
     """Join the first half of an image's captions into one long caption and the second half into another.
 
     Return an empty tuple if there are fewer than four captions.

@@ -153,7 +153,7 @@ class Experiments:
         """Return the per-image hits of all models trained with a caption encoder. Their mean is R@1.
 
         Args:
-            name: Name of the caption encoder.
+            name: Key of the caption encoder in `encoders`.
             test: Name of the test. See `ClaimData.test`.
             direction: I2T or T2I. For I2T, the hit value of an image is 1 if the top-ranked caption is correct, and 0
                 otherwise. For T2I, it is the number of the image's captions that retrieve the image at rank 1, divided

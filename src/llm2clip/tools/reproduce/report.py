@@ -34,7 +34,6 @@ def make_report_blocks(claims: Sequence[Claim], config: ReproduceConfig, command
 
     Args:
         claims: Claims to report, including claims that could not be tested.
-        config: Settings of the run.
         command: Shell command that started the run.
     """
     summary = [[claim.number, claim.title, claim.verdict] for claim in claims]

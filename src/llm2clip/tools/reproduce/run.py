@@ -28,9 +28,8 @@ def reproduce(data: Path, out: Path, config: ReproduceConfig, claims: Sequence[i
 
     Args:
         data: Data folder. The source paths in the config are relative to this folder.
-        out: Run directory.
         config: Data sources, models and training settings.
-        claims: Numbers of the claims to test.
+        claims: Numbers of the claims to test, from 1 to 6.
         max_skipped: Abort if more than this fraction of the rows cannot be used.
 
     Returns:

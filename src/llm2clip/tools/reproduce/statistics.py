@@ -108,9 +108,9 @@ class Claim:
     def verdict(self) -> str:
         """Verdict on the claim.
 
-        If all comparisons have the same verdict, it is also the verdict on the claim. Otherwise, the claim's verdict is
-        PARTLY_HOLDS if a comparison holds, CONTRADICTED if one is contradicted, and INCONCLUSIVE in all other cases.
-        Without comparisons, it is NOT_TESTED.
+        A verdict that all comparisons share is also the verdict on the claim. Otherwise, the verdict on the claim is
+        PARTLY_HOLDS if a comparison holds, CONTRADICTED if a comparison is contradicted, and INCONCLUSIVE in all other
+        cases. A claim without comparisons is NOT_TESTED.
         """
         verdicts = {comparison.verdict for comparison in self.comparisons}
         if not verdicts:

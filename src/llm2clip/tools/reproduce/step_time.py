@@ -77,7 +77,7 @@ def measure_step_times(experiments: Experiments, name: str) -> StepTimes:
 
     Args:
         experiments: Experiments that provide the data, the stores and the caption encoders.
-        name: Name of the caption encoder to use.
+        name: Key of the caption encoder in `experiments.encoders`.
     """
     config, train = experiments.config, experiments.data.train
     records = [record for record in train if record.texts][: config.cost_images]
