@@ -36,9 +36,9 @@ from llm2clip.llava.build import build_llava
 from llm2clip.llava.caption_conversations import (
     SHORT_ANSWER,
     SHORT_CAPTION_PROMPTS,
-    captioning_conversations,
-    instruction_conversations,
-    object_conversations,
+    make_captioning_conversations,
+    make_instruction_conversations,
+    make_object_conversations,
 )
 from llm2clip.llava.chat_template import Conversation
 from llm2clip.llava.config import LlavaConfig
@@ -92,8 +92,8 @@ def compare_towers(args: argparse.Namespace, towers: dict[str, VisionTower], tra
     test_records = read_records(args.data, TEST)
     sample = random.Random(0).sample(test_records, min(args.images, len(test_records)))
     tasks = write_tasks(args.out / "tasks", sample, sample[: args.pope_images])
-    captioning = captioning_conversations(train_records)
-    instruction = instruction_conversations(train_records)
+    captioning = make_captioning_conversations(train_records)
+    instruction = make_instruction_conversations(train_records)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in towers}
     print(f"| tower | seed | {' | '.join(METRICS)} | minutes |\n|---|---|---|---|---|---|---|")
     for seed in range(args.seeds):
@@ -128,7 +128,7 @@ def write_tasks(folder: Path, captioned: list[Record], asked_about: list[Record]
         captions.append((record, {"img_id": n, "caption": list(record.captions)}))
     questions = []
     record_by_id = {record.id: record for record in asked_about}
-    for conversation in object_conversations(asked_about):
+    for conversation in make_object_conversations(asked_about):
         for question, answer in conversation.turns:
             row = {
                 "question_id": len(questions),
@@ -198,7 +198,7 @@ def mean_and_deviation(results: list[dict[str, float]], key: str) -> str:
 
 def measure_speed(args: argparse.Namespace, tower: VisionTower, train_records: list[Record]) -> None:
     """Print the training speed, in conversations per second, for three settings with the same model and data."""
-    conversations = random_subset(instruction_conversations(train_records), SPEED_CONVERSATIONS, 0)
+    conversations = random_subset(make_instruction_conversations(train_records), SPEED_CONVERSATIONS, 0)
     built = args.out / "built-speed"
     if not built.is_dir():
         build_llava(tower, LLM, built)

@@ -31,7 +31,7 @@ BOXES = {  # label: x, y, colour
 
 def draw_data_flow() -> str:
     """Return an SVG diagram of the data flow from captions and images to the shared embedding space."""
-    figure, axes = plots.new_axes(9.5, 2.4)
+    figure, axes = plots.create_axes(9.5, 2.4)
     axes.axis("off")
     axes.set(xlim=(-0.5, 5.5), ylim=(-0.5, 1.5))
     for label, (x, y, colour) in BOXES.items():

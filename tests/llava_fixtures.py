@@ -10,7 +10,7 @@ import torch
 from conftest import make_llm
 from llm2clip.data.records import open_records
 from llm2clip.llava.build import build_llava
-from llm2clip.llava.caption_conversations import captioning_conversations
+from llm2clip.llava.caption_conversations import make_captioning_conversations
 from llm2clip.llava.chat_template import Conversation
 from llm2clip.models.vision.vision_tower import VisionTower
 from test_export import hf_tower, timm_tower
@@ -36,7 +36,7 @@ def build_tiny_llava(folder: Path) -> Path:
 def make_conversations(image_folder: Path) -> list[Conversation]:
     """Return twenty conversations with an image and one without."""
     records = list(open_records(f"{image_folder / 'captions.jsonl'}@train"))
-    return [*captioning_conversations(records)[:20], Conversation("text", None, (("Hello?", "Hello."),))]
+    return [*make_captioning_conversations(records)[:20], Conversation("text", None, (("Hello?", "Hello."),))]
 
 
 def load_model(folder: Path) -> tuple[Any, Any]:

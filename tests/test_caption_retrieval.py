@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from conftest import save_tokenizer
 from llm2clip.cli import main
 from llm2clip.evaluate.bootstrap import bootstrap
-from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy, mean_cosines, worst_mistakes
+from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy, find_worst_mistakes, mean_cosines
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.clip_text_encoder import has_text_tower, load_clip_text_encoder
 
@@ -85,7 +85,7 @@ def test_worst_mistakes_are_ordered_by_margin(chunk_size: int) -> None:
         if scores[i, best] >= scores[i, i]:
             margins[i] = (scores[i, best] - scores[i, i]).item(), best
     expected = sorted(margins, key=lambda i: -margins[i][0])
-    mistakes = worst_mistakes(first, second, captions, 100, chunk_size)
+    mistakes = find_worst_mistakes(first, second, captions, 100, chunk_size)
     assert [m["caption"] for m in mistakes] == [f"a{i}" for i in expected]
     assert [m["retrieved"] for m in mistakes] == [f"b{margins[i][1]}" for i in expected]
     assert [m["correct cosine"] for m in mistakes] == pytest.approx([float(scores[i, i]) for i in expected])
@@ -93,12 +93,12 @@ def test_worst_mistakes_are_ordered_by_margin(chunk_size: int) -> None:
         [float(scores[i, margins[i][1]]) for i in expected]
     )
     assert all(m["correct"] == "b" + m["caption"][1:] for m in mistakes)
-    assert worst_mistakes(first, second, captions, 2, chunk_size) == mistakes[:2]
+    assert find_worst_mistakes(first, second, captions, 2, chunk_size) == mistakes[:2]
 
 
 def test_worst_mistakes_count_ties_and_keep_the_order_of_equal_margins() -> None:
     first = torch.tensor([[1.0, 0.0]] * 40)
-    mistakes = worst_mistakes(first, first, [[f"a{i}", f"b{i}"] for i in range(40)], 3)
+    mistakes = find_worst_mistakes(first, first, [[f"a{i}", f"b{i}"] for i in range(40)], 3)
     assert [(m["caption"], m["retrieved"]) for m in mistakes] == [("a0", "b1"), ("a1", "b0"), ("a2", "b0")]
 
 
@@ -122,7 +122,7 @@ def test_cra_metrics_are_consistent_with_each_other() -> None:
     assert (metrics["positive cosine"], metrics["negative cosine"]) == mean_cosines(first, second)
     assert metrics["chance"] == pytest.approx(100 / 30) and metrics["excluded"] == 1
     assert metrics["truncated"] == sum(len(c) > 20 for captions in IMAGES[:-1] for c in captions[:2])
-    assert metrics["mistakes"] == worst_mistakes(first, second, IMAGES[:-1], 2)
+    assert metrics["mistakes"] == find_worst_mistakes(first, second, IMAGES[:-1], 2)
     assert not {"hits", "mistakes", "all pairs"} & caption_retrieval_accuracy(IMAGES, RandomEncoder()).keys()
 
 

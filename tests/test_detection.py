@@ -24,14 +24,14 @@ from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import load_image
 from llm2clip.evaluate.benchmarks import BENCHMARKS, get_benchmarks
 from llm2clip.evaluate.benchmarks.base import DetectionData
-from llm2clip.evaluate.benchmarks.coco_boxes import class_split
+from llm2clip.evaluate.benchmarks.coco_boxes import load_class_split
 from llm2clip.evaluate.dense.average_precision import ClassMatches, Detections, detection_metrics, weighted_ap
 from llm2clip.evaluate.dense.detection import (
     DetectionResults,
     classify_boxes,
     detect_objects,
     detection_blocks,
-    without_images,
+    drop_images,
     write_detections,
 )
 from llm2clip.evaluate.dense.proposals import Proposals, object_boxes, open_proposals
@@ -376,7 +376,7 @@ def test_transformers_detector_returns_its_boxes(tmp_path: Path) -> None:
 
 
 def test_class_split_has_48_base_and_17_novel_classes_of_coco() -> None:
-    split = class_split()
+    split = load_class_split()
     coco_names = {name for name in FasterRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"] if name != "N/A"}
     names = list(itertools.chain(*split.values()))
     assert {group: len(classes) for group, classes in split.items()} == {"novel": 17, "base": 48}
@@ -385,7 +385,7 @@ def test_class_split_has_48_base_and_17_novel_classes_of_coco() -> None:
 
 def ov_coco_file(folder: Path, image_id: int | str = 10, **changes: Any) -> Path:
     """Write a folder of OV-COCO with one image, which shows a cat, and change the annotation."""
-    names = list(itertools.chain(*class_split().values()))
+    names = list(itertools.chain(*load_class_split().values()))
     row = {"image_id": image_id, "category_id": 2 * names.index("cat") + 1, "bbox": [4, 4, 20, 20], **changes}
     content = coco_json([("0.png", (64, 48))], [row], names)
     content["images"][0]["id"] = image_id
@@ -559,7 +559,7 @@ def test_unusable_images_are_recorded(tmp_path: Path) -> None:
     embeddings = colour_embeddings(max_skipped=0.5)
     results = detect_objects(data, embeddings, "ground-truth", ["plain"])
     assert set(results.by_method["plain"]) == {10, 11} and results.num_objects == 4
-    remaining = without_images(data, results.failures)
+    remaining = drop_images(data, results.failures)
     assert remaining.image_ids == [10, 11] and remaining.images == data.images[:2] and len(remaining.sizes) == 2
     assert [row["image_id"] for row in remaining.annotations] == [10, 10, 11, 11]
     undecodable, wrong_size = embeddings.log.examples
@@ -602,7 +602,7 @@ def test_missing_pycocotools_is_reported_before_the_images_are_encoded(
 
 
 def test_ov_coco_reports_invalid_files(tmp_path: Path) -> None:
-    names = [name for group in class_split().values() for name in group]
+    names = [name for group in load_class_split().values() for name in group]
     file = tmp_path / "annotations/instances_val2017.json"
     file.parent.mkdir()
     file.write_text(json.dumps(coco_json([("0.png", (64, 48))], [], names[1:])))
@@ -634,7 +634,7 @@ def test_perfect_detections_on_real_images_have_an_average_precision_of_100(real
 def test_evaluate_command_reports_detection(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = [*(name for group in class_split().values() for name in group), "stop sign"]
+    names = [*(name for group in load_class_split().values() for name in group), "stop sign"]
     colours = {"cat": "red", "dog": "green", "person": "blue"}
     boxes = {"cat": [4, 4, 24, 16], "person": [36, 20, 20, 24], "dog": [2, 25, 20, 20], "stop sign": [40, 0, 20, 15]}
     rows = []

@@ -14,10 +14,10 @@ from llm2clip.evaluate.recall import recall
 from llm2clip.evaluate.reporting.error_analysis import (
     analyze_errors,
     caption_lengths,
+    find_worst_captions,
     length_bins,
     recall_by_length,
     recall_curve,
-    worst_captions,
 )
 from llm2clip.evaluate.retrieval_eval import RetrievalRanks
 
@@ -65,11 +65,11 @@ def test_recall_by_length_counts_captions_of_each_bin(ranks: RetrievalRanks) -> 
 
 
 def test_worst_captions_are_of_different_images(ranks: RetrievalRanks) -> None:
-    captions = worst_captions(ranks, 4)
+    captions = find_worst_captions(ranks, 4)
     worst_rank = {i: int(ranks.text_ranks[ranks.image_of_text == i].max()) for i in range(12)}
     assert len({int(ranks.image_of_text[t]) for t in captions}) == 4
     assert [int(ranks.text_ranks[t]) for t in captions] == sorted(worst_rank.values(), reverse=True)[:4]
-    failures = worst_captions(ranks, 99)  # all failures, and no hits
+    failures = find_worst_captions(ranks, 99)  # all failures, and no hits
     assert len(failures) == sum(rank > 0 for rank in worst_rank.values())
     assert all(ranks.text_ranks[t] > 0 for t in failures)
 

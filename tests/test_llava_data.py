@@ -18,10 +18,10 @@ from llm2clip.llava.build import assemble_llava, load_causal_llm
 from llm2clip.llava.caption_conversations import (
     OBJECTS_FILE,
     SHORT_ANSWER,
-    captioning_conversations,
-    instruction_conversations,
+    make_captioning_conversations,
+    make_instruction_conversations,
+    make_object_conversations,
     mentioned_objects,
-    object_conversations,
     read_objects,
 )
 from llm2clip.llava.chat_template import (
@@ -159,13 +159,13 @@ def test_conversations_are_made_from_captions_and_named_objects() -> None:
         Record("2", FileImage("2.jpg"), ("A cat on a bench.",)),
         Record("3", None, ("A text.",)),
     ]
-    captioning = captioning_conversations(records)
+    captioning = make_captioning_conversations(records)
     assert [conversation.turns[0][1] for conversation in captioning] == [
         "A dog and a man.", "Two animals.", "A dog. A man. Snow.", "A cat on a bench.",
     ]  # fmt: skip
     prompts = {conversation.turns[0][0] for conversation in captioning}
     assert any(word in prompt for prompt in prompts for word in ("detail", "long", "paragraph"))
-    yes_no = instruction_conversations(records)[len(captioning) :]
+    yes_no = make_instruction_conversations(records)[len(captioning) :]
     assert {conversation.id for conversation in yes_no} == {"1", "2"}
     for conversation in yes_no:
         answers = [answer for _, answer in conversation.turns]
@@ -199,8 +199,8 @@ def test_object_conversations_ask_about_present_and_absent_objects(tmp_path: Pat
     for n, objects in enumerate([*present, ("x",)]):  # the last captions name no object
         captions = tuple(f"a {name.replace('ball', 'globe')} here" for name in objects)
         records.append(Record(str(n), FileImage(f"{n}.jpg"), captions))
-    conversations = object_conversations(records, seed=1, objects_file=objects_file)
-    assert conversations == object_conversations(records, seed=1, objects_file=objects_file)
+    conversations = make_object_conversations(records, seed=1, objects_file=objects_file)
+    assert conversations == make_object_conversations(records, seed=1, objects_file=objects_file)
     assert [conversation.id for conversation in conversations] == ["0", "1", "2", "3", "4", "5"]
     questions = {question for conversation in conversations for question, _ in conversation.turns}
     assert {"Is there an owl in the image?", "Is there a dog in the image?"} <= questions

@@ -49,7 +49,7 @@ def test_generate_does_not_depend_on_the_batch(num_beams: int, built: Path, imag
             return_tensors="pt",
         )
         ids = inputs["input_ids"][0].tolist()
-        assert generator.prompt_ids(question) == ids
+        assert generator.tokenize_prompt(question) == ids
         output = generator.model.generate(
             **inputs, max_new_tokens=6, do_sample=False, num_beams=num_beams, bad_words_ids=[[image_id]]
         )

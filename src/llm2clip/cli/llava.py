@@ -126,7 +126,7 @@ def _train(args: Namespace) -> list[str]:
     check_output_folder(args.out, "llava")
     check_sources(args.pretrain, args.instruct)
     from llm2clip.data.skip_log import SkipLog
-    from llm2clip.llava.caption_conversations import captioning_conversations, instruction_conversations
+    from llm2clip.llava.caption_conversations import make_captioning_conversations, make_instruction_conversations
     from llm2clip.llava.datasets import read_conversations
     from llm2clip.llava.train import train_llava
     from llm2clip.runs.ranks import print_once, process_state
@@ -139,8 +139,8 @@ def _train(args: Namespace) -> list[str]:
         save_or_check_config({name: args[name] for name in names}, run)
     log = SkipLog(run / "skipped.jsonl" if is_main else None, args.max_skipped)
     reading = {"images": args.images, "columns": args.columns, "log": log, "seed": args.llava.seed}
-    pretrain = read_conversations(args.pretrain, captioning_conversations, **reading)
-    instruct = read_conversations(args.instruct, instruction_conversations, **reading)
+    pretrain = read_conversations(args.pretrain, make_captioning_conversations, **reading)
+    instruct = read_conversations(args.instruct, make_instruction_conversations, **reading)
     print_once(
         f"{len(pretrain):,} conversations for the projector, {len(instruct):,} for the projector and the LLM",
         log.summary(),

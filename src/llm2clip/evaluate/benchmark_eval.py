@@ -25,7 +25,7 @@ from llm2clip.evaluate.benchmarks.compositional import compositional_accuracy
 from llm2clip.evaluate.benchmarks.eccv_caption import eccv_metrics
 from llm2clip.evaluate.bootstrap import BootstrapMetrics
 from llm2clip.evaluate.dense.average_precision import detection_metrics
-from llm2clip.evaluate.dense.detection import detect_objects, detection_blocks, without_images, write_detections
+from llm2clip.evaluate.dense.detection import detect_objects, detection_blocks, drop_images, write_detections
 from llm2clip.evaluate.dense.regions import class_accuracy, classify_regions, region_metrics, wrong_region_blocks
 from llm2clip.evaluate.dense.segmentation import (
     class_iou,
@@ -226,7 +226,7 @@ def _evaluate_detection(
         )
     results = detect_objects(data, embeddings, options.proposals, options.dense_variants, options.crop_proposals)
     description = results.describe_proposals(options.proposals)
-    usable = without_images(data, results.failures)
+    usable = drop_images(data, results.failures)
     rows, bootstrap = [], {}
     for method, detections in results.by_method.items():
         if predictions_dir is not None and process_state().is_main_process:

@@ -102,7 +102,7 @@ def caption_retrieval_accuracy(
 
         If `all_pairs` is True, "all pairs" and "all pairs chance" are R@1/5/10, and "captions" is the number of
         captions. If `return_hits` is True, "hits" is the accuracy (0, 0.5 or 1) for each image. If `num_mistakes` is
-        greater than 0, "mistakes" is the result of `worst_mistakes`.
+        greater than 0, "mistakes" is the result of `find_worst_mistakes`.
 
     Raises:
         ValueError: If no image has two distinct captions.
@@ -140,7 +140,7 @@ def caption_retrieval_accuracy(
     if return_hits:
         metrics["hits"] = hits.tolist()
     if num_mistakes:
-        metrics["mistakes"] = worst_mistakes(first, second, caption_lists, num_mistakes)
+        metrics["mistakes"] = find_worst_mistakes(first, second, caption_lists, num_mistakes)
     return metrics
 
 
@@ -178,7 +178,7 @@ def mean_cosines(first: Tensor, second: Tensor) -> tuple[float, float]:
     return diagonal_sum / n, (total_sum - diagonal_sum) / max(1, n * (n - 1))
 
 
-def worst_mistakes(
+def find_worst_mistakes(
     first: Tensor, second: Tensor, captions: Sequence[Sequence[str]], count: int, chunk_size: int = 4096
 ) -> list[dict[str, Any]]:
     """Return queries for which a wrong caption is at least as similar as the correct caption, worst mistakes first.

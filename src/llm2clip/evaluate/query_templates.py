@@ -23,7 +23,7 @@ from llm2clip.evaluate.short_queries import (
 from llm2clip.models.prompts import LITERAL, QueryTemplates
 
 MAX_QUERIES = 300  # per query length
-# One template, and four templates with different wordings.
+# A single template, and an ensemble of four templates.
 CANDIDATES = (
     ("a photo of {}",),
     ("a photo of {}", "a photo of a {}.", "a picture of {}", "there is {}"),

@@ -78,7 +78,7 @@ def recall_intervals(
         ranks: Zero-based rank of each query's best positive, int64 of shape (Q,).
         groups: Image index of each query, int64 of shape (Q,).
     """
-    sums, counts = _hits_per_image([(ranks < k).double() for k in ks], groups)
+    sums, counts = _sum_per_image([(ranks < k).double() for k in ks], groups)
     return _percent_by_k(bootstrap(sums, counts, level, resamples), ks)
 
 
@@ -92,12 +92,12 @@ def recall_differences(
         groups: Image index of each query, int64 of shape (Q,).
     """
     differences = [(ranks < k).double() - (baseline_ranks < k).double() for k in ks]
-    intervals = bootstrap(*_hits_per_image(differences, groups), bounds=(-1.0, 1.0))
+    intervals = bootstrap(*_sum_per_image(differences, groups), bounds=(-1.0, 1.0))
     means = {f"R@{k}": 100.0 * float(d.mean()) for k, d in zip(ks, differences, strict=True)}
     return means, _percent_by_k(intervals, ks)
 
 
-def _hits_per_image(values: Sequence[Tensor], groups: Tensor) -> tuple[Tensor, Tensor]:
+def _sum_per_image(values: Sequence[Tensor], groups: Tensor) -> tuple[Tensor, Tensor]:
     """Sum K values over the queries of each image. Return sums of shape (I, K) and counts of queries of shape (I,)."""
     stacked = torch.stack(list(values), 1)  # (Q, K)
     sums = stacked.new_zeros(int(groups.max()) + 1, len(values)).index_add_(0, groups, stacked)

@@ -42,7 +42,7 @@ class IncompleteEvaluationError(ValueError):
 
 
 USER_DATA = "data"  # benchmark name for the user's own images and captions
-EXAMPLE_QUERIES = 6  # number of examples in the report, and maximum number of failures
+EXAMPLE_QUERIES = 6  # number of example captions, and maximum number of failed captions, in the report
 
 
 def evaluate_models(
@@ -120,7 +120,7 @@ def evaluate_models(
                 _write_results(out, results)  # after each benchmark, so that a later error loses no results
         if not runner.summaries():
             raise ValueError("\n".join(["nothing could be evaluated:", *missing, *runner.failures]))
-        requests_all = "all" in options.benchmarks  # missing benchmarks are then not a failure
+        requests_all = "all" in options.benchmarks  # if so, missing benchmarks are not failures
         failures = runner.failures if requests_all else missing + runner.failures
         skipped = runner.skipped_rows() + (missing if requests_all else [])
         notes = skipped + runner.proposals()

@@ -34,10 +34,10 @@ SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 
 OBJECTS_FILE = Path(__file__).with_name("objects.txt")
 UNCOUNTABLE = ("snow",)
-OBJECTS_PER_IMAGE = 3  # maximum number of present objects per image, and of absent objects per image (POPE's k)
+OBJECTS_PER_IMAGE = 3  # maximum number of present and of absent objects per image (POPE's k)
 
 
-def captioning_conversations(records: Iterable[Record], seed: int = 0) -> list[Conversation]:
+def make_captioning_conversations(records: Iterable[Record], seed: int = 0) -> list[Conversation]:
     """Make one conversation per caption: a random prompt that asks for a caption, and the caption as the answer."""
     rng = random.Random(seed)
     conversations = []
@@ -53,13 +53,13 @@ def captioning_conversations(records: Iterable[Record], seed: int = 0) -> list[C
     return conversations
 
 
-def instruction_conversations(records: Iterable[Record], seed: int = 0) -> list[Conversation]:
+def make_instruction_conversations(records: Iterable[Record], seed: int = 0) -> list[Conversation]:
     """Make captioning conversations, plus one conversation per image with yes-or-no questions about objects."""
     records = list(records)
-    return captioning_conversations(records, seed) + object_conversations(records, seed)
+    return make_captioning_conversations(records, seed) + make_object_conversations(records, seed)
 
 
-def object_conversations(
+def make_object_conversations(
     records: Sequence[Record], seed: int = 0, objects_file: Path = OBJECTS_FILE
 ) -> list[Conversation]:
     """Make one conversation per image with yes-or-no questions about objects. Half of the answers are "Yes".

@@ -28,8 +28,7 @@ def read_conversations(
 
     Args:
         sources: paths of files or folders, whose formats are detected automatically.
-        from_records: function that converts records to conversations, given a seed. Either `captioning_conversations`
-            or `instruction_conversations`.
+        from_records: `make_captioning_conversations` or `make_instruction_conversations`.
         images: folder that contains the images of files in LLaVA's format. See `read_llava`.
         columns: mapping from record fields to column names in the sources.
         seed: random seed, passed to `from_records`.

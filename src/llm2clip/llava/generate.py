@@ -119,7 +119,7 @@ class AnswerGenerator:
         is_greedy = (logits.argmax(-1) == labels)[labels != IGNORE_INDEX].all()
         return -float(loss), bool(is_greedy)
 
-    def prompt_ids(self, question: Question) -> list[int]:
+    def tokenize_prompt(self, question: Question) -> list[int]:
         """Return the token ids of a question's prompt, up to the start of the answer."""
         messages = to_messages(Conversation("", question.image, ((question.prompt, ""),)))[:1]
         text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -157,7 +157,7 @@ class AnswerGenerator:
             usable.append(n)
         if not usable:
             return [], {}
-        prompts = {"input_ids": [self.prompt_ids(questions[n]) for n in usable]}
+        prompts = {"input_ids": [self.tokenize_prompt(questions[n]) for n in usable]}
         inputs = dict(self.tokenizer.pad(prompts, return_tensors="pt"))
         if pixels:
             inputs["pixel_values"] = torch.stack(pixels).to(self.model.dtype)

@@ -222,7 +222,7 @@ def set_trainable_parts(model: Any, stage: str, config: LlavaConfig, out: Path) 
         return model
     pretrained = out / "pretrain" / TRAINED_WEIGHTS
     if pretrained.is_file():
-        load_trained(model, pretrained)
+        load_trained_weights(model, pretrained)
     if config.lora_r:
         return _add_lora(model, config)
     model.model.language_model.requires_grad_(True)
@@ -230,7 +230,7 @@ def set_trainable_parts(model: Any, stage: str, config: LlavaConfig, out: Path) 
     return model
 
 
-def load_trained(model: nn.Module, file: Path) -> None:
+def load_trained_weights(model: nn.Module, file: Path) -> None:
     """Copy trained weights into the parameters of a model.
 
     Raises:

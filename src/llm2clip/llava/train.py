@@ -28,7 +28,7 @@ from llm2clip.llava.build import save_llava
 from llm2clip.llava.chat_template import Conversation
 from llm2clip.llava.config import LlavaConfig
 from llm2clip.llava.image_features import PatchFeatures, cache_patch_features, patch_feature_size
-from llm2clip.llava.stage import TRAINED_WEIGHTS, TrainingStage, load_llava, load_trained, set_trainable_parts
+from llm2clip.llava.stage import TRAINED_WEIGHTS, TrainingStage, load_llava, load_trained_weights, set_trainable_parts
 from llm2clip.runs.lock import folder_lock
 from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 from llm2clip.store.image_features import image_keys
@@ -86,7 +86,7 @@ def train_llava(
         for stage in STAGES:
             usable = conversations[stage]
             if store is not None:
-                usable = _drop_undecodable(usable, store)
+                usable = _drop_unusable_conversations(usable, store)
             if conversations[stage] and not usable:
                 raise ValueError(f"none of the images of the {stage} conversations can be decoded")
             if usable and not (out / stage / TRAINED_WEIGHTS).is_file():
@@ -135,7 +135,7 @@ def _cache_features(
     return store
 
 
-def _drop_undecodable(conversations: Sequence[Conversation], store: EmbeddingStore) -> list[Conversation]:
+def _drop_unusable_conversations(conversations: Sequence[Conversation], store: EmbeddingStore) -> list[Conversation]:
     """Return the conversations that have no image or whose image is in the store."""
     images = [conversation.image for conversation in conversations if conversation.image is not None]
     in_store = iter(store.find(image_keys(images)) >= 0)
@@ -150,5 +150,5 @@ def _load_trained_model(source: str, config: LlavaConfig, out: Path) -> Any:
         return model
     last = trained_stages[-1]
     model = set_trainable_parts(model, last, config, out)
-    load_trained(model, out / last / TRAINED_WEIGHTS)
+    load_trained_weights(model, out / last / TRAINED_WEIGHTS)
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model

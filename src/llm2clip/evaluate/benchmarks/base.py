@@ -224,7 +224,7 @@ def check_files(refs: Sequence[ImageRef], source: Path) -> None:
         )
 
 
-def captioned_records(pairs: Iterable[tuple[ImageRef, Sequence[str]]], source: Path) -> list[Record]:
+def make_captioned_records(pairs: Iterable[tuple[ImageRef, Sequence[str]]], source: Path) -> list[Record]:
     """Create one record for each image and its captions. Whitespace around captions is stripped.
 
     Raises:

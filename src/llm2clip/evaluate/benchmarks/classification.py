@@ -124,7 +124,7 @@ def imagenet_templates() -> list[str]:
     return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
 
 
-def _imagenet_texts() -> tuple[list[str], list[str], list[str]]:
+def _load_imagenet_texts() -> tuple[list[str], list[str], list[str]]:
     """Return ImageNet's sorted WordNet ids, OpenAI's class names and OpenAI's prompt templates."""
     _require_open_clip()
     from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
@@ -146,7 +146,7 @@ def _read_imagenet(folder: Path) -> ClassificationData:
 
 
 def _read_wordnet_folders(root: Path) -> ClassificationData:
-    ids, names, templates = _imagenet_texts()
+    ids, names, templates = _load_imagenet_texts()
     class_dirs, class_names = [], []
     for wordnet_id, name in zip(ids, names, strict=True):
         if (root / wordnet_id).is_dir():
@@ -159,7 +159,7 @@ def _read_wordnet_folders(root: Path) -> ClassificationData:
 
 def _read_imagenet_v2(folder: Path) -> ClassificationData:
     """Read the folders `0` to `999`. Their names are class indices and must be sorted as numbers, not as text."""
-    _, names, templates = _imagenet_texts()
+    _, names, templates = _load_imagenet_texts()
     root = folder if (folder / "0").is_dir() else first_existing(folder, "imagenetv2-matched-frequency-format-val")
     return _read_images([first_existing(root, str(n)) for n in range(len(names))], names, templates)
 
@@ -174,7 +174,7 @@ def _read_objectnet(folder: Path) -> ClassificationData:
     root = first_existing(folder, "images")
     class_dirs = sorted(path for path in root.iterdir() if path.is_dir() and labels.get(path.name) in shared_labels)
     names = [labels[path.name].lower() for path in class_dirs]
-    _, _, templates = _imagenet_texts()
+    _, _, templates = _load_imagenet_texts()
     data = _read_images(class_dirs, names, templates)
     return ClassificationData([_BorderedImage(str(ref)) for ref in data.images], data.labels, names, templates)
 

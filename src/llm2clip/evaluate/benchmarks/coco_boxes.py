@@ -98,7 +98,7 @@ def read_boxes(file: Path, templates: Sequence[str] = ()) -> RegionData:
 # ---- detection -------------------------------------------------------------------------------------------------------
 
 
-def class_split() -> dict[str, list[str]]:
+def load_class_split() -> dict[str, list[str]]:
     """Return OV-COCO's class names, keyed by group: "novel" and "base"."""
     content = read_json(Path(str(files("llm2clip.evaluate.benchmarks") / "class_names" / "ov_coco.json")))
     return {group: content[group] for group in ("novel", "base")}
@@ -173,7 +173,7 @@ def read_detection(
 def _read_ov_coco(folder: Path) -> DetectionData:
     require_pycocotools()
     instances = read_instances(find_instances(folder))
-    groups = class_split()
+    groups = load_class_split()
     names = [name for group in groups.values() for name in group]
     category_ids = {name: category_id for category_id, name in instances.names.items()}
     missing = [name for name in names if name not in category_ids]

@@ -97,7 +97,7 @@ def read_instances(file: Path, with_masks: bool = False) -> Instances:
         if image["id"] in images:
             raise DataFormatError(f"{file}: several images have the id {image['id']!r}, but ids must be unique")
         images[image["id"]] = image
-    names = _category_names(file, data["categories"])
+    names = _parse_category_names(file, data["categories"])
     if not images:
         raise DataFormatError(f"{file} lists no images")
     for annotation in data["annotations"]:
@@ -106,11 +106,11 @@ def read_instances(file: Path, with_masks: bool = False) -> Instances:
             field = "image" if is_unknown_image else "category"
             part = f"{field} {annotation[f'{field}_id']!r}"
             raise DataFormatError(f"{file}: annotation {annotation.get('id')} refers to {part}, which does not exist")
-    sizes = {image_id: _image_size(file, image) for image_id, image in images.items()}
+    sizes = {image_id: _parse_image_size(file, image) for image_id, image in images.items()}
     return Instances(file, images, sizes, data["annotations"], names)
 
 
-def _category_names(file: Path, categories: Sequence[Mapping[str, Any]]) -> dict[Any, str]:
+def _parse_category_names(file: Path, categories: Sequence[Mapping[str, Any]]) -> dict[Any, str]:
     """Return the name of each category, keyed by category id and sorted by id."""
     names: dict[Any, str] = {}
     for category in sorted(categories, key=lambda category: category["id"]):
@@ -164,7 +164,7 @@ def image_refs(file: Path, images: Sequence[Mapping[str, Any]]) -> list[ImageRef
     return refs
 
 
-def _image_size(file: Path, image: Mapping[str, Any]) -> tuple[int, int]:
+def _parse_image_size(file: Path, image: Mapping[str, Any]) -> tuple[int, int]:
     """Return the width and height of an image in pixels, as stated in a JSON file.
 
     Raises:
@@ -236,7 +236,7 @@ def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
     if sum(runs) != height * width:
         raise ValueError(f"the run lengths cover {sum(runs)} of {height * width} pixels")
     values = np.arange(len(runs)) % 2 == 1  # runs of zeros and ones alternate, and zeros come first
-    return np.repeat(values, runs).reshape(width, height).T  # COCO's order is column by column
+    return np.repeat(values, runs).reshape(width, height).T  # COCO uses column-major order
 
 
 def _decompress_run_lengths(data: bytes) -> list[int]:

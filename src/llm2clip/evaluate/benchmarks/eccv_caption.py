@@ -22,7 +22,7 @@ from llm2clip.evaluate.recall import KS
 from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, read_json
 
 ANNOTATIONS = "captions_val2014.json"
-RANKED_ITEMS = 64  # R-precision and mAP@R need at least 48, because a query has up to 48 correct items
+RANKED_ITEMS = 64  # must be at least 48 for R-precision and mAP@R, because a query has up to 48 correct items
 QUERIES_PER_CHUNK = 512  # the float32 scores of 512 images for all captions take up 50 MB
 
 
@@ -82,7 +82,7 @@ def eccv_metrics(data: JudgedRetrieval, images: Tensor, captions: Tensor) -> dic
         Metrics for both directions, with keys such as "I2T COCO R@1".
     """
     image_ids, caption_ids = torch.tensor(data.image_ids), torch.tensor(data.caption_ids)
-    captions_of_image, images_of_caption = _top_items(images, captions), _top_items(captions, images)
+    captions_of_image, images_of_caption = _rank_top_items(images, captions), _rank_top_items(captions, images)
     metrics = load_judgements().compute_all_metrics(
         dict(zip(data.image_ids, caption_ids[captions_of_image].tolist(), strict=True)),
         dict(zip(data.caption_ids, image_ids[images_of_caption].tolist(), strict=True)),
@@ -101,7 +101,7 @@ def eccv_metrics(data: JudgedRetrieval, images: Tensor, captions: Tensor) -> dic
 
 
 @onednn_matmul()
-def _top_items(queries: Tensor, items: Tensor) -> Tensor:
+def _rank_top_items(queries: Tensor, items: Tensor) -> Tensor:
     """Return the indices of the top `RANKED_ITEMS` items for each query, best first, int64 of shape (Q, K)."""
     count = min(RANKED_ITEMS, len(items))
     return torch.cat([(chunk @ items.T).topk(count).indices for chunk in queries.split(QUERIES_PER_CHUNK)])

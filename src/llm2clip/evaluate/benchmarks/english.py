@@ -20,7 +20,13 @@ from typing import Any
 
 from llm2clip.data.readers.coco import KarpathyImage
 from llm2clip.data.records import Record
-from llm2clip.evaluate.benchmarks.base import Benchmark, CaptionFields, captioned_records, find_image_file, image_file
+from llm2clip.evaluate.benchmarks.base import (
+    Benchmark,
+    CaptionFields,
+    find_image_file,
+    image_file,
+    make_captioned_records,
+)
 from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, read_json, read_jsonl, read_lines
 
 COCO_FOLDERS = ("coco", "COCO", "mscoco")
@@ -45,7 +51,7 @@ def read_karpathy_json(file: Path, image_dir: Path, split: str = "test") -> list
         image = KarpathyImage.parse(row)
         if image.split == split:
             pairs.append((image_file(image_dir, image.name), image.captions))
-    return captioned_records(pairs, file)
+    return make_captioned_records(pairs, file)
 
 
 def read_blip_json(file: Path, image_dir: Path) -> list[Record]:
@@ -57,7 +63,7 @@ def read_blip_json(file: Path, image_dir: Path) -> list[Record]:
     for row in rows:
         captions = row["caption"]
         pairs.append((image_file(image_dir, row["image"]), [captions] if isinstance(captions, str) else captions))
-    return captioned_records(pairs, file)
+    return make_captioned_records(pairs, file)
 
 
 def read_caption_lines(file: Path) -> dict[str, list[str]]:
@@ -95,7 +101,7 @@ def read_listed_images(names_file: Path, captions_file: Path, image_dirs: Sequen
         if name not in captions:
             raise DataFormatError(f"{captions_file} has no captions for {name}, which is listed in {names_file}")
         pairs.append((find_image_file(image_dirs, f"{name}.jpg"), captions[name]))
-    return captioned_records(pairs, captions_file)
+    return make_captioned_records(pairs, captions_file)
 
 
 def _read_coco(folder: Path) -> CaptionFields:
@@ -175,7 +181,7 @@ def _read_sharegpt4v(folder: Path) -> CaptionFields:
     for row in rows:
         caption = row["conversations"][1]["value"].replace("\n", " ")
         pairs.append((image_file(image_dir, row["image"]), [caption]))
-    return {"captions": captioned_records(pairs, file)}
+    return {"captions": make_captioned_records(pairs, file)}
 
 
 def _read_urban1k(folder: Path) -> CaptionFields:
@@ -188,7 +194,7 @@ def _read_urban1k(folder: Path) -> CaptionFields:
     for file in files:
         first_line = file.read_text(encoding="utf-8").split("\n")[0]
         pairs.append((image_file(folder / "image", f"{file.stem}.jpg"), [first_line]))
-    return {"captions": captioned_records(pairs, folder / "caption")}
+    return {"captions": make_captioned_records(pairs, folder / "caption")}
 
 
 def _read_docci(folder: Path) -> CaptionFields:
@@ -200,7 +206,7 @@ def _read_docci(folder: Path) -> CaptionFields:
     rows = [row for _, row in read_jsonl(file) if row["split"] == "test"]
     image_dir = first_existing(folder, "images", "test_images")
     pairs = [(image_file(image_dir, row["image_file"]), [row["description"]]) for row in rows]
-    return {"captions": captioned_records(pairs, file)}
+    return {"captions": make_captioned_records(pairs, file)}
 
 
 KARPATHY_SOURCE = "caption_datasets.zip from cs.stanford.edu/people/karpathy/deepimagesent"

@@ -12,7 +12,13 @@ from pathlib import Path
 
 from llm2clip.data.image_refs import ImageRef, MemoryImage
 from llm2clip.data.records import Record
-from llm2clip.evaluate.benchmarks.base import Benchmark, CaptionFields, captioned_records, find_image_file, image_file
+from llm2clip.evaluate.benchmarks.base import (
+    Benchmark,
+    CaptionFields,
+    find_image_file,
+    image_file,
+    make_captioned_records,
+)
 from llm2clip.evaluate.benchmarks.english import (
     COCO_FOLDERS,
     IMAGE_FOLDERS,
@@ -44,7 +50,7 @@ def read_chinese_clip(folder: Path) -> CaptionFields:
     for key in captions:
         if key not in refs:
             raise DataFormatError(f"{images} has no image {key}, which is listed in {texts}")
-    return {"captions_zh": captioned_records(((refs[key], captions[key]) for key in captions), texts)}
+    return {"captions_zh": make_captioned_records(((refs[key], captions[key]) for key in captions), texts)}
 
 
 def _read_base64_images(file: Path, ids: set[str]) -> dict[str, ImageRef]:
@@ -73,7 +79,7 @@ def _read_flickr30k_cn(folder: Path) -> CaptionFields:
     file = folder / "flickr30k_cn_test.txt"
     if file.exists():
         pairs = [(image_file(image_dir, f"{name}.jpg"), texts) for name, texts in read_caption_lines(file).items()]
-        return {"captions_zh": captioned_records(pairs, file)}
+        return {"captions_zh": make_captioned_records(pairs, file)}
     test_dir = first_existing(folder, "flickr30kzhmbosontest")
     captions = first_existing(test_dir, "TextData/seg.flickr30kzhmbosontest.caption.txt", "TextData/*.caption.txt")
     names = first_existing(test_dir, "ImageSets/flickr30kzhmbosontest.txt", "ImageSets/*.txt")
@@ -136,7 +142,7 @@ def _read_xm3600(folder: Path) -> CaptionFields:
         for language, value in row.items():
             if isinstance(value, dict) and value.get("caption"):
                 pairs.setdefault(f"captions_{language}", []).append((image, value["caption"]))
-    return {field: captioned_records(field_pairs, file) for field, field_pairs in sorted(pairs.items())}
+    return {field: make_captioned_records(field_pairs, file) for field, field_pairs in sorted(pairs.items())}
 
 
 def _read_xtd10(folder: Path) -> CaptionFields:
@@ -165,7 +171,7 @@ def _read_parallel_captions(file: Path, refs: Sequence[ImageRef]) -> list[Record
     captions = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     if len(captions) != len(refs):
         raise DataFormatError(f"{file}: {len(captions)} captions for {len(refs)} images")
-    return captioned_records(((ref, [caption]) for ref, caption in zip(refs, captions, strict=True)), file)
+    return make_captioned_records(((ref, [caption]) for ref, caption in zip(refs, captions, strict=True)), file)
 
 
 BENCHMARKS = (

@@ -92,7 +92,7 @@ def segmentation_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmar
         require_pycocotools()
         instances = read_instances(file, with_masks=True)
         names = [[class_name] for class_name in instances.names.values()]
-        return _from_instances(instances, names, templates or imagenet_templates())
+        return _build_from_instances(instances, names, templates or imagenet_templates())
 
     return coco_file_benchmark(
         SEGMENTATION_PREFIX,
@@ -107,9 +107,8 @@ def segmentation_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmar
 def _read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationData:
     classes_file = first_existing(folder, CLASSES_FILE)
     try:
-        lines = (
-            classes_file.read_text(encoding="utf-8").rstrip().split("\n")
-        )  # an empty line must not shift the classes
+        # Empty lines between classes are kept. They are reported as an error below instead of shifting the classes.
+        lines = classes_file.read_text(encoding="utf-8").rstrip().split("\n")
     except UnicodeDecodeError as error:
         raise DataFormatError(f"{classes_file}: not UTF-8 text ({error})") from error
     names = [[name.strip() for name in line.split(",")] for line in lines]
@@ -132,7 +131,7 @@ def _read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationDat
         names[0] = read_class_names("background")[0]
     images = [image_of_stem[file.stem] for file in label_files]
     protocol = _WITH_BACKGROUND if has_background else {}
-    return _from_files(images, label_files, table, label_dir, names, templates, **protocol)
+    return _build_from_files(images, label_files, table, label_dir, names, templates, **protocol)
 
 
 # ---- label files ---------------------------------------------------------------------------------------------------
@@ -183,7 +182,7 @@ def _read_label_file(file: Path, table: np.ndarray) -> np.ndarray:
     return labels.astype(np.uint8)
 
 
-def _from_files(
+def _build_from_files(
     images: Sequence[FileImage],
     label_files: Sequence[Path],
     table: np.ndarray,
@@ -240,7 +239,7 @@ def _read_voc(folder: Path, with_background: bool) -> SegmentationData:
     else:
         table = _make_label_table({value: value - 1 for value in range(1, 21)}, ignored=[0])
         protocol = {}
-    return _from_files(images, label_files, table, split_file, names, **protocol)
+    return _build_from_files(images, label_files, table, split_file, names, **protocol)
 
 
 def _read_context(folder: Path, with_background: bool) -> SegmentationData:
@@ -262,8 +261,8 @@ def _read_context(folder: Path, with_background: bool) -> SegmentationData:
     images = [image_file(root / "JPEGImages", f"{name}.jpg") for name in ids]
     names = read_class_names("context59")
     if with_background:
-        return _from_files(images, label_files, table, split_file, [["background"], *names], **_WITH_BACKGROUND)
-    return _from_files(images, label_files, table, split_file, names)
+        return _build_from_files(images, label_files, table, split_file, [["background"], *names], **_WITH_BACKGROUND)
+    return _build_from_files(images, label_files, table, split_file, names)
 
 
 # ---- COCO ----------------------------------------------------------------------------------------------------------
@@ -275,10 +274,10 @@ def _read_coco_object(folder: Path) -> SegmentationData:
     names = read_class_names("coco_object")
     if len(instances.names) != len(names):
         raise DataFormatError(f"{instances.file} has {len(instances.names)} categories, but COCO has {len(names)}")
-    return _from_instances(instances, names, imagenet_templates())
+    return _build_from_instances(instances, names, imagenet_templates())
 
 
-def _from_instances(instances: Instances, names: list[list[str]], templates: Sequence[str]) -> SegmentationData:
+def _build_from_instances(instances: Instances, names: list[list[str]], templates: Sequence[str]) -> SegmentationData:
     """Return a data set with the masks of the objects as labels. Pixels outside all masks are background.
 
     Where objects overlap, the smallest object is on top.
@@ -331,7 +330,7 @@ def _read_coco_stuff(folder: Path) -> SegmentationData:
     values = [value for value in range(182) if value not in _COCO_REMOVED]
     table = _make_label_table({value: label for label, value in enumerate(values)})
     names = read_class_names("coco_stuff")
-    return _from_files(images, label_files, table, label_dir, names, scale=2.0)
+    return _build_from_files(images, label_files, table, label_dir, names, scale=2.0)
 
 
 # ---- ADE20K and Cityscapes -----------------------------------------------------------------------------------------
@@ -343,7 +342,7 @@ def _read_ade20k(folder: Path) -> SegmentationData:
     label_files = sorted(label_dir.glob("*.png"))
     images = [image_file(root / "images" / "validation", f"{file.stem}.jpg") for file in label_files]
     table = _make_label_table({value: value - 1 for value in range(1, 151)}, ignored=[0])
-    return _from_files(images, label_files, table, label_dir, read_class_names("ade20k"))
+    return _build_from_files(images, label_files, table, label_dir, read_class_names("ade20k"))
 
 
 def _read_cityscapes(folder: Path) -> SegmentationData:
@@ -356,7 +355,7 @@ def _read_cityscapes(folder: Path) -> SegmentationData:
     others = [value for value in range(34) if value not in _CITYSCAPES_IDS]
     table = _make_label_table({value: label for label, value in enumerate(_CITYSCAPES_IDS)}, ignored=others)
     names = read_class_names("cityscapes")
-    return _from_files(images, label_files, table, label_dir, names, scale=2.5)
+    return _build_from_files(images, label_files, table, label_dir, names, scale=2.5)
 
 
 _VOC_SOURCE = (

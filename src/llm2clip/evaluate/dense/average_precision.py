@@ -77,7 +77,7 @@ def detection_metrics(
         if not classes:
             continue
         group_ap50 = resampled_ap50[:, classes]
-        num_classes = (~np.isnan(group_ap50)).sum(1)  # a resample may have no objects of a class, or of the group
+        num_classes = (~np.isnan(group_ap50)).sum(1)  # a resample may have no objects of a class or of any class
         means = np.where(num_classes > 0, np.nansum(group_ap50, axis=1) / np.maximum(num_classes, 1), np.nan)
         group_resamples[f"AP50 {group}"] = means
         ap50[f"AP50 {group}"] = float(class_ap50[classes].mean())

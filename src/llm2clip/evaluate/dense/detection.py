@@ -153,7 +153,7 @@ def detect_objects(
     )
 
 
-def without_images(data: DetectionData, excluded: Collection[int]) -> DetectionData:
+def drop_images(data: DetectionData, excluded: Collection[int]) -> DetectionData:
     """Return the data without the images at the given indices and without the objects in these images."""
     indices = [index for index in range(len(data.images)) if index not in excluded]
     image_ids = [data.image_ids[index] for index in indices]

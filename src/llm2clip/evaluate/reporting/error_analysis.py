@@ -63,14 +63,14 @@ def analyze_errors(ranks: RetrievalRanks, num_queries: int = 6, matrix_size: int
         length_bins=bins,
         recall_by_length=recall_by_length(ranks, lengths, bins),
         similarity=ranks.texts[first_captions] @ ranks.images[image_rows].T,
-        examples=[retrieved_images(ranks, text) for text in spread_captions(ranks, num_queries)],
-        failures=[retrieved_images(ranks, text) for text in worst_captions(ranks, num_queries)],
+        examples=[retrieve_images(ranks, text) for text in sample_caption_indices(ranks, num_queries)],
+        failures=[retrieve_images(ranks, text) for text in find_worst_captions(ranks, num_queries)],
     )
 
 
 def example_searches(ranks: RetrievalRanks, count: int = 5) -> list[dict[str, Any]]:
     """Return captions with the images that they retrieve, for JSON files. `read_example_searches` reads the result."""
-    examples = [dataclasses.asdict(retrieved_images(ranks, text)) for text in spread_captions(ranks, count)]
+    examples = [dataclasses.asdict(retrieve_images(ranks, text)) for text in sample_caption_indices(ranks, count)]
     for example in examples:
         for image in example["images"]:
             image["jpeg"] = image["jpeg"] and base64.b64encode(image["jpeg"]).decode()
@@ -89,7 +89,7 @@ def read_example_searches(examples: Sequence[Mapping[str, Any]]) -> list[ResultI
     return blocks
 
 
-def spread_captions(ranks: RetrievalRanks, count: int) -> list[int]:
+def sample_caption_indices(ranks: RetrievalRanks, count: int) -> list[int]:
     """Return the indices of at most `count` captions, sampled at regular intervals."""
     num_captions = len(ranks.captions)
     indices: list[int] = torch.linspace(0, num_captions - 1, min(count, num_captions)).long().tolist()
@@ -136,7 +136,7 @@ def recall_by_length(
     return recalls
 
 
-def worst_captions(ranks: RetrievalRanks, count: int) -> list[int]:
+def find_worst_captions(ranks: RetrievalRanks, count: int) -> list[int]:
     """Return the indices of the captions whose correct images have the worst ranks, at most one caption per image.
 
     Captions whose correct image is ranked first are excluded.
@@ -149,7 +149,7 @@ def worst_captions(ranks: RetrievalRanks, count: int) -> list[int]:
     return list(caption_of_image.values())
 
 
-def retrieved_images(ranks: RetrievalRanks, text: int) -> ResultImages:
+def retrieve_images(ranks: RetrievalRanks, text: int) -> ResultImages:
     """Return the top images for a caption, followed by the correct image if it is not among them."""
     correct_image, correct_rank = int(ranks.image_of_text[text]), int(ranks.text_ranks[text])
     scores = ranks.images @ ranks.texts[text]

@@ -29,7 +29,7 @@ def plot_curves(
         tick_labels: Tick labels for the x values. Default: the x values themselves.
         log_x: If True, the x axis is logarithmic, and "(logarithmic)" is appended to its label.
     """
-    figure, axes = new_axes(6.6, 3.6)
+    figure, axes = create_axes(6.6, 3.6)
     for n, (name, y) in enumerate(curves.items()):
         colour = COLOURS[n % len(COLOURS)]
         axes.plot(x, y, color=colour, linewidth=1.8, marker="o" if len(x) < 12 else None, ms=4, label=name)
@@ -56,7 +56,7 @@ def plot_intervals(intervals: Mapping[str, tuple[float, float, float]], xlabel: 
     Args:
         intervals: Value and interval as (value, low, high), keyed by label. The first label is at the top.
     """
-    figure, axes = new_axes(7.5, 0.5 + 0.36 * len(intervals))
+    figure, axes = create_axes(7.5, 0.5 + 0.36 * len(intervals))
     for n, (value, low, high) in enumerate(intervals.values()):
         axes.plot([low, high], [-n, -n], color=COLOURS[0], linewidth=2.5, alpha=0.5, solid_capstyle="round")
         axes.plot([value], [-n], "o", color=COLOURS[0], ms=6)
@@ -71,7 +71,7 @@ def plot_matrix(scores: Tensor, xlabel: str, ylabel: str) -> str:
 
     High values are yellow and low values are dark blue. Both stand out from light and dark pages.
     """
-    figure, axes = new_axes(4.2, 3.8)
+    figure, axes = create_axes(4.2, 3.8)
     image = axes.imshow(scores.numpy(), cmap="viridis", interpolation="nearest")
     axes.grid(False)
     axes.set_xticks([])
@@ -83,7 +83,7 @@ def plot_matrix(scores: Tensor, xlabel: str, ylabel: str) -> str:
     return to_svg(figure)
 
 
-def new_axes(width: float, height: float) -> tuple[Any, Any]:
+def create_axes(width: float, height: float) -> tuple[Any, Any]:
     """Create a figure; return the figure and its axes. `width` and `height` are in inches."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -111,7 +111,7 @@ def to_svg(figure: Any) -> str:
 
     stream = io.StringIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    # Names of models and captions may contain dollar signs, which are not formulas.
+    # Model names and captions may contain dollar signs, which must not be parsed as math.
     for label in figure.findobj(Text):
         label.set_parse_math(False)
     options: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "llm2clip", "font.family": "sans-serif"}
