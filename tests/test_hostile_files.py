@@ -309,7 +309,7 @@ def test_paths_in_table_cells_are_not_opened_later(kind: str, tmp_path: Path) ->
 def test_two_parquet_columns_with_the_same_name_are_not_read(tmp_path: Path) -> None:
     table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["caption", "caption"])
     pq.write_table(table, tmp_path / "x.parquet")
-    with pytest.raises(TooManySkipped, match="several columns are called 'caption'"):
+    with pytest.raises(TooManySkipped, match="several columns are named 'caption'"):
         list(open_records(tmp_path / "x.parquet"))
 
 

@@ -92,13 +92,13 @@ CASES = {
     "header without rows": Case({"x.csv": "id,caption\n"}, None, ("x.csv: no records",)),
     "empty file": Case({"x.csv": ""}, None, ("x.csv: no records",)),
     # delimiters
-    "semicolons": Case({"x.csv": PLAIN.replace(",", ";")}, TWO, ("x.csv: read as separated by semicolons",)),
+    "semicolons": Case({"x.csv": PLAIN.replace(",", ";")}, TWO, ("x.csv: fields separated by semicolons",)),
     "semicolons, captions with commas": Case(
         {"x.csv": 'id;caption\n1;a dog, a cat, both\n2;"a; b"\n'}, [("a dog, a cat, both",), ("a; b",)]
     ),
     "commas, captions with semicolons": Case({"x.csv": "id,caption\n1,a dog; a cat\n"}, [("a dog; a cat",)]),
     "tabs in a .csv": Case({"x.csv": PLAIN.replace(",", "\t")}, TWO, ("separated by tabs",)),
-    "commas in a .tsv": Case({"x.tsv": PLAIN}, TWO, ("x.tsv: read as separated by commas",)),
+    "commas in a .tsv": Case({"x.tsv": PLAIN}, TWO, ("x.tsv: fields separated by commas",)),
     "Excel's sep= line": Case({"x.csv": "sep=;\nid;caption\n1;a dog\n2;a cat\n"}, TWO, ("by semicolons",)),
     "Flickr30k's results.csv": Case(
         {"results.csv": "image_name| comment_number| comment\na.jpg| 0| Two men .\na.jpg| 1| A man , too .\n"},

@@ -180,7 +180,7 @@ def test_read_text_pairs_counts_all_rows_in_an_unclosed_quote(tmp_path: Path) ->
     log = SkipLog(max_skipped=1.0)
     assert list(read_text_pairs(str(tmp_path / "a.csv"), log)) == [Pair("q", "d")]
     assert log.summary().startswith("3 of 4 rows skipped (malformed row: 3)")
-    assert log.summary().endswith("a.csv: read as separated by semicolons")
+    assert log.summary().endswith("a.csv: fields separated by semicolons")
 
 
 def test_read_text_pairs_skips_invalid_unicode(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def fit(
     """
     parts = None
     if not (run_dir / "model").exists():
-        _check_names(config.align)
+        _check_loss_and_trackers(config.align)
         parts = load_pretrained_parts(config.align)
         if not (run_dir / "tune/encoder").exists():
             check_encoder(config.encoder)
@@ -219,7 +219,7 @@ def run_align(
         log = start_run(out, settings, config.max_skipped)
         if (out / "model").exists():
             return out / "model"
-        _check_names(config.align)
+        _check_loss_and_trackers(config.align)
         if store_dir is None:
             data = read_training_data(sources, config, log, keep_selected_splits=True)
             return finetune_clip(data.train, config.align, out, log)
@@ -321,8 +321,8 @@ def check_encoder(config: EncoderConfig) -> None:
         )
 
 
-def _check_names(config: AlignConfig) -> None:
-    """Raise an error if there is no such loss or tracker, before the data is read."""
+def _check_loss_and_trackers(config: AlignConfig) -> None:
+    """Check that the loss and the experiment trackers exist, before the data is read."""
     get_loss(config.loss)
     tracker_options(config.report_to, Path())
 

@@ -155,7 +155,7 @@ def align(
     model = new_model(config, store, train, out, parts)
     validate = None
     if held_out:
-        held_out = _drop_refused_captions(held_out, store)
+        held_out = _drop_refused_held_out(held_out, store)
         evaluations = out.parent / "evaluate"
         if state.is_main_process:
             for name in ("trained.json", "query_templates.json", "examples.json"):  # results of an earlier model
@@ -190,7 +190,7 @@ def evaluate(
     Returns:
         One row of metrics per caption column (see `evaluate_caption_fields`).
     """
-    held_out = _drop_refused_captions(held_out, store)
+    held_out = _drop_refused_held_out(held_out, store)
     model = LLM2CLIP.from_pretrained(model_dir)
     embeddings = ModelEmbeddings(dual_encoder_from_store(model, store), log)
     ranked = cache(lambda: rank_caption_fields(embeddings, held_out))
@@ -211,7 +211,7 @@ def open_encoder(config: EncoderConfig, device: str | None = None) -> CaptionEnc
     return CaptionEncoder.from_pretrained(**dataclasses.asdict(config), device=device)
 
 
-def _drop_refused_captions(held_out: HeldOut, store: EmbeddingStore) -> HeldOut:
+def _drop_refused_held_out(held_out: HeldOut, store: EmbeddingStore) -> HeldOut:
     """Remove captions that the tokenizer could not encode."""
     return {column: drop_refused_captions(records, store) for column, records in held_out.items()}
 

@@ -51,12 +51,12 @@ def malformed_row_on_error() -> Iterator[None]:
 
 
 def is_missing_text(cell: object) -> bool:
-    """Return True if a table cell contains a string that spreadsheets or pandas write for a missing value."""
+    """Return True if a table cell contains a placeholder for a missing value, such as "nan" or "n/a"."""
     return isinstance(cell, str) and len(cell) < 10 and cell.strip().lower() in MISSING_TEXTS
 
 
 def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: int) -> tuple[str, ...]:
-    """Return the captions in a cell, stripped. A string is a single caption; a list contains several captions.
+    """Return the captions in a cell, stripped. A string is a single caption, and a list contains several captions.
 
     Args:
         parse_lists: If True, parse strings that look like a list in JSON or Python notation.

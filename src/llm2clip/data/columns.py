@@ -50,10 +50,11 @@ ColumnChooser = Callable[[str, Sequence[str]], dict[str, str]]  # (file, column 
 
 
 def guess_columns(names: Mapping[str, Sequence[str]], columns: Collection[str]) -> dict[str, str]:
-    """Map each field to the first of its common column names that is in `columns`. Omit fields without a match.
+    """Map each field to the column with one of its common names. Omit fields without such a column.
 
-    The comparison ignores case (`Caption`, `FILE_NAME`) and treats spaces, hyphens and underscores as equal. If several
-    columns match a common name, an exact match is preferred.
+    `names` lists the common names of each field, in order of preference. The comparison
+    ignores case (`Caption`, `FILE_NAME`) and treats spaces, hyphens and underscores as equal. If several columns match
+    a common name, an exact match is preferred.
     """
     columns_by_name: dict[str, str] = {}
     for column in columns:

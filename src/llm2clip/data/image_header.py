@@ -177,7 +177,7 @@ class _BoundedReader:
         self._size = stream.seek(0, io.SEEK_END)
         stream.seek(0)
         if self._size > MAX_FILE_BYTES:
-            raise DecodingLimitError(f"file too large: {self._size:,} bytes are more than {MAX_FILE_BYTES:,}")
+            raise DecodingLimitError(f"file too large: {self._size:,} bytes; the limit is {MAX_FILE_BYTES:,} bytes")
         self._reads_left = MAX_HEADER_READS
         self._bytes_left = 2 * self._size + (1 << 20)
 

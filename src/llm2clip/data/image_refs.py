@@ -264,7 +264,7 @@ def read_image_file(stream: BinaryIO) -> bytes:
     """
     size = stream.seek(0, os.SEEK_END)
     if size > MAX_FILE_BYTES:
-        raise OSError(f"file too large: {size:,} bytes are more than {MAX_FILE_BYTES:,}")
+        raise OSError(f"file too large: {size:,} bytes; the limit is {MAX_FILE_BYTES:,} bytes")
     stream.seek(0)
     return stream.read()
 
@@ -383,7 +383,7 @@ def _decode_window(path: str, version: object, group: int, column: str, row: int
         for batch in file.iter_batches(batch_size, row_groups=[group], columns=[column], use_threads=False):
             index = batch.schema.get_field_index(column)  # the batch may have other columns, such as "image.x"
             if index < 0:
-                raise OSError(f"{path} must have one column {column!r}")
+                raise OSError(f"{path} must have exactly one column {column!r}")
             cells = batch.column(index)
             batches.append(cells)
             num_bytes += cells.nbytes
@@ -468,5 +468,5 @@ def _open_cell(cell: Any, ref: ImageRef) -> BinaryIO:
         raise FileNotFoundError(f"{ref} does not contain the bytes of an image")
     size = memoryview(data).nbytes
     if size > MAX_CELL_BYTES:
-        raise OSError(f"image too large: {size:,} bytes are more than {MAX_CELL_BYTES:,}, the limit for a table cell")
+        raise OSError(f"image too large: {size:,} bytes; the limit for a table cell is {MAX_CELL_BYTES:,} bytes")
     return io.BytesIO(data)

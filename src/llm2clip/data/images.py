@@ -178,7 +178,7 @@ def _from_array(image: np.ndarray) -> Tensor:
 def _check_size(image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise ImageError(f"image too large: {width} x {height} is more than {MAX_PIXELS:,} pixels")
+        raise ImageError(f"image too large: {width} x {height} pixels; the limit is {MAX_PIXELS:,} pixels")
 
 
 def _decode_with_torchvision(data: bytes, header: Image.Image) -> Tensor | None:

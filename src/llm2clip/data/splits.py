@@ -205,7 +205,7 @@ def read_merged_records(
         A list of (source, record) pairs, one for each image, in order of first appearance.
 
     Raises:
-        ValueError: Images are checked, but no record has one. See `open_records` for other errors.
+        ValueError: Images are checked, but no record has an image. See `open_records` for other errors.
     """
     merged: dict[Any, SourcedRecord] = {}
     for number, (source, record) in enumerate(stream_records(sources, columns, log, image_check)):

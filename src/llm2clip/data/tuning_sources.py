@@ -3,8 +3,8 @@
 Text pairs are, for example, questions with answers, titles with documents, or paraphrases. The format is the same as in
 E5's training data (arXiv 2212.03533). A row has the form `{"query": ..., "positive": ..., "negatives": [...],
 "instruction": ...}`. All table formats that are supported for records are also supported here. The fields `negatives`
-and `instruction` are optional, and other common column names are recognised, too. Sentence pairs with a label or a score
-are not supported, because the two sentences may contradict each other.
+and `instruction` are optional, and other common column names are recognised, too. Sentence pairs with a label or a
+score are not supported, because the two sentences may contradict each other.
 """
 
 from __future__ import annotations

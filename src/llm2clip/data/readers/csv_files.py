@@ -41,7 +41,7 @@ def read_csv(path: str, delimiter: str, log: SkipLog | None = None) -> Iterator[
         sample = file.read(SAMPLE_CHARACTERS)
     detected, first_line = detect_delimiter(sample, delimiter)
     if detected != delimiter and log is not None:
-        log.note(f"read as separated by {DELIMITERS.get(detected, repr(detected))}", path)
+        log.note(f"fields separated by {DELIMITERS.get(detected, repr(detected))}", path)
     with open_text(path, newline="") as file:
         for _ in range(first_line - 1):
             file.readline()
@@ -80,9 +80,9 @@ def read_csv(path: str, delimiter: str, log: SkipLog | None = None) -> Iterator[
 def detect_delimiter(sample: str, default: str) -> tuple[str, int]:
     """Return the delimiter of a CSV file, and the number of the line that contains the header.
 
-    The delimiter must occur in the header, outside quotes. If there are several candidates, the one with which the most
-    rows have as many fields as the header wins; in case of a tie, `default` is preferred. A first line in Excel's form
-    `sep=;` sets the delimiter.
+    The delimiter must occur in the header, outside quotes. If there are several candidates, the delimiter
+    for which most rows have as many fields as the header is chosen, or `default` in case of a tie. A first line in
+    Excel's form `sep=;` sets the delimiter.
 
     Args:
         sample: Start of the file.

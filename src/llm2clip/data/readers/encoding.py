@@ -111,7 +111,7 @@ class BoundedLines:
 def read_text_lines(path: str, log: SkipLog | None = None, newline: str | None = None) -> Iterator[str | BadRow]:
     """Yield the lines of a text file. A line that is too long or cannot be decoded becomes a `BadRow`.
 
-    Takes the same arguments as `open_text`.
+    The arguments are the same as those of `open_text`.
     """
     with open_text(path, log, newline) as file:
         lines = BoundedLines(file, path)
@@ -195,7 +195,7 @@ def _open_binary(path: str) -> BinaryIO:
 
 
 def _sample_undecodable(path: str) -> tuple[bytes, bytes]:
-    """Return the first lines of a file that are not valid UTF-8, joined, and separately the first of these lines."""
+    """Return the first lines of a file that are not valid UTF-8, joined, and the first of these lines alone."""
     lines: list[bytes] = []
     size = num_searched = 0
     with _open_binary(path) as stream:

@@ -37,7 +37,7 @@ def read_parquet(path: str, choose: ColumnChooser, image_bytes: bool) -> Iterato
             selected = list(dict.fromkeys(choose(path, schema.names).values()))
             for name in selected:
                 if schema.names.count(name) > 1:
-                    yield path, 1, BadRow("unreadable file", f"several columns are called {name!r}", max(1, total))
+                    yield path, 1, BadRow("unreadable file", f"several columns are named {name!r}", max(1, total))
                     return
             image_columns = {name for name in selected if _is_image_type(schema.field(name).type)}
             skipped: set[str] = set()
