@@ -121,7 +121,7 @@ ERRORS = {
     "store export without a format": ("store export {store}", "--parquet FILE or --tars"),
     # evaluation
     "unknown benchmark": ("evaluate {model} --benchmarks flickr31k", "flickr31k", "choose from flickr30k"),
-    "benchmark not downloaded": ("evaluate {model} --benchmarks docci --root {tmp}", "docci", "Needed files"),
+    "benchmark not downloaded": ("evaluate {model} --benchmarks docci --root {tmp}", "docci", "Required files"),
     "nothing to evaluate": ("evaluate {model}", "--benchmarks", "--captions"),
     "CRA of precomputed embeddings": ("evaluate {tmp}/v.npz {data} --captions {data}", "v.npz", "remove --captions"),
     "splits for some sources only": ("evaluate {model} {data}@val {folder}", "for all sources or for none"),

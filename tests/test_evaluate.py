@@ -135,7 +135,7 @@ def test_evaluate_compares_baselines_in_a_report(
     np.savez(file, images=images.numpy())
     assert main([*command, "--baselines", str(file), "no/such-model"]) == 1
     errors = capsys.readouterr().err
-    assert "no array 'image_names'" in errors and "Skipped no/such-model" in errors and "Needed files" not in errors
+    assert "no array 'image_names'" in errors and "Skipped no/such-model" in errors and "Required files" not in errors
     assert [result["model"] for result in read_results(out)] == [clip.name], "the first model has a result"
     assert "Skipped no/such-model" in (out / "report.md").read_text()
 
@@ -300,7 +300,7 @@ def test_evaluate_reports_missing_benchmarks_and_models(
     assert main(["evaluate", str(clip), "--benchmarks", "docci", "--root", str(root)]) == 1
     errors = capsys.readouterr().err
     assert "nothing could be evaluated" in errors and "Skipped docci" in errors
-    assert "Needed files: docci_descriptions" in errors
+    assert "Required files: docci_descriptions" in errors
     assert main(["evaluate", "--benchmarks", "docci", "--root", str(root)]) == 1
     assert "put the model first" in capsys.readouterr().err
     for option in (["--mistakes", "5"], ["--all_pairs"]):

@@ -438,7 +438,7 @@ def test_evaluate_command_writes_region_results_and_pictures(
     wrong = results[0]["rows"][0]["metrics"]["top-1"] < 100
     assert page.count("classified as") >= 1 if wrong else "classified as" not in page
     assert main([*command[:-4], "--dense_variants", "slip"]) == 1
-    assert "no dense variant 'slip'; choose from plain" in capsys.readouterr().err
+    assert "unknown dense variant 'slip'; choose from plain" in capsys.readouterr().err
 
 
 @pytest.mark.data

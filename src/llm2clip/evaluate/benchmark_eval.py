@@ -58,13 +58,13 @@ class BenchmarkResult:
             "method", "metrics", "intervals", a metric for each class ("class top-1", "IoU" or "class AP50") and, if the
             metrics depend on the logit scale, "logit scale".
         images: Images of the benchmark, including images that cannot be decoded.
-        ranks: Ranks for each caption field. Only set for retrieval benchmarks.
+        ranks: Ranks, keyed by caption field. Only set for retrieval benchmarks.
         bootstrap: Metrics for paired differences, keyed by method. Only set for region, segmentation and detection
             benchmarks, and for classification, where the only key is "".
         draw_examples: Function that returns a report section with example images.
         model: Display name of the model.
-        error_analysis: Error analysis for each caption field.
-        short_queries: Result of `score_short_queries` for each caption field.
+        error_analysis: Error analyses, keyed by caption field.
+        short_queries: Results of `score_short_queries`, keyed by caption field.
         examples: Result of `draw_examples`. Empty if the report shows no example images.
     """
 

@@ -66,7 +66,7 @@ def rank_caption_fields(embeddings: EmbeddingSource, fields: CaptionFields) -> d
     Args:
         embeddings: Source of image and text embeddings. Images that cannot be decoded are excluded and recorded in
             `embeddings.log`.
-        fields: Records, keyed by the name of the caption field.
+        fields: Records, keyed by caption field.
 
     Raises:
         ValueError: If no image has a caption.
@@ -161,7 +161,7 @@ def make_validator(
     the first field. It raises ValueError if no image has a caption.
 
     Args:
-        fields: Records, keyed by the name of the caption field.
+        fields: Records, keyed by caption field.
         store: Store of the caption encoder's embeddings of all captions.
     """
 

@@ -314,7 +314,7 @@ def _check_arguments(models: Sequence[str], data: Sequence[str], options: Evalua
         raise ValueError("a distributed evaluation needs --out: the ranks exchange embeddings through this folder")
     for variant in options.dense_variants:
         if variant not in DENSE_VARIANTS:
-            raise ValueError(f"no dense variant {variant!r}; choose from {', '.join(DENSE_VARIANTS)}")
+            raise ValueError(f"unknown dense variant {variant!r}; choose from {', '.join(DENSE_VARIANTS)}")
     if options.short_queries and not has_images:
         raise ValueError("--short_queries needs images with captions: pass data or --benchmarks")
     has_class_names = any(map(has_user_data, options.benchmarks))
@@ -369,7 +369,7 @@ def _find_benchmarks(benchmarks: Sequence[Benchmark], root: Path) -> tuple[list[
 
 
 def _describe_failure(name: str, benchmark: Benchmark, error: Exception) -> str:
-    source = f". Needed files: {benchmark.source}" if isinstance(error, MissingFileError) else ""
+    source = f". Required files: {benchmark.source}" if isinstance(error, MissingFileError) else ""
     return f"Skipped {name}: {error}{source}"
 
 

@@ -39,7 +39,7 @@ class ConversationDataset(Dataset):
         """
         Args:
             conversations: if `store` is not None, it must contain all images of these conversations.
-            image_tokens: number of tokens per image.
+            image_tokens: number of `<image>` tokens per image.
             max_length: maximum number of tokens; longer conversations are truncated.
             store: cached patch features of the images. If None, images are decoded.
 

@@ -38,7 +38,7 @@ class AnswerGenerator:
         """
         Args:
             name: model folder or hub id.
-            device: device to run on. Default: the current process's device.
+            device: device to run the model on, by default the device of the current process.
             precision: fp32, bf16 or auto. auto selects bf16 if the hardware supports it, and fp32 otherwise.
             batch_size: number of questions per forward pass.
 

@@ -28,7 +28,7 @@ class LmmsModel(lmms):
         """
         Args:
             pretrained: model folder or hub id.
-            device: device to run on. Default: the current process's device.
+            device: device to run the model on, by default the device of the current process.
             batch_size: number of questions per forward pass.
             precision: fp32, bf16 or auto.
         """

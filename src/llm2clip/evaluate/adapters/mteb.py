@@ -35,7 +35,7 @@ class MTEBModel(AbsEncoder):
         """
         Args:
             name: Model as accepted by `open_dual_encoder`.
-            device: Device to load the model on. Default: a GPU if available.
+            device: By default, a GPU if available.
         """
         self.model = open_dual_encoder(name, device)
         parts = [part for part in name.replace(":", "/").split("/") if part not in ("", ".", "..")]

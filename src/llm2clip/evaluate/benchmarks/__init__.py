@@ -62,7 +62,7 @@ def get_benchmarks(names: Sequence[str], templates: Sequence[str] = ()) -> list[
             user_benchmarks.append(USER_BENCHMARKS[prefix](name.removeprefix(prefix), templates))
         elif name not in BENCHMARKS and name != "all":
             choices = [*BENCHMARKS, "all", *(f"{prefix}PATH" for prefix in USER_BENCHMARKS)]
-            raise ValueError(f"no benchmark {name!r}; choose from {', '.join(choices)}")
+            raise ValueError(f"unknown benchmark {name!r}; choose from {', '.join(choices)}")
     public = [benchmark for benchmark in BENCHMARKS.values() if "all" in names or benchmark.name in names]
     return public + user_benchmarks
 

@@ -44,7 +44,7 @@ def boxes_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
 
     Args:
         name: Path of the file.
-        templates: Prompt templates. Default: OpenAI's for ImageNet.
+        templates: Prompt templates. Default: OpenAI's templates for ImageNet.
     """
     return coco_file_benchmark(
         BOXES_PREFIX,
@@ -109,7 +109,7 @@ def detection_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
 
     Args:
         name: Path of the file.
-        templates: Prompt templates. Default: OpenAI's for ImageNet.
+        templates: Prompt templates. Default: OpenAI's templates for ImageNet.
     """
 
     def read(file: Path) -> DetectionData:

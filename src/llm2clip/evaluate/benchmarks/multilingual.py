@@ -196,7 +196,7 @@ BENCHMARKS = (
     Benchmark(
         name="flickr8k-cn",
         kind="retrieval",
-        description="1,000 images, 5,000 Chinese captions and 5,000 translated ones",
+        description="1,000 images, 5,000 human-written and 5,000 translated Chinese captions",
         folders=("flickr8k-cn", "flickr8kcn", "Flickr8k-CN"),
         read=_read_flickr8k_cn,
         source="data/ (github.com/li-xirong/flickr8kcn) and Flickr8k's images",

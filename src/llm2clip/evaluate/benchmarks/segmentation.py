@@ -76,7 +76,7 @@ def segmentation_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmar
             must contain images/, masks/ with one PNG per image and with the same name, and classes.txt. Line n of
             classes.txt contains the names of the class with the pixel value n - 1, separated by ", ". The value 255 is
             ignored. If the first class is "background", the protocol for data sets with a background is used.
-        templates: Prompt templates. Default: OpenAI's for ImageNet.
+        templates: Prompt templates. Default: OpenAI's templates for ImageNet.
     """
     if not name.endswith(".json"):
         return Benchmark(
@@ -196,7 +196,7 @@ def _build_from_files(
     Args:
         table: Class index of each pixel value. See `_make_label_table`.
         source: File or folder that lists the images, for error messages.
-        templates: Prompt templates. Default: OpenAI's for ImageNet.
+        templates: Prompt templates. Default: OpenAI's templates for ImageNet.
         protocol: Other fields of `SegmentationData`.
 
     Raises:

@@ -17,7 +17,7 @@ from llm2clip.models.hub.loading import load_config
 
 GROUND_TRUTH = "ground-truth"
 TORCHVISION_PREFIX = "torchvision:"
-MAX_COORDINATE = 1 << 24  # pixels; float32 represents whole numbers exactly up to this value
+MAX_COORDINATE = 1 << 24  # pixels; float32 represents integers exactly up to this value
 MAX_PROPOSALS = 300  # per image; the highest-scoring proposals are used
 
 

@@ -77,7 +77,7 @@ def write_fit_report(
             "from llm2clip import LLM2CLIP\n\n"
             f'model = LLM2CLIP.from_pretrained("{folder / "model"}")\n'
             'images = model.encode_image(["photo.jpg"])\n'
-            'texts = model.encode_text(["a whole sentence about it"])\n'
+            'texts = model.encode_text(["a full sentence about the photo"])\n'
             "model.similarity(texts, images)",
             "python",
         ),

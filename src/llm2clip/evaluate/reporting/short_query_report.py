@@ -53,7 +53,7 @@ def short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[BenchmarkResu
 def overview_table(curves: Curves, accuracies: Mapping[str, Mapping[str, str | None]]) -> Table:
     """Return a table of mAP by query length and of zero-shot accuracy, in percent.
 
-    The last rows show the difference between the first model and each of the others. Differences of mAP include 95%
+    The last rows show the difference between the first model and each other model. Differences of mAP include 95%
     confidence intervals, which are computed from paired bootstrap resamples.
 
     Args:
