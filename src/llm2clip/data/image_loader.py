@@ -145,7 +145,7 @@ def _serialise(refs: SharedRefs) -> SerialisedRefs:
 
 
 def pack_batch(items: list[Any]) -> tuple[bytes, list[int], Tensor]:
-    """Pack a batch so that a worker process can send it as a single open file. `unpack_batch` restores the batch.
+    """Pack a batch so that sending it from a worker process takes only one open file. `unpack_batch` restores it.
 
     A data loader sends each tensor as a shared memory file, which the main process keeps open. A batch of 512 images
     as separate tensors would therefore exceed the usual limit of 1,024 open files.

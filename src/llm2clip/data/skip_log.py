@@ -38,8 +38,7 @@ class SkipLog:
 
     Attributes:
         skipped: Number of skipped rows for each reason.
-        dropped: Number of rows of which a part, such as an empty caption, was dropped, for each reason. The rest of
-            each row is used.
+        dropped: Number of rows that were used without some of their values, such as empty captions, for each reason.
         examples: Descriptions of the first three skipped rows.
         notes: Maps each unusual property, such as an encoding, to the files that have it.
     """

@@ -99,7 +99,7 @@ def align(
     """
     if config.load_best_at_end and validate is None:
         raise ValueError("--align.load_best_at_end needs held-out images to evaluate on: set --held_out")
-    state = process_state()  # call this before Accelerator(), which would set up the ranks differently
+    state = process_state()  # must precede Accelerator(), which would set up the ranks differently
     run_dir.mkdir(parents=True, exist_ok=True)
     with folder_lock(run_dir) if state.is_main_process else nullcontext():
         trained = _train(records, store, model, config, run_dir, log, validate, features)

@@ -39,7 +39,7 @@ MAX_SAMPLE_LINES = 200_000  # maximum number of lines to search for text that is
 MAX_READINGS = 3  # maximum number of likely encodings listed in a message
 MAX_SAMPLE_BYTES = 1 << 14  # maximum size of the text whose encoding is guessed
 MAX_SEARCHED_BYTES = 1 << 28  # maximum size of the part of a file that is searched for text that is not UTF-8
-MAX_SKIPPED_CHARACTERS = 1 << 30  # a file with a longer line is damaged as a whole, or is a sparse file
+MAX_SKIPPED_CHARACTERS = 1 << 30  # a file with a longer line is damaged or sparse, so it is rejected
 
 
 def open_text(path: str, log: SkipLog | None = None, newline: str | None = None) -> TextIO:
