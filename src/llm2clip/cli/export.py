@@ -96,7 +96,7 @@ def _convert_encoder(args: Namespace, kind: str, load: Callable[[], CaptionEncod
     from llm2clip.io_utils import atomic_dir
 
     if args.to is not None or args.text is not None:
-        raise ValueError(f"--to and --text cannot be used with {kind}, which convert writes as a caption encoder")
+        raise ValueError(f"--to and --text cannot be used with {kind}: `convert` writes a caption encoder")
     if Path(args.out).exists():
         raise FileExistsError(f"{args.out} exists: choose another folder")
     encoder = load()

@@ -42,7 +42,7 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument(
         "--prune",
         action="store_true",
-        help="Remove deleted images even if a source no longer exists or more than 20%% of its images were deleted.",
+        help="Remove deleted images even if a source no longer exists or more than a fifth of its images were deleted.",
     )
     sub.add_argument(
         "--allow_outside",
@@ -78,8 +78,8 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument(
         "--path",
         type=str,
-        help="Only images in this folder, tar or file. A relative path that does not exist here matches in every "
-        "folder, and * stands for any characters: --path '2024/*.jpg'.",
+        help="Only images in this folder, tar or file. A relative path that does not exist in the current folder "
+        "matches in every folder, and * stands for any characters: --path '2024/*.jpg'.",
     )
     sub.add_argument("--caption", type=str, help="Only images with a caption that contains this text, ignoring case.")
     sub.add_argument("--after", type=str, help="Only images taken on or after this date or time, such as 2024-05-31.")

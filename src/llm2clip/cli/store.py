@@ -49,7 +49,9 @@ def add_commands(commands: Commands) -> None:
         "--tars", nargs="+", type=str, help="Webdataset tar files, with X_text_embeddings.tar next to each X.tar."
     )
     parser.add_argument("--out", type=str, required=True, help="Store folder.")
-    parser.add_argument("--precision", type=str, default="fp32", help="Precision that the embeddings were computed in.")
+    parser.add_argument(
+        "--precision", type=str, default="fp32", help="Precision with which the embeddings were computed."
+    )
     parser.add_class_arguments(EncoderConfig, "encoder")
 
 

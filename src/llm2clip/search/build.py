@@ -120,7 +120,7 @@ def build_index(
             for source, states in indexed_by_source.items():
                 _check_deleted(source, states, set(deleted))
         not_added = {image.name for image in to_add} - added
-        unreadable = [name for name in indexed if name in not_added]  # these files changed and cannot be decoded now
+        unreadable = [name for name in indexed if name in not_added]  # changed files that can no longer be decoded
         backend.remove([*deleted, *unreadable])
         backend.finish()
     return IndexReport(

@@ -39,7 +39,7 @@ class Check:
     Attributes:
         name: Name of the checked item, such as "memory".
         result: The measured values.
-        fix: How to fix the problem. Empty if there is none.
+        fix: How to fix the problem. Empty if there is no problem.
         failed: True if `llm2clip fit` would fail.
     """
 

@@ -40,7 +40,7 @@ class PassCosts:
     Attributes:
         forward: FLOPs of the forward pass.
         backward: FLOPs of the backward pass.
-        saved: Bytes of activations that autograd saves.
+        saved: Size of the activations that autograd saves, in bytes.
         layer_inputs: Total size of the inputs to all layers, in bytes.
         copies: Size of the half-precision copies of trained weights that autograd saves, in bytes. It does not depend
             on the number of items.
@@ -68,9 +68,9 @@ class TextCosts:
         trained: Number of parameters that the `tune` stage trains.
         forward: FLOPs of a forward pass without LoRA, per caption.
         tune_forward, tune_backward: FLOPs of the passes in a `tune` step, per caption.
-        saved_per_token: Bytes of activations that autograd saves per token in each transformer layer.
+        saved_per_token: Size of the activations that autograd saves per token in each transformer layer, in bytes.
         input_per_token: Size of a transformer layer's input per token, in bytes.
-        saved_outside: Bytes of activations that autograd saves per token outside the transformer layers.
+        saved_outside: Size of the activations that autograd saves per token outside the transformer layers.
     """
 
     tokens: float
@@ -108,8 +108,9 @@ class ImageCosts:
         captions: Number of captions used per image in each step.
         tower_forward: FLOPs of the tower's forward pass.
         forward, backward: FLOPs of the passes in a training step. If the tower is frozen, `forward` excludes it.
-        saved: Bytes of activations that autograd saves.
-        saved_per_layer: Bytes of activations that autograd saves in each tower layer. 0 if the tower is frozen.
+        saved: Size of the activations that autograd saves, in bytes.
+        saved_per_layer: Size of the activations that autograd saves in each tower layer, in bytes. 0 if the tower is
+            frozen.
         layer_inputs: Total size of the inputs to all tower layers, in bytes. 0 if the tower is frozen.
         copies: Size of the half-precision copies of weights that autograd saves, in bytes.
     """
