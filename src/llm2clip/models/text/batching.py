@@ -1,7 +1,7 @@
-"""Batches of texts of similar length with a maximum number of tokens, and measurement of the fastest maximum.
+"""Batching of texts by length with a maximum number of tokens per batch, and measurement of the fastest maximum.
 
-A CPU is fastest with batches that fit in its caches, whereas a GPU needs large batches. The best size also depends on
-the model.
+A CPU is fastest with batches that fit in its caches, whereas a GPU needs large batches. The best batch size also
+depends on the model.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 # Default number of tokens per batch, including padding.
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 32768
-# Maximum size of an LLM's hidden states in a batch, in elements. With this value, an LLM with 8 billion parameters
-# (4,096 dimensions) needs 2.5 GB for the activations of a batch of 16,384 tokens, which is large enough for every GPU.
+# Limit for tokens times hidden size in a default batch. With this value, an LLM with 8 billion parameters (hidden size
+# 4,096) encodes batches of 16,384 tokens, whose activations need 2.5 GB. Such batches are large enough for every GPU.
 MAX_HIDDEN_SIZE = 1 << 26
 MIN_CAPTIONS_TO_TUNE = 4096  # with fewer captions, tuning takes more time than it saves
 CPU_CANDIDATES = (512, 1024, 2048, 4096)
 GPU_CANDIDATES = (8192, 16384, 32768, 65536, 131072, 262144)
-MIN_SPEEDUP = 1.02  # larger batches take more memory, so they must be faster by at least this factor
+MIN_SPEEDUP = 1.02  # larger batches take more memory, so they are used only if they are faster by this factor
 
 
 def default_batch_tokens(device: torch.device) -> int:
@@ -33,7 +33,7 @@ def default_batch_tokens(device: torch.device) -> int:
 
 
 def default_encoding_tokens(device: torch.device, hidden_size: int) -> int:
-    """Return the default number of tokens per batch for encoding with an LLM that has `hidden_size` dimensions."""
+    """Return the default number of tokens per batch for encoding with an LLM of this hidden size."""
     return min(default_batch_tokens(device), max(CPU_BATCH_TOKENS, MAX_HIDDEN_SIZE // hidden_size))
 
 
@@ -43,7 +43,7 @@ class TokenizedTexts:
 
     Attributes:
         ids: token ids of each text.
-        truncated: indices of the texts that were truncated to `max_length`.
+        truncated: indices of the texts that were truncated to the encoder's `max_length`.
         prompt_lengths: number of leading tokens of each text that are excluded from pooling.
     """
 
@@ -52,10 +52,9 @@ class TokenizedTexts:
     prompt_lengths: list[int]
 
     def batches(self, max_tokens: int) -> Iterator[tuple[int, list[int]]]:
-        """Yield (prompt length, text indices) for each batch.
+        """Yield (prompt length, text indices) for each batch. The texts in a batch have the same prompt length.
 
-        All texts in a batch have the same prompt length and a similar total length. A batch has at most `max_tokens`
-        tokens, including padding.
+        See `length_batches` for `max_tokens` and the order of the batches.
         """
         for prompt_length in sorted(set(self.prompt_lengths)):
             members = [i for i, length in enumerate(self.prompt_lengths) if length == prompt_length]
@@ -64,10 +63,14 @@ class TokenizedTexts:
 
 
 def length_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Group rows of similar length into batches, and yield the row indices of each batch.
+    """Group texts of similar length into batches; yield the text indices of each batch.
 
-    A batch has at most `max_tokens` tokens, including padding. A row longer than `max_tokens` forms a batch of its own.
-    The longest rows come first, so that an out-of-memory error occurs in the first batch rather than late in a run.
+    A batch has at most `max_tokens` tokens, including padding. A text longer than `max_tokens` forms a batch by itself.
+    The longest texts come first, so that an out-of-memory error occurs in the first batch rather than late in a run.
+
+    Args:
+        lengths: number of tokens of each text.
+        max_tokens: maximum number of tokens per batch.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0
@@ -78,16 +81,16 @@ def length_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int
 
 
 def tune_batch_tokens(encoder: CaptionEncoder, tokens: TokenizedTexts, precision: str = "fp32") -> int:
-    """Return the value of `batch_tokens` with which `encoder` encodes the given captions fastest.
+    """Measure with which `batch_tokens` an encoder encodes the given captions fastest.
 
-    The candidate values are timed in increasing order. Each candidate is timed on up to four batches, including the one
-    with the longest captions. The search stops when a candidate is slower than the best one so far or does not fit in
-    memory. For fewer than 4096 captions, nothing is timed, and the encoder's default is returned.
+    The candidate values are timed in increasing order (see `tokens_per_second`). The search stops when a candidate is
+    slower than the best candidate so far or does not fit in memory. For fewer than 4096 captions, nothing is timed, and
+    the encoder's default is returned.
     """
     if len(tokens.ids) < MIN_CAPTIONS_TO_TUNE:
         return encoder.default_batch_tokens
     candidates = CPU_CANDIDATES if encoder.device.type == "cpu" else GPU_CANDIDATES
-    # Start with half the smallest candidate, which is returned if not even the smallest candidate fits in memory.
+    # Half of the smallest candidate is returned if even the smallest candidate does not fit in memory.
     best, best_speed = candidates[0] // 2, 0.0
     for candidate in candidates:
         try:
@@ -103,11 +106,11 @@ def tune_batch_tokens(encoder: CaptionEncoder, tokens: TokenizedTexts, precision
 
 
 def tokens_per_second(encoder: CaptionEncoder, tokens: TokenizedTexts, batch_tokens: int, precision: str) -> float:
-    """Return the encoding speed in tokens per second, measured on up to four batches.
+    """Measure the encoding speed in tokens per second on up to four batches.
 
-    The batches are sorted by caption length. The sample contains the batch with the longest captions and the batches at
-    1/6, 3/6 and 5/6 of the list. This sample is representative, because all batches have about the same number of
-    tokens.
+    In the list of batches, which is sorted by caption length, the sample consists of the batch with the longest
+    captions and the batches at 1/6, 3/6 and 5/6. The sample is representative, because all batches have about the same
+    number of tokens.
     """
     batches = [rows for _, rows in tokens.batches(batch_tokens)]
     sample = [batches[i] for i in sorted({0, *(len(batches) * n // 6 for n in (1, 3, 5))})]
@@ -122,7 +125,7 @@ def tokens_per_second(encoder: CaptionEncoder, tokens: TokenizedTexts, batch_tok
 def _time_batch(
     encoder: CaptionEncoder, tokens: TokenizedTexts, rows: list[int], batch_tokens: int, precision: str
 ) -> float:
-    """Encode the captions in `rows` as one batch, and return the elapsed time in seconds."""
+    """Encode the captions in `rows` as one batch. Return the elapsed time in seconds."""
     batch = TokenizedTexts([tokens.ids[row] for row in rows], [], [tokens.prompt_lengths[row] for row in rows])
     start = time.perf_counter()
     encoder.encode(batch, batch_tokens=batch_tokens, precision=precision)

@@ -1,11 +1,8 @@
-"""Caption encoder: maps a text to a single embedding.
+"""Caption encoder, which maps a text to a single embedding.
 
-By default, the encoder is a decoder LLM with bidirectional attention and mean pooling. The encoder is stored as an
-ordinary `SentenceTransformer`, so sentence-transformers can load a saved encoder without code from this package and
-compute the same embeddings. The only exception is NV-Embed (see `models/text/latent_attention.py`).
-
-This module builds an encoder (attention, depth, template, pooling), batches texts of similar length, packs each batch
-without padding, and computes the encoder's identity: everything that affects the embeddings.
+By default, the encoder is a decoder LLM with bidirectional attention and mean pooling. It is saved as an ordinary
+`SentenceTransformer`, so sentence-transformers can load it without code from this package and compute the same
+embeddings. The only exception is NV-Embed (see `models/text/latent_attention.py`).
 """
 
 from __future__ import annotations
@@ -41,7 +38,7 @@ from llm2clip.models.text.sentence_transformer import (
 from llm2clip.progress import ProgressBar
 
 MAX_EMBEDDINGS_ON_DEVICE = 8192  # number of accumulated embeddings after which they are copied to the CPU
-# Entries of the LLM's config that do not affect its output, and entries that `identity` includes separately.
+# Entries of the LLM's config that do not affect its output, and entries that `identity` contains separately.
 _CONFIG_WITHOUT_EFFECT = (
     "_name_or_path",
     "transformers_version",
@@ -57,8 +54,8 @@ class CaptionEncoder(nn.Module):
     """LLM with a template and pooling. Use `from_pretrained` to load an encoder and `encode` to encode captions.
 
     Attributes:
-        st: the SentenceTransformer; `st[0]` is the LLM and `st[1]` is the pooling layer.
-        weights_precision: precision for which the weights are stored: fp32, unless `move_for_encoding` lowered it.
+        st: the SentenceTransformer. `st[0]` is the LLM and `st[1]` is the pooling layer.
+        weights_precision: highest precision that the weights support. It is fp32 unless `move_for_encoding` lowered it.
     """
 
     def __init__(self, st: SentenceTransformer) -> None:
@@ -83,23 +80,23 @@ class CaptionEncoder(nn.Module):
     ) -> CaptionEncoder:
         """Load a decoder LLM, a sentence-transformers model or a `.gguf` file as a caption encoder in float32.
 
-        If an option is None, the value saved in the folder is used. The defaults for a plain LLM are bidirectional
+        If an option is None, the value saved with the model is used. The defaults for a plain LLM are bidirectional
         attention, mean pooling, no template and a maximum of 512 tokens.
 
         Args:
-            path: one of: a folder or hub id of a transformers or sentence-transformers model; an llm2clip model folder;
-                a `.gguf` file; the name of a model that `llm2clip` can download (see `models/hub/pretrained.py`).
-            bidirectional: if True, every token attends to all tokens. If False, only to earlier tokens.
+            path: folder or hub id of a transformers or sentence-transformers model, an llm2clip model folder, a `.gguf`
+                file, or the name of a model that `llm2clip` can download (see `models/hub/pretrained.py`).
+            bidirectional: if True, every token attends to all tokens. If False, only to itself and earlier tokens.
             layers: number of layers to keep, counted from the input. The final norm is always kept.
             template: text around the caption, such as `"<|im_start|>user\\n{caption}<|im_end|>"`. The text before
-                `{caption}` is excluded from pooling. At most one special token may follow `{caption}`. It is
+                `{caption}` is excluded from pooling. At most one special token may follow `{caption}`. This token is
                 included in pooling, as in the paper, and replaces the tokenizer's default special tokens.
             pooling: pooling mode of sentence-transformers: mean, weightedmean, lasttoken, cls or max.
             max_length: maximum input length in tokens, including the template.
             truncate_dim: number of embedding dimensions to keep, for encoders with Matryoshka training.
-            attention: attention implementation: `packed` (see `models/text/packing.py`) or one from transformers, such
-                as sdpa, eager, flex_attention or flash_attention_2. Decoders that support `packed` use it by default.
-                `packed` and flash attention need no padding. Flash attention requires bf16.
+            attention: attention implementation: `packed` (see `models/text/packing.py`), or a transformers
+                implementation such as sdpa, eager, flex_attention or flash_attention_2. Decoders that support `packed`
+                use it by default. `packed` and flash attention need no padding. Flash attention requires bf16.
             device: device on which to load the encoder. Default: a GPU if there is one.
 
         Raises:
@@ -187,12 +184,12 @@ class CaptionEncoder(nn.Module):
         """Tokenize captions with the template and special tokens, and truncate them to the encoder's `max_length`.
 
         Leading and trailing whitespace is removed, as in the LLM2CLIP authors' code. Truncation removes the last tokens
-        of the caption but keeps the template's special token after it.
+        of the caption but keeps the special token after the caption.
 
         Args:
             captions: captions without the template.
-            prompts: an instruction for each caption, or "" for no instruction. It is placed between the template's
-                prefix and the caption. All tokens before the caption are excluded from pooling.
+            prompts: an instruction for each caption ("" for none), which is inserted between the template's prefix and
+                the caption. All tokens before the caption are excluded from pooling.
 
         Raises:
             TypeError, ValueError: a caption is not a string or not valid Unicode.
@@ -210,17 +207,17 @@ class CaptionEncoder(nn.Module):
         return TokenizedTexts(ids, truncated, [self.prompt_length(prefix) for prefix in prefixes])
 
     def count_truncated(self, captions: Sequence[str]) -> int:
-        """Return the number of captions that are longer than `max_length` and are therefore truncated."""
+        """Count the captions that are truncated because they are longer than `max_length`."""
         return len(self.tokenize(captions).truncated)
 
     def prompt_length(self, prompt: str) -> int:
-        """Return the number of tokens before a caption (see `sentence_transformer.prompt_length`)."""
+        """Return the number of tokens before the caption (see `sentence_transformer.prompt_length`)."""
         if prompt not in self._prompt_lengths:
             self._prompt_lengths[prompt] = prompt_length(self.tokenizer, prompt)
         return self._prompt_lengths[prompt]
 
     def exclude_prompts_from_pooling(self, prompts: Iterable[str]) -> None:
-        """Exclude the instructions' tokens from pooling. This setting is saved with the encoder.
+        """Exclude the tokens of instructions from pooling. This setting is saved with the encoder.
 
         Raises:
             ValueError: sentence-transformers would miscount the tokens of a prompt.
@@ -242,9 +239,9 @@ class CaptionEncoder(nn.Module):
                 of the template's prefix.
 
         Returns:
-            A dict of model inputs. For `packed` and flash attention, it is the output of `pack_captions`, a single row
-            without padding. For other attention implementations, it contains the padded input_ids and attention_mask,
-            both (B, T) int64, and prompt_length if it is not 0.
+            A dict of model inputs. For `packed` and flash attention, it contains a single row without padding (see
+            `pack_captions`). For all other attention implementations, it contains the padded input_ids and
+            attention_mask of shape (B, T), int64. It also contains prompt_length if this is not 0.
         """
         if self.attention == PACKED or "flash" in self.attention:
             batch = pack_captions(ids, self.attention, self.device)
@@ -260,7 +257,7 @@ class CaptionEncoder(nn.Module):
     # ---- embeddings -------------------------------------------------------------------------------------------------
 
     def forward(self, ids: Sequence[Sequence[int]]) -> Tensor:
-        """Encode the token ids of B captions as embeddings (B, embed_dim). Supports training."""
+        """Encode the token ids of B captions as embeddings of shape (B, embed_dim), with gradients."""
         embeddings: Tensor = self.st(self.collate(ids))["sentence_embedding"]
         return embeddings
 
@@ -274,18 +271,18 @@ class CaptionEncoder(nn.Module):
         precision: str | None = None,
         progress: bool | ProgressBar = False,
     ) -> Tensor:
-        """Encode captions as unnormalised (N, embed_dim) float32 embeddings on the CPU, in input order.
+        """Encode captions as unnormalised float32 embeddings of shape (N, embed_dim), on the CPU, in input order.
 
-        Captions of similar length are batched together, so there is almost no padding. The other captions in a batch
-        change an embedding by at most about 1e-5. The embedding of a text without tokens is a zero vector.
+        Captions of similar length are batched together, so there is almost no padding. An embedding depends on the
+        other captions in its batch by at most about 1e-5. The embedding of a text without tokens is a zero vector.
 
         Args:
             captions: one text, a list of texts, or the result of `tokenize`.
             batch_tokens: maximum number of tokens per batch, including padding. Default: `default_batch_tokens`.
             precision: fp32, bf16 or bf16+N. bf16 is two to three times as fast as fp32. bf16+N runs the first N layers
                 in fp32, for models that are too inaccurate in bf16 (see `models/precision.py`). Default:
-                fp32 or, after `move_for_encoding`, the precision of the weights.
-            progress: if True, show a progress bar. If a `ProgressBar`, update it.
+                `weights_precision`, which is fp32 unless `move_for_encoding` has been called.
+            progress: True to show a progress bar, or a `ProgressBar` to update.
 
         Raises:
             TypeError: a caption is not a string.
@@ -319,9 +316,10 @@ class CaptionEncoder(nn.Module):
         return embeddings
 
     def _encode_batch(self, batch: dict[str, Any]) -> Tensor:
-        """Return the embeddings (B, embed_dim) of a batch from `collate`, as `self.st` does.
+        """Compute the embeddings of a batch from `collate`, of shape (B, embed_dim).
 
-        Unlike `self.st`, this method does not wait for the GPU if mean pooling excludes the prompts.
+        The result is the same as that of `self.st`, but this method avoids a GPU synchronisation if mean pooling
+        excludes prompts.
         """
         llm, pooling, *modules = self.st
         features = llm(batch)
@@ -338,7 +336,8 @@ class CaptionEncoder(nn.Module):
 
         With bf16, the LLM's linear layers are stored in bf16 instead of fp32. Encoding then takes less than half the
         memory, and the embeddings are bit-identical. If the encoder was loaded on the CPU, these layers never occupy
-        fp32 memory on the GPU. Afterwards, the encoder can no longer be saved, trained, identified or used in fp32.
+        fp32 memory on the GPU. Afterwards, the encoder can no longer be saved, trained or used in fp32, and `identity`
+        raises an error.
         """
         self._check_weights(precision)
         cast_linear_weights(self.llm, precision)
@@ -363,9 +362,9 @@ class CaptionEncoder(nn.Module):
     # ---- identity and saving ----------------------------------------------------------------------------------------
 
     def identity(self, precision: str = "fp32") -> dict[str, Any]:
-        """Return a dict of everything that affects the embeddings: settings and hashes of the weights and tokenizer.
+        """Return a dict of everything that affects the embeddings: settings, and hashes of the weights and tokenizer.
 
-        `fingerprint` converts the dict to a single hash.
+        `fingerprint` computes a single hash of this dict.
 
         Raises:
             ValueError: the weights are no longer in fp32 (see `move_for_encoding`).
@@ -386,7 +385,7 @@ class CaptionEncoder(nn.Module):
 
     @hide_loading_bars()
     def save_pretrained(self, folder: str | Path) -> None:
-        """Save the encoder in the sentence-transformers layout, with safetensors weights.
+        """Save the encoder in sentence-transformers' format, with safetensors weights.
 
         Raises:
             ValueError: the weights are no longer in fp32 (see `move_for_encoding`).
@@ -398,7 +397,7 @@ class CaptionEncoder(nn.Module):
 def _move_to_cpu(on_device: list[tuple[list[int], Tensor]], embeddings: Tensor) -> None:
     """Copy the embeddings in `on_device` to their rows of `embeddings` on the CPU, and clear `on_device`.
 
-    All embeddings are copied at once, because each copy waits for all previous work on the device to finish.
+    All embeddings are copied at once, because each copy is a GPU synchronisation.
     """
     if on_device:
         rows = [row for batch_rows, _ in on_device for row in batch_rows]
@@ -407,16 +406,13 @@ def _move_to_cpu(on_device: list[tuple[list[int], Tensor]], embeddings: Tensor) 
 
 
 def _read_effective_config(llm: Any) -> dict[str, Any]:
-    """Return the entries of the LLM's config that affect its output, except those that `identity` lists separately."""
+    """Return the entries of the LLM's config that affect its output and are not already part of `identity`."""
     config: dict[str, Any] = json.loads(llm.config.to_json_string(use_diff=False))
     return {name: value for name, value in config.items() if name not in _CONFIG_WITHOUT_EFFECT}
 
 
 def _serialize_tokenizer(tokenizer: Any) -> str:
-    """Return the tokenizer as JSON.
-
-    Padding and truncation settings are removed, because earlier calls may have changed them.
-    """
+    """Serialise a tokenizer as JSON, without padding and truncation settings, which tokenizer calls may change."""
     state = json.loads(tokenizer.to_str())
     state.pop("padding", None)
     state.pop("truncation", None)

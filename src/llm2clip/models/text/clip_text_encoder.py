@@ -1,8 +1,8 @@
-"""Text towers of CLIP models, for comparison with a caption encoder.
+"""Text towers of CLIP models, used as baselines for a caption encoder.
 
 The supported models are transformers models of the types in `_TEXT_INPUTS`, models that come with their own code
-(Jina-CLIP), and, if open_clip is installed, open_clip models. Texts that exceed the context length are truncated, as
-these models normally do; `ClipTextEncoder.count_truncated` counts them.
+(Jina-CLIP) and, if open_clip is installed, open_clip models. Texts that exceed the context length are truncated, as
+usual for these models. `ClipTextEncoder.count_truncated` counts such texts.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class _TextInput:
     """Text preprocessing that a model type requires.
 
     Attributes:
-        context_length: number of tokens with which the model was trained. If None, the number of its position
-            embeddings.
-        fully_padded: True if the model was trained on texts padded to the context length, without an attention mask.
-        lower_case: True if the model was trained on lower-case text.
+        context_length: maximum text length in tokens with which the model was trained. None means the number of
+            position embeddings.
+        fully_padded: True if training texts were padded to the context length, without an attention mask.
+        lower_case: True if training texts were in lower case.
     """
 
     context_length: int | None = None
@@ -42,8 +42,8 @@ class _TextInput:
 
 _TEXT_INPUTS = {
     "clip": _TextInput(),
-    # Padding: see transformers' documentation of SigLIP and SigLIP 2 ("make sure to set padding='max_length'"). Lower
-    # case: both were trained on lower-case texts (arXiv 2502.14786 for SigLIP 2). SigLIP's tokenizer converts texts to
+    # For the padding, see transformers' documentation of SigLIP and SigLIP 2 ("make sure to set padding='max_length'").
+    # Both models were trained on lower-case texts (arXiv 2502.14786 for SigLIP 2). SigLIP's tokenizer converts texts to
     # lower case (https://github.com/huggingface/transformers/pull/43101), but the Gemma tokenizer saved with SigLIP 2's
     # checkpoints does not.
     "siglip": _TextInput(fully_padded=True, lower_case=True),
@@ -56,7 +56,7 @@ _TEXT_INPUTS = {
     "altclip": _TextInput(context_length=77),
     "metaclip_2": _TextInput(),
 }
-# Other model types with text features -> the reason why they are not supported.
+# Model types that have text features but are not supported -> reason.
 _UNSUITABLE_TYPES = {
     # As of version 5.24, transformers applies the causal mask only if a batch has padding.
     "aimv2": "in transformers, its embedding of a text depends on the padding",
@@ -81,9 +81,9 @@ class ClipTextEncoder:
 
     Attributes:
         model: the complete CLIP model, with both towers.
-        context_length: maximum text length in tokens, or None if it is defined only in the model's own code.
+        context_length: maximum text length in tokens, or None if only the model's own code defines it.
         embed_dim: dimension of the embeddings.
-        tokenize: function that truncates N texts to the context length and returns a dict of inputs.
+        tokenize: function that truncates N texts to the context length and returns a dict of model inputs.
     """
 
     def __init__(
@@ -99,11 +99,10 @@ class ClipTextEncoder:
         Args:
             model: the complete CLIP model, with both towers.
             context_length: maximum text length in tokens, or None if unknown.
-            tokenize: function that truncates N texts to the context length and returns a dict of inputs.
-            forward: function that takes the inputs from `tokenize` as keyword arguments and returns embeddings of
-                shape (N, embed_dim).
-            token_count: function that returns the number of tokens in a text before truncation. None if there is no
-                such function.
+            tokenize: function that truncates N texts to the context length and returns a dict of model inputs.
+            forward: function that takes the outputs of `tokenize` as keyword arguments and returns embeddings of shape
+                (N, embed_dim).
+            token_count: function that counts the tokens of a text before truncation, or None if this is not possible.
         """
         self.model, self.context_length = model, context_length
         self.tokenize, self._forward, self._token_count = tokenize, forward, token_count
@@ -113,7 +112,7 @@ class ClipTextEncoder:
     @torch.inference_mode()
     @onednn_matmul()
     def encode(self, captions: Sequence[str], *, progress: bool = False, batch_size: int = 64) -> Tensor:
-        """Encode texts as unnormalised (N, embed_dim) float32 embeddings on the CPU, in input order."""
+        """Encode texts as unnormalised float32 embeddings of shape (N, embed_dim), on the CPU, in input order."""
         order = sorted(range(len(captions)), key=lambda i: -len(captions[i]))
         embeddings = torch.empty(len(captions), self.embed_dim)
         for start in ProgressBar(range(0, len(order), batch_size), desc="encode", unit="batch", disable=not progress):
@@ -122,13 +121,13 @@ class ClipTextEncoder:
         return embeddings
 
     def _embed(self, texts: list[str]) -> Tensor:
-        """Embed one batch of texts on the model's device, to which `model` may have been moved after it was loaded."""
+        """Encode a batch of texts on the current device of `model`, which may have been moved after loading."""
         batch = self.tokenize(texts)
         device = next(self.model.parameters()).device
         return self._forward(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
 
     def count_truncated(self, captions: Sequence[str]) -> int | None:
-        """Return the number of texts that are truncated to the context length, or None if this number is unknown."""
+        """Count the texts that are truncated to the context length. Return None if the number cannot be determined."""
         if self._token_count is None or self.context_length is None:
             return None
         return sum(self._token_count(caption) > self.context_length for caption in captions)
@@ -175,7 +174,7 @@ def load_clip_text_encoder(
 
     Args:
         path: for transformers, a folder or hub id. For open_clip, one of `open_clip:NAME/PRETRAINED`,
-            `open_clip:FOLDER` (a folder saved by open_clip) and `open_clip:hf-hub:ID`.
+            `open_clip:FOLDER` (folder saved by open_clip) and `open_clip:hf-hub:ID`.
         device: device on which to load the model. Default: a GPU if there is one.
         trust_remote_code: if True, run the Python code that comes with a model.
 
@@ -249,9 +248,9 @@ def pooled_output(features: Any) -> Tensor:
 
 @hide_loading_bars()
 def _load_remote_code(path: str, device: torch.device) -> ClipTextEncoder:
-    """Load a model by running the code that comes with it. The caller must check that the user allows this code to run.
+    """Load a model with the code that comes with it. The caller must check that the user allows this code to run.
 
-    If the model has a method `encode_text`, as Jina-CLIP does, that method tokenizes and truncates the texts.
+    If the model has a method `encode_text`, as Jina-CLIP does, this method tokenizes and truncates the texts.
     Otherwise, the model must have a method `get_text_features`, and its tokenizer must specify the context length.
     """
     from transformers import AutoModel, AutoTokenizer

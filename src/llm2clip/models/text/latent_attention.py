@@ -1,7 +1,7 @@
 """Latent attention pooling, the pooling layer of NV-Embed (arXiv 2405.17428).
 
-The final hidden state of each token attends to an array of trained vectors (the latents), passes through an MLP, and is
-averaged over the caption's tokens. Tokens do not attend to each other in this layer, so packed and padded batches
+The final hidden state of each token attends to an array of trained vectors (the latents) and passes through an MLP. The
+results are averaged over the tokens. Tokens do not attend to each other in this layer, so packed and padded batches
 produce the same embeddings.
 
 The module is stored in sentence-transformers' format, but sentence-transformers can load it only if llm2clip is
@@ -17,8 +17,8 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# The MLP's hidden layer is eight times as wide as the LLM. Processing chunks of tokens limits its memory to about 2 GB
-# in fp32.
+# The MLP's hidden layer is eight times as wide as the LLM. Processing tokens in chunks limits the memory of its
+# activations to about 2 GB in fp32.
 TOKENS_PER_CHUNK = 4096
 MLP_EXPANSION = 4
 
@@ -27,7 +27,7 @@ class LatentAttentionPooling(Pooling):
     """sentence-transformers module that applies latent attention and an MLP to every token, followed by mean pooling.
 
     Attributes:
-        latents: trained vectors, (num_latents, embedding_dimension).
+        latents: trained vectors of shape (num_latents, embedding_dimension).
     """
 
     config_keys = ["embedding_dimension", "include_prompt", "num_latents", "num_heads", "head_dim"]  # noqa: RUF012
@@ -44,7 +44,7 @@ class LatentAttentionPooling(Pooling):
 
         Args:
             embedding_dimension: hidden size of the LLM, which is also the dimension of the embeddings.
-            num_latents: number of latents.
+            num_latents: number of trained vectors.
             num_heads: number of attention heads.
             head_dim: dimension of each attention head.
             include_prompt: if True, the mean includes the tokens before the caption.
@@ -63,15 +63,15 @@ class LatentAttentionPooling(Pooling):
         self.mlp_out = nn.Linear(MLP_EXPANSION * embedding_dimension, embedding_dimension)
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Add `sentence_embedding`, (B, D), to the features, and replace `token_embeddings`, (B, T, D) or (1, T, D)."""
+        """Transform and replace `token_embeddings`, and add `sentence_embedding` of shape (B, D) to the features."""
         features["token_embeddings"] = self.transform_tokens(features["token_embeddings"])
         pooled: dict[str, Any] = super().forward(features, **kwargs)
         return pooled
 
     def transform_tokens(self, states: Tensor) -> Tensor:
-        """Apply latent attention and the MLP to the LLM's final hidden states, (..., D); return (..., D)."""
+        """Apply latent attention and the MLP to final hidden states of shape (..., D). The shape does not change."""
         tokens = states.flatten(0, -2)  # (T, D)
-        # Keys and values do not depend on the batch: (heads, latents, head_dim)
+        # Keys and values do not depend on the batch. Their shape is (heads, latents, head_dim).
         keys, values = (self._split_heads(x) for x in self.to_kv(self.norm_latents(self.latents)).chunk(2, dim=-1))
         chunks = [self._transform_chunk(chunk, keys, values) for chunk in tokens.split(TOKENS_PER_CHUNK)]
         return torch.cat(chunks).view_as(states)

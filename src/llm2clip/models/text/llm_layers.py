@@ -13,7 +13,7 @@ def is_encoder_only(llm: Any) -> bool:
 
 
 def get_layers(llm: Any) -> nn.ModuleList:
-    """Return the transformer layers of a model without a language-modelling head."""
+    """Return the transformer layers of a model, which must not have a language-modelling head."""
     layers: nn.ModuleList = llm.layers if hasattr(llm, "layers") else llm.encoder.layer
     return layers
 
@@ -27,7 +27,7 @@ def set_layers(llm: Any, layers: nn.ModuleList) -> None:
 
 
 def truncate_layers(llm: Any, count: int) -> None:
-    """Keep only the first `count` layers, and update the config so that a saved model loads with `count` layers."""
+    """Keep only the first `count` layers of a model, and update the model's config accordingly."""
     layers = get_layers(llm)
     if not 1 <= count <= len(layers):
         raise ValueError(f"layers must be between 1 and {len(layers)}, the depth of this model (got {count})")

@@ -1,8 +1,8 @@
-"""LoRA training of a caption encoder's LLM, which ends with merging LoRA into the LLM.
+"""LoRA training of a caption encoder's LLM. At the end of training, LoRA is merged into the LLM.
 
-QLoRA (arXiv 2305.14314) stores the frozen matrices in 4 bits, but only during training. At the end, LoRA is merged into
-the original weights. Without QLoRA, the frozen matrices can be stored in 16 bits. The merged weights are then based on
-the rounded 16-bit values, which are exact if the LLM's weights were released in the same format.
+QLoRA (arXiv 2305.14314) stores the frozen matrices in 4 bits only during training, and LoRA is merged into the original
+weights. Without QLoRA, the frozen matrices can be stored in 16 bits, and LoRA is merged into the rounded 16-bit values.
+The rounding has no effect if the LLM was released in the same 16-bit format.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class LoraSession:
         Args:
             encoder: a `CaptionEncoder` whose LLM has no LoRA yet.
             config: LoRA config for PEFT.
-            dtype: dtype of the frozen matrices or, with `quantize`, of the matmuls with them.
+            dtype: dtype of the frozen matrices. With `quantize`, it is the dtype of their matmuls.
             device: training device.
             quantize: if True, store the frozen matrices in 4 bits (QLoRA, requires bitsandbytes). The original matrices
                 stay on the CPU.
@@ -45,7 +45,7 @@ class LoraSession:
     def finish(self) -> None:
         """Merge LoRA into the original weights, in place and in float32, on the CPU.
 
-        The CPU is used because the float32 weights may not all fit on the device.
+        The CPU is used because the float32 weights may not fit in the device's memory.
         """
         transformer = self.encoder.st[0]
         model = transformer.model
@@ -83,11 +83,7 @@ def cast_frozen_linear(llm: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _quantize_linear_layers(llm: Any, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Linear]:
-    """Replace the linear layers with 4-bit layers on `device`.
-
-    Returns:
-        The original layers, on the CPU, keyed by name.
-    """
+    """Replace the linear layers with 4-bit layers on `device`. Return the original layers on the CPU, keyed by name."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     original_layers = {name: module.to("cpu") for name, module in llm.named_modules() if isinstance(module, nn.Linear)}

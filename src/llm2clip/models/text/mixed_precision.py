@@ -1,7 +1,7 @@
-"""bf16 inference of an LLM with its first layers in fp32, and weights stored in bf16.
+"""Inference of an LLM in bf16, with the first layers in fp32 if necessary.
 
-In bf16, autocast casts the weights of the linear layers before every matmul. To save memory, the weights can also be
-stored in bf16 from the start (`cast_linear_weights`). The embeddings are then bit-identical.
+Autocast casts the fp32 weights of the linear layers to bf16 before every matmul. To save memory, `cast_linear_weights`
+stores these weights in bf16 instead. The embeddings are bit-identical in both cases.
 
 Some layers of an LLM are not accurate enough in bf16. `models/precision.py` determines how many of the first layers
 must stay in fp32.
@@ -24,11 +24,11 @@ def parse_precision(precision: str) -> tuple[bool, int]:
     """Parse `fp32`, `bf16` or `bf16+N`.
 
     Returns:
-        True for `bf16` and `bf16+N` and False for `fp32`, and N, the number of first layers that stay in fp32 (0
-        without `+N`).
+        (is_bf16, N): is_bf16 is False for `fp32` and True otherwise. N is the number of first layers that stay in fp32,
+        and 0 without `+N`.
 
     Raises:
-        ValueError: `precision` has none of these forms.
+        ValueError: `precision` has another form.
     """
     match = re.fullmatch(r"fp32|bf16(?:\+(\d+))?", precision)
     if match is None:
@@ -37,10 +37,10 @@ def parse_precision(precision: str) -> tuple[bool, int]:
 
 
 def cast_linear_weights(llm: nn.Module, precision: str) -> None:
-    """Cast to bf16, in place, the linear weights that a transformers model uses only in bf16 with `precision`.
+    """Cast the weights of a transformers model that are used only in bf16 matmuls to bf16, in place.
 
-    Norms and token embeddings stay in fp32, as do the first N layers with bf16+N, and weights that are shared with
-    other types of layers, such as tied token embeddings. The rounding cannot be undone.
+    Norms and token embeddings stay in fp32, as do the first N layers with bf16+N, and weights that linear layers share
+    with other types of layers, such as tied token embeddings. The rounding cannot be undone.
     """
     is_bf16, fp32_layer_count = parse_precision(precision)
     if not is_bf16:

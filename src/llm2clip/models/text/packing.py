@@ -1,13 +1,13 @@
 """Packed attention, which concatenates all captions of a batch into a single row without padding.
 
-Layers that process each token separately receive one long row of tokens. Attention is computed within each caption:
-consecutive captions of equal length share one attention call without a mask. Because the captions in a batch have
-similar lengths, few calls are needed. In bf16 on GPUs that support it, a single call computes the attention of all
+Layers that process each token separately receive one long row of tokens. Attention is computed within each caption.
+Consecutive captions of equal length share one attention call without a mask. Because the captions in a batch have
+similar lengths, few calls are needed. In 16 bits on recent NVIDIA GPUs, a single call computes the attention of all
 captions (see `models/text/varlen_attention.py`). The attention function is registered with transformers under the name
 `packed`, so every model family can use it. For an ordinary padded batch, `packed` returns the same result as `sdpa`.
 
-Restarting `position_ids` at each caption would not be enough: with `sdpa` and bidirectional attention, tokens would
-still attend to other captions.
+Restarting `position_ids` at each caption would not be enough, because with `sdpa` and bidirectional attention, tokens
+would still attend to other captions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from llm2clip.models.text.varlen_attention import can_use_varlen, varlen_attention
 
 PACKED = "packed"
-MAX_UNFUSED_LENGTH = 512  # tokens; for longer captions, the attention scores would take too much memory
+MAX_UNFUSED_LENGTH = 512  # in tokens; the attention scores of longer captions would take too much memory
 
 
 def pack_captions(ids: Sequence[Sequence[int]], attention: str, device: torch.device) -> dict[str, Any]:
@@ -38,12 +38,15 @@ def pack_captions(ids: Sequence[Sequence[int]], attention: str, device: torch.de
         device: device on which to create the tensors.
 
     Returns:
-        A dict of keyword arguments for the model. input_ids and position_ids are (1, T) int64. As transformers' flash
-        attention expects, cu_seq_lens_q and cu_seq_lens_k contain the cumulative caption lengths, (B + 1,) int32, and
-        max_length_q and max_length_k are the maximum caption length. seq_idx contains the caption index of each token,
-        (1, T) int64. Without it, sentence-transformers' pooling would wait for the GPU to count the tokens. For
-        `packed`, caption_lengths is the list of caption lengths, and attention_mask is a dummy 4-dimensional mask,
-        which prevents transformers from building a (T, T) mask.
+        A dict of keyword arguments for the model:
+
+        - input_ids and position_ids, of shape (1, T), int64.
+        - seq_idx, the caption index of each token, of shape (1, T), int64. Without it, sentence-transformers' pooling
+          would synchronise with the GPU to count the tokens.
+        - cu_seq_lens_q and cu_seq_lens_k, the cumulative caption lengths, of shape (B + 1,), int32.
+        - max_length_q and max_length_k, the maximum caption length.
+        - Only for `packed`: the list caption_lengths, and attention_mask, a 4-dimensional dummy that prevents
+          transformers from building a mask of shape (T, T).
     """
     lengths = [len(row) for row in ids]
     total = sum(lengths)
@@ -78,11 +81,11 @@ def pack_captions(ids: Sequence[Sequence[int]], attention: str, device: torch.de
 def remove_prompts(features: dict[str, Any]) -> None:
     """Remove the hidden states of prompt tokens from a packed batch, in place, before mean pooling.
 
-    sentence-transformers' pooling can exclude prompts as well, but it waits for the GPU to find their tokens.
+    sentence-transformers' pooling can also exclude prompts, but synchronises with the GPU to find their tokens.
 
     Args:
-        features: output of the LLM, with the entries from `pack_captions` and the entry `prompt_length`, the number of
-            tokens to remove at the start of each caption. This entry is removed as well.
+        features: output of the LLM, with the entries from `pack_captions`. The entry `prompt_length`, which is the
+            number of tokens to remove at the start of each caption, is deleted.
     """
     prompt_length = features.pop("prompt_length")
     lengths = np.array(features["caption_lengths"])
@@ -102,16 +105,16 @@ def remove_prompts(features: dict[str, Any]) -> None:
 
 
 def copy_to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copy a CPU tensor to a device. Copies to a GPU are asynchronous, so that the host can prepare the next batch."""
+    """Copy a CPU tensor to a device. Copies to a GPU are asynchronous, so that the CPU can prepare the next batch."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def can_pack(llm: Any) -> bool:
     """Return True if a transformers model produces the same embeddings with packed attention as with padding.
 
-    The model must be a decoder whose tokens interact only through attention, because layers such as convolutions would
-    mix neighbouring captions. The model's config must specify whether attention is causal, because the definition of a
-    sliding window depends on it. The model must have been loaded with `sdpa`.
+    The model must be a decoder whose tokens interact only through attention, because other layers, such as
+    convolutions, would mix neighbouring captions. The model's config must specify whether attention is causal, because
+    the definition of a sliding window depends on this. The model must have been loaded with `sdpa`.
     """
     config = llm.config
     layers = list(getattr(llm, "layers", []))
@@ -137,22 +140,22 @@ def packed_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention within each caption of a packed row. The signature is the one that transformers requires.
+    """Compute attention within each caption of a packed row. transformers determines the signature.
 
     Args:
         module: the attention layer.
-        query: queries, (1, heads, T, D).
-        key: keys, (1, key heads, T, D).
-        value: values, (1, key heads, T, D).
+        query: queries of shape (1, heads, T, D).
+        key: keys of shape (1, key heads, T, D).
+        value: values of shape (1, key heads, T, D).
         attention_mask: mask of an ordinary padded batch. Ignored for a packed row.
-        caption_lengths: number of tokens in each caption, T in total. None for an ordinary padded batch.
+        caption_lengths: number of tokens in each caption. The sum is T. None for an ordinary padded batch.
         sliding_window: attention span in tokens, defined as in transformers' masks. With causal attention, a token
-            attends to this many tokens, including itself. With bidirectional attention, a token attends to this many
-            tokens on each side.
+            attends to this many tokens, including itself. With bidirectional attention, a token attends to itself and
+            this many tokens on each side.
         is_causal: True for causal attention, False for bidirectional attention. Default: `module.is_causal`.
 
     Returns:
-        The attention output, (1, T, heads, D), and None instead of the attention weights.
+        The attention output of shape (1, T, heads, D), and None instead of the attention weights.
     """
     if is_causal is None:  # the config does not specify whether attention is causal
         is_causal = getattr(module, "is_causal", True)
@@ -182,7 +185,7 @@ def packed_attention(
 
     # Consecutive captions of equal length form a group. Empty texts may have no tokens at all.
     groups = [(length, len(list(group))) for length, group in groupby(caption_lengths) if length > 0]
-    # Use `split` instead of slices, because the backward pass of each slice would fill a gradient of length T.
+    # Use `split`, because the backward pass of every slice would allocate a gradient of length T.
     group_sizes = [length * count for length, count in groups]
     queries, keys, values = (x[0].split(group_sizes, dim=1) for x in (query, key, value))
     outputs = []
@@ -200,7 +203,7 @@ def packed_attention(
 
 
 def _build_sliding_window_mask(length: int, window: int, is_causal: bool, device: torch.device) -> Tensor:
-    """Return a bool mask (1, 1, length, length). An entry is True if the row's token attends to the column's token."""
+    """Return a boolean mask of shape (1, 1, length, length): True if the row's token attends to the column's token."""
     positions = torch.arange(length, device=device)
     distance = positions[:, None] - positions  # positive for earlier tokens
     mask = (distance >= 0) & (distance < window) if is_causal else distance.abs() <= window
@@ -213,19 +216,19 @@ def unfused_attention(
     """Compute attention with two batched matmuls, which are faster than `sdpa` for short captions on CPUs.
 
     Args:
-        query: queries, (B, heads, L, D).
-        key: keys, (B, key heads, L, D). Consecutive query heads share a key head.
-        value: values, (B, key heads, L, D).
-        mask: bool attention mask, (1, 1, L, L), in which an entry is True if the row's token attends to the column's.
-        is_causal: if there is no mask, use causal attention (True) or full attention (False).
-        scaling: factor that multiplies the scores. Default: D ** -0.5.
+        query: queries of shape (B, heads, L, D).
+        key: keys of shape (B, key heads, L, D). Consecutive query heads share a key head.
+        value: values of shape (B, key heads, L, D).
+        mask: boolean mask of shape (1, 1, L, L): True if the row's token attends to the column's token.
+        is_causal: True for causal attention, False for full attention. Ignored if there is a mask.
+        scaling: factor that multiplies the attention scores. Default: D ** -0.5.
 
     Returns:
-        The attention output, (B, L, heads, D).
+        The attention output of shape (B, L, heads, D).
     """
     batch, heads, length, head_dim = query.shape
     query = query * (head_dim**-0.5 if scaling is None else scaling)
-    # The query heads that share a key head are stacked: (B * key heads, heads per key head * L, D).
+    # Stack the query heads that share a key head. The shape becomes (B * key heads, heads per key head * L, D).
     query = query.reshape(batch * key.shape[1], -1, head_dim)
     scores = torch.bmm(query, key.flatten(0, 1).transpose(1, 2))
     if mask is None and is_causal and length > 1:

@@ -1,4 +1,4 @@
-"""Loading of a text encoder as a SentenceTransformer, and its template (the text around a caption)."""
+"""Functions that load a text encoder as a SentenceTransformer and set its template (the text around a caption)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llm2clip.models.hub.model_names import check_model_source
 from llm2clip.models.text.latent_attention import MODULE_TYPE, LatentAttentionPooling
 from llm2clip.models.text.llm_layers import set_bidirectional
 
-ADAPTER_CONFIG = "adapter_config.json"  # file of PEFT
+ADAPTER_CONFIG = "adapter_config.json"  # written by PEFT
 NV_EMBED = "nvembed"  # model_type of NV-Embed-v2 in its published format (see convert/nv_embed.py)
 CAPTION = "{caption}"
 
@@ -53,7 +53,7 @@ def open_sentence_transformer(path: str, pooling: str, device: str | torch.devic
     if modules_file is not None:
         for module in read_json(Path(modules_file)):
             check_not_quantized(read_config(path, module["path"]), path)
-        # llm2clip's own modules do not require trust in the folder, because it does not contain their code.
+        # llm2clip's own modules are allowed without remote code, because the folder does not contain their code.
         return SentenceTransformer._load_with_module_classes(
             path,
             {MODULE_TYPE: LatentAttentionPooling},
@@ -107,7 +107,7 @@ def _open_transformer(path: str) -> Transformer:
         modality_config={"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
         module_output_name="token_embeddings",
     )
-    transformer.__class__ = Transformer  # saved folders contain the class name, which must be the standard class
+    transformer.__class__ = Transformer  # saved folders contain the class name, which sentence-transformers must know
     tokenizer: Any = transformer.tokenizer
     tokenizer.chat_template = None
     if tokenizer.pad_token is None:
@@ -116,9 +116,9 @@ def _open_transformer(path: str) -> Transformer:
 
 
 class _StrictTransformer(Transformer):
-    """Transformer module that raises an error if weights are missing from the checkpoint.
+    """Transformer module that raises ValueError if weights are missing from the checkpoint.
 
-    transformers only prints a warning and initialises missing weights randomly.
+    Without this check, transformers would only print a warning and initialise missing weights randomly.
     """
 
     @hide_load_report()
@@ -133,9 +133,9 @@ class _StrictTransformer(Transformer):
 
 
 def truncate_embeddings(st: Any, dim: int) -> None:
-    """Append a fixed linear layer that keeps only the first `dim` embedding dimensions.
+    """Append a linear layer that keeps only the first `dim` embedding dimensions.
 
-    Unlike sentence-transformers' setting `truncate_dim`, this layer is saved with the model.
+    Unlike sentence-transformers' setting `truncate_dim`, the layer is saved with the model.
     """
     full_dim = st.get_embedding_dimension()
     if not 0 < dim <= full_dim:
@@ -146,7 +146,7 @@ def truncate_embeddings(st: Any, dim: int) -> None:
 
 
 def set_template(st: Any, template: str) -> None:
-    """Set the template of a SentenceTransformer. It is saved with the model.
+    """Set the template of a SentenceTransformer. The template is saved with the model.
 
     The text before the caption becomes the SentenceTransformer's default prompt and is excluded from pooling. If a
     special token follows the caption, the tokenizer adds that token to every text.
@@ -167,7 +167,7 @@ def set_template(st: Any, template: str) -> None:
         if not has_consistent_length(st, prefix):
             raise ValueError(
                 f"sentence-transformers would miscount the tokens of the template's prefix {prefix!r}: it must not "
-                f"end in a space. It may end in a special token only if a token also follows {CAPTION}"
+                f"end in a space, and may end in a special token only if a special token follows {CAPTION}"
             )
 
 
@@ -184,10 +184,10 @@ def _set_suffix(tokenizer: Any, suffix: str) -> None:
 
 
 def prompt_length(tokenizer: Any, prompt: str) -> int:
-    """Return the number of tokens before a caption: the prompt's tokens and any special token at the start of the text.
+    """Count the tokens before a caption: any special token at the start of the text, and the tokens of the prompt.
 
-    These are the leading tokens that do not depend on the caption. Tokenizing the prompt alone would give the wrong
-    count if the prompt ends in a space, because the space becomes part of the next token.
+    The function counts the leading tokens that do not depend on the caption. Tokenizing only the prompt would give a
+    wrong number if the prompt ends in a space, because the space becomes part of the next token.
     """
     if not prompt:
         return 0
@@ -196,5 +196,5 @@ def prompt_length(tokenizer: Any, prompt: str) -> int:
 
 
 def has_consistent_length(st: Any, prompt: str) -> bool:
-    """Return True if sentence-transformers and `prompt_length` count the same number of tokens in a prompt."""
+    """Return True if sentence-transformers counts the same number of tokens in a prompt as `prompt_length`."""
     return bool(st[0]._get_prompt_length(prompt) == prompt_length(st.tokenizer, prompt))

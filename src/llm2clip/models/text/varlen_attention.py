@@ -1,9 +1,9 @@
 """Attention within each caption of a packed row, computed by a single kernel on NVIDIA GPUs.
 
 `torch.nn.attention.varlen` wraps flash attention for sequences of different lengths. It computes the attention of all
-captions in one call; without it, `packing.packed_attention` needs one call per caption length. The kernel requires
-PyTorch 2.13, a GPU with compute capability 8.0, and bf16 or fp16. Before it is used for the first time, its outputs and
-gradients are compared with those of `scaled_dot_product_attention`.
+captions in one call. Without this kernel, `packing.packed_attention` needs one call per caption length. The kernel
+requires PyTorch >= 2.13, a GPU with compute capability >= 8.0, and bf16 or fp16. Before its first use, its outputs and
+gradients are compared with the results of `scaled_dot_product_attention`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAX_HEAD_DIM = 256
-MIN_COSINE = 0.999  # of the kernel's outputs and gradients with those of PyTorch's attention, both in 16 bits
+MIN_COSINE = 0.999  # minimum cosine similarity between the results of the kernel and of sdpa, both in 16 bits
 
 
 def varlen_dtype(query: Tensor) -> torch.dtype:
@@ -29,7 +29,7 @@ def varlen_dtype(query: Tensor) -> torch.dtype:
 
 
 def can_use_varlen(query: Tensor, key: Tensor, dropout: float) -> bool:
-    """Return True if `varlen_attention` supports these queries (1, heads, T, D) and keys (1, key heads, T, D)."""
+    """Return True if `varlen_attention` supports these queries and keys. For the shapes, see `varlen_attention`."""
     dtype, head_dim = varlen_dtype(query), query.shape[-1]
     if query.device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or dropout:
         return False
@@ -42,7 +42,7 @@ def can_use_varlen(query: Tensor, key: Tensor, dropout: float) -> bool:
 
 @lru_cache
 def load_varlen_attn() -> Callable[..., Any] | None:
-    """Return PyTorch's `varlen_attn`, or None if it is missing or too old to support grouped heads."""
+    """Import PyTorch's `varlen_attn`. Return None if it is missing or does not support grouped-query attention."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -68,16 +68,16 @@ def varlen_attention(
     """Compute attention within each caption of a packed row.
 
     Args:
-        query: queries, (1, heads, T, D).
-        key: keys, (1, key heads, T, D). Consecutive query heads share a key head.
-        value: values, (1, key heads, T, D).
-        boundaries: cumulative caption lengths, (B + 1,) int32, on the same device.
+        query: queries of shape (1, heads, T, D).
+        key: keys of shape (1, key heads, T, D). Consecutive query heads share a key head.
+        value: values of shape (1, key heads, T, D).
+        boundaries: cumulative caption lengths of shape (B + 1,), int32, on the same device.
         max_length: length of the longest caption in tokens.
         is_causal, sliding_window: see `packing.packed_attention`.
-        scaling: factor that multiplies the scores. Default: D ** -0.5.
+        scaling: factor that multiplies the attention scores. Default: D ** -0.5.
 
     Returns:
-        The attention output, (1, T, heads, D).
+        The attention output of shape (1, T, heads, D).
     """
     varlen_attn = load_varlen_attn()
     assert varlen_attn is not None
@@ -108,8 +108,8 @@ def varlen_attention(
 def matches_sdpa(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, head_dim: int) -> bool:
     """Return True if `varlen_attention` works on a device and agrees with `scaled_dot_product_attention`.
 
-    The comparison uses two random captions, with bidirectional and causal attention. If the kernel fails or disagrees,
-    a warning is shown, and packed rows are processed with one call per caption length instead.
+    The comparison uses two random captions, with bidirectional and causal attention. A warning is shown if the kernel
+    fails or disagrees.
     """
     try:
         agrees = all(_agrees_with_sdpa(device, dtype, heads, key_heads, head_dim, causal) for causal in (False, True))

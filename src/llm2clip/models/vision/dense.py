@@ -128,7 +128,7 @@ class DenseEncoder:
 
         Args:
             image: image of shape (3, H, W), uint8.
-            image_size: length of the shorter side in pixels, which is rounded to a multiple of `cell_size`. Default: the
+            image_size: length of the shorter side in pixels. It is rounded to a multiple of `cell_size`. Default: the
                 tower's training resolution.
 
         Returns:
