@@ -1,4 +1,4 @@
-"""Functions that find the weight files of a checkpoint in a folder or hub repository and load the tensors.
+"""Functions that find and load the weights and configuration of a checkpoint in a folder or hub repository.
 
 No code from a checkpoint is executed. Weights are read from safetensors files, or from pickle files with
 `weights_only=True`.
@@ -33,18 +33,16 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Any],
     """Read the tensors and configuration of a checkpoint.
 
     Args:
-        source: folder, hub id or weight file. A folder or repository must contain one of: model.safetensors,
-            pytorch_model.bin, a single .pt file. The first two may be sharded. If `source` is a weight file, no
-            configuration is read.
+        source: folder, hub id or weight file. A folder or repository must contain model.safetensors, pytorch_model.bin
+            (both may be sharded), or a single .pt file. If `source` is a weight file, no configuration is read.
 
     Returns:
-        Three values: a dict that maps names to tensors; the contents of config.json, or {} if there is no such file;
-        and the preprocessing from preprocessor_config.json, or None if there is no such file.
+        (tensors, config, preprocessing): a dict from name to tensor; the contents of config.json, or {} if this file
+        does not exist; and the contents of preprocessor_config.json, or None if this file does not exist.
 
     Raises:
         FileNotFoundError: the file, folder or repository does not exist.
-        ValueError: no weight file can be selected, or the weight file is damaged or contains objects other than
-            tensors.
+        ValueError: no weight file can be selected, or a weight file is damaged or contains objects other than tensors.
     """
     path = Path(source)
     if path.is_file():
@@ -57,10 +55,10 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Any],
 
 
 def select_weights_file(names: list[str], source: str) -> str:
-    """Return the name of the weight file. For sharded weights, return the name of the index file.
+    """Return the name of the weight file or, for sharded weights, of the index file.
 
-    A .pt file with "EVA" in its name takes precedence, because repositories with such a file also contain weights in
-    another format, whose text tower is not LLM2CLIP's.
+    A .pt file with "EVA" in its name takes precedence. Repositories with such a file also contain another weight file,
+    but with a different text tower.
 
     Args:
         names: names of the files in the folder or repository.
@@ -136,16 +134,16 @@ def _load_shards(index: Path) -> dict[str, Any]:
     differing = sorted(tensors.keys() ^ shard_of.keys())
     if differing:
         raise ValueError(
-            f"{index} does not match its shards. Tensors found only in the index or only in a shard: {differing[:8]}"
+            f"{index} does not match its shards. Tensors only in the index or only in a shard: {differing[:8]}"
         )
     return tensors
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Return a dict that maps the tensor names in an index file to file names of shards.
+    """Return the dict from tensor name to shard file name in an index file.
 
     Raises:
-        DataFormatError: The file is not an index file.
+        DataFormatError: the file is not an index file.
     """
     shard_of = read_json_object(index).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
@@ -158,7 +156,7 @@ def _read_optional_json(path: Path) -> dict[str, Any]:
 
 
 def _download(name: str) -> Path:
-    """Download the weights and configuration of a hub repository. If this fails, use the local hub cache."""
+    """Download the weights and configuration of a hub repository. If the download fails, use the hub's cache."""
     from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 

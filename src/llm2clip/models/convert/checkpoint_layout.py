@@ -1,11 +1,11 @@
-"""Tensor names of official LLM2CLIP checkpoints, and how they map to this package's tensor names.
+"""Tensor names of official LLM2CLIP checkpoints, and their mapping to this package's tensor names.
 
-Official checkpoints are those released by the authors of LLM2CLIP. They have four layouts:
+The LLM2CLIP authors have released official checkpoints in four naming schemes, which are called layouts:
 
 - "hf" is a transformers checkpoint. It contains OpenAI's CLIP vision tower with transformers' tensor names, a
   projection without bias, and an adapter.
-- "openai" is a state dict with the same tower, projection and adapter, but with the tower's tensor names from the
-  original CLIP code. `openai_names.py` converts these names to those of "hf".
+- "openai" is a state dict with the same tower, projection and adapter, but the tower has the tensor names of the
+  original CLIP code. `openai_names.py` converts these names to the "hf" names.
 - "eva" is a state dict from the EVA-CLIP code. It contains an EVA-02 tower (whose tensor names differ from timm's), a
   projection with bias, and an adapter with the same architecture.
 - "siglip2" is a state dict with a timm SigLIP 2 tower and an adapter. There is no projection: the image embedding is
@@ -34,17 +34,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Layout:
-    """Tensor names in one of the official checkpoint layouts.
+    """Naming scheme of an official checkpoint.
 
     Attributes:
-        name: hf, openai, eva or siglip2.
+        name: "hf", "openai", "eva" or "siglip2".
         description: short description of the vision tower, for error messages.
-        required: prefixes of tensor names by which the layout is recognised.
+        required: name prefixes by which the layout is recognised. For each prefix, there must be a tensor.
         tower: name prefix of the vision tower's tensors.
-        projection: name prefix of the image projection's tensors. Empty if there is no projection.
+        projection: name prefix of the image projection's tensors, or "" if there is no projection.
         adapter: name prefix of the text adapter's tensors.
-        ignored: pattern for the names of tensors that are ignored because they do not affect image and text embeddings:
-            those of the original CLIP model's text tower and of the LLM.
+        ignored: pattern for the names of tensors that do not affect the embeddings and are ignored: the tensors of the
+            original CLIP model's text tower and of the LLM.
     """
 
     name: str
@@ -69,7 +69,7 @@ OPENAI = Layout(
     name="openai",
     description="OpenAI CLIP tower, OpenAI's names",
     required=("visual.conv1.", "visual.transformer.resblocks.", "text.text_adaptor."),
-    # The names after `rename_openai_tensors`.
+    # These prefixes apply after `rename_openai_tensors`.
     tower=HF.tower,
     projection=HF.projection,
     adapter=HF.adapter,
@@ -119,12 +119,12 @@ _DEFAULT_LOGIT_SCALE = 2.6592  # default of logit_scale_init_value in transforme
 
 @dataclass
 class Checkpoint:
-    """An official checkpoint, with canonical tensor names and its configuration.
+    """Official checkpoint: tensors with canonical names, and configuration.
 
     Attributes:
         source: file, folder or hub id, for error messages.
-        layout: layout of the tensor names.
-        tensors: tensors, keyed by canonical name.
+        layout: one of `LAYOUTS`.
+        tensors: dict from canonical name to tensor.
         online: True if the adapter was trained with the LLM in the training loop, False if it was trained on cached
             embeddings.
         config: contents of config.json, or {} if there is no such file.
@@ -148,10 +148,10 @@ class Checkpoint:
     ) -> Checkpoint:
         """Create a checkpoint from a state dict: replace aliases with canonical names and recognise the layout.
 
-        If a checkpoint in the "hf" layout lacks the logit scale, it is read from config.json.
+        If an "hf" checkpoint does not contain the logit scale, the logit scale is read from config.json.
 
         Raises:
-            ValueError: the tensor names match none of the layouts, or a tensor is present twice with different values.
+            ValueError: the tensor names match no layout, or a tensor is present twice with different values.
         """
         if tensors and all(name.startswith("module.") for name in tensors):  # saved from DistributedDataParallel
             tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
@@ -175,7 +175,7 @@ class Checkpoint:
         return tuple(self.tensors[name].shape)
 
     def count_blocks(self, prefix: str, suffix: str = ".") -> int:
-        """Count the different block numbers N in tensor names that start with `prefix` + N + `suffix`."""
+        """Count the blocks: the different numbers N in tensor names that start with `prefix` + N + `suffix`."""
         pattern = re.compile(rf"{re.escape(prefix)}(\d+){re.escape(suffix)}")
         matches = [pattern.match(name) for name in self.tensors]
         return len({match[1] for match in matches if match})
@@ -194,10 +194,10 @@ def official_name(name: str, layout: Layout, adapter_depth: int) -> str:
 
 
 def computed_buffers(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
-    """Return the optional buffers of official checkpoints, with values derived from the architecture.
+    """Compute the optional buffers of an official checkpoint from the architecture.
 
     "hf" checkpoints have a buffer with the position ids. "eva" checkpoints have buffers with the cosines and sines of
-    the rotary embedding: one pair for the tower and one for each block. "siglip2" checkpoints have no buffers.
+    the rotary embedding, both for the tower and for each block. "siglip2" checkpoints have no buffers.
     """
     if layout is SIGLIP2:
         return {}
@@ -214,7 +214,7 @@ def computed_buffers(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
 
 
 def describe_tensors(tensors: Mapping[str, Any], limit: int = 8) -> str:
-    """Return a string with the names and shapes of at most `limit` tensors, for error messages."""
+    """Format the names and shapes of at most `limit` tensors for an error message."""
     described = []
     for name, value in sorted(tensors.items())[:limit]:
         described.append(f"{name} {tuple(value.shape)}" if isinstance(value, Tensor) else name)
@@ -258,7 +258,7 @@ def _recognise_layout(source: str, tensors: Mapping[str, Tensor]) -> Layout:
 
 
 def _default_logit_scale(source: str, config: Mapping[str, Any]) -> Tensor:
-    """Return the logit scale of a checkpoint that does not contain it."""
+    """Read the logit scale of a checkpoint without a logit scale tensor from config.json, or use the default."""
     value = float(config.get("logit_scale_init_value", _DEFAULT_LOGIT_SCALE))
     log.warning(
         "%s has no logit_scale; using logit_scale_init_value %s (%s). Embeddings do not depend on it",
@@ -279,8 +279,7 @@ def _get_official_tower_name(name: str, layout: Layout) -> str:
 def _get_official_adapter_name(name: str, depth: int) -> str:
     """Return the official name of an adapter tensor, such as blocks.N.LAYER.weight, norm.weight or out.weight.
 
-    The LLM2CLIP authors' code stores all layers of the adapter in one nn.Sequential, so official names start with an
-    index.
+    Official names start with an index, because the authors' code stores the adapter's layers in an nn.Sequential.
     """
     *block, layer, kind = name.split(".")
     if block:

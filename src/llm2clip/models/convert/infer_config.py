@@ -12,7 +12,7 @@ from llm2clip.models.convert.checkpoint_layout import EVA, SIGLIP2, Checkpoint
 from llm2clip.models.heads import AdapterConfig
 from llm2clip.models.model_folder import LLM2CLIPConfig
 
-# Head size of the CLIP and EVA-02 towers released with LLM2CLIP: 12 heads at width 768, 16 heads at width 1024.
+# Head dimension of the CLIP and EVA-02 towers released with LLM2CLIP: 12 heads at width 768, 16 heads at width 1024.
 HEAD_DIM = 64
 
 # Fields of a transformers CLIP vision config that define the architecture.
@@ -30,12 +30,11 @@ CLIP_FIELDS = (
 # Arguments of timm's EVA-02 models that official checkpoints may set to values other than timm's defaults.
 EVA_ARGS = ("num_classes", "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
-# (patch size, width, depth, MLP width) -> image size -> name of the model in timm.
+# (patch size, width, depth, MLP width) -> image size -> timm's model name.
 _TIMM_EVA_TOWERS = {
     (16, 768, 12, 2048): {224: "eva02_base_patch16_clip_224"},
     (14, 1024, 24, 2730): {224: "eva02_large_patch14_clip_224", 336: "eva02_large_patch14_clip_336"},
 }
-# (patch size, width, depth, MLP width) -> image size -> name of the model in timm.
 _TIMM_SIGLIP_TOWERS = {
     (14, 1152, 27, 4304): {224: "vit_so400m_patch14_siglip_224", 378: "vit_so400m_patch14_siglip_378"},
     (16, 1152, 27, 4304): {size: f"vit_so400m_patch16_siglip_{size}" for size in (256, 384, 512)},
@@ -45,13 +44,12 @@ _TIMM_SIGLIP_TOWERS = {
 
 
 def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) -> LLM2CLIPConfig:
-    """Return the config of a model with the checkpoint's architecture.
+    """Infer the config of a model with the checkpoint's architecture.
 
     Args:
         checkpoint: official checkpoint, with canonical tensor names.
-        normalize_input: if True, the adapter L2-normalises its input. Checkpoints do not contain this setting. By
-            default, as in the LLM2CLIP authors' code, it is False if the adapter was trained with the LLM in the
-            training loop, and True otherwise.
+        normalize_input: if True, the adapter L2-normalises its input. Checkpoints do not contain this setting. Default,
+            as in the authors' code: False if the adapter was trained with the LLM in the training loop, True otherwise.
 
     Raises:
         ValueError: a tensor is missing, or the vision tower is not supported.
@@ -83,10 +81,10 @@ def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) ->
 
 
 def _infer_clip_tower(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the `VisionTower` config of a CLIP tower.
+    """Infer the `VisionTower` config of a CLIP tower.
 
-    The config is read from the checkpoint's config.json, if there is one. Otherwise, it is inferred from the tensor
-    shapes, with the head size and activation of OpenAI's CLIP.
+    The architecture is read from config.json if the checkpoint has this file. Otherwise, it is inferred from the tensor
+    shapes, assuming the head dimension and activation of OpenAI's CLIP.
     """
     from transformers import CLIPVisionConfig
 
@@ -117,11 +115,7 @@ def _infer_clip_tower(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _infer_eva_tower(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the `VisionTower` config of an EVA-02 tower.
-
-    The config describes a standard timm model if there is one with the tower's sizes. Otherwise, it describes a timm
-    model with custom sizes.
-    """
+    """Infer the `VisionTower` config of an EVA-02 tower. See `_build_timm_config`."""
     width, _, patch_size, _ = checkpoint.shape("visual.patch_embed.proj.weight")
     image_size = _compute_grid_size(checkpoint, checkpoint.shape("visual.pos_embed")[1] - 1) * patch_size
     depth = checkpoint.count_blocks("visual.blocks.")
@@ -137,11 +131,7 @@ def _infer_eva_tower(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _infer_siglip_tower(checkpoint: Checkpoint, embed_dim: int) -> dict[str, Any]:
-    """Return the `VisionTower` config of a timm SigLIP tower with attention pooling.
-
-    The config describes a standard timm model if there is one with the tower's sizes. Otherwise, it describes a timm
-    model with custom sizes and heads of size 64.
-    """
+    """Infer the `VisionTower` config of a timm SigLIP tower with attention pooling. See `_build_timm_config`."""
     width, _, patch_size, _ = checkpoint.shape("visual.trunk.patch_embed.proj.weight")
     if width != embed_dim:
         raise ValueError(
@@ -162,12 +152,12 @@ def _infer_siglip_tower(checkpoint: Checkpoint, embed_dim: int) -> dict[str, Any
 def _build_timm_config(
     checkpoint: Checkpoint, known: str | None, family: str, image_size: int, sizes: dict[str, int], hidden: int
 ) -> dict[str, Any]:
-    """Return the config of a timm tower.
+    """Build the config of the timm model `known` or, if it is None, of the timm model `family` with custom sizes.
 
     Args:
-        checkpoint: official checkpoint, from which the preprocessing is taken.
-        known: timm's name for a tower with these sizes, or None if timm has no such tower.
-        family: timm's name for a tower of the same family. If `known` is None, this tower is built with custom sizes.
+        checkpoint: official checkpoint. If it has no preprocessing, the default preprocessing is used.
+        known: name of the timm model with these sizes, or None if timm has no such model.
+        family: name of a timm model of the same family.
         image_size: image size in pixels.
         sizes: custom sizes, as arguments of `timm.create_model`.
         hidden: hidden size of the MLPs.
@@ -181,11 +171,9 @@ def _build_timm_config(
 
 
 def _default_preprocess(size: int) -> Preprocess:
-    """Return the preprocessing used in the LLM2CLIP authors' code: resize the shortest side to `size`, then
-    center-crop.
+    """Return the authors' preprocessing: resize the shortest side to `size`, then crop the center.
 
-    For EVA towers at 224 pixels, timm's default center-crops to 90% of the height and width. The authors' code
-    does not.
+    For EVA towers at 224 pixels, timm crops to 90% of the height and width by default, unlike the authors' code.
     """
     return Preprocess(size, "shortest", 1.0, "bicubic", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 

@@ -1,8 +1,8 @@
-"""Loader for official checkpoints (released by the authors of LLM2CLIP), which become `LLM2CLIP` models.
+"""Loader that converts official checkpoints (released by the LLM2CLIP authors) to `LLM2CLIP` models.
 
-Loading is strict. For every parameter of the model, the checkpoint must contain a tensor of the same shape. Any other
-tensor in the checkpoint must either match a buffer that can be derived from the architecture, or be part of a model
-that is not needed.
+Loading is strict. For every parameter of the model, the checkpoint must contain a tensor of the same shape. Every other
+tensor in the checkpoint must either match a buffer that can be computed from the architecture, or have a name that the
+layout ignores.
 """
 
 from __future__ import annotations
@@ -33,14 +33,13 @@ def load_official_checkpoint(
     Args:
         source: folder, hub id or weight file (see `read_checkpoint`). If there is no config.json, the architecture is
             inferred from the tensor shapes.
-        text: caption encoder with which the adapter was trained (see `attach_caption_encoder`). If None, no caption
-            encoder is loaded.
+        text: caption encoder with which the adapter was trained (see `attach_caption_encoder`). Default: none.
         normalize_input: if True, the adapter L2-normalises its input. For the default, see `infer_config`.
 
     Raises:
         FileNotFoundError: the checkpoint does not exist.
-        ValueError: the checkpoint does not have an official layout; a tensor is missing, is unexpected or has the wrong
-            shape; or the caption encoder does not match the adapter.
+        ValueError: the checkpoint does not have an official layout. A tensor is missing, unexpected or of the wrong
+            shape. The caption encoder does not match the adapter.
     """
     tensors, config, preprocess = read_checkpoint(source)
     checkpoint = Checkpoint.from_tensors(str(source), tensors, config, preprocess)
@@ -57,8 +56,7 @@ def copy_tensors(model: LLM2CLIP, checkpoint: Checkpoint) -> None:
     """Copy the tensors of a checkpoint into a model with the same architecture.
 
     Raises:
-        ValueError: a tensor is missing, is unexpected or has the wrong shape, or a buffer does not match the
-            architecture.
+        ValueError: a tensor is missing, unexpected or of the wrong shape, or a buffer does not match the architecture.
     """
     pairs, problems = _match_tensors(model, checkpoint)
     if problems:
@@ -72,13 +70,12 @@ def copy_tensors(model: LLM2CLIP, checkpoint: Checkpoint) -> None:
 def attach_caption_encoder(model: LLM2CLIP, path: str | Path, checkpoint: str | Path = "") -> None:
     """Load a caption encoder and attach it to the model.
 
-    If the encoder is an LLM released with LLM2CLIP, it uses the template with which the LLM was tuned.
+    An LLM released with LLM2CLIP is used with the template with which it was tuned.
 
     Args:
         model: model without a caption encoder.
         path: folder or hub id of an encoder, or of a LoRA adapter in PEFT's format, which is merged into its LLM.
-        checkpoint: name of the official checkpoint, which is used only to suggest the right encoder in the error
-            message.
+        checkpoint: name of the official checkpoint, for suggesting the right encoder in the error message.
 
     Raises:
         ValueError: the dimension of the encoder's embeddings differs from the adapter's input size.
@@ -104,7 +101,7 @@ def _match_tensors(model: LLM2CLIP, checkpoint: Checkpoint) -> tuple[list[tuple[
     """Pair the parameters of a model with the tensors of a checkpoint.
 
     Returns:
-        A list of (parameter, tensor) pairs, and a list of messages that describe all mismatches.
+        A list of (parameter, tensor) pairs, and a list of messages about missing, unexpected and mismatching tensors.
     """
     layout = checkpoint.layout
     unused = dict(checkpoint.tensors)

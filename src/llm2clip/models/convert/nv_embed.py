@@ -25,7 +25,7 @@ from llm2clip.models.text.sentence_transformer import NV_EMBED, read_config
 _LLM_PREFIX = "embedding_model."
 _POOLING_PREFIX = "latent_attention_model."
 _ROTARY_BUFFER = "rotary_emb.inv_freq"  # recomputed from the config
-# Weights of the pooling layer, without prefix -> parameter of LatentAttentionPooling.
+# Weight name in NV-Embed-v2, without prefix -> name in LatentAttentionPooling.
 _POOLING_NAMES = {
     "cross_attend_blocks.0.norm": "norm",
     "cross_attend_blocks.0.norm_context": "norm_latents",
@@ -52,22 +52,22 @@ _LLM_SETTINGS = (
 
 
 def is_nv_embed(source: str | Path) -> bool:
-    """Return True if `source` is a local folder or hub id of NV-Embed-v2 in its published format."""
+    """Return True if a folder or hub id contains NV-Embed-v2 in its published format."""
     return read_config(source).get("model_type") == NV_EMBED
 
 
 def load_nv_embed(source: str | Path) -> CaptionEncoder:
     """Load NV-Embed-v2 from its published format as a caption encoder in float32, on the CPU.
 
-    As in NV-Embed's code, each text consists of the begin token, the caption and the end token, all of which are
-    included in the mean.
+    As in NV-Embed's code, each text consists of the begin token, the caption and the end token. Pooling includes all of
+    these tokens.
 
     Args:
         source: folder or hub id.
 
     Raises:
         FileNotFoundError: the folder or repository does not exist.
-        ValueError: a tensor is missing, is unexpected or has the wrong shape, or the architecture is not supported.
+        ValueError: a tensor is missing, unexpected or of the wrong shape, or the architecture is not supported.
     """
     tensors, config, _ = read_checkpoint(source)
     llm_tensors, pooling_tensors = _split_tensors(tensors)
@@ -82,7 +82,7 @@ def load_nv_embed(source: str | Path) -> CaptionEncoder:
 
 
 def _split_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the tensors of the LLM and all other tensors, renamed to llm2clip's names."""
+    """Return the LLM's tensors and the pooling layer's tensors, with llm2clip's names."""
     llm: dict[str, Tensor] = {}
     pooling: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -97,7 +97,11 @@ def _split_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
 
 
 def _load_weights(source: str | Path, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Load tensors into a module. Raise ValueError if a name or shape differs."""
+    """Load tensors into a module.
+
+    Raises:
+        ValueError: a name or shape does not match.
+    """
     try:
         module.load_state_dict(tensors, assign=True)
     except RuntimeError as error:

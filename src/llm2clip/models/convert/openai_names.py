@@ -1,11 +1,11 @@
-"""Tensor names of the original OpenAI CLIP code, and how they map to transformers' CLIP.
+"""Tensor names of the original OpenAI CLIP code, and their mapping to transformers' CLIP.
 
 LLM2CLIP's `.pt` files with OpenAI towers use these names. Tensors are renamed when the file is read, so that the rest
-of the conversion supports only one set of names. The shapes of some tensors also change:
+of the conversion has to support only one set of names. The shapes of some tensors also change:
 
-- `attn.in_proj_weight` (3 * width, width) and `attn.in_proj_bias` contain the query, key and value projections. They
-  are split into three tensors.
-- `visual.proj` (width, embed_dim) is used as `x @ proj`, so it is transposed to form the weight of a linear layer.
+- `attn.in_proj_weight` of shape (3 * width, width) and `attn.in_proj_bias` contain the query, key and value
+  projections. Each is split into three tensors.
+- `visual.proj` of shape (width, embed_dim) is used as `x @ proj`, so it is transposed for a linear layer.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _BLOCK_NAME = re.compile(r"visual\.transformer\.resblocks\.(\d+)\.(.+)")
 
 
 def rename_openai_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors under the names of the "hf" layout. Tensors with unknown names keep their names."""
+    """Rename tensors to the "hf" layout. Tensors with unknown names keep their names."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         block = _BLOCK_NAME.fullmatch(name)

@@ -1,8 +1,8 @@
 """Caption encoders published as a base LLM and one or more LoRA adapters in PEFT's format.
 
 LLM2Vec and the first training stage of the LLM2CLIP authors' code write such adapters. Several adapters can form a
-chain. For example, LLM2Vec's supervised adapter was trained after the MNTP adapter had been merged into the LLM. Such
-adapters must be merged in the order in which they were trained.
+chain: for example, LLM2Vec's supervised adapter was trained after merging the MNTP adapter into the LLM. The adapters
+of a chain must be merged in the order in which they were trained.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def load_adapter_encoder(sources: Sequence[str | Path], device: str | torch.devi
 
     Raises:
         FileNotFoundError: the base LLM does not exist.
-        ValueError: an item is not a LoRA adapter; an adapter does not match the LLM; or the adapter's
-            llm2vec_config.json specifies settings that are not supported.
+        ValueError: an item is not a LoRA adapter, an adapter does not match the LLM, or an llm2vec_config.json contains
+            unsupported settings.
     """
     base, adapters = _resolve_chain(sources)
     try:
@@ -98,7 +98,7 @@ def merge_adapter(encoder: CaptionEncoder, folder: Path) -> None:
 
 
 def _resolve_chain(sources: Sequence[str | Path]) -> tuple[str, list[Path]]:
-    """Return the base LLM and the adapter folders, in the order in which they must be merged."""
+    """Return the base LLM and the adapter folders. The adapters are in the order in which they must be merged."""
     folders = [find_adapter(source) for source in sources]
     starts_with_llm = folders[0] is None and len(sources) > 1
     adapters: list[Path] = []
@@ -110,7 +110,7 @@ def _resolve_chain(sources: Sequence[str | Path]) -> tuple[str, list[Path]]:
 
 
 def _find_base(adapters: list[Path]) -> tuple[str, list[Path]]:
-    """Return the LLM at the end of the chain and all adapters. An adapter's base model can itself be an adapter."""
+    """Return the base LLM and all adapters of the chain. An adapter's base model can itself be an adapter."""
     chain = list(adapters)
     while True:
         base = str(read_json(chain[0] / ADAPTER_CONFIG)["base_model_name_or_path"])

@@ -13,11 +13,11 @@ from typing import Any
 
 LLAMA_3_8B = "microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned"
 LLAMA_3_2_1B = "microsoft/LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned"
-# A LoRA adapter in a subfolder of the SigLIP 2 checkpoint's repository. The base LLM is Llama-3.1-8B-Instruct.
+# LoRA adapter for Llama-3.1-8B-Instruct, in a subfolder of the SigLIP 2 checkpoint's repository.
 LLAMA_3_1_8B = "microsoft/LLM2CLIP-Llama3.1-8B-siglip2-so400m-patch14-224/LLM2CLIP-Llama-3.1-8B"
 PUBLISHED_ENCODERS = {LLAMA_3_8B: 4096, LLAMA_3_1_8B: 4096, LLAMA_3_2_1B: 2048}
 
-# Prompt with which these caption encoders were tuned. It is not saved in the encoders' folders.
+# Template with which these caption encoders were tuned. The encoders' folders do not contain it.
 TEMPLATE = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{caption}<|eot_id|>"
 TEMPLATE_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
@@ -37,8 +37,8 @@ def suggest_encoders(source: str | Path, text_dim: int, tower: dict[str, Any]) -
         tower: config of the checkpoint's vision tower.
 
     Returns:
-        Names of encoders. If the checkpoint cannot be identified, the list contains all encoders of this size. The list
-        is empty if there is no published encoder of this size.
+        Names of encoders. If the checkpoint cannot be identified, the list contains all published encoders whose
+        embeddings have size `text_dim`. It is empty if there are none.
     """
     candidates = [name for name, size in PUBLISHED_ENCODERS.items() if size == text_dim]
     if len(candidates) < 2:
@@ -52,10 +52,10 @@ def suggest_encoders(source: str | Path, text_dim: int, tower: dict[str, Any]) -
 
 
 def published_template(path: str | Path) -> str | None:
-    """Return the template of the LLMs released with LLM2CLIP, or None if `path` uses another template.
+    """Return the template of the LLMs released with LLM2CLIP, or None if it does not apply to the encoder at `path`.
 
-    The template is returned for a plain LLM with Llama 3's special tokens. None is returned for GGUF files, and for
-    model folders and sentence-transformers folders, which contain their own template.
+    The template applies to plain LLMs with Llama 3's special tokens. It does not apply to GGUF files, nor to model
+    folders and sentence-transformers folders, which contain their own template.
     """
     from transformers import AutoTokenizer
     from transformers.utils import cached_file

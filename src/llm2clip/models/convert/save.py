@@ -1,4 +1,4 @@
-"""Writer for official LLM2CLIP checkpoints, given an `LLM2CLIP` model."""
+"""Writer that saves an `LLM2CLIP` model as an official LLM2CLIP checkpoint."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def save_official(model: LLM2CLIP, out: str | Path, layout_name: str) -> Path:
     """Write a model as a checkpoint with the tensor names of the LLM2CLIP authors' code, atomically.
 
     An "hf" checkpoint is a folder with model.safetensors, config.json and preprocessor_config.json. An "eva" checkpoint
-    is a .pt file with a state dict, including the rotary embeddings that the authors' code expects. A .pt file does not
-    contain the preprocessing: the authors' code always resizes the shortest side to the tower's image size.
+    is a .pt file with a state dict, including the rotary embeddings that the authors' code expects. It does not contain
+    the preprocessing, because the authors' code always resizes the shortest side to the tower's image size.
 
     Args:
         model: model to save. The vision tower must be a transformers CLIP tower (for "hf") or a timm EVA-02 CLIP tower
@@ -64,7 +64,11 @@ def save_official(model: LLM2CLIP, out: str | Path, layout_name: str) -> Path:
 
 
 def _check_representable(model: LLM2CLIP, layout: Layout) -> None:
-    """Raise a ValueError if the layout cannot represent the model. The error message lists all reasons."""
+    """Check that the layout can represent the model.
+
+    Raises:
+        ValueError: the layout cannot represent the model. The message lists all reasons.
+    """
     config = model.config
     problems = []
     if layout is HF:
