@@ -16,10 +16,11 @@ from llm2clip.models.llm2clip import LLM2CLIP
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """An export format.
+    """Export format.
 
     Attributes:
-        write: function that writes a model to an empty folder. It returns a list of messages for the user, or None.
+        write: function that takes a model and an empty folder, and exports the model to this folder. It returns a list
+            of messages for the user, or None.
         load: example code that loads the exported folder. {out} is a placeholder for the folder's path.
     """
 
@@ -43,9 +44,9 @@ def export_model(model: LLM2CLIP, to: str, out: str | Path, int8: bool = False) 
 
     Args:
         model: model with its caption encoder.
-        to: name of the format, which is a key of `FORMATS`.
+        to: name of the format (a key of `FORMATS`).
         out: folder to create.
-        int8: if True, also write graphs with 8-bit weights. Supported only for "onnx".
+        int8: if True, also write ONNX graphs with 8-bit weights. Supported only for "onnx".
 
     Returns:
         Messages for the user, such as how closely the exported model matches the original.

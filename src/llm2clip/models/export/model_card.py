@@ -52,14 +52,14 @@ def write_model_card(folder: Path, name: str) -> None:
 def render_model_card(folder: Path, name: str, license: str | None = None) -> str:
     """Render the model card for a model folder as Markdown with YAML front matter.
 
-    The card includes the training run's config and report if these files are next to the model folder. For example, for
-    RUN/model, they are RUN/config.yaml and RUN/report.md. Paths in both files are shortened to file names.
+    If the folder is RUN/model, the card contains the training config RUN/config.yaml and the report RUN/report.md, if
+    these files exist. Absolute paths in both files are shortened to file names.
 
     Args:
         folder: model folder or exported folder.
         name: path or hub id with which users load the model.
-        license: the hub's identifier for the license. If None, the card does not specify a license. There is no
-            default, because the license depends on the weights and the training data.
+        license: the hub's identifier of the license. Default: none, because the license depends on the weights and the
+            training data.
     """
     config_file = folder / "config.json"
     config: dict[str, Any] = read_json(config_file) if config_file.is_file() else {}
@@ -136,7 +136,7 @@ def _render_asset_section(run: Path) -> list[str]:
 
 
 def _render_training_sections(run: Path) -> list[str]:
-    """Render the report and the config in a run directory. Missing files are skipped."""
+    """Render the report and the config of a run directory as sections. Missing files are skipped."""
     sections = []
     report, config = run / "report.md", run / CONFIG_FILE
     if report.is_file():
@@ -149,10 +149,7 @@ def _render_training_sections(run: Path) -> list[str]:
 
 
 def _nest_report(report: str) -> str:
-    """Demote a report's headings by two levels, and remove the title and the link to the plots.
-
-    Lines in code blocks are not changed.
-    """
+    """Demote a report's headings by two levels, and remove its title and the link to the plots."""
     lines, in_code = [], False
     for line in report.splitlines():
         if line.startswith("```"):

@@ -1,4 +1,4 @@
-"""ONNX export: one graph for images and one for texts, both of which are checked against PyTorch."""
+"""ONNX export of an image graph and a text graph. The embeddings of both are compared with PyTorch's embeddings."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ images = onnxruntime.InferenceSession("vision.onnx").run(None, {{"pixels": pixel
 scores = texts @ images.T
 ```
 """
-# Graphs larger than this store their weights in a second file, because ONNX files are limited to 2 GB.
+# Weights of graphs larger than this are stored in a separate file, because an ONNX file is limited to 2 GB.
 EXTERNAL_DATA_BYTES = 1 << 30
 
 
 @dataclass
 class _Graph:
-    """A graph to export.
+    """Graph to export.
 
     Attributes:
         name: file name without the suffix, either "vision" or "text".
         module: PyTorch module to export.
-        inputs: sample tensors, keyed by input name. Each has more than one row.
-        dynamic_shapes: dynamic dimensions of each input, in the format that `torch.onnx.export` expects.
+        inputs: sample inputs with a batch size above 1, keyed by input name.
+        dynamic_shapes: dynamic dimensions of each input, as in `torch.onnx.export`.
     """
 
     name: str
@@ -59,7 +59,7 @@ class _Graph:
 
 
 class VisionModule(nn.Module):
-    """Encode uint8 pixels (N, 3, S, S) as L2-normalised float32 embeddings (N, embed_dim)."""
+    """Encoder of uint8 images of shape (N, 3, S, S) as L2-normalised float32 embeddings of shape (N, embed_dim)."""
 
     mean: Tensor
     std: Tensor
@@ -76,7 +76,10 @@ class VisionModule(nn.Module):
 
 
 class TextModule(nn.Module):
-    """Encode token ids and an attention mask, both int64 (N, T), as L2-normalised float32 embeddings (N, embed_dim)."""
+    """Encoder of texts as L2-normalised float32 embeddings of shape (N, embed_dim).
+
+    The inputs are token ids and an attention mask, both of shape (N, T), int64.
+    """
 
     def __init__(self, model: LLM2CLIPExport) -> None:
         super().__init__()
@@ -96,13 +99,13 @@ def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
         int8: if True, also write vision-int8.onnx and text-int8.onnx, with weights quantized to 8 bits.
 
     Returns:
-        One message per graph, with the minimum cosine similarity between the graph's and PyTorch's embeddings of the
+        One message per graph, with the minimum cosine similarity between its embeddings and PyTorch's embeddings of
         sample inputs.
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
-        ValueError: a graph's embeddings have a cosine similarity below 0.9999 to PyTorch's embeddings. Graphs with
-            8-bit weights do not raise this error.
+        ValueError: the minimum cosine similarity of a graph is below 0.9999. Graphs with 8-bit weights do not raise
+            this error.
     """
     try:
         import onnxruntime  # noqa: F401
@@ -138,7 +141,7 @@ def _build_text_graph(exported: LLM2CLIPExport, tokenizer: Any) -> _Graph:
 
 
 def _export_graph(graph: _Graph, folder: Path) -> str:
-    """Write a graph, compare its embeddings with PyTorch's, and return a message."""
+    """Write a graph, and compare its embeddings with PyTorch's embeddings. Return a message with the result."""
     file = folder / f"{graph.name}.onnx"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`isinstance\\(treespec", FutureWarning)
@@ -162,7 +165,7 @@ def _export_graph(graph: _Graph, folder: Path) -> str:
 
 
 def _quantize_graph(graph: _Graph, folder: Path) -> str:
-    """Quantize the weights of an exported graph to 8 bits, write the result, and return a message."""
+    """Write a copy of an exported graph with weights quantized to 8 bits. Return a message about accuracy and size."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     file, quantized = folder / f"{graph.name}.onnx", folder / f"{graph.name}-int8.onnx"
@@ -185,17 +188,17 @@ def _quantize_graph(graph: _Graph, folder: Path) -> str:
 
 
 def _is_not_preprocessing_hint(record: logging.LogRecord) -> bool:
-    """Hide onnxruntime's advice to preprocess a graph, which only improves the quantization of activations."""
+    """Filter out onnxruntime's advice to preprocess a graph, which only improves the quantization of activations."""
     return "run pre-processing before quantization" not in record.getMessage()
 
 
 def _total_size(folder: Path, name: str) -> int:
-    """Return the size of a graph in bytes, including its separate weights file, if any."""
+    """Return the size of a graph in bytes, including a separate weights file."""
     return sum(file.stat().st_size for file in folder.glob(f"{name}*"))
 
 
 def _compute_min_cosine(file: Path, module: nn.Module, inputs: Mapping[str, Tensor]) -> float:
-    """Return the minimum cosine similarity between a graph's embeddings and a PyTorch module's embeddings."""
+    """Compute the minimum cosine similarity between the embeddings of a graph and of a PyTorch module."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])

@@ -1,4 +1,4 @@
-"""open_clip export of the image encoder of models with a timm vision tower."""
+"""Export of the image encoder to open_clip, for models with a timm vision tower."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from llm2clip.extras import install_command
 from llm2clip.models.llm2clip import LLM2CLIP
 
-# Config of the placeholder text tower: the smallest one that open_clip can build.
+# Config of the placeholder text tower, the smallest text tower that open_clip can build.
 PLACEHOLDER_TEXT = {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}
 
 ADVICE = "Use another format, which supports all towers: --to transformers, --to onnx, or --to vision for images only"
@@ -84,13 +84,13 @@ def _build_open_clip_config(model: LLM2CLIP) -> dict[str, Any]:
 
 
 def _get_pooling_name(backbone: Any) -> str:
-    """Return timm's name for a backbone's pooling. Without a projection, open_clip does not use timm's default."""
+    """Return timm's name of a backbone's pooling. Without a projection, open_clip ignores timm's default pooling."""
     pooling = backbone.global_pool
     return str(pooling if isinstance(pooling, str) else pooling.pool_type)
 
 
 def _build_open_clip_tensors(model: LLM2CLIP, target: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict for the model that open_clip builds. `target` is the initial state dict of that model."""
+    """Build the weights for an open_clip model whose initial state dict is `target`."""
     backbone, projection = model.tower.backbone.state_dict(), model.projection.state_dict()
     tensors = {}
     for name, expected in target.items():

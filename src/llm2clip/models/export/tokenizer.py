@@ -1,4 +1,4 @@
-"""Tokenizers that apply a caption encoder's template automatically."""
+"""Export of a tokenizer that applies the caption encoder's template automatically."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def build_tokenizer(encoder: CaptionEncoder) -> Any:
     """Return a copy of the encoder's tokenizer that strips each text and adds the template's tokens around it.
 
     Raises:
-        ValueError: a text is tokenized differently when it is preceded by the template.
+        ValueError: the template changes how the text after it is tokenized.
     """
     tokenizer = copy.deepcopy(encoder.tokenizer)
     _strip_texts(tokenizer.backend_tokenizer)
@@ -32,7 +32,7 @@ def build_tokenizer(encoder: CaptionEncoder) -> Any:
 
 
 def _strip_texts(backend: Any) -> None:
-    """Make a tokenizer strip leading and trailing whitespace, as `CaptionEncoder.tokenize` does."""
+    """Configure a tokenizer to strip leading and trailing whitespace, as `CaptionEncoder.tokenize` does."""
     from tokenizers import normalizers
 
     steps = [normalizers.Strip()]
@@ -42,7 +42,7 @@ def _strip_texts(backend: Any) -> None:
 
 
 def _add_template(tokenizer: Any, encoder: CaptionEncoder) -> None:
-    """Make the tokenizer add the tokens with which every text in the template starts and ends."""
+    """Configure a tokenizer to add the template's tokens and the special tokens before and after every text."""
     from tokenizers.processors import TemplateProcessing
 
     first, second = (encoder.tokenizer(encoder.prefix + text)["input_ids"] for text in ("a", "1"))
@@ -59,7 +59,7 @@ def _add_template(tokenizer: Any, encoder: CaptionEncoder) -> None:
 
 
 def _build_special_token(tokenizer: Any, name: str, ids: list[int]) -> dict[str, Any]:
-    """Return a special token for `TemplateProcessing`, which is replaced with a sequence of token ids."""
+    """Build a special token for `TemplateProcessing` that is replaced with a sequence of token ids."""
     return {"id": name, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)}
 
 

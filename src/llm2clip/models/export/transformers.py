@@ -1,4 +1,4 @@
-"""Model export to transformers and sentence-transformers, and export of the vision tower alone."""
+"""Export of a model to transformers and sentence-transformers, and of its vision tower to transformers."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ SAMPLE_TEXTS = (
 def export_transformers(model: LLM2CLIP, folder: Path) -> None:
     """Write a folder that transformers can load without this package.
 
-    Load the model with `AutoModel.from_pretrained(..., trust_remote_code=True)` and the processor with
-    `AutoProcessor.from_pretrained`.
+    `AutoModel.from_pretrained(..., trust_remote_code=True)` loads the model, and `AutoProcessor.from_pretrained` loads
+    the processor.
 
     Args:
         model: model with its caption encoder.
@@ -66,8 +66,8 @@ def export_transformers(model: LLM2CLIP, folder: Path) -> None:
 def export_sentence_transformers(model: LLM2CLIP, folder: Path) -> None:
     """Write a folder that both sentence-transformers and transformers can load.
 
-    `SentenceTransformer(..., trust_remote_code=True).encode` accepts texts and PIL images. The arguments and errors are
-    the same as those of `export_transformers`.
+    `SentenceTransformer(..., trust_remote_code=True).encode` accepts texts and PIL images. See `export_transformers` for
+    the arguments and errors.
     """
     export_transformers(model, folder)
     modalities = {
@@ -88,7 +88,7 @@ def export_sentence_transformers(model: LLM2CLIP, folder: Path) -> None:
 
 @torch.no_grad()
 def build_export_model(model: LLM2CLIP) -> LLM2CLIPExport:
-    """Build a transformers model with a copy of a model's weights, in float32 and eval mode, on the CPU.
+    """Convert a model to a transformers model with a copy of the weights, in float32 and eval mode, on the CPU.
 
     Raises:
         ValueError: the format cannot represent the caption encoder.
@@ -155,10 +155,11 @@ def _build_tower_config(tower: VisionTower) -> dict[str, Any]:
 
 @torch.inference_mode()
 def _check_text_embeddings(exported: LLM2CLIPExport, model: LLM2CLIP) -> None:
-    """Raise a ValueError if the two models produce different embeddings for sample texts.
+    """Check that the two models produce the same embeddings of sample texts.
 
-    They differ if the caption encoder contains a module that the format cannot represent, such as a trained layer after
-    pooling.
+    Raises:
+        ValueError: the embeddings differ, because the caption encoder contains a module that the format cannot
+            represent, such as a trained layer after pooling.
     """
     tokenizer = build_tokenizer(model.encoder)
     embeddings: list[Any] = []
@@ -181,8 +182,8 @@ def _write_json(file: Path, content: Any) -> None:
 def export_vision(model: LLM2CLIP, folder: Path) -> None:
     """Write the vision tower, without the projection, to an existing folder.
 
-    `AutoModel.from_pretrained` can load the folder without remote code. The folder is intended for models that use the
-    tower's patch features, such as LLaVA.
+    `AutoModel.from_pretrained` can load the folder without remote code. Use this format for models that need patch
+    features, such as LLaVA.
 
     Raises:
         ValueError: transformers has no model class for the tower.
@@ -192,7 +193,7 @@ def export_vision(model: LLM2CLIP, folder: Path) -> None:
 
 
 def build_vision_model(tower: VisionTower) -> Any:
-    """Build a transformers model with a copy of a vision tower's weights, in float32 and eval mode, on the CPU.
+    """Convert a vision tower to a transformers model with a copy of the weights, in float32 and eval mode, on the CPU.
 
     A timm tower becomes a `TimmWrapperModel`. A transformers tower keeps its model class, such as `CLIPVisionModel`.
     """

