@@ -66,8 +66,8 @@ def export_transformers(model: LLM2CLIP, folder: Path) -> None:
 def export_sentence_transformers(model: LLM2CLIP, folder: Path) -> None:
     """Write a folder that both sentence-transformers and transformers can load.
 
-    `SentenceTransformer(..., trust_remote_code=True).encode` accepts texts and PIL images. See `export_transformers` for
-    the arguments and errors.
+    `SentenceTransformer(..., trust_remote_code=True).encode` accepts texts and PIL images. For arguments and
+    errors, see `export_transformers`.
     """
     export_transformers(model, folder)
     modalities = {
