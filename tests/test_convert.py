@@ -17,7 +17,7 @@ from torch import Tensor
 from conftest import TouchOnLoad, make_llm
 from llm2clip import LLM2CLIP
 from llm2clip.cli import main
-from llm2clip.models.convert.checkpoint_layout import EVA, LAYOUTS, Checkpoint, computed_buffers, official_name
+from llm2clip.models.convert.checkpoint_layout import EVA, LAYOUTS, Checkpoint, compute_buffers, official_name
 from llm2clip.models.convert.infer_config import infer_config
 from llm2clip.models.convert.load import copy_tensors, load_official_checkpoint
 from llm2clip.models.convert.published_encoders import TEMPLATE_TOKENS, published_template, suggest_encoders
@@ -370,7 +370,7 @@ def test_load_official_eva_names_match_timm(tmp_path: Path) -> None:
 
 def test_computed_buffers_match_rotary_formula(tmp_path: Path) -> None:
     model = load_official_checkpoint(write_checkpoint(make_checkpoint("eva"), "eva", tmp_path))
-    buffers = computed_buffers(model, EVA)
+    buffers = compute_buffers(model, EVA)
     for function, expected in zip(("cos", "sin"), rotary(3), strict=True):
         torch.testing.assert_close(buffers[f"visual.blocks.1.attn.rope.freqs_{function}"], expected)
 

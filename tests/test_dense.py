@@ -531,7 +531,7 @@ def test_unsupported_requests_are_rejected() -> None:
     dense = build_dense_encoder(timm_tower("test_efficientnet"), nn.Identity())
     with pytest.raises(ValueError, match=r"does not support the dense variant 'sclip': use 'plain'$"):
         dense.encode(pixels(64), "sclip")
-    with pytest.raises(ValueError, match=r"multiples of 32 as H and W \(got \(2, 3, 40, 40\)\)"):
+    with pytest.raises(ValueError, match=r"where H and W are multiples of 32 \(got \(2, 3, 40, 40\)\)"):
         dense.encode(pixels(40))
     swin = timm_tower("swin_tiny_patch4_window7_224", img_size=64, embed_dim=16, depths=(1, 1), num_heads=(1, 2))
     swin_dense = build_dense_encoder(swin, nn.Identity())

@@ -19,7 +19,7 @@ from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.store.encode import embed
-from llm2clip.store.store import EmbeddingStore, drop_missing_phrases
+from llm2clip.store.store import EmbeddingStore, remove_phrases_without_embedding
 from llm2clip.train.losses import info_nce_reference
 from llm2clip.train.sampling import AlignBatches
 
@@ -131,10 +131,12 @@ def test_missing_phrases_are_dropped(
     records: list[Record], store: EmbeddingStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
     known, unknown = records[0].captions[0], "no such text"
-    assert drop_missing_phrases([dataclasses.replace(records[0], phrases=(unknown,))], store)[0].phrases == ()
+    assert (
+        remove_phrases_without_embedding([dataclasses.replace(records[0], phrases=(unknown,))], store)[0].phrases == ()
+    )
     assert "has no embeddings of them" in capsys.readouterr().out
     with_both = dataclasses.replace(records[0], phrases=(unknown, known))
-    assert drop_missing_phrases([with_both], store)[0].phrases == (known,)
+    assert remove_phrases_without_embedding([with_both], store)[0].phrases == (known,)
 
 
 def test_embed_and_align_commands_with_phrases(

@@ -12,10 +12,10 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.prompts import (
     QueryTemplates,
     average_prompts,
+    build_query_prompts,
     check_templates,
     fill_templates,
     is_short_text,
-    query_prompts,
 )
 
 TEMPLATES = ["a photo of a {}.", "{}", "{} and {}"]
@@ -90,14 +90,14 @@ def test_check_templates_names_the_flag() -> None:
 def test_templates_apply_to_queries_of_up_to_three_words(text: str, is_short: bool) -> None:
     assert is_short_text(text) == is_short
     templates = QueryTemplates(("a photo of {}", "{}!"))
-    prompts, counts = query_prompts(["a b c d", text], templates)
+    prompts, counts = build_query_prompts(["a b c d", text], templates)
     expected = [text, f"a photo of {text}", f"{text}!"] if is_short else [text]
     assert prompts == ["a b c d", *expected] and counts == [1, len(expected)]
 
 
 def test_templates_apply_up_to_their_number_of_words() -> None:
     one_word = QueryTemplates(("a photo of {}",), max_words=1)
-    assert query_prompts(["dog", "red dog"], one_word) == (["dog", "a photo of dog", "red dog"], [2, 1])
+    assert build_query_prompts(["dog", "red dog"], one_word) == (["dog", "a photo of dog", "red dog"], [2, 1])
 
 
 @pytest.mark.parametrize(

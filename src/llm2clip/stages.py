@@ -39,7 +39,7 @@ from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.runs.ranks import cached_json, print_once, process_state, wait_for_everyone
 from llm2clip.store.encode import embed as embed_locally
 from llm2clip.store.ray_engine import embed_with_ray
-from llm2clip.store.store import EmbeddingStore, drop_missing_phrases, drop_refused_captions
+from llm2clip.store.store import EmbeddingStore, drop_refused_captions, remove_phrases_without_embedding
 from llm2clip.train.align import align as train_align
 from llm2clip.train.initial_model import PretrainedParts, new_model
 from llm2clip.train.tune import tune as train_tune
@@ -151,7 +151,7 @@ def align(
     free_memory()  # the LLM is no longer needed
     train = drop_refused_captions(train, store)
     if config.uses_phrases:
-        train = drop_missing_phrases(train, store)
+        train = remove_phrases_without_embedding(train, store)
     model = new_model(config, store, train, out, parts)
     validate = None
     if held_out:

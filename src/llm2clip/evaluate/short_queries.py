@@ -27,7 +27,7 @@ from llm2clip.evaluate.bootstrap import bootstrap
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.ranks import positive_ranks
 from llm2clip.evaluate.retrieval_eval import RetrievalRanks, caption_lengths
-from llm2clip.models.prompts import LITERAL, QueryTemplates, average_prompts, query_prompts
+from llm2clip.models.prompts import LITERAL, QueryTemplates, average_prompts, build_query_prompts
 
 PHRASE_LENGTHS = (1, 2, 3)  # words
 CAPTION_LENGTHS = {"4–7": range(4, 8), "8+": range(8, 1 << 30)}  # words
@@ -107,7 +107,7 @@ def score_short_queries(
     Args:
         ranks: Images, captions and image embeddings of one caption field.
         templates: Prompt templates. If there are any, short queries are also evaluated with them: the embeddings of the
-            query and of the filled templates are averaged (see `query_prompts`).
+            query and of the filled templates are averaged (see `build_query_prompts`).
 
     Raises:
         ValueError: If the source has no embedding for a query, or no queries can be built from the captions.
@@ -139,14 +139,16 @@ def score_queries(
         For each candidate, the results for each query length.
     """
     texts = [query.text for length_queries in queries.values() for query in length_queries]
-    prompts = list(dict.fromkeys(prompt for templates in candidates for prompt in query_prompts(texts, templates)[0]))
+    prompts = list(
+        dict.fromkeys(prompt for templates in candidates for prompt in build_query_prompts(texts, templates)[0])
+    )
     row_of_prompt = {prompt: row for row, prompt in enumerate(prompts)}
     prompt_vectors = embeddings.encode_texts(prompts)
     results = []
     for templates in candidates:
         scores = []
         for words, length_queries in queries.items():
-            length_prompts, counts = query_prompts([query.text for query in length_queries], templates)
+            length_prompts, counts = build_query_prompts([query.text for query in length_queries], templates)
             vectors = average_prompts(prompt_vectors[[row_of_prompt[prompt] for prompt in length_prompts]], counts)
             scores.append(_score_length(words, length_queries, vectors, images))
         results.append(scores)

@@ -33,7 +33,7 @@ from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.models.hub.loading import read_safetensors
 from llm2clip.models.model_folder import FORMAT_VERSION, LLM2CLIPConfig, find_model_folder, is_model_folder
 from llm2clip.models.precision import CALIBRATED, Stage, calibrate_for_device, resolve_precision
-from llm2clip.models.prompts import average_prompts, check_templates, fill_templates, query_prompts
+from llm2clip.models.prompts import average_prompts, build_query_prompts, check_templates, fill_templates
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.runs.output_folder import check_format_version
@@ -293,7 +293,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
             precision: precision of the caption encoder, as in `CaptionEncoder.encode`.
         """
         texts = [queries] if isinstance(queries, str) else list(queries)
-        prompts, counts = query_prompts(texts, self.config.query_templates)
+        prompts, counts = build_query_prompts(texts, self.config.query_templates)
         return average_prompts(self.encode_text(prompts, progress, precision), counts)
 
     @torch.no_grad()

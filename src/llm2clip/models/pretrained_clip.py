@@ -52,7 +52,7 @@ def read_pretrained_logits(tower: str) -> tuple[float, float | None]:
     Raises:
         ValueError: the tower's checkpoint has no logit scale, because it contains only a vision tower.
     """
-    source = hub_id_or_folder(resolve_pretrained(tower))
+    source = find_hub_id_or_folder(resolve_pretrained(tower))
     for name in _WEIGHT_FILES:
         file = find_file(source, name)
         tensors = _read_tensors(file, ("logit_scale", "logit_bias")) if file is not None else {}
@@ -103,7 +103,7 @@ def _find_original_clip(tower: str) -> str:
 
     For timm towers, the hub repository also contains the open_clip model with the text tower.
     """
-    source = hub_id_or_folder(resolve_pretrained(tower))
+    source = find_hub_id_or_folder(resolve_pretrained(tower))
     if has_text_tower(source):
         return source
     if (config := find_file(source, "open_clip_config.json")) is not None:
@@ -162,8 +162,8 @@ def build_model_in_clip_space(config: LLM2CLIPConfig, tower: VisionTower, clip: 
     feature_dim = clip.embed_dim if projection is None else projection.in_features
     if feature_dim != tower.feature_dim:
         raise ValueError(
-            f"--align.inherit: the image features of this CLIP model have {feature_dim} dimensions, but those of the "
-            f"vision tower have {tower.feature_dim}. Name the CLIP model that --align.tower is from"
+            f"--align.inherit: the image features of this CLIP model have {feature_dim} dimensions, but the "
+            f"features of the vision tower have {tower.feature_dim}. Name the CLIP model that --align.tower is from"
         )
     config = dataclasses.replace(
         config,
@@ -211,7 +211,7 @@ def _get_image_size(clip: Any) -> int | None:
     return int(size[0] if isinstance(size, tuple) else size)
 
 
-def hub_id_or_folder(tower: str) -> str:
+def find_hub_id_or_folder(tower: str) -> str:
     """Return the folder or hub id of a tower's weights. For a timm model, timm's pretrained config contains the hub id.
 
     The name of a timm model without weights on the hub is returned unchanged.

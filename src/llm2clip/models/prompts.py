@@ -63,9 +63,9 @@ class QueryTemplates:
             raise ValueError(f"query templates must be a dict (got {values!r})")
         templates, max_words = values.get("templates"), values.get("max_words")
         if not isinstance(templates, list) or not all(isinstance(template, str) for template in templates):
-            raise ValueError(f"query templates must have a list of texts named templates (got {templates!r})")
+            raise ValueError(f"query templates: 'templates' must be a list of strings (got {templates!r})")
         if not isinstance(max_words, int):
-            raise ValueError(f"query templates must have an integer named max_words (got {max_words!r})")
+            raise ValueError(f"query templates: 'max_words' must be an integer (got {max_words!r})")
         return cls(tuple(templates), max_words)
 
 
@@ -107,7 +107,7 @@ def is_short_text(text: str, max_words: int = MAX_TEMPLATE_WORDS) -> bool:
     return len(text.split()) <= max_words and wide_characters <= 2 * max_words
 
 
-def query_prompts(texts: Sequence[str], templates: QueryTemplates) -> tuple[list[str], list[int]]:
+def build_query_prompts(texts: Sequence[str], templates: QueryTemplates) -> tuple[list[str], list[int]]:
     """Return the prompts whose mean embedding represents each search query.
 
     The prompts of a short query are the query itself and the filled templates. A longer query has only itself as a

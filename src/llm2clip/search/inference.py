@@ -50,7 +50,7 @@ class InferenceService:
             model_thread: Single-threaded executor in which the model was loaded and will run. On a CPU, each thread
                 that runs PyTorch operations has its own pool of OpenMP threads. If there are more OpenMP threads than
                 cores, they do not busy-wait between operations, which halves the model's speed.
-            templates: Prompt templates for requests that do not contain templates. See `query_prompts`.
+            templates: Prompt templates for requests that do not contain templates. See `build_query_prompts`.
         """
         self.model, self.backend, self.limits = model, backend, limits
         self.templates = templates

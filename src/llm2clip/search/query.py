@@ -13,7 +13,7 @@ from torch import Tensor
 from llm2clip.data.images import load_image
 from llm2clip.data.texts import check_not_empty
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.models.prompts import QueryTemplates, average_prompts, query_prompts
+from llm2clip.models.prompts import QueryTemplates, average_prompts, build_query_prompts
 
 NEGATIVE_WEIGHT = 0.5  # with a weight of 1, results would hardly be related to the positive parts
 
@@ -30,7 +30,7 @@ class SearchQuery:
         images, negative_images: Images, or data URIs of images if the query is a request to the server.
         like, negative_like: Ids of earlier hits.
         templates: Prompt templates for short texts, whose embeddings are averaged over several prompts (see
-            `models.prompts.query_prompts`). Default: the model's own templates.
+            `models.prompts.build_query_prompts`). Default: the model's own templates.
     """
 
     texts: Sequence[str] = ()
@@ -54,7 +54,7 @@ class SearchQuery:
         """
         texts = [*self.texts, *self.negative_texts]
         check_not_empty(texts)
-        return query_prompts(texts, default_templates if self.templates is None else self.templates)
+        return build_query_prompts(texts, default_templates if self.templates is None else self.templates)
 
     def combine(
         self,

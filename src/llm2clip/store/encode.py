@@ -76,7 +76,7 @@ def embed(
         if device is not None and plan.shards:
             encoder.move_for_encoding(device, precision)
         if batch_tokens is None and plan.shards:
-            batch_tokens = tuned_batch_tokens(encoder, plan.read_captions(plan.shards[0]), precision, folder)
+            batch_tokens = load_or_tune_batch_tokens(encoder, plan.read_captions(plan.shards[0]), precision, folder)
         _encode_local_shards(plan, encoder, batch_tokens, precision)
     return EmbeddingStore(folder)
 
@@ -97,7 +97,7 @@ def resolve_store_precision(
     return str(cached_json(folder / "precision.json", resolve))
 
 
-def tuned_batch_tokens(encoder: CaptionEncoder, captions: Sequence[str], precision: str, folder: Path) -> int:
+def load_or_tune_batch_tokens(encoder: CaptionEncoder, captions: Sequence[str], precision: str, folder: Path) -> int:
     """Measure which number of tokens per batch is fastest for these captions. Only the main process measures.
 
     The result is saved in the store's folder, so that a resumed run computes bit-identical embeddings. With fewer than

@@ -88,7 +88,7 @@ def image_name(ref: ImageRef) -> str:
     path = ref.container_path
     if path is not None:
         try:
-            stat = os.stat(path) if isinstance(ref, FileImage) else _cached_stat(path)
+            stat = os.stat(path) if isinstance(ref, FileImage) else _stat_cached(path)
             name = f"{name} {stat.st_size} {stat.st_mtime_ns}"
         except OSError:
             pass
@@ -96,7 +96,7 @@ def image_name(ref: ImageRef) -> str:
 
 
 @lru_cache(maxsize=65536)
-def _cached_stat(path: str) -> os.stat_result:
+def _stat_cached(path: str) -> os.stat_result:
     """Return the `stat` result of a tar file or table. The result is cached, because a file may contain many images."""
     return os.stat(path)
 

@@ -98,14 +98,14 @@ def import_parquet(
         identity = file_identity
     elif identity is None:
         raise StoreError(f"{file} does not name the encoder that made its embeddings. Set it with --encoder.path")
-    return _fill_store(Path(out), identity, dtype, _parquet_rows(file, source))
+    return _fill_store(Path(out), identity, dtype, _iter_parquet_rows(file, source))
 
 
-def _parquet_rows(file: str | Path, source: pq.ParquetFile) -> Iterator[Rows]:
+def _iter_parquet_rows(file: str | Path, source: pq.ParquetFile) -> Iterator[Rows]:
     """Yield the keys, token counts and embeddings in a Parquet file in batches of at most `SHARD_SIZE` rows."""
     columns = set(source.schema_arrow.names)
     key_column = "key" if "key" in columns else "caption"
-    for batch in _parquet_batches(file, source):
+    for batch in _iter_parquet_batches(file, source):
         names, embedding = batch[key_column], batch["embedding"]
         lengths = pc.unique(pc.list_value_length(embedding))
         if embedding.null_count or names.null_count or len(lengths) != 1:
@@ -123,7 +123,7 @@ def _parquet_rows(file: str | Path, source: pq.ParquetFile) -> Iterator[Rows]:
         yield keys, tokens, embedding.flatten().to_numpy(zero_copy_only=False).reshape(len(batch), -1)
 
 
-def _parquet_batches(file: str | Path, source: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
+def _iter_parquet_batches(file: str | Path, source: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
     try:
         yield from source.iter_batches(SHARD_SIZE)
     except pa.ArrowException as error:  # pyarrow < 26 also raises this for nulls in fixed-size lists
@@ -141,14 +141,14 @@ def export_official_tars(store: EmbeddingStore, tars: Sequence[str | Path]) -> l
             exists. Existing files are not overwritten, because the authors' code may have written them.
     """
     store.verify()
-    targets = [_embeddings_tar(Path(tar)) for tar in tars]
+    targets = [_get_embeddings_tar(Path(tar)) for tar in tars]
     existing = [str(target) for target in targets if os.path.lexists(target)]
     if existing:
         raise StoreError(f"{', '.join(existing[:3])} already exists. Delete it, or leave its samples out of --tars")
     for tar, target in zip(map(Path, tars), targets, strict=True):
         with atomic_path(target) as temporary, tarfile.open(temporary, "w") as stream:
             for name, members in _read_samples(tar, ["json"]):
-                for field, caption in _sample_captions(tar, name, members).items():
+                for field, caption in _extract_sample_captions(tar, name, members).items():
                     embedding = store.take(store.rows([caption]))[0]
                     _add_member(stream, f"{name}.{field.lower()}", embedding.astype("<f4").tobytes())
     return targets
@@ -168,12 +168,12 @@ def import_official_tars(
     Raises:
         StoreError: The two tar files of a pair contain different samples, or an embedding is missing.
     """
-    return _fill_store(Path(out), identity, dtype, _official_rows([Path(tar) for tar in tars]))
+    return _fill_store(Path(out), identity, dtype, _iter_official_rows([Path(tar) for tar in tars]))
 
 
-def _official_rows(tars: Sequence[Path]) -> Iterator[Rows]:
+def _iter_official_rows(tars: Sequence[Path]) -> Iterator[Rows]:
     """Yield the keys, token counts (0) and embeddings of all captions in batches without duplicate captions."""
-    pairs = (pair for tar in tars for pair in _captions_with_embeddings(tar))
+    pairs = (pair for tar in tars for pair in _iter_captions_with_embeddings(tar))
     for chunk in iter_chunks(pairs, SHARD_SIZE):
         embeddings = dict(chunk)
         if len({len(embedding) for embedding in embeddings.values()}) > 1:
@@ -181,9 +181,9 @@ def _official_rows(tars: Sequence[Path]) -> Iterator[Rows]:
         yield caption_keys(list(embeddings)), [0] * len(embeddings), np.stack(list(embeddings.values()))
 
 
-def _captions_with_embeddings(tar: Path) -> Iterator[tuple[str, np.ndarray]]:
+def _iter_captions_with_embeddings(tar: Path) -> Iterator[tuple[str, np.ndarray]]:
     """Yield each caption in a tar file with its embedding from the corresponding embeddings file."""
-    other = _embeddings_tar(tar)
+    other = _get_embeddings_tar(tar)
     embedding_samples = _read_samples(other, [field.lower() for field in CAPTION_FIELDS])
     for name, members in _read_samples(tar, ["json"]):
         other_name, embeddings = next(embedding_samples, (None, {}))
@@ -191,7 +191,7 @@ def _captions_with_embeddings(tar: Path) -> Iterator[tuple[str, np.ndarray]]:
             raise StoreError(
                 f"{other} has sample {other_name} where {tar} has {name}: the tar files do not match each other"
             )
-        for field, caption in _sample_captions(tar, name, members).items():
+        for field, caption in _extract_sample_captions(tar, name, members).items():
             if field.lower() not in embeddings:
                 raise StoreError(f"{other}: sample {name} has no {field.lower()}")
             yield caption, np.frombuffer(embeddings[field.lower()], "<f4")
@@ -200,11 +200,11 @@ def _captions_with_embeddings(tar: Path) -> Iterator[tuple[str, np.ndarray]]:
         raise StoreError(f"{other} has sample {extra[0]}, which is not in {tar}: the tar files do not match each other")
 
 
-def _embeddings_tar(tar: Path) -> Path:
+def _get_embeddings_tar(tar: Path) -> Path:
     return tar.with_name(f"{tar.stem}_text_embeddings.tar")
 
 
-def _sample_captions(tar: Path, name: str, members: dict[str, bytes]) -> dict[str, str]:
+def _extract_sample_captions(tar: Path, name: str, members: dict[str, bytes]) -> dict[str, str]:
     """Return a dict from field name to caption for a sample. If a JSON field contains a list, use its first item."""
     try:
         fields = json.loads(members["json"])

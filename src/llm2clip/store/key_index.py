@@ -70,7 +70,7 @@ def build_key_index(file: Path, keys: Iterable[np.ndarray]) -> int:
     """
     with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as temporary_folder:
         records = Path(temporary_folder) / "records"
-        count = write_records(_with_row_numbers(keys), records)
+        count = write_records(_add_row_numbers(keys), records)
         with atomic_path(file) as temporary:
             index = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint64, shape=(3, count))
             _allocate_on_disk(temporary)
@@ -84,7 +84,7 @@ def build_key_index(file: Path, keys: Iterable[np.ndarray]) -> int:
     return distinct
 
 
-def _with_row_numbers(keys: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _add_row_numbers(keys: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (keys, row numbers of shape (N,), uint64) for each chunk. Row numbers continue across chunks."""
     start = 0
     for chunk in keys:

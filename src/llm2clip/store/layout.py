@@ -120,7 +120,7 @@ def read_shard_metadata(folder: Path, number: int) -> tuple[int, str, StoreSpec]
         spec = json.loads(metadata[b"identity"]), int(metadata[b"embed_dim"]), metadata[b"dtype"].decode()
         return int(metadata[b"rows"]), metadata[b"sha256"].decode(), spec
     except READ_ERRORS as error:
-        raise damage_error(path, error) from error
+        raise build_damage_error(path, error) from error
 
 
 def read_shards(folder: Path, spec: StoreSpec | None = None) -> list[Shard]:
@@ -152,9 +152,11 @@ def read_keys(folder: Path, shard: Shard) -> np.ndarray:
     try:
         column = pq.read_table(path, columns=["key"], page_checksum_verification=True)["key"].combine_chunks()
     except READ_ERRORS as error:
-        raise damage_error(path, error) from error
+        raise build_damage_error(path, error) from error
     if len(column) != shard.rows or column.type != pa.binary(KEY_BYTES):
-        raise damage_error(path, f"{len(column)} keys of type {column.type}, expected {shard.rows} keys of 16 bytes")
+        raise build_damage_error(
+            path, f"{len(column)} keys of type {column.type}, expected {shard.rows} keys of 16 bytes"
+        )
     values = np.frombuffer(column.buffers()[1], np.uint8)[column.offset * KEY_BYTES :]
     return values[: shard.rows * KEY_BYTES].reshape(-1, KEY_BYTES)
 
@@ -169,7 +171,7 @@ def shard_checksum(folder: Path, number: int) -> str:
     return combined.hexdigest()
 
 
-def damage_error(path: Path, reason: object) -> StoreError:
+def build_damage_error(path: Path, reason: object) -> StoreError:
     """Create the error to raise for a damaged file in a store."""
     return StoreError(f"{path} is damaged ({reason}). Run `llm2clip store repair {path.parent}`")
 
@@ -190,7 +192,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = dict(json.loads(file.read_text()))
     except READ_ERRORS as error:
-        raise damage_error(file, repr(error)) from error
+        raise build_damage_error(file, repr(error)) from error
     advice = "Delete it and create it again with `llm2clip embed`"
     check_format_version(folder, manifest.get("format_version"), FORMAT_VERSION, advice)
     try:
@@ -202,7 +204,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise ValueError("the first rows of the shards do not match the numbers of rows")
         int(manifest["embed_dim"]), DTYPES[manifest["dtype"]], int(manifest["captions"])
     except READ_ERRORS as error:
-        raise damage_error(file, repr(error)) from error
+        raise build_damage_error(file, repr(error)) from error
     return manifest
 
 

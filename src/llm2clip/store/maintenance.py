@@ -29,7 +29,7 @@ from llm2clip.store.layout import (
     shard_numbers,
     store_spec,
 )
-from llm2clip.store.store import EmbeddingStore, damaged_shards, refused_captions
+from llm2clip.store.store import EmbeddingStore, find_damaged_shards, refused_captions
 from llm2clip.store.writer import StoreWriter, write_manifest
 
 # ---- repair --------------------------------------------------------------------------------------------------------
@@ -63,9 +63,9 @@ def repair_store(folder: str | Path, progress: bool = False) -> list[str]:
                 ) from error
             spec = max(specs, key=specs.count)  # the most common spec
         for number in unreadable:
-            _delete(keys_path(folder, number), deleted)
-        for number in damaged_shards(folder, read_shards(folder), spec, progress):
-            _delete(keys_path(folder, number), deleted)
+            _delete_file(keys_path(folder, number), deleted)
+        for number in find_damaged_shards(folder, read_shards(folder), spec, progress):
+            _delete_file(keys_path(folder, number), deleted)
         deleted += remove_temp_files(folder)
         _delete_incomplete_shards(folder, deleted)
         for index in folder.glob("index-*.npy"):
@@ -91,10 +91,10 @@ def _delete_incomplete_shards(folder: Path, deleted: list[str]) -> None:
     for path in sorted(folder.iterdir()):
         match = re.fullmatch(r"(?:embeddings|scales|keys)-(\d{5,})\.(?:npy|parquet)", path.name)
         if match and int(match[1]) not in complete:
-            _delete(path, deleted)
+            _delete_file(path, deleted)
 
 
-def _delete(path: Path, deleted: list[str]) -> None:
+def _delete_file(path: Path, deleted: list[str]) -> None:
     path.unlink()
     deleted.append(path.name)
 
@@ -117,11 +117,11 @@ def merge_stores(out: str | Path, sources: Sequence[str | Path]) -> EmbeddingSto
     with folder_lock(out):
         remove_temp_files(out)
         writer = StoreWriter(out, identity, embed_dim, dtype)
-        existing = {_shard_content(out, shard) for shard in read_shards(out)}
+        existing = {_compute_shard_checksums(out, shard) for shard in read_shards(out)}
         number = next_shard_number(out)
         for folder in folders:
             for shard in read_shards(folder):
-                content = _shard_content(folder, shard)
+                content = _compute_shard_checksums(folder, shard)
                 if content not in existing:
                     _link_shard(folder, shard.number, out, number)
                     existing.add(content)
@@ -142,13 +142,13 @@ def _check_sources(folders: Sequence[Path]) -> StoreSpec:
         check_spec(read_manifest(folder), spec, folder)
     for folder in folders:
         # Check all shards in the folder, because the manifest may be incomplete after an interruption.
-        damaged = damaged_shards(folder, read_shards(folder), spec)
+        damaged = find_damaged_shards(folder, read_shards(folder), spec)
         if damaged:
             raise StoreError(f"{folder} has damaged shards: {damaged}. Run `llm2clip store repair {folder}`")
     return spec
 
 
-def _shard_content(folder: Path, shard: Shard) -> tuple[str, str]:
+def _compute_shard_checksums(folder: Path, shard: Shard) -> tuple[str, str]:
     """Return the checksums of a shard's embeddings and keys. Shards with equal checksums are duplicates."""
     return shard.sha256, hashlib.sha256(read_keys(folder, shard).tobytes()).hexdigest()
 

@@ -20,7 +20,7 @@ from llm2clip.cpu_tuning import keep_freed_memory
 from llm2clip.extras import install_command
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.runs.ranks import process_state
-from llm2clip.store.encode import resolve_store_precision, tokenize_shard, tuned_batch_tokens, write_shard
+from llm2clip.store.encode import load_or_tune_batch_tokens, resolve_store_precision, tokenize_shard, write_shard
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.write_plan import WritePlan, open_for_writing
 
@@ -162,7 +162,7 @@ class ShardWorker:
         for number in rows["shard"].tolist():
             captions = self.plan.read_captions(number)
             if self.batch_tokens is None:
-                self.batch_tokens = tuned_batch_tokens(self.encoder, captions, self.precision, writer.folder)
+                self.batch_tokens = load_or_tune_batch_tokens(self.encoder, captions, self.precision, writer.folder)
             shard = tokenize_shard(captions, self.encoder)
             embeddings = self.encoder.encode(shard.tokens, batch_tokens=self.batch_tokens, precision=self.precision)
             write_shard(writer, number, shard, embeddings.numpy(), print)

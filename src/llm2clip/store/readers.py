@@ -27,7 +27,7 @@ from llm2clip.store.layout import (
     READ_ERRORS,
     Shard,
     StoreError,
-    damage_error,
+    build_damage_error,
     embeddings_path,
     scales_path,
 )
@@ -64,12 +64,12 @@ class RowReader(ABC):
         ends = [shard.start + shard.rows for shard in shards]
         self.bounds = np.array([*(shard.start for shard in shards), *ends[-1:]], np.int64)
         row_bytes = embed_dim * self.dtype.itemsize
-        self.data_offsets = [_data_offset(embeddings_path(folder, s.number), s.rows, row_bytes) for s in shards]
+        self.data_offsets = [_check_data_offset(embeddings_path(folder, s.number), s.rows, row_bytes) for s in shards]
         self.scales: Callable[[int], np.ndarray] | None = None  # opens the scale factors of a shard
         if self.dtype == np.int8:
             for shard in shards:
-                _data_offset(scales_path(folder, shard.number), shard.rows, row_bytes=4)
-            self.scales = lru_cache(MAX_OPEN_FILES)(lambda n: _memory_map(scales_path(folder, shards[n].number)))
+                _check_data_offset(scales_path(folder, shard.number), shard.rows, row_bytes=4)
+            self.scales = lru_cache(MAX_OPEN_FILES)(lambda n: _open_memory_map(scales_path(folder, shards[n].number)))
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Read the embeddings in the given rows, in the given order.
@@ -120,7 +120,7 @@ class MmapReader(RowReader):
 
     def __init__(self, folder: Path, shards: Sequence[Shard], embed_dim: int, dtype: str) -> None:
         super().__init__(folder, shards, embed_dim, dtype)
-        self.map = lru_cache(MAX_OPEN_FILES)(lambda n: _memory_map(embeddings_path(folder, shards[n].number)))
+        self.map = lru_cache(MAX_OPEN_FILES)(lambda n: _open_memory_map(embeddings_path(folder, shards[n].number)))
 
     def _read(self, parts: list[ShardRows]) -> None:
         for part in parts:
@@ -177,12 +177,12 @@ class _RandomAccessFile:
             os.close(self.descriptor)
 
 
-def _memory_map(file: Path) -> np.ndarray:
+def _open_memory_map(file: Path) -> np.ndarray:
     array: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
     return array
 
 
-def _data_offset(path: Path, rows: int, row_bytes: int) -> int:
+def _check_data_offset(path: Path, rows: int, row_bytes: int) -> int:
     """Check the shape and size of a .npy file; return the offset of its data.
 
     Raises:
@@ -204,7 +204,7 @@ def _data_offset(path: Path, rows: int, row_bytes: int) -> int:
         except READ_ERRORS:
             valid = False
     if not valid:
-        raise damage_error(path, "its shape or size does not match the keys file")
+        raise build_damage_error(path, "its shape or size does not match the keys file")
     return offset
 
 

@@ -133,7 +133,7 @@ class EmbeddingStore:
         Raises:
             StoreError: Shards or the index are damaged. The message names the damaged shards or the index file.
         """
-        damaged = damaged_shards(self.folder, self.shards, store_spec(self.manifest), progress)
+        damaged = find_damaged_shards(self.folder, self.shards, store_spec(self.manifest), progress)
         if damaged:
             numbers = ", ".join(f"{number:05d}" for number in damaged)
             raise StoreError(
@@ -148,7 +148,7 @@ class EmbeddingStore:
                 raise StoreError(f"{index} is damaged. Run `llm2clip store repair {self.folder}` to rebuild the index")
 
 
-def damaged_shards(folder: Path, shards: Sequence[Shard], spec: StoreSpec, progress: bool = False) -> list[int]:
+def find_damaged_shards(folder: Path, shards: Sequence[Shard], spec: StoreSpec, progress: bool = False) -> list[int]:
     """List the numbers of the shards that are missing, have a wrong checksum, or have another spec than `spec`."""
 
     def is_intact(shard: Shard) -> bool:
@@ -197,7 +197,7 @@ def drop_refused_captions(records: Sequence[Record], store: EmbeddingStore) -> l
     return remaining
 
 
-def drop_missing_phrases(records: Sequence[Record], store: EmbeddingStore) -> list[Record]:
+def remove_phrases_without_embedding(records: Sequence[Record], store: EmbeddingStore) -> list[Record]:
     """Remove phrases without an embedding. Print a message if the store has no embedding of any phrase.
 
     A phrase may have no embedding because it occurred in too few images of the data used for the store.

@@ -104,7 +104,7 @@ def open_for_writing(
         with state.main_process_first():
             writer = StoreWriter(folder, identity, embed_dim, dtype)
         if state.is_main_process:
-            _prepare(writer, captions, incoming, shard_size)
+            _prepare_incoming(writer, captions, incoming, shard_size)
         wait_for_everyone()
         shards = sorted(int(path.stem) for path in incoming.glob("[0-9]*.parquet"))
         yield WritePlan(writer, incoming, shards)
@@ -115,7 +115,7 @@ def open_for_writing(
         wait_for_everyone()
 
 
-def _prepare(writer: StoreWriter, captions: Iterable[str], incoming: Path, shard_size: int) -> None:
+def _prepare_incoming(writer: StoreWriter, captions: Iterable[str], incoming: Path, shard_size: int) -> None:
     """Clean up after an interrupted run, verify the existing shards, and write the captions of the missing shards."""
     folder = writer.folder
     shutil.rmtree(incoming, ignore_errors=True)

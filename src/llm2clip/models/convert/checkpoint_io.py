@@ -47,7 +47,7 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Any],
     path = Path(source)
     if path.is_file():
         return _load_weights(path), {}, None
-    folder = path if path.is_dir() else _download(str(source))
+    folder = path if path.is_dir() else _download_checkpoint(str(source))
     weights = folder / select_weights_file([file.name for file in folder.iterdir()], str(source))
     tensors = _load_shards(weights) if weights.name.endswith(".index.json") else _load_weights(weights)
     preprocess = _read_optional_json(folder / PREPROCESSOR_FILE)
@@ -98,10 +98,10 @@ def _load_weights(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} contains objects other than tensors, and loading it could run code. If you trust the file, "
-            f"extract the state dict and save it with safetensors.torch.save_file ({_first_line(error)})"
+            f"extract the state dict and save it with safetensors.torch.save_file ({_get_first_line(error)})"
         ) from error
     except Exception as error:  # a damaged file can make torch raise almost any type of exception
-        raise ValueError(f"{path} is damaged or incomplete ({_first_line(error)})") from error
+        raise ValueError(f"{path} is damaged or incomplete ({_get_first_line(error)})") from error
     for key in ("state_dict", "module", "model"):  # keys under which training scripts save the state dict
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -119,7 +119,7 @@ def _is_torchscript(path: Path) -> bool:
         return False
 
 
-def _first_line(error: Exception) -> str:
+def _get_first_line(error: Exception) -> str:
     return (str(error).splitlines() or [describe_error(error)])[0]
 
 
@@ -155,7 +155,7 @@ def _read_optional_json(path: Path) -> dict[str, Any]:
     return read_json_object(path) if path.is_file() else {}
 
 
-def _download(name: str) -> Path:
+def _download_checkpoint(name: str) -> Path:
     """Download the weights and configuration of a hub repository. If the download fails, use the hub's cache."""
     from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError

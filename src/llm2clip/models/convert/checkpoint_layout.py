@@ -161,7 +161,7 @@ class Checkpoint:
         if layout is OPENAI:
             renamed = rename_openai_tensors(renamed)
         if layout is HF and "logit_scale" not in renamed:
-            renamed["logit_scale"] = _default_logit_scale(source, config or {})
+            renamed["logit_scale"] = _get_default_logit_scale(source, config or {})
         return cls(source, layout, renamed, online, config or {}, preprocess)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -193,7 +193,7 @@ def official_name(name: str, layout: Layout, adapter_depth: int) -> str:
     return name  # logit_scale, logit_bias
 
 
-def computed_buffers(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
+def compute_buffers(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
     """Compute the optional buffers of an official checkpoint from the architecture.
 
     "hf" checkpoints have a buffer with the position ids. "eva" checkpoints have buffers with the cosines and sines of
@@ -257,7 +257,7 @@ def _recognise_layout(source: str, tensors: Mapping[str, Tensor]) -> Layout:
     )
 
 
-def _default_logit_scale(source: str, config: Mapping[str, Any]) -> Tensor:
+def _get_default_logit_scale(source: str, config: Mapping[str, Any]) -> Tensor:
     """Read the logit scale of a checkpoint without a logit scale tensor from config.json, or use the default."""
     value = float(config.get("logit_scale_init_value", _DEFAULT_LOGIT_SCALE))
     log.warning(

@@ -106,7 +106,7 @@ def check_gguf_header(gguf: Path) -> None:
                 reader.skip(reader.read_integer(8))  # name
                 reader.skip_value(reader.read_integer(4))
         except EOFError as error:
-            raise ValueError(f"{gguf} is damaged: its metadata are larger than the file") from error
+            raise ValueError(f"{gguf} is damaged: its metadata extend past the end of the file") from error
 
 
 class _GGUFReader:

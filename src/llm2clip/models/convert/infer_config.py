@@ -110,7 +110,7 @@ def _infer_clip_tower(checkpoint: Checkpoint) -> dict[str, Any]:
     config = CLIPVisionConfig(**fields)
     architecture: dict[str, Any] = {key: getattr(config, key) for key in CLIP_FIELDS}
     architecture["model_type"] = "clip_vision_model"
-    preprocess = checkpoint.preprocess or _default_preprocess(architecture["image_size"])
+    preprocess = checkpoint.preprocess or _get_default_preprocess(architecture["image_size"])
     return {"library": "transformers", "architecture": architecture, "preprocess": preprocess.to_dict()}
 
 
@@ -135,8 +135,8 @@ def _infer_siglip_tower(checkpoint: Checkpoint, embed_dim: int) -> dict[str, Any
     width, _, patch_size, _ = checkpoint.shape("visual.trunk.patch_embed.proj.weight")
     if width != embed_dim:
         raise ValueError(
-            f"{checkpoint.source}: the tower's output has size {width}, but the adapter's has size {embed_dim}. In the "
-            f"layout {checkpoint.layout.name!r}, which has no image projection, the sizes must be equal"
+            f"{checkpoint.source}: the tower's output has size {width}, but the adapter's output has size {embed_dim}. "
+            f"In the layout {checkpoint.layout.name!r}, which has no image projection, the sizes must be equal"
         )
     image_size = _compute_grid_size(checkpoint, checkpoint.shape("visual.trunk.pos_embed")[1]) * patch_size
     depth = checkpoint.count_blocks("visual.trunk.blocks.")
@@ -166,11 +166,11 @@ def _build_timm_config(
     if known is None:
         # timm rounds width * mlp_ratio down.
         args |= {**sizes, "mlp_ratio": (hidden + 0.5) / sizes["embed_dim"]}
-    preprocess = checkpoint.preprocess or _default_preprocess(image_size)
+    preprocess = checkpoint.preprocess or _get_default_preprocess(image_size)
     return {"library": "timm", "architecture": known or family, "args": args, "preprocess": preprocess.to_dict()}
 
 
-def _default_preprocess(size: int) -> Preprocess:
+def _get_default_preprocess(size: int) -> Preprocess:
     """Return the authors' preprocessing: resize the shortest side to `size`, then crop the center.
 
     For EVA towers at 224 pixels, timm crops to 90% of the height and width by default, unlike the authors' code.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llm2clip.models.convert.checkpoint_io import read_checkpoint
-from llm2clip.models.convert.checkpoint_layout import Checkpoint, computed_buffers, describe_tensors, official_name
+from llm2clip.models.convert.checkpoint_layout import Checkpoint, compute_buffers, describe_tensors, official_name
 from llm2clip.models.convert.infer_config import infer_config
 from llm2clip.models.convert.peft_encoder import find_adapter, load_adapter_encoder
 from llm2clip.models.convert.published_encoders import published_template, suggest_encoders
@@ -123,7 +123,7 @@ def _match_tensors(model: LLM2CLIP, checkpoint: Checkpoint) -> tuple[list[tuple[
         else:
             pairs.append((parameter, tensor))
 
-    for name, expected in computed_buffers(model, layout).items():
+    for name, expected in compute_buffers(model, layout).items():
         tensor = unused.pop(name, None)
         if tensor is not None and not _is_close(tensor, expected):
             mismatches.append(f"{name} {tuple(tensor.shape)} does not match the architecture")

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llm2clip.io_utils import atomic_dir, atomic_path
-from llm2clip.models.convert.checkpoint_layout import EVA, HF, Layout, computed_buffers, official_name
+from llm2clip.models.convert.checkpoint_layout import EVA, HF, Layout, compute_buffers, official_name
 from llm2clip.models.convert.infer_config import CLIP_FIELDS, EVA_ARGS
 from llm2clip.models.llm2clip import LLM2CLIP
 
@@ -121,7 +121,7 @@ def _build_official_tensors(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor
     if layout is EVA:
         if not model.config.projection_bias:  # in the "eva" layout, the projection always has a bias
             tensors["visual.head.bias"] = torch.zeros(model.config.embed_dim)
-        tensors |= {name: tensor.cpu().clone() for name, tensor in computed_buffers(model, layout).items()}
+        tensors |= {name: tensor.cpu().clone() for name, tensor in compute_buffers(model, layout).items()}
     return tensors
 
 

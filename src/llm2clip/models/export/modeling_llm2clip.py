@@ -154,7 +154,7 @@ class LLM2CLIPExport(PreTrainedModel):
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         hidden = self.llm(input_ids=input_ids, attention_mask=mask).last_hidden_state
-        weights = self._pooling_mask(mask).unsqueeze(-1).to(hidden.dtype)  # (N, T, 1)
+        weights = self._build_pooling_mask(mask).unsqueeze(-1).to(hidden.dtype)  # (N, T, 1)
         pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
         text = F.normalize(self.adapter(pooled[:, : self.config.text_dim]).float(), dim=-1)
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=text)
@@ -197,7 +197,7 @@ class LLM2CLIPExport(PreTrainedModel):
             logits_per_image=None if logits is None else logits.T,
         )
 
-    def _pooling_mask(self, mask: Tensor) -> Tensor:
+    def _build_pooling_mask(self, mask: Tensor) -> Tensor:
         """Return a mask of shape (N, T) that selects the tokens to pool. Padding may be on either side."""
         position = mask.cumsum(1)  # 1-based position of each token, not counting padding
         if self.config.pooling == "mean":

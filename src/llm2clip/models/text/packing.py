@@ -162,8 +162,8 @@ def packed_attention(
     if caption_lengths is None:
         if attention_mask is not None and attention_mask.shape[-1] != key.shape[2]:
             raise ValueError(
-                f"{type(module).__name__} does not pass caption_lengths on to attention: captions in a packed batch "
-                "would attend to each other. Load the model with attention='sdpa'"
+                f"{type(module).__name__} does not pass caption_lengths to its attention function, so the captions in "
+                "a packed batch would attend to each other. Load the model with attention='sdpa'"
             )
         padded: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, is_causal=is_causal, **kwargs

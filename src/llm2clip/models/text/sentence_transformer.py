@@ -48,7 +48,7 @@ def open_sentence_transformer(path: str, pooling: str, device: str | torch.devic
     config = read_config(path)
     check_not_quantized(config, path)
     if config.get("model_type") == NV_EMBED:
-        raise ValueError(f"{path} must be converted first, and then used: llm2clip convert {path} --out ENCODER")
+        raise ValueError(f"{path} is NV-Embed-v2, which must be converted first: llm2clip convert {path} --out ENCODER")
     modules_file = cached_file(path, "modules.json", _raise_exceptions_for_missing_entries=False)
     if modules_file is not None:
         for module in read_json(Path(modules_file)):

@@ -118,8 +118,8 @@ class DenseEncoder:
         height, width = pixels.shape[-2:]
         if pixels.ndim != 4 or not height or not width or height % self.cell_size or width % self.cell_size:
             raise ValueError(
-                f"pixels must have the shape (N, 3, H, W), with multiples of {self.cell_size} as H and W (got "
-                f"{tuple(pixels.shape)}): use DenseEncoder.resize"
+                f"pixels must have shape (N, 3, H, W), where H and W are multiples of {self.cell_size} (got "
+                f"{tuple(pixels.shape)}). Resize the images with DenseEncoder.resize"
             )
         return F.normalize(self.features(pixels.to(self.device), variant).float(), dim=-1)
 

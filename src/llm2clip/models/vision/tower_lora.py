@@ -17,7 +17,7 @@ def add_tower_lora(tower: VisionTower, rank: int, alpha: int) -> None:
     Raises:
         ValueError: the tower has no layer to which LoRA can be added.
     """
-    targets = lora_targets(tower)
+    targets = find_lora_targets(tower)
     if not targets:
         raise ValueError("--align.lora_r: this tower has no linear layer for LoRA. Use --align.lora_r 0")
     _set_qkv_module_call(tower, True)
@@ -26,7 +26,7 @@ def add_tower_lora(tower: VisionTower, rank: int, alpha: int) -> None:
         parameter.requires_grad_(".lora_" in name)
 
 
-def lora_targets(tower: VisionTower) -> list[str]:
+def find_lora_targets(tower: VisionTower) -> list[str]:
     """List the names of the backbone layers to which LoRA is added."""
     modules = list(tower.backbone.named_modules())
     # nn.MultiheadAttention uses the weights of its sublayers without calling them, so LoRA would have no effect.

@@ -48,7 +48,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.config = config
-        self.feature_dim = _feature_dim(backbone, config)
+        self.feature_dim = _get_feature_dim(backbone, config)
         self.preprocess = Preprocess.from_dict(config["preprocess"])
         self.freeze_norm = True
         self.register_buffer("mean", torch.empty(0), persistent=False)
@@ -96,7 +96,7 @@ class VisionTower(nn.Module):
             pixels: images of shape (N, 3, S, S), uint8, or float from 0 to 1.
         """
         if self.config["library"] == "timm":
-            return cast(Tensor, self.backbone(self._timm_input(pixels)))
+            return cast(Tensor, self.backbone(self._build_timm_input(pixels)))
         interpolate = self.preprocess.size != self.config["architecture"]["image_size"]
         return cast(Tensor, self._run_transformers(pixels, interpolate).pooler_output)
 
@@ -111,10 +111,10 @@ class VisionTower(nn.Module):
             convolutional network, the feature map in the memory layout of the timm model.
         """
         if self.config["library"] == "timm":
-            return cast(Tensor, cast(Any, self.backbone).forward_features(self._timm_input(pixels)))
+            return cast(Tensor, cast(Any, self.backbone).forward_features(self._build_timm_input(pixels)))
         return cast(Tensor, self._run_transformers(pixels, interpolate=True).last_hidden_state)
 
-    def _timm_input(self, pixels: Tensor) -> Tensor:
+    def _build_timm_input(self, pixels: Tensor) -> Tensor:
         x = self._normalize(pixels)
         return x.contiguous(memory_format=torch.channels_last) if self._channels_last else x
 
@@ -209,7 +209,7 @@ class VisionTower(nn.Module):
         return _BLOCK.search(name) is not None
 
 
-def _feature_dim(backbone: Any, config: dict[str, Any]) -> int:
+def _get_feature_dim(backbone: Any, config: dict[str, Any]) -> int:
     if config["library"] == "transformers":
         return int(config["architecture"]["hidden_size"])
     # Some convolutional networks have a hidden layer after pooling, which remains if the classifier is removed.
