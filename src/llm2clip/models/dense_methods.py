@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class DenseMethods:
-    """Base class of `LLM2CLIP` with its methods for dense features, regions and segmentation."""
+    """Mixin of `LLM2CLIP` for dense features, region embeddings and segmentation."""
 
     def _eval_model(self) -> LLM2CLIP:
-        """Return this model in eval mode."""
+        """Switch this model to eval mode and return it."""
         return cast("LLM2CLIP", self).eval()
 
     def encode_dense(

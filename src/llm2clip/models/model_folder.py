@@ -24,7 +24,7 @@ from llm2clip.models.prompts import LITERAL, QueryTemplates
 
 # Files to download from the hub: configs, weights, tokenizers and model cards, but no pickles and no code.
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", TRAINING_IMAGES_FILE)
-FORMAT_VERSION = 1  # of model folders
+FORMAT_VERSION = 1  # version of the layout of model folders
 
 
 @dataclass

@@ -98,10 +98,10 @@ def resolve_store_precision(
 
 
 def load_or_tune_batch_tokens(encoder: CaptionEncoder, captions: Sequence[str], precision: str, folder: Path) -> int:
-    """Measure which number of tokens per batch is fastest for these captions. Only the main process measures.
+    """Return the fastest number of tokens per batch for these captions, as measured by the main process.
 
-    The result is saved in the store's folder, so that a resumed run computes bit-identical embeddings. With fewer than
-    4096 captions, the encoder's default is returned instead.
+    The result is saved in the store's folder and reused, so that a resumed run computes bit-identical embeddings. With
+    fewer than 4096 captions, the encoder's default is returned.
     """
     if len(captions) < MIN_CAPTIONS_TO_TUNE:
         return encoder.default_batch_tokens

@@ -75,7 +75,7 @@ class TowerEncoder:
 
 
 def image_keys(refs: Iterable[ImageRef]) -> np.ndarray:
-    """Return the store keys of images, of shape (N, 16), uint8."""
+    """Compute the store keys of N images, of shape (N, 16), uint8."""
     return caption_keys([image_name(ref) for ref in refs])
 
 
@@ -145,7 +145,7 @@ def store_image_features(
                 plan.writer.write(number, decoded_names, [0] * len(decoded_names), features.numpy())
     store = EmbeddingStore(folder)
     # All processes check the limit at the end: if one process raised an error earlier, the others would wait forever.
-    # The log already contains this process's failures, with reasons. Those of the other processes are added here.
+    # The log already contains this process's failures, with reasons. Failures of other processes are added here.
     rows = store.find(caption_keys(list(refs_by_name)))
     for ref, row in zip(refs_by_name.values(), rows, strict=True):
         if row < 0:
@@ -207,7 +207,7 @@ def encode_image_batches(
 
 
 def _iter_shards(plan: WritePlan, description: str, unit: str) -> Iterator[tuple[int, list[str], ProgressBar]]:
-    """Yield (shard number, image names or texts, progress bar) for each shard of this process. The bar is shared."""
+    """Yield (shard number, image names or texts, progress bar) for each shard of this process."""
     with plan.progress_bar(description, unit) as bar:
         for number in plan.local_shards():
             yield number, plan.read_captions(number), bar

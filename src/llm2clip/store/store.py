@@ -149,7 +149,7 @@ class EmbeddingStore:
 
 
 def find_damaged_shards(folder: Path, shards: Sequence[Shard], spec: StoreSpec, progress: bool = False) -> list[int]:
-    """List the numbers of the shards that are missing, have a wrong checksum, or have another spec than `spec`."""
+    """List the numbers of the shards that are missing, have a wrong checksum, or have a different spec."""
 
     def is_intact(shard: Shard) -> bool:
         try:

@@ -258,7 +258,7 @@ def _recognise_layout(source: str, tensors: Mapping[str, Tensor]) -> Layout:
 
 
 def _get_default_logit_scale(source: str, config: Mapping[str, Any]) -> Tensor:
-    """Read the logit scale of a checkpoint without a logit scale tensor from config.json, or use the default."""
+    """Return the logit scale in config.json, or transformers' default if config.json does not contain it."""
     value = float(config.get("logit_scale_init_value", _DEFAULT_LOGIT_SCALE))
     log.warning(
         "%s has no logit_scale; using logit_scale_init_value %s (%s). Embeddings do not depend on it",

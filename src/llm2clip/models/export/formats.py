@@ -16,7 +16,7 @@ from llm2clip.models.llm2clip import LLM2CLIP
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """Export format.
+    """Format of another library to which models can be exported.
 
     Attributes:
         write: function that takes a model and an empty folder, and exports the model to this folder. It returns a list

@@ -43,7 +43,7 @@ EXTERNAL_DATA_BYTES = 1 << 30
 
 @dataclass
 class _Graph:
-    """Graph to export.
+    """ONNX graph to export.
 
     Attributes:
         name: file name without the suffix, either "vision" or "text".

@@ -50,7 +50,7 @@ class LoraSession:
         transformer = self.encoder.st[0]
         model = transformer.model
         model = self._restore_original_layers(model) if self.original_layers else model.to("cpu")
-        cast_frozen_linear(model, torch.float32)  # in 16 bits, LoRA's small updates would be rounded
+        cast_frozen_linear(model, torch.float32)  # in 16 bits, LoRA's small updates would be rounded away
         transformer.model = model.merge_and_unload()
         self.encoder.to("cpu")
 

@@ -21,8 +21,8 @@ from torchvision.transforms.v2 import functional as transforms
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.models.vision.dense import DenseEncoder
 
-# Maximum ratio of the resized image's longer side to the window's side. As in SCLIP, where the maximum is 2,048 pixels
-# and the window has 224 pixels for all data sets.
+# Maximum ratio of the resized image's longer side to the window's side. SCLIP limits the longer side to 2,048 pixels,
+# with a window of 224 pixels.
 MAX_SCALE = 2048 / 224
 TILE_ELEMENTS = 1 << 24  # maximum number of scores in a tile (64 MB)
 WINDOWS_PER_BATCH = 32
