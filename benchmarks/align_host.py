@@ -111,8 +111,7 @@ def run_current_version(folder: Path, name: str, steps: int, pause: float) -> An
     from llm2clip.store.image_features import image_name
     from llm2clip.store.store import EmbeddingStore
     from llm2clip.store.writer import StoreWriter
-    from llm2clip.train.caption_sampling import CaptionSampler
-    from llm2clip.train.sampling import AlignBatches
+    from llm2clip.train.sampling import AlignBatches, CaptionSampler
 
     refs, records = make_records(FileImage, Record)
     store, features = write_stores(folder, StoreWriter, EmbeddingStore, records, [image_name(ref) for ref in refs])

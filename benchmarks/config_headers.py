@@ -19,7 +19,7 @@ import yaml
 
 from llm2clip.cli import build_parser
 from llm2clip.cli.commands import read_builtin_configs
-from llm2clip.cli.plan import plan_from_args
+from llm2clip.cli.setup import plan_from_args
 from llm2clip.tools.plan.memory import peak_memory
 from llm2clip.tools.plan.plan import Plan
 from llm2clip.tools.plan.report import format_hours

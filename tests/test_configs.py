@@ -26,7 +26,7 @@ from llm2clip.config import (
     TuneConfig,
 )
 from llm2clip.llava.config import LlavaConfig
-from llm2clip.runs.run_config import ConfigChangedError, save_or_check_config
+from llm2clip.runs.output_folder import ConfigChangedError, save_or_check_config
 
 FIT_CONFIGS = [name for name in read_builtin_configs() if not name.startswith("llava-")]
 LLMS = [

@@ -11,9 +11,14 @@ import pytest
 from llm2clip.cli import main
 from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, ReproduceConfig, TuneConfig
 from llm2clip.llava.config import LlavaConfig
-from llm2clip.runs.lock import RUN_LOCK, folder_lock
-from llm2clip.runs.output_folder import KINDS, check_output_folder, folder_kind
-from llm2clip.runs.run_config import save_or_check_config
+from llm2clip.runs.output_folder import (
+    KINDS,
+    RUN_LOCK,
+    check_output_folder,
+    folder_kind,
+    folder_lock,
+    save_or_check_config,
+)
 
 RUN_CONFIGS: dict[str, dict[str, Any]] = {
     "fit": {"data": ["d"], **dataclasses.asdict(FitConfig())},

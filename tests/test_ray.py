@@ -15,7 +15,7 @@ import pytest
 
 from conftest import HANG_TIMEOUT
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.runs.lock import FolderInUseError, folder_lock
+from llm2clip.runs.output_folder import FolderInUseError, folder_lock
 from llm2clip.store import ray_engine
 from llm2clip.store.encode import embed
 from llm2clip.store.layout import StoreError

@@ -27,8 +27,14 @@ from llm2clip.data.image_refs import FileImage, MemoryImage, TarImage
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.transforms import Preprocess
 from llm2clip.store.store import EmbeddingStore
-from llm2clip.train.caption_sampling import CaptionRows, CaptionSampler
-from llm2clip.train.sampling import AlignBatches, Batch, decoding_workers, resolve_images_per_step
+from llm2clip.train.sampling import (
+    AlignBatches,
+    Batch,
+    CaptionRows,
+    CaptionSampler,
+    decoding_workers,
+    resolve_images_per_step,
+)
 
 EFFICIENTNET = "test_efficientnet"
 

@@ -13,8 +13,7 @@ import pytest
 
 from llm2clip.data.image_refs import DatasetImage, FileImage, ImageRef, ParquetImage, TarImage
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.runs.lock import FolderInUseError
-from llm2clip.runs.output_folder import FormatVersionError
+from llm2clip.runs.output_folder import FolderInUseError, FormatVersionError
 from llm2clip.search.backends import IndexedContent, IndexedImage, open_backend, ref_from_json, ref_to_json
 from llm2clip.search.sqlite_backend import SqliteBackend
 from search_fixtures import create_backend, index_sources, search_names

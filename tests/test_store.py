@@ -24,8 +24,7 @@ from llm2clip.data.records import Record
 from llm2clip.io_utils import atomic_path
 from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.runs.lock import FolderInUseError, folder_lock
-from llm2clip.runs.output_folder import FormatVersionError
+from llm2clip.runs.output_folder import FolderInUseError, FormatVersionError, folder_lock
 from llm2clip.store.encode import embed
 from llm2clip.store.key_index import KeyIndex, build_key_index, sorted_partitions, split_keys
 from llm2clip.store.layout import StoreError, read_shards
@@ -279,7 +278,7 @@ def test_embed_raises_while_another_run_holds_the_lock(encoder: CaptionEncoder, 
 LOCK_AND_WAIT = """
 import sys
 from pathlib import Path
-from llm2clip.runs.lock import FolderInUseError, folder_lock
+from llm2clip.runs.output_folder import FolderInUseError, folder_lock
 
 with folder_lock(Path(sys.argv[1])):
     print("locked", flush=True)

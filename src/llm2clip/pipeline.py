@@ -42,9 +42,8 @@ from llm2clip.models.export.model_card import write_model_card
 from llm2clip.models.hub.model_names import check_model_source
 from llm2clip.models.hub.pretrained import resolve_gguf, resolve_pretrained
 from llm2clip.runs.checkpoint import latest_checkpoint, read_metrics
-from llm2clip.runs.lock import run_lock
+from llm2clip.runs.output_folder import CONFIG_FILE, run_lock, save_or_check_config
 from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
-from llm2clip.runs.run_config import CONFIG_FILE, save_or_check_config
 from llm2clip.runs.run_description import DURATIONS_FILE, StageClock
 from llm2clip.stages import HeldOut, align, embed, evaluate, open_encoder, tune
 from llm2clip.store.layout import check_identity

@@ -9,7 +9,7 @@ import traceback
 import warnings
 
 from llm2clip import __version__
-from llm2clip.cli import evaluate, export, llava, plan, search, setup, store, train
+from llm2clip.cli import evaluate, export, llava, search, setup, store, train
 from llm2clip.cli.commands import ArgumentParser, Commands, HelpFormatter, Run
 
 DESCRIPTION = """Give a CLIP model a large language model's understanding of text.
@@ -54,7 +54,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Run]]:
         allow_abbrev=False,  # otherwise argparse could accept a misspelt setting as an abbreviation
     )
     commands = Commands(parser, "COMMAND")
-    for module in (setup, train, store, plan, evaluate, search, export, llava):
+    for module in (setup, train, store, evaluate, search, export, llava):
         module.add_commands(commands)
     return parser, commands.run
 

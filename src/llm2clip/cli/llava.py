@@ -11,7 +11,7 @@ from jsonargparse.typing import PositiveInt
 
 from llm2clip.cli.checks import check_pretrained, check_sources
 from llm2clip.cli.commands import SECTIONS, ArgumentParser, Commands, add_reading_arguments, format_command
-from llm2clip.cli.plan import add_machine_arguments, machine_from_args
+from llm2clip.cli.setup import add_machine_arguments, machine_from_args
 from llm2clip.llava.config import LlavaConfig
 from llm2clip.runs.output_folder import check_output_folder, register_run
 
@@ -129,8 +129,8 @@ def _train(args: Namespace) -> list[str]:
     from llm2clip.llava.caption_conversations import make_captioning_conversations, make_instruction_conversations
     from llm2clip.llava.datasets import read_conversations
     from llm2clip.llava.train import train_llava
+    from llm2clip.runs.output_folder import save_or_check_config
     from llm2clip.runs.ranks import print_once, process_state
-    from llm2clip.runs.run_config import save_or_check_config
 
     run = Path(args.out)
     is_main = process_state().is_main_process

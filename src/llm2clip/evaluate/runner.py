@@ -32,8 +32,8 @@ from llm2clip.io_utils import MissingFileError, atomic_write_text, safe_name
 from llm2clip.models.hub.model_names import display_names
 from llm2clip.models.prompts import QueryTemplates, check_templates
 from llm2clip.models.vision.dense import DENSE_VARIANTS
+from llm2clip.runs.output_folder import to_plain_types
 from llm2clip.runs.ranks import print_once, process_state
-from llm2clip.runs.run_config import to_plain_types
 from llm2clip.runs.run_description import describe_run, format_run
 
 

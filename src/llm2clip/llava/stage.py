@@ -25,7 +25,8 @@ from llm2clip.llava.image_features import PatchFeatures, PrecomputedVision
 from llm2clip.models.hub.loading import load_config
 from llm2clip.models.precision import resolve_precision
 from llm2clip.runs.checkpoint import Checkpoints, TrainingLog, hash_texts, show_progress
-from llm2clip.runs.ranks import process_state, set_fsdp_wrap_policy, set_mixed_precision, wait_for_everyone
+from llm2clip.runs.fsdp import set_fsdp_wrap_policy, set_mixed_precision
+from llm2clip.runs.ranks import process_state, wait_for_everyone
 from llm2clip.runs.training_state import TrainingStateMixin
 from llm2clip.store.store import EmbeddingStore
 

@@ -29,7 +29,7 @@ from llm2clip.llava.chat_template import Conversation
 from llm2clip.llava.config import LlavaConfig
 from llm2clip.llava.image_features import PatchFeatures, cache_patch_features, patch_feature_size
 from llm2clip.llava.stage import TRAINED_WEIGHTS, TrainingStage, load_llava, load_trained_weights, set_trainable_parts
-from llm2clip.runs.lock import folder_lock
+from llm2clip.runs.output_folder import folder_lock
 from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 from llm2clip.store.image_features import image_keys
 from llm2clip.store.store import EmbeddingStore

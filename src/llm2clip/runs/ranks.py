@@ -1,19 +1,19 @@
-"""Utilities for distributed runs: ranks, barriers, FSDP settings, printing on the main process only."""
+"""Utilities for distributed runs: ranks, barriers, gathering rows from all ranks, printing on the main process only."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import DistributedType, PartialState
-from accelerate.state import AcceleratorState
-from torch import nn
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor
 
 from llm2clip.io_utils import atomic_write_text, escape_control_characters
 
@@ -33,7 +33,7 @@ def process_state() -> PartialState:
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
     state = PartialState(cpu=use_cpu or not torch.accelerator.is_available(), timeout=COLLECTIVE_TIMEOUT)
     if is_distributed():
-        _group_for_long_waits(torch.distributed.group.WORLD)
+        _group_for_long_waits(dist.group.WORLD)
     return state
 
 
@@ -50,59 +50,21 @@ def wait_for_everyone() -> None:
     if not is_distributed():
         return
     try:
-        torch.distributed.barrier(_group_for_long_waits(torch.distributed.group.WORLD))
+        dist.barrier(_group_for_long_waits(dist.group.WORLD))
     except RuntimeError as error:
-        rank = torch.distributed.get_rank()
+        rank = dist.get_rank()
         raise RuntimeError(f"Process {rank} was waiting for the other processes. {PEER_FAILED}") from error
 
 
 @lru_cache(maxsize=1)
-def _group_for_long_waits(world: Any) -> torch.distributed.ProcessGroup:
+def _group_for_long_waits(world: Any) -> dist.ProcessGroup:
     """Return a Gloo group of all ranks in `world`, the default group. The first call must be made by all ranks."""
-    return torch.distributed.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
+    return dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
 
 
 def is_distributed() -> bool:
     """Return True if this process is a member of an initialised process group."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def fsdp_enabled() -> bool:
-    """Return True if `accelerate launch --use_fsdp` was used."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-
-
-def set_fsdp_wrap_policy(layers: Sequence[nn.Module]) -> None:
-    """If FSDP is enabled, make Accelerate shard a model layer by layer.
-
-    Args:
-        layers: Transformer layers of the model. If empty, the model is sharded as a single unit.
-
-    Raises:
-        ValueError: FSDP version 1 was selected in the launcher.
-    """
-    if not fsdp_enabled():
-        return
-    if os.environ.setdefault("FSDP_VERSION", "2") != "2":
-        raise ValueError("FSDP version 1 is not supported: run accelerate launch with --fsdp_version 2")
-    layer_classes = dict.fromkeys(type(layer).__name__ for layer in layers)
-    os.environ["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP" if layers else "NO_WRAP"
-    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(layer_classes)
-
-
-def set_mixed_precision(precision: str) -> str:
-    """Set Accelerate's mixed precision to fp32, bf16 or fp16, and return Accelerate's name for this precision.
-
-    This setting overrides any precision set by the launcher or by an earlier stage in the same process.
-    """
-    name = "no" if precision == "fp32" else precision
-    os.environ["ACCELERATE_MIXED_PRECISION"] = name
-    AcceleratorState._reset_state()
-    # After the reset, Accelerate restores its FSDP plugin only if it derives the distributed type from the environment
-    # again, starting from MULTI_GPU.
-    if PartialState._shared_state.get("distributed_type") is DistributedType.FSDP:
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    return name
+    return dist.is_available() and dist.is_initialized()
 
 
 def print_once(*lines: str) -> None:
@@ -125,4 +87,89 @@ def shutdown() -> None:
     if is_distributed():
         wait_for_everyone()
         _group_for_long_waits.cache_clear()
-        torch.distributed.destroy_process_group()
+        dist.destroy_process_group()
+
+
+# ---- collective operations -------------------------------------------------------------------------------------------
+
+
+class RaggedGather:
+    """All-gather for tensors whose number of rows may differ between ranks.
+
+    Each rank pads its tensor to the largest number of rows on any rank, and the padding is removed after the gather. In
+    a single process, tensors are returned unchanged.
+
+    Attributes:
+        single_process: True if tensors are not gathered because this process already has all rows.
+        local_size: Number of rows on this rank.
+        max_size: Largest number of rows on any rank.
+        total_size: Number of rows on all ranks.
+        offset: Index of this rank's first row among all rows.
+    """
+
+    def __init__(self, local_size: int, device: torch.device, gather: bool = True) -> None:
+        """Exchange the row counts between ranks. Must be called by all ranks.
+
+        Args:
+            local_size: Number of rows on this rank.
+            device: Device of the tensors to gather.
+            gather: If False, ignore all other ranks, as in a single process.
+        """
+        self.single_process = not (gather and is_distributed())
+        self.local_size = self.max_size = self.total_size = local_size
+        self.offset = 0
+        if not self.single_process:
+            sizes = _all_gather(torch.tensor([local_size], device=device)).tolist()
+            self.max_size, self.total_size = max(sizes), sum(sizes)
+            self.offset = sum(sizes[: dist.get_rank()])
+            valid_rows = [torch.arange(size, device=device) + rank * self.max_size for rank, size in enumerate(sizes)]
+            self._valid_rows = torch.cat(valid_rows)
+
+    @property
+    def local_slice(self) -> slice:
+        """Position of this rank's rows in a gathered tensor."""
+        return slice(self.offset, self.offset + self.local_size)
+
+    def gather(self, x: Tensor, gradients: bool = False) -> Tensor:
+        """Return the rows of all ranks, of shape (total_size, ...). Must be called by all ranks.
+
+        If `gradients` is True, gradients are propagated to all ranks.
+        """
+        if self.single_process or not self.max_size:
+            return x
+        padded = torch.cat([x, x.new_zeros(self.max_size - len(x), *x.shape[1:])])
+        gathered = _all_gather_with_grad(padded) if gradients else _all_gather(padded)
+        return gathered[self._valid_rows]
+
+    def log_sum_exp(self, x: Tensor) -> Tensor:
+        """Return log(sum over ranks of exp(x)), elementwise. Must be called by all ranks."""
+        if self.single_process:
+            return x
+        largest = x.clone()
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        total = torch.where(largest == -torch.inf, 0.0, (x - largest).exp())
+        dist.all_reduce(total)
+        return largest + total.log()
+
+
+def _all_gather(x: Tensor) -> Tensor:
+    """Gather the rows of all ranks, without gradients. All ranks must have the same number of rows."""
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def _all_gather_with_grad(x: Tensor) -> Tensor:
+    """Gather the rows of all ranks, with gradients. All ranks must have the same number of rows."""
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(x))
+
+
+def max_over_ranks(value: int, device: torch.device) -> int:
+    """Return the largest `value` of any rank. Must be called by all ranks."""
+    if not is_distributed():
+        return value
+    largest = torch.tensor(value, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)

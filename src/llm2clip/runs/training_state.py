@@ -19,29 +19,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llm2clip.io_utils import atomic_write_text, explain_write_errors
+from llm2clip.runs.fsdp import distribute_like, full_tensor
 from llm2clip.runs.ranks import process_state
 
 TENSOR_FILE, JSON_FILE = "state-{}.safetensors", "state.json"
 MAX_FILE_BYTES = 4 * 2**30  # limits the memory for unsharded tensors on the main process
-
-
-def full_tensor(weight: Tensor) -> Tensor:
-    """Return a parameter as a single unsharded tensor. Must be called by all ranks."""
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
-
-
-def distribute_like(weight: Tensor, value: Tensor) -> Tensor:
-    """Move an unsharded value to a parameter's device and shard it in the same way. Must be called by all ranks.
-
-    The value must be the same on all ranks.
-    """
-    value = value.to(weight.device)
-    if not isinstance(weight, DTensor):
-        return value
-    return distribute_tensor(value, weight.device_mesh, weight.placements)
 
 
 def save_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule: Any, scaler: Any = None) -> None:

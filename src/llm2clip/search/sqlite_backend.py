@@ -24,8 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip.runs.lock import folder_lock
-from llm2clip.runs.output_folder import INDEX_FILE
+from llm2clip.runs.output_folder import INDEX_FILE, folder_lock
 from llm2clip.search.backends import (
     MAX_LOCATIONS,
     Filter,

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llm2clip.io_utils import atomic_path
-from llm2clip.runs.lock import folder_lock
+from llm2clip.runs.output_folder import folder_lock
 from llm2clip.store.layout import (
     KEY_BYTES,
     StoreError,

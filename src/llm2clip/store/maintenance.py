@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm2clip.io_utils import atomic_path, atomic_write_jsonl
-from llm2clip.runs.lock import folder_lock
-from llm2clip.runs.output_folder import FormatVersionError
+from llm2clip.runs.output_folder import FormatVersionError, folder_lock
 from llm2clip.store.layout import (
     Shard,
     StoreError,

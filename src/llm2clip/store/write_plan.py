@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from llm2clip.data.texts import check_texts
 from llm2clip.progress import ProgressBar
-from llm2clip.runs.lock import folder_lock
+from llm2clip.runs.output_folder import folder_lock
 from llm2clip.runs.ranks import process_state, wait_for_everyone
 from llm2clip.store.key_index import repeats_previous_key, sorted_partitions, write_records
 from llm2clip.store.layout import caption_keys, iter_chunks, next_shard_number, remove_temp_files, shard_numbers

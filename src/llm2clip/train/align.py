@@ -39,13 +39,20 @@ from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.prefetch import prefetch
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.checkpoint import Checkpoints, MetricsLog
-from llm2clip.runs.gather import empty_copy, gather_to_cpu, reduce_gradients_in_fp32
-from llm2clip.runs.lock import folder_lock
-from llm2clip.runs.ranks import fsdp_enabled, print_once, process_state, set_fsdp_wrap_policy, set_mixed_precision
-from llm2clip.runs.training_state import full_tensor, load_training_state, save_training_state
+from llm2clip.runs.fsdp import (
+    empty_copy,
+    fsdp_enabled,
+    full_tensor,
+    gather_to_cpu,
+    reduce_gradients_in_fp32,
+    set_fsdp_wrap_policy,
+    set_mixed_precision,
+)
+from llm2clip.runs.output_folder import folder_lock
+from llm2clip.runs.ranks import print_once, process_state
+from llm2clip.runs.training_state import load_training_state, save_training_state
 from llm2clip.store.image_features import TowerEncoder, store_image_features
 from llm2clip.store.store import EmbeddingStore
-from llm2clip.train.caption_sampling import CaptionSource
 from llm2clip.train.grad_cache import cached_backward
 from llm2clip.train.losses import get_loss
 from llm2clip.train.monitoring import BestCheckpoint, Step, StepReport, Validate, start_trackers, tracker_options
@@ -59,7 +66,7 @@ from llm2clip.train.optim import (
     should_compile,
 )
 from llm2clip.train.proclip import distillation_loss
-from llm2clip.train.sampling import AlignBatches, Batch, decoding_workers
+from llm2clip.train.sampling import AlignBatches, Batch, CaptionSource, decoding_workers
 
 
 @onednn_matmul()

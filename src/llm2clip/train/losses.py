@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip.runs.gather import RaggedGather
+from llm2clip.runs.ranks import RaggedGather
 
 CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}  # logits per chunk; a chunk fits in a CPU's cache, or takes 256 MB on a GPU
 

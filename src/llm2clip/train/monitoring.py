@@ -24,8 +24,8 @@ from llm2clip.io_utils import atomic_path, atomic_write_text, fsync_folder
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.checkpoint import Checkpoints, MetricsLog, check_training_value, hash_texts
-from llm2clip.runs.ranks import fsdp_enabled, wait_for_everyone
-from llm2clip.runs.training_state import full_tensor
+from llm2clip.runs.fsdp import fsdp_enabled, full_tensor
+from llm2clip.runs.ranks import wait_for_everyone
 
 # In fp16, the gradient scaler skips every step whose gradients are not finite, and then halves its scale factor. After
 # this many consecutive skipped steps, the scale factor cannot be the cause, so training stops with an error.

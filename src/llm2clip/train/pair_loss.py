@@ -22,7 +22,7 @@ from llm2clip.data.texts import text_key
 from llm2clip.models.text.batching import TokenizedTexts
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.packing import copy_to_device
-from llm2clip.runs.gather import RaggedGather, max_over_ranks
+from llm2clip.runs.ranks import RaggedGather, max_over_ranks
 from llm2clip.train.grad_cache import cached_backward
 
 

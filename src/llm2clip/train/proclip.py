@@ -36,8 +36,7 @@ from llm2clip.models.hub.fingerprint import fingerprint, hash_weights
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.text.clip_text_encoder import ClipTextEncoder
 from llm2clip.progress import ProgressBar
-from llm2clip.runs.gather import RaggedGather
-from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
+from llm2clip.runs.ranks import RaggedGather, print_once, process_state, wait_for_everyone
 from llm2clip.store.image_features import store_text_embeddings
 from llm2clip.store.layout import caption_keys
 from llm2clip.store.store import EmbeddingStore

@@ -33,16 +33,16 @@ from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.llm_layers import get_layers
 from llm2clip.models.text.lora import LoraSession, check_qlora_available
 from llm2clip.runs.checkpoint import Checkpoints, TrainingLog, hash_texts, show_progress
-from llm2clip.runs.gather import empty_copy, gather_to_cpu, reduce_gradients_in_fp32
-from llm2clip.runs.lock import folder_lock
-from llm2clip.runs.ranks import (
+from llm2clip.runs.fsdp import (
+    empty_copy,
     fsdp_enabled,
-    print_once,
-    process_state,
+    gather_to_cpu,
+    reduce_gradients_in_fp32,
     set_fsdp_wrap_policy,
     set_mixed_precision,
-    wait_for_everyone,
 )
+from llm2clip.runs.output_folder import folder_lock
+from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 from llm2clip.runs.training_state import TrainingStateMixin
 from llm2clip.train.pair_loss import PairCollator, PairLoss
 

@@ -11,7 +11,7 @@ from llm2clip.config import ReproduceConfig
 from llm2clip.html_report import write_report
 from llm2clip.io_utils import read_json
 from llm2clip.pipeline import start_run
-from llm2clip.runs.lock import run_lock
+from llm2clip.runs.output_folder import run_lock
 from llm2clip.runs.ranks import cached_json, print_once, process_state
 from llm2clip.runs.run_description import format_command_line
 from llm2clip.tools.reproduce.claims import CLAIMS
