@@ -8,10 +8,12 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import faulthandler
 import json
 import random
 import resource
 import shutil
+import sys
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from pathlib import Path
@@ -272,6 +274,7 @@ def run_distributed(count: int, function: Callable[..., None], *args: Any, join:
 
 
 def _rank(rank: int, count: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    faulthandler.enable()
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -288,6 +291,8 @@ def _rank(rank: int, count: int, port: int, function: Callable[..., None], args:
     torch.set_num_threads(1)
     function(*args)
     shutdown()
+    sys.stderr.flush()
+    os._exit(0)  # threads of gloo may still hold tensors, and finalising the interpreter has crashed because of them
 
 
 def run_with_few_open_files(function: Callable[..., None], *args: Any) -> None:
