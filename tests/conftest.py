@@ -292,7 +292,7 @@ def _rank(rank: int, count: int, port: int, function: Callable[..., None], args:
     function(*args)
     shutdown()
     sys.stderr.flush()
-    os._exit(0)  # threads of gloo may still hold tensors, and finalising the interpreter has crashed because of them
+    os._exit(0)  # threads of gloo may still hold tensors, which can crash the process while Python shuts down
 
 
 def run_with_few_open_files(function: Callable[..., None], *args: Any) -> None:

@@ -514,7 +514,7 @@ def test_documented_examples_run_with_the_default_kind_of_tower(
     names: dict[str, Any] = {"masks": torch.ones(2, 240, 320, dtype=torch.bool)}
     for block in blocks:
         exec(block, names)
-    assert names["cells"].shape[-1] == names["regions"].shape[-1] == model.config.embed_dim
+    assert names["patches"].shape[-1] == names["regions"].shape[-1] == model.config.embed_dim
     assert names["labels"].shape == (240, 320)
 
 

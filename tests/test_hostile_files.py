@@ -313,7 +313,7 @@ def test_two_parquet_columns_with_the_same_name_are_not_read(tmp_path: Path) -> 
         list(open_records(tmp_path / "x.parquet"))
 
 
-@pytest.mark.parametrize(("kind", "message"), [(4, "larger than"), (8, "larger than"), (99, "unknown")])
+@pytest.mark.parametrize(("kind", "message"), [(4, "past the end"), (8, "past the end"), (99, "unknown")])
 def test_gguf_arrays_must_fit_in_the_file(tmp_path: Path, kind: int, message: str) -> None:
     name = b"tokens"
     array = struct.pack("<IIQ", 9, kind, 1 << 40)

@@ -236,10 +236,10 @@ def test_load_image_accepts_arrays_and_float_tensors() -> None:
     [
         (torch.rand(3, 4, 4) * 255, r"between 0 and 1, before any normalisation \(got .* to .*\)"),
         (torch.full((3, 4, 4), math.nan), "between 0 and 1"),
-        (torch.zeros(4, 4, 3), r"uint8 or float, \(3, H, W\) \(got torch.float32 \(4, 4, 3\)\)"),
+        (torch.zeros(4, 4, 3), r"shape \(3, H, W\) and dtype uint8 or float \(got torch.float32 \(4, 4, 3\)\)"),
         (torch.zeros(3, 4, 4, dtype=torch.int64), "uint8 or float"),
         (torch.zeros(3, 0, 4), "uint8 or float"),
-        (np.zeros((3, 4, 4), np.uint8), r"uint8, \(H, W, 3\) or \(H, W\) \(got uint8 \(3, 4, 4\)\)"),
+        (np.zeros((3, 4, 4), np.uint8), r"\(H, W, 3\) or \(H, W\) and dtype uint8 \(got uint8 \(3, 4, 4\)\)"),
         (np.zeros((4, 4, 3)), "got float64"),
     ],
 )
