@@ -12,7 +12,7 @@ import pytest
 
 from conftest import HANG_TIMEOUT
 from llm2clip.data.image_refs import FileImage
-from llm2clip.search import caption_index, sqlite_database, vector_index
+from llm2clip.search import caption_index, sqlite_backend, vector_index
 from llm2clip.search.backends import MAX_CAPTION_FILTER_LENGTH, Filter, IndexedContent, IndexedImage
 from llm2clip.search.caption_index import CaptionIndex
 from llm2clip.search.sqlite_backend import SqliteBackend
@@ -84,7 +84,7 @@ def hits(backend: SqliteBackend, image_filter: Filter) -> list[tuple[str, float]
 
 def test_readers_see_all_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that follows the log of changes returns the same results as a reader that reads everything."""
-    monkeypatch.setattr(sqlite_database, "MAX_LOG_LENGTH", 20)
+    monkeypatch.setattr(sqlite_backend, "MAX_LOG_LENGTH", 20)
     monkeypatch.setattr(vector_index, "EXACT_BELOW", 0)
     monkeypatch.setattr(vector_index, "CHUNK", 8)
     writer = create_index(tmp_path, 30)

@@ -89,7 +89,7 @@ def test_sqlite_backend_reads_from_a_read_only_folder(
         return connect(database, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("llm2clip.search.sqlite_database.os.access", lambda *_: False)
+        patch.setattr("llm2clip.search.sqlite_backend.os.access", lambda *_: False)
         patch.setattr(sqlite3, "connect", read_only_connect)
         with pytest.raises(OSError, match="readonly"):  # an immutable database would lack the writer's last changes
             SqliteBackend(folder)
@@ -142,7 +142,7 @@ def test_sqlite_backend_warns_about_network_file_systems(
         fstype: str
 
     partitions = [Partition("/", "ext4"), Partition(str(tmp_path), "nfs4"), Partition(f"{tmp_path}/a", "xfs")]
-    monkeypatch.setattr("llm2clip.search.sqlite_database.psutil.disk_partitions", lambda all: partitions)
+    monkeypatch.setattr("llm2clip.search.sqlite_backend.psutil.disk_partitions", lambda all: partitions)
     SqliteBackend(tmp_path / "a/index", write=True)
     assert capsys.readouterr().out == ""
     SqliteBackend(tmp_path / "ab", write=True)

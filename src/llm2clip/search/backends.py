@@ -51,21 +51,6 @@ class IndexedImage:
     captions: tuple[str, ...] = ()
     taken: float = 0.0
 
-    def to_row(self) -> tuple[str, str, str, str, str, float]:
-        """Return the fields as they are stored in an index, with the reference and the captions as JSON."""
-        captions = json.dumps(self.captions)
-        return self.name, ref_to_json(self.ref), self.source, self.file_version, captions, self.taken
-
-    @classmethod
-    def from_row(cls, row: Sequence[Any]) -> IndexedImage:
-        """Create an image from the result of `to_row`.
-
-        Raises:
-            ValueError: The type of the reference is unknown.
-        """
-        name, ref, source, file_version, captions, taken = row
-        return cls(name, ref_from_json(ref), source, file_version, tuple(json.loads(captions)), taken)
-
     @property
     def container(self) -> str:
         """Path of the image file, or of the tar file or table that contains the image."""
@@ -138,7 +123,9 @@ class Filter:
     """Conditions that every search result must meet. A condition that is None is ignored.
 
     Args:
-        path: Folder, tar or file that contains the image. See `path_glob` for relative paths and wildcards.
+        path: Folder, tar or file that contains the image. An absolute path matches only itself. A relative path, such
+            as `2024/trip`, matches in every folder. `*` stands for any characters, including slashes, and `?` for one
+            character. Qdrant supports only absolute paths without wildcards.
         caption: Text that at least one caption must contain, ignoring case. At most MAX_CAPTION_FILTER_LENGTH
             characters.
         after: Earliest time at which the photo may have been taken, as a Unix timestamp.
@@ -164,16 +151,6 @@ class Filter:
 
     def __bool__(self) -> bool:
         return any(value is not None for value in asdict(self).values())
-
-
-def path_glob(path: str) -> str:
-    """Return the pattern of a path filter, in the syntax that `fnmatch` and SQLite's GLOB share.
-
-    An absolute path matches only itself. A relative path, such as `2024/trip`, matches in every folder. `*` stands for
-    any characters, including slashes, and `?` for one character. The pattern of the root folder is empty.
-    """
-    pattern = path.rstrip("/").replace("[", "[[]")  # brackets are common in file names, so they are not wildcards
-    return pattern if path.startswith("/") or not pattern else f"*/{pattern}"
 
 
 def ref_to_json(ref: ImageRef) -> str:

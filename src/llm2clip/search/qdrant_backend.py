@@ -2,19 +2,20 @@
 
 Each distinct image content is stored as one point, whose payload lists the images with that content. An additional
 point contains the metadata of the index.
+
+A filter on a path must be an absolute path without wildcards, and a filter on captions finds complete words. Without a
+query, hits are ordered by the latest time of all their images, including those that do not meet the filter.
 """
 
 from __future__ import annotations
 
 import base64
-import fnmatch
-import json
-import math
 import os
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -31,22 +32,24 @@ from llm2clip.search.backends import (
     ImageState,
     IndexedContent,
     IndexedImage,
-    path_glob,
+    ref_from_json,
+    ref_to_json,
 )
 
 # The metadata point's id is derived from this key. All other point ids are derived from content hashes.
 METADATA_KEY = b"llm2clip"
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 PAGE_SIZE = 1000  # points per request
-# Payload fields used by filters. "paths" lists the folders and files that contain an image, and "shorter_side" is a
-# length in pixels.
+# Payload fields used by filters and for sorting. "paths" lists the folders and files that contain an image, "latest" is
+# the largest value of "taken" of a point's images, and "shorter_side" is a length in pixels.
 PAYLOAD_INDEXES: dict[str, models.PayloadSchemaType | models.TextIndexParams] = {
-    "sources": models.PayloadSchemaType.KEYWORD,
-    "names": models.PayloadSchemaType.KEYWORD,
-    "paths": models.PayloadSchemaType.KEYWORD,
-    "taken": models.PayloadSchemaType.FLOAT,
+    "images[].name": models.PayloadSchemaType.KEYWORD,
+    "images[].source": models.PayloadSchemaType.KEYWORD,
+    "images[].paths": models.PayloadSchemaType.KEYWORD,
+    "images[].captions": models.TextIndexParams(type=models.TextIndexType.TEXT, phrase_matching=True),
+    "images[].taken": models.PayloadSchemaType.FLOAT,
+    "latest": models.PayloadSchemaType.FLOAT,
     "shorter_side": models.PayloadSchemaType.INTEGER,
-    "captions": models.TextIndexParams(type=models.TextIndexType.TEXT, phrase_matching=True),
 }
 WITHOUT_THUMBNAIL = models.PayloadSelectorExclude(exclude=["thumbnail"])
 
@@ -122,11 +125,12 @@ class QdrantBackend:
         self.client.upsert(self.collection, [point])
 
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
+        match = models.MatchAny(any=list(sources))
         conditions: list[Any] = [
-            models.FieldCondition(key=key, match=models.MatchAny(any=list(sources))) for key in ("sources", "paths")
+            models.FieldCondition(key=f"images[].{key}", match=match) for key in ("source", "paths")
         ]
         states = {}
-        for point in self._scroll_points(models.Filter(should=conditions, must_not=[_is_metadata_point()])):
+        for point in self._scroll_points(models.Filter(should=conditions)):
             for image in _read_images(point.payload):  # a point matches if any of its images does, so check each image
                 if image.source in sources or not set(_list_containing_paths(image)).isdisjoint(sources):
                     states[image.name] = ImageState(image.file_version, image.captions)
@@ -134,40 +138,29 @@ class QdrantBackend:
 
     def existing(self, hashes: Iterable[bytes]) -> set[bytes]:
         hash_of_point = {_make_point_id(digest): digest for digest in hashes}
-        point_ids, existing = list(hash_of_point), set()
-        for start in range(0, len(point_ids), PAGE_SIZE):
-            page = point_ids[start : start + PAGE_SIZE]
-            for point in self.client.retrieve(self.collection, page, with_payload=False):
-                existing.add(hash_of_point[str(point.id)])
-        return existing
+        points = self.client.retrieve(self.collection, list(hash_of_point), with_payload=False)
+        return {hash_of_point[str(point.id)] for point in points}
 
     def add(self, contents: Sequence[IndexedContent], images: Sequence[tuple[IndexedImage, bytes]]) -> None:
         new_images: dict[str, list[IndexedImage]] = {}  # keyed by point id
         for image, digest in images:
             new_images.setdefault(_make_point_id(digest), []).append(image)
         # If an image file has changed, the image must move from the old content's point to the new content's point.
-        self._remove_images({image.name for image, _ in images}, keep_points=new_images.keys())
-        new_points = {}
+        self._remove_images([image.name for image, _ in images], keep_points=new_images.keys())
+        new_points = []
         for content in contents:
-            point = _make_point(content)
-            new_points[str(point.id)] = point
-        old_images = {}
-        old_points = [point_id for point_id in new_images if point_id not in new_points]
-        if old_points:
-            for record in self.client.retrieve(self.collection, old_points):
-                old_images[str(record.id)] = _read_images(record.payload)
-        for point_id, added in new_images.items():
-            by_name = {image.name: image for image in [*old_images.get(point_id, ()), *added]}
-            payload = _make_image_payload(list(by_name.values()))
-            if point_id in new_points:
-                new_points[point_id].payload = {**(new_points[point_id].payload or {}), **payload}
-            else:
-                self.client.set_payload(self.collection, payload, points=[point_id])
+            point_id = _make_point_id(content.hash)
+            new_points.append(_make_point(point_id, content, new_images.pop(point_id, [])))
         if new_points:
-            self.client.upsert(self.collection, list(new_points.values()), wait=True)
+            self.client.upsert(self.collection, new_points, wait=True)
+        if new_images:
+            for point in self.client.retrieve(self.collection, list(new_images)):
+                by_name = {image.name: image for image in (*_read_images(point.payload), *new_images[str(point.id)])}
+                payload = _make_image_payload(list(by_name.values()))
+                self.client.set_payload(self.collection, payload, points=[point.id])
 
     def remove(self, names: Sequence[str]) -> None:
-        self._remove_images(set(names))
+        self._remove_images(names)
 
     def finish(self) -> None:
         """Store the number of images and the number of distinct images. Qdrant updates its HNSW graph automatically."""
@@ -191,54 +184,36 @@ class QdrantBackend:
         return groups[:limit]
 
     def search(self, vector: np.ndarray | None, count: int, image_filter: Filter, offset: int = 0) -> list[Hit]:
-        end = limit = offset + count
-        while True:
-            points = (
-                self._query_newest(image_filter, limit)
-                if vector is None
-                else self._query_nearest(vector, image_filter, limit)
+        condition = _make_qdrant_filter(image_filter)
+        if vector is not None:
+            points: list[Any] = self.client.query_points(
+                self.collection,
+                query=vector.astype(np.float32).tolist(),
+                query_filter=condition,
+                limit=count,
+                offset=offset,
+                with_payload=WITHOUT_THUMBNAIL,
+            ).points
+        else:
+            points, _ = self.client.scroll(  # does not support an offset with an order
+                self.collection,
+                scroll_filter=condition,
+                limit=offset + count,
+                order_by=models.OrderBy(key="latest", direction=models.Direction.DESC),
+                with_payload=WITHOUT_THUMBNAIL,
             )
-            hits: dict[str, Hit] = {}
-            for point in points:
-                payload, hit_id = point.payload or {}, str(point.id)
-                images = _read_images(payload)
-                times = [image.taken for image in images if _matches(image, image_filter)]
-                # A point with several images is returned once per image, at the image's time, even if the image does
-                # not match the filter.
-                if times and (vector is not None or point.order_value <= max(times)):
-                    score = None if vector is None else point.score
-                    locations = sorted(images, key=lambda image: not _matches(image, image_filter))[:MAX_LOCATIONS]
-                    size = payload["width"], payload["height"]
-                    hits.setdefault(hit_id, Hit(hit_id, score, tuple(locations), len(images), *size))
-            if len(hits) >= end or len(points) < limit:
-                return list(hits.values())[offset:end]
-            limit *= 4
-
-    def _query_nearest(self, vector: np.ndarray, image_filter: Filter, limit: int) -> list[Any]:
-        return self.client.query_points(
-            self.collection,
-            query=vector.astype(np.float32).tolist(),
-            query_filter=_make_qdrant_filter(image_filter),
-            limit=limit,
-            with_payload=WITHOUT_THUMBNAIL,
-        ).points
-
-    def _query_newest(self, image_filter: Filter, limit: int) -> list[Any]:
-        return self.client.scroll(
-            self.collection,
-            scroll_filter=_make_qdrant_filter(image_filter),
-            limit=limit,
-            order_by=models.OrderBy(key="taken", direction=models.Direction.DESC),
-            with_payload=WITHOUT_THUMBNAIL,
-        )[0]
+            points = points[offset:]
+        hits = []
+        for point in points:
+            images = sorted(_read_images(point.payload), key=lambda image: not _matches(image, image_filter))
+            score = None if vector is None else point.score
+            locations = tuple(images[:MAX_LOCATIONS])
+            width, height = point.payload["width"], point.payload["height"]
+            hits.append(Hit(str(point.id), score, locations, len(images), width, height))
+        return hits
 
     def count_matches(self, image_filter: Filter) -> int:
-        condition, path = _make_qdrant_filter(image_filter), image_filter.path
-        has_times = image_filter.after is not None or image_filter.before is not None
-        if path is None or (_is_exact(path) and not has_times):
-            return self.client.count(self.collection, condition).count
-        points = self._scroll_points(condition)
-        return sum(any(_matches(image, image_filter) for image in _read_images(point.payload)) for point in points)
+        return self.client.count(self.collection, _make_qdrant_filter(image_filter)).count
 
     def vector(self, hit_id: str) -> np.ndarray | None:
         point = self._retrieve_point(hit_id, with_vector=True)
@@ -281,53 +256,51 @@ class QdrantBackend:
             if offset is None:
                 return
 
-    def _remove_images(self, names: set[str], keep_points: Iterable[str] = ()) -> None:
+    def _remove_images(self, names: Sequence[str], keep_points: Collection[str] = ()) -> None:
         """Remove images from their points, and delete points without images unless they are in `keep_points`."""
-        kept_ids, sorted_names = set(keep_points), sorted(names)
-        for start in range(0, len(sorted_names), PAGE_SIZE):
-            page = sorted_names[start : start + PAGE_SIZE]
-            condition = models.FieldCondition(key="names", match=models.MatchAny(any=page))
+        for start in range(0, len(names), PAGE_SIZE):
+            page = set(names[start : start + PAGE_SIZE])
+            condition = models.FieldCondition(key="images[].name", match=models.MatchAny(any=list(page)))
             # List all points before changing any of them, because changes during a scroll could make it skip some.
             for point in list(self._scroll_points(models.Filter(must=[condition]))):
-                images = _read_images(point.payload)
-                remaining = [image for image in images if image.name not in names]
-                if not remaining and str(point.id) not in kept_ids:
-                    self.client.delete(self.collection, models.PointIdsList(points=[point.id]))
-                elif remaining and len(remaining) < len(images):
+                remaining = [image for image in _read_images(point.payload) if image.name not in page]
+                if remaining:
                     self.client.set_payload(self.collection, _make_image_payload(remaining), points=[point.id])
+                elif str(point.id) not in keep_points:
+                    self.client.delete(self.collection, models.PointIdsList(points=[point.id]))
 
 
 def _make_point_id(digest: bytes) -> str:
     return str(uuid.uuid5(uuid.NAMESPACE_OID, digest.hex()))
 
 
-def _make_point(content: IndexedContent) -> models.PointStruct:
-    """Return a point for an image content, whose payload does not list any images yet."""
+def _make_point(point_id: str, content: IndexedContent, images: Sequence[IndexedImage]) -> models.PointStruct:
     payload = {
+        **_make_image_payload(images),
         "thumbnail": base64.b64encode(content.thumbnail).decode(),
         "width": content.width,
         "height": content.height,
         "shorter_side": min(content.width, content.height),
     }
-    vector = content.vector.astype(np.float32).tolist()
-    return models.PointStruct(id=_make_point_id(content.hash), vector=vector, payload=payload)
+    return models.PointStruct(id=point_id, vector=content.vector.astype(np.float32).tolist(), payload=payload)
 
 
 def _make_image_payload(images: Sequence[IndexedImage]) -> dict[str, Any]:
-    """Return the payload fields that describe the images of a point, including the fields used by filters."""
-    return {
-        "images": json.dumps([image.to_row() for image in images]),
-        "names": [image.name for image in images],
-        "sources": sorted({image.source for image in images}),
-        "paths": sorted({path for image in images for path in _list_containing_paths(image)}),
-        "captions": [caption for image in images for caption in image.captions],
-        "taken": [image.taken for image in images],
-    }
+    """Return the payload fields that describe the images of a point."""
+    rows = []
+    for image in images:
+        rows.append({**asdict(image), "ref": ref_to_json(image.ref), "paths": _list_containing_paths(image)})
+    return {"images": rows, "latest": max(image.taken for image in images)}
 
 
 def _read_images(payload: Any) -> tuple[IndexedImage, ...]:
     """Return the images stored in a point's payload."""
-    return tuple(map(IndexedImage.from_row, json.loads((payload or {}).get("images", "[]"))))
+    images = []
+    for row in payload["images"]:
+        fields = {**row, "ref": ref_from_json(row["ref"]), "captions": tuple(row["captions"])}
+        del fields["paths"]
+        images.append(IndexedImage(**fields))
+    return tuple(images)
 
 
 def _list_containing_paths(image: IndexedImage) -> list[str]:
@@ -338,47 +311,38 @@ def _list_containing_paths(image: IndexedImage) -> list[str]:
 
 
 def _matches(image: IndexedImage, image_filter: Filter) -> bool:
-    """Return True if an image meets both the path condition and the time conditions.
-
-    Qdrant checks each condition separately, so a point can match even if none of its images meets all conditions. For
-    relative paths and wildcards, it finds only candidates.
-    """
-    pattern = path_glob(image_filter.path or "")
-    after = -math.inf if image_filter.after is None else image_filter.after
-    before = math.inf if image_filter.before is None else image_filter.before
-    is_inside = not pattern or any(fnmatch.fnmatchcase(path, pattern) for path in _list_containing_paths(image))
-    return is_inside and after <= image.taken <= before
-
-
-def _make_path_conditions(path: str) -> list[Any]:
-    """Return Qdrant conditions that all images inside a path meet. See `path_glob` for the syntax of the path."""
-    path = path.rstrip("/")
-    if not path:
-        return []
-    if _is_exact(path):
-        return [models.FieldCondition(key="paths", match=models.MatchValue(value=path))]
-    # Qdrant searches for words and not for patterns, so search for the words in all folder names without wildcards.
-    names = [name for name in path.split("/") if re.search(r"[^\W_]", name) and not re.search("[*?]", name)]
-    return [models.FieldCondition(key="paths", match=models.MatchText(text=name)) for name in names]
-
-
-def _is_exact(path: str) -> bool:
-    """Return True if a path filter is an absolute path without wildcards."""
-    return path.startswith("/") and not re.search("[*?]", path)
+    """Return True if an image meets the path and time conditions. Such images are the first locations of a hit."""
+    path, after, before = image_filter.path, image_filter.after, image_filter.before
+    is_inside = not path or path.rstrip("/") in ("", *_list_containing_paths(image))
+    return is_inside and (after is None or after <= image.taken) and (before is None or image.taken <= before)
 
 
 def _make_qdrant_filter(image_filter: Filter) -> models.Filter:
-    """Convert a filter to a Qdrant filter that also excludes the metadata point."""
-    conditions = _make_path_conditions(image_filter.path or "")
-    if image_filter.caption is not None:
-        phrase = models.MatchPhrase(phrase=image_filter.caption)
-        conditions.append(models.FieldCondition(key="captions", match=phrase))
+    """Convert a filter to a Qdrant filter that also excludes the metadata point.
+
+    Raises:
+        ValueError: The path is relative or contains wildcards.
+    """
+    conditions: list[Any] = []  # which one image must meet together
+    path = image_filter.path
+    if path is not None:
+        if not path.startswith("/") or re.search("[*?]", path):
+            raise ValueError(f"{path}: with Qdrant, a path filter must be an absolute path without wildcards")
+        if path.rstrip("/"):
+            conditions.append(models.FieldCondition(key="paths", match=models.MatchValue(value=path.rstrip("/"))))
     if image_filter.after is not None or image_filter.before is not None:
         time_range = models.Range(gte=image_filter.after, lte=image_filter.before)
         conditions.append(models.FieldCondition(key="taken", range=time_range))
+    must: list[Any] = []
+    if conditions:
+        nested = models.Nested(key="images", filter=models.Filter(must=conditions))
+        must.append(models.NestedCondition(nested=nested))
+    if image_filter.caption is not None:
+        phrase = models.MatchPhrase(phrase=image_filter.caption)
+        must.append(models.FieldCondition(key="images[].captions", match=phrase))
     if image_filter.min_side is not None:
-        conditions.append(models.FieldCondition(key="shorter_side", range=models.Range(gte=image_filter.min_side)))
-    return models.Filter(must=conditions, must_not=[_is_metadata_point()])
+        must.append(models.FieldCondition(key="shorter_side", range=models.Range(gte=image_filter.min_side)))
+    return models.Filter(must=must, must_not=[_is_metadata_point()])
 
 
 def _is_metadata_point() -> models.HasIdCondition:

@@ -1,12 +1,13 @@
 """Index backend that stores images, vectors and thumbnails in an SQLite file, and searches the vectors in memory.
 
     INDEX/
-      index.sqlite       metadata, images, their contents, and changes; see `sqlite_database`
+      index.sqlite       metadata, images, their contents, and changes
       graph.usearch      HNSW graph; built only for a million or more distinct images
       graph.json         quantization scale and checksum of the graph, and a summary of the ids that the graph contains
 
-Readers keep the quantized vectors in memory and, from the first caption filter on, also the captions. After a write,
-they read only the changes, which are listed in the table `changes`.
+SQLite commits each batch atomically, allows other processes to read during a write, and stores the database as a single
+file that is easy to copy. Readers keep the quantized vectors in memory and, from the first caption filter on, also the
+captions. After a write, they read only the changes, which are listed in the table `changes`.
 """
 
 from __future__ import annotations
@@ -18,25 +19,29 @@ import shutil
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 
-from llm2clip.runs.output_folder import INDEX_FILE, folder_lock
+from llm2clip.runs.output_folder import INDEX_FILE, check_format_version, folder_lock
+from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import (
+    FORMAT_VERSION,
     MAX_LOCATIONS,
+    NEW_INDEX_ADVICE,
     Filter,
     Hit,
     ImageState,
     IndexedContent,
     IndexedImage,
     missing_index_message,
-    path_glob,
+    ref_from_json,
+    ref_to_json,
 )
 from llm2clip.search.caption_index import CaptionIndex
-from llm2clip.search.sqlite_database import LogState, SqliteDatabase
 from llm2clip.search.vector_index import (
     CHUNK,
     GRAPH_FILE,
@@ -48,9 +53,38 @@ from llm2clip.search.vector_index import (
     update_graph,
 )
 
+# The column "location" contains the reference to an image's bytes, and "max_abs" the largest absolute value in a
+# vector. The table "changes" is a log of contents that were removed or whose images changed, so that readers can reload
+# only these.
+SCHEMA = f"""
+CREATE TABLE metadata (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE contents (
+  id INTEGER PRIMARY KEY AUTOINCREMENT, hash BLOB NOT NULL UNIQUE, vector BLOB NOT NULL, max_abs REAL NOT NULL,
+  width INTEGER NOT NULL, height INTEGER NOT NULL);
+CREATE INDEX contents_max_abs ON contents(max_abs);
+CREATE TABLE thumbnails (id INTEGER PRIMARY KEY REFERENCES contents(id) ON DELETE CASCADE, jpeg BLOB NOT NULL);
+CREATE TABLE images (
+  name TEXT PRIMARY KEY, content INTEGER NOT NULL REFERENCES contents(id), location TEXT NOT NULL, source TEXT NOT NULL,
+  file_version TEXT NOT NULL, captions TEXT NOT NULL, taken REAL NOT NULL);
+CREATE INDEX images_content ON images(content);
+CREATE INDEX images_source ON images(source);
+CREATE INDEX images_taken ON images(taken);
+CREATE TABLE changes (id INTEGER PRIMARY KEY AUTOINCREMENT, content INTEGER NOT NULL);
+CREATE TRIGGER image_added AFTER INSERT ON images
+  BEGIN INSERT INTO changes (content) VALUES (new.content); END;
+CREATE TRIGGER image_removed AFTER DELETE ON images
+  BEGIN INSERT INTO changes (content) VALUES (old.content); END;
+CREATE TRIGGER content_removed AFTER DELETE ON contents
+  BEGIN INSERT INTO changes (content) VALUES (old.id); END;
+PRAGMA user_version = {FORMAT_VERSION};
+"""
+MAX_LOG_LENGTH = 100_000  # a reader that has missed more changes than this reloads everything
+NETWORK_FILE_SYSTEMS = frozenset(
+    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "afs", "lustre", "gpfs", "beegfs", "ceph", "fuse.glusterfs"}
+)
 APPROXIMATE_ABOVE = 1_000_000
 CHANGED = "content FROM changes WHERE id > :last"
-IMAGE_COLUMNS = "name, location, source, file_version, captions, taken"  # in the order of `IndexedImage.to_row`
+IMAGE_COLUMNS = "name, location, source, file_version, captions, taken"  # in the order of `_image_to_row`
 # An image is inside the path with the pattern :glob if its name matches this pattern, followed by nothing, by "/"
 # (folder), by "!" (tar) or by "[" (table). File and folder names may also contain "!" and "[". Therefore, an image
 # whose name contains one of these two characters after the path must also be stored in a tar or table whose file name
@@ -135,9 +169,9 @@ class SqliteBackend:
             connection.executemany(
                 f"INSERT OR REPLACE INTO images (content, {IMAGE_COLUMNS}) "
                 "VALUES ((SELECT id FROM contents WHERE hash = ?), ?, ?, ?, ?, ?, ?)",
-                [(digest, *image.to_row()) for image, digest in images],
+                [(digest, *_image_to_row(image)) for image, digest in images],
             )
-            self._db.trim_log(connection)
+            connection.execute("DELETE FROM changes WHERE id <= (SELECT max(id) FROM changes) - ?", (MAX_LOG_LENGTH,))
 
     def _add_content(self, connection: sqlite3.Connection, content: IndexedContent) -> None:
         """Insert an image content and its thumbnail, unless the content is already in the database."""
@@ -160,7 +194,7 @@ class SqliteBackend:
             self._may_have_orphans = False
 
     def finish(self) -> None:
-        ids = self._read_content_ids()
+        ids = _read_int_column(self._db.query("SELECT id FROM contents ORDER BY id"))
         if len(ids) >= self.approximate_above:
             with self._db.snapshot() as db:
                 max_abs = _read_max_abs(db)
@@ -236,7 +270,7 @@ class SqliteBackend:
         where = " AND ".join(["content = :content", *conditions])
         sql = f"SELECT {IMAGE_COLUMNS} FROM images WHERE {where} ORDER BY rowid LIMIT :limit"
         rows = self._db.query(sql, {**(parameters or {}), "content": content_id, "limit": MAX_LOCATIONS})
-        return tuple(sorted(map(IndexedImage.from_row, rows), key=lambda image: image.name))
+        return tuple(sorted(map(_image_from_row, rows), key=lambda image: image.name))
 
     # ---- filters
 
@@ -349,10 +383,6 @@ class SqliteBackend:
         joined = b"".join(vectors.get(content_id, zeros) for content_id in ids.tolist())
         return np.frombuffer(joined, "<f2").reshape(-1, dim)
 
-    def _read_content_ids(self) -> np.ndarray:
-        rows = self._db.query("SELECT id FROM contents ORDER BY id")
-        return np.array([content_id for (content_id,) in rows], dtype=np.int64)
-
     def _read_dim(self) -> int:
         return int(self.metadata()["embed_dim"])
 
@@ -364,6 +394,17 @@ class SqliteBackend:
         return cached[1]
 
 
+def _image_to_row(image: IndexedImage) -> tuple[Any, ...]:
+    """Return the values of IMAGE_COLUMNS, with the reference and the captions as JSON."""
+    captions = json.dumps(image.captions)
+    return image.name, ref_to_json(image.ref), image.source, image.file_version, captions, image.taken
+
+
+def _image_from_row(row: Sequence[Any]) -> IndexedImage:
+    name, ref, source, file_version, captions, taken = row
+    return IndexedImage(name, ref_from_json(ref), source, file_version, tuple(json.loads(captions)), taken)
+
+
 def _make_sql_conditions(image_filter: Filter, names: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
     """Return SQL conditions for the fields of a filter that are set and listed in `names`, and their parameters."""
     parameters: dict[str, Any] = {}
@@ -373,7 +414,10 @@ def _make_sql_conditions(image_filter: Filter, names: Iterable[str]) -> tuple[li
             parameters[name] = value
     conditions = [FILTER_CONDITIONS[name] for name in parameters]
     if "path" in parameters:
-        parameters.update(_make_path_parameters(path_glob(parameters["path"])))
+        # Brackets are common in file names, so they are not wildcards. The pattern of the root folder is empty.
+        pattern = parameters["path"].rstrip("/").replace("[", "[[]")
+        is_absolute = parameters["path"].startswith("/") or not pattern
+        parameters.update(_make_path_parameters(pattern if is_absolute else f"*/{pattern}"))
     return conditions, parameters
 
 
@@ -397,7 +441,7 @@ def _read_max_abs(db: sqlite3.Connection) -> float:
     return max(float(max_abs or 0), 1e-6)
 
 
-def _read_int_column(cursor: Iterable[tuple[int]]) -> np.ndarray:
+def _read_int_column(cursor: Iterable[tuple[Any, ...]]) -> np.ndarray:
     return np.array([value for (value,) in cursor], dtype=np.int64)
 
 
@@ -411,3 +455,153 @@ def _sorted_unique(ids: np.ndarray) -> np.ndarray:
 def _parse_content_id(hit_id: str) -> int:
     """Convert a hit's id to an integer. If the id is not a valid number, return -1, which is never a content id."""
     return int(hit_id) if hit_id.isascii() and hit_id.isdigit() and len(hit_id) < 19 else -1
+
+
+# ---- database
+
+
+class LogState(NamedTuple):
+    """Position in the log of changes, and the states that must be unchanged for the log to be usable.
+
+    Args:
+        schema: SQLite's schema version. VACUUM, which renumbers rows, also changes it.
+        immutable_state: Size and modification time of a database file that was opened as immutable, otherwise None.
+            Another index may replace such a file.
+        last: Largest id in the log.
+    """
+
+    schema: int
+    immutable_state: tuple[int, int] | None
+    last: int
+
+
+class SqliteDatabase:
+    """Connection to the database of an index. Instances are thread-safe.
+
+    Attributes:
+        is_empty: True if the database was empty when it was opened for reading.
+    """
+
+    def __init__(self, folder: Path, write: bool) -> None:
+        """
+        Args:
+            folder: Index folder, which must exist.
+            write: If True, open the database for writing, and create it if it does not exist. Only the current user can
+                read a new database.
+
+        Raises:
+            FormatVersionError: The index has another format version.
+            OSError: The database cannot be opened.
+        """
+        self.file = folder / INDEX_FILE
+        if not self.file.exists():
+            self.file.touch(mode=0o600)  # SQLite gives its temporary files the same permissions
+        self._lock = threading.RLock()
+        # Size and modification time of the database file when it was opened as immutable. None if it was opened
+        # normally.
+        self._immutable_state: tuple[int, int] | None = None
+        with self._convert_errors():
+            self.connection = self._connect()
+            version = int(self.connection.execute("PRAGMA user_version").fetchone()[0])
+            self.is_empty = version == 0 and not write
+            if version:
+                check_format_version(self.file, version, FORMAT_VERSION, NEW_INDEX_ADVICE)
+            if write:
+                _warn_if_on_network(folder)
+                # Affects only new files. A vector takes about 2 KB, and several vectors should fit in a page.
+                self.connection.execute("PRAGMA page_size = 16384")
+                self.connection.execute("PRAGMA journal_mode = WAL")
+                self.connection.execute("PRAGMA foreign_keys = ON")
+                self.connection.execute("PRAGMA recursive_triggers = ON")  # make REPLACE also run the log's triggers
+                if version == 0:
+                    self.connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
+
+    def query(self, sql: str, parameters: Sequence[Any] | dict[str, Any] = ()) -> list[tuple[Any, ...]]:
+        """Run a statement and return all rows."""
+        with self._lock, self._convert_errors():
+            if self._immutable_state is not None:
+                state = self._read_file_state()
+                if state != self._immutable_state:  # another process with write access has changed the file
+                    self._immutable_state, self.connection = state, self._connect()
+            return self.connection.execute(sql, parameters).fetchall()
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Yield a connection for the statements of one transaction, which is rolled back after an exception."""
+        with self._lock, self._convert_errors(), self.connection:
+            self.connection.execute("BEGIN IMMEDIATE")
+            yield self.connection
+
+    @contextmanager
+    def snapshot(self) -> Iterator[sqlite3.Connection]:
+        """Open a separate connection that reads from a snapshot of the database without blocking other threads."""
+        with self._convert_errors(), closing(self._connect()) as db:
+            db.execute("BEGIN")
+            yield db
+
+    # ---- changes
+
+    def state(self) -> tuple[Any, ...]:
+        """Return a value that changes with every write to the database."""
+        ((version,),) = self.query("PRAGMA data_version")  # changes when another connection writes to the database
+        return version, self.connection.total_changes, self._immutable_state
+
+    def log_state(self, db: sqlite3.Connection) -> LogState:
+        """Return the position of the last entry in the log of changes."""
+        ((schema,),) = db.execute("PRAGMA schema_version")
+        ((last,),) = db.execute("SELECT coalesce(max(id), 0) FROM changes")
+        return LogState(schema, self._immutable_state, last)
+
+    def can_update(self, db: sqlite3.Connection, old: LogState, new: LogState) -> bool:
+        """Return True if the log contains all changes between two states, and they are few enough for an update."""
+        if old[:2] != new[:2] or new.last - old.last > MAX_LOG_LENGTH:
+            return False
+        ((first,),) = db.execute("SELECT coalesce(min(id), 1) FROM changes")
+        return bool(first <= old.last + 1)
+
+    # ---- connection
+
+    def _connect(self) -> sqlite3.Connection:
+        """Open a connection to the database. In a read-only folder, open the database as immutable.
+
+        SQLite creates files next to the database even for reading, so a normal connection fails in a read-only folder.
+        """
+        options: dict[str, Any] = {"check_same_thread": False, "isolation_level": None, "timeout": 60}
+        if self._immutable_state is None:
+            try:
+                db = sqlite3.connect(self.file, **options)
+                db.execute("PRAGMA user_version")
+            except sqlite3.OperationalError:
+                log = self.file.with_name(f"{INDEX_FILE}-wal")
+                has_unmerged_writes = log.exists() and log.stat().st_size > 0
+                if os.access(self.file.parent, os.W_OK) or has_unmerged_writes:
+                    raise
+                self._immutable_state = self._read_file_state()
+        if self._immutable_state is not None:
+            db = sqlite3.connect(f"{self.file.absolute().as_uri()}?immutable=1", uri=True, **options)
+        return db
+
+    def _read_file_state(self) -> tuple[int, int]:
+        """Return the size and modification time of the database file."""
+        stat = self.file.stat()
+        return stat.st_size, stat.st_mtime_ns
+
+    @contextmanager
+    def _convert_errors(self) -> Iterator[None]:
+        """Convert SQLite errors, such as a full disk or a locked database, to OSErrors that contain the file name."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise OSError(f"{self.file}: {error}") from error
+
+
+def _warn_if_on_network(folder: Path) -> None:
+    """Print a message if a folder is on a network file system, where SQLite's write-ahead log is unsafe."""
+    path = folder.resolve()
+    partitions = [part for part in psutil.disk_partitions(all=True) if path.is_relative_to(part.mountpoint)]
+    partition = max(partitions, key=lambda part: len(part.mountpoint), default=None)
+    if partition is not None and partition.fstype in NETWORK_FILE_SYSTEMS:
+        print_once(
+            f"{folder} is on a network file system ({partition.fstype}). Do not search it from other machines while "
+            "`llm2clip index` is running."
+        )
