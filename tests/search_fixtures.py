@@ -97,7 +97,7 @@ def create_patient_app(
     model: DualEncoder, backend: Backend | None = None, templates: QueryTemplates | None = None, **limits: Any
 ) -> Any:
     """Create the web application with a request timeout that no test reaches, however slow the machine is."""
-    from llm2clip.search.limits import Limits
+    from llm2clip.search.inference import Limits
     from llm2clip.search.server import create_app
 
     return create_app(model, backend, Limits(**{"timeout": HANG_TIMEOUT, **limits}), templates=templates)

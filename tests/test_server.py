@@ -39,8 +39,7 @@ from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import QueryTemplates
 from llm2clip.search import inference
 from llm2clip.search.backends import Filter
-from llm2clip.search.inference import SEARCH_THREADS, InferenceService
-from llm2clip.search.limits import Limits
+from llm2clip.search.inference import SEARCH_THREADS, InferenceService, Limits
 from llm2clip.search.middleware import CHUNK_SIZE, SESSION_SECONDS, Authenticator
 from llm2clip.search.query import SearchQuery, embed_images, embed_query
 from llm2clip.search.queues import Batcher, QueueFull
@@ -727,13 +726,13 @@ def test_serve_completes_requests_after_sigterm(model_folder: Path) -> None:
 SERVE_WITH_ENDLESS_DECODING = """
 import sys, time
 from llm2clip.cli import main
-from llm2clip.search import inference, server
+from llm2clip.search import request_images, server
 
 def decode(data, max_pixels):
     print("Decoding", flush=True)
     time.sleep(1_000_000)
 
-inference.load_request_image = decode
+request_images.load_request_image = decode
 server.SHUTDOWN_TIMEOUT = 0.1
 sys.exit(main(sys.argv[1:]))
 """

@@ -21,8 +21,14 @@ from starlette.testclient import TestClient
 
 from conftest import HANG_TIMEOUT
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.search.limits import ALWAYS_ACCEPTED, ByteAllocation, ByteBudget, identify_client, make_connection_class
-from llm2clip.search.middleware import MAX_JSON_VALUES
+from llm2clip.search.middleware import (
+    ALWAYS_ACCEPTED,
+    MAX_JSON_VALUES,
+    ByteAllocation,
+    ByteBudget,
+    identify_client,
+    make_connection_class,
+)
 from llm2clip.search.queues import FairThreadPool, QueueFull, current_client
 from llm2clip.search.schemas import EmbedRequest, SearchRequest
 from llm2clip.search.server import make_server_config

@@ -384,7 +384,7 @@ def _serve(args: Namespace) -> list[str]:
     from llm2clip.search.backends import open_backend
 
     try:
-        from llm2clip.search.limits import Limits
+        from llm2clip.search.inference import Limits
         from llm2clip.search.server import LOOPBACK, create_app, serve
     except ModuleNotFoundError as error:
         raise ImportError(f"`llm2clip serve` needs `{install_command('search')}` ({error})") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,9 +11,8 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from llm2clip.data.image_refs import printable
-from llm2clip.data.images import ImageError
 from llm2clip.search.queues import QueueFull
-from llm2clip.search.request_images import InvalidImage, TooLarge
+from llm2clip.search.request_images import InvalidImage, NotFound, TooLarge
 
 ERROR_TYPES = {
     400: "bad request",
@@ -25,6 +23,13 @@ ERROR_TYPES = {
     422: "invalid request",
     429: "too many requests",
     504: "timeout",
+}
+# The message of these exceptions is sent to the client. All other exceptions are internal errors.
+STATUS_CODES: dict[type[Exception], int] = {
+    QueueFull: 429,
+    TooLarge: 413,
+    NotFound: 404,
+    ValueError: 422,
 }
 MAX_MESSAGE_LENGTH = 1000  # characters; messages may contain parts of the request
 RETRY_SOON = {"Retry-After": "1"}  # seconds
@@ -53,10 +58,6 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-class NotFound(LookupError):
-    """Raised when a requested resource does not exist."""
-
-
 def make_error_response(
     code: int, message: str, headers: dict[str, str] | None = None, param: str | None = None
 ) -> JSONResponse:
@@ -70,26 +71,16 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _handle_unexpected_error)
     app.add_exception_handler(HTTPException, _handle_http_exception)
     app.add_exception_handler(RequestValidationError, _handle_validation_error)
-    app.add_exception_handler(InvalidImage, _handle_invalid_image)
-    app.add_exception_handler(QueueFull, _make_handler(429, RETRY_SOON))
-    for exception, code in ((TooLarge, 413), (NotFound, 404), (ImageError, 422), (ValueError, 422)):
-        app.add_exception_handler(exception, _make_handler(code))
+    app.add_exception_handler(InvalidImage, _handle_error)
+    for exception in STATUS_CODES:
+        app.add_exception_handler(exception, _handle_error)
 
 
-def _make_handler(
-    code: int, headers: dict[str, str] | None = None
-) -> Callable[[Request, Exception], Awaitable[Response]]:
-    """Return a handler that responds with the given status code and the exception's message."""
-
-    async def handle_error(_: Request, error: Exception) -> Response:
-        return make_error_response(code, str(error), headers)
-
-    return handle_error
-
-
-async def _handle_invalid_image(_: Request, error: Exception) -> Response:
-    assert isinstance(error, InvalidImage)
-    return make_error_response(error.code, str(error), param=error.param)
+async def _handle_error(_: Request, error: Exception) -> Response:
+    if isinstance(error, InvalidImage):
+        return make_error_response(error.code, str(error), param=error.param)
+    code = next(code for exception, code in STATUS_CODES.items() if isinstance(error, exception))
+    return make_error_response(code, str(error), RETRY_SOON if code == 429 else None)
 
 
 async def _handle_unexpected_error(_: Request, error: Exception) -> JSONResponse:

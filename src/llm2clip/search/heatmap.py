@@ -18,7 +18,7 @@ from llm2clip.data.images import ImageError, load_image, make_thumbnail
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.vision.dense import DenseEncoder
 from llm2clip.search.backends import Backend, Hit
-from llm2clip.search.request_images import open_original
+from llm2clip.search.request_images import NotFound, open_original
 
 DARKEST = 0.2  # brightness of the least similar cell, as a fraction of its original brightness
 IMAGE_SIDE = 384  # longer side of a drawn heat map, in pixels
@@ -89,7 +89,7 @@ def draw_heatmaps(model: DualEncoder, query: np.ndarray, hits: Sequence[Hit], ba
             stream, _ = open_original(backend, hit.id)
             with stream:
                 image = load_image(read_image_file(stream))
-        except (ImageError, OSError):
+        except (ImageError, NotFound, OSError):
             continue
         heatmap = compute_heatmap(dense, dense.resize(image, dense.localization_size), query)
         heatmaps[hit.id] = draw_heatmap(image, heatmap)

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, BinaryIO
 
@@ -19,13 +20,11 @@ from torch import Tensor
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import LITERAL, QueryTemplates
 from llm2clip.search.backends import Backend
-from llm2clip.search.errors import NotFound
 from llm2clip.search.heatmap import compute_heatmap, require_dense_encoder
-from llm2clip.search.limits import Limits
 from llm2clip.search.query import SearchQuery
 from llm2clip.search.queues import Batcher, FairThreadPool
-from llm2clip.search.request_images import TooLarge, load_query_image, load_request_image, open_original
-from llm2clip.search.schemas import HeatmapRequest, HitResponse, SearchRequest, SearchResponse
+from llm2clip.search.request_images import NotFound, RequestImage, TooLarge, load_request_image, open_original
+from llm2clip.search.schemas import HeatmapRequest, SearchRequest, SearchResponse
 
 DECODE_THREADS = 2
 MAX_HEATMAP_CELLS = 4096  # for requests that set image_size; memory can grow with the square of the number of cells
@@ -33,8 +32,41 @@ COUNT_SECONDS = 1.0  # maximum age of the cached number of images
 SEARCH_THREADS = 2  # a search scans all vectors, so additional threads would only compete for memory bandwidth
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Limits on the resources that requests to a server may use.
+
+    Args:
+        max_body_bytes: Maximum size of a request body in bytes. Larger requests are rejected with status 413.
+        max_bytes_in_flight: Maximum total size in bytes of the request and response bodies in memory. A single client
+            address may use a quarter of it. Requests that would exceed this size are rejected with status 429, unless
+            they are smaller than 64 KB.
+        max_pixels: Maximum number of pixels in an image. Larger images are rejected with status 413.
+        max_queue: Maximum length of each of the four queues (texts, images, heat maps and searches). Requests that need
+            a full queue are rejected with status 429.
+        timeout: Maximum duration of a request in seconds. Requests that take longer fail with status 504.
+        batch_size: Maximum number of texts or images per forward pass.
+        max_connections: Maximum number of connections. If there are more, the server aborts a connection of the client
+            with the most connections.
+        idle_timeout: Maximum time in seconds that a connection waits for the client to send the headers of a request or
+            to read more of a response. After this time, the connection is aborted.
+    """
+
+    max_body_bytes: int = 32 << 20
+    max_bytes_in_flight: int = 512 << 20
+    max_pixels: int = 50_000_000
+    max_queue: int = 512
+    timeout: float = 30.0
+    batch_size: int = 32
+    max_connections: int = 512
+    idle_timeout: float = 10.0
+
+
 class InferenceService:
-    """A server's model, index, request queues and metrics."""
+    """A server's model, index, request queues and metrics.
+
+    Methods raise the exceptions in `search.errors.STATUS_CODES`, which the server converts to error responses.
+    """
 
     def __init__(
         self,
@@ -114,42 +146,22 @@ class InferenceService:
         self._searchers.shutdown()
 
     async def embed_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Compute text embeddings, each of shape (D,), float32.
-
-        Raises:
-            ValueError: The model returned NaN or infinity for a text.
-            QueueFull: Too many texts are waiting.
-        """
+        """Compute text embeddings, each of shape (D,), float32."""
         return _check_finite(await self._text_batcher.submit(texts), "a text")
 
-    async def embed_images(self, encoded: Sequence[bytes]) -> list[np.ndarray]:
-        """Decode images and compute their embeddings, each of shape (D,), float32.
+    async def embed_images(self, images: Sequence[RequestImage]) -> list[np.ndarray]:
+        """Decode images and compute their embeddings, each of shape (D,), float32."""
 
-        Raises:
-            TooLarge: An image has too many pixels.
-            ImageError: An image cannot be decoded.
-            ValueError: The model returned NaN or infinity for an image.
-            QueueFull: Too many images are waiting.
-        """
-        return await self._embed_prepared(await self._decoders.map(self._prepare_image, encoded))
+        def prepare(image: RequestImage) -> Any:
+            return self.model.transform(image.load(self.limits.max_pixels))
 
-    def _prepare_image(self, data: bytes) -> Any:
-        """Decode an image and apply the model's transform."""
-        return self.model.transform(load_request_image(data, self.limits.max_pixels))
-
-    async def _embed_prepared(self, prepared: Sequence[Any]) -> list[np.ndarray]:
+        prepared = await self._decoders.map(prepare, images)
         return _check_finite(await self._image_batcher.submit(prepared), "an image")
 
     async def search(self, request: SearchRequest) -> bytes:
         """Embed a query, search the index and return the results. Without a query, return the newest images first.
 
         Return a `SearchResponse` as JSON. The search thread serializes it, because the response can be large.
-
-        Raises:
-            NotFound: The server has no index, or an id in the request is not in the index.
-            InvalidImage: An image cannot be decoded or has too many pixels.
-            ValueError: The query and the filter are empty.
-            QueueFull: Too many searches are waiting.
         """
         backend, query, image_filter = self.require_backend(), request.to_query(), request.filter.to_filter()
         if not query and not image_filter:
@@ -159,24 +171,14 @@ class InferenceService:
         def find_hits(vector: np.ndarray | None) -> bytes:
             hits = backend.search(vector, request.top, image_filter, request.offset)
             total = backend.count_matches(image_filter)
-            response = SearchResponse(hits=[HitResponse.from_hit(hit) for hit in hits], total=total)
+            response = SearchResponse.model_validate({"hits": hits, "total": total}, from_attributes=True)
             return response.model_dump_json().encode()
 
         [response] = await self._searchers.map(find_hits, [query_vector])
         return response
 
     async def heatmap(self, request: HeatmapRequest) -> np.ndarray:
-        """Embed a query; return its cosine similarity to each cell of an image, of shape (h, w), float32.
-
-        Raises:
-            NotFound: The server has no index, an id is not in the index, or the image file has been changed or removed.
-            TooLarge: The hit's image has too many pixels, or the image file is too large.
-            ValueError: The query is empty, there are too many cells, or the model has no dense features, does not
-                support the variant, or returned NaN or infinity.
-            ImageError: The hit's image cannot be decoded.
-            InvalidImage: An image of the request cannot be decoded or has too many pixels.
-            QueueFull: Too many heat maps are waiting.
-        """
+        """Embed a query; return its cosine similarity to each cell of an image, of shape (h, w), float32."""
         dense = require_dense_encoder(self.model)
         variant = request.variant or dense.localization_variant
         if variant not in dense.variants:
@@ -191,12 +193,7 @@ class InferenceService:
     async def open_original(self, hit_id: str) -> tuple[BinaryIO, str]:
         """Open the image file of a hit in a decoder thread, because a table must be decoded to read one of its cells.
 
-        See `llm2clip.search.request_images.open_original` for the result.
-
-        Raises:
-            NotFound: The server has no index.
-            FileNotFoundError: The id is unknown, or all files of the hit have been changed or removed.
-            QueueFull: Too many images are waiting.
+        See `request_images.open_original` for the result.
         """
         [original] = await self._decoders.map(partial(open_original, self.require_backend()), [hit_id])
         return original
@@ -206,7 +203,7 @@ class InferenceService:
         dense = require_dense_encoder(self.model)
         image_size = request.image_size or dense.localization_size
         if request.image is not None:
-            image = load_query_image(request.image, "image", self.limits.max_pixels)
+            image = RequestImage(request.image, "image").load(self.limits.max_pixels)
         else:
             image = self._load_original(request.id or "")
         rows, columns = dense.grid(image.shape[-2], image.shape[-1], image_size)
@@ -219,10 +216,7 @@ class InferenceService:
 
     def _load_original(self, hit_id: str) -> Tensor:
         """Decode the image file of a hit."""
-        try:
-            stream, _ = open_original(self.require_backend(), hit_id)
-        except FileNotFoundError as error:
-            raise NotFound(str(error)) from error
+        stream, _ = open_original(self.require_backend(), hit_id)
         max_bytes = self.limits.max_body_bytes
         with stream:
             data = stream.read(max_bytes + 1)
@@ -238,29 +232,19 @@ class InferenceService:
     async def _embed_query(self, query: SearchQuery) -> np.ndarray:
         """Return the embedding of a query, of shape (D,), float32."""
         prompts, counts = query.prompts(self.templates)
-        hit_vectors = [await self._fetch_vector(hit_id) for hit_id in (*query.like, *query.negative_like)]
+        hit_vectors = []
+        for hit_id in (*query.like, *query.negative_like):
+            vector = await run_in_threadpool(self.require_backend().vector, hit_id)
+            if vector is None:
+                raise NotFound(f"the index contains no image with id {hit_id}")
+            hit_vectors.append(vector)
         prompt_vectors = await self.embed_texts(prompts)
-        images = [(uri, f"images.{index}") for index, uri in enumerate(query.images)]
-        images += [(uri, f"negative_images.{index}") for index, uri in enumerate(query.negative_images)]
-        image_vectors = await self._embed_prepared(await self._decoders.map(self._prepare_query_image, images))
-        return query.combine(prompt_vectors, counts, image_vectors, hit_vectors)
-
-    async def _fetch_vector(self, hit_id: str) -> np.ndarray:
-        vector = await run_in_threadpool(self.require_backend().vector, hit_id)
-        if vector is None:
-            raise NotFound(f"the index contains no image with id {hit_id}")
-        return vector
-
-    def _prepare_query_image(self, uri_and_param: tuple[str, str]) -> Any:
-        """Decode an image of a query and apply the model's transform."""
-        return self.model.transform(load_query_image(*uri_and_param, self.limits.max_pixels))
+        images = [RequestImage(uri, f"images.{index}") for index, uri in enumerate(query.images)]
+        images += [RequestImage(uri, f"negative_images.{index}") for index, uri in enumerate(query.negative_images)]
+        return query.combine(prompt_vectors, counts, await self.embed_images(images), hit_vectors)
 
     def require_backend(self) -> Backend:
-        """Return the index, or raise an error if there is none.
-
-        Raises:
-            NotFound: The server was started without an index.
-        """
+        """Return the index. Raise NotFound if the server was started without an index."""
         if self.backend is None:
             raise NotFound("this server has no index; to search, start it with: llm2clip serve --index INDEX")
         return self.backend

@@ -6,9 +6,10 @@ import base64
 import binascii
 import io
 import os
-from typing import Any, BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from PIL import Image
+from torch import Tensor
 
 from llm2clip.data.image_header import ImageFormatError, is_heic, open_header
 from llm2clip.data.image_refs import FileImage
@@ -20,12 +21,16 @@ from llm2clip.search.scan import container_version, format_file_version
 NOT_ACCEPTED = "{} images are not accepted in requests. Convert the image to JPEG, PNG or WebP"
 
 
+class NotFound(LookupError):
+    """Raised when the index, an image in the index, or its original file does not exist."""
+
+
 class TooLarge(ValueError):
     """Raised when an image has too many pixels."""
 
 
 class InvalidImage(ValueError):
-    """Raised when an image of a query cannot be decoded.
+    """Raised when an image in a request cannot be decoded.
 
     Args:
         cause: ImageError or TooLarge, which determines the message and the status code of the response.
@@ -37,21 +42,23 @@ class InvalidImage(ValueError):
         self.param, self.code = param, 413 if isinstance(cause, TooLarge) else 422
 
 
-def load_query_image(uri: str, param: str, max_pixels: int) -> Any:
-    """Decode a data URI in a query to a tensor of shape (3, H, W), uint8.
+class RequestImage(NamedTuple):
+    """An image in a request: an image file or a data URI, and its field and position, such as "images.0"."""
 
-    Args:
-        uri: Base64 data URI.
-        param: Field and position of the image, such as "images.0", for the error response.
-        max_pixels: Maximum value of height times width.
+    data: bytes | str
+    param: str
 
-    Raises:
-        InvalidImage: The image cannot be decoded or has too many pixels.
-    """
-    try:
-        return load_request_image(decode_data_uri(uri), max_pixels)
-    except (ImageError, TooLarge) as error:
-        raise InvalidImage(error, param) from error
+    def load(self, max_pixels: int) -> Tensor:
+        """Decode the image to a tensor of shape (3, H, W), uint8.
+
+        Raises:
+            InvalidImage: The image cannot be decoded or has more than `max_pixels` pixels.
+        """
+        try:
+            data = decode_data_uri(self.data) if isinstance(self.data, str) else self.data
+            return load_request_image(data, max_pixels)
+        except (ImageError, TooLarge) as error:
+            raise InvalidImage(error, self.param) from error
 
 
 def decode_data_uri(uri: str) -> bytes:
@@ -69,7 +76,7 @@ def decode_data_uri(uri: str) -> bytes:
         raise ImageError(f"invalid base64 in a data URI: {error}") from error
 
 
-def load_request_image(data: bytes, max_pixels: int) -> Any:
+def load_request_image(data: bytes, max_pixels: int) -> Tensor:
     """Decode an image file to a tensor of shape (3, H, W), uint8.
 
     Raises:
@@ -101,7 +108,7 @@ def open_original(backend: Backend, hit_id: str) -> tuple[BinaryIO, str]:
     If the hit has several files, use the first one that has not changed since it was indexed.
 
     Raises:
-        FileNotFoundError: The id is unknown, or all files of the hit have been changed or removed.
+        NotFound: The id is unknown, or all files of the hit have been changed or removed.
     """
     for image in backend.images(hit_id):
         try:
@@ -113,7 +120,7 @@ def open_original(backend: Backend, hit_id: str) -> tuple[BinaryIO, str]:
         if media_type.startswith("image/"):
             stream.seek(0)
             return stream, media_type
-    raise FileNotFoundError(
+    raise NotFound(
         f"the index contains no image with id {hit_id}, or the image file has been changed or removed since it was "
         "indexed"
     )

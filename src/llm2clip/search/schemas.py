@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from llm2clip.data.texts import is_valid_unicode
 from llm2clip.models.prompts import PLACEHOLDER, QueryTemplates
-from llm2clip.search.backends import MAX_CAPTION_FILTER_LENGTH, MAX_LOCATIONS, Filter, Hit
+from llm2clip.search.backends import MAX_CAPTION_FILTER_LENGTH, MAX_LOCATIONS, Filter
 from llm2clip.search.query import SearchQuery
 
 DATA_URI_PREFIX = "data:image/"
@@ -71,6 +71,7 @@ Time = Annotated[float, Field(ge=-1e11, le=1e12, allow_inf_nan=False)]
 Item = TypeVar("Item")
 # Without fail_fast, pydantic would create an error object for each invalid item, even if there are far too many items.
 Items = Annotated[list[Item], Field(fail_fast=True)]
+QueryItems = Annotated[Items[Item], Field(max_length=MAX_IMAGES)]
 
 
 class _StrictModel(BaseModel):
@@ -117,22 +118,14 @@ class FilterRequest(_StrictModel):
 class QueryRequest(_StrictModel):
     """A query: texts, images and earlier hits that results should resemble (or, if negative, should not resemble)."""
 
-    texts: Items[Text] = Field(
-        default=[], max_length=MAX_IMAGES, description="texts of any length, in any language that the model supports"
+    texts: QueryItems[Text] = Field([], description="texts of any length, in any language that the model supports")
+    images: QueryItems[DataUri] = Field([], description="images as data URIs")
+    like: QueryItems[HitId] = Field([], description="ids of earlier hits that results should be similar to")
+    negative_texts: QueryItems[Text] = Field([], description="descriptions of what the results should not show")
+    negative_images: QueryItems[DataUri] = Field(
+        [], description="images, as data URIs, that results should not resemble"
     )
-    images: Items[DataUri] = Field(default=[], max_length=MAX_IMAGES, description="images as data URIs")
-    like: Items[HitId] = Field(
-        default=[], max_length=MAX_IMAGES, description="ids of earlier hits that results should be similar to"
-    )
-    negative_texts: Items[Text] = Field(
-        default=[], max_length=MAX_IMAGES, description="descriptions of what the results should not show"
-    )
-    negative_images: Items[DataUri] = Field(
-        default=[], max_length=MAX_IMAGES, description="images, as data URIs, that results should not resemble"
-    )
-    negative_like: Items[HitId] = Field(
-        default=[], max_length=MAX_IMAGES, description="ids of earlier hits that results should not resemble"
-    )
+    negative_like: QueryItems[HitId] = Field([], description="ids of earlier hits that results should not resemble")
     templates: Items[Template] | None = Field(
         default=None,
         max_length=MAX_TEMPLATES,
@@ -142,15 +135,10 @@ class QueryRequest(_StrictModel):
     )
 
     def to_query(self) -> SearchQuery:
-        return SearchQuery(
-            texts=self.texts,
-            images=self.images,
-            like=self.like,
-            negative_texts=self.negative_texts,
-            negative_images=self.negative_images,
-            negative_like=self.negative_like,
-            templates=None if self.templates is None else QueryTemplates(tuple(self.templates)),
-        )
+        values = {name: getattr(self, name) for name in QueryRequest.model_fields}
+        if self.templates is not None:
+            values["templates"] = QueryTemplates(tuple(self.templates))
+        return SearchQuery(**values)
 
 
 class SearchRequest(QueryRequest):
@@ -180,18 +168,6 @@ class HitResponse(BaseModel):
     height: int
     images: list[ImageLocation] = Field(description=f"the first {MAX_LOCATIONS} locations")
     image_count: int = Field(description="number of locations")
-
-    @classmethod
-    def from_hit(cls, hit: Hit) -> HitResponse:
-        images = [ImageLocation(name=i.name, captions=list(i.captions), taken=i.taken) for i in hit.images]
-        return cls(
-            id=hit.id,
-            score=hit.score,
-            width=hit.width,
-            height=hit.height,
-            images=images,
-            image_count=hit.image_count,
-        )
 
 
 class SearchResponse(BaseModel):

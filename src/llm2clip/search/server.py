@@ -26,11 +26,10 @@ from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import QueryTemplates
 from llm2clip.search.backends import Backend
 from llm2clip.search.build import check_model
-from llm2clip.search.errors import ERROR_RESPONSES, NotFound, add_error_handlers
-from llm2clip.search.inference import InferenceService
-from llm2clip.search.limits import Limits, make_connection_class
-from llm2clip.search.middleware import CHUNK_SIZE, Authenticator, RequestMiddleware
-from llm2clip.search.request_images import decode_data_uri
+from llm2clip.search.errors import ERROR_RESPONSES, add_error_handlers
+from llm2clip.search.inference import InferenceService, Limits
+from llm2clip.search.middleware import CHUNK_SIZE, Authenticator, RequestMiddleware, make_connection_class
+from llm2clip.search.request_images import NotFound, RequestImage
 from llm2clip.search.schemas import (
     DATA_URI_PREFIX,
     MAX_IMAGES,
@@ -201,7 +200,9 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
     def respond(vectors: Sequence[np.ndarray], encoding: str) -> EmbedResponse:
         items = []
         for index, vector in enumerate(vectors):
-            embedding = vector.tolist() if encoding == "float" else _to_base64(vector)
+            embedding = (
+                vector.tolist() if encoding == "float" else base64.b64encode(vector.astype("<f4").tobytes()).decode()
+            )
             items.append(EmbeddingItem(index=index, embedding=embedding))
         usage = {"prompt_tokens": 0, "total_tokens": 0}
         return EmbedResponse(data=items, model=Path(service.model.name).name, usage=usage)
@@ -215,14 +216,15 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
         """
         if request.dimensions not in (None, service.model.embed_dim):
             raise ValueError(f"dimensions must be {service.model.embed_dim}, the embedding dimension of the model")
-        images, texts = {}, {}
+        images: dict[int, RequestImage] = {}
+        texts: dict[int, str] = {}
         for index, item in enumerate(request.inputs):
             if item.startswith(DATA_URI_PREFIX):
-                images[index] = item
+                images[index] = RequestImage(item, f"input.{index}")
             else:
                 texts[index] = item
         _check_image_count(len(images))
-        image_vectors = await service.embed_images([decode_data_uri(uri) for uri in images.values()])
+        image_vectors = await service.embed_images(list(images.values()))
         text_vectors = await service.embed_texts(list(texts.values()))
         vectors = dict(zip([*images, *texts], [*image_vectors, *text_vectors], strict=True))
         return respond([vectors[index] for index in range(len(vectors))], request.encoding_format)
@@ -231,11 +233,8 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
     async def upload(files: list[UploadFile]) -> EmbedResponse:
         """Return the embeddings of uploaded images."""
         _check_image_count(len(files))
-        return respond(await service.embed_images([await file.read() for file in files]), "float")
-
-
-def _to_base64(vector: np.ndarray) -> str:
-    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+        images = [RequestImage(await file.read(), f"files.{index}") for index, file in enumerate(files)]
+        return respond(await service.embed_images(images), "float")
 
 
 def _check_image_count(count: int) -> None:
@@ -260,10 +259,7 @@ def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
     @app.get("/image/{hit_id}", response_class=Response, responses=API_ERRORS)
     async def image(hit_id: str) -> Response:
         """Return the original image file of a hit."""
-        try:
-            stream, media_type = await service.open_original(hit_id)
-        except FileNotFoundError as error:
-            raise NotFound(str(error)) from error
+        stream, media_type = await service.open_original(hit_id)
         headers = {"Content-Security-Policy": "default-src 'none'; sandbox"}
         if isinstance(stream, io.BytesIO):  # a table cell
             return Response(stream.getvalue(), media_type=media_type, headers=headers)
