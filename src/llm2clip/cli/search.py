@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 import time
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from datetime import date as date_type
 from datetime import datetime
 from datetime import time as time_type
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from llm2clip.cli.checks import check_index, check_port, check_sources, resolve_model
-from llm2clip.cli.commands import ArgumentParser, Commands, Port, add_reading_arguments, format_command
+from llm2clip.cli.commands import (
+    ArgumentParser,
+    Commands,
+    Port,
+    add_reading_arguments,
+    format_command,
+    select_arguments,
+)
 from llm2clip.data.texts import check_not_empty
 from llm2clip.extras import install_command
 from llm2clip.runs.output_folder import check_output_folder
@@ -27,7 +36,6 @@ if TYPE_CHECKING:
     from llm2clip.models.prompts import QueryTemplates
     from llm2clip.search.backends import Filter
     from llm2clip.search.build import IndexReport
-    from llm2clip.search.query import SearchQuery
 
 
 def add_commands(commands: Commands) -> None:
@@ -173,30 +181,27 @@ def _index(args: Namespace) -> list[str]:
     model = open_dual_encoder(args.model)  # if loading fails, nothing has been created at --out yet
     backend = open_backend(args.out, write=True, approximate_above=args.approximate_above)
     skipped_file = None if "://" in args.out else Path(args.out) / "skipped.jsonl"
-
     if skipped_file is not None and not skipped_file.exists():
         skipped_file.touch(mode=0o600)  # file names may be private
 
     def update() -> tuple[IndexReport, SkipLog]:
         log = SkipLog(skipped_file, args.max_skipped)
-        report = build_index(
-            args.data,
-            model,
-            backend,
-            log,
-            columns=args.columns,
-            batch_size=args.batch_size,
-            workers=args.workers,
-            prune=args.prune,
-            allow_outside=args.allow_outside,
-        )
-        return report, log
+        options = select_arguments(args, "columns", "batch_size", "workers", "prune", "allow_outside")
+        return build_index(args.data, model, backend, log, **options), log
 
     report, log = update()
     if args.watch is not None:
-        print_once(f"{_format_time()} {report}", log.summary())
+        print_once(f"{datetime.now():%H:%M:%S} {report}", log.summary())
         print_once(f"Watching {', '.join(args.data)}; press Ctrl-C to stop.")
-        _watch(update, args.watch)
+    while args.watch is not None:
+        time.sleep(args.watch)
+        try:
+            report, log = update()
+        except (OSError, ValueError) as error:  # may be temporary, for example an unmounted disk
+            print_once(f"{datetime.now():%H:%M:%S} {error}")
+            continue
+        if report:
+            print_once(f"{datetime.now():%H:%M:%S} {report}", log.summary())
     print_once(str(report), log.summary())
 
     images, contents = backend.count()
@@ -208,28 +213,6 @@ def _index(args: Namespace) -> list[str]:
     lines.append(f"Next: {format_command('search', args.out, 'a description of an image')}")
     lines.append(f"      {format_command('serve', '--index', args.out)}")
     return lines
-
-
-def _watch(update: Callable[[], tuple[IndexReport, SkipLog]], interval: float) -> NoReturn:
-    """Update an index every `interval` seconds until interrupted.
-
-    Errors are printed but do not stop the loop, because they may be temporary (for example, an unmounted disk).
-    """
-    from llm2clip.runs.ranks import print_once
-
-    while True:
-        time.sleep(interval)
-        try:
-            report, log = update()
-        except (OSError, ValueError) as error:
-            print_once(f"{_format_time()} {error}")
-            continue
-        if report:
-            print_once(f"{_format_time()} {report}", log.summary())
-
-
-def _format_time() -> str:
-    return f"{datetime.now():%H:%M:%S}"
 
 
 def _search(args: Namespace) -> list[str]:
@@ -275,9 +258,10 @@ def _search(args: Namespace) -> list[str]:
         print_hits(hits, backend, Console())
         return []
     heatmaps = draw_heatmaps(model, vector, hits, backend) if args.heatmaps and vector is not None else {}
-    page = write_contact_sheet(
-        _describe_query(query), hits, backend, Path(args.sheet) if args.sheet else None, heatmaps
-    )
+    title = " + ".join([*args.texts, *args.images])
+    title += "".join(f" without {part}" for part in (*args.negative, *args.negative_images))
+    folder = Path(args.sheet) if args.sheet else None
+    page = write_contact_sheet(title.strip() or "newest images", hits, backend, folder, heatmaps)
     if args.open:
         open_in_browser(page)
     lines = [f"Results: {page}"]
@@ -304,11 +288,7 @@ def _check_query(args: Namespace) -> None:
 
 
 def _read_filter(args: Namespace) -> Filter:
-    """Return the filter that the arguments describe.
-
-    Raises:
-        ValueError: A time is invalid, or --after is later than --before.
-    """
+    """Return the filter that the arguments describe. Raise ValueError if a time is invalid or no time can match."""
     from llm2clip.search.backends import Filter
 
     after = parse_time(args.after, "--after")
@@ -329,13 +309,8 @@ def _make_query_templates(templates: list[str] | None) -> QueryTemplates | None:
 def parse_time(text: str | None, option: str, end_of_day: bool = False) -> float | None:
     """Convert an ISO 8601 date or time to a Unix timestamp.
 
-    Args:
-        text: Date or time in ISO 8601.
-        option: Name of the option, for the error message.
-        end_of_day: If True, a date without a time means the end of that day instead of its start.
-
-    Raises:
-        ValueError: The text is not an ISO 8601 date or time.
+    With `end_of_day`, a date without a time means the end of that day instead of its start. If the text is invalid,
+    raise ValueError with the name of the option.
     """
     if text is None:
         return None
@@ -364,21 +339,11 @@ def canonical_path(path: str | None) -> str | None:
     return printable(os.path.realpath(path) if os.path.isabs(path) or os.path.exists(path) else path)
 
 
-def _describe_query(query: SearchQuery) -> str:
-    """Return a description of a query, which is used as the title of the results page."""
-    positive = [str(part) for part in (*query.texts, *query.images)]
-    negative = [f" without {part}" for part in (*query.negative_texts, *query.negative_images)]
-    return (" + ".join(positive) + "".join(negative)).strip() or "newest images"
-
-
 def _serve(args: Namespace) -> list[str]:
     check_port(args.host, args.port)
     check_index(args["index"])
     if args.model is not None:
         args.model = resolve_model(args.model)
-    from concurrent.futures import ThreadPoolExecutor
-    from urllib.parse import quote
-
     from llm2clip.models.dual_encoder import open_dual_encoder
     from llm2clip.runs.ranks import print_once
     from llm2clip.search.backends import open_backend
@@ -419,8 +384,6 @@ def _serve(args: Namespace) -> list[str]:
 
 def _choose_token(token: str | None, no_token: bool, host: str, is_local: bool) -> str | None:
     """Return the token that requests must contain, or None if no token is required."""
-    import secrets
-
     if no_token:
         if token is not None:
             raise ValueError("--token and --no_token cannot be used together")
