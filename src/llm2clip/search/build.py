@@ -92,7 +92,9 @@ def build_index(
         if metadata:
             check_model(metadata, model)
         else:
-            backend.initialize(_make_metadata(model))
+            name = os.path.abspath(model.name) if os.path.isdir(model.name) else model.name
+            identity = fingerprint(model.identity())
+            backend.initialize({"model": name, "fingerprint": identity, "embed_dim": model.embed_dim})
         parsed = [_parse_source(source, columns or {}) for source in sources]
         indexed_by_source = {str(source): backend.indexed([printable(str(source))]) for source in parsed}
         try:
@@ -132,11 +134,7 @@ def build_index(
 
 
 def _check_deleted(source: str, indexed: Mapping[str, ImageState], deleted: set[str]) -> None:
-    """Raise an error if too many of a source's indexed images were deleted.
-
-    Raises:
-        ValueError: More than MAX_DELETED images and more than MAX_DELETED_FRACTION of all images were deleted.
-    """
+    """Raise ValueError if more than MAX_DELETED and MAX_DELETED_FRACTION of a source's images were deleted."""
     missing = [name for name in indexed if name in deleted]
     if len(missing) > max(MAX_DELETED, MAX_DELETED_FRACTION * len(indexed)):
         raise ValueError(
@@ -146,21 +144,12 @@ def _check_deleted(source: str, indexed: Mapping[str, ImageState], deleted: set[
 
 
 def check_model(metadata: Mapping[str, Any], model: DualEncoder) -> None:
-    """Check that an index was built with the given model.
-
-    Raises:
-        ValueError: The index was built with a different model, so its embeddings cannot be compared with new ones.
-    """
+    """Raise ValueError if an index was built with another model, whose embeddings cannot be compared with new ones."""
     if metadata["fingerprint"] != fingerprint(model.identity()):
         raise ValueError(
             f"the index was built with a different model: {metadata['model']} (or an earlier version of it), "
             f"not {model.name}. Pass the original model with --model, or build a new index in another folder."
         )
-
-
-def _make_metadata(model: DualEncoder) -> dict[str, Any]:
-    name = os.path.abspath(model.name) if os.path.isdir(model.name) else model.name
-    return {"model": name, "fingerprint": fingerprint(model.identity()), "embed_dim": model.embed_dim}
 
 
 def _parse_source(text: str, columns: dict[str, str]) -> Source:
@@ -212,9 +201,8 @@ def _read_images(
 ) -> tuple[list[tuple[IndexedImage, bytes]], dict[bytes, list[IndexedImage]]]:
     """Read and hash image files.
 
-    Returns:
-        Two collections of readable images. The first one is a list of images whose content is already in the index, in
-        pairs with the content hash. The second one is a dict of all other images, grouped by content hash.
+    Return the images whose content is already in the index, each with its content hash, and a dict of all other
+    readable images, grouped by content hash.
     """
     readable: list[tuple[IndexedImage, bytes]] = []
     for image in ProgressBar(images, desc="read", unit="image"):

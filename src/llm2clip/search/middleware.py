@@ -50,14 +50,7 @@ class Authenticator:
     """
 
     def __init__(self, token: str) -> None:
-        """
-        Args:
-            token: Token, which may contain only printable ASCII characters except spaces, because it is sent in HTTP
-                headers.
-
-        Raises:
-            ValueError: The token is empty or contains other characters.
-        """
+        """Raise ValueError if a token cannot be sent in an HTTP header."""
         if not re.fullmatch("[!-~]+", token):
             raise ValueError(
                 "the token must consist of at least one printable ASCII character, without spaces. "
@@ -115,24 +108,24 @@ class RequestMiddleware:
         client = identify_client(scope.get("client"))
         current_client.set(client)
         allocation = ByteAllocation(self.budget, client)
-        body = _BodyReader(Request(scope), receive, allocation, self.service.limits)
-        sender = _ResponseSender(scope, send, allocation)
+        request = Request(scope)
+        body = _BodyReader(request, receive, allocation, self.service.limits)
+        sender = _ResponseSender(scope, receive, send, allocation)
         try:
-            error = self._check_request(Request(scope))
+            error = self._check_request(request)
             if error is None:
                 error = await self._run_app(scope, body, sender)
             if error is not None:
                 await error(scope, receive, sender)
         finally:
             allocation.release()
-            self._record_metrics(scope, sender.status, time.perf_counter() - start)
+            route = getattr(scope.get("route"), "path", "other")
+            method = scope["method"] if scope["method"] in COUNTED_METHODS else "other"
+            self.service.request_count.labels(method, route, sender.status).inc()
+            self.service.request_duration.labels(route).observe(time.perf_counter() - start)
 
     def _check_request(self, request: Request) -> Response | None:
-        """Check a request before its body is read.
-
-        Returns:
-            An error response if the request must be rejected, otherwise None.
-        """
+        """Check a request before its body is read. Return an error response if the request must be rejected."""
         max_bytes = self.service.limits.max_body_bytes
         length = request.headers.get("content-length", "")
         if length and "transfer-encoding" in request.headers:
@@ -162,11 +155,7 @@ class RequestMiddleware:
         return path == "/" and self.auth.is_token(request.query_params.get("token", ""))
 
     async def _run_app(self, scope: Scope, body: _BodyReader, sender: _ResponseSender) -> Response | None:
-        """Run the application for one request.
-
-        Returns:
-            An error response if the request times out or its body is rejected, otherwise None.
-        """
+        """Run the application. Return an error response if the request times out or its body is rejected."""
         timeout = self.service.limits.timeout
         try:
             async with asyncio.timeout(timeout) as timer:
@@ -183,13 +172,6 @@ class RequestMiddleware:
         finally:
             sender.timer = None
         return None
-
-    def _record_metrics(self, scope: Scope, status: int, seconds: float) -> None:
-        """Add a request to the metrics."""
-        route = getattr(scope.get("route"), "path", "other")
-        method = scope["method"] if scope["method"] in COUNTED_METHODS else "other"
-        self.service.request_count.labels(method, route, status).inc()
-        self.service.request_duration.labels(route).observe(seconds)
 
 
 class _BodyRejected(HTTPException):
@@ -233,8 +215,8 @@ class _ResponseSender:
     Large bodies are sent in small chunks, so that the server buffers only a few chunks for a client that reads slowly.
     """
 
-    def __init__(self, scope: Scope, send: Send, allocation: ByteAllocation) -> None:
-        self._scope, self._send, self._allocation = scope, send, allocation
+    def __init__(self, scope: Scope, receive: Receive, send: Send, allocation: ByteAllocation) -> None:
+        self._scope, self._receive, self._send, self._allocation = scope, receive, send, allocation
         self._start: Message | None = None  # not sent before the size of the body has been checked
         self._is_rejected = False
         self.status, self.started = 500, False
@@ -253,8 +235,9 @@ class _ResponseSender:
         if len(body) > CHUNK_SIZE:
             try:
                 self._allocation.add(len(body))
-            except QueueFull as error:
-                await self._send_error(error)
+            except QueueFull as error:  # send an error response instead of the application's response
+                await make_error_response(429, str(error), RETRY_SOON)(self._scope, self._receive, self)
+                self._is_rejected = True
                 return
         if self._start is not None:
             await self._send_start(self._start)
@@ -275,15 +258,6 @@ class _ResponseSender:
             if name.lower().encode() not in existing:
                 headers.append((name.lower().encode(), value.encode()))
         await self._send({**message, "headers": headers})
-
-    async def _send_error(self, error: QueueFull) -> None:
-        """Send an error response instead of the application's response."""
-        await make_error_response(429, str(error), RETRY_SOON)(self._scope, _receive_nothing, self)
-        self._is_rejected = True
-
-
-async def _receive_nothing() -> Message:
-    raise AssertionError("an error response does not read the request")
 
 
 # ---- limits per client
@@ -306,13 +280,9 @@ def identify_client(address: tuple[str, int] | None) -> str:
 
 
 class ByteBudget:
-    """Limit on the total size of the request and response bodies in memory, overall and per client."""
+    """Limit on the total size of all request and response bodies in memory. A client may use a quarter of it."""
 
     def __init__(self, max_bytes: int) -> None:
-        """
-        Args:
-            max_bytes: Maximum total number of bytes. Each client may use a quarter of it.
-        """
         self.max_bytes, self.max_bytes_per_client = max_bytes, max_bytes // 4
         self.total = 0
         self.by_client: Counter[str] = Counter()
@@ -326,11 +296,7 @@ class ByteAllocation:
         self.size = 0
 
     def add(self, size: int) -> None:
-        """Allocate additional bytes.
-
-        Raises:
-            QueueFull: The budget is exhausted, or the client has exceeded its share.
-        """
+        """Allocate additional bytes. Raise QueueFull if the budget or the client's part of it is exhausted."""
         budget = self._budget
         self.size += size
         budget.total += size

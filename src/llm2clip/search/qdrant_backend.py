@@ -146,7 +146,7 @@ class QdrantBackend:
         for image, digest in images:
             new_images.setdefault(_make_point_id(digest), []).append(image)
         # If an image file has changed, the image must move from the old content's point to the new content's point.
-        self._remove_images([image.name for image, _ in images], keep_points=new_images.keys())
+        self.remove([image.name for image, _ in images], keep_points=new_images.keys())
         new_points = []
         for content in contents:
             point_id = _make_point_id(content.hash)
@@ -159,8 +159,18 @@ class QdrantBackend:
                 payload = _make_image_payload(list(by_name.values()))
                 self.client.set_payload(self.collection, payload, points=[point.id])
 
-    def remove(self, names: Sequence[str]) -> None:
-        self._remove_images(names)
+    def remove(self, names: Sequence[str], keep_points: Collection[str] = ()) -> None:
+        # Points without images are deleted unless they are in `keep_points`.
+        for start in range(0, len(names), PAGE_SIZE):
+            page = set(names[start : start + PAGE_SIZE])
+            condition = models.FieldCondition(key="images[].name", match=models.MatchAny(any=list(page)))
+            # List all points before changing any of them, because changes during a scroll could make it skip some.
+            for point in list(self._scroll_points(models.Filter(must=[condition]))):
+                remaining = [image for image in _read_images(point.payload) if image.name not in page]
+                if remaining:
+                    self.client.set_payload(self.collection, _make_image_payload(remaining), points=[point.id])
+                elif str(point.id) not in keep_points:
+                    self.client.delete(self.collection, models.PointIdsList(points=[point.id]))
 
     def finish(self) -> None:
         """Store the number of images and the number of distinct images. Qdrant updates its HNSW graph automatically."""
@@ -255,19 +265,6 @@ class QdrantBackend:
             yield from points
             if offset is None:
                 return
-
-    def _remove_images(self, names: Sequence[str], keep_points: Collection[str] = ()) -> None:
-        """Remove images from their points, and delete points without images unless they are in `keep_points`."""
-        for start in range(0, len(names), PAGE_SIZE):
-            page = set(names[start : start + PAGE_SIZE])
-            condition = models.FieldCondition(key="images[].name", match=models.MatchAny(any=list(page)))
-            # List all points before changing any of them, because changes during a scroll could make it skip some.
-            for point in list(self._scroll_points(models.Filter(must=[condition]))):
-                remaining = [image for image in _read_images(point.payload) if image.name not in page]
-                if remaining:
-                    self.client.set_payload(self.collection, _make_image_payload(remaining), points=[point.id])
-                elif str(point.id) not in keep_points:
-                    self.client.delete(self.collection, models.PointIdsList(points=[point.id]))
 
 
 def _make_point_id(digest: bytes) -> str:

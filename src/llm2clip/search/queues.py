@@ -52,7 +52,7 @@ class Batcher(Generic[Item, Result]):
     ) -> None:
         """
         Args:
-            work: Function that takes a list of items and returns one result per item. It runs in the executor.
+            work: Function that takes a list of items and returns one result per item.
             executor: Executor that runs `work`. If calls must not overlap, use a single-threaded executor.
             max_batch_size: Maximum number of items per batch.
             max_queue: Maximum number of waiting items.

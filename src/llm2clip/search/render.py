@@ -121,8 +121,7 @@ def write_contact_sheet(
         text = f"{len(hits)} images, newest first, each with its rank and date."
     if heatmaps:
         text += " The parts of an image that are most similar to the query are bright, and the others are dark."
-    summary = Paragraph(text)
-    blocks: list[Block] = [ResultImages(query, images), summary]
+    blocks: list[Block] = [ResultImages(query, images), Paragraph(text)]
     return write_report(folder, "results", "Search results", blocks)[1]
 
 

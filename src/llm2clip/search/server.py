@@ -126,8 +126,6 @@ def serve(
     Before it stops, the server spends up to 5 seconds completing the requests in progress.
 
     Args:
-        app: Application, from `create_app`.
-        host: Address to listen on.
         port: Port to listen on. 0 means any free port.
         on_start: Callback that is called with the port when the server accepts connections.
         behind_proxy: See `make_server_config`.
@@ -147,7 +145,6 @@ def make_server_config(app: FastAPI, host: str, port: int, behind_proxy: bool) -
     """Return the config of the HTTP server.
 
     Args:
-        app: Application, from `create_app`.
         behind_proxy: If True, the headers `X-Forwarded-For` and `X-Forwarded-Proto` of requests from 127.0.0.1 (or from
             the addresses in the environment variable FORWARDED_ALLOW_IPS) set the client's address and scheme. If
             False, they are ignored, because clients could use them to evade the limits per client.
@@ -207,6 +204,11 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
         usage = {"prompt_tokens": 0, "total_tokens": 0}
         return EmbedResponse(data=items, model=Path(service.model.name).name, usage=usage)
 
+    async def embed_images(images: list[RequestImage]) -> list[np.ndarray]:
+        if len(images) > MAX_IMAGES:
+            raise ValueError(f"too many images in one request: {len(images)}; the limit is {MAX_IMAGES}")
+        return await service.embed_images(images)
+
     @app.post("/v1/embeddings", responses=API_ERRORS, include_in_schema=False)
     @app.post("/embed", responses=API_ERRORS)
     async def embed(request: EmbedRequest) -> EmbedResponse:
@@ -223,8 +225,7 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
                 images[index] = RequestImage(item, f"input.{index}")
             else:
                 texts[index] = item
-        _check_image_count(len(images))
-        image_vectors = await service.embed_images(list(images.values()))
+        image_vectors = await embed_images(list(images.values()))
         text_vectors = await service.embed_texts(list(texts.values()))
         vectors = dict(zip([*images, *texts], [*image_vectors, *text_vectors], strict=True))
         return respond([vectors[index] for index in range(len(vectors))], request.encoding_format)
@@ -232,14 +233,8 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
     @app.post("/embed/upload", responses=API_ERRORS)
     async def upload(files: list[UploadFile]) -> EmbedResponse:
         """Return the embeddings of uploaded images."""
-        _check_image_count(len(files))
         images = [RequestImage(await file.read(), f"files.{index}") for index, file in enumerate(files)]
-        return respond(await service.embed_images(images), "float")
-
-
-def _check_image_count(count: int) -> None:
-    if count > MAX_IMAGES:
-        raise ValueError(f"too many images in one request: {count}; the limit is {MAX_IMAGES}")
+        return respond(await embed_images(images), "float")
 
 
 def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
