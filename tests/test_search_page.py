@@ -37,11 +37,14 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture(params=["wide", "phone"])
+on_both_devices = pytest.mark.parametrize("page", ["wide", "phone"], indirect=True)
+
+
+@pytest.fixture
 def page(request: pytest.FixtureRequest, browser: Any, address: str) -> Iterator[Any]:
     """The open page. At the end, checks that it sent no request to another server and that the console is empty."""
     options: dict[str, Any] = {"viewport": {"width": 1200, "height": 800}, "color_scheme": "light"}
-    if request.param == "phone":
+    if getattr(request, "param", "wide") == "phone":
         options = {"viewport": {"width": 380, "height": 700}, "color_scheme": "dark", "has_touch": True}
         options["is_mobile"] = True
     context = browser.new_context(**options)
@@ -81,6 +84,7 @@ def search_for(page: Any, text: str, count: int = 36) -> Any:
     return wait_for_hits(page, count)
 
 
+@on_both_devices
 def test_text_search_detail_view_and_more_like_this(page: Any) -> None:
     assert page.locator("#empty").is_visible()
     page.keyboard.type("a red one,")
@@ -114,6 +118,7 @@ def test_text_search_detail_view_and_more_like_this(page: Any) -> None:
     wait_until(page, "document.querySelectorAll('.chip').length === 0")
 
 
+@on_both_devices
 def test_heat_map_is_drawn_over_the_image(page: Any, address: str) -> None:
     search_for(page, "a red one")
     names = page.locator("#grid .name").all_inner_texts()
@@ -143,6 +148,7 @@ def test_heat_map_is_drawn_over_the_image(page: Any, address: str) -> None:
     assert page.locator("#where").get_attribute("aria-pressed") == "false"
 
 
+@on_both_devices
 def test_keyboard_navigation(page: Any) -> None:
     page.keyboard.type("blue")
     page.keyboard.press("Enter")
@@ -305,6 +311,7 @@ def test_detail_view_offers_the_original(page: Any, image_folder: Path) -> None:
     assert page.locator(".chip").count() == 0
 
 
+@on_both_devices
 def test_placeholders_are_readable_and_key_hints_are_hidden_on_touch_devices(page: Any) -> None:
     contrast = """(selector) => {
         const luminance = (color) => color.match(/\\d+/g).slice(0, 3).map((part) => part / 255)

@@ -8,7 +8,6 @@ import io
 import json
 import socket
 import threading
-import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -88,11 +87,13 @@ def get_status(address: tuple[str, int], source: str = "127.0.0.1") -> int:
 
 
 def test_unknown_fields_create_a_single_error() -> None:
+    """The error does not repeat long names."""
     request = {f"{n:x}": 0 for n in range(1000)}
-    for body in (request, {"texts": ["a"], "filter": request}):
+    for body in (request, {"texts": ["a"], "filter": request}, {"x" * 1_000_000: 0}):
         with pytest.raises(ValidationError) as error:
             SearchRequest.model_validate(body)
-        assert error.value.error_count() == 1
+        [problem] = error.value.errors()
+        assert len(problem["msg"]) < 500
 
 
 @pytest.mark.parametrize("item", [[], {}, None, 1, "", "\ud800"])
@@ -124,12 +125,6 @@ def test_json_with_too_many_values_is_rejected_before_it_is_parsed(
         assert all(size <= MAX_JSON_VALUES + 1 for size in parsed)
         files = [("files", ("a.png", b"," * (MAX_JSON_VALUES + 1)))]
         assert client.post("/embed/upload", files=files).status_code == 422  # not JSON
-
-
-def test_error_messages_do_not_repeat_long_field_names(dual_encoder: DualEncoder) -> None:
-    with TestClient(create_patient_app(dual_encoder), base_url=BASE_URL) as client:
-        response = client.post("/search", json={"x" * 1_000_000: 0})
-    assert response.status_code == 422 and len(response.content) < 2000
 
 
 def test_byte_budget_limits_each_client_and_the_total() -> None:
@@ -170,16 +165,18 @@ def test_identify_client_ignores_ports_and_the_host_part_of_ipv6_addresses() -> 
 
 @pytest.mark.parametrize(("behind_proxy", "client"), [(False, "127.0.0.1"), (True, "9.9.9.9")])
 def test_forwarded_addresses_are_ignored_without_a_proxy(
-    behind_proxy: bool, client: str, dual_encoder: DualEncoder, monkeypatch: pytest.MonkeyPatch
+    behind_proxy: bool, client: str, dual_encoder: DualEncoder
 ) -> None:
-    clients: list[str] = []
-    monkeypatch.setattr("llm2clip.search.middleware.identify_client", lambda address: clients.append(address[0]) or "")
-    config = make_server_config(create_patient_app(dual_encoder), "127.0.0.1", 0, behind_proxy)
+    app = create_patient_app(dual_encoder)
+
+    async def get_client() -> str:
+        return current_client.get()
+
+    app.add_api_route("/client", get_client)
+    config = make_server_config(app, "127.0.0.1", 0, behind_proxy)
     config.load()
-    app: Any = config.loaded_app
-    with TestClient(app, base_url=BASE_URL, client=("127.0.0.1", 50000)) as test_client:
-        assert test_client.get("/health", headers={"X-Forwarded-For": "9.9.9.9"}).status_code == 200
-    assert clients == [client]
+    with TestClient(config.loaded_app, base_url=BASE_URL, client=("127.0.0.1", 50000)) as test_client:  # type: ignore[arg-type]
+        assert test_client.get("/client", headers={"X-Forwarded-For": "9.9.9.9"}).json() == client
 
 
 def test_thread_pool_runs_the_jobs_of_other_clients_first() -> None:
@@ -216,19 +213,6 @@ def test_thread_pool_runs_the_jobs_of_other_clients_first() -> None:
     finally:
         resumed.release(5)
     assert names[0] == "a0" and names[1] == "b" and sorted(names[2:]) == ["a2", "a3"]
-
-
-def test_requests_are_attributed_to_the_client_address(dual_encoder: DualEncoder) -> None:
-    app = create_patient_app(dual_encoder)
-
-    async def get_client() -> str:
-        return current_client.get()
-
-    app.add_api_route("/client", get_client)
-    with running_server(app, http=make_connection_class(app.state.service.limits)) as url:
-        for headers, expected in (({}, "127.0.0.1"), ({"X-Forwarded-For": "10.0.0.9"}, "10.0.0.9")):
-            with urllib.request.urlopen(urllib.request.Request(f"{url}client", headers=headers)) as response:
-                assert json.load(response) == expected
 
 
 class CountingStream(io.RawIOBase):

@@ -358,8 +358,7 @@ def _serve(args: Namespace) -> list[str]:
     model_name = args.model or (backend.metadata()["model"] if backend else None)
     if model_name is None:
         raise ValueError("pass an index with --index, or a model with --model")
-    is_local = args.host in LOOPBACK
-    token = _choose_token(args.token, args.no_token, args.host, is_local)
+    token = choose_token(args.token, args.no_token, args.host)
     model_thread = ThreadPoolExecutor(1, "model")
     model = model_thread.submit(open_dual_encoder, model_name, precision=args.precision).result()
     app = create_app(
@@ -367,7 +366,7 @@ def _serve(args: Namespace) -> list[str]:
         backend,
         limits=Limits(max_queue=args.max_queue, timeout=args.timeout, batch_size=args.batch_size),
         token=token,
-        hosts=LOOPBACK if is_local else None,
+        hosts=LOOPBACK if args.host in LOOPBACK else None,
         model_thread=model_thread,
         templates=templates,
     )
@@ -382,12 +381,18 @@ def _serve(args: Namespace) -> list[str]:
     return ["Server stopped."]
 
 
-def _choose_token(token: str | None, no_token: bool, host: str, is_local: bool) -> str | None:
-    """Return the token that requests must contain, or None if no token is required."""
+def choose_token(token: str | None, no_token: bool, host: str) -> str | None:
+    """Return the token that requests must contain, or None if no token is required.
+
+    Raises:
+        ValueError: The options contradict each other, the token is empty, or other machines could connect without one.
+    """
+    from llm2clip.search.server import LOOPBACK
+
     if no_token:
         if token is not None:
             raise ValueError("--token and --no_token cannot be used together")
-        if not is_local:
+        if host not in LOOPBACK:
             raise ValueError(
                 f"--no_token is not allowed with --host {host}, because other machines could read the indexed images. "
                 "Set a token with --token or LLM2CLIP_TOKEN, or leave out --host."
