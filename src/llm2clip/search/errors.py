@@ -42,7 +42,7 @@ class ErrorBody(BaseModel):
     type: str
     code: int
     param: str | None = Field(
-        default=None, description='field and position of the query image that cannot be decoded, such as "images.0"'
+        default=None, description='field and position of the image that cannot be decoded, such as "images.0"'
     )
 
 
