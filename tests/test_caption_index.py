@@ -147,18 +147,6 @@ def test_readers_read_only_what_a_commit_changed(tmp_path: Path, monkeypatch: py
     assert search() == (51, 51, 0)
 
 
-def test_count_is_cached_until_the_index_changes(tmp_path: Path) -> None:
-    writer = create_index(tmp_path, 3)
-    reader = SqliteBackend(tmp_path)
-    statements: list[str] = []
-    assert reader.count() == (3, 3)
-    reader._db.connection.set_trace_callback(statements.append)
-    assert reader.count() == (3, 3)
-    assert statements and not any("count" in statement for statement in statements)
-    add_image(writer, "/p/copy", [], 0)
-    assert reader.count() == (4, 3)
-
-
 def test_filters_do_not_block_other_readers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While one thread reads the captions or searches them, other threads use the index."""
     backend = create_index(tmp_path, 3)

@@ -12,27 +12,27 @@ import pytest
 from llm2clip.cli.checks import ENCODERS, check_pretrained, check_sources, resolve_encoder, resolve_model
 from llm2clip.models.hub.assets import ASSETS
 
-
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        (["search", "nowhere", "x"], "nowhere is not an index"),
-        (["search", "photos", ""], "text 0 is empty"),
-        (["fit", "photo", "--out", "x"], "did you mean .*/photos"),
-        (["convert", "checkpoint.pt", "--out", "x"], "checkpoint.pt is neither a folder nor"),
-        (["store", "verify", "store"], "llm2clip store verify: store is not a store: no such folder"),
-        (["fit", "photos", "--out", "x", "--encoder.path", "TT"], "TT is neither a folder nor a hub id"),
-        (["evaluate", "runs/a/model", "photos"], "runs/a/model is neither a folder nor a hub id"),
-        (["evaluate", "photos", "photos", "--baselines", "nope.npz"], "nope.npz: no such file"),
-    ],
+WRONG_PATHS = (
+    (["search", "nowhere", "x"], "nowhere is not an index"),
+    (["search", "photos", ""], "text 0 is empty"),
+    (["fit", "photo", "--out", "x"], "did you mean .*/photos"),
+    (["convert", "checkpoint.pt", "--out", "x"], "checkpoint.pt is neither a folder nor"),
+    (["store", "verify", "store"], "llm2clip store verify: store is not a store: no such folder"),
+    (["fit", "photos", "--out", "x", "--encoder.path", "TT"], "TT is neither a folder nor a hub id"),
+    (["evaluate", "runs/a/model", "photos"], "runs/a/model is neither a folder nor a hub id"),
+    (["evaluate", "photos", "photos", "--baselines", "nope.npz"], "nope.npz: no such file"),
 )
-def test_wrong_paths_are_reported_without_importing_torch(command: list[str], message: str, tmp_path: Path) -> None:
+
+
+def test_wrong_paths_are_reported_without_importing_torch(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/index.sqlite").touch()
-    code = f"import sys; from llm2clip.cli import main; print(main({command!r}), 'torch' in sys.modules)"
+    commands = [command for command, _ in WRONG_PATHS]
+    code = f"import sys; from llm2clip.cli import main; print([main(c) for c in {commands!r}], 'torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
-    assert run.stdout == "1 False\n"
-    assert re.search(message, run.stderr)
+    assert run.stdout == f"{[1] * len(commands)} False\n"
+    for _, message in WRONG_PATHS:
+        assert re.search(message, run.stderr)
 
 
 def test_run_directories_stand_for_the_model_and_the_encoder_in_them(

@@ -28,7 +28,6 @@ from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.search.backends import Filter
 from llm2clip.search.query import SearchQuery, embed_images, embed_query
-from llm2clip.search.scan import read_date_taken
 from llm2clip.search.sqlite_backend import SqliteBackend
 from search_fixtures import BACKENDS, create_backend, index_sources, search_names
 
@@ -351,11 +350,6 @@ def test_build_index_skips_images_with_a_vector_that_is_not_finite(
     assert index_sources([photos], broken, backend, log=log).added == 0
     assert log.skipped["undecodable image"] == 1
     assert search_names(backend) == set()
-
-
-def test_date_taken_is_none_without_exif(image_folder: Path) -> None:
-    assert read_date_taken((image_folder / "1.png").read_bytes()) is None
-    assert read_date_taken(b"\xff\xd8\xff") is None
 
 
 # ---- search ---------------------------------------------------------------------------------------------------------

@@ -76,10 +76,7 @@ class Batcher(Generic[Item, Result]):
             QueueFull: The queue does not have enough space for the items.
             Exception: Any exception that `work` raises for one of the items.
         """
-        if len(items) > self.max_queue:
-            raise ValueError(f"too many items in one request: {len(items):,}; the limit is {self.max_queue:,}")
-        if len(self) + len(items) > self.max_queue:
-            raise QueueFull(f"the server is busy: {len(self):,} items are waiting; try again later")
+        _check_capacity(len(items), len(self), self.max_queue, "items")
         loop = asyncio.get_running_loop()
         if self._task is None:
             self._task = loop.create_task(self._process_batches())
@@ -146,6 +143,14 @@ class Batcher(Generic[Item, Result]):
                 entry.result.set_result(result)
 
 
+def _check_capacity(count: int, waiting: int, limit: int, unit: str) -> None:
+    """Check that a queue has enough space for a number of items, of which a request must not have more than `limit`."""
+    if count > limit:
+        raise ValueError(f"too many {unit} in one request: {count:,}; the limit is {limit:,}")
+    if waiting + count > limit:
+        raise QueueFull(f"the server is busy: {waiting:,} {unit} are waiting; try again later")
+
+
 def _cancel_pending(entries: Sequence[_Pending[Item, Result]]) -> None:
     """Cancel the futures of all entries that have no result yet."""
     for entry in entries:
@@ -181,12 +186,7 @@ class FairThreadPool:
             QueueFull: Too many jobs are waiting.
             Exception: Any exception that the function raises.
         """
-        if len(items) > self._max_waiting:
-            raise ValueError(
-                f"too many {self._unit} in one request: {len(items):,}; the limit is {self._max_waiting:,}"
-            )
-        if self.waiting + len(items) > self._max_waiting:
-            raise QueueFull(f"the server is busy: {self.waiting:,} {self._unit} are waiting; try again later")
+        _check_capacity(len(items), self.waiting, self._max_waiting, self._unit)
         self.waiting += len(items)
         try:
             return [await self._run_job(function, item) for item in items]
