@@ -95,9 +95,17 @@ class InferenceService:
         self._searchers = FairThreadPool(SEARCH_THREADS, "searches", limits.max_queue)
         self._count, self._count_time, self._count_lock = 0, -math.inf, threading.Lock()
         self._create_metrics()
-        self._text_batcher = self._make_batcher("text", lambda texts: model.encode_texts(texts).numpy())
-        self._image_batcher = self._make_batcher("image", lambda images: model.encode_images(images).numpy())
-        self._heatmap_batcher = self._make_batcher("heatmap", self._compute_heatmaps)
+        encoders: dict[str, Callable[[list[Any]], Any]] = {
+            "text": lambda texts: model.encode_texts(texts).numpy(),
+            "image": lambda images: model.encode_images(images).numpy(),
+            "heatmap": lambda items: [compute_heatmap(*item) for item in items],  # images have different sizes
+        }
+        self._batchers: dict[str, Batcher[Any, np.ndarray]] = {}
+        for kind, encode in encoders.items():
+            on_batch = self.batch_sizes.labels(kind).observe
+            batcher = Batcher(encode, self._model_thread, limits.batch_size, limits.max_queue, on_batch)
+            self._batchers[kind] = batcher
+            self.queue_size.labels(kind).set_function(batcher.__len__)
 
     def _create_metrics(self) -> None:
         registry = self.registry = CollectorRegistry()
@@ -117,37 +125,26 @@ class InferenceService:
             buckets=(1, 2, 4, 8, 16, 32, 64),
             registry=registry,
         )
-        queue_size = Gauge("llm2clip_queue_size", "Number of items waiting for the model.", ["kind"], registry=registry)
-        queue_size.labels("text").set_function(lambda: len(self._text_batcher))
-        queue_size.labels("image").set_function(lambda: len(self._image_batcher))
-        queue_size.labels("heatmap").set_function(lambda: len(self._heatmap_batcher))
+        self.queue_size = Gauge(
+            "llm2clip_queue_size", "Number of items waiting for the model.", ["kind"], registry=registry
+        )
         index_images = Gauge("llm2clip_index_images", "Number of images in the index.", registry=registry)
         index_images.set_function(self.count_images)
-
-    def _make_batcher(self, kind: str, encode: Callable[[list[Any]], Any]) -> Batcher[Any, np.ndarray]:
-        return Batcher(
-            encode,
-            self._model_thread,
-            max_batch_size=self.limits.batch_size,
-            max_queue=self.limits.max_queue,
-            on_batch=self.batch_sizes.labels(kind).observe,
-        )
 
     async def close(self) -> None:
         """Cancel all waiting texts, images, heat maps and searches, and stop all idle threads.
 
         Busy threads stop when they have finished their work. This method does not wait for them.
         """
-        await self._text_batcher.close()
-        await self._image_batcher.close()
-        await self._heatmap_batcher.close()
+        for batcher in self._batchers.values():
+            await batcher.close()
         self._model_thread.shutdown(wait=False, cancel_futures=True)
         self._decoders.shutdown()
         self._searchers.shutdown()
 
     async def embed_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Compute text embeddings, each of shape (D,), float32."""
-        return _check_finite(await self._text_batcher.submit(texts), "a text")
+        return _check_finite(await self._batchers["text"].submit(texts), "a text")
 
     async def embed_images(self, images: Sequence[RequestImage]) -> list[np.ndarray]:
         """Decode images and compute their embeddings, each of shape (D,), float32."""
@@ -156,7 +153,7 @@ class InferenceService:
             return self.model.transform(image.load(self.limits.max_pixels))
 
         prepared = await self._decoders.map(prepare, images)
-        return _check_finite(await self._image_batcher.submit(prepared), "an image")
+        return _check_finite(await self._batchers["image"].submit(prepared), "an image")
 
     async def search(self, request: SearchRequest) -> bytes:
         """Embed a query, search the index and return the results. Without a query, return the newest images first.
@@ -186,8 +183,24 @@ class InferenceService:
         if request.id is not None:
             self.require_backend()
         query_vector = await self._embed_query(request.to_query())
-        [pixels] = await self._decoders.map(self._prepare_for_heatmap, [request])
-        [heatmap] = _check_finite(await self._heatmap_batcher.submit([(pixels, query_vector, variant)]), "an image")
+        image_size = request.image_size or dense.localization_size
+
+        def prepare(request: HeatmapRequest) -> Tensor:
+            if request.image is not None:
+                image = RequestImage(request.image, "image").load(self.limits.max_pixels)
+            else:
+                image = self._load_original(request.id or "")
+            rows, columns = dense.grid(image.shape[-2], image.shape[-1], image_size)
+            if request.image_size is not None and rows * columns > MAX_HEATMAP_CELLS:
+                raise ValueError(
+                    f"image_size {image_size} results in {rows:,} x {columns:,} cells; the limit is "
+                    f"{MAX_HEATMAP_CELLS:,} cells: use a smaller image_size"
+                )
+            return dense.resize(image, image_size)
+
+        [pixels] = await self._decoders.map(prepare, [request])
+        item = dense, pixels, query_vector, variant
+        [heatmap] = _check_finite(await self._batchers["heatmap"].submit([item]), "an image")
         return heatmap
 
     async def open_original(self, hit_id: str) -> tuple[BinaryIO, str]:
@@ -198,22 +211,6 @@ class InferenceService:
         [original] = await self._decoders.map(partial(open_original, self.require_backend()), [hit_id])
         return original
 
-    def _prepare_for_heatmap(self, request: HeatmapRequest) -> Tensor:
-        """Decode the image of a request and resize it for the dense encoder."""
-        dense = require_dense_encoder(self.model)
-        image_size = request.image_size or dense.localization_size
-        if request.image is not None:
-            image = RequestImage(request.image, "image").load(self.limits.max_pixels)
-        else:
-            image = self._load_original(request.id or "")
-        rows, columns = dense.grid(image.shape[-2], image.shape[-1], image_size)
-        if request.image_size is not None and rows * columns > MAX_HEATMAP_CELLS:
-            raise ValueError(
-                f"image_size {image_size} results in {rows:,} x {columns:,} cells; the limit is {MAX_HEATMAP_CELLS:,} "
-                "cells: use a smaller image_size"
-            )
-        return dense.resize(image, image_size)
-
     def _load_original(self, hit_id: str) -> Tensor:
         """Decode the image file of a hit."""
         stream, _ = open_original(self.require_backend(), hit_id)
@@ -223,11 +220,6 @@ class InferenceService:
         if len(data) > max_bytes:
             raise TooLarge(f"the image file is too large; the limit is {max_bytes:,} bytes")
         return load_request_image(data, self.limits.max_pixels)
-
-    def _compute_heatmaps(self, items: Sequence[tuple[Tensor, np.ndarray, str]]) -> list[np.ndarray]:
-        # Process one image at a time, because the images have different sizes.
-        dense = require_dense_encoder(self.model)
-        return [compute_heatmap(dense, pixels, query, variant) for pixels, query, variant in items]
 
     async def _embed_query(self, query: SearchQuery) -> np.ndarray:
         """Return the embedding of a query, of shape (D,), float32."""
