@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,8 +22,16 @@ from llm2clip.search.query import SearchQuery, embed_query
 from llm2clip.search.sqlite_backend import SqliteBackend
 
 
+@pytest.fixture(autouse=True)
+def open_model(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Make all commands of a test share the loaded model."""
+    open_once = functools.cache(open_dual_encoder)
+    monkeypatch.setattr("llm2clip.models.dual_encoder.open_dual_encoder", open_once)
+    return open_once
+
+
 def test_index_and_search_print_their_results(
-    photos: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    photos: Path, model_folder: Path, open_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     index = str(tmp_path / "index")
     assert main(["index", str(photos), "--model", str(model_folder), "--out", index]) == 0
@@ -51,7 +61,7 @@ def test_index_and_search_print_their_results(
     assert all(f'<a href="{Path(path).as_uri()}">' in page for path in paths)
     assert "a red one" in page and "without a dog" in page
 
-    model, backend = open_dual_encoder(str(model_folder)), SqliteBackend(Path(index))
+    model, backend = open_model(str(model_folder)), SqliteBackend(Path(index))
     query = SearchQuery(["red"], templates=QueryTemplates(("a photo of a {}", "{}!")))
     literal, with_templates = (
         [f"{hit.score:.3f}" for hit in backend.search(embed_query(model, q), 10, Filter())]
@@ -68,6 +78,7 @@ def test_index_and_search_print_their_results(
     saved = templates.read_text()
     try:
         save_query_templates(model_folder, query.templates)  # the model's identity stays the same
+        open_model.cache_clear()
         assert all(score in search() for score in with_templates)
         assert all(score in search("--templates") for score in literal)
     finally:
