@@ -483,16 +483,7 @@ class SqliteDatabase:
     """
 
     def __init__(self, folder: Path, write: bool) -> None:
-        """
-        Args:
-            folder: Index folder, which must exist.
-            write: If True, open the database for writing, and create it if it does not exist. Only the current user can
-                read a new database.
-
-        Raises:
-            FormatVersionError: The index has another format version.
-            OSError: The database cannot be opened.
-        """
+        """Open the database in an existing folder. With `write`, create the database if it does not exist."""
         self.file = folder / INDEX_FILE
         if not self.file.exists():
             self.file.touch(mode=0o600)  # SQLite gives its temporary files the same permissions
