@@ -426,7 +426,7 @@ class _NoStore:
     def __init__(self) -> None:
         self.manifest: dict[str, Any] = {}
 
-    def rows(self, captions: Any) -> np.ndarray:
+    def find_rows(self, captions: Any) -> np.ndarray:
         return np.zeros(len(list(captions)), np.int64)
 
     def take(self, rows: np.ndarray) -> np.ndarray:

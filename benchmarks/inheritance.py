@@ -85,7 +85,7 @@ def image_features(tower: VisionTower, records: list[Record], folder: Path) -> T
     encoder = TowerEncoder(tower, "fp32")
     refs = [record.image for record in records if record.image is not None]
     store = store_image_features(refs, encoder, encoder.identity(), folder, SkipLog())
-    return torch.from_numpy(store.take(store.find(image_keys(refs))))
+    return torch.from_numpy(store.take(store.find_keys(image_keys(refs))))
 
 
 def headless_weights() -> dict[str, Tensor]:

@@ -67,7 +67,7 @@ with open_for_writing(captions(), folder, {"weights": "none"}, 1, dtype="float16
 times.append(time.perf_counter())
 store = EmbeddingStore(folder)
 for texts in iter_chunks(captions(), 8192):
-    store.rows(texts)
+    store.find_rows(texts)
 times.append(time.perf_counter())
 generate, deduplicate, write, look_up = (stop - start for start, stop in zip(times, times[1:]))
 seconds = (deduplicate - generate, write, look_up - generate)

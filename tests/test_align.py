@@ -192,7 +192,7 @@ def test_align_trains_the_heads_of_a_frozen_tower_on_its_features(
 
     first = [records[int(i)] for i in epoch_permutation(30, config.seed, 0)[:15]]
     pixels = torch.stack([EvalTransform(model.tower.preprocess)(load_image(r.image)) for r in first])
-    rows = np.concatenate([store.rows(r.texts) for r in first])
+    rows = np.concatenate([store.find_rows(r.texts) for r in first])
     image_of_text = torch.tensor([n for n, record in enumerate(first) for _ in record.texts])
     image, text, scale, _ = fresh_model().eval()(pixels, torch.from_numpy(store.take(rows)))
     expected = info_nce(image, text, scale, image_of_text, torch.from_numpy(rows)).item()

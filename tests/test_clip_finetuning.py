@@ -100,7 +100,7 @@ def test_model_gives_the_embeddings_of_the_original_model(clip: Path) -> None:
     text_encoder = load_clip_text_encoder(str(clip), torch.device("cpu"))
     captions = TokenizedCaptions(text_encoder)
     texts = ["a dog", "two red cats in the rain", "a dog"]
-    rows = captions.rows(texts)
+    rows = captions.find_rows(texts)
     assert rows.tolist() == [0, 1, 0]
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
 

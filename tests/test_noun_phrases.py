@@ -100,7 +100,7 @@ def test_phrases_are_sampled_and_are_no_negatives_of_images_that_have_them(
     encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
     store = embed([text for r in records for text in (*r.texts, *r.phrases)], encoder, tmp_path / "store")
     batch = next(AlignBatches(records, store, fresh_model(), WITH_PHRASES).batches(0))
-    rows_of = [set(store.rows(r.phrases)) for r in records]
+    rows_of = [set(store.find_rows(r.phrases)) for r in records]
     number = {str(record.image): n for n, record in enumerate(records)}
     images = [number[name] for name in batch.image_names]
     expected = sorted((i, row) for i, image in enumerate(images) for row in rows_of[image])

@@ -138,14 +138,14 @@ def test_store_matches_a_dictionary(
         write_store(Path(folder), shards, dtype)
         store = EmbeddingStore(folder, read_mode)
         assert len(store) == len(distinct)
-        result, expected = store.take(store.rows(queries)), embeddings_of(queries).reshape(-1, 3)
+        result, expected = store.take(store.find_rows(queries)), embeddings_of(queries).reshape(-1, 3)
         assert result.dtype == np.float32
         largest = np.abs(expected).max(1, initial=0, keepdims=True)
         assert (np.abs(result - expected) <= (largest / 127 / 2 + 1e-5 if dtype == "int8" else 0)).all()
         missing = data.draw(TEXT.filter(lambda text: text not in distinct))
         assert missing not in store and all(caption in store for caption in queries)
         with pytest.raises(StoreError, match="no embedding for the caption"):
-            store.rows([*queries, missing])
+            store.find_rows([*queries, missing])
         store.verify()
 
 
@@ -160,7 +160,7 @@ def test_merged_store_has_the_captions_of_its_sources(first: list[list[str]], se
             store = merge_stores(merged, [a, b])
             captions = unique_captions(caption for shard in (*first, *second) for caption in shard)
             assert len(store) == len(captions)
-            assert np.array_equal(store.take(store.rows(captions)), embeddings_of(captions))
+            assert np.array_equal(store.take(store.find_rows(captions)), embeddings_of(captions))
             store.verify()
 
 
@@ -182,7 +182,7 @@ def test_damaged_byte_is_detected_and_repaired(shards: list[list[str]], data: st
             store = EmbeddingStore(folder)
             store.verify()
             # An undetected change must be harmless.
-            assert np.array_equal(store.take(store.rows(captions)), embeddings_of(captions))
+            assert np.array_equal(store.take(store.find_rows(captions)), embeddings_of(captions))
         except StoreError as error:
             message = str(error)
         assert not message or folder.name in message
@@ -190,7 +190,7 @@ def test_damaged_byte_is_detected_and_repaired(shards: list[list[str]], data: st
         store = EmbeddingStore(folder)
         store.verify()
         remaining = [caption for caption in captions if caption in store]
-        assert np.array_equal(store.take(store.rows(remaining)), embeddings_of(remaining).reshape(-1, 3))
+        assert np.array_equal(store.take(store.find_rows(remaining)), embeddings_of(remaining).reshape(-1, 3))
         lost = set(captions) - set(remaining)
         assert not lost or any(lost <= set(shard) for shard in shards), "more than one shard is lost"
 
@@ -208,7 +208,7 @@ def test_key_index_finds_the_first_row_of_a_key(chunks: list[list[bytes]], share
     with TemporaryDirectory() as folder:
         file = Path(folder, "index.npy")
         assert build_key_index(file, arrays) == len(first_row)
-        rows = KeyIndex(file).find(np.frombuffer(b"".join(queries), np.uint8).reshape(-1, 16))
+        rows = KeyIndex(file).find_keys(np.frombuffer(b"".join(queries), np.uint8).reshape(-1, 16))
         assert rows.tolist() == [first_row.get(key, -1) for key in queries]
 
 

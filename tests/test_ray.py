@@ -42,7 +42,7 @@ def test_embed_with_ray_writes_the_store_of_embed(cluster: None, llm: Path, tmp_
     local = embed(CAPTIONS, open_encoder(device="cpu"), tmp_path / "local", shard_size=8)
     assert len(first) == 20 and len(store) == 40
     assert [shard.sha256 for shard in store.shards] == [shard.sha256 for shard in local.shards]
-    assert np.array_equal(store.take(store.rows(CAPTIONS)), local.take(local.rows(CAPTIONS)))
+    assert np.array_equal(store.take(store.find_rows(CAPTIONS)), local.take(local.find_rows(CAPTIONS)))
     with folder_lock(tmp_path / "ray"), pytest.raises(FolderInUseError, match="another run"):
         embed_with_ray(CAPTIONS, open_encoder, tmp_path / "ray")
 

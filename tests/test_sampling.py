@@ -221,7 +221,7 @@ class NumberedCaptions:
     def __init__(self) -> None:
         self.manifest: dict[str, Any] = {}
 
-    def rows(self, captions: Iterable[str]) -> np.ndarray:
+    def find_rows(self, captions: Iterable[str]) -> np.ndarray:
         return np.array([int(caption) for caption in captions])
 
     def take(self, rows: np.ndarray) -> np.ndarray:

@@ -56,12 +56,12 @@ def test_store_finds_embeddings_by_caption_in_any_order(encoder: CaptionEncoder,
     store = embed(CAPTIONS, encoder, tmp_path, shard_size=16)
     assert len(store.manifest["shards"]) == 4
     captions = [CAPTIONS[i] for i in (49, 3, 3, 17, 0, 32)]
-    embeddings = store.take(store.rows(captions))
+    embeddings = store.take(store.find_rows(captions))
     assert embeddings.dtype == np.float32
     expected = encoder.encode(captions).numpy()
     assert np.allclose(embeddings, expected, rtol=1e-3, atol=1e-3)  # stored as float16
     with pytest.raises(StoreError, match=r"no embedding for the caption 'never seen'"):
-        store.rows([CAPTIONS[0], CAPTIONS[1], "never seen", "nor this"])
+        store.find_rows([CAPTIONS[0], CAPTIONS[1], "never seen", "nor this"])
     store.verify()
 
 
@@ -94,13 +94,13 @@ def test_store_opens_the_documented_layout(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     store = EmbeddingStore(tmp_path)
     store.verify()
-    assert store.take(store.rows(["two cats", "a dog"])).tolist() == [[4, 5, 6], [1, 2, 3]]
+    assert store.take(store.find_rows(["two cats", "a dog"])).tolist() == [[4, 5, 6], [1, 2, 3]]
     writer = StoreWriter(tmp_path, IDENTITY, 3)
     writer.write(1, ["new"], [1], np.full((1, 3), 7))
     writer.finish()
     store = EmbeddingStore(tmp_path)
     store.verify()
-    assert store.take(store.rows(["new", "a dog"])).tolist() == [[7, 7, 7], [1, 2, 3]]
+    assert store.take(store.find_rows(["new", "a dog"])).tolist() == [[7, 7, 7], [1, 2, 3]]
 
 
 def test_embed_lists_truncated_captions(llm: Path, tmp_path: Path) -> None:
@@ -184,7 +184,9 @@ def test_embed_writes_the_same_store_with_two_processes(encoder: CaptionEncoder,
     run_distributed(2, _embed_rank, str(llm), str(tmp_path / "two"))
     two, one = EmbeddingStore(tmp_path / "two"), embed(CAPTIONS, encoder, tmp_path / "one", shard_size=8)
     assert two.manifest["shards"] == one.manifest["shards"]
-    assert torch.equal(torch.from_numpy(two.take(two.rows(CAPTIONS))), torch.from_numpy(one.take(one.rows(CAPTIONS))))
+    assert torch.equal(
+        torch.from_numpy(two.take(two.find_rows(CAPTIONS))), torch.from_numpy(one.take(one.find_rows(CAPTIONS)))
+    )
 
 
 def _embed_rank(llm: str, folder: str) -> None:
@@ -220,7 +222,7 @@ def test_embed_resumes_after_an_interrupt(
 
 
 def _embeddings(store: EmbeddingStore) -> np.ndarray:
-    return store.take(store.rows(CAPTIONS))
+    return store.take(store.find_rows(CAPTIONS))
 
 
 EMBED_AND_KILL = """
@@ -412,7 +414,7 @@ def test_repair_deletes_only_what_is_damaged(encoder: CaptionEncoder, tmp_path: 
 def test_verify_detects_any_flipped_bit_that_matters(tmp_path: Path) -> None:
     """Flip bits all over a small store: each is detected or changes nothing, and repair leaves an intact store."""
     folder, texts = write_store(tmp_path / "store", ["a", "b"], ["c", "d"]), ["a", "b", "c", "d"]
-    before = EmbeddingStore(folder).take(EmbeddingStore(folder).rows(texts))
+    before = EmbeddingStore(folder).take(EmbeddingStore(folder).find_rows(texts))
     files = {path: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
     rng = np.random.default_rng(0)
     detected = 0
@@ -424,7 +426,7 @@ def test_verify_detects_any_flipped_bit_that_matters(tmp_path: Path) -> None:
             try:
                 store = EmbeddingStore(folder)
                 store.verify()
-                assert np.array_equal(store.take(store.rows(texts)), before), (path, at)
+                assert np.array_equal(store.take(store.find_rows(texts)), before), (path, at)
             except (StoreError, FormatVersionError):
                 detected += 1
             repair_store(folder)
@@ -442,7 +444,7 @@ def test_store_rebuilds_a_missing_or_damaged_index(encoder: CaptionEncoder, tmp_
         index.unlink()
         if damaged is not None:
             index.write_bytes(damaged)
-        assert EmbeddingStore(tmp_path).rows(CAPTIONS).tolist() == store.rows(CAPTIONS).tolist()
+        assert EmbeddingStore(tmp_path).find_rows(CAPTIONS).tolist() == store.find_rows(CAPTIONS).tolist()
         assert index.read_bytes() == content
 
 
@@ -529,7 +531,7 @@ def test_merge_links_or_copies_each_shard_once(tmp_path: Path, monkeypatch: pyte
             monkeypatch.setattr("os.link", lambda *paths: (_ for _ in ()).throw(OSError("another disk")))
         store = merge_stores(tmp_path / out, [a, b, a])
         assert [shard.number for shard in store.shards] == [0, 1] and store.manifest["dtype"] == "int8"
-        assert store.take(store.rows(["b", "a"])).tolist() == [[1, 1], [0, 0]]
+        assert store.take(store.find_rows(["b", "a"])).tolist() == [[1, 1], [0, 0]]
         store.verify()
     write_store(tmp_path / "half", ["half"])
     with pytest.raises(StoreError, match="half has dtype float16, expected int8"):
@@ -597,9 +599,11 @@ def test_key_index_of_many_partitions_matches_a_dictionary(keys: np.ndarray, tmp
     below_all = keys[np.lexsort(keys.T[::-1])[:1]].copy()  # with the second half of the smallest key
     below_all[0, :8] = 0
     queries = np.concatenate([keys, missing, same_first_half, below_all])
-    assert index.find(queries).tolist() == [expected.get(bytes(key), -1) for key in queries]
+    assert index.find_keys(queries).tolist() == [expected.get(bytes(key), -1) for key in queries]
     assert list(tmp_path.iterdir()) == [tmp_path / "index.npy"], "temporary files are deleted"
-    assert build_key_index(tmp_path / "none.npy", []) == 0 and KeyIndex(tmp_path / "none.npy").find(queries)[0] == -1
+    assert (
+        build_key_index(tmp_path / "none.npy", []) == 0 and KeyIndex(tmp_path / "none.npy").find_keys(queries)[0] == -1
+    )
 
 
 def test_sorted_partitions_sorts_in_bounded_memory(keys: np.ndarray, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_parquet_round_trip(encoder: CaptionEncoder, tmp_path: Path) -> None:
     export_parquet(store, tmp_path / "all.parquet")
     imported = import_parquet(tmp_path / "all.parquet", tmp_path / "imported")
     assert imported.manifest["identity"] == store.manifest["identity"]
-    assert np.array_equal(imported.take(imported.rows(CAPTIONS)), store.take(store.rows(CAPTIONS)))
+    assert np.array_equal(imported.take(imported.find_rows(CAPTIONS)), store.take(store.find_rows(CAPTIONS)))
     again = import_parquet(tmp_path / "all.parquet", tmp_path / "imported")
     assert len(again.shards) == len(imported.shards), "importing again adds nothing"
     with pytest.raises(StoreError, match="different encoder"):
@@ -46,7 +46,7 @@ def test_import_parquet_reads_captions_without_metadata(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="does not name the encoder"):
         import_parquet(file, tmp_path / "unnamed")
     store = import_parquet(file, tmp_path / "store", IDENTITY)
-    assert store.take(store.rows(["b"])).tolist() == [[3, 4]], "captions are stripped, as in records"
+    assert store.take(store.find_rows(["b"])).tolist() == [[3, 4]], "captions are stripped, as in records"
 
 
 def test_import_parquet_rejects_incomplete_rows(tmp_path: Path) -> None:
@@ -100,10 +100,12 @@ def test_official_tars_round_trip(store: EmbeddingStore, tmp_path: Path) -> None
         members = {m.name: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
     assert [name.split(".")[0] for name in members][::2] == list(SAMPLES)
     embedding = np.frombuffer(members["0007.longsv_captions"], np.float32)
-    assert np.array_equal(embedding, store.take(store.rows(["longSV_captions 2"]))[0])
+    assert np.array_equal(embedding, store.take(store.find_rows(["longSV_captions 2"]))[0])
     imported = import_official_tars([tmp_path / "00.tar"], tmp_path / "imported", store.manifest["identity"])
     assert len(imported) == 10
-    assert np.array_equal(imported.take(imported.rows(SAMPLE_CAPTIONS)), store.take(store.rows(SAMPLE_CAPTIONS)))
+    assert np.array_equal(
+        imported.take(imported.find_rows(SAMPLE_CAPTIONS)), store.take(store.find_rows(SAMPLE_CAPTIONS))
+    )
 
 
 def test_export_official_tars_does_not_overwrite_files(store: EmbeddingStore, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_take_returns_the_written_rows(tmp_path: Path, read_mode: ReadMode, dtyp
     writer.finish()
     store = pickle.loads(pickle.dumps(EmbeddingStore(tmp_path, read_mode)))
     order = rng.integers(0, 70, 200)
-    result = store.take(store.rows([str(i) for i in order]))
+    result = store.take(store.find_rows([str(i) for i in order]))
     if dtype == "int8":
         tolerance = np.abs(embeddings).max(1, keepdims=True) / 254 + 1e-6
     else:
@@ -114,7 +114,7 @@ def test_store_is_mapped_if_it_takes_less_than_half_of_the_memory(
 def test_store_can_be_read_in_forked_workers(encoder: CaptionEncoder, tmp_path: Path, read_mode: ReadMode) -> None:
     embed(CAPTIONS, encoder, tmp_path, shard_size=8)
     store = EmbeddingStore(tmp_path, read_mode)
-    data = [store.rows([caption]) for caption in CAPTIONS]
+    data = [store.find_rows([caption]) for caption in CAPTIONS]
     expected = [store.take(rows) for rows in data]  # starts the threads of this process
     loader = torch.utils.data.DataLoader(
         RowDataset(store, data),

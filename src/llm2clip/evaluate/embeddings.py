@@ -110,7 +110,7 @@ class ModelEmbeddings:
                 dtype="float32",
                 batch_size=BATCH_SIZE,
             )
-            rows = store.find(image_keys(refs))  # -1 for images that could not be decoded
+            rows = store.find_keys(image_keys(refs))  # -1 for images that could not be decoded
             indices = (rows >= 0).nonzero()[0].tolist()
             embeddings = torch.from_numpy(store.take(rows[rows >= 0]))
         check_finite(embeddings)
@@ -132,7 +132,7 @@ class ModelEmbeddings:
                 self.identity,
                 self.folder / "texts",
             )
-            embeddings = torch.from_numpy(store.take(store.rows(texts)))
+            embeddings = torch.from_numpy(store.take(store.find_rows(texts)))
         check_finite(embeddings)
         return embeddings
 

@@ -181,7 +181,7 @@ def dual_encoder_from_store(model: LLM2CLIP, store: EmbeddingStore) -> DualEncod
     """Return a dual encoder that reads text embeddings from a store instead of running the caption encoder."""
 
     def read_texts(texts: Sequence[str], progress: bool) -> Tensor:
-        return model.project_text_embeddings(torch.from_numpy(store.take(store.rows(texts))))
+        return model.project_text_embeddings(torch.from_numpy(store.take(store.find_rows(texts))))
 
     return dataclasses.replace(
         from_llm2clip(model, "llm2clip"), encode_texts_raw=read_texts, count_truncated=lambda texts: None

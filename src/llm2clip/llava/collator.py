@@ -62,7 +62,7 @@ class ConversationDataset(Dataset):
         if store is not None:
             with_image = [n for n, conversation in enumerate(self.conversations) if conversation.image is not None]
             images = [conversation.image for conversation in self.conversations if conversation.image is not None]
-            self.store_rows[with_image] = store.find(image_keys(images))
+            self.store_rows[with_image] = store.find_keys(image_keys(images))
 
     def __len__(self) -> int:
         return len(self.conversations)

@@ -138,7 +138,7 @@ def _cache_features(
 def _drop_unusable_conversations(conversations: Sequence[Conversation], store: EmbeddingStore) -> list[Conversation]:
     """Return the conversations that have no image or whose image is in the store."""
     images = [conversation.image for conversation in conversations if conversation.image is not None]
-    in_store = iter(store.find(image_keys(images)) >= 0)
+    in_store = iter(store.find_keys(image_keys(images)) >= 0)
     return [conversation for conversation in conversations if conversation.image is None or next(in_store)]
 
 

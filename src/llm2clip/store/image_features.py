@@ -146,7 +146,7 @@ def store_image_features(
     store = EmbeddingStore(folder)
     # All processes check the limit at the end: if one process raised an error earlier, the others would wait forever.
     # The log already contains this process's failures, with reasons. Failures of other processes are added here.
-    rows = store.find(caption_keys(list(refs_by_name)))
+    rows = store.find_keys(caption_keys(list(refs_by_name)))
     for ref, row in zip(refs_by_name.values(), rows, strict=True):
         if row < 0:
             log.skip(str(ref), 0, "undecodable image", "")

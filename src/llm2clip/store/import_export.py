@@ -149,7 +149,7 @@ def export_official_tars(store: EmbeddingStore, tars: Sequence[str | Path]) -> l
         with atomic_path(target) as temporary, tarfile.open(temporary, "w") as stream:
             for name, members in _read_samples(tar, ["json"]):
                 for field, caption in _extract_sample_captions(tar, name, members).items():
-                    embedding = store.take(store.rows([caption]))[0]
+                    embedding = store.take(store.find_rows([caption]))[0]
                     _add_member(stream, f"{name}.{field.lower()}", embedding.astype("<f4").tobytes())
     return targets
 

@@ -39,7 +39,7 @@ class KeyIndex:
     def __len__(self) -> int:
         return len(self.high)
 
-    def find(self, keys: np.ndarray) -> np.ndarray:
+    def find_keys(self, keys: np.ndarray) -> np.ndarray:
         """Look up keys of shape (N, 16), uint8; return row numbers of shape (N,), int64.
 
         The row number of a missing key is -1. If a key has several rows, the first row is returned.

@@ -1,7 +1,7 @@
 """Read access to an embedding store, which contains an embedding of every caption in a data set.
 
-`EmbeddingStore.rows` looks up the row numbers of captions, and `EmbeddingStore.take` reads the embeddings in any rows.
-The files in a store are described in `layout`.
+`EmbeddingStore.find_rows` looks up the row numbers of captions, and `EmbeddingStore.take` reads the embeddings in
+these rows. The files in a store are described in `layout`.
 """
 
 from __future__ import annotations
@@ -95,13 +95,13 @@ class EmbeddingStore:
         return int(self.manifest["captions"])
 
     def __contains__(self, caption: str) -> bool:
-        return bool(self.find(caption_keys([caption]))[0] >= 0)
+        return bool(self.find_keys(caption_keys([caption]))[0] >= 0)
 
-    def find(self, keys: np.ndarray) -> np.ndarray:
+    def find_keys(self, keys: np.ndarray) -> np.ndarray:
         """Look up keys of shape (N, 16), uint8; return row numbers of shape (N,), int64, with -1 for missing keys."""
-        return self._index.find(keys)
+        return self._index.find_keys(keys)
 
-    def rows(self, captions: Iterable[str]) -> np.ndarray:
+    def find_rows(self, captions: Iterable[str]) -> np.ndarray:
         """Look up N captions; return their row numbers, of shape (N,), int64.
 
         Raises:
@@ -109,7 +109,7 @@ class EmbeddingStore:
         """
         parts = [np.empty(0, np.int64)]
         for chunk in iter_chunks(captions, LOOKUP_CHUNK):
-            rows = self.find(caption_keys(chunk))
+            rows = self.find_keys(caption_keys(chunk))
             missing = rows < 0
             if missing.any():
                 caption = chunk[int(missing.argmax())]
@@ -203,7 +203,7 @@ def remove_phrases_without_embedding(records: Sequence[Record], store: Embedding
     A phrase may have no embedding because it occurred in too few images of the data used for the store.
     """
     phrases = sorted({phrase for record in records for phrase in record.phrases})
-    is_stored = store.find(caption_keys(phrases)) >= 0
+    is_stored = store.find_keys(caption_keys(phrases)) >= 0
     if phrases and not is_stored.any():
         print_once(
             f"No short phrases are used: {store.folder} has no embeddings of them. To add them, run `llm2clip embed` "

@@ -178,7 +178,7 @@ def _write_captions(
             mask = np.zeros(len(texts), np.bool_)
             mask[np.unique(keys.view("V16")[:, 0], return_index=True)[1]] = True
             if store is not None:
-                mask &= store.find(keys) < 0
+                mask &= store.find_keys(keys) < 0
             is_missing.append(mask)
             positions = np.flatnonzero(mask)
             yield keys[positions], (start + positions).astype(np.uint64)

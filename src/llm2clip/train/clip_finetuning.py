@@ -85,7 +85,7 @@ class TokenizedCaptions:
         self._captions: list[str] = []
         self._row_of: dict[str, int] = {}
 
-    def rows(self, captions: Iterable[str]) -> np.ndarray:
+    def find_rows(self, captions: Iterable[str]) -> np.ndarray:
         """Return the row numbers of N captions, of shape (N,), int64. Identical captions have the same row number."""
         rows = []
         for caption in captions:

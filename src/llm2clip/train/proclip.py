@@ -146,7 +146,7 @@ def inherit_text_space(
     }
     file = folder / WEIGHTS
     if process_state().is_main_process and _read_signature(file) != signature:
-        rows = store.rows(texts), clip_store.find(caption_keys(texts))
+        rows = store.find_rows(texts), clip_store.find_keys(caption_keys(texts))
         similarity = _train_adapter(
             model.adapter, store, clip_store, *rows, len(captions), seed, precision, model.device
         )

@@ -117,7 +117,7 @@ class AlignBatches:
         usable = [record for record in records if record.image is not None]
         self.features, self.feature_rows = features, np.empty(0, np.int64)
         if features is not None:
-            rows = features.find(image_keys([r.image for r in usable if r.image is not None]))
+            rows = features.find_keys(image_keys([r.image for r in usable if r.image is not None]))
             usable = [record for record, row in zip(usable, rows, strict=True) if row >= 0]
             self.feature_rows = rows[rows >= 0]
         self.images_per_step = images_per_step or resolve_images_per_step(len(usable), config, world_size)
@@ -310,7 +310,7 @@ class CaptionSource(Protocol):
 
     manifest: dict[str, Any]
 
-    def rows(self, captions: Iterable[str]) -> np.ndarray:
+    def find_rows(self, captions: Iterable[str]) -> np.ndarray:
         """Return the row numbers of N captions, of shape (N,), int64."""
         ...
 
@@ -343,7 +343,7 @@ class CaptionRows:
                 counts.append(len(captions_of_image))
                 yield from captions_of_image
 
-        rows = store.rows(all_captions())
+        rows = store.find_rows(all_captions())
         image_of_row = np.repeat(np.arange(len(counts)), counts)
         # Combine images and rows into single integers, which NumPy sorts faster than pairs.
         base = int(rows.max(initial=0)) + 1

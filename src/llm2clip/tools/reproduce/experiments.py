@@ -107,7 +107,7 @@ class Experiments:
         folder = self.out / "stores" / _make_file_name(name)
         if (folder / "manifest.json").exists():
             store = EmbeddingStore(folder)
-            if (store.find(caption_keys(unique_captions(texts))) >= 0).all():
+            if (store.find_keys(caption_keys(unique_captions(texts))) >= 0).all():
                 return store
         print_once(f"embed: {self.label(name)}")
         return embed(texts, folder, self._prepare_encoder(name), EmbedConfig())
@@ -224,7 +224,7 @@ class _StoreTextEncoder:
 
     def encode(self, captions: Sequence[str], *, progress: bool = False) -> Tensor:
         """Return the stored embeddings of captions, of shape (N, D), float32."""
-        return torch.from_numpy(self.store.take(self.store.rows(captions))).float()
+        return torch.from_numpy(self.store.take(self.store.find_rows(captions))).float()
 
     def count_truncated(self, captions: Sequence[str]) -> None:
         """Return None, because the store does not record which texts were truncated."""

@@ -99,7 +99,7 @@ def measure_step_times(experiments: Experiments, name: str) -> StepTimes:
         return cast(Tensor, model(embeddings=embeddings.to(device).float())[1])
 
     embed_texts: dict[str, Callable[[], Tensor]] = {
-        CACHED_TEACHER: lambda: adapt(torch.from_numpy(store.take(store.rows(texts)))),
+        CACHED_TEACHER: lambda: adapt(torch.from_numpy(store.take(store.find_rows(texts)))),
         CLIP_TEXT_TOWER: lambda: text_tower(ids),
         # Autograd does not support inference tensors, so copy the embeddings to a normal tensor.
         LLM_IN_LOOP: lambda: adapt(encoder.encode(texts).clone()),
