@@ -40,7 +40,7 @@ from pathlib import Path
 import numpy as np
 from llm2clip.store.layout import iter_chunks
 from llm2clip.store.store import EmbeddingStore
-from llm2clip.store.write_plan import open_for_writing
+from llm2clip.store.writer import open_for_writing
 
 count, folder = int(sys.argv[1]), Path(sys.argv[2])
 NOUNS = "dog man woman child horse bird boat train street beach field kitchen table window tree ball".split()

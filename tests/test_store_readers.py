@@ -16,8 +16,7 @@ from conftest import HANG_TIMEOUT
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.store.encode import embed
 from llm2clip.store.layout import StoreError
-from llm2clip.store.readers import MmapReader, PreadReader, available_memory
-from llm2clip.store.store import EmbeddingStore, ReadMode
+from llm2clip.store.store import EmbeddingStore, MmapReader, PreadReader, ReadMode, available_memory
 from llm2clip.store.writer import StoreWriter
 
 CAPTIONS = [f"caption number {i} of some" for i in range(50)]
@@ -54,7 +53,7 @@ def test_take_returns_the_written_rows(tmp_path: Path, read_mode: ReadMode, dtyp
 def test_readers_limit_and_close_open_files(
     tmp_path: Path, read_mode: ReadMode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm2clip.store.readers.MAX_OPEN_FILES", 2)
+    monkeypatch.setattr("llm2clip.store.store.MAX_OPEN_FILES", 2)
     writer = StoreWriter(tmp_path, IDENTITY, 3, "int8")
     for number in range(9):
         writer.write(number, [str(number)], [1], np.full((1, 3), number))
@@ -83,7 +82,7 @@ def test_pread_reader_raises_if_a_shard_is_truncated_later(tmp_path: Path) -> No
 def test_available_memory_respects_the_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert available_memory(tmp_path / "none") > 1 << 20
     machine = 5_000_000  # the memory of the real machine changes while the test runs
-    monkeypatch.setattr("llm2clip.store.readers.psutil.virtual_memory", lambda: SimpleNamespace(available=machine))
+    monkeypatch.setattr("llm2clip.store.store.psutil.virtual_memory", lambda: SimpleNamespace(available=machine))
     assert available_memory(tmp_path / "none") == machine
     for limit, available in (("max\n", machine), ("3000000\n", 1000000)):
         (tmp_path / "memory.max").write_text(limit)
@@ -107,7 +106,7 @@ def test_store_is_mapped_if_it_takes_less_than_half_of_the_memory(
         assert type(store._reader) is reader
         assert type(pickle.loads(pickle.dumps(store))._reader) is reader
     mapped = EmbeddingStore(tmp_path, "mmap")._reader
-    assert type(mapped) is MmapReader and isinstance(mapped.map(0), np.memmap)
+    assert type(mapped) is MmapReader and isinstance(mapped.open_embeddings(0), np.memmap)
 
 
 @pytest.mark.parametrize("read_mode", ["mmap", "pread"])

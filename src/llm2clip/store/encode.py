@@ -28,8 +28,7 @@ from llm2clip.runs.output_folder import MANIFEST
 from llm2clip.runs.ranks import cached_json
 from llm2clip.store.layout import read_manifest
 from llm2clip.store.store import EmbeddingStore
-from llm2clip.store.write_plan import WritePlan, open_for_writing
-from llm2clip.store.writer import StoreWriter
+from llm2clip.store.writer import StoreWriter, WritePlan, open_for_writing
 
 
 def embed(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +29,9 @@ from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.progress import ProgressBar
 from llm2clip.store.layout import caption_keys
 from llm2clip.store.store import EmbeddingStore
-from llm2clip.store.write_plan import WritePlan, open_for_writing
+from llm2clip.store.writer import WritePlan, open_for_writing
+
+SHARD_SIZE = 8192  # number of images or texts per shard
 
 
 class ImageEncoder(Protocol):
@@ -50,11 +52,7 @@ class TowerEncoder:
     """Image encoder that uses a vision tower without the projection."""
 
     def __init__(self, tower: VisionTower, precision: str) -> None:
-        """
-        Args:
-            tower: Vision tower, which is set to eval mode. Its device is used for encoding.
-            precision: "fp32" for full precision, or "bf16" or "fp16" for autocast.
-        """
+        """Set the tower to eval mode, to encode on its device. `precision` is fp32, or bf16 or fp16 for autocast."""
         self.tower, self.precision, self.embed_dim = tower.eval(), precision, tower.feature_dim
         self.transform: Callable[[Tensor], Any] = EvalTransform(tower.preprocess)
         keep_freed_memory(next(tower.parameters()).device)
@@ -84,14 +82,11 @@ def image_name(ref: ImageRef) -> str:
 
     If the file changes, the name also changes, and the image is encoded again.
     """
-    name = ref.key
-    path = ref.container_path
+    name, path = ref.key, ref.container_path
     if path is not None:
-        try:
+        with suppress(OSError):
             stat = os.stat(path) if isinstance(ref, FileImage) else _stat_cached(path)
             name = f"{name} {stat.st_size} {stat.st_mtime_ns}"
-        except OSError:
-            pass
     return printable(name)
 
 
@@ -115,7 +110,7 @@ def store_image_features(
     dtype: str = "float16",
     batch_size: int = 64,
     workers: int | None = None,
-    shard_size: int = 8192,
+    shard_size: int = SHARD_SIZE,
 ) -> EmbeddingStore:
     """Encode images into the store at `folder`; return the opened store. The shards are divided among all processes.
 
@@ -162,20 +157,13 @@ def store_text_embeddings(
     folder: str | Path,
     *,
     dtype: str = "float32",
-    shard_size: int = 8192,
 ) -> EmbeddingStore:
-    """Encode texts into the store at `folder`; return the opened store.
+    """Encode texts, which may contain duplicates, into the store at `folder`; return the opened store.
 
-    Args:
-        texts: Texts, possibly with duplicates.
-        encode: Function that takes N texts and returns embeddings of shape (N, embed_dim).
-        embed_dim: Dimension of the embeddings.
-        identity: Everything about the encoder that affects the embeddings.
-        folder: Folder of the store. It is created if it does not exist.
-        dtype: dtype of the stored embeddings: float16, float32 or int8.
-        shard_size: Number of texts per shard.
+    `encode` takes N texts and returns embeddings of shape (N, embed_dim). For the other arguments, see
+    `store_image_features`.
     """
-    with open_for_writing(texts, folder, identity, embed_dim, dtype=dtype, shard_size=shard_size) as plan:
+    with open_for_writing(texts, folder, identity, embed_dim, dtype=dtype, shard_size=SHARD_SIZE) as plan:
         for number, shard_texts, bar in _iter_shards(plan, "texts", "text"):
             plan.writer.write(number, shard_texts, [0] * len(shard_texts), encode(shard_texts).numpy())
             bar.update(len(shard_texts))

@@ -12,8 +12,9 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from hashlib import sha256
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -103,31 +104,30 @@ def import_parquet(
 
 def _iter_parquet_rows(file: str | Path, source: pq.ParquetFile) -> Iterator[Rows]:
     """Yield the keys, token counts and embeddings in a Parquet file in batches of at most `SHARD_SIZE` rows."""
-    columns = set(source.schema_arrow.names)
-    key_column = "key" if "key" in columns else "caption"
-    for batch in _iter_parquet_batches(file, source):
-        names, embedding = batch[key_column], batch["embedding"]
-        lengths = pc.unique(pc.list_value_length(embedding))
-        if embedding.null_count or names.null_count or len(lengths) != 1:
-            raise StoreError(
-                f"{file} has a row without an embedding, key or caption, or has embeddings of different lengths"
-            )
-        if key_column == "key":
-            values = b"".join(names.to_pylist())
-            if len(values) != KEY_BYTES * len(batch):
-                raise StoreError(f"{file}: keys must be the first 16 bytes of the caption's SHA-256 hash")
-            keys = np.frombuffer(values, np.uint8).reshape(-1, KEY_BYTES)
-        else:
-            keys = caption_keys([caption.strip() for caption in names.to_pylist()])
-        tokens = batch["tokens"].fill_null(0).to_pylist() if "tokens" in columns else [0] * len(batch)
-        yield keys, tokens, embedding.flatten().to_numpy(zero_copy_only=False).reshape(len(batch), -1)
-
-
-def _iter_parquet_batches(file: str | Path, source: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
     try:
-        yield from source.iter_batches(SHARD_SIZE)
+        for batch in source.iter_batches(SHARD_SIZE):
+            yield _convert_batch(file, batch)
     except pa.ArrowException as error:  # pyarrow < 26 also raises this for nulls in fixed-size lists
         raise StoreError(f"{file} has a row without an embedding, or is damaged ({error})") from error
+
+
+def _convert_batch(file: str | Path, batch: pa.RecordBatch) -> Rows:
+    columns = batch.schema.names
+    names, embedding = batch["key" if "key" in columns else "caption"], batch["embedding"]
+    lengths = pc.unique(pc.list_value_length(embedding))
+    if embedding.null_count or names.null_count or len(lengths) != 1:
+        raise StoreError(
+            f"{file} has a row without an embedding, key or caption, or has embeddings of different lengths"
+        )
+    if "key" in columns:
+        values = b"".join(names.to_pylist())
+        if len(values) != KEY_BYTES * len(batch):
+            raise StoreError(f"{file}: keys must be the first 16 bytes of the caption's SHA-256 hash")
+        keys = np.frombuffer(values, np.uint8).reshape(-1, KEY_BYTES)
+    else:
+        keys = caption_keys([caption.strip() for caption in names.to_pylist()])
+    tokens = batch["tokens"].fill_null(0).to_pylist() if "tokens" in columns else [0] * len(batch)
+    return keys, tokens, embedding.flatten().to_numpy(zero_copy_only=False).reshape(len(batch), -1)
 
 
 # ---- tar files of the authors' code --------------------------------------------------------------------------------
@@ -149,8 +149,10 @@ def export_official_tars(store: EmbeddingStore, tars: Sequence[str | Path]) -> l
         with atomic_path(target) as temporary, tarfile.open(temporary, "w") as stream:
             for name, members in _read_samples(tar, ["json"]):
                 for field, caption in _extract_sample_captions(tar, name, members).items():
-                    embedding = store.take(store.find_rows([caption]))[0]
-                    _add_member(stream, f"{name}.{field.lower()}", embedding.astype("<f4").tobytes())
+                    data = store.take(store.find_rows([caption])).astype("<f4").tobytes()
+                    member = tarfile.TarInfo(f"{name}.{field.lower()}")
+                    member.size = len(data)
+                    stream.addfile(member, io.BytesIO(data))
     return targets
 
 
@@ -218,37 +220,30 @@ def _extract_sample_captions(tar: Path, name: str, members: dict[str, bytes]) ->
         raise StoreError(f"{tar}: sample {name} has no valid JSON file with captions ({error!r})") from error
 
 
-def _read_samples(tar: Path, suffixes: Iterable[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
+def _read_samples(tar: Path, suffixes: Collection[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield (name, dict from suffix to contents) for each sample in a webdataset tar file, in file order."""
-    wanted, current = set(suffixes), None
-    members: dict[str, bytes] = {}
     with tarfile.open(tar) as stream:
-        for info in stream:
-            if not info.isfile():
-                continue
-            folder, _, base = info.name.removeprefix("./").rpartition("/")
-            name, _, suffix = base.partition(".")
-            name, suffix = f"{folder}/{name}" if folder else name, suffix.lower()
-            if name != current:
-                if current is not None:
-                    yield current, members
-                current, members = name, {}
-            if suffix in wanted:
-                if info.size > MAX_MEMBER_BYTES:
+        files = (member for member in stream if member.isfile())
+        for name, members in groupby(files, lambda member: _split_member_name(member)[0]):
+            contents = {}
+            for member in members:
+                suffix = _split_member_name(member)[1].lower()
+                data = stream.extractfile(member)
+                if suffix not in suffixes or data is None:
+                    continue
+                if member.size > MAX_MEMBER_BYTES:
                     raise StoreError(
-                        f"{tar}: {info.name} is too large to be a captions or embeddings file ({info.size:,} bytes)"
+                        f"{tar}: {member.name} is too large to be a captions or embeddings file ({member.size:,} bytes)"
                     )
-                data = stream.extractfile(info)
-                if data is not None:
-                    members[suffix] = data.read()
-    if current is not None:
-        yield current, members
+                contents[suffix] = data.read()
+            yield name, contents
 
 
-def _add_member(stream: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    stream.addfile(info, io.BytesIO(data))
+def _split_member_name(member: tarfile.TarInfo) -> tuple[str, str]:
+    """Split the name of a tar member at the first dot after the last slash."""
+    folder, slash, base = member.name.removeprefix("./").rpartition("/")
+    name, _, suffix = base.partition(".")
+    return folder + slash + name, suffix
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -256,21 +251,17 @@ def _add_member(stream: tarfile.TarFile, name: str, data: bytes) -> None:
 
 def _fill_store(out: Path, identity: dict[str, Any], dtype: str, batches: Iterator[Rows]) -> EmbeddingStore:
     """Write each batch as a shard of the store at `out`. Skip batches whose keys equal an existing shard's keys."""
-    out.mkdir(parents=True, exist_ok=True)
     with folder_lock(out):
         remove_temp_files(out)
         batch = next(batches, None)
         if batch is None:
             raise StoreError("there are no embeddings to import")
-        embed_dim = batch[2].shape[1]
-        writer = StoreWriter(out, identity, embed_dim, dtype)
+        writer = StoreWriter(out, identity, batch[2].shape[1], dtype)
         number = next_shard_number(out)
         existing = {sha256(read_keys(out, shard).tobytes()).digest() for shard in read_shards(out)}
-        while batch is not None:
-            keys, tokens, embeddings = batch
+        for keys, tokens, embeddings in chain([batch], batches):
             if sha256(keys.tobytes()).digest() not in existing:
                 writer.write_keyed(number, keys, tokens, embeddings)
                 number += 1
-            batch = next(batches, None)
         writer.finish()
     return EmbeddingStore(out)

@@ -1,15 +1,13 @@
-"""Key index of a store, which maps caption keys to row numbers with constant memory use.
+"""Key index of a store, which maps caption keys to row numbers without loading them into memory.
 
 A 16-byte key is split into two uint64 halves. The index is an array of shape (3, N), uint64, sorted by key. Its three
 rows contain the first halves of the keys, the second halves, and the row numbers in the store. The array is
 memory-mapped, so that a lookup touches only a few pages. It takes 24 bytes per caption, while an embedding takes a few
 thousand bytes.
 
-The index is built with an external sort, which `write_plan` also uses:
-
-1. `write_records` writes every key and its position to a file of fixed-size records.
-2. `sorted_partitions` splits this file into partitions by the first bits of the keys, so that each partition fits in
-    memory and equal keys are in the same partition, and then sorts the partitions one after another.
+The index is built with an external sort, which the writer also uses to find duplicate captions: `split_by_key` writes
+the keys to `PARTITIONS` files such that equal keys are in the same file, and `sort_partitions` sorts one file after
+another. Memory holds only one of these files.
 """
 
 from __future__ import annotations
@@ -24,7 +22,9 @@ import numpy as np
 
 from llm2clip.io_utils import atomic_path
 
-PARTITION_SIZE = 1 << 22  # number of records to sort at once: 100 MB, plus another 100 MB for sorting
+PARTITION_BITS = 4
+PARTITIONS = 1 << PARTITION_BITS  # sorting 100 million keys takes about 400 MB of memory
+RECORD_BYTES = 24  # a key and its position, as three uint64 values
 
 
 class KeyIndex:
@@ -68,17 +68,17 @@ def build_key_index(file: Path, keys: Iterable[np.ndarray]) -> int:
         file: Path of the index. It must end in .npy.
         keys: Keys of all rows of the store, in row order, in chunks of shape (N, 16), uint8.
     """
-    with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as temporary_folder:
-        records = Path(temporary_folder) / "records"
-        count = write_records(_add_row_numbers(keys), records)
+    with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as partition_folder:
+        partitions = split_by_key(_add_row_numbers(keys), Path(partition_folder))
+        count = sum(partition.stat().st_size for partition in partitions) // RECORD_BYTES
         with atomic_path(file) as temporary:
             index = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint64, shape=(3, count))
             _allocate_on_disk(temporary)
             start, distinct = 0, 0
-            for partition in sorted_partitions(records, count):
-                index[:, start : start + len(partition)] = partition.T
-                start += len(partition)
-                distinct += len(partition) - int(repeats_previous_key(partition).sum())
+            for records in sort_partitions(partitions):
+                index[:, start : start + len(records)] = records.T
+                start += len(records)
+                distinct += len(records) - int(repeats_previous_key(records).sum())
             index.flush()
             del index  # close the memory map
     return distinct
@@ -102,60 +102,47 @@ def _allocate_on_disk(file: Path) -> None:
 # ---- external sort -------------------------------------------------------------------------------------------------
 
 
-def write_records(chunks: Iterable[tuple[np.ndarray, np.ndarray]], file: Path) -> int:
-    """Write keys and positions to a file of records; return the number of records.
+def split_by_key(chunks: Iterable[tuple[np.ndarray, np.ndarray]], folder: Path) -> list[Path]:
+    """Write keys and positions to `PARTITIONS` files in `folder`, by the first bits of the keys; return their paths.
 
-    A record consists of three uint64 values: the first half of the key, the second half, and the position. The file has
-    no header.
+    A record consists of three uint64 values: the first half of the key, the second half, and the position.
 
     Args:
         chunks: (keys of shape (N, 16), uint8; positions of shape (N,), uint64) for each chunk. Positions must increase
             across all chunks.
-        file: File to write.
     """
-    count = 0
-    with file.open("wb") as stream:
-        for keys, positions in chunks:
-            np.stack([*split_keys(keys), positions], axis=1).tofile(stream)
-            count += len(keys)
-    return count
-
-
-def sorted_partitions(file: Path, count: int) -> Iterator[np.ndarray]:
-    """Sort the `count` records in a file by key, then by position, and delete the file.
-
-    Yields:
-        Consecutive partitions of the sorted records, of shape (N, 3), uint64. Records with equal keys are in the same
-        partition.
-    """
-    bits = max(0, (count - 1) // PARTITION_SIZE).bit_length()
-    for partition in _split_by_key(file, bits) if bits else [file]:
-        records = np.fromfile(partition, np.uint64).reshape(-1, 3)
-        partition.unlink()
-        if len(records):
-            # Positions are not used as a sort key, because lexsort is stable and positions increase within the file.
-            yield records[np.lexsort((records[:, 1], records[:, 0]))]
-
-
-def repeats_previous_key(partition: np.ndarray) -> np.ndarray:
-    """Return a boolean mask of shape (N,) that is True for each sorted record whose key equals the previous key."""
-    return np.append([False], (partition[1:, :2] == partition[:-1, :2]).all(axis=1))
-
-
-def _split_by_key(file: Path, bits: int) -> list[Path]:
-    """Split a file of records into 2 ** bits files by the first bits of the keys; delete the original file."""
-    partitions = [file.with_name(f"{file.name}-{number}") for number in range(1 << bits)]
+    partitions = [folder / f"partition-{number:02d}" for number in range(PARTITIONS)]
     with ExitStack() as stack:
         streams = [stack.enter_context(partition.open("wb")) for partition in partitions]
-        source = stack.enter_context(file.open("rb"))
-        while len(records := np.fromfile(source, np.uint64, count=3 * PARTITION_SIZE).reshape(-1, 3)):
-            number = (records[:, 0] >> np.uint64(64 - bits)).astype(np.int64)
-            ordered = records[np.argsort(number, kind="stable")]
-            ends = np.cumsum(np.bincount(number, minlength=len(partitions)))
-            for stream, part in zip(streams, np.split(ordered, ends[:-1]), strict=True):
-                part.tofile(stream)
-    file.unlink()
+        for keys, positions in chunks:
+            records = np.stack([*split_keys(keys), positions], axis=1)
+            number = (records[:, 0] >> np.uint64(64 - PARTITION_BITS)).astype(np.uint8)
+            records = records[np.argsort(number, kind="stable")]
+            ends = np.cumsum(np.bincount(number, minlength=PARTITIONS))
+            for stream, part in zip(streams, np.split(records, ends[:-1]), strict=True):
+                stream.write(part.data)
     return partitions
+
+
+def sort_partitions(partitions: Iterable[Path]) -> Iterator[np.ndarray]:
+    """Read the result of `split_by_key`; delete each file after it has been read.
+
+    Yields:
+        All records in consecutive parts of shape (N, 3), uint64, sorted by key, then by position. Records with equal
+        keys are in the same part.
+    """
+    for partition in partitions:
+        records = np.fromfile(partition, np.uint64).reshape(-1, 3)
+        partition.unlink()
+        # Positions are not used as a sort key, because lexsort is stable and positions increase within the file.
+        yield records[np.lexsort((records[:, 1], records[:, 0]))]
+
+
+def repeats_previous_key(records: np.ndarray) -> np.ndarray:
+    """Return a boolean mask of shape (N,) that is True for each sorted record whose key equals the previous key."""
+    repeats = np.zeros(len(records), np.bool_)
+    repeats[1:] = (records[1:, :2] == records[:-1, :2]).all(axis=1)
+    return repeats
 
 
 def split_keys(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

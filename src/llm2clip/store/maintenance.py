@@ -62,11 +62,10 @@ def repair_store(folder: str | Path, progress: bool = False) -> list[str]:
                 ) from error
             spec = max(specs, key=specs.count)  # the most common spec
         for number in unreadable:
-            _delete_file(keys_path(folder, number), deleted)
+            deleted.append(_delete_keys(folder, number))
         for number in find_damaged_shards(folder, read_shards(folder), spec, progress):
-            _delete_file(keys_path(folder, number), deleted)
-        deleted += remove_temp_files(folder)
-        _delete_incomplete_shards(folder, deleted)
+            deleted.append(_delete_keys(folder, number))
+        deleted += remove_temp_files(folder) + _delete_incomplete_shards(folder)
         for index in folder.glob("index-*.npy"):
             index.unlink()
         write_manifest(folder, *spec)
@@ -84,18 +83,23 @@ def _read_specs(folder: Path) -> tuple[list[StoreSpec], list[int]]:
     return specs, unreadable
 
 
-def _delete_incomplete_shards(folder: Path, deleted: list[str]) -> None:
-    """Delete the files of shards that lack keys or embeddings, because of damage or an interrupted write."""
+def _delete_keys(folder: Path, number: int) -> str:
+    """Delete a shard's keys file, which makes the shard incomplete; return the name of the file."""
+    path = keys_path(folder, number)
+    path.unlink()
+    return path.name
+
+
+def _delete_incomplete_shards(folder: Path) -> list[str]:
+    """Delete the files of shards without keys or embeddings, after damage or an interrupted write; return the names."""
     complete = set(shard_numbers(folder))
+    deleted = []
     for path in sorted(folder.iterdir()):
         match = re.fullmatch(r"(?:embeddings|scales|keys)-(\d{5,})\.(?:npy|parquet)", path.name)
         if match and int(match[1]) not in complete:
-            _delete_file(path, deleted)
-
-
-def _delete_file(path: Path, deleted: list[str]) -> None:
-    path.unlink()
-    deleted.append(path.name)
+            path.unlink()
+            deleted.append(path.name)
+    return deleted
 
 
 # ---- merging -------------------------------------------------------------------------------------------------------
@@ -112,7 +116,6 @@ def merge_stores(out: str | Path, sources: Sequence[str | Path]) -> EmbeddingSto
     """
     out, folders = Path(out), [Path(source) for source in sources]
     identity, embed_dim, dtype = _check_sources(folders)
-    out.mkdir(parents=True, exist_ok=True)
     with folder_lock(out):
         remove_temp_files(out)
         writer = StoreWriter(out, identity, embed_dim, dtype)

@@ -22,7 +22,7 @@ from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.runs.ranks import process_state
 from llm2clip.store.encode import load_or_tune_batch_tokens, resolve_store_precision, tokenize_shard, write_shard
 from llm2clip.store.store import EmbeddingStore
-from llm2clip.store.write_plan import WritePlan, open_for_writing
+from llm2clip.store.writer import WritePlan, open_for_writing
 
 MAX_RETRIES = 4  # per worker and per shard; by default, Ray Data retries without limit
 

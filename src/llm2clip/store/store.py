@@ -2,6 +2,12 @@
 
 `EmbeddingStore.find_rows` looks up the row numbers of captions, and `EmbeddingStore.take` reads the embeddings in
 these rows. The files in a store are described in `layout`.
+
+Embeddings are read through memory maps or, if the store is too large for memory, with positional reads. With a memory
+map, the operating system also reads the pages around every requested row. If the store is larger than memory, these
+pages are evicted before they are used. `PreadReader` therefore reads each run of consecutive rows with a positional
+read, in several threads, and declares to the operating system that access is random. Both readers access rows in the
+order in which they are stored on disk.
 """
 
 from __future__ import annotations
@@ -9,13 +15,19 @@ from __future__ import annotations
 import dataclasses
 import filecmp
 import os
+import re
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import psutil
+import torch
 
 from llm2clip.data.columns import TEXT_FIELDS
 from llm2clip.data.records import Record
@@ -29,19 +41,23 @@ from llm2clip.store.layout import (
     Shard,
     StoreError,
     StoreSpec,
+    build_damage_error,
     caption_keys,
+    embeddings_path,
     index_path,
     iter_chunks,
     read_keys,
     read_manifest,
     read_shard_metadata,
+    scales_path,
     shard_checksum,
     store_spec,
 )
-from llm2clip.store.readers import MmapReader, PreadReader, RowReader, available_memory
 
 ReadMode = Literal["auto", "mmap", "pread"]
 LOOKUP_CHUNK = 1 << 18  # number of captions to hash and look up at once
+THREADS = 16  # maximum number of concurrent positional reads; the disk can reorder concurrent reads
+MAX_OPEN_FILES = 256  # per cache; operating systems usually allow about a thousand open files per process
 
 
 class EmbeddingStore:
@@ -173,6 +189,187 @@ def find_damaged_shards(folder: Path, shards: Sequence[Shard], spec: StoreSpec, 
             leave=False,
         )
         return [shard.number for shard, intact in zip(shards, results, strict=True) if not intact]
+
+
+# ---- readers -------------------------------------------------------------------------------------------------------
+
+
+class ShardRows(NamedTuple):
+    """Rows to read from one shard.
+
+    Attributes:
+        shard: Index of the shard in the list of shards.
+        rows: Row numbers within the shard in ascending order, of shape (N,), int64.
+        out: Array to fill, of shape (N, embed_dim), in the store's dtype.
+    """
+
+    shard: int
+    rows: np.ndarray
+    out: np.ndarray
+
+
+class RowReader(ABC):
+    """Reader of embeddings by row number. Subclasses implement how values are read from the shards."""
+
+    def __init__(self, folder: Path, shards: Sequence[Shard], embed_dim: int, dtype: str) -> None:
+        """Check the files of all shards.
+
+        Raises:
+            StoreError: A file is missing, or its shape, dtype or size is wrong.
+        """
+        stored_dtype = DTYPES[dtype]
+
+        def open_embeddings(n: int) -> np.memmap[Any, Any]:
+            return _open_array(embeddings_path(folder, shards[n].number), (shards[n].rows, embed_dim), stored_dtype)
+
+        def open_scales(n: int) -> np.memmap[Any, Any]:
+            return _open_array(scales_path(folder, shards[n].number), (shards[n].rows,), np.dtype(np.float32))
+
+        self.embed_dim, self.dtype = embed_dim, stored_dtype
+        self.bounds = np.cumsum([0, *(shard.rows for shard in shards)])  # first row of each shard, and total
+        self.data_offsets = [open_embeddings(n).offset for n in range(len(shards))]
+        self.open_embeddings = lru_cache(MAX_OPEN_FILES)(open_embeddings)
+        self.open_scales = None
+        if dtype == "int8":
+            for n in range(len(shards)):
+                open_scales(n)  # checks the file
+            self.open_scales = lru_cache(MAX_OPEN_FILES)(open_scales)
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Read the embeddings in the given rows, in the given order.
+
+        Args:
+            rows: Row numbers in the store, of shape (N,), int64.
+
+        Returns:
+            Embeddings of shape (N, embed_dim), float32.
+
+        Raises:
+            IndexError: A row number is out of range.
+        """
+        total = int(self.bounds[-1])
+        if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < total):
+            raise IndexError(f"row numbers must be between 0 and {total - 1}")
+        order = np.argsort(rows, kind="stable")
+        sorted_rows = rows[order]
+        stored = np.empty((len(rows), self.embed_dim), self.dtype)
+        parts = self._split_by_shard(sorted_rows, stored)
+        self._read(parts)
+        position = np.empty_like(order)  # position of each requested row in `sorted_rows`
+        position[order] = np.arange(len(order))
+        # torch is faster than NumPy here, because it uses several threads.
+        embeddings = torch.from_numpy(stored)[torch.from_numpy(position)].float()
+        if self.open_scales is not None:
+            scales = np.concatenate([np.empty(0, np.float32), *(self.open_scales(p.shard)[p.rows] for p in parts)])
+            embeddings *= torch.from_numpy(scales[position])[:, None]
+        return embeddings.numpy()
+
+    def _split_by_shard(self, sorted_rows: np.ndarray, out: np.ndarray) -> list[ShardRows]:
+        """Group the rows by shard. The `out` array of each group is a view of the matching rows of `out`."""
+        parts = []
+        cuts = np.searchsorted(sorted_rows, self.bounds)
+        for shard, (start, stop) in enumerate(pairwise(cuts)):
+            if start < stop:
+                parts.append(ShardRows(shard, sorted_rows[start:stop] - self.bounds[shard], out[start:stop]))
+        return parts
+
+    @abstractmethod
+    def _read(self, parts: list[ShardRows]) -> None:
+        """Read the rows of each part into its `out` array."""
+
+
+class MmapReader(RowReader):
+    """Reader that uses memory maps."""
+
+    def _read(self, parts: list[ShardRows]) -> None:
+        for part in parts:
+            # All rows are in range, so nothing is clipped. With mode="raise", NumPy would buffer the output.
+            np.take(self.open_embeddings(part.shard), part.rows, axis=0, out=part.out, mode="clip")
+
+
+class PreadReader(RowReader):
+    """Reader that uses one positional read for each run of consecutive rows. Several threads read in parallel."""
+
+    def __init__(self, folder: Path, shards: Sequence[Shard], embed_dim: int, dtype: str) -> None:
+        super().__init__(folder, shards, embed_dim, dtype)
+        self.open_file = lru_cache(MAX_OPEN_FILES)(
+            lambda n: _RandomAccessFile(embeddings_path(folder, shards[n].number))
+        )
+        self.process_id, self.pool = os.getpid(), ThreadPoolExecutor(THREADS)
+
+    def _read(self, parts: list[ShardRows]) -> None:
+        if self.process_id != os.getpid():  # after a fork, the parent's threads do not exist in this process
+            self.process_id, self.pool = os.getpid(), ThreadPoolExecutor(THREADS)
+        for first in range(0, len(parts), MAX_OPEN_FILES):
+            self._read_parts(parts[first : first + MAX_OPEN_FILES])
+
+    def _read_parts(self, parts: list[ShardRows]) -> None:
+        row_bytes = self.embed_dim * self.dtype.itemsize
+        reads: list[tuple[_RandomAccessFile, memoryview, int]] = []  # file, memory to fill, offset in the file
+        for part in parts:
+            file, offset = self.open_file(part.shard), self.data_offsets[part.shard]
+            memory = part.out.view(np.uint8).reshape(-1).data
+            run_ends = (np.flatnonzero(np.diff(part.rows) != 1) + 1).tolist()
+            for start, stop in pairwise([0, *run_ends, len(part.rows)]):
+                at = offset + int(part.rows[start]) * row_bytes
+                reads.append((file, memory[start * row_bytes : stop * row_bytes], at))
+        chunk_size = -(-len(reads) // (4 * THREADS)) or 1
+        chunks = [reads[i : i + chunk_size] for i in range(0, len(reads), chunk_size)]
+        for _ in self.pool.map(_read_chunk, chunks):
+            pass  # iterating re-raises exceptions from the threads
+
+
+def _read_chunk(reads: Sequence[tuple[_RandomAccessFile, memoryview, int]]) -> None:
+    for file, memory, offset in reads:
+        if os.preadv(file.descriptor, [memory], offset) != len(memory):
+            raise StoreError("a shard was truncated while it was being read")
+
+
+class _RandomAccessFile:
+    """File opened for positional reads. The file is closed when this object is deleted."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):  # the attribute is missing if __init__ raised an error
+            os.close(self.descriptor)
+
+
+def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.memmap[Any, Any]:
+    """Open a .npy file as a memory map.
+
+    Raises:
+        StoreError: The file is missing or damaged, or does not contain exactly an array of this shape and dtype.
+    """
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+        size = path.stat().st_size
+    except FileNotFoundError as error:
+        raise StoreError(f"{path} is missing. Run `llm2clip store repair {path.parent}`") from error
+    except READ_ERRORS as error:
+        raise build_damage_error(path, error) from error
+    is_exact = array.shape == shape and array.dtype == dtype and array.flags.c_contiguous
+    if not is_exact or array.offset + array.nbytes != size:
+        raise build_damage_error(path, "its shape, dtype or size does not match the keys file")
+    return array
+
+
+def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the number of bytes that this process can still allocate within available RAM and its cgroup's limit."""
+    available = int(psutil.virtual_memory().available)
+    limit_file, usage_file, stat_file = (cgroup / f"memory.{name}" for name in ("max", "current", "stat"))
+    if not (limit_file.is_file() and usage_file.is_file()):
+        return available
+    limit = limit_file.read_text().strip()
+    if limit == "max":
+        return available
+    stat = stat_file.read_text() if stat_file.is_file() else ""
+    reclaimable = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)  # cached file pages
+    left = int(limit) - int(usage_file.read_text()) + (int(reclaimable[1]) if reclaimable else 0)
+    return min(available, left)
 
 
 # ---- captions without an embedding ---------------------------------------------------------------------------------

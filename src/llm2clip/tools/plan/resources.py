@@ -15,7 +15,7 @@ from llm2clip.data.records import Record
 from llm2clip.runs.checkpoint import MAX_CHECKPOINTS
 from llm2clip.runs.fsdp import fsdp_enabled
 from llm2clip.runs.ranks import process_state
-from llm2clip.store.readers import available_memory
+from llm2clip.store.store import available_memory
 from llm2clip.tools.plan.devices import Machine
 from llm2clip.tools.plan.memory import peak_memory
 from llm2clip.tools.plan.plan import Plan, plan_fit
