@@ -244,7 +244,7 @@ def test_fit_inherits_phrases_if_there_are_any(column: str, image_folder: Path, 
     assert (run / "align" / proclip.WEIGHTS).exists()
     (clip_store,) = (run / "align").glob("clip-texts-*")
     for folder in (run / "store", clip_store):
-        is_stored = EmbeddingStore(folder).find(caption_keys(["border"])) >= 0
+        is_stored = EmbeddingStore(folder).find_keys(caption_keys(["border"])) >= 0
         assert is_stored.item() == (column == "captions")
 
 

@@ -27,7 +27,7 @@ from llm2clip.data.image_hashes import TRAINING_IMAGES_FILE, count_training_imag
 from llm2clip.data.records import open_records
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
-from llm2clip.tools.plan import resources
+from llm2clip.tools.plan import plan as planner
 
 
 def fit_command(image_folder: Path, llm: Path, tower: Path, out: Path) -> list[str]:
@@ -123,8 +123,8 @@ def test_fit_checks_disk_space_and_memory_before_training(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(resources, "available_memory", lambda: 10**8)
-    monkeypatch.setattr(resources.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**5))
+    monkeypatch.setattr(planner, "available_memory", lambda: 10**8)
+    monkeypatch.setattr(planner.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**5))
     assert main(fit_command(image_folder, llm, tower, tmp_path / "run")) == 1
     assert re.search(r"needs about 0\.\d GB of disk space .* 0\.0 GB are free", capsys.readouterr().err)
     assert not (tmp_path / "run/tune").exists()
@@ -132,11 +132,11 @@ def test_fit_checks_disk_space_and_memory_before_training(
     records = list(open_records(image_folder / "captions.jsonl"))
     config = FitConfig(encoder=EncoderConfig(str(llm)), align=AlignConfig(tower=str(tower), image_size=64))
     monkeypatch.undo()
-    monkeypatch.setattr(resources, "available_memory", lambda: 10**8)
-    warnings = resources.check_resources(config, tmp_path, records)
+    monkeypatch.setattr(planner, "available_memory", lambda: 10**8)
+    warnings = planner.check_resources(config, tmp_path, records)
     assert warnings[0].startswith("Warning: tune needs about") and "0.1 GB are free" in warnings[0]
     monkeypatch.undo()
-    assert resources.check_resources(config, tmp_path, records) == []
+    assert planner.check_resources(config, tmp_path, records) == []
 
 
 def test_fit_on_two_ranks_makes_one_run(image_folder: Path, llm: Path, tower: Path, tmp_path: Path) -> None:

@@ -18,9 +18,8 @@ from torch import Tensor
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.images import decode_image
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.tools.quickstart.captions import make_drawing_caption, make_keyword_caption
-from llm2clip.tools.quickstart.openmoji import LANGUAGES, prepare_emoji_records
-from llm2clip.tools.quickstart.run import QUERIES, _format_last_lines, _write_search_results
+from llm2clip.tools.openmoji import LANGUAGES, _make_drawing_caption, _make_keyword_caption, prepare_emoji_records
+from llm2clip.tools.quickstart import QUERIES, _format_last_lines, _write_search_results
 
 
 @pytest.fixture
@@ -57,7 +56,7 @@ def test_prepare_emoji_records_deduplicates_and_splits_by_family(
     bear = {"character": "🐻", "category_slug": "animals-and-nature", "subcategory_slug": "animal-mammal"}
     (groups / "emojis.json").write_text(json.dumps([bear]))
 
-    folder = prepare_emoji_records(tmp_path / "records", size=48, offline=True, progress=False)
+    folder = prepare_emoji_records(tmp_path / "records", size=48, offline=True)
     rows = [json.loads(line) for line in (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
     by_id = {row["id"]: row for row in rows}
     assert set(by_id) == {"1F600", "1F43B", "1F43B-200D-2744-FE0F", "1F3C4", "1F3C4-200D-2640-FE0F"}
@@ -94,8 +93,8 @@ def test_prepare_emoji_records_deduplicates_and_splits_by_family(
 def test_captions_are_built_from_name_keywords_and_subgroup(
     name: str, keywords: list[str], subgroup: str, from_keywords: str | None, of_drawing: str
 ) -> None:
-    assert make_keyword_caption(name, keywords, subgroup) == from_keywords
-    assert make_drawing_caption(name, subgroup) == of_drawing
+    assert _make_keyword_caption(name, keywords, subgroup) == from_keywords
+    assert _make_drawing_caption(name, subgroup) == of_drawing
 
 
 def test_search_results_page_shows_the_nearest_images_of_each_query(tmp_path: Path) -> None:

@@ -1,16 +1,19 @@
-"""Embedding store: lookup, atomic shards, identity of the encoder, resuming, repair, merging, and the key index."""
+"""Embedding store: lookup, readers, atomic shards, resuming, repair, merging, and the key index."""
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from conftest import HANG_TIMEOUT, run_distributed
 from llm2clip.cli import main
 from llm2clip.data.records import Record
 from llm2clip.io_utils import atomic_path
@@ -29,7 +33,15 @@ from llm2clip.store.encode import embed
 from llm2clip.store.key_index import KeyIndex, build_key_index, sort_partitions, split_by_key, split_keys
 from llm2clip.store.layout import StoreError, read_shards
 from llm2clip.store.maintenance import merge_stores, repair_store
-from llm2clip.store.store import EmbeddingStore, drop_refused_captions, refused_captions
+from llm2clip.store.store import (
+    EmbeddingStore,
+    MmapReader,
+    PreadReader,
+    ReadMode,
+    available_memory,
+    drop_refused_captions,
+    refused_captions,
+)
 from llm2clip.store.writer import StoreWriter, shard_file, write_missing_shards
 
 CAPTIONS = [f"caption number {i} of some" for i in range(50)]
@@ -178,8 +190,6 @@ def test_embed_auto_precision_follows_the_store(
 
 
 def test_embed_writes_the_same_store_with_two_processes(encoder: CaptionEncoder, llm: Path, tmp_path: Path) -> None:
-    from conftest import run_distributed
-
     run_distributed(2, _embed_rank, str(llm), str(tmp_path / "two"))
     two, one = EmbeddingStore(tmp_path / "two"), embed(CAPTIONS, encoder, tmp_path / "one", shard_size=8)
     assert two.manifest["shards"] == one.manifest["shards"]
@@ -195,29 +205,23 @@ def _embed_rank(llm: str, folder: str) -> None:
 # ---- interrupts ----------------------------------------------------------------------------------------------------
 
 
-def test_embed_resumes_after_an_interrupt(
+def test_interrupted_embed_closes_its_threads_and_keeps_complete_shards(
     encoder: CaptionEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written: list[int] = []
     write = StoreWriter.write
 
-    def interrupted_write(self: StoreWriter, number: int, *rest: object) -> None:
+    def interrupted_write(self: StoreWriter, number: int, *rest: Any) -> None:
         if number == 2:
             raise KeyboardInterrupt
-        written.append(number)
-        write(self, number, *rest)  # type: ignore[arg-type]
+        write(self, number, *rest)
 
     threads_before = set(threading.enumerate())
     monkeypatch.setattr(StoreWriter, "write", interrupted_write)
     with pytest.raises(KeyboardInterrupt) as interrupt:
         embed(CAPTIONS, encoder, tmp_path, shard_size=16)
     new_threads = set(threading.enumerate()) - threads_before
-    assert interrupt.tb and not any("Pool" in thread.name for thread in new_threads), "the thread pools are closed"
-    monkeypatch.setattr(StoreWriter, "write", write)
-    store = embed(CAPTIONS, encoder, tmp_path, shard_size=16)
-    assert written == [0, 1]
-    uninterrupted = embed(CAPTIONS, encoder, tmp_path / "uninterrupted", shard_size=16)
-    assert np.array_equal(_embeddings(store), _embeddings(uninterrupted))
+    assert interrupt.tb and not any("Pool" in thread.name for thread in new_threads)
+    assert [shard.number for shard in read_shards(tmp_path)] == [0, 1]
 
 
 def _embeddings(store: EmbeddingStore) -> np.ndarray:
@@ -479,24 +483,6 @@ def test_repair_deletes_leftovers_of_killed_processes(encoder: CaptionEncoder, t
 # ---- merging -------------------------------------------------------------------------------------------------------
 
 
-def test_merge_combines_stores_of_several_machines(encoder: CaptionEncoder, tmp_path: Path) -> None:
-    parts = [tmp_path / name for name in "abc"]
-    for part, captions in zip(parts, (CAPTIONS[:20], CAPTIONS[10:35], CAPTIONS[35:]), strict=True):
-        embed(captions, encoder, part, shard_size=8)
-    single = embed(CAPTIONS, encoder, tmp_path / "single")
-    store = merge_stores(tmp_path / "merged", parts)
-    assert len(store) == 50
-    assert np.allclose(_embeddings(store), _embeddings(single), atol=1e-3)
-    assert len(merge_stores(tmp_path / "merged", parts).shards) == len(store.shards), "merging again adds nothing"
-    store.verify()
-    StoreWriter(tmp_path / "other", IDENTITY, 32)
-    with pytest.raises(StoreError, match="different encoder"):
-        merge_stores(tmp_path / "more", [parts[0], tmp_path / "other"])
-    flip(parts[1] / "embeddings-00000.npy", -1)
-    with pytest.raises(StoreError, match="damaged"):
-        merge_stores(tmp_path / "more", parts)
-
-
 def test_merge_links_or_copies_each_shard_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a = write_store(tmp_path / "a", ["a"], first=4, dtype="int8")
     b = write_store(tmp_path / "b", ["c", "b"], first=4, dtype="int8")
@@ -507,13 +493,140 @@ def test_merge_links_or_copies_each_shard_once(tmp_path: Path, monkeypatch: pyte
         assert [shard.number for shard in store.shards] == [0, 1] and store.manifest["dtype"] == "int8"
         assert store.take(store.find_rows(["b", "a"])).tolist() == [[1, 1], [0, 0]]
         store.verify()
-    write_store(tmp_path / "half", ["half"])
-    with pytest.raises(StoreError, match="half has dtype float16, expected int8"):
-        merge_stores(tmp_path / "more", [a, tmp_path / "half"])
     write_store(a, ["new"], first=5, dtype="int8")
     assert "new" in merge_stores(tmp_path / "copied", [a, b]), "a shard after one that exists already"
+
+
+def test_merge_rejects_different_and_damaged_stores(tmp_path: Path) -> None:
+    ours = write_store(tmp_path / "ours", ["a"])
+    for name, message, options in (
+        ("half", "half has dtype int8, expected float16", {"dtype": "int8"}),
+        ("encoder", "different encoder", {"layers": 9}),
+    ):
+        with pytest.raises(StoreError, match=message):
+            merge_stores(tmp_path / "merged", [ours, write_store(tmp_path / name, ["b"], **options)])
     with pytest.raises(StoreError, match="no stores to merge"):
-        merge_stores(tmp_path / "more", [])
+        merge_stores(tmp_path / "merged", [])
+    flip(ours / "embeddings-00000.npy", -1)
+    with pytest.raises(StoreError, match=r"damaged shards: \[0\]"):
+        merge_stores(tmp_path / "merged", [ours])
+
+
+# ---- readers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("read_mode", ["mmap", "pread"])
+def test_take_returns_the_written_rows(tmp_path: Path, read_mode: ReadMode, dtype: str) -> None:
+    """Repeated rows of many shards, in any order; int8 is within half a quantization step of each row."""
+    rng = np.random.default_rng(0)
+    embeddings = rng.normal(size=(70, 12)).astype(np.float32) * 10 ** rng.uniform(-2, 1, (70, 1)).astype(np.float32)
+    embeddings[3] = 0
+    writer = StoreWriter(tmp_path, IDENTITY, 12, dtype)
+    for number, start in enumerate(range(0, 70, 16)):
+        texts = [str(i) for i in range(start, min(start + 16, 70))]
+        writer.write(number, texts, [1] * len(texts), embeddings[start : start + 16])
+    writer.finish()
+    store = pickle.loads(pickle.dumps(EmbeddingStore(tmp_path, read_mode)))
+    order = rng.integers(0, 70, 200)
+    result = store.take(store.find_rows([str(i) for i in order]))
+    if dtype == "int8":
+        tolerance = np.abs(embeddings).max(1, keepdims=True) / 254 + 1e-6
+    else:
+        tolerance = np.abs(embeddings) / 1024 + 1e-7
+    assert (np.abs(result - embeddings[order]) <= tolerance[order]).all()
+    assert store.take([]).shape == (0, 12)
+    for row in (-1, 70):
+        with pytest.raises(IndexError, match="row numbers must be between 0 and 69"):
+            store.take([row])
+
+
+@pytest.mark.parametrize("read_mode", ["mmap", "pread"])
+def test_readers_limit_and_close_open_files(
+    tmp_path: Path, read_mode: ReadMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm2clip.store.store.MAX_OPEN_FILES", 2)
+    writer = StoreWriter(tmp_path, IDENTITY, 3, "int8")
+    for number in range(9):
+        writer.write(number, [str(number)], [1], np.full((1, 3), number))
+    writer.finish()
+    store = EmbeddingStore(tmp_path, read_mode)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        assert store.take([8, 0, 5, 1])[:, 0].tolist() == [8, 0, 5, 1]
+        assert np.allclose(store.take(range(9))[:, 2], range(9), atol=1e-5)
+    assert len(os.listdir("/proc/self/fd")) <= before + 4
+    del store
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before, "files stay open"
+
+
+def test_pread_reader_raises_if_a_shard_is_truncated_later(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path, IDENTITY, 4)
+    writer.write(0, ["a", "b"], [1, 1], np.ones((2, 4)))
+    writer.finish()
+    store = EmbeddingStore(tmp_path, "pread")
+    os.truncate(tmp_path / "embeddings-00000.npy", 140)
+    with pytest.raises(StoreError, match="truncated while it was being read"):
+        store.take([1])
+
+
+def test_available_memory_respects_the_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert available_memory(tmp_path / "none") > 1 << 20
+    machine = 5_000_000  # the memory of the real machine changes while the test runs
+    monkeypatch.setattr("llm2clip.store.store.psutil.virtual_memory", lambda: SimpleNamespace(available=machine))
+    assert available_memory(tmp_path / "none") == machine
+    for limit, available in (("max\n", machine), ("3000000\n", 1000000)):
+        (tmp_path / "memory.max").write_text(limit)
+        (tmp_path / "memory.current").write_text("2000000\n")
+        assert available_memory(tmp_path) == available
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 600000\nactive_file 7\n")
+    assert available_memory(tmp_path) == 1600000, "inactive page cache counts as available"
+    (tmp_path / "memory.current").unlink()
+    assert available_memory(tmp_path) == machine
+
+
+def test_store_is_mapped_if_it_takes_less_than_half_of_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = StoreWriter(tmp_path, IDENTITY, 3)
+    writer.write(0, list("abcde"), [1] * 5, np.ones((5, 3)))  # 30 bytes of embeddings
+    writer.finish()
+    for memory, reader in ((61, MmapReader), (60, PreadReader)):
+        monkeypatch.setattr("llm2clip.store.store.available_memory", lambda memory=memory: memory)
+        store = EmbeddingStore(tmp_path)
+        assert type(store._reader) is reader
+        assert type(pickle.loads(pickle.dumps(store))._reader) is reader
+    mapped = EmbeddingStore(tmp_path, "mmap")._reader
+    assert type(mapped) is MmapReader and isinstance(mapped.open_embeddings(0), np.memmap)
+
+
+@pytest.mark.parametrize("read_mode", ["mmap", "pread"])
+def test_store_can_be_read_in_forked_workers(encoder: CaptionEncoder, tmp_path: Path, read_mode: ReadMode) -> None:
+    embed(CAPTIONS, encoder, tmp_path, shard_size=8)
+    store = EmbeddingStore(tmp_path, read_mode)
+    data = [store.find_rows([caption]) for caption in CAPTIONS]
+    expected = [store.take(rows) for rows in data]  # starts the threads of this process
+    loader = torch.utils.data.DataLoader(
+        RowDataset(store, data),
+        batch_size=5,
+        num_workers=2,
+        collate_fn=list,
+        multiprocessing_context="fork",
+        timeout=HANG_TIMEOUT,
+    )
+    assert np.array_equal([embedding for batch in loader for embedding in batch], expected)
+
+
+class RowDataset(torch.utils.data.Dataset[np.ndarray]):
+    def __init__(self, store: EmbeddingStore, rows: list[np.ndarray]) -> None:
+        self.store, self.rows = store, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, n: int) -> np.ndarray:
+        return self.store.take(self.rows[n])
 
 
 # ---- command -------------------------------------------------------------------------------------------------------

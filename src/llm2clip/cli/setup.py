@@ -53,7 +53,7 @@ def _doctor(args: Namespace) -> list[str]:
 def _quickstart(args: Namespace) -> list[str]:
     if not (Path(args.out) / "data").is_dir():  # the data set of an earlier run
         check_output_folder(args.out, "fit")
-    from llm2clip.tools.quickstart.run import quickstart
+    from llm2clip.tools.quickstart import quickstart
 
     return quickstart(Path(args.out), offline=args.offline, hub=args.hub)
 

@@ -112,7 +112,7 @@ def _fit(args: Namespace) -> list[str]:
     args.encoder.path = resolve_encoder(args.encoder.path)
     check_pretrained(args.align.tower)
     from llm2clip.pipeline import fit
-    from llm2clip.tools.plan.resources import check_resources
+    from llm2clip.tools.plan.plan import check_resources
 
     model = fit(args.data, Path(args.out), _make_config(args), check_resources)
     return [f"Model: {model}", *_format_model_hints(model, args)]

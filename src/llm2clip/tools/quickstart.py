@@ -24,7 +24,7 @@ from llm2clip.models.hub.pretrained import resolve_pretrained
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.pipeline import fit
 from llm2clip.runs.ranks import print_once, process_state
-from llm2clip.tools.quickstart.openmoji import prepare_emoji_records
+from llm2clip.tools.openmoji import prepare_emoji_records
 
 QUERY_LANGUAGES = ("zh", "es", "ja")
 THUMBNAIL_SIDE = 160  # pixels

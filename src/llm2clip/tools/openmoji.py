@@ -28,7 +28,6 @@ from llm2clip.extras import install_command
 from llm2clip.io_utils import atomic_dir, atomic_write_jsonl, atomic_write_text, read_json
 from llm2clip.models.hub.pretrained import cache_dir, resolve_pretrained
 from llm2clip.progress import ProgressBar
-from llm2clip.tools.quickstart.captions import make_drawing_caption, make_keyword_caption, make_long_caption
 
 LANGUAGES = ("zh", "ja", "ko", "de", "fr", "es", "pt", "it", "ru", "ar", "fa", "tr", "id")
 # Fraction of emoji families in the validation split. This results in 423 images, so one image changes R@1 by about 0.25
@@ -45,6 +44,28 @@ GENDER_SUFFIX = re.compile("\u200d([\u2640\u2642])")  # zero-width joiner and a 
 GENDER_WORDS = {"\u2640": "woman", "\u2642": "man"}
 KEYWORD_LINE = re.compile(r"(\S+) (.+?)(?: <small>\((.*)\)</small>)?")
 MISSING_PACKAGES = f"the emoji data set needs additional packages: run {install_command('quickstart')}"
+# Nouns for the subgroups of the Unicode emoji list in which nearly all emoji show the same kind of object. All other
+# subgroups are too diverse to be mentioned in captions: for example, the building subgroup contains a rock.
+SUBGROUP_NOUNS = {
+    "face-smiling": "smiling face", "face-affection": "affectionate face", "face-tongue": "face with its tongue out",
+    "face-hand": "face with a hand", "face-neutral-skeptical": "neutral or skeptical face",
+    "face-sleepy": "sleepy face", "face-unwell": "unwell face", "face-hat": "face with a hat",
+    "face-glasses": "face with glasses",
+    "face-concerned": "concerned face", "face-negative": "angry face", "cat-face": "cat face",
+    "monkey-face": "monkey face", "heart": "heart", "hand-fingers-open": "hand", "hand-fingers-partial": "hand",
+    "hand-single-finger": "pointing hand", "hand-fingers-closed": "closed hand", "hands": "pair of hands",
+    "person": "person", "person-gesture": "person", "person-role": "person", "person-fantasy": "person",
+    "person-activity": "person", "person-sport": "person", "person-resting": "person", "body-parts": "part of the body",
+    "animal-mammal": "mammal", "animal-bird": "bird", "animal-amphibian": "amphibian", "animal-reptile": "reptile",
+    "animal-marine": "sea animal", "animal-bug": "bug", "plant-flower": "flower", "plant-other": "plant",
+    "food-fruit": "fruit", "food-vegetable": "vegetable", "food-prepared": "dish", "food-asian": "Asian dish",
+    "food-sweet": "sweet", "drink": "drink", "place-religious": "place of worship", "award-medal": "award",
+    "transport-water": "boat or ship", "clothing": "piece of clothing", "musical-instrument": "musical instrument",
+    "religion": "religious symbol", "zodiac": "zodiac sign", "arrow": "arrow", "geometric": "geometric shape",
+    "tool": "tool", "lock": "lock or key",
+}  # fmt: skip
+PERSONS = {"man", "woman", "person", "boy", "girl", "men", "women", "people", "adult"}
+CONSONANT_SOUNDS = ("uni", "one")  # starts of words that begin with a vowel letter but take "a"
 README = """# OpenMoji as image-caption records
 
 Images: OpenMoji 17.0 (openmoji.org), CC BY-SA 4.0, rendered on white at {size} px; see LICENSE. All emojis designed by
@@ -63,9 +84,6 @@ class Emoji:
 
     Args:
         id: Hexadecimal code points, as in OpenMoji's file names.
-        char: The emoji as a Unicode string.
-        svg: Path of OpenMoji's SVG drawing.
-        name: English name.
         aliases: Other English names.
         keywords: English keywords.
         group, subgroup: Group and subgroup in the Unicode emoji list. Empty if unknown.
@@ -93,9 +111,7 @@ class Emoji:
         return "val" if int.from_bytes(digest[:8], "big") < VAL_FRACTION * 2**64 else "train"
 
 
-def prepare_emoji_records(
-    folder: str | Path | None = None, *, size: int = 160, offline: bool = False, progress: bool = True
-) -> Path:
+def prepare_emoji_records(folder: str | Path | None = None, *, size: int = 160, offline: bool = False) -> Path:
     """Return the folder of the data set, which contains `captions.jsonl` and `images/`.
 
     If the folder does not exist, create the data set first, which downloads 32 MB, takes about 10 seconds on one core
@@ -105,19 +121,18 @@ def prepare_emoji_records(
         folder: Folder of the data set. Default: a folder in the user's cache directory.
         size: Width and height of the images in pixels.
         offline: If True, use only cached files, and do not download anything.
-        progress: If True, show progress bars.
     """
     folder = Path(folder) if folder is not None else cache_dir() / f"openmoji-records-{size}"
     if (folder / "captions.jsonl").is_file():
         return folder
-    openmoji = Path(resolve_pretrained("openmoji", offline=offline, progress=progress))
-    keywords = Path(resolve_pretrained("emoji-keywords", offline=offline, progress=progress))
-    groups = Path(resolve_pretrained("emoji-subgroups", offline=offline, progress=progress))
-    candidates = read_emoji(openmoji / "svg", read_keywords(keywords), read_groups(groups))
+    openmoji = Path(resolve_pretrained("openmoji", offline=offline))
+    keywords = Path(resolve_pretrained("emoji-keywords", offline=offline))
+    groups = Path(resolve_pretrained("emoji-subgroups", offline=offline))
+    candidates = _read_emoji(openmoji / "svg", _read_keywords(keywords), _read_groups(groups))
     try:
         with atomic_dir(folder) as temporary:
             (temporary / "images").mkdir()
-            rows = make_rows(list(_draw_images(candidates, temporary / "images", size, progress)))
+            rows = _make_rows(list(_draw_images(candidates, temporary / "images", size)))
             atomic_write_jsonl(temporary / "captions.jsonl", rows)
             splits = Counter(row["split"] for row in rows)
             readme = README.format(size=size, train=splits["train"], val=splits["val"])
@@ -130,18 +145,14 @@ def prepare_emoji_records(
     return folder
 
 
-def read_emoji(
+def _read_emoji(
     svg_folder: Path, keywords: dict[str, tuple[str, tuple[str, ...]]], groups: dict[str, tuple[str, str]]
 ) -> list[Emoji]:
     """Return all emoji that have a drawing and a name in every language, except flags and skin tone variants.
 
     Emoji are sorted by number of code points. If several emoji have identical drawings, the most general one (such as
-    "person ...") therefore comes first and is used.
-
-    Args:
-        svg_folder: Folder with OpenMoji's SVG drawings.
-        keywords: Result of `read_keywords`.
-        groups: Result of `read_groups`.
+    "person ...") therefore comes first and is used. `keywords` and `groups` are the results of `_read_keywords` and
+    `_read_groups`.
     """
     try:
         import emoji
@@ -152,13 +163,12 @@ def read_emoji(
     result = []
     for char, entry in emoji.EMOJI_DATA.items():
         is_named = all(entry.get(language) for language in LANGUAGES)
-        if entry["status"] != emoji.STATUS["fully_qualified"] or not is_named or _is_flag_or_skin_tone(char):
-            continue
+        is_excluded = any(ord(point) in excluded for point in char for excluded in EXCLUDED_CODE_POINTS)
         emoji_id = _find_openmoji_id(char, svg_folder)
-        if emoji_id is None:
+        if entry["status"] != emoji.STATUS["fully_qualified"] or not is_named or is_excluded or emoji_id is None:
             continue
         key = char.replace(VARIATION_SELECTOR, "")
-        name, own_keywords = keywords.get(key, (shortcode_to_name(entry["en"]), ()))
+        name, own_keywords = keywords.get(key, (_shortcode_to_name(entry["en"]), ()))
         group, subgroup = groups.get(key, ("", ""))
         result.append(
             Emoji(
@@ -166,17 +176,17 @@ def read_emoji(
                 char=char,
                 svg=svg_folder / f"{emoji_id}.svg",
                 name=name,
-                aliases=tuple(shortcode_to_name(alias) for alias in entry.get("alias", ())),
+                aliases=tuple(_shortcode_to_name(alias) for alias in entry.get("alias", ())),
                 keywords=own_keywords + _find_gender_keywords(key, own_keywords, keywords),
                 group=group,
                 subgroup=subgroup,
-                names={language: shortcode_to_name(entry[language]) for language in LANGUAGES},
+                names={language: _shortcode_to_name(entry[language]) for language in LANGUAGES},
             )
         )
     return sorted(result, key=lambda e: (len(e.char), e.char))
 
 
-def read_keywords(folder: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
+def _read_keywords(folder: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
     """Return the CLDR name and keywords of each emoji, keyed by the emoji without variation selectors.
 
     Each line of the files has the form `😗 kissing face <small>(face, kiss, kissing face)</small>`. The keywords may be
@@ -194,7 +204,7 @@ def read_keywords(folder: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
     return keywords
 
 
-def read_groups(folder: Path) -> dict[str, tuple[str, str]]:
+def _read_groups(folder: Path) -> dict[str, tuple[str, str]]:
     """Return the group and subgroup of each emoji, such as ("food and drink", "food-fruit").
 
     The dict is keyed by the emoji without variation selectors.
@@ -206,19 +216,19 @@ def read_groups(folder: Path) -> dict[str, tuple[str, str]]:
     return groups
 
 
-def shortcode_to_name(shortcode: str) -> str:
+def _shortcode_to_name(shortcode: str) -> str:
     """Convert a shortcode from the `emoji` package to words. For example, `:grinning_face:` becomes "grinning face"."""
     return " ".join(shortcode.strip(":").replace("_", " ").split())
 
 
-def make_rows(emojis: Sequence[Emoji]) -> list[dict[str, Any]]:
+def _make_rows(emojis: Sequence[Emoji]) -> list[dict[str, Any]]:
     """Return the rows of captions.jsonl.
 
     Each row has at least two English captions: the name, any unambiguous aliases, and a caption built from keywords. If
     there is no keyword caption or it would be ambiguous, a description of the drawing is used instead. Two images
     therefore share an English caption only if they have the same name.
     """
-    keyword_captions = [make_keyword_caption(emoji.name, emoji.keywords, emoji.subgroup) for emoji in emojis]
+    keyword_captions = [_make_keyword_caption(emoji.name, emoji.keywords, emoji.subgroup) for emoji in emojis]
     uses = _count_uses(emojis, keyword_captions)
     rows = []
     for emoji, by_keywords in zip(emojis, keyword_captions, strict=True):
@@ -226,14 +236,14 @@ def make_rows(emojis: Sequence[Emoji]) -> list[dict[str, Any]]:
         for alias in emoji.aliases:
             if uses[_normalize(alias)] == 1 and _is_readable(alias):
                 captions.setdefault(_normalize(alias), alias)
-        description = make_drawing_caption(emoji.name, emoji.subgroup)
+        description = _make_drawing_caption(emoji.name, emoji.subgroup)
         if by_keywords is not None and uses[_normalize(by_keywords)] == 1:
             description = by_keywords
         row: dict[str, Any] = {
             "image": f"images/{emoji.id}.png",
             "id": emoji.id,
             "captions": [*captions.values(), description],
-            "long_captions": [make_long_caption(emoji.name, emoji.keywords, emoji.group, emoji.subgroup)],
+            "long_captions": [_make_long_caption(emoji.name, emoji.keywords, emoji.group, emoji.subgroup)],
         }
         for language in LANGUAGES:
             row[f"captions_{language}"] = [emoji.names[language]]
@@ -242,14 +252,10 @@ def make_rows(emojis: Sequence[Emoji]) -> list[dict[str, Any]]:
     return rows
 
 
-def _is_flag_or_skin_tone(char: str) -> bool:
-    return any(ord(point) in excluded for point in char for excluded in EXCLUDED_CODE_POINTS)
-
-
 def _find_openmoji_id(char: str, svg_folder: Path) -> str | None:
     """Return OpenMoji's id for an emoji, or None if OpenMoji has no drawing of it.
 
-    The id may or may not contain variation selectors, so both forms are tried.
+    The id may or may not contain variation selectors.
     """
     for points in (char, char.replace(VARIATION_SELECTOR, "")):
         emoji_id = "-".join(f"{ord(point):04X}" for point in points)
@@ -274,14 +280,14 @@ def _find_gender_keywords(
     return (*inherited, GENDER_WORDS[suffix[1]])
 
 
-def _draw_images(emojis: Sequence[Emoji], folder: Path, size: int, progress: bool) -> Iterator[Emoji]:
+def _draw_images(emojis: Sequence[Emoji], folder: Path, size: int) -> Iterator[Emoji]:
     """Draw emoji as PNG files; yield the drawn emoji. Skip emoji whose image is identical to a previous one."""
     try:
         import resvg_py
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(MISSING_PACKAGES) from error
     digests = set()
-    for emoji in ProgressBar(emojis, desc="drawing emoji", unit="image", disable=not progress):
+    for emoji in ProgressBar(emojis, desc="drawing emoji", unit="image"):
         png = resvg_py.svg_to_bytes(
             svg_path=str(emoji.svg), width=size, height=size, background="white", skip_system_fonts=True
         )
@@ -312,3 +318,98 @@ def _is_readable(alias: str) -> bool:
 def _normalize(text: str) -> str:
     """Convert a text to lower case and remove all characters except letters and digits."""
     return "".join(char for char in text.lower() if char.isalnum())
+
+
+# ---- English captions ----------------------------------------------------------------------------------------------
+
+
+def _make_keyword_caption(name: str, keywords: Sequence[str], subgroup: str) -> str | None:
+    """Return a caption built from the keywords of an emoji, such as "an emoji of a smiling face: eye, mouth".
+
+    Keywords that already occur in the name are omitted. Return None if no keywords remain, or only words for people.
+    """
+    noun = SUBGROUP_NOUNS.get(subgroup, "")
+    words = _select_keywords(f"{name} {noun}", keywords)
+    if not words or all(_find_stems(word) <= PERSONS for word in words):
+        return None
+    if noun and noun not in PERSONS:
+        return f"an emoji of {_add_article(noun)}: {', '.join(words)}"
+    return f"an emoji of {_join_words(words)}"
+
+
+def _make_drawing_caption(name: str, subgroup: str) -> str:
+    """Return a caption such as "a drawing of a grinning face"."""
+    return f"a drawing of {_format_name(name, subgroup)}"
+
+
+def _make_long_caption(name: str, keywords: Sequence[str], group: str, subgroup: str) -> str:
+    """Return a long caption that contains everything known about an emoji.
+
+    The caption has two sentences, or one if only the name is known.
+    """
+    drawing = f"A simple colour drawing of {_format_name(name, subgroup)} on a white background."
+    noun = SUBGROUP_NOUNS.get(subgroup, "")
+    words = [word for word in _select_keywords(f"{name} {noun}", keywords) if not _find_stems(word) <= PERSONS]
+    facts = []
+    if noun and not _find_stems(noun) <= _find_stems(name):
+        facts.append(f"is {_add_article(noun)}")
+    if words:
+        facts.append(f"stands for {_join_words(words)}")
+    if group:
+        facts.append(f"is one of the emoji for {group}")
+    return f"{drawing} It {_join_words(facts)}." if facts else drawing
+
+
+def _select_keywords(text: str, keywords: Sequence[str]) -> list[str]:
+    """Return the keywords that do not occur in a text.
+
+    Words such as "man" and "woman" are always included, because they distinguish variants of the same emoji.
+    """
+    stems = _find_stems(text)
+    additional = []
+    for keyword in keywords:
+        is_new = keyword in PERSONS or not _find_stems(keyword) <= stems
+        num_letters = sum(char.isalpha() for char in keyword)
+        if is_new and num_letters > 1:
+            additional.append(keyword)
+    return additional
+
+
+def _find_stems(text: str) -> set[str]:
+    """Return the words of a text. A simple rule converts plurals to singulars."""
+    stems = set()
+    for word in _split_words(text):
+        is_plural = len(word) > 3 and word.endswith("s") and not word.endswith("ss")
+        stems.add(word[:-1] if is_plural else word)
+    return stems
+
+
+def _split_words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def _join_words(words: Sequence[str]) -> str:
+    """Join words into a list such as "a, b and c"."""
+    return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else "".join(words)
+
+
+def _format_name(name: str, subgroup: str) -> str:
+    """Return a name, with an article if it is a countable noun, as in "a dog".
+
+    Only names in the subgroups of SUBGROUP_NOUNS get an article; "ping pong" and "foggy", for example, do not.
+    """
+    return _add_article(name) if subgroup in SUBGROUP_NOUNS else name
+
+
+def _add_article(name: str) -> str:
+    """Return a name as a noun phrase, such as "an apple" or "a unicorn".
+
+    Plurals, such as "grapes" and "men wrestling", do not get an article.
+    """
+    first_word = (_split_words(name) or [""])[0]
+    head_noun = (_split_words(re.split(" with | of | in | on ", name)[0]) or [""])[-1]
+    is_plural = head_noun.endswith("s") and not head_noun.endswith(("ss", "us", "is"))
+    if is_plural or first_word in {"men", "women", "people"}:
+        return name
+    starts_with_vowel = first_word.startswith(tuple("aeiou")) and not first_word.startswith(CONSONANT_SOUNDS)
+    return f"{'an' if starts_with_vowel else 'a'} {name}"
