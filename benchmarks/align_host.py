@@ -1,21 +1,17 @@
 """Profile the CPU time that the host spends on each training step of `align`, without decoding images or the model.
 
-    git worktree add /tmp/llm2clip-0.1 64e4c4d
-    python benchmarks/align_host.py --old /tmp/llm2clip-0.1
+    python benchmarks/align_host.py
 
 The main thread's time is the time for which a GPU would wait in each step. The times are CPU times of a thread, which
-hardly depend on other processes. Version 0.1 does everything in the main thread. The current version prepares the next
-batches in a background thread, as it does on GPUs. Images are replaced with constant pixels, which one worker process
-sends. Copies to pinned memory and to the GPU are replaced with copies in memory. Copies from pinned memory, which the
-current version leaves to the GPU, are not included. Without --old, only the current version is measured.
+hardly depend on other processes. A background thread prepares the next batches, as on GPUs. Images are replaced with
+constant pixels, which one worker process sends. Copies to pinned memory are replaced with copies in memory. Copies from
+pinned memory to the GPU are not included.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -34,12 +30,23 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from llm2clip.config import AlignConfig
+from llm2clip.data.image_refs import FileImage
+from llm2clip.data.records import Record
+from llm2clip.data.transforms import Preprocess
+from llm2clip.prefetch import Prefetcher
+from llm2clip.runs.checkpoint import MetricsLog
+from llm2clip.store.image_features import image_name
+from llm2clip.store.store import EmbeddingStore
+from llm2clip.store.writer import StoreWriter
+from llm2clip.train.sampling import AlignBatches, CaptionSampler
+
 IMAGES, CAPTIONS, TEXT_DIM, FEATURE_DIM, IMAGE_SIZE = 16_384, 5, 2048, 1024, 224
 MIX = {"captions": 0.5, "long_captions": 0.5}
 STEPS = {"512 images": 512, "4,096 cached features": 4096}  # images per step
 WARM_UP = 2  # steps
 METRICS = {"loss": 1.0, "grad_norm": 1.0, "logit_scale": 1.0, "lr": 1.0, "images_per_second": 1.0, "data_wait": 1.0}
-PHASES = ("receive images", "collate", "draw captions", "read store", "copy", "metrics", "rest", "total")
+PHASES = ("receive images", "draw captions", "read store", "copy", "metrics", "rest", "total")
 
 
 class ConstantImages(Dataset):
@@ -100,21 +107,13 @@ def run_steps(batches: Any, steps: int, profile: Profile, step: Callable[[Any], 
         return profile.milliseconds()
 
 
-def run_current_version(folder: Path, name: str, steps: int, pause: float) -> Any:
-    """Return the milliseconds per step of the current version."""
-    from llm2clip.config import AlignConfig
-    from llm2clip.data.image_refs import FileImage
-    from llm2clip.data.records import Record
-    from llm2clip.data.transforms import Preprocess
-    from llm2clip.prefetch import Prefetcher
-    from llm2clip.runs.checkpoint import MetricsLog
-    from llm2clip.store.image_features import image_name
-    from llm2clip.store.store import EmbeddingStore
-    from llm2clip.store.writer import StoreWriter
-    from llm2clip.train.sampling import AlignBatches, CaptionSampler
-
-    refs, records = make_records(FileImage, Record)
-    store, features = write_stores(folder, StoreWriter, EmbeddingStore, records, [image_name(ref) for ref in refs])
+def run(folder: Path, name: str, steps: int, pause: float) -> dict[str, dict[str, float]]:
+    """Return the milliseconds per step of each phase, by thread."""
+    refs = [FileImage(f"/images/{n:09}.jpg") for n in range(IMAGES)]
+    texts = [tuple(f"caption {k} of image {n}" for k in range(CAPTIONS)) for n in range(IMAGES)]
+    records = [Record(str(n), refs[n], texts[n], (), (f"long caption of image {n}",)) for n in range(IMAGES)]
+    store = write_store(folder / "captions", [text for record in records for text in record.texts], TEXT_DIM)
+    features = write_store(folder / "features", [image_name(ref) for ref in refs], FEATURE_DIM)
     cached = "cached" in name
     config = AlignConfig(
         batch_size=STEPS[name],
@@ -124,7 +123,9 @@ def run_current_version(folder: Path, name: str, steps: int, pause: float) -> An
         workers=1,
         tower_lr=0.0 if cached else 1e-5,
     )
-    data = AlignBatches(records, store, make_model(Preprocess), config, features=features if cached else None)
+    preprocess = Preprocess(IMAGE_SIZE, "squash", 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
+    model: Any = SimpleNamespace(tower=SimpleNamespace(preprocess=preprocess))  # the attributes that batches depend on
+    data = AlignBatches(records, store, model, config, features=features if cached else None)
     if not cached:
         data.images = ConstantImages(refs)  # type: ignore[assignment]
     profile = Profile()
@@ -148,49 +149,6 @@ def run_current_version(folder: Path, name: str, steps: int, pause: float) -> An
     return run_steps(Prefetcher(copied_batches()), steps, profile, step, pause)
 
 
-def run_version_0_1(folder: Path, name: str, steps: int, pause: float) -> Any:
-    """Return the milliseconds per step of version 0.1, whose modules and settings have other names."""
-    from llm2clip.cache.features import image_name
-    from llm2clip.cache.store import EmbeddingStore
-    from llm2clip.cache.writer import StoreWriter
-    from llm2clip.checkpoints import MetricsLog
-    from llm2clip.data.refs import FileImage
-    from llm2clip.recipes import AlignRecipe
-    from llm2clip.train.steps import Steps
-
-    from llm2clip.data.images import Preprocess
-    from llm2clip.data.records import Record
-
-    refs, records = make_records(FileImage, Record)
-    store, features = write_stores(folder, StoreWriter, EmbeddingStore, records, [image_name(ref) for ref in refs])
-    cached = "cached" in name
-    recipe = AlignRecipe(
-        batch=STEPS[name],
-        epochs=99,
-        mix=MIX,
-        captions=2,
-        workers=1,
-        cache_features=cached,
-        tower_lr=0.0 if cached else 1e-5,
-    )
-    data = Steps(records, store, make_model(Preprocess), recipe, features=features if cached else None)
-    if not cached:
-        data.images = ConstantImages(refs)
-    profile = Profile()
-    profile.wrap(_MultiProcessingDataLoaderIter, "_next_data", "receive images")
-    profile.wrap(torch, "stack", "collate")
-    profile.wrap(Steps, "rows", "draw captions")
-    profile.wrap(EmbeddingStore, "take", "read store")
-    metrics = MetricsLog(folder / "metrics.jsonl", 0)
-
-    def step(batch: Any) -> None:
-        tensors = [torch.from_numpy(x) for x in (batch.owner, batch.rows, store.take(batch.rows))]
-        profile.call("copy", lambda: [copy_to_buffer(tensor) for tensor in (batch.images, *tensors)])  # as .to(device)
-        profile.call("metrics", metrics.write, 1, **METRICS)
-
-    return run_steps(data.batches(0), steps, profile, step, pause)
-
-
 _buffers: dict[torch.dtype, Tensor] = {}
 
 
@@ -202,69 +160,38 @@ def copy_to_buffer(tensor: Tensor) -> Tensor:
     return buffer[: tensor.numel()].view_as(tensor).copy_(tensor)
 
 
-def make_records(file_image: Any, record: Any) -> tuple[list[Any], list[Any]]:
-    """Return the image references and the records, built with the classes of the measured version."""
-    refs = [file_image(f"/images/{n:09}.jpg") for n in range(IMAGES)]
-    texts = [tuple(f"caption {k} of image {n}" for k in range(CAPTIONS)) for n in range(IMAGES)]
-    records = [record(str(n), refs[n], texts[n], (), (f"long caption of image {n}",)) for n in range(IMAGES)]
-    return refs, records
+def write_store(folder: Path, keys: list[str], dim: int) -> EmbeddingStore:
+    """Write a store of random float16 vectors."""
+    vectors = np.random.default_rng(0).standard_normal((len(keys), dim), np.float32)
+    writer = StoreWriter(folder, {"benchmark": dim}, dim, dtype="float16")
+    writer.write(0, keys, [1] * len(keys), vectors)
+    writer.finish()
+    return EmbeddingStore(folder)
 
 
-def make_model(preprocess: Any) -> Any:
-    """Return an object with those attributes of a model that the batches depend on."""
-    return SimpleNamespace(
-        tower=SimpleNamespace(preprocess=preprocess(IMAGE_SIZE, "squash", 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3))
-    )
-
-
-def write_stores(
-    folder: Path, store_writer: Any, embedding_store: Any, records: list[Any], image_names: list[str]
-) -> list[Any]:
-    """Write the stores of random float16 caption embeddings and image features."""
-    rng = np.random.default_rng(0)
-    contents = {"captions": ([t for record in records for t in record.texts], TEXT_DIM)}
-    contents["features"] = (image_names, FEATURE_DIM)
-    stores = []
-    for name, (keys, dim) in contents.items():
-        writer = store_writer(folder / name, {"benchmark": dim}, dim, dtype="float16")
-        writer.write(0, keys, [1] * len(keys), rng.standard_normal((len(keys), dim), np.float32))
-        writer.finish()
-        stores.append(embedding_store(folder / name))
-    return stores
-
-
-def measure(version: str, source: Path, name: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Run the steps in a new process that imports the package from `source`."""
-    command = [sys.executable, __file__, "--run", version, name]
-    command += ["--steps", str(args.steps), "--pause", str(args.pause)]
-    environment = {**os.environ, "PYTHONPATH": str(source / "src")}
-    output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+def measure(name: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Run the steps in a new process, because the measured functions are wrapped."""
+    command = [sys.executable, __file__, "--run", name, "--steps", str(args.steps), "--pause", str(args.pause)]
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     times: dict[str, dict[str, float]] = json.loads(output.splitlines()[-1])
     return times
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--old", type=Path, help="checkout of version 0.1")
     parser.add_argument("--steps", type=int, default=10, help="measured steps")
     parser.add_argument(
         "--pause", type=float, default=2.0, help="seconds between steps, in which the worker sends images"
     )
-    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--run", choices=STEPS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
-        # Version 0.1 opens a file for each image of a batch.
-        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-        run = run_current_version if args.run[0] == "current" else run_version_0_1
         with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(run(Path(folder), args.run[1], args.steps, args.pause)))
+            print(json.dumps(run(Path(folder), args.run, args.steps, args.pause)))
         return
 
     for name in STEPS:
-        current = measure("current", Path(__file__).resolve().parents[1], name, args)
-        columns = {f"now, {thread}": current[thread] for thread in ("main thread", "background thread")}
-        if args.old is not None:
-            columns = {"0.1, main thread": measure("0.1", args.old, name, args)["main thread"], **columns}
+        columns = measure(name, args)
         print(f"\n| CPU time per step of {name}, ms | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
         for phase in PHASES:
             cells = [f"{times[phase]:,.1f}" if phase in times else "" for times in columns.values()]

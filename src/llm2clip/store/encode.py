@@ -180,8 +180,6 @@ def write_shard(
 
 def _add_caption_rows(file: Path, rows: list[dict[str, Any]]) -> None:
     """Add rows to a JSON Lines file. The file exists already if an earlier run was killed before it wrote the shard."""
-    by_caption: dict[str, dict[str, Any]] = {}
-    if file.is_file():
-        by_caption |= {row["caption"]: row for _, row in read_jsonl(file)}
-    by_caption |= {row["caption"]: row for row in rows}
+    old_rows = [row for _, row in read_jsonl(file)] if file.is_file() else []
+    by_caption = {row["caption"]: row for row in (*old_rows, *rows)}
     atomic_write_jsonl(file, by_caption.values())

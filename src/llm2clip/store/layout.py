@@ -52,19 +52,12 @@ class StoreError(ValueError):
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard of a store. The field names are the keys in the manifest.
-
-    Attributes:
-        number: Shard number, as in the file names.
-        start: Row number in the store of the shard's first row.
-        rows: Number of rows.
-        sha256: SHA-256 checksum of the embeddings and scales; see `shard_checksum`.
-    """
+    """A shard of a store. The field names are the keys in the manifest."""
 
     number: int
-    start: int
+    start: int  # row number in the store of the shard's first row
     rows: int
-    sha256: str
+    sha256: str  # see `shard_checksum`
 
 
 # ---- file names ----------------------------------------------------------------------------------------------------
@@ -107,11 +100,7 @@ def next_shard_number(folder: Path) -> int:
 
 
 def read_shard_metadata(folder: Path, number: int) -> tuple[int, str, StoreSpec]:
-    """Read the number of rows, the checksum and the spec of a shard from the metadata of its keys file.
-
-    Raises:
-        StoreError: The file cannot be read.
-    """
+    """Read the number of rows, the checksum and the spec of a shard from the metadata of its keys file."""
     path = keys_path(folder, number)
     try:
         metadata = pq.read_schema(path).metadata
@@ -143,11 +132,7 @@ def read_shards(folder: Path, spec: StoreSpec | None = None) -> list[Shard]:
 
 
 def read_keys(folder: Path, shard: Shard) -> np.ndarray:
-    """Read the keys of all rows in a shard, of shape (N, 16), uint8.
-
-    Raises:
-        StoreError: The keys cannot be read, or the number of keys differs from the number of rows.
-    """
+    """Read the keys of all rows in a shard, of shape (N, 16), uint8. Raise StoreError if the file is damaged."""
     path = keys_path(folder, shard.number)
     try:
         column = pq.read_table(path, columns=["key"], page_checksum_verification=True)["key"].combine_chunks()
@@ -214,11 +199,7 @@ def store_spec(manifest: dict[str, Any]) -> StoreSpec:
 
 
 def check_spec(manifest: dict[str, Any], expected: StoreSpec, folder: Path) -> None:
-    """Check that a store has the expected encoder, dimension and dtype.
-
-    Raises:
-        StoreError: The store differs in one of these properties. The message names the property.
-    """
+    """Check that a store has the expected encoder, dimension and dtype. Otherwise, raise StoreError."""
     identity, embed_dim, dtype = expected
     check_identity(manifest["identity"], identity, folder)
     for name, value in (("embed_dim", embed_dim), ("dtype", dtype)):
@@ -227,12 +208,7 @@ def check_spec(manifest: dict[str, Any], expected: StoreSpec, folder: Path) -> N
 
 
 def check_identity(stored: dict[str, Any], expected: dict[str, Any], path: Path | str) -> None:
-    """Check that stored embeddings were created by the expected encoder.
-
-    Args:
-        stored: Identity of the encoder that created the embeddings.
-        expected: Identity of the expected encoder.
-        path: Store or file that contains the embeddings, for the error message.
+    """Check that the embeddings in `path` were created by the expected encoder, given the identities of both encoders.
 
     Raises:
         StoreError: The encoders differ. The message lists the settings that differ, with both values.

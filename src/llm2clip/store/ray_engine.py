@@ -85,11 +85,7 @@ def embed_with_ray(
 
 
 def _start_ray() -> None:
-    """Connect to the cluster at RAY_ADDRESS, or start Ray on this machine.
-
-    Raises:
-        ValueError: Ray would be started on this machine without authentication.
-    """
+    """Connect to the cluster at RAY_ADDRESS, or start Ray on this machine, which requires authentication."""
     import ray
 
     if os.environ.get("RAY_ADDRESS"):
@@ -114,11 +110,7 @@ def _run_workers(
     batch_tokens: int | None,
     precision: str,
 ) -> None:
-    """Encode all missing shards on the cluster.
-
-    Raises:
-        ChildProcessError: A worker died more than `MAX_RETRIES` times.
-    """
+    """Encode all missing shards on the cluster."""
     import ray
     import ray.data
     from ray.exceptions import RayActorError

@@ -195,17 +195,11 @@ def find_damaged_shards(folder: Path, shards: Sequence[Shard], spec: StoreSpec, 
 
 
 class ShardRows(NamedTuple):
-    """Rows to read from one shard.
+    """Rows to read from one shard."""
 
-    Attributes:
-        shard: Index of the shard in the list of shards.
-        rows: Row numbers within the shard in ascending order, of shape (N,), int64.
-        out: Array to fill, of shape (N, embed_dim), in the store's dtype.
-    """
-
-    shard: int
-    rows: np.ndarray
-    out: np.ndarray
+    shard: int  # index in the list of shards
+    rows: np.ndarray  # row numbers within the shard in ascending order, of shape (N,), int64
+    out: np.ndarray  # array to fill, of shape (N, embed_dim), in the store's dtype
 
 
 class RowReader(ABC):
@@ -236,17 +230,7 @@ class RowReader(ABC):
             self.open_scales = lru_cache(MAX_OPEN_FILES)(open_scales)
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """Read the embeddings in the given rows, in the given order.
-
-        Args:
-            rows: Row numbers in the store, of shape (N,), int64.
-
-        Returns:
-            Embeddings of shape (N, embed_dim), float32.
-
-        Raises:
-            IndexError: A row number is out of range.
-        """
+        """Read the embeddings in N rows of the store; see `EmbeddingStore.take`. `rows` has shape (N,), int64."""
         total = int(self.bounds[-1])
         if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < total):
             raise IndexError(f"row numbers must be between 0 and {total - 1}")
@@ -395,9 +379,9 @@ def drop_refused_captions(records: Sequence[Record], store: EmbeddingStore) -> l
 
 
 def remove_phrases_without_embedding(records: Sequence[Record], store: EmbeddingStore) -> list[Record]:
-    """Remove phrases without an embedding. Print a message if the store has no embedding of any phrase.
+    """Remove phrases without an embedding. They occurred in too few images of the data used for the store.
 
-    A phrase may have no embedding because it occurred in too few images of the data used for the store.
+    Print a message if the store has no embedding of any phrase.
     """
     phrases = sorted({phrase for record in records for phrase in record.phrases})
     is_stored = store.find_keys(caption_keys(phrases)) >= 0

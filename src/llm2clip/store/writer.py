@@ -72,7 +72,6 @@ class StoreWriter:
         """Create a store at `folder`, or prepare to add shards to an existing store.
 
         Args:
-            folder: Folder of the store. It is created if it does not exist.
             identity: Everything about the encoder that affects the embeddings; see `fingerprint`.
             embed_dim: Dimension of the embeddings.
             dtype: dtype of the stored embeddings: float16, float32 or int8. int8 uses one scale factor per row.
@@ -211,17 +210,11 @@ def quantize_rows(embeddings: np.ndarray, dtype: str) -> tuple[np.ndarray, np.nd
 
 @dataclass(frozen=True)
 class WritePlan:
-    """Shards that are missing from a store.
-
-    Attributes:
-        writer: Writer that adds shards to the store.
-        incoming: Folder with the captions of the missing shards.
-        shards: Numbers of the missing shards.
-    """
+    """Shards that are missing from a store."""
 
     writer: StoreWriter
-    incoming: Path
-    shards: list[int]
+    incoming: Path  # folder with the captions of the missing shards
+    shards: list[int]  # numbers of the missing shards
 
     def local_shards(self) -> list[int]:
         """List the shards that this process must write: every n-th shard if there are n processes."""
@@ -259,9 +252,7 @@ def open_for_writing(
     Args:
         captions: Texts or image names, possibly with duplicates. Only the main process reads them, and only once.
         folder: Folder of the store. It is created if it does not exist.
-        identity: Everything about the encoder that affects the embeddings; see `fingerprint`.
-        embed_dim: Dimension of the embeddings.
-        dtype: dtype of the stored embeddings: float16, float32 or int8.
+        identity, embed_dim, dtype: See `StoreWriter`.
         shard_size: Number of captions per shard.
 
     Raises:
@@ -310,14 +301,9 @@ def _prepare_incoming(writer: StoreWriter, captions: Iterable[str], incoming: Pa
 def write_missing_shards(
     captions: Iterable[str], incoming: Path, store: EmbeddingStore | None, shard_size: int, first_shard: int
 ) -> None:
-    """Write the captions that have no embedding yet to one file per shard.
+    """Write the captions that have no embedding in `store` yet to one file per shard in the empty folder `incoming`.
 
-    Args:
-        captions: Captions, possibly with duplicates.
-        incoming: Empty folder to write to.
-        store: Existing store, whose captions are skipped, or None.
-        shard_size: Number of captions per shard.
-        first_shard: Number of the first missing shard. The following shards are numbered consecutively.
+    The shards are numbered consecutively, starting with `first_shard`.
     """
     is_missing: list[np.ndarray] = []  # one boolean mask per chunk of captions
     partitions = split_by_key(_write_captions(captions, incoming / TEXTS, store, is_missing), incoming)

@@ -6,13 +6,10 @@ Each check reports the measured values and, if there is a problem, how to fix it
 
 from __future__ import annotations
 
-import http.client
 import os
 import platform
 import shutil
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -213,20 +210,19 @@ def check_disks(run_dir: Path) -> Iterator[Check]:
 
 def check_hub() -> Iterator[Check]:
     """Check the connection to the model hub."""
+    from huggingface_hub import get_session
     from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 
     if HF_HUB_OFFLINE:
         yield Check("hub", "HF_HUB_OFFLINE is set", "models with hub ids must already be in the local cache")
         return
     try:
-        urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=5).close()
-    except urllib.error.HTTPError as error:
-        yield Check("hub", f"{ENDPOINT} is reachable (HTTP {error.code})")
-    except (OSError, ValueError, http.client.HTTPException) as error:
+        status = get_session().head(ENDPOINT, timeout=5).status_code
+    except Exception as error:  # httpx has no common base class for connection errors and invalid URLs
         fix = "use local folders or built-in model names (smollm2-135m, ...), or set HF_ENDPOINT to a mirror"
         yield Check("hub", f"{ENDPOINT} did not respond: {error}", fix)
     else:
-        yield Check("hub", f"{ENDPOINT} is reachable")
+        yield Check("hub", f"{ENDPOINT} is reachable (HTTP {status})")
 
 
 def _find_problems(packages: list[Requirement]) -> list[str]:

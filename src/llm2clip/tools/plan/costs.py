@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -246,7 +246,7 @@ def measure_pass(
         saved = SavedTensorBytes(model)
         # Autocast to bf16 also stands for fp16, which has the same size.
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")
-        with autocast, saved.hooks, _record_input_bytes(layers) as input_bytes, _make_flop_counter() as counter:
+        with autocast, saved.hooks, _record_input_bytes(layers) as input_bytes, make_flop_counter() as counter:
             output = run(items)  # keeps the saved tensors alive
         forward = float(counter.get_total_flops())
         saved_bytes[items] = saved.bytes
@@ -257,12 +257,13 @@ def measure_pass(
 
 def count_flops(run: Callable[[], Any]) -> float:
     """Call `run` and return the FLOPs of its matmuls and convolutions."""
-    with _make_flop_counter() as counter:
+    with make_flop_counter() as counter:
         run()
     return float(counter.get_total_flops())
 
 
-def _make_flop_counter() -> FlopCounterMode:
+def make_flop_counter() -> FlopCounterMode:
+    """Create PyTorch's counter, with the formulas of operations that it lacks or counts incorrectly."""
     return FlopCounterMode(display=False, custom_mapping=_FLOP_FORMULAS)
 
 
@@ -296,15 +297,12 @@ def _record_input_bytes(layers: Iterable[nn.Module]) -> Iterator[list[int]]:
     sizes: list[int] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        sizes.append(first.numel() * first.element_size())
+        sizes.append(next(value.nbytes for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
 
-    hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
-    try:
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.register_forward_pre_hook(record, with_kwargs=True))
         yield sizes
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _measure_llm(config: Any, tune: TuneConfig, num_layers: int, tokens: int, is_cpu: bool) -> PassCosts:
