@@ -25,9 +25,8 @@ from llm2clip.data.texts import unique_captions
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.ranks import positive_ranks, two_way_ranks
 from llm2clip.evaluate.recall import chance_recall, retrieval_metrics
-from llm2clip.store.key_index import KeyIndex, build_key_index
 from llm2clip.store.layout import StoreError
-from llm2clip.store.maintenance import merge_stores, repair_store
+from llm2clip.store.maintenance import repair_store
 from llm2clip.store.store import EmbeddingStore, ReadMode
 from llm2clip.store.writer import StoreWriter
 
@@ -149,21 +148,6 @@ def test_store_matches_a_dictionary(
         store.verify()
 
 
-@slow_settings
-@given(st.lists(CAPTIONS, min_size=1, max_size=3), st.lists(CAPTIONS, min_size=1, max_size=3))
-def test_merged_store_has_the_captions_of_its_sources(first: list[list[str]], second: list[list[str]]) -> None:
-    with TemporaryDirectory() as folder:
-        a, b, merged = (Path(folder, name) for name in "abc")
-        write_store(a, first)
-        write_store(b, second)
-        for _ in range(2):  # merging again changes nothing
-            store = merge_stores(merged, [a, b])
-            captions = unique_captions(caption for shard in (*first, *second) for caption in shard)
-            assert len(store) == len(captions)
-            assert np.array_equal(store.take(store.find_rows(captions)), embeddings_of(captions))
-            store.verify()
-
-
 @default_settings
 @given(st.lists(CAPTIONS, min_size=2, max_size=3), st.data())
 def test_damaged_byte_is_detected_and_repaired(shards: list[list[str]], data: st.DataObject) -> None:
@@ -193,23 +177,6 @@ def test_damaged_byte_is_detected_and_repaired(shards: list[list[str]], data: st
         assert np.array_equal(store.take(store.find_rows(remaining)), embeddings_of(remaining).reshape(-1, 3))
         lost = set(captions) - set(remaining)
         assert not lost or any(lost <= set(shard) for shard in shards), "more than one shard is lost"
-
-
-@default_settings
-@given(st.lists(st.lists(st.binary(min_size=2, max_size=2), max_size=8), max_size=4), st.booleans())
-def test_key_index_finds_the_first_row_of_a_key(chunks: list[list[bytes]], share_halves: bool) -> None:
-    """Keys with equal first halves, or equal in full, against a dictionary."""
-    keys = [[key[:1] * 8 + key[1:] * 8 if share_halves else key * 8 for key in chunk] for chunk in chunks]
-    arrays = [np.frombuffer(b"".join(chunk), np.uint8).reshape(-1, 16) for chunk in keys]
-    first_row: dict[bytes, int] = {}
-    for row, key in enumerate(key for chunk in keys for key in chunk):
-        first_row.setdefault(key, row)
-    queries = [*first_row, b"\0" * 16, b"\xff" * 16, *(key[:8] + b"\x01" * 8 for key in first_row)]
-    with TemporaryDirectory() as folder:
-        file = Path(folder, "index.npy")
-        assert build_key_index(file, arrays) == len(first_row)
-        rows = KeyIndex(file).find_keys(np.frombuffer(b"".join(queries), np.uint8).reshape(-1, 16))
-        assert rows.tolist() == [first_row.get(key, -1) for key in queries]
 
 
 # ---- metrics -------------------------------------------------------------------------------------------------------
