@@ -21,8 +21,7 @@ from llm2clip.data.images import load_image
 from llm2clip.evaluate.adapters.clip_benchmark import register_model
 from llm2clip.evaluate.benchmarks import BENCHMARKS
 from llm2clip.evaluate.benchmarks.eccv_caption import eccv_metrics
-from llm2clip.evaluate.ranks import two_way_ranks
-from llm2clip.evaluate.recall import retrieval_metrics
+from llm2clip.evaluate.recall import retrieval_metrics, two_way_ranks
 from llm2clip.io_utils import DataFormatError
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.model_folder import LLM2CLIPConfig

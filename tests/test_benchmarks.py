@@ -20,7 +20,7 @@ from llm2clip.data.records import Record
 from llm2clip.evaluate.benchmarks import BENCHMARKS
 from llm2clip.evaluate.benchmarks.base import ClassificationData, CompositionalExample
 from llm2clip.evaluate.benchmarks.classification import read_class_folders
-from llm2clip.evaluate.benchmarks.english import read_first_objects, strip_tags
+from llm2clip.evaluate.benchmarks.retrieval import read_first_objects, strip_tags
 from llm2clip.io_utils import DataFormatError, MissingFileError
 
 

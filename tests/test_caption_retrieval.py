@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from conftest import save_tokenizer
 from llm2clip.cli import main
-from llm2clip.evaluate.bootstrap import bootstrap
+from llm2clip.evaluate.bootstrap import bootstrap_intervals
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy, find_worst_mistakes, mean_cosines
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.clip_text_encoder import has_text_tower, load_clip_text_encoder
@@ -114,7 +114,7 @@ def test_cra_metrics_are_consistent_with_each_other() -> None:
     assert {0.0, 0.5, 1.0} == set(metrics["hits"]), "the example must have all three cases"
     low, high = metrics["CRA interval"]
     hits = torch.tensor(metrics["hits"], dtype=torch.float64)[:, None]
-    assert (low, high) == pytest.approx((100 * bootstrap(hits, torch.ones(30))).flatten().tolist())
+    assert (low, high) == pytest.approx((100 * bootstrap_intervals(hits, torch.ones(30))).flatten().tolist())
     assert metrics["CRA"] == pytest.approx(100 * sum(metrics["hits"]) / 30) and low <= metrics["CRA"] <= high <= 100
     assert (metrics["first to second"]["R@1"], metrics["second to first"]["R@1"]) == pytest.approx(
         (100 * float(first_hits.double().mean()), 100 * float(second_hits.double().mean()))

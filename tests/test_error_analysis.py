@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from format_fixtures import image_bytes
 from llm2clip.data.image_refs import MemoryImage
 from llm2clip.data.records import Record
-from llm2clip.evaluate.ranks import two_way_ranks
-from llm2clip.evaluate.recall import recall
+from llm2clip.evaluate.recall import recall, two_way_ranks
 from llm2clip.evaluate.reporting.error_analysis import (
     analyze_errors,
     caption_lengths,

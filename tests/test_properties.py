@@ -23,8 +23,7 @@ from llm2clip.data.records import Source, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.texts import unique_captions
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
-from llm2clip.evaluate.ranks import positive_ranks, two_way_ranks
-from llm2clip.evaluate.recall import chance_recall, retrieval_metrics
+from llm2clip.evaluate.recall import chance_recall, positive_ranks, retrieval_metrics, two_way_ranks
 from llm2clip.store.layout import StoreError
 from llm2clip.store.maintenance import repair_store
 from llm2clip.store.store import EmbeddingStore, ReadMode

@@ -25,7 +25,7 @@ from llm2clip.published_results import (
     published_notes,
     published_rows,
 )
-from llm2clip.tools.reproduce.paper import describe_paper
+from llm2clip.tools.reproduce.report import describe_paper
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,8 +11,7 @@ from scipy.stats import binomtest
 
 from conftest import make_llm, make_tower
 from llm2clip.cli import main
-from llm2clip.tools.reproduce.datasets import join_halves, read_wordnet, split_sentences
-from llm2clip.tools.reproduce.statistics import (
+from llm2clip.tools.reproduce.claims import (
     CONTRADICTED,
     HOLDS,
     INCONCLUSIVE,
@@ -24,6 +23,7 @@ from llm2clip.tools.reproduce.statistics import (
     bootstrap_interval,
     compare_hits,
 )
+from llm2clip.tools.reproduce.datasets import join_halves, read_wordnet, split_sentences
 
 
 def reproduce_command(data: Path, models: Path, out: Path, *more: str) -> list[str]:

@@ -15,16 +15,17 @@ from sklearn.metrics import average_precision_score, ndcg_score
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.bootstrap import bootstrap_counts
-from llm2clip.evaluate.query_templates import CANDIDATES, choose_query_templates
-from llm2clip.evaluate.ranks import QUERY_TILE, positive_ranks
-from llm2clip.evaluate.reporting.short_query_report import overview_table
+from llm2clip.evaluate.recall import QUERY_TILE, positive_ranks
+from llm2clip.evaluate.reporting.comparison import overview_table
 from llm2clip.evaluate.retrieval_eval import RetrievalRanks
 from llm2clip.evaluate.short_queries import (
+    CANDIDATES,
     LabelledQuery,
     LengthScores,
     build_queries,
     caption_phrases,
     chance_scores,
+    choose_query_templates,
     mean_intervals,
     ranking_scores,
     score_short_queries,
@@ -290,8 +291,8 @@ def test_choose_query_templates_compares_the_candidates_on_the_images() -> None:
     for length, expected in zip(choice.with_templates, results[best][1], strict=True):
         assert length.words == expected.words and torch.allclose(length.scores, expected.scores)
     assert QueryTemplates.from_dict(choice.to_dict()) == choice.templates
-    assert repr(best[0]) in choice.summary()
+    assert repr(best[0]) in choice.describe_choice()
 
     bad = choose_query_templates(NoisyEmbeddings(""), ranks)  # no noise: templates only add misleading words
     assert bad.templates == LITERAL and bad.with_templates is None
-    assert "encoded as they are" in bad.summary()
+    assert "encoded as they are" in bad.describe_choice()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from llm2clip.data.image_refs import FileImage
 from llm2clip.evaluate.benchmarks.base import CompositionalExample
 from llm2clip.evaluate.benchmarks.compositional import compositional_accuracy
-from llm2clip.evaluate.bootstrap import bootstrap
+from llm2clip.evaluate.bootstrap import bootstrap_intervals
 from llm2clip.evaluate.zero_shot import classification_accuracy, encode_classes, linear_probe
 
 
@@ -52,7 +52,10 @@ def test_classification_accuracy_matches_sorting(chunk_size: int) -> None:
     class_hits = [[hit for hit, c in zip(hits[1], labels, strict=True) if c == label] for label in used]
     assert accuracy["mean per class"] == pytest.approx(100 * sum(sum(h) / len(h) for h in class_hits) / 7)
     low, high = (
-        bootstrap(torch.tensor(hits[1], dtype=torch.float64)[:, None], torch.ones(60)).flatten().mul(100).tolist()
+        bootstrap_intervals(torch.tensor(hits[1], dtype=torch.float64)[:, None], torch.ones(60))
+        .flatten()
+        .mul(100)
+        .tolist()
     )
     assert result.intervals["top-1"] == pytest.approx((low, high))
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 from markupsafe import Markup, escape
@@ -26,7 +26,6 @@ LONG_CELL = 30  # table cells with more characters than this may wrap
 
 @dataclass(frozen=True)
 class Heading:
-    kind: ClassVar[str] = "heading"
     text: str
     level: int = 2
 
@@ -35,7 +34,6 @@ class Heading:
 class Paragraph:
     """A paragraph of text. Backticks in the text mark code. `status` is either empty or one of GOOD, BAD and UNSURE."""
 
-    kind: ClassVar[str] = "paragraph"
     text: str
     status: str = ""
 
@@ -44,7 +42,6 @@ class Paragraph:
 class Code:
     """A code block. `language` is the name used for syntax highlighting in Markdown, and may be empty."""
 
-    kind: ClassVar[str] = "code"
     text: str
     language: str = ""
 
@@ -60,7 +57,6 @@ class Table:
         statuses: Maps the text of a cell to the cell's status, e.g. {"holds": GOOD}.
     """
 
-    kind: ClassVar[str] = "table"
     header: Sequence[str]
     rows: Sequence[Sequence[Any]]
     highlight: frozenset[int] = frozenset()
@@ -71,7 +67,6 @@ class Table:
 class Plot:
     """An SVG plot and its caption."""
 
-    kind: ClassVar[str] = "plot"
     svg: str
     caption: str
 
@@ -97,7 +92,6 @@ class ResultImage:
 class ResultImages:
     """A query and the images that it retrieves."""
 
-    kind: ClassVar[str] = "result images"
     query: str
     images: Sequence[ResultImage]
 
@@ -106,7 +100,6 @@ class ResultImages:
 class Legend:
     """Legend for the colours in the images above. Each entry is a name and a CSS colour, such as "#ff0000"."""
 
-    kind: ClassVar[str] = "legend"
     entries: Sequence[tuple[str, str]]
 
 
@@ -114,7 +107,6 @@ class Legend:
 class Details:
     """Text, such as the settings of a run, that is collapsed until the reader clicks on the summary."""
 
-    kind: ClassVar[str] = "details"
     summary: str
     text: str
 
@@ -222,6 +214,7 @@ def _load_template() -> jinja2.Template:
         "cell_classes": _choose_cell_classes,
         "labelled_svg": _label_svg,
         "base64": lambda data: base64.b64encode(data).decode(),
+        "type_name": lambda block: type(block).__name__,
     }
     source = (files("llm2clip") / "templates" / "report.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(source)

@@ -19,7 +19,6 @@ from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
-from llm2clip.evaluate.query_templates import TemplateChoice, choose_query_templates
 from llm2clip.evaluate.reporting.error_analysis import example_searches
 from llm2clip.evaluate.retrieval_eval import (
     RetrievalRanks,
@@ -29,6 +28,7 @@ from llm2clip.evaluate.retrieval_eval import (
     make_validator,
     rank_caption_fields,
 )
+from llm2clip.evaluate.short_queries import ShortQueryResult, choose_query_templates
 from llm2clip.models.dual_encoder import from_llm2clip
 from llm2clip.models.export.model_card import write_model_card
 from llm2clip.models.llm2clip import LLM2CLIP
@@ -234,14 +234,14 @@ def _evaluate_from_store(
 
 
 def _choose_query_templates(model: LLM2CLIP, ranked: Mapping[str, RetrievalRanks], log: SkipLog) -> dict[str, Any]:
-    """Return the templates for short queries and their results (see `TemplateChoice`), and print what was chosen."""
+    """Return the templates for short queries and their results (see `ShortQueryResult`), and print what was chosen."""
     embeddings = ModelEmbeddings(from_llm2clip(model, "llm2clip"), log)
     try:
         choice = choose_query_templates(embeddings, next(iter(ranked.values())))
     except ValueError as error:
         print_once(f"Short queries are encoded without templates: {error}")
-        return TemplateChoice(LITERAL, [], None).to_dict()
-    print_once(choice.summary())
+        return ShortQueryResult(LITERAL, []).to_dict()
+    print_once(choice.describe_choice())
     return choice.to_dict()
 
 

@@ -97,7 +97,7 @@ def _benchmarks(args: Namespace) -> list[str]:
 def _reproduce(args: Namespace) -> list[str]:
     check_output_folder(args.out, "reproduce")
     check_sources([args.data])
-    from llm2clip.tools.reproduce.run import reproduce
+    from llm2clip.tools.reproduce.report import reproduce
 
     page = reproduce(
         data=Path(args.data),

@@ -51,20 +51,17 @@ class BenchmarkResult:
     Args:
         summary: Entry for results.json. It has "benchmark" and "kind". Metrics are in percent, except "linear probe C".
             Retrieval entries have "rows" (see `caption_field_metrics`). All other entries have "images" and "texts"
-            (number of images and texts) and "truncated" (number of texts that exceed the model's maximum length).
-            Judged retrieval, compositional and classification entries have "metrics". Classification entries also have
-            "intervals" (95% confidence intervals), and compositional entries have "examples" (number of examples whose
-            images can be decoded). Region, segmentation and detection entries have "rows", one per method. Each row has
-            "method", "metrics", "intervals", a metric for each class ("class top-1", "IoU" or "class AP50") and, if the
-            metrics depend on the logit scale, "logit scale".
+            (their numbers) and "truncated" (number of texts that exceed the model's maximum length). Judged retrieval,
+            compositional and classification entries have "metrics". Classification entries also have "intervals" (95%
+            confidence intervals), and compositional entries have "examples" (number of decodable examples). Region,
+            segmentation and detection entries have "rows", one per method, with "method", "metrics", "intervals", a
+            metric for each class ("class top-1", "IoU" or "class AP50") and, if it matters, "logit scale".
         images: Images of the benchmark, including images that cannot be decoded.
         ranks: Ranks, keyed by caption field. Only set for retrieval benchmarks.
-        bootstrap: Metrics for paired differences, keyed by method. Only set for region, segmentation and detection
-            benchmarks, and for classification, where the only key is "".
+        bootstrap: Metrics for paired differences, keyed by method ("" for classification).
         draw_examples: Function that returns a report section with example images.
         model: Display name of the model.
-        error_analysis: Error analyses, keyed by caption field.
-        short_queries: Results of `score_short_queries`, keyed by caption field.
+        error_analysis, short_queries: Results of `analyze_errors` and `score_short_queries`, keyed by caption field.
         examples: Result of `draw_examples`. Empty if the report shows no example images.
     """
 
@@ -120,15 +117,12 @@ def run_benchmark(
     return result
 
 
-def _count_texts(embeddings: EmbeddingSource, texts: Sequence[str]) -> dict[str, int | None]:
-    """Return the summary entries "texts" and "truncated"."""
-    return {"texts": len(texts), "truncated": embeddings.count_truncated(texts)}
-
-
-def _count_prompts(
-    embeddings: EmbeddingSource, data: ClassificationData | RegionData | DetectionData
+def _count_texts(
+    embeddings: EmbeddingSource, names: Sequence[str], templates: Sequence[str] = ("{}",)
 ) -> dict[str, int | None]:
-    return _count_texts(embeddings, fill_templates(data.names, data.templates))
+    """Return the summary entries "texts" and "truncated" for texts or for class names in prompt templates."""
+    texts = fill_templates(names, templates)
+    return {"texts": len(texts), "truncated": embeddings.count_truncated(texts)}
 
 
 def _evaluate_judged_retrieval(data: JudgedRetrieval, embeddings: EmbeddingSource) -> BenchmarkResult:
@@ -167,13 +161,15 @@ def _evaluate_classification(
     metrics["chance"] = 100.0 / len(set(labels))
     if train is not None:
         if list(train.names) != list(data.names):
-            raise DataFormatError(
-                "the training images and the test images do not have the same classes in the same order"
-            )
+            raise DataFormatError("the training images and the test images have different classes")
         train_images, train_indices = embeddings.encode_images(train.images)
         probe = linear_probe(train_images, [train.labels[i] for i in train_indices], images, labels)
         metrics |= {"linear probe": probe["top-1"], "linear probe C": probe["C"]}
-    summary = {"intervals": accuracy.intervals, "images": len(images), **_count_prompts(embeddings, data)}
+    summary = {
+        "intervals": accuracy.intervals,
+        "images": len(images),
+        **_count_texts(embeddings, data.names, data.templates),
+    }
     return BenchmarkResult(summary | {"metrics": metrics}, data.images, bootstrap={"": accuracy})
 
 
@@ -189,7 +185,7 @@ def _evaluate_regions(data: RegionData, embeddings: EmbeddingSource, variants: S
         "images": len(set(first_predictions.image.tolist())),
         "regions": len(first_predictions.image),
         "excluded regions": dict(data.excluded),
-        **_count_prompts(embeddings, data),
+        **_count_texts(embeddings, data.names, data.templates),
         "chance": 100.0 / len(data.names),
         "rows": rows,
     }
@@ -210,8 +206,8 @@ def _evaluate_segmentation(
         if data.min_probability > 0:  # otherwise, the scale does not affect the predictions
             row["logit scale"] = result.logit_scales[method]
         rows.append(row)
-    prompts = fill_templates([name for names in data.names for name in names], data.templates)
-    summary = {"images": len(result.images), **_count_texts(embeddings, prompts), "rows": rows}
+    all_names = [name for names in data.names for name in names]
+    summary = {"images": len(result.images), **_count_texts(embeddings, all_names, data.templates), "rows": rows}
     draw_examples = partial(segmentation_blocks, data, result)
     return BenchmarkResult(summary, data.images, bootstrap=bootstrap, draw_examples=draw_examples)
 
@@ -239,7 +235,7 @@ def _evaluate_detection(
     first_method, first_detections = next(iter(results.by_method.items()))
     summary = {
         "images": len(first_detections),
-        **_count_prompts(embeddings, data),
+        **_count_texts(embeddings, data.names, data.templates),
         "proposals": description,
         "rows": rows,
     }

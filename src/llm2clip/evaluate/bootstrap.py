@@ -10,22 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+LEVEL = 0.95  # confidence level of all intervals
 
-def bootstrap(
-    sums: Tensor,
-    counts: Tensor,
-    level: float = 0.95,
-    resamples: int = 1000,
-    bounds: tuple[float, float] = (0.0, 1.0),
-) -> Tensor:
-    """Return bootstrap confidence intervals for the means of K quantities over all elements.
+
+def bootstrap_intervals(sums: Tensor, counts: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+    """Return 95% bootstrap confidence intervals for the means of K quantities over all elements.
 
     Groups of elements, such as the captions of an image, are resampled together.
 
     Args:
         sums: Sum of each quantity over the elements of each group, of shape (groups, K).
         counts: Number of elements in each group, of shape (groups,). Empty groups are ignored.
-        level: Confidence level, e.g. 0.95.
         bounds: Smallest and largest possible value of an element. See `percentile_interval`.
 
     Returns:
@@ -35,8 +30,8 @@ def bootstrap(
     # groups, gathering is 1.5 to 5 times slower and, by default, needs memory for all resamples at once. Here, each
     # group is weighted by the number of times it was drawn, which takes only one matmul per resample.
     sums, counts = sums.double()[counts > 0], counts.double()[counts > 0]
-    means = [weights @ sums / (weights @ counts) for weights in bootstrap_counts(len(sums), resamples)]
-    return percentile_interval(torch.stack(means), len(sums), bounds, level)
+    means = [weights @ sums / (weights @ counts) for weights in bootstrap_counts(len(sums))]
+    return percentile_interval(torch.stack(means), len(sums), bounds)
 
 
 def bootstrap_counts(groups: int, resamples: int = 1000) -> Iterator[Tensor]:
@@ -51,30 +46,25 @@ def bootstrap_counts(groups: int, resamples: int = 1000) -> Iterator[Tensor]:
         yield torch.bincount(drawn, minlength=groups).double()
 
 
-def percentile_interval(
-    means: Tensor, num_groups: int, bounds: tuple[float, float] = (0.0, 1.0), level: float = 0.95
-) -> Tensor:
-    """Return confidence intervals computed from resampled means by Efron's percentile method.
-
-    Each interval is central and contains a fraction `level` of the resampled means.
+def percentile_interval(means: Tensor, num_groups: int, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+    """Return central 95% confidence intervals computed from resampled means by Efron's percentile method.
 
     If all groups have the same mean, such as 0% or 100%, all resampled means are equal, and the interval would be a
     single point. In this case, let p be the probability that a group has a different mean. Because this was observed in
-    0 of n groups, the Clopper-Pearson upper bound of p is 1 - ((1 - level) / 2) ** (1 / n). The interval contains all
+    0 of n groups, the Clopper-Pearson upper bound of p is 1 - 0.025 ** (1 / n). The interval contains all
     means that are possible if a fraction p of the groups has values at one of the bounds.
 
     Args:
         means: Means of the resamples, of shape (resamples, ...).
         num_groups: Number of groups that were resampled (n).
         bounds: Smallest and largest possible value of an element.
-        level: Confidence level, e.g. 0.95.
 
     Returns:
         Lower and upper bounds of shape (2, ...).
     """
-    quantiles = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=means.dtype)
+    quantiles = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=means.dtype)
     interval = means.quantile(quantiles, 0)
-    largest_share = 1 - ((1 - level) / 2) ** (1 / num_groups)
+    largest_share = 1 - ((1 - LEVEL) / 2) ** (1 / num_groups)
     limits = torch.stack([torch.full_like(means[0], bound) for bound in bounds])  # (2, ...)
     widened = means[:1] + largest_share * (limits - means[:1])
     is_constant = means.amax(0) - means.amin(0) < 1e-9 * (bounds[1] - bounds[0])
@@ -97,22 +87,17 @@ class BootstrapMetrics:
     resamples: Mapping[str, np.ndarray]
 
     @classmethod
-    def compute(
+    def from_function(
         cls, images: Sequence[int | str], names: Sequence[str], metrics: Callable[[np.ndarray], Sequence[float]]
     ) -> BootstrapMetrics:
         """Compute metrics on all images and on each resample.
 
         Args:
-            images: Index or id of each evaluated image.
             metrics: Function that takes `weights` and returns all metrics, counting image i `weights[i]` times.
         """
         samples = np.array([metrics(weights.numpy()) for weights in bootstrap_counts(len(images))], np.float64)
         values = [float(value) for value in metrics(np.ones(len(images)))]
-        return cls(
-            images=tuple(images),
-            values=dict(zip(names, values, strict=True)),
-            resamples=dict(zip(names, samples.T, strict=True)),
-        )
+        return cls(tuple(images), dict(zip(names, values, strict=True)), dict(zip(names, samples.T, strict=True)))
 
     @property
     def intervals(self) -> dict[str, tuple[float, float]]:

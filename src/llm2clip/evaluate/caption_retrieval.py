@@ -18,10 +18,9 @@ from torch import Tensor
 
 from llm2clip.config import EncoderConfig
 from llm2clip.data.texts import unique_captions
-from llm2clip.evaluate.bootstrap import bootstrap
+from llm2clip.evaluate.bootstrap import bootstrap_intervals
 from llm2clip.evaluate.embeddings import PRECOMPUTED_SUFFIX
-from llm2clip.evaluate.ranks import positive_ranks, two_way_ranks
-from llm2clip.evaluate.recall import KS, chance_recall, recall
+from llm2clip.evaluate.recall import KS, chance_recall, positive_ranks, recall, two_way_ranks
 from llm2clip.models.dual_encoder import SENTENCE_TRANSFORMERS_PREFIX
 from llm2clip.models.hub.pretrained import resolve_pretrained
 from llm2clip.models.llm2clip import LLM2CLIP
@@ -120,7 +119,7 @@ def caption_retrieval_accuracy(
     first_ranks, second_ranks = two_way_ranks(first, second, range(len(first)))
     first_recall, second_recall = recall(first_ranks), recall(second_ranks)
     hits = ((first_ranks < 1).double() + (second_ranks < 1)) / 2  # per image
-    low, high = (100 * bootstrap(hits[:, None], torch.ones(len(hits)))).flatten().tolist()
+    low, high = (100 * bootstrap_intervals(hits[:, None], torch.ones(len(hits)))).flatten().tolist()
     positive_cosine, negative_cosine = mean_cosines(first, second)
     metrics: dict[str, Any] = {
         "CRA": (first_recall["R@1"] + second_recall["R@1"]) / 2,

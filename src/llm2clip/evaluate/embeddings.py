@@ -15,7 +15,7 @@ from torch import Tensor
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.texts import unique_captions
-from llm2clip.evaluate.ranks import check_finite
+from llm2clip.evaluate.recall import check_finite
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.models.prompts import LITERAL, QueryTemplates
@@ -40,11 +40,22 @@ class EmbeddingSource(Protocol):
     """Prompt templates for short search queries that were saved with the model. `encode_texts` does not apply them."""
 
     def encode_images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
-        """Return embeddings of the decodable images, and the indices of these images in `refs`."""
+        """Return embeddings of the decodable images, and the indices of these images in `refs`.
+
+        Raises:
+            TooManySkipped: If too many images cannot be decoded.
+            ValueError: If an embedding contains NaN or infinity, or a file of precomputed embeddings has no embedding
+                for an image, or the same embedding for two images.
+        """
         ...
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Return the embedding of each text."""
+        """Return the embedding of each text.
+
+        Raises:
+            ValueError: If an embedding contains NaN or infinity, or a file of precomputed embeddings has no embedding
+                for a text.
+        """
         ...
 
     def count_truncated(self, texts: Sequence[str]) -> int | None:
@@ -89,26 +100,15 @@ class ModelEmbeddings:
         self.folder = cache_dir / fingerprint(self.identity)[:12] if cache_dir is not None else None
 
     def encode_images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
-        """Return embeddings of the decodable images, and the indices of these images in `refs`.
-
-        Raises:
-            TooManySkipped: If too many images cannot be decoded.
-            ValueError: If an embedding contains NaN or infinity.
-        """
         self.log.count_at_least(len(refs))  # benchmark readers do not count the rows that they read
         if self.folder is None:
             with ProgressBar(total=len(refs), desc="images", unit="image", disable=not self.progress) as bar:
                 embeddings, indices = encode_image_batches(refs, self.model, self.log, bar, BATCH_SIZE)
             self.log.check()
         else:
+            folder = self.folder / "images"
             store = store_image_features(
-                refs,
-                self.model,
-                self.identity,
-                self.folder / "images",
-                self.log,
-                dtype="float32",
-                batch_size=BATCH_SIZE,
+                refs, self.model, self.identity, folder, self.log, dtype="float32", batch_size=BATCH_SIZE
             )
             rows = store.find_keys(image_keys(refs))  # -1 for images that could not be decoded
             indices = (rows >= 0).nonzero()[0].tolist()
@@ -117,11 +117,6 @@ class ModelEmbeddings:
         return embeddings, indices
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Return the embedding of each text.
-
-        Raises:
-            ValueError: If an embedding contains NaN or infinity.
-        """
         if self.folder is None:
             embeddings = self.model.encode_texts(texts, self.progress)
         else:
@@ -152,10 +147,6 @@ class PrecomputedEmbeddings:
 
     def __init__(self, file: Path, log: SkipLog) -> None:
         """
-        Args:
-            file: An .npz file with the arrays images, image_names, texts and captions.
-            log: Skip log. It remains empty, because no images are decoded.
-
         Raises:
             ValueError: If an array is missing or has the wrong shape, an embedding contains NaN or infinity, an image
                 name is repeated, or a caption has two different embeddings.
@@ -194,11 +185,6 @@ class PrecomputedEmbeddings:
             raise ValueError(f"{self.file}: {error}") from error
 
     def encode_images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
-        """Return the embedding of each image in `refs`, and the indices of all images in `refs`.
-
-        Raises:
-            ValueError: If the file contains no embedding for an image, or two images match the same embedding.
-        """
         rows = [self._find_image(ref) for ref in refs]
         missing = [ref for ref, row in zip(refs, rows, strict=True) if row is None]
         if missing:
@@ -215,10 +201,7 @@ class PrecomputedEmbeddings:
         return self._images[torch.tensor(rows)], list(range(len(refs)))
 
     def _find_image(self, ref: ImageRef) -> int | None:
-        """Return the row of an image's embedding, or None if the file contains no embedding for the image.
-
-        An image in a tar file (FILE.tar!MEMBER) can also be found by its path within the tar file.
-        """
+        """Return the row of an image's embedding, or None. Images in tar files are FILE.tar!MEMBER or only MEMBER."""
         for path in (PurePosixPath(str(ref)), PurePosixPath(str(ref).replace("!", "/"))):
             for start in range(len(path.parts)):
                 name = PurePosixPath(*path.parts[start:]).as_posix()
@@ -227,11 +210,6 @@ class PrecomputedEmbeddings:
         return None
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Return the embedding of each text.
-
-        Raises:
-            ValueError: If the file contains no embedding for a text.
-        """
         missing = [text for text in texts if text not in self._row_of_text]
         if missing:
             raise ValueError(

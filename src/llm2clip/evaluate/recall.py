@@ -1,4 +1,10 @@
-"""Retrieval metrics computed from ranks: recall in both directions, chance levels and confidence intervals."""
+"""Ranks of the correct answers in retrieval, and recall, chance levels and confidence intervals computed from them.
+
+To compute ranks, the score matrix is computed in tiles and is never stored in full, and scores are not sorted. Instead,
+wrong answers that score at least as high as the best correct answer are counted in each tile. Both directions use the
+same tiles. Because ties count against the model, a model that assigns the same score to every pair gets the worst
+possible ranks.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +13,218 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip.evaluate.bootstrap import bootstrap
+from llm2clip.cpu_tuning import onednn_matmul
+from llm2clip.evaluate.bootstrap import bootstrap_intervals
 
 KS = (1, 5, 10)
+TILE = 512  # images per tile; with four times as many texts, a tile's float32 scores (4 MB) fit into the CPU cache
+QUERY_TILE = 32  # number of queries whose scores for all items `positive_ranks` keeps in memory
+
+
+@onednn_matmul()
+def positive_ranks(
+    queries: Tensor,
+    items: Tensor,
+    positives: Sequence[Sequence[int]],
+    tile_size: int = 2 * TILE,
+    self_index: Sequence[int] | None = None,
+) -> list[Tensor]:
+    """Return the zero-based ranks of all positives of each query, from which recall and mAP are computed.
+
+    An item can be a positive for several queries. For images and their captions, `two_way_ranks` computes the ranks of
+    the best positives in both directions in one pass.
+
+    Args:
+        queries: Query embeddings of shape (Q, D), L2-normalised.
+        items: Item embeddings of shape (N, D), L2-normalised.
+        positives: Indices of the correct items for each query, at least one. For example, if 3 images have 2, 1 and 2
+            captions, the positives are [[0, 1], [2], [3, 4]] for image-to-text retrieval.
+        tile_size: Number of items per matmul. The scores of up to `QUERY_TILE` queries for all items are in memory.
+        self_index: For each query, the index of an item to ignore: the query itself, if the queries are also items.
+
+    Returns:
+        For each query with P positives, the P ranks in ascending order, int64 of shape (P,).
+
+    Raises:
+        ValueError: If a query has no positive, or an embedding contains NaN or infinity.
+    """
+    for n, indices in enumerate(positives):
+        if len(indices) == 0:
+            raise ValueError(f"query {n} has no positive item")
+    check_finite(queries, items)
+    ranks = []
+    for start in range(0, len(queries), QUERY_TILE):
+        query_tile = _pad_tile(queries[start : start + QUERY_TILE].float(), QUERY_TILE)
+        tiles = []
+        for offset in range(0, len(items), tile_size):
+            tile_scores = query_tile @ _pad_tile(items[offset : offset + tile_size].float(), tile_size).T
+            tiles.append(tile_scores[:, : len(items) - offset])
+        scores = torch.cat(tiles, 1)  # (QUERY_TILE, N)
+        for query in range(start, min(start + QUERY_TILE, len(queries))):
+            query_scores = scores[query - start]
+            if self_index is not None:
+                query_scores[self_index[query]] = -torch.inf
+            ranks.append(_ranks_in_row(query_scores, torch.as_tensor(positives[query])))
+    return ranks
+
+
+def _ranks_in_row(scores: Tensor, positives: Tensor) -> Tensor:
+    """Return the zero-based ranks of the positives in ascending order, given the scores of all N items."""
+    positive_scores = scores[positives].sort().values  # ascending
+    negative_scores = scores.index_fill(0, positives, -torch.inf)
+    # For each negative, count the positives that it ranks before: all positives whose score is not higher.
+    num_beaten = torch.bucketize(negative_scores, positive_scores, right=True)
+    negatives_by_beaten = torch.bincount(num_beaten, minlength=len(positives) + 1)
+    # The n-th best of P positives is beaten by the negatives that beat at least P - n positives.
+    negatives_before = negatives_by_beaten.flip(0).cumsum(0)[:-1]
+    return negatives_before + torch.arange(len(positives))
+
+
+@onednn_matmul()
+def two_way_ranks(
+    images: Tensor,
+    texts: Tensor,
+    image_of_text: Sequence[int] | Tensor,
+    tile_size: int = TILE,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the zero-based ranks of each image's best caption and of each caption's image.
+
+    Args:
+        images: Image embeddings of shape (I, D), L2-normalised, float32 or float16. Scores are computed in float32.
+        texts: Text embeddings of shape (T, D), L2-normalised, float32 or float16. Sort them by image to avoid a copy.
+        image_of_text: Image index of each text. Every image must have at least one text.
+        tile_size: Number of images per tile. Must be a multiple of 16, or equal vectors may get different scores.
+        device: Device for the matmuls. Default: the device of the images.
+
+    Returns:
+        Image ranks, int64 of shape (I,), and text ranks, int64 of shape (T,), on the CPU.
+
+    Raises:
+        ValueError: If an image has no text, or an embedding contains NaN or infinity.
+    """
+    owner = torch.as_tensor(image_of_text)
+    counts = torch.bincount(owner, minlength=len(images))
+    if len(counts) > len(images) or not counts.all():
+        raise ValueError(
+            f"each of the {len(images)} images needs a text, and each text must belong to one of these images"
+        )
+    check_finite(images, texts)
+    tiles = _ScoreTiles(images, texts, owner, tile_size, torch.device(device or images.device))
+    best_image, best_text = _best_match_scores(tiles)
+
+    # Counts of wrong answers are stored as float32, which is exact up to 2**24.
+    image_counts, text_counts = torch.zeros_like(best_image), torch.zeros_like(best_text)
+    for j in range(tiles.columns):
+        text_tile, text_range = tiles.texts(j), tiles.text_range(j)
+        for i in range(tiles.rows):
+            scores, image_range = tiles.images(i) @ text_tile.T, tiles.image_range(i)
+            scores[tiles.positives(i, j)] = -torch.inf
+            scores[len(images) - image_range.start :] = -torch.inf  # padding
+            scores[:, len(texts) - text_range.start :] = -torch.inf
+            image_counts[image_range] += _at_least(scores, best_image[image_range, None]).sum(1)
+            text_counts[text_range] += _at_least(scores, best_text[text_range]).sum(0)
+    image_ranks = image_counts[: len(images)].long().cpu()
+    text_ranks = text_counts[: len(texts)].long().cpu()
+    if tiles.order is not None:
+        text_ranks = torch.empty_like(text_ranks).index_copy_(0, tiles.order, text_ranks)
+    return image_ranks, text_ranks
+
+
+class _ScoreTiles:
+    """The image-text score matrix as a grid of tiles. Each tile has `tile_size` images and 4 * `tile_size` texts.
+
+    Texts are sorted by image, so that only a few tiles contain positives.
+    """
+
+    def __init__(self, images: Tensor, texts: Tensor, owner: Tensor, tile_size: int, device: torch.device) -> None:
+        self._images, self._texts, self._device = images, texts, device
+        self.num_images = len(images)
+        self.height, self.width = tile_size, 4 * tile_size
+        self.rows = -(-len(images) // self.height)
+        self.columns = -(-len(texts) // self.width)
+        is_sorted = bool((owner[1:] >= owner[:-1]).all())
+        self.order = None if is_sorted else owner.argsort(stable=True)
+        self.owner = (owner if self.order is None else owner[self.order]).to(device)
+
+    def image_range(self, i: int) -> slice:
+        return slice(i * self.height, (i + 1) * self.height)
+
+    def text_range(self, j: int) -> slice:
+        return slice(j * self.width, (j + 1) * self.width)
+
+    def images(self, i: int) -> Tensor:
+        """Return the image embeddings for row `i` of the grid, float32 of shape (height, D), zero-padded."""
+        return _pad_tile(self._images[self.image_range(i)].to(self._device, torch.float32), self.height)
+
+    def texts(self, j: int) -> Tensor:
+        """Return the text embeddings for column `j` of the grid, float32 of shape (width, D), zero-padded."""
+        text_range = self.text_range(j)
+        texts = self._texts[text_range if self.order is None else self.order[text_range]]
+        return _pad_tile(texts.to(self._device, torch.float32), self.width)
+
+    def positives(self, i: int, j: int) -> tuple[Tensor, Tensor]:
+        """Return the row and column indices of the positives within tile (i, j)."""
+        rows = self.owner[self.text_range(j)] - i * self.height
+        columns = ((rows >= 0) & (rows < self.height)).nonzero()[:, 0]
+        return rows[columns], columns
+
+    def rows_with_positives(self, j: int) -> range:
+        """Return the rows of the grid in which column `j` may contain positives."""
+        owners = self.owner[self.text_range(j)]
+        return range(int(owners[0]) // self.height, int(owners[-1]) // self.height + 1)
+
+
+def _best_match_scores(tiles: _ScoreTiles) -> tuple[Tensor, Tensor]:
+    """Return the scores of each image's best caption and of each caption's image.
+
+    Positives and negatives are scored by the same matmuls, so that ties are exact. Padding rows in the last tiles get
+    infinite scores, which no negative can reach.
+    """
+    device = tiles.owner.device
+    best_image = torch.full((tiles.rows * tiles.height,), torch.inf, device=device)
+    best_text = torch.full((tiles.columns * tiles.width,), torch.inf, device=device)
+    best_image[: tiles.num_images] = -torch.inf
+    for j in range(tiles.columns):
+        text_tile = tiles.texts(j)
+        for i in tiles.rows_with_positives(j):
+            rows, columns = tiles.positives(i, j)
+            scores = (tiles.images(i) @ text_tile.T)[rows, columns]
+            best_text[columns + j * tiles.width] = scores
+            best_image.scatter_reduce_(0, rows + i * tiles.height, scores, "amax")
+    return best_image, best_text
+
+
+def _pad_tile(vectors: Tensor, size: int) -> Tensor:
+    """Append zero rows until there are `size` rows.
+
+    Matmuls of the same shape round identically, so equal vectors get equal scores.
+    """
+    return vectors if len(vectors) == size else F.pad(vectors, (0, 0, 0, size - len(vectors)))
+
+
+def _at_least(scores: Tensor, threshold: Tensor) -> Tensor:
+    """Return 1.0 for scores that are at least as high as the threshold, and 0.0 for all other scores.
+
+    Floats are used because summing floats is ten times as fast as summing booleans.
+    """
+    return torch.ge(scores, threshold, out=torch.empty_like(scores))
+
+
+def check_finite(*embeddings: Tensor) -> None:
+    """Raise ValueError if an embedding contains NaN or infinity.
+
+    Without this check, a model that outputs NaN would get perfect ranks, because comparisons with NaN are always false.
+    """
+    for vectors in embeddings:
+        if not all(torch.isfinite(part).all() for part in vectors.split(8192)):
+            raise ValueError("an embedding contains NaN or infinity: the model is broken")
+
+
+# ---- recall ----------------------------------------------------------------------------------------------------------
 
 
 def retrieval_metrics(
@@ -67,10 +280,8 @@ def chance_recall(positives: Sequence[int], num_items: int, ks: Sequence[int] = 
     return chance
 
 
-def recall_intervals(
-    ranks: Tensor, groups: Tensor, ks: Sequence[int] = KS, *, level: float = 0.95, resamples: int = 1000
-) -> dict[str, tuple[float, float]]:
-    """Return bootstrap confidence intervals for R@k, in percent.
+def recall_intervals(ranks: Tensor, groups: Tensor, ks: Sequence[int] = KS) -> dict[str, tuple[float, float]]:
+    """Return 95% bootstrap confidence intervals for R@k, in percent.
 
     Images are resampled together with all their queries, because the results for captions of an image are correlated.
 
@@ -78,8 +289,7 @@ def recall_intervals(
         ranks: Zero-based rank of each query's best positive, int64 of shape (Q,).
         groups: Image index of each query, int64 of shape (Q,).
     """
-    sums, counts = _sum_per_image([(ranks < k).double() for k in ks], groups)
-    return _percent_by_k(bootstrap(sums, counts, level, resamples), ks)
+    return _bootstrap_by_image([(ranks < k).double() for k in ks], groups, ks, (0.0, 1.0))
 
 
 def recall_differences(
@@ -92,18 +302,15 @@ def recall_differences(
         groups: Image index of each query, int64 of shape (Q,).
     """
     differences = [(ranks < k).double() - (baseline_ranks < k).double() for k in ks]
-    intervals = bootstrap(*_sum_per_image(differences, groups), bounds=(-1.0, 1.0))
     means = {f"R@{k}": 100.0 * float(d.mean()) for k, d in zip(ks, differences, strict=True)}
-    return means, _percent_by_k(intervals, ks)
+    return means, _bootstrap_by_image(differences, groups, ks, (-1.0, 1.0))
 
 
-def _sum_per_image(values: Sequence[Tensor], groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum K values over the queries of each image. Return sums of shape (I, K) and counts of queries of shape (I,)."""
+def _bootstrap_by_image(
+    values: Sequence[Tensor], groups: Tensor, ks: Sequence[int], bounds: tuple[float, float]
+) -> dict[str, tuple[float, float]]:
+    """Return the intervals of the means of values of shape (Q,), one tensor per k, in percent. Resample the images."""
     stacked = torch.stack(list(values), 1)  # (Q, K)
-    sums = stacked.new_zeros(int(groups.max()) + 1, len(values)).index_add_(0, groups, stacked)
-    return sums, torch.bincount(groups)
-
-
-def _percent_by_k(intervals: Tensor, ks: Sequence[int]) -> dict[str, tuple[float, float]]:
-    low, high = (100 * intervals).tolist()
+    sums = stacked.new_zeros(int(groups.max()) + 1, len(ks)).index_add_(0, groups, stacked)
+    low, high = (100 * bootstrap_intervals(sums, torch.bincount(groups), bounds)).tolist()
     return {f"R@{k}": (low[n], high[n]) for n, k in enumerate(ks)}

@@ -14,8 +14,7 @@ from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.benchmarks.base import CaptionFields
 from llm2clip.evaluate.embeddings import EmbeddingSource, ModelEmbeddings
-from llm2clip.evaluate.ranks import two_way_ranks
-from llm2clip.evaluate.recall import recall, recall_differences, retrieval_metrics
+from llm2clip.evaluate.recall import recall, recall_differences, retrieval_metrics, two_way_ranks
 from llm2clip.models.dual_encoder import DualEncoder, from_llm2clip
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.store.store import EmbeddingStore

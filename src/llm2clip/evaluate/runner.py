@@ -6,7 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,8 @@ from llm2clip.evaluate.benchmark_eval import BenchmarkResult, run_benchmark
 from llm2clip.evaluate.benchmarks import Benchmark, get_benchmarks, has_user_data
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy, open_text_encoder
 from llm2clip.evaluate.embeddings import EmbeddingSource, open_embedding_source
-from llm2clip.evaluate.reporting.comparison import benchmark_blocks, caption_retrieval_blocks
+from llm2clip.evaluate.reporting.comparison import benchmark_blocks, caption_retrieval_blocks, short_query_blocks
 from llm2clip.evaluate.reporting.error_analysis import analyze_errors
-from llm2clip.evaluate.reporting.short_query_report import short_query_blocks
 from llm2clip.evaluate.retrieval_eval import retrieval_difference
 from llm2clip.evaluate.short_queries import score_short_queries
 from llm2clip.html_report import BAD, Block, Code, Details, Paragraph, to_markdown, write_report
@@ -57,23 +56,20 @@ def evaluate_models(
     In a distributed run, each rank encodes some of the images and texts. Each rank then computes all metrics, and the
     main process prints and writes the results.
 
-    results.json contains "caption retrieval", "results" and "run". "caption retrieval" is the result of
-    `caption_retrieval_accuracy`. "results" is a list of `BenchmarkResult.summary` dicts with the additional key
-    "model". If the images on which the model was trained are known, "images trained on" is the number of these images
-    that were evaluated. "run" is the result of `describe_run`, with the settings.
+    results.json contains "caption retrieval" (the result of `caption_retrieval_accuracy`), "results" and "run" (the
+    result of `describe_run`, with the settings). "results" is a list of `BenchmarkResult.summary` dicts with the
+    additional key "model". If the images on which the model was trained are known, "images trained on" is the number of
+    these images that were evaluated.
 
-    Each row of a baseline's result in retrieval, regions, segmentation or detection, and each baseline's result in
-    classification, also contains "difference", which is the first model minus the baseline. See
-    `retrieval_difference` and `BootstrapMetrics.difference`. With `options.short_queries`, each row of a retrieval
-    result also contains "short queries" and, if there are templates, "short queries with templates" and "query
-    templates". The first two are lists of `LengthScores.metrics` dicts.
+    The result of a baseline in classification, and each row of its other results with rows, also contains "difference",
+    the first model minus the baseline (see `retrieval_difference` and `BootstrapMetrics.difference`). With
+    `options.short_queries`, each row of a retrieval result also contains "short queries" and, if there are templates,
+    "short queries with templates" (lists of `LengthScores.metrics` dicts) and "query templates".
 
     Args:
-        models: Model to evaluate, followed by the baselines. Each is either a model accepted by `open_dual_encoder` or
-            an .npz file of precomputed embeddings.
+        models: Model to evaluate, followed by the baselines (see `open_embedding_source`).
         data: Sources of images and captions. If no splits are specified, the images that `fit` would hold out are
             evaluated.
-        options: Benchmarks, caption sources, output folder and other options.
         encoder: Caption encoder whose CRA is measured. Used only if `models` is empty.
         config: Evaluation settings, such as additional caption fields to evaluate.
 
@@ -112,17 +108,16 @@ def evaluate_models(
     if data or options.benchmarks:
         user_data = [_read_user_benchmark(data, config, options.columns, log)] if data else []
         benchmarks = [*user_data, *get_benchmarks(options.benchmarks, options.templates or ())]
-        available, missing = _find_benchmarks(benchmarks, Path(options.root))
-        runner = BenchmarkRunner(available, log, options)
-        for n, name in enumerate(display_names(models) if available else []):
-            for _ in runner.run(models[n], name, is_baseline=n > 0):
+        runner = BenchmarkRunner(benchmarks, log, options)
+        for n, name in enumerate(display_names(models) if runner.runs else []):
+            for _ in runner.evaluate_model(models[n], name, is_baseline=n > 0):
                 results["results"] = runner.summaries()
                 _write_results(out, results)  # after each benchmark, so that a later error loses no results
         if not runner.summaries():
-            raise ValueError("\n".join(["nothing could be evaluated:", *missing, *runner.failures]))
+            raise ValueError("\n".join(["nothing could be evaluated:", *runner.missing, *runner.failures]))
         requests_all = "all" in options.benchmarks  # if so, missing benchmarks are not failures
-        failures = runner.failures if requests_all else missing + runner.failures
-        skipped = runner.skipped_rows() + (missing if requests_all else [])
+        failures = runner.failures if requests_all else runner.missing + runner.failures
+        skipped = runner.skipped_rows() + (runner.missing if requests_all else [])
         notes = skipped + runner.proposals()
         warnings = runner.warnings()
         blocks = runner.blocks()
@@ -148,34 +143,49 @@ def evaluate_models(
     return last_lines
 
 
+@dataclass
+class BenchmarkRun:
+    """An available benchmark, its folder, the log of its skipped rows, and the results of the models."""
+
+    benchmark: Benchmark
+    folder: Path
+    log: SkipLog
+    results: list[BenchmarkResult] = dataclasses.field(default_factory=list)
+
+
 class BenchmarkRunner:
     """Runner that evaluates models on benchmarks.
 
-    If an evaluation fails, the error is recorded in `failures`, and the remaining evaluations are still run.
+    If an evaluation fails, the error is recorded in `failures`, and the remaining evaluations are still run. Benchmarks
+    without a folder in `options.root` are recorded in `missing`.
     """
 
-    def __init__(self, benchmarks: Sequence[tuple[Benchmark, Path]], log: SkipLog, options: EvaluateOptions) -> None:
+    def __init__(self, benchmarks: Sequence[Benchmark], log: SkipLog, options: EvaluateOptions) -> None:
         """
         Args:
-            benchmarks: Benchmarks to run, and the folder of each benchmark.
             log: Skip log for the user's data.
             options: If `options.out` is not set, embeddings are not cached, and errors are not analysed.
         """
-        self.benchmarks = benchmarks
-        self.results: list[list[BenchmarkResult]] = [[] for _ in benchmarks]
+        self.runs: list[BenchmarkRun] = []
+        self.missing: list[str] = []
         self.failures: list[str] = []
         self._options = options
         self._out = Path(options.out) if options.out else None
-        self._logs = []
-        for n, (benchmark, _) in enumerate(benchmarks):
-            is_user_data = benchmark.name == USER_DATA
-            self._logs.append(log if is_user_data else _make_skip_log(options, f"{n}-{benchmark.name}"))
+        for benchmark in benchmarks:
+            try:
+                folder = benchmark.find(Path(options.root))
+            except MissingFileError as error:
+                self.missing.append(_describe_failure(benchmark.name, benchmark, error))
+                continue
+            name = f"{len(self.runs)}-{benchmark.name}"
+            benchmark_log = log if benchmark.name == USER_DATA else _make_skip_log(options, name)
+            self.runs.append(BenchmarkRun(benchmark, folder, benchmark_log))
 
-    def run(self, model: str, name: str, is_baseline: bool) -> Iterator[BenchmarkResult]:
+    def evaluate_model(self, model: str, name: str, is_baseline: bool) -> Iterator[BenchmarkResult]:
         """Evaluate a model on all benchmarks, and yield each result as soon as it is finished.
 
         Args:
-            model: Model as accepted by `open_dual_encoder`, or an .npz file of precomputed embeddings.
+            model: See `open_embedding_source`.
             name: Model name to show in tables.
             is_baseline: If True, the model is skipped if it cannot be loaded, and the report shows no example images
                 for it.
@@ -183,21 +193,22 @@ class BenchmarkRunner:
         is_distributed = process_state().num_processes > 1
         try:
             cache_dir = self._out / "vectors" if self._out else None
-            embeddings = open_embedding_source(model, self._logs[0], cache_dir, self._options.trust_remote_code)
+            embeddings = open_embedding_source(model, self.runs[0].log, cache_dir, self._options.trust_remote_code)
         except (OSError, ValueError, ImportError) as error:
             if not is_baseline or is_distributed:  # otherwise, the other ranks would wait for this rank
                 raise
             self.failures.append(f"Skipped {name}: {error}")
             return
         training_images = load_training_images(model)
-        for n, (benchmark, folder) in enumerate(self.benchmarks):
+        for run in self.runs:
+            benchmark = run.benchmark
             print_once(f"{name}: {benchmark.name}")
-            embeddings.log = self._logs[n]
+            embeddings.log = run.log
             predictions_dir = None
             if self._out is not None and self._options.save_predictions:
                 predictions_dir = self._out / "predictions" / safe_name(benchmark.name) / safe_name(name)
             try:
-                result = run_benchmark(benchmark, folder, embeddings, self._options, predictions_dir)
+                result = run_benchmark(benchmark, run.folder, embeddings, self._options, predictions_dir)
             except (OSError, ValueError) as error:
                 # Invalid data causes the same error on every rank. Any other error may occur on this rank only.
                 if is_distributed and not isinstance(error, MissingFileError | ValueError):
@@ -207,21 +218,21 @@ class BenchmarkRunner:
             result.model = name
             if training_images is not None and process_state().is_main_process:
                 result.summary["images trained on"] = count_training_images(training_images, result.images)
-            if self.results[n]:
-                _add_differences(self.results[n][0], result)
+            if run.results:
+                _add_differences(run.results[0], result)
             if self._options.short_queries:
                 self._add_short_queries(result, embeddings)
             if self._out is not None and process_state().is_main_process:
-                for field_index, (field, ranks) in enumerate(result.ranks.items()):
+                for n, (field, ranks) in enumerate(result.ranks.items()):
                     # With examples for all 36 languages of Crossmodal-3600, the report would contain 2,000 images.
-                    with_examples = not is_baseline and field_index == 0
+                    with_examples = not is_baseline and n == 0
                     result.error_analysis[field] = analyze_errors(ranks, EXAMPLE_QUERIES if with_examples else 0)
                 if result.draw_examples is not None and not is_baseline:
                     result.examples = result.draw_examples()
             result.draw_examples = None  # free the memory for the images and the embeddings
             empty = torch.empty(0)
             result.ranks = {key: replace(ranks, images=empty, texts=empty) for key, ranks in result.ranks.items()}
-            self.results[n].append(result)
+            run.results.append(result)
             yield result
 
     def _add_short_queries(self, result: BenchmarkResult, embeddings: EmbeddingSource) -> None:
@@ -248,45 +259,39 @@ class BenchmarkRunner:
 
     def summaries(self) -> list[dict[str, Any]]:
         """Return the entries for "results" in results.json."""
-        return [{"model": result.model, **result.summary} for results in self.results for result in results]
+        return [{"model": result.model, **result.summary} for run in self.runs for result in run.results]
 
     def blocks(self) -> list[Block]:
         """Return a report section for each benchmark that has a result, and the sections on short queries."""
         blocks: list[Block] = []
-        for (benchmark, _), results in zip(self.benchmarks, self.results, strict=True):
-            if results:
-                blocks += benchmark_blocks(benchmark, results)
-        benchmarks = [benchmark for benchmark, _ in self.benchmarks]
-        return blocks + short_query_blocks(list(zip(benchmarks, self.results, strict=True)))
+        for run in self.runs:
+            if run.results:
+                blocks += benchmark_blocks(run.benchmark, run.results)
+        return blocks + short_query_blocks([(run.benchmark, run.results) for run in self.runs])
 
     def warnings(self) -> list[str]:
         """Return one line for each model and benchmark with images on which the model was trained."""
         lines = []
-        for results in self.results:
-            for result in results:
-                if result.summary.get("images trained on"):
-                    lines.append(
-                        f"Warning: {result.model} was trained on {result.summary['images trained on']:,} of the images "
-                        f"of {result.summary['benchmark']}. These results do not predict the results on new images."
-                    )
+        for summary in self.summaries():
+            if summary.get("images trained on"):
+                lines.append(
+                    f"Warning: {summary['model']} was trained on {summary['images trained on']:,} of the images "
+                    f"of {summary['benchmark']}. These results do not predict the results on new images."
+                )
         return lines
 
     def skipped_rows(self) -> list[str]:
         """Return one line for each benchmark with skipped rows. The user's data always has a line."""
         lines = []
-        for (benchmark, _), log in zip(self.benchmarks, self._logs, strict=True):
-            if log.skipped or benchmark.name == USER_DATA:
-                lines.append(f"{benchmark.name}: {log.summary()}.")
+        for run in self.runs:
+            if run.log.skipped or run.benchmark.name == USER_DATA:
+                lines.append(f"{run.benchmark.name}: {run.log.summary()}.")
         return lines
 
     def proposals(self) -> list[str]:
         """Return one line about the proposals for each detection benchmark."""
-        lines = []
-        for results in self.results:
-            if results and "proposals" in results[0].summary:
-                summary = results[0].summary
-                lines.append(f"{summary['benchmark']}: {summary['proposals']['description']}")
-        return lines
+        summaries = [run.results[0].summary for run in self.runs if run.results]
+        return [f"{s['benchmark']}: {s['proposals']['description']}" for s in summaries if "proposals" in s]
 
 
 def _add_differences(first: BenchmarkResult, result: BenchmarkResult) -> None:
@@ -336,7 +341,7 @@ def _read_user_benchmark(
     """
     without_splits = [source for source in data if not Source.parse(source).splits]
     if not without_splits:
-        splits = read_splits([], dataclasses.replace(config, data=list(data)), columns, log)
+        splits = read_splits([], replace(config, data=list(data)), columns, log)
     elif len(without_splits) == len(data):
         splits = read_splits(data, config, columns, log)
     else:
@@ -355,17 +360,6 @@ def _read_user_benchmark(
         read=lambda _: splits.held_out,
         source="images with captions",
     )
-
-
-def _find_benchmarks(benchmarks: Sequence[Benchmark], root: Path) -> tuple[list[tuple[Benchmark, Path]], list[str]]:
-    """Return the available benchmarks with their folders, and a message for each missing benchmark."""
-    available, failures = [], []
-    for benchmark in benchmarks:
-        try:
-            available.append((benchmark, benchmark.find(root)))
-        except MissingFileError as error:
-            failures.append(_describe_failure(benchmark.name, benchmark, error))
-    return available, failures
 
 
 def _describe_failure(name: str, benchmark: Benchmark, error: Exception) -> str:

@@ -1,12 +1,15 @@
-"""Text-to-image retrieval by query length, from single words to complete captions.
+"""Text-to-image retrieval by query length, and the choice of the prompt templates for short search queries.
 
 The queries are built from the captions of the evaluated images. For single words and for phrases of two or three words,
 an image is relevant if one of its captions mentions them. Longer queries are complete captions. The images described by
-a caption are relevant. The metrics are computed from exact ranks, in which ties count against the model (see
-`ranks`).
+a caption are relevant. The metrics are computed from exact ranks, in which ties count against the model (see `recall`).
 
 An image can show what a query names although none of its captions mentions it. Such an image counts as a wrong answer,
 so the metrics usually underestimate the models. Use them to compare models on the same images.
+
+Templates such as "a photo of {}" help a model that was trained on complete captions. A model that was trained on short
+phrases, or that uses CLIP's embedding space, may not need them. `fit` therefore compares `CANDIDATES` on its held-out
+images.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import random
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,9 +26,9 @@ import torch
 from torch import Tensor
 
 from llm2clip.data.noun_phrases import CONNECTIVES, DETERMINERS, FUNCTION_WORDS, NUMBERS, words_of
-from llm2clip.evaluate.bootstrap import bootstrap
+from llm2clip.evaluate.bootstrap import bootstrap_intervals
 from llm2clip.evaluate.embeddings import EmbeddingSource
-from llm2clip.evaluate.ranks import positive_ranks
+from llm2clip.evaluate.recall import positive_ranks
 from llm2clip.evaluate.retrieval_eval import RetrievalRanks, caption_lengths
 from llm2clip.models.prompts import LITERAL, QueryTemplates, average_prompts, build_query_prompts
 
@@ -48,6 +51,12 @@ about amid among amongst atop besides front per throughout underneath until upon
 although nor though whether almost still well
 """
 STOP_WORDS = (DETERMINERS | CONNECTIVES | FUNCTION_WORDS | words_of(_OTHER_STOP_WORDS)) - NUMBERS - {"back"}
+# Templates that `choose_query_templates` compares: a single template, and an ensemble of four templates.
+CANDIDATES = (
+    ("a photo of {}",),
+    ("a photo of {}", "a photo of a {}.", "a picture of {}", "there is {}"),
+)
+MAX_CANDIDATE_QUERIES = 300  # queries of each length for this comparison
 
 
 @dataclass(frozen=True)
@@ -93,10 +102,36 @@ class LengthScores:
 
 @dataclass(frozen=True)
 class ShortQueryResult:
-    """Results for each query length, without and with prompt templates. Lengths without queries are omitted."""
+    """Prompt templates, and results for each query length without and with them. Lengths without queries are omitted.
 
+    `with_templates` is None if there are no templates.
+    """
+
+    templates: QueryTemplates
     plain: list[LengthScores]
     with_templates: list[LengthScores] | None = None
+
+    def describe_choice(self) -> str:
+        """Return a line that states which templates were chosen and how much they increase mAP."""
+        if self.with_templates is None:
+            return "Short queries are encoded as they are: no templates improve them on the held-out images"
+        gains = []
+        for before, after in zip(self.plain, self.with_templates, strict=True):
+            if int(before.words) <= self.templates.max_words:
+                plain_map, template_map = (100 * float(length.scores[:, 0].mean()) for length in (before, after))
+                gains.append(f"{plain_map:.1f} to {template_map:.1f} for {before.words}-word queries")
+        templates = ", ".join(map(repr, self.templates.templates))
+        return f"Templates for short queries: {templates}. They increase mAP from {', '.join(gains)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the templates and the results as a JSON-compatible dict. See `LengthScores.metrics`."""
+        with_templates = self.with_templates
+        return {
+            "templates": list(self.templates.templates),
+            "max_words": self.templates.max_words,
+            "short queries": [length.metrics() for length in self.plain],
+            "short queries with templates": with_templates and [length.metrics() for length in with_templates],
+        }
 
 
 def score_short_queries(
@@ -118,12 +153,56 @@ def score_short_queries(
             "no caption has four or more words, and no shorter phrase occurs in the captions of at least three images "
             "and of at most a third of the images"
         )
-
     candidates = [LITERAL, templates] if templates.templates else [LITERAL]
-    return ShortQueryResult(*score_queries(embeddings, ranks.images, queries, candidates))
+    return ShortQueryResult(templates, *_score_queries(embeddings, ranks.images, queries, candidates))
 
 
-def score_queries(
+def choose_query_templates(embeddings: EmbeddingSource, ranks: RetrievalRanks) -> ShortQueryResult:
+    """Choose the templates, and the maximum length in words of the queries to which they are applied.
+
+    A candidate helps at a query length if the 95% bootstrap interval of its gain in mAP is above 0. A candidate's
+    maximum length is the largest n such that it helps at all lengths from 1 to n. The candidate with the largest sum of
+    gains up to its maximum length is chosen. If no candidate helps with single words, no templates are chosen.
+
+    With I images and Q queries per length, the time is O(Q * I), and the memory is O(Q + I).
+
+    Args:
+        ranks: Images, captions and image embeddings of one caption field.
+
+    Raises:
+        ValueError: If no short queries can be built from the captions (see `build_queries`).
+    """
+    all_queries = build_queries([record.captions for record in ranks.records], MAX_CANDIDATE_QUERIES)
+    queries = {words: all_queries[words] for words in map(str, PHRASE_LENGTHS) if words in all_queries}
+    if not queries:
+        raise ValueError("no word or short phrase occurs in the captions of three or more held-out images")
+    candidates = [LITERAL, *(QueryTemplates(templates) for templates in CANDIDATES)]
+    plain, *results = _score_queries(embeddings, ranks.images, queries, candidates)
+    best, best_scores, best_gain = LITERAL, None, 0.0
+    for candidate, scores in zip(candidates[1:], results, strict=True):
+        max_words, gain = _measure_gain(plain, scores)
+        if gain > best_gain:
+            best, best_gain = QueryTemplates(candidate.templates, max_words), gain
+            best_scores = scores[:max_words] + plain[max_words:]  # longer queries are not inserted into templates
+    return ShortQueryResult(best, plain, best_scores)
+
+
+def _measure_gain(plain: Sequence[LengthScores], scores: Sequence[LengthScores]) -> tuple[int, float]:
+    """Return the maximum query length at which templates help, and the sum of the gains in mAP up to this length.
+
+    Both are 0 if templates do not help with single words.
+    """
+    max_words, gain = 0, 0.0
+    for words, before, after in zip(PHRASE_LENGTHS, plain, scores, strict=False):
+        differences = after.scores - before.scores
+        lowest_gain = float(mean_intervals(differences, bounds=(-1.0, 1.0))[0, 0])
+        if before.words != str(words) or lowest_gain <= 0:
+            break
+        max_words, gain = words, gain + float(differences[:, 0].mean())
+    return max_words, gain
+
+
+def _score_queries(
     embeddings: EmbeddingSource,
     images: Tensor,
     queries: Mapping[str, Sequence[LabelledQuery]],
@@ -254,14 +333,9 @@ def caption_phrases(captions: Iterable[str], num_words: int) -> set[str]:
         " ".join(phrase)
         for caption in captions
         for clause in split_clauses(caption)
-        for phrase in _ngrams(clause, num_words)
+        for phrase in zip(*(clause[offset:] for offset in range(num_words)), strict=False)
         if _is_content_word(phrase[0]) and _is_content_word(phrase[-1])
     }
-
-
-def _ngrams(words: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    for start in range(len(words) - size + 1):
-        yield words[start : start + size]
 
 
 def _is_content_word(word: str) -> bool:
@@ -321,4 +395,4 @@ def mean_intervals(scores: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> 
         scores: Scores of each query, or differences between the scores of two models, of shape (Q, 3).
         bounds: Smallest and largest possible value in `scores`.
     """
-    return 100 * bootstrap(scores, torch.ones(len(scores)), bounds=bounds)
+    return 100 * bootstrap_intervals(scores, torch.ones(len(scores)), bounds=bounds)

@@ -46,7 +46,7 @@ def classification_accuracy(
         total = weights.sum()
         return [100 * float(value) for value in (weights @ top1 / total, weights @ top5 / total, class_accuracy.mean())]
 
-    return BootstrapMetrics.compute(indices, ("top-1", "top-5", "mean per class"), metrics)
+    return BootstrapMetrics.from_function(indices, ("top-1", "top-5", "mean per class"), metrics)
 
 
 def class_ranks(scores: Tensor, labels: Tensor) -> Tensor:

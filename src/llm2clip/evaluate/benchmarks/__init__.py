@@ -10,8 +10,7 @@ from llm2clip.evaluate.benchmarks import (
     coco_boxes,
     compositional,
     eccv_caption,
-    english,
-    multilingual,
+    retrieval,
     segmentation,
 )
 from llm2clip.evaluate.benchmarks.base import Benchmark
@@ -27,7 +26,15 @@ from llm2clip.html_report import Table, to_markdown
 from llm2clip.io_utils import MissingFileError
 from llm2clip.published_results import published_metrics, published_rows
 
-_MODULES = (english, eccv_caption, multilingual, compositional, classification, coco_boxes, segmentation)
+_PUBLIC_BENCHMARKS = (
+    *retrieval.ENGLISH_BENCHMARKS,
+    *eccv_caption.BENCHMARKS,
+    *retrieval.MULTILINGUAL_BENCHMARKS,
+    *compositional.BENCHMARKS,
+    *classification.BENCHMARKS,
+    *coco_boxes.BENCHMARKS,
+    *segmentation.BENCHMARKS,
+)
 USER_BENCHMARKS: dict[str, Callable[[str, Sequence[str]], Benchmark]] = {
     FOLDER_PREFIX: folder_benchmark,
     BOXES_PREFIX: boxes_benchmark,
@@ -35,7 +42,7 @@ USER_BENCHMARKS: dict[str, Callable[[str, Sequence[str]], Benchmark]] = {
     DETECTION_PREFIX: detection_benchmark,
 }
 """Functions that create a benchmark from the user's data and prompt templates, keyed by the prefix of the name."""
-BENCHMARKS = {benchmark.name: benchmark for module in _MODULES for benchmark in module.BENCHMARKS}
+BENCHMARKS = {benchmark.name: benchmark for benchmark in _PUBLIC_BENCHMARKS}
 
 
 def has_user_data(name: str) -> bool:

@@ -15,6 +15,7 @@ from llm2clip.data.records import Record
 from llm2clip.io_utils import DataFormatError, MissingFileError
 
 ImageId = int | str
+COCO_FOLDERS = ("coco", "COCO", "mscoco")
 
 CaptionFields = Mapping[str, Sequence[Record]]
 """Records for each caption field (captions, captions_zh, ...). Each record's `captions` are the texts in that field."""
@@ -210,6 +211,11 @@ def find_image_file(folders: Sequence[Path], name: str) -> FileImage:
     """
     candidates = [image_file(folder, name) for folder in folders]
     return next((ref for ref in candidates if Path(ref.path).is_file()), candidates[0])
+
+
+def find_coco_roots(folder: Path) -> list[Path]:
+    """Return a benchmark's own folder and the coco folders next to it, any of which can contain COCO's images."""
+    return [folder, *(path for name in COCO_FOLDERS if (path := folder.parent / name).is_dir())]
 
 
 def check_files(refs: Sequence[ImageRef], source: Path) -> None:

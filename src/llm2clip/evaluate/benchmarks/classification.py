@@ -118,7 +118,10 @@ def imagenet_templates() -> list[str]:
     Raises:
         MissingFileError: If open_clip is not installed.
     """
-    _require_open_clip()
+    if importlib.util.find_spec("open_clip") is None:
+        raise MissingFileError(
+            f"ImageNet's class names and templates come with open_clip: {install_command('open-clip')}"
+        )
     from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 
     return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
@@ -126,18 +129,11 @@ def imagenet_templates() -> list[str]:
 
 def _load_imagenet_texts() -> tuple[list[str], list[str], list[str]]:
     """Return ImageNet's sorted WordNet ids, OpenAI's class names and OpenAI's prompt templates."""
-    _require_open_clip()
+    templates = imagenet_templates()
     from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
     from timm.data import ImageNetInfo
 
-    return list(ImageNetInfo("imagenet-1k").label_names()), list(IMAGENET_CLASSNAMES), imagenet_templates()
-
-
-def _require_open_clip() -> None:
-    if importlib.util.find_spec("open_clip") is None:
-        raise MissingFileError(
-            f"ImageNet's class names and templates come with open_clip: {install_command('open-clip')}"
-        )
+    return list(ImageNetInfo("imagenet-1k").label_names()), list(IMAGENET_CLASSNAMES), templates
 
 
 def _read_imagenet(folder: Path) -> ClassificationData:
@@ -174,9 +170,8 @@ def _read_objectnet(folder: Path) -> ClassificationData:
     root = first_existing(folder, "images")
     class_dirs = sorted(path for path in root.iterdir() if path.is_dir() and labels.get(path.name) in shared_labels)
     names = [labels[path.name].lower() for path in class_dirs]
-    _, _, templates = _load_imagenet_texts()
-    data = _read_images(class_dirs, names, templates)
-    return ClassificationData([_BorderedImage(str(ref)) for ref in data.images], data.labels, names, templates)
+    data = _read_images(class_dirs, names, imagenet_templates())
+    return replace(data, images=[_BorderedImage(str(ref)) for ref in data.images])
 
 
 class _BorderedImage(FileImage):
@@ -186,8 +181,7 @@ class _BorderedImage(FileImage):
 
     @property
     def key(self) -> str:
-        """Key of the cropped image. It differs from the original image's key, because the embeddings differ."""
-        return f"{super().key} without its border"
+        return f"{super().key} without its border"  # the embeddings differ from those of the original image
 
     def _open(self) -> io.BytesIO:
         inner = load_image(FileImage(self.path))[:, 2:-2, 2:-2]

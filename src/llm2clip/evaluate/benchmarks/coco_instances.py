@@ -21,12 +21,12 @@ from llm2clip.data.image_header import MAX_PIXELS
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.readers.coco import drop_unused_keys, find_image_folder, split_folders
 from llm2clip.evaluate.benchmarks.base import (
+    COCO_FOLDERS,
     Benchmark,
     ImageId,
     check_files,
     image_file,
 )
-from llm2clip.evaluate.benchmarks.english import COCO_FOLDERS
 from llm2clip.extras import install_command
 from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, read_json
 from llm2clip.runs.ranks import print_once

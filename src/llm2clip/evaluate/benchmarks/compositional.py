@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from llm2clip.data.image_refs import MemoryImage
-from llm2clip.evaluate.benchmarks.base import Benchmark, CompositionalExample, check_files, image_file
-from llm2clip.evaluate.benchmarks.english import COCO_FOLDERS
-from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, read_json, read_jsonl
+from llm2clip.evaluate.benchmarks.base import Benchmark, CompositionalExample, check_files, find_coco_roots, image_file
+from llm2clip.io_utils import MissingFileError, first_existing, read_json, read_jsonl
 
 SUGARCREPE_KINDS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
 
@@ -61,17 +60,13 @@ def _read_sugarcrepe(folder: Path) -> list[CompositionalExample]:
     category of such changes. The metrics are the accuracy for each file and the mean over all files.
     """
     data_dir = folder / "data" if (folder / "data").is_dir() else folder
-    roots = [folder, *(folder.parent / name for name in COCO_FOLDERS)]
-    image_dir = next((root / "val2017" for root in roots if (root / "val2017").is_dir()), None)
+    image_dir = next((root / "val2017" for root in find_coco_roots(folder) if (root / "val2017").is_dir()), None)
     if image_dir is None:
         raise MissingFileError(f"no val2017 folder in {folder} or in a coco folder next to it")
     examples = []
     for kind in SUGARCREPE_KINDS:
         file = first_existing(data_dir, f"{kind}.json")
-        rows = read_json(file)
-        if not isinstance(rows, dict):
-            raise DataFormatError(f"{file}: expected a JSON object with numbered rows")
-        for key, row in rows.items():
+        for key, row in read_json(file).items():
             refs = (image_file(image_dir, row["filename"]),)
             captions = (row["caption"].strip(), row["negative_caption"].strip())
             examples.append(CompositionalExample(f"{kind} {key}", kind, refs, captions))

@@ -140,7 +140,7 @@ def region_metrics(data: RegionData, predictions: RegionPredictions) -> Bootstra
             accuracies = (weights @ class_hits) / (weights @ class_counts)
         return [100.0 * float(value) for value in (*values, np.nanmean(accuracies))]
 
-    return BootstrapMetrics.compute(indices.tolist(), [*selections, "mean per class"], metrics)
+    return BootstrapMetrics.from_function(indices.tolist(), [*selections, "mean per class"], metrics)
 
 
 def class_accuracy(data: RegionData, predictions: RegionPredictions) -> list[float | None]:

@@ -186,7 +186,7 @@ def segmentation_metrics(counts: SegmentationCounts, images: Sequence[int]) -> B
         values = np.nanmean(iou), intersection.sum() / labelled.sum(), np.nanmean(accuracy)
         return [100.0 * float(value) for value in values]
 
-    return BootstrapMetrics.compute(images, ("mIoU", "pixel accuracy", "mean class accuracy"), metrics)
+    return BootstrapMetrics.from_function(images, ("mIoU", "pixel accuracy", "mean class accuracy"), metrics)
 
 
 def class_iou(counts: SegmentationCounts) -> list[float | None]:

@@ -12,6 +12,7 @@ from llm2clip.evaluate.benchmarks.coco_boxes import DEGENERATE
 from llm2clip.evaluate.recall import KS
 from llm2clip.evaluate.reporting import plots
 from llm2clip.evaluate.reporting.error_analysis import MAX_K, ErrorAnalysis
+from llm2clip.evaluate.short_queries import METRICS, LengthScores, mean_intervals
 from llm2clip.html_report import (
     Block,
     Details,
@@ -30,6 +31,13 @@ DIRECTIONS = ("I2T", "T2I")
 REFERENCE_MODELS = ("2024: Llama3-8B-CC", "2024: EVA02 + LLM2CLIP", "2026: Llama-3.1-8B-CC", "2026: SigLIP2 + LLM2CLIP")
 CLASS_METRICS = ("class top-1", "IoU", "class AP50")  # keys of a row of `BenchmarkResult.summary`
 MEAN_BENCHMARKS = ("xm3600",)  # the authors published only the mean over the languages
+SHORT_QUERY_NOTE = (
+    "Queries of one to three words are words and phrases from the captions. Every image with a caption that mentions "
+    "the query is a correct answer. Longer queries are complete captions. Intervals are 95% bootstrap intervals over "
+    "queries. Images that show what the query names, but whose captions do not mention it, count as wrong answers."
+)
+Curves = Mapping[str, Sequence[LengthScores]]
+"""Results for each query length, keyed by model name, with the suffix ", with templates" if templates are used."""
 
 
 def benchmark_blocks(benchmark: Benchmark, results: Sequence[BenchmarkResult]) -> list[Block]:
@@ -212,18 +220,9 @@ def _recall_curve_plot(analyses: Mapping[str, ErrorAnalysis]) -> Plot:
 
 def _length_plot(analyses: Mapping[str, ErrorAnalysis]) -> Plot:
     first = next(iter(analyses.values()))
-    curves, bands = {}, {}
-    for name, analysis in analyses.items():
-        curves[name] = [recall for recall, _, _ in analysis.recall_by_length]
-        bands[name] = [(low, high) for _, low, high in analysis.recall_by_length]
-    svg = plots.plot_curves(
-        curves,
-        x=range(len(first.length_bins)),
-        xlabel=f"{first.length_unit} in the caption",
-        ylabel="T2I R@1, %",
-        bands=bands,
-        tick_labels=[f"{low}–{high}" if low < high else str(low) for low, high in first.length_bins],
-    )
+    curves = {name: analysis.recall_by_length for name, analysis in analyses.items()}
+    labels = [f"{low}–{high}" if low < high else str(low) for low, high in first.length_bins]
+    svg = plots.plot_interval_curves(curves, labels, f"{first.length_unit} in the caption", "T2I R@1, %")
     return Plot(svg, "Recall by caption length, with 95% confidence intervals.")
 
 
@@ -336,3 +335,108 @@ def _both_recalls(row: dict[str, Any], suffix: str = "") -> list[float]:
 
 def _recalls(metrics: dict[str, float]) -> list[float]:
     return [metrics[f"R@{k}"] for k in KS]
+
+
+# ---- short queries ---------------------------------------------------------------------------------------------------
+
+
+def short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[BenchmarkResult]]]) -> list[Block]:
+    """Return one section for each caption field for which short queries were evaluated.
+
+    The first table shows mAP by query length, and top-1 accuracy on each classification benchmark of the same run.
+
+    Args:
+        results: Results on each benchmark of the run, in the order of the models.
+    """
+    accuracies = {b.name: _accuracy_cells(r) for b, r in results if b.kind == "classification"}
+    blocks: list[Block] = []
+    for benchmark, model_results in results:
+        for field in dict.fromkeys(name for result in model_results for name in result.short_queries):
+            curves = {}
+            for result in model_results:
+                scores = result.short_queries.get(field)
+                if scores is not None:
+                    curves[result.model] = scores.plain
+                    if scores.with_templates is not None:
+                        curves[f"{result.model}, with templates"] = scores.with_templates
+            blocks += [
+                Heading(f"{benchmark.name}, {field}: quality by query length"),
+                overview_table(curves, accuracies),
+                _plot_query_lengths(curves),
+                Paragraph(SHORT_QUERY_NOTE),
+                _short_query_metrics_table(curves),
+            ]
+    return blocks
+
+
+def overview_table(curves: Curves, accuracies: Mapping[str, Mapping[str, str | None]]) -> Table:
+    """Return a table of mAP by query length and of zero-shot accuracy, in percent.
+
+    The last rows show the difference between the first model and each other model. Differences of mAP include 95%
+    confidence intervals, which are computed from paired bootstrap resamples.
+
+    Args:
+        accuracies: Top-1 accuracy for each row of the table, keyed by benchmark and by the first cell of the row.
+    """
+    name, first = next(iter(curves.items()))
+    header = ["model", *(f"{length.words} {'word' if length.words == '1' else 'words'}: mAP" for length in first)]
+    header += [f"{benchmark}: top-1" for benchmark in accuracies]
+    rows: list[list[Any]] = [["chance", *(100 * float(s.chance[0]) for s in first), *([None] * len(accuracies))]]
+    for model, lengths in curves.items():
+        rows.append([model, *map(_map_cell, lengths), *(values.get(model) for values in accuracies.values())])
+    highlight = frozenset(range(1, len(rows)))
+    for other, lengths in list(curves.items())[1:]:
+        cells: list[str | None] = [_difference_cell(a, b) for a, b in zip(first, lengths, strict=True)]
+        label = f"{name} minus {other}"
+        rows.append([label, *cells, *(values.get(label) for values in accuracies.values())])
+    return Table(header, rows, highlight)
+
+
+def _accuracy_cells(results: Sequence[BenchmarkResult]) -> dict[str, str | None]:
+    """Return the top-1 accuracy of each model and each difference, keyed by the first cell of the row."""
+    cells: dict[str, str | None] = {}
+    for result in results:
+        summary = result.summary
+        cells[result.model] = with_interval(summary["metrics"]["top-1"], summary["intervals"]["top-1"])
+        if "difference" in summary:
+            cells[f"{results[0].model} minus {result.model}"] = format_difference(summary["difference"], "top-1")
+    return cells
+
+
+def _short_query_metrics_table(curves: Curves) -> Table:
+    """Return a table of all metrics, with one row for each model and query length."""
+    rows: list[list[Any]] = []
+    for model, lengths in curves.items():
+        for length in lengths:
+            entry = length.metrics()
+            cells = []
+            for name in METRICS:
+                cells += [entry[name], format_interval(entry[f"{name} interval"])]
+            rows.append([model, length.words, entry["queries"], entry["relevant images per query"], *cells])
+    columns = [column for name in METRICS for column in (f"{name}, %", "95% interval")]
+    return Table(["model", "words", "queries", "relevant images", *columns], rows)
+
+
+def _map_cell(length: LengthScores) -> str:
+    return with_interval(100 * float(length.scores[:, 0].mean()), mean_intervals(length.scores)[:, 0].tolist())
+
+
+def _difference_cell(first: LengthScores, other: LengthScores) -> str | None:
+    """Return the mean difference in mAP, or None if the models were evaluated on different queries."""
+    if first.queries != other.queries:
+        return None
+    differences = first.scores - other.scores
+    interval = mean_intervals(differences, bounds=(-1.0, 1.0))[:, 0].tolist()
+    return with_interval(100 * float(differences[:, 0].mean()), interval, "+.1f")
+
+
+def _plot_query_lengths(curves: Curves) -> Plot:
+    points = {}
+    for name, lengths in curves.items():
+        points[name] = [
+            (100 * float(length.scores[:, 0].mean()), *mean_intervals(length.scores)[:, 0].tolist())
+            for length in lengths
+        ]
+    labels = [length.words for length in next(iter(curves.values()))]
+    svg = plots.plot_interval_curves(points, labels, "words in the query", "mAP, %")
+    return Plot(svg, "mAP by the number of words in the query, with 95% confidence intervals.")

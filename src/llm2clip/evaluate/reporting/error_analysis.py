@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llm2clip.data.images import load_thumbnail
-from llm2clip.evaluate.recall import recall_intervals
+from llm2clip.evaluate.recall import recall, recall_intervals
 from llm2clip.evaluate.retrieval_eval import RetrievalRanks, caption_lengths
 from llm2clip.html_report import ResultImage, ResultImages
 
@@ -27,12 +27,11 @@ class ErrorAnalysis:
 
     Args:
         curves: R@1 to R@50 in percent, with the keys "I2T" and "T2I".
-        length_unit: Unit of caption lengths: "words", or "characters" for languages without spaces.
-        length_bins: Bins of caption lengths, each with its minimum and maximum length.
+        length_unit: "words", or "characters" for languages without spaces.
+        length_bins: Minimum and maximum caption length of each bin.
         recall_by_length: T2I R@1 of the captions in each bin, in percent, with the bounds of its confidence interval.
         similarity: Cosine similarities between a few images (columns) and their first captions (rows).
-        examples: Captions sampled at regular intervals from the data, each with the images that it retrieves.
-        failures: Captions whose correct images have the worst ranks, each with the images that it retrieves.
+        examples, failures: Retrieved images for captions sampled at regular intervals, and for the worst captions.
     """
 
     curves: dict[str, list[float]]
@@ -48,7 +47,7 @@ def analyze_errors(ranks: RetrievalRanks, num_queries: int = 6, matrix_size: int
     """Analyse a model's retrieval errors for one caption field.
 
     Args:
-        num_queries: Number of examples, and maximum number of failures.
+        num_queries: Maximum number of examples and of failures.
         matrix_size: Maximum number of images in the similarity matrix.
     """
     captions = ranks.captions
@@ -98,9 +97,7 @@ def sample_caption_indices(ranks: RetrievalRanks, count: int) -> list[int]:
 
 def recall_curve(ranks: Tensor) -> list[float]:
     """Return R@1 to R@50 in percent."""
-    counts = torch.bincount(ranks.clamp(max=MAX_K), minlength=MAX_K + 1)[:MAX_K]
-    curve: list[float] = (100 * counts.cumsum(0).double() / len(ranks)).tolist()
-    return curve
+    return list(recall(ranks, range(1, MAX_K + 1)).values())
 
 
 def length_bins(lengths: Sequence[int], max_bins: int = 6, min_captions: int = 20) -> list[tuple[int, int]]:
@@ -111,7 +108,7 @@ def length_bins(lengths: Sequence[int], max_bins: int = 6, min_captions: int = 2
     ordered = torch.tensor(sorted(lengths))
     num_bins = max(1, min(max_bins, len(ordered) // min_captions))
     quantiles = [len(ordered) * n // num_bins for n in range(1, num_bins)]
-    edges = sorted({int(ordered[min(len(ordered) - 1, q)]) for q in quantiles})
+    edges = sorted({int(ordered[q]) for q in quantiles})
     starts = [int(ordered[0])]
     for edge in edges:
         num_below = int(((ordered >= starts[-1]) & (ordered < edge)).sum())

@@ -44,7 +44,7 @@ def write_fit_report(
         data: One-line description of the training and held-out data.
         cra: Results of `caption_retrieval_accuracy` before and after the `tune` stage, or None if CRA was not measured.
         untrained, trained: Results of `evaluate_caption_fields` before and after the `align` stage.
-        query_templates: `TemplateChoice.to_dict()`, or None if there is no caption encoder.
+        query_templates: `ShortQueryResult.to_dict()`, or None if there is no caption encoder.
         examples: Result of `example_searches`.
         curves: Rows of metrics.jsonl for each stage, keyed by stage name.
         durations: Duration of each stage in seconds, keyed by stage name.

@@ -50,6 +50,17 @@ def plot_curves(
     return to_svg(figure)
 
 
+def plot_interval_curves(
+    curves: Mapping[str, Sequence[tuple[float, float, float]]], tick_labels: Sequence[str], xlabel: str, ylabel: str
+) -> str:
+    """Plot curves of (value, low, high) at each of the tick labels, with shaded intervals. Return the SVG."""
+    values, bands = {}, {}
+    for name, points in curves.items():
+        values[name] = [value for value, _, _ in points]
+        bands[name] = [(low, high) for _, low, high in points]
+    return plot_curves(values, range(len(tick_labels)), xlabel, ylabel, bands=bands, tick_labels=tick_labels)
+
+
 def plot_intervals(intervals: Mapping[str, tuple[float, float, float]], xlabel: str) -> str:
     """Plot values with horizontal intervals, one value per line. Return the SVG.
 

@@ -52,10 +52,7 @@ class ClaimData:
 
     @cached_property
     def text_pairs(self) -> list[Pair]:
-        """General text pairs from the configured sources. If no source is configured, the pairs come from WordNet.
-
-        The list is empty if WordNet is required but not installed.
-        """
+        """General text pairs from the configured sources or, if there are none, from WordNet if it is installed."""
         if self.config.text_pairs:
             sources = self._resolve_paths(self.config.text_pairs)
             return [pair for source in sources for pair in read_text_pairs(source, self.log)]
@@ -79,9 +76,9 @@ class ClaimData:
         train = [record for record in records if not is_tested(record)]
         if len(train) < len(records):
             print_once(f"{len(records) - len(train):,} test images excluded from training")
-        for n in range(0, len(train), 3):
-            if not train[n].long_captions:
-                train[n] = dataclasses.replace(train[n], long_captions=join_captions(train[n].captions))
+        for n, record in enumerate(train):
+            if n % 3 == 0 and not record.long_captions and len(record.captions) > 1:
+                train[n] = dataclasses.replace(record, long_captions=(" ".join(record.captions),))
         return train
 
     @cached_property
@@ -127,11 +124,7 @@ class ClaimData:
         return tests
 
     def test(self, name: str) -> list[Record]:
-        """Return the records of a test.
-
-        Args:
-            name: CAPTIONS_TEST, FOREIGN_TEST or a key of `long_caption_tests`.
-        """
+        """Return the records of CAPTIONS_TEST, FOREIGN_TEST or a key of `long_caption_tests`."""
         if name == CAPTIONS_TEST:
             return self.captions_test
         if name == FOREIGN_TEST:
@@ -159,11 +152,6 @@ def join_halves(captions: Sequence[str]) -> tuple[str, ...]:
         return ()
     middle = len(captions) // 2
     return " ".join(captions[:middle]), " ".join(captions[middle:])
-
-
-def join_captions(captions: Sequence[str]) -> tuple[str, ...]:
-    """Join all captions of an image into one long caption. Return an empty tuple for fewer than two captions."""
-    return (" ".join(captions),) if len(captions) > 1 else ()
 
 
 def split_sentences(text: str) -> list[str]:

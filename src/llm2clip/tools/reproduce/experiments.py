@@ -93,13 +93,13 @@ class Experiments:
     def caption_retrieval(self, name: str) -> dict[str, Any]:
         """Return the results of `caption_retrieval_accuracy` for a caption encoder, including the key "hits"."""
 
-        def compute() -> dict[str, Any]:
+        def measure() -> dict[str, Any]:
             print_once(f"caption retrieval: {self.label(name)}")
             texts = [text for captions in self.data.cra for text in unique_captions(captions)[:2]]
             encoder = _StoreTextEncoder(self.store(name, texts))
             return caption_retrieval_accuracy(self.data.cra, encoder, return_hits=True)
 
-        metrics: dict[str, Any] = cached_json(self.out / "cra" / f"{_make_file_name(name)}.json", compute)
+        metrics: dict[str, Any] = cached_json(self.out / "cra" / f"{_make_file_name(name)}.json", measure)
         return metrics
 
     def store(self, name: str, texts: Sequence[str]) -> EmbeddingStore:
@@ -122,15 +122,8 @@ class Experiments:
             store = self.store(name, [text for record in self.data.train for text in record.texts])
             print_once(f"align: {self.label(name)}, seed {seed}")
             run_dir = self.out / "work" / folder.name
-            align(
-                self.data.train,
-                store,
-                run_dir,
-                self.align_config(seed),
-                self.data.log,
-                model_dir=folder,
-                features=self.out / "features",
-            )
+            config, features = self.align_config(seed), self.out / "features"
+            align(self.data.train, store, run_dir, config, self.data.log, model_dir=folder, features=features)
             shutil.rmtree(run_dir, ignore_errors=True)
         return LLM2CLIP.from_pretrained(folder)
 
@@ -150,17 +143,15 @@ class Experiments:
         )
 
     def hits(self, name: str, test: str, direction: str) -> Tensor:
-        """Return the per-image hits of all models trained with a caption encoder. Their mean is R@1.
+        """Return the per-image hits of all models trained with a caption encoder, float64 of shape (seeds, images).
+
+        For I2T, the hit value of an image is 1 if the top-ranked caption is correct, and 0 otherwise. For T2I, it is
+        the number of the image's captions that retrieve the image at rank 1, divided by the mean number of captions per
+        image. The mean of the hits is R@1.
 
         Args:
-            name: Key of the caption encoder in `encoders`.
             test: Name of the test. See `ClaimData.test`.
-            direction: I2T or T2I. For I2T, the hit value of an image is 1 if the top-ranked caption is correct, and 0
-                otherwise. For T2I, it is the number of the image's captions that retrieve the image at rank 1, divided
-                by the mean number of captions per image.
-
-        Returns:
-            Hits of shape (seeds, images), float64.
+            direction: "I2T" or "T2I".
         """
         hits = []
         for seed in range(self.config.seeds):
@@ -178,7 +169,7 @@ class Experiments:
     def _load_or_compute_ranks(self, name: str, seed: int, test: str) -> dict[str, list[int]]:
         """Return the retrieval ranks of a model in a test, as a dict with the fields of `RetrievalRanks`."""
 
-        def compute() -> dict[str, list[int]]:
+        def compute_ranks() -> dict[str, list[int]]:
             model, records = self.model(name, seed), self.data.test(test)
             # Embed the texts of all long-caption tests in one call.
             tests = [test] if test in (CAPTIONS_TEST, FOREIGN_TEST) else list(self.data.long_caption_tests)
@@ -186,14 +177,11 @@ class Experiments:
             store = self.store(name, texts)
             embeddings = ModelEmbeddings(dual_encoder_from_store(model, store), self.data.log, self.out / "vectors")
             ranks = rank_caption_fields(embeddings, {test: drop_refused_captions(records, store)})[test]
-            return {
-                "image_ranks": ranks.image_ranks.tolist(),
-                "text_ranks": ranks.text_ranks.tolist(),
-                "image_of_text": ranks.image_of_text.tolist(),
-            }
+            names = ("image_ranks", "text_ranks", "image_of_text")
+            return {name: getattr(ranks, name).tolist() for name in names}
 
         file = self.out / "ranks" / f"{_make_file_name(name)}-{seed}-{_make_file_name(test)}.json"
-        ranks: dict[str, list[int]] = cached_json(file, compute)
+        ranks: dict[str, list[int]] = cached_json(file, compute_ranks)
         return ranks
 
     def _prepare_encoder(self, name: str) -> EncoderConfig:

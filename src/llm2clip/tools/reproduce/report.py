@@ -1,14 +1,40 @@
-"""Report of the `reproduce` command, with a summary table and a section for each claim."""
+"""The `reproduce` command, which tests the claims of the LLM2CLIP paper with small models on local data.
+
+The report shows the paper's own results next to the measured results. They come from `published_results`, from the
+project pages of 2026 (AAAI-26) and 2024.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
 from llm2clip.config import ReproduceConfig
 from llm2clip.evaluate.reporting import plots
-from llm2clip.html_report import BAD, GOOD, UNSURE, Block, Code, Heading, Paragraph, Plot, Table
-from llm2clip.tools.reproduce.paper import describe_paper
-from llm2clip.tools.reproduce.statistics import (
+from llm2clip.html_report import (
+    BAD,
+    GOOD,
+    UNSURE,
+    Block,
+    Code,
+    Heading,
+    Paragraph,
+    Plot,
+    Table,
+    with_interval,
+    write_report,
+)
+from llm2clip.io_utils import read_json
+from llm2clip.pipeline import start_run
+from llm2clip.published_results import CRA, CRA_NOTE, TABLES, PublishedTable
+from llm2clip.runs.output_folder import run_lock
+from llm2clip.runs.ranks import cached_json, print_once, process_state
+from llm2clip.runs.run_description import format_command_line
+from llm2clip.tools.reproduce.claims import (
+    CLAIMS,
     CONTRADICTED,
     HOLDS,
     INCONCLUSIVE,
@@ -16,8 +42,9 @@ from llm2clip.tools.reproduce.statistics import (
     PARTLY_HOLDS,
     WEAK_SUPPORT,
     Claim,
-    Interval,
 )
+from llm2clip.tools.reproduce.datasets import ClaimData
+from llm2clip.tools.reproduce.experiments import Experiments
 
 STATUSES = {
     HOLDS: GOOD,
@@ -27,6 +54,68 @@ STATUSES = {
     NOT_TESTED: UNSURE,
     CONTRADICTED: BAD,
 }
+
+
+def reproduce(data: Path, out: Path, config: ReproduceConfig, claims: Sequence[int], max_skipped: float) -> Path:
+    """Test the claims and write `out/report.md` and `out/report.html`.
+
+    An interrupted run can be resumed. The report also includes the claims that earlier runs in `out` have tested.
+
+    Args:
+        data: Data folder. The source paths in the config are relative to this folder.
+        config: Data sources, models and training settings.
+        claims: Numbers of the claims to test, from 1 to 6.
+        max_skipped: Abort if more than this fraction of the rows cannot be used.
+
+    Returns:
+        Path of the HTML report.
+
+    Raises:
+        ValueError: A claim number is unknown, no claim could be tested, or there are several processes.
+    """
+    unknown = [number for number in claims if number not in CLAIMS]
+    if unknown:
+        raise ValueError(f"unknown claim {unknown[0]}: the claims are {', '.join(map(str, CLAIMS))}")
+    if process_state().num_processes > 1:
+        raise ValueError("reproduce runs in a single process: start it without torchrun or accelerate launch")
+    with run_lock(out):
+        return _test_and_report_claims(data, out, config, claims, max_skipped)
+
+
+def _test_and_report_claims(
+    data: Path, out: Path, config: ReproduceConfig, claims: Sequence[int], max_skipped: float
+) -> Path:
+    log = start_run(out, {"data": data, "reproduce": config}, max_skipped)
+    experiments = Experiments(ClaimData(data, config, log), config, out)
+
+    files = {number: out / "claims" / f"{number}.json" for number in CLAIMS}
+    untested = []
+    for number in claims:
+        start = time.time()
+        try:
+            claim = Claim.from_dict(cached_json(files[number], partial(_test_claim, number, experiments)))
+        except (ValueError, OSError, FloatingPointError) as error:
+            print_once(f"claim {number}: {NOT_TESTED} ({error})")
+            untested.append(Claim(number, notes=[str(error)]))
+            continue
+        print_once(f"claim {number}: {claim.verdict} ({(time.time() - start) / 60:.0f} minutes)")
+
+    tested = [Claim.from_dict(read_json(file)) for file in files.values() if file.exists()]
+    if not tested:
+        reasons = "; ".join(f"{claim.number}: {claim.notes[0]}" for claim in untested)
+        raise ValueError(f"no claim could be tested: {reasons}")
+    reported = sorted([*tested, *untested], key=lambda claim: claim.number)
+    blocks = make_report_blocks(reported, config, format_command_line())
+    markdown_file, html_file = write_report(out, "report", "Tests of the claims of LLM2CLIP", blocks)
+    print_once(markdown_file.read_text(encoding="utf-8"), log.summary())
+    return html_file
+
+
+def _test_claim(number: int, experiments: Experiments) -> dict[str, object]:
+    return dataclasses.asdict(CLAIMS[number](experiments))
+
+
+# ---- report ----------------------------------------------------------------------------------------------------------
 
 
 def make_report_blocks(claims: Sequence[Claim], config: ReproduceConfig, command: str) -> list[Block]:
@@ -68,7 +157,11 @@ def _make_claim_section(claim: Claim, command: str) -> list[Block]:
         return [*blocks, *notes]
     blocks += [Paragraph(sentence) for sentence in describe_paper(claim.number)]
     blocks.append(Table(claim.header, claim.rows))
-    blocks.append(_plot_claim_curves(claim) if claim.curves else _plot_claim_intervals(claim))
+    if claim.curves:
+        svg = plots.plot_interval_curves(claim.curves, claim.points, "query", claim.comparisons[0].metric)
+        blocks.append(Plot(svg, "Shaded bands are 95% intervals."))
+    else:
+        blocks.append(_plot_claim_intervals(claim))
     return [
         *blocks,
         _make_comparison_table(claim),
@@ -77,22 +170,8 @@ def _make_claim_section(claim: Claim, command: str) -> list[Block]:
     ]
 
 
-def _plot_claim_curves(claim: Claim) -> Plot:
-    curves = {name: [mean for mean, _, _ in intervals] for name, intervals in claim.curves.items()}
-    bands = {name: [(low, high) for _, low, high in intervals] for name, intervals in claim.curves.items()}
-    svg = plots.plot_curves(
-        curves,
-        x=range(len(claim.points)),
-        xlabel="query",
-        ylabel=claim.comparisons[0].metric,
-        bands=bands,
-        tick_labels=claim.points,
-    )
-    return Plot(svg, "Shaded bands are 95% intervals.")
-
-
 def _plot_claim_intervals(claim: Claim) -> Plot:
-    intervals: dict[str, Interval] = {}
+    intervals = {}
     for comparison in claim.comparisons:
         intervals[comparison.low] = comparison.low_interval
         intervals[comparison.high] = comparison.high_interval
@@ -103,13 +182,82 @@ def _make_comparison_table(claim: Claim) -> Table:
     header = ["lower", "higher", "metric", "lower (interval)", "higher (interval)", "difference (interval)", "result"]
     rows = []
     for comparison in claim.comparisons:
+        number_format = ".3f" if comparison.metric == "seconds" else ".1f"
         intervals = (comparison.low_interval, comparison.high_interval, comparison.difference)
-        decimals = 3 if comparison.metric == "seconds" else 1
-        formatted = [_format_interval(interval, decimals) for interval in intervals]
+        formatted = [with_interval(value, limits, number_format) for value, *limits in intervals]
         rows.append([comparison.low, comparison.high, comparison.metric, *formatted, comparison.verdict])
     return Table(header, rows, statuses=STATUSES)
 
 
-def _format_interval(interval: Interval, decimals: int) -> str:
-    value, low, high = (f"{number:.{decimals}f}" for number in interval)
-    return f"{value} ({low} to {high})"
+# ---- the paper's results ---------------------------------------------------------------------------------------------
+
+
+def describe_paper(claim: int) -> list[str]:
+    """Return the paper's results for a claim as sentences."""
+    if claim == 1:
+        return [_describe_caption_retrieval(), CRA_NOTE]
+    if claim == 2:
+        return [
+            _describe_averages(
+                "clip_text_encoders",
+                "CLIP",
+                "e5 (XLM-R)",
+                "jina-v3-XLM-R",
+                "LLM2Vec-Llama-3-8B",
+                "Llama-3-8B-CC",
+            ),
+            _describe_averages("eva02_text_towers", "Llama3-8B", "Jina Bert", "Llama3-8B-TC", "Llama3-8B-CC"),
+        ]
+    if claim == 3:
+        return [_describe_gains("clip_text_encoders", "Llama-3-8B-CC", "CLIP")]
+    if claim == 4:
+        return [
+            _describe_chinese_retrieval("multilingual_retrieval", t2i=1),
+            _describe_chinese_retrieval("chinese_retrieval", t2i=3),
+        ]
+    if claim == 5:
+        return [
+            _describe_averages(
+                "clip_text_encoders", "Qwen2.5-0.5B-CC", "Llama-3.2-1B-CC", "Llama-3-8B-CC", "Llama-3.1-8B-CC"
+            ),
+            _describe_averages("eva02_text_towers", "Llama3.2-1B-CC", "Llama3-8B-CC", "Mistral-Nemo-12B-CC"),
+        ]
+    return ["The paper computes the LLM's embeddings once, before training (section 3.3)."]
+
+
+def _describe_caption_retrieval() -> str:
+    values = ", ".join(f"{model} {value}" for model, value in CRA.items())
+    gains = [f"{CRA[f'{llm}-CC'] - CRA[llm]:.1f} points for {llm}" for llm in ("Llama3-8B", "Llama3.2-1B")]
+    return f"Paper (2026), CRA on COCO: {values}. Tuning adds {' and '.join(gains)}."
+
+
+def _describe_averages(table_name: str, *models: str) -> str:
+    table = TABLES[table_name]
+    values = [f"{model} {_join_cell(table, model, 'average')}" for model in models]
+    return f"Paper ({table.year}), average R@1 over five benchmarks: {', '.join(values)}."
+
+
+def _describe_gains(table_name: str, tuned: str, reference: str) -> str:
+    """Return the gain of one encoder over another on each benchmark as a sentence, averaged over both directions."""
+    table = TABLES[table_name]
+    gains = []
+    for column in table.columns:
+        high, low = table.cell(tuned, column), table.cell(reference, column)
+        if column != "average" and high and low:
+            gains.append(f"{column} {sum(high) / 2 - sum(low) / 2:+.1f}")
+    return f"Paper ({table.year}), gain of {tuned} over {reference}, mean of I2T and T2I R@1: {', '.join(gains)}."
+
+
+def _describe_chinese_retrieval(table_name: str, t2i: int) -> str:
+    """Return a sentence that states each model's T2I R@1 on Flickr30k-CN, stored at index `t2i` of each cell."""
+    table = TABLES[table_name]
+    values = []
+    for model in table.rows:
+        cell = table.cell(model, "Flickr30k-CN")
+        if cell:
+            values.append(f"{model} {cell[t2i]}")
+    return f"Paper ({table.year}), T2I R@1 on Flickr30k-CN: {', '.join(values)}."
+
+
+def _join_cell(table: PublishedTable, model: str, column: str) -> str:
+    return " / ".join(map(str, table.cell(model, column) or ()))
