@@ -355,8 +355,3 @@ def test_sizes_of_all_public_benchmarks_are_known() -> None:
     assert None not in sizes.values()
     assert sizes["coco"] == sizes["eccv-caption"] == (5000, "images") and sizes["voc20"] == (1449, "images")
     assert sizes["winoground"] == (400, "pairs") and sizes["coco-boxes"] == (36335, "boxes")
-
-
-def test_every_benchmark_has_a_description_and_a_source() -> None:
-    for name, benchmark in BENCHMARKS.items():
-        assert name == benchmark.name and benchmark.description and benchmark.source and benchmark.folders

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
 from conftest import save_tokenizer
 from llm2clip.cli import main
@@ -149,50 +147,18 @@ def make_clip(folder: Path, kind: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_clip_text_encoder_matches_transformers(kind: str, tmp_path: Path) -> None:
-    """A batch gives the same embeddings as one text at a time, and long texts are counted as truncated."""
-    from transformers import AutoModel, AutoTokenizer
-
-    folder = str(make_clip(tmp_path / kind, kind))
-    assert has_text_tower(folder)
-    tower = load_clip_text_encoder(folder, torch.device("cpu"))
-    texts = ["a dog", "two cats", "a text of more than the twenty-four tokens that there is room for"]
-    embeddings = tower.encode(texts)
-    assert tower.count_truncated(texts) == 1 and embeddings.shape == (3, 16)
-    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    for text, embedding in zip(texts, embeddings, strict=True):
-        padding = {"padding": "max_length"} if kind == "siglip" else {}
-        ids = tokenizer(text, truncation=True, max_length=24, return_tensors="pt", **padding)["input_ids"]
-        with torch.no_grad():
-            expected = model.get_text_features(input_ids=ids)
-        expected = expected if isinstance(expected, torch.Tensor) else expected.pooler_output
-        assert torch.allclose(expected[0], embedding, atol=1e-5)
-
-
-def test_clip_text_encoder_matches_open_clip(tmp_path: Path) -> None:
-    open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
-    model = open_clip.create_model("ViT-S-32-alt").eval()
-    config = {"model_cfg": open_clip.get_model_config("ViT-S-32-alt"), "preprocess_cfg": {}}
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
-    tower = load_clip_text_encoder(f"open_clip:{tmp_path}", torch.device("cpu"))
-    texts = ["a dog", "word " * 100]
-    embeddings = tower.encode(texts)
-    assert tower.count_truncated(texts) == 1
-    tokens = open_clip.get_tokenizer("ViT-S-32-alt")(texts)
-    with torch.no_grad():
-        assert torch.allclose(model.encode_text(tokens), embeddings, atol=1e-5)
-    with pytest.raises(ValueError, match="weights"):
-        load_clip_text_encoder("open_clip:ViT-S-32-alt")
-
-
 def test_has_text_tower_is_false_for_llms_and_sentence_encoders(llm: Path, tmp_path: Path) -> None:
     assert not has_text_tower(str(llm))
     CaptionEncoder.from_pretrained(llm, device="cpu").save_pretrained(tmp_path / "st")
     assert not has_text_tower(str(tmp_path / "st"))
     with pytest.raises(FileNotFoundError, match="neither a folder nor a file"):
         has_text_tower(str(tmp_path / "nothing"))
+
+
+def test_open_clip_text_encoder_needs_weights() -> None:
+    pytest.importorskip("open_clip", reason="open_clip is not installed")
+    with pytest.raises(ValueError, match="weights"):
+        load_clip_text_encoder("open_clip:ViT-S-32-alt")
 
 
 def test_evaluate_captions_command_prints_metrics_and_mistakes(

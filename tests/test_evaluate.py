@@ -175,7 +175,7 @@ def test_precomputed_embeddings_reject_invalid_files(tmp_path: Path) -> None:
 def test_evaluate_continues_after_a_failure(
     clip: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A model that lacks embeddings, a benchmark with a broken image, and a linear probe without training images."""
+    """A baseline that lacks embeddings, a malformed row, a broken image, and a linear probe without training images."""
     out, file = tmp_path / "out", tmp_path / "other.npz"
     np.savez(file, images=np.eye(1, 3), image_names=["1.png"], texts=np.eye(1, 3), captions=["x"])
     folder = tmp_path / "mine/cat"
@@ -183,11 +183,15 @@ def test_evaluate_continues_after_a_failure(
     for n in range(30):
         Image.new("RGB", (8, 8), (n, 0, 0)).save(folder / f"{n}.png")
     (folder / "broken.png").write_bytes(b"\x89PNG")
-    names = ["--benchmarks", "flickr30k", f"folder:{tmp_path / 'mine'}", "--root", str(root), "--out", str(out)]
-    command = ["evaluate", str(clip), *names, "--baselines", str(file), "--linear_probe"]
+    (root / "docci/images").mkdir(parents=True)
+    (root / "docci/docci_descriptions.jsonlines").write_text('{"split": "test", "description": "a dog"}\n')
+    names = ["docci", "flickr30k", f"folder:{tmp_path / 'mine'}"]
+    options = ["--root", str(root), "--out", str(out), "--baselines", str(file), "--linear_probe"]
+    command = ["evaluate", str(clip), "--benchmarks", *names, *options]
     assert main(command) == 1
     output, errors = capsys.readouterr()
     assert "Skipped other.npz on flickr30k" in errors and "linear probe skipped: " in output
+    assert "does not have the docci format (KeyError('image_file'))" in errors
     results = read_results(out)
     assert [(result["model"], result["benchmark"].partition(":")[0]) for result in results] == [
         (clip.name, "flickr30k"),
@@ -301,6 +305,8 @@ def test_evaluate_reports_missing_benchmarks_and_models(
     errors = capsys.readouterr().err
     assert "nothing could be evaluated" in errors and "Skipped docci" in errors
     assert "Required files: docci_descriptions" in errors
+    assert main(["evaluate", str(clip), "--benchmarks", "all", "--root", str(root)]) == 0, "requests only what exists"
+    assert "Skipped coco" in capsys.readouterr().out
     assert main(["evaluate", "--benchmarks", "docci", "--root", str(root)]) == 1
     assert "put the model first" in capsys.readouterr().err
     for option in (["--mistakes", "5"], ["--all_pairs"]):
@@ -333,23 +339,9 @@ def test_evaluate_states_what_it_evaluates_and_warns_about_training_images(
     assert "Evaluating 6 held-out images of 36 (the split val)" in output and "PATH@train+val" in output
 
 
-def test_benchmarks_command_lists_sources_of_missing_benchmarks(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_benchmarks_command_lists_sources_and_published_results(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["benchmarks", "--root", str(root)]) == 0
     output = capsys.readouterr().out
     assert "docci_images.tar.gz" in output and "To use the missing benchmarks" in output
-    assert "flickr30k_test.json" not in output
-
-
-def test_evaluate_skips_only_the_benchmark_with_a_malformed_row(
-    clip: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    broken = tmp_path / "broken"
-    shutil.copytree(root, broken)
-    (broken / "docci/images").mkdir(parents=True)
-    (broken / "docci/docci_descriptions.jsonlines").write_text('{"split": "test", "description": "a dog"}\n')
-    assert main(["evaluate", str(clip), "--benchmarks", "docci", "flickr30k", "--root", str(broken)]) == 1
-    output, errors = capsys.readouterr()
-    assert "Skipped" in errors and "does not have the docci format (KeyError('image_file'))" in errors
-    assert "## flickr30k: " in output
-    assert main(["evaluate", str(clip), "--benchmarks", "all", "--root", str(root)]) == 0, "requests only what exists"
-    assert "Skipped coco" in capsys.readouterr().out
+    assert "flickr30k_test.json" not in output and re.search(r"\| docci \|.*\| 22 \| – \|", output)
+    assert re.search(r"\| xm3600 \|.*\| 4 \| – \|", output) and re.search(r"\| xtd10 \|.*\| – \| – \|", output)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -34,6 +35,13 @@ from llm2clip.evaluate.short_queries import (
 from llm2clip.models.prompts import LITERAL, QueryTemplates
 
 COLORS, ANIMALS = ("red", "blue", "green", "white"), ("dog", "cat", "horse", "deer")
+
+
+def make_ranks(captions: Sequence[tuple[str, ...]], images: torch.Tensor) -> RetrievalRanks:
+    """Return images with captions; short queries do not use the ranks of the captions."""
+    records = [Record(str(n), None, texts) for n, texts in enumerate(captions)]
+    unused = torch.empty(0)
+    return RetrievalRanks(records, images, texts=unused, image_of_text=unused, image_ranks=unused, text_ranks=unused)
 
 
 def random_vectors(count: int, dimension: int = 6, seed: int = 0) -> torch.Tensor:
@@ -199,14 +207,7 @@ class FakeEmbeddings:
 def test_score_short_queries_with_and_without_templates() -> None:
     captions = [("a red dog", "the dog runs"), ("a red cat on a big grey wall",), ("a dog", "red dog"), ("blue sky",)]
     embeddings = FakeEmbeddings()
-    ranks = RetrievalRanks(
-        records=[Record(str(n), None, texts) for n, texts in enumerate(captions * 3)],
-        images=random_vectors(12, 8),
-        texts=torch.empty(0, 8),
-        image_of_text=torch.empty(0),
-        image_ranks=torch.empty(0),
-        text_ranks=torch.empty(0),
-    )
+    ranks = make_ranks(captions * 3, random_vectors(12, 8))
     result = score_short_queries(embeddings, ranks, QueryTemplates(("a photo of a {}",)))
     assert [length.words for length in result.plain] == ["1", "2", "3", "8+"]
     queries = build_queries([record.captions for record in ranks.records])
@@ -241,14 +242,7 @@ def test_score_short_queries_with_and_without_templates() -> None:
     ],
 )
 def test_captions_without_queries_are_rejected(captions: list[str], message: str) -> None:
-    ranks = RetrievalRanks(
-        records=[Record(text, None, (text,)) for text in captions],
-        images=random_vectors(3),
-        texts=torch.empty(0),
-        image_of_text=torch.arange(3),
-        image_ranks=torch.zeros(3),
-        text_ranks=torch.zeros(3),
-    )
+    ranks = make_ranks([(text,) for text in captions], random_vectors(3))
     with pytest.raises(ValueError, match=message):
         score_short_queries(FakeEmbeddings(), ranks)
 
@@ -267,15 +261,7 @@ class NoisyEmbeddings(FakeEmbeddings):
 
 def test_choose_query_templates_compares_the_candidates_on_the_images() -> None:
     captions = [(f"a {color} {animal} runs",) for color in COLORS for animal in ANIMALS for _ in range(3)]
-    images = FakeEmbeddings().encode_texts([text for (text,) in captions])
-    ranks = RetrievalRanks(
-        records=[Record(str(n), None, texts) for n, texts in enumerate(captions)],
-        images=images,
-        texts=torch.empty(0, 8),
-        image_of_text=torch.empty(0),
-        image_ranks=torch.empty(0),
-        text_ranks=torch.empty(0),
-    )
+    ranks = make_ranks(captions, FakeEmbeddings().encode_texts([text for (text,) in captions]))
     embeddings = NoisyEmbeddings("a photo of ")
     choice = choose_query_templates(embeddings, ranks)
     results = {}

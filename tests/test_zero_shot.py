@@ -66,23 +66,13 @@ def test_classification_accuracy_ranks_the_first_of_equal_classes_first() -> Non
     assert classification_accuracy(classes, [0, 1, 2], classes, range(3)).values["top-1"] == pytest.approx(200 / 3)
 
 
-def test_linear_probe_separates_gaussian_classes() -> None:
-    g = torch.Generator().manual_seed(0)
-    labels = torch.arange(300) % 3
-    x = torch.randn(300, 6, generator=g) + 4 * F.one_hot(labels, 6)
-    probe = linear_probe(x[:240], labels[:240].tolist(), x[240:], labels[240:].tolist())
-    assert probe["top-1"] > 90 and math.log10(probe["C"]) in range(-3, 5)
-    noise = linear_probe(x[:240], labels[:240].tolist(), torch.randn(60, 6, generator=g), labels[240:].tolist())
-    assert noise["top-1"] < 70
-
-
 def test_linear_probe_chooses_regularisation_on_validation_images() -> None:
     """With small values and unequal classes, strong regularisation predicts only the larger class."""
     g = torch.Generator().manual_seed(0)
     labels = (torch.arange(400) % 3 == 0).long()
     x = 0.05 * (torch.randn(400, 4, generator=g) + 4 * labels[:, None])
     probe = linear_probe(x[:300], labels[:300].tolist(), x[300:], labels[300:].tolist())
-    assert probe["top-1"] > 95 and probe["C"] >= 1
+    assert probe["top-1"] > 95 and probe["C"] >= 1 and math.log10(probe["C"]) in range(5)
     labels = torch.arange(500) % 2  # a weak signal in noise, which weak regularisation overfits
     x = torch.randn(500, 100, generator=g)
     x[:, 0] += 1.5 * labels

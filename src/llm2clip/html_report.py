@@ -124,10 +124,8 @@ def write_report(folder: Path, name: str, title: str, blocks: Sequence[Block]) -
 
 
 def to_markdown(title: str, blocks: Sequence[Block], html_name: str = "") -> str:
-    """Return a report as Markdown. Plots, images and collapsed text are omitted.
-
-    If `html_name` is not empty, a note refers to this HTML file instead. Sections that consist only of omitted blocks
-    and paragraphs about them are omitted together with their headings.
+    """Return a report as Markdown, without plots, images and collapsed text, and without the sections that consist only
+    of these blocks and paragraphs. A note refers to the HTML file `html_name`, if any.
     """
     parts = []
     has_images = any(isinstance(block, _VISUAL) for block in blocks)
@@ -167,10 +165,7 @@ def _omit_visual_sections(blocks: Sequence[Block]) -> list[Block]:
 
 
 def _find_section(blocks: Sequence[Block], start: int) -> Sequence[Block]:
-    """Return the heading at index `start` and all blocks before the next heading of the same or a higher level.
-
-    If there is no heading at this index, the result is empty.
-    """
+    """Return the heading at index `start`, if there is one, and all blocks up to the next heading of its level."""
     heading = blocks[start]
     if not isinstance(heading, Heading):
         return []
@@ -231,10 +226,7 @@ def _label_svg(plot: Plot) -> Markup:
 
 
 def format_cell(value: Any) -> str:
-    """Format a value for a table cell.
-
-    Floats have one decimal place, small floats have one significant digit, and None is shown as a dash.
-    """
+    """Format a table cell: floats with one decimal place, or one significant digit if small, and None as a dash."""
     if isinstance(value, float):
         return f"{value:.1g}" if 0.0005 <= abs(value) < 0.1 else f"{value:.1f}"
     return "–" if value is None else str(value)

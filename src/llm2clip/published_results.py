@@ -81,11 +81,8 @@ VISION_TRANSFER_METRICS = {
 
 
 def published_metrics(benchmark: str) -> dict[str, dict[str, float]]:
-    """Return the authors' results on a segmentation or detection benchmark.
-
-    Returns:
-        The metrics of each model, keyed by metric. The keys consist of the year of the project page and the model name.
-        If the authors published no results for the benchmark, the dict is empty.
+    """Return the authors' results on a segmentation or detection benchmark: metrics of each model, keyed as in
+    `published_rows`. The dict is empty if the authors published no results for the benchmark.
     """
     if benchmark not in VISION_TRANSFER_METRICS:
         return {}
@@ -103,10 +100,9 @@ def published_rows(benchmark: str) -> dict[str, tuple[float | None, ...]]:
     For xm3600, the project page has a single value per direction, which is comparable with the mean over all languages.
 
     Returns:
-        A dict that maps each model to six values: R@1, R@5 and R@10 for I2T, then the same for T2I. R@5 and R@10 are
-        None if the authors published only R@1. The keys have the form "YEAR: MODEL", where YEAR is the year of the
-        project page, e.g. "2026: Llama-3-8B-CC". The dict is empty if the authors published no results for the
-        benchmark.
+        Six values for each model: R@1, R@5 and R@10 for I2T, then the same for T2I. R@5 and R@10 are None if the
+        authors published only R@1. The keys have the form "YEAR: MODEL", where YEAR is the year of the project page,
+        e.g. "2026: Llama-3-8B-CC". The dict is empty if the authors published no results for the benchmark.
     """
     rows: dict[str, tuple[float | None, ...]] = {}
     for table in _find_tables(benchmark):

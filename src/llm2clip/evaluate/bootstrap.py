@@ -51,8 +51,8 @@ def percentile_interval(means: Tensor, num_groups: int, bounds: tuple[float, flo
 
     If all groups have the same mean, such as 0% or 100%, all resampled means are equal, and the interval would be a
     single point. In this case, let p be the probability that a group has a different mean. Because this was observed in
-    0 of n groups, the Clopper-Pearson upper bound of p is 1 - 0.025 ** (1 / n). The interval contains all
-    means that are possible if a fraction p of the groups has values at one of the bounds.
+    0 of n groups, the Clopper-Pearson upper bound of p is 1 - 0.025 ** (1 / n). The interval contains all means that
+    are possible if a fraction p of the groups has values at one of the bounds.
 
     Args:
         means: Means of the resamples, of shape (resamples, ...).

@@ -31,15 +31,15 @@ from llm2clip.runs.ranks import process_state
 
 
 class TextEncoder(Protocol):
-    """Interface for text encoders, such as a `CaptionEncoder` or the text tower of an image-text model."""
+    """Interface for text encoders, such as a `CaptionEncoder` or the text tower of an image-text model.
 
-    def encode(self, captions: Sequence[str], *, progress: bool = ...) -> Tensor:
-        """Return embeddings of shape (N, D), float32 on the CPU."""
-        ...
+    `encode` returns embeddings of shape (N, D), float32 on the CPU. `count_truncated` returns the number of texts
+    truncated to the maximum length, or None if unknown.
+    """
 
-    def count_truncated(self, captions: Sequence[str]) -> int | None:
-        """Return the number of texts truncated to the maximum length, or None if unknown."""
-        ...
+    def encode(self, captions: Sequence[str], *, progress: bool = ...) -> Tensor: ...
+
+    def count_truncated(self, captions: Sequence[str]) -> int | None: ...
 
 
 def open_text_encoder(model: str | None, encoder: EncoderConfig, trust_remote_code: bool) -> TextEncoder:
@@ -90,14 +90,11 @@ def caption_retrieval_accuracy(
         return_hits: If True, also return the accuracy for each image.
 
     Returns:
-        A dict with the following keys. For the paper's protocol, "CRA" is the top-1 accuracy, averaged over both
-        directions. "CRA interval" is its 95% bootstrap confidence interval over images, and "chance" is the chance
-        level. "first to second" and "second to first" are R@1/5/10 in each direction. "positive cosine" is the mean
-        cosine similarity between captions of the same image, and "negative cosine" is the mean cosine similarity
-        between captions of different images.
-
-        "images" is the number of evaluated images, "excluded" is the number of excluded images, and "truncated" is the
-        number of truncated captions.
+        A dict. For the paper's protocol, "CRA" is the top-1 accuracy, averaged over both directions, "CRA interval" its
+        95% bootstrap confidence interval over images, and "chance" the chance level. "first to second" and "second to
+        first" are R@1/5/10 in each direction. "positive cosine" and "negative cosine" are the mean cosine similarities
+        between captions of the same image and of different images. "images", "excluded" and "truncated" are the numbers
+        of evaluated images, excluded images and truncated captions.
 
         If `all_pairs` is True, "all pairs" and "all pairs chance" are R@1/5/10, and "captions" is the number of
         captions. If `return_hits` is True, "hits" is the accuracy (0, 0.5 or 1) for each image. If `num_mistakes` is
@@ -167,8 +164,7 @@ def _all_pairs_metrics(embeddings: Tensor, captions_per_image: Sequence[int]) ->
 def mean_cosines(first: Tensor, second: Tensor) -> tuple[float, float]:
     """Return the mean of first[i] · second[i] over all i, and the mean of first[i] · second[j] over all i != j.
 
-    Args:
-        first, second: Embeddings of shape (N, D), L2-normalised.
+    `first` and `second` have shape (N, D).
     """
     a, b = first.double(), second.double()
     diagonal_sum = float((a * b).sum())
@@ -184,7 +180,6 @@ def find_worst_mistakes(
 
     Args:
         first, second: Embeddings of the first and second captions of N images, each of shape (N, D), L2-normalised.
-        count: Maximum number of mistakes to return.
         chunk_size: Number of queries per matmul.
 
     Returns:

@@ -135,7 +135,7 @@ def two_way_ranks(
 
 
 class _ScoreTiles:
-    """The image-text score matrix as a grid of tiles. Each tile has `tile_size` images and 4 * `tile_size` texts.
+    """The image-text score matrix as a grid of tiles of `tile_size` images and 4 * `tile_size` texts.
 
     Texts are sorted by image, so that only a few tiles contain positives.
     """
@@ -157,11 +157,11 @@ class _ScoreTiles:
         return slice(j * self.width, (j + 1) * self.width)
 
     def images(self, i: int) -> Tensor:
-        """Return the image embeddings for row `i` of the grid, float32 of shape (height, D), zero-padded."""
+        """Return the embeddings for row `i` of the grid, float32 of shape (height, D), zero-padded."""
         return _pad_tile(self._images[self.image_range(i)].to(self._device, torch.float32), self.height)
 
     def texts(self, j: int) -> Tensor:
-        """Return the text embeddings for column `j` of the grid, float32 of shape (width, D), zero-padded."""
+        """Return the embeddings for column `j` of the grid, float32 of shape (width, D), zero-padded."""
         text_range = self.text_range(j)
         texts = self._texts[text_range if self.order is None else self.order[text_range]]
         return _pad_tile(texts.to(self._device, torch.float32), self.width)
@@ -297,9 +297,7 @@ def recall_differences(
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
     """Return R@k of a model minus R@k of a baseline, in percentage points, and paired 95% bootstrap intervals.
 
-    Args:
-        ranks, baseline_ranks: Zero-based rank of each query's best positive, int64 of shape (Q,).
-        groups: Image index of each query, int64 of shape (Q,).
+    For the other arguments, see `recall_intervals`.
     """
     differences = [(ranks < k).double() - (baseline_ranks < k).double() for k in ks]
     means = {f"R@{k}": 100.0 * float(d.mean()) for k, d in zip(ks, differences, strict=True)}

@@ -46,14 +46,7 @@ class RetrievalRanks:
 
 
 def evaluate_caption_fields(embeddings: EmbeddingSource, fields: CaptionFields) -> list[dict[str, Any]]:
-    """Compute retrieval metrics for each caption field.
-
-    Returns:
-        One row per caption field. See `caption_field_metrics`.
-
-    Raises:
-        ValueError: If no image has a caption.
-    """
+    """Rank each caption field and return its metrics. See `rank_caption_fields` and `caption_field_metrics`."""
     return caption_field_metrics(embeddings, rank_caption_fields(embeddings, fields))
 
 
@@ -87,14 +80,7 @@ def rank_caption_fields(embeddings: EmbeddingSource, fields: CaptionFields) -> d
         images = image_embeddings[torch.tensor(rows)]
         texts = embeddings.encode_texts([caption for record in usable for caption in record.captions])
         image_ranks, text_ranks = two_way_ranks(images, texts, image_of_text)
-        ranked[name] = RetrievalRanks(
-            records=usable,
-            images=images,
-            texts=texts,
-            image_of_text=image_of_text,
-            image_ranks=image_ranks,
-            text_ranks=text_ranks,
-        )
+        ranked[name] = RetrievalRanks(usable, images, texts, image_of_text, image_ranks, text_ranks)
     if not ranked:
         raise ValueError("nothing to evaluate: no decodable image has a caption")
     return ranked
@@ -104,9 +90,8 @@ def caption_field_metrics(embeddings: EmbeddingSource, ranked: Mapping[str, Retr
     """Compute retrieval metrics from the ranks of each caption field.
 
     Returns:
-        One row per caption field. Each row has "captions" (name of the field), "images" and "texts" (number of images
-        and texts), "truncated" (number of texts that exceed the model's maximum length), and the metrics returned by
-        `retrieval_metrics`.
+        One row per caption field, with "captions" (name of the field), "images" and "texts" (their numbers),
+        "truncated" (number of texts that exceed the model's maximum length), and the result of `retrieval_metrics`.
     """
     rows = []
     for name, ranks in ranked.items():

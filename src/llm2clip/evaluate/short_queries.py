@@ -166,9 +166,6 @@ def choose_query_templates(embeddings: EmbeddingSource, ranks: RetrievalRanks) -
 
     With I images and Q queries per length, the time is O(Q * I), and the memory is O(Q + I).
 
-    Args:
-        ranks: Images, captions and image embeddings of one caption field.
-
     Raises:
         ValueError: If no short queries can be built from the captions (see `build_queries`).
     """
@@ -208,14 +205,11 @@ def _score_queries(
     queries: Mapping[str, Sequence[LabelledQuery]],
     candidates: Sequence[QueryTemplates],
 ) -> list[list[LengthScores]]:
-    """Compute the retrieval metrics of queries with different prompt templates. Each prompt is encoded once.
+    """Return the metrics for each candidate and query length. Each prompt is encoded once.
 
     Args:
         images: Embeddings of the images, float32 of shape (I, D), L2-normalised.
-        queries: Queries of each length. See `build_queries`.
-
-    Returns:
-        For each candidate, the results for each query length.
+        queries: Result of `build_queries`.
     """
     texts = [query.text for length_queries in queries.values() for query in length_queries]
     prompts = list(

@@ -40,7 +40,6 @@ def classification_accuracy(
     top1, top5 = (ranks < 1).double().numpy(), (ranks < 5).double().numpy()
 
     def metrics(weights: np.ndarray) -> list[float]:
-        """Return all accuracies, counting image i `weights[i]` times."""
         counts = np.bincount(targets, weights)
         class_accuracy = np.bincount(targets, weights * top1)[counts > 0] / counts[counts > 0]
         total = weights.sum()

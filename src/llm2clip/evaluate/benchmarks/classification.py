@@ -33,8 +33,8 @@ def folder_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
     """Create a zero-shot classification benchmark from the user's images.
 
     Args:
-        name: Path of a folder with one subfolder of images per class. Alternatively, the folder contains test/ or val/,
-            and optionally train/, each with one subfolder per class.
+        name: Path of a folder with one subfolder of images per class, or with test/ or val/ (and optionally train/),
+            each with one subfolder per class.
         templates: Prompt templates. Default: see `read_class_folders`.
     """
 
@@ -57,9 +57,8 @@ def folder_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
 def read_class_folders(folder: Path, split: str = "") -> ClassificationData:
     """Read images from one subfolder per class. The subfolders are in `folder`, or in `folder/split` if `split` is set.
 
-    If `folder` contains `classnames.txt`, class names are read from its lines, which have the form "FOLDER<tab>NAME".
-    Otherwise, the class names are the folder names, with underscores replaced by spaces. If `folder` contains
-    `templates.txt`, each of its lines is a prompt template, where {} stands for the class name.
+    The class names are the lines "FOLDER<tab>NAME" of `folder/classnames.txt` or, if there is no such file, the folder
+    names with underscores replaced by spaces. Each line of `folder/templates.txt`, if it exists, is a prompt template.
 
     Raises:
         MissingFileError: If no subfolder contains images.
@@ -198,8 +197,8 @@ def _encode_png(image: Image.Image) -> io.BytesIO:
 def _read_cifar(folder: Path, files: Sequence[str], names_file: str, skipped_labels: int = 0) -> ClassificationData:
     """Read CIFAR's binary format.
 
-    Each row consists of one or two label bytes, followed by 1,024 bytes each for red, green and blue. CIFAR-10 has one
-    label per row. CIFAR-100 has two: the coarse label, followed by the fine label.
+    Each row consists of the label (for CIFAR-100, the coarse label and the fine label), followed by 1,024 bytes each
+    for red, green and blue.
     """
     row_size = skipped_labels + 1 + CIFAR_PIXELS
     names = [name.replace("_", " ") for name in read_lines(first_existing(folder, names_file))]

@@ -20,13 +20,7 @@ SUGARCREPE_KINDS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace
 
 
 def _read_winoground(folder: Path) -> list[CompositionalExample]:
-    """Read 400 examples, each with two images and two captions (arXiv 2204.03162).
-
-    The two captions consist of the same words in a different order. Let s(caption, image) be the similarity. An example
-    counts as correct for the "text" score if s(c0, i0) > s(c1, i0) and s(c1, i1) > s(c0, i1). It counts as correct for
-    the "image" score if s(c0, i0) > s(c0, i1) and s(c1, i1) > s(c1, i0). The "group" score requires all four
-    inequalities.
-    """
+    """Read 400 examples, each with two images and two captions with the same words (arXiv 2204.03162)."""
     try:
         file = first_existing(folder, "examples.jsonl", "data/examples.jsonl")
     except MissingFileError:
@@ -57,7 +51,7 @@ def _read_sugarcrepe(folder: Path) -> list[CompositionalExample]:
     """Read 7,511 examples, each with a COCO val2017 image, a correct caption and a wrong caption (arXiv 2306.14610).
 
     The wrong captions are correct captions in which words were added, replaced or swapped. Each file contains one
-    category of such changes. The metrics are the accuracy for each file and the mean over all files.
+    category of such changes.
     """
     data_dir = folder / "data" if (folder / "data").is_dir() else folder
     image_dir = next((root / "val2017" for root in find_coco_roots(folder) if (root / "val2017").is_dir()), None)

@@ -90,10 +90,7 @@ def _describe_images(benchmark: Benchmark, summary: Mapping[str, Any]) -> str:
 
 
 def caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[Block]:
-    """Return the report section about caption retrieval.
-
-    The section shows the text encoder's CRA and its mistakes. For comparison, it also shows the CRA values that the
-    LLM2CLIP authors published for COCO (5,000 images).
+    """Return the report section about caption retrieval, with the authors' values for COCO (5,000 images).
 
     Args:
         name: Display name of the text encoder.
@@ -134,9 +131,8 @@ def caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[Block]:
 def recall_table(results: Mapping[str, dict[str, Any]], published: Mapping[str, tuple[float | None, ...]]) -> Table:
     """Return a recall table with one row for each published result, one for chance, and one for each evaluated model.
 
-    The evaluated models' rows include confidence intervals. The last rows show the differences between the first model
-    and each baseline, with paired confidence intervals, and between the first model and each published model in
-    `REFERENCE_MODELS`.
+    The last rows show the differences between the first model and each baseline, with paired confidence intervals, and
+    between the first model and each published model in `REFERENCE_MODELS`.
 
     Args:
         results: Metrics of each model, keyed by model name. See `caption_field_metrics` and `retrieval_difference`.
@@ -172,11 +168,7 @@ def recall_table(results: Mapping[str, dict[str, Any]], published: Mapping[str, 
 
 
 def mean_recall_table(results: Sequence[BenchmarkResult], published: Mapping[str, tuple[float | None, ...]]) -> Table:
-    """Return a table of the mean recall over the caption fields, with the same kinds of rows as `recall_table`.
-
-    Args:
-        published: Published recall of each model, keyed by model name. See `published_rows`.
-    """
+    """Return a table of the mean recall over the caption fields, with the same kinds of rows as `recall_table`."""
     means = {}
     for result in results:
         recalls = [_both_recalls(row) for row in result.summary["rows"]]  # (fields, 6)
@@ -189,11 +181,7 @@ def mean_recall_table(results: Sequence[BenchmarkResult], published: Mapping[str
 
 
 def error_analysis_blocks(analyses: Mapping[str, ErrorAnalysis]) -> list[Block]:
-    """Return the recall plots for all models, and the similarity matrix and examples for the first model.
-
-    Args:
-        analyses: Error analysis of each model, keyed by model name.
-    """
+    """Return the recall plots for all models, and the similarity matrix and examples for the first model."""
     name, first = next(iter(analyses.items()))
     blocks: list[Block] = [_recall_curve_plot(analyses)]
     if len(first.length_bins) > 1:
@@ -229,13 +217,10 @@ def _length_plot(analyses: Mapping[str, ErrorAnalysis]) -> Plot:
 def metrics_table(results: Sequence[BenchmarkResult], published: Mapping[str, Mapping[str, float]]) -> Table:
     """Return a metrics table for a benchmark whose kind is not "retrieval".
 
-    The table has one row for each published result, one for the chance level unless it is a metric, and one for each
-    model and method, with confidence intervals. The last rows show the differences between the first model and each
+    The table has one row for each published result (see `published_metrics`), one for the chance level unless it is a
+    metric, and one for each model and method. The last rows show the differences between the first model and each
     baseline, with paired intervals. Columns for the method and the logit scale are included if any row has these
     values.
-
-    Args:
-        published: Published metrics of each model. See `published_metrics`.
     """
     metric_rows = [(result, row) for result in results for row in result.summary.get("rows", [result.summary])]
     names = list(dict.fromkeys(name for _, row in metric_rows for name in row["metrics"]))
@@ -302,10 +287,7 @@ def _table_row(
     median_ranks: Sequence[str | None] = (None, None),
     truncated: str | None = None,
 ) -> list[Any]:
-    """Return a row for `recall_table`.
-
-    `recalls` contains R@1, R@5 and R@10 for I2T, followed by R@1, R@5 and R@10 for T2I.
-    """
+    """Return a row for `recall_table`. For the order of `recalls`, see `_both_recalls`."""
     cells: list[Any] = [name]
     for recalls_of_direction, interval, median_rank in zip(
         (recalls[: len(KS)], recalls[len(KS) :]), intervals, median_ranks, strict=True

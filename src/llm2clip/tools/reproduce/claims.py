@@ -58,14 +58,9 @@ TITLES = {
 
 @dataclass
 class Comparison:
-    """Comparison of two values, one of which should be lower than the other.
+    """Comparison of two values, called `low` and `high`, of a metric. The first value should be lower.
 
-    Args:
-        low: Name of the value that should be lower.
-        high: Name of the value that should be higher.
-        metric: Name of the compared metric.
-        low_interval, high_interval: The two values with their confidence intervals.
-        difference: Value of `high` minus value of `low`, with the confidence interval of this difference.
+    `difference` is the second value minus the first, with the confidence interval of this difference.
     """
 
     low: str
@@ -91,11 +86,11 @@ class Claim:
 
     Args:
         number: Number of the claim, from 1 to 6. See `TITLES`.
-        header, rows: Header and rows of the table of measured results.
+        header, rows: Table of measured results.
         comparisons: Comparisons that determine the verdict.
         notes: Notes on the interpretation of the result.
-        points: Labels on the x axis of the plot. Empty if the claim has no curves.
-        curves: Curves in the plot, keyed by name. Each is a list of values with their confidence intervals.
+        points, curves: Labels on the x axis of the plot, and values at each of them, keyed by the name of the curve.
+            Empty if the claim has no curves.
     """
 
     number: int
@@ -118,11 +113,8 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """Verdict on the claim.
-
-        A verdict that all comparisons share is also the verdict on the claim. Otherwise, the verdict on the claim is
-        PARTLY_HOLDS if a comparison holds, CONTRADICTED if a comparison is contradicted, and INCONCLUSIVE in all other
-        cases. A claim without comparisons is NOT_TESTED.
+        """Verdict on the claim: the verdict that all comparisons share or, if they differ, PARTLY_HOLDS if a comparison
+        holds, CONTRADICTED if a comparison is contradicted, and INCONCLUSIVE in all other cases.
         """
         verdicts = {comparison.verdict for comparison in self.comparisons}
         if not verdicts:
@@ -328,14 +320,7 @@ def _compute_quartiles(values: Sequence[float]) -> Interval:
 
 
 def compare_hits(low: str, high: str, metric: str, low_hits: Tensor, high_hits: Tensor) -> Comparison:
-    """Compare the results of two models on the same images.
-
-    Args:
-        low: Name of the value that should be lower.
-        high: Name of the value that should be higher.
-        metric: Name of the compared metric.
-        low_hits, high_hits: Per-image hits of each model, of shape (seeds, images), with images in the same order.
-    """
+    """Compare two models by their per-image hits on the same images, each of shape (seeds, images)."""
     means = _resample_means(high_hits, seed=2) - _resample_means(low_hits, seed=1)
     return Comparison(
         low=low,
@@ -349,9 +334,6 @@ def compare_hits(low: str, high: str, metric: str, low_hits: Tensor, high_hits: 
 
 def bootstrap_interval(values: Tensor) -> Interval:
     """Return the mean in percent with its 95% confidence interval, using a bootstrap over images and seeds.
-
-    If all values are equal, for example because no image was retrieved correctly, the interval is exact instead. See
-    `percentile_interval`.
 
     Args:
         values: Per-image hits, or differences between hits, of shape (seeds, images).

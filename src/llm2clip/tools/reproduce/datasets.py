@@ -88,11 +88,7 @@ class ClaimData:
 
     @cached_property
     def foreign_test(self) -> list[Record]:
-        """Test images with captions in another language.
-
-        Raises:
-            ValueError: `--reproduce.foreign_column` is not set, or the column does not exist.
-        """
+        """Test images with captions in another language."""
         column = self.config.foreign_column
         if not column:
             raise ValueError("no column with captions in another language: set --reproduce.foreign_column")
@@ -104,9 +100,6 @@ class ClaimData:
 
         The queries of the first test are the first sentences of the captions. Each subsequent test adds one sentence,
         and the last one uses the complete captions.
-
-        Raises:
-            ValueError: There are no images with long captions.
         """
         records = [record for record in self._read_records(self.config.long_caption_sources) if record.long_captions]
         if not records:

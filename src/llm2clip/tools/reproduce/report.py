@@ -62,8 +62,7 @@ def reproduce(data: Path, out: Path, config: ReproduceConfig, claims: Sequence[i
     An interrupted run can be resumed. The report also includes the claims that earlier runs in `out` have tested.
 
     Args:
-        data: Data folder. The source paths in the config are relative to this folder.
-        config: Data sources, models and training settings.
+        data: Folder that the source paths in the config are relative to.
         claims: Numbers of the claims to test, from 1 to 6.
         max_skipped: Abort if more than this fraction of the rows cannot be used.
 
@@ -119,12 +118,7 @@ def _test_claim(number: int, experiments: Experiments) -> dict[str, object]:
 
 
 def make_report_blocks(claims: Sequence[Claim], config: ReproduceConfig, command: str) -> list[Block]:
-    """Return the content blocks of the report.
-
-    Args:
-        claims: Claims to report, including claims that could not be tested.
-        command: Shell command that started the run.
-    """
+    """Return the report on claims, including those that could not be tested. `command` is the shell command."""
     summary = [[claim.number, claim.title, claim.verdict] for claim in claims]
     blocks: list[Block] = [
         Paragraph(

@@ -52,12 +52,9 @@ class ClipTextTower(nn.Module):
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Measured durations of the training steps of each variant.
+    """Durations of the training steps of each variant, and its number of trained parameters in millions.
 
-    Args:
-        seconds: Duration of each step in seconds, keyed by variant.
-        parameters: Number of trained parameters in millions, keyed by variant.
-        batch_size: Number of images per step, each with one caption.
+    `batch_size` is the number of images per step, each with one caption.
     """
 
     seconds: dict[str, list[float]]
@@ -65,19 +62,14 @@ class StepTimes:
     batch_size: int
 
     def median(self, variant: str) -> float:
-        """Return the median step time of a variant, in seconds."""
         return statistics.median(self.seconds[variant])
 
 
 @onednn_matmul()
 def measure_step_times(experiments: Experiments, name: str) -> StepTimes:
-    """Measure the duration of training steps for each variant.
+    """Measure the duration of training steps for each variant, with the caption encoder called `name`.
 
     The variants alternate, so that other processes on the machine slow down all of them equally.
-
-    Args:
-        experiments: Experiments that provide the data, the stores and the caption encoders.
-        name: Key of the caption encoder in `experiments.encoders`.
     """
     config, train = experiments.config, experiments.data.train
     records = [record for record in train if record.texts][: config.cost_images]
