@@ -122,6 +122,8 @@ def test_cra_metrics_are_consistent_with_each_other() -> None:
     assert metrics["truncated"] == sum(len(c) > 20 for captions in IMAGES[:-1] for c in captions[:2])
     assert metrics["mistakes"] == find_worst_mistakes(first, second, IMAGES[:-1], 2)
     assert not {"hits", "mistakes", "all pairs"} & caption_retrieval_accuracy(IMAGES, RandomEncoder()).keys()
+    with pytest.raises(ValueError, match="two distinct captions"):
+        caption_retrieval_accuracy([["a dog", "a dog"], ["alone"]], RandomEncoder())
 
 
 # ---- text towers of other models -------------------------------------------------------------------------------------

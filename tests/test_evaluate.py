@@ -135,7 +135,11 @@ def test_evaluate_compares_baselines_in_a_report(
     np.savez(file, images=images.numpy())
     assert main([*command, "--baselines", str(file), "no/such-model"]) == 1
     errors = capsys.readouterr().err
-    assert "no array 'image_names'" in errors and "Skipped no/such-model" in errors and "Required files" not in errors
+    assert (
+        "needs the arrays images, image_names" in errors
+        and "Skipped no/such-model" in errors
+        and "Required files" not in errors
+    )
     assert [result["model"] for result in read_results(out)] == [clip.name], "the first model has a result"
     assert "Skipped no/such-model" in (out / "report.md").read_text()
 

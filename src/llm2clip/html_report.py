@@ -124,8 +124,10 @@ def write_report(folder: Path, name: str, title: str, blocks: Sequence[Block]) -
 
 
 def to_markdown(title: str, blocks: Sequence[Block], html_name: str = "") -> str:
-    """Return a report as Markdown, without plots, images and collapsed text, and without the sections that consist only
-    of these blocks and paragraphs. A note refers to the HTML file `html_name`, if any.
+    """Return a report as Markdown, without plots, images and collapsed text.
+
+    Sections that consist only of these blocks and paragraphs are omitted. If `html_name` is not empty, a note refers to
+    this HTML file.
     """
     parts = []
     has_images = any(isinstance(block, _VISUAL) for block in blocks)

@@ -81,9 +81,7 @@ VISION_TRANSFER_METRICS = {
 
 
 def published_metrics(benchmark: str) -> dict[str, dict[str, float]]:
-    """Return the authors' results on a segmentation or detection benchmark: metrics of each model, keyed as in
-    `published_rows`. The dict is empty if the authors published no results for the benchmark.
-    """
+    """Return the authors' metrics on a segmentation or detection benchmark, keyed by model as in `published_rows`."""
     if benchmark not in VISION_TRANSFER_METRICS:
         return {}
     column, metrics = VISION_TRANSFER_METRICS[benchmark]

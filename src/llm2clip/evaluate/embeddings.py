@@ -153,7 +153,12 @@ class PrecomputedEmbeddings:
         """
         self.file, self.log = file, log
         self.query_templates = LITERAL
-        images, names, texts, captions = self._read_arrays()
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                images, names, texts, captions = (arrays[name] for name in PRECOMPUTED_ARRAYS)
+        # A .npy file renamed to .npz loads as a plain array and raises AttributeError or TypeError.
+        except (AttributeError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{file}: needs the arrays {', '.join(PRECOMPUTED_ARRAYS)} ({error})") from error
         for name, embeddings, keys in (("images", images, names), ("texts", texts, captions)):
             if embeddings.ndim != 2 or keys.ndim != 1 or len(embeddings) != len(keys):
                 raise ValueError(
@@ -172,17 +177,6 @@ class PrecomputedEmbeddings:
             first_row = self._row_of_text.setdefault(str(caption).strip(), row)  # captions in records are stripped, too
             if not torch.allclose(self._texts[first_row], self._texts[row], atol=1e-3):
                 raise ValueError(f"{file}: the caption {str(caption)!r} has two different embeddings")
-
-    def _read_arrays(self) -> list[np.ndarray]:
-        try:
-            with np.load(self.file, allow_pickle=False) as arrays:
-                for name in PRECOMPUTED_ARRAYS:
-                    if name not in arrays:
-                        raise ValueError(f"no array {name!r}; the file must contain {', '.join(PRECOMPUTED_ARRAYS)}")
-                return [arrays[name] for name in PRECOMPUTED_ARRAYS]
-        # A .npy file renamed to .npz loads as a plain array and raises AttributeError or TypeError.
-        except (AttributeError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{self.file}: {error}") from error
 
     def encode_images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
         rows = [self._find_image(ref) for ref in refs]

@@ -113,8 +113,10 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """Verdict on the claim: the verdict that all comparisons share or, if they differ, PARTLY_HOLDS if a comparison
-        holds, CONTRADICTED if a comparison is contradicted, and INCONCLUSIVE in all other cases.
+        """Verdict on the claim.
+
+        If the comparisons have different verdicts, the verdict on the claim is PARTLY_HOLDS if a comparison holds,
+        CONTRADICTED if a comparison is contradicted, and INCONCLUSIVE otherwise.
         """
         verdicts = {comparison.verdict for comparison in self.comparisons}
         if not verdicts:
