@@ -56,38 +56,33 @@ def karpathy(name: str, rows: list[tuple[str, str, list[str]]], **more: str) -> 
     }
 
 
-def test_coco_reads_all_captions_of_the_test_split(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "image_dir", "more", "blip_file"),
+    [
+        ("coco", "val2014", {"filepath": "val2014"}, "annotations/coco_karpathy_test.json"),
+        ("flickr30k", "flickr30k-images", {}, "flickr30k_test.json"),
+    ],
+)
+def test_coco_and_flickr30k_read_karpathy_and_blip_files(
+    name: str, image_dir: str, more: dict[str, str], blip_file: str, tmp_path: Path
+) -> None:
     """Five and seven captions per image; images of another split need not exist; captions are stripped."""
     rows = [
-        ("COCO_val2014_000000000002.jpg", "test", [f"caption {n} " for n in range(5)]),
-        ("COCO_val2014_000000000003.jpg", "val", ["not this"]),
-        ("COCO_val2014_000000000001.jpg", "test", [f"other {n}" for n in range(7)]),
+        ("2.jpg", "test", [f"caption {n} " for n in range(5)]),
+        ("3.jpg", "val", ["not this"]),
+        ("1.jpg", "test", [f"other {n}" for n in range(7)]),
     ]
     for n in (1, 2):
-        draw(tmp_path / f"coco/val2014/COCO_val2014_00000000000{n}.jpg")
-    write(tmp_path / "coco/dataset_coco.json", karpathy("coco", rows, filepath="val2014"))
-    records = read("coco", tmp_path)["captions"]
-    assert [len(r.captions) for r in records] == [5, 7]
-    assert records[0].captions[4] == "caption 4" and str(records[1].image).endswith(
-        "val2014/COCO_val2014_000000000001.jpg"
-    )
-    (tmp_path / "coco/dataset_coco.json").unlink()
-    lists = [{"image": f"val2014/{f}", "caption": texts} for f, split, texts in rows if split == "test"]
-    write(tmp_path / "coco/annotations/coco_karpathy_test.json", lists)
-    assert read("coco", tmp_path)["captions"] == records
-
-
-def test_flickr30k_reads_karpathy_and_blip_files(tmp_path: Path) -> None:
-    draw(tmp_path / "flickr30k/flickr30k-images/17.jpg")
-    write(
-        tmp_path / "flickr30k/dataset_flickr30k.json",
-        karpathy("flickr30k", [("17.jpg", "test", ["a", "b"]), ("18.jpg", "train", ["c"])]),
-    )
-    records = read("flickr30k", tmp_path)["captions"]
-    assert names_and_captions(records) == [("17.jpg", ("a", "b"))]
-    (tmp_path / "flickr30k/dataset_flickr30k.json").unlink()
-    write(tmp_path / "flickr30k/flickr30k_test.json", [{"image": "flickr30k-images/17.jpg", "caption": ["a", "b"]}])
-    assert read("flickr30k", tmp_path)["captions"] == records
+        draw(tmp_path / name / image_dir / f"{n}.jpg")
+    file = tmp_path / name / f"dataset_{name}.json"
+    write(file, karpathy(name, rows, **more))
+    records = read(name, tmp_path)["captions"]
+    assert [len(r.captions) for r in records] == [5, 7] and records[0].captions[4] == "caption 4"
+    assert str(records[1].image).endswith(f"{image_dir}/1.jpg")
+    file.unlink()
+    lists = [{"image": f"{image_dir}/{f}", "caption": texts} for f, split, texts in rows if split == "test"]
+    write(tmp_path / name / blip_file, lists)
+    assert read(name, tmp_path)["captions"] == records
 
 
 def test_flickr8k_reads_its_token_file(tmp_path: Path) -> None:

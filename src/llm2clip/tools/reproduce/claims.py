@@ -142,12 +142,7 @@ def caption_retrieval(experiments: Experiments) -> Claim:
         claim.rows.append([experiments.label(name), result["CRA"], interval, result["images"]])
     claim.rows.append(["chance", results[LLM_RAW]["chance"], "", ""])
     hits = {name: torch.tensor([result["hits"]], dtype=torch.float64) for name, result in results.items()}
-    pairs = [
-        (LLM_RAW, BASELINE),
-        (LLM_RAW, LLM_CC),
-        (MULTILINGUAL_RAW, BASELINE),
-        (MULTILINGUAL_RAW, MULTILINGUAL_CC),
-    ]
+    pairs = [(LLM_RAW, BASELINE), (LLM_RAW, LLM_CC), (MULTILINGUAL_RAW, BASELINE), (MULTILINGUAL_RAW, MULTILINGUAL_CC)]
     claim.comparisons = _compare_pairs(experiments, pairs, "CRA", hits)
     return claim
 
@@ -164,12 +159,7 @@ def text_towers(experiments: Experiments) -> Claim:
             "delete claims/2.json in the run directory and run the same command again."
         )
     hits = _fill_retrieval_table(experiments, claim, [LLM_RAW, LLM_CC, *order], CAPTIONS_TEST)
-    pairs = [
-        *pairwise(order),
-        (BASELINE, MULTILINGUAL_CC),
-        (MULTILINGUAL_RAW, MULTILINGUAL_CC),
-        (LLM_RAW, LLM_CC),
-    ]
+    pairs = [*pairwise(order), (BASELINE, MULTILINGUAL_CC), (MULTILINGUAL_RAW, MULTILINGUAL_CC), (LLM_RAW, LLM_CC)]
     claim.comparisons = _compare_pairs(experiments, dict.fromkeys(pairs), MEAN_RECALL, hits)
     num_pairs = experiments.config.steps * experiments.config.batch_size
     claim.notes.append(
@@ -191,11 +181,7 @@ def long_captions(experiments: Experiments) -> Claim:
         label = experiments.label(name)
         claim.rows.append([label, *map(_compute_mean_percent, hits[name])])
         claim.curves[label] = [bootstrap_interval(test_hits) for test_hits in hits[name]]
-    for name, reference in (
-        (LLM_CC, BASELINE),
-        (MULTILINGUAL_CC, BASELINE),
-        (MULTILINGUAL_CC, MULTILINGUAL_RAW),
-    ):
+    for name, reference in ((LLM_CC, BASELINE), (MULTILINGUAL_CC, BASELINE), (MULTILINGUAL_CC, MULTILINGUAL_RAW)):
         gains = [high - low for high, low in zip(hits[name], hits[reference], strict=True)]
         label = f"gain of {experiments.label(name)} over {experiments.label(reference)}"
         claim.rows.append([label, *map(_compute_mean_percent, gains)])

@@ -46,14 +46,8 @@ from llm2clip.tools.reproduce.claims import (
 from llm2clip.tools.reproduce.datasets import ClaimData
 from llm2clip.tools.reproduce.experiments import Experiments
 
-STATUSES = {
-    HOLDS: GOOD,
-    PARTLY_HOLDS: UNSURE,
-    WEAK_SUPPORT: UNSURE,
-    INCONCLUSIVE: UNSURE,
-    NOT_TESTED: UNSURE,
-    CONTRADICTED: BAD,
-}
+STATUSES = dict.fromkeys((PARTLY_HOLDS, WEAK_SUPPORT, INCONCLUSIVE, NOT_TESTED), UNSURE)
+STATUSES |= {HOLDS: GOOD, CONTRADICTED: BAD}
 
 
 def reproduce(data: Path, out: Path, config: ReproduceConfig, claims: Sequence[int], max_skipped: float) -> Path:
@@ -193,12 +187,7 @@ def describe_paper(claim: int) -> list[str]:
     if claim == 2:
         return [
             _describe_averages(
-                "clip_text_encoders",
-                "CLIP",
-                "e5 (XLM-R)",
-                "jina-v3-XLM-R",
-                "LLM2Vec-Llama-3-8B",
-                "Llama-3-8B-CC",
+                "clip_text_encoders", "CLIP", "e5 (XLM-R)", "jina-v3-XLM-R", "LLM2Vec-Llama-3-8B", "Llama-3-8B-CC"
             ),
             _describe_averages("eva02_text_towers", "Llama3-8B", "Jina Bert", "Llama3-8B-TC", "Llama3-8B-CC"),
         ]
