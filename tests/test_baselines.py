@@ -201,17 +201,21 @@ def test_unsuitable_model_types_are_rejected_with_the_reason(kind: str, reason: 
         open_dual_encoder(str(tmp_path), "cpu")
 
 
+# As EVA02-B-16 in open_clip: a timm tower without a projection, which has rotary position embeddings and SwiGLU.
+EVA02 = {"timm_model_name": "eva02_tiny_patch14_224", "timm_pool": "token", "timm_proj": None, "image_size": 224}
+OPEN_CLIP_VIT = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 1}
+
+
+@pytest.mark.parametrize("vision", [EVA02 | {"timm_model_pretrained": False}, OPEN_CLIP_VIT], ids=["eva02", "vit"])
 @torch.no_grad()
-def test_eva02_baseline_matches_open_clip(tmp_path: Path, image_files: list[Path]) -> None:
+def test_open_clip_baseline_matches_open_clip(vision: dict[str, Any], tmp_path: Path, image_files: list[Path]) -> None:
     open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
     from safetensors.torch import save_file
 
-    # As EVA02-B-16 in open_clip: a timm tower without a projection, which has rotary position embeddings and SwiGLU.
-    vision = {"timm_model_name": "eva02_tiny_patch14_224", "timm_pool": "token", "timm_proj": None, "image_size": 224}
     text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
-    model_config = {"embed_dim": 192, "vision_cfg": vision | {"timm_model_pretrained": False}, "text_cfg": text}
+    towers = {"embed_dim": 192, "vision_cfg": vision, "text_cfg": text, "custom_text": vision is not OPEN_CLIP_VIT}
     preprocess = {"mean": CLIP_STATS["image_mean"], "std": CLIP_STATS["image_std"], "interpolation": "bicubic"}
-    config = {"model_cfg": model_config | {"custom_text": True}, "preprocess_cfg": preprocess}
+    config = {"model_cfg": towers, "preprocess_cfg": preprocess}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
     reference = open_clip.create_model(f"local-dir:{tmp_path}", load_weights=False).eval()

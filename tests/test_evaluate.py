@@ -22,11 +22,10 @@ from llm2clip.data.images import load_image
 from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.embeddings import PrecomputedEmbeddings
-from llm2clip.models.dual_encoder import open_dual_encoder
+from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.hub.model_names import display_names
 from test_benchmarks import write
 from test_dual_encoder import clip as clip  # the fixture
-from test_dual_encoder import encode_both
 
 
 @pytest.fixture
@@ -53,6 +52,12 @@ def root(image_folder: Path, tmp_path: Path) -> Path:
     return folder
 
 
+def encode_eight_images(model: DualEncoder, image_folder: Path) -> torch.Tensor:
+    """Return the embeddings of the images in the benchmark folder flickr30k."""
+    records = list(open_records(image_folder / "captions.jsonl"))[:8]
+    return model.encode_images([model.transform(load_image(str(record.image))) for record in records])
+
+
 def read_results(out: Path) -> list[dict]:
     return json.loads((out / "results.json").read_text())["results"]
 
@@ -74,7 +79,7 @@ def test_evaluate_command_matches_direct_computation(
     assert read_results(out) == results
 
     model = open_dual_encoder(str(clip), "cpu")
-    images, _, _ = encode_both(model, image_folder)
+    images = encode_eight_images(model, image_folder)
     captions = [list(r.captions) for r in open_records(image_folder / "captions.jsonl")][:8]
     texts = model.encode_texts([caption for image_captions in captions for caption in image_captions])
     owner = torch.tensor([n for n, image_captions in enumerate(captions) for _ in image_captions])
@@ -95,7 +100,7 @@ def test_evaluate_compares_baselines_in_a_report(
 ) -> None:
     """A file of a model's own embeddings, in another order of images, gives the metrics of the model."""
     model, out = open_dual_encoder(str(clip), "cpu"), tmp_path / "out"
-    images, _, _ = encode_both(model, image_folder)
+    images = encode_eight_images(model, image_folder)
     captions = [c for r in list(open_records(image_folder / "captions.jsonl"))[:8] for c in r.captions]
     names = [f"flickr30k-images/{n}.png" for n in range(8)]
     file = tmp_path / "other.npz"

@@ -131,7 +131,7 @@ class Claim:
 # ---- tests of the claims ---------------------------------------------------------------------------------------------
 
 
-def caption_retrieval(experiments: Experiments) -> Claim:
+def measure_caption_retrieval(experiments: Experiments) -> Claim:
     """Test claim 1: measure the caption retrieval accuracy (CRA) of raw LLMs, tuned LLMs and the baseline."""
     claim = Claim(1)
     claim.header = ["caption encoder", "CRA, %", "95% interval", "images"]
@@ -147,7 +147,7 @@ def caption_retrieval(experiments: Experiments) -> Claim:
     return claim
 
 
-def text_towers(experiments: Experiments) -> Claim:
+def compare_text_towers(experiments: Experiments) -> Claim:
     """Test claim 2: measure image-text retrieval with each text tower."""
     claim = Claim(2)
     order = [MULTILINGUAL_RAW, BASELINE, MULTILINGUAL_CC]  # from the lowest to the highest expected recall
@@ -170,7 +170,7 @@ def text_towers(experiments: Experiments) -> Claim:
     return claim
 
 
-def long_captions(experiments: Experiments) -> Claim:
+def compare_long_captions(experiments: Experiments) -> Claim:
     """Test claim 3: measure how much tuning on captions improves retrieval for queries of increasing length."""
     tests = list(experiments.data.long_caption_tests)
     claim = Claim(3, points=tests)
@@ -192,7 +192,7 @@ def long_captions(experiments: Experiments) -> Claim:
     return claim
 
 
-def other_languages(experiments: Experiments) -> Claim:
+def compare_other_languages(experiments: Experiments) -> Claim:
     """Test claim 4: measure retrieval in a language that was not used in the `tune` or `align` stage."""
     claim = Claim(4)
     hits = _fill_retrieval_table(experiments, claim, (BASELINE, LLM_CC, MULTILINGUAL_CC), FOREIGN_TEST)
@@ -202,7 +202,7 @@ def other_languages(experiments: Experiments) -> Claim:
     return claim
 
 
-def larger_llm(experiments: Experiments) -> Claim:
+def compare_llm_sizes(experiments: Experiments) -> Claim:
     """Test claim 5: compare two LLMs that were tuned on the same number of pairs."""
     claim = Claim(5)
     hits = _fill_retrieval_table(experiments, claim, (LLM_CC, MULTILINGUAL_CC), CAPTIONS_TEST)
@@ -214,7 +214,7 @@ def larger_llm(experiments: Experiments) -> Claim:
     return claim
 
 
-def training_cost(experiments: Experiments) -> Claim:
+def measure_training_cost(experiments: Experiments) -> Claim:
     """Test claim 6: measure the duration of training steps."""
     claim = Claim(6)
     claim.header = ["source of text embeddings", "seconds per step", "relative to CLIP", "trained parameters, M"]
@@ -257,12 +257,12 @@ def training_cost(experiments: Experiments) -> Claim:
 
 
 CLAIMS: dict[int, Callable[[Experiments], Claim]] = {
-    1: caption_retrieval,
-    2: text_towers,
-    3: long_captions,
-    4: other_languages,
-    5: larger_llm,
-    6: training_cost,
+    1: measure_caption_retrieval,
+    2: compare_text_towers,
+    3: compare_long_captions,
+    4: compare_other_languages,
+    5: compare_llm_sizes,
+    6: measure_training_cost,
 }
 
 
