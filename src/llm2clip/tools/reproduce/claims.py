@@ -136,7 +136,7 @@ def measure_caption_retrieval(experiments: Experiments) -> Claim:
     claim = Claim(1)
     claim.header = ["caption encoder", "CRA, %", "95% interval", "images"]
     names = (LLM_RAW, BASELINE, LLM_CC, MULTILINGUAL_RAW, MULTILINGUAL_CC)
-    results = {name: experiments.caption_retrieval(name) for name in names}
+    results = {name: experiments.measure_caption_retrieval(name) for name in names}
     for name, result in results.items():
         interval = format_interval(result["CRA interval"])
         claim.rows.append([experiments.label(name), result["CRA"], interval, result["images"]])
@@ -177,7 +177,7 @@ def compare_long_captions(experiments: Experiments) -> Claim:
     claim.header = ["text tower, T2I R@1", *tests]
     hits = {}
     for name in (BASELINE, LLM_CC, MULTILINGUAL_RAW, MULTILINGUAL_CC):
-        hits[name] = [experiments.hits(name, test, "T2I") for test in tests]
+        hits[name] = [experiments.measure_hits(name, test, "T2I") for test in tests]
         label = experiments.label(name)
         claim.rows.append([label, *map(_compute_mean_percent, hits[name])])
         claim.curves[label] = [bootstrap_interval(test_hits) for test_hits in hits[name]]
@@ -275,7 +275,7 @@ def _fill_retrieval_table(experiments: Experiments, claim: Claim, names: Sequenc
     claim.header = RETRIEVAL_HEADER
     mean_hits = {}
     for name in names:
-        i2t, t2i = experiments.hits(name, test, "I2T"), experiments.hits(name, test, "T2I")
+        i2t, t2i = experiments.measure_hits(name, test, "I2T"), experiments.measure_hits(name, test, "T2I")
         mean_hits[name] = (i2t + t2i) / 2
         mean, low, high = bootstrap_interval(mean_hits[name])
         recalls = [_compute_mean_percent(i2t), _compute_mean_percent(t2i), mean]

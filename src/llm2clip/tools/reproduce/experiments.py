@@ -86,23 +86,23 @@ class Experiments:
             label += ", raw"
         return label
 
-    def encoder(self, name: str) -> CaptionEncoder:
+    def load_encoder(self, name: str) -> CaptionEncoder:
         """Load a caption encoder, tuning it first if necessary."""
         return open_encoder(self._prepare_encoder(name))
 
-    def caption_retrieval(self, name: str) -> dict[str, Any]:
+    def measure_caption_retrieval(self, name: str) -> dict[str, Any]:
         """Return the results of `caption_retrieval_accuracy` for a caption encoder, including the key "hits"."""
 
         def measure() -> dict[str, Any]:
             print_once(f"caption retrieval: {self.label(name)}")
             texts = [text for captions in self.data.cra for text in unique_captions(captions)[:2]]
-            encoder = _StoreTextEncoder(self.store(name, texts))
+            encoder = _StoreTextEncoder(self.embed_texts(name, texts))
             return caption_retrieval_accuracy(self.data.cra, encoder, return_hits=True)
 
         metrics: dict[str, Any] = cached_json(self.out / "cra" / f"{_make_file_name(name)}.json", measure)
         return metrics
 
-    def store(self, name: str, texts: Sequence[str]) -> EmbeddingStore:
+    def embed_texts(self, name: str, texts: Sequence[str]) -> EmbeddingStore:
         """Return a caption encoder's embedding store, after adding the embeddings of missing texts."""
         folder = self.out / "stores" / _make_file_name(name)
         if (folder / "manifest.json").exists():
@@ -112,14 +112,14 @@ class Experiments:
         print_once(f"embed: {self.label(name)}")
         return embed(texts, folder, self._prepare_encoder(name), EmbedConfig())
 
-    def model(self, name: str, seed: int) -> LLM2CLIP:
+    def train_model(self, name: str, seed: int) -> LLM2CLIP:
         """Return an aligned model for a caption encoder, training it first if it does not exist.
 
         The vision tower is frozen. Only the heads are trained, using the stored embeddings of the caption encoder.
         """
         folder = self.out / "models" / f"{_make_file_name(name)}-{seed}"
         if not folder.exists():
-            store = self.store(name, [text for record in self.data.train for text in record.texts])
+            store = self.embed_texts(name, [text for record in self.data.train for text in record.texts])
             print_once(f"align: {self.label(name)}, seed {seed}")
             run_dir = self.out / "work" / folder.name
             config, features = self.align_config(seed), self.out / "features"
@@ -142,7 +142,7 @@ class Experiments:
             seed=seed,
         )
 
-    def hits(self, name: str, test: str, direction: str) -> Tensor:
+    def measure_hits(self, name: str, test: str, direction: str) -> Tensor:
         """Return the per-image hits of all models trained with a caption encoder, float64 of shape (seeds, images).
 
         For I2T, the hit value of an image is 1 if the top-ranked caption is correct, and 0 otherwise. For T2I, it is
@@ -170,11 +170,11 @@ class Experiments:
         """Return the retrieval ranks of a model in a test, as a dict with the fields of `RetrievalRanks`."""
 
         def compute_ranks() -> dict[str, list[int]]:
-            model, records = self.model(name, seed), self.data.test(test)
+            model, records = self.train_model(name, seed), self.data.test(test)
             # Embed the texts of all long-caption tests in one call.
             tests = [test] if test in (CAPTIONS_TEST, FOREIGN_TEST) else list(self.data.long_caption_tests)
             texts = [text for each in tests for record in self.data.test(each) for text in record.captions]
-            store = self.store(name, texts)
+            store = self.embed_texts(name, texts)
             embeddings = ModelEmbeddings(dual_encoder_from_store(model, store), self.data.log, self.out / "vectors")
             ranks = rank_caption_fields(embeddings, {test: drop_refused_captions(records, store)})[test]
             names = ("image_ranks", "text_ranks", "image_of_text")

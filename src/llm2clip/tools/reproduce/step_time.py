@@ -74,8 +74,8 @@ def measure_step_times(experiments: Experiments, name: str) -> StepTimes:
     config, train = experiments.config, experiments.data.train
     records = [record for record in train if record.texts][: config.cost_images]
     texts = [record.texts[0] for record in records]
-    store = experiments.store(name, [text for record in train for text in record.texts])
-    encoder = experiments.encoder(name)
+    store = experiments.embed_texts(name, [text for record in train for text in record.texts])
+    encoder = experiments.load_encoder(name)
     model = new_model(experiments.align_config(0), store)
     device = model.device
     keep_freed_memory(device)
