@@ -60,7 +60,7 @@ def test_recall_intervals_resample_images_not_captions() -> None:
     low, high = recall_intervals(ranks, groups, (1,))["R@1"]
     mean = float(hit.double().mean())
     half_width = 1.96 * (mean * (1 - mean) / 400) ** 0.5
-    assert (low, high) == pytest.approx((100 * (mean - half_width), 100 * (mean + half_width)), abs=0.5)
+    assert (low, high) == pytest.approx((100 * (mean - half_width), 100 * (mean + half_width)), abs=0.7)
     single = recall_intervals(1 - hit.long(), torch.arange(400), (1,))["R@1"]
     assert single == pytest.approx((low, high), abs=1e-9)  # the same resamples of the same images
     narrow = recall_intervals(ranks, torch.arange(2000), (1,))["R@1"]

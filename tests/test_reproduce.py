@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -151,7 +152,7 @@ def test_claim_verdict_combines_comparisons() -> None:
     ):
         claim = Claim(1, comparisons=comparisons)
         assert claim.verdict == verdict
-        restored = Claim.from_dict(json.loads(json.dumps(claim.to_dict())))
+        restored = Claim.from_dict(json.loads(json.dumps(dataclasses.asdict(claim))))
         assert restored.verdict == verdict
 
 
