@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from llm2clip import LLM2CLIP
 from llm2clip.cli import main
 from llm2clip.models.convert.load import load_official_checkpoint
-from llm2clip.models.convert.peft_encoder import find_adapter, load_adapter_encoder
-from llm2clip.models.convert.published_encoders import LLAMA_3_1_8B
+from llm2clip.models.convert.published_encoders import LLAMA_3_1_8B, find_adapter, load_adapter_encoder
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from official_reference import FIXTURE, MAX_LENGTH, TEXTS, save_llm, save_lora
 from test_published_checkpoints import write_checkpoint
@@ -98,21 +97,21 @@ def test_adapters_that_do_not_match_are_rejected(base: Path, adapter: Path, tmp_
         load_adapter_encoder([base, base])
 
 
-def test_find_adapter_downloads_a_subfolder_of_a_repository(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    requests = []
+def test_find_adapter_downloads_a_subfolder_of_a_repository(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository, _, subfolder = LLAMA_3_1_8B.rpartition("/")
+    adapter.rename(tmp_path / subfolder)
 
-    def cached_file(repository: str, name: str, subfolder: str, **options: bool) -> str | None:
-        requests.append((repository, subfolder, name))
-        return str(adapter / name) if (adapter / name).is_file() else None
+    def download(name: str, allow_patterns: list[str]) -> str:
+        assert name == repository
+        assert {f"{subfolder}/adapter_config.json", f"{subfolder}/adapter_model.safetensors"} <= set(allow_patterns)
+        assert all(pattern.startswith(subfolder) and "*" not in pattern for pattern in allow_patterns)
+        return str(tmp_path)
 
-    monkeypatch.setattr("transformers.utils.cached_file", cached_file)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr("llm2clip.models.hub.model_names.find_hub_problem", lambda: "")
-    assert find_adapter(LLAMA_3_1_8B) == adapter
-    repository = "microsoft/LLM2CLIP-Llama3.1-8B-siglip2-so400m-patch14-224"
-    assert requests[:2] == [
-        (repository, "LLM2CLIP-Llama-3.1-8B", "adapter_config.json"),
-        (repository, "LLM2CLIP-Llama-3.1-8B", "adapter_model.safetensors"),
-    ]
+    assert find_adapter(LLAMA_3_1_8B) == tmp_path / subfolder
     assert find_adapter(Path("weights.pt")) is None and find_adapter("C:\\weights\\model.pt") is None
 
 
@@ -121,7 +120,9 @@ def test_convert_command_merges_adapters(
 ) -> None:
     second, out = save_lora(tmp_path / "supervised", base, "supervised"), tmp_path / "encoder"
     assert main(["convert", str(adapter), str(second), "--out", str(out)]) == 0
-    assert f"Caption encoder: {out}" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"Caption encoder: {out}" in output
+    assert f"llm2clip fit DATA --out RUN --encoder.path {out}" in output
     captions = list(TEXTS.values())
     expected = load_adapter_encoder([adapter, second]).encode(captions)
     assert torch.equal(CaptionEncoder.from_pretrained(out, device="cpu").encode(captions), expected)

@@ -5,7 +5,7 @@ The LLM2CLIP authors have released official checkpoints in four naming schemes, 
 - "hf" is a transformers checkpoint. It contains OpenAI's CLIP vision tower with transformers' tensor names, a
   projection without bias, and an adapter.
 - "openai" is a state dict with the same tower, projection and adapter, but the tower has the tensor names of the
-  original CLIP code. `openai_names.py` converts these names to the "hf" names.
+  original CLIP code. Its tensors are renamed to the "hf" names when they are read.
 - "eva" is a state dict from the EVA-CLIP code. It contains an EVA-02 tower (whose tensor names differ from timm's), a
   projection with bias, and an adapter with the same architecture.
 - "siglip2" is a state dict with a timm SigLIP 2 tower and an adapter. There is no projection: the image embedding is
@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from llm2clip.data.transforms import Preprocess
-from llm2clip.models.convert.openai_names import rename_openai_tensors
 from llm2clip.models.llm2clip import LLM2CLIP
 
 log = logging.getLogger(__name__)
@@ -37,8 +36,6 @@ class Layout:
     """Naming scheme of an official checkpoint.
 
     Attributes:
-        name: "hf", "openai", "eva" or "siglip2".
-        description: short description of the vision tower, for error messages.
         required: name prefixes by which the layout is recognised. For each prefix, there must be a tensor.
         tower: name prefix of the vision tower's tensors.
         projection: name prefix of the image projection's tensors, or "" if there is no projection.
@@ -48,17 +45,15 @@ class Layout:
     """
 
     name: str
-    description: str
     required: tuple[str, ...]
     tower: str
     projection: str
-    adapter: str
-    ignored: re.Pattern[str]
+    adapter: str = "text.text_adaptor."
+    ignored: re.Pattern[str] = re.compile(r"text\.text\.")
 
 
 HF = Layout(
     name="hf",
-    description="OpenAI CLIP tower, with transformers' tensor names",
     required=("vision_model.", "visual_projection.", "text_adapter.adaptor."),
     tower="vision_model.",
     projection="visual_projection.",
@@ -67,32 +62,19 @@ HF = Layout(
 )
 OPENAI = Layout(
     name="openai",
-    description="OpenAI CLIP tower, OpenAI's names",
     required=("visual.conv1.", "visual.transformer.resblocks.", "text.text_adaptor."),
-    # These prefixes apply after `rename_openai_tensors`.
+    # These prefixes apply after `_rename_openai_tensors`.
     tower=HF.tower,
     projection=HF.projection,
     adapter=HF.adapter,
-    ignored=re.compile(r"text\.text\."),
 )
 EVA = Layout(
     name="eva",
-    description="EVA-02 tower",
     required=("visual.blocks.", "visual.head.", "text.text_adaptor."),
     tower="visual.",
     projection="visual.head.",
-    adapter="text.text_adaptor.",
-    ignored=re.compile(r"text\.text\."),
 )
-SIGLIP2 = Layout(
-    name="siglip2",
-    description="SigLIP 2 tower of timm, without projection",
-    required=("visual.trunk.", "text.text_adaptor."),
-    tower="visual.trunk.",
-    projection="",
-    adapter="text.text_adaptor.",
-    ignored=re.compile(r"text\.text\."),
-)
+SIGLIP2 = Layout(name="siglip2", required=("visual.trunk.", "text.text_adaptor."), tower="visual.trunk.", projection="")
 LAYOUTS = {layout.name: layout for layout in (HF, OPENAI, EVA, SIGLIP2)}
 
 # Layers of an adapter block: name in this package -> official name.
@@ -104,6 +86,21 @@ _TIMM_TO_EVA = {
     "mlp.fc1_g.": "mlp.w1.",
     "mlp.fc1_x.": "mlp.w2.",
     "mlp.fc2.": "mlp.w3.",
+}
+# Parts of tensor names that differ in an OpenAI tower: name in the original CLIP code -> transformers' name.
+_OPENAI_TO_HF = {
+    "text.text_adaptor.": HF.adapter,
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.conv1.": "vision_model.embeddings.patch_embedding.",
+    "visual.ln_pre.": "vision_model.pre_layrnorm.",
+    "visual.ln_post.": "vision_model.post_layernorm.",
+    "visual.transformer.resblocks.": "vision_model.encoder.layers.",
+    ".ln_1.": ".layer_norm1.",
+    ".ln_2.": ".layer_norm2.",
+    ".attn.": ".self_attn.",
+    ".mlp.c_fc.": ".mlp.fc1.",
+    ".mlp.c_proj.": ".mlp.fc2.",
 }
 # Prefix of the adapter's tensors if the adapter was trained with the LLM in the training loop.
 _ONLINE_ADAPTER = "text.text_proj.text_adaptor."
@@ -159,7 +156,7 @@ class Checkpoint:
         renamed = _rename_aliases(source, tensors)
         layout = _recognise_layout(source, renamed)
         if layout is OPENAI:
-            renamed = rename_openai_tensors(renamed)
+            renamed = _rename_openai_tensors(renamed)
         if layout is HF and "logit_scale" not in renamed:
             renamed["logit_scale"] = _get_default_logit_scale(source, config or {})
         return cls(source, layout, renamed, online, config or {}, preprocess)
@@ -185,7 +182,8 @@ def official_name(name: str, layout: Layout, adapter_depth: int) -> str:
     """Return the official name of a tensor of `LLM2CLIP`. `adapter_depth` is the number of residual blocks."""
     part, _, rest = name.partition(".")
     if part == "tower":
-        return layout.tower + _get_official_tower_name(rest.removeprefix("backbone."), layout)
+        rest = rest.removeprefix("backbone.")
+        return layout.tower + (_replace_parts(rest, _TIMM_TO_EVA) if layout is EVA else rest)
     if part == "projection":
         return layout.projection + rest
     if part == "adapter":
@@ -227,10 +225,8 @@ def _rename_aliases(source: str, tensors: Mapping[str, Any]) -> dict[str, Tensor
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{source} is not a state dict: {name} has type {type(value).__name__}, not Tensor")
-        canonical = name
-        for alias, replacement in _ALIASES.items():
-            canonical = canonical.replace(alias, replacement)
-        if canonical in renamed and not _is_same_tensor(renamed[canonical], value):
+        canonical = _replace_parts(name, _ALIASES)
+        if canonical in renamed and not torch.equal(renamed[canonical], value):
             raise ValueError(
                 f"{source} contains the tensor {canonical} twice with different values, the second time under the "
                 f"name {name}: remove the tensor that the model does not use"
@@ -239,8 +235,33 @@ def _rename_aliases(source: str, tensors: Mapping[str, Any]) -> dict[str, Tensor
     return renamed
 
 
-def _is_same_tensor(first: Tensor, second: Tensor) -> bool:
-    return first.shape == second.shape and torch.equal(first, second)
+def _replace_parts(name: str, replacements: Mapping[str, str]) -> str:
+    for part, replacement in replacements.items():
+        name = name.replace(part, replacement)
+    return name
+
+
+def _rename_openai_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the tensors of an "openai" checkpoint to the "hf" names.
+
+    The shapes of some tensors also change:
+
+    - `attn.in_proj_weight` of shape (3 * width, width) and `attn.in_proj_bias` contain the query, key and value
+      projections. Each is split into three tensors.
+    - `visual.proj` of shape (width, embed_dim) is used as `x @ proj`, so it is transposed for a linear layer.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        new_name = _replace_parts(name, _OPENAI_TO_HF)
+        prefix, is_packed, kind = new_name.partition("in_proj_")
+        if name == "visual.proj":
+            renamed["visual_projection.weight"] = tensor.T.contiguous()
+        elif is_packed:
+            for projection, part in zip("qkv", tensor.chunk(3), strict=True):
+                renamed[f"{prefix}{projection}_proj.{kind}"] = part
+        else:
+            renamed[new_name] = tensor
+    return renamed
 
 
 def _recognise_layout(source: str, tensors: Mapping[str, Tensor]) -> Layout:
@@ -249,7 +270,7 @@ def _recognise_layout(source: str, tensors: Mapping[str, Tensor]) -> Layout:
             return layout
     expected = []
     for layout in LAYOUTS.values():
-        expected.append(f"{layout.name!r} ({layout.description}): {', '.join(f'{p}*' for p in layout.required)}")
+        expected.append(f"{layout.name!r}: {', '.join(f'{prefix}*' for prefix in layout.required)}")
     raise ValueError(
         f"{source} is not an LLM2CLIP checkpoint. The supported layouts require tensors with these names: "
         f"{'; '.join(expected)}. Instead of text.text_adaptor.*, the adapter may be named {_ONLINE_ADAPTER}*. "
@@ -267,13 +288,6 @@ def _get_default_logit_scale(source: str, config: Mapping[str, Any]) -> Tensor:
         "from config.json" if "logit_scale_init_value" in config else "transformers' default",
     )
     return torch.tensor(value)
-
-
-def _get_official_tower_name(name: str, layout: Layout) -> str:
-    if layout is EVA:
-        for timm_name, eva_name in _TIMM_TO_EVA.items():
-            name = name.replace(timm_name, eva_name)
-    return name
 
 
 def _get_official_adapter_name(name: str, depth: int) -> str:

@@ -1,28 +1,73 @@
 """Loader that converts official checkpoints (released by the LLM2CLIP authors) to `LLM2CLIP` models.
 
-Loading is strict. For every parameter of the model, the checkpoint must contain a tensor of the same shape. Every other
-tensor in the checkpoint must either match a buffer that can be computed from the architecture, or have a name that the
-layout ignores.
+The architecture is inferred from config.json and the tensor shapes. Loading is strict. For every parameter of the
+model, the checkpoint must contain a tensor of the same shape. Every other tensor in the checkpoint must either match a
+buffer that can be computed from the architecture, or have a name that the layout ignores.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import torch
+from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch import Tensor
 
+from llm2clip.data.transforms import Preprocess
 from llm2clip.models.convert.checkpoint_io import read_checkpoint
-from llm2clip.models.convert.checkpoint_layout import Checkpoint, compute_buffers, describe_tensors, official_name
-from llm2clip.models.convert.infer_config import infer_config
-from llm2clip.models.convert.peft_encoder import find_adapter, load_adapter_encoder
-from llm2clip.models.convert.published_encoders import published_template, suggest_encoders
+from llm2clip.models.convert.checkpoint_layout import (
+    EVA,
+    SIGLIP2,
+    Checkpoint,
+    compute_buffers,
+    describe_tensors,
+    official_name,
+)
+from llm2clip.models.convert.published_encoders import (
+    find_adapter,
+    load_adapter_encoder,
+    published_template,
+    suggest_encoders,
+)
+from llm2clip.models.heads import AdapterConfig
 from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 
 # Buffers in official checkpoints may be stored in bfloat16, which changes cosines and sines by up to 2**-8.
 BUFFER_TOLERANCE = 4e-3
+# Head dimension of the CLIP and EVA-02 towers released with LLM2CLIP: 12 heads at width 768, 16 heads at width 1024.
+HEAD_DIM = 64
+
+# Fields of a transformers CLIP vision config that define the architecture.
+CLIP_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_channels",
+    "image_size",
+    "patch_size",
+    "hidden_act",
+    "layer_norm_eps",
+)
+# Arguments of timm's EVA-02 models that official checkpoints may set to values other than timm's defaults.
+EVA_ARGS = ("num_classes", "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
+
+# (patch size, width, depth, MLP width) -> image size -> timm's model name.
+_TIMM_EVA_TOWERS = {
+    (16, 768, 12, 2048): {224: "eva02_base_patch16_clip_224"},
+    (14, 1024, 24, 2730): {224: "eva02_large_patch14_clip_224", 336: "eva02_large_patch14_clip_336"},
+}
+_TIMM_SIGLIP_TOWERS = {
+    (14, 1152, 27, 4304): {224: "vit_so400m_patch14_siglip_224", 378: "vit_so400m_patch14_siglip_378"},
+    (16, 1152, 27, 4304): {size: f"vit_so400m_patch16_siglip_{size}" for size in (256, 384, 512)},
+    (16, 1024, 24, 4096): {size: f"vit_large_patch16_siglip_{size}" for size in (256, 384, 512)},
+    (16, 768, 12, 3072): {size: f"vit_base_patch16_siglip_{size}" for size in (224, 256, 384, 512)},
+}
 
 
 def load_official_checkpoint(
@@ -49,22 +94,6 @@ def load_official_checkpoint(
     if text is not None:
         attach_caption_encoder(model, text, source)
     return model
-
-
-@torch.no_grad()
-def copy_tensors(model: LLM2CLIP, checkpoint: Checkpoint) -> None:
-    """Copy the tensors of a checkpoint into a model with the same architecture.
-
-    Raises:
-        ValueError: a tensor is missing, unexpected or of the wrong shape, or a buffer does not match the architecture.
-    """
-    pairs, problems = _match_tensors(model, checkpoint)
-    if problems:
-        raise ValueError(
-            f"{checkpoint.source} does not match the layout {checkpoint.layout.name!r}: {'; '.join(problems)}"
-        )
-    for parameter, tensor in pairs:
-        parameter.copy_(tensor)
 
 
 def attach_caption_encoder(model: LLM2CLIP, path: str | Path, checkpoint: str | Path = "") -> None:
@@ -97,15 +126,19 @@ def attach_caption_encoder(model: LLM2CLIP, path: str | Path, checkpoint: str | 
     model.set_encoder(encoder)
 
 
-def _match_tensors(model: LLM2CLIP, checkpoint: Checkpoint) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
-    """Pair the parameters of a model with the tensors of a checkpoint.
+# ---- tensors --------------------------------------------------------------------------------------------------------
 
-    Returns:
-        A list of (parameter, tensor) pairs, and a list of messages about missing, unexpected and mismatching tensors.
+
+@torch.no_grad()
+def copy_tensors(model: LLM2CLIP, checkpoint: Checkpoint) -> None:
+    """Copy the tensors of a checkpoint into a model with the same architecture.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected or of the wrong shape, or a buffer does not match the architecture.
     """
     layout = checkpoint.layout
     unused = dict(checkpoint.tensors)
-    pairs: list[tuple[Tensor, Tensor]] = []
+    pairs: list[tuple[Tensor, Tensor]] = []  # parameters of the model and tensors of the checkpoint
     missing: dict[str, Tensor] = {}
     mismatches: list[str] = []
 
@@ -134,10 +167,166 @@ def _match_tensors(model: LLM2CLIP, checkpoint: Checkpoint) -> tuple[list[tuple[
         problems.append(f"missing {describe_tensors(missing)}")
     if unexpected:
         problems.append(f"unexpected {describe_tensors(unexpected)}")
-    return pairs, problems + mismatches
+    problems += mismatches
+    if problems:
+        raise ValueError(f"{checkpoint.source} does not match the layout {layout.name!r}: {'; '.join(problems)}")
+    for parameter, tensor in pairs:
+        parameter.copy_(tensor)
 
 
 def _is_close(tensor: Tensor, expected: Tensor) -> bool:
     if tensor.shape != expected.shape:
         return False
     return torch.allclose(tensor.to(expected.dtype), expected, rtol=0, atol=BUFFER_TOLERANCE)
+
+
+# ---- architecture ---------------------------------------------------------------------------------------------------
+
+
+def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) -> LLM2CLIPConfig:
+    """Infer the config of a model with the checkpoint's architecture.
+
+    Args:
+        checkpoint: official checkpoint, with canonical tensor names.
+        normalize_input: if True, the adapter L2-normalises its input. Checkpoints do not contain this setting. Default,
+            as in the authors' code: False if the adapter was trained with the LLM in the training loop, True otherwise.
+
+    Raises:
+        ValueError: a tensor is missing, or the vision tower is not supported.
+    """
+    layout, prefix = checkpoint.layout, checkpoint.layout.adapter
+    depth = checkpoint.count_blocks(prefix, ".ln.")
+    text_dim = checkpoint.shape(f"{prefix}{depth}.weight")[0]
+    hidden = checkpoint.shape(f"{prefix}0.fn.0.weight")[0] if depth else 2 * text_dim
+    embed_dim = checkpoint.shape(f"{prefix}{depth + 1}.weight")[0]
+    if layout is SIGLIP2:
+        tower = _infer_siglip_tower(checkpoint, embed_dim)
+    elif layout is EVA:
+        tower = _infer_eva_tower(checkpoint)
+    else:
+        tower = _infer_clip_tower(checkpoint)
+    return LLM2CLIPConfig(
+        tower=tower,
+        text_dim=text_dim,
+        embed_dim=embed_dim,
+        adapter=AdapterConfig(
+            depth=depth,
+            expansion=hidden // text_dim,
+            normalize_input=not checkpoint.online if normalize_input is None else normalize_input,
+        ),
+        projection=layout is not SIGLIP2,
+        projection_bias=layout is EVA,
+        logit_bias="logit_bias" in checkpoint.tensors,
+    )
+
+
+def _infer_clip_tower(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Infer the `VisionTower` config of a CLIP tower.
+
+    The architecture is read from config.json if the checkpoint has this file. Otherwise, it is inferred from the tensor
+    shapes, assuming the head dimension and activation of OpenAI's CLIP.
+    """
+    from transformers import CLIPVisionConfig
+
+    vision_config = checkpoint.config.get("vision_config")
+    if vision_config:
+        model_type = vision_config.get("model_type", "clip_vision_model")
+        if model_type != "clip_vision_model":
+            raise ValueError(
+                f"{checkpoint.source}: the vision tower has type {model_type!r}; only CLIP towers are supported"
+            )
+        fields = {key: value for key, value in vision_config.items() if key in CLIP_FIELDS}
+    else:
+        width, _, patch_size, _ = checkpoint.shape("vision_model.embeddings.patch_embedding.weight")
+        positions = checkpoint.shape("vision_model.embeddings.position_embedding.weight")[0]
+        fields = {
+            "hidden_size": width,
+            "intermediate_size": checkpoint.shape("vision_model.encoder.layers.0.mlp.fc1.weight")[0],
+            "num_hidden_layers": checkpoint.count_blocks("vision_model.encoder.layers."),
+            "num_attention_heads": _compute_num_heads(checkpoint, width, HEAD_DIM),
+            "image_size": _compute_grid_size(checkpoint, positions - 1) * patch_size,
+            "patch_size": patch_size,
+        }
+    config = CLIPVisionConfig(**fields)
+    architecture: dict[str, Any] = {key: getattr(config, key) for key in CLIP_FIELDS}
+    architecture["model_type"] = "clip_vision_model"
+    preprocess = _get_preprocess(checkpoint, architecture["image_size"])
+    return {"library": "transformers", "architecture": architecture, "preprocess": preprocess}
+
+
+def _infer_eva_tower(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Infer the `VisionTower` config of an EVA-02 tower."""
+    width, _, patch_size, _ = checkpoint.shape("visual.patch_embed.proj.weight")
+    image_size = _compute_grid_size(checkpoint, checkpoint.shape("visual.pos_embed")[1] - 1) * patch_size
+    depth = checkpoint.count_blocks("visual.blocks.")
+    hidden = checkpoint.shape("visual.blocks.0.mlp.w1.weight")[0]
+    rotary = checkpoint.tensors.get("visual.rope.freqs_cos")  # (positions, head dimension)
+    heads = _compute_num_heads(checkpoint, width, HEAD_DIM if rotary is None else rotary.shape[-1])
+
+    known = None
+    if heads == width // HEAD_DIM:
+        known = _TIMM_EVA_TOWERS.get((patch_size, width, depth, hidden), {}).get(image_size)
+    sizes = {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads}
+    return _build_timm_config(checkpoint, known, "eva02_large_patch14_clip_336", image_size, sizes, hidden)
+
+
+def _infer_siglip_tower(checkpoint: Checkpoint, embed_dim: int) -> dict[str, Any]:
+    """Infer the `VisionTower` config of a timm SigLIP tower with attention pooling."""
+    width, _, patch_size, _ = checkpoint.shape("visual.trunk.patch_embed.proj.weight")
+    if width != embed_dim:
+        raise ValueError(
+            f"{checkpoint.source}: the tower's output has size {width}, but the adapter's output has size {embed_dim}. "
+            f"In the layout {checkpoint.layout.name!r}, which has no image projection, the sizes must be equal"
+        )
+    image_size = _compute_grid_size(checkpoint, checkpoint.shape("visual.trunk.pos_embed")[1]) * patch_size
+    depth = checkpoint.count_blocks("visual.trunk.blocks.")
+    hidden = checkpoint.shape("visual.trunk.blocks.0.mlp.fc1.weight")[0]
+
+    known = _TIMM_SIGLIP_TOWERS.get((patch_size, width, depth, hidden), {}).get(image_size)
+    # timm defines the heads of known towers, which can have another size.
+    heads = 0 if known else _compute_num_heads(checkpoint, width, HEAD_DIM)
+    sizes = {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads}
+    return _build_timm_config(checkpoint, known, "vit_base_patch16_siglip_224", image_size, sizes, hidden)
+
+
+def _build_timm_config(
+    checkpoint: Checkpoint, known: str | None, family: str, image_size: int, sizes: dict[str, int], hidden: int
+) -> dict[str, Any]:
+    """Build the config of the timm model `known` or, if it is None, of the timm model `family` with custom `sizes`.
+
+    `sizes` contains arguments of `timm.create_model`, and `hidden` is the hidden size of the MLPs.
+    """
+    args: dict[str, Any] = {"num_classes": 0, "img_size": image_size}
+    if known is None:
+        # timm rounds width * mlp_ratio down.
+        args |= {**sizes, "mlp_ratio": (hidden + 0.5) / sizes["embed_dim"]}
+    preprocess = _get_preprocess(checkpoint, image_size)
+    return {"library": "timm", "architecture": known or family, "args": args, "preprocess": preprocess}
+
+
+def _get_preprocess(checkpoint: Checkpoint, size: int) -> dict[str, Any]:
+    """Return the checkpoint's preprocessing.
+
+    Default, as in the authors' code: resize the shortest side to `size`, then crop the centre. For EVA towers at 224
+    pixels, timm crops to 90% of the height and width by default, unlike the authors' code.
+    """
+    default = Preprocess(size, "shortest", 1.0, "bicubic", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+    return (checkpoint.preprocess or default).to_dict()
+
+
+def _compute_grid_size(checkpoint: Checkpoint, patches: int) -> int:
+    """Return the number of patches along one side of the image."""
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise ValueError(
+            f"{checkpoint.source} has position embeddings for {patches} patches, but the number must be a square"
+        )
+    return side
+
+
+def _compute_num_heads(checkpoint: Checkpoint, width: int, head_dim: int) -> int:
+    if width % head_dim:
+        raise ValueError(
+            f"{checkpoint.source}: the tower's width {width} is not a multiple of the head size {head_dim}"
+        )
+    return width // head_dim

@@ -60,10 +60,7 @@ def load_nv_embed(source: str | Path) -> CaptionEncoder:
     """Load NV-Embed-v2 from its published format as a caption encoder in float32, on the CPU.
 
     As in NV-Embed's code, each text consists of the begin token, the caption and the end token. Pooling includes all of
-    these tokens.
-
-    Args:
-        source: folder or hub id.
+    these tokens. `source` is a folder or hub id.
 
     Raises:
         FileNotFoundError: the folder or repository does not exist.
@@ -72,11 +69,22 @@ def load_nv_embed(source: str | Path) -> CaptionEncoder:
     tensors, config, _ = read_checkpoint(source)
     llm_tensors, pooling_tensors = _split_tensors(tensors)
     del tensors
-    pooling = _build_pooling(config["latent_attention_config"])
+    settings = config["latent_attention_config"]
+    if settings["latent_dim"] != settings["hidden_dim"]:
+        raise ValueError(
+            f"latent_attention_config: latent_dim ({settings['latent_dim']}) must equal hidden_dim "
+            f"({settings['hidden_dim']})"
+        )
+    pooling = LatentAttentionPooling(
+        settings["hidden_dim"],
+        num_latents=settings["num_latents_value"],
+        num_heads=settings["num_cross_heads"],
+        head_dim=settings["cross_dim_head"],
+    )
     _load_weights(source, pooling, pooling_tensors)
     encoder = _load_llm(source, llm_tensors, config["text_config"])
     encoder.st[1] = pooling
-    if config["latent_attention_config"].get("output_normalize"):
+    if settings.get("output_normalize"):
         encoder.st.append(Normalize())
     return encoder.eval()
 
@@ -97,29 +105,11 @@ def _split_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
 
 
 def _load_weights(source: str | Path, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Load tensors into a module.
-
-    Raises:
-        ValueError: a name or shape does not match.
-    """
+    """Load tensors into a module. Raise ValueError if a name or shape does not match."""
     try:
         module.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         raise ValueError(f"{source} is not NV-Embed-v2: {error}") from error
-
-
-def _build_pooling(config: Mapping[str, Any]) -> LatentAttentionPooling:
-    if config["latent_dim"] != config["hidden_dim"]:
-        raise ValueError(
-            f"latent_attention_config: latent_dim ({config['latent_dim']}) must equal hidden_dim "
-            f"({config['hidden_dim']})"
-        )
-    return LatentAttentionPooling(
-        config["hidden_dim"],
-        num_latents=config["num_latents_value"],
-        num_heads=config["num_cross_heads"],
-        head_dim=config["cross_dim_head"],
-    )
 
 
 def _load_llm(source: str | Path, tensors: dict[str, Tensor], settings: Mapping[str, Any]) -> CaptionEncoder:

@@ -1,15 +1,29 @@
-"""Caption encoders published by the LLM2CLIP authors, and the checkpoints trained with each encoder.
+"""Published caption encoders: those of the LLM2CLIP authors, and LLMs with LoRA adapters in PEFT's format.
 
-An adapter works only with the encoder with which it was trained. Two encoders have embeddings of the same size (4096),
-so the right encoder cannot be determined from the adapter's tensors. It is inferred from the vision tower and the
-checkpoint's name instead.
+A checkpoint's adapter works only with the encoder with which it was trained. Two encoders have embeddings of the same
+size (4096), so the right encoder cannot be determined from the adapter's tensors. It is inferred from the vision tower
+and the checkpoint's name instead.
+
+LLM2Vec and the first training stage of the LLM2CLIP authors' code write LoRA adapters. Several LoRA adapters can form a
+chain: for example, LLM2Vec's supervised adapter was trained after merging the MNTP adapter into the LLM. The adapters
+of a chain must be merged in the order in which they were trained.
 """
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+from llm2clip.io_utils import read_json
+from llm2clip.models.hub.model_names import check_model_source
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.text.sentence_transformer import ADAPTER_CONFIG
 
 LLAMA_3_8B = "microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned"
 LLAMA_3_2_1B = "microsoft/LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned"
@@ -26,6 +40,10 @@ _CHECKPOINT_NAMES = {
     re.compile(r"llama-?3[._]1", re.IGNORECASE): LLAMA_3_1_8B,
     re.compile(r"llama-?3-8b|LLM2CLIP-(openai|eva02)-", re.IGNORECASE): LLAMA_3_8B,
 }
+
+_LLM2VEC_CONFIG = "llm2vec_config.json"
+_ADAPTER_FILES = (ADAPTER_CONFIG, _LLM2VEC_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
+_HUB_PATH = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?")  # OWNER/NAME or OWNER/NAME/SUBFOLDER
 
 
 def suggest_encoders(source: str | Path, text_dim: int, tower: dict[str, Any]) -> list[str]:
@@ -66,3 +84,133 @@ def published_template(path: str | Path) -> str | None:
         return None
     vocabulary = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False).get_vocab()
     return TEMPLATE if all(token in vocabulary for token in TEMPLATE_TOKENS) else None
+
+
+# ---- LoRA adapters --------------------------------------------------------------------------------------------------
+
+
+def find_adapter(source: str | Path) -> Path | None:
+    """Return the local folder of a PEFT adapter, or None if `source` is not a PEFT adapter.
+
+    Args:
+        source: folder, hub id, or hub id followed by a subfolder (OWNER/NAME/SUBFOLDER). An adapter on the hub is
+            downloaded.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = _download_adapter(str(source)) or folder
+    # Folders with a modules.json were saved by sentence-transformers, which loads the adapter itself.
+    is_adapter = (folder / ADAPTER_CONFIG).is_file() and not (folder / "modules.json").is_file()
+    return folder if is_adapter else None
+
+
+def load_adapter_encoder(sources: Sequence[str | Path], device: str | torch.device = "cpu") -> CaptionEncoder:
+    """Load a caption encoder in float32 and merge a chain of LoRA adapters into its LLM.
+
+    Args:
+        sources: adapters (see `find_adapter`) in the order in which they were trained. The first item may also be the
+            base LLM. Otherwise, the base LLM is taken from the first adapter's adapter_config.json.
+
+    Raises:
+        FileNotFoundError: the base LLM does not exist.
+        ValueError: an item is not a LoRA adapter, an adapter does not match the LLM, or an llm2vec_config.json contains
+            unsupported settings.
+    """
+    base, adapters = _resolve_chain(sources)
+    try:
+        template = published_template(base)
+        encoder = CaptionEncoder.from_pretrained(base, template=template, device=device, **_read_settings(adapters[-1]))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{adapters[0]} is a LoRA adapter for {base}, which cannot be loaded ({error}). To use a copy of this LLM, "
+            f"put its path before the adapter: llm2clip convert LLM {sources[0]} --out ENCODER"
+        ) from error
+    for adapter in adapters:
+        _merge_adapter(encoder, adapter)
+    return encoder
+
+
+def _merge_adapter(encoder: CaptionEncoder, folder: Path) -> None:
+    """Merge a LoRA adapter into an encoder's LLM, in place."""
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{folder} is a {config.peft_type} adapter; only LoRA adapters can be merged")
+    config.task_type = None  # the task type for causal LMs requires an LM head, which this LLM does not have
+    weights = _remove_head_prefix(load_peft_weights(str(folder), device="cpu"))
+    model = get_peft_model(encoder.llm, config)
+    expected = get_peft_model_state_dict(model)
+    # PEFT silently ignores tensors that do not match, so the LLM would remain unchanged.
+    differing = sorted(weights.keys() ^ expected.keys())
+    differing += sorted(
+        name for name in weights.keys() & expected.keys() if weights[name].shape != expected[name].shape
+    )
+    if differing:
+        raise ValueError(
+            f"{folder} does not match the LLM: {len(differing)} tensors are missing, unexpected or of the wrong shape, "
+            f"including {differing[0]}. Use the LLM that the adapter was trained on: {config.base_model_name_or_path}"
+        )
+    set_peft_model_state_dict(model, weights)
+    encoder.st[0].model = model.merge_and_unload()
+
+
+def _resolve_chain(sources: Sequence[str | Path]) -> tuple[str, list[Path]]:
+    """Return the base LLM and the adapter folders. The adapters are in the order in which they must be merged."""
+    folders = [find_adapter(source) for source in sources]
+    starts_with_llm = folders[0] is None and len(sources) > 1
+    adapters: list[Path] = []
+    for source, folder in list(zip(sources, folders, strict=True))[starts_with_llm:]:
+        if folder is None:
+            raise ValueError(f"{source} is not a PEFT adapter: it has no {ADAPTER_CONFIG}")
+        adapters.append(folder)
+    return (str(sources[0]), adapters) if starts_with_llm else _find_base(adapters)
+
+
+def _find_base(adapters: list[Path]) -> tuple[str, list[Path]]:
+    """Return the base LLM and all adapters of the chain. An adapter's base model can itself be an adapter."""
+    chain = list(adapters)
+    while True:
+        base = str(read_json(chain[0] / ADAPTER_CONFIG)["base_model_name_or_path"])
+        parent = find_adapter(base)
+        if parent is None:
+            return base, chain
+        if parent in chain:
+            raise ValueError(f"{chain[0] / ADAPTER_CONFIG} names the adapter {base} as its own base model")
+        chain.insert(0, parent)
+
+
+def _read_settings(adapter: Path) -> dict[str, Any]:
+    """Read the arguments for `CaptionEncoder.from_pretrained` from an adapter's llm2vec_config.json."""
+    file = adapter / _LLM2VEC_CONFIG
+    if not file.is_file():
+        return {}
+    settings = read_json(file)
+    if settings.get("pooling_mode", "mean") != "mean":
+        raise ValueError(f"{file}: pooling_mode is {settings['pooling_mode']!r}; only 'mean' is supported")
+    if not settings.get("skip_instruction", True):
+        raise ValueError(f"{file}: skip_instruction is false; instructions are always excluded from pooling")
+    return {"pooling": "mean", "max_length": settings.get("max_length")}
+
+
+def _remove_head_prefix(weights: dict[str, Any]) -> dict[str, Any]:
+    """Rename the tensors of an adapter whose LLM had an LM head, which adds the prefix `model.` to all tensor names."""
+    prefix = "base_model.model.model."
+    if not all(name.startswith(prefix) for name in weights):
+        return weights
+    return {name.replace(prefix, "base_model.model.", 1): tensor for name, tensor in weights.items()}
+
+
+def _download_adapter(source: str) -> Path | None:
+    """Download an adapter from the hub. Return None if the adapter does not exist or the hub cannot be reached."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
+
+    match = _HUB_PATH.fullmatch(source)
+    if match is None or Path(source).exists():
+        return None
+    repository, subfolder = match[1], match[2] or ""
+    try:
+        check_model_source(repository)
+        patterns = [str(PurePosixPath(subfolder, name)) for name in _ADAPTER_FILES]
+        return Path(snapshot_download(repository, allow_patterns=patterns)) / subfolder
+    except (HFValidationError, HTTPError, LocalEntryNotFoundError, OSError):
+        return None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llm2clip.io_utils import atomic_dir, atomic_path
 from llm2clip.models.convert.checkpoint_layout import EVA, HF, Layout, compute_buffers, official_name
-from llm2clip.models.convert.infer_config import CLIP_FIELDS, EVA_ARGS
+from llm2clip.models.convert.load import CLIP_FIELDS, EVA_ARGS
 from llm2clip.models.llm2clip import LLM2CLIP
 
 SAVED_LAYOUTS = {"hf": HF, "eva": EVA}
@@ -64,19 +64,20 @@ def save_official(model: LLM2CLIP, out: str | Path, layout_name: str) -> Path:
 
 
 def _check_representable(model: LLM2CLIP, layout: Layout) -> None:
-    """Check that the layout can represent the model.
-
-    Raises:
-        ValueError: the layout cannot represent the model. The message lists all reasons.
-    """
-    config = model.config
+    """Raise ValueError with all reasons why the layout cannot represent the model, if there are any."""
+    config, tower = model.config, model.tower.config
     problems = []
     if layout is HF:
         problems += _find_clip_tower_problems(model)
         if config.projection_bias:
             problems.append("the projection has a bias")
     else:
-        problems += _find_eva_tower_problems(model)
+        is_eva_clip = re.match("timm:eva02_(base|large)_.*_clip_", _get_tower_name(model)) is not None
+        if not is_eva_clip or tower["args"].keys() - set(EVA_ARGS):
+            problems.append(
+                f"the vision tower is {_get_tower_name(model)}, but must be a timm EVA-02 CLIP tower without custom "
+                "arguments other than sizes"
+            )
     if not config.projection:
         problems.append("there is no image projection")
     if config.logit_bias:
@@ -93,16 +94,6 @@ def _find_clip_tower_problems(model: LLM2CLIP) -> list[str]:
     if model.tower.config["architecture"]["image_size"] != model.tower.preprocess.size:
         return ["the vision tower's image size differs from the image size of its position embeddings"]
     return []
-
-
-def _find_eva_tower_problems(model: LLM2CLIP) -> list[str]:
-    is_eva_clip = re.match("timm:eva02_(base|large)_.*_clip_", _get_tower_name(model)) is not None
-    if is_eva_clip and model.tower.config["args"].keys() <= set(EVA_ARGS):
-        return []
-    return [
-        f"the vision tower is {_get_tower_name(model)}, but must be a timm EVA-02 CLIP tower "
-        "without custom arguments other than sizes"
-    ]
 
 
 def _get_tower_name(model: LLM2CLIP) -> str:
@@ -126,7 +117,6 @@ def _build_official_tensors(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor
 
 
 def _build_clip_config(model: LLM2CLIP) -> dict[str, Any]:
-    """Return the contents of config.json for a model with a CLIP tower."""
     architecture = model.tower.config["architecture"]
     vision_config = {"model_type": "clip_vision_model"} | {key: architecture[key] for key in CLIP_FIELDS}
     return {"model_type": "clip", "projection_dim": model.config.embed_dim, "vision_config": vision_config}
