@@ -10,12 +10,11 @@ from jsonargparse import Namespace
 
 from llm2clip.cli.checks import resolve_model
 from llm2clip.cli.commands import Commands, format_command
+from llm2clip.models.export import FORMATS, export_model
 
 if TYPE_CHECKING:
     from llm2clip.models.llm2clip import LLM2CLIP
     from llm2clip.models.text.caption_encoder import CaptionEncoder
-
-FORMATS = ["transformers", "sentence-transformers", "vision", "onnx", "open_clip"]
 
 
 def add_commands(commands: Commands) -> None:
@@ -45,7 +44,9 @@ def add_commands(commands: Commands) -> None:
         "export", _export, "Export a model to transformers, sentence-transformers, ONNX or open_clip."
     )
     parser.add_argument("model", type=str, help="Model folder or hub id.")
-    parser.add_argument("--to", choices=FORMATS, required=True, help="Export format. vision: only the vision tower.")
+    parser.add_argument(
+        "--to", choices=list(FORMATS), required=True, help="Export format. vision: only the vision tower."
+    )
     parser.add_argument("--out", type=str, required=True, help="Folder to create.")
     parser.add_argument("--int8", action="store_true", help="With --to onnx: also write graphs with 8-bit weights.")
 
@@ -62,7 +63,7 @@ def _convert(args: Namespace) -> list[str]:
             resolve_model(source)
     from llm2clip.models.convert.load import load_official_checkpoint
     from llm2clip.models.convert.nv_embed import is_nv_embed, load_nv_embed
-    from llm2clip.models.convert.peft_encoder import find_adapter, load_adapter_encoder
+    from llm2clip.models.convert.published_encoders import find_adapter, load_adapter_encoder
     from llm2clip.models.convert.save import save_official
     from llm2clip.models.export.model_card import write_model_card
     from llm2clip.models.llm2clip import LLM2CLIP
@@ -145,7 +146,6 @@ def _format_closing_lines(model: LLM2CLIP, folder: Path, source: str) -> list[st
 
 def _export(args: Namespace) -> list[str]:
     args.model = resolve_model(args.model)
-    from llm2clip.models.export.formats import FORMATS, export_model
     from llm2clip.models.llm2clip import LLM2CLIP
 
     messages = export_model(LLM2CLIP.from_pretrained(args.model, device="cpu"), args.to, args.out, int8=args.int8)

@@ -1,0 +1,71 @@
+"""Model export to the formats of other libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
+
+from llm2clip.io_utils import atomic_dir
+
+if TYPE_CHECKING:
+    from llm2clip.models.llm2clip import LLM2CLIP
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """Format of another library to which models can be exported.
+
+    Attributes:
+        function: module and name of the function that takes a model and an empty folder, and exports the model to this
+            folder. It returns a list of messages for the user, or None. The module is imported when it is needed,
+            because the command line lists the formats and must not import PyTorch.
+        load: example code that loads the exported folder. {out} is a placeholder for the folder's path.
+    """
+
+    function: str
+    load: str
+
+
+FORMATS = {
+    "transformers": ExportFormat(
+        "transformers:export_transformers", 'AutoModel.from_pretrained("{out}", trust_remote_code=True)'
+    ),
+    "sentence-transformers": ExportFormat(
+        "transformers:export_sentence_transformers", 'SentenceTransformer("{out}", trust_remote_code=True)'
+    ),
+    "vision": ExportFormat("transformers:export_vision", 'AutoModel.from_pretrained("{out}")'),
+    "onnx": ExportFormat("onnx:export_onnx", 'onnxruntime.InferenceSession("{out}/text.onnx"), see {out}/USE.md'),
+    "open_clip": ExportFormat("open_clip:export_open_clip", 'open_clip.create_model_and_transforms("local-dir:{out}")'),
+}
+
+
+def export_model(model: LLM2CLIP, to: str, out: str | Path, int8: bool = False) -> list[str]:
+    """Write a model in another library's format, atomically.
+
+    Args:
+        model: model with its caption encoder.
+        to: name of the format (a key of `FORMATS`).
+        out: folder to create.
+        int8: if True, also write ONNX graphs with 8-bit weights. Supported only for "onnx".
+
+    Returns:
+        Messages for the user, such as how closely the exported model matches the original.
+
+    Raises:
+        ValueError: the format is unknown, or cannot represent the model.
+        FileExistsError: `out` exists.
+        ImportError: a library that the format requires is not installed.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)} (got {to!r})")
+    if int8 and to != "onnx":
+        raise ValueError("--int8 can only be used with --to onnx")
+    if Path(out).exists():
+        raise FileExistsError(f"{out} exists: choose another folder")
+    export: Callable[..., list[str] | None] = resolve_name(f"{__name__}.{FORMATS[to].function}")
+    options: dict[str, Any] = {"int8": True} if int8 else {}
+    with atomic_dir(out) as folder:
+        return export(model, folder, **options) or []

@@ -142,9 +142,8 @@ def _render_training_sections(run: Path) -> list[str]:
     if report.is_file():
         sections.append("## Evaluation\n\n" + _hide_folders(_nest_report(report.read_text(encoding="utf-8"))))
     if config.is_file():
-        sections.append(
-            f"## Training config\n\n```yaml\n{_hide_folders(config.read_text(encoding='utf-8').strip())}\n```"
-        )
+        text = _hide_folders(config.read_text(encoding="utf-8").strip())
+        sections.append(f"## Training config\n\n```yaml\n{text}\n```")
     return sections
 
 

@@ -12,8 +12,6 @@ Requires torch, torchvision, transformers >= 5.10 and, for timm vision towers, t
 `llm2clip export` copies this file into the exported folder, so it must not import llm2clip.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -52,32 +50,16 @@ class LLM2CLIPExportConfig(PretrainedConfig):
     """
 
     model_type = "llm2clip_export"
-
-    def __init__(
-        self,
-        tower: dict[str, Any] | None = None,
-        text: dict[str, Any] | None = None,
-        text_dim: int = 0,
-        embed_dim: int = 0,
-        adapter: dict[str, Any] | None = None,
-        projection_bias: bool = False,
-        pooling: str = "mean",
-        prompt_tokens: int = 0,
-        logit_bias: bool = False,
-        projection: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.tower = tower or {}
-        self.text = text or {}
-        self.text_dim = text_dim
-        self.embed_dim = embed_dim
-        self.adapter = adapter or {}
-        self.projection = projection
-        self.projection_bias = projection_bias
-        self.pooling = pooling
-        self.prompt_tokens = prompt_tokens
-        self.logit_bias = logit_bias
+    tower: Any = None  # Any, because the default is None
+    text: Any = None
+    text_dim: int = 0
+    embed_dim: int = 0
+    adapter: Any = None
+    projection: bool = True
+    projection_bias: bool = False
+    pooling: str = "mean"
+    prompt_tokens: int = 0
+    logit_bias: bool = False
 
 
 class LLM2CLIPImageProcessor(CLIPImageProcessor):

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from llm2clip.extras import install_command
 from llm2clip.models.export.modeling_llm2clip import LLM2CLIPExport
-from llm2clip.models.export.tokenizer import build_tokenizer
-from llm2clip.models.export.transformers import MIN_COSINE, SAMPLE_TEXTS, build_export_model
+from llm2clip.models.export.transformers import MIN_COSINE, SAMPLE_TEXTS, build_export_model, build_tokenizer
 from llm2clip.models.llm2clip import LLM2CLIP
 
 USAGE = """```python
@@ -47,7 +46,6 @@ class _Graph:
 
     Attributes:
         name: file name without the suffix, either "vision" or "text".
-        module: PyTorch module to export.
         inputs: sample inputs with a batch size above 1, keyed by input name.
         dynamic_shapes: dynamic dimensions of each input, as in `torch.onnx.export`.
     """
@@ -61,14 +59,11 @@ class _Graph:
 class VisionModule(nn.Module):
     """Encoder of uint8 images of shape (N, 3, S, S) as L2-normalised float32 embeddings of shape (N, embed_dim)."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, model: LLM2CLIPExport, mean: Tensor, std: Tensor) -> None:
         super().__init__()
         self.model = model
-        self.register_buffer("mean", mean.clone())
-        self.register_buffer("std", std.clone())
+        self.mean = nn.Buffer(mean.clone())
+        self.std = nn.Buffer(std.clone())
 
     def forward(self, pixels: Tensor) -> Tensor:
         normalised = (pixels.float() / 255 - self.mean) / self.std
@@ -76,10 +71,7 @@ class VisionModule(nn.Module):
 
 
 class TextModule(nn.Module):
-    """Encoder of texts as L2-normalised float32 embeddings of shape (N, embed_dim).
-
-    The inputs are token ids and an attention mask, both of shape (N, T), int64.
-    """
+    """Encoder of token ids, int64 of shape (N, T), as L2-normalised float32 embeddings of shape (N, embed_dim)."""
 
     def __init__(self, model: LLM2CLIPExport) -> None:
         super().__init__()
@@ -93,10 +85,7 @@ class TextModule(nn.Module):
 def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
     """Write vision.onnx, text.onnx, the tokenizer, the preprocessing config, and USE.md, which contains example code.
 
-    Args:
-        model: model with its caption encoder.
-        folder: existing, empty folder.
-        int8: if True, also write vision-int8.onnx and text-int8.onnx, with weights quantized to 8 bits.
+    If `int8` is True, also write vision-int8.onnx and text-int8.onnx, with weights quantized to 8 bits.
 
     Returns:
         One message per graph, with the minimum cosine similarity between its embeddings and PyTorch's embeddings of
@@ -115,7 +104,7 @@ def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
     exported, tokenizer = build_export_model(model), build_tokenizer(model.encoder)
     tokenizer.save_pretrained(folder)  # save first, because a call with padding changes the tokenizer's settings
     messages = []
-    for graph in (_build_vision_graph(exported, model), _build_text_graph(exported, tokenizer)):
+    for graph in _build_graphs(exported, model, tokenizer):
         messages.append(_export_graph(graph, folder))
         if int8:
             messages.append(_quantize_graph(graph, folder))
@@ -125,19 +114,21 @@ def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
     return messages
 
 
-def _build_vision_graph(exported: LLM2CLIPExport, model: LLM2CLIP) -> _Graph:
+def _build_graphs(exported: LLM2CLIPExport, model: LLM2CLIP, tokenizer: Any) -> list[_Graph]:
     size = model.tower.preprocess.size
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (3, 3, size, size), generator=generator, dtype=torch.uint8)
-    module = VisionModule(exported, model.tower.mean.cpu(), model.tower.std.cpu()).eval()
-    return _Graph("vision", module, {"pixels": pixels}, ({0: torch.export.Dim("count")},))
+    vision = VisionModule(exported, model.tower.mean.cpu(), model.tower.std.cpu()).eval()
+    count = {0: torch.export.Dim("count")}
 
-
-def _build_text_graph(exported: LLM2CLIPExport, tokenizer: Any) -> _Graph:
     tokens = tokenizer(list(SAMPLE_TEXTS), padding=True, return_tensors="pt")
     inputs = {name: tokens[name] for name in ("input_ids", "attention_mask")}
-    shape = {0: torch.export.Dim("count"), 1: torch.export.Dim("length")}
-    return _Graph("text", TextModule(exported).eval(), inputs, (shape, shape))
+    count_and_length = count | {1: torch.export.Dim("length")}
+    text = TextModule(exported).eval()
+    return [
+        _Graph("vision", vision, {"pixels": pixels}, (count,)),
+        _Graph("text", text, inputs, (count_and_length, count_and_length)),
+    ]
 
 
 def _export_graph(graph: _Graph, folder: Path) -> str:

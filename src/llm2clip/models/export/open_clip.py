@@ -26,10 +26,6 @@ def export_open_clip(model: LLM2CLIP, folder: Path) -> None:
     with an adapter, so the text tower is a placeholder. Its weights are NaN, so that `encode_text` returns NaN instead
     of meaningless values. To encode texts, use llm2clip or another export format.
 
-    Args:
-        model: model with a timm vision tower.
-        folder: existing, empty folder.
-
     Raises:
         ValueError: open_clip cannot represent the vision tower or its preprocessing.
         ImportError: open_clip is not installed.
@@ -86,7 +82,7 @@ def _build_open_clip_config(model: LLM2CLIP) -> dict[str, Any]:
 def _get_pooling_name(backbone: Any) -> str:
     """Return timm's name of a backbone's pooling. Without a projection, open_clip ignores timm's default pooling."""
     pooling = backbone.global_pool
-    return str(pooling if isinstance(pooling, str) else pooling.pool_type)
+    return str(getattr(pooling, "pool_type", pooling))
 
 
 def _build_open_clip_tensors(model: LLM2CLIP, target: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import shutil
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from safetensors.torch import save_file
 
 from llm2clip.models.export import modeling_llm2clip
 from llm2clip.models.export.modeling_llm2clip import LLM2CLIPExport, LLM2CLIPExportConfig, LLM2CLIPImageProcessor
-from llm2clip.models.export.tokenizer import build_tokenizer
 from llm2clip.models.hub.loading import build_config
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.text.caption_encoder import CaptionEncoder
@@ -29,6 +29,7 @@ SAMPLE_TEXTS = (
     "Two children in red jackets are playing in the snow while an old man watches them from a wooden bench.",
     "一只猫坐在窗台上",
 )
+CHECKED_TEXTS = ("a", "Two dogs, running.", "一只猫", "1")  # the template must not change how these are tokenized
 
 
 def export_transformers(model: LLM2CLIP, folder: Path) -> None:
@@ -36,10 +37,6 @@ def export_transformers(model: LLM2CLIP, folder: Path) -> None:
 
     `AutoModel.from_pretrained(..., trust_remote_code=True)` loads the model, and `AutoProcessor.from_pretrained` loads
     the processor.
-
-    Args:
-        model: model with its caption encoder.
-        folder: existing, empty folder.
 
     Raises:
         ValueError: the format cannot represent the caption encoder.
@@ -66,8 +63,8 @@ def export_transformers(model: LLM2CLIP, folder: Path) -> None:
 def export_sentence_transformers(model: LLM2CLIP, folder: Path) -> None:
     """Write a folder that both sentence-transformers and transformers can load.
 
-    `SentenceTransformer(..., trust_remote_code=True).encode` accepts texts and PIL images. For arguments and
-    errors, see `export_transformers`.
+    `SentenceTransformer(..., trust_remote_code=True).encode` accepts texts and PIL images. For errors, see
+    `export_transformers`.
     """
     export_transformers(model, folder)
     modalities = {
@@ -84,6 +81,19 @@ def export_sentence_transformers(model: LLM2CLIP, folder: Path) -> None:
     _write_json(folder / "sentence_bert_config.json", module_settings)
     _write_json(folder / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": module_type}])
     _write_json(folder / "config_sentence_transformers.json", model_settings)
+
+
+def export_vision(model: LLM2CLIP, folder: Path) -> None:
+    """Write the vision tower, without the projection.
+
+    `AutoModel.from_pretrained` can load the folder without remote code. Use this format for models that need patch
+    features, such as LLaVA.
+
+    Raises:
+        ValueError: transformers has no model class for the tower.
+    """
+    build_vision_model(model.tower).save_pretrained(folder)
+    _write_json(folder / "preprocessor_config.json", model.tower.preprocess.to_dict())
 
 
 @torch.no_grad()
@@ -179,19 +189,6 @@ def _write_json(file: Path, content: Any) -> None:
     file.write_text(json.dumps(content, indent=1))
 
 
-def export_vision(model: LLM2CLIP, folder: Path) -> None:
-    """Write the vision tower, without the projection, to an existing folder.
-
-    `AutoModel.from_pretrained` can load the folder without remote code. Use this format for models that need patch
-    features, such as LLaVA.
-
-    Raises:
-        ValueError: transformers has no model class for the tower.
-    """
-    build_vision_model(model.tower).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(model.tower.preprocess.to_dict(), indent=1))
-
-
 def build_vision_model(tower: VisionTower) -> Any:
     """Convert a vision tower to a transformers model with a copy of the weights, in float32 and eval mode, on the CPU.
 
@@ -216,3 +213,53 @@ def build_vision_model(tower: VisionTower) -> Any:
     # Before transformers 5.3, the CLIP and SigLIP classes stored the vision model in the attribute `vision_model`.
     getattr(model, "vision_model", model).load_state_dict(tensors)
     return model.float().eval()
+
+
+def build_tokenizer(encoder: CaptionEncoder) -> Any:
+    """Return a copy of the encoder's tokenizer that strips each text and adds the template's tokens around it.
+
+    Raises:
+        ValueError: the template changes how the text after it is tokenized.
+    """
+    from tokenizers import normalizers
+
+    tokenizer = copy.deepcopy(encoder.tokenizer)
+    backend = tokenizer.backend_tokenizer
+    # Strip leading and trailing whitespace, as `CaptionEncoder.tokenize` does.
+    steps = [normalizers.Strip()] + ([] if backend.normalizer is None else [backend.normalizer])
+    backend.normalizer = normalizers.Sequence(steps)
+    tokenizer.model_max_length = encoder.st.max_seq_length or 512
+    if encoder.prefix:
+        _add_template(tokenizer, encoder)
+        for text in CHECKED_TEXTS:
+            if tokenizer(text)["input_ids"] != encoder.tokenizer(encoder.prefix + text)["input_ids"]:
+                raise ValueError(
+                    f"the template {encoder.prefix!r} is tokenized differently if the text {text!r} follows it. End "
+                    "the template with a special token or a line break"
+                )
+    return tokenizer
+
+
+def _add_template(tokenizer: Any, encoder: CaptionEncoder) -> None:
+    """Configure a tokenizer to add the template's tokens and the special tokens before and after every text."""
+    from tokenizers.processors import TemplateProcessing
+
+    first, second = (encoder.tokenizer(encoder.prefix + text)["input_ids"] for text in ("a", "1"))
+    before = _find_common_prefix(first, second)
+    after = _find_common_prefix(first[::-1], second[::-1])[::-1]
+    template, special_tokens = ["$A"], []
+    if before:
+        template.insert(0, "<before>")
+    if after:
+        template.append("<after>")
+    for name, ids in (("<before>", before), ("<after>", after)):
+        if ids:
+            special_tokens.append({"id": name, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=" ".join(template), special_tokens=special_tokens
+    )
+
+
+def _find_common_prefix(first: list[int], second: list[int]) -> list[int]:
+    equal = takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+    return [token for token, _ in equal]
