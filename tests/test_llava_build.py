@@ -96,11 +96,8 @@ def test_llava_transform_matches_the_processor(kind: str, llm: Path, image_folde
         pixels = LlavaTransform(processor)(torch.tensor(np.asarray(variant)).permute(2, 0, 1))
         expected = processor.image_processor(variant, return_tensors="pt")["pixel_values"][0]
         torch.testing.assert_close(pixels, expected, atol=0.02, rtol=0)
-
-
-def test_assemble_llava_can_crop_instead_of_padding(llm: Path) -> None:
-    processor = assemble_llava(timm_tower(76), load_causal_llm(str(llm)), load_tokenizer(llm), pad=False)[1]
-    assert not processor.image_processor.to_dict()["do_pad"]
+    unpadded = assemble_llava(tower, load_causal_llm(str(llm)), load_tokenizer(llm), pad=False)[1]
+    assert not unpadded.image_processor.to_dict()["do_pad"]
 
 
 def test_build_llava_rejects_llms_with_scaled_logits(tmp_path: Path) -> None:
@@ -156,13 +153,17 @@ def test_build_command_uses_the_tower_of_an_llm2clip_model(
     assert not (tmp_path / "other").exists()
 
 
-def test_patch_llava_loads_without_llm2clip(llm: Path, image_folder: Path, tmp_path: Path) -> None:
-    folder = build_llava(make_vision_tower("timm transformer", tmp_path), str(llm), tmp_path / "built")
+def test_trained_patch_llava_loads_without_llm2clip(llm: Path, image_folder: Path, tmp_path: Path) -> None:
+    built = build_llava(make_vision_tower("timm transformer", tmp_path), str(llm), tmp_path / "built")
+    file = image_folder / "3.png"
+    conversation = Conversation("", FileImage(str(file)), (("What?", "Red."),))
+    config = LlavaConfig(pretrain_batch_size=4, micro_batch_size=2, precision="fp32")
+    folder = train_llava(str(built), [conversation], [], config=config, out=tmp_path / "run", log=SkipLog())
     model, processor = load_model(folder)
     assert type(model).__module__ == "llm2clip.llava.modeling_patches"
     text = f"<|user|>{IMAGE_TOKEN}What?<|end|>"
-    image = Image.open(image_folder / "3.png").convert("RGB")
     with torch.no_grad():
+        image = Image.open(file).convert("RGB")
         expected = model(**processor(images=image, text=text, return_tensors="pt")).logits
     code = f"""
     import torch
@@ -172,14 +173,5 @@ def test_patch_llava_loads_without_llm2clip(llm: Path, image_folder: Path, tmp_p
     with torch.no_grad():
         results["logits"] = model(**processor(images=images[0], text={text!r}, return_tensors="pt")).logits.numpy()
     """
-    outputs = run_without_llm2clip(textwrap.dedent(code), {"built": folder}, [image_folder / "3.png"], tmp_path)
-    torch.testing.assert_close(torch.tensor(outputs["built"]["logits"]), expected, atol=1e-5, rtol=1e-4)
-
-
-def test_patch_llava_keeps_its_code_after_training(llm: Path, image_folder: Path, tmp_path: Path) -> None:
-    folder = build_llava(make_vision_tower("timm transformer", tmp_path), str(llm), tmp_path / "built")
-    conversation = Conversation("", FileImage(str(image_folder / "3.png")), (("What?", "Red."),))
-    config = LlavaConfig(pretrain_batch_size=4, micro_batch_size=2, precision="fp32")
-    trained = train_llava(str(folder), [conversation], [], config=config, out=tmp_path / "run", log=SkipLog())
-    assert (trained / "modeling_patches.py").is_file()
-    assert "auto_map" in (trained / "config.json").read_text()
+    outputs = run_without_llm2clip(textwrap.dedent(code), {"trained": folder}, [file], tmp_path)
+    torch.testing.assert_close(torch.tensor(outputs["trained"]["logits"]), expected, atol=1e-5, rtol=1e-4)

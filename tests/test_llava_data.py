@@ -15,15 +15,6 @@ from llm2clip.data.image_refs import FileImage
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
 from llm2clip.llava.build import assemble_llava, load_causal_llm
-from llm2clip.llava.caption_conversations import (
-    OBJECTS_FILE,
-    SHORT_ANSWER,
-    make_captioning_conversations,
-    make_instruction_conversations,
-    make_object_conversations,
-    mentioned_objects,
-    read_objects,
-)
 from llm2clip.llava.chat_template import (
     IGNORE_INDEX,
     IMAGE_TOKEN,
@@ -33,7 +24,17 @@ from llm2clip.llava.chat_template import (
     tokenize_and_label,
 )
 from llm2clip.llava.collator import ConversationDataset, LengthGroupedSampler, LlavaCollator
-from llm2clip.llava.datasets import read_conversations, read_llava
+from llm2clip.llava.conversations import (
+    OBJECTS_FILE,
+    SHORT_ANSWER,
+    make_captioning_conversations,
+    make_instruction_conversations,
+    make_object_conversations,
+    mentioned_objects,
+    read_conversations,
+    read_llava,
+    read_objects,
+)
 from test_export import timm_tower
 
 # ---- chat template --------------------------------------------------------------------------------------------------
@@ -232,12 +233,7 @@ def test_llava_collator_padding_does_not_change_the_logits_and_loss(
 ) -> None:
     model, processor = load_model(built)
     dataset = ConversationDataset(conversations, processor, image_tokens=4, max_length=512)
-    collate = LlavaCollator(
-        pad_id=processor.tokenizer.pad_token_id,
-        image_id=model.config.image_token_id,
-        image_tokens=4,
-        empty_image=torch.zeros(3, 64, 64),
-    )
+    collate = LlavaCollator(processor.tokenizer, image_tokens=4, empty_image=torch.zeros(3, 64, 64))
 
     def without(batch: dict[str, Any], *prefixes: str) -> dict[str, Any]:
         return {name: value for name, value in batch.items() if not name.startswith(prefixes)}

@@ -16,7 +16,7 @@ from llm2clip.cli import main
 from llm2clip.data.image_hashes import load_training_images
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.llava import stage as stage_module
+from llm2clip.llava import train as train_module
 from llm2clip.llava.build import build_llava
 from llm2clip.llava.chat_template import Conversation, tokenize_and_label
 from llm2clip.llava.config import LlavaConfig
@@ -87,17 +87,17 @@ def test_cached_features_give_the_same_result_as_pixels(
         torch.testing.assert_close(tensor, uncached[name], atol=2e-3, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("case", ["convolutional", "CLIP", "LoRA"])
+@pytest.mark.parametrize("case", ["CLIP", "convolutional with LoRA"])
 def test_train_llava_resumes_exactly(
     case: str, built: Path, conversations: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if case == "CLIP":  # transformers saves its weights under other names than those of the parameters
         llm = make_llm(tmp_path / "llm", layers=2)
         built = build_llava(make_vision_tower("clip_vision_model", tmp_path), str(llm), tmp_path / "built")
-    config = replace(LORA if case == "LoRA" else SMALL, epochs=2)
+    config = replace(SMALL if case == "CLIP" else LORA, epochs=2)
     uninterrupted = load_weights(train(built, conversations, conversations, config, tmp_path / "uninterrupted"))
     steps = 0
-    training_step = stage_module._LlavaTrainer.training_step
+    training_step = train_module._LlavaTrainer.training_step
 
     def interrupted_step(self: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal steps
@@ -106,7 +106,7 @@ def test_train_llava_resumes_exactly(
             raise Killed
         return training_step(self, *args, **kwargs)
 
-    monkeypatch.setattr(stage_module._LlavaTrainer, "training_step", interrupted_step)
+    monkeypatch.setattr(train_module._LlavaTrainer, "training_step", interrupted_step)
     out = tmp_path / "interrupted"
     for _ in range(3):
         with pytest.raises(Killed):
@@ -163,7 +163,7 @@ def _train_fsdp_with_interrupts(source: str, conversations: list[Conversation], 
 
     emulate_fsdp_launch()
     AcceleratorState._reset_state(reset_partial_state=True)
-    training_step = stage_module._LlavaTrainer.training_step
+    training_step = train_module._LlavaTrainer.training_step
     steps = 0
 
     def interrupted_step(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -176,24 +176,34 @@ def _train_fsdp_with_interrupts(source: str, conversations: list[Conversation], 
             raise Killed
         return training_step(self, model, *args, **kwargs)
 
-    stage_module._LlavaTrainer.training_step = interrupted_step  # type: ignore[method-assign]
+    train_module._LlavaTrainer.training_step = interrupted_step  # type: ignore[method-assign]
     for _ in range(2):
         with pytest.raises(Killed):
             train(source, conversations, conversations, SMALL, Path(out))
     train(source, conversations, conversations, SMALL, Path(out))
 
 
+@pytest.fixture(scope="module")
+def mixed(conversations: list[Conversation]) -> list[Conversation]:
+    """Conversations for two processes. In some batches, no conversation on one of the ranks has an image."""
+    return [*conversations[:12], *(Conversation(f"t{n}", None, (("Hello?" * n, "Hi."),)) for n in range(1, 9))]
+
+
+@pytest.fixture(scope="module")
+def expected(
+    built: Path, mixed: list[Conversation], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, torch.Tensor]:
+    """Weights of a run in one process."""
+    return load_weights(train(built, mixed, mixed, SMALL, tmp_path_factory.mktemp("one")))
+
+
 @pytest.mark.parametrize("rank", [_train_ddp, _train_fsdp_with_interrupts], ids=["DDP", "FSDP2"])
-def test_two_processes_match_one(rank: Any, built: Path, conversations: list[Conversation], tmp_path: Path) -> None:
-    """Includes batches without an image on one of the ranks; under FSDP2 the run is also interrupted and resumed."""
-    text_only = [Conversation(f"t{n}", None, (("Hello?" * n, "Hi."),)) for n in range(1, 9)]
-    mixed = [*conversations[:12], *text_only]
+def test_two_processes_match_one(
+    rank: Any, built: Path, mixed: list[Conversation], expected: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
     run_distributed(2, rank, str(built), mixed, str(tmp_path / "two"))
-    expected = load_weights(train(built, mixed, mixed, SMALL, tmp_path / "one"))
     for name, tensor in load_weights(tmp_path / "two/model").items():
-        torch.testing.assert_close(
-            tensor, expected[name], atol=2e-4, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(tensor, expected[name], atol=2e-4, rtol=0, msg=f"{name} differs")
 
 
 # ---- commands -------------------------------------------------------------------------------------------------------

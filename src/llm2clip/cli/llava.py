@@ -108,8 +108,7 @@ def _add_model_arguments(parser: ArgumentParser, required: bool) -> None:
 def _build(args: Namespace) -> list[str]:
     check_pretrained(args.vision, args.llm)
     from llm2clip.data.image_hashes import load_training_images, save_training_images
-    from llm2clip.llava.build import build_llava
-    from llm2clip.llava.vision import load_tower
+    from llm2clip.llava.build import build_llava, load_tower
 
     folder = build_llava(load_tower(args.vision, args.image_size), args.llm, args.out, pad=args.pad)
     training_images = load_training_images(args.vision)
@@ -126,8 +125,11 @@ def _train(args: Namespace) -> list[str]:
     check_output_folder(args.out, "llava")
     check_sources(args.pretrain, args.instruct)
     from llm2clip.data.skip_log import SkipLog
-    from llm2clip.llava.caption_conversations import make_captioning_conversations, make_instruction_conversations
-    from llm2clip.llava.datasets import read_conversations
+    from llm2clip.llava.conversations import (
+        make_captioning_conversations,
+        make_instruction_conversations,
+        read_conversations,
+    )
     from llm2clip.llava.train import train_llava
     from llm2clip.runs.output_folder import save_or_check_config
     from llm2clip.runs.ranks import print_once, process_state

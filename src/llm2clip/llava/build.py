@@ -7,9 +7,8 @@ tower:
 - Towers from transformers: `LlavaForConditionalGeneration`.
 - Convolutional towers from timm: `FastVlmForConditionalGeneration`, which uses the tower's last feature map. The
   projector and the LLM are the same as for the other towers.
-- Vision transformers from timm: `PatchLlava`, because transformers' LLaVA classes do not support them. The source file
-  `modeling_patches.py` is copied into the model folder. Loading such a model without llm2clip requires
-  `trust_remote_code=True`.
+- Vision transformers from timm: `PatchLlava`, because transformers' LLaVA classes do not support them. Loading such a
+  model without llm2clip requires `trust_remote_code=True`.
 
 `AutoModelForImageTextToText.from_pretrained` and `pipeline("image-text-to-text")` can load all of these models without
 llm2clip.
@@ -17,20 +16,41 @@ llm2clip.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from llm2clip.io_utils import atomic_dir
 from llm2clip.llava import modeling_patches
-from llm2clip.llava.chat_template import IMAGE_TOKEN, answer_end_tokens, check_template, get_chat_template
-from llm2clip.llava.vision import count_image_tokens, has_class_token, to_llava_tower
+from llm2clip.llava.chat_template import IMAGE_TOKEN, check_template, get_chat_template
+from llm2clip.models.export.transformers import build_vision_model
 from llm2clip.models.hub.loading import load_config
 from llm2clip.models.hub.pretrained import resolve_pretrained
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.model_folder import is_model_folder
 from llm2clip.models.vision.vision_tower import VisionTower
+
+
+def load_tower(name: str, image_size: int | None = None) -> VisionTower:
+    """Load a vision tower, either from an LLM2CLIP model folder or with `VisionTower.from_pretrained`.
+
+    Args:
+        name: path of an LLM2CLIP model folder, or name of a pretrained tower.
+        image_size: input size in pixels. Default: the tower's training resolution.
+
+    Raises:
+        ValueError: `image_size` differs from the training resolution of the LLM2CLIP model.
+    """
+    if not is_model_folder(name):
+        return VisionTower.from_pretrained(name, image_size=image_size)
+    tower = LLM2CLIP.from_pretrained(name, device="cpu").tower
+    trained_size = tower.preprocess.size
+    if image_size not in (None, trained_size):
+        raise ValueError(f"{name} was trained at {trained_size} pixels: --image_size must be {trained_size} or unset")
+    return tower
 
 
 def build_llava(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pad: bool = True) -> Path:
@@ -67,7 +87,8 @@ def build_llava(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pa
         expected_logits = decoder(input_ids=text_ids).logits.float()
     model, processor = assemble_llava(tower, decoder, tokenizer, seed, pad)
     with atomic_dir(out) as folder:
-        save_llava(model, processor, folder)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
         del model, decoder
         _check_saved_model(folder, llm, text_ids, expected_logits)
     return out
@@ -96,31 +117,92 @@ def assemble_llava(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0, 
 
     See `build_llava` for the arguments.
     """
-    vision = to_llava_tower(tower)
-    patches, registers = count_image_tokens(vision, tower.preprocess.size)
+    vision = _to_llava_tower(tower)
+    patches, registers = _count_image_tokens(vision, tower.preprocess.size)
     _add_image_token(tokenizer, llm)
-    check_template(tokenizer)
+    end_token = check_template(tokenizer)
     model = _join_parts(vision, llm, tokenizer, image_tokens=patches + registers, seed=seed)
-    model.generation_config = _make_generation_config(llm, tokenizer)
-    processor = _build_processor(tower, vision, tokenizer, patches=patches, registers=registers, pad=pad)
+    model.generation_config = _make_generation_config(llm, tokenizer, end_token)
+    processor = _build_processor(tower, model, tokenizer, patches=patches, registers=registers, pad=pad)
     return model.eval(), processor
 
 
-def save_llava(model: Any, processor: Any, folder: Path) -> None:
-    """Save a model and its processor to a folder, together with `modeling_patches.py` if the model needs it."""
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    if not isinstance(model, modeling_patches.PatchLlava):
-        return
-    code = Path(modeling_patches.__file__)
-    (folder / code.name).write_text(code.read_text(encoding="utf-8"), encoding="utf-8")
-    config_file = folder / "config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    config["auto_map"] = {
-        "AutoConfig": f"{code.stem}.{modeling_patches.PatchLlavaConfig.__name__}",
-        "AutoModelForImageTextToText": f"{code.stem}.{modeling_patches.PatchLlava.__name__}",
-    }
-    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+# ---- vision tower ---------------------------------------------------------------------------------------------------
+
+
+def _to_llava_tower(tower: VisionTower) -> Any:
+    """Convert a tower to a transformers model on the CPU, in float32 and eval mode. The weights are copied.
+
+    A vision transformer from timm becomes a `PatchTower`. Position embeddings are interpolated to the tower's input
+    size, because transformers' LLaVA classes do not interpolate them.
+    """
+    backbone: Any = tower.backbone
+    if tower.config["library"] == "timm" and hasattr(getattr(backbone, "patch_embed", None), "num_patches"):
+        config = modeling_patches.PatchTowerConfig(
+            architecture=tower.config["architecture"],
+            model_args={name: value for name, value in tower.config["args"].items() if name != "num_classes"},
+            hidden_size=backbone.embed_dim,
+        )
+        patch_tower = modeling_patches.PatchTower(config)
+        patch_tower.timm_model.load_state_dict(
+            {name: tensor.detach().cpu() for name, tensor in backbone.state_dict().items()}
+        )
+        return patch_tower.float().eval()
+    vision = build_vision_model(tower)
+    size = tower.preprocess.size
+    kind = vision.config.model_type
+    if kind in ("clip_vision_model", "siglip_vision_model") and vision.config.image_size != size:
+        _resize_position_embeddings(vision, size)
+    return vision
+
+
+def _count_image_tokens(vision: Any, size: int) -> tuple[int, int]:
+    """Return the number of patch tokens that the LLM receives per image, and the number of additional register tokens.
+
+    Raises:
+        ValueError: the tower does not return features of a shape that transformers' LLaVA classes support.
+    """
+    kind = vision.config.model_type
+    pixels = torch.zeros(1, 3, size, size)
+    if isinstance(vision, modeling_patches.PatchTower):
+        try:
+            with torch.inference_mode():
+                features = vision(pixels).hidden_states[-2]  # (1, patches, width)
+        except (AssertionError, TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"{vision.config.architecture} does not return patch features for each block: {error}"
+            ) from error
+        return int(features.shape[1]), 0
+    if kind == "timm_wrapper":
+        with torch.inference_mode():
+            features = vision(pixels).last_hidden_state  # (1, channels, rows, columns)
+        if features.ndim != 4 or features.shape[1] != vision.timm_model.num_features:
+            raise ValueError(
+                f"{vision.config.architecture} does not return a channels-first feature map. Use a convolutional net "
+                "or a vision transformer from timm, or a CLIP, SigLIP or DINO tower from transformers"
+            )
+        return features.shape[2] * features.shape[3], 0
+    return (size // vision.config.patch_size) ** 2, getattr(vision.config, "num_register_tokens", 0)
+
+
+def _resize_position_embeddings(vision: Any, size: int) -> None:
+    """Interpolate the position embeddings of a CLIP or SigLIP tower to a different image size."""
+    embeddings = getattr(vision, "vision_model", vision).embeddings
+    old = embeddings.position_embedding.weight  # (class token and patches, width)
+    patch_size = vision.config.patch_size
+    patches = (size // patch_size) ** 2
+    class_tokens = len(old) - (vision.config.image_size // patch_size) ** 2
+    dummy = torch.zeros(1, patches + class_tokens, old.shape[1])
+    with torch.no_grad():
+        new = embeddings.interpolate_pos_encoding(dummy, size, size)[0]
+    embeddings.position_embedding = nn.Embedding.from_pretrained(new.contiguous(), freeze=False)
+    embeddings.image_size = vision.config.image_size = size
+    embeddings.num_patches = patches
+    embeddings.num_positions = len(new)
+    embeddings.register_buffer("position_ids", torch.arange(len(new)).expand((1, -1)), persistent=False)
+
+
+# ---- model and processor --------------------------------------------------------------------------------------------
 
 
 def _add_image_token(tokenizer: Any, llm: Any) -> None:
@@ -135,29 +217,25 @@ def _join_parts(vision: Any, llm: Any, tokenizer: Any, *, image_tokens: int, see
     """Combine the tower, a new projector and the LLM into one model, in the LLM's dtype."""
     from transformers import FastVlmConfig, FastVlmForConditionalGeneration, LlavaConfig, LlavaForConditionalGeneration
 
-    common: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "vision_config": vision.config,
         "text_config": llm.config,
         "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         "image_seq_length": image_tokens,
         "tie_word_embeddings": llm.config.tie_word_embeddings,
     }
-    model_class: Any
-    config: Any
-    if isinstance(vision, modeling_patches.PatchTower):
-        model_class = modeling_patches.PatchLlava
-        config = modeling_patches.PatchLlavaConfig(
-            **common, vision_feature_layer=-2, vision_feature_select_strategy="full"
-        )
-    elif vision.config.model_type == "timm_wrapper":
+    config_class: Any = LlavaConfig
+    model_class: Any = LlavaForConditionalGeneration
+    if vision.config.model_type == "timm_wrapper":
         vision.config.hidden_size = vision.timm_model.num_features
-        model_class = FastVlmForConditionalGeneration
-        config = FastVlmConfig(**common)
+        config_class, model_class = FastVlmConfig, FastVlmForConditionalGeneration
     else:
-        model_class = LlavaForConditionalGeneration
-        config = LlavaConfig(
-            **common, vision_feature_layer=-2, vision_feature_select_strategy=_get_select_strategy(vision)
-        )
+        has_class_token = vision.config.model_type not in ("siglip_vision_model", "llm2clip_patches")
+        arguments["vision_feature_layer"] = -2
+        arguments["vision_feature_select_strategy"] = "default" if has_class_token else "full"
+        if isinstance(vision, modeling_patches.PatchTower):
+            config_class, model_class = modeling_patches.PatchLlavaConfig, modeling_patches.PatchLlava
+    config = config_class(**arguments)
     with torch.device("meta"):  # meta tensors take no memory; all parts are replaced below
         model = model_class(config)
     model.model.vision_tower = vision
@@ -169,19 +247,13 @@ def _join_parts(vision: Any, llm: Any, tokenizer: Any, *, image_tokens: int, see
     return model.to(llm.dtype)
 
 
-def _get_select_strategy(vision: Any) -> Any:
-    """Return `vision_feature_select_strategy`: "default" drops the class token, "full" keeps all tokens."""
-    return "default" if has_class_token(vision) else "full"
-
-
-def _make_generation_config(llm: Any, tokenizer: Any) -> Any:
-    """Return the LLM's generation config, extended with the tokens that end an answer in the chat template."""
+def _make_generation_config(llm: Any, tokenizer: Any, end_token: int) -> Any:
+    """Return the LLM's generation config, extended with the token that ends an answer in the chat template."""
     from transformers import GenerationConfig
 
     config = GenerationConfig.from_model_config(llm.config)
     llm_eos = llm.generation_config.eos_token_id
-    end_tokens = {tokenizer.eos_token_id, *answer_end_tokens(tokenizer)}
-    end_tokens.update(llm_eos if isinstance(llm_eos, list) else [llm_eos])
+    end_tokens = {tokenizer.eos_token_id, end_token, *(llm_eos if isinstance(llm_eos, list) else [llm_eos])}
     config.update(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=sorted(token for token in end_tokens if token is not None),
@@ -190,9 +262,7 @@ def _make_generation_config(llm: Any, tokenizer: Any) -> Any:
     return config
 
 
-def _build_processor(
-    tower: VisionTower, vision: Any, tokenizer: Any, *, patches: int, registers: int, pad: bool
-) -> Any:
+def _build_processor(tower: VisionTower, model: Any, tokenizer: Any, *, patches: int, registers: int, pad: bool) -> Any:
     """Return the processor of a LLaVA model.
 
     Raises:
@@ -209,12 +279,13 @@ def _build_processor(
         )
     settings = tower.preprocess.to_dict() | {"image_processor_type": "LlavaImageProcessor"}
     settings["do_pad"] = pad and tower.preprocess.resize == "shortest"
+    strategy = model.config.vision_feature_select_strategy
     return LlavaProcessor(
         image_processor=LlavaImageProcessor.from_dict(settings),
         tokenizer=tokenizer,
         patch_size=patch_size,
-        vision_feature_select_strategy=_get_select_strategy(vision),
-        num_additional_image_tokens=registers + has_class_token(vision),
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=registers + (strategy == "default"),  # the strategy drops the class token
         image_token=IMAGE_TOKEN,
         chat_template=get_chat_template(tokenizer),
     )
@@ -223,10 +294,7 @@ def _build_processor(
 def _check_saved_model(folder: Path, llm: str, text_ids: torch.Tensor, expected_logits: torch.Tensor) -> None:
     """Load a saved model, compare its logits for a text with the LLM's logits, and run it on an image.
 
-    Args:
-        llm: name of the LLM, for the error message.
-        text_ids: token ids of the text, int64 of shape (1, tokens).
-        expected_logits: the LLM's logits for the text, float32 of shape (1, tokens, vocabulary).
+    `text_ids` has shape (1, tokens), and `expected_logits` has shape (1, tokens, vocabulary).
 
     Raises:
         ValueError: the saved model's logits do not match the LLM's logits.

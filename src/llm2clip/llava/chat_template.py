@@ -67,17 +67,18 @@ def get_chat_template(tokenizer: Any) -> str:
     return _FLATTEN_CONTENT + (template or _VICUNA_TEMPLATE)
 
 
-def check_template(tokenizer: Any) -> None:
-    """Check that the labels of a sample conversation decode to its answers.
+def check_template(tokenizer: Any) -> int:
+    """Check that the labels of a sample conversation decode to its answers. Return the token that ends an answer.
 
     Raises:
         ValueError: the labels do not decode to the answers, or `tokenize_and_label` rejects the chat template.
     """
     conversation = Conversation("", None, (("A question?", "An answer."), ("Another?", "Yes.")))
-    labels = tokenize_and_label(conversation, tokenizer, 0).labels
-    decoded = tokenizer.decode([label for label in labels if label != IGNORE_INDEX], skip_special_tokens=True)
+    labels = [label for label in tokenize_and_label(conversation, tokenizer, 0).labels if label != IGNORE_INDEX]
+    decoded = tokenizer.decode(labels, skip_special_tokens=True)
     if re.sub(r"\s", "", decoded) != "Ananswer.Yes.":
         raise ValueError(f"the LLM's chat template changes 'An answer.' and 'Yes.' to {decoded!r}. Use another LLM")
+    return labels[-1]
 
 
 def to_messages(conversation: Conversation) -> list[dict[str, Any]]:
@@ -106,12 +107,6 @@ def clean_text(text: str) -> str:
     return text.strip()
 
 
-def answer_end_tokens(tokenizer: Any) -> set[int]:
-    """Return the ids of the special tokens that end an answer in the chat template."""
-    labeled = tokenize_and_label(Conversation("", None, (("A question?", "An answer."),)), tokenizer, 0)
-    return {[label for label in labeled.labels if label != IGNORE_INDEX][-1]}
-
-
 def tokenize_and_label(conversation: Conversation, tokenizer: Any, image_tokens: int) -> LabeledTokens:
     """Tokenize a conversation and label its answers, including the special token that ends each answer.
 
@@ -119,7 +114,6 @@ def tokenize_and_label(conversation: Conversation, tokenizer: Any, image_tokens:
     answer is known for any template.
 
     Args:
-        conversation: conversation that ends with an answer.
         image_tokens: number of tokens per image.
 
     Raises:

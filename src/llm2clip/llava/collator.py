@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
 from llm2clip.data.image_loader import decode_or_error
-from llm2clip.llava.chat_template import IGNORE_INDEX, Conversation, tokenize_and_label
+from llm2clip.llava.chat_template import IGNORE_INDEX, IMAGE_TOKEN, Conversation, tokenize_and_label
 from llm2clip.llava.image_features import LlavaTransform
 from llm2clip.store.image_features import image_keys
 from llm2clip.store.store import EmbeddingStore
@@ -38,10 +40,9 @@ class ConversationDataset(Dataset):
     ) -> None:
         """
         Args:
-            conversations: if `store` is not None, it must contain all images of these conversations.
             image_tokens: number of `<image>` tokens per image.
             max_length: maximum number of tokens; longer conversations are truncated.
-            store: cached patch features of the images. If None, images are decoded.
+            store: cached patch features of all images. If None, images are decoded.
 
         Raises:
             ValueError: `max_length` does not leave enough tokens for text.
@@ -58,11 +59,10 @@ class ConversationDataset(Dataset):
         self.image_tokens = image_tokens
         self.max_length = max_length
         self.store = store
-        self.store_rows = np.full(len(self.conversations), -1, np.int64)
+        self.store_rows: dict[int, int] = {}  # index of a conversation with an image -> row of its image in the store
         if store is not None:
-            with_image = [n for n, conversation in enumerate(self.conversations) if conversation.image is not None]
-            images = [conversation.image for conversation in self.conversations if conversation.image is not None]
-            self.store_rows[with_image] = store.find_keys(image_keys(images))
+            images = {n: each.image for n, each in enumerate(self.conversations) if each.image is not None}
+            self.store_rows = dict(zip(images, store.find_keys(image_keys(images.values())).tolist(), strict=True))
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -118,14 +118,13 @@ class ConversationDataset(Dataset):
 class LlavaCollator:
     """Collator that right-pads conversations to the length of the longest one in the batch."""
 
-    def __init__(self, pad_id: int, image_id: int, image_tokens: int, empty_image: Tensor) -> None:
+    def __init__(self, tokenizer: Any, image_tokens: int, empty_image: Tensor) -> None:
         """
         Args:
-            image_tokens: number of tokens per image.
             empty_image: pixels or patch features of a blank image, which is added to batches without an image.
         """
-        self.pad_id = pad_id
-        self.image_id = image_id
+        self.pad_id: int = tokenizer.pad_token_id
+        self.image_id: int = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.image_tokens = image_tokens
         self.empty_image = empty_image
 
@@ -141,21 +140,21 @@ class LlavaCollator:
         hides it from the text. This way, the projector receives gradients in every batch on every rank, as DDP and FSDP
         require.
         """
-        rows = [list(item["ids"]) for item in items]
-        labels = [list(item["labels"]) for item in items]
+        rows = [torch.tensor(item["ids"]) for item in items]
+        row_labels = [torch.tensor(item["labels"]) for item in items]
         vision = [item["vision"] for item in items if "vision" in item]
         if not vision:
-            rows[0] += [self.image_id] * self.image_tokens
-            labels[0] += [IGNORE_INDEX] * self.image_tokens
+            rows[0] = F.pad(rows[0], (0, self.image_tokens), value=self.image_id)
+            row_labels[0] = F.pad(row_labels[0], (0, self.image_tokens), value=IGNORE_INDEX)
             vision = [self.empty_image]
-        length = max(map(len, rows))
-        first_answer = min(_find_first_label(row_labels) for row_labels in labels)
-        logits_to_keep = length - max(0, first_answer - 1)
+        labels = pad_sequence(row_labels, batch_first=True, padding_value=IGNORE_INDEX)
+        first_answer = int((labels != IGNORE_INDEX).any(0).nonzero()[0])  # position of the first answer token
+        start = max(0, first_answer - 1)
         return {
-            "input_ids": _pad_right(rows, length, self.pad_id),
-            "labels": _pad_right(labels, length, IGNORE_INDEX)[:, -logits_to_keep:],
-            "logits_to_keep": logits_to_keep,
-            "attention_mask": _pad_right([[1] * len(row) for row in rows], length, 0),
+            "input_ids": pad_sequence(rows, batch_first=True, padding_value=self.pad_id),
+            "labels": labels[:, start:],
+            "logits_to_keep": labels.shape[1] - start,
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
             "pixel_values": torch.stack(vision),
             # PrecomputedVision returns a single layer, with the tokens already selected.
             "vision_feature_layer": -1,
@@ -196,11 +195,3 @@ class LengthGroupedSampler(Sampler):
         for n in rng.permutation(len(batches)):
             yield from map(int, batches[n])
         yield from map(int, remainder)  # the last, incomplete batch
-
-
-def _find_first_label(labels: Sequence[int]) -> int:
-    return next(n for n, label in enumerate(labels) if label != IGNORE_INDEX)
-
-
-def _pad_right(rows: Sequence[list[int]], length: int, value: int) -> Tensor:
-    return torch.tensor([row + [value] * (length - len(row)) for row in rows])

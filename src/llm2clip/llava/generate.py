@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
-from llm2clip.data.image_loader import decode_or_error
-from llm2clip.data.image_refs import ImageRef
+from llm2clip.data.images import load_image
 from llm2clip.llava import modeling_patches  # noqa: F401  (registers its classes with transformers)
 from llm2clip.llava.chat_template import IGNORE_INDEX, IMAGE_TOKEN, Conversation, to_messages, tokenize_and_label
 from llm2clip.llava.image_features import LlavaTransform
@@ -23,10 +23,14 @@ from llm2clip.runs.ranks import process_state
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt without an image token, optionally about an image."""
+    """A prompt without an image token, optionally about an image: uint8 RGB of shape (H, W, 3)."""
 
-    image: ImageRef | None
+    image: np.ndarray | None
     prompt: str
+
+    def to_conversation(self, answer: str = "") -> Conversation:
+        image: Any = self.image  # the tokens depend only on whether there is an image
+        return Conversation("", image, ((self.prompt, answer),))
 
 
 class AnswerGenerator:
@@ -68,21 +72,22 @@ class AnswerGenerator:
         self.image_tokens: int = self.model.config.image_seq_length
         keep_freed_memory(self.device)
 
-    def generate(
-        self, questions: Sequence[Question], max_new_tokens: int, num_beams: int = 1
-    ) -> Iterator[tuple[int, str | None]]:
-        """Yield (question index, answer) as each batch completes. Questions are sorted by length before batching.
+    def generate(self, questions: Sequence[Question], max_new_tokens: int, num_beams: int = 1) -> list[str]:
+        """Return one answer per question.
 
         Args:
-            questions: if the image of a question cannot be decoded, its answer is None.
             max_new_tokens: maximum number of tokens per answer.
             num_beams: number of beams; 1 means greedy decoding.
         """
-        self.tokenizer.padding_side = "left"
+        answers = [""] * len(questions)
         image_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        for indices in self._batch_indices(questions):
-            usable, inputs = self._prepare_inputs(questions, indices)
-            if usable:
+        # Batches of similar length need little padding. Questions with and without an image are in different batches.
+        longest_first = sorted(range(len(questions)), key=lambda n: -len(questions[n].prompt))
+        for has_image in (True, False):
+            indices = [n for n in longest_first if (questions[n].image is not None) is has_image]
+            for start in range(0, len(indices), self.batch_size):
+                batch = indices[start : start + self.batch_size]
+                inputs = self._prepare_inputs([questions[n] for n in batch])
                 with torch.inference_mode(), onednn_matmul():
                     output = self.model.generate(
                         **inputs,
@@ -92,26 +97,18 @@ class AnswerGenerator:
                         bad_words_ids=[[image_id]],
                     )
                 new_tokens = output[:, inputs["input_ids"].shape[1] :]
-                answers = self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-                for n, answer in zip(usable, answers, strict=True):
-                    yield n, answer.strip()
-            for n in indices:
-                if n not in usable:
-                    yield n, None
+                texts = self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+                for n, text in zip(batch, texts, strict=True):
+                    answers[n] = text.strip()
+        return answers
 
-    def score_answer(self, question: Question, answer: str) -> tuple[float, bool] | None:
+    def score_answer(self, question: Question, answer: str) -> tuple[float, bool]:
         """Return the log-likelihood of an answer and True if greedy decoding would produce it.
 
-        The answer includes the token that ends it. Return None if the image cannot be decoded.
+        The answer includes the token that ends it.
         """
-        conversation = Conversation("", question.image, ((question.prompt, answer),))
-        labeled = tokenize_and_label(conversation, self.tokenizer, self.image_tokens)
-        inputs = {"input_ids": torch.tensor([labeled.ids], device=self.device)}
-        if question.image is not None:
-            pixels = decode_or_error(question.image, self.transform)
-            if isinstance(pixels, str):
-                return None
-            inputs["pixel_values"] = pixels[None].to(self.device, self.model.dtype)
+        labeled = tokenize_and_label(question.to_conversation(answer), self.tokenizer, self.image_tokens)
+        inputs = {"input_ids": torch.tensor([labeled.ids], device=self.device)} | self._prepare_pixels([question])
         with torch.inference_mode(), onednn_matmul():
             logits = self.model(**inputs).logits[0, :-1].float().cpu()  # (tokens - 1, vocabulary)
         labels = torch.tensor(labeled.labels[1:])
@@ -119,46 +116,20 @@ class AnswerGenerator:
         is_greedy = (logits.argmax(-1) == labels)[labels != IGNORE_INDEX].all()
         return -float(loss), bool(is_greedy)
 
-    def tokenize_prompt(self, question: Question) -> list[int]:
-        """Return the token ids of a question's prompt, up to the start of the answer."""
-        messages = to_messages(Conversation("", question.image, ((question.prompt, ""),)))[:1]
-        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        text = text.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.image_tokens)
-        has_bos = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
-        return ids
+    def _prepare_inputs(self, questions: Sequence[Question]) -> dict[str, Tensor]:
+        """Return the model inputs for questions that either all have an image or all have none."""
+        prompts = []
+        for question in questions:
+            messages = to_messages(question.to_conversation())[:1]
+            prompt = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            prompts.append(prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.image_tokens))
+        has_bos = self.tokenizer.bos_token is not None and prompts[0].startswith(self.tokenizer.bos_token)
+        encoded = self.tokenizer(
+            prompts, add_special_tokens=not has_bos, padding=True, padding_side="left", return_tensors="pt"
+        )
+        inputs = {name: encoded[name].to(self.device) for name in ("input_ids", "attention_mask")}
+        return inputs | self._prepare_pixels(questions)
 
-    def _batch_indices(self, questions: Sequence[Question]) -> Iterator[list[int]]:
-        """Yield the question indices of each batch.
-
-        Questions with images come before questions without. In both groups, the longest prompts come first.
-        """
-        longest_first = sorted(range(len(questions)), key=lambda n: -len(questions[n].prompt))
-        for has_image in (True, False):
-            indices = [n for n in longest_first if (questions[n].image is not None) is has_image]
-            for start in range(0, len(indices), self.batch_size):
-                yield indices[start : start + self.batch_size]
-
-    def _prepare_inputs(
-        self, questions: Sequence[Question], indices: Sequence[int]
-    ) -> tuple[list[int], dict[str, Tensor]]:
-        """Return the indices of the usable questions and the model inputs for them.
-
-        Questions whose image cannot be decoded are not usable. Prompts are left-padded.
-        """
-        usable, pixels = [], []
-        for n in indices:
-            image = questions[n].image
-            if image is not None:
-                decoded = decode_or_error(image, self.transform)
-                if isinstance(decoded, str):
-                    continue
-                pixels.append(decoded)
-            usable.append(n)
-        if not usable:
-            return [], {}
-        prompts = {"input_ids": [self.tokenize_prompt(questions[n]) for n in usable]}
-        inputs = dict(self.tokenizer.pad(prompts, return_tensors="pt"))
-        if pixels:
-            inputs["pixel_values"] = torch.stack(pixels).to(self.model.dtype)
-        return usable, {name: tensor.to(self.device) for name, tensor in inputs.items()}
+    def _prepare_pixels(self, questions: Sequence[Question]) -> dict[str, Tensor]:
+        pixels = [self.transform(load_image(question.image)) for question in questions if question.image is not None]
+        return {"pixel_values": torch.stack(pixels).to(self.device, self.model.dtype)} if pixels else {}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import pad, resize
+from torchvision.transforms.v2.functional import resize
 
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.skip_log import SkipLog
@@ -31,7 +31,8 @@ class LlavaTransform:
     """Preprocessing of decoded images, equivalent to a LLaVA model's image processor."""
 
     def __init__(self, processor: Any) -> None:
-        settings = processor.image_processor.to_dict()
+        self.processor = processor.image_processor
+        settings = self.processor.to_dict()
         self.preprocess = replace(Preprocess.from_dict(settings), crop_rounding="down")  # as in transformers
         self.transform = EvalTransform(self.preprocess)
         self.mean = torch.tensor(self.preprocess.mean).view(3, 1, 1)
@@ -42,29 +43,14 @@ class LlavaTransform:
         """Convert a uint8 image of shape (3, H, W) to normalised float32 pixels of shape (3, S, S)."""
         if self.pad:
             max_side = MAX_SCALE * self.preprocess.resize_size
-            if max(image.shape[-2:]) > max_side:  # padding a very long image to a square would exhaust memory
-                image = resize_longer_side(image, max_side)
-            image = pad_to_square(image, [int(255 * value) for value in self.preprocess.mean])
+            longer_side = max(image.shape[-2:])
+            if longer_side > max_side:  # padding a very long image to a square would exhaust memory
+                shape = [max(1, round(side * max_side / longer_side)) for side in image.shape[-2:]]
+                image = resize(image, shape, antialias=True)
+            colour = tuple(int(255 * value) for value in self.preprocess.mean)
+            image = self.processor.pad_to_square(image, background_color=colour)
         pixels: Tensor = self.transform(image)
         return (pixels.float() / 255 - self.mean) / self.std
-
-
-def resize_longer_side(image: Tensor, side: int) -> Tensor:
-    """Resize an image of shape (3, H, W) so that its longer side equals `side`."""
-    height, width = image.shape[-2:]
-    scale = side / max(height, width)
-    return resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)
-
-
-def pad_to_square(image: Tensor, colour: Sequence[int]) -> Tensor:
-    """Pad an image of shape (3, H, W) to a square, equally on both sides, as LLaVA-1.5 does.
-
-    If the tower's preprocessing crops images (crop_pct below 1), the padded image is also cropped.
-    """
-    height, width = image.shape[-2:]
-    side = max(height, width)
-    left, top = (side - width) // 2, (side - height) // 2
-    return pad(image, [left, top, side - width - left, side - height - top], fill=list(colour))
 
 
 def patch_feature_size(config: Any) -> int:
@@ -77,7 +63,7 @@ def patch_feature_size(config: Any) -> int:
 class PatchFeatures:
     """Callable that runs a LLaVA model's vision tower and returns the projector's input.
 
-    Implements `ImageEncoder` from `store/image_features.py`. The patch features of an image are flattened to a vector.
+    Implements `ImageEncoder` from `store/image_features.py`.
     """
 
     def __init__(self, model: Any, processor: Any, bf16: bool = False) -> None:

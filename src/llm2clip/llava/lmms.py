@@ -5,13 +5,12 @@ lmms-eval --model llm2clip_llava --model_args pretrained=RUN/model --tasks pope,
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
+import numpy as np
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
-from llm2clip.data.image_refs import MemoryImage
 from llm2clip.llava.generate import AnswerGenerator, Question
 from llm2clip.runs.ranks import process_state
 
@@ -56,9 +55,9 @@ class LmmsModel(lmms):
                 for n in chunk:
                     context, _, to_visual, doc_id, task, split = requests[n].args
                     questions.append(self._to_question(context, to_visual, doc_id, task, split))
-                for k, answer in self.generator.generate(questions, max_new_tokens, num_beams):
-                    n = chunk[k]
-                    answers[n] = _truncate_at(answer or "", requests[n].args[1].get("until") or [])
+                generated = self.generator.generate(questions, max_new_tokens, num_beams)
+                for n, answer in zip(chunk, generated, strict=True):
+                    answers[n] = _truncate_at(answer, requests[n].args[1].get("until") or [])
         return answers
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
@@ -67,10 +66,9 @@ class LmmsModel(lmms):
         for request in requests:
             context, target, to_visual, doc_id, task, split = request.args
             answer = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
-            result = self.generator.score_answer(self._to_question(context, to_visual, doc_id, task, split), answer)
-            if result is None:
-                raise ValueError(f"{task}: the image of document {doc_id} cannot be decoded")
-            results.append(result)
+            results.append(
+                self.generator.score_answer(self._to_question(context, to_visual, doc_id, task, split), answer)
+            )
         return results
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
@@ -87,12 +85,7 @@ class LmmsModel(lmms):
             raise ValueError(f"{task}: videos are not supported")
         if len(visuals) > 1:
             raise ValueError(f"{task}: a question must have at most one image (got {len(visuals)})")
-        image = None
-        if visuals:
-            stream = io.BytesIO()
-            visuals[0].convert("RGB").save(stream, "PNG")
-            image = MemoryImage(stream.getvalue(), f"{task} {doc_id}")
-        return Question(image, context)
+        return Question(np.array(visuals[0].convert("RGB")) if visuals else None, context)
 
 
 def _truncate_at(answer: str, until: str | list[str]) -> str:

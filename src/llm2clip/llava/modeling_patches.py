@@ -1,8 +1,8 @@
 """Self-contained transformers modeling code for LLaVA with a vision transformer from timm.
 
 transformers' wrapper for timm models returns feature maps of shape (N, channels, rows, columns), but transformers'
-LLaVA class expects patch features of shape (N, patches, width). `build_llava` copies this file into the model folder if
-the tower is a vision transformer from timm. To load such a model without llm2clip, use
+LLaVA class expects patch features of shape (N, patches, width). `PatchLlava.save_pretrained` copies this file into the
+model folder. To load such a model without llm2clip, use
 `AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)`.
 """
 
@@ -73,3 +73,5 @@ AutoConfig.register(PatchTowerConfig.model_type, PatchTowerConfig, exist_ok=True
 AutoModel.register(PatchTowerConfig, PatchTower, exist_ok=True)
 AutoConfig.register(PatchLlavaConfig.model_type, PatchLlavaConfig, exist_ok=True)
 AutoModelForImageTextToText.register(PatchLlavaConfig, PatchLlava, exist_ok=True)
+PatchLlavaConfig.register_for_auto_class()
+PatchLlava.register_for_auto_class("AutoModelForImageTextToText")

@@ -11,6 +11,7 @@ FSDP2 work as usual. The second stage starts from the result of the first stage.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,23 +19,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig, AutoProcessor
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.image_hashes import hash_images, load_training_images, save_training_images
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.io_utils import atomic_dir
-from llm2clip.llava.build import save_llava
+from llm2clip.io_utils import atomic_dir, atomic_path
+from llm2clip.llava import modeling_patches  # noqa: F401  (registers its classes with transformers)
 from llm2clip.llava.chat_template import Conversation
+from llm2clip.llava.collator import ConversationDataset, LengthGroupedSampler, LlavaCollator
 from llm2clip.llava.config import LlavaConfig
-from llm2clip.llava.image_features import PatchFeatures, cache_patch_features, patch_feature_size
-from llm2clip.llava.stage import TRAINED_WEIGHTS, TrainingStage, load_llava, load_trained_weights, set_trainable_parts
+from llm2clip.llava.image_features import PatchFeatures, PrecomputedVision, cache_patch_features, patch_feature_size
+from llm2clip.models.hub.loading import load_config
+from llm2clip.models.precision import resolve_precision
+from llm2clip.runs.checkpoint import Checkpoints, TrainingLog, hash_texts, show_progress
+from llm2clip.runs.fsdp import set_fsdp_wrap_policy, set_mixed_precision
 from llm2clip.runs.output_folder import folder_lock
 from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
+from llm2clip.runs.training_state import TrainingStateMixin
 from llm2clip.store.image_features import image_keys
 from llm2clip.store.store import EmbeddingStore
 
 STAGES = ("pretrain", "instruct")
+TRAINED_WEIGHTS = "learned.safetensors"  # file name within each stage's folder
 
 
 def train_llava(
@@ -60,17 +70,16 @@ def train_llava(
         The path of the model folder.
 
     Raises:
-        ValueError: there are no conversations, the number of epochs is 0, or a setting is invalid.
+        ValueError: there are no conversations, the number of epochs is 0, a setting is invalid, or the data, batch size
+            or number of processes has changed since a checkpoint was saved.
         FolderInUseError: another process is using the run directory.
+        FloatingPointError: the loss, gradient norm or weights are not finite.
     """
+    with_image = [conversation for conversation in pretrain if conversation.image is not None]
     conversations = {
-        "pretrain": [conversation for conversation in pretrain if conversation.image is not None],
-        "instruct": list(instruct),
+        "pretrain": with_image if config.pretrain_epochs else [],
+        "instruct": list(instruct) if config.epochs else [],
     }
-    if not config.pretrain_epochs:
-        conversations["pretrain"] = []
-    if not config.epochs:
-        conversations["instruct"] = []
     if not any(conversations.values()):
         raise ValueError("there are no conversations to train on, or the number of epochs is 0")
     model_folder = out / "model"
@@ -90,17 +99,27 @@ def train_llava(
             if conversations[stage] and not usable:
                 raise ValueError(f"none of the images of the {stage} conversations can be decoded")
             if usable and not (out / stage / TRAINED_WEIGHTS).is_file():
-                TrainingStage(source, processor, stage, config, out, store).run(usable)
+                _train_stage(stage, source, usable, processor=processor, config=config, out=out, store=store)
         if state.is_main_process:
             hashes = hash_images(conversation.image for conversation in all_conversations)
             earlier = load_training_images(source)  # the images on which the vision tower was trained
             with atomic_dir(model_folder) as folder:
-                save_llava(_load_trained_model(source, config, out), processor, folder)
+                _load_trained_model(source, config, out).save_pretrained(folder)
+                processor.save_pretrained(folder)
                 save_training_images(folder, hashes if earlier is None else np.union1d(hashes, earlier))
             for checkpoint in out.glob("*/checkpoint-*"):
                 shutil.rmtree(checkpoint, ignore_errors=True)
     wait_for_everyone()
     return model_folder
+
+
+def load_llava(source: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Load a LLaVA model from a folder or hub id."""
+    config = load_config(source)
+    return AutoModelForImageTextToText.from_pretrained(source, config=config, dtype=dtype, trust_remote_code=False)
+
+
+# ---- cached features ------------------------------------------------------------------------------------------------
 
 
 def _cache_features(
@@ -142,6 +161,186 @@ def _drop_unusable_conversations(conversations: Sequence[Conversation], store: E
     return [conversation for conversation in conversations if conversation.image is None or next(in_store)]
 
 
+# ---- one stage ------------------------------------------------------------------------------------------------------
+
+
+def _train_stage(
+    stage: str,
+    source: str,
+    conversations: Sequence[Conversation],
+    *,
+    processor: Any,
+    config: LlavaConfig,
+    out: Path,
+    store: EmbeddingStore | None,
+) -> None:
+    """Train one stage and save the trained weights to `out/STAGE/learned.safetensors`.
+
+    Training resumes from the latest checkpoint, if there is one. Without a store, the vision tower computes the patch
+    features in each step.
+    """
+    folder, state = out / stage, process_state()
+    batch_size = config.pretrain_batch_size if stage == "pretrain" else config.batch_size
+    precision = resolve_precision("tune", config.precision, state.device)
+    bf16_on_gpu = precision == "bf16" and state.device.type == "cuda"
+    model = load_llava(source, torch.bfloat16 if config.lora_r and bf16_on_gpu else torch.float32)
+    image_tokens: int = model.config.image_seq_length
+    features = None
+    empty_image = torch.zeros(image_tokens, patch_feature_size(model.config))
+    if store is None:
+        model.model.vision_tower.to(state.device)
+        features = PatchFeatures(model, processor, bf16=bf16_on_gpu)
+        size = features.transform.preprocess.size
+        empty_image = torch.zeros(3, size, size)
+    model.model.vision_tower = PrecomputedVision(feature_maps=model.config.model_type == "fast_vlm")
+    model.config.get_text_config().use_cache = False
+    set_fsdp_wrap_policy(model.model.language_model.layers)
+    model = _set_trainable_parts(model, stage, config, out)
+
+    signature = {
+        "batch_size": batch_size,
+        "conversations": hash_texts(
+            json.dumps([conversation.id, *conversation.turns]) for conversation in conversations
+        ),
+        "processes": state.num_processes,
+    }
+    checkpoints = Checkpoints(folder)
+    checkpoints.check(signature)
+    dataset = ConversationDataset(conversations, processor, image_tokens, max_length=config.max_length, store=store)
+    sampler = LengthGroupedSampler(dataset.lengths(), batch_size, config.seed) if config.group_by_length else None
+    lr_setting = "--llava.pretrain_lr" if stage == "pretrain" else "--llava.lr"
+    training_log = TrainingLog(folder / "metrics.jsonl", checkpoints, advice=f"Lower {lr_setting}", log_summary=True)
+    trainer = _LlavaTrainer(
+        model=model,
+        args=_make_training_arguments(stage, config, folder, batch_size, precision),
+        train_dataset=dataset,
+        data_collator=LlavaCollator(processor.tokenizer, image_tokens, empty_image),
+        callbacks=[training_log],
+        sampler=sampler,
+        features=features,
+    )
+    show_progress(trainer, stage)
+    trainer.train(resume_from_checkpoint=str(checkpoints.latest) if checkpoints.latest else None)
+
+    full_state = trainer.accelerator.get_state_dict(trainer.model)  # gathered from all ranks under FSDP
+    if state.is_main_process:
+        names = sorted(name for name, weight in model.named_parameters() if weight.requires_grad)
+        trained = {name: full_state[name].detach().cpu().contiguous() for name in names}
+        if not all(tensor.isfinite().all() for tensor in trained.values()):
+            raise FloatingPointError(f"the trained weights are not finite: see {folder / 'metrics.jsonl'}")
+        with atomic_path(folder / TRAINED_WEIGHTS) as file:
+            save_file(trained, file)
+    wait_for_everyone()
+
+
+def _make_training_arguments(
+    stage: str, config: LlavaConfig, folder: Path, batch_size: int, precision: str
+) -> TrainingArguments:
+    state, pretrain = process_state(), stage == "pretrain"
+    if batch_size % state.num_processes:
+        name = "--llava.pretrain_batch_size" if pretrain else "--llava.batch_size"
+        raise ValueError(
+            f"{name} must be divisible by the number of processes (got {batch_size} and {state.num_processes})"
+        )
+    per_device = batch_size // state.num_processes
+    largest = min(config.micro_batch_size, per_device)
+    micro_batch_size = max(n for n in range(1, largest + 1) if per_device % n == 0)
+    set_mixed_precision(precision)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=micro_batch_size,
+        gradient_accumulation_steps=per_device // micro_batch_size,
+        num_train_epochs=config.pretrain_epochs if pretrain else config.epochs,
+        learning_rate=config.pretrain_lr if pretrain else config.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.warmup_ratio,  # a value below 1 is a fraction of all steps
+        bf16=precision == "bf16",
+        use_cpu=state.device.type == "cpu",
+        gradient_checkpointing=config.gradient_checkpointing,
+        logging_steps=10,
+        logging_nan_inf_filter=False,
+        save_steps=config.save_steps,
+        dataloader_num_workers=config.workers,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        label_names=["labels"],
+        report_to="none",
+        accelerator_config={"use_configured_state": True},  # the process group already exists
+        seed=config.seed,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # otherwise, one process would use all GPUs through DataParallel
+    return arguments
+
+
+class _LlavaTrainer(TrainingStateMixin, Trainer):
+    """Trainer that batches by length and runs the vision tower outside the model."""
+
+    def __init__(
+        self, *, sampler: LengthGroupedSampler | None, features: PatchFeatures | None, **arguments: Any
+    ) -> None:
+        """
+        Args:
+            sampler: if None, the Trainer's default sampler is used.
+            features: function that computes patch features from pixels in each step. If None, batches already contain
+                patch features.
+        """
+        super().__init__(**arguments)
+        self.sampler = sampler
+        self.features = features
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return self.sampler if self.sampler is not None else super()._get_train_sampler(train_dataset)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        if self.features is not None:
+            prepared["pixel_values"] = self.features(prepared["pixel_values"])
+        return prepared
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------
+
+
+def _set_trainable_parts(model: Any, stage: str, config: LlavaConfig, out: Path) -> Any:
+    """Freeze all parameters that a stage does not train. Return the model, wrapped in a PEFT model if LoRA is used.
+
+    The `pretrain` stage trains the projector. The `instruct` stage also trains the LLM, either all weights or LoRA
+    adapters, and starts from the weights in `out/pretrain`, if there are any. The projector and LoRA weights are
+    converted to float32. The model is modified in place.
+    """
+    model.requires_grad_(False)
+    model.model.multi_modal_projector.float().requires_grad_(True)
+    if stage == "pretrain":
+        return model
+    pretrained = out / "pretrain" / TRAINED_WEIGHTS
+    if pretrained.is_file():
+        _load_trained_weights(model, pretrained)
+    if config.lora_r:
+        return _add_lora(model, config)
+    model.model.language_model.requires_grad_(True)
+    model.lm_head.requires_grad_(True)
+    return model
+
+
+def _add_lora(model: Any, config: LlavaConfig) -> Any:
+    """Add float32 LoRA adapters to all linear layers of the LLM. All weights of the projector are trained."""
+    from peft import LoraConfig, get_peft_model
+
+    lora_config = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        target_modules="all-linear",
+        exclude_modules=r"model\.(vision_tower|multi_modal_projector)\..*",
+        modules_to_save=["multi_modal_projector"],
+    )
+    torch.manual_seed(config.seed)
+    peft_model: Any = get_peft_model(model, lora_config)
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return peft_model
+
+
 def _load_trained_model(source: str, config: LlavaConfig, out: Path) -> Any:
     """Load the complete model in float32, with the weights from the last trained stage. LoRA weights are merged."""
     model = load_llava(source)
@@ -149,6 +348,25 @@ def _load_trained_model(source: str, config: LlavaConfig, out: Path) -> Any:
     if not trained_stages:
         return model
     last = trained_stages[-1]
-    model = set_trainable_parts(model, last, config, out)
-    load_trained_weights(model, out / last / TRAINED_WEIGHTS)
+    model = _set_trainable_parts(model, last, config, out)
+    _load_trained_weights(model, out / last / TRAINED_WEIGHTS)
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def _load_trained_weights(model: nn.Module, file: Path) -> None:
+    """Copy trained weights into the parameters of a model.
+
+    Raises:
+        ValueError: the names or shapes in the file do not match the model's parameters.
+    """
+    parameters = dict(model.named_parameters())
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise ValueError(
+                f"{file} does not match this model: the name or shape of {name} differs. "
+                "Use another --out to start over"
+            )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)

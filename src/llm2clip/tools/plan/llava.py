@@ -40,7 +40,7 @@ class LlavaStage:
         image_tokens: Number of tokens per image.
         tower_flop: FLOPs of the vision tower per image.
         conversations: Number of conversations, each with a different image.
-        feature_bytes: Size of the cached patch features for all images, in bytes.
+        feature_bytes: Size of the patch features of all images in the cache.
         cached: If True, patch features are cached, and training does not need the tower.
     """
 
@@ -134,9 +134,7 @@ def plan_llava(
     """Estimate the cost of both training stages.
 
     Args:
-        llm: Causal LLM. No network access is required if `model_configs.py` lists the LLM.
-        vision: Vision tower. No network access is required if `model_configs.py` lists the tower.
-        image_size: Image size in pixels. Default: the training resolution of the tower.
+        llm: Causal LLM. No network access is required if `model_configs.py` lists it. The same holds for `vision`.
         conversations: Number of conversations in each stage. Each conversation is assumed to have a different image.
         text_tokens: Mean number of text tokens per conversation in each stage.
 
