@@ -3,7 +3,6 @@ equal the original ones."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -21,8 +20,7 @@ from sentence_transformers.base.modules import Dense
 
 from conftest import make_llm
 from llm2clip.cli import main
-from llm2clip.models import heads
-from llm2clip.models.export import export_model, modeling_llm2clip
+from llm2clip.models.export import export_model
 from llm2clip.models.export.model_card import render_model_card
 from llm2clip.models.heads import AdapterConfig
 from llm2clip.models.hub.assets import ASSETS
@@ -47,17 +45,6 @@ def make_model(folder: Path, tower: VisionTower, family: str = "llama", **option
         model.logit_scale.fill_(2.5)
     model.config.encoder = encoder.identity()
     return model
-
-
-@pytest.mark.parametrize(
-    "config", [AdapterConfig(), AdapterConfig(depth=1, expansion=3, normalize_input=False)], ids=str
-)
-def test_copy_of_the_adapter_for_exports_equals_the_adapter(config: AdapterConfig) -> None:
-    options = dataclasses.asdict(config)
-    adapter, copy = heads.Adapter(6, 4, **options), modeling_llm2clip.Adapter(6, 4, **options)
-    copy.load_state_dict(adapter.state_dict())
-    x = torch.randn(5, 6)
-    assert torch.equal(copy(x), adapter(x))
 
 
 def timm_tower(size: int = 76) -> VisionTower:

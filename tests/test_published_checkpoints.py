@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from llm2clip.models.convert.load import load_official_checkpoint
 from llm2clip.models.convert.published_encoders import TEMPLATE
@@ -97,27 +96,3 @@ def test_truncated_caption_keeps_its_end_token_and_excludes_the_header_from_pool
     mean = hidden[tokens.prompt_lengths[0] :].mean(0)
     torch.testing.assert_close(encoder.encode([text])[0], mean, atol=1e-5, rtol=0)
     assert not torch.allclose(mean, torch.tensor(REFERENCE["texts"]["llm"]["longer than the window"]), atol=1e-2)
-
-
-# ---- other forms ----------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_openai_names_and_transformers_names_give_the_same_model(tmp_path: Path) -> None:
-    model = load_official_checkpoint(write_checkpoint("openai", tmp_path))
-    assert model.tower.config["architecture"]["hidden_act"] == "quick_gelu"
-    state = {}
-    for name, tensor in model.state_dict().items():
-        name = name.replace("tower.backbone.", "vision_model.").replace("projection.", "visual_projection.")
-        for ours, theirs in {".norm.": ".ln.", ".up.": ".fn.0.", ".down.": ".fn.3."}.items():
-            name = name.replace(ours, theirs) if name.startswith("adapter.blocks.") else name
-        name = name.replace("adapter.blocks.", "text_adapter.adaptor.")
-        name = name.replace("adapter.norm.", "text_adapter.adaptor.4.").replace(
-            "adapter.out.", "text_adapter.adaptor.5."
-        )
-        state[name] = tensor.contiguous()
-    save_file(state, tmp_path / "model.safetensors")
-    (tmp_path / "openai.pt").unlink()
-    again = load_official_checkpoint(tmp_path)
-    assert again.config == model.config
-    assert torch.equal(again(pixels=make_pixels())[0], model(pixels=make_pixels())[0])

@@ -106,13 +106,11 @@ class ConversationDataset(Dataset):
             return item
         if self.store is not None:
             features = self.store.take([self.store_rows[index]])[0]
-            item["vision"] = torch.from_numpy(features).view(self.image_tokens, -1)
-            return item
+            return item | {"vision": torch.from_numpy(features).view(self.image_tokens, -1)}
         pixels = decode_or_error(conversation.image, self.transform)
         if isinstance(pixels, str):
             return f"{conversation.image} cannot be decoded ({pixels})"
-        item["vision"] = pixels
-        return item
+        return item | {"vision": pixels}
 
 
 class LlavaCollator:

@@ -59,8 +59,7 @@ def read_conversations(
         sources: paths of files or folders, whose formats are detected automatically.
         from_records: `make_captioning_conversations` or `make_instruction_conversations`.
         images: folder that contains the images of files in LLaVA's format. See `read_llava`.
-        columns: mapping from record fields to column names in the sources.
-        seed: random seed, passed to `from_records`.
+        columns: mapping from record fields to column names of captioned images.
     """
     conversations: list[Conversation] = []
     for source in sources:
@@ -173,42 +172,40 @@ def make_object_conversations(
 ) -> list[Conversation]:
     """Make one conversation per image with yes-or-no questions about objects. Half of the answers are "Yes".
 
-    Args:
-        records: captioned images. Records without an image, or whose captions do not name any object, are ignored.
-        objects_file: file with objects and their synonyms. See `read_objects`.
+    Records without an image, or whose captions do not name any object, are ignored.
     """
     names = read_objects(objects_file)
-    objects_by_record = {}  # objects in each image, keyed by record index
-    for index, record in enumerate(records):
-        objects = sorted(mentioned_objects(record.texts, names)) if record.image is not None else []
-        if objects:
-            objects_by_record[index] = objects
-    all_objects = {name for objects in objects_by_record.values() for name in objects}
+    objects_in_images = []  # (record, its objects) for each image whose captions name any object
+    for record in records:
+        objects = sorted(mentioned_objects(record.texts, names))
+        if record.image is not None and objects:
+            objects_in_images.append((record, objects))
+    all_objects = {name for _, objects in objects_in_images for name in objects}
+    questions = []  # (record, its questions and answers)
     rng = random.Random(seed)
-    turns_by_record: dict[int, list[tuple[str, str]]] = {}
-    for index, present in objects_by_record.items():
+    for record, present in objects_in_images:
         absent = sorted(all_objects - set(present))
         rng.shuffle(absent)
         count = min(OBJECTS_PER_IMAGE, len(present), len(absent))
+        turns = []
         for present_object, absent_object in zip(rng.sample(present, count), absent, strict=False):
-            turns = turns_by_record.setdefault(index, [])
             turns += [(_format_question(present_object), "Yes"), (_format_question(absent_object), "No")]
+        if turns:
+            questions.append((record, turns))
     rng = random.Random(seed)
     conversations = []
-    for index, turns in turns_by_record.items():
+    for record, turns in questions:
         rng.shuffle(turns)
         first_question, first_answer = turns[0]
         turns[0] = (first_question + SHORT_ANSWER, first_answer)
-        conversations.append(Conversation(records[index].id, records[index].image, tuple(turns)))
+        conversations.append(Conversation(record.id, record.image, tuple(turns)))
     return conversations
 
 
 def mentioned_objects(texts: Iterable[str], names: dict[str, str]) -> set[str]:
     """Return the objects mentioned in the texts. Longer names match first, so that "hot dog" does not count as a dog.
 
-    Args:
-        texts: captions of one image.
-        names: mapping from names to objects, as returned by `read_objects`.
+    `names` is a mapping from names to objects, as returned by `read_objects`.
     """
     pattern = _compile_name_pattern(tuple(names))
     return {names[match.lower()] for text in texts for match in pattern.findall(text)}

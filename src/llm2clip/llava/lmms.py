@@ -53,8 +53,8 @@ class LmmsModel(lmms):
                 chunk = numbers[start : start + CHUNK]
                 questions = []
                 for n in chunk:
-                    context, _, to_visual, doc_id, task, split = requests[n].args
-                    questions.append(self._to_question(context, to_visual, doc_id, task, split))
+                    context, _, *document = requests[n].args
+                    questions.append(self._to_question(context, *document))
                 generated = self.generator.generate(questions, max_new_tokens, num_beams)
                 for n, answer in zip(chunk, generated, strict=True):
                     answers[n] = _truncate_at(answer, requests[n].args[1].get("until") or [])

@@ -1,7 +1,7 @@
 """Text adapter and image projection, which map caption embeddings and image features to the shared embedding space.
 
-The adapter follows the LLM2CLIP paper (arXiv 2411.04997, section 3.3). Exported models contain a copy of its classes
-(`export/modeling_llm2clip.py`). If you change the adapter, change the copy as well; a test compares the two.
+The adapter follows the LLM2CLIP paper (arXiv 2411.04997, section 3.3). Exported models contain a copy of this file, so
+it must not import llm2clip.
 """
 
 from __future__ import annotations

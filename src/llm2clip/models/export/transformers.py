@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from llm2clip.models.export import modeling_llm2clip
-from llm2clip.models.export.modeling_llm2clip import LLM2CLIPExport, LLM2CLIPExportConfig, LLM2CLIPImageProcessor
+from llm2clip.models import heads, modeling_llm2clip
 from llm2clip.models.hub.loading import build_config
 from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.modeling_llm2clip import LLM2CLIPExport, LLM2CLIPExportConfig, LLM2CLIPImageProcessor
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.latent_attention import LatentAttentionPooling
 from llm2clip.models.vision.vision_tower import VisionTower
 
 POOLINGS = ("mean", "lasttoken", "cls")
-CODE_FILE = "modeling_llm2clip.py"
 MIN_COSINE = 0.9999  # minimum cosine similarity between the exported and the original model's embeddings
 SAMPLE_TEXTS = (
     "a dog",
@@ -43,7 +42,7 @@ def export_transformers(model: LLM2CLIP, folder: Path) -> None:
     """
     exported = build_export_model(model)
     exported.config.architectures = [LLM2CLIPExport.__name__]
-    module = CODE_FILE.removesuffix(".py")
+    module = Path(modeling_llm2clip.__file__).stem
     exported.config.auto_map = {
         "AutoConfig": f"{module}.{LLM2CLIPExportConfig.__name__}",
         "AutoModel": f"{module}.{LLM2CLIPExport.__name__}",
@@ -51,7 +50,8 @@ def export_transformers(model: LLM2CLIP, folder: Path) -> None:
     exported.config.save_pretrained(folder)
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in exported.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    shutil.copyfile(modeling_llm2clip.__file__, folder / CODE_FILE)
+    for code in (modeling_llm2clip, heads):
+        shutil.copy(str(code.__file__), folder)
     build_tokenizer(model.encoder).save_pretrained(folder)
     processor_config = model.tower.preprocess.to_dict()
     if model.tower.preprocess.crop_rounding == "half_even":

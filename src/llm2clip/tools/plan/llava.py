@@ -116,10 +116,6 @@ class LlavaStage:
         parts["activations"] = micro_batch_size * per_conversation
         return {**parts, "libraries": FRAMEWORK_OVERHEAD, "loading": 0.0}
 
-    @property
-    def fits(self) -> bool:
-        return fits(self.memory, self.machine.device_spec.memory)
-
 
 def plan_llava(
     config: LlavaConfig,
@@ -179,19 +175,19 @@ def plan_llava(
 
 
 def format_llava_plan(stages: dict[str, LlavaStage]) -> list[str]:
-    """Format the plan as lines of text."""
     first = stages["pretrain"]
     machine = first.machine
     parameters = ", ".join(f"{name} {count / 1e9:.2f}B" for name, count in first.parameters.items())
     lines = [f"Parameters: {parameters}; {first.image_tokens} tokens per image"]
     for name, stage in stages.items():
-        verdict = "fits" if stage.fits else f"does not fit into {machine.device_spec.memory:.0f} GB: try --use_fsdp"
-        largest_parts = sorted(stage.memory.items(), key=lambda part: -part[1])[:4]
+        memory, limit = stage.memory, machine.device_spec.memory
+        verdict = "fits" if fits(memory, limit) else f"does not fit into {limit:.0f} GB: try --use_fsdp"
+        largest_parts = sorted(memory.items(), key=lambda part: -part[1])[:4]
         parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in largest_parts)
         lines += [
             f"{name}: {stage.hours:.1f} hours on {machine.count} x {machine.device} for "
             f"{stage.conversations:,} conversations, {stage.flop / 1e12:.1f} TFLOP each",
-            f"  {peak_memory(stage.memory) / 1e9:.0f} GB per device ({verdict}): {parts}",
+            f"  {peak_memory(memory) / 1e9:.0f} GB per device ({verdict}): {parts}",
             f"  cached patch features would take {stage.feature_bytes / 1e9:,.0f} GB",
         ]
     lines.append(

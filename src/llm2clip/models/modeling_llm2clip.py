@@ -1,4 +1,4 @@
-"""LLM2CLIP model (arXiv 2411.04997) for transformers, in a single file.
+"""LLM2CLIP model (arXiv 2411.04997) for transformers.
 
     from transformers import AutoModel, AutoProcessor
     model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
@@ -9,7 +9,7 @@
 
 Requires torch, torchvision, transformers >= 5.10 and, for timm vision towers, timm.
 
-`llm2clip export` copies this file into the exported folder, so it must not import llm2clip.
+`llm2clip export` copies this file and heads.py into the exported folder, so they must not import llm2clip.
 """
 
 from typing import Any
@@ -29,6 +29,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPOutput
+
+from .heads import Adapter  # relative, because transformers imports the copies without llm2clip
 
 
 class LLM2CLIPExportConfig(PretrainedConfig):
@@ -68,43 +70,6 @@ class LLM2CLIPImageProcessor(CLIPImageProcessor):
     def center_crop(self, image: Any, size: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Crop the centre of an image of shape (..., H, W) to shape (..., size.height, size.width)."""
         return tvF.center_crop(image, [size.height, size.width])
-
-
-class ResidualBlock(nn.Module):
-    """x + Linear(GELU(Linear(LayerNorm(x)))), with a hidden layer of `expansion * dim` units."""
-
-    def __init__(self, dim: int, expansion: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.up = nn.Linear(dim, expansion * dim)
-        self.down = nn.Linear(expansion * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map hidden states of shape (N, dim) to hidden states of the same shape."""
-        return x + self.down(F.gelu(self.up(self.norm(x))))
-
-
-class Adapter(nn.Module):
-    """Text adapter: L2-normalise (optional) -> `depth` residual blocks -> LayerNorm -> Linear.
-
-    The paper uses depth 4 and expansion 2. With 4096 input and 1280 output dimensions, this adapter has 273.8 M
-    parameters. In the checkpoints released with the paper, adapters trained on cached embeddings L2-normalise their
-    input (`normalize_input=True`), whereas those trained with the LLM in the training loop do not.
-    """
-
-    def __init__(
-        self, text_dim: int, embed_dim: int, depth: int = 4, expansion: int = 2, normalize_input: bool = True
-    ) -> None:
-        super().__init__()
-        self.normalize_input = normalize_input
-        self.blocks = nn.Sequential(*(ResidualBlock(text_dim, expansion) for _ in range(depth)))
-        self.norm = nn.LayerNorm(text_dim)
-        self.out = nn.Linear(text_dim, embed_dim)
-
-    def forward(self, embeddings: Tensor) -> Tensor:
-        """Map caption embeddings of shape (N, text_dim) to unnormalised text embeddings of shape (N, embed_dim)."""
-        x = F.normalize(embeddings, dim=-1) if self.normalize_input else embeddings
-        return self.out(self.norm(self.blocks(x)))
 
 
 class LLM2CLIPExport(PreTrainedModel):
