@@ -187,7 +187,7 @@ def _count_image_tokens(vision: Any, size: int) -> tuple[int, int]:
 
 def _resize_position_embeddings(vision: Any, size: int) -> None:
     """Interpolate the position embeddings of a CLIP or SigLIP tower to a different image size."""
-    embeddings = getattr(vision, "vision_model", vision).embeddings
+    embeddings = vision.embeddings
     old = embeddings.position_embedding.weight  # (class token and patches, width)
     patch_size = vision.config.patch_size
     patches = (size // patch_size) ** 2

@@ -22,10 +22,8 @@ from transformers import (
     AutoConfig,
     AutoModel,
     CLIPImageProcessor,
-    CLIPVisionModel,
     PretrainedConfig,
     PreTrainedModel,
-    SiglipVisionModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPOutput
@@ -159,10 +157,4 @@ def _build_tower(config: dict[str, Any]) -> nn.Module:
         import timm
 
         return timm.create_model(config["architecture"], pretrained=False, **config["args"])
-    hf_config = AutoConfig.for_model(**config["architecture"])
-    classes = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
-    if hf_config.model_type in classes:
-        model = classes[hf_config.model_type](hf_config)
-    else:
-        model = AutoModel.from_config(hf_config)
-    return getattr(model, "vision_model", model)
+    return AutoModel.from_config(AutoConfig.for_model(**config["architecture"]))

@@ -194,24 +194,19 @@ def build_vision_model(tower: VisionTower) -> Any:
 
     A timm tower becomes a `TimmWrapperModel`. A transformers tower keeps its model class, such as `CLIPVisionModel`.
     """
-    from transformers import AutoModel, CLIPVisionModel, SiglipVisionModel, TimmWrapperConfig, TimmWrapperModel
+    from transformers import AutoModel, TimmWrapperConfig, TimmWrapperModel
 
-    architecture = tower.config["architecture"]
     tensors = {name: tensor.detach().cpu() for name, tensor in tower.backbone.state_dict().items()}
-    if tower.config["library"] == "timm":
-        args = {name: value for name, value in tower.config["args"].items() if name != "num_classes"}
-        timm_config: Any = TimmWrapperConfig(architecture=architecture, model_args=args)
-        timm_config.num_labels = 0
-        timm_model: Any = TimmWrapperModel(timm_config)
-        timm_model.timm_model.load_state_dict(tensors)
-        return timm_model.float().eval()
-
-    config = build_config(architecture)
-    classes: dict[str, Any] = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
-    model_class = classes.get(config.model_type)
-    model = model_class(config) if model_class else AutoModel.from_config(config)
-    # Before transformers 5.3, the CLIP and SigLIP classes stored the vision model in the attribute `vision_model`.
-    getattr(model, "vision_model", model).load_state_dict(tensors)
+    model: Any
+    if tower.config["library"] == "transformers":
+        model = AutoModel.from_config(build_config(tower.config["architecture"]))
+        model.load_state_dict(tensors)
+        return model.float().eval()
+    args = {name: value for name, value in tower.config["args"].items() if name != "num_classes"}
+    config: Any = TimmWrapperConfig(architecture=tower.config["architecture"], model_args=args)
+    config.num_labels = 0
+    model = TimmWrapperModel(config)
+    model.timm_model.load_state_dict(tensors)
     return model.float().eval()
 
 
