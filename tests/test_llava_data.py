@@ -154,7 +154,7 @@ def test_read_conversations_merges_rows_of_the_same_image(image_folder: Path, tm
     assert [record.captions for record in records] == [("a dog", "a man"), ("a cat",)]
 
 
-def test_conversations_are_made_from_captions_and_named_objects() -> None:
+def test_conversations_are_made_from_captions() -> None:
     records = [
         Record("1", FileImage("1.jpg"), ("A dog and a man.", "Two animals."), long_captions=("A dog. A man. Snow.",)),
         Record("2", FileImage("2.jpg"), ("A cat on a bench.",)),
@@ -166,11 +166,7 @@ def test_conversations_are_made_from_captions_and_named_objects() -> None:
     ]  # fmt: skip
     prompts = {conversation.turns[0][0] for conversation in captioning}
     assert any(word in prompt for prompt in prompts for word in ("detail", "long", "paragraph"))
-    yes_no = make_instruction_conversations(records)[len(captioning) :]
-    assert {conversation.id for conversation in yes_no} == {"1", "2"}
-    for conversation in yes_no:
-        answers = [answer for _, answer in conversation.turns]
-        assert answers.count("Yes") == answers.count("No") > 0
+    assert make_instruction_conversations(records) == captioning + make_object_conversations(records)
 
 
 # ---- questions about objects ----------------------------------------------------------------------------------------

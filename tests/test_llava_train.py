@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from conftest import Killed, emulate_fsdp_launch, make_llm, run_distributed
 from llava_fixtures import build_tiny_llava, load_model, load_weights, make_conversations, make_vision_tower
@@ -59,12 +60,9 @@ def test_each_stage_changes_only_its_own_weights(
     built: Path, conversations: list[Conversation], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     initial = load_weights(built)
-    pretrained = load_weights(train(built, conversations, [], SMALL, tmp_path / "pretrained"))
-    changed = changed_names(initial, pretrained)
-    assert changed
-    assert all("multi_modal_projector" in name for name in changed)
-
     both = load_weights(train(built, conversations, conversations, SMALL, tmp_path / "both"))
+    pretrained = initial | load_file(tmp_path / "both/pretrain/learned.safetensors")
+    assert changed_names(initial, pretrained) == {name for name in initial if "multi_modal_projector" in name}
     assert changed_names(pretrained, both) == {name for name in initial if "vision_tower" not in name}
     metrics = [json.loads(line) for line in (tmp_path / "both/instruct/metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["train_loss"] > 0

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -149,7 +148,8 @@ def _export_graph(graph: _Graph, folder: Path) -> str:
     assert program is not None
     program.save(str(file))
     one_row = {name: tensor[:1] for name, tensor in graph.inputs.items()}
-    cosine = float(np.min([_compute_min_cosine(file, graph.module, inputs) for inputs in (graph.inputs, one_row)]))
+    cosines = [_compute_min_cosine(file, graph.module, inputs) for inputs in (graph.inputs, one_row)]
+    cosine = float(torch.tensor(cosines).min())
     if not cosine >= MIN_COSINE:  # written this way so that NaN fails as well
         raise ValueError(f"the embeddings from {file.name} differ from PyTorch's: cosine similarity {cosine:.5f}")
     return f"{file.name}: minimum cosine similarity to PyTorch's embeddings {cosine:.6f}"
@@ -193,7 +193,5 @@ def _compute_min_cosine(file: Path, module: nn.Module, inputs: Mapping[str, Tens
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    embeddings = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0]
-    expected = module(*inputs.values()).numpy()
-    norms = np.linalg.norm(embeddings, axis=1) * np.linalg.norm(expected, axis=1)
-    return float(np.min((embeddings * expected).sum(1) / norms))
+    embeddings = torch.from_numpy(session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0])
+    return float(torch.cosine_similarity(embeddings, module(*inputs.values())).min())

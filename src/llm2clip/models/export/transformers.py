@@ -127,8 +127,6 @@ def _check_modules(encoder: CaptionEncoder) -> None:
         raise ValueError(
             f"the caption encoder uses {pooling!r} pooling; supported pooling modes: {', '.join(POOLINGS)}"
         )
-    if len(encoder.st) > 3:
-        raise ValueError(f"the caption encoder has {len(encoder.st)} modules, but the format supports at most 3")
 
 
 def _build_export_config(model: LLM2CLIP, llm: Any) -> LLM2CLIPExportConfig:
