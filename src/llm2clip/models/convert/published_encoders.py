@@ -155,27 +155,25 @@ def _merge_adapter(encoder: CaptionEncoder, folder: Path) -> None:
 
 def _resolve_chain(sources: Sequence[str | Path]) -> tuple[str, list[Path]]:
     """Return the base LLM and the adapter folders. The adapters are in the order in which they must be merged."""
-    folders = [find_adapter(source) for source in sources]
-    starts_with_llm = folders[0] is None and len(sources) > 1
-    adapters: list[Path] = []
-    for source, folder in list(zip(sources, folders, strict=True))[starts_with_llm:]:
+    base = None
+    if len(sources) > 1 and find_adapter(sources[0]) is None:
+        base, sources = str(sources[0]), sources[1:]
+    chain: list[Path] = []
+    for source in sources:
+        folder = find_adapter(source)
         if folder is None:
             raise ValueError(f"{source} is not a PEFT adapter: it has no {ADAPTER_CONFIG}")
-        adapters.append(folder)
-    return (str(sources[0]), adapters) if starts_with_llm else _find_base(adapters)
-
-
-def _find_base(adapters: list[Path]) -> tuple[str, list[Path]]:
-    """Return the base LLM and all adapters of the chain. An adapter's base model can itself be an adapter."""
-    chain = list(adapters)
-    while True:
-        base = str(read_json(chain[0] / ADAPTER_CONFIG)["base_model_name_or_path"])
-        parent = find_adapter(base)
+        chain.append(folder)
+    while base is None:
+        parent_name = str(read_json(chain[0] / ADAPTER_CONFIG)["base_model_name_or_path"])
+        parent = find_adapter(parent_name)  # the base model of an adapter can itself be an adapter
         if parent is None:
-            return base, chain
-        if parent in chain:
-            raise ValueError(f"{chain[0] / ADAPTER_CONFIG} names the adapter {base} as its own base model")
-        chain.insert(0, parent)
+            base = parent_name
+        elif parent in chain:
+            raise ValueError(f"{chain[0] / ADAPTER_CONFIG} names the adapter {parent_name} as its own base model")
+        else:
+            chain.insert(0, parent)
+    return base, chain
 
 
 def _read_settings(adapter: Path) -> dict[str, Any]:
