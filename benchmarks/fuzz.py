@@ -50,7 +50,7 @@ from llm2clip.models.convert.checkpoint_io import read_checkpoint
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import LLM2CLIPConfig, is_model_folder
 from llm2clip.models.vision.vision_tower import VisionTower
-from llm2clip.search.scan import read_date_taken
+from llm2clip.search.build import read_date_taken
 
 MEMORY_LIMIT = 2 << 30  # bytes of address space in addition to that of the imported libraries
 TIME_LIMIT = 10.0  # CPU seconds per input

@@ -15,7 +15,7 @@ from llm2clip.data.image_header import ImageFormatError, is_heic, open_header
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import ImageError, load_image
 from llm2clip.search.backends import Backend, IndexedImage
-from llm2clip.search.scan import container_version, format_file_version
+from llm2clip.search.build import container_version, format_file_version
 
 # A small AVIF or HEIC file can contain any number of hidden frames, all of which would be decoded.
 NOT_ACCEPTED = "{} images are not accepted in requests. Convert the image to JPEG, PNG or WebP"
