@@ -131,17 +131,11 @@ def _encode_local_shards(plan: WritePlan, encoder: CaptionEncoder, batch_tokens:
 
 @dataclass(frozen=True)
 class TokenizedShard:
-    """Tokenized captions of a shard.
+    """Tokenized captions of a shard."""
 
-    Attributes:
-        captions: Captions that could be tokenized.
-        tokens: Token ids of `captions`.
-        refused: (caption, reason) for each caption that could not be tokenized.
-    """
-
-    captions: list[str]
+    captions: list[str]  # captions that could be tokenized
     tokens: TokenizedTexts
-    refused: list[tuple[str, str]]
+    refused: list[tuple[str, str]]  # (caption, reason) for each caption that could not be tokenized
 
 
 def tokenize_shard(captions: Sequence[str], encoder: CaptionEncoder) -> TokenizedShard:

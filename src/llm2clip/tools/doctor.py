@@ -31,19 +31,12 @@ MIN_SHARED_MEMORY_MB = 64  # shared memory for one batch of decoded images per w
 
 @dataclass(frozen=True)
 class Check:
-    """Result of a check.
+    """Result of a check."""
 
-    Attributes:
-        name: Name of the checked item, such as "memory".
-        result: The measured values.
-        fix: How to fix the problem. Empty if there is no problem.
-        failed: True if `llm2clip fit` would fail.
-    """
-
-    name: str
-    result: str
-    fix: str = ""
-    failed: bool = False
+    name: str  # of the checked item, such as "memory"
+    result: str  # the measured values
+    fix: str = ""  # how to fix the problem; empty if there is none
+    failed: bool = False  # whether `llm2clip fit` would fail
 
     @property
     def verdict(self) -> str:

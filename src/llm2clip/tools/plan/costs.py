@@ -35,58 +35,33 @@ from llm2clip.train.optim import set_trainable
 
 @dataclass(frozen=True)
 class PassCosts:
-    """Costs of a forward and a backward pass for one item, such as an image or a caption.
-
-    Attributes:
-        forward: FLOPs of the forward pass.
-        backward: FLOPs of the backward pass.
-        saved: Size of the activations that autograd saves, in bytes.
-        layer_inputs: Total size of the inputs to all layers, in bytes.
-        copies: Size of the half-precision copies of trained weights that autograd saves, in bytes. It does not depend
-            on the number of items.
-    """
+    """Costs of a forward and a backward pass for one item, such as an image or a caption, in FLOPs and bytes."""
 
     forward: float
     backward: float
-    saved: float
-    layer_inputs: float
-    copies: float
+    saved: float  # activations that autograd saves
+    layer_inputs: float  # inputs to all layers
+    copies: float  # half-precision copies of trained weights that autograd saves, for any number of items
 
 
 @dataclass(frozen=True)
 class TextCosts:
-    """Costs of running and fine-tuning the language model.
+    """Costs of running and fine-tuning the language model."""
 
-    Attributes:
-        tokens: Number of tokens per caption, including the template.
-        embed_dim: Dimension of the stored embeddings.
-        parameters: Number of parameters, excluding the language modelling head.
-        linear: Number of weights in all linear layers.
-        largest_linear: Number of linear weights in the largest transformer layer.
-        largest_matrix: Number of weights in the largest linear layer.
-        layers: Number of transformer layers.
-        trained: Number of parameters that the `tune` stage trains.
-        forward: FLOPs of a forward pass without LoRA, per caption.
-        tune_forward, tune_backward: FLOPs of the passes in a `tune` step, per caption.
-        saved_per_token: Size of the activations that autograd saves per token in each transformer layer, in bytes.
-        input_per_token: Size of a transformer layer's input per token, in bytes.
-        saved_outside: Size of the activations that autograd saves per token outside the transformer layers.
-    """
-
-    tokens: float
-    embed_dim: int
-    parameters: int
-    linear: int
-    largest_linear: int
-    largest_matrix: int
-    layers: int
-    trained: int
-    forward: float
-    tune_forward: float
-    tune_backward: float
-    saved_per_token: float
-    input_per_token: float
-    saved_outside: float
+    tokens: float  # per caption, including the template
+    embed_dim: int  # of the stored embeddings
+    parameters: int  # excluding the language modelling head
+    linear: int  # number of weights in all linear layers
+    largest_linear: int  # number of linear weights in the largest transformer layer
+    largest_matrix: int  # number of weights in the largest linear layer
+    layers: int  # number of transformer layers
+    trained: int  # number of parameters that the `tune` stage trains
+    forward: float  # FLOPs of a forward pass without LoRA, per caption
+    tune_forward: float  # FLOPs of the forward pass in a `tune` step, per caption
+    tune_backward: float  # FLOPs of the backward pass in a `tune` step, per caption
+    saved_per_token: float  # bytes that autograd saves per token in each transformer layer
+    input_per_token: float  # bytes of a transformer layer's input per token
+    saved_outside: float  # bytes that autograd saves per token outside the transformer layers
 
     def tune_flop(self, config: TuneConfig) -> float:
         """Return the FLOPs per caption in a `tune` step, including repeated forward passes."""
@@ -98,37 +73,22 @@ class TextCosts:
 
 @dataclass(frozen=True)
 class ImageCosts:
-    """Costs of running and training the model of the `align` stage, per image with its captions.
+    """Costs of running and training the model of the `align` stage, per image with its captions."""
 
-    Attributes:
-        tower, projection, adapter: Number of parameters in each component.
-        trained: Number of parameters that the `align` stage trains.
-        feature_dim: Dimension of the tower's image features.
-        embed_dim: Dimension of the shared embedding space.
-        captions: Number of captions used per image in each step.
-        tower_forward: FLOPs of the tower's forward pass.
-        forward, backward: FLOPs of the passes in a training step. If the tower is frozen, `forward` excludes it.
-        saved: Size of the activations that autograd saves, in bytes.
-        saved_per_layer: Size of the activations that autograd saves in each tower layer, in bytes. 0 if the tower is
-            frozen.
-        layer_inputs: Total size of the inputs to all tower layers, in bytes. 0 if the tower is frozen.
-        copies: Size of the half-precision copies of weights that autograd saves, in bytes.
-    """
-
-    tower: int
+    tower: int  # number of parameters, as of the next two components
     projection: int
     adapter: int
-    trained: int
-    feature_dim: int
-    embed_dim: int
-    captions: float
-    tower_forward: float
-    forward: float
-    backward: float
-    saved: float
-    saved_per_layer: float
-    layer_inputs: float
-    copies: float
+    trained: int  # number of parameters that the `align` stage trains
+    feature_dim: int  # of the tower's image features
+    embed_dim: int  # of the shared embedding space
+    captions: float  # number of captions used per image in each step
+    tower_forward: float  # FLOPs of the tower's forward pass
+    forward: float  # FLOPs of the forward pass in a training step, without a frozen tower
+    backward: float  # FLOPs of the backward pass in a training step
+    saved: float  # bytes that autograd saves
+    saved_per_layer: float  # bytes that autograd saves in each tower layer; 0 if the tower is frozen
+    layer_inputs: float  # bytes of the inputs to all tower layers; 0 if the tower is frozen
+    copies: float  # bytes of the half-precision copies of weights that autograd saves
 
     @property
     def parameters(self) -> int:
@@ -142,9 +102,6 @@ def measure_text_costs(encoder: EncoderConfig, tune: TuneConfig, tokens: float, 
         tune: Settings of the `tune` stage; `tune.precision` must be fp32, bf16 or fp16.
         tokens: Number of tokens per caption, including the template.
         is_cpu: If True, decoders use the packed attention of CPUs, which is not fused.
-
-    Raises:
-        ValueError: The language model is unknown.
     """
     config = get_llm_config(encoder)
     llm = build_llm(config)
@@ -236,10 +193,9 @@ def measure_pass(
     """Measure the costs per item. Must be called within a `FakeTensorMode`.
 
     Args:
-        model: Model whose weights do not count as activations.
-        layers: Layers whose input sizes are measured.
+        layers: Layers of the model, whose input sizes are measured.
         run: Function that returns the model's output for a number of items.
-        precision: Matmul precision: fp32, bf16 or fp16.
+        precision: fp32, bf16 or fp16.
     """
     saved_bytes = {}
     for items in (2, 1):  # the difference excludes bytes that do not grow with the number of items

@@ -14,23 +14,13 @@ MFU = {"tune": 0.4, "embed": 0.4, "align": 0.25}
 
 @dataclass(frozen=True)
 class Device:
-    """Specifications of an accelerator.
+    """Specifications of an accelerator. Throughputs are of dense matmuls, in 10^12 FLOP/s."""
 
-    Attributes:
-        name: Device name on the command line.
-        half: Dense half-precision matmul throughput with fp32 accumulation, in 10^12 FLOP/s. Half precision is bf16,
-            or fp16 if `bf16` is False.
-        full: fp32 matmul throughput without tensor cores (PyTorch's default), in 10^12 FLOP/s.
-        memory: Memory in GB (10^9 bytes). Manufacturers use units of 2^30 bytes; the difference of 7% is reserved for
-            the driver.
-        bf16: True if the hardware supports bf16 matmuls.
-    """
-
-    name: str
-    half: float
-    full: float
-    memory: float
-    bf16: bool = True
+    name: str  # on the command line
+    half: float  # bf16 with fp32 accumulation, or fp16 if `bf16` is False
+    full: float  # fp32 without tensor cores, which is PyTorch's default
+    memory: float  # GB (10^9 bytes). Manufacturers use 2^30 bytes; the difference of 7% is reserved for the driver
+    bf16: bool = True  # whether the hardware supports bf16 matmuls
 
     def precision(self, setting: str, stage: Stage = "tune") -> str:
         """Convert a stage's precision setting to fp32, bf16 or fp16. bf16+N and calibrated are converted to bf16.
