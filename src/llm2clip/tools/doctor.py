@@ -51,7 +51,7 @@ def doctor(run_dir: Path, offline: bool = False) -> list[Check]:
         run_dir: Folder for runs. It does not have to exist.
         offline: If True, skip the check that connects to the model hub.
     """
-    checks = [*check_packages(), *check_extras(), *check_compute(), *check_memory(), *check_disks(run_dir)]
+    checks = [*check_packages(), *check_compute(), *check_memory(), *check_disks(run_dir)]
     return checks if offline else [*checks, *check_hub()]
 
 
@@ -92,24 +92,20 @@ def find_version_problem(requirement: Requirement) -> str | None:
 
 
 def check_packages() -> Iterator[Check]:
-    """Check the versions of the packages that the base install requires."""
-    versions = f"llm2clip {metadata.version('llm2clip')}, Python {platform.python_version()}"
-    problems = _find_problems(read_requirements().get("", []))
-    if problems:
-        fix = f"{sys.executable} -m {install_command()}"
-        yield Check("packages", f"{versions}; {', '.join(problems)}", fix, failed=True)
-    else:
-        yield Check("packages", f"{versions}, torch {metadata.version('torch')}; all versions supported")
-
-
-def check_extras() -> Iterator[Check]:
-    """Check which optional features are installed."""
+    """Check the versions of the packages that the base install and the optional features require."""
     for extra, packages in sorted(read_requirements().items()):
-        if not extra or extra in DEVELOPER_EXTRAS:
+        if extra in DEVELOPER_EXTRAS:
             continue
-        problems = _find_problems(packages)
-        fix = f"{sys.executable} -m {install_command(extra)}" if problems else ""
-        yield Check(f"extra: {extra}", ", ".join(problems or [package.name for package in packages]), fix)
+        problems = [problem for package in packages if (problem := find_version_problem(package))]
+        command = install_command(extra) if extra else install_command()
+        fix = f"{sys.executable} -m {command}" if problems else ""
+        if extra:
+            yield Check(f"extra: {extra}", ", ".join(problems or [package.name for package in packages]), fix)
+            continue
+        versions = f"llm2clip {metadata.version('llm2clip')}, Python {platform.python_version()}"
+        if not problems:
+            problems = [f"torch {metadata.version('torch')}", "all versions supported"]
+        yield Check("packages", f"{versions}; {', '.join(problems)}", fix, failed=bool(fix))
 
 
 def check_compute() -> Iterator[Check]:
@@ -216,7 +212,3 @@ def check_hub() -> Iterator[Check]:
         yield Check("hub", f"{ENDPOINT} did not respond: {error}", fix)
     else:
         yield Check("hub", f"{ENDPOINT} is reachable (HTTP {status})")
-
-
-def _find_problems(packages: list[Requirement]) -> list[str]:
-    return [problem for package in packages if (problem := find_version_problem(package))]

@@ -123,7 +123,7 @@ def estimate_optimizer_memory(trained: float, machine: Machine) -> Parts:
 
 
 def bytes_per_value(precision: str) -> int:
-    """Return the size of one matmul input value, in bytes."""
+    """Return the size of a matmul input, in bytes per value."""
     return 4 if precision == "fp32" else 2
 
 
@@ -139,10 +139,7 @@ def fits(parts: Parts, memory: float) -> bool:
 
 
 def _exclude_gradients(activations: float, trained: float, several_passes: bool) -> float:
-    """Return how much memory the activations of a pass need in addition to the gradients of `trained` weights.
-
-    `several_passes` is True if gradients are accumulated over several passes.
-    """
+    """Return how much memory activations need in addition to the gradients of `trained` weights; see above."""
     return activations if several_passes else max(0.0, activations - 4 * trained)
 
 

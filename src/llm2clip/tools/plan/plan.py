@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -111,9 +111,7 @@ class Plan:
     def suggest(self, stage: str) -> list[tuple[str, float]]:
         """Return command-line flags that make `tune` or `align` fit, and the resulting peak memory in bytes."""
         if stage == "tune":
-            return suggest_settings(
-                self.config.tune, self.machine, lambda config, machine: estimate_tune_memory(self.text, config, machine)
-            )
+            return suggest_settings(self.config.tune, self.machine, partial(estimate_tune_memory, self.text))
         if stage == "align":
             return suggest_settings(self.config.align, self.machine, self._estimate_changed_align_memory)
         return []
@@ -228,11 +226,10 @@ def check_resources(config: FitConfig, run_dir: Path, records: Sequence[Record])
 
 def _list_memory_warnings(plan: Plan) -> list[str]:
     warnings = []
-    for stage, parts in plan.memory.items():
-        if not plan.fits[stage]:
-            needed, free = peak_memory(parts) / 1e9, plan.machine.device_spec.memory
-            warnings.append(f"Warning: {stage} needs about {needed:.1f} GB of memory, but {free:.1f} GB are free.")
-            warnings += [f"  {flags} reduces this to {size / 1e9:.1f} GB" for flags, size in plan.suggest(stage)]
+    for stage in (stage for stage, stage_fits in plan.fits.items() if not stage_fits):
+        needed, free = peak_memory(plan.memory[stage]) / 1e9, plan.machine.device_spec.memory
+        warnings.append(f"Warning: {stage} needs about {needed:.1f} GB of memory, but {free:.1f} GB are free.")
+        warnings += [f"  {flags} reduces this to {size / 1e9:.1f} GB" for flags, size in plan.suggest(stage)]
     return warnings
 
 
