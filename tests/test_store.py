@@ -28,7 +28,7 @@ from llm2clip.data.records import Record
 from llm2clip.io_utils import atomic_path
 from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.runs.output_folder import FolderInUseError, FormatVersionError, folder_lock
+from llm2clip.runs.output_folder import FolderInUseError, FormatVersionError
 from llm2clip.store.encode import embed
 from llm2clip.store.key_index import KeyIndex, build_key_index, sort_partitions, split_by_key, split_keys
 from llm2clip.store.layout import StoreError, read_shards
@@ -268,12 +268,6 @@ def test_embed_resumes_after_kill_at_any_moment(encoder: CaptionEncoder, llm: Pa
         assert not (folder / ".incoming").exists() and not list(folder.glob(".*.part*"))
 
 
-def test_embed_raises_while_another_run_holds_the_lock(encoder: CaptionEncoder, tmp_path: Path) -> None:
-    with folder_lock(tmp_path), pytest.raises(FolderInUseError, match="another run is writing to"):
-        embed(CAPTIONS, encoder, tmp_path)
-    assert len(embed(CAPTIONS, encoder, tmp_path)) == 50
-
-
 LOCK_AND_WAIT = """
 import sys
 from pathlib import Path
@@ -285,15 +279,14 @@ with folder_lock(Path(sys.argv[1])):
 """
 
 
-def test_lock_is_released_when_its_process_is_killed(tmp_path: Path) -> None:
+def test_embed_raises_until_the_process_with_the_lock_is_killed(encoder: CaptionEncoder, tmp_path: Path) -> None:
     command = [sys.executable, "-c", LOCK_AND_WAIT, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "locked\n"
-        with pytest.raises(FolderInUseError, match="another run is writing to"), folder_lock(tmp_path):
-            pass
+        with pytest.raises(FolderInUseError, match="another run is writing to"):
+            embed(CAPTIONS, encoder, tmp_path)
         process.send_signal(signal.SIGKILL)
-    with folder_lock(tmp_path):
-        pass
+    assert len(embed(CAPTIONS, encoder, tmp_path)) == 50
 
 
 def test_atomic_path_removes_a_hard_link_to_the_file_itself(tmp_path: Path) -> None:
@@ -536,15 +529,11 @@ def test_readers_limit_and_close_open_files(
     tmp_path: Path, read_mode: ReadMode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llm2clip.store.store.MAX_OPEN_FILES", 2)
-    writer = StoreWriter(tmp_path, IDENTITY, 3, "int8")
-    for number in range(9):
-        writer.write(number, [str(number)], [1], np.full((1, 3), number))
-    writer.finish()
-    store = EmbeddingStore(tmp_path, read_mode)
+    store = EmbeddingStore(write_store(tmp_path, *([str(n)] for n in range(9)), dtype="int8"), read_mode)
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(2):
         assert store.take([8, 0, 5, 1])[:, 0].tolist() == [8, 0, 5, 1]
-        assert np.allclose(store.take(range(9))[:, 2], range(9), atol=1e-5)
+        assert np.allclose(store.take(range(9))[:, 1], range(9), atol=1e-5)
     assert len(os.listdir("/proc/self/fd")) <= before + 4
     del store
     gc.collect()
@@ -552,11 +541,8 @@ def test_readers_limit_and_close_open_files(
 
 
 def test_pread_reader_raises_if_a_shard_is_truncated_later(tmp_path: Path) -> None:
-    writer = StoreWriter(tmp_path, IDENTITY, 4)
-    writer.write(0, ["a", "b"], [1, 1], np.ones((2, 4)))
-    writer.finish()
-    store = EmbeddingStore(tmp_path, "pread")
-    os.truncate(tmp_path / "embeddings-00000.npy", 140)
+    store = EmbeddingStore(write_store(tmp_path, ["a", "b"]), "pread")
+    os.truncate(tmp_path / "embeddings-00000.npy", 132)  # 128 bytes of header, and 4 of 8 bytes of embeddings
     with pytest.raises(StoreError, match="truncated while it was being read"):
         store.take([1])
 
@@ -579,10 +565,8 @@ def test_available_memory_respects_the_control_group(tmp_path: Path, monkeypatch
 def test_store_is_mapped_if_it_takes_less_than_half_of_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    writer = StoreWriter(tmp_path, IDENTITY, 3)
-    writer.write(0, list("abcde"), [1] * 5, np.ones((5, 3)))  # 30 bytes of embeddings
-    writer.finish()
-    for memory, reader in ((61, MmapReader), (60, PreadReader)):
+    write_store(tmp_path, list("abcde"))  # 20 bytes of embeddings
+    for memory, reader in ((41, MmapReader), (40, PreadReader)):
         monkeypatch.setattr("llm2clip.store.store.available_memory", lambda memory=memory: memory)
         store = EmbeddingStore(tmp_path)
         assert type(store._reader) is reader
@@ -592,13 +576,11 @@ def test_store_is_mapped_if_it_takes_less_than_half_of_the_memory(
 
 
 @pytest.mark.parametrize("read_mode", ["mmap", "pread"])
-def test_store_can_be_read_in_forked_workers(encoder: CaptionEncoder, tmp_path: Path, read_mode: ReadMode) -> None:
-    embed(CAPTIONS, encoder, tmp_path, shard_size=8)
-    store = EmbeddingStore(tmp_path, read_mode)
-    data = [store.find_rows([caption]) for caption in CAPTIONS]
-    expected = [store.take(rows) for rows in data]  # starts the threads of this process
+def test_store_can_be_read_in_forked_workers(tmp_path: Path, read_mode: ReadMode) -> None:
+    store = EmbeddingStore(write_store(tmp_path, *(CAPTIONS[i : i + 8] for i in range(0, 50, 8))), read_mode)
+    expected = [store.take([row]) for row in range(50)]  # starts the threads of this process
     loader = torch.utils.data.DataLoader(
-        RowDataset(store, data),
+        RowDataset(store),
         batch_size=5,
         num_workers=2,
         collate_fn=list,
@@ -609,14 +591,14 @@ def test_store_can_be_read_in_forked_workers(encoder: CaptionEncoder, tmp_path: 
 
 
 class RowDataset(torch.utils.data.Dataset[np.ndarray]):
-    def __init__(self, store: EmbeddingStore, rows: list[np.ndarray]) -> None:
-        self.store, self.rows = store, rows
+    def __init__(self, store: EmbeddingStore) -> None:
+        self.store = store
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return 50
 
-    def __getitem__(self, n: int) -> np.ndarray:
-        return self.store.take(self.rows[n])
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.store.take([row])
 
 
 # ---- command -------------------------------------------------------------------------------------------------------
