@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from conftest import make_llm
-from fake_memory import PeakMemory, count_bytes, fake_tensors
 from llm2clip.config import AlignConfig, EncoderConfig, TuneConfig
 from llm2clip.cpu_tuning import onednn_is_faster
 from llm2clip.models.text import packing
@@ -54,6 +58,51 @@ def fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use fused attention, as on GPUs."""
     monkeypatch.setattr(packing, "MAX_UNFUSED_LENGTH", 0)
     onednn_is_faster()  # compares values, which fake tensors do not have; the result is cached
+
+
+class PeakMemory(TorchDispatchMode):
+    """Records the peak size of all live tensors, in bytes: the weights of `modules`, and everything allocated since."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        super().__init__()
+        self._sizes: dict[int, int] = {}  # address of a storage -> size
+        self.live = self.peak = 0
+        for module in modules:
+            for tensor in (*module.parameters(), *module.buffers()):
+                self._add(tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for value in tree_leaves(output):
+            if isinstance(value, Tensor):
+                self._add(value)
+        return output
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._remove, key)
+
+    def _remove(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+
+@contextmanager
+def fake_tensors(*models: nn.Module) -> Iterator[None]:
+    """Run the `with` block on fake CPU tensors, to which the weights of `models` on the meta device are converted."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for model in models:
+            model.to_empty(device="cpu")
+        yield
+
+
+def count_bytes(*modules: nn.Module) -> int:
+    """Return the size of all weights and buffers, in bytes."""
+    return PeakMemory(*modules).peak
 
 
 class MeanPooling(nn.Module):
