@@ -41,7 +41,8 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=["tune", "embed", "align"], default=["tune", "embed", "align"])
     parser.add_argument("--tiny", action="store_true", help="small models")
     args = parser.parse_args()
-    llm = save_llm(args.work / "llm", TINY_LLM if args.tiny else LLMS["meta-llama/llama-3.2-1b"])
+    shape = LLMS["meta-llama/llama-3.2-1b"]
+    llm = save_llm(args.work / "llm", {**shape, **TINY_LLM} if args.tiny else shape)
     tower = save_tower(args.work / "tower", "test_vit" if args.tiny else TOWERS["ViT-L/14-336"][0])
     data = save_data(args.work / "data")
     config = FitConfig(
