@@ -203,7 +203,7 @@ def test_tune_memory_depends_on_trained_weights_and_device() -> None:
         return estimate_tune_memory(text, dataclasses.replace(BF16, **settings), machine)
 
     assert tune(qlora=True)["LLM"] < tune()["LLM"] < tune(lora_r=0)["LLM"]
-    assert tune()["loading"] == 0
+    assert "loading" not in tune()
     assert tune(Machine("cpu", tflops=1, memory=8))["loading"] > 4 * text.parameters
 
 
@@ -241,7 +241,7 @@ def test_suggestions_skip_lora_for_a_tower_without_linear_layers() -> None:
         tried.append(config.lora_r)
         if config.lora_r:
             raise ValueError("no layers for LoRA")
-        return {"activations": 1e12, "loading": 0.0}
+        return {"activations": 1e12}
 
     assert suggest_settings(AlignConfig(), GPU, memory) == []
     assert tried[-1] > 0

@@ -89,8 +89,6 @@ def test_a_worker_that_always_dies_is_not_restarted_without_limit(
     with pytest.raises(ChildProcessError, match=r"A Ray worker died 2 times(.|\n)*run the same command again"):
         embed_with_ray(CAPTIONS, open_encoder, tmp_path / "store", workers=1, shard_size=100)
     assert len(list(attempts.iterdir())) == 2
-    store = embed_with_ray(CAPTIONS, partial(CaptionEncoder.from_pretrained, llm), tmp_path / "store", workers=1)
-    assert len(store) == 40
 
 
 START = """

@@ -130,7 +130,7 @@ def bytes_per_value(precision: str) -> int:
 def peak_memory(parts: Parts) -> float:
     """Return the peak memory in bytes, either during training or while loading."""
     training = sum(size for part, size in parts.items() if part != "loading")
-    return max(training, parts["loading"])
+    return max(training, parts.get("loading", 0.0))
 
 
 def fits(parts: Parts, memory: float) -> bool:
@@ -145,7 +145,7 @@ def _exclude_gradients(activations: float, trained: float, several_passes: bool)
 
 def _estimate_fixed_parts(text: TextCosts, machine: Machine) -> Parts:
     if not machine.is_cpu:
-        return {"libraries": FRAMEWORK_OVERHEAD, "loading": 0.0}
+        return {"libraries": FRAMEWORK_OVERHEAD}
     # fp32 weights (4 bytes) and memory-mapped 16-bit files (2 bytes), which stay in memory until the conversion ends.
     return {"libraries": CPU_FRAMEWORK_OVERHEAD, "loading": 6.0 * text.parameters + CPU_FRAMEWORK_OVERHEAD}
 

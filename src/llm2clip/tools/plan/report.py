@@ -86,14 +86,12 @@ def _make_flop_table(plan: Plan) -> Table:
 def _make_memory_table(plan: Plan) -> Table:
     stages, device = list(plan.memory), plan.machine.device_spec
     parts = dict.fromkeys(part for memory in plan.memory.values() for part in memory)  # in order, without duplicates
-    ordered = [part for part in parts if part not in ("libraries", "loading")] + ["libraries", "loading"]
+    ordered = sorted(parts, key=("libraries", "loading").__contains__)  # these two come last
     rows = []
     for part in ordered:
+        name = "loading (before training)" if part == "loading" else part
         sizes = [plan.memory[stage].get(part) for stage in stages]
-        if part != "loading":
-            rows.append([part, *("" if size is None else f"{size / 1e9:.1f}" for size in sizes)])
-        elif any(sizes):
-            rows.append(["loading (before training)", *(f"{size / 1e9:.1f}" if size else "" for size in sizes)])
+        rows.append([name, *("" if size is None else f"{size / 1e9:.1f}" for size in sizes)])
     rows.append(["peak", *(f"{peak_memory(memory) / 1e9:.1f}" for memory in plan.memory.values())])
     rows.append(["fits", *("yes" if stage_fits else "NO" for stage_fits in plan.fits.values())])
     title = f"Memory per device, GB (10^9 bytes; {device.name} has {device.memory:g} GB)"
