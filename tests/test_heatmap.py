@@ -115,41 +115,38 @@ def test_server_returns_where_the_query_is_in_an_uploaded_image(model: DualEncod
         assert code == 422 and "this model does not support the variant sclip: use plain" in message
 
 
+HIT = {"id": "1", "texts": ["a"]}
+UPLOAD = {"image": "data:image/png;base64,AAAA", "texts": ["a"]}
+INVALID_REQUESTS = (
+    ({"texts": ["a"]}, 422, "a heat map needs either the id of a hit or an image"),
+    (HIT | UPLOAD, 422, "a heat map needs either the id of a hit or an image"),
+    ({"id": "1"}, 422, "the query is empty: provide at least one text or image to search for"),
+    (HIT | {"top": 3}, 422, "unknown field 'top'"),
+    (UPLOAD, 422, "image"),
+    (HIT | {"variant": "slip"}, 422, "variant"),
+    (HIT | {"image_size": 0}, 422, "image_size"),
+    (HIT | {"image_size": 4000}, 422, "image_size 4000 results in 500 x 600 cells; the limit is 4,096 cells"),
+    (HIT | {"id": "../x"}, 404, "the index contains no image with id ../x"),
+)
+
+
 def test_server_rejects_invalid_heatmap_requests(
     model: DualEncoder, dual_encoder: DualEncoder, backend: SqliteBackend
 ) -> None:
-    request = {"id": "1", "texts": ["a"]}
-    with TestClient(create_patient_app(model, backend), base_url=BASE_URL) as client:
-        assert error(client.post("/heatmap", json={"texts": ["a"]}))[0] == 422
-        assert error(client.post("/heatmap", json={"id": "1"})) == (
-            422,
-            "the query is empty: provide at least one text or image to search for",
-        )
-        assert error(client.post("/heatmap", json=request | {"top": 3}))[0] == 422
-        code, message = error(client.post("/heatmap", json=request | {"image": "data:image/png;base64,AAAA"}))
-        assert code == 422 and "a heat map needs either the id of a hit or an image" in message
-        image = {"image": "data:image/png;base64,AAAA", "texts": ["a"]}
-        assert error(client.post("/heatmap", json=image))[0] == 422
-        assert error(client.post("/heatmap", json=request | {"variant": "slip"}))[0] == 422
-        assert error(client.post("/heatmap", json=request | {"image_size": 0}))[0] == 422
-        code, message = error(client.post("/heatmap", json=request | {"image_size": 4000}))
-        assert code == 422 and "image_size 4000 results in 500 x 600 cells; the limit is 4,096 cells" in message
-        code, message = error(client.post("/heatmap", json=request | {"id": "../x"}))
-        assert code == 404 and "the index contains no image with id ../x" in message
-    with TestClient(create_patient_app(model, backend, max_pixels=1000), base_url=BASE_URL) as client:
-        code, message = error(client.post("/heatmap", json=request))
-        assert code == 413 and "48 x 40; the limit is 1,000" in message
-    with TestClient(create_patient_app(model, backend, max_body_bytes=500), base_url=BASE_URL) as client:
-        assert error(client.post("/heatmap", json=request)) == (
-            413,
-            "the image file is too large; the limit is 500 bytes",
-        )
-    with TestClient(create_patient_app(model), base_url=BASE_URL) as client:
-        assert error(client.post("/heatmap", json=request))[0] == 404
-    without = dataclasses.replace(dual_encoder, dense=None)
-    with TestClient(create_patient_app(without, backend), base_url=BASE_URL) as client:
-        code, message = error(client.post("/heatmap", json=request))
-        assert code == 422 and "heat maps are not available for this model" in message
+    def post(app: Any, request: dict[str, Any]) -> tuple[int, str]:
+        with TestClient(app, base_url=BASE_URL) as client:
+            return error(client.post("/heatmap", json=request))
+
+    for request, expected_code, expected_message in INVALID_REQUESTS:
+        code, message = post(create_patient_app(model, backend), request)
+        assert code == expected_code and expected_message in message
+    code, message = post(create_patient_app(model, backend, max_pixels=1000), HIT)
+    assert code == 413 and "48 x 40; the limit is 1,000" in message
+    too_large = 413, "the image file is too large; the limit is 500 bytes"
+    assert post(create_patient_app(model, backend, max_body_bytes=500), HIT) == too_large
+    assert post(create_patient_app(model), HIT)[0] == 404
+    code, message = post(create_patient_app(dataclasses.replace(dual_encoder, dense=None), backend), HIT)
+    assert code == 422 and "heat maps are not available for this model" in message
 
 
 @pytest.fixture

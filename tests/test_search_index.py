@@ -85,28 +85,6 @@ def test_build_index_rejects_another_model(
         create_app(dual_encoder, backend)
 
 
-def test_build_index_keeps_committed_batches_when_interrupted(
-    photos: Path, dual_encoder: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    backend, add, calls = SqliteBackend(tmp_path / "index", write=True), SqliteBackend.add, []
-
-    def interrupted_add(self: SqliteBackend, *args: Any) -> None:
-        calls.append(args)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        add(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SqliteBackend, "add", interrupted_add)
-        with pytest.raises(KeyboardInterrupt):
-            index_sources([photos], dual_encoder, backend, batch_size=2)
-    committed = backend.count()[0]
-    assert 0 < committed < 7
-    report = index_sources([photos], dual_encoder, backend, batch_size=2)
-    assert report.added == 7 - committed
-    assert backend.count() == (7, 6)
-
-
 def test_build_index_keeps_images_after_a_read_error(
     photos: Path, dual_encoder: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
