@@ -24,8 +24,13 @@ from llm2clip.evaluate.benchmarks.base import (
 from llm2clip.evaluate.benchmarks.compositional import compositional_accuracy
 from llm2clip.evaluate.benchmarks.eccv_caption import eccv_metrics
 from llm2clip.evaluate.bootstrap import BootstrapMetrics
-from llm2clip.evaluate.dense.average_precision import detection_metrics
-from llm2clip.evaluate.dense.detection import detect_objects, detection_blocks, drop_images, write_detections
+from llm2clip.evaluate.dense.detection import (
+    detect_objects,
+    detection_blocks,
+    detection_metrics,
+    drop_images,
+    write_detections,
+)
 from llm2clip.evaluate.dense.regions import class_accuracy, classify_regions, region_metrics, wrong_region_blocks
 from llm2clip.evaluate.dense.segmentation import (
     class_iou,

@@ -11,8 +11,14 @@ from torch import Tensor
 
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.images import list_images, load_image
-from llm2clip.models.vision.dense import build_dense_encoder
-from llm2clip.models.vision.regions import check_boxes, check_masks, encode_boxes, encode_masks
+from llm2clip.models.vision.dense import (
+    DenseEncoder,
+    build_dense_encoder,
+    check_boxes,
+    check_masks,
+    encode_boxes,
+    pool_masks,
+)
 from llm2clip.models.vision.sliding_window import ResizeForWindows, encode_windows, segment
 
 if TYPE_CHECKING:
@@ -22,9 +28,10 @@ if TYPE_CHECKING:
 class DenseMethods:
     """Mixin of `LLM2CLIP` for dense features, region embeddings and segmentation."""
 
-    def _eval_model(self) -> LLM2CLIP:
-        """Switch this model to eval mode and return it."""
-        return cast("LLM2CLIP", self).eval()
+    def _eval_with_dense(self) -> tuple[LLM2CLIP, DenseEncoder]:
+        """Switch this model to eval mode. Return it and its dense encoder."""
+        model = cast("LLM2CLIP", self).eval()
+        return model, build_dense_encoder(model.tower, model.projection)
 
     def encode_dense(
         self, images: Any, variant: str = "plain", image_size: int | None = None, batch_size: int = 16
@@ -50,8 +57,7 @@ class DenseMethods:
             ImageError: an image cannot be decoded. The message contains the image's name.
         """
         items = list_images(images)
-        model = self._eval_model()
-        dense = build_dense_encoder(model.tower, model.projection)
+        _, dense = self._eval_with_dense()
         embeddings: list[Tensor] = []
         for start in range(0, len(items), batch_size):
             pixels = [dense.resize(load_image(item), image_size) for item in items[start : start + batch_size]]
@@ -90,13 +96,14 @@ class DenseMethods:
         """
         if (boxes is None) == (masks is None):
             raise ValueError("encode_regions needs either boxes or masks")
-        model = self._eval_model()
-        dense = build_dense_encoder(model.tower, model.projection)
+        model, dense = self._eval_with_dense()
         variant = variant or dense.localization_variant
         pixels = load_image(image)
         height, width = pixels.shape[1:]
         if boxes is None:
-            return encode_masks(dense, pixels, check_masks(masks, height, width), variant, image_size)
+            checked = check_masks(masks, height, width)
+            resized = dense.resize(pixels, image_size or dense.localization_size)
+            return pool_masks(dense.encode(resized[None], variant)[0], checked).cpu()
         checked = check_boxes(boxes, height, width)
         return encode_boxes(dense, [pixels], [checked], variant, model.config.embed_dim, image_size)[0]
 
@@ -156,8 +163,7 @@ class DenseMethods:
         is_valid = all(class_names and all(name.strip() for name in class_names) for class_names in classes)
         if isinstance(names, str) or not classes or not is_valid:
             raise ValueError(f"names must be a list with one or several non-empty names for each class (got {names!r})")
-        model = self._eval_model()
-        dense = build_dense_encoder(model.tower, model.projection)
+        model, dense = self._eval_with_dense()
         queries = model.encode_text([name for class_names in classes for name in class_names], templates=templates)
         transform = ResizeForWindows.for_encoder(dense)
         resized = {0: transform(load_image(image))}

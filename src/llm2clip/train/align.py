@@ -34,8 +34,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.precision import resolve_precision, tf32_matmul
-from llm2clip.models.vision.tower_lora import merge_tower_lora
-from llm2clip.models.vision.vision_tower import VisionTower
+from llm2clip.models.vision.vision_tower import VisionTower, merge_tower_lora
 from llm2clip.prefetch import prefetch
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.checkpoint import Checkpoints, MetricsLog

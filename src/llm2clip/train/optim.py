@@ -13,8 +13,7 @@ from torch import nn
 
 from llm2clip.config import AlignConfig
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.vision.tower_lora import add_tower_lora
-from llm2clip.models.vision.vision_tower import VisionTower
+from llm2clip.models.vision.vision_tower import VisionTower, add_tower_lora
 from llm2clip.runs.ranks import print_once
 
 # Weight decay and gradient clipping, with the values from the LLM2CLIP authors' training script (arXiv 2411.04997).

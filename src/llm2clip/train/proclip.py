@@ -19,7 +19,7 @@ cached in a store, and the LLM's embeddings come from the caption store, so each
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -67,8 +67,8 @@ def distillation_loss(student: Tensor, teacher: Tensor, gather: bool = True) -> 
     tower's features before the projection, because a new projection has no teacher. Memory use is quadratic in N.
 
     Args:
-        student: Embeddings of shape (N, D). They are L2-normalised here.
-        teacher: Embeddings of the same items, of shape (N, D), without gradients. They are L2-normalised here.
+        student, teacher: Embeddings of the same N items, of shape (N, D), which are L2-normalised here. The teacher's
+            embeddings have no gradients.
         gather: If True, use the pairs of all ranks; all ranks must then call this function. If all ranks have the same
             number of items, the loss and its gradients, averaged over ranks, equal those of a single process with all
             items.
@@ -129,14 +129,8 @@ def inherit_text_space(
     captions, phrases = inherited_texts(records)
     texts = captions + phrases
     identity = {"clip": hash_weights(clip.model), "precision": "fp32"}
-    clip_store = store_text_embeddings(
-        texts,
-        clip.encode,
-        clip.embed_dim,
-        identity,
-        folder / f"clip-texts-{fingerprint(identity)[:8]}",
-        dtype="float16",
-    )
+    clip_folder = folder / f"clip-texts-{fingerprint(identity)[:8]}"
+    clip_store = store_text_embeddings(texts, clip.encode, clip.embed_dim, identity, clip_folder, dtype="float16")
     signature = {
         "clip": identity,
         "encoder": store.manifest["fingerprint"],
@@ -146,10 +140,14 @@ def inherit_text_space(
     }
     file = folder / WEIGHTS
     if process_state().is_main_process and _read_signature(file) != signature:
-        rows = store.find_rows(texts), clip_store.find_keys(caption_keys(texts))
-        similarity = _train_adapter(
-            model.adapter, store, clip_store, *rows, len(captions), seed, precision, model.device
-        )
+        rows, clip_rows = store.find_rows(texts), clip_store.find_keys(caption_keys(texts))
+
+        def load(items: np.ndarray) -> tuple[Tensor, Tensor]:
+            """Return the LLM's and CLIP's embeddings of the texts with the given indices, in float32 on the device."""
+            embeddings = torch.from_numpy(store.take(rows[items])).to(model.device)
+            return embeddings, torch.from_numpy(clip_store.take(clip_rows[items])).to(model.device)
+
+        similarity = _train_adapter(model.adapter, load, len(texts), len(captions), seed, precision)
         state = {name: tensor.cpu().contiguous() for name, tensor in model.adapter.state_dict().items()}
         with atomic_path(file) as temporary:
             save_file(state, temporary, {"signature": json.dumps(signature), "similarity": f"{similarity:.4f}"})
@@ -177,44 +175,27 @@ def _read_signature(file: Path) -> object:
 
 def _train_adapter(
     adapter: nn.Module,
-    store: EmbeddingStore,
-    clip_store: EmbeddingStore,
-    rows: np.ndarray,
-    clip_rows: np.ndarray,
+    load: Callable[[np.ndarray], tuple[Tensor, Tensor]],
+    num_texts: int,
     num_captions: int,
     seed: int,
     precision: str,
-    device: torch.device,
 ) -> float:
     """Train the adapter. Print and return the mean cosine similarity of its outputs to CLIP's embeddings.
 
     The similarity is measured on held-out texts or, if there are fewer than 20 texts, on the training texts.
 
     Args:
-        adapter: The adapter, on `device`. It is modified in place.
-        store: Store of the LLM's embeddings.
-        clip_store: Store of CLIP's text embeddings.
-        rows: Row of each text in `store`, of shape (N,), int64.
-        clip_rows: Row of each text in `clip_store`, of shape (N,), int64.
+        load: Function that returns the LLM's and CLIP's embeddings of the texts with the given indices.
         num_captions: Number of captions. They come before the phrases.
-        seed: Seed for the order of the texts.
-        precision: "bf16" for autocast. With "fp32" and "fp16", the adapter is trained in float32.
-        device: Device to train on.
     """
     rng = np.random.default_rng(seed)
-    order = rng.permutation(len(rows))
-    test_size = min(MAX_TEST_TEXTS, len(rows) // 20)
+    order = rng.permutation(num_texts)
+    test_size = min(MAX_TEST_TEXTS, num_texts // 20)
     test, train = order[:test_size], _repeat_phrases(order[test_size:], num_captions)
     batch_size = min(BATCH_SIZE, len(train))
     steps_per_epoch = len(train) // batch_size
     steps = max(MIN_STEPS, EPOCHS * steps_per_epoch)
-
-    def load(items: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return the LLM's and CLIP's embeddings of texts, in float32 on the device."""
-        return (
-            torch.from_numpy(store.take(rows[items])).to(device),
-            torch.from_numpy(clip_store.take(clip_rows[items])).to(device),
-        )
 
     matrices = [p for p in adapter.parameters() if p.ndim > 1]
     vectors = [p for p in adapter.parameters() if p.ndim <= 1]
@@ -222,7 +203,7 @@ def _train_adapter(
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=ADAM_BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_schedule(steps, WARMUP_RATIO))
     # fp16 would need loss scaling. On GPUs without bf16, the adapter is small enough for fp32.
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    autocast = torch.autocast(matrices[0].device.type, torch.bfloat16, enabled=precision == "bf16")
     adapter.train()
     for step in ProgressBar(range(steps), desc="inherit", unit="step"):
         epoch_step = step % steps_per_epoch

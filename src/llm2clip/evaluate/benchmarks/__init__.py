@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llm2clip.evaluate.benchmarks import (
     classification,
-    coco_boxes,
+    coco_instances,
     compositional,
     eccv_caption,
     retrieval,
@@ -15,7 +15,7 @@ from llm2clip.evaluate.benchmarks import (
 )
 from llm2clip.evaluate.benchmarks.base import Benchmark
 from llm2clip.evaluate.benchmarks.classification import FOLDER_PREFIX, folder_benchmark
-from llm2clip.evaluate.benchmarks.coco_boxes import (
+from llm2clip.evaluate.benchmarks.coco_instances import (
     BOXES_PREFIX,
     DETECTION_PREFIX,
     boxes_benchmark,
@@ -32,7 +32,7 @@ _PUBLIC_BENCHMARKS = (
     *retrieval.MULTILINGUAL_BENCHMARKS,
     *compositional.BENCHMARKS,
     *classification.BENCHMARKS,
-    *coco_boxes.BENCHMARKS,
+    *coco_instances.BENCHMARKS,
     *segmentation.BENCHMARKS,
 )
 USER_BENCHMARKS: dict[str, Callable[[str, Sequence[str]], Benchmark]] = {

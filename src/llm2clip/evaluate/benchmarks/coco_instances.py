@@ -1,17 +1,23 @@
-"""Reader for files in COCO's format (cocodataset.org, "Data format"), shared by several benchmarks.
+"""Region classification and open-vocabulary detection on COCO, LVIS, or the user's own file in COCO's format.
 
 The format is {"images": [{"id", "file_name", "width", "height"}], "annotations": [{"id", "image_id", "category_id",
 "bbox", "segmentation", "area", "iscrowd"}], "categories": [{"id", "name"}]}, where "bbox" is [left, top, width, height]
-in pixels. LVIS has "coco_url" instead of "file_name", and no crowd boxes.
+in pixels (cocodataset.org, "Data format"). LVIS has "coco_url" instead of "file_name", and no crowd boxes.
+
+OV-COCO consists of COCO val2017 with 48 base classes and 17 novel classes. The class split is from Bansal et al. (arXiv
+1804.04340). As in OVR-CNN (arXiv 2011.10678), detectors choose from all 65 classes, the objects of COCO's other 15
+classes are removed, and images without any remaining object are excluded.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,15 +29,27 @@ from llm2clip.data.readers.coco import drop_unused_keys, find_image_folder, spli
 from llm2clip.evaluate.benchmarks.base import (
     COCO_FOLDERS,
     Benchmark,
+    DetectionData,
     ImageId,
+    RegionData,
     check_files,
     image_file,
 )
+from llm2clip.evaluate.benchmarks.classification import imagenet_templates
 from llm2clip.extras import install_command
 from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, read_json
 from llm2clip.runs.ranks import print_once
 
+BOXES_PREFIX = "boxes:"
+DETECTION_PREFIX = "detection:"
 INSTANCES_FOLDERS = (*COCO_FOLDERS, "coco_instances")
+MIN_SIDE = 1.0  # pixels; smaller boxes are excluded from region classification
+DESCRIPTIONS = {  # of the user's files
+    "regions": "boxes with class names",
+    "segmentation": "images with masks",
+    "detection": "objects with boxes",
+}
+CROWD, DEGENERATE = "crowd", "smaller than a pixel"  # reasons for excluding a box
 
 
 @dataclass(frozen=True)
@@ -54,12 +72,7 @@ class Instances:
 
 
 def coco_file_benchmark(
-    prefix: str,
-    name: str,
-    kind: Literal["regions", "segmentation", "detection"],
-    description: str,
-    source: str,
-    read: Callable[[Path], Any],
+    prefix: str, name: str, kind: Literal["regions", "segmentation", "detection"], read: Callable[[Path], Any]
 ) -> Benchmark:
     """Create a benchmark from the user's JSON file in COCO's format.
 
@@ -68,16 +81,16 @@ def coco_file_benchmark(
     Args:
         prefix: Prefix that selects the kind of benchmark on the command line, such as "boxes:".
         name: Path of the file.
-        kind, description, source: See `Benchmark`.
+        read: Function that reads the file and returns the data of this kind of benchmark.
     """
     file = Path(name).expanduser().absolute()
     return Benchmark(
         name=prefix + name,
         kind=kind,
-        description=description,
+        description=DESCRIPTIONS[kind],
         folders=(str(file.parent),),
         read=lambda folder: read(first_existing(folder, file.name)),
-        source=source,
+        source="a JSON file in COCO's format, with the images in the same folder or in images/",
     )
 
 
@@ -101,11 +114,12 @@ def read_instances(file: Path, with_masks: bool = False) -> Instances:
     if not images:
         raise DataFormatError(f"{file} lists no images")
     for annotation in data["annotations"]:
-        if annotation["image_id"] not in images or annotation["category_id"] not in names:
-            is_unknown_image = annotation["image_id"] not in images
-            field = "image" if is_unknown_image else "category"
-            part = f"{field} {annotation[f'{field}_id']!r}"
-            raise DataFormatError(f"{file}: annotation {annotation.get('id')} refers to {part}, which does not exist")
+        for field, known_ids in (("image", images), ("category", names)):
+            if annotation[f"{field}_id"] not in known_ids:
+                raise DataFormatError(
+                    f"{file}: annotation {annotation.get('id')} refers to {field} {annotation[f'{field}_id']!r}, "
+                    "which does not exist"
+                )
     sizes = {image_id: _parse_image_size(file, image) for image_id, image in images.items()}
     return Instances(file, images, sizes, data["annotations"], names)
 
@@ -130,11 +144,7 @@ def _parse_category_names(file: Path, categories: Sequence[Mapping[str, Any]]) -
 
 
 def find_instances(folder: Path) -> Path:
-    """Return the path of instances_val2017.json.
-
-    Raises:
-        MissingFileError: If the folder does not contain the file.
-    """
+    """Return the path of instances_val2017.json, or raise MissingFileError."""
     return first_existing(folder, "annotations/instances_val2017.json", "instances_val2017.json")
 
 
@@ -165,11 +175,6 @@ def image_refs(file: Path, images: Sequence[Mapping[str, Any]]) -> list[ImageRef
 
 
 def _parse_image_size(file: Path, image: Mapping[str, Any]) -> tuple[int, int]:
-    """Return the width and height of an image in pixels, as stated in a JSON file.
-
-    Raises:
-        DataFormatError: If the width and height are not positive integers, or the image is too large to be decoded.
-    """
     width: Any = image.get("width")
     height: Any = image.get("height")
     is_valid = isinstance(width, int) and isinstance(height, int) and min(width, height) > 0
@@ -189,7 +194,7 @@ def clip_box(file: Path, annotation: Mapping[str, Any], image_size: tuple[int, i
         image_size: Width and height of the image in pixels.
 
     Raises:
-        DataFormatError: If the box does not consist of four finite numbers, or the width or height is negative.
+        DataFormatError: If the box does not consist of four finite numbers, or its width or height is negative.
     """
     box: Any = annotation.get("bbox")
     is_valid = isinstance(box, list) and len(box) == 4 and all(isinstance(value, int | float) for value in box)
@@ -268,3 +273,154 @@ def _decompress_run_lengths(data: bytes) -> list[int]:
     if shift:
         raise ValueError("the compressed run lengths end in the middle of a number")
     return runs
+
+
+# ---- region classification -------------------------------------------------------------------------------------------
+
+
+def boxes_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
+    """Create a region classification benchmark from the JSON file `name`. See `coco_file_benchmark`."""
+    return coco_file_benchmark(BOXES_PREFIX, name, "regions", partial(read_boxes, templates=templates))
+
+
+def read_boxes(file: Path, templates: Sequence[str] = ()) -> RegionData:
+    """Read boxes from a JSON file in COCO's format. Images without boxes are not included.
+
+    Boxes are clipped to the image. Crowd boxes and boxes smaller than a pixel are excluded. In class names, underscores
+    are replaced by spaces. By default, OpenAI's prompt templates for ImageNet are used.
+
+    Raises:
+        MissingFileError: If image files are missing, or open_clip, which provides the templates, is not installed.
+        DataFormatError: If an annotation has an invalid box, or if there are no boxes. See also `read_instances`.
+    """
+    instances = read_instances(file)
+    label_of_category = {category_id: label for label, category_id in enumerate(instances.names)}
+    rows: dict[Any, list[tuple[list[float], int, float]]] = defaultdict(list)
+    excluded: Counter[str] = Counter()
+    for annotation in instances.annotations:
+        image_id = annotation["image_id"]
+        box = clip_box(file, annotation, instances.sizes[image_id])
+        if annotation.get("iscrowd"):
+            excluded[CROWD] += 1
+        elif min(box[2] - box[0], box[3] - box[1]) < MIN_SIDE:
+            excluded[DEGENERATE] += 1
+        else:
+            area = annotation.get("area", (box[2] - box[0]) * (box[3] - box[1]))
+            rows[image_id].append((box, label_of_category[annotation["category_id"]], area))
+    if not rows:
+        raise DataFormatError(f"{file} contains no boxes that can be classified")
+    used_ids = [image_id for image_id in instances.images if image_id in rows]
+    return RegionData(
+        images=image_refs(file, [instances.images[image_id] for image_id in used_ids]),
+        sizes=[instances.sizes[image_id] for image_id in used_ids],
+        boxes=[np.array([box for box, _, _ in rows[image_id]], np.float32) for image_id in used_ids],
+        labels=[np.array([label for _, label, _ in rows[image_id]], np.int64) for image_id in used_ids],
+        areas=[np.array([area for _, _, area in rows[image_id]], np.float32) for image_id in used_ids],
+        names=list(instances.names.values()),
+        templates=templates or imagenet_templates(),
+        excluded=excluded,
+    )
+
+
+# ---- detection -------------------------------------------------------------------------------------------------------
+
+
+def load_class_split() -> dict[str, list[str]]:
+    """Return OV-COCO's class names, keyed by group: "novel" and "base"."""
+    content = read_json(Path(str(files("llm2clip.evaluate.benchmarks") / "class_names" / "ov_coco.json")))
+    return {group: content[group] for group in ("novel", "base")}
+
+
+def detection_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
+    """Create a detection benchmark from the JSON file `name`. See `coco_file_benchmark`."""
+
+    def read(file: Path) -> DetectionData:
+        require_pycocotools()
+        instances = read_instances(file)
+        return read_detection(instances, list(instances.names), {}, templates or imagenet_templates(), with_empty=True)
+
+    return coco_file_benchmark(DETECTION_PREFIX, name, "detection", read)
+
+
+def read_detection(
+    instances: Instances,
+    category_ids: Sequence[Any],
+    groups: Mapping[str, Sequence[str]],
+    templates: Sequence[str],
+    with_empty: bool = False,
+) -> DetectionData:
+    """Return the objects of the given categories, and the images that contain them.
+
+    Boxes are clipped to the image, like the boxes of detections. Objects whose clipped boxes are empty are excluded.
+
+    Args:
+        groups: Groups of class names for which metrics are reported.
+        with_empty: If True, also return images without objects of these categories.
+
+    Raises:
+        MissingFileError: If image files are missing.
+        DataFormatError: If an annotation has an invalid box, or there are no objects apart from crowds.
+    """
+    used_categories = set(category_ids)
+    annotations = []
+    for row in instances.annotations:
+        left, top, right, bottom = clip_box(instances.file, row, instances.sizes[row["image_id"]])
+        if row["category_id"] in used_categories and right > left and bottom > top:
+            annotations.append({**row, "bbox": [left, top, right - left, bottom - top]})
+    if all(row.get("iscrowd") for row in annotations):
+        problem = "only crowds" if annotations else "no objects of these classes"
+        raise DataFormatError(f"{instances.file} contains {problem}, so the average precision is undefined")
+    annotated = {row["image_id"] for row in annotations}
+    image_ids = [image_id for image_id in instances.images if with_empty or image_id in annotated]
+    return DetectionData(
+        images=image_refs(instances.file, [instances.images[image_id] for image_id in image_ids]),
+        image_ids=image_ids,
+        sizes=[instances.sizes[image_id] for image_id in image_ids],
+        annotations=annotations,
+        names=[instances.names[category_id] for category_id in category_ids],
+        category_ids=list(category_ids),
+        groups=groups,
+        templates=templates,
+    )
+
+
+def _read_ov_coco(folder: Path) -> DetectionData:
+    require_pycocotools()
+    instances = read_instances(find_instances(folder))
+    groups = load_class_split()
+    names = [name for group in groups.values() for name in group]
+    category_ids = {name: category_id for category_id, name in instances.names.items()}
+    missing = [name for name in names if name not in category_ids]
+    if missing:
+        raise DataFormatError(
+            f"{instances.file} has no category {missing[0]!r}; {len(missing)} of {len(names)} are missing"
+        )
+    return read_detection(instances, [category_ids[name] for name in names], groups, imagenet_templates())
+
+
+BENCHMARKS = (
+    Benchmark(
+        name="coco-boxes",
+        kind="regions",
+        description="36,335 boxes of 80 classes in COCO val2017",
+        folders=INSTANCES_FOLDERS,
+        read=lambda folder: read_boxes(find_instances(folder)),
+        source="annotations/instances_val2017.json and val2017/ (cocodataset.org)",
+    ),
+    Benchmark(
+        name="lvis-boxes",
+        kind="regions",
+        description="244,707 boxes of 1,203 classes in LVIS v1's validation split",
+        folders=INSTANCES_FOLDERS,
+        read=lambda folder: read_boxes(first_existing(folder, "annotations/lvis_v1_val.json", "lvis_v1_val.json")),
+        source="annotations/lvis_v1_val.json (lvisdataset.org), and COCO's train2017/ and val2017/ (cocodataset.org)",
+    ),
+    Benchmark(
+        name="ov-coco",
+        kind="detection",
+        description="4,836 images, 48 base classes and 17 novel classes (arXiv 1804.04340)",
+        folders=INSTANCES_FOLDERS,
+        read=_read_ov_coco,
+        source="annotations/instances_val2017.json and val2017/ (cocodataset.org); --proposals selects the boxes",
+    ),
+)

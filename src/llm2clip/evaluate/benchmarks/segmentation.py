@@ -76,7 +76,6 @@ def segmentation_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmar
             must contain images/, masks/ with one PNG per image and with the same name, and classes.txt. Line n of
             classes.txt contains the names of the class with the pixel value n - 1, separated by ", ". The value 255 is
             ignored. If the first class is "background", the protocol for data sets with a background is used.
-        templates: Prompt templates. Default: OpenAI's templates for ImageNet.
     """
     if not name.endswith(".json"):
         return Benchmark(
@@ -94,14 +93,7 @@ def segmentation_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmar
         names = [[class_name] for class_name in instances.names.values()]
         return _build_from_instances(instances, names, templates or imagenet_templates())
 
-    return coco_file_benchmark(
-        SEGMENTATION_PREFIX,
-        name,
-        kind="segmentation",
-        description="images with masks",
-        source="a JSON file in COCO's format, with the images in the same folder or in images/",
-        read=read,
-    )
+    return coco_file_benchmark(SEGMENTATION_PREFIX, name, "segmentation", read)
 
 
 def _read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationData:
@@ -154,11 +146,7 @@ def _make_label_table(classes: Mapping[int, int], ignored: Sequence[int] = ()) -
 def _read_label_file(file: Path, table: np.ndarray) -> np.ndarray:
     """Read labels, uint8 of shape (H, W), from a single-channel PNG or a MATLAB file with the array LabelMap.
 
-    Args:
-        table: Class index of each pixel value, int16. See `_make_label_table`.
-
-    Raises:
-        DataFormatError: If the file has a different format, or contains a value that is not in the table.
+    `table` contains the class index of each pixel value. See `_make_label_table`.
     """
     mode = ""
     try:
@@ -196,11 +184,7 @@ def _build_from_files(
     Args:
         table: Class index of each pixel value. See `_make_label_table`.
         source: File or folder that lists the images, for error messages.
-        templates: Prompt templates. Default: OpenAI's templates for ImageNet.
         protocol: Other fields of `SegmentationData`.
-
-    Raises:
-        MissingFileError: If there are no images, or image files or label files are missing.
     """
     if not images:
         raise MissingFileError(f"{source} contains no images")
@@ -370,68 +354,61 @@ _CONTEXT_SOURCE = (
 _VOC_FOLDERS = ("voc2012", "VOC2012", "VOCdevkit")
 _CONTEXT_FOLDERS = ("voc2010", "VOC2010", "pascal-context", "VOCdevkit")
 
+_benchmark = partial(Benchmark, kind="segmentation")
 BENCHMARKS = (
-    Benchmark(
+    _benchmark(
         name="voc20",
-        kind="segmentation",
         description="PASCAL VOC 2012 without background: 1,449 images, 20 classes",
         folders=_VOC_FOLDERS,
         read=partial(_read_voc, with_background=False),
         source=_VOC_SOURCE,
     ),
-    Benchmark(
+    _benchmark(
         name="voc21",
-        kind="segmentation",
         description="PASCAL VOC 2012 with background: 1,449 images, 21 classes",
         folders=_VOC_FOLDERS,
         read=partial(_read_voc, with_background=True),
         source=_VOC_SOURCE,
     ),
-    Benchmark(
+    _benchmark(
         name="context59",
-        kind="segmentation",
         description="PASCAL-Context without background: 5,105 images, 59 classes",
         folders=_CONTEXT_FOLDERS,
         read=partial(_read_context, with_background=False),
         source=_CONTEXT_SOURCE,
     ),
-    Benchmark(
+    _benchmark(
         name="context60",
-        kind="segmentation",
         description="PASCAL-Context with background: 5,105 images, 60 classes",
         folders=_CONTEXT_FOLDERS,
         read=partial(_read_context, with_background=True),
         source=_CONTEXT_SOURCE,
     ),
-    Benchmark(
+    _benchmark(
         name="coco-object",
-        kind="segmentation",
         description="COCO val2017's objects and background: 5,000 images, 81 classes",
         folders=INSTANCES_FOLDERS,
         read=_read_coco_object,
         source="annotations/instances_val2017.json and val2017/ (cocodataset.org)",
     ),
-    Benchmark(
+    _benchmark(
         name="coco-stuff",
-        kind="segmentation",
         description="COCO-Stuff 164k: 5,000 images, 171 classes",
         folders=INSTANCES_FOLDERS,
         read=_read_coco_stuff,
         source="stuffthingmaps/val2017/*.png: stuffthingmaps_trainval2017.zip (github.com/nightrome/cocostuff), and "
         "COCO's val2017/ (cocodataset.org)",
     ),
-    Benchmark(
+    _benchmark(
         name="ade20k",
-        kind="segmentation",
         description="ADE20K: 2,000 images, 150 classes",
         folders=("ade20k", "ADEChallengeData2016", "ade"),
         read=_read_ade20k,
         source="images/validation/ and annotations/validation/: ADEChallengeData2016.zip "
         "(data.csail.mit.edu/places/ADEchallenge)",
     ),
-    Benchmark(
+    _benchmark(
         name="cityscapes",
-        kind="segmentation",
         description="Cityscapes: 500 images, 19 classes",
         folders=("cityscapes", "Cityscapes"),
         read=_read_cityscapes,

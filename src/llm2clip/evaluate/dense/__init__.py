@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from accelerate.utils import gather_object
 from torch import Tensor
@@ -13,7 +13,6 @@ from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.embeddings import EmbeddingSource, ModelEmbeddings
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.models.vision.dense import DenseEncoder
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 
@@ -33,31 +32,21 @@ def get_model(embeddings: EmbeddingSource) -> DualEncoder:
     return embeddings.model
 
 
-def get_dense_encoder(model: DualEncoder, variants: Sequence[str]) -> DenseEncoder:
-    """Return the dense encoder of a model.
+def select_variants(model: DualEncoder, variants: Sequence[str], required: bool) -> list[str]:
+    """Return the variants of the dense features that the model supports, and print the variants that are skipped.
 
     Raises:
-        ValueError: If the model has no dense features, or does not support one of the variants.
+        ValueError: If `required` is True, and the model supports none of the variants.
     """
-    if model.dense is None:
-        raise ValueError(f"{model.name} has no dense features")
-    unsupported = [variant for variant in variants if variant not in model.dense.variants]
-    if unsupported:
-        raise ValueError(
-            f"{model.name} does not support the dense variant {unsupported[0]}; it supports "
-            f"{', '.join(model.dense.variants)}"
-        )
-    return model.dense
-
-
-def supported_variants(model: DualEncoder, variants: Sequence[str]) -> list[str]:
-    """Return the variants that the model supports, and print the variants that are skipped."""
     available = model.dense.variants if model.dense is not None else ()
-    skipped = [variant for variant in variants if variant not in available]
+    supported = [variant for variant in variants if variant in available]
+    skipped = ", ".join(variant for variant in variants if variant not in available)
+    reason = f"the model supports only {', '.join(available)}" if available else "the model has no dense features"
+    if required and not supported:
+        raise ValueError(f"{model.name}: the dense variants {skipped} cannot be used: {reason}")
     if skipped:
-        reason = f"the model supports only {', '.join(available)}" if available else "the model has no dense features"
-        print_once(f"{model.name}: the dense variants {', '.join(skipped)} are skipped: {reason}")
-    return [variant for variant in variants if variant in available]
+        print_once(f"{model.name}: the dense variants {skipped} are skipped: {reason}")
+    return supported
 
 
 def logit_scales(model: DualEncoder, protocol_scale: float) -> dict[str, float]:
@@ -97,52 +86,49 @@ def decode_batches(
 def decode_images(
     refs: Sequence[ImageRef], sizes: Sequence[tuple[int, int]], description: str, failures: dict[int, str]
 ) -> Iterator[dict[int, Tensor]]:
-    """Decode this rank's images in batches. See `decode_batches`.
+    """Decode this rank's images in batches of uint8 images of shape (3, H, W). See `decode_batches`.
 
     Args:
-        refs, description: See `decode_batches`.
-        sizes: Width and height of each image in pixels, to which its boxes refer.
-        failures: See `decode_batches`. Images with a different size are also recorded.
-
-    Yields:
-        uint8 images of shape (3, H, W), keyed by their index in `refs`.
+        sizes: Width and height of each image in pixels, to which its boxes refer. An image with a different size is
+            recorded in `failures` instead of being returned.
     """
     for images in decode_batches(refs, _identity, description, failures):
-        usable = {}
-        for index, image in images.items():
+        for index in list(images):
             width, height = sizes[index]
-            if image.shape[1:] == (height, width):
-                usable[index] = image
-            else:
-                size = f"{image.shape[2]} x {image.shape[1]}"
-                failures[index] = f"the image is {size} pixels, but its boxes are for {width} x {height} pixels"
-        yield usable
+            actual_height, actual_width = images[index].shape[1:]
+            if (actual_width, actual_height) != (width, height):
+                failures[index] = (
+                    f"the image is {actual_width} x {actual_height} pixels, but its boxes are for {width} x {height} "
+                    "pixels"
+                )
+                del images[index]
+        yield images
 
 
 def _identity(image: Tensor) -> Tensor:
     return image
 
 
-def gather_from_ranks(local: T) -> list[T]:
-    """Return the results of all ranks. A result can be any picklable object."""
-    if process_state().num_processes == 1:
-        return [local]
-    # The collective below has a short timeout, but some ranks may finish their images much later than others.
-    wait_for_everyone()
-    results: list[T] = gather_object([local])
-    return results
-
-
-def record_failures(log: SkipLog, refs: Sequence[ImageRef], failures: dict[int, Any]) -> None:
-    """Log the images that could not be used, and raise an error if there are too many.
+def gather_results(
+    results: dict[int, T], failures: dict[int, str], refs: Sequence[ImageRef], log: SkipLog
+) -> dict[int, T]:
+    """Return the results of all ranks, in the order of the images. Log the images that could not be used.
 
     Args:
-        failures: Reason for each failure, keyed by the image's index. Must be the same on all ranks.
+        results: This rank's results, which can be any picklable objects, keyed by the image's index in `refs`.
+        failures: Reason for each of this rank's failures, keyed by the image's index. Updated with the failures of all
+            ranks.
 
     Raises:
         TooManySkipped: If too many images could not be used.
         ValueError: If there are no images, or no image could be used.
     """
+    if process_state().num_processes > 1:
+        # The collective below has a short timeout, but some ranks may finish their images much later than others.
+        wait_for_everyone()
+        for rank_results, rank_failures in gather_object([(results, failures)]):
+            results |= rank_results
+            failures |= rank_failures
     log.count_at_least(len(refs))
     for index, reason in sorted(failures.items()):
         log.skip(str(refs[index]), 0, "unusable image", reason)
@@ -151,3 +137,4 @@ def record_failures(log: SkipLog, refs: Sequence[ImageRef], failures: dict[int, 
         raise ValueError("the benchmark contains no images")
     if len(failures) == len(refs):
         raise ValueError(f"none of the {len(refs):,} images can be used; first failure: {refs[0]} ({failures[0]})")
+    return dict(sorted(results.items()))

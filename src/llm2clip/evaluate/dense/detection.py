@@ -1,37 +1,33 @@
-"""Open-vocabulary detection: classification of class-agnostic boxes with an image-text model.
+"""Open-vocabulary detection: classification of class-agnostic boxes with an image-text model, and average precision.
 
 The model embeds each box, and the cosine similarities to the class embeddings determine the class probabilities. As in
 RegionCLIP (arXiv 2112.09106), the score of a box for a class is the geometric mean of the box's objectness and the
-class probability, followed by non-maximum suppression per class.
+class probability, followed by non-maximum suppression per class. The average precision (AP) is computed with
+pycocotools for groups of classes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, box_iou, nms
+from torchvision.ops import batched_nms, box_convert, box_iou, nms
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes
 
 from llm2clip.data.images import load_image, make_thumbnail
 from llm2clip.evaluate.benchmarks.base import DetectionData, ImageId
-from llm2clip.evaluate.dense import (
-    decode_images,
-    gather_from_ranks,
-    get_dense_encoder,
-    get_model,
-    logit_scales,
-    record_failures,
-    supported_variants,
-)
-from llm2clip.evaluate.dense.average_precision import MAX_DETECTIONS, Detections, to_result_rows
+from llm2clip.evaluate.bootstrap import BootstrapMetrics, bootstrap_counts
+from llm2clip.evaluate.dense import decode_images, gather_results, get_model, logit_scales, select_variants
 from llm2clip.evaluate.dense.proposals import GROUND_TRUTH, Proposals, object_boxes, open_proposals
 from llm2clip.evaluate.dense.regions import CROP, encode_boxes
 from llm2clip.evaluate.embeddings import EmbeddingSource
@@ -40,12 +36,32 @@ from llm2clip.html_report import Block, Heading, Paragraph, ResultImage, ResultI
 from llm2clip.io_utils import atomic_write_text, safe_name
 from llm2clip.runs.ranks import process_state
 
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
+
 LOGIT_SCALE = 100.0  # as in CLIP; RegionCLIP uses a temperature of 0.01
 NMS_IOU = 0.5  # as in RegionCLIP
 MAX_CANDIDATES = 1000  # (box, class) pairs per image, before non-maximum suppression
 RECALL_IOU = 0.5  # minimum IoU with a proposal for an object to count as covered
 EXAMPLE_SIDE = 480  # pixels
 EXAMPLE_BOXES = 8  # boxes per example image
+MAX_DETECTIONS = 100  # per image, as in COCO's AP
+AP50_INDEX = 0  # index of the IoU threshold 0.5 in COCO's thresholds 0.5, 0.55, ..., 0.95
+
+
+@dataclass
+class Detections:
+    """Detections in one image, in order of decreasing score.
+
+    Args:
+        boxes: Corners (x0, y0, x1, y1) in pixels, float32 of shape (N, 4).
+        scores: Between 0 and 1, float64 of shape (N,).
+        labels: Class indices, int64 of shape (N,).
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
 
 
 @dataclass
@@ -57,19 +73,18 @@ class DetectionResults:
             and, if the model has a learned logit scale, also with the learned scale. See `logit_scales`.
         logit_scales: Logit scale of each method.
         num_boxes: Number of proposals.
-        num_covered: Number of objects covered by a proposal, excluding crowds.
-        num_objects: Number of objects, excluding crowds.
+        num_covered, num_objects: Number of objects covered by a proposal, and of all objects, excluding crowds.
         note: See `ProposalSource.note`.
         failures: Reason why each unusable image was skipped, keyed by the image's index.
     """
 
     by_method: dict[str, dict[ImageId, Detections]]
     logit_scales: dict[str, float]
-    num_boxes: int = 0
-    num_covered: int = 0
-    num_objects: int = 0
-    note: str = ""
-    failures: dict[int, str] = field(default_factory=dict)
+    num_boxes: int
+    num_covered: int
+    num_objects: int
+    note: str
+    failures: dict[int, str]
 
     def describe_proposals(self, source: str) -> dict[str, Any]:
         """Return the number of proposals, their recall in percent, and sentences that describe them."""
@@ -83,13 +98,8 @@ class DetectionResults:
         is_upper_bound = source == GROUND_TRUTH
         if is_upper_bound:
             description += " These are the boxes of the annotated objects, so the AP is an upper bound."
-        return {
-            "source": source,
-            "boxes": self.num_boxes,
-            "recall": recall,
-            "is_upper_bound": is_upper_bound,
-            "description": description,
-        }
+        values = {"source": source, "boxes": self.num_boxes, "recall": recall, "is_upper_bound": is_upper_bound}
+        return values | {"description": description}
 
 
 def detect_objects(
@@ -100,9 +110,8 @@ def detect_objects(
     In a distributed run, the images are split across the ranks, and every rank returns all detections.
 
     Args:
-        embeddings: Embedding source that runs a model. Images that cannot be used are recorded in `embeddings.log`.
-        variants: Variants of the dense features. See `DENSE_VARIANTS`. Variants that the model does not support are
-            skipped.
+        embeddings, variants: See `classify_regions`.
+        proposals: Source of the boxes. See `open_proposals`.
         with_crops: If True, also classify the boxes with the method "crop", which encodes each box as a separate image.
             See `regions.py`.
 
@@ -112,45 +121,33 @@ def detect_objects(
         TooManySkipped: If too many images cannot be used.
     """
     model = get_model(embeddings)
-    methods = supported_variants(model, variants) + ([CROP] if with_crops else [])
-    if not methods:
-        get_dense_encoder(model, variants)  # raises an error with the reason
+    methods = select_variants(model, variants, required=not with_crops) + ([CROP] if with_crops else [])
     source = open_proposals(proposals, data, process_state().device)
     classes = encode_classes(embeddings, data.names, data.templates)
     objects = object_boxes(data)
     scales = logit_scales(model, LOGIT_SCALE)
-    scale_of_method = {method + suffix: scale for method in methods for suffix, scale in scales.items()}
-    local = DetectionResults({method: {} for method in scale_of_method}, scale_of_method)
-    for images in decode_images(data.images, data.sizes, "detection", local.failures):
-        boxes_of_image = {}
+    results: dict[int, tuple[dict[str, Detections], tuple[int, int, int]]] = {}
+    failures: dict[int, str] = {}
+    for images in decode_images(data.images, data.sizes, "detection", failures):
+        boxes: dict[int, Proposals] = {}
+        detections: dict[int, dict[str, Detections]] = {index: {} for index in images}
         for index, image in images.items():
-            image_id = data.image_ids[index]
-            boxes_of_image[image_id] = source.find(image_id, image).top(*image.shape[1:])
-        corners = [boxes.boxes for boxes in boxes_of_image.values()]
+            boxes[index] = source.find(data.image_ids[index], image).top(*image.shape[1:])
         for method in methods:
+            corners = [proposals.boxes for proposals in boxes.values()]
             box_embeddings = encode_boxes(model, list(images.values()), corners, method)
-            for (image_id, boxes), embedded in zip(boxes_of_image.items(), box_embeddings, strict=True):
+            for index, embedded in zip(images, box_embeddings, strict=True):
                 for suffix, scale in scales.items():
-                    detections = classify_boxes(boxes, embedded, classes, scale)
-                    local.by_method[method + suffix][image_id] = detections
-        for image_id, boxes in boxes_of_image.items():
-            true_boxes = objects.get(image_id, torch.zeros(0, 4))
-            is_covered = (box_iou(true_boxes, boxes.boxes) >= RECALL_IOU).any(1)
-            local.num_boxes += len(boxes.boxes)
-            local.num_covered += int(is_covered.sum())
-            local.num_objects += len(true_boxes)
-    parts = gather_from_ranks(local)
-    failures = {index: reason for part in parts for index, reason in part.failures.items()}
-    record_failures(embeddings.log, data.images, failures)
-    return DetectionResults(
-        by_method={m: {key: d for part in parts for key, d in part.by_method[m].items()} for m in scale_of_method},
-        logit_scales=scale_of_method,
-        num_boxes=sum(part.num_boxes for part in parts),
-        num_covered=sum(part.num_covered for part in parts),
-        num_objects=sum(part.num_objects for part in parts),
-        note=source.note,
-        failures=failures,
-    )
+                    detections[index][method + suffix] = classify_boxes(boxes[index], embedded, classes, scale)
+        for index in images:
+            true_boxes = objects.get(data.image_ids[index], torch.zeros(0, 4))
+            is_covered = (box_iou(true_boxes, boxes[index].boxes) >= RECALL_IOU).any(1)
+            results[index] = detections[index], (len(boxes[index].boxes), int(is_covered.sum()), len(true_boxes))
+    results = gather_results(results, failures, data.images, embeddings.log)
+    num_boxes, num_covered, num_objects = np.array([counts for _, counts in results.values()]).sum(0).tolist()
+    scale_of_method = {method + suffix: scale for method in methods for suffix, scale in scales.items()}
+    by_method = {m: {data.image_ids[i]: found[m] for i, (found, _) in results.items()} for m in scale_of_method}
+    return DetectionResults(by_method, scale_of_method, num_boxes, num_covered, num_objects, source.note, failures)
 
 
 def drop_images(data: DetectionData, excluded: Collection[int]) -> DetectionData:
@@ -229,3 +226,161 @@ def _draw_detections(image: Tensor, detected: Detections, names: Sequence[str]) 
     scores = detected.scores[shown].tolist()
     caption = ", ".join(f"{label} {score:.2f}" for label, score in zip(labels, scores, strict=True))
     return ResultImage(make_thumbnail(drawn, EXAMPLE_SIDE), None, caption or "no detections")
+
+
+# ---- average precision ---------------------------------------------------------------------------------------------
+
+
+def detection_metrics(
+    data: DetectionData, detections: Mapping[ImageId, Detections], resamples: int = 1000
+) -> tuple[BootstrapMetrics, dict[str, float]]:
+    """Return the average precision of each group of classes and of each class, in percent.
+
+    pycocotools' COCOeval matches the detections to the objects and computes the precision at 101 recall values. AP50 is
+    measured at the IoU threshold 0.5, and AP is the mean over the thresholds 0.5, 0.55, ..., 0.95. A group's value is
+    the mean over its classes. Classes without objects are excluded.
+
+    The bootstrap is over images. It reuses COCOeval's matches and recomputes only the precision for each resample.
+
+    Args:
+        detections: Detections, keyed by image id. Images without an entry have no detections.
+
+    Returns:
+        Metrics "AP50 GROUP" and "AP GROUP" for each group in `data.groups` and for the group "all", and the AP50 of
+        each class that has objects. Only "AP50 GROUP" has resamples.
+
+    Raises:
+        ValueError: If there are no objects except crowds.
+    """
+    evaluator = _run_coco_eval(data, detections)
+    precision = evaluator.eval["precision"][..., 0, 0]  # (thresholds, recalls, classes), -1 for classes without objects
+    class_ap = np.where(precision > -1, 100 * precision, np.nan).mean(1)  # (thresholds, classes)
+    class_ap50 = class_ap[AP50_INDEX]
+    matches = [_extract_class_matches(evaluator, k) for k in range(len(data.names))]
+    recall_values = evaluator.params.recThrs
+    resampled = []
+    for weights in bootstrap_counts(len(data.image_ids), resamples):
+        resampled.append([100 * weighted_ap(match, weights.numpy(), recall_values) for match in matches])
+    resampled_ap50 = np.array(resampled)  # (resamples, classes)
+
+    ap50: dict[str, float] = {}
+    ap: dict[str, float] = {}
+    group_resamples: dict[str, np.ndarray] = {}
+    for group, names in {**data.groups, "all": data.names}.items():
+        classes = [k for k, name in enumerate(data.names) if name in names and not np.isnan(class_ap50[k])]
+        if not classes:
+            continue
+        group_ap50 = resampled_ap50[:, classes]
+        num_classes = (~np.isnan(group_ap50)).sum(1)  # a resample may have no objects of a class or of any class
+        means = np.where(num_classes > 0, np.nansum(group_ap50, axis=1) / np.maximum(num_classes, 1), np.nan)
+        group_resamples[f"AP50 {group}"] = means
+        ap50[f"AP50 {group}"] = float(class_ap50[classes].mean())
+        ap[f"AP {group}"] = float(class_ap[:, classes].mean())
+    if not ap50:
+        raise ValueError("the images contain no objects except crowds, so the average precision is undefined")
+    metrics = BootstrapMetrics(tuple(data.image_ids), ap50 | ap, group_resamples)
+    return metrics, {name: float(class_ap50[k]) for k, name in enumerate(data.names) if not np.isnan(class_ap50[k])}
+
+
+def to_result_rows(data: DetectionData, detections: Mapping[ImageId, Detections]) -> list[dict[str, Any]]:
+    """Return the detections in COCO's results format: "image_id", "category_id", "bbox" as [x, y, w, h] and "score"."""
+    rows = []
+    for image_id, detected in detections.items():
+        boxes = box_convert(detected.boxes.double(), "xyxy", "xywh").tolist()
+        for box, score, label in zip(boxes, detected.scores.tolist(), detected.labels.tolist(), strict=True):
+            category_id = data.category_ids[label]
+            rows.append({"image_id": image_id, "category_id": category_id, "bbox": box, "score": score})
+    return rows
+
+
+@dataclass
+class ClassMatches:
+    """Matches of one class at the IoU threshold 0.5 in all images, in order of decreasing score.
+
+    Args:
+        image: Image index of each detection, of shape (N,).
+        is_correct: Boolean mask of the detections that match an object, of shape (N,). Detections that match a crowd
+            are omitted.
+        objects: Number of objects in each image, excluding crowds, of shape (images,).
+    """
+
+    image: np.ndarray
+    is_correct: np.ndarray
+    objects: np.ndarray
+
+
+def weighted_ap(matches: ClassMatches, weights: np.ndarray, recall_values: np.ndarray) -> float:
+    """Return the interpolated average precision of one class when image i is counted `weights[i]` times.
+
+    This equals COCOeval's value for a data set in which the images are repeated. The precision is averaged at
+    `recall_values`. The result is NaN if there are no objects.
+    """
+    num_objects = float(weights @ matches.objects)
+    if num_objects == 0:
+        return float("nan")
+    if len(matches.image) == 0:
+        return 0.0
+    weight = weights[matches.image]
+    true_positives = np.cumsum(weight * matches.is_correct)
+    num_detections = np.cumsum(weight)
+    precision = true_positives / np.maximum(num_detections, 1)
+    precision = np.maximum.accumulate(precision[::-1])[::-1]  # maximum precision at this or any higher recall
+    positions = np.searchsorted(true_positives / num_objects, recall_values)
+    reached = positions < len(precision)
+    return float(np.where(reached, precision[np.minimum(positions, len(precision) - 1)], 0.0).mean())
+
+
+def _run_coco_eval(data: DetectionData, detections: Mapping[ImageId, Detections]) -> Any:
+    """Run COCOeval on boxes of all sizes.
+
+    Category ids are replaced by class indices plus 1, and image ids by integers. The integers preserve the order of the
+    image ids, because COCOeval sorts detections with equal scores by image id.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    category_ids = {category_id: k + 1 for k, category_id in enumerate(data.category_ids)}
+    ordered_ids = sorted(data.image_ids, key=lambda image_id: (isinstance(image_id, str), image_id))
+    image_ids = {image_id: number for number, image_id in enumerate(ordered_ids)}
+
+    def to_coco(rows: Sequence[Mapping[str, Any]]) -> COCO:
+        annotations = []
+        for number, row in enumerate(rows, 1):  # COCOeval treats a match with the id 0 as a missing match
+            _, _, width, height = row["bbox"]
+            ids = {"image_id": image_ids[row["image_id"]], "category_id": category_ids[row["category_id"]]}
+            annotations.append({"iscrowd": 0, "area": width * height, **row, **ids, "id": number})
+        coco = COCO()
+        coco.dataset = {
+            "images": [{"id": number} for number in image_ids.values()],
+            "categories": [
+                {"id": category_ids[i], "name": name} for i, name in zip(data.category_ids, data.names, strict=True)
+            ],
+            "annotations": annotations,
+        }
+        coco.createIndex()
+        return coco
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator = COCOeval(to_coco(data.annotations), to_coco(to_result_rows(data, detections)), "bbox")
+        evaluator.params.areaRng, evaluator.params.areaRngLbl = [[0, float("inf")]], ["all"]
+        evaluator.params.maxDets = [MAX_DETECTIONS]
+        evaluator.evaluate()
+        evaluator.accumulate()
+    return evaluator
+
+
+def _extract_class_matches(evaluator: Any, k: int) -> ClassMatches:
+    """Extract COCOeval's matches of class k at the IoU threshold 0.5."""
+    num_images = len(evaluator.params.imgIds)
+    scores, images, is_correct = [np.zeros(0)], [np.zeros(0, int)], [np.zeros(0, bool)]
+    objects = np.zeros(num_images)
+    for i, result in enumerate(evaluator.evalImgs[k * num_images : (k + 1) * num_images]):
+        if result is None:  # neither objects nor detections
+            continue
+        counted = ~result["dtIgnore"][AP50_INDEX].astype(bool)
+        scores.append(np.asarray(result["dtScores"], float)[counted])
+        is_correct.append(result["dtMatches"][AP50_INDEX][counted] > 0)
+        images.append(np.full(int(counted.sum()), i))
+        objects[i] = np.count_nonzero(np.asarray(result["gtIgnore"]) == 0)
+    order = np.argsort(-np.concatenate(scores), kind="mergesort")  # the same order as in COCOeval
+    return ClassMatches(np.concatenate(images)[order], np.concatenate(is_correct)[order], objects)

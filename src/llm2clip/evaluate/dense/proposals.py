@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,18 +42,17 @@ class Proposals:
         return Proposals(boxes[order], self.scores[order])
 
 
-class ProposalSource(Protocol):
-    """Interface for sources of proposals.
+@dataclass
+class ProposalSource:
+    """Source of proposals.
 
-    Attributes:
+    Args:
+        find: Function that takes an image id and a uint8 image of shape (3, H, W), and returns the image's proposals.
         note: Warning about boxes that are not used, or images without boxes. Empty if there are none.
     """
 
-    note: str
-
-    def find(self, image_id: ImageId, image: Tensor) -> Proposals:
-        """Return the proposals for a uint8 image of shape (3, H, W)."""
-        ...
+    find: Callable[[ImageId, Tensor], Proposals]
+    note: str = ""
 
 
 def open_proposals(name: str, data: DetectionData, device: torch.device) -> ProposalSource:
@@ -61,7 +60,7 @@ def open_proposals(name: str, data: DetectionData, device: torch.device) -> Prop
 
     Args:
         name: "ground-truth", a JSON file in COCO's results format, torchvision:NAME, or a folder or hub id of a
-            transformers object detection model.
+            transformers object detection model. The class labels of detectors are ignored.
 
     Raises:
         MissingFileError: If the JSON file does not exist.
@@ -69,12 +68,15 @@ def open_proposals(name: str, data: DetectionData, device: torch.device) -> Prop
         ValueError: If torchvision or transformers has no such detector.
     """
     if name == GROUND_TRUTH:
-        return _GroundTruth(data)
+        boxes_of_image = object_boxes(data)
+        return _look_up({key: Proposals(boxes, torch.ones(len(boxes))) for key, boxes in boxes_of_image.items()})
     if name.startswith(TORCHVISION_PREFIX):
-        return _Detector(_load_torchvision(name.removeprefix(TORCHVISION_PREFIX), device))
-    if name.endswith(".json"):
-        return _ProposalFile(Path(name), data)
-    return _Detector(_load_transformers(name, device))
+        detect = _load_torchvision(name.removeprefix(TORCHVISION_PREFIX), device)
+    elif name.endswith(".json"):
+        return _read_proposals(Path(name), data)
+    else:
+        detect = _load_transformers(name, device)
+    return ProposalSource(lambda image_id, image: detect(image))
 
 
 def object_boxes(data: DetectionData) -> dict[ImageId, Tensor]:
@@ -86,55 +88,45 @@ def object_boxes(data: DetectionData) -> dict[ImageId, Tensor]:
     return {key: box_convert(torch.tensor(rows, dtype=torch.float32), "xywh", "xyxy") for key, rows in boxes.items()}
 
 
-class _GroundTruth:
-    """Ground-truth boxes of all objects except crowds, with an objectness of 1."""
-
-    note = ""
-
-    def __init__(self, data: DetectionData) -> None:
-        self._boxes = object_boxes(data)
-
-    def find(self, image_id: ImageId, image: Tensor) -> Proposals:
-        boxes = self._boxes.get(image_id, torch.zeros(0, 4))
-        return Proposals(boxes, torch.ones(len(boxes)))
+def _look_up(proposals: Mapping[ImageId, Proposals], note: str = "") -> ProposalSource:
+    nothing = Proposals(torch.zeros(0, 4), torch.zeros(0))
+    return ProposalSource(lambda image_id, image: proposals.get(image_id, nothing), note)
 
 
-class _ProposalFile:
-    """Proposals from a JSON file in COCO's results format: a list of {"image_id", "bbox": [x, y, w, h], "score"}."""
+# ---- file ------------------------------------------------------------------------------------------------------------
 
-    def __init__(self, file: Path, data: DetectionData) -> None:
-        if not file.is_file():
-            raise MissingFileError(f"{file}: no such file; --proposals expects a JSON file in COCO's results format")
-        rows = read_json(file)
-        if not isinstance(rows, list):
-            raise DataFormatError(
-                f'{file} must be a list of {{"image_id", "bbox", "score"}} (got {type(rows).__name__})'
-            )
-        # Some tools write the image id 139 as a string.
-        ids_by_text = {str(image_id): image_id for image_id in data.image_ids}
-        by_image: dict[ImageId, list[list[float]]] = {}
-        num_unknown = 0
-        for number, row in enumerate(rows, 1):
-            id_text, values = _parse_row(file, number, row)
-            image_id = ids_by_text.get(id_text)
-            if image_id is not None:
-                by_image.setdefault(image_id, []).append(values)
-            else:
-                num_unknown += 1
-        self._values = {image_id: torch.tensor(values) for image_id, values in by_image.items()}  # (N, 5)
-        notes = []
-        if num_unknown:
-            notes.append(f"{num_unknown:,} of {len(rows):,} boxes belong to images that the benchmark does not use")
-        num_missing = len(data.image_ids) - len(by_image)
-        if num_missing:
-            notes.append(f"{num_missing:,} of {len(data.image_ids):,} images have no boxes")
-        self.note = f"{file}: {'; '.join(notes)}" if notes else ""
-        if not by_image:
-            raise DataFormatError(f"{file} has no boxes for the benchmark's images: check the values of image_id")
 
-    def find(self, image_id: ImageId, image: Tensor) -> Proposals:
-        values = self._values.get(image_id, torch.zeros(0, 5))
-        return Proposals(box_convert(values[:, :4], "xywh", "xyxy"), values[:, 4])
+def _read_proposals(file: Path, data: DetectionData) -> ProposalSource:
+    """Read a JSON file in COCO's results format: a list of {"image_id", "bbox": [x, y, w, h], "score"}."""
+    if not file.is_file():
+        raise MissingFileError(f"{file}: no such file; --proposals expects a JSON file in COCO's results format")
+    rows = read_json(file)
+    if not isinstance(rows, list):
+        raise DataFormatError(f'{file} must be a list of {{"image_id", "bbox", "score"}} (got {type(rows).__name__})')
+    ids_by_text = {str(image_id): image_id for image_id in data.image_ids}  # some tools write the id 139 as a string
+    rows_of_image: dict[ImageId, list[list[float]]] = {}
+    num_unknown = 0
+    for number, row in enumerate(rows, 1):
+        id_text, values = _parse_row(file, number, row)
+        image_id = ids_by_text.get(id_text)
+        if image_id is not None:
+            rows_of_image.setdefault(image_id, []).append(values)
+        else:
+            num_unknown += 1
+    if not rows_of_image:
+        raise DataFormatError(f"{file} has no boxes for the benchmark's images: check the values of image_id")
+    notes = []
+    if num_unknown:
+        notes.append(f"{num_unknown:,} of {len(rows):,} boxes belong to images that the benchmark does not use")
+    num_missing = len(data.image_ids) - len(rows_of_image)
+    if num_missing:
+        notes.append(f"{num_missing:,} of {len(data.image_ids):,} images have no boxes")
+    proposals = {}
+    for image_id, image_rows in rows_of_image.items():
+        boxes_and_scores = torch.tensor(image_rows)  # (N, 5)
+        boxes = box_convert(boxes_and_scores[:, :4], "xywh", "xyxy")
+        proposals[image_id] = Proposals(boxes, boxes_and_scores[:, 4])
+    return _look_up(proposals, f"{file}: {'; '.join(notes)}" if notes else "")
 
 
 def _parse_row(file: Path, number: int, row: Any) -> tuple[str, list[float]]:
@@ -163,26 +155,10 @@ def _parse_row(file: Path, number: int, row: Any) -> tuple[str, list[float]]:
     return str(image_id), values
 
 
-class _Detector:
-    """Proposals from a detector. Its class labels are ignored."""
-
-    note = ""
-
-    def __init__(self, detect: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
-        """
-        Args:
-            detect: Function that maps a uint8 image of shape (3, H, W) to corners of shape (N, 4) and scores of shape
-                (N,).
-        """
-        self._detect = detect
-
-    @torch.inference_mode()
-    def find(self, image_id: ImageId, image: Tensor) -> Proposals:
-        boxes, scores = self._detect(image)
-        return Proposals(boxes.float().cpu(), scores.float().cpu())
+# ---- detectors -------------------------------------------------------------------------------------------------------
 
 
-def _load_torchvision(name: str, device: torch.device) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def _load_torchvision(name: str, device: torch.device) -> Callable[[Tensor], Proposals]:
     from torchvision.models import detection, get_model, list_models
 
     names = [n for n in list_models(module=detection) if not n.startswith("keypoint")]
@@ -190,14 +166,15 @@ def _load_torchvision(name: str, device: torch.device) -> Callable[[Tensor], tup
         raise ValueError(f"torchvision has no detector {name!r}; choose from {', '.join(names)}")
     model = get_model(name, weights="DEFAULT").eval().to(device)
 
-    def detect(image: Tensor) -> tuple[Tensor, Tensor]:
+    @torch.inference_mode()
+    def detect(image: Tensor) -> Proposals:
         [result] = model([image.to(device).float() / 255])
-        return result["boxes"], result["scores"]
+        return Proposals(result["boxes"].float().cpu(), result["scores"].float().cpu())
 
     return detect
 
 
-def _load_transformers(name: str, device: torch.device) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def _load_transformers(name: str, device: torch.device) -> Callable[[Tensor], Proposals]:
     from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
     try:
@@ -211,10 +188,11 @@ def _load_transformers(name: str, device: torch.device) -> Callable[[Tensor], tu
             f"in COCO's results format, {TORCHVISION_PREFIX}NAME, or a folder or hub id of an object detection model"
         ) from error
 
-    def detect(image: Tensor) -> tuple[Tensor, Tensor]:
+    @torch.inference_mode()
+    def detect(image: Tensor) -> Proposals:
         inputs = processor(images=image, return_tensors="pt").to(device)
         size = torch.tensor([image.shape[-2:]])
         [result] = processor.post_process_object_detection(model(**inputs), threshold=0.0, target_sizes=size)
-        return result["boxes"], result["scores"]
+        return Proposals(result["boxes"].float().cpu(), result["scores"].float().cpu())
 
     return detect

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
 
 import numpy as np
 import torch
@@ -25,19 +25,12 @@ from torch import Tensor
 from llm2clip.data.images import load_image, make_thumbnail
 from llm2clip.evaluate.benchmarks.base import RegionData
 from llm2clip.evaluate.bootstrap import BootstrapMetrics
-from llm2clip.evaluate.dense import (
-    decode_images,
-    gather_from_ranks,
-    get_dense_encoder,
-    get_model,
-    record_failures,
-    supported_variants,
-)
+from llm2clip.evaluate.dense import decode_images, gather_results, get_model, select_variants
 from llm2clip.evaluate.embeddings import BATCH_SIZE, EmbeddingSource
 from llm2clip.evaluate.zero_shot import class_ranks, encode_classes
 from llm2clip.html_report import Block, Heading, Paragraph, ResultImage, ResultImages
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.models.vision.regions import encode_boxes as encode_dense_boxes
+from llm2clip.models.vision.dense import encode_boxes as encode_dense_boxes
 
 CROP = "crop"
 CROP_SCALE = 1.5  # side of the crop, divided by the side of the box
@@ -92,22 +85,18 @@ def classify_regions(
         TooManySkipped: If too many images cannot be used.
     """
     model = get_model(embeddings)
-    variants = supported_variants(model, variants)
+    methods = [CROP, *select_variants(model, variants, required=False)]
     classes = encode_classes(embeddings, data.names, data.templates)
-    parts: dict[str, list[RegionPredictions]] = {method: [] for method in (CROP, *variants)}
+    batches: dict[int, dict[str, RegionPredictions]] = {}  # predictions by method, keyed by a batch's first image
     failures: dict[int, str] = {}
     for images in decode_images(data.images, data.sizes, "regions", failures):
         boxes = [torch.from_numpy(data.boxes[index]) for index in images]
-        for method, predictions in parts.items():
-            region_embeddings = encode_boxes(model, list(images.values()), boxes, method)
-            regions = torch.cat([torch.empty(0, model.embed_dim), *region_embeddings])
-            predictions.append(_predict_classes(regions, list(images), data, classes))
-    gathered = gather_from_ranks((parts, failures))
-    record_failures(embeddings.log, data.images, {i: reason for _, part in gathered for i, reason in part.items()})
-    return {
-        method: RegionPredictions.concatenate([part for rank_parts, _ in gathered for part in rank_parts[method]])
-        for method in parts
-    }
+        for method in methods if images else ():
+            regions = torch.cat(encode_boxes(model, list(images.values()), boxes, method))
+            predictions = batches.setdefault(min(images), {})
+            predictions[method] = _predict_classes(regions, list(images), data, classes)
+    batches = gather_results(batches, failures, data.images, embeddings.log)
+    return {method: RegionPredictions.concatenate([batch[method] for batch in batches.values()]) for method in methods}
 
 
 def region_metrics(data: RegionData, predictions: RegionPredictions) -> BootstrapMetrics:
@@ -186,20 +175,15 @@ def encode_boxes(model: DualEncoder, images: Sequence[Tensor], boxes: Sequence[T
     if method == CROP:
         crops = torch.cat([torch.empty(0, model.embed_dim), *_encode_crops(model, images, boxes)])
         return list(crops.split([len(image_boxes) for image_boxes in boxes]))
-    dense = get_dense_encoder(model, [method])
-    return encode_dense_boxes(dense, images, boxes, method, model.embed_dim)
+    assert model.dense is not None
+    return encode_dense_boxes(model.dense, images, boxes, method, model.embed_dim)
 
 
 def _encode_crops(model: DualEncoder, images: Sequence[Tensor], boxes: Sequence[Tensor]) -> Iterator[Tensor]:
     """Yield the embeddings of the cropped boxes of all images, batch by batch."""
-    batch: list[Any] = []
-    for image, image_boxes in zip(images, boxes, strict=True):
-        for box in image_boxes.tolist():
-            batch.append(model.transform(crop_region(image, box)))
-            if len(batch) == BATCH_SIZE:
-                yield model.encode_images(batch)
-                batch = []
-    if batch:
+    pairs = zip(images, boxes, strict=True)
+    crops = (crop_region(image, box) for image, image_boxes in pairs for box in image_boxes.tolist())
+    while batch := [model.transform(crop) for crop in islice(crops, BATCH_SIZE)]:
         yield model.encode_images(batch)
 
 
@@ -228,13 +212,13 @@ def crop_region(image: Tensor, box: Sequence[float]) -> Tensor:
 
 def _predict_classes(regions: Tensor, indices: Sequence[int], data: RegionData, classes: Tensor) -> RegionPredictions:
     """Classify all regions of the images with the given indices, using region embeddings of shape (R, D)."""
-    labels = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *(data.labels[i] for i in indices)]))
+    labels = torch.from_numpy(np.concatenate([data.labels[i] for i in indices]))
     counts = [len(data.labels[i]) for i in indices]
     scores = regions @ classes.T  # (regions, classes)
     best, predicted = scores.max(1)
     return RegionPredictions(
         image=np.repeat(np.array(indices, np.int64), counts),
-        region=np.concatenate([np.empty(0, np.int64), *(np.arange(count) for count in counts)]),
+        region=np.concatenate([np.arange(count) for count in counts]),
         rank=class_ranks(scores, labels).numpy(),
         predicted=predicted.numpy(),
         margin=(best - scores.gather(1, labels[:, None])[:, 0]).numpy(),

@@ -8,7 +8,7 @@ intersections and unions are summed over all images before they are divided.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +21,7 @@ from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.images import load_image, make_thumbnail
 from llm2clip.evaluate.benchmarks.base import IGNORED, SegmentationData
 from llm2clip.evaluate.bootstrap import BootstrapMetrics
-from llm2clip.evaluate.dense import (
-    decode_batches,
-    gather_from_ranks,
-    get_dense_encoder,
-    get_model,
-    logit_scales,
-    record_failures,
-    supported_variants,
-)
+from llm2clip.evaluate.dense import decode_batches, gather_results, get_model, logit_scales, select_variants
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.zero_shot import encode_classes
 from llm2clip.html_report import Block, Heading, Legend, Paragraph, ResultImage, ResultImages
@@ -43,39 +35,23 @@ OVERLAY_OPACITY = 0.6
 
 
 @dataclass
-class SegmentationCounts:
-    """Pixel counts per image and class for one method, from which all metrics are computed.
-
-    Ignored pixels are not counted. All arrays are int64 of shape (images, classes).
-
-    Args:
-        intersection: Number of pixels whose label and prediction are both the class.
-        labelled: Number of pixels whose label is the class.
-        predicted: Number of pixels whose prediction is the class.
-    """
-
-    intersection: np.ndarray
-    labelled: np.ndarray
-    predicted: np.ndarray
-
-
-@dataclass
 class SegmentationResult:
     """Result of a segmentation benchmark.
 
     Args:
         images: Indices of the evaluated images.
-        counts: Pixel counts of each method. A method is a variant with the protocol's logit scale or with the model's
-            learned logit scale. The learned scale is omitted if it does not affect the result. See `logit_scales`.
+        counts: Pixel counts of each method, int64 of shape (images, 3, classes). See `_count_pixels`. A method is a
+            variant with the protocol's logit scale or with the model's learned logit scale. The learned scale is
+            omitted if it does not affect the result. See `logit_scales`.
         logit_scales: Logit scale of each method.
         examples: Downsampled predictions of a few images, keyed by image index and method, uint8 of shape
             (h, w). The key "labels" contains the true labels.
     """
 
     images: list[int]
-    counts: dict[str, SegmentationCounts]
+    counts: dict[str, np.ndarray]
     logit_scales: dict[str, float]
-    examples: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
+    examples: dict[int, dict[str, np.ndarray]]
 
 
 def evaluate_segmentation(
@@ -89,9 +65,7 @@ def evaluate_segmentation(
     In a distributed run, the images are split across the ranks, and every rank returns the complete result.
 
     Args:
-        embeddings: Embedding source that runs a model. Images that cannot be used are recorded in `embeddings.log`.
-        variants: Variants of the dense features. See `DENSE_VARIANTS`. Variants that the model does not support are
-            skipped.
+        embeddings, variants: See `classify_regions`.
         predictions_dir: Folder for the predictions (see `LabelMapWriter`). If None, predictions are not saved.
 
     Raises:
@@ -99,8 +73,9 @@ def evaluate_segmentation(
         TooManySkipped: If too many images cannot be used.
     """
     model = get_model(embeddings)
-    variants = supported_variants(model, variants) or variants
-    dense = get_dense_encoder(model, variants)
+    variants = select_variants(model, variants, required=True)
+    dense = model.dense
+    assert dense is not None
     names = [name for class_names in data.names for name in class_names]
     queries = encode_classes(embeddings, names, data.templates).to(dense.device)
     transform = ResizeForWindows.for_encoder(dense, data.scale)
@@ -108,39 +83,40 @@ def evaluate_segmentation(
     # Without a minimum probability, the scale does not affect the class with the highest probability.
     scales = logit_scales(model, data.logit_scale) if data.min_probability > 0 else {"": data.logit_scale}
     scale_of_method = {variant + suffix: scale for variant in variants for suffix, scale in scales.items()}
-    areas: dict[str, dict[int, np.ndarray]] = {method: {} for method in scale_of_method}
-    examples: dict[int, dict[str, np.ndarray]] = {}
+    results: dict[int, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = {}  # counts and examples by method
     failures: dict[int, str] = {}
     writer = LabelMapWriter(predictions_dir, data) if predictions_dir is not None else None
     for resized in decode_batches(data.images, transform, "segmentation", failures):
         scores = {name: encode_windows(resized, dense, name, queries, transform) for name in variants}
         for index, (_, size) in resized.items():
             try:
-                labels = _read_labels(data, index, size)
+                labels = data.read_labels(index)
+                if labels.shape != size:
+                    raise ValueError(
+                        f"the labels have {labels.shape[1]} x {labels.shape[0]} pixels, but the image has {size[1]} x "
+                        f"{size[0]} pixels"
+                    )
             except (ValueError, OSError) as error:
                 failures[index] = str(error)
                 continue
-            maps = {"labels": labels}
+            counts, maps = {}, {"labels": labels}
             for variant in variants:
                 for suffix, scale in scales.items():
                     method, pixel_scores = variant + suffix, scores[variant][index]
-                    areas[method][index], maps[method] = _count_pixels(pixel_scores, labels, data, scale)
+                    counts[method], maps[method] = _count_pixels(pixel_scores, labels, data, scale)
             if writer is not None:
                 for method in scale_of_method:
                     writer.write(method, index, maps[method])
-            if index in example_indices:
-                examples[index] = {name: _downsample(label_map) for name, label_map in maps.items()}
-    gathered = gather_from_ranks((areas, examples, failures))
-    record_failures(embeddings.log, data.images, {i: reason for *_, part in gathered for i, reason in part.items()})
-    counts = {}
-    evaluated: list[int] = []
-    for method in scale_of_method:
-        areas_of_image = {i: values for part, _, _ in gathered for i, values in part[method].items()}
-        evaluated = sorted(areas_of_image)
-        stacked = np.stack([areas_of_image[i] for i in evaluated])  # (images, 3, classes)
-        counts[method] = SegmentationCounts(stacked[:, 0], stacked[:, 1], stacked[:, 2])
-    all_examples = {i: maps for _, part, _ in gathered for i, maps in part.items()}
-    return SegmentationResult(evaluated, counts, scale_of_method, dict(sorted(all_examples.items())))
+            if index not in example_indices:
+                maps = {}
+            results[index] = counts, {name: _downsample(label_map) for name, label_map in maps.items()}
+    results = gather_results(results, failures, data.images, embeddings.log)
+    return SegmentationResult(
+        images=list(results),
+        counts={method: np.stack([counts[method] for counts, _ in results.values()]) for method in scale_of_method},
+        logit_scales=scale_of_method,
+        examples={index: maps for index, (_, maps) in results.items() if maps},
+    )
 
 
 class LabelMapWriter:
@@ -168,18 +144,18 @@ class LabelMapWriter:
             image.save(file)
 
 
-def segmentation_metrics(counts: SegmentationCounts, images: Sequence[int]) -> BootstrapMetrics:
+def segmentation_metrics(counts: np.ndarray, images: Sequence[int]) -> BootstrapMetrics:
     """Return "mIoU", "pixel accuracy" and "mean class accuracy" in percent.
 
     The metrics are defined as in mmsegmentation, where they are called mIoU, aAcc and mAcc. Classes that are neither
     labelled nor predicted in any image are excluded from the mean IoU, and classes without labelled pixels are excluded
     from the mean class accuracy. The bootstrap is over images.
     """
-    stacked = np.stack([counts.intersection, counts.labelled, counts.predicted], 1).astype(np.float64)
+    counts = counts.astype(np.float64)
 
     def metrics(weights: np.ndarray) -> list[float]:
         """Return all metrics, counting image i `weights[i]` times."""
-        intersection, labelled, predicted = np.tensordot(weights, stacked, 1)  # (3, classes)
+        intersection, labelled, predicted = np.tensordot(weights, counts, 1)  # (3, classes)
         with np.errstate(invalid="ignore"):  # 0 / 0 for classes that do not occur
             iou = intersection / (labelled + predicted - intersection)
             accuracy = intersection / labelled
@@ -189,10 +165,10 @@ def segmentation_metrics(counts: SegmentationCounts, images: Sequence[int]) -> B
     return BootstrapMetrics.from_function(images, ("mIoU", "pixel accuracy", "mean class accuracy"), metrics)
 
 
-def class_iou(counts: SegmentationCounts) -> list[float | None]:
+def class_iou(counts: np.ndarray) -> list[float | None]:
     """Return the IoU of each class in percent. None if the class is neither labelled nor predicted."""
-    intersection = counts.intersection.sum(0)
-    union = counts.labelled.sum(0) + counts.predicted.sum(0) - intersection
+    intersection, labelled, predicted = counts.sum(0)  # (3, classes)
+    union = labelled + predicted - intersection
     return [100.0 * float(i) / float(u) if u else None for i, u in zip(intersection, union, strict=True)]
 
 
@@ -215,29 +191,15 @@ def segmentation_blocks(data: SegmentationData, result: SegmentationResult) -> l
     return blocks
 
 
-def _read_labels(data: SegmentationData, index: int, image_size: tuple[int, int]) -> np.ndarray:
-    """Read the labels of an image, uint8 of shape (H, W).
-
-    Raises:
-        ValueError, OSError: If the labels cannot be read, or do not have the size of the image.
-    """
-    labels = data.read_labels(index)
-    if labels.shape != image_size:
-        raise ValueError(
-            f"the labels have {labels.shape[1]} x {labels.shape[0]} pixels, but the image has {image_size[1]} x "
-            f"{image_size[0]} pixels"
-        )
-    return labels
-
-
 @onednn_matmul()
 def _count_pixels(
     scores: PixelScores, labels: np.ndarray, data: SegmentationData, logit_scale: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Segment an image, and return its pixel counts and its predictions.
 
-    The counts are int64 of shape (3, classes). Their rows are the intersection, the labelled pixels and the predicted
-    pixels. The predictions are uint8 of shape (H, W).
+    The counts are int64 of shape (3, classes). Their rows are the numbers of pixels whose label and prediction are both
+    the class, whose label is the class, and whose prediction is the class. Ignored pixels are not counted. The
+    predictions are uint8 of shape (H, W).
     """
     num_classes = len(data.names)
     prediction = np.empty(labels.shape, np.uint8)

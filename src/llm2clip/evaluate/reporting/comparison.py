@@ -8,7 +8,7 @@ from typing import Any
 
 from llm2clip.evaluate.benchmark_eval import BenchmarkResult
 from llm2clip.evaluate.benchmarks import Benchmark
-from llm2clip.evaluate.benchmarks.coco_boxes import DEGENERATE
+from llm2clip.evaluate.benchmarks.coco_instances import DEGENERATE
 from llm2clip.evaluate.recall import KS
 from llm2clip.evaluate.reporting import plots
 from llm2clip.evaluate.reporting.error_analysis import MAX_K, ErrorAnalysis

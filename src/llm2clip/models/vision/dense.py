@@ -2,7 +2,8 @@
 
 A cell is a patch of a vision transformer or a position in the last feature map of a convolutional network. Its
 embedding is the output of the tower's head and the image projection for this cell alone. Images can have any size:
-position embeddings are interpolated, and rotary embeddings are computed for the grid.
+position embeddings are interpolated, and rotary embeddings are computed for the grid. The embedding of a region (a box
+or a mask) is an average over its cells.
 
 CLIP is trained only to match complete images with texts, so nothing forces the output for a patch to describe that
 patch, and the last block mixes all patches. The training-free variants change only this block. In the formulas, x is
@@ -23,7 +24,7 @@ Queries and keys include their norms and rotary embeddings, if any. Any layer sc
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -34,6 +35,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torchvision.ops import roi_align
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
@@ -161,13 +163,13 @@ def build_dense_encoder(tower: VisionTower, project: Callable[[Tensor], Tensor],
     device = tower.mean.device
 
     def features(pixels: Tensor, variant: str) -> Tensor:
-        grid = (pixels.shape[-2] // cell_size, pixels.shape[-1] // cell_size)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            cells = _encode_cells(tower, pixels, grid, variant)  # (N, h, w, C)
+            cells = _encode_cells(tower, pixels, variant)  # (N, h, w, C)
             embeddings = project(_apply_head(tower, cells.flatten(0, 2)))
         return embeddings.unflatten(0, cells.shape[:3])
 
-    has_variants = _get_class_name(_find_last_block(tower)[1]) in _BLOCK_PARTS
+    blocks = tower.blocks()
+    has_variants = bool(blocks) and _get_class_name(blocks[-1]) in _BLOCK_PARTS
     return DenseEncoder(
         cell_size=cell_size,
         image_size=tower.preprocess.size,
@@ -195,9 +197,7 @@ def feature_map(tower: VisionTower, pixels: Tensor) -> Tensor:
     Raises:
         ValueError: the tower's architecture has no grid of cells.
     """
-    cell_size = _get_cell_size(tower)
-    grid = (pixels.shape[-2] // cell_size, pixels.shape[-1] // cell_size)
-    return _encode_cells(tower, pixels, grid, "plain").permute(0, 3, 1, 2)
+    return _encode_cells(tower, pixels, "plain").permute(0, 3, 1, 2)
 
 
 def _get_cell_size(tower: VisionTower) -> int:
@@ -218,27 +218,23 @@ def _pools_class_token(tower: VisionTower) -> bool:
     return getattr(tower.backbone, "global_pool", "") == "token"
 
 
-def _find_last_block(tower: VisionTower) -> tuple[str, nn.Module | None]:
-    """Return the last block and its name in the backbone, or ("", None) if the backbone has no blocks."""
-    blocks = tower.blocks()
-    names = [name for name, module in tower.backbone.named_modules() if blocks and module is blocks[-1]]
-    return (names[0], blocks[-1]) if names else ("", None)
-
-
-def _get_class_name(module: nn.Module | None) -> str:
+def _get_class_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__name__}"
 
 
 # ---- cells ----------------------------------------------------------------------------------------------------------
 
 
-def _encode_cells(tower: VisionTower, pixels: Tensor, grid: tuple[int, int], variant: str) -> Tensor:
+def _encode_cells(tower: VisionTower, pixels: Tensor, variant: str) -> Tensor:
     """Compute the features of all cells before the tower's head, of shape (N, h, w, C)."""
+    cell_size = _get_cell_size(tower)
+    grid = (pixels.shape[-2] // cell_size, pixels.shape[-1] // cell_size)
     if tower.config["library"] == "timm":
         tower = _replace_module(tower, "backbone", _resize_timm(tower, (pixels.shape[-2], pixels.shape[-1])))
     if variant != "plain":
-        name, block = _find_last_block(tower)
-        tower = _replace_module(tower, f"backbone.{name}", _DenseBlock(cast(nn.Module, block), variant, grid))
+        block = tower.blocks()[-1]
+        name = next(name for name, module in tower.named_modules() if module is block)
+        tower = _replace_module(tower, name, _DenseBlock(block, variant, grid))
     features = tower.forward_features(pixels)
     if features.ndim == 3:  # tokens of shape (N, L, C), which start with the class and register tokens
         return features[:, -grid[0] * grid[1] :].unflatten(1, grid)
@@ -274,17 +270,18 @@ def _resize_timm(tower: VisionTower, size: tuple[int, int]) -> nn.Module:
     Raises:
         ValueError: the architecture supports only the size for which it was built.
     """
-    backbone = cast(Any, tower.backbone)
+    backbone: Any = tower.backbone
+    built_size = tower.config["args"].get("img_size")
+    is_vit = isinstance(backbone, VisionTransformer | Eva)
     if size == (tower.preprocess.size, tower.preprocess.size) or getattr(backbone, "dynamic_img_size", False):
-        return cast(nn.Module, backbone)
-    if not isinstance(backbone, VisionTransformer | Eva):
-        built_size = tower.config["args"].get("img_size")
-        if built_size is not None:
-            raise ValueError(
-                f"{tower.config['architecture']} supports only images of {built_size} x {built_size} pixels (got "
-                f"{size[0]} x {size[1]})"
-            )
-        return cast(nn.Module, backbone)
+        return tower.backbone
+    if not is_vit and built_size is None:
+        return tower.backbone
+    if not is_vit:
+        raise ValueError(
+            f"{tower.config['architecture']} supports only images of {built_size} x {built_size} pixels (got "
+            f"{size[0]} x {size[1]})"
+        )
     patch_embed = _shallow_copy(backbone.patch_embed)
     patch_embed.set_input_size(size)
     resized = _shallow_copy(backbone)
@@ -401,3 +398,129 @@ def _build_neighbour_bias(grid: tuple[int, int], k: Tensor) -> Tensor:
     bias = torch.kron(per_axis[0], per_axis[1])  # (h * w, h * w)
     prefix = k.shape[-2] - len(bias)  # class and register tokens
     return F.pad(bias, (prefix, 0, prefix, 0)).to(k.dtype)
+
+
+# ---- regions -------------------------------------------------------------------------------------------------------
+
+
+def encode_boxes(
+    dense: DenseEncoder,
+    images: Sequence[Tensor],
+    boxes: Sequence[Tensor],
+    variant: str,
+    embed_dim: int,
+    image_size: int | None = None,
+) -> list[Tensor]:
+    """Encode the boxes in each image.
+
+    As in CLIPSelf (arXiv 2310.01403), the entire image is encoded, and the cells in a box are averaged with RoIAlign
+    (arXiv 1703.06870).
+
+    Args:
+        images: Images of shape (3, H, W), uint8.
+        boxes: For each image, R boxes of shape (R, 4), float32, as (left, top, right, bottom) in pixels.
+        variant: One of `dense.variants`.
+        embed_dim: Dimension of the embeddings.
+        image_size: Length of the resized image's shorter side in pixels. Default: `dense.localization_size`.
+
+    Returns:
+        For each image, L2-normalised embeddings of shape (R, embed_dim), float32, on the CPU.
+    """
+    resized_by_shape: dict[torch.Size, dict[int, Tensor]] = {}  # images of the same shape are encoded together
+    for n, image in enumerate(images):
+        if len(boxes[n]):
+            resized = dense.resize(image, image_size or dense.localization_size)
+            resized_by_shape.setdefault(resized.shape, {})[n] = resized
+    results = [torch.empty(0, embed_dim) for _ in images]
+    for group in resized_by_shape.values():
+        features = dense.encode(torch.stack(list(group.values())), variant)  # (N, h, w, D)
+        boxes_in_cells = []
+        for n in group:
+            height, width = images[n].shape[1:]
+            cells_per_pixel = torch.tensor([features.shape[2] / width, features.shape[1] / height] * 2)
+            boxes_in_cells.append((boxes[n] * cells_per_pixel).to(features.device))
+        maps = features.permute(0, 3, 1, 2).contiguous()
+        pooled = roi_align(maps, boxes_in_cells, output_size=1, aligned=True)[:, :, 0, 0]  # (boxes of all images, D)
+        embeddings = F.normalize(pooled, dim=-1).cpu()
+        for n, part in zip(group, embeddings.split([len(boxes[n]) for n in group]), strict=True):
+            results[n] = part
+    return results
+
+
+def pool_masks(features: Tensor, masks: Tensor) -> Tensor:
+    """Average the cell embeddings of an image, weighted by the area of a mask in each cell.
+
+    Images are resized without cropping, so in an image with H x W pixels and h x w cells, cell (i, j) covers the rows
+    i * H / h to (i + 1) * H / h and the columns j * W / w to (j + 1) * W / w.
+
+    Args:
+        features: Cell embeddings of shape (h, w, D), float32.
+        masks: Non-empty masks of shape (N, H, W), bool. They can have any resolution.
+
+    Returns:
+        L2-normalised embeddings of shape (N, D), float32.
+    """
+    h, w, dim = features.shape
+    rows, columns = (
+        _compute_overlaps(cells, pixels).to(features) for cells, pixels in zip((h, w), masks.shape[1:], strict=True)
+    )
+    pooled = [features.new_empty(0, dim)]
+    for mask in masks:  # one at a time, because a float mask takes four times the memory of a boolean mask
+        areas = rows @ mask.to(features) @ columns.T  # (h, w), in pixels
+        pooled.append((areas / areas.sum()).flatten()[None] @ features.flatten(0, 1))
+    return F.normalize(torch.cat(pooled), dim=-1)
+
+
+def _compute_overlaps(cells: int, pixels: int) -> Tensor:
+    """Compute the overlap of each cell with each pixel along an axis, in pixels, of shape (cells, pixels), float64."""
+    cell_edges = torch.arange(cells + 1, dtype=torch.float64) * pixels / cells
+    pixel_edges = torch.arange(pixels + 1, dtype=torch.float64)
+    ends = torch.minimum(cell_edges[1:, None], pixel_edges[1:])
+    starts = torch.maximum(cell_edges[:-1, None], pixel_edges[:-1])
+    return (ends - starts).clamp(min=0)
+
+
+def check_boxes(boxes: Any, height: int, width: int) -> Tensor:
+    """Convert an array-like of N boxes, as (left, top, right, bottom) in pixels, to shape (N, 4), float32, on the CPU.
+
+    Raises:
+        ValueError: The shape is wrong, or a box contains NaN or infinity, is empty, or is not inside the image.
+    """
+    tensor = torch.as_tensor(boxes, dtype=torch.float32).cpu()
+    if tensor.numel() == 0:
+        return tensor.new_empty(0, 4)
+    if tensor.ndim != 2 or tensor.shape[1] != 4:
+        raise ValueError(f"boxes must have the shape (N, 4), as (x0, y0, x1, y1) (got {tuple(tensor.shape)})")
+    x0, y0, x1, y1 = tensor.unbind(1)
+    problems = {
+        "contains NaN or infinity": ~tensor.isfinite().all(1),
+        "is empty: x1 must be greater than x0, and y1 greater than y0": (x1 <= x0) | (y1 <= y0),
+        f"is not inside the image of {width} x {height} pixels: clip the boxes to the image": (
+            (x0 < 0) | (y0 < 0) | (x1 > width) | (y1 > height)
+        ),
+    }
+    for problem, is_invalid in problems.items():
+        if is_invalid.any():
+            n = int(is_invalid.nonzero()[0])
+            raise ValueError(f"box {n}, {tuple(tensor[n].tolist())}, {problem}")
+    return tensor
+
+
+def check_masks(masks: Any, height: int, width: int) -> Tensor:
+    """Convert an array-like of N boolean masks to shape (N, H, W), bool, on the CPU.
+
+    Raises:
+        ValueError: The masks are not boolean or do not have the size of the image, or a mask is empty.
+    """
+    tensor = torch.as_tensor(masks).cpu()
+    if tensor.ndim != 3 or tensor.shape[1:] != (height, width):
+        raise ValueError(
+            f"masks must have the shape (N, {height}, {width}), which is the size of the image (got "
+            f"{tuple(tensor.shape)})"
+        )
+    if tensor.dtype != torch.bool:
+        raise ValueError(f"masks must be boolean (got {tensor.dtype})")
+    is_empty = ~tensor.flatten(1).any(1)
+    if is_empty.any():
+        raise ValueError(f"mask {int(is_empty.nonzero()[0])} is empty: it contains no pixel")
+    return tensor

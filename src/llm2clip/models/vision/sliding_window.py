@@ -34,8 +34,7 @@ class WindowAxis:
     """Positions of the windows along one axis.
 
     Args:
-        length: Length of the resized image along this axis, in pixels.
-        window: Length of a window, in pixels.
+        length, window: Length of the resized image and of a window along this axis, in pixels.
         starts: First pixel of each window.
     """
 
@@ -56,14 +55,9 @@ class WindowAxis:
         return cls(length, window, tuple(min(n * stride, length - window) for n in range(count)))
 
     def matrix(self, cells: int, size: int) -> Tensor:
-        """Return the matrix that maps the cells of all windows to output pixels along this axis.
+        """Return the matrix that maps the cells of all windows to `size` output pixels along this axis.
 
-        Args:
-            cells: Number of cells per window.
-            size: Number of output pixels.
-
-        Returns:
-            Matrix of shape (size, windows * cells), float32.
+        Its shape is (size, windows * cells), float32, where `cells` is the number of cells per window.
         """
         upsample = _build_bilinear_matrix(cells, self.window)
         average = torch.zeros(self.length, len(self.starts) * cells, dtype=torch.float64)
@@ -170,10 +164,8 @@ def encode_windows(
 
     Args:
         images: Outputs of `transform`, keyed by image index.
-        dense: Dense encoder.
-        variant: Variant of the dense features; see `dense.py`.
+        variant: One of `dense.variants`.
         queries: Embeddings of all class names, of shape (K, D).
-        transform: Transform with which the images were resized.
 
     Returns:
         Scores with the original image sizes, keyed by image index.

@@ -1,4 +1,4 @@
-"""Common interface for pretrained image encoders (vision towers) from timm and transformers.
+"""Common interface for pretrained image encoders (vision towers) from timm and transformers, and LoRA for them.
 
 A tower maps uint8 pixels to pooled features, without any projection, and stores the preprocessing with which it was
 trained. The architecture can be rebuilt from the tower's `config` without a network connection, so a model that
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -234,3 +236,49 @@ def _compute_transformers_depths(names: list[str]) -> dict[str, int]:
         else:
             depths[name] = last_depth
     return depths
+
+
+# ---- LoRA ----------------------------------------------------------------------------------------------------------
+
+
+def add_tower_lora(tower: VisionTower, rank: int, alpha: int) -> None:
+    """Add LoRA (arXiv 2106.09685) to the linear layers and 1 x 1 convolutions in the tower's blocks.
+
+    All original weights are frozen.
+
+    Raises:
+        ValueError: the tower has no layer to which LoRA can be added.
+    """
+    modules = list(tower.backbone.named_modules())
+    # nn.MultiheadAttention uses the weights of its sublayers without calling them, so LoRA would have no effect.
+    attention_prefixes = tuple(f"{name}." for name, m in modules if isinstance(m, nn.MultiheadAttention))
+    targets = []
+    for name, module in modules:
+        is_pointwise = type(module) is nn.Conv2d and module.kernel_size == (1, 1) and module.groups == 1
+        if (isinstance(module, nn.Linear) or is_pointwise) and not name.startswith(attention_prefixes):
+            targets += [name] if tower.is_in_block(name) else []
+    if not targets:
+        raise ValueError("--align.lora_r: this tower has no linear layer for LoRA. Use --align.lora_r 0")
+    _set_qkv_module_call(tower, True)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), tower.backbone)
+    for name, parameter in tower.backbone.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+
+
+def merge_tower_lora(tower: VisionTower) -> None:
+    """Merge all LoRA layers into the original weights, and make all weights of the tower trainable."""
+    lora_layers = {name: m for name, m in tower.backbone.named_modules() if isinstance(m, BaseTunerLayer)}
+    for name, layer in lora_layers.items():
+        layer.merge(safe_merge=True)
+        tower.backbone.set_submodule(name, layer.get_base_layer())
+    _set_qkv_module_call(tower, False)
+    if hasattr(tower.backbone, "peft_config"):
+        del tower.backbone.peft_config
+    tower.requires_grad_(True)
+
+
+def _set_qkv_module_call(tower: VisionTower, enable: bool) -> None:
+    """Make timm's EVA models call their fused qkv layer. By default, they only read its weight, without any LoRA."""
+    for module in tower.backbone.modules():
+        if hasattr(module, "qkv_bias_separate"):
+            cast(Any, module).qkv_bias_separate = enable
