@@ -16,7 +16,15 @@ from PIL import Image
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from dense_fixtures import coco_json, colour_embeddings, colour_model, draw_rectangles, make_coco
+from conftest import run_distributed
+from dense_fixtures import (
+    coco_json,
+    colour_embeddings,
+    colour_model,
+    draw_rectangles,
+    make_coco,
+    make_segmentation,
+)
 from llm2clip.cli import main
 from llm2clip.config import EvaluateOptions
 from llm2clip.data.image_refs import FileImage
@@ -37,10 +45,12 @@ from llm2clip.evaluate.dense.detection import (
     write_detections,
 )
 from llm2clip.evaluate.dense.proposals import Proposals, object_boxes, open_proposals
-from llm2clip.evaluate.dense.regions import encode_boxes
+from llm2clip.evaluate.dense.regions import RegionPredictions, classify_regions, encode_boxes
+from llm2clip.evaluate.dense.segmentation import SegmentationResult, evaluate_segmentation
 from llm2clip.evaluate.runner import evaluate_models
 from llm2clip.html_report import ResultImages
 from llm2clip.io_utils import DataFormatError, MissingFileError
+from llm2clip.runs.ranks import process_state, shutdown
 
 NAMES = ("red", "green", "blue")
 GROUPS = {"novel": ("red", "green"), "base": ("blue",)}
@@ -584,6 +594,38 @@ def test_detection_blocks_show_the_names(tmp_path: Path) -> None:
     assert len(images.images) == 2
     assert images.images[0].caption in ("red 1.00, green 1.00", "green 1.00, red 1.00")  # one name per box
     assert load_image(images.images[0].jpeg).shape == (3, 360, 480)
+
+
+def evaluate_all_kinds(folder: Path) -> tuple[SegmentationResult, RegionPredictions, DetectionResults]:
+    """Evaluate generated images with labels, `folder/coco`, and the images of `draw_data` in `folder`."""
+    data = make_segmentation(folder / f"images{process_state().process_index}")
+    segmentation = evaluate_segmentation(data, colour_embeddings(), ["plain"])
+    regions = classify_regions(BENCHMARKS["coco-boxes"].load(folder / "coco"), colour_embeddings(), ["plain"])["plain"]
+    return segmentation, regions, detect(make_drawn_data(folder))
+
+
+def evaluate_on_rank(folder: Path) -> None:
+    torch.save(evaluate_all_kinds(folder), folder / f"{process_state().process_index}.pt")
+    shutdown()
+
+
+def test_ranks_share_the_images_and_return_the_results_of_one_process(tmp_path: Path) -> None:
+    make_coco(tmp_path / "coco")
+    draw_data(tmp_path)
+    expected_segmentation, expected_regions, expected_detections = evaluate_all_kinds(tmp_path)
+    run_distributed(2, evaluate_on_rank, tmp_path)
+    for rank in (0, 1):
+        segmentation, regions, detections = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert segmentation.images == [0, 1, 2] and set(segmentation.examples) == {0, 1, 2}
+        assert np.array_equal(segmentation.counts["plain"], expected_segmentation.counts["plain"])
+        assert regions.image.tolist() == [0, 0, 1, 1, 2]
+        assert regions.predicted.tolist() == expected_regions.predicted.tolist() == [0, 2, 1, 0, 2]
+        assert (detections.num_boxes, detections.num_covered, detections.num_objects) == (8, 8, 8)
+        assert set(detections.by_method) == {"plain", "sclip", "crop"}
+        for method, by_image in expected_detections.by_method.items():
+            assert set(detections.by_method[method]) == set(by_image)
+            for image_id, detected in by_image.items():
+                assert torch.equal(detections.by_method[method][image_id].scores, detected.scores)
 
 
 def test_evaluate_command_reports_detection(

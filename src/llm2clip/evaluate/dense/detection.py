@@ -126,6 +126,7 @@ def detect_objects(
     classes = encode_classes(embeddings, data.names, data.templates)
     objects = object_boxes(data)
     scales = logit_scales(model, LOGIT_SCALE)
+    # Per image: the detections of each method, and the number of boxes, covered objects and objects.
     results: dict[int, tuple[dict[str, Detections], tuple[int, int, int]]] = {}
     failures: dict[int, str] = {}
     for images in decode_images(data.images, data.sizes, "detection", failures):
@@ -134,7 +135,7 @@ def detect_objects(
         for index, image in images.items():
             boxes[index] = source.find(data.image_ids[index], image).top(*image.shape[1:])
         for method in methods:
-            corners = [proposals.boxes for proposals in boxes.values()]
+            corners = [image_boxes.boxes for image_boxes in boxes.values()]
             box_embeddings = encode_boxes(model, list(images.values()), corners, method)
             for index, embedded in zip(images, box_embeddings, strict=True):
                 for suffix, scale in scales.items():
@@ -146,7 +147,10 @@ def detect_objects(
     results = gather_results(results, failures, data.images, embeddings.log)
     num_boxes, num_covered, num_objects = np.array([counts for _, counts in results.values()]).sum(0).tolist()
     scale_of_method = {method + suffix: scale for method in methods for suffix, scale in scales.items()}
-    by_method = {m: {data.image_ids[i]: found[m] for i, (found, _) in results.items()} for m in scale_of_method}
+    by_method: dict[str, dict[ImageId, Detections]] = {method: {} for method in scale_of_method}
+    for index, (image_detections, _) in results.items():
+        for method, detected in image_detections.items():
+            by_method[method][data.image_ids[index]] = detected
     return DetectionResults(by_method, scale_of_method, num_boxes, num_covered, num_objects, source.note, failures)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.colors import hsv_to_rgb
+from matplotlib.colors import hsv_to_rgb, to_hex
 from PIL import Image
 from torch import Tensor
 
@@ -187,7 +187,7 @@ def segmentation_blocks(data: SegmentationData, result: SegmentationResult) -> l
             visible = np.where(np.isin(labels, list(hidden)), IGNORED, labels)
             images.append(ResultImage(_overlay_labels(image, visible, colours), None, name))
         blocks.append(ResultImages(str(data.images[index]), images))
-        blocks.append(Legend([(data.class_name(label), _to_css(colours[label])) for label in sorted(shown)]))
+        blocks.append(Legend([(data.class_name(label), to_hex(colours[label] / 255)) for label in sorted(shown)]))
     return blocks
 
 
@@ -232,10 +232,6 @@ def _make_palette(num_classes: int) -> np.ndarray:
     n = np.arange(num_classes)
     hsv = np.stack([n * 0.618034 % 1, 1 - 0.25 * (n % 3), 1 - 0.2 * (n % 4)], 1)
     return (255 * hsv_to_rgb(hsv)).astype(np.uint8)
-
-
-def _to_css(colour: np.ndarray) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*colour.tolist())
 
 
 def _overlay_labels(image: Tensor, labels: np.ndarray, colours: np.ndarray) -> bytes:

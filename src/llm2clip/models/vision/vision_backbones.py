@@ -234,9 +234,7 @@ def _build_transformers(config: Any, source: str | None = None) -> nn.Module:
         missing = sorted(report["missing_keys"])
         if missing:  # transformers only warns, and initialises missing weights randomly
             raise ValueError(f"{source} is missing {len(missing):,} weights, including {missing[0]}")
-    # Before transformers 5.3, CLIP and SigLIP wrapped the vision model in another module. Return the inner module, so
-    # that the weights have the same names in all versions.
-    return cast(nn.Module, getattr(model, "vision_model", model))
+    return cast(nn.Module, model)
 
 
 def _read_transformers_preprocess(source: str, config: Any) -> Preprocess:

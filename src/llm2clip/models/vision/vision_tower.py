@@ -254,9 +254,10 @@ def add_tower_lora(tower: VisionTower, rank: int, alpha: int) -> None:
     attention_prefixes = tuple(f"{name}." for name, m in modules if isinstance(m, nn.MultiheadAttention))
     targets = []
     for name, module in modules:
-        is_pointwise = type(module) is nn.Conv2d and module.kernel_size == (1, 1) and module.groups == 1
-        if (isinstance(module, nn.Linear) or is_pointwise) and not name.startswith(attention_prefixes):
-            targets += [name] if tower.is_in_block(name) else []
+        is_pointwise_conv = type(module) is nn.Conv2d and module.kernel_size == (1, 1) and module.groups == 1
+        is_linear = isinstance(module, nn.Linear) or is_pointwise_conv
+        if is_linear and tower.is_in_block(name) and not name.startswith(attention_prefixes):
+            targets.append(name)
     if not targets:
         raise ValueError("--align.lora_r: this tower has no linear layer for LoRA. Use --align.lora_r 0")
     _set_qkv_module_call(tower, True)
