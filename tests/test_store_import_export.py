@@ -28,7 +28,7 @@ SAMPLE_CAPTIONS = list(dict.fromkeys(captions[0] for sample in SAMPLES.values() 
 # ---- Parquet -------------------------------------------------------------------------------------------------------
 
 
-def test_parquet_round_trip(encoder: CaptionEncoder, tmp_path: Path) -> None:
+def test_parquet_round_trip_and_damage(encoder: CaptionEncoder, tmp_path: Path) -> None:
     store = embed(CAPTIONS, encoder, tmp_path / "store", shard_size=16)
     export_parquet(store, tmp_path / "all.parquet")
     imported = import_parquet(tmp_path / "all.parquet", tmp_path / "imported")
@@ -38,6 +38,12 @@ def test_parquet_round_trip(encoder: CaptionEncoder, tmp_path: Path) -> None:
     assert len(again.shards) == len(imported.shards), "importing again adds nothing"
     with pytest.raises(StoreError, match="different encoder"):
         import_parquet(tmp_path / "all.parquet", tmp_path / "other", IDENTITY)
+
+    file = tmp_path / "store/embeddings-00000.npy"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(StoreError, match="damaged"):
+        export_parquet(store, tmp_path / "damaged.parquet")
+    assert not (tmp_path / "damaged.parquet").exists()
 
 
 def test_import_parquet_reads_captions_without_metadata(tmp_path: Path) -> None:
@@ -62,15 +68,6 @@ def test_import_parquet_rejects_incomplete_rows(tmp_path: Path) -> None:
     pq.write_table(pa.table({"caption": ["a", "b"]}), file)
     with pytest.raises(StoreError, match="must have the column embedding, and either key or caption"):
         import_parquet(file, tmp_path / "store")
-
-
-def test_export_parquet_of_a_damaged_store_writes_nothing(encoder: CaptionEncoder, tmp_path: Path) -> None:
-    store = embed(CAPTIONS, encoder, tmp_path / "store", shard_size=16)
-    file = tmp_path / "store/embeddings-00000.npy"
-    file.write_bytes(file.read_bytes()[:-1] + b"?")
-    with pytest.raises(StoreError, match="damaged"):
-        export_parquet(store, tmp_path / "damaged.parquet")
-    assert not (tmp_path / "damaged.parquet").exists()
 
 
 # ---- tar files of the official code --------------------------------------------------------------------------------
