@@ -162,7 +162,8 @@ def align(
                 (evaluations / name).unlink(missing_ok=True)
             if not (out / "checkpoints").exists():  # the `align` settings may have changed
                 (evaluations / "untrained.json").unlink(missing_ok=True)
-        cached_json(evaluations / "untrained.json", lambda: _evaluate_from_store(model, held_out, store, log))
+        untrained = ModelEmbeddings(dual_encoder_from_store(model, store), log)
+        cached_json(evaluations / "untrained.json", lambda: evaluate_caption_fields(untrained, held_out))
         validate = make_validator(held_out, log, store)
     model = train_align(train, store, model, config, out, log, validate, features)
     if state.is_main_process:
@@ -225,12 +226,6 @@ def _measure_cra(
     del model
     free_memory()
     return metrics
-
-
-def _evaluate_from_store(
-    model: LLM2CLIP, held_out: HeldOut, store: EmbeddingStore, log: SkipLog
-) -> list[dict[str, Any]]:
-    return evaluate_caption_fields(ModelEmbeddings(dual_encoder_from_store(model, store), log), held_out)
 
 
 def _choose_query_templates(model: LLM2CLIP, ranked: Mapping[str, RetrievalRanks], log: SkipLog) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from llm2clip.llava.config import LlavaConfig
 from llm2clip.llava.image_features import PatchFeatures, PrecomputedVision, cache_patch_features, patch_feature_size
 from llm2clip.models.hub.loading import load_config
 from llm2clip.models.precision import resolve_precision
-from llm2clip.runs.checkpoint import Checkpoints, TrainingLog, hash_texts, show_progress
+from llm2clip.runs.checkpoint import Checkpoints, TrainingLog, hash_texts
 from llm2clip.runs.fsdp import set_fsdp_wrap_policy, set_mixed_precision
 from llm2clip.runs.output_folder import folder_lock
 from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
@@ -209,17 +209,16 @@ def _train_stage(
     dataset = ConversationDataset(conversations, processor, image_tokens, max_length=config.max_length, store=store)
     sampler = LengthGroupedSampler(dataset.lengths(), batch_size, config.seed) if config.group_by_length else None
     lr_setting = "--llava.pretrain_lr" if stage == "pretrain" else "--llava.lr"
-    training_log = TrainingLog(folder / "metrics.jsonl", checkpoints, advice=f"Lower {lr_setting}", log_summary=True)
+    training_log = TrainingLog(folder / "metrics.jsonl", checkpoints, stage, f"Lower {lr_setting}", log_summary=True)
     trainer = _LlavaTrainer(
         model=model,
         args=_make_training_arguments(stage, config, folder, batch_size, precision),
         train_dataset=dataset,
         data_collator=LlavaCollator(processor.tokenizer, image_tokens, empty_image),
-        callbacks=[training_log],
         sampler=sampler,
         features=features,
     )
-    show_progress(trainer, stage)
+    training_log.add_to(trainer)
     trainer.train(resume_from_checkpoint=str(checkpoints.latest) if checkpoints.latest else None)
 
     full_state = trainer.accelerator.get_state_dict(trainer.model)  # gathered from all ranks under FSDP

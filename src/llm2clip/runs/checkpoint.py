@@ -59,7 +59,9 @@ class Checkpoints:
         state = process_state()
         latest, error = None, ""
         if state.is_main_process:
-            _remove_incomplete(folder)
+            for path in _list_checkpoints(folder):
+                if not (path / COMPLETE_MARKER).exists():
+                    shutil.rmtree(path)
             try:
                 latest = _rename_damaged(folder)
             except ValueError as damage:
@@ -77,7 +79,7 @@ class Checkpoints:
             advice = f"Delete {folder} to start this stage over"
             check_format_version(latest, self._marker.get("format_version"), FORMAT_VERSION, advice)
         self.latest: Path | None = latest
-        self.step = 0 if latest is None else checkpoint_step(latest)
+        self.step = 0 if latest is None else _parse_step(latest)
 
     def resumed_total(self, name: str) -> int | None:
         """Return the total number of items per step, over all ranks, of the run being resumed.
@@ -149,7 +151,8 @@ class Checkpoints:
                 self.path(step),
                 {"signature": self._signature, "batch_size": self.batch_size, "ranks": state.num_processes},
             )
-            prune_checkpoints(self.folder)
+            for path in _list_checkpoints(self.folder)[:-MAX_CHECKPOINTS]:
+                shutil.rmtree(path)
 
 
 class MetricsLog:
@@ -167,45 +170,32 @@ class MetricsLog:
 
 
 class TrainingLog(TrainerCallback):
-    """Callback for transformers' Trainer that writes metrics, stops on non-finite values and commits checkpoints."""
+    """Callback for transformers' Trainer that writes metrics, stops on non-finite values and commits checkpoints.
 
-    def __init__(self, metrics: Path, checkpoints: Checkpoints, advice: str = "", log_summary: bool = False) -> None:
+    It also shows a progress bar with the loss, and replaces the Trainer's callbacks that print a dict every few steps.
+    """
+
+    def __init__(
+        self, metrics: Path, checkpoints: Checkpoints, description: str, advice: str, log_summary: bool = False
+    ) -> None:
         """
         Args:
             metrics: JSONL file to which the main process writes metrics.
             checkpoints: Checkpoints in the Trainer's output directory.
+            description: Text in front of the progress bar.
             advice: Advice to append to the error message if the loss or a gradient is not finite.
             log_summary: If True, also write the summary that the Trainer logs at the end of training (run time, mean
                 loss).
         """
-        self.checkpoints, self.advice, self.log_summary = checkpoints, advice, log_summary
+        self.checkpoints, self.description = checkpoints, description
+        self.advice, self.log_summary = advice, log_summary
         self.log = MetricsLog(metrics, checkpoints.step) if process_state().is_main_process else None
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        logs = logs or {}
-        # A non-finite gradient would make the weights non-finite. In fp16, however, the gradient scaler skips such
-        # steps.
-        for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):
-            check_training_value(name, logs.get(name, 0.0), state.global_step, self.checkpoints, self.advice)
-        if self.log is not None and ("loss" in logs or self.log_summary):
-            self.log.write(state.global_step, **logs)
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.checkpoints.commit(state.global_step)
-
-
-def show_progress(trainer: Any, description: str) -> None:
-    """Make transformers' Trainer show a progress bar with the loss instead of printing a dict every few steps."""
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(_TrainingProgress(description))
-
-
-class _TrainingProgress(TrainerCallback):
-    """Callback for transformers' Trainer that shows a progress bar."""
-
-    def __init__(self, description: str) -> None:
-        self.description = description
+    def add_to(self, trainer: Any) -> None:
+        """Add this callback to a Trainer."""
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(self)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar = ProgressBar(
@@ -217,9 +207,19 @@ class _TrainingProgress(TrainerCallback):
         )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if logs and "loss" in logs:  # the final summary has no loss
+        logs = logs or {}
+        # A non-finite gradient would make the weights non-finite. In fp16, however, the gradient scaler skips such
+        # steps.
+        for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):
+            check_training_value(name, logs.get(name, 0.0), state.global_step, self.checkpoints, self.advice)
+        if self.log is not None and ("loss" in logs or self.log_summary):
+            self.log.write(state.global_step, **logs)
+        if "loss" in logs:  # the final summary has no loss
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
             self.bar.update(state.global_step - self.bar.n)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.checkpoints.commit(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
@@ -238,17 +238,6 @@ def latest_checkpoint(folder: Path) -> Path | None:
     """Return the complete checkpoint with the highest step, or None if there is no complete checkpoint."""
     complete = [path for path in _list_checkpoints(folder) if (path / COMPLETE_MARKER).exists()]
     return complete[-1] if complete else None
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    """Return a checkpoint's step, parsed from its folder name."""
-    return int(checkpoint.name.removeprefix(PREFIX))
-
-
-def prune_checkpoints(folder: Path, keep: int = MAX_CHECKPOINTS) -> None:
-    """Remove all but the latest `keep` checkpoints."""
-    for path in _list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(path)
 
 
 def hash_texts(texts: Iterable[str]) -> str:
@@ -275,13 +264,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _list_checkpoints(folder: Path) -> list[Path]:
     """List all checkpoints in a folder, including incomplete ones, sorted by step."""
     pattern = re.compile(re.escape(PREFIX) + r"\d+")
-    return sorted((path for path in folder.glob(f"{PREFIX}*") if pattern.fullmatch(path.name)), key=checkpoint_step)
+    return sorted((path for path in folder.glob(f"{PREFIX}*") if pattern.fullmatch(path.name)), key=_parse_step)
 
 
-def _remove_incomplete(folder: Path) -> None:
-    for path in _list_checkpoints(folder):
-        if not (path / COMPLETE_MARKER).exists():
-            shutil.rmtree(path)
+def _parse_step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(PREFIX))
 
 
 def _mark_complete(checkpoint: Path, run: Mapping[str, Any]) -> None:

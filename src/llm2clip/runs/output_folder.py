@@ -24,7 +24,7 @@ from llm2clip.io_utils import atomic_write_text
 
 CONFIG_FILE = "config.yaml"  # all settings of a run
 INDEX_FILE, MANIFEST = "index.sqlite", "manifest.json"  # files of an index and of an embedding store
-RUN_LOCK = ".run.lock"  # held during all stages of a run, each of which also locks its own folder
+RUN_LOCK = ".run.lock"  # held during all stages of a run; an embedding store also has a lock of its own
 
 KINDS = {
     "fit": "a run directory of `llm2clip fit`",

@@ -4,7 +4,8 @@ The files do not depend on the number of ranks or on FSDP: tensors are unsharded
 parameters. A run can therefore resume on any number of ranks. The formats are safetensors and JSON. Unlike
 pickle-based formats, they cannot execute code when a checkpoint is loaded.
 
-    state-1.safetensors, ...    trained weights and buffers, and the optimizer's state for each trained weight
+    state-1.safetensors, ...    trained weights and buffers (model/WEIGHT), and the optimizer's state for each trained
+                                weight (optimizer/WEIGHT/KEY)
     state.json                  learning rate schedule and gradient scaler
 """
 
@@ -69,25 +70,30 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule
     Raises:
         ValueError: The checkpoint does not contain the same weights as this run trains.
     """
-    saved = _SavedTensors(folder)
-    weights = dict(_trained_tensors(model))
-    if saved.names("model") != sorted(weights):
+    file_of: dict[str, Any] = {}  # name of each saved tensor -> the file that contains it
+    for path in folder.glob(TENSOR_FILE.format("*")):
+        file = safe_open(path, framework="pt")
+        file_of.update(dict.fromkeys(file.keys(), file))
+    weights = {f"model/{name}": weight for name, weight in _trained_tensors(model)}
+    if {name for name in file_of if name.startswith("model/")} != weights.keys():
         raise ValueError(
             f"{folder} does not contain the same weights as this run trains. Use the same settings, or delete "
             f"{folder.parent} to start this stage over"
         )
     for name, weight in weights.items():
-        weight.copy_(distribute_like(weight, saved.read("model", name)))
+        weight.copy_(distribute_like(weight, file_of[name].get_tensor(name)))
 
     # In the optimizer's state dict, parameters are numbered in the order of the parameter groups.
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     states: dict[int, dict[str, Tensor]] = {}
     for number, parameter in enumerate(parameters):
-        values = saved.read_all(f"optimizer/{names[id(parameter)]}")
-        for key, value in values.items():
-            if key != "step":  # all others have the parameter's shape and are sharded in the same way
-                values[key] = distribute_like(parameter, value)
+        prefix = f"optimizer/{names[id(parameter)]}/"
+        values: dict[str, Tensor] = {}
+        for name in sorted(name for name in file_of if name.startswith(prefix)):  # the same order on all ranks
+            value, key = file_of[name].get_tensor(name), name.removeprefix(prefix)
+            # All values except the step have the parameter's shape and are sharded in the same way.
+            values[key] = value if key == "step" else distribute_like(parameter, value)
         if values:  # a parameter without a gradient has no state
             states[number] = values
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -124,29 +130,6 @@ class TrainingStateMixin:
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             load_training_state(Path(checkpoint), self.model, self.optimizer, self.lr_scheduler)
-
-
-class _SavedTensors:
-    """Tensors in the safetensors files of a checkpoint, named `model/WEIGHT` and `optimizer/WEIGHT/KEY`."""
-
-    def __init__(self, folder: Path) -> None:
-        self._file_of: dict[str, Any] = {}
-        for path in folder.glob(TENSOR_FILE.format("*")):
-            file = safe_open(path, framework="pt")
-            self._file_of.update(dict.fromkeys(file.keys(), file))
-
-    def names(self, prefix: str) -> list[str]:
-        """Return the names that start with a prefix, without the prefix. The order is the same on all ranks."""
-        return sorted(name.removeprefix(f"{prefix}/") for name in self._file_of if name.startswith(f"{prefix}/"))
-
-    def read(self, prefix: str, name: str) -> Tensor:
-        name = f"{prefix}/{name}"
-        tensor: Tensor = self._file_of[name].get_tensor(name)
-        return tensor
-
-    def read_all(self, prefix: str) -> dict[str, Tensor]:
-        """Return all tensors whose names start with a prefix, keyed by the rest of the name."""
-        return {name: self.read(prefix, name) for name in self.names(prefix)}
 
 
 def _named_tensors(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tensor]]:

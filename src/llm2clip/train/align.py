@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Generator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -47,7 +47,6 @@ from llm2clip.runs.fsdp import (
     set_fsdp_wrap_policy,
     set_mixed_precision,
 )
-from llm2clip.runs.output_folder import folder_lock
 from llm2clip.runs.ranks import print_once, process_state
 from llm2clip.runs.training_state import load_training_state, save_training_state
 from llm2clip.store.image_features import TowerEncoder, store_image_features
@@ -86,7 +85,8 @@ def align(
         store: Cached caption embeddings.
         model: Model with a pretrained tower and newly initialised heads. The model is modified in place.
         config: Settings for the `align` stage.
-        run_dir: Output folder for checkpoints/, metrics.jsonl, evaluations.jsonl and best/.
+        run_dir: Output folder for checkpoints/, metrics.jsonl, evaluations.jsonl and best/. No other process may write
+            to it (see `run_lock`).
         log: Log to which images that cannot be decoded are added.
         validate: Function that evaluates the model on held-out images. If None, the model is not evaluated during
             training.
@@ -106,25 +106,7 @@ def align(
     if config.load_best_at_end and validate is None:
         raise ValueError("--align.load_best_at_end needs held-out images to evaluate on: set --held_out")
     state = process_state()  # must precede Accelerator(), which would set up the ranks differently
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with folder_lock(run_dir) if state.is_main_process else nullcontext():
-        trained = _train(records, store, model, config, run_dir, log, validate, features)
-    if state.is_main_process:
-        trained.training_images = hash_images(record.image for record in records)
-    return trained
 
-
-def _train(
-    records: Sequence[Record],
-    store: CaptionSource,
-    model: LLM2CLIP,
-    config: AlignConfig,
-    run_dir: Path,
-    log: SkipLog,
-    validate: Validate | None,
-    features: Path | None,
-) -> LLM2CLIP:
-    """Run the training loop. The arguments are the same as those of `align`."""
     # Pretrained tower for self-distillation.
     frozen_tower = copy.deepcopy(model.tower).requires_grad_(False).eval() if config.distill_weight else None
 
@@ -132,7 +114,7 @@ def _train(
     set_seed(config.seed)
     set_trainable(model, config)
     set_fsdp_wrap_policy(model.tower.blocks())
-    precision = resolve_precision("align", config.precision, process_state().device)
+    precision = resolve_precision("align", config.precision, state.device)
     trackers = tracker_options(config.report_to, run_dir)
     accelerator = Accelerator(
         mixed_precision=set_mixed_precision(precision),
@@ -250,6 +232,8 @@ def _train(
     if config.gradient_checkpointing:
         model.tower.set_grad_checkpointing(False)
     merge_tower_lora(model.tower)
+    if state.is_main_process:
+        model.training_images = hash_images(record.image for record in records)
     return model.requires_grad_(True).eval()
 
 

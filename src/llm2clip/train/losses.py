@@ -4,8 +4,8 @@ An image may have any number of texts. All images have equal weight in the loss,
 several images share a text, that text is not a negative for any of them. Texts that an image is known to have outside
 this batch (`other_texts`) are not negatives for it, either. Logits are always float32.
 
-`info_nce_reference` and `sigmoid_reference` define the losses in plain PyTorch for a single process. `info_nce` and
-`sigmoid_loss` compute the same values for large batches and several ranks:
+`tests/test_losses.py` defines the losses in a few lines each. `info_nce` and `sigmoid_loss` compute the same values for
+large batches and several ranks:
 
 - The full logit matrix is never stored, so memory is linear in the batch size instead of quadratic. Its rows are
   computed in chunks, once for the loss and again for the gradient. The gradient is hand-written: InfoNCE takes four
@@ -33,64 +33,6 @@ from torch import Tensor
 from llm2clip.runs.ranks import RaggedGather
 
 CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}  # logits per chunk; a chunk fits in a CPU's cache, or takes 256 MB on a GPU
-
-
-def info_nce_reference(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor | float,
-    image_of_text: Tensor,
-    text_ids: Tensor,
-    other_texts: Tensor | None = None,
-) -> Tensor:
-    """Compute `info_nce` in a single process from the full logit matrix. The arguments are the same."""
-    own, positive, weights = _reference_masks(len(image), image_of_text, text_ids, other_texts)
-    logits = logit_scale * image @ text.T  # (images, texts)
-
-    # Image to text: an image must rank each of its texts above the texts of all other images.
-    target = torch.arange(len(text), device=text.device)
-    excluded = positive.T[image_of_text]  # (texts, texts): entry (a, b) is True if text b is a positive of a's image
-    excluded[target, target] = False
-    candidates = logits[image_of_text].masked_fill(excluded, -torch.inf)
-    image_to_text = F.cross_entropy(candidates, target, reduction="none")
-
-    # Text to image: a text must rank its image above all images that do not have an identical text.
-    candidates = logits.T.masked_fill(positive & ~own, -torch.inf)
-    text_to_image = F.cross_entropy(candidates, image_of_text, reduction="none")
-    return (weights * (image_to_text + text_to_image)).sum() / 2
-
-
-def sigmoid_reference(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor | float,
-    logit_bias: Tensor | float,
-    image_of_text: Tensor,
-    text_ids: Tensor,
-    other_texts: Tensor | None = None,
-) -> Tensor:
-    """Compute `sigmoid_loss` in a single process from the full logit matrix. The arguments are the same."""
-    own, positive, weights = _reference_masks(len(image), image_of_text, text_ids, other_texts)
-    logits = logit_scale * text @ image.T + logit_bias  # (texts, images)
-    loss = -F.logsigmoid(torch.where(own, logits, -logits))
-    return (weights[:, None] * loss.masked_fill(positive & ~own, 0)).sum()
-
-
-def _reference_masks(
-    images: int, image_of_text: Tensor, text_ids: Tensor, other_texts: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return two boolean masks of shape (texts, images), and the weight of each text, of shape (texts,), float32.
-
-    The first mask selects the image of each text. The second mask selects all images that have an identical text, in
-    this batch or among their other texts.
-    """
-    own = F.one_hot(image_of_text, images).bool()
-    equal = text_ids[:, None] == text_ids[None, :]  # (texts, texts)
-    positive = equal.float() @ own.float() > 0
-    if other_texts is not None:
-        for other_image, text_id in other_texts.tolist():
-            positive[text_ids == text_id, other_image] = True
-    return own, positive, _compute_text_weights(image_of_text, images)
 
 
 def info_nce(
@@ -385,9 +327,8 @@ class _ImageTextLayout:
         image, text_id = other_gather.gather(other_texts + other_texts.new_tensor([self.image_gather.offset, 0])).T
         first = torch.searchsorted(all_ids, text_id.contiguous())
         counts = torch.searchsorted(all_ids, text_id.contiguous(), right=True) - first
-        repeated = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-        index_in_group = torch.arange(len(repeated), device=counts.device) - (counts.cumsum(0) - counts)[repeated]
-        return image[repeated], by_id[first[repeated] + index_in_group]
+        repeated, sorted_position = _concatenate_ranges(first, counts)
+        return image[repeated], by_id[sorted_position]
 
     def row_chunks(self, rows: int, columns: int) -> Iterator[slice]:
         """Yield slices that cover all rows. Each slice has at most CHUNK logits, but at least one row."""
@@ -419,15 +360,14 @@ class _ImageTextLayout:
             Two int64 vectors with one element per pair: the position of the text in the slice, and the index of the
             identical text among the texts of all ranks.
         """
-        device, offset = self.image_of_text.device, self.text_gather.offset
-        positions = torch.arange(texts.stop - texts.start, device=device)
+        offset = self.text_gather.offset
         if self.group is None:
+            positions = torch.arange(texts.stop - texts.start, device=self.image_of_text.device)
             return positions, positions + texts.start + offset
         groups = self.group[texts.start + offset : texts.stop + offset]
-        counts = self.group_starts[groups + 1] - self.group_starts[groups]
-        repeated = positions.repeat_interleave(counts)
-        index_in_group = torch.arange(len(repeated), device=device) - (counts.cumsum(0) - counts)[repeated]
-        return repeated, self.by_group[self.group_starts[groups][repeated] + index_in_group]
+        starts = self.group_starts[groups]
+        positions, group_position = _concatenate_ranges(starts, self.group_starts[groups + 1] - starts)
+        return positions, self.by_group[group_position]
 
     def image_logits(self, image: Tensor, all_text: Tensor, scale: Tensor, rows: slice) -> Tensor:
         """Return the logits of a slice of this rank's images and all texts. The logits of positive pairs are -inf."""
@@ -452,11 +392,7 @@ class _ImageTextLayout:
 
     def positive_cosines(self, image: Tensor, text: Tensor) -> Tensor:
         """Return the cosine similarity of each of this rank's texts to its image, of shape (texts of this rank,)."""
-        cosines = image.new_empty(len(text))
-        for rows in self.row_chunks(len(image), text.shape[1]):
-            texts = self.texts_of(rows)
-            cosines[texts] = (image[self.image_of_text[texts]] * text[texts]).sum(1)
-        return cosines
+        return (image[self.image_of_text] * text).sum(1)
 
 
 def _add_positive_grads(
@@ -501,6 +437,14 @@ def _compute_text_weights(image_of_text: Tensor, images: int) -> Tensor:
     # Unlike bincount, index_add does not make the host wait for the GPU.
     texts_per_image = image_of_text.new_zeros(images).index_add_(0, image_of_text, torch.ones_like(image_of_text))
     return 1 / (images * texts_per_image[image_of_text]).float()
+
+
+def _concatenate_ranges(starts: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Concatenate the ranges from starts[k] to starts[k] + counts[k] - 1. Return k and the value of each element."""
+    range_of_element = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    first_element = counts.cumsum(0) - counts
+    offset = torch.arange(len(range_of_element), device=counts.device) - first_element[range_of_element]
+    return range_of_element, starts[range_of_element] + offset
 
 
 def _exclude(logits: Tensor, rows: Tensor, columns: Tensor) -> None:

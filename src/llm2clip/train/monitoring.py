@@ -128,11 +128,7 @@ class StepReport:
         """Log images that could not be decoded.
 
         Each rank counts the failures of all ranks, so that all ranks stop at the same step if there are too many.
-
-        Args:
-            step: Step that the images belong to.
-            failures_of_all_ranks: Number of images that could not be decoded, over all ranks. Empty in a single
-                process.
+        `failures_of_all_ranks` contains their number, or is empty in a single process.
         """
         failures = list(step.failures.items())
         if any(failures_of_all_ranks):

@@ -234,8 +234,6 @@ def resolve_images_per_step(images: int, config: AlignConfig, world_size: int) -
             f"--align.caption_mix has unknown kinds of captions: {', '.join(sorted(unknown))}. "
             f"Valid kinds: {', '.join(TEXT_FIELDS)}"
         )
-    if any(weight < 0 for weight in config.caption_mix.values()):
-        raise ValueError("weights in --align.caption_mix must be at least 0")
     images_per_step = min(config.batch_size, images // world_size) * world_size
     if images_per_step < 2:
         raise ValueError(

@@ -11,7 +11,7 @@ the trained weights.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -32,7 +32,7 @@ from llm2clip.models.text.batching import default_batch_tokens
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.llm_layers import get_layers
 from llm2clip.models.text.lora import LoraSession, check_qlora_available
-from llm2clip.runs.checkpoint import Checkpoints, TrainingLog, hash_texts, show_progress
+from llm2clip.runs.checkpoint import Checkpoints, TrainingLog, hash_texts
 from llm2clip.runs.fsdp import (
     empty_copy,
     fsdp_enabled,
@@ -41,7 +41,6 @@ from llm2clip.runs.fsdp import (
     set_fsdp_wrap_policy,
     set_mixed_precision,
 )
-from llm2clip.runs.output_folder import folder_lock
 from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 from llm2clip.runs.training_state import TrainingStateMixin
 from llm2clip.train.pair_loss import PairCollator, PairLoss
@@ -54,7 +53,8 @@ def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, confi
         sources: One list of image captions or text pairs per source.
         encoder: Caption encoder to tune. It is modified in place.
         config: Settings for the `tune` stage. If `steps` is 0, the encoder is saved without tuning.
-        run_dir: Output folder for checkpoints/ and metrics.jsonl. After training, it also contains encoder/.
+        run_dir: Output folder for checkpoints/ and metrics.jsonl. After training, it also contains encoder/. No other
+            process may write to it (see `run_lock`).
 
     Returns:
         The folder of the tuned encoder, in sentence-transformers format.
@@ -64,20 +64,17 @@ def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, confi
             with different settings or data.
         FloatingPointError: The loss or a gradient is not finite.
     """
-    state = process_state()
     encoder_dir = run_dir / "encoder"
     if not encoder_dir.exists():
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with folder_lock(run_dir) if state.is_main_process else nullcontext():
-            checkpoints = Checkpoints(run_dir / "checkpoints", config.batch_size)
-            rows = _sample_rows(sources, encoder, config, checkpoints.resumed_total("pairs per step"))
-            if rows:
-                precision, lora = _set_trainable(encoder, config)
-                _train(rows, encoder, config, run_dir, precision, checkpoints)
-                _restore_encoder(encoder, lora)
-            if state.is_main_process:
-                with atomic_dir(encoder_dir) as folder:
-                    encoder.save_pretrained(folder)
+        checkpoints = Checkpoints(run_dir / "checkpoints", config.batch_size)
+        rows = _sample_rows(sources, encoder, config, checkpoints.resumed_total("pairs per step"))
+        if rows:
+            precision, lora = _set_trainable(encoder, config)
+            _train(rows, encoder, config, run_dir, precision, checkpoints)
+            _restore_encoder(encoder, lora)
+        if process_state().is_main_process:
+            with atomic_dir(encoder_dir) as folder:
+                encoder.save_pretrained(folder)
     wait_for_everyone()
     return encoder_dir
 
@@ -168,16 +165,7 @@ def _train(
     precision: str,
     checkpoints: Checkpoints,
 ) -> None:
-    """Train the weights that require gradients, resuming from the latest checkpoint if one exists.
-
-    Args:
-        rows: Text pairs for all steps, in training order.
-        encoder: Caption encoder, which is modified in place.
-        config: Settings for the `tune` stage.
-        run_dir: Output folder for checkpoints/ and metrics.jsonl.
-        precision: Training precision: fp32, bf16 or fp16.
-        checkpoints: Checkpoints in `run_dir`.
-    """
+    """Train the weights that require gradients on the rows, in order. Resume from the latest checkpoint, if any."""
     pairs_per_step = len(rows) // config.steps  # on all ranks
     batch_size = pairs_per_step // process_state().num_processes
     set_mixed_precision(precision)
@@ -207,14 +195,14 @@ def _train(
         train_dataset=Dataset.from_list([dict(row) for row in rows]),
         loss=loss,
         data_collator=cast(Any, PairCollator(preprocess_fn=encoder.tokenize)),
-        callbacks=[
-            TrainingLog(run_dir / "metrics.jsonl", checkpoints, "Lower --tune.lr, or use --tune.precision fp32")
-        ],
     )
+    advice = "Lower --tune.lr, or use --tune.precision fp32"
+    TrainingLog(run_dir / "metrics.jsonl", checkpoints, "tune", advice).add_to(trainer)
     reduce_gradients_in_fp32(trainer.accelerator)
-    show_progress(trainer, "tune")
     unsharded = empty_copy(encoder.st) if trainer.is_fsdp_enabled else None
-    with _select_attention_backend(args.device):
+    # On CPUs, use plain matmuls: in bf16, the backward pass of PyTorch's fused attention is slow there for short
+    # captions (see `benchmarks/tune.py`).
+    with sdpa_kernel(SDPBackend.MATH) if args.device.type == "cpu" else nullcontext():
         trainer.train(resume_from_checkpoint=str(checkpoints.latest) if checkpoints.latest else None)
     if unsharded is not None:
         encoder.st = gather_to_cpu(unsharded, encoder.st)
@@ -272,14 +260,6 @@ class _TuneTrainer(TrainingStateMixin, SentenceTransformerTrainer):
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """Do nothing, because the callback would encode examples for a model card that is never saved."""
-
-
-def _select_attention_backend(device: torch.device) -> AbstractContextManager[None]:
-    """Return a context manager that, on CPUs, replaces PyTorch's fused attention with plain matmuls.
-
-    In bf16, the backward pass of fused attention is slow on CPUs for short captions (see `benchmarks/tune.py`).
-    """
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 def _make_sequential_sampler(dataset: Dataset, batch_size: int, drop_last: bool, **_: Any) -> BatchSampler:
