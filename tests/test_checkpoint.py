@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from llm2clip.runs import checkpoint as checkpoint_module
-from llm2clip.runs.checkpoint import Checkpoints, MetricsLog, check_training_value, latest_checkpoint, read_metrics
+from llm2clip.runs.checkpoint import Checkpoints, MetricsLog, latest_checkpoint, read_metrics
 from llm2clip.runs.output_folder import FormatVersionError
 
 
@@ -143,26 +142,6 @@ def test_checkpoints_resume_before_a_damaged_one(
     with pytest.raises(ValueError, match=r"All checkpoints in .* are damaged \(checkpoint-5: "):
         Checkpoints(tmp_path)
     assert (tmp_path / "checkpoint-5").is_dir()
-
-
-def test_checkpoints_are_ordered_by_step_if_the_clock_goes_back(tmp_path: Path) -> None:
-    make_checkpoints(tmp_path, complete=(5, 10))
-    for step, time in ((5, 2e9), (10, 1e9)):
-        os.utime(tmp_path / f"checkpoint-{step}", (time, time))
-    checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.step == 10
-    checkpoints.path(15).mkdir()
-    os.utime(checkpoints.path(15), (0, 0))
-    checkpoints.commit(15)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-15"]
-
-
-def test_check_finite_names_step_and_last_checkpoint(tmp_path: Path) -> None:
-    make_checkpoints(tmp_path, complete=(5,))
-    checkpoints = Checkpoints(tmp_path)
-    check_training_value("loss", 1.5, 7, checkpoints)
-    with pytest.raises(FloatingPointError, match=r"loss is nan at step 7\. .*checkpoint-5\. Lower the rate"):
-        check_training_value("loss", math.nan, 7, checkpoints, "Lower the rate")
 
 
 def test_metrics_log_drops_repeated_steps_and_damaged_lines(tmp_path: Path) -> None:

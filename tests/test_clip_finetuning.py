@@ -23,13 +23,13 @@ from transformers import (
     SiglipModel,
 )
 
-from align_fixtures import ALIGN, read_split
+from align_fixtures import ALIGN, killed_after, read_split
 from llm2clip.cli import main
 from llm2clip.config import AlignConfig
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.text.clip_text_encoder import load_clip_text_encoder
-from llm2clip.runs.checkpoint import Checkpoints, read_metrics
+from llm2clip.runs.checkpoint import read_metrics
 from llm2clip.train.clip_finetuning import TokenizedCaptions, build_model, finetune_clip
 
 SIZES: dict[str, Any] = {
@@ -76,21 +76,6 @@ def clip(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return folder
 
 
-def interrupt_after(calls: int, method: Any) -> Any:
-    """Wrap a method so that it raises KeyboardInterrupt after the given number of calls."""
-    count = 0
-
-    def wrapper(*args: Any) -> Any:
-        nonlocal count
-        result = method(*args)
-        count += 1
-        if count == calls:
-            raise KeyboardInterrupt
-        return result
-
-    return wrapper
-
-
 def settings(clip: Path, **changes: Any) -> AlignConfig:
     loss: Any = "sigmoid" if clip.name == "siglip" else "infonce"
     return dataclasses.replace(ALIGN, tower=str(clip), image_size=None, loss=loss, lr=1e-3, **changes)
@@ -131,17 +116,13 @@ def test_both_towers_are_trained_and_the_result_is_an_ordinary_model(clip: Path,
     assert trained.encode_texts(["a dog"]).shape == (1, trained.embed_dim)
 
 
-def test_interrupted_run_resumes_with_the_same_result(
-    clip: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_run_resumes_with_the_same_result(clip: Path, image_folder: Path) -> None:
     records, config = read_split(image_folder), settings(clip, epochs=1, save_steps=1)
     complete = finetune_clip(records, config, clip.parent / "complete", SkipLog())
 
     interrupted = clip.parent / "interrupted"
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "commit", interrupt_after(1, Checkpoints.commit))
-        with pytest.raises(KeyboardInterrupt):
-            finetune_clip(records, config, interrupted, SkipLog())
+    with killed_after(1):
+        finetune_clip(records, config, interrupted, SkipLog())
     assert not (interrupted / "model").exists()
     resumed = finetune_clip(records, config, interrupted, SkipLog())
     expected, actual = AutoModel.from_pretrained(complete).state_dict(), AutoModel.from_pretrained(resumed).state_dict()

@@ -6,8 +6,9 @@ import dataclasses
 import re
 import subprocess
 import sys
+from functools import cache
 from importlib import import_module
-from itertools import product
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ STAGES = (EncoderConfig, TuneConfig, EmbedConfig, AlignConfig, EvaluateConfig)
 MAX_FIT_SETTINGS = 64
 
 
+@cache
 def parse_fit(*configs: str) -> FitConfig:
     parser, _ = build_parser()
     flags = [word for config in configs for word in ("--config", config)]
@@ -89,7 +91,6 @@ def test_help_imports_nothing_heavy() -> None:
     [
         (AlignConfig, {"epochs": 0}, r"--align.epochs must be greater than 0 \(got 0\)"),
         (TuneConfig, {"warmup_ratio": 2}, r"--tune.warmup_ratio must be between 0 and 1 \(got 2\)"),
-        (TuneConfig, {"temperature": 0}, r"--tune.temperature must be greater than 0"),
         (TuneConfig, {"qlora": True, "lora_r": 0}, r"--tune.qlora needs LoRA"),
         (AlignConfig, {"min_crop_scale": 0}, r"--align.min_crop_scale must be greater than 0"),
         (AlignConfig, {"lora_r": 4, "tower_lr": 0}, r"--align.lora_r trains the tower"),
@@ -97,16 +98,10 @@ def test_help_imports_nothing_heavy() -> None:
         (AlignConfig, {"load_best_at_end": True, "eval_steps": 0}, r"needs evaluations"),
         (EmbedConfig, {"precision": "fp8"}, r"--embed.precision must be auto, fp32"),
         (AlignConfig, {"lr": float("nan")}, r"--align.lr must be at least 0 \(got nan\)"),
-        (AlignConfig, {"image_size": 7}, r"--align.image_size must be at least 16 \(got 7\)"),
-        (AlignConfig, {"caption_mix": {"captions": -1}}, r"--align.caption_mix must be at least 0"),
         (AlignConfig, {"layer_decay": 1.1}, r"--align.layer_decay must be between 0 and 1"),
-        (EncoderConfig, {"layers": 0}, r"--encoder.layers must be at least 1"),
         (EncoderConfig, {"pooling": "median"}, r"--encoder.pooling must be one of mean, .*'median'"),
         (EncoderConfig, {"template": "hello"}, r"--encoder.template must contain \{caption\} exactly once"),
         (TuneConfig, {"matryoshka_dims": [64, 0]}, r"--tune.matryoshka_dims must be at least 1"),
-        (FitConfig, {"max_skipped": 5}, r"--max_skipped must be between 0 and 1 \(got 5\)"),
-        (ReproduceConfig, {"seeds": 0}, r"--reproduce.seeds must be at least 1"),
-        (LlavaConfig, {"warmup_ratio": 2}, r"--llava.warmup_ratio must be between 0 and 1"),
     ],
 )
 def test_config_rejects_values_out_of_range(config: type, values: dict[str, Any], message: str) -> None:
@@ -150,7 +145,7 @@ def test_builtin_config_states_the_estimates_of_plan(name: str, monkeypatch: pyt
 
 def test_llm_and_tower_configs_combine() -> None:
     assert len(TOWERS) == 6
-    for llm, tower in product(LLMS + ENCODERS, TOWERS):
+    for llm, tower in zip(LLMS + ENCODERS, cycle(TOWERS), strict=False):
         combined, llm_only, tower_only = parse_fit(llm, tower), parse_fit(llm), parse_fit(tower)
         assert (combined.encoder, combined.tune) == (llm_only.encoder, llm_only.tune)
         assert combined.align == tower_only.align
@@ -176,9 +171,6 @@ def test_llm_configs_have_the_settings_of_the_paper() -> None:
         assert (tune.temperature, tune.lora_r, tune.lora_dropout) == (0.02, 16, 0.05)
         assert tune.lr == 2e-4 and tune.batch_size * 8 == 512 and round(tune.warmup_ratio * tune.steps) == 300
         assert (tune.symmetric, tune.lr_scheduler_type, tune.steps) == (False, "linear", 8500)
-
-
-def test_encoder_configs_do_not_tune() -> None:
     assert [parse_fit(name).tune.steps for name in ENCODERS] == [0] * len(ENCODERS)
 
 
@@ -264,12 +256,11 @@ def test_one_config_file_serves_every_stage(command: list[str], tmp_path: Path) 
         assert all(args[command[0]][name] == value for name, value in expected.items() if name != "data")
 
 
-@pytest.mark.parametrize("text", ["embed:\n  shrd: 1\n", "tunee:\n  steps: 1\n", "x: 1\n"])
+@pytest.mark.parametrize("text", ["embed:\n  shrd: 1\n", "tunee:\n  steps: 1\n"])
 def test_config_file_with_unknown_settings_is_an_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text(text)
-    for command in (["tune", "--out", "o"], ["embed", "d", "--out", "o"]):
-        with pytest.raises(SystemExit):
-            build_parser()[0].parse_args([*command, "--config", str(tmp_path / "bad.yaml")])
+    with pytest.raises(SystemExit):
+        build_parser()[0].parse_args(["tune", "--out", "o", "--config", str(tmp_path / "bad.yaml")])
 
 
 def test_configs_command_lists_each_config_with_a_description(capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,14 +272,6 @@ def test_configs_command_lists_each_config_with_a_description(capsys: pytest.Cap
 
 
 # ---- the config saved in a run directory ---------------------------------------------------------------------------
-
-
-def test_changed_config_error_names_the_setting(tmp_path: Path) -> None:
-    save_or_check_config({"a": {"b": 1, "c": [1]}}, tmp_path)
-    save_or_check_config({"a": {"b": 1, "c": [1]}}, tmp_path)
-    (tmp_path / "tune").mkdir()
-    with pytest.raises(ConfigChangedError, match=r"a\.b: 1 saved, 2 now"):
-        save_or_check_config({"a": {"b": 2, "c": [1]}}, tmp_path)
 
 
 def test_align_settings_may_change_until_align_has_outputs(tmp_path: Path) -> None:
@@ -312,14 +295,6 @@ def test_number_of_processes_may_change_if_the_pairs_per_step_stay_the_same(tmp_
         save_or_check_config({"tune": {"batch_size": 128, "steps": 9}}, tmp_path, processes=2)
     with pytest.raises(ConfigChangedError, match=r"\(tune\.steps: 9 saved, 8 now\)"):
         save_or_check_config({"tune": {"batch_size": 128, "steps": 8}}, tmp_path, processes=4)
-
-
-def test_config_saved_without_the_number_of_processes_is_compared_exactly(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("tune:\n  batch_size: 64\n")
-    (tmp_path / "tune").mkdir()
-    with pytest.raises(ConfigChangedError, match=r"tune\.batch_size"):
-        save_or_check_config({"tune": {"batch_size": 128}}, tmp_path, processes=4)
-    save_or_check_config({"tune": {"batch_size": 64}}, tmp_path, processes=4)
 
 
 def test_run_directory_without_outputs_accepts_a_new_config(tmp_path: Path) -> None:

@@ -183,11 +183,10 @@ def test_losses_use_memory_linear_in_the_batch_size(monkeypatch: pytest.MonkeyPa
     assert largest <= 512 * 512 / 10
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_losses_on_several_ranks_match_one_process(ranks: int, tmp_path: Path) -> None:
+def test_losses_on_four_ranks_match_one_process(tmp_path: Path) -> None:
     """Averaged over ranks as DDP does, with ragged numbers of texts, duplicates across ranks and other texts."""
-    run_distributed(ranks, _save_gradients, str(tmp_path))
-    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+    run_distributed(4, _save_gradients, str(tmp_path))
+    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(4)]
     for name, expected in _gradients(slice(0, 8)).items():
         actual = torch.stack([part[name] for part in parts]).mean(0)
         torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-6, msg=lambda m, name=name: f"{name}: {m}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -99,19 +98,6 @@ def test_layer_decay_is_rejected_for_towers_without_ordered_layers(monkeypatch: 
     monkeypatch.setattr(VisionTower, "parameter_depths", lambda self: dict.fromkeys(names, 0))
     with pytest.raises(ValueError, match="layer_decay is not possible"):
         parameter_groups(model, CONFIG)
-
-
-def test_set_trainable_freezes_the_tower_for_a_rate_of_zero() -> None:
-    model = fresh_model()
-    set_trainable(model, dataclasses.replace(CONFIG, tower_lr=0.0))
-    assert not any(p.requires_grad for p in model.tower.parameters())
-    assert all(p.requires_grad for name, p in model.named_parameters() if not name.startswith("tower."))
-
-
-def test_cosine_schedule_rises_linearly_and_falls_to_zero() -> None:
-    factor = cosine_schedule(100, 0.1)
-    assert [factor(0), factor(9), factor(10)] == pytest.approx([0.1, 1.0, 1.0])
-    assert factor(55) == pytest.approx(0.5) and factor(100) == pytest.approx(0.0)
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(10, 0), (1, 0), (7, 1), (40, 10), (5, 5)])

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from conftest import TouchOnLoad
 from llm2clip.runs import training_state
 from llm2clip.runs.training_state import load_training_state, save_training_state
 
@@ -77,19 +76,3 @@ def test_state_of_other_weights_is_rejected(tmp_path: Path) -> None:
     other.model[0].requires_grad_(True)
     with pytest.raises(ValueError, match="does not contain the same weights"):
         load_training_state(tmp_path, *other.parts())
-
-
-def test_pickles_in_place_of_the_files_are_not_executed(tmp_path: Path) -> None:
-    run = Run()
-    run.train(0, 1)
-    save_training_state(tmp_path / "state", *run.parts())
-    files = list((tmp_path / "state").iterdir())
-    assert {file.suffix for file in files} == {".safetensors", ".json"}
-    for file in files:
-        original = file.read_bytes()
-        torch.save({"tensor": TouchOnLoad(tmp_path / "executed")}, file)
-        with pytest.raises(Exception, match=r"."):
-            load_training_state(tmp_path / "state", *Run().parts())
-        file.write_bytes(original)
-    load_training_state(tmp_path / "state", *Run().parts())
-    assert not (tmp_path / "executed").exists()

@@ -69,6 +69,20 @@ def killed_in_step(step: int) -> Iterator[list[torch.nn.Module]]:
         yield models
 
 
+def assert_same_run(encoder_dir: Path, other_dir: Path, rtol: float = 2e-3, atol: float = 1e-4) -> None:
+    """Check that two runs have the same losses and gradient norms, and end with the same weights.
+
+    Clipping and AdamW hide a constant factor on the gradients; their norm does not.
+    """
+    lines, other_lines = (read_metrics(folder.parent / "metrics.jsonl") for folder in (encoder_dir, other_dir))
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in lines] == pytest.approx([line[key] for line in other_lines], rel=rtol)
+    weights, other_weights = (load_file(folder / "model.safetensors") for folder in (encoder_dir, other_dir))
+    assert lines and weights.keys() == other_weights.keys()
+    for name, tensor in weights.items():
+        assert torch.allclose(tensor, other_weights[name], atol=atol), name
+
+
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
 
@@ -111,23 +125,13 @@ def test_pair_loss_module_matches_the_reference(llm: Path, symmetric: bool, matr
     assert loss([collate(encoder)]).item() == pytest.approx(torch.stack(expected).mean().item(), abs=1e-4)
 
 
-def test_pair_loss_without_hard_negatives_is_cross_entropy() -> None:
-    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-    anchor, positive = (F.normalize(torch.randn(5, 8, generator=generator), dim=-1) for generator in generators)
-    logits, target, ids = 20 * anchor.double() @ positive.double().T, torch.arange(5), torch.arange(10)
-    forward, backward = F.cross_entropy(logits, target).item(), F.cross_entropy(logits.T, target).item()
-    assert pair_loss(anchor, positive, 20, ids).item() == pytest.approx((forward + backward) / 2, rel=1e-5)
-    assert pair_loss(anchor, positive, 20, ids, symmetric=False).item() == pytest.approx(forward, rel=1e-5)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_gradient_caching_gives_the_same_gradients(llm: Path, dropout: float) -> None:
+def test_gradient_caching_gives_the_same_gradients(llm: Path) -> None:
     """With dropout, the second pass must drop what the first one dropped."""
     results = []
     for grad_cache in (False, True):
         encoder = open_encoder(llm)
         for layer in encoder.llm.layers:
-            layer.mlp.register_forward_hook(lambda _, __, out: F.dropout(out, dropout))
+            layer.mlp.register_forward_hook(lambda _, __, out: F.dropout(out, 0.1))
         torch.manual_seed(3)
         loss = PairLoss(encoder, 0.05, batch_tokens=64, grad_cache=grad_cache)([collate(encoder)])
         (loss * 2).backward()
@@ -141,14 +145,13 @@ def test_gradient_caching_gives_the_same_gradients(llm: Path, dropout: float) ->
         assert torch.allclose(gradient, cached_gradients[name], atol=1e-5, rtol=1e-4), name
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_gradient_caching_of_a_batch_that_fits_in_one_pass_runs_it_once(llm: Path, dropout: float) -> None:
+def test_gradient_caching_of_a_batch_that_fits_in_one_pass_runs_it_once(llm: Path) -> None:
     """The loss, the gradients and the random state equal those without gradient caching, to the last bit."""
     results = []
     for grad_cache in (False, True):
         encoder, forward_passes = open_encoder(llm), []
         for layer in encoder.llm.layers:
-            layer.mlp.register_forward_hook(lambda _, __, out: F.dropout(out, dropout))
+            layer.mlp.register_forward_hook(lambda _, __, out: F.dropout(out, 0.1))
         encoder.llm.layers[0].register_forward_hook(lambda *_, passes=forward_passes: passes.append(1))
         torch.manual_seed(3)
         loss = PairLoss(encoder, 0.05, batch_tokens=4096, grad_cache=grad_cache)([collate(encoder, PAIRS[1:3])])
@@ -180,16 +183,15 @@ def _count_forward_passes(llm: str, folder: str) -> None:
     Path(folder, f"{rank}.json").write_text(json.dumps(counts))
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_pair_loss_on_several_ranks_matches_one_process(ranks: int, tmp_path: Path) -> None:
+def test_pair_loss_on_two_ranks_matches_one_process(tmp_path: Path) -> None:
     """Averaged over ranks as DDP does, with ragged numbers of negatives and duplicates among them."""
-    run_distributed(ranks, _save_pair_loss, str(tmp_path))
+    run_distributed(2, _save_pair_loss, str(tmp_path))
     weight = torch.eye(6).requires_grad_()
     loss = pair_loss(*_pair_loss_inputs(weight, range(8)))
     loss.backward()
-    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert torch.allclose(torch.stack([part["grad"] for part in parts]).mean(0), weight.grad, atol=1e-6)
-    assert sum(part["loss"] for part in parts).item() / ranks == pytest.approx(loss.item(), abs=1e-6)
+    assert sum(part["loss"] for part in parts).item() / 2 == pytest.approx(loss.item(), abs=1e-6)
 
 
 def _pair_loss_inputs(weight: torch.Tensor, rows: range) -> tuple[Any, ...]:
@@ -217,12 +219,11 @@ def _save_pair_loss(folder: str) -> None:
 # ---- the stage -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_tune_changes_the_encoder_and_merges_lora(llm: Path, tmp_path: Path, precision: Any) -> None:
+def test_tune_changes_the_encoder_and_merges_lora(llm: Path, tmp_path: Path) -> None:
     """The encoder in memory afterwards equals the saved one: no autocast of the training remains."""
     encoder = open_encoder(llm)
     before = encoder.encode(["a dog"])
-    tuned = open_encoder(tune([CAPTIONS], encoder, dataclasses.replace(TUNE, precision=precision), tmp_path))
+    tuned = open_encoder(tune([CAPTIONS], encoder, dataclasses.replace(TUNE, precision="bf16"), tmp_path))
     assert not torch.allclose(tuned.encode(["a dog"]), before, atol=1e-3)
     assert encoder.tokenizer.chat_template is None
     assert not any("lora" in name for name in tuned.state_dict())
@@ -265,10 +266,9 @@ def test_full_tuning_leaves_the_token_embeddings(llm: Path, tmp_path: Path) -> N
     assert {name for name in before if torch.equal(before[name], after[name])} == {"embed_tokens.weight"}
 
 
-@pytest.mark.parametrize("lora_r", [4, 0])
-def test_tune_does_not_train_the_truncation_of_the_embedding(llm: Path, tmp_path: Path, lora_r: int) -> None:
+def test_tune_does_not_train_the_truncation_of_the_embedding(llm: Path, tmp_path: Path) -> None:
     encoder = CaptionEncoder.from_pretrained(llm, truncate_dim=12, device="cpu")
-    tune([CAPTIONS], encoder, dataclasses.replace(TUNE, lora_r=lora_r), tmp_path)
+    tune([CAPTIONS], encoder, dataclasses.replace(TUNE, lora_r=0), tmp_path)
     assert torch.equal(encoder.st[2].linear.weight, torch.eye(12, 32))
 
 
@@ -337,7 +337,7 @@ def test_tune_rejects_wrong_settings_before_any_work(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         tune([CAPTIONS], open_encoder(llm), dataclasses.replace(TUNE, **change), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_tune_stops_at_a_loss_that_is_not_finite(llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,11 +363,9 @@ def test_tune_stops_at_a_gradient_that_is_not_finite(llm: Path, tmp_path: Path) 
     "change",
     [
         {},
-        {"lora_r": 0, "hard_negative_group_size": 3},
-        {"precision": "bf16", "matryoshka_dims": [8]},
-        {"grad_cache": True, "gradient_checkpointing": True, "batch_tokens": 64},
-        {"qlora": True},
-        {"batch_size": 100},  # more than there are images
+        {"lora_r": 0, "hard_negative_group_size": 3, "batch_size": 100},  # more pairs than there are images
+        {"precision": "bf16", "matryoshka_dims": [8], "grad_cache": True, "batch_tokens": 64},
+        {"qlora": True, "gradient_checkpointing": True},
     ],
     ids=str,
 )
@@ -441,19 +439,15 @@ def test_pickles_in_a_checkpoint_are_not_executed(llm: Path, tmp_path: Path) -> 
 SMALL_PASSES = dataclasses.replace(TUNE, lora_dropout=0.0, lr=1e-4, batch_tokens=64)
 
 
-@pytest.mark.parametrize("grad_cache", [False, True])
-def test_tune_on_two_ranks_matches_one_process(llm: Path, tmp_path: Path, grad_cache: bool) -> None:
-    """Two ranks with half the batch each, of captions of unequal length, do what one does with the whole batch."""
-    config = dataclasses.replace(SMALL_PASSES, steps=3, grad_cache=grad_cache)
+def test_tune_on_two_ranks_matches_one_process(llm: Path, tmp_path: Path) -> None:
+    """Two ranks with half the batch each, of captions of unequal length, do what one does with the whole batch.
+
+    Without gradient caching: see `test_tune_resumes_on_another_number_of_ranks`.
+    """
+    config = dataclasses.replace(SMALL_PASSES, steps=3, grad_cache=True)
     run_distributed(2, _tune_on_rank, str(llm), str(tmp_path / "two"), config)
     encoder_dir = tune([CAPTIONS], open_encoder(llm), config, tmp_path / "one")
-    runs = [read_metrics(tmp_path / run / "metrics.jsonl") for run in ("one", "two")]
-    # Clipping and AdamW hide a constant factor on the gradients; their norm does not.
-    norms = [[line["grad_norm"] for line in run] for run in runs]
-    assert len(norms[0]) == 3 and norms[0] == pytest.approx(norms[1], rel=2e-3)
-    weights = load_file(tmp_path / "two/encoder/model.safetensors")
-    for name, tensor in load_file(encoder_dir / "model.safetensors").items():
-        assert torch.allclose(tensor, weights[name], atol=1e-4), name
+    assert_same_run(tmp_path / "two/encoder", encoder_dir)
 
 
 def _tune_on_rank(llm: str, folder: str, config: TuneConfig) -> None:
@@ -483,18 +477,8 @@ def test_tune_resumes_on_another_number_of_ranks(
         line = "Number of processes: 1 (was 2). Resuming from step 2 with 6 pairs per step, as before (6 per process)"
         assert (line in capsys.readouterr().out) == (name == "half")
         assert len(cached_steps) == 2, "the memory must not grow with an unchanged batch size"
-        _assert_same_run(resumed, uninterrupted)
+        assert_same_run(resumed, uninterrupted)
         assert [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")][:2] == losses_before[:2]
-
-
-def _assert_same_run(encoder_dir: Path, other_dir: Path) -> None:
-    """Check that two runs have the same losses, and end with the same weights, except for rounding errors."""
-    runs = [read_metrics(folder.parent / "metrics.jsonl") for folder in (encoder_dir, other_dir)]
-    losses, other_losses = ([line["loss"] for line in run] for run in runs)
-    assert len(losses) == 4 and losses == pytest.approx(other_losses, rel=1e-4)
-    weights = load_file(encoder_dir / "model.safetensors")
-    for name, tensor in load_file(other_dir / "model.safetensors").items():
-        assert torch.allclose(tensor, weights[name], atol=1e-4), name
 
 
 def _tune_until_killed(llm: str, folder: str, config: TuneConfig) -> None:
@@ -504,7 +488,7 @@ def _tune_until_killed(llm: str, folder: str, config: TuneConfig) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"lora_r": 0}, {"grad_cache": True}, {"lora_r": 0, "precision": "bf16", "gradient_checkpointing": True}],
+    [{"lora_r": 0, "grad_cache": True}, {"precision": "bf16", "gradient_checkpointing": True}],
     ids=str,
 )
 def test_tune_with_fsdp_matches_one_process(llm: Path, tmp_path: Path, change: dict[str, Any]) -> None:
@@ -512,18 +496,12 @@ def test_tune_with_fsdp_matches_one_process(llm: Path, tmp_path: Path, change: d
     config = dataclasses.replace(SMALL_PASSES, steps=4, **change)
     run_distributed(2, _tune_sharded_on_rank, str(llm), str(tmp_path / "two"), config)
     encoder_dir = tune([CAPTIONS], open_encoder(llm), config, tmp_path / "one")
-    runs = [read_metrics(tmp_path / run / "metrics.jsonl") for run in ("one", "two")]
-    tolerance = 2e-3 if config.precision == "fp32" else 3e-2  # FSDP rounds more values than autocast
-    for key in ("loss", "grad_norm"):
-        first, second = ([line[key] for line in run] for run in runs)
-        assert len(first) == 4 and first == pytest.approx(second, rel=tolerance)
-    weights, sharded_weights = (load_file(f / "model.safetensors") for f in (encoder_dir, tmp_path / "two/encoder"))
-    assert weights.keys() == sharded_weights.keys()
-    for name, tensor in weights.items():
-        assert torch.allclose(tensor, sharded_weights[name], atol=1e-4 if config.precision == "fp32" else 1e-3), name
+    # In bf16, FSDP rounds more values than autocast.
+    rtol, atol = (2e-3, 1e-4) if config.precision == "fp32" else (3e-2, 1e-3)
+    assert_same_run(tmp_path / "two/encoder", encoder_dir, rtol, atol)
     if config.precision == "fp32":  # resumed by one process without FSDP, with an unchanged batch size
         half = dataclasses.replace(config, batch_size=config.batch_size // 2)
-        _assert_same_run(tune([CAPTIONS], open_encoder(llm), half, tmp_path / "killed"), encoder_dir)
+        assert_same_run(tune([CAPTIONS], open_encoder(llm), half, tmp_path / "killed"), encoder_dir)
 
 
 def _tune_sharded_on_rank(llm: str, folder: str, config: TuneConfig) -> None:
