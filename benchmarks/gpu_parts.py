@@ -46,8 +46,8 @@ from llm2clip.tools.plan.plan import plan_fit
 from llm2clip.train.grad_cache import cached_backward
 from llm2clip.train.losses import info_nce
 from llm2clip.train.optim import MAX_GRAD_NORM, compile_blocks, make_optimizer
-from llm2clip.train.pair_loss import PairCollator, PairLoss
 from llm2clip.train.sampling import AlignBatches
+from llm2clip.train.tune import PairCollator, PairLoss
 from search import K, vector_chunks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -32,7 +32,7 @@ from llm2clip.models.precision import has_bf16_hardware
 from llm2clip.models.text.batching import default_batch_tokens
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.packing import PACKED
-from llm2clip.train.pair_loss import PairCollator, PairLoss
+from llm2clip.train.tune import PairCollator, PairLoss
 
 TEXTS_PER_BATCH = 32
 

@@ -41,7 +41,7 @@ from llm2clip.tools.plan.memory import (
 from llm2clip.tools.plan.model_configs import build_llm, build_model, get_llm_config
 from llm2clip.train.grad_cache import cached_backward
 from llm2clip.train.optim import make_optimizer, set_trainable
-from llm2clip.train.pair_loss import PairLoss
+from llm2clip.train.tune import PairLoss
 
 LLAMA_8B = EncoderConfig("meta-llama/meta-llama-3-8b")
 ALIGN = AlignConfig(

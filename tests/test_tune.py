@@ -23,10 +23,9 @@ from llm2clip.config import TuneConfig
 from llm2clip.data.pairs import Pair
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.runs.checkpoint import Checkpoints, read_metrics
-from llm2clip.train import pair_loss as pair_loss_module
+from llm2clip.train import tune as tune_module
 from llm2clip.train.grad_cache import cached_backward
-from llm2clip.train.pair_loss import PairCollator, PairLoss, pair_loss
-from llm2clip.train.tune import tune
+from llm2clip.train.tune import PairCollator, PairLoss, pair_loss, tune
 
 INSTRUCTION = "find: "
 PAIRS = [
@@ -341,7 +340,7 @@ def test_tune_rejects_wrong_settings_before_any_work(
 
 
 def test_tune_stops_at_a_loss_that_is_not_finite(llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm2clip.train.pair_loss.pair_loss", lambda a, b, *_: (a * b).sum() * math.nan)
+    monkeypatch.setattr("llm2clip.train.tune.pair_loss", lambda a, b, *_: (a * b).sum() * math.nan)
     with pytest.raises(FloatingPointError, match="loss is nan at step 1"):
         tune([CAPTIONS], open_encoder(llm), TUNE, tmp_path)
     assert not (tmp_path / "encoder").exists()
@@ -469,9 +468,7 @@ def test_tune_resumes_on_another_number_of_ranks(
     losses_before = [line["loss"] for line in read_metrics(tmp_path / "half/metrics.jsonl")]
     uninterrupted = tune([CAPTIONS], open_encoder(llm), whole, tmp_path / "uninterrupted")
     cached_steps: list[int] = []
-    monkeypatch.setattr(
-        pair_loss_module, "cached_backward", lambda *args: cached_steps.append(1) or cached_backward(*args)
-    )
+    monkeypatch.setattr(tune_module, "cached_backward", lambda *args: cached_steps.append(1) or cached_backward(*args))
     for name, config in (("half", half), ("whole", whole)):
         resumed = tune([CAPTIONS], open_encoder(llm), config, tmp_path / name)
         line = "Number of processes: 1 (was 2). Resuming from step 2 with 6 pairs per step, as before (6 per process)"

@@ -179,12 +179,7 @@ def read_builtin_configs() -> dict[str, str]:
 
 
 def _read_config(file_or_name: str) -> dict[str, Any]:
-    """Return the settings in a config file or a built-in config.
-
-    Raises:
-        FileNotFoundError: There is no such file and no such built-in config.
-        ValueError: The file is not valid YAML, or does not contain a mapping.
-    """
+    """Return the settings in a config file or a built-in config."""
     path = Path(file_or_name)
     builtin = read_builtin_configs()
     if not path.is_file() and file_or_name not in builtin:
@@ -205,14 +200,9 @@ def _read_config(file_or_name: str) -> dict[str, Any]:
 
 
 def _select_relevant_settings(settings: dict[str, Any], known: set[str]) -> dict[str, Any]:
-    """Return `settings` without the `fit` settings that this command does not have.
+    """Return the settings of a config file without the `fit` settings that this command does not have.
 
-    Args:
-        settings: Contents of a config file.
-        known: Names of all settings of the command.
-
-    Raises:
-        ValueError: No command has a setting with this name, or a section does not contain settings.
+    `known` contains the names of all settings of the command. A setting that no command has is an error.
     """
     relevant: dict[str, Any] = {}
     for name, value in settings.items():

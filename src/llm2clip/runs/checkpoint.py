@@ -286,13 +286,9 @@ def _mark_complete(checkpoint: Path, run: Mapping[str, Any]) -> None:
 
 
 def _rename_damaged(folder: Path) -> Path | None:
-    """Return the latest undamaged checkpoint and rename all later ones. All checkpoints must be complete.
+    """Return the latest undamaged checkpoint and rename all later ones. Return None if there are no checkpoints.
 
-    Returns:
-        The checkpoint, or None if there are no checkpoints.
-
-    Raises:
-        ValueError: All checkpoints are damaged. None of them is renamed.
+    If all checkpoints are damaged, raise ValueError, and rename none of them.
     """
     damages: dict[Path, str] = {}
     for checkpoint in reversed(_list_checkpoints(folder)):

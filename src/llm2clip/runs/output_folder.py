@@ -182,8 +182,6 @@ def folder_lock(folder: Path, name: str = ".lock") -> Iterator[None]:
         raise FolderInUseError(
             f"another run is writing to {folder}. Wait until it has finished, or use another folder"
         ) from None
-    except NotImplementedError:
-        pass  # raised by filelock < 3.20 if the file system does not support locks
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             raise

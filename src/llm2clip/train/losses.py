@@ -14,7 +14,7 @@ large batches and several ranks:
   computes the gradients of its own embeddings. Averaged over ranks, as in DistributedDataParallel, the loss and its
   gradients equal those of a single process with the complete batch.
 
-`LOSSES` lists the losses that `--align.loss` can select. The `tune` stage has its own loss, `pair_loss.pair_loss`,
+`LOSSES` lists the losses that `--align.loss` can select. The `tune` stage has its own loss, `tune.pair_loss`,
 which compares texts with each other and with hard negatives. It stores the full logit matrix, because its batches are
 limited by the activations of the LLM to a few thousand texts.
 """

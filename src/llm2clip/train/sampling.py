@@ -326,14 +326,7 @@ class CaptionRows:
     """
 
     def __init__(self, store: CaptionSource, captions: Iterable[Sequence[str]]) -> None:
-        """
-        Args:
-            store: Store with the embeddings of all captions.
-            captions: The captions of each image.
-
-        Raises:
-            StoreError: A caption is not in the store.
-        """
+        """Find the captions of each image in the store. Raise StoreError if a caption is not in the store."""
         counts: list[int] = []
 
         def all_captions() -> Iterator[str]:
@@ -407,14 +400,9 @@ class CaptionSampler:
         return _take_in_order(shuffled, counts, kinds)
 
     def _sample_kinds(self, used: np.ndarray, streams: RandomStreams) -> np.ndarray:
-        """Sample the kind of each caption, as `Generator.choice` does.
+        """Sample the kind of each caption, as `Generator.choice` does. Return kinds of shape (captions_per_image, N).
 
-        Args:
-            used: Boolean mask of the kinds that can be sampled for each image, of shape (kinds, N).
-            streams: Random number generators of the images.
-
-        Returns:
-            Kinds of shape (captions_per_image, N), int64.
+        `used` is a boolean mask of the kinds that can be sampled for each image, of shape (kinds, N).
         """
         numbers = np.stack([streams.random() for _ in range(self.captions_per_image)])
         kinds = np.empty(numbers.shape, np.int64)
@@ -434,13 +422,9 @@ class CaptionSampler:
 def _take_in_order(shuffled: list[np.ndarray], counts: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Take the next row of the sampled kind for each caption; skip the caption if no rows of that kind are left.
 
-    Args:
-        shuffled: Permuted rows of each kind, of shape (N, captions), int64.
-        counts: Number of rows of each kind and image, of shape (kinds, N), int64.
-        kinds: Sampled kinds, of shape (captions per image, N), int64.
-
-    Returns:
-        The rows, and the position of each row's image, which is ascending. Both are of shape (M,), int64.
+    `shuffled` contains the permuted rows of each kind, of shape (N, captions), of which the first `counts`, of shape
+    (kinds, N), are valid. `kinds` is of shape (captions per image, N). Return the rows, and the position of each row's
+    image, which is ascending, both of shape (M,). All arrays are int64.
     """
     images = np.arange(kinds.shape[1])
     taken = np.zeros_like(counts)
