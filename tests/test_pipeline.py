@@ -50,11 +50,48 @@ def fit_command(image_folder: Path, llm: Path, tower: Path, out: Path) -> list[s
     return ["fit", str(image_folder / "captions.jsonl"), "--out", str(out), *words]
 
 
+Loads = list[tuple[str, str]]  # (stage, "LLM" or "tower") of each model that is loaded
+
+
 @pytest.fixture(scope="module")
-def run(image_folder: Path, llm: Path, tower: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("run") / "run"
-    assert main(fit_command(image_folder, llm, tower, out)) == 0
-    return out
+def recorded_run(
+    image_folder: Path, llm: Path, tower: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Loads]:
+    """Run `fit`. Return the run directory, and the models that were loaded with pretrained weights."""
+    out, stages, loads = tmp_path_factory.mktemp("run") / "run", ["start"], []
+
+    def record(kind: str, load: Callable[..., object]) -> Callable[..., object]:
+        def recorded_load(name: object, **options: Any) -> object:
+            if options.get("pretrained", True):
+                loads.append((stages[-1], kind))
+                assert kind == "tower" or options["device"] == "cpu"
+            return load(name, **options)
+
+        return recorded_load
+
+    def record_stage(name: str, stage: Callable[..., object]) -> Callable[..., object]:
+        return lambda *args, **options: stages.append(name) or stage(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CaptionEncoder, "from_pretrained", record("LLM", CaptionEncoder.from_pretrained))
+        patch.setattr(VisionTower, "from_pretrained", record("tower", VisionTower.from_pretrained))
+        for name in ("tune", "embed", "align", "evaluate"):
+            patch.setattr(pipeline, name, record_stage(name, getattr(pipeline, name)))
+        assert main(fit_command(image_folder, llm, tower, out)) == 0
+    return out, loads
+
+
+@pytest.fixture(scope="module")
+def run(recorded_run: tuple[Path, Loads]) -> Path:
+    return recorded_run[0]
+
+
+def test_fit_loads_the_llm_once_per_use_and_the_tower_once(recorded_run: tuple[Path, Loads]) -> None:
+    """`align` and `evaluate` read embeddings from the store and copy the encoder's folder.
+
+    `tune` also loads the tuned LLM, to measure it. `embed` reads the weights on the CPU, for the store's identity.
+    """
+    assert recorded_run[1] == [("start", "tower"), ("tune", "LLM"), ("tune", "LLM"), ("embed", "LLM")]
 
 
 def test_fit_writes_the_documented_files(run: Path) -> None:
@@ -265,40 +302,3 @@ def test_stage_commands_and_evaluate(
     # without a split, evaluate uses what fit holds out: here val
     assert main(["evaluate", str(tmp_path / "run/model"), data, "--out", str(tmp_path / "again")]) == 0
     assert json.loads((tmp_path / "again/results.json").read_text())["results"] == results["results"]
-
-
-def test_fit_loads_the_llm_once_per_use_and_the_tower_once(
-    image_folder: Path, llm: Path, tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`align` and `evaluate` read embeddings from the store and copy the encoder's folder. The tower is loaded once."""
-    stages = ["start"]
-    loads: list[tuple[str, object]] = []
-    towers: list[str] = []
-    load_encoder, load_tower = CaptionEncoder.from_pretrained, VisionTower.from_pretrained
-
-    def record_load(path: str | Path, **options: object) -> CaptionEncoder:
-        loads.append((stages[-1], options.get("device")))
-        return load_encoder(path, **options)
-
-    def record_tower(name: str | Path, **options: Any) -> VisionTower:
-        if options.get("pretrained", True):
-            towers.append(stages[-1])
-        return load_tower(name, **options)
-
-    monkeypatch.setattr(CaptionEncoder, "from_pretrained", record_load)
-    monkeypatch.setattr(VisionTower, "from_pretrained", record_tower)
-    for name in ("tune", "embed", "align", "evaluate"):
-        monkeypatch.setattr(pipeline, name, _recorded(name, getattr(pipeline, name), stages))
-    command = fit_command(image_folder, llm, tower, tmp_path / "run")
-    assert main([*command, "--align.epochs", "1"]) == 0
-    # `tune` also loads the tuned LLM, to measure it. `embed` reads the weights on the CPU, for the store's identity.
-    assert loads == [("tune", "cpu"), ("tune", "cpu"), ("embed", "cpu")]
-    assert towers == ["start"]
-
-
-def _recorded(name: str, stage: Callable[..., object], stages: list[str]) -> Callable[..., object]:
-    def run(*args: object, **options: object) -> object:
-        stages.append(name)
-        return stage(*args, **options)
-
-    return run
