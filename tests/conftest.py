@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import faulthandler
 import json
+import multiprocessing
 import random
 import resource
 import shutil
@@ -39,6 +40,8 @@ with suppress(ImportError):
 _CAPABILITIES = {**getattr(torch.cpu, "get_capabilities", dict)(), "amx_bf16": False, "avx512_bf16": False}
 torch.cpu.get_capabilities = lambda: _CAPABILITIES  # auto is fp32 on every machine
 torch.set_num_threads(1)  # tiny models are slower with more threads
+# `run_distributed` forks its processes from a server that has imported these modules, which takes several seconds.
+multiprocessing.set_forkserver_preload(["llm2clip.pipeline"])
 
 HANG_TIMEOUT = 300  # seconds; only a test that hangs waits for so long, so its result does not depend on speed
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3")
@@ -266,16 +269,20 @@ def run_distributed(count: int, function: Callable[..., None], *args: Any, join:
     The processes are joined unless `join` is False, in which case the context of the processes is returned.
     """
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ranks = (count, store.port, function, args)
-    context = torch.multiprocessing.start_processes(_rank, args=ranks, nprocs=count, join=join, start_method="spawn")
+    ranks = (count, store.port, dict(os.environ), function, args)
+    context = torch.multiprocessing.start_processes(_rank, ranks, count, join, start_method="forkserver")
     if context is not None:
         context.store = store  # must exist as long as the processes
     return context
 
 
-def _rank(rank: int, count: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, count: int, port: int, environment: dict[str, str], function: Callable[..., None], args: tuple[Any, ...]
+) -> None:
     faulthandler.enable()
+    os.environ.clear()
     os.environ.update(
+        environment,
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(count),
