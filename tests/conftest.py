@@ -305,7 +305,7 @@ def _rank(
 def run_with_few_open_files(function: Callable[..., None], *args: Any) -> None:
     """Run `function(*args)` in a new process that may open only 128 files. Usual limits are 256 and 1,024."""
     context = torch.multiprocessing.start_processes(
-        _limit_open_files, (function, args), nprocs=1, join=False, start_method="spawn"
+        _limit_open_files, (function, args), nprocs=1, join=False, start_method="forkserver"
     )
     if not context.join(timeout=HANG_TIMEOUT):
         context.processes[0].kill()
