@@ -61,11 +61,11 @@ def recorded_run(
     out, stages, loads = tmp_path_factory.mktemp("run") / "run", ["start"], []
 
     def record(kind: str, load: Callable[..., object]) -> Callable[..., object]:
-        def recorded_load(name: object, **options: Any) -> object:
+        def recorded_load(*args: object, **options: Any) -> object:
             if options.get("pretrained", True):
                 loads.append((stages[-1], kind))
                 assert kind == "tower" or options["device"] == "cpu"
-            return load(name, **options)
+            return load(*args, **options)
 
         return recorded_load
 
