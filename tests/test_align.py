@@ -24,9 +24,6 @@ from accelerate.state import AcceleratorState, DistributedType
 from safetensors.torch import load_file, save_file
 
 from align_fixtures import ALIGN, fresh_model, killed_after, read_split, run_align
-from align_fixtures import records as records  # the fixture
-from align_fixtures import store as store  # the fixture
-from align_fixtures import train as train  # the fixture
 from conftest import (
     CAPTIONS,
     HANG_TIMEOUT,
@@ -216,12 +213,11 @@ def test_align_merges_tower_lora_into_the_blocks(train: Any, tmp_path: Path) -> 
         assert torch.linalg.matrix_rank(after[name] - before[name], atol=1e-5) <= 2
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_align_keeps_the_logit_scale_below_its_limit(
-    records: list[Record], store: EmbeddingStore, tmp_path: Path, precision: Any
+    records: list[Record], store: EmbeddingStore, tmp_path: Path
 ) -> None:
     """In the forward pass and in the parameter, whose gradient would vanish above the limit for good."""
-    config = dataclasses.replace(ALIGN, precision=precision, epochs=3, lr=0.5, tower_lr=0.0)
+    config = dataclasses.replace(ALIGN, precision="bf16", epochs=3, lr=0.5, tower_lr=0.0)
     model = fresh_model()
     model.logit_scale.data.fill_(9.0)
     align(records, store, model, config, tmp_path, SkipLog())
@@ -290,13 +286,6 @@ def test_weights_are_checked_before_they_are_saved_if_metrics_are_read_later(
         train(tmp_path, dataclasses.replace(ALIGN, **change), validate)
     assert not evaluated and not (tmp_path / "checkpoints" / "checkpoint-4").exists()
     assert [line["step"] for line in metrics_of(tmp_path)] == list(range(1, failing))
-
-
-def test_metrics_that_are_read_later_are_the_same(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train(tmp_path / "at once")
-    read_metrics_late(monkeypatch)
-    train(tmp_path / "later")
-    assert metrics_of(tmp_path / "later") == metrics_of(tmp_path / "at once")
 
 
 def test_align_reports_to_trackers_by_name(train: Any, tmp_path: Path) -> None:
@@ -442,7 +431,7 @@ def _align_damaged_on_rank(records: list[Record], store: str, folder: str) -> No
         ({}, "test_efficientnet"),
         ({"lora_r": 2, "load_best_at_end": True, "save_steps": 1}, "test_vit"),
         ({"micro_batch_size": 3}, "test_vit"),
-        ({"tower_lr": 0.0}, "test_vit"),
+        ({"tower_lr": 0.0, "batch_size": 100, "epochs": 15}, "test_vit"),  # a step uses all images
     ],
     ids=str,
 )
@@ -482,19 +471,6 @@ def test_align_resumes_exactly(
         lines = metrics_of(tmp_path / "uninterrupted", log)
         assert lines == metrics_of(tmp_path / "killed", log)
         assert lines[-1]["step"] == 15
-
-
-def test_align_on_fewer_images_than_a_batch_resumes_with_the_same_steps(
-    records: list[Record], store: EmbeddingStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = dataclasses.replace(ALIGN, batch_size=100, epochs=4, save_steps=1)
-    uninterrupted = run_align(records[:5], store, tmp_path / "uninterrupted", config)
-    assert "5 images: using 5 images per step instead of 100, in 4 steps" in capsys.readouterr().out
-    with killed_after(2):
-        run_align(records[:5], store, tmp_path / "killed", config)
-    resumed = run_align(records[:5], store, tmp_path / "killed", config)
-    for (name, a), b in zip(uninterrupted.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
 
 
 def test_an_error_in_the_loss_stops_the_workers_and_the_thread(

@@ -13,9 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from align_fixtures import ALIGN, fresh_model, killed_after, run_align
-from align_fixtures import records as records  # the fixture
-from align_fixtures import store as store  # the fixture
-from align_fixtures import train as train  # the fixture
 from conftest import emulate_fsdp_launch, run_distributed
 from llm2clip.data.records import Record
 from llm2clip.models.llm2clip import LLM2CLIP

@@ -15,8 +15,6 @@ from safetensors.torch import save_file
 from transformers import AutoModel
 
 from align_fixtures import ALIGN
-from align_fixtures import records as records  # the fixture
-from align_fixtures import store as store  # the fixture
 from conftest import make_tower, run_distributed
 from llm2clip.cli import build_parser, main
 from llm2clip.config import AlignConfig

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 
 from align_fixtures import ALIGN, fresh_model, run_align
-from align_fixtures import records as records  # the fixture
-from align_fixtures import store as store  # the fixture
 from conftest import make_tower
 from llm2clip.cli import main
 from llm2clip.config import AlignConfig

@@ -15,8 +15,6 @@ import pytest
 import torch
 
 from align_fixtures import ALIGN, fresh_model
-from align_fixtures import records as records  # the fixture
-from align_fixtures import store as store  # the fixture
 from conftest import run_with_few_open_files
 from format_fixtures import image_bytes
 from llm2clip.config import AlignConfig
