@@ -56,7 +56,6 @@ class EncoderConfig:
     Default: all dimensions."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for values out of range, an unknown pooling mode, and a template without a caption."""
         if not self.path.strip():
             raise ValueError("--encoder.path is empty: give a folder, a hub id or the name of a model")
         require_at_least(1, self, "encoder", "layers", "max_length", "truncate_dim")
@@ -128,7 +127,6 @@ class TuneConfig:
     """Seed for pair sampling, LoRA initialisation and dropout."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for values out of range and for settings that contradict each other."""
         require_at_least(1, self, "tune", "batch_size", "hard_negative_group_size", "batch_tokens", "save_steps")
         require_at_least(1, self, "tune", "matryoshka_dims")
         require_at_least(0, self, "tune", "steps", "lr", "lora_r", "source_weights", "seed")
@@ -152,7 +150,6 @@ class EmbedConfig:
     """Data type of the stored embeddings. int8, with one scale factor per embedding, halves the size of the store."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for values out of range and for an unknown precision."""
         require_at_least(1, self, "embed", "batch_tokens")
         if not re.fullmatch(r"auto|fp32|bf16(\+\d+)?", self.precision):
             raise ValueError(f"--embed.precision must be auto, fp32, bf16 or bf16+N (got {self.precision!r})")
@@ -240,7 +237,6 @@ class AlignConfig:
     """Seed for the image order, caption sampling, crops and weight initialisation."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for values out of range and for settings that contradict each other."""
         require_at_least(1, self, "align", "adapter_depth", "batch_size", "micro_batch_size", "save_steps")
         require_at_least(0, self, "align", "embed_dim", "captions_per_image", "lora_r", "lr", "tower_lr", "eval_steps")
         require_at_least(0, self, "align", "workers", "distill_weight", "caption_mix", "seed")
@@ -330,7 +326,6 @@ class EvaluateOptions:
     """Stop if more than this fraction of the rows, or of the images of a benchmark, cannot be used."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for values out of range and for options that have no effect without others."""
         require_at_least(0, self, "", "mistakes")
         require_fraction(self, "", "max_skipped")
         if not self.captions and (self.all_pairs or self.mistakes is not None):
@@ -354,7 +349,6 @@ class FitConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:
-        """Raise ValueError if `max_skipped` is not a fraction."""
         require_fraction(self, "", "max_skipped")
 
 
@@ -412,7 +406,6 @@ class ReproduceConfig:
     """Number of timed steps for each kind of training step."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for values out of range."""
         require_at_least(
             1, self, "reproduce", "layers", "embed_dim", "batch_size", "seeds", "cost_images", "cost_steps"
         )

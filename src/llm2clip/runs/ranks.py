@@ -110,10 +110,7 @@ class RaggedGather:
     def __init__(self, local_size: int, device: torch.device, gather: bool = True) -> None:
         """Exchange the row counts between ranks. Must be called by all ranks.
 
-        Args:
-            local_size: Number of rows on this rank.
-            device: Device of the tensors to gather.
-            gather: If False, ignore all other ranks, as in a single process.
+        If `gather` is False, all other ranks are ignored, as in a single process.
         """
         self.single_process = not (gather and is_distributed())
         self.local_size = self.max_size = self.total_size = local_size

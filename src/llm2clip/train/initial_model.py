@@ -88,7 +88,6 @@ def new_model(
     With `config.inherit`, the heads come from a CLIP model instead (see `proclip.py`).
 
     Args:
-        config: Settings of the `align` stage.
         store: Cached caption embeddings.
         train: Training records, on whose texts the adapter is trained. Used only with `config.inherit`.
         out: Folder for the adapter and its cache. Required with `config.inherit`.
@@ -123,11 +122,7 @@ def new_model_config(
 ) -> LLM2CLIPConfig:
     """Return the config of the model that the `align` stage trains.
 
-    Args:
-        config: Settings of the `align` stage.
-        tower: Vision tower of the model.
-        text_dim: Dimension of the caption encoder's embeddings.
-        encoder: Identity of the caption encoder. None if unknown.
+    The caption encoder has embeddings with `text_dim` dimensions. `encoder` is its identity, or None if unknown.
     """
     return LLM2CLIPConfig(
         tower=tower.config,

@@ -376,10 +376,8 @@ class PairLoss(nn.Module):
     ) -> None:
         """
         Args:
-            encoder: Caption encoder to train.
             temperature: Temperature by which cosine similarities are divided.
             batch_tokens: Maximum number of tokens per forward pass, including padding.
-            symmetric: See `pair_loss`.
             matryoshka_dims: Truncated embedding sizes to train in addition to the full size (Matryoshka, arXiv
                 2205.13147). The loss is the mean over all sizes.
             grad_cache: If True, use gradient caching for batches that take several forward passes, so that the
