@@ -43,9 +43,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from llm2clip.data.images import ImageError, decode_image
+from llm2clip.data.pairs import read_text_pairs
 from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.tuning_sources import read_text_pairs
 from llm2clip.models.convert.checkpoint_io import read_checkpoint
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import LLM2CLIPConfig, is_model_folder

@@ -19,7 +19,7 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from llm2clip.data.images import load_image
-from llm2clip.data.readers.tar import list_images
+from llm2clip.data.readers.tar import IMAGE_SUFFIXES, list_files
 from llm2clip.data.transforms import Preprocess, TrainTransform
 
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="number of timed repeats")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    paths = [Path(path) for path in list_images(str(args.folder))][: args.count]
+    paths = [Path(path) for path in list_files(str(args.folder), IMAGE_SUFFIXES)][: args.count]
     transform = TrainTransform(Preprocess(args.size, "shortest", 1.0, "bicubic", MEAN, STD))
 
     def load(index: int) -> torch.Tensor:

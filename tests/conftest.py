@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import faulthandler
+import importlib.util
 import json
 import multiprocessing
 import random
@@ -301,6 +302,16 @@ def _rank(
     shutdown()
     sys.stderr.flush()
     os._exit(0)  # threads of gloo may still hold tensors, which can crash the process while Python shuts down
+
+
+def load_benchmark(name: str) -> Any:
+    """Import a script in the folder `benchmarks`."""
+    file = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run_with_few_open_files(function: Callable[..., None], *args: Any) -> None:

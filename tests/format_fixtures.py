@@ -191,19 +191,7 @@ def as_saved_dataset(folder: Path) -> str:
 
 
 FORMATS = [
-    as_jsonl,
-    as_jsonl_gz,
-    as_json,
-    as_csv_of_rows,
-    as_tsv_of_rows,
-    as_csv_of_lists,
-    as_parquet_of_paths,
-    as_parquet_of_bytes,
-    as_folder_of_parquet,
-    as_images_with_json,
-    as_folder_with_captions,
-    as_tar,
-    as_tars_in_braces,
-    as_glob_of_tars,
-    as_saved_dataset,
-]
+    as_jsonl, as_jsonl_gz, as_json, as_csv_of_rows, as_tsv_of_rows, as_csv_of_lists, as_parquet_of_paths,
+    as_parquet_of_bytes, as_folder_of_parquet, as_images_with_json, as_folder_with_captions, as_tar, as_glob_of_tars,
+    as_tars_in_braces, as_saved_dataset,
+]  # fmt: skip

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from conftest import load_benchmark
 
-def load_fuzz() -> Any:
-    file = Path(__file__).parent.parent / "benchmarks" / "fuzz.py"
-    spec = importlib.util.spec_from_file_location("fuzz", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-fuzz = load_fuzz()
+fuzz = load_benchmark("fuzz")
 COUNTS = {"images": 500, "parquet": 300, "tar": 300}  # the other readers are faster, or their inputs less varied
 
 

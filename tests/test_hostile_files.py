@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import io
 import json
 import os
 import shutil
 import struct
 import tarfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
+from conftest import load_benchmark
 from llm2clip.cli.export import _check_no_home_paths
-from llm2clip.data import cells, image_header, image_refs, images, readers, records
+from llm2clip.data import columns, image_header, image_refs, images, readers, records
 from llm2clip.data.image_header import DecodingLimitError, check_decoding_work, open_header
 from llm2clip.data.image_refs import FileImage, ParquetImage
 from llm2clip.data.images import ImageError, decode_image, load_image
@@ -37,24 +38,23 @@ from llm2clip.search.backends import IndexedImage
 from llm2clip.search.build import container_version, scan_source
 from llm2clip.search.request_images import load_request_image
 
-
-def load_builders() -> Any:
-    file = Path(__file__).parent.parent / "benchmarks" / "hostile_images.py"
-    spec = importlib.util.spec_from_file_location("hostile_images", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-hostile = load_builders()
+hostile = load_benchmark("hostile_images")
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
-def png_bytes(width: int = 12, height: int = 10) -> bytes:
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     stream = io.BytesIO()
-    Image.new("RGB", (width, height), (200, 10, 10)).save(stream, "PNG")
+    image.save(stream, kind, **options)
     return stream.getvalue()
+
+
+def png_bytes(width: int = 12, height: int = 10) -> bytes:
+    return encode(Image.new("RGB", (width, height), (200, 10, 10)), "PNG")
+
+
+def write_jsonl(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 # ---- images: the work of decoding -----------------------------------------------------------------------------------
@@ -111,10 +111,6 @@ def test_jpeg_scans_are_limited_by_their_number_and_by_pixels(monkeypatch: pytes
         check(9)
 
 
-def count_scans(data: bytes) -> int:
-    return [marker for marker, _ in image_header._jpeg_markers(data)].count(0xDA)
-
-
 def test_sequential_jpegs_with_separate_components_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     table = hostile.segment(0xC4, b"\x10" + bytes([1] + [0] * 15) + b"\x00")
     scans = [hostile.scan(0, 63, 0, bytes(17), component) for component in (1, 2, 3)] * 34
@@ -134,24 +130,16 @@ def test_decode_image_reads_ppm_with_other_maximum_values() -> None:
 
 def test_scan_markers_in_metadata_and_behind_the_image_are_not_scans() -> None:
     """Thumbnails and the video behind a motion photo contain such bytes."""
-    stream = io.BytesIO()
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(stream, "JPEG", progressive=True, quality=95)
-    data = stream.getvalue()
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (160, 160, 3), dtype=np.uint8))
+    data = encode(noise, "JPEG", progressive=True, quality=95)
     assert 1 < data.count(b"\xff\xda") < 20
     fake = hostile.segment(0xE1, b"Exif\0\0" + b"\xff\xda" * 1000)
     changed = data[:2] + fake + data[2:] + b"\xff\xda" * 1000
     assert torch.equal(decode_image(changed), decode_image(data))
-    assert count_scans(data) == data.count(b"\xff\xda")
-
-
-def test_jpeg_with_restart_markers_and_byte_stuffing_has_one_scan() -> None:
-    stream = io.BytesIO()
-    noise = np.random.default_rng(0).integers(0, 256, (160, 160, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(stream, "JPEG", quality=98, restart_marker_blocks=1)
-    data = stream.getvalue()
-    assert b"\xff\x00" in data and b"\xff\xd3" in data
-    assert count_scans(data) == 1
+    data_with_restarts = encode(noise, "JPEG", quality=98, restart_marker_blocks=1)
+    assert b"\xff\x00" in data_with_restarts and b"\xff\xd3" in data_with_restarts
+    for image, num_scans in ((data, data.count(b"\xff\xda")), (data_with_restarts, 1)):
+        assert [marker for marker, _ in image_header._jpeg_markers(image)].count(0xDA) == num_scans
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
@@ -159,20 +147,17 @@ def test_exif_whose_tags_share_bytes_takes_little_memory(kind: str) -> None:
     """2,000 tags refer to the same 100 kB."""
     tags = b"".join(struct.pack("<HHII", 1000 + number, 1, 100_000, 8) for number in range(2000))
     exif = b"Exif\0\0II*\0" + struct.pack("<I", 100_008) + bytes(100_000) + struct.pack("<H", 2000) + tags + bytes(4)
-    stream = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(stream, kind, exif=exif)
-    header = open_header(io.BytesIO(stream.getvalue()))
+    header = open_header(io.BytesIO(encode(Image.new("RGB", (8, 8)), kind, exif=exif)))
     with pytest.warns(UserWarning, match="Tag data larger than file"):
         values = header.getexif()
     assert sum(len(values[tag]) for tag in values) < 1_000_000
 
 
 def test_requests_must_not_contain_avif() -> None:
-    stream = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(stream, "AVIF")
-    assert decode_image(stream.getvalue()).shape == (3, 16, 16)
+    avif = encode(Image.new("RGB", (16, 16)), "AVIF")
+    assert decode_image(avif).shape == (3, 16, 16)
     with pytest.raises(ImageError, match="AVIF images are not accepted"):
-        load_request_image(stream.getvalue(), 1_000_000)
+        load_request_image(avif, 1_000_000)
     assert load_request_image(png_bytes(), 1_000_000).shape == (3, 10, 12)
 
 
@@ -183,11 +168,10 @@ def test_file_size_is_limited_before_reading(tmp_path: Path) -> None:
     for image in (path, str(path), FileImage(str(path))):
         with pytest.raises(ImageError, match="file too large"):
             load_image(image)
-    (tmp_path / "x.jsonl").write_text('{"image": "sparse.png", "caption": "a"}\n' * 2)
-    log = SkipLog(max_skipped=1.0)
+    file, log = write_jsonl(tmp_path / "x.jsonl", {"image": "sparse.png", "caption": "a"}), SkipLog(max_skipped=1.0)
     with pytest.raises(ValueError, match="no records"):
-        list(open_records(tmp_path / "x.jsonl", log))
-    assert log.skipped["unreadable image"] == 2
+        list(open_records(file, log))
+    assert log.skipped == {"unreadable image": 1}
 
 
 # ---- tables and models ----------------------------------------------------------------------------------------------
@@ -262,11 +246,10 @@ def test_reading_parquet_cells_in_any_order_takes_little_memory(
     monkeypatch.setattr(image_refs, "MAX_BATCH_BYTES", 1 << 18)  # a row at a time
     monkeypatch.setattr(image_refs, "MAX_WINDOW_BYTES", 50_000)
     monkeypatch.setattr(image_refs, "MAX_CACHE_BYTES", 120_000)
-    cache = image_refs._CellCache()
-    monkeypatch.setattr(image_refs, "_cells", cache)
+    monkeypatch.setattr(image_refs, "_windows", OrderedDict())
     for row in (0, 3, 25, 39, 38, 19, 7):
         assert ParquetImage(str(path), row, "image").read() == images_in_rows[row]
-        windows = cache._windows.values()
+        windows = image_refs._windows.values()
         assert sum(window.cells.nbytes for window in windows) <= 120_000
         assert all(window.cells.nbytes <= 50_000 + 40_000 for window in windows)
     with pytest.raises(FileNotFoundError, match="no longer has row 20 in row group 1"):
@@ -453,9 +436,8 @@ def test_tar_headers_are_limited(kind: bytes, tmp_path: Path) -> None:
 
 def test_captions_of_a_row_are_limited(tmp_path: Path) -> None:
     rows = [{"caption": "a" * (1 << 20)}, {"caption": ["a" * (1 << 19), "b" * (1 << 19), "c"]}]
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     log = SkipLog(max_skipped=1.0)
-    assert len(list(open_records(tmp_path / "x.jsonl", log))) == 1
+    assert len(list(open_records(write_jsonl(tmp_path / "x.jsonl", *rows), log))) == 1
     assert "1,048,577 characters" in log.examples[0]
 
 
@@ -463,8 +445,8 @@ def test_captions_of_a_row_are_limited(tmp_path: Path) -> None:
     "cell", ["[f'{1}{1}']", "['a', rf'{1}']", "[{1,{2}}]", "[{[]: 1}]", "['a', ...]", "[b'a']", "[-'a']", "['a'] * 9"]
 )
 def test_only_lists_of_strings_are_parsed_as_python(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cells.ast, "literal_eval", lambda _: pytest.fail("the cell was parsed"))
-    assert cells.parse_captions(cell, True, SkipLog(), "x.csv", 1) == (cell,)
+    monkeypatch.setattr(columns.ast, "literal_eval", lambda _: pytest.fail("the cell was parsed"))
+    assert columns.parse_captions(cell, True, SkipLog(), "x.csv", 1) == (cell,)
 
 
 @pytest.mark.parametrize(
@@ -477,40 +459,33 @@ def test_only_lists_of_strings_are_parsed_as_python(cell: str, monkeypatch: pyte
     ],
 )
 def test_lists_in_cells_are_parsed(cell: str, captions: tuple[str, ...]) -> None:
-    assert cells.parse_captions(cell, True, SkipLog(), "x.csv", 1) == captions
+    assert columns.parse_captions(cell, True, SkipLog(), "x.csv", 1) == captions
 
 
-@pytest.mark.parametrize("value", [[], {}, None])
-def test_coco_ids_of_a_wrong_type_are_skipped(value: object, tmp_path: Path) -> None:
+def test_coco_ids_of_a_wrong_type_are_skipped(tmp_path: Path) -> None:
     data = {
-        "images": [{"id": 1, "file_name": "a.png"}, {"id": value, "file_name": "a.png"}],
-        "annotations": [{"image_id": 1, "caption": "x"}, {"image_id": value, "caption": "y"}],
+        "images": [{"id": 1, "file_name": "a.png"}, *({"id": value, "file_name": "a.png"} for value in ([], None))],
+        "annotations": [{"image_id": 1, "caption": "x"}, {"image_id": {}, "caption": "y"}],
     }
     (tmp_path / "x.json").write_text(json.dumps(data))
     log = SkipLog(max_skipped=1.0)
     assert [record.captions for record in open_records(tmp_path / "x.json", log, "unchecked")] == [("x",)]
-    assert log.skipped == {"malformed row": 2}
+    assert log.skipped == {"malformed row": 3}
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), MemoryError("no memory"), ValueError("odd")], ids=repr)
-def test_an_unexpected_exception_of_a_reader_is_a_bad_row(
-    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "x.jsonl").write_text('{"caption": "a"}\n')
+def test_an_unexpected_exception_of_a_reader_is_a_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> Any:
+        yield "x.jsonl", 1, {"caption": "a"}
+        raise MemoryError("no memory")
 
-    def read_json_lines(path: str, log: object) -> Any:
-        yield path, 1, {"caption": "a"}
-        raise error
-
-    monkeypatch.setattr(readers, "read_json_lines", read_json_lines)
-    log = SkipLog(max_skipped=1.0)
-    assert [record.captions for record in open_records(tmp_path / "x.jsonl", log)] == [("a",)]
-    assert log.examples == [f"{tmp_path}/x.jsonl, row 2: unreadable file: {type(error).__name__}: {error}"]
-
-    monkeypatch.undo()
-    monkeypatch.setattr(records, "parse_name", lambda *_: (_ for _ in ()).throw(error))
-    with pytest.raises(TooManySkipped, match=f"malformed row: {type(error).__name__}: "):
-        list(open_records(tmp_path / "x.jsonl"))
+    file, log = write_jsonl(tmp_path / "x.jsonl", {"caption": "a"}), SkipLog(max_skipped=1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(readers, "read_json_lines", fail)
+        assert [record.captions for record in open_records(file, log)] == [("a",)]
+    assert log.examples == [f"{file}, row 2: unreadable file: MemoryError: no memory"]
+    monkeypatch.setattr(records, "parse_name", lambda *_: {}["missing"])
+    with pytest.raises(TooManySkipped, match="malformed row: KeyError: "):
+        list(open_records(file))
 
 
 # ---- names of files -------------------------------------------------------------------------------------------------
@@ -535,8 +510,7 @@ def test_index_skips_images_outside_the_source(folders: Path) -> None:
     (folders / "link.png").symlink_to(secret)
     (folders / "sub").symlink_to(secret.parent)
     names = ["a.png", str(secret), "../private/secret.png", "link.png", "sub/secret.png", "../set/a.png"]
-    file = folders / "captions.jsonl"
-    file.write_text("".join(json.dumps({"image": name, "caption": "x"}) + "\n" for name in names))
+    file = write_jsonl(folders / "captions.jsonl", *({"image": name, "caption": "x"} for name in names))
     for source in (file, folders / "*.jsonl", folders):
         found, log = scan(source)
         assert {image.name for image in found} == {str(folders / "a.png")}

@@ -20,7 +20,6 @@ import torch
 from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
-from conftest import run_with_few_open_files
 from llm2clip.data import image_header, image_loader, images
 from llm2clip.data.image_loader import decode_or_error, image_batches
 from llm2clip.data.image_refs import FileImage, MemoryImage
@@ -60,22 +59,15 @@ def max_difference(a: Tensor, b: Tensor) -> int:
 # ---- decoding -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_decode_image_of_jpeg_equals_pil(mode: str) -> None:
-    for progressive in (False, True):
-        data = encode(photo().convert(mode), "JPEG", quality=92, progressive=progressive)
-        assert max_difference(decode_image(data), decode_with_pil(data)) <= 1
-
-
 @pytest.mark.parametrize(
-    ("kind", "mode"),
-    [(kind, mode) for kind in ("PNG", "GIF", "BMP", "TIFF") for mode in ("RGB", "L", "1", "P")]
-    + [("WEBP", "RGB"), ("PPM", "RGB"), ("PPM", "L"), ("TIFF", "CMYK")],
+    ("kind", "mode", "options"),
+    [("JPEG", mode, {"quality": 92, "progressive": p}) for mode in ("RGB", "L", "CMYK") for p in (False, True)]
+    + [(kind, mode, {}) for kind in ("PNG", "GIF", "BMP", "TIFF") for mode in ("RGB", "L", "1", "P")]
+    + [("WEBP", "RGB", {"lossless": True}), ("PPM", "RGB", {}), ("PPM", "L", {}), ("TIFF", "CMYK", {})],
 )
-def test_decode_image_of_other_formats_equals_pil(kind: str, mode: str) -> None:
-    options = {"lossless": True} if kind == "WEBP" else {}
+def test_decode_image_equals_pil(kind: str, mode: str, options: dict[str, Any]) -> None:
     data = encode(photo().convert(mode), kind, **options)
-    assert max_difference(decode_image(data), decode_with_pil(data)) == 0
+    assert max_difference(decode_image(data), decode_with_pil(data)) <= (kind == "JPEG")
 
 
 def test_torchvision_and_pillow_decode_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,32 +173,6 @@ def test_decode_image_rejects_huge_images_by_their_header(monkeypatch: pytest.Mo
             decode_image(png_header(side, side))
 
 
-def test_decode_image_rejects_other_data_and_damaged_pixels() -> None:
-    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
-    valid = png_header(4, 4)
-    damaged_pixels = valid[: valid.index(b"IDAT") - 4] + chunk(b"IDAT", b"garbage") + chunk(b"IEND", b"")
-    for data in (b"hello", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n" + b"\0" * 40, postscript, damaged_pixels):
-        with pytest.raises(ImageError):
-            decode_image(data)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")  # from Pillow, about the damage
-def test_random_damage_raises_only_image_error() -> None:
-    rng = np.random.default_rng(0)
-    for kind in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"):
-        valid = encode(photo(40, 30), kind)
-        for _ in range(30):
-            damaged = bytearray(valid)
-            for position in rng.integers(0, min(len(damaged), 400), 6):
-                damaged[position] = rng.integers(256)
-            try:
-                pixels = decode_image(bytes(damaged))
-            except ImageError:
-                continue
-            assert pixels.dtype == torch.uint8
-            assert pixels.shape[0] == 3
-
-
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 
@@ -266,7 +232,7 @@ def test_load_image_names_the_file_in_errors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("resize", ["shortest", "squash"])
-@pytest.mark.parametrize(("size", "crop_pct"), [(224, 0.9), (224, 224 / 256), (260, 0.95), (384, 1.0), (98, 0.7)])
+@pytest.mark.parametrize(("size", "crop_pct"), [(224, 0.9), (224, 224 / 256), (260, 0.95), (384, 1.0)])
 def test_preprocess_round_trips_and_transformers_reads_it(
     resize: Any, size: int, crop_pct: float, tmp_path: Path
 ) -> None:
@@ -300,7 +266,7 @@ def test_preprocess_reads_transformers_processors() -> None:
             Preprocess.from_dict({**siglip, "size": bad, "crop_size": None})
 
 
-@pytest.mark.parametrize("shape", [(500, 375), (333, 500), (200, 150), (224, 224), (901, 307)])
+@pytest.mark.parametrize("shape", [(500, 375), (200, 150), (224, 224), (901, 307)])
 @pytest.mark.parametrize("crop_mode", ["center", "squash"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_eval_transform_equals_timm(shape: tuple[int, int], crop_mode: str, interpolation: Any) -> None:
@@ -330,8 +296,7 @@ def test_centre_crop_has_the_corner_of_torchvision_or_of_transformers() -> None:
     processor = CLIPImageProcessor(
         size={"shortest_edge": size}, crop_size=size, do_rescale=False, do_normalize=False, do_resize=False
     )
-    settings = processor.to_dict() | {"do_resize": True}
-    like_transformers = EvalTransform(Preprocess.from_dict(settings))
+    like_transformers = EvalTransform(Preprocess.from_dict(processor.to_dict() | {"do_resize": True}))
     like_torchvision = EvalTransform(Preprocess(size, "shortest", 1.0, "bicubic", *HALF))
     for long in range(size, size + 40):
         row = torch.arange(long, dtype=torch.uint8)  # the value of a pixel is its column
@@ -341,7 +306,7 @@ def test_centre_crop_has_the_corner_of_torchvision_or_of_transformers() -> None:
             assert torch.equal(like_torchvision(image), CenterCrop(size)(image))
 
 
-@pytest.mark.parametrize("shape", [(500, 375), (333, 500), (200, 150), (640, 427), (427, 640), (227, 224), (501, 334)])
+@pytest.mark.parametrize("shape", [(500, 375), (333, 500), (200, 150), (427, 640), (227, 224)])
 @pytest.mark.parametrize("size", [224, 336])
 def test_eval_transform_equals_transformers_on_pil(shape: tuple[int, int], size: int) -> None:
     import transformers
@@ -352,7 +317,6 @@ def test_eval_transform_equals_transformers_on_pil(shape: tuple[int, int], size:
     preprocess = Preprocess.from_dict(processor.to_dict())
     statistics = preprocess.mean, preprocess.std
     assert preprocess == Preprocess(size, "shortest", 1.0, "bicubic", *statistics, crop_rounding="down")
-    assert Preprocess.from_dict(json.loads(json.dumps(preprocess.to_dict()))) == preprocess
     expected = torch.as_tensor(processor(photo(*shape), return_tensors="pt")["pixel_values"][0])
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (preprocess.mean, preprocess.std))
     gap = ((EvalTransform(preprocess)(load_image(photo(*shape))) / 255 - mean) / std - expected).abs()
@@ -372,17 +336,9 @@ def test_transforms_of_very_elongated_images_use_little_memory() -> None:
 def test_train_transform_depends_only_on_its_generator() -> None:
     transform = pickle.loads(pickle.dumps(TrainTransform(Preprocess(64, "shortest", 1.0, "bicubic", *HALF))))
     image = load_image(photo(150, 150))
-
-    def draw(seed: int) -> Tensor:
-        return transform(image, torch.Generator().manual_seed(seed))
-
-    first = draw(1)
-    assert first.shape == (3, 64, 64)
-    assert first.dtype == torch.uint8
-    torch.manual_seed(5)
-    draw(2)
-    assert torch.equal(draw(1), first)
-    assert not torch.equal(draw(2), first)
+    first, second, again = (transform(image, torch.Generator().manual_seed(seed)) for seed in (1, 2, 1))
+    assert first.shape == (3, 64, 64) and first.dtype == torch.uint8
+    assert torch.equal(again, first) and not torch.equal(second, first)
 
 
 def test_train_transform_crops_have_the_documented_size_and_ratio() -> None:
@@ -390,8 +346,7 @@ def test_train_transform_crops_have_the_documented_size_and_ratio() -> None:
     generator = torch.Generator().manual_seed(0)
     boxes = [transform._crop(300, 300, generator) for _ in range(300)]
     for top, left, height, width in boxes:
-        assert 0 <= top <= 300 - height
-        assert 0 <= left <= 300 - width
+        assert 0 <= top <= 300 - height and 0 <= left <= 300 - width
         assert 0.49 < height * width / 300**2 <= 1
         assert 0.74 < width / height < 1.35
     assert {math.copysign(1, width - height) for _, _, height, width in boxes} == {1.0, -1.0}
@@ -429,10 +384,6 @@ def test_packed_batches_contain_a_single_tensor_and_restore_any_structure() -> N
         torch.testing.assert_close(value, expected, rtol=0, atol=0)
 
 
-def test_workers_send_images_for_inference_with_few_open_files() -> None:
-    run_with_few_open_files(_load_images_for_inference)
-
-
 def test_closing_image_batches_early_stops_the_workers_cleanly(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -447,12 +398,6 @@ def test_closing_image_batches_early_stops_the_workers_cleanly(
     assert capfd.readouterr().err == ""
 
 
-def _load_images_for_inference() -> None:
-    refs = [MemoryImage(encode(photo(), "PNG"), str(n)) for n in range(image_loader.MIN_IMAGES_FOR_WORKERS)]
-    batches = list(image_batches(refs, EvalTransform(Preprocess(8, "squash", 1.0, "bicubic", *HALF)), 256, workers=2))
-    assert sum(len(images) for _, images, _ in batches) == len(refs)
-
-
 # ---- damaged and unusual files --------------------------------------------------------------------------------------
 
 
@@ -460,42 +405,39 @@ def _load_images_for_inference() -> None:
 @pytest.mark.parametrize("kind", ["WEBP", "JPEG", "PNG"])
 @pytest.mark.parametrize("exif", [b"garbage!", b"II", b"II*\0\x08\0\0\0" + struct.pack("<H", 65535)], ids=repr)
 def test_image_with_damaged_exif_is_not_rotated(kind: str, exif: bytes) -> None:
-    stream = io.BytesIO()
-    Image.new("RGB", (20, 10)).save(stream, kind, exif=b"Exif\0\0" + exif)
-    assert decode_image(stream.getvalue()).shape == (3, 10, 20)
+    data = encode(Image.new("RGB", (20, 10)), kind, exif=b"Exif\0\0" + exif)
+    assert decode_image(data).shape == (3, 10, 20)
 
 
-@pytest.mark.parametrize("error", [KeyError("tag"), MemoryError("no memory"), RecursionError("deep")], ids=repr)
 @pytest.mark.parametrize("step", ["decoder", "transform"])
-def test_decode_or_error_reports_any_exception(step: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_or_error_reports_any_exception(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
-        raise error
+        raise MemoryError("no memory")
 
     if step == "decoder":
         monkeypatch.setattr(images, "_decode_with_torchvision", fail)
-    message = decode_or_error(MemoryImage(encode(photo(), "JPEG")), fail)
-    assert f"{type(error).__name__}: {error}" in message
+    assert "MemoryError: no memory" in decode_or_error(MemoryImage(encode(photo(), "JPEG")), fail)
 
 
 @pytest.mark.parametrize(
-    ("start", "message"),
+    ("data", "message"),
     [
         (b"II*\0\x10\0\0\0CR\x02\0" + bytes(99), r"Canon RAW \(CR2\) is not supported. Convert the image to JPEG"),
         (b"\0\0\0\x18ftypcrx " + bytes(99), "CR3"),
         (b'<?xml version="1.0"?>\n<!-- drawn by hand -->\n<svg xmlns="x"></svg>', "SVG is not supported"),
         (b"", "it is empty"),
+        (b"hello", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "EPS is not supported"),
+        # The first image in a DNG or NEF file is a reduced-size preview.
+        (encode(photo(), "TIFF", tiffinfo={254: 1}), "RAW photos are not supported"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), ""),
+        (png_header(4, 4)[:33] + chunk(b"IDAT", b"garbage") + chunk(b"IEND", b""), ""),
     ],
+    ids=["CR2", "CR3", "SVG", "empty", "text", "EPS", "preview", "PNG without chunks", "damaged pixels"],
 )
-def test_decode_image_names_unsupported_formats(start: bytes, message: str) -> None:
+def test_decode_image_rejects_other_formats_and_damaged_images(data: bytes, message: str) -> None:
     with pytest.raises(ImageError, match=message):
-        decode_image(start)
-
-
-def test_decode_image_rejects_the_preview_in_a_raw_photo() -> None:
-    stream = io.BytesIO()
-    photo().save(stream, "TIFF", tiffinfo={254: 1})  # the first image in a DNG or NEF file is a reduced-size preview
-    with pytest.raises(ImageError, match="RAW photos are not supported"):
-        decode_image(stream.getvalue())
+        decode_image(data)
 
 
 def heic_bytes(image: Image.Image, **options: Any) -> bytes:

@@ -57,40 +57,24 @@ def test_readers_reject_files_that_are_not_utf8(tmp_path: Path) -> None:
             read(file)
 
 
-def test_first_existing_matches_patterns(tmp_path: Path) -> None:
-    (tmp_path / "b1.txt").touch()
-    assert first_existing(tmp_path, "a.txt", "b*.txt") == tmp_path / "b1.txt"
-    with pytest.raises(MissingFileError, match=r"has no a.txt or c\*.txt"):
-        first_existing(tmp_path, "a.txt", "c*.txt")
-
-
-def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
-    file = tmp_path / "new" / "a.txt"
+def test_files_and_folders_appear_complete_or_not_at_all(tmp_path: Path) -> None:
+    file, folder = tmp_path / "new" / "a.npy", tmp_path / "new" / "model"
     atomic_write_text(file, "größer")
     assert file.read_bytes() == "größer".encode()
     with pytest.raises(UnicodeEncodeError):
         atomic_write_text(file, "half\ud800")
-    assert file.read_bytes() == "größer".encode()
-    assert [path.name for path in file.parent.iterdir()] == ["a.txt"]
-
-
-def test_atomic_path_shows_the_file_only_when_complete(tmp_path: Path) -> None:
-    file = tmp_path / "a.npy"
-    with atomic_path(file) as temporary:
-        temporary.write_text("half")
-        assert not file.exists() and temporary.suffix == ".npy"
-    assert file.read_text() == "half" and not temporary.exists()
-
-
-def test_atomic_dir_appears_complete_or_not_at_all(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
     with pytest.raises(RuntimeError), atomic_dir(folder) as temporary:
         (temporary / "part").touch()
         raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-    with atomic_dir(folder) as temporary:
+    assert list(file.parent.iterdir()) == [file] and file.read_bytes() == "größer".encode()
+    with atomic_dir(folder) as temporary, atomic_path(file) as temporary_file:
         (temporary / "part").write_text("x")
-    assert [path.name for path in folder.iterdir()] == ["part"]
+        temporary_file.write_text("new")
+        assert not folder.exists() and file.read_text() == "größer" and temporary_file.suffix == ".npy"
+    assert [path.name for path in folder.iterdir()] == ["part"] and file.read_text() == "new"
+    assert first_existing(file.parent, "b", "mod*") == folder
+    with pytest.raises(MissingFileError, match=r"has no b or c\*"):
+        first_existing(file.parent, "b", "c*")
 
 
 def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:

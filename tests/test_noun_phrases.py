@@ -10,6 +10,7 @@ import pytest
 
 from align_fixtures import ALIGN, fresh_model, run_align
 from conftest import make_tower
+from format_fixtures import write_jsonl
 from llm2clip.cli import main
 from llm2clip.config import AlignConfig
 from llm2clip.data.noun_phrases import MIN_IMAGES, add_phrases, extract_phrases
@@ -48,33 +49,28 @@ def test_verbs_and_adjectives_are_not_taken_for_nouns() -> None:
 
 
 def test_phrases_of_few_images_are_dropped() -> None:
-    captions = [("a dog on a sofa",)] * MIN_IMAGES + [("a cat on a sofa",)] * (MIN_IMAGES - 1)
+    """Several captions of an image count once."""
+    captions = [("a dog on a sofa",)] * MIN_IMAGES + [("a cat on a sofa",) * MIN_IMAGES] * (MIN_IMAGES - 1)
     phrases = extract_phrases(captions)
     assert set(phrases[:MIN_IMAGES]) == {("dog", "sofa")}
     assert set(phrases[MIN_IMAGES:]) == {("sofa",)}
 
 
-def test_several_captions_of_an_image_count_once() -> None:
-    assert extract_phrases([("a dog",) * MIN_IMAGES, ("a sofa",)]) == [(), ()]
-
-
 def test_phrase_column_takes_precedence(tmp_path: Path) -> None:
-    rows = [{"id": str(n), "captions": ["a dog on a sofa"], "phrases": ["Rex"] if n == 1 else []} for n in range(4)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    records = add_phrases(list(open_records(tmp_path / "data.jsonl")))
+    rows = [{"captions": ["a dog on a sofa"], "phrases": ["Rex"] if n == 1 else []} for n in range(4)]
+    records = add_phrases(list(open_records(write_jsonl(tmp_path / "data.jsonl", rows))))
     assert [record.phrases for record in records] == [(), ("Rex",), (), ()]
     assert records[1].texts == ("a dog on a sofa",)
-    (tmp_path / "no_phrases.jsonl").write_text((tmp_path / "data.jsonl").read_text().replace('"Rex"', ""))
-    records = add_phrases(list(open_records(tmp_path / "no_phrases.jsonl")))
+    rows[1]["phrases"] = []
+    records = add_phrases(list(open_records(write_jsonl(tmp_path / "data.jsonl", rows))))
     assert [record.phrases for record in records] == [("dog", "sofa")] * 4
 
 
 def test_column_with_other_values_than_phrases_does_not_cost_the_row(tmp_path: Path) -> None:
     """The row is used without phrases, and the log counts the dropped values."""
     rows = [{"captions": ["a dog"], "phrases": phrases} for phrases in ([{"phrase": "a dog", "box": [0, 1]}], 7, "dog")]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     log = SkipLog()
-    records = list(open_records(tmp_path / "data.jsonl", log=log))
+    records = list(open_records(write_jsonl(tmp_path / "data.jsonl", rows), log))
     assert [record.captions for record in records] == [("a dog",)] * 3
     assert [record.phrases for record in records] == [(), (), ("dog",)]
     assert log.dropped["malformed phrases"] == 2
@@ -129,12 +125,10 @@ def test_missing_phrases_are_dropped(
     records: list[Record], store: EmbeddingStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
     known, unknown = records[0].captions[0], "no such text"
-    assert (
-        remove_phrases_without_embedding([dataclasses.replace(records[0], phrases=(unknown,))], store)[0].phrases == ()
-    )
-    assert "has no embeddings of them" in capsys.readouterr().out
-    with_both = dataclasses.replace(records[0], phrases=(unknown, known))
-    assert remove_phrases_without_embedding([with_both], store)[0].phrases == (known,)
+    for phrases, remaining in (((unknown,), ()), ((unknown, known), (known,))):
+        with_phrases = dataclasses.replace(records[0], phrases=phrases)
+        assert remove_phrases_without_embedding([with_phrases], store)[0].phrases == remaining
+        assert ("has no embeddings of them" in capsys.readouterr().out) == (not remaining)
 
 
 def test_embed_and_align_commands_with_phrases(

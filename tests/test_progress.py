@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -27,16 +28,13 @@ def test_bar_in_a_log_file_is_one_line_per_interval(
     assert [match and int(match[1]) for match in counts] == list(range(10, 101, 10))
 
 
-def test_bar_in_a_log_file_reports_its_last_state_when_closed_early(capfd: pytest.CaptureFixture[str]) -> None:
-    bar = progress.ProgressBar(total=5, desc="part")
-    bar.update(2)
-    bar.close()
-    assert "2/5" in capfd.readouterr().err
-
-
-def test_disabled_and_transient_bars_print_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    with progress.ProgressBar(total=5, disable=True) as bar:
-        bar.update(5)
-    with progress.ProgressBar(desc="read", leave=False) as bar:
-        bar.update(5)
-    assert capfd.readouterr().err == ""
+@pytest.mark.parametrize(
+    ("options", "text"), [({"total": 5}, "2/5"), ({"total": 5, "disable": True}, ""), ({"leave": False}, "")]
+)
+def test_bar_in_a_log_file_reports_its_last_state_unless_it_is_disabled_or_transient(
+    options: dict[str, Any], text: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with progress.ProgressBar(desc="part", **options) as bar:
+        bar.update(2)
+    output = capfd.readouterr().err
+    assert text in output and bool(output) == bool(text)

@@ -17,8 +17,7 @@ import torch
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from llm2clip.data.random_streams import epoch_permutation
-from llm2clip.data.records import Source, open_records
+from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.texts import unique_captions
 from llm2clip.evaluate.recall import chance_recall, positive_ranks, two_way_ranks
@@ -79,23 +78,6 @@ def test_open_records_returns_or_counts_each_row(rows: list[Any]) -> None:
             assert not records
         assert len(records) + log.skipped.total() == log.rows_seen == len(rows)
         assert all(record.texts for record in records)
-
-
-@default_settings
-@given(
-    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="@\0"), min_size=1, max_size=12),
-    st.lists(st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=6), max_size=3),
-)
-def test_source_parse_inverts_str(path: str, splits: list[str]) -> None:
-    source = Source(path, tuple(splits))
-    assert Source.parse(str(source)) == source == Source.parse({"path": path, "splits": splits})
-
-
-@default_settings
-@given(st.integers(0, 50), st.integers(0, 2**31), st.integers(0, 9))
-def test_epoch_permutation_has_each_item_once(n: int, seed: int, epoch: int) -> None:
-    order = epoch_permutation(n, seed, epoch)
-    assert sorted(order) == list(range(n)) and np.array_equal(order, epoch_permutation(n, seed, epoch))
 
 
 # ---- the store -----------------------------------------------------------------------------------------------------

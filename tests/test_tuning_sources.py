@@ -12,11 +12,10 @@ import pytest
 
 from format_fixtures import image_row, write_images_and_jsonl, write_jsonl
 from llm2clip.config import EvaluateConfig, TuneConfig
-from llm2clip.data.pairs import ImageCaptions, Pair
+from llm2clip.data.pairs import ImageCaptions, Pair, read_text_pairs, read_tuning_sources
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
 from llm2clip.data.splits import DataSplits, read_merged_records, read_splits
-from llm2clip.data.tuning_sources import read_text_pairs, read_tuning_sources
 
 
 def splits_of(*sources: str) -> DataSplits:
@@ -64,8 +63,10 @@ def test_other_sources_lose_the_captions_of_held_out_images(tmp_path: Path) -> N
 
 
 def test_text_pairs_are_sources_after_those_of_captions(tmp_path: Path) -> None:
-    rows = [image_row(1, "train"), image_row(2, "val")]
+    # The ids have a common date, which does not make them the same image.
+    rows = [image_row(1, "train", id="20240131_0001"), image_row(2, "val", id="20240131_0002")]
     splits = splits_of(write_images_and_jsonl(tmp_path / "a.jsonl", *rows))
+    assert sources_of_fit(splits, TuneConfig()) == [[ImageCaptions(("1 a", "1 b"))]]
     texts = str(write_jsonl(tmp_path / "b.jsonl", [{"id": "1000001", "captions": ["x", "y"]}]))
     pairs = str(write_jsonl(tmp_path / "pairs.jsonl", [{"query": "q", "positive": "p"}]))
     assert sources_of_fit(splits, TuneConfig(text_pairs=[pairs])) == [[Pair("q", "p")]]
@@ -73,12 +74,6 @@ def test_text_pairs_are_sources_after_those_of_captions(tmp_path: Path) -> None:
     assert sources_of_fit(splits, both) == [[ImageCaptions(("x", "y"))], [Pair("q", "p")]]
     with pytest.raises(ValueError, match=r"one weight for each of the 1 caption and text-pair sources.*\(got 2\)"):
         sources_of_fit(splits, TuneConfig(data=[texts], source_weights=[1, 2]))
-
-
-def test_ids_with_a_common_date_are_different_images(tmp_path: Path) -> None:
-    rows = [image_row(1, "train", id="20240131_0001"), image_row(2, "val", id="20240131_0002")]
-    splits = splits_of(write_images_and_jsonl(tmp_path / "a.jsonl", *rows))
-    assert sources_of_fit(splits, TuneConfig()) == [[ImageCaptions(("1 a", "1 b"))]]
 
 
 def test_tune_excludes_what_fit_on_the_same_data_holds_out(tmp_path: Path) -> None:
@@ -139,12 +134,11 @@ def test_copies_of_held_out_images_are_not_used_for_tuning(tmp_path: Path) -> No
 
 
 def test_read_text_pairs_reads_the_e5_format(tmp_path: Path) -> None:
-    file = tmp_path / "pairs.jsonl"
     rows = [
         {"query": " who? ", "positive": "she", "negatives": ["he", "she", ""], "instruction": "Find who:"},
         {"query": "where?", "positive": ["here", "there"], "negatives": None},
     ]
-    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    file = write_jsonl(tmp_path / "pairs.jsonl", rows)
     assert list(read_text_pairs(str(file))) == [Pair("who?", "she", ("he",), "Find who:\n"), Pair("where?", "here")]
 
 
@@ -154,13 +148,10 @@ def test_read_text_pairs_accepts_other_column_names_and_formats(tmp_path: Path) 
     table = pa.table({"question": ["a", "c"], "answer": ["b", "d"], "split": ["train", "test"]})
     pq.write_table(table, tmp_path / "a.parquet")
     assert list(read_text_pairs(f"{tmp_path / 'a.parquet'}@train")) == [Pair("a", "b")]
-
-
-def test_read_text_pairs_rejects_sentence_pairs_with_scores(tmp_path: Path) -> None:
-    """They include contradictions and pairs with a similarity of 0."""
-    (tmp_path / "a.csv").write_text("sentence1,sentence2,score\na,b,0.0\n")
+    # Sentence pairs with a score include contradictions.
+    (tmp_path / "b.csv").write_text("sentence1,sentence2,score\na,b,0.0\n")
     with pytest.raises(ValueError, match="no column for query"):
-        list(read_text_pairs(str(tmp_path / "a.csv")))
+        list(read_text_pairs(str(tmp_path / "b.csv")))
 
 
 def test_read_text_pairs_counts_and_lists_bad_rows(tmp_path: Path) -> None:
@@ -176,15 +167,8 @@ def test_read_text_pairs_counts_and_lists_bad_rows(tmp_path: Path) -> None:
 
 
 def test_read_text_pairs_counts_all_rows_in_an_unclosed_quote(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text('query;positive\nq;"open\nlost;lost\nq;"also lost"\nq;d\n')
+    """Also of a row that is not UTF-8."""
+    (tmp_path / "a.csv").write_bytes(b'query;positive\nq;"open\nlost;lost\nq;"also lost"\nq;d\nq;caf\xe9\n')
     log = SkipLog(max_skipped=1.0)
     assert list(read_text_pairs(str(tmp_path / "a.csv"), log)) == [Pair("q", "d")]
-    assert log.summary().startswith("3 of 4 rows skipped (malformed row: 3)")
-    assert log.summary().endswith("a.csv: fields separated by semicolons")
-
-
-def test_read_text_pairs_skips_invalid_unicode(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_bytes(b"anchor,positive\nq,d\nq,caf\xe9\n")
-    log = SkipLog(max_skipped=1.0)
-    assert list(read_text_pairs(str(tmp_path / "a.csv"), log)) == [Pair("q", "d")]
-    assert log.skipped == {"not UTF-8": 1}
+    assert log.skipped == {"malformed row": 3, "not UTF-8": 1} and log.rows_seen == 5

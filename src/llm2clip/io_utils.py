@@ -1,4 +1,4 @@
-"""Atomic writes, and readers for JSON and text files whose error messages include the file name and line number."""
+"""Atomic writes, texts for messages, and readers of JSON and text files whose errors name the file and line."""
 
 from __future__ import annotations
 
@@ -109,12 +109,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _remove_abandoned(folder: Path, prefix: str, suffix: str) -> None:
-    """Remove temporary files and folders that no running process has locked.
-
-    Args:
-        folder: Folder that contains the temporary files and folders.
-        prefix, suffix: First and last characters of their names.
-    """
+    """Remove temporary files and folders, named by `prefix` and `suffix`, that no running process has locked."""
     if fcntl is None:
         return
     for name in glob.glob(f"{glob.escape(prefix)}{'[0-9a-f]' * 16}{glob.escape(suffix)}", root_dir=folder):
@@ -202,6 +197,14 @@ def escape_control_characters(text: str) -> str:
     return _CONTROL_CHARACTER.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
+def install_command(*extras: str) -> str:
+    """Return the command that installs extras. It must be run in the folder of llm2clip's source code.
+
+    llm2clip is not on a package index, so it cannot be installed by name.
+    """
+    return f"pip install -e '.[{','.join(extras)}]'" if extras else "pip install -e ."
+
+
 # ---- readers -------------------------------------------------------------------------------------------------------
 
 
@@ -239,11 +242,7 @@ def first_existing(folder: Path, *names: str) -> Path:
 
 
 def read_json(file: Path, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
-    """Read a JSON file.
-
-    Args:
-        file: Path of the file.
-        object_hook: Function that replaces each JSON object, as in the module `json`.
+    """Read a JSON file. `object_hook` replaces each JSON object, as in the module `json`.
 
     Raises:
         DataFormatError: The file is not valid JSON, is nested too deeply, or has more than `MAX_JSON_BYTES` bytes.

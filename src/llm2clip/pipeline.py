@@ -31,11 +31,10 @@ from transformers.utils import cached_file
 
 from llm2clip.config import AlignConfig, EncoderConfig, EvaluateConfig, FitConfig
 from llm2clip.data.noun_phrases import add_phrases
-from llm2clip.data.pairs import TuningItem
+from llm2clip.data.pairs import TuningItem, read_tuning_sources
 from llm2clip.data.records import Record, Source
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import DataSplits, read_splits, stream_records
-from llm2clip.data.tuning_sources import read_tuning_sources
 from llm2clip.evaluate.reporting.fit_report import summary_table, write_fit_report
 from llm2clip.html_report import to_markdown
 from llm2clip.models.export.model_card import write_model_card

@@ -28,7 +28,7 @@ from llm2clip.cli.commands import (
     select_arguments,
 )
 from llm2clip.data.texts import check_not_empty
-from llm2clip.extras import install_command
+from llm2clip.io_utils import install_command
 from llm2clip.runs.output_folder import check_output_folder
 
 if TYPE_CHECKING:

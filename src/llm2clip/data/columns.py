@@ -1,20 +1,25 @@
-"""Raw rows, the common output format of all readers, and detection of the columns that contain the fields of records.
+"""Columns and cells: which columns of the data contain the fields of records, and conversion of their cells.
 
-A raw row is a tuple `(file, row, fields)`. `row` is the row number, starting at 1; for text files, it is the line
-number. `fields` is a dict that maps column names to the values in the file, or a `BadRow` if the row cannot be read.
-Readers do not interpret the values; the modules `records` and `tuning_sources` do.
+All readers yield raw rows. A raw row is a tuple `(file, row, fields)`. `row` is the row number, starting at 1; for text
+files, it is the line number. `fields` is a dict that maps column names to the values in the file, or a `BadRow` if the
+row cannot be read. Readers do not interpret the values; the modules `records` and `pairs` do.
 """
 
 from __future__ import annotations
 
+import ast
 import difflib
 import functools
+import json
 import math
+import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llm2clip.data.image_refs import FileImage, ImageRef, LoadedImage, MemoryImage, printable
+from llm2clip.data.skip_log import SkipLog
 from llm2clip.io_utils import DataFormatError
 
 CAPTION_FIELDS = ("captions", "short_captions", "long_captions")
@@ -29,20 +34,25 @@ COLUMN_NAMES = {  # record field -> common column names, in order of preference
     "split": ("split",),
 }
 
+# Lower-case strings that represent a missing value in CSV cells.
+MISSING_TEXTS = frozenset({"nan", "-nan", "none", "null", "n/a", "#n/a", "#na", "<na>"})
+
+MAX_CAPTION_CHARACTERS = 1 << 20  # in all captions of a cell; encoders use only a few hundred words of each
+MAX_PYTHON_LIST = 1 << 16  # characters
+# Only list literals that match this pattern are passed to Python's parser, because it takes quadratic time for some
+# other expressions, such as f-strings.
+_PYTHON_LIST = re.compile(
+    r"""\s*\[(?:[\s,]|None|[uU]?(?:'[^'\\]*+(?:\\.[^'\\]*+)*+'|"[^"\\]*+(?:\\.[^"\\]*+)*+"))*+\]\s*""", re.DOTALL
+)
+
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that cannot be read.
-
-    Attributes:
-        reason: Short reason. Skipped rows are counted by reason.
-        value: Details for the skip log.
-        rows: Number of rows that cannot be read, including this row.
-    """
+    """A row that cannot be read. Skipped rows are counted by `reason`."""
 
     reason: str
-    value: str
-    rows: int = 1
+    value: str  # details for the skip log
+    rows: int = 1  # number of rows that cannot be read, including this row
 
 
 RawRow = tuple[str, int, dict[str, Any] | BadRow]
@@ -52,32 +62,21 @@ ColumnChooser = Callable[[str, Sequence[str]], dict[str, str]]  # (file, column 
 def guess_columns(names: Mapping[str, Sequence[str]], columns: Collection[str]) -> dict[str, str]:
     """Map each field to the column with one of its common names. Omit fields without such a column.
 
-    `names` lists the common names of each field, in order of preference. The comparison
-    ignores case (`Caption`, `FILE_NAME`) and treats spaces, hyphens and underscores as equal. If several columns match
-    a common name, an exact match is preferred.
+    `names` lists the common names of each field, in order of preference. The comparison ignores case (`Caption`,
+    `FILE_NAME`) and treats spaces, hyphens and underscores as equal. If several columns match a common name, an exact
+    match is preferred.
     """
     columns_by_name: dict[str, str] = {}
     for column in columns:
-        columns_by_name.setdefault(normalize_name(column), column)
+        columns_by_name.setdefault(_normalize_name(column), column)
     chosen = {}
     for field, candidates in names.items():
         for candidate in candidates:
-            column = candidate if candidate in columns else columns_by_name.get(normalize_name(candidate), "")
+            column = candidate if candidate in columns else columns_by_name.get(_normalize_name(candidate), "")
             if candidate and column:
                 chosen[field] = column
                 break
     return chosen
-
-
-@functools.lru_cache(maxsize=4096)
-def normalize_name(column: str) -> str:
-    """Return a column name in lower case, with underscores instead of spaces and hyphens."""
-    return re.sub(r"[\s-]+", "_", column.strip().lower())
-
-
-def is_null(value: object) -> bool:
-    """Return True for missing values: None, an empty string, an empty list, or NaN (as used by pandas)."""
-    return value is None or value == "" or value == [] or (isinstance(value, float) and math.isnan(value))
 
 
 class ColumnMapper:
@@ -116,7 +115,7 @@ class ColumnMapper:
         """
         names = tuple(fields)
         filled = tuple(
-            name for name in names if normalize_name(name) in COLUMN_NAMES["image"] or not is_null(fields[name])
+            name for name in names if _normalize_name(name) in COLUMN_NAMES["image"] or not is_null(fields[name])
         )
         key = (*names, "", *filled)
         if key not in self._cache:  # cached, because a source has only a few distinct sets of keys
@@ -167,3 +166,128 @@ class ColumnMapper:
         self.has_captions = self.has_captions or bool(chosen.keys() & set(CAPTION_FIELDS))
         self.has_images = self.has_images or "image" in chosen
         self._cache[key] = chosen
+
+
+@functools.lru_cache(maxsize=4096)
+def _normalize_name(column: str) -> str:
+    """Return a column name in lower case, with underscores instead of spaces and hyphens."""
+    return re.sub(r"[\s-]+", "_", column.strip().lower())
+
+
+# ---- cells -----------------------------------------------------------------------------------------------------------
+
+
+class UnusableRow(Exception):
+    """Raised if a row cannot be converted to a record. Skipped rows are counted by `reason`."""
+
+    def __init__(self, reason: str, value: object) -> None:
+        super().__init__(reason, value)
+        self.reason, self.value = reason, value
+
+
+def is_null(value: object) -> bool:
+    """Return True for missing values: None, an empty string, an empty list, or NaN (as used by pandas)."""
+    return value is None or value == "" or value == [] or (isinstance(value, float) and math.isnan(value))
+
+
+def is_missing_text(cell: object) -> bool:
+    """Return True if a table cell contains a placeholder for a missing value, such as "nan" or "n/a"."""
+    return isinstance(cell, str) and len(cell) < 10 and cell.strip().lower() in MISSING_TEXTS
+
+
+def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: int) -> tuple[str, ...]:
+    """Return the captions in a cell, stripped. A string is a single caption, and a list contains several captions.
+
+    If `parse_lists` is True, strings that look like a list in JSON or Python notation are parsed. Empty captions are
+    dropped and recorded in `log`, with the location of the cell.
+
+    Raises:
+        UnusableRow: The value is neither a string nor a list of strings, a caption is not valid Unicode, or the
+            captions together have more than `MAX_CAPTION_CHARACTERS` characters.
+    """
+    if isinstance(value, str):
+        value = _parse_list(value) if parse_lists else [value]
+    elif is_null(value):
+        return ()
+    if not isinstance(value, list):
+        raise UnusableRow("malformed row", f"captions must be text or a list of texts (got {value!r})")
+    num_characters = sum(len(text) for text in value if isinstance(text, str))
+    if num_characters > MAX_CAPTION_CHARACTERS:
+        raise UnusableRow("malformed row", f"{num_characters:,} characters; the limit is {MAX_CAPTION_CHARACTERS:,}")
+    captions = []
+    for text in value:
+        if not isinstance(text, str) and text is not None:
+            raise UnusableRow("malformed row", f"a caption must be text (got {text!r})")
+        text = (text or "").strip()
+        if not text:
+            log.record_dropped(file, row, "empty caption", value)
+            continue
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            if "\udc80" <= text[error.start] <= "\udcff":  # a byte that could not be decoded (surrogateescape)
+                raise UnusableRow("not UTF-8", printable(text)) from error
+            raise UnusableRow("malformed row", f"not valid Unicode: {text!r}") from error
+        captions.append(text)
+    return tuple(captions)
+
+
+def parse_name(value: Any, field: str) -> str | None:
+    """Return an id or a split name as a string. Return None if the value is missing.
+
+    Raises:
+        UnusableRow: The value is neither a string nor a number.
+    """
+    if is_null(value):
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UnusableRow("malformed row", f"{field} must be text or a number (got {value!r})")
+    return str(value).strip() or None
+
+
+def parse_image(value: Any, file: str, reject_urls: bool) -> LoadedImage | None:
+    """Return a reference to the image in a cell. Return None if the value is missing.
+
+    A cell can contain any of the following: a path relative to the folder of `file`, encoded bytes, a Hugging Face dict
+    with the keys "bytes" and "path", or a reference created by the reader.
+
+    Raises:
+        UnusableRow: The value has an unsupported type, or the value is a URL and `reject_urls` is True.
+    """
+    name = None
+    if isinstance(value, dict) and {"bytes", "path"} & value.keys():
+        name = value.get("path")
+        value = value["bytes"] if value.get("bytes") is not None else name
+    if is_null(value) or value == b"":
+        return None
+    if isinstance(value, LoadedImage):
+        return value
+    if isinstance(value, ImageRef):
+        return LoadedImage(value, None, str(value))
+    if isinstance(value, bytes):
+        return LoadedImage(MemoryImage(value, name or f"image in {file}"), value, name)
+    if not isinstance(value, str):
+        raise UnusableRow("malformed row", f"an image must be a path, bytes or null (got {value!r})")
+    if reject_urls and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", value):
+        raise UnusableRow("image is a URL", value)
+    path = os.path.join(os.path.dirname(file), value)
+    if "\\" in value and not os.path.exists(path):  # a relative path that was written on Windows
+        portable = os.path.join(os.path.dirname(file), value.replace("\\", "/"))
+        path = portable if os.path.exists(portable) else path
+    return LoadedImage(FileImage(path), None, path)
+
+
+def _parse_list(text: str) -> list[Any]:
+    """Parse a list of strings in JSON or Python notation. Any other text is returned as a list with one item."""
+    if text.lstrip().startswith("["):
+        parsers: list[Callable[[str], Any]] = [json.loads]
+        if len(text) <= MAX_PYTHON_LIST and _PYTHON_LIST.fullmatch(text):
+            parsers.append(ast.literal_eval)
+        for parse in parsers:
+            try:
+                value = parse(text.strip())
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+            if isinstance(value, list) and all(isinstance(item, str | None) for item in value):
+                return value
+    return [text]

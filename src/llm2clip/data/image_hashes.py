@@ -38,14 +38,11 @@ Location = tuple[str, int, int]  # path, offset and size of the image
 
 
 def find_copies(images: Iterable[ImageRef | None]) -> dict[str, str]:
-    """Find images that have the same bytes as an earlier image. Symbolic links to an image count as copies.
+    """Map the key (`ImageRef.key`) of each copy of an image to the key of the first image with the same bytes.
 
-    Image files and members of tar files are compared. Images in tables do not need this comparison, because their
-    `ImageRef.key` is already a hash of their bytes. Missing image files are ignored.
-
-    Returns:
-        A dict that maps the key (`ImageRef.key`) of each copy to the key of the first image with the same bytes. The
-        copies are in the same order as in `images`.
+    Image files and members of tar files are compared. Images in tables do not need this comparison, because their key
+    is already a hash of their bytes. Symbolic links to an image count as copies, and missing image files are ignored.
+    The copies are in the same order as in `images`.
     """
     refs = {image.key: image for image in images if isinstance(image, FileImage | TarImage)}
     with ThreadPoolExecutor(NUM_THREADS) as pool:
@@ -82,12 +79,7 @@ def hash_images(images: Iterable[ImageRef | None]) -> np.ndarray:
 
 
 def count_training_images(training_images: np.ndarray, images: Iterable[ImageRef | None]) -> int:
-    """Return the number of distinct images on which the model was trained.
-
-    Args:
-        training_images: Sorted hashes of the training images; see `hash_images`.
-        images: Images on which the model is evaluated.
-    """
+    """Return the number of distinct images whose hashes are in `training_images`, which must be sorted."""
     hashes = hash_images(images)
     positions = np.searchsorted(training_images, hashes)
     is_inside = positions < len(training_images)
@@ -100,13 +92,9 @@ def save_training_images(folder: Path, training_images: np.ndarray) -> None:
 
 
 def load_training_images(model: str | Path) -> np.ndarray | None:
-    """Load the hashes of a model's training images, memory-mapped.
+    """Load the sorted hashes of a model's training images, of shape (N,), uint64, memory-mapped.
 
-    Args:
-        model: Model folder, or hub id of a model that has been downloaded.
-
-    Returns:
-        Sorted hashes of shape (N,), uint64. None if the model folder does not contain them.
+    `model` is a model folder, or the hub id of a model that has been downloaded. Return None if it has no hashes.
 
     Raises:
         ValueError: The file is damaged.

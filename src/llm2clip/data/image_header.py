@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, cast
 
 from PIL import Image
 
-from llm2clip.extras import install_command
+from llm2clip.io_utils import install_command
 
 # Images with more pixels are rejected after their header is read and before they are decoded. 100 million RGB pixels
 # take 300 MB.
@@ -143,8 +143,7 @@ def is_heic(start: bytes) -> bool:
 def check_decoding_work(data: bytes, header: Image.Image) -> None:
     """Check that decoding an image visits its pixels and bytes only a limited number of times.
 
-    Args:
-        header: The image in `data`, opened with `open_header`.
+    `header` is the image in `data`, opened with `open_header`.
 
     Raises:
         DecodingLimitError: Decoding would take too much work, or the image uses a rare feature that allows this.

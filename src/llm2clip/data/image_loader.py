@@ -6,10 +6,12 @@ import atexit
 import os
 import pickle
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from itertools import accumulate
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -99,7 +101,7 @@ class SharedRefs:
     processes as shared memory, and each worker unpickles a reference when it needs that reference.
     """
 
-    def __init__(self, refs: Sequence[ImageRef] | SerialisedRefs) -> None:
+    def __init__(self, refs: Sequence[ImageRef]) -> None:
         self._refs = refs
         self._serialised: SerialisedRefs | None = None
 
@@ -109,22 +111,25 @@ class SharedRefs:
     def __getitem__(self, index: int) -> ImageRef:
         return self._refs[index]
 
-    def __reduce__(self) -> tuple[type[SharedRefs], tuple[SerialisedRefs]]:
+    def __reduce__(self) -> tuple[type[SerialisedRefs], tuple[Tensor, Tensor]]:
         if self._serialised is None:
-            self._serialised = _serialise(self)
-        return SharedRefs, (self._serialised,)
+            pickles = [pickle.dumps(ref, protocol=pickle.HIGHEST_PROTOCOL) for ref in self._refs]
+            ends = torch.tensor(list(accumulate(map(len, pickles))), dtype=torch.int64)
+            self._serialised = SerialisedRefs(torch.frombuffer(bytearray(b"".join(pickles)), dtype=torch.uint8), ends)
+        return SerialisedRefs, (self._serialised.buffer, self._serialised.ends)
 
 
+@dataclass(frozen=True)
 class SerialisedRefs:
-    """Image references, pickled into a single buffer.
+    """Image references, pickled into a single buffer. This is what worker processes receive as `SharedRefs`.
 
     Attributes:
         buffer: Concatenated pickles of all references, uint8.
         ends: Offset of the end of each pickle, of shape (N,), int64.
     """
 
-    def __init__(self, buffer: Tensor, ends: Tensor) -> None:
-        self.buffer, self.ends = buffer, ends
+    buffer: Tensor
+    ends: Tensor
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -135,16 +140,10 @@ class SerialisedRefs:
         return ref
 
 
-def _serialise(refs: SharedRefs) -> SerialisedRefs:
-    pickles = [pickle.dumps(refs[n], protocol=pickle.HIGHEST_PROTOCOL) for n in range(len(refs))]
-    ends = torch.tensor(list(accumulate(map(len, pickles))), dtype=torch.int64)
-    return SerialisedRefs(torch.frombuffer(bytearray(b"".join(pickles)), dtype=torch.uint8), ends)
-
-
 # ---- sending batches from worker processes ---------------------------------------------------------------------------
 
 
-def pack_batch(items: list[Any]) -> tuple[bytes, list[int], Tensor]:
+def pack_batch(items: list[Any]) -> tuple[bytes, list[tuple[int, int]], Tensor]:
     """Pack a batch so that sending it from a worker process takes only one open file. `unpack_batch` restores it.
 
     A data loader sends each tensor as a shared memory file, which the main process keeps open. A batch of 512 images
@@ -154,50 +153,41 @@ def pack_batch(items: list[Any]) -> tuple[bytes, list[int], Tensor]:
         items: Picklable values. They may contain tensors of any shape and dtype.
 
     Returns:
-        The pickled items without their tensors, the offset of each tensor, and all tensors as uint8 bytes.
+        The pickled items without their tensors, the first and the last byte of each tensor, and the bytes of all
+        tensors, as uint8.
     """
-    tensors: list[Tensor] = []
+    tensors: list[pickle.PickleBuffer] = []
     stream = BytesIO()
-    _TensorPickler(stream, tensors).dump(items)
-    offsets, size = [], 0
+    _TensorPickler(stream, pickle.HIGHEST_PROTOCOL, buffer_callback=tensors.append).dump(items)
+    ranges, end = [], 0
     for tensor in tensors:
-        offsets.append(size)
-        size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-    buffer = torch.empty(size, dtype=torch.uint8)
-    for tensor, offset in zip(tensors, offsets, strict=True):
-        buffer[offset : offset + tensor.nbytes] = tensor.contiguous().reshape(-1).view(torch.uint8)
-    return stream.getvalue(), offsets, buffer
+        start = -(-end // _ALIGNMENT) * _ALIGNMENT
+        end = start + len(tensor.raw())
+        ranges.append((start, end))
+    buffer = torch.empty(end, dtype=torch.uint8)
+    target = buffer.numpy()
+    for (start, stop), tensor in zip(ranges, tensors, strict=True):
+        target[start:stop] = tensor.raw()
+    return stream.getvalue(), ranges, buffer
 
 
-def unpack_batch(batch: tuple[bytes, list[int], Tensor]) -> list[Any]:
+def unpack_batch(batch: tuple[bytes, list[tuple[int, int]], Tensor]) -> list[Any]:
     """Restore the items that `pack_batch` packed. Their tensors share the memory of the packed batch."""
-    pickled, offsets, buffer = batch
-    items: list[Any] = _TensorUnpickler(BytesIO(pickled), offsets, buffer).load()
+    pickled, ranges, buffer = batch
+    data = buffer.numpy()
+    items: list[Any] = pickle.loads(pickled, buffers=[data[start:stop] for start, stop in ranges])
     return items
 
 
 class _TensorPickler(pickle.Pickler):
-    """Pickler that moves tensors to a list and stores only the index, dtype and shape of each."""
+    """Pickler that passes the bytes of tensors to `buffer_callback`."""
 
-    def __init__(self, stream: BytesIO, tensors: list[Tensor]) -> None:
-        super().__init__(stream, protocol=pickle.HIGHEST_PROTOCOL)
-        self.tensors = tensors
-
-    def persistent_id(self, value: Any) -> tuple[int, torch.dtype, tuple[int, ...]] | None:
+    def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
-            return None
-        self.tensors.append(value.detach())
-        return len(self.tensors) - 1, value.dtype, tuple(value.shape)
+            return NotImplemented
+        data = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return _restore_tensor, (data, value.dtype, value.shape)
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    """Counterpart of `_TensorPickler` that reads the tensors from a buffer."""
-
-    def __init__(self, stream: BytesIO, offsets: list[int], buffer: Tensor) -> None:
-        super().__init__(stream)
-        self.offsets, self.buffer = offsets, buffer
-
-    def persistent_load(self, saved: tuple[int, torch.dtype, tuple[int, ...]]) -> Tensor:
-        number, dtype, shape = saved
-        start, count = self.offsets[number], torch.Size(shape).numel()
-        return self.buffer[start : start + count * dtype.itemsize].view(dtype).view(shape)
+def _restore_tensor(data: np.ndarray, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    return torch.from_numpy(data).view(dtype).view(shape)

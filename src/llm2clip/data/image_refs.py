@@ -98,17 +98,11 @@ class ImageRef(ABC):
 
 @dataclass(frozen=True, slots=True)
 class LoadedImage:
-    """An image reference, together with the image's bytes if they have already been read.
-
-    Attributes:
-        ref: Reference to the image.
-        data: Encoded bytes, or None if they have not been read.
-        name: Original file name, if known.
-    """
+    """An image reference, together with the image's bytes if they have already been read."""
 
     ref: ImageRef
     data: bytes | None
-    name: str | None = None
+    name: str | None = None  # original file name, if known
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,10 +203,7 @@ class ParquetImage(_TableCell):
     digest: str = ""
 
     def _open(self) -> BinaryIO:
-        version = file_version(self.path)
-        starts = _list_row_group_starts(self.path, version)
-        group = bisect_right(starts, self.row) - 1
-        return _open_cell(_cells.get(self.path, version, group, self.column, self.row - starts[group]), self)
+        return _open_cell(_read_parquet_cell(self.path, self.row, self.column), self)
 
     def __str__(self) -> str:
         return f"{self.path}[{self.row}].{self.column}"
@@ -230,8 +221,8 @@ class DatasetImage(_TableCell):
 
     def _open(self) -> BinaryIO:
         version = file_version(os.path.join(self.folder, self.split or ""))
-        column = _open_saved_column(self.folder, version, self.split, self.column)
-        return _open_cell(column[self.row][self.column], self)
+        dataset = _open_saved_column(self.folder, version, self.split, self.column)
+        return _open_cell(dataset[self.row][self.column], self)
 
     def __str__(self) -> str:
         return f"{self.folder}{'/' + self.split if self.split else ''}[{self.row}].{self.column}"
@@ -321,13 +312,7 @@ def file_version(path: str) -> tuple[tuple[int, int], ...]:
     return tuple((status.st_size, status.st_mtime_ns) for status in map(os.stat, files))
 
 
-@functools.lru_cache(maxsize=1024)
-def _list_row_group_starts(path: str, version: object) -> list[int]:
-    metadata = pq.read_metadata(path)
-    starts = [0]
-    for group in range(metadata.num_row_groups - 1):
-        starts.append(starts[-1] + metadata.row_group(group).num_rows)
-    return starts
+# ---- cells of tables -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -338,36 +323,41 @@ class _Window:
     cells: pa.ChunkedArray
     num_bytes: int
 
-    def __contains__(self, row: int) -> bool:
-        return self.start <= row < self.start + len(self.cells)
+
+_windows: OrderedDict[tuple[object, ...], _Window] = OrderedDict()  # decoded cells, least recently used first
 
 
-class _CellCache:
-    """Cache of decoded cells with a limit on their size, so that reading from many row groups takes little memory."""
+def _read_parquet_cell(path: str, row: int, column: str) -> pa.Scalar:
+    """Return a cell, from a window of decoded cells if possible. The total size of the windows is limited.
 
-    def __init__(self) -> None:
-        self._windows: OrderedDict[tuple[object, ...], _Window] = OrderedDict()  # least recently used first
-
-    def get(self, path: str, version: object, group: int, column: str, row: int) -> Any:
-        """Return a cell as an Arrow scalar. `row` is the row within the row group.
-
-        No lock is used, because a process that is forked while a thread holds the lock would wait forever. If two
-        threads need the same window, both decode it.
-        """
-        key = (path, version, group, column)
-        window = self._windows.pop(key, None)
-        if window is None or row not in window:
-            window = _decode_window(path, version, group, column, row)
-        self._windows[key] = window
-        while len(self._windows) > 64 or sum(w.num_bytes for w in list(self._windows.values())) > MAX_CACHE_BYTES:
-            self._windows.popitem(last=False)
-        return window.cells[row - window.start]
+    No lock is used, because a process that is forked while a thread holds the lock would wait forever. If two threads
+    need the same window, both decode it.
+    """
+    version = file_version(path)
+    starts, batch_size = _read_layout(path, version)
+    group = bisect_right(starts, row) - 1
+    row -= starts[group]
+    key = (path, version, group, column)
+    window = _windows.pop(key, None)
+    if window is None or not window.start <= row < window.start + len(window.cells):
+        window = _decode_window(path, group, column, row, batch_size)
+    _windows[key] = window
+    while len(_windows) > 64 or sum(w.num_bytes for w in list(_windows.values())) > MAX_CACHE_BYTES:
+        _windows.popitem(last=False)
+    return window.cells[row - window.start]
 
 
-_cells = _CellCache()
+@functools.lru_cache(maxsize=1024)
+def _read_layout(path: str, version: object) -> tuple[list[int], int]:
+    """Return the first row of each row group of a Parquet file, and the number of rows to decode at a time."""
+    metadata = pq.read_metadata(path)
+    starts = [0]
+    for group in range(metadata.num_row_groups - 1):
+        starts.append(starts[-1] + metadata.row_group(group).num_rows)
+    return starts, parquet_batch_size(metadata)
 
 
-def _decode_window(path: str, version: object, group: int, column: str, row: int) -> _Window:
+def _decode_window(path: str, group: int, column: str, row: int, batch_size: int) -> _Window:
     """Decode a row group up to a row, and as many of the following rows as fit in `MAX_WINDOW_BYTES`.
 
     Raises:
@@ -376,7 +366,6 @@ def _decode_window(path: str, version: object, group: int, column: str, row: int
     """
     # The file is reopened each time and read without threads, because file handles and thread pools that survive a
     # fork can deadlock in data loader workers.
-    batch_size = _cached_batch_size(path, version)
     batches: deque[pa.Array] = deque()
     start = num_bytes = num_decoded = 0
     with pq.ParquetFile(path) as file:
@@ -401,39 +390,32 @@ def _decode_window(path: str, version: object, group: int, column: str, row: int
     return _Window(start, pa.chunked_array(batches), num_bytes)
 
 
-@functools.lru_cache(maxsize=1024)
-def _cached_batch_size(path: str, version: object) -> int:
-    """Cache `parquet_batch_size`, which scans the metadata of all row groups, across reads of single row groups."""
-    with pq.ParquetFile(path) as file:
-        return parquet_batch_size(file)
-
-
-def parquet_batch_size(file: pq.ParquetFile) -> int:
+def parquet_batch_size(metadata: pq.FileMetaData) -> int:
     """Return the number of rows (at most 64) to read at a time from a Parquet file.
 
     All rows of a row group can share one large value, so each value can be as large as the entire row group. In this
     worst case, a batch still takes at most `MAX_BATCH_BYTES`, unless it is a single row.
     """
-    return max(1, min(64, MAX_BATCH_BYTES // max([1, *row_group_sizes(file)])))
+    return max(1, min(64, MAX_BATCH_BYTES // max([1, *_row_group_sizes(metadata)])))
 
 
-def check_row_groups(file: pq.ParquetFile) -> None:
+def check_row_groups(metadata: pq.FileMetaData) -> None:
     """Check the size of each row group of a Parquet file with images, according to the file's metadata.
 
     Raises:
         OSError: A row group has more than `MAX_ROW_GROUP_BYTES` bytes.
     """
-    for group, num_bytes in enumerate(row_group_sizes(file)):
+    for group, num_bytes in enumerate(_row_group_sizes(metadata)):
         if num_bytes > MAX_ROW_GROUP_BYTES:
             raise _row_group_error(group)
 
 
-def row_group_sizes(file: pq.ParquetFile) -> list[int]:
+def _row_group_sizes(metadata: pq.FileMetaData) -> list[int]:
     """Return the uncompressed size of each row group in bytes, according to the file's metadata.
 
     Sizes of single columns are not used, because `RowGroupMetaData.column` ends the process if the metadata is damaged.
     """
-    return [file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups)]
+    return [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
 
 
 def _row_group_error(group: int) -> OSError:

@@ -94,9 +94,6 @@ def extract_phrases(captions: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
 
     A phrase ends with a noun and starts after a determiner, a connective or the start of a sentence. The noun alone is
     also a phrase. Only phrases that occur in the captions of at least `MIN_IMAGES` images are returned.
-
-    Args:
-        captions: Captions of each image.
     """
     nouns = _select_frequent({noun for text in texts for noun in _find_lone_nouns(text)} for texts in captions)
     candidates = [tuple(dict.fromkeys(p for text in texts for p in _find_phrases(text, nouns))) for texts in captions]

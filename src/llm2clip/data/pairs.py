@@ -1,4 +1,12 @@
-"""Batches of positive text pairs for `tune`. A pair is either two captions of the same image or a general text pair.
+"""Positive pairs of texts for `tune`: their sources, and batches of them.
+
+A pair is either two captions of the same image or a general text pair, such as a question with its answer, a title with
+its document, or a paraphrase. The captions of held-out images are not used.
+
+The format of text pairs is the same as in E5's training data (arXiv 2212.03533). A row has the form `{"query": ...,
+"positive": ..., "negatives": [...], "instruction": ...}`. All table formats that are supported for records are also
+supported here. The fields `negatives` and `instruction` are optional, and other common column names are recognised,
+too. Sentence pairs with a label or a score are not supported, because the two sentences may contradict each other.
 
 For given data and settings, the batches depend only on the seed. A resumed run therefore uses the same batches as an
 uninterrupted run, regardless of the number of processes.
@@ -7,8 +15,9 @@ uninterrupted run, regardless of the number of processes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.sparse import coo_matrix
@@ -16,8 +25,23 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 
+from llm2clip.config import TuneConfig
+from llm2clip.data import readers
+from llm2clip.data.columns import BadRow, guess_columns
+from llm2clip.data.records import EARLY_CHECK_ROWS, NO_SPLIT, Record, Source
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.splits import is_training_split, read_merged_records, same_image_filter, stream_records
 from llm2clip.data.texts import unique_captions
+from llm2clip.io_utils import DataFormatError
+from llm2clip.runs.ranks import print_once, process_state
 
+PAIR_COLUMN_NAMES = {  # pair field -> common column names, in order of preference
+    "query": ("query", "anchor", "question", "title"),
+    "positive": ("positive", "pos", "positives", "document", "answer", "passage", "text"),
+    "negatives": ("negatives", "negative", "neg", "hard_negatives"),
+    "instruction": ("instruction", "instruct", "task"),
+    "split": ("split",),
+}
 DIMENSION = 64  # maximum dimension of the vectors from which similar captions are grouped
 
 
@@ -57,6 +81,196 @@ class ImageCaptions:
 TuningItem = ImageCaptions | Pair
 
 
+# ---- sources ---------------------------------------------------------------------------------------------------------
+
+
+def read_tuning_sources(
+    train: Sequence[Record],
+    held_out: Sequence[Record],
+    config: TuneConfig,
+    columns: dict[str, str],
+    log: SkipLog,
+    training_sources: Sequence[str] = (),
+) -> list[list[TuningItem]]:
+    """Read the training data for `tune`; return one list of items per caption source, then one per text-pair source.
+
+    If `config.source_weights` is not set, all caption sources except `train` are merged into one source. If no splits
+    are selected for a source, only records that have no split or a training split are used.
+
+    Args:
+        train: Training records that have already been read. If there are any, they form the first caption source.
+        held_out: Records whose images must not be used for tuning.
+        config: Tuning settings. Caption sources are listed in `data`, and text-pair sources in `text_pairs`. Images in
+            the sources listed under `exclude` are never used for tuning.
+        columns: Column mapping that is added to each source's own mapping.
+        log: Log in which to record skipped rows.
+        training_sources: Caption sources from which `held_out` may have been drawn. They precede the sources in
+            `config.data`. In all sources, held-out images are recognised by their image files. In `config.data`,
+            held-out images are also recognised by the comparable part of their ids; see `comparable_id`.
+
+    Raises:
+        ValueError: The number of source weights is wrong, a source has too few pairs, or no pair can be
+            formed because there are neither text pairs nor images with two captions.
+    """
+    sources = [*training_sources, *config.data]
+    groups = [[source] for source in sources]
+    if sources and not config.source_weights:
+        groups = [sources]
+    num_sources = bool(train) + len(groups) + len(config.text_pairs)
+    if config.source_weights and len(config.source_weights) != num_sources:
+        raise ValueError(
+            f"--tune.source_weights must have one weight for each of the {num_sources} caption and text-pair sources "
+            f"(got {len(config.source_weights)})"
+        )
+    excluded_ids = {comparable_id(record.id) for _, record in stream_records(config.exclude, columns, log, "ignore")}
+    excluded_or_held_out_ids = excluded_ids | {comparable_id(record.id) for record in held_out}
+    parsed_training_sources = {(source.path, source.splits) for source in map(Source.parse, training_sources)}
+
+    num_read = len(train)
+    captions: list[list[TuningItem]] = []
+    if train:
+        captions.append([_to_item(record) for record in train if comparable_id(record.id) not in excluded_ids])
+    for group in groups:
+        records = read_merged_records(group, columns, log, "unchecked")
+        num_read += len(records)
+        is_held_out = same_image_filter(held_out, [record for _, record in records])
+        items: list[TuningItem] = []
+        for source, record in records:
+            is_training_source = (source.path, source.splits) in parsed_training_sources
+            forbidden_ids = excluded_ids if is_training_source else excluded_or_held_out_ids
+            is_selected = bool(source.splits) or is_training_split(record)
+            if is_selected and comparable_id(record.id) not in forbidden_ids and not is_held_out(record):
+                items.append(_to_item(record))
+        captions.append(items)
+    num_removed = num_read - sum(len(items) for items in captions)
+    if config.exclude and not num_removed:
+        print_once("--tune.exclude has no effect: the tuning data contains none of these images")
+    if config.steps and not config.text_pairs:
+        _require_two_captions(captions)
+
+    pairs: list[list[TuningItem]] = [list(read_text_pairs(path, log)) for path in config.text_pairs]
+    if config.steps:
+        resolve_pairs_per_step([*captions, *pairs], config.batch_size, process_state().num_processes)
+    counts = [f"the captions of {len(items):,} images" for items in captions]
+    counts += [f"{len(items):,} text pairs" for items in pairs]
+    removed = f"; {num_removed:,} images excluded" if num_removed else ""
+    print_once(f"tuning on {' + '.join(counts)}{removed}")
+    return [*captions, *pairs]
+
+
+def comparable_id(record_id: str) -> str:
+    """Return the part of an id that all data sets with the same images have in common.
+
+    If the id starts with a number, that number is returned. Otherwise, the entire id is returned. If the id consists
+    only of a number, leading zeros are removed, because COCO's file names have leading zeros (000000000139) but COCO's
+    ids do not (139). In any other id, a leading number counts only if it has at least five digits.
+    """
+    if record_id.isdecimal():
+        return record_id.lstrip("0") or "0"
+    number = re.match(r"\d{5,}", record_id)
+    return number[0] if number else record_id
+
+
+def _to_item(record: Record) -> ImageCaptions:
+    return ImageCaptions(short=record.captions + record.short_captions, long=record.long_captions)
+
+
+def _require_two_captions(captions: Sequence[Sequence[TuningItem]]) -> None:
+    for items in captions:
+        if any(isinstance(item, ImageCaptions) and can_pair(item) for item in items):
+            return
+    raise ValueError(
+        "no image has two different captions, but tuning needs them as positive pairs. Use --tune.steps 0 to leave the "
+        "LLM unchanged, or --tune.data to tune on a data set with several captions per image"
+    )
+
+
+def read_text_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
+    """Yield the pairs in a source (`PATH` or `PATH@split`) in order. Of several positives in a row, the first is used.
+
+    Rows in which a text is missing or both texts are identical are skipped and recorded in `log`.
+
+    Raises:
+        ValueError: The source has no query column, no positive column, or no pairs.
+        TooManySkipped: Too many rows were skipped.
+    """
+    log, source = SkipLog() if log is None else log, Source.parse(path)
+    num_pairs, columns_known = 0, False
+    for kind, file in readers.find_files(source.path):
+        rows = readers.read_source(kind, file, _choose_columns, image_bytes=False, splits=source.splits, log=log)
+        for row_file, number, fields in rows:
+            if isinstance(fields, BadRow):
+                log.count_rows(fields.rows)
+                log.skip(row_file, number, fields.reason, fields.value, fields.rows)
+                continue
+            if source.splits and (_get_first_text(fields.get("split")) or NO_SPLIT) not in source.splits:
+                continue
+            log.count_rows(1)
+            try:
+                columns = _choose_columns(row_file, list(fields))
+                columns_known = True
+            except DataFormatError:
+                if not columns_known:  # the first row lacks these columns, so the file does not contain pairs
+                    raise
+                columns = {}  # this JSON object lacks the required keys
+            pair = _to_pair(fields, columns)
+            if pair.anchor == pair.positive or not pair.anchor or not pair.positive:
+                log.skip(
+                    row_file, number, "missing or identical texts", f"{pair.anchor[:80]!r}, {pair.positive[:80]!r}"
+                )
+                if log.rows_seen >= EARLY_CHECK_ROWS:
+                    log.check()
+                continue
+            try:
+                "".join([*pair.texts, *pair.negatives, pair.instruction]).encode()
+            except UnicodeEncodeError as error:
+                log.skip(row_file, number, "not valid Unicode", error)
+                continue
+            num_pairs += 1
+            yield pair
+    log.check()
+    if not num_pairs:
+        raise ValueError(f"{path}: no text pairs; {log.summary()}")
+
+
+def _choose_columns(file: str, columns: Sequence[str]) -> dict[str, str]:
+    """Return the column of each field of a pair. Raise DataFormatError without a query or a positive column."""
+    chosen = guess_columns(PAIR_COLUMN_NAMES, columns)
+    for field in ("query", "positive"):
+        if field not in chosen:
+            names = ", ".join(PAIR_COLUMN_NAMES[field])
+            raise DataFormatError(f"{file}: no column for {field} (one of {names}); it has {', '.join(columns)}")
+    return chosen
+
+
+def _to_pair(fields: Mapping[str, Any], columns: Mapping[str, str]) -> Pair:
+    query = _get_first_text(fields.get(columns.get("query", "")))
+    positive = _get_first_text(fields.get(columns.get("positive", "")))
+    negatives = _list_texts(fields.get(columns.get("negatives", "")))
+    instruction = _get_first_text(fields.get(columns.get("instruction", "")))
+    return Pair(
+        anchor=query,
+        positive=positive,
+        negatives=tuple(text for text in negatives if text not in (query, positive)),
+        # The instruction ends with a newline, because tokenizers would merge a space with the following word.
+        instruction=f"{instruction}\n" if instruction else "",
+    )
+
+
+def _get_first_text(value: Any) -> str:
+    """Return the first text in a cell. Return an empty string if the cell contains no text."""
+    return next(iter(_list_texts(value)), "")
+
+
+def _list_texts(value: Any) -> list[str]:
+    """Return the texts in a cell, which contains either a single text or a list of texts."""
+    values = value if isinstance(value, list) else [value]
+    return [text.strip() for text in values if isinstance(text, str) and text.strip()]
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+
 def pair_batches(
     sources: Sequence[Sequence[TuningItem]],
     source_weights: Sequence[float],
@@ -76,8 +290,6 @@ def pair_batches(
         sources: Items of each source. An item is either a text pair or the captions of an image. Images without two
             different captions are ignored.
         source_weights: Sampling weight of each source. If empty, the weight of a source is its number of items.
-        batch_size: Number of pairs per batch.
-        seed: Random seed for the order of the items and the choice of captions.
         hard_negative_group_size: Number of items in each group of similar captions; see `grouped_permutation`. If 1,
             batches are random.
 
@@ -241,11 +453,8 @@ def _draw_batches(
 def caption_vectors(captions: Sequence[Sequence[str]]) -> np.ndarray:
     """Compute a vector for each item from its captions. Return shape (N, at most 64), float32, L2-normalised.
 
-    The method is latent semantic analysis: TF-IDF followed by truncated SVD. The captions of an item are concatenated
-    into one document.
-
-    Args:
-        captions: Captions of each item. They can be in any language.
+    The method is latent semantic analysis: TF-IDF followed by truncated SVD. The captions of an item, which can be in
+    any language, are concatenated into one document.
     """
     documents = [" ".join(texts) for texts in captions]
     tfidf = TfidfVectorizer(analyzer=_split_words, sublinear_tf=True).fit_transform(documents)

@@ -6,26 +6,34 @@ with the file, the row number and the reason. URLs in the data are never downloa
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from PIL import Image
+
 from llm2clip.data import readers
-from llm2clip.data.cells import (
+from llm2clip.data.columns import (
+    COLUMN_NAMES,
+    TEXT_FIELDS,
+    BadRow,
+    ColumnMapper,
+    RawRow,
     UnusableRow,
-    check_image,
     is_missing_text,
-    malformed_row_on_error,
     parse_captions,
     parse_image,
     parse_name,
 )
-from llm2clip.data.columns import COLUMN_NAMES, TEXT_FIELDS, BadRow, ColumnMapper, RawRow
+from llm2clip.data.image_header import MAX_PIXELS, DecodingLimitError, ImageFormatError, open_header
 from llm2clip.data.image_refs import FileImage, ImageRef, LoadedImage
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.io_utils import DataFormatError, describe_error
 
 ImageCheck = Literal["header", "exists", "unchecked", "ignore"]
 NO_SPLIT = "none"  # split name that means "no split", both in split selections and in the data
@@ -156,17 +164,12 @@ def open_records(
 
 @dataclass(frozen=True, slots=True)
 class _ParsedRow:
-    """A row whose fields have been parsed, but whose image has not been checked yet."""
+    """A record whose captions and image have not been checked yet."""
 
     file: str
     row: int
-    id: str | None
+    record: Record
     image: LoadedImage | None
-    captions: tuple[str, ...]
-    short_captions: tuple[str, ...]
-    long_captions: tuple[str, ...]
-    phrases: tuple[str, ...]
-    split: str | None
     num_rows: int  # number of source rows that were merged into this row; 0 if they have already been counted
 
 
@@ -192,13 +195,13 @@ class _RecordReader:
             self.mapper.require_captions = self.require_captions and kind not in ("images", "tar")
             for row in self._read_rows(kind, path):
                 try:
-                    with malformed_row_on_error():
-                        record = self._to_record(row)
+                    with _malformed_row_on_error():
+                        self._check_row(row)
                 except UnusableRow as error:
                     self._skip(row.file, row.row, error.reason, error.value, row.num_rows)
                     continue
                 num_records += 1
-                yield record
+                yield row.record
         if self.mapper.columns:
             self.mapper.check()
             if self.check_images and not self.mapper.has_images:
@@ -220,7 +223,7 @@ class _RecordReader:
             num_rows = 0 if is_listed else 1  # the row in the caption file has been counted
             split = ""  # unknown
             try:
-                with malformed_row_on_error():
+                with _malformed_row_on_error():
                     if isinstance(fields, BadRow):
                         num_rows *= fields.rows
                         raise UnusableRow(fields.reason, fields.value)
@@ -253,20 +256,20 @@ class _RecordReader:
     ) -> _ParsedRow:
         record_id = parse_name(values.get("id"), "id")
         image = parse_image(values.get("image"), file, reject_urls=self.check_images)
+        stem = os.path.splitext(os.path.basename(image.name or ""))[0] if image else ""
         parse_lists = kind in ("csv", "tsv", "tar")
-        return _ParsedRow(
-            file=file,
-            row=number,
-            id=record_id,
-            image=image,
+        record = Record(
+            id=record_id or stem or f"{os.path.basename(file).split('.')[0]}:{number}",
+            image=image.ref if image else None,
             captions=parse_captions(values.get("captions"), parse_lists, self.log, file, number),
             # In these fields, an empty string means "no captions" rather than an empty caption.
             short_captions=parse_captions(values.get("short_captions") or None, parse_lists, self.log, file, number),
             long_captions=parse_captions(values.get("long_captions") or None, parse_lists, self.log, file, number),
             phrases=self._parse_phrases(values.get("phrases"), parse_lists, file, number),
             split=None if split == NO_SPLIT else split,
-            num_rows=num_rows,
+            id_from_source=record_id is not None,
         )
+        return _ParsedRow(file, number, record, image, num_rows)
 
     def _parse_phrases(self, value: Any, parse_lists: bool, file: str, number: int) -> tuple[str, ...]:
         """Return the phrases in a cell. Other values, such as boxes, are dropped, because phrases are optional."""
@@ -296,30 +299,18 @@ class _RecordReader:
                 cleaned[name] = present[-1] if present else None
         return cleaned
 
-    def _to_record(self, row: _ParsedRow) -> Record:
-        """Check the captions and the image of a row, and convert the row to a record.
+    def _check_row(self, row: _ParsedRow) -> None:
+        """Check the captions and the image of a row.
 
         Raises:
             UnusableRow: The row has no captions, or its image cannot be used.
         """
-        image = row.image.ref if row.image else None
-        has_captions = bool(row.captions or row.short_captions or row.long_captions)
-        if not has_captions and (self.require_captions or not image):
+        record = row.record
+        if not record.texts and (self.require_captions or not record.image):
             reason = "no caption" if self.require_captions else "no image and no caption"
-            raise UnusableRow(reason, image or row.id or "")
+            raise UnusableRow(reason, record.image or (record.id if record.id_from_source else ""))
         if row.image is not None and self.check_images:
-            check_image(row.image, read_header=self.check_headers)
-        stem = os.path.splitext(os.path.basename(row.image.name or ""))[0] if row.image else ""
-        return Record(
-            id=row.id or stem or f"{os.path.basename(row.file).split('.')[0]}:{row.row}",
-            image=image,
-            captions=row.captions,
-            short_captions=row.short_captions,
-            long_captions=row.long_captions,
-            split=row.split,
-            phrases=row.phrases,
-            id_from_source=row.id is not None,
-        )
+            _check_image(row.image, self.check_headers)
 
     def _count_rows(self, split: str, count: int) -> None:
         self.row_counts[split] += count
@@ -339,15 +330,54 @@ class _RecordReader:
         return f"; its splits: {', '.join(counts)}" if counts else ""
 
 
+@contextmanager
+def _malformed_row_on_error() -> Iterator[None]:
+    """Convert an unexpected exception to `UnusableRow`, so that a single bad row does not stop a run."""
+    try:
+        yield
+    except (UnusableRow, DataFormatError):
+        raise
+    except Exception as error:
+        raise UnusableRow("malformed row", describe_error(error)) from error
+
+
 def _merge_rows(rows: Iterable[_ParsedRow]) -> Iterator[_ParsedRow]:
     """Merge rows with the same image and split. Rows without an image are merged if they have the same id and split."""
     groups: dict[tuple[object, ...], list[_ParsedRow]] = {}
     for row in rows:
-        name = str(row.image.ref) if row.image else row.id
-        key = (row.image is None, name, row.split) if name else (row.file, row.row)
+        record = row.record
+        key: tuple[object, ...] = (row.file, row.row)
+        if record.image is not None:
+            key = (True, str(record.image), record.split)
+        elif record.id_from_source:
+            key = (False, record.id, record.split)
         groups.setdefault(key, []).append(row)
     for group in groups.values():
         texts: dict[str, Any] = {}
         for name in TEXT_FIELDS:
-            texts[name] = tuple(caption for row in group for caption in getattr(row, name))
-        yield replace(group[0], num_rows=sum(row.num_rows for row in group), **texts)
+            texts[name] = tuple(text for row in group for text in getattr(row.record, name))
+        record = replace(group[0].record, **texts)
+        yield replace(group[0], record=record, num_rows=sum(row.num_rows for row in group))
+
+
+def _check_image(image: LoadedImage, read_header: bool) -> None:
+    """Check that an image file exists. If `read_header` is True, also check that its format and size are supported.
+
+    Raises:
+        UnusableRow: The image is missing, unreadable or larger than `MAX_PIXELS`.
+    """
+    if isinstance(image.ref, FileImage) and not os.path.isfile(image.ref.path):
+        raise UnusableRow("missing image", os.path.abspath(image.ref.path))
+    if not read_header:
+        return
+    try:
+        with io.BytesIO(image.data) if image.data is not None else image.ref.open() as stream:
+            width, height = open_header(stream).size
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own limits
+        raise UnusableRow("image too large", f"{image.ref}: {error}") from error
+    except Exception as error:  # malicious bytes can make Pillow's plugins raise any type of exception
+        is_complete = isinstance(error, ImageFormatError | DecodingLimitError | OSError)
+        reason = str(error) if is_complete else describe_error(error)
+        raise UnusableRow("unreadable image", f"{image.ref}: {reason}") from error
+    if width * height > MAX_PIXELS:
+        raise UnusableRow("image too large", f"{image.ref}: {width} x {height}")

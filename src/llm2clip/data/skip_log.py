@@ -51,7 +51,7 @@ class SkipLog:
         self.examples: list[str] = []
         self.notes: dict[str, dict[str, None]] = {}
         self._copies: set[str] = set()  # keys of images that are copies of other images
-        self._single_rows = 0  # rows counted with `count_row`
+        self._num_rows = 0  # rows counted with `count_rows`
         self._source_rows: dict[str, dict[str, int]] = {}  # path -> split -> rows
         self._recorded: set[tuple[str, int, str]] = set()  # file, row and reason of skipped rows and dropped parts
         if self.path is not None:
@@ -61,26 +61,23 @@ class SkipLog:
     @property
     def rows_seen(self) -> int:
         """Number of rows read so far. If a source is read several times, its rows are counted once."""
-        return self._single_rows + sum(sum(splits.values()) for splits in self._source_rows.values())
+        return self._num_rows + sum(sum(splits.values()) for splits in self._source_rows.values())
 
-    def count_row(self) -> None:
-        """Count one row."""
-        self._single_rows += 1
+    def count_rows(self, count: int) -> None:
+        """Count rows that are read only once."""
+        self._num_rows += count
 
     def count_source_rows(self, path: str, split: str, count: int) -> None:
         """Update the number of rows that the current pass has read from a split of a source.
 
-        Args:
-            path: Path of the source.
-            split: Name of the split, or an empty string if it is unknown.
-            count: Number of rows read so far.
+        `split` is an empty string if the split is unknown.
         """
         counts = self._source_rows.setdefault(path, {})
         counts[split] = max(count, counts.get(split, 0))
 
     def count_at_least(self, count: int) -> None:
         """Increase the row count to at least `count`. Used for data whose rows were not counted when they were read."""
-        self._single_rows += max(0, count - self.rows_seen)
+        self._num_rows += max(0, count - self.rows_seen)
 
     def skip(self, file: str, row: int, reason: str, value: object, rows: int = 1) -> None:
         """Record `rows` consecutive skipped rows, the first of which is `row`.
@@ -101,11 +98,7 @@ class SkipLog:
             self._write(file, row, reason, value)
 
     def count_copies(self, keys: Iterable[str]) -> None:
-        """Count images that were merged with an identical image.
-
-        Args:
-            keys: Keys of the merged copies. Each key is counted once, even if its source is read several times.
-        """
+        """Count the images with these keys, which were merged with an identical image. Each key is counted once."""
         self._copies.update(keys)
 
     def note(self, text: str, file: str) -> None:

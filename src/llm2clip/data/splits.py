@@ -29,7 +29,6 @@ class DataSplits:
     """Training records and held-out records.
 
     Attributes:
-        train: Training records.
         held_out: Maps each caption field to the held-out records that have an image, with the captions of that field.
             The fields are `captions`, `short_captions` and `long_captions` if they are present in the data, and the
             columns listed in `EvaluateConfig.fields`.
@@ -41,7 +40,7 @@ class DataSplits:
     train: list[Record]
     held_out: dict[str, list[Record]]
     summary: str
-    rule: str = ""
+    rule: str
 
 
 def read_splits(
@@ -78,11 +77,13 @@ def read_splits(
     train = [(source, record) for source, record in records if source.splits or is_training_split(record)]
     other = [(source, record) for source, record in records if not source.splits and not is_training_split(record)]
     notes = []
-    held_out_split = _find_held_out_split(other)
+    other_splits = {_split_name(record) for _, record in other}
+    held_out_split = next((name for name in HELD_OUT_SPLITS if name in other_splits), None)
     if config.data:
         held_out = read_merged_records(config.data, columns, log, image_check)
+        is_held_out = same_image_filter([record for _, record in held_out], [record for _, record in train])
         num_before = len(train)
-        train = _remove_images_of(held_out, train)
+        train = [(source, record) for source, record in train if not is_held_out(record)]
         if num_leaked := num_before - len(train):
             notes.append(f"{num_leaked:,} held-out images removed from training")
     elif held_out_split is not None:
@@ -108,14 +109,10 @@ def read_splits(
 def _describe_rule(num_held_out: int, held_out_split: str | None, splits: Counter[str]) -> str:
     """Explain which images in the sources are held out, and how to select all images.
 
-    Args:
-        num_held_out: Number of held-out images.
-        held_out_split: Name of the held-out split, or None if the images were drawn from the training images.
-        splits: Number of images in each split of the sources.
+    `held_out_split` is None if the images were drawn from the training images. `splits` are all splits of the sources.
     """
-    if held_out_split is not None:
-        reason = f"the split {held_out_split}"
-    else:
+    reason = f"the split {held_out_split}"
+    if held_out_split is None:
         reason = f"one in {HELD_OUT_FRACTION}, at most {MAX_HELD_OUT:,}, because no split is named {HELD_OUT_SPLITS[0]}"
         reason += f" or {HELD_OUT_SPLITS[-1]}"
     return (
@@ -136,16 +133,6 @@ def with_captions(record: Record, captions: tuple[str, ...]) -> Record:
 
 def _split_name(record: Record) -> str:
     return record.split.lower() if record.split else NO_SPLIT
-
-
-def _find_held_out_split(records: Sequence[SourcedRecord]) -> str | None:
-    names = {_split_name(record) for _, record in records}
-    return next((name for name in HELD_OUT_SPLITS if name in names), None)
-
-
-def _remove_images_of(held_out: Sequence[SourcedRecord], train: Sequence[SourcedRecord]) -> list[SourcedRecord]:
-    is_held_out = same_image_filter([record for _, record in held_out], [record for _, record in train])
-    return [(source, record) for source, record in train if not is_held_out(record)]
 
 
 def _draw_held_out(train: Sequence[SourcedRecord]) -> tuple[list[SourcedRecord], list[SourcedRecord]]:
@@ -196,7 +183,6 @@ def read_merged_records(
     image; see `find_copies`. Rows without an image are merged if they have the same id, source path and split.
 
     Args:
-        sources: Paths or `Source` objects.
         columns: Column mapping that is added to each source's own mapping.
         log: Log in which to record skipped rows and count copies of images.
         image_check: How to check images; see `open_records`. If "ignore", the bytes of image files are not compared.
@@ -208,13 +194,15 @@ def read_merged_records(
         ValueError: Images are checked, but no record has an image. See `open_records` for other errors.
     """
     merged: dict[Any, SourcedRecord] = {}
-    for number, (source, record) in enumerate(stream_records(sources, columns, log, image_check)):
-        key = _merge_key(source, record, number)
+
+    def add(key: Any, source: Source, record: Record) -> None:
         if key in merged:
-            first_source, first = merged[key]
-            merged[key] = first_source, _merge(first, record)
-        else:
-            merged[key] = source, record
+            source, first = merged[key]
+            record = _merge(first, record)
+        merged[key] = source, record
+
+    for number, (source, record) in enumerate(stream_records(sources, columns, log, image_check)):
+        add(_merge_key(source, record, number), source, record)
     if image_check in ("header", "exists") and merged and not any(record.image for _, record in merged.values()):
         names = ", ".join(str(source) for source in sources)
         message = (
@@ -225,9 +213,7 @@ def read_merged_records(
         copies = find_copies(record.image for _, record in merged.values())
         log.count_copies(copies)
         for copy, first_key in copies.items():
-            _, record = merged.pop(copy)
-            first_source, first = merged[first_key]
-            merged[first_key] = first_source, _merge(first, record)
+            add(first_key, *merged.pop(copy))
     return list(merged.values())
 
 

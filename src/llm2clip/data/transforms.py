@@ -100,8 +100,8 @@ class Preprocess:
             resize=resize,
             crop_pct=crop_pct,
             interpolation=_parse_interpolation(int(config.get("resample", 3))),
-            mean=_parse_channels(config, "image_mean"),
-            std=_parse_channels(config, "image_std"),
+            mean=_parse_channels(config["image_mean"]),
+            std=_parse_channels(config["image_std"]),
             crop_rounding=config.get("crop_rounding", "down"),  # image processors of transformers round down
         )
 
@@ -148,19 +148,10 @@ class TrainTransform:
     def __call__(self, image: Tensor, generator: torch.Generator) -> Tensor:
         if self.min_crop_scale >= 1:
             return EvalTransform(self.preprocess)(image)
-        top, left, height, width = self._crop(image.shape[-2], image.shape[-1], generator)
-        size = self.preprocess.size
-        image = F.resized_crop(
-            image,
-            top,
-            left,
-            height,
-            width,
-            [size, size],
-            interpolation=InterpolationMode(self.preprocess.interpolation),
-            antialias=True,
-        )
-        return image.contiguous()
+        box = self._crop(image.shape[-2], image.shape[-1], generator)
+        side = [self.preprocess.size, self.preprocess.size]
+        interpolation = InterpolationMode(self.preprocess.interpolation)
+        return F.resized_crop(image, *box, side, interpolation=interpolation, antialias=True).contiguous()
 
     def _crop(self, height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
         """Draw a random crop as in torchvision's RandomResizedCrop; return (top, left, height, width)."""
@@ -188,9 +179,7 @@ def _parse_square_side(size: Any) -> int:
     """Return the side length of a square, given as 224, {"height": 224, "width": 224} or {"shortest_edge": 224}."""
     if isinstance(size, int):
         return size
-    sides = set()
-    if isinstance(size, dict):
-        sides = {size[key] for key in ("shortest_edge", "height", "width") if key in size}
+    sides = {size[key] for key in ("shortest_edge", "height", "width") if key in size} if size else set()
     if len(sides) != 1:
         raise ValueError(f"the image processor's size must be square (got {size})")
     return int(sides.pop())
@@ -198,14 +187,10 @@ def _parse_square_side(size: Any) -> int:
 
 def _parse_interpolation(resample: int) -> Literal["bilinear", "bicubic"]:
     if resample not in (2, 3):
-        raise ValueError(
-            f"the image processor's resampling filter must be bilinear (2) or bicubic (3), but it is {resample}"
-        )
+        raise ValueError(f"the image processor's resampling filter must be 2 (bilinear) or 3 (bicubic), not {resample}")
     return "bilinear" if resample == 2 else "bicubic"
 
 
-def _parse_channels(config: dict[str, Any], name: str) -> tuple[float, float, float]:
-    if name not in config:
-        raise ValueError(f"the image processor has no {name}")
-    red, green, blue = (float(value) for value in config[name])
+def _parse_channels(values: Any) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
     return red, green, blue

@@ -17,7 +17,7 @@ from typing import Any
 
 from llm2clip.data.columns import BadRow
 from llm2clip.data.image_refs import FileImage, is_inside
-from llm2clip.data.readers.text import read_json_rows
+from llm2clip.data.readers.json_files import read_json_lines, read_json_list
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import read_merged_records
@@ -99,8 +99,9 @@ def read_llava(file: str | Path, images: str | Path | None, log: SkipLog) -> lis
     file = Path(file)
     root = Path(images) if images is not None else file.parent
     conversations = []
-    for _, number, row in read_json_rows(str(file)):
-        log.count_row()
+    read_rows = read_json_list if file.suffix == ".json" else read_json_lines
+    for _, number, row in read_rows(str(file)):
+        log.count_rows(1)
         if isinstance(row, BadRow):
             log.skip(str(file), number, "no conversation", row.value)
             continue

@@ -148,7 +148,7 @@ def _cache_features(
     del model
     print_once(f"Caching the vision tower's features for {len(images):,} images: {gigabytes:.1f} GB in {folder}")
     for _ in images:
-        log.count_row()
+        log.count_rows(1)
     store = cache_patch_features(list(images.values()), features, folder, log, workers=config.workers or None)
     log.check()
     return store

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from llm2clip.data.image_refs import DatasetImage, FileImage, ImageRef, ParquetImage, TarImage, printable
-from llm2clip.extras import install_command
+from llm2clip.io_utils import install_command
 
 QDRANT_PREFIX = "qdrant+"
 FORMAT_VERSION = 1  # of indexes

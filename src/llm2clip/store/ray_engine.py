@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from llm2clip.cpu_tuning import keep_freed_memory
-from llm2clip.extras import install_command
+from llm2clip.io_utils import install_command
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.runs.ranks import process_state
 from llm2clip.store.encode import load_or_tune_batch_tokens, resolve_store_precision, tokenize_shard, write_shard

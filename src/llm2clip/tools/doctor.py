@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 
-from llm2clip.extras import install_command
+from llm2clip.io_utils import install_command
 
 if TYPE_CHECKING:
     import torch

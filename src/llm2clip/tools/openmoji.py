@@ -24,8 +24,7 @@ from typing import Any
 
 from PIL import Image
 
-from llm2clip.extras import install_command
-from llm2clip.io_utils import atomic_dir, atomic_write_jsonl, atomic_write_text, read_json
+from llm2clip.io_utils import atomic_dir, atomic_write_jsonl, atomic_write_text, install_command, read_json
 from llm2clip.models.hub.pretrained import cache_dir, resolve_pretrained
 from llm2clip.progress import ProgressBar
 

@@ -1,6 +1,6 @@
 """Readers for all supported formats. They find the files for a path and read the raw rows in each file.
 
-The reader for each format is a function in `text`, `csv_files`, `tables` or `tar`.
+The reader for each format is a function in `json_files`, `csv_files`, `tables` or `tar`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,10 @@ from collections.abc import Iterator, Sequence
 from braceexpand import braceexpand
 
 from llm2clip.data.columns import BadRow, ColumnChooser, RawRow
-from llm2clip.data.readers.csv_files import read_csv
+from llm2clip.data.readers.csv_files import read_captions_txt, read_csv
+from llm2clip.data.readers.json_files import read_json_lines, read_json_list
 from llm2clip.data.readers.tables import read_huggingface, read_parquet
-from llm2clip.data.readers.tar import (
-    IMAGE_SUFFIXES,
-    UNSUPPORTED_SUFFIXES,
-    list_files,
-    list_images,
-    read_image_folder,
-    read_tar,
-)
-from llm2clip.data.readers.text import read_captions_txt, read_json_lines, read_json_list
+from llm2clip.data.readers.tar import IMAGE_SUFFIXES, UNSUPPORTED_SUFFIXES, list_files, read_image_folder, read_tar
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.io_utils import DataFormatError, describe_error
 
@@ -63,7 +56,7 @@ def find_files(path: str, all_files: bool = False, log: SkipLog | None = None) -
         return [("hf", path.removeprefix("hf:"))]
     path = os.path.expanduser(path)
     if os.path.isdir(path):
-        return _find_all_in_folder(path, log) if all_files else _detect_folder_format(path)
+        return _find_in_folder(path, all_files, log)
     if os.path.exists(path):
         if not os.path.isfile(path):
             raise ValueError(f"{path}: not a regular file, but a device or a named pipe. Save the data to a file first")
@@ -140,41 +133,30 @@ def _open_reader(
     return read_tar(path) if kind == "tar" else read_json_list(path, log)
 
 
-def _detect_folder_format(folder: str) -> list[tuple[str, str]]:
+def _find_in_folder(folder: str, all_files: bool, log: SkipLog | None) -> list[tuple[str, str]]:
+    """Resolve a folder; see `find_files`. The names of caption files may be in upper case."""
     names = sorted(os.listdir(folder))
-    if _is_saved_dataset(names):
+    if "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= set(names):
         return [("saved", folder)]
-    for file in _find_caption_files(folder, names):
-        return find_files(file)
-    for suffix in (".tar", ".parquet"):
-        files = [os.path.join(folder, name) for name in names if name.lower().endswith(suffix)]
-        if files:
-            return [(FORMATS[suffix], file) for file in files]
-    if next(list_images(folder), None) is None:
-        raise ValueError(f"{_describe_unreadable_folder(folder, names)}; supported formats: {READABLE_FORMATS}")
-    return [("images", folder)]
-
-
-def _find_all_in_folder(folder: str, log: SkipLog | None) -> list[tuple[str, str]]:
-    names = os.listdir(folder)
-    if _is_saved_dataset(names):
-        return [("saved", folder)]
+    lower_names = {name.lower(): name for name in names}
     files: list[tuple[str, str]] = []
-    for file in _find_caption_files(folder, names):
-        files += find_files(file)
-    if next(list_images(folder), None) is not None:
-        files.append(("images", folder))
-    for suffix in ("tar", "parquet"):
-        files += [(suffix, path) for path in list_files(folder, frozenset({suffix}), log)]
-    if not files:
-        raise FileNotFoundError(_describe_unreadable_folder(folder, names))
-    return files
-
-
-def _find_caption_files(folder: str, names: Sequence[str]) -> list[str]:
-    """Return the caption files in a folder, in the order of `CAPTION_FILES`. Their names may be in upper case."""
-    lower_names = {name.lower(): name for name in sorted(names)}
-    return [os.path.join(folder, lower_names[name]) for name in CAPTION_FILES if name in lower_names]
+    for name in CAPTION_FILES:
+        if name in lower_names and (all_files or not files):
+            files += find_files(os.path.join(folder, lower_names[name]))
+    if all_files:
+        if next(list_files(folder, IMAGE_SUFFIXES), None) is not None:
+            files.append(("images", folder))
+        for kind in ("tar", "parquet"):
+            files += [(kind, path) for path in list_files(folder, frozenset({kind}), log)]
+        if not files:
+            raise FileNotFoundError(_describe_unreadable_folder(folder, names))
+        return files
+    for kind in ("tar", "parquet"):
+        if not files:
+            files = [(kind, os.path.join(folder, name)) for name in names if name.lower().endswith(f".{kind}")]
+    if not files and next(list_files(folder, IMAGE_SUFFIXES), None) is None:
+        raise ValueError(f"{_describe_unreadable_folder(folder, names)}; supported formats: {READABLE_FORMATS}")
+    return files or [("images", folder)]
 
 
 def _describe_unreadable_folder(folder: str, names: Sequence[str]) -> str:
@@ -197,11 +179,6 @@ def _suggest_conversion(path: str) -> str:
     if suffix in IMAGE_SUFFIXES:
         return "this is a single image: pass the folder that contains the images"
     return ""
-
-
-def _is_saved_dataset(names: Sequence[str]) -> bool:
-    """Return True if a folder with these file names was written by `save_to_disk`."""
-    return "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= set(names)
 
 
 def suggest_paths(path: str) -> str:

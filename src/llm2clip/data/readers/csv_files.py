@@ -1,16 +1,29 @@
-"""Reader for CSV and TSV files. The delimiter is detected, because spreadsheets use semicolons in many countries."""
+"""Readers for CSV and TSV files, and for the captions.txt of Flickr8k.
+
+The delimiter is detected, because spreadsheets use semicolons in many countries.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 from collections.abc import Iterator, Sequence, Set
 from itertools import islice
 from typing import Any
 
 from llm2clip.data.columns import BadRow, RawRow
-from llm2clip.data.readers.encoding import BoundedLines, LineTooLong, describe_encoding, find_undecodable, open_text
+from llm2clip.data.image_refs import FileImage
+from llm2clip.data.readers.encoding import (
+    BoundedLines,
+    LineTooLong,
+    describe_encoding,
+    find_undecodable,
+    open_text,
+    read_text_lines,
+)
+from llm2clip.data.readers.json_files import find_image_folder
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.texts import is_valid_unicode
 from llm2clip.io_utils import DataFormatError
@@ -29,8 +42,7 @@ def read_csv(path: str, delimiter: str, log: SkipLog | None = None) -> Iterator[
 
     Args:
         path: Path of the file.
-        delimiter: Delimiter suggested by the file's suffix. Another delimiter is used if it fits better; see
-            `detect_delimiter`.
+        delimiter: Delimiter suggested by the file's suffix. Another delimiter is used if it fits better.
         log: Log in which to note unusual delimiters and encodings.
 
     Raises:
@@ -39,7 +51,7 @@ def read_csv(path: str, delimiter: str, log: SkipLog | None = None) -> Iterator[
     csv.field_size_limit(max(csv.field_size_limit(), MAX_CELL_CHARACTERS))
     with open_text(path, log, newline="") as file:
         sample = file.read(SAMPLE_CHARACTERS)
-    detected, first_line = detect_delimiter(sample, delimiter)
+    detected, first_line = _detect_delimiter(sample, delimiter)
     if detected != delimiter and log is not None:
         log.note(f"fields separated by {DELIMITERS.get(detected, repr(detected))}", path)
     with open_text(path, newline="") as file:
@@ -70,23 +82,21 @@ def read_csv(path: str, delimiter: str, log: SkipLog | None = None) -> Iterator[
                         f"{path}: a quote opened in the row at line {number} is not closed"
                     ) from error
                 problem = f"a cell has over {MAX_CELL_CHARACTERS:,} characters" if is_too_long else str(error)
-                yield path, number, BadRow("malformed row", f"{problem}{_describe_lines(num_lines)}", num_lines)
+                if num_lines > 1:
+                    problem += f", in a quoted cell of {num_lines:,} lines"
+                yield path, number, BadRow("malformed row", problem, num_lines)
                 continue
             if cells:
                 undecodable = find_undecodable(detected.join(cells), path, log)
                 yield path, number, undecodable or _to_fields(header, repeated, cells)
 
 
-def detect_delimiter(sample: str, default: str) -> tuple[str, int]:
+def _detect_delimiter(sample: str, default: str) -> tuple[str, int]:
     """Return the delimiter of a CSV file, and the number of the line that contains the header.
 
     The delimiter must occur in the header, outside quotes. If there are several candidates, the delimiter
     for which most rows have as many fields as the header is chosen, or `default` in case of a tie. A first line in
     Excel's form `sep=;` sets the delimiter.
-
-    Args:
-        sample: Start of the file.
-        default: Delimiter to return if no other delimiter fits better.
     """
     specified = re.match(r'"?sep=([^\r\n"])"?\r?\n', sample)
     if specified is not None:
@@ -119,5 +129,25 @@ def _to_fields(header: Sequence[str], repeated: Set[str], cells: Sequence[str]) 
     return fields
 
 
-def _describe_lines(num_lines: int) -> str:
-    return f", in a quoted cell of {num_lines:,} lines" if num_lines > 1 else ""
+def read_captions_txt(path: str, log: SkipLog | None = None) -> Iterator[RawRow]:
+    """Yield the captions in a file that has one of the two formats used for Flickr8k.
+
+    The first format is `name.jpg,caption`, optionally with a header line. The second is `name.jpg#0<TAB>caption`.
+    """
+    image_folder = None
+    for number, line in enumerate(read_text_lines(path, log), 1):
+        if isinstance(line, BadRow):
+            yield path, number, line
+            continue
+        name, comma, caption = re.sub(r"#\d+\t", ",", line.strip(), count=1).partition(",")
+        name = name.strip()
+        if not name or (number == 1 and re.fullmatch(r"image(_name)?|file_?name", name.lower())):
+            continue
+        if not comma:
+            yield path, number, BadRow("malformed row", f"neither 'name,caption' nor 'name#0<TAB>caption': {line}")
+            continue
+        if len(caption) > 1 and caption[0] == caption[-1] == '"':
+            caption = caption[1:-1].replace('""', '"')
+        if image_folder is None:
+            image_folder = find_image_folder(path, [name])
+        yield path, number, {"image": FileImage(os.path.join(image_folder, name)), "caption": caption}

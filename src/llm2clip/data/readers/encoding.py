@@ -35,7 +35,6 @@ _LIKELY_ENCODINGS = (
     "cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "koi8_r", "shift_jis", "euc_jp", "gb18030",
     "big5", "euc_kr",
 )  # fmt: skip
-MAX_SAMPLE_LINES = 200_000  # maximum number of lines to search for text that is not UTF-8
 MAX_READINGS = 3  # maximum number of likely encodings listed in a message
 MAX_SAMPLE_BYTES = 1 << 14  # maximum size of the text whose encoding is guessed
 MAX_SEARCHED_BYTES = 1 << 28  # maximum size of the part of a file that is searched for text that is not UTF-8
@@ -48,10 +47,7 @@ def open_text(path: str, log: SkipLog | None = None, newline: str | None = None)
     Bytes that cannot be decoded become lone surrogates, so that a reader can skip the row instead of the entire file;
     see `find_undecodable`. Read lines with `BoundedLines`.
 
-    Args:
-        path: Path of the file.
-        log: Log in which to note UTF-16 files.
-        newline: Newline mode, as in the built-in function `open`.
+    UTF-16 files are noted in `log`. `newline` is the newline mode, as in the built-in function `open`.
     """
     stream = _open_binary(path)
     try:
@@ -199,25 +195,15 @@ def _sample_undecodable(path: str) -> tuple[bytes, bytes]:
     lines: list[bytes] = []
     size = num_searched = 0
     with _open_binary(path) as stream:
-        for line in islice(iter(lambda: stream.readline(1 << 20), b""), MAX_SAMPLE_LINES):
+        while size <= MAX_SAMPLE_BYTES and num_searched <= MAX_SEARCHED_BYTES:
+            line = stream.readline(1 << 20)
+            if not line:
+                break
             num_searched += len(line)
-            if num_searched > MAX_SEARCHED_BYTES:
-                break
-            if line.isascii() or _is_utf8(line):
-                continue
-            lines.append(line)
-            size += len(line)
-            if size > MAX_SAMPLE_BYTES:
-                break
+            if not is_valid_unicode(line.decode(errors="surrogateescape")):
+                lines.append(line)
+                size += len(line)
     return b"".join(lines)[: 2 * MAX_SAMPLE_BYTES], lines[0] if lines else b""
-
-
-def _is_utf8(line: bytes) -> bool:
-    try:
-        line.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _escape_undecodable(error: UnicodeError) -> tuple[str, int]:

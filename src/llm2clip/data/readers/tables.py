@@ -48,8 +48,8 @@ def read_parquet(path: str, choose: ColumnChooser, image_bytes: bool) -> Iterato
                 if name not in skipped:
                     columns.append(name if image_bytes or name not in image_columns else f"{name}.path")
             if image_bytes and image_columns:
-                check_row_groups(file)
-            batch_size = parquet_batch_size(file)
+                check_row_groups(file.metadata)
+            batch_size = parquet_batch_size(file.metadata)
             for batch in file.iter_batches(batch_size=batch_size, columns=columns, use_threads=False):
                 for fields in batch.to_pylist():
                     for name in image_columns - skipped:
@@ -64,12 +64,9 @@ def read_parquet(path: str, choose: ColumnChooser, image_bytes: bool) -> Iterato
 def read_huggingface(name: str, saved: bool, choose: ColumnChooser, splits: Sequence[str] | None) -> Iterator[RawRow]:
     """Yield the rows in a Hugging Face data set. No code from the Hub is run.
 
-    Args:
-        name: If `saved` is True, a folder written by `save_to_disk`, which supports random access. Otherwise, the name
-            of a data set on the Hub, which may end in `:CONFIG`. Such a data set is streamed, and its images are kept
-            in memory.
-        choose: Function that selects the columns to read.
-        splits: Splits to read; see `read_source`. Only these splits are downloaded.
+    If `saved` is True, `name` is a folder written by `save_to_disk`, which supports random access. Otherwise, it is the
+    name of a data set on the Hub, which may end in `:CONFIG`. Such a data set is streamed, only the selected splits are
+    downloaded, and its images are kept in memory. For `splits`, see `read_source`.
     """
     import datasets
 

@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from llm2clip.data.columns import BadRow, RawRow
-from llm2clip.data.image_refs import FileImage, TarImage, printable
-from llm2clip.data.readers.encoding import describe_encoding, open_text
-from llm2clip.data.readers.text import parse_json
+from llm2clip.data.image_refs import FileImage, TarImage
+from llm2clip.data.readers.encoding import find_undecodable, open_text
+from llm2clip.data.readers.json_files import parse_json
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.texts import is_valid_unicode
 from llm2clip.io_utils import open_regular_file
 from llm2clip.runs.output_folder import describe_output
 
@@ -25,11 +24,6 @@ UNSUPPORTED_SUFFIXES = frozenset({"dng", "cr2", "cr3", "nef", "arw", "orf", "rw2
 MAX_CAPTION_BYTES = 1 << 20  # size limit for a caption file that belongs to one image
 MAX_TAR_HEADER_BYTES = 1 << 16  # headers contain names, links and attributes of files
 MAX_GLOBAL_HEADERS = 100  # PAX headers that apply to all members
-
-
-def list_images(folder: str) -> Iterator[str]:
-    """Yield the paths of all images in a folder and its subfolders, in the order of `list_files`."""
-    return list_files(folder, IMAGE_SUFFIXES)
 
 
 def list_files(folder: str, suffixes: frozenset[str], log: SkipLog | None = None) -> Iterator[str]:
@@ -95,11 +89,10 @@ def read_image_folder(folder: str, log: SkipLog | None = None) -> Iterator[RawRo
             if len(text) > MAX_CAPTION_BYTES:
                 yield path, number, _caption_file_too_large(text_path)
                 continue
-            if not is_valid_unicode(text):
-                if log is not None and not has_noted_encoding:
-                    log.note(describe_encoding(text_path), text_path)
-                    has_noted_encoding = True
-                yield path, number, BadRow("not UTF-8", printable(text.strip()))
+            undecodable = find_undecodable(text, text_path, None if has_noted_encoding else log)
+            if undecodable is not None:
+                has_noted_encoding = True
+                yield path, number, undecodable
                 continue
             fields["txt"] = [line for line in text.split("\n") if line.strip()]
         fields["image"] = FileImage(path)

@@ -19,8 +19,7 @@ from PIL import Image
 from llm2clip.data.image_refs import FileImage, ImageRef, MemoryImage
 from llm2clip.data.images import load_image
 from llm2clip.evaluate.benchmarks.base import Benchmark, ClassificationData
-from llm2clip.extras import install_command
-from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, read_json, read_lines
+from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, install_command, read_json, read_lines
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a close-up photo of a {}.", "a photo of the {}.")

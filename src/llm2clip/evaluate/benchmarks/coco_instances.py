@@ -25,7 +25,7 @@ import numpy as np
 
 from llm2clip.data.image_header import MAX_PIXELS
 from llm2clip.data.image_refs import ImageRef
-from llm2clip.data.readers.coco import drop_unused_keys, find_image_folder, split_folders
+from llm2clip.data.readers.json_files import drop_unused_keys, find_image_folder, split_folders
 from llm2clip.evaluate.benchmarks.base import (
     COCO_FOLDERS,
     Benchmark,
@@ -36,8 +36,7 @@ from llm2clip.evaluate.benchmarks.base import (
     image_file,
 )
 from llm2clip.evaluate.benchmarks.classification import imagenet_templates
-from llm2clip.extras import install_command
-from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, read_json
+from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, install_command, read_json
 from llm2clip.runs.ranks import print_once
 
 BOXES_PREFIX = "boxes:"

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from llm2clip.extras import install_command
+from llm2clip.io_utils import install_command
 from llm2clip.models.export.transformers import MIN_COSINE, SAMPLE_TEXTS, build_export_model, build_tokenizer
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.modeling_llm2clip import LLM2CLIPExport

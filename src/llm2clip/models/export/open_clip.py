@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llm2clip.extras import install_command
+from llm2clip.io_utils import install_command
 from llm2clip.models.llm2clip import LLM2CLIP
 
 # Config of the placeholder text tower, the smallest text tower that open_clip can build.

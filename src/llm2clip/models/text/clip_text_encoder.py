@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llm2clip.cpu_tuning import onednn_matmul
-from llm2clip.extras import install_command
+from llm2clip.io_utils import install_command
 from llm2clip.models.hub.loading import check_remote_code_is_allowed, has_remote_code, hide_loading_bars, load_config
 from llm2clip.models.hub.model_names import check_model_source
 from llm2clip.progress import ProgressBar

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from llm2clip.extras import install_command
+from llm2clip.io_utils import install_command
 
 
 class LoraSession:

@@ -13,11 +13,10 @@ from functools import cached_property
 from pathlib import Path
 
 from llm2clip.config import EvaluateConfig, ReproduceConfig, TuneConfig
-from llm2clip.data.pairs import ImageCaptions, Pair
+from llm2clip.data.pairs import ImageCaptions, Pair, read_text_pairs, read_tuning_sources
 from llm2clip.data.records import Record, Source
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import read_merged_records, read_splits, same_image_filter, with_captions
-from llm2clip.data.tuning_sources import read_text_pairs, read_tuning_sources
 from llm2clip.runs.ranks import print_once
 
 WORDNET = Path("/usr/share/wordnet")  # installed by Debian's package wordnet-base

@@ -1,4 +1,4 @@
-"""Readers for the two JSON formats in which COCO, Flickr30k and Flickr8k are distributed.
+"""Readers for JSON Lines and JSON files, including those in which COCO, Flickr30k and Flickr8k are distributed.
 
 - COCO's `captions_train2017.json`: {"images": [{"id", "file_name", "coco_url"}], "annotations": [{"image_id",
   "caption"}]} (cocodataset.org, "Data format")
@@ -8,17 +8,23 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llm2clip.data.columns import BadRow, RawRow
 from llm2clip.data.image_refs import FileImage
-from llm2clip.io_utils import DataFormatError
+from llm2clip.data.readers.encoding import describe_encoding, open_text, read_text_lines
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.texts import is_valid_unicode
+from llm2clip.io_utils import DataFormatError, check_json_size
 
-# Folders that may contain the images, relative to the JSON file. `annotations/` is usually next to the image folders.
+# Folders that may contain the images, relative to the caption file. COCO's `annotations/` is next to the image folders.
 IMAGE_FOLDERS = (
     "", "images", "Images", "..", "../images", "flickr30k-images", "flickr30k_images", "Flicker8k_Dataset",
     "Flickr8k_Dataset",
@@ -27,20 +33,76 @@ SEARCHED_IMAGES = 50  # number of images to look for in each of these folders
 UNUSED_KEYS = ("tokens", "sentids", "segmentation", "flickr_url", "license", "date_captured")
 
 
+def read_json_lines(path: str, log: SkipLog | None = None) -> Iterator[RawRow]:
+    """Yield the objects in a .jsonl or .jsonl.gz file. A line that is not valid UTF-8 invalidates only its own row.
+
+    UTF-16 files and files in other encodings are noted in `log`.
+    """
+    number = 0
+    try:
+        for number, line in enumerate(read_text_lines(path, log, newline="\n"), 1):
+            if isinstance(line, BadRow):
+                yield path, number, line
+            elif line.strip():
+                yield path, number, _require_object(parse_json(line))
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        yield path, number + 1, BadRow("truncated file", str(error))
+
+
+def read_json_list(path: str, log: SkipLog | None = None) -> Iterator[RawRow]:
+    """Yield the objects in a JSON file that contains a list, or the images in a file in COCO's or Karpathy's format.
+
+    The entire file is read into memory.
+
+    Raises:
+        DataFormatError: The file is not valid JSON, is too large, or has a different format.
+    """
+    with open_text(path, log) as file:
+        check_json_size(path, file.buffer)
+        text = file.read()
+    if not is_valid_unicode(text):
+        raise DataFormatError(f"{path}: {describe_encoding(path)}")
+    is_object = text.lstrip().startswith("{")
+    try:
+        rows = json.loads(text, object_hook=drop_unused_keys if is_object else None)
+    except (ValueError, RecursionError) as error:
+        raise DataFormatError(
+            f"{path}: not JSON ({error}). If it has one object per line, rename it to .jsonl"
+        ) from error
+    del text
+    if isinstance(rows, dict):
+        yield from _read_caption_json(path, rows)
+        return
+    if not isinstance(rows, list):
+        raise DataFormatError(f"{path}: a .json source must be a list of objects (got {type(rows).__name__})")
+    for number, row in enumerate(rows, 1):
+        yield path, number, _require_object(row)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON. Return a `BadRow` if the JSON is malformed."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return BadRow("malformed row", f"{error}: {text[:200]!r}")
+
+
+def _require_object(value: Any) -> dict[str, Any] | BadRow:
+    if isinstance(value, dict | BadRow):
+        return value
+    return BadRow("malformed row", f"not an object: {value!r}")
+
+
+# ---- COCO and Karpathy's splits --------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class KarpathyImage:
-    """An image in one of Karpathy's files.
+    """An image in one of Karpathy's files."""
 
-    Attributes:
-        id: COCO's id of the image, or the image's file name without its suffix.
-        name: Path of the image relative to the data set's image folder.
-        split: train, restval, val or test.
-        captions: Captions of the image.
-    """
-
-    id: str
-    name: str
-    split: str
+    id: str  # COCO's id of the image, or the image's file name without its suffix
+    name: str  # path relative to the data set's image folder
+    split: str  # train, restval, val or test
     captions: list[str]
 
     @classmethod
@@ -63,12 +125,8 @@ def drop_unused_keys(fields: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def read_caption_json(path: str, data: Mapping[str, Any]) -> Iterator[RawRow]:
+def _read_caption_json(path: str, data: Mapping[str, Any]) -> Iterator[RawRow]:
     """Return an iterator over the images and captions in a file in COCO's or Karpathy's format.
-
-    Args:
-        path: Path of the JSON file, near which the images are searched for.
-        data: Parsed contents of the file.
 
     Raises:
         DataFormatError: The file has a different format, such as COCO's format for bounding boxes.
@@ -150,7 +208,7 @@ def split_folders(path: str, images: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def find_image_folder(path: str, names: Sequence[str], subfolders: Sequence[str] = ()) -> str:
-    """Return the first folder that contains an image, or the folder of the JSON file if no image is found."""
+    """Return the first folder that contains an image, or the folder of the caption file if no image is found."""
     parent = os.path.dirname(path)
     for name in names[:SEARCHED_IMAGES]:
         for folder in IMAGE_FOLDERS:
