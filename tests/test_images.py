@@ -430,8 +430,8 @@ def test_decode_or_error_reports_any_exception(step: str, monkeypatch: pytest.Mo
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "EPS is not supported"),
         # The first image in a DNG or NEF file is a reduced-size preview.
         (encode(photo(), "TIFF", tiffinfo={254: 1}), "RAW photos are not supported"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(40), ""),
-        (png_header(4, 4)[:33] + chunk(b"IDAT", b"garbage") + chunk(b"IEND", b""), ""),
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), "not an image"),
+        (png_header(4, 4)[:33] + chunk(b"IDAT", b"garbage") + chunk(b"IEND", b""), "unreadable image"),
     ],
     ids=["CR2", "CR3", "SVG", "empty", "text", "EPS", "preview", "PNG without chunks", "damaged pixels"],
 )

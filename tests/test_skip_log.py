@@ -217,7 +217,11 @@ def test_lost_rows_of_a_damaged_parquet_file_are_counted(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("image", "reason", "advice"),
     [
-        ("photos/{n}.jpg", "missing image: {folder}/photos/0.jpg", "start in the folder of the caption file"),
+        (
+            "photos/{n}.jpg",
+            "missing image: {folder}/photos/0.jpg",
+            "are resolved against the folder of the caption file",
+        ),
         ("https://example.org/{n}.jpg", "image is a URL", "Download them first"),
         ("empty.jpg", "unreadable image: {folder}/empty.jpg: not an image: it is empty", "Fix the source"),
         ("text.jpg", "unreadable image: {folder}/text.jpg: not an image: supported formats: ", "Fix the source"),
