@@ -114,7 +114,7 @@ def assert_no_more_kernels(large: Counts, small: Counts) -> None:
     assert large.kernels.total() <= small.kernels.total(), large.kernels - small.kernels
 
 
-# ---- the pretended GPU itself ----------------------------------------------------------------------------------------
+# ---- the pretended GPU itself ---------------------------------------------------------------------------------------
 
 
 def test_pretended_gpu_computes_the_values_of_the_cpu() -> None:
@@ -173,72 +173,7 @@ def test_pretended_gpu_runs_variable_length_attention() -> None:
         torch.testing.assert_close(actual.grad.cpu(), x.grad)
 
 
-# ---- no mixed devices on any path ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        [],
-        ["--tune.grad_cache=true", "--tune.gradient_checkpointing=true", "--tune.batch_tokens=64",
-         "--tune.matryoshka_dims=[8]", "--align.loss=sigmoid", "--align.micro_batch_size=2"],
-        ["--tune.lora_r=0", "--tune.precision=fp16", "--align.precision=fp16", "--align.gradient_checkpointing=true"],
-        ["--align.tower_lr=0", "--embed.dtype=int8", "--embed.precision=bf16", "--align.precision=fp32"],
-        ["--align.lora_r=4", "--align.load_best_at_end=true", "--align.eval_steps=1", "--embed.precision=bf16+1"],
-    ],
-    ids=["defaults", "sigmoid, caching", "fp16", "frozen tower, int8", "LoRA"],
-)  # fmt: skip
-def test_fit(options: list[str], image_folder: Path, llm: Path, vit: Path, tmp_path: Path) -> None:
-    command = ["fit", str(image_folder / "captions.jsonl"), "--out", str(tmp_path / "run"), "--encoder.path", str(llm)]
-    command += ["--tune.steps=2", "--tune.batch_size=4", "--align.tower", str(vit), "--align.embed_dim=12"]
-    command += ["--align.batch_size=4", "--align.epochs=0.3", "--align.workers=0"]
-    with pretended_gpu.count() as counts:
-        main([*command, *options])
-    assert counts.kernels.total() > 1000  # the run used the GPU
-    assert json.loads((tmp_path / "run/evaluate/trained.json").read_text())
-
-
-def test_index_and_search(model_folder: Path, photos: Path, tmp_path: Path) -> None:
-    index = str(tmp_path / "index")
-    with pretended_gpu.count() as counts:
-        main(["index", str(photos), "--model", str(model_folder), "--out", index, "--workers=0"])
-        main(["search", index, "red", "--images", str(photos / "1.png"), "--negative", "a dog"])
-    assert counts.kernels.total() > 0
-
-
-def test_serve(dual_encoder: DualEncoder, image_folder: Path, tmp_path: Path) -> None:
-    testclient = pytest.importorskip("starlette.testclient")
-    backend: SqliteBackend = make_index(tmp_path / "index", image_folder, dual_encoder)
-    app = create_patient_app(dual_encoder, backend)
-    with pretended_gpu.count() as counts, testclient.TestClient(app, base_url="http://localhost") as client:
-        response = client.post("/search", json={"texts": ["red"], "top": 3})
-    assert len(response.json()["hits"]) == 3
-    assert counts.kernels.total() > 0
-
-
-def test_evaluate(model_folder: Path, image_folder: Path, tmp_path: Path) -> None:
-    source = f"{image_folder / 'captions.jsonl'}@val"
-    with pretended_gpu.count() as counts:
-        main(["evaluate", str(model_folder), source, "--out", str(tmp_path)])
-    assert counts.kernels.total() > 0
-
-
-def test_regions_and_segmentation_equal_those_of_the_cpu(model_folder: Path, image_folder: Path) -> None:
-    results = []
-    masks = torch.zeros(2, 40, 48, dtype=torch.bool)
-    masks[0, 3:20, 5:9] = masks[1, 30] = True
-    for device in ("cpu", "cuda"):
-        model = LLM2CLIP.from_pretrained(model_folder, device)
-        image = image_folder / "0.png"
-        labels, scores = model.segment(image, ["red", ["green", "blue"]], return_scores=True)
-        assert torch.equal(labels, scores.argmax(0))
-        regions = (
-            model.encode_regions(image, [[1, 2, 20, 30], [0, 0, 47, 39]]),
-            model.encode_regions(image, masks=masks),
-        )
-        results.append((*regions, scores))
-    for expected, result in zip(*results, strict=True):
-        torch.testing.assert_close(result, expected, atol=1e-3, rtol=0)
+# ---- no mixed devices on any path, and the LLM in bf16 --------------------------------------------------------------
 
 
 @pytest.fixture
@@ -262,34 +197,81 @@ def assert_llm_is_in_bf16(calls: list[set[str]]) -> None:
     assert all(call in ({"cuda torch.bfloat16"}, {"cpu torch.float32"}) for call in calls), calls
 
 
-def test_fit_keeps_the_llm_in_bf16(
-    encoding_weights: list[set[str]], image_folder: Path, llm: Path, vit: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--tune.grad_cache=true", "--tune.gradient_checkpointing=true", "--tune.batch_tokens=64",
+         "--tune.matryoshka_dims=[8]", "--align.loss=sigmoid", "--align.micro_batch_size=2"],
+        ["--tune.lora_r=0", "--tune.precision=fp16", "--align.precision=fp16", "--align.gradient_checkpointing=true"],
+        ["--align.tower_lr=0", "--embed.dtype=int8", "--embed.precision=bf16", "--align.precision=fp32"],
+        ["--align.lora_r=4", "--align.load_best_at_end=true", "--align.eval_steps=1", "--embed.precision=bf16+1"],
+    ],
+    ids=["defaults", "sigmoid, caching", "fp16", "frozen tower, int8", "LoRA"],
+)  # fmt: skip
+def test_fit(
+    options: list[str], encoding_weights: list[set[str]], image_folder: Path, llm: Path, vit: Path, tmp_path: Path
 ) -> None:
     command = ["fit", str(image_folder / "captions.jsonl"), "--out", str(tmp_path / "run"), "--encoder.path", str(llm)]
-    command += ["--tune.steps=1", "--tune.batch_size=4", "--align.tower", str(vit), "--align.embed_dim=12"]
-    main([*command, "--align.batch_size=4", "--align.epochs=0.1", "--align.workers=0"])
+    command += ["--tune.steps=2", "--tune.batch_size=4", "--align.tower", str(vit), "--align.embed_dim=12"]
+    command += ["--align.batch_size=4", "--align.epochs=0.3", "--align.workers=0"]
+    with pretended_gpu.count() as counts:
+        main([*command, *options])
+    assert counts.kernels.total() > 1000  # the run used the GPU
+    assert json.loads((tmp_path / "run/evaluate/trained.json").read_text())
     assert (tmp_path / "run/tune/cra_tuned.json").is_file()
-    assert_llm_is_in_bf16(encoding_weights)
+    if not options:
+        assert_llm_is_in_bf16(encoding_weights)
 
 
-def test_search_keeps_the_llm_in_bf16(
-    encoding_weights: list[set[str]], model_folder: Path, photos: Path, tmp_path: Path
-) -> None:
+def test_index_and_search(encoding_weights: list[set[str]], model_folder: Path, photos: Path, tmp_path: Path) -> None:
     index = str(tmp_path / "index")
-    main(["index", str(photos), "--model", str(model_folder), "--out", index, "--workers=0"])
-    assert not encoding_weights  # an index does not need the caption encoder
-    main(["search", index, "red"])
+    with pretended_gpu.count() as counts:
+        main(["index", str(photos), "--model", str(model_folder), "--out", index, "--workers=0"])
+        assert not encoding_weights  # an index does not need the caption encoder
+        main(["search", index, "red", "--images", str(photos / "1.png"), "--negative", "a dog"])
+    assert counts.kernels.total() > 0
     assert_llm_is_in_bf16(encoding_weights)
+
+
+def test_serve(dual_encoder: DualEncoder, image_folder: Path, tmp_path: Path) -> None:
+    testclient = pytest.importorskip("starlette.testclient")
+    backend: SqliteBackend = make_index(tmp_path / "index", image_folder, dual_encoder)
+    app = create_patient_app(dual_encoder, backend)
+    with pretended_gpu.count() as counts, testclient.TestClient(app, base_url="http://localhost") as client:
+        response = client.post("/search", json={"texts": ["red"], "top": 3})
+    assert len(response.json()["hits"]) == 3
+    assert counts.kernels.total() > 0
 
 
 @pytest.mark.parametrize("captions", [False, True])
-def test_evaluate_keeps_the_llm_in_bf16(
+def test_evaluate(
     captions: bool, encoding_weights: list[set[str]], model_folder: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     source = f"{image_folder / 'captions.jsonl'}@val"
     arguments = ["--captions", source] if captions else [source]
-    main(["evaluate", str(model_folder), *arguments, "--out", str(tmp_path)])
+    with pretended_gpu.count() as counts:
+        main(["evaluate", str(model_folder), *arguments, "--out", str(tmp_path)])
+    assert counts.kernels.total() > 0
     assert_llm_is_in_bf16(encoding_weights)
+
+
+def test_regions_and_segmentation_equal_those_of_the_cpu(model_folder: Path, image_folder: Path) -> None:
+    results = []
+    masks = torch.zeros(2, 40, 48, dtype=torch.bool)
+    masks[0, 3:20, 5:9] = masks[1, 30] = True
+    for device in ("cpu", "cuda"):
+        model = LLM2CLIP.from_pretrained(model_folder, device)
+        image = image_folder / "0.png"
+        labels, scores = model.segment(image, ["red", ["green", "blue"]], return_scores=True)
+        assert torch.equal(labels, scores.argmax(0))
+        regions = (
+            model.encode_regions(image, [[1, 2, 20, 30], [0, 0, 47, 39]]),
+            model.encode_regions(image, masks=masks),
+        )
+        results.append((*regions, scores))
+    for expected, result in zip(*results, strict=True):
+        torch.testing.assert_close(result, expected, atol=1e-3, rtol=0)
 
 
 def test_vision_tower_encodes_in_bf16(model_folder: Path) -> None:
@@ -322,7 +304,7 @@ def test_llava_training(image_folder: Path, tmp_path: Path) -> None:
     assert counts.kernels.total() > 1000
 
 
-# ---- counts do not grow with the size of the input -------------------------------------------------------------------
+# ---- counts do not grow with the size of the input ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
@@ -434,7 +416,7 @@ def count_encode(encoder: CaptionEncoder, captions: list[str], precision: str = 
     return counts
 
 
-# ---- attention kernels -----------------------------------------------------------------------------------------------
+# ---- attention kernels ----------------------------------------------------------------------------------------------
 
 
 def test_encoding_uses_attention_kernels_without_a_mask(llm: Path) -> None:

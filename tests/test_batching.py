@@ -1,4 +1,4 @@
-"""Tests of the measurement of the fastest batch size."""
+"""Batches of texts of similar length, and the measurement of the fastest batch size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llm2clip.models.text import batching
-from llm2clip.models.text.batching import TokenizedTexts, default_encoding_tokens
+from llm2clip.models.text.batching import TokenizedTexts, default_encoding_tokens, length_batches
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 
 
@@ -66,3 +66,11 @@ def test_tokens_per_second_times_batches_of_all_lengths(
 )
 def test_default_encoding_tokens_limits_the_memory_of_large_llms(device: str, hidden_size: int, tokens: int) -> None:
     assert default_encoding_tokens(torch.device(device), hidden_size) == tokens
+
+
+def test_length_batches_cover_all_rows_within_max_tokens() -> None:
+    lengths = torch.randint(1, 60, (200,)).tolist()
+    batches = list(length_batches(lengths, 128))
+    assert sorted(r for b in batches for r in b) == list(range(200))
+    assert all(len(b) * max(lengths[r] for r in b) <= 128 for b in batches)
+    assert list(length_batches([500], 128)) == [[0]]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llm2clip.cli.checks import ENCODERS, check_pretrained, check_sources, resolve_encoder, resolve_model
-from llm2clip.models.hub.assets import ASSETS
+from llm2clip.models.hub.pretrained import ASSETS
 
 WRONG_PATHS = (
     (["search", "nowhere", "x"], "nowhere is not an index"),

@@ -431,7 +431,7 @@ def test_load_official_downloads_only_the_needed_files(tmp_path: Path, monkeypat
         patterns.extend(allow_patterns)
         return str(folder)
 
-    monkeypatch.setattr("llm2clip.models.hub.model_names.find_hub_problem", lambda: "")
+    monkeypatch.setattr("llm2clip.models.hub.loading.find_hub_problem", lambda: "")
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name: repository)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     load_official_checkpoint("microsoft/LLM2CLIP-Openai-B-16")
@@ -444,7 +444,7 @@ def test_load_official_reports_missing_checkpoints(tmp_path: Path, monkeypatch: 
 
         raise HTTPError("no network")
 
-    monkeypatch.setattr("llm2clip.models.hub.model_names.find_hub_problem", lambda: "")
+    monkeypatch.setattr("llm2clip.models.hub.loading.find_hub_problem", lambda: "")
     monkeypatch.setattr("huggingface_hub.list_repo_files", offline)
     with pytest.raises(FileNotFoundError, match="no/such-model"):
         load_official_checkpoint("no/such-model")

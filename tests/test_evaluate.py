@@ -23,7 +23,7 @@ from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.embeddings import PrecomputedEmbeddings
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
-from llm2clip.models.hub.model_names import display_names
+from llm2clip.models.hub.loading import display_names
 from test_benchmarks import write
 from test_dual_encoder import clip as clip  # the fixture
 

@@ -1,9 +1,10 @@
-"""Inheritance of a CLIP model's embedding space, on tiny random models of each library."""
+"""Inheritance of a CLIP model's embedding space and logits, on tiny random models of each library."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.hub.fingerprint import hash_weights
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.pretrained_clip import visual_projection
+from llm2clip.models.pretrained_clip import read_pretrained_logits, visual_projection
 from llm2clip.models.text.clip_text_encoder import load_clip_text_encoder
 from llm2clip.stages import align
 from llm2clip.store.layout import caption_keys
@@ -255,3 +256,68 @@ def test_inherit_flag_parses_as_bool_or_name() -> None:
     ):
         args = parser.parse_args(["fit", "a.jsonl", "--out", "r", "--align.inherit", value]).fit
         assert args.align.inherit == expected and isinstance(args.align.inherit, type(expected))
+
+
+# ---- logit scale and bias -------------------------------------------------------------------------------------------
+
+
+def save_clip(folder: Path, kind: str, scale: float) -> str:
+    """Save a transformers model with this logit scale and, for SigLIP, a logit bias of -16.5."""
+    make_model(folder, kind)
+    model = AutoModel.from_pretrained(folder)
+    torch.nn.init.constant_(model.logit_scale, math.log(scale))
+    if kind == "siglip":
+        torch.nn.init.constant_(model.logit_bias, -16.5)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_logit_scale_of_a_clip_checkpoint_is_inherited(store: EmbeddingStore, tmp_path: Path) -> None:
+    clip = save_clip(tmp_path / "clip", "clip", 80)
+    assert read_pretrained_logits(clip) == (pytest.approx(80, rel=1e-6), None)
+    *_, scale, bias = new_model(config_for(clip, inherit=False, logit_scale="inherit"), store)()
+    assert scale.item() == pytest.approx(80, rel=1e-5) and bias.item() == 0
+    AutoModel.from_pretrained(clip).save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+    assert (tmp_path / "shards/model.safetensors.index.json").is_file()
+    assert read_pretrained_logits(str(tmp_path / "shards"))[0] == pytest.approx(80, rel=1e-6)
+
+
+def test_siglip_scale_is_clamped_and_its_bias_is_inherited_with_the_sigmoid_loss(
+    store: EmbeddingStore, tmp_path: Path
+) -> None:
+    config = config_for(save_clip(tmp_path, "siglip", 112.7), inherit=False, logit_scale="inherit")
+    *_, scale, bias = new_model(dataclasses.replace(config, loss="sigmoid"), store)()
+    assert (scale.item(), bias.item()) == (pytest.approx(100, rel=1e-5), -16.5)
+    assert new_model(config, store).logit_bias is None
+
+
+def test_logit_scale_of_a_timm_tower_is_read_from_the_open_clip_file(tmp_path: Path) -> None:
+    config = {"architecture": "test_vit", "num_classes": 0, "pretrained_cfg": {"input_size": [3, 160, 160]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"visual.trunk.norm.weight": torch.ones(4)}, tmp_path / "model.safetensors")
+    save_file({"logit_scale": torch.tensor(math.log(50.0))}, tmp_path / "open_clip_model.safetensors")
+    assert read_pretrained_logits(f"timm:{tmp_path}")[0] == pytest.approx(50, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["folder", "test_vit", "no_such_model"])
+def test_tower_without_logit_scale_is_an_error_that_suggests_a_number(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="contains no logit scale"):
+        read_pretrained_logits(str(make_tower(tmp_path, "test_vit")) if name == "folder" else name)
+
+
+@pytest.mark.parametrize(
+    ("loss", "setting", "expected"),
+    [("infonce", None, 1 / 0.07), ("sigmoid", None, 10), ("infonce", 30.0, 30), ("sigmoid", 100, 100)],
+)
+def test_logit_scale_setting(
+    loss: str, setting: float | None, expected: float, tower: Path, store: EmbeddingStore
+) -> None:
+    *_, scale, bias = new_model(config_for(str(tower), inherit=False, loss=loss, logit_scale=setting), store)()
+    assert scale.item() == pytest.approx(expected, rel=1e-5)
+    assert bias.item() == (-10 if loss == "sigmoid" else 0)
+
+
+@pytest.mark.parametrize("value", [0.5, 101])
+def test_logit_scale_out_of_range_is_an_error(value: float) -> None:
+    with pytest.raises(ValueError, match="must be between 1 and 100"):
+        AlignConfig(logit_scale=value)

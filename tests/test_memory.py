@@ -22,11 +22,11 @@ from torch.utils._pytree import tree_leaves
 from conftest import make_llm
 from llm2clip.config import AlignConfig, EncoderConfig, TuneConfig
 from llm2clip.cpu_tuning import onednn_is_faster
+from llm2clip.models.precision import cast_linear_weights
 from llm2clip.models.text import packing
 from llm2clip.models.text.batching import TokenizedTexts, default_encoding_tokens
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.lora import cast_frozen_linear
-from llm2clip.models.text.mixed_precision import cast_linear_weights
 from llm2clip.models.text.packing import PACKED
 from llm2clip.tools.plan.costs import TextCosts, measure_image_costs, measure_text_costs
 from llm2clip.tools.plan.devices import Machine

@@ -12,12 +12,16 @@ from huggingface_hub import constants
 from llm2clip.cli import main
 from llm2clip.models.convert.load import load_official_checkpoint
 from llm2clip.models.dual_encoder import open_dual_encoder
-from llm2clip.models.hub.loading import load_config
-from llm2clip.models.hub.model_names import check_model_source, find_hub_problem, is_hub_id
+from llm2clip.models.hub.loading import (
+    check_model_source,
+    find_hub_problem,
+    is_hub_id,
+    load_config,
+    read_config,
+)
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.clip_text_encoder import load_clip_text_encoder
-from llm2clip.models.text.sentence_transformer import read_config
 from llm2clip.models.vision.vision_tower import VisionTower
 
 PATHS = (

@@ -1,17 +1,24 @@
-"""Packed batches and packed attention: model inputs, pooling, gradients, and the memory of the backward pass."""
+"""Packed attention: model inputs, pooling, gradients, memory, and the single kernel for all captions on GPUs."""
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from sentence_transformers.sentence_transformer.modules import Pooling
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModel
 
-from llm2clip.models.text.packing import pack_captions, packed_attention, remove_prompts
+from llm2clip.models.text import packing
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.text.packing import can_pack, pack_captions, packed_attention, remove_prompts, unfused_attention
 
 HEADS, KEY_HEADS, HEAD_DIM = 4, 2, 8
+LENGTHS = [5, 5, 3, 1, 1, 4]
 
 
 def random_qkv(length: int) -> list[torch.Tensor]:
@@ -24,8 +31,16 @@ def random_qkv(length: int) -> list[torch.Tensor]:
 def attend(qkv: list[torch.Tensor], lengths: list[int], **options: Any) -> torch.Tensor:
     module = torch.nn.Module()
     module.num_key_value_groups = HEADS // KEY_HEADS  # type: ignore[assignment]
-    output, _ = packed_attention(module, *qkv, attention_mask=None, caption_lengths=lengths, **options)
+    boundaries = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    options |= {"caption_lengths": lengths, "cu_seq_lens_q": boundaries, "max_length_q": max(lengths)}
+    output, _ = packed_attention(module, *qkv, attention_mask=None, **options)
     return output
+
+
+def with_gradients(output: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the output, and the gradients of a random linear function of the output."""
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+    return [output, *torch.autograd.grad((output * weights).sum(), inputs)]
 
 
 @pytest.mark.parametrize("window", [None, 2])
@@ -34,15 +49,11 @@ def test_packed_attention_gradients_match_captions_alone(causal: bool, window: i
     lengths = [5, 5, 0, 3, 1, 1, 4]
     options = {"is_causal": causal, "sliding_window": window}
     packed, alone = random_qkv(sum(lengths)), random_qkv(sum(lengths))
-    output = attend(packed, lengths, **options)
     parts = zip(*(x.split(lengths, dim=2) for x in alone), strict=True)
     expected = torch.cat([attend(list(qkv), [qkv[0].shape[2]], **options) for qkv in parts if qkv[0].shape[2]], dim=1)
-    torch.testing.assert_close(output, expected)
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
-    (output * weights).sum().backward()
-    (expected * weights).sum().backward()
-    for x, y in zip(packed, alone, strict=True):
-        torch.testing.assert_close(x.grad, y.grad)
+    results = with_gradients(attend(packed, lengths, **options), packed)
+    for result, reference in zip(results, with_gradients(expected, alone), strict=True):
+        torch.testing.assert_close(result, reference)
 
 
 class CountElements(TorchDispatchMode):
@@ -75,6 +86,30 @@ def test_packed_attention_backward_is_linear_in_number_of_lengths() -> None:
     assert elements_per_token(64) < 1.5 * elements_per_token(1)
 
 
+@pytest.mark.parametrize("scaling", [None, 0.3])
+@pytest.mark.parametrize("length", [1, 2, 7])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_unfused_attention_matches_its_definition(
+    masked: bool, causal: bool, length: int, scaling: float | None
+) -> None:
+    """Compare with the definition in float64: 6 query heads, 2 key heads, values of another dimension."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, heads, length, dim) for heads, dim in ((6, 8), (2, 8), (2, 5)))
+    full = torch.ones(length, length, dtype=torch.bool)
+    allowed = torch.eye(length, dtype=torch.bool) | (torch.rand(length, length) < 0.5) if masked else full
+    mask = allowed[None, None] if masked else None
+    output = unfused_attention(q, k, v, mask, causal, scaling)
+    assert output.shape == (3, length, 6, 5)
+    visible = allowed.tril() if causal and not masked else allowed
+    for head in range(6):
+        scores = (scaling or 8**-0.5) * q[:, head].double() @ k[:, head // 3].double().transpose(1, 2)
+        weights = (scores.exp() * visible) / (scores.exp() * visible).sum(-1, keepdim=True)
+        assert torch.allclose(output[:, :, head].double(), weights @ v[:, head // 3].double(), atol=1e-6)
+    low = unfused_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask, causal, scaling)
+    assert low.dtype == torch.bfloat16
+
+
 def test_pack_captions_inputs() -> None:
     batch = pack_captions([[5, 6, 7], [8], [9, 10]], "packed", torch.device("cpu"))
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10]]
@@ -95,3 +130,172 @@ def test_pooling_without_prompts_equals_sentence_transformers(prompt_length: int
     remove_prompts(batch)
     assert "prompt_length" not in batch
     assert torch.equal(pooling(batch)["sentence_embedding"], expected)
+
+
+@pytest.mark.parametrize(
+    "change", [{"layer_types": ["chunked_attention"] * 3}, {"use_bidirectional_attention": True}, {"is_causal": None}]
+)
+def test_can_pack_rejects_unsupported_attention(llm: Path, change: dict) -> None:
+    model = AutoModel.from_pretrained(llm)
+    model.config.is_causal = False
+    assert can_pack(model)
+    for name, value in change.items():
+        setattr(model.config, name, value)
+    assert not can_pack(model)
+
+
+def test_packed_attention_without_caption_lengths_fails(encoder: CaptionEncoder) -> None:
+    features = encoder.collate(encoder.tokenize(["a dog", "two cats"]).ids)
+    del features["caption_lengths"]
+    with pytest.raises(ValueError, match="would attend to each other"):
+        encoder.st(features)
+
+
+# ---- varlen_attn ----------------------------------------------------------------------------------------------------
+
+
+def reference_varlen_attn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Attention as PyTorch documents `varlen_attn`: (T, heads, D) in and out, (earlier, later) tokens, -1 for all."""
+    assert cu_seq_q.dtype == torch.int32 and max_q == max_k == int(cu_seq_q.diff().max())
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    repeats = query.shape[1] // key.shape[1]
+    outputs = []
+    for start, stop in zip(cu_seq_q[:-1].tolist(), cu_seq_q[1:].tolist(), strict=True):
+        q = query[start:stop]
+        k, v = (x[start:stop].repeat_interleave(repeats, dim=1) for x in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * (scale or q.shape[-1] ** -0.5)
+        later = torch.arange(stop - start) - torch.arange(stop - start)[:, None]  # key position - query position
+        before, after = (stop - start if size == -1 else size for size in window_size)
+        scores = scores.masked_fill((later > after) | (-later > before), -torch.inf)
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("scaling", [None, 0.3])
+@pytest.mark.parametrize("window", [None, 1, 2])
+@pytest.mark.parametrize("causal", [False, True])
+def test_varlen_attention_computes_packed_attention(
+    causal: bool, window: int | None, scaling: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"is_causal": causal, "sliding_window": window, "scaling": scaling}
+    qkv = random_qkv(sum(LENGTHS))
+    expected = with_gradients(attend(qkv, LENGTHS, **options), qkv)
+    monkeypatch.setattr(packing, "load_varlen_attn", lambda: reference_varlen_attn)
+    monkeypatch.setattr(packing, "can_use_varlen", lambda query, key, dropout: True)
+    for result, reference in zip(with_gradients(attend(qkv, LENGTHS, **options), qkv), expected, strict=True):
+        torch.testing.assert_close(result, reference)
+
+
+def test_encode_with_varlen_attention_equals_packed_attention(
+    encoder: CaptionEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model passes everything on that the kernel needs."""
+    texts = ["a dog", "two cats in the snow", "a boat"]
+    expected = encoder.encode(texts)
+    calls = []
+
+    def record(*args: Any, **options: Any) -> torch.Tensor:
+        calls.append(options)
+        return reference_varlen_attn(*args, **options)
+
+    monkeypatch.setattr(packing, "load_varlen_attn", lambda: record)
+    monkeypatch.setattr(packing, "can_use_varlen", lambda query, key, dropout: True)
+    torch.testing.assert_close(encoder.encode(texts), expected)
+    assert len(calls) == 3  # one per layer
+
+
+def test_can_use_varlen_requires_16_bits_and_a_kernel_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors on the GPU are fake."""
+
+    def can_use(dtype: Any = torch.bfloat16, head_dim: int = 64, device: str = "cuda", dropout: float = 0.0) -> bool:
+        with FakeTensorMode():
+            query = torch.empty(1, 4, 6, head_dim, dtype=dtype, device=device)
+            return packing.can_use_varlen(query, query, dropout)
+
+    monkeypatch.setattr(packing, "load_varlen_attn", lambda: reference_varlen_attn)
+    monkeypatch.setattr(packing, "has_flash_hardware", lambda device: True)
+    monkeypatch.setattr(packing, "matches_sdpa", lambda *args: True)
+    assert can_use() and can_use(torch.float16) and can_use(head_dim=256)
+    assert not can_use(torch.float32)
+    assert not can_use(device="cpu")
+    assert not can_use(dropout=0.1)
+    assert not can_use(head_dim=36) and not can_use(head_dim=264)
+    for name, result in (("load_varlen_attn", None), ("has_flash_hardware", False), ("matches_sdpa", False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(packing, name, lambda *args, result=result: result)
+            assert not can_use()
+
+
+def test_varlen_dtype_is_the_autocast_dtype() -> None:
+    """Under autocast, rotary embeddings return fp32 queries. With bf16+N, the first layers run without autocast."""
+    query = torch.empty(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert packing.varlen_dtype(query) == torch.bfloat16
+        with torch.autocast("cpu", enabled=False):
+            assert packing.varlen_dtype(query) == torch.float32
+    assert packing.varlen_dtype(query.half()) == torch.float16
+
+
+def test_has_flash_hardware_from_ampere(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, capability, expected in (
+        ("12.8", (7, 5), False),
+        ("12.8", (8, 0), True),
+        ("12.8", (9, 0), True),
+        (None, (9, 0), False),  # AMD GPUs, and builds for CPUs
+    ):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, result=capability: result)
+        assert packing.has_flash_hardware(torch.device("cuda")) == expected
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_matches_sdpa_compares_outputs_and_gradients(inference: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check() -> bool:
+        packing.matches_sdpa.cache_clear()
+        with torch.inference_mode(inference):
+            return packing.matches_sdpa(torch.device("cpu"), torch.bfloat16, HEADS, KEY_HEADS, HEAD_DIM)
+
+    def fail(*args: Any, **options: Any) -> torch.Tensor:
+        raise RuntimeError("no kernel image is available\nmore")
+
+    kernels = {
+        "gives wrong results": lambda *args, **options: reference_varlen_attn(*args, **options) + 1,
+        "": lambda *args, **options: reference_varlen_attn(*args, **options).detach() + 0 * args[0],
+        r"fails \(no kernel image is available\)": fail,
+    }
+    try:
+        monkeypatch.setattr(packing, "load_varlen_attn", lambda: reference_varlen_attn)
+        assert check()
+        for message, kernel in kernels.items():
+            monkeypatch.setattr(packing, "load_varlen_attn", lambda kernel=kernel: kernel)
+            with pytest.warns(UserWarning, match=f"varlen_attn {message}.*slower attention"):
+                assert not check()
+    finally:
+        packing.matches_sdpa.cache_clear()
+
+
+def test_installed_varlen_attn_accepts_these_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the device `meta`, PyTorch's own function computes shapes and dtypes only."""
+    kernel = packing.load_varlen_attn()
+    if kernel is None:
+        pytest.skip("this version of PyTorch has no suitable varlen_attn")
+    expected = set(inspect.signature(reference_varlen_attn).parameters)
+    assert expected <= set(inspect.signature(kernel).parameters)
+    monkeypatch.setattr(packing, "varlen_dtype", lambda query: torch.bfloat16)  # as under autocast, which needs a GPU
+    query = torch.empty(1, HEADS, sum(LENGTHS), HEAD_DIM, device="meta")
+    key = torch.empty(1, KEY_HEADS, sum(LENGTHS), HEAD_DIM, device="meta", dtype=torch.bfloat16)
+    boundaries = torch.empty(len(LENGTHS) + 1, dtype=torch.int32, device="meta")
+    output = packing.varlen_attention(query, key, key, boundaries, max(LENGTHS), is_causal=False)
+    assert output.shape == (1, sum(LENGTHS), HEADS, HEAD_DIM) and output.dtype == torch.bfloat16

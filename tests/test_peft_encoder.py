@@ -110,7 +110,7 @@ def test_find_adapter_downloads_a_subfolder_of_a_repository(
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    monkeypatch.setattr("llm2clip.models.hub.model_names.find_hub_problem", lambda: "")
+    monkeypatch.setattr("llm2clip.models.hub.loading.find_hub_problem", lambda: "")
     assert find_adapter(LLAMA_3_1_8B) == tmp_path / subfolder
     assert find_adapter(Path("weights.pt")) is None and find_adapter("C:\\weights\\model.pt") is None
 

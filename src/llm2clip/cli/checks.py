@@ -8,11 +8,15 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from llm2clip.models.hub.model_names import is_hub_id
+from llm2clip.models.hub.loading import is_hub_id
 
 # Prefixes of model names (see `models/dual_encoder.py` and `models/vision/vision_tower.py`).
 PREFIXES = ("open_clip:", "timm:", "st:", "hf:")
-ENCODERS = ("smollm2-135m", "all-minilm-l6-v2", "gemma3-270m")  # names of caption encoders in `models/hub/assets.py`
+ENCODERS = (
+    "smollm2-135m",
+    "all-minilm-l6-v2",
+    "gemma3-270m",
+)  # names of caption encoders in `models/hub/pretrained.py`
 
 
 def check_sources(*groups: Iterable[str] | None) -> None:

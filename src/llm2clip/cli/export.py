@@ -158,7 +158,7 @@ def _push(args: Namespace) -> list[str]:
     from huggingface_hub.errors import HTTPError
 
     from llm2clip.models.export.model_card import render_model_card
-    from llm2clip.models.hub.model_names import find_hub_problem
+    from llm2clip.models.hub.loading import find_hub_problem
 
     folder = Path(args.model)
     if not any((folder / name).is_file() for name in ("config.json", "open_clip_config.json", "text.onnx")):

@@ -25,7 +25,7 @@ from llm2clip.models.dual_encoder import SENTENCE_TRANSFORMERS_PREFIX
 from llm2clip.models.hub.pretrained import resolve_pretrained
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import is_model_folder
-from llm2clip.models.precision import load_for_evaluation
+from llm2clip.models.text.caption_encoder import load_for_evaluation
 from llm2clip.models.text.clip_text_encoder import has_text_tower, load_clip_text_encoder
 from llm2clip.runs.ranks import process_state
 

@@ -28,7 +28,7 @@ from llm2clip.evaluate.retrieval_eval import retrieval_difference
 from llm2clip.evaluate.short_queries import score_short_queries
 from llm2clip.html_report import BAD, Block, Code, Details, Paragraph, to_markdown, write_report
 from llm2clip.io_utils import MissingFileError, atomic_write_text, safe_name
-from llm2clip.models.hub.model_names import display_names
+from llm2clip.models.hub.loading import display_names
 from llm2clip.models.prompts import QueryTemplates, check_templates
 from llm2clip.models.vision.dense import DENSE_VARIANTS
 from llm2clip.runs.output_folder import to_plain_types

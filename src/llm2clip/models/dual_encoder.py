@@ -24,8 +24,12 @@ from torchvision.transforms.v2.functional import to_pil_image
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.transforms import EvalTransform, Preprocess
 from llm2clip.models.hub.fingerprint import hash_weights
-from llm2clip.models.hub.loading import WITHOUT_HUB_CODE, explain_remote_code_error, hide_loading_bars
-from llm2clip.models.hub.model_names import check_model_source
+from llm2clip.models.hub.loading import (
+    WITHOUT_HUB_CODE,
+    check_model_source,
+    explain_remote_code_error,
+    hide_loading_bars,
+)
 from llm2clip.models.llm2clip import LLM2CLIP, MAX_LOGIT_SCALE
 from llm2clip.models.model_folder import is_model_folder
 from llm2clip.models.precision import CALIBRATED, Stage, resolve_precision
@@ -115,15 +119,20 @@ def open_dual_encoder(
     if name.startswith(OPEN_CLIP_PREFIX):
         return _open_open_clip(name, device)
     if is_model_folder(name) or not has_text_tower(name, trust_remote_code):
-        return _open_llm2clip(name, device, precision)
+        model = LLM2CLIP.from_pretrained(name, device)
+        if model.has_encoder and precision not in (None, "fp32"):
+            precision = model.load_encoder(precision)
+        return from_llm2clip(model, name, precision)
     return _open_transformers(name, device, trust_remote_code)
 
 
 def from_llm2clip(model: LLM2CLIP, name: str, precision: str | None = None) -> DualEncoder:
     """Switch an LLM2CLIP model to eval mode and wrap it in a `DualEncoder`.
 
+    The caption encoder is loaded on first use.
+
     Args:
-        model: model on its device. Its caption encoder is loaded on first use.
+        model: model on its device.
         name: `DualEncoder.name`.
         precision: precision of the caption encoder, as in `CaptionEncoder.encode`. `auto` selects the precision of the
             `serve` stage (see `models/precision.py`). Default: the precision of the `evaluate` stage. On GPUs with
@@ -173,13 +182,6 @@ def _try_build_dense_encoder(
         return build_dense_encoder(tower, project, bf16)
     except ValueError:
         return None
-
-
-def _open_llm2clip(name: str, device: torch.device, precision: str | None) -> DualEncoder:
-    model = LLM2CLIP.from_pretrained(name, device)
-    if model.has_encoder and precision not in (None, "fp32"):
-        precision = model.load_encoder(precision)
-    return from_llm2clip(model, name, precision)
 
 
 @hide_loading_bars()
@@ -255,8 +257,8 @@ def _build_open_clip_dense_encoder(visual: Any, cfg: dict[str, Any], device: tor
         mean=tuple(cfg["mean"]),
         std=tuple(cfg["std"]),
     )
-    config = {"library": "timm", "architecture": type(trunk).__name__, "preprocess": preprocess.to_dict()}
-    tower = VisionTower(trunk, config | {"args": {"img_size": size}}).to(device).eval()
+    config = {"library": "timm", "architecture": type(trunk).__name__, "args": {"img_size": size}}
+    tower = VisionTower(trunk, config | {"preprocess": preprocess.to_dict()}).to(device).eval()
     return _try_build_dense_encoder(tower, visual.head)
 
 
@@ -267,23 +269,21 @@ def _wrap_text_encoder(
     encode_images: Callable[[list[Any]], Tensor],
     dense: DenseEncoder | None = None,
 ) -> DualEncoder:
+    def get_logit_scale() -> float | None:
+        logarithm = getattr(text_encoder.model, "logit_scale", None)
+        return float(logarithm.detach().exp()) if isinstance(logarithm, Tensor) else None
+
     return DualEncoder(
         name=name,
         embed_dim=text_encoder.embed_dim,
-        identity=partial(_compute_identity, name, text_encoder.model),
+        identity=lambda: {"name": name, "weights": hash_weights(text_encoder.model)},
         transform=transform,
         encode_images_raw=encode_images,
         encode_texts_raw=lambda texts, progress: text_encoder.encode(texts, progress=progress),
         count_truncated=text_encoder.count_truncated,
         dense=dense,
-        logit_scale=partial(_get_logit_scale, text_encoder.model),
+        logit_scale=get_logit_scale,
     )
-
-
-def _get_logit_scale(model: Any) -> float | None:
-    """Return the learned factor for the cosine similarities, of which CLIP and SigLIP models store the logarithm."""
-    logarithm = getattr(model, "logit_scale", None)
-    return float(logarithm.detach().exp()) if isinstance(logarithm, Tensor) else None
 
 
 @hide_loading_bars()
@@ -315,15 +315,11 @@ def _load_sentence_transformer(name: str, device: torch.device, trust_remote_cod
     return DualEncoder(
         name=name,
         embed_dim=encode(["a"]).shape[-1],
-        identity=partial(_compute_identity, name, model),
+        identity=lambda: {"name": name, "weights": hash_weights(model)},
         transform=to_pil_image,
         encode_images_raw=encode,
         encode_texts_raw=encode,
     )
-
-
-def _compute_identity(name: str, model: nn.Module) -> dict[str, Any]:
-    return {"name": name, "weights": hash_weights(model)}
 
 
 # The transforms are module-level functions, so that they can be pickled and sent to the decoding processes.

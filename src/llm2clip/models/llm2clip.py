@@ -1,8 +1,4 @@
-"""LLM2CLIP model: a vision tower and a caption encoder with a shared embedding space.
-
-`dense_methods.py` contains the methods for dense features, regions and segmentation, and `export/model_card.py` writes
-model cards.
-"""
+"""LLM2CLIP model: a vision tower and a caption encoder with a shared embedding space."""
 
 from __future__ import annotations
 
@@ -32,7 +28,7 @@ from llm2clip.models.heads import Adapter, build_projection
 from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.models.hub.loading import read_safetensors
 from llm2clip.models.model_folder import FORMAT_VERSION, LLM2CLIPConfig, find_model_folder, is_model_folder
-from llm2clip.models.precision import CALIBRATED, Stage, calibrate_for_device, resolve_precision
+from llm2clip.models.precision import CALIBRATED, Stage, calibrate_precision, resolve_precision
 from llm2clip.models.prompts import average_prompts, build_query_prompts, check_templates, fill_templates
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
@@ -92,15 +88,13 @@ class LLM2CLIP(DenseMethods, nn.Module):
             pixels: images of shape (N, 3, S, S), uint8.
             embeddings: unnormalised caption embeddings of shape (M, text_dim).
             features: precomputed tower features of shape (N, feature_dim), to use instead of `pixels`.
-            return_features: if True, also return the tower's features.
+            return_features: if True, also return the unnormalised tower features as a fifth item.
 
         Returns:
-            (image embeddings, text embeddings, logit scale, logit bias), and with `return_features` a fifth item: the
-            unnormalised tower features of shape (N, feature_dim). The embeddings are L2-normalised, of shape
+            (image embeddings, text embeddings, logit scale, logit bias). The embeddings are L2-normalised, of shape
             (N, embed_dim) and (M, embed_dim), float32, or None if there are no images or no texts. The logit scale
-            multiplies the cosine similarities, and the logit bias is added to them; both are float32 scalars. In
-            training mode, the logit scale is clamped to 100. In eval mode, it is not clamped, because some official
-            checkpoints have a larger logit scale.
+            multiplies the cosine similarities, and the logit bias is added to them; both are float32 scalars. The logit
+            scale is clamped to 100 only in training mode, because some official checkpoints have a larger one.
         """
         if pixels is not None:
             features = self.tower(pixels)
@@ -114,11 +108,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     @torch.no_grad()
     def set_logits(self, scale: float, bias: float | None = None) -> None:
-        """Set the initial logit scale and logit bias for training.
-
-        `scale` multiplies the cosine similarities and is clamped to 100. The logit bias is not changed if `bias` is
-        None or if the model has no logit bias.
-        """
+        """Set the logit scale, which is clamped to 100, and the logit bias if the model has one and `bias` is given."""
         self.logit_scale.fill_(math.log(scale))
         self.clamp_logit_scale()
         if bias is not None and self.logit_bias is not None:
@@ -166,24 +156,21 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
         Returns:
             The precision, with `auto` resolved.
-
-        Raises:
-            ValueError: see `encoder`.
         """
         encoder = self._encoder[0] if self._encoder else self._open_encoder("cpu")
         precision = resolve_precision(stage, precision, self.device)
         if precision == CALIBRATED:
-            precision = self._calibrate_precision(encoder)
+            trained_with = str(self.config.encoder.get("precision", ""))
+            if not encoder.has_full_precision:
+                precision = encoder.weights_precision
+            elif trained_with.startswith("bf16"):
+                precision = trained_with
+            else:
+                precision = calibrate_precision(encoder, self.device)
         if not self._encoder:
             encoder.move_for_encoding(self.device, precision)
             self._encoder.append(encoder)
         return precision
-
-    def _calibrate_precision(self, encoder: CaptionEncoder) -> str:
-        if not encoder.has_full_precision:
-            return encoder.weights_precision
-        trained_with = str(self.config.encoder.get("precision", ""))
-        return trained_with if trained_with.startswith("bf16") else calibrate_for_device(encoder, self.device)
 
     def _open_encoder(self, device: torch.device | str) -> CaptionEncoder:
         if self._text_folder is None:
@@ -196,11 +183,10 @@ class LLM2CLIP(DenseMethods, nn.Module):
         return encoder
 
     def set_encoder(self, encoder: CaptionEncoder) -> None:
-        """Set the caption encoder. It must be the encoder with which the adapter was trained.
+        """Set the caption encoder.
 
         Raises:
-            ValueError: the encoder's embeddings do not have dimension `text_dim`, or the model's config specifies that
-                the adapter was trained with a different encoder.
+            ValueError: the adapter was trained with a different encoder.
         """
         self._check_dimension(encoder, "the caption encoder")
         trained_with, identity = self.config.encoder, encoder.identity()
@@ -285,12 +271,8 @@ class LLM2CLIP(DenseMethods, nn.Module):
         """Encode search queries as L2-normalised float32 embeddings of shape (N, embed_dim), on the CPU.
 
         As in `llm2clip search`, the embedding of a short query is the normalised mean over the query itself and the
-        model's query templates (`config.query_templates`). Longer queries are encoded as in `encode_text`.
-
-        Args:
-            queries: one query or a list of N queries.
-            progress: if True, show a progress bar.
-            precision: precision of the caption encoder, as in `CaptionEncoder.encode`.
+        model's query templates (`config.query_templates`). For longer queries and the other arguments, see
+        `encode_text`.
         """
         texts = [queries] if isinstance(queries, str) else list(queries)
         prompts, counts = build_query_prompts(texts, self.config.query_templates)

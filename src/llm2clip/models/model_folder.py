@@ -19,7 +19,7 @@ from typing import Any
 from llm2clip.data.image_hashes import TRAINING_IMAGES_FILE
 from llm2clip.io_utils import atomic_write_text, read_json_object
 from llm2clip.models.heads import AdapterConfig
-from llm2clip.models.hub.model_names import check_model_source
+from llm2clip.models.hub.loading import check_model_source
 from llm2clip.models.prompts import LITERAL, QueryTemplates
 
 # Files to download from the hub: configs, weights, tokenizers and model cards, but no pickles and no code.
@@ -29,7 +29,7 @@ FORMAT_VERSION = 1  # version of the layout of model folders
 
 @dataclass
 class LLM2CLIPConfig:
-    """Architecture of a model: everything that is needed to build the model except the weights.
+    """Architecture of a model.
 
     Attributes:
         tower: vision tower config (`VisionTower.config`).

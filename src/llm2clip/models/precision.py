@@ -1,50 +1,37 @@
-"""Choice of the numerical precision for each stage and device, and calibration of the encoding precision.
+"""Numerical precision: its choice for each stage and device, calibration for encoding, and encoding in bf16.
 
-If a stage's precision setting is `auto`, the device determines the precision:
-
-stage      GPU with bf16   CPU with bf16   all other devices
-tune       bf16            bf16            fp32
-embed      calibrated      calibrated      fp32
-align      bf16            fp32            fp32
-evaluate   calibrated      fp32            fp32
-serve      calibrated      calibrated      fp32
-
-"With bf16" means that the hardware multiplies bf16 matrices: NVIDIA GPUs of the Ampere generation and later, and CPUs
-with AMX or AVX-512 bf16 instructions. `align` and `evaluate` run in fp32 on all CPUs, so that their results do not
-depend on the CPU. `serve` is the search server.
-
-"Calibrated" means the fastest precision in which the caption encoder is accurate enough. In some layers of an LLM, the
-MLP's output for a few tokens is a thousand times larger than for all other tokens (massive activations, arXiv
-2402.17762). This happens to tokens whose hidden state exceeds a threshold. In an untuned LLM with bidirectional
-attention, many tokens are close to the threshold, so such a layer amplifies the rounding errors of all earlier layers.
-Layer 11 of untuned SmolLM2-135M is an example. The minimum cosine similarity between the bf16 and fp32 embeddings of 48
-captions is
-
-- 0.984 with all 30 layers in bf16;
-- 0.984 with layers 0 to 11 in bf16 and layers 12 to 29 in fp32;
-- 0.9999 with layers 0 to 11 in fp32 and layers 12 to 29 in bf16;
-- 0.9999 with all layers in bf16 if the model has causal attention or has been tuned.
-
-The number of first layers that must stay in fp32 is therefore measured once per encoder, on a fixed set of captions.
+In some layers of an LLM, the MLP's output for a few tokens is a thousand times larger than for all other tokens
+(massive activations, arXiv 2402.17762). This happens to tokens whose hidden state exceeds a threshold. In an untuned
+LLM with bidirectional attention, many tokens are close to the threshold, so such a layer amplifies the rounding errors
+of all earlier layers. Layer 11 of untuned SmolLM2-135M is an example. The minimum cosine similarity between the bf16
+and fp32 embeddings of 48 captions is 0.984, even if only layers 0 to 11 run in bf16. It is 0.9999 with layers 0 to 11
+in fp32, with causal attention, and after tuning. The number of first layers that must stay in fp32 is therefore
+measured once per encoder, on a fixed set of captions.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from llm2clip.config import Stage
-from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.models.text.llm_layers import get_layers, set_layers
+from llm2clip.cpu_tuning import float32_matmul_precision
+from llm2clip.models.text.sentence_transformer import get_layers, set_layers
 
-CALIBRATED = "calibrated"
-# Precision of each stage on GPUs and CPUs that support bf16.
+if TYPE_CHECKING:
+    from llm2clip.models.text.caption_encoder import CaptionEncoder
+
+CALIBRATED = "calibrated"  # the fastest precision in which the caption encoder is accurate enough
+# Precision of each stage on devices whose hardware multiplies bf16 matrices, if the stage's setting is `auto`. On all
+# other devices, it is fp32. On CPUs, `align` and `evaluate` always run in fp32, so that their results do not depend on
+# the CPU. `serve` is the search server.
 AUTO_PRECISION: dict[Stage, dict[str, str]] = {
     "tune": {"cuda": "bf16", "cpu": "bf16"},
     "embed": {"cuda": CALIBRATED, "cpu": CALIBRATED},
@@ -64,13 +51,12 @@ def resolve_precision(stage: Stage, setting: str, device: torch.device) -> str:
     """Return the precision of a stage, without measuring anything.
 
     Args:
-        stage: row of the table at the top of this module. Multimodal LLMs use the row of `tune`.
+        stage: key of `AUTO_PRECISION`. Multimodal LLMs use `tune`.
         setting: the user's setting. Any value except `auto` is returned unchanged.
         device: device on which the stage runs.
 
     Returns:
-        For `auto`, the entry of the table: fp32, bf16, or `CALIBRATED`, which `resolve_encoder_precision` replaces with
-        the measured precision.
+        For `auto`, fp32, bf16, or `CALIBRATED`, which `resolve_encoder_precision` replaces with the measured precision.
     """
     if setting != "auto":
         return setting
@@ -78,63 +64,40 @@ def resolve_precision(stage: Stage, setting: str, device: torch.device) -> str:
 
 
 def auto_precision(stage: Stage, device_type: str, has_bf16: bool) -> str:
-    """Look up a stage and a device type (cuda, cpu, ...) in the table at the top of this module."""
+    """Look up a stage and a device type (cuda, cpu, ...) in `AUTO_PRECISION`."""
     return AUTO_PRECISION[stage].get(device_type, "fp32") if has_bf16 else "fp32"
 
 
 def has_bf16_hardware(device: torch.device) -> bool:
-    """Return True for GPUs with native bf16 support, and for CPUs with AMX or AVX-512 bf16 instructions."""
+    """Return True for NVIDIA GPUs since the Ampere generation, and for CPUs with AMX or AVX-512 bf16 instructions."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     get_capabilities: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
     return device.type == "cpu" and any(get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
 
 
-def resolve_encoder_precision(
-    stage: Stage, setting: str, encoder: CaptionEncoder, device: torch.device | None = None
-) -> str:
-    """Return the precision in which a stage runs a caption encoder: fp32, bf16 or bf16+N. Calibrate it if necessary.
+def resolve_encoder_precision(stage: Stage, encoder: CaptionEncoder, device: torch.device) -> str:
+    """Return the precision (fp32, bf16 or bf16+N) in which a stage runs an encoder if the setting is `auto`.
 
-    Args:
-        stage: row of the table at the top of this module.
-        setting: the user's setting. Any value except `auto` is returned unchanged.
-        encoder: encoder with fp32 weights.
-        device: device on which the encoder will run. Default: the encoder's device.
+    The encoder must have fp32 weights. `device` is the device on which it will run.
     """
-    device = device or encoder.device
-    precision = resolve_precision(stage, setting, device)
-    return calibrate_for_device(encoder, device) if precision == CALIBRATED else precision
+    precision = resolve_precision(stage, "auto", device)
+    return calibrate_precision(encoder, device) if precision == CALIBRATED else precision
 
 
-def load_for_evaluation(path: str | Path, device: torch.device, **options: Any) -> CaptionEncoder:
-    """Load a caption encoder on a device, with only the weights required for encoding in the precision of `evaluate`.
-
-    See `CaptionEncoder.move_for_encoding`. `options` are passed to `CaptionEncoder.from_pretrained`.
-    """
-    encoder = CaptionEncoder.from_pretrained(path, device="cpu", **options)
-    encoder.move_for_encoding(device, resolve_encoder_precision("evaluate", "auto", encoder, device))
-    return encoder
-
-
-def calibrate_for_device(encoder: CaptionEncoder, device: torch.device) -> str:
-    """Measure the fastest precision that is accurate enough on a device. See `calibrate_precision`.
-
-    If the encoder is on the CPU and the device is a GPU, layers are moved to the GPU one at a time, because the fp32
-    weights may not fit in GPU memory.
-    """
-    if device.type == encoder.device.type:
-        return calibrate_precision(encoder)
-    with layers_offloaded(encoder, device):
-        return calibrate_precision(encoder)
-
-
-def calibrate_precision(encoder: CaptionEncoder) -> str:
-    """Measure the fastest precision that is accurate enough on the encoder's device.
+def calibrate_precision(encoder: CaptionEncoder, device: torch.device | None = None) -> str:
+    """Measure the fastest precision that is accurate enough on a device (default: the encoder's device).
 
     Return `bf16` if it is accurate enough, otherwise `bf16+N` with the smallest sufficient N, or `fp32` if no N is
     sufficient. A precision is accurate enough if the embedding of every calibration caption has a cosine similarity of
     at least 0.999 to its fp32 embedding.
+
+    If the encoder is on the CPU and the device is a GPU, layers are moved to the GPU one at a time, because the fp32
+    weights may not fit in GPU memory.
     """
+    if device is not None and device.type != encoder.device.type:
+        with layers_offloaded(encoder, device):
+            return calibrate_precision(encoder)
     exact = encoder.encode(CALIBRATION_CAPTIONS)
 
     def is_accurate_enough(precision: str) -> bool:
@@ -181,24 +144,77 @@ def layers_offloaded(encoder: CaptionEncoder, device: torch.device) -> Iterator[
 
 
 def _move_layer(layer: nn.Module, device: torch.device | str) -> None:
-    """Move a layer. As a forward hook, this function returns None so that inputs and outputs are not changed."""
+    """Move a layer, and return None, so that a forward hook does not change inputs and outputs."""
     layer.to(device)
 
 
-@contextmanager
-def tf32_matmul() -> Iterator[None]:
+def tf32_matmul() -> AbstractContextManager[None]:
     """Use TF32 for float32 matmuls on NVIDIA GPUs inside the `with` block. Without a GPU, nothing changes.
 
     TF32 rounds the inputs of a matmul to the precision of float16 and accumulates the products in float32, which is
     several times faster. PyTorch uses TF32 for convolutions by default. Losses and similarities need full precision,
     because the differences between similarities are small.
     """
-    if not torch.cuda.is_available():
+    return float32_matmul_precision("high") if torch.cuda.is_available() else nullcontext()
+
+
+# ---- encoding in bf16, with the first layers in fp32 ----------------------------------------------------------------
+
+
+def parse_precision(precision: str) -> tuple[bool, int]:
+    """Return (False, 0) for `fp32`, (True, 0) for `bf16`, and (True, N) for `bf16+N`. N is the number of fp32 layers.
+
+    Raises:
+        ValueError: `precision` has another form.
+    """
+    match = re.fullmatch(r"fp32|bf16(?:\+(\d+))?", precision)
+    if match is None:
+        raise ValueError(f"precision must be fp32, bf16, or bf16+N with the first N layers in fp32 (got {precision!r})")
+    return precision != "fp32", int(match[1] or 0)
+
+
+def cast_linear_weights(llm: nn.Module, precision: str) -> None:
+    """Cast the weights of a transformers model that are used only in bf16 matmuls to bf16, in place.
+
+    Autocast would cast these weights before every matmul, so the embeddings are bit-identical. Norms and token
+    embeddings stay in fp32, as do the first N layers with bf16+N, and weights that linear layers share with other types
+    of layers, such as tied token embeddings. The rounding cannot be undone.
+    """
+    is_bf16, fp32_layer_count = parse_precision(precision)
+    if not is_bf16:
+        return
+    fp32_parameters = {parameter for layer in get_layers(llm)[:fp32_layer_count] for parameter in layer.parameters()}
+    # Skip subclasses of Linear, which may use their weights for something other than a matmul.
+    linear_layers = [module for module in llm.modules() if type(module) is nn.Linear]
+    for module in llm.modules():
+        if type(module) is not nn.Linear:
+            fp32_parameters.update(module.parameters(recurse=False))
+    for layer in linear_layers:
+        if fp32_parameters.isdisjoint(layer.parameters()):
+            layer.to(torch.bfloat16)
+
+
+@contextmanager
+def autocast_precision(llm: Any, device: torch.device, precision: str) -> Iterator[None]:
+    """Run a transformers model in `precision` (see `parse_precision`) inside the `with` block."""
+    is_bf16, fp32_layer_count = parse_precision(precision)
+    if not is_bf16:
         yield
         return
-    previous = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+    fp32_layers = get_layers(llm)[:fp32_layer_count]
+    for layer in fp32_layers:
+        layer.forward = _disable_autocast(layer.forward, device)
     try:
-        yield
+        with torch.autocast(device.type, torch.bfloat16):
+            yield
     finally:
-        torch.set_float32_matmul_precision(previous)
+        for layer in fp32_layers:
+            del layer.forward
+
+
+def _disable_autocast(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device.type, enabled=False):
+            return forward(*args, **kwargs)
+
+    return run

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from llm2clip.models.convert.checkpoint_io import read_weight_map
+from llm2clip.models.hub.loading import find_file
 from llm2clip.models.hub.pretrained import resolve_pretrained
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import LLM2CLIPConfig
@@ -227,19 +228,3 @@ def find_hub_id_or_folder(tower: str) -> str:
     except RuntimeError:
         return name
     return config.hf_hub_id if config is not None and config.hf_hub_id else name
-
-
-def find_file(source: str, name: str) -> Path | None:
-    """Return the path of a file in a folder or hub repository, or None. The file is downloaded if necessary."""
-    from transformers.utils import cached_file
-
-    if not Path(source).is_dir() and source.count("/") != 1:
-        return None
-    file = cached_file(
-        source,
-        name,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return None if file is None else Path(file)

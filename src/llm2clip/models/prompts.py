@@ -21,12 +21,7 @@ MAX_TEMPLATE_WORDS, MAX_TEMPLATE_CHARACTERS = 3, 50
 
 
 def check_templates(templates: Sequence[str], name: str = "templates") -> None:
-    """Raise ValueError if a template has no placeholder for the text.
-
-    Args:
-        templates: Prompt templates.
-        name: Name of the argument or flag, for the error message.
-    """
+    """Raise ValueError if a template has no placeholder. The message contains `name`, the argument or flag."""
     for n, template in enumerate(templates):
         if PLACEHOLDER not in template:
             raise ValueError(

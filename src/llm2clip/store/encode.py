@@ -92,7 +92,7 @@ def resolve_store_precision(
         return precision
     if (folder / MANIFEST).is_file():
         return str(read_manifest(folder)["identity"]["precision"])
-    resolve = partial(resolve_encoder_precision, "embed", "auto", encoder, device)
+    resolve = partial(resolve_encoder_precision, "embed", encoder, device or encoder.device)
     return str(cached_json(folder / "precision.json", resolve))
 
 

@@ -13,7 +13,6 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
-from typing import Literal
 
 from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, EvaluateConfig, FitConfig, TuneConfig
 from llm2clip.data.images import load_thumbnail
@@ -58,9 +57,8 @@ def quickstart(out: Path, offline: bool = False, hub: bool = False) -> list[str]
         print_once(f"This run is complete. Delete {out} to start over.")
         return _format_last_lines(out)
 
-    source: Literal["hub", "packages"] = "hub" if hub else "packages"
-    llm = resolve_pretrained("smollm2-135m", source=source, offline=offline)
-    tower = resolve_pretrained("efficientnet-lite0", source=source, offline=offline)
+    llm = resolve_pretrained("smollm2-135m", hub=hub, offline=offline)
+    tower = resolve_pretrained("efficientnet-lite0", hub=hub, offline=offline)
     emoji = prepare_emoji_records(offline=offline)
     data = out / "data" / "captions.jsonl"
     with process_state().main_process_first():

@@ -39,9 +39,9 @@ from llm2clip.io_utils import atomic_dir
 from llm2clip.models.precision import DTYPES, resolve_precision
 from llm2clip.models.text.batching import TokenizedTexts, default_batch_tokens
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.models.text.llm_layers import get_layers
 from llm2clip.models.text.lora import LoraSession, check_qlora_available
 from llm2clip.models.text.packing import copy_to_device
+from llm2clip.models.text.sentence_transformer import get_layers
 from llm2clip.runs.checkpoint import Checkpoints, TrainingLog, hash_texts
 from llm2clip.runs.fsdp import (
     empty_copy,

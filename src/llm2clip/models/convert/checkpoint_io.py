@@ -16,8 +16,7 @@ import torch
 
 from llm2clip.data.transforms import Preprocess
 from llm2clip.io_utils import DataFormatError, describe_error, read_json_object
-from llm2clip.models.hub.loading import read_safetensors
-from llm2clip.models.hub.model_names import check_model_source
+from llm2clip.models.hub.loading import check_model_source, read_safetensors
 
 WEIGHT_FILES = (
     "model.safetensors",

@@ -18,9 +18,10 @@ from sentence_transformers.base.modules import Normalize
 from torch import Tensor, nn
 
 from llm2clip.models.convert.checkpoint_io import read_checkpoint
+from llm2clip.models.hub.loading import read_config
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.latent_attention import LatentAttentionPooling
-from llm2clip.models.text.sentence_transformer import NV_EMBED, read_config
+from llm2clip.models.text.sentence_transformer import NV_EMBED
 
 _LLM_PREFIX = "embedding_model."
 _POOLING_PREFIX = "latent_attention_model."

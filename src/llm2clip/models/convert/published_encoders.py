@@ -21,7 +21,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
 from llm2clip.io_utils import read_json
-from llm2clip.models.hub.model_names import check_model_source
+from llm2clip.models.hub.loading import check_model_source
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.sentence_transformer import ADAPTER_CONFIG
 

@@ -1,4 +1,7 @@
-"""Helpers to load models without running code from a model folder, and without irrelevant messages.
+"""Loading of models by name, without long retries, without code from a model folder, and without irrelevant messages.
+
+A library would look up a mistyped path on the hub, and retry for a minute if the machine is offline. Therefore, call
+`check_model_source` before passing a name to a library.
 
 A model folder may come from an untrusted source. It can contain Python code, as Jina-CLIP does, and its config can name
 code on the hub: the package `kernels` downloads and runs attention implementations with names such as `OWNER/NAME`, and
@@ -9,16 +12,21 @@ model, and `WITHOUT_HUB_CODE` to every SentenceTransformer, so that only the use
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from llm2clip.io_utils import read_json
 
-from llm2clip.models.hub.model_names import check_model_source
-
+TIMEOUT = 5  # for reaching the hub, in seconds
+_HUB_ID = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9][\w.-]*", re.ASCII | re.IGNORECASE)
+_FILE_SUFFIXES = (
+    *(".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".gguf", ".onnx", ".npz", ".npy", ".pkl"),
+    *(".json", ".jsonl", ".yaml", ".yml", ".txt", ".csv", ".zip", ".tar", ".gz"),
+)
 # Arguments of `from_pretrained` that override the arguments saved in a sentence-transformers folder. They apply to the
 # configs of all parts of the model.
 WITHOUT_HUB_CODE: dict[str, Any] = {
@@ -29,6 +37,83 @@ WITHOUT_HUB_CODE: dict[str, Any] = {
     "kernel_config": None,
     "trust_remote_code": False,
 }
+
+
+# ---- model names ----------------------------------------------------------------------------------------------------
+
+
+def is_hub_id(name: str) -> bool:
+    """Return True if a name has the form OWNER/NAME and does not end with the suffix of a weight or data file."""
+    return _HUB_ID.fullmatch(name) is not None and not name.lower().endswith(_FILE_SUFFIXES)
+
+
+def check_model_source(source: str | Path) -> None:
+    """Check that a model is a local file or folder, or that it can be looked up on the hub or in the hub's cache.
+
+    If the hub cannot be reached, huggingface_hub is switched to offline mode, in which it does not retry.
+
+    Raises:
+        FileNotFoundError: The source does not exist and is not a hub id, or it is a hub id, but the hub cannot be
+            reached and the model is not in the cache.
+    """
+    name = str(source)
+    if Path(name).exists():
+        return
+    if not is_hub_id(name):
+        raise FileNotFoundError(f"{name} is neither a folder nor a file, and it is not a hub id (OWNER/NAME)")
+    problem = find_hub_problem()
+    if problem and not _is_cached(name):
+        raise FileNotFoundError(f"{name} is neither a folder nor a model in the hub's cache, and {problem}")
+
+
+@lru_cache(maxsize=1)
+def find_hub_problem() -> str:
+    """Return the reason why the hub cannot be used, or an empty string. Each process sends only one request."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return "the hub is not used in offline mode (HF_HUB_OFFLINE)"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
+    except Exception as error:  # the HTTP library depends on the version of huggingface_hub
+        constants.HF_HUB_OFFLINE = True
+        return f"the hub cannot be reached ({constants.ENDPOINT}: {error})"
+    return ""
+
+
+def _is_cached(hub_id: str) -> bool:
+    from huggingface_hub import constants
+
+    return (Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}").is_dir()
+
+
+def display_names(models: Sequence[str]) -> list[str]:
+    """Return a short, unique name for each model, in the same order.
+
+    Existing paths are shortened to their last component, and RUN/model and RUN/encoder to the folder name of RUN. Hub
+    ids are not shortened. If two short names are equal, no name is shortened. If a model is listed repeatedly, the
+    repetitions are numbered, e.g. "NAME (2)".
+    """
+    names = [_shorten_name(model) for model in models]
+    if len(set(names)) < len(names):
+        names = list(models)
+    unique_names = []
+    for n, name in enumerate(names):
+        earlier = names[:n].count(name)
+        unique_names.append(f"{name} ({earlier + 1})" if earlier else name)
+    return unique_names
+
+
+def _shorten_name(model: str) -> str:
+    path = Path(model)
+    if not path.exists():
+        return model
+    folder = path.resolve()
+    name = folder.parent.name if path.name in ("model", "encoder") else folder.name
+    return name or model
+
+
+# ---- configs and weights --------------------------------------------------------------------------------------------
 
 
 def load_config(source: str | Path, **kwargs: Any) -> Any:
@@ -76,12 +161,47 @@ def _remove_code_entries(config: Any) -> Any:
     return config
 
 
+def find_file(source: str | Path, name: str, subfolder: str = "") -> Path | None:
+    """Return the path of a file in a folder or hub repository, or None. The file is downloaded if necessary."""
+    from transformers.utils import cached_file
+
+    if Path(source).is_file():
+        return None
+    try:
+        check_model_source(source)
+        file = cached_file(
+            str(source),
+            name,
+            subfolder=subfolder,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:  # neither a folder nor a hub id, or the hub cannot be reached
+        return None
+    return None if file is None else Path(file)
+
+
+def read_config(source: str | Path, subfolder: str = "") -> dict[str, Any]:
+    """Return the contents of a model's config.json, or an empty dict if there is no such file.
+
+    Args:
+        source: folder or hub id.
+        subfolder: subfolder that contains the file.
+    """
+    file = find_file(source, "config.json", subfolder)
+    return {} if file is None else dict(read_json(file))
+
+
 def read_safetensors(path: Path) -> dict[str, Any]:
     """Load a safetensors file.
 
     Raises:
         ValueError: the file is damaged.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -126,11 +246,14 @@ def hide_load_report() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def has_remote_code(path: str) -> bool:
+def requires_remote_code(path: str, trust_remote_code: bool) -> bool:
     """Return True if loading a transformers model requires the Python code in its folder or hub repository.
 
     The code is not run. The result is False if the model does not exist or if transformers has a class for the model's
     type.
+
+    Raises:
+        ValueError: the code is required, but `trust_remote_code` is False.
     """
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 
@@ -139,13 +262,10 @@ def has_remote_code(path: str) -> bool:
     except (OSError, ValueError):  # not a transformers model; the loading function will report the error
         return False
     code_classes = config.get("auto_map") or {}
-    return "AutoModel" in code_classes and config.get("model_type") not in CONFIG_MAPPING
-
-
-def check_remote_code_is_allowed(path: str, trust_remote_code: bool) -> None:
-    """Raise ValueError if a transformers model comes with Python code that the user has not allowed to run."""
-    if not trust_remote_code and has_remote_code(path):
-        raise ValueError(_format_not_allowed_message(path))
+    is_required = "AutoModel" in code_classes and config.get("model_type") not in CONFIG_MAPPING
+    if is_required and not trust_remote_code:
+        raise _not_allowed_error(path)
+    return is_required
 
 
 @contextmanager
@@ -156,11 +276,11 @@ def explain_remote_code_error(path: str) -> Iterator[None]:
     except ValueError as error:
         if "trust_remote_code=True" not in str(error):
             raise
-        raise ValueError(_format_not_allowed_message(path)) from error
+        raise _not_allowed_error(path) from error
 
 
-def _format_not_allowed_message(path: str) -> str:
-    return (
+def _not_allowed_error(path: str) -> ValueError:
+    return ValueError(
         f"{path} comes with Python code, which is not run by default. If you trust its authors, pass "
         "--trust_remote_code (in Python: trust_remote_code=True)"
     )

@@ -63,14 +63,10 @@ class TokenizedTexts:
 
 
 def length_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Group texts of similar length into batches; yield the text indices of each batch.
+    """Group texts of similar length, given in tokens, into batches; yield the text indices of each batch.
 
     A batch has at most `max_tokens` tokens, including padding. A text longer than `max_tokens` forms a batch by itself.
     The longest texts come first, so that an out-of-memory error occurs in the first batch rather than late in a run.
-
-    Args:
-        lengths: number of tokens of each text.
-        max_tokens: maximum number of tokens per batch.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0
@@ -112,21 +108,15 @@ def tokens_per_second(encoder: CaptionEncoder, tokens: TokenizedTexts, batch_tok
     captions and the batches at 1/6, 3/6 and 5/6. The sample is representative, because all batches have about the same
     number of tokens.
     """
-    batches = [rows for _, rows in tokens.batches(batch_tokens)]
-    sample = [batches[i] for i in sorted({0, *(len(batches) * n // 6 for n in (1, 3, 5))})]
-    _time_batch(encoder, tokens, sample[0], batch_tokens, precision)  # warm-up
+    all_rows = [rows for _, rows in tokens.batches(batch_tokens)]
+    indices = sorted({0, *(len(all_rows) * n // 6 for n in (1, 3, 5))})
     token_count, seconds = 0, 0.0
-    for rows in sample:
-        seconds += _time_batch(encoder, tokens, rows, batch_tokens, precision)
-        token_count += sum(len(tokens.ids[row]) for row in rows)
+    for n, i in enumerate([0, *indices]):  # the first call is a warm-up
+        rows = all_rows[i]
+        batch = TokenizedTexts([tokens.ids[row] for row in rows], [], [tokens.prompt_lengths[row] for row in rows])
+        start = time.perf_counter()
+        encoder.encode(batch, batch_tokens=batch_tokens, precision=precision)
+        if n > 0:
+            seconds += time.perf_counter() - start
+            token_count += sum(map(len, batch.ids))
     return token_count / seconds
-
-
-def _time_batch(
-    encoder: CaptionEncoder, tokens: TokenizedTexts, rows: list[int], batch_tokens: int, precision: str
-) -> float:
-    """Encode the captions in `rows` as one batch. Return the elapsed time in seconds."""
-    batch = TokenizedTexts([tokens.ids[row] for row in rows], [], [tokens.prompt_lengths[row] for row in rows])
-    start = time.perf_counter()
-    encoder.encode(batch, batch_tokens=batch_tokens, precision=precision)
-    return time.perf_counter() - start

@@ -23,30 +23,32 @@ from llm2clip.data.texts import check_texts
 from llm2clip.models.hub.fingerprint import hash_text, hash_weights
 from llm2clip.models.hub.loading import hide_loading_bars
 from llm2clip.models.hub.pretrained import resolve_gguf, resolve_pretrained
+from llm2clip.models.precision import (
+    autocast_precision,
+    cast_linear_weights,
+    parse_precision,
+    resolve_encoder_precision,
+)
 from llm2clip.models.text.batching import TokenizedTexts, default_encoding_tokens
 from llm2clip.models.text.latent_attention import LatentAttentionPooling
-from llm2clip.models.text.llm_layers import is_encoder_only, set_bidirectional, truncate_layers
-from llm2clip.models.text.mixed_precision import autocast_precision, cast_linear_weights, parse_precision
 from llm2clip.models.text.packing import PACKED, can_pack, copy_to_device, pack_captions, remove_prompts
 from llm2clip.models.text.sentence_transformer import (
     has_consistent_length,
+    is_encoder_only,
     open_sentence_transformer,
     prompt_length,
+    set_bidirectional,
     set_template,
     truncate_embeddings,
+    truncate_layers,
 )
 from llm2clip.progress import ProgressBar
 
 MAX_EMBEDDINGS_ON_DEVICE = 8192  # number of accumulated embeddings after which they are copied to the CPU
-# Entries of the LLM's config that do not affect its output, and entries that `identity` contains separately.
+# Entries of the LLM's config that do not affect its output, and is_causal, which `identity` contains separately.
 _CONFIG_WITHOUT_EFFECT = (
-    "_name_or_path",
-    "transformers_version",
-    "architectures",
-    "dtype",
-    "torch_dtype",
-    "use_cache",
-    "is_causal",
+    *("_name_or_path", "transformers_version", "architectures"),
+    *("dtype", "torch_dtype", "use_cache", "is_causal"),
 )
 
 
@@ -154,9 +156,7 @@ class CaptionEncoder(nn.Module):
     @property
     def embed_dim(self) -> int:
         """Dimension of the embeddings."""
-        dim = self.st.get_embedding_dimension()
-        assert dim is not None
-        return dim
+        return int(self.st.get_embedding_dimension())
 
     @property
     def device(self) -> torch.device:
@@ -211,7 +211,7 @@ class CaptionEncoder(nn.Module):
         return len(self.tokenize(captions).truncated)
 
     def prompt_length(self, prompt: str) -> int:
-        """Return the number of tokens before the caption (see `sentence_transformer.prompt_length`)."""
+        """Count the tokens before a caption (see `sentence_transformer.prompt_length`), with a cache."""
         if prompt not in self._prompt_lengths:
             self._prompt_lengths[prompt] = prompt_length(self.tokenizer, prompt)
         return self._prompt_lengths[prompt]
@@ -233,15 +233,13 @@ class CaptionEncoder(nn.Module):
     def collate(self, ids: Sequence[Sequence[int]], prompt_length: int | None = None) -> dict[str, Any]:
         """Build the model inputs for a batch.
 
+        For `packed` and flash attention, the inputs form a single row without padding (see `pack_captions`). For all
+        other attention implementations, they are the padded input_ids and attention_mask of shape (B, T), int64.
+
         Args:
             ids: token ids of B captions, from `tokenize`.
             prompt_length: number of leading tokens of each caption that are excluded from pooling. Default: the length
                 of the template's prefix.
-
-        Returns:
-            A dict of model inputs. For `packed` and flash attention, it contains a single row without padding (see
-            `pack_captions`). For all other attention implementations, it contains the padded input_ids and
-            attention_mask of shape (B, T), int64. It also contains prompt_length if this is not 0.
         """
         if self.attention == PACKED or "flash" in self.attention:
             batch = pack_captions(ids, self.attention, self.device)
@@ -372,10 +370,10 @@ class CaptionEncoder(nn.Module):
         self._check_weights("fp32")
         return {
             "weights": hash_weights(self.st),
-            "tokenizer": hash_text(_serialize_tokenizer(self.tokenizer.backend_tokenizer)),
+            "tokenizer": hash_text(_serialize_tokenizer(self.tokenizer)),
             "bidirectional": not getattr(self.llm.config, "is_causal", not is_encoder_only(self.llm)),
             "layers": self.llm.config.num_hidden_layers,
-            "config": hash_text(json.dumps(_read_effective_config(self.llm), sort_keys=True)),
+            "config": hash_text(_serialize_config(self.llm.config)),
             "header": self.prefix,
             "modules": [type(m).__name__ for m in self.st],
             "pooling": self.st[1].get_config_dict(),
@@ -394,6 +392,16 @@ class CaptionEncoder(nn.Module):
         self.st.save_pretrained(str(folder), create_model_card=False)
 
 
+def load_for_evaluation(path: str | Path, device: torch.device, **options: Any) -> CaptionEncoder:
+    """Load a caption encoder on a device, with only the weights required for encoding in the precision of `evaluate`.
+
+    `options` are passed to `CaptionEncoder.from_pretrained`.
+    """
+    encoder = CaptionEncoder.from_pretrained(path, device="cpu", **options)
+    encoder.move_for_encoding(device, resolve_encoder_precision("evaluate", encoder, device))
+    return encoder
+
+
 def _move_to_cpu(on_device: list[tuple[list[int], Tensor]], embeddings: Tensor) -> None:
     """Copy the embeddings in `on_device` to their rows of `embeddings` on the CPU, and clear `on_device`.
 
@@ -405,15 +413,13 @@ def _move_to_cpu(on_device: list[tuple[list[int], Tensor]], embeddings: Tensor) 
         on_device.clear()
 
 
-def _read_effective_config(llm: Any) -> dict[str, Any]:
-    """Return the entries of the LLM's config that affect its output and are not already part of `identity`."""
-    config: dict[str, Any] = json.loads(llm.config.to_json_string(use_diff=False))
-    return {name: value for name, value in config.items() if name not in _CONFIG_WITHOUT_EFFECT}
+def _serialize_config(config: Any) -> str:
+    """Serialise the entries of the LLM's config that affect its output and are not already part of `identity`."""
+    values = json.loads(config.to_json_string(use_diff=False))
+    return json.dumps({k: v for k, v in values.items() if k not in _CONFIG_WITHOUT_EFFECT}, sort_keys=True)
 
 
 def _serialize_tokenizer(tokenizer: Any) -> str:
-    """Serialise a tokenizer as JSON, without padding and truncation settings, which tokenizer calls may change."""
-    state = json.loads(tokenizer.to_str())
-    state.pop("padding", None)
-    state.pop("truncation", None)
-    return json.dumps(state, sort_keys=True)
+    """Serialise a tokenizer without the settings for padding and truncation, which tokenizer calls may change."""
+    values = json.loads(tokenizer.backend_tokenizer.to_str())
+    return json.dumps({k: v for k, v in values.items() if k not in ("padding", "truncation")}, sort_keys=True)

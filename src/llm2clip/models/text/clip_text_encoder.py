@@ -2,13 +2,13 @@
 
 The supported models are transformers models of the types in `_TEXT_INPUTS`, models that come with their own code
 (Jina-CLIP) and, if open_clip is installed, open_clip models. Texts that exceed the context length are truncated, as
-usual for these models. `ClipTextEncoder.count_truncated` counts such texts.
+usual for these models.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,7 @@ from torch import Tensor
 
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.io_utils import install_command
-from llm2clip.models.hub.loading import check_remote_code_is_allowed, has_remote_code, hide_loading_bars, load_config
-from llm2clip.models.hub.model_names import check_model_source
+from llm2clip.models.hub.loading import check_model_source, hide_loading_bars, load_config, requires_remote_code
 from llm2clip.progress import ProgressBar
 
 OPEN_CLIP_PREFIX = "open_clip:"
@@ -62,50 +61,38 @@ _UNSUITABLE_TYPES = {
     "aimv2": "in transformers, its embedding of a text depends on the padding",
     "blip": "its checkpoints compare images and texts with a cross-attention model (use another model)",
     "blip_2": "it embeds an image as 32 vectors instead of one",
-    "clap": "it encodes audio, not images",
-    "clipseg": "it is a segmentation model; use the CLIP model that it is based on",
-    "clvp": "it encodes speech, not images",
     "flava": "its image features are one vector per patch",
-    "owlv2": "it is a detection model; use the CLIP model that it is based on",
-    "owlvit": "it is a detection model; use the CLIP model that it is based on",
-    "pe_video": "it encodes videos, not images",
-    "sam3": "it is a segmentation model",
-    "sam3_lite_text": "it is a segmentation model",
-    "videoprism": "it encodes videos, not images",
-    "x_clip": "it encodes videos, not images",
+    **dict.fromkeys(("clap", "clvp"), "it encodes audio, not images"),
+    **dict.fromkeys(("pe_video", "videoprism", "x_clip"), "it encodes videos, not images"),
+    **dict.fromkeys(("owlv2", "owlvit"), "it is a detection model; use the CLIP model that it is based on"),
+    **dict.fromkeys(("sam3", "sam3_lite_text"), "it is a segmentation model"),
+    "clipseg": "it is a segmentation model; use the CLIP model that it is based on",
 }
 
 
+@dataclass
 class ClipTextEncoder:
     """Text tower of a CLIP model.
 
     Attributes:
         model: the complete CLIP model, with both towers.
         context_length: maximum text length in tokens, or None if only the model's own code defines it.
-        embed_dim: dimension of the embeddings.
         tokenize: function that truncates N texts to the context length and returns a dict of model inputs.
+        forward: function that takes the outputs of `tokenize` as keyword arguments and returns embeddings of shape
+            (N, embed_dim).
+        count_tokens: function that counts the tokens of a text before truncation, or None if this is not possible.
+        embed_dim: dimension of the embeddings.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        context_length: int | None,
-        tokenize: Callable[[list[str]], dict[str, Any]],
-        forward: Callable[..., Tensor],
-        token_count: Callable[[str], int] | None,
-    ) -> None:
-        """Wrap a loaded CLIP model.
+    model: Any
+    context_length: int | None
+    tokenize: Callable[[list[str]], dict[str, Any]]
+    forward: Callable[..., Tensor]
+    count_tokens: Callable[[str], int] | None
+    embed_dim: int = field(init=False)
 
-        Args:
-            model: the complete CLIP model, with both towers.
-            context_length: maximum text length in tokens, or None if unknown.
-            tokenize: function that truncates N texts to the context length and returns a dict of model inputs.
-            forward: function that takes the outputs of `tokenize` as keyword arguments and returns embeddings of shape
-                (N, embed_dim).
-            token_count: function that counts the tokens of a text before truncation, or None if this is not possible.
-        """
-        self.model, self.context_length = model, context_length
-        self.tokenize, self._forward, self._token_count = tokenize, forward, token_count
+    def __post_init__(self) -> None:
+        """Encode a text to find out the dimension of the embeddings."""
         with torch.inference_mode():
             self.embed_dim = self._embed(["a"]).shape[-1]
 
@@ -124,47 +111,38 @@ class ClipTextEncoder:
         """Encode a batch of texts on the current device of `model`, which may have been moved after loading."""
         batch = self.tokenize(texts)
         device = next(self.model.parameters()).device
-        return self._forward(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+        return self.forward(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
 
     def count_truncated(self, captions: Sequence[str]) -> int | None:
         """Count the texts that are truncated to the context length. Return None if the number cannot be determined."""
-        if self._token_count is None or self.context_length is None:
+        if self.count_tokens is None or self.context_length is None:
             return None
-        return sum(self._token_count(caption) > self.context_length for caption in captions)
+        return sum(self.count_tokens(caption) > self.context_length for caption in captions)
 
 
 def has_text_tower(path: str, trust_remote_code: bool = False) -> bool:
     """Return True if `path` names an open_clip model or a transformers model with image and text towers.
 
-    Args:
-        path: model name, as for `load_clip_text_encoder`.
-        trust_remote_code: if True, run the Python code that comes with a model.
+    For the arguments, see `load_clip_text_encoder`.
 
     Raises:
         ValueError: the model comes with its own code, and `trust_remote_code` is False.
     """
-    from transformers import MODEL_MAPPING
+    from transformers import MODEL_MAPPING, PreTrainedConfig
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     if path.startswith(OPEN_CLIP_PREFIX):
         return True
     check_model_source(path)
-    check_remote_code_is_allowed(path, trust_remote_code)
-    if has_remote_code(path):
-        return _remote_class_has_text_tower(path)
+    if requires_remote_code(path, trust_remote_code):
+        raw_config, _ = PreTrainedConfig.get_config_dict(path)
+        model_class = get_class_from_dynamic_module(raw_config["auto_map"]["AutoModel"], path)
+        return hasattr(model_class, "get_text_features") or hasattr(model_class, "encode_text")
     try:
         config = load_config(path)
     except (OSError, ValueError):  # not a transformers model; the loading function will report the error
         return False
     return type(config) in MODEL_MAPPING and hasattr(MODEL_MAPPING[type(config)], "get_text_features")
-
-
-def _remote_class_has_text_tower(path: str) -> bool:
-    from transformers import PreTrainedConfig
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-    config, _ = PreTrainedConfig.get_config_dict(path)
-    model_class = get_class_from_dynamic_module(config["auto_map"]["AutoModel"], path)
-    return hasattr(model_class, "get_text_features") or hasattr(model_class, "encode_text")
 
 
 def load_clip_text_encoder(
@@ -188,23 +166,37 @@ def load_clip_text_encoder(
     if path.startswith(OPEN_CLIP_PREFIX):
         return _load_open_clip(path.removeprefix(OPEN_CLIP_PREFIX), device)
     check_model_source(path)
-    check_remote_code_is_allowed(path, trust_remote_code)
-    if has_remote_code(path):
-        return _load_remote_code(path, device)
-    return _load_transformers(path, device)
+    return _load_transformers(path, device, requires_remote_code(path, trust_remote_code))
 
 
 @hide_loading_bars()
-def _load_transformers(path: str, device: torch.device) -> ClipTextEncoder:
+def _load_transformers(path: str, device: torch.device, remote_code: bool) -> ClipTextEncoder:
+    """Load a model with the classes of transformers or, if `remote_code` is True, with the code that comes with it.
+
+    If this code has a method `encode_text`, as Jina-CLIP's does, the method tokenizes and truncates the texts.
+    Otherwise, it must have a method `get_text_features`, and the tokenizer must specify the context length.
+    """
     from transformers import AutoModel, AutoTokenizer
 
-    config = load_config(path)
-    text_input = _get_text_input(path, config.model_type)
-    model: Any = AutoModel.from_pretrained(path, config=config, trust_remote_code=False, dtype=torch.float32)
+    config = None if remote_code else load_config(path)
+    text_input = _TextInput() if config is None else _get_text_input(path, config.model_type)
+    model: Any = AutoModel.from_pretrained(path, config=config, trust_remote_code=remote_code, dtype=torch.float32)
     model = model.to(device).eval()
-    tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    positions = model.config.text_config.max_position_embeddings
-    context_length = min(text_input.context_length or positions, positions, tokenizer.model_max_length)
+    if remote_code and hasattr(model, "encode_text"):
+        return ClipTextEncoder(
+            model=model,
+            context_length=None,
+            tokenize=lambda texts: {"texts": texts},
+            forward=lambda texts: torch.as_tensor(model.encode_text(texts)),
+            count_tokens=None,
+        )
+    if not hasattr(model, "get_text_features"):
+        raise ValueError(f"{path} has neither encode_text nor get_text_features: it is not an image-text model")
+    tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=remote_code)
+    context_length = tokenizer.model_max_length
+    if not remote_code:
+        positions = model.config.text_config.max_position_embeddings
+        context_length = min(text_input.context_length or positions, positions, context_length)
     # SigLIP's own tokenizer already converts texts to lower case, except for special tokens.
     lower_case = text_input.lower_case and type(tokenizer).__name__ != "SiglipTokenizer"
 
@@ -221,7 +213,7 @@ def _load_transformers(path: str, device: torch.device) -> ClipTextEncoder:
         context_length=context_length,
         tokenize=tokenize,
         forward=lambda **batch: pooled_output(model.get_text_features(**batch)),
-        token_count=lambda text: len(tokenizer(text, verbose=False)["input_ids"]),
+        count_tokens=lambda text: len(tokenizer(text, verbose=False)["input_ids"]),
     )
 
 
@@ -246,41 +238,6 @@ def pooled_output(features: Any) -> Tensor:
     return embeddings
 
 
-@hide_loading_bars()
-def _load_remote_code(path: str, device: torch.device) -> ClipTextEncoder:
-    """Load a model with the code that comes with it. The caller must check that the user allows this code to run.
-
-    If the model has a method `encode_text`, as Jina-CLIP does, this method tokenizes and truncates the texts.
-    Otherwise, the model must have a method `get_text_features`, and its tokenizer must specify the context length.
-    """
-    from transformers import AutoModel, AutoTokenizer
-
-    model: Any = AutoModel.from_pretrained(path, trust_remote_code=True, dtype=torch.float32).to(device).eval()
-    if hasattr(model, "encode_text"):
-        return ClipTextEncoder(
-            model=model,
-            context_length=None,
-            tokenize=lambda texts: {"texts": texts},
-            forward=lambda texts: torch.as_tensor(model.encode_text(texts)),
-            token_count=None,
-        )
-    if not hasattr(model, "get_text_features"):
-        raise ValueError(f"{path} has neither encode_text nor get_text_features: it is not an image-text model")
-    tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
-
-    def tokenize(texts: list[str]) -> dict[str, Tensor]:
-        batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        return {name: batch[name] for name in ("input_ids", "attention_mask")}
-
-    return ClipTextEncoder(
-        model=model,
-        context_length=tokenizer.model_max_length,
-        tokenize=tokenize,
-        forward=lambda **batch: pooled_output(model.get_text_features(**batch)),
-        token_count=lambda text: len(tokenizer(text, verbose=False)["input_ids"]),
-    )
-
-
 def _load_open_clip(name: str, device: torch.device) -> ClipTextEncoder:
     try:
         import open_clip
@@ -301,7 +258,7 @@ def _load_open_clip(name: str, device: torch.device) -> ClipTextEncoder:
     tokenizer: Any = open_clip.get_tokenizer(architecture)
     hf_tokenizer = getattr(tokenizer, "tokenizer", None)  # some models have a Hugging Face tokenizer
 
-    def token_count(text: str) -> int:
+    def count_tokens(text: str) -> int:
         if hf_tokenizer is not None:
             return len(hf_tokenizer(text)["input_ids"])
         return len(tokenizer.encode(text)) + 2  # including the start and end tokens
@@ -311,5 +268,5 @@ def _load_open_clip(name: str, device: torch.device) -> ClipTextEncoder:
         context_length=tokenizer.context_length,
         tokenize=lambda texts: {"text": tokenizer(texts)},
         forward=model.encode_text,
-        token_count=token_count,
+        count_tokens=count_tokens,
     )

@@ -94,25 +94,10 @@ class LatentAttentionPooling(Pooling):
         self.save_torch_weights(output_path, safe_serialization=safe_serialization)
 
     @classmethod
-    def load(
-        cls,
-        model_name_or_path: str,
-        subfolder: str = "",
-        token: bool | str | None = None,
-        cache_folder: str | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        init_defaults: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> LatentAttentionPooling:
+    def load(cls, model_name_or_path: str, *args: Any, **kwargs: Any) -> LatentAttentionPooling:
         """Load the module from the subfolder of a local folder or hub repository."""
-        source: dict[str, Any] = {
-            "subfolder": subfolder,
-            "token": token,
-            "cache_folder": cache_folder,
-            "revision": revision,
-            "local_files_only": local_files_only,
-        }
+        names = ("subfolder", "token", "cache_folder", "revision", "local_files_only")
+        source = {name: kwargs[name] for name in names if name in kwargs}
         module = cls(**cls.load_config(model_name_or_path, **source))
         loaded: LatentAttentionPooling = cls.load_torch_weights(model_name_or_path, model=module, **source)
         return loaded

@@ -3,8 +3,8 @@
 Layers that process each token separately receive one long row of tokens. Attention is computed within each caption.
 Consecutive captions of equal length share one attention call without a mask. Because the captions in a batch have
 similar lengths, few calls are needed. In 16 bits on recent NVIDIA GPUs, a single call computes the attention of all
-captions (see `models/text/varlen_attention.py`). The attention function is registered with transformers under the name
-`packed`, so every model family can use it. For an ordinary padded batch, `packed` returns the same result as `sdpa`.
+captions (`varlen_attention`). The attention function is registered with transformers under the name `packed`, so every
+model family can use it. For an ordinary padded batch, `packed` returns the same result as `sdpa`.
 
 Restarting `position_ids` at each caption would not be enough, because with `sdpa` and bidirectional attention, tokens
 would still attend to other captions.
@@ -12,21 +12,25 @@ would still attend to other captions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from llm2clip.models.text.varlen_attention import can_use_varlen, varlen_attention
-
 PACKED = "packed"
 MAX_UNFUSED_LENGTH = 512  # in tokens; the attention scores of longer captions would take too much memory
+MAX_VARLEN_HEAD_DIM = 256
+MIN_COSINE = 0.999  # minimum cosine similarity between the results of varlen_attn and of sdpa, both in 16 bits
 
 
 def pack_captions(ids: Sequence[Sequence[int]], attention: str, device: torch.device) -> dict[str, Any]:
@@ -238,6 +242,128 @@ def unfused_attention(
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
     output = torch.bmm(weights, value.flatten(0, 1))
     return output.view(batch, heads, length, -1).transpose(1, 2)
+
+
+# ---- attention of all captions in one call, on NVIDIA GPUs ----------------------------------------------------------
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    boundaries: Tensor,
+    max_length: int,
+    is_causal: bool,
+    sliding_window: int | None = None,
+    scaling: float | None = None,
+) -> Tensor:
+    """Compute attention within each caption of a packed row with `torch.nn.attention.varlen` (flash attention).
+
+    For the other arguments and the result, see `packed_attention`.
+
+    Args:
+        boundaries: cumulative caption lengths of shape (B + 1,), int32, on the same device.
+        max_length: length of the longest caption in tokens.
+        scaling: factor that multiplies the attention scores. Default: D ** -0.5.
+    """
+    varlen_attn = load_varlen_attn()
+    assert varlen_attn is not None
+    # Number of earlier and later tokens to which a token attends. -1 means no limit.
+    before = after = -1
+    if sliding_window is not None:
+        before, after = (sliding_window - 1 if is_causal else sliding_window), sliding_window
+    if is_causal:
+        after = 0
+    dtype = varlen_dtype(query)
+    q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # (T, heads, D)
+    output: Tensor = varlen_attn(
+        q,
+        k,
+        v,
+        boundaries,
+        boundaries,
+        max_length,
+        max_length,
+        scale=scaling,
+        window_size=(before, after),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return output[None]
+
+
+def varlen_dtype(query: Tensor) -> torch.dtype:
+    """Return the dtype in which attention is computed. Under autocast, this is the autocast dtype."""
+    device_type = query.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else query.dtype
+
+
+def can_use_varlen(query: Tensor, key: Tensor, dropout: float) -> bool:
+    """Return True if `varlen_attention` supports these queries and keys. For the shapes, see `varlen_attention`."""
+    dtype, head_dim = varlen_dtype(query), query.shape[-1]
+    if query.device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or dropout:
+        return False
+    if head_dim % 8 or head_dim > MAX_VARLEN_HEAD_DIM or not torch.backends.cuda.flash_sdp_enabled():
+        return False
+    if torch.compiler.is_compiling() or load_varlen_attn() is None or not has_flash_hardware(query.device):
+        return False
+    return matches_sdpa(query.device, dtype, query.shape[1], key.shape[1], head_dim)
+
+
+@lru_cache
+def load_varlen_attn() -> Callable[..., Any] | None:
+    """Import PyTorch's `varlen_attn`. Return None if it is missing or does not support grouped-query attention."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters) else None
+
+
+def has_flash_hardware(device: torch.device) -> bool:
+    """Return True for NVIDIA GPUs of the Ampere generation and later."""
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@lru_cache
+def matches_sdpa(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, head_dim: int) -> bool:
+    """Return True if `varlen_attention` works on a device and agrees with `scaled_dot_product_attention`.
+
+    The comparison uses two random captions, with bidirectional and causal attention. A warning is shown if the kernel
+    fails or disagrees.
+    """
+    try:
+        agrees = all(_agrees_with_sdpa(device, dtype, heads, key_heads, head_dim, causal) for causal in (False, True))
+        problem = "gives wrong results"
+    except (RuntimeError, ValueError, TypeError) as error:
+        agrees, problem = False, f"fails ({str(error).splitlines()[0]})"
+    if not agrees:
+        warnings.warn(f"torch's varlen_attn {problem} on {device}: using slower attention", stacklevel=2)
+    return agrees
+
+
+@torch.inference_mode(False)  # the comparison needs gradients even if the first caption is encoded without them
+@torch.autocast("cuda", enabled=False)
+def _agrees_with_sdpa(
+    device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, head_dim: int, causal: bool
+) -> bool:
+    lengths = [5, 3]
+    generator = torch.Generator().manual_seed(0)
+    inputs = []
+    for count in (heads, key_heads, key_heads):
+        x = torch.randn(1, count, sum(lengths), head_dim, generator=generator)
+        inputs.append(x.to(device, dtype).requires_grad_())
+    boundaries = torch.tensor([0, 5, 8], dtype=torch.int32, device=device)
+    weights = torch.randn(1, sum(lengths), heads, head_dim, generator=generator).to(device, dtype)
+    with torch.enable_grad():
+        query, key, value = inputs
+        output = varlen_attention(query, key, value, boundaries, max(lengths), causal)
+        captions = zip(*(x.split(lengths, dim=2) for x in inputs), strict=True)
+        parts = [F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True) for q, k, v in captions]
+        expected = torch.cat(parts, dim=2).transpose(1, 2)  # (1, T, heads, D)
+        gradients = torch.autograd.grad((output * weights).sum(), inputs)
+        expected_gradients = torch.autograd.grad((expected * weights).sum(), inputs)
+    pairs = zip((output, *gradients), (expected, *expected_gradients), strict=True)
+    return all(F.cosine_similarity(a.float().flatten(), b.float().flatten(), dim=0) > MIN_COSINE for a, b in pairs)
 
 
 ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)

@@ -1,4 +1,4 @@
-"""Functions that load a text encoder as a SentenceTransformer and set its template (the text around a caption)."""
+"""Text encoders as SentenceTransformers: loading, the template around a caption, and the layers of the LLM."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import nn
 
 from llm2clip.io_utils import read_json
-from llm2clip.models.hub.loading import WITHOUT_HUB_CODE, check_not_quantized, hide_load_report, hide_loading_bars
-from llm2clip.models.hub.model_names import check_model_source
+from llm2clip.models.hub.loading import (
+    WITHOUT_HUB_CODE,
+    check_model_source,
+    check_not_quantized,
+    hide_load_report,
+    hide_loading_bars,
+    read_config,
+)
 from llm2clip.models.text.latent_attention import MODULE_TYPE, LatentAttentionPooling
-from llm2clip.models.text.llm_layers import set_bidirectional
 
 ADAPTER_CONFIG = "adapter_config.json"  # written by PEFT
 NV_EMBED = "nvembed"  # model_type of NV-Embed-v2 in its published format (see convert/nv_embed.py)
@@ -68,32 +73,6 @@ def open_sentence_transformer(path: str, pooling: str, device: str | torch.devic
     st.max_seq_length = min(512, transformer.max_seq_length or 512)
     set_bidirectional(transformer.model, True)
     return st
-
-
-def read_config(path: str | Path, subfolder: str = "") -> dict[str, Any]:
-    """Return the contents of a model's config.json, or an empty dict if there is no such file.
-
-    Args:
-        path: folder or hub id.
-        subfolder: subfolder that contains the file.
-    """
-    from transformers.utils import cached_file
-
-    if Path(path).is_file():
-        return {}
-    try:
-        check_model_source(path)
-        file = cached_file(
-            str(path),
-            "config.json",
-            subfolder=subfolder,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    except OSError:  # neither a folder nor a hub id
-        return {}
-    return dict(read_json(Path(file))) if file else {}
 
 
 def _open_transformer(path: str) -> Transformer:
@@ -198,3 +177,50 @@ def prompt_length(tokenizer: Any, prompt: str) -> int:
 def has_consistent_length(st: Any, prompt: str) -> bool:
     """Return True if sentence-transformers counts the same number of tokens in a prompt as `prompt_length`."""
     return bool(st[0]._get_prompt_length(prompt) == prompt_length(st.tokenizer, prompt))
+
+
+# ---- layers of the LLM ----------------------------------------------------------------------------------------------
+
+
+def is_encoder_only(llm: Any) -> bool:
+    """Return True for BERT-like models, whose attention is bidirectional and cannot be made causal."""
+    return not hasattr(llm, "layers") and hasattr(llm, "encoder")
+
+
+def get_layers(llm: Any) -> nn.ModuleList:
+    """Return the transformer layers of a model, which must not have a language-modelling head."""
+    layers: nn.ModuleList = llm.layers if hasattr(llm, "layers") else llm.encoder.layer
+    return layers
+
+
+def set_layers(llm: Any, layers: nn.ModuleList) -> None:
+    """Replace the transformer layers of a model."""
+    if hasattr(llm, "layers"):
+        llm.layers = layers
+    else:
+        llm.encoder.layer = layers
+
+
+def truncate_layers(llm: Any, count: int) -> None:
+    """Keep only the first `count` layers of a model, and update the model's config accordingly."""
+    layers = get_layers(llm)
+    if not 1 <= count <= len(layers):
+        raise ValueError(f"layers must be between 1 and {len(layers)}, the depth of this model (got {count})")
+    set_layers(llm, layers[:count])
+    llm.config.num_hidden_layers = count
+    if getattr(llm.config, "layer_types", None):
+        llm.config.layer_types = llm.config.layer_types[:count]
+
+
+def set_bidirectional(llm: Any, bidirectional: bool) -> None:
+    """Make a model's attention bidirectional (True) or causal (False).
+
+    transformers >= 5.2 reads `config.is_causal` in every forward pass, for every attention implementation, and saves
+    it with the model.
+    """
+    if is_encoder_only(llm):
+        if not bidirectional:
+            raise ValueError(f"{type(llm).__name__} is a bidirectional encoder: it cannot be made causal")
+        return
+    llm.config.is_causal = not bidirectional
+    llm.config.use_cache = False

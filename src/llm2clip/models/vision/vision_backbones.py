@@ -24,8 +24,7 @@ from torch import nn
 
 from llm2clip.data.transforms import Preprocess
 from llm2clip.io_utils import read_json_object
-from llm2clip.models.hub.loading import build_config, hide_load_report, load_config
-from llm2clip.models.hub.model_names import check_model_source
+from llm2clip.models.hub.loading import build_config, check_model_source, hide_load_report, load_config
 from llm2clip.models.hub.pretrained import resolve_pretrained
 
 log = logging.getLogger(__name__)

@@ -26,9 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from llm2clip.config import AlignConfig, EncoderConfig, TuneConfig
 from llm2clip.models.precision import DTYPES
 from llm2clip.models.text.batching import GPU_BATCH_TOKENS
-from llm2clip.models.text.llm_layers import get_layers
 from llm2clip.models.text.lora import cast_frozen_linear
 from llm2clip.models.text.packing import PACKED, can_pack, pack_captions
+from llm2clip.models.text.sentence_transformer import get_layers
 from llm2clip.tools.plan.model_configs import build_llm, build_model, get_llm_config
 from llm2clip.train.optim import set_trainable
 
