@@ -154,25 +154,6 @@ def test_pretended_gpu_counts_synchronisations_and_copies() -> None:
     assert counts.copied_bytes == {"to the host": 32, "to the GPU": 8}
 
 
-def test_pretended_gpu_runs_variable_length_attention() -> None:
-    varlen = pytest.importorskip("torch.nn.attention.varlen")
-    query, key, value = (torch.randn(9, heads, 8) for heads in (4, 2, 2))  # captions of 4 and 5 tokens
-    reference = [x.clone().requires_grad_() for x in (query, key, value)]
-    captions = zip(*(x.transpose(0, 1).split([4, 5], 1) for x in reference), strict=True)  # (heads, length, 8)
-    attend = torch.nn.functional.scaled_dot_product_attention
-    expected = torch.cat([attend(q[None], k[None], v[None], enable_gqa=True)[0] for q, k, v in captions], 1)
-    expected.transpose(0, 1).pow(2).sum().backward()
-
-    inputs = [x.to("cuda").requires_grad_() for x in (query, key, value)]
-    starts = torch.tensor([0, 4, 9], dtype=torch.int32, device="cuda")
-    output = varlen.varlen_attn(*inputs, starts, starts, 5, 5, enable_gqa=True)
-    output.pow(2).sum().backward()
-    torch.testing.assert_close(output.cpu(), expected.transpose(0, 1))
-    for actual, x in zip(inputs, reference, strict=True):
-        assert actual.grad is not None
-        torch.testing.assert_close(actual.grad.cpu(), x.grad)
-
-
 # ---- no mixed devices on any path, and the LLM in bf16 --------------------------------------------------------------
 
 

@@ -23,6 +23,17 @@ def clear_cache() -> Iterator[None]:
     cpu_tuning.onednn_is_faster.cache_clear()
 
 
+@pytest.fixture
+def precision(clear_cache: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """PyTorch's matmul precision on a simulated AMD CPU with AVX-512, under the key "name"."""
+    state = {"name": "highest"}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "AMD", "avx512_f": True}, raising=False)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: state.update(name=name))
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: state["name"])
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    return state
+
+
 def test_onednn_matmul_has_float32_accuracy(clear_cache: None) -> None:
     a, b = torch.randn(300, 400), torch.randn(400, 500)
     before = torch.get_float32_matmul_precision()
@@ -34,38 +45,31 @@ def test_onednn_matmul_has_float32_accuracy(clear_cache: None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cpu_name", "avx512", "uses_onednn"), [("AMD EPYC", True, True), ("AMD", False, False), ("Intel", True, False)]
+    ("cpu_name", "avx512", "expected"),
+    [("AMD EPYC", True, "medium"), ("AMD", False, "highest"), ("Intel", True, "highest")],
 )
 def test_onednn_matmul_is_used_on_amd_with_avx512(
-    cpu_name: str, avx512: bool, uses_onednn: bool, clear_cache: None, monkeypatch: pytest.MonkeyPatch
+    cpu_name: str, avx512: bool, expected: str, precision: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        torch.cpu, "get_capabilities", lambda: {"cpu_name": cpu_name, "avx512_f": avx512}, raising=False
-    )
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: state.update(name=name))
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: state["name"])
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    state = {"name": "highest"}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": cpu_name, "avx512_f": avx512})
     precisions = []
     with pytest.raises(KeyError), cpu_tuning.onednn_matmul():
-        precisions.append(state["name"])
+        precisions.append(precision["name"])
         raise KeyError
-    assert precisions == ["medium" if uses_onednn else "highest"] and state["name"] == "highest"
+    assert precisions == [expected] and precision["name"] == "highest"
 
 
-def test_onednn_is_not_used_if_it_rounds_to_bfloat16(clear_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = {"name": "highest"}
+def test_onednn_is_not_used_if_it_rounds_to_bfloat16(
+    precision: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     matmul = torch.Tensor.__matmul__
 
-    def rounding(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        if state["name"] == "medium" and a.dtype == torch.float32:
+    def round_and_multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if precision["name"] == "medium" and a.dtype == torch.float32:
             a, b = a.bfloat16().float(), b.bfloat16().float()
         return matmul(a, b)
 
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "AMD", "avx512_f": True}, raising=False)
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: state.update(name=name))
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: state["name"])
-    monkeypatch.setattr(torch.Tensor, "__matmul__", rounding)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", round_and_multiply)
     assert not cpu_tuning.onednn_is_faster()
 
 

@@ -247,7 +247,7 @@ def _save_model(model: LLM2CLIP, folder: Path, encoder: EncoderConfig | None) ->
     if encoder is None:
         model.save_pretrained(folder)
     elif encoder == EncoderConfig(path=encoder.path) and (Path(encoder.path) / "modules.json").is_file():
-        model.save_pretrained(folder, text_folder=encoder.path)
+        model.save_pretrained(folder, encoder=encoder.path)
     else:
         free_memory()  # the optimizer is no longer needed
         model.save_pretrained(folder, encoder=open_encoder(encoder, "cpu"))

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.transforms.v2 import Compose
 from torchvision.transforms.v2.functional import to_pil_image
 
 from llm2clip.cpu_tuning import onednn_matmul
@@ -200,16 +201,23 @@ def _open_transformers(name: str, device: torch.device, trust_remote_code: bool)
         )
     processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
 
-    def encode_images(images: list[Any]) -> Tensor:
-        if isinstance(images[0], Tensor):
-            return pooled_output(model.get_image_features(pixel_values=torch.stack(images).to(device)))
+    def encode_images(images: list[dict[str, Tensor]]) -> Tensor:
         batch = {key: torch.stack([image[key] for image in images]).to(device) for key in images[0]}
         return pooled_output(model.get_image_features(**batch))
 
-    transform = partial(_apply_processor, processor)
     return _wrap_text_encoder(
-        name, text_encoder, transform, encode_images, _build_transformers_dense_encoder(model, processor)
+        name,
+        text_encoder,
+        transform=partial(_apply_processor, processor),
+        encode_images=encode_images,
+        dense=_build_transformers_dense_encoder(model, processor),
     )
+
+
+def _apply_processor(processor: Any, image: Tensor) -> dict[str, Tensor]:
+    """Preprocess an image. Unlike a local function, this function can be sent to the decoding processes."""
+    batch = processor(images=to_pil_image(image), return_tensors="pt")
+    return {key: tensor[0] for key, tensor in batch.items()}
 
 
 def _build_transformers_dense_encoder(model: Any, processor: Any) -> DenseEncoder | None:
@@ -237,7 +245,7 @@ def _open_open_clip(name: str, device: torch.device) -> DualEncoder:
     return _wrap_text_encoder(
         name,
         text_encoder,
-        transform=partial(_apply_to_pil, transform),
+        transform=Compose([to_pil_image, transform]),
         encode_images=lambda images: model.encode_image(torch.stack(images).to(device)),
         dense=_build_open_clip_dense_encoder(model.visual, get_model_preprocess_cfg(model), device),
     )
@@ -320,17 +328,3 @@ def _load_sentence_transformer(name: str, device: torch.device, trust_remote_cod
         encode_images_raw=encode,
         encode_texts_raw=encode,
     )
-
-
-# The transforms are module-level functions, so that they can be pickled and sent to the decoding processes.
-
-
-def _apply_processor(processor: Any, image: Tensor) -> Tensor | dict[str, Tensor]:
-    """Preprocess an image. Return the pixel values, or a dict if the processor returns further tensors."""
-    batch = processor(images=to_pil_image(image), return_tensors="pt")
-    tensors = {key: tensor[0] for key, tensor in batch.items()}
-    return tensors["pixel_values"] if len(tensors) == 1 else tensors
-
-
-def _apply_to_pil(transform: Callable[[Any], Tensor], image: Tensor) -> Tensor:
-    return transform(to_pil_image(image))

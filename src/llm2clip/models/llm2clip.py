@@ -292,18 +292,13 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     # ---- saving and loading -----------------------------------------------------------------------------------------
 
-    def save_pretrained(
-        self,
-        folder: str | Path,
-        text_folder: str | Path | None = None,
-        encoder: CaptionEncoder | None = None,
-    ) -> Path:
+    def save_pretrained(self, folder: str | Path, encoder: CaptionEncoder | str | Path | None = None) -> Path:
         """Save the model in a folder, atomically, without a model card (see `write_model_card`).
 
         Args:
             folder: folder to create. An existing model folder is replaced.
-            text_folder: folder of a saved caption encoder to copy. Default: save `encoder` instead.
-            encoder: caption encoder to save. Default: the model's caption encoder, if there is one.
+            encoder: caption encoder to save, or the folder of a saved caption encoder, which is copied. Default: the
+                model's caption encoder, if there is one.
 
         Raises:
             FileExistsError: `folder` exists and is not a model folder.
@@ -311,19 +306,17 @@ class LLM2CLIP(DenseMethods, nn.Module):
         folder = Path(folder)
         if folder.exists() and not is_model_folder(folder):
             raise FileExistsError(f"{folder} exists and is not a model folder: choose another folder")
-        if text_folder is None and encoder is None:
+        if encoder is None:
             # An encoder with bf16 weights cannot be saved, but it was loaded from a folder, which can be copied.
-            if self._encoder and self._encoder[0].has_full_precision:
-                encoder = self._encoder[0]
-            else:
-                text_folder = self._text_folder
+            is_complete = self._encoder and self._encoder[0].has_full_precision
+            encoder = self._encoder[0] if is_complete else self._text_folder
         replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
         with atomic_dir(folder) as temporary:
             self._write_config_and_weights(temporary)
-            if text_folder is not None:
-                shutil.copytree(text_folder, temporary / "text")
-            elif encoder is not None:
+            if isinstance(encoder, CaptionEncoder):
                 encoder.save_pretrained(temporary / "text")
+            elif encoder is not None:
+                shutil.copytree(encoder, temporary / "text")
             if folder.exists():
                 folder.replace(replaced)
         shutil.rmtree(replaced, ignore_errors=True)

@@ -117,13 +117,9 @@ def _find_original_clip(tower: str) -> str:
 
 
 def visual_projection(clip: Any) -> nn.Linear | None:
-    """Return the linear layer that maps a CLIP model's image features to its image embeddings.
+    """Return the linear layer that maps image features to image embeddings, in a transformers or open_clip model.
 
-    Args:
-        clip: transformers or open_clip model.
-
-    Returns:
-        The layer, or None if the features are the embeddings, as in SigLIP.
+    Return None if the features are the embeddings, as in SigLIP.
 
     Raises:
         ValueError: the mapping from features to embeddings is not a linear layer.
@@ -151,10 +147,8 @@ def visual_projection(clip: Any) -> nn.Linear | None:
 def build_model_in_clip_space(config: LLM2CLIPConfig, tower: VisionTower, clip: ClipTextEncoder) -> LLM2CLIP:
     """Build a model with a CLIP model's image embeddings, on the same device. The text adapter has random weights.
 
-    Args:
-        config: model config. The CLIP model determines `embed_dim`, `projection` and `projection_bias`.
-        tower: the image tower of the CLIP model, loaded for training.
-        clip: the CLIP model.
+    The CLIP model determines `embed_dim`, `projection` and `projection_bias` of the config. `tower` is its image tower,
+    loaded for training.
 
     Raises:
         ValueError: the vision tower is not the image tower of the CLIP model. See also `visual_projection`.

@@ -117,11 +117,9 @@ def _shorten_name(model: str) -> str:
 
 
 def load_config(source: str | Path, **kwargs: Any) -> Any:
-    """Load the config of a transformers model, without the entries that name code to run.
+    """Load the config of a transformers model from a folder or the hub, without the entries that name code to run.
 
-    Args:
-        source: folder or hub id.
-        kwargs: further arguments of `AutoConfig.from_pretrained`.
+    `kwargs` are further arguments of `AutoConfig.from_pretrained`.
 
     Raises:
         ValueError: the model type is unknown to transformers, or the weights are quantised.
@@ -183,12 +181,7 @@ def find_file(source: str | Path, name: str, subfolder: str = "") -> Path | None
 
 
 def read_config(source: str | Path, subfolder: str = "") -> dict[str, Any]:
-    """Return the contents of a model's config.json, or an empty dict if there is no such file.
-
-    Args:
-        source: folder or hub id.
-        subfolder: subfolder that contains the file.
-    """
+    """Return the contents of the config.json of a folder or hub repository, or an empty dict if there is none."""
     file = find_file(source, "config.json", subfolder)
     return {} if file is None else dict(read_json(file))
 

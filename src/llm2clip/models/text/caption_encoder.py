@@ -184,12 +184,9 @@ class CaptionEncoder(nn.Module):
         """Tokenize captions with the template and special tokens, and truncate them to the encoder's `max_length`.
 
         Leading and trailing whitespace is removed, as in the LLM2CLIP authors' code. Truncation removes the last tokens
-        of the caption but keeps the special token after the caption.
-
-        Args:
-            captions: captions without the template.
-            prompts: an instruction for each caption ("" for none), which is inserted between the template's prefix and
-                the caption. All tokens before the caption are excluded from pooling.
+        of the caption but keeps the special token after the caption. An instruction for each caption ("" for none) can
+        be inserted between the template's prefix and the caption. All tokens before the caption are excluded from
+        pooling.
 
         Raises:
             TypeError, ValueError: a caption is not a string or not valid Unicode.
@@ -279,14 +276,14 @@ class CaptionEncoder(nn.Module):
             batch_tokens: maximum number of tokens per batch, including padding. Default: `default_batch_tokens`.
             precision: fp32, bf16 or bf16+N. bf16 is two to three times as fast as fp32. bf16+N runs the first N layers
                 in fp32, for models that are too inaccurate in bf16 (see `models/precision.py`). Default:
-                `weights_precision`, which is fp32 unless `move_for_encoding` has been called.
+                `weights_precision`.
             progress: True to show a progress bar, or a `ProgressBar` to update.
 
         Raises:
             TypeError: a caption is not a string.
             ValueError: a caption is not valid Unicode, or the attention implementation does not support the precision.
         """
-        precision = self.weights_precision if precision is None else precision
+        precision = precision or self.weights_precision
         self._check_weights(precision)
         if "flash" in self.attention and precision == "fp32":
             raise ValueError(f"{self.attention} does not support fp32: use bf16, or another attention implementation")
@@ -314,10 +311,9 @@ class CaptionEncoder(nn.Module):
         return embeddings
 
     def _encode_batch(self, batch: dict[str, Any]) -> Tensor:
-        """Compute the embeddings of a batch from `collate`, of shape (B, embed_dim).
+        """Compute the same embeddings as `self.st`, but without a GPU synchronisation if mean pooling excludes prompts.
 
-        The result is the same as that of `self.st`, but this method avoids a GPU synchronisation if mean pooling
-        excludes prompts.
+        The batch comes from `collate`. The embeddings have shape (B, embed_dim).
         """
         llm, pooling, *modules = self.st
         features = llm(batch)
@@ -360,9 +356,7 @@ class CaptionEncoder(nn.Module):
     # ---- identity and saving ----------------------------------------------------------------------------------------
 
     def identity(self, precision: str = "fp32") -> dict[str, Any]:
-        """Return a dict of everything that affects the embeddings: settings, and hashes of the weights and tokenizer.
-
-        `fingerprint` computes a single hash of this dict.
+        """Return a dict of everything that affects the embeddings. `fingerprint` computes a single hash of this dict.
 
         Raises:
             ValueError: the weights are no longer in fp32 (see `move_for_encoding`).

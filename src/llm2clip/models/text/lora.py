@@ -22,17 +22,17 @@ class LoraSession:
     """LoRA training of an encoder's LLM. The constructor adds LoRA, and `finish` merges it."""
 
     def __init__(self, encoder: Any, config: LoraConfig, dtype: torch.dtype, device: torch.device, quantize: bool):
-        """Add LoRA to the encoder's LLM, in place.
+        """Add LoRA to the LLM of a `CaptionEncoder`, in place, and move it to the training device.
+
+        If the LLM is initially on the CPU, its float32 weights do not have to fit in the device's memory.
 
         Args:
-            encoder: a `CaptionEncoder` whose LLM has no LoRA yet.
+            encoder: the encoder, whose LLM has no LoRA yet.
             config: LoRA config for PEFT.
             dtype: dtype of the frozen matrices. With `quantize`, it is the dtype of their matmuls.
             device: training device.
             quantize: if True, store the frozen matrices in 4 bits (QLoRA, requires bitsandbytes). The original matrices
                 stay on the CPU.
-
-        If the LLM is initially on the CPU, its float32 weights do not have to fit in the device's memory.
         """
         self.encoder, self.config = encoder, config
         transformer = encoder.st[0]

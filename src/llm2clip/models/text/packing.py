@@ -34,12 +34,9 @@ MIN_COSINE = 0.999  # minimum cosine similarity between the results of varlen_at
 
 
 def pack_captions(ids: Sequence[Sequence[int]], attention: str, device: torch.device) -> dict[str, Any]:
-    """Pack B captions with T tokens in total into one row; return the model inputs.
+    """Pack the token ids of B captions with T tokens in total into one row.
 
-    Args:
-        ids: token ids of each caption.
-        attention: the model's attention implementation, either `packed` or a variant of flash attention.
-        device: device on which to create the tensors.
+    `attention` is the model's attention implementation, either `packed` or a variant of flash attention.
 
     Returns:
         A dict of keyword arguments for the model:
@@ -83,13 +80,10 @@ def pack_captions(ids: Sequence[Sequence[int]], attention: str, device: torch.de
 
 
 def remove_prompts(features: dict[str, Any]) -> None:
-    """Remove the hidden states of prompt tokens from a packed batch, in place, before mean pooling.
+    """Remove the hidden states of prompt tokens from the LLM's output for a packed batch, in place.
 
-    sentence-transformers' pooling can also exclude prompts, but synchronises with the GPU to find their tokens.
-
-    Args:
-        features: output of the LLM, with the entries from `pack_captions`. The entry `prompt_length`, which is the
-            number of tokens to remove at the start of each caption, is deleted.
+    `features` contains the entries from `pack_captions`, and `prompt_length`, the number of tokens to remove at the
+    start of each caption. sentence-transformers' pooling can also exclude prompts, but it synchronises with the GPU.
     """
     prompt_length = features.pop("prompt_length")
     lengths = np.array(features["caption_lengths"])
@@ -149,8 +143,8 @@ def packed_attention(
     Args:
         module: the attention layer.
         query: queries of shape (1, heads, T, D).
-        key: keys of shape (1, key heads, T, D).
-        value: values of shape (1, key heads, T, D).
+        key: keys of shape (1, key heads, T, D), like the values. Consecutive query heads share a key head.
+        value: values.
         attention_mask: mask of an ordinary padded batch. Ignored for a packed row.
         caption_lengths: number of tokens in each caption. The sum is T. None for an ordinary padded batch.
         sliding_window: attention span in tokens, defined as in transformers' masks. With causal attention, a token
@@ -219,16 +213,8 @@ def unfused_attention(
 ) -> Tensor:
     """Compute attention with two batched matmuls, which are faster than `sdpa` for short captions on CPUs.
 
-    Args:
-        query: queries of shape (B, heads, L, D).
-        key: keys of shape (B, key heads, L, D). Consecutive query heads share a key head.
-        value: values of shape (B, key heads, L, D).
-        mask: boolean mask of shape (1, 1, L, L): True if the row's token attends to the column's token.
-        is_causal: True for causal attention, False for full attention. Ignored if there is a mask.
-        scaling: factor that multiplies the attention scores. Default: D ** -0.5.
-
-    Returns:
-        The attention output of shape (B, L, heads, D).
+    The queries have shape (B, heads, L, D), and keys and values (B, key heads, L, D). For the mask, see
+    `_build_sliding_window_mask`. `is_causal` is ignored if there is a mask. The output has shape (B, L, heads, D).
     """
     batch, heads, length, head_dim = query.shape
     query = query * (head_dim**-0.5 if scaling is None else scaling)

@@ -29,13 +29,10 @@ CAPTION = "{caption}"
 
 @hide_loading_bars()
 def open_sentence_transformer(path: str, pooling: str, device: str | torch.device | None) -> SentenceTransformer:
-    """Load a model as a SentenceTransformer in float32.
+    """Load a folder or hub id as a SentenceTransformer in float32, by default on a GPU if there is one.
 
-    Args:
-        path: folder or hub id. A sentence-transformers model is loaded as it was saved. For a plain transformers model,
-            a pooling layer and bidirectional attention are added.
-        pooling: pooling mode for a plain transformers model.
-        device: device on which to load the model. Default: a GPU if there is one.
+    A sentence-transformers model is loaded as it was saved. For a plain transformers model, bidirectional attention and
+    a layer with this pooling mode are added.
 
     Raises:
         ValueError: the checkpoint does not contain all weights of the model, or must be converted first.
@@ -163,10 +160,10 @@ def _set_suffix(tokenizer: Any, suffix: str) -> None:
 
 
 def prompt_length(tokenizer: Any, prompt: str) -> int:
-    """Count the tokens before a caption: any special token at the start of the text, and the tokens of the prompt.
+    """Count the leading tokens that do not depend on the caption: special tokens and the tokens of the prompt.
 
-    The function counts the leading tokens that do not depend on the caption. Tokenizing only the prompt would give a
-    wrong number if the prompt ends in a space, because the space becomes part of the next token.
+    Tokenizing only the prompt would give a wrong number if the prompt ends in a space, because the space becomes part
+    of the next token.
     """
     if not prompt:
         return 0
