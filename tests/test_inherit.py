@@ -75,18 +75,18 @@ def make_clip(folder: Path, kind: str) -> tuple[str, str]:
 
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proclip, "MIN_STEPS", 300)
+    monkeypatch.setattr(proclip, "MIN_STEPS", 5)
 
 
 def config_for(tower: str, **settings: Any) -> AlignConfig:
     return dataclasses.replace(ALIGN, tower=tower, image_size=None, **{"inherit": True, **settings})
 
 
-@pytest.mark.usefixtures("few_steps")
 @pytest.mark.parametrize("kind", ["clip", "siglip", "eva", "timm-siglip"])
 def test_inherited_model_has_the_image_embeddings_of_clip_and_learns_its_text_embeddings(
-    kind: str, records: list[Record], store: EmbeddingStore, tmp_path: Path
+    kind: str, records: list[Record], store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(proclip, "MIN_STEPS", 300)
     tower, name = make_clip(tmp_path / "clip", kind)
     model = new_model(config_for(tower), store, records, tmp_path)
     clip = open_dual_encoder(name, "cpu")
@@ -139,19 +139,14 @@ def test_adapter_is_saved_and_trained_again_only_if_something_changes(
 
 
 @pytest.mark.usefixtures("few_steps")
-@pytest.mark.parametrize(("num_texts", "expected"), [(19, "of the training texts"), (20, "of the held-out texts")])
 def test_similarity_is_measured_on_held_out_texts_if_there_are_20_texts(
-    num_texts: int,
-    expected: str,
-    records: list[Record],
-    store: EmbeddingStore,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    records: list[Record], store: EmbeddingStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tower, _ = make_clip(tmp_path / "clip", "clip")
-    texts = inherited_texts(records)[0][:num_texts]
-    new_model(config_for(tower), store, [dataclasses.replace(records[0], captions=tuple(texts))], tmp_path)
-    assert expected in capsys.readouterr().out
+    for count, expected in ((19, "of the training texts"), (20, "of the held-out texts")):
+        captions = tuple(inherited_texts(records)[0][:count])
+        new_model(config_for(tower), store, [dataclasses.replace(records[0], captions=captions)], tmp_path)
+        assert expected in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("few_steps")

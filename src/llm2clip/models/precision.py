@@ -203,18 +203,10 @@ def autocast_precision(llm: Any, device: torch.device, precision: str) -> Iterat
         return
     fp32_layers = get_layers(llm)[:fp32_layer_count]
     for layer in fp32_layers:
-        layer.forward = _disable_autocast(layer.forward, device)
+        layer.forward = torch.autocast(device.type, enabled=False)(layer.forward)
     try:
         with torch.autocast(device.type, torch.bfloat16):
             yield
     finally:
         for layer in fp32_layers:
             del layer.forward
-
-
-def _disable_autocast(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(device.type, enabled=False):
-            return forward(*args, **kwargs)
-
-    return run
