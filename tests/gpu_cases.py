@@ -288,9 +288,14 @@ def test_llava_training(image_folder: Path, tmp_path: Path) -> None:
 # ---- counts do not grow with the size of the input ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
-def test_align_step_does_not_depend_on_the_batch_size(align_step: CountSteps, loss: str) -> None:
-    small, large = align_step(batch_size=4, loss=loss), align_step(batch_size=10, loss=loss)
+@pytest.mark.parametrize(
+    ("setting", "values", "loss"),
+    [("batch_size", (4, 10), "infonce"), ("batch_size", (4, 10), "sigmoid"), ("captions_per_image", (1, 4), "infonce")],
+)
+def test_align_step_does_not_depend_on_the_size_of_the_batch(
+    align_step: CountSteps, setting: str, values: tuple[int, int], loss: str
+) -> None:
+    small, large = (align_step(**{setting: value}, loss=loss) for value in values)
     assert_no_more_syncs(large, small)
     assert_no_more_kernels(large, small)
 
@@ -309,12 +314,6 @@ def test_align_step_waits_only_for_the_metrics_of_the_previous_step(
     assert [(cause, line.partition(":")[0]) for cause, line in syncs.elements()] == [
         ("wait for an event", "monitoring.py")
     ]
-
-
-def test_align_step_does_not_depend_on_the_number_of_captions(align_step: CountSteps) -> None:
-    small, large = align_step(captions_per_image=1), align_step(captions_per_image=4)
-    assert_no_more_syncs(large, small)
-    assert_no_more_kernels(large, small)
 
 
 def test_gradient_caching_copies_a_batch_once(align_step: CountSteps) -> None:

@@ -96,20 +96,15 @@ def load_inherited_clip(tower: str, inherit: bool | str, device: torch.device) -
         ValueError: the tower's checkpoint contains no text tower.
         ImportError, OSError: see `load_clip_text_encoder`.
     """
-    return load_clip_text_encoder(inherit if isinstance(inherit, str) else _find_original_clip(tower), device)
-
-
-def _find_original_clip(tower: str) -> str:
-    """Return the name of a tower's original CLIP model, in a form that `load_clip_text_encoder` accepts.
-
-    For timm towers, the hub repository also contains the open_clip model with the text tower.
-    """
+    if isinstance(inherit, str):
+        return load_clip_text_encoder(inherit, device)
     source = find_hub_id_or_folder(resolve_pretrained(tower))
     if has_text_tower(source):
-        return source
+        return load_clip_text_encoder(source, device)
+    # The hub repositories of timm towers also contain the open_clip model with the text tower.
     if (config := find_file(source, "open_clip_config.json")) is not None:
         is_folder = str(config.parent) == source
-        return f"{OPEN_CLIP_PREFIX}{source}" if is_folder else f"{OPEN_CLIP_PREFIX}hf-hub:{source}"
+        return load_clip_text_encoder(f"{OPEN_CLIP_PREFIX}{'' if is_folder else 'hf-hub:'}{source}", device)
     raise ValueError(
         f"--align.inherit true: the checkpoint of {tower} has no text tower. Name the CLIP model that the tower comes "
         "from (--align.inherit NAME or open_clip:NAME/PRETRAINED), or remove --align.inherit"

@@ -56,13 +56,15 @@ def check_model_source(source: str | Path) -> None:
         FileNotFoundError: The source does not exist and is not a hub id, or it is a hub id, but the hub cannot be
             reached and the model is not in the cache.
     """
+    from huggingface_hub import constants
+
     name = str(source)
     if Path(name).exists():
         return
     if not is_hub_id(name):
         raise FileNotFoundError(f"{name} is neither a folder nor a file, and it is not a hub id (OWNER/NAME)")
     problem = find_hub_problem()
-    if problem and not _is_cached(name):
+    if problem and not (Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}").is_dir():
         raise FileNotFoundError(f"{name} is neither a folder nor a model in the hub's cache, and {problem}")
 
 
@@ -79,12 +81,6 @@ def find_hub_problem() -> str:
         constants.HF_HUB_OFFLINE = True
         return f"the hub cannot be reached ({constants.ENDPOINT}: {error})"
     return ""
-
-
-def _is_cached(hub_id: str) -> bool:
-    from huggingface_hub import constants
-
-    return (Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}").is_dir()
 
 
 def display_names(models: Sequence[str]) -> list[str]:
