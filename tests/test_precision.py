@@ -75,15 +75,6 @@ def test_embeddings_are_identical_after_move_for_encoding(family: str, precision
     assert linear_dtypes(encoder) == [torch.float32] * fp32_layers + [torch.bfloat16] * (3 - fp32_layers)
 
 
-@pytest.mark.parametrize("pooling", ["lasttoken", "weightedmean"])
-@pytest.mark.parametrize("template", [None, "<|user|>say: {caption}<|end|>"])
-def test_padded_embeddings_are_identical_after_move_for_encoding(llm: Path, pooling: str, template: str | None) -> None:
-    encoder = CaptionEncoder.from_pretrained(llm, pooling=pooling, template=template, attention="sdpa", device="cpu")
-    expected = encoder.encode(TEXTS, precision="bf16")
-    encoder.move_for_encoding("cpu", "bf16")
-    assert torch.equal(encoder.encode(TEXTS, precision="bf16"), expected)
-
-
 def test_encoder_in_bf16_rejects_uses_that_need_fp32_weights(encoder: CaptionEncoder, tmp_path: Path) -> None:
     uses: list[Callable[[], object]] = [
         lambda: encoder.encode(TEXTS, precision="fp32"),
