@@ -174,6 +174,21 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def modules_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[None, None, None]:
+    """Make transformers import the code of models from an empty folder, and forget the code that it has imported."""
+
+    def forget_modules() -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])  # transformers appends the folder
+    forget_modules()
+    yield
+    forget_modules()
+
+
+@pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The images of the records in `format_fixtures.ROWS`."""
     (tmp_path / "images").mkdir()

@@ -284,9 +284,8 @@ def make_remote_model(folder: Path, marker: Path) -> None:
 
 
 @pytest.fixture
-def remote_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+def remote_model(tmp_path: Path, modules_cache: None) -> tuple[Path, Path]:
     """Folder of a model with its own code, and the file that this code creates when it runs."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     make_remote_model(tmp_path / "tiny-jina", tmp_path / "ran")
     return tmp_path / "tiny-jina", tmp_path / "ran"
 
@@ -362,11 +361,10 @@ class Transformer(nn.Module):
 
 
 def test_sentence_transformers_model_with_its_own_code(
-    tmp_path: Path, image_files: list[Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, image_files: list[Path], modules_cache: None
 ) -> None:
     from sentence_transformers import SentenceTransformer
 
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     (tmp_path / "custom_st.py").write_text(SENTENCE_TRANSFORMERS_CODE)
     modules = [{"idx": 0, "name": "0", "path": "", "type": "custom_st.Transformer"}]
     (tmp_path / "modules.json").write_text(json.dumps(modules))

@@ -366,14 +366,13 @@ def test_push_command_uploads_the_folder_and_a_card(
 
 @pytest.mark.parametrize("kind", ["timm", "clip_vision_model"])
 def test_transformers_export_preprocessing_matches_ours(
-    kind: str, tmp_path: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+    kind: str, tmp_path: Path, photos: list[Path], modules_cache: None
 ) -> None:
     from transformers import AutoImageProcessor
 
     from llm2clip.data.images import load_image
     from llm2clip.data.transforms import EvalTransform
 
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     model = make_model(tmp_path, timm_tower() if kind == "timm" else hf_tower(tmp_path, kind))
     export_model(model, "transformers", tmp_path / "out")
     processor = AutoImageProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
