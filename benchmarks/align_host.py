@@ -8,8 +8,6 @@ constant pixels, which one worker process sends. Copies to pinned memory are rep
 pinned memory to the GPU are not included.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess

@@ -8,8 +8,6 @@ rounds are first run alone, and then next to endless loops, by default one of lo
 time of a step. The script also checks that all settings give the same loss and gradients, to the last bit.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import statistics

@@ -6,8 +6,6 @@ A line such as `# - 8 x h100 --config llama-3-8b: ...` states the number of devi
 `llm2clip plan`. This script replaces the text after the colon. tests/test_configs.py checks that it is up to date.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import shlex

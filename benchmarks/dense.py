@@ -14,8 +14,6 @@ Each measurement runs in its own process. Its memory is the peak memory minus th
 eight windows. The script prints CPU times, because other programs may use the machine.
 """
 
-from __future__ import annotations
-
 import argparse
 import multiprocessing
 import tempfile

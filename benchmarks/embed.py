@@ -17,8 +17,6 @@ The methods alternate, and each of the other libraries runs in its own process. 
 With --cra, caption retrieval accuracy is measured for each precision and each dtype of the embedding store.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

@@ -7,8 +7,6 @@ exceptions were unexpected, the slowest input and the peak memory. `tests/test_f
     python benchmarks/fuzz.py [--reader NAME ...] [--count 100000] [--seconds 600] [--seed 0] [--save FOLDER]
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import csv

@@ -21,8 +21,6 @@ measurement adds a row to OUT/PART.jsonl; after each part, OUT/results.md and OU
 --tiny uses tiny models and also works without a GPU, to test this script.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -4,8 +4,6 @@ Models have random weights. FLOPs are counted with PyTorch's FlopCounterMode on 
 recomputation, so a second forward pass lowers the MFU (model FLOPs utilisation). MFU is relative to the data sheet.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import platform

@@ -8,8 +8,6 @@ process. The reported memory is the peak during the step minus the memory before
 a single forward pass over the batch. Batches larger than --max_single_pass only run with gradient caching.
 """
 
-from __future__ import annotations
-
 import argparse
 import subprocess
 import sys

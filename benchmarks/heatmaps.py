@@ -7,8 +7,6 @@ heat map hits if its maximum is inside a box of the class. "Chance" is the share
 intervals come from a bootstrap of the images.
 """
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import replace
 from pathlib import Path

@@ -13,8 +13,6 @@ By default, the model is the tiny random model of the tests, and the index conta
 of which one is a file of 23 MB. With `--index`, the honest client needs images with the ids 1 to 20.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import base64

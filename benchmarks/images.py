@@ -6,8 +6,6 @@ FOLDER contains image files. Both pipelines use one thread and the same crops. T
 between the pixels of the two pipelines, scaled to [0, 1].
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import time

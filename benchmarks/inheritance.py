@@ -13,8 +13,6 @@ The folder also contains the image tower in timm's format, like the repositories
 and between their image embeddings.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

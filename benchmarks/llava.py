@@ -15,8 +15,6 @@ Speed (`--only speed`): training conversations per second with random batches, w
 length-grouped batches plus cached tower features.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

@@ -7,8 +7,6 @@ each loss, and does not include the inputs. On a GPU, it is the memory allocated
 memory without the gradients of the inputs, which are 2 N D floats that any loss must return.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import subprocess

@@ -8,8 +8,6 @@ measured. The largest stage needs 15 GB, and all stages together take about twen
 small models, to test this script.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -9,8 +9,6 @@ CLIP_benchmark are called as in its own `evaluate` function, with batches of 64.
 100,000 images and 500,000 captions in float16, which takes minutes.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

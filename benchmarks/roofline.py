@@ -16,8 +16,6 @@ which the host launches the kernels (HOST per kernel). If it is longer than the 
 It needs g++ and a CPU build of PyTorch (see tests/pretended_gpu).
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections import Counter

@@ -15,8 +15,6 @@ parses the captions of every image. Times are CPU times, because both filters us
 measures the first filter after one image has been added.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sqlite3

@@ -8,8 +8,6 @@ from the model itself. `--restart` stops the server with SIGTERM half-way throug
 after connection errors, so every text must eventually get its embedding.
 """
 
-from __future__ import annotations
-
 import argparse
 import http.client
 import json

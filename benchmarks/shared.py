@@ -1,7 +1,5 @@
 """Helpers shared by several benchmarks: process memory, JSONL files, and running llm2clip commands."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import subprocess

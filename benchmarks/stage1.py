@@ -17,8 +17,6 @@ The paragraphs that `cc-long` is tuned on describe images from Visual Genome, an
 COCO's test split.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

@@ -19,8 +19,6 @@ consists of Flickr8k's 1,000 validation images with 5,000 captions. The vision t
 Results are cached in OUT. Each table is written to OUT/TABLE.md, with the command for each row.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

@@ -13,8 +13,6 @@ written as shards with one-dimensional embeddings, and looked up again. The tabl
 time to generate the captions. It also shows the memory of the process at the start and at the peak.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import statistics

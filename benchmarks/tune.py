@@ -8,8 +8,6 @@ attention. Packed batches use a separate attention function. Everything runs in 
 matmuls in hardware, also in bf16.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import statistics

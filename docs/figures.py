@@ -5,8 +5,6 @@
 RUN is the run directory created by `llm2clip reproduce`.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from itertools import pairwise

@@ -3,8 +3,6 @@
 Run it after a change of the YAML file: python docs/published_tables.py
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from llm2clip.published_results import TABLES, PublishedTable

@@ -1,7 +1,5 @@
 """Tiny models, data and runs for the tests of align."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial

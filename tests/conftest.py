@@ -1,7 +1,5 @@
 """Shared fixtures: tiny random models and generated data, so that the test suite runs offline."""
 
-from __future__ import annotations
-
 import os
 
 # huggingface_hub and tokenizers read these when they are imported.

@@ -1,7 +1,5 @@
 """A stand-in for image-text models that knows colours, and generated COCO folders with coloured rectangles."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

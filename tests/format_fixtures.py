@@ -1,7 +1,5 @@
 """Three records, and functions that write them in every supported format."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import io

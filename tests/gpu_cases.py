@@ -4,8 +4,6 @@ The tests compare counts between small and large inputs, instead of expecting fi
 costs microseconds, but a synchronisation per image or caption makes the GPU wait for the host.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Models, conversations and loaders shared by the LLaVA tests."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

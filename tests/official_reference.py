@@ -5,8 +5,6 @@ multiplication and one addition are involved. This module imports nothing from l
 fixtures/make_official_reference.py can use it in the environment of the LLM2CLIP authors' code.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import zlib

@@ -3,8 +3,6 @@
 The pytest fixtures `model_folder` and `dual_encoder` in conftest.py are made with these.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import socket
 import threading

@@ -1,7 +1,5 @@
 """Our metrics equal those of eccv-caption for the same embeddings, and of CLIP_benchmark and mteb for our models."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Stage 2, align: the training loop, gradient caching, several ranks, exact resume, evaluation during training."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -4,8 +4,6 @@ Whatever a request contains, the server must not fail, and the response must mat
 `LLM2CLIP_EXAMPLES=500 pytest tests/test_api.py`.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

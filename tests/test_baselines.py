@@ -4,8 +4,6 @@ Each test saves a tiny random model of the published model's class, with a token
 published classes, and compares `open_dual_encoder` with that library's forward pass, one input at a time.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

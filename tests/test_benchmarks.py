@@ -1,7 +1,5 @@
 """Readers of public benchmarks, each on a tiny folder in the distributed form."""
 
-from __future__ import annotations
-
 import base64
 import json
 from collections.abc import Callable, Sequence

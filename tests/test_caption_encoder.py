@@ -1,7 +1,5 @@
 """Tests of the caption encoder: attention, packing, templates, saving, fingerprints and precision."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tests of `search.caption_index`, and of how the SQLite backend keeps the captions and the vectors up to date."""
 
-from __future__ import annotations
-
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor

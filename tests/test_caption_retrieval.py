@@ -1,7 +1,5 @@
 """Caption retrieval accuracy compared with its definition, and the text towers of other models."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Checkpoints that are complete or ignored, and the metrics log of a resumed run."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

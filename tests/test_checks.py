@@ -1,7 +1,5 @@
 """Checks of paths and model names before the heavy imports."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Direct fine-tuning of both towers of a CLIP model, the paper's baseline."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

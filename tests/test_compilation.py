@@ -1,7 +1,5 @@
 """Compilation of the tower's blocks: when it is used, and that a compiled run equals an uncompiled run."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Settings and built-in configs: names, number, parsing, and the values that the paper publishes."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Conversion of official checkpoints: strict loading, embeddings equal to independent references, exact round trips."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -1,7 +1,5 @@
 """Tests that the CPU settings change neither results nor global state."""
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess

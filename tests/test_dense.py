@@ -1,7 +1,5 @@
 """Tests of dense features: each variant against its formula in float64, each head alone, and every kind of model."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -1,7 +1,5 @@
 """Open-vocabulary detection: average precision, names of boxes, proposals, and the OV-COCO benchmark."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

@@ -1,7 +1,5 @@
 """The detection example at toy scale: training, resuming, evaluation, and its feature pyramids."""
 
-from __future__ import annotations
-
 import json
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The distillation losses against ProCLIP's formulas in float64, and on several ranks."""
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F

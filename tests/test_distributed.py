@@ -1,7 +1,5 @@
 """Timeouts of collective operations and waits, and ranks that exit or hang."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

@@ -1,7 +1,5 @@
 """Every command and link in the README and the documentation is valid."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Checks of the environment by `llm2clip doctor`."""
 
-from __future__ import annotations
-
 from importlib import metadata
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Dual encoders: each type of model gives the embeddings of its own library. See also test_baselines.py."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The built-in configs of the paper's text encoders, with tiny models that have the encoders' layout and tokens."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

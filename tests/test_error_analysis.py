@@ -1,7 +1,5 @@
 """Error analysis: recall curves, length bins and retrieved images, compared with direct counts."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

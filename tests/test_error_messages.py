@@ -1,7 +1,5 @@
 """Error messages of the command line: each names what is wrong and what to do, and none is a traceback."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """The `evaluate` and `benchmarks` commands, compared with direct computations, and their errors."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

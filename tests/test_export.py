@@ -1,8 +1,6 @@
 """Export formats: the other library loads the folder in a process that cannot import llm2clip, and its embeddings
 equal the original ones."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Readers: every format gives the same records."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

@@ -1,7 +1,5 @@
 """A few mutated inputs of each reader. `benchmarks/fuzz.py` tests many more, with limits on time and memory."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Without a GPU, test_pretended_gpu runs these tests on a pretended GPU.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

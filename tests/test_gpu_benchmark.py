@@ -1,7 +1,5 @@
 """Parts of benchmarks/gpu.py, with tiny models on the CPU."""
 
-from __future__ import annotations
-
 import json
 from importlib import import_module
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Gradient caching on several ranks."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 from unittest import mock

@@ -1,7 +1,5 @@
 """Tests of heat maps: the similarity of each cell to a query, the drawing, `POST /heatmap` and `search --heatmaps`."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 from pathlib import Path

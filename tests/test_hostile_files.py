@@ -1,7 +1,5 @@
 """Files that were made to exhaust time or memory, or to reach files outside their folder."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json

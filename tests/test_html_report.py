@@ -1,7 +1,5 @@
 """Reports as HTML and Markdown."""
 
-from __future__ import annotations
-
 from PIL import Image
 
 from llm2clip.evaluate.reporting.plots import plot_curves, plot_intervals

@@ -1,7 +1,5 @@
 """Image decoding, and transforms compared with those of timm and transformers."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

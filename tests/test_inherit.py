@@ -1,7 +1,5 @@
 """Inheritance of a CLIP model's embedding space and logits, on tiny random models of each library."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -1,7 +1,5 @@
 """Atomic writes, and readers whose errors name the file and line."""
 
-from __future__ import annotations
-
 import json
 import os
 import resource

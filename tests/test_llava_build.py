@@ -1,7 +1,5 @@
 """Tests of building LLaVA models from vision towers and LLMs."""
 
-from __future__ import annotations
-
 import textwrap
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Tests of LLaVA's training data: chat template, conversations, questions about objects, and batches."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

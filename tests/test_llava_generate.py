@@ -1,7 +1,5 @@
 """Tests of answers and log-likelihoods of LLaVA models, alone and in lmms-eval (skipped if it is not installed)."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Tests of LLaVA training: trained weights, cached features, resuming, several processes, command and plan."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

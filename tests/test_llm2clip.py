@@ -1,7 +1,5 @@
 """Tests of the model and its adapter."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

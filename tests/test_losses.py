@@ -1,7 +1,5 @@
 """The losses against their definitions in float64, against open_clip, and over several ranks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Memory at the true sizes of Llama-3-8B and ViT-L/14-336, measured with fake tensors, and compared with plans."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import weakref

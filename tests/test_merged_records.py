@@ -1,7 +1,5 @@
 """Several sources read as one list with one record per image."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pyarrow as pa

@@ -1,7 +1,5 @@
 """Tests of the check of model names before the hub is asked."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Phrases taken from captions, and the losses and batches that use them."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """NV-Embed-v2: conversion, latent attention pooling, batches, saving and unsupported uses."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace

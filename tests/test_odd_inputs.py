@@ -1,7 +1,5 @@
 """Unusual caption files: each is read, or the message says what is wrong with it. docs/howto/data.md lists them."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from dataclasses import dataclass

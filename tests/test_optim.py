@@ -1,7 +1,5 @@
 """Trained parameters, learning rates and schedule of align."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Tests of the checks of output folders."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

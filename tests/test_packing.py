@@ -1,7 +1,5 @@
 """Packed attention: model inputs, pooling, gradients, memory, and the single kernel for all captions on GPUs."""
 
-from __future__ import annotations
-
 import inspect
 from pathlib import Path
 from typing import Any

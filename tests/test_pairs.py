@@ -1,7 +1,5 @@
 """Batches of text pairs for tune: sampling, pair kinds and hard negatives."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import numpy as np

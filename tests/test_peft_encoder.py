@@ -1,7 +1,5 @@
 """Caption encoders from LoRA adapters: merged embeddings, chains of adapters, and adapters that do not match."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The pipeline on generated images, through the command line: fit, its stages, resuming, and the saved model."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

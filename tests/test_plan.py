@@ -1,7 +1,5 @@
 """Plans: parameters and FLOPs against published numbers and formulas, activations against a real forward pass."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

@@ -11,8 +11,6 @@ In the simulation, a file or folder certainly contains what it contained at its 
 survive at random: each entry of a folder, and each block of a file, independently of all others.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import hashlib

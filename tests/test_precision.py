@@ -1,7 +1,5 @@
 """Weights stored in bf16 for encoding: identical embeddings, less memory, and no use that needs fp32 weights."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Iterating over training batches in a background thread."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys

@@ -3,8 +3,6 @@
 The pretended GPU changes PyTorch for the whole process, so it must not be loaded into this one.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """Download of pretrained assets and conversion of GGUF files: offline on generated files; real weights are marked."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import zipfile

@@ -1,7 +1,5 @@
 """Progress bars in log files."""
 
-from __future__ import annotations
-
 import re
 from types import SimpleNamespace
 from typing import Any

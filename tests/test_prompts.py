@@ -1,7 +1,5 @@
 """Prompt ensembles, compared with averages that are computed one text at a time in float64."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

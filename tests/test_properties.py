@@ -1,7 +1,5 @@
 """Property-based tests (Hypothesis): records of any rows, stores with any keys or damage, metrics of any embeddings."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Embeddings and logits equal to what the LLM2CLIP authors' classes compute (see official_reference.py)."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

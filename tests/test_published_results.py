@@ -1,7 +1,5 @@
 """Published results: values copied by hand from the project page, and the places that show them."""
 
-from __future__ import annotations
-
 import json
 import re
 import runpy

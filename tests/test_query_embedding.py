@@ -1,7 +1,5 @@
 """Tests of `search.query`."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

@@ -1,7 +1,5 @@
 """The quickstart's records, page of search results and last lines, on generated emoji."""
 
-from __future__ import annotations
-
 import ast
 import base64
 import json

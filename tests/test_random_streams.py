@@ -1,7 +1,5 @@
 """Random numbers of many generators, compared with those of NumPy's generators."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

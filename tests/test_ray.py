@@ -1,7 +1,5 @@
 """Encoding on a local Ray cluster with several workers."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Tests on real weights and real data."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

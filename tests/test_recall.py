@@ -1,7 +1,5 @@
 """Ranks, recall, chance levels and intervals, compared with full sorts in float64 and with counting."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

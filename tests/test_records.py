@@ -1,7 +1,5 @@
 """Reading of records: row contents, splits, column mappings and paths."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import re

@@ -1,7 +1,5 @@
 """Region classification: the reader of boxes, crops, RoIAlign on dense features, and the metrics."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections import Counter

@@ -1,7 +1,5 @@
 """`reproduce` on generated images and random models, and verdicts of small cases computed by hand."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Which images, captions and crops a step of align sees."""
 
-from __future__ import annotations
-
 import dataclasses
 import multiprocessing
 import os

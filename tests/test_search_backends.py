@@ -1,7 +1,5 @@
 """Tests of what is specific to the index backends: storage, transactions, read-only folders, format versions."""
 
-from __future__ import annotations
-
 import os
 import sqlite3
 import stat

@@ -1,7 +1,5 @@
 """Tests of the commands `index` and `search`. `serve` is tested in test_server.py."""
 
-from __future__ import annotations
-
 import functools
 import json
 import os

@@ -1,7 +1,5 @@
 """Tests of building, updating and filtering an index, on generated images and a random model."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import json

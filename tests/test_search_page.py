@@ -1,7 +1,5 @@
 """Tests of the search page in a real browser: the system's Chromium, driven by Playwright."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from pathlib import Path

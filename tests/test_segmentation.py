@@ -1,7 +1,5 @@
 """Zero-shot segmentation: readers of the data sets, sliding window, assignment of classes, and the metrics."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Tests of the HTTP server: correct responses, invalid and hostile requests, and concurrency."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import dataclasses

@@ -1,7 +1,5 @@
 """Tests of the server's limits on memory and connections, with clients that behave badly on real sockets."""
 
-from __future__ import annotations
-
 import asyncio
 import http.client
 import io

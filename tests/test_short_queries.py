@@ -1,7 +1,5 @@
 """Short queries: which queries are built, and metrics compared with scikit-learn and with full sorts."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -1,7 +1,5 @@
 """Skipped rows: each is listed with file and row, and too many of them are an error."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

@@ -1,7 +1,5 @@
 """Split policy: which images are used for training and which are held out."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Embedding store: lookup, readers, atomic shards, resuming, repair, merging, and the key index."""
 
-from __future__ import annotations
-
 import gc
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Export and import of stores: Parquet, and the tar files of the official LLM2CLIP code."""
 
-from __future__ import annotations
-
 import io
 import json
 import tarfile

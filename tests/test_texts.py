@@ -1,7 +1,5 @@
 """Caption keys and deduplication of captions."""
 
-from __future__ import annotations
-
 from llm2clip.data.texts import caption_key, unique_captions
 
 

@@ -1,7 +1,5 @@
 """Hashes of the training images, which are saved with a model so that `evaluate` can warn about them."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """State of a training run in a checkpoint: exact, complete, and without pickle."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

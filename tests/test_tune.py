@@ -1,7 +1,5 @@
 """Stage 1, tune: its loss against a plain reference, gradient caching, exact resume, several ranks."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

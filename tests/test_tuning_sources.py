@@ -1,7 +1,5 @@
 """Sources of tune: captions without those of held-out images, and general text pairs."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

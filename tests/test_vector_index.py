@@ -1,7 +1,5 @@
 """Tests of `search.vector_index`, and of how the SQLite backend keeps it up to date."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

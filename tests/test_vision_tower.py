@@ -1,7 +1,5 @@
 """Tests of the vision tower with tiny random models of every supported family of timm and transformers."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging

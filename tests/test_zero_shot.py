@@ -1,7 +1,5 @@
 """Zero-shot accuracy, linear probes and compositional accuracy, compared with sorting and worked examples."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -4,8 +4,6 @@ Both pyramids map images, float (N, 3, H, W) from 0 to 1, to feature maps (N, 25
 64. H and W must be multiples of 32, as in torchvision's detectors.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from typing import Any
 

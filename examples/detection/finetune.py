@@ -1,7 +1,5 @@
 """Fine-tune an object detector on a vision tower, and evaluate it with pycocotools. See README.md."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

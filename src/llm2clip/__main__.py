@@ -1,7 +1,5 @@
 """Entry point for `python -m llm2clip`, e.g. with a launcher: `torchrun --nproc_per_node 2 -m llm2clip embed ...`."""
 
-from __future__ import annotations
-
 import sys
 
 from llm2clip.cli import main

@@ -4,8 +4,6 @@ A YAML config uses the same names, e.g. `align: {epochs: 4}`. Command-line optio
 the YAML config. This module imports only the standard library to keep `llm2clip --help` fast.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
 """CPU settings for PyTorch and malloc that speed up training and encoding without changing the results."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import platform

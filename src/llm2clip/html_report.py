@@ -4,8 +4,6 @@ The page is rendered from the template `templates/report.html.jinja`, and includ
 All text is escaped.
 """
 
-from __future__ import annotations
-
 import base64
 import re
 from collections.abc import Mapping, Sequence

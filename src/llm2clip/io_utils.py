@@ -1,7 +1,5 @@
 """Atomic writes, texts for messages, and readers of JSON and text files whose errors name the file and line."""
 
-from __future__ import annotations
-
 import errno
 import glob
 import io

@@ -18,8 +18,6 @@ an interrupted run can be resumed by running the same command again. `fit` write
       report.md, report.html
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Sequence

@@ -1,7 +1,5 @@
 """Progress bars for terminals, notebooks and log files."""
 
-from __future__ import annotations
-
 import sys
 import time
 from typing import Any

@@ -1,7 +1,5 @@
 """Results that the LLM2CLIP authors published, for comparison. The values are in `published_results.yaml`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any

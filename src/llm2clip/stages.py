@@ -4,8 +4,6 @@
 atomically and skips completed work.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, partial

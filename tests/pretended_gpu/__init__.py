@@ -20,8 +20,6 @@ PyTorch asks only once whether CUDA exists, so this package must be imported bef
 It needs g++ (a few seconds for the first call; the compiled library is cached) and a PyTorch build without CUDA.
 """
 
-from __future__ import annotations
-
 from pretended_gpu.hooks import install_hooks
 
 install_hooks()  # before torch is imported

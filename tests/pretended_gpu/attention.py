@@ -1,7 +1,5 @@
 """Attention on the pretended GPU: which kernel a GPU would use, and the same result from the CPU."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Replaces the functions of torch.cuda and torch.accelerator that call the CUDA driver."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Makes PyTorch believe that there is a CUDA device, by means of the C++ code in hooks.cpp."""
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import importlib.util

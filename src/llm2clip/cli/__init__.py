@@ -1,7 +1,5 @@
 """The `llm2clip` command. Heavy imports are deferred until a command is run, so that `--help` is instant."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

@@ -1,7 +1,5 @@
 """Checks of paths and model names without heavy imports, so that commands report mistakes within a second."""
 
-from __future__ import annotations
-
 import os
 import socket
 import sys

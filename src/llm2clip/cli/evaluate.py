@@ -1,7 +1,5 @@
 """Evaluation commands: `evaluate`, `benchmarks` and `reproduce`."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Commands for multimodal LLMs: `llm2clip llava build | train | plan`."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Training commands: `fit` and its stages `tune`, `embed` and `align`."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -5,8 +5,6 @@ files, it is the line number. `fields` is a dict that maps column names to the v
 row cannot be read. Readers do not interpret the values; the modules `records` and `pairs` do.
 """
 
-from __future__ import annotations
-
 import ast
 import difflib
 import functools

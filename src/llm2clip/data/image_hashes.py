@@ -9,8 +9,6 @@ image, so copies of a data set are recognised. Neither images nor paths can be r
 has an image can check if the model was trained on it.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import os

@@ -5,8 +5,6 @@ pixels or bytes thousands of times. `open_header` and `check_decoding_work` reje
 `benchmarks/hostile_images.py` measures the slowest files that they accept.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 Records contain references instead of images, so that lists of records are small and can be sent to other processes.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """Image decoding to uint8 RGB tensors of shape (3, H, W), and thumbnail creation."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO

@@ -9,8 +9,6 @@ captions themselves: a noun is a word that often stands alone between an article
 hat").
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections import Counter

@@ -12,8 +12,6 @@ For given data and settings, the batches depend only on the seed. A resumed run 
 uninterrupted run, regardless of the number of processes.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ The algorithms are the same as NumPy's: `SeedSequence` hashes the seeds, PCG64 (
 https://www.pcg-random.org) generates the bits, and permutations are Fisher-Yates shuffles.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Log of skipped rows, by file and row number. It raises an error if too many rows are skipped."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections import Counter

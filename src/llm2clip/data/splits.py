@@ -1,7 +1,5 @@
 """Reading of several data sources, merging of records with the same image, and the choice of held-out images."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 from collections import Counter

@@ -1,7 +1,5 @@
 """Validation, hashing and deduplication of texts."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Iterator
 

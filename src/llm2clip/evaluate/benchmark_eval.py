@@ -1,7 +1,5 @@
 """Evaluation of a model on a benchmark. The kind of benchmark determines the protocol."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ pairs" protocol, each caption is a query that is ranked against all other captio
 image is a correct answer. In both protocols, a tie between a correct and a wrong caption counts as an error.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path

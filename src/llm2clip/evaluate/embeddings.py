@@ -1,7 +1,5 @@
 """Image and text embeddings for evaluation: computed by a model and optionally cached on disk, or precomputed."""
 
-from __future__ import annotations
-
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath

@@ -6,8 +6,6 @@ same tiles. Because ties count against the model, a model that assigns the same 
 possible ranks.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any

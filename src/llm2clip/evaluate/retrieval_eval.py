@@ -1,7 +1,5 @@
 """Retrieval evaluation on records. Each caption field (captions, captions_zh, ...) is evaluated separately."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

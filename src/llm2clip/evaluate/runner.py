@@ -1,7 +1,5 @@
 """Evaluation of one or more models on the user's data and on public benchmarks, with a report of the results."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import time

@@ -12,8 +12,6 @@ phrases, or that uses CLIP's embedding space, may not need them. `fit` therefore
 images.
 """
 
-from __future__ import annotations
-
 import random
 import re
 import statistics

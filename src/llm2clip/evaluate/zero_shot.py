@@ -1,7 +1,5 @@
 """Zero-shot classification with class names, and linear probes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

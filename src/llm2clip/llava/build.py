@@ -14,8 +14,6 @@ tower:
 llm2clip.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

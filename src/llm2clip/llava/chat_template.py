@@ -5,8 +5,6 @@ the content of a message can be a list of text and image parts. A Jinja prefix c
 `<image>` tokens.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Any

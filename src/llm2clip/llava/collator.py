@@ -1,7 +1,5 @@
 """Dataset, collator and length-grouped sampler for training on conversations."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Iterator, Sequence

@@ -6,8 +6,6 @@ object counts as present if any caption of the image names it, and as absent oth
 salient objects but not everything in the image, so the answer "No" is sometimes wrong.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence

@@ -1,7 +1,5 @@
 """Batched answer generation and answer log-likelihoods for LLaVA models."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

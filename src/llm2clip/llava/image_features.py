@@ -4,8 +4,6 @@ The vision tower is frozen, so it is replaced during training by `PrecomputedVis
 were read from a store or computed just before the forward pass.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -3,8 +3,6 @@
 lmms-eval --model llm2clip_llava --model_args pretrained=RUN/model --tasks pope,gqa --batch_size 16
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

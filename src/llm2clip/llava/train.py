@@ -9,8 +9,6 @@ FSDP2 work as usual. The second stage starts from the result of the first stage.
     RUN/model/        trained model, for AutoModelForImageTextToText.from_pretrained
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Sequence

@@ -8,8 +8,6 @@ open_clip:NAME/PRETRAINED    open_clip model
 st:NAME                      sentence-transformers model that encodes images and texts
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial

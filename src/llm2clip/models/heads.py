@@ -4,8 +4,6 @@ The adapter follows the LLM2CLIP paper (arXiv 2411.04997, section 3.3). Exported
 it must not import llm2clip.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -5,8 +5,6 @@ The LLM2CLIP authors' code starts from the logit scale of the pretrained CLIP mo
 `train/proclip.py`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

@@ -6,8 +6,6 @@ consists of the settings and a hash of the data. Training resumes only from a ch
 number of ranks may change: the resumed run still processes the same number of images or pairs per step.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

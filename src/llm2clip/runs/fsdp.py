@@ -6,8 +6,6 @@ forward passes. Second, each rank has only a shard of each parameter, so paramet
 saved.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ A command does not write into an output folder of another kind, and does not rea
 folders with an unsupported format version. Only one command at a time writes to a folder.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import fnmatch

@@ -1,7 +1,5 @@
 """Utilities for distributed runs: ranks, barriers, gathering rows from all ranks, printing on the main process only."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

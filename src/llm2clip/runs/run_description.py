@@ -1,7 +1,5 @@
 """Description of a run for reports: its command, date, version and machine, and the durations of its stages."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

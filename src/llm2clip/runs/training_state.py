@@ -9,8 +9,6 @@ pickle-based formats, they cannot execute code when a checkpoint is loaded.
     state.json                  learning rate schedule and gradient scaler
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

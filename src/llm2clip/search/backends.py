@@ -3,8 +3,6 @@
 An index is stored either in a local folder (SQLite) or in a Qdrant collection.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence

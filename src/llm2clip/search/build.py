@@ -3,8 +3,6 @@
 Each batch is committed separately, so an interrupted run can resume where it left off.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """Error responses of the HTTP API, in the JSON format of OpenAI's API."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from fastapi import FastAPI, Request

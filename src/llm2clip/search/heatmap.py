@@ -3,8 +3,6 @@
 A cell is a patch of a vision transformer or a position in the last feature map of a convolutional network.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

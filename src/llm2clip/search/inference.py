@@ -1,7 +1,5 @@
 """Inference service that computes embeddings and runs searches for many concurrent requests."""
 
-from __future__ import annotations
-
 import math
 import threading
 import time

@@ -1,7 +1,5 @@
 """Search queries (positive and negative texts, images and earlier hits) and their embeddings."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -3,8 +3,6 @@
 Batching increases throughput, because a forward pass over 32 texts takes little longer than one over a single text.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Display of search results as a table in the terminal or as an HTML contact sheet."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

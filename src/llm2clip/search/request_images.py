@@ -1,7 +1,5 @@
 """Size-limited loading of images for requests, from data URIs or from the original files of hits."""
 
-from __future__ import annotations
-
 import base64
 import binascii
 import io

@@ -1,7 +1,5 @@
 """HTTP server that provides image search, embeddings and a search page. The API is described at /openapi.json."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import io

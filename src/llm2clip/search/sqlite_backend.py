@@ -10,8 +10,6 @@ file that is easy to copy. Readers keep the quantized vectors in memory and, fro
 captions. After a write, they read only the changes, which are listed in the table `changes`.
 """
 
-from __future__ import annotations
-
 import glob
 import json
 import os

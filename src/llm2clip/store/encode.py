@@ -5,8 +5,6 @@ of n processes encodes every n-th shard. After an interruption, only the missing
 being encoded, background threads write the previous shard and tokenize the next shard.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing

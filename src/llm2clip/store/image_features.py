@@ -5,8 +5,6 @@ These stores have the same on-disk layout as caption stores. The key of an image
 only seconds, and repeated evaluations do not encode any images or texts again.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress

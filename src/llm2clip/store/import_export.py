@@ -6,8 +6,6 @@ with captions. `X_text_embeddings.tar` contains the same samples in the same ord
 finds embeddings by the position and name of their samples, whereas a store finds them by a hash of the caption.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -10,8 +10,6 @@ the keys to `PARTITIONS` files such that equal keys are in the same file, and `s
 another. Memory holds only one of these files.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Iterable, Iterator

@@ -15,8 +15,6 @@ interruption. Embeddings are looked up by the hash of the caption, never by posi
 filter the captions of a data set.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """Repair damaged stores, and merge stores that were built on several machines, without encoding any captions."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

@@ -5,8 +5,6 @@ another. The store's folder must be accessible from all machines. If a worker di
 worker, at most `MAX_RETRIES` times. The resulting store is the same as with `encode.embed`.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import secrets

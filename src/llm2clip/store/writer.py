@@ -12,8 +12,6 @@ Input order is preserved, so captions of the same image stay together. Apart fro
 partition that is being sorted, memory holds only one byte per caption.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence

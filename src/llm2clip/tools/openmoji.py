@@ -11,8 +11,6 @@ its country, which can only be memorised.
 Related emoji, such as "man surfing", "woman surfing" and "person surfing", are always in the same split.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import re

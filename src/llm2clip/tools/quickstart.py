@@ -5,8 +5,6 @@ SmolLM2-135M, EfficientNet-Lite0, and OpenMoji's images with their names. The co
 runs `fit`, and writes a page with the trained model's search results.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

@@ -8,8 +8,6 @@ With self-distillation (`distill_weight`), an additional loss keeps the tower's 
 pretrained tower (see `proclip.py`).
 """
 
-from __future__ import annotations
-
 import copy
 import time
 from collections.abc import Generator, Sequence

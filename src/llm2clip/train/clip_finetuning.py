@@ -5,8 +5,6 @@ the adapter, and tokenized captions replace the embedding store. The result is a
 `evaluate` accepts as a model or baseline.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any

@@ -11,8 +11,6 @@ The result equals the gradients from a single pass over the complete batch. At a
 part are in memory. The cost is a second forward pass over the batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 

@@ -1,7 +1,5 @@
 """Model with which the `align` stage starts: a pretrained vision tower with new heads, or with a CLIP model's heads."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

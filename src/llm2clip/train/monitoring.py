@@ -1,7 +1,5 @@
 """Metrics, evaluations and experiment trackers of an `align` run."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

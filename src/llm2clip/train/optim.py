@@ -1,7 +1,5 @@
 """Preparation of a model for the `align` stage: trainable parameters, optimizer, learning rates and compilation."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable

@@ -16,8 +16,6 @@ the texts, so that the adapter learns short texts as well as complete captions. 
 cached in a store, and the LLM's embeddings come from the caption store, so each training step only runs the adapter.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path

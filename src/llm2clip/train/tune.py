@@ -11,8 +11,6 @@ passes with a limited number of tokens each. If there are several passes, gradie
 one pass in memory at a time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass

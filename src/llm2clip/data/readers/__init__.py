@@ -3,8 +3,6 @@
 The reader for each format is a function in `json_files`, `csv_files`, `tables` or `tar`.
 """
 
-from __future__ import annotations
-
 import difflib
 import glob
 import os

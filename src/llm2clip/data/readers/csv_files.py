@@ -3,8 +3,6 @@
 The delimiter is detected, because spreadsheets use semicolons in many countries.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import os

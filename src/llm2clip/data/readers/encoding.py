@@ -6,8 +6,6 @@ The encoding of a file that is neither UTF-8 nor UTF-16 can only be guessed. For
 also valid in cp1250, but some letters are wrong. Such files are therefore never decoded with a guessed encoding.
 """
 
-from __future__ import annotations
-
 import codecs
 import functools
 import gzip

@@ -1,7 +1,5 @@
 """Readers for tables: Parquet files and Hugging Face data sets. Only the columns selected by `choose` are read."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Readers for image folders and webdataset tar files, in which captions are stored next to the image files."""
 
-from __future__ import annotations
-
 import io
 import os
 import tarfile

@@ -8,8 +8,6 @@
 Embeddings are compared by cosine similarity, the default in mteb's base class.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

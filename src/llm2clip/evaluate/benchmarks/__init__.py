@@ -1,7 +1,5 @@
 """Readers for public benchmarks as distributed by their authors, with the protocol and source of each benchmark."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 

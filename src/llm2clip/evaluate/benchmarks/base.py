@@ -1,7 +1,5 @@
 """Data types for benchmarks, and helpers shared by the benchmark readers."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ embedding of these prompts. For ImageNet, OpenAI's class names and 80 templates 
 sorted by WordNet id, and the list of ids comes from timm.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import io
 from collections.abc import Sequence

@@ -9,8 +9,6 @@ OV-COCO consists of COCO val2017 with 48 base classes and 17 novel classes. The 
 classes are removed, and images without any remaining object are excluded.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import math
 from collections import Counter, defaultdict

@@ -3,8 +3,6 @@
 A tie between the correct answer and a wrong answer counts as an error.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

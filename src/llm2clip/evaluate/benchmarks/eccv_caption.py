@@ -6,8 +6,6 @@ matches. The package eccv-caption contains these judgements and the list of capt
 5,000 images, 25,000 in total.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 from typing import Any

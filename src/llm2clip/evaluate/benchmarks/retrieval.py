@@ -11,8 +11,6 @@ captions each. All 25,010 captions are used, whereas code derived from VSE++ use
 image, 25,000 in total. ShareGPT4V-1k, Urban-1k and DOCCI have one long caption per image.
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 import json

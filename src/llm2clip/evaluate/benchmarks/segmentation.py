@@ -6,8 +6,6 @@ and the image sizes are scaled accordingly. In data sets with a background class
 probabilities, and pixels without a probable class are assigned to the background.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.resources import files

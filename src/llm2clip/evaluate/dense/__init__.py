@@ -1,7 +1,5 @@
 """Evaluation of region classification, segmentation and detection, with shared helpers for models and decoding."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 

@@ -5,8 +5,6 @@ follows SCLIP; see `models/vision/sliding_window.py` and `SegmentationData`. The
 intersections and unions are summed over all images before they are divided.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

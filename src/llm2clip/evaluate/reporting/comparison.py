@@ -1,7 +1,5 @@
 """Report sections that compare models with each other and with published results: tables, plots and example images."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Error analysis for retrieval: recall by k and by caption length, and example captions with retrieved images."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Report on a `fit` run: metrics before and after each training stage, and loss curves."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

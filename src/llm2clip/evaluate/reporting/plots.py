@@ -1,7 +1,5 @@
 """SVG plots for reports, with a transparent background and grey text for both light and dark pages."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any

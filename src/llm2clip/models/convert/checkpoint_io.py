@@ -4,8 +4,6 @@ No code from a checkpoint is executed. Weights are read from safetensors files, 
 `weights_only=True`.
 """
 
-from __future__ import annotations
-
 import pickle
 import zipfile
 from collections.abc import Mapping

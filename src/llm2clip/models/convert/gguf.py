@@ -8,8 +8,6 @@ of a 4-bit integer and a float16 scale, plus a float16 offset. Neither float16 n
 values. Of SmolLM2-135M's 134.5 M dequantized weights, casting changes 106.6 M for bfloat16 and 55.9 M for float16.
 """
 
-from __future__ import annotations
-
 import os
 from functools import partial
 from pathlib import Path

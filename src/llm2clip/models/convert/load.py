@@ -5,8 +5,6 @@ model, the checkpoint must contain a tensor of the same shape. Every other tenso
 buffer that can be computed from the architecture, or have a name that the layout ignores.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ transformers 4, which llm2clip does not run. The weights are loaded into transfo
 `LatentAttentionPooling`.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path

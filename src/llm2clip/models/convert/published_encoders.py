@@ -9,8 +9,6 @@ chain: for example, LLM2Vec's supervised adapter was trained after merging the M
 of a chain must be merged in the order in which they were trained.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath

@@ -1,7 +1,5 @@
 """Writer that saves an `LLM2CLIP` model as an official LLM2CLIP checkpoint."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Model cards in Markdown. A card describes a model's architecture, usage, evaluation and training config."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

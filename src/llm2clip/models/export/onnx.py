@@ -1,7 +1,5 @@
 """ONNX export of an image graph and a text graph. The embeddings of both are compared with PyTorch's embeddings."""
 
-from __future__ import annotations
-
 import json
 import logging
 import warnings

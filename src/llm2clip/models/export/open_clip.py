@@ -1,7 +1,5 @@
 """Export of the image encoder to open_clip, for models with a timm vision tower."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

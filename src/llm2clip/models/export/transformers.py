@@ -1,7 +1,5 @@
 """Export of a model to transformers and sentence-transformers, and of its vision tower to transformers."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """Hashes of everything that affects an encoder's embeddings. Stores and caches use them to detect changes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from typing import Any

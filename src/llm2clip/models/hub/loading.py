@@ -9,8 +9,6 @@ the kernels of some quantisation methods. Pass the result of `load_config` or `b
 model, and `WITHOUT_HUB_CODE` to every SentenceTransformer, so that only the user can choose an implementation.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Iterator, Sequence

@@ -9,8 +9,6 @@ contains only safetensors, tokenizer files and images, but no pickles. It is mov
 in the cache are always complete.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

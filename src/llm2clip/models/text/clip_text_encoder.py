@@ -5,8 +5,6 @@ The supported models are transformers models of the types in `_TEXT_INPUTS`, mod
 usual for these models.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -5,8 +5,6 @@ weights. Without QLoRA, the frozen matrices can be stored in 16 bits, and LoRA i
 The rounding has no effect if the LLM was released in the same 16-bit format.
 """
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from typing import Any
 

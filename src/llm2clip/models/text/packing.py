@@ -10,8 +10,6 @@ Restarting `position_ids` at each caption would not be enough, because with `sdp
 would still attend to other captions.
 """
 
-from __future__ import annotations
-
 import inspect
 import warnings
 from collections.abc import Callable, Sequence

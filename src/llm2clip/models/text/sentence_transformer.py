@@ -1,7 +1,5 @@
 """Text encoders as SentenceTransformers: loading, the template around a caption, and the layers of the LLM."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -21,8 +21,6 @@ naclip     W(softmax(s k k^T + g) v), with g = exp(-d^2 / 50) for two patches wh
 Queries and keys include their norms and rotary embeddings, if any. Any layer scale is included in W.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

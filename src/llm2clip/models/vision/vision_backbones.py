@@ -8,8 +8,6 @@ args           arguments for `timm.create_model` (timm only)
 preprocess     image preprocessing, from `Preprocess.to_dict()`
 """
 
-from __future__ import annotations
-
 import inspect
 import logging
 from dataclasses import replace

@@ -5,8 +5,6 @@ trained. The architecture can be rebuilt from the tower's `config` without a net
 contains a tower can save the tower's weights in its own state dict.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

@@ -8,8 +8,6 @@ A multiply-add counts as 2 FLOPs. As usual, only matmuls and convolutions are co
 layers, so its costs are extrapolated from models with two and three layers.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator

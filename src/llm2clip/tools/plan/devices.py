@@ -1,7 +1,5 @@
 """Peak throughput and memory of accelerators, from data sheets, and the assumed utilisation in each stage."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Memory and time estimates for `llm2clip llava train`, computed with the same methods as the `plan` command."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from dataclasses import dataclass

@@ -13,8 +13,6 @@ On a CPU, the memory use can also peak before training, while the LLM is loaded.
 It consists of the fp32 weights and of the memory-mapped 16-bit files from which they are converted.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any

@@ -4,8 +4,6 @@ Models are built on PyTorch's meta device, where tensors have shapes but no valu
 model is read from its folder or its hub page. Hub ids of vision towers are mapped to timm models of the same shape.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

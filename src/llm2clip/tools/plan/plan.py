@@ -4,8 +4,6 @@ Hours are FLOPs divided by the product of the peak throughput and an assumed mod
 `devices.MFU`. Small models, small batches and slow image decoding reduce the MFU.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Text output of the `plan` command."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from io import StringIO
 

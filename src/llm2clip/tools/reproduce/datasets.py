@@ -4,8 +4,6 @@ The `tune` stage uses captions and text pairs, the `align` stage uses training i
 held-out images.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence

@@ -14,8 +14,6 @@ Each result is computed once and saved in the run directory, so that an interrup
       claims/N.json                result of testing claim N
 """
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ The report shows the paper's own results next to the measured results. They come
 project pages of 2026 (AAAI-26) and 2024.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Sequence

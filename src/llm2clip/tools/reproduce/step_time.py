@@ -3,8 +3,6 @@
 The sources are cached teacher embeddings, CLIP's own text tower, and the LLM in the training loop.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable
