@@ -549,7 +549,7 @@ def time_call(run: Callable[[], Any], repeats: int = 5) -> float:
 def rate_row(name: str, count: float, seconds: float, flops: float, unit: str = "tokens") -> dict[str, Any]:
     row = {"method": name, "ms": 1e3 * seconds, f"{unit}/s": count / seconds}
     device = known_device()
-    row["MFU, %"] = 100 * flops / seconds / DEVICES[device].rate("bf16") if device else "unknown device"
+    row["MFU, %"] = 100 * flops / seconds / DEVICES[device].get_peak_flops("bf16") if device else "unknown device"
     row["peak memory, GB"] = torch.cuda.max_memory_allocated() / 1e9 if IS_GPU else "not measured"
     return row
 

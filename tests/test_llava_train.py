@@ -259,7 +259,7 @@ def count_parameters(module: torch.nn.Module) -> int:
 def test_plan_command_fits_llava_7b_with_fsdp_only(capsys: pytest.CaptureFixture[str]) -> None:
     machine = ["llava", "plan", "--device", "a100-80", "--count", "8"]
     assert main(machine) == 0
-    assert "does not fit into 80 GB: try --use_fsdp" in capsys.readouterr().out
+    assert "does not fit in 80 GB: try --use_fsdp" in capsys.readouterr().out
     assert main([*machine, "--use_fsdp", "--config", "llava-1.5-7b"]) == 0
     output = capsys.readouterr().out
     assert "576 tokens per image" in output

@@ -163,7 +163,7 @@ def test_fit_checks_disk_space_and_memory_before_training(
     monkeypatch.setattr(planner, "available_memory", lambda: 10**8)
     monkeypatch.setattr(planner.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**5))
     assert main(fit_command(image_folder, llm, tower, tmp_path / "run")) == 1
-    assert re.search(r"needs about 0\.\d GB of disk space .* 0\.0 GB are free", capsys.readouterr().err)
+    assert re.search(r"needs about 0\.\d GB of disk space .* 0\.0 GB is free", capsys.readouterr().err)
     assert not (tmp_path / "run/tune").exists()
 
     records = list(open_records(image_folder / "captions.jsonl"))
@@ -171,7 +171,7 @@ def test_fit_checks_disk_space_and_memory_before_training(
     monkeypatch.undo()
     monkeypatch.setattr(planner, "available_memory", lambda: 10**8)
     warnings = planner.check_resources(config, tmp_path, records)
-    assert warnings[0].startswith("Warning: tune needs about") and "0.1 GB are free" in warnings[0]
+    assert warnings[0].startswith("Warning: tune needs about") and "0.1 GB is free" in warnings[0]
     monkeypatch.undo()
     assert planner.check_resources(config, tmp_path, records) == []
 

@@ -18,7 +18,7 @@ from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.tools.plan.costs import SavedTensorBytes, count_flops, measure_image_costs, measure_text_costs
 from llm2clip.tools.plan.devices import DEVICES, Machine
 from llm2clip.tools.plan.llava import LlavaStage, plan_llava
-from llm2clip.tools.plan.memory import estimate_align_memory, estimate_tune_memory, peak_memory, suggest_settings
+from llm2clip.tools.plan.memory import estimate_align_memory, estimate_tune_memory, peak_memory, suggest_flags
 from llm2clip.tools.plan.model_configs import LLMS, TOWERS, build_tower, get_llm_config
 from llm2clip.tools.plan.plan import Plan, plan_fit
 from llm2clip.tools.plan.report import format_plan
@@ -113,12 +113,12 @@ def test_llm_flops_and_trained_parameters_match_formulas(rank: int, is_cpu: bool
 
 def test_repeated_passes_of_tune_are_counted() -> None:
     costs = measure_text_costs(EncoderConfig(), BF16, 40)
-    step = costs.tune_flop(BF16)
+    step = costs.count_tune_flop(BF16)
     assert step == costs.tune_forward + costs.tune_backward
     repeated = dataclasses.replace(BF16, gradient_checkpointing=True, grad_cache=True, batch_tokens=40)
-    assert costs.tune_flop(repeated) == pytest.approx(step + 2 * costs.tune_forward)
+    assert costs.count_tune_flop(repeated) == pytest.approx(step + 2 * costs.tune_forward)
     single_pass = dataclasses.replace(BF16, grad_cache=True, batch_tokens=2 * BF16.batch_size * 40)
-    assert costs.tune_flop(single_pass) == step
+    assert costs.count_tune_flop(single_pass) == step
 
 
 def test_grouped_convolutions_are_counted_per_group() -> None:
@@ -217,9 +217,9 @@ def test_suggestions_fit(too_large: str, tmp_path: Path) -> None:
         config = FitConfig(encoder=EncoderConfig("Qwen/Qwen2.5-0.5B"), tune=tune, align=align)
     plan = plan_small(config, count=8, memory=memory)
     assert not plan.fits["tune"] and not plan.fits["align"]
-    assert ("--use_fsdp" in dict(plan.suggest("align"))) == (too_large == "weights")
+    assert ("--use_fsdp" in dict(plan.suggest_flags("align"))) == (too_large == "weights")
     for stage in ("tune", "align"):
-        suggestions = plan.suggest(stage)
+        suggestions = plan.suggest_flags(stage)
         for flags, size in (suggestions[0], suggestions[-1]):  # the smallest and the largest change
             words = [word for word in flags.split() if word != "--use_fsdp"]
             options = dict(zip(words[::2], words[1::2], strict=True))
@@ -240,7 +240,7 @@ def test_suggestions_skip_lora_for_a_tower_without_linear_layers() -> None:
             raise ValueError("no layers for LoRA")
         return {"activations": 1e12}
 
-    assert suggest_settings(AlignConfig(), GPU, memory) == []
+    assert suggest_flags(AlignConfig(), GPU, memory) == []
     assert tried[-1] > 0
 
 
@@ -254,17 +254,17 @@ def test_hours_are_flops_over_throughput() -> None:
     assert plan.hours["align"] * 3600 == pytest.approx(10_000 * 3 * plan.step_flop["total"] / throughput)
     assert plan.hours["embed"] * 3600 == pytest.approx(20_000 * plan.text.forward / throughput)
     assert plan.hours["tune"] * 3600 == pytest.approx(
-        2 * tune.steps * tune.batch_size * plan.text.tune_flop(tune) / throughput
+        2 * tune.steps * tune.batch_size * plan.text.count_tune_flop(tune) / throughput
     )
     assert plan.images_per_second == pytest.approx(30_000 / (3600 * plan.hours["align"]))
-    assert plan.store == 20_000 * (576 * 2 + 16)
+    assert plan.store_bytes == 20_000 * (576 * 2 + 16)
     int8 = dataclasses.replace(
         plan, config=dataclasses.replace(config, embed=dataclasses.replace(config.embed, dtype="int8"))
     )
     assert int8.store == 20_000 * (576 + 4 + 16)
     # The LLM in every step, relative to the store.
     step, caption = plan.step_flop["total"], plan.text.forward
-    assert plan.online[0] == pytest.approx((step + caption) / step)
+    assert plan.online_cost_ratios[0] == pytest.approx((step + caption) / step)
     single_epoch = change_align(captions_per_image=0, epochs=1.0)  # both encode two captions of each image once
     assert plan_small(single_epoch).online[1] == pytest.approx(1)
 
@@ -297,17 +297,18 @@ def test_few_images_reduce_the_batch_size() -> None:
     assert plan.memory["align"]["captions"] == 4 * 576 * 12
 
 
-def test_device_rate_depends_on_precision() -> None:
+def test_peak_flops_depend_on_precision() -> None:
     h100, t4 = DEVICES["h100"], DEVICES["t4"]
-    assert h100.rate("auto") == h100.rate("bf16") == h100.rate("bf16+3") == 989.5e12 and h100.rate("fp32") == 67e12
-    assert t4.rate("auto") == t4.rate("fp32") == 8.1e12
+    assert h100.get_peak_flops("auto") == h100.get_peak_flops("bf16") == h100.get_peak_flops("bf16+3") == 989.5e12
+    assert h100.get_peak_flops("fp32") == 67e12
+    assert t4.get_peak_flops("auto") == t4.get_peak_flops("fp32") == 8.1e12
     with pytest.raises(ValueError, match="t4 does not support bf16"):
-        t4.rate("bf16")
+        t4.get_peak_flops("bf16")
 
 
-def test_machine_uses_the_given_numbers_or_the_table() -> None:
+def test_machine_options_override_the_device_table() -> None:
     assert Machine("H100", memory=40).device_spec.memory == 40
-    assert Machine("cpu", tflops=1.5, memory=24).device_spec.rate("fp32") == 1.5e12
+    assert Machine("cpu", tflops=1.5, memory=24).device_spec.get_peak_flops("fp32") == 1.5e12
     with pytest.raises(ValueError, match=r"--device must be one of h100, .*--tflops"):
         Machine("cpu", memory=24)
 

@@ -1,11 +1,11 @@
-"""Parameters, FLOPs and activations of the models, measured by running their code on fake tensors.
+"""Parameter counts, FLOPs and activation memory, measured by running the models on fake tensors.
 
-Fake tensors have shapes but no values, so models of any size run without weights, memory or a GPU. They are on a fake
-CPU, which results in the same counts as a GPU: CPU attention kernels save just as little for the backward pass, and CPU
+Fake tensors have shapes but no values, so models of any size run without weights, memory or a GPU. The fake device is a
+CPU, but the counts also apply to GPUs: CPU attention kernels save just as little for the backward pass, and CPU
 autocast lowers the precision in the same way.
 
-A multiply-add counts as 2 FLOPs. As usual, only matmuls and convolutions are counted. An LLM is a stack of identical
-layers, so its costs are extrapolated from models with two and three layers.
+A multiply-add counts as 2 FLOPs. As usual, only matmuls and convolutions are counted. LLM layers are identical, so the
+costs of an LLM are extrapolated from versions with two and three layers.
 """
 
 import math
@@ -33,36 +33,36 @@ from llm2clip.train.optim import set_trainable
 
 @dataclass(frozen=True)
 class PassCosts:
-    """Costs of a forward and a backward pass for one item, such as an image or a caption, in FLOPs and bytes."""
+    """FLOPs and bytes of a forward and backward pass, per item (for example, per image or caption)."""
 
     forward: float
     backward: float
-    saved: float  # activations that autograd saves
-    layer_inputs: float  # inputs to all layers
-    copies: float  # half-precision copies of trained weights that autograd saves, for any number of items
+    saved: float  # bytes of activations saved by autograd
+    layer_inputs: float  # bytes of the inputs to all layers
+    copies: float  # bytes of half-precision weight copies saved by autograd, regardless of the number of items
 
 
 @dataclass(frozen=True)
 class TextCosts:
     """Costs of running and fine-tuning the language model."""
 
-    tokens: float  # per caption, including the template
-    embed_dim: int  # of the stored embeddings
+    tokens: float  # number of tokens per caption, including the template
+    embed_dim: int  # dimension of the stored embeddings
     parameters: int  # excluding the language modelling head
-    linear: int  # number of weights in all linear layers
-    largest_linear: int  # number of linear weights in the largest transformer layer
+    linear: int  # total number of weights in linear layers
+    largest_linear: int  # largest number of linear weights in a single transformer layer
     largest_matrix: int  # number of weights in the largest linear layer
     layers: int  # number of transformer layers
-    trained: int  # number of parameters that the `tune` stage trains
-    forward: float  # FLOPs of a forward pass without LoRA, per caption
-    tune_forward: float  # FLOPs of the forward pass in a `tune` step, per caption
-    tune_backward: float  # FLOPs of the backward pass in a `tune` step, per caption
-    saved_per_token: float  # bytes that autograd saves per token in each transformer layer
-    input_per_token: float  # bytes of a transformer layer's input per token
-    saved_outside: float  # bytes that autograd saves per token outside the transformer layers
+    trained: int  # number of parameters trained in the `tune` stage
+    forward: float  # FLOPs per caption of a forward pass without LoRA
+    tune_forward: float  # FLOPs per caption of the forward pass in a `tune` step
+    tune_backward: float  # FLOPs per caption of the backward pass in a `tune` step
+    saved_per_token: float  # bytes saved by autograd, per token and transformer layer
+    input_per_token: float  # bytes of a transformer layer's input, per token
+    saved_outside: float  # bytes saved by autograd outside the transformer layers, per token
 
-    def tune_flop(self, config: TuneConfig) -> float:
-        """Return the FLOPs per caption in a `tune` step, including repeated forward passes."""
+    def count_tune_flop(self, config: TuneConfig) -> float:
+        """Return the FLOPs per caption of a `tune` step, including repeated forward passes."""
         tokens_per_batch = 2 * config.batch_size * self.tokens  # two texts per pair
         several_passes = tokens_per_batch > (config.batch_tokens or GPU_BATCH_TOKENS)
         num_forwards = 1 + config.gradient_checkpointing + (config.grad_cache and several_passes)
@@ -71,22 +71,22 @@ class TextCosts:
 
 @dataclass(frozen=True)
 class ImageCosts:
-    """Costs of running and training the model of the `align` stage, per image with its captions."""
+    """Costs of running and training the `align` stage's model, per image with its captions."""
 
-    tower: int  # number of parameters, as of the next two components
-    projection: int
-    adapter: int
-    trained: int  # number of parameters that the `align` stage trains
-    feature_dim: int  # of the tower's image features
-    embed_dim: int  # of the shared embedding space
-    captions: float  # number of captions used per image in each step
+    tower: int  # number of parameters in the tower
+    projection: int  # number of parameters in the projection
+    adapter: int  # number of parameters in the adapter
+    trained: int  # number of parameters trained in the `align` stage
+    feature_dim: int  # dimension of the tower's image features
+    embed_dim: int  # dimension of the shared embedding space
+    captions: float  # number of captions per image used in each step
     tower_forward: float  # FLOPs of the tower's forward pass
-    forward: float  # FLOPs of the forward pass in a training step, without a frozen tower
+    forward: float  # FLOPs of the forward pass in a training step, excluding a frozen tower
     backward: float  # FLOPs of the backward pass in a training step
-    saved: float  # bytes that autograd saves
-    saved_per_layer: float  # bytes that autograd saves in each tower layer; 0 if the tower is frozen
+    saved: float  # bytes saved by autograd
+    saved_per_layer: float  # bytes saved by autograd in each tower layer; 0 if the tower is frozen
     layer_inputs: float  # bytes of the inputs to all tower layers; 0 if the tower is frozen
-    copies: float  # bytes of the half-precision copies of weights that autograd saves
+    copies: float  # bytes of half-precision weight copies saved by autograd
 
     @property
     def parameters(self) -> int:
@@ -99,24 +99,24 @@ def measure_text_costs(encoder: EncoderConfig, tune: TuneConfig, tokens: float, 
     Args:
         tune: Settings of the `tune` stage; `tune.precision` must be fp32, bf16 or fp16.
         tokens: Number of tokens per caption, including the template.
-        is_cpu: If True, decoders use the packed attention of CPUs, which is not fused.
+        is_cpu: If True, measure decoders with the packed CPU attention, which is not fused.
     """
     config = get_llm_config(encoder)
     llm = build_llm(config)
     layers, parameters = get_layers(llm), count_parameters(llm)
-    linear, largest_linear = _count_linear(layers), max(_count_linear(layer) for layer in layers)
+    linear, largest_linear = _count_linear_weights(layers), max(_count_linear_weights(layer) for layer in layers)
     largest_matrix = max(m.weight.numel() for m in layers.modules() if isinstance(m, nn.Linear))
     trained = count_parameters(_prepare_llm(llm, tune), only_trained=True)
 
     length = max(1, round(tokens))
-    two, three = (_measure_llm(config, tune, n, length, is_cpu) for n in (2, 3))
+    two, three = (_measure_shortened_llm(config, tune, n, length, is_cpu) for n in (2, 3))
 
-    def per_caption(costs: Callable[[PassCosts], float]) -> float:
-        """Extrapolate FLOPs to all layers."""
+    def extrapolate(costs: Callable[[PassCosts], float]) -> float:
+        """Extrapolate the FLOPs per caption to all layers."""
         total = costs(two) + (len(layers) - 2) * (costs(three) - costs(two))
         return total * tokens / length
 
-    tune_forward = per_caption(lambda costs: costs.forward)
+    tune_forward = extrapolate(lambda costs: costs.forward)
     return TextCosts(
         tokens=tokens,
         embed_dim=encoder.truncate_dim or config.hidden_size,
@@ -128,7 +128,7 @@ def measure_text_costs(encoder: EncoderConfig, tune: TuneConfig, tokens: float, 
         trained=trained,
         forward=tune_forward - (2 * trained * tokens if tune.lora_r else 0),
         tune_forward=tune_forward,
-        tune_backward=per_caption(lambda costs: costs.backward),
+        tune_backward=extrapolate(lambda costs: costs.backward),
         saved_per_token=(three.saved - two.saved) / length,
         input_per_token=(three.layer_inputs - two.layer_inputs) / length,
         saved_outside=max(0.0, 3 * two.saved - 2 * three.saved) / length,
@@ -136,10 +136,10 @@ def measure_text_costs(encoder: EncoderConfig, tune: TuneConfig, tokens: float, 
 
 
 def measure_image_costs(config: AlignConfig, text_dim: int, captions: float) -> ImageCosts:
-    """Measure the costs of the `align` stage's model per image, with `captions` captions per image in each step.
+    """Measure the costs per image of the `align` stage's model, with `captions` captions per image in each step.
 
     Raises:
-        ValueError: The settings contradict each other, or the tower is unknown.
+        ValueError: Settings contradict each other, or the tower is unknown.
     """
     model = build_model(config, text_dim)
     tower = model.tower
@@ -191,14 +191,14 @@ def measure_pass(
     """Measure the costs per item. Must be called within a `FakeTensorMode`.
 
     Args:
-        layers: Layers of the model, whose input sizes are measured.
-        run: Function that returns the model's output for a number of items.
+        layers: Layers whose input sizes are measured.
+        run: Runs the model on the given number of items and returns the output.
         precision: fp32, bf16 or fp16.
     """
     saved_bytes = {}
     for items in (2, 1):  # the difference excludes bytes that do not grow with the number of items
         saved = SavedTensorBytes(model)
-        # Autocast to bf16 also stands for fp16, which has the same size.
+        # fp16 has the same size as bf16, so autocast to bf16 covers both.
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")
         with autocast, saved.hooks, _record_input_bytes(layers) as input_bytes, make_flop_counter() as counter:
             output = run(items)  # keeps the saved tensors alive
@@ -217,7 +217,7 @@ def count_flops(run: Callable[[], Any]) -> float:
 
 
 def make_flop_counter() -> FlopCounterMode:
-    """Create PyTorch's counter, with the formulas of operations that it lacks or counts incorrectly."""
+    """Return PyTorch's FLOP counter, with added formulas for operations that it omits or counts incorrectly."""
     return FlopCounterMode(display=False, custom_mapping=_FLOP_FORMULAS)
 
 
@@ -226,7 +226,7 @@ def count_parameters(module: nn.Module, only_trained: bool = False) -> int:
 
 
 class SavedTensorBytes:
-    """Number of bytes that autograd saves within `hooks`. Each storage is counted once; weights are excluded."""
+    """Counter of the bytes that autograd saves within `hooks`. Each storage counts once; weights are excluded."""
 
     def __init__(self, model: nn.Module) -> None:
         weights = (*model.parameters(), *model.buffers())
@@ -247,7 +247,7 @@ class SavedTensorBytes:
 
 @contextmanager
 def _record_input_bytes(layers: Iterable[nn.Module]) -> Iterator[list[int]]:
-    """Record the size of the input to each layer that runs in the `with` block, in bytes."""
+    """Record the input size in bytes of each layer that runs in the `with` block."""
     sizes: list[int] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -259,8 +259,8 @@ def _record_input_bytes(layers: Iterable[nn.Module]) -> Iterator[list[int]]:
         yield sizes
 
 
-def _measure_llm(config: Any, tune: TuneConfig, num_layers: int, tokens: int, is_cpu: bool) -> PassCosts:
-    """Measure the costs of a `tune` step per caption of `tokens` tokens, with only `num_layers` LLM layers."""
+def _measure_shortened_llm(config: Any, tune: TuneConfig, num_layers: int, tokens: int, is_cpu: bool) -> PassCosts:
+    """Measure the costs of a `tune` step per caption of `tokens` tokens, using only `num_layers` LLM layers."""
     short_config = type(config).from_dict(config.to_dict())
     short_config.num_hidden_layers, short_config.is_causal = num_layers, False
     if getattr(short_config, "layer_types", None):
@@ -285,7 +285,7 @@ def _measure_llm(config: Any, tune: TuneConfig, num_layers: int, tokens: int, is
 
 
 def _prepare_llm(llm: Any, tune: TuneConfig) -> Any:
-    """Freeze the weights that `tune` does not train, and add LoRA if configured."""
+    """Freeze the input embeddings and, if configured, add LoRA."""
     llm.get_input_embeddings().requires_grad_(False)
     if not tune.lora_r:
         return llm
@@ -297,7 +297,7 @@ def _prepare_llm(llm: Any, tune: TuneConfig) -> Any:
     return net
 
 
-def _count_linear(module: nn.Module) -> int:
+def _count_linear_weights(module: nn.Module) -> int:
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
@@ -311,9 +311,9 @@ def _count_attention_backward_flop(_grad: Any, query: Any, key: Any, value: Any,
 
 
 def _count_convolution_backward_flop(grad: Any, _input: Any, weight: Any, _bias: Any, *settings: Any, **_: Any) -> int:
-    """Return the forward FLOPs times the number of requested gradients (input, weight).
+    """Return the forward FLOPs, multiplied by the number of requested gradients (input, weight).
 
-    PyTorch's own formula ignores groups and therefore greatly overestimates the FLOPs of EfficientNet.
+    PyTorch's own formula ignores groups, so it greatly overestimates the FLOPs of EfficientNet.
     """
     output_mask = settings[-1]
     return int(2 * math.prod(grad) * math.prod(weight[1:]) * (bool(output_mask[0]) + bool(output_mask[1])))

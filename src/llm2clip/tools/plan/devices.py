@@ -1,4 +1,4 @@
-"""Peak throughput and memory of accelerators, from data sheets, and the assumed utilisation in each stage."""
+"""Peak throughput and memory of accelerators according to data sheets, and the assumed utilisation per stage."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -6,25 +6,25 @@ from dataclasses import dataclass
 from llm2clip.config import Stage
 
 # Model FLOPs utilisation of each stage on a GPU, from `benchmarks/roofline.py` (see docs/results/speed.md). Vision
-# towers have smaller matrices than LLMs and spend half of the time on elementwise operations.
+# towers have smaller matrices than LLMs and spend half their time on elementwise operations.
 MFU = {"tune": 0.4, "embed": 0.4, "align": 0.25}
 
 
 @dataclass(frozen=True)
 class Device:
-    """Specifications of an accelerator. Throughputs are of dense matmuls, in 10^12 FLOP/s."""
+    """Accelerator specifications. Throughputs are for dense matmuls, in 10^12 FLOP/s."""
 
-    name: str  # on the command line
-    half: float  # bf16 with fp32 accumulation, or fp16 if `bf16` is False
-    full: float  # fp32 without tensor cores, which is PyTorch's default
-    memory: float  # GB (10^9 bytes). Manufacturers use 2^30 bytes; the difference of 7% is reserved for the driver
+    name: str  # value of --device
+    half: float  # throughput in bf16 with fp32 accumulation, or in fp16 if `bf16` is False
+    full: float  # throughput in fp32 without tensor cores, which is PyTorch's default
+    memory: float  # GB (10^9 bytes). A manufacturer's GB is 2^30 bytes; the 7% difference is left for the driver
     bf16: bool = True  # whether the hardware supports bf16 matmuls
 
-    def precision(self, setting: str, stage: Stage = "tune") -> str:
-        """Convert a stage's precision setting to fp32, bf16 or fp16. bf16+N and calibrated are converted to bf16.
+    def resolve_precision(self, setting: str, stage: Stage = "tune") -> str:
+        """Resolve a stage's precision setting to fp32, bf16 or fp16. bf16+N and calibrated become bf16.
 
         Raises:
-            ValueError: The setting is bf16, and the hardware does not support bf16.
+            ValueError: The setting is bf16, but the hardware does not support bf16.
         """
         if setting == "auto":
             from llm2clip.models.precision import auto_precision
@@ -35,15 +35,15 @@ class Device:
             raise ValueError(f"{self.name} does not support bf16: use fp16, fp32 or auto")
         return setting.partition("+")[0]
 
-    def rate(self, setting: str) -> float:
+    def get_peak_flops(self, setting: str) -> float:
         """Return the peak FLOP/s for a precision setting."""
-        return 1e12 * (self.full if self.precision(setting) == "fp32" else self.half)
+        return 1e12 * (self.full if self.resolve_precision(setting) == "fp32" else self.half)
 
 
 DEVICES = {
     device.name: device
     for device in (
-        # NVIDIA H100 and H200 data sheets, SXM: bf16 1,979 with sparsity, which is twice the dense rate.
+        # NVIDIA H100 and H200 data sheets, SXM: bf16 1,979 with sparsity, twice the dense rate.
         Device("h100", 989.5, 67, 80),
         Device("h200", 989.5, 67, 141),
         # NVIDIA A100 data sheet.
@@ -53,7 +53,7 @@ DEVICES = {
         Device("l40s", 362, 91.6, 48),
         # NVIDIA Ada GPU architecture white paper, appendix A: bf16 165.2 dense with fp32 accumulation.
         Device("rtx4090", 165.2, 82.6, 24),
-        # NVIDIA L4 data sheet: bf16 242 with sparsity, which is twice the dense rate.
+        # NVIDIA L4 data sheet: bf16 242 with sparsity, twice the dense rate.
         Device("l4", 121, 30.3, 24),
         # NVIDIA T4 data sheet: fp16 65. The T4 does not support bf16.
         Device("t4", 65, 8.1, 16, bf16=False),
@@ -66,22 +66,22 @@ class Machine:
     """Number and type of the devices used in a plan."""
 
     device: str
-    """h100, h200, a100-80, a100-40, l40s, rtx4090, l4 or t4. Any other name requires --tflops and --memory. cpu means
-    the CPU of this machine."""
+    """h100, h200, a100-80, a100-40, l40s, rtx4090, l4, t4, or cpu for this machine's CPU. All other names, and cpu,
+    require --tflops and --memory."""
     count: int = 1
-    """Number of devices; one process runs on each."""
+    """Number of devices. One process runs on each device."""
     mfu: float | None = None
-    """Model FLOPs utilisation, as a fraction of the peak throughput. Default: 0.25 for align; 0.4 for tune, embed and
+    """Model FLOPs utilisation, as a fraction of peak throughput. Default: 0.25 for align; 0.4 for tune, embed and
     llava."""
     tflops: float | None = None
-    """Peak throughput of the device in the config's precision, in 10^12 FLOP/s. Default: from the data sheet."""
+    """Peak throughput per device at the configured precision, in 10^12 FLOP/s. Default: from the data sheet."""
     memory: float | None = None
     """Memory per device in GB. Default: from the data sheet."""
     use_fsdp: bool = False
     """Shard the weights across the devices (FSDP2)."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError if a value is out of range, or if an unknown device has no --tflops or --memory."""
+        """Raise ValueError if a value is out of range, or if --tflops or --memory is missing for an unknown device."""
         for name in ("count", "mfu", "tflops", "memory"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -90,8 +90,8 @@ class Machine:
             raise ValueError(f"--mfu must be at most 1 (got {self.mfu})")
         if self.device.lower() not in DEVICES and (self.tflops is None or self.memory is None):
             raise ValueError(
-                f"--device must be one of {', '.join(DEVICES)} (got {self.device}); for other devices, set --tflops "
-                "(10^12 FLOP/s) and --memory (GB)"
+                f"--device must be one of {', '.join(DEVICES)} (got {self.device}); for any other device, set both "
+                "--tflops (10^12 FLOP/s) and --memory (GB)"
             )
 
     @property
@@ -105,7 +105,7 @@ class Machine:
 
     @property
     def device_spec(self) -> Device:
-        """Specifications of each device. --tflops and --memory override the values from the table."""
+        """Specifications of one device. --tflops and --memory override the values in `DEVICES`."""
         device = DEVICES.get(self.device.lower()) or Device(
             self.device, 0, 0, 0, bf16=not self.is_cpu or _cpu_has_bf16()
         )
@@ -115,13 +115,13 @@ class Machine:
             device = dataclasses.replace(device, memory=self.memory)
         return device
 
-    def stage_mfu(self, stage: str) -> float:
+    def get_mfu(self, stage: str) -> float:
         """Return the model FLOPs utilisation of `tune`, `embed` or `align`."""
         return self.mfu or MFU[stage]
 
     def estimate_hours(self, flop: float, precision: str, stage: str) -> float:
-        """Return the number of hours that `flop` FLOPs of a stage take on all devices together."""
-        return flop / (self.count * self.stage_mfu(stage) * self.device_spec.rate(precision)) / 3600
+        """Return how many hours `flop` FLOPs of a stage take, using all devices."""
+        return flop / (self.count * self.get_mfu(stage) * self.device_spec.get_peak_flops(precision)) / 3600
 
 
 def _cpu_has_bf16() -> bool:

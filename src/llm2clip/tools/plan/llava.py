@@ -1,4 +1,4 @@
-"""Memory and time estimates for `llm2clip llava train`, computed with the same methods as the `plan` command."""
+"""Memory and time estimates for `llm2clip llava train`, made in the same way as those of the `plan` command."""
 
 import dataclasses
 import math
@@ -31,15 +31,15 @@ class LlavaStage:
 
     Args:
         name: `pretrain` or `instruct`.
-        config: Training settings, with the precision of the device.
-        llm: Costs of the LLM's layers for one conversation, including its image tokens.
-        head: Number of weights in the LLM's head, counted even if they are tied to the input embeddings.
+        config: Training settings, with the precision resolved for the device.
+        llm: Costs of the LLM's layers per conversation, including image tokens.
+        head: Number of weights in the language modelling head, even if they are tied to the input embeddings.
         parameters: Number of parameters in each part of the model.
         image_tokens: Number of tokens per image.
         tower_flop: FLOPs of the vision tower per image.
         conversations: Number of conversations, each with a different image.
-        feature_bytes: Size of the patch features of all images in the cache.
-        cached: If True, patch features are cached, and training does not need the tower.
+        feature_bytes: Size of the cached patch features of all images.
+        cached: If True, patch features are cached, so training does not run the tower.
     """
 
     name: str
@@ -56,11 +56,10 @@ class LlavaStage:
 
     @property
     def flop(self) -> float:
-        """FLOPs per conversation in a training step, without the vision tower.
+        """FLOPs per conversation in a training step, excluding the vision tower.
 
-        The forward and backward passes go through the LLM, its head and the projector. The backward pass also computes
-        the gradients of the trained weights. With fused kernels, causal attention takes half the FLOPs of full
-        attention.
+        Counts forward and backward passes through the LLM, its head and the projector, plus the gradients of the
+        trained weights. With fused kernels, causal attention takes half the FLOPs of full attention.
         """
         llm, length = self.llm, self.llm.tokens
         linear = 2 * llm.linear * length
@@ -87,7 +86,7 @@ class LlavaStage:
 
     @property
     def memory(self) -> Parts:
-        """Memory per device and component, in bytes. Weights are in fp32, or in half precision if LoRA is used."""
+        """Bytes per device for each component. The LLM is in fp32 or, with LoRA, in the compute precision."""
         llm, config, machine, parameters = self.llm, self.config, self.machine, self.parameters
         compute_bytes = bytes_per_value(config.precision)
         weight_bytes = compute_bytes if config.lora_r else 4
@@ -125,17 +124,17 @@ def plan_llava(
     conversations: dict[str, int],
     text_tokens: dict[str, float],
 ) -> dict[str, LlavaStage]:
-    """Estimate the cost of both training stages.
+    """Estimate the costs of both training stages.
 
     Args:
-        llm: Causal LLM. No network access is required if `model_configs.py` lists it. The same holds for `vision`.
-        conversations: Number of conversations in each stage. Each conversation is assumed to have a different image.
+        llm, vision: Causal LLM and vision tower. Models listed in `model_configs.py` need no network access.
+        conversations: Number of conversations in each stage, each assumed to have a different image.
         text_tokens: Mean number of text tokens per conversation in each stage.
 
     Raises:
         ValueError: A model is unknown, or the device does not support the precision.
     """
-    config = dataclasses.replace(config, precision=cast(Any, machine.device_spec.precision(config.precision)))
+    config = dataclasses.replace(config, precision=cast(Any, machine.device_spec.resolve_precision(config.precision)))
     tower = build_tower(AlignConfig(tower=vision, image_size=image_size)).requires_grad_(False)
     image_tokens, feature_size = _measure_patches(tower)
     size = tower.preprocess.size
@@ -144,7 +143,7 @@ def plan_llava(
     tune = TuneConfig(lora_r=config.lora_r, precision=config.precision)
     head = llm_config.vocab_size * llm_config.hidden_size
 
-    # Features are cached for both stages or for neither. The stages are assumed to use different images.
+    # Features are cached either for both stages or for neither. The two stages are assumed to use different images.
     epochs = {"pretrain": config.pretrain_epochs, "instruct": config.epochs}
     feature_bytes = {stage: 2.0 * conversations[stage] * image_tokens * feature_size for stage in STAGES}
     total_bytes = sum(feature_bytes[stage] for stage in STAGES if epochs[stage])
@@ -179,7 +178,7 @@ def format_llava_plan(stages: dict[str, LlavaStage]) -> list[str]:
     lines = [f"Parameters: {parameters}; {first.image_tokens} tokens per image"]
     for name, stage in stages.items():
         memory, limit = stage.memory, machine.device_spec.memory
-        verdict = "fits" if fits(memory, limit) else f"does not fit into {limit:.0f} GB: try --use_fsdp"
+        verdict = "fits" if fits(memory, limit) else f"does not fit in {limit:.0f} GB: try --use_fsdp"
         largest_parts = sorted(memory.items(), key=lambda part: -part[1])[:4]
         parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in largest_parts)
         lines += [
@@ -189,13 +188,13 @@ def format_llava_plan(stages: dict[str, LlavaStage]) -> list[str]:
             f"  cached patch features would take {stage.feature_bytes / 1e9:,.0f} GB",
         ]
     lines.append(
-        f"Assumed: {machine.stage_mfu('tune'):.0%} of the device's peak FLOP/s. These are estimates, not measurements."
+        f"Assumed: {machine.get_mfu('tune'):.0%} of the device's peak FLOP/s. These are estimates, not measurements."
     )
     return lines
 
 
 def _measure_patches(tower: Any) -> tuple[int, int]:
-    """Return the number of patch features per image and the dimension of a patch feature.
+    """Return the number of patches per image and the dimension of a patch feature.
 
     Raises:
         ValueError: `llava build` does not support the tower.

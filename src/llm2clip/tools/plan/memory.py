@@ -1,16 +1,16 @@
 """Memory estimates per device and component, in bytes, based on what the code allocates.
 
-The sizes of weights and activations are measured (see `costs.py`). The total is computed here instead of by running a
-complete step on fake tensors, because the report lists the components, many settings are compared, and fake tensors on
-one device do not show sharded weights, communication buffers or 4-bit weights.
+The sizes of weights and activations are measured (see `costs.py`) and summed here. Running a complete step on fake
+tensors would not be enough: the report lists each component and compares many settings, and fake tensors on one device
+do not account for sharded weights, communication buffers or 4-bit weights.
 
 A trained fp32 weight takes 4 bytes, its gradient 4 bytes, and AdamW's two moments 8 bytes. With several processes,
 DistributedDataParallel keeps a second copy of the gradients in its communication buckets. The backward pass frees
-activations while it creates gradients, so only the larger of the two counts in a single pass. With gradient caching,
-the gradients of earlier passes are in memory together with the activations of the current pass.
+activations as it creates gradients, so in a single pass only the larger of the two counts. With gradient caching, the
+gradients of earlier passes are in memory at the same time as the activations of the current pass.
 
-On a CPU, the memory use can also peak before training, while the LLM is loaded. The component `loading` is this peak.
-It consists of the fp32 weights and of the memory-mapped 16-bit files from which they are converted.
+On a CPU, memory use can also peak before training, while the LLM is being loaded. The `loading` component is this peak:
+the fp32 weights plus the memory-mapped 16-bit files that they are converted from.
 """
 
 import dataclasses
@@ -25,15 +25,15 @@ from llm2clip.train.losses import CHUNK, get_loss
 
 FRAMEWORK_OVERHEAD = 1e9  # bytes per device for the CUDA context and PyTorch's libraries
 CPU_FRAMEWORK_OVERHEAD = 0.75e9  # bytes per process for PyTorch, transformers and the interpreter
-USABLE_FRACTION = 0.93  # usable fraction of a device's memory; the rest is lost to fragmentation
+USABLE_FRACTION = 0.93  # fraction of a device's memory that is usable; the rest is lost to fragmentation
 NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # bytes per weight: 4 bits, plus a double-quantised 8-bit scale per 64 weights
-MIN_EMBED_TOKENS = 8192  # smallest batch that `embed` tries on GPUs, in tokens
+MIN_EMBED_TOKENS = 8192  # smallest batch, in tokens, that `embed` tries on GPUs
 
-Parts = dict[str, float]  # name of a component -> bytes
+Parts = dict[str, float]  # component name -> bytes
 
 
 def estimate_tune_memory(text: TextCosts, config: TuneConfig, machine: Machine) -> Parts:
-    """Return the memory per component in the `tune` stage; `config.precision` must be fp32, bf16 or fp16."""
+    """Return the bytes per component in the `tune` stage. `config.precision` must be fp32, bf16 or fp16."""
     value_bytes, shards = bytes_per_value(config.precision), machine.shards
     tokens_per_step = 2 * config.batch_size * text.tokens  # two texts per pair
     tokens_per_pass = tokens_per_step
@@ -56,15 +56,15 @@ def estimate_tune_memory(text: TextCosts, config: TuneConfig, machine: Machine) 
         parts["gathered"] = 2 * value_bytes * text.largest_linear  # one layer in use and the next layer prefetched
     parts |= estimate_optimizer_memory(text.trained, machine)
     activations = tokens_per_pass * count_saved_bytes(text, config.gradient_checkpointing)
-    parts["activations"] = _exclude_gradients(activations, text.trained / shards, tokens_per_pass < tokens_per_step)
+    parts["activations"] = _subtract_gradients(activations, text.trained / shards, tokens_per_pass < tokens_per_step)
     return parts | _estimate_fixed_parts(text, machine)
 
 
 def estimate_embed_memory(text: TextCosts, precision: str, machine: Machine) -> Parts:
-    """Return the memory per component in the `embed` stage.
+    """Return the bytes per component in the `embed` stage.
 
-    On GPUs, the estimate is for the smallest batch, because `embed` uses larger batches only if they fit into memory.
-    The LLM is loaded on the CPU, and the device holds linear weights only in the matmul precision.
+    On GPUs, the estimate is for the smallest batch, because `embed` uses larger batches only if they fit in memory. The
+    LLM is loaded on the CPU, and the device holds linear weights only in the matmul precision.
     """
     parts = {"LLM": bytes_per_value(precision) * text.linear + 4.0 * (text.parameters - text.linear)}
     parts["activations"] = (CPU_BATCH_TOKENS if machine.is_cpu else MIN_EMBED_TOKENS) * text.saved_per_token
@@ -72,9 +72,9 @@ def estimate_embed_memory(text: TextCosts, precision: str, machine: Machine) -> 
 
 
 def estimate_align_memory(image: ImageCosts, text: TextCosts, config: AlignConfig, machine: Machine) -> Parts:
-    """Return the memory per component in the `align` stage; `config.precision` must be fp32, bf16 or fp16.
+    """Return the bytes per component in the `align` stage. `config.precision` must be fp32, bf16 or fp16.
 
-    `align` loads the LLM on the CPU to check that the store was created with it.
+    `align` loads the LLM on the CPU to check that it is the LLM that created the store.
     """
     micro_batch = min(config.micro_batch_size or config.batch_size, config.batch_size)
     images = config.batch_size * machine.count
@@ -89,23 +89,23 @@ def estimate_align_memory(image: ImageCosts, text: TextCosts, config: AlignConfi
     # One additional layer accounts for gradients, as in `count_saved_bytes`.
     activations = micro_batch * (saved + image.saved_per_layer)
     several_passes = micro_batch < config.batch_size
-    parts["activations"] = _exclude_gradients(activations, image.trained / machine.shards, several_passes)
+    parts["activations"] = _subtract_gradients(activations, image.trained / machine.shards, several_passes)
     # Embeddings, gathered embeddings and their gradients, plus the tensors for a chunk of logits.
     chunk = min(CHUNK["cpu" if machine.is_cpu else "cuda"], config.batch_size * texts)
     parts["loss"] = 12 * image.embed_dim * (images + texts) + 4 * chunk * get_loss(config.loss).chunk_tensors
     parts["captions"] = 4 * text.embed_dim * micro_batch * image.captions
     if config.distill_weight:
-        # Distances between this rank's features and the features of all images, for both towers, with intermediate
-        # results and gradients.
+        # For both towers: distances from this rank's features to the features of all images, with intermediate results
+        # and gradients.
         parts["loss"] += 24 * config.batch_size * images
         parts["pretrained tower"] = 0.0 if config.caches_features else 4.0 * image.tower
     return parts | _estimate_fixed_parts(text, machine)
 
 
 def count_saved_bytes(text: TextCosts, gradient_checkpointing: bool) -> float:
-    """Return the bytes of activations per token in a training pass through the LLM.
+    """Return the bytes of activations that a training pass through the LLM saves per token.
 
-    One additional layer accounts for the gradients of the layer that the backward pass is processing.
+    One additional layer accounts for gradients in the layer that the backward pass is currently processing.
     """
     saved = text.layers * text.saved_per_token
     if gradient_checkpointing:
@@ -114,54 +114,54 @@ def count_saved_bytes(text: TextCosts, gradient_checkpointing: bool) -> float:
 
 
 def estimate_optimizer_memory(trained: float, machine: Machine) -> Parts:
-    """Return the size of the gradients and AdamW state of `trained` weights, without the weights."""
+    """Return the bytes of gradients and AdamW state for `trained` weights, excluding the weights themselves."""
     if machine.use_fsdp:
         return {"gradients": 4 * trained / machine.count, "AdamW": 8 * trained / machine.count}
     return {"gradients": 4 * trained * (2 if machine.count > 1 else 1), "AdamW": 8 * trained}
 
 
 def bytes_per_value(precision: str) -> int:
-    """Return the size of a matmul input, in bytes per value."""
+    """Return the number of bytes per value of a matmul input."""
     return 4 if precision == "fp32" else 2
 
 
 def peak_memory(parts: Parts) -> float:
-    """Return the peak memory in bytes, either during training or while loading."""
+    """Return the peak memory in bytes: the maximum over training and loading."""
     training = sum(size for part, size in parts.items() if part != "loading")
     return max(training, parts.get("loading", 0.0))
 
 
 def fits(parts: Parts, memory: float) -> bool:
-    """Return True if all components fit on a device with `memory` GB."""
+    """Return True if the peak fits on a device with `memory` GB."""
     return peak_memory(parts) <= USABLE_FRACTION * memory * 1e9
 
 
-def _exclude_gradients(activations: float, trained: float, several_passes: bool) -> float:
-    """Return how much memory activations need in addition to the gradients of `trained` weights; see above."""
+def _subtract_gradients(activations: float, trained: float, several_passes: bool) -> float:
+    """Return the bytes that activations add to the gradients of `trained` weights (see the module docstring)."""
     return activations if several_passes else max(0.0, activations - 4 * trained)
 
 
 def _estimate_fixed_parts(text: TextCosts, machine: Machine) -> Parts:
     if not machine.is_cpu:
         return {"libraries": FRAMEWORK_OVERHEAD}
-    # fp32 weights (4 bytes) and memory-mapped 16-bit files (2 bytes), which stay in memory until the conversion ends.
+    # Until the conversion ends, the fp32 weights (4 bytes) and the memory-mapped 16-bit files (2 bytes) are in memory.
     return {"libraries": CPU_FRAMEWORK_OVERHEAD, "loading": 6.0 * text.parameters + CPU_FRAMEWORK_OVERHEAD}
 
 
 # ---- settings that fit into memory -----------------------------------------------------------------------------------
 
-Changes = dict[str, Any]  # setting -> new value; use_fsdp is a setting of the machine
+Changes = dict[str, Any]  # setting -> new value; use_fsdp is a `Machine` setting
 
 
-def suggest_settings(
+def suggest_flags(
     config: TuneConfig | AlignConfig, machine: Machine, memory: Callable[[Any, Machine], Parts]
 ) -> list[tuple[str, float]]:
-    """Return command-line flags that make a stage fit, with the resulting peak memory in bytes.
+    """Return command-line flags that make a stage fit, each with the resulting peak memory in bytes.
 
-    Combinations that only add flags to an earlier suggestion are omitted.
+    Suggestions that merely add flags to an earlier one are omitted.
 
     Args:
-        memory: Function that returns the memory per component of the stage for a config and a machine.
+        memory: Estimates the stage's memory per component from a config and a machine.
     """
     if isinstance(config, TuneConfig):
         stage, changes = "tune", _list_tune_changes(config)
@@ -181,7 +181,7 @@ def suggest_settings(
             continue
         try:
             parts = memory(dataclasses.replace(config, **settings), dataclasses.replace(machine, use_fsdp=use_fsdp))
-        except ValueError:  # the tower has no layers to which LoRA can be applied
+        except ValueError:  # the tower has no layers that support LoRA
             continue
         if fits(parts, machine.device_spec.memory):
             suggestions.append((" ".join(flags), peak_memory(parts)))

@@ -1,7 +1,8 @@
-"""Models without weights, for planning. Models in the tables below do not require network access.
+"""Models without weights, used for planning. Models listed in the tables below need no network access.
 
-Models are built on PyTorch's meta device, where tensors have shapes but no values. The config of any other language
-model is read from its folder or its hub page. Hub ids of vision towers are mapped to timm models of the same shape.
+Models are built on PyTorch's meta device, where tensors have shapes but no values. For language models that are not
+listed, the config is read from a local folder or from the hub. Hub ids of vision towers are mapped to timm models of
+the same shape.
 """
 
 from pathlib import Path
@@ -42,7 +43,7 @@ _SMOLLM2 = _make_config("llama", 576, 30, 9, 3, 1536, 49152, tie_word_embeddings
 _GEMMA3 = _make_config("gemma3_text", 640, 18, 4, 1, 2048, 262144, head_dim=256)
 _MINILM = _make_config("bert", 384, 6, 12, 12, 1536, 30522)
 
-# Lower-case hub ids, or `llm2clip`'s short model names -> configs.
+# Lower-case hub ids and llm2clip's short model names -> configs.
 LLMS = {
     "meta-llama/meta-llama-3-8b": _LLAMA_8B,
     "meta-llama/meta-llama-3-8b-instruct": _LLAMA_8B,
@@ -69,7 +70,7 @@ LLMS = {
     "sentence-transformers/all-minilm-l6-v2": _MINILM,
 }
 
-# Lower-case hub ids, or `llm2clip`'s short model names -> (timm model, image size).
+# Lower-case hub ids and llm2clip's short model names -> (timm model, image size).
 TOWERS: dict[str, tuple[str, int]] = {
     "openai/clip-vit-base-patch32": ("vit_base_patch32_clip_quickgelu_224", 224),
     "openai/clip-vit-base-patch16": ("vit_base_patch16_clip_quickgelu_224", 224),
@@ -88,10 +89,10 @@ TOWERS: dict[str, tuple[str, int]] = {
 
 
 def get_llm_config(encoder: EncoderConfig) -> Any:
-    """Return the Hugging Face config of an encoder's language model, truncated to `encoder.layers` layers.
+    """Return the Hugging Face config of an encoder's language model, limited to the first `encoder.layers` layers.
 
     Raises:
-        ValueError: The hub cannot be reached, and the model is neither in the table nor a folder.
+        ValueError: The model is neither in the table nor a folder, and the hub cannot be reached.
     """
     from transformers import AutoConfig
 
@@ -108,8 +109,8 @@ def get_llm_config(encoder: EncoderConfig) -> Any:
                 config = load_config(folder)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"--encoder.path {path}: neither a folder with a config.json nor one of {', '.join(LLMS)}, and the hub "
-                f"did not respond: {str(error).splitlines()[0]}"
+                f"--encoder.path {path} is neither a folder with a config.json nor one of {', '.join(LLMS)}, and the "
+                f"hub did not respond: {str(error).splitlines()[0]}"
             ) from error
     config = getattr(config, "text_config", config)
     if encoder.layers is not None:
@@ -121,7 +122,7 @@ def get_llm_config(encoder: EncoderConfig) -> Any:
 
 
 def build_llm(config: Any) -> Any:
-    """Build a language model from its config on the meta device, without the language modelling head."""
+    """Build a language model on the meta device from its config, without the language modelling head."""
     from transformers import AutoModel
 
     with torch.device("meta"):
@@ -132,8 +133,8 @@ def build_tower(align: AlignConfig) -> VisionTower:
     """Build the vision tower on the meta device.
 
     Raises:
-        ValueError: The tower is not supported. Also raised if the hub cannot be reached, and the tower is neither in
-            the table nor a folder nor a timm model.
+        ValueError: The tower is not supported, or it is not in the table, a folder or a timm model and the hub cannot
+            be reached.
     """
     name, size = TOWERS.get(align.tower.lower().removeprefix("hf:"), (align.tower, None))
     try:
@@ -141,7 +142,7 @@ def build_tower(align: AlignConfig) -> VisionTower:
             tower = VisionTower.from_pretrained(name, image_size=align.image_size or size, pretrained=False)
     except OSError as error:
         raise ValueError(
-            f"--align.tower {align.tower}: neither a folder, nor a timm model, nor one of {', '.join(TOWERS)}, and "
+            f"--align.tower {align.tower} is not a folder, a timm model or one of {', '.join(TOWERS)}, and "
             f"the hub did not respond: {str(error).splitlines()[0]}"
         ) from error
     return tower

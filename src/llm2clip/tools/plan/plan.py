@@ -1,7 +1,7 @@
-"""Estimates of the parameters, FLOPs, memory and hours of a `fit` run, and checks of the free memory and disk space.
+"""Estimates of the parameters, FLOPs, memory and hours of a `fit` run, and checks for free memory and disk space.
 
-Hours are FLOPs divided by the product of the peak throughput and an assumed model FLOPs utilisation (MFU); see
-`devices.MFU`. Small models, small batches and slow image decoding reduce the MFU.
+Time is computed as FLOPs / (peak throughput * assumed model FLOPs utilisation); see `devices.MFU`. Small models, small
+batches and slow image decoding lower the actual utilisation.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ from llm2clip.tools.plan.memory import (
     estimate_tune_memory,
     fits,
     peak_memory,
-    suggest_settings,
+    suggest_flags,
 )
 from llm2clip.train.losses import get_loss
 from llm2clip.train.sampling import resolve_images_per_step
 
-CHARACTERS_PER_TOKEN = 4  # of English text
+CHARACTERS_PER_TOKEN = 4  # approximate value for English text
 SAMPLED_RECORDS = 1000
 
 
@@ -45,10 +45,10 @@ class Plan:
     """Resource estimates for a `fit` run.
 
     Attributes:
-        config: Settings of the run, with precisions resolved for the device, and with a smaller batch size for `align`
-            if there are few images.
+        config: Run settings. Precisions are resolved for the device, and the `align` batch size is reduced if there are
+            too few images.
         machine, images, captions_per_image, tokens_per_caption: See `plan_fit`.
-        text, image: Costs of the caption encoder, and of the model that `align` trains.
+        text, image: Costs of the caption encoder and of the model trained by `align`.
     """
 
     config: FitConfig
@@ -61,9 +61,10 @@ class Plan:
 
     @cached_property
     def step_flop(self) -> dict[str, float]:
-        """FLOPs per image in an `align` step: forward and backward, repeated forward passes, loss, and total.
+        """FLOPs per image in an `align` step.
 
-        "once" includes the pretrained tower's forward pass if self-distillation uses random crops.
+        The keys are "once" (forward and backward passes), "repeated" (additional forward passes), "loss" and "total".
+        With self-distillation on random crops, "once" includes the pretrained tower's forward pass.
         """
         align, image, count = self.config.align, self.image, self.machine.count
         recomputes = align.gradient_checkpointing and image.saved > image.layer_inputs > 0
@@ -84,14 +85,14 @@ class Plan:
         feature_flop = self.images * self.image.tower_forward if align.caches_features else 0.0
         align_flop = feature_flop + self.images * align.epochs * self.step_flop["total"]
         return {
-            "tune": machine.estimate_hours(tune_texts * self.text.tune_flop(tune), tune.precision, "tune"),
+            "tune": machine.estimate_hours(tune_texts * self.text.count_tune_flop(tune), tune.precision, "tune"),
             "embed": machine.estimate_hours(embed_flop, self.config.embed.precision, "embed"),
             "align": machine.estimate_hours(align_flop, align.precision, "align"),
         }
 
     @cached_property
     def memory(self) -> dict[str, Parts]:
-        """Memory per device for each stage and component, in bytes. `tune` is missing if it has no steps."""
+        """Bytes per device for each stage and component. `tune` is omitted if it has no steps."""
         memory = {
             "tune": estimate_tune_memory(self.text, self.config.tune, self.machine),
             "embed": estimate_embed_memory(self.text, self.config.embed.precision, self.machine),
@@ -103,49 +104,49 @@ class Plan:
 
     @property
     def fits(self) -> dict[str, bool]:
-        """True for each stage that fits into the device's memory."""
+        """Whether each stage fits in the device's memory."""
         return {stage: fits(parts, self.machine.device_spec.memory) for stage, parts in self.memory.items()}
 
-    def suggest(self, stage: str) -> list[tuple[str, float]]:
-        """Return command-line flags that make `tune` or `align` fit, and the resulting peak memory in bytes."""
+    def suggest_flags(self, stage: str) -> list[tuple[str, float]]:
+        """Return command-line flags that make `tune` or `align` fit, each with the resulting peak memory in bytes."""
         if stage == "tune":
-            return suggest_settings(self.config.tune, self.machine, partial(estimate_tune_memory, self.text))
+            return suggest_flags(self.config.tune, self.machine, partial(estimate_tune_memory, self.text))
         if stage == "align":
-            return suggest_settings(self.config.align, self.machine, self._estimate_changed_align_memory)
+            return suggest_flags(self.config.align, self.machine, self._estimate_align_memory_with)
         return []
 
     @property
-    def store(self) -> float:
-        """Size of the embedding store, in bytes."""
+    def store_bytes(self) -> float:
+        """Size of the embedding store in bytes."""
         dim = self.text.embed_dim
         bytes_per_caption = (2 * dim if self.config.embed.dtype == "float16" else dim + 4) + 16
         return self.images * self.captions_per_image * bytes_per_caption
 
     @property
-    def features(self) -> float:
-        """Size of the pretrained tower's cached features, in bytes; 0 if they are not cached."""
+    def feature_bytes(self) -> float:
+        """Size of the cached tower features in bytes; 0 if features are not cached."""
         return self.images * (2 * self.image.feature_dim + 16) if self.config.align.caches_features else 0.0
 
     @property
     def images_per_second(self) -> float:
-        """Number of images that must be decoded per second and device in `align`; 0 if the tower is frozen."""
+        """Images that each device must decode per second in `align`; 0 if the tower is frozen."""
         align = self.config.align
         if align.tower_lr == 0:
             return 0.0
         return self.images * align.epochs / (self.hours["align"] * 3600 * self.machine.count)
 
     @property
-    def online(self) -> tuple[float, float]:
-        """Costs of running the LLM in every `align` step, relative to training with an embedding store.
+    def online_cost_ratios(self) -> tuple[float, float]:
+        """Relative costs of running the LLM in every `align` step instead of using an embedding store.
 
-        Return the ratio of the FLOPs per step and the ratio of the total time for `embed` and `align`.
+        The first ratio compares FLOPs per step, and the second compares the total time of `embed` and `align`.
         """
         text_flop, step_flop = self.image.captions * self.text.forward, self.step_flop["total"]
         all_flop = self.images * self.config.align.epochs * text_flop
         hours = self.hours["align"] + self.machine.estimate_hours(all_flop, self.config.embed.precision, "embed")
         return (step_flop + text_flop) / step_flop, hours / (self.hours["embed"] + self.hours["align"])
 
-    def _estimate_changed_align_memory(self, config: AlignConfig, machine: Machine) -> Parts:
+    def _estimate_align_memory_with(self, config: AlignConfig, machine: Machine) -> Parts:
         same_model = config.lora_r == self.config.align.lora_r
         image = self.image if same_model else measure_image_costs(config, self.text.embed_dim, self.image.captions)
         return estimate_align_memory(image, self.text, config, machine)
@@ -157,11 +158,11 @@ def plan_fit(
     """Estimate the parameters, FLOPs, memory and hours of a `fit` run.
 
     Args:
-        captions_per_image: Average number of captions per image. All captions are assumed to be distinct.
-        tokens_per_caption: Average number of tokens per caption, including the template.
+        captions_per_image: Mean number of captions per image. All captions are assumed to be distinct.
+        tokens_per_caption: Mean number of tokens per caption, including the template.
 
     Raises:
-        ValueError: A model is unknown, a number is not positive, or there are too few images for a step.
+        ValueError: A model is unknown, a number is not positive, or there are too few images for one step.
     """
     data = {"images": images, "captions_per_image": captions_per_image, "tokens_per_caption": tokens_per_caption}
     for name, value in data.items():
@@ -170,11 +171,13 @@ def plan_fit(
     device, align = machine.device_spec, config.align
     align = dataclasses.replace(
         align,
-        precision=cast(Any, device.precision(align.precision, "align")),
+        precision=cast(Any, device.resolve_precision(align.precision, "align")),
         batch_size=resolve_images_per_step(images, align, machine.count) // machine.count,
     )
-    tune = dataclasses.replace(config.tune, precision=cast(Any, device.precision(config.tune.precision, "tune")))
-    embed = dataclasses.replace(config.embed, precision=device.precision(config.embed.precision, "embed"))
+    tune = dataclasses.replace(
+        config.tune, precision=cast(Any, device.resolve_precision(config.tune.precision, "tune"))
+    )
+    embed = dataclasses.replace(config.embed, precision=device.resolve_precision(config.embed.precision, "embed"))
     text = measure_text_costs(
         config.encoder, tune, min(tokens_per_caption, config.encoder.max_length or 512), machine.is_cpu
     )
@@ -194,14 +197,14 @@ def plan_fit(
 
 
 def check_resources(config: FitConfig, run_dir: Path, records: Sequence[Record]) -> list[str]:
-    """Check that the disk and the free memory are large enough for a run, before it starts.
+    """Check before a run starts that there is enough free disk space and memory.
 
     Returns:
-        Warnings about stages that need more memory than is free. These are not errors, because the required memory is
+        Warnings about stages that need more memory than is free. These are not errors, because the memory needed is
         only an estimate.
 
     Raises:
-        OSError: The disk has too little free space.
+        OSError: There is not enough free disk space.
     """
     images = sum(record.image is not None for record in records)
     texts = [text for record in islice(records, SAMPLED_RECORDS) for text in record.texts]
@@ -216,9 +219,9 @@ def check_resources(config: FitConfig, run_dir: Path, records: Sequence[Record])
             tokens_per_caption=max(1.0, sum(map(len, texts)) / len(texts) / CHARACTERS_PER_TOKEN),
         )
         warnings = _list_memory_warnings(plan)
-    except (ValueError, RuntimeError) as error:  # an operation of the model may not support the planner's fake tensors
-        return [f"Memory and disk space were not checked: {error}"]
-    _check_disk(plan, run_dir)
+    except (ValueError, RuntimeError) as error:  # fake tensors may not support all of the model's operations
+        return [f"Could not check memory and disk space: {error}"]
+    _check_disk_space(plan, run_dir)
     return warnings
 
 
@@ -226,8 +229,8 @@ def _list_memory_warnings(plan: Plan) -> list[str]:
     warnings = []
     for stage in (stage for stage, stage_fits in plan.fits.items() if not stage_fits):
         needed, free = peak_memory(plan.memory[stage]) / 1e9, plan.machine.device_spec.memory
-        warnings.append(f"Warning: {stage} needs about {needed:.1f} GB of memory, but {free:.1f} GB are free.")
-        warnings += [f"  {flags} reduces this to {size / 1e9:.1f} GB" for flags, size in plan.suggest(stage)]
+        warnings.append(f"Warning: {stage} needs about {needed:.1f} GB of memory, but only {free:.1f} GB is free.")
+        warnings += [f"  {flags} reduces this to {size / 1e9:.1f} GB" for flags, size in plan.suggest_flags(stage)]
     return warnings
 
 
@@ -241,16 +244,16 @@ def _describe_this_machine() -> Machine:
     return Machine(name, state.num_processes, tflops=1, memory=memory / 1e9, use_fsdp=fsdp_enabled())
 
 
-def _check_disk(plan: Plan, run_dir: Path) -> None:
-    """Raise OSError if the files of a run do not fit on the disk. Files that already exist need no additional space."""
+def _check_disk_space(plan: Plan, run_dir: Path) -> None:
+    """Raise OSError if a run's files do not fit on the disk. Existing files need no additional space."""
     trained = plan.image.trained + (plan.text.trained if plan.config.tune.steps else 0)
-    # Checkpoints contain each trained weight and AdamW's two moments. The encoder is stored in tune/ and in model/.
+    # Checkpoints contain each trained weight and AdamW's two moments. The encoder is saved in both tune/ and model/.
     sizes = {
         "caption encoder": 2 * 4 * plan.text.parameters,
         "model": 4 * plan.image.parameters,
         "checkpoints": 12 * MAX_CHECKPOINTS * trained,
-        "embedding store": plan.store,
-        "image features": plan.features,
+        "embedding store": plan.store_bytes,
+        "image features": plan.feature_bytes,
     }
     existing = sum(file.stat().st_size for file in run_dir.rglob("*") if file.is_file())
     needed = (sum(sizes.values()) - existing) / 1e9
@@ -259,6 +262,6 @@ def _check_disk(plan: Plan, run_dir: Path) -> None:
     if needed > free:
         parts = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in sizes.items())
         raise OSError(
-            f"the run needs about {needed:.1f} GB of disk space ({parts}), but only {free:.1f} GB are free at "
+            f"the run needs about {needed:.1f} GB of disk space ({parts}), but only {free:.1f} GB is free at "
             f"{folder}: free up space, or choose another folder with --out"
         )

@@ -11,7 +11,7 @@ from llm2clip.tools.plan.plan import Plan
 
 
 def format_plan(plan: Plan, width: int = 110) -> str:
-    """Format a plan as text that is at most `width` characters wide."""
+    """Format a plan as text, at most `width` characters wide."""
     page = StringIO()
     console = Console(file=page, width=width, highlight=False)
     for table in (
@@ -40,7 +40,7 @@ def format_hours(hours: float) -> str:
 
 
 def _make_table(columns: Iterable[str], rows: Iterable[Iterable[str]], right_align: bool = True) -> Table:
-    """Create a table. All columns except the first are right-aligned, unless `right_align` is False."""
+    """Create a table. If `right_align` is True, right-align all columns except the first."""
     table = Table(box=None, pad_edge=False)
     for n, name in enumerate(columns):
         table.add_column(name, justify="right" if n and right_align else "left", overflow="fold")
@@ -69,7 +69,7 @@ def _make_flop_table(plan: Plan) -> Table:
     source = ", from cached features" if align.tower_lr == 0 else ""
     counts = {f"{caption}, forward": plan.text.forward}
     if "tune" in plan.memory:
-        counts[f"{caption}, in a tuning step"] = plan.text.tune_flop(plan.config.tune)
+        counts[f"{caption}, in a tuning step"] = plan.text.count_tune_flop(plan.config.tune)
     counts["image through the tower"] = plan.image.tower_forward
     counts[f"image and {captions} in an align step"] = flop["total"]
     counts[f"  forward and backward{source}"] = flop["once"]
@@ -84,7 +84,7 @@ def _make_flop_table(plan: Plan) -> Table:
 def _make_memory_table(plan: Plan) -> Table:
     stages, device = list(plan.memory), plan.machine.device_spec
     parts = dict.fromkeys(part for memory in plan.memory.values() for part in memory)  # in order, without duplicates
-    ordered = sorted(parts, key=("libraries", "loading").__contains__)  # these two come last
+    ordered = sorted(parts, key=("libraries", "loading").__contains__)  # libraries and loading come last
     rows = []
     for part in ordered:
         name = "loading (before training)" if part == "loading" else part
@@ -112,18 +112,18 @@ def _make_time_table(plan: Plan) -> Table:
 
 
 def _format_store_sizes(plan: Plan) -> list[str]:
-    lines = [f"Embedding store ({plan.config.embed.dtype}): {_format_bytes(plan.store)} on disk."]
-    if plan.features:
-        lines.append(f"Cached tower features (float16): {_format_bytes(plan.features)} on disk.")
+    lines = [f"Embedding store ({plan.config.embed.dtype}): {_format_bytes(plan.store_bytes)} on disk."]
+    if plan.feature_bytes:
+        lines.append(f"Cached tower features (float16): {_format_bytes(plan.feature_bytes)} on disk.")
     return lines
 
 
 def _format_caching_gain(plan: Plan) -> str:
-    (step, hours), weights = plan.online, 2.0 * plan.text.parameters  # in half precision
+    (step, hours), weights = plan.online_cost_ratios, 2.0 * plan.text.parameters  # in half precision
     return (
-        f"Without the store, running the LLM in every `align` step: {step:.2f} times the FLOPs per step, "
-        f"{hours:.2f} times the total time of `embed` plus `align`, and {_format_bytes(weights)} more memory per "
-        "device for the weights."
+        f"Without the store, running the LLM in every `align` step would take {step:.2f} times the FLOPs per step, "
+        f"{hours:.2f} times the total time of `embed` and `align`, and {_format_bytes(weights)} more memory per device "
+        "for the weights."
     )
 
 
@@ -131,23 +131,21 @@ def _format_suggestions(plan: Plan) -> list[str]:
     lines = []
     for stage in (stage for stage, stage_fits in plan.fits.items() if not stage_fits):
         lines.append(f"OUT OF MEMORY in {stage}.")
-        suggestions = plan.suggest(stage)
+        suggestions = plan.suggest_flags(stage)
         lines += [f"  would fit: {flags} ({size / 1e9:.1f} GB)" for flags, size in suggestions]
         if any("--use_fsdp" in flags for flags, _ in suggestions):
             lines.append("  --use_fsdp shards the weights: accelerate launch --use_fsdp --fsdp_version 2")
         if not suggestions:
-            lines.append(
-                "  No tested combination of settings fits: use a smaller model, fewer layers, or a larger device."
-            )
+            lines.append("  None of the combinations tried fits: use a smaller model, fewer layers or a larger device.")
     return lines
 
 
 def _format_assumptions(plan: Plan) -> str:
-    mfu = ", ".join(f"{stage} {plan.machine.stage_mfu(stage):.0%}" for stage in plan.hours)
+    mfu = ", ".join(f"{stage} {plan.machine.get_mfu(stage):.0%}" for stage in plan.hours)
     return (
-        f"Estimated, not measured. Assumptions: {mfu} of the peak throughput (MFU), "
-        f"{1 - USABLE_FRACTION:.0%} of the memory lost to fragmentation, no duplicate captions, and image decoding "
-        "that is never the bottleneck."
+        f"Estimated, not measured. Assumptions: {mfu} of peak throughput (MFU), "
+        f"{1 - USABLE_FRACTION:.0%} of memory lost to fragmentation, no duplicate captions, and image decoding that is "
+        "never the bottleneck."
     )
 
 
