@@ -66,8 +66,8 @@ class Machine:
     """Number and type of the devices used in a plan."""
 
     device: str
-    """h100, h200, a100-80, a100-40, l40s, rtx4090, l4, t4, or cpu for this machine's CPU. All other names, and cpu,
-    require --tflops and --memory."""
+    """h100, h200, a100-80, a100-40, l40s, rtx4090, l4 or t4. Any other name also requires --tflops and --memory,
+    including cpu (this machine's CPU)."""
     count: int = 1
     """Number of devices. One process runs on each device."""
     mfu: float | None = None

@@ -1,4 +1,4 @@
-"""Memory and time estimates for `llm2clip llava train`, made in the same way as those of the `plan` command."""
+"""Memory and time estimates for `llm2clip llava train`, using the same methods as the `plan` command."""
 
 import dataclasses
 import math

@@ -133,8 +133,7 @@ def build_tower(align: AlignConfig) -> VisionTower:
     """Build the vision tower on the meta device.
 
     Raises:
-        ValueError: The tower is not supported, or it is not in the table, a folder or a timm model and the hub cannot
-            be reached.
+        ValueError: The tower is not supported, or it is unknown and the hub cannot be reached.
     """
     name, size = TOWERS.get(align.tower.lower().removeprefix("hf:"), (align.tower, None))
     try:

@@ -104,7 +104,7 @@ class Plan:
 
     @property
     def fits(self) -> dict[str, bool]:
-        """Whether each stage fits in the device's memory."""
+        """True for each stage that fits in the device's memory."""
         return {stage: fits(parts, self.machine.device_spec.memory) for stage, parts in self.memory.items()}
 
     def suggest_flags(self, stage: str) -> list[tuple[str, float]]:
@@ -112,7 +112,7 @@ class Plan:
         if stage == "tune":
             return suggest_flags(self.config.tune, self.machine, partial(estimate_tune_memory, self.text))
         if stage == "align":
-            return suggest_flags(self.config.align, self.machine, self._estimate_align_memory_with)
+            return suggest_flags(self.config.align, self.machine, self._estimate_align_memory_for)
         return []
 
     @property
@@ -146,7 +146,7 @@ class Plan:
         hours = self.hours["align"] + self.machine.estimate_hours(all_flop, self.config.embed.precision, "embed")
         return (step_flop + text_flop) / step_flop, hours / (self.hours["embed"] + self.hours["align"])
 
-    def _estimate_align_memory_with(self, config: AlignConfig, machine: Machine) -> Parts:
+    def _estimate_align_memory_for(self, config: AlignConfig, machine: Machine) -> Parts:
         same_model = config.lora_r == self.config.align.lora_r
         image = self.image if same_model else measure_image_costs(config, self.text.embed_dim, self.image.captions)
         return estimate_align_memory(image, self.text, config, machine)

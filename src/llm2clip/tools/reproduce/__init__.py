@@ -1,1 +1,1 @@
-"""Tests of the LLM2CLIP paper's claims on the local machine, with small models and data sets."""
+"""Tests of the LLM2CLIP paper's claims with small models and data sets on the local machine."""

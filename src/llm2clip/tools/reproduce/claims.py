@@ -1,12 +1,12 @@
-"""Tests of the LLM2CLIP paper's claims (arXiv 2411.04997), and verdicts based on bootstrap confidence intervals.
+"""Tests of the LLM2CLIP paper's claims (arXiv 2411.04997), with verdicts based on bootstrap confidence intervals.
 
-A comparison states that value A is lower than value B. The verdict depends on the 95% confidence intervals of A, of B
-and of the difference B - A, which is paired by image:
+Each comparison predicts that a value A is lower than a value B. The verdict depends on the 95% confidence intervals of
+A, B and the difference B - A, which is paired by image:
 
-- The comparison holds if A's interval lies entirely below B's interval.
-- The comparison has weak support if these two intervals overlap, but the interval of B - A is above zero.
-- The comparison is contradicted if the interval of B - A is below zero.
-- Otherwise, the comparison is inconclusive.
+- holds: A's interval lies entirely below B's interval.
+- weak support: A's and B's intervals overlap, but the interval of B - A is above zero.
+- contradicted: the interval of B - A is below zero.
+- inconclusive: none of the above.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ TITLES = {
 
 @dataclass
 class Comparison:
-    """Comparison of two values, called `low` and `high`, of a metric. The first value should be lower.
+    """Comparison of two values of a metric, where `low` is expected to be lower than `high`.
 
-    `difference` is the second value minus the first, with the confidence interval of this difference.
+    `difference` is the high value minus the low value, with its confidence interval.
     """
 
     low: str
@@ -72,7 +72,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """Verdict on the comparison: HOLDS, WEAK_SUPPORT, INCONCLUSIVE or CONTRADICTED."""
+        """HOLDS, WEAK_SUPPORT, INCONCLUSIVE or CONTRADICTED."""
         if self.low_interval[2] < self.high_interval[1]:
             return HOLDS
         if self.difference[1] > 0:
@@ -85,12 +85,12 @@ class Claim:
     """Result of testing a claim.
 
     Args:
-        number: Number of the claim, from 1 to 6. See `TITLES`.
+        number: Claim number, from 1 to 6. See `TITLES`.
         header, rows: Table of measured results.
         comparisons: Comparisons that determine the verdict.
-        notes: Notes on the interpretation of the result.
-        points, curves: Labels on the x axis of the plot, and values at each of them, keyed by the name of the curve.
-            Empty if the claim has no curves.
+        notes: Remarks on how to interpret the result.
+        points: Labels on the plot's x axis. Empty if the claim has no curves.
+        curves: Values at each of the `points`, keyed by curve name.
     """
 
     number: int
@@ -103,7 +103,7 @@ class Claim:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Claim:
-        """Create a claim from the result of `dataclasses.asdict`."""
+        """Create a claim from the output of `dataclasses.asdict`."""
         comparisons = [Comparison(**comparison) for comparison in fields["comparisons"]]
         return cls(**{**fields, "comparisons": comparisons})
 
@@ -113,10 +113,10 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """Verdict on the claim.
+        """Verdict on the claim, or NOT_TESTED if there are no comparisons.
 
-        If the comparisons have different verdicts, the verdict on the claim is PARTLY_HOLDS if a comparison holds,
-        CONTRADICTED if a comparison is contradicted, and INCONCLUSIVE otherwise.
+        If the comparisons have different verdicts, the claim's verdict is PARTLY_HOLDS if any comparison holds;
+        otherwise CONTRADICTED if any comparison is contradicted; otherwise INCONCLUSIVE.
         """
         verdicts = {comparison.verdict for comparison in self.comparisons}
         if not verdicts:
@@ -132,14 +132,14 @@ class Claim:
 
 
 def measure_caption_retrieval(experiments: Experiments) -> Claim:
-    """Test claim 1: measure the caption retrieval accuracy (CRA) of raw LLMs, tuned LLMs and the baseline."""
+    """Test claim 1: measure caption retrieval accuracy (CRA) for raw LLMs, tuned LLMs and the baseline."""
     claim = Claim(1)
     claim.header = ["caption encoder", "CRA, %", "95% interval", "images"]
     names = (LLM_RAW, BASELINE, LLM_CC, MULTILINGUAL_RAW, MULTILINGUAL_CC)
     results = {name: experiments.measure_caption_retrieval(name) for name in names}
     for name, result in results.items():
         interval = format_interval(result["CRA interval"])
-        claim.rows.append([experiments.label(name), result["CRA"], interval, result["images"]])
+        claim.rows.append([experiments.get_label(name), result["CRA"], interval, result["images"]])
     claim.rows.append(["chance", results[LLM_RAW]["chance"], "", ""])
     hits = {name: torch.tensor([result["hits"]], dtype=torch.float64) for name, result in results.items()}
     pairs = [(LLM_RAW, BASELINE), (LLM_RAW, LLM_CC), (MULTILINGUAL_RAW, BASELINE), (MULTILINGUAL_RAW, MULTILINGUAL_CC)]
@@ -156,7 +156,7 @@ def compare_text_towers(experiments: Experiments) -> Claim:
     else:
         claim.notes.append(
             "There is no TC row because no general text pairs are available. To add it, install Debian's wordnet-base, "
-            "delete claims/2.json in the run directory and run the same command again."
+            "delete claims/2.json in the run directory and rerun the same command."
         )
     hits = _fill_retrieval_table(experiments, claim, [LLM_RAW, LLM_CC, *order], CAPTIONS_TEST)
     pairs = [*pairwise(order), (BASELINE, MULTILINGUAL_CC), (MULTILINGUAL_RAW, MULTILINGUAL_CC), (LLM_RAW, LLM_CC)]
@@ -164,36 +164,38 @@ def compare_text_towers(experiments: Experiments) -> Claim:
     num_pairs = experiments.config.steps * experiments.config.batch_size
     claim.notes.append(
         "The paper's LLM has 8 billion parameters and was tuned on millions of captions; the LLMs here were tuned on "
-        f"{num_pairs:,} pairs. The default baseline, all-MiniLM-L6-v2, was trained on 1.2 billion pairs, including the "
-        "captions of COCO and Flickr30k (see its model card)."
+        f"{num_pairs:,} pairs. The default baseline, all-MiniLM-L6-v2, was trained on 1.2 billion pairs, including "
+        "COCO and Flickr30k captions (see its model card)."
     )
     return claim
 
 
 def compare_long_captions(experiments: Experiments) -> Claim:
-    """Test claim 3: measure how much tuning on captions improves retrieval for queries of increasing length."""
+    """Test claim 3: measure how much caption tuning improves retrieval as queries become longer."""
     tests = list(experiments.data.long_caption_tests)
     claim = Claim(3, points=tests)
     claim.header = ["text tower, T2I R@1", *tests]
     hits = {}
     for name in (BASELINE, LLM_CC, MULTILINGUAL_RAW, MULTILINGUAL_CC):
         hits[name] = [experiments.measure_hits(name, test, "T2I") for test in tests]
-        label = experiments.label(name)
+        label = experiments.get_label(name)
         claim.rows.append([label, *map(_compute_mean_percent, hits[name])])
         claim.curves[label] = [bootstrap_interval(test_hits) for test_hits in hits[name]]
     for name, reference in ((LLM_CC, BASELINE), (MULTILINGUAL_CC, BASELINE), (MULTILINGUAL_CC, MULTILINGUAL_RAW)):
         gains = [high - low for high, low in zip(hits[name], hits[reference], strict=True)]
-        label = f"gain of {experiments.label(name)} over {experiments.label(reference)}"
+        label = f"gain of {experiments.get_label(name)} over {experiments.get_label(reference)}"
         claim.rows.append([label, *map(_compute_mean_percent, gains)])
         first, last = f"{label}, first sentence", "the same gain, whole caption"
         claim.comparisons.append(compare_hits(first, last, "T2I R@1", gains[0], gains[-1]))
     num_images = hits[LLM_CC][0].shape[1]
-    claim.notes.append(f"{num_images:,} images not used for training; R@1 by chance is {100 / num_images:.1f}%.")
+    claim.notes.append(
+        f"Measured on {num_images:,} images not used for training. Chance R@1 is {100 / num_images:.1f}%."
+    )
     return claim
 
 
 def compare_other_languages(experiments: Experiments) -> Claim:
-    """Test claim 4: measure retrieval in a language that was not used in the `tune` or `align` stage."""
+    """Test claim 4: measure retrieval in a language that was used in neither the `tune` nor the `align` stage."""
     claim = Claim(4)
     hits = _fill_retrieval_table(experiments, claim, (BASELINE, LLM_CC, MULTILINGUAL_CC), FOREIGN_TEST)
     pairs = [(BASELINE, MULTILINGUAL_CC), (LLM_CC, MULTILINGUAL_CC)]
@@ -203,19 +205,19 @@ def compare_other_languages(experiments: Experiments) -> Claim:
 
 
 def compare_llm_sizes(experiments: Experiments) -> Claim:
-    """Test claim 5: compare two LLMs that were tuned on the same number of pairs."""
+    """Test claim 5: compare two LLMs tuned on the same number of pairs."""
     claim = Claim(5)
     hits = _fill_retrieval_table(experiments, claim, (LLM_CC, MULTILINGUAL_CC), CAPTIONS_TEST)
     claim.comparisons = _compare_pairs(experiments, [(LLM_CC, MULTILINGUAL_CC)], MEAN_RECALL, hits)
     claim.notes.append(
-        "The two LLMs differ in more than size: they also have different training data and numbers of layers used. All "
-        "weights of the smaller LLM are tuned, whereas the larger LLM is tuned with LoRA."
+        "The two LLMs differ in more than size: their training data and the number of layers used are also different. "
+        "The smaller LLM is fully fine-tuned, whereas the larger LLM is tuned with LoRA."
     )
     return claim
 
 
 def measure_training_cost(experiments: Experiments) -> Claim:
-    """Test claim 6: measure the duration of training steps."""
+    """Test claim 6: measure how long training steps take."""
     claim = Claim(6)
     claim.header = ["source of text embeddings", "seconds per step", "relative to CLIP", "trained parameters, M"]
     times = measure_step_times(experiments, LLM_CC)
@@ -242,15 +244,15 @@ def measure_training_cost(experiments: Experiments) -> Claim:
         )
     claim.notes.append(
         f"Medians over {experiments.config.cost_steps} steps with {times.batch_size} images and one caption per image. "
-        "The variants were timed alternately. Intervals are interquartile ranges."
+        "Steps of the variants alternated. Intervals are interquartile ranges."
     )
     train = experiments.data.train
     num_texts, num_steps = sum(len(record.texts) for record in train), len(train) / times.batch_size
     caption_seconds = (times.median(LLM_IN_LOOP) - cached) / times.batch_size
     claim.notes.append(
-        f"Filling the store takes {caption_seconds * 1000:.0f} ms per caption, which is a one-time cost: "
-        f"{num_texts * caption_seconds / 60:.0f} minutes for {num_texts:,} texts of this length. An epoch over "
-        f"{len(train):,} images takes {num_steps * cached / 60:.0f} minutes with the store and "
+        f"Filling the store is a one-time cost of {caption_seconds * 1000:.0f} ms per caption: "
+        f"{num_texts * caption_seconds / 60:.0f} minutes for {num_texts:,} texts of this length. An epoch of "
+        f"{len(train):,} images takes {num_steps * cached / 60:.0f} minutes with the store, compared with "
         f"{num_steps * clip / 60:.0f} minutes with CLIP's text tower."
     )
     return claim
@@ -267,10 +269,10 @@ CLAIMS: dict[int, Callable[[Experiments], Claim]] = {
 
 
 def _fill_retrieval_table(experiments: Experiments, claim: Claim, names: Sequence[str], test: str) -> dict[str, Tensor]:
-    """Measure image-text retrieval, and add one row per caption encoder to the claim's table.
+    """Measure image-text retrieval and add one row per caption encoder to the claim's table.
 
     Returns:
-        Per-image hits of each caption encoder, of shape (seeds, images), averaged over both retrieval directions.
+        For each caption encoder, per-image hits of shape (seeds, images), averaged over both retrieval directions.
     """
     claim.header = RETRIEVAL_HEADER
     mean_hits = {}
@@ -279,17 +281,17 @@ def _fill_retrieval_table(experiments: Experiments, claim: Claim, names: Sequenc
         mean_hits[name] = (i2t + t2i) / 2
         mean, low, high = bootstrap_interval(mean_hits[name])
         recalls = [_compute_mean_percent(i2t), _compute_mean_percent(t2i), mean]
-        claim.rows.append([experiments.label(name), *recalls, format_interval((low, high))])
+        claim.rows.append([experiments.get_label(name), *recalls, format_interval((low, high))])
     return mean_hits
 
 
 def _compare_pairs(
     experiments: Experiments, pairs: Iterable[tuple[str, str]], metric: str, hits: dict[str, Tensor]
 ) -> list[Comparison]:
-    """Compare pairs of caption encoders. The first encoder in each pair is expected to score lower."""
+    """Compare pairs of caption encoders, where the first encoder of each pair is expected to score lower."""
     comparisons = []
     for low, high in pairs:
-        labels = experiments.label(low), experiments.label(high)
+        labels = experiments.get_label(low), experiments.get_label(high)
         comparisons.append(compare_hits(*labels, metric, hits[low], hits[high]))
     return comparisons
 
@@ -299,7 +301,7 @@ def _compute_mean_percent(hits: Tensor) -> float:
 
 
 def _compute_quartiles(values: Sequence[float]) -> Interval:
-    """Return the median, the lower quartile and the upper quartile."""
+    """Return (median, lower quartile, upper quartile)."""
     low, median, high = statistics.quantiles(values, n=4)
     return median, low, high
 
@@ -308,7 +310,7 @@ def _compute_quartiles(values: Sequence[float]) -> Interval:
 
 
 def compare_hits(low: str, high: str, metric: str, low_hits: Tensor, high_hits: Tensor) -> Comparison:
-    """Compare two models by their per-image hits on the same images, each of shape (seeds, images)."""
+    """Compare two models, given their hits on the same images, each of shape (seeds, images)."""
     means = _resample_means(high_hits, seed=2) - _resample_means(low_hits, seed=1)
     return Comparison(
         low=low,
@@ -321,26 +323,26 @@ def compare_hits(low: str, high: str, metric: str, low_hits: Tensor, high_hits: 
 
 
 def bootstrap_interval(values: Tensor) -> Interval:
-    """Return the mean in percent with its 95% confidence interval, using a bootstrap over images and seeds.
+    """Return the mean and its 95% confidence interval in percent, computed by bootstrapping over images and seeds.
 
     Args:
-        values: Per-image hits, or differences between hits, of shape (seeds, images).
+        values: Per-image hits or differences between hits, of shape (seeds, images).
     """
     bounds = (-1.0 if float(values.min()) < 0 else 0.0, 1.0)
     return _make_interval(values.mean(), _resample_means(values, seed=1), values.shape[1], bounds)
 
 
 def _make_interval(mean: Tensor, means: Tensor, num_images: int, bounds: tuple[float, float]) -> Interval:
-    """Return the mean of all images with its interval in percent, given the means of the bootstrap resamples."""
+    """Return `mean` and its confidence interval in percent, given the bootstrap means."""
     low, high = (100 * percentile_interval(means, num_images, bounds)).tolist()
     return 100 * float(mean), low, high
 
 
 def _resample_means(values: Tensor, seed: int) -> Tensor:
-    """Return the means of bootstrap resamples over images and training seeds, of shape (resamples,).
+    """Return the mean of each bootstrap resample over images and training seeds, of shape (resamples,).
 
-    The resampled images depend only on the number of images, so both models in a comparison use the same resamples.
-    Training seeds are resampled separately for each model, using the random seed `seed`.
+    The resampled images depend only on the number of images, so they are the same for both models in a comparison.
+    Training seeds are resampled separately for each model, using `seed` as the random seed.
     """
     num_seeds, num_images = values.shape
     values = values.double()

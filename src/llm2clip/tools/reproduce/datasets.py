@@ -1,8 +1,4 @@
-"""Data sets for testing the claims.
-
-The `tune` stage uses captions and text pairs, the `align` stage uses training images, and the retrieval tests use
-held-out images.
-"""
+"""Data sets for testing the claims: texts for `tune`, images for `align`, and held-out images for retrieval tests."""
 
 import dataclasses
 import re
@@ -19,13 +15,13 @@ from llm2clip.runs.ranks import print_once
 
 WORDNET = Path("/usr/share/wordnet")  # installed by Debian's package wordnet-base
 PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
-CAPTIONS_TEST, FOREIGN_TEST = "captions", "foreign"  # test names for `ClaimData.test`
+CAPTIONS_TEST, FOREIGN_TEST = "captions", "foreign"  # arguments of `ClaimData.get_test_records`
 
 
 class ClaimData:
     """Data sets for all claims.
 
-    Each data set is read when it is first accessed, which raises ValueError if a source is missing.
+    Each data set is read on first access, which raises ValueError if a source is missing.
     """
 
     def __init__(self, folder: Path, config: ReproduceConfig, log: SkipLog) -> None:
@@ -49,7 +45,7 @@ class ClaimData:
 
     @cached_property
     def text_pairs(self) -> list[Pair]:
-        """General text pairs from the configured sources or, if there are none, from WordNet if it is installed."""
+        """General text pairs from the configured sources. Default: from WordNet, if it is installed."""
         if self.config.text_pairs:
             sources = self._resolve_paths(self.config.text_pairs)
             return [pair for source in sources for pair in read_text_pairs(source, self.log)]
@@ -57,15 +53,15 @@ class ClaimData:
 
     @cached_property
     def cra(self) -> list[tuple[str, ...]]:
-        """Captions of each image, for measuring caption retrieval accuracy (CRA)."""
+        """Each image's captions, for measuring caption retrieval accuracy (CRA)."""
         return [record.captions for record in self._read_records(self.config.cra, images=False)]
 
     @cached_property
     def train(self) -> list[Record]:
-        """Training images for the `align` stage. Test images are excluded.
+        """Training images for the `align` stage, excluding test images.
 
-        Every third image gets a long caption, made of its short captions, unless it already has one. Doing this for all
-        images would double the embedding time.
+        Every third image without a long caption gets one, made by joining its short captions. Doing this for all images
+        would double the embedding time.
         """
         tested = [*self.config.test, *self.config.long_caption_sources]
         records = [record for record in self._read_records(self.config.train) if record.image is not None]
@@ -95,8 +91,8 @@ class ClaimData:
     def long_caption_tests(self) -> dict[str, list[Record]]:
         """Retrieval tests with long captions, keyed by query length.
 
-        The queries of the first test are the first sentences of the captions. Each subsequent test adds one sentence,
-        and the last one uses the complete captions.
+        In the first test, each query is the first sentence of a caption. Each subsequent test adds one sentence, and
+        the last test uses complete captions.
         """
         records = [record for record in self._read_records(self.config.long_caption_sources) if record.long_captions]
         if not records:
@@ -105,7 +101,7 @@ class ClaimData:
         fewest, most = min(map(len, sentences)), max(map(len, sentences))
         tests = {}
         for n in range(1, fewest + 1):
-            if n == most:  # all captions have n sentences, so this test would equal the last one
+            if n == most:  # all captions have n sentences, so this test would duplicate the last one
                 break
             name = "1 sentence" if n == 1 else f"{n} sentences"
             queries = [" ".join(parts[:n]) for parts in sentences]
@@ -113,8 +109,8 @@ class ClaimData:
         tests["whole caption"] = [with_captions(record, (record.long_captions[0],)) for record in records]
         return tests
 
-    def test(self, name: str) -> list[Record]:
-        """Return the records of CAPTIONS_TEST, FOREIGN_TEST or a key of `long_caption_tests`."""
+    def get_test_records(self, name: str) -> list[Record]:
+        """Return the test images of CAPTIONS_TEST, FOREIGN_TEST or a key of `long_caption_tests`."""
         if name == CAPTIONS_TEST:
             return self.captions_test
         if name == FOREIGN_TEST:
@@ -134,7 +130,7 @@ class ClaimData:
 
 
 def join_halves(captions: Sequence[str]) -> tuple[str, ...]:
-    """Join the first half of an image's captions into one long caption and the second half into another.
+    """Join the first half of an image's captions into one long caption, and the second half into another.
 
     Return an empty tuple if there are fewer than four captions.
     """
@@ -152,13 +148,13 @@ def split_sentences(text: str) -> list[str]:
 def read_wordnet(folder: Path) -> Iterator[Pair]:
     """Yield text pairs from WordNet's data files.
 
-    Each entry yields a pair of its words and their definition and, if there is an example sentence, a pair of this
-    sentence and the word that it illustrates. The lines have the format `offset file type count word id word id ... |
-    definition; "example"; ...`; see the manual page wndb(5WN).
+    Each entry yields the pair (words, definition). Entries with an example sentence also yield the pair (sentence, word
+    that it illustrates). The line format is `offset file type count word id word id ... | definition; "example"; ...`;
+    see the manual page wndb(5WN).
     """
     for part_of_speech in PARTS_OF_SPEECH:
         for line in (folder / f"data.{part_of_speech}").read_text(encoding="latin-1").splitlines():
-            if line.startswith(" "):  # a line of the licence
+            if line.startswith(" "):  # licence text
                 continue
             entry, _, gloss = line.partition("|")
             fields = entry.split()

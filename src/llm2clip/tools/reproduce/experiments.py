@@ -1,14 +1,14 @@
-"""Experiments that test the claims: caption encoders, caption retrieval, aligned models and retrieval ranks.
+"""Experiments for testing the claims: caption encoders, caption retrieval, aligned models and retrieval ranks.
 
-Each result is computed once and saved in the run directory, so that an interrupted run can be resumed:
+Each result is computed once and saved in the run directory, so interrupted runs can be resumed:
 
     OUT/
       encoders/NAME/               tuned caption encoders
       cra/NAME.json                caption retrieval accuracy of each encoder
       stores/NAME/                 embedding store of each encoder
       features/                    cached image features of the frozen vision tower
-      models/NAME-SEED/            aligned model of each encoder and seed
-      ranks/NAME-SEED-TEST.json    retrieval ranks of each model in each test
+      models/NAME-SEED/            aligned model for each encoder and seed
+      ranks/NAME-SEED-TEST.json    retrieval ranks of each model on each test
       vectors/                     image and text embeddings of each model
       work/                        temporary run directories of the `align` stage
       claims/N.json                result of testing claim N
@@ -38,14 +38,14 @@ from llm2clip.store.layout import caption_keys
 from llm2clip.store.store import EmbeddingStore, drop_refused_captions
 from llm2clip.tools.reproduce.datasets import CAPTIONS_TEST, FOREIGN_TEST, ClaimData
 
-# Names of the caption encoders. CC encoders are tuned on captions, TC encoders on general text pairs.
+# Names of the caption encoders. CC encoders are tuned on captions; TC encoders are tuned on general text pairs.
 BASELINE = "baseline"
 LLM_RAW, LLM_CC = "llm raw", "llm cc"
 MULTILINGUAL_RAW, MULTILINGUAL_TC, MULTILINGUAL_CC = "multilingual raw", "multilingual tc", "multilingual cc"
 
 
 class Experiments:
-    """Runs the experiments with each caption encoder and caches the results in the run directory."""
+    """Runs experiments with each caption encoder and caches the results in the run directory."""
 
     def __init__(self, data: ClaimData, config: ReproduceConfig, out: Path) -> None:
         self.data = data
@@ -70,7 +70,7 @@ class Experiments:
             MULTILINGUAL_CC: (multilingual, lora_tuning),
         }
 
-    def label(self, name: str) -> str:
+    def get_label(self, name: str) -> str:
         """Return a caption encoder's display name, such as "gemma3-270m after 60 steps of captions"."""
         encoder, tuning = self.encoders[name]
         paths = [self.config.llm, self.config.baseline_encoder, self.config.multilingual_llm]
@@ -85,14 +85,14 @@ class Experiments:
         return label
 
     def load_encoder(self, name: str) -> CaptionEncoder:
-        """Load a caption encoder, tuning it first if necessary."""
+        """Load a caption encoder, tuning it first if needed."""
         return open_encoder(self._prepare_encoder(name))
 
     def measure_caption_retrieval(self, name: str) -> dict[str, Any]:
-        """Return the results of `caption_retrieval_accuracy` for a caption encoder, including the key "hits"."""
+        """Return the metrics of `caption_retrieval_accuracy` for a caption encoder, including "hits"."""
 
         def measure() -> dict[str, Any]:
-            print_once(f"caption retrieval: {self.label(name)}")
+            print_once(f"caption retrieval: {self.get_label(name)}")
             texts = [text for captions in self.data.cra for text in unique_captions(captions)[:2]]
             encoder = _StoreTextEncoder(self.embed_texts(name, texts))
             return caption_retrieval_accuracy(self.data.cra, encoder, return_hits=True)
@@ -101,32 +101,32 @@ class Experiments:
         return metrics
 
     def embed_texts(self, name: str, texts: Sequence[str]) -> EmbeddingStore:
-        """Return a caption encoder's embedding store, after adding the embeddings of missing texts."""
+        """Add missing texts to a caption encoder's embedding store and return the store."""
         folder = self.out / "stores" / _make_file_name(name)
         if (folder / "manifest.json").exists():
             store = EmbeddingStore(folder)
             if (store.find_keys(caption_keys(unique_captions(texts))) >= 0).all():
                 return store
-        print_once(f"embed: {self.label(name)}")
+        print_once(f"embed: {self.get_label(name)}")
         return embed(texts, folder, self._prepare_encoder(name), EmbedConfig())
 
     def train_model(self, name: str, seed: int) -> LLM2CLIP:
-        """Return an aligned model for a caption encoder, training it first if it does not exist.
+        """Return the aligned model for a caption encoder and seed, training it first if needed.
 
-        The vision tower is frozen. Only the heads are trained, using the stored embeddings of the caption encoder.
+        The vision tower is frozen. Only the heads are trained, using the caption encoder's stored embeddings.
         """
         folder = self.out / "models" / f"{_make_file_name(name)}-{seed}"
         if not folder.exists():
             store = self.embed_texts(name, [text for record in self.data.train for text in record.texts])
-            print_once(f"align: {self.label(name)}, seed {seed}")
+            print_once(f"align: {self.get_label(name)}, seed {seed}")
             run_dir = self.out / "work" / folder.name
-            config, features = self.align_config(seed), self.out / "features"
+            config, features = self.make_align_config(seed), self.out / "features"
             align(self.data.train, store, run_dir, config, self.data.log, model_dir=folder, features=features)
             shutil.rmtree(run_dir, ignore_errors=True)
         return LLM2CLIP.from_pretrained(folder)
 
-    def align_config(self, seed: int) -> AlignConfig:
-        """Return the settings of the `align` stage, which are the same for all models except for the seed."""
+    def make_align_config(self, seed: int) -> AlignConfig:
+        """Return the `align` settings, which are the same for all models except for the seed."""
         return AlignConfig(
             tower=self.config.tower,
             image_size=self.config.image_size,
@@ -141,14 +141,14 @@ class Experiments:
         )
 
     def measure_hits(self, name: str, test: str, direction: str) -> Tensor:
-        """Return the per-image hits of all models trained with a caption encoder, float64 of shape (seeds, images).
+        """Return per-image hits for all models trained with a caption encoder, as float64 of shape (seeds, images).
 
-        For I2T, the hit value of an image is 1 if the top-ranked caption is correct, and 0 otherwise. For T2I, it is
-        the number of the image's captions that retrieve the image at rank 1, divided by the mean number of captions per
-        image. The mean of the hits is R@1.
+        For I2T, an image's hit value is 1 if the top-ranked caption is correct, and 0 otherwise. For T2I, it is the
+        number of its captions that rank the image first, divided by the mean number of captions per image. The mean
+        over all images is R@1.
 
         Args:
-            test: Name of the test. See `ClaimData.test`.
+            test: Test name. See `ClaimData.get_test_records`.
             direction: "I2T" or "T2I".
         """
         hits = []
@@ -165,13 +165,13 @@ class Experiments:
         return torch.stack(hits)
 
     def _load_or_compute_ranks(self, name: str, seed: int, test: str) -> dict[str, list[int]]:
-        """Return the retrieval ranks of a model in a test, as a dict with the fields of `RetrievalRanks`."""
+        """Return a model's retrieval ranks on a test, as a dict with fields of `RetrievalRanks`."""
 
         def compute_ranks() -> dict[str, list[int]]:
-            model, records = self.train_model(name, seed), self.data.test(test)
-            # Embed the texts of all long-caption tests in one call.
+            model, records = self.train_model(name, seed), self.data.get_test_records(test)
+            # Embed the texts of all long-caption tests in a single call.
             tests = [test] if test in (CAPTIONS_TEST, FOREIGN_TEST) else list(self.data.long_caption_tests)
-            texts = [text for each in tests for record in self.data.test(each) for text in record.captions]
+            texts = [text for each in tests for record in self.data.get_test_records(each) for text in record.captions]
             store = self.embed_texts(name, texts)
             embeddings = ModelEmbeddings(dual_encoder_from_store(model, store), self.data.log, self.out / "vectors")
             ranks = rank_caption_fields(embeddings, {test: drop_refused_captions(records, store)})[test]
@@ -183,19 +183,19 @@ class Experiments:
         return ranks
 
     def _prepare_encoder(self, name: str) -> EncoderConfig:
-        """Return the config of a caption encoder, tuning it first if necessary."""
+        """Return a caption encoder's config, tuning the encoder first if needed."""
         config, tuning = self.encoders[name]
         if tuning is None:
             return config
         folder = self.out / "encoders" / _make_file_name(name)
         if not (folder / "encoder").exists():
-            print_once(f"tune: {self.label(name)}")
+            print_once(f"tune: {self.get_label(name)}")
             items: Sequence[TuningItem] = self.data.tune
             if name == MULTILINGUAL_TC:
                 items = self.data.text_pairs
                 if not items:
                     raise ValueError(
-                        "no general text pairs: install Debian's wordnet-base, or set --reproduce.text_pairs"
+                        "there are no general text pairs: install Debian's wordnet-base, or set --reproduce.text_pairs"
                     )
             tune([items], folder, config, tuning)
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -203,13 +203,13 @@ class Experiments:
 
 
 class _StoreTextEncoder:
-    """Text encoder that reads embeddings from an embedding store instead of computing them."""
+    """Text encoder that looks up embeddings in a store instead of computing them."""
 
     def __init__(self, store: EmbeddingStore) -> None:
         self.store = store
 
     def encode(self, captions: Sequence[str], *, progress: bool = False) -> Tensor:
-        """Return the stored embeddings of captions, of shape (N, D), float32."""
+        """Return stored caption embeddings as float32 of shape (N, D)."""
         return torch.from_numpy(self.store.take(self.store.find_rows(captions))).float()
 
     def count_truncated(self, captions: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
-"""The `reproduce` command, which tests the claims of the LLM2CLIP paper with small models on local data.
+"""The `reproduce` command, which tests the LLM2CLIP paper's claims with small models on local data.
 
-The report shows the paper's own results next to the measured results. They come from `published_results`, from the
-project pages of 2026 (AAAI-26) and 2024.
+The report shows the paper's own results next to the measured ones. The paper's results come from `published_results`,
+which contains the values from the 2026 (AAAI-26) and 2024 project pages.
 """
 
 import dataclasses
@@ -51,10 +51,10 @@ STATUSES |= {HOLDS: GOOD, CONTRADICTED: BAD}
 def reproduce(data: Path, out: Path, config: ReproduceConfig, claims: Sequence[int], max_skipped: float) -> Path:
     """Test the claims and write `out/report.md` and `out/report.html`.
 
-    An interrupted run can be resumed. The report also includes the claims that earlier runs in `out` have tested.
+    Interrupted runs can be resumed. The report also includes claims tested by earlier runs in `out`.
 
     Args:
-        data: Folder that the source paths in the config are relative to.
+        data: Folder to which the source paths in the config are relative.
         claims: Numbers of the claims to test, from 1 to 6.
         max_skipped: Abort if more than this fraction of the rows cannot be used.
 
@@ -62,13 +62,13 @@ def reproduce(data: Path, out: Path, config: ReproduceConfig, claims: Sequence[i
         Path of the HTML report.
 
     Raises:
-        ValueError: A claim number is unknown, no claim could be tested, or there are several processes.
+        ValueError: A claim number is unknown, no claim could be tested, or there is more than one process.
     """
     unknown = [number for number in claims if number not in CLAIMS]
     if unknown:
         raise ValueError(f"unknown claim {unknown[0]}: the claims are {', '.join(map(str, CLAIMS))}")
     if process_state().num_processes > 1:
-        raise ValueError("reproduce runs in a single process: start it without torchrun or accelerate launch")
+        raise ValueError("reproduce must run in a single process: start it without torchrun or accelerate launch")
     with run_lock(out):
         return _test_and_report_claims(data, out, config, claims, max_skipped)
 
@@ -110,24 +110,25 @@ def _test_claim(number: int, experiments: Experiments) -> dict[str, object]:
 
 
 def make_report_blocks(claims: Sequence[Claim], config: ReproduceConfig, command: str) -> list[Block]:
-    """Return the report on claims, including those that could not be tested. `command` is the shell command."""
+    """Return the report's blocks. `command` is the shell command that reproduces the report."""
     summary = [[claim.number, claim.title, claim.verdict] for claim in claims]
     blocks: list[Block] = [
         Paragraph(
-            "Each claim of the paper (arXiv 2411.04997) is tested with the paper's method, scaled down to this "
-            "machine: small models and few images."
+            "Each claim of the paper (arXiv 2411.04997) is tested with the paper's method, scaled down to this machine "
+            "by using small models and few images."
         ),
         Code(command),
         Table(["number", "claim", "result"], summary, statuses=STATUSES),
         Paragraph(
             f"The vision tower ({config.tower}, {config.image_size} pixels) is frozen; the heads are trained for "
-            f"{config.epochs:g} epochs. Values are means over {config.seeds} seeds, with 95% bootstrap intervals over "
-            "test images and seeds."
+            f"{config.epochs:g} epochs. Values are means over {config.seeds} seeds, with 95% confidence intervals "
+            "computed by bootstrapping over test images and seeds."
         ),
         Paragraph(
-            f"A comparison {HOLDS} if the intervals of its two sides are disjoint. It has {WEAK_SUPPORT} if only the "
-            f"interval of the difference, paired by image, is above zero. It is {CONTRADICTED} if that interval is "
-            f"below zero; otherwise it is {INCONCLUSIVE}. A claim {PARTLY_HOLDS} if some of its comparisons hold."
+            f"A comparison {HOLDS} if the first value's interval lies entirely below the second value's. It has "
+            f"{WEAK_SUPPORT} if only the interval of the difference, paired by image, is above zero. It is "
+            f"{CONTRADICTED} if the interval of the difference is below zero, and {INCONCLUSIVE} otherwise. A claim "
+            f"{PARTLY_HOLDS} if some but not all of its comparisons hold."
         ),
     ]
     for claim in claims:
@@ -141,7 +142,7 @@ def _make_claim_section(claim: Claim, command: str) -> list[Block]:
     notes = [Paragraph(note) for note in claim.notes]
     if verdict == NOT_TESTED:
         return [*blocks, *notes]
-    blocks += [Paragraph(sentence) for sentence in describe_paper(claim.number)]
+    blocks += [Paragraph(sentence) for sentence in describe_paper_results(claim.number)]
     blocks.append(Table(claim.header, claim.rows))
     if claim.curves:
         svg = plots.plot_interval_curves(claim.curves, claim.points, "query", claim.comparisons[0].metric)
@@ -178,8 +179,8 @@ def _make_comparison_table(claim: Claim) -> Table:
 # ---- the paper's results ---------------------------------------------------------------------------------------------
 
 
-def describe_paper(claim: int) -> list[str]:
-    """Return the paper's results for a claim as sentences."""
+def describe_paper_results(claim: int) -> list[str]:
+    """Return sentences that state the paper's results for a claim."""
     if claim == 1:
         return [_describe_caption_retrieval(), CRA_NOTE]
     if claim == 2:
@@ -214,12 +215,12 @@ def _describe_caption_retrieval() -> str:
 
 def _describe_averages(table_name: str, *models: str) -> str:
     table = TABLES[table_name]
-    values = [f"{model} {_join_cell(table, model, 'average')}" for model in models]
+    values = [f"{model} {_format_cell(table, model, 'average')}" for model in models]
     return f"Paper ({table.year}), average R@1 over five benchmarks: {', '.join(values)}."
 
 
 def _describe_gains(table_name: str, tuned: str, reference: str) -> str:
-    """Return the gain of one encoder over another on each benchmark as a sentence, averaged over both directions."""
+    """Return a sentence with the gain of `tuned` over `reference` on each benchmark, averaged over both directions."""
     table = TABLES[table_name]
     gains = []
     for column in table.columns:
@@ -230,7 +231,7 @@ def _describe_gains(table_name: str, tuned: str, reference: str) -> str:
 
 
 def _describe_chinese_retrieval(table_name: str, t2i: int) -> str:
-    """Return a sentence that states each model's T2I R@1 on Flickr30k-CN, stored at index `t2i` of each cell."""
+    """Return a sentence with each model's T2I R@1 on Flickr30k-CN, which is at index `t2i` of each table cell."""
     table = TABLES[table_name]
     values = []
     for model in table.rows:
@@ -240,5 +241,5 @@ def _describe_chinese_retrieval(table_name: str, t2i: int) -> str:
     return f"Paper ({table.year}), T2I R@1 on Flickr30k-CN: {', '.join(values)}."
 
 
-def _join_cell(table: PublishedTable, model: str, column: str) -> str:
+def _format_cell(table: PublishedTable, model: str, column: str) -> str:
     return " / ".join(map(str, table.cell(model, column) or ()))

@@ -1,7 +1,4 @@
-"""Duration of training steps with each source of text embeddings.
-
-The sources are cached teacher embeddings, CLIP's own text tower, and the LLM in the training loop.
-"""
+"""Training step times with text embeddings from a cache, from CLIP's own text tower, or from the LLM in the loop."""
 
 import statistics
 import time
@@ -21,20 +18,20 @@ from llm2clip.tools.reproduce.experiments import Experiments
 from llm2clip.train.initial_model import new_model
 from llm2clip.train.losses import info_nce
 
-# Variants of the training step, which differ in the source of the text embeddings.
+# Variants of the training step, named after the source of the text embeddings.
 CACHED_TEACHER = "cached teacher"
 CLIP_TEXT_TOWER = "CLIP's text tower, trained too"
 LLM_IN_LOOP = "LLM in the loop"
 
-# CLIP's text tower pads texts to 77 tokens and pools the output of the end token.
+# CLIP's text tower pads texts to 77 tokens, and its embedding is the output at the end token.
 CLIP_CONTEXT_LENGTH = 77
 CLIP_END_TOKEN = 49407
 
 
 class ClipTextTower(nn.Module):
-    """Text tower with the architecture of CLIP ViT-B/32 (arXiv 2103.00020): 12 layers, width 512, 77 tokens.
+    """Text tower with the architecture used in CLIP ViT-B/32 (arXiv 2103.00020): 12 layers, width 512, 77 tokens.
 
-    The weights are initialised randomly, because their values do not affect the step time.
+    The weights are randomly initialised, because their values do not affect the step time.
     """
 
     def __init__(self, embed_dim: int) -> None:
@@ -44,20 +41,17 @@ class ClipTextTower(nn.Module):
         self.model = CLIPTextModelWithProjection(CLIPTextConfig(projection_dim=embed_dim))
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Return L2-normalised embeddings of shape (N, embed_dim) for token ids of shape (N, 77)."""
+        """Return L2-normalised embeddings of shape (N, embed_dim), given token ids of shape (N, 77)."""
         return F.normalize(self.model(input_ids=ids).text_embeds.float(), dim=-1)
 
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Durations of the training steps of each variant, and its number of trained parameters in millions.
+    """Training step times for each variant."""
 
-    `batch_size` is the number of images per step, each with one caption.
-    """
-
-    seconds: dict[str, list[float]]
-    parameters: dict[str, float]
-    batch_size: int
+    seconds: dict[str, list[float]]  # duration of each step
+    parameters: dict[str, float]  # number of trained parameters, in millions
+    batch_size: int  # number of images per step, each with one caption
 
     def median(self, variant: str) -> float:
         return statistics.median(self.seconds[variant])
@@ -65,16 +59,16 @@ class StepTimes:
 
 @onednn_matmul()
 def measure_step_times(experiments: Experiments, name: str) -> StepTimes:
-    """Measure the duration of training steps for each variant, with the caption encoder called `name`.
+    """Measure training step times for each variant, using the caption encoder called `name`.
 
-    The variants alternate, so that other processes on the machine slow down all of them equally.
+    Steps of the variants alternate, so other processes on the machine slow down all variants equally.
     """
     config, train = experiments.config, experiments.data.train
     records = [record for record in train if record.texts][: config.cost_images]
     texts = [record.texts[0] for record in records]
     store = experiments.embed_texts(name, [text for record in train for text in record.texts])
     encoder = experiments.load_encoder(name)
-    model = new_model(experiments.align_config(0), store)
+    model = new_model(experiments.make_align_config(0), store)
     device = model.device
     keep_freed_memory(device)
     text_tower = ClipTextTower(config.embed_dim).to(device)
@@ -85,7 +79,7 @@ def measure_step_times(experiments: Experiments, name: str) -> StepTimes:
     ids[:, -1] = CLIP_END_TOKEN
 
     def adapt(embeddings: Tensor) -> Tensor:
-        """Return text embeddings of shape (N, embed_dim) for the LLM's embeddings of shape (N, D)."""
+        """Map LLM embeddings of shape (N, D) to text embeddings of shape (N, embed_dim)."""
         return cast(Tensor, model(embeddings=embeddings.to(device).float())[1])
 
     embed_texts: dict[str, Callable[[], Tensor]] = {
