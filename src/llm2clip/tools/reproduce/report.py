@@ -142,7 +142,7 @@ def _make_claim_section(claim: Claim, command: str) -> list[Block]:
     notes = [Paragraph(note) for note in claim.notes]
     if verdict == NOT_TESTED:
         return [*blocks, *notes]
-    blocks += [Paragraph(sentence) for sentence in describe_paper_results(claim.number)]
+    blocks += [Paragraph(sentence) for sentence in quote_paper(claim.number)]
     blocks.append(Table(claim.header, claim.rows))
     if claim.curves:
         svg = plots.plot_interval_curves(claim.curves, claim.points, "query", claim.comparisons[0].metric)
@@ -179,7 +179,7 @@ def _make_comparison_table(claim: Claim) -> Table:
 # ---- the paper's results ---------------------------------------------------------------------------------------------
 
 
-def describe_paper_results(claim: int) -> list[str]:
+def quote_paper(claim: int) -> list[str]:
     """Return sentences that state the paper's results for a claim."""
     if claim == 1:
         return [_describe_caption_retrieval(), CRA_NOTE]
