@@ -25,10 +25,10 @@ from llm2clip.llava.collator import ConversationDataset, LengthGroupedSampler, L
 from llm2clip.llava.conversations import (
     OBJECTS_FILE,
     SHORT_ANSWER,
+    find_mentioned_objects,
     make_captioning_conversations,
     make_instruction_conversations,
     make_object_conversations,
-    mentioned_objects,
     read_conversations,
     read_llava,
     read_objects,
@@ -172,8 +172,8 @@ def test_conversations_are_made_from_captions() -> None:
 
 def test_mentioned_objects_match_synonyms_plurals_and_longest_names() -> None:
     names = read_objects(OBJECTS_FILE)
-    assert mentioned_objects(["Two MEN eat hot dogs near their bikes."], names) == {"person", "hot dog", "bicycle"}
-    assert mentioned_objects(["A dogged catalogue of carpets"], names) == set()
+    assert find_mentioned_objects(["Two MEN eat hot dogs near their bikes."], names) == {"person", "hot dog", "bicycle"}
+    assert find_mentioned_objects(["A dogged catalogue of carpets"], names) == set()
     assert names["puppies"] == "dog"
     assert names["benches"] == "bench"
     assert names["buses"] == "bus"
@@ -266,7 +266,7 @@ def test_conversation_dataset_lengths_correlate_with_token_counts(
 ) -> None:
     dataset = ConversationDataset(conversations, load_model(built)[1], image_tokens=4, max_length=512)
     token_counts = [len(dataset[n]["ids"]) for n in range(len(dataset))]
-    assert np.corrcoef(token_counts, dataset.lengths())[0, 1] > 0.9
+    assert np.corrcoef(token_counts, dataset.estimate_lengths())[0, 1] > 0.9
 
 
 def test_length_grouped_sampler_reduces_padding() -> None:

@@ -1,17 +1,16 @@
 """Build untrained LLaVA models from a vision tower, a randomly initialised projector and a causal LLM.
 
-As in LLaVA-1.5 (arXiv 2310.03744), the patch features come from the tower's second-to-last layer. A two-layer projector
-maps the features to embeddings that replace the `<image>` tokens in the LLM's input. The model class depends on the
-tower:
+As in LLaVA-1.5 (arXiv 2310.03744), patch features come from the tower's second-to-last layer. A two-layer projector
+maps them to embeddings that replace the `<image>` tokens in the LLM's input. The model class depends on the tower:
 
 - Towers from transformers: `LlavaForConditionalGeneration`.
 - Convolutional towers from timm: `FastVlmForConditionalGeneration`, which uses the tower's last feature map. The
-  projector and the LLM are the same as for the other towers.
-- Vision transformers from timm: `PatchLlava`, because transformers' LLaVA classes do not support them. Loading such a
-  model without llm2clip requires `trust_remote_code=True`.
+  projector and LLM are the same as for other towers.
+- Vision transformers from timm: `PatchLlava`, because transformers' LLaVA classes do not support them. Without
+  llm2clip, loading such a model requires `trust_remote_code=True`.
 
-`AutoModelForImageTextToText.from_pretrained` and `pipeline("image-text-to-text")` can load all of these models without
-llm2clip.
+`AutoModelForImageTextToText.from_pretrained` and `pipeline("image-text-to-text")` can load all of these models, even if
+llm2clip is not installed.
 """
 
 import math
@@ -23,7 +22,7 @@ from torch import nn
 
 from llm2clip.io_utils import atomic_dir
 from llm2clip.llava import modeling_patches
-from llm2clip.llava.chat_template import IMAGE_TOKEN, check_template, get_chat_template
+from llm2clip.llava.chat_template import IMAGE_TOKEN, find_answer_end_token, get_chat_template
 from llm2clip.models.export.transformers import build_vision_model
 from llm2clip.models.hub.loading import load_config
 from llm2clip.models.hub.pretrained import resolve_pretrained
@@ -33,14 +32,14 @@ from llm2clip.models.vision.vision_tower import VisionTower
 
 
 def load_tower(name: str, image_size: int | None = None) -> VisionTower:
-    """Load a vision tower, either from an LLM2CLIP model folder or with `VisionTower.from_pretrained`.
+    """Load a vision tower from an LLM2CLIP model folder or with `VisionTower.from_pretrained`.
 
     Args:
-        name: path of an LLM2CLIP model folder, or name of a pretrained tower.
+        name: path of an LLM2CLIP model folder, or the name of a pretrained tower.
         image_size: input size in pixels. Default: the tower's training resolution.
 
     Raises:
-        ValueError: `image_size` differs from the training resolution of the LLM2CLIP model.
+        ValueError: `image_size` differs from the LLM2CLIP model's training resolution.
     """
     if not is_model_folder(name):
         return VisionTower.from_pretrained(name, image_size=image_size)
@@ -52,20 +51,17 @@ def load_tower(name: str, image_size: int | None = None) -> VisionTower:
 
 
 def build_llava(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pad: bool = True) -> Path:
-    """Build an untrained LLaVA model and save it to a folder. Only the projector is randomly initialised.
+    """Build an untrained LLaVA model, save it and return its folder. Only the projector is randomly initialised.
 
-    The tower is converted to the LLM's dtype. As a check, the model is first saved to a temporary folder and loaded
-    again: its logits for a sample text must match the LLM's logits. The folder is then renamed to `out`.
+    The tower is converted to the LLM's dtype. The model is first saved to a temporary folder and reloaded to check that
+    its logits for a sample text match the LLM's logits. The folder is then renamed to `out`.
 
     Args:
         llm: folder, hub id or short name of a causal LLM with a tokenizer. The LLM keeps its dtype.
-        out: folder to create. It must not exist yet.
+        out: folder to create, which must not exist.
         seed: random seed for initialising the projector.
         pad: if True, pad images to squares, as LLaVA-1.5 does. If False, use the tower's own preprocessing, which may
             include a center crop.
-
-    Returns:
-        The path of the model folder.
 
     Raises:
         ValueError: the LLM has no language modelling head, or transformers' LLaVA classes do not support the tower or
@@ -93,10 +89,10 @@ def build_llava(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pa
 
 
 def load_causal_llm(name: str) -> Any:
-    """Load a causal LLM with its language modelling head, in the dtype of the checkpoint.
+    """Load a causal LLM with its language modelling head, in the checkpoint's dtype.
 
     Raises:
-        ValueError: the checkpoint is missing weights, e.g. the weights of the head.
+        ValueError: weights, such as those of the head, are missing from the checkpoint.
     """
     from transformers import AutoModelForCausalLM
 
@@ -118,8 +114,8 @@ def assemble_llava(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0, 
     vision = _to_llava_tower(tower)
     patches, registers = _count_image_tokens(vision, tower.preprocess.size)
     _add_image_token(tokenizer, llm)
-    end_token = check_template(tokenizer)
-    model = _join_parts(vision, llm, tokenizer, image_tokens=patches + registers, seed=seed)
+    end_token = find_answer_end_token(tokenizer)
+    model = _combine_parts(vision, llm, tokenizer, image_tokens=patches + registers, seed=seed)
     model.generation_config = _make_generation_config(llm, tokenizer, end_token)
     processor = _build_processor(tower, model, tokenizer, patches=patches, registers=registers, pad=pad)
     return model.eval(), processor
@@ -129,10 +125,10 @@ def assemble_llava(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0, 
 
 
 def _to_llava_tower(tower: VisionTower) -> Any:
-    """Convert a tower to a transformers model on the CPU, in float32 and eval mode. The weights are copied.
+    """Convert a tower to a transformers model with copied weights, on the CPU, in float32 and eval mode.
 
-    A vision transformer from timm becomes a `PatchTower`. Position embeddings are interpolated to the tower's input
-    size, because transformers' LLaVA classes do not interpolate them.
+    Vision transformers from timm become a `PatchTower`. Position embeddings are interpolated to the tower's input size,
+    because transformers' LLaVA classes do not interpolate them.
     """
     backbone: Any = tower.backbone
     if tower.config["library"] == "timm" and hasattr(getattr(backbone, "patch_embed", None), "num_patches"):
@@ -155,10 +151,10 @@ def _to_llava_tower(tower: VisionTower) -> Any:
 
 
 def _count_image_tokens(vision: Any, size: int) -> tuple[int, int]:
-    """Return the number of patch tokens that the LLM receives per image, and the number of additional register tokens.
+    """Return the number of patch tokens and the number of register tokens that the LLM receives per image.
 
     Raises:
-        ValueError: the tower does not return features of a shape that transformers' LLaVA classes support.
+        ValueError: transformers' LLaVA classes do not support the shape of the tower's features.
     """
     kind = vision.config.model_type
     pixels = torch.zeros(1, 3, size, size)
@@ -177,7 +173,7 @@ def _count_image_tokens(vision: Any, size: int) -> tuple[int, int]:
         if features.ndim != 4 or features.shape[1] != vision.timm_model.num_features:
             raise ValueError(
                 f"{vision.config.architecture} does not return a channels-first feature map. Use a convolutional net "
-                "or a vision transformer from timm, or a CLIP, SigLIP or DINO tower from transformers"
+                "or vision transformer from timm, or a CLIP, SigLIP or DINO tower from transformers"
             )
         return features.shape[2] * features.shape[3], 0
     return (size // vision.config.patch_size) ** 2, getattr(vision.config, "num_register_tokens", 0)
@@ -211,8 +207,8 @@ def _add_image_token(tokenizer: Any, llm: Any) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def _join_parts(vision: Any, llm: Any, tokenizer: Any, *, image_tokens: int, seed: int) -> Any:
-    """Combine the tower, a new projector and the LLM into one model, in the LLM's dtype."""
+def _combine_parts(vision: Any, llm: Any, tokenizer: Any, *, image_tokens: int, seed: int) -> Any:
+    """Combine the tower, a new projector and the LLM into a single model in the LLM's dtype."""
     from transformers import FastVlmConfig, FastVlmForConditionalGeneration, LlavaConfig, LlavaForConditionalGeneration
 
     arguments: dict[str, Any] = {
@@ -234,7 +230,7 @@ def _join_parts(vision: Any, llm: Any, tokenizer: Any, *, image_tokens: int, see
         if isinstance(vision, modeling_patches.PatchTower):
             config_class, model_class = modeling_patches.PatchLlavaConfig, modeling_patches.PatchLlava
     config = config_class(**arguments)
-    with torch.device("meta"):  # meta tensors take no memory; all parts are replaced below
+    with torch.device("meta"):  # meta tensors take no memory; every part is replaced below
         model = model_class(config)
     model.model.vision_tower = vision
     model.model.language_model = llm.get_decoder()
@@ -246,7 +242,7 @@ def _join_parts(vision: Any, llm: Any, tokenizer: Any, *, image_tokens: int, see
 
 
 def _make_generation_config(llm: Any, tokenizer: Any, end_token: int) -> Any:
-    """Return the LLM's generation config, extended with the token that ends an answer in the chat template."""
+    """Return the LLM's generation config, with the chat template's answer end token added to the EOS tokens."""
     from transformers import GenerationConfig
 
     config = GenerationConfig.from_model_config(llm.config)
@@ -261,10 +257,10 @@ def _make_generation_config(llm: Any, tokenizer: Any, end_token: int) -> Any:
 
 
 def _build_processor(tower: VisionTower, model: Any, tokenizer: Any, *, patches: int, registers: int, pad: bool) -> Any:
-    """Return the processor of a LLaVA model.
+    """Return the processor for a LLaVA model.
 
     Raises:
-        ValueError: the patches do not form a square grid, which the processor assumes when it counts image tokens.
+        ValueError: the patches do not form a square grid, as the processor assumes when it counts image tokens.
     """
     from transformers import LlavaImageProcessor, LlavaProcessor
 
@@ -290,7 +286,7 @@ def _build_processor(tower: VisionTower, model: Any, tokenizer: Any, *, patches:
 
 
 def _check_saved_model(folder: Path, llm: str, text_ids: torch.Tensor, expected_logits: torch.Tensor) -> None:
-    """Load a saved model, compare its logits for a text with the LLM's logits, and run it on an image.
+    """Reload a saved model, compare its logits for a text with the LLM's logits, and run the model on an image.
 
     `text_ids` has shape (1, tokens), and `expected_logits` has shape (1, tokens, vocabulary).
 
@@ -303,7 +299,7 @@ def _check_saved_model(folder: Path, llm: str, text_ids: torch.Tensor, expected_
     model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     with torch.inference_mode():
-        # The model's vocabulary may be larger than the LLM's, because it includes the image token and is padded.
+        # The model's vocabulary may be larger than the LLM's because of the image token and padding.
         logits = model(input_ids=text_ids).logits.float()[..., : expected_logits.shape[-1]]
         tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
         if (
@@ -311,8 +307,8 @@ def _check_saved_model(folder: Path, llm: str, text_ids: torch.Tensor, expected_
             or (logits - expected_logits).norm() > tolerance * expected_logits.norm()
         ):
             raise ValueError(
-                f"{llm} cannot be used: in a LLaVA model its logits differ. transformers' LLaVA classes do not support "
-                "output biases or scaled logits. Use another LLM"
+                f"{llm} cannot be used, because its logits change within a LLaVA model: transformers' LLaVA classes do "
+                "not support output biases or scaled logits. Use another LLM"
             )
         inputs = processor(images=Image.new("RGB", (64, 48)), text=IMAGE_TOKEN, return_tensors="pt")
         model(**inputs.to(model.dtype))

@@ -1,8 +1,8 @@
-"""Chat templates for conversations about an image, and tokenization that labels only the answers.
+"""Chat templates for conversations about an image, and tokenization with labels for the answers only.
 
-If the LLM has no chat template of its own, Vicuna's template is used, as in LLaVA-1.5. In transformers' message format,
-the content of a message can be a list of text and image parts. A Jinja prefix converts such a list to text with
-`<image>` tokens.
+If the LLM has no chat template, Vicuna's template is used, as in LLaVA-1.5. In transformers' message format, a
+message's content can be a list of text and image parts. A Jinja prefix converts such lists to text with `<image>`
+tokens.
 """
 
 import re
@@ -12,8 +12,8 @@ from typing import Any
 from llm2clip.data.image_refs import ImageRef
 
 IMAGE_TOKEN = "<image>"
-IGNORE_INDEX = -100  # label of tokens that are not in an answer, as in transformers and cross_entropy
-PLACEHOLDER_MARKS = ("\ue000", "\ue001")  # delimiters of the placeholders for answers; see `tokenize_and_label`
+IGNORE_INDEX = -100  # label of tokens outside answers, as in transformers and cross_entropy
+PLACEHOLDER_MARKS = ("\ue000", "\ue001")  # delimiters of answer placeholders; see `tokenize_and_label`
 
 _FLATTEN_CONTENT = """{%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -42,7 +42,7 @@ _VICUNA_TEMPLATE = """{{- 'A chat between a curious user and an artificial intel
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Question-answer pairs, optionally about an image. The image precedes the first question."""
+    """Question-answer pairs, optionally about an image, which precedes the first question."""
 
     id: str
     image: ImageRef | None
@@ -51,7 +51,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class LabeledTokens:
-    """Token ids of a conversation and one label per token: the token id in answers, IGNORE_INDEX elsewhere."""
+    """A conversation's token ids, and one label per token: the token id within answers, IGNORE_INDEX elsewhere."""
 
     ids: list[int]
     labels: list[int]
@@ -65,11 +65,11 @@ def get_chat_template(tokenizer: Any) -> str:
     return _FLATTEN_CONTENT + (template or _VICUNA_TEMPLATE)
 
 
-def check_template(tokenizer: Any) -> int:
-    """Check that the labels of a sample conversation decode to its answers. Return the token that ends an answer.
+def find_answer_end_token(tokenizer: Any) -> int:
+    """Return the token that ends an answer, after checking the chat template on a sample conversation.
 
     Raises:
-        ValueError: the labels do not decode to the answers, or `tokenize_and_label` rejects the chat template.
+        ValueError: the sample's labels do not decode to its answers, or `tokenize_and_label` rejects the template.
     """
     conversation = Conversation("", None, (("A question?", "An answer."), ("Another?", "Yes.")))
     labels = [label for label in tokenize_and_label(conversation, tokenizer, 0).labels if label != IGNORE_INDEX]
@@ -80,7 +80,7 @@ def check_template(tokenizer: Any) -> int:
 
 
 def to_messages(conversation: Conversation) -> list[dict[str, Any]]:
-    """Convert a conversation to the message format that transformers' processors expect."""
+    """Convert a conversation to the message format of transformers' processors."""
     messages: list[dict[str, Any]] = []
     for n, (question, answer) in enumerate(conversation.turns):
         content: list[dict[str, Any]] = [{"type": "text", "text": clean_text(question)}]
@@ -92,12 +92,12 @@ def to_messages(conversation: Conversation) -> list[dict[str, Any]]:
 
 
 def clean_text(text: str) -> str:
-    """Remove `<image>` tokens, which the chat template inserts itself, and surrounding whitespace.
+    """Remove surrounding whitespace and `<image>` tokens, because the chat template inserts its own.
 
     Raises:
-        ValueError: the text is not valid Unicode, or contains a character from PLACEHOLDER_MARKS.
+        ValueError: the text is not valid Unicode or contains a character from PLACEHOLDER_MARKS.
     """
-    text.encode()  # raises an error for lone surrogates (such as half an emoji), which no tokenizer accepts
+    text.encode()  # raises UnicodeEncodeError for lone surrogates (such as half an emoji), which no tokenizer accepts
     if any(mark in text for mark in PLACEHOLDER_MARKS):
         raise ValueError("the private-use characters U+E000 and U+E001 are reserved and must not occur in a text")
     while IMAGE_TOKEN in text:  # removing one token can create another: <im<image>age>
@@ -108,14 +108,14 @@ def clean_text(text: str) -> str:
 def tokenize_and_label(conversation: Conversation, tokenizer: Any, image_tokens: int) -> LabeledTokens:
     """Tokenize a conversation and label its answers, including the special token that ends each answer.
 
-    The chat template is rendered with numbered placeholders instead of the answers, so that the exact span of each
-    answer is known for any template.
+    The chat template is first rendered with numbered placeholders for the answers. This locates the exact span of each
+    answer with any template.
 
     Args:
         image_tokens: number of tokens per image.
 
     Raises:
-        ValueError: the template drops an answer, or has no special token after an answer.
+        ValueError: the template drops an answer or has no special token after an answer.
     """
     messages = to_messages(conversation)
     answers = []
@@ -135,7 +135,8 @@ def tokenize_and_label(conversation: Conversation, tokenizer: Any, image_tokens:
         end_token = next((token for token in special_tokens if rendered.lstrip().startswith(token)), None)
         if end_token is None:
             raise ValueError(
-                "the LLM's chat template has no special token after an answer, so the model would not learn to stop"
+                "the LLM's chat template has no special token after an answer, so the model would not learn to stop. "
+                "Use another LLM"
             )
         length = rendered.index(end_token) + len(end_token)
         ending, rendered = rendered[:length], rendered[length:]
@@ -152,15 +153,14 @@ def _make_placeholder(n: int) -> str:
 def _get_special_tokens(tokenizer: Any) -> list[str]:
     """Return all special tokens except `<image>`, longest first.
 
-    `all_special_tokens` does not contain every added token that is marked as special, so read `added_tokens_decoder`
-    instead.
+    `all_special_tokens` omits some added tokens that are marked as special, so `added_tokens_decoder` is also read.
     """
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return sorted({*tokenizer.all_special_tokens, *added} - {IMAGE_TOKEN}, key=len, reverse=True)
 
 
 def _label_spans(text: str, spans: list[tuple[int, int]], tokenizer: Any, image_tokens: int) -> LabeledTokens:
-    """Tokenize a text, expand each `<image>` to `image_tokens` tokens, and label the tokens in the character spans."""
+    """Tokenize a text, expand each `<image>` to `image_tokens` tokens, and label the tokens within `spans`."""
     has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     encoded = tokenizer(text, add_special_tokens=not has_bos, return_offsets_mapping=True)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -171,8 +171,7 @@ def _label_spans(text: str, spans: list[tuple[int, int]], tokenizer: Any, image_
             ids += [token] * image_tokens
             labels += [IGNORE_INDEX] * image_tokens
             continue
-        # Check only the end of the token, because some tokenizers merge the space before an answer into its first
-        # token.
+        # Check only the token's end, because some tokenizers merge the space before an answer into its first token.
         in_answer = any(span_start < end <= span_end for span_start, span_end in spans)
         ids.append(token)
         labels.append(token if in_answer else IGNORE_INDEX)

@@ -20,13 +20,13 @@ from llm2clip.store.store import EmbeddingStore
 
 log = logging.getLogger(__name__)
 
-MEGABATCH = 50  # number of batches in each group that is sorted by length, as in LLaVA's sampler
+MEGABATCH = 50  # number of batches per length-sorted group, as in LLaVA's sampler
 MIN_TEXT_TOKENS = 64  # max_length must leave at least this many tokens for text
-MAX_REPLACEMENTS = 1000  # number of consecutive unusable conversations after which an error is raised
+MAX_REPLACEMENTS = 1000  # maximum number of consecutive unusable conversations
 
 
 class ConversationDataset(Dataset):
-    """Dataset of tokenized conversations with labels. Images are returned as either pixels or cached patch features."""
+    """Dataset of tokenized, labelled conversations, with images as either pixels or cached patch features."""
 
     def __init__(
         self,
@@ -39,8 +39,8 @@ class ConversationDataset(Dataset):
         """
         Args:
             image_tokens: number of `<image>` tokens per image.
-            max_length: maximum number of tokens; longer conversations are truncated.
-            store: cached patch features of all images. If None, images are decoded.
+            max_length: maximum number of tokens. Longer conversations are truncated.
+            store: cached patch features of all images. If None, images are decoded instead.
 
         Raises:
             ValueError: `max_length` does not leave enough tokens for text.
@@ -49,7 +49,7 @@ class ConversationDataset(Dataset):
         if max_length < minimum:
             raise ValueError(
                 f"--llava.max_length must be at least {minimum} (got {max_length}), "
-                f"because an image takes up {image_tokens} tokens"
+                f"because each image takes up {image_tokens} tokens"
             )
         self.conversations = list(conversations)
         self.tokenizer = processor.tokenizer
@@ -57,7 +57,7 @@ class ConversationDataset(Dataset):
         self.image_tokens = image_tokens
         self.max_length = max_length
         self.store = store
-        self.store_rows: dict[int, int] = {}  # index of a conversation with an image -> row of its image in the store
+        self.store_rows: dict[int, int] = {}  # conversation index -> row of the conversation's image in the store
         if store is not None:
             images = {n: each.image for n, each in enumerate(self.conversations) if each.image is not None}
             self.store_rows = dict(zip(images, store.find_keys(image_keys(images.values())).tolist(), strict=True))
@@ -65,8 +65,8 @@ class ConversationDataset(Dataset):
     def __len__(self) -> int:
         return len(self.conversations)
 
-    def lengths(self) -> list[int]:
-        """Estimate each conversation's length in tokens from its characters, because tokenizing them all is slow."""
+    def estimate_lengths(self) -> list[int]:
+        """Estimate each conversation's length in tokens from its character count. Exact lengths would be slow."""
         lengths = []
         for conversation in self.conversations:
             characters = sum(len(question) + len(answer) for question, answer in conversation.turns)
@@ -76,9 +76,9 @@ class ConversationDataset(Dataset):
         return lengths
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return a dict with `ids`, `labels` and, if there is an image, `vision`: its pixels or patch features.
+        """Return a dict with `ids`, `labels` and, if there is an image, its pixels or patch features as `vision`.
 
-        If a conversation cannot be used, a warning is logged and the next usable conversation is returned instead.
+        If a conversation cannot be used, log a warning and return the next usable conversation instead.
 
         Raises:
             ValueError: no usable conversation was found.
@@ -91,7 +91,7 @@ class ConversationDataset(Dataset):
         raise ValueError(f"{item}, and none of the conversations after it can be used")
 
     def _load_item(self, index: int) -> dict[str, Any] | str:
-        """Return the item for one conversation, or the reason why it cannot be used."""
+        """Return a conversation's item, or the reason why the conversation cannot be used."""
         conversation = self.conversations[index]
         try:
             labeled = tokenize_and_label(conversation, self.tokenizer, self.image_tokens)
@@ -112,12 +112,12 @@ class ConversationDataset(Dataset):
 
 
 class LlavaCollator:
-    """Collator that right-pads conversations to the length of the longest one in the batch."""
+    """Collator that right-pads conversations to the longest one in the batch."""
 
     def __init__(self, tokenizer: Any, image_tokens: int, empty_image: Tensor) -> None:
         """
         Args:
-            empty_image: pixels or patch features of a blank image, which is added to batches without an image.
+            empty_image: pixels or patch features of a blank image, which is added to batches without images.
         """
         self.pad_id: int = tokenizer.pad_token_id
         self.image_id: int = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -127,13 +127,13 @@ class LlavaCollator:
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return the model inputs for a batch.
 
-        For B conversations padded to T tokens, input_ids and attention_mask are int64 of shape (B, T), and pixel_values
-        contains the pixels or patch features of all images. labels has shape (B, K), where K = logits_to_keep. Logits
-        are computed only from the token before the first answer in the batch, because the loss ignores the system
-        prompt and the image.
+        For B conversations padded to T tokens, input_ids and attention_mask are int64 tensors of shape (B, T).
+        pixel_values contains the pixels or patch features of all images. labels has shape (B, K), where K =
+        logits_to_keep. The loss ignores the system prompt and the image, so the first logits computed are those at the
+        token before the first answer in the batch.
 
         If no conversation has an image, a blank image is appended to the first conversation, where causal attention
-        hides it from the text. This way, the projector receives gradients in every batch on every rank, as DDP and FSDP
+        hides it from the text. The projector then receives gradients in every batch on every rank, as DDP and FSDP
         require.
         """
         rows = [torch.tensor(item["ids"]) for item in items]
@@ -152,18 +152,18 @@ class LlavaCollator:
             "logits_to_keep": labels.shape[1] - start,
             "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
             "pixel_values": torch.stack(vision),
-            # PrecomputedVision returns a single layer, with the tokens already selected.
+            # PrecomputedVision returns a single layer that contains only the selected tokens.
             "vision_feature_layer": -1,
             "vision_feature_select_strategy": "full",
         }
 
 
 class LengthGroupedSampler(Sampler):
-    """Sampler that shuffles indices and groups conversations of similar length into batches.
+    """Sampler that puts conversations of similar length into the same batch.
 
-    The indices are shuffled and divided into groups of about 50 batches. Each group is sorted by length, and then the
-    batches are shuffled. The order depends only on the seed and the epoch, so it is the same on all ranks and in a
-    resumed run.
+    Indices are shuffled and divided into groups of about 50 batches. Each group is sorted by length and split into
+    batches, which are then shuffled. The order depends only on the seed and the epoch, so it is the same on all ranks
+    and in resumed runs.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:

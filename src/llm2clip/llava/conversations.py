@@ -1,8 +1,8 @@
 """Training conversations from files in LLaVA's format and from captioned images.
 
-Captioned images become two kinds of conversations: captioning, and yes-or-no questions about objects. The questions
-follow POPE (arXiv 2305.10355) with random sampling. The original POPE asks about objects marked by annotators. Here, an
-object counts as present if any caption of the image names it, and as absent otherwise. Captions name most of the
+Captioned images are turned into two kinds of conversations: captioning, and yes-or-no questions about objects. The
+questions follow POPE (arXiv 2305.10355) with random sampling. POPE asks about objects marked by annotators. Here, an
+object counts as present if any of the image's captions mentions it, and as absent otherwise. Captions mention most
 salient objects but not everything in the image, so the answer "No" is sometimes wrong.
 """
 
@@ -34,12 +34,12 @@ LONG_CAPTION_PROMPTS = (
     "Give a long description of this picture.",
     "Write a paragraph about what the picture shows.",
 )
-# LLaVA-1.5 appends this to the first question of a conversation with short answers, and benchmarks do the same.
+# Like benchmarks, LLaVA-1.5 appends this to the first question of a conversation with short answers.
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 
 OBJECTS_FILE = Path(__file__).with_name("objects.txt")
 UNCOUNTABLE = ("snow",)
-OBJECTS_PER_IMAGE = 3  # maximum number of present and of absent objects per image (POPE's k)
+OBJECTS_PER_IMAGE = 3  # maximum numbers of present and absent objects per image (POPE's k)
 
 
 def read_conversations(
@@ -54,24 +54,24 @@ def read_conversations(
     """Read conversations from files in LLaVA's format and from captioned images.
 
     Args:
-        sources: paths of files or folders, whose formats are detected automatically.
+        sources: paths of files or folders. Formats are detected automatically.
         from_records: `make_captioning_conversations` or `make_instruction_conversations`.
-        images: folder that contains the images of files in LLaVA's format. See `read_llava`.
-        columns: mapping from record fields to column names of captioned images.
+        images: image folder for files in LLaVA's format. See `read_llava`.
+        columns: mapping from record fields to column names, for captioned images.
     """
     conversations: list[Conversation] = []
     for source in sources:
         if is_llava_file(source):
             conversations += read_llava(source, images, log)
         else:
-            # Merge rows with the same image: an object must not count as absent if any of the rows names it.
+            # Merge rows with the same image, because an object is present if any of the rows mentions it.
             records = [record for _, record in read_merged_records([source], columns or {}, log)]
             conversations += from_records(records, seed)
     return conversations
 
 
 def is_llava_file(name: str) -> bool:
-    """Return True if a source is a JSON or JSONL file in LLaVA's format."""
+    """Return True if `name` is a JSON or JSONL file in LLaVA's format."""
     path = Path(name)
     if path.suffix not in (".json", ".jsonl") or not path.is_file():
         return False
@@ -82,12 +82,11 @@ def is_llava_file(name: str) -> bool:
 def read_llava(file: str | Path, images: str | Path | None, log: SkipLog) -> list[Conversation]:
     """Read a file in LLaVA's format, such as blip_laion_cc_sbu_558k.json or llava_v1_5_mix665k.json.
 
-    Each row is {"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}. `image`
-    is optional. A .json file contains a list of rows. A .jsonl file contains one row per line. Invalid rows are skipped
-    and logged, as are rows whose image file is missing.
+    Each row is {"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}, where
+    `image` is optional. A .json file contains a list of rows, and a .jsonl file contains one row per line. Invalid rows
+    and rows whose image file is missing are skipped and logged.
 
     Args:
-        file: .json or .jsonl file.
         images: folder to which image paths are relative. Default: the folder that contains the file.
 
     Raises:
@@ -122,7 +121,7 @@ def _parse_conversation(row: dict[str, Any], root: Path, number: str) -> Convers
     """
     messages = row["conversations"]
     if messages and messages[0]["from"] != "human":
-        messages = messages[1:]  # LLaVA's code drops the first message if it is not from the user
+        messages = messages[1:]  # as in LLaVA's code, drop the first message if it is not from the user
     speakers = [message["from"] for message in messages]
     if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
         raise ValueError("messages must alternate between 'human' and 'gpt', starting with 'human'")
@@ -145,7 +144,7 @@ def _parse_conversation(row: dict[str, Any], root: Path, number: str) -> Convers
 
 
 def make_captioning_conversations(records: Iterable[Record], seed: int = 0) -> list[Conversation]:
-    """Make one conversation per caption: a random prompt that asks for a caption, and the caption as the answer."""
+    """Make one conversation per caption: a randomly chosen captioning prompt, answered with the caption."""
     rng = random.Random(seed)
     conversations = []
     for record in records:
@@ -161,7 +160,7 @@ def make_captioning_conversations(records: Iterable[Record], seed: int = 0) -> l
 
 
 def make_instruction_conversations(records: Iterable[Record], seed: int = 0) -> list[Conversation]:
-    """Make captioning conversations, plus one conversation per image with yes-or-no questions about objects."""
+    """Make captioning conversations, and one conversation per image with yes-or-no questions about objects."""
     records = list(records)
     return make_captioning_conversations(records, seed) + make_object_conversations(records, seed)
 
@@ -171,12 +170,12 @@ def make_object_conversations(
 ) -> list[Conversation]:
     """Make one conversation per image with yes-or-no questions about objects. Half of the answers are "Yes".
 
-    Records without an image, or whose captions do not name any object, are ignored.
+    Records that have no image or whose captions mention no objects are ignored.
     """
     names = read_objects(objects_file)
-    objects_in_images = []  # (record, its objects) for each image whose captions name any object
+    objects_in_images = []  # (record, its objects) for each image whose captions mention objects
     for record in records:
-        objects = sorted(mentioned_objects(record.texts, names))
+        objects = sorted(find_mentioned_objects(record.texts, names))
         if record.image is not None and objects:
             objects_in_images.append((record, objects))
     all_objects = {name for _, objects in objects_in_images for name in objects}
@@ -201,10 +200,10 @@ def make_object_conversations(
     return conversations
 
 
-def mentioned_objects(texts: Iterable[str], names: dict[str, str]) -> set[str]:
-    """Return the objects mentioned in the texts. Longer names match first, so that "hot dog" does not count as a dog.
+def find_mentioned_objects(texts: Iterable[str], names: dict[str, str]) -> set[str]:
+    """Return the objects mentioned in the texts. Longer names match first, so "hot dog" does not count as a dog.
 
-    `names` is a mapping from names to objects, as returned by `read_objects`.
+    `names` maps names to objects, as returned by `read_objects`.
     """
     pattern = _compile_name_pattern(tuple(names))
     return {names[match.lower()] for text in texts for match in pattern.findall(text)}
@@ -212,10 +211,9 @@ def mentioned_objects(texts: Iterable[str], names: dict[str, str]) -> set[str]:
 
 @lru_cache
 def read_objects(file: Path) -> dict[str, str]:
-    """Read objects and their synonyms. Return a dict that maps every name, singular or plural, to its object.
+    """Read a list of objects and synonyms. Return a dict that maps each singular or plural name to its object.
 
-    Each line is `object` or `object: synonym, synonym`. Text after # is a comment. Plurals are formed by spelling
-    rules.
+    Each line is `object` or `object: synonym, synonym`. Text after # is a comment. Spelling rules form the plurals.
 
     Raises:
         ValueError: two objects share a name.

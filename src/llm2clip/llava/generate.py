@@ -1,4 +1,4 @@
-"""Batched answer generation and answer log-likelihoods for LLaVA models."""
+"""Batched answer generation and answer scoring for LLaVA models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,18 +21,18 @@ from llm2clip.runs.ranks import process_state
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt without an image token, optionally about an image: uint8 RGB of shape (H, W, 3)."""
+    """A question, optionally about an image."""
 
-    image: np.ndarray | None
-    prompt: str
+    image: np.ndarray | None  # uint8 RGB of shape (H, W, 3)
+    prompt: str  # without an image token
 
     def to_conversation(self, answer: str = "") -> Conversation:
-        image: Any = self.image  # the tokens depend only on whether there is an image
+        image: Any = self.image  # only the presence of an image affects the tokens
         return Conversation("", image, ((self.prompt, answer),))
 
 
 class AnswerGenerator:
-    """A LLaVA model that answers questions by greedy decoding or beam search."""
+    """LLaVA model that answers questions by greedy decoding or beam search."""
 
     def __init__(
         self, name: str, device: torch.device | str | None = None, precision: str = "auto", batch_size: int = 16
@@ -40,12 +40,12 @@ class AnswerGenerator:
         """
         Args:
             name: model folder or hub id.
-            device: device to run the model on, by default the device of the current process.
-            precision: fp32, bf16 or auto. auto selects bf16 if the hardware supports it, and fp32 otherwise.
+            device: device to run the model on. Default: the current process's device.
+            precision: fp32, bf16 or auto. auto means bf16 if the hardware supports it, and fp32 otherwise.
             batch_size: number of questions per forward pass.
 
         Raises:
-            ValueError: the model does not use a fixed number of tokens per image.
+            ValueError: the number of tokens per image is not fixed.
         """
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -65,7 +65,7 @@ class AnswerGenerator:
         self.transform = LlavaTransform(self.processor)
         if getattr(self.model.config, "image_seq_length", None) is None:
             raise ValueError(
-                f"{name} is not supported: use a model with a fixed number of tokens per image, like LLaVA"
+                f"{name} is not supported: use a model with a fixed number of tokens per image, such as LLaVA"
             )
         self.image_tokens: int = self.model.config.image_seq_length
         keep_freed_memory(self.device)
@@ -75,11 +75,11 @@ class AnswerGenerator:
 
         Args:
             max_new_tokens: maximum number of tokens per answer.
-            num_beams: number of beams; 1 means greedy decoding.
+            num_beams: number of beams. 1 means greedy decoding.
         """
         answers = [""] * len(questions)
         image_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        # Batches of similar length need little padding. Questions with and without an image are in different batches.
+        # Batches of similar length need little padding. Questions with and without images go into separate batches.
         longest_first = sorted(range(len(questions)), key=lambda n: -len(questions[n].prompt))
         for has_image in (True, False):
             indices = [n for n in longest_first if (questions[n].image is not None) is has_image]
@@ -101,9 +101,9 @@ class AnswerGenerator:
         return answers
 
     def score_answer(self, question: Question, answer: str) -> tuple[float, bool]:
-        """Return the log-likelihood of an answer and True if greedy decoding would produce it.
+        """Return an answer's log-likelihood, and True if greedy decoding would produce the answer.
 
-        The answer includes the token that ends it.
+        The token that ends the answer is also scored.
         """
         labeled = tokenize_and_label(question.to_conversation(answer), self.tokenizer, self.image_tokens)
         inputs = {"input_ids": torch.tensor([labeled.ids], device=self.device)} | self._prepare_pixels([question])
@@ -115,7 +115,7 @@ class AnswerGenerator:
         return -float(loss), bool(is_greedy)
 
     def _prepare_inputs(self, questions: Sequence[Question]) -> dict[str, Tensor]:
-        """Return the model inputs for questions that either all have an image or all have none."""
+        """Return the model inputs for questions, all of which must have an image or none."""
         prompts = []
         for question in questions:
             messages = to_messages(question.to_conversation())[:1]

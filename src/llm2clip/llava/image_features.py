@@ -1,7 +1,7 @@
-"""Image preprocessing for LLaVA, and computation and caching of patch features.
+"""LLaVA image preprocessing, and computation and caching of patch features.
 
-The vision tower is frozen, so it is replaced during training by `PrecomputedVision`, which returns patch features that
-were read from a store or computed just before the forward pass.
+The vision tower is frozen, so `PrecomputedVision` replaces it during training and returns patch features that were
+either read from a store or computed just before the forward pass.
 """
 
 from collections.abc import Sequence
@@ -22,11 +22,11 @@ from llm2clip.store.store import EmbeddingStore
 
 MAX_SHARD_BYTES = 1 << 30
 MAX_SHARD_IMAGES = 8192
-MAX_SCALE = 8  # maximum length of the longer side before padding, as a multiple of the input size
+MAX_SCALE = 8  # maximum longer side of an image before padding, as a multiple of the input size
 
 
 class LlavaTransform:
-    """Preprocessing of decoded images, equivalent to a LLaVA model's image processor."""
+    """Preprocessing of decoded images that matches a LLaVA model's image processor."""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor.image_processor
@@ -51,8 +51,8 @@ class LlavaTransform:
         return (pixels.float() / 255 - self.mean) / self.std
 
 
-def patch_feature_size(config: Any) -> int:
-    """Return the dimension of a patch feature, given a LLaVA model's config."""
+def get_patch_feature_size(config: Any) -> int:
+    """Return the patch feature dimension for a LLaVA model's config."""
     layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
     size: int = config.vision_config.hidden_size * layers
     return size
@@ -61,14 +61,14 @@ def patch_feature_size(config: Any) -> int:
 class PatchFeatures:
     """Callable that runs a LLaVA model's vision tower and returns the projector's input.
 
-    Implements `ImageEncoder` from `store/image_features.py`.
+    Implements the `ImageEncoder` protocol from `store/image_features.py`.
     """
 
     def __init__(self, model: Any, processor: Any, bf16: bool = False) -> None:
         """
         Args:
             model: LLaVA model. Its tower is switched to eval mode and stays on its current device.
-            bf16: if True, run the tower with bfloat16 autocast.
+            bf16: if True, run the tower under bfloat16 autocast.
         """
         self.tower = model.model.vision_tower.eval()
         self.config = model.config
@@ -98,7 +98,7 @@ class PatchFeatures:
             return torch.cat(selected, -1)
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings and the weight hash that determine the features, for the store's fingerprint."""
+        """Return everything that determines the features (settings and a weight hash), for the store's fingerprint."""
         return {
             "tower": self.tower.config.to_dict(),
             "weights": hash_weights(self.tower),
@@ -109,17 +109,17 @@ class PatchFeatures:
         }
 
     def encode_images(self, images: list[Any]) -> Tensor:
-        """Encode preprocessed images as float32 of shape (N, tokens * feature size) on the CPU."""
+        """Encode preprocessed images as a float32 CPU tensor of shape (N, tokens * feature size)."""
         return self(torch.stack(images)).float().flatten(1).cpu()
 
 
 def cache_patch_features(
     refs: Sequence[ImageRef], features: PatchFeatures, folder: Path, log: SkipLog, workers: int | None = None
 ) -> EmbeddingStore:
-    """Compute the patch features that are missing from the float16 store in `folder`, and return the store.
+    """Add missing patch features to the float16 store in `folder` and return the store.
 
     Raises:
-        StoreError: the store contains features from a different tower.
+        StoreError: the store contains a different tower's features.
     """
     bytes_per_image = 2 * features.embed_dim
     shard_size = max(1, min(MAX_SHARD_IMAGES, MAX_SHARD_BYTES // bytes_per_image))
@@ -129,9 +129,9 @@ def cache_patch_features(
 
 
 class PrecomputedVision(nn.Module):
-    """Replacement for the vision tower. Returns precomputed patch features in the format that the model expects.
+    """Replacement for the vision tower that returns precomputed patch features in the format that the model expects.
 
-    The model inputs must select the last layer and all tokens, as the inputs from `LlavaCollator` do.
+    The model inputs must select the last layer and all tokens, as `LlavaCollator` does.
     """
 
     def __init__(self, feature_maps: bool) -> None:

@@ -1,4 +1,4 @@
-"""LLaVA model class for lmms-eval, which finds the class through an entry point if both packages are installed.
+"""LLaVA model class for lmms-eval. If both packages are installed, lmms-eval finds it through an entry point:
 
 lmms-eval --model llm2clip_llava --model_args pretrained=RUN/model --tasks pope,gqa --batch_size 16
 """
@@ -12,12 +12,12 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from llm2clip.llava.generate import AnswerGenerator, Question
 from llm2clip.runs.ranks import process_state
 
-CHUNK = 256  # number of requests whose images are in memory at the same time
+CHUNK = 256  # maximum number of requests whose images are in memory at once
 MANIFEST = ModelManifest("llm2clip_llava", simple_class_path="llm2clip.llava.lmms.LmmsModel")
 
 
 class LmmsModel(lmms):
-    """LLaVA model for lmms-eval: generated answers and log-likelihoods for questions with at most one image."""
+    """LLaVA model that generates and scores answers for lmms-eval. Questions can have at most one image."""
 
     def __init__(
         self, pretrained: str, device: str | None = None, batch_size: int | str = 16, precision: str = "auto", **_: Any
@@ -25,7 +25,7 @@ class LmmsModel(lmms):
         """
         Args:
             pretrained: model folder or hub id.
-            device: device to run the model on, by default the device of the current process.
+            device: device to run the model on. Default: the current process's device.
             batch_size: number of questions per forward pass.
             precision: fp32, bf16 or auto.
         """
@@ -36,9 +36,9 @@ class LmmsModel(lmms):
         self._world_size = process_state().num_processes
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Return one answer per request. Each answer is truncated at the first of the request's `until` strings.
+        """Return one answer per request, truncated before the first occurrence of any of the request's `until` strings.
 
-        Of the generation settings of a task, `max_new_tokens` and `num_beams` are used. Answers are never sampled.
+        Only the task's `max_new_tokens` and `num_beams` settings are used. Answers are never sampled.
         """
         answers = [""] * len(requests)
         requests_by_settings: dict[tuple[int, int], list[int]] = {}
@@ -59,7 +59,7 @@ class LmmsModel(lmms):
         return answers
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Return (log-likelihood of the answer, True if greedy decoding would produce it) for each request."""
+        """Return each answer's log-likelihood, and True if greedy decoding would produce the answer."""
         results = []
         for request in requests:
             context, target, to_visual, doc_id, task, split = request.args

@@ -1,8 +1,8 @@
 """Self-contained transformers modeling code for LLaVA with a vision transformer from timm.
 
-transformers' wrapper for timm models returns feature maps of shape (N, channels, rows, columns), but transformers'
-LLaVA class expects patch features of shape (N, patches, width). `PatchLlava.save_pretrained` copies this file into the
-model folder. To load such a model without llm2clip, use
+This code is needed because transformers' wrapper for timm models returns feature maps of shape (N, channels, rows,
+columns), but its LLaVA class expects patch features of shape (N, patches, width). `PatchLlava.save_pretrained` copies
+this file into the model folder. To load the model without llm2clip, use
 `AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)`.
 """
 
@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 
 class PatchTowerConfig(PretrainedConfig):
-    """Config for `PatchTower`: the timm model's name and arguments, and the dimension of a patch feature."""
+    """`PatchTower` config: the timm model's name and arguments, and the patch feature dimension."""
 
     model_type = "llm2clip_patches"
     architecture: str = ""
@@ -31,7 +31,7 @@ class PatchTowerConfig(PretrainedConfig):
 
 
 class PatchTower(PreTrainedModel):
-    """A vision transformer from timm that returns the patch features of every block."""
+    """A timm vision transformer that returns the patch features of every block."""
 
     config_class = PatchTowerConfig
     main_input_name = "pixel_values"
@@ -44,10 +44,10 @@ class PatchTower(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: Any) -> None:
-        """Do nothing: timm has already initialised the weights."""
+        """Do nothing, because timm has already initialised the weights."""
 
     def forward(self, pixel_values: Any, **_: Any) -> Any:
-        """Return the output of each block before the final norm, of shape (N, patches, width).
+        """Return the output of each block, without the final norm, as (N, patches, width).
 
         The pixels have shape (N, 3, S, S).
         """
@@ -58,13 +58,13 @@ class PatchTower(PreTrainedModel):
 
 
 class PatchLlavaConfig(LlavaConfig):
-    """Config for `PatchLlava`."""
+    """LLaVA config with a model type for `PatchLlava`."""
 
     model_type = "llm2clip_llava"
 
 
 class PatchLlava(LlavaForConditionalGeneration):
-    """LLaVA with a `PatchTower` as the vision tower."""
+    """LLaVA with a `PatchTower` as its vision tower."""
 
     config_class = PatchLlavaConfig
 

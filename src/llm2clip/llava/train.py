@@ -1,12 +1,12 @@
 """LLaVA-1.5's two-stage training (arXiv 2310.03744): first the projector alone, then the projector and the LLM.
 
-The vision tower is frozen. Both stages use transformers' Trainer, so `torchrun` and `accelerate launch` with DDP or
-FSDP2 work as usual. The second stage starts from the result of the first stage.
+The vision tower is frozen. Both stages use transformers' Trainer, so DDP and FSDP2 work with `torchrun` and `accelerate
+launch` as usual. The second stage starts from the first stage's weights.
 
-    RUN/features/     cached patch features of the vision tower, if they are small enough
+    RUN/features/     the vision tower's cached patch features, if they are small enough
     RUN/pretrain/     first stage: checkpoints, metrics.jsonl, and the trained weights in learned.safetensors
-    RUN/instruct/     second stage: files as in RUN/pretrain/
-    RUN/model/        trained model, for AutoModelForImageTextToText.from_pretrained
+    RUN/instruct/     second stage: same files as in RUN/pretrain/
+    RUN/model/        trained model, to be loaded with AutoModelForImageTextToText.from_pretrained
 """
 
 import json
@@ -30,7 +30,7 @@ from llm2clip.llava import modeling_patches  # noqa: F401  (registers its classe
 from llm2clip.llava.chat_template import Conversation
 from llm2clip.llava.collator import ConversationDataset, LengthGroupedSampler, LlavaCollator
 from llm2clip.llava.config import LlavaConfig
-from llm2clip.llava.image_features import PatchFeatures, PrecomputedVision, cache_patch_features, patch_feature_size
+from llm2clip.llava.image_features import PatchFeatures, PrecomputedVision, cache_patch_features, get_patch_feature_size
 from llm2clip.models.hub.loading import load_config
 from llm2clip.models.precision import resolve_precision
 from llm2clip.runs.checkpoint import Checkpoints, TrainingLog, hash_texts
@@ -42,7 +42,7 @@ from llm2clip.store.image_features import image_keys
 from llm2clip.store.store import EmbeddingStore
 
 STAGES = ("pretrain", "instruct")
-TRAINED_WEIGHTS = "learned.safetensors"  # file name within each stage's folder
+TRAINED_WEIGHTS = "learned.safetensors"  # file name in each stage's folder
 
 
 def train_llava(
@@ -53,23 +53,19 @@ def train_llava(
     out: Path,
     log: SkipLog,
 ) -> Path:
-    """Run both stages and save the trained model to `out/model`. An interrupted run is resumed.
+    """Run both stages, save the trained model to `out/model` and return this folder. Interrupted runs are resumed.
 
     Args:
-        source: folder or hub id of a LLaVA model, for example a folder written by `build_llava`.
-        pretrain: conversations on which to train the projector. May be empty. Conversations without an image are
-            ignored.
-        instruct: conversations on which to train the projector and the LLM. May be empty.
+        source: folder or hub id of a LLaVA model, such as a folder written by `build_llava`.
+        pretrain: conversations for training the projector. May be empty. Conversations without an image are ignored.
+        instruct: conversations for training the projector and the LLM. May be empty.
         out: run directory.
-        log: records images that cannot be decoded while features are cached. Without caching, such images only cause
+        log: records images that cannot be decoded when features are cached. Without caching, such images only cause
             warnings.
-
-    Returns:
-        The path of the model folder.
 
     Raises:
         ValueError: there are no conversations, the number of epochs is 0, a setting is invalid, or the data, batch size
-            or number of processes has changed since a checkpoint was saved.
+            or number of processes has changed since the last checkpoint.
         FolderInUseError: another process is using the run directory.
         FloatingPointError: the loss, gradient norm or weights are not finite.
     """
@@ -100,7 +96,7 @@ def train_llava(
                 _train_stage(stage, source, usable, processor=processor, config=config, out=out, store=store)
         if state.is_main_process:
             hashes = hash_images(conversation.image for conversation in all_conversations)
-            earlier = load_training_images(source)  # the images on which the vision tower was trained
+            earlier = load_training_images(source)  # images that the vision tower was trained on
             with atomic_dir(model_folder) as folder:
                 _load_trained_model(source, config, out).save_pretrained(folder)
                 processor.save_pretrained(folder)
@@ -112,7 +108,7 @@ def train_llava(
 
 
 def load_llava(source: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Load a LLaVA model from a folder or hub id."""
+    """Load a LLaVA model from a folder or the hub."""
     config = load_config(source)
     return AutoModelForImageTextToText.from_pretrained(source, config=config, dtype=dtype, trust_remote_code=False)
 
@@ -130,18 +126,18 @@ def _cache_features(
 ) -> EmbeddingStore | None:
     """Cache the patch features of all images and return the store.
 
-    Return None, without caching anything, if the store would be larger than `config.cache_gb`.
+    If the store would be larger than `config.cache_gb`, cache nothing and return None.
     """
     images = {conversation.image.key: conversation.image for conversation in conversations if conversation.image}
     if not images or not config.cache_gb:
         return None
     model_config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    values_per_image = model_config.image_seq_length * patch_feature_size(model_config)
+    values_per_image = model_config.image_seq_length * get_patch_feature_size(model_config)
     gigabytes = len(images) * values_per_image * 2 / 1e9  # float16
     if gigabytes > config.cache_gb:
         return None
     model = load_llava(source)
-    model.model.vision_tower.to(process_state().device)  # the LLM stays on the CPU: only the tower is used
+    model.model.vision_tower.to(process_state().device)  # the LLM is not used, so it stays on the CPU
     features = PatchFeatures(model, processor)
     del model
     print_once(f"Caching the vision tower's features for {len(images):,} images: {gigabytes:.1f} GB in {folder}")
@@ -153,7 +149,7 @@ def _cache_features(
 
 
 def _drop_unusable_conversations(conversations: Sequence[Conversation], store: EmbeddingStore) -> list[Conversation]:
-    """Return the conversations that have no image or whose image is in the store."""
+    """Remove conversations whose image is not in the store."""
     images = [conversation.image for conversation in conversations if conversation.image is not None]
     in_store = iter(store.find_keys(image_keys(images)) >= 0)
     return [conversation for conversation in conversations if conversation.image is None or next(in_store)]
@@ -174,8 +170,8 @@ def _train_stage(
 ) -> None:
     """Train one stage and save the trained weights to `out/STAGE/learned.safetensors`.
 
-    Training resumes from the latest checkpoint, if there is one. Without a store, the vision tower computes the patch
-    features in each step.
+    Training resumes from the latest checkpoint, if there is one. If `store` is None, the vision tower computes patch
+    features in every step.
     """
     folder, state = out / stage, process_state()
     batch_size = config.pretrain_batch_size if stage == "pretrain" else config.batch_size
@@ -184,7 +180,7 @@ def _train_stage(
     model = load_llava(source, torch.bfloat16 if config.lora_r and bf16_on_gpu else torch.float32)
     image_tokens: int = model.config.image_seq_length
     features = None
-    empty_image = torch.zeros(image_tokens, patch_feature_size(model.config))
+    empty_image = torch.zeros(image_tokens, get_patch_feature_size(model.config))
     if store is None:
         model.model.vision_tower.to(state.device)
         features = PatchFeatures(model, processor, bf16=bf16_on_gpu)
@@ -205,7 +201,9 @@ def _train_stage(
     checkpoints = Checkpoints(folder)
     checkpoints.check(signature)
     dataset = ConversationDataset(conversations, processor, image_tokens, max_length=config.max_length, store=store)
-    sampler = LengthGroupedSampler(dataset.lengths(), batch_size, config.seed) if config.group_by_length else None
+    sampler = (
+        LengthGroupedSampler(dataset.estimate_lengths(), batch_size, config.seed) if config.group_by_length else None
+    )
     lr_setting = "--llava.pretrain_lr" if stage == "pretrain" else "--llava.lr"
     training_log = TrainingLog(folder / "metrics.jsonl", checkpoints, stage, f"Lower {lr_setting}", log_summary=True)
     trainer = _LlavaTrainer(
@@ -224,7 +222,7 @@ def _train_stage(
         names = sorted(name for name, weight in model.named_parameters() if weight.requires_grad)
         trained = {name: full_state[name].detach().cpu().contiguous() for name in names}
         if not all(tensor.isfinite().all() for tensor in trained.values()):
-            raise FloatingPointError(f"the trained weights are not finite: see {folder / 'metrics.jsonl'}")
+            raise FloatingPointError(f"some trained weights are not finite: see {folder / 'metrics.jsonl'}")
         with atomic_path(folder / TRAINED_WEIGHTS) as file:
             save_file(trained, file)
     wait_for_everyone()
@@ -265,12 +263,12 @@ def _make_training_arguments(
         accelerator_config={"use_configured_state": True},  # the process group already exists
         seed=config.seed,
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # otherwise, one process would use all GPUs through DataParallel
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # prevents one process from using all GPUs through DataParallel
     return arguments
 
 
 class _LlavaTrainer(TrainingStateMixin, Trainer):
-    """Trainer that batches by length and runs the vision tower outside the model."""
+    """Trainer that groups batches by length and runs the vision tower outside the model."""
 
     def __init__(
         self, *, sampler: LengthGroupedSampler | None, features: PatchFeatures | None, **arguments: Any
@@ -278,8 +276,8 @@ class _LlavaTrainer(TrainingStateMixin, Trainer):
         """
         Args:
             sampler: if None, the Trainer's default sampler is used.
-            features: function that computes patch features from pixels in each step. If None, batches already contain
-                patch features.
+            features: computes patch features from pixels in each step. If None, batches must already contain patch
+                features.
         """
         super().__init__(**arguments)
         self.sampler = sampler
@@ -299,11 +297,11 @@ class _LlavaTrainer(TrainingStateMixin, Trainer):
 
 
 def _set_trainable_parts(model: Any, stage: str, config: LlavaConfig, out: Path) -> Any:
-    """Freeze all parameters that a stage does not train. Return the model, wrapped in a PEFT model if LoRA is used.
+    """Freeze all parameters that a stage does not train. With LoRA, wrap the model in a PEFT model.
 
-    The `pretrain` stage trains the projector. The `instruct` stage also trains the LLM, either all weights or LoRA
-    adapters, and starts from the weights in `out/pretrain`, if there are any. The projector and LoRA weights are
-    converted to float32. The model is modified in place.
+    The `pretrain` stage trains the projector. The `instruct` stage also trains the LLM (all weights or LoRA adapters),
+    starting from the weights in `out/pretrain` if they exist. The projector and LoRA weights are converted to float32.
+    The model is modified in place and returned.
     """
     model.requires_grad_(False)
     model.model.multi_modal_projector.float().requires_grad_(True)
@@ -320,7 +318,7 @@ def _set_trainable_parts(model: Any, stage: str, config: LlavaConfig, out: Path)
 
 
 def _add_lora(model: Any, config: LlavaConfig) -> Any:
-    """Add float32 LoRA adapters to all linear layers of the LLM. All weights of the projector are trained."""
+    """Add float32 LoRA adapters to all linear layers of the LLM. The projector is fully trained."""
     from peft import LoraConfig, get_peft_model
 
     lora_config = LoraConfig(
@@ -339,7 +337,7 @@ def _add_lora(model: Any, config: LlavaConfig) -> Any:
 
 
 def _load_trained_model(source: str, config: LlavaConfig, out: Path) -> Any:
-    """Load the complete model in float32, with the weights from the last trained stage. LoRA weights are merged."""
+    """Load the complete model in float32 with the weights of the last trained stage. LoRA weights are merged."""
     model = load_llava(source)
     trained_stages = [stage for stage in STAGES if (out / stage / TRAINED_WEIGHTS).is_file()]
     if not trained_stages:
@@ -351,10 +349,10 @@ def _load_trained_model(source: str, config: LlavaConfig, out: Path) -> Any:
 
 
 def _load_trained_weights(model: nn.Module, file: Path) -> None:
-    """Copy trained weights into the parameters of a model.
+    """Copy trained weights from a file into a model's parameters.
 
     Raises:
-        ValueError: the names or shapes in the file do not match the model's parameters.
+        ValueError: names or shapes in the file do not match the model's parameters.
     """
     parameters = dict(model.named_parameters())
     tensors = load_file(file)

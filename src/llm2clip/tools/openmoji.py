@@ -101,8 +101,8 @@ class Emoji:
 def prepare_emoji_records(folder: str | Path | None = None, *, size: int = 160, offline: bool = False) -> Path:
     """Return the data set folder, which contains `captions.jsonl` and `images/`.
 
-    If the folder does not exist, the data set is created first. This downloads 32 MB, takes about 10 seconds on one core
-    and uses 12 MB of disk space.
+    If the folder does not exist, the data set is created first. This downloads 32 MB, takes about 10 seconds on one
+    core and uses 12 MB of disk space.
 
     Args:
         folder: Data set folder. Default: a folder in the user's cache directory.
@@ -312,7 +312,7 @@ def _normalize(text: str) -> str:
 def _make_keyword_caption(name: str, keywords: Sequence[str], subgroup: str) -> str | None:
     """Return a caption built from an emoji's keywords, such as "an emoji of a smiling face: eye, mouth".
 
-    Keywords that already occur in the name are omitted. Return None if none remain or all that remain are words for people.
+    Keywords that already occur in the name are omitted. Return None if no other keywords remain than words for people.
     """
     noun = SUBGROUP_NOUNS.get(subgroup, "")
     words = _select_keywords(f"{name} {noun}", keywords)
