@@ -92,7 +92,7 @@ def to_messages(conversation: Conversation) -> list[dict[str, Any]]:
 
 
 def clean_text(text: str) -> str:
-    """Remove surrounding whitespace and `<image>` tokens, because the chat template inserts its own.
+    """Strip whitespace and remove `<image>` tokens. The chat template inserts its own `<image>` tokens.
 
     Raises:
         ValueError: the text is not valid Unicode or contains a character from PLACEHOLDER_MARKS.
@@ -108,8 +108,8 @@ def clean_text(text: str) -> str:
 def tokenize_and_label(conversation: Conversation, tokenizer: Any, image_tokens: int) -> LabeledTokens:
     """Tokenize a conversation and label its answers, including the special token that ends each answer.
 
-    The chat template is first rendered with numbered placeholders for the answers. This locates the exact span of each
-    answer with any template.
+    The chat template is first rendered with numbered placeholders in place of the answers. This locates the exact span
+    of each answer, whatever the template.
 
     Args:
         image_tokens: number of tokens per image.

@@ -66,7 +66,7 @@ class ConversationDataset(Dataset):
         return len(self.conversations)
 
     def estimate_lengths(self) -> list[int]:
-        """Estimate each conversation's length in tokens from its character count. Exact lengths would be slow."""
+        """Estimate each conversation's length in tokens from its character count, because tokenizing is slow."""
         lengths = []
         for conversation in self.conversations:
             characters = sum(len(question) + len(answer) for question, answer in conversation.turns)

@@ -115,7 +115,7 @@ class AnswerGenerator:
         return -float(loss), bool(is_greedy)
 
     def _prepare_inputs(self, questions: Sequence[Question]) -> dict[str, Tensor]:
-        """Return the model inputs for questions, all of which must have an image or none."""
+        """Return the model inputs for questions. Either all or none of them must have an image."""
         prompts = []
         for question in questions:
             messages = to_messages(question.to_conversation())[:1]

@@ -22,7 +22,7 @@ from llm2clip.store.store import EmbeddingStore
 
 MAX_SHARD_BYTES = 1 << 30
 MAX_SHARD_IMAGES = 8192
-MAX_SCALE = 8  # maximum longer side of an image before padding, as a multiple of the input size
+MAX_SCALE = 8  # maximum length of an image's longer side before padding, as a multiple of the input size
 
 
 class LlavaTransform:
@@ -131,7 +131,7 @@ def cache_patch_features(
 class PrecomputedVision(nn.Module):
     """Replacement for the vision tower that returns precomputed patch features in the format that the model expects.
 
-    The model inputs must select the last layer and all tokens, as `LlavaCollator` does.
+    The model inputs must select the last layer and all tokens, as in `LlavaCollator`.
     """
 
     def __init__(self, feature_maps: bool) -> None:

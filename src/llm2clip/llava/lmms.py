@@ -1,4 +1,4 @@
-"""LLaVA model class for lmms-eval. If both packages are installed, lmms-eval finds it through an entry point:
+"""LLaVA model class for lmms-eval. If both packages are installed, lmms-eval finds it through an entry point.
 
 lmms-eval --model llm2clip_llava --model_args pretrained=RUN/model --tasks pope,gqa --batch_size 16
 """

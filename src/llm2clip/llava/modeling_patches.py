@@ -47,7 +47,7 @@ class PatchTower(PreTrainedModel):
         """Do nothing, because timm has already initialised the weights."""
 
     def forward(self, pixel_values: Any, **_: Any) -> Any:
-        """Return the output of each block, without the final norm, as (N, patches, width).
+        """Return the output of each block, before the final norm, with shape (N, patches, width).
 
         The pixels have shape (N, 3, S, S).
         """
