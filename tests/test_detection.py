@@ -665,7 +665,7 @@ def test_evaluate_command_reports_detection(
     assert main(command) == 1
     assert "pass --proposals" in capsys.readouterr().err
     assert main([*command[:-2], "--save_predictions"]) == 1
-    assert "--save_predictions needs an output folder: add --out FOLDER" in capsys.readouterr().err
+    assert "--save_predictions requires an output folder: add --out FOLDER" in capsys.readouterr().err
     own = ["evaluate", "colours", "--benchmarks", f"boxes:{file}", "--templates", "a {}!", "--out"]
     assert main([*own, str(tmp_path / "own")]) == 0
     assert "3 images, 5 boxes" in capsys.readouterr().out

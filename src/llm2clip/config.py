@@ -1,4 +1,4 @@
-"""Settings for every stage, with one dataclass per stage. Each field is documented below its definition.
+"""Settings for every stage, one dataclass per stage. Each field is documented below its definition.
 
 A YAML config uses the same names, e.g. `align: {epochs: 4}`. Command-line options, e.g. `--align.epochs 4`, override
 the YAML config. This module imports only the standard library to keep `llm2clip --help` fast.
@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Stage = Literal["tune", "embed", "align", "evaluate", "serve"]  # stages whose precision can be chosen
+Stage = Literal["tune", "embed", "align", "evaluate", "serve"]  # stages with a configurable precision
 POOLING_MODES = ("mean", "weightedmean", "lasttoken", "cls", "max")  # as in sentence-transformers
-MIN_IMAGE_SIZE = 16  # the smallest patch size of common vision transformers
+MIN_IMAGE_SIZE = 16  # smallest patch size among common vision transformers
 
-# Settings that may be changed when a run is resumed, because they do not affect the result.
+# Settings that may change when a run is resumed, because they do not affect the result.
 RESUME_SAFE = (
     "workers",
     "save_steps",
@@ -34,28 +34,29 @@ class EncoderConfig:
     """Caption encoder: the language model and how it processes text."""
 
     path: str = "smollm2-135m"
-    """Decoder LLM or sentence-transformers model, given as a local folder, a Hugging Face hub id or a .gguf file. The
-    following names are also accepted and downloaded: smollm2-135m, all-minilm-l6-v2, gemma3-270m."""
+    """Decoder LLM or sentence-transformers model: a local folder, a Hugging Face hub id, a .gguf file, or one of the
+    built-in names smollm2-135m, all-minilm-l6-v2 and gemma3-270m, which are downloaded."""
     bidirectional: bool | None = None
-    """Let every token attend to every other token. Default: the value saved with the encoder; true for a plain LLM."""
+    """Use bidirectional instead of causal attention. Default: the value saved with the encoder, or true for a plain
+    LLM."""
     layers: int | None = None
     """Keep only the first N transformer layers. Default: all layers."""
     template: str | None = None
-    """Template that wraps each caption, e.g. "<s>{caption}</s>". At most one special token may follow {caption}.
+    """Template wrapped around each caption, e.g. "<s>{caption}</s>". At most one special token may follow {caption}.
     Default: no template."""
     pooling: str | None = None
-    """Token pooling: mean, weightedmean, lasttoken, cls or max. Default: the value saved with the encoder; mean for a
-    plain LLM."""
+    """Token pooling: mean, weightedmean, lasttoken, cls or max. Default: the value saved with the encoder, or mean for
+    a plain LLM."""
     max_length: int | None = None
-    """Maximum caption length in tokens. Longer captions are truncated. Default: the value saved with the encoder; 512
-    for a plain LLM."""
+    """Maximum caption length in tokens. Longer captions are truncated. Default: the value saved with the encoder, or
+    512 for a plain LLM."""
     truncate_dim: int | None = None
-    """Keep only the first N dimensions of each embedding. Suitable for encoders tuned with --tune.matryoshka_dims.
+    """Keep only the first N dimensions of each embedding. Intended for encoders tuned with --tune.matryoshka_dims.
     Default: all dimensions."""
 
     def __post_init__(self) -> None:
         if not self.path.strip():
-            raise ValueError("--encoder.path is empty: give a folder, a hub id or the name of a model")
+            raise ValueError("--encoder.path is empty: set it to a folder, a hub id or a model name")
         require_at_least(1, self, "encoder", "layers", "max_length", "truncate_dim")
         if self.pooling is not None and self.pooling not in POOLING_MODES:
             raise ValueError(f"--encoder.pooling must be one of {', '.join(POOLING_MODES)} (got {self.pooling!r})")
@@ -65,37 +66,37 @@ class EncoderConfig:
 
 @dataclass
 class TuneConfig:
-    """Contrastive tuning of the LLM on captions, using LoRA or full fine-tuning."""
+    """Settings for contrastive tuning of the LLM on captions, with LoRA or full fine-tuning."""
 
     data: list[str] = field(default_factory=list)
-    """Caption sources. Images are not needed. PATH selects the rows of the training split and the rows without a split.
-    PATH@split+split selects the named splits. Default: the captions of the training data."""
+    """Caption sources; images are not needed. PATH selects rows in the training split and rows without a split.
+    PATH@split+split selects the named splits. Default: the captions in the training data."""
     text_pairs: list[str] = field(default_factory=list)
-    """Sources of general text pairs. Each row must have a query and a positive. It may also have negatives and an
-    instruction. If --tune.text_pairs is set without --tune.data, the captions of the training data are not used."""
+    """Sources of general text pairs. Each row must have a query and a positive, and may have negatives and an
+    instruction. If --tune.text_pairs is set but --tune.data is not, the captions in the training data are not used."""
     source_weights: list[float] = field(default_factory=list)
     """Sampling weight of each source: first the sources in --tune.data, then those in --tune.text_pairs. Each batch
-    comes from a single source. By default, caption sources are merged into one source, and each source has a weight
-    proportional to its number of items."""
+    comes from a single source. By default, all caption sources are merged into one, and sources are weighted by their
+    number of items."""
     exclude: list[str] = field(default_factory=list)
-    """Sources of images to exclude from tuning. Held-out images of the run are always excluded."""
+    """Sources whose images are excluded from tuning. The run's held-out images are always excluded."""
     steps: int = 150
     """Number of optimizer steps. 0 disables tuning."""
     batch_size: int = 128
-    """Number of text pairs per step and device. All other texts in the batch, across all devices, are negatives. If the
-    data is smaller than a step, a step uses all of it."""
+    """Number of text pairs per step and device. All other texts in the batch, across all devices, are negatives. If
+    there is too little data to fill a step, each step uses all of it."""
     hard_negative_group_size: int = 1
-    """Size of the groups of images with similar captions that are placed in the same batch, as hard negatives. 32 works
-    well for tens of thousands of images. With millions of images, near-duplicates would become negatives of each other.
-    1 samples images at random."""
+    """Number of images with similar captions to group together in a batch as hard negatives. 32 works well for tens of
+    thousands of images. With millions of images, near-duplicates would become negatives of each other. With 1, images
+    are sampled at random."""
     lr: float = 1e-3
     """Peak learning rate."""
     lr_scheduler_type: Literal["cosine", "linear"] = "cosine"
-    """Schedule with which the learning rate decays to zero after the warm-up. The paper uses linear."""
+    """How the learning rate decays to zero after warm-up. The paper uses linear decay."""
     warmup_ratio: float = 0.1
-    """Fraction of the steps spent on linear warm-up."""
+    """Fraction of steps used for linear warm-up."""
     temperature: float = 0.05
-    """Softmax temperature. The cosine similarities are divided by this value."""
+    """Softmax temperature by which cosine similarities are divided."""
     symmetric: bool = True
     """Also train each positive to retrieve its query. The paper trains only the query-to-positive direction."""
     matryoshka_dims: list[int] = field(default_factory=list)
@@ -104,23 +105,23 @@ class TuneConfig:
     """LoRA rank for all linear layers. LoRA alpha is twice the rank. 0 disables LoRA and trains all weights except the
     token embeddings."""
     lora_dropout: float = 0.0
-    """Dropout probability for the inputs of the LoRA layers."""
+    """Dropout probability for LoRA layer inputs."""
     qlora: bool = False
-    """Quantise the frozen matrices to 4 bits during LoRA training, which reduces their device memory to an eighth.
-    Requires bitsandbytes. After training, LoRA is merged into the original, unquantised weights. With QLoRA, `fit` does
-    not measure caption retrieval accuracy."""
+    """Quantise the frozen weight matrices to 4 bits during LoRA training, which reduces the device memory they take up
+    to an eighth. Requires bitsandbytes. After training, LoRA is merged into the original, unquantised weights. With
+    QLoRA, `fit` does not measure caption retrieval accuracy."""
     grad_cache: bool = False
-    """Use gradient caching, so that memory does not grow with the batch size. Training takes about a third longer.
+    """Use gradient caching, which keeps memory use independent of the batch size. Training takes about a third longer.
     Batches that fit in a single forward pass (see --tune.batch_tokens) are not affected."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory. Useful for long captions and large LLMs."""
     batch_tokens: int | None = None
     """Maximum number of tokens per forward pass, including padding. The default depends on the device."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Training precision. auto means bf16 on devices with bf16 hardware support, otherwise fp32. With LoRA, the frozen
-    matrices are stored in this precision."""
+    """Training precision. auto selects bf16 on devices with bf16 hardware support and fp32 on others. With LoRA, the
+    frozen weight matrices are stored in this precision."""
     save_steps: int = 25
-    """Steps between checkpoints."""
+    """Number of steps between checkpoints."""
     seed: int = 0
     """Seed for pair sampling, LoRA initialisation and dropout."""
 
@@ -131,7 +132,7 @@ class TuneConfig:
         require_fraction(self, "tune", "warmup_ratio", "lora_dropout")
         require_greater_than_zero(self, "tune", "temperature")
         if self.qlora and not self.lora_r:
-            raise ValueError("--tune.qlora needs LoRA: set --tune.lora_r to 1 or more")
+            raise ValueError("--tune.qlora requires LoRA: set --tune.lora_r to 1 or more")
 
 
 @dataclass
@@ -139,13 +140,14 @@ class EmbedConfig:
     """Settings for encoding every caption into the embedding store."""
 
     batch_tokens: int | None = None
-    """Maximum number of tokens per batch, including padding. Default: the fastest value, which is measured once."""
+    """Maximum number of tokens per batch, including padding. Default: the fastest value, found by a one-time
+    measurement."""
     precision: str = "auto"
     """Encoding precision: fp32, bf16, bf16+N (bf16 with the first N layers in fp32) or auto. On devices with bf16
     hardware support, auto selects the fastest precision that is accurate enough: embeddings of sixteen test captions
-    must have a cosine similarity of at least 0.999 to their fp32 embeddings. On all other devices, auto means fp32."""
+    must have a cosine similarity of at least 0.999 to their fp32 embeddings. On other devices, auto selects fp32."""
     dtype: Literal["float16", "int8"] = "float16"
-    """Data type of the stored embeddings. int8, with one scale factor per embedding, halves the size of the store."""
+    """Data type of the stored embeddings. int8 uses one scale factor per embedding and halves the size of the store."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "embed", "batch_tokens")
@@ -158,65 +160,64 @@ class AlignConfig:
     """Settings for training a pretrained vision tower and a small adapter against the cached caption embeddings."""
 
     tower: str = "efficientnet-lite0"
-    """Vision tower, given as a timm model name, a Hugging Face hub id or a local folder. The names efficientnet-lite0
-    and efficientnet-lite2 are also accepted and downloaded."""
+    """Vision tower: a timm model name, a Hugging Face hub id, a local folder, or one of the built-in names
+    efficientnet-lite0 and efficientnet-lite2, which are downloaded."""
     image_size: int | None = None
-    """Input image size in pixels. Default: the training resolution of the tower."""
+    """Input image size in pixels. Default: the tower's training resolution."""
     embed_dim: int = 512
-    """Dimension of the shared embedding space. 0 removes the image projection: the tower's output is then the image
+    """Dimension of the shared embedding space. 0 removes the image projection, so that the tower's output is the image
     embedding, as in the authors' SigLIP 2 model."""
     adapter_depth: int = 1
     """Number of residual blocks in the adapter. The paper uses 4."""
     normalize_input: bool = True
     """L2-normalise the cached embeddings before the adapter, as the paper does."""
     loss: str = "infonce"
-    """Contrastive loss, as named in `train/losses.py`: infonce (as in CLIP and the paper) or sigmoid (as in SigLIP)."""
+    """Contrastive loss: infonce (used by CLIP and the paper) or sigmoid (used by SigLIP). See `train/losses.py`."""
     logit_scale: float | Literal["inherit"] | None = None
-    """Initial value of the factor that multiplies the cosine similarities, at most 100. inherit: use the value from the
-    CLIP model that the tower belongs to, as in the authors' code. With the sigmoid loss, the logit bias is also
-    inherited. Default: 14.3 for infonce and 10 for sigmoid, which suit newly initialised heads and higher learning
-    rates."""
+    """Initial factor by which cosine similarities are multiplied, at most 100. inherit uses the value from the tower's
+    CLIP model, as in the authors' code. With the sigmoid loss, the logit bias is also inherited. Default: 14.3 for
+    infonce and 10 for sigmoid, which suit newly initialised heads and higher learning rates."""
     inherit: bool | str = False
-    """Start from the embedding space of the CLIP model that the tower belongs to, as in ProCLIP: the adapter first
-    learns to reproduce the embeddings of CLIP's text tower, for captions and for short phrases such as "red hat". The
-    image projection is CLIP's own, and --align.embed_dim has no effect. If the tower's checkpoint has no text tower,
-    give the name of the CLIP model instead of true."""
+    """Start from the embedding space of the tower's CLIP model, as in ProCLIP. The adapter first learns to reproduce
+    the CLIP text tower's embeddings of captions and of short phrases such as "red hat". CLIP's own image projection is
+    used, and --align.embed_dim has no effect. If the tower's checkpoint has no text tower, set this to the name of the
+    CLIP model instead of true."""
     epochs: float = 4
     """Number of epochs. Fractions are allowed."""
     captions_per_image: int = 6
-    """Number of captions and phrases per image and step, sampled without replacement. 0 uses all of them. Additional
+    """Number of captions and phrases sampled per image and step, without replacement. 0 uses all of them. Additional
     captions cost almost nothing, because their embeddings are read from the store."""
     caption_mix: dict[str, float] = field(
         default_factory=lambda: {"captions": 1, "short_captions": 1, "long_captions": 1, "phrases": 0.5}
     )
-    """Sampling weight of each kind of caption. For each image, kinds without captions are ignored. The kind phrases
-    means short phrases, such as "red hat", which improve short queries. They come from the column phrases or, without
-    such a column, from the English captions."""
+    """Sampling weight of each kind of caption. Kinds that an image does not have are ignored for that image. Phrases
+    are short texts such as "red hat", which improve retrieval with short queries. They are read from the phrases column
+    or, if there is none, extracted from the English captions."""
     batch_size: int = 128
-    """Number of images per step and device. If the data is smaller than a step, a step uses all of it."""
+    """Number of images per step and device. If there is too little data to fill a step, each step uses all of it."""
     micro_batch_size: int | None = None
-    """Number of images per forward pass. If smaller than the batch size, gradient caching is used: the gradients are
-    still exactly those of the complete batch, but each image takes a second forward pass. Default: the batch size."""
+    """Number of images per forward pass. Values below the batch size enable gradient caching: the gradients are still
+    exactly those of the complete batch, but each image needs a second forward pass. Default: the batch size."""
     lr: float = 1e-3
-    """Peak learning rate for the projection, the adapter and the logit scale. The learning rate decays to zero on a
-    cosine schedule."""
+    """Peak learning rate for the projection, adapter and logit scale. It decays to zero on a cosine schedule."""
     tower_lr: float = 1e-4
-    """Peak learning rate for the vision tower. 0 freezes the tower. In this case, each image is encoded
-    only once, without random crops, and all epochs train on the cached features, which is fast."""
+    """Peak learning rate for the vision tower. 0 freezes the tower: each image is encoded only once, without random
+    crops, and all epochs train on the cached features, which is fast."""
     layer_decay: float = 1.0
-    """Factor applied to the learning rate once for each tower layer below the top layer. The paper uses 0.85."""
+    """Layer-wise learning rate decay: the tower's learning rate is multiplied by this factor once for each layer below
+    the top layer. The paper uses 0.85."""
     distill_weight: float = 0.0
     """Weight of the self-distillation loss, which keeps the features of the vision tower close to those of the
     pretrained tower, as in ProCLIP. 0 disables self-distillation."""
     lora_r: int = 0
     """LoRA rank for the tower's linear layers. LoRA alpha is twice the rank. LoRA is merged into the tower after
-    training. 0 disables LoRA and trains all weights of the tower."""
+    training. 0 disables LoRA and trains all tower weights."""
     warmup_ratio: float = 0.1
-    """Fraction of the steps spent on linear warm-up."""
+    """Fraction of steps used for linear warm-up."""
     min_crop_scale: float = 0.9
     """Minimum area of random crops, as a fraction of the image area. 1 disables random crops."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Training precision. auto means bf16 on GPUs that support bf16, otherwise fp32. Logits are always fp32."""
+    """Training precision. auto selects bf16 on GPUs that support it and fp32 otherwise. Logits are always fp32."""
     gradient_checkpointing: bool = False
     """Recompute the tower's activations in the backward pass to save memory."""
     workers: int | None = None
@@ -227,10 +228,10 @@ class AlignConfig:
     """Save the weights with the highest mean of I2T and T2I R@1 on the held-out images, instead of the final weights.
     Because of this selection, the metrics reported on these images are slightly too high."""
     report_to: list[str] = field(default_factory=list)
-    """Experiment trackers to send metrics to: tensorboard, wandb or trackio. Metrics are always written to
-    metrics.jsonl."""
+    """Experiment trackers that receive the metrics: tensorboard, wandb or trackio. Metrics are always written to
+    metrics.jsonl as well."""
     save_steps: int = 50
-    """Steps between checkpoints."""
+    """Number of steps between checkpoints."""
     seed: int = 0
     """Seed for the image order, caption sampling, crops and weight initialisation."""
 
@@ -244,20 +245,20 @@ class AlignConfig:
         if isinstance(self.logit_scale, float | int) and not 1 <= self.logit_scale <= 100:
             raise ValueError(f"--align.logit_scale must be between 1 and 100, or inherit (got {self.logit_scale})")
         if self.lora_r and self.tower_lr == 0:
-            raise ValueError("--align.lora_r trains the tower: set --align.tower_lr greater than 0")
+            raise ValueError("--align.lora_r requires a trainable tower: set --align.tower_lr greater than 0")
         if self.distill_weight and self.tower_lr == 0:
-            raise ValueError("--align.distill_weight needs a trained tower: set --align.tower_lr greater than 0")
+            raise ValueError("--align.distill_weight requires a trainable tower: set --align.tower_lr greater than 0")
         if self.load_best_at_end and self.eval_steps == 0:
-            raise ValueError("--align.load_best_at_end needs evaluations during training: remove --align.eval_steps 0")
+            raise ValueError("--align.load_best_at_end requires evaluations: remove --align.eval_steps 0")
 
     @property
     def samples_phrases(self) -> bool:
-        """True if phrases have a weight greater than 0 in the caption mix."""
+        """True if phrases have a positive weight in the caption mix."""
         return self.caption_mix.get("phrases", 0) > 0
 
     @property
     def uses_phrases(self) -> bool:
-        """True if phrases are sampled or used by --align.inherit, so that the store must contain them."""
+        """True if phrases are sampled or used by --align.inherit. The store must then contain them."""
         return self.samples_phrases or bool(self.inherit)
 
     @property
@@ -272,64 +273,66 @@ class AlignConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Settings for the evaluation on held-out images at the end of a `fit` run."""
+    """Settings for evaluating on held-out images at the end of a `fit` run."""
 
     data: list[str] = field(default_factory=list)
     """Sources to evaluate on. Default: the held-out part of the training data."""
     fields: list[str] = field(default_factory=list)
-    """Additional caption columns to evaluate separately, e.g. captions_zh. `captions` is always evaluated."""
+    """Additional caption columns to evaluate separately, e.g. captions_zh. The captions column is always evaluated."""
 
 
 @dataclass
 class EvaluateOptions:
-    """Options of the `evaluate` command. Each field is a command-line flag, and its docstring is the help text."""
+    """Options of the `evaluate` command. Each field is a command-line flag, documented by its docstring."""
 
     benchmarks: list[str] = field(default_factory=list)
     """Names of public benchmarks (see `llm2clip benchmarks`), `all`, or your own images: folder:PATH (one subfolder per
-    class), boxes:FILE.json or detection:FILE.json (COCO's format), segmentation:PATH (COCO's format, or a folder
-    with images/, masks/ and classes.txt)."""
+    class), boxes:FILE.json or detection:FILE.json (COCO format), segmentation:PATH (COCO format, or a folder with
+    images/, masks/ and classes.txt)."""
     root: str = "data/benchmarks"
-    """Folder that contains one folder per benchmark."""
+    """Folder with one subfolder per benchmark."""
     out: str | None = None
-    """Output folder for report.html, results.json, and embeddings, which later runs reuse."""
+    """Output folder for report.html, results.json and the embeddings. Later runs reuse the embeddings."""
     linear_probe: bool = False
     """Classification: also fit a linear probe on the training images."""
     dense_variants: list[str] = field(default_factory=lambda: ["plain"])
-    """Regions, segmentation and detection: methods of computing patch embeddings (`plain`, `maskclip`, `sclip`,
+    """Regions, segmentation and detection: methods for computing patch embeddings (`plain`, `maskclip`, `sclip`,
     `clearclip` or `naclip`)."""
     short_queries: bool = False
-    """Images with captions: also report retrieval by query length, from single words to whole captions."""
+    """Captioned images: also report retrieval metrics by query length, from single words to full captions."""
     templates: list[str] | None = None
-    """Prompt templates, such as 'a photo of a {}'. With --short_queries, they are applied to queries of up to
-    three words, whose embeddings are averaged. Default: the templates that were saved with the model. They are also
-    applied to class names in your own images, such as boxes:FILE.json."""
+    """Prompt templates, such as 'a photo of a {}'. With --short_queries, they are applied to queries of up to three
+    words (default: the templates saved with the model). They are also applied to the class names of your own images,
+    such as boxes:FILE.json. Embeddings are averaged over the templates."""
     proposals: str | None = None
-    """Detection: source of the boxes to classify. One of: a JSON file in COCO's results format, a transformers detector
+    """Detection: source of the boxes to classify. One of: a JSON file in COCO results format, a transformers detector
     (folder or hub id), a torchvision detector (torchvision:NAME), or `ground-truth`."""
     crop_proposals: bool = False
-    """Detection: also classify each box by cropping it and encoding the crop. This takes one forward pass per box."""
+    """Detection: also classify each box by encoding a crop of it, which takes one forward pass per box."""
     save_predictions: bool = False
-    """Segmentation and detection: write label maps (PNG) and detections (COCO's results format) to OUT/predictions."""
+    """Segmentation and detection: write label maps (PNG) and detections (COCO results format) to OUT/predictions."""
     trust_remote_code: bool = False
-    """Run the Python code that comes with a model, such as Jina-CLIP. Use this only for models that you trust."""
+    """Allow models that come with their own Python code, such as Jina-CLIP, to run it. Use this only for models that
+    you trust."""
     captions: list[str] = field(default_factory=list)
     """Sources for caption retrieval accuracy (CRA)."""
     all_pairs: bool = False
-    """CRA: also report the all-pairs protocol, in which each caption retrieves any other caption of its image."""
+    """CRA: also report results for the all-pairs protocol, in which each caption retrieves any other caption of its
+    image."""
     mistakes: int | None = None
     """CRA: number of mistakes to show, worst first. Default: 3."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Column name in the source for each field, e.g. captions=text,image=file."""
+    """Source column for each field, e.g. captions=text,image=file."""
     max_skipped: float = 0.05
-    """Stop if more than this fraction of the rows, or of the images of a benchmark, cannot be used."""
+    """Stop if more than this fraction of the rows or of a benchmark's images cannot be used."""
 
     def __post_init__(self) -> None:
         require_at_least(0, self, "", "mistakes")
         require_fraction(self, "", "max_skipped")
         if not self.captions and (self.all_pairs or self.mistakes is not None):
-            raise ValueError("--mistakes and --all_pairs apply to caption retrieval: add --captions DATA")
+            raise ValueError("--mistakes and --all_pairs apply only to caption retrieval: add --captions DATA")
         if self.save_predictions and self.out is None:
-            raise ValueError("--save_predictions needs an output folder: add --out FOLDER")
+            raise ValueError("--save_predictions requires an output folder: add --out FOLDER")
 
 
 @dataclass
@@ -337,7 +340,7 @@ class FitConfig:
     """Settings for all stages: `tune`, `embed`, `align` and `evaluate`."""
 
     columns: dict[str, str] = field(default_factory=dict)
-    """Name of the source column for each field: id, image, captions, short_captions, long_captions, phrases, split."""
+    """Source column for each field: id, image, captions, short_captions, long_captions, phrases, split."""
     max_skipped: float = 0.05
     """Stop if more than this fraction of the rows cannot be used."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
@@ -369,7 +372,7 @@ class ReproduceConfig:
     test: list[str] = field(default_factory=lambda: ["flickr8k/captions.jsonl@val"])
     """Sources of captioned images for evaluating retrieval."""
     foreign_column: str = "captions_zh"
-    """Column with test captions in a language that does not occur in the training captions."""
+    """Column of test captions in a language that is absent from the training captions."""
     long_caption_sources: list[str] = field(default_factory=lambda: ["ade20k_ids/captions.jsonl"])
     """Sources of images with one long caption each. Used only for evaluation."""
     llm: str = "smollm2-135m"
@@ -377,7 +380,7 @@ class ReproduceConfig:
     layers: int | None = 12
     """Keep only the first N layers of the LLM. null keeps all layers."""
     baseline_encoder: str = "all-minilm-l6-v2"
-    """Text encoder that is not an LLM, used as a baseline."""
+    """Non-LLM text encoder used as a baseline."""
     multilingual_llm: str = "gemma3-270m"
     """Larger language model that understands the language of --reproduce.foreign_column."""
     tower: str = "efficientnet-lite0"
@@ -399,9 +402,9 @@ class ReproduceConfig:
     seeds: int = 3
     """Number of `align` runs per encoder, each with a different seed."""
     cost_images: int = 64
-    """Number of images per step when training cost is measured."""
+    """Number of images per step when measuring training cost."""
     cost_steps: int = 8
-    """Number of timed steps for each kind of training step."""
+    """Number of steps to time for each kind of training step."""
 
     def __post_init__(self) -> None:
         require_at_least(
@@ -415,7 +418,7 @@ class ReproduceConfig:
 def require_at_least(minimum: int, config: Any, section: str, *names: str) -> None:
     """Raise ValueError if any of the named settings is NaN, infinite or less than the minimum.
 
-    `None` is accepted. If a setting is a list or a dict, each of its values is checked.
+    `None` is accepted. For a list or a dict, each value is checked.
     """
     _require(lambda value: value >= minimum, f"at least {minimum}", config, section, names)
 

@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 
-# Maximum relative error of a float32 matmul that sums a few hundred terms. The error of a bfloat16 matmul is a thousand
-# times larger.
+# Upper bound on the relative error of a float32 matmul that sums a few hundred terms. bfloat16 matmuls have a thousand
+# times this error.
 FLOAT32_TOLERANCE = 1e-6
-# Parameter constants for mallopt, from malloc.h.
+# mallopt parameters, from malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_memory(device: torch.device) -> None:
     """Make malloc keep freed memory instead of returning it to the operating system after every training step.
 
-    Activations are large blocks of memory. By default, glibc maps and unmaps each block, and the kernel zeroes the
-    block's pages every time. With this setting, training EfficientNet-Lite0 on two cores is up to twice as fast
-    (`benchmarks/malloc.py`). If the device is not the CPU or the C library is not glibc, this function does nothing.
+    Activations are large allocations. By default, glibc maps and unmaps each one, and the kernel zeroes its pages every
+    time. With this setting, training EfficientNet-Lite0 on two cores is up to twice as fast (`benchmarks/malloc.py`).
+    Does nothing unless the device is the CPU and the C library is glibc.
     """
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return
@@ -35,8 +35,8 @@ def keep_freed_memory(device: torch.device) -> None:
 def free_memory() -> None:
     """Delete objects in reference cycles, and return freed memory to the operating system.
 
-    After `keep_freed_memory`, malloc would hold on to the memory of the optimizer and the activations. If none of these
-    blocks were large enough for the weights of the next large model, it would need additional memory.
+    After `keep_freed_memory`, malloc holds on to the memory freed by the optimizer and the activations. Loading the
+    next large model would need additional memory if none of the freed blocks were large enough for its weights.
     """
     gc.collect()
     if platform.libc_ver()[0] == "glibc":
@@ -47,10 +47,10 @@ def free_memory() -> None:
 def onednn_matmul() -> Iterator[None]:
     """Compute float32 matmuls on the CPU with oneDNN instead of MKL if oneDNN is faster. Also works as a decorator.
 
-    On AMD CPUs, MKL does not use AVX-512. oneDNN uses AVX-512 and is more than twice as fast (`benchmarks/matmul.py`).
-    PyTorch uses oneDNN for float32 only if the matmul precision is "medium". This precision also allows rounding to
-    bfloat16, so `onednn_is_faster` checks that oneDNN does not round. If there is a GPU, the precision is not changed,
-    because the change would also apply to the GPU.
+    On AMD CPUs, MKL does not use AVX-512. oneDNN does, and is more than twice as fast (`benchmarks/matmul.py`). PyTorch
+    uses oneDNN for float32 only if the matmul precision is "medium". This precision also allows rounding to bfloat16,
+    so `onednn_is_faster` checks that oneDNN does not round. On machines with a GPU, the precision is left unchanged
+    because it would also affect the GPU.
     """
     use_onednn = not torch.accelerator.is_available() and onednn_is_faster()
     with float32_matmul_precision("medium") if use_onednn else nullcontext():
@@ -59,7 +59,7 @@ def onednn_matmul() -> Iterator[None]:
 
 @contextmanager
 def float32_matmul_precision(precision: str) -> Iterator[None]:
-    """Call `torch.set_float32_matmul_precision`, and restore the previous precision on exit."""
+    """Set PyTorch's float32 matmul precision, and restore the previous precision on exit."""
     previous = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
@@ -71,10 +71,10 @@ def float32_matmul_precision(precision: str) -> Iterator[None]:
 @lru_cache
 @torch.inference_mode()
 def onednn_is_faster() -> bool:
-    """Return True if, on this CPU, oneDNN computes float32 matmuls faster than MKL and with float32 accuracy.
+    """Return True if oneDNN computes float32 matmuls faster than MKL on this CPU, and with float32 accuracy.
 
-    The speed is inferred from the CPU model. If it were measured, ranks could make different choices, and their results
-    would then differ in the last bits.
+    Speed is inferred from the CPU model. If it were measured, ranks could make different choices, and their results
+    would differ in the last bits.
     """
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if not (str(capabilities.get("cpu_name")).startswith("AMD") and capabilities.get("avx512_f")):

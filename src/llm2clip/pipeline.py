@@ -1,7 +1,7 @@
 """Training runs: `fit`, which runs all stages, and the commands `tune`, `embed` and `align`, which run one stage.
 
-These functions lock the output folder, read the data and run the stages of `stages.py`. Completed work is skipped, so
-an interrupted run can be resumed by running the same command again. `fit` writes a run directory with this layout:
+These functions lock the output folder, read the data and run the stages in `stages.py`. Completed work is skipped, so
+running the same command again resumes an interrupted run. `fit` writes a run directory with this layout:
 
     RUN/
       config.yaml            all settings; a resumed run must not change settings that affect the result
@@ -13,7 +13,7 @@ an interrupted run can be resumed by running the same command again. `fit` write
       evaluate/              untrained.json and trained.json: retrieval metrics before and after `align`;
                              query_templates.json: templates for short queries, with retrieval metrics;
                              examples.json: held-out captions with the images that they retrieve
-      durations.json         seconds that each stage has taken, without interrupted attempts
+      durations.json         seconds spent in each stage, excluding interrupted attempts
       model/                 the trained model
       report.md, report.html
 """
@@ -51,11 +51,11 @@ from llm2clip.train.losses import get_loss
 from llm2clip.train.monitoring import tracker_options
 from llm2clip.train.sampling import resolve_images_per_step, training_texts
 
-# A folder of a caption encoder or LLM contains at least one of these files.
+# The folder of a caption encoder or LLM contains at least one of these files.
 ENCODER_FILES = ("config.json", "modules.json", "adapter_config.json", "text/modules.json")
 
-# Function that is called with the settings, the run directory and the training records before training starts, and
-# returns warnings to print.
+# Function called before training with the settings, the run directory and the training records. Returns warnings to
+# print.
 CheckResources = Callable[[FitConfig, Path, Sequence[Record]], list[str]]
 
 
@@ -66,7 +66,7 @@ def fit(
 
     Args:
         sources: Data sources, each in the form PATH or PATH@split+split (see `llm2clip.data.records.Source`).
-        run_dir: Run directory. An interrupted run in this directory is resumed.
+        run_dir: Run directory. If it contains an interrupted run, that run is resumed.
         config: Settings for all stages.
         check_resources: See `CheckResources`.
 
@@ -75,9 +75,9 @@ def fit(
 
     Raises:
         ConfigChangedError: The run directory was created with different settings.
-        TooManySkipped: The fraction of rows that cannot be used exceeds `config.max_skipped`.
+        TooManySkipped: The fraction of unusable rows exceeds `config.max_skipped`.
         ValueError: The data set is too small for the settings, or contains no captions to train on.
-        FolderInUseError: Another run is writing to the run directory, which is left unchanged.
+        FolderInUseError: Another run is writing to the run directory. The directory is left unchanged.
     """
     parts = None
     if not (run_dir / "model").exists():
@@ -99,7 +99,7 @@ def _run_stages(
     """Run the stages of `fit`. `parts` is None if the model is already trained."""
     log = start_run(run_dir, {"data": list(sources), **dataclasses.asdict(config)}, config.max_skipped)
     data = read_training_data(sources, config, log)
-    if latest_checkpoint(run_dir / "align" / "checkpoints") is None:  # otherwise, images per step stay the same
+    if latest_checkpoint(run_dir / "align" / "checkpoints") is None:  # a resumed run keeps its images per step
         resolve_images_per_step(
             sum(r.image is not None for r in data.train), config.align, process_state().num_processes
         )
@@ -142,9 +142,9 @@ def run_tune(sources: Sequence[str], out: Path, config: FitConfig) -> Path:
     """Run the `tune` stage on captions and text pairs.
 
     Args:
-        sources: Caption sources. If splits are not selected for all of them, the captions of the images that `fit`
-            would hold out are not used.
-        config: Settings. The settings of other stages are ignored.
+        sources: Caption sources. Unless every source selects splits, captions of images that `fit` would hold out are
+            excluded.
+        config: Settings. Those of other stages are ignored.
 
     Returns:
         The folder of the tuned caption encoder.
@@ -171,12 +171,12 @@ def run_embed(
     engine: Literal["local", "ray"] = "local",
     ray_workers: int = 0,
 ) -> EmbeddingStore:
-    """Run the `embed` stage on all captions of data sources.
+    """Run the `embed` stage on all captions in the data sources.
 
     Args:
         out: Folder of the embedding store.
-        config: Settings. The settings of other stages are ignored.
-        phrases: If True, also encode the short phrases of the captions. All captions are then read into memory.
+        config: Settings. Those of other stages are ignored.
+        phrases: If True, also encode short phrases from the captions. All captions are then read into memory.
         engine, ray_workers: See `stages.embed`.
     """
     with run_lock(out):
@@ -196,11 +196,10 @@ def run_align(
     """Run the `align` stage on captioned images, or fine-tune both towers of a CLIP model as a baseline.
 
     Args:
-        sources: Data sources. If splits are not selected for all of them, the images that `fit` would hold out are not
-            used.
-        config: Settings. The model is evaluated during training only if `config.evaluate` lists sources.
-        store_dir: Store with the embeddings of the captions. If None, both towers of the CLIP model
-            `config.align.tower` are fine-tuned instead.
+        sources: Data sources. Unless every source selects splits, images that `fit` would hold out are excluded.
+        config: Settings. The model is evaluated during training only if `config.evaluate.data` lists sources.
+        store_dir: Store of caption embeddings. If None, both towers of the CLIP model `config.align.tower` are
+            fine-tuned instead.
         features: See `stages.align`.
 
     Returns:
@@ -208,7 +207,7 @@ def run_align(
     """
     held_out = config.evaluate.data
     if store_dir is None and (held_out or features):
-        raise ValueError("--own_text_tower does not support --held_out and --features: evaluate the trained model")
+        raise ValueError("--own_text_tower does not support --held_out or --features: evaluate the trained model")
     settings: dict[str, Any] = {"data": list(sources), "held_out": held_out, "columns": config.columns}
     settings |= {"store": store_dir, "encoder": config.encoder, "align": config.align}
     with run_lock(out):
@@ -235,7 +234,7 @@ def run_align(
 def read_training_data(
     sources: Sequence[str], config: FitConfig, log: SkipLog, keep_selected_splits: bool = False
 ) -> DataSplits:
-    """Read the records for `align`, with phrases if they are used, and print their number.
+    """Read the records for `align`, including phrases if they are used, and print a summary.
 
     Args:
         log: Log in which to record skipped rows.
@@ -253,7 +252,7 @@ def _tuning_pairs(
 ) -> list[list[TuningItem]]:
     """Return the tuning data of `fit`, or an empty list if tuning is disabled or already complete.
 
-    Skipped rows of additional tuning sources have a separate log, because the run's log is for the rows of its images.
+    Rows skipped in additional tuning sources go into a separate log, because the run's log covers only its image data.
     """
     if config.tune.steps == 0 or (run_dir / "tune" / "encoder").exists():
         return []
@@ -283,7 +282,7 @@ def _read_tuning_pairs(sources: Sequence[str], config: FitConfig, log: SkipLog) 
 
 
 def _open_skip_log(file: Path | None, max_skipped: float) -> SkipLog:
-    """Return a skip log. Only the main process writes it to the file."""
+    """Return a skip log that only the main process writes to `file`."""
     return SkipLog(file if process_state().is_main_process else None, max_skipped)
 
 
@@ -299,7 +298,7 @@ def start_run(run_dir: Path, config: dict[str, Any], max_skipped: float) -> Skip
 
 
 def check_encoder(config: EncoderConfig) -> None:
-    """Check that a caption encoder exists, without loading its weights, before the data is read.
+    """Check that a caption encoder exists, without loading its weights.
 
     Raises:
         OSError: The encoder does not exist, or cannot be downloaded.
@@ -313,18 +312,18 @@ def check_encoder(config: EncoderConfig) -> None:
         cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False)  # raises an error for other ids
     elif not any((Path(path) / name).is_file() for name in ENCODER_FILES):
         raise ValueError(
-            f"--encoder.path {path} is not a caption encoder or LLM: it has no {' or '.join(ENCODER_FILES)}"
+            f"--encoder.path {path} is not a caption encoder or LLM: it contains none of {', '.join(ENCODER_FILES)}"
         )
 
 
 def _check_loss_and_trackers(config: AlignConfig) -> None:
-    """Check that the loss and the experiment trackers exist, before the data is read."""
+    """Check that the loss exists and the experiment trackers are installed."""
     get_loss(config.loss)
     tracker_options(config.report_to, Path())
 
 
 def _check_store(store: EmbeddingStore, encoder: EncoderConfig) -> None:
-    """On the main process, check that a store is intact and was written with the given encoder."""
+    """On the main process, check that a store is intact and was created with the given encoder."""
     if process_state().is_main_process:
         store.verify(progress=True)
         identity = store.manifest["identity"]

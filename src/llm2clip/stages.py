@@ -1,6 +1,6 @@
 """The stages `tune`, `embed`, `align` and `evaluate`, on captions and records that have already been read.
 
-`pipeline.py` reads the data, and runs one stage or all of them in a run directory. Each stage writes its result
+`pipeline.py` reads the data and runs one or all of the stages in a run directory. Each stage writes its result
 atomically and skips completed work.
 """
 
@@ -67,15 +67,15 @@ def tune(
     """
     encoder_dir = out / "encoder"
     is_done = encoder_dir.exists()
-    wait_for_everyone()  # every rank must check if the folder exists before it is created
+    wait_for_everyone()  # every rank must check whether the folder exists before it is created
     # QLoRA is for LLMs that do not fit on the device without quantisation, so the untuned LLM is not evaluated.
     measure = sum(len(set(captions)) > 1 for captions in held_out_captions) > 1 and not config.qlora
-    # On a CPU, the encoder that is measured is also tuned. GPUs measure in bf16, which requires a separate encoder.
+    # On a CPU, the same encoder is measured and then tuned. A GPU measures in bf16, which requires a separate encoder.
     raw = open_encoder(encoder, "cpu") if process_state().device.type == "cpu" and not is_done else None
     if measure:
         cached_json(out / "cra_raw.json", lambda: _measure_cra(held_out_captions, encoder, raw))
     if not is_done:
-        # Load the encoder on the CPU, so that a GPU only has to hold the weights in the training precision.
+        # Load the encoder on the CPU, so that a GPU holds only the weights in the training precision.
         train_tune(pairs, raw or open_encoder(encoder, "cpu"), config, out)
         del raw
         free_memory()  # the LLM is no longer needed
@@ -106,7 +106,7 @@ def embed(
     options = dataclasses.asdict(config)
     if engine == "ray":
         return embed_with_ray(captions, partial(open_encoder, encoder), out, workers=ray_workers, **options)
-    # Load the encoder on the CPU, so that the GPU only has to hold the weights that are required for encoding.
+    # Load the encoder on the CPU, so that the GPU holds only the weights required for encoding.
     return embed_locally(captions, open_encoder(encoder, "cpu"), out, device=process_state().device, **options)
 
 
@@ -125,18 +125,18 @@ def align(
     """Train the vision tower, its projection and the adapter against the cached caption embeddings.
 
     Args:
-        train: Training records. All of their captions must be in the store, unless the tokenizer could not encode
-            them. Phrases that are not in the store are not used.
+        train: Training records. Their captions must be in the store, except for captions that the tokenizer could not
+            encode. Phrases missing from the store are not used.
         store: Cached caption embeddings.
         out: Output folder of this stage.
         config: Settings for this stage.
-        log: Log to which images that cannot be decoded are added.
+        log: Log of images that cannot be decoded.
         held_out: Records on which to evaluate the model before and during training, keyed by caption column.
         encoder: Caption encoder to save with the model. If None, the model is saved without a caption encoder.
         model_dir: Folder in which to save the model. Default: `out/model`.
-        features: Folder of the feature store, which caches the frozen tower's features and can be shared by several
-            runs. Default: a folder in `out`.
-        parts: Pretrained parts of the model. Default: they are loaded.
+        features: Folder of the feature store, which caches the frozen tower's features and can be shared between runs.
+            Default: a folder in `out`.
+        parts: Pretrained parts of the model. If None, they are loaded.
 
     Returns:
         The model folder.
@@ -172,18 +172,17 @@ def align(
 def evaluate(
     model_dir: Path, held_out: HeldOut, out: Path, log: SkipLog, store: EmbeddingStore
 ) -> list[dict[str, Any]]:
-    """Evaluate image-text retrieval with a trained model on held-out images, using text embeddings from the store.
+    """Evaluate a trained model's image-text retrieval on held-out images, with text embeddings from the store.
 
-    If the model has a caption encoder, also choose the prompt templates for short queries (see
-    `choose_query_templates`), and save them in the model's config and, with their results, in `query_templates.json`.
+    If the model has a caption encoder, also choose prompt templates for short queries (see `choose_query_templates`).
+    They are saved in the model's config and, together with their results, in `query_templates.json`.
 
     Args:
         model_dir: Model folder.
         held_out: Records on which to evaluate, keyed by caption column.
-        out: Output folder of this stage, in which the metrics are saved as `trained.json`, and example searches as
-            `examples.json`.
-        log: Log to which images that cannot be decoded are added.
-        store: Store that contains the embeddings of the held-out captions.
+        out: Output folder. Metrics are saved as `trained.json`, and example searches as `examples.json`.
+        log: Log of images that cannot be decoded.
+        store: Store of caption embeddings, including those of the held-out captions.
 
     Returns:
         One row of metrics per caption column (see `evaluate_caption_fields`).
@@ -217,7 +216,7 @@ def _drop_refused_held_out(held_out: HeldOut, store: EmbeddingStore) -> HeldOut:
 def _measure_cra(
     captions: Sequence[Sequence[str]], encoder: EncoderConfig, loaded: CaptionEncoder | None = None
 ) -> dict[str, Any]:
-    """Measure the caption retrieval accuracy of `loaded` or, if it is None, of a temporarily loaded encoder."""
+    """Measure caption retrieval accuracy with `loaded` or, if it is None, with a temporarily loaded encoder."""
     model = loaded or load_for_evaluation(device=process_state().device, **dataclasses.asdict(encoder))
     metrics = caption_retrieval_accuracy(captions, model)
     del model
@@ -226,7 +225,7 @@ def _measure_cra(
 
 
 def _choose_query_templates(model: LLM2CLIP, ranked: Mapping[str, RetrievalRanks], log: SkipLog) -> dict[str, Any]:
-    """Return the templates for short queries and their results (see `ShortQueryResult`), and print what was chosen."""
+    """Choose templates for short queries, print the choice, and return it with its results (`ShortQueryResult`)."""
     embeddings = ModelEmbeddings(from_llm2clip(model, "llm2clip"), log)
     try:
         choice = choose_query_templates(embeddings, next(iter(ranked.values())))

@@ -23,7 +23,7 @@ from llm2clip.progress import ProgressBar
 from llm2clip.runs.output_folder import check_format_version
 from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 
-PREFIX = "checkpoint-"  # also used by the Trainer in transformers
+PREFIX = "checkpoint-"  # same prefix as in transformers' Trainer
 COMPLETE_MARKER = "complete"
 MAX_CHECKPOINTS = 2  # older checkpoints are removed
 FORMAT_VERSION = 1  # version of the checkpoint format
@@ -35,7 +35,7 @@ class Checkpoints:
     Attributes:
         latest: Checkpoint to resume from, or None if training starts from scratch.
         step: Step of the checkpoint to resume from, or 0 if training starts from scratch.
-        batch_size: Number of items per step and rank, from the run's config. It is saved in checkpoints.
+        batch_size: Number of items per step and rank, from the run's config. Saved in checkpoints.
     """
 
     def __init__(self, folder: Path, batch_size: int | None = None) -> None:
@@ -45,12 +45,11 @@ class Checkpoints:
         checkpoint-N.damaged, and training resumes from the previous checkpoint.
 
         Args:
-            folder: Checkpoint folder. It does not have to exist yet.
-            batch_size: Number of items per step and rank, from the run's config. None if the config has no such
-                setting.
+            folder: Checkpoint folder. It need not exist yet.
+            batch_size: Number of items per step and rank, or None if the run's config has no such setting.
 
         Raises:
-            ValueError: The latest checkpoint has another format version or is not visible on this rank, or all
+            ValueError: The latest checkpoint has a different format version or is not visible on this rank, or all
                 checkpoints are damaged.
         """
         self.folder, self.batch_size = folder, batch_size
@@ -80,16 +79,16 @@ class Checkpoints:
         self.step = 0 if latest is None else _parse_step(latest)
 
     def resumed_total(self, name: str) -> int | None:
-        """Return the total number of items per step, over all ranks, of the run being resumed.
+        """Return the resumed run's number of items per step over all ranks.
 
-        If the number of ranks has changed, print a line that says so.
+        Print a message if the number of ranks has changed.
 
         Args:
             name: Key of this number in the signature, such as "images per step".
 
         Returns:
-            The saved number, or None if there is no checkpoint or the batch size per rank has changed. If None, the
-            number of items per step is the batch size times the number of ranks.
+            The saved number, or None if there is no checkpoint or the batch size per rank has changed. If None, a step
+            has the batch size times the number of ranks.
 
         Raises:
             ValueError: The number of items per step is not divisible by the number of ranks.
@@ -101,7 +100,7 @@ class Checkpoints:
         if total % ranks:
             divisors = ", ".join(str(n) for n in range(1, total + 1) if total % n == 0)
             raise ValueError(
-                f"Cannot resume from {self.latest} with {ranks} processes: the run has {total} {name}, which is not "
+                f"Cannot resume from {self.latest} with {ranks} processes: the run uses {total} {name}, which is not "
                 f"divisible by {ranks}. Use a number of processes that divides {total}: {divisors}"
             )
         if ranks != saved_ranks:
@@ -112,11 +111,11 @@ class Checkpoints:
         return total
 
     def check(self, signature: Mapping[str, Any]) -> None:
-        """Check that a run with this signature can resume, and save the signature in all later checkpoints.
+        """Check that a run's signature matches the latest checkpoint, and save it in all later checkpoints.
 
         Args:
-            signature: Properties of the run that must match the saved ones before the run can resume, such as the
-                learning rate and a hash of the data. The values must be JSON-serialisable.
+            signature: Properties that must not change when the run is resumed, such as the learning rate and a hash of
+                the data. The values must be JSON-serialisable.
 
         Raises:
             ValueError: The latest checkpoint has a different signature. The message lists the differences.
@@ -137,7 +136,7 @@ class Checkpoints:
             )
 
     def path(self, step: int) -> Path:
-        """Return the path of the checkpoint for a step."""
+        """Return the checkpoint path for a step."""
         return self.folder / f"{PREFIX}{step}"
 
     def commit(self, step: int) -> None:
@@ -157,7 +156,7 @@ class MetricsLog:
     """JSONL file of metrics, with one object per line. Each object has a `step` field."""
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
-        """Prepare the file for appending. Drop the lines of steps after `resume_step`, which will be repeated."""
+        """Prepare the file for appending. Drop the lines for steps after `resume_step`, which will be repeated."""
         self.path = path
         lines = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
         atomic_write_jsonl(path, lines)
@@ -170,7 +169,8 @@ class MetricsLog:
 class TrainingLog(TrainerCallback):
     """Callback for transformers' Trainer that writes metrics, stops on non-finite values and commits checkpoints.
 
-    It also shows a progress bar with the loss, and replaces the Trainer's callbacks that print a dict every few steps.
+    It also shows a progress bar with the loss. It replaces the Trainer's own callbacks, which print a dict every few
+    steps.
     """
 
     def __init__(
@@ -180,10 +180,9 @@ class TrainingLog(TrainerCallback):
         Args:
             metrics: JSONL file to which the main process writes metrics.
             checkpoints: Checkpoints in the Trainer's output directory.
-            description: Text in front of the progress bar.
-            advice: Advice to append to the error message if the loss or a gradient is not finite.
-            log_summary: If True, also write the summary that the Trainer logs at the end of training (run time, mean
-                loss).
+            description: Label of the progress bar.
+            advice: Advice appended to the error message if the loss or a gradient is not finite.
+            log_summary: If True, also write the Trainer's final summary (run time, mean loss).
         """
         self.checkpoints, self.description = checkpoints, description
         self.advice, self.log_summary = advice, log_summary
@@ -239,7 +238,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def hash_texts(texts: Iterable[str]) -> str:
-    """Return a hash of the texts as 16 hexadecimal digits. The hash depends on the order of the texts."""
+    """Return an order-dependent hash of the texts as 16 hexadecimal digits."""
     total = hashlib.sha256()
     for text in texts:
         total.update(hashlib.sha256(text.encode(errors="surrogateescape")).digest())
@@ -270,7 +269,7 @@ def _parse_step(checkpoint: Path) -> int:
 
 
 def _mark_complete(checkpoint: Path, run: Mapping[str, Any]) -> None:
-    """Flush all files of a checkpoint to disk, then write its marker file, which lists the sizes of the files."""
+    """Flush a checkpoint's files to disk, then write its marker file, which lists the file sizes."""
     sizes = {}
     for name in sorted(path.name for path in checkpoint.iterdir()):
         restore_mode(checkpoint / name, checkpoint.stat().st_mode)
@@ -284,9 +283,9 @@ def _mark_complete(checkpoint: Path, run: Mapping[str, Any]) -> None:
 
 
 def _rename_damaged(folder: Path) -> Path | None:
-    """Return the latest undamaged checkpoint and rename all later ones. Return None if there are no checkpoints.
+    """Return the latest undamaged checkpoint, or None if there are no checkpoints. Rename all later checkpoints.
 
-    If all checkpoints are damaged, raise ValueError, and rename none of them.
+    If all checkpoints are damaged, raise ValueError without renaming any.
     """
     damages: dict[Path, str] = {}
     for checkpoint in reversed(_list_checkpoints(folder)):
@@ -296,7 +295,7 @@ def _rename_damaged(folder: Path) -> Path | None:
                 aside = damaged.with_name(f"{damaged.name}.damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 damaged.rename(aside)
-                print_once(f"{damaged} is damaged ({reason}), and has been renamed to {aside.name}")
+                print_once(f"{damaged} is damaged ({reason}) and has been renamed to {aside.name}")
             if damages:
                 print_once(f"Resuming from {checkpoint} instead")
             return checkpoint
@@ -311,7 +310,7 @@ def _rename_damaged(folder: Path) -> Path | None:
 
 
 def _find_damage(checkpoint: Path) -> str:
-    """Return a description of the first damaged file of a complete checkpoint, or an empty string if there is none."""
+    """Describe the first damaged file of a complete checkpoint. Return an empty string if there is none."""
     try:
         marker = json.loads((checkpoint / COMPLETE_MARKER).read_text())
     except ValueError:

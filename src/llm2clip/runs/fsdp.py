@@ -1,4 +1,4 @@
-"""Mixed precision and FSDP: settings of Accelerate, and helpers for models sharded with FSDP2.
+"""Mixed precision and FSDP: Accelerate settings, and helpers for models sharded with FSDP2.
 
 With `accelerate launch --use_fsdp --fsdp_version 2`, Accelerate shards the weights. This has two consequences for the
 training loops. First, every forward pass gathers weights from all ranks, so all ranks must run the same number of
@@ -31,7 +31,7 @@ def set_fsdp_wrap_policy(layers: Sequence[nn.Module]) -> None:
         layers: Transformer layers of the model. If empty, the model is sharded as a single unit.
 
     Raises:
-        ValueError: FSDP version 1 was selected in the launcher.
+        ValueError: The launcher selected FSDP version 1.
     """
     if not fsdp_enabled():
         return
@@ -58,9 +58,9 @@ def set_mixed_precision(precision: str) -> str:
 
 
 def reduce_gradients_in_fp32(accelerator: Accelerator) -> None:
-    """Make FSDP sum gradients in float32, both over ranks and over the passes of a gradient cache.
+    """Make FSDP sum gradients in float32, both over ranks and over the passes of gradient caching.
 
-    By default, Accelerate sums them in the precision of the forward pass. Call this before `accelerator.prepare`.
+    By default, Accelerate sums them in the forward pass's precision. Call this before `accelerator.prepare`.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.mixed_precision_policy is not None:
@@ -79,7 +79,7 @@ def gather_to_cpu(empty_model: nn.Module, sharded_model: nn.Module) -> nn.Module
     """Gather the weights of a sharded model into an empty copy on the CPU. Must be called by all ranks.
 
     Args:
-        empty_model: Copy of the model from before it was sharded, created with `empty_copy`.
+        empty_model: Copy of the model made with `empty_copy` before the model was sharded.
     """
     state = {name: full_tensor(tensor).cpu() for name, tensor in sharded_model.state_dict().items()}
     empty_model.load_state_dict(state, assign=True)
@@ -92,7 +92,7 @@ def full_tensor(weight: Tensor) -> Tensor:
 
 
 def distribute_like(weight: Tensor, value: Tensor) -> Tensor:
-    """Move an unsharded value to a parameter's device and shard it in the same way. Must be called by all ranks.
+    """Move an unsharded value to a parameter's device and shard it like the parameter. Must be called by all ranks.
 
     The value must be the same on all ranks.
     """

@@ -1,7 +1,7 @@
-"""Output folders: kinds of folders, versions of file formats, locks, and the config of a run.
+"""Output folders: folder kinds, format versions, locks and run configs.
 
-A command does not write into an output folder of another kind, and does not read output folders as data. It rejects
-folders with an unsupported format version. Only one command at a time writes to a folder.
+Commands do not write to output folders of a different kind, and do not read output folders as data. They reject
+folders with an unsupported format version. Only one command can write to a folder at a time.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from llm2clip.config import RESUME_SAFE
 from llm2clip.io_utils import atomic_write_text
 
 CONFIG_FILE = "config.yaml"  # all settings of a run
-INDEX_FILE, MANIFEST = "index.sqlite", "manifest.json"  # files of an index and of an embedding store
-RUN_LOCK = ".run.lock"  # held during all stages of a run; an embedding store also has a lock of its own
+INDEX_FILE, MANIFEST = "index.sqlite", "manifest.json"  # in an index and in an embedding store, respectively
+RUN_LOCK = ".run.lock"  # held during all stages of a run; an embedding store also has its own lock
 
 KINDS = {
     "fit": "a run directory of `llm2clip fit`",
@@ -34,19 +34,19 @@ KINDS = {
     "evaluation": "an output folder of `llm2clip evaluate`",
     "model": "a model folder",
 }
-# Kind -> glob patterns, at least one of which matches in a folder of this kind.
+# Kind -> glob patterns. A folder of this kind contains a match for at least one pattern.
 _CONTENTS = {
     "index": (INDEX_FILE,),
     "store": (MANIFEST, "keys-*.parquet"),
     "evaluation": ("results.json", "vectors", "skipped"),
     "model": ("config.json", "open_clip_config.json", "text.onnx"),
 }
-# Kinds of folders whose files look like data -> glob patterns, all of which match in a folder of this kind.
+# Kind of folder whose files look like data -> glob patterns. A folder of this kind contains matches for all patterns.
 _NOT_DATA = {
     "a run directory": (CONFIG_FILE, "skipped.jsonl"),
     "an embedding store": (MANIFEST, "keys-*.parquet"),
 }
-_RUN_SECTIONS = ["reproduce", "embed", "align", "tune"]  # the first of these in a run's config determines the kind
+_RUN_SECTIONS = ["reproduce", "embed", "align", "tune"]  # the first one present in a run's config determines its kind
 _OWN_FILES = ("skipped.jsonl", "metrics.jsonl")
 _DATA_SUFFIXES = {
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic"),
@@ -56,7 +56,7 @@ _MAX_ENTRIES = 1000  # maximum number of files and folders to check per folder
 
 
 def register_run(section: str, description: str) -> None:
-    """Add a kind of run directory. Its config contains a section with the name of the kind."""
+    """Register a kind of run directory, identified by a section of the same name in its config."""
     KINDS[section] = description
     _RUN_SECTIONS.insert(0, section)
 
@@ -71,7 +71,7 @@ def check_format_version(path: str | Path, version: object, supported: int, advi
     Args:
         path: File or folder, for the error message.
         version: Format version in the file, or None if the file does not contain one.
-        advice: How to create the file again, for the error message.
+        advice: Advice on how to recreate the file, for the error message.
 
     Raises:
         FormatVersionError: The versions differ.
@@ -84,14 +84,14 @@ def check_format_version(path: str | Path, version: object, supported: int, advi
 
 
 def check_output_folder(path: str | Path, kind: str) -> None:
-    """Check that a command may write to an output folder, which does not have to exist.
+    """Check that a command may write to an output folder. The folder need not exist.
 
     Args:
         path: Value of `--out`.
         kind: Kind of folder that the command writes, a key of `KINDS`.
 
     Raises:
-        ValueError: The folder is of another kind, or it is of unknown kind and contains data files.
+        ValueError: The folder is of a different kind, or is of unknown kind and contains data files.
         NotADirectoryError: The path is a file.
     """
     folder = Path(path).expanduser()
@@ -108,7 +108,7 @@ def check_output_folder(path: str | Path, kind: str) -> None:
 
 
 def folder_kind(folder: str | Path) -> str | None:
-    """Return the kind of folder that a command wrote, a key of `KINDS`, or None if it is unknown."""
+    """Return the kind of an output folder (a key of `KINDS`), or None if it is unknown."""
     folder = Path(folder)
     if (folder / CONFIG_FILE).is_file():
         config = _read_yaml(folder / CONFIG_FILE)
@@ -122,9 +122,9 @@ def folder_kind(folder: str | Path) -> str | None:
 
 
 def describe_output(names: Collection[str]) -> str | None:
-    """Describe a folder inside a data set if llm2clip has written it, given the names of its files. Otherwise None.
+    """Describe a folder found in a data set if its file names show that llm2clip wrote it; otherwise, return None.
 
-    Unlike `folder_kind`, return None in case of doubt, so that no data is ignored.
+    Unlike `folder_kind`, this function returns None if in doubt, so that no data is ignored.
     """
     for description, patterns in _NOT_DATA.items():
         if all(fnmatch.filter(names, pattern) for pattern in patterns):
@@ -141,7 +141,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _find_data_file(folder: Path) -> Path | None:
-    """Return the path, relative to `folder`, of a data file in it or in one of its subfolders, or None."""
+    """Return the relative path of a data file in `folder` or one of its subfolders, or None if there is none."""
     entries = list(islice(folder.iterdir(), _MAX_ENTRIES))
     for entry in list(entries):
         with suppress(OSError):  # not a folder, or not readable
@@ -178,7 +178,7 @@ def folder_lock(folder: Path, name: str = ".lock") -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise FolderInUseError(
-            f"another run is writing to {folder}. Wait until it has finished, or use another folder"
+            f"another run is writing to {folder}. Wait for it to finish, or use a different folder"
         ) from None
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
@@ -191,12 +191,12 @@ def folder_lock(folder: Path, name: str = ".lock") -> Iterator[None]:
 
 @contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold the lock of a run directory on the main process. Acquire it before the run writes any file.
+    """Hold the lock of a run directory on the main process. Acquire it before the run writes any files.
 
     Raises:
         FolderInUseError: Another run holds the lock.
     """
-    from llm2clip.runs.ranks import process_state  # imports torch, which is too slow to import when a command starts
+    from llm2clip.runs.ranks import process_state  # imports torch, which would slow down the start of every command
 
     with folder_lock(run_dir, RUN_LOCK) if process_state().is_main_process else nullcontext():
         yield
@@ -204,10 +204,10 @@ def run_lock(run_dir: Path) -> Iterator[None]:
 
 # ---- config of a run -------------------------------------------------------------------------------------------------
 
-# First line of the file if the config contains settings of the `tune` stage, whose batch size is per process.
+# First line of the file if the config contains `tune` settings, because `tune.batch_size` is per process.
 PROCESSES_LINE = "# Number of processes in the tune stage: {}\n"
 
-# Settings of the `align` stage may be changed until the run directory contains one of these files or folders.
+# `align` settings may be changed until the run directory contains one of these files or folders.
 ALIGN_OUTPUTS = ("align/checkpoints", "checkpoints", "model")
 
 
@@ -218,9 +218,9 @@ class ConfigChangedError(ValueError):
 def save_or_check_config(config: dict[str, Any], run_dir: Path, processes: int | None = None) -> None:
     """Save the config of a run in its run directory. If the run is resumed, check the config first.
 
-    If the run directory already contains outputs, the config must match the saved config. The `align` settings may
-    still be changed until the `align` stage has written outputs. A run may be resumed with a different number of
-    processes, either with the same settings or with a `tune.batch_size` that keeps the product of the two constant.
+    If the run directory already contains outputs, the config must match the saved one, except that `align` settings may
+    be changed until the `align` stage has written outputs. A run may be resumed with a different number of processes,
+    either with the same settings or with `tune.batch_size` adjusted to keep the number of pairs per step.
 
     Args:
         config: Settings, keyed by name. Dataclasses are converted to dicts.
@@ -228,7 +228,7 @@ def save_or_check_config(config: dict[str, Any], run_dir: Path, processes: int |
         processes: Number of processes of the run, which is also saved. None if unknown.
 
     Raises:
-        ConfigChangedError: The saved config is different. The message lists the settings that differ.
+        ConfigChangedError: The saved config is different. The message lists the differences.
     """
     file = run_dir / CONFIG_FILE
     new = to_plain_types(config)
@@ -253,13 +253,13 @@ def save_or_check_config(config: dict[str, Any], run_dir: Path, processes: int |
 
 
 def _parse_processes(text: str) -> int | None:
-    """Parse the number of processes from the text of a config file. Return None if it does not contain this number."""
+    """Return the number of processes recorded in the text of a config file, or None if there is none."""
     line = re.match(PROCESSES_LINE.format(r"(\d+)"), text)
     return int(line[1]) if line else None
 
 
 def _compute_pairs_per_step(config: dict[str, Any], processes: int | None) -> int | None:
-    """Return the total batch size of the `tune` stage over all processes, or None if it is unknown."""
+    """Return the `tune` stage's total batch size over all processes, or None if it is unknown."""
     batch_size = config.get("tune", {}).get("batch_size")
     return None if batch_size is None or processes is None else batch_size * processes
 

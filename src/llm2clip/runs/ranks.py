@@ -16,8 +16,8 @@ from torch import Tensor
 from llm2clip.io_utils import atomic_write_text, escape_control_characters
 
 PEER_FAILED = (
-    "Another process has exited, was killed or does not respond: the first error in the output of all processes shows "
-    "the cause. Run the same command again to resume"
+    "Another process exited, was killed or is not responding. The first error in the output of all processes shows the "
+    "cause. Run the same command again to resume"
 )
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # after this time, a collective operation with a missing rank fails
 WAIT_TIMEOUT = timedelta(days=1)  # for `wait_for_everyone`
@@ -38,11 +38,11 @@ def process_state() -> PartialState:
 def wait_for_everyone() -> None:
     """Wait up to `WAIT_TIMEOUT` for all ranks, for example while the main process evaluates the model.
 
-    The wait uses Gloo, which fails immediately if another rank exits or is killed, because its connection is closed.
-    NCCL would fail only after its timeout, which would therefore have to be short.
+    The wait uses Gloo, which fails immediately if another rank exits or is killed, because its connection closes. NCCL
+    would fail only after a timeout, so the timeout would have to be short.
 
     Raises:
-        RuntimeError: Another rank has exited, or did not arrive before the timeout.
+        RuntimeError: Another rank exited, or did not arrive before the timeout.
     """
     process_state()
     if not is_distributed():
@@ -81,7 +81,7 @@ def cached_json(file: Path, compute: Callable[[], Any]) -> Any:
 
 
 def shutdown() -> None:
-    """Wait for all ranks, then destroy the process group. If a rank exited early, others could fail."""
+    """Wait for all ranks, then destroy the process group. A rank that exits early could make others fail."""
     if is_distributed():
         wait_for_everyone()
         _group_for_long_waits.cache_clear()
@@ -106,9 +106,9 @@ class RaggedGather:
     """
 
     def __init__(self, local_size: int, device: torch.device, gather: bool = True) -> None:
-        """Exchange the row counts between ranks. Must be called by all ranks.
+        """Exchange row counts between ranks. Must be called by all ranks.
 
-        If `gather` is False, all other ranks are ignored, as in a single process.
+        If `gather` is False, other ranks are ignored, as in a single process.
         """
         self.single_process = not (gather and is_distributed())
         self.local_size = self.max_size = self.total_size = local_size
@@ -122,7 +122,7 @@ class RaggedGather:
 
     @property
     def local_slice(self) -> slice:
-        """Position of this rank's rows in a gathered tensor."""
+        """Slice of this rank's rows in a gathered tensor."""
         return slice(self.offset, self.offset + self.local_size)
 
     def gather(self, x: Tensor, gradients: bool = False) -> Tensor:

@@ -1,4 +1,4 @@
-"""Description of a run for reports: its command, date, version and machine, and the durations of its stages."""
+"""Description of a run for reports: command, date, version, machine and stage durations."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def format_command_line() -> str:
 
 
 def describe_device(device: torch.device) -> str:
-    """Describe the GPUs of this machine or, if `device` is not a GPU, its processor."""
+    """Describe this machine's GPUs or, if `device` is not a GPU, its processor."""
     if device.type == "cuda":
         gpus = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
         return ", ".join(f"{gpu.name} ({gpu.total_memory / 1e9:.0f} GB)" for gpu in gpus)
@@ -55,7 +55,7 @@ def describe_run(seconds: float) -> dict[str, Any]:
 
 
 def format_run(run: Mapping[str, Any]) -> str:
-    """Format the result of `describe_run`, except for the command, as a sentence."""
+    """Format the result of `describe_run` as a sentence, without the command."""
     date = datetime.fromisoformat(run["date"])
     return (
         f"llm2clip {run['version']}, {date.day} {date:%B %Y, %H:%M} UTC, {format_duration(run['seconds'])} on "
@@ -64,7 +64,7 @@ def format_run(run: Mapping[str, Any]) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Format a duration with its two largest units, such as "45 s", "6 min 49 s" or "2 h 5 min"."""
+    """Format a duration in its two largest units, such as "45 s", "6 min 49 s" or "2 h 5 min"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -73,14 +73,14 @@ def format_duration(seconds: float) -> str:
 
 
 class StageClock:
-    """Prints the title of each stage of `fit`, and adds the duration of the stage to RUN/durations.json."""
+    """Prints the title of each `fit` stage and adds the stage's duration to RUN/durations.json."""
 
     def __init__(self, run_dir: Path) -> None:
         self._file = run_dir / DURATIONS_FILE
         self._stage, self._start = "", 0.0
 
     def start(self, title: str) -> None:
-        """Stop the previous stage, and start a stage with a title such as "1/4 tune: training on captions"."""
+        """Stop the previous stage and start one with a title such as "1/4 tune: training on captions"."""
         self.stop()
         print_once(title)
         self._stage, self._start = title.split()[1].rstrip(":"), time.time()

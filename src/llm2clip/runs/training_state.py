@@ -1,8 +1,8 @@
 """Training state in a checkpoint: weights, optimizer state and learning rate schedule.
 
-The files do not depend on the number of ranks or on FSDP: tensors are unsharded and are stored under the names of their
-parameters. A run can therefore resume on any number of ranks. The formats are safetensors and JSON. Unlike
-pickle-based formats, they cannot execute code when a checkpoint is loaded.
+The files do not depend on the number of ranks or on FSDP: tensors are unsharded and stored under their parameter names.
+A run can therefore resume on any number of ranks. Checkpoints use safetensors and JSON because, unlike pickle, these
+formats cannot execute code when they are loaded.
 
     state-1.safetensors, ...    trained weights and buffers (model/WEIGHT), and the optimizer's state for each trained
                                 weight (optimizer/WEIGHT/KEY)
@@ -24,14 +24,14 @@ from llm2clip.runs.fsdp import distribute_like, full_tensor
 from llm2clip.runs.ranks import process_state
 
 TENSOR_FILE, JSON_FILE = "state-{}.safetensors", "state.json"
-MAX_FILE_BYTES = 4 * 2**30  # limits the memory for unsharded tensors on the main process
+MAX_FILE_BYTES = 4 * 2**30  # limits the main process's memory for unsharded tensors
 
 
 def save_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule: Any, scaler: Any = None) -> None:
     """Save the state of a training run in a checkpoint folder. Must be called by all ranks.
 
     Args:
-        folder: Checkpoint folder. It is created if needed.
+        folder: Checkpoint folder. Created if needed.
         model: Model without its DDP wrapper. Frozen parameters are not saved.
         optimizer: Optimizer of the trained parameters.
         schedule: Learning rate schedule. Its `state_dict()` must be JSON-serialisable.
@@ -63,10 +63,10 @@ def _save_part(tensors: dict[str, Tensor], file: Path) -> None:
 
 @torch.no_grad()
 def load_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule: Any, scaler: Any = None) -> None:
-    """Load a state that `save_training_state` saved on any number of ranks. Must be called by all ranks.
+    """Load a state saved by `save_training_state` on any number of ranks. Must be called by all ranks.
 
     Raises:
-        ValueError: The checkpoint does not contain the same weights as this run trains.
+        ValueError: The checkpoint does not contain the same weights that this run trains.
     """
     file_of: dict[str, Any] = {}  # name of each saved tensor -> the file that contains it
     for path in folder.glob(TENSOR_FILE.format("*")):
@@ -75,7 +75,7 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule
     weights = {f"model/{name}": weight for name, weight in _trained_tensors(model)}
     if {name for name in file_of if name.startswith("model/")} != weights.keys():
         raise ValueError(
-            f"{folder} does not contain the same weights as this run trains. Use the same settings, or delete "
+            f"{folder} does not contain the same weights that this run trains. Use the same settings, or delete "
             f"{folder.parent} to start this stage over"
         )
     for name, weight in weights.items():
@@ -105,10 +105,10 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule
 
 
 class TrainingStateMixin:
-    """Mixin for transformers' Trainer that makes its checkpoints contain the files described above.
+    """Mixin for transformers' Trainer that saves the training state in the files described above.
 
-    By default, the Trainer also saves frozen weights, and its checkpoints of sharded models contain pickles. It loads
-    all other files of a checkpoint with `weights_only` or as JSON.
+    By default, the Trainer also saves frozen weights, and it pickles the state of sharded models. It loads all other
+    checkpoint files with `weights_only` or as JSON.
     """
 
     args: Any
@@ -131,7 +131,7 @@ class TrainingStateMixin:
 
 
 def _named_tensors(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor), in the same order on all ranks."""
+    """Yield the name and value of each tensor to save, in the same order on all ranks."""
     for name, weight in _trained_tensors(model):
         yield f"model/{name}", weight
     for name, parameter in model.named_parameters():
