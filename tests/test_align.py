@@ -642,7 +642,7 @@ def test_best_weights_of_repeated_steps_are_discarded(train: Any, tmp_path: Path
 def test_align_rejects_settings_that_do_not_fit_data_device_or_tower(train: Any, tmp_path: Path) -> None:
     for change, options, message in (
         ({"load_best_at_end": True, "eval_steps": None}, {}, "set --held_out"),
-        ({"precision": "fp16"}, {}, "fp16 needs a GPU"),
+        ({"precision": "fp16"}, {}, "fp16 requires a GPU"),
         ({"gradient_checkpointing": True}, {"tower": "vgg11"}, "vgg11"),
     ):
         with pytest.raises(ValueError, match=message):

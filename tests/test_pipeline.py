@@ -131,7 +131,7 @@ def test_fit_report_describes_the_run_and_shows_searches(run: Path) -> None:
     ("flags", "message"),
     [
         (["--align.tower", "timm:resnet5000"], "timm has no model 'resnet5000'"),
-        (["--align.tower", "vit_base_patch32_224", "--align.image_size", "16"], "cannot encode images of 16 pixels"),
+        (["--align.tower", "vit_base_patch32_224", "--align.image_size", "16"], "cannot encode images at 16 pixels"),
         (["--align.report_to", "[nosuchtracker]"], "--align.report_to must be one of"),
     ],
 )

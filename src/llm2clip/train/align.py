@@ -1,8 +1,8 @@
 """The `align` stage, which trains the vision tower, its projection and the adapter on cached caption embeddings.
 
 Each step minimises a contrastive loss between a batch of images and one or more captions per image. The LLM is not
-loaded, because its caption embeddings are read from the embedding store. If the tower is frozen (`tower_lr` is 0), its
-image features are computed once and cached in a second store, from which training then reads.
+loaded: its caption embeddings are read from the embedding store. If the tower is frozen (`tower_lr` is 0), its image
+features are computed once, cached in a second store and read from there during training.
 
 With self-distillation (`distill_weight`), an additional loss keeps the tower's features close to those of the
 pretrained tower (see `proclip.py`).
@@ -85,7 +85,7 @@ def align(
         config: Settings for the `align` stage.
         run_dir: Output folder for checkpoints/, metrics.jsonl, evaluations.jsonl and best/. No other process may write
             to it (see `run_lock`).
-        log: Log to which images that cannot be decoded are added.
+        log: Log of images that cannot be decoded.
         validate: Function that evaluates the model on held-out images. If None, the model is not evaluated during
             training.
         features: Folder of the feature store, which caches the pretrained tower's features. Used only if `tower_lr` is
@@ -102,7 +102,7 @@ def align(
         FloatingPointError: The loss or a gradient is not finite.
     """
     if config.load_best_at_end and validate is None:
-        raise ValueError("--align.load_best_at_end needs held-out images to evaluate on: set --held_out")
+        raise ValueError("--align.load_best_at_end requires held-out images to evaluate on: set --held_out")
     state = process_state()  # must precede Accelerator(), which would set up the ranks differently
 
     # Pretrained tower for self-distillation.
@@ -120,7 +120,7 @@ def align(
         project_config=ProjectConfiguration(str(run_dir), str(run_dir / "logs")),
     )
     if precision == "fp16" and accelerator.scaler is None:
-        raise ValueError(f"--align.precision fp16 needs a GPU: use bf16 or fp32 on this device ({accelerator.device})")
+        raise ValueError(f"--align.precision fp16 requires a GPU: use bf16 or fp32 on {accelerator.device}")
     reduce_gradients_in_fp32(accelerator)
     keep_freed_memory(accelerator.device)
 
@@ -191,7 +191,7 @@ def align(
             schedule.step()
             model.clamp_logit_scale()
 
-            # Metrics. On a GPU, `report.add` waits for the previous step, so this measures the time between two steps.
+            # Metrics. On a GPU, `report.add` waits for the previous step, so this is the time between two steps.
             now = time.perf_counter()
             step_seconds, clock = now - clock, now
             line = {
@@ -244,7 +244,7 @@ def _compute_features(
     run_dir: Path,
     log: SkipLog,
 ) -> EmbeddingStore:
-    """Compute the frozen tower's features for all images that the feature store lacks, and return the store."""
+    """Compute the frozen tower's features for all images missing from the feature store, and return the store."""
     refs = [record.image for record in records if record.image is not None]
     encoder = TowerEncoder(tower, precision)
     identity = encoder.identity()
@@ -253,7 +253,7 @@ def _compute_features(
 
 
 def _run_signature(data: AlignBatches, store: CaptionSource, config: AlignConfig, precision: str) -> dict[str, Any]:
-    """Return the properties of a run that must match the checkpoint from which the run resumes."""
+    """Return the properties of a run that must match the latest checkpoint for the run to resume."""
     settings = {**vars(config), "precision": precision}
     return {
         "steps": len(data),
@@ -275,7 +275,7 @@ def _pin_batches(data: AlignBatches, first_step: int, device: torch.device) -> G
 
 
 def _seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Seed the dropout masks of a step, so that a run resumed on the same number of ranks has the same masks."""
+    """Seed a step's dropout, so that a run resumed on the same number of ranks draws the same dropout masks."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
 
 
@@ -294,8 +294,8 @@ def _compute_loss(net: nn.Module, batch: Batch, config: AlignConfig, accelerator
     images, embeddings = batch.images, batch.embeddings
     image_argument = "pixels" if images.dtype == torch.uint8 else "features"
 
-    # Part n of the batch contains images bounds[n] to bounds[n + 1] - 1 and all of their texts. If the run has been
-    # resumed on fewer ranks, the batch is larger than `batch_size`, but the memory per rank must not grow.
+    # Part n of the batch contains images bounds[n] to bounds[n + 1] - 1 and all of their texts. A batch larger than
+    # `batch_size`, in a run resumed on fewer ranks, is also split, so that the memory per rank does not grow.
     size = config.micro_batch_size or config.batch_size
     bounds = [*range(0, len(images), size), len(images)]
 

@@ -1,7 +1,7 @@
-"""Contrastive fine-tuning of a CLIP model: the baseline "directly fine-tuned CLIP" of the LLM2CLIP paper.
+"""Contrastive fine-tuning of a CLIP model, the "directly fine-tuned CLIP" baseline in the LLM2CLIP paper.
 
 Both towers are trained with the training loop and settings of `align`, except that the model's own text tower replaces
-the adapter, and tokenized captions replace the embedding store. The result is an ordinary transformers model, which
+the adapter, and tokenized captions replace the embedding store. The result is an ordinary transformers model that
 `evaluate` accepts as a model or baseline.
 """
 
@@ -37,20 +37,20 @@ def finetune_clip(records: Sequence[Record], config: AlignConfig, out: Path, log
     """Fine-tune both towers of the CLIP model `config.tower`, resuming from the latest checkpoint if one exists.
 
     `lr` is the learning rate of the text tower, the projections and the logit scale; `tower_lr` is the learning rate of
-    the vision tower. The adapter settings, `embed_dim` and `inherit` have no effect. The logit scale starts from the
-    value in the CLIP model.
+    the vision tower. The adapter settings, `embed_dim` and `inherit` have no effect. The logit scale starts at the CLIP
+    model's value.
 
     Args:
         config: Settings for the `align` stage.
         out: Output folder for checkpoints and metrics.
-        log: Log to which images that cannot be decoded are added.
+        log: Log of images that cannot be decoded.
 
     Returns:
         The model folder, `out/model`, in transformers format.
 
     Raises:
-        ValueError: The tower is not part of a supported CLIP model, there are too few images for one step, or existing
-            checkpoints were saved with different settings or data.
+        ValueError: The tower is not part of a supported CLIP model, there are too few images for one step, or the
+            existing checkpoints were saved with different settings or data.
     """
     model_dir = out / "model"
     if not model_dir.exists():
@@ -71,10 +71,10 @@ def finetune_clip(records: Sequence[Record], config: AlignConfig, out: Path, log
 
 
 class TokenizedCaptions:
-    """Tokenized captions, with the embedding store interface that `align` expects.
+    """Tokenized captions with the embedding store interface that `align` expects.
 
     Attributes:
-        manifest: dict with the key "fingerprint": a hash of the text tower's initial weights.
+        manifest: Dict with one key, "fingerprint": a hash of the text tower's initial weights.
     """
 
     def __init__(self, text_encoder: ClipTextEncoder) -> None:
@@ -100,7 +100,7 @@ class TokenizedCaptions:
 
 
 class TextTower(nn.Module):
-    """Text tower of a transformers CLIP model, which maps token ids of shape (N, tokens) to embeddings."""
+    """Text tower of a transformers CLIP model. Maps token ids of shape (N, tokens) to embeddings."""
 
     def __init__(self, clip: Any) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class TextTower(nn.Module):
 
 @torch.no_grad()
 def build_model(clip: Any, config: AlignConfig) -> LLM2CLIP:
-    """Build a model for `align` from a transformers CLIP model, with its text tower as the adapter.
+    """Build a model for `align` from a transformers CLIP model, using its text tower as the adapter.
 
     `clip` is modified: its text tower becomes part of the new model, and its vision tower is deleted.
     """
@@ -141,7 +141,7 @@ def build_model(clip: Any, config: AlignConfig) -> LLM2CLIP:
 @torch.no_grad()
 @hide_loading_bars()
 def _save_clip(model: LLM2CLIP, name: str, folder: Path) -> None:
-    """Save the fine-tuned model in transformers format, with the tokenizer and image processor of the model `name`."""
+    """Save the fine-tuned model in transformers format, with the tokenizer and image processor of `name`."""
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
     clip: Any = AutoModel.from_pretrained(name, config=load_config(name), trust_remote_code=False, dtype=torch.float32)

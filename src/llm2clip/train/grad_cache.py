@@ -1,7 +1,7 @@
-"""Gradient caching (GradCache, arXiv 2101.06983), for contrastive losses over batches too large for one forward pass.
+"""Gradient caching (GradCache, arXiv 2101.06983) for contrastive losses over batches too large for one forward pass.
 
 A contrastive loss is a function of the embeddings of the complete batch, and so is its gradient with respect to these
-embeddings. The gradients of the model's parameters can therefore be computed in three steps:
+embeddings. The model's parameter gradients can therefore be computed in three steps:
 
 1. Run the model on each part of the batch in turn, without storing activations.
 2. Compute the loss on the embeddings of all parts and its gradient with respect to these embeddings.
@@ -28,12 +28,12 @@ def cached_backward(
     """Return the loss on the outputs of all passes. Calling backward() on the loss reruns each pass.
 
     Args:
-        passes: One function per part of the batch, which runs `model` on that part and returns a tuple of tensors with
+        passes: One function per part of the batch. Each runs `model` on its part and returns a tuple of tensors with
             one row per item. All tuples must have the same length.
         loss_function: Function that returns the scalar loss. Argument n is the concatenation of the n-th tensors from
             all passes.
         model: The model, including its DDP or FSDP wrapper. Gradients are reduced only once, in the last pass.
-        device: Device on which the passes run. Its random state is saved and restored, so that a repeated pass has the
+        device: Device on which the passes run. Its random state is saved and restored, so that repeated passes use the
             same dropout masks.
     """
     # 1. Forward passes, without storing activations.
@@ -41,7 +41,7 @@ def cached_backward(
     with torch.no_grad():
         for run in passes:
             random_states.append(_random_state(device))
-            # Detach, because an output may be a view of a parameter, which would require a gradient.
+            # Detach, because an output that is a view of a parameter would require a gradient.
             outputs.append(tuple(x.detach() for x in run()))
 
     # 2. Loss, and its gradient with respect to the outputs.
@@ -53,7 +53,7 @@ def cached_backward(
         gradient = torch.zeros_like(x) if x.grad is None else x.grad
         gradients.append(gradient.split([len(part) for part in parts]))
 
-    # 3. Forward and backward passes, which run when backward() is called on the loss.
+    # 3. Forward and backward passes, run when backward() is called on the loss.
     def backward(grad_output: Tensor) -> None:
         state_after = _random_state(device)
         for n, (run, state) in enumerate(zip(passes, random_states, strict=True)):

@@ -1,4 +1,4 @@
-"""Model with which the `align` stage starts: a pretrained vision tower with new heads, or with a CLIP model's heads."""
+"""Initial model for the `align` stage: a pretrained vision tower with new heads or with a CLIP model's heads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,10 +29,10 @@ class PretrainedParts:
     """Pretrained parts of a model, on the CPU.
 
     Attributes:
-        clip: CLIP model whose text space is inherited. None without `--align.inherit`.
-        logits: Logit scale and bias of the CLIP model that the tower belongs to, or None if they are not inherited.
-        random_state: State of PyTorch's random number generator after the parts were loaded, which may draw random
-            numbers. New weights are drawn from this state.
+        clip: CLIP model whose text space is inherited, or None without `--align.inherit`.
+        logits: Logit scale and bias of the tower's CLIP model, or None if they are not inherited.
+        random_state: State of PyTorch's random number generator after loading the parts. Loading may consume random
+            numbers. New weights are initialised from this state.
     """
 
     tower: VisionTower
@@ -43,7 +43,7 @@ class PretrainedParts:
 
 @torch.random.fork_rng(devices=[])
 def load_pretrained_parts(config: AlignConfig) -> PretrainedParts:
-    """Load everything that `new_model` needs. Call this first, so that errors do not occur after hours of tuning.
+    """Load everything that `new_model` needs. Call this first, so that errors occur before hours of tuning.
 
     Raises:
         OSError: A model does not exist, or cannot be downloaded.
@@ -67,7 +67,7 @@ def _check_tower(tower: VisionTower, config: AlignConfig) -> None:
             tower(torch.zeros(1, 3, config.image_size, config.image_size, dtype=torch.uint8))
         except (RuntimeError, AssertionError) as error:
             raise ValueError(
-                f"--align.image_size: {config.tower} cannot encode images of {config.image_size} pixels ({error})"
+                f"--align.image_size: {config.tower} cannot encode images at {config.image_size} pixels ({error})"
             ) from error
     if config.gradient_checkpointing:
         tower.set_grad_checkpointing()
@@ -89,7 +89,7 @@ def new_model(
         store: Cached caption embeddings.
         train: Training records, on whose texts the adapter is trained. Used only with `config.inherit`.
         out: Folder for the adapter and its cache. Required with `config.inherit`.
-        parts: Pretrained parts, which become part of the model. Default: they are loaded.
+        parts: Pretrained parts, which the model takes over. If None, they are loaded.
     """
     parts = parts or load_pretrained_parts(config)
     device = process_state().device
@@ -120,7 +120,7 @@ def new_model_config(
 ) -> LLM2CLIPConfig:
     """Return the config of the model that the `align` stage trains.
 
-    The caption encoder has embeddings with `text_dim` dimensions. `encoder` is its identity, or None if unknown.
+    `text_dim` is the embedding dimension of the caption encoder. `encoder` is its identity, or None if unknown.
     """
     return LLM2CLIPConfig(
         tower=tower.config,

@@ -1,22 +1,22 @@
 """Contrastive losses between the images and texts of a batch.
 
 An image may have any number of texts. All images have equal weight in the loss, and so do all texts of an image. If
-several images share a text, that text is not a negative for any of them. Texts that an image is known to have outside
-this batch (`other_texts`) are not negatives for it, either. Logits are always float32.
+several images share a text, it is not a negative for any of them. An image's other known texts (`other_texts`) are not
+negatives for that image, either. Logits are always float32.
 
 `tests/test_losses.py` defines the losses in a few lines each. `info_nce` and `sigmoid_loss` compute the same values for
 large batches and several ranks:
 
-- The full logit matrix is never stored, so memory is linear in the batch size instead of quadratic. Its rows are
-  computed in chunks, once for the loss and again for the gradient. The gradient is hand-written: InfoNCE takes four
-  matmuls instead of the six that automatic differentiation would take.
+- The full logit matrix is never stored, so memory is linear in the batch size instead of quadratic. Rows are computed
+  in chunks, once for the loss and again for the gradient. The gradient is hand-written: InfoNCE takes four matmuls
+  instead of six with automatic differentiation.
 - In a distributed run, ranks gather the embeddings without gradients and exchange sums of exponentials. Each rank then
   computes the gradients of its own embeddings. Averaged over ranks, as in DistributedDataParallel, the loss and its
   gradients equal those of a single process with the complete batch.
 
-`LOSSES` lists the losses that `--align.loss` can select. The `tune` stage has its own loss, `tune.pair_loss`,
-which compares texts with each other and with hard negatives. It stores the full logit matrix, because its batches are
-limited by the activations of the LLM to a few thousand texts.
+`LOSSES` lists the losses that `--align.loss` can select. The `tune` stage has its own loss, `tune.pair_loss`, which
+compares texts with each other and with hard negatives. It stores the full logit matrix, because LLM activations limit
+its batches to a few thousand texts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from llm2clip.runs.ranks import RaggedGather
 
-CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}  # logits per chunk; a chunk fits in a CPU's cache, or takes 256 MB on a GPU
+CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}  # logits per chunk; a chunk fits in a CPU's cache or takes 256 MB on a GPU
 
 
 def info_nce(
@@ -56,12 +56,11 @@ def info_nce(
         logit_scale: Factor applied to the cosine similarities (1 / temperature).
         image_of_text: Index of each text's image, of shape (M,), int64, ascending. Every image must have at least one
             text. If None, text i belongs to image i.
-        text_ids: Ids of the texts, of shape (M,), int64. Identical texts must have the same id. If None, all texts are
-            treated as distinct, which avoids a GPU synchronisation. Must be None on all ranks
-            or on none.
-        other_texts: Texts that the images are known to have, inside or outside this batch, as (index of the image, id
-            of the text), of shape (K, 2), int64. They are not used as negatives of these images. Default: none are
-            known. Must be None on all ranks or on none. Requires `text_ids`.
+        text_ids: Text ids of shape (M,), int64. Identical texts must have the same id. If None, all texts are treated
+            as distinct, which avoids a GPU synchronisation. Must be None on all ranks or on none.
+        other_texts: Known texts of the images, in or outside this batch, as (image index, text id) pairs of shape
+            (K, 2), int64. A known text is not used as a negative for its image. Default: none. Must be None on all
+            ranks or on none. Requires `text_ids`.
         gather: If True, use the texts and images of all ranks as negatives; all ranks must then call this function.
 
     Returns:
@@ -83,12 +82,12 @@ def sigmoid_loss(
     """Compute the pairwise sigmoid loss (SigLIP, arXiv 2303.15343), a binary classification of every image-text pair.
 
     Args:
-        logit_bias: Bias that is added to the logits.
+        logit_bias: Bias added to the logits.
         image, text, logit_scale, image_of_text, text_ids, other_texts, gather: See `info_nce`.
 
     Returns:
-        The loss as a float32 scalar: the weighted sum over all pairs, divided by the number of images. The pairs of a
-        text have weight 1 / (number of texts of its image).
+        The loss as a float32 scalar: the weighted sum over all pairs, divided by the number of images. Each pair has
+        weight 1 / (number of texts that the text's own image has).
     """
     return _apply(_Sigmoid, image, text, logit_scale, logit_bias, image_of_text, text_ids, other_texts, gather)
 
@@ -119,11 +118,11 @@ class Loss:
     """Loss that can be selected with `--align.loss`.
 
     Attributes:
-        function: Function with the arguments of `sigmoid_loss`, or with those of `info_nce` if `needs_bias` is False.
+        function: Function with the same arguments as `sigmoid_loss`, or as `info_nce` if `needs_bias` is False.
         needs_bias: True if a learned bias is added to the logits.
-        matmuls: Number of matmuls between all image embeddings and all text embeddings of a step, for the loss and
-            its gradient. The first value is for a single process, the second for each of several processes.
-        chunk_tensors: Number of tensors with the size of a chunk of logits (see `CHUNK`) that exist at the same time.
+        matmuls: Number of matmuls between all image and text embeddings of a step, for the loss and its gradient. The
+            first value is for a single process, the second for each of several processes.
+        chunk_tensors: Number of chunk-sized tensors (see `CHUNK`) in memory at the same time.
     """
 
     function: Callable[..., Tensor]
@@ -166,8 +165,8 @@ class _InfoNCE(torch.autograd.Function):
         -log(exp(p) / (exp(p) + sum exp(n))) = softplus(lse - p)    with lse = log(sum exp(n))
 
     lse is `image_lse` (one value per image) in the image-to-text direction, and `text_lse` (one value per text) in the
-    text-to-image direction. If w_t is the weight of text t, the derivatives of the loss (before it is divided by two,
-    the number of directions) are
+    text-to-image direction. If w_t is the weight of text t, the derivatives of the loss (before averaging over the two
+    directions) are
 
         with respect to p:                      -w_t * (sigmoid(image_lse_i - p) + sigmoid(text_lse_t - p))   =: -coef_t
         with respect to a negative logit l_it:  a_i * exp(l_it - image_lse_i) + b_t * exp(l_it - text_lse_t)
@@ -278,15 +277,14 @@ class _Sigmoid(torch.autograd.Function):
 
 
 class _ImageTextLayout:
-    """Positive pairs of images and texts on all ranks, with methods that compute logits in chunks of rows.
+    """Positive image-text pairs on all ranks, with methods that compute logits in chunks of rows.
 
     Attributes:
         image_gather: All-gather for tensors with one row per image.
         text_gather: All-gather for tensors with one row per text.
-        image_of_text: Index of each text's image among the images of this rank, int64, for the texts of this rank.
-        all_image_of_text: Index of each text's image among the images of all ranks, int64, for the texts of all ranks.
-        weights: Loss weight of each text, float32, for the texts of all ranks. A rank's loss is the weighted sum over
-            its texts.
+        image_of_text: For each text on this rank, the index of its image among this rank's images, int64.
+        all_image_of_text: For each text on any rank, the index of its image among all images, int64.
+        weights: Loss weight of each text on any rank, float32. A rank's loss is the weighted sum over its texts.
     """
 
     def __init__(
@@ -305,7 +303,7 @@ class _ImageTextLayout:
         self.weights = self.text_gather.gather(_compute_text_weights(image_of_text, images))
         self.images = images
 
-        # Tensors that exist only if some texts are identical. `group` assigns the same number to identical texts,
+        # These tensors exist only if some texts are identical. `group` assigns the same number to identical texts,
         # `by_group` lists the indices of all texts sorted by group, and `group_starts` contains the position in
         # `by_group` at which each group starts.
         self.group: Tensor | None = None
@@ -315,8 +313,8 @@ class _ImageTextLayout:
                 self.group, self.by_group = group, group.argsort(stable=True)
                 self.group_starts = F.pad(torch.bincount(group).cumsum(0), (1, 0))
 
-        # Pairs of an image and a text in the batch that is one of the image's other texts, as two int64 vectors: the
-        # index of the image among all images, and the index of the text among all texts, on all ranks.
+        # Image-text pairs in which a text of the batch is one of the image's other texts. Two int64 vectors contain
+        # the index of the image among all ranks' images and the index of the text among all ranks' texts.
         self.other_pairs: tuple[Tensor, Tensor] | None = None
         if other_texts is not None and text_ids is not None:
             self.other_pairs = self._find_other_pairs(text_ids, other_texts, gather)
@@ -347,7 +345,7 @@ class _ImageTextLayout:
     def text_starts(self) -> list[int]:
         """Positions of the texts: image i has texts text_starts[i] to text_starts[i + 1] - 1.
 
-        The host waits for the GPU to compute them. They are needed only if the logits do not fit in one chunk.
+        Computing them synchronises with the GPU. They are needed only if the logits do not fit in one chunk.
         """
         images = torch.arange(self.images + 1, device=self.image_of_text.device)
         starts: list[int] = torch.searchsorted(self.image_of_text, images).tolist()
@@ -370,7 +368,7 @@ class _ImageTextLayout:
         return positions, self.by_group[group_position]
 
     def image_logits(self, image: Tensor, all_text: Tensor, scale: Tensor, rows: slice) -> Tensor:
-        """Return the logits of a slice of this rank's images and all texts. The logits of positive pairs are -inf."""
+        """Return the logits between a slice of this rank's images and all texts, with -inf for positive pairs."""
         logits = (image[rows] * scale) @ all_text.T  # (rows, texts of all ranks)
         texts = self.texts_of(rows)
         positions, equal = self.equal_texts(texts)
@@ -381,7 +379,7 @@ class _ImageTextLayout:
         return logits
 
     def text_logits(self, text: Tensor, all_image: Tensor, scale: Tensor, rows: slice) -> Tensor:
-        """Return the logits of a slice of this rank's texts and all images. The logits of positive pairs are -inf."""
+        """Return the logits between a slice of this rank's texts and all images, with -inf for positive pairs."""
         logits = (text[rows] * scale) @ all_image.T  # (rows, images of all ranks)
         positions, equal = self.equal_texts(rows)
         logits[positions, self.all_image_of_text[equal]] = -torch.inf
@@ -404,7 +402,7 @@ def _add_positive_grads(
     layout: _ImageTextLayout,
     rows: slice,
 ) -> None:
-    """For a slice of images, add the gradients of the positive pairs in place.
+    """Add the gradients of the positive pairs in place, for a slice of images.
 
     The derivative of the loss with respect to the logit of a positive pair is -coef.
     """
@@ -434,13 +432,13 @@ def _shifted_lse(lse: Tensor, coef: Tensor) -> Tensor:
 
 def _compute_text_weights(image_of_text: Tensor, images: int) -> Tensor:
     """Return the weight of each text: 1 / (number of images * number of texts of its image)."""
-    # Unlike bincount, index_add does not make the host wait for the GPU.
+    # Unlike bincount, index_add does not synchronise with the GPU.
     texts_per_image = image_of_text.new_zeros(images).index_add_(0, image_of_text, torch.ones_like(image_of_text))
     return 1 / (images * texts_per_image[image_of_text]).float()
 
 
 def _concatenate_ranges(starts: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Concatenate the ranges from starts[k] to starts[k] + counts[k] - 1. Return k and the value of each element."""
+    """Concatenate the ranges from starts[k] to starts[k] + counts[k] - 1. Return each element's k and value."""
     range_of_element = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
     first_element = counts.cumsum(0) - counts
     offset = torch.arange(len(range_of_element), device=counts.device) - first_element[range_of_element]
@@ -448,6 +446,6 @@ def _concatenate_ranges(starts: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _exclude(logits: Tensor, rows: Tensor, columns: Tensor) -> None:
-    """Set logits[rows[k], columns[k]] to -inf for every k. Rows that are out of range are ignored."""
+    """Set logits[rows[k], columns[k]] to -inf for every k. Out-of-range rows are ignored."""
     is_inside = (rows >= 0) & (rows < len(logits))
     logits[rows[is_inside], columns[is_inside]] = -torch.inf

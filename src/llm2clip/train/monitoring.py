@@ -25,14 +25,14 @@ from llm2clip.runs.checkpoint import Checkpoints, MetricsLog, check_training_val
 from llm2clip.runs.fsdp import fsdp_enabled, full_tensor
 from llm2clip.runs.ranks import wait_for_everyone
 
-# In fp16, the gradient scaler skips every step whose gradients are not finite, and then halves its scale factor. After
-# this many consecutive skipped steps, the scale factor cannot be the cause, so training stops with an error.
+# In fp16, the gradient scaler skips every step with non-finite gradients and then halves its scale factor. After this
+# many consecutive skipped steps, the scale factor cannot be the cause, so training stops with an error.
 MAX_SKIPPED_STEPS = 20
 
 
 @dataclass(frozen=True)
 class Step:
-    """Properties of a training step that are known without waiting for the device.
+    """Properties of a training step that are available without waiting for the device.
 
     Attributes:
         number: Step number, starting at 1.
@@ -51,8 +51,8 @@ class StepReport:
     """Logs the metrics of each training step, and stops training if a value is not finite.
 
     Reading a value from a GPU waits until the GPU has computed it. On a GPU, the values of a step are therefore read
-    when the next step is added, by which time they have usually been computed. `flush` must be called before weights
-    are evaluated or saved, to ensure that they have been checked.
+    when the next step is added, by which time they have usually been computed. Call `flush` before evaluating or saving
+    weights, to ensure that the weights have been checked.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class StepReport:
     ) -> None:
         """
         Args:
-            log: Log in which to record images that could not be decoded.
-            metrics: Log for the metrics. None on all ranks except the main process.
+            log: Log of images that could not be decoded.
+            metrics: Metrics log, or None on all ranks except the main process.
             checkpoints: Checkpoints of the run, for error messages.
             run_dir: Run directory. If a value is not finite, the step's images are listed in a file in this directory.
-            progress: Progress bar that shows the loss.
+            progress: Progress bar on which to show the loss.
         """
         self.accelerator, self.log, self.metrics = accelerator, log, metrics
         self.checkpoints, self.run_dir, self.progress = checkpoints, run_dir, progress
@@ -81,10 +81,10 @@ class StepReport:
         """Report a step. Must be called by all ranks.
 
         Args:
-            step: Step that has just been run.
-            loss: Mean loss of all ranks, a scalar.
-            grad_norm: Norm of the gradient, a scalar.
-            logit_scale: Factor of the cosine similarities, a scalar.
+            step: Step that has just run.
+            loss: Mean loss over all ranks, a scalar.
+            grad_norm: Gradient norm, a scalar.
+            logit_scale: Factor applied to the cosine similarities, a scalar.
 
         Raises:
             FloatingPointError: The loss or the gradient of this step or the previous step is not finite.
@@ -98,7 +98,7 @@ class StepReport:
         self._report(pending=1 if loss.device.type == "cuda" else 0)
 
     def flush(self) -> None:
-        """Report all steps that have been added. Must be called by all ranks. Can raise the same errors as `add`."""
+        """Report all steps added so far. Must be called by all ranks. Can raise the same errors as `add`."""
         self._report(pending=0)
 
     def _report(self, pending: int) -> None:
@@ -126,7 +126,7 @@ class StepReport:
         """Log images that could not be decoded.
 
         Each rank counts the failures of all ranks, so that all ranks stop at the same step if there are too many.
-        `failures_of_all_ranks` contains their number, or is empty in a single process.
+        `failures_of_all_ranks` contains the total number of failures, or is empty in a single process.
         """
         failures = list(step.failures.items())
         if any(failures_of_all_ranks):
@@ -160,7 +160,7 @@ class DeviceValues:
         self._copied.record(torch.cuda.current_stream(stacked.device))
 
     def read(self) -> list[float]:
-        """Wait until the device has computed the values; return them."""
+        """Wait until the device has computed the values, then return them."""
         if self._copied is not None:
             self._copied.synchronize()
         values: list[float] = self._values.tolist()
@@ -182,9 +182,9 @@ class BestCheckpoint:
     def __init__(self, run_dir: Path, resume_step: int, validate: Validate | None, accelerator: Accelerator) -> None:
         """
         Args:
-            run_dir: Run directory. Evaluations are appended to its file evaluations.jsonl.
-            resume_step: Step from which training resumes. Saved evaluations of later steps are dropped, because
-                training repeats these steps.
+            run_dir: Run directory. Evaluations are appended to evaluations.jsonl in this directory.
+            resume_step: Step from which training resumes. Saved evaluations of later steps are dropped, because these
+                steps will be repeated.
             validate: Function that evaluates a model. None disables evaluation.
         """
         self.folder, self.validate, self.accelerator = run_dir / "best", validate, accelerator
@@ -202,8 +202,8 @@ class BestCheckpoint:
     def evaluate(self, model: LLM2CLIP, step: int) -> dict[str, float]:
         """Evaluate the model and save its weights if they are the best so far. Must be called by all ranks.
 
-        Only the main process evaluates the model. If the model is sharded, all ranks evaluate it. On these ranks, the
-        model is left in eval mode.
+        The main process evaluates the model, or all ranks if it is sharded. The model is left in eval mode on ranks
+        that evaluate it.
 
         Returns:
             The metrics, or an empty dict on ranks that did not evaluate the model.
@@ -248,7 +248,7 @@ class BestCheckpoint:
 
 
 def tracker_options(names: list[str], run_dir: Path) -> dict[str, Any]:
-    """Return Accelerate's options for each tracker, keyed by tracker name. A resumed run continues its tracker run.
+    """Return Accelerate's options for each tracker, keyed by tracker name. A resumed run continues the same tracker run.
 
     Raises:
         ValueError: A tracker name is unknown.
@@ -264,7 +264,7 @@ def tracker_options(names: list[str], run_dir: Path) -> dict[str, Any]:
         if name not in options:
             raise ValueError(f"--align.report_to must be one of {', '.join(options)} (got {name!r})")
         if find_spec(name) is None:
-            raise ModuleNotFoundError(f"--align.report_to {name} needs the package {name}: pip install {name}")
+            raise ModuleNotFoundError(f"--align.report_to {name} requires the package {name}: pip install {name}")
     return {name: options[name] for name in names}
 
 
@@ -272,6 +272,6 @@ def start_trackers(accelerator: Accelerator, options: dict[str, Any], config: Al
     if not options:
         return
     if "tensorboard" in options and resume_step:
-        options["tensorboard"]["purge_step"] = resume_step + 1  # training will repeat all steps from this one onwards
+        options["tensorboard"]["purge_step"] = resume_step + 1  # all steps from this one onwards will be repeated
     settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(config).items()}
     accelerator.init_trackers("llm2clip", settings, options)

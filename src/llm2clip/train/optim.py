@@ -1,4 +1,4 @@
-"""Preparation of a model for the `align` stage: trainable parameters, optimizer, learning rates and compilation."""
+"""Model preparation for the `align` stage: trainable parameters, optimizer, learning rates and compilation."""
 
 import math
 import re
@@ -14,12 +14,12 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.vision.vision_tower import VisionTower, add_tower_lora
 from llm2clip.runs.ranks import print_once
 
-# Weight decay and gradient clipping, with the values from the LLM2CLIP authors' training script (arXiv 2411.04997).
+# Weight decay and gradient clipping values from the LLM2CLIP authors' training script (arXiv 2411.04997).
 WEIGHT_DECAY = 0.05
 MAX_GRAD_NORM = 5.0
 ADAM_BETAS = (0.9, 0.999)
-# Names of the tower's learned position embeddings and tokens in timm and transformers, which weight decay would pull
-# towards zero.
+# Names of the tower's learned position embeddings and tokens in timm and transformers. Weight decay would pull these
+# parameters towards zero.
 _EMBEDDING = re.compile(r"^tower\..*(pos_embed|position_embedding|cls_token|class_embedding|reg_token|register_token)")
 
 
@@ -41,7 +41,7 @@ def set_trainable(model: LLM2CLIP, config: AlignConfig) -> None:
 
 
 def make_optimizer(model: LLM2CLIP, config: AlignConfig, device: torch.device) -> torch.optim.AdamW:
-    """Return an AdamW optimizer for the trainable parameters. On a GPU, its steps use a single fused kernel."""
+    """Return an AdamW optimizer for the trainable parameters. On a GPU, each step is a single fused kernel."""
     fused = True if device.type == "cuda" else None
     return torch.optim.AdamW(parameter_groups(model, config), betas=ADAM_BETAS, fused=fused)
 
@@ -49,9 +49,9 @@ def make_optimizer(model: LLM2CLIP, config: AlignConfig, device: torch.device) -
 def parameter_groups(model: LLM2CLIP, config: AlignConfig) -> list[dict[str, Any]]:
     """Group the trainable parameters by learning rate and weight decay.
 
-    The tower has a separate learning rate, `tower_lr`, which is multiplied by `layer_decay` once for each layer below
-    the top layer. As in the authors' code, weight decay is not applied to vectors and scalars (such as biases, norms
-    and the logit scale) or to the tower's position embeddings and class tokens.
+    The tower has its own learning rate, `tower_lr`, which is multiplied by `layer_decay` once for each layer below the
+    top layer. As in the authors' code, weight decay is not applied to vectors and scalars (such as biases, norms and
+    the logit scale) or to the tower's position embeddings and class tokens.
 
     Raises:
         ValueError: `layer_decay` is less than 1, but the order of the tower's layers is unknown.
@@ -59,7 +59,7 @@ def parameter_groups(model: LLM2CLIP, config: AlignConfig) -> list[dict[str, Any
     layers = _index_tower_layers(model.tower)
     top = max(layers.values())
     if config.layer_decay < 1 and top == 0:
-        raise ValueError("--align.layer_decay is not possible: timm does not list this tower's layers in order")
+        raise ValueError("--align.layer_decay cannot be used: timm does not list this tower's layers in order")
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -81,8 +81,7 @@ def cosine_schedule(steps: int, warmup_ratio: float) -> Callable[[int], float]:
     """Return a function that maps a step to its learning rate factor: linear warm-up, followed by cosine decay to zero.
 
     The schedule is taken from the LLM2CLIP authors' code (training/scheduler.py), where steps count from 0. Unlike in
-    the cosine schedule of transformers, the learning rate of the first step is greater than 0, so that this step is not
-    wasted.
+    transformers' cosine schedule, the learning rate of the first step is not 0, so this step is not wasted.
     """
     warmup = round(steps * warmup_ratio)
 
@@ -98,9 +97,8 @@ def cosine_schedule(steps: int, warmup_ratio: float) -> Callable[[int], float]:
 def _index_tower_layers(tower: VisionTower) -> dict[str, int]:
     """Return the layer index of each tower parameter: 0 for the stem, then the blocks, then the final norm.
 
-    As in the paper, the final norm is a separate layer above the last block, so the norm has the full learning rate,
-    and the last block has `layer_decay` times this rate. In timm, by contrast, the final norm is in the same layer as
-    the last block.
+    As in the paper, the final norm is a separate layer above the last block. The norm therefore has the full learning
+    rate, and the last block has `layer_decay` times this rate. In timm, by contrast, both are in the same layer.
     """
     layers = tower.parameter_depths()
     block_layers = [layer for name, layer in layers.items() if tower.is_in_block(name)]
@@ -120,8 +118,8 @@ def _index_tower_layers(tower: VisionTower) -> dict[str, int]:
 # of the weights do not change.
 #
 # Compilation takes one to two minutes. The elementwise operations that it fuses are estimated to take about 0.1 s per
-# 64 images of ViT-L/14-336 on an H100, and much less for a small tower (see docs/results/speed.md). In shorter runs,
-# compilation may take more time than it saves.
+# 64 images for ViT-L/14-336 on an H100, and much less for a small tower (see docs/results/speed.md). In runs shorter
+# than MIN_COMPILED_STEPS, compilation may take more time than it saves.
 MIN_COMPILED_STEPS = 1000
 COMPILE_BACKEND = "inductor"
 
@@ -130,8 +128,8 @@ def should_compile(tower: VisionTower, device: torch.device, steps: int) -> bool
     """Return True if compilation is likely to save time over the remaining steps of a run.
 
     The tower must be trained on a GPU and consist of identical blocks. The blocks of a convolutional network have
-    different shapes, so all of them would have to be compiled. TORCH_COMPILE_DISABLE=1 disables all compilation in
-    PyTorch.
+    different shapes, so each of them would have to be compiled. TORCH_COMPILE_DISABLE=1 disables all PyTorch
+    compilation.
     """
     if device.type != "cuda" or steps < MIN_COMPILED_STEPS or torch._dynamo.config.disable:
         return False
@@ -152,11 +150,11 @@ def compile_blocks(tower: VisionTower) -> None:
     """
     print_once(
         "Compiling the vision tower: the first step takes about one to two minutes longer, and later steps are faster. "
-        "TORCH_COMPILE_DISABLE=1 turns this off."
+        "To disable compilation, set TORCH_COMPILE_DISABLE=1."
     )
     torch._dynamo.config.suppress_errors = True
     for block in tower.blocks():
-        # Replace `forward` instead of calling `block.compile()`, so that the hooks of FSDP are not compiled.
+        # Replace `forward` instead of calling `block.compile()`, so that FSDP hooks are not compiled.
         block.forward = _make_mode_dependent_forward(block, torch.compile(block.forward, backend=COMPILE_BACKEND))
 
 
@@ -169,7 +167,7 @@ def restore_blocks(tower: VisionTower) -> None:
 def _make_mode_dependent_forward(block: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
     """Return a `forward` that runs the compiled function in training mode and the uncompiled method in eval mode.
 
-    Evaluation uses other batch sizes and precisions, each of which would require another compilation.
+    Evaluation uses other batch sizes and precisions, each of which would require recompilation.
     """
     eager = block.forward
 
