@@ -248,7 +248,7 @@ class BestCheckpoint:
 
 
 def tracker_options(names: list[str], run_dir: Path) -> dict[str, Any]:
-    """Return Accelerate's options for each tracker, keyed by tracker name. A resumed run continues the same tracker run.
+    """Return Accelerate's options for each tracker, keyed by tracker name. Resumed runs continue the same tracker run.
 
     Raises:
         ValueError: A tracker name is unknown.

@@ -41,7 +41,7 @@ def set_trainable(model: LLM2CLIP, config: AlignConfig) -> None:
 
 
 def make_optimizer(model: LLM2CLIP, config: AlignConfig, device: torch.device) -> torch.optim.AdamW:
-    """Return an AdamW optimizer for the trainable parameters. On a GPU, each step is a single fused kernel."""
+    """Return an AdamW optimizer for the trainable parameters. On a GPU, the fused implementation is used."""
     fused = True if device.type == "cuda" else None
     return torch.optim.AdamW(parameter_groups(model, config), betas=ADAM_BETAS, fused=fused)
 

@@ -5,15 +5,15 @@ Both methods preserve the capabilities of a pretrained CLIP model.
 Self-distillation: in the `align` stage, `distillation_loss` keeps the vision tower's features close to those of the
 pretrained tower.
 
-Representation inheritance: before `align`, the adapter learns, on text alone, to map the LLM's embedding of a text to
-the text embedding of the CLIP model that the tower comes from. The image projection is CLIP's own. Without this step,
-the adapter is randomly initialised, and contrastive training against it degrades the features of the pretrained tower.
-In the paper, both methods together improve zero-shot accuracy by 6.8 to 13.5 points.
+Representation inheritance: before `align`, the adapter learns from text alone to map an LLM embedding to the embedding
+that the tower's CLIP model has for the same text. CLIP's own image projection is used. Without this step, the adapter
+is randomly initialised, and contrastive training against it degrades the features of the pretrained tower. In the
+paper, both methods together improve zero-shot accuracy by 6.8 to 13.5 points.
 
-The texts are the captions, short captions and phrases of the training data, or the long captions if there are no other
-texts. Records without an image are also used. Phrases such as "red hat" are repeated until they make up about half of
-the texts, so that the adapter learns short texts as well as complete captions. CLIP's embeddings of these texts are
-cached in a store, and the LLM's embeddings come from the caption store, so each training step only runs the adapter.
+The training texts are the captions, short captions and phrases of the training data, or the long captions if there are
+no other texts. Records without an image are also used. Phrases such as "red hat" are repeated until they make up about
+half of the texts, so that the adapter learns short texts as well as full captions. CLIP's embeddings of these texts are
+cached in a store, and the LLM's embeddings come from the caption store, so each training step runs only the adapter.
 """
 
 import json
@@ -42,12 +42,12 @@ from llm2clip.train.optim import ADAM_BETAS, MAX_GRAD_NORM, WEIGHT_DECAY, cosine
 
 WEIGHTS = "inherited_adapter.safetensors"
 EPOCHS = 4
-MIN_STEPS = 500  # more epochs are run if there are few texts
+MIN_STEPS = 500  # takes more epochs if there are few texts
 BATCH_SIZE = 1024
 LR = 1e-3
 WARMUP_RATIO = 0.05
-MAX_REPEATS = 16  # maximum number of times that a phrase is repeated per epoch
-MAX_TEST_TEXTS = 1000  # maximum number of held-out texts, on which the cosine similarity is measured
+MAX_REPEATS = 16  # maximum number of times that a phrase occurs per epoch
+MAX_TEST_TEXTS = 1000  # maximum number of held-out texts for measuring the cosine similarity
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, gather: bool = True) -> Tensor:
@@ -59,14 +59,14 @@ def distillation_loss(student: Tensor, teacher: Tensor, gather: bool = True) -> 
         structure loss:  mean over pairs i != j of smooth_l1(|s_i - s_j| - |t_i - t_j|)
 
     The formulas are taken from `train_one_epoch_stage1` and `train_one_epoch_stage2` in training/train.py of
-    https://github.com/VisionXLab/ProCLIP. ProCLIP's code sums over items and over the pairs of each rank, whereas this
-    function averages over items and over the pairs of all ranks, so that the loss does not scale with the batch size or
+    https://github.com/VisionXLab/ProCLIP. ProCLIP's code sums over items and over the pairs of each rank. This function
+    averages over items and over the pairs of all ranks instead, so that the loss does not scale with the batch size or
     the number of ranks. In its second stage, ProCLIP's code compares image embeddings, whereas `align` compares the
     tower's features before the projection, because a new projection has no teacher. Memory use is quadratic in N.
 
     Args:
-        student, teacher: Embeddings of the same N items, of shape (N, D), which are L2-normalised here. The teacher's
-            embeddings have no gradients.
+        student, teacher: Embeddings of the same N items, of shape (N, D). They are L2-normalised here. The teacher's
+            embeddings receive no gradients.
         gather: If True, use the pairs of all ranks; all ranks must then call this function. If all ranks have the same
             number of items, the loss and its gradients, averaged over ranks, equal those of a single process with all
             items.
@@ -91,7 +91,8 @@ def distillation_loss(student: Tensor, teacher: Tensor, gather: bool = True) -> 
 def _pairwise_distances(a: Tensor, b: Tensor) -> Tensor:
     """Return the Euclidean distances, of shape (N, M), between L2-normalised vectors of shapes (N, D) and (M, D).
 
-    Almost equal vectors have a distance of 0 and no gradient, because the gradient of the square root is infinite at 0.
+    The distance between nearly identical vectors is set to 0, without a gradient, because the square root has an
+    infinite gradient at 0.
     """
     squares = 2 - 2 * a @ b.T
     is_distinct = squares > 1e-6  # float32 has an absolute error of about 1e-7
@@ -113,16 +114,16 @@ def inherit_text_space(
 ) -> None:
     """Train the adapter of `model` to reproduce a CLIP model's text embeddings. Must be called by all ranks.
 
-    The adapter is trained on the main process. Its weights are saved in `folder` with a signature of everything that
-    they depend on. If the folder has weights with the same signature, they are loaded instead.
+    The main process trains the adapter. Its weights are saved in `folder` with a signature of everything that they
+    depend on. If the folder already has weights with the same signature, they are loaded instead.
 
     Args:
         model: Model with a new adapter and the same `embed_dim` as the CLIP model. It is modified in place.
         clip: Text tower of the CLIP model.
-        store: Store of the LLM's embeddings. It must contain the captions and phrases of `records`.
+        store: Store of LLM embeddings. It must contain the captions and phrases of `records`.
         seed: Seed for the order of the texts.
-        precision: "bf16" for autocast. With "fp32" and "fp16", the adapter is trained in float32.
-        folder: Folder for the weights and for the store of CLIP's text embeddings.
+        precision: "bf16" enables autocast. With "fp32" or "fp16", the adapter is trained in float32.
+        folder: Folder for the weights and the store of CLIP text embeddings.
     """
     captions, phrases = inherited_texts(records)
     texts = captions + phrases
@@ -141,7 +142,7 @@ def inherit_text_space(
         rows, clip_rows = store.find_rows(texts), clip_store.find_keys(caption_keys(texts))
 
         def load(items: np.ndarray) -> tuple[Tensor, Tensor]:
-            """Return the LLM's and CLIP's embeddings of the texts with the given indices, in float32 on the device."""
+            """Return the LLM and CLIP embeddings of the texts with the given indices, in float32 on the device."""
             embeddings = torch.from_numpy(store.take(rows[items])).to(model.device)
             return embeddings, torch.from_numpy(clip_store.take(clip_rows[items])).to(model.device)
 
@@ -156,7 +157,7 @@ def inherit_text_space(
 def inherited_texts(records: Sequence[Record]) -> tuple[list[str], list[str]]:
     """Return the distinct captions and phrases to train on. A phrase that is also a caption counts as a caption.
 
-    Long captions are only used if there are no other captions, because CLIP's text towers read at most 77 tokens.
+    Long captions are used only if there are no other captions, because CLIP's text towers read at most 77 tokens.
     """
     captions = dict.fromkeys(text for record in records for text in record.captions + record.short_captions)
     captions = captions or dict.fromkeys(text for record in records for text in record.long_captions)
@@ -184,8 +185,8 @@ def _train_adapter(
     The similarity is measured on held-out texts or, if there are fewer than 20 texts, on the training texts.
 
     Args:
-        load: Function that returns the LLM's and CLIP's embeddings of the texts with the given indices.
-        num_captions: Number of captions. They come before the phrases.
+        load: Function that returns the LLM and CLIP embeddings of the texts with the given indices.
+        num_captions: Number of captions, which come before the phrases.
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(num_texts)
@@ -225,10 +226,9 @@ def _train_adapter(
 
 
 def _repeat_phrases(texts: np.ndarray, num_captions: int) -> np.ndarray:
-    """Repeat the phrases until they are about half of the texts, but at most `MAX_REPEATS` times.
+    """Repeat the phrases until they make up about half of the texts, at most `MAX_REPEATS` times.
 
-    Args:
-        texts: Indices of the texts, int64. Indices below `num_captions` are captions, and the others are phrases.
+    `texts` contains int64 indices. Indices below `num_captions` are captions, and all others are phrases.
     """
     captions, phrases = texts[texts < num_captions], texts[texts >= num_captions]
     repeats = min(MAX_REPEATS, max(1, len(captions) // max(1, len(phrases))))

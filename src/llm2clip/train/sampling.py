@@ -1,8 +1,8 @@
 """Sampling of training batches for the `align` stage.
 
 The images, captions and crops of each step depend only on the seed and the step number. A resumed run therefore trains
-on the same data as an uninterrupted run, regardless of the number of workers. The captions sampled for an image depend
-only on the seed, the epoch and the image.
+on the same data as an uninterrupted run, regardless of the number of workers. An image's sampled captions depend only
+on the seed, the epoch and the image.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Batch:
     """One rank's share of the batch for a training step: N images and M of their captions."""
 
     images: Tensor
-    """Pixels of shape (N, 3, S, S), uint8. If the tower is frozen, its features of shape (N, feature_dim), float32."""
+    """Pixels of shape (N, 3, S, S), uint8, or, if the tower is frozen, features of shape (N, feature_dim), float32."""
     frozen_features: Tensor | None
     """Features of the pretrained tower for self-distillation, of shape (N, feature_dim), float32. None without
     self-distillation, or if they are not stored."""
@@ -48,18 +48,18 @@ class Batch:
     image_of_caption: Tensor
     """Index of each caption's image, of shape (M,), int64, ascending."""
     phrases: Tensor | None
-    """All phrases of the images, sampled or not, of shape (K, 2), int64. Each row consists of the index of the image
-    and the store row, sorted by image. None if captions are not mixed with phrases."""
+    """All phrases of the images, sampled or not, as (image index, store row) pairs of shape (K, 2), int64, sorted by
+    image. None if captions are not mixed with phrases."""
     first_caption: list[int]
     """N + 1 integers. `first_caption[n]` is the total number of captions of the images before image n."""
     all_distinct: bool
-    """True if all captions of the step are known to be distinct, and no phrases are used. In this case, the loss does
-    not compare the rows, which avoids a GPU synchronisation."""
+    """True if all captions of the step are known to be distinct and no phrases are used. The loss then does not compare
+    the rows, which avoids a GPU synchronisation."""
     image_names: list[str]
     """Name of each image, for log and error messages."""
     failures: dict[str, str]
-    """Error message for each image that could not be decoded, keyed by image name. Each of these images is replaced
-    with a duplicate of another image from the batch."""
+    """Error message for each image that could not be decoded, keyed by image name. These images are replaced with
+    duplicates of other images in the batch."""
 
     def to(self, device: torch.device) -> Batch:
         """Copy the tensors to a device. Copies from pinned memory to a GPU run in the background."""
@@ -71,7 +71,7 @@ class Batch:
         return self.map_tensors(Tensor.pin_memory)
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        """Return a batch in which each tensor is replaced by the result of a function."""
+        """Return a batch with a function applied to each tensor."""
         tensors: dict[str, Any] = {k: function(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **tensors)
 
@@ -81,8 +81,8 @@ class AlignBatches:
 
     Attributes:
         images_per_step: Total number of images per step, across all ranks.
-        steps_per_epoch: Number of steps per epoch. The images are shuffled in each epoch, and leftover images that do
-            not fill a step are dropped.
+        steps_per_epoch: Number of steps per epoch. Images are reshuffled every epoch, and leftover images that do not
+            fill a step are dropped.
         image_hash: Hash of the image names.
         caption_hash: Hash of the captions.
     """
@@ -101,12 +101,12 @@ class AlignBatches:
         """
         Args:
             records: Training data. Records without an image are ignored.
-            store: Store that contains the caption embeddings.
+            store: Source of the caption embeddings.
             model: Model to train. Its vision tower determines the image preprocessing.
             config: Settings for the `align` stage.
-            features: Store with the image features of the pretrained tower. Batches contain these features instead of
-                pixels if the tower is frozen (`tower_lr` is 0), and in addition to pixels otherwise. Images without
-                features are ignored.
+            features: Store of the pretrained tower's image features. Batches contain these features instead of pixels
+                if the tower is frozen (`tower_lr` is 0), and in addition to pixels otherwise. Images without features
+                are ignored.
             images_per_step: Total number of images per step, across all ranks. Must be divisible by `world_size`.
                 Default: see `resolve_images_per_step`.
 
@@ -167,12 +167,12 @@ class AlignBatches:
         for pixels, samples, failures in loader:
             if pixels is None:
                 name, reason = next(iter(failures.items()))
-                raise ValueError(f"none of the images in a batch can be decoded; the first is {name}: {reason}")
+                raise ValueError(f"none of the images in a batch can be decoded; first failure: {name}: {reason}")
             frozen_features = None if self.features is None else self._take_features(samples)
             yield self._make_batch(pixels, frozen_features, samples, failures)
 
     def samples(self, first_step: int) -> Iterator[list[Sample]]:
-        """Yield this rank's list of samples for each step, starting at `first_step`."""
+        """Yield this rank's samples for each step, starting at `first_step`."""
         order, order_epoch = np.empty(0, np.int64), -1
         for step in range(first_step, len(self)):
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
@@ -216,15 +216,15 @@ def _list_rows(captions: CaptionRows, images: np.ndarray) -> np.ndarray:
 
 
 def training_texts(record: Record, with_phrases: bool) -> tuple[str, ...]:
-    """Return all texts of a record on which `align` may train: its captions and, if they are used, its phrases."""
+    """Return all texts of a record on which `align` may train: captions and, if `with_phrases` is True, phrases."""
     return record.texts + record.phrases if with_phrases else record.texts
 
 
 def resolve_images_per_step(images: int, config: AlignConfig, world_size: int) -> int:
-    """Check the caption mix and the number of images; return the number of images per step across all ranks.
+    """Check the caption mix and the number of images, and return the number of images per step across all ranks.
 
-    A step has `config.batch_size` images on each rank or, if there are fewer images, all of them, rounded down to a
-    multiple of the number of ranks.
+    Each step uses `config.batch_size` images per rank. If there are fewer images, each step uses all of them, rounded
+    down to a multiple of the number of ranks.
 
     Raises:
         ValueError: There are too few images, or the caption mix is invalid.
@@ -285,17 +285,17 @@ class _ImageDataset(Dataset):
 
 
 def _collate(items: list[tuple[str, Tensor | str, Sample]]) -> tuple[Tensor | None, list[Sample], dict[str, str]]:
-    """Collate decoded images in the worker process; return their pixels, their samples, and a dict of error messages.
+    """Collate decoded images in the worker process. Return the pixels, the samples and a dict of error messages.
 
-    The pixels are a single tensor, because the main process keeps one open file for each tensor that it receives. The
-    pixels are None if none of the images can be decoded.
+    Pixels are stacked into a single tensor, because the main process needs one file descriptor for each tensor that it
+    receives. They are None if none of the images can be decoded.
     """
     failures = {name: result for name, result, _ in items if isinstance(result, str)}
     decoded = [(result, sample) for _, result, sample in items if not isinstance(result, str)]
     if not decoded:
         return None, [], failures
-    # Replace images that cannot be decoded with duplicates of others in the batch. Duplicates are harmless, because the
-    # loss does not use identical captions as negatives.
+    # Replace images that cannot be decoded with duplicates of others in the batch. This is harmless because the loss
+    # does not use identical captions as negatives.
     decoded += [decoded[n % len(decoded)] for n in range(len(items) - len(decoded))]
     return torch.stack([pixels for pixels, _ in decoded]), [sample for _, sample in decoded], failures
 
@@ -304,7 +304,7 @@ def _collate(items: list[tuple[str, Tensor | str, Sample]]) -> tuple[Tensor | No
 
 
 class CaptionSource(Protocol):
-    """Source of the text inputs for training: an embedding store, or tokenized captions in `clip_finetuning`."""
+    """Source of text inputs for training: an embedding store or, in `clip_finetuning`, tokenized captions."""
 
     manifest: dict[str, Any]
 
@@ -313,7 +313,7 @@ class CaptionSource(Protocol):
         ...
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """Return the text inputs in N rows, of shape (N, ...)."""
+        """Return the text inputs of N rows, of shape (N, ...)."""
         ...
 
 
@@ -321,7 +321,7 @@ class CaptionRows:
     """Store rows of each image's captions, in two flat arrays to save memory.
 
     Attributes:
-        rows: Store rows of all captions, int64. The rows of each image are sorted and distinct.
+        rows: Store rows of all captions, int64. Each image's rows are sorted and distinct.
         starts: Position of each image's first row in `rows`, of shape (images + 1,), int64.
     """
 
@@ -336,7 +336,7 @@ class CaptionRows:
 
         rows = store.find_rows(all_captions())
         image_of_row = np.repeat(np.arange(len(counts)), counts)
-        # Combine images and rows into single integers, which NumPy sorts faster than pairs.
+        # Combine each image and row into a single integer, because NumPy sorts integers faster than pairs.
         base = int(rows.max(initial=0)) + 1
         pairs = np.unique(image_of_row * base + rows)
         self.rows = pairs % base
@@ -351,8 +351,8 @@ class CaptionSampler:
     """Samples captions for all images of a batch at once.
 
     The kind of each caption (such as short or long) is sampled according to the caption mix. Within a kind, captions
-    are sampled without replacement, so an image with few captions of a kind may receive fewer captions than requested.
-    If all of an image's kinds have weight 0, they are sampled with equal weights.
+    are sampled without replacement, so an image with few captions may receive fewer than requested. If all of an
+    image's kinds have weight 0, they are sampled with equal weights.
 
     For image i, random numbers are taken from `np.random.default_rng([seed, epoch, i])`: first a permutation of each
     kind's captions, then the kind of each caption.
@@ -369,14 +369,14 @@ class CaptionSampler:
         self.seed, self.captions_per_image = config.seed, config.captions_per_image
 
     def sample(self, epochs: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Sample captions of N images.
+        """Sample captions for N images.
 
         Args:
             epochs: Epoch of each sample, of shape (N,), int64.
             images: Index of each sample's image, of shape (N,), int64.
 
         Returns:
-            The store rows of the captions, and the position of each caption's image in `images`, which is ascending.
+            The store rows of the captions, and the position of each caption's image in `images`, in ascending order.
             Both are of shape (M,), int64.
         """
         starts = np.stack([captions.starts[images] for captions in self.captions_by_kind])
@@ -420,11 +420,11 @@ class CaptionSampler:
 
 
 def _take_in_order(shuffled: list[np.ndarray], counts: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Take the next row of the sampled kind for each caption; skip the caption if no rows of that kind are left.
+    """Take the next row of the sampled kind for each caption. Skip the caption if no rows of that kind are left.
 
-    `shuffled` contains the permuted rows of each kind, of shape (N, captions), of which the first `counts`, of shape
-    (kinds, N), are valid. `kinds` is of shape (captions per image, N). Return the rows, and the position of each row's
-    image, which is ascending, both of shape (M,). All arrays are int64.
+    `shuffled` contains the permuted rows of each kind, of shape (N, captions). The number of valid rows per kind and
+    image is in `counts`, of shape (kinds, N). `kinds` has shape (captions per image, N). Return the rows and the
+    position of each row's image (ascending), both of shape (M,). All arrays are int64.
     """
     images = np.arange(kinds.shape[1])
     taken = np.zeros_like(counts)

@@ -5,10 +5,10 @@ negatives. General text pairs ("TC") can be added or used instead. LoRA is merge
 result is an ordinary sentence-transformers model.
 
 Training uses the sentence-transformers trainer, with a metrics log, a progress bar and checkpoints that contain only
-the trained weights. The loss is InfoNCE over pairs of texts. Captions have 10 to 200 tokens, so padding a complete
-batch to its longest text would waste half the compute. The texts are therefore sorted by length and encoded in forward
-passes with a limited number of tokens each. If there are several passes, gradient caching keeps the activations of only
-one pass in memory at a time.
+the trained weights. The loss is InfoNCE over text pairs. Captions have 10 to 200 tokens, so padding a complete batch to
+its longest text would waste half the compute. Texts are therefore sorted by length and encoded in several forward
+passes, each with a limited number of tokens. Gradient caching can then keep the activations of only one pass in memory
+at a time.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -97,10 +97,10 @@ def _sample_rows(
     if config.qlora:
         check_qlora_available()
         if fsdp_enabled():
-            raise ValueError("--tune.qlora does not work with FSDP: remove --use_fsdp")
+            raise ValueError("--tune.qlora does not support FSDP: remove --use_fsdp")
     if any(not 0 < dim < encoder.embed_dim for dim in config.matryoshka_dims):
         raise ValueError(
-            f"--tune.matryoshka_dims must be between 1 and {encoder.embed_dim - 1}, less than the encoder's embedding "
+            f"--tune.matryoshka_dims must be at least 1 and less than {encoder.embed_dim}, the encoder's embedding "
             f"dimension (got {config.matryoshka_dims})"
         )
     if config.steps == 0:
@@ -130,11 +130,11 @@ def _sample_rows(
 def _set_trainable(encoder: CaptionEncoder, config: TuneConfig) -> tuple[str, LoraSession | None]:
     """Select the trainable weights: either newly added LoRA layers or all LLM weights except the token embeddings.
 
-    With LoRA, the frozen matrices take nearly all of the memory. To save memory, they are stored in the training
-    precision or, with QLoRA, in 4 bits.
+    With LoRA, the frozen matrices take up nearly all of the memory. They are therefore stored in the training precision
+    or, with QLoRA, in 4 bits.
 
     Returns:
-        The training precision (fp32, bf16 or fp16), and the LoRA session, which is None without LoRA.
+        The training precision (fp32, bf16 or fp16), and the LoRA session, or None without LoRA.
     """
     torch.manual_seed(config.seed)
     device = process_state().device
@@ -173,7 +173,7 @@ def _train(
     precision: str,
     checkpoints: Checkpoints,
 ) -> None:
-    """Train the weights that require gradients on the rows, in order. Resume from the latest checkpoint, if any."""
+    """Train the encoder's trainable weights on the rows, in order. Resume from the latest checkpoint, if any."""
     pairs_per_step = len(rows) // config.steps  # on all ranks
     batch_size = pairs_per_step // process_state().num_processes
     set_mixed_precision(precision)
@@ -194,7 +194,7 @@ def _train(
         config.batch_tokens or default_batch_tokens(encoder.device),
         symmetric=config.symmetric,
         matryoshka_dims=config.matryoshka_dims,
-        # The memory per rank must not grow if the run has been resumed on fewer ranks.
+        # If the run is resumed on fewer ranks, the memory per rank must not grow.
         grad_cache=config.grad_cache or batch_size > config.batch_size,
     )
     trainer = _TuneTrainer(
@@ -208,8 +208,8 @@ def _train(
     TrainingLog(run_dir / "metrics.jsonl", checkpoints, "tune", advice).add_to(trainer)
     reduce_gradients_in_fp32(trainer.accelerator)
     unsharded = empty_copy(encoder.st) if trainer.is_fsdp_enabled else None
-    # On CPUs, use plain matmuls: in bf16, the backward pass of PyTorch's fused attention is slow there for short
-    # captions (see `benchmarks/tune.py`).
+    # On CPUs, compute attention with plain matmuls: in bf16, the backward pass of PyTorch's fused attention is slow for
+    # short captions (see `benchmarks/tune.py`).
     with sdpa_kernel(SDPBackend.MATH) if args.device.type == "cpu" else nullcontext():
         trainer.train(resume_from_checkpoint=str(checkpoints.latest) if checkpoints.latest else None)
     if unsharded is not None:
@@ -249,8 +249,8 @@ def _make_training_arguments(
         report_to="none",
         dataloader_drop_last=True,
         logging_nan_inf_filter=False,
-        # The number of forward passes depends on the text lengths and may differ between ranks, so forward passes must
-        # not run collective operations.
+        # The number of forward passes depends on text lengths and may differ between ranks, so forward passes must not
+        # run collective operations.
         ddp_broadcast_buffers=False,
         ddp_find_unused_parameters=False,
         disable_tqdm=False,
@@ -267,7 +267,7 @@ class _TuneTrainer(TrainingStateMixin, SentenceTransformerTrainer):
         return [inputs], None
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-        """Do nothing, because the callback would encode examples for a model card that is never saved."""
+        """Do nothing. The callback would encode examples for a model card that is never saved."""
 
 
 def _make_sequential_sampler(dataset: Dataset, batch_size: int, drop_last: bool, **_: Any) -> BatchSampler:
@@ -287,7 +287,7 @@ def pair_loss(
     symmetric: bool = True,
     gather: bool = True,
 ) -> Tensor:
-    """Compute InfoNCE over pairs of texts. Each anchor retrieves its positive from all positives and hard negatives.
+    """Compute InfoNCE over text pairs. Each anchor must retrieve its positive from all positives and hard negatives.
 
     Candidates that are identical to the anchor or its positive are not used as negatives. In a distributed run, the
     candidates of all ranks are gathered with gradients. Averaged over ranks, as in DDP, the gradients equal those of a
@@ -297,7 +297,7 @@ def pair_loss(
         anchor, positive: Embeddings of this rank's pairs, of shape (N, D), L2-normalised. Row i of `anchor` and row i
             of `positive` form a pair. N must be the same on all ranks.
         scale: Factor applied to the cosine similarities (1 / temperature).
-        text_ids: Ids of the anchors, positives and negatives, in this order, of shape (2 N + M,), int64. Identical
+        text_ids: Text ids of the anchors, positives and negatives, in this order, of shape (2 N + M,), int64. Identical
             texts must have the same id.
         negatives: Embeddings of the hard negatives, of shape (M, D), L2-normalised. They are negatives for all anchors.
             M may differ between ranks.
@@ -305,7 +305,7 @@ def pair_loss(
         gather: If True, use the candidates of all ranks; all ranks must then call this function.
 
     Returns:
-        The loss as a float32 scalar, averaged over this rank's pairs. If symmetric, it is the mean of both directions.
+        The loss as a float32 scalar, averaged over this rank's pairs and, if symmetric, over both directions.
     """
     n = len(anchor)
     if negatives is None:
@@ -341,8 +341,8 @@ def pair_loss(
 class PairCollator(SentenceTransformerDataCollator):
     """Data collator that tokenizes a batch of pairs without padding.
 
-    The output lists the anchors first, then the positives, then the hard negatives. `preprocess_fn` must be the
-    encoder's `tokenize` method.
+    The output contains the anchors, then the positives, then the hard negatives. `preprocess_fn` must be the encoder's
+    `tokenize` method.
     """
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -360,7 +360,7 @@ class PairCollator(SentenceTransformerDataCollator):
 
 
 class PairLoss(nn.Module):
-    """Loss module for the sentence-transformers trainer, which computes `pair_loss` on batches from `PairCollator`."""
+    """Loss module for the sentence-transformers trainer. Computes `pair_loss` on batches from `PairCollator`."""
 
     def __init__(
         self,
@@ -378,8 +378,8 @@ class PairLoss(nn.Module):
             batch_tokens: Maximum number of tokens per forward pass, including padding.
             matryoshka_dims: Truncated embedding sizes to train in addition to the full size (Matryoshka, arXiv
                 2205.13147). The loss is the mean over all sizes.
-            grad_cache: If True, use gradient caching for batches that take several forward passes, so that the
-                activations of only one pass are in memory at a time.
+            grad_cache: If True, use gradient caching for batches that take several forward passes, so that only one
+                pass's activations are in memory at a time.
         """
         super().__init__()
         self.model = encoder.st  # the trainer replaces this with its distributed wrapper
@@ -410,7 +410,7 @@ class PairLoss(nn.Module):
         def loss_function(embeddings: Tensor) -> Tensor:
             return self._loss(embeddings[order], batch["pairs"], batch["text_ids"].to(embeddings.device))
 
-        # Gradient caching would run a single pass twice for no benefit. It changes the order of collective operations,
+        # With a single pass, gradient caching would only repeat it. Caching changes the order of collective operations,
         # so all ranks must make the same choice.
         if self.grad_cache and most_passes > 1 and torch.is_grad_enabled():
             return cached_backward([partial(_as_tuple, run) for run in runs], loss_function, self.model, device)
