@@ -38,7 +38,7 @@ TEXTS_PER_BATCH = 32
 class FixedBatchLoss(PairLoss):
     """Loss that encodes a fixed number of texts per forward pass, in batch order, padded to the longest text."""
 
-    def _passes(
+    def _iterate_passes(
         self, tokens: list[list[int]], prompt_lengths: list[int]
     ) -> Iterator[tuple[list[int], Callable[[], Tensor]]]:
         for start in range(0, len(tokens), TEXTS_PER_BATCH):

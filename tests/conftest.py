@@ -30,7 +30,7 @@ from llm2clip.data.pairs import ImageCaptions
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.hub.pretrained import AssetUnavailableError
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.runs.ranks import process_state, shutdown
+from llm2clip.runs.ranks import process_state, shut_down_process_group
 
 # setuptools must be imported before the standard library's distutils, or compiling flex attention fails.
 with suppress(ImportError):
@@ -312,7 +312,7 @@ def _rank(
     assert process_state().num_processes == count
     torch.set_num_threads(1)
     function(*args)
-    shutdown()
+    shut_down_process_group()
     sys.stderr.flush()
     os._exit(0)  # threads of gloo may still hold tensors, which can crash the process while Python shuts down
 

@@ -33,7 +33,7 @@ from llm2clip.store.store import EmbeddingStore
 from llm2clip.train import align as align_module
 from llm2clip.train import optim
 from llm2clip.train.align import align
-from llm2clip.train.initial_model import new_model
+from llm2clip.train.initial_model import create_initial_model
 from llm2clip.train.tune import tune
 from pretended_gpu import Counts
 from search_fixtures import create_patient_app, make_index
@@ -70,7 +70,7 @@ def align_step(image_folder: Path, store: EmbeddingStore, vit: Path, tmp_path: P
         def run(steps: int) -> None:
             shutil.rmtree(tmp_path / "align", ignore_errors=True)
             run_config = dataclasses.replace(config, epochs=steps / (len(records) // config.batch_size))
-            align(records, store, new_model(run_config, store), run_config, tmp_path / "align", SkipLog())
+            align(records, store, create_initial_model(run_config, store), run_config, tmp_path / "align", SkipLog())
 
         return third_step(run)
 

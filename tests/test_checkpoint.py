@@ -55,11 +55,11 @@ def test_resumed_run_keeps_its_items_per_step(
 ) -> None:
     make_checkpoints(tmp_path, complete=(5,))
     set_ranks(monkeypatch, ranks)
-    assert Checkpoints(tmp_path, batch_size=6).resumed_total("images per step") == 6
+    assert Checkpoints(tmp_path, batch_size=6).get_saved_items_per_step("images per step") == 6
     line = f"Number of processes: {ranks} (was 1). Resuming from step 5 with 6 images per step, as before"
     assert (line in capsys.readouterr().out) == (ranks > 1)
-    assert Checkpoints(tmp_path, batch_size=3).resumed_total("images per step") is None
-    assert Checkpoints(tmp_path / "new run", batch_size=6).resumed_total("images per step") is None
+    assert Checkpoints(tmp_path, batch_size=3).get_saved_items_per_step("images per step") is None
+    assert Checkpoints(tmp_path / "new run", batch_size=6).get_saved_items_per_step("images per step") is None
 
 
 def test_items_per_step_must_be_divisible_by_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +67,7 @@ def test_items_per_step_must_be_divisible_by_the_ranks(tmp_path: Path, monkeypat
     set_ranks(monkeypatch, 4)
     message = r"checkpoint-5 with 4 processes: .* 6 images per step, .* not divisible by 4\. Use .* 6: 1, 2, 3, 6$"
     with pytest.raises(ValueError, match=message):
-        Checkpoints(tmp_path, batch_size=6).resumed_total("images per step")
+        Checkpoints(tmp_path, batch_size=6).get_saved_items_per_step("images per step")
 
 
 def set_ranks(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:

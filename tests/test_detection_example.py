@@ -131,7 +131,7 @@ def test_frozen_tower_has_no_gradients_and_layer_decay_scales_the_learning_rate(
     config = make_config(finetune, tower, coco, tmp_path, layer_decay=0.5)
     model = finetune.build_detector(config, 2)
     scales = {}
-    for group in finetune.parameter_groups(model, config):
+    for group in finetune.make_parameter_groups(model, config):
         scales |= {id(parameter): group["scale"] for parameter in group["params"]}
     vision = model.backbone.tower
     depths = vision.parameter_depths()

@@ -28,7 +28,7 @@ def _work_on_one_rank(folder: Path) -> None:
     world = torch.distributed.group.WORLD
     backend = world._get_backend(torch.device("cpu"))  # type: ignore[union-attr]
     assert backend.options._timeout == COLLECTIVE_TIMEOUT < timedelta(hours=1)
-    waits = distributed._group_for_long_waits(world)
+    waits = distributed._get_gloo_group(world)
     assert waits._get_backend(torch.device("cpu")).options._timeout == WAIT_TIMEOUT >= timedelta(hours=12)
 
     _set_pg_timeout(SHORT, world)
@@ -65,4 +65,4 @@ def _kill_one_rank(folder: Path) -> None:
             patch.setattr(cli, "build_parser", lambda replaced=replaced: (parser, replaced))
             cli.main(["benchmarks"])
         (folder / name).write_text("".join(traceback.format_exception(raised.value)))
-    os._exit(0)  # without `shutdown`, which would wait for the killed process
+    os._exit(0)  # without `shut_down_process_group`, which would wait for the killed process

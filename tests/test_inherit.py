@@ -25,8 +25,8 @@ from llm2clip.models.pretrained_clip import read_pretrained_logits, visual_proje
 from llm2clip.store.layout import caption_keys
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train import proclip
-from llm2clip.train.initial_model import new_model
-from llm2clip.train.proclip import _repeat_phrases, inherited_texts
+from llm2clip.train.initial_model import create_initial_model
+from llm2clip.train.proclip import _repeat_phrases, collect_training_texts
 from test_baselines import CLIP_STATS, make_model
 
 
@@ -86,7 +86,7 @@ def test_inherited_model_has_the_image_embeddings_of_clip_and_learns_its_text_em
 ) -> None:
     monkeypatch.setattr(proclip, "MIN_STEPS", 300)
     tower, name = make_clip(tmp_path / "clip", kind)
-    model = new_model(config_for(tower), store, records, tmp_path)
+    model = create_initial_model(config_for(tower), store, records, tmp_path)
     clip = open_dual_encoder(name, "cpu")
     assert model.config.embed_dim == clip.embed_dim
     assert model.config.projection == (kind in ("clip", "eva"))
@@ -95,7 +95,7 @@ def test_inherited_model_has_the_image_embeddings_of_clip_and_learns_its_text_em
     expected = clip.encode_images([clip.transform(load_image(image)) for image in images])
     torch.testing.assert_close(model.encode_image(images), expected, atol=1e-5, rtol=0)
 
-    texts, _ = inherited_texts(records)
+    texts, _ = collect_training_texts(records)
     with torch.no_grad():
         student = F.normalize(model.adapter(torch.from_numpy(store.take(store.find_rows(texts)))), dim=-1)
     teacher = clip.encode_texts(texts)
@@ -123,16 +123,16 @@ def test_adapter_is_saved_and_trained_again_only_if_something_changes(
     records: list[Record], store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tower, _ = make_clip(tmp_path / "clip", "clip")
-    first = new_model(config_for(tower), store, records, tmp_path).adapter.state_dict()
+    first = create_initial_model(config_for(tower), store, records, tmp_path).adapter.state_dict()
     runs: list[int] = []
     train = proclip._train_adapter
     monkeypatch.setattr(proclip, "_train_adapter", lambda *args: runs.append(1) or train(*args))
-    second = new_model(config_for(tower, epochs=9), store, records, tmp_path).adapter.state_dict()
+    second = create_initial_model(config_for(tower, epochs=9), store, records, tmp_path).adapter.state_dict()
     assert not runs
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name])
-    new_model(config_for(tower), store, records[1:], tmp_path)
-    new_model(config_for(tower, seed=1), store, records[1:], tmp_path)
+    create_initial_model(config_for(tower), store, records[1:], tmp_path)
+    create_initial_model(config_for(tower, seed=1), store, records[1:], tmp_path)
     assert len(runs) == 2
 
 
@@ -142,16 +142,16 @@ def test_similarity_is_measured_on_held_out_texts_if_there_are_20_texts(
 ) -> None:
     tower, _ = make_clip(tmp_path / "clip", "clip")
     for count, expected in ((19, "of the training texts"), (20, "of the held-out texts")):
-        captions = tuple(inherited_texts(records)[0][:count])
-        new_model(config_for(tower), store, [dataclasses.replace(records[0], captions=captions)], tmp_path)
+        captions = tuple(collect_training_texts(records)[0][:count])
+        create_initial_model(config_for(tower), store, [dataclasses.replace(records[0], captions=captions)], tmp_path)
         assert expected in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("few_steps")
 def test_clip_of_a_tower_may_be_named(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
     tower, name = make_clip(tmp_path / "clip", "eva")
-    from_tower = new_model(config_for(tower), store, records, tmp_path)
-    named = new_model(config_for(tower, inherit=name), store, records, tmp_path)
+    from_tower = create_initial_model(config_for(tower), store, records, tmp_path)
+    named = create_initial_model(config_for(tower, inherit=name), store, records, tmp_path)
     assert hash_weights(from_tower) == hash_weights(named)
 
 
@@ -165,12 +165,12 @@ def test_clip_model_that_does_not_fit_the_tower_is_an_error(
     make_model(tmp_path / "other", "clip")
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"is not the image tower of this CLIP model: the cosine similarity"):
-        new_model(config_for(tower, inherit=str(tmp_path / "other")), store, records, tmp_path)
+        create_initial_model(config_for(tower, inherit=str(tmp_path / "other")), store, records, tmp_path)
     vit = make_tower(tmp_path / "vit", "test_vit")
     with pytest.raises(ValueError, match=r"have 16 dimensions, but the features of the vision tower have 64"):
-        new_model(config_for(str(vit), inherit=tower), store, records, tmp_path)
+        create_initial_model(config_for(str(vit), inherit=tower), store, records, tmp_path)
     with pytest.raises(ValueError, match=r"--align.inherit true: the checkpoint of .* has no text tower"):
-        new_model(config_for(str(vit)), store, records, tmp_path)
+        create_initial_model(config_for(str(vit)), store, records, tmp_path)
 
 
 def test_texts_are_the_short_ones_and_each_is_used_once() -> None:
@@ -178,8 +178,8 @@ def test_texts_are_the_short_ones_and_each_is_used_once() -> None:
         Record("a", None, ("dog", "cat"), long_captions=("a long text",), phrases=("tail", "cat")),
         Record("b", None, ("cat",), ("bird",), phrases=("tail",)),
     ]
-    assert inherited_texts(records) == (["dog", "cat", "bird"], ["tail"])
-    assert inherited_texts([Record("c", None, (), (), ("a long text",))]) == (["a long text"], [])
+    assert collect_training_texts(records) == (["dog", "cat", "bird"], ["tail"])
+    assert collect_training_texts([Record("c", None, (), (), ("a long text",))]) == (["a long text"], [])
 
 
 def test_phrases_are_repeated_until_they_are_half_of_the_texts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +202,7 @@ def test_all_ranks_have_the_adapter_of_the_main_process(
 
 def _inherit_on_rank(records: list[Record], store: str, folder: str) -> None:
     proclip.MIN_STEPS = 2
-    model = new_model(config_for(f"{folder}/clip"), EmbeddingStore(store), records, Path(folder))
+    model = create_initial_model(config_for(f"{folder}/clip"), EmbeddingStore(store), records, Path(folder))
     (Path(folder) / str(torch.distributed.get_rank())).write_text(hash_weights(model))
 
 
@@ -251,7 +251,7 @@ def save_clip(folder: Path, kind: str, scale: float) -> str:
 def test_logit_scale_of_a_clip_checkpoint_is_inherited(store: EmbeddingStore, tmp_path: Path) -> None:
     clip = save_clip(tmp_path / "clip", "clip", 80)
     assert read_pretrained_logits(clip) == (pytest.approx(80, rel=1e-6), None)
-    *_, scale, bias = new_model(config_for(clip, inherit=False, logit_scale="inherit"), store)()
+    *_, scale, bias = create_initial_model(config_for(clip, inherit=False, logit_scale="inherit"), store)()
     assert scale.item() == pytest.approx(80, rel=1e-5) and bias.item() == 0
     AutoModel.from_pretrained(clip).save_pretrained(tmp_path / "shards", max_shard_size="10KB")
     assert (tmp_path / "shards/model.safetensors.index.json").is_file()
@@ -262,9 +262,9 @@ def test_siglip_scale_is_clamped_and_its_bias_is_inherited_with_the_sigmoid_loss
     store: EmbeddingStore, tmp_path: Path
 ) -> None:
     config = config_for(save_clip(tmp_path, "siglip", 112.7), inherit=False, logit_scale="inherit")
-    *_, scale, bias = new_model(dataclasses.replace(config, loss="sigmoid"), store)()
+    *_, scale, bias = create_initial_model(dataclasses.replace(config, loss="sigmoid"), store)()
     assert (scale.item(), bias.item()) == (pytest.approx(100, rel=1e-5), -16.5)
-    assert new_model(config, store).logit_bias is None
+    assert create_initial_model(config, store).logit_bias is None
 
 
 def test_logit_scale_of_a_timm_tower_is_read_from_the_open_clip_file(tmp_path: Path) -> None:
@@ -288,7 +288,9 @@ def test_tower_without_logit_scale_is_an_error_that_suggests_a_number(name: str,
 def test_logit_scale_setting(
     loss: str, setting: float | None, expected: float, tower: Path, store: EmbeddingStore
 ) -> None:
-    *_, scale, bias = new_model(config_for(str(tower), inherit=False, loss=loss, logit_scale=setting), store)()
+    *_, scale, bias = create_initial_model(
+        config_for(str(tower), inherit=False, loss=loss, logit_scale=setting), store
+    )()
     assert scale.item() == pytest.approx(expected, rel=1e-5)
     assert bias.item() == (-10 if loss == "sigmoid" else 0)
 

@@ -17,7 +17,7 @@ from llm2clip.models.model_folder import LLM2CLIPConfig, is_model_folder
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.runs.output_folder import FormatVersionError
-from llm2clip.train.initial_model import new_model_config
+from llm2clip.train.initial_model import make_model_config
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_new_projection_starts_as_in_the_authors_code(architecture: str, std: fl
     tower_config = {"library": "timm", "architecture": architecture, "args": sizes, "preprocess": preprocess}
     tower = VisionTower.from_config(tower_config)
     settings = AlignConfig(embed_dim=1280)
-    projection = LLM2CLIP(new_model_config(settings, tower, text_dim=8), tower).projection
+    projection = LLM2CLIP(make_model_config(settings, tower, text_dim=8), tower).projection
     assert projection.weight.std().item() == pytest.approx(std, rel=0.02)
     assert projection.weight.mean().item() == pytest.approx(0, abs=0.02 * std)
     assert (projection.bias is not None) == has_bias

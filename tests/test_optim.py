@@ -19,7 +19,13 @@ from align_fixtures import ALIGN, fresh_model
 from llm2clip.config import AlignConfig
 from llm2clip.models.precision import tf32_matmul
 from llm2clip.models.vision.vision_tower import VisionTower
-from llm2clip.train.optim import WEIGHT_DECAY, cosine_schedule, make_optimizer, parameter_groups, set_trainable
+from llm2clip.train.optim import (
+    WEIGHT_DECAY,
+    make_cosine_schedule,
+    make_optimizer,
+    make_parameter_groups,
+    set_trainable,
+)
 
 CONFIG = AlignConfig(lr=1e-2, tower_lr=1e-3, layer_decay=0.5, loss="sigmoid")
 
@@ -27,7 +33,7 @@ CONFIG = AlignConfig(lr=1e-2, tower_lr=1e-3, layer_decay=0.5, loss="sigmoid")
 def test_parameter_groups_set_rate_and_weight_decay_of_each_part() -> None:
     model = fresh_model(CONFIG, tower="test_efficientnet")
     set_trainable(model, CONFIG)
-    group_of = {id(p): group for group in parameter_groups(model, CONFIG) for p in group["params"]}
+    group_of = {id(p): group for group in make_parameter_groups(model, CONFIG) for p in group["params"]}
     assert len(group_of) == sum(1 for _ in model.parameters())
     assert group_of[id(model.projection.weight)]["lr"] == group_of[id(model.adapter.out.weight)]["lr"] == 1e-2
     assert group_of[id(model.adapter.out.weight)]["weight_decay"] == WEIGHT_DECAY
@@ -53,7 +59,7 @@ def test_layer_decay_gives_the_final_norm_the_full_rate_and_the_top_block_one_de
     model = fresh_model()
     model.tower = vision_tower
     set_trainable(model, CONFIG)
-    lr_of = {id(p): group["lr"] for group in parameter_groups(model, CONFIG) for p in group["params"]}
+    lr_of = {id(p): group["lr"] for group in make_parameter_groups(model, CONFIG) for p in group["params"]}
     lrs = {name: lr_of[id(p)] for name, p in vision_tower.named_parameters() if p.requires_grad}
     assert lrs[norm] == 1e-3
     for n in range(6):
@@ -81,7 +87,9 @@ def test_position_embeddings_and_class_tokens_have_no_weight_decay(tmp_path: Pat
         model = fresh_model()
         model.tower = VisionTower.from_pretrained(tower, pretrained=not tower.startswith("timm:"))
         set_trainable(model, CONFIG)
-        decay_of = {id(p): group["weight_decay"] for group in parameter_groups(model, CONFIG) for p in group["params"]}
+        decay_of = {
+            id(p): group["weight_decay"] for group in make_parameter_groups(model, CONFIG) for p in group["params"]
+        }
         without = set()
         for name, parameter in model.tower.named_parameters():
             if parameter.requires_grad and decay_of[id(parameter)] == 0 and not name.endswith("bias"):
@@ -95,7 +103,7 @@ def test_layer_decay_is_rejected_for_towers_without_ordered_layers(monkeypatch: 
     names = [name for name, _ in model.tower.named_parameters()]
     monkeypatch.setattr(VisionTower, "parameter_depths", lambda self: dict.fromkeys(names, 0))
     with pytest.raises(ValueError, match="layer_decay cannot be used"):
-        parameter_groups(model, CONFIG)
+        make_parameter_groups(model, CONFIG)
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(10, 0), (1, 0), (7, 1), (40, 10), (5, 5)])
@@ -107,7 +115,7 @@ def test_cosine_schedule_equals_that_of_the_authors(steps: int, warmup: int) -> 
         else:
             expected.append(0.5 * (1 + np.cos(np.pi * (step - warmup) / (steps - warmup))))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_schedule(steps, warmup / steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, make_cosine_schedule(steps, warmup / steps))
     rates = []
     for _ in range(steps):
         rates.append(optimizer.param_groups[0]["lr"])

@@ -13,7 +13,7 @@ from llm2clip.runs.output_folder import (
     KINDS,
     RUN_LOCK,
     check_output_folder,
-    folder_kind,
+    detect_folder_kind,
     folder_lock,
     save_or_check_config,
 )
@@ -47,7 +47,7 @@ def make_folder(kind: str, folder: Path) -> Path:
 @pytest.mark.parametrize("kind", KINDS)
 def test_output_folder_must_be_of_the_same_kind(kind: str, tmp_path: Path) -> None:
     folder = make_folder(kind, tmp_path / "out")
-    assert folder_kind(folder) == kind
+    assert detect_folder_kind(folder) == kind
     check_output_folder(folder, kind)
     for other in KINDS:
         if other != kind:

@@ -26,7 +26,7 @@ from llm2clip.train.sampling import (
     Batch,
     CaptionRows,
     CaptionSampler,
-    decoding_workers,
+    resolve_decoding_workers,
     resolve_images_per_step,
 )
 
@@ -151,11 +151,11 @@ def test_resolve_images_per_step_rejects_wrong_settings() -> None:
 
 def test_decoding_workers_follow_cores_and_local_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     auto = dataclasses.replace(ALIGN, workers=None)
-    assert decoding_workers(dataclasses.replace(ALIGN, workers=3)) == 3
+    assert resolve_decoding_workers(dataclasses.replace(ALIGN, workers=3)) == 3
     for cores, local_ranks, expected in ((2, 1, 1), (16, 1, 8), (64, 8, 4), (128, 1, 16), (4, 8, 1)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
-        assert decoding_workers(auto) == expected
+        assert resolve_decoding_workers(auto) == expected
 
 
 class NumberedCaptions:

@@ -20,7 +20,7 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.vision.vision_tower import VisionTower, add_tower_lora, merge_tower_lora
 from llm2clip.train.align import align
-from llm2clip.train.optim import has_equal_blocks
+from llm2clip.train.optim import has_identical_blocks
 
 TINY = {"embed_dim": 64, "depth": 3, "num_heads": 2, "img_size": 64}
 TIMM: dict[str, dict[str, Any]] = {
@@ -111,7 +111,7 @@ def test_blocks_of_transformers_compile_once_without_graph_breaks(
 ) -> None:
     torch._dynamo.reset()
     tower = VisionTower.from_pretrained(saved[family][0])
-    assert has_equal_blocks(tower) and len(tower.blocks()) > 1
+    assert has_identical_blocks(tower) and len(tower.blocks()) > 1
     x = pixels(tower.preprocess.size)
     expected = tower(x)
     counter = CompileCounter()

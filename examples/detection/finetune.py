@@ -28,7 +28,7 @@ from llm2clip.io_utils import atomic_path, atomic_write_text
 from llm2clip.models.model_folder import is_model_folder
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.progress import ProgressBar
-from llm2clip.runs.ranks import is_distributed, process_state, shutdown
+from llm2clip.runs.ranks import is_distributed, process_state, shut_down_process_group
 
 
 @dataclass
@@ -125,7 +125,7 @@ def batches(num_images: int, config: Config, start: int, rank: int = 0, world: i
         yield batch[rank::world]
 
 
-def parameter_groups(model: Any, config: Config) -> list[dict[str, Any]]:
+def make_parameter_groups(model: Any, config: Config) -> list[dict[str, Any]]:
     """Return parameter groups for AdamW with layer-wise learning rate decay. Vectors have no weight decay."""
     tower: VisionTower = model.backbone.tower
     depths = {id(tower.get_parameter(name)): depth for name, depth in tower.parameter_depths().items()}
@@ -148,7 +148,7 @@ def train(model: nn.Module, dataset: CocoImages, config: Config) -> None:
     """Train the detector, and append the loss of each step to RUN/log.jsonl."""
     state = process_state()
     rank, world, device = state.process_index, state.num_processes, state.device
-    optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.lr)
+    optimizer = torch.optim.AdamW(make_parameter_groups(model, config), lr=config.lr)
     checkpoint, start = config.out / "checkpoint.pt", 0
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
@@ -238,7 +238,7 @@ def main(config: Config) -> None:
     if state.is_main_process:
         atomic_write_text(config.out / "results.json", json.dumps(metrics, indent=1))
         print("  ".join(f"{name} {value:.1f}" for name, value in metrics.items()))
-    shutdown()
+    shut_down_process_group()
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ from llm2clip.store.store import EmbeddingStore
 from llm2clip.train.clip_finetuning import finetune_clip
 from llm2clip.train.initial_model import PretrainedParts, load_pretrained_parts
 from llm2clip.train.losses import get_loss
-from llm2clip.train.monitoring import tracker_options
-from llm2clip.train.sampling import resolve_images_per_step, training_texts
+from llm2clip.train.monitoring import make_tracker_options
+from llm2clip.train.sampling import get_training_texts, resolve_images_per_step
 
 # The folder of a caption encoder or LLM contains at least one of these files.
 ENCODER_FILES = ("config.json", "modules.json", "adapter_config.json", "text/modules.json")
@@ -108,12 +108,12 @@ def _run_stages(
 
     clock = StageClock(run_dir)
     clock.start("1/4 tune: contrastive training of the language model on captions")
-    pairs = _tuning_pairs(data.train, data.held_out, config, run_dir)
+    pairs = _read_fit_tuning_pairs(data.train, data.held_out, config, run_dir)
     held_out_captions = [record.captions for record in data.held_out["captions"]]
     encoder = EncoderConfig(path=str(tune(pairs, run_dir / "tune", config.encoder, config.tune, held_out_captions)))
 
     clock.start("2/4 embed: encoding every caption into the store")
-    train_texts = (text for record in data.train for text in training_texts(record, config.align.uses_phrases))
+    train_texts = (text for record in data.train for text in get_training_texts(record, config.align.uses_phrases))
     held_out_texts = (text for column in data.held_out.values() for record in column for text in record.texts)
     store = embed(chain(train_texts, held_out_texts), run_dir / "store", encoder, config.embed)
 
@@ -184,7 +184,7 @@ def run_embed(
         records: Iterable[Record] = (r for _, r in stream_records(sources, config.columns, log, "ignore"))
         if phrases:
             records = add_phrases(list(records))
-        texts = (text for record in records for text in training_texts(record, phrases))
+        texts = (text for record in records for text in get_training_texts(record, phrases))
         store = embed(texts, out, config.encoder, config.embed, engine=engine, ray_workers=ray_workers)
         print_once(log.summary())
         return store
@@ -247,7 +247,7 @@ def read_training_data(
     return data
 
 
-def _tuning_pairs(
+def _read_fit_tuning_pairs(
     train: Sequence[Record], held_out: HeldOut, config: FitConfig, run_dir: Path
 ) -> list[list[TuningItem]]:
     """Return the tuning data of `fit`, or an empty list if tuning is disabled or already complete.
@@ -319,7 +319,7 @@ def check_encoder(config: EncoderConfig) -> None:
 def _check_loss_and_trackers(config: AlignConfig) -> None:
     """Check that the loss exists and the experiment trackers are installed."""
     get_loss(config.loss)
-    tracker_options(config.report_to, Path())
+    make_tracker_options(config.report_to, Path())
 
 
 def _check_store(store: EmbeddingStore, encoder: EncoderConfig) -> None:

@@ -33,12 +33,12 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import save_query_templates
 from llm2clip.models.prompts import LITERAL, QueryTemplates
 from llm2clip.models.text.caption_encoder import CaptionEncoder, load_for_evaluation
-from llm2clip.runs.ranks import cached_json, print_once, process_state, wait_for_everyone
+from llm2clip.runs.ranks import load_or_compute_json, print_once, process_state, wait_for_everyone
 from llm2clip.store.encode import embed as embed_locally
 from llm2clip.store.ray_engine import embed_with_ray
 from llm2clip.store.store import EmbeddingStore, drop_refused_captions, remove_phrases_without_embedding
 from llm2clip.train.align import align as train_align
-from llm2clip.train.initial_model import PretrainedParts, new_model
+from llm2clip.train.initial_model import PretrainedParts, create_initial_model
 from llm2clip.train.tune import tune as train_tune
 
 HeldOut = Mapping[str, Sequence[Record]]  # caption column -> records
@@ -73,14 +73,16 @@ def tune(
     # On a CPU, the same encoder is measured and then tuned. A GPU measures in bf16, which requires a separate encoder.
     raw = open_encoder(encoder, "cpu") if process_state().device.type == "cpu" and not is_done else None
     if measure:
-        cached_json(out / "cra_raw.json", lambda: _measure_cra(held_out_captions, encoder, raw))
+        load_or_compute_json(out / "cra_raw.json", lambda: _measure_cra(held_out_captions, encoder, raw))
     if not is_done:
         # Load the encoder on the CPU, so that a GPU holds only the weights in the training precision.
         train_tune(pairs, raw or open_encoder(encoder, "cpu"), config, out)
         del raw
         free_memory()  # the LLM is no longer needed
     if measure:
-        cached_json(out / "cra_tuned.json", lambda: _measure_cra(held_out_captions, EncoderConfig(str(encoder_dir))))
+        load_or_compute_json(
+            out / "cra_tuned.json", lambda: _measure_cra(held_out_captions, EncoderConfig(str(encoder_dir)))
+        )
     return encoder_dir
 
 
@@ -149,10 +151,10 @@ def align(
     train = drop_refused_captions(train, store)
     if config.uses_phrases:
         train = remove_phrases_without_embedding(train, store)
-    model = new_model(config, store, train, out, parts)
+    model = create_initial_model(config, store, train, out, parts)
     validate = None
     if held_out:
-        held_out = _drop_refused_held_out(held_out, store)
+        held_out = _drop_unencodable_captions(held_out, store)
         evaluations = out.parent / "evaluate"
         if state.is_main_process:
             for name in ("trained.json", "query_templates.json", "examples.json"):  # results of an earlier model
@@ -160,7 +162,7 @@ def align(
             if not (out / "checkpoints").exists():  # the `align` settings may have changed
                 (evaluations / "untrained.json").unlink(missing_ok=True)
         untrained = ModelEmbeddings(dual_encoder_from_store(model, store), log)
-        cached_json(evaluations / "untrained.json", lambda: evaluate_caption_fields(untrained, held_out))
+        load_or_compute_json(evaluations / "untrained.json", lambda: evaluate_caption_fields(untrained, held_out))
         validate = make_validator(held_out, log, store)
     model = train_align(train, store, model, config, out, log, validate, features)
     if state.is_main_process:
@@ -187,16 +189,20 @@ def evaluate(
     Returns:
         One row of metrics per caption column (see `evaluate_caption_fields`).
     """
-    held_out = _drop_refused_held_out(held_out, store)
+    held_out = _drop_unencodable_captions(held_out, store)
     model = LLM2CLIP.from_pretrained(model_dir)
     embeddings = ModelEmbeddings(dual_encoder_from_store(model, store), log)
     ranked = cache(lambda: rank_caption_fields(embeddings, held_out))
-    rows: list[dict[str, Any]] = cached_json(out / "trained.json", lambda: caption_field_metrics(embeddings, ranked()))
+    rows: list[dict[str, Any]] = load_or_compute_json(
+        out / "trained.json", lambda: caption_field_metrics(embeddings, ranked())
+    )
     if model.has_encoder:
-        choice = cached_json(out / "query_templates.json", lambda: _choose_query_templates(model, ranked(), log))
+        choice = load_or_compute_json(
+            out / "query_templates.json", lambda: _choose_query_templates(model, ranked(), log)
+        )
         if process_state().is_main_process:
             save_query_templates(model_dir, QueryTemplates.from_dict(choice))
-    cached_json(out / "examples.json", lambda: example_searches(next(iter(ranked().values()))))
+    load_or_compute_json(out / "examples.json", lambda: example_searches(next(iter(ranked().values()))))
     return rows
 
 
@@ -208,7 +214,7 @@ def open_encoder(config: EncoderConfig, device: str | None = None) -> CaptionEnc
     return CaptionEncoder.from_pretrained(**dataclasses.asdict(config), device=device)
 
 
-def _drop_refused_held_out(held_out: HeldOut, store: EmbeddingStore) -> HeldOut:
+def _drop_unencodable_captions(held_out: HeldOut, store: EmbeddingStore) -> HeldOut:
     """Remove captions that the tokenizer could not encode."""
     return {column: drop_refused_captions(records, store) for column, records in held_out.items()}
 

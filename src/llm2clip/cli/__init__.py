@@ -82,10 +82,10 @@ def main(args: list[str] | None = None) -> int:
     try:
         quiet_libraries()
         last_lines = run[command](settings[command])
-        from llm2clip.runs.ranks import print_once, shutdown
+        from llm2clip.runs.ranks import print_once, shut_down_process_group
 
         print_once(*last_lines)
-        shutdown()
+        shut_down_process_group()
     except KeyboardInterrupt:
         print("\nInterrupted. Run the same command again to resume.", file=sys.stderr)
         return 130

@@ -60,7 +60,7 @@ class Checkpoints:
                 if not (path / COMPLETE_MARKER).exists():
                     shutil.rmtree(path)
             try:
-                latest = _rename_damaged(folder)
+                latest = _rename_damaged_checkpoints(folder)
             except ValueError as damage:
                 error = str(damage)
         if state.num_processes > 1:
@@ -78,7 +78,7 @@ class Checkpoints:
         self.latest: Path | None = latest
         self.step = 0 if latest is None else _parse_step(latest)
 
-    def resumed_total(self, name: str) -> int | None:
+    def get_saved_items_per_step(self, name: str) -> int | None:
         """Return the resumed run's number of items per step over all ranks.
 
         Print a message if the number of ranks has changed.
@@ -208,7 +208,7 @@ class TrainingLog(TrainerCallback):
         # A non-finite gradient would make the weights non-finite. In fp16, however, the gradient scaler skips such
         # steps.
         for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):
-            check_training_value(name, logs.get(name, 0.0), state.global_step, self.checkpoints, self.advice)
+            raise_if_not_finite(name, logs.get(name, 0.0), state.global_step, self.checkpoints, self.advice)
         if self.log is not None and ("loss" in logs or self.log_summary):
             self.log.write(state.global_step, **logs)
         if "loss" in logs:  # the final summary has no loss
@@ -223,7 +223,7 @@ class TrainingLog(TrainerCallback):
         self.bar.close()
 
 
-def check_training_value(name: str, value: float, step: int, checkpoints: Checkpoints, advice: str = "") -> None:
+def raise_if_not_finite(name: str, value: float, step: int, checkpoints: Checkpoints, advice: str = "") -> None:
     """Raise FloatingPointError if `value` is not finite. The message names the latest complete checkpoint."""
     if math.isfinite(value):
         return
@@ -282,14 +282,14 @@ def _mark_complete(checkpoint: Path, run: Mapping[str, Any]) -> None:
     )
 
 
-def _rename_damaged(folder: Path) -> Path | None:
+def _rename_damaged_checkpoints(folder: Path) -> Path | None:
     """Return the latest undamaged checkpoint, or None if there are no checkpoints. Rename all later checkpoints.
 
     If all checkpoints are damaged, raise ValueError without renaming any.
     """
     damages: dict[Path, str] = {}
     for checkpoint in reversed(_list_checkpoints(folder)):
-        damage = _find_damage(checkpoint)
+        damage = _describe_damage(checkpoint)
         if not damage:
             for damaged, reason in damages.items():
                 aside = damaged.with_name(f"{damaged.name}.damaged")
@@ -309,7 +309,7 @@ def _rename_damaged(folder: Path) -> Path | None:
     return None
 
 
-def _find_damage(checkpoint: Path) -> str:
+def _describe_damage(checkpoint: Path) -> str:
     """Describe the first damaged file of a complete checkpoint. Return an empty string if there is none."""
     try:
         marker = json.loads((checkpoint / COMPLETE_MARKER).read_text())

@@ -67,7 +67,7 @@ def reduce_gradients_in_fp32(accelerator: Accelerator) -> None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
 
 
-def empty_copy(model: nn.Module) -> nn.Module:
+def copy_to_meta_device(model: nn.Module) -> nn.Module:
     """Return a copy of a model with all parameters on the meta device, where they take no memory."""
     meta_parameters: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()
@@ -79,7 +79,7 @@ def gather_to_cpu(empty_model: nn.Module, sharded_model: nn.Module) -> nn.Module
     """Gather the weights of a sharded model into an empty copy on the CPU. Must be called by all ranks.
 
     Args:
-        empty_model: Copy of the model made with `empty_copy` before the model was sharded.
+        empty_model: Copy of the model made with `copy_to_meta_device` before the model was sharded.
     """
     state = {name: full_tensor(tensor).cpu() for name, tensor in sharded_model.state_dict().items()}
     empty_model.load_state_dict(state, assign=True)

@@ -55,7 +55,7 @@ _DATA_SUFFIXES = {
 _MAX_ENTRIES = 1000  # maximum number of files and folders to check per folder
 
 
-def register_run(section: str, description: str) -> None:
+def register_run_kind(section: str, description: str) -> None:
     """Register a kind of run directory, identified by a section of the same name in its config."""
     KINDS[section] = description
     _RUN_SECTIONS.insert(0, section)
@@ -99,7 +99,7 @@ def check_output_folder(path: str | Path, kind: str) -> None:
         if folder.exists():
             raise NotADirectoryError(f"--out {path} is a file. Pass a new or empty folder")
         return
-    actual = folder_kind(folder)
+    actual = detect_folder_kind(folder)
     if actual not in (None, kind):
         raise ValueError(f"--out {path} is {KINDS[actual]}, not {KINDS[kind]}. Pass a new or empty folder")
     data_file = _find_data_file(folder) if actual is None else None
@@ -107,7 +107,7 @@ def check_output_folder(path: str | Path, kind: str) -> None:
         raise ValueError(f"--out {path} already contains data, such as {data_file}. Pass a new or empty folder")
 
 
-def folder_kind(folder: str | Path) -> str | None:
+def detect_folder_kind(folder: str | Path) -> str | None:
     """Return the kind of an output folder (a key of `KINDS`), or None if it is unknown."""
     folder = Path(folder)
     if (folder / CONFIG_FILE).is_file():
@@ -121,10 +121,10 @@ def folder_kind(folder: str | Path) -> str | None:
     return None
 
 
-def describe_output(names: Collection[str]) -> str | None:
+def describe_output_folder(names: Collection[str]) -> str | None:
     """Describe a folder found in a data set if its file names show that llm2clip wrote it; otherwise, return None.
 
-    Unlike `folder_kind`, this function returns None if in doubt, so that no data is ignored.
+    Unlike `detect_folder_kind`, this function returns None if in doubt, so that no data is ignored.
     """
     for description, patterns in _NOT_DATA.items():
         if all(fnmatch.filter(names, pattern) for pattern in patterns):
@@ -236,10 +236,10 @@ def save_or_check_config(config: dict[str, Any], run_dir: Path, processes: int |
         text = file.read_text(encoding="utf-8")
         saved = yaml.safe_load(text)
         changes = [change for change in _find_differences(saved, new) if not _is_resume_safe(change[0])]
-        if _compute_pairs_per_step(saved, _parse_processes(text)) == _compute_pairs_per_step(new, processes):
+        if _compute_pairs_per_step(saved, _parse_process_count(text)) == _compute_pairs_per_step(new, processes):
             changes = [change for change in changes if change[0] != "tune.batch_size"]
         else:
-            processes = _parse_processes(text)  # a resumed `tune` stage keeps its number of pairs per step
+            processes = _parse_process_count(text)  # a resumed `tune` stage keeps its number of pairs per step
         if not any((run_dir / output).exists() for output in ALIGN_OUTPUTS):
             changes = [change for change in changes if not change[0].startswith("align.")]
         if changes:
@@ -252,7 +252,7 @@ def save_or_check_config(config: dict[str, Any], run_dir: Path, processes: int |
     atomic_write_text(file, first_line + yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
 
 
-def _parse_processes(text: str) -> int | None:
+def _parse_process_count(text: str) -> int | None:
     """Return the number of processes recorded in the text of a config file, or None if there is none."""
     line = re.match(PROCESSES_LINE.format(r"(\d+)"), text)
     return int(line[1]) if line else None

@@ -31,7 +31,7 @@ def process_state() -> PartialState:
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
     state = PartialState(cpu=use_cpu or not torch.accelerator.is_available(), timeout=COLLECTIVE_TIMEOUT)
     if is_distributed():
-        _group_for_long_waits(dist.group.WORLD)
+        _get_gloo_group(dist.group.WORLD)
     return state
 
 
@@ -48,14 +48,14 @@ def wait_for_everyone() -> None:
     if not is_distributed():
         return
     try:
-        dist.barrier(_group_for_long_waits(dist.group.WORLD))
+        dist.barrier(_get_gloo_group(dist.group.WORLD))
     except RuntimeError as error:
         rank = dist.get_rank()
         raise RuntimeError(f"Process {rank} was waiting for the other processes. {PEER_FAILED}") from error
 
 
 @lru_cache(maxsize=1)
-def _group_for_long_waits(world: Any) -> dist.ProcessGroup:
+def _get_gloo_group(world: Any) -> dist.ProcessGroup:
     """Return a Gloo group of all ranks in `world`, the default group. The first call must be made by all ranks."""
     return dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
 
@@ -71,7 +71,7 @@ def print_once(*lines: str) -> None:
         print(escape_control_characters("\n".join(lines)), flush=True)
 
 
-def cached_json(file: Path, compute: Callable[[], Any]) -> Any:
+def load_or_compute_json(file: Path, compute: Callable[[], Any]) -> Any:
     """Return the contents of a JSON file. If the file does not exist, the main process computes and writes it first."""
     state = process_state()
     if state.is_main_process and not file.exists():
@@ -80,11 +80,11 @@ def cached_json(file: Path, compute: Callable[[], Any]) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def shutdown() -> None:
+def shut_down_process_group() -> None:
     """Wait for all ranks, then destroy the process group. A rank that exits early could make others fail."""
     if is_distributed():
         wait_for_everyone()
-        _group_for_long_waits.cache_clear()
+        _get_gloo_group.cache_clear()
         dist.destroy_process_group()
 
 

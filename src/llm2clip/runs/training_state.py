@@ -41,7 +41,7 @@ def save_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule
     part: dict[str, Tensor] = {}
     part_bytes, part_number = 0, 1
     folder.mkdir(parents=True, exist_ok=True)
-    for name, shard in _named_tensors(model, optimizer):
+    for name, shard in _iterate_state_tensors(model, optimizer):
         tensor = full_tensor(shard.detach())  # all ranks take part
         if not is_main:
             continue
@@ -72,7 +72,7 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule
     for path in folder.glob(TENSOR_FILE.format("*")):
         file = safe_open(path, framework="pt")
         file_of.update(dict.fromkeys(file.keys(), file))
-    weights = {f"model/{name}": weight for name, weight in _trained_tensors(model)}
+    weights = {f"model/{name}": weight for name, weight in _iterate_trained_tensors(model)}
     if {name for name in file_of if name.startswith("model/")} != weights.keys():
         raise ValueError(
             f"{folder} does not contain the same weights that this run trains. Use the same settings, or delete "
@@ -130,16 +130,16 @@ class TrainingStateMixin:
             load_training_state(Path(checkpoint), self.model, self.optimizer, self.lr_scheduler)
 
 
-def _named_tensors(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
+def _iterate_state_tensors(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield the name and value of each tensor to save, in the same order on all ranks."""
-    for name, weight in _trained_tensors(model):
+    for name, weight in _iterate_trained_tensors(model):
         yield f"model/{name}", weight
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             yield f"optimizer/{name}/{key}", value
 
 
-def _trained_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _iterate_trained_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the name and value of each trained parameter and of each buffer in the model's state dict."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

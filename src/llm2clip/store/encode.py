@@ -23,7 +23,7 @@ from llm2clip.models.text.batching import MIN_CAPTIONS_TO_TUNE, TokenizedTexts, 
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.prefetch import Prefetcher
 from llm2clip.runs.output_folder import MANIFEST
-from llm2clip.runs.ranks import cached_json
+from llm2clip.runs.ranks import load_or_compute_json
 from llm2clip.store.layout import read_manifest
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.writer import StoreWriter, WritePlan, open_for_writing
@@ -91,7 +91,7 @@ def resolve_store_precision(
     if (folder / MANIFEST).is_file():
         return str(read_manifest(folder)["identity"]["precision"])
     resolve = partial(resolve_encoder_precision, "embed", encoder, device or encoder.device)
-    return str(cached_json(folder / "precision.json", resolve))
+    return str(load_or_compute_json(folder / "precision.json", resolve))
 
 
 def load_or_tune_batch_tokens(encoder: CaptionEncoder, captions: Sequence[str], precision: str, folder: Path) -> int:
@@ -106,7 +106,7 @@ def load_or_tune_batch_tokens(encoder: CaptionEncoder, captions: Sequence[str], 
     def measure() -> int:
         return tune_batch_tokens(encoder, tokenize_shard(captions, encoder).tokens, precision)
 
-    return int(cached_json(folder / f"batch_tokens-{encoder.device.type}.json", measure))
+    return int(load_or_compute_json(folder / f"batch_tokens-{encoder.device.type}.json", measure))
 
 
 def _encode_local_shards(plan: WritePlan, encoder: CaptionEncoder, batch_tokens: int | None, precision: str) -> None:

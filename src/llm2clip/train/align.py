@@ -37,7 +37,7 @@ from llm2clip.prefetch import prefetch
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.checkpoint import Checkpoints, MetricsLog
 from llm2clip.runs.fsdp import (
-    empty_copy,
+    copy_to_meta_device,
     fsdp_enabled,
     full_tensor,
     gather_to_cpu,
@@ -51,18 +51,18 @@ from llm2clip.store.image_features import TowerEncoder, store_image_features
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train.grad_cache import cached_backward
 from llm2clip.train.losses import get_loss
-from llm2clip.train.monitoring import BestCheckpoint, Step, StepReport, Validate, start_trackers, tracker_options
+from llm2clip.train.monitoring import BestCheckpoint, Step, StepReport, Validator, make_tracker_options, start_trackers
 from llm2clip.train.optim import (
     MAX_GRAD_NORM,
     compile_blocks,
-    cosine_schedule,
+    make_cosine_schedule,
     make_optimizer,
     restore_blocks,
     set_trainable,
     should_compile,
 )
 from llm2clip.train.proclip import distillation_loss
-from llm2clip.train.sampling import AlignBatches, Batch, CaptionSource, decoding_workers
+from llm2clip.train.sampling import AlignBatches, Batch, CaptionSource, resolve_decoding_workers
 
 
 @onednn_matmul()
@@ -73,7 +73,7 @@ def align(
     config: AlignConfig,
     run_dir: Path,
     log: SkipLog,
-    validate: Validate | None = None,
+    validate: Validator | None = None,
     features: Path | None = None,
 ) -> LLM2CLIP:
     """Train a model on the images and captions of `records`, resuming from the latest checkpoint if one exists.
@@ -113,7 +113,7 @@ def align(
     set_trainable(model, config)
     set_fsdp_wrap_policy(model.tower.blocks())
     precision = resolve_precision("align", config.precision, state.device)
-    trackers = tracker_options(config.report_to, run_dir)
+    trackers = make_tracker_options(config.report_to, run_dir)
     accelerator = Accelerator(
         mixed_precision=set_mixed_precision(precision),
         log_with=list(trackers) or None,
@@ -133,7 +133,7 @@ def align(
         frozen_tower = None
     rank, world_size = accelerator.process_index, accelerator.num_processes
     checkpoints = Checkpoints(run_dir / "checkpoints", config.batch_size)
-    images_per_step = checkpoints.resumed_total("images per step")
+    images_per_step = checkpoints.get_saved_items_per_step("images per step")
     data = AlignBatches(records, store, model, config, world_size, rank, feature_store, images_per_step)
     steps = len(data)
     if images_per_step is None and data.images_per_step < config.batch_size * world_size:
@@ -143,7 +143,7 @@ def align(
         )
 
     # Check that the run can resume from its latest checkpoint, and find the best weights so far.
-    checkpoints.check(_run_signature(data, store, config, precision))
+    checkpoints.check(_make_run_signature(data, store, config, precision))
     eval_steps = data.steps_per_epoch if config.eval_steps is None else config.eval_steps
     best = BestCheckpoint(run_dir, checkpoints.step, validate if eval_steps else None, accelerator)
     metrics = MetricsLog(run_dir / "metrics.jsonl", checkpoints.step) if accelerator.is_main_process else None
@@ -151,8 +151,8 @@ def align(
 
     # Model and optimizer.
     optimizer = make_optimizer(model, config, accelerator.device)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_schedule(steps, config.warmup_ratio))
-    unsharded = empty_copy(model) if fsdp_enabled() else None
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, make_cosine_schedule(steps, config.warmup_ratio))
+    unsharded = copy_to_meta_device(model) if fsdp_enabled() else None
     if config.gradient_checkpointing:
         model.tower.set_grad_checkpointing()
     net, optimizer = accelerator.prepare(model, optimizer)
@@ -249,10 +249,12 @@ def _compute_features(
     encoder = TowerEncoder(tower, precision)
     identity = encoder.identity()
     folder = folder or run_dir / f"features-{fingerprint(identity)[:8]}"
-    return store_image_features(refs, encoder, identity, folder, log, workers=decoding_workers(config))
+    return store_image_features(refs, encoder, identity, folder, log, workers=resolve_decoding_workers(config))
 
 
-def _run_signature(data: AlignBatches, store: CaptionSource, config: AlignConfig, precision: str) -> dict[str, Any]:
+def _make_run_signature(
+    data: AlignBatches, store: CaptionSource, config: AlignConfig, precision: str
+) -> dict[str, Any]:
     """Return the properties of a run that must match the latest checkpoint for the run to resume."""
     settings = {**vars(config), "precision": precision}
     return {

@@ -40,7 +40,7 @@ def cached_backward(
     random_states, outputs = [], []
     with torch.no_grad():
         for run in passes:
-            random_states.append(_random_state(device))
+            random_states.append(_get_random_state(device))
             # Detach, because an output that is a view of a parameter would require a gradient.
             outputs.append(tuple(x.detach() for x in run()))
 
@@ -55,7 +55,7 @@ def cached_backward(
 
     # 3. Forward and backward passes, run when backward() is called on the loss.
     def backward(grad_output: Tensor) -> None:
-        state_after = _random_state(device)
+        state_after = _get_random_state(device)
         for n, (run, state) in enumerate(zip(passes, random_states, strict=True)):
             with torch.enable_grad(), _sync_gradients(model, n == len(passes) - 1):
                 _set_random_state(state)  # same dropout masks as in the first forward pass
@@ -77,7 +77,7 @@ def _sync_gradients(model: nn.Module, sync: bool) -> Iterator[None]:
         yield
 
 
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+def _get_random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 

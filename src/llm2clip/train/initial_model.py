@@ -43,7 +43,7 @@ class PretrainedParts:
 
 @torch.random.fork_rng(devices=[])
 def load_pretrained_parts(config: AlignConfig) -> PretrainedParts:
-    """Load everything that `new_model` needs. Call this first, so that errors occur before hours of tuning.
+    """Load everything that `create_initial_model` needs. Call this first, so that errors occur before hours of tuning.
 
     Raises:
         OSError: A model does not exist, or cannot be downloaded.
@@ -74,7 +74,7 @@ def _check_tower(tower: VisionTower, config: AlignConfig) -> None:
         tower.set_grad_checkpointing(False)
 
 
-def new_model(
+def create_initial_model(
     config: AlignConfig,
     store: EmbeddingStore,
     train: Sequence[Record] = (),
@@ -96,7 +96,7 @@ def new_model(
     torch.manual_seed(config.seed)  # on all devices
     torch.set_rng_state(parts.random_state)
     parts.tower.freeze_norm = True  # keep the pretrained batch-norm statistics
-    model_config = new_model_config(config, parts.tower, store.embed_dim, store.manifest["identity"])
+    model_config = make_model_config(config, parts.tower, store.embed_dim, store.manifest["identity"])
     if parts.clip is not None:
         assert out is not None
         parts.clip.model.to(device)
@@ -115,7 +115,7 @@ def new_model(
     return model.to(device)
 
 
-def new_model_config(
+def make_model_config(
     config: AlignConfig, tower: VisionTower, text_dim: int, encoder: dict[str, Any] | None = None
 ) -> LLM2CLIPConfig:
     """Return the config of the model that the `align` stage trains.

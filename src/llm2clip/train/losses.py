@@ -172,7 +172,7 @@ class _InfoNCE(torch.autograd.Function):
         with respect to a negative logit l_it:  a_i * exp(l_it - image_lse_i) + b_t * exp(l_it - text_lse_t)
 
     where a_i is the sum of w_t * sigmoid(image_lse_i - p) over the texts of image i, and b_t is
-    w_t * sigmoid(text_lse_t - p). `_shifted_lse` moves the factors a and b into the exponents.
+    w_t * sigmoid(text_lse_t - p). `_shift_lse` moves the factors a and b into the exponents.
     """
 
     @staticmethod
@@ -180,15 +180,15 @@ class _InfoNCE(torch.autograd.Function):
         all_text = layout.text_gather.gather(text)
         image_lse = image.new_empty(len(image))
         text_lse = image.new_full((len(all_text),), -torch.inf)
-        for rows in layout.row_chunks(len(image), len(all_text)):
-            logits = layout.image_logits(image, all_text, scale, rows)
+        for rows in layout.iterate_row_chunks(len(image), len(all_text)):
+            logits = layout.compute_image_logits(image, all_text, scale, rows)
             image_lse[rows] = logits.logsumexp(1)
             text_lse = torch.logaddexp(text_lse, logits.logsumexp(0))
         text_lse = layout.text_gather.log_sum_exp(text_lse)
 
         local = layout.text_gather.local_slice
         image_of_text, weights = layout.image_of_text, layout.weights[local]
-        pair_logit = scale * layout.positive_cosines(image, text)
+        pair_logit = scale * layout.compute_positive_cosines(image, text)
         image_margin = image_lse[image_of_text] - pair_logit  # (texts of this rank,)
         text_margin = text_lse[local] - pair_logit
 
@@ -196,7 +196,7 @@ class _InfoNCE(torch.autograd.Function):
         a = image.new_zeros(len(image)).index_add(0, image_of_text, coef)
         b = layout.text_gather.gather(weights * text_margin.sigmoid())
         coef = coef + weights * text_margin.sigmoid()
-        image_shift, text_shift = _shifted_lse(image_lse, a), _shifted_lse(text_lse, b)
+        image_shift, text_shift = _shift_lse(image_lse, a), _shift_lse(text_lse, b)
         ctx.layout = layout
         ctx.save_for_backward(image, text, scale, all_text, image_shift, text_shift, coef)
         return (weights * (F.softplus(image_margin) + F.softplus(text_margin))).sum() / 2
@@ -209,8 +209,8 @@ class _InfoNCE(torch.autograd.Function):
         grad_image, grad_text = torch.empty_like(image), torch.zeros_like(text)
 
         # Logits between this rank's images and the texts of all ranks.
-        for rows in layout.row_chunks(len(image), len(all_text)):
-            logits = layout.image_logits(image, all_text, scale, rows)
+        for rows in layout.iterate_row_chunks(len(image), len(all_text)):
+            logits = layout.compute_image_logits(image, all_text, scale, rows)
             grad_logits = torch.exp(logits - image_shift[rows, None]).add_(logits.sub_(text_shift).exp_())
             grad_image[rows] = grad_logits @ all_text
             if single_process:
@@ -221,8 +221,8 @@ class _InfoNCE(torch.autograd.Function):
         if not single_process:
             all_image, all_image_shift = layout.image_gather.gather(image), layout.image_gather.gather(image_shift)
             local_text_shift = text_shift[layout.text_gather.local_slice]
-            for rows in layout.row_chunks(len(text), len(all_image)):
-                logits = layout.text_logits(text, all_image, scale, rows)
+            for rows in layout.iterate_row_chunks(len(text), len(all_image)):
+                logits = layout.compute_text_logits(text, all_image, scale, rows)
                 grad_logits = torch.exp(logits - local_text_shift[rows, None]).add_(logits.sub_(all_image_shift).exp_())
                 grad_text[rows].addmm_(grad_logits, all_image)
         return *_scale_grads(grad_image, grad_text, image, scale, grad_output / 2), None
@@ -243,13 +243,13 @@ class _Sigmoid(torch.autograd.Function):
         grad_image, grad_text = torch.empty_like(image), torch.zeros_like(text)
 
         # Positive pairs: the derivative of softplus(-logit) is -sigmoid(-logit).
-        pair_logit = scale * layout.positive_cosines(image, text) + bias
+        pair_logit = scale * layout.compute_positive_cosines(image, text) + bias
         coef = local_weights * (-pair_logit).sigmoid()
         loss, grad_bias = (local_weights * F.softplus(-pair_logit)).sum(), -coef.sum()
 
         # Negative pairs: the derivative of softplus(logit) is sigmoid(logit).
-        for rows in layout.row_chunks(len(image), len(all_text)):
-            logits = layout.image_logits(image, all_text, scale, rows).add_(bias)
+        for rows in layout.iterate_row_chunks(len(image), len(all_text)):
+            logits = layout.compute_image_logits(image, all_text, scale, rows).add_(bias)
             grad_logits = logits.sigmoid().mul_(weights)
             loss += F.softplus(logits).sum(0) @ weights
             grad_bias += grad_logits.sum()
@@ -259,8 +259,8 @@ class _Sigmoid(torch.autograd.Function):
             _add_positive_grads(grad_image, grad_text, image, text, coef, layout, rows)
         if not single_process:
             all_image = layout.image_gather.gather(image)
-            for rows in layout.row_chunks(len(text), len(all_image)):
-                logits = layout.text_logits(text, all_image, scale, rows).add_(bias)
+            for rows in layout.iterate_row_chunks(len(text), len(all_image)):
+                logits = layout.compute_text_logits(text, all_image, scale, rows).add_(bias)
                 grad_text[rows].addmm_(logits.sigmoid_().mul_(local_weights[rows, None]), all_image)
         ctx.save_for_backward(image, scale)
         ctx.gradients = [grad_image, grad_text, grad_bias]
@@ -308,8 +308,8 @@ class _ImageTextLayout:
         # `by_group` at which each group starts.
         self.group: Tensor | None = None
         if text_ids is not None:
-            different, group = self.text_gather.gather(text_ids).unique(return_inverse=True)
-            if len(different) < len(group):
+            unique_ids, group = self.text_gather.gather(text_ids).unique(return_inverse=True)
+            if len(unique_ids) < len(group):
                 self.group, self.by_group = group, group.argsort(stable=True)
                 self.group_starts = F.pad(torch.bincount(group).cumsum(0), (1, 0))
 
@@ -328,14 +328,14 @@ class _ImageTextLayout:
         repeated, sorted_position = _concatenate_ranges(first, counts)
         return image[repeated], by_id[sorted_position]
 
-    def row_chunks(self, rows: int, columns: int) -> Iterator[slice]:
+    def iterate_row_chunks(self, rows: int, columns: int) -> Iterator[slice]:
         """Yield slices that cover all rows. Each slice has at most CHUNK logits, but at least one row."""
         chunk = CHUNK.get(self.image_of_text.device.type, CHUNK["cuda"])
         size = max(1, chunk // max(1, columns))
         for start in range(0, rows, size):
             yield slice(start, min(start + size, rows))
 
-    def texts_of(self, images: slice) -> slice:
+    def get_text_slice(self, images: slice) -> slice:
         """Return the slice of this rank's texts that corresponds to a slice of its images."""
         if images.stop - images.start == self.images:
             return slice(0, len(self.image_of_text))
@@ -351,7 +351,7 @@ class _ImageTextLayout:
         starts: list[int] = torch.searchsorted(self.image_of_text, images).tolist()
         return starts
 
-    def equal_texts(self, texts: slice) -> tuple[Tensor, Tensor]:
+    def pair_identical_texts(self, texts: slice) -> tuple[Tensor, Tensor]:
         """Pair each text in a slice of this rank's texts with all identical texts on all ranks, including itself.
 
         Returns:
@@ -367,28 +367,28 @@ class _ImageTextLayout:
         positions, group_position = _concatenate_ranges(starts, self.group_starts[groups + 1] - starts)
         return positions, self.by_group[group_position]
 
-    def image_logits(self, image: Tensor, all_text: Tensor, scale: Tensor, rows: slice) -> Tensor:
+    def compute_image_logits(self, image: Tensor, all_text: Tensor, scale: Tensor, rows: slice) -> Tensor:
         """Return the logits between a slice of this rank's images and all texts, with -inf for positive pairs."""
         logits = (image[rows] * scale) @ all_text.T  # (rows, texts of all ranks)
-        texts = self.texts_of(rows)
-        positions, equal = self.equal_texts(texts)
+        texts = self.get_text_slice(rows)
+        positions, equal = self.pair_identical_texts(texts)
         logits[self.image_of_text[texts][positions] - rows.start, equal] = -torch.inf
         if self.other_pairs is not None:
             other_image, other_text = self.other_pairs
-            _exclude(logits, other_image - self.image_gather.offset - rows.start, other_text)
+            _mask_logits(logits, other_image - self.image_gather.offset - rows.start, other_text)
         return logits
 
-    def text_logits(self, text: Tensor, all_image: Tensor, scale: Tensor, rows: slice) -> Tensor:
+    def compute_text_logits(self, text: Tensor, all_image: Tensor, scale: Tensor, rows: slice) -> Tensor:
         """Return the logits between a slice of this rank's texts and all images, with -inf for positive pairs."""
         logits = (text[rows] * scale) @ all_image.T  # (rows, images of all ranks)
-        positions, equal = self.equal_texts(rows)
+        positions, equal = self.pair_identical_texts(rows)
         logits[positions, self.all_image_of_text[equal]] = -torch.inf
         if self.other_pairs is not None:
             other_image, other_text = self.other_pairs
-            _exclude(logits, other_text - self.text_gather.offset - rows.start, other_image)
+            _mask_logits(logits, other_text - self.text_gather.offset - rows.start, other_image)
         return logits
 
-    def positive_cosines(self, image: Tensor, text: Tensor) -> Tensor:
+    def compute_positive_cosines(self, image: Tensor, text: Tensor) -> Tensor:
         """Return the cosine similarity of each of this rank's texts to its image, of shape (texts of this rank,)."""
         return (image[self.image_of_text] * text).sum(1)
 
@@ -406,7 +406,7 @@ def _add_positive_grads(
 
     The derivative of the loss with respect to the logit of a positive pair is -coef.
     """
-    texts = layout.texts_of(rows)
+    texts = layout.get_text_slice(rows)
     image_of_text, coef = layout.image_of_text[texts], coef[texts, None]
     grad_image.index_add_(0, image_of_text, text[texts] * coef, alpha=-1)
     grad_text[texts] -= image[image_of_text] * coef
@@ -425,7 +425,7 @@ def _scale_grads(
     return grad_image.mul_(factor), grad_text.mul_(factor), grad_scale
 
 
-def _shifted_lse(lse: Tensor, coef: Tensor) -> Tensor:
+def _shift_lse(lse: Tensor, coef: Tensor) -> Tensor:
     """Return lse - log(coef), so that exp(logit - result) = coef * exp(logit - lse). Infinite if coef is 0."""
     return torch.where(coef > 0, lse - coef.log(), torch.inf)
 
@@ -445,7 +445,7 @@ def _concatenate_ranges(starts: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]
     return range_of_element, starts[range_of_element] + offset
 
 
-def _exclude(logits: Tensor, rows: Tensor, columns: Tensor) -> None:
+def _mask_logits(logits: Tensor, rows: Tensor, columns: Tensor) -> None:
     """Set logits[rows[k], columns[k]] to -inf for every k. Out-of-range rows are ignored."""
     is_inside = (rows >= 0) & (rows < len(logits))
     logits[rows[is_inside], columns[is_inside]] = -torch.inf

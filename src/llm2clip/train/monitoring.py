@@ -21,7 +21,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.io_utils import atomic_path, atomic_write_text, fsync_folder
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.progress import ProgressBar
-from llm2clip.runs.checkpoint import Checkpoints, MetricsLog, check_training_value, hash_texts
+from llm2clip.runs.checkpoint import Checkpoints, MetricsLog, hash_texts, raise_if_not_finite
 from llm2clip.runs.fsdp import fsdp_enabled, full_tensor
 from llm2clip.runs.ranks import wait_for_everyone
 
@@ -142,7 +142,7 @@ class StepReport:
         file = self.run_dir / f"not-finite-{step.number}-{self.accelerator.process_index}.json"
         file.write_text(json.dumps({"step": step.number, "images": step.image_names}, indent=1))
         advice = f"The images of this step are listed in {file}. Lower --align.lr or --align.tower_lr, or use fp32"
-        check_training_value(name, value, step.number, self.checkpoints, advice)
+        raise_if_not_finite(name, value, step.number, self.checkpoints, advice)
 
 
 class DeviceValues:
@@ -171,7 +171,7 @@ class DeviceValues:
 
 WEIGHTS, METRICS = "model.safetensors", "metrics.json"
 
-Validate = Callable[[LLM2CLIP], dict[str, float]]
+Validator = Callable[[LLM2CLIP], dict[str, float]]
 """Function that evaluates a model on held-out images and returns its metrics. The model must be in eval mode. The
 metrics must include `score`; a higher score is better."""
 
@@ -179,7 +179,7 @@ metrics must include `score`; a higher score is better."""
 class BestCheckpoint:
     """Evaluates the model during training, and saves the weights with the best score to `run_dir/best`."""
 
-    def __init__(self, run_dir: Path, resume_step: int, validate: Validate | None, accelerator: Accelerator) -> None:
+    def __init__(self, run_dir: Path, resume_step: int, validate: Validator | None, accelerator: Accelerator) -> None:
         """
         Args:
             run_dir: Run directory. Evaluations are appended to evaluations.jsonl in this directory.
@@ -247,7 +247,7 @@ class BestCheckpoint:
 # ---- trackers --------------------------------------------------------------------------------------------------------
 
 
-def tracker_options(names: list[str], run_dir: Path) -> dict[str, Any]:
+def make_tracker_options(names: list[str], run_dir: Path) -> dict[str, Any]:
     """Return Accelerate's options for each tracker, keyed by tracker name. Resumed runs continue the same tracker run.
 
     Raises:

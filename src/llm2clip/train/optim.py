@@ -43,10 +43,10 @@ def set_trainable(model: LLM2CLIP, config: AlignConfig) -> None:
 def make_optimizer(model: LLM2CLIP, config: AlignConfig, device: torch.device) -> torch.optim.AdamW:
     """Return an AdamW optimizer for the trainable parameters. On a GPU, the fused implementation is used."""
     fused = True if device.type == "cuda" else None
-    return torch.optim.AdamW(parameter_groups(model, config), betas=ADAM_BETAS, fused=fused)
+    return torch.optim.AdamW(make_parameter_groups(model, config), betas=ADAM_BETAS, fused=fused)
 
 
-def parameter_groups(model: LLM2CLIP, config: AlignConfig) -> list[dict[str, Any]]:
+def make_parameter_groups(model: LLM2CLIP, config: AlignConfig) -> list[dict[str, Any]]:
     """Group the trainable parameters by learning rate and weight decay.
 
     The tower has its own learning rate, `tower_lr`, which is multiplied by `layer_decay` once for each layer below the
@@ -77,7 +77,7 @@ def parameter_groups(model: LLM2CLIP, config: AlignConfig) -> list[dict[str, Any
     ]
 
 
-def cosine_schedule(steps: int, warmup_ratio: float) -> Callable[[int], float]:
+def make_cosine_schedule(steps: int, warmup_ratio: float) -> Callable[[int], float]:
     """Return a function that maps a step to its learning rate factor: linear warm-up, followed by cosine decay to zero.
 
     The schedule is taken from the LLM2CLIP authors' code (training/scheduler.py), where steps count from 0. Unlike in
@@ -134,10 +134,10 @@ def should_compile(tower: VisionTower, device: torch.device, steps: int) -> bool
     if device.type != "cuda" or steps < MIN_COMPILED_STEPS or torch._dynamo.config.disable:
         return False
     is_trained = any(parameter.requires_grad for parameter in tower.parameters())
-    return is_trained and has_equal_blocks(tower)
+    return is_trained and has_identical_blocks(tower)
 
 
-def has_equal_blocks(tower: VisionTower) -> bool:
+def has_identical_blocks(tower: VisionTower) -> bool:
     """Return True if all blocks of the tower have the same class and the same parameter shapes."""
     kinds = {(type(block), tuple(tuple(p.shape) for p in block.parameters())) for block in tower.blocks()}
     return len(kinds) == 1

@@ -38,7 +38,7 @@ from llm2clip.runs.ranks import RaggedGather, print_once, process_state, wait_fo
 from llm2clip.store.image_features import store_text_embeddings
 from llm2clip.store.layout import caption_keys
 from llm2clip.store.store import EmbeddingStore
-from llm2clip.train.optim import ADAM_BETAS, MAX_GRAD_NORM, WEIGHT_DECAY, cosine_schedule
+from llm2clip.train.optim import ADAM_BETAS, MAX_GRAD_NORM, WEIGHT_DECAY, make_cosine_schedule
 
 WEIGHTS = "inherited_adapter.safetensors"
 EPOCHS = 4
@@ -125,7 +125,7 @@ def inherit_text_space(
         precision: "bf16" enables autocast. With "fp32" or "fp16", the adapter is trained in float32.
         folder: Folder for the weights and the store of CLIP text embeddings.
     """
-    captions, phrases = inherited_texts(records)
+    captions, phrases = collect_training_texts(records)
     texts = captions + phrases
     identity = {"clip": hash_weights(clip.model), "precision": "fp32"}
     clip_folder = folder / f"clip-texts-{fingerprint(identity)[:8]}"
@@ -154,7 +154,7 @@ def inherit_text_space(
     model.adapter.load_state_dict(load_file(file))
 
 
-def inherited_texts(records: Sequence[Record]) -> tuple[list[str], list[str]]:
+def collect_training_texts(records: Sequence[Record]) -> tuple[list[str], list[str]]:
     """Return the distinct captions and phrases to train on. A phrase that is also a caption counts as a caption.
 
     Long captions are used only if there are no other captions, because CLIP's text towers read at most 77 tokens.
@@ -200,7 +200,7 @@ def _train_adapter(
     vectors = [p for p in adapter.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=ADAM_BETAS)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_schedule(steps, WARMUP_RATIO))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, make_cosine_schedule(steps, WARMUP_RATIO))
     # fp16 would need loss scaling. On GPUs without bf16, the adapter is small enough for fp32.
     autocast = torch.autocast(matrices[0].device.type, torch.bfloat16, enabled=precision == "bf16")
     adapter.train()

@@ -128,7 +128,7 @@ class AlignBatches:
         # Do not use phrases with weight 0 at all, even for images that have no other kinds of captions.
         fields = TEXT_FIELDS if config.samples_phrases else CAPTION_FIELDS
         self.caption_hash = hash_texts(
-            text for record in usable for text in training_texts(record, config.uses_phrases)
+            text for record in usable for text in get_training_texts(record, config.uses_phrases)
         )
         kinds = [kind for kind in fields if any(getattr(record, kind) for record in usable)]
         captions = [CaptionRows(store, (getattr(record, kind) for record in usable)) for kind in kinds]
@@ -153,7 +153,7 @@ class AlignBatches:
             for samples in self.samples(first_step):
                 yield self._make_batch(self._take_features(samples), None, samples, failures={})
             return
-        workers = decoding_workers(self.config)
+        workers = resolve_decoding_workers(self.config)
         loader = DataLoader(
             self.images,
             batch_sampler=_BatchSampler(self, first_step),
@@ -200,7 +200,7 @@ class AlignBatches:
             embeddings=torch.from_numpy(self.store.take(caption_rows)),
             caption_rows=torch.from_numpy(caption_rows),
             image_of_caption=torch.from_numpy(image_of_caption),
-            phrases=None if self.phrases is None else torch.from_numpy(_list_rows(self.phrases, image_numbers)),
+            phrases=None if self.phrases is None else torch.from_numpy(_list_caption_rows(self.phrases, image_numbers)),
             first_caption=np.searchsorted(image_of_caption, np.arange(len(images) + 1)).tolist(),
             all_distinct=all_distinct and self.phrases is None,
             image_names=[str(self.images.refs[image]) for _, image in samples],
@@ -208,14 +208,14 @@ class AlignBatches:
         )
 
 
-def _list_rows(captions: CaptionRows, images: np.ndarray) -> np.ndarray:
+def _list_caption_rows(captions: CaptionRows, images: np.ndarray) -> np.ndarray:
     """Return (position in `images`, store row) for each caption of the images, of shape (K, 2), int64."""
     rows = [captions[image] for image in images]
     position = np.repeat(np.arange(len(rows)), [len(rows_of_image) for rows_of_image in rows])
     return np.stack([position, np.concatenate(rows)], axis=1)
 
 
-def training_texts(record: Record, with_phrases: bool) -> tuple[str, ...]:
+def get_training_texts(record: Record, with_phrases: bool) -> tuple[str, ...]:
     """Return all texts of a record on which `align` may train: captions and, if `with_phrases` is True, phrases."""
     return record.texts + record.phrases if with_phrases else record.texts
 
@@ -243,7 +243,7 @@ def resolve_images_per_step(images: int, config: AlignConfig, world_size: int) -
     return images_per_step
 
 
-def decoding_workers(config: AlignConfig) -> int:
+def resolve_decoding_workers(config: AlignConfig) -> int:
     """Return the number of image decoding processes for this rank. Default: one per two CPU cores, at most 16."""
     if config.workers is not None:
         return config.workers

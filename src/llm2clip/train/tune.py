@@ -42,7 +42,7 @@ from llm2clip.models.text.packing import copy_to_device
 from llm2clip.models.text.sentence_transformer import get_layers
 from llm2clip.runs.checkpoint import Checkpoints, TrainingLog, hash_texts
 from llm2clip.runs.fsdp import (
-    empty_copy,
+    copy_to_meta_device,
     fsdp_enabled,
     gather_to_cpu,
     reduce_gradients_in_fp32,
@@ -75,7 +75,7 @@ def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, confi
     encoder_dir = run_dir / "encoder"
     if not encoder_dir.exists():
         checkpoints = Checkpoints(run_dir / "checkpoints", config.batch_size)
-        rows = _sample_rows(sources, encoder, config, checkpoints.resumed_total("pairs per step"))
+        rows = _sample_rows(sources, encoder, config, checkpoints.get_saved_items_per_step("pairs per step"))
         if rows:
             precision, lora = _set_trainable(encoder, config)
             _train(rows, encoder, config, run_dir, precision, checkpoints)
@@ -207,7 +207,7 @@ def _train(
     advice = "Lower --tune.lr, or use --tune.precision fp32"
     TrainingLog(run_dir / "metrics.jsonl", checkpoints, "tune", advice).add_to(trainer)
     reduce_gradients_in_fp32(trainer.accelerator)
-    unsharded = empty_copy(encoder.st) if trainer.is_fsdp_enabled else None
+    unsharded = copy_to_meta_device(encoder.st) if trainer.is_fsdp_enabled else None
     # On CPUs, compute attention with plain matmuls: in bf16, the backward pass of PyTorch's fused attention is slow for
     # short captions (see `benchmarks/tune.py`).
     with sdpa_kernel(SDPBackend.MATH) if args.device.type == "cpu" else nullcontext():
@@ -391,7 +391,7 @@ class PairLoss(nn.Module):
     def forward(self, features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         """Return the loss of a batch. `features` must contain exactly one element, the batch."""
         batch, device = next(iter(features)), self._encoder[0].device
-        passes = list(self._passes(batch["tokens"], batch["prompt_lengths"]))
+        passes = list(self._iterate_passes(batch["tokens"], batch["prompt_lengths"]))
         rows_in_order = [row for rows, _ in passes for row in rows]
         order = copy_to_device(torch.tensor(rows_in_order).argsort(), device)  # to restore the order of the batch
 
@@ -413,10 +413,10 @@ class PairLoss(nn.Module):
         # With a single pass, gradient caching would only repeat it. Caching changes the order of collective operations,
         # so all ranks must make the same choice.
         if self.grad_cache and most_passes > 1 and torch.is_grad_enabled():
-            return cached_backward([partial(_as_tuple, run) for run in runs], loss_function, self.model, device)
+            return cached_backward([partial(_run_as_tuple, run) for run in runs], loss_function, self.model, device)
         return loss_function(torch.cat([run() for run in runs]))
 
-    def _passes(
+    def _iterate_passes(
         self, tokens: list[list[int]], prompt_lengths: list[int]
     ) -> Iterator[tuple[list[int], Callable[[], Tensor]]]:
         """Yield the row indices of each forward pass over a batch, and a function that encodes these rows."""
@@ -436,5 +436,5 @@ class PairLoss(nn.Module):
         return torch.stack(losses).mean()
 
 
-def _as_tuple(run: Callable[[], Tensor]) -> tuple[Tensor]:
+def _run_as_tuple(run: Callable[[], Tensor]) -> tuple[Tensor]:
     return (run(),)

@@ -12,7 +12,7 @@ from llm2clip.data.readers.encoding import find_undecodable, open_text
 from llm2clip.data.readers.json_files import parse_json
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.io_utils import open_regular_file
-from llm2clip.runs.output_folder import describe_output
+from llm2clip.runs.output_folder import describe_output_folder
 
 IMAGE_SUFFIXES = frozenset(
     {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jp2", "heic", "heif", "hif"}
@@ -41,7 +41,7 @@ def list_files(folder: str, suffixes: frozenset[str], log: SkipLog | None = None
         raise error
 
     for parent, folders, names in os.walk(folder, onerror=fail):
-        kind = describe_output(names) if parent != folder else None
+        kind = describe_output_folder(names) if parent != folder else None
         if kind is not None:
             folders.clear()
             if log is not None:

@@ -14,7 +14,7 @@ from llm2clip.config import AlignConfig, EncoderConfig
 from llm2clip.models.hub.loading import load_config
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.vision.vision_tower import VisionTower
-from llm2clip.train.initial_model import new_model_config
+from llm2clip.train.initial_model import make_model_config
 
 
 def _make_config(
@@ -150,6 +150,6 @@ def build_tower(align: AlignConfig) -> VisionTower:
 def build_model(align: AlignConfig, text_dim: int) -> LLM2CLIP:
     """Build the model of the `align` stage on the meta device, in training mode."""
     tower = build_tower(align)
-    config = new_model_config(align, tower, text_dim)
+    config = make_model_config(align, tower, text_dim)
     with torch.device("meta"):
         return LLM2CLIP(config, tower).train()

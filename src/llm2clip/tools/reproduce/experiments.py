@@ -32,7 +32,7 @@ from llm2clip.evaluate.retrieval_eval import dual_encoder_from_store, rank_capti
 from llm2clip.models.hub.loading import display_names
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.runs.ranks import cached_json, print_once
+from llm2clip.runs.ranks import load_or_compute_json, print_once
 from llm2clip.stages import align, embed, open_encoder, tune
 from llm2clip.store.layout import caption_keys
 from llm2clip.store.store import EmbeddingStore, drop_refused_captions
@@ -97,7 +97,7 @@ class Experiments:
             encoder = _StoreTextEncoder(self.embed_texts(name, texts))
             return caption_retrieval_accuracy(self.data.cra, encoder, return_hits=True)
 
-        metrics: dict[str, Any] = cached_json(self.out / "cra" / f"{_make_file_name(name)}.json", measure)
+        metrics: dict[str, Any] = load_or_compute_json(self.out / "cra" / f"{_make_file_name(name)}.json", measure)
         return metrics
 
     def embed_texts(self, name: str, texts: Sequence[str]) -> EmbeddingStore:
@@ -179,7 +179,7 @@ class Experiments:
             return {name: getattr(ranks, name).tolist() for name in names}
 
         file = self.out / "ranks" / f"{_make_file_name(name)}-{seed}-{_make_file_name(test)}.json"
-        ranks: dict[str, list[int]] = cached_json(file, compute_ranks)
+        ranks: dict[str, list[int]] = load_or_compute_json(file, compute_ranks)
         return ranks
 
     def _prepare_encoder(self, name: str) -> EncoderConfig:

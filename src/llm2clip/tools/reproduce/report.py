@@ -29,7 +29,7 @@ from llm2clip.io_utils import read_json
 from llm2clip.pipeline import start_run
 from llm2clip.published_results import CRA, CRA_NOTE, TABLES, PublishedTable
 from llm2clip.runs.output_folder import run_lock
-from llm2clip.runs.ranks import cached_json, print_once, process_state
+from llm2clip.runs.ranks import load_or_compute_json, print_once, process_state
 from llm2clip.runs.run_description import format_command_line
 from llm2clip.tools.reproduce.claims import (
     CLAIMS,
@@ -84,7 +84,7 @@ def _test_and_report_claims(
     for number in claims:
         start = time.time()
         try:
-            claim = Claim.from_dict(cached_json(files[number], partial(_test_claim, number, experiments)))
+            claim = Claim.from_dict(load_or_compute_json(files[number], partial(_test_claim, number, experiments)))
         except (ValueError, OSError, FloatingPointError) as error:
             print_once(f"claim {number}: {NOT_TESTED} ({error})")
             untested.append(Claim(number, notes=[str(error)]))

@@ -15,7 +15,7 @@ from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.images import load_image
 from llm2clip.data.transforms import EvalTransform
 from llm2clip.tools.reproduce.experiments import Experiments
-from llm2clip.train.initial_model import new_model
+from llm2clip.train.initial_model import create_initial_model
 from llm2clip.train.losses import info_nce
 
 # Variants of the training step, named after the source of the text embeddings.
@@ -68,7 +68,7 @@ def measure_step_times(experiments: Experiments, name: str) -> StepTimes:
     texts = [record.texts[0] for record in records]
     store = experiments.embed_texts(name, [text for record in train for text in record.texts])
     encoder = experiments.load_encoder(name)
-    model = new_model(experiments.make_align_config(0), store)
+    model = create_initial_model(experiments.make_align_config(0), store)
     device = model.device
     keep_freed_memory(device)
     text_tower = ClipTextTower(config.embed_dim).to(device)
