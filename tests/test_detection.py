@@ -48,7 +48,7 @@ from llm2clip.evaluate.dense.segmentation import SegmentationResult, evaluate_se
 from llm2clip.evaluate.runner import evaluate_models
 from llm2clip.html_report import ResultImages
 from llm2clip.io_utils import DataFormatError, MissingFileError
-from llm2clip.runs.ranks import process_state, shutdown
+from llm2clip.runs.ranks import process_state, shut_down_process_group
 
 NAMES = ("red", "green", "blue")
 GROUPS = {"novel": ("red", "green"), "base": ("blue",)}
@@ -593,7 +593,7 @@ def evaluate_all_kinds(folder: Path) -> tuple[SegmentationResult, RegionPredicti
 
 def evaluate_on_rank(folder: Path) -> None:
     torch.save(evaluate_all_kinds(folder), folder / f"{process_state().process_index}.pt")
-    shutdown()
+    shut_down_process_group()
 
 
 def test_ranks_share_the_images_and_return_the_results_of_one_process(tmp_path: Path) -> None:
