@@ -1,6 +1,6 @@
-"""Batching of texts by length with a maximum number of tokens per batch, and measurement of the fastest maximum.
+"""Batching of texts by length with a token limit per batch, and tuning of this limit for speed.
 
-A CPU is fastest with batches that fit in its caches, whereas a GPU needs large batches. The best batch size also
+CPUs are fastest with batches that fit in their caches, whereas GPUs need large batches. The best batch size also
 depends on the model.
 """
 
@@ -18,32 +18,32 @@ if TYPE_CHECKING:
 
 # Default number of tokens per batch, including padding.
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 32768
-# Limit for tokens times hidden size in a default batch. With this value, an LLM with 8 billion parameters (hidden size
-# 4,096) encodes batches of 16,384 tokens, whose activations need 2.5 GB. Such batches are large enough for every GPU.
+# Maximum of tokens * hidden size in a default batch. With this value, an 8B LLM (hidden size 4,096) encodes batches of
+# 16,384 tokens, whose activations take 2.5 GB. Such batches are large enough for any GPU.
 MAX_HIDDEN_SIZE = 1 << 26
 MIN_CAPTIONS_TO_TUNE = 4096  # with fewer captions, tuning takes more time than it saves
 CPU_CANDIDATES = (512, 1024, 2048, 4096)
 GPU_CANDIDATES = (8192, 16384, 32768, 65536, 131072, 262144)
-MIN_SPEEDUP = 1.02  # larger batches take more memory, so they are used only if they are faster by this factor
+MIN_SPEEDUP = 1.02  # larger batches need more memory, so they must be faster by this factor
 
 
 def default_batch_tokens(device: torch.device) -> int:
-    """Return the default number of tokens per batch for a device."""
+    """Return a device's default number of tokens per batch."""
     return GPU_BATCH_TOKENS if device.type == "cuda" else CPU_BATCH_TOKENS
 
 
 def default_encoding_tokens(device: torch.device, hidden_size: int) -> int:
-    """Return the default number of tokens per batch for encoding with an LLM of this hidden size."""
+    """Return the default number of tokens per batch for encoding with an LLM of the given hidden size."""
     return min(default_batch_tokens(device), max(CPU_BATCH_TOKENS, MAX_HIDDEN_SIZE // hidden_size))
 
 
 @dataclass(frozen=True)
 class TokenizedTexts:
-    """Token ids of a list of texts.
+    """Tokenized texts.
 
     Attributes:
         ids: token ids of each text.
-        truncated: indices of the texts that were truncated to the encoder's `max_length`.
+        truncated: indices of texts that were truncated to the encoder's `max_length`.
         prompt_lengths: number of leading tokens of each text that are excluded from pooling.
     """
 
@@ -52,9 +52,9 @@ class TokenizedTexts:
     prompt_lengths: list[int]
 
     def batches(self, max_tokens: int) -> Iterator[tuple[int, list[int]]]:
-        """Yield (prompt length, text indices) for each batch. The texts in a batch have the same prompt length.
+        """Yield (prompt length, text indices) for each batch. All texts in a batch have the same prompt length.
 
-        See `length_batches` for `max_tokens` and the order of the batches.
+        For `max_tokens` and the batch order, see `length_batches`.
         """
         for prompt_length in sorted(set(self.prompt_lengths)):
             members = [i for i, length in enumerate(self.prompt_lengths) if length == prompt_length]
@@ -63,10 +63,10 @@ class TokenizedTexts:
 
 
 def length_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Group texts of similar length, given in tokens, into batches; yield the text indices of each batch.
+    """Group texts of similar token length into batches, and yield each batch's text indices.
 
-    A batch has at most `max_tokens` tokens, including padding. A text longer than `max_tokens` forms a batch by itself.
-    The longest texts come first, so that an out-of-memory error occurs in the first batch rather than late in a run.
+    A batch has at most `max_tokens` tokens, including padding. A text longer than `max_tokens` forms its own batch. The
+    longest texts come first, so an out-of-memory error occurs in the first batch rather than late in a run.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0
@@ -77,16 +77,16 @@ def length_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int
 
 
 def tune_batch_tokens(encoder: CaptionEncoder, tokens: TokenizedTexts, precision: str = "fp32") -> int:
-    """Measure with which `batch_tokens` an encoder encodes the given captions fastest.
+    """Find the `batch_tokens` with which an encoder encodes the given captions fastest.
 
-    The candidate values are timed in increasing order (see `tokens_per_second`). The search stops when a candidate is
-    slower than the best candidate so far or does not fit in memory. For fewer than 4096 captions, nothing is timed, and
-    the encoder's default is returned.
+    Candidates are timed in increasing order (see `tokens_per_second`). The search stops when a candidate is slower than
+    the best one so far or does not fit in memory. With fewer than 4096 captions, nothing is timed and the encoder's
+    default is returned.
     """
     if len(tokens.ids) < MIN_CAPTIONS_TO_TUNE:
         return encoder.default_batch_tokens
     candidates = CPU_CANDIDATES if encoder.device.type == "cpu" else GPU_CANDIDATES
-    # Half of the smallest candidate is returned if even the smallest candidate does not fit in memory.
+    # If even the smallest candidate does not fit in memory, half of it is returned.
     best, best_speed = candidates[0] // 2, 0.0
     for candidate in candidates:
         try:
@@ -102,11 +102,11 @@ def tune_batch_tokens(encoder: CaptionEncoder, tokens: TokenizedTexts, precision
 
 
 def tokens_per_second(encoder: CaptionEncoder, tokens: TokenizedTexts, batch_tokens: int, precision: str) -> float:
-    """Measure the encoding speed in tokens per second on up to four batches.
+    """Measure the encoding speed on up to four batches.
 
-    In the list of batches, which is sorted by caption length, the sample consists of the batch with the longest
-    captions and the batches at 1/6, 3/6 and 5/6. The sample is representative, because all batches have about the same
-    number of tokens.
+    Batches are sorted by caption length. The sample consists of the batch with the longest captions and the batches
+    1/6, 3/6 and 5/6 of the way through the list. It is representative because all batches have about the same number of
+    tokens.
     """
     all_rows = [rows for _, rows in tokens.batches(batch_tokens)]
     indices = sorted({0, *(len(all_rows) * n // 6 for n in (1, 3, 5))})

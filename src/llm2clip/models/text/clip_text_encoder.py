@@ -1,7 +1,7 @@
 """Text towers of CLIP models, used as baselines for a caption encoder.
 
-The supported models are transformers models of the types in `_TEXT_INPUTS`, models that come with their own code
-(Jina-CLIP) and, if open_clip is installed, open_clip models. Texts that exceed the context length are truncated, as
+Supported models are transformers models of the types in `_TEXT_INPUTS`, models that come with their own code
+(Jina-CLIP) and, if open_clip is installed, open_clip models. Texts longer than the context length are truncated, as is
 usual for these models.
 """
 
@@ -26,10 +26,9 @@ class _TextInput:
     """Text preprocessing that a model type requires.
 
     Attributes:
-        context_length: maximum text length in tokens with which the model was trained. None means the number of
-            position embeddings.
-        fully_padded: True if training texts were padded to the context length, without an attention mask.
-        lower_case: True if training texts were in lower case.
+        context_length: maximum text length during training, in tokens. None means the number of position embeddings.
+        fully_padded: True if training texts were padded to the context length and no attention mask was used.
+        lower_case: True if training texts were lower-cased.
     """
 
     context_length: int | None = None
@@ -39,10 +38,10 @@ class _TextInput:
 
 _TEXT_INPUTS = {
     "clip": _TextInput(),
-    # For the padding, see transformers' documentation of SigLIP and SigLIP 2 ("make sure to set padding='max_length'").
-    # Both models were trained on lower-case texts (arXiv 2502.14786 for SigLIP 2). SigLIP's tokenizer converts texts to
-    # lower case (https://github.com/huggingface/transformers/pull/43101), but the Gemma tokenizer saved with SigLIP 2's
-    # checkpoints does not.
+    # On padding, see the transformers documentation for SigLIP and SigLIP 2 ("make sure to set padding='max_length'").
+    # Both models were trained on lower-case texts (arXiv 2502.14786 for SigLIP 2). SigLIP's tokenizer lower-cases texts
+    # (https://github.com/huggingface/transformers/pull/43101), but the Gemma tokenizer in SigLIP 2 checkpoints does
+    # not.
     "siglip": _TextInput(fully_padded=True, lower_case=True),
     "siglip2": _TextInput(fully_padded=True, lower_case=True),
     # `context_length` of `cn_clip.clip.tokenize` (https://github.com/OFA-Sys/Chinese-CLIP). BERT has 512 positions.
@@ -53,18 +52,18 @@ _TEXT_INPUTS = {
     "altclip": _TextInput(context_length=77),
     "metaclip_2": _TextInput(),
 }
-# Model types that have text features but are not supported -> reason.
+# Unsupported model types that have text features -> reason.
 _UNSUITABLE_TYPES = {
-    # As of version 5.24, transformers applies the causal mask only if a batch has padding.
-    "aimv2": "in transformers, its embedding of a text depends on the padding",
-    "blip": "its checkpoints compare images and texts with a cross-attention model (use another model)",
-    "blip_2": "it embeds an image as 32 vectors instead of one",
-    "flava": "its image features are one vector per patch",
+    # As of version 5.24, transformers applies the causal mask only if the batch contains padding.
+    "aimv2": "in transformers, its text embeddings depend on padding",
+    "blip": "its checkpoints compare images and texts with cross-attention; use another model",
+    "blip_2": "it embeds each image as 32 vectors instead of one",
+    "flava": "it returns image features for each patch, not for the whole image",
     **dict.fromkeys(("clap", "clvp"), "it encodes audio, not images"),
     **dict.fromkeys(("pe_video", "videoprism", "x_clip"), "it encodes videos, not images"),
-    **dict.fromkeys(("owlv2", "owlvit"), "it is a detection model; use the CLIP model that it is based on"),
+    **dict.fromkeys(("owlv2", "owlvit"), "it is a detection model; use the CLIP model it is based on"),
     **dict.fromkeys(("sam3", "sam3_lite_text"), "it is a segmentation model"),
-    "clipseg": "it is a segmentation model; use the CLIP model that it is based on",
+    "clipseg": "it is a segmentation model; use the CLIP model it is based on",
 }
 
 
@@ -73,13 +72,12 @@ class ClipTextEncoder:
     """Text tower of a CLIP model.
 
     Attributes:
-        model: the complete CLIP model, with both towers.
-        context_length: maximum text length in tokens, or None if only the model's own code defines it.
-        tokenize: function that truncates N texts to the context length and returns a dict of model inputs.
-        forward: function that takes the outputs of `tokenize` as keyword arguments and returns embeddings of shape
-            (N, embed_dim).
-        count_tokens: function that counts the tokens of a text before truncation, or None if this is not possible.
-        embed_dim: dimension of the embeddings.
+        model: complete CLIP model, with both towers.
+        context_length: maximum text length in tokens, or None if it is defined only in the model's own code.
+        tokenize: function that converts N texts to a dict of model inputs, truncated to the context length.
+        forward: function that takes the output of `tokenize` as keyword arguments and returns embeddings of shape (N,
+            embed_dim).
+        count_tokens: function that counts a text's tokens before truncation, or None if this is not possible.
     """
 
     model: Any
@@ -90,7 +88,7 @@ class ClipTextEncoder:
     embed_dim: int = field(init=False)
 
     def __post_init__(self) -> None:
-        """Encode a text to find out the dimension of the embeddings."""
+        """Determine the embedding dimension by encoding a text."""
         with torch.inference_mode():
             self.embed_dim = self._embed(["a"]).shape[-1]
 
@@ -106,13 +104,13 @@ class ClipTextEncoder:
         return embeddings
 
     def _embed(self, texts: list[str]) -> Tensor:
-        """Encode a batch of texts on the current device of `model`, which may have been moved after loading."""
+        """Encode a batch of texts on the model's current device, since `model` may have been moved after loading."""
         batch = self.tokenize(texts)
         device = next(self.model.parameters()).device
         return self.forward(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
 
     def count_truncated(self, captions: Sequence[str]) -> int | None:
-        """Count the texts that are truncated to the context length. Return None if the number cannot be determined."""
+        """Return the number of texts that exceed the context length, or None if it cannot be determined."""
         if self.count_tokens is None or self.context_length is None:
             return None
         return sum(self.count_tokens(caption) > self.context_length for caption in captions)
@@ -121,7 +119,7 @@ class ClipTextEncoder:
 def has_text_tower(path: str, trust_remote_code: bool = False) -> bool:
     """Return True if `path` names an open_clip model or a transformers model with image and text towers.
 
-    For the arguments, see `load_clip_text_encoder`.
+    `load_clip_text_encoder` describes the arguments.
 
     Raises:
         ValueError: the model comes with its own code, and `trust_remote_code` is False.
@@ -151,12 +149,12 @@ def load_clip_text_encoder(
     Args:
         path: for transformers, a folder or hub id. For open_clip, one of `open_clip:NAME/PRETRAINED`,
             `open_clip:FOLDER` (folder saved by open_clip) and `open_clip:hf-hub:ID`.
-        device: device on which to load the model. Default: a GPU if there is one.
-        trust_remote_code: if True, run the Python code that comes with a model.
+        device: device to load the model on. Default: a GPU if available.
+        trust_remote_code: if True, allow Python code that comes with the model to run.
 
     Raises:
         ValueError: the model's type is not supported, the model comes with its own code and `trust_remote_code` is
-            False, or `path` names an open_clip architecture but not its weights.
+            False, or `path` names an open_clip architecture without weights.
         ImportError: open_clip is required but not installed.
         OSError: the model does not exist.
     """
@@ -169,10 +167,10 @@ def load_clip_text_encoder(
 
 @hide_loading_bars()
 def _load_transformers(path: str, device: torch.device, remote_code: bool) -> ClipTextEncoder:
-    """Load a model with the classes of transformers or, if `remote_code` is True, with the code that comes with it.
+    """Load a model with transformers' classes or, if `remote_code` is True, with the model's own code.
 
-    If this code has a method `encode_text`, as Jina-CLIP's does, the method tokenizes and truncates the texts.
-    Otherwise, it must have a method `get_text_features`, and the tokenizer must specify the context length.
+    If the model has an `encode_text` method, as Jina-CLIP does, that method tokenizes and truncates the texts.
+    Otherwise, the model must have a `get_text_features` method, and its tokenizer must specify the context length.
     """
     from transformers import AutoModel, AutoTokenizer
 
@@ -189,13 +187,13 @@ def _load_transformers(path: str, device: torch.device, remote_code: bool) -> Cl
             count_tokens=None,
         )
     if not hasattr(model, "get_text_features"):
-        raise ValueError(f"{path} has neither encode_text nor get_text_features: it is not an image-text model")
+        raise ValueError(f"{path} has neither encode_text nor get_text_features, so it is not an image-text model")
     tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=remote_code)
     context_length = tokenizer.model_max_length
     if not remote_code:
         positions = model.config.text_config.max_position_embeddings
         context_length = min(text_input.context_length or positions, positions, context_length)
-    # SigLIP's own tokenizer already converts texts to lower case, except for special tokens.
+    # SigLIP's own tokenizer already lower-cases texts, except for special tokens.
     lower_case = text_input.lower_case and type(tokenizer).__name__ != "SiglipTokenizer"
 
     def tokenize(texts: list[str]) -> dict[str, Tensor]:
@@ -216,14 +214,14 @@ def _load_transformers(path: str, device: torch.device, remote_code: bool) -> Cl
 
 
 def _get_text_input(path: str, model_type: str) -> _TextInput:
-    """Return the text preprocessing that a transformers model requires.
+    """Return the text preprocessing for a transformers model type.
 
     Raises:
-        ValueError: the model type is not supported. The message states the reason.
+        ValueError: the model type is not supported. The message says why.
     """
     if model_type in _TEXT_INPUTS:
         return _TEXT_INPUTS[model_type]
-    reason = _UNSUITABLE_TYPES.get(model_type, "llm2clip does not know its prompt, context length and padding")
+    reason = _UNSUITABLE_TYPES.get(model_type, "its prompt, context length and padding are unknown to llm2clip")
     raise ValueError(
         f"{path} is a {model_type!r} model, which is not supported: {reason}. Supported types: "
         f"{', '.join(_TEXT_INPUTS)}. To compare with any other model, save its embeddings in an .npz file"
@@ -231,7 +229,7 @@ def _get_text_input(path: str, model_type: str) -> _TextInput:
 
 
 def pooled_output(features: Any) -> Tensor:
-    """Extract the embeddings from the result of `get_text_features` or `get_image_features`."""
+    """Extract the embeddings from the output of `get_text_features` or `get_image_features`."""
     embeddings: Tensor = features if isinstance(features, Tensor) else features.pooler_output
     return embeddings
 
@@ -250,11 +248,11 @@ def _load_open_clip(name: str, device: torch.device) -> ClipTextEncoder:
         architecture, _, pretrained = name.partition("/")
         if not pretrained:
             raise ValueError(
-                f"{OPEN_CLIP_PREFIX}{name} does not name its weights: write {OPEN_CLIP_PREFIX}{name}/PRETRAINED"
+                f"{OPEN_CLIP_PREFIX}{name} does not specify weights: use {OPEN_CLIP_PREFIX}{name}/PRETRAINED"
             )
     model: Any = open_clip.create_model(architecture, pretrained=pretrained or None, device=device).eval()
     tokenizer: Any = open_clip.get_tokenizer(architecture)
-    hf_tokenizer = getattr(tokenizer, "tokenizer", None)  # some models have a Hugging Face tokenizer
+    hf_tokenizer = getattr(tokenizer, "tokenizer", None)  # some models use a Hugging Face tokenizer
 
     def count_tokens(text: str) -> int:
         if hf_tokenizer is not None:

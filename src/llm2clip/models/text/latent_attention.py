@@ -1,11 +1,11 @@
 """Latent attention pooling, the pooling layer of NV-Embed (arXiv 2405.17428).
 
-The final hidden state of each token attends to an array of trained vectors (the latents) and passes through an MLP. The
-results are averaged over the tokens. Tokens do not attend to each other in this layer, so packed and padded batches
+Each token's final hidden state attends to an array of trained vectors (the latents) and then passes through an MLP. The
+outputs are averaged over the tokens. Tokens do not attend to each other in this layer, so packed and padded batches
 produce the same embeddings.
 
-The module is stored in sentence-transformers' format, but sentence-transformers can load it only if llm2clip is
-installed. Because of the class path in `modules.json`, `trust_remote_code=True` is also required.
+The module is saved in sentence-transformers' format. sentence-transformers can load it only if llm2clip is installed
+and `trust_remote_code=True` is set, because `modules.json` contains an llm2clip class path.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# The MLP's hidden layer is eight times as wide as the LLM. Processing tokens in chunks limits the memory of its
+# The MLP's hidden layer is eight times as wide as the LLM's hidden states. Processing tokens in chunks limits its
 # activations to about 2 GB in fp32.
 TOKENS_PER_CHUNK = 4096
 MLP_EXPANSION = 4
 
 
 class LatentAttentionPooling(Pooling):
-    """sentence-transformers module that applies latent attention and an MLP to every token, followed by mean pooling.
+    """sentence-transformers module that applies latent attention and an MLP to each token, then mean-pools the results.
 
     Attributes:
-        latents: trained vectors of shape (num_latents, embedding_dimension).
+        latents: trained vectors, of shape (num_latents, embedding_dimension).
     """
 
     config_keys = ["embedding_dimension", "include_prompt", "num_latents", "num_heads", "head_dim"]  # noqa: RUF012
@@ -43,10 +43,7 @@ class LatentAttentionPooling(Pooling):
         """Create the layer with random weights.
 
         Args:
-            embedding_dimension: hidden size of the LLM, which is also the dimension of the embeddings.
-            num_latents: number of trained vectors.
-            num_heads: number of attention heads.
-            head_dim: dimension of each attention head.
+            embedding_dimension: hidden size of the LLM, which is also the embedding dimension.
             include_prompt: if True, the mean includes the tokens before the caption.
         """
         super().__init__(embedding_dimension, "mean", include_prompt)
@@ -63,15 +60,15 @@ class LatentAttentionPooling(Pooling):
         self.mlp_out = nn.Linear(MLP_EXPANSION * embedding_dimension, embedding_dimension)
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Transform and replace `token_embeddings`, and add `sentence_embedding` of shape (B, D) to the features."""
+        """Replace `token_embeddings` with the transformed tokens, and add `sentence_embedding` of shape (B, D)."""
         features["token_embeddings"] = self.transform_tokens(features["token_embeddings"])
         pooled: dict[str, Any] = super().forward(features, **kwargs)
         return pooled
 
     def transform_tokens(self, states: Tensor) -> Tensor:
-        """Apply latent attention and the MLP to final hidden states of shape (..., D). The shape does not change."""
+        """Apply latent attention and the MLP to final hidden states of shape (..., D), preserving their shape."""
         tokens = states.flatten(0, -2)  # (T, D)
-        # Keys and values do not depend on the batch. Their shape is (heads, latents, head_dim).
+        # Keys and values have shape (heads, latents, head_dim) and do not depend on the batch.
         keys, values = (self._split_heads(x) for x in self.to_kv(self.norm_latents(self.latents)).chunk(2, dim=-1))
         chunks = [self._transform_chunk(chunk, keys, values) for chunk in tokens.split(TOKENS_PER_CHUNK)]
         return torch.cat(chunks).view_as(states)
@@ -89,13 +86,13 @@ class LatentAttentionPooling(Pooling):
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(0, 1)
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
-        """Save the settings and the weights to a folder."""
+        """Save the config and weights to a folder."""
         self.save_config(output_path)
         self.save_torch_weights(output_path, safe_serialization=safe_serialization)
 
     @classmethod
     def load(cls, model_name_or_path: str, *args: Any, **kwargs: Any) -> LatentAttentionPooling:
-        """Load the module from the subfolder of a local folder or hub repository."""
+        """Load the module from a subfolder of a local folder or hub repository."""
         names = ("subfolder", "token", "cache_folder", "revision", "local_files_only")
         source = {name: kwargs[name] for name in names if name in kwargs}
         module = cls(**cls.load_config(model_name_or_path, **source))

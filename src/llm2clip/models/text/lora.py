@@ -1,8 +1,8 @@
-"""LoRA training of a caption encoder's LLM. At the end of training, LoRA is merged into the LLM.
+"""LoRA training of a caption encoder's LLM. After training, LoRA is merged into the LLM.
 
-QLoRA (arXiv 2305.14314) stores the frozen matrices in 4 bits only during training, and LoRA is merged into the original
-weights. Without QLoRA, the frozen matrices can be stored in 16 bits, and LoRA is merged into the rounded 16-bit values.
-The rounding has no effect if the LLM was released in the same 16-bit format.
+QLoRA (arXiv 2305.14314) stores the frozen matrices in 4 bits, but only during training: LoRA is merged into the
+original weights. Without QLoRA, the frozen matrices can be stored in 16 bits, and LoRA is then merged into the rounded
+16-bit values. Rounding has no effect if the LLM was released in the same 16-bit format.
 """
 
 from importlib.util import find_spec
@@ -17,20 +17,18 @@ from llm2clip.io_utils import install_command
 
 
 class LoraSession:
-    """LoRA training of an encoder's LLM. The constructor adds LoRA, and `finish` merges it."""
+    """LoRA training of an encoder's LLM. The constructor adds LoRA, and `finish` merges it into the LLM."""
 
     def __init__(self, encoder: Any, config: LoraConfig, dtype: torch.dtype, device: torch.device, quantize: bool):
-        """Add LoRA to the LLM of a `CaptionEncoder`, in place, and move it to the training device.
+        """Add LoRA to a `CaptionEncoder`'s LLM in place, and move the LLM to the training device.
 
-        If the LLM is initially on the CPU, its float32 weights do not have to fit in the device's memory.
+        If the LLM starts on the CPU, its float32 weights need not fit in the device's memory.
 
         Args:
-            encoder: the encoder, whose LLM has no LoRA yet.
-            config: LoRA config for PEFT.
-            dtype: dtype of the frozen matrices. With `quantize`, it is the dtype of their matmuls.
-            device: training device.
-            quantize: if True, store the frozen matrices in 4 bits (QLoRA, requires bitsandbytes). The original matrices
-                stay on the CPU.
+            encoder: encoder whose LLM has no LoRA yet.
+            dtype: dtype of the frozen matrices or, with `quantize`, of their matmuls.
+            quantize: if True, store the frozen matrices in 4 bits (QLoRA, requires bitsandbytes) and keep the original
+                matrices on the CPU.
         """
         self.encoder, self.config = encoder, config
         transformer = encoder.st[0]
@@ -41,7 +39,7 @@ class LoraSession:
         transformer.model.to(device)
 
     def finish(self) -> None:
-        """Merge LoRA into the original weights, in place and in float32, on the CPU.
+        """Merge LoRA into the original weights in float32 on the CPU, in place.
 
         The CPU is used because the float32 weights may not fit in the device's memory.
         """
@@ -67,13 +65,13 @@ class LoraSession:
 def check_qlora_available() -> None:
     """Raise ModuleNotFoundError if bitsandbytes is not installed."""
     if find_spec("bitsandbytes") is None:
-        raise ModuleNotFoundError(f"--tune.qlora requires the package bitsandbytes: {install_command('qlora')}")
+        raise ModuleNotFoundError(f"--tune.qlora requires the bitsandbytes package: {install_command('qlora')}")
 
 
 def cast_frozen_linear(llm: nn.Module, dtype: torch.dtype) -> None:
     """Cast the frozen linear layers to `dtype`.
 
-    Norms and token embeddings are not cast, because their rounding errors would affect all later layers.
+    Norms and token embeddings keep their dtype, because their rounding errors would affect all later layers.
     """
     for module in llm.modules():
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
@@ -81,7 +79,7 @@ def cast_frozen_linear(llm: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _quantize_linear_layers(llm: Any, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Linear]:
-    """Replace the linear layers with 4-bit layers on `device`. Return the original layers on the CPU, keyed by name."""
+    """Replace linear layers with 4-bit layers on `device`. Return the original layers, on the CPU, keyed by name."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     original_layers = {name: module.to("cpu") for name, module in llm.named_modules() if isinstance(module, nn.Linear)}

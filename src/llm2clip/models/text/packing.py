@@ -1,13 +1,13 @@
-"""Packed attention, which concatenates all captions of a batch into a single row without padding.
+"""Packed attention, which concatenates all captions in a batch into a single row without padding.
 
 Layers that process each token separately receive one long row of tokens. Attention is computed within each caption.
 Consecutive captions of equal length share one attention call without a mask. Because the captions in a batch have
-similar lengths, few calls are needed. In 16 bits on recent NVIDIA GPUs, a single call computes the attention of all
-captions (`varlen_attention`). The attention function is registered with transformers under the name `packed`, so every
-model family can use it. For an ordinary padded batch, `packed` returns the same result as `sdpa`.
+similar lengths, few calls are needed. In 16 bits on recent NVIDIA GPUs, a single call computes attention over all
+captions (`varlen_attention`). The attention function is registered with transformers as `packed`, so every model family
+can use it. For ordinary padded batches, `packed` returns the same result as `sdpa`.
 
-Restarting `position_ids` at each caption would not be enough, because with `sdpa` and bidirectional attention, tokens
-would still attend to other captions.
+Restarting `position_ids` at each caption would not be enough: with `sdpa` and bidirectional attention, tokens would
+still attend to other captions.
 """
 
 import inspect
@@ -28,24 +28,24 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 PACKED = "packed"
 MAX_UNFUSED_LENGTH = 512  # in tokens; the attention scores of longer captions would take too much memory
 MAX_VARLEN_HEAD_DIM = 256
-MIN_COSINE = 0.999  # minimum cosine similarity between the results of varlen_attn and of sdpa, both in 16 bits
+MIN_COSINE = 0.999  # minimum cosine similarity between varlen_attn and sdpa outputs, both in 16 bits
 
 
 def pack_captions(ids: Sequence[Sequence[int]], attention: str, device: torch.device) -> dict[str, Any]:
-    """Pack the token ids of B captions with T tokens in total into one row.
+    """Pack B captions with T tokens in total into a single row.
 
-    `attention` is the model's attention implementation, either `packed` or a variant of flash attention.
+    `attention` is the model's attention implementation: `packed` or a flash attention variant.
 
     Returns:
-        A dict of keyword arguments for the model:
+        Keyword arguments for the model:
 
-        - input_ids and position_ids, of shape (1, T), int64.
-        - seq_idx, the caption index of each token, of shape (1, T), int64. Without it, sentence-transformers' pooling
-          would synchronise with the GPU to count the tokens.
-        - cu_seq_lens_q and cu_seq_lens_k, the cumulative caption lengths, of shape (B + 1,), int32.
-        - max_length_q and max_length_k, the maximum caption length.
-        - Only for `packed`: the list caption_lengths, and attention_mask, a 4-dimensional dummy that prevents
-          transformers from building a mask of shape (T, T).
+        - input_ids and position_ids: int64, of shape (1, T).
+        - seq_idx: caption index of each token, int64, of shape (1, T). Without it, sentence-transformers' pooling would
+          synchronise with the GPU to count the tokens.
+        - cu_seq_lens_q and cu_seq_lens_k: cumulative caption lengths, int32, of shape (B + 1,).
+        - max_length_q and max_length_k: length of the longest caption.
+        - caption_lengths (only for `packed`): list of caption lengths.
+        - attention_mask (only for `packed`): 4-dimensional dummy that keeps transformers from building a (T, T) mask.
     """
     lengths = [len(row) for row in ids]
     total = sum(lengths)
@@ -78,10 +78,10 @@ def pack_captions(ids: Sequence[Sequence[int]], attention: str, device: torch.de
 
 
 def remove_prompts(features: dict[str, Any]) -> None:
-    """Remove the hidden states of prompt tokens from the LLM's output for a packed batch, in place.
+    """Remove the hidden states of prompt tokens from the LLM output for a packed batch, in place.
 
-    `features` contains the entries from `pack_captions`, and `prompt_length`, the number of tokens to remove at the
-    start of each caption. sentence-transformers' pooling can also exclude prompts, but it synchronises with the GPU.
+    `features` contains the entries from `pack_captions` and `prompt_length`, the number of tokens to remove from the
+    start of each caption. sentence-transformers' pooling can also exclude prompts, but synchronises with the GPU.
     """
     prompt_length = features.pop("prompt_length")
     lengths = np.array(features["caption_lengths"])
@@ -101,16 +101,16 @@ def remove_prompts(features: dict[str, Any]) -> None:
 
 
 def copy_to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copy a CPU tensor to a device. Copies to a GPU are asynchronous, so that the CPU can prepare the next batch."""
+    """Copy a CPU tensor to a device. GPU copies are asynchronous, so the CPU can prepare the next batch meanwhile."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def can_pack(llm: Any) -> bool:
     """Return True if a transformers model produces the same embeddings with packed attention as with padding.
 
-    The model must be a decoder whose tokens interact only through attention, because other layers, such as
-    convolutions, would mix neighbouring captions. The model's config must specify whether attention is causal, because
-    the definition of a sliding window depends on this. The model must have been loaded with `sdpa`.
+    The model must be a decoder, loaded with `sdpa`, whose tokens interact only through attention. Other layers that mix
+    tokens, such as convolutions, would mix neighbouring captions. The config must specify whether attention is causal,
+    because the definition of a sliding window depends on it.
     """
     config = llm.config
     layers = list(getattr(llm, "layers", []))
@@ -136,22 +136,20 @@ def packed_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention within each caption of a packed row. transformers determines the signature.
+    """Compute attention within each caption of a packed row. The signature is defined by transformers.
 
     Args:
-        module: the attention layer.
         query: queries of shape (1, heads, T, D).
-        key: keys of shape (1, key heads, T, D), like the values. Consecutive query heads share a key head.
-        value: values.
-        attention_mask: mask of an ordinary padded batch. Ignored for a packed row.
-        caption_lengths: number of tokens in each caption. The sum is T. None for an ordinary padded batch.
-        sliding_window: attention span in tokens, defined as in transformers' masks. With causal attention, a token
+        key, value: keys and values of shape (1, key heads, T, D). Consecutive query heads share a key head.
+        attention_mask: mask for an ordinary padded batch. Ignored for packed rows.
+        caption_lengths: number of tokens in each caption, with sum T. None for an ordinary padded batch.
+        sliding_window: attention span in tokens, as defined by transformers' masks. With causal attention, a token
             attends to this many tokens, including itself. With bidirectional attention, a token attends to itself and
             this many tokens on each side.
         is_causal: True for causal attention, False for bidirectional attention. Default: `module.is_causal`.
 
     Returns:
-        The attention output of shape (1, T, heads, D), and None instead of the attention weights.
+        Attention output of shape (1, T, heads, D), and None in place of the attention weights.
     """
     if is_causal is None:  # the config does not specify whether attention is causal
         is_causal = getattr(module, "is_causal", True)
@@ -181,7 +179,7 @@ def packed_attention(
 
     # Consecutive captions of equal length form a group. Empty texts may have no tokens at all.
     groups = [(length, len(list(group))) for length, group in groupby(caption_lengths) if length > 0]
-    # Use `split`, because the backward pass of every slice would allocate a gradient of length T.
+    # Use `split` instead of slices: each slice would allocate a gradient of length T in the backward pass.
     group_sizes = [length * count for length, count in groups]
     queries, keys, values = (x[0].split(group_sizes, dim=1) for x in (query, key, value))
     outputs = []
@@ -199,7 +197,7 @@ def packed_attention(
 
 
 def _build_sliding_window_mask(length: int, window: int, is_causal: bool, device: torch.device) -> Tensor:
-    """Return a boolean mask of shape (1, 1, length, length): True if the row's token attends to the column's token."""
+    """Return a boolean mask of shape (1, 1, length, length), True where the row's token attends to the column's token."""
     positions = torch.arange(length, device=device)
     distance = positions[:, None] - positions  # positive for earlier tokens
     mask = (distance >= 0) & (distance < window) if is_causal else distance.abs() <= window
@@ -211,8 +209,8 @@ def unfused_attention(
 ) -> Tensor:
     """Compute attention with two batched matmuls, which are faster than `sdpa` for short captions on CPUs.
 
-    The queries have shape (B, heads, L, D), and keys and values (B, key heads, L, D). For the mask, see
-    `_build_sliding_window_mask`. `is_causal` is ignored if there is a mask. The output has shape (B, L, heads, D).
+    Queries have shape (B, heads, L, D); keys and values have shape (B, key heads, L, D). For the mask, see
+    `_build_sliding_window_mask`. If there is a mask, `is_causal` is ignored. The output has shape (B, L, heads, D).
     """
     batch, heads, length, head_dim = query.shape
     query = query * (head_dim**-0.5 if scaling is None else scaling)
@@ -228,7 +226,7 @@ def unfused_attention(
     return output.view(batch, heads, length, -1).transpose(1, 2)
 
 
-# ---- attention of all captions in one call, on NVIDIA GPUs ----------------------------------------------------------
+# ---- attention over all captions in a single call, on NVIDIA GPUs ---------------------------------------------------
 
 
 def varlen_attention(
@@ -243,16 +241,16 @@ def varlen_attention(
 ) -> Tensor:
     """Compute attention within each caption of a packed row with `torch.nn.attention.varlen` (flash attention).
 
-    For the other arguments and the result, see `packed_attention`.
+    For the other arguments and the output, see `packed_attention`.
 
     Args:
         boundaries: cumulative caption lengths of shape (B + 1,), int32, on the same device.
-        max_length: length of the longest caption in tokens.
-        scaling: factor that multiplies the attention scores. Default: D ** -0.5.
+        max_length: length of the longest caption, in tokens.
+        scaling: factor applied to the attention scores. Default: D ** -0.5.
     """
     varlen_attn = load_varlen_attn()
     assert varlen_attn is not None
-    # Number of earlier and later tokens to which a token attends. -1 means no limit.
+    # Number of earlier and later tokens that a token attends to; -1 means no limit.
     before = after = -1
     if sliding_window is not None:
         before, after = (sliding_window - 1 if is_causal else sliding_window), sliding_window
@@ -276,13 +274,13 @@ def varlen_attention(
 
 
 def varlen_dtype(query: Tensor) -> torch.dtype:
-    """Return the dtype in which attention is computed. Under autocast, this is the autocast dtype."""
+    """Return the dtype used for attention: the autocast dtype under autocast, otherwise the queries' dtype."""
     device_type = query.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else query.dtype
 
 
 def can_use_varlen(query: Tensor, key: Tensor, dropout: float) -> bool:
-    """Return True if `varlen_attention` supports these queries and keys. For the shapes, see `varlen_attention`."""
+    """Return True if `varlen_attention` supports these queries and keys. For the shapes, see `packed_attention`."""
     dtype, head_dim = varlen_dtype(query), query.shape[-1]
     if query.device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or dropout:
         return False
@@ -304,7 +302,7 @@ def load_varlen_attn() -> Callable[..., Any] | None:
 
 
 def has_flash_hardware(device: torch.device) -> bool:
-    """Return True for NVIDIA GPUs of the Ampere generation and later."""
+    """Return True for NVIDIA GPUs of the Ampere generation or later."""
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -312,16 +310,16 @@ def has_flash_hardware(device: torch.device) -> bool:
 def matches_sdpa(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, head_dim: int) -> bool:
     """Return True if `varlen_attention` works on a device and agrees with `scaled_dot_product_attention`.
 
-    The comparison uses two random captions, with bidirectional and causal attention. A warning is shown if the kernel
-    fails or disagrees.
+    Outputs and gradients are compared on two random captions, with bidirectional and causal attention. A warning is
+    shown if the kernel fails or the results differ.
     """
     try:
         agrees = all(_agrees_with_sdpa(device, dtype, heads, key_heads, head_dim, causal) for causal in (False, True))
-        problem = "gives wrong results"
+        problem = "produces wrong results"
     except (RuntimeError, ValueError, TypeError) as error:
         agrees, problem = False, f"fails ({str(error).splitlines()[0]})"
     if not agrees:
-        warnings.warn(f"torch's varlen_attn {problem} on {device}: using slower attention", stacklevel=2)
+        warnings.warn(f"torch's varlen_attn {problem} on {device}: falling back to slower attention", stacklevel=2)
     return agrees
 
 
