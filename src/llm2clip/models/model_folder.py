@@ -1,4 +1,4 @@
-"""Model config, and layout of a model folder.
+"""Model config and model folder layout.
 
 MODEL/
   config.json                model config (`LLM2CLIPConfig`)
@@ -22,9 +22,9 @@ from llm2clip.models.heads import AdapterConfig
 from llm2clip.models.hub.loading import check_model_source
 from llm2clip.models.prompts import LITERAL, QueryTemplates
 
-# Files to download from the hub: configs, weights, tokenizers and model cards, but no pickles and no code.
+# Files to download from the hub: configs, weights, tokenizers and model cards, but no pickles or code.
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", TRAINING_IMAGES_FILE)
-FORMAT_VERSION = 1  # version of the layout of model folders
+FORMAT_VERSION = 1  # version of the model folder layout
 
 
 @dataclass
@@ -40,9 +40,9 @@ class LLM2CLIPConfig:
             `embed_dim` must equal the tower's feature dimension.
         projection_bias: if True, the image projection has a bias (see `build_projection`).
         logit_bias: if True, the model has a learned logit bias, for the sigmoid loss.
-        encoder: `CaptionEncoder.identity()` of the encoder with which the adapter was trained. Empty if unknown.
-        query_templates: prompt templates with which search and evaluation encode short queries. `encode_text` does not
-            apply them.
+        encoder: `CaptionEncoder.identity()` of the encoder the adapter was trained with. Empty if unknown.
+        query_templates: prompt templates that search and evaluation use to encode short queries. `encode_text` does not
+            use them.
     """
 
     tower: dict[str, Any]
@@ -85,7 +85,7 @@ def is_model_folder(path: str | Path) -> bool:
 
 
 def save_query_templates(folder: Path, templates: QueryTemplates) -> None:
-    """Replace the query templates in the config of a saved model."""
+    """Replace the query templates in a saved model's config."""
     file = folder / "config.json"
     values = json.loads(file.read_text(encoding="utf-8"))
     values["query_templates"] = dataclasses.asdict(templates)
@@ -93,7 +93,7 @@ def save_query_templates(folder: Path, templates: QueryTemplates) -> None:
 
 
 def find_model_folder(path: str | Path) -> Path:
-    """Return the local folder of a model. If `path` is a hub id, download the model.
+    """Return the local folder of a model. If `path` is a hub id, the model is downloaded.
 
     Raises:
         FileNotFoundError: `path` is neither a folder nor a model on the hub.

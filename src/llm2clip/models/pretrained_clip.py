@@ -1,7 +1,7 @@
-"""Inheritance from a vision tower's original CLIP model: its logit scale and bias, and its embedding space.
+"""Inheriting the logit scale, logit bias and embedding space of a vision tower's original CLIP model.
 
-The LLM2CLIP authors' code starts from the logit scale of the pretrained CLIP model, which is close to the maximum of
-100. A CLIP model trained from scratch starts at 1 / 0.07 instead. For training in the inherited embedding space, see
+The LLM2CLIP authors' code starts from the pretrained CLIP model's logit scale, which is close to the maximum of 100. A
+CLIP model trained from scratch starts at 1 / 0.07 instead. For training in the inherited embedding space, see
 `train/proclip.py`.
 """
 
@@ -28,7 +28,7 @@ from llm2clip.models.text.clip_text_encoder import (
 )
 from llm2clip.models.vision.vision_tower import VisionTower
 
-# Weight files that may contain the logit scale. In timm's repositories, only the open_clip file contains it.
+# Weight files that may contain the logit scale. In timm's repositories, only the open_clip file does.
 _WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -36,20 +36,20 @@ _WEIGHT_FILES = (
     "pytorch_model.bin",
     "open_clip_pytorch_model.bin",
 )
-MIN_SIMILARITY = 0.99  # minimum cosine similarity between the outputs of two implementations of the same image tower
+MIN_SIMILARITY = 0.99  # minimum cosine similarity between two implementations of the same image tower
 
 
 def read_pretrained_logits(tower: str) -> tuple[float, float | None]:
-    """Read the logit scale and the logit bias of a pretrained CLIP model.
+    """Read a pretrained CLIP model's logit scale and logit bias.
 
     Args:
         tower: vision tower, as in `VisionTower.from_pretrained`.
 
     Returns:
-        The factor that multiplies the cosine similarities (not its logarithm), and the logit bias or None.
+        The logit scale as a factor (not its logarithm), and the logit bias or None.
 
     Raises:
-        ValueError: the tower's checkpoint has no logit scale, because it contains only a vision tower.
+        ValueError: the tower's checkpoint has no logit scale because it contains only a vision tower.
     """
     source = find_hub_id_or_folder(resolve_pretrained(tower))
     for name in _WEIGHT_FILES:
@@ -60,12 +60,12 @@ def read_pretrained_logits(tower: str) -> tuple[float, float | None]:
             return tensors["logit_scale"].double().exp().item(), None if bias is None else bias.item()
     raise ValueError(
         f"--align.logit_scale inherit: the checkpoint of {tower} contains no logit scale. Set --align.logit_scale to a "
-        "number. Most CLIP models end their training with a logit scale of 100"
+        "number. Most CLIP models finish training with a logit scale of 100"
     )
 
 
 def _read_tensors(file: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """Read the named tensors from a weight file, or from the shards listed in an index. Omit missing tensors."""
+    """Read the named tensors from a weight file, or from the shards listed in an index. Skip missing tensors."""
     if file.name.endswith(".index.json"):
         shard_of = read_weight_map(file)
         tensors: dict[str, Tensor] = {}
@@ -87,8 +87,7 @@ def load_inherited_clip(tower: str, inherit: bool | str, device: torch.device) -
 
     Args:
         tower: vision tower, as in `VisionTower.from_pretrained`.
-        inherit: name of the CLIP model, as in `load_clip_text_encoder`, or True for the tower's original CLIP model.
-        device: device on which to load the model.
+        inherit: CLIP model name, as in `load_clip_text_encoder`, or True for the tower's original CLIP model.
 
     Raises:
         ValueError: the tower's checkpoint contains no text tower.
@@ -99,20 +98,20 @@ def load_inherited_clip(tower: str, inherit: bool | str, device: torch.device) -
     source = find_hub_id_or_folder(resolve_pretrained(tower))
     if has_text_tower(source):
         return load_clip_text_encoder(source, device)
-    # The hub repositories of timm towers also contain the open_clip model with the text tower.
+    # The hub repositories of timm towers also contain the open_clip model, including its text tower.
     if (config := find_file(source, "open_clip_config.json")) is not None:
         is_folder = str(config.parent) == source
         return load_clip_text_encoder(f"{OPEN_CLIP_PREFIX}{'' if is_folder else 'hf-hub:'}{source}", device)
     raise ValueError(
-        f"--align.inherit true: the checkpoint of {tower} has no text tower. Name the CLIP model that the tower comes "
+        f"--align.inherit true: the checkpoint of {tower} has no text tower. Specify the CLIP model the tower comes "
         "from (--align.inherit NAME or open_clip:NAME/PRETRAINED), or remove --align.inherit"
     )
 
 
 def visual_projection(clip: Any) -> nn.Linear | None:
-    """Return the linear layer that maps image features to image embeddings, in a transformers or open_clip model.
+    """Return the linear layer of a transformers or open_clip model that maps image features to embeddings.
 
-    Return None if the features are the embeddings, as in SigLIP.
+    Return None if the features are already the embeddings, as in SigLIP.
 
     Raises:
         ValueError: the mapping from features to embeddings is not a linear layer.
@@ -125,7 +124,7 @@ def visual_projection(clip: Any) -> nn.Linear | None:
         projection = nn.Linear(feature_dim, embed_dim, bias=False)
         projection.weight = nn.Parameter(weight.detach().T.contiguous())
         return projection
-    if (trunk := getattr(visual, "trunk", None)) is not None:  # a timm model: its classifier or open_clip's head
+    if (trunk := getattr(visual, "trunk", None)) is not None:  # timm model: classifier or open_clip's head
         head = [module for module in visual.head if not isinstance(module, nn.Dropout)]
         layers = [layer for layer in (trunk.get_classifier(), *head) if not isinstance(layer, nn.Identity)]
         if not layers:
@@ -138,10 +137,10 @@ def visual_projection(clip: Any) -> nn.Linear | None:
 
 
 def build_model_in_clip_space(config: LLM2CLIPConfig, tower: VisionTower, clip: ClipTextEncoder) -> LLM2CLIP:
-    """Build a model with a CLIP model's image embeddings, on the same device. The text adapter has random weights.
+    """Build a model with a CLIP model's image embeddings and a randomly initialised text adapter.
 
-    The CLIP model determines `embed_dim`, `projection` and `projection_bias` of the config. `tower` is its image tower,
-    loaded for training.
+    The CLIP model determines the device and the config's `embed_dim`, `projection` and `projection_bias`. `tower` is
+    the CLIP model's image tower, loaded for training.
 
     Raises:
         ValueError: the vision tower is not the image tower of the CLIP model. See also `visual_projection`.
@@ -150,8 +149,8 @@ def build_model_in_clip_space(config: LLM2CLIPConfig, tower: VisionTower, clip: 
     feature_dim = clip.embed_dim if projection is None else projection.in_features
     if feature_dim != tower.feature_dim:
         raise ValueError(
-            f"--align.inherit: the image features of this CLIP model have {feature_dim} dimensions, but the "
-            f"features of the vision tower have {tower.feature_dim}. Name the CLIP model that --align.tower is from"
+            f"--align.inherit: the image features of this CLIP model have {feature_dim} dimensions, but the vision "
+            f"tower's features have {tower.feature_dim}. Specify the CLIP model that --align.tower comes from"
         )
     config = dataclasses.replace(
         config,
@@ -168,7 +167,7 @@ def build_model_in_clip_space(config: LLM2CLIPConfig, tower: VisionTower, clip: 
 
 @torch.no_grad()
 def _check_image_space(model: LLM2CLIP, clip: Any) -> None:
-    """Check that a model and a CLIP model embed a random image alike. Towers with another image size are not checked.
+    """Check that both models embed a random image alike. Skip the check if their image sizes differ.
 
     Raises:
         ValueError: the vision tower is not the image tower of the CLIP model.
@@ -187,8 +186,8 @@ def _check_image_space(model: LLM2CLIP, clip: Any) -> None:
     similarity = F.cosine_similarity(image, expected.float()).item()
     if similarity < MIN_SIMILARITY:
         raise ValueError(
-            "--align.inherit: the vision tower is not the image tower of this CLIP model: the cosine similarity "
-            f"between their embeddings of an image is {similarity:.2f}. Name the CLIP model that --align.tower is from"
+            "--align.inherit: the vision tower is not the image tower of this CLIP model (cosine similarity between "
+            f"their image embeddings: {similarity:.2f}). Specify the CLIP model that --align.tower comes from"
         )
 
 
@@ -200,9 +199,10 @@ def _get_image_size(clip: Any) -> int | None:
 
 
 def find_hub_id_or_folder(tower: str) -> str:
-    """Return the folder or hub id of a tower's weights. For a timm model, timm's pretrained config contains the hub id.
+    """Return the folder or hub id of a tower's weights.
 
-    The name of a timm model without weights on the hub is returned unchanged.
+    For a timm model, the hub id is taken from timm's pretrained config. If the model has no weights on the hub, its
+    name is returned unchanged.
     """
     prefix, colon, rest = tower.partition(":")
     name = rest if colon and prefix in ("timm", "hf") else tower

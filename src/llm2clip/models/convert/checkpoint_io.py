@@ -1,6 +1,6 @@
-"""Functions that find and load the weights and configuration of a checkpoint in a folder or hub repository.
+"""Reading of checkpoint weights and configuration from folders and hub repositories.
 
-No code from a checkpoint is executed. Weights are read from safetensors files, or from pickle files with
+Code in a checkpoint is never executed. Weights are read from safetensors files, or from pickle files with
 `weights_only=True`.
 """
 
@@ -34,12 +34,12 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Any],
             (both may be sharded), or a single .pt file. If `source` is a weight file, no configuration is read.
 
     Returns:
-        (tensors, config, preprocessing): a dict from name to tensor; the contents of config.json, or {} if this file
-        does not exist; and the contents of preprocessor_config.json, or None if this file does not exist.
+        (tensors, config, preprocessing): a dict from tensor name to tensor; the contents of config.json, or {} if it is
+        missing; and the contents of preprocessor_config.json, or None if it is missing.
 
     Raises:
         FileNotFoundError: the file, folder or repository does not exist.
-        ValueError: no weight file can be selected, or a weight file is damaged or contains objects other than tensors.
+        ValueError: the weight file is missing, ambiguous or damaged, or it contains objects other than tensors.
     """
     path = Path(source)
     if path.is_file():
@@ -52,17 +52,17 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Any],
 
 
 def select_weights_file(names: list[str], source: str) -> str:
-    """Return the name of the weight file or, for sharded weights, of the index file.
+    """Return the name of the weight file, or of the index file if the weights are sharded.
 
-    A .pt file with "EVA" in its name takes precedence. Repositories with such a file also contain another weight file,
-    but with a different text tower.
+    A .pt file with "EVA" in its name takes precedence, because repositories with such a file also contain another
+    weight file with a different text tower.
 
     Args:
-        names: names of the files in the folder or repository.
+        names: file names in the folder or repository.
         source: folder or hub id, for error messages.
 
     Raises:
-        ValueError: there is no weight file, or the choice between several .pt files is ambiguous.
+        ValueError: there is no weight file, or there are several .pt files to choose from.
     """
     pt_files = [name for name in names if name.endswith(".pt") and "/" not in name]
     eva_files = [name for name in pt_files if "EVA" in name]
@@ -74,13 +74,13 @@ def select_weights_file(names: list[str], source: str) -> str:
     if len(pt_files) == 1:
         return pt_files[0]
     raise ValueError(
-        f"{source} must contain one of {', '.join(WEIGHT_FILES)}, or a single .pt file. Otherwise, pass the path of "
-        "the weight file"
+        f"{source} must contain one of {', '.join(WEIGHT_FILES)}, or a single .pt file. If it contains several .pt "
+        "files, pass the path of one of them"
     )
 
 
 def _load_weights(path: Path) -> dict[str, Any]:
-    """Load a weight file and return its state dict."""
+    """Load the state dict from a weight file."""
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     if _is_torchscript(path):
@@ -90,14 +90,14 @@ def _load_weights(path: Path) -> dict[str, Any]:
             "'model.safetensors')"
         )
     try:
-        # Some checkpoints also contain an LLM. With mmap, tensors that are not needed are never read.
+        # Some checkpoints also contain an LLM. With mmap, unneeded tensors are never read.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} contains objects other than tensors, and loading it could run code. If you trust the file, "
             f"extract the state dict and save it with safetensors.torch.save_file ({_get_first_line(error)})"
         ) from error
-    except Exception as error:  # a damaged file can make torch raise almost any type of exception
+    except Exception as error:  # for a damaged file, torch can raise almost any type of exception
         raise ValueError(f"{path} is damaged or incomplete ({_get_first_line(error)})") from error
     for key in ("state_dict", "module", "model"):  # keys under which training scripts save the state dict
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -137,10 +137,10 @@ def _load_shards(index: Path) -> dict[str, Any]:
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Return the dict from tensor name to shard file name in an index file.
+    """Return an index file's mapping from tensor name to shard file name.
 
     Raises:
-        DataFormatError: the file is not an index file.
+        DataFormatError: the file is not a valid index file.
     """
     shard_of = read_json_object(index).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):

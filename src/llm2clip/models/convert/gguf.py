@@ -1,11 +1,11 @@
 """Conversion of GGUF files (llama.cpp's format, usually quantized) to safetensors folders.
 
-transformers dequantizes a GGUF file each time it loads the file, and cannot save the loaded model. Converting the file
-once solves both problems: SmolLM2-135M loads in 17 s from a GGUF file, and in 1 s from safetensors.
+transformers dequantizes a GGUF file on every load, and cannot save the loaded model. Converting the file once solves
+both problems: SmolLM2-135M loads in 17 s from a GGUF file, and in 1 s from safetensors.
 
-The weights are written in float32, with 4 bytes per parameter. In the Q4_1 format, a dequantized weight is the product
-of a 4-bit integer and a float16 scale, plus a float16 offset. Neither float16 nor bfloat16 can represent all such
-values. Of SmolLM2-135M's 134.5 M dequantized weights, casting changes 106.6 M for bfloat16 and 55.9 M for float16.
+The weights are written in float32 (4 bytes per parameter). In the Q4_1 format, a dequantized weight is the product of a
+4-bit integer and a float16 scale, plus a float16 offset. Neither float16 nor bfloat16 can represent all such values.
+Casting SmolLM2-135M's 134.5 M dequantized weights changes 106.6 M of them in bfloat16 and 55.9 M in float16.
 """
 
 import os
@@ -22,15 +22,15 @@ _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
 def convert_gguf(gguf: str | Path, out: str | Path) -> Path:
-    """Convert a GGUF file to a safetensors folder `out`, atomically, and return the folder's path.
+    """Convert a GGUF file to the safetensors folder `out`, atomically, and return the folder.
 
-    See `write_gguf_as_safetensors` for the contents of the folder. If another process creates `out` at the same time,
-    the folder of that process is used.
+    For the folder's contents, see `write_gguf_as_safetensors`. If another process creates `out` at the same time, its
+    folder is used.
 
     Raises:
         FileNotFoundError: the GGUF file does not exist.
         FileExistsError: `out` exists.
-        ValueError: the file does not contain all weights of the model.
+        ValueError: the file is missing weights of the model.
     """
     gguf, out = Path(gguf).expanduser(), Path(out)
     if not gguf.is_file():
@@ -49,11 +49,11 @@ def convert_gguf(gguf: str | Path, out: str | Path) -> Path:
 def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
     """Write a GGUF file's tokenizer and decoder, without the LM head, to an existing folder.
 
-    The supported architectures are those that transformers can load from GGUF files (llama, qwen2, qwen3, gemma3, ...).
-    The tokenizer's chat template is kept.
+    All architectures that transformers can load from GGUF files are supported (llama, qwen2, qwen3, gemma3, ...). The
+    tokenizer's chat template is kept.
 
     Raises:
-        ValueError: the file is damaged, or does not contain all weights of the model.
+        ValueError: the file is damaged, or is missing weights of the model.
     """
     import torch
     import transformers.modeling_gguf_pytorch_utils
@@ -64,7 +64,7 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
     gguf_utils: Any = transformers.modeling_gguf_pytorch_utils
     tqdm = gguf_utils.tqdm
     try:
-        # The progress bars for conversion, loading and saving would print three unexplained lines.
+        # Hide the progress bars for conversion, loading and saving, which would print three unexplained lines.
         gguf_utils.tqdm = partial(tqdm, disable=True)
         with hide_loading_bars():
             model, report = AutoModel.from_pretrained(
@@ -75,7 +75,7 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
     missing = sorted(report["missing_keys"])
     if missing:  # transformers only warns, and initialises missing weights randomly
         raise ValueError(
-            f"{gguf} does not contain {len(missing):,} of the model's weights, such as {missing[0]}. The file is "
+            f"{gguf} is missing {len(missing):,} of the model's weights, including {missing[0]}. The file is "
             "incomplete, or the installed gguf package is too old"
         )
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name, trust_remote_code=False)
@@ -86,10 +86,10 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
 
 
 def check_gguf_header(gguf: Path) -> None:
-    """Check that the metadata declared in the header of a GGUF file does not extend past the end of the file.
+    """Check that the metadata in a GGUF file's header does not extend past the end of the file.
 
-    The package gguf does not check array lengths: it would try to read an array of 2^40 values from a small file.
-    Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+    The gguf package does not check array lengths: it would try to read an array of 2^40 values from a small file.
+    File format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
     Raises:
         ValueError: the file is not a little-endian GGUF file, or is damaged.
@@ -104,11 +104,11 @@ def check_gguf_header(gguf: Path) -> None:
                 reader.skip(reader.read_integer(8))  # name
                 reader.skip_value(reader.read_integer(4))
         except EOFError as error:
-            raise ValueError(f"{gguf} is damaged: its metadata extend past the end of the file") from error
+            raise ValueError(f"{gguf} is damaged: its metadata extends past the end of the file") from error
 
 
 class _GGUFReader:
-    """Reader that skips GGUF metadata. Methods raise EOFError if the data extend past the end of the file."""
+    """Reader that skips GGUF metadata. Methods raise EOFError when reading past the end of the file."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -135,11 +135,11 @@ class _GGUFReader:
             for _ in range(length):
                 self.skip(self.read_integer(8))
         else:
-            raise ValueError(f"the metadata of a GGUF file contain a value of the unknown type {kind}")
+            raise ValueError(f"the GGUF metadata contains a value of unknown type {kind}")
 
 
 def _clear_quantization_metadata(model: Any) -> None:
-    """Remove the attributes that mark a dequantized model as quantized, which would make `save_pretrained` fail."""
+    """Remove attributes that mark a dequantized model as quantized and would make `save_pretrained` fail."""
     for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
         if hasattr(owner, name):
             delattr(owner, name)

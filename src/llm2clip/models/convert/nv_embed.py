@@ -1,7 +1,7 @@
 """Conversion of NV-Embed-v2 to a caption encoder.
 
 NV-Embed-v2 is a bidirectional Mistral with latent attention pooling. Its repository contains Python code for
-transformers 4, which llm2clip does not run. The weights are loaded into transformers' own Mistral and into
+transformers 4, which llm2clip does not run. Instead, the weights are loaded into transformers' Mistral and into
 `LatentAttentionPooling`.
 """
 
@@ -24,7 +24,7 @@ from llm2clip.models.text.sentence_transformer import NV_EMBED
 _LLM_PREFIX = "embedding_model."
 _POOLING_PREFIX = "latent_attention_model."
 _ROTARY_BUFFER = "rotary_emb.inv_freq"  # recomputed from the config
-# Weight name in NV-Embed-v2, without prefix -> name in LatentAttentionPooling.
+# Module name in NV-Embed-v2, without prefix -> name in LatentAttentionPooling.
 _POOLING_NAMES = {
     "cross_attend_blocks.0.norm": "norm",
     "cross_attend_blocks.0.norm_context": "norm_latents",
@@ -35,7 +35,7 @@ _POOLING_NAMES = {
     "cross_attend_blocks.1.fn.net.0": "mlp_in",
     "cross_attend_blocks.1.fn.net.2": "mlp_out",
 }
-# Entries of the LLM's config that determine its architecture. The other entries affect only text generation.
+# LLM config entries that determine the architecture. All other entries affect only text generation.
 _LLM_SETTINGS = (
     "vocab_size",
     "hidden_size",
@@ -58,8 +58,8 @@ def is_nv_embed(source: str | Path) -> bool:
 def load_nv_embed(source: str | Path) -> CaptionEncoder:
     """Load NV-Embed-v2 from its published format as a caption encoder in float32, on the CPU.
 
-    As in NV-Embed's code, each text consists of the begin token, the caption and the end token. Pooling includes all of
-    these tokens. `source` is a folder or hub id.
+    As in NV-Embed's code, each text consists of the begin token, the caption and the end token, and pooling includes
+    all of them.
 
     Raises:
         FileNotFoundError: the folder or repository does not exist.
@@ -89,7 +89,7 @@ def load_nv_embed(source: str | Path) -> CaptionEncoder:
 
 
 def _split_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the LLM's tensors and the pooling layer's tensors, with llm2clip's names."""
+    """Return the LLM's tensors and the pooling layer's tensors, under llm2clip's names."""
     llm: dict[str, Tensor] = {}
     pooling: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -123,7 +123,7 @@ def _load_llm(source: str | Path, tensors: dict[str, Tensor], settings: Mapping[
     with torch.device("meta"):
         model = AutoModel.from_config(config)
     _load_weights(source, model, tensors)
-    # transformers and sentence-transformers load models from folders.
+    # transformers and sentence-transformers load models only from folders.
     with tempfile.TemporaryDirectory() as folder:
         config.architectures = ["MistralModel"]
         config.save_pretrained(folder)

@@ -1,12 +1,12 @@
-"""Published caption encoders: those of the LLM2CLIP authors, and LLMs with LoRA adapters in PEFT's format.
+"""Published caption encoders: those of the LLM2CLIP authors, and LLMs with LoRA adapters in PEFT format.
 
-A checkpoint's adapter works only with the encoder with which it was trained. Two encoders have embeddings of the same
-size (4096), so the right encoder cannot be determined from the adapter's tensors. It is inferred from the vision tower
-and the checkpoint's name instead.
+A checkpoint's adapter works only with the encoder it was trained with. Two encoders have the same embedding size
+(4096), so the adapter's tensors do not identify the encoder. It is inferred from the vision tower and the checkpoint's
+name instead.
 
 LLM2Vec and the first training stage of the LLM2CLIP authors' code write LoRA adapters. Several LoRA adapters can form a
 chain: for example, LLM2Vec's supervised adapter was trained after merging the MNTP adapter into the LLM. The adapters
-of a chain must be merged in the order in which they were trained.
+in a chain must be merged in the order in which they were trained.
 """
 
 import re
@@ -29,11 +29,11 @@ LLAMA_3_2_1B = "microsoft/LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned"
 LLAMA_3_1_8B = "microsoft/LLM2CLIP-Llama3.1-8B-siglip2-so400m-patch14-224/LLM2CLIP-Llama-3.1-8B"
 PUBLISHED_ENCODERS = {LLAMA_3_8B: 4096, LLAMA_3_1_8B: 4096, LLAMA_3_2_1B: 2048}
 
-# Template with which these caption encoders were tuned. The encoders' folders do not contain it.
+# Template used to tune these caption encoders. The encoders' folders do not contain it.
 TEMPLATE = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{caption}<|eot_id|>"
 TEMPLATE_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
-# Pattern for checkpoint names -> encoder with which these checkpoints were trained. The first matching pattern is used.
+# Pattern for checkpoint names -> encoder these checkpoints were trained with. The first match is used.
 _CHECKPOINT_NAMES = {
     re.compile(r"llama-?3[._]1", re.IGNORECASE): LLAMA_3_1_8B,
     re.compile(r"llama-?3-8b|LLM2CLIP-(openai|eva02)-", re.IGNORECASE): LLAMA_3_8B,
@@ -45,7 +45,7 @@ _HUB_PATH = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?")  # OWNER/NAME or OW
 
 
 def suggest_encoders(source: str | Path, text_dim: int, tower: dict[str, Any]) -> list[str]:
-    """Return the published caption encoders with which a checkpoint was probably trained.
+    """Return the published caption encoders that a checkpoint was probably trained with.
 
     Args:
         source: file, folder or hub id of the checkpoint.
@@ -53,8 +53,8 @@ def suggest_encoders(source: str | Path, text_dim: int, tower: dict[str, Any]) -
         tower: config of the checkpoint's vision tower.
 
     Returns:
-        Names of encoders. If the checkpoint cannot be identified, the list contains all published encoders whose
-        embeddings have size `text_dim`. It is empty if there are none.
+        Encoder names. If the checkpoint cannot be identified, these are all published encoders whose embeddings have
+        size `text_dim`, if any.
     """
     candidates = [name for name, size in PUBLISHED_ENCODERS.items() if size == text_dim]
     if len(candidates) < 2:
@@ -70,7 +70,7 @@ def suggest_encoders(source: str | Path, text_dim: int, tower: dict[str, Any]) -
 def published_template(path: str | Path) -> str | None:
     """Return the template of the LLMs released with LLM2CLIP, or None if it does not apply to the encoder at `path`.
 
-    The template applies to plain LLMs with Llama 3's special tokens. It does not apply to GGUF files, nor to model
+    The template applies to plain LLMs with Llama 3's special tokens. It does not apply to GGUF files, or to model
     folders and sentence-transformers folders, which contain their own template.
     """
     from transformers import AutoTokenizer
@@ -91,7 +91,7 @@ def find_adapter(source: str | Path) -> Path | None:
     """Return the local folder of a PEFT adapter, or None if `source` is not a PEFT adapter.
 
     Args:
-        source: folder, hub id, or hub id followed by a subfolder (OWNER/NAME/SUBFOLDER). An adapter on the hub is
+        source: folder, hub id, or hub id followed by a subfolder (OWNER/NAME/SUBFOLDER). Adapters on the hub are
             downloaded.
     """
     folder = Path(source)
@@ -107,7 +107,7 @@ def load_adapter_encoder(sources: Sequence[str | Path], device: str | torch.devi
 
     Args:
         sources: adapters (see `find_adapter`) in the order in which they were trained. The first item may also be the
-            base LLM. Otherwise, the base LLM is taken from the first adapter's adapter_config.json.
+            base LLM. If it is not, the base LLM is taken from the first adapter's adapter_config.json.
 
     Raises:
         FileNotFoundError: the base LLM does not exist.
@@ -120,8 +120,8 @@ def load_adapter_encoder(sources: Sequence[str | Path], device: str | torch.devi
         encoder = CaptionEncoder.from_pretrained(base, template=template, device=device, **_read_settings(adapters[-1]))
     except OSError as error:
         raise FileNotFoundError(
-            f"{adapters[0]} is a LoRA adapter for {base}, which cannot be loaded ({error}). To use a copy of this LLM, "
-            f"put its path before the adapter: llm2clip convert LLM {sources[0]} --out ENCODER"
+            f"{adapters[0]} is a LoRA adapter for {base}, which could not be loaded ({error}). To use a copy of this "
+            f"LLM, put its path before the adapter: llm2clip convert LLM {sources[0]} --out ENCODER"
         ) from error
     for adapter in adapters:
         _merge_adapter(encoder, adapter)
@@ -152,7 +152,7 @@ def _merge_adapter(encoder: CaptionEncoder, folder: Path) -> None:
 
 
 def _resolve_chain(sources: Sequence[str | Path]) -> tuple[str, list[Path]]:
-    """Return the base LLM and the adapter folders. The adapters are in the order in which they must be merged."""
+    """Return the base LLM and the adapter folders in the order in which they must be merged."""
     base = None
     if len(sources) > 1 and find_adapter(sources[0]) is None:
         base, sources = str(sources[0]), sources[1:]
@@ -164,7 +164,7 @@ def _resolve_chain(sources: Sequence[str | Path]) -> tuple[str, list[Path]]:
         chain.append(folder)
     while base is None:
         parent_name = str(read_json(chain[0] / ADAPTER_CONFIG)["base_model_name_or_path"])
-        parent = find_adapter(parent_name)  # the base model of an adapter can itself be an adapter
+        parent = find_adapter(parent_name)  # an adapter's base model can itself be an adapter
         if parent is None:
             base = parent_name
         elif parent in chain:
@@ -188,7 +188,7 @@ def _read_settings(adapter: Path) -> dict[str, Any]:
 
 
 def _remove_head_prefix(weights: dict[str, Any]) -> dict[str, Any]:
-    """Rename the tensors of an adapter whose LLM had an LM head, which adds the prefix `model.` to all tensor names."""
+    """Remove the prefix `model.`, which an LM head adds to all tensor names of an adapter."""
     prefix = "base_model.model.model."
     if not all(name.startswith(prefix) for name in weights):
         return weights
@@ -196,7 +196,7 @@ def _remove_head_prefix(weights: dict[str, Any]) -> dict[str, Any]:
 
 
 def _download_adapter(source: str) -> Path | None:
-    """Download an adapter from the hub. Return None if the adapter does not exist or the hub cannot be reached."""
+    """Download an adapter from the hub. Return None if it does not exist or the hub cannot be reached."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 

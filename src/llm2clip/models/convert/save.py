@@ -1,4 +1,4 @@
-"""Writer that saves an `LLM2CLIP` model as an official LLM2CLIP checkpoint."""
+"""Saving of `LLM2CLIP` models as official LLM2CLIP checkpoints."""
 
 import json
 import re
@@ -18,20 +18,19 @@ SAVED_LAYOUTS = {"hf": HF, "eva": EVA}
 
 
 def save_official(model: LLM2CLIP, out: str | Path, layout_name: str) -> Path:
-    """Write a model as a checkpoint with the tensor names of the LLM2CLIP authors' code, atomically.
+    """Save a model atomically as a checkpoint with the tensor names from the LLM2CLIP authors' code.
 
     An "hf" checkpoint is a folder with model.safetensors, config.json and preprocessor_config.json. An "eva" checkpoint
-    is a .pt file with a state dict, including the rotary embeddings that the authors' code expects. It does not contain
-    the preprocessing, because the authors' code always resizes the shortest side to the tower's image size.
+    is a .pt file with a state dict, including the rotary embeddings that the authors' code expects. It contains no
+    preprocessing, because the authors' code always resizes the shortest side to the tower's image size.
 
     Args:
-        model: model to save. The vision tower must be a transformers CLIP tower (for "hf") or a timm EVA-02 CLIP tower
-            (for "eva").
+        model: model with a transformers CLIP tower (for "hf") or a timm EVA-02 CLIP tower (for "eva").
         out: folder (for "hf") or .pt file (for "eva") to create.
         layout_name: "hf" or "eva".
 
     Returns:
-        Path of the checkpoint, which is `out`.
+        `out` as a path.
 
     Raises:
         ValueError: the layout cannot represent the model.
@@ -62,7 +61,7 @@ def save_official(model: LLM2CLIP, out: str | Path, layout_name: str) -> Path:
 
 
 def _check_representable(model: LLM2CLIP, layout: Layout) -> None:
-    """Raise ValueError with all reasons why the layout cannot represent the model, if there are any."""
+    """Raise ValueError listing all reasons why the layout cannot represent the model, if there are any."""
     config, tower = model.config, model.tower.config
     problems = []
     if layout is HF:
@@ -73,7 +72,7 @@ def _check_representable(model: LLM2CLIP, layout: Layout) -> None:
         is_eva_clip = re.match("timm:eva02_(base|large)_.*_clip_", _get_tower_name(model)) is not None
         if not is_eva_clip or tower["args"].keys() - set(EVA_ARGS):
             problems.append(
-                f"the vision tower is {_get_tower_name(model)}, but must be a timm EVA-02 CLIP tower without custom "
+                f"the vision tower is {_get_tower_name(model)}, but must be a timm EVA-02 CLIP tower with no custom "
                 "arguments other than sizes"
             )
     if not config.projection:

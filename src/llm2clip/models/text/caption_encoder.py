@@ -1,8 +1,8 @@
 """Caption encoder, which maps a text to a single embedding.
 
 By default, the encoder is a decoder LLM with bidirectional attention and mean pooling. It is saved as an ordinary
-`SentenceTransformer`, so sentence-transformers can load it without code from this package and compute the same
-embeddings. The only exception is NV-Embed (see `models/text/latent_attention.py`).
+`SentenceTransformer`, so sentence-transformers can load it without llm2clip and compute the same embeddings.
+The only exception is NV-Embed (see `models/text/latent_attention.py`).
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from llm2clip.models.text.sentence_transformer import (
 )
 from llm2clip.progress import ProgressBar
 
-MAX_EMBEDDINGS_ON_DEVICE = 8192  # number of accumulated embeddings after which they are copied to the CPU
-# Entries of the LLM's config that do not affect its output, and is_causal, which `identity` contains separately.
+MAX_EMBEDDINGS_ON_DEVICE = 8192  # when this many embeddings have accumulated, they are copied to the CPU
+# Entries of the LLM config that do not affect its output, and is_causal, which `identity` stores separately.
 _CONFIG_WITHOUT_EFFECT = (
     *("_name_or_path", "transformers_version", "architectures"),
     *("dtype", "torch_dtype", "use_cache", "is_causal"),
@@ -57,7 +57,7 @@ class CaptionEncoder(nn.Module):
 
     Attributes:
         st: the SentenceTransformer. `st[0]` is the LLM and `st[1]` is the pooling layer.
-        weights_precision: highest precision that the weights support. It is fp32 unless `move_for_encoding` lowered it.
+        weights_precision: highest precision that the weights support: fp32, unless lowered by `move_for_encoding`.
     """
 
     def __init__(self, st: SentenceTransformer) -> None:
@@ -82,24 +82,24 @@ class CaptionEncoder(nn.Module):
     ) -> CaptionEncoder:
         """Load a decoder LLM, a sentence-transformers model or a `.gguf` file as a caption encoder in float32.
 
-        If an option is None, the value saved with the model is used. The defaults for a plain LLM are bidirectional
-        attention, mean pooling, no template and a maximum of 512 tokens.
+        If an option is None, the value saved with the model is used. Plain LLMs default to bidirectional attention,
+        mean pooling, no template and a maximum of 512 tokens.
 
         Args:
             path: folder or hub id of a transformers or sentence-transformers model, an llm2clip model folder, a `.gguf`
                 file, or the name of a model that `llm2clip` can download (see `models/hub/pretrained.py`).
-            bidirectional: if True, every token attends to all tokens. If False, only to itself and earlier tokens.
-            layers: number of layers to keep, counted from the input. The final norm is always kept.
+            bidirectional: if True, each token attends to all tokens. If False, only to itself and earlier tokens.
+            layers: number of layers to keep, counting from the input. The final norm is always kept.
             template: text around the caption, such as `"<|im_start|>user\\n{caption}<|im_end|>"`. The text before
-                `{caption}` is excluded from pooling. At most one special token may follow `{caption}`. This token is
-                included in pooling, as in the paper, and replaces the tokenizer's default special tokens.
-            pooling: pooling mode of sentence-transformers: mean, weightedmean, lasttoken, cls or max.
+                `{caption}` is excluded from pooling. At most one special token may follow `{caption}`. It replaces the
+                tokenizer's default special tokens and is included in pooling, as in the paper.
+            pooling: sentence-transformers pooling mode: mean, weightedmean, lasttoken, cls or max.
             max_length: maximum input length in tokens, including the template.
-            truncate_dim: number of embedding dimensions to keep, for encoders with Matryoshka training.
+            truncate_dim: number of embedding dimensions to keep, for Matryoshka-trained encoders.
             attention: attention implementation: `packed` (see `models/text/packing.py`), or a transformers
                 implementation such as sdpa, eager, flex_attention or flash_attention_2. Decoders that support `packed`
                 use it by default. `packed` and flash attention need no padding. Flash attention requires bf16.
-            device: device on which to load the encoder. Default: a GPU if there is one.
+            device: device to load the encoder on. Default: a GPU if available.
 
         Raises:
             ValueError: an option is not valid for the model.
@@ -118,7 +118,9 @@ class CaptionEncoder(nn.Module):
             set_bidirectional(encoder.llm, bidirectional)
         if pooling is not None and pooling != st[1].pooling_mode:
             if isinstance(st[1], LatentAttentionPooling):
-                raise ValueError(f"{path} has latent attention pooling, which {pooling!r} pooling cannot replace")
+                raise ValueError(
+                    f"{path} uses latent attention pooling, which cannot be replaced with {pooling!r} pooling"
+                )
             st[1] = Pooling(encoder.embed_dim, pooling, include_prompt=st[1].include_prompt)
         if template is not None:
             set_template(st, template)
@@ -130,11 +132,11 @@ class CaptionEncoder(nn.Module):
         return encoder.eval()
 
     def _set_attention(self, attention: str | None) -> None:
-        # An encoder that is loaded on the CPU may be moved to a GPU later.
+        # An encoder loaded on the CPU may be moved to a GPU later.
         cpu_only = self.device.type == "cpu" and not torch.cuda.is_available()
         if attention == "flex_attention" and cpu_only and not flex_attention_is_correct():
             raise ValueError(
-                "flex_attention returns NaN on CPUs without AVX-512 (torch 2.13): choose another implementation"
+                "flex_attention returns NaN on CPUs without AVX-512 (torch 2.13): use another attention implementation"
             )
         if attention is not None:
             self.llm.set_attn_implementation(attention)
@@ -164,12 +166,12 @@ class CaptionEncoder(nn.Module):
 
     @property
     def default_batch_tokens(self) -> int:
-        """Default number of tokens per batch for `encode`. It depends on the device and on the size of the LLM."""
+        """Default number of tokens per batch for `encode`, based on the device and the size of the LLM."""
         return default_encoding_tokens(self.device, self.st[0].get_embedding_dimension())
 
     @property
     def attention(self) -> str:
-        """Name of the attention implementation in transformers."""
+        """Name of the transformers attention implementation."""
         return str(self.llm.config._attn_implementation)
 
     @property
@@ -183,13 +185,13 @@ class CaptionEncoder(nn.Module):
     def tokenize(self, captions: Sequence[str], prompts: Sequence[str] | None = None) -> TokenizedTexts:
         """Tokenize captions with the template and special tokens, and truncate them to the encoder's `max_length`.
 
-        Leading and trailing whitespace is removed, as in the LLM2CLIP authors' code. Truncation removes the last tokens
-        of the caption but keeps the special token after the caption. An instruction for each caption ("" for none) can
-        be inserted between the template's prefix and the caption. All tokens before the caption are excluded from
-        pooling.
+        Leading and trailing whitespace is stripped, as in the LLM2CLIP authors' code. Truncation removes the caption's
+        last tokens but keeps the special token that follows it. `prompts` contains an instruction for each caption (""
+        for none), which is inserted between the template's prefix and the caption. All tokens before the caption are
+        excluded from pooling.
 
         Raises:
-            TypeError, ValueError: a caption is not a string or not valid Unicode.
+            TypeError, ValueError: a caption is not a string, or is not valid Unicode.
         """
         captions = list(check_texts(captions))
         if not captions:
@@ -204,25 +206,25 @@ class CaptionEncoder(nn.Module):
         return TokenizedTexts(ids, truncated, [self.prompt_length(prefix) for prefix in prefixes])
 
     def count_truncated(self, captions: Sequence[str]) -> int:
-        """Count the captions that are truncated because they are longer than `max_length`."""
+        """Count the captions that exceed `max_length` and are therefore truncated."""
         return len(self.tokenize(captions).truncated)
 
     def prompt_length(self, prompt: str) -> int:
-        """Count the tokens before a caption (see `sentence_transformer.prompt_length`), with a cache."""
+        """Count the tokens before a caption (see `sentence_transformer.prompt_length`), and cache the result."""
         if prompt not in self._prompt_lengths:
             self._prompt_lengths[prompt] = prompt_length(self.tokenizer, prompt)
         return self._prompt_lengths[prompt]
 
     def exclude_prompts_from_pooling(self, prompts: Iterable[str]) -> None:
-        """Exclude the tokens of instructions from pooling. This setting is saved with the encoder.
+        """Exclude instruction tokens from pooling. This setting is saved with the encoder.
 
         Raises:
-            ValueError: sentence-transformers would miscount the tokens of a prompt.
+            ValueError: sentence-transformers would miscount a prompt's tokens.
         """
         for prompt in prompts:
             if not has_consistent_length(self.st, self.prefix + prompt):
                 raise ValueError(
-                    f"sentence-transformers would miscount the tokens of the instruction {prompt!r}: an instruction "
+                    f"sentence-transformers would miscount the tokens of the instruction {prompt!r}: instructions "
                     "must not end in a space or a special token. End the instruction with a line break"
                 )
         self.st[1].include_prompt = False
@@ -230,13 +232,13 @@ class CaptionEncoder(nn.Module):
     def collate(self, ids: Sequence[Sequence[int]], prompt_length: int | None = None) -> dict[str, Any]:
         """Build the model inputs for a batch.
 
-        For `packed` and flash attention, the inputs form a single row without padding (see `pack_captions`). For all
-        other attention implementations, they are the padded input_ids and attention_mask of shape (B, T), int64.
+        For `packed` and flash attention, the inputs form a single row without padding (see `pack_captions`). For other
+        attention implementations, they are the padded input_ids and attention_mask, int64, of shape (B, T).
 
         Args:
             ids: token ids of B captions, from `tokenize`.
-            prompt_length: number of leading tokens of each caption that are excluded from pooling. Default: the length
-                of the template's prefix.
+            prompt_length: number of leading tokens to exclude from pooling in each caption. Default: the length of the
+                template's prefix.
         """
         if self.attention == PACKED or "flash" in self.attention:
             batch = pack_captions(ids, self.attention, self.device)
@@ -268,11 +270,11 @@ class CaptionEncoder(nn.Module):
     ) -> Tensor:
         """Encode captions as unnormalised float32 embeddings of shape (N, embed_dim), on the CPU, in input order.
 
-        Captions of similar length are batched together, so there is almost no padding. An embedding depends on the
-        other captions in its batch by at most about 1e-5. The embedding of a text without tokens is a zero vector.
+        Captions of similar length are batched together, so there is almost no padding. The other captions in a batch
+        change an embedding by at most about 1e-5. The embedding of a text without tokens is a zero vector.
 
         Args:
-            captions: one text, a list of texts, or the result of `tokenize`.
+            captions: one text, a list of texts, or the output of `tokenize`.
             batch_tokens: maximum number of tokens per batch, including padding. Default: `default_batch_tokens`.
             precision: fp32, bf16 or bf16+N. bf16 is two to three times as fast as fp32. bf16+N runs the first N layers
                 in fp32, for models that are too inaccurate in bf16 (see `models/precision.py`). Default:
@@ -311,9 +313,9 @@ class CaptionEncoder(nn.Module):
         return embeddings
 
     def _encode_batch(self, batch: dict[str, Any]) -> Tensor:
-        """Compute the same embeddings as `self.st`, but without a GPU synchronisation if mean pooling excludes prompts.
+        """Encode a batch from `collate` as embeddings of shape (B, embed_dim).
 
-        The batch comes from `collate`. The embeddings have shape (B, embed_dim).
+        The embeddings are the same as from `self.st`, but mean pooling without prompts needs no GPU synchronisation.
         """
         llm, pooling, *modules = self.st
         features = llm(batch)
@@ -326,12 +328,12 @@ class CaptionEncoder(nn.Module):
         return embeddings
 
     def move_for_encoding(self, device: str | torch.device, precision: str) -> None:
-        """Move the encoder to a device in place, with only the weights required for encoding with `precision`.
+        """Move the encoder to a device in place, keeping only the weights needed to encode with `precision`.
 
         With bf16, the LLM's linear layers are stored in bf16 instead of fp32. Encoding then takes less than half the
         memory, and the embeddings are bit-identical. If the encoder was loaded on the CPU, these layers never occupy
-        fp32 memory on the GPU. Afterwards, the encoder can no longer be saved, trained or used in fp32, and `identity`
-        raises an error.
+        fp32 memory on the GPU. After this call, the encoder can no longer be saved, trained or used in fp32, and
+        `identity` raises an error.
         """
         self._check_weights(precision)
         cast_linear_weights(self.llm, precision)
@@ -344,19 +346,19 @@ class CaptionEncoder(nn.Module):
         return self.weights_precision == "fp32"
 
     def _check_weights(self, precision: str) -> None:
-        """Check that `precision` is valid and does not exceed the precision in which the weights are stored."""
+        """Check that `precision` is valid and no higher than that of the stored weights."""
         is_bf16, fp32_layer_count = parse_precision(precision)
         _, available_fp32_layers = parse_precision(self.weights_precision)
         if not self.has_full_precision and (not is_bf16 or fp32_layer_count > available_fp32_layers):
             raise ValueError(
-                f"the encoder's weights are stored for precision {self.weights_precision}, so {precision} is not "
-                "possible: load the encoder again"
+                f"the encoder's weights are stored in {self.weights_precision}, so it cannot run in {precision}: load "
+                "the encoder again"
             )
 
     # ---- identity and saving ----------------------------------------------------------------------------------------
 
     def identity(self, precision: str = "fp32") -> dict[str, Any]:
-        """Return a dict of everything that affects the embeddings. `fingerprint` computes a single hash of this dict.
+        """Return a dict of everything that affects the embeddings. `fingerprint` hashes this dict.
 
         Raises:
             ValueError: the weights are no longer in fp32 (see `move_for_encoding`).
@@ -387,7 +389,7 @@ class CaptionEncoder(nn.Module):
 
 
 def load_for_evaluation(path: str | Path, device: torch.device, **options: Any) -> CaptionEncoder:
-    """Load a caption encoder on a device, with only the weights required for encoding in the precision of `evaluate`.
+    """Load a caption encoder on a device, keeping only the weights needed for the precision of `evaluate`.
 
     `options` are passed to `CaptionEncoder.from_pretrained`.
     """
@@ -399,7 +401,7 @@ def load_for_evaluation(path: str | Path, device: torch.device, **options: Any) 
 def _move_to_cpu(on_device: list[tuple[list[int], Tensor]], embeddings: Tensor) -> None:
     """Copy the embeddings in `on_device` to their rows of `embeddings` on the CPU, and clear `on_device`.
 
-    All embeddings are copied at once, because each copy is a GPU synchronisation.
+    Embeddings are copied all at once because each copy synchronises with the GPU.
     """
     if on_device:
         rows = [row for batch_rows, _ in on_device for row in batch_rows]
@@ -408,12 +410,12 @@ def _move_to_cpu(on_device: list[tuple[list[int], Tensor]], embeddings: Tensor) 
 
 
 def _serialize_config(config: Any) -> str:
-    """Serialise the entries of the LLM's config that affect its output and are not already part of `identity`."""
+    """Serialise the LLM config entries that affect the output and are not otherwise part of `identity`."""
     values = json.loads(config.to_json_string(use_diff=False))
     return json.dumps({k: v for k, v in values.items() if k not in _CONFIG_WITHOUT_EFFECT}, sort_keys=True)
 
 
 def _serialize_tokenizer(tokenizer: Any) -> str:
-    """Serialise a tokenizer without the settings for padding and truncation, which tokenizer calls may change."""
+    """Serialise a tokenizer without its padding and truncation settings, which tokenizer calls may change."""
     values = json.loads(tokenizer.backend_tokenizer.to_str())
     return json.dumps({k: v for k, v in values.items() if k not in ("padding", "truncation")}, sort_keys=True)

@@ -197,7 +197,7 @@ def packed_attention(
 
 
 def _build_sliding_window_mask(length: int, window: int, is_causal: bool, device: torch.device) -> Tensor:
-    """Return a boolean mask of shape (1, 1, length, length), True where the row's token attends to the column's token."""
+    """Return a boolean mask of shape (1, 1, length, length), True where the row's token attends to the column's."""
     positions = torch.arange(length, device=device)
     distance = positions[:, None] - positions  # positive for earlier tokens
     mask = (distance >= 0) & (distance < window) if is_causal else distance.abs() <= window

@@ -1,4 +1,4 @@
-"""Text encoders as SentenceTransformers: loading, the template around a caption, and the layers of the LLM."""
+"""Loading of text encoders as SentenceTransformers, and changes to their templates and layers."""
 
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,13 @@ CAPTION = "{caption}"
 
 @hide_loading_bars()
 def open_sentence_transformer(path: str, pooling: str, device: str | torch.device | None) -> SentenceTransformer:
-    """Load a folder or hub id as a SentenceTransformer in float32, by default on a GPU if there is one.
+    """Load a folder or hub id as a SentenceTransformer in float32, by default on a GPU if available.
 
-    A sentence-transformers model is loaded as it was saved. For a plain transformers model, bidirectional attention and
-    a layer with this pooling mode are added.
+    A sentence-transformers model is loaded as saved. A plain transformers model gets bidirectional attention and a
+    pooling layer with the mode `pooling`.
 
     Raises:
-        ValueError: the checkpoint does not contain all weights of the model, or must be converted first.
+        ValueError: the checkpoint is missing weights of the model, or must be converted first.
         OSError: the model does not exist.
     """
     from transformers.utils import cached_file
@@ -42,8 +42,8 @@ def open_sentence_transformer(path: str, pooling: str, device: str | torch.devic
     check_model_source(path)
     if (Path(path) / ADAPTER_CONFIG).is_file() and not (Path(path) / "modules.json").is_file():
         raise ValueError(
-            f"{path} contains only a PEFT adapter. Merge it into its LLM and use the result: llm2clip convert {path} "
-            "--out ENCODER"
+            f"{path} contains only a PEFT adapter. Merge the adapter into its LLM and use the result: llm2clip convert "
+            f"{path} --out ENCODER"
         )
     config = read_config(path)
     check_not_quantized(config, path)
@@ -53,7 +53,7 @@ def open_sentence_transformer(path: str, pooling: str, device: str | torch.devic
     if modules_file is not None:
         for module in read_json(Path(modules_file)):
             check_not_quantized(read_config(path, module["path"]), path)
-        # llm2clip's own modules are allowed without remote code, because the folder does not contain their code.
+        # llm2clip's own module needs no remote code, because the folder does not contain its code.
         return SentenceTransformer._load_with_module_classes(
             path,
             {MODULE_TYPE: LatentAttentionPooling},
@@ -81,7 +81,7 @@ def _open_transformer(path: str) -> Transformer:
         modality_config={"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
         module_output_name="token_embeddings",
     )
-    transformer.__class__ = Transformer  # saved folders contain the class name, which sentence-transformers must know
+    transformer.__class__ = Transformer  # the class name is saved, and sentence-transformers must recognise it
     tokenizer: Any = transformer.tokenizer
     tokenizer.chat_template = None
     if tokenizer.pad_token is None:
@@ -92,7 +92,7 @@ def _open_transformer(path: str) -> Transformer:
 class _StrictTransformer(Transformer):
     """Transformer module that raises ValueError if weights are missing from the checkpoint.
 
-    Without this check, transformers would only print a warning and initialise missing weights randomly.
+    Without this check, transformers would only warn and initialise the missing weights randomly.
     """
 
     @hide_load_report()
@@ -109,7 +109,7 @@ class _StrictTransformer(Transformer):
 def truncate_embeddings(st: Any, dim: int) -> None:
     """Append a linear layer that keeps only the first `dim` embedding dimensions.
 
-    Unlike sentence-transformers' setting `truncate_dim`, the layer is saved with the model.
+    Unlike sentence-transformers' `truncate_dim` setting, the layer is saved with the model.
     """
     full_dim = st.get_embedding_dimension()
     if not 0 < dim <= full_dim:
@@ -120,10 +120,10 @@ def truncate_embeddings(st: Any, dim: int) -> None:
 
 
 def set_template(st: Any, template: str) -> None:
-    """Set the template of a SentenceTransformer. The template is saved with the model.
+    """Set the template of a SentenceTransformer, which is saved with the model.
 
-    The text before the caption becomes the SentenceTransformer's default prompt and is excluded from pooling. If a
-    special token follows the caption, the tokenizer adds that token to every text.
+    The text before the caption becomes the default prompt and is excluded from pooling. If a special token follows the
+    caption, the tokenizer appends it to every text.
 
     Raises:
         ValueError: the template is not valid for this model.
@@ -151,17 +151,17 @@ def _set_suffix(tokenizer: Any, suffix: str) -> None:
 
     ids = tokenizer(suffix, add_special_tokens=False)["input_ids"]
     if len(ids) != 1 or ids[0] not in tokenizer.all_special_ids:
-        raise ValueError(f"template: only one special token may follow {CAPTION}, not {suffix!r} (tokens: {len(ids)})")
+        raise ValueError(f"template: only one special token may follow {CAPTION} (got {suffix!r}; tokens: {len(ids)})")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"$A {suffix}", special_tokens=[(suffix, ids[0])]
     )
 
 
 def prompt_length(tokenizer: Any, prompt: str) -> int:
-    """Count the leading tokens that do not depend on the caption: special tokens and the tokens of the prompt.
+    """Count the leading tokens that do not depend on the caption: special tokens and prompt tokens.
 
-    Tokenizing only the prompt would give a wrong number if the prompt ends in a space, because the space becomes part
-    of the next token.
+    Tokenizing the prompt by itself would give a wrong count if the prompt ends in a space, because the space becomes
+    part of the next token.
     """
     if not prompt:
         return 0
@@ -170,7 +170,7 @@ def prompt_length(tokenizer: Any, prompt: str) -> int:
 
 
 def has_consistent_length(st: Any, prompt: str) -> bool:
-    """Return True if sentence-transformers counts the same number of tokens in a prompt as `prompt_length`."""
+    """Return True if sentence-transformers and `prompt_length` count the same number of tokens in a prompt."""
     return bool(st[0]._get_prompt_length(prompt) == prompt_length(st.tokenizer, prompt))
 
 
@@ -183,13 +183,13 @@ def is_encoder_only(llm: Any) -> bool:
 
 
 def get_layers(llm: Any) -> nn.ModuleList:
-    """Return the transformer layers of a model, which must not have a language-modelling head."""
+    """Return the transformer layers of a model without a language-modelling head."""
     layers: nn.ModuleList = llm.layers if hasattr(llm, "layers") else llm.encoder.layer
     return layers
 
 
 def set_layers(llm: Any, layers: nn.ModuleList) -> None:
-    """Replace the transformer layers of a model."""
+    """Replace a model's transformer layers."""
     if hasattr(llm, "layers"):
         llm.layers = layers
     else:
@@ -197,7 +197,7 @@ def set_layers(llm: Any, layers: nn.ModuleList) -> None:
 
 
 def truncate_layers(llm: Any, count: int) -> None:
-    """Keep only the first `count` layers of a model, and update the model's config accordingly."""
+    """Keep only the first `count` layers of a model, and update its config accordingly."""
     layers = get_layers(llm)
     if not 1 <= count <= len(layers):
         raise ValueError(f"layers must be between 1 and {len(layers)}, the depth of this model (got {count})")
@@ -210,8 +210,8 @@ def truncate_layers(llm: Any, count: int) -> None:
 def set_bidirectional(llm: Any, bidirectional: bool) -> None:
     """Make a model's attention bidirectional (True) or causal (False).
 
-    transformers >= 5.2 reads `config.is_causal` in every forward pass, for every attention implementation, and saves
-    it with the model.
+    transformers >= 5.2 reads `config.is_causal` in every forward pass, with any attention implementation, and saves it
+    with the model.
     """
     if is_encoder_only(llm):
         if not bidirectional:
