@@ -1,17 +1,17 @@
-"""Tensor names of official LLM2CLIP checkpoints, and their mapping to this package's tensor names.
+"""Tensor names in official LLM2CLIP checkpoints, and their mapping to this package's names.
 
-The LLM2CLIP authors have released official checkpoints in four naming schemes, which are called layouts:
+The LLM2CLIP authors have released official checkpoints with four naming schemes, called layouts:
 
-- "hf" is a transformers checkpoint. It contains OpenAI's CLIP vision tower with transformers' tensor names, a
+- "hf" is a transformers checkpoint. It contains OpenAI's CLIP vision tower (with transformers' tensor names), a
   projection without bias, and an adapter.
-- "openai" is a state dict with the same tower, projection and adapter, but the tower has the tensor names of the
-  original CLIP code. Its tensors are renamed to the "hf" names when they are read.
+- "openai" is a state dict with the same tower, projection and adapter, but the tower has the original CLIP code's
+  tensor names. These are converted to the "hf" names on loading.
 - "eva" is a state dict from the EVA-CLIP code. It contains an EVA-02 tower (whose tensor names differ from timm's), a
   projection with bias, and an adapter with the same architecture.
 - "siglip2" is a state dict with a timm SigLIP 2 tower and an adapter. There is no projection: the image embedding is
   the tower's output.
 
-The layout is recognised from the tensor names alone.
+The layout is detected from the tensor names alone.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Layout:
     """Naming scheme of an official checkpoint.
 
     Attributes:
-        required: name prefixes by which the layout is recognised. For each prefix, there must be a tensor.
+        required: name prefixes that identify the layout. Each prefix must match at least one tensor.
         tower: name prefix of the vision tower's tensors.
-        projection: name prefix of the image projection's tensors, or "" if there is no projection.
+        projection: name prefix of the image projection's tensors, or "" if the layout has no projection.
         adapter: name prefix of the text adapter's tensors.
-        ignored: pattern for the names of tensors that do not affect the embeddings and are ignored: the tensors of the
-            original CLIP model's text tower and of the LLM.
+        ignored: name pattern for tensors that do not affect the embeddings: those of the original CLIP model's text
+            tower and of the LLM.
     """
 
     name: str
@@ -79,7 +79,7 @@ LAYOUTS = {layout.name: layout for layout in (HF, OPENAI, EVA, SIGLIP2)}
 
 # Layers of an adapter block: name in this package -> official name.
 _ADAPTER_LAYERS = {"norm": "ln", "up": "fn.0", "down": "fn.3"}
-# Parts of tensor names that differ in an EVA-02 block: timm's name -> name in the EVA-CLIP code.
+# Name parts that differ in an EVA-02 block: timm's name -> name in the EVA-CLIP code.
 _TIMM_TO_EVA = {
     "attn.norm.": "attn.inner_attn_ln.",
     "mlp.norm.": "mlp.ffn_ln.",
@@ -87,7 +87,7 @@ _TIMM_TO_EVA = {
     "mlp.fc1_x.": "mlp.w2.",
     "mlp.fc2.": "mlp.w3.",
 }
-# Parts of tensor names that differ in an OpenAI tower: name in the original CLIP code -> transformers' name.
+# Name parts that differ in an OpenAI tower: name in the original CLIP code -> transformers' name.
 _OPENAI_TO_HF = {
     "text.text_adaptor.": HF.adapter,
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
@@ -102,10 +102,10 @@ _OPENAI_TO_HF = {
     ".mlp.c_fc.": ".mlp.fc1.",
     ".mlp.c_proj.": ".mlp.fc2.",
 }
-# Prefix of the adapter's tensors if the adapter was trained with the LLM in the training loop.
+# Prefix of the adapter's tensor names if the adapter was trained with the LLM in the training loop.
 _ONLINE_ADAPTER = "text.text_proj.text_adaptor."
-# Names used by some versions of the LLM2CLIP authors' code -> canonical names. The original EVA-CLIP code stores the
-# query and value biases in the attention module, not in the linear layers. Some checkpoints contain both forms.
+# Names in some versions of the LLM2CLIP authors' code -> canonical names. The original EVA-CLIP code stores the query
+# and value biases in the attention module rather than in the linear layers. Some checkpoints contain both forms.
 _ALIASES = {
     "attn.q_bias": "attn.q_proj.bias",
     "attn.v_bias": "attn.v_proj.bias",
@@ -120,8 +120,8 @@ class Checkpoint:
 
     Attributes:
         source: file, folder or hub id, for error messages.
-        layout: one of `LAYOUTS`.
-        tensors: dict from canonical name to tensor.
+        layout: one of the values of `LAYOUTS`.
+        tensors: tensors by canonical name.
         online: True if the adapter was trained with the LLM in the training loop, False if it was trained on cached
             embeddings.
         config: contents of config.json, or {} if there is no such file.
@@ -143,12 +143,12 @@ class Checkpoint:
         config: dict[str, Any] | None = None,
         preprocess: Preprocess | None = None,
     ) -> Checkpoint:
-        """Create a checkpoint from a state dict: replace aliases with canonical names and recognise the layout.
+        """Create a checkpoint from a state dict: replace aliases with canonical names and detect the layout.
 
-        If an "hf" checkpoint does not contain the logit scale, the logit scale is read from config.json.
+        If an "hf" checkpoint has no logit scale, it is read from config.json.
 
         Raises:
-            ValueError: the tensor names match no layout, or a tensor is present twice with different values.
+            ValueError: the tensor names match no layout, or a tensor occurs twice with different values.
         """
         if tensors and all(name.startswith("module.") for name in tensors):  # saved from DistributedDataParallel
             tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
@@ -172,14 +172,14 @@ class Checkpoint:
         return tuple(self.tensors[name].shape)
 
     def count_blocks(self, prefix: str, suffix: str = ".") -> int:
-        """Count the blocks: the different numbers N in tensor names that start with `prefix` + N + `suffix`."""
+        """Count the distinct block numbers N in tensor names that start with `prefix` + N + `suffix`."""
         pattern = re.compile(rf"{re.escape(prefix)}(\d+){re.escape(suffix)}")
         matches = [pattern.match(name) for name in self.tensors]
         return len({match[1] for match in matches if match})
 
 
 def official_name(name: str, layout: Layout, adapter_depth: int) -> str:
-    """Return the official name of a tensor of `LLM2CLIP`. `adapter_depth` is the number of residual blocks."""
+    """Return the official name of an `LLM2CLIP` tensor. `adapter_depth` is the number of residual blocks."""
     part, _, rest = name.partition(".")
     if part == "tower":
         rest = rest.removeprefix("backbone.")
@@ -192,10 +192,10 @@ def official_name(name: str, layout: Layout, adapter_depth: int) -> str:
 
 
 def compute_buffers(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
-    """Compute the optional buffers of an official checkpoint from the architecture.
+    """Compute an official checkpoint's optional buffers from the architecture.
 
-    "hf" checkpoints have a buffer with the position ids. "eva" checkpoints have buffers with the cosines and sines of
-    the rotary embedding, both for the tower and for each block. "siglip2" checkpoints have no buffers.
+    "hf" checkpoints have a buffer of position ids. "eva" checkpoints have buffers with the rotary embeddings' cosines
+    and sines, for the tower and for each block. "siglip2" checkpoints have no buffers.
     """
     if layout is SIGLIP2:
         return {}
@@ -212,7 +212,7 @@ def compute_buffers(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
 
 
 def describe_tensors(tensors: Mapping[str, Any], limit: int = 8) -> str:
-    """Format the names and shapes of at most `limit` tensors for an error message."""
+    """Format the names and shapes of up to `limit` tensors for an error message."""
     described = []
     for name, value in sorted(tensors.items())[:limit]:
         described.append(f"{name} {tuple(value.shape)}" if isinstance(value, Tensor) else name)
@@ -228,8 +228,8 @@ def _rename_aliases(source: str, tensors: Mapping[str, Any]) -> dict[str, Tensor
         canonical = _replace_parts(name, _ALIASES)
         if canonical in renamed and not torch.equal(renamed[canonical], value):
             raise ValueError(
-                f"{source} contains the tensor {canonical} twice with different values, the second time under the "
-                f"name {name}: remove the tensor that the model does not use"
+                f"{source} contains the tensor {canonical} twice with different values, the second time as {name}: "
+                "remove the tensor that the model does not use"
             )
         renamed[canonical] = value
     return renamed
@@ -244,9 +244,9 @@ def _replace_parts(name: str, replacements: Mapping[str, str]) -> str:
 def _rename_openai_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the tensors of an "openai" checkpoint to the "hf" names.
 
-    The shapes of some tensors also change:
+    Some shapes also change:
 
-    - `attn.in_proj_weight` of shape (3 * width, width) and `attn.in_proj_bias` contain the query, key and value
+    - `attn.in_proj_weight` of shape (3 * width, width) and `attn.in_proj_bias` hold the query, key and value
       projections. Each is split into three tensors.
     - `visual.proj` of shape (width, embed_dim) is used as `x @ proj`, so it is transposed for a linear layer.
     """
@@ -279,10 +279,10 @@ def _recognise_layout(source: str, tensors: Mapping[str, Tensor]) -> Layout:
 
 
 def _get_default_logit_scale(source: str, config: Mapping[str, Any]) -> Tensor:
-    """Return the logit scale in config.json, or transformers' default if config.json does not contain it."""
+    """Return the logit scale from config.json, or transformers' default if config.json does not set it."""
     value = float(config.get("logit_scale_init_value", _DEFAULT_LOGIT_SCALE))
     log.warning(
-        "%s has no logit_scale; using logit_scale_init_value %s (%s). Embeddings do not depend on it",
+        "%s has no logit_scale; using logit_scale_init_value %s (%s). Embeddings are not affected",
         source,
         value,
         "from config.json" if "logit_scale_init_value" in config else "transformers' default",
@@ -293,7 +293,7 @@ def _get_default_logit_scale(source: str, config: Mapping[str, Any]) -> Tensor:
 def _get_official_adapter_name(name: str, depth: int) -> str:
     """Return the official name of an adapter tensor, such as blocks.N.LAYER.weight, norm.weight or out.weight.
 
-    Official names start with an index, because the authors' code stores the adapter's layers in an nn.Sequential.
+    Official names start with an index because the authors' code stores the adapter as an nn.Sequential.
     """
     *block, layer, kind = name.split(".")
     if block:

@@ -1,8 +1,8 @@
-"""Loader that converts official checkpoints (released by the LLM2CLIP authors) to `LLM2CLIP` models.
+"""Loading of official checkpoints (released by the LLM2CLIP authors) as `LLM2CLIP` models.
 
-The architecture is inferred from config.json and the tensor shapes. Loading is strict. For every parameter of the
-model, the checkpoint must contain a tensor of the same shape. Every other tensor in the checkpoint must either match a
-buffer that can be computed from the architecture, or have a name that the layout ignores.
+The architecture is inferred from config.json and the tensor shapes. Loading is strict: for each model parameter, the
+checkpoint must contain a tensor of the same shape. All other tensors in the checkpoint must either match a buffer that
+can be computed from the architecture, or have a name that the layout ignores.
 """
 
 import math
@@ -52,7 +52,7 @@ CLIP_FIELDS = (
     "hidden_act",
     "layer_norm_eps",
 )
-# Arguments of timm's EVA-02 models that official checkpoints may set to values other than timm's defaults.
+# timm EVA-02 arguments that official checkpoints may set to values other than timm's defaults.
 EVA_ARGS = ("num_classes", "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
 # (patch size, width, depth, MLP width) -> image size -> timm's model name.
@@ -76,13 +76,13 @@ def load_official_checkpoint(
     Args:
         source: folder, hub id or weight file (see `read_checkpoint`). If there is no config.json, the architecture is
             inferred from the tensor shapes.
-        text: caption encoder with which the adapter was trained (see `attach_caption_encoder`). Default: none.
+        text: caption encoder the adapter was trained with (see `attach_caption_encoder`). Default: none.
         normalize_input: if True, the adapter L2-normalises its input. For the default, see `infer_config`.
 
     Raises:
         FileNotFoundError: the checkpoint does not exist.
-        ValueError: the checkpoint does not have an official layout. A tensor is missing, unexpected or of the wrong
-            shape. The caption encoder does not match the adapter.
+        ValueError: the checkpoint does not have an official layout; a tensor is missing, unexpected or of the wrong
+            shape; or the caption encoder does not match the adapter.
     """
     tensors, config, preprocess = read_checkpoint(source)
     checkpoint = Checkpoint.from_tensors(str(source), tensors, config, preprocess)
@@ -97,15 +97,15 @@ def load_official_checkpoint(
 def attach_caption_encoder(model: LLM2CLIP, path: str | Path, checkpoint: str | Path = "") -> None:
     """Load a caption encoder and attach it to the model.
 
-    An LLM released with LLM2CLIP is used with the template with which it was tuned.
+    LLMs released with LLM2CLIP are used with the template they were tuned with.
 
     Args:
         model: model without a caption encoder.
-        path: folder or hub id of an encoder, or of a LoRA adapter in PEFT's format, which is merged into its LLM.
-        checkpoint: name of the official checkpoint, for suggesting the right encoder in the error message.
+        path: folder or hub id of an encoder, or of a PEFT LoRA adapter, which is merged into its LLM.
+        checkpoint: name of the official checkpoint. The error message uses it to suggest the right encoder.
 
     Raises:
-        ValueError: the dimension of the encoder's embeddings differs from the adapter's input size.
+        ValueError: the encoder's embedding size differs from the adapter's input size.
     """
     if find_adapter(path) is not None:
         encoder = load_adapter_encoder([path], model.device)
@@ -129,14 +129,14 @@ def attach_caption_encoder(model: LLM2CLIP, path: str | Path, checkpoint: str | 
 
 @torch.no_grad()
 def copy_tensors(model: LLM2CLIP, checkpoint: Checkpoint) -> None:
-    """Copy the tensors of a checkpoint into a model with the same architecture.
+    """Copy a checkpoint's tensors into a model with the same architecture.
 
     Raises:
         ValueError: a tensor is missing, unexpected or of the wrong shape, or a buffer does not match the architecture.
     """
     layout = checkpoint.layout
     unused = dict(checkpoint.tensors)
-    pairs: list[tuple[Tensor, Tensor]] = []  # parameters of the model and tensors of the checkpoint
+    pairs: list[tuple[Tensor, Tensor]] = []  # (model parameter, checkpoint tensor)
     missing: dict[str, Tensor] = {}
     mismatches: list[str] = []
 
@@ -182,12 +182,13 @@ def _is_close(tensor: Tensor, expected: Tensor) -> bool:
 
 
 def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) -> LLM2CLIPConfig:
-    """Infer the config of a model with the checkpoint's architecture.
+    """Infer a model config from a checkpoint's architecture.
 
     Args:
         checkpoint: official checkpoint, with canonical tensor names.
-        normalize_input: if True, the adapter L2-normalises its input. Checkpoints do not contain this setting. Default,
-            as in the authors' code: False if the adapter was trained with the LLM in the training loop, True otherwise.
+        normalize_input: if True, the adapter L2-normalises its input. Checkpoints do not contain this setting. As in
+            the authors' code, it defaults to False if the adapter was trained with the LLM in the training loop, and to
+            True otherwise.
 
     Raises:
         ValueError: a tensor is missing, or the vision tower is not supported.
@@ -221,8 +222,8 @@ def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) ->
 def _infer_clip_tower(checkpoint: Checkpoint) -> dict[str, Any]:
     """Infer the `VisionTower` config of a CLIP tower.
 
-    The architecture is read from config.json if the checkpoint has this file. Otherwise, it is inferred from the tensor
-    shapes, assuming the head dimension and activation of OpenAI's CLIP.
+    The architecture is read from config.json if there is one. Otherwise, it is inferred from the tensor shapes,
+    assuming the head dimension and activation of OpenAI's CLIP.
     """
     from transformers import CLIPVisionConfig
 
@@ -281,7 +282,7 @@ def _infer_siglip_tower(checkpoint: Checkpoint, embed_dim: int) -> dict[str, Any
     hidden = checkpoint.shape("visual.trunk.blocks.0.mlp.fc1.weight")[0]
 
     known = _TIMM_SIGLIP_TOWERS.get((patch_size, width, depth, hidden), {}).get(image_size)
-    # timm defines the heads of known towers, which can have another size.
+    # timm defines the heads of known towers, whose size may differ from HEAD_DIM.
     heads = 0 if known else _compute_num_heads(checkpoint, width, HEAD_DIM)
     sizes = {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads}
     return _build_timm_config(checkpoint, known, "vit_base_patch16_siglip_224", image_size, sizes, hidden)
@@ -290,9 +291,9 @@ def _infer_siglip_tower(checkpoint: Checkpoint, embed_dim: int) -> dict[str, Any
 def _build_timm_config(
     checkpoint: Checkpoint, known: str | None, family: str, image_size: int, sizes: dict[str, int], hidden: int
 ) -> dict[str, Any]:
-    """Build the config of the timm model `known` or, if it is None, of the timm model `family` with custom `sizes`.
+    """Build the config for the timm model `known` or, if it is None, for the timm model `family` with custom `sizes`.
 
-    `sizes` contains arguments of `timm.create_model`, and `hidden` is the hidden size of the MLPs.
+    `sizes` contains `timm.create_model` arguments, and `hidden` is the MLPs' hidden size.
     """
     args: dict[str, Any] = {"num_classes": 0, "img_size": image_size}
     if known is None:
@@ -305,8 +306,8 @@ def _build_timm_config(
 def _get_preprocess(checkpoint: Checkpoint, size: int) -> dict[str, Any]:
     """Return the checkpoint's preprocessing.
 
-    Default, as in the authors' code: resize the shortest side to `size`, then crop the centre. For EVA towers at 224
-    pixels, timm crops to 90% of the height and width by default, unlike the authors' code.
+    By default, as in the authors' code, the shortest side is resized to `size` and the centre is cropped. By contrast,
+    for 224-pixel EVA towers, timm crops to 90% of the height and width by default.
     """
     default = Preprocess(size, "shortest", 1.0, "bicubic", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
     return (checkpoint.preprocess or default).to_dict()
@@ -317,7 +318,7 @@ def _compute_grid_size(checkpoint: Checkpoint, patches: int) -> int:
     side = math.isqrt(patches)
     if side * side != patches:
         raise ValueError(
-            f"{checkpoint.source} has position embeddings for {patches} patches, but the number must be a square"
+            f"{checkpoint.source} has position embeddings for {patches} patches, but this must be a square number"
         )
     return side
 

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """Format of another library to which models can be exported.
+    """Export format of another library.
 
     Attributes:
-        function: module and name of the function that takes a model and an empty folder, and exports the model to this
-            folder. It returns a list of messages for the user, or None. The module is imported when it is needed,
+        function: module and name of the export function. It takes a model and an empty folder, writes the model to the
+            folder, and returns a list of messages for the user, or None. The module is imported only when needed,
             because the command line lists the formats and must not import PyTorch.
-        load: example code that loads the exported folder. {out} is a placeholder for the folder's path.
+        load: example code that loads the exported folder. {out} stands for the folder's path.
     """
 
     function: str
@@ -43,7 +43,7 @@ FORMATS = {
 
 
 def export_model(model: LLM2CLIP, to: str, out: str | Path, int8: bool = False) -> list[str]:
-    """Write a model in another library's format, atomically.
+    """Export a model to another library's format, atomically.
 
     Args:
         model: model with its caption encoder.

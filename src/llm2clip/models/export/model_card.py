@@ -29,12 +29,12 @@ texts = model.get_text_features(**processor(text=["a long description ..."], pad
 ```""",
 }
 INTRODUCTION = (
-    "This LLM2CLIP model (arXiv 2411.04997) combines a vision tower and a large language model, as the text tower, in "
-    "a shared embedding space. You can search images with words, sentences and paragraphs."
+    "This LLM2CLIP model (arXiv 2411.04997) combines a vision tower and a large language model, which is the text "
+    "tower, in a shared embedding space. You can search images with words, sentences or paragraphs."
 )
 PROVENANCE = (
     "Third parties uploaded these packages. The checksums guarantee that all users get the same files, but not that "
-    "the files equal those of the original publishers."
+    "the files are identical to the original publishers' files."
 )
 LIMITATIONS = (
     "The model reproduces the errors and biases of the images and captions that it was trained on. The licenses of the "
@@ -43,20 +43,20 @@ LIMITATIONS = (
 
 
 def write_model_card(folder: Path, name: str) -> None:
-    """Write the model card of a model folder, README.md. An existing card is replaced. See `render_model_card`."""
+    """Write README.md, the model card of a model folder (see `render_model_card`), replacing any existing card."""
     atomic_write_text(folder / "README.md", render_model_card(folder, name))
 
 
 def render_model_card(folder: Path, name: str, license: str | None = None) -> str:
     """Render the model card for a model folder as Markdown with YAML front matter.
 
-    If the folder is RUN/model, the card contains the training config RUN/config.yaml and the report RUN/report.md, if
-    these files exist. Absolute paths in both files are shortened to file names.
+    If the folder is RUN/model, the card includes the training config RUN/config.yaml and the report RUN/report.md, if
+    they exist. In both, absolute paths are shortened to file names.
 
     Args:
         folder: model folder or exported folder.
-        name: path or hub id with which users load the model.
-        license: the hub's identifier of the license. Default: none, because the license depends on the weights and the
+        name: path or hub id that users load the model with.
+        license: the hub's license identifier. Default: none, because the license depends on the weights and the
             training data.
     """
     config_file = folder / "config.json"
@@ -97,7 +97,7 @@ def _render_front_matter(folder: Path, model_type: str, license: str | None) -> 
 
 
 def _render_architecture_table(config: dict[str, Any], embed_dim: int | None) -> str:
-    """Render a Markdown table of the architecture that config.json describes."""
+    """Render the architecture in config.json as a Markdown table."""
     tower = config["tower"]
     architecture = tower.get("architecture")  # a model name for timm towers, a config dict for transformers towers
     if not isinstance(architecture, str):

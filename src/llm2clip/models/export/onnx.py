@@ -1,4 +1,4 @@
-"""ONNX export of an image graph and a text graph. The embeddings of both are compared with PyTorch's embeddings."""
+"""ONNX export of an image graph and a text graph, whose embeddings are compared with PyTorch's."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ images = onnxruntime.InferenceSession("vision.onnx").run(None, {{"pixels": pixel
 scores = texts @ images.T
 ```
 """
-# Weights of graphs larger than this are stored in a separate file, because an ONNX file is limited to 2 GB.
+# Weights of graphs larger than this are stored in a separate file, because ONNX files are limited to 2 GB.
 EXTERNAL_DATA_BYTES = 1 << 30
 
 
@@ -43,7 +43,7 @@ class _Graph:
 
     Attributes:
         name: file name without the suffix, either "vision" or "text".
-        inputs: sample inputs with a batch size above 1, keyed by input name.
+        inputs: sample inputs by name, with a batch size above 1.
         dynamic_shapes: dynamic dimensions of each input, as in `torch.onnx.export`.
     """
 
@@ -54,7 +54,7 @@ class _Graph:
 
 
 class VisionModule(nn.Module):
-    """Encoder of uint8 images of shape (N, 3, S, S) as L2-normalised float32 embeddings of shape (N, embed_dim)."""
+    """Module that encodes uint8 images of shape (N, 3, S, S) as L2-normalised float32 embeddings (N, embed_dim)."""
 
     def __init__(self, model: LLM2CLIPExport, mean: Tensor, std: Tensor) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class VisionModule(nn.Module):
 
 
 class TextModule(nn.Module):
-    """Encoder of token ids, int64 of shape (N, T), as L2-normalised float32 embeddings of shape (N, embed_dim)."""
+    """Module that encodes int64 token ids of shape (N, T) as L2-normalised float32 embeddings (N, embed_dim)."""
 
     def __init__(self, model: LLM2CLIPExport) -> None:
         super().__init__()
@@ -80,18 +80,16 @@ class TextModule(nn.Module):
 
 @torch.no_grad()
 def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
-    """Write vision.onnx, text.onnx, the tokenizer, the preprocessing config, and USE.md, which contains example code.
+    """Write vision.onnx, text.onnx, the tokenizer, the preprocessing config, and USE.md with example code.
 
-    If `int8` is True, also write vision-int8.onnx and text-int8.onnx, with weights quantized to 8 bits.
+    If `int8` is True, also write vision-int8.onnx and text-int8.onnx with weights quantized to 8 bits.
 
     Returns:
-        One message per graph, with the minimum cosine similarity between its embeddings and PyTorch's embeddings of
-        sample inputs.
+        One message per graph, with the minimum cosine similarity to PyTorch's embeddings of sample inputs.
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
-        ValueError: the minimum cosine similarity of a graph is below 0.9999. Graphs with 8-bit weights do not raise
-            this error.
+        ValueError: a graph's minimum cosine similarity is below 0.9999. Graphs with 8-bit weights are exempt.
     """
     try:
         import onnxruntime  # noqa: F401
@@ -129,7 +127,7 @@ def _build_graphs(exported: LLM2CLIPExport, model: LLM2CLIP, tokenizer: Any) -> 
 
 
 def _export_graph(graph: _Graph, folder: Path) -> str:
-    """Write a graph, and compare its embeddings with PyTorch's embeddings. Return a message with the result."""
+    """Write a graph and compare its embeddings with PyTorch's. Return a message with the result."""
     file = folder / f"{graph.name}.onnx"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`isinstance\\(treespec", FutureWarning)
@@ -148,13 +146,13 @@ def _export_graph(graph: _Graph, folder: Path) -> str:
     one_row = {name: tensor[:1] for name, tensor in graph.inputs.items()}
     cosines = [_compute_min_cosine(file, graph.module, inputs) for inputs in (graph.inputs, one_row)]
     cosine = float(torch.tensor(cosines).min())
-    if not cosine >= MIN_COSINE:  # written this way so that NaN fails as well
+    if not cosine >= MIN_COSINE:  # this form also catches NaN
         raise ValueError(f"the embeddings from {file.name} differ from PyTorch's: cosine similarity {cosine:.5f}")
     return f"{file.name}: minimum cosine similarity to PyTorch's embeddings {cosine:.6f}"
 
 
 def _quantize_graph(graph: _Graph, folder: Path) -> str:
-    """Write a copy of an exported graph with weights quantized to 8 bits. Return a message about accuracy and size."""
+    """Write a copy of an exported graph with 8-bit weights. Return a message about its accuracy and size."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     file, quantized = folder / f"{graph.name}.onnx", folder / f"{graph.name}-int8.onnx"
@@ -177,17 +175,17 @@ def _quantize_graph(graph: _Graph, folder: Path) -> str:
 
 
 def _is_not_preprocessing_hint(record: logging.LogRecord) -> bool:
-    """Filter out onnxruntime's advice to preprocess a graph, which only improves the quantization of activations."""
+    """Filter out onnxruntime's advice to preprocess a graph, which only improves quantized activations."""
     return "run pre-processing before quantization" not in record.getMessage()
 
 
 def _compute_total_size(folder: Path, name: str) -> int:
-    """Return the size of a graph in bytes, including a separate weights file."""
+    """Return a graph's size in bytes, including any separate weight file."""
     return sum(file.stat().st_size for file in folder.glob(f"{name}*"))
 
 
 def _compute_min_cosine(file: Path, module: nn.Module, inputs: Mapping[str, Tensor]) -> float:
-    """Compute the minimum cosine similarity between the embeddings of a graph and of a PyTorch module."""
+    """Compute the minimum cosine similarity between a graph's embeddings and a PyTorch module's embeddings."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])

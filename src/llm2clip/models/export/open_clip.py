@@ -11,7 +11,7 @@ from torch import Tensor
 from llm2clip.io_utils import install_command
 from llm2clip.models.llm2clip import LLM2CLIP
 
-# Config of the placeholder text tower, the smallest text tower that open_clip can build.
+# Config of the placeholder text tower, the smallest that open_clip can build.
 PLACEHOLDER_TEXT = {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}
 
 ADVICE = "Use another format, which supports all towers: --to transformers, --to onnx, or --to vision for images only"
@@ -21,8 +21,8 @@ def export_open_clip(model: LLM2CLIP, folder: Path) -> None:
     """Write a folder that `open_clip.create_model_and_transforms("local-dir:FOLDER")` can load.
 
     In open_clip, `encode_image` returns the model's image embeddings. open_clip does not support bidirectional LLMs
-    with an adapter, so the text tower is a placeholder. Its weights are NaN, so that `encode_text` returns NaN instead
-    of meaningless values. To encode texts, use llm2clip or another export format.
+    with an adapter, so the text tower is a placeholder. Its weights are NaN, so `encode_text` returns NaN rather than
+    meaningless values. To encode texts, use llm2clip or another export format.
 
     Raises:
         ValueError: open_clip cannot represent the vision tower or its preprocessing.
@@ -47,7 +47,9 @@ def _check_tower(model: LLM2CLIP) -> None:
         )
     changed = {key: value for key, value in tower["args"].items() if key not in ("num_classes", "img_size")}
     if changed:
-        raise ValueError(f"open_clip builds timm towers with default arguments, but this tower has {changed}. {ADVICE}")
+        raise ValueError(
+            f"open_clip builds timm towers with default arguments, but this tower uses {changed}. {ADVICE}"
+        )
     if preprocess.crop_pct != 1:
         raise ValueError(
             f"open_clip does not crop images, but this model's preprocessing crops off {1 - preprocess.crop_pct:.0%}. "
@@ -78,7 +80,7 @@ def _build_open_clip_config(model: LLM2CLIP) -> dict[str, Any]:
 
 
 def _get_pooling_name(backbone: Any) -> str:
-    """Return timm's name of a backbone's pooling. Without a projection, open_clip ignores timm's default pooling."""
+    """Return timm's name for a backbone's pooling. Without a projection, open_clip ignores timm's default pooling."""
     pooling = backbone.global_pool
     return str(getattr(pooling, "pool_type", pooling))
 
@@ -101,7 +103,7 @@ def _build_open_clip_tensors(model: LLM2CLIP, target: dict[str, Tensor]) -> dict
         if tensor.shape != expected.shape:
             raise ValueError(
                 f"in open_clip's {model.tower.config['architecture']}, {name} has shape {tuple(expected.shape)}, but "
-                f"in this model {tuple(tensor.shape)}. Only models with the default image size can be exported"
+                f"in this model it has shape {tuple(tensor.shape)}. Only models with the default image size can be exported"
             )
         tensors[name] = tensor.detach().cpu().clone().contiguous()
     return tensors

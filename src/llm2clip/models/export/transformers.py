@@ -1,4 +1,4 @@
-"""Export of a model to transformers and sentence-transformers, and of its vision tower to transformers."""
+"""Export of models to transformers and sentence-transformers, and of vision towers to transformers."""
 
 import copy
 import dataclasses
@@ -20,7 +20,7 @@ from llm2clip.models.text.latent_attention import LatentAttentionPooling
 from llm2clip.models.vision.vision_tower import VisionTower
 
 POOLINGS = ("mean", "lasttoken", "cls")
-MIN_COSINE = 0.9999  # minimum cosine similarity between the exported and the original model's embeddings
+MIN_COSINE = 0.9999  # minimum cosine similarity between the exported and the original model
 SAMPLE_TEXTS = (
     "a dog",
     "Two children in red jackets are playing in the snow while an old man watches them from a wooden bench.",
@@ -61,7 +61,7 @@ def export_transformers(model: LLM2CLIP, folder: Path) -> None:
 def export_sentence_transformers(model: LLM2CLIP, folder: Path) -> None:
     """Write a folder that both sentence-transformers and transformers can load.
 
-    `SentenceTransformer(..., trust_remote_code=True).encode` accepts texts and PIL images. For errors, see
+    `SentenceTransformer(..., trust_remote_code=True).encode` accepts texts and PIL images. The errors are those of
     `export_transformers`.
     """
     export_transformers(model, folder)
@@ -96,7 +96,7 @@ def export_vision(model: LLM2CLIP, folder: Path) -> None:
 
 @torch.no_grad()
 def build_export_model(model: LLM2CLIP) -> LLM2CLIPExport:
-    """Convert a model to a transformers model with a copy of the weights, in float32 and eval mode, on the CPU.
+    """Copy a model to a transformers model in float32 and eval mode, on the CPU.
 
     Raises:
         ValueError: the format cannot represent the caption encoder.
@@ -119,7 +119,7 @@ def build_export_model(model: LLM2CLIP) -> LLM2CLIPExport:
 
 def _check_modules(encoder: CaptionEncoder) -> None:
     if isinstance(encoder.st[1], LatentAttentionPooling):
-        raise ValueError("the caption encoder uses latent attention pooling, which the format does not support")
+        raise ValueError("the caption encoder uses latent attention pooling, which this format does not support")
     pooling = encoder.st[1].get_config_dict()["pooling_mode"]
     if pooling not in POOLINGS:
         raise ValueError(
@@ -161,7 +161,7 @@ def _build_tower_config(tower: VisionTower) -> dict[str, Any]:
 
 @torch.inference_mode()
 def _check_text_embeddings(exported: LLM2CLIPExport, model: LLM2CLIP) -> None:
-    """Check that the two models produce the same embeddings of sample texts.
+    """Check that both models produce the same embeddings for sample texts.
 
     Raises:
         ValueError: the embeddings differ, because the caption encoder contains a module that the format cannot
@@ -174,7 +174,7 @@ def _check_text_embeddings(exported: LLM2CLIPExport, model: LLM2CLIP) -> None:
         embeddings.append(exported.get_text_features(**tokens).pooler_output)
     cosines = (torch.cat(embeddings) * model.encode_text(SAMPLE_TEXTS)).sum(1)
     min_cosine = float(cosines.min())
-    if not min_cosine >= MIN_COSINE:  # written this way so that NaN fails as well
+    if not min_cosine >= MIN_COSINE:  # this form also catches NaN
         raise ValueError(
             f"the exported text embeddings would differ (cosine similarity {min_cosine:.4f}): the caption encoder has "
             "a module that the format does not support"
@@ -186,7 +186,7 @@ def _write_json(file: Path, content: Any) -> None:
 
 
 def build_vision_model(tower: VisionTower) -> Any:
-    """Convert a vision tower to a transformers model with a copy of the weights, in float32 and eval mode, on the CPU.
+    """Copy a vision tower to a transformers model in float32 and eval mode, on the CPU.
 
     A timm tower becomes a `TimmWrapperModel`. A transformers tower keeps its model class, such as `CLIPVisionModel`.
     """
@@ -210,7 +210,7 @@ def build_tokenizer(encoder: CaptionEncoder) -> Any:
     """Return a copy of the encoder's tokenizer that strips each text and adds the template's tokens around it.
 
     Raises:
-        ValueError: the template changes how the text after it is tokenized.
+        ValueError: the template affects how the text after it is tokenized.
     """
     from tokenizers import normalizers
 
@@ -225,14 +225,14 @@ def build_tokenizer(encoder: CaptionEncoder) -> Any:
         for text in CHECKED_TEXTS:
             if tokenizer(text)["input_ids"] != encoder.tokenizer(encoder.prefix + text)["input_ids"]:
                 raise ValueError(
-                    f"the template {encoder.prefix!r} is tokenized differently if the text {text!r} follows it. End "
+                    f"the template {encoder.prefix!r} is tokenized differently when followed by {text!r}. End "
                     "the template with a special token or a line break"
                 )
     return tokenizer
 
 
 def _add_template(tokenizer: Any, encoder: CaptionEncoder) -> None:
-    """Configure a tokenizer to add the template's tokens and the special tokens before and after every text."""
+    """Configure a tokenizer to add the template's tokens and special tokens before and after each text."""
     from tokenizers.processors import TemplateProcessing
 
     first, second = (encoder.tokenizer(encoder.prefix + text)["input_ids"] for text in ("a", "1"))

@@ -22,7 +22,7 @@ def hash_text(text: str) -> str:
 
 
 def hash_weights(module: nn.Module) -> str:
-    """Return a hash (32 hex digits) of the names, dtypes, shapes and values of a module's weights and buffers."""
+    """Return a hash (32 hex digits) of a module's weights and buffers, including names, dtypes and shapes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items(), key=lambda item: item[0]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

