@@ -189,7 +189,7 @@ def test_texts_are_lower_cased_for_siglip2(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "reason"), [("clap", "audio"), ("owlvit", "detection"), ("aimv2", "padding"), ("tipsv2", "does not know")]
+    ("kind", "reason"), [("clap", "audio"), ("owlvit", "detection"), ("aimv2", "padding"), ("tipsv2", "are unknown")]
 )
 def test_unsuitable_model_types_are_rejected_with_the_reason(kind: str, reason: str, tmp_path: Path) -> None:
     import transformers

@@ -413,12 +413,12 @@ def test_encode_regions_averages_the_cells_of_boxes_and_masks(family: str) -> No
     [
         ({}, "needs either boxes or masks"),
         ({"boxes": [[0, 0, 9, 9]], "masks": torch.ones(1, 64, 64, dtype=torch.bool)}, "needs either boxes or masks"),
-        ({"boxes": [0, 0, 9, 9]}, r"boxes must have the shape \(N, 4\), as \(x0, y0, x1, y1\) \(got \(4,\)\)"),
+        ({"boxes": [0, 0, 9, 9]}, r"boxes must have shape \(N, 4\), as \(x0, y0, x1, y1\) \(got \(4,\)\)"),
         ({"boxes": [[0, 0, 9, 9], [1, 2, float("nan"), 9]]}, r"box 1, \(1.0, 2.0, nan, 9.0\), contains NaN"),
         ({"boxes": [[5, 5, 5, 9]]}, r"box 0, \(5.0, 5.0, 5.0, 9.0\), is empty"),
         ({"boxes": [[5, 5, 65, 9]]}, "is not inside the image of 64 x 64 pixels: clip the boxes"),
         ({"boxes": [[-1, 5, 6, 9]]}, "is not inside the image of 64 x 64 pixels: clip the boxes"),
-        ({"masks": torch.ones(2, 64, 32, dtype=torch.bool)}, r"masks must have the shape \(N, 64, 64\)"),
+        ({"masks": torch.ones(2, 64, 32, dtype=torch.bool)}, r"masks must have shape \(N, 64, 64\)"),
         ({"masks": torch.ones(2, 64, 64)}, r"masks must be boolean \(got torch.float32\)"),
         ({"masks": torch.zeros(2, 64, 64, dtype=torch.bool)}, "mask 0 is empty"),
         ({"boxes": [[0, 0, 9, 9]], "variant": "naclip"}, "does not support the dense variant 'naclip': use 'plain'"),
@@ -458,7 +458,7 @@ def test_segment_follows_the_protocol_of_the_benchmark(model_folder: Path) -> No
     assert labels.dtype == torch.int64 and torch.equal(labels, scores.argmax(0)) and len(labels.unique()) > 1
     assert torch.equal(model.segment(image, names, templates=["a {}", "the {}."]), labels)
     for invalid in ("red", [], ["red", " "], ["red", []]):
-        with pytest.raises(ValueError, match="names must be a list with one or several non-empty names for each class"):
+        with pytest.raises(ValueError, match="names must be a list with one or more non-empty names for each class"):
             model.segment(image, invalid)
 
 

@@ -148,8 +148,8 @@ def test_published_format_must_be_converted_first(published: Path) -> None:
 def test_latent_attention_cannot_be_replaced_or_exported(converted: Path) -> None:
     encoder = CaptionEncoder.from_pretrained(converted, pooling="mean", device="cpu")
     assert isinstance(encoder.st[1], latent_attention.LatentAttentionPooling)
-    with pytest.raises(ValueError, match="'lasttoken' pooling cannot replace"):
+    with pytest.raises(ValueError, match="cannot be replaced with 'lasttoken' pooling"):
         CaptionEncoder.from_pretrained(converted, pooling="lasttoken", device="cpu")
     model: Any = SimpleNamespace(encoder=encoder)
-    with pytest.raises(ValueError, match="latent attention pooling, which the format does not support"):
+    with pytest.raises(ValueError, match="latent attention pooling, which this format does not support"):
         build_export_model(model)

@@ -269,7 +269,7 @@ def test_matches_sdpa_compares_outputs_and_gradients(inference: bool, monkeypatc
         raise RuntimeError("no kernel image is available\nmore")
 
     kernels = {
-        "gives wrong results": lambda *args, **options: reference_varlen_attn(*args, **options) + 1,
+        "produces wrong results": lambda *args, **options: reference_varlen_attn(*args, **options) + 1,
         "": lambda *args, **options: reference_varlen_attn(*args, **options).detach() + 0 * args[0],
         r"fails \(no kernel image is available\)": fail,
     }

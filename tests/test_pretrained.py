@@ -236,7 +236,7 @@ def test_convert_gguf_keeps_the_weights(tmp_path: Path, capsys: pytest.CaptureFi
 def test_convert_gguf_rejects_a_file_without_all_weights(tmp_path: Path) -> None:
     """transformers initialises missing weights randomly, with only a warning; an old `gguf` package reads none."""
     write_gguf(tmp_path / "tiny.gguf", without="blk.1.ffn_up.weight")
-    with pytest.raises(ValueError, match=r"does not contain 1 of the model's weights, such as layers\.1\.mlp\.up_proj"):
+    with pytest.raises(ValueError, match=r"is missing 1 of the model's weights, including layers\.1\.mlp\.up_proj"):
         convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,4 @@
-"""Methods of `LLM2CLIP` for parts of an image: dense features, region embeddings and segmentation."""
+"""`LLM2CLIP` methods for parts of an image: dense features, region embeddings and segmentation."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ class DenseMethods:
     """Mixin of `LLM2CLIP` for dense features, region embeddings and segmentation."""
 
     def _eval_with_dense(self) -> tuple[LLM2CLIP, DenseEncoder]:
-        """Switch this model to eval mode. Return it and its dense encoder."""
+        """Switch this model to eval mode, and return it with its dense encoder."""
         model = cast("LLM2CLIP", self).eval()
         return model, build_dense_encoder(model.tower, model.projection)
 
     def encode_dense(
         self, images: Any, variant: str = "plain", image_size: int | None = None, batch_size: int = 16
     ) -> list[Tensor]:
-        """Encode the cells of images (ViT patches or CNN feature map positions) in the shared embedding space.
+        """Encode image cells (ViT patches or CNN feature map positions) in the shared embedding space.
 
-        Images keep their aspect ratio, so their grids may have different shapes. For images of the same size, you can
-        combine the result into one tensor with `torch.stack`.
+        Images keep their aspect ratio, so their grids may have different shapes. If all images have the same size, you
+        can combine the results into one tensor with `torch.stack`.
 
         Args:
             images: one image or a list of N images, as for `encode_image`.
-            variant: `plain` or, for vision transformers, `maskclip`, `sclip`, `clearclip` or `naclip`. The latter four
-                localise objects better (see `models/vision/dense.py`).
-            image_size: length in pixels to which the shorter side of an image is resized. Both sides are rounded to
-                multiples of the cell size. Default: the tower's training resolution.
+            variant: `plain` or, for vision transformers, `maskclip`, `sclip`, `clearclip` or `naclip`. All variants
+                except `plain` improve localisation (see `models/vision/dense.py`).
+            image_size: length of the resized image's shorter side in pixels. Both sides are rounded to multiples of the
+                cell size. Default: the tower's training resolution.
             batch_size: number of images per forward pass.
 
         Returns:
@@ -54,7 +54,7 @@ class DenseMethods:
 
         Raises:
             ValueError: the vision tower has no dense features, or does not support the variant or image size.
-            ImageError: an image cannot be decoded. The message contains the image's name.
+            ImageError: an image cannot be decoded. The message names the image.
         """
         items = list_images(images)
         _, dense = self._eval_with_dense()
@@ -75,23 +75,24 @@ class DenseMethods:
     ) -> Tensor:
         """Encode N regions of an image as L2-normalised float32 embeddings of shape (N, embed_dim), on the CPU.
 
-        The entire image is encoded once. The embedding of a box is the average over its cells, computed with RoIAlign
-        as in the benchmark `coco-boxes`. The embedding of a mask is the average over the cells, weighted by the area of
-        the mask in each cell.
+        The entire image is encoded once. A box embedding is the average over the box's cells, computed with RoIAlign as
+        in the benchmark `coco-boxes`. A mask embedding is the average over all cells, weighted by the mask's area in
+        each cell.
 
         Args:
             image: one image, as for `encode_image`.
-            boxes: array of shape (N, 4) with (x0, y0, x1, y1) in pixels of the original image, after applying its EXIF
-                orientation.
-            masks: boolean array of shape (N, H, W), to pass instead of boxes. H and W are the original image size.
-            variant: see `encode_dense`. Default: `DenseEncoder.localization_variant` of the tower.
-            image_size: length in pixels to which the shorter side of the image is resized. Default: 1.5 times the
-                tower's training resolution.
+            boxes: array of shape (N, 4) with (x0, y0, x1, y1) in pixels of the original image, after its EXIF
+                orientation has been applied.
+            masks: boolean array of shape (N, H, W), to pass instead of boxes. H and W are the original image's height
+                and width.
+            variant: see `encode_dense`. Default: the tower's `DenseEncoder.localization_variant`.
+            image_size: length of the resized image's shorter side in pixels. Default: 1.5 times the tower's training
+                resolution.
 
         Raises:
             ValueError: the vision tower has no dense features, or does not support the variant or image size. Both
                 boxes and masks are passed, or neither. A box is empty, contains NaN, or is not inside the image. A mask
-                is empty or does not have the size of the image.
+                is empty or does not have the image's size.
             ImageError: the image cannot be decoded.
         """
         if (boxes is None) == (masks is None):
@@ -138,21 +139,22 @@ class DenseMethods:
         variant: str | None = None,
         return_scores: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Assign each pixel of an image to one of the given classes, without training.
+        """Assign each pixel of an image to one of the given classes (zero-shot segmentation).
 
-        As in the segmentation benchmarks without a background class (SCLIP, arXiv 2312.01597), a square window with the
-        tower's training resolution slides over the resized image, whose shorter side is 1.5 times the window's side.
+        As in segmentation benchmarks without a background class (SCLIP, arXiv 2312.01597), the image is resized so that
+        its shorter side is 1.5 times the tower's training resolution. A square window at the training resolution then
+        slides over it.
 
         Args:
             image: one image, as for `encode_image`.
-            names: one or several names for each class. The score of a class is the highest score of its names.
+            names: one or more names for each class. A class's score is the highest score of its names.
             templates: prompt templates for the names, as for `encode_text`. The benchmarks use OpenAI's 80 templates.
-            variant: see `encode_dense`. Default: `DenseEncoder.localization_variant` of the tower.
+            variant: see `encode_dense`. Default: the tower's `DenseEncoder.localization_variant`.
             return_scores: if True, also return the scores.
 
         Returns:
-            The class index of each pixel, of shape (H, W), int64, on the CPU. With `return_scores`, also the class
-            scores of shape (classes, H, W), float32: cosine similarities, averaged over the windows.
+            Class index of each pixel, as an int64 tensor of shape (H, W), on the CPU. With `return_scores`, also the
+            class scores, as a float32 tensor of shape (classes, H, W): cosine similarities, averaged over the windows.
 
         Raises:
             ValueError: there are no names, a name is empty, or a template has no {}. The vision tower has no dense
@@ -162,7 +164,7 @@ class DenseMethods:
         classes = [[name] if isinstance(name, str) else list(name) for name in names]
         is_valid = all(class_names and all(name.strip() for name in class_names) for class_names in classes)
         if isinstance(names, str) or not classes or not is_valid:
-            raise ValueError(f"names must be a list with one or several non-empty names for each class (got {names!r})")
+            raise ValueError(f"names must be a list with one or more non-empty names for each class (got {names!r})")
         model, dense = self._eval_with_dense()
         queries = model.encode_text([name for class_names in classes for name in class_names], templates=templates)
         transform = ResizeForWindows.for_encoder(dense)

@@ -1,6 +1,6 @@
 """Common interface for image-text models: llm2clip models and baselines.
 
-A model is loaded by its name, which has one of these forms:
+Models are loaded by name. A name has one of these forms:
 
 MODEL                        folder or hub id of an llm2clip model
 NAME                         folder or hub id of a transformers model (CLIP, SigLIP, Chinese-CLIP, Jina-CLIP, ...)
@@ -50,24 +50,23 @@ SENTENCE_TRANSFORMERS_PREFIX = "st:"
 class DualEncoder:
     """An image encoder and a text encoder with a shared embedding space.
 
-    Use the methods `encode_images` and `encode_texts`, which return normalised embeddings. The functions whose names
-    end in `_raw` may return unnormalised embeddings with any dtype and on any device.
+    Use `encode_images` and `encode_texts`, which return normalised embeddings. Functions whose names end in `_raw` may
+    return unnormalised embeddings of any dtype and on any device.
 
     Attributes:
-        name: name that was passed to `open_dual_encoder`.
-        embed_dim: dimension of the embeddings.
+        name: name passed to `open_dual_encoder`.
         identity: function that returns a dict of everything that affects the embeddings except the precision.
-        transform: picklable function that preprocesses an image of shape (3, H, W), uint8, for the image encoder.
+        transform: picklable function that preprocesses a uint8 image of shape (3, H, W) for the image encoder.
         encode_images_raw: function that takes N outputs of `transform` and returns embeddings of shape (N, embed_dim).
-        encode_texts_raw: function that takes N texts and a bool (if True, show a progress bar) and returns embeddings
+        encode_texts_raw: function that takes N texts and a bool (True to show a progress bar), and returns embeddings
             of shape (N, embed_dim).
-        count_truncated: function that takes a list of texts and returns the number of texts that the text encoder
-            truncates, or None if unknown.
-        precision: precision in which the model runs: fp32, bf16 or bf16+N.
-        dense: encoder for the cells of an image, or None if this type of model does not support dense features.
-        logit_scale: function that returns the learned factor for the cosine similarities, or None if there is none.
-        query_templates: prompt templates for short search queries that were saved with the model. `encode_texts` does
-            not apply them.
+        count_truncated: function that takes a list of texts and returns how many of them the text encoder truncates, or
+            None if unknown.
+        precision: precision the model runs in: fp32, bf16 or bf16+N.
+        dense: encoder for image cells, or None if this type of model does not support dense features.
+        logit_scale: function that returns the learned factor for cosine similarities, or None if the model has none.
+        query_templates: prompt templates for short search queries, as saved with the model. `encode_texts` does not use
+            them.
     """
 
     name: str
@@ -101,16 +100,16 @@ def open_dual_encoder(
 
     Args:
         name: model name, in one of the forms listed at the top of this module.
-        device: device on which to load the model. Default: a GPU if there is one.
+        device: device to load the model on. Default: a GPU if available.
         precision: precision of an llm2clip model; see `from_llm2clip`. With bf16 or `auto`, the caption encoder is
-            loaded immediately. Otherwise, it is loaded on first use. All other models run in fp32.
-        trust_remote_code: if True, run the Python code that comes with a model. Jina-CLIP requires this setting.
+            loaded immediately; with any other value, on first use. All other models run in fp32.
+        trust_remote_code: if True, allow Python code that comes with a model to run. Required for Jina-CLIP.
 
     Raises:
-        ValueError: the model does not have both an image encoder and a text encoder, its type is not supported, or it
-            comes with its own code and `trust_remote_code` is False.
+        ValueError: the model lacks an image encoder or a text encoder, its type is not supported, or it comes with its
+            own code and `trust_remote_code` is False.
         OSError: the model does not exist.
-        ImportError: the library that the model requires is not installed.
+        ImportError: a library that the model requires is not installed.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if name.startswith(SENTENCE_TRANSFORMERS_PREFIX):
@@ -131,11 +130,10 @@ def from_llm2clip(model: LLM2CLIP, name: str, precision: str | None = None) -> D
     The caption encoder is loaded on first use.
 
     Args:
-        model: model on its device.
         name: `DualEncoder.name`.
-        precision: precision of the caption encoder, as in `CaptionEncoder.encode`. `auto` selects the precision of the
-            `serve` stage (see `models/precision.py`). Default: the precision of the `evaluate` stage. On GPUs with
-            bf16 support, the vision tower runs in bf16, unless the precision is fp32.
+        precision: precision of the caption encoder, as in `CaptionEncoder.encode`, or `auto` for the precision of the
+            `serve` stage (see `models/precision.py`). Default: the precision of the `evaluate` stage. On GPUs with bf16
+            support, the vision tower runs in bf16 unless the precision is fp32.
     """
     model.eval()
     stage: Stage = "serve" if precision else "evaluate"
@@ -190,7 +188,7 @@ def _open_transformers(name: str, device: torch.device, trust_remote_code: bool)
     text_encoder = load_clip_text_encoder(name, device, trust_remote_code)
     model = text_encoder.model
     if hasattr(model, "encode_text") and hasattr(model, "encode_image"):
-        # The code that comes with Jina-CLIP preprocesses the images.
+        # Jina-CLIP's own code preprocesses the images.
         return _wrap_text_encoder(
             name,
             text_encoder,
@@ -213,7 +211,7 @@ def _open_transformers(name: str, device: torch.device, trust_remote_code: bool)
 
 
 def _apply_processor(processor: Any, image: Tensor) -> dict[str, Tensor]:
-    """Preprocess an image. Unlike a local function, this function can be sent to the decoding processes."""
+    """Preprocess an image. Decoding processes can unpickle this function, unlike a local function."""
     batch = processor(images=to_pil_image(image), return_tensors="pt")
     return {key: tensor[0] for key, tensor in batch.items()}
 
@@ -297,7 +295,7 @@ def _load_sentence_transformer(name: str, device: torch.device, trust_remote_cod
     from sentence_transformers import SentenceTransformer
 
     path = name.removeprefix(SENTENCE_TRANSFORMERS_PREFIX)
-    # For names without an owner, sentence-transformers also searches its own models on the hub.
+    # For names without an owner, sentence-transformers also searches its own organisation on the hub.
     check_model_source(path if "/" in path or Path(path).exists() else f"sentence-transformers/{path}")
     with explain_remote_code_error(name):
         model: Any = SentenceTransformer(

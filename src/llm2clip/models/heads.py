@@ -13,14 +13,14 @@ from torch import Tensor, nn
 # Initial standard deviation of a projection with bias, as in the LLM2CLIP authors' code (eva_vit_model.py: 0.02 times
 # an init_scale of 0.001). The bias starts at zero.
 SMALL_PROJECTION_STD = 2e-5
-# Name prefixes of the timm towers whose new projection has a bias. In the authors' code, the projection of EVA towers
-# has a bias, and the projection of OpenAI's CLIP does not. The authors' code trains no projection for other towers.
+# Name prefixes of timm towers whose new projections have a bias. In the authors' code, EVA projections have a bias,
+# OpenAI CLIP projections do not, and no projections are trained for other towers.
 _TOWERS_WITH_PROJECTION_BIAS = ("eva",)
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Architecture of the text adapter, which is saved with a model.
+    """Architecture of the text adapter, saved with a model.
 
     Attributes:
         depth: number of residual blocks.
@@ -73,8 +73,8 @@ class Adapter(nn.Module):
 def build_projection(feature_dim: int, embed_dim: int, bias: bool) -> nn.Linear:
     """Build an image projection with random weights, initialised as in the authors' code.
 
-    With a bias, the weights are near zero, as for EVA towers. Without a bias, their standard deviation is
-    1 / sqrt(feature_dim), as for OpenAI's CLIP.
+    With a bias, the weights are near zero, as for EVA towers. Without a bias, they have a standard deviation of 1 /
+    sqrt(feature_dim), as for OpenAI's CLIP.
     """
     projection = nn.Linear(feature_dim, embed_dim, bias=bias)
     nn.init.normal_(projection.weight, std=SMALL_PROJECTION_STD if bias else feature_dim**-0.5)
@@ -84,6 +84,6 @@ def build_projection(feature_dim: int, embed_dim: int, bias: bool) -> nn.Linear:
 
 
 def has_projection_bias(tower: dict[str, Any]) -> bool:
-    """Return True if a new image projection of a tower with this config has a bias and starts near zero."""
+    """Return True if a new image projection for a tower with this config has a bias and starts near zero."""
     architecture = tower["architecture"]  # a dict for transformers towers
     return isinstance(architecture, str) and architecture.startswith(_TOWERS_WITH_PROJECTION_BIAS)

@@ -38,19 +38,18 @@ MAX_LOGIT_SCALE = 100.0  # applies only during training
 
 
 class LLM2CLIP(DenseMethods, nn.Module):
-    """Vision tower and projection for images, and caption encoder and adapter for texts.
+    """Image encoder (vision tower and projection) and text encoder (caption encoder and adapter).
 
-    The caption encoder is frozen, and its weights are not parameters of this module. `encode_text` runs the encoder;
-    during training, caption embeddings are read from an embedding store instead.
+    The caption encoder is frozen, and its weights are not parameters of this module. `encode_text` runs the encoder,
+    whereas training reads caption embeddings from an embedding store.
 
     Attributes:
-        config: model config.
         tower: vision tower, which maps images of shape (N, 3, S, S) to features of shape (N, feature_dim).
         projection: linear layer from feature_dim to embed_dim, or the identity if `config.projection` is False.
         adapter: text adapter, which maps caption embeddings of shape (M, text_dim) to shape (M, embed_dim).
-        logit_scale: logarithm of the factor that multiplies the cosine similarities, of shape (1,).
-        logit_bias: bias that is added to the logits, of shape (1,). None for models without a bias.
-        training_images: sorted hashes of the training images, of shape (N,), uint64 (see `hash_images`). They are saved
+        logit_scale: logarithm of the factor for cosine similarities, of shape (1,).
+        logit_bias: bias added to the logits, of shape (1,), or None if the model has no bias.
+        training_images: sorted hashes of the training images (see `hash_images`), uint64, of shape (N,). They are saved
             with the model. None if the training images are unknown.
     """
 
@@ -67,10 +66,10 @@ class LLM2CLIP(DenseMethods, nn.Module):
                 "Without an image projection, the sizes must be equal"
             )
         self.adapter = Adapter(config.text_dim, config.embed_dim, **dataclasses.asdict(config.adapter))
-        # The parameters are one-dimensional, because FSDP cannot shard scalars.
+        # The parameters are one-dimensional because FSDP cannot shard scalars.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(10 if config.logit_bias else 1 / 0.07)]))
         self.logit_bias = nn.Parameter(torch.tensor([-10.0])) if config.logit_bias else None
-        # The encoder is kept in a list, so that PyTorch does not register it as a submodule.
+        # Keep the encoder in a list so that PyTorch does not register it as a submodule.
         self._encoder = [encoder] if encoder is not None else []
         self._text_folder: Path | None = None
         self.training_images: np.ndarray | None = None
@@ -87,14 +86,14 @@ class LLM2CLIP(DenseMethods, nn.Module):
         Args:
             pixels: images of shape (N, 3, S, S), uint8.
             embeddings: unnormalised caption embeddings of shape (M, text_dim).
-            features: precomputed tower features of shape (N, feature_dim), to use instead of `pixels`.
+            features: precomputed tower features of shape (N, feature_dim), used instead of `pixels`.
             return_features: if True, also return the unnormalised tower features as a fifth item.
 
         Returns:
-            (image embeddings, text embeddings, logit scale, logit bias). The embeddings are L2-normalised, of shape
-            (N, embed_dim) and (M, embed_dim), float32, or None if there are no images or no texts. The logit scale
-            multiplies the cosine similarities, and the logit bias is added to them; both are float32 scalars. The logit
-            scale is clamped to 100 only in training mode, because some official checkpoints have a larger one.
+            (image embeddings, text embeddings, logit scale, logit bias). The embeddings are L2-normalised, float32, of
+            shape (N, embed_dim) and (M, embed_dim), or None if there are no images or no texts. The logits are the
+            scale times the cosine similarities plus the bias; scale and bias are float32 scalars. The scale is clamped
+            to 100 only in training mode, because some official checkpoints have a larger one.
         """
         if pixels is not None:
             features = self.tower(pixels)
@@ -108,7 +107,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     @torch.no_grad()
     def set_logits(self, scale: float, bias: float | None = None) -> None:
-        """Set the logit scale, which is clamped to 100, and the logit bias if the model has one and `bias` is given."""
+        """Set the logit scale, clamped to 100, and the logit bias if the model has one and `bias` is not None."""
         self.logit_scale.fill_(math.log(scale))
         self.clamp_logit_scale()
         if bias is not None and self.logit_bias is not None:
@@ -116,7 +115,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Clamp the logit scale to just below the training maximum of 100. Call this method after every optimizer step.
+        """Clamp the logit scale to just below the training maximum of 100. Call this after every optimizer step.
 
         Above the maximum, the gradient of the logit scale is zero, so the scale could never decrease again.
         """
@@ -135,27 +134,27 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     @property
     def encoder(self) -> CaptionEncoder:
-        """The caption encoder. If `load_encoder` has not been called, it is loaded on first use, with fp32 weights.
+        """The caption encoder, loaded on first use with fp32 weights unless `load_encoder` has been called.
 
         Raises:
-            ValueError: the model has no caption encoder, or the encoder's embeddings do not have dimension `text_dim`.
+            ValueError: the model has no caption encoder, or the encoder's embedding dimension is not `text_dim`.
         """
         if not self._encoder:
             self._encoder.append(self._open_encoder(self.device))
         return self._encoder[0]
 
     def load_encoder(self, precision: str = "auto", stage: Stage = "serve") -> str:
-        """Load the caption encoder with only the weights required for encoding with `precision`, to save memory.
+        """Load the caption encoder, keeping only the weights needed to encode with `precision`, to save memory.
 
         See `CaptionEncoder.move_for_encoding`. If the encoder has already been loaded, its weights are not changed.
 
         Args:
             precision: precision of the encoder, as in `CaptionEncoder.encode`, or `auto`.
             stage: stage for which to resolve `auto` (see `models/precision.py`). If the model was trained on bf16
-                embeddings, their precision is used instead of a new calibration.
+                embeddings, their precision is used without a new calibration.
 
         Returns:
-            The precision, with `auto` resolved.
+            The precision used, with `auto` resolved.
         """
         encoder = self._encoder[0] if self._encoder else self._open_encoder("cpu")
         precision = resolve_precision(stage, precision, self.device)
@@ -190,8 +189,8 @@ class LLM2CLIP(DenseMethods, nn.Module):
         """
         self._check_dimension(encoder, "the caption encoder")
         trained_with, identity = self.config.encoder, encoder.identity()
-        # Two entries are not compared: the precision, because users choose it for each call, and the LLM's config,
-        # because each release of transformers adds entries to it.
+        # The precision is not compared, because users choose it for each call. Neither is the LLM config, because each
+        # transformers release adds entries to it.
         names = [name for name in identity if name in trained_with and name not in ("precision", "config")]
         differences = [name for name in names if trained_with[name] != identity[name]]
         if differences:
@@ -223,7 +222,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
             batch_size: number of images per forward pass.
 
         Raises:
-            ImageError: an image cannot be decoded. The message contains the image's name.
+            ImageError: an image cannot be decoded. The message names the image.
         """
         items = list_images(images)
         transform = EvalTransform(self.tower.preprocess)
@@ -270,9 +269,8 @@ class LLM2CLIP(DenseMethods, nn.Module):
     ) -> Tensor:
         """Encode search queries as L2-normalised float32 embeddings of shape (N, embed_dim), on the CPU.
 
-        As in `llm2clip search`, the embedding of a short query is the normalised mean over the query itself and the
-        model's query templates (`config.query_templates`). For longer queries and the other arguments, see
-        `encode_text`.
+        As in `llm2clip search`, a short query's embedding is the normalised mean over the query itself and the model's
+        query templates (`config.query_templates`). For longer queries and the other arguments, see `encode_text`.
         """
         texts = [queries] if isinstance(queries, str) else list(queries)
         prompts, counts = build_query_prompts(texts, self.config.query_templates)
@@ -293,7 +291,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
     # ---- saving and loading -----------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path, encoder: CaptionEncoder | str | Path | None = None) -> Path:
-        """Save the model in a folder, atomically, without a model card (see `write_model_card`).
+        """Save the model to a folder, atomically, without a model card (see `write_model_card`).
 
         Args:
             folder: folder to create. An existing model folder is replaced.
@@ -336,11 +334,11 @@ class LLM2CLIP(DenseMethods, nn.Module):
     def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None) -> LLM2CLIP:
         """Load a model from a folder or the hub, in eval mode.
 
-        Weights are read only from safetensors files. Code in the folder is never run.
+        Weights are read only from safetensors files, and code in the folder is never run.
 
         Args:
             path: model folder or hub id.
-            device: device on which to load the model. Default: a GPU if there is one.
+            device: device to load the model on. Default: a GPU if available.
 
         Raises:
             FileNotFoundError: the model does not exist.
@@ -362,7 +360,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
             raise ValueError(f"{file}: {error}") from error
         except OSError:
             raise
-        except Exception as error:  # a malformed config can make timm and transformers raise any type of exception
+        except Exception as error:  # timm and transformers can raise anything for a malformed config
             raise ValueError(f"{file} does not describe a model ({describe_error(error)})") from error
         try:
             model.load_state_dict(read_safetensors(folder / "model.safetensors"))

@@ -45,8 +45,8 @@ class LLM2CLIPExportConfig(PretrainedConfig):
         projection: True if the model has an image projection.
         projection_bias: True if the image projection has a bias.
         pooling: pooling mode of the LLM: "mean", "lasttoken" or "cls".
-        prompt_tokens: number of tokens at the start of each text that are excluded from mean pooling.
-        logit_bias: True if the model has a logit bias, which models trained with the sigmoid loss use.
+        prompt_tokens: number of leading tokens in each text that are excluded from mean pooling.
+        logit_bias: True if the model has a logit bias, as models trained with the sigmoid loss do.
     """
 
     model_type = "llm2clip_export"
@@ -63,7 +63,7 @@ class LLM2CLIPExportConfig(PretrainedConfig):
 
 
 class LLM2CLIPImageProcessor(CLIPImageProcessor):
-    """Image processor for timm towers. It rounds the position of the centre crop as timm does, unlike transformers."""
+    """Image processor for timm towers that rounds the centre crop's position as timm does, unlike transformers."""
 
     def center_crop(self, image: Any, size: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Crop the centre of an image of shape (..., H, W) to shape (..., size.height, size.width)."""
@@ -95,7 +95,7 @@ class LLM2CLIPExport(PreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """Encode token ids of shape (N, T).
 
-        `pooler_output` of the result contains L2-normalised embeddings of shape (N, embed_dim), float32.
+        The result's `pooler_output` contains L2-normalised float32 embeddings of shape (N, embed_dim).
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         hidden = self.llm(input_ids=input_ids, attention_mask=mask).last_hidden_state
@@ -107,7 +107,7 @@ class LLM2CLIPExport(PreTrainedModel):
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Encode the processor's pixel values of shape (N, 3, S, S).
 
-        `pooler_output` of the result contains L2-normalised embeddings of shape (N, embed_dim), float32.
+        The result's `pooler_output` contains L2-normalised float32 embeddings of shape (N, embed_dim).
         """
         tower = self.config.tower
         if tower["library"] == "timm":

@@ -1,11 +1,11 @@
-"""Numerical precision: its choice for each stage and device, calibration for encoding, and encoding in bf16.
+"""Numerical precision: selection for each stage and device, calibration, and encoding in bf16.
 
 In some layers of an LLM, the MLP's output for a few tokens is a thousand times larger than for all other tokens
 (massive activations, arXiv 2402.17762). This happens to tokens whose hidden state exceeds a threshold. In an untuned
 LLM with bidirectional attention, many tokens are close to the threshold, so such a layer amplifies the rounding errors
-of all earlier layers. Layer 11 of untuned SmolLM2-135M is an example. The minimum cosine similarity between the bf16
+of all earlier layers. Layer 11 of untuned SmolLM2-135M is an example: the minimum cosine similarity between the bf16
 and fp32 embeddings of 48 captions is 0.984, even if only layers 0 to 11 run in bf16. It is 0.9999 with layers 0 to 11
-in fp32, with causal attention, and after tuning. The number of first layers that must stay in fp32 is therefore
+in fp32, with causal attention, and after tuning. The number of initial layers that must stay in fp32 is therefore
 measured once per encoder, on a fixed set of captions.
 """
 
@@ -28,10 +28,10 @@ from llm2clip.models.text.sentence_transformer import get_layers, set_layers
 if TYPE_CHECKING:
     from llm2clip.models.text.caption_encoder import CaptionEncoder
 
-CALIBRATED = "calibrated"  # the fastest precision in which the caption encoder is accurate enough
-# Precision of each stage on devices whose hardware multiplies bf16 matrices, if the stage's setting is `auto`. On all
-# other devices, it is fp32. On CPUs, `align` and `evaluate` always run in fp32, so that their results do not depend on
-# the CPU. `serve` is the search server.
+CALIBRATED = "calibrated"  # fastest precision at which the caption encoder is accurate enough
+# Precision of each stage for the setting `auto` on devices with bf16 matmul hardware. On all other devices, `auto`
+# means fp32. On CPUs, `align` and `evaluate` always run in fp32, so their results do not depend on the CPU. `serve` is
+# the search server.
 AUTO_PRECISION: dict[Stage, dict[str, str]] = {
     "tune": {"cuda": "bf16", "cpu": "bf16"},
     "embed": {"cuda": CALIBRATED, "cpu": CALIBRATED},
@@ -48,12 +48,11 @@ CALIBRATION_CAPTIONS = tuple(
 
 
 def resolve_precision(stage: Stage, setting: str, device: torch.device) -> str:
-    """Return the precision of a stage, without measuring anything.
+    """Return the precision of a stage without measuring anything.
 
     Args:
         stage: key of `AUTO_PRECISION`. Multimodal LLMs use `tune`.
         setting: the user's setting. Any value except `auto` is returned unchanged.
-        device: device on which the stage runs.
 
     Returns:
         For `auto`, fp32, bf16, or `CALIBRATED`, which `resolve_encoder_precision` replaces with the measured precision.
@@ -69,7 +68,7 @@ def auto_precision(stage: Stage, device_type: str, has_bf16: bool) -> str:
 
 
 def has_bf16_hardware(device: torch.device) -> bool:
-    """Return True for NVIDIA GPUs since the Ampere generation, and for CPUs with AMX or AVX-512 bf16 instructions."""
+    """Return True for NVIDIA GPUs since Ampere, and for CPUs with AMX or AVX-512 bf16 instructions."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     get_capabilities: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
@@ -77,20 +76,20 @@ def has_bf16_hardware(device: torch.device) -> bool:
 
 
 def resolve_encoder_precision(stage: Stage, encoder: CaptionEncoder, device: torch.device) -> str:
-    """Return the precision (fp32, bf16 or bf16+N) in which a stage runs an encoder if the setting is `auto`.
+    """Resolve `auto` to the precision (fp32, bf16 or bf16+N) in which a stage runs an encoder.
 
-    The encoder must have fp32 weights. `device` is the device on which it will run.
+    The encoder must have fp32 weights. `device` is the device it will run on.
     """
     precision = resolve_precision(stage, "auto", device)
     return calibrate_precision(encoder, device) if precision == CALIBRATED else precision
 
 
 def calibrate_precision(encoder: CaptionEncoder, device: torch.device | None = None) -> str:
-    """Measure the fastest precision that is accurate enough on a device (default: the encoder's device).
+    """Find the fastest precision that is accurate enough on a device (default: the encoder's device).
 
     Return `bf16` if it is accurate enough, otherwise `bf16+N` with the smallest sufficient N, or `fp32` if no N is
-    sufficient. A precision is accurate enough if the embedding of every calibration caption has a cosine similarity of
-    at least 0.999 to its fp32 embedding.
+    sufficient. A precision is accurate enough if each calibration caption's embedding has a cosine similarity of at
+    least 0.999 to its fp32 embedding.
 
     If the encoder is on the CPU and the device is a GPU, layers are moved to the GPU one at a time, because the fp32
     weights may not fit in GPU memory.
@@ -120,9 +119,9 @@ def calibrate_precision(encoder: CaptionEncoder, device: torch.device | None = N
 
 @contextmanager
 def layers_offloaded(encoder: CaptionEncoder, device: torch.device) -> Iterator[None]:
-    """Inside the `with` block, run an encoder on `device` with at most one of the LLM's layers on it at a time.
+    """Run an encoder on `device` inside the `with` block, with at most one LLM layer on the device at a time.
 
-    The encoder must be on the CPU. It is moved back to the CPU on exit.
+    The encoder must be on the CPU, and is moved back to the CPU on exit.
     """
     layers = get_layers(encoder.llm)
     set_layers(encoder.llm, nn.ModuleList())
@@ -144,16 +143,16 @@ def layers_offloaded(encoder: CaptionEncoder, device: torch.device) -> Iterator[
 
 
 def _move_layer(layer: nn.Module, device: torch.device | str) -> None:
-    """Move a layer, and return None, so that a forward hook does not change inputs and outputs."""
+    """Move a layer. Return None so that a forward hook does not change inputs and outputs."""
     layer.to(device)
 
 
 def tf32_matmul() -> AbstractContextManager[None]:
     """Use TF32 for float32 matmuls on NVIDIA GPUs inside the `with` block. Without a GPU, nothing changes.
 
-    TF32 rounds the inputs of a matmul to the precision of float16 and accumulates the products in float32, which is
-    several times faster. PyTorch uses TF32 for convolutions by default. Losses and similarities need full precision,
-    because the differences between similarities are small.
+    TF32 rounds matmul inputs to the precision of float16 and accumulates the products in float32, which is several
+    times faster. PyTorch uses TF32 for convolutions by default. Losses and similarities need full precision because the
+    differences between similarities are small.
     """
     return float32_matmul_precision("high") if torch.cuda.is_available() else nullcontext()
 
@@ -162,10 +161,10 @@ def tf32_matmul() -> AbstractContextManager[None]:
 
 
 def parse_precision(precision: str) -> tuple[bool, int]:
-    """Return (False, 0) for `fp32`, (True, 0) for `bf16`, and (True, N) for `bf16+N`. N is the number of fp32 layers.
+    """Return (False, 0) for `fp32`, (True, 0) for `bf16`, and (True, N) for `bf16+N` with N fp32 layers.
 
     Raises:
-        ValueError: `precision` has another form.
+        ValueError: `precision` has none of these forms.
     """
     match = re.fullmatch(r"fp32|bf16(?:\+(\d+))?", precision)
     if match is None:
@@ -174,11 +173,11 @@ def parse_precision(precision: str) -> tuple[bool, int]:
 
 
 def cast_linear_weights(llm: nn.Module, precision: str) -> None:
-    """Cast the weights of a transformers model that are used only in bf16 matmuls to bf16, in place.
+    """Cast those weights of a transformers model that are used only in bf16 matmuls to bf16, in place.
 
-    Autocast would cast these weights before every matmul, so the embeddings are bit-identical. Norms and token
-    embeddings stay in fp32, as do the first N layers with bf16+N, and weights that linear layers share with other types
-    of layers, such as tied token embeddings. The rounding cannot be undone.
+    Autocast would cast these weights before every matmul anyway, so the embeddings are bit-identical. Norms, token
+    embeddings and, with bf16+N, the first N layers stay in fp32. So do weights that linear layers share with other
+    types of layers, such as tied token embeddings. The rounding cannot be undone.
     """
     is_bf16, fp32_layer_count = parse_precision(precision)
     if not is_bf16:

@@ -1,7 +1,7 @@
-"""Prompt ensembles: a text is inserted into several templates and is represented by the mean of their embeddings.
+"""Prompt ensembles: each text is inserted into several templates and represented by the mean prompt embedding.
 
 Ensembles of templates such as "a photo of a {}" improve zero-shot classification with CLIP (arXiv 2103.00020, section
-3.1.4), because class names and other short texts are unlike the captions on which the model was trained.
+3.1.4), because class names and other short texts are unlike the captions that the model was trained on.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ MAX_TEMPLATE_WORDS, MAX_TEMPLATE_CHARACTERS = 3, 50
 
 
 def check_templates(templates: Sequence[str], name: str = "templates") -> None:
-    """Raise ValueError if a template has no placeholder. The message contains `name`, the argument or flag."""
+    """Raise ValueError if a template has no placeholder. `name` is the argument or flag to name in the message."""
     for n, template in enumerate(templates):
         if PLACEHOLDER not in template:
             raise ValueError(
-                f"{name}: template {n} ({template!r}) has no {{}} for the text. Example: 'a photo of a {{}}'"
+                f"{name}: template {n} ({template!r}) has no {{}} placeholder. Example: 'a photo of a {{}}'"
             )
 
 
 @dataclass(frozen=True)
 class QueryTemplates:
-    """Prompt templates for short queries. Longer queries are encoded as they are.
+    """Prompt templates for short queries. Longer queries are encoded unchanged.
 
     Attributes:
-        templates: Prompt templates, such as "a photo of a {}". If empty, all queries are encoded as they are.
+        templates: Prompt templates, such as "a photo of a {}". If empty, all queries are encoded unchanged.
         max_words: A query is short if it has at most this many words (1 to `MAX_TEMPLATE_WORDS`).
     """
 
@@ -64,11 +64,11 @@ class QueryTemplates:
         return cls(tuple(templates), max_words)
 
 
-LITERAL = QueryTemplates()  # encodes all queries as they are
+LITERAL = QueryTemplates()  # encodes all queries unchanged
 
 
 def fill_templates(texts: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Insert every text into every template. The prompts of each text are adjacent, in the order of the templates."""
+    """Insert every text into every template. Prompts are grouped by text, in template order."""
     return [template.replace(PLACEHOLDER, text) for text in texts for template in templates]
 
 
@@ -79,7 +79,7 @@ def average_prompts(prompts: Tensor, counts: Sequence[int]) -> Tensor:
 
     Args:
         prompts: Embeddings of all prompts, of shape (P, D). The prompts of each text are adjacent.
-        counts: Number of prompts for each of the N texts. The sum must be P.
+        counts: Number of prompts for each of the N texts, with sum P.
 
     Returns:
         Text embeddings of shape (N, D), float32.
@@ -103,13 +103,13 @@ def is_short_text(text: str, max_words: int = MAX_TEMPLATE_WORDS) -> bool:
 
 
 def build_query_prompts(texts: Sequence[str], templates: QueryTemplates) -> tuple[list[str], list[int]]:
-    """Return the prompts whose mean embedding represents each search query.
+    """Build the prompts for search queries. The mean embedding of a query's prompts represents the query.
 
-    The prompts of a short query are the query itself and the filled templates. A longer query has only itself as a
-    prompt.
+    A short query's prompts are the query itself and the filled templates. A longer query's only prompt is the query
+    itself.
 
     Returns:
-        The prompts of all queries, and the number of prompts of each query. See `average_prompts`.
+        The prompts of all queries, and the number of prompts for each query, as in `average_prompts`.
     """
     groups = []
     for text in texts:

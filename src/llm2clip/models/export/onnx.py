@@ -175,7 +175,7 @@ def _quantize_graph(graph: _Graph, folder: Path) -> str:
 
 
 def _is_not_preprocessing_hint(record: logging.LogRecord) -> bool:
-    """Filter out onnxruntime's advice to preprocess a graph, which only improves quantized activations."""
+    """Filter out onnxruntime's advice to preprocess a graph, which helps only if activations are quantized."""
     return "run pre-processing before quantization" not in record.getMessage()
 
 

@@ -103,7 +103,7 @@ def _build_open_clip_tensors(model: LLM2CLIP, target: dict[str, Tensor]) -> dict
         if tensor.shape != expected.shape:
             raise ValueError(
                 f"in open_clip's {model.tower.config['architecture']}, {name} has shape {tuple(expected.shape)}, but "
-                f"in this model it has shape {tuple(tensor.shape)}. Only models with the default image size can be exported"
+                f"{tuple(tensor.shape)} in this model. Only models with the default image size can be exported"
             )
         tensors[name] = tensor.detach().cpu().clone().contiguous()
     return tensors

@@ -61,7 +61,7 @@ def export_transformers(model: LLM2CLIP, folder: Path) -> None:
 def export_sentence_transformers(model: LLM2CLIP, folder: Path) -> None:
     """Write a folder that both sentence-transformers and transformers can load.
 
-    `SentenceTransformer(..., trust_remote_code=True).encode` accepts texts and PIL images. The errors are those of
+    `SentenceTransformer(..., trust_remote_code=True).encode` accepts texts and PIL images. For errors, see
     `export_transformers`.
     """
     export_transformers(model, folder)

@@ -60,7 +60,7 @@ def check_model_source(source: str | Path) -> None:
     if Path(name).exists():
         return
     if not is_hub_id(name):
-        raise FileNotFoundError(f"{name} is neither an existing file or folder nor a hub id (OWNER/NAME)")
+        raise FileNotFoundError(f"{name} is neither a folder nor a file, and is not a hub id (OWNER/NAME)")
     problem = find_hub_problem()
     if problem and not (Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}").is_dir():
         raise FileNotFoundError(f"{name} is neither a folder nor a model in the hub's cache, and {problem}")
@@ -154,7 +154,7 @@ def _remove_code_entries(config: Any) -> Any:
 
 
 def find_file(source: str | Path, name: str, subfolder: str = "") -> Path | None:
-    """Return the path of a file in a folder or hub repository (downloading it if necessary), or None if it is missing."""
+    """Return the path of a file in a folder or hub repository, or None if it is missing. Download it if necessary."""
     from transformers.utils import cached_file
 
     if Path(source).is_file():

@@ -351,8 +351,8 @@ class CaptionEncoder(nn.Module):
         _, available_fp32_layers = parse_precision(self.weights_precision)
         if not self.has_full_precision and (not is_bf16 or fp32_layer_count > available_fp32_layers):
             raise ValueError(
-                f"the encoder's weights are stored in {self.weights_precision}, so it cannot run in {precision}: load "
-                "the encoder again"
+                f"the encoder's weights are stored in {self.weights_precision}, so precision {precision} is not "
+                "possible: load the encoder again"
             )
 
     # ---- identity and saving ----------------------------------------------------------------------------------------

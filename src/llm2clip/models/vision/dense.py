@@ -1,21 +1,21 @@
-"""Dense image features: one embedding per cell of an image, in the shared space of images and texts.
+"""Dense image features: one embedding per image cell, in the embedding space shared by images and texts.
 
-A cell is a patch of a vision transformer or a position in the last feature map of a convolutional network. Its
-embedding is the output of the tower's head and the image projection for this cell alone. Images can have any size:
-position embeddings are interpolated, and rotary embeddings are computed for the grid. The embedding of a region (a box
-or a mask) is an average over its cells.
+A cell is a patch of a vision transformer or a position in a convolutional network's last feature map. Its embedding is
+computed by applying the tower's head and the image projection to this cell alone. Images can have any size: position
+embeddings are interpolated, and rotary embeddings are computed for the grid. A region embedding (for a box or a mask)
+is an average over the region's cells.
 
-CLIP is trained only to match complete images with texts, so nothing forces the output for a patch to describe that
-patch, and the last block mixes all patches. The training-free variants change only this block. In the formulas, x is
-the block's input; q, k and v are the queries, keys and values of norm1(x); s is the scale 1 / sqrt(head dimension); W
-is the output projection of the attention; and FFN includes its norm:
+CLIP is trained only to match complete images with texts, so nothing forces a patch's output to describe that patch, and
+the last block mixes all patches. The training-free variants change only this block. In the formulas, x is the block's
+input; q, k and v are the queries, keys and values of norm1(x); s is the scale 1 / sqrt(head dimension); W is the
+attention's output projection; and FFN includes its norm:
 
-plain      y = x + W(softmax(s q k^T) v); y + FFN(y). This is the block as it was trained.
+plain      y = x + W(softmax(s q k^T) v); y + FFN(y). This is the block as trained.
 maskclip   y = x + W(v); y + FFN(y). arXiv 2112.01071, https://github.com/chongzhou96/MaskCLIP
 sclip      y = x + W((softmax(s q q^T) + softmax(s k k^T)) v); y + FFN(y). arXiv 2312.01597,
            https://github.com/wangf3014/SCLIP
 clearclip  W(softmax(s q q^T) v). arXiv 2407.12442, https://github.com/mc-lan/ClearCLIP
-naclip     W(softmax(s k k^T + g) v), with g = exp(-d^2 / 50) for two patches whose distance is d patches, and g = 0 for
+naclip     W(softmax(s k k^T + g) v), where g = exp(-d^2 / 50) for two patches at a distance of d patches, and g = 0 for
            class and register tokens. arXiv 2404.08181, https://github.com/sinahmr/NACLIP
 
 Queries and keys include their norms and rotary embeddings, if any. Any layer scale is included in W.
@@ -43,11 +43,11 @@ from llm2clip.models.vision.vision_tower import VisionTower
 DENSE_VARIANTS = ("plain", "maskclip", "sclip", "clearclip", "naclip")
 _NO_RESIDUAL = ("clearclip", "naclip")  # these variants also drop the feed-forward network
 _GAUSSIAN_STD = 5.0  # in patches, as in NACLIP
-# For localisation: shorter side of the resized image, divided by the tower's training resolution. As in SCLIP, a
+# For localisation: ratio of the resized image's shorter side to the tower's training resolution. As in SCLIP, a
 # 224-pixel tower receives images with a shorter side of 336 pixels.
 LOCALIZATION_SCALE = 1.5
 _MAX_ASPECT_RATIO = 8  # images with a larger aspect ratio are squeezed to this ratio, to limit their size
-# Class of a pre-norm block -> names of the block's norm, attention and layer scale.
+# Pre-norm block class -> names of its norm, attention and layer scale.
 _BLOCK_PARTS = {
     "timm.models.vision_transformer.Block": ("norm1", "attn", "ls1"),
     "timm.models.eva.EvaBlock": ("norm1", "attn", "gamma_1"),
@@ -68,15 +68,14 @@ class DenseEncoder:
     """Image encoder that returns one embedding per cell in the shared embedding space.
 
     Attributes:
-        cell_size: side length of a cell in pixels: the patch size, or the total stride of a convolutional network.
+        cell_size: side length of a cell in pixels: the patch size, or a convolutional network's total stride.
         image_size: the tower's training resolution, in pixels.
         variants: supported variants. Convolutional networks support only "plain".
         device: device of the model and of the embeddings.
         interpolation: interpolation mode of the tower's preprocessing, for `resize`.
-        localization_variant: best variant for localisation. For towers that pool a class token, it is "naclip", because
-            training never compared patches with texts, and NACLIP has the best segmentation results on most data sets
-            according to its paper. For all other towers, it is "plain", because training compared pooled cells with
-            texts.
+        localization_variant: best variant for localisation. It is "naclip" for towers that pool a class token: training
+            never compared patches with texts, and NACLIP reports the best segmentation results on most data sets. For
+            all other towers, it is "plain", because training compared pooled cells with texts.
         features: function that takes pixels of shape (N, 3, H, W) on `device` and a variant, and returns unnormalised
             embeddings of shape (N, H / cell_size, W / cell_size, D).
     """
@@ -91,7 +90,7 @@ class DenseEncoder:
 
     @property
     def localization_size(self) -> int:
-        """Value of `image_size` in `resize` that is used for localisation, in pixels."""
+        """Length of the resized image's shorter side for localisation, in pixels (`image_size` in `resize`)."""
         return round(LOCALIZATION_SCALE * self.image_size)
 
     @torch.no_grad()
@@ -100,12 +99,12 @@ class DenseEncoder:
         """Encode the cells of N images of the same size.
 
         Args:
-            pixels: images of shape (N, 3, H, W), on any device. Values are uint8 or float from 0 to 1. H and W must be
-                multiples of `cell_size`.
+            pixels: images of shape (N, 3, H, W), uint8 or float from 0 to 1, on any device. H and W must be multiples
+                of `cell_size`.
             variant: one of `variants`. The variants are defined at the top of this module.
 
         Returns:
-            L2-normalised embeddings of shape (N, H / cell_size, W / cell_size, D), float32, on `device`.
+            L2-normalised float32 embeddings of shape (N, H / cell_size, W / cell_size, D), on `device`.
 
         Raises:
             ValueError: the tower does not support the variant or the image size.
@@ -124,22 +123,22 @@ class DenseEncoder:
         return F.normalize(self.features(pixels.to(self.device), variant).float(), dim=-1)
 
     def resize(self, image: Tensor, image_size: int | None = None) -> Tensor:
-        """Resize an image to a whole number of cells. Its aspect ratio is kept, up to rounding and a maximum of 8:1.
+        """Resize an image to a whole number of cells, keeping its aspect ratio up to rounding and a maximum of 8:1.
 
         Args:
             image: image of shape (3, H, W), uint8.
-            image_size: length of the shorter side in pixels. It is rounded to a multiple of `cell_size`. Default: the
-                tower's training resolution.
+            image_size: length of the shorter side in pixels, rounded to a multiple of `cell_size`. Default: the tower's
+                training resolution.
 
         Returns:
-            Image of shape (3, H', W'), uint8. H' and W' are multiples of `cell_size`.
+            Image of shape (3, H', W'), uint8, where H' and W' are multiples of `cell_size`.
         """
         rows, columns = self.grid(image.shape[-2], image.shape[-1], image_size)
         size = [rows * self.cell_size, columns * self.cell_size]
         return cast(Tensor, resize(image, size, InterpolationMode(self.interpolation), antialias=True))
 
     def grid(self, height: int, width: int, image_size: int | None = None) -> tuple[int, int]:
-        """Return the numbers of rows and columns of cells for an image of the given size after `resize`."""
+        """Return the numbers of cell rows and columns that an image of the given size has after `resize`."""
         shorter = max(1, round((image_size or self.image_size) / self.cell_size))
         ratio = min(max(height, width) / min(height, width), _MAX_ASPECT_RATIO)
         longer = round(ratio * shorter)
@@ -150,9 +149,9 @@ def build_dense_encoder(tower: VisionTower, project: Callable[[Tensor], Tensor],
     """Build a dense encoder that shares the weights of a vision tower.
 
     Args:
-        tower: vision tower in eval mode. Later changes of its weights also change the dense features.
+        tower: vision tower in eval mode. Later changes to its weights also change the dense features.
         project: image projection, which maps pooled features of shape (N, feature_dim) to the shared embedding space.
-        bf16: if True, run the tower and the projection with bf16 autocast.
+        bf16: if True, run the tower and projection under bf16 autocast.
 
     Raises:
         ValueError: the tower's architecture has no grid of cells.
@@ -180,13 +179,13 @@ def build_dense_encoder(tower: VisionTower, project: Callable[[Tensor], Tensor],
 
 
 def feature_map(tower: VisionTower, pixels: Tensor) -> Tensor:
-    """Compute the feature map before the tower's head, for example as the input of a detector.
+    """Compute the feature map before the tower's head, for example as input to a detector.
 
-    Gradients flow to all weights of the tower except to position embeddings that are interpolated.
+    Gradients flow to all of the tower's weights except interpolated position embeddings.
 
     Args:
         tower: vision tower, in eval or training mode.
-        pixels: images of shape (N, 3, H, W), uint8, or float from 0 to 1. H and W must be multiples of the cell size
+        pixels: images of shape (N, 3, H, W), uint8 or float from 0 to 1. H and W must be multiples of the cell size
             (see `DenseEncoder`).
 
     Returns:
@@ -224,7 +223,7 @@ def _get_class_name(module: nn.Module) -> str:
 
 
 def _encode_cells(tower: VisionTower, pixels: Tensor, variant: str) -> Tensor:
-    """Compute the features of all cells before the tower's head, of shape (N, h, w, C)."""
+    """Compute the features of all cells, of shape (N, h, w, C), before the tower's head."""
     cell_size = _get_cell_size(tower)
     grid = (pixels.shape[-2] // cell_size, pixels.shape[-1] // cell_size)
     if tower.config["library"] == "timm":
@@ -247,7 +246,7 @@ def _has_channels_last(tower: VisionTower) -> bool:
 
 
 def _apply_head(tower: VisionTower, cells: Tensor) -> Tensor:
-    """Apply the tower's head to M cells separately. Map shape (M, C) to shape (M, feature_dim)."""
+    """Apply the tower's head to each of M cells, mapping shape (M, C) to (M, feature_dim)."""
     backbone = cast(Any, tower.backbone)
     if tower.config["library"] == "transformers":
         if hasattr(backbone, "head"):  # SigLIP pools with attention
@@ -255,18 +254,18 @@ def _apply_head(tower: VisionTower, cells: Tensor) -> Tensor:
         # In CLIP, the last norm is part of the head.
         return cast(Tensor, backbone.post_layernorm(cells) if hasattr(backbone, "post_layernorm") else cells)
     if isinstance(backbone, VisionTransformer | Eva):
-        # Some heads pool the class token, and others exclude it. If all tokens are copies of the cell, both types of
-        # heads return the cell's features.
+        # Some heads pool the class token, and others exclude it. If all tokens are copies of the cell, both kinds
+        # return the cell's features.
         return backbone.forward_head(cells[:, None].expand(-1, 1 + backbone.num_prefix_tokens, -1))
     maps = cells[:, None, None] if _has_channels_last(tower) else cells[:, :, None, None]
     return cast(Tensor, backbone.forward_head(maps))
 
 
 def _resize_timm(tower: VisionTower, size: tuple[int, int]) -> nn.Module:
-    """Return a timm backbone for images of `size` that shares all weights of the tower except position embeddings.
+    """Return a timm backbone for images of `size` that shares all of the tower's weights except position embeddings.
 
     Raises:
-        ValueError: the architecture supports only the size for which it was built.
+        ValueError: the architecture supports only the size it was built for.
     """
     backbone: Any = tower.backbone
     built_size = tower.config["args"].get("img_size")
@@ -301,7 +300,7 @@ def _resize_timm(tower: VisionTower, size: tuple[int, int]) -> nn.Module:
 def _replace_module(root: Any, name: str, module: nn.Module) -> Any:
     """Return a copy of `root` with the submodule `name` replaced. The copy shares all other modules and weights.
 
-    `root` itself is not modified, so that other threads can use it in the meantime.
+    `root` itself is not modified, so other threads can keep using it.
     """
     first, _, rest = name.partition(".")
     root = _shallow_copy(root)
@@ -320,7 +319,7 @@ def _shallow_copy(module: Any) -> Any:
 
 
 class _DenseBlock(nn.Module):
-    """Last block of a vision transformer, with the attention of a dense variant."""
+    """Last block of a vision transformer, with a dense variant's attention."""
 
     def __init__(self, block: nn.Module, variant: str, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -341,7 +340,7 @@ class _DenseBlock(nn.Module):
 
 
 def _run_attention_branch(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Compute the attention output of a block, without the residual connection and the feed-forward network."""
+    """Compute a block's attention output, without the residual connection and the feed-forward network."""
     norm_name, attention_name, scale_name = _BLOCK_PARTS[_get_class_name(block)]
     output = getattr(block, attention_name)(getattr(block, norm_name)(x), *args, **kwargs)
     output = output[0] if isinstance(output, tuple) else output  # transformers also returns the attention weights
@@ -355,7 +354,7 @@ class _ReplacedAttention(TorchFunctionMode):
     """Context manager that makes `scaled_dot_product_attention` compute a variant's attention in this thread.
 
     timm and transformers compute q, k and v in many ways (fused or not, with norms, rotary embeddings and split
-    biases), but pass all of them to this function.
+    biases), but always pass them to this function.
     """
 
     def __init__(self, variant: str, grid: tuple[int, int]) -> None:
@@ -374,7 +373,7 @@ class _ReplacedAttention(TorchFunctionMode):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, *_: Any, scale: float | None = None, **__: Any) -> Tensor:
         """Compute the attention output for q, k and v, each of shape (N, heads, L, head_dim).
 
-        The mask and the dropout are ignored: eval mode has no dropout, and images of the same size need no mask.
+        The mask and dropout are ignored: there is no dropout in eval mode, and images of the same size need no mask.
         """
         attend = F.scaled_dot_product_attention
         if self.variant == "maskclip":
@@ -411,7 +410,7 @@ def encode_boxes(
 ) -> list[Tensor]:
     """Encode the boxes in each image.
 
-    As in CLIPSelf (arXiv 2310.01403), the entire image is encoded, and the cells in a box are averaged with RoIAlign
+    As in CLIPSelf (arXiv 2310.01403), the entire image is encoded, and the cells in each box are averaged with RoIAlign
     (arXiv 1703.06870).
 
     Args:
@@ -446,14 +445,14 @@ def encode_boxes(
 
 
 def pool_masks(features: Tensor, masks: Tensor) -> Tensor:
-    """Average the cell embeddings of an image, weighted by the area of a mask in each cell.
+    """Average an image's cell embeddings, weighted by each mask's area in each cell.
 
-    Images are resized without cropping, so in an image with H x W pixels and h x w cells, cell (i, j) covers the rows
-    i * H / h to (i + 1) * H / h and the columns j * W / w to (j + 1) * W / w.
+    Images are resized without cropping. Therefore, in an image with H x W pixels and h x w cells, cell (i, j) covers
+    rows i * H / h to (i + 1) * H / h and columns j * W / w to (j + 1) * W / w.
 
     Args:
         features: Cell embeddings of shape (h, w, D), float32.
-        masks: Non-empty masks of shape (N, H, W), bool. They can have any resolution.
+        masks: Non-empty masks of any resolution, bool, of shape (N, H, W).
 
     Returns:
         L2-normalised embeddings of shape (N, D), float32.
@@ -463,14 +462,14 @@ def pool_masks(features: Tensor, masks: Tensor) -> Tensor:
         _compute_overlaps(cells, pixels).to(features) for cells, pixels in zip((h, w), masks.shape[1:], strict=True)
     )
     pooled = [features.new_empty(0, dim)]
-    for mask in masks:  # one at a time, because a float mask takes four times the memory of a boolean mask
+    for mask in masks:  # one at a time, because float masks take four times as much memory as boolean masks
         areas = rows @ mask.to(features) @ columns.T  # (h, w), in pixels
         pooled.append((areas / areas.sum()).flatten()[None] @ features.flatten(0, 1))
     return F.normalize(torch.cat(pooled), dim=-1)
 
 
 def _compute_overlaps(cells: int, pixels: int) -> Tensor:
-    """Compute the overlap of each cell with each pixel along an axis, in pixels, of shape (cells, pixels), float64."""
+    """Compute each cell's overlap with each pixel along an axis, in pixels, as float64 of shape (cells, pixels)."""
     cell_edges = torch.arange(cells + 1, dtype=torch.float64) * pixels / cells
     pixel_edges = torch.arange(pixels + 1, dtype=torch.float64)
     ends = torch.minimum(cell_edges[1:, None], pixel_edges[1:])
@@ -479,7 +478,7 @@ def _compute_overlaps(cells: int, pixels: int) -> Tensor:
 
 
 def check_boxes(boxes: Any, height: int, width: int) -> Tensor:
-    """Convert an array-like of N boxes, as (left, top, right, bottom) in pixels, to shape (N, 4), float32, on the CPU.
+    """Convert N boxes (left, top, right, bottom), in pixels, to a float32 tensor of shape (N, 4) on the CPU.
 
     Raises:
         ValueError: The shape is wrong, or a box contains NaN or infinity, is empty, or is not inside the image.
@@ -488,7 +487,7 @@ def check_boxes(boxes: Any, height: int, width: int) -> Tensor:
     if tensor.numel() == 0:
         return tensor.new_empty(0, 4)
     if tensor.ndim != 2 or tensor.shape[1] != 4:
-        raise ValueError(f"boxes must have the shape (N, 4), as (x0, y0, x1, y1) (got {tuple(tensor.shape)})")
+        raise ValueError(f"boxes must have shape (N, 4), as (x0, y0, x1, y1) (got {tuple(tensor.shape)})")
     x0, y0, x1, y1 = tensor.unbind(1)
     problems = {
         "contains NaN or infinity": ~tensor.isfinite().all(1),
@@ -505,20 +504,19 @@ def check_boxes(boxes: Any, height: int, width: int) -> Tensor:
 
 
 def check_masks(masks: Any, height: int, width: int) -> Tensor:
-    """Convert an array-like of N boolean masks to shape (N, H, W), bool, on the CPU.
+    """Convert N boolean masks to a bool tensor of shape (N, H, W) on the CPU.
 
     Raises:
-        ValueError: The masks are not boolean or do not have the size of the image, or a mask is empty.
+        ValueError: The masks are not boolean or do not have the image's size, or a mask is empty.
     """
     tensor = torch.as_tensor(masks).cpu()
     if tensor.ndim != 3 or tensor.shape[1:] != (height, width):
         raise ValueError(
-            f"masks must have the shape (N, {height}, {width}), which is the size of the image (got "
-            f"{tuple(tensor.shape)})"
+            f"masks must have shape (N, {height}, {width}) to match the size of the image (got {tuple(tensor.shape)})"
         )
     if tensor.dtype != torch.bool:
         raise ValueError(f"masks must be boolean (got {tensor.dtype})")
     is_empty = ~tensor.flatten(1).any(1)
     if is_empty.any():
-        raise ValueError(f"mask {int(is_empty.nonzero()[0])} is empty: it contains no pixel")
+        raise ValueError(f"mask {int(is_empty.nonzero()[0])} is empty: it contains no pixels")
     return tensor

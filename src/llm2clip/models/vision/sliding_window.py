@@ -1,10 +1,10 @@
-"""Zero-shot segmentation with a window that slides over the image. Pixel scores are computed in tiles of rows.
+"""Zero-shot segmentation with a sliding window. Pixel scores are computed in tiles of rows.
 
-SCLIP (arXiv 2312.01597) upsamples the cell scores of each window to the window's size, averages overlapping windows,
-and resizes the result to the size of the labels. Each of these steps is linear and separable into rows and columns. The
-scores of a class are therefore `R @ S @ C.T`, where S contains the cell scores of all windows, arranged in a grid. The
-row matrix R and the column matrix C combine all interpolation and averaging. A tile is computed from the corresponding
-rows of R, so the memory for pixel scores does not grow with the size of the image.
+SCLIP (arXiv 2312.01597) upsamples each window's cell scores to the window's size, averages overlapping windows, and
+resizes the result to the size of the labels. Each of these steps is linear and separable into rows and columns. A
+class's scores are therefore `R @ S @ C.T`, where S contains the cell scores of all windows, arranged in a grid, and the
+row matrix R and column matrix C combine all interpolation and averaging. A tile is computed from the corresponding rows
+of R, so memory for pixel scores does not grow with the image size.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ IMAGE_SCALE = 1.5  # default ratio of the resized image's shorter side to the wi
 
 @dataclass(frozen=True)
 class WindowAxis:
-    """Positions of the windows along one axis.
+    """Window positions along one axis.
 
     Args:
-        length, window: Length of the resized image and of a window along this axis, in pixels.
+        length, window: Lengths of the resized image and of a window along this axis, in pixels.
         starts: First pixel of each window.
     """
 
@@ -46,7 +46,7 @@ class WindowAxis:
     def create(cls, length: int, window: int, cell_size: int) -> WindowAxis:
         """Place windows with a stride of half a window. The last window ends at the edge of the image.
 
-        If the image is shorter than a window, there is a single window as long as the image, rounded to whole cells.
+        If the image is shorter than a window, there is a single window of the image's length, rounded to whole cells.
         """
         if length < window:
             length = window = max(1, round(length / cell_size)) * cell_size
@@ -57,7 +57,7 @@ class WindowAxis:
     def matrix(self, cells: int, size: int) -> Tensor:
         """Return the matrix that maps the cells of all windows to `size` output pixels along this axis.
 
-        Its shape is (size, windows * cells), float32, where `cells` is the number of cells per window.
+        The matrix is float32, of shape (size, windows * cells), where `cells` is the number of cells per window.
         """
         upsample = _build_bilinear_matrix(cells, self.window)
         average = torch.zeros(self.length, len(self.starts) * cells, dtype=torch.float64)
@@ -72,7 +72,7 @@ class WindowAxis:
 class ResizeForWindows:
     """Transform that resizes an image of shape (3, H, W), uint8, before it is split into windows.
 
-    The aspect ratio is kept. The interpolation is bilinear, with antialiasing.
+    The aspect ratio is kept. Interpolation is bilinear, with antialiasing.
 
     Args:
         window: Side length of the window in pixels. Must be a multiple of `cell_size`.
@@ -87,7 +87,7 @@ class ResizeForWindows:
 
     @classmethod
     def for_encoder(cls, dense: DenseEncoder, scale: float = IMAGE_SCALE) -> ResizeForWindows:
-        """Create a transform for windows of the tower's training resolution, rounded to whole cells."""
+        """Create a transform for windows at the tower's training resolution, rounded to whole cells."""
         window = max(1, round(dense.image_size / dense.cell_size)) * dense.cell_size
         return cls(window, dense.cell_size, scale)
 
@@ -149,7 +149,7 @@ class PixelScores:
             yield rows, tile
 
     def class_scores(self, names_per_class: Sequence[int]) -> Tensor:
-        """Compute the maximum score over the names of each class for all pixels, of shape (classes, H, W)."""
+        """Compute each class's maximum score over its names for all pixels, of shape (classes, H, W)."""
         return torch.cat([_max_over_names(tile, names_per_class) for _, tile in self.tiles()], 1)
 
 
@@ -160,7 +160,7 @@ def encode_windows(
     queries: Tensor,
     transform: ResizeForWindows,
 ) -> dict[int, PixelScores]:
-    """Encode the windows of all images in batches and return the pixel scores of each image.
+    """Encode the windows of all images in batches, and return the pixel scores of each image.
 
     Args:
         images: Outputs of `transform`, keyed by image index.
@@ -168,7 +168,7 @@ def encode_windows(
         queries: Embeddings of all class names, of shape (K, D).
 
     Returns:
-        Scores with the original image sizes, keyed by image index.
+        Pixel scores at the original image sizes, keyed by image index.
     """
     axes = {index: transform.axes(*size) for index, (_, size) in images.items()}
     indices_by_window: dict[tuple[int, int], list[int]] = {}  # windows of the same size are encoded together
@@ -205,14 +205,14 @@ def segment(
     """Assign each pixel to the class with the highest score, tile by tile, as in SCLIP.
 
     Args:
-        scores: Scores of all names. The names of the same class are adjacent.
-        names_per_class: Number of names of each class. The score of a class is the highest score of its names.
-        logit_scale: Factor for the scores before the softmax over all names.
+        scores: Scores of all names. Names of the same class are adjacent.
+        names_per_class: Number of names for each class. A class's score is the highest score of its names.
+        logit_scale: Factor applied to the scores before the softmax over all names.
         min_probability: Pixels whose highest probability is below this value are assigned to class 0 (background).
         min_area: Foreground classes that cover at most this fraction of the foreground are not predicted.
 
     Yields:
-        (slice of rows, class of each pixel of shape (rows, W), int64) for each tile.
+        (slice of rows, int64 class indices of shape (rows, W)) for each tile.
     """
     is_allowed = torch.ones(len(names_per_class), dtype=torch.bool, device=scores.grid.device)
     if min_area > 0:
@@ -233,13 +233,13 @@ def segment(
 
 
 def _max_over_names(tile: Tensor, names_per_class: Sequence[int]) -> Tensor:
-    """Reduce the scores of all names to the maximum per class, of shape (classes, rows, W)."""
+    """Reduce the scores of all names to each class's maximum, of shape (classes, rows, W)."""
     if len(names_per_class) == len(tile):
         return tile
     return torch.stack([scores.amax(0) for scores in tile.split(list(names_per_class))])
 
 
 def _build_bilinear_matrix(size_in: int, size_out: int) -> Tensor:
-    """Return the matrix of linear interpolation, of shape (size_out, size_in), float64."""
+    """Return the linear interpolation matrix, float64, of shape (size_out, size_in)."""
     identity = torch.eye(size_in, dtype=torch.float64)[None]  # (1, channels, positions)
     return F.interpolate(identity, size=size_out, mode="linear", align_corners=False)[0].T

@@ -27,8 +27,8 @@ from llm2clip.models.hub.pretrained import resolve_pretrained
 
 log = logging.getLogger(__name__)
 
-# Default preprocessing of each supported transformers model type, for folders without a preprocessor_config.json. The
-# model's image size replaces the size of 224. The supported types are models whose pooled output was trained.
+# Default preprocessing for each supported transformers model type, used if there is no preprocessor_config.json. The
+# model's image size replaces 224. Supported types are models whose pooled output was trained.
 _CLIP_STATS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _HALF_STATS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -39,9 +39,9 @@ _DEFAULT_PREPROCESS = {
     "dinov2_with_registers": Preprocess(224, "shortest", 0.875, "bicubic", *_IMAGENET_STATS, crop_rounding="down"),
     "dinov3_vit": Preprocess(224, "squash", 1.0, "bilinear", *_IMAGENET_STATS, crop_rounding="down"),
 }
-# Model types of dual encoders, of which only the vision model is used.
+# Types of dual encoders, of which only the vision model is used.
 _DUAL_ENCODER_TYPES = ("clip", "metaclip_2", "siglip")
-# Entries of a transformers config that do not describe the architecture.
+# transformers config entries that do not describe the architecture.
 _TRANSIENT_ENTRIES = ("transformers_version", "_name_or_path", "dtype", "architectures", "id2label", "label2id")
 
 
@@ -49,7 +49,7 @@ def load_backbone(name: str, image_size: int | None, pretrained: bool) -> tuple[
     """Load a backbone by name. For the arguments, see `VisionTower.from_pretrained`.
 
     Returns:
-        The backbone module and its config.
+        Backbone module and config.
     """
     library, source = _parse_name(resolve_pretrained(name))
     load = _load_timm if library == "timm" else _load_transformers
@@ -57,22 +57,22 @@ def load_backbone(name: str, image_size: int | None, pretrained: bool) -> tuple[
 
 
 def build_backbone(config: dict[str, Any]) -> nn.Module:
-    """Build the backbone described by a config, with random weights and without a network connection."""
+    """Build the backbone described by a config, with random weights and without network access."""
     if config["library"] == "timm":
         return _create_timm(config["architecture"], config["args"])
     if config["architecture"].get("model_type") not in _DEFAULT_PREPROCESS:
-        raise ValueError(f"unsupported model type {config['architecture'].get('model_type')!r} of the vision tower")
+        raise ValueError(f"the vision tower has unsupported model type {config['architecture'].get('model_type')!r}")
     return _build_transformers(build_config(config["architecture"]))
 
 
 def _create_timm(architecture: str, args: dict[str, Any]) -> nn.Module:
-    """Create a timm model with random weights from a saved architecture and its arguments.
+    """Create a timm model with random weights from a saved architecture and arguments.
 
-    Because a model folder may come from an untrusted source, names that download files, such as `hf-hub:OWNER/NAME`,
-    are rejected, and arguments of `timm.create_model` itself, such as `checkpoint_path`, are ignored.
+    A model folder may come from an untrusted source. Therefore, names that trigger downloads, such as
+    `hf-hub:OWNER/NAME`, are rejected, and `timm.create_model`'s own arguments, such as `checkpoint_path`, are ignored.
 
     Raises:
-        ValueError: timm does not have the architecture.
+        ValueError: timm has no such architecture.
     """
     if not timm.is_model(architecture):
         raise ValueError(f"timm {timm.__version__} has no architecture {architecture!r}")
@@ -82,7 +82,7 @@ def _create_timm(architecture: str, args: dict[str, Any]) -> nn.Module:
 
 
 def _parse_name(name: str) -> tuple[str, str]:
-    """Return (library, source): "timm" or "transformers", and the folder, hub id or model name to load with it."""
+    """Return the library ("timm" or "transformers") and the folder, hub id or model name to load with it."""
     prefix, colon, rest = name.partition(":")
     if colon and prefix in ("timm", "hf"):
         if prefix == "hf" or "/" in rest:
@@ -125,11 +125,11 @@ def _download_config(hub_id: str) -> dict[str, Any]:
 def _load_timm(source: str, image_size: int | None, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
     model_name, architecture, cfg, args = _describe_timm(source)
     if pretrained and cfg.get("hf_hub_id") and not Path(source).is_dir():
-        check_model_source(cfg["hf_hub_id"])  # the weights of a timm model name are on the hub
+        check_model_source(cfg["hf_hub_id"])  # timm downloads the weights from the hub
     args = {**args, "num_classes": 0}
     if cfg.get("fixed_input_size") or "img_size" in args:
         # Position embeddings and attention windows are built for one image size, and timm resizes the pretrained ones.
-        # The config always contains the size, because an architecture's default size depends on the tag.
+        # The size is always saved in the config, because an architecture's default size depends on the tag.
         built_size = args.get("img_size") or cfg["input_size"][-2:]
         sides = {built_size} if isinstance(built_size, int) else set(built_size)
         if image_size is None and len(sides) > 1:
@@ -163,7 +163,7 @@ def _describe_timm(source: str) -> tuple[str, str, dict[str, Any], dict[str, Any
 
 
 def _read_timm_preprocess(backbone: nn.Module, name: str, size: int | None) -> Preprocess:
-    """Return the preprocessing with which a timm model was trained. If `size` is set, it replaces the image size."""
+    """Return the preprocessing that a timm model was trained with. If `size` is set, it replaces the image size."""
     data = resolve_model_data_config(backbone)
     height, width = data["input_size"][-2:]  # before timm 1.0.31, this is the original size even if `img_size` is set
     if size is None and height != width:
@@ -214,7 +214,7 @@ def _load_transformers(source: str, image_size: int | None, pretrained: bool) ->
 
 @hide_load_report()
 def _build_transformers(config: Any, source: str | None = None) -> nn.Module:
-    """Build the vision model of a transformers config. Load its weights from `source`, or initialise them randomly."""
+    """Build a transformers config's vision model. Load its weights from `source`, or initialise them randomly."""
     from transformers import AutoModel, CLIPVisionModel, SiglipVisionModel
 
     # Given a folder with a complete CLIP model, AutoModel would build both towers.

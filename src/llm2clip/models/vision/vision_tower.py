@@ -1,8 +1,8 @@
-"""Common interface for pretrained image encoders (vision towers) from timm and transformers, and LoRA for them.
+"""Common interface for pretrained image encoders (vision towers) from timm and transformers, with LoRA support.
 
-A tower maps uint8 pixels to pooled features, without any projection, and stores the preprocessing with which it was
-trained. The architecture can be rebuilt from the tower's `config` without a network connection, so a model that
-contains a tower can save the tower's weights in its own state dict.
+A tower maps uint8 pixels to pooled features, without any projection, and stores the preprocessing it was trained with.
+Its architecture can be rebuilt from its `config` without network access, so a model can save its tower's weights in its
+own state dict.
 """
 
 import re
@@ -32,13 +32,12 @@ class VisionTower(nn.Module):
     """Vision encoder that maps images of shape (N, 3, S, S) to pooled features of shape (N, feature_dim).
 
     Attributes:
-        backbone: timm or transformers module that contains all parameters.
+        backbone: timm or transformers module with all parameters.
         config: JSON-serialisable dict from which `from_config` rebuilds the architecture.
         preprocess: image preprocessing. `preprocess.size` is S.
-        feature_dim: dimension of the features.
         freeze_norm: if True, batch norms stay in eval mode during training. In training mode, small batches would
-            distort the running statistics, and features would depend on the other images in the batch. Changes of this
-            attribute take effect at the next call of `train()`.
+            distort the running statistics, and features would depend on the other images in the batch. Changes to this
+            attribute take effect at the next call to `train()`.
     """
 
     mean: Tensor
@@ -69,9 +68,9 @@ class VisionTower(nn.Module):
         """Load a tower in float32 and eval mode. Code that comes with a model is never run.
 
         Args:
-            name: `timm:NAME` and `hf:NAME` load a model from timm and transformers, respectively. Without a prefix, the
-                name is one of: a folder saved by either library; a hub id (contains a slash); the name of a timm model;
-                the name of a model that `llm2clip` can download (see `models/hub/pretrained.py`).
+            name: `timm:NAME` loads a model with timm, and `hf:NAME` with transformers. Without a prefix, the name is a
+                folder saved by either library, a hub id (with a slash), the name of a timm model, or the name of a
+                model that `llm2clip` can download (see `models/hub/pretrained.py`).
             image_size: image size in pixels. Default: the tower's training resolution.
             pretrained: if True, load the pretrained weights. If False, initialise the weights randomly.
 
@@ -84,16 +83,16 @@ class VisionTower(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """Build a tower from its `config` with random weights, in eval mode, without a network connection."""
+        """Build a tower from its `config` with random weights, in eval mode, without network access."""
         return cls(build_backbone(config), config).eval()
 
     # ---- forward pass -----------------------------------------------------------------------------------------------
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Encode images as pooled features of shape (N, feature_dim), with the dtype of the backbone's output.
+        """Encode images as pooled features of shape (N, feature_dim), in the backbone's output dtype.
 
         Args:
-            pixels: images of shape (N, 3, S, S), uint8, or float from 0 to 1.
+            pixels: images of shape (N, 3, S, S), uint8 or float from 0 to 1.
         """
         if self.config["library"] == "timm":
             return cast(Tensor, self.backbone(self._build_timm_input(pixels)))
@@ -101,14 +100,14 @@ class VisionTower(nn.Module):
         return cast(Tensor, self._run_transformers(pixels, interpolate).pooler_output)
 
     def forward_features(self, pixels: Tensor) -> Tensor:
-        """Encode images as features before pooling. Position embeddings of transformers models are interpolated.
+        """Encode images as unpooled features. transformers models interpolate their position embeddings.
 
         Args:
-            pixels: images of shape (N, 3, H, W), uint8, or float from 0 to 1.
+            pixels: images of shape (N, 3, H, W), uint8 or float from 0 to 1.
 
         Returns:
-            For a vision transformer, all tokens including class and register tokens, of shape (N, L, C). For a
-            convolutional network, the feature map in the memory layout of the timm model.
+            For a vision transformer, all tokens of shape (N, L, C), including class and register tokens. For a
+            convolutional network, the feature map in the timm model's memory layout.
         """
         if self.config["library"] == "timm":
             return cast(Tensor, cast(Any, self.backbone).forward_features(self._build_timm_input(pixels)))
@@ -119,7 +118,7 @@ class VisionTower(nn.Module):
         return x.contiguous(memory_format=torch.channels_last) if self._channels_last else x
 
     def _run_transformers(self, pixels: Tensor, interpolate: bool) -> Any:
-        """Run the transformers model. If `interpolate` is True, it interpolates its position embeddings."""
+        """Run the transformers model. If `interpolate` is True, interpolate its position embeddings."""
         options = {}
         if interpolate and self.config["architecture"]["model_type"] in _INTERPOLATES_ON_REQUEST:
             options["interpolate_pos_encoding"] = True
@@ -139,9 +138,7 @@ class VisionTower(nn.Module):
         return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Enable or disable gradient checkpointing.
-
-        Gradient checkpointing recomputes activations in the backward pass instead of storing them.
+        """Enable or disable gradient checkpointing, which recomputes activations in the backward pass.
 
         Raises:
             ValueError: timm does not support gradient checkpointing for this architecture.
@@ -164,7 +161,7 @@ class VisionTower(nn.Module):
         self.std = torch.tensor(self.preprocess.std, device=device).view(3, 1, 1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Apply `fn` to the weights, and restore `mean` and `std` in float32.
+        """Apply `fn` to the weights, but keep `mean` and `std` in float32.
 
         PyTorch's `to`, `half`, `cuda` and `to_empty` call this method.
         """
@@ -177,8 +174,7 @@ class VisionTower(nn.Module):
     def parameter_depths(self) -> dict[str, int]:
         """Return a dict from parameter name to depth, for layer-wise learning rate decay and for unfreezing layers.
 
-        Parameters of the stem or the embeddings have depth 0, and parameters closest to the output have the largest
-        depth.
+        Parameters of the stem or embeddings have depth 0, and those closest to the output have the largest depth.
         """
         if self.config["library"] == "timm":
             if not hasattr(self.backbone, "group_matcher"):  # timm does not specify the layers of this architecture
@@ -191,11 +187,11 @@ class VisionTower(nn.Module):
 
     @property
     def num_layers(self) -> int:
-        """Number of different depths: the largest value in `parameter_depths` plus 1."""
+        """Number of distinct depths: the largest value in `parameter_depths` plus 1."""
         return 1 + max(self.parameter_depths().values())
 
     def blocks(self) -> list[nn.Module]:
-        """Return the repeated blocks, ordered from input to output. The list is empty if there are no such blocks."""
+        """Return the repeated blocks from input to output, or an empty list if there are none."""
         blocks = []
         for name, module in self.backbone.named_modules():
             match = _BLOCK.search(f"{name}.")
@@ -212,14 +208,14 @@ class VisionTower(nn.Module):
 def _get_feature_dim(backbone: Any, config: dict[str, Any]) -> int:
     if config["library"] == "transformers":
         return int(config["architecture"]["hidden_size"])
-    # Some convolutional networks have a hidden layer after pooling, which remains if the classifier is removed.
+    # Some convolutional networks have a hidden layer after pooling, which remains when the classifier is removed.
     return int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)
 
 
 def _compute_transformers_depths(names: list[str]) -> dict[str, int]:
-    """Compute the depth of each parameter of a transformers model.
+    """Compute the depth of each parameter in a transformers model.
 
-    The embeddings and the norm after the embeddings have depth 0, the L layers have depths 1 to L, and all other
+    The embeddings and the norm that follows them have depth 0, the L layers have depths 1 to L, and all other
     parameters have depth L + 1.
     """
     layer_indices = {name: int(match[1]) for name in names if (match := re.search(r"\blayers?\.(\d+)\.", name))}
@@ -245,7 +241,7 @@ def add_tower_lora(tower: VisionTower, rank: int, alpha: int) -> None:
     All original weights are frozen.
 
     Raises:
-        ValueError: the tower has no layer to which LoRA can be added.
+        ValueError: the tower has no layer that supports LoRA.
     """
     modules = list(tower.backbone.named_modules())
     # nn.MultiheadAttention uses the weights of its sublayers without calling them, so LoRA would have no effect.
@@ -265,7 +261,7 @@ def add_tower_lora(tower: VisionTower, rank: int, alpha: int) -> None:
 
 
 def merge_tower_lora(tower: VisionTower) -> None:
-    """Merge all LoRA layers into the original weights, and make all weights of the tower trainable."""
+    """Merge all LoRA layers into the original weights, and make all tower weights trainable."""
     lora_layers = {name: m for name, m in tower.backbone.named_modules() if isinstance(m, BaseTunerLayer)}
     for name, layer in lora_layers.items():
         layer.merge(safe_merge=True)
@@ -277,7 +273,7 @@ def merge_tower_lora(tower: VisionTower) -> None:
 
 
 def _set_qkv_module_call(tower: VisionTower, enable: bool) -> None:
-    """Make timm's EVA models call their fused qkv layer. By default, they only read its weight, without any LoRA."""
+    """Make timm's EVA models call their fused qkv layer. By default, they only read its weight and bypass LoRA."""
     for module in tower.backbone.modules():
         if hasattr(module, "qkv_bias_separate"):
             cast(Any, module).qkv_bias_separate = enable
