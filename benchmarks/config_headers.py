@@ -18,7 +18,7 @@ import yaml
 from llm2clip.cli import build_parser
 from llm2clip.cli.commands import read_builtin_configs
 from llm2clip.cli.setup import plan_from_args
-from llm2clip.tools.plan.memory import peak_memory
+from llm2clip.tools.plan.memory import compute_peak_memory
 from llm2clip.tools.plan.plan import Plan
 from llm2clip.tools.plan.report import format_hours
 
@@ -61,13 +61,13 @@ def update_header(name: str, text: str, count: int = 0) -> str:
 
 def describe_stage(plan: Plan, stage: str) -> str:
     """Return the duration of a stage and its memory per device."""
-    size = f"{peak_memory(plan.memory[stage]) / 1e9:.0f} GB"
+    size = f"{compute_peak_memory(plan.memory[stage]) / 1e9:.0f} GB"
     if not plan.fits[stage]:
         return f"{stage} does not fit ({size})"
     if stage == "tune":
         longest = plan.config.encoder.max_length or 512
         long_plan = dataclasses.replace(plan, text=dataclasses.replace(plan.text, tokens=longest))
-        long_size = f"{peak_memory(long_plan.memory['tune']) / 1e9:.0f} GB"
+        long_size = f"{compute_peak_memory(long_plan.memory['tune']) / 1e9:.0f} GB"
         if long_size != size:
             size += f" ({long_size} if all captions have {longest} tokens)"
     if stage == "align" and plan.images_per_second:

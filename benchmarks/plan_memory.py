@@ -24,7 +24,7 @@ from PIL import Image
 from gpu_parts import TINY_LLM, TOWERS, save_llm
 from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, TuneConfig
 from llm2clip.tools.plan.devices import Machine
-from llm2clip.tools.plan.memory import peak_memory
+from llm2clip.tools.plan.memory import compute_peak_memory
 from llm2clip.tools.plan.model_configs import LLMS
 from llm2clip.tools.plan.plan import plan_fit
 
@@ -68,7 +68,7 @@ def main() -> None:
         shutil.rmtree(out, ignore_errors=True)
         measured = run(["-m", "llm2clip", *commands[stage], "--out", str(out)])
         parts = plan.memory[stage]
-        planned = peak_memory(parts) / 1e9
+        planned = compute_peak_memory(parts) / 1e9
         description = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items())
         print(f"| {stage} | {planned:.2f} | {measured:.2f} | {planned / measured:.2f} | {description} |", flush=True)
 

@@ -18,7 +18,7 @@ from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.tools.plan.costs import SavedTensorBytes, count_flops, measure_image_costs, measure_text_costs
 from llm2clip.tools.plan.devices import DEVICES, Machine
 from llm2clip.tools.plan.llava import LlavaStage, plan_llava
-from llm2clip.tools.plan.memory import estimate_align_memory, estimate_tune_memory, peak_memory, suggest_flags
+from llm2clip.tools.plan.memory import compute_peak_memory, estimate_align_memory, estimate_tune_memory, suggest_flags
 from llm2clip.tools.plan.model_configs import LLMS, TOWERS, build_tower, get_llm_config
 from llm2clip.tools.plan.plan import Plan, plan_fit
 from llm2clip.tools.plan.report import format_plan
@@ -228,7 +228,7 @@ def test_suggestions_fit(too_large: str, tmp_path: Path) -> None:
             changed = dataclasses.replace(config, **{stage: dataclasses.replace(getattr(config, stage), **change)})
             changed_plan = plan_small(changed, count=8, memory=memory, use_fsdp="--use_fsdp" in flags)
             assert changed_plan.fits[stage], flags
-            assert peak_memory(changed_plan.memory[stage]) == pytest.approx(size)
+            assert compute_peak_memory(changed_plan.memory[stage]) == pytest.approx(size)
 
 
 def test_suggestions_skip_lora_for_a_tower_without_linear_layers() -> None:
@@ -283,7 +283,7 @@ def test_self_distillation_runs_or_caches_the_pretrained_tower() -> None:
     plain = plan_small(change_align(batch_size=64))
     distilled = plan_small(change_align(batch_size=64, distill_weight=1.0))
     assert distilled.step_flop["total"] - plain.step_flop["total"] == pytest.approx(plain.image.tower_forward)
-    more_memory = peak_memory(distilled.memory["align"]) - peak_memory(plain.memory["align"])
+    more_memory = compute_peak_memory(distilled.memory["align"]) - compute_peak_memory(plain.memory["align"])
     assert more_memory == 4 * plain.image.tower + 24 * 64**2
     assert distilled.features == 0
     cached = plan_small(change_align(batch_size=64, distill_weight=1.0, min_crop_scale=1.0))

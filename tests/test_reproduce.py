@@ -111,7 +111,7 @@ def test_reproduce_reports_claims_without_data_as_not_tested(
     report = (tmp_path / "run/report.md").read_text()
     assert "| not tested |" in report and "captions_yy" in report
     assert main([*command, "7"]) == 1
-    assert "unknown claim 7: the claims are 1, 2" in capsys.readouterr().err
+    assert "unknown claim 7: available claims are 1, 2" in capsys.readouterr().err
 
 
 def hits(count: int, start: int = 0) -> torch.Tensor:

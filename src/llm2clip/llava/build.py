@@ -111,7 +111,7 @@ def assemble_llava(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0, 
 
     See `build_llava` for the arguments.
     """
-    vision = _to_llava_tower(tower)
+    vision = _convert_tower(tower)
     patches, registers = _count_image_tokens(vision, tower.preprocess.size)
     _add_image_token(tokenizer, llm)
     end_token = find_answer_end_token(tokenizer)
@@ -124,7 +124,7 @@ def assemble_llava(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0, 
 # ---- vision tower ---------------------------------------------------------------------------------------------------
 
 
-def _to_llava_tower(tower: VisionTower) -> Any:
+def _convert_tower(tower: VisionTower) -> Any:
     """Convert a tower to a transformers model with copied weights, on the CPU, in float32 and eval mode.
 
     Vision transformers from timm become a `PatchTower`. Position embeddings are interpolated to the tower's input size,

@@ -52,7 +52,7 @@ class LmmsModel(lmms):
                 questions = []
                 for n in chunk:
                     context, _, *document = requests[n].args
-                    questions.append(self._to_question(context, *document))
+                    questions.append(self._convert_to_question(context, *document))
                 generated = self.generator.generate(questions, max_new_tokens, num_beams)
                 for n, answer in zip(chunk, generated, strict=True):
                     answers[n] = _truncate_at(answer, requests[n].args[1].get("until") or [])
@@ -65,14 +65,14 @@ class LmmsModel(lmms):
             context, target, to_visual, doc_id, task, split = request.args
             answer = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
             results.append(
-                self.generator.score_answer(self._to_question(context, to_visual, doc_id, task, split), answer)
+                self.generator.score_answer(self._convert_to_question(context, to_visual, doc_id, task, split), answer)
             )
         return results
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         raise NotImplementedError("multi-round requests are not supported")
 
-    def _to_question(self, context: str, to_visual: Any, doc_id: Any, task: str, split: str) -> Question:
+    def _convert_to_question(self, context: str, to_visual: Any, doc_id: Any, task: str, split: str) -> Question:
         """Convert a request to a question.
 
         Raises:

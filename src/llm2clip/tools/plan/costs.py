@@ -136,7 +136,7 @@ def measure_text_costs(encoder: EncoderConfig, tune: TuneConfig, tokens: float, 
 
 
 def measure_image_costs(config: AlignConfig, text_dim: int, captions: float) -> ImageCosts:
-    """Measure the costs per image of the `align` stage's model, with `captions` captions per image in each step.
+    """Measure the costs per image of the `align` stage's model, given the number of captions per image in each step.
 
     Raises:
         ValueError: Settings contradict each other, or the tower is unknown.
@@ -188,7 +188,7 @@ def measure_image_costs(config: AlignConfig, text_dim: int, captions: float) -> 
 def measure_pass(
     model: nn.Module, layers: Iterable[nn.Module], run: Callable[[int], Tensor], precision: str
 ) -> PassCosts:
-    """Measure the costs per item. Must be called within a `FakeTensorMode`.
+    """Measure the costs of a forward and backward pass per item. Must be called within a `FakeTensorMode`.
 
     Args:
         layers: Layers whose input sizes are measured.
@@ -196,7 +196,7 @@ def measure_pass(
         precision: fp32, bf16 or fp16.
     """
     saved_bytes = {}
-    for items in (2, 1):  # the difference excludes bytes that do not grow with the number of items
+    for items in (2, 1):  # the difference excludes bytes that do not depend on the number of items
         saved = SavedTensorBytes(model)
         # fp16 has the same size as bf16, so autocast to bf16 covers both.
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")
@@ -260,7 +260,7 @@ def _record_input_bytes(layers: Iterable[nn.Module]) -> Iterator[list[int]]:
 
 
 def _measure_shortened_llm(config: Any, tune: TuneConfig, num_layers: int, tokens: int, is_cpu: bool) -> PassCosts:
-    """Measure the costs of a `tune` step per caption of `tokens` tokens, using only `num_layers` LLM layers."""
+    """Measure the costs per caption of a `tune` step with `num_layers` LLM layers and `tokens` tokens per caption."""
     short_config = type(config).from_dict(config.to_dict())
     short_config.num_hidden_layers, short_config.is_causal = num_layers, False
     if getattr(short_config, "layer_types", None):

@@ -63,7 +63,7 @@ DEVICES = {
 
 @dataclass
 class Machine:
-    """Number and type of the devices used in a plan."""
+    """Number and type of devices in a plan."""
 
     device: str
     """h100, h200, a100-80, a100-40, l40s, rtx4090, l4 or t4. Any other name also requires --tflops and --memory,
@@ -120,7 +120,7 @@ class Machine:
         return self.mfu or MFU[stage]
 
     def estimate_hours(self, flop: float, precision: str, stage: str) -> float:
-        """Return how many hours `flop` FLOPs of a stage take, using all devices."""
+        """Return the hours that all devices together need for `flop` FLOPs of a stage."""
         return flop / (self.count * self.get_mfu(stage) * self.device_spec.get_peak_flops(precision)) / 3600
 
 

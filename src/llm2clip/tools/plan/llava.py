@@ -14,11 +14,11 @@ from llm2clip.tools.plan.devices import Machine
 from llm2clip.tools.plan.memory import (
     FRAMEWORK_OVERHEAD,
     Parts,
-    bytes_per_value,
+    compute_peak_memory,
     count_saved_bytes,
     estimate_optimizer_memory,
     fits,
-    peak_memory,
+    get_bytes_per_value,
 )
 from llm2clip.tools.plan.model_configs import build_tower, get_llm_config
 
@@ -88,7 +88,7 @@ class LlavaStage:
     def memory(self) -> Parts:
         """Bytes per device for each component. The LLM is in fp32 or, with LoRA, in the compute precision."""
         llm, config, machine, parameters = self.llm, self.config, self.machine, self.parameters
-        compute_bytes = bytes_per_value(config.precision)
+        compute_bytes = get_bytes_per_value(config.precision)
         weight_bytes = compute_bytes if config.lora_r else 4
         trained = parameters["projector"]
         parts = {"LLM": weight_bytes * parameters["language model"] / machine.shards}
@@ -184,7 +184,7 @@ def format_llava_plan(stages: dict[str, LlavaStage]) -> list[str]:
         lines += [
             f"{name}: {stage.hours:.1f} hours on {machine.count} x {machine.device} for "
             f"{stage.conversations:,} conversations, {stage.flop / 1e12:.1f} TFLOP each",
-            f"  {peak_memory(memory) / 1e9:.0f} GB per device ({verdict}): {parts}",
+            f"  {compute_peak_memory(memory) / 1e9:.0f} GB per device ({verdict}): {parts}",
             f"  cached patch features would take {stage.feature_bytes / 1e9:,.0f} GB",
         ]
     lines.append(

@@ -34,7 +34,7 @@ Parts = dict[str, float]  # component name -> bytes
 
 def estimate_tune_memory(text: TextCosts, config: TuneConfig, machine: Machine) -> Parts:
     """Return the bytes per component in the `tune` stage. `config.precision` must be fp32, bf16 or fp16."""
-    value_bytes, shards = bytes_per_value(config.precision), machine.shards
+    value_bytes, shards = get_bytes_per_value(config.precision), machine.shards
     tokens_per_step = 2 * config.batch_size * text.tokens  # two texts per pair
     tokens_per_pass = tokens_per_step
     if config.grad_cache:
@@ -66,7 +66,7 @@ def estimate_embed_memory(text: TextCosts, precision: str, machine: Machine) -> 
     On GPUs, the estimate is for the smallest batch, because `embed` uses larger batches only if they fit in memory. The
     LLM is loaded on the CPU, and the device holds linear weights only in the matmul precision.
     """
-    parts = {"LLM": bytes_per_value(precision) * text.linear + 4.0 * (text.parameters - text.linear)}
+    parts = {"LLM": get_bytes_per_value(precision) * text.linear + 4.0 * (text.parameters - text.linear)}
     parts["activations"] = (CPU_BATCH_TOKENS if machine.is_cpu else MIN_EMBED_TOKENS) * text.saved_per_token
     return parts | _estimate_fixed_parts(text, machine)
 
@@ -120,12 +120,12 @@ def estimate_optimizer_memory(trained: float, machine: Machine) -> Parts:
     return {"gradients": 4 * trained * (2 if machine.count > 1 else 1), "AdamW": 8 * trained}
 
 
-def bytes_per_value(precision: str) -> int:
+def get_bytes_per_value(precision: str) -> int:
     """Return the number of bytes per value of a matmul input."""
     return 4 if precision == "fp32" else 2
 
 
-def peak_memory(parts: Parts) -> float:
+def compute_peak_memory(parts: Parts) -> float:
     """Return the peak memory in bytes: the maximum over training and loading."""
     training = sum(size for part, size in parts.items() if part != "loading")
     return max(training, parts.get("loading", 0.0))
@@ -133,7 +133,7 @@ def peak_memory(parts: Parts) -> float:
 
 def fits(parts: Parts, memory: float) -> bool:
     """Return True if the peak fits on a device with `memory` GB."""
-    return peak_memory(parts) <= USABLE_FRACTION * memory * 1e9
+    return compute_peak_memory(parts) <= USABLE_FRACTION * memory * 1e9
 
 
 def _subtract_gradients(activations: float, trained: float, several_passes: bool) -> float:
@@ -184,7 +184,7 @@ def suggest_flags(
         except ValueError:  # the tower has no layers that support LoRA
             continue
         if fits(parts, machine.device_spec.memory):
-            suggestions.append((" ".join(flags), peak_memory(parts)))
+            suggestions.append((" ".join(flags), compute_peak_memory(parts)))
             selected.append(names)
     return suggestions
 

@@ -26,11 +26,11 @@ from llm2clip.tools.plan.costs import ImageCosts, TextCosts, measure_image_costs
 from llm2clip.tools.plan.devices import Machine
 from llm2clip.tools.plan.memory import (
     Parts,
+    compute_peak_memory,
     estimate_align_memory,
     estimate_embed_memory,
     estimate_tune_memory,
     fits,
-    peak_memory,
     suggest_flags,
 )
 from llm2clip.train.losses import get_loss
@@ -228,14 +228,14 @@ def check_resources(config: FitConfig, run_dir: Path, records: Sequence[Record])
 def _list_memory_warnings(plan: Plan) -> list[str]:
     warnings = []
     for stage in (stage for stage, stage_fits in plan.fits.items() if not stage_fits):
-        needed, free = peak_memory(plan.memory[stage]) / 1e9, plan.machine.device_spec.memory
+        needed, free = compute_peak_memory(plan.memory[stage]) / 1e9, plan.machine.device_spec.memory
         warnings.append(f"Warning: {stage} needs about {needed:.1f} GB of memory, but only {free:.1f} GB is free.")
         warnings += [f"  {flags} reduces this to {size / 1e9:.1f} GB" for flags, size in plan.suggest_flags(stage)]
     return warnings
 
 
 def _describe_this_machine() -> Machine:
-    """Describe the devices of this run, with their free memory."""
+    """Describe this run's devices, including free memory."""
     state = process_state()
     if state.device.type == "cuda":
         memory, name = torch.cuda.mem_get_info(state.device)[0], "gpu"

@@ -6,7 +6,7 @@ from io import StringIO
 from rich.console import Console
 from rich.table import Table
 
-from llm2clip.tools.plan.memory import USABLE_FRACTION, peak_memory
+from llm2clip.tools.plan.memory import USABLE_FRACTION, compute_peak_memory
 from llm2clip.tools.plan.plan import Plan
 
 
@@ -90,7 +90,7 @@ def _make_memory_table(plan: Plan) -> Table:
         name = "loading (before training)" if part == "loading" else part
         sizes = [plan.memory[stage].get(part) for stage in stages]
         rows.append([name, *("" if size is None else f"{size / 1e9:.1f}" for size in sizes)])
-    rows.append(["peak", *(f"{peak_memory(memory) / 1e9:.1f}" for memory in plan.memory.values())])
+    rows.append(["peak", *(f"{compute_peak_memory(memory) / 1e9:.1f}" for memory in plan.memory.values())])
     rows.append(["fits", *("yes" if stage_fits else "NO" for stage_fits in plan.fits.values())])
     title = f"Memory per device, GB (10^9 bytes; {device.name} has {device.memory:g} GB)"
     return _make_table((title, *stages), rows)

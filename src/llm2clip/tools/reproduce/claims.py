@@ -47,12 +47,12 @@ NOT_TESTED = "not tested"
 
 TITLES = {
     1: "Raw LLMs are poor caption encoders, and caption-contrastive tuning fixes this",
-    2: "A raw LLM as text tower hurts retrieval. An LLM tuned on captions (CC) beats one tuned on general text pairs "
-    "(TC), which beats a text encoder that is not an LLM",
+    2: "Using a raw LLM as text tower hurts retrieval. An LLM tuned on captions (CC) beats one tuned on general text "
+    "pairs (TC), which beats a text encoder that is not an LLM",
     3: "The gain is largest on long captions",
     4: "English training transfers to another language with a multilingual LLM, but not with an English encoder",
     5: "A larger LLM helps",
-    6: "With cached teacher embeddings, a training step costs what a CLIP fine-tuning step costs",
+    6: "With cached teacher embeddings, a training step costs no more than a CLIP fine-tuning step",
 }
 
 
@@ -86,7 +86,7 @@ class Claim:
 
     Args:
         number: Claim number, from 1 to 6. See `TITLES`.
-        header, rows: Table of measured results.
+        header, rows: Header and rows of the results table.
         comparisons: Comparisons that determine the verdict.
         notes: Remarks on how to interpret the result.
         points: Labels on the plot's x axis. Empty if the claim has no curves.
@@ -221,9 +221,9 @@ def measure_training_cost(experiments: Experiments) -> Claim:
     claim = Claim(6)
     claim.header = ["source of text embeddings", "seconds per step", "relative to CLIP", "trained parameters, M"]
     times = measure_step_times(experiments, LLM_CC)
-    cached, clip = times.median(CACHED_TEACHER), times.median(CLIP_TEXT_TOWER)
+    cached, clip = times.compute_median(CACHED_TEACHER), times.compute_median(CLIP_TEXT_TOWER)
     for variant, parameters in times.parameters.items():
-        median = times.median(variant)
+        median = times.compute_median(variant)
         claim.rows.append([variant, f"{median:.3f}", f"{median / clip:.2f}x", parameters])
 
     limits = {
@@ -248,7 +248,7 @@ def measure_training_cost(experiments: Experiments) -> Claim:
     )
     train = experiments.data.train
     num_texts, num_steps = sum(len(record.texts) for record in train), len(train) / times.batch_size
-    caption_seconds = (times.median(LLM_IN_LOOP) - cached) / times.batch_size
+    caption_seconds = (times.compute_median(LLM_IN_LOOP) - cached) / times.batch_size
     claim.notes.append(
         f"Filling the store is a one-time cost of {caption_seconds * 1000:.0f} ms per caption: "
         f"{num_texts * caption_seconds / 60:.0f} minutes for {num_texts:,} texts of this length. An epoch of "

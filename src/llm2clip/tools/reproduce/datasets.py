@@ -13,7 +13,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import read_merged_records, read_splits, same_image_filter, with_captions
 from llm2clip.runs.ranks import print_once
 
-WORDNET = Path("/usr/share/wordnet")  # installed by Debian's package wordnet-base
+WORDNET = Path("/usr/share/wordnet")  # from Debian's wordnet-base package
 PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
 CAPTIONS_TEST, FOREIGN_TEST = "captions", "foreign"  # arguments of `ClaimData.get_test_records`
 

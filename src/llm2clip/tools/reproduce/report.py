@@ -66,7 +66,7 @@ def reproduce(data: Path, out: Path, config: ReproduceConfig, claims: Sequence[i
     """
     unknown = [number for number in claims if number not in CLAIMS]
     if unknown:
-        raise ValueError(f"unknown claim {unknown[0]}: the claims are {', '.join(map(str, CLAIMS))}")
+        raise ValueError(f"unknown claim {unknown[0]}: available claims are {', '.join(map(str, CLAIMS))}")
     if process_state().num_processes > 1:
         raise ValueError("reproduce must run in a single process: start it without torchrun or accelerate launch")
     with run_lock(out):
@@ -97,7 +97,7 @@ def _test_and_report_claims(
         raise ValueError(f"no claim could be tested: {reasons}")
     reported = sorted([*tested, *untested], key=lambda claim: claim.number)
     blocks = make_report_blocks(reported, config, format_command_line())
-    markdown_file, html_file = write_report(out, "report", "Tests of the claims of LLM2CLIP", blocks)
+    markdown_file, html_file = write_report(out, "report", "Tests of LLM2CLIP's claims", blocks)
     print_once(markdown_file.read_text(encoding="utf-8"), log.summary())
     return html_file
 

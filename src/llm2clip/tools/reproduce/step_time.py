@@ -20,7 +20,7 @@ from llm2clip.train.losses import info_nce
 
 # Variants of the training step, named after the source of the text embeddings.
 CACHED_TEACHER = "cached teacher"
-CLIP_TEXT_TOWER = "CLIP's text tower, trained too"
+CLIP_TEXT_TOWER = "CLIP's text tower, also trained"
 LLM_IN_LOOP = "LLM in the loop"
 
 # CLIP's text tower pads texts to 77 tokens, and its embedding is the output at the end token.
@@ -53,7 +53,7 @@ class StepTimes:
     parameters: dict[str, float]  # number of trained parameters, in millions
     batch_size: int  # number of images per step, each with one caption
 
-    def median(self, variant: str) -> float:
+    def compute_median(self, variant: str) -> float:
         return statistics.median(self.seconds[variant])
 
 
