@@ -157,9 +157,9 @@ def test_every_model_in_the_tables_can_be_built() -> None:
 
 
 def test_unknown_model_error_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"--encoder\.path no/such: .*meta-llama/llama-3\.2-1b"):
+    with pytest.raises(ValueError, match=r"--encoder\.path no/such .*meta-llama/llama-3\.2-1b"):
         get_llm_config(EncoderConfig("no/such"))
-    with pytest.raises(ValueError, match=r"--align\.tower no/such: .*openai/clip-vit-base-patch16"):
+    with pytest.raises(ValueError, match=r"--align\.tower no/such .*openai/clip-vit-base-patch16"):
         build_tower(AlignConfig(tower="no/such"))
 
 
