@@ -237,7 +237,7 @@ def read_training_data(
     """Read the records for `align`, including phrases if they are used, and print a summary.
 
     Args:
-        log: Log in which to record skipped rows.
+        log: Log of skipped rows.
         keep_selected_splits: See `read_splits`.
     """
     data = read_splits(sources, config.evaluate, config.columns, log, keep_selected_splits=keep_selected_splits)

@@ -51,7 +51,7 @@ def tune(
     config: TuneConfig,
     held_out_captions: Sequence[Sequence[str]] = (),
 ) -> Path:
-    """Tune the caption encoder on pairs of texts.
+    """Tune the caption encoder on text pairs.
 
     Args:
         pairs: One list of image captions or text pairs per source (see `read_tuning_sources`).
@@ -102,7 +102,7 @@ def embed(
         out: Folder of the embedding store.
         encoder: Frozen caption encoder.
         config: Settings for this stage.
-        engine: "local" uses the ranks that the launcher started. "ray" uses a Ray cluster.
+        engine: "local" uses the ranks started by the launcher. "ray" uses a Ray cluster.
         ray_workers: Number of Ray workers. 0 means one worker per GPU or, if there are no GPUs, one per two CPU cores.
     """
     options = dataclasses.asdict(config)

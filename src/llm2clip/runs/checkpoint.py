@@ -87,8 +87,8 @@ class Checkpoints:
             name: Key of this number in the signature, such as "images per step".
 
         Returns:
-            The saved number, or None if there is no checkpoint or the batch size per rank has changed. If None, a step
-            has the batch size times the number of ranks.
+            The saved number, or None if there is no checkpoint or the batch size per rank has changed. The number of
+            items per step is then the batch size times the number of ranks.
 
         Raises:
             ValueError: The number of items per step is not divisible by the number of ranks.

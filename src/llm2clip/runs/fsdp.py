@@ -68,7 +68,7 @@ def reduce_gradients_in_fp32(accelerator: Accelerator) -> None:
 
 
 def copy_to_meta_device(model: nn.Module) -> nn.Module:
-    """Return a copy of a model with all parameters on the meta device, where they take no memory."""
+    """Return a copy of a model with all parameters on the meta device, where they take up no memory."""
     meta_parameters: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()
     }

@@ -1,7 +1,7 @@
 """Output folders: folder kinds, format versions, locks and run configs.
 
-Commands do not write to output folders of a different kind, and do not read output folders as data. They reject
-folders with an unsupported format version. Only one command can write to a folder at a time.
+A command does not write to an output folder created by a different kind of command, and does not read output folders as
+data. Folders with an unsupported format version are rejected. Only one command can write to a folder at a time.
 """
 
 import dataclasses

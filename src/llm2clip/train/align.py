@@ -255,7 +255,7 @@ def _compute_features(
 def _make_run_signature(
     data: AlignBatches, store: CaptionSource, config: AlignConfig, precision: str
 ) -> dict[str, Any]:
-    """Return the properties of a run that must match the latest checkpoint for the run to resume."""
+    """Return the run properties that must match the latest checkpoint when the run is resumed."""
     settings = {**vars(config), "precision": precision}
     return {
         "steps": len(data),
@@ -296,8 +296,8 @@ def _compute_loss(net: nn.Module, batch: Batch, config: AlignConfig, accelerator
     images, embeddings = batch.images, batch.embeddings
     image_argument = "pixels" if images.dtype == torch.uint8 else "features"
 
-    # Part n of the batch contains images bounds[n] to bounds[n + 1] - 1 and all of their texts. A batch larger than
-    # `batch_size`, in a run resumed on fewer ranks, is also split, so that the memory per rank does not grow.
+    # Part n of the batch contains images bounds[n] to bounds[n + 1] - 1 and all of their texts. In a run resumed on
+    # fewer ranks, batches larger than `batch_size` are also split, so that the memory per rank does not grow.
     size = config.micro_batch_size or config.batch_size
     bounds = [*range(0, len(images), size), len(images)]
 

@@ -4,11 +4,11 @@ A contrastive loss is a function of the embeddings of the complete batch, and so
 embeddings. The model's parameter gradients can therefore be computed in three steps:
 
 1. Run the model on each part of the batch in turn, without storing activations.
-2. Compute the loss on the embeddings of all parts and its gradient with respect to these embeddings.
+2. Compute the loss over the embeddings of all parts, and its gradient with respect to these embeddings.
 3. Run the model on each part again and backpropagate the gradient of the part's embeddings through the model.
 
-The result equals the gradients from a single pass over the complete batch. At any time, only the activations of one
-part are in memory. The cost is a second forward pass over the batch.
+The resulting gradients equal those from a single pass over the complete batch. Only one part's activations are in
+memory at a time. The cost is a second forward pass over the batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -43,7 +43,7 @@ class PretrainedParts:
 
 @torch.random.fork_rng(devices=[])
 def load_pretrained_parts(config: AlignConfig) -> PretrainedParts:
-    """Load everything that `create_initial_model` needs. Call this first, so that errors occur before hours of tuning.
+    """Load everything that `create_initial_model` needs. Call this first, to fail before hours of tuning and not after.
 
     Raises:
         OSError: A model does not exist, or cannot be downloaded.
@@ -87,9 +87,9 @@ def create_initial_model(
 
     Args:
         store: Cached caption embeddings.
-        train: Training records, on whose texts the adapter is trained. Used only with `config.inherit`.
+        train: Training records whose texts the adapter is trained on. Used only with `config.inherit`.
         out: Folder for the adapter and its cache. Required with `config.inherit`.
-        parts: Pretrained parts, which the model takes over. If None, they are loaded.
+        parts: Pretrained parts. They become part of the model. If None, they are loaded.
     """
     parts = parts or load_pretrained_parts(config)
     device = process_state().device

@@ -4,8 +4,8 @@ An image may have any number of texts. All images have equal weight in the loss,
 several images share a text, it is not a negative for any of them. An image's other known texts (`other_texts`) are not
 negatives for that image, either. Logits are always float32.
 
-`tests/test_losses.py` defines the losses in a few lines each. `info_nce` and `sigmoid_loss` compute the same values for
-large batches and several ranks:
+`tests/test_losses.py` defines each loss in a few lines. `info_nce` and `sigmoid_loss` compute the same values for large
+batches and multiple ranks:
 
 - The full logit matrix is never stored, so memory is linear in the batch size instead of quadratic. Rows are computed
   in chunks, once for the loss and again for the gradient. The gradient is hand-written: InfoNCE takes four matmuls
@@ -121,7 +121,7 @@ class Loss:
         function: Function with the same arguments as `sigmoid_loss`, or as `info_nce` if `needs_bias` is False.
         needs_bias: True if a learned bias is added to the logits.
         matmuls: Number of matmuls between all image and text embeddings of a step, for the loss and its gradient. The
-            first value is for a single process, the second for each of several processes.
+            first value is for a single process, the second for each process of a distributed run.
         chunk_tensors: Number of chunk-sized tensors (see `CHUNK`) in memory at the same time.
     """
 
@@ -313,8 +313,8 @@ class _ImageTextLayout:
                 self.group, self.by_group = group, group.argsort(stable=True)
                 self.group_starts = F.pad(torch.bincount(group).cumsum(0), (1, 0))
 
-        # Image-text pairs in which a text of the batch is one of the image's other texts. Two int64 vectors contain
-        # the index of the image among all ranks' images and the index of the text among all ranks' texts.
+        # Image-text pairs in the batch in which the text is one of the image's other texts, as two int64 vectors: image
+        # indices and text indices, counted across all ranks.
         self.other_pairs: tuple[Tensor, Tensor] | None = None
         if other_texts is not None and text_ids is not None:
             self.other_pairs = self._find_other_pairs(text_ids, other_texts, gather)

@@ -37,7 +37,7 @@ class Step:
     Attributes:
         number: Step number, starting at 1.
         image_names: Names of this rank's images.
-        failures: Error message for each image of this rank that could not be decoded, keyed by image name.
+        failures: Error message for each of this rank's images that could not be decoded, keyed by image name.
         metrics: Metrics to log in addition to the loss, the gradient norm and the logit scale.
     """
 
@@ -202,8 +202,8 @@ class BestCheckpoint:
     def evaluate(self, model: LLM2CLIP, step: int) -> dict[str, float]:
         """Evaluate the model and save its weights if they are the best so far. Must be called by all ranks.
 
-        The main process evaluates the model, or all ranks if it is sharded. The model is left in eval mode on ranks
-        that evaluate it.
+        If the model is sharded, all ranks evaluate it; otherwise, only the main process does. Evaluation leaves the
+        model in eval mode.
 
         Returns:
             The metrics, or an empty dict on ranks that did not evaluate the model.
