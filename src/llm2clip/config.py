@@ -86,9 +86,9 @@ class TuneConfig:
     """Number of text pairs per step and device. All other texts in the batch, across all devices, are negatives. If
     there is too little data to fill a step, each step uses all of it."""
     hard_negative_group_size: int = 1
-    """Number of images with similar captions to group together in a batch as hard negatives. 32 works well for tens of
-    thousands of images. With millions of images, near-duplicates would become negatives of each other. With 1, images
-    are sampled at random."""
+    """Number of images with similar captions that are grouped together in a batch as hard negatives. 32 works well for
+    tens of thousands of images. With millions of images, near-duplicates would become negatives of each other. With 1,
+    images are sampled at random."""
     lr: float = 1e-3
     """Peak learning rate."""
     lr_scheduler_type: Literal["cosine", "linear"] = "cosine"
@@ -107,9 +107,9 @@ class TuneConfig:
     lora_dropout: float = 0.0
     """Dropout probability for LoRA layer inputs."""
     qlora: bool = False
-    """Quantise the frozen weight matrices to 4 bits during LoRA training, which reduces the device memory they take up
-    to an eighth. Requires bitsandbytes. After training, LoRA is merged into the original, unquantised weights. With
-    QLoRA, `fit` does not measure caption retrieval accuracy."""
+    """Quantise the frozen weight matrices to 4 bits during LoRA training, which cuts their device memory to an eighth.
+    Requires bitsandbytes. After training, LoRA is merged into the original, unquantised weights. With QLoRA, `fit` does
+    not measure caption retrieval accuracy."""
     grad_cache: bool = False
     """Use gradient caching, which keeps memory use independent of the batch size. Training takes about a third longer.
     Batches that fit in a single forward pass (see --tune.batch_tokens) are not affected."""
@@ -226,7 +226,7 @@ class AlignConfig:
     """Number of steps between evaluations on the held-out images. Default: once per epoch. 0 disables evaluation."""
     load_best_at_end: bool = False
     """Save the weights with the highest mean of I2T and T2I R@1 on the held-out images, instead of the final weights.
-    Because of this selection, the metrics reported on these images are slightly too high."""
+    Selecting on these images makes the metrics reported on them slightly too high."""
     report_to: list[str] = field(default_factory=list)
     """Experiment trackers that receive the metrics: tensorboard, wandb or trackio. Metrics are always written to
     metrics.jsonl as well."""

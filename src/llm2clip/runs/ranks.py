@@ -56,7 +56,7 @@ def wait_for_everyone() -> None:
 
 @lru_cache(maxsize=1)
 def _get_gloo_group(world: Any) -> dist.ProcessGroup:
-    """Return a Gloo group of all ranks in `world`, the default group. The first call must be made by all ranks."""
+    """Return a Gloo group of all ranks in `world`, the default group. All ranks must make the first call."""
     return dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
 
 

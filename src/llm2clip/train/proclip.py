@@ -42,7 +42,7 @@ from llm2clip.train.optim import ADAM_BETAS, MAX_GRAD_NORM, WEIGHT_DECAY, make_c
 
 WEIGHTS = "inherited_adapter.safetensors"
 EPOCHS = 4
-MIN_STEPS = 500  # takes more epochs if there are few texts
+MIN_STEPS = 500  # with few texts, this takes more epochs
 BATCH_SIZE = 1024
 LR = 1e-3
 WARMUP_RATIO = 0.05

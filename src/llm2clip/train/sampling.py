@@ -62,12 +62,12 @@ class Batch:
     duplicates of other images in the batch."""
 
     def to(self, device: torch.device) -> Batch:
-        """Copy the tensors to a device. Copies from pinned memory to a GPU run in the background."""
+        """Copy the tensors to a device. Copying from pinned memory to a GPU is asynchronous."""
         is_cuda = device.type == "cuda"
         return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=is_cuda))
 
     def pin_memory(self) -> Batch:
-        """Copy the tensors to pinned memory, from which a GPU can read in the background."""
+        """Copy the tensors to pinned memory, so that copying them to a GPU is asynchronous."""
         return self.map_tensors(Tensor.pin_memory)
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Batch:
@@ -266,7 +266,7 @@ class _BatchSampler(Sampler[list[Sample]]):
 
 
 class _ImageDataset(Dataset):
-    """Dataset that decodes and crops images. The crop of a sample does not depend on the worker process."""
+    """Dataset that decodes and crops images. A sample's crop does not depend on the worker process."""
 
     def __init__(self, records: Sequence[Record], transform: TrainTransform, seed: int) -> None:
         self.refs = SharedRefs([record.image for record in records if record.image is not None])
