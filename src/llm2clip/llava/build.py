@@ -127,7 +127,7 @@ def assemble_llava(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0, 
 def _convert_tower(tower: VisionTower) -> Any:
     """Convert a tower to a transformers model with copied weights, on the CPU, in float32 and eval mode.
 
-    Vision transformers from timm become a `PatchTower`. Position embeddings are interpolated to the tower's input size,
+    A timm vision transformer becomes a `PatchTower`. Position embeddings are interpolated to the tower's input size,
     because transformers' LLaVA classes do not interpolate them.
     """
     backbone: Any = tower.backbone

@@ -190,7 +190,7 @@ def check_disks(run_dir: Path) -> Iterator[Check]:
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         free = shutil.disk_usage(existing).free / 1e9
         if not existing.is_dir() or not os.access(existing, os.W_OK):
-            fix = "choose another folder with --out" if name == "runs" else "choose another folder with LLM2CLIP_CACHE"
+            fix = "choose another folder with --out" if name == "runs" else "set LLM2CLIP_CACHE to another folder"
             yield Check(name, f"{existing} is not a writable folder", fix, failed=True)
         else:
             fix = "free up disk space for the weights, store and checkpoints" if free < MIN_DISK_GB else ""

@@ -94,7 +94,7 @@ def _write_training_data(emoji: Path, file: Path) -> None:
     """Write a copy of the emoji data set with absolute image paths and multilingual training captions.
 
     In training rows, names in all query languages are added to the captions. In held-out rows, each language keeps its
-    own column, so it is evaluated separately.
+    own column and is evaluated separately.
     """
     rows = []
     for _, row in read_jsonl(emoji / "captions.jsonl"):

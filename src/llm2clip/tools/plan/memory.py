@@ -148,7 +148,7 @@ def _estimate_fixed_parts(text: TextCosts, machine: Machine) -> Parts:
     return {"libraries": CPU_FRAMEWORK_OVERHEAD, "loading": 6.0 * text.parameters + CPU_FRAMEWORK_OVERHEAD}
 
 
-# ---- settings that fit into memory -----------------------------------------------------------------------------------
+# ---- settings that fit in memory ----------------------------------------------------------------------------------------
 
 Changes = dict[str, Any]  # setting -> new value; use_fsdp is a `Machine` setting
 

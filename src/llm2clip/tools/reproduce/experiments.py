@@ -143,9 +143,9 @@ class Experiments:
     def measure_hits(self, name: str, test: str, direction: str) -> Tensor:
         """Return per-image hits for all models trained with a caption encoder, as float64 of shape (seeds, images).
 
-        For I2T, an image's hit value is 1 if the top-ranked caption is correct, and 0 otherwise. For T2I, it is the
-        number of its captions that rank the image first, divided by the mean number of captions per image. The mean
-        over all images is R@1.
+        For I2T, an image's hit value is 1 if the top-ranked caption is correct, and 0 otherwise. For T2I, the hit value
+        is the number of the image's captions that rank it first, divided by the mean number of captions per image. The
+        mean hit value is R@1.
 
         Args:
             test: Test name. See `ClaimData.get_test_records`.
