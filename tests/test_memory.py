@@ -34,7 +34,7 @@ from llm2clip.tools.plan.memory import (
     estimate_align_memory,
     estimate_embed_memory,
     estimate_tune_memory,
-    fits,
+    fits_in_memory,
 )
 from llm2clip.tools.plan.model_configs import build_llm, build_model, get_llm_config
 from llm2clip.train.grad_cache import cached_backward
@@ -248,7 +248,7 @@ def test_align_memory_matches_the_plan(settings: dict[str, Any]) -> None:
 def test_align_fits_with_the_published_batch_size() -> None:
     """The published batch of 512 images per GPU, in micro-batches of 16."""
     config = dataclasses.replace(ALIGN, batch_size=512, micro_batch_size=16)
-    assert fits(plan_align(config), GPU_GB)
+    assert fits_in_memory(plan_align(config), GPU_GB)
 
 
 # ---- tune ------------------------------------------------------------------------------------------------------------
@@ -292,5 +292,5 @@ def test_qlora_with_an_8b_llm_fits() -> None:
     """The default batch of 128 pairs, with the settings that `plan` suggests."""
     config = TuneConfig(qlora=True, gradient_checkpointing=True, grad_cache=True, batch_tokens=4096, precision="bf16")
     parts = estimate_tune_memory(planned_costs(config), config, GPU)
-    assert fits(parts, GPU_GB)
+    assert fits_in_memory(parts, GPU_GB)
     assert 5e9 < parts["LLM"] < 6.5e9  # 7 billion weights in 4 bits, and token embeddings in fp32

@@ -17,7 +17,7 @@ from llm2clip.tools.plan.memory import (
     compute_peak_memory,
     count_saved_bytes,
     estimate_optimizer_memory,
-    fits,
+    fits_in_memory,
     get_bytes_per_value,
 )
 from llm2clip.tools.plan.model_configs import build_tower, get_llm_config
@@ -178,7 +178,7 @@ def format_llava_plan(stages: dict[str, LlavaStage]) -> list[str]:
     lines = [f"Parameters: {parameters}; {first.image_tokens} tokens per image"]
     for name, stage in stages.items():
         memory, limit = stage.memory, machine.device_spec.memory
-        verdict = "fits" if fits(memory, limit) else f"does not fit in {limit:.0f} GB: try --use_fsdp"
+        verdict = "fits" if fits_in_memory(memory, limit) else f"does not fit in {limit:.0f} GB: try --use_fsdp"
         largest_parts = sorted(memory.items(), key=lambda part: -part[1])[:4]
         parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in largest_parts)
         lines += [

@@ -131,7 +131,7 @@ def compute_peak_memory(parts: Parts) -> float:
     return max(training, parts.get("loading", 0.0))
 
 
-def fits(parts: Parts, memory: float) -> bool:
+def fits_in_memory(parts: Parts, memory: float) -> bool:
     """Return True if the peak fits on a device with `memory` GB."""
     return compute_peak_memory(parts) <= USABLE_FRACTION * memory * 1e9
 
@@ -148,7 +148,7 @@ def _estimate_fixed_parts(text: TextCosts, machine: Machine) -> Parts:
     return {"libraries": CPU_FRAMEWORK_OVERHEAD, "loading": 6.0 * text.parameters + CPU_FRAMEWORK_OVERHEAD}
 
 
-# ---- settings that fit in memory ----------------------------------------------------------------------------------------
+# ---- settings that fit in memory -------------------------------------------------------------------------------------
 
 Changes = dict[str, Any]  # setting -> new value; use_fsdp is a `Machine` setting
 
@@ -183,7 +183,7 @@ def suggest_flags(
             parts = memory(dataclasses.replace(config, **settings), dataclasses.replace(machine, use_fsdp=use_fsdp))
         except ValueError:  # the tower has no layers that support LoRA
             continue
-        if fits(parts, machine.device_spec.memory):
+        if fits_in_memory(parts, machine.device_spec.memory):
             suggestions.append((" ".join(flags), compute_peak_memory(parts)))
             selected.append(names)
     return suggestions

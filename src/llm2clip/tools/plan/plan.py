@@ -30,7 +30,7 @@ from llm2clip.tools.plan.memory import (
     estimate_align_memory,
     estimate_embed_memory,
     estimate_tune_memory,
-    fits,
+    fits_in_memory,
     suggest_flags,
 )
 from llm2clip.train.losses import get_loss
@@ -105,7 +105,7 @@ class Plan:
     @property
     def fits(self) -> dict[str, bool]:
         """True for each stage that fits in the device's memory."""
-        return {stage: fits(parts, self.machine.device_spec.memory) for stage, parts in self.memory.items()}
+        return {stage: fits_in_memory(parts, self.machine.device_spec.memory) for stage, parts in self.memory.items()}
 
     def suggest_flags(self, stage: str) -> list[tuple[str, float]]:
         """Return command-line flags that make `tune` or `align` fit, each with the resulting peak memory in bytes."""
@@ -213,7 +213,7 @@ def check_resources(config: FitConfig, run_dir: Path, records: Sequence[Record])
     try:
         plan = plan_fit(
             config,
-            _describe_this_machine(),
+            _detect_machine(),
             images,
             captions_per_image=len(texts) / min(len(records), SAMPLED_RECORDS),
             tokens_per_caption=max(1.0, sum(map(len, texts)) / len(texts) / CHARACTERS_PER_TOKEN),
@@ -234,7 +234,7 @@ def _list_memory_warnings(plan: Plan) -> list[str]:
     return warnings
 
 
-def _describe_this_machine() -> Machine:
+def _detect_machine() -> Machine:
     """Describe this run's devices, including free memory."""
     state = process_state()
     if state.device.type == "cuda":

@@ -246,7 +246,7 @@ def measure_training_cost(experiments: Experiments) -> Claim:
         f"Medians over {experiments.config.cost_steps} steps with {times.batch_size} images and one caption per image. "
         "Steps of the variants alternated. Intervals are interquartile ranges."
     )
-    train = experiments.data.train
+    train = experiments.data.train_records
     num_texts, num_steps = sum(len(record.texts) for record in train), len(train) / times.batch_size
     caption_seconds = (times.compute_median(LLM_IN_LOOP) - cached) / times.batch_size
     claim.notes.append(

@@ -30,7 +30,7 @@ class ClaimData:
         self.log = log
 
     @cached_property
-    def tune(self) -> list[ImageCaptions]:
+    def tuning_captions(self) -> list[ImageCaptions]:
         """Captions for the `tune` stage.
 
         Images with at least four short captions and no long captions get two long captions from `join_halves`.
@@ -52,12 +52,12 @@ class ClaimData:
         return list(read_wordnet(WORDNET)) if (WORDNET / f"data.{PARTS_OF_SPEECH[0]}").exists() else []
 
     @cached_property
-    def cra(self) -> list[tuple[str, ...]]:
+    def cra_captions(self) -> list[tuple[str, ...]]:
         """Each image's captions, for measuring caption retrieval accuracy (CRA)."""
         return [record.captions for record in self._read_records(self.config.cra, images=False)]
 
     @cached_property
-    def train(self) -> list[Record]:
+    def train_records(self) -> list[Record]:
         """Training images for the `align` stage, excluding test images.
 
         Every third image without a long caption gets one, made by joining its short captions. Doing this for all images

@@ -93,9 +93,9 @@ class Experiments:
 
         def measure() -> dict[str, Any]:
             print_once(f"caption retrieval: {self.get_label(name)}")
-            texts = [text for captions in self.data.cra for text in unique_captions(captions)[:2]]
+            texts = [text for captions in self.data.cra_captions for text in unique_captions(captions)[:2]]
             encoder = _StoreTextEncoder(self.embed_texts(name, texts))
-            return caption_retrieval_accuracy(self.data.cra, encoder, return_hits=True)
+            return caption_retrieval_accuracy(self.data.cra_captions, encoder, return_hits=True)
 
         metrics: dict[str, Any] = load_or_compute_json(self.out / "cra" / f"{_make_file_name(name)}.json", measure)
         return metrics
@@ -117,11 +117,11 @@ class Experiments:
         """
         folder = self.out / "models" / f"{_make_file_name(name)}-{seed}"
         if not folder.exists():
-            store = self.embed_texts(name, [text for record in self.data.train for text in record.texts])
+            store = self.embed_texts(name, [text for record in self.data.train_records for text in record.texts])
             print_once(f"align: {self.get_label(name)}, seed {seed}")
             run_dir = self.out / "work" / folder.name
             config, features = self.make_align_config(seed), self.out / "features"
-            align(self.data.train, store, run_dir, config, self.data.log, model_dir=folder, features=features)
+            align(self.data.train_records, store, run_dir, config, self.data.log, model_dir=folder, features=features)
             shutil.rmtree(run_dir, ignore_errors=True)
         return LLM2CLIP.from_pretrained(folder)
 
@@ -133,7 +133,7 @@ class Experiments:
             embed_dim=self.config.embed_dim,
             tower_lr=0.0,
             captions_per_image=0,
-            batch_size=min(512, len(self.data.train)),
+            batch_size=min(512, len(self.data.train_records)),
             epochs=self.config.epochs,
             eval_steps=0,
             report_to=[],
@@ -190,7 +190,7 @@ class Experiments:
         folder = self.out / "encoders" / _make_file_name(name)
         if not (folder / "encoder").exists():
             print_once(f"tune: {self.get_label(name)}")
-            items: Sequence[TuningItem] = self.data.tune
+            items: Sequence[TuningItem] = self.data.tuning_captions
             if name == MULTILINGUAL_TC:
                 items = self.data.text_pairs
                 if not items:

@@ -63,7 +63,7 @@ def measure_step_times(experiments: Experiments, name: str) -> StepTimes:
 
     Steps of the variants alternate, so other processes on the machine slow down all variants equally.
     """
-    config, train = experiments.config, experiments.data.train
+    config, train = experiments.config, experiments.data.train_records
     records = [record for record in train if record.texts][: config.cost_images]
     texts = [record.texts[0] for record in records]
     store = experiments.embed_texts(name, [text for record in train for text in record.texts])
