@@ -52,16 +52,18 @@ class BenchmarkResult:
     """Result of a model on a benchmark.
 
     Args:
-        summary: Entry for results.json. It has "benchmark" and "kind". Metrics are in percent, except "linear probe C".
-            Retrieval entries have "rows" (see `caption_field_metrics`). All other entries have "images" and "texts"
-            (their numbers) and "truncated" (number of texts that exceed the model's maximum length). Judged retrieval,
-            compositional and classification entries have "metrics". Classification entries also have "intervals" (95%
-            confidence intervals), and compositional entries have "examples" (number of decodable examples). Region,
-            segmentation and detection entries have "rows", one per method, with "method", "metrics", "intervals", a
-            metric for each class ("class top-1", "IoU" or "class AP50") and, if it matters, "logit scale".
-        images: Images of the benchmark, including images that cannot be decoded.
-        ranks: Ranks, keyed by caption field. Only set for retrieval benchmarks.
-        bootstrap: Metrics for paired differences, keyed by method ("" for classification).
+        summary: Entry for results.json, with "benchmark" and "kind". Metrics are in percent, except "linear probe C".
+            Retrieval entries have "rows" (see `caption_field_metrics`). All other entries have the counts "images",
+            "texts" and "truncated" (texts that exceed the model's maximum length). Judged retrieval, compositional and
+            classification entries have "metrics". Classification entries also have "intervals" (95% confidence
+            intervals). Compositional entries also have "examples" (number of decodable examples). Region, segmentation
+            and detection entries have "rows", one per method. Each of these rows has "method", "metrics", "intervals",
+            a metric for each class ("class top-1", "IoU" or "class AP50") and, if it affects the metrics, "logit
+            scale".
+        images: All images in the benchmark, including undecodable images.
+        ranks: Retrieval ranks, keyed by caption field. Empty if the benchmark is not a retrieval benchmark.
+        bootstrap: Bootstrap metrics used to compute paired differences between models, keyed by method ("" for
+            classification).
         draw_examples: Function that returns a report section with example images.
         model: Display name of the model.
         error_analysis, short_queries: Results of `analyze_errors` and `score_short_queries`, keyed by caption field.
@@ -123,7 +125,7 @@ def run_benchmark(
 def _count_texts(
     embeddings: EmbeddingSource, names: Sequence[str], templates: Sequence[str] = ("{}",)
 ) -> dict[str, int | None]:
-    """Return the summary entries "texts" and "truncated" for texts or for class names in prompt templates."""
+    """Return the summary entries "texts" and "truncated" for texts, or for class names inserted into templates."""
     texts = fill_templates(names, templates)
     return {"texts": len(texts), "truncated": embeddings.count_truncated(texts)}
 
@@ -134,7 +136,7 @@ def _evaluate_judged_retrieval(data: JudgedRetrieval, embeddings: EmbeddingSourc
     if undecodable:
         raise DataFormatError(
             f"{len(undecodable):,} images cannot be decoded, e.g. {data.images[min(undecodable)]}; "
-            "this benchmark requires all of its images"
+            "this benchmark requires all images"
         )
     metrics = eccv_metrics(data, images, embeddings.encode_texts(data.captions))
     counts = {"images": len(images), **_count_texts(embeddings, data.captions)}
@@ -164,7 +166,7 @@ def _evaluate_classification(
     metrics["chance"] = 100.0 / len(set(labels))
     if train is not None:
         if list(train.names) != list(data.names):
-            raise DataFormatError("the training images and the test images have different classes")
+            raise DataFormatError("the training and test images have different classes")
         train_images, train_indices = embeddings.encode_images(train.images)
         probe = linear_probe(train_images, [train.labels[i] for i in train_indices], images, labels)
         metrics |= {"linear probe": probe["top-1"], "linear probe C": probe["C"]}
@@ -206,7 +208,7 @@ def _evaluate_segmentation(
         bootstrap[method] = segmentation_metrics(counts, result.images)
         row = _method_row(method, bootstrap[method])
         row["IoU"] = dict(zip(class_names, class_iou(counts), strict=True))
-        if data.min_probability > 0:  # otherwise, the scale does not affect the predictions
+        if data.min_probability > 0:  # otherwise, the logit scale does not affect the predictions
             row["logit scale"] = result.logit_scales[method]
         rows.append(row)
     all_names = [name for names in data.names for name in names]
@@ -251,7 +253,7 @@ def _method_row(method: str, metrics: BootstrapMetrics) -> dict[str, Any]:
 
 
 def _load_probe_data(benchmark: Benchmark, folder: Path) -> ClassificationData | None:
-    """Return the training images for a linear probe. If there are none, print the reason and return None."""
+    """Load the training images for a linear probe. If there are none, print the reason and return None."""
     try:
         train: ClassificationData | None = benchmark.load(folder, train=True)
     except MissingFileError as error:

@@ -16,7 +16,7 @@ LEVEL = 0.95  # confidence level of all intervals
 def bootstrap_intervals(sums: Tensor, counts: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
     """Return 95% bootstrap confidence intervals for the means of K quantities over all elements.
 
-    Groups of elements, such as the captions of an image, are resampled together.
+    Groups of elements, such as all captions of an image, are resampled as a unit.
 
     Args:
         sums: Sum of each quantity over the elements of each group, of shape (groups, K).
@@ -27,18 +27,17 @@ def bootstrap_intervals(sums: Tensor, counts: Tensor, bounds: tuple[float, float
         Lower and upper bounds, float64 of shape (2, K).
     """
     # scipy.stats.bootstrap computes the same type of interval but gathers the resampled rows. For 1,000 to 25,000
-    # groups, gathering is 1.5 to 5 times slower and, by default, needs memory for all resamples at once. Here, each
-    # group is weighted by the number of times it was drawn, which takes only one matmul per resample.
+    # groups, gathering is 1.5 to 5 times slower and, by default, keeps all resamples in memory. Weighting each group by
+    # the number of times it was drawn takes only one matmul per resample.
     sums, counts = sums.double()[counts > 0], counts.double()[counts > 0]
     means = [weights @ sums / (weights @ counts) for weights in bootstrap_counts(len(sums))]
     return percentile_interval(torch.stack(means), len(sums), bounds)
 
 
 def bootstrap_counts(groups: int, resamples: int = 1000) -> Iterator[Tensor]:
-    """For each resample, yield how often each group was drawn, float64 of shape (groups,).
+    """Yield the number of times each group is drawn, float64 of shape (groups,), once per resample.
 
-    The draws depend only on the number of groups, so two models that are evaluated on the same data have paired
-    resamples.
+    The draws depend only on the number of groups, so models evaluated on the same data have paired resamples.
     """
     generator = torch.Generator().manual_seed(0)
     for _ in range(resamples):
@@ -47,16 +46,16 @@ def bootstrap_counts(groups: int, resamples: int = 1000) -> Iterator[Tensor]:
 
 
 def percentile_interval(means: Tensor, num_groups: int, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
-    """Return central 95% confidence intervals computed from resampled means by Efron's percentile method.
+    """Compute central 95% confidence intervals from resampled means, using Efron's percentile method.
 
     If all groups have the same mean, such as 0% or 100%, all resampled means are equal, and the interval would be a
-    single point. In this case, let p be the probability that a group has a different mean. Because this was observed in
-    0 of n groups, the Clopper-Pearson upper bound of p is 1 - 0.025 ** (1 / n). The interval contains all means that
-    are possible if a fraction p of the groups has values at one of the bounds.
+    single point. In this case, let p be the probability that a group has a different mean. Since none of the n groups
+    did, the Clopper-Pearson upper bound on p is 1 - 0.025 ** (1 / n). The interval then contains all means that are
+    possible if a fraction p of the groups lies at one of the bounds.
 
     Args:
         means: Means of the resamples, of shape (resamples, ...).
-        num_groups: Number of groups that were resampled (n).
+        num_groups: Number of resampled groups (n).
         bounds: Smallest and largest possible value of an element.
 
     Returns:
@@ -73,13 +72,13 @@ def percentile_interval(means: Tensor, num_groups: int, bounds: tuple[float, flo
 
 @dataclass(frozen=True)
 class BootstrapMetrics:
-    """Metrics in percent, and their values in resamples of the images.
+    """Metrics in percent, and their values on bootstrap resamples of the images.
 
     Args:
         images: Index or id of each evaluated image.
         values: Metrics on all images, keyed by metric name.
-        resamples: Values of each metric in all resamples, float64 of shape (resamples,), keyed by metric name. NaN
-            where the metric is undefined. Metrics without an entry have no confidence interval.
+        resamples: Each metric's value on every resample, float64 of shape (resamples,), keyed by metric name. Undefined
+            values are NaN. Metrics without an entry have no confidence interval.
     """
 
     images: tuple[int | str, ...]
@@ -93,7 +92,8 @@ class BootstrapMetrics:
         """Compute metrics on all images and on each resample.
 
         Args:
-            metrics: Function that takes `weights` and returns all metrics, counting image i `weights[i]` times.
+            metrics: Function that takes weights of shape (images,) and returns all metrics in the order of `names`. It
+                counts image i `weights[i]` times.
         """
         samples = np.array([metrics(weights.numpy()) for weights in bootstrap_counts(len(images))], np.float64)
         values = [float(value) for value in metrics(np.ones(len(images)))]
@@ -105,12 +105,12 @@ class BootstrapMetrics:
         return {name: self._interval(samples, (0.0, 100.0)) for name, samples in self.resamples.items()}
 
     def difference(self, baseline: BootstrapMetrics) -> dict[str, Any]:
-        """Return each metric minus the metric of a baseline, in percentage points, and paired 95% intervals.
+        """Return each metric minus the baseline's metric, in percentage points, with paired 95% intervals.
 
-        The resamples are paired, because `bootstrap_counts` draws the same images for both models.
+        The resamples are paired because `bootstrap_counts` draws the same images for both models.
 
         Returns:
-            {"metrics": {NAME: difference}, "intervals": {NAME: (low, high)}}. There are no intervals if the models were
+            {"metrics": {NAME: difference}, "intervals": {NAME: (low, high)}}. "intervals" is empty if the models were
             evaluated on different images.
         """
         names = [name for name in self.values if name in baseline.values]

@@ -1,4 +1,4 @@
-"""Image and text embeddings for evaluation: computed by a model and optionally cached on disk, or precomputed."""
+"""Image and text embeddings for evaluation, computed by a model (and optionally cached on disk) or precomputed."""
 
 import zipfile
 from collections.abc import Sequence
@@ -33,17 +33,17 @@ class EmbeddingSource(Protocol):
     """
 
     log: SkipLog
-    """Records images that cannot be decoded."""
+    """Log of images that cannot be decoded."""
     query_templates: QueryTemplates
-    """Prompt templates for short search queries that were saved with the model. `encode_texts` does not apply them."""
+    """Prompt templates for short search queries, saved with the model. `encode_texts` does not apply them."""
 
     def encode_images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
-        """Return embeddings of the decodable images, and the indices of these images in `refs`.
+        """Return the embeddings of all decodable images, and the indices of these images in `refs`.
 
         Raises:
             TooManySkipped: If too many images cannot be decoded.
-            ValueError: If an embedding contains NaN or infinity, or a file of precomputed embeddings has no embedding
-                for an image, or the same embedding for two images.
+            ValueError: If an embedding contains NaN or infinity, or if precomputed embeddings do not include an image
+                or do not distinguish two images.
         """
         ...
 
@@ -51,8 +51,7 @@ class EmbeddingSource(Protocol):
         """Return the embedding of each text.
 
         Raises:
-            ValueError: If an embedding contains NaN or infinity, or a file of precomputed embeddings has no embedding
-                for a text.
+            ValueError: If an embedding contains NaN or infinity, or if precomputed embeddings do not include a text.
         """
         ...
 
@@ -69,7 +68,7 @@ def open_embedding_source(
     Args:
         model: Model as accepted by `open_dual_encoder`, or an .npz file.
         cache_dir: Folder in which the model's embeddings are cached. If None, embeddings are not cached.
-        trust_remote_code: If True, run the Python code that comes with a model. Jina-CLIP requires this setting.
+        trust_remote_code: If True, run Python code from the model's repository, as Jina-CLIP requires.
 
     Raises:
         ValueError: If the model is not an image-text model, or the .npz file is invalid.
@@ -139,8 +138,8 @@ class PrecomputedEmbeddings:
     To create the file: np.savez("other.npz", images=image_embeddings, image_names=paths, texts=text_embeddings,
     captions=strings), with arrays of shape (N, D), (N,), (M, D) and (M,).
 
-    An image is looked up by its full path. If the path is not in `image_names`, leading folders are removed one by one
-    until only the file name remains.
+    Images are looked up by their full path. If `image_names` does not contain it, leading folders are dropped one by
+    one, down to the bare file name.
     """
 
     def __init__(self, file: Path, log: SkipLog) -> None:
@@ -156,14 +155,14 @@ class PrecomputedEmbeddings:
                 images, names, texts, captions = (arrays[name] for name in PRECOMPUTED_ARRAYS)
         # A .npy file renamed to .npz loads as a plain array and raises AttributeError or TypeError.
         except (AttributeError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{file}: needs the arrays {', '.join(PRECOMPUTED_ARRAYS)} ({error})") from error
+            raise ValueError(f"{file}: must contain the arrays {', '.join(PRECOMPUTED_ARRAYS)} ({error})") from error
         for name, embeddings, keys in (("images", images, names), ("texts", texts, captions)):
             if embeddings.ndim != 2 or keys.ndim != 1 or len(embeddings) != len(keys):
                 raise ValueError(
-                    f"{file}: {name} have shape {embeddings.shape}, but the array of names has shape {keys.shape}"
+                    f"{file}: the {name} have shape {embeddings.shape}, but their names have shape {keys.shape}"
                 )
         if images.shape[1] != texts.shape[1]:
-            raise ValueError(f"{file}: images have {images.shape[1]} dimensions, but texts have {texts.shape[1]}")
+            raise ValueError(f"{file}: image embeddings have {images.shape[1]} dimensions, but text embeddings have {texts.shape[1]}")
         self._images = F.normalize(torch.from_numpy(images).float(), dim=-1)
         self._texts = F.normalize(torch.from_numpy(texts).float(), dim=-1)
         check_finite(self._images, self._texts)
@@ -193,7 +192,7 @@ class PrecomputedEmbeddings:
         return self._images[torch.tensor(rows)], list(range(len(refs)))
 
     def _find_image(self, ref: ImageRef) -> int | None:
-        """Return the row of an image's embedding, or None. Images in tar files are FILE.tar!MEMBER or only MEMBER."""
+        """Return the row of an image's embedding, or None. Names of images in tar files are FILE.tar!MEMBER or MEMBER."""
         for path in (PurePosixPath(str(ref)), PurePosixPath(str(ref).replace("!", "/"))):
             for start in range(len(path.parts)):
                 name = PurePosixPath(*path.parts[start:]).as_posix()

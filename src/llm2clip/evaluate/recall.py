@@ -1,9 +1,8 @@
-"""Ranks of the correct answers in retrieval, and recall, chance levels and confidence intervals computed from them.
+"""Retrieval ranks, and the recall, chance levels and confidence intervals computed from them.
 
-To compute ranks, the score matrix is computed in tiles and is never stored in full, and scores are not sorted. Instead,
-wrong answers that score at least as high as the best correct answer are counted in each tile. Both directions use the
-same tiles. Because ties count against the model, a model that assigns the same score to every pair gets the worst
-possible ranks.
+The score matrix is computed in tiles and never stored in full. Scores are not sorted. Instead, each tile contributes
+the number of wrong answers that score at least as high as the best correct answer. Both directions use the same tiles.
+Ties count against the model, so a model that assigns the same score to every pair gets the worst possible ranks.
 """
 
 from collections import Counter
@@ -18,8 +17,8 @@ from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.evaluate.bootstrap import bootstrap_intervals
 
 KS = (1, 5, 10)
-TILE = 512  # images per tile; with four times as many texts, a tile's float32 scores (4 MB) fit into the CPU cache
-QUERY_TILE = 32  # number of queries whose scores for all items `positive_ranks` keeps in memory
+TILE = 512  # images per tile; with four times as many texts, a tile's float32 scores (4 MB) fit in the CPU cache
+QUERY_TILE = 32  # queries that `positive_ranks` scores against all items at a time
 
 
 @onednn_matmul()
@@ -30,21 +29,21 @@ def positive_ranks(
     tile_size: int = 2 * TILE,
     self_index: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """Return the zero-based ranks of all positives of each query, from which recall and mAP are computed.
+    """Return the zero-based ranks of each query's positives, from which recall and mAP can be computed.
 
-    An item can be a positive for several queries. For images and their captions, `two_way_ranks` computes the ranks of
-    the best positives in both directions in one pass.
+    An item can be a positive for several queries. For images and captions, `two_way_ranks` computes the rank of each
+    query's best positive in both directions in one pass.
 
     Args:
         queries: Query embeddings of shape (Q, D), L2-normalised.
         items: Item embeddings of shape (N, D), L2-normalised.
-        positives: Indices of the correct items for each query, at least one. For example, if 3 images have 2, 1 and 2
-            captions, the positives are [[0, 1], [2], [3, 4]] for image-to-text retrieval.
-        tile_size: Number of items per matmul. The scores of up to `QUERY_TILE` queries for all items are in memory.
-        self_index: For each query, the index of an item to ignore: the query itself, if the queries are also items.
+        positives: Indices of each query's correct items (at least one). For example, if 3 images have 2, 1 and 2
+            captions, the positives for image-to-text retrieval are [[0, 1], [2], [3, 4]].
+        tile_size: Number of items per matmul. Memory holds the scores of up to `QUERY_TILE` queries and all items.
+        self_index: Index of one item per query to ignore. If the queries are themselves items, pass their own indices.
 
     Returns:
-        For each query with P positives, the P ranks in ascending order, int64 of shape (P,).
+        Ranks of each query's P positives in ascending order, int64 of shape (P,).
 
     Raises:
         ValueError: If a query has no positive, or an embedding contains NaN or infinity.
@@ -73,10 +72,10 @@ def _ranks_in_row(scores: Tensor, positives: Tensor) -> Tensor:
     """Return the zero-based ranks of the positives in ascending order, given the scores of all N items."""
     positive_scores = scores[positives].sort().values  # ascending
     negative_scores = scores.index_fill(0, positives, -torch.inf)
-    # For each negative, count the positives that it ranks before: all positives whose score is not higher.
+    # For each negative, count the positives that it beats: those whose score is not higher.
     num_beaten = torch.bucketize(negative_scores, positive_scores, right=True)
     negatives_by_beaten = torch.bincount(num_beaten, minlength=len(positives) + 1)
-    # The n-th best of P positives is beaten by the negatives that beat at least P - n positives.
+    # Counting from 0, positive n (of P, best first) is beaten by the negatives that beat at least P - n positives.
     negatives_before = negatives_by_beaten.flip(0).cumsum(0)[:-1]
     return negatives_before + torch.arange(len(positives))
 
@@ -95,8 +94,8 @@ def two_way_ranks(
         images: Image embeddings of shape (I, D), L2-normalised, float32 or float16. Scores are computed in float32.
         texts: Text embeddings of shape (T, D), L2-normalised, float32 or float16. Sort them by image to avoid a copy.
         image_of_text: Image index of each text. Every image must have at least one text.
-        tile_size: Number of images per tile. Must be a multiple of 16, or equal vectors may get different scores.
-        device: Device for the matmuls. Default: the device of the images.
+        tile_size: Number of images per tile. Must be a multiple of 16, or identical vectors may get different scores.
+        device: Device for the matmuls. Default: the device of `images`.
 
     Returns:
         Image ranks, int64 of shape (I,), and text ranks, int64 of shape (T,), on the CPU.
@@ -108,7 +107,7 @@ def two_way_ranks(
     counts = torch.bincount(owner, minlength=len(images))
     if len(counts) > len(images) or not counts.all():
         raise ValueError(
-            f"each of the {len(images)} images needs a text, and each text must belong to one of these images"
+            f"each of the {len(images)} images must have a text, and each text must belong to one of these images"
         )
     check_finite(images, texts)
     tiles = _ScoreTiles(images, texts, owner, tile_size, torch.device(device or images.device))
@@ -133,9 +132,9 @@ def two_way_ranks(
 
 
 class _ScoreTiles:
-    """The image-text score matrix as a grid of tiles of `tile_size` images and 4 * `tile_size` texts.
+    """Grid of tiles of the image-text score matrix. A tile covers `tile_size` images and 4 * `tile_size` texts.
 
-    Texts are sorted by image, so that only a few tiles contain positives.
+    Because texts are sorted by image, only a few tiles contain positives.
     """
 
     def __init__(self, images: Tensor, texts: Tensor, owner: Tensor, tile_size: int, device: torch.device) -> None:
@@ -155,11 +154,11 @@ class _ScoreTiles:
         return slice(j * self.width, (j + 1) * self.width)
 
     def images(self, i: int) -> Tensor:
-        """Return the embeddings for row `i` of the grid, float32 of shape (height, D), zero-padded."""
+        """Return the image embeddings for row `i` of the grid, float32 of shape (height, D), zero-padded."""
         return _pad_tile(self._images[self.image_range(i)].to(self._device, torch.float32), self.height)
 
     def texts(self, j: int) -> Tensor:
-        """Return the embeddings for column `j` of the grid, float32 of shape (width, D), zero-padded."""
+        """Return the text embeddings for column `j` of the grid, float32 of shape (width, D), zero-padded."""
         text_range = self.text_range(j)
         texts = self._texts[text_range if self.order is None else self.order[text_range]]
         return _pad_tile(texts.to(self._device, torch.float32), self.width)
@@ -171,7 +170,7 @@ class _ScoreTiles:
         return rows[columns], columns
 
     def rows_with_positives(self, j: int) -> range:
-        """Return the rows of the grid in which column `j` may contain positives."""
+        """Return the grid rows whose tiles in column `j` may contain positives."""
         owners = self.owner[self.text_range(j)]
         return range(int(owners[0]) // self.height, int(owners[-1]) // self.height + 1)
 
@@ -179,7 +178,7 @@ class _ScoreTiles:
 def _best_match_scores(tiles: _ScoreTiles) -> tuple[Tensor, Tensor]:
     """Return the scores of each image's best caption and of each caption's image.
 
-    Positives and negatives are scored by the same matmuls, so that ties are exact. Padding rows in the last tiles get
+    Positives and negatives are scored by the same matmuls, so ties are exact. Padding rows in the last tiles get
     infinite scores, which no negative can reach.
     """
     device = tiles.owner.device
@@ -197,7 +196,7 @@ def _best_match_scores(tiles: _ScoreTiles) -> tuple[Tensor, Tensor]:
 
 
 def _pad_tile(vectors: Tensor, size: int) -> Tensor:
-    """Append zero rows until there are `size` rows.
+    """Pad with rows of zeros to `size` rows.
 
     Matmuls of the same shape round identically, so equal vectors get equal scores.
     """
@@ -205,9 +204,9 @@ def _pad_tile(vectors: Tensor, size: int) -> Tensor:
 
 
 def _at_least(scores: Tensor, threshold: Tensor) -> Tensor:
-    """Return 1.0 for scores that are at least as high as the threshold, and 0.0 for all other scores.
+    """Return 1.0 where a score is at least as high as the threshold, and 0.0 elsewhere.
 
-    Floats are used because summing floats is ten times as fast as summing booleans.
+    The result is float because summing floats is ten times as fast as summing booleans.
     """
     return torch.ge(scores, threshold, out=torch.empty_like(scores))
 
@@ -237,8 +236,8 @@ def retrieval_metrics(
 
     Returns:
         {"I2T": {"R@1": ..., "median rank": ...}, "T2I": ..., "I2T chance": {"R@1": ...}, "T2I chance": ...,
-        "I2T interval": {"R@1": (low, high), ...}, "T2I interval": ...}. Recall is in percent. The best possible median
-        rank is 1.
+        "I2T interval": {"R@1": (low, high), ...}, "T2I interval": ...}. Recall is in percent. Median ranks count
+        from 1.
     """
     owner = torch.as_tensor(image_of_text)
     metrics: dict[str, dict[str, Any]] = {}
@@ -260,11 +259,11 @@ def chance_recall(positives: Sequence[int], num_items: int, ks: Sequence[int] = 
     """Return the expected R@k of a random ranking, in percent.
 
     By the hypergeometric distribution, the expected R@k of a query with p positives is
-    1 - C(num_items - p, k) / C(num_items, k). The result is the average over the queries.
+    1 - C(num_items - p, k) / C(num_items, k). The result is the mean over all queries.
 
     Args:
-        positives: Number of positives (p) for each query.
-        num_items: Number of ranked items.
+        positives: Number of positives (p) of each query.
+        num_items: Number of items that are ranked.
     """
     chance = {}
     for k in ks:
@@ -281,7 +280,7 @@ def chance_recall(positives: Sequence[int], num_items: int, ks: Sequence[int] = 
 def recall_intervals(ranks: Tensor, groups: Tensor, ks: Sequence[int] = KS) -> dict[str, tuple[float, float]]:
     """Return 95% bootstrap confidence intervals for R@k, in percent.
 
-    Images are resampled together with all their queries, because the results for captions of an image are correlated.
+    Each image is resampled with all its queries, because results for captions of the same image are correlated.
 
     Args:
         ranks: Zero-based rank of each query's best positive, int64 of shape (Q,).
@@ -295,7 +294,7 @@ def recall_differences(
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
     """Return R@k of a model minus R@k of a baseline, in percentage points, and paired 95% bootstrap intervals.
 
-    For the other arguments, see `recall_intervals`.
+    See `recall_intervals` for the other arguments.
     """
     differences = [(ranks < k).double() - (baseline_ranks < k).double() for k in ks]
     means = {f"R@{k}": 100.0 * float(d.mean()) for k, d in zip(ks, differences, strict=True)}
@@ -305,7 +304,7 @@ def recall_differences(
 def _bootstrap_by_image(
     values: Sequence[Tensor], groups: Tensor, ks: Sequence[int], bounds: tuple[float, float]
 ) -> dict[str, tuple[float, float]]:
-    """Return the intervals of the means of values of shape (Q,), one tensor per k, in percent. Resample the images."""
+    """Resample images and return an interval in percent for each k's mean. `values` has a tensor of shape (Q,) per k."""
     stacked = torch.stack(list(values), 1)  # (Q, K)
     sums = stacked.new_zeros(int(groups.max()) + 1, len(ks)).index_add_(0, groups, stacked)
     low, high = (100 * bootstrap_intervals(sums, torch.bincount(groups), bounds)).tolist()

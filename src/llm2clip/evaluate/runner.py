@@ -35,11 +35,11 @@ from llm2clip.runs.run_description import describe_run, format_run
 
 
 class IncompleteEvaluationError(ValueError):
-    """Raised after all results have been written, if some of the requested evaluations failed."""
+    """Some of the requested evaluations failed. Raised only after all other results have been written."""
 
 
 USER_DATA = "data"  # benchmark name for the user's own images and captions
-EXAMPLE_QUERIES = 6  # number of example captions, and maximum number of failed captions, in the report
+EXAMPLE_QUERIES = 6  # number of example captions, and maximum number of worst failures, in the report
 
 
 def evaluate_models(
@@ -51,24 +51,24 @@ def evaluate_models(
 ) -> list[str]:
     """Evaluate models, print tables, and write results.json, report.md and report.html to `options.out`.
 
-    In a distributed run, each rank encodes some of the images and texts. Each rank then computes all metrics, and the
-    main process prints and writes the results.
+    In a distributed run, each rank encodes some of the images and texts, and then computes all metrics. The main
+    process prints and writes the results.
 
     results.json contains "caption retrieval" (the result of `caption_retrieval_accuracy`), "results" and "run" (the
     result of `describe_run`, with the settings). "results" is a list of `BenchmarkResult.summary` dicts with the
-    additional key "model". If the images on which the model was trained are known, "images trained on" is the number of
-    these images that were evaluated.
+    additional key "model". If the model's training images are known, "images trained on" is the number of evaluated
+    images that are among them.
 
-    The result of a baseline in classification, and each row of its other results with rows, also contains "difference",
-    the first model minus the baseline (see `retrieval_difference` and `BootstrapMetrics.difference`). With
-    `options.short_queries`, each row of a retrieval result also contains "short queries" and, if there are templates,
-    "short queries with templates" (lists of `LengthScores.metrics` dicts) and "query templates".
+    A baseline's classification result, and each row of its other results, also contains "difference": the first model
+    minus the baseline (see `retrieval_difference` and `BootstrapMetrics.difference`). With `options.short_queries`,
+    each row of a retrieval result also contains "short queries" and, if there are templates, "short queries with
+    templates" (both lists of `LengthScores.metrics` dicts) and "query templates".
 
     Args:
         models: Model to evaluate, followed by the baselines (see `open_embedding_source`).
         data: Sources of images and captions. If no splits are specified, the images that `fit` would hold out are
             evaluated.
-        encoder: Caption encoder whose CRA is measured. Used only if `models` is empty.
+        encoder: Caption encoder whose CRA is measured if `models` is empty.
         config: Evaluation settings, such as additional caption fields to evaluate.
 
     Returns:
@@ -143,7 +143,7 @@ def evaluate_models(
 
 @dataclass
 class BenchmarkRun:
-    """An available benchmark, its folder, the log of its skipped rows, and the results of the models."""
+    """An available benchmark with its folder, its skip log and the models' results."""
 
     benchmark: Benchmark
     folder: Path
@@ -154,8 +154,8 @@ class BenchmarkRun:
 class BenchmarkRunner:
     """Runner that evaluates models on benchmarks.
 
-    If an evaluation fails, the error is recorded in `failures`, and the remaining evaluations are still run. Benchmarks
-    without a folder in `options.root` are recorded in `missing`.
+    If an evaluation fails, the error is recorded in `failures`, and the remaining evaluations still run. Benchmarks
+    that have no folder in `options.root` are recorded in `missing`.
     """
 
     def __init__(self, benchmarks: Sequence[Benchmark], log: SkipLog, options: EvaluateOptions) -> None:
@@ -180,20 +180,19 @@ class BenchmarkRunner:
             self.runs.append(BenchmarkRun(benchmark, folder, benchmark_log))
 
     def evaluate_model(self, model: str, name: str, is_baseline: bool) -> Iterator[BenchmarkResult]:
-        """Evaluate a model on all benchmarks, and yield each result as soon as it is finished.
+        """Evaluate a model on all benchmarks, and yield each result as soon as it is available.
 
         Args:
             model: See `open_embedding_source`.
             name: Model name to show in tables.
-            is_baseline: If True, the model is skipped if it cannot be loaded, and the report shows no example images
-                for it.
+            is_baseline: If True, skip the model if it cannot be loaded, and show no example images for it.
         """
         is_distributed = process_state().num_processes > 1
         try:
             cache_dir = self._out / "vectors" if self._out else None
             embeddings = open_embedding_source(model, self.runs[0].log, cache_dir, self._options.trust_remote_code)
         except (OSError, ValueError, ImportError) as error:
-            if not is_baseline or is_distributed:  # otherwise, the other ranks would wait for this rank
+            if not is_baseline or is_distributed:  # otherwise, the other ranks would wait forever
                 raise
             self.failures.append(f"Skipped {name}: {error}")
             return
@@ -227,7 +226,7 @@ class BenchmarkRunner:
                     result.error_analysis[field] = analyze_errors(ranks, EXAMPLE_QUERIES if with_examples else 0)
                 if result.draw_examples is not None and not is_baseline:
                     result.examples = result.draw_examples()
-            result.draw_examples = None  # free the memory for the images and the embeddings
+            result.draw_examples = None  # free the images and the embeddings
             empty = torch.empty(0)
             result.ranks = {key: replace(ranks, images=empty, texts=empty) for key, ranks in result.ranks.items()}
             run.results.append(result)
@@ -246,7 +245,7 @@ class BenchmarkRunner:
                 scores = score_short_queries(embeddings, ranks, templates)
             except ValueError as error:
                 benchmark = result.summary["benchmark"]
-                self.failures.append(f"Skipped short queries of {result.model} on {benchmark}, {field}: {error}")
+                self.failures.append(f"Skipped short queries for {result.model} on {benchmark}, {field}: {error}")
                 continue
             result.short_queries[field] = scores
             row = next(row for row in result.summary["rows"] if row["captions"] == field)
@@ -260,7 +259,7 @@ class BenchmarkRunner:
         return [{"model": result.model, **result.summary} for run in self.runs for result in run.results]
 
     def blocks(self) -> list[Block]:
-        """Return a report section for each benchmark that has a result, and the sections on short queries."""
+        """Return a report section for each benchmark with results, followed by the sections on short queries."""
         blocks: list[Block] = []
         for run in self.runs:
             if run.results:
@@ -268,18 +267,18 @@ class BenchmarkRunner:
         return blocks + short_query_blocks([(run.benchmark, run.results) for run in self.runs])
 
     def warnings(self) -> list[str]:
-        """Return one line for each model and benchmark with images on which the model was trained."""
+        """Return one line for each model and benchmark if the model was trained on some of the benchmark's images."""
         lines = []
         for summary in self.summaries():
             if summary.get("images trained on"):
                 lines.append(
                     f"Warning: {summary['model']} was trained on {summary['images trained on']:,} of the images "
-                    f"of {summary['benchmark']}. These results do not predict the results on new images."
+                    f"in {summary['benchmark']}. These results do not predict performance on new images."
                 )
         return lines
 
     def skipped_rows(self) -> list[str]:
-        """Return one line for each benchmark with skipped rows. The user's data always has a line."""
+        """Return one line for each benchmark with skipped rows, and always one for the user's data."""
         lines = []
         for run in self.runs:
             if run.log.skipped or run.benchmark.name == USER_DATA:
@@ -287,7 +286,7 @@ class BenchmarkRunner:
         return lines
 
     def proposals(self) -> list[str]:
-        """Return one line about the proposals for each detection benchmark."""
+        """Return a one-line description of the proposals for each detection benchmark."""
         summaries = [run.results[0].summary for run in self.runs if run.results]
         return [f"{s['benchmark']}: {s['proposals']['description']}" for s in summaries if "proposals" in s]
 
@@ -335,7 +334,7 @@ def _read_user_benchmark(
     """Return the user's data as a retrieval benchmark.
 
     Raises:
-        ValueError: If some sources specify splits and other sources do not.
+        ValueError: If only some of the sources specify splits.
     """
     without_splits = [source for source in data if not Source.parse(source).splits]
     if not without_splits:
@@ -344,7 +343,7 @@ def _read_user_benchmark(
         splits = read_splits(data, config, columns, log)
     else:
         raise ValueError(
-            f"{without_splits[0]}: name the splits to evaluate (PATH@test) for all sources or for none. Without "
+            f"{without_splits[0]}: specify the splits to evaluate (PATH@test) for all sources or for none. Without "
             "splits, the images that `fit` would hold out are evaluated"
         )
     num_images = max(map(len, splits.held_out.values()))
@@ -366,7 +365,7 @@ def _describe_failure(name: str, benchmark: Benchmark, error: Exception) -> str:
 
 
 def _make_skip_log(options: EvaluateOptions, name: str) -> SkipLog:
-    """Create a skip log, which writes skipped rows to `options.out/skipped/NAME.jsonl` on the main process."""
+    """Create a skip log. If `options.out` is set, the main process writes it to `options.out/skipped/NAME.jsonl`."""
     file = None
     if options.out is not None and process_state().is_main_process:
         file = Path(options.out) / "skipped" / f"{safe_name(name)}.jsonl"

@@ -1,15 +1,14 @@
-"""Text-to-image retrieval by query length, and the choice of the prompt templates for short search queries.
+"""Text-to-image retrieval by query length, and the choice of prompt templates for short search queries.
 
-The queries are built from the captions of the evaluated images. For single words and for phrases of two or three words,
-an image is relevant if one of its captions mentions them. Longer queries are complete captions. The images described by
-a caption are relevant. The metrics are computed from exact ranks, in which ties count against the model (see `recall`).
+Queries are built from the captions of the evaluated images. If a query is a word or a phrase of two or three words, an
+image is relevant if one of its captions mentions the query. Longer queries are complete captions, and the images that
+have this caption are relevant. Metrics are computed from exact ranks, and ties count against the model (see `recall`).
 
-An image can show what a query names although none of its captions mentions it. Such an image counts as a wrong answer,
-so the metrics usually underestimate the models. Use them to compare models on the same images.
+An image may show what a query names even if none of its captions mentions it. Such images count as wrong answers, so
+the metrics usually underestimate the models. Use them to compare models on the same images.
 
-Templates such as "a photo of {}" help a model that was trained on complete captions. A model that was trained on short
-phrases, or that uses CLIP's embedding space, may not need them. `fit` therefore compares `CANDIDATES` on its held-out
-images.
+Templates such as "a photo of {}" help models trained on complete captions. Models that were trained on short phrases,
+or that use CLIP's embedding space, may not need templates. `fit` therefore compares `CANDIDATES` on held-out images.
 """
 
 import random
@@ -35,13 +34,13 @@ CAPTION_LENGTHS = {"4–7": range(4, 8), "8+": range(8, 1 << 30)}  # words
 Item = TypeVar("Item", str, tuple[str, ...])
 METRICS = ("mAP", "R-precision", "nDCG@10")
 NDCG_K = 10
-# Letters and digits, joined by apostrophes and hyphens, as in "t-shirt" and "man's".
+# Letters and digits, which may be joined by apostrophes or hyphens, as in "t-shirt" and "man's".
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
-# Spaces before apostrophes in tokenized captions, as in "the dog 's mouth".
+# Spaces before possessive endings in tokenized captions, as in "the dog 's mouth".
 _SEPARATE_POSSESSIVE = re.compile(r"\s+(?=['’]s\b)")
 _PUNCTUATION = re.compile(r"[^\w\s'’-]+")
-# English words that do not name anything visible. Stop words for document retrieval, such as scikit-learn's, include
-# "two", "three", "fire" and "empty", which are useful in queries for images.
+# English words that do not name anything visible. Stop word lists for document retrieval, such as scikit-learn's, also
+# contain "two", "three", "fire" and "empty", which are useful in image queries.
 _OTHER_STOP_WORDS = """
 having doing get gets getting appears seems isn't aren't
 hers herself himself itself mine myself ours theirs themselves yours whose someone something he's she's there's
@@ -49,17 +48,17 @@ about amid among amongst atop besides front per throughout underneath until upon
 although nor though whether almost still well
 """
 STOP_WORDS = (DETERMINERS | CONNECTIVES | FUNCTION_WORDS | words_of(_OTHER_STOP_WORDS)) - NUMBERS - {"back"}
-# Templates that `choose_query_templates` compares: a single template, and an ensemble of four templates.
+# Candidates for `choose_query_templates`: a single template, and an ensemble of four templates.
 CANDIDATES = (
     ("a photo of {}",),
     ("a photo of {}", "a photo of a {}.", "a picture of {}", "there is {}"),
 )
-MAX_CANDIDATE_QUERIES = 300  # queries of each length for this comparison
+MAX_CANDIDATE_QUERIES = 300  # queries per length used to compare the candidates
 
 
 @dataclass(frozen=True)
 class LabelledQuery:
-    """A text query, and the indices of the relevant images."""
+    """Text query and the indices of its relevant images."""
 
     text: str
     relevant: tuple[int, ...]
@@ -100,9 +99,9 @@ class LengthScores:
 
 @dataclass(frozen=True)
 class ShortQueryResult:
-    """Prompt templates, and results for each query length without and with them. Lengths without queries are omitted.
+    """Prompt templates, and results for each query length with and without them.
 
-    `with_templates` is None if there are no templates.
+    Lengths without queries are omitted. `with_templates` is None if there are no templates.
     """
 
     templates: QueryTemplates
@@ -110,9 +109,9 @@ class ShortQueryResult:
     with_templates: list[LengthScores] | None = None
 
     def describe_choice(self) -> str:
-        """Return a line that states which templates were chosen and how much they increase mAP."""
+        """Describe in one line which templates were chosen and how much they increase mAP."""
         if self.with_templates is None:
-            return "Short queries are encoded as they are: no templates improve them on the held-out images"
+            return "Short queries are encoded without templates: no templates improve them on the held-out images"
         gains = []
         for before, after in zip(self.plain, self.with_templates, strict=True):
             if int(before.words) <= self.templates.max_words:
@@ -135,12 +134,12 @@ class ShortQueryResult:
 def score_short_queries(
     embeddings: EmbeddingSource, ranks: RetrievalRanks, templates: QueryTemplates = LITERAL
 ) -> ShortQueryResult:
-    """Compute the retrieval metrics for each query length.
+    """Compute retrieval metrics for each query length.
 
     Args:
         ranks: Images, captions and image embeddings of one caption field.
-        templates: Prompt templates. If there are any, short queries are also evaluated with them: the embeddings of the
-            query and of the filled templates are averaged (see `build_query_prompts`).
+        templates: Prompt templates. If there are any, short queries are also evaluated with them, by averaging the
+            embeddings of the query and of the filled templates (see `build_query_prompts`).
 
     Raises:
         ValueError: If the source has no embedding for a query, or no queries can be built from the captions.
@@ -149,20 +148,20 @@ def score_short_queries(
     if not queries:
         raise ValueError(
             "no caption has four or more words, and no shorter phrase occurs in the captions of at least three images "
-            "and of at most a third of the images"
+            "but at most a third of all images"
         )
     candidates = [LITERAL, templates] if templates.templates else [LITERAL]
     return ShortQueryResult(templates, *_score_queries(embeddings, ranks.images, queries, candidates))
 
 
 def choose_query_templates(embeddings: EmbeddingSource, ranks: RetrievalRanks) -> ShortQueryResult:
-    """Choose the templates, and the maximum length in words of the queries to which they are applied.
+    """Choose prompt templates, and the maximum number of words in queries to which they are applied.
 
-    A candidate helps at a query length if the 95% bootstrap interval of its gain in mAP is above 0. A candidate's
-    maximum length is the largest n such that it helps at all lengths from 1 to n. The candidate with the largest sum of
-    gains up to its maximum length is chosen. If no candidate helps with single words, no templates are chosen.
+    A candidate helps at a query length if the 95% bootstrap interval of its mAP gain is above 0. A candidate's maximum
+    length is the largest n for which it helps at all lengths from 1 to n. The candidate with the largest total gain up
+    to its maximum length is chosen. If no candidate helps with single words, no templates are chosen.
 
-    With I images and Q queries per length, the time is O(Q * I), and the memory is O(Q + I).
+    With I images and Q queries per length, this takes O(Q * I) time and O(Q + I) memory.
 
     Raises:
         ValueError: If no short queries can be built from the captions (see `build_queries`).
@@ -183,7 +182,7 @@ def choose_query_templates(embeddings: EmbeddingSource, ranks: RetrievalRanks) -
 
 
 def _measure_gain(plain: Sequence[LengthScores], scores: Sequence[LengthScores]) -> tuple[int, float]:
-    """Return the maximum query length at which templates help, and the sum of the gains in mAP up to this length.
+    """Return the maximum query length at which templates help, and the total mAP gain up to this length.
 
     Both are 0 if templates do not help with single words.
     """
@@ -206,7 +205,7 @@ def _score_queries(
     """Return the metrics for each candidate and query length. Each prompt is encoded once.
 
     Args:
-        images: Embeddings of the images, float32 of shape (I, D), L2-normalised.
+        images: Image embeddings, float32 of shape (I, D), L2-normalised.
         queries: Result of `build_queries`.
     """
     texts = [query.text for length_queries in queries.values() for query in length_queries]
@@ -227,7 +226,7 @@ def _score_queries(
 
 
 def _score_length(words: str, queries: Sequence[LabelledQuery], vectors: Tensor, images: Tensor) -> LengthScores:
-    """Compute the metrics of queries of one length, given their embeddings of shape (Q, D)."""
+    """Compute metrics for queries of one length, given query embeddings `vectors` of shape (Q, D)."""
     relevant = [query.relevant for query in queries]
     scores = [ranking_scores(query_ranks) for query_ranks in positive_ranks(vectors, images, relevant)]
     num_relevant = [len(indices) for indices in relevant]
@@ -254,14 +253,14 @@ def build_queries(
     """Build queries of different lengths from the captions of images.
 
     Queries of one to three words are phrases (see `caption_phrases`). A phrase is used if it occurs in the captions of
-    at least `min_images` images and at most a fraction `max_share` of the images. Words are compared in lower case and
-    without stemming: "dog" does not match "dogs".
+    at least `min_images` images, but at most a fraction `max_share` of all images. Matching ignores case but does not
+    use stemming: "dog" does not match "dogs".
 
-    Longer queries are complete captions of four to seven words, and of eight or more words. If several images have the
-    same caption, apart from case and punctuation, all of these images are relevant.
+    Longer queries are complete captions, either of four to seven words or of eight or more words. If several images
+    share a caption, ignoring case and punctuation, all of them are relevant.
 
     Args:
-        max_queries: Maximum number of queries of each length. If there are more, they are sampled at random.
+        max_queries: Maximum number of queries per length. If there are more, a random sample is used.
 
     Returns:
         Queries keyed by their number of words: "1", "2", "3", "4–7" and "8+". Lengths without queries are omitted.
@@ -298,7 +297,7 @@ def build_queries(
 
 
 def _sample(items: Iterable[Item], count: int, seed: int) -> list[Item]:
-    """Return a sorted random sample of at most `count` items. It does not depend on the order of the items."""
+    """Return a sorted random sample of up to `count` items. The order of the items does not affect the sample."""
     ordered = sorted(items)
     return ordered if len(ordered) <= count else sorted(random.Random(seed).sample(ordered, count))
 
@@ -309,7 +308,7 @@ def split_words(text: str) -> list[str]:
 
 
 def split_clauses(text: str) -> list[list[str]]:
-    """Return the words of each part of a text between punctuation marks, in lower case."""
+    """Split a text at punctuation marks, and return the lower-case words of each part."""
     clauses = [split_words(part) for part in _PUNCTUATION.split(text)]
     return [clause for clause in clauses if clause]
 
@@ -318,8 +317,8 @@ def caption_phrases(captions: Iterable[str], num_words: int) -> set[str]:
     """Return the phrases of `num_words` words that occur in an image's captions, in lower case.
 
     A phrase is a sequence of adjacent words without punctuation in between. Its first and last words must have at least
-    two characters and at least one letter, and must not be in `STOP_WORDS`. The words in between can be any words, as
-    in "man in red".
+    two characters and at least one letter, and must not be in `STOP_WORDS`. Any word can be in between, as in "man in
+    red".
     """
     return {
         " ".join(phrase)
@@ -340,8 +339,8 @@ def _is_content_word(word: str) -> bool:
 def ranking_scores(ranks: Tensor) -> Tensor:
     """Return average precision, R-precision and nDCG@10 of a ranking, each between 0 and 1, float64 of shape (3,).
 
-    Let P be the number of relevant images, and r_n the rank of the n-th of them (1 is best). Average precision is the
-    mean of n / r_n. R-precision is the fraction of relevant images among the first P images. nDCG@10 is the sum of
+    Let P be the number of relevant images, and r_n the rank (from 1) of the n-th relevant image. Average precision is
+    the mean of n / r_n. R-precision is the fraction of relevant images among the first P images. nDCG@10 is the sum of
     1 / log2(r_n + 1) over the relevant images among the first ten, divided by the sum for a perfect ranking (Järvelin
     and Kekäläinen, 2002, with binary relevance).
 
@@ -373,15 +372,15 @@ def chance_scores(num_relevant: int, num_images: int) -> Tensor:
 
 
 def _discounts(count: int) -> Tensor:
-    """Return the weight of each rank in the discounted cumulative gain, float64 of shape (count,)."""
+    """Return each rank's weight in the discounted cumulative gain, float64 of shape (count,)."""
     return 1 / torch.arange(2, count + 2, dtype=torch.float64).log2()
 
 
 def mean_intervals(scores: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
     """Return 95% bootstrap confidence intervals for the mean scores, in percent, float64 of shape (2, 3).
 
-    Queries are resampled, but images are not. If two models have the same queries, their resamples are paired, so the
-    interval of their difference can be computed from the differences between their scores.
+    Queries are resampled, but images are not. Models evaluated on the same queries have paired resamples. To compute an
+    interval for their difference, pass the differences between their scores.
 
     Args:
         scores: Scores of each query, or differences between the scores of two models, of shape (Q, 3).

@@ -21,12 +21,12 @@ def encode_classes(embeddings: EmbeddingSource, names: Sequence[str], templates:
 def classification_accuracy(
     images: Tensor, labels: Sequence[int], classes: Tensor, indices: Sequence[int], chunk_size: int = 4096
 ) -> BootstrapMetrics:
-    """Return accuracies in percent: "top-1", "top-5" and "mean per class", which is the mean top-1 accuracy per class.
+    """Return accuracies in percent: "top-1", "top-5" and "mean per class" (top-1 accuracy averaged over classes).
 
     Args:
         images: Image embeddings of shape (N, D), L2-normalised.
         classes: Class embeddings of shape (classes, D), L2-normalised.
-        indices: Index of each image in the benchmark, which identifies the image in comparisons of models.
+        indices: Index of each image in the benchmark, which identifies the image when models are compared.
         chunk_size: Number of images per matmul.
     """
     targets = torch.tensor(labels)
@@ -66,8 +66,8 @@ def linear_probe(
 ) -> dict[str, float]:
     """Fit a logistic regression to frozen embeddings and return its test accuracy.
 
-    As in CLIP (arXiv 2103.00020, appendix A.3), the regularisation strength is selected on a validation split. The
-    candidates are powers of ten, and the validation split is a fifth of the training images.
+    As in CLIP (arXiv 2103.00020, appendix A.3), the regularisation strength is selected on a validation split. Here,
+    the candidates are powers of ten, and the split is a fifth of the training images.
 
     Args:
         train, test: Embeddings of the training and test images, of shape (N, D).

@@ -25,17 +25,17 @@ from llm2clip.html_report import (
 from llm2clip.published_results import CRA, CRA_NOTE, published_metrics, published_notes, published_rows
 
 DIRECTIONS = ("I2T", "T2I")
-# The LLM2CLIP authors' models with which the first evaluated model is compared. See `published_rows`.
+# Published LLM2CLIP models to which the first evaluated model is compared. See `published_rows`.
 REFERENCE_MODELS = ("2024: Llama3-8B-CC", "2024: EVA02 + LLM2CLIP", "2026: Llama-3.1-8B-CC", "2026: SigLIP2 + LLM2CLIP")
-CLASS_METRICS = ("class top-1", "IoU", "class AP50")  # keys of a row of `BenchmarkResult.summary`
-MEAN_BENCHMARKS = ("xm3600",)  # the authors published only the mean over the languages
+CLASS_METRICS = ("class top-1", "IoU", "class AP50")  # per-class metrics in the rows of `BenchmarkResult.summary`
+MEAN_BENCHMARKS = ("xm3600",)  # only the mean over all languages was published
 SHORT_QUERY_NOTE = (
-    "Queries of one to three words are words and phrases from the captions. Every image with a caption that mentions "
-    "the query is a correct answer. Longer queries are complete captions. Intervals are 95% bootstrap intervals over "
-    "queries. Images that show what the query names, but whose captions do not mention it, count as wrong answers."
+    "One- to three-word queries are words and phrases from the captions. Every image with a caption that mentions the "
+    "query is a correct answer. Longer queries are complete captions. Intervals are 95% bootstrap intervals over "
+    "queries. An image counts as a wrong answer if it shows what the query names but no caption mentions it."
 )
 Curves = Mapping[str, Sequence[LengthScores]]
-"""Results for each query length, keyed by model name, with the suffix ", with templates" if templates are used."""
+"""Results for each query length, keyed by model name. The key ends in ", with templates" if templates are used."""
 
 
 def benchmark_blocks(benchmark: Benchmark, results: Sequence[BenchmarkResult]) -> list[Block]:
@@ -65,7 +65,7 @@ def benchmark_blocks(benchmark: Benchmark, results: Sequence[BenchmarkResult]) -
 
 
 def _describe_images(benchmark: Benchmark, summary: Mapping[str, Any]) -> str:
-    """Return the description of a benchmark or, if only a part of it has been evaluated, the size of this part."""
+    """Return the benchmark's description, or the size of the evaluated part if only part of it was evaluated."""
     if benchmark.size is None and "images" in summary:
         regions = f", {summary['regions']:,} boxes" if "regions" in summary else ""
         return f"{benchmark.description}: {summary['images']:,} images{regions}"
@@ -88,7 +88,7 @@ def _describe_images(benchmark: Benchmark, summary: Mapping[str, Any]) -> str:
 
 
 def caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[Block]:
-    """Return the report section about caption retrieval, with the authors' values for COCO (5,000 images).
+    """Return the report section on caption retrieval, including the authors' CRA on COCO (5,000 images).
 
     Args:
         name: Display name of the text encoder.
@@ -127,14 +127,14 @@ def caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[Block]:
 
 
 def recall_table(results: Mapping[str, dict[str, Any]], published: Mapping[str, tuple[float | None, ...]]) -> Table:
-    """Return a recall table with one row for each published result, one for chance, and one for each evaluated model.
+    """Return a recall table with rows for the published results, the chance level and the evaluated models.
 
-    The last rows show the differences between the first model and each baseline, with paired confidence intervals, and
-    between the first model and each published model in `REFERENCE_MODELS`.
+    The last rows compare the first model with each baseline, with paired confidence intervals, and with each published
+    model in `REFERENCE_MODELS`.
 
     Args:
-        results: Metrics of each model, keyed by model name. See `caption_field_metrics` and `retrieval_difference`.
-        published: Published recall of each model, keyed by model name. See `published_rows`.
+        results: Metrics, keyed by model name. See `caption_field_metrics` and `retrieval_difference`.
+        published: Published recall, keyed by model name. See `published_rows`.
     """
     header = ["model"]
     for direction in DIRECTIONS:
@@ -166,7 +166,7 @@ def recall_table(results: Mapping[str, dict[str, Any]], published: Mapping[str, 
 
 
 def mean_recall_table(results: Sequence[BenchmarkResult], published: Mapping[str, tuple[float | None, ...]]) -> Table:
-    """Return a table of the mean recall over the caption fields, with the same kinds of rows as `recall_table`."""
+    """Return a table of recall averaged over caption fields. Unlike `recall_table`, it has no row for chance."""
     means = {}
     for result in results:
         recalls = [_both_recalls(row) for row in result.summary["rows"]]  # (fields, 6)
@@ -179,13 +179,13 @@ def mean_recall_table(results: Sequence[BenchmarkResult], published: Mapping[str
 
 
 def error_analysis_blocks(analyses: Mapping[str, ErrorAnalysis]) -> list[Block]:
-    """Return the recall plots for all models, and the similarity matrix and examples for the first model."""
+    """Return recall plots for all models, and the similarity matrix and examples for the first model."""
     name, first = next(iter(analyses.items()))
     blocks: list[Block] = [_recall_curve_plot(analyses)]
     if len(first.length_bins) > 1:
         blocks.append(_length_plot(analyses))
     matrix = plots.plot_matrix(first.similarity, "images", "their first captions")
-    blocks.append(Plot(matrix, f"Cosine similarities of {name}: matching pairs are on the diagonal."))
+    blocks.append(Plot(matrix, f"Cosine similarities computed by {name}. Matching pairs are on the diagonal."))
     if first.examples:
         text = f"Captions sampled at regular intervals, with the images retrieved by {name}. Correct images are marked."
         blocks += [Heading("Examples", 3), Paragraph(text), *first.examples]
@@ -213,12 +213,11 @@ def _length_plot(analyses: Mapping[str, ErrorAnalysis]) -> Plot:
 
 
 def metrics_table(results: Sequence[BenchmarkResult], published: Mapping[str, Mapping[str, float]]) -> Table:
-    """Return a metrics table for a benchmark whose kind is not "retrieval".
+    """Return a metrics table for a benchmark of any kind except "retrieval".
 
-    The table has one row for each published result (see `published_metrics`), one for the chance level unless it is a
-    metric, and one for each model and method. The last rows show the differences between the first model and each
-    baseline, with paired intervals. Columns for the method and the logit scale are included if any row has these
-    values.
+    The rows show the published results (see `published_metrics`), the chance level (unless it is one of the metrics),
+    and the results of each model and method. The last rows compare the first model with each baseline, with paired
+    intervals. The method and logit scale columns are omitted if no row uses them.
     """
     metric_rows = [(result, row) for result in results for row in result.summary.get("rows", [result.summary])]
     names = list(dict.fromkeys(name for _, row in metric_rows for name in row["metrics"]))
@@ -250,7 +249,7 @@ def _metric_cell(metrics: Mapping[str, float], intervals: Mapping[str, Any], nam
 
 
 def format_difference(difference: Mapping[str, Any], name: str) -> str | None:
-    """Format a metric in the result of `BootstrapMetrics.difference`, as in "+1.2 (-0.3 to +2.5)"."""
+    """Format one metric from the result of `BootstrapMetrics.difference`, e.g. "+1.2 (-0.3 to +2.5)"."""
     metrics, intervals = difference["metrics"], difference["intervals"]
     if name in intervals:
         return with_interval(metrics[name], intervals[name], "+.1f")
@@ -258,7 +257,7 @@ def format_difference(difference: Mapping[str, Any], name: str) -> str | None:
 
 
 def class_details(results: Sequence[BenchmarkResult]) -> list[Block]:
-    """Return collapsed text with the metric of each class for each model and method, if there are class metrics."""
+    """Return a collapsed section with the per-class metrics of each model and method. Empty if there are none."""
     columns = [(result.model, row) for result in results for row in result.summary.get("rows", ())]
     metric = next((name for name in CLASS_METRICS if columns and name in columns[0][1]), None)
     if metric is None:
@@ -285,7 +284,7 @@ def _table_row(
     median_ranks: Sequence[str | None] = (None, None),
     truncated: str | None = None,
 ) -> list[Any]:
-    """Return a row for `recall_table`. For the order of `recalls`, see `_both_recalls`."""
+    """Return a row of `recall_table`. `recalls` has the order of `_both_recalls`."""
     cells: list[Any] = [name]
     for recalls_of_direction, interval, median_rank in zip(
         (recalls[: len(KS)], recalls[len(KS) :]), intervals, median_ranks, strict=True
@@ -297,7 +296,7 @@ def _table_row(
 def _subtract_recalls(
     recalls: Mapping[str, Sequence[float]], published: Mapping[str, tuple[float | None, ...]]
 ) -> dict[str, list[str | None]]:
-    """Return the first model's recall minus the recall of each other model, including `REFERENCE_MODELS`."""
+    """Subtract the recall of each other model, including `REFERENCE_MODELS`, from the recall of the first model."""
     (first_model, first_recalls), *other_models = recalls.items()
     others: dict[str, Sequence[float | None]] = dict(other_models)
     others |= {f"paper {model}": published[model] for model in REFERENCE_MODELS if model in published}
@@ -321,12 +320,12 @@ def _recalls(metrics: dict[str, float]) -> list[float]:
 
 
 def short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[BenchmarkResult]]]) -> list[Block]:
-    """Return one section for each caption field for which short queries were evaluated.
+    """Return a section for each caption field with short-query results.
 
-    The first table shows mAP by query length, and top-1 accuracy on each classification benchmark of the same run.
+    The first table shows mAP by query length, and top-1 accuracy on each classification benchmark in the run.
 
     Args:
-        results: Results on each benchmark of the run, in the order of the models.
+        results: All benchmarks in the run, each with one result per model.
     """
     accuracies = {b.name: _accuracy_cells(r) for b, r in results if b.kind == "classification"}
     blocks: list[Block] = []
@@ -350,13 +349,13 @@ def short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[BenchmarkResu
 
 
 def overview_table(curves: Curves, accuracies: Mapping[str, Mapping[str, str | None]]) -> Table:
-    """Return a table of mAP by query length and of zero-shot accuracy, in percent.
+    """Return a table of mAP by query length and zero-shot accuracy, in percent.
 
-    The last rows show the difference between the first model and each other model. Differences of mAP include 95%
-    confidence intervals, which are computed from paired bootstrap resamples.
+    The last rows show the difference between the first model and each other model. mAP differences come with 95%
+    confidence intervals from paired bootstrap resamples.
 
     Args:
-        accuracies: Top-1 accuracy for each row of the table, keyed by benchmark and by the first cell of the row.
+        accuracies: Formatted top-1 accuracies, keyed by benchmark name and then by row label.
     """
     name, first = next(iter(curves.items()))
     header = ["model", *(f"{length.words} {'word' if length.words == '1' else 'words'}: mAP" for length in first)]
@@ -373,7 +372,7 @@ def overview_table(curves: Curves, accuracies: Mapping[str, Mapping[str, str | N
 
 
 def _accuracy_cells(results: Sequence[BenchmarkResult]) -> dict[str, str | None]:
-    """Return the top-1 accuracy of each model and each difference, keyed by the first cell of the row."""
+    """Return the formatted top-1 accuracy of each model and each difference, keyed by row label."""
     cells: dict[str, str | None] = {}
     for result in results:
         summary = result.summary
@@ -384,7 +383,7 @@ def _accuracy_cells(results: Sequence[BenchmarkResult]) -> dict[str, str | None]
 
 
 def _short_query_metrics_table(curves: Curves) -> Table:
-    """Return a table of all metrics, with one row for each model and query length."""
+    """Return a table of all metrics, with one row per model and query length."""
     rows: list[list[Any]] = []
     for model, lengths in curves.items():
         for length in lengths:
@@ -419,4 +418,4 @@ def _plot_query_lengths(curves: Curves) -> Plot:
         ]
     labels = [length.words for length in next(iter(curves.values()))]
     svg = plots.plot_interval_curves(points, labels, "words in the query", "mAP, %")
-    return Plot(svg, "mAP by the number of words in the query, with 95% confidence intervals.")
+    return Plot(svg, "mAP by query length in words, with 95% confidence intervals.")

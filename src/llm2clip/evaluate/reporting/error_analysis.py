@@ -1,4 +1,4 @@
-"""Error analysis for retrieval: recall by k and by caption length, and example captions with retrieved images."""
+"""Retrieval error analysis: recall by k and by caption length, and example captions with the retrieved images."""
 
 import base64
 import dataclasses
@@ -24,12 +24,13 @@ class ErrorAnalysis:
     """Analysis of a model's retrieval errors for one caption field.
 
     Args:
-        curves: R@1 to R@50 in percent, with the keys "I2T" and "T2I".
+        curves: R@1 to R@50 in percent, keyed by direction ("I2T" or "T2I").
         length_unit: "words", or "characters" for languages without spaces.
         length_bins: Minimum and maximum caption length of each bin.
-        recall_by_length: T2I R@1 of the captions in each bin, in percent, with the bounds of its confidence interval.
+        recall_by_length: T2I R@1 of each bin in percent, as (value, lower bound, upper bound).
         similarity: Cosine similarities between a few images (columns) and their first captions (rows).
-        examples, failures: Retrieved images for captions sampled at regular intervals, and for the worst captions.
+        examples: Images retrieved for captions sampled at regular intervals.
+        failures: Images retrieved for the captions whose correct images have the worst ranks.
     """
 
     curves: dict[str, list[float]]
@@ -45,7 +46,7 @@ def analyze_errors(ranks: RetrievalRanks, num_queries: int = 6, matrix_size: int
     """Analyse a model's retrieval errors for one caption field.
 
     Args:
-        num_queries: Maximum number of examples and of failures.
+        num_queries: Maximum number of examples, and maximum number of failures.
         matrix_size: Maximum number of images in the similarity matrix.
     """
     captions = ranks.captions
@@ -66,7 +67,7 @@ def analyze_errors(ranks: RetrievalRanks, num_queries: int = 6, matrix_size: int
 
 
 def example_searches(ranks: RetrievalRanks, count: int = 5) -> list[dict[str, Any]]:
-    """Return captions with the images that they retrieve, for JSON files. `read_example_searches` reads the result."""
+    """Return sample captions and the images they retrieve, as JSON-compatible dicts. See `read_example_searches`."""
     examples = [dataclasses.asdict(retrieve_images(ranks, text)) for text in sample_caption_indices(ranks, count)]
     for example in examples:
         for image in example["images"]:
@@ -75,7 +76,7 @@ def example_searches(ranks: RetrievalRanks, count: int = 5) -> list[dict[str, An
 
 
 def read_example_searches(examples: Sequence[Mapping[str, Any]]) -> list[ResultImages]:
-    """Convert the result of `example_searches` to blocks of a report."""
+    """Convert the result of `example_searches` to report blocks."""
     blocks = []
     for example in examples:
         images = []
@@ -87,7 +88,7 @@ def read_example_searches(examples: Sequence[Mapping[str, Any]]) -> list[ResultI
 
 
 def sample_caption_indices(ranks: RetrievalRanks, count: int) -> list[int]:
-    """Return the indices of at most `count` captions, sampled at regular intervals."""
+    """Return the indices of up to `count` captions, sampled at regular intervals."""
     num_captions = len(ranks.captions)
     indices: list[int] = torch.linspace(0, num_captions - 1, min(count, num_captions)).long().tolist()
     return indices
@@ -101,7 +102,7 @@ def recall_curve(ranks: Tensor) -> list[float]:
 def length_bins(lengths: Sequence[int], max_bins: int = 6, min_captions: int = 20) -> list[tuple[int, int]]:
     """Divide caption lengths into bins with similar numbers of captions. Return each bin as (minimum, maximum).
 
-    There are at most `max_bins` bins. Each contains at least `min_captions` captions, unless there are fewer in total.
+    Each bin contains at least `min_captions` captions, unless there are fewer captions in total.
     """
     ordered = torch.tensor(sorted(lengths))
     num_bins = max(1, min(max_bins, len(ordered) // min_captions))
@@ -120,7 +121,7 @@ def length_bins(lengths: Sequence[int], max_bins: int = 6, min_captions: int = 2
 def recall_by_length(
     ranks: RetrievalRanks, lengths: Sequence[int], bins: Sequence[tuple[int, int]]
 ) -> list[tuple[float, float, float]]:
-    """Return T2I R@1 of the captions in each bin, in percent, with the bounds of its confidence interval."""
+    """Return the T2I R@1 of each length bin in percent, as (value, lower bound, upper bound)."""
     length = torch.tensor(lengths)
     recalls = []
     for first, last in bins:
@@ -134,7 +135,7 @@ def recall_by_length(
 def find_worst_captions(ranks: RetrievalRanks, count: int) -> list[int]:
     """Return the indices of the captions whose correct images have the worst ranks, at most one caption per image.
 
-    Captions whose correct image is ranked first are excluded.
+    Captions that rank their image first are excluded.
     """
     caption_of_image: dict[int, int] = {}
     for text in ranks.text_ranks.argsort(descending=True, stable=True).tolist():

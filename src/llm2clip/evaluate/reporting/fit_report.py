@@ -59,7 +59,7 @@ def write_fit_report(
         caption_retrieval_table(*cra) if cra else Paragraph("Not measured: too few held-out images have two captions."),
         Heading("Retrieval"),
         Paragraph(
-            "Recall in percent on held-out images. I2T: an image retrieves one of its captions; T2I: a caption "
+            "Recall on held-out images, in percent. I2T: an image retrieves one of its captions; T2I: a caption "
             "retrieves its image. A tie with a wrong answer counts as a miss. Confidence intervals are 95% bootstrap "
             "intervals over images."
         ),
@@ -89,7 +89,7 @@ def summary_table(
     untrained: Sequence[dict[str, Any]],
     trained: Sequence[dict[str, Any]],
 ) -> Table:
-    """Return a table with the most important metrics of a `fit` run. For the arguments, see `write_fit_report`."""
+    """Return a table with the main metrics of a `fit` run. See `write_fit_report` for the arguments."""
     rows: list[list[Any]] = []
     if cra:
         rows.append([f"CRA ({cra[0]['images']:,} images)", cra[0]["chance"], cra[0]["CRA"], cra[1]["CRA"]])
@@ -102,7 +102,7 @@ def summary_table(
 
 
 def caption_retrieval_table(raw: dict[str, Any], tuned: dict[str, Any]) -> Table:
-    """Return a table with the chance level of CRA and the CRA before and after the `tune` stage."""
+    """Return a table with the CRA at chance level, before the `tune` stage and after it."""
     rows: list[list[Any]] = [["chance", raw["chance"], None]]
     for name, metrics in (("raw", raw), ("tuned", tuned)):
         rows.append([name, metrics["CRA"], format_interval(metrics["CRA interval"])])
@@ -111,10 +111,7 @@ def caption_retrieval_table(raw: dict[str, Any], tuned: dict[str, Any]) -> Table
 
 
 def retrieval_table(untrained: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]) -> Table:
-    """Return a table of the recall for each caption field: at chance level, before training, and after training.
-
-    R@1 comes with its confidence interval.
-    """
+    """Return a table of each caption field's recall at chance level, before training and after training."""
     rows: list[list[Any]] = []
     for before, after in zip(untrained, trained, strict=True):
         name = f"{after['captions']} ({after['images']:,} images, {after['texts']:,} texts)"
@@ -128,7 +125,7 @@ def retrieval_table(untrained: Sequence[dict[str, Any]], trained: Sequence[dict[
 
 
 def _short_query_blocks(choice: dict[str, Any]) -> list[Block]:
-    """Return a section on queries of one to three words, encoded as they are and with the model's templates."""
+    """Return a section on one- to three-word queries, encoded with and without the model's templates."""
     literal, with_templates = choice["short queries"], choice["short queries with templates"]
     header = ["query", *(f"{row['words']} {'word' if row['words'] == '1' else 'words'}: mAP" for row in literal)]
     rows = [
@@ -144,16 +141,16 @@ def _short_query_blocks(choice: dict[str, Any]) -> list[Block]:
         templates = ", ".join(map(repr, choice["templates"]))
         limit = "one word" if choice["max_words"] == 1 else f"up to {choice['max_words']} words"
         text += (
-            f"In searches, queries of {limit} are averaged with the templates {templates}. The templates were chosen "
-            "on these images, so the values with templates are slightly too high."
+            f"When searching, queries of {limit} are averaged with the templates {templates}. The templates were "
+            "chosen on these images, so the values with templates are slightly too high."
         )
     else:
-        text += "No templates improve these queries, so searches do not use any."
+        text += "No templates improve these queries, so none are used for searching."
     return [Heading("Short queries"), Paragraph(text), Table(header, rows, frozenset([len(rows) - 1]))]
 
 
 def _recall_cells(row: Mapping[str, Any], suffix: str = "") -> list[Any]:
-    """Return the cells of a row of `retrieval_table`. The suffix " chance" selects the row of chance levels."""
+    """Return the cells of a `retrieval_table` row. The suffix " chance" selects the chance levels."""
     cells: list[Any] = []
     for direction in ("I2T", "T2I"):
         first, *others = (row[direction + suffix][f"R@{k}"] for k in KS)
@@ -163,7 +160,7 @@ def _recall_cells(row: Mapping[str, Any], suffix: str = "") -> list[Any]:
 
 
 def plot_loss(stage: str, rows: Sequence[dict[str, Any]]) -> Plot:
-    """Plot a stage's loss at each step, and a moving average whose window is about 5% of the steps."""
+    """Plot a stage's loss at each step, and its moving average over about 5% of the steps."""
     losses = [row["loss"] for row in rows]
     window = max(1, len(losses) // 20) + 1
     averages = []

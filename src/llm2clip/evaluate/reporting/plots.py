@@ -1,4 +1,4 @@
-"""SVG plots for reports, with a transparent background and grey text for both light and dark pages."""
+"""SVG plots for reports. Their transparent background and grey text suit both light and dark pages."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -51,7 +51,7 @@ def plot_curves(
 def plot_interval_curves(
     curves: Mapping[str, Sequence[tuple[float, float, float]]], tick_labels: Sequence[str], xlabel: str, ylabel: str
 ) -> str:
-    """Plot curves of (value, low, high) at each of the tick labels, with shaded intervals. Return the SVG."""
+    """Plot curves of (value, low, high), one point per tick label, with shaded intervals. Return the SVG."""
     values, bands = {}, {}
     for name, points in curves.items():
         values[name] = [value for value, _, _ in points]
@@ -78,7 +78,7 @@ def plot_intervals(intervals: Mapping[str, tuple[float, float, float]], xlabel: 
 def plot_matrix(scores: Tensor, xlabel: str, ylabel: str) -> str:
     """Plot a matrix as a heat map and return the SVG.
 
-    High values are yellow and low values are dark blue. Both stand out from light and dark pages.
+    High values are yellow and low values are dark blue. Both are visible on light and dark pages.
     """
     figure, axes = create_axes(4.2, 3.8)
     image = axes.imshow(scores.numpy(), cmap="viridis", interpolation="nearest")
@@ -93,7 +93,7 @@ def plot_matrix(scores: Tensor, xlabel: str, ylabel: str) -> str:
 
 
 def create_axes(width: float, height: float) -> tuple[Any, Any]:
-    """Create a figure; return the figure and its axes. `width` and `height` are in inches."""
+    """Create a figure with the given size in inches. Return the figure and its axes."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
