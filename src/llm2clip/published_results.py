@@ -1,4 +1,4 @@
-"""Results that the LLM2CLIP authors published, for comparison. The values are in `published_results.yaml`."""
+"""Results published by the LLM2CLIP authors, for comparison. The values are in `published_results.yaml`."""
 
 from dataclasses import dataclass
 from importlib.resources import files
@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 Cell = tuple[float, ...] | None
-"""Values in a table cell. None: the authors published no value."""
+"""Values in a table cell, or None if the authors published no value."""
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class PublishedTable:
 
     Args:
         title: Description of the values in the table.
-        year: Version of the project page that contains the table.
-        source: Version of the project page, with commit and date.
+        year: Year of the project page version that contains the table.
+        source: Project page version, with commit and date.
         rows: Cells of each row, one per column, keyed by row name.
         heading: Heading in the documentation. Empty if the documentation does not contain the table.
         note: Remarks about the values. May be empty.
@@ -55,7 +55,7 @@ TABLES = _load_tables()
 CRA = {model: cell[0] for model, (cell,) in TABLES["cra"].rows.items() if cell}
 CRA_NOTE = TABLES["cra"].note
 
-# Benchmark names in llm2clip -> column names in the tables about retrieval.
+# Benchmark names in llm2clip -> column names in the retrieval tables.
 PUBLISHED_NAMES = {
     "flickr30k": "Flickr30k",
     "coco": "COCO",
@@ -67,7 +67,7 @@ PUBLISHED_NAMES = {
     "xm3600": "XM3600",
 }
 RETRIEVAL_TABLES = ("eva02_text_towers", "clip_text_encoders", "chinese_retrieval", "multilingual_retrieval")
-# Benchmark names -> columns of the table "vision_transfer" and the metrics in these columns.
+# Benchmark names -> column in the table "vision_transfer", and the metrics in this column.
 VISION_TRANSFER_METRICS = {
     "voc20": ("VOC", ("mIoU",)),
     "voc21": ("VOC", ("mIoU",)),
@@ -93,12 +93,12 @@ def published_metrics(benchmark: str) -> dict[str, dict[str, float]]:
 def published_rows(benchmark: str) -> dict[str, tuple[float | None, ...]]:
     """Return the authors' results on a retrieval benchmark.
 
-    For xm3600, the project page has a single value per direction, which is comparable with the mean over all languages.
+    For xm3600, the project page has a single value per direction, which is comparable to the mean over all languages.
 
     Returns:
-        Six values for each model: R@1, R@5 and R@10 for I2T, then the same for T2I. R@5 and R@10 are None if the
-        authors published only R@1. The keys have the form "YEAR: MODEL", where YEAR is the year of the project page,
-        e.g. "2026: Llama-3-8B-CC". The dict is empty if the authors published no results for the benchmark.
+        Six values per model: R@1, R@5 and R@10 for I2T, then the same for T2I. R@5 and R@10 are None if only R@1 was
+        published. Keys have the form "YEAR: MODEL", such as "2026: Llama-3-8B-CC", where YEAR is the year of the
+        project page version. The dict is empty if the authors published no results for the benchmark.
     """
     rows: dict[str, tuple[float | None, ...]] = {}
     for table in _find_tables(benchmark):
@@ -112,7 +112,7 @@ def published_rows(benchmark: str) -> dict[str, tuple[float | None, ...]]:
 
 
 def published_notes(benchmark: str) -> list[str]:
-    """Return one line for each published table with results for a benchmark: its year, title and source."""
+    """Return the year, title, source and note of each published table with results for a benchmark, one per line."""
     tables = _find_tables(benchmark)
     if benchmark in VISION_TRANSFER_METRICS:
         tables = [TABLES["vision_transfer"]]

@@ -1,7 +1,7 @@
 """Caption retrieval accuracy (CRA) of a text encoder (arXiv 2411.04997, section 3.1).
 
 There are two protocols. In the paper's protocol, the first two captions of each image retrieve each other. In the "all
-pairs" protocol, each caption is a query that is ranked against all other captions, and any other caption of the same
+pairs" protocol, each caption is a query for which all other captions are ranked, and any other caption of the same
 image is a correct answer. In both protocols, a tie between a correct and a wrong caption counts as an error.
 """
 
@@ -31,7 +31,7 @@ from llm2clip.runs.ranks import process_state
 class TextEncoder(Protocol):
     """Interface for text encoders, such as a `CaptionEncoder` or the text tower of an image-text model.
 
-    `encode` returns embeddings of shape (N, D), float32 on the CPU. `count_truncated` returns the number of texts
+    `encode` returns float32 embeddings of shape (N, D) on the CPU. `count_truncated` returns the number of texts
     truncated to the maximum length, or None if unknown.
     """
 
@@ -44,8 +44,8 @@ def open_text_encoder(model: str | None, encoder: EncoderConfig, trust_remote_co
     """Load the text encoder of a model. If `model` is None, load the caption encoder that `encoder` describes.
 
     Raises:
-        ValueError: If the model has no separate text encoder, or if `encoder` is a CLIP text tower and has settings
-            that do not apply to it.
+        ValueError: If the model has no separate text encoder, or if `encoder` is a CLIP text tower with settings that
+            do not apply to it.
     """
     device = process_state().device
     if model is not None:
@@ -65,7 +65,7 @@ def open_text_encoder(model: str | None, encoder: EncoderConfig, trust_remote_co
     changed = [f"--encoder.{name}" for name, value in vars(encoder).items() if value != defaults[name]]
     if changed:
         raise ValueError(
-            f"{path} is a CLIP text tower, to which some settings do not apply: remove {', '.join(changed)}"
+            f"{path} is a CLIP text tower, which does not support these settings: remove {', '.join(changed)}"
         )
     return load_clip_text_encoder(path, trust_remote_code=trust_remote_code)
 
@@ -88,15 +88,15 @@ def caption_retrieval_accuracy(
         return_hits: If True, also return the accuracy for each image.
 
     Returns:
-        A dict. For the paper's protocol, "CRA" is the top-1 accuracy, averaged over both directions, "CRA interval" its
-        95% bootstrap confidence interval over images, and "chance" the chance level. "first to second" and "second to
-        first" are R@1/5/10 in each direction. "positive cosine" and "negative cosine" are the mean cosine similarities
-        between captions of the same image and of different images. "images", "excluded" and "truncated" are the numbers
-        of evaluated images, excluded images and truncated captions.
+        A dict with the results of the paper's protocol. "CRA" is the top-1 accuracy, averaged over both directions.
+        "CRA interval" is its 95% bootstrap confidence interval over images, and "chance" is its chance level. "first to
+        second" and "second to first" are R@1/5/10 in each direction. "positive cosine" and "negative cosine" are the
+        mean cosine similarities between captions of the same image and between captions of different images. "images",
+        "excluded" and "truncated" are the numbers of evaluated images, excluded images and truncated captions.
 
-        If `all_pairs` is True, "all pairs" and "all pairs chance" are R@1/5/10, and "captions" is the number of
-        captions. If `return_hits` is True, "hits" is the accuracy (0, 0.5 or 1) for each image. If `num_mistakes` is
-        greater than 0, "mistakes" is the result of `find_worst_mistakes`.
+        With `all_pairs`, "all pairs" and "all pairs chance" are R@1/5/10, and "captions" is the number of captions.
+        With `return_hits`, "hits" is each image's accuracy (0, 0.5 or 1). If `num_mistakes` is greater than 0,
+        "mistakes" is the result of `find_worst_mistakes`.
 
     Raises:
         ValueError: If no image has two distinct captions.
@@ -174,14 +174,14 @@ def mean_cosines(first: Tensor, second: Tensor) -> tuple[float, float]:
 def find_worst_mistakes(
     first: Tensor, second: Tensor, captions: Sequence[Sequence[str]], count: int, chunk_size: int = 4096
 ) -> list[dict[str, Any]]:
-    """Return queries for which a wrong caption is at least as similar as the correct caption, worst mistakes first.
+    """Return the queries for which a wrong caption is at least as similar as the correct caption, worst first.
 
     Args:
         first, second: Embeddings of the first and second captions of N images, each of shape (N, D), L2-normalised.
         chunk_size: Number of queries per matmul.
 
     Returns:
-        Mistakes, sorted by the difference between the two similarities, largest first. Each mistake has "caption" (the
+        Mistakes in descending order of the difference between the two similarities. Each mistake has "caption" (the
         query), "correct" (the correct caption), "retrieved" (the wrong caption), and the cosine similarities "correct
         cosine" and "retrieved cosine".
     """

@@ -162,7 +162,7 @@ class PrecomputedEmbeddings:
                     f"{file}: the {name} have shape {embeddings.shape}, but their names have shape {keys.shape}"
                 )
         if images.shape[1] != texts.shape[1]:
-            raise ValueError(f"{file}: image embeddings have {images.shape[1]} dimensions, but text embeddings have {texts.shape[1]}")
+            raise ValueError(f"{file}: images have {images.shape[1]} dimensions, but texts have {texts.shape[1]}")
         self._images = F.normalize(torch.from_numpy(images).float(), dim=-1)
         self._texts = F.normalize(torch.from_numpy(texts).float(), dim=-1)
         check_finite(self._images, self._texts)
@@ -192,7 +192,7 @@ class PrecomputedEmbeddings:
         return self._images[torch.tensor(rows)], list(range(len(refs)))
 
     def _find_image(self, ref: ImageRef) -> int | None:
-        """Return the row of an image's embedding, or None. Names of images in tar files are FILE.tar!MEMBER or MEMBER."""
+        """Return the row of an image's embedding, or None. Images in tar files are named FILE.tar!MEMBER or MEMBER."""
         for path in (PurePosixPath(str(ref)), PurePosixPath(str(ref).replace("!", "/"))):
             for start in range(len(path.parts)):
                 name = PurePosixPath(*path.parts[start:]).as_posix()

@@ -304,7 +304,12 @@ def recall_differences(
 def _bootstrap_by_image(
     values: Sequence[Tensor], groups: Tensor, ks: Sequence[int], bounds: tuple[float, float]
 ) -> dict[str, tuple[float, float]]:
-    """Resample images and return an interval in percent for each k's mean. `values` has a tensor of shape (Q,) per k."""
+    """Bootstrap over images, and return confidence intervals in percent for the mean of `values` at each k.
+
+    Args:
+        values: Values of each query, one tensor of shape (Q,) per k.
+        groups: Image index of each query, int64 of shape (Q,).
+    """
     stacked = torch.stack(list(values), 1)  # (Q, K)
     sums = stacked.new_zeros(int(groups.max()) + 1, len(ks)).index_add_(0, groups, stacked)
     low, high = (100 * bootstrap_intervals(sums, torch.bincount(groups), bounds)).tolist()

@@ -20,7 +20,7 @@ from llm2clip.store.store import EmbeddingStore
 
 @dataclass(frozen=True)
 class RetrievalRanks:
-    """Retrieval ranks for one caption field in both directions, and the records and embeddings that were ranked.
+    """Retrieval ranks for one caption field in both directions, with the ranked records and embeddings.
 
     Args:
         records: Records that have a caption and a decodable image.
@@ -88,8 +88,8 @@ def caption_field_metrics(embeddings: EmbeddingSource, ranked: Mapping[str, Retr
     """Compute retrieval metrics from the ranks of each caption field.
 
     Returns:
-        One row per caption field, with "captions" (name of the field), "images" and "texts" (their numbers),
-        "truncated" (number of texts that exceed the model's maximum length), and the result of `retrieval_metrics`.
+        One row per caption field, with "captions" (name of the field), the counts "images", "texts" and "truncated"
+        (texts that exceed the model's maximum length), and the result of `retrieval_metrics`.
     """
     rows = []
     for name, ranks in ranked.items():
@@ -123,8 +123,8 @@ def retrieval_difference(first: RetrievalRanks, other: RetrievalRanks) -> dict[s
 def caption_lengths(captions: Sequence[str]) -> tuple[str, list[int]]:
     """Return the length unit and the length of each caption.
 
-    Lengths are measured in words. If most captions have no spaces between words, as in Chinese or Japanese, lengths are
-    measured in characters.
+    Lengths are measured in words, or in characters if most captions have no spaces between words, as in Chinese or
+    Japanese.
     """
     words = [len(caption.split()) for caption in captions]
     characters = [len(caption) for caption in captions]
@@ -144,7 +144,7 @@ def make_validator(
 
     Args:
         fields: Records, keyed by caption field.
-        store: Store of the caption encoder's embeddings of all captions.
+        store: The caption encoder's embeddings. Must contain all captions in `fields`.
     """
 
     def validate(model: LLM2CLIP) -> dict[str, float]:

@@ -5,7 +5,7 @@ The adapter registers the model type "llm2clip" with CLIP_benchmark:
     python -m llm2clip.evaluate.adapters.clip_benchmark eval --model_type llm2clip --model runs/mine/model \\
         --pretrained none --dataset cifar10 --no_amp
 
-CLIP_benchmark calls a tokenizer on texts and passes the result to the model. This adapter's tokenizer returns the texts
+CLIP_benchmark calls a tokenizer and passes its output to the model. This adapter's tokenizer returns the texts
 unchanged.
 """
 

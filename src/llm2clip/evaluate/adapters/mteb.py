@@ -26,14 +26,14 @@ from llm2clip.models.hub.fingerprint import fingerprint
 class MTEBModel(AbsEncoder):
     """Encoder for texts, images and image-text pairs.
 
-    The embedding of a pair is the normalised sum of its image embedding and its text embedding.
+    The embedding of a pair is the normalised sum of its image and text embeddings.
     """
 
     def __init__(self, name: str, device: torch.device | str | None = None) -> None:
         """
         Args:
             name: Model as accepted by `open_dual_encoder`.
-            device: By default, a GPU if available.
+            device: Default: a GPU if available.
         """
         self.model = open_dual_encoder(name, device)
         parts = [part for part in name.replace(":", "/").split("/") if part not in ("", ".", "..")]

@@ -39,20 +39,20 @@ USER_BENCHMARKS: dict[str, Callable[[str, Sequence[str]], Benchmark]] = {
     SEGMENTATION_PREFIX: segmentation_benchmark,
     DETECTION_PREFIX: detection_benchmark,
 }
-"""Functions that create a benchmark from the user's data and prompt templates, keyed by the prefix of the name."""
+"""Functions that create a benchmark from the user's data and prompt templates, keyed by name prefix."""
 BENCHMARKS = {benchmark.name: benchmark for benchmark in _PUBLIC_BENCHMARKS}
 
 
 def has_user_data(name: str) -> bool:
-    """Return True if the name of a benchmark refers to the user's own data. See `get_benchmarks`."""
+    """Return True if a benchmark name refers to the user's own data. See `get_benchmarks`."""
     return name.startswith(tuple(USER_BENCHMARKS))
 
 
 def get_benchmarks(names: Sequence[str], templates: Sequence[str] = ()) -> list[Benchmark]:
     """Return the benchmarks with the given names.
 
-    The name "all" selects every public benchmark. Names of the form PREFIX:PATH create benchmarks from the user's data,
-    see `USER_BENCHMARKS`.
+    The name "all" selects every public benchmark. Names of the form PREFIX:PATH create benchmarks from the user's data
+    (see `USER_BENCHMARKS`).
 
     Args:
         templates: Prompt templates for the user's data. Default: depends on the kind of benchmark.
@@ -75,8 +75,8 @@ def get_benchmarks(names: Sequence[str], templates: Sequence[str] = ()) -> list[
 def list_benchmarks(root: Path) -> list[str]:
     """Return lines of text that list all benchmarks and their folders in `root`.
 
-    The table also shows the number of models for which the LLM2CLIP authors published results. For each missing
-    benchmark, a line states where to download its files.
+    The list also shows the number of models with results published by the LLM2CLIP authors and, for missing benchmarks,
+    where to download the files.
     """
     rows, missing = [], []
     for benchmark in BENCHMARKS.values():

@@ -48,7 +48,7 @@ class ClassificationData:
 
 @dataclass(frozen=True)
 class JudgedRetrieval:
-    """COCO test images and captions. Their COCO ids are used to look up human relevance judgements."""
+    """COCO test images and captions, with the COCO ids that identify them in human relevance judgements."""
 
     images: Sequence[ImageRef]
     image_ids: Sequence[int]
@@ -58,7 +58,7 @@ class JudgedRetrieval:
 
 @dataclass(frozen=True)
 class RegionData:
-    """Images with labelled boxes, class names and prompt templates. The lists have one element per image."""
+    """Images with labelled boxes, class names and prompt templates. `images` to `areas` have one element per image."""
 
     images: Sequence[ImageRef]
     sizes: Sequence[tuple[int, int]]
@@ -82,21 +82,21 @@ IGNORED = 255
 
 @dataclass(frozen=True)
 class SegmentationData:
-    """Images with pixel labels, class names, prompt templates and the parameters of the protocol."""
+    """Images with pixel labels, class names, prompt templates and protocol parameters."""
 
     images: Sequence[ImageRef]
     read_labels: Callable[[int], np.ndarray]
     """Function that returns the class index or `IGNORED` for each pixel of an image, uint8 of shape (H, W)."""
     names: Sequence[Sequence[str]]
-    """Names of each class. A pixel's score for a class is the maximum over the names of the class."""
+    """Names of each class. A pixel's score for a class is the maximum over the class's names."""
     templates: Sequence[str]
     """Prompt templates, with {} as the placeholder for the class name."""
     has_background: bool = False
-    """True if class 0 is the background. Its names are things that do not belong to any other class."""
+    """True if class 0 is the background. The background's names are things that do not belong to any other class."""
     scale: float = 1.5
-    """Shorter side of the resized image, divided by the side of the sliding window."""
+    """Ratio of the resized image's shorter side to the side of the sliding window."""
     logit_scale: float = 40.0
-    """Factor for the cosine similarities before the softmax."""
+    """Factor by which cosine similarities are multiplied before the softmax."""
     min_probability: float = 0.0
     """Pixels whose maximum class probability is below this value are assigned to class 0, the background."""
     min_area: float = 0.0
@@ -188,11 +188,11 @@ class Benchmark:
         try:
             return read and read(folder)
         except (KeyError, IndexError, TypeError, AttributeError) as error:  # a row has missing or invalid fields
-            raise DataFormatError(f"{folder}: a row does not have the {self.name} format ({error!r})") from error
+            raise DataFormatError(f"{folder}: a row does not match the {self.name} format ({error!r})") from error
 
 
 def image_file(folder: Path, name: str) -> FileImage:
-    """Return a reference to the image with the path `name` inside a folder.
+    """Return a reference to the image at the path `name` inside a folder.
 
     Raises:
         DataFormatError: If the path points outside the folder.
@@ -212,15 +212,12 @@ def find_image_file(folders: Sequence[Path], name: str) -> FileImage:
 
 
 def find_coco_roots(folder: Path) -> list[Path]:
-    """Return a benchmark's own folder and the coco folders next to it, any of which can contain COCO's images."""
+    """Return the folders that can contain COCO's images: a benchmark's own folder and any coco folders next to it."""
     return [folder, *(path for name in COCO_FOLDERS if (path := folder.parent / name).is_dir())]
 
 
 def check_files(refs: Sequence[ImageRef], source: Path) -> None:
-    """Raise MissingFileError if image files are missing.
-
-    The error message states the number of missing files and the path of one of them.
-    """
+    """Raise MissingFileError, with the number of missing files and an example, if image files are missing."""
     missing = [ref for ref in refs if isinstance(ref, FileImage) and not Path(ref.path).is_file()]
     if missing:
         raise MissingFileError(
@@ -229,7 +226,7 @@ def check_files(refs: Sequence[ImageRef], source: Path) -> None:
 
 
 def make_captioned_records(pairs: Iterable[tuple[ImageRef, Sequence[str]]], source: Path) -> list[Record]:
-    """Create one record for each image and its captions. Whitespace around captions is stripped.
+    """Create one record per image with its captions. Whitespace around captions is stripped.
 
     Raises:
         MissingFileError: If image files are missing.
@@ -239,7 +236,7 @@ def make_captioned_records(pairs: Iterable[tuple[ImageRef, Sequence[str]]], sour
     for image, captions in pairs:
         texts = tuple(caption.strip() for caption in captions)
         if not texts or not all(texts):
-            raise DataFormatError(f"{source}: {image} has no caption or has an empty caption")
+            raise DataFormatError(f"{source}: {image} has no captions or an empty caption")
         record_id = Path(image.path).stem if isinstance(image, FileImage) else str(image)
         records.append(Record(record_id, image, texts))
     check_files([record.image for record in records if record.image is not None], source)

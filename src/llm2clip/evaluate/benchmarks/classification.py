@@ -1,8 +1,8 @@
-"""Zero-shot classification: ImageNet and its variants, ObjectNet, CIFAR, and any folder of image classes.
+"""Zero-shot classification: ImageNet and its variants, ObjectNet, CIFAR, and any folder with one subfolder per class.
 
-As in CLIP (arXiv 2103.00020), the class name is inserted into each prompt template, and the class embedding is the mean
-embedding of these prompts. For ImageNet, OpenAI's class names and 80 templates come from open_clip. The classes are
-sorted by WordNet id, and the list of ids comes from timm.
+As in CLIP (arXiv 2103.00020), each class name is inserted into all prompt templates, and the class embedding is the
+mean embedding of these prompts. For ImageNet, OpenAI's class names and 80 templates come from open_clip. The classes
+are sorted by WordNet id, and the list of ids comes from timm.
 """
 
 import importlib.util
@@ -30,8 +30,8 @@ def folder_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
     """Create a zero-shot classification benchmark from the user's images.
 
     Args:
-        name: Path of a folder with one subfolder of images per class, or with test/ or val/ (and optionally train/),
-            each with one subfolder per class.
+        name: Path of a folder that contains one subfolder of images per class. Alternatively, it can contain test/ or
+            val/ (and optionally train/), each with one subfolder per class.
         templates: Prompt templates. Default: see `read_class_folders`.
     """
 
@@ -54,8 +54,9 @@ def folder_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
 def read_class_folders(folder: Path, split: str = "") -> ClassificationData:
     """Read images from one subfolder per class. The subfolders are in `folder`, or in `folder/split` if `split` is set.
 
-    The class names are the lines "FOLDER<tab>NAME" of `folder/classnames.txt` or, if there is no such file, the folder
-    names with underscores replaced by spaces. Each line of `folder/templates.txt`, if it exists, is a prompt template.
+    Class names are read from `folder/classnames.txt`, whose lines have the form "FOLDER<tab>NAME". Without this file,
+    they are the folder names, with underscores replaced by spaces. If `folder/templates.txt` exists, each of its lines
+    is a prompt template.
 
     Raises:
         MissingFileError: If no subfolder contains images.
@@ -98,7 +99,7 @@ def _list_image_files(folder: Path) -> list[Path]:
 
 
 def _read_images(class_dirs: Sequence[Path], names: Sequence[str], templates: Sequence[str]) -> ClassificationData:
-    """Return all images. An image's label is the index of its class folder."""
+    """Return the images in all class folders. An image's label is the index of its folder."""
     images: list[ImageRef] = []
     labels: list[int] = []
     for label, class_dir in enumerate(class_dirs):
@@ -133,7 +134,7 @@ def _load_imagenet_texts() -> tuple[list[str], list[str], list[str]]:
 
 
 def _read_imagenet(folder: Path) -> ClassificationData:
-    """Read `val/WNID/*.JPEG`. For ImageNet-A and ImageNet-R, only the classes of the variant are candidates."""
+    """Read `val/WNID/*.JPEG`. For ImageNet-A and ImageNet-R, only the variant's classes are candidates."""
     return _read_wordnet_folders(folder / "val" if (folder / "val").is_dir() else folder)
 
 
@@ -150,7 +151,7 @@ def _read_wordnet_folders(root: Path) -> ClassificationData:
 
 
 def _read_imagenet_v2(folder: Path) -> ClassificationData:
-    """Read the folders `0` to `999`. Their names are class indices and must be sorted as numbers, not as text."""
+    """Read the folders `0` to `999`. Their names are class indices, which must be sorted as numbers, not as text."""
     _, names, templates = _load_imagenet_texts()
     root = folder if (folder / "0").is_dir() else first_existing(folder, "imagenetv2-matched-frequency-format-val")
     return _read_images([first_existing(root, str(n)) for n in range(len(names))], names, templates)
@@ -194,8 +195,8 @@ def _encode_png(image: Image.Image) -> io.BytesIO:
 def _read_cifar(folder: Path, files: Sequence[str], names_file: str, skipped_labels: int = 0) -> ClassificationData:
     """Read CIFAR's binary format.
 
-    Each row consists of the label (for CIFAR-100, the coarse label and the fine label), followed by 1,024 bytes each
-    for red, green and blue.
+    Each row contains the label (for CIFAR-100, the coarse label and the fine label), followed by 1,024 bytes each for
+    red, green and blue.
     """
     row_size = skipped_labels + 1 + CIFAR_PIXELS
     names = [name.replace("_", " ") for name in read_lines(first_existing(folder, names_file))]
@@ -205,7 +206,7 @@ def _read_cifar(folder: Path, files: Sequence[str], names_file: str, skipped_lab
         data = np.fromfile(first_existing(folder, file), np.uint8)
         if len(data) % row_size:
             raise DataFormatError(
-                f"{folder / file}: size of {len(data):,} bytes is not a multiple of {row_size:,} bytes per image"
+                f"{folder / file}: the size of {len(data):,} bytes is not a multiple of {row_size:,} bytes per image"
             )
         for n, row in enumerate(data.reshape(-1, row_size)):
             label = int(row[skipped_labels])

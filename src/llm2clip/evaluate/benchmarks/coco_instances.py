@@ -5,8 +5,8 @@ The format is {"images": [{"id", "file_name", "width", "height"}], "annotations"
 in pixels (cocodataset.org, "Data format"). LVIS has "coco_url" instead of "file_name", and no crowd boxes.
 
 OV-COCO consists of COCO val2017 with 48 base classes and 17 novel classes. The class split is from Bansal et al. (arXiv
-1804.04340). As in OVR-CNN (arXiv 2011.10678), detectors choose from all 65 classes, the objects of COCO's other 15
-classes are removed, and images without any remaining object are excluded.
+1804.04340). As in OVR-CNN (arXiv 2011.10678), detectors choose from all 65 classes. Objects of COCO's other 15 classes
+are removed, and images without any remaining object are excluded.
 """
 
 import importlib.util
@@ -41,7 +41,7 @@ BOXES_PREFIX = "boxes:"
 DETECTION_PREFIX = "detection:"
 INSTANCES_FOLDERS = (*COCO_FOLDERS, "coco_instances")
 MIN_SIDE = 1.0  # pixels; smaller boxes are excluded from region classification
-DESCRIPTIONS = {  # of the user's files
+DESCRIPTIONS = {  # for the user's own files
     "regions": "boxes with class names",
     "segmentation": "images with masks",
     "detection": "objects with boxes",
@@ -54,11 +54,10 @@ class Instances:
     """Contents of a file in COCO's format.
 
     Attributes:
-        images: Entry of each image, keyed by image id.
+        images: Image entries, keyed by image id.
         sizes: Width and height of each image in pixels, keyed by image id.
-        annotations: Entry of each object. Every "image_id" is a key of `images`, and every "category_id" is a key of
-            `names`.
-        names: Name of each category, with underscores replaced by spaces, keyed by category id and sorted by id.
+        annotations: Object entries. Every "image_id" is a key of `images`, and every "category_id" is a key of `names`.
+        names: Category names with underscores replaced by spaces, keyed by category id and sorted by id.
     """
 
     file: Path
@@ -78,7 +77,7 @@ def coco_file_benchmark(
     Args:
         prefix: Prefix that selects the kind of benchmark on the command line, such as "boxes:".
         name: Path of the file.
-        read: Function that reads the file and returns the data of this kind of benchmark.
+        read: Function that reads the file and returns the data for this kind of benchmark.
     """
     file = Path(name).expanduser().absolute()
     return Benchmark(
@@ -92,14 +91,14 @@ def coco_file_benchmark(
 
 
 def read_instances(file: Path, with_masks: bool = False) -> Instances:
-    """Read a JSON file in COCO's format. If several categories have the same name, print a warning.
+    """Read a JSON file in COCO's format. Print a warning if several categories have the same name.
 
     Args:
-        with_masks: If True, keep "segmentation", whose polygons take up a lot of memory.
+        with_masks: If True, keep each object's "segmentation". Polygons take up a lot of memory.
 
     Raises:
-        DataFormatError: If the file lists no images, several images have the same id, a category has no name, an image
-            has an invalid size, or an annotation refers to an image or a category that does not exist.
+        DataFormatError: If the file lists no images, an id is not unique, a category has no name, an image has an
+            invalid size, or an annotation refers to an image or category that does not exist.
     """
     data = read_json(file, None if with_masks else drop_unused_keys)
     images: dict[ImageId, dict[str, Any]] = {}
@@ -134,8 +133,8 @@ def _parse_category_names(file: Path, categories: Sequence[Mapping[str, Any]]) -
     for name, count in Counter(names.values()).items():
         if count > 1:
             print_once(
-                f"{file}: {count} categories have the name {name!r}. The model cannot distinguish them, and only the "
-                "first of them can be predicted"
+                f"{file}: {count} categories have the name {name!r}. The model cannot distinguish them, so only the "
+                "first one can be predicted"
             )
     return names
 
@@ -149,13 +148,13 @@ def require_pycocotools() -> None:
     """Raise MissingFileError if pycocotools is not installed."""
     if importlib.util.find_spec("pycocotools") is None:
         raise MissingFileError(
-            f"pycocotools, which decodes COCO's masks and computes the average precision, is not installed: "
+            f"pycocotools is required to decode COCO's masks and compute the average precision: "
             f"{install_command('dense')}"
         )
 
 
 def image_refs(file: Path, images: Sequence[Mapping[str, Any]]) -> list[ImageRef]:
-    """Return references to the images that are listed in a JSON file.
+    """Return references to the images listed in a JSON file.
 
     Raises:
         MissingFileError: If image files are missing.
@@ -177,17 +176,17 @@ def _parse_image_size(file: Path, image: Mapping[str, Any]) -> tuple[int, int]:
     is_valid = isinstance(width, int) and isinstance(height, int) and min(width, height) > 0
     if not is_valid or width * height > MAX_PIXELS:
         raise DataFormatError(
-            f"{file}: image {image.get('id')} has the width {width!r} and the height {height!r}, but these must be "
-            f"positive integers, with at most {MAX_PIXELS:,} pixels in total"
+            f"{file}: image {image.get('id')} has width {width!r} and height {height!r}, but these must be positive "
+            f"integers, with at most {MAX_PIXELS:,} pixels in total"
         )
     return width, height
 
 
 def clip_box(file: Path, annotation: Mapping[str, Any], image_size: tuple[int, int]) -> list[float]:
-    """Return the box of an annotation as [left, top, right, bottom] in pixels, clipped to the image.
+    """Return an annotation's box as [left, top, right, bottom] in pixels, clipped to the image.
 
     Args:
-        file: Path of the file, for error messages.
+        file: Path shown in error messages.
         image_size: Width and height of the image in pixels.
 
     Raises:
@@ -210,15 +209,15 @@ def clip_box(file: Path, annotation: Mapping[str, Any], image_size: tuple[int, i
 
 
 def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """Decode an object's mask, bool of shape (height, width), from polygons or from COCO's run-length encoding (RLE).
+    """Decode polygons or COCO's run-length encoding (RLE) into a mask, bool of shape (height, width).
 
-    pycocotools does not validate its input: polygons far outside the image take unlimited memory, and masks with
-    missing run lengths contain uninitialised memory. Therefore, polygons are checked before pycocotools decodes them,
-    and RLE is decoded without pycocotools.
+    pycocotools does not validate its input: polygons far outside the image use unlimited memory, and masks with missing
+    run lengths contain uninitialised memory. Therefore, polygons are checked before pycocotools decodes them, and RLE
+    is decoded without pycocotools.
 
     Raises:
-        ValueError: If a polygon is far outside the image, or the run lengths are invalid or belong to an image of a
-            different size.
+        ValueError: If a polygon is far outside the image, or the run lengths are invalid or do not match the image
+            size.
     """
     if isinstance(segmentation, list):
         from pycocotools import mask
@@ -244,9 +243,9 @@ def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
 def _decompress_run_lengths(data: bytes) -> list[int]:
     """Decode COCO's compressed run lengths (`rleFrString` in pycocotools' maskApi.c).
 
-    Each number is split into groups of five bits, lowest group first. A group is stored as a character whose code is 48
-    plus the group. In all groups but the last of a number, the sixth bit is also set. The fifth bit of the last group
-    is the sign. From the fourth number on, each number is the difference from the run length two positions before.
+    Each number is split into five-bit groups, lowest group first. Each group is stored as the character with the code
+    48 plus the group. The sixth bit is set in all groups except a number's last group, whose fifth bit is the sign.
+    From the fourth number on, each number is the difference from the run length two positions earlier.
 
     Raises:
         ValueError: If a character is invalid, or the last number is incomplete.
@@ -281,7 +280,7 @@ def boxes_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
 
 
 def read_boxes(file: Path, templates: Sequence[str] = ()) -> RegionData:
-    """Read boxes from a JSON file in COCO's format. Images without boxes are not included.
+    """Read boxes from a JSON file in COCO's format. Images without boxes are omitted.
 
     Boxes are clipped to the image. Crowd boxes and boxes smaller than a pixel are excluded. In class names, underscores
     are replaced by spaces. By default, OpenAI's prompt templates for ImageNet are used.
@@ -348,7 +347,7 @@ def read_detection(
 ) -> DetectionData:
     """Return the objects of the given categories, and the images that contain them.
 
-    Boxes are clipped to the image, like the boxes of detections. Objects whose clipped boxes are empty are excluded.
+    Boxes are clipped to the image, like those of detections. Objects whose clipped boxes are empty are excluded.
 
     Args:
         groups: Groups of class names for which metrics are reported.
@@ -390,7 +389,7 @@ def _read_ov_coco(folder: Path) -> DetectionData:
     missing = [name for name in names if name not in category_ids]
     if missing:
         raise DataFormatError(
-            f"{instances.file} has no category {missing[0]!r}; {len(missing)} of {len(names)} are missing"
+            f"{instances.file}: {len(missing)} of {len(names)} categories are missing, e.g. {missing[0]!r}"
         )
     return read_detection(instances, [category_ids[name] for name in names], groups, imagenet_templates())
 

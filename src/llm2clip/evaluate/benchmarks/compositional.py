@@ -1,4 +1,4 @@
-"""Winoground and SugarCrepe: images with captions that differ only in a few words or in their word order.
+"""Winoground and SugarCrepe: images with captions that differ only in a few words or in word order.
 
 A tie between the correct answer and a wrong answer counts as an error.
 """
@@ -48,8 +48,8 @@ def _read_winoground_parquet(file: Path) -> list[CompositionalExample]:
 def _read_sugarcrepe(folder: Path) -> list[CompositionalExample]:
     """Read 7,511 examples, each with a COCO val2017 image, a correct caption and a wrong caption (arXiv 2306.14610).
 
-    The wrong captions are correct captions in which words were added, replaced or swapped. Each file contains one
-    category of such changes.
+    Wrong captions are correct captions with added, replaced or swapped words. Each file contains one category of
+    changes.
     """
     data_dir = folder / "data" if (folder / "data").is_dir() else folder
     image_dir = next((root / "val2017" for root in find_coco_roots(folder) if (root / "val2017").is_dir()), None)
@@ -77,14 +77,13 @@ def compositional_accuracy(
 ) -> dict[str, float]:
     """Return accuracies in percent.
 
-    In Winoground (arXiv 2204.03162), each example has two images and two captions. The result contains three
-    accuracies. In "text", an example is correct if both images are more similar to their own captions. In "image", an
-    example is correct if both captions are more similar to their own images. In "group", both conditions must hold. The
-    chance levels are 25, 25 and 16.7.
+    In Winoground (arXiv 2204.03162), each example has two images and two captions. For "text", each image must be more
+    similar to its own caption than to the other caption. For "image", each caption must be more similar to its own
+    image than to the other image. For "group", both conditions must hold. The chance levels are 25, 25 and 16.7.
 
     In SugarCrepe (arXiv 2306.14610), each example has one image, a correct caption and a wrong caption. The result
-    contains one accuracy for each category of examples, and "mean", the average over the categories. The chance level
-    is 50.
+    contains the accuracy for each category of examples, and the mean over the categories as "mean". The chance level is
+    50.
 
     Args:
         examples: All examples of a single benchmark.
@@ -108,7 +107,7 @@ def compositional_accuracy(
 
 
 def _pair_scores(scores: Tensor) -> dict[str, bool]:
-    """Return Winoground's three scores for an example with similarities of shape (images, captions)."""
+    """Return Winoground's three scores for an example, given its similarities of shape (images, captions)."""
     correct = scores.diagonal()
     off_diagonal = ~torch.eye(len(scores), dtype=torch.bool)
     text = bool((correct[:, None] > scores)[off_diagonal].all())

@@ -1,7 +1,7 @@
 """ECCV Caption and CxC: COCO test images and captions with additional matches from human judgements.
 
 In COCO, a caption is correct only for the image it was written for. If it also describes another image, plain recall
-counts that match as an error. CxC (arXiv 2004.15020) and ECCV Caption (arXiv 2204.03359) add human judgements of such
+counts this match as an error. CxC (arXiv 2004.15020) and ECCV Caption (arXiv 2204.03359) add human judgements of such
 matches. The package eccv-caption contains these judgements and the list of captions to rank: five captions for each of
 5,000 images, 25,000 in total.
 """
@@ -20,7 +20,7 @@ from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing,
 
 ANNOTATIONS = "captions_val2014.json"
 RANKED_ITEMS = 64  # must be at least 48 for R-precision and mAP@R, because a query has up to 48 correct items
-QUERIES_PER_CHUNK = 512  # the float32 scores of 512 images for all captions take up 50 MB
+QUERIES_PER_CHUNK = 512  # the float32 scores of 512 images and all captions take up 50 MB
 
 
 def load_judgements() -> Any:
@@ -30,7 +30,7 @@ def load_judgements() -> Any:
         MissingFileError: If the package is not installed.
     """
     if importlib.util.find_spec("eccv_caption") is None:
-        raise MissingFileError("the human judgements come with the package eccv-caption: pip install eccv-caption")
+        raise MissingFileError("the human judgements are part of the package eccv-caption: pip install eccv-caption")
     from eccv_caption import Metrics
 
     return Metrics()
@@ -50,7 +50,7 @@ def _read_judged_retrieval(folder: Path) -> JudgedRetrieval:
     missing = [caption_id for caption_id in caption_ids if caption_id not in captions]
     if missing:
         raise DataFormatError(
-            f"{file} does not contain {len(missing):,} of the {len(caption_ids):,} captions, e.g. id {missing[0]}"
+            f"{file} lacks {len(missing):,} of the {len(caption_ids):,} captions, e.g. id {missing[0]}"
         )
     image_ids = list(dict.fromkeys(captions[caption_id][0] for caption_id in caption_ids))
     refs = [image_file(image_dir, file_names[image_id]) for image_id in image_ids]

@@ -1,14 +1,14 @@
 """Retrieval with English captions (Flickr30k, COCO, Flickr8k, ShareGPT4V-1k, Urban-1k and DOCCI) and with captions in
 other languages (Flickr30k-CN, COCO-CN, Flickr8k-CN, Crossmodal-3600 and XTD10).
 
-All test images and all their captions in a language form one pool and are ranked by cosine similarity. No prompt is
-added to the captions. In text-to-image retrieval (T2I), a query counts as correct if the caption's image is in the top
-k. In image-to-text retrieval (I2T), a query counts as correct if any of the image's captions is in the top k. VSE++
-(arXiv 1707.05612) and CLIP (arXiv 2103.00020) use this protocol.
+For each language, all test images and captions form a single pool, which is ranked by cosine similarity. No prompts are
+added to the captions. In text-to-image retrieval (T2I), a query is correct if the caption's image is in the top k. In
+image-to-text retrieval (I2T), a query is correct if any of the image's captions is in the top k. VSE++ (arXiv
+1707.05612) and CLIP (arXiv 2103.00020) use this protocol.
 
-Flickr30k, COCO and Flickr8k have Karpathy's test splits (arXiv 1412.2306). COCO's 5,000 test images have five to seven
-captions each. All 25,010 captions are used, whereas code derived from VSE++ uses only the first five captions of each
-image, 25,000 in total. ShareGPT4V-1k, Urban-1k and DOCCI have one long caption per image.
+For Flickr30k, COCO and Flickr8k, Karpathy's test splits are used (arXiv 1412.2306). COCO's 5,000 test images have five
+to seven captions each. All 25,010 captions are used, whereas code derived from VSE++ uses only the first five captions
+of each image, 25,000 in total. ShareGPT4V-1k, Urban-1k and DOCCI have one long caption per image.
 """
 
 import base64
@@ -38,7 +38,7 @@ IMAGE_FOLDERS = {
     "flickr8k": ("Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images"),  # sic: the archive spells it "Flicker8k"
 }
 SHAREGPT4V_FILE = "share-captioner_coco_lcs_sam_1246k_1107.json"
-READ_SIZE = 1 << 25  # characters; ShareGPT4V's first 1,000 records have about 2 million
+READ_SIZE = 1 << 25  # characters; ShareGPT4V's first 1,000 records take up about 2 million
 XTD10_FILES = {
     **{f"XTD10/test_1kcaptions_{name}.txt": name for name in ("es", "it", "ko", "pl", "ru", "tr", "zh")},
     **{f"MIC/test_1kcaptions_{name}.txt": name for name in ("en", "de", "fr")},
@@ -71,7 +71,7 @@ def read_blip_json(file: Path, image_dir: Path) -> list[Record]:
 def read_caption_lines(file: Path) -> dict[str, list[str]]:
     """Read a caption file and return the captions of each image, keyed by image id (without .jpg).
 
-    Each line has the form "ID#KIND#N caption" or "ID#N<tab>caption". The lines of an image do not have to be adjacent.
+    Each line has the form "ID#KIND#N caption" or "ID#N<tab>caption". An image's lines need not be adjacent.
     For captions with part-of-speech tags, see `strip_tags`.
     """
     captions: dict[str, list[str]] = {}
@@ -92,9 +92,9 @@ def strip_tags(text: str) -> str:
 
 
 def read_listed_images(names_file: Path, captions_file: Path, image_dirs: Sequence[Path]) -> list[Record]:
-    """Read the images listed in `names_file` and their captions in `captions_file`.
+    """Read the images listed in `names_file`, and their captions from `captions_file`.
 
-    The folders in `image_dirs` are searched for each image, in order.
+    Each image is searched for in all `image_dirs`, in order.
     """
     captions = read_caption_lines(captions_file)
     pairs = []
@@ -139,7 +139,7 @@ def _read_flickr8k(folder: Path) -> CaptionFields:
 def read_first_objects(file: Path, count: int) -> list[dict[str, Any]]:
     """Read the first `count` objects in a JSON list without reading the rest of the file.
 
-    ShareGPT4V's file has 1.4 GB, but only its first 1,000 objects are needed.
+    ShareGPT4V's file is 1.4 GB in size, but only its first 1,000 objects are needed.
 
     Raises:
         DataFormatError: If the file is not a JSON list, or one of its first `count` objects is not valid JSON.
@@ -159,7 +159,7 @@ def read_first_objects(file: Path, count: int) -> list[dict[str, Any]]:
         try:
             item, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
-            raise DataFormatError(f"{file}: object {len(objects) + 1} is truncated or is not JSON") from error
+            raise DataFormatError(f"{file}: object {len(objects) + 1} is truncated or not valid JSON") from error
         objects.append(item)
     return objects
 

@@ -1,9 +1,9 @@
-"""Zero-shot semantic segmentation with SCLIP's data sets, class names and protocol, or on the user's images.
+"""Zero-shot semantic segmentation with SCLIP's data sets, class names and protocol, or with the user's images.
 
 SCLIP (arXiv 2312.01597, github.com/wangf3014/SCLIP) resizes the shorter side of each image to 336 pixels (COCO-Stuff:
 448, Cityscapes: 560) and slides a window of 224 pixels over it. Here, the window has the tower's training resolution,
 and the image sizes are scaled accordingly. In data sets with a background class, a softmax over all names yields
-probabilities, and pixels without a probable class are assigned to the background.
+probabilities, and pixels with no probable class are assigned to the background.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,11 +41,11 @@ SEGMENTATION_PREFIX = "segmentation:"
 CLASSES_FILE = "classes.txt"
 BACKGROUND = "background"  # name of the first class in `CLASSES_FILE` if the data set has a background
 _WITH_BACKGROUND: dict[str, Any] = {"has_background": True, "logit_scale": 50, "min_probability": 0.1}
-_INVALID = -1  # entry in label tables for pixel values that must not occur
+_INVALID = -1  # label table entry for invalid pixel values
 # Ids of Cityscapes' 19 evaluated classes, in the order of their train ids (github.com/mcordts/cityscapesScripts,
 # helpers/labels.py).
 _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-# Values that do not occur in COCO-Stuff's PNGs, because COCO removed these object classes: category ids minus one
+# Pixel values (category ids minus one) that do not occur in COCO-Stuff's PNGs because COCO removed these object classes
 # (github.com/nightrome/cocostuff, labels.txt).
 _COCO_REMOVED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
 # Ids of the 59 classes among PASCAL-Context's 459 labels, in alphabetical order of the names (mmsegmentation,
@@ -70,10 +70,10 @@ def segmentation_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmar
     """Create a segmentation benchmark from the user's images and masks.
 
     Args:
-        name: Path of a JSON file in COCO's format with a "segmentation" for each object, or of a folder. The folder
-            must contain images/, masks/ with one PNG per image and with the same name, and classes.txt. Line n of
-            classes.txt contains the names of the class with the pixel value n - 1, separated by ", ". The value 255 is
-            ignored. If the first class is "background", the protocol for data sets with a background is used.
+        name: Path of a folder, or of a JSON file in COCO's format with a "segmentation" for each object. A folder must
+            contain images/, masks/ (one PNG per image, with the same name) and classes.txt. Line n of classes.txt lists
+            the names of the class with pixel value n - 1, separated by ", ". Pixels with the value 255 are ignored. If
+            the first class is "background", the protocol for data sets with a background is used.
     """
     if not name.endswith(".json"):
         return Benchmark(
@@ -97,7 +97,7 @@ def segmentation_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmar
 def _read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationData:
     classes_file = first_existing(folder, CLASSES_FILE)
     try:
-        # Empty lines between classes are kept. They are reported as an error below instead of shifting the classes.
+        # Keep empty lines between classes: they are reported as errors below instead of shifting the classes.
         lines = classes_file.read_text(encoding="utf-8").rstrip().split("\n")
     except UnicodeDecodeError as error:
         raise DataFormatError(f"{classes_file}: not UTF-8 text ({error})") from error
@@ -132,7 +132,7 @@ def _make_label_table(classes: Mapping[int, int], ignored: Sequence[int] = ()) -
 
     Args:
         classes: Class index of each pixel value.
-        ignored: Other pixel values that may occur. Like 255, they are mapped to `IGNORED`.
+        ignored: Other valid pixel values. Like 255, they are mapped to `IGNORED`.
     """
     table = np.full(256, _INVALID, np.int16)
     table[[*ignored, 255]] = IGNORED
@@ -142,9 +142,9 @@ def _make_label_table(classes: Mapping[int, int], ignored: Sequence[int] = ()) -
 
 
 def _read_label_file(file: Path, table: np.ndarray) -> np.ndarray:
-    """Read labels, uint8 of shape (H, W), from a single-channel PNG or a MATLAB file with the array LabelMap.
+    """Read labels from a single-channel PNG, or from the array LabelMap in a MATLAB file.
 
-    `table` contains the class index of each pixel value. See `_make_label_table`.
+    `table` contains the class index of each pixel value (see `_make_label_table`). The result is uint8 of shape (H, W).
     """
     mode = ""
     try:
@@ -164,7 +164,7 @@ def _read_label_file(file: Path, table: np.ndarray) -> np.ndarray:
     is_invalid |= labels == _INVALID
     if is_invalid.any():
         value = values[is_invalid].flat[0]
-        raise DataFormatError(f"{file} contains the label {value}, which is not a label of this data set")
+        raise DataFormatError(f"{file} contains the label {value}, which does not exist in this data set")
     return labels.astype(np.uint8)
 
 
@@ -260,12 +260,12 @@ def _read_coco_object(folder: Path) -> SegmentationData:
 
 
 def _build_from_instances(instances: Instances, names: list[list[str]], templates: Sequence[str]) -> SegmentationData:
-    """Return a data set with the masks of the objects as labels. Pixels outside all masks are background.
+    """Return a data set whose labels are the object masks. Pixels outside all masks are background.
 
-    Where objects overlap, the smallest object is on top.
+    Where objects overlap, the smallest one is on top.
 
     Args:
-        names: Names of each category, in the order of the category ids.
+        names: Names of each category, in order of category id.
 
     Raises:
         DataFormatError: If an object has no area, or there are too many categories.

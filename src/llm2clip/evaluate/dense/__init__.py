@@ -1,4 +1,4 @@
-"""Evaluation of region classification, segmentation and detection, with shared helpers for models and decoding."""
+"""Evaluation of region classification, segmentation and detection, with shared helpers for models and images."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -15,7 +15,7 @@ from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 
 IMAGES_PER_BATCH = 8  # decoded images in memory at a time
-LEARNED_SCALE = ", learned scale"  # suffix for the name of a method that uses the logit scale learned by the model
+LEARNED_SCALE = ", learned scale"  # suffix of method names that use the model's learned logit scale
 T = TypeVar("T")
 
 
@@ -31,10 +31,10 @@ def get_model(embeddings: EmbeddingSource) -> DualEncoder:
 
 
 def select_variants(model: DualEncoder, variants: Sequence[str], required: bool) -> list[str]:
-    """Return the variants of the dense features that the model supports, and print the variants that are skipped.
+    """Return the dense feature variants that the model supports, and print the skipped variants.
 
     Raises:
-        ValueError: If `required` is True, and the model supports none of the variants.
+        ValueError: If `required` is True and the model supports none of the variants.
     """
     available = model.dense.variants if model.dense is not None else ()
     supported = [variant for variant in variants if variant in available]
@@ -48,12 +48,12 @@ def select_variants(model: DualEncoder, variants: Sequence[str], required: bool)
 
 
 def logit_scales(model: DualEncoder, protocol_scale: float) -> dict[str, float]:
-    """Return the logit scales to evaluate: the scale of the protocol, and the scale that the model learned, if any.
+    """Return the logit scales to evaluate: the protocol's scale and, if there is one, the model's learned scale.
 
-    Published protocols use CLIP's scales, which may not fit models that learned a different scale.
+    Published protocols use CLIP's scales, which may not suit models that learned a different scale.
 
     Returns:
-        The scales, keyed by the suffix for the name of a method: "" for the protocol's scale.
+        Scales, keyed by method name suffix: "" for the protocol's scale, `LEARNED_SCALE` for the learned scale.
     """
     learned = model.logit_scale()
     return {"": protocol_scale} if learned is None else {"": protocol_scale, LEARNED_SCALE: learned}
@@ -62,12 +62,12 @@ def logit_scales(model: DualEncoder, protocol_scale: float) -> dict[str, float]:
 def decode_batches(
     refs: Sequence[ImageRef], transform: Callable[[Tensor], T], description: str, failures: dict[int, str]
 ) -> Iterator[dict[int, T]]:
-    """Decode and transform this rank's images (every N-th image of N ranks) in batches, with a progress bar.
+    """Decode and transform this rank's images (every N-th image, with N ranks) in batches, with a progress bar.
 
     Args:
-        transform: Picklable function that is applied to each uint8 image of shape (3, H, W).
+        transform: Picklable function applied to each image, uint8 of shape (3, H, W).
         description: Label of the progress bar.
-        failures: Updated with the reason why each undecodable image failed, keyed by the image's index in `refs`.
+        failures: Updated in place with the error for each undecodable image, keyed by the image's index in `refs`.
 
     Yields:
         Transformed images, keyed by their index in `refs`.
@@ -84,11 +84,11 @@ def decode_batches(
 def decode_images(
     refs: Sequence[ImageRef], sizes: Sequence[tuple[int, int]], description: str, failures: dict[int, str]
 ) -> Iterator[dict[int, Tensor]]:
-    """Decode this rank's images in batches of uint8 images of shape (3, H, W). See `decode_batches`.
+    """Decode this rank's images in batches, as uint8 tensors of shape (3, H, W). See `decode_batches`.
 
     Args:
-        sizes: Width and height of each image in pixels, to which its boxes refer. An image with a different size is
-            recorded in `failures` instead of being returned.
+        sizes: Expected size of each image as (width, height) in pixels. If the actual size differs, the image's boxes
+            would be wrong, so the image is recorded in `failures` and not returned.
     """
     for images in decode_batches(refs, _identity, description, failures):
         for index in list(images):
@@ -110,16 +110,15 @@ def _identity(image: Tensor) -> Tensor:
 def gather_results(
     results: dict[int, T], failures: dict[int, str], refs: Sequence[ImageRef], log: SkipLog
 ) -> dict[int, T]:
-    """Return the results of all ranks, in the order of the images. Log the images that could not be used.
+    """Return the results of all ranks in image order, and log the unusable images.
 
     Args:
-        results: This rank's results, which can be any picklable objects, keyed by the image's index in `refs`.
-        failures: Reason for each of this rank's failures, keyed by the image's index. Updated with the failures of all
-            ranks.
+        results: This rank's results (any picklable objects), keyed by the image's index in `refs`.
+        failures: This rank's errors, keyed by the image's index. Updated in place with the errors of all ranks.
 
     Raises:
-        TooManySkipped: If too many images could not be used.
-        ValueError: If there are no images, or no image could be used.
+        TooManySkipped: If too many images are unusable.
+        ValueError: If there are no images, or no image is usable.
     """
     if process_state().num_processes > 1:
         # The collective below has a short timeout, but some ranks may finish their images much later than others.

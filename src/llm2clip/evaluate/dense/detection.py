@@ -1,9 +1,9 @@
 """Open-vocabulary detection: classification of class-agnostic boxes with an image-text model, and average precision.
 
 The model embeds each box, and the cosine similarities to the class embeddings determine the class probabilities. As in
-RegionCLIP (arXiv 2112.09106), the score of a box for a class is the geometric mean of the box's objectness and the
-class probability, followed by non-maximum suppression per class. The average precision (AP) is computed with
-pycocotools for groups of classes.
+RegionCLIP (arXiv 2112.09106), a box's score for a class is the geometric mean of its objectness and the class
+probability, and non-maximum suppression is applied per class. Average precision (AP) is computed with pycocotools for
+groups of classes.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 LOGIT_SCALE = 100.0  # as in CLIP; RegionCLIP uses a temperature of 0.01
 NMS_IOU = 0.5  # as in RegionCLIP
-MAX_CANDIDATES = 1000  # (box, class) pairs per image, before non-maximum suppression
-RECALL_IOU = 0.5  # minimum IoU with a proposal for an object to count as covered
+MAX_CANDIDATES = 1000  # box-class pairs per image, before non-maximum suppression
+RECALL_IOU = 0.5  # an object is covered if a proposal has at least this IoU
 EXAMPLE_SIDE = 480  # pixels
 EXAMPLE_BOXES = 8  # boxes per example image
 MAX_DETECTIONS = 100  # per image, as in COCO's AP
@@ -51,7 +51,7 @@ AP50_INDEX = 0  # index of the IoU threshold 0.5 in COCO's thresholds 0.5, 0.55,
 
 @dataclass
 class Detections:
-    """Detections in one image, in order of decreasing score.
+    """Detections in one image, in descending order of score.
 
     Args:
         boxes: Corners (x0, y0, x1, y1) in pixels, float32 of shape (N, 4).
@@ -69,13 +69,14 @@ class DetectionResults:
     """A model's detections in all images.
 
     Args:
-        by_method: Detections, keyed by method and image id. Each method is evaluated with the protocol's logit scale
-            and, if the model has a learned logit scale, also with the learned scale. See `logit_scales`.
+        by_method: Detections, keyed by method and then by image id. The methods use the protocol's logit scale and, if
+            there is one, the model's learned scale. See `logit_scales`.
         logit_scales: Logit scale of each method.
         num_boxes: Number of proposals.
-        num_covered, num_objects: Number of objects covered by a proposal, and of all objects, excluding crowds.
+        num_covered, num_objects: Number of objects covered by a proposal, and number of all objects. Crowds are
+            excluded.
         note: See `ProposalSource.note`.
-        failures: Reason why each unusable image was skipped, keyed by the image's index.
+        failures: Error for each unusable image, keyed by the image's index.
     """
 
     by_method: dict[str, dict[ImageId, Detections]]
@@ -87,17 +88,17 @@ class DetectionResults:
     failures: dict[int, str]
 
     def describe_proposals(self, source: str) -> dict[str, Any]:
-        """Return the number of proposals, their recall in percent, and sentences that describe them."""
+        """Return the source, number and recall (in percent) of the proposals, and a description in sentences."""
         recall = 100.0 * self.num_covered / max(1, self.num_objects)
         description = (
-            f"Proposals from {source}: {self.num_boxes:,} boxes, which cover {recall:.1f}% of the objects at an IoU of "
+            f"Proposals from {source}: {self.num_boxes:,} boxes, covering {recall:.1f}% of the objects at an IoU of "
             f"{RECALL_IOU}."
         )
         if self.note:
             description += f" {self.note}."
         is_upper_bound = source == GROUND_TRUTH
         if is_upper_bound:
-            description += " These are the boxes of the annotated objects, so the AP is an upper bound."
+            description += " These are the annotated boxes, so the AP is an upper bound."
         values = {"source": source, "boxes": self.num_boxes, "recall": recall, "is_upper_bound": is_upper_bound}
         return values | {"description": description}
 
@@ -112,8 +113,7 @@ def detect_objects(
     Args:
         embeddings, variants: See `classify_regions`.
         proposals: Source of the boxes. See `open_proposals`.
-        with_crops: If True, also classify the boxes with the method "crop", which encodes each box as a separate image.
-            See `regions.py`.
+        with_crops: If True, also use the method "crop", which encodes each box as a separate image. See `regions.py`.
 
     Raises:
         ValueError: If the embeddings are precomputed, the model supports none of the variants, or the proposals are
@@ -126,7 +126,7 @@ def detect_objects(
     classes = encode_classes(embeddings, data.names, data.templates)
     objects = object_boxes(data)
     scales = logit_scales(model, LOGIT_SCALE)
-    # Per image: the detections of each method, and the number of boxes, covered objects and objects.
+    # Per image: the detections of each method, and the numbers of boxes, covered objects and all objects.
     results: dict[int, tuple[dict[str, Detections], tuple[int, int, int]]] = {}
     failures: dict[int, str] = {}
     for images in decode_images(data.images, data.sizes, "detection", failures):
@@ -155,7 +155,7 @@ def detect_objects(
 
 
 def drop_images(data: DetectionData, excluded: Collection[int]) -> DetectionData:
-    """Return the data without the images at the given indices and without the objects in these images."""
+    """Return the data without the images at the given indices and their objects."""
     indices = [index for index in range(len(data.images)) if index not in excluded]
     image_ids = [data.image_ids[index] for index in indices]
     remaining = set(image_ids)
@@ -171,16 +171,16 @@ def drop_images(data: DetectionData, excluded: Collection[int]) -> DetectionData
 def classify_boxes(
     proposals: Proposals, box_embeddings: Tensor, classes: Tensor, logit_scale: float = LOGIT_SCALE
 ) -> Detections:
-    """Return the detections in one image, at most `MAX_DETECTIONS`.
+    """Return up to `MAX_DETECTIONS` detections in one image.
 
     score(box, class) = sqrt(objectness * p) in float64, where p is the softmax of logit_scale * cosine over classes.
-    Detections with equal scores are in the order of their boxes and classes.
+    Detections with equal scores are sorted by box and then by class.
 
     Args:
         proposals: P class-agnostic boxes.
         box_embeddings: Box embeddings of shape (P, D), L2-normalised.
         classes: Class embeddings of shape (C, D), L2-normalised.
-        logit_scale: Factor for the cosine similarities before the softmax.
+        logit_scale: Factor by which cosine similarities are multiplied before the softmax.
     """
     # float32 would round many probabilities to 1, and the order of equal scores would be arbitrary.
     probabilities = (logit_scale * box_embeddings.double() @ classes.double().T).softmax(1)  # (boxes, classes)
@@ -194,7 +194,7 @@ def classify_boxes(
 
 
 def write_detections(folder: Path, method: str, data: DetectionData, detections: Mapping[ImageId, Detections]) -> None:
-    """Write METHOD.json: the detections of a method in COCO's results format, which `COCO.loadRes` reads."""
+    """Write a method's detections to METHOD.json in COCO's results format, which `COCO.loadRes` reads."""
     rows = to_result_rows(data, detections)
     atomic_write_text(folder / f"{safe_name(method)}.json", json.dumps(rows))
 
@@ -202,7 +202,7 @@ def write_detections(folder: Path, method: str, data: DetectionData, detections:
 def detection_blocks(
     data: DetectionData, method: str, detections: Mapping[ImageId, Detections], count: int = 6
 ) -> list[Block]:
-    """Return a report section with a few regularly sampled images and their highest-scoring detections."""
+    """Return a report section with a few images, sampled at regular intervals, and their highest-scoring detections."""
     images = []
     for n in torch.linspace(0, len(data.images) - 1, min(count, len(data.images))).long().tolist():
         detected = detections.get(data.image_ids[n])
@@ -211,14 +211,14 @@ def detection_blocks(
     if not images:
         return []
     text = (
-        f"The {EXAMPLE_BOXES} highest-scoring detections per image, with the method {method}. Of overlapping "
-        "detections, only the highest-scoring one is shown."
+        f"The {EXAMPLE_BOXES} highest-scoring detections per image for the method {method}. If detections overlap, "
+        "only the one with the highest score is shown."
     )
     return [Heading("Detections", 3), Paragraph(text), ResultImages("Images sampled at regular intervals:", images)]
 
 
 def _draw_detections(image: Tensor, detected: Detections, names: Sequence[str]) -> ResultImage:
-    """Draw the highest-scoring detections on an image. Of overlapping boxes, only the best one is drawn."""
+    """Draw the highest-scoring detections on an image. If boxes overlap, only the best one is drawn."""
     height, width = image.shape[1:]
     scale = EXAMPLE_SIDE / max(height, width)
     drawn = F.resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)
@@ -238,13 +238,13 @@ def _draw_detections(image: Tensor, detected: Detections, names: Sequence[str]) 
 def detection_metrics(
     data: DetectionData, detections: Mapping[ImageId, Detections], resamples: int = 1000
 ) -> tuple[BootstrapMetrics, dict[str, float]]:
-    """Return the average precision of each group of classes and of each class, in percent.
+    """Return the average precision of each class group and each class, in percent.
 
-    pycocotools' COCOeval matches the detections to the objects and computes the precision at 101 recall values. AP50 is
-    measured at the IoU threshold 0.5, and AP is the mean over the thresholds 0.5, 0.55, ..., 0.95. A group's value is
-    the mean over its classes. Classes without objects are excluded.
+    COCOeval from pycocotools matches detections to objects and computes the precision at 101 recall values. AP50 uses
+    an IoU threshold of 0.5, and AP is the mean over the thresholds 0.5, 0.55, ..., 0.95. A group's value is the mean
+    over its classes, excluding classes without objects.
 
-    The bootstrap is over images. It reuses COCOeval's matches and recomputes only the precision for each resample.
+    Bootstrapping over images reuses COCOeval's matches and recomputes only the precision for each resample.
 
     Args:
         detections: Detections, keyed by image id. Images without an entry have no detections.
@@ -275,7 +275,7 @@ def detection_metrics(
         if not classes:
             continue
         group_ap50 = resampled_ap50[:, classes]
-        num_classes = (~np.isnan(group_ap50)).sum(1)  # a resample may have no objects of a class or of any class
+        num_classes = (~np.isnan(group_ap50)).sum(1)  # a resample may contain no objects of some or all classes
         means = np.where(num_classes > 0, np.nansum(group_ap50, axis=1) / np.maximum(num_classes, 1), np.nan)
         group_resamples[f"AP50 {group}"] = means
         ap50[f"AP50 {group}"] = float(class_ap50[classes].mean())
@@ -299,13 +299,13 @@ def to_result_rows(data: DetectionData, detections: Mapping[ImageId, Detections]
 
 @dataclass
 class ClassMatches:
-    """Matches of one class at the IoU threshold 0.5 in all images, in order of decreasing score.
+    """Detections of one class in all images, matched at an IoU threshold of 0.5, in descending order of score.
 
     Args:
         image: Image index of each detection, of shape (N,).
-        is_correct: Boolean mask of the detections that match an object, of shape (N,). Detections that match a crowd
-            are omitted.
-        objects: Number of objects in each image, excluding crowds, of shape (images,).
+        is_correct: Boolean mask of shape (N,) that is True for detections that match an object. Detections that match a
+            crowd are omitted.
+        objects: Number of objects in each image, of shape (images,). Crowds are excluded.
     """
 
     image: np.ndarray
@@ -314,10 +314,10 @@ class ClassMatches:
 
 
 def weighted_ap(matches: ClassMatches, weights: np.ndarray, recall_values: np.ndarray) -> float:
-    """Return the interpolated average precision of one class when image i is counted `weights[i]` times.
+    """Return the interpolated average precision of one class, counting image i `weights[i]` times.
 
-    This equals COCOeval's value for a data set in which the images are repeated. The precision is averaged at
-    `recall_values`. The result is NaN if there are no objects.
+    This equals COCOeval's value for a data set with repeated images. The precision is averaged over `recall_values`.
+    The result is NaN if there are no objects.
     """
     num_objects = float(weights @ matches.objects)
     if num_objects == 0:
@@ -337,8 +337,8 @@ def weighted_ap(matches: ClassMatches, weights: np.ndarray, recall_values: np.nd
 def _run_coco_eval(data: DetectionData, detections: Mapping[ImageId, Detections]) -> Any:
     """Run COCOeval on boxes of all sizes.
 
-    Category ids are replaced by class indices plus 1, and image ids by integers. The integers preserve the order of the
-    image ids, because COCOeval sorts detections with equal scores by image id.
+    Category ids are replaced by class indices plus 1, and image ids by integers in the same order. The order matters
+    because COCOeval sorts detections with equal scores by image id.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -349,7 +349,7 @@ def _run_coco_eval(data: DetectionData, detections: Mapping[ImageId, Detections]
 
     def to_coco(rows: Sequence[Mapping[str, Any]]) -> COCO:
         annotations = []
-        for number, row in enumerate(rows, 1):  # COCOeval treats a match with the id 0 as a missing match
+        for number, row in enumerate(rows, 1):  # COCOeval treats a match with id 0 as no match
             _, _, width, height = row["bbox"]
             ids = {"image_id": image_ids[row["image_id"]], "category_id": category_ids[row["category_id"]]}
             annotations.append({"iscrowd": 0, "area": width * height, **row, **ids, "id": number})

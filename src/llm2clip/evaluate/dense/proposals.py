@@ -1,4 +1,4 @@
-"""Box proposals for open-vocabulary detection: from a file, from a detector, or the ground truth as an upper bound."""
+"""Box proposals for open-vocabulary detection, from a file, a detector, or the ground truth (an upper bound)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Proposals:
     scores: Tensor
 
     def top(self, height: int, width: int) -> Proposals:
-        """Clip the boxes to the image; return up to `MAX_PROPOSALS` non-empty boxes in descending order of score."""
+        """Clip the boxes to the image. Return up to `MAX_PROPOSALS` non-empty boxes in descending order of score."""
         boxes = clip_boxes_to_image(self.boxes, (height, width))
         order = self.scores.argsort(descending=True, stable=True)
         is_empty = (boxes[:, 2:] <= boxes[:, :2]).any(1)
@@ -44,11 +44,11 @@ class Proposals:
 
 @dataclass
 class ProposalSource:
-    """Source of proposals.
+    """Source of box proposals.
 
     Args:
         find: Function that takes an image id and a uint8 image of shape (3, H, W), and returns the image's proposals.
-        note: Warning about boxes that are not used, or images without boxes. Empty if there are none.
+        note: Warning about unused boxes or images without boxes. Empty if there are none.
     """
 
     find: Callable[[ImageId, Tensor], Proposals]
@@ -56,11 +56,11 @@ class ProposalSource:
 
 
 def open_proposals(name: str, data: DetectionData, device: torch.device) -> ProposalSource:
-    """Open a source of proposals.
+    """Open a source of box proposals.
 
     Args:
         name: "ground-truth", a JSON file in COCO's results format, torchvision:NAME, or a folder or hub id of a
-            transformers object detection model. The class labels of detectors are ignored.
+            transformers object detection model. Detectors' class labels are ignored.
 
     Raises:
         MissingFileError: If the JSON file does not exist.
@@ -114,10 +114,10 @@ def _read_proposals(file: Path, data: DetectionData) -> ProposalSource:
         else:
             num_unknown += 1
     if not rows_of_image:
-        raise DataFormatError(f"{file} has no boxes for the benchmark's images: check the values of image_id")
+        raise DataFormatError(f"{file} has no boxes for the benchmark's images: check the image_id values")
     notes = []
     if num_unknown:
-        notes.append(f"{num_unknown:,} of {len(rows):,} boxes belong to images that the benchmark does not use")
+        notes.append(f"{num_unknown:,} of {len(rows):,} boxes belong to images that are not in the benchmark")
     num_missing = len(data.image_ids) - len(rows_of_image)
     if num_missing:
         notes.append(f"{num_missing:,} of {len(data.image_ids):,} images have no boxes")
@@ -146,11 +146,11 @@ def _parse_row(file: Path, number: int, row: Any) -> tuple[str, list[float]]:
     if len(values) != 5 or not all(abs(value) < MAX_COORDINATE for value in values) or min(values[2:4]) < 0:
         raise DataFormatError(
             f"{file}, row {number}: the box {row['bbox']} must be [x, y, width, height] in pixels, with values below "
-            f"{MAX_COORDINATE:,} and a width and height of at least 0"
+            f"{MAX_COORDINATE:,} and no negative width or height"
         )
     if not 0 <= values[4] <= 1:
         raise DataFormatError(
-            f"{file}, row {number}: the score {values[4]:g} must be between 0 and 1; apply a sigmoid to logits"
+            f"{file}, row {number}: the score must be between 0 and 1 (got {values[4]:g}); apply a sigmoid to logits"
         )
     return str(image_id), values
 

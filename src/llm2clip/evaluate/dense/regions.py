@@ -1,13 +1,13 @@
 """Zero-shot classification of image regions, using crops or dense features.
 
 - "crop": the region is cropped and encoded like any other image. As in CLIPSelf (arXiv 2310.01403), the box is enlarged
-    by a factor of 1.5 around its centre, clipped to the image, and padded with black to a square, so that preprocessing
-    does not cut off its longer side. Preprocessing with a `crop_pct` below 1 still cuts off the edges.
+    by a factor of 1.5 around its centre, clipped to the image, and padded with black to a square. Preprocessing then
+    does not cut off its longer side. However, preprocessing with a `crop_pct` below 1 still cuts off the edges.
 - Each dense variant: the entire image is encoded. As in CLIPSelf, the patch embeddings within the box are averaged
     using RoIAlign (arXiv 1703.06870) with an adaptive sampling ratio, and the mean is L2-normalised.
 
-The predicted class is the class whose embedding has the highest cosine similarity. A class embedding is the mean over
-OpenAI's prompt templates for ImageNet.
+The predicted class is the one whose embedding has the highest cosine similarity to the region embedding. By default, a
+class embedding is the mean over OpenAI's prompt templates for ImageNet.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.vision.dense import encode_boxes as encode_dense_boxes
 
 CROP = "crop"
-CROP_SCALE = 1.5  # side of the crop, divided by the side of the box
+CROP_SCALE = 1.5  # side length of the crop relative to the box
 SIZE_LIMITS = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, float("inf"))}
-"""COCO's size classes: the lower limit (inclusive) and the upper limit (exclusive) of the object's area in pixels."""
+"""Lower (inclusive) and upper (exclusive) limit of the object's area in square pixels for each COCO size class."""
 THUMBNAIL_SIDE = 280  # pixels
 
 
 @dataclass(frozen=True)
 class RegionPredictions:
-    """Predicted classes of regions, using one method.
+    """Class predictions of one method for all regions.
 
     Args:
         image: Index of each region's image, int64 of shape (R,).
-        region: Index of each region among the regions of its image, int64 of shape (R,).
+        region: Index of each region within its image, int64 of shape (R,).
         rank: Zero-based rank of the correct class, int64 of shape (R,). See `class_ranks`.
         predicted: Class with the highest score, int64 of shape (R,).
         margin: Score of the predicted class minus the score of the correct class, float32 of shape (R,).
@@ -73,16 +73,15 @@ def classify_regions(
     In a distributed run, the images are split across the ranks, and every rank returns all predictions.
 
     Args:
-        embeddings: Embedding source that runs a model. Images that cannot be used are recorded in `embeddings.log`.
-        variants: Variants of the dense features. See `DENSE_VARIANTS`. Variants that the model does not support are
-            skipped.
+        embeddings: Embedding source that runs a model. Unusable images are recorded in `embeddings.log`.
+        variants: Dense feature variants (see `DENSE_VARIANTS`). Variants not supported by the model are skipped.
 
     Returns:
         Predictions for "crop" and for each variant, keyed by method.
 
     Raises:
         ValueError: If the embeddings are precomputed.
-        TooManySkipped: If too many images cannot be used.
+        TooManySkipped: If too many images are unusable.
     """
     model = get_model(embeddings)
     methods = [CROP, *select_variants(model, variants, required=False)]
@@ -100,10 +99,10 @@ def classify_regions(
 
 
 def region_metrics(data: RegionData, predictions: RegionPredictions) -> BootstrapMetrics:
-    """Return accuracies in percent. The bootstrap is over images, because regions of the same image are correlated.
+    """Return accuracies in percent, bootstrapped over images because regions of the same image are correlated.
 
-    The metrics are "top-1", "top-5", "mean per class" (the mean top-1 accuracy over the classes that have regions),
-    "small", "medium" and "large" (top-1 by COCO's size classes, omitted if there are no such regions).
+    The metrics are "top-1", "top-5", "mean per class" (top-1 accuracy averaged over the classes that have regions), and
+    "small", "medium" and "large" (top-1 accuracy for each COCO size class that has regions).
     """
     labels = np.concatenate([data.labels[i] for i in np.unique(predictions.image)])
     areas = np.concatenate([data.areas[i] for i in np.unique(predictions.image)])
@@ -133,7 +132,7 @@ def region_metrics(data: RegionData, predictions: RegionPredictions) -> Bootstra
 
 
 def class_accuracy(data: RegionData, predictions: RegionPredictions) -> list[float | None]:
-    """Return the top-1 accuracy of each class in percent. None if the class has no regions."""
+    """Return the top-1 accuracy of each class in percent, or None for a class without regions."""
     labels = np.concatenate([data.labels[i] for i in np.unique(predictions.image)])
     counts = np.bincount(labels, minlength=len(data.names)).tolist()
     hits = np.bincount(labels[predictions.rank < 1], minlength=len(data.names)).tolist()
@@ -141,7 +140,7 @@ def class_accuracy(data: RegionData, predictions: RegionPredictions) -> list[flo
 
 
 def wrong_region_blocks(data: RegionData, method: str, predictions: RegionPredictions, count: int = 12) -> list[Block]:
-    """Return a report section on the misclassified regions with the largest margins, one per image and class."""
+    """Return a report section on regions misclassified with the largest margins, at most one per image and class."""
     order = np.argsort(-predictions.margin, kind="stable")
     images: list[ResultImage] = []
     shown_images, shown_classes = set(), set()
@@ -159,7 +158,7 @@ def wrong_region_blocks(data: RegionData, method: str, predictions: RegionPredic
             break
     if not images:
         return []
-    text = f"Regions with the largest margins, with the method {method}, at most one per image and per class."
+    text = f"Regions misclassified by the method {method} with the largest margins, at most one per image and class."
     examples = ResultImages("Correct class and predicted class:", images)
     return [Heading("Misclassified regions", 3), Paragraph(text), examples]
 
@@ -168,9 +167,9 @@ def encode_boxes(model: DualEncoder, images: Sequence[Tensor], boxes: Sequence[T
     """Return the embeddings of the boxes in each image, L2-normalised, float32 of shape (R, D) on the CPU.
 
     Args:
-        images: uint8 images of shape (3, H, W).
+        images: Images, uint8 of shape (3, H, W).
         boxes: Boxes in each image as (left, top, right, bottom) in pixels, float32 of shape (R, 4).
-        method: "crop", or a variant of the dense features.
+        method: "crop" or a dense feature variant.
     """
     if method == CROP:
         crops = torch.cat([torch.empty(0, model.embed_dim), *_encode_crops(model, images, boxes)])
@@ -180,7 +179,7 @@ def encode_boxes(model: DualEncoder, images: Sequence[Tensor], boxes: Sequence[T
 
 
 def _encode_crops(model: DualEncoder, images: Sequence[Tensor], boxes: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Yield the embeddings of the cropped boxes of all images, batch by batch."""
+    """Crop all boxes of all images, and yield the crops' embeddings in batches."""
     pairs = zip(images, boxes, strict=True)
     crops = (crop_region(image, box) for image, image_boxes in pairs for box in image_boxes.tolist())
     while batch := [model.transform(crop) for crop in islice(crops, BATCH_SIZE)]:
@@ -211,7 +210,7 @@ def crop_region(image: Tensor, box: Sequence[float]) -> Tensor:
 
 
 def _predict_classes(regions: Tensor, indices: Sequence[int], data: RegionData, classes: Tensor) -> RegionPredictions:
-    """Classify all regions of the images with the given indices, using region embeddings of shape (R, D)."""
+    """Classify all regions of the images with the given indices from the regions' embeddings of shape (R, D)."""
     labels = torch.from_numpy(np.concatenate([data.labels[i] for i in indices]))
     counts = [len(data.labels[i]) for i in indices]
     scores = regions @ classes.T  # (regions, classes)

@@ -2,7 +2,7 @@
 
 Each patch embedding is compared with the embeddings of all class names, and the scores are upsampled. The protocol
 follows SCLIP; see `models/vision/sliding_window.py` and `SegmentationData`. The metrics follow mmsegmentation:
-intersections and unions are summed over all images before they are divided.
+intersections and unions are summed over all images before dividing.
 """
 
 from collections.abc import Sequence
@@ -38,12 +38,12 @@ class SegmentationResult:
 
     Args:
         images: Indices of the evaluated images.
-        counts: Pixel counts of each method, int64 of shape (images, 3, classes). See `_count_pixels`. A method is a
-            variant with the protocol's logit scale or with the model's learned logit scale. The learned scale is
+        counts: Pixel counts of each method, int64 of shape (images, 3, classes). See `_segment_and_count`. Each method
+            is a variant with either the protocol's logit scale or the model's learned scale. The learned scale is
             omitted if it does not affect the result. See `logit_scales`.
         logit_scales: Logit scale of each method.
-        examples: Downsampled predictions of a few images, keyed by image index and method, uint8 of shape
-            (h, w). The key "labels" contains the true labels.
+        examples: Downsampled predictions for a few images as uint8 arrays of shape (h, w), keyed by image index and
+            then by method. The key "labels" contains the true labels.
     """
 
     images: list[int]
@@ -78,10 +78,10 @@ def evaluate_segmentation(
     queries = encode_classes(embeddings, names, data.templates).to(dense.device)
     transform = ResizeForWindows.for_encoder(dense, data.scale)
     example_indices = set(np.linspace(0, len(data.images) - 1, NUM_EXAMPLES).astype(int).tolist())
-    # Without a minimum probability, the scale does not affect the class with the highest probability.
+    # Without a minimum probability, the scale does not change which class is the most probable.
     scales = logit_scales(model, data.logit_scale) if data.min_probability > 0 else {"": data.logit_scale}
     scale_of_method = {variant + suffix: scale for variant in variants for suffix, scale in scales.items()}
-    results: dict[int, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = {}  # counts and examples by method
+    results: dict[int, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = {}  # counts and label maps of each method
     failures: dict[int, str] = {}
     writer = LabelMapWriter(predictions_dir, data) if predictions_dir is not None else None
     for resized in decode_batches(data.images, transform, "segmentation", failures):
@@ -91,7 +91,7 @@ def evaluate_segmentation(
                 labels = data.read_labels(index)
                 if labels.shape != size:
                     raise ValueError(
-                        f"the labels have {labels.shape[1]} x {labels.shape[0]} pixels, but the image has {size[1]} x "
+                        f"the label map is {labels.shape[1]} x {labels.shape[0]} pixels, but the image is {size[1]} x "
                         f"{size[0]} pixels"
                     )
             except (ValueError, OSError) as error:
@@ -101,7 +101,7 @@ def evaluate_segmentation(
             for variant in variants:
                 for suffix, scale in scales.items():
                     method, pixel_scores = variant + suffix, scores[variant][index]
-                    counts[method], maps[method] = _count_pixels(pixel_scores, labels, data, scale)
+                    counts[method], maps[method] = _segment_and_count(pixel_scores, labels, data, scale)
             if writer is not None:
                 for method in scale_of_method:
                     writer.write(method, index, maps[method])
@@ -120,8 +120,8 @@ def evaluate_segmentation(
 class LabelMapWriter:
     """Writer of predicted label maps: METHOD/NAME.png for each image, where NAME is the stem of the image file.
 
-    The pixel values are class indices. The PNGs have a palette, so that image viewers show the classes in colour.
-    classes.txt contains one class name per line, in the order of the indices.
+    Pixel values are class indices. The PNGs have a palette, so image viewers show the classes in colour. classes.txt
+    lists one class name per line, in index order.
     """
 
     def __init__(self, folder: Path, data: SegmentationData) -> None:
@@ -135,7 +135,7 @@ class LabelMapWriter:
             atomic_write_text(folder / "classes.txt", "\n".join(classes) + "\n")
 
     def write(self, method: str, index: int, labels: np.ndarray) -> None:
-        """Write an image's label map, uint8 of shape (H, W). `index` is the index of the image in the data set."""
+        """Write the label map of the image at `index` in the data set, uint8 of shape (H, W)."""
         image = Image.fromarray(labels)
         image.putpalette(self._palette)
         with atomic_path(self._folder / safe_name(method) / f"{self._names[index]}.png") as file:
@@ -145,9 +145,8 @@ class LabelMapWriter:
 def segmentation_metrics(counts: np.ndarray, images: Sequence[int]) -> BootstrapMetrics:
     """Return "mIoU", "pixel accuracy" and "mean class accuracy" in percent.
 
-    The metrics are defined as in mmsegmentation, where they are called mIoU, aAcc and mAcc. Classes that are neither
-    labelled nor predicted in any image are excluded from the mean IoU, and classes without labelled pixels are excluded
-    from the mean class accuracy. The bootstrap is over images.
+    The metrics are mmsegmentation's mIoU, aAcc and mAcc, bootstrapped over images. The mean IoU excludes classes that
+    are neither labelled nor predicted in any image. The mean class accuracy excludes classes without labelled pixels.
     """
     counts = counts.astype(np.float64)
 
@@ -164,17 +163,17 @@ def segmentation_metrics(counts: np.ndarray, images: Sequence[int]) -> Bootstrap
 
 
 def class_iou(counts: np.ndarray) -> list[float | None]:
-    """Return the IoU of each class in percent. None if the class is neither labelled nor predicted."""
+    """Return the IoU of each class in percent, or None for a class that is neither labelled nor predicted."""
     intersection, labelled, predicted = counts.sum(0)  # (3, classes)
     union = labelled + predicted - intersection
     return [100.0 * float(i) / float(u) if u else None for i, u in zip(intersection, union, strict=True)]
 
 
 def segmentation_blocks(data: SegmentationData, result: SegmentationResult) -> list[Block]:
-    """Return a report section with a few images, their labels, the predictions of each variant, and a legend."""
+    """Return a report section with a few images, their labels and predictions, and a legend."""
     colours = _make_palette(len(data.names))
     hidden = {IGNORED, 0} if data.has_background else {IGNORED}
-    text = "Images sampled at regular intervals. The background and pixels without a label are not coloured."
+    text = "Images sampled at regular intervals. Background and unlabelled pixels are not coloured."
     blocks: list[Block] = [Heading("Examples", 3), Paragraph(text)]
     for index, maps in result.examples.items():
         image = load_image(data.images[index])
@@ -190,14 +189,13 @@ def segmentation_blocks(data: SegmentationData, result: SegmentationResult) -> l
 
 
 @onednn_matmul()
-def _count_pixels(
+def _segment_and_count(
     scores: PixelScores, labels: np.ndarray, data: SegmentationData, logit_scale: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Segment an image, and return its pixel counts and its predictions.
+    """Segment an image. Return pixel counts, int64 of shape (3, classes), and predictions, uint8 of shape (H, W).
 
-    The counts are int64 of shape (3, classes). Their rows are the numbers of pixels whose label and prediction are both
-    the class, whose label is the class, and whose prediction is the class. Ignored pixels are not counted. The
-    predictions are uint8 of shape (H, W).
+    For each class, the counts are the numbers of pixels that are both labelled and predicted as the class, that are
+    labelled as the class, and that are predicted as the class. Ignored pixels are not counted.
     """
     num_classes = len(data.names)
     prediction = np.empty(labels.shape, np.uint8)
@@ -226,14 +224,14 @@ def _downsample(labels: np.ndarray) -> np.ndarray:
 
 
 def _make_palette(num_classes: int) -> np.ndarray:
-    """Return a colour for each class, uint8 of shape (classes, 3). Adjacent classes differ in hue (golden ratio)."""
+    """Return a colour for each class, uint8 of shape (classes, 3). Golden-ratio steps separate adjacent hues."""
     n = np.arange(num_classes)
     hsv = np.stack([n * 0.618034 % 1, 1 - 0.25 * (n % 3), 1 - 0.2 * (n % 4)], 1)
     return (255 * hsv_to_rgb(hsv)).astype(np.uint8)
 
 
 def _overlay_labels(image: Tensor, labels: np.ndarray, colours: np.ndarray) -> bytes:
-    """Overlay an image with the colours of a downsampled label map, except for `IGNORED`. Return the result as JPEG."""
+    """Overlay the colours of a downsampled label map on an image, except for `IGNORED` pixels. Return a JPEG."""
     rows, columns = (torch.arange(n) * size // n for n, size in zip(labels.shape, image.shape[1:], strict=True))
     pixels = image[:, rows][:, :, columns].permute(1, 2, 0).numpy()  # (h, w, 3)
     table = np.zeros((IGNORED + 1, 3), np.uint8)
