@@ -139,7 +139,7 @@ def test_evaluate_compares_baselines_in_a_report(
     assert main([*command, "--baselines", str(file), "no/such-model"]) == 1
     errors = capsys.readouterr().err
     assert (
-        "needs the arrays images, image_names" in errors
+        "must contain the arrays images, image_names" in errors
         and "Skipped no/such-model" in errors
         and "Required files" not in errors
     )
@@ -229,7 +229,7 @@ def test_evaluate_reports_short_queries_next_to_class_accuracy(
     command += ["--baselines", str(copy), str(file), "--templates", "a photo of a {}"]
     assert main([*command, "--benchmarks", "cifar10", "--root", str(root)]) == 1
     errors = capsys.readouterr().err
-    assert "Skipped short queries of other.npz on data, captions" in errors and "no embedding for" in errors
+    assert "Skipped short queries for other.npz on data, captions" in errors and "no embedding for" in errors
 
     results = {(result["model"], result["benchmark"]): result for result in read_results(out)}
     row, _ = results[clip.name, "data"]["rows"]  # the second row is for the long captions
@@ -332,7 +332,7 @@ def test_evaluate_states_what_it_evaluates_and_warns_about_training_images(
     model, out = shutil.copytree(clip, tmp_path / "mine"), tmp_path / "out"
     save_training_images(model, hash_images(FileImage(row["image"]) for row in rows[:30]))
     assert main(["evaluate", str(model), f"{data}@none", "--baselines", str(clip), "--out", str(out)]) == 0
-    warning = "Warning: mine was trained on 30 of the images of data"
+    warning = "Warning: mine was trained on 30 of the images in data"
     output = capsys.readouterr().out
     assert warning in output and "## data: 36 images" in output
     assert warning in (out / "report.md").read_text() and warning in (out / "report.html").read_text()

@@ -44,7 +44,7 @@ def test_two_way_ranks_match_sorting(tile_size: int, in_order: bool) -> None:
 
 def test_two_way_ranks_reject_images_without_text_and_infinite_values() -> None:
     for owner in ([0, 0], [0, 2]):
-        with pytest.raises(ValueError, match="needs a text"):
+        with pytest.raises(ValueError, match="must have a text"):
             two_way_ranks(torch.eye(2), torch.eye(2), owner)
     with pytest.raises(ValueError, match="NaN or infinity"):
         two_way_ranks(torch.eye(2), torch.full((2, 2), torch.inf), [0, 1])

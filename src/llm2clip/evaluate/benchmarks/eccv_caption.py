@@ -50,7 +50,7 @@ def _read_judged_retrieval(folder: Path) -> JudgedRetrieval:
     missing = [caption_id for caption_id in caption_ids if caption_id not in captions]
     if missing:
         raise DataFormatError(
-            f"{file} lacks {len(missing):,} of the {len(caption_ids):,} captions, e.g. id {missing[0]}"
+            f"{file} does not contain {len(missing):,} of the {len(caption_ids):,} captions, e.g. id {missing[0]}"
         )
     image_ids = list(dict.fromkeys(captions[caption_id][0] for caption_id in caption_ids))
     refs = [image_file(image_dir, file_names[image_id]) for image_id in image_ids]
