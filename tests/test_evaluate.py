@@ -198,7 +198,7 @@ def test_evaluate_continues_after_a_failure(
     assert main(command) == 1
     output, errors = capsys.readouterr()
     assert "Skipped other.npz on flickr30k" in errors and "linear probe skipped: " in output
-    assert "does not have the docci format (KeyError('image_file'))" in errors
+    assert "does not match the docci format (KeyError('image_file'))" in errors
     results = read_results(out)
     assert [(result["model"], result["benchmark"].partition(":")[0]) for result in results] == [
         (clip.name, "flickr30k"),

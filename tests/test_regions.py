@@ -131,7 +131,7 @@ def test_files_without_images_and_malformed_files_are_reported(tmp_path: Path) -
     with pytest.raises(DataFormatError, match=r"instances_val2017.json: not JSON"):
         BENCHMARKS["coco-boxes"].load(tmp_path / "coco")
     file.write_text(json.dumps({"images": []}))
-    with pytest.raises(DataFormatError, match=r"a row does not have the coco-boxes format \(KeyError\('categories'\)"):
+    with pytest.raises(DataFormatError, match=r"a row does not match the coco-boxes format \(KeyError\('categories'\)"):
         BENCHMARKS["coco-boxes"].load(tmp_path / "coco")
 
 

@@ -279,4 +279,4 @@ def test_choose_query_templates_compares_the_candidates_on_the_images() -> None:
 
     bad = choose_query_templates(NoisyEmbeddings(""), ranks)  # no noise: templates only add misleading words
     assert bad.templates == LITERAL and bad.with_templates is None
-    assert "encoded as they are" in bad.describe_choice()
+    assert "encoded without templates" in bad.describe_choice()
