@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from llm2clip.data.images import load_image
 from llm2clip.evaluate.adapters.clip_benchmark import register_model
 from llm2clip.evaluate.benchmarks import BENCHMARKS
-from llm2clip.evaluate.benchmarks.eccv_caption import eccv_metrics
+from llm2clip.evaluate.benchmarks.eccv_caption import compute_eccv_metrics
 from llm2clip.evaluate.recall import retrieval_metrics, two_way_ranks
 from llm2clip.io_utils import DataFormatError
 from llm2clip.models.dual_encoder import open_dual_encoder
@@ -62,7 +62,7 @@ def test_eccv_metrics_from_top_k_match_full_rankings(tmp_path: Path) -> None:
     index_of = {image: n for n, image in enumerate(data.image_ids)}
     image_of_caption = torch.tensor([index_of[image] for _, image in rows])
     captions = F.normalize(images[image_of_caption] + 0.35 * torch.randn(25000, 16, generator=g), dim=-1)
-    ours = eccv_metrics(data, images, captions)
+    ours = compute_eccv_metrics(data, images, captions)
 
     caption_ids = torch.tensor(data.caption_ids)
     scores = images @ captions.T
@@ -71,7 +71,7 @@ def test_eccv_metrics_from_top_k_match_full_rankings(tmp_path: Path) -> None:
         for n, image in enumerate(data.image_ids)
         if image in metrics.eccv_gts["i2t"]
     }
-    theirs = metrics.eccv_metrics({"i2t": rankings}, "i2t")
+    theirs = metrics.compute_eccv_metrics({"i2t": rankings}, "i2t")
     for key, name in (("eccv_map_at_r", "mAP@R"), ("eccv_rprecision", "R-precision")):
         assert ours[f"I2T ECCV {name}"] == pytest.approx(100 * theirs[key]["i2t"], abs=1e-6)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import save_tokenizer
 from llm2clip.cli import main
 from llm2clip.evaluate.bootstrap import bootstrap_intervals
-from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy, find_worst_mistakes, mean_cosines
+from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy, compute_mean_cosines, find_worst_mistakes
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.clip_text_encoder import has_text_tower, load_clip_text_encoder
 
@@ -63,7 +63,7 @@ def test_all_pairs_protocol_matches_its_definition() -> None:
 def test_mean_cosines_match_the_full_matrix() -> None:
     first, second = (F.normalize(torch.randn(9, 4), dim=-1) for _ in range(2))
     scores = first.double() @ second.double().T
-    positive, negative = mean_cosines(first, second)
+    positive, negative = compute_mean_cosines(first, second)
     assert positive == pytest.approx(scores.diagonal().mean().item())
     assert negative == pytest.approx(scores[~torch.eye(9, dtype=torch.bool)].mean().item())
 
@@ -115,7 +115,7 @@ def test_cra_metrics_are_consistent_with_each_other() -> None:
     assert (metrics["first to second"]["R@1"], metrics["second to first"]["R@1"]) == pytest.approx(
         (100 * float(first_hits.double().mean()), 100 * float(second_hits.double().mean()))
     )
-    assert (metrics["positive cosine"], metrics["negative cosine"]) == mean_cosines(first, second)
+    assert (metrics["positive cosine"], metrics["negative cosine"]) == compute_mean_cosines(first, second)
     assert metrics["chance"] == pytest.approx(100 / 30) and metrics["excluded"] == 1
     assert metrics["truncated"] == sum(len(c) > 20 for captions in IMAGES[:-1] for c in captions[:2])
     assert metrics["mistakes"] == find_worst_mistakes(first, second, IMAGES[:-1], 2)

@@ -34,15 +34,15 @@ from llm2clip.evaluate.dense.detection import (
     ClassMatches,
     DetectionResults,
     Detections,
+    build_detection_blocks,
     classify_boxes,
+    compute_detection_metrics,
+    compute_weighted_ap,
     detect_objects,
-    detection_blocks,
-    detection_metrics,
     drop_images,
-    weighted_ap,
     write_detections,
 )
-from llm2clip.evaluate.dense.proposals import Proposals, object_boxes, open_proposals
+from llm2clip.evaluate.dense.proposals import Proposals, get_object_boxes, open_proposals
 from llm2clip.evaluate.dense.regions import RegionPredictions, classify_regions, encode_boxes
 from llm2clip.evaluate.dense.segmentation import SegmentationResult, evaluate_segmentation
 from llm2clip.evaluate.runner import evaluate_models
@@ -145,7 +145,7 @@ def test_average_precision_of_a_case_computed_by_hand() -> None:
         10: make_detections([("red", box, 0.9), ("red", other, 0.8), ("blue", [50, 50, 10, 7], 0.5)]),
         11: make_detections([("red", box, 0.7)]),
     }
-    result, class_ap50 = detection_metrics(data, detections)
+    result, class_ap50 = compute_detection_metrics(data, detections)
     metrics, intervals = result.values, result.intervals
     # red: hit, miss, hit. The precision is 1 up to a recall of 0.5 (51 of 101 values), and 2/3 above.
     red = 100 * (51 + 50 * 2 / 3) / 101
@@ -162,7 +162,7 @@ def test_average_precision_of_a_case_computed_by_hand() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_average_precision_equals_a_naive_computation(seed: int) -> None:
     data, detections = random_case(seed)
-    metrics = detection_metrics(data, detections, resamples=10)[0].values
+    metrics = compute_detection_metrics(data, detections, resamples=10)[0].values
     ap50 = [naive_ap(data, detections, label, 0.5) for label in range(3)]
     thresholds = np.linspace(0.5, 0.95, 10)
     ap = [np.mean([naive_ap(data, detections, label, t) for t in thresholds]) for label in range(3)]
@@ -176,10 +176,10 @@ def test_detections_on_crowds_are_ignored_and_no_detections_score_zero() -> None
     box, crowd = [0, 0, 10, 10], [40, 40, 30, 30]
     data = make_data([(0, "red", box), (0, "red", crowd)], num_images=1, crowds=(1,))
     on_crowd = ("red", [45, 45, 5, 5], 0.9)
-    metrics, _ = detection_metrics(data, {10: make_detections([on_crowd, ("red", box, 0.5)])}, resamples=5)
+    metrics, _ = compute_detection_metrics(data, {10: make_detections([on_crowd, ("red", box, 0.5)])}, resamples=5)
     assert metrics.values["AP50 novel"] == pytest.approx(100)
     assert metrics.intervals["AP50 novel"] == pytest.approx((2.5, 100))  # Clopper and Pearson, 1 of 1 image
-    nothing, _ = detection_metrics(data, {}, resamples=5)
+    nothing, _ = compute_detection_metrics(data, {}, resamples=5)
     assert nothing.values["AP50 novel"] == 0 and nothing.intervals["AP50 novel"] == pytest.approx((0, 97.5))
 
 
@@ -191,11 +191,11 @@ def test_weighted_ap_equals_average_precision_with_repeated_images(monkeypatch: 
 
     def record(match: ClassMatches, weights: np.ndarray, recall_values: np.ndarray) -> float:
         matches.append(match)
-        return weighted_ap(match, weights, recall_values)
+        return compute_weighted_ap(match, weights, recall_values)
 
-    monkeypatch.setattr("llm2clip.evaluate.dense.detection.weighted_ap", record)
-    metrics = detection_metrics(data, detections, resamples=1)[0].values
-    ones = [100 * weighted_ap(match, np.ones(6), RECALL_VALUES) for match in matches]
+    monkeypatch.setattr("llm2clip.evaluate.dense.detection.compute_weighted_ap", record)
+    metrics = compute_detection_metrics(data, detections, resamples=1)[0].values
+    ones = [100 * compute_weighted_ap(match, np.ones(6), RECALL_VALUES) for match in matches]
     assert metrics["AP50 all"] == pytest.approx(np.nanmean(ones))
 
     sources = [image for image, count in enumerate(counts) for _ in range(count)]
@@ -205,8 +205,8 @@ def test_weighted_ap_equals_average_precision_with_repeated_images(monkeypatch: 
             if row["image_id"] == 10 + image:
                 objects.append((copy, NAMES[data.category_ids.index(row["category_id"])], row["bbox"]))
         repeated[10 + copy] = detections[10 + image]
-    resampled = [100 * weighted_ap(match, counts.astype(float), RECALL_VALUES) for match in matches]
-    expected = detection_metrics(make_data(objects, len(sources)), repeated, resamples=1)[0].values
+    resampled = [100 * compute_weighted_ap(match, counts.astype(float), RECALL_VALUES) for match in matches]
+    expected = compute_detection_metrics(make_data(objects, len(sources)), repeated, resamples=1)[0].values
     assert expected["AP50 all"] == pytest.approx(np.nanmean(resampled))
     assert expected["AP50 novel"] == pytest.approx(np.nanmean(resampled[:2]))
 
@@ -417,7 +417,7 @@ def test_boxes_are_clipped_to_the_image_and_image_ids_can_be_strings(tmp_path: P
     results = detect_objects(data, colour_embeddings(), "ground-truth", ["plain"])
     assert set(results.by_method["plain"]) == {"one"}
     assert (results.num_objects, results.num_covered) == (1, 1), "the true boxes cover all objects"
-    assert list(detection_metrics(data, results.by_method["plain"], resamples=2)[1]) == ["cat"]
+    assert list(compute_detection_metrics(data, results.by_method["plain"], resamples=2)[1]) == ["cat"]
     file = write_proposals(tmp_path, [{"image_id": "one", "bbox": [0, 40, 64, 8], "score": 0.5}])
     assert detect_objects(data, colour_embeddings(), file, ["plain"]).num_covered == 1
 
@@ -444,7 +444,7 @@ def test_ov_coco_rejects_files_without_objects_categories_or_images(
         BENCHMARKS["ov-coco"].load(tmp_path)
     only_crowds = make_data([(0, "red", [1, 2, 3, 4])], 1, crowds=(0,))
     with pytest.raises(ValueError, match="the images contain no objects except crowds"):
-        detection_metrics(only_crowds, {}, resamples=2)
+        compute_detection_metrics(only_crowds, {}, resamples=2)
 
 
 def test_the_users_coco_file_is_read_with_all_images(tmp_path: Path) -> None:
@@ -460,7 +460,7 @@ def test_the_users_coco_file_is_read_with_all_images(tmp_path: Path) -> None:
     assert (benchmark.kind, data.image_ids, data.templates) == ("detection", [10, 11], ["a {}"])
     assert len(data.names) == 20 and data.names[0] == "red cat" and data.category_ids[:2] == [1, 3]
     detections = {10: Detections(torch.tensor([[4.0, 4, 24, 24]]), torch.ones(1).double(), torch.tensor([5]))}
-    metrics, _ = detection_metrics(data, detections, resamples=2)
+    metrics, _ = compute_detection_metrics(data, detections, resamples=2)
     assert list(metrics.values) == ["AP50 all", "AP all"]
 
 
@@ -483,7 +483,7 @@ def test_detections_are_written_in_the_results_format_of_coco(tmp_path: Path) ->
     evaluator.evaluate()
     evaluator.accumulate()
     evaluator.summarize()
-    metrics = detection_metrics(data, detections, resamples=2)[0].values
+    metrics = compute_detection_metrics(data, detections, resamples=2)[0].values
     assert 100 * evaluator.stats[:2] == pytest.approx([metrics["AP all"], metrics["AP50 all"]])
 
 
@@ -565,7 +565,7 @@ def test_learned_logit_scale_is_evaluated_next_to_the_scale_of_the_protocol(tmp_
     embeddings.model.logit_scale = lambda: 3.0
     results = detect_objects(data, embeddings, "ground-truth", ["plain"])
     assert results.logit_scales == {"plain": 100, "plain, learned scale": 3}
-    boxes = object_boxes(data)[10]
+    boxes = get_object_boxes(data)[10]
     [embedded] = encode_boxes(embeddings.model, [load_image(data.images[0])], [boxes], "plain")
     classes = torch.nn.functional.normalize(torch.eye(3) + 0.01, dim=-1)
     for method, scale in results.logit_scales.items():
@@ -576,7 +576,7 @@ def test_learned_logit_scale_is_evaluated_next_to_the_scale_of_the_protocol(tmp_
 def test_detection_blocks_show_the_names(tmp_path: Path) -> None:
     data = draw_data(tmp_path)
     results = detect(data)
-    blocks = detection_blocks(data, "plain", results.by_method["plain"], count=2)
+    blocks = build_detection_blocks(data, "plain", results.by_method["plain"], count=2)
     [images] = [block for block in blocks if isinstance(block, ResultImages)]
     assert len(images.images) == 2
     assert images.images[0].caption in ("red 1.00, green 1.00", "green 1.00, red 1.00")  # one name per box

@@ -10,28 +10,28 @@ from llm2clip.data.records import Record
 from llm2clip.evaluate.recall import recall, two_way_ranks
 from llm2clip.evaluate.reporting.error_analysis import (
     analyze_errors,
-    caption_lengths,
+    compute_recall_by_length,
     find_worst_captions,
-    length_bins,
-    recall_by_length,
+    make_length_bins,
+    measure_caption_lengths,
 )
 from llm2clip.evaluate.retrieval_eval import RetrievalRanks
 
 
 def test_length_bins_have_about_as_many_captions_each() -> None:
-    assert length_bins(list(range(1, 101))) == [(1, 20), (21, 40), (41, 60), (61, 80), (81, 100)]
-    assert length_bins(list(range(1, 241)))[-1] == (201, 240) and len(length_bins(list(range(1, 241)))) == 6
-    assert length_bins([7] * 100) == [(7, 7)]
-    assert length_bins([3, 9, 5]) == [(3, 9)]
-    assert length_bins([5] * 50 + [8] * 50) == [(5, 7), (8, 8)]
-    assert length_bins([1] + [2] * 59 + [3] * 60) == [(1, 2), (3, 3)], "no bin of a single caption"
-    assert length_bins([2] * 60 + [3] * 59 + [9]) == [(2, 2), (3, 9)]
+    assert make_length_bins(list(range(1, 101))) == [(1, 20), (21, 40), (41, 60), (61, 80), (81, 100)]
+    assert make_length_bins(list(range(1, 241)))[-1] == (201, 240) and len(make_length_bins(list(range(1, 241)))) == 6
+    assert make_length_bins([7] * 100) == [(7, 7)]
+    assert make_length_bins([3, 9, 5]) == [(3, 9)]
+    assert make_length_bins([5] * 50 + [8] * 50) == [(5, 7), (8, 8)]
+    assert make_length_bins([1] + [2] * 59 + [3] * 60) == [(1, 2), (3, 3)], "no bin of a single caption"
+    assert make_length_bins([2] * 60 + [3] * 59 + [9]) == [(2, 2), (3, 9)]
 
 
 def test_caption_lengths_are_in_words_or_characters() -> None:
-    assert caption_lengths(["a dog runs", "two words"]) == ("words", [3, 2])
-    assert caption_lengths(["一只狗在草地上奔跑", "两只猫"]) == ("characters", [9, 3])
-    assert caption_lengths(["dog", "cat", "a bird"]) == ("words", [1, 1, 2])
+    assert measure_caption_lengths(["a dog runs", "two words"]) == ("words", [3, 2])
+    assert measure_caption_lengths(["一只狗在草地上奔跑", "两只猫"]) == ("characters", [9, 3])
+    assert measure_caption_lengths(["dog", "cat", "a bird"]) == ("words", [1, 1, 2])
 
 
 @pytest.fixture
@@ -48,9 +48,9 @@ def ranks() -> RetrievalRanks:
 
 
 def test_recall_by_length_counts_captions_of_each_bin(ranks: RetrievalRanks) -> None:
-    _, lengths = caption_lengths(ranks.captions)
+    _, lengths = measure_caption_lengths(ranks.captions)
     bins = [(1, 4), (5, 11)]
-    for (first, last), (value, low, high) in zip(bins, recall_by_length(ranks, lengths, bins), strict=True):
+    for (first, last), (value, low, high) in zip(bins, compute_recall_by_length(ranks, lengths, bins), strict=True):
         hits = [int(r) == 0 for r, length in zip(ranks.text_ranks, lengths, strict=True) if first <= length <= last]
         assert value == pytest.approx(100 * sum(hits) / len(hits)) and low <= value <= high
 
@@ -78,9 +78,9 @@ def test_analyze_errors_shows_top_images_and_the_correct_one(ranks: RetrievalRan
     assert images[0].caption == f"1. cosine {float(scores.max()):.2f}" and all(image.jpeg for image in images)
     expected_curve = [recall(ranks.text_ranks, (k,))[f"R@{k}"] for k in range(1, 51)]
     assert analysis.curves["T2I"] == expected_curve and len(analysis.curves["I2T"]) == 50
-    unit, lengths = caption_lengths(ranks.captions)
-    assert (analysis.length_unit, analysis.length_bins) == (unit, length_bins(lengths))
-    assert analysis.recall_by_length == recall_by_length(ranks, lengths, analysis.length_bins)
+    unit, lengths = measure_caption_lengths(ranks.captions)
+    assert (analysis.length_unit, analysis.length_bins) == (unit, make_length_bins(lengths))
+    assert analysis.recall_by_length == compute_recall_by_length(ranks, lengths, analysis.length_bins)
     last = analysis.failures[0].images[-1]  # the correct image, after the top five
     assert len(analysis.failures) == 3 and len(analysis.failures[0].images) == 6 and last.is_correct
     assert last.caption.startswith(f"{int(ranks.text_ranks.max()) + 1}. cosine ")

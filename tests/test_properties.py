@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.texts import unique_captions
-from llm2clip.evaluate.recall import chance_recall, positive_ranks, two_way_ranks
+from llm2clip.evaluate.recall import compute_chance_recall, compute_positive_ranks, two_way_ranks
 from llm2clip.store.layout import StoreError
 from llm2clip.store.maintenance import repair_store
 from llm2clip.store.store import EmbeddingStore, ReadMode
@@ -192,9 +192,9 @@ def test_ranks_match_counting(retrieval_set: tuple[torch.Tensor, torch.Tensor, l
     assert image_ranks.tolist() == [rank(scores[i], texts_of_image[i]) for i in range(len(images))]
     text_scores = [[row[t] for row in scores] for t in range(len(texts))]
     assert text_ranks.tolist() == [rank(text_scores[t], {image_of_text[t]}) for t in range(len(texts))]
-    one_way = positive_ranks(texts, images, [[i] for i in image_of_text], tile)
+    one_way = compute_positive_ranks(texts, images, [[i] for i in image_of_text], tile)
     assert text_ranks.tolist() == [int(ranks[0]) for ranks in one_way]
-    one_way = positive_ranks(images, texts, [sorted(ts) for ts in texts_of_image], tile)
+    one_way = compute_positive_ranks(images, texts, [sorted(ts) for ts in texts_of_image], tile)
     assert image_ranks.tolist() == [int(ranks[0]) for ranks in one_way]
 
 
@@ -203,4 +203,4 @@ def test_ranks_match_counting(retrieval_set: tuple[torch.Tensor, torch.Tensor, l
 def test_chance_recall_is_the_hypergeometric_probability(positives: list[int], items: int, k: int) -> None:
     drawn = min(k, items)
     exact = [1 - math.comb(items - p, drawn) / math.comb(items, drawn) for p in positives]
-    assert chance_recall(positives, items, (k,))[f"R@{k}"] == pytest.approx(100 * sum(exact) / len(exact))
+    assert compute_chance_recall(positives, items, (k,))[f"R@{k}"] == pytest.approx(100 * sum(exact) / len(exact))

@@ -10,7 +10,7 @@ import pytest
 
 from llm2clip.evaluate.benchmark_eval import BenchmarkResult
 from llm2clip.evaluate.benchmarks import BENCHMARKS
-from llm2clip.evaluate.reporting.comparison import benchmark_blocks, caption_retrieval_blocks
+from llm2clip.evaluate.reporting.comparison import build_benchmark_blocks, build_caption_retrieval_blocks
 from llm2clip.html_report import Table, to_markdown
 from llm2clip.models.export.model_card import render_model_card
 from llm2clip.published_results import (
@@ -19,9 +19,9 @@ from llm2clip.published_results import (
     PUBLISHED_NAMES,
     TABLES,
     VISION_TRANSFER_METRICS,
-    published_metrics,
-    published_notes,
-    published_rows,
+    get_published_metrics,
+    get_published_notes,
+    get_published_rows,
 )
 from llm2clip.tools.reproduce.report import quote_paper
 
@@ -33,25 +33,25 @@ def test_published_rows_have_the_values_of_the_project_page() -> None:
         "CLIP-L/14": 25.2, "EVA02-L/14": 27.11, "Llama3-8B": 5.2, "Llama3.2-1B": 5.6, "Llama3-8B-CC": 29.5,
         "Llama3.2-1B-CC": 29.4,
     }  # fmt: skip
-    assert published_rows("flickr30k")["2026: CLIP"] == (89.6, None, None, 77.8, None, None)
-    assert published_rows("coco")["2026: Llama-3-8B-CC"] == (62.7, None, None, 51.9, None, None)
-    assert published_rows("sharegpt4v")["2026: LLM2Vec-Llama-3-8B"] == (94.5, None, None, 96.4, None, None)
-    assert published_rows("urban1k")["2026: VLM2Vec"] == (90.9, None, None, 92.0, None, None)
-    assert published_rows("docci")["2026: DeepSeek-R1-Distill-Llama-8B-CC"] == (82.5, None, None, 85.2, None, None)
-    assert published_rows("docci")["2024: Llama3-8B-TC"] == (85.0, None, None, 87.8, None, None)
-    assert published_rows("flickr30k-cn")["2026: SigLIP2 + LLM2CLIP"] == (90.0, None, None, 76.1, None, None)
-    assert published_rows("coco-cn")["2024: EVA02 + LLM2CLIP"] == (69.1, 92.5, 97.2, 70.0, 92.6, 96.7)
-    assert published_rows("xm3600") == {
+    assert get_published_rows("flickr30k")["2026: CLIP"] == (89.6, None, None, 77.8, None, None)
+    assert get_published_rows("coco")["2026: Llama-3-8B-CC"] == (62.7, None, None, 51.9, None, None)
+    assert get_published_rows("sharegpt4v")["2026: LLM2Vec-Llama-3-8B"] == (94.5, None, None, 96.4, None, None)
+    assert get_published_rows("urban1k")["2026: VLM2Vec"] == (90.9, None, None, 92.0, None, None)
+    assert get_published_rows("docci")["2026: DeepSeek-R1-Distill-Llama-8B-CC"] == (82.5, None, None, 85.2, None, None)
+    assert get_published_rows("docci")["2024: Llama3-8B-TC"] == (85.0, None, None, 87.8, None, None)
+    assert get_published_rows("flickr30k-cn")["2026: SigLIP2 + LLM2CLIP"] == (90.0, None, None, 76.1, None, None)
+    assert get_published_rows("coco-cn")["2024: EVA02 + LLM2CLIP"] == (69.1, 92.5, 97.2, 70.0, 92.6, 96.7)
+    assert get_published_rows("xm3600") == {
         "2026: EVA-L-224": (14.0, None, None, 8.0, None, None),
         "2026: EVA-L-224 + LLM2CLIP": (68.3, None, None, 56.0, None, None),
         "2026: SigLIP2": (59.7, None, None, 48.2, None, None),
         "2026: SigLIP2 + LLM2CLIP": (69.1, None, None, 56.3, None, None),
     }
     assert TABLES["vision_transfer"].cell("EVA02 + LLM2CLIP", "OV-COCO") == (28.9, 54.7, 48.0)
-    assert published_rows("xtd10") == {} == published_rows("data")
-    assert published_metrics("ade20k") == {"2026: EVA02": {"mIoU": 11.5}, "2026: EVA02 + LLM2CLIP": {"mIoU": 15.8}}
-    assert published_metrics("cityscapes")["2026: EVA02 + LLM2CLIP"] == {"mIoU": 20.1}
-    assert published_metrics("context59") == {}
+    assert get_published_rows("xtd10") == {} == get_published_rows("data")
+    assert get_published_metrics("ade20k") == {"2026: EVA02": {"mIoU": 11.5}, "2026: EVA02 + LLM2CLIP": {"mIoU": 15.8}}
+    assert get_published_metrics("cityscapes")["2026: EVA02 + LLM2CLIP"] == {"mIoU": 20.1}
+    assert get_published_metrics("context59") == {}
 
 
 def test_published_tables_are_complete() -> None:
@@ -82,17 +82,17 @@ def retrieval_row(field: str, i2t: float, t2i: float) -> dict[str, Any]:
 
 def test_report_shows_published_rows_and_their_sources() -> None:
     result = BenchmarkResult({"rows": [retrieval_row("captions", 80.0, 70.0)]}, model="mine")
-    report = to_markdown("x", benchmark_blocks(BENCHMARKS["flickr30k"], [result]))
+    report = to_markdown("x", build_benchmark_blocks(BENCHMARKS["flickr30k"], [result]))
     assert "| paper 2024: Llama3-8B-CC | 92.0 |" in report and "| paper 2026: Llama-3.1-8B-CC | 92.2 |" in report
     assert "| mine minus paper 2026: Llama-3.1-8B-CC | -12.2 |" in report
-    notes = published_notes("flickr30k")
+    notes = get_published_notes("flickr30k")
     assert len(notes) == 2 and all(note in report for note in notes)
     assert "commit cba3b45, 2026-02-01" in report and "commit b62fedf, 2024-11-20" in report
 
 
 def test_report_compares_the_mean_over_languages_with_the_published_xm3600_rows() -> None:
     rows = [retrieval_row("captions_de", 60.0, 50.0), retrieval_row("captions_zh", 30.0, 20.0)]
-    blocks = benchmark_blocks(BENCHMARKS["xm3600"], [BenchmarkResult({"rows": rows}, model="mine")])
+    blocks = build_benchmark_blocks(BENCHMARKS["xm3600"], [BenchmarkResult({"rows": rows}, model="mine")])
     mean, german, _ = [block for block in blocks if isinstance(block, Table)]
     assert ["mine", 45.0, 55.0, 65.0, 35.0, 45.0, 55.0] in mean.rows
     assert ["paper 2026: SigLIP2 + LLM2CLIP", 69.1, None, None, 56.3, None, None] in mean.rows
@@ -105,7 +105,7 @@ def test_model_card_with_cra_explains_the_corrected_values(tmp_path: Path) -> No
         "CRA": 30.0, "CRA interval": (29.0, 31.0), "chance": 0.1, "images": 10, "excluded": 0, "truncated": 0,
         "positive cosine": 0.5, "negative cosine": 0.1,
     }  # fmt: skip
-    report = to_markdown("Caption retrieval", caption_retrieval_blocks("mine", metrics))
+    report = to_markdown("Caption retrieval", build_caption_retrieval_blocks("mine", metrics))
     (tmp_path / "report.md").write_text(report)
     model = tmp_path / "model"
     model.mkdir()

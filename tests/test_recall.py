@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from scipy.stats import binomtest
 
 from llm2clip.evaluate.recall import (
-    positive_ranks,
+    compute_positive_ranks,
+    compute_recall_differences,
+    compute_recall_intervals,
     recall,
-    recall_differences,
-    recall_intervals,
     retrieval_metrics,
     two_way_ranks,
 )
@@ -55,13 +55,13 @@ def test_recall_intervals_resample_images_not_captions() -> None:
     g = torch.Generator().manual_seed(0)
     hit = torch.rand(400, generator=g) < 0.3
     ranks, groups = (1 - hit.long()).repeat_interleave(5), torch.arange(400).repeat_interleave(5)
-    low, high = recall_intervals(ranks, groups, (1,))["R@1"]
+    low, high = compute_recall_intervals(ranks, groups, (1,))["R@1"]
     mean = float(hit.double().mean())
     half_width = 1.96 * (mean * (1 - mean) / 400) ** 0.5
     assert (low, high) == pytest.approx((100 * (mean - half_width), 100 * (mean + half_width)), abs=0.7)
-    single = recall_intervals(1 - hit.long(), torch.arange(400), (1,))["R@1"]
+    single = compute_recall_intervals(1 - hit.long(), torch.arange(400), (1,))["R@1"]
     assert single == pytest.approx((low, high), abs=1e-9)  # the same resamples of the same images
-    narrow = recall_intervals(ranks, torch.arange(2000), (1,))["R@1"]
+    narrow = compute_recall_intervals(ranks, torch.arange(2000), (1,))["R@1"]
     assert narrow[1] - narrow[0] < 0.6 * (high - low)
 
 
@@ -87,7 +87,9 @@ def test_recall_intervals_at_0_and_100_percent_match_scipy(num_images: int) -> N
     for hits in (0, num_images):
         ranks = torch.full((5 * num_images,), 0 if hits else 7)
         expected = binomtest(hits, num_images).proportion_ci(method="exact")
-        assert recall_intervals(ranks, groups, (1,))["R@1"] == pytest.approx([100 * limit for limit in expected])
+        assert compute_recall_intervals(ranks, groups, (1,))["R@1"] == pytest.approx(
+            [100 * limit for limit in expected]
+        )
 
 
 def test_recall_differences_are_paired_by_image() -> None:
@@ -95,13 +97,13 @@ def test_recall_differences_are_paired_by_image() -> None:
     groups = torch.arange(300).repeat_interleave(2)
     ranks = torch.randint(0, 3, (600,), generator=g)
     other = torch.where(torch.rand(600, generator=g) < 0.1, 2, ranks)
-    differences, intervals = recall_differences(ranks, other, groups, (1, 5))
+    differences, intervals = compute_recall_differences(ranks, other, groups, (1, 5))
     assert differences["R@1"] == pytest.approx(recall(ranks, (1,))["R@1"] - recall(other, (1,))["R@1"])
     per_image = ((ranks < 1).double() - (other < 1).double()).view(300, 2).mean(1)
     half_width = 196 * float(per_image.std()) / 300**0.5
     low, high = intervals["R@1"]
     assert (low, high) == pytest.approx((differences["R@1"] - half_width, differences["R@1"] + half_width), abs=0.3)
-    widths = [h - low for low, h in (recall_intervals(r, groups, (1,))["R@1"] for r in (ranks, other))]
+    widths = [h - low for low, h in (compute_recall_intervals(r, groups, (1,))["R@1"] for r in (ranks, other))]
     assert high - low < 0.6 * min(widths), "narrower than the interval of either model"
     limit = 100 * binomtest(0, 300).proportion_ci(method="exact").high
     assert differences["R@5"] == 0 and intervals["R@5"] == pytest.approx((-limit, limit)), "all hits are equal"
@@ -117,12 +119,12 @@ def test_two_way_ranks_are_worst_if_all_scores_are_equal() -> None:
 def test_positive_ranks_reject_queries_without_positive_and_nan() -> None:
     """No score is greater than NaN, so without the check every rank would be 0 and recall 100%."""
     with pytest.raises(ValueError, match="query 1 has no positive item"):
-        positive_ranks(torch.eye(2), torch.eye(2), [[0], []])
+        compute_positive_ranks(torch.eye(2), torch.eye(2), [[0], []])
     with pytest.raises(ValueError, match="NaN or infinity"):
-        positive_ranks(torch.full((3, 2), torch.nan), torch.eye(2), [[0]] * 3)
+        compute_positive_ranks(torch.full((3, 2), torch.nan), torch.eye(2), [[0]] * 3)
 
 
 def test_recall_intervals_ignore_images_without_captions() -> None:
     """Image indices with gaps, as they occur for captions of one length."""
     ranks, groups = torch.tensor([0, 3, 0, 1, 0, 2]), torch.tensor([0, 0, 1, 2, 2, 3])
-    assert recall_intervals(ranks, groups, (1,)) == recall_intervals(ranks, 3 * groups, (1,))
+    assert compute_recall_intervals(ranks, groups, (1,)) == compute_recall_intervals(ranks, 3 * groups, (1,))

@@ -17,14 +17,14 @@ from llm2clip.data import image_loader
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
 from llm2clip.evaluate.benchmarks import BENCHMARKS, get_benchmarks
 from llm2clip.evaluate.benchmarks.base import RegionData
-from llm2clip.evaluate.bootstrap import bootstrap_counts
+from llm2clip.evaluate.bootstrap import draw_bootstrap_counts
 from llm2clip.evaluate.dense.regions import (
     RegionPredictions,
-    class_accuracy,
     classify_regions,
+    compute_class_accuracy,
+    compute_region_metrics,
     crop_region,
     encode_boxes,
-    region_metrics,
 )
 from llm2clip.evaluate.dense.segmentation import evaluate_segmentation
 from llm2clip.evaluate.embeddings import PrecomputedEmbeddings
@@ -232,7 +232,7 @@ def test_unusable_images_are_skipped_and_counted(tmp_path: Path) -> None:
     assert predictions.image.tolist() == [0, 0] and embeddings.log.skipped == {"unusable image": 2}
     assert "not an image" in embeddings.log.examples[0]
     assert "the image is 64 x 48 pixels, but its boxes are for 70 x 48 pixels" in embeddings.log.examples[1]
-    metrics = region_metrics(data, predictions).values
+    metrics = compute_region_metrics(data, predictions).values
     assert metrics["top-1"] == 100
     with pytest.raises(TooManySkipped, match="2 of 3 rows skipped"):
         classify_regions(data, colour_embeddings(), ["plain"])
@@ -299,12 +299,12 @@ def naive_metrics(data: RegionData, predictions: RegionPredictions, images: list
 @pytest.mark.filterwarnings("ignore:y_pred contains classes")
 def test_region_metrics_and_intervals_match_naive_computation() -> None:
     data, predictions = random_predictions()
-    result = region_metrics(data, predictions)
+    result = compute_region_metrics(data, predictions)
     metrics, intervals = result.values, result.intervals
     used = [n for n in range(12) if n not in (3, 7)]
     assert metrics == pytest.approx(naive_metrics(data, predictions, used))
     samples = []
-    for weights in bootstrap_counts(len(used)):
+    for weights in draw_bootstrap_counts(len(used)):
         images = [i for i, weight in zip(used, weights.tolist(), strict=True) for _ in range(int(weight))]
         samples.append(naive_metrics(data, predictions, images))
     for name, (low, high) in intervals.items():
@@ -312,11 +312,11 @@ def test_region_metrics_and_intervals_match_naive_computation() -> None:
         assert (low, high) == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])))
         assert low < metrics[name] < high
     correct = np.concatenate([data.labels[n] for n in used])
-    for label, accuracy in enumerate(class_accuracy(data, predictions)):
+    for label, accuracy in enumerate(compute_class_accuracy(data, predictions)):
         is_class = correct == label
         assert accuracy == (100 * float((predictions.rank[is_class] == 0).mean()) if is_class.any() else None)
     data = dataclasses.replace(data, areas=[np.full_like(areas, 100) for areas in data.areas])
-    small_only = region_metrics(data, predictions)
+    small_only = compute_region_metrics(data, predictions)
     assert list(small_only.values) == list(small_only.intervals) == ["top-1", "top-5", "small", "mean per class"]
     assert small_only.values["small"] == metrics["top-1"]
 
@@ -329,14 +329,14 @@ def test_differences_have_paired_intervals() -> None:
     predicted = np.where(rng.random(len(correct)) < 0.3, correct, first.predicted)
     rank = np.where(predicted == correct, 0, first.rank)
     second = dataclasses.replace(first, rank=rank, predicted=predicted)
-    difference = region_metrics(data, first).difference(region_metrics(data, second))
+    difference = compute_region_metrics(data, first).difference(compute_region_metrics(data, second))
     used = [n for n in range(12) if n not in (3, 7)]
 
     def naive_accuracy(predictions: RegionPredictions, images: list[int]) -> float:
         return 100 * float(np.mean(np.concatenate([predictions.rank[predictions.image == i] == 0 for i in images])))
 
     samples = []
-    for weights in bootstrap_counts(len(used)):
+    for weights in draw_bootstrap_counts(len(used)):
         images = [i for i, weight in zip(used, weights.tolist(), strict=True) for _ in range(int(weight))]
         samples.append(naive_accuracy(first, images) - naive_accuracy(second, images))
     expected = naive_accuracy(first, used) - naive_accuracy(second, used)
@@ -344,7 +344,7 @@ def test_differences_have_paired_intervals() -> None:
     assert difference["intervals"]["top-1"] == pytest.approx(tuple(np.quantile(samples, [0.025, 0.975])))
     keep = second.image != 0
     fewer = RegionPredictions(**{name: values[keep] for name, values in vars(second).items()})
-    difference = region_metrics(data, first).difference(region_metrics(data, fewer))
+    difference = compute_region_metrics(data, first).difference(compute_region_metrics(data, fewer))
     assert difference["intervals"] == {} and "top-1" in difference["metrics"], "the models saw different images"
 
 

@@ -22,13 +22,13 @@ from llm2clip.evaluate.benchmarks import BENCHMARKS, get_benchmarks
 from llm2clip.evaluate.benchmarks.base import SegmentationData
 from llm2clip.evaluate.benchmarks.coco_instances import decode_mask
 from llm2clip.evaluate.benchmarks.segmentation import read_class_names
-from llm2clip.evaluate.bootstrap import bootstrap_counts
+from llm2clip.evaluate.bootstrap import draw_bootstrap_counts
 from llm2clip.evaluate.dense.segmentation import (
     LabelMapWriter,
-    class_iou,
+    build_segmentation_blocks,
+    compute_class_iou,
+    compute_segmentation_metrics,
     evaluate_segmentation,
-    segmentation_blocks,
-    segmentation_metrics,
 )
 from llm2clip.html_report import Legend, ResultImages
 from llm2clip.io_utils import DataFormatError, MissingFileError
@@ -401,9 +401,9 @@ def test_segmentation_of_coloured_images_matches_sklearn(tmp_path: Path) -> None
     for variant in ("plain", "sclip"):
         predicted = np.concatenate([maps[variant].flatten() for maps in result.examples.values()])[labels != 255]
         correct = labels[labels != 255]
-        metrics = segmentation_metrics(result.counts[variant], result.images).values
+        metrics = compute_segmentation_metrics(result.counts[variant], result.images).values
         iou = 100 * jaccard_score(correct, predicted, average=None)
-        assert class_iou(result.counts[variant]) == pytest.approx(iou.tolist())
+        assert compute_class_iou(result.counts[variant]) == pytest.approx(iou.tolist())
         assert metrics["mIoU"] == pytest.approx(iou.mean())
         assert metrics["pixel accuracy"] == pytest.approx(100 * accuracy_score(correct, predicted))
         assert metrics["mean class accuracy"] == pytest.approx(100 * balanced_accuracy_score(correct, predicted))
@@ -441,7 +441,7 @@ def test_segmentation_intervals_match_a_naive_bootstrap() -> None:
     confusion[:, 4] = 0
     confusion[:, :, 4] = 0
     counts = np.stack([np.einsum("ncc->nc", confusion), confusion.sum(2), confusion.sum(1)], 1)
-    result = segmentation_metrics(counts, range(9))
+    result = compute_segmentation_metrics(counts, range(9))
     metrics, intervals = result.values, result.intervals
 
     def naive(weights: np.ndarray) -> list[float]:
@@ -454,10 +454,10 @@ def test_segmentation_intervals_match_a_naive_bootstrap() -> None:
         return [100 * np.mean(ious), 100 * np.trace(total) / total.sum(), 100 * np.mean(accuracies)]
 
     assert list(metrics.values()) == pytest.approx(naive(np.ones(9)))
-    samples = np.array([naive(weights.numpy()) for weights in bootstrap_counts(9)])
+    samples = np.array([naive(weights.numpy()) for weights in draw_bootstrap_counts(9)])
     expected = np.quantile(samples, [0.025, 0.975], axis=0).T
     assert np.array(list(intervals.values())) == pytest.approx(expected)
-    assert class_iou(counts)[4] is None
+    assert compute_class_iou(counts)[4] is None
 
 
 def test_pictures_show_labels_and_predictions_without_the_background(tmp_path: Path) -> None:
@@ -466,7 +466,7 @@ def test_pictures_show_labels_and_predictions_without_the_background(tmp_path: P
     result.examples = {0: {"labels": np.where(np.arange(64) < 32, 0, 1).repeat(48).reshape(64, 48).T.astype(np.uint8)}}
     for has_background in (False, True):
         shown = dataclasses.replace(data, has_background=has_background)
-        *_, images, legend = segmentation_blocks(shown, result)
+        *_, images, legend = build_segmentation_blocks(shown, result)
         assert isinstance(images, ResultImages) and isinstance(legend, Legend)
         image, overlay = (load_image(item.jpeg).float() for item in images.images)
         change = (overlay - image).abs().sum(0)

@@ -13,20 +13,20 @@ from sklearn.metrics import average_precision_score, ndcg_score
 
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.evaluate.bootstrap import bootstrap_counts
-from llm2clip.evaluate.recall import QUERY_TILE, positive_ranks
-from llm2clip.evaluate.reporting.comparison import overview_table
+from llm2clip.evaluate.bootstrap import draw_bootstrap_counts
+from llm2clip.evaluate.recall import QUERY_TILE, compute_positive_ranks
+from llm2clip.evaluate.reporting.comparison import build_overview_table
 from llm2clip.evaluate.retrieval_eval import RetrievalRanks
 from llm2clip.evaluate.short_queries import (
     CANDIDATES,
     LabelledQuery,
     LengthScores,
     build_queries,
-    caption_phrases,
-    chance_scores,
     choose_query_templates,
-    mean_intervals,
-    ranking_scores,
+    compute_chance_scores,
+    compute_mean_intervals,
+    compute_ranking_scores,
+    extract_caption_phrases,
     score_short_queries,
     split_words,
 )
@@ -58,10 +58,10 @@ def test_split_words_keeps_hyphens_and_apostrophes() -> None:
 
 def test_caption_phrases_do_not_span_punctuation_or_end_with_stop_words() -> None:
     captions = ["A man in red, two dogs run.", "The dog"]
-    assert caption_phrases(captions, 1) == {"man", "red", "two", "dogs", "run", "dog"}
-    assert caption_phrases(captions, 2) == {"two dogs", "dogs run"}
-    assert caption_phrases(captions, 3) == {"man in red", "two dogs run"}
-    assert caption_phrases(["7 of x"], 1) == set(), "digits and single letters are not phrases"
+    assert extract_caption_phrases(captions, 1) == {"man", "red", "two", "dogs", "run", "dog"}
+    assert extract_caption_phrases(captions, 2) == {"two dogs", "dogs run"}
+    assert extract_caption_phrases(captions, 3) == {"man in red", "two dogs run"}
+    assert extract_caption_phrases(["7 of x"], 1) == set(), "digits and single letters are not phrases"
 
 
 def test_build_queries_finds_all_images_that_mention_a_phrase() -> None:
@@ -118,14 +118,14 @@ def test_metrics_match_scikit_learn(tile_size: int) -> None:
     images, queries = random_vectors(75), random_vectors(QUERY_TILE + 5, seed=1)
     generator = torch.Generator().manual_seed(2)
     relevant = [torch.randperm(75, generator=generator)[: 1 + n % 20].tolist() for n in range(len(queries))]
-    ranks = positive_ranks(queries, images, relevant, tile_size)
+    ranks = compute_positive_ranks(queries, images, relevant, tile_size)
     exact = (queries.double() @ images.double().T).numpy()
     for n, indices in enumerate(relevant):
         truth = np.zeros(75)
         truth[indices] = 1
         order = (-exact[n]).argsort()
         assert ranks[n].tolist() == truth[order].nonzero()[0].tolist()
-        average_precision, r_precision, ndcg = ranking_scores(ranks[n]).tolist()
+        average_precision, r_precision, ndcg = compute_ranking_scores(ranks[n]).tolist()
         assert average_precision == pytest.approx(average_precision_score(truth, exact[n]), abs=1e-12)
         assert r_precision == pytest.approx(truth[order[: len(indices)]].mean(), abs=1e-12)
         assert ndcg == pytest.approx(ndcg_score(truth[None], exact[n][None], k=10), abs=1e-12)
@@ -137,11 +137,11 @@ def test_wrong_answers_rank_first_among_equal_scores() -> None:
     queries = random_vectors(3, seed=1)
     relevant = [[0, 9, 4], [40, 13], [8]]
     scores = queries.double() @ images.double().T
-    for n, ranks in enumerate(positive_ranks(queries, images, relevant, 16)):
+    for n, ranks in enumerate(compute_positive_ranks(queries, images, relevant, 16)):
         keys = [(-round(scores[n, i].item(), 9), i in relevant[n]) for i in range(41)]
         order = sorted(range(41), key=keys.__getitem__)
         assert ranks.tolist() == [rank for rank, i in enumerate(order) if i in relevant[n]]
-    constant = positive_ranks(torch.ones(1, 2), torch.ones(6, 2), [[0, 3]])
+    constant = compute_positive_ranks(torch.ones(1, 2), torch.ones(6, 2), [[0, 3]])
     assert constant[0].tolist() == [4, 5], "a model that returns a constant has the worst ranks"
 
 
@@ -149,21 +149,21 @@ def test_ranking_scores_of_a_small_example() -> None:
     """Relevant images at ranks 1, 3 and 12, counted from 1."""
     ideal = 1 + 1 / math.log2(3) + 1 / 2
     expected = [(1 + 2 / 3 + 3 / 12) / 3, 2 / 3, (1 + 1 / 2) / ideal]
-    assert ranking_scores(torch.tensor([0, 2, 11])).tolist() == pytest.approx(expected)
+    assert compute_ranking_scores(torch.tensor([0, 2, 11])).tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("num_relevant", "num_images"), [(1, 1), (1, 5), (2, 6), (6, 6), (3, 12)])
 def test_chance_scores_are_the_mean_over_all_rankings(num_relevant: int, num_images: int) -> None:
     subsets = itertools.combinations(range(num_images), num_relevant)
-    scores = torch.stack([ranking_scores(torch.tensor(subset)) for subset in subsets])
-    torch.testing.assert_close(chance_scores(num_relevant, num_images), scores.mean(0))
+    scores = torch.stack([compute_ranking_scores(torch.tensor(subset)) for subset in subsets])
+    torch.testing.assert_close(compute_chance_scores(num_relevant, num_images), scores.mean(0))
 
 
 def test_mean_intervals_resample_queries() -> None:
     scores = torch.rand(50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    means = [np.average(scores.numpy(), axis=0, weights=counts.numpy()) for counts in bootstrap_counts(50)]
+    means = [np.average(scores.numpy(), axis=0, weights=counts.numpy()) for counts in draw_bootstrap_counts(50)]
     expected = 100 * np.quantile(means, [0.025, 0.975], axis=0)
-    np.testing.assert_allclose(mean_intervals(scores).numpy(), expected)
+    np.testing.assert_allclose(compute_mean_intervals(scores).numpy(), expected)
 
 
 def test_models_with_other_queries_have_no_difference() -> None:
@@ -174,7 +174,7 @@ def test_models_with_other_queries_have_no_difference() -> None:
     other = LengthScores("1", [*queries[:2], LabelledQuery("sofa", (0, 2))], scores - 0.1, torch.zeros(3), 2.0)
     fewer = LengthScores("1", queries[:2], scores[:2], torch.zeros(3), 2.0)
     same = dataclasses.replace(lengths, scores=scores - 0.1)
-    table = overview_table({"a": [lengths], "b": [other], "c": [fewer], "d": [same]}, {})
+    table = build_overview_table({"a": [lengths], "b": [other], "c": [fewer], "d": [same]}, {})
     assert table.rows[-3:-1] == [["a minus b", None], ["a minus c", None]]
     assert table.rows[-1][0] == "a minus d" and table.rows[-1][1].startswith("+10.0 (")
 
@@ -225,7 +225,7 @@ def test_score_short_queries_with_and_without_templates() -> None:
     assert entry["queries"] == 7 and entry["words"] == "1"
     assert entry["mAP"] == pytest.approx(100 * float(one_word.scores[:, 0].mean()))
     assert entry["nDCG@10 chance"] == pytest.approx(
-        np.mean([100 * float(chance_scores(len(query.relevant), 12)[2]) for query in queries["1"]])
+        np.mean([100 * float(compute_chance_scores(len(query.relevant), 12)[2]) for query in queries["1"]])
     )
     low, high = entry["R-precision interval"]
     assert low <= entry["R-precision"] <= high

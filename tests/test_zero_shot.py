@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 from llm2clip.data.image_refs import FileImage
 from llm2clip.evaluate.benchmarks.base import CompositionalExample
-from llm2clip.evaluate.benchmarks.compositional import compositional_accuracy
+from llm2clip.evaluate.benchmarks.compositional import compute_compositional_accuracy
 from llm2clip.evaluate.bootstrap import bootstrap_intervals
-from llm2clip.evaluate.zero_shot import classification_accuracy, encode_classes, linear_probe
+from llm2clip.evaluate.zero_shot import classification_accuracy, encode_classes, fit_linear_probe
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -69,18 +69,18 @@ def test_linear_probe_chooses_regularisation_on_validation_images() -> None:
     g = torch.Generator().manual_seed(0)
     labels = (torch.arange(400) % 3 == 0).long()
     x = 0.05 * (torch.randn(400, 4, generator=g) + 4 * labels[:, None])
-    probe = linear_probe(x[:300], labels[:300].tolist(), x[300:], labels[300:].tolist())
+    probe = fit_linear_probe(x[:300], labels[:300].tolist(), x[300:], labels[300:].tolist())
     assert probe["top-1"] > 95 and probe["C"] >= 1 and math.log10(probe["C"]) in range(5)
     labels = torch.arange(500) % 2  # a weak signal in noise, which weak regularisation overfits
     x = torch.randn(500, 100, generator=g)
     x[:, 0] += 1.5 * labels
-    assert linear_probe(x[:100], labels[:100].tolist(), x[100:], labels[100:].tolist())["C"] < 1
+    assert fit_linear_probe(x[:100], labels[:100].tolist(), x[100:], labels[100:].tolist())["C"] < 1
 
 
 def test_linear_probe_on_few_images() -> None:
     """Five classes of three images: the validation part cannot have one image of each class."""
     images, labels = random(15, 4), [n % 5 for n in range(15)]
-    assert 0 <= linear_probe(images, labels, images, labels)["top-1"] <= 100
+    assert 0 <= fit_linear_probe(images, labels, images, labels)["top-1"] <= 100
 
 
 def test_compositional_accuracy_of_winoground() -> None:
@@ -100,7 +100,7 @@ def test_compositional_accuracy_of_winoground() -> None:
             texts[captions[i]] = F.one_hot(torch.tensor(2 * n + i), 8).float()
         examples.append(CompositionalExample(name, "winoground", refs, captions))
         hits = [a + b for a, b in zip(hits, expected, strict=True)]
-    assert compositional_accuracy(examples, images, texts) == {
+    assert compute_compositional_accuracy(examples, images, texts) == {
         name: 25.0 * count for name, count in zip(("text", "image", "group"), hits, strict=True)
     }
 
@@ -115,5 +115,5 @@ def test_compositional_accuracy_of_sugarcrepe_is_averaged_over_kinds() -> None:
         ("add_att", "good", "same"),
     ]
     examples = [CompositionalExample(str(n), kind, (ref,), (a, b)) for n, (kind, a, b) in enumerate(pairs)]
-    accuracy = compositional_accuracy(examples, {ref.key: torch.tensor([1.0])}, texts)
+    accuracy = compute_compositional_accuracy(examples, {ref.key: torch.tensor([1.0])}, texts)
     assert accuracy == pytest.approx({"add_att": 100 / 3, "swap_obj": 100.0, "mean": 200 / 3})

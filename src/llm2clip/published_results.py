@@ -78,8 +78,8 @@ VISION_TRANSFER_METRICS = {
 }
 
 
-def published_metrics(benchmark: str) -> dict[str, dict[str, float]]:
-    """Return the authors' metrics on a segmentation or detection benchmark, keyed by model as in `published_rows`."""
+def get_published_metrics(benchmark: str) -> dict[str, dict[str, float]]:
+    """Return the authors' segmentation or detection metrics, keyed by model as in `get_published_rows`."""
     if benchmark not in VISION_TRANSFER_METRICS:
         return {}
     column, metrics = VISION_TRANSFER_METRICS[benchmark]
@@ -90,7 +90,7 @@ def published_metrics(benchmark: str) -> dict[str, dict[str, float]]:
     return rows
 
 
-def published_rows(benchmark: str) -> dict[str, tuple[float | None, ...]]:
+def get_published_rows(benchmark: str) -> dict[str, tuple[float | None, ...]]:
     """Return the authors' results on a retrieval benchmark.
 
     For xm3600, the project page has a single value per direction, which is comparable to the mean over all languages.
@@ -111,7 +111,7 @@ def published_rows(benchmark: str) -> dict[str, tuple[float | None, ...]]:
     return rows
 
 
-def published_notes(benchmark: str) -> list[str]:
+def get_published_notes(benchmark: str) -> list[str]:
     """Return the year, title, source and note of each published table with results for a benchmark, one per line."""
     tables = _find_tables(benchmark)
     if benchmark in VISION_TRANSFER_METRICS:

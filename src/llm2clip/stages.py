@@ -17,10 +17,10 @@ from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
-from llm2clip.evaluate.reporting.error_analysis import example_searches
+from llm2clip.evaluate.reporting.error_analysis import collect_example_searches
 from llm2clip.evaluate.retrieval_eval import (
     RetrievalRanks,
-    caption_field_metrics,
+    compute_caption_field_metrics,
     dual_encoder_from_store,
     evaluate_caption_fields,
     make_validator,
@@ -194,7 +194,7 @@ def evaluate(
     embeddings = ModelEmbeddings(dual_encoder_from_store(model, store), log)
     ranked = cache(lambda: rank_caption_fields(embeddings, held_out))
     rows: list[dict[str, Any]] = load_or_compute_json(
-        out / "trained.json", lambda: caption_field_metrics(embeddings, ranked())
+        out / "trained.json", lambda: compute_caption_field_metrics(embeddings, ranked())
     )
     if model.has_encoder:
         choice = load_or_compute_json(
@@ -202,7 +202,7 @@ def evaluate(
         )
         if process_state().is_main_process:
             save_query_templates(model_dir, QueryTemplates.from_dict(choice))
-    load_or_compute_json(out / "examples.json", lambda: example_searches(next(iter(ranked().values()))))
+    load_or_compute_json(out / "examples.json", lambda: collect_example_searches(next(iter(ranked().values()))))
     return rows
 
 

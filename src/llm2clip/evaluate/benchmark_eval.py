@@ -19,28 +19,33 @@ from llm2clip.evaluate.benchmarks.base import (
     RegionData,
     SegmentationData,
 )
-from llm2clip.evaluate.benchmarks.compositional import compositional_accuracy
-from llm2clip.evaluate.benchmarks.eccv_caption import eccv_metrics
+from llm2clip.evaluate.benchmarks.compositional import compute_compositional_accuracy
+from llm2clip.evaluate.benchmarks.eccv_caption import compute_eccv_metrics
 from llm2clip.evaluate.bootstrap import BootstrapMetrics
 from llm2clip.evaluate.dense.detection import (
+    build_detection_blocks,
+    compute_detection_metrics,
     detect_objects,
-    detection_blocks,
-    detection_metrics,
     drop_images,
     write_detections,
 )
-from llm2clip.evaluate.dense.regions import class_accuracy, classify_regions, region_metrics, wrong_region_blocks
+from llm2clip.evaluate.dense.regions import (
+    build_wrong_region_blocks,
+    classify_regions,
+    compute_class_accuracy,
+    compute_region_metrics,
+)
 from llm2clip.evaluate.dense.segmentation import (
-    class_iou,
+    build_segmentation_blocks,
+    compute_class_iou,
+    compute_segmentation_metrics,
     evaluate_segmentation,
-    segmentation_blocks,
-    segmentation_metrics,
 )
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.reporting.error_analysis import ErrorAnalysis
-from llm2clip.evaluate.retrieval_eval import RetrievalRanks, caption_field_metrics, rank_caption_fields
+from llm2clip.evaluate.retrieval_eval import RetrievalRanks, compute_caption_field_metrics, rank_caption_fields
 from llm2clip.evaluate.short_queries import ShortQueryResult
-from llm2clip.evaluate.zero_shot import classification_accuracy, encode_classes, linear_probe
+from llm2clip.evaluate.zero_shot import classification_accuracy, encode_classes, fit_linear_probe
 from llm2clip.html_report import Block
 from llm2clip.io_utils import DataFormatError, MissingFileError
 from llm2clip.models.prompts import fill_templates
@@ -53,13 +58,13 @@ class BenchmarkResult:
 
     Args:
         summary: Entry for results.json, with "benchmark" and "kind". Metrics are in percent, except "linear probe C".
-            Retrieval entries have "rows" (see `caption_field_metrics`). All other entries have the counts "images",
-            "texts" and "truncated" (texts that exceed the model's maximum length). Judged retrieval, compositional and
-            classification entries have "metrics". Classification entries also have "intervals" (95% confidence
-            intervals). Compositional entries also have "examples" (number of decodable examples). Region, segmentation
-            and detection entries have "rows", one per method. Each of these rows has "method", "metrics", "intervals",
-            a metric for each class ("class top-1", "IoU" or "class AP50") and, if it affects the metrics, "logit
-            scale".
+            Retrieval entries have "rows" (see `compute_caption_field_metrics`). All other entries have the counts
+            "images", "texts" and "truncated" (texts that exceed the model's maximum length). Judged retrieval,
+            compositional and classification entries have "metrics". Classification entries also have "intervals" (95%
+            confidence intervals). Compositional entries also have "examples" (number of decodable examples). Region,
+            segmentation and detection entries have "rows", one per method. Each of these rows has "method", "metrics",
+            "intervals", a metric for each class ("class top-1", "IoU" or "class AP50") and, if it affects the metrics,
+            "logit scale".
         images: All images in the benchmark, including undecodable images.
         ranks: Retrieval ranks, keyed by caption field. Empty if the benchmark is not a retrieval benchmark.
         bootstrap: Bootstrap metrics used to compute paired differences between models, keyed by method ("" for
@@ -104,7 +109,7 @@ def run_benchmark(
     if benchmark.kind == "retrieval":
         ranks = rank_caption_fields(embeddings, data)
         images = [record.image for records in data.values() for record in records if record.image is not None]
-        result = BenchmarkResult({"rows": caption_field_metrics(embeddings, ranks)}, images, ranks)
+        result = BenchmarkResult({"rows": compute_caption_field_metrics(embeddings, ranks)}, images, ranks)
     elif benchmark.kind == "judged retrieval":
         result = _evaluate_judged_retrieval(data, embeddings)
     elif benchmark.kind == "compositional":
@@ -138,7 +143,7 @@ def _evaluate_judged_retrieval(data: JudgedRetrieval, embeddings: EmbeddingSourc
             f"{len(undecodable):,} images cannot be decoded, e.g. {data.images[min(undecodable)]}; "
             "this benchmark requires all images"
         )
-    metrics = eccv_metrics(data, images, embeddings.encode_texts(data.captions))
+    metrics = compute_eccv_metrics(data, images, embeddings.encode_texts(data.captions))
     counts = {"images": len(images), **_count_texts(embeddings, data.captions)}
     return BenchmarkResult(counts | {"metrics": metrics}, data.images)
 
@@ -151,7 +156,7 @@ def _evaluate_compositional(examples: Sequence[CompositionalExample], embeddings
     text_embeddings = dict(zip(texts, embeddings.encode_texts(texts), strict=True))
     complete = [example for example in examples if all(ref.key in image_embeddings for ref in example.images)]
     counts = {"examples": len(complete), "images": len(images), **_count_texts(embeddings, texts)}
-    metrics = compositional_accuracy(complete, image_embeddings, text_embeddings)
+    metrics = compute_compositional_accuracy(complete, image_embeddings, text_embeddings)
     return BenchmarkResult(counts | {"metrics": metrics}, [image for example in examples for image in example.images])
 
 
@@ -168,7 +173,7 @@ def _evaluate_classification(
         if list(train.names) != list(data.names):
             raise DataFormatError("the training and test images have different classes")
         train_images, train_indices = embeddings.encode_images(train.images)
-        probe = linear_probe(train_images, [train.labels[i] for i in train_indices], images, labels)
+        probe = fit_linear_probe(train_images, [train.labels[i] for i in train_indices], images, labels)
         metrics |= {"linear probe": probe["top-1"], "linear probe C": probe["C"]}
     summary = {
         "intervals": accuracy.intervals,
@@ -182,9 +187,9 @@ def _evaluate_regions(data: RegionData, embeddings: EmbeddingSource, variants: S
     predictions = classify_regions(data, embeddings, variants)
     rows, bootstrap = [], {}
     for method, method_predictions in predictions.items():
-        bootstrap[method] = region_metrics(data, method_predictions)
-        accuracies = dict(zip(data.names, class_accuracy(data, method_predictions), strict=True))
-        rows.append(_method_row(method, bootstrap[method]) | {"class top-1": accuracies})
+        bootstrap[method] = compute_region_metrics(data, method_predictions)
+        accuracies = dict(zip(data.names, compute_class_accuracy(data, method_predictions), strict=True))
+        rows.append(_make_method_row(method, bootstrap[method]) | {"class top-1": accuracies})
     first_method, first_predictions = next(iter(predictions.items()))
     summary = {
         "images": len(set(first_predictions.image.tolist())),
@@ -194,7 +199,7 @@ def _evaluate_regions(data: RegionData, embeddings: EmbeddingSource, variants: S
         "chance": 100.0 / len(data.names),
         "rows": rows,
     }
-    draw_examples = partial(wrong_region_blocks, data, first_method, first_predictions)
+    draw_examples = partial(build_wrong_region_blocks, data, first_method, first_predictions)
     return BenchmarkResult(summary, data.images, bootstrap=bootstrap, draw_examples=draw_examples)
 
 
@@ -205,15 +210,15 @@ def _evaluate_segmentation(
     rows, bootstrap = [], {}
     class_names = [data.class_name(label) for label in range(len(data.names))]
     for method, counts in result.counts.items():
-        bootstrap[method] = segmentation_metrics(counts, result.images)
-        row = _method_row(method, bootstrap[method])
-        row["IoU"] = dict(zip(class_names, class_iou(counts), strict=True))
+        bootstrap[method] = compute_segmentation_metrics(counts, result.images)
+        row = _make_method_row(method, bootstrap[method])
+        row["IoU"] = dict(zip(class_names, compute_class_iou(counts), strict=True))
         if data.min_probability > 0:  # otherwise, the logit scale does not affect the predictions
             row["logit scale"] = result.logit_scales[method]
         rows.append(row)
     all_names = [name for names in data.names for name in names]
     summary = {"images": len(result.images), **_count_texts(embeddings, all_names, data.templates), "rows": rows}
-    draw_examples = partial(segmentation_blocks, data, result)
+    draw_examples = partial(build_segmentation_blocks, data, result)
     return BenchmarkResult(summary, data.images, bootstrap=bootstrap, draw_examples=draw_examples)
 
 
@@ -232,10 +237,10 @@ def _evaluate_detection(
     for method, detections in results.by_method.items():
         if predictions_dir is not None and process_state().is_main_process:
             write_detections(predictions_dir, method, usable, detections)
-        metrics, class_ap50 = detection_metrics(usable, detections)
+        metrics, class_ap50 = compute_detection_metrics(usable, detections)
         values = {**metrics.values, "proposal recall": description["recall"]}
         bootstrap[method] = dataclasses.replace(metrics, values=values)
-        row = _method_row(method, bootstrap[method])
+        row = _make_method_row(method, bootstrap[method])
         rows.append(row | {"class AP50": class_ap50, "logit scale": results.logit_scales[method]})
     first_method, first_detections = next(iter(results.by_method.items()))
     summary = {
@@ -244,11 +249,11 @@ def _evaluate_detection(
         "proposals": description,
         "rows": rows,
     }
-    draw_examples = partial(detection_blocks, usable, first_method, first_detections)
+    draw_examples = partial(build_detection_blocks, usable, first_method, first_detections)
     return BenchmarkResult(summary, data.images, bootstrap=bootstrap, draw_examples=draw_examples)
 
 
-def _method_row(method: str, metrics: BootstrapMetrics) -> dict[str, Any]:
+def _make_method_row(method: str, metrics: BootstrapMetrics) -> dict[str, Any]:
     return {"method": method, "metrics": dict(metrics.values), "intervals": metrics.intervals}
 
 

@@ -21,7 +21,7 @@ def bootstrap_intervals(sums: Tensor, counts: Tensor, bounds: tuple[float, float
     Args:
         sums: Sum of each quantity over the elements of each group, of shape (groups, K).
         counts: Number of elements in each group, of shape (groups,). Empty groups are ignored.
-        bounds: Smallest and largest possible value of an element. See `percentile_interval`.
+        bounds: Smallest and largest possible value of an element. See `compute_percentile_interval`.
 
     Returns:
         Lower and upper bounds, float64 of shape (2, K).
@@ -30,11 +30,11 @@ def bootstrap_intervals(sums: Tensor, counts: Tensor, bounds: tuple[float, float
     # groups, gathering is 1.5 to 5 times slower and, by default, keeps all resamples in memory. Weighting each group by
     # the number of times it was drawn takes only one matmul per resample.
     sums, counts = sums.double()[counts > 0], counts.double()[counts > 0]
-    means = [weights @ sums / (weights @ counts) for weights in bootstrap_counts(len(sums))]
-    return percentile_interval(torch.stack(means), len(sums), bounds)
+    means = [weights @ sums / (weights @ counts) for weights in draw_bootstrap_counts(len(sums))]
+    return compute_percentile_interval(torch.stack(means), len(sums), bounds)
 
 
-def bootstrap_counts(groups: int, resamples: int = 1000) -> Iterator[Tensor]:
+def draw_bootstrap_counts(groups: int, resamples: int = 1000) -> Iterator[Tensor]:
     """Yield the number of times each group is drawn, float64 of shape (groups,), once per resample.
 
     The draws depend only on the number of groups, so models evaluated on the same data have paired resamples.
@@ -45,7 +45,7 @@ def bootstrap_counts(groups: int, resamples: int = 1000) -> Iterator[Tensor]:
         yield torch.bincount(drawn, minlength=groups).double()
 
 
-def percentile_interval(means: Tensor, num_groups: int, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+def compute_percentile_interval(means: Tensor, num_groups: int, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
     """Compute central 95% confidence intervals from resampled means, using Efron's percentile method.
 
     If all groups have the same mean, such as 0% or 100%, all resampled means are equal, and the interval would be a
@@ -95,7 +95,7 @@ class BootstrapMetrics:
             metrics: Function that takes weights of shape (images,) and returns all metrics in the order of `names`. It
                 counts image i `weights[i]` times.
         """
-        samples = np.array([metrics(weights.numpy()) for weights in bootstrap_counts(len(images))], np.float64)
+        samples = np.array([metrics(weights.numpy()) for weights in draw_bootstrap_counts(len(images))], np.float64)
         values = [float(value) for value in metrics(np.ones(len(images)))]
         return cls(tuple(images), dict(zip(names, values, strict=True)), dict(zip(names, samples.T, strict=True)))
 
@@ -107,7 +107,7 @@ class BootstrapMetrics:
     def difference(self, baseline: BootstrapMetrics) -> dict[str, Any]:
         """Return each metric minus the baseline's metric, in percentage points, with paired 95% intervals.
 
-        The resamples are paired because `bootstrap_counts` draws the same images for both models.
+        The resamples are paired because `draw_bootstrap_counts` draws the same images for both models.
 
         Returns:
             {"metrics": {NAME: difference}, "intervals": {NAME: (low, high)}}. "intervals" is empty if the models were
@@ -124,5 +124,5 @@ class BootstrapMetrics:
 
     def _interval(self, samples: np.ndarray, bounds: tuple[float, float]) -> tuple[float, float]:
         defined = torch.from_numpy(samples[~np.isnan(samples)])
-        low, high = percentile_interval(defined, len(self.images), bounds).tolist()
+        low, high = compute_percentile_interval(defined, len(self.images), bounds).tolist()
         return low, high

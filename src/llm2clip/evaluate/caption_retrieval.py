@@ -18,7 +18,7 @@ from llm2clip.config import EncoderConfig
 from llm2clip.data.texts import unique_captions
 from llm2clip.evaluate.bootstrap import bootstrap_intervals
 from llm2clip.evaluate.embeddings import PRECOMPUTED_SUFFIX
-from llm2clip.evaluate.recall import KS, chance_recall, positive_ranks, recall, two_way_ranks
+from llm2clip.evaluate.recall import KS, compute_chance_recall, compute_positive_ranks, recall, two_way_ranks
 from llm2clip.models.dual_encoder import SENTENCE_TRANSFORMERS_PREFIX
 from llm2clip.models.hub.pretrained import resolve_pretrained
 from llm2clip.models.llm2clip import LLM2CLIP
@@ -115,7 +115,7 @@ def caption_retrieval_accuracy(
     first_recall, second_recall = recall(first_ranks), recall(second_ranks)
     hits = ((first_ranks < 1).double() + (second_ranks < 1)) / 2  # per image
     low, high = (100 * bootstrap_intervals(hits[:, None], torch.ones(len(hits)))).flatten().tolist()
-    positive_cosine, negative_cosine = mean_cosines(first, second)
+    positive_cosine, negative_cosine = compute_mean_cosines(first, second)
     metrics: dict[str, Any] = {
         "CRA": (first_recall["R@1"] + second_recall["R@1"]) / 2,
         "CRA interval": (low, high),
@@ -130,7 +130,7 @@ def caption_retrieval_accuracy(
     }
     if all_pairs:
         rows = [row_of_text[caption] for captions in caption_lists for caption in captions]
-        metrics |= _all_pairs_metrics(embeddings[rows], [len(captions) for captions in caption_lists])
+        metrics |= _compute_all_pairs_metrics(embeddings[rows], [len(captions) for captions in caption_lists])
     if return_hits:
         metrics["hits"] = hits.tolist()
     if num_mistakes:
@@ -138,7 +138,7 @@ def caption_retrieval_accuracy(
     return metrics
 
 
-def _all_pairs_metrics(embeddings: Tensor, captions_per_image: Sequence[int]) -> dict[str, Any]:
+def _compute_all_pairs_metrics(embeddings: Tensor, captions_per_image: Sequence[int]) -> dict[str, Any]:
     """Compute recall for the "all pairs" protocol, in which each caption retrieves the other captions of its image.
 
     Args:
@@ -150,16 +150,16 @@ def _all_pairs_metrics(embeddings: Tensor, captions_per_image: Sequence[int]) ->
         group = range(start, start + count)
         positives += [[other for other in group if other != caption] for caption in group]
     total = len(positives)
-    ranks = positive_ranks(embeddings, embeddings, positives, self_index=range(total))
+    ranks = compute_positive_ranks(embeddings, embeddings, positives, self_index=range(total))
     best_ranks = torch.stack([query_ranks[0] for query_ranks in ranks])
     return {
         "captions": total,
         "all pairs": recall(best_ranks),
-        "all pairs chance": chance_recall([len(others) for others in positives], total - 1, KS),
+        "all pairs chance": compute_chance_recall([len(others) for others in positives], total - 1, KS),
     }
 
 
-def mean_cosines(first: Tensor, second: Tensor) -> tuple[float, float]:
+def compute_mean_cosines(first: Tensor, second: Tensor) -> tuple[float, float]:
     """Return the mean of first[i] · second[i] over all i, and the mean of first[i] · second[j] over all i != j.
 
     `first` and `second` have shape (N, D).

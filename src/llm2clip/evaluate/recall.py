@@ -18,11 +18,11 @@ from llm2clip.evaluate.bootstrap import bootstrap_intervals
 
 KS = (1, 5, 10)
 TILE = 512  # images per tile; with four times as many texts, a tile's float32 scores (4 MB) fit in the CPU cache
-QUERY_TILE = 32  # queries that `positive_ranks` scores against all items at a time
+QUERY_TILE = 32  # queries that `compute_positive_ranks` scores against all items at a time
 
 
 @onednn_matmul()
-def positive_ranks(
+def compute_positive_ranks(
     queries: Tensor,
     items: Tensor,
     positives: Sequence[Sequence[int]],
@@ -64,11 +64,11 @@ def positive_ranks(
             query_scores = scores[query - start]
             if self_index is not None:
                 query_scores[self_index[query]] = -torch.inf
-            ranks.append(_ranks_in_row(query_scores, torch.as_tensor(positives[query])))
+            ranks.append(_rank_positives(query_scores, torch.as_tensor(positives[query])))
     return ranks
 
 
-def _ranks_in_row(scores: Tensor, positives: Tensor) -> Tensor:
+def _rank_positives(scores: Tensor, positives: Tensor) -> Tensor:
     """Return the zero-based ranks of the positives in ascending order, given the scores of all N items."""
     positive_scores = scores[positives].sort().values  # ascending
     negative_scores = scores.index_fill(0, positives, -torch.inf)
@@ -111,7 +111,7 @@ def two_way_ranks(
         )
     check_finite(images, texts)
     tiles = _ScoreTiles(images, texts, owner, tile_size, torch.device(device or images.device))
-    best_image, best_text = _best_match_scores(tiles)
+    best_image, best_text = _compute_best_match_scores(tiles)
 
     # Counts of wrong answers are stored as float32, which is exact up to 2**24.
     image_counts, text_counts = torch.zeros_like(best_image), torch.zeros_like(best_text)
@@ -122,8 +122,8 @@ def two_way_ranks(
             scores[tiles.positives(i, j)] = -torch.inf
             scores[len(images) - image_range.start :] = -torch.inf  # padding
             scores[:, len(texts) - text_range.start :] = -torch.inf
-            image_counts[image_range] += _at_least(scores, best_image[image_range, None]).sum(1)
-            text_counts[text_range] += _at_least(scores, best_text[text_range]).sum(0)
+            image_counts[image_range] += _is_at_least(scores, best_image[image_range, None]).sum(1)
+            text_counts[text_range] += _is_at_least(scores, best_text[text_range]).sum(0)
     image_ranks = image_counts[: len(images)].long().cpu()
     text_ranks = text_counts[: len(texts)].long().cpu()
     if tiles.order is not None:
@@ -175,7 +175,7 @@ class _ScoreTiles:
         return range(int(owners[0]) // self.height, int(owners[-1]) // self.height + 1)
 
 
-def _best_match_scores(tiles: _ScoreTiles) -> tuple[Tensor, Tensor]:
+def _compute_best_match_scores(tiles: _ScoreTiles) -> tuple[Tensor, Tensor]:
     """Return the scores of each image's best caption and of each caption's image.
 
     Positives and negatives are scored by the same matmuls, so ties are exact. Padding rows in the last tiles get
@@ -203,7 +203,7 @@ def _pad_tile(vectors: Tensor, size: int) -> Tensor:
     return vectors if len(vectors) == size else F.pad(vectors, (0, 0, 0, size - len(vectors)))
 
 
-def _at_least(scores: Tensor, threshold: Tensor) -> Tensor:
+def _is_at_least(scores: Tensor, threshold: Tensor) -> Tensor:
     """Return 1.0 where a score is at least as high as the threshold, and 0.0 elsewhere.
 
     The result is float because summing floats is ten times as fast as summing booleans.
@@ -243,10 +243,10 @@ def retrieval_metrics(
     metrics: dict[str, dict[str, Any]] = {}
     for direction, ranks, groups in (("I2T", image_ranks, torch.arange(len(image_ranks))), ("T2I", text_ranks, owner)):
         metrics[direction] = recall(ranks) | {"median rank": float(ranks.double().quantile(0.5)) + 1}
-        metrics[f"{direction} interval"] = recall_intervals(ranks, groups)
+        metrics[f"{direction} interval"] = compute_recall_intervals(ranks, groups)
     captions_per_image = torch.bincount(owner, minlength=len(image_ranks)).tolist()
-    metrics["I2T chance"] = chance_recall(captions_per_image, len(owner))
-    metrics["T2I chance"] = chance_recall([1] * len(owner), len(image_ranks))
+    metrics["I2T chance"] = compute_chance_recall(captions_per_image, len(owner))
+    metrics["T2I chance"] = compute_chance_recall([1] * len(owner), len(image_ranks))
     return metrics
 
 
@@ -255,7 +255,7 @@ def recall(ranks: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:
     return {f"R@{k}": 100.0 * float((ranks < k).double().mean()) for k in ks}
 
 
-def chance_recall(positives: Sequence[int], num_items: int, ks: Sequence[int] = KS) -> dict[str, float]:
+def compute_chance_recall(positives: Sequence[int], num_items: int, ks: Sequence[int] = KS) -> dict[str, float]:
     """Return the expected R@k of a random ranking, in percent.
 
     By the hypergeometric distribution, the expected R@k of a query with p positives is
@@ -277,7 +277,7 @@ def chance_recall(positives: Sequence[int], num_items: int, ks: Sequence[int] = 
     return chance
 
 
-def recall_intervals(ranks: Tensor, groups: Tensor, ks: Sequence[int] = KS) -> dict[str, tuple[float, float]]:
+def compute_recall_intervals(ranks: Tensor, groups: Tensor, ks: Sequence[int] = KS) -> dict[str, tuple[float, float]]:
     """Return 95% bootstrap confidence intervals for R@k, in percent.
 
     Each image is resampled with all its queries, because results for captions of the same image are correlated.
@@ -289,12 +289,12 @@ def recall_intervals(ranks: Tensor, groups: Tensor, ks: Sequence[int] = KS) -> d
     return _bootstrap_by_image([(ranks < k).double() for k in ks], groups, ks, (0.0, 1.0))
 
 
-def recall_differences(
+def compute_recall_differences(
     ranks: Tensor, baseline_ranks: Tensor, groups: Tensor, ks: Sequence[int] = KS
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
     """Return R@k of a model minus R@k of a baseline, in percentage points, and paired 95% bootstrap intervals.
 
-    See `recall_intervals` for the other arguments.
+    See `compute_recall_intervals` for the other arguments.
     """
     differences = [(ranks < k).double() - (baseline_ranks < k).double() for k in ks]
     means = {f"R@{k}": 100.0 * float(d.mean()) for k, d in zip(ks, differences, strict=True)}

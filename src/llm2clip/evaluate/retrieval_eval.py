@@ -12,7 +12,7 @@ from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.benchmarks.base import CaptionFields
 from llm2clip.evaluate.embeddings import EmbeddingSource, ModelEmbeddings
-from llm2clip.evaluate.recall import recall, recall_differences, retrieval_metrics, two_way_ranks
+from llm2clip.evaluate.recall import compute_recall_differences, recall, retrieval_metrics, two_way_ranks
 from llm2clip.models.dual_encoder import DualEncoder, from_llm2clip
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.store.store import EmbeddingStore
@@ -44,8 +44,8 @@ class RetrievalRanks:
 
 
 def evaluate_caption_fields(embeddings: EmbeddingSource, fields: CaptionFields) -> list[dict[str, Any]]:
-    """Rank each caption field and return its metrics. See `rank_caption_fields` and `caption_field_metrics`."""
-    return caption_field_metrics(embeddings, rank_caption_fields(embeddings, fields))
+    """Rank each caption field and return its metrics. See `rank_caption_fields` and `compute_caption_field_metrics`."""
+    return compute_caption_field_metrics(embeddings, rank_caption_fields(embeddings, fields))
 
 
 def rank_caption_fields(embeddings: EmbeddingSource, fields: CaptionFields) -> dict[str, RetrievalRanks]:
@@ -84,7 +84,9 @@ def rank_caption_fields(embeddings: EmbeddingSource, fields: CaptionFields) -> d
     return ranked
 
 
-def caption_field_metrics(embeddings: EmbeddingSource, ranked: Mapping[str, RetrievalRanks]) -> list[dict[str, Any]]:
+def compute_caption_field_metrics(
+    embeddings: EmbeddingSource, ranked: Mapping[str, RetrievalRanks]
+) -> list[dict[str, Any]]:
     """Compute retrieval metrics from the ranks of each caption field.
 
     Returns:
@@ -104,7 +106,7 @@ def caption_field_metrics(embeddings: EmbeddingSource, ranked: Mapping[str, Retr
     return rows
 
 
-def retrieval_difference(first: RetrievalRanks, other: RetrievalRanks) -> dict[str, Any] | None:
+def compute_retrieval_difference(first: RetrievalRanks, other: RetrievalRanks) -> dict[str, Any] | None:
     """Return the recall of `first` minus the recall of `other`, with paired 95% bootstrap intervals over images.
 
     Returns:
@@ -115,12 +117,14 @@ def retrieval_difference(first: RetrievalRanks, other: RetrievalRanks) -> dict[s
         return None
     result: dict[str, Any] = {}
     images = torch.arange(len(first.image_ranks))
-    result["I2T"], result["I2T interval"] = recall_differences(first.image_ranks, other.image_ranks, images)
-    result["T2I"], result["T2I interval"] = recall_differences(first.text_ranks, other.text_ranks, first.image_of_text)
+    result["I2T"], result["I2T interval"] = compute_recall_differences(first.image_ranks, other.image_ranks, images)
+    result["T2I"], result["T2I interval"] = compute_recall_differences(
+        first.text_ranks, other.text_ranks, first.image_of_text
+    )
     return result
 
 
-def caption_lengths(captions: Sequence[str]) -> tuple[str, list[int]]:
+def measure_caption_lengths(captions: Sequence[str]) -> tuple[str, list[int]]:
     """Return the length unit and the length of each caption.
 
     Lengths are measured in words, or in characters if most captions have no spaces between words, as in Chinese or

@@ -20,9 +20,13 @@ from llm2clip.evaluate.benchmark_eval import BenchmarkResult, run_benchmark
 from llm2clip.evaluate.benchmarks import Benchmark, get_benchmarks, has_user_data
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy, open_text_encoder
 from llm2clip.evaluate.embeddings import EmbeddingSource, open_embedding_source
-from llm2clip.evaluate.reporting.comparison import benchmark_blocks, caption_retrieval_blocks, short_query_blocks
+from llm2clip.evaluate.reporting.comparison import (
+    build_benchmark_blocks,
+    build_caption_retrieval_blocks,
+    build_short_query_blocks,
+)
 from llm2clip.evaluate.reporting.error_analysis import analyze_errors
-from llm2clip.evaluate.retrieval_eval import retrieval_difference
+from llm2clip.evaluate.retrieval_eval import compute_retrieval_difference
 from llm2clip.evaluate.short_queries import score_short_queries
 from llm2clip.html_report import BAD, Block, Code, Details, Paragraph, to_markdown, write_report
 from llm2clip.io_utils import MissingFileError, atomic_write_text, safe_name
@@ -60,9 +64,9 @@ def evaluate_models(
     images that are among them.
 
     A baseline's classification result, and each row of its other results, also contains "difference": the first model
-    minus the baseline (see `retrieval_difference` and `BootstrapMetrics.difference`). With `options.short_queries`,
-    each row of a retrieval result also contains "short queries" and, if there are templates, "short queries with
-    templates" (both lists of `LengthScores.metrics` dicts) and "query templates".
+    minus the baseline (see `compute_retrieval_difference` and `BootstrapMetrics.difference`). With
+    `options.short_queries`, each row of a retrieval result also contains "short queries" and, if there are templates,
+    "short queries with templates" (both lists of `LengthScores.metrics` dicts) and "query templates".
 
     Args:
         models: Model to evaluate, followed by the baselines (see `open_embedding_source`).
@@ -98,7 +102,7 @@ def evaluate_models(
             all_pairs=options.all_pairs,
             num_mistakes=3 if options.mistakes is None else options.mistakes,
         )
-        blocks = caption_retrieval_blocks(title_name, results["caption retrieval"])
+        blocks = build_caption_retrieval_blocks(title_name, results["caption retrieval"])
         print_once(to_markdown("Caption retrieval", blocks))
         report += blocks
         _write_results(out, results)
@@ -109,16 +113,16 @@ def evaluate_models(
         runner = BenchmarkRunner(benchmarks, log, options)
         for n, name in enumerate(display_names(models) if runner.runs else []):
             for _ in runner.evaluate_model(models[n], name, is_baseline=n > 0):
-                results["results"] = runner.summaries()
+                results["results"] = runner.get_summaries()
                 _write_results(out, results)  # after each benchmark, so that a later error loses no results
-        if not runner.summaries():
+        if not runner.get_summaries():
             raise ValueError("\n".join(["nothing could be evaluated:", *runner.missing, *runner.failures]))
         requests_all = "all" in options.benchmarks  # if so, missing benchmarks are not failures
         failures = runner.failures if requests_all else runner.missing + runner.failures
-        skipped = runner.skipped_rows() + (runner.missing if requests_all else [])
-        notes = skipped + runner.proposals()
-        warnings = runner.warnings()
-        blocks = runner.blocks()
+        skipped = runner.list_skipped_rows() + (runner.missing if requests_all else [])
+        notes = skipped + runner.describe_proposals()
+        warnings = runner.list_warnings()
+        blocks = runner.build_blocks()
         report += [Paragraph(line) for line in skipped]
         report += [Paragraph(line, BAD) for line in [*warnings, *failures]] + blocks
         print_once(to_markdown("Results", [block for block in blocks if not isinstance(block, Paragraph)]))
@@ -254,22 +258,22 @@ class BenchmarkRunner:
                 row["short queries with templates"] = [length.metrics() for length in scores.with_templates]
                 row["query templates"] = dataclasses.asdict(templates)
 
-    def summaries(self) -> list[dict[str, Any]]:
+    def get_summaries(self) -> list[dict[str, Any]]:
         """Return the entries for "results" in results.json."""
         return [{"model": result.model, **result.summary} for run in self.runs for result in run.results]
 
-    def blocks(self) -> list[Block]:
+    def build_blocks(self) -> list[Block]:
         """Return a report section for each benchmark with results, followed by the sections on short queries."""
         blocks: list[Block] = []
         for run in self.runs:
             if run.results:
-                blocks += benchmark_blocks(run.benchmark, run.results)
-        return blocks + short_query_blocks([(run.benchmark, run.results) for run in self.runs])
+                blocks += build_benchmark_blocks(run.benchmark, run.results)
+        return blocks + build_short_query_blocks([(run.benchmark, run.results) for run in self.runs])
 
-    def warnings(self) -> list[str]:
+    def list_warnings(self) -> list[str]:
         """Return one line for each model and benchmark if the model was trained on some of the benchmark's images."""
         lines = []
-        for summary in self.summaries():
+        for summary in self.get_summaries():
             if summary.get("images trained on"):
                 lines.append(
                     f"Warning: {summary['model']} was trained on {summary['images trained on']:,} of the images "
@@ -277,7 +281,7 @@ class BenchmarkRunner:
                 )
         return lines
 
-    def skipped_rows(self) -> list[str]:
+    def list_skipped_rows(self) -> list[str]:
         """Return one line for each benchmark with skipped rows, and always one for the user's data."""
         lines = []
         for run in self.runs:
@@ -285,7 +289,7 @@ class BenchmarkRunner:
                 lines.append(f"{run.benchmark.name}: {run.log.summary()}.")
         return lines
 
-    def proposals(self) -> list[str]:
+    def describe_proposals(self) -> list[str]:
         """Return a one-line description of the proposals for each detection benchmark."""
         summaries = [run.results[0].summary for run in self.runs if run.results]
         return [f"{s['benchmark']}: {s['proposals']['description']}" for s in summaries if "proposals" in s]
@@ -298,7 +302,7 @@ def _add_differences(first: BenchmarkResult, result: BenchmarkResult) -> None:
     for row in result.summary.get("rows", ()):
         field, method = row.get("captions"), row.get("method")
         if field in first.ranks:
-            row["difference"] = retrieval_difference(first.ranks[field], result.ranks[field])
+            row["difference"] = compute_retrieval_difference(first.ranks[field], result.ranks[field])
         elif method in first.bootstrap:
             row["difference"] = first.bootstrap[method].difference(result.bootstrap[method])
 

@@ -25,8 +25,8 @@ from torch import Tensor
 from llm2clip.data.noun_phrases import CONNECTIVES, DETERMINERS, FUNCTION_WORDS, NUMBERS, words_of
 from llm2clip.evaluate.bootstrap import bootstrap_intervals
 from llm2clip.evaluate.embeddings import EmbeddingSource
-from llm2clip.evaluate.recall import positive_ranks
-from llm2clip.evaluate.retrieval_eval import RetrievalRanks, caption_lengths
+from llm2clip.evaluate.recall import compute_positive_ranks
+from llm2clip.evaluate.retrieval_eval import RetrievalRanks, measure_caption_lengths
 from llm2clip.models.prompts import LITERAL, QueryTemplates, average_prompts, build_query_prompts
 
 PHRASE_LENGTHS = (1, 2, 3)  # words
@@ -89,7 +89,7 @@ class LengthScores:
             "relevant images per query": self.mean_relevant,
         }
         means = 100 * self.scores.mean(0)
-        low, high = mean_intervals(self.scores)
+        low, high = compute_mean_intervals(self.scores)
         for n, name in enumerate(METRICS):
             entry[name] = float(means[n])
             entry[f"{name} interval"] = (float(low[n]), float(high[n]))
@@ -189,7 +189,7 @@ def _measure_gain(plain: Sequence[LengthScores], scores: Sequence[LengthScores])
     max_words, gain = 0, 0.0
     for words, before, after in zip(PHRASE_LENGTHS, plain, scores, strict=False):
         differences = after.scores - before.scores
-        lowest_gain = float(mean_intervals(differences, bounds=(-1.0, 1.0))[0, 0])
+        lowest_gain = float(compute_mean_intervals(differences, bounds=(-1.0, 1.0))[0, 0])
         if before.words != str(words) or lowest_gain <= 0:
             break
         max_words, gain = words, gain + float(differences[:, 0].mean())
@@ -228,9 +228,9 @@ def _score_queries(
 def _score_length(words: str, queries: Sequence[LabelledQuery], vectors: Tensor, images: Tensor) -> LengthScores:
     """Compute metrics for queries of one length, given query embeddings `vectors` of shape (Q, D)."""
     relevant = [query.relevant for query in queries]
-    scores = [ranking_scores(query_ranks) for query_ranks in positive_ranks(vectors, images, relevant)]
+    scores = [compute_ranking_scores(query_ranks) for query_ranks in compute_positive_ranks(vectors, images, relevant)]
     num_relevant = [len(indices) for indices in relevant]
-    chance_of = {r: chance_scores(r, len(images)) for r in set(num_relevant)}
+    chance_of = {r: compute_chance_scores(r, len(images)) for r in set(num_relevant)}
     return LengthScores(
         words=words,
         queries=queries,
@@ -252,9 +252,9 @@ def build_queries(
 ) -> dict[str, list[LabelledQuery]]:
     """Build queries of different lengths from the captions of images.
 
-    Queries of one to three words are phrases (see `caption_phrases`). A phrase is used if it occurs in the captions of
-    at least `min_images` images, but at most a fraction `max_share` of all images. Matching ignores case but does not
-    use stemming: "dog" does not match "dogs".
+    Queries of one to three words are phrases (see `extract_caption_phrases`). A phrase is used if it occurs in the
+    captions of at least `min_images` images, but at most a fraction `max_share` of all images. Matching ignores case
+    but does not use stemming: "dog" does not match "dogs".
 
     Longer queries are complete captions, either of four to seven words or of eight or more words. If several images
     share a caption, ignoring case and punctuation, all of them are relevant.
@@ -268,18 +268,18 @@ def build_queries(
     Raises:
         ValueError: If the captions are in a language without spaces between words.
     """
-    if caption_lengths([text for texts in captions for text in texts])[0] != "words":
+    if measure_caption_lengths([text for texts in captions for text in texts])[0] != "words":
         raise ValueError("the captions have no spaces between words, so they cannot be split into phrases")
     queries = {}
     for num_words in PHRASE_LENGTHS:
-        counts = Counter(phrase for texts in captions for phrase in caption_phrases(texts, num_words))
+        counts = Counter(phrase for texts in captions for phrase in extract_caption_phrases(texts, num_words))
         max_images = max_share * len(captions)
         frequent = {phrase for phrase, count in counts.items() if min_images <= count <= max_images}
         del counts  # free memory: most phrases are rare
         selected = _sample(frequent, max_queries, seed)
         images = defaultdict(list)
         for image, texts in enumerate(captions):
-            for phrase in caption_phrases(texts, num_words).intersection(selected):
+            for phrase in extract_caption_phrases(texts, num_words).intersection(selected):
                 images[phrase].append(image)
         queries[str(num_words)] = [LabelledQuery(phrase, tuple(images[phrase])) for phrase in selected]
     for name, lengths in CAPTION_LENGTHS.items():
@@ -313,7 +313,7 @@ def split_clauses(text: str) -> list[list[str]]:
     return [clause for clause in clauses if clause]
 
 
-def caption_phrases(captions: Iterable[str], num_words: int) -> set[str]:
+def extract_caption_phrases(captions: Iterable[str], num_words: int) -> set[str]:
     """Return the phrases of `num_words` words that occur in an image's captions, in lower case.
 
     A phrase is a sequence of adjacent words without punctuation in between. Its first and last words must have at least
@@ -336,7 +336,7 @@ def _is_content_word(word: str) -> bool:
 # ---- metrics ---------------------------------------------------------------------------------------------------------
 
 
-def ranking_scores(ranks: Tensor) -> Tensor:
+def compute_ranking_scores(ranks: Tensor) -> Tensor:
     """Return average precision, R-precision and nDCG@10 of a ranking, each between 0 and 1, float64 of shape (3,).
 
     Let P be the number of relevant images, and r_n the rank (from 1) of the n-th relevant image. Average precision is
@@ -351,13 +351,13 @@ def ranking_scores(ranks: Tensor) -> Tensor:
     positions = torch.arange(1, num_relevant + 1, dtype=torch.float64)
     average_precision = (positions / (ranks + 1)).mean()
     r_precision = (ranks < num_relevant).double().mean()
-    discounts = _discounts(NDCG_K)
+    discounts = _compute_discounts(NDCG_K)
     ndcg = discounts[ranks[ranks < NDCG_K]].sum() / discounts[:num_relevant].sum()
     return torch.stack([average_precision, r_precision, ndcg])
 
 
-def chance_scores(num_relevant: int, num_images: int) -> Tensor:
-    """Return the expected `ranking_scores` of a random ranking, float64 of shape (3,).
+def compute_chance_scores(num_relevant: int, num_images: int) -> Tensor:
+    """Return the expected `compute_ranking_scores` of a random ranking, float64 of shape (3,).
 
     If P of N images are relevant, the image at rank r is relevant with probability P / N. If it is relevant, each of
     the r - 1 images before it is relevant with probability (P - 1) / (N - 1), so the expected precision at this rank is
@@ -366,17 +366,17 @@ def chance_scores(num_relevant: int, num_images: int) -> Tensor:
     positions = torch.arange(1, num_images + 1, dtype=torch.float64)
     precisions = (1 + (positions - 1) * (num_relevant - 1) / max(1, num_images - 1)) / positions
     r_precision = torch.tensor(num_relevant / num_images, dtype=torch.float64)
-    discounts = _discounts(NDCG_K)
+    discounts = _compute_discounts(NDCG_K)
     ndcg = r_precision * discounts[:num_images].sum() / discounts[:num_relevant].sum()
     return torch.stack([precisions.mean(), r_precision, ndcg])
 
 
-def _discounts(count: int) -> Tensor:
+def _compute_discounts(count: int) -> Tensor:
     """Return each rank's weight in the discounted cumulative gain, float64 of shape (count,)."""
     return 1 / torch.arange(2, count + 2, dtype=torch.float64).log2()
 
 
-def mean_intervals(scores: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+def compute_mean_intervals(scores: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
     """Return 95% bootstrap confidence intervals for the mean scores, in percent, float64 of shape (2, 3).
 
     Queries are resampled, but images are not. Models evaluated on the same queries have paired resamples. To compute an

@@ -33,7 +33,7 @@ def classification_accuracy(
     rank_chunks = []
     for start in range(0, len(images), chunk_size):
         scores = images[start : start + chunk_size].float() @ classes.T  # (images, classes)
-        rank_chunks.append(class_ranks(scores, targets[start : start + chunk_size]))
+        rank_chunks.append(compute_class_ranks(scores, targets[start : start + chunk_size]))
     ranks = torch.cat(rank_chunks)
     top1, top5 = (ranks < 1).double().numpy(), (ranks < 5).double().numpy()
 
@@ -46,7 +46,7 @@ def classification_accuracy(
     return BootstrapMetrics.from_function(indices, ("top-1", "top-5", "mean per class"), metrics)
 
 
-def class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
+def compute_class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
     """Return the zero-based rank of the correct class of each item, int64 of shape (N,).
 
     If several classes have the same score, the one with the lowest index is ranked first, as in argmax. Such ties occur
@@ -61,7 +61,7 @@ def class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
     return ((scores > correct_score) | ((scores == correct_score) & is_earlier_class)).sum(1)
 
 
-def linear_probe(
+def fit_linear_probe(
     train: Tensor, train_labels: Sequence[int], test: Tensor, test_labels: Sequence[int], seed: int = 0
 ) -> dict[str, float]:
     """Fit a logistic regression to frozen embeddings and return its test accuracy.

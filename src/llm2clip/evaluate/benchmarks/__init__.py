@@ -12,17 +12,17 @@ from llm2clip.evaluate.benchmarks import (
     segmentation,
 )
 from llm2clip.evaluate.benchmarks.base import Benchmark
-from llm2clip.evaluate.benchmarks.classification import FOLDER_PREFIX, folder_benchmark
+from llm2clip.evaluate.benchmarks.classification import FOLDER_PREFIX, make_folder_benchmark
 from llm2clip.evaluate.benchmarks.coco_instances import (
     BOXES_PREFIX,
     DETECTION_PREFIX,
-    boxes_benchmark,
-    detection_benchmark,
+    make_boxes_benchmark,
+    make_detection_benchmark,
 )
-from llm2clip.evaluate.benchmarks.segmentation import SEGMENTATION_PREFIX, segmentation_benchmark
+from llm2clip.evaluate.benchmarks.segmentation import SEGMENTATION_PREFIX, make_segmentation_benchmark
 from llm2clip.html_report import Table, to_markdown
 from llm2clip.io_utils import MissingFileError
-from llm2clip.published_results import published_metrics, published_rows
+from llm2clip.published_results import get_published_metrics, get_published_rows
 
 _PUBLIC_BENCHMARKS = (
     *retrieval.ENGLISH_BENCHMARKS,
@@ -34,10 +34,10 @@ _PUBLIC_BENCHMARKS = (
     *segmentation.BENCHMARKS,
 )
 USER_BENCHMARKS: dict[str, Callable[[str, Sequence[str]], Benchmark]] = {
-    FOLDER_PREFIX: folder_benchmark,
-    BOXES_PREFIX: boxes_benchmark,
-    SEGMENTATION_PREFIX: segmentation_benchmark,
-    DETECTION_PREFIX: detection_benchmark,
+    FOLDER_PREFIX: make_folder_benchmark,
+    BOXES_PREFIX: make_boxes_benchmark,
+    SEGMENTATION_PREFIX: make_segmentation_benchmark,
+    DETECTION_PREFIX: make_detection_benchmark,
 }
 """Functions that create a benchmark from the user's data and prompt templates, keyed by name prefix."""
 BENCHMARKS = {benchmark.name: benchmark for benchmark in _PUBLIC_BENCHMARKS}
@@ -85,7 +85,7 @@ def list_benchmarks(root: Path) -> list[str]:
         except MissingFileError:
             folder = "–"
             missing.append(f"{benchmark.name} ({benchmark.folders[0]}/): {benchmark.source}")
-        published = len(published_rows(benchmark.name) or published_metrics(benchmark.name)) or None
+        published = len(get_published_rows(benchmark.name) or get_published_metrics(benchmark.name)) or None
         rows.append([benchmark.name, benchmark.kind, benchmark.description, published, folder])
     table = Table(["benchmark", "kind", "description", "published results", f"folder in {root}"], rows)
     lines = [to_markdown("Benchmarks", [table])]

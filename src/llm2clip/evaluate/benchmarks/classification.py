@@ -26,7 +26,7 @@ FOLDER_PREFIX = "folder:"
 CIFAR_PIXELS = 3 * 32 * 32
 
 
-def folder_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
+def make_folder_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
     """Create a zero-shot classification benchmark from the user's images.
 
     Args:
@@ -109,7 +109,7 @@ def _read_images(class_dirs: Sequence[Path], names: Sequence[str], templates: Se
     return ClassificationData(images, labels, names, templates)
 
 
-def imagenet_templates() -> list[str]:
+def get_imagenet_templates() -> list[str]:
     """Return OpenAI's 80 prompt templates for ImageNet, with {} as the placeholder for the class name.
 
     Raises:
@@ -126,7 +126,7 @@ def imagenet_templates() -> list[str]:
 
 def _load_imagenet_texts() -> tuple[list[str], list[str], list[str]]:
     """Return ImageNet's sorted WordNet ids, OpenAI's class names and OpenAI's prompt templates."""
-    templates = imagenet_templates()
+    templates = get_imagenet_templates()
     from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
     from timm.data import ImageNetInfo
 
@@ -167,7 +167,7 @@ def _read_objectnet(folder: Path) -> ClassificationData:
     root = first_existing(folder, "images")
     class_dirs = sorted(path for path in root.iterdir() if path.is_dir() and labels.get(path.name) in shared_labels)
     names = [labels[path.name].lower() for path in class_dirs]
-    data = _read_images(class_dirs, names, imagenet_templates())
+    data = _read_images(class_dirs, names, get_imagenet_templates())
     return replace(data, images=[_BorderedImage(str(ref)) for ref in data.images])
 
 

@@ -33,7 +33,7 @@ from llm2clip.evaluate.benchmarks.base import (
     check_files,
     image_file,
 )
-from llm2clip.evaluate.benchmarks.classification import imagenet_templates
+from llm2clip.evaluate.benchmarks.classification import get_imagenet_templates
 from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, install_command, read_json
 from llm2clip.runs.ranks import print_once
 
@@ -67,7 +67,7 @@ class Instances:
     names: dict[Any, str]
 
 
-def coco_file_benchmark(
+def make_coco_file_benchmark(
     prefix: str, name: str, kind: Literal["regions", "segmentation", "detection"], read: Callable[[Path], Any]
 ) -> Benchmark:
     """Create a benchmark from the user's JSON file in COCO's format.
@@ -153,7 +153,7 @@ def require_pycocotools() -> None:
         )
 
 
-def image_refs(file: Path, images: Sequence[Mapping[str, Any]]) -> list[ImageRef]:
+def make_image_refs(file: Path, images: Sequence[Mapping[str, Any]]) -> list[ImageRef]:
     """Return references to the images listed in a JSON file.
 
     Raises:
@@ -274,9 +274,9 @@ def _decompress_run_lengths(data: bytes) -> list[int]:
 # ---- region classification -------------------------------------------------------------------------------------------
 
 
-def boxes_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
-    """Create a region classification benchmark from the JSON file `name`. See `coco_file_benchmark`."""
-    return coco_file_benchmark(BOXES_PREFIX, name, "regions", partial(read_boxes, templates=templates))
+def make_boxes_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
+    """Create a region classification benchmark from the JSON file `name`. See `make_coco_file_benchmark`."""
+    return make_coco_file_benchmark(BOXES_PREFIX, name, "regions", partial(read_boxes, templates=templates))
 
 
 def read_boxes(file: Path, templates: Sequence[str] = ()) -> RegionData:
@@ -307,13 +307,13 @@ def read_boxes(file: Path, templates: Sequence[str] = ()) -> RegionData:
         raise DataFormatError(f"{file} contains no boxes that can be classified")
     used_ids = [image_id for image_id in instances.images if image_id in rows]
     return RegionData(
-        images=image_refs(file, [instances.images[image_id] for image_id in used_ids]),
+        images=make_image_refs(file, [instances.images[image_id] for image_id in used_ids]),
         sizes=[instances.sizes[image_id] for image_id in used_ids],
         boxes=[np.array([box for box, _, _ in rows[image_id]], np.float32) for image_id in used_ids],
         labels=[np.array([label for _, label, _ in rows[image_id]], np.int64) for image_id in used_ids],
         areas=[np.array([area for _, _, area in rows[image_id]], np.float32) for image_id in used_ids],
         names=list(instances.names.values()),
-        templates=templates or imagenet_templates(),
+        templates=templates or get_imagenet_templates(),
         excluded=excluded,
     )
 
@@ -327,15 +327,17 @@ def load_class_split() -> dict[str, list[str]]:
     return {group: content[group] for group in ("novel", "base")}
 
 
-def detection_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
-    """Create a detection benchmark from the JSON file `name`. See `coco_file_benchmark`."""
+def make_detection_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
+    """Create a detection benchmark from the JSON file `name`. See `make_coco_file_benchmark`."""
 
     def read(file: Path) -> DetectionData:
         require_pycocotools()
         instances = read_instances(file)
-        return read_detection(instances, list(instances.names), {}, templates or imagenet_templates(), with_empty=True)
+        return read_detection(
+            instances, list(instances.names), {}, templates or get_imagenet_templates(), with_empty=True
+        )
 
-    return coco_file_benchmark(DETECTION_PREFIX, name, "detection", read)
+    return make_coco_file_benchmark(DETECTION_PREFIX, name, "detection", read)
 
 
 def read_detection(
@@ -369,7 +371,7 @@ def read_detection(
     annotated = {row["image_id"] for row in annotations}
     image_ids = [image_id for image_id in instances.images if with_empty or image_id in annotated]
     return DetectionData(
-        images=image_refs(instances.file, [instances.images[image_id] for image_id in image_ids]),
+        images=make_image_refs(instances.file, [instances.images[image_id] for image_id in image_ids]),
         image_ids=image_ids,
         sizes=[instances.sizes[image_id] for image_id in image_ids],
         annotations=annotations,
@@ -391,7 +393,7 @@ def _read_ov_coco(folder: Path) -> DetectionData:
         raise DataFormatError(
             f"{instances.file}: {len(missing)} of {len(names)} categories are missing, e.g. {missing[0]!r}"
         )
-    return read_detection(instances, [category_ids[name] for name in names], groups, imagenet_templates())
+    return read_detection(instances, [category_ids[name] for name in names], groups, get_imagenet_templates())
 
 
 BENCHMARKS = (

@@ -70,7 +70,7 @@ def _check_image_files(examples: list[CompositionalExample], source: Path) -> No
     check_files([image for example in examples for image in example.images], source)
 
 
-def compositional_accuracy(
+def compute_compositional_accuracy(
     examples: Sequence[CompositionalExample],
     image_embeddings: Mapping[str, Tensor],
     text_embeddings: Mapping[str, Tensor],
@@ -98,7 +98,7 @@ def compositional_accuracy(
         if len(images) == 1:
             hits.setdefault(example.kind, []).append(bool(scores[0, 0] > scores[0, 1:].max()))
         else:
-            for name, is_hit in _pair_scores(scores).items():
+            for name, is_hit in _compute_pair_scores(scores).items():
                 hits.setdefault(name, []).append(is_hit)
     accuracies = {name: 100.0 * sum(values) / len(values) for name, values in hits.items()}
     if "group" not in accuracies:
@@ -106,7 +106,7 @@ def compositional_accuracy(
     return accuracies
 
 
-def _pair_scores(scores: Tensor) -> dict[str, bool]:
+def _compute_pair_scores(scores: Tensor) -> dict[str, bool]:
     """Return Winoground's three scores for an example, given its similarities of shape (images, captions)."""
     correct = scores.diagonal()
     off_diagonal = ~torch.eye(len(scores), dtype=torch.bool)

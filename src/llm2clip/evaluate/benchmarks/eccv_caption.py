@@ -63,7 +63,7 @@ def _read_judged_retrieval(folder: Path) -> JudgedRetrieval:
     )
 
 
-def eccv_metrics(data: JudgedRetrieval, images: Tensor, captions: Tensor) -> dict[str, float]:
+def compute_eccv_metrics(data: JudgedRetrieval, images: Tensor, captions: Tensor) -> dict[str, float]:
     """Return COCO 5k R@k, CxC R@k, and ECCV Caption R@1, R-precision and mAP@R (arXiv 2204.03359), in percent.
 
     This function ranks the items. The package eccv-caption computes the metrics from the ranked lists.

@@ -24,14 +24,14 @@ from llm2clip.evaluate.benchmarks.base import (
     check_files,
     image_file,
 )
-from llm2clip.evaluate.benchmarks.classification import IMAGE_SUFFIXES, imagenet_templates
+from llm2clip.evaluate.benchmarks.classification import IMAGE_SUFFIXES, get_imagenet_templates
 from llm2clip.evaluate.benchmarks.coco_instances import (
     INSTANCES_FOLDERS,
     Instances,
-    coco_file_benchmark,
     decode_mask,
     find_instances,
-    image_refs,
+    make_coco_file_benchmark,
+    make_image_refs,
     read_instances,
     require_pycocotools,
 )
@@ -66,7 +66,7 @@ def read_class_names(name: str) -> list[list[str]]:
 # ---- the user's images ---------------------------------------------------------------------------------------------
 
 
-def segmentation_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
+def make_segmentation_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
     """Create a segmentation benchmark from the user's images and masks.
 
     Args:
@@ -89,9 +89,9 @@ def segmentation_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmar
         require_pycocotools()
         instances = read_instances(file, with_masks=True)
         names = [[class_name] for class_name in instances.names.values()]
-        return _build_from_instances(instances, names, templates or imagenet_templates())
+        return _build_from_instances(instances, names, templates or get_imagenet_templates())
 
-    return coco_file_benchmark(SEGMENTATION_PREFIX, name, "segmentation", read)
+    return make_coco_file_benchmark(SEGMENTATION_PREFIX, name, "segmentation", read)
 
 
 def _read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationData:
@@ -193,7 +193,7 @@ def _build_from_files(
     def read_labels(index: int) -> np.ndarray:
         return _read_label_file(label_files[index], table)
 
-    return SegmentationData(refs, read_labels, names, templates or imagenet_templates(), **protocol)
+    return SegmentationData(refs, read_labels, names, templates or get_imagenet_templates(), **protocol)
 
 
 # ---- PASCAL VOC and PASCAL-Context ---------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def _read_coco_object(folder: Path) -> SegmentationData:
     names = read_class_names("coco_object")
     if len(instances.names) != len(names):
         raise DataFormatError(f"{instances.file} has {len(instances.names)} categories, but COCO has {len(names)}")
-    return _build_from_instances(instances, names, imagenet_templates())
+    return _build_from_instances(instances, names, get_imagenet_templates())
 
 
 def _build_from_instances(instances: Instances, names: list[list[str]], templates: Sequence[str]) -> SegmentationData:
@@ -294,7 +294,7 @@ def _build_from_instances(instances: Instances, names: list[list[str]], template
         return labels
 
     return SegmentationData(
-        images=image_refs(file, list(instances.images.values())),
+        images=make_image_refs(file, list(instances.images.values())),
         read_labels=read_labels,
         names=[*read_class_names("background"), *names],
         templates=templates,

@@ -47,7 +47,7 @@ def select_variants(model: DualEncoder, variants: Sequence[str], required: bool)
     return supported
 
 
-def logit_scales(model: DualEncoder, protocol_scale: float) -> dict[str, float]:
+def get_logit_scales(model: DualEncoder, protocol_scale: float) -> dict[str, float]:
     """Return the logit scales to evaluate: the protocol's scale and, if there is one, the model's learned scale.
 
     Published protocols use CLIP's scales, which may not suit models that learned a different scale.

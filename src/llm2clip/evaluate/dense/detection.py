@@ -26,9 +26,9 @@ from torchvision.utils import draw_bounding_boxes
 
 from llm2clip.data.images import load_image, make_thumbnail
 from llm2clip.evaluate.benchmarks.base import DetectionData, ImageId
-from llm2clip.evaluate.bootstrap import BootstrapMetrics, bootstrap_counts
-from llm2clip.evaluate.dense import decode_images, gather_results, get_model, logit_scales, select_variants
-from llm2clip.evaluate.dense.proposals import GROUND_TRUTH, Proposals, object_boxes, open_proposals
+from llm2clip.evaluate.bootstrap import BootstrapMetrics, draw_bootstrap_counts
+from llm2clip.evaluate.dense import decode_images, gather_results, get_logit_scales, get_model, select_variants
+from llm2clip.evaluate.dense.proposals import GROUND_TRUTH, Proposals, get_object_boxes, open_proposals
 from llm2clip.evaluate.dense.regions import CROP, encode_boxes
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.zero_shot import encode_classes
@@ -70,7 +70,7 @@ class DetectionResults:
 
     Args:
         by_method: Detections, keyed by method and then by image id. The methods use the protocol's logit scale and, if
-            there is one, the model's learned scale. See `logit_scales`.
+            there is one, the model's learned scale. See `get_logit_scales`.
         logit_scales: Logit scale of each method.
         num_boxes: Number of proposals.
         num_covered, num_objects: Number of objects covered by a proposal, and number of all objects. Crowds are
@@ -124,8 +124,8 @@ def detect_objects(
     methods = select_variants(model, variants, required=not with_crops) + ([CROP] if with_crops else [])
     source = open_proposals(proposals, data, process_state().device)
     classes = encode_classes(embeddings, data.names, data.templates)
-    objects = object_boxes(data)
-    scales = logit_scales(model, LOGIT_SCALE)
+    objects = get_object_boxes(data)
+    scales = get_logit_scales(model, LOGIT_SCALE)
     # Per image: the detections of each method, and the numbers of boxes, covered objects and all objects.
     results: dict[int, tuple[dict[str, Detections], tuple[int, int, int]]] = {}
     failures: dict[int, str] = {}
@@ -199,7 +199,7 @@ def write_detections(folder: Path, method: str, data: DetectionData, detections:
     atomic_write_text(folder / f"{safe_name(method)}.json", json.dumps(rows))
 
 
-def detection_blocks(
+def build_detection_blocks(
     data: DetectionData, method: str, detections: Mapping[ImageId, Detections], count: int = 6
 ) -> list[Block]:
     """Return a report section with a few images, sampled at regular intervals, and their highest-scoring detections."""
@@ -235,7 +235,7 @@ def _draw_detections(image: Tensor, detected: Detections, names: Sequence[str]) 
 # ---- average precision ---------------------------------------------------------------------------------------------
 
 
-def detection_metrics(
+def compute_detection_metrics(
     data: DetectionData, detections: Mapping[ImageId, Detections], resamples: int = 1000
 ) -> tuple[BootstrapMetrics, dict[str, float]]:
     """Return the average precision of each class group and each class, in percent.
@@ -263,8 +263,8 @@ def detection_metrics(
     matches = [_extract_class_matches(evaluator, k) for k in range(len(data.names))]
     recall_values = evaluator.params.recThrs
     resampled = []
-    for weights in bootstrap_counts(len(data.image_ids), resamples):
-        resampled.append([100 * weighted_ap(match, weights.numpy(), recall_values) for match in matches])
+    for weights in draw_bootstrap_counts(len(data.image_ids), resamples):
+        resampled.append([100 * compute_weighted_ap(match, weights.numpy(), recall_values) for match in matches])
     resampled_ap50 = np.array(resampled)  # (resamples, classes)
 
     ap50: dict[str, float] = {}
@@ -313,7 +313,7 @@ class ClassMatches:
     objects: np.ndarray
 
 
-def weighted_ap(matches: ClassMatches, weights: np.ndarray, recall_values: np.ndarray) -> float:
+def compute_weighted_ap(matches: ClassMatches, weights: np.ndarray, recall_values: np.ndarray) -> float:
     """Return the interpolated average precision of one class, counting image i `weights[i]` times.
 
     This equals COCOeval's value for a data set with repeated images. The precision is averaged over `recall_values`.

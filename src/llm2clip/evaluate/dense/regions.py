@@ -27,7 +27,7 @@ from llm2clip.evaluate.benchmarks.base import RegionData
 from llm2clip.evaluate.bootstrap import BootstrapMetrics
 from llm2clip.evaluate.dense import decode_images, gather_results, get_model, select_variants
 from llm2clip.evaluate.embeddings import BATCH_SIZE, EmbeddingSource
-from llm2clip.evaluate.zero_shot import class_ranks, encode_classes
+from llm2clip.evaluate.zero_shot import compute_class_ranks, encode_classes
 from llm2clip.html_report import Block, Heading, Paragraph, ResultImage, ResultImages
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.vision.dense import encode_boxes as encode_dense_boxes
@@ -46,7 +46,7 @@ class RegionPredictions:
     Args:
         image: Index of each region's image, int64 of shape (R,).
         region: Index of each region within its image, int64 of shape (R,).
-        rank: Zero-based rank of the correct class, int64 of shape (R,). See `class_ranks`.
+        rank: Zero-based rank of the correct class, int64 of shape (R,). See `compute_class_ranks`.
         predicted: Class with the highest score, int64 of shape (R,).
         margin: Score of the predicted class minus the score of the correct class, float32 of shape (R,).
     """
@@ -98,7 +98,7 @@ def classify_regions(
     return {method: RegionPredictions.concatenate([batch[method] for batch in batches.values()]) for method in methods}
 
 
-def region_metrics(data: RegionData, predictions: RegionPredictions) -> BootstrapMetrics:
+def compute_region_metrics(data: RegionData, predictions: RegionPredictions) -> BootstrapMetrics:
     """Return accuracies in percent, bootstrapped over images because regions of the same image are correlated.
 
     The metrics are "top-1", "top-5", "mean per class" (top-1 accuracy averaged over the classes that have regions), and
@@ -131,7 +131,7 @@ def region_metrics(data: RegionData, predictions: RegionPredictions) -> Bootstra
     return BootstrapMetrics.from_function(indices.tolist(), [*selections, "mean per class"], metrics)
 
 
-def class_accuracy(data: RegionData, predictions: RegionPredictions) -> list[float | None]:
+def compute_class_accuracy(data: RegionData, predictions: RegionPredictions) -> list[float | None]:
     """Return the top-1 accuracy of each class in percent, or None for a class without regions."""
     labels = np.concatenate([data.labels[i] for i in np.unique(predictions.image)])
     counts = np.bincount(labels, minlength=len(data.names)).tolist()
@@ -139,7 +139,9 @@ def class_accuracy(data: RegionData, predictions: RegionPredictions) -> list[flo
     return [100.0 * hit / count if count else None for hit, count in zip(hits, counts, strict=True)]
 
 
-def wrong_region_blocks(data: RegionData, method: str, predictions: RegionPredictions, count: int = 12) -> list[Block]:
+def build_wrong_region_blocks(
+    data: RegionData, method: str, predictions: RegionPredictions, count: int = 12
+) -> list[Block]:
     """Return a report section on regions misclassified with the largest margins, at most one per image and class."""
     order = np.argsort(-predictions.margin, kind="stable")
     images: list[ResultImage] = []
@@ -218,7 +220,7 @@ def _predict_classes(regions: Tensor, indices: Sequence[int], data: RegionData, 
     return RegionPredictions(
         image=np.repeat(np.array(indices, np.int64), counts),
         region=np.concatenate([np.arange(count) for count in counts]),
-        rank=class_ranks(scores, labels).numpy(),
+        rank=compute_class_ranks(scores, labels).numpy(),
         predicted=predicted.numpy(),
         margin=(best - scores.gather(1, labels[:, None])[:, 0]).numpy(),
     )

@@ -19,7 +19,7 @@ from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.images import load_image, make_thumbnail
 from llm2clip.evaluate.benchmarks.base import IGNORED, SegmentationData
 from llm2clip.evaluate.bootstrap import BootstrapMetrics
-from llm2clip.evaluate.dense import decode_batches, gather_results, get_model, logit_scales, select_variants
+from llm2clip.evaluate.dense import decode_batches, gather_results, get_logit_scales, get_model, select_variants
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.zero_shot import encode_classes
 from llm2clip.html_report import Block, Heading, Legend, Paragraph, ResultImage, ResultImages
@@ -40,7 +40,7 @@ class SegmentationResult:
         images: Indices of the evaluated images.
         counts: Pixel counts of each method, int64 of shape (images, 3, classes). See `_segment_and_count`. Each method
             is a variant with either the protocol's logit scale or the model's learned scale. The learned scale is
-            omitted if it does not affect the result. See `logit_scales`.
+            omitted if it does not affect the result. See `get_logit_scales`.
         logit_scales: Logit scale of each method.
         examples: Downsampled predictions for a few images as uint8 arrays of shape (h, w), keyed by image index and
             then by method. The key "labels" contains the true labels.
@@ -79,7 +79,7 @@ def evaluate_segmentation(
     transform = ResizeForWindows.for_encoder(dense, data.scale)
     example_indices = set(np.linspace(0, len(data.images) - 1, NUM_EXAMPLES).astype(int).tolist())
     # Without a minimum probability, the scale does not change which class is the most probable.
-    scales = logit_scales(model, data.logit_scale) if data.min_probability > 0 else {"": data.logit_scale}
+    scales = get_logit_scales(model, data.logit_scale) if data.min_probability > 0 else {"": data.logit_scale}
     scale_of_method = {variant + suffix: scale for variant in variants for suffix, scale in scales.items()}
     results: dict[int, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = {}  # counts and label maps of each method
     failures: dict[int, str] = {}
@@ -142,7 +142,7 @@ class LabelMapWriter:
             image.save(file)
 
 
-def segmentation_metrics(counts: np.ndarray, images: Sequence[int]) -> BootstrapMetrics:
+def compute_segmentation_metrics(counts: np.ndarray, images: Sequence[int]) -> BootstrapMetrics:
     """Return "mIoU", "pixel accuracy" and "mean class accuracy" in percent.
 
     The metrics are mmsegmentation's mIoU, aAcc and mAcc, bootstrapped over images. The mean IoU excludes classes that
@@ -162,14 +162,14 @@ def segmentation_metrics(counts: np.ndarray, images: Sequence[int]) -> Bootstrap
     return BootstrapMetrics.from_function(images, ("mIoU", "pixel accuracy", "mean class accuracy"), metrics)
 
 
-def class_iou(counts: np.ndarray) -> list[float | None]:
+def compute_class_iou(counts: np.ndarray) -> list[float | None]:
     """Return the IoU of each class in percent, or None for a class that is neither labelled nor predicted."""
     intersection, labelled, predicted = counts.sum(0)  # (3, classes)
     union = labelled + predicted - intersection
     return [100.0 * float(i) / float(u) if u else None for i, u in zip(intersection, union, strict=True)]
 
 
-def segmentation_blocks(data: SegmentationData, result: SegmentationResult) -> list[Block]:
+def build_segmentation_blocks(data: SegmentationData, result: SegmentationResult) -> list[Block]:
     """Return a report section with a few images, their labels and predictions, and a legend."""
     colours = _make_palette(len(data.names))
     hidden = {IGNORED, 0} if data.has_background else {IGNORED}

@@ -10,7 +10,7 @@ from llm2clip.evaluate.benchmarks.coco_instances import DEGENERATE
 from llm2clip.evaluate.recall import KS
 from llm2clip.evaluate.reporting import plots
 from llm2clip.evaluate.reporting.error_analysis import MAX_K, ErrorAnalysis
-from llm2clip.evaluate.short_queries import METRICS, LengthScores, mean_intervals
+from llm2clip.evaluate.short_queries import METRICS, LengthScores, compute_mean_intervals
 from llm2clip.html_report import (
     Block,
     Details,
@@ -22,10 +22,10 @@ from llm2clip.html_report import (
     format_interval,
     with_interval,
 )
-from llm2clip.published_results import CRA, CRA_NOTE, published_metrics, published_notes, published_rows
+from llm2clip.published_results import CRA, CRA_NOTE, get_published_metrics, get_published_notes, get_published_rows
 
 DIRECTIONS = ("I2T", "T2I")
-# Published LLM2CLIP models to which the first evaluated model is compared. See `published_rows`.
+# Published LLM2CLIP models to which the first evaluated model is compared. See `get_published_rows`.
 REFERENCE_MODELS = ("2024: Llama3-8B-CC", "2024: EVA02 + LLM2CLIP", "2026: Llama-3.1-8B-CC", "2026: SigLIP2 + LLM2CLIP")
 CLASS_METRICS = ("class top-1", "IoU", "class AP50")  # per-class metrics in the rows of `BenchmarkResult.summary`
 MEAN_BENCHMARKS = ("xm3600",)  # only the mean over all languages was published
@@ -38,29 +38,29 @@ Curves = Mapping[str, Sequence[LengthScores]]
 """Results for each query length, keyed by model name. The key ends in ", with templates" if templates are used."""
 
 
-def benchmark_blocks(benchmark: Benchmark, results: Sequence[BenchmarkResult]) -> list[Block]:
+def build_benchmark_blocks(benchmark: Benchmark, results: Sequence[BenchmarkResult]) -> list[Block]:
     """Return the report section for a benchmark. Models appear in the order of `results`."""
     blocks: list[Block] = [Heading(f"{benchmark.name}: {_describe_images(benchmark, results[0].summary)}")]
-    notes = [Paragraph(note) for note in published_notes(benchmark.name)]
+    notes = [Paragraph(note) for note in get_published_notes(benchmark.name)]
     if benchmark.kind != "retrieval":
-        blocks += [metrics_table(results, published_metrics(benchmark.name)), *class_details(results)]
+        blocks += [build_metrics_table(results, get_published_metrics(benchmark.name)), *build_class_details(results)]
         if "proposals" in results[0].summary:
             blocks.append(Paragraph(results[0].summary["proposals"]["description"]))
         return [*blocks, *notes, *(block for result in results for block in result.examples)]
-    published = published_rows(benchmark.name)
+    published = get_published_rows(benchmark.name)
     is_mean = benchmark.name in MEAN_BENCHMARKS
     if is_mean:
-        blocks += [Heading("Mean over the languages", 3), mean_recall_table(results, published)]
+        blocks += [Heading("Mean over the languages", 3), build_mean_recall_table(results, published)]
     for n, first_row in enumerate(results[0].summary["rows"]):
         field_name = first_row["captions"]
         rows = {}
         for result in results:
             rows[result.model] = next(row for row in result.summary["rows"] if row["captions"] == field_name)
         blocks.append(Heading(f"{field_name}: {first_row['images']:,} images, {first_row['texts']:,} texts", 3))
-        blocks.append(recall_table(rows, published if n == 0 and not is_mean else {}))
+        blocks.append(build_recall_table(rows, published if n == 0 and not is_mean else {}))
         analyses = {r.model: r.error_analysis[field_name] for r in results if field_name in r.error_analysis}
         if analyses:
-            blocks += error_analysis_blocks(analyses)
+            blocks += build_error_analysis_blocks(analyses)
     return [*blocks, *notes]
 
 
@@ -82,12 +82,12 @@ def _describe_images(benchmark: Benchmark, summary: Mapping[str, Any]) -> str:
         count = summary["images"]
     if count >= total:
         return benchmark.description
-    has_published = published_rows(benchmark.name) or published_metrics(benchmark.name)
+    has_published = get_published_rows(benchmark.name) or get_published_metrics(benchmark.name)
     note = "; the published rows are for the complete benchmark" if has_published else ""
     return f"part of the benchmark, {count:,} of {total:,} {unit}{note}"
 
 
-def caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[Block]:
+def build_caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[Block]:
     """Return the report section on caption retrieval, including the authors' CRA on COCO (5,000 images).
 
     Args:
@@ -101,7 +101,7 @@ def caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[Block]:
     for protocol in ("first to second", "second to first", "all pairs"):
         if protocol in metrics:
             chance = metrics["all pairs chance"]["R@1"] if protocol == "all pairs" else metrics["chance"]
-            direction_rows.append([protocol, *_recalls(metrics[protocol]), chance])
+            direction_rows.append([protocol, *_get_recalls(metrics[protocol]), chance])
     truncated = "unknown" if metrics["truncated"] is None else f"{metrics['truncated']:,}"
     blocks: list[Block] = [
         Heading("CRA: the first two captions of each image retrieve each other"),
@@ -126,50 +126,56 @@ def caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[Block]:
     return blocks
 
 
-def recall_table(results: Mapping[str, dict[str, Any]], published: Mapping[str, tuple[float | None, ...]]) -> Table:
+def build_recall_table(
+    results: Mapping[str, dict[str, Any]], published: Mapping[str, tuple[float | None, ...]]
+) -> Table:
     """Return a recall table with rows for the published results, the chance level and the evaluated models.
 
     The last rows compare the first model with each baseline, with paired confidence intervals, and with each published
     model in `REFERENCE_MODELS`.
 
     Args:
-        results: Metrics, keyed by model name. See `caption_field_metrics` and `retrieval_difference`.
-        published: Published recall, keyed by model name. See `published_rows`.
+        results: Metrics, keyed by model name. See `compute_caption_field_metrics` and `compute_retrieval_difference`.
+        published: Published recall, keyed by model name. See `get_published_rows`.
     """
     header = ["model"]
     for direction in DIRECTIONS:
         header += [f"{direction} R@1", "95% interval", "R@5", "R@10", f"{direction} median rank"]
     header.append("truncated")
-    rows = [_table_row(f"paper {model}", recalls) for model, recalls in published.items()]
+    rows = [_make_recall_row(f"paper {model}", recalls) for model, recalls in published.items()]
     first_row = next(iter(results.values()))
-    rows.append(_table_row("chance", _both_recalls(first_row, " chance")))
+    rows.append(_make_recall_row("chance", _get_both_recalls(first_row, " chance")))
     highlight = frozenset(range(len(rows), len(rows) + len(results)))
     for model, row in results.items():
         limits = [row[f"{direction} interval"]["R@1"] for direction in DIRECTIONS]
         rows.append(
-            _table_row(
+            _make_recall_row(
                 model,
-                _both_recalls(row),
+                _get_both_recalls(row),
                 intervals=[format_interval(interval) for interval in limits],
                 median_ranks=[f"{row[direction]['median rank']:g}" for direction in DIRECTIONS],
                 truncated=format_truncated(row["truncated"], row["texts"]),
             )
         )
-    differences = _subtract_recalls({model: _both_recalls(row) for model, row in results.items()}, published)
+    differences = _subtract_recalls({model: _get_both_recalls(row) for model, row in results.items()}, published)
     first_model = next(iter(results))
     paired = {f"{first_model} minus {model}": row.get("difference") for model, row in results.items()}
     for name, values in differences.items():
         difference = paired.get(name)
         limits = [difference[f"{direction} interval"]["R@1"] if difference else None for direction in DIRECTIONS]
-        rows.append(_table_row(name, values, [interval and format_interval(interval, "+.1f") for interval in limits]))
+        rows.append(
+            _make_recall_row(name, values, [interval and format_interval(interval, "+.1f") for interval in limits])
+        )
     return Table(header, rows, highlight)
 
 
-def mean_recall_table(results: Sequence[BenchmarkResult], published: Mapping[str, tuple[float | None, ...]]) -> Table:
-    """Return a table of recall averaged over caption fields. Unlike `recall_table`, it has no row for chance."""
+def build_mean_recall_table(
+    results: Sequence[BenchmarkResult], published: Mapping[str, tuple[float | None, ...]]
+) -> Table:
+    """Return a table of recall averaged over caption fields. Unlike `build_recall_table`, it has no row for chance."""
     means = {}
     for result in results:
-        recalls = [_both_recalls(row) for row in result.summary["rows"]]  # (fields, 6)
+        recalls = [_get_both_recalls(row) for row in result.summary["rows"]]  # (fields, 6)
         means[result.model] = [statistics.fmean(values) for values in zip(*recalls, strict=True)]
     rows: list[list[Any]] = [[f"paper {model}", *recalls] for model, recalls in published.items()]
     highlight = frozenset(range(len(rows), len(rows) + len(results)))
@@ -178,12 +184,12 @@ def mean_recall_table(results: Sequence[BenchmarkResult], published: Mapping[str
     return Table(["model", *(f"{direction} R@{k}" for direction in DIRECTIONS for k in KS)], rows, highlight)
 
 
-def error_analysis_blocks(analyses: Mapping[str, ErrorAnalysis]) -> list[Block]:
+def build_error_analysis_blocks(analyses: Mapping[str, ErrorAnalysis]) -> list[Block]:
     """Return recall plots for all models, and the similarity matrix and examples for the first model."""
     name, first = next(iter(analyses.items()))
-    blocks: list[Block] = [_recall_curve_plot(analyses)]
+    blocks: list[Block] = [_plot_recall_curves(analyses)]
     if len(first.length_bins) > 1:
-        blocks.append(_length_plot(analyses))
+        blocks.append(_plot_recall_by_length(analyses))
     matrix = plots.plot_matrix(first.similarity, "images", "their first captions")
     blocks.append(Plot(matrix, f"Cosine similarities computed by {name}. Matching pairs are on the diagonal."))
     if first.examples:
@@ -195,7 +201,7 @@ def error_analysis_blocks(analyses: Mapping[str, ErrorAnalysis]) -> list[Block]:
     return blocks
 
 
-def _recall_curve_plot(analyses: Mapping[str, ErrorAnalysis]) -> Plot:
+def _plot_recall_curves(analyses: Mapping[str, ErrorAnalysis]) -> Plot:
     curves = {}
     for name, analysis in analyses.items():
         for direction in DIRECTIONS:
@@ -204,7 +210,7 @@ def _recall_curve_plot(analyses: Mapping[str, ErrorAnalysis]) -> Plot:
     return Plot(svg, "Recall at k (R@k) for increasing k.")
 
 
-def _length_plot(analyses: Mapping[str, ErrorAnalysis]) -> Plot:
+def _plot_recall_by_length(analyses: Mapping[str, ErrorAnalysis]) -> Plot:
     first = next(iter(analyses.values()))
     curves = {name: analysis.recall_by_length for name, analysis in analyses.items()}
     labels = [f"{low}–{high}" if low < high else str(low) for low, high in first.length_bins]
@@ -212,12 +218,12 @@ def _length_plot(analyses: Mapping[str, ErrorAnalysis]) -> Plot:
     return Plot(svg, "Recall by caption length, with 95% confidence intervals.")
 
 
-def metrics_table(results: Sequence[BenchmarkResult], published: Mapping[str, Mapping[str, float]]) -> Table:
+def build_metrics_table(results: Sequence[BenchmarkResult], published: Mapping[str, Mapping[str, float]]) -> Table:
     """Return a metrics table for a benchmark of any kind except "retrieval".
 
-    The rows show the published results (see `published_metrics`), the chance level (unless it is one of the metrics),
-    and the results of each model and method. The last rows compare the first model with each baseline, with paired
-    intervals. The method and logit scale columns are omitted if no row uses them.
+    The rows show the published results (see `get_published_metrics`), the chance level (unless it is a metric), and the
+    results of each model and method. The last rows compare the first model with each baseline, with paired intervals.
+    The method and logit scale columns are omitted if no row uses them.
     """
     metric_rows = [(result, row) for result in results for row in result.summary.get("rows", [result.summary])]
     names = list(dict.fromkeys(name for _, row in metric_rows for name in row["metrics"]))
@@ -233,7 +239,7 @@ def metrics_table(results: Sequence[BenchmarkResult], published: Mapping[str, Ma
         summary = result.summary
         is_upper_bound = summary.get("proposals", {}).get("is_upper_bound", False)
         name = f"{result.model} (upper bound)" if is_upper_bound else result.model
-        cells = [_metric_cell(row["metrics"], row.get("intervals", {}), metric) for metric in names]
+        cells = [_format_metric_cell(row["metrics"], row.get("intervals", {}), metric) for metric in names]
         truncated = format_truncated(summary["truncated"], summary["texts"])
         rows.append([name, *map(row.get, settings), summary["images"], *cells, truncated])
     for result, row in metric_rows:
@@ -244,7 +250,7 @@ def metrics_table(results: Sequence[BenchmarkResult], published: Mapping[str, Ma
     return Table(["model", *settings, "images", *names, "truncated"], rows, highlight)
 
 
-def _metric_cell(metrics: Mapping[str, float], intervals: Mapping[str, Any], name: str) -> str | float | None:
+def _format_metric_cell(metrics: Mapping[str, float], intervals: Mapping[str, Any], name: str) -> str | float | None:
     return with_interval(metrics[name], intervals[name]) if name in intervals else metrics.get(name)
 
 
@@ -256,7 +262,7 @@ def format_difference(difference: Mapping[str, Any], name: str) -> str | None:
     return f"{metrics[name]:+.1f}" if name in metrics else None
 
 
-def class_details(results: Sequence[BenchmarkResult]) -> list[Block]:
+def build_class_details(results: Sequence[BenchmarkResult]) -> list[Block]:
     """Return a collapsed section with the per-class metrics of each model and method. Empty if there are none."""
     columns = [(result.model, row) for result in results for row in result.summary.get("rows", ())]
     metric = next((name for name in CLASS_METRICS if columns and name in columns[0][1]), None)
@@ -277,14 +283,14 @@ def format_truncated(truncated: int | None, texts: int) -> str:
     return f"{100 * truncated / max(1, texts):.1f}% of the texts" if truncated else "none"
 
 
-def _table_row(
+def _make_recall_row(
     name: str,
     recalls: Sequence[Any],
     intervals: Sequence[str | None] = (None, None),
     median_ranks: Sequence[str | None] = (None, None),
     truncated: str | None = None,
 ) -> list[Any]:
-    """Return a row of `recall_table`. `recalls` has the order of `_both_recalls`."""
+    """Return a row of `build_recall_table`. `recalls` has the order of `_get_both_recalls`."""
     cells: list[Any] = [name]
     for recalls_of_direction, interval, median_rank in zip(
         (recalls[: len(KS)], recalls[len(KS) :]), intervals, median_ranks, strict=True
@@ -307,19 +313,19 @@ def _subtract_recalls(
     return differences
 
 
-def _both_recalls(row: dict[str, Any], suffix: str = "") -> list[float]:
+def _get_both_recalls(row: dict[str, Any], suffix: str = "") -> list[float]:
     """Return R@1, R@5 and R@10 for I2T, followed by R@1, R@5 and R@10 for T2I."""
-    return [value for direction in DIRECTIONS for value in _recalls(row[direction + suffix])]
+    return [value for direction in DIRECTIONS for value in _get_recalls(row[direction + suffix])]
 
 
-def _recalls(metrics: dict[str, float]) -> list[float]:
+def _get_recalls(metrics: dict[str, float]) -> list[float]:
     return [metrics[f"R@{k}"] for k in KS]
 
 
 # ---- short queries ---------------------------------------------------------------------------------------------------
 
 
-def short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[BenchmarkResult]]]) -> list[Block]:
+def build_short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[BenchmarkResult]]]) -> list[Block]:
     """Return a section for each caption field with short-query results.
 
     The first table shows mAP by query length, and top-1 accuracy on each classification benchmark in the run.
@@ -327,7 +333,7 @@ def short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[BenchmarkResu
     Args:
         results: All benchmarks in the run, each with one result per model.
     """
-    accuracies = {b.name: _accuracy_cells(r) for b, r in results if b.kind == "classification"}
+    accuracies = {b.name: _format_accuracy_cells(r) for b, r in results if b.kind == "classification"}
     blocks: list[Block] = []
     for benchmark, model_results in results:
         for field in dict.fromkeys(name for result in model_results for name in result.short_queries):
@@ -340,15 +346,15 @@ def short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[BenchmarkResu
                         curves[f"{result.model}, with templates"] = scores.with_templates
             blocks += [
                 Heading(f"{benchmark.name}, {field}: quality by query length"),
-                overview_table(curves, accuracies),
+                build_overview_table(curves, accuracies),
                 _plot_query_lengths(curves),
                 Paragraph(SHORT_QUERY_NOTE),
-                _short_query_metrics_table(curves),
+                _build_short_query_metrics_table(curves),
             ]
     return blocks
 
 
-def overview_table(curves: Curves, accuracies: Mapping[str, Mapping[str, str | None]]) -> Table:
+def build_overview_table(curves: Curves, accuracies: Mapping[str, Mapping[str, str | None]]) -> Table:
     """Return a table of mAP by query length and zero-shot accuracy, in percent.
 
     The last rows show the difference between the first model and each other model. mAP differences come with 95%
@@ -362,16 +368,16 @@ def overview_table(curves: Curves, accuracies: Mapping[str, Mapping[str, str | N
     header += [f"{benchmark}: top-1" for benchmark in accuracies]
     rows: list[list[Any]] = [["chance", *(100 * float(s.chance[0]) for s in first), *([None] * len(accuracies))]]
     for model, lengths in curves.items():
-        rows.append([model, *map(_map_cell, lengths), *(values.get(model) for values in accuracies.values())])
+        rows.append([model, *map(_format_map_cell, lengths), *(values.get(model) for values in accuracies.values())])
     highlight = frozenset(range(1, len(rows)))
     for other, lengths in list(curves.items())[1:]:
-        cells: list[str | None] = [_difference_cell(a, b) for a, b in zip(first, lengths, strict=True)]
+        cells: list[str | None] = [_format_difference_cell(a, b) for a, b in zip(first, lengths, strict=True)]
         label = f"{name} minus {other}"
         rows.append([label, *cells, *(values.get(label) for values in accuracies.values())])
     return Table(header, rows, highlight)
 
 
-def _accuracy_cells(results: Sequence[BenchmarkResult]) -> dict[str, str | None]:
+def _format_accuracy_cells(results: Sequence[BenchmarkResult]) -> dict[str, str | None]:
     """Return the formatted top-1 accuracy of each model and each difference, keyed by row label."""
     cells: dict[str, str | None] = {}
     for result in results:
@@ -382,7 +388,7 @@ def _accuracy_cells(results: Sequence[BenchmarkResult]) -> dict[str, str | None]
     return cells
 
 
-def _short_query_metrics_table(curves: Curves) -> Table:
+def _build_short_query_metrics_table(curves: Curves) -> Table:
     """Return a table of all metrics, with one row per model and query length."""
     rows: list[list[Any]] = []
     for model, lengths in curves.items():
@@ -396,16 +402,16 @@ def _short_query_metrics_table(curves: Curves) -> Table:
     return Table(["model", "words", "queries", "relevant images", *columns], rows)
 
 
-def _map_cell(length: LengthScores) -> str:
-    return with_interval(100 * float(length.scores[:, 0].mean()), mean_intervals(length.scores)[:, 0].tolist())
+def _format_map_cell(length: LengthScores) -> str:
+    return with_interval(100 * float(length.scores[:, 0].mean()), compute_mean_intervals(length.scores)[:, 0].tolist())
 
 
-def _difference_cell(first: LengthScores, other: LengthScores) -> str | None:
+def _format_difference_cell(first: LengthScores, other: LengthScores) -> str | None:
     """Return the mean difference in mAP, or None if the models were evaluated on different queries."""
     if first.queries != other.queries:
         return None
     differences = first.scores - other.scores
-    interval = mean_intervals(differences, bounds=(-1.0, 1.0))[:, 0].tolist()
+    interval = compute_mean_intervals(differences, bounds=(-1.0, 1.0))[:, 0].tolist()
     return with_interval(100 * float(differences[:, 0].mean()), interval, "+.1f")
 
 
@@ -413,7 +419,7 @@ def _plot_query_lengths(curves: Curves) -> Plot:
     points = {}
     for name, lengths in curves.items():
         points[name] = [
-            (100 * float(length.scores[:, 0].mean()), *mean_intervals(length.scores)[:, 0].tolist())
+            (100 * float(length.scores[:, 0].mean()), *compute_mean_intervals(length.scores)[:, 0].tolist())
             for length in lengths
         ]
     labels = [length.words for length in next(iter(curves.values()))]

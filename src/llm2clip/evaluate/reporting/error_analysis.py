@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from llm2clip.data.images import load_thumbnail
-from llm2clip.evaluate.recall import recall, recall_intervals
-from llm2clip.evaluate.retrieval_eval import RetrievalRanks, caption_lengths
+from llm2clip.evaluate.recall import compute_recall_intervals, recall
+from llm2clip.evaluate.retrieval_eval import RetrievalRanks, measure_caption_lengths
 from llm2clip.html_report import ResultImage, ResultImages
 
 MAX_K = 50  # maximum k in the recall curves
@@ -50,23 +50,23 @@ def analyze_errors(ranks: RetrievalRanks, num_queries: int = 6, matrix_size: int
         matrix_size: Maximum number of images in the similarity matrix.
     """
     captions = ranks.captions
-    unit, lengths = caption_lengths(captions)
-    bins = length_bins(lengths)
+    unit, lengths = measure_caption_lengths(captions)
+    bins = make_length_bins(lengths)
     num_images = len(ranks.records)
     image_rows = torch.linspace(0, num_images - 1, min(matrix_size, num_images)).long()
     first_captions = torch.tensor([int((ranks.image_of_text == i).nonzero()[0]) for i in image_rows])
     return ErrorAnalysis(
-        curves={"I2T": recall_curve(ranks.image_ranks), "T2I": recall_curve(ranks.text_ranks)},
+        curves={"I2T": compute_recall_curve(ranks.image_ranks), "T2I": compute_recall_curve(ranks.text_ranks)},
         length_unit=unit,
         length_bins=bins,
-        recall_by_length=recall_by_length(ranks, lengths, bins),
+        recall_by_length=compute_recall_by_length(ranks, lengths, bins),
         similarity=ranks.texts[first_captions] @ ranks.images[image_rows].T,
         examples=[retrieve_images(ranks, text) for text in sample_caption_indices(ranks, num_queries)],
         failures=[retrieve_images(ranks, text) for text in find_worst_captions(ranks, num_queries)],
     )
 
 
-def example_searches(ranks: RetrievalRanks, count: int = 5) -> list[dict[str, Any]]:
+def collect_example_searches(ranks: RetrievalRanks, count: int = 5) -> list[dict[str, Any]]:
     """Return sample captions and the images they retrieve, as JSON-compatible dicts. See `read_example_searches`."""
     examples = [dataclasses.asdict(retrieve_images(ranks, text)) for text in sample_caption_indices(ranks, count)]
     for example in examples:
@@ -76,7 +76,7 @@ def example_searches(ranks: RetrievalRanks, count: int = 5) -> list[dict[str, An
 
 
 def read_example_searches(examples: Sequence[Mapping[str, Any]]) -> list[ResultImages]:
-    """Convert the result of `example_searches` to report blocks."""
+    """Convert the result of `collect_example_searches` to report blocks."""
     blocks = []
     for example in examples:
         images = []
@@ -94,12 +94,12 @@ def sample_caption_indices(ranks: RetrievalRanks, count: int) -> list[int]:
     return indices
 
 
-def recall_curve(ranks: Tensor) -> list[float]:
+def compute_recall_curve(ranks: Tensor) -> list[float]:
     """Return R@1 to R@50 in percent."""
     return list(recall(ranks, range(1, MAX_K + 1)).values())
 
 
-def length_bins(lengths: Sequence[int], max_bins: int = 6, min_captions: int = 20) -> list[tuple[int, int]]:
+def make_length_bins(lengths: Sequence[int], max_bins: int = 6, min_captions: int = 20) -> list[tuple[int, int]]:
     """Divide caption lengths into bins with similar numbers of captions. Return each bin as (minimum, maximum).
 
     Each bin contains at least `min_captions` captions, unless there are fewer captions in total.
@@ -118,7 +118,7 @@ def length_bins(lengths: Sequence[int], max_bins: int = 6, min_captions: int = 2
     return list(zip(starts, ends, strict=True))
 
 
-def recall_by_length(
+def compute_recall_by_length(
     ranks: RetrievalRanks, lengths: Sequence[int], bins: Sequence[tuple[int, int]]
 ) -> list[tuple[float, float, float]]:
     """Return the T2I R@1 of each length bin in percent, as (value, lower bound, upper bound)."""
@@ -127,7 +127,7 @@ def recall_by_length(
     for first, last in bins:
         in_bin = (length >= first) & (length <= last)
         bin_ranks = ranks.text_ranks[in_bin]
-        low, high = recall_intervals(bin_ranks, ranks.image_of_text[in_bin], (1,))["R@1"]
+        low, high = compute_recall_intervals(bin_ranks, ranks.image_of_text[in_bin], (1,))["R@1"]
         recalls.append((100 * float((bin_ranks < 1).double().mean()), low, high))
     return recalls
 

@@ -43,7 +43,7 @@ def write_fit_report(
         cra: Results of `caption_retrieval_accuracy` before and after the `tune` stage, or None if CRA was not measured.
         untrained, trained: Results of `evaluate_caption_fields` before and after the `align` stage.
         query_templates: `ShortQueryResult.to_dict()`, or None if there is no caption encoder.
-        examples: Result of `example_searches`.
+        examples: Result of `collect_example_searches`.
         curves: Rows of metrics.jsonl for each stage, keyed by stage name.
         durations: Duration of each stage in seconds, keyed by stage name.
         settings: YAML of the run config.
@@ -56,15 +56,17 @@ def write_fit_report(
         Paragraph(data),
         Heading("Caption encoder"),
         Paragraph("Caption retrieval accuracy: the first two captions of each held-out image retrieve each other."),
-        caption_retrieval_table(*cra) if cra else Paragraph("Not measured: too few held-out images have two captions."),
+        build_caption_retrieval_table(*cra)
+        if cra
+        else Paragraph("Not measured: too few held-out images have two captions."),
         Heading("Retrieval"),
         Paragraph(
             "Recall on held-out images, in percent. I2T: an image retrieves one of its captions; T2I: a caption "
             "retrieves its image. A tie with a wrong answer counts as a miss. Confidence intervals are 95% bootstrap "
             "intervals over images."
         ),
-        retrieval_table(untrained, trained),
-        *(_short_query_blocks(query_templates) if query_templates and query_templates["short queries"] else []),
+        build_retrieval_table(untrained, trained),
+        *(_build_short_query_blocks(query_templates) if query_templates and query_templates["short queries"] else []),
         Heading("Example searches"),
         Paragraph("Held-out captions and the images that the model retrieves for them. Correct images are marked."),
         *read_example_searches(examples),
@@ -84,7 +86,7 @@ def write_fit_report(
     return write_report(folder, "report", f"Training of {folder.resolve().name}", blocks)
 
 
-def summary_table(
+def build_summary_table(
     cra: tuple[dict[str, Any], dict[str, Any]] | None,
     untrained: Sequence[dict[str, Any]],
     trained: Sequence[dict[str, Any]],
@@ -101,7 +103,7 @@ def summary_table(
     return Table(["held-out images, %", "chance", "before training", "after training"], rows)
 
 
-def caption_retrieval_table(raw: dict[str, Any], tuned: dict[str, Any]) -> Table:
+def build_caption_retrieval_table(raw: dict[str, Any], tuned: dict[str, Any]) -> Table:
     """Return a table with the CRA at chance level, before the `tune` stage and after it."""
     rows: list[list[Any]] = [["chance", raw["chance"], None]]
     for name, metrics in (("raw", raw), ("tuned", tuned)):
@@ -110,21 +112,21 @@ def caption_retrieval_table(raw: dict[str, Any], tuned: dict[str, Any]) -> Table
     return Table(header, rows, frozenset([2]))
 
 
-def retrieval_table(untrained: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]) -> Table:
+def build_retrieval_table(untrained: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]) -> Table:
     """Return a table of each caption field's recall at chance level, before training and after training."""
     rows: list[list[Any]] = []
     for before, after in zip(untrained, trained, strict=True):
         name = f"{after['captions']} ({after['images']:,} images, {after['texts']:,} texts)"
-        rows.append([name, "chance", *_recall_cells(after, " chance")])
-        rows.append(["", "untrained", *_recall_cells(before)])
-        rows.append(["", "trained", *_recall_cells(after)])
+        rows.append([name, "chance", *_format_recall_cells(after, " chance")])
+        rows.append(["", "untrained", *_format_recall_cells(before)])
+        rows.append(["", "trained", *_format_recall_cells(after)])
     header = ["captions", "model"]
     for direction in ("I2T", "T2I"):
         header += [f"{direction} R@1", "95% interval", *(f"{direction} R@{k}" for k in KS[1:])]
     return Table(header, rows, highlight=frozenset(range(2, len(rows), 3)))
 
 
-def _short_query_blocks(choice: dict[str, Any]) -> list[Block]:
+def _build_short_query_blocks(choice: dict[str, Any]) -> list[Block]:
     """Return a section on one- to three-word queries, encoded with and without the model's templates."""
     literal, with_templates = choice["short queries"], choice["short queries with templates"]
     header = ["query", *(f"{row['words']} {'word' if row['words'] == '1' else 'words'}: mAP" for row in literal)]
@@ -149,8 +151,8 @@ def _short_query_blocks(choice: dict[str, Any]) -> list[Block]:
     return [Heading("Short queries"), Paragraph(text), Table(header, rows, frozenset([len(rows) - 1]))]
 
 
-def _recall_cells(row: Mapping[str, Any], suffix: str = "") -> list[Any]:
-    """Return the cells of a `retrieval_table` row. The suffix " chance" selects the chance levels."""
+def _format_recall_cells(row: Mapping[str, Any], suffix: str = "") -> list[Any]:
+    """Return the cells of a `build_retrieval_table` row. The suffix " chance" selects the chance levels."""
     cells: list[Any] = []
     for direction in ("I2T", "T2I"):
         first, *others = (row[direction + suffix][f"R@{k}"] for k in KS)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm2clip.evaluate.bootstrap import bootstrap_counts, percentile_interval
+from llm2clip.evaluate.bootstrap import compute_percentile_interval, draw_bootstrap_counts
 from llm2clip.html_report import format_interval
 from llm2clip.tools.reproduce.datasets import CAPTIONS_TEST, FOREIGN_TEST
 from llm2clip.tools.reproduce.experiments import (
@@ -334,7 +334,7 @@ def bootstrap_interval(values: Tensor) -> Interval:
 
 def _make_interval(mean: Tensor, means: Tensor, num_images: int, bounds: tuple[float, float]) -> Interval:
     """Return `mean` and its confidence interval in percent, given the bootstrap means."""
-    low, high = (100 * percentile_interval(means, num_images, bounds)).tolist()
+    low, high = (100 * compute_percentile_interval(means, num_images, bounds)).tolist()
     return 100 * float(mean), low, high
 
 
@@ -348,7 +348,7 @@ def _resample_means(values: Tensor, seed: int) -> Tensor:
     values = values.double()
     generator = torch.Generator().manual_seed(seed)
     means = []
-    for image_counts in bootstrap_counts(num_images):
+    for image_counts in draw_bootstrap_counts(num_images):
         drawn_seeds = torch.randint(num_seeds, (num_seeds,), generator=generator)
         by_image = values[drawn_seeds].mean(0)  # (images,)
         means.append(by_image @ image_counts / num_images)
