@@ -50,7 +50,7 @@ def update_header(name: str, text: str, count: int = 0) -> str:
         parts = []
         if "encoder" in stages:
             parts = [describe_stage(plan, stage) for stage in ("tune", "embed") if stage in plan.memory]
-            parts.append(f"store {plan.store / 1e9:.0f} GB")
+            parts.append(f"store {plan.store_bytes / 1e9:.0f} GB")
         if "align" in stages:
             parts.append(describe_stage(plan, "align"))
         line = f"- {match['count']} x {match['device']} {flags}".rstrip() + f": {'; '.join(parts)}."
