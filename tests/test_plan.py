@@ -261,12 +261,12 @@ def test_hours_are_flops_over_throughput() -> None:
     int8 = dataclasses.replace(
         plan, config=dataclasses.replace(config, embed=dataclasses.replace(config.embed, dtype="int8"))
     )
-    assert int8.store == 20_000 * (576 + 4 + 16)
+    assert int8.store_bytes == 20_000 * (576 + 4 + 16)
     # The LLM in every step, relative to the store.
     step, caption = plan.step_flop["total"], plan.text.forward
     assert plan.online_cost_ratios[0] == pytest.approx((step + caption) / step)
     single_epoch = change_align(captions_per_image=0, epochs=1.0)  # both encode two captions of each image once
-    assert plan_small(single_epoch).online[1] == pytest.approx(1)
+    assert plan_small(single_epoch).online_cost_ratios[1] == pytest.approx(1)
 
 
 def test_repeated_forward_passes_of_align_are_counted() -> None:
@@ -276,7 +276,7 @@ def test_repeated_forward_passes_of_align_are_counted() -> None:
     assert both.step_flop["repeated"] == plan.image.tower_forward + plan.image.forward
     cached = plan_small(change_align(batch_size=64, tower_lr=0.0))
     assert cached.step_flop["total"] < 0.1 * plan.step_flop["total"]
-    assert cached.features == 10_000 * (2 * cached.image.feature_dim + 16) and cached.images_per_second == 0
+    assert cached.feature_bytes == 10_000 * (2 * cached.image.feature_dim + 16) and cached.images_per_second == 0
 
 
 def test_self_distillation_runs_or_caches_the_pretrained_tower() -> None:
@@ -285,10 +285,10 @@ def test_self_distillation_runs_or_caches_the_pretrained_tower() -> None:
     assert distilled.step_flop["total"] - plain.step_flop["total"] == pytest.approx(plain.image.tower_forward)
     more_memory = compute_peak_memory(distilled.memory["align"]) - compute_peak_memory(plain.memory["align"])
     assert more_memory == 4 * plain.image.tower + 24 * 64**2
-    assert distilled.features == 0
+    assert distilled.feature_bytes == 0
     cached = plan_small(change_align(batch_size=64, distill_weight=1.0, min_crop_scale=1.0))
     assert cached.step_flop == plain.step_flop and cached.hours["align"] > plain.hours["align"]
-    assert cached.memory["align"]["pretrained tower"] == 0 and cached.features > 0 and cached.images_per_second > 0
+    assert cached.memory["align"]["pretrained tower"] == 0 and cached.feature_bytes > 0 and cached.images_per_second > 0
 
 
 def test_few_images_reduce_the_batch_size() -> None:
