@@ -41,7 +41,7 @@ from llm2clip.tools.plan.costs import count_flops
 from llm2clip.tools.plan.devices import DEVICES, Machine
 from llm2clip.tools.plan.model_configs import LLMS
 from llm2clip.tools.plan.plan import plan_fit
-from llm2clip.train.grad_cache import cached_backward
+from llm2clip.train.grad_cache import compute_cached_loss
 from llm2clip.train.losses import info_nce
 from llm2clip.train.optim import MAX_GRAD_NORM, compile_blocks, make_optimizer
 from llm2clip.train.sampling import AlignBatches
@@ -254,7 +254,7 @@ def align_step(
     def backward() -> None:
         if variant == "gradient caching":
             parts = [slice(start, start + batch // 4) for start in range(0, batch, batch // 4)]
-            loss = cached_backward([partial(forward, part) for part in parts], loss_function, model, DEVICE)
+            loss = compute_cached_loss([partial(forward, part) for part in parts], loss_function, model, DEVICE)
         else:
             loss = loss_function(*forward(slice(None)))
         loss.backward()

@@ -22,7 +22,7 @@ from llm2clip.models.heads import AdapterConfig
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.vision.vision_tower import VisionTower
-from llm2clip.train.grad_cache import cached_backward
+from llm2clip.train.grad_cache import compute_cached_loss
 from llm2clip.train.losses import info_nce
 from shared import memory_mb, reset_peak_memory
 
@@ -52,7 +52,9 @@ def measure_step(batch_size: int, micro_batch_size: int, tower_name: str, image_
 
     memory_before, time_before = reset_peak_memory(), time.perf_counter()
     passes = [partial(forward, start) for start in range(0, batch_size, micro_batch_size)]
-    loss = loss_function(*passes[0]()) if len(passes) == 1 else cached_backward(passes, loss_function, model, device)
+    loss = (
+        loss_function(*passes[0]()) if len(passes) == 1 else compute_cached_loss(passes, loss_function, model, device)
+    )
     loss.backward()
     if device.type == "cuda":
         torch.cuda.synchronize()

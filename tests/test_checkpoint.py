@@ -15,7 +15,7 @@ from llm2clip.runs.output_folder import FormatVersionError
 def make_checkpoints(folder: Path, complete: tuple[int, ...], incomplete: tuple[int, ...] = ()) -> None:
     """Save checkpoints that contain a file of their step."""
     checkpoints = Checkpoints(folder, batch_size=6)
-    checkpoints.check({"steps": 20, "images per step": 6})
+    checkpoints.check_signature({"steps": 20, "images per step": 6})
     for step in (*complete, *incomplete):
         (folder / f"checkpoint-{step}").mkdir(parents=True)
         (folder / f"checkpoint-{step}" / "weights").write_text(f"weights of step {step}")
@@ -36,7 +36,7 @@ def test_checkpoints_resume_from_the_latest_complete_one(tmp_path: Path) -> None
 def test_checkpoints_reject_another_signature(tmp_path: Path) -> None:
     make_checkpoints(tmp_path, complete=(10,))
     with pytest.raises(ValueError, match=r"Cannot resume from .*checkpoint-10: steps: 20 then, 5 now"):
-        Checkpoints(tmp_path).check({"steps": 5})
+        Checkpoints(tmp_path).check_signature({"steps": 5})
 
 
 def test_checkpoints_commit_marks_and_prunes(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.text.clip_text_encoder import load_clip_text_encoder
 from llm2clip.runs.checkpoint import read_metrics
-from llm2clip.train.clip_finetuning import TokenizedCaptions, build_model, finetune_clip
+from llm2clip.train.clip_finetuning import TokenizedCaptions, build_finetuning_model, finetune_clip
 
 SIZES: dict[str, Any] = {
     "hidden_size": 16,
@@ -88,7 +88,7 @@ def test_model_gives_the_embeddings_of_the_original_model(clip: Path) -> None:
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
 
     original: Any = AutoModel.from_pretrained(clip)
-    model = build_model(text_encoder.model, settings(clip)).eval()
+    model = build_finetuning_model(text_encoder.model, settings(clip)).eval()
     with torch.no_grad():
         image, text, scale, bias = model(pixels=pixels, embeddings=torch.from_numpy(captions.take(rows)))
         expected_text = load_clip_text_encoder(str(clip), torch.device("cpu")).encode(texts)

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 
 from conftest import run_distributed
 from llm2clip.runs.fsdp import full_tensor
-from llm2clip.train.grad_cache import cached_backward
+from llm2clip.train.grad_cache import compute_cached_loss
 
 # The function with which FSDP reduces gradients; the first is new in PyTorch 2.13.
 REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
@@ -35,7 +35,7 @@ def _compare_passes_on_rank() -> None:
         with mock.patch.object(dist, REDUCE_SCATTER, wraps=getattr(dist, REDUCE_SCATTER)) as reduce_scatter:
             for _ in range(2):  # the second step adds to the gradients of the first
                 passes = [partial(_run, model, part) for part in inputs.split(size)]
-                cached_backward(passes, lambda x: (x @ x.T).logsumexp(1).mean(), model, inputs.device).backward()
+                compute_cached_loss(passes, lambda x: (x @ x.T).logsumexp(1).mean(), model, inputs.device).backward()
         reductions.append(reduce_scatter.call_count)
         gradients.append([full_tensor(parameter.grad) for parameter in model.parameters()])
     assert reductions[0] == reductions[1] > 0

@@ -37,8 +37,8 @@ from llm2clip.tools.plan.memory import (
     fits_in_memory,
 )
 from llm2clip.tools.plan.model_configs import build_llm, build_model, get_llm_config
-from llm2clip.train.grad_cache import cached_backward
-from llm2clip.train.optim import make_optimizer, set_trainable
+from llm2clip.train.grad_cache import compute_cached_loss
+from llm2clip.train.optim import make_optimizer, select_trainable_weights
 from llm2clip.train.tune import PairLoss
 
 LLAMA_8B = EncoderConfig("meta-llama/meta-llama-3-8b")
@@ -201,7 +201,7 @@ def align_peak(config: AlignConfig) -> float:
     """Return the peak memory in bytes of a training step after the first. The loss is an ordinary contrastive loss."""
     model = build_model(config, 4096)
     with torch.device("meta"):
-        set_trainable(model, config)
+        select_trainable_weights(model, config)
     if config.gradient_checkpointing:
         model.tower.set_grad_checkpointing()
     size, count = model.tower.preprocess.size, config.batch_size
@@ -224,7 +224,7 @@ def align_peak(config: AlignConfig) -> float:
         if len(passes) == 1:
             loss = loss_function(*passes[0]())
         else:
-            loss = cached_backward(passes, loss_function, model, torch.device("cpu"))
+            loss = compute_cached_loss(passes, loss_function, model, torch.device("cpu"))
         loss.backward()
         optimizer.step()
     return memory.peak

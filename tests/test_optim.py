@@ -24,7 +24,7 @@ from llm2clip.train.optim import (
     make_cosine_schedule,
     make_optimizer,
     make_parameter_groups,
-    set_trainable,
+    select_trainable_weights,
 )
 
 CONFIG = AlignConfig(lr=1e-2, tower_lr=1e-3, layer_decay=0.5, loss="sigmoid")
@@ -32,7 +32,7 @@ CONFIG = AlignConfig(lr=1e-2, tower_lr=1e-3, layer_decay=0.5, loss="sigmoid")
 
 def test_parameter_groups_set_rate_and_weight_decay_of_each_part() -> None:
     model = fresh_model(CONFIG, tower="test_efficientnet")
-    set_trainable(model, CONFIG)
+    select_trainable_weights(model, CONFIG)
     group_of = {id(p): group for group in make_parameter_groups(model, CONFIG) for p in group["params"]}
     assert len(group_of) == sum(1 for _ in model.parameters())
     assert group_of[id(model.projection.weight)]["lr"] == group_of[id(model.adapter.out.weight)]["lr"] == 1e-2
@@ -58,7 +58,7 @@ def test_layer_decay_gives_the_final_norm_the_full_rate_and_the_top_block_one_de
         stem, block, norm = "backbone.patch_embed.", "backbone.blocks.{}.", "backbone.norm.weight"
     model = fresh_model()
     model.tower = vision_tower
-    set_trainable(model, CONFIG)
+    select_trainable_weights(model, CONFIG)
     lr_of = {id(p): group["lr"] for group in make_parameter_groups(model, CONFIG) for p in group["params"]}
     lrs = {name: lr_of[id(p)] for name, p in vision_tower.named_parameters() if p.requires_grad}
     assert lrs[norm] == 1e-3
@@ -86,7 +86,7 @@ def test_position_embeddings_and_class_tokens_have_no_weight_decay(tmp_path: Pat
     for tower, expected in towers.items():
         model = fresh_model()
         model.tower = VisionTower.from_pretrained(tower, pretrained=not tower.startswith("timm:"))
-        set_trainable(model, CONFIG)
+        select_trainable_weights(model, CONFIG)
         decay_of = {
             id(p): group["weight_decay"] for group in make_parameter_groups(model, CONFIG) for p in group["params"]
         }

@@ -22,7 +22,7 @@ from llm2clip.data.pairs import Pair
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.runs.checkpoint import Checkpoints, read_metrics
 from llm2clip.train import tune as tune_module
-from llm2clip.train.grad_cache import cached_backward
+from llm2clip.train.grad_cache import compute_cached_loss
 from llm2clip.train.tune import PairCollator, PairLoss, pair_loss, tune
 
 INSTRUCTION = "find: "
@@ -448,7 +448,11 @@ def test_tune_resumes_on_another_number_of_ranks(
     losses_before = [line["loss"] for line in read_metrics(tmp_path / "half/metrics.jsonl")]
     uninterrupted = tune([CAPTIONS], open_encoder(llm), whole, tmp_path / "uninterrupted")
     cached_steps: list[int] = []
-    monkeypatch.setattr(tune_module, "cached_backward", lambda *args: cached_steps.append(1) or cached_backward(*args))
+    monkeypatch.setattr(
+        tune_module,
+        "compute_cached_loss",
+        lambda *args: cached_steps.append(1) or compute_cached_loss(*args),
+    )
     for name, config in (("half", half), ("whole", whole)):
         resumed = tune([CAPTIONS], open_encoder(llm), config, tmp_path / name)
         line = "Number of processes: 1 (was 2). Resuming from step 2 with 6 pairs per step, as before (6 per process)"

@@ -199,7 +199,7 @@ def _train_stage(
         "processes": state.num_processes,
     }
     checkpoints = Checkpoints(folder)
-    checkpoints.check(signature)
+    checkpoints.check_signature(signature)
     dataset = ConversationDataset(conversations, processor, image_tokens, max_length=config.max_length, store=store)
     sampler = (
         LengthGroupedSampler(dataset.estimate_lengths(), batch_size, config.seed) if config.group_by_length else None

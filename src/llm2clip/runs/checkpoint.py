@@ -110,7 +110,7 @@ class Checkpoints:
             )
         return total
 
-    def check(self, signature: Mapping[str, Any]) -> None:
+    def check_signature(self, signature: Mapping[str, Any]) -> None:
         """Check that a run's signature matches the latest checkpoint, and save it in all later checkpoints.
 
         Args:

@@ -49,7 +49,7 @@ from llm2clip.runs.ranks import print_once, process_state
 from llm2clip.runs.training_state import load_training_state, save_training_state
 from llm2clip.store.image_features import TowerEncoder, store_image_features
 from llm2clip.store.store import EmbeddingStore
-from llm2clip.train.grad_cache import cached_backward
+from llm2clip.train.grad_cache import compute_cached_loss
 from llm2clip.train.losses import get_loss
 from llm2clip.train.monitoring import BestCheckpoint, Step, StepReport, Validator, make_tracker_options, start_trackers
 from llm2clip.train.optim import (
@@ -58,7 +58,7 @@ from llm2clip.train.optim import (
     make_cosine_schedule,
     make_optimizer,
     restore_blocks,
-    set_trainable,
+    select_trainable_weights,
     should_compile,
 )
 from llm2clip.train.proclip import distillation_loss
@@ -108,9 +108,9 @@ def align(
     # Pretrained tower for self-distillation.
     frozen_tower = copy.deepcopy(model.tower).requires_grad_(False).eval() if config.distill_weight else None
 
-    # Trainable parameters, precision and device. `set_trainable` also initialises the LoRA layers.
+    # Trainable parameters, precision and device. `select_trainable_weights` also initialises the LoRA layers.
     set_seed(config.seed)
-    set_trainable(model, config)
+    select_trainable_weights(model, config)
     set_fsdp_wrap_policy(model.tower.blocks())
     precision = resolve_precision("align", config.precision, state.device)
     trackers = make_tracker_options(config.report_to, run_dir)
@@ -143,7 +143,7 @@ def align(
         )
 
     # Check that the run can resume from its latest checkpoint, and find the best weights so far.
-    checkpoints.check(_make_run_signature(data, store, config, precision))
+    checkpoints.check_signature(_make_run_signature(data, store, config, precision))
     eval_steps = data.steps_per_epoch if config.eval_steps is None else config.eval_steps
     best = BestCheckpoint(run_dir, checkpoints.step, validate if eval_steps else None, accelerator)
     metrics = MetricsLog(run_dir / "metrics.jsonl", checkpoints.step) if accelerator.is_main_process else None
@@ -328,5 +328,5 @@ def _compute_loss(net: nn.Module, batch: Batch, config: AlignConfig, accelerator
     if len(parts) == 1:
         loss = loss_function(*parts[0]())
     else:
-        loss = cached_backward(parts, loss_function, net, accelerator.device)
+        loss = compute_cached_loss(parts, loss_function, net, accelerator.device)
     return loss, logit_scale

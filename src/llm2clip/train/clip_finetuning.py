@@ -62,7 +62,7 @@ def finetune_clip(records: Sequence[Record], config: AlignConfig, out: Path, log
                 f"{', '.join(SUPPORTED_TYPES)}"
             )
         captions = TokenizedCaptions(text_encoder)
-        model = build_model(text_encoder.model, config)
+        model = build_finetuning_model(text_encoder.model, config)
         model = align(records, captions, model.to(process_state().device), config, out, log)
         if process_state().is_main_process:
             _save_clip(model, config.tower, model_dir)
@@ -114,7 +114,7 @@ class TextTower(nn.Module):
 
 
 @torch.no_grad()
-def build_model(clip: Any, config: AlignConfig) -> LLM2CLIP:
+def build_finetuning_model(clip: Any, config: AlignConfig) -> LLM2CLIP:
     """Build a model for `align` from a transformers CLIP model, using its text tower as the adapter.
 
     `clip` is modified: its text tower becomes part of the new model, and its vision tower is deleted.

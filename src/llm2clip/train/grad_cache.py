@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 ForwardPass = Callable[[], tuple[Tensor, ...]]
 
 
-def cached_backward(
+def compute_cached_loss(
     passes: Sequence[ForwardPass], loss_function: Callable[..., Tensor], model: nn.Module, device: torch.device
 ) -> Tensor:
     """Return the loss on the outputs of all passes. Calling backward() on the loss reruns each pass.

@@ -66,7 +66,7 @@ def info_nce(
     Returns:
         The loss as a float32 scalar, averaged over both directions and over this rank's images.
     """
-    return _apply(_InfoNCE, image, text, logit_scale, None, image_of_text, text_ids, other_texts, gather)
+    return _apply_loss(_InfoNCE, image, text, logit_scale, None, image_of_text, text_ids, other_texts, gather)
 
 
 def sigmoid_loss(
@@ -89,10 +89,10 @@ def sigmoid_loss(
         The loss as a float32 scalar: the weighted sum over all pairs, divided by the number of images. Each pair has
         weight 1 / (number of texts that the text's own image has).
     """
-    return _apply(_Sigmoid, image, text, logit_scale, logit_bias, image_of_text, text_ids, other_texts, gather)
+    return _apply_loss(_Sigmoid, image, text, logit_scale, logit_bias, image_of_text, text_ids, other_texts, gather)
 
 
-def _apply(
+def _apply_loss(
     function: type[torch.autograd.Function],
     image: Tensor,
     text: Tensor,

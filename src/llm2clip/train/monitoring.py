@@ -191,11 +191,11 @@ class BestCheckpoint:
         self.log: MetricsLog | None = None
         self.best_score = float("-inf")
         if accelerator.is_main_process:
-            if self._saved_step() > resume_step:
+            if self._read_saved_step() > resume_step:
                 shutil.rmtree(self.folder, ignore_errors=True)
             if validate is not None:
                 self.log = MetricsLog(run_dir / "evaluations.jsonl", resume_step)
-                if self._saved_step() >= 0:
+                if self._read_saved_step() >= 0:
                     self.best_score = json.loads((self.folder / METRICS).read_text())["score"]
         wait_for_everyone()
 
@@ -234,7 +234,7 @@ class BestCheckpoint:
         """Load the best weights into the model."""
         model.load_state_dict(load_file(self.folder / WEIGHTS))
 
-    def _saved_step(self) -> int:
+    def _read_saved_step(self) -> int:
         """Return the step of the saved weights, -1 if there are none, or sys.maxsize if they are incomplete."""
         if not self.folder.exists():
             return -1

@@ -23,7 +23,7 @@ ADAM_BETAS = (0.9, 0.999)
 _EMBEDDING = re.compile(r"^tower\..*(pos_embed|position_embedding|cls_token|class_embedding|reg_token|register_token)")
 
 
-def set_trainable(model: LLM2CLIP, config: AlignConfig) -> None:
+def select_trainable_weights(model: LLM2CLIP, config: AlignConfig) -> None:
     """Set `requires_grad` for the tower's parameters. If `lora_r` is greater than 0, also add LoRA layers to the tower.
 
     Parameters outside the tower (projection, adapter and logit scale) are always trained.

@@ -141,12 +141,12 @@ def inherit_text_space(
     if process_state().is_main_process and _read_signature(file) != signature:
         rows, clip_rows = store.find_rows(texts), clip_store.find_keys(caption_keys(texts))
 
-        def load(items: np.ndarray) -> tuple[Tensor, Tensor]:
+        def load_embeddings(items: np.ndarray) -> tuple[Tensor, Tensor]:
             """Return the LLM and CLIP embeddings of the texts with the given indices, in float32 on the device."""
             embeddings = torch.from_numpy(store.take(rows[items])).to(model.device)
             return embeddings, torch.from_numpy(clip_store.take(clip_rows[items])).to(model.device)
 
-        similarity = _train_adapter(model.adapter, load, len(texts), len(captions), seed, precision)
+        similarity = _train_adapter(model.adapter, load_embeddings, len(texts), len(captions), seed, precision)
         state = {name: tensor.cpu().contiguous() for name, tensor in model.adapter.state_dict().items()}
         with atomic_path(file) as temporary:
             save_file(state, temporary, {"signature": json.dumps(signature), "similarity": f"{similarity:.4f}"})
@@ -174,7 +174,7 @@ def _read_signature(file: Path) -> object:
 
 def _train_adapter(
     adapter: nn.Module,
-    load: Callable[[np.ndarray], tuple[Tensor, Tensor]],
+    load_embeddings: Callable[[np.ndarray], tuple[Tensor, Tensor]],
     num_texts: int,
     num_captions: int,
     seed: int,
@@ -185,7 +185,7 @@ def _train_adapter(
     The similarity is measured on held-out texts or, if there are fewer than 20 texts, on the training texts.
 
     Args:
-        load: Function that returns the LLM and CLIP embeddings of the texts with the given indices.
+        load_embeddings: Function that returns the LLM and CLIP embeddings of the texts with the given indices.
         num_captions: Number of captions, which come before the phrases.
     """
     rng = np.random.default_rng(seed)
@@ -208,7 +208,7 @@ def _train_adapter(
         epoch_step = step % steps_per_epoch
         if epoch_step == 0:
             train = rng.permutation(train)
-        embeddings, teacher = load(train[epoch_step * batch_size :][:batch_size])
+        embeddings, teacher = load_embeddings(train[epoch_step * batch_size :][:batch_size])
         with autocast:
             student = adapter(embeddings)
         distillation_loss(student, teacher, gather=False).backward()
@@ -218,7 +218,7 @@ def _train_adapter(
         schedule.step()
     adapter.eval()
     with torch.no_grad():
-        embeddings, teacher = load(test if test_size else train)
+        embeddings, teacher = load_embeddings(test if test_size else train)
         similarity = F.cosine_similarity(adapter(embeddings), teacher).mean().item()
     texts = "held-out" if test_size else "training"
     print_once(f"inherit: cosine similarity {similarity:.3f} to the CLIP text embeddings of the {texts} texts")

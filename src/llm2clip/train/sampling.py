@@ -329,12 +329,12 @@ class CaptionRows:
         """Find the captions of each image in the store. Raise StoreError if a caption is not in the store."""
         counts: list[int] = []
 
-        def all_captions() -> Iterator[str]:
+        def iterate_captions() -> Iterator[str]:
             for captions_of_image in captions:
                 counts.append(len(captions_of_image))
                 yield from captions_of_image
 
-        rows = store.find_rows(all_captions())
+        rows = store.find_rows(iterate_captions())
         image_of_row = np.repeat(np.arange(len(counts)), counts)
         # Combine each image and row into a single integer, because NumPy sorts integers faster than pairs.
         base = int(rows.max(initial=0)) + 1
@@ -397,7 +397,7 @@ class CaptionSampler:
             image_of_caption, column = np.nonzero(np.concatenate(valid, axis=1))
             return np.concatenate(shuffled, axis=1)[image_of_caption, column], image_of_caption
         kinds = self._sample_kinds(used, streams)
-        return _take_in_order(shuffled, counts, kinds)
+        return _take_captions(shuffled, counts, kinds)
 
     def _sample_kinds(self, used: np.ndarray, streams: RandomStreams) -> np.ndarray:
         """Sample the kind of each caption, as `Generator.choice` does. Return kinds of shape (captions_per_image, N).
@@ -419,7 +419,7 @@ class CaptionSampler:
         return kinds
 
 
-def _take_in_order(shuffled: list[np.ndarray], counts: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _take_captions(shuffled: list[np.ndarray], counts: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Take the next row of the sampled kind for each caption. Skip the caption if no rows of that kind are left.
 
     `shuffled` contains the permuted rows of each kind, of shape (N, captions). The number of valid rows per kind and

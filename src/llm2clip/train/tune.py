@@ -51,7 +51,7 @@ from llm2clip.runs.fsdp import (
 )
 from llm2clip.runs.ranks import RaggedGather, max_over_ranks, print_once, process_state, wait_for_everyone
 from llm2clip.runs.training_state import TrainingStateMixin
-from llm2clip.train.grad_cache import cached_backward
+from llm2clip.train.grad_cache import compute_cached_loss
 
 
 def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, config: TuneConfig, run_dir: Path) -> Path:
@@ -77,7 +77,7 @@ def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, confi
         checkpoints = Checkpoints(run_dir / "checkpoints", config.batch_size)
         rows = _sample_rows(sources, encoder, config, checkpoints.get_saved_items_per_step("pairs per step"))
         if rows:
-            precision, lora = _set_trainable(encoder, config)
+            precision, lora = _select_trainable_weights(encoder, config)
             _train(rows, encoder, config, run_dir, precision, checkpoints)
             _restore_encoder(encoder, lora)
         if process_state().is_main_process:
@@ -127,7 +127,7 @@ def _sample_rows(
     return rows
 
 
-def _set_trainable(encoder: CaptionEncoder, config: TuneConfig) -> tuple[str, LoraSession | None]:
+def _select_trainable_weights(encoder: CaptionEncoder, config: TuneConfig) -> tuple[str, LoraSession | None]:
     """Select the trainable weights: either newly added LoRA layers or all LLM weights except the token embeddings.
 
     With LoRA, the frozen matrices take up nearly all of the memory. They are therefore stored in the training precision
@@ -187,7 +187,7 @@ def _train(
         "precision": precision,
         "texts": hash_texts(texts),
     }
-    checkpoints.check(signature)
+    checkpoints.check_signature(signature)
     loss = PairLoss(
         encoder,
         config.temperature,
@@ -408,12 +408,12 @@ class PairLoss(nn.Module):
             runs += [run_without_output] * (most_passes - len(passes))
 
         def loss_function(embeddings: Tensor) -> Tensor:
-            return self._loss(embeddings[order], batch["pairs"], batch["text_ids"].to(embeddings.device))
+            return self._compute_loss(embeddings[order], batch["pairs"], batch["text_ids"].to(embeddings.device))
 
         # With a single pass, gradient caching would only repeat it. Caching changes the order of collective operations,
         # so all ranks must make the same choice.
         if self.grad_cache and most_passes > 1 and torch.is_grad_enabled():
-            return cached_backward([partial(_run_as_tuple, run) for run in runs], loss_function, self.model, device)
+            return compute_cached_loss([partial(_run_as_tuple, run) for run in runs], loss_function, self.model, device)
         return loss_function(torch.cat([run() for run in runs]))
 
     def _iterate_passes(
@@ -427,7 +427,7 @@ class PairLoss(nn.Module):
         embeddings: Tensor = self.model(self._encoder[0].collate(tokens, prompt_length))["sentence_embedding"]
         return embeddings.float()
 
-    def _loss(self, embeddings: Tensor, pairs: int, text_ids: Tensor) -> Tensor:
+    def _compute_loss(self, embeddings: Tensor, pairs: int, text_ids: Tensor) -> Tensor:
         losses = []
         for dim in (embeddings.shape[1], *self.matryoshka_dims):
             unit = F.normalize(embeddings[:, :dim], dim=-1)

@@ -28,7 +28,7 @@ from llm2clip.models.text.lora import cast_frozen_linear
 from llm2clip.models.text.packing import PACKED, can_pack, pack_captions
 from llm2clip.models.text.sentence_transformer import get_layers
 from llm2clip.tools.plan.model_configs import build_llm, build_model, get_llm_config
-from llm2clip.train.optim import set_trainable
+from llm2clip.train.optim import select_trainable_weights
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def measure_image_costs(config: AlignConfig, text_dim: int, captions: float) -> 
     tower = model.tower
     tower_parameters = count_parameters(tower)
     with torch.device("meta"):
-        set_trainable(model, config)  # freezes the tower, or adds LoRA layers, if configured
+        select_trainable_weights(model, config)  # freezes the tower, or adds LoRA layers, if configured
     trained, layers = count_parameters(model, only_trained=True), tower.blocks()
 
     def make_pixels(images: int) -> Tensor:
