@@ -38,7 +38,7 @@ from llm2clip.data.records import open_records
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.models.hub.pretrained import resolve_pretrained
 from llm2clip.models.precision import calibrate_precision
-from llm2clip.models.text.batching import default_batch_tokens, tune_batch_tokens
+from llm2clip.models.text.batching import get_default_batch_tokens, tune_batch_tokens
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.store.writer import quantize_rows
 
@@ -171,7 +171,7 @@ def print_padding(encoder: CaptionEncoder, texts: Sequence[str]) -> None:
     tokens = encoder.tokenize(texts)
     lengths = [len(ids) for ids in tokens.ids]
     unsorted = [range(start, stop) for start, stop in pairwise([*range(0, len(texts), 32), len(texts)])]
-    by_length = [rows for _, rows in tokens.batches(default_batch_tokens(encoder.device))]
+    by_length = [rows for _, rows in tokens.batches(get_default_batch_tokens(encoder.device))]
     print(
         f"padding: {padding_share(lengths, unsorted):.0%} in unsorted batches of 32; "
         f"{padding_share(lengths, by_length):.1%} in batches of texts of similar length; none when packed"
@@ -189,7 +189,7 @@ def print_efficiency(encoder: CaptionEncoder, texts: Sequence[str], seconds: Map
     weights = sum(p.numel() for layer in encoder.llm.layers for p in layer.parameters() if p.ndim > 1)
     hidden_size = encoder.llm.config.hidden_size
     for precision in ("fp32", "bf16"):
-        peak = matmul_flops(precision, default_batch_tokens(encoder.device), hidden_size)
+        peak = matmul_flops(precision, get_default_batch_tokens(encoder.device), hidden_size)
         flops = 2 * weights * token_count / statistics.median(seconds[f"llm2clip, packed, {precision}"])
         print(f"{precision}: {flops / 1e9:.0f} GFLOP/s in the layers' matmuls, {flops / peak:.0%} of a plain matmul")
 

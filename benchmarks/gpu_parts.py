@@ -33,7 +33,7 @@ from llm2clip.data.pairs import Pair
 from llm2clip.data.records import Record
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import LLM2CLIPConfig
-from llm2clip.models.text.batching import default_batch_tokens
+from llm2clip.models.text.batching import get_default_batch_tokens
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.search.vector_index import CHUNK, QuantizedVectors, VectorIndex
@@ -347,7 +347,7 @@ def measure_tune(settings: PartSettings) -> Iterator[dict[str, Any]]:
         tokens = sum(len(ids) for ids in batch["tokens"])
         flops = 6 * layer_parameters(encoder) * tokens
         for grad_cache in (False, True):
-            loss = PairLoss(encoder, 0.05, default_batch_tokens(DEVICE), grad_cache=grad_cache)
+            loss = PairLoss(encoder, 0.05, get_default_batch_tokens(DEVICE), grad_cache=grad_cache)
             label = f"{name}, llm2clip{', gradient caching' if grad_cache else ''}"
             reset_memory()
             yield step_row(label, partial(tune_pass, encoder, loss, [batch]), tokens, "tokens", flops)

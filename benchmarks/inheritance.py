@@ -34,7 +34,7 @@ from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.hub.pretrained import resolve_pretrained
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.pretrained_clip import visual_projection
+from llm2clip.models.pretrained_clip import find_visual_projection
 from llm2clip.models.text.clip_text_encoder import load_clip_text_encoder
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.store.image_features import TowerEncoder, image_keys, store_image_features
@@ -149,7 +149,7 @@ def sample_text(record: Record, rng: random.Random) -> str:
 def measure_drift(args: argparse.Namespace) -> None:
     records = list(open_records(args.images))
     pretrained = VisionTower.from_pretrained(f"timm:{args.clip}")
-    projection = visual_projection(load_clip_text_encoder(f"open_clip:{args.clip}").model)
+    projection = find_visual_projection(load_clip_text_encoder(f"open_clip:{args.clip}").model)
     assert projection is not None
     before = image_features(pretrained, records, args.clip / "drift-features")
     print("| model | features | embeddings |\n|" + " --- |" * 3)

@@ -27,7 +27,7 @@ from llm2clip.data.pairs import ImageCaptions, pair_batches
 from llm2clip.data.records import open_records
 from llm2clip.models.hub.pretrained import resolve_pretrained
 from llm2clip.models.precision import has_bf16_hardware
-from llm2clip.models.text.batching import default_batch_tokens
+from llm2clip.models.text.batching import get_default_batch_tokens
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.packing import PACKED
 from llm2clip.train.tune import PairCollator, PairLoss
@@ -61,7 +61,7 @@ class Method:
         """Run a forward and a backward pass on a batch. Return the time in seconds."""
         device = encoder.device
         encoder.llm.set_attn_implementation(self.attention)
-        loss_function = self.loss_class(encoder, 0.05, default_batch_tokens(device))
+        loss_function = self.loss_class(encoder, 0.05, get_default_batch_tokens(device))
         start = time.perf_counter()
         with sdpa_kernel(SDPBackend.MATH) if "plain" in self.name else nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):

@@ -24,7 +24,7 @@ from llm2clip.data.pairs import ImageCaptions
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.llava.config import LlavaConfig
 from llm2clip.llava.train import train_llava
-from llm2clip.models.dual_encoder import DualEncoder, from_llm2clip
+from llm2clip.models.dual_encoder import DualEncoder, wrap_llm2clip
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
@@ -258,7 +258,7 @@ def test_vision_tower_encodes_in_bf16(model_folder: Path) -> None:
     for precision in (None, "fp32"):
         model = LLM2CLIP.from_pretrained(model_folder, "cuda")
         model.tower.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
-        encoder = from_llm2clip(model, "model", precision)
+        encoder = wrap_llm2clip(model, "model", precision)
         encoder.encode_images([torch.zeros(3, 32, 32, dtype=torch.uint8)])
     assert dtypes == [torch.bfloat16, torch.float32]
 

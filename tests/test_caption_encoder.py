@@ -19,7 +19,7 @@ from llm2clip.cpu_tuning import flex_attention_is_correct
 from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.models.precision import CALIBRATION_CAPTIONS, calibrate_precision
 from llm2clip.models.text import batching
-from llm2clip.models.text.batching import TokenizedTexts, default_encoding_tokens, length_batches
+from llm2clip.models.text.batching import TokenizedTexts, batch_by_length, get_default_encoding_tokens
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 
 TEXTS = ["a dog", "a very long caption about two dogs that run through deep snow near a house", "猫"]
@@ -398,7 +398,7 @@ def test_tune_batch_tokens_takes_the_fastest(encoder: CaptionEncoder, monkeypatc
             return speeds[size]
 
         tried.clear()
-        monkeypatch.setattr(batching, "tokens_per_second", speed)
+        monkeypatch.setattr(batching, "measure_tokens_per_second", speed)
 
     set_speeds({512: 100, 1024: 120, 2048: 121, 4096: 110})
     assert batching.tune_batch_tokens(encoder, tokens) == 1024 and tried == [512, 1024, 2048, 4096]
@@ -427,7 +427,7 @@ def test_tokens_per_second_times_batches_of_all_lengths(
     monkeypatch.setattr(encoder, "encode", record_and_encode)
     lengths = [40] * 10 + [20] * 20 + [10] * 40 + [5] * 80  # 400 tokens of each length
     tokens = TokenizedTexts([[1] * n for n in lengths], [], [0] * len(lengths))
-    assert batching.tokens_per_second(encoder, tokens, 200, "fp32") == 200  # one second per batch
+    assert batching.measure_tokens_per_second(encoder, tokens, 200, "fp32") == 200  # one second per batch
     assert encoded_lengths == [40, 40, 40, 10, 5]
 
 
@@ -435,12 +435,12 @@ def test_tokens_per_second_times_batches_of_all_lengths(
     ("device", "hidden_size", "tokens"), [("cuda", 576, 32768), ("cuda", 4096, 16384), ("cpu", 4096, 1024)]
 )
 def test_default_encoding_tokens_limits_the_memory_of_large_llms(device: str, hidden_size: int, tokens: int) -> None:
-    assert default_encoding_tokens(torch.device(device), hidden_size) == tokens
+    assert get_default_encoding_tokens(torch.device(device), hidden_size) == tokens
 
 
 def test_length_batches_cover_all_rows_within_max_tokens() -> None:
     lengths = torch.randint(1, 60, (200,)).tolist()
-    batches = list(length_batches(lengths, 128))
+    batches = list(batch_by_length(lengths, 128))
     assert sorted(r for b in batches for r in b) == list(range(200))
     assert all(len(b) * max(lengths[r] for r in b) <= 128 for b in batches)
-    assert list(length_batches([500], 128)) == [[0]]
+    assert list(batch_by_length([500], 128)) == [[0]]

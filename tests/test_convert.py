@@ -15,10 +15,10 @@ from torch import Tensor
 from conftest import TouchOnLoad, make_llm
 from llm2clip import LLM2CLIP
 from llm2clip.cli import main
-from llm2clip.models.convert.checkpoint_layout import LAYOUTS, Checkpoint, official_name
+from llm2clip.models.convert.checkpoint_layout import LAYOUTS, Checkpoint, get_official_name
 from llm2clip.models.convert.load import copy_tensors, infer_config, load_official_checkpoint
-from llm2clip.models.convert.published_encoders import TEMPLATE_TOKENS, published_template, suggest_encoders
-from llm2clip.models.convert.save import save_official
+from llm2clip.models.convert.published_encoders import TEMPLATE_TOKENS, find_published_template, suggest_encoders
+from llm2clip.models.convert.save import save_official_checkpoint
 from llm2clip.models.heads import AdapterConfig
 from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.text.caption_encoder import CaptionEncoder
@@ -287,7 +287,7 @@ def test_load_official_eva_names_match_timm(tmp_path: Path) -> None:
     assert all(torch.equal(theirs[name], tensor) for name, tensor in model.tower.backbone.state_dict().items())
 
 
-# ---- save_official --------------------------------------------------------------------------------------------------
+# ---- save_official_checkpoint ---------------------------------------------------------------------------------------
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -300,7 +300,7 @@ def test_save_official_round_trip_is_exact(layout: str, tmp_path: Path) -> None:
     source = write_checkpoint(tensors, layout, tmp_path / "official")
     load_official_checkpoint(source).save_pretrained(tmp_path / "model")
     model = LLM2CLIP.from_pretrained(tmp_path / "model", device="cpu")
-    back = save_official(model, tmp_path / ("back.pt" if layout == "eva" else "back"), layout)
+    back = save_official_checkpoint(model, tmp_path / ("back.pt" if layout == "eva" else "back"), layout)
     written = load_tensors(back)
     assert written.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -319,7 +319,7 @@ def test_save_official_eva_adds_a_zero_projection_bias(tmp_path: Path) -> None:
     model = load_official_checkpoint(write_checkpoint(make_checkpoint("eva"), "eva", tmp_path))
     config = LLM2CLIPConfig(**{**vars(model.config), "projection_bias": False})
     ours = LLM2CLIP(config, model.tower).eval()
-    again = load_official_checkpoint(save_official(ours, tmp_path / "back.pt", "eva"))
+    again = load_official_checkpoint(save_official_checkpoint(ours, tmp_path / "back.pt", "eva"))
     assert torch.allclose(again.encode_image([pixels()[0]]), ours.encode_image([pixels()[0]]), atol=1e-6)
 
 
@@ -327,18 +327,18 @@ def test_save_official_rejects_models_that_the_layout_cannot_represent(tmp_path:
     clip = load_official_checkpoint(write_checkpoint(make_checkpoint("hf"), "hf", tmp_path / "hf"))
     eva = load_official_checkpoint(write_checkpoint(make_checkpoint("eva"), "eva", tmp_path / "eva"))
     with pytest.raises(ValueError, match=r"vision tower is clip_vision_model.*EVA-02"):
-        save_official(clip, tmp_path / "x.pt", "eva")
+        save_official_checkpoint(clip, tmp_path / "x.pt", "eva")
     with pytest.raises(ValueError, match=r"vision tower is timm:eva02.*CLIP tower.*projection has a bias"):
-        save_official(eva, tmp_path / "x", "hf")
+        save_official_checkpoint(eva, tmp_path / "x", "hf")
     with pytest.raises(ValueError, match="'onnx'"):
-        save_official(clip, tmp_path / "x", "onnx")
+        save_official_checkpoint(clip, tmp_path / "x", "onnx")
     with pytest.raises(ValueError, match=r"must end in \.pt"):
-        save_official(eva, tmp_path / "x", "eva")
+        save_official_checkpoint(eva, tmp_path / "x", "eva")
     with pytest.raises(FileExistsError, match="another path"):
-        save_official(clip, tmp_path / "hf", "hf")
+        save_official_checkpoint(clip, tmp_path / "hf", "hf")
     clip.config.adapter = AdapterConfig(normalize_input=False)
     with pytest.raises(ValueError, match="does not normalise"):
-        save_official(clip, tmp_path / "x", "hf")
+        save_official_checkpoint(clip, tmp_path / "x", "hf")
     assert not (tmp_path / "x").exists()
 
 
@@ -371,7 +371,7 @@ def test_load_official_reads_hf_weight_files(kind: str, tmp_path: Path) -> None:
         save_file(tensors | more | {"text_model.final_layer_norm.weight": torch.ones(2)}, weights)
     model = load_official_checkpoint(source)
     for name, tensor in model.state_dict().items():
-        official = tensors[official_name(name, LAYOUTS["hf"], 4)]
+        official = tensors[get_official_name(name, LAYOUTS["hf"], 4)]
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor.reshape(-1), official.float().reshape(-1))
 
@@ -557,7 +557,7 @@ def test_load_official_gives_published_llms_their_template(tmp_path: Path) -> No
     plain = make_llm(tmp_path / "plain")
     CaptionEncoder.from_pretrained(plain, device="cpu").save_pretrained(tmp_path / "ours")
     shutil.copy(folder / "tokenizer.json", tmp_path / "ours/tokenizer.json")
-    assert published_template(tmp_path / "ours") is None and published_template(plain) is None
+    assert find_published_template(tmp_path / "ours") is None and find_published_template(plain) is None
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

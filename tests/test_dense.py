@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import resize
 
 from llm2clip.data.transforms import Preprocess
-from llm2clip.models.dual_encoder import from_llm2clip, open_dual_encoder
+from llm2clip.models.dual_encoder import open_dual_encoder, wrap_llm2clip
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.vision.dense import DENSE_VARIANTS, build_dense_encoder, feature_map
@@ -163,18 +163,18 @@ def naive_cells(family: str, tower: VisionTower, variant: str, images: Tensor, g
         captured["x"] = args[0].double()
         captured["rope"] = kwargs.get("rope", kwargs.get("position_embeddings"))
 
-    hook = tower.blocks()[-1].register_forward_pre_hook(capture, with_kwargs=True)
+    hook = tower.get_blocks()[-1].register_forward_pre_hook(capture, with_kwargs=True)
     build_dense_encoder(tower, nn.Identity()).features(images, "plain")
     hook.remove()
 
     is_hf = tower.config["library"] == "transformers"
     weights = Weights(tower.backbone)
-    last = next(name for name, module in tower.backbone.named_modules() if module is tower.blocks()[-1])
+    last = next(name for name, module in tower.backbone.named_modules() if module is tower.get_blocks()[-1])
     heads = SMALL["num_attention_heads"] if is_hf else TINY["num_heads"]
     siglip_like = family in ("clip", "siglip")
     norm1, norm2 = ("layer_norm1", "layer_norm2") if siglip_like else ("norm1", "norm2")
     attention = f"{last}.{'self_attn' if siglip_like else 'attention' if is_hf else 'attn'}"
-    eps = next(module.eps for module in tower.blocks()[-1].modules() if isinstance(module, nn.LayerNorm))
+    eps = next(module.eps for module in tower.get_blocks()[-1].modules() if isinstance(module, nn.LayerNorm))
 
     def qkv(y: Tensor) -> list[Tensor]:
         if f"{attention}.qkv.weight" not in weights.values:
@@ -364,7 +364,7 @@ def test_encode_dense_projects_and_normalizes_cells(tmp_path: Path) -> None:
     assert [tuple(embeddings.shape) for embeddings in cells] == [(4, 9, 12), (8, 4, 12), (4, 9, 12)]
     assert torch.equal(cells[0], cells[2])
 
-    dense = from_llm2clip(model, "model").dense
+    dense = wrap_llm2clip(model, "model").dense
     assert dense is not None and dense.resize(tall).shape == (3, 128, 64)
     features = build_dense_encoder(model.tower, nn.Identity()).features(dense.resize(tall)[None], "sclip")
     torch.testing.assert_close(cells[1], F.normalize(model.projection(features), dim=-1)[0])
@@ -483,9 +483,9 @@ def test_documented_examples_run_with_the_default_kind_of_tower(
 
 def test_dual_encoders_have_the_learned_logit_scale(tmp_path: Path) -> None:
     model = make_llm2clip(timm_tower("test_resnet"))
-    assert from_llm2clip(model, "model").logit_scale() == pytest.approx(1 / 0.07)
+    assert wrap_llm2clip(model, "model").logit_scale() == pytest.approx(1 / 0.07)
     model.logit_scale.data.fill_(math.log(300))
-    assert from_llm2clip(model, "model").logit_scale() == 100
+    assert wrap_llm2clip(model, "model").logit_scale() == 100
     make_model(tmp_path, "clip")
     assert open_dual_encoder(str(tmp_path), "cpu").logit_scale() == pytest.approx(math.exp(2.6592), rel=0.01)  # bf16
 
@@ -511,7 +511,7 @@ def test_unsupported_requests_are_rejected(monkeypatch: pytest.MonkeyPatch) -> N
 
     model = make_llm2clip(timm_tower("test_resnet"))
     monkeypatch.delattr(model.tower.backbone, "feature_info")
-    assert from_llm2clip(model, "model").dense is None
+    assert wrap_llm2clip(model, "model").dense is None
     with pytest.raises(ValueError, match="test_resnet has no dense features"):
         model.encode_dense(pixels(64)[0])
 

@@ -134,7 +134,7 @@ def test_frozen_tower_has_no_gradients_and_layer_decay_scales_the_learning_rate(
     for group in finetune.make_parameter_groups(model, config):
         scales |= {id(parameter): group["scale"] for parameter in group["params"]}
     vision = model.backbone.tower
-    depths = vision.parameter_depths()
+    depths = vision.get_parameter_depths()
     for name, depth in depths.items():
         assert scales[id(vision.get_parameter(name))] == 0.5 ** (vision.num_layers - depth)
     assert scales[id(model.roi_heads.box_predictor.cls_score.weight)] == 1

@@ -21,7 +21,7 @@ from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.embeddings import PrecomputedEmbeddings
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
-from llm2clip.models.hub.loading import display_names
+from llm2clip.models.hub.loading import get_display_names
 from test_benchmarks import write
 from test_dual_encoder import clip as clip  # the fixture
 
@@ -256,10 +256,10 @@ def test_display_names_are_short_and_unique(tmp_path: Path) -> None:
     for name in ("a/model", "b/model", "b/other/model"):
         (tmp_path / name).mkdir(parents=True)
     paths = [str(tmp_path / name) for name in ("a/model", "b/model", "b")]
-    assert display_names(paths[:2]) == ["a", "b"]
-    assert display_names([paths[0], "st:some/model"]) == ["a", "st:some/model"]
-    assert display_names(paths) == paths  # the short name "b" would not be unique
-    assert display_names([paths[0]] * 2) == [paths[0], f"{paths[0]} (2)"]
+    assert get_display_names(paths[:2]) == ["a", "b"]
+    assert get_display_names([paths[0], "st:some/model"]) == ["a", "st:some/model"]
+    assert get_display_names(paths) == paths  # the short name "b" would not be unique
+    assert get_display_names([paths[0]] * 2) == [paths[0], f"{paths[0]} (2)"]
 
 
 def test_evaluate_on_a_folder_of_classes_with_a_linear_probe(clip: Path, image_folder: Path, tmp_path: Path) -> None:

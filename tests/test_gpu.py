@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from conftest import make_tower
 from llm2clip.cli import main
-from llm2clip.models.dual_encoder import from_llm2clip, open_dual_encoder
+from llm2clip.models.dual_encoder import open_dual_encoder, wrap_llm2clip
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.search.heatmap import compute_heatmap
 from llm2clip.train.losses import info_nce, sigmoid_loss
@@ -45,13 +45,13 @@ def test_model_embeddings_equal_those_of_the_cpu(model_folder: Path, precision: 
 @pytest.mark.parametrize("family", ["vit", "eva02", "clip", "siglip"])
 def test_dense_embeddings_equal_those_of_the_cpu(family: str, precision: str, tolerance: float) -> None:
     model = make_llm2clip(BUILDERS[family]())
-    on_cpu = from_llm2clip(model, "model").dense
+    on_cpu = wrap_llm2clip(model, "model").dense
     assert on_cpu is not None
     pixels = torch.randint(0, 255, (2, 3, 3 * on_cpu.cell_size, 5 * on_cpu.cell_size), dtype=torch.uint8)
     query = F.normalize(torch.randn(model.config.embed_dim), dim=0).numpy()
     expected = {variant: on_cpu.encode(pixels, variant) for variant in on_cpu.variants}
     heatmap = compute_heatmap(on_cpu, pixels[0], query)
-    on_gpu = from_llm2clip(model.to("cuda"), "model", precision).dense
+    on_gpu = wrap_llm2clip(model.to("cuda"), "model", precision).dense
     assert on_gpu is not None and on_gpu.device.type == "cuda"
     for variant, embeddings in expected.items():
         actual = on_gpu.encode(pixels, variant)

@@ -21,7 +21,7 @@ from llm2clip.data.images import load_image
 from llm2clip.data.records import Record
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.hub.fingerprint import hash_weights
-from llm2clip.models.pretrained_clip import read_pretrained_logits, visual_projection
+from llm2clip.models.pretrained_clip import find_visual_projection, read_pretrained_logits
 from llm2clip.store.layout import caption_keys
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train import proclip
@@ -110,7 +110,7 @@ def test_projection_of_open_clips_own_vision_transformer() -> None:
     text = {"context_length": 8, "vocab_size": 100, "width": 16, "heads": 2, "layers": 1}
     clip = open_clip.CLIP(12, vision, text).eval()
     images = torch.randn(2, 3, 32, 32)
-    projection = visual_projection(clip)
+    projection = find_visual_projection(clip)
     assert projection is not None
     with torch.no_grad():
         expected = clip.encode_image(images)

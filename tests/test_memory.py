@@ -22,9 +22,9 @@ from llm2clip.config import AlignConfig, EncoderConfig, TuneConfig
 from llm2clip.cpu_tuning import onednn_is_faster
 from llm2clip.models.precision import cast_linear_weights
 from llm2clip.models.text import packing
-from llm2clip.models.text.batching import TokenizedTexts, default_encoding_tokens
+from llm2clip.models.text.batching import TokenizedTexts, get_default_encoding_tokens
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.models.text.lora import cast_frozen_linear
+from llm2clip.models.text.lora import cast_frozen_linear_layers
 from llm2clip.models.text.packing import PACKED
 from llm2clip.tools.plan.costs import TextCosts, measure_image_costs, measure_text_costs
 from llm2clip.tools.plan.devices import Machine
@@ -182,7 +182,7 @@ def test_embed_with_an_8b_llm_fits_and_matches_the_plan(build_encoder: Callable[
 def test_search_and_evaluate_with_an_8b_llm_fit(build_encoder: Callable[..., CaptionEncoder]) -> None:
     """The vision tower, its heads and the LLM are in memory together, and each encodes its default batch."""
     encoder = build_encoder()
-    tokens = default_encoding_tokens(torch.device("cuda"), 4096)
+    tokens = get_default_encoding_tokens(torch.device("cuda"), 4096)
     text_peak = encoding_peak(encoder, tokens)
     llm_bytes = count_bytes(encoder)
     model = build_model(ALIGN, 4096).eval()
@@ -259,7 +259,7 @@ def tune_peak(encoder: CaptionEncoder, config: TuneConfig) -> float:
     encoder.llm.get_input_embeddings().requires_grad_(False)
     with torch.device("meta"):
         encoder.st[0].model = get_peft_model(encoder.llm, LoraConfig(r=config.lora_r, target_modules="all-linear"))
-    cast_frozen_linear(encoder.llm, torch.bfloat16)
+    cast_frozen_linear_layers(encoder.llm, torch.bfloat16)
     if config.gradient_checkpointing:
         encoder.llm.gradient_checkpointing_enable({"use_reentrant": False})
         encoder.llm.enable_input_require_grads()

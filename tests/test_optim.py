@@ -101,7 +101,7 @@ def test_position_embeddings_and_class_tokens_have_no_weight_decay(tmp_path: Pat
 def test_layer_decay_is_rejected_for_towers_without_ordered_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     model = fresh_model()
     names = [name for name, _ in model.tower.named_parameters()]
-    monkeypatch.setattr(VisionTower, "parameter_depths", lambda self: dict.fromkeys(names, 0))
+    monkeypatch.setattr(VisionTower, "get_parameter_depths", lambda self: dict.fromkeys(names, 0))
     with pytest.raises(ValueError, match="layer_decay cannot be used"):
         make_parameter_groups(model, CONFIG)
 

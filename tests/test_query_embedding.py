@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.models.prompts import LITERAL, QueryTemplates
+from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
 from llm2clip.search.query import NEGATIVE_WEIGHT, SearchQuery, combine_embeddings, embed_query
 
 
@@ -38,7 +38,7 @@ def test_embed_query_averages_short_texts_with_templates(dual_encoder: DualEncod
     assert negative == pytest.approx(expected.numpy(), abs=1e-6)
     with_default = dataclasses.replace(dual_encoder, query_templates=templates)
     assert embed_query(with_default, SearchQuery(["red"])) == pytest.approx(short.numpy(), abs=1e-6)
-    literal = embed_query(with_default, SearchQuery(["red"], templates=LITERAL))
+    literal = embed_query(with_default, SearchQuery(["red"], templates=NO_TEMPLATES))
     assert literal == pytest.approx(dual_encoder.encode_texts(["red"])[0].numpy(), abs=1e-6)
 
 

@@ -301,12 +301,14 @@ def test_pixel_scores_match_the_procedure_of_sclip(size: tuple[int, int], monkey
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
     transform = ResizeForWindows(window=16, cell_size=4, scale=1.5)
     resized, original = transform(image)
-    rows, columns = transform.axes(*size)
+    rows, columns = transform.place_windows(*size)
     assert original == size and resized.shape == (3, rows.length, columns.length)
     windows = cut_windows(resized, rows, columns)
     cells = torch.randn(len(windows), 3, windows.shape[2] // 4, windows.shape[3] // 4, generator=generator)
     grid = arrange_windows(cells.permute(0, 2, 3, 1), rows, columns)
-    scores = PixelScores(grid, rows.matrix(cells.shape[2], size[0]), columns.matrix(cells.shape[3], size[1]))
+    scores = PixelScores(
+        grid, rows.build_matrix(cells.shape[2], size[0]), columns.build_matrix(cells.shape[3], size[1])
+    )
     tiles = list(scores.tiles())
     assert [tile.start for tile, _ in tiles] == list(range(0, size[0], 7))
     result = torch.cat([tile for _, tile in tiles], 1)
@@ -318,13 +320,15 @@ def test_images_are_resized_as_by_mmsegmentation() -> None:
     """The sizes are those of mmcv's `rescale_size` with scale=(2048, 336), (2048, 448) and (2048, 560)."""
     transform = ResizeForWindows(window=224, cell_size=16, scale=1.5)
     for size, expected in {(480, 640): (336, 448), (375, 500): (336, 448), (500, 333): (505, 336)}.items():
-        rows, columns = transform.axes(*size)
+        rows, columns = transform.place_windows(*size)
         assert (rows.length, columns.length) == expected
-    rows, columns = transform.axes(100, 1000)  # limited by the longer side: 2048 / 1000 * 100 = 204.8
+    rows, columns = transform.place_windows(100, 1000)  # limited by the longer side: 2048 / 1000 * 100 = 204.8
     assert columns.length == 2048 and rows.length == rows.window == 208 and rows.starts == (0,)
-    rows, columns = ResizeForWindows(window=224, cell_size=16, scale=2.0).axes(120, 640)  # also limited: 2048 / 640
+    rows, columns = ResizeForWindows(window=224, cell_size=16, scale=2.0).place_windows(
+        120, 640
+    )  # also limited: 2048 / 640
     assert (rows.length, columns.length) == (384, 2048)
-    rows, columns = ResizeForWindows(window=224, cell_size=16, scale=2.5).axes(1024, 2048)
+    rows, columns = ResizeForWindows(window=224, cell_size=16, scale=2.5).place_windows(1024, 2048)
     assert (rows.length, columns.length) == (560, 1120)
     assert WindowAxis.create(448, 224, 16).starts == (0, 112, 224)
     assert WindowAxis.create(505, 224, 16).starts == (0, 112, 224, 281)

@@ -30,7 +30,7 @@ from llm2clip.evaluate.short_queries import (
     score_short_queries,
     split_words,
 )
-from llm2clip.models.prompts import LITERAL, QueryTemplates
+from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
 
 COLORS, ANIMALS = ("red", "blue", "green", "white"), ("dog", "cat", "horse", "deer")
 
@@ -186,7 +186,7 @@ class FakeEmbeddings:
     """Embeds every word as a random vector, and a text as the sum of its words."""
 
     log = SkipLog()
-    query_templates = LITERAL
+    query_templates = NO_TEMPLATES
 
     def encode_texts(self, texts: list[str]) -> torch.Tensor:
         return torch.stack([F.normalize(sum(self.word(w) for w in split_words(text)), dim=0) for text in texts])
@@ -278,5 +278,5 @@ def test_choose_query_templates_compares_the_candidates_on_the_images() -> None:
     assert repr(best[0]) in choice.describe_choice()
 
     bad = choose_query_templates(NoisyEmbeddings(""), ranks)  # no noise: templates only add misleading words
-    assert bad.templates == LITERAL and bad.with_templates is None
+    assert bad.templates == NO_TEMPLATES and bad.with_templates is None
     assert "encoded without templates" in bad.describe_choice()

@@ -111,11 +111,11 @@ def test_blocks_of_transformers_compile_once_without_graph_breaks(
 ) -> None:
     torch._dynamo.reset()
     tower = VisionTower.from_pretrained(saved[family][0])
-    assert has_identical_blocks(tower) and len(tower.blocks()) > 1
+    assert has_identical_blocks(tower) and len(tower.get_blocks()) > 1
     x = pixels(tower.preprocess.size)
     expected = tower(x)
     counter = CompileCounter()
-    for block in tower.blocks():
+    for block in tower.get_blocks():
         block.forward = torch.compile(block.forward, backend=counter, fullgraph=True)
     torch.testing.assert_close(tower(x), expected)
     assert counter.frame_count == 1
@@ -167,7 +167,7 @@ def test_gradients_depths_and_grad_checkpointing(family: str, saved: dict[str, t
     # DDP waits forever for the gradient of a parameter that gets none.
     assert [n for n, p in tower.named_parameters() if p.requires_grad and p.grad is None] == []
 
-    depths = tower.parameter_depths()
+    depths = tower.get_parameter_depths()
     assert depths.keys() == {name for name, _ in tower.named_parameters()}
     assert set(depths.values()) == set(range(tower.num_layers))
     assert tower.num_layers >= 4
@@ -206,12 +206,12 @@ def test_lora_starts_neutral_trains_and_merges(family: str, saved: dict[str, tup
             nn.init.ones_(parameter)
     with torch.no_grad():
         before = tower(x)
-    assert len(tower.blocks()) >= 3
+    assert len(tower.get_blocks()) >= 3
     add_tower_lora(tower, 2, 4)
     torch.testing.assert_close(tower(x), before, atol=1e-5, rtol=1e-5)
     trained = {name: p for name, p in tower.named_parameters() if p.requires_grad}
     assert trained and all(".lora_" in name for name in trained)
-    assert tower.parameter_depths().keys() == dict(tower.named_parameters()).keys()
+    assert tower.get_parameter_depths().keys() == dict(tower.named_parameters()).keys()
     for name, parameter in trained.items():
         if ".lora_B" in name:  # zero at first, so that lora_A would get no gradient
             nn.init.normal_(parameter, std=0.05)

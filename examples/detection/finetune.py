@@ -128,7 +128,7 @@ def batches(num_images: int, config: Config, start: int, rank: int = 0, world: i
 def make_parameter_groups(model: Any, config: Config) -> list[dict[str, Any]]:
     """Return parameter groups for AdamW with layer-wise learning rate decay. Vectors have no weight decay."""
     tower: VisionTower = model.backbone.tower
-    depths = {id(tower.get_parameter(name)): depth for name, depth in tower.parameter_depths().items()}
+    depths = {id(tower.get_parameter(name)): depth for name, depth in tower.get_parameter_depths().items()}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -27,11 +27,11 @@ from llm2clip.evaluate.retrieval_eval import (
     rank_caption_fields,
 )
 from llm2clip.evaluate.short_queries import ShortQueryResult, choose_query_templates
-from llm2clip.models.dual_encoder import from_llm2clip
+from llm2clip.models.dual_encoder import wrap_llm2clip
 from llm2clip.models.export.model_card import write_model_card
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import save_query_templates
-from llm2clip.models.prompts import LITERAL, QueryTemplates
+from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
 from llm2clip.models.text.caption_encoder import CaptionEncoder, load_for_evaluation
 from llm2clip.runs.ranks import load_or_compute_json, print_once, process_state, wait_for_everyone
 from llm2clip.store.encode import embed as embed_locally
@@ -232,12 +232,12 @@ def _measure_cra(
 
 def _choose_query_templates(model: LLM2CLIP, ranked: Mapping[str, RetrievalRanks], log: SkipLog) -> dict[str, Any]:
     """Choose templates for short queries, print the choice, and return it with its results (`ShortQueryResult`)."""
-    embeddings = ModelEmbeddings(from_llm2clip(model, "llm2clip"), log)
+    embeddings = ModelEmbeddings(wrap_llm2clip(model, "llm2clip"), log)
     try:
         choice = choose_query_templates(embeddings, next(iter(ranked.values())))
     except ValueError as error:
         print_once(f"Short queries are encoded without templates: {error}")
-        return ShortQueryResult(LITERAL, []).to_dict()
+        return ShortQueryResult(NO_TEMPLATES, []).to_dict()
     print_once(choice.describe_choice())
     return choice.to_dict()
 

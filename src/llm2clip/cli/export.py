@@ -64,7 +64,7 @@ def _convert(args: Namespace) -> list[str]:
     from llm2clip.models.convert.load import load_official_checkpoint
     from llm2clip.models.convert.nv_embed import is_nv_embed, load_nv_embed
     from llm2clip.models.convert.published_encoders import find_adapter, load_adapter_encoder
-    from llm2clip.models.convert.save import save_official
+    from llm2clip.models.convert.save import save_official_checkpoint
     from llm2clip.models.export.model_card import write_model_card
     from llm2clip.models.llm2clip import LLM2CLIP
     from llm2clip.models.model_folder import is_model_folder
@@ -79,7 +79,7 @@ def _convert(args: Namespace) -> list[str]:
             raise ValueError(
                 "official checkpoints do not contain a caption encoder: use either --text or --to, not both"
             )
-        written = save_official(LLM2CLIP.from_pretrained(source, device="cpu"), args.out, args.to)
+        written = save_official_checkpoint(LLM2CLIP.from_pretrained(source, device="cpu"), args.out, args.to)
         return [f"Checkpoint in the official layout {args.to!r}: {written}"]
     if Path(args.out).exists() and not is_model_folder(args.out):
         raise FileExistsError(f"{args.out} exists and is not a model folder: choose another folder")
@@ -149,7 +149,7 @@ def _export(args: Namespace) -> list[str]:
     from llm2clip.models.llm2clip import LLM2CLIP
 
     messages = export_model(LLM2CLIP.from_pretrained(args.model, device="cpu"), args.to, args.out, int8=args.int8)
-    return [*messages, f"Exported: {args.out}", f"Load it with: {FORMATS[args.to].load.format(out=args.out)}"]
+    return [*messages, f"Exported: {args.out}", f"Load it with: {FORMATS[args.to].load_code.format(out=args.out)}"]
 
 
 def _push(args: Namespace) -> list[str]:

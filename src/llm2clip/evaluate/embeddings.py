@@ -16,7 +16,7 @@ from llm2clip.data.texts import unique_captions
 from llm2clip.evaluate.recall import check_finite
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.hub.fingerprint import fingerprint
-from llm2clip.models.prompts import LITERAL, QueryTemplates
+from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import process_state
 from llm2clip.store.image_features import encode_image_batches, image_keys, store_image_features, store_text_embeddings
@@ -149,7 +149,7 @@ class PrecomputedEmbeddings:
                 name is repeated, or a caption has two different embeddings.
         """
         self.file, self.log = file, log
-        self.query_templates = LITERAL
+        self.query_templates = NO_TEMPLATES
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 images, names, texts, captions = (arrays[name] for name in PRECOMPUTED_ARRAYS)

@@ -13,7 +13,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.benchmarks.base import CaptionFields
 from llm2clip.evaluate.embeddings import EmbeddingSource, ModelEmbeddings
 from llm2clip.evaluate.recall import compute_recall_differences, recall, retrieval_metrics, two_way_ranks
-from llm2clip.models.dual_encoder import DualEncoder, from_llm2clip
+from llm2clip.models.dual_encoder import DualEncoder, wrap_llm2clip
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.store.store import EmbeddingStore
 
@@ -170,5 +170,5 @@ def dual_encoder_from_store(model: LLM2CLIP, store: EmbeddingStore) -> DualEncod
         return model.project_text_embeddings(torch.from_numpy(store.take(store.find_rows(texts))))
 
     return dataclasses.replace(
-        from_llm2clip(model, "llm2clip"), encode_texts_raw=read_texts, count_truncated=lambda texts: None
+        wrap_llm2clip(model, "llm2clip"), encode_texts_raw=read_texts, count_truncated=lambda texts: None
     )

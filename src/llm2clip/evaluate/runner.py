@@ -30,7 +30,7 @@ from llm2clip.evaluate.retrieval_eval import compute_retrieval_difference
 from llm2clip.evaluate.short_queries import score_short_queries
 from llm2clip.html_report import BAD, Block, Code, Details, Paragraph, to_markdown, write_report
 from llm2clip.io_utils import MissingFileError, atomic_write_text, safe_name
-from llm2clip.models.hub.loading import display_names
+from llm2clip.models.hub.loading import get_display_names
 from llm2clip.models.prompts import QueryTemplates, check_templates
 from llm2clip.models.vision.dense import DENSE_VARIANTS
 from llm2clip.runs.output_folder import to_plain_types
@@ -92,7 +92,7 @@ def evaluate_models(
     failures: list[str] = []
     notes: list[str] = []
     log = _make_skip_log(options, "records")
-    title_name = display_names(models or [encoder.path])[0]
+    title_name = get_display_names(models or [encoder.path])[0]
 
     if options.captions:
         records = read_merged_records(options.captions, options.columns, log, "unchecked")
@@ -111,7 +111,7 @@ def evaluate_models(
         user_data = [_read_user_benchmark(data, config, options.columns, log)] if data else []
         benchmarks = [*user_data, *get_benchmarks(options.benchmarks, options.templates or ())]
         runner = BenchmarkRunner(benchmarks, log, options)
-        for n, name in enumerate(display_names(models) if runner.runs else []):
+        for n, name in enumerate(get_display_names(models) if runner.runs else []):
             for _ in runner.evaluate_model(models[n], name, is_baseline=n > 0):
                 results["results"] = runner.get_summaries()
                 _write_results(out, results)  # after each benchmark, so that a later error loses no results

@@ -27,7 +27,7 @@ from llm2clip.evaluate.bootstrap import bootstrap_intervals
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.recall import compute_positive_ranks
 from llm2clip.evaluate.retrieval_eval import RetrievalRanks, measure_caption_lengths
-from llm2clip.models.prompts import LITERAL, QueryTemplates, average_prompts, build_query_prompts
+from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates, average_prompts, build_query_prompts
 
 PHRASE_LENGTHS = (1, 2, 3)  # words
 CAPTION_LENGTHS = {"4–7": range(4, 8), "8+": range(8, 1 << 30)}  # words
@@ -132,7 +132,7 @@ class ShortQueryResult:
 
 
 def score_short_queries(
-    embeddings: EmbeddingSource, ranks: RetrievalRanks, templates: QueryTemplates = LITERAL
+    embeddings: EmbeddingSource, ranks: RetrievalRanks, templates: QueryTemplates = NO_TEMPLATES
 ) -> ShortQueryResult:
     """Compute retrieval metrics for each query length.
 
@@ -150,7 +150,7 @@ def score_short_queries(
             "no caption has four or more words, and no shorter phrase occurs in the captions of at least three images "
             "but at most a third of all images"
         )
-    candidates = [LITERAL, templates] if templates.templates else [LITERAL]
+    candidates = [NO_TEMPLATES, templates] if templates.templates else [NO_TEMPLATES]
     return ShortQueryResult(templates, *_score_queries(embeddings, ranks.images, queries, candidates))
 
 
@@ -170,9 +170,9 @@ def choose_query_templates(embeddings: EmbeddingSource, ranks: RetrievalRanks) -
     queries = {words: all_queries[words] for words in map(str, PHRASE_LENGTHS) if words in all_queries}
     if not queries:
         raise ValueError("no word or short phrase occurs in the captions of three or more held-out images")
-    candidates = [LITERAL, *(QueryTemplates(templates) for templates in CANDIDATES)]
+    candidates = [NO_TEMPLATES, *(QueryTemplates(templates) for templates in CANDIDATES)]
     plain, *results = _score_queries(embeddings, ranks.images, queries, candidates)
-    best, best_scores, best_gain = LITERAL, None, 0.0
+    best, best_scores, best_gain = NO_TEMPLATES, None, 0.0
     for candidate, scores in zip(candidates[1:], results, strict=True):
         max_words, gain = _measure_gain(plain, scores)
         if gain > best_gain:

@@ -174,4 +174,4 @@ class DenseMethods:
         names_per_class = [len(class_names) for class_names in classes]
         tiles = [labels for _, labels in segment(scores, names_per_class, logit_scale=1.0)]
         labels = torch.cat(tiles).cpu()
-        return (labels, scores.class_scores(names_per_class).cpu()) if return_scores else labels
+        return (labels, scores.compute_class_scores(names_per_class).cpu()) if return_scores else labels

@@ -32,13 +32,13 @@ from llm2clip.models.hub.loading import (
 from llm2clip.models.llm2clip import LLM2CLIP, MAX_LOGIT_SCALE
 from llm2clip.models.model_folder import is_model_folder
 from llm2clip.models.precision import CALIBRATED, Stage, resolve_precision
-from llm2clip.models.prompts import LITERAL, QueryTemplates
+from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
 from llm2clip.models.text.clip_text_encoder import (
     OPEN_CLIP_PREFIX,
     ClipTextEncoder,
+    get_pooled_output,
     has_text_tower,
     load_clip_text_encoder,
-    pooled_output,
 )
 from llm2clip.models.vision.dense import DenseEncoder, build_dense_encoder
 from llm2clip.models.vision.vision_tower import VisionTower
@@ -79,7 +79,7 @@ class DualEncoder:
     precision: str = "fp32"
     dense: DenseEncoder | None = None
     logit_scale: Callable[[], float | None] = lambda: None
-    query_templates: QueryTemplates = LITERAL
+    query_templates: QueryTemplates = NO_TEMPLATES
 
     @torch.inference_mode()
     @onednn_matmul()
@@ -101,7 +101,7 @@ def open_dual_encoder(
     Args:
         name: model name, in one of the forms listed at the top of this module.
         device: device to load the model on. Default: a GPU if available.
-        precision: precision of an llm2clip model; see `from_llm2clip`. With bf16 or `auto`, the caption encoder is
+        precision: precision of an llm2clip model; see `wrap_llm2clip`. With bf16 or `auto`, the caption encoder is
             loaded immediately; with any other value, on first use. All other models run in fp32.
         trust_remote_code: if True, allow Python code that comes with a model to run. Required for Jina-CLIP.
 
@@ -120,11 +120,11 @@ def open_dual_encoder(
         model = LLM2CLIP.from_pretrained(name, device)
         if model.has_encoder and precision not in (None, "fp32"):
             precision = model.load_encoder(precision)
-        return from_llm2clip(model, name, precision)
+        return wrap_llm2clip(model, name, precision)
     return _open_transformers(name, device, trust_remote_code)
 
 
-def from_llm2clip(model: LLM2CLIP, name: str, precision: str | None = None) -> DualEncoder:
+def wrap_llm2clip(model: LLM2CLIP, name: str, precision: str | None = None) -> DualEncoder:
     """Switch an LLM2CLIP model to eval mode and wrap it in a `DualEncoder`.
 
     The caption encoder is loaded on first use.
@@ -147,13 +147,13 @@ def from_llm2clip(model: LLM2CLIP, name: str, precision: str | None = None) -> D
         return image_embeddings
 
     @cache
-    def text_precision() -> str:
+    def load_encoder_once() -> str:
         return model.load_encoder(precision or "auto", stage)
 
     def count_truncated(texts: Sequence[str]) -> int | None:
         if not model.has_encoder:
             return None
-        text_precision()  # loads the encoder
+        load_encoder_once()
         return model.encoder.count_truncated(texts)
 
     return DualEncoder(
@@ -162,7 +162,7 @@ def from_llm2clip(model: LLM2CLIP, name: str, precision: str | None = None) -> D
         identity=lambda: {"llm2clip": model.config.identity(), "weights": hash_weights(model)},
         transform=EvalTransform(model.tower.preprocess),
         encode_images_raw=encode_images,
-        encode_texts_raw=lambda texts, progress: model.encode_text(texts, progress, text_precision()),
+        encode_texts_raw=lambda texts, progress: model.encode_text(texts, progress, load_encoder_once()),
         count_truncated=count_truncated,
         precision=device_precision,
         dense=_try_build_dense_encoder(model.tower, model.projection, bf16_images),
@@ -199,7 +199,7 @@ def _open_transformers(name: str, device: torch.device, trust_remote_code: bool)
 
     def encode_images(images: list[dict[str, Tensor]]) -> Tensor:
         batch = {key: torch.stack([image[key] for image in images]).to(device) for key in images[0]}
-        return pooled_output(model.get_image_features(**batch))
+        return get_pooled_output(model.get_image_features(**batch))
 
     return _wrap_text_encoder(
         name,

@@ -140,7 +140,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
             ValueError: the model has no caption encoder, or the encoder's embedding dimension is not `text_dim`.
         """
         if not self._encoder:
-            self._encoder.append(self._open_encoder(self.device))
+            self._encoder.append(self._load_text_folder(self.device))
         return self._encoder[0]
 
     def load_encoder(self, precision: str = "auto", stage: Stage = "serve") -> str:
@@ -156,7 +156,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
         Returns:
             The precision used, with `auto` resolved.
         """
-        encoder = self._encoder[0] if self._encoder else self._open_encoder("cpu")
+        encoder = self._encoder[0] if self._encoder else self._load_text_folder("cpu")
         precision = resolve_precision(stage, precision, self.device)
         if precision == CALIBRATED:
             trained_with = str(self.config.encoder.get("precision", ""))
@@ -171,7 +171,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
             self._encoder.append(encoder)
         return precision
 
-    def _open_encoder(self, device: torch.device | str) -> CaptionEncoder:
+    def _load_text_folder(self, device: torch.device | str) -> CaptionEncoder:
         if self._text_folder is None:
             raise ValueError(
                 "this model has no caption encoder: add the encoder it was trained with, using set_encoder(...) or "

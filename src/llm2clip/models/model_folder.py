@@ -20,7 +20,7 @@ from llm2clip.data.image_hashes import TRAINING_IMAGES_FILE
 from llm2clip.io_utils import atomic_write_text, read_json_object
 from llm2clip.models.heads import AdapterConfig
 from llm2clip.models.hub.loading import check_model_source
-from llm2clip.models.prompts import LITERAL, QueryTemplates
+from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
 
 # Files to download from the hub: configs, weights, tokenizers and model cards, but no pickles or code.
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", TRAINING_IMAGES_FILE)
@@ -53,7 +53,7 @@ class LLM2CLIPConfig:
     projection_bias: bool = False
     logit_bias: bool = False
     encoder: dict[str, Any] = field(default_factory=dict)
-    query_templates: QueryTemplates = LITERAL
+    query_templates: QueryTemplates = NO_TEMPLATES
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LLM2CLIPConfig:

@@ -59,10 +59,10 @@ def resolve_precision(stage: Stage, setting: str, device: torch.device) -> str:
     """
     if setting != "auto":
         return setting
-    return auto_precision(stage, device.type, has_bf16_hardware(device))
+    return get_auto_precision(stage, device.type, has_bf16_hardware(device))
 
 
-def auto_precision(stage: Stage, device_type: str, has_bf16: bool) -> str:
+def get_auto_precision(stage: Stage, device_type: str, has_bf16: bool) -> str:
     """Look up a stage and a device type (cuda, cpu, ...) in `AUTO_PRECISION`."""
     return AUTO_PRECISION[stage].get(device_type, "fp32") if has_bf16 else "fp32"
 

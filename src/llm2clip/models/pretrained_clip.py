@@ -22,9 +22,9 @@ from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.text.clip_text_encoder import (
     OPEN_CLIP_PREFIX,
     ClipTextEncoder,
+    get_pooled_output,
     has_text_tower,
     load_clip_text_encoder,
-    pooled_output,
 )
 from llm2clip.models.vision.vision_tower import VisionTower
 
@@ -108,7 +108,7 @@ def load_inherited_clip(tower: str, inherit: bool | str, device: torch.device) -
     )
 
 
-def visual_projection(clip: Any) -> nn.Linear | None:
+def find_visual_projection(clip: Any) -> nn.Linear | None:
     """Return the linear layer of a transformers or open_clip model that maps image features to embeddings.
 
     Return None if the features are already the embeddings, as in SigLIP.
@@ -145,7 +145,7 @@ def build_model_in_clip_space(config: LLM2CLIPConfig, tower: VisionTower, clip: 
     Raises:
         ValueError: the vision tower is not the image tower of the CLIP model. See also `visual_projection`.
     """
-    projection = visual_projection(clip.model)
+    projection = find_visual_projection(clip.model)
     feature_dim = clip.embed_dim if projection is None else projection.in_features
     if feature_dim != tower.feature_dim:
         raise ValueError(
@@ -161,12 +161,12 @@ def build_model_in_clip_space(config: LLM2CLIPConfig, tower: VisionTower, clip: 
     model = LLM2CLIP(config, tower).to(next(clip.model.parameters()).device)
     if projection is not None:
         model.projection.load_state_dict(projection.state_dict())
-    _check_image_space(model, clip.model)
+    _check_image_embeddings(model, clip.model)
     return model
 
 
 @torch.no_grad()
-def _check_image_space(model: LLM2CLIP, clip: Any) -> None:
+def _check_image_embeddings(model: LLM2CLIP, clip: Any) -> None:
     """Check that both models embed a random image alike. Skip the check if their image sizes differ.
 
     Raises:
@@ -179,7 +179,7 @@ def _check_image_space(model: LLM2CLIP, clip: Any) -> None:
     pixels = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(model.device)
     normalized = (pixels - tower.mean) / tower.std
     if hasattr(clip, "get_image_features"):
-        expected = pooled_output(clip.get_image_features(pixel_values=normalized))
+        expected = get_pooled_output(clip.get_image_features(pixel_values=normalized))
     else:
         expected = clip.encode_image(normalized)
     image = model(pixels=pixels)[0]

@@ -64,7 +64,7 @@ class QueryTemplates:
         return cls(tuple(templates), max_words)
 
 
-LITERAL = QueryTemplates()  # encodes all queries unchanged
+NO_TEMPLATES = QueryTemplates()  # encodes all queries unchanged
 
 
 def fill_templates(texts: Sequence[str], templates: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.models.prompts import LITERAL, QueryTemplates
+from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
 from llm2clip.search.backends import Backend
 from llm2clip.search.heatmap import compute_heatmap, require_dense_encoder
 from llm2clip.search.query import SearchQuery
@@ -72,7 +72,7 @@ class InferenceService:
         backend: Backend | None,
         limits: Limits,
         model_thread: ThreadPoolExecutor | None = None,
-        templates: QueryTemplates = LITERAL,
+        templates: QueryTemplates = NO_TEMPLATES,
     ) -> None:
         """
         Args:
@@ -188,7 +188,7 @@ class InferenceService:
                 image = RequestImage(request.image, "image").load(self.limits.max_pixels)
             else:
                 image = self._load_original(request.id or "")
-            rows, columns = dense.grid(image.shape[-2], image.shape[-1], image_size)
+            rows, columns = dense.compute_grid(image.shape[-2], image.shape[-1], image_size)
             if request.image_size is not None and rows * columns > MAX_HEATMAP_CELLS:
                 raise ValueError(
                     f"image_size {image_size} results in {rows:,} x {columns:,} cells; the limit is "

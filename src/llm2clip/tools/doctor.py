@@ -184,9 +184,9 @@ def check_memory() -> Iterator[Check]:
 
 def check_disks(run_dir: Path) -> Iterator[Check]:
     """Check that the run directory and cache folder are writable and have enough free space."""
-    from llm2clip.models.hub.pretrained import cache_dir
+    from llm2clip.models.hub.pretrained import get_cache_dir
 
-    for name, folder in (("runs", run_dir), ("cache", cache_dir())):
+    for name, folder in (("runs", run_dir), ("cache", get_cache_dir())):
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         free = shutil.disk_usage(existing).free / 1e9
         if not existing.is_dir() or not os.access(existing, os.W_OK):

@@ -21,7 +21,7 @@ from typing import Any
 from PIL import Image
 
 from llm2clip.io_utils import atomic_dir, atomic_write_jsonl, atomic_write_text, install_command, read_json
-from llm2clip.models.hub.pretrained import cache_dir, resolve_pretrained
+from llm2clip.models.hub.pretrained import get_cache_dir, resolve_pretrained
 from llm2clip.progress import ProgressBar
 
 LANGUAGES = ("zh", "ja", "ko", "de", "fr", "es", "pt", "it", "ru", "ar", "fa", "tr", "id")
@@ -109,7 +109,7 @@ def prepare_emoji_records(folder: str | Path | None = None, *, size: int = 160, 
         size: Image width and height in pixels.
         offline: If True, download nothing and use only cached files.
     """
-    folder = Path(folder) if folder is not None else cache_dir() / f"openmoji-records-{size}"
+    folder = Path(folder) if folder is not None else get_cache_dir() / f"openmoji-records-{size}"
     if (folder / "captions.jsonl").is_file():
         return folder
     openmoji = Path(resolve_pretrained("openmoji", offline=offline))

@@ -111,7 +111,7 @@ def align(
     # Trainable parameters, precision and device. `select_trainable_weights` also initialises the LoRA layers.
     set_seed(config.seed)
     select_trainable_weights(model, config)
-    set_fsdp_wrap_policy(model.tower.blocks())
+    set_fsdp_wrap_policy(model.tower.get_blocks())
     precision = resolve_precision("align", config.precision, state.device)
     trackers = make_tracker_options(config.report_to, run_dir)
     accelerator = Accelerator(

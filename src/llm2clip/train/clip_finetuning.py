@@ -23,7 +23,7 @@ from llm2clip.models.hub.fingerprint import fingerprint, hash_weights
 from llm2clip.models.hub.loading import hide_loading_bars, load_config
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import LLM2CLIPConfig
-from llm2clip.models.text.clip_text_encoder import ClipTextEncoder, load_clip_text_encoder, pooled_output
+from llm2clip.models.text.clip_text_encoder import ClipTextEncoder, get_pooled_output, load_clip_text_encoder
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.runs.ranks import process_state, wait_for_everyone
 from llm2clip.train.align import align
@@ -110,7 +110,7 @@ class TextTower(nn.Module):
         self.clip = clip
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return pooled_output(self.clip.get_text_features(input_ids=input_ids))
+        return get_pooled_output(self.clip.get_text_features(input_ids=input_ids))
 
 
 @torch.no_grad()

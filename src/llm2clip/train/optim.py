@@ -100,7 +100,7 @@ def _index_tower_layers(tower: VisionTower) -> dict[str, int]:
     As in the paper, the final norm is a separate layer above the last block. The norm therefore has the full learning
     rate, and the last block has `layer_decay` times this rate. In timm, by contrast, both are in the same layer.
     """
-    layers = tower.parameter_depths()
+    layers = tower.get_parameter_depths()
     block_layers = [layer for name, layer in layers.items() if tower.is_in_block(name)]
     if not block_layers or max(block_layers) == 0:  # the order of the layers is unknown
         return layers
@@ -139,7 +139,7 @@ def should_compile(tower: VisionTower, device: torch.device, steps: int) -> bool
 
 def has_identical_blocks(tower: VisionTower) -> bool:
     """Return True if all blocks of the tower have the same class and the same parameter shapes."""
-    kinds = {(type(block), tuple(tuple(p.shape) for p in block.parameters())) for block in tower.blocks()}
+    kinds = {(type(block), tuple(tuple(p.shape) for p in block.parameters())) for block in tower.get_blocks()}
     return len(kinds) == 1
 
 
@@ -153,14 +153,14 @@ def compile_blocks(tower: VisionTower) -> None:
         "To disable compilation, set TORCH_COMPILE_DISABLE=1."
     )
     torch._dynamo.config.suppress_errors = True
-    for block in tower.blocks():
+    for block in tower.get_blocks():
         # Replace `forward` instead of calling `block.compile()`, so that FSDP hooks are not compiled.
         block.forward = _make_mode_dependent_forward(block, torch.compile(block.forward, backend=COMPILE_BACKEND))
 
 
 def restore_blocks(tower: VisionTower) -> None:
     """Undo `compile_blocks`."""
-    for block in tower.blocks():
+    for block in tower.get_blocks():
         block.__dict__.pop("forward", None)
 
 

@@ -35,7 +35,7 @@ from llm2clip.data.pairs import TuningItem, pair_batches, resolve_pairs_per_step
 from llm2clip.data.texts import text_key
 from llm2clip.io_utils import atomic_dir
 from llm2clip.models.precision import DTYPES, resolve_precision
-from llm2clip.models.text.batching import TokenizedTexts, default_batch_tokens
+from llm2clip.models.text.batching import TokenizedTexts, get_default_batch_tokens
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.lora import LoraSession, check_qlora_available
 from llm2clip.models.text.packing import copy_to_device
@@ -191,7 +191,7 @@ def _train(
     loss = PairLoss(
         encoder,
         config.temperature,
-        config.batch_tokens or default_batch_tokens(encoder.device),
+        config.batch_tokens or get_default_batch_tokens(encoder.device),
         symmetric=config.symmetric,
         matryoshka_dims=config.matryoshka_dims,
         # If the run is resumed on fewer ranks, the memory per rank must not grow.

@@ -154,14 +154,14 @@ class Checkpoint:
             tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
         online = any(name.startswith(_ONLINE_ADAPTER) for name in tensors)
         renamed = _rename_aliases(source, tensors)
-        layout = _recognise_layout(source, renamed)
+        layout = _detect_layout(source, renamed)
         if layout is OPENAI:
             renamed = _rename_openai_tensors(renamed)
         if layout is HF and "logit_scale" not in renamed:
             renamed["logit_scale"] = _get_default_logit_scale(source, config or {})
         return cls(source, layout, renamed, online, config or {}, preprocess)
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def get_shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor.
 
         Raises:
@@ -178,7 +178,7 @@ class Checkpoint:
         return len({match[1] for match in matches if match})
 
 
-def official_name(name: str, layout: Layout, adapter_depth: int) -> str:
+def get_official_name(name: str, layout: Layout, adapter_depth: int) -> str:
     """Return the official name of an `LLM2CLIP` tensor. `adapter_depth` is the number of residual blocks."""
     part, _, rest = name.partition(".")
     if part == "tower":
@@ -264,7 +264,7 @@ def _rename_openai_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _recognise_layout(source: str, tensors: Mapping[str, Tensor]) -> Layout:
+def _detect_layout(source: str, tensors: Mapping[str, Tensor]) -> Layout:
     for layout in LAYOUTS.values():
         if all(any(name.startswith(prefix) for name in tensors) for prefix in layout.required):
             return layout

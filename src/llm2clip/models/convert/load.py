@@ -21,12 +21,12 @@ from llm2clip.models.convert.checkpoint_layout import (
     Checkpoint,
     compute_buffers,
     describe_tensors,
-    official_name,
+    get_official_name,
 )
 from llm2clip.models.convert.published_encoders import (
     find_adapter,
+    find_published_template,
     load_adapter_encoder,
-    published_template,
     suggest_encoders,
 )
 from llm2clip.models.heads import AdapterConfig
@@ -110,7 +110,7 @@ def attach_caption_encoder(model: LLM2CLIP, path: str | Path, checkpoint: str | 
     if find_adapter(path) is not None:
         encoder = load_adapter_encoder([path], model.device)
     else:
-        encoder = CaptionEncoder.from_pretrained(path, template=published_template(path), device=model.device)
+        encoder = CaptionEncoder.from_pretrained(path, template=find_published_template(path), device=model.device)
     expected = model.config.text_dim
     if encoder.embed_dim != expected:
         suggested = suggest_encoders(checkpoint, expected, model.config.tower)
@@ -141,7 +141,7 @@ def copy_tensors(model: LLM2CLIP, checkpoint: Checkpoint) -> None:
     mismatches: list[str] = []
 
     for name, parameter in model.state_dict().items():
-        official = official_name(name, layout, model.config.adapter.depth)
+        official = get_official_name(name, layout, model.config.adapter.depth)
         tensor = unused.pop(official, None)
         if tensor is None:
             missing[official] = parameter
@@ -195,9 +195,9 @@ def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) ->
     """
     layout, prefix = checkpoint.layout, checkpoint.layout.adapter
     depth = checkpoint.count_blocks(prefix, ".ln.")
-    text_dim = checkpoint.shape(f"{prefix}{depth}.weight")[0]
-    hidden = checkpoint.shape(f"{prefix}0.fn.0.weight")[0] if depth else 2 * text_dim
-    embed_dim = checkpoint.shape(f"{prefix}{depth + 1}.weight")[0]
+    text_dim = checkpoint.get_shape(f"{prefix}{depth}.weight")[0]
+    hidden = checkpoint.get_shape(f"{prefix}0.fn.0.weight")[0] if depth else 2 * text_dim
+    embed_dim = checkpoint.get_shape(f"{prefix}{depth + 1}.weight")[0]
     if layout is SIGLIP2:
         tower = _infer_siglip_tower(checkpoint, embed_dim)
     elif layout is EVA:
@@ -236,11 +236,11 @@ def _infer_clip_tower(checkpoint: Checkpoint) -> dict[str, Any]:
             )
         fields = {key: value for key, value in vision_config.items() if key in CLIP_FIELDS}
     else:
-        width, _, patch_size, _ = checkpoint.shape("vision_model.embeddings.patch_embedding.weight")
-        positions = checkpoint.shape("vision_model.embeddings.position_embedding.weight")[0]
+        width, _, patch_size, _ = checkpoint.get_shape("vision_model.embeddings.patch_embedding.weight")
+        positions = checkpoint.get_shape("vision_model.embeddings.position_embedding.weight")[0]
         fields = {
             "hidden_size": width,
-            "intermediate_size": checkpoint.shape("vision_model.encoder.layers.0.mlp.fc1.weight")[0],
+            "intermediate_size": checkpoint.get_shape("vision_model.encoder.layers.0.mlp.fc1.weight")[0],
             "num_hidden_layers": checkpoint.count_blocks("vision_model.encoder.layers."),
             "num_attention_heads": _compute_num_heads(checkpoint, width, HEAD_DIM),
             "image_size": _compute_grid_size(checkpoint, positions - 1) * patch_size,
@@ -255,10 +255,10 @@ def _infer_clip_tower(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _infer_eva_tower(checkpoint: Checkpoint) -> dict[str, Any]:
     """Infer the `VisionTower` config of an EVA-02 tower."""
-    width, _, patch_size, _ = checkpoint.shape("visual.patch_embed.proj.weight")
-    image_size = _compute_grid_size(checkpoint, checkpoint.shape("visual.pos_embed")[1] - 1) * patch_size
+    width, _, patch_size, _ = checkpoint.get_shape("visual.patch_embed.proj.weight")
+    image_size = _compute_grid_size(checkpoint, checkpoint.get_shape("visual.pos_embed")[1] - 1) * patch_size
     depth = checkpoint.count_blocks("visual.blocks.")
-    hidden = checkpoint.shape("visual.blocks.0.mlp.w1.weight")[0]
+    hidden = checkpoint.get_shape("visual.blocks.0.mlp.w1.weight")[0]
     rotary = checkpoint.tensors.get("visual.rope.freqs_cos")  # (positions, head dimension)
     heads = _compute_num_heads(checkpoint, width, HEAD_DIM if rotary is None else rotary.shape[-1])
 
@@ -271,15 +271,15 @@ def _infer_eva_tower(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _infer_siglip_tower(checkpoint: Checkpoint, embed_dim: int) -> dict[str, Any]:
     """Infer the `VisionTower` config of a timm SigLIP tower with attention pooling."""
-    width, _, patch_size, _ = checkpoint.shape("visual.trunk.patch_embed.proj.weight")
+    width, _, patch_size, _ = checkpoint.get_shape("visual.trunk.patch_embed.proj.weight")
     if width != embed_dim:
         raise ValueError(
             f"{checkpoint.source}: the tower's output has size {width}, but the adapter's output has size {embed_dim}. "
             f"In the layout {checkpoint.layout.name!r}, which has no image projection, the sizes must be equal"
         )
-    image_size = _compute_grid_size(checkpoint, checkpoint.shape("visual.trunk.pos_embed")[1]) * patch_size
+    image_size = _compute_grid_size(checkpoint, checkpoint.get_shape("visual.trunk.pos_embed")[1]) * patch_size
     depth = checkpoint.count_blocks("visual.trunk.blocks.")
-    hidden = checkpoint.shape("visual.trunk.blocks.0.mlp.fc1.weight")[0]
+    hidden = checkpoint.get_shape("visual.trunk.blocks.0.mlp.fc1.weight")[0]
 
     known = _TIMM_SIGLIP_TOWERS.get((patch_size, width, depth, hidden), {}).get(image_size)
     # timm defines the heads of known towers, whose size may differ from HEAD_DIM.

@@ -67,7 +67,7 @@ def suggest_encoders(source: str | Path, text_dim: int, tower: dict[str, Any]) -
     return candidates
 
 
-def published_template(path: str | Path) -> str | None:
+def find_published_template(path: str | Path) -> str | None:
     """Return the template of the LLMs released with LLM2CLIP, or None if it does not apply to the encoder at `path`.
 
     The template applies to plain LLMs with Llama 3's special tokens. It does not apply to GGUF files, or to model
@@ -114,10 +114,12 @@ def load_adapter_encoder(sources: Sequence[str | Path], device: str | torch.devi
         ValueError: an item is not a LoRA adapter, an adapter does not match the LLM, or an llm2vec_config.json contains
             unsupported settings.
     """
-    base, adapters = _resolve_chain(sources)
+    base, adapters = _resolve_adapter_chain(sources)
     try:
-        template = published_template(base)
-        encoder = CaptionEncoder.from_pretrained(base, template=template, device=device, **_read_settings(adapters[-1]))
+        template = find_published_template(base)
+        encoder = CaptionEncoder.from_pretrained(
+            base, template=template, device=device, **_read_llm2vec_settings(adapters[-1])
+        )
     except OSError as error:
         raise FileNotFoundError(
             f"{adapters[0]} is a LoRA adapter for {base}, which could not be loaded ({error}). To use a copy of this "
@@ -151,7 +153,7 @@ def _merge_adapter(encoder: CaptionEncoder, folder: Path) -> None:
     encoder.st[0].model = model.merge_and_unload()
 
 
-def _resolve_chain(sources: Sequence[str | Path]) -> tuple[str, list[Path]]:
+def _resolve_adapter_chain(sources: Sequence[str | Path]) -> tuple[str, list[Path]]:
     """Return the base LLM and the adapter folders in the order in which they must be merged."""
     base = None
     if len(sources) > 1 and find_adapter(sources[0]) is None:
@@ -174,7 +176,7 @@ def _resolve_chain(sources: Sequence[str | Path]) -> tuple[str, list[Path]]:
     return base, chain
 
 
-def _read_settings(adapter: Path) -> dict[str, Any]:
+def _read_llm2vec_settings(adapter: Path) -> dict[str, Any]:
     """Read the arguments for `CaptionEncoder.from_pretrained` from an adapter's llm2vec_config.json."""
     file = adapter / _LLM2VEC_CONFIG
     if not file.is_file():

@@ -10,14 +10,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llm2clip.io_utils import atomic_dir, atomic_path
-from llm2clip.models.convert.checkpoint_layout import EVA, HF, Layout, compute_buffers, official_name
+from llm2clip.models.convert.checkpoint_layout import EVA, HF, Layout, compute_buffers, get_official_name
 from llm2clip.models.convert.load import CLIP_FIELDS, EVA_ARGS
 from llm2clip.models.llm2clip import LLM2CLIP
 
 SAVED_LAYOUTS = {"hf": HF, "eva": EVA}
 
 
-def save_official(model: LLM2CLIP, out: str | Path, layout_name: str) -> Path:
+def save_official_checkpoint(model: LLM2CLIP, out: str | Path, layout_name: str) -> Path:
     """Save a model atomically as a checkpoint with the tensor names from the LLM2CLIP authors' code.
 
     An "hf" checkpoint is a folder with model.safetensors, config.json and preprocessor_config.json. An "eva" checkpoint
@@ -102,7 +102,7 @@ def _get_tower_name(model: LLM2CLIP) -> str:
 
 def _build_official_tensors(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
     tensors = {
-        official_name(name, layout, model.config.adapter.depth): tensor.detach().cpu().contiguous()
+        get_official_name(name, layout, model.config.adapter.depth): tensor.detach().cpu().contiguous()
         for name, tensor in model.state_dict().items()
     }
     tensors["logit_scale"] = tensors["logit_scale"].reshape(())

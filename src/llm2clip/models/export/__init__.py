@@ -22,11 +22,11 @@ class ExportFormat:
         function: module and name of the export function. It takes a model and an empty folder, writes the model to the
             folder, and returns a list of messages for the user, or None. The module is imported only when needed,
             because the command line lists the formats and must not import PyTorch.
-        load: example code that loads the exported folder. {out} stands for the folder's path.
+        load_code: example code that loads the exported folder. {out} stands for the folder's path.
     """
 
     function: str
-    load: str
+    load_code: str
 
 
 FORMATS = {

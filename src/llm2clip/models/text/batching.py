@@ -27,14 +27,14 @@ GPU_CANDIDATES = (8192, 16384, 32768, 65536, 131072, 262144)
 MIN_SPEEDUP = 1.02  # larger batches need more memory, so they must be faster by this factor
 
 
-def default_batch_tokens(device: torch.device) -> int:
+def get_default_batch_tokens(device: torch.device) -> int:
     """Return a device's default number of tokens per batch."""
     return GPU_BATCH_TOKENS if device.type == "cuda" else CPU_BATCH_TOKENS
 
 
-def default_encoding_tokens(device: torch.device, hidden_size: int) -> int:
+def get_default_encoding_tokens(device: torch.device, hidden_size: int) -> int:
     """Return the default number of tokens per batch for encoding with an LLM of the given hidden size."""
-    return min(default_batch_tokens(device), max(CPU_BATCH_TOKENS, MAX_HIDDEN_SIZE // hidden_size))
+    return min(get_default_batch_tokens(device), max(CPU_BATCH_TOKENS, MAX_HIDDEN_SIZE // hidden_size))
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,15 @@ class TokenizedTexts:
     def batches(self, max_tokens: int) -> Iterator[tuple[int, list[int]]]:
         """Yield (prompt length, text indices) for each batch. All texts in a batch have the same prompt length.
 
-        For `max_tokens` and the batch order, see `length_batches`.
+        For `max_tokens` and the batch order, see `batch_by_length`.
         """
         for prompt_length in sorted(set(self.prompt_lengths)):
             members = [i for i, length in enumerate(self.prompt_lengths) if length == prompt_length]
-            for batch in length_batches([len(self.ids[i]) for i in members], max_tokens):
+            for batch in batch_by_length([len(self.ids[i]) for i in members], max_tokens):
                 yield prompt_length, [members[i] for i in batch]
 
 
-def length_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+def batch_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
     """Group texts of similar token length into batches, and yield each batch's text indices.
 
     A batch has at most `max_tokens` tokens, including padding. A text longer than `max_tokens` forms its own batch. The
@@ -79,9 +79,9 @@ def length_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int
 def tune_batch_tokens(encoder: CaptionEncoder, tokens: TokenizedTexts, precision: str = "fp32") -> int:
     """Find the `batch_tokens` with which an encoder encodes the given captions fastest.
 
-    Candidates are timed in increasing order (see `tokens_per_second`). The search stops when a candidate is slower than
-    the best one so far or does not fit in memory. With fewer than 4096 captions, nothing is timed and the encoder's
-    default is returned.
+    Candidates are timed in increasing order (see `measure_tokens_per_second`). The search stops when a candidate is
+    slower than the best one so far or does not fit in memory. With fewer than 4096 captions, nothing is timed and the
+    encoder's default is returned.
     """
     if len(tokens.ids) < MIN_CAPTIONS_TO_TUNE:
         return encoder.default_batch_tokens
@@ -90,7 +90,7 @@ def tune_batch_tokens(encoder: CaptionEncoder, tokens: TokenizedTexts, precision
     best, best_speed = candidates[0] // 2, 0.0
     for candidate in candidates:
         try:
-            speed = tokens_per_second(encoder, tokens, candidate, precision)
+            speed = measure_tokens_per_second(encoder, tokens, candidate, precision)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             break
@@ -101,7 +101,9 @@ def tune_batch_tokens(encoder: CaptionEncoder, tokens: TokenizedTexts, precision
     return best
 
 
-def tokens_per_second(encoder: CaptionEncoder, tokens: TokenizedTexts, batch_tokens: int, precision: str) -> float:
+def measure_tokens_per_second(
+    encoder: CaptionEncoder, tokens: TokenizedTexts, batch_tokens: int, precision: str
+) -> float:
     """Measure the encoding speed on up to four batches.
 
     Batches are sorted by caption length. The sample consists of the batch with the longest captions and the batches

@@ -29,14 +29,14 @@ from llm2clip.models.precision import (
     parse_precision,
     resolve_encoder_precision,
 )
-from llm2clip.models.text.batching import TokenizedTexts, default_encoding_tokens
+from llm2clip.models.text.batching import TokenizedTexts, get_default_encoding_tokens
 from llm2clip.models.text.latent_attention import LatentAttentionPooling
 from llm2clip.models.text.packing import PACKED, can_pack, copy_to_device, pack_captions, remove_prompts
 from llm2clip.models.text.sentence_transformer import (
-    has_consistent_length,
+    count_prompt_tokens,
+    has_consistent_prompt_length,
     is_encoder_only,
-    open_sentence_transformer,
-    prompt_length,
+    load_sentence_transformer,
     set_bidirectional,
     set_template,
     truncate_embeddings,
@@ -110,7 +110,7 @@ class CaptionEncoder(nn.Module):
             path = str(Path(path) / "text")
         if path.endswith(".gguf"):
             path = str(resolve_gguf(path))
-        st = open_sentence_transformer(path, pooling or "mean", device)
+        st = load_sentence_transformer(path, pooling or "mean", device)
         encoder = cls(st)
         if layers is not None:
             truncate_layers(encoder.llm, layers)
@@ -167,7 +167,7 @@ class CaptionEncoder(nn.Module):
     @property
     def default_batch_tokens(self) -> int:
         """Default number of tokens per batch for `encode`, based on the device and the size of the LLM."""
-        return default_encoding_tokens(self.device, self.st[0].get_embedding_dimension())
+        return get_default_encoding_tokens(self.device, self.st[0].get_embedding_dimension())
 
     @property
     def attention(self) -> str:
@@ -203,16 +203,16 @@ class CaptionEncoder(nn.Module):
         truncated = [i for i, row in enumerate(ids) if max_length and len(row) > max_length]
         for i in truncated:
             ids[i] = self.tokenizer(texts[i], truncation=True, max_length=max_length)["input_ids"]
-        return TokenizedTexts(ids, truncated, [self.prompt_length(prefix) for prefix in prefixes])
+        return TokenizedTexts(ids, truncated, [self.count_prompt_tokens(prefix) for prefix in prefixes])
 
     def count_truncated(self, captions: Sequence[str]) -> int:
         """Count the captions that exceed `max_length` and are therefore truncated."""
         return len(self.tokenize(captions).truncated)
 
-    def prompt_length(self, prompt: str) -> int:
-        """Count the tokens before a caption (see `sentence_transformer.prompt_length`), and cache the result."""
+    def count_prompt_tokens(self, prompt: str) -> int:
+        """Count the tokens before a caption (see `sentence_transformer.count_prompt_tokens`), and cache the result."""
         if prompt not in self._prompt_lengths:
-            self._prompt_lengths[prompt] = prompt_length(self.tokenizer, prompt)
+            self._prompt_lengths[prompt] = count_prompt_tokens(self.tokenizer, prompt)
         return self._prompt_lengths[prompt]
 
     def exclude_prompts_from_pooling(self, prompts: Iterable[str]) -> None:
@@ -222,7 +222,7 @@ class CaptionEncoder(nn.Module):
             ValueError: sentence-transformers would miscount a prompt's tokens.
         """
         for prompt in prompts:
-            if not has_consistent_length(self.st, self.prefix + prompt):
+            if not has_consistent_prompt_length(self.st, self.prefix + prompt):
                 raise ValueError(
                     f"sentence-transformers would miscount the tokens of the instruction {prompt!r}: instructions "
                     "must not end in a space or a special token. End the instruction with a line break"
@@ -246,7 +246,7 @@ class CaptionEncoder(nn.Module):
             padded = self.tokenizer.pad({"input_ids": list(ids)}, return_tensors="pt")
             batch = {name: copy_to_device(padded[name], self.device) for name in ("input_ids", "attention_mask")}
         if prompt_length is None:
-            prompt_length = self.prompt_length(self.prefix)
+            prompt_length = self.count_prompt_tokens(self.prefix)
         if prompt_length:
             batch["prompt_length"] = prompt_length
         return batch

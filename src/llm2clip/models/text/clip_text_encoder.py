@@ -1,6 +1,6 @@
 """Text towers of CLIP models, used as baselines for a caption encoder.
 
-Supported models are transformers models of the types in `_TEXT_INPUTS`, models that come with their own code
+Supported models are transformers models of the types in `_TEXT_PREPROCESSING`, models that come with their own code
 (Jina-CLIP) and, if open_clip is installed, open_clip models. Texts longer than the context length are truncated, as is
 usual for these models.
 """
@@ -22,7 +22,7 @@ OPEN_CLIP_PREFIX = "open_clip:"
 
 
 @dataclass(frozen=True)
-class _TextInput:
+class _TextPreprocessing:
     """Text preprocessing that a model type requires.
 
     Attributes:
@@ -36,24 +36,24 @@ class _TextInput:
     lower_case: bool = False
 
 
-_TEXT_INPUTS = {
-    "clip": _TextInput(),
+_TEXT_PREPROCESSING = {
+    "clip": _TextPreprocessing(),
     # On padding, see the transformers documentation for SigLIP and SigLIP 2 ("make sure to set padding='max_length'").
     # Both models were trained on lower-case texts (arXiv 2502.14786 for SigLIP 2). SigLIP's tokenizer lower-cases texts
     # (https://github.com/huggingface/transformers/pull/43101), but the Gemma tokenizer in SigLIP 2 checkpoints does
     # not.
-    "siglip": _TextInput(fully_padded=True, lower_case=True),
-    "siglip2": _TextInput(fully_padded=True, lower_case=True),
+    "siglip": _TextPreprocessing(fully_padded=True, lower_case=True),
+    "siglip2": _TextPreprocessing(fully_padded=True, lower_case=True),
     # `context_length` of `cn_clip.clip.tokenize` (https://github.com/OFA-Sys/Chinese-CLIP). BERT has 512 positions.
-    "chinese_clip": _TextInput(context_length=52),
+    "chinese_clip": _TextPreprocessing(context_length=52),
     # `max_length` of transformers' AlignProcessor. BERT has 512 positions.
-    "align": _TextInput(context_length=64),
+    "align": _TextPreprocessing(context_length=64),
     # `context_length` of the authors' code (https://github.com/FlagAI-Open/FlagAI). XLM-R has 512 positions.
-    "altclip": _TextInput(context_length=77),
-    "metaclip_2": _TextInput(),
+    "altclip": _TextPreprocessing(context_length=77),
+    "metaclip_2": _TextPreprocessing(),
 }
 # Unsupported model types that have text features -> reason.
-_UNSUITABLE_TYPES = {
+_UNSUPPORTED_TYPES = {
     # As of version 5.24, transformers applies the causal mask only if the batch contains padding.
     "aimv2": "in transformers, its text embeddings depend on padding",
     "blip": "its checkpoints compare images and texts with cross-attention; use another model",
@@ -175,7 +175,7 @@ def _load_transformers(path: str, device: torch.device, remote_code: bool) -> Cl
     from transformers import AutoModel, AutoTokenizer
 
     config = None if remote_code else load_config(path)
-    text_input = _TextInput() if config is None else _get_text_input(path, config.model_type)
+    preprocessing = _TextPreprocessing() if config is None else _get_text_preprocessing(path, config.model_type)
     model: Any = AutoModel.from_pretrained(path, config=config, trust_remote_code=remote_code, dtype=torch.float32)
     model = model.to(device).eval()
     if remote_code and hasattr(model, "encode_text"):
@@ -192,43 +192,43 @@ def _load_transformers(path: str, device: torch.device, remote_code: bool) -> Cl
     context_length = tokenizer.model_max_length
     if not remote_code:
         positions = model.config.text_config.max_position_embeddings
-        context_length = min(text_input.context_length or positions, positions, context_length)
+        context_length = min(preprocessing.context_length or positions, positions, context_length)
     # SigLIP's own tokenizer already lower-cases texts, except for special tokens.
-    lower_case = text_input.lower_case and type(tokenizer).__name__ != "SiglipTokenizer"
+    lower_case = preprocessing.lower_case and type(tokenizer).__name__ != "SiglipTokenizer"
 
     def tokenize(texts: list[str]) -> dict[str, Tensor]:
         if lower_case:
             texts = [text.lower() for text in texts]
-        padding = "max_length" if text_input.fully_padded else True
+        padding = "max_length" if preprocessing.fully_padded else True
         batch = tokenizer(texts, padding=padding, truncation=True, max_length=context_length, return_tensors="pt")
-        names = ("input_ids",) if text_input.fully_padded else ("input_ids", "attention_mask")
+        names = ("input_ids",) if preprocessing.fully_padded else ("input_ids", "attention_mask")
         return {name: batch[name] for name in names}
 
     return ClipTextEncoder(
         model=model,
         context_length=context_length,
         tokenize=tokenize,
-        forward=lambda **batch: pooled_output(model.get_text_features(**batch)),
+        forward=lambda **batch: get_pooled_output(model.get_text_features(**batch)),
         count_tokens=lambda text: len(tokenizer(text, verbose=False)["input_ids"]),
     )
 
 
-def _get_text_input(path: str, model_type: str) -> _TextInput:
+def _get_text_preprocessing(path: str, model_type: str) -> _TextPreprocessing:
     """Return the text preprocessing for a transformers model type.
 
     Raises:
         ValueError: the model type is not supported. The message says why.
     """
-    if model_type in _TEXT_INPUTS:
-        return _TEXT_INPUTS[model_type]
-    reason = _UNSUITABLE_TYPES.get(model_type, "its prompt, context length and padding are unknown to llm2clip")
+    if model_type in _TEXT_PREPROCESSING:
+        return _TEXT_PREPROCESSING[model_type]
+    reason = _UNSUPPORTED_TYPES.get(model_type, "its prompt, context length and padding are unknown to llm2clip")
     raise ValueError(
         f"{path} is a {model_type!r} model, which is not supported: {reason}. Supported types: "
-        f"{', '.join(_TEXT_INPUTS)}. To compare with any other model, save its embeddings in an .npz file"
+        f"{', '.join(_TEXT_PREPROCESSING)}. To compare with any other model, save its embeddings in an .npz file"
     )
 
 
-def pooled_output(features: Any) -> Tensor:
+def get_pooled_output(features: Any) -> Tensor:
     """Extract the embeddings from the output of `get_text_features` or `get_image_features`."""
     embeddings: Tensor = features if isinstance(features, Tensor) else features.pooler_output
     return embeddings

@@ -35,7 +35,7 @@ class LoraSession:
         self.original_layers = _quantize_linear_layers(transformer.model, dtype, device) if quantize else {}
         transformer.model = get_peft_model(transformer.model, config)
         if not quantize:
-            cast_frozen_linear(transformer.model, dtype)
+            cast_frozen_linear_layers(transformer.model, dtype)
         transformer.model.to(device)
 
     def finish(self) -> None:
@@ -46,7 +46,7 @@ class LoraSession:
         transformer = self.encoder.st[0]
         model = transformer.model
         model = self._restore_original_layers(model) if self.original_layers else model.to("cpu")
-        cast_frozen_linear(model, torch.float32)  # in 16 bits, LoRA's small updates would be rounded away
+        cast_frozen_linear_layers(model, torch.float32)  # in 16 bits, LoRA's small updates would be rounded away
         transformer.model = model.merge_and_unload()
         self.encoder.to("cpu")
 
@@ -68,7 +68,7 @@ def check_qlora_available() -> None:
         raise ModuleNotFoundError(f"--tune.qlora requires the bitsandbytes package: {install_command('qlora')}")
 
 
-def cast_frozen_linear(llm: nn.Module, dtype: torch.dtype) -> None:
+def cast_frozen_linear_layers(llm: nn.Module, dtype: torch.dtype) -> None:
     """Cast the frozen linear layers to `dtype`.
 
     Norms and token embeddings keep their dtype, because their rounding errors would affect all later layers.

@@ -256,7 +256,7 @@ def varlen_attention(
         before, after = (sliding_window - 1 if is_causal else sliding_window), sliding_window
     if is_causal:
         after = 0
-    dtype = varlen_dtype(query)
+    dtype = get_varlen_dtype(query)
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # (T, heads, D)
     output: Tensor = varlen_attn(
         q,
@@ -273,7 +273,7 @@ def varlen_attention(
     return output[None]
 
 
-def varlen_dtype(query: Tensor) -> torch.dtype:
+def get_varlen_dtype(query: Tensor) -> torch.dtype:
     """Return the dtype used for attention: the autocast dtype under autocast, otherwise the queries' dtype."""
     device_type = query.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else query.dtype
@@ -281,7 +281,7 @@ def varlen_dtype(query: Tensor) -> torch.dtype:
 
 def can_use_varlen(query: Tensor, key: Tensor, dropout: float) -> bool:
     """Return True if `varlen_attention` supports these queries and keys. For the shapes, see `packed_attention`."""
-    dtype, head_dim = varlen_dtype(query), query.shape[-1]
+    dtype, head_dim = get_varlen_dtype(query), query.shape[-1]
     if query.device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or dropout:
         return False
     if head_dim % 8 or head_dim > MAX_VARLEN_HEAD_DIM or not torch.backends.cuda.flash_sdp_enabled():

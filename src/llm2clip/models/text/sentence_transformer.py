@@ -22,11 +22,11 @@ from llm2clip.models.text.latent_attention import MODULE_TYPE, LatentAttentionPo
 
 ADAPTER_CONFIG = "adapter_config.json"  # written by PEFT
 NV_EMBED = "nvembed"  # model_type of NV-Embed-v2 in its published format (see convert/nv_embed.py)
-CAPTION = "{caption}"
+CAPTION_PLACEHOLDER = "{caption}"
 
 
 @hide_loading_bars()
-def open_sentence_transformer(path: str, pooling: str, device: str | torch.device | None) -> SentenceTransformer:
+def load_sentence_transformer(path: str, pooling: str, device: str | torch.device | None) -> SentenceTransformer:
     """Load a folder or hub id as a SentenceTransformer in float32, by default on a GPU if available.
 
     A sentence-transformers model is loaded as saved. A plain transformers model gets bidirectional attention and a
@@ -62,7 +62,7 @@ def open_sentence_transformer(path: str, pooling: str, device: str | torch.devic
             model_kwargs={"dtype": torch.float32, **WITHOUT_HUB_CODE},
         )
 
-    transformer = _open_transformer(path)
+    transformer = _load_transformer(path)
     pooling_module = Pooling(transformer.get_embedding_dimension(), pooling)
     st = SentenceTransformer(modules=[transformer, pooling_module], device=device_name)
     st.max_seq_length = min(512, transformer.max_seq_length or 512)
@@ -70,7 +70,7 @@ def open_sentence_transformer(path: str, pooling: str, device: str | torch.devic
     return st
 
 
-def _open_transformer(path: str) -> Transformer:
+def _load_transformer(path: str) -> Transformer:
     """Load a plain transformers model as the first module of a SentenceTransformer."""
     transformer = _StrictTransformer(
         path,
@@ -128,9 +128,9 @@ def set_template(st: Any, template: str) -> None:
     Raises:
         ValueError: the template is not valid for this model.
     """
-    if template.count(CAPTION) != 1:
-        raise ValueError(f"template must contain {CAPTION} exactly once (got {template!r})")
-    prefix, suffix = template.split(CAPTION)
+    if template.count(CAPTION_PLACEHOLDER) != 1:
+        raise ValueError(f"template must contain {CAPTION_PLACEHOLDER} exactly once (got {template!r})")
+    prefix, suffix = template.split(CAPTION_PLACEHOLDER)
     if suffix:
         _set_suffix(st.tokenizer, suffix)
     st.default_prompt_name, st[1].include_prompt = None, True
@@ -138,10 +138,10 @@ def set_template(st: Any, template: str) -> None:
         st.prompts["caption"] = prefix
         st.default_prompt_name = "caption"
         st[1].include_prompt = False
-        if not has_consistent_length(st, prefix):
+        if not has_consistent_prompt_length(st, prefix):
             raise ValueError(
                 f"sentence-transformers would miscount the tokens of the template's prefix {prefix!r}: it must not "
-                f"end in a space, and may end in a special token only if a special token follows {CAPTION}"
+                f"end in a space, and may end in a special token only if a special token follows {CAPTION_PLACEHOLDER}"
             )
 
 
@@ -151,13 +151,15 @@ def _set_suffix(tokenizer: Any, suffix: str) -> None:
 
     ids = tokenizer(suffix, add_special_tokens=False)["input_ids"]
     if len(ids) != 1 or ids[0] not in tokenizer.all_special_ids:
-        raise ValueError(f"template: only one special token may follow {CAPTION} (got {suffix!r}; tokens: {len(ids)})")
+        raise ValueError(
+            f"template: only one special token may follow {CAPTION_PLACEHOLDER} (got {suffix!r}; tokens: {len(ids)})"
+        )
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"$A {suffix}", special_tokens=[(suffix, ids[0])]
     )
 
 
-def prompt_length(tokenizer: Any, prompt: str) -> int:
+def count_prompt_tokens(tokenizer: Any, prompt: str) -> int:
     """Count the leading tokens that do not depend on the caption: special tokens and prompt tokens.
 
     Tokenizing the prompt by itself would give a wrong count if the prompt ends in a space, because the space becomes
@@ -169,9 +171,9 @@ def prompt_length(tokenizer: Any, prompt: str) -> int:
     return next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
 
 
-def has_consistent_length(st: Any, prompt: str) -> bool:
-    """Return True if sentence-transformers and `prompt_length` count the same number of tokens in a prompt."""
-    return bool(st[0]._get_prompt_length(prompt) == prompt_length(st.tokenizer, prompt))
+def has_consistent_prompt_length(st: Any, prompt: str) -> bool:
+    """Return True if sentence-transformers and `count_prompt_tokens` count the same number of tokens in a prompt."""
+    return bool(st[0]._get_prompt_length(prompt) == count_prompt_tokens(st.tokenizer, prompt))
 
 
 # ---- layers of the LLM ----------------------------------------------------------------------------------------------

@@ -133,11 +133,11 @@ class DenseEncoder:
         Returns:
             Image of shape (3, H', W'), uint8, where H' and W' are multiples of `cell_size`.
         """
-        rows, columns = self.grid(image.shape[-2], image.shape[-1], image_size)
+        rows, columns = self.compute_grid(image.shape[-2], image.shape[-1], image_size)
         size = [rows * self.cell_size, columns * self.cell_size]
         return cast(Tensor, resize(image, size, InterpolationMode(self.interpolation), antialias=True))
 
-    def grid(self, height: int, width: int, image_size: int | None = None) -> tuple[int, int]:
+    def compute_grid(self, height: int, width: int, image_size: int | None = None) -> tuple[int, int]:
         """Return the numbers of cell rows and columns that an image of the given size has after `resize`."""
         shorter = max(1, round((image_size or self.image_size) / self.cell_size))
         ratio = min(max(height, width) / min(height, width), _MAX_ASPECT_RATIO)
@@ -165,7 +165,7 @@ def build_dense_encoder(tower: VisionTower, project: Callable[[Tensor], Tensor],
             embeddings = project(_apply_head(tower, cells.flatten(0, 2)))
         return embeddings.unflatten(0, cells.shape[:3])
 
-    blocks = tower.blocks()
+    blocks = tower.get_blocks()
     has_variants = bool(blocks) and _get_class_name(blocks[-1]) in _BLOCK_PARTS
     return DenseEncoder(
         cell_size=cell_size,
@@ -229,19 +229,19 @@ def _encode_cells(tower: VisionTower, pixels: Tensor, variant: str) -> Tensor:
     if tower.config["library"] == "timm":
         tower = _replace_module(tower, "backbone", _resize_timm(tower, (pixels.shape[-2], pixels.shape[-1])))
     if variant != "plain":
-        block = tower.blocks()[-1]
+        block = tower.get_blocks()[-1]
         name = next(name for name, module in tower.named_modules() if module is block)
         tower = _replace_module(tower, name, _DenseBlock(block, variant, grid))
     features = tower.forward_features(pixels)
     if features.ndim == 3:  # tokens of shape (N, L, C), which start with the class and register tokens
         return features[:, -grid[0] * grid[1] :].unflatten(1, grid)
-    cells = features if _has_channels_last(tower) else features.permute(0, 2, 3, 1)
+    cells = features if _is_channels_last(tower) else features.permute(0, 2, 3, 1)
     if cells.shape[1:3] != grid:
         raise ValueError(f"{tower.config['architecture']} returned {tuple(cells.shape[1:3])} cells instead of {grid}")
     return cells
 
 
-def _has_channels_last(tower: VisionTower) -> bool:
+def _is_channels_last(tower: VisionTower) -> bool:
     return str(getattr(tower.backbone, "output_fmt", "NCHW")) == "NHWC"
 
 
@@ -257,7 +257,7 @@ def _apply_head(tower: VisionTower, cells: Tensor) -> Tensor:
         # Some heads pool the class token, and others exclude it. If all tokens are copies of the cell, both kinds
         # return the cell's features.
         return backbone.forward_head(cells[:, None].expand(-1, 1 + backbone.num_prefix_tokens, -1))
-    maps = cells[:, None, None] if _has_channels_last(tower) else cells[:, :, None, None]
+    maps = cells[:, None, None] if _is_channels_last(tower) else cells[:, :, None, None]
     return cast(Tensor, backbone.forward_head(maps))
 
 

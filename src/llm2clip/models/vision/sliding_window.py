@@ -54,7 +54,7 @@ class WindowAxis:
         count = -(-(length - window) // stride) + 1
         return cls(length, window, tuple(min(n * stride, length - window) for n in range(count)))
 
-    def matrix(self, cells: int, size: int) -> Tensor:
+    def build_matrix(self, cells: int, size: int) -> Tensor:
         """Return the matrix that maps the cells of all windows to `size` output pixels along this axis.
 
         The matrix is float32, of shape (size, windows * cells), where `cells` is the number of cells per window.
@@ -91,7 +91,7 @@ class ResizeForWindows:
         window = max(1, round(dense.image_size / dense.cell_size)) * dense.cell_size
         return cls(window, dense.cell_size, scale)
 
-    def axes(self, height: int, width: int) -> tuple[WindowAxis, WindowAxis]:
+    def place_windows(self, height: int, width: int) -> tuple[WindowAxis, WindowAxis]:
         """Return the vertical and horizontal window positions for an image of the given size."""
         scale = self.window * min(self.scale / min(height, width), MAX_SCALE / max(height, width))
         rows, columns = (
@@ -102,7 +102,7 @@ class ResizeForWindows:
     def __call__(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Return (resized image, (original height, original width))."""
         height, width = image.shape[1:]
-        rows, columns = self.axes(height, width)
+        rows, columns = self.place_windows(height, width)
         size = [rows.length, columns.length]
         resized = transforms.resize(image, size, interpolation=InterpolationMode.BILINEAR, antialias=True)
         return resized, (height, width)
@@ -131,7 +131,7 @@ class PixelScores:
 
     Args:
         grid: Cell scores of all windows, of shape (K, A, B). See `arrange_windows`.
-        rows: Row matrix of shape (H, A). See `WindowAxis.matrix`.
+        rows: Row matrix of shape (H, A). See `WindowAxis.build_matrix`.
         columns: Column matrix of shape (W, B).
     """
 
@@ -148,7 +148,7 @@ class PixelScores:
             tile = (self.rows[rows] @ self.grid) @ self.columns.T  # (K, rows, B) @ (B, W)
             yield rows, tile
 
-    def class_scores(self, names_per_class: Sequence[int]) -> Tensor:
+    def compute_class_scores(self, names_per_class: Sequence[int]) -> Tensor:
         """Compute each class's maximum score over its names for all pixels, of shape (classes, H, W)."""
         return torch.cat([_max_over_names(tile, names_per_class) for _, tile in self.tiles()], 1)
 
@@ -170,7 +170,7 @@ def encode_windows(
     Returns:
         Pixel scores at the original image sizes, keyed by image index.
     """
-    axes = {index: transform.axes(*size) for index, (_, size) in images.items()}
+    axes = {index: transform.place_windows(*size) for index, (_, size) in images.items()}
     indices_by_window: dict[tuple[int, int], list[int]] = {}  # windows of the same size are encoded together
     for index, (rows, columns) in axes.items():
         indices_by_window.setdefault((rows.window, columns.window), []).append(index)
@@ -184,8 +184,8 @@ def encode_windows(
             height, width = images[i][1]
             results[i] = PixelScores(
                 grid=arrange_windows(part, rows, columns),
-                rows=rows.matrix(part.shape[1], height).to(part.device),
-                columns=columns.matrix(part.shape[2], width).to(part.device),
+                rows=rows.build_matrix(part.shape[1], height).to(part.device),
+                columns=columns.build_matrix(part.shape[2], width).to(part.device),
             )
     return results
 

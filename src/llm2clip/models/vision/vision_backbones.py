@@ -123,7 +123,7 @@ def _download_config(hub_id: str) -> dict[str, Any]:
 
 
 def _load_timm(source: str, image_size: int | None, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
-    model_name, architecture, cfg, args = _describe_timm(source)
+    model_name, architecture, cfg, args = _resolve_timm_source(source)
     if pretrained and cfg.get("hf_hub_id") and not Path(source).is_dir():
         check_model_source(cfg["hf_hub_id"])  # timm downloads the weights from the hub
     args = {**args, "num_classes": 0}
@@ -141,7 +141,7 @@ def _load_timm(source: str, image_size: int | None, pretrained: bool) -> tuple[n
     return backbone, config
 
 
-def _describe_timm(source: str) -> tuple[str, str, dict[str, Any], dict[str, Any]]:
+def _resolve_timm_source(source: str) -> tuple[str, str, dict[str, Any], dict[str, Any]]:
     """Return (name for `timm.create_model`, architecture, pretrained config, saved arguments)."""
     if Path(source).is_dir():
         saved = read_json_object(Path(source) / "config.json")

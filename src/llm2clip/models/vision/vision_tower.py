@@ -171,7 +171,7 @@ class VisionTower(nn.Module):
 
     # ---- layers -----------------------------------------------------------------------------------------------------
 
-    def parameter_depths(self) -> dict[str, int]:
+    def get_parameter_depths(self) -> dict[str, int]:
         """Return a dict from parameter name to depth, for layer-wise learning rate decay and for unfreezing layers.
 
         Parameters of the stem or embeddings have depth 0, and those closest to the output have the largest depth.
@@ -187,10 +187,10 @@ class VisionTower(nn.Module):
 
     @property
     def num_layers(self) -> int:
-        """Number of distinct depths: the largest value in `parameter_depths` plus 1."""
-        return 1 + max(self.parameter_depths().values())
+        """Number of distinct depths: the largest value in `get_parameter_depths` plus 1."""
+        return 1 + max(self.get_parameter_depths().values())
 
-    def blocks(self) -> list[nn.Module]:
+    def get_blocks(self) -> list[nn.Module]:
         """Return the repeated blocks from input to output, or an empty list if there are none."""
         blocks = []
         for name, module in self.backbone.named_modules():

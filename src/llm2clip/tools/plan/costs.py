@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from llm2clip.config import AlignConfig, EncoderConfig, TuneConfig
 from llm2clip.models.precision import DTYPES
 from llm2clip.models.text.batching import GPU_BATCH_TOKENS
-from llm2clip.models.text.lora import cast_frozen_linear
+from llm2clip.models.text.lora import cast_frozen_linear_layers
 from llm2clip.models.text.packing import PACKED, can_pack, pack_captions
 from llm2clip.models.text.sentence_transformer import get_layers
 from llm2clip.tools.plan.model_configs import build_llm, build_model, get_llm_config
@@ -146,7 +146,7 @@ def measure_image_costs(config: AlignConfig, text_dim: int, captions: float) -> 
     tower_parameters = count_parameters(tower)
     with torch.device("meta"):
         select_trainable_weights(model, config)  # freezes the tower, or adds LoRA layers, if configured
-    trained, layers = count_parameters(model, only_trained=True), tower.blocks()
+    trained, layers = count_parameters(model, only_trained=True), tower.get_blocks()
 
     def make_pixels(images: int) -> Tensor:
         return torch.zeros(images, 3, tower.preprocess.size, tower.preprocess.size, dtype=torch.uint8)
@@ -293,7 +293,7 @@ def _prepare_llm(llm: Any, tune: TuneConfig) -> Any:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft uses a deprecated transformers API
         net = get_peft_model(llm, lora)
-    cast_frozen_linear(net, DTYPES[tune.precision])
+    cast_frozen_linear_layers(net, DTYPES[tune.precision])
     return net
 
 

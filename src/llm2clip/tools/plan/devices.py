@@ -27,10 +27,10 @@ class Device:
             ValueError: The setting is bf16, but the hardware does not support bf16.
         """
         if setting == "auto":
-            from llm2clip.models.precision import auto_precision
+            from llm2clip.models.precision import get_auto_precision
 
             device_type = "cpu" if self.name.lower() == "cpu" else "cuda"
-            return "fp32" if auto_precision(stage, device_type, self.bf16) == "fp32" else "bf16"
+            return "fp32" if get_auto_precision(stage, device_type, self.bf16) == "fp32" else "bf16"
         if setting.startswith("bf16") and not self.bf16:
             raise ValueError(f"{self.name} does not support bf16: use fp16, fp32 or auto")
         return setting.partition("+")[0]

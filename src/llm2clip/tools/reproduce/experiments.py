@@ -29,7 +29,7 @@ from llm2clip.data.texts import unique_captions
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.retrieval_eval import dual_encoder_from_store, rank_caption_fields
-from llm2clip.models.hub.loading import display_names
+from llm2clip.models.hub.loading import get_display_names
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.runs.ranks import load_or_compute_json, print_once
@@ -74,7 +74,7 @@ class Experiments:
         """Return a caption encoder's display name, such as "gemma3-270m after 60 steps of captions"."""
         encoder, tuning = self.encoders[name]
         paths = [self.config.llm, self.config.baseline_encoder, self.config.multilingual_llm]
-        label = display_names(paths)[paths.index(encoder.path)]
+        label = get_display_names(paths)[paths.index(encoder.path)]
         if encoder.layers:
             label += f", first {encoder.layers} layers"
         if tuning is not None:
