@@ -37,19 +37,18 @@ class EncoderConfig:
     """Decoder LLM or sentence-transformers model: a local folder, a Hugging Face hub id, a .gguf file, or one of the
     built-in names smollm2-135m, all-minilm-l6-v2 and gemma3-270m, which are downloaded."""
     bidirectional: bool | None = None
-    """Use bidirectional instead of causal attention. Default: the value saved with the encoder, or true for a plain
-    LLM."""
+    """Use bidirectional instead of causal attention. Default: as saved with the encoder, or true for a plain LLM."""
     layers: int | None = None
     """Keep only the first N transformer layers. Default: all layers."""
     template: str | None = None
     """Template wrapped around each caption, e.g. "<s>{caption}</s>". At most one special token may follow {caption}.
     Default: no template."""
     pooling: str | None = None
-    """Token pooling: mean, weightedmean, lasttoken, cls or max. Default: the value saved with the encoder, or mean for
-    a plain LLM."""
+    """Token pooling: mean, weightedmean, lasttoken, cls or max. Default: as saved with the encoder, or mean for a plain
+    LLM."""
     max_length: int | None = None
-    """Maximum caption length in tokens. Longer captions are truncated. Default: the value saved with the encoder, or
-    512 for a plain LLM."""
+    """Maximum caption length in tokens. Longer captions are truncated. Default: as saved with the encoder, or 512 for a
+    plain LLM."""
     truncate_dim: int | None = None
     """Keep only the first N dimensions of each embedding. Intended for encoders tuned with --tune.matryoshka_dims.
     Default: all dimensions."""
@@ -140,8 +139,7 @@ class EmbedConfig:
     """Settings for encoding every caption into the embedding store."""
 
     batch_tokens: int | None = None
-    """Maximum number of tokens per batch, including padding. Default: the fastest value, found by a one-time
-    measurement."""
+    """Maximum number of tokens per batch, including padding. Default: the fastest value, measured once."""
     precision: str = "auto"
     """Encoding precision: fp32, bf16, bf16+N (bf16 with the first N layers in fp32) or auto. On devices with bf16
     hardware support, auto selects the fastest precision that is accurate enough: embeddings of sixteen test captions
@@ -312,13 +310,11 @@ class EvaluateOptions:
     save_predictions: bool = False
     """Segmentation and detection: write label maps (PNG) and detections (COCO results format) to OUT/predictions."""
     trust_remote_code: bool = False
-    """Allow models that come with their own Python code, such as Jina-CLIP, to run it. Use this only for models that
-    you trust."""
+    """Run the Python code that models such as Jina-CLIP come with. Use this only for models that you trust."""
     captions: list[str] = field(default_factory=list)
     """Sources for caption retrieval accuracy (CRA)."""
     all_pairs: bool = False
-    """CRA: also report results for the all-pairs protocol, in which each caption retrieves any other caption of its
-    image."""
+    """CRA: also use the all-pairs protocol, in which each caption retrieves any other caption of its image."""
     mistakes: int | None = None
     """CRA: number of mistakes to show, worst first. Default: 3."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -355,8 +351,7 @@ class FitConfig:
 
 @dataclass
 class ReproduceConfig:
-    """Settings for `reproduce`, which tests the paper's claims on a small scale. Paths are relative to the data
-    folder."""
+    """Settings for small-scale tests of the paper's claims (`reproduce`). Paths are relative to the data folder."""
 
     tune: list[str] = field(default_factory=lambda: ["flickr30k_text/captions.jsonl@train"])
     """Caption sources for tuning the LLMs; images are not needed."""

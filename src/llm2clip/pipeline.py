@@ -67,7 +67,6 @@ def fit(
     Args:
         sources: Data sources, each in the form PATH or PATH@split+split (see `llm2clip.data.records.Source`).
         run_dir: Run directory. If it contains an interrupted run, that run is resumed.
-        config: Settings for all stages.
         check_resources: See `CheckResources`.
 
     Returns:

@@ -57,7 +57,6 @@ def tune(
         pairs: One list of image captions or text pairs per source (see `read_tuning_sources`).
         out: Output folder of this stage.
         encoder: Initial caption encoder.
-        config: Settings for this stage.
         held_out_captions: Captions of each held-out image. If at least two images have two or more distinct captions
             each, caption retrieval accuracy is measured before and after tuning, except with QLoRA. The results are
             saved in cra_raw.json and cra_tuned.json.
@@ -101,7 +100,6 @@ def embed(
         captions: Captions to encode. May contain duplicates.
         out: Folder of the embedding store.
         encoder: Frozen caption encoder.
-        config: Settings for this stage.
         engine: "local" uses the ranks started by the launcher. "ray" uses a Ray cluster.
         ray_workers: Number of Ray workers. 0 means one worker per GPU or, if there are no GPUs, one per two CPU cores.
     """
@@ -131,7 +129,6 @@ def align(
             encode. Phrases missing from the store are not used.
         store: Cached caption embeddings.
         out: Output folder of this stage.
-        config: Settings for this stage.
         log: Log of images that cannot be decoded.
         held_out: Records on which to evaluate the model before and during training, keyed by caption column.
         encoder: Caption encoder to save with the model. If None, the model is saved without a caption encoder.
@@ -180,7 +177,6 @@ def evaluate(
     They are saved in the model's config and, together with their results, in `query_templates.json`.
 
     Args:
-        model_dir: Model folder.
         held_out: Records on which to evaluate, keyed by caption column.
         out: Output folder. Metrics are saved as `trained.json`, and example searches as `examples.json`.
         log: Log of images that cannot be decoded.

@@ -82,7 +82,6 @@ def align(
         records: Training data. All captions must be in the store.
         store: Cached caption embeddings.
         model: Model with a pretrained tower and newly initialised heads. The model is modified in place.
-        config: Settings for the `align` stage.
         run_dir: Output folder for checkpoints/, metrics.jsonl, evaluations.jsonl and best/. No other process may write
             to it (see `run_lock`).
         log: Log of images that cannot be decoded.

@@ -41,7 +41,6 @@ def finetune_clip(records: Sequence[Record], config: AlignConfig, out: Path, log
     model's value.
 
     Args:
-        config: Settings for the `align` stage.
         out: Output folder for checkpoints and metrics.
         log: Log of images that cannot be decoded.
 

@@ -86,7 +86,6 @@ def create_initial_model(
     With `config.inherit`, the heads come from a CLIP model instead (see `proclip.py`).
 
     Args:
-        store: Cached caption embeddings.
         train: Training records whose texts the adapter is trained on. Used only with `config.inherit`.
         out: Folder for the adapter and its cache. Required with `config.inherit`.
         parts: Pretrained parts. They become part of the model. If None, they are loaded.

@@ -103,7 +103,6 @@ class AlignBatches:
             records: Training data. Records without an image are ignored.
             store: Source of the caption embeddings.
             model: Model to train. Its vision tower determines the image preprocessing.
-            config: Settings for the `align` stage.
             features: Store of the pretrained tower's image features. Batches contain these features instead of pixels
                 if the tower is frozen (`tower_lr` is 0), and in addition to pixels otherwise. Images without features
                 are ignored.
@@ -361,9 +360,8 @@ class CaptionSampler:
     def __init__(self, captions_by_kind: Sequence[CaptionRows], weights: Sequence[float], config: AlignConfig) -> None:
         """
         Args:
-            captions_by_kind: Captions of each kind.
             weights: Sampling weight of each kind, at least 0.
-            config: Settings for the `align` stage, which specify the seed and the number of captions per image.
+            config: Provides the seed and the number of captions per image.
         """
         self.captions_by_kind, self.weights = list(captions_by_kind), np.array(weights, np.float64)
         self.seed, self.captions_per_image = config.seed, config.captions_per_image

@@ -60,7 +60,7 @@ def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, confi
     Args:
         sources: One list of image captions or text pairs per source.
         encoder: Caption encoder to tune. It is modified in place.
-        config: Settings for the `tune` stage. If `steps` is 0, the encoder is saved without tuning.
+        config: If `steps` is 0, the encoder is saved without tuning.
         run_dir: Output folder for checkpoints/ and metrics.jsonl. After training, it also contains encoder/. No other
             process may write to it (see `run_lock`).
 
