@@ -204,7 +204,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
 
 # ---- config of a run -------------------------------------------------------------------------------------------------
 
-# First line of the file if the config contains `tune` settings, because `tune.batch_size` is per process.
+# Written as the first line if the config contains `tune` settings, because `tune.batch_size` is per process.
 PROCESSES_LINE = "# Number of processes in the tune stage: {}\n"
 
 # `align` settings may be changed until the run directory contains one of these files or folders.

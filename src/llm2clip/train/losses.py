@@ -86,8 +86,8 @@ def sigmoid_loss(
         image, text, logit_scale, image_of_text, text_ids, other_texts, gather: See `info_nce`.
 
     Returns:
-        The loss as a float32 scalar: the weighted sum over all pairs, divided by the number of images. Each pair has
-        weight 1 / (number of texts that the text's own image has).
+        The loss as a float32 scalar: the weighted sum over all pairs, divided by the number of images. Each pair is
+        weighted by 1 / (number of texts of the text's image).
     """
     return _apply_loss(_Sigmoid, image, text, logit_scale, logit_bias, image_of_text, text_ids, other_texts, gather)
 

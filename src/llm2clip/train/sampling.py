@@ -124,7 +124,7 @@ class AlignBatches:
         self.config, self.world_size, self.rank, self.store = config, world_size, rank, store
         self.image_count = len(usable)
         self.image_hash = hash_texts(str(record.image) for record in usable)
-        # Do not use phrases with weight 0 at all, even for images that have no other kinds of captions.
+        # Ignore phrases with weight 0, even for images that have no other kinds of captions.
         fields = TEXT_FIELDS if config.samples_phrases else CAPTION_FIELDS
         self.caption_hash = hash_texts(
             text for record in usable for text in get_training_texts(record, config.uses_phrases)
