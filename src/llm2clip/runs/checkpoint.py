@@ -292,18 +292,18 @@ def _rename_damaged_checkpoints(folder: Path) -> Path | None:
         damage = _describe_damage(checkpoint)
         if not damage:
             for damaged, reason in damages.items():
-                aside = damaged.with_name(f"{damaged.name}.damaged")
-                shutil.rmtree(aside, ignore_errors=True)
-                damaged.rename(aside)
-                print_once(f"{damaged} is damaged ({reason}) and has been renamed to {aside.name}")
+                new_path = damaged.with_name(f"{damaged.name}.damaged")
+                shutil.rmtree(new_path, ignore_errors=True)
+                damaged.rename(new_path)
+                print_once(f"{damaged} is damaged ({reason}) and has been renamed to {new_path.name}")
             if damages:
                 print_once(f"Resuming from {checkpoint} instead")
             return checkpoint
         damages[checkpoint] = damage
     if damages:
-        listed = "; ".join(f"{checkpoint.name}: {reason}" for checkpoint, reason in damages.items())
+        details = "; ".join(f"{checkpoint.name}: {reason}" for checkpoint, reason in damages.items())
         raise ValueError(
-            f"All checkpoints in {folder} are damaged ({listed}). Restore them from a backup, or delete {folder} to "
+            f"All checkpoints in {folder} are damaged ({details}). Restore them from a backup, or delete {folder} to "
             "start this stage over"
         )
     return None

@@ -243,9 +243,9 @@ def save_or_check_config(config: dict[str, Any], run_dir: Path, processes: int |
         if not any((run_dir / output).exists() for output in ALIGN_OUTPUTS):
             changes = [change for change in changes if not change[0].startswith("align.")]
         if changes:
-            listed = "; ".join(f"{name}: {old!r} saved, {value!r} now" for name, old, value in changes)
+            details = "; ".join(f"{name}: {old!r} saved, {value!r} now" for name, old, value in changes)
             raise ConfigChangedError(
-                f"{file} has different settings ({listed}). Use the saved settings, choose a different --out, or "
+                f"{file} has different settings ({details}). Use the saved settings, choose a different --out, or "
                 f"delete {run_dir} to start over"
             )
     first_line = PROCESSES_LINE.format(processes) if processes is not None and "tune" in new else ""
