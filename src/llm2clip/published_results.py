@@ -112,7 +112,7 @@ def get_published_rows(benchmark: str) -> dict[str, tuple[float | None, ...]]:
 
 
 def get_published_notes(benchmark: str) -> list[str]:
-    """Return the year, title, source and note of each published table with results for a benchmark, one per line."""
+    """Return one line with the year, title, source and note of each published table that covers a benchmark."""
     tables = _find_tables(benchmark)
     if benchmark in VISION_TRANSFER_METRICS:
         tables = [TABLES["vision_transfer"]]

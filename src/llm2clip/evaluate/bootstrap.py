@@ -49,9 +49,9 @@ def compute_percentile_interval(means: Tensor, num_groups: int, bounds: tuple[fl
     """Compute central 95% confidence intervals from resampled means, using Efron's percentile method.
 
     If all groups have the same mean, such as 0% or 100%, all resampled means are equal, and the interval would be a
-    single point. In this case, let p be the probability that a group has a different mean. Since none of the n groups
-    did, the Clopper-Pearson upper bound on p is 1 - 0.025 ** (1 / n). The interval then contains all means that are
-    possible if a fraction p of the groups lies at one of the bounds.
+    single point. In this case, let p be the probability that a group has a different mean. Since 0 of n
+    groups have a different mean, the Clopper-Pearson upper bound on p is 1 - 0.025 ** (1 / n). The interval then
+    contains all means that are possible if a fraction p of the groups lies at one of the bounds.
 
     Args:
         means: Means of the resamples, of shape (resamples, ...).

@@ -42,8 +42,8 @@ class EmbeddingSource(Protocol):
 
         Raises:
             TooManySkipped: If too many images cannot be decoded.
-            ValueError: If an embedding contains NaN or infinity, or if precomputed embeddings do not include an image
-                or do not distinguish two images.
+            ValueError: If an embedding contains NaN or infinity, or if a file of precomputed embeddings lacks an image
+                or has only one entry for two images.
         """
         ...
 
@@ -51,7 +51,7 @@ class EmbeddingSource(Protocol):
         """Return the embedding of each text.
 
         Raises:
-            ValueError: If an embedding contains NaN or infinity, or if precomputed embeddings do not include a text.
+            ValueError: If an embedding contains NaN or infinity, or if a file of precomputed embeddings lacks a text.
         """
         ...
 
@@ -97,7 +97,7 @@ class ModelEmbeddings:
         self.folder = cache_dir / fingerprint(self.identity)[:12] if cache_dir is not None else None
 
     def encode_images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
-        self.log.count_at_least(len(refs))  # benchmark readers do not count the rows that they read
+        self.log.count_at_least(len(refs))  # benchmark readers do not count rows
         if self.folder is None:
             with ProgressBar(total=len(refs), desc="images", unit="image", disable=not self.progress) as bar:
                 embeddings, indices = encode_image_batches(refs, self.model, self.log, bar, BATCH_SIZE)
@@ -138,8 +138,8 @@ class PrecomputedEmbeddings:
     To create the file: np.savez("other.npz", images=image_embeddings, image_names=paths, texts=text_embeddings,
     captions=strings), with arrays of shape (N, D), (N,), (M, D) and (M,).
 
-    Images are looked up by their full path. If `image_names` does not contain it, leading folders are dropped one by
-    one, down to the bare file name.
+    Images are looked up by full path. If a path is not in `image_names`, leading folders are removed one at a time,
+    down to the bare file name.
     """
 
     def __init__(self, file: Path, log: SkipLog) -> None:

@@ -39,8 +39,8 @@ def compute_positive_ranks(
         items: Item embeddings of shape (N, D), L2-normalised.
         positives: Indices of each query's correct items (at least one). For example, if 3 images have 2, 1 and 2
             captions, the positives for image-to-text retrieval are [[0, 1], [2], [3, 4]].
-        tile_size: Number of items per matmul. Memory holds the scores of up to `QUERY_TILE` queries and all items.
-        self_index: Index of one item per query to ignore. If the queries are themselves items, pass their own indices.
+        tile_size: Number of items per matmul. Scores for `QUERY_TILE` queries and all items are kept in memory.
+        self_index: Index of an item to ignore for each query. If the queries are also items, pass their own indices.
 
     Returns:
         Ranks of each query's P positives in ascending order, int64 of shape (P,).
@@ -132,7 +132,7 @@ def two_way_ranks(
 
 
 class _ScoreTiles:
-    """Grid of tiles of the image-text score matrix. A tile covers `tile_size` images and 4 * `tile_size` texts.
+    """Image-text score matrix, divided into a grid of tiles of `tile_size` images and 4 * `tile_size` texts each.
 
     Because texts are sorted by image, only a few tiles contain positives.
     """
@@ -196,7 +196,7 @@ def _compute_best_match_scores(tiles: _ScoreTiles) -> tuple[Tensor, Tensor]:
 
 
 def _pad_tile(vectors: Tensor, size: int) -> Tensor:
-    """Pad with rows of zeros to `size` rows.
+    """Append rows of zeros to get `size` rows.
 
     Matmuls of the same shape round identically, so equal vectors get equal scores.
     """
@@ -236,8 +236,8 @@ def retrieval_metrics(
 
     Returns:
         {"I2T": {"R@1": ..., "median rank": ...}, "T2I": ..., "I2T chance": {"R@1": ...}, "T2I chance": ...,
-        "I2T interval": {"R@1": (low, high), ...}, "T2I interval": ...}. Recall is in percent. Median ranks count
-        from 1.
+        "I2T interval": {"R@1": (low, high), ...}, "T2I interval": ...}. Recall is in percent. Median ranks start
+        at 1.
     """
     owner = torch.as_tensor(image_of_text)
     metrics: dict[str, dict[str, Any]] = {}
@@ -263,7 +263,7 @@ def compute_chance_recall(positives: Sequence[int], num_items: int, ks: Sequence
 
     Args:
         positives: Number of positives (p) of each query.
-        num_items: Number of items that are ranked.
+        num_items: Number of ranked items.
     """
     chance = {}
     for k in ks:

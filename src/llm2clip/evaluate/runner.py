@@ -61,7 +61,7 @@ def evaluate_models(
     results.json contains "caption retrieval" (the result of `caption_retrieval_accuracy`), "results" and "run" (the
     result of `describe_run`, with the settings). "results" is a list of `BenchmarkResult.summary` dicts with the
     additional key "model". If the model's training images are known, "images trained on" is the number of evaluated
-    images that are among them.
+    images that the model was trained on.
 
     A baseline's classification result, and each row of its other results, also contains "difference": the first model
     minus the baseline (see `compute_retrieval_difference` and `BootstrapMetrics.difference`). With
@@ -271,7 +271,7 @@ class BenchmarkRunner:
         return blocks + build_short_query_blocks([(run.benchmark, run.results) for run in self.runs])
 
     def list_warnings(self) -> list[str]:
-        """Return one line for each model and benchmark if the model was trained on some of the benchmark's images."""
+        """Return a warning for each result whose model was trained on some of the benchmark's images."""
         lines = []
         for summary in self.get_summaries():
             if summary.get("images trained on"):

@@ -1,11 +1,11 @@
 """Text-to-image retrieval by query length, and the choice of prompt templates for short search queries.
 
-Queries are built from the captions of the evaluated images. If a query is a word or a phrase of two or three words, an
-image is relevant if one of its captions mentions the query. Longer queries are complete captions, and the images that
-have this caption are relevant. Metrics are computed from exact ranks, and ties count against the model (see `recall`).
+Queries are built from the captions of the evaluated images. For words and phrases of up to three words, an image is
+relevant if one of its captions mentions the query. Longer queries are complete captions, and the images with this
+caption are relevant. Metrics are computed from exact ranks, and ties count against the model (see `recall`).
 
 An image may show what a query names even if none of its captions mentions it. Such images count as wrong answers, so
-the metrics usually underestimate the models. Use them to compare models on the same images.
+the metrics usually underestimate the models. Use the metrics to compare models on the same images.
 
 Templates such as "a photo of {}" help models trained on complete captions. Models that were trained on short phrases,
 or that use CLIP's embedding space, may not need templates. `fit` therefore compares `CANDIDATES` on held-out images.
@@ -155,7 +155,7 @@ def score_short_queries(
 
 
 def choose_query_templates(embeddings: EmbeddingSource, ranks: RetrievalRanks) -> ShortQueryResult:
-    """Choose prompt templates, and the maximum number of words in queries to which they are applied.
+    """Choose prompt templates, and the maximum length (in words) of queries to which they are applied.
 
     A candidate helps at a query length if the 95% bootstrap interval of its mAP gain is above 0. A candidate's maximum
     length is the largest n for which it helps at all lengths from 1 to n. The candidate with the largest total gain up
@@ -317,8 +317,8 @@ def extract_caption_phrases(captions: Iterable[str], num_words: int) -> set[str]
     """Return the phrases of `num_words` words that occur in an image's captions, in lower case.
 
     A phrase is a sequence of adjacent words without punctuation in between. Its first and last words must have at least
-    two characters and at least one letter, and must not be in `STOP_WORDS`. Any word can be in between, as in "man in
-    red".
+    two characters and at least one letter, and must not be in `STOP_WORDS`. The words in between are unrestricted, as
+    in "man in red".
     """
     return {
         " ".join(phrase)

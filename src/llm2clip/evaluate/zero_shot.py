@@ -67,7 +67,7 @@ def fit_linear_probe(
     """Fit a logistic regression to frozen embeddings and return its test accuracy.
 
     As in CLIP (arXiv 2103.00020, appendix A.3), the regularisation strength is selected on a validation split. Here,
-    the candidates are powers of ten, and the split is a fifth of the training images.
+    the candidates are powers of ten, and the split contains a fifth of the training images.
 
     Args:
         train, test: Embeddings of the training and test images, of shape (N, D).

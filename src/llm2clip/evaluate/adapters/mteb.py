@@ -33,7 +33,7 @@ class MTEBModel(AbsEncoder):
         """
         Args:
             name: Model as accepted by `open_dual_encoder`.
-            device: Default: a GPU if available.
+            device: Device for the model. Default: a GPU if available.
         """
         self.model = open_dual_encoder(name, device)
         parts = [part for part in name.replace(":", "/").split("/") if part not in ("", ".", "..")]

@@ -103,7 +103,7 @@ class SegmentationData:
     """Foreground classes that cover at most this fraction of the foreground are not predicted."""
 
     def class_name(self, label: int) -> str:
-        """Return the name of a class for tables and images."""
+        """Return the display name of a class."""
         return "background" if label == 0 and self.has_background else self.names[label][0]
 
 

@@ -71,8 +71,8 @@ def read_blip_json(file: Path, image_dir: Path) -> list[Record]:
 def read_caption_lines(file: Path) -> dict[str, list[str]]:
     """Read a caption file and return the captions of each image, keyed by image id (without .jpg).
 
-    Each line has the form "ID#KIND#N caption" or "ID#N<tab>caption". An image's lines need not be adjacent.
-    For captions with part-of-speech tags, see `strip_tags`.
+    Each line has the form "ID#KIND#N caption" or "ID#N<tab>caption". An image's lines need not be adjacent. For
+    captions with part-of-speech tags, see `strip_tags`.
     """
     captions: dict[str, list[str]] = {}
     for number, line in enumerate(read_lines(file), 1):
@@ -94,7 +94,7 @@ def strip_tags(text: str) -> str:
 def read_listed_images(names_file: Path, captions_file: Path, image_dirs: Sequence[Path]) -> list[Record]:
     """Read the images listed in `names_file`, and their captions from `captions_file`.
 
-    Each image is searched for in all `image_dirs`, in order.
+    The folders in `image_dirs` are searched in order.
     """
     captions = read_caption_lines(captions_file)
     pairs = []
@@ -165,7 +165,7 @@ def read_first_objects(file: Path, count: int) -> list[dict[str, Any]]:
 
 
 def _read_sharegpt4v(folder: Path) -> CaptionFields:
-    """Read the first 1,000 records, whose images are SA-1B images in `sam/images/`.
+    """Read the first 1,000 records. Their images are SA-1B images in `sam/images/`.
 
     As in Long-CLIP (arXiv 2403.15378), the caption is `conversations[1].value` with newlines replaced by spaces.
     """
@@ -195,7 +195,7 @@ def _read_urban1k(folder: Path) -> CaptionFields:
 def _read_docci(folder: Path) -> CaptionFields:
     """Read `docci_descriptions.jsonlines` and `images/` (arXiv 2404.19753).
 
-    The split name must be exactly "test", because the file also has a "qual_test" split.
+    Only rows whose split is exactly "test" are used. The file also has a "qual_test" split.
     """
     file = first_existing(folder, "docci_descriptions.jsonlines")
     rows = [row for _, row in read_jsonl(file) if row["split"] == "test"]

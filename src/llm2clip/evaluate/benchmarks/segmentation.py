@@ -1,4 +1,4 @@
-"""Zero-shot semantic segmentation with SCLIP's data sets, class names and protocol, or with the user's images.
+"""Zero-shot semantic segmentation with SCLIP's protocol, on SCLIP's data sets or on the user's images.
 
 SCLIP (arXiv 2312.01597, github.com/wangf3014/SCLIP) resizes the shorter side of each image to 336 pixels (COCO-Stuff:
 448, Cityscapes: 560) and slides a window of 224 pixels over it. Here, the window has the tower's training resolution,

@@ -1,4 +1,4 @@
-"""Evaluation of region classification, segmentation and detection, with shared helpers for models and images."""
+"""Evaluation of region classification, segmentation and detection. This module contains the shared helpers."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar

@@ -118,7 +118,7 @@ def detect_objects(
     Raises:
         ValueError: If the embeddings are precomputed, the model supports none of the variants, or the proposals are
             invalid.
-        TooManySkipped: If too many images cannot be used.
+        TooManySkipped: If too many images are unusable.
     """
     model = get_model(embeddings)
     methods = select_variants(model, variants, required=not with_crops) + ([CROP] if with_crops else [])

@@ -1,8 +1,8 @@
 """Zero-shot classification of image regions, using crops or dense features.
 
 - "crop": the region is cropped and encoded like any other image. As in CLIPSelf (arXiv 2310.01403), the box is enlarged
-    by a factor of 1.5 around its centre, clipped to the image, and padded with black to a square. Preprocessing then
-    does not cut off its longer side. However, preprocessing with a `crop_pct` below 1 still cuts off the edges.
+    by a factor of 1.5 around its centre, clipped to the image, and padded with black to a square. Therefore,
+    preprocessing does not cut off the longer side, but a `crop_pct` below 1 still cuts off the edges.
 - Each dense variant: the entire image is encoded. As in CLIPSelf, the patch embeddings within the box are averaged
     using RoIAlign (arXiv 1703.06870) with an adaptive sampling ratio, and the mean is L2-normalised.
 
@@ -142,7 +142,7 @@ def compute_class_accuracy(data: RegionData, predictions: RegionPredictions) -> 
 def build_wrong_region_blocks(
     data: RegionData, method: str, predictions: RegionPredictions, count: int = 12
 ) -> list[Block]:
-    """Return a report section on regions misclassified with the largest margins, at most one per image and class."""
+    """Return a report section on the misclassifications with the largest margins, at most one per image and class."""
     order = np.argsort(-predictions.margin, kind="stable")
     images: list[ResultImage] = []
     shown_images, shown_classes = set(), set()
@@ -160,7 +160,7 @@ def build_wrong_region_blocks(
             break
     if not images:
         return []
-    text = f"Regions misclassified by the method {method} with the largest margins, at most one per image and class."
+    text = f"Errors of the method {method} with the largest margins, at most one per image and per class."
     examples = ResultImages("Correct class and predicted class:", images)
     return [Heading("Misclassified regions", 3), Paragraph(text), examples]
 
@@ -212,7 +212,7 @@ def crop_region(image: Tensor, box: Sequence[float]) -> Tensor:
 
 
 def _predict_classes(regions: Tensor, indices: Sequence[int], data: RegionData, classes: Tensor) -> RegionPredictions:
-    """Classify all regions of the images with the given indices from the regions' embeddings of shape (R, D)."""
+    """Classify all regions in the images at `indices`, given region embeddings `regions` of shape (R, D)."""
     labels = torch.from_numpy(np.concatenate([data.labels[i] for i in indices]))
     counts = [len(data.labels[i]) for i in indices]
     scores = regions @ classes.T  # (regions, classes)

@@ -68,7 +68,7 @@ def evaluate_segmentation(
 
     Raises:
         ValueError: If the embeddings are precomputed, or the model supports none of the variants.
-        TooManySkipped: If too many images cannot be used.
+        TooManySkipped: If too many images are unusable.
     """
     model = get_model(embeddings)
     variants = select_variants(model, variants, required=True)
@@ -194,8 +194,8 @@ def _segment_and_count(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Segment an image. Return pixel counts, int64 of shape (3, classes), and predictions, uint8 of shape (H, W).
 
-    For each class, the counts are the numbers of pixels that are both labelled and predicted as the class, that are
-    labelled as the class, and that are predicted as the class. Ignored pixels are not counted.
+    For each class, the first row counts the pixels both labelled and predicted as the class, the second row the pixels
+    labelled as the class, and the third row the pixels predicted as the class. Ignored pixels are not counted.
     """
     num_classes = len(data.names)
     prediction = np.empty(labels.shape, np.uint8)

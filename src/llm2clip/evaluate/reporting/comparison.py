@@ -290,7 +290,7 @@ def _make_recall_row(
     median_ranks: Sequence[str | None] = (None, None),
     truncated: str | None = None,
 ) -> list[Any]:
-    """Return a row of `build_recall_table`. `recalls` has the order of `_get_both_recalls`."""
+    """Return a row of `build_recall_table`. `recalls` must be ordered as in `_get_both_recalls`."""
     cells: list[Any] = [name]
     for recalls_of_direction, interval, median_rank in zip(
         (recalls[: len(KS)], recalls[len(KS) :]), intervals, median_ranks, strict=True

@@ -46,7 +46,7 @@ def analyze_errors(ranks: RetrievalRanks, num_queries: int = 6, matrix_size: int
     """Analyse a model's retrieval errors for one caption field.
 
     Args:
-        num_queries: Maximum number of examples, and maximum number of failures.
+        num_queries: Maximum number of examples. The same limit applies to failures.
         matrix_size: Maximum number of images in the similarity matrix.
     """
     captions = ranks.captions
