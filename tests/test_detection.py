@@ -342,11 +342,11 @@ def test_invalid_sources_of_proposals_are_rejected(
 
 def test_top_proposals_are_clipped_sorted_and_limited() -> None:
     boxes = torch.tensor([[-5.0, 1, 10, 50], [3, 3, 3, 9], [40, 2, 50, 9], [1, 1, 9, 9]])
-    top = Proposals(boxes, torch.tensor([0.1, 0.9, 0.8, 0.7])).top(20, 30)
+    top = Proposals(boxes, torch.tensor([0.1, 0.9, 0.8, 0.7])).select_top(20, 30)
     assert top.boxes.tolist() == [[1, 1, 9, 9], [0, 1, 10, 20]]  # the empty box and the box outside are gone
     assert top.scores.tolist() == pytest.approx([0.7, 0.1])
     many = torch.tensor([[0.0, 0, 1 + n / 100, 5] for n in range(400)])
-    assert len(Proposals(many, torch.rand(400)).top(20, 30).boxes) == 300
+    assert len(Proposals(many, torch.rand(400)).select_top(20, 30).boxes) == 300
 
 
 def test_torchvision_detector_returns_its_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -655,7 +655,7 @@ def test_evaluate_command_reports_detection(
     assert result["proposals"]["boxes"] == 4 and metrics["proposal recall"] == 100
     assert result["rows"][0]["class AP50"] == pytest.approx({"cat": 100, "dog": 100, "person": 100})
     page = (tmp_path / "out/report.html").read_text()
-    assert "<summary>AP50 of each class, %</summary>" in page and "  100.0  100.0  dog\n" in page
+    assert "<summary>AP50 per class, %</summary>" in page and "  100.0  100.0  dog\n" in page
     assert "cat 1.00" in page and "Proposals from ground-truth: 4 boxes" in page
     assert "| colours (upper bound) | plain | 100.0 |" in output
     assert "ov-coco: Proposals from ground-truth: 4 boxes" in output and "the AP is an upper bound" in output
@@ -672,4 +672,4 @@ def test_evaluate_command_reports_detection(
     [result] = json.loads((tmp_path / "own/results.json").read_text())["results"]
     assert result["texts"] == len(names), "one template"
     assert main([*command, "--templates", "a {}"]) == 1
-    assert "--templates applies to short queries and to your own images" in capsys.readouterr().err
+    assert "--templates applies only to short queries and to your own images" in capsys.readouterr().err

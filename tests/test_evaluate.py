@@ -69,7 +69,7 @@ def test_evaluate_command_matches_direct_computation(
     assert main(command) == 1, "coco is missing"
     output, errors = capsys.readouterr()
     assert "Skipped coco" in errors and "karpathy" in errors.lower() and "% of the texts" in output
-    assert "## flickr30k: part of the benchmark, 8 of 1,000 images; the published rows are for the complete" in output
+    assert "## flickr30k: part of the benchmark, 8 of 1,000 images; published results are for the complete" in output
     assert "## winoground: part of the benchmark, 3 of 400 pairs\n" in output
     results = read_results(out)
     assert [result["benchmark"] for result in results] == names[:3]
@@ -240,7 +240,7 @@ def test_evaluate_reports_short_queries_next_to_class_accuracy(
 
     top1 = results[clip.name, "cifar10"]["metrics"]["top-1"]
     report = (out / "report.md").read_text()
-    _, section, long_section = re.split(r"## data, \w+: quality by query length", report)
+    _, section, long_section = re.split(r"## data, \w+: retrieval quality by query length", report)
     assert "8+ words: mAP" in long_section and "4–7 words" not in long_section
     assert "1 word: mAP" in section and "cifar10: top-1" in section and "other.npz" not in section
     assert re.search(rf"^\| {clip.name} \| .* \| {top1:.1f} \(\d+\.\d to \d+\.\d\) \|$", section, re.M)

@@ -207,7 +207,7 @@ def test_invalid_label_files_are_reported(tmp_path: Path) -> None:
     (root / "ImageSets/Segmentation/val.txt").write_text("\n")
     with pytest.raises(MissingFileError, match=r"val.txt contains no images"):
         benchmark.load(root)
-    with pytest.raises(MissingFileError, match="has no VOC2012/JPEGImages or JPEGImages"):
+    with pytest.raises(MissingFileError, match="contains neither VOC2012/JPEGImages nor JPEGImages"):
         benchmark.load(tmp_path)
 
 
@@ -232,7 +232,7 @@ def test_invalid_label_files_of_context_are_reported(tmp_path: Path) -> None:
         ([[4, 4]], "input type is not supported"),
         ([], "need at least one array"),
         ({"counts": [5, 6], "size": [48, 64]}, "the run lengths cover 11 of 3072 pixels"),
-        ({"counts": [5, 3067], "size": [64, 48]}, r"the mask has the size \[64, 48\], but the image has the size"),
+        ({"counts": [5, 3067], "size": [64, 48]}, r"the mask size is \[64, 48\], but the image size is"),
         ({"counts": [5, 3067.0], "size": [48, 64]}, "run lengths must be non-negative integers"),
         ({"counts": [-1, 3073], "size": [48, 64]}, "run lengths must be non-negative integers"),
         ({"counts": "5", "size": [48, 64]}, "the run lengths cover 5 of 3072 pixels"),

@@ -116,10 +116,10 @@ def two_way_ranks(
     # Counts of wrong answers are stored as float32, which is exact up to 2**24.
     image_counts, text_counts = torch.zeros_like(best_image), torch.zeros_like(best_text)
     for j in range(tiles.columns):
-        text_tile, text_range = tiles.texts(j), tiles.text_range(j)
+        text_tile, text_range = tiles.get_texts(j), tiles.text_range(j)
         for i in range(tiles.rows):
-            scores, image_range = tiles.images(i) @ text_tile.T, tiles.image_range(i)
-            scores[tiles.positives(i, j)] = -torch.inf
+            scores, image_range = tiles.get_images(i) @ text_tile.T, tiles.image_range(i)
+            scores[tiles.find_positives(i, j)] = -torch.inf
             scores[len(images) - image_range.start :] = -torch.inf  # padding
             scores[:, len(texts) - text_range.start :] = -torch.inf
             image_counts[image_range] += _is_at_least(scores, best_image[image_range, None]).sum(1)
@@ -153,23 +153,23 @@ class _ScoreTiles:
     def text_range(self, j: int) -> slice:
         return slice(j * self.width, (j + 1) * self.width)
 
-    def images(self, i: int) -> Tensor:
+    def get_images(self, i: int) -> Tensor:
         """Return the image embeddings for row `i` of the grid, float32 of shape (height, D), zero-padded."""
         return _pad_tile(self._images[self.image_range(i)].to(self._device, torch.float32), self.height)
 
-    def texts(self, j: int) -> Tensor:
+    def get_texts(self, j: int) -> Tensor:
         """Return the text embeddings for column `j` of the grid, float32 of shape (width, D), zero-padded."""
         text_range = self.text_range(j)
         texts = self._texts[text_range if self.order is None else self.order[text_range]]
         return _pad_tile(texts.to(self._device, torch.float32), self.width)
 
-    def positives(self, i: int, j: int) -> tuple[Tensor, Tensor]:
+    def find_positives(self, i: int, j: int) -> tuple[Tensor, Tensor]:
         """Return the row and column indices of the positives within tile (i, j)."""
         rows = self.owner[self.text_range(j)] - i * self.height
         columns = ((rows >= 0) & (rows < self.height)).nonzero()[:, 0]
         return rows[columns], columns
 
-    def rows_with_positives(self, j: int) -> range:
+    def find_rows_with_positives(self, j: int) -> range:
         """Return the grid rows whose tiles in column `j` may contain positives."""
         owners = self.owner[self.text_range(j)]
         return range(int(owners[0]) // self.height, int(owners[-1]) // self.height + 1)
@@ -186,10 +186,10 @@ def _compute_best_match_scores(tiles: _ScoreTiles) -> tuple[Tensor, Tensor]:
     best_text = torch.full((tiles.columns * tiles.width,), torch.inf, device=device)
     best_image[: tiles.num_images] = -torch.inf
     for j in range(tiles.columns):
-        text_tile = tiles.texts(j)
-        for i in tiles.rows_with_positives(j):
-            rows, columns = tiles.positives(i, j)
-            scores = (tiles.images(i) @ text_tile.T)[rows, columns]
+        text_tile = tiles.get_texts(j)
+        for i in tiles.find_rows_with_positives(j):
+            rows, columns = tiles.find_positives(i, j)
+            scores = (tiles.get_images(i) @ text_tile.T)[rows, columns]
             best_text[columns + j * tiles.width] = scores
             best_image.scatter_reduce_(0, rows + i * tiles.height, scores, "amax")
     return best_image, best_text

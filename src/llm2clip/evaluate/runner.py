@@ -326,8 +326,8 @@ def _check_arguments(models: Sequence[str], data: Sequence[str], options: Evalua
     has_class_names = any(map(has_user_data, options.benchmarks))
     if options.templates is not None and not options.short_queries and not has_class_names:
         raise ValueError(
-            "--templates applies to short queries and to your own images with class names: add --short_queries, or "
-            "pass a benchmark such as boxes:FILE.json"
+            "--templates applies only to short queries and to your own images with class names: add --short_queries, "
+            "or pass a benchmark such as boxes:FILE.json"
         )
     check_templates(options.templates or (), "--templates")
 

@@ -117,7 +117,7 @@ def get_imagenet_templates() -> list[str]:
     """
     if importlib.util.find_spec("open_clip") is None:
         raise MissingFileError(
-            f"ImageNet's class names and templates come with open_clip: {install_command('open-clip')}"
+            f"ImageNet's class names and templates require open_clip: {install_command('open-clip')}"
         )
     from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 

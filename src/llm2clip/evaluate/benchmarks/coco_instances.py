@@ -31,7 +31,7 @@ from llm2clip.evaluate.benchmarks.base import (
     ImageId,
     RegionData,
     check_files,
-    image_file,
+    resolve_image_file,
 )
 from llm2clip.evaluate.benchmarks.classification import get_imagenet_templates
 from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, install_command, read_json
@@ -165,7 +165,7 @@ def make_image_refs(file: Path, images: Sequence[Mapping[str, Any]]) -> list[Ima
         # LVIS specifies only a URL, such as http://images.cocodataset.org/val2017/000000397133.jpg.
         names.append(image.get("file_name") or "/".join(image["coco_url"].split("/")[-2:]))
     folder = Path(find_image_folder(str(file), names, split_folders(str(file), images)))
-    refs: list[ImageRef] = [image_file(folder, name) for name in names]
+    refs: list[ImageRef] = [resolve_image_file(folder, name) for name in names]
     check_files(refs, file)
     return refs
 
@@ -228,7 +228,7 @@ def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
         decoded: np.ndarray = mask.decode(mask.merge(mask.frPyObjects(segmentation, height, width))) > 0
         return decoded
     if list(segmentation["size"]) != [height, width]:
-        raise ValueError(f"the mask has the size {segmentation['size']}, but the image has the size {[height, width]}")
+        raise ValueError(f"the mask size is {segmentation['size']}, but the image size is {[height, width]}")
     runs = segmentation["counts"]
     if not isinstance(runs, list):
         runs = _decompress_run_lengths(runs.encode() if isinstance(runs, str) else runs)

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from llm2clip.data.image_refs import MemoryImage
-from llm2clip.evaluate.benchmarks.base import Benchmark, CompositionalExample, check_files, find_coco_roots, image_file
+from llm2clip.evaluate.benchmarks.base import (
+    Benchmark,
+    CompositionalExample,
+    check_files,
+    find_coco_roots,
+    resolve_image_file,
+)
 from llm2clip.io_utils import MissingFileError, first_existing, read_json, read_jsonl
 
 SUGARCREPE_KINDS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
@@ -27,7 +33,7 @@ def _read_winoground(folder: Path) -> list[CompositionalExample]:
     examples = []
     for _, row in read_jsonl(file):
         names = [row["image_0"], row["image_1"]]
-        refs = tuple(image_file(image_dir, name if Path(name).suffix else f"{name}.png") for name in names)
+        refs = tuple(resolve_image_file(image_dir, name if Path(name).suffix else f"{name}.png") for name in names)
         captions = (row["caption_0"], row["caption_1"])
         examples.append(CompositionalExample(str(row["id"]), "winoground", refs, captions))
     _check_image_files(examples, file)
@@ -59,7 +65,7 @@ def _read_sugarcrepe(folder: Path) -> list[CompositionalExample]:
     for kind in SUGARCREPE_KINDS:
         file = first_existing(data_dir, f"{kind}.json")
         for key, row in read_json(file).items():
-            refs = (image_file(image_dir, row["filename"]),)
+            refs = (resolve_image_file(image_dir, row["filename"]),)
             captions = (row["caption"].strip(), row["negative_caption"].strip())
             examples.append(CompositionalExample(f"{kind} {key}", kind, refs, captions))
     _check_image_files(examples, data_dir)

@@ -88,7 +88,7 @@ class DetectionResults:
     failures: dict[int, str]
 
     def describe_proposals(self, source: str) -> dict[str, Any]:
-        """Return the source, number and recall (in percent) of the proposals, and a description in sentences."""
+        """Return the proposals' source, number and recall in percent, and a description for the report."""
         recall = 100.0 * self.num_covered / max(1, self.num_objects)
         description = (
             f"Proposals from {source}: {self.num_boxes:,} boxes, covering {recall:.1f}% of the objects at an IoU of "
@@ -133,7 +133,7 @@ def detect_objects(
         boxes: dict[int, Proposals] = {}
         detections: dict[int, dict[str, Detections]] = {index: {} for index in images}
         for index, image in images.items():
-            boxes[index] = source.find(data.image_ids[index], image).top(*image.shape[1:])
+            boxes[index] = source.find(data.image_ids[index], image).select_top(*image.shape[1:])
         for method in methods:
             corners = [image_boxes.boxes for image_boxes in boxes.values()]
             box_embeddings = encode_boxes(model, list(images.values()), corners, method)
@@ -155,7 +155,7 @@ def detect_objects(
 
 
 def drop_images(data: DetectionData, excluded: Collection[int]) -> DetectionData:
-    """Return the data without the images at the given indices and their objects."""
+    """Remove the images at the given indices and their objects from the data."""
     indices = [index for index in range(len(data.images)) if index not in excluded]
     image_ids = [data.image_ids[index] for index in indices]
     remaining = set(image_ids)

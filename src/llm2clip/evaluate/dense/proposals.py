@@ -33,7 +33,7 @@ class Proposals:
     boxes: Tensor
     scores: Tensor
 
-    def top(self, height: int, width: int) -> Proposals:
+    def select_top(self, height: int, width: int) -> Proposals:
         """Clip the boxes to the image. Return up to `MAX_PROPOSALS` non-empty boxes in descending order of score."""
         boxes = clip_boxes_to_image(self.boxes, (height, width))
         order = self.scores.argsort(descending=True, stable=True)

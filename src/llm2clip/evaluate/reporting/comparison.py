@@ -32,7 +32,7 @@ MEAN_BENCHMARKS = ("xm3600",)  # only the mean over all languages was published
 SHORT_QUERY_NOTE = (
     "One- to three-word queries are words and phrases from the captions. Every image with a caption that mentions the "
     "query is a correct answer. Longer queries are complete captions. Intervals are 95% bootstrap intervals over "
-    "queries. An image counts as a wrong answer if it shows what the query names but no caption mentions it."
+    "queries. An image that shows what the query names counts as a wrong answer if no caption mentions it."
 )
 Curves = Mapping[str, Sequence[LengthScores]]
 """Results for each query length, keyed by model name. The key ends in ", with templates" if templates are used."""
@@ -83,7 +83,7 @@ def _describe_images(benchmark: Benchmark, summary: Mapping[str, Any]) -> str:
     if count >= total:
         return benchmark.description
     has_published = get_published_rows(benchmark.name) or get_published_metrics(benchmark.name)
-    note = "; the published rows are for the complete benchmark" if has_published else ""
+    note = "; published results are for the complete benchmark" if has_published else ""
     return f"part of the benchmark, {count:,} of {total:,} {unit}{note}"
 
 
@@ -107,7 +107,7 @@ def build_caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[B
         Heading("CRA: the first two captions of each image retrieve each other"),
         Table(["text encoder", "CRA, %", "95% interval", "images"], rows, highlight=frozenset([len(CRA)])),
         Paragraph(CRA_NOTE),
-        Table(["direction", *(f"R@{k}, %" for k in KS), "chance of R@1"], direction_rows),
+        Table(["direction", *(f"R@{k}, %" for k in KS), "chance R@1"], direction_rows),
         Paragraph(
             f"Mean cosine: {metrics['positive cosine']:.3f} for captions of the same image, "
             f"{metrics['negative cosine']:.3f} for captions of different images."
@@ -273,7 +273,7 @@ def build_class_details(results: Sequence[BenchmarkResult]) -> list[Block]:
     for name in columns[0][1][metric]:
         values = [row[metric].get(name) for _, row in columns]
         lines.append("".join(f"{format_cell(value):>7}" for value in values) + f"  {name}")
-    return [Details(f"{metric.removeprefix('class ')} of each class, %", "\n".join(lines))]
+    return [Details(f"{metric.removeprefix('class ')} per class, %", "\n".join(lines))]
 
 
 def format_truncated(truncated: int | None, texts: int) -> str:
@@ -345,7 +345,7 @@ def build_short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[Benchma
                     if scores.with_templates is not None:
                         curves[f"{result.model}, with templates"] = scores.with_templates
             blocks += [
-                Heading(f"{benchmark.name}, {field}: quality by query length"),
+                Heading(f"{benchmark.name}, {field}: retrieval quality by query length"),
                 build_overview_table(curves, accuracies),
                 _plot_query_lengths(curves),
                 Paragraph(SHORT_QUERY_NOTE),

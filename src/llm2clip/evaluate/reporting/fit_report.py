@@ -143,8 +143,9 @@ def _build_short_query_blocks(choice: dict[str, Any]) -> list[Block]:
         templates = ", ".join(map(repr, choice["templates"]))
         limit = "one word" if choice["max_words"] == 1 else f"up to {choice['max_words']} words"
         text += (
-            f"When searching, queries of {limit} are averaged with the templates {templates}. The templates were "
-            "chosen on these images, so the values with templates are slightly too high."
+            f"When searching, queries of {limit} are also encoded with the templates {templates}, and the embeddings "
+            "are averaged. Because the templates were chosen on these images, the values with templates are slightly "
+            "too high."
         )
     else:
         text += "No templates improve these queries, so none are used for searching."
