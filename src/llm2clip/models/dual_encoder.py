@@ -1,6 +1,6 @@
 """Common interface for image-text models: llm2clip models and baselines.
 
-Models are loaded by name. A name has one of these forms:
+Models are loaded by name, in one of these forms:
 
 MODEL                        folder or hub id of an llm2clip model
 NAME                         folder or hub id of a transformers model (CLIP, SigLIP, Chinese-CLIP, Jina-CLIP, ...)
@@ -211,7 +211,7 @@ def _open_transformers(name: str, device: torch.device, trust_remote_code: bool)
 
 
 def _apply_processor(processor: Any, image: Tensor) -> dict[str, Tensor]:
-    """Preprocess an image. Decoding processes can unpickle this function, unlike a local function."""
+    """Preprocess an image. Unlike a local function, this function can be pickled for the decoding processes."""
     batch = processor(images=to_pil_image(image), return_tensors="pt")
     return {key: tensor[0] for key, tensor in batch.items()}
 

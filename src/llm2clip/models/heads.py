@@ -73,8 +73,8 @@ class Adapter(nn.Module):
 def build_projection(feature_dim: int, embed_dim: int, bias: bool) -> nn.Linear:
     """Build an image projection with random weights, initialised as in the authors' code.
 
-    With a bias, the weights are near zero, as for EVA towers. Without a bias, they have a standard deviation of 1 /
-    sqrt(feature_dim), as for OpenAI's CLIP.
+    With a bias, the weights are near zero, as for EVA towers. Without a bias, their standard deviation is
+    1 / sqrt(feature_dim), as for OpenAI's CLIP.
     """
     projection = nn.Linear(feature_dim, embed_dim, bias=bias)
     nn.init.normal_(projection.weight, std=SMALL_PROJECTION_STD if bias else feature_dim**-0.5)

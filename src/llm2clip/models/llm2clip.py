@@ -47,7 +47,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
         tower: vision tower, which maps images of shape (N, 3, S, S) to features of shape (N, feature_dim).
         projection: linear layer from feature_dim to embed_dim, or the identity if `config.projection` is False.
         adapter: text adapter, which maps caption embeddings of shape (M, text_dim) to shape (M, embed_dim).
-        logit_scale: logarithm of the factor for cosine similarities, of shape (1,).
+        logit_scale: logarithm of the factor applied to cosine similarities, of shape (1,).
         logit_bias: bias added to the logits, of shape (1,), or None if the model has no bias.
         training_images: sorted hashes of the training images (see `hash_images`), uint64, of shape (N,). They are saved
             with the model. None if the training images are unknown.
@@ -91,7 +91,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
         Returns:
             (image embeddings, text embeddings, logit scale, logit bias). The embeddings are L2-normalised, float32, of
-            shape (N, embed_dim) and (M, embed_dim), or None if there are no images or no texts. The logits are the
+            shape (N, embed_dim) and (M, embed_dim); each is None without the corresponding input. The logits are the
             scale times the cosine similarities plus the bias; scale and bias are float32 scalars. The scale is clamped
             to 100 only in training mode, because some official checkpoints have a larger one.
         """
@@ -151,7 +151,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
         Args:
             precision: precision of the encoder, as in `CaptionEncoder.encode`, or `auto`.
             stage: stage for which to resolve `auto` (see `models/precision.py`). If the model was trained on bf16
-                embeddings, their precision is used without a new calibration.
+                embeddings, their precision is used and nothing is calibrated.
 
         Returns:
             The precision used, with `auto` resolved.

@@ -29,9 +29,8 @@ if TYPE_CHECKING:
     from llm2clip.models.text.caption_encoder import CaptionEncoder
 
 CALIBRATED = "calibrated"  # fastest precision at which the caption encoder is accurate enough
-# Precision of each stage for the setting `auto` on devices with bf16 matmul hardware. On all other devices, `auto`
-# means fp32. On CPUs, `align` and `evaluate` always run in fp32, so their results do not depend on the CPU. `serve` is
-# the search server.
+# What `auto` means for each stage on devices with bf16 matmul hardware. On all other devices, it means fp32. On CPUs,
+# `align` and `evaluate` always run in fp32, so their results do not depend on the CPU. `serve` is the search server.
 AUTO_PRECISION: dict[Stage, dict[str, str]] = {
     "tune": {"cuda": "bf16", "cpu": "bf16"},
     "embed": {"cuda": CALIBRATED, "cpu": CALIBRATED},
@@ -173,7 +172,7 @@ def parse_precision(precision: str) -> tuple[bool, int]:
 
 
 def cast_linear_weights(llm: nn.Module, precision: str) -> None:
-    """Cast those weights of a transformers model that are used only in bf16 matmuls to bf16, in place.
+    """Cast a transformers model's weights to bf16, in place, if they are used only in bf16 matmuls.
 
     Autocast would cast these weights before every matmul anyway, so the embeddings are bit-identical. Norms, token
     embeddings and, with bf16+N, the first N layers stay in fp32. So do weights that linear layers share with other

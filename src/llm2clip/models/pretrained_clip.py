@@ -1,4 +1,4 @@
-"""Inheriting the logit scale, logit bias and embedding space of a vision tower's original CLIP model.
+"""Inheritance of the logit scale, logit bias and embedding space of a vision tower's original CLIP model.
 
 The LLM2CLIP authors' code starts from the pretrained CLIP model's logit scale, which is close to the maximum of 100. A
 CLIP model trained from scratch starts at 1 / 0.07 instead. For training in the inherited embedding space, see
@@ -109,7 +109,7 @@ def load_inherited_clip(tower: str, inherit: bool | str, device: torch.device) -
 
 
 def find_visual_projection(clip: Any) -> nn.Linear | None:
-    """Return the linear layer of a transformers or open_clip model that maps image features to embeddings.
+    """Return the linear layer that maps image features to embeddings in a transformers or open_clip model.
 
     Return None if the features are already the embeddings, as in SigLIP.
 
@@ -143,7 +143,7 @@ def build_model_in_clip_space(config: LLM2CLIPConfig, tower: VisionTower, clip: 
     the CLIP model's image tower, loaded for training.
 
     Raises:
-        ValueError: the vision tower is not the image tower of the CLIP model. See also `visual_projection`.
+        ValueError: the vision tower is not the image tower of the CLIP model. See also `find_visual_projection`.
     """
     projection = find_visual_projection(clip.model)
     feature_dim = clip.embed_dim if projection is None else projection.in_features

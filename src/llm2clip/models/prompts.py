@@ -79,7 +79,7 @@ def average_prompts(prompts: Tensor, counts: Sequence[int]) -> Tensor:
 
     Args:
         prompts: Embeddings of all prompts, of shape (P, D). The prompts of each text are adjacent.
-        counts: Number of prompts for each of the N texts, with sum P.
+        counts: Number of prompts for each of the N texts, P in total.
 
     Returns:
         Text embeddings of shape (N, D), float32.
@@ -109,7 +109,7 @@ def build_query_prompts(texts: Sequence[str], templates: QueryTemplates) -> tupl
     itself.
 
     Returns:
-        The prompts of all queries, and the number of prompts for each query, as in `average_prompts`.
+        The prompts of all queries, and the number of prompts for each query (see `average_prompts`).
     """
     groups = []
     for text in texts:

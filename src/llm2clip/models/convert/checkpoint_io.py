@@ -1,4 +1,4 @@
-"""Reading of checkpoint weights and configuration from folders and hub repositories.
+"""Utilities for reading checkpoint weights and configuration from folders and hub repositories.
 
 Code in a checkpoint is never executed. Weights are read from safetensors files, or from pickle files with
 `weights_only=True`.

@@ -1,6 +1,6 @@
 """Tensor names in official LLM2CLIP checkpoints, and their mapping to this package's names.
 
-The LLM2CLIP authors have released official checkpoints with four naming schemes, called layouts:
+The LLM2CLIP authors have released official checkpoints in four naming schemes, called layouts:
 
 - "hf" is a transformers checkpoint. It contains OpenAI's CLIP vision tower (with transformers' tensor names), a
   projection without bias, and an adapter.

@@ -22,7 +22,7 @@ _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
 def convert_gguf(gguf: str | Path, out: str | Path) -> Path:
-    """Convert a GGUF file to the safetensors folder `out`, atomically, and return the folder.
+    """Convert a GGUF file to the safetensors folder `out`, atomically, and return `out`.
 
     For the folder's contents, see `write_gguf_as_safetensors`. If another process creates `out` at the same time, its
     folder is used.
@@ -30,7 +30,7 @@ def convert_gguf(gguf: str | Path, out: str | Path) -> Path:
     Raises:
         FileNotFoundError: the GGUF file does not exist.
         FileExistsError: `out` exists.
-        ValueError: the file is missing weights of the model.
+        ValueError: the file is damaged or missing weights.
     """
     gguf, out = Path(gguf).expanduser(), Path(out)
     if not gguf.is_file():
@@ -53,7 +53,7 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
     tokenizer's chat template is kept.
 
     Raises:
-        ValueError: the file is damaged, or is missing weights of the model.
+        ValueError: the file is damaged or missing weights.
     """
     import torch
     import transformers.modeling_gguf_pytorch_utils
@@ -108,7 +108,7 @@ def check_gguf_header(gguf: Path) -> None:
 
 
 class _GGUFReader:
-    """Reader that skips GGUF metadata. Methods raise EOFError when reading past the end of the file."""
+    """Reader that skips GGUF metadata. Its methods raise EOFError instead of reading past the end of the file."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file

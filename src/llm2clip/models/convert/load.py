@@ -1,4 +1,4 @@
-"""Loading of official checkpoints (released by the LLM2CLIP authors) as `LLM2CLIP` models.
+"""Conversion of official checkpoints (released by the LLM2CLIP authors) to `LLM2CLIP` models.
 
 The architecture is inferred from config.json and the tensor shapes. Loading is strict: for each model parameter, the
 checkpoint must contain a tensor of the same shape. All other tensors in the checkpoint must either match a buffer that
@@ -282,7 +282,7 @@ def _infer_siglip_tower(checkpoint: Checkpoint, embed_dim: int) -> dict[str, Any
     hidden = checkpoint.get_shape("visual.trunk.blocks.0.mlp.fc1.weight")[0]
 
     known = _TIMM_SIGLIP_TOWERS.get((patch_size, width, depth, hidden), {}).get(image_size)
-    # timm defines the heads of known towers, whose size may differ from HEAD_DIM.
+    # For known towers, timm defines the heads, whose size may differ from HEAD_DIM.
     heads = 0 if known else _compute_num_heads(checkpoint, width, HEAD_DIM)
     sizes = {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads}
     return _build_timm_config(checkpoint, known, "vit_base_patch16_siglip_224", image_size, sizes, hidden)
@@ -318,7 +318,7 @@ def _compute_grid_size(checkpoint: Checkpoint, patches: int) -> int:
     side = math.isqrt(patches)
     if side * side != patches:
         raise ValueError(
-            f"{checkpoint.source} has position embeddings for {patches} patches, but this must be a square number"
+            f"{checkpoint.source} has position embeddings for {patches} patches, which must be a square number"
         )
     return side
 

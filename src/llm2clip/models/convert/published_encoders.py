@@ -53,8 +53,8 @@ def suggest_encoders(source: str | Path, text_dim: int, tower: dict[str, Any]) -
         tower: config of the checkpoint's vision tower.
 
     Returns:
-        Encoder names. If the checkpoint cannot be identified, these are all published encoders whose embeddings have
-        size `text_dim`, if any.
+        Encoder names. If the checkpoint cannot be identified, all published encoders with embedding size `text_dim`
+        (possibly none).
     """
     candidates = [name for name, size in PUBLISHED_ENCODERS.items() if size == text_dim]
     if len(candidates) < 2:
@@ -190,7 +190,7 @@ def _read_llm2vec_settings(adapter: Path) -> dict[str, Any]:
 
 
 def _remove_head_prefix(weights: dict[str, Any]) -> dict[str, Any]:
-    """Remove the prefix `model.`, which an LM head adds to all tensor names of an adapter."""
+    """Remove the prefix `model.`, which an LM head adds to all tensor names in an adapter."""
     prefix = "base_model.model.model."
     if not all(name.startswith(prefix) for name in weights):
         return weights

@@ -1,4 +1,4 @@
-"""Saving of `LLM2CLIP` models as official LLM2CLIP checkpoints."""
+"""Export of `LLM2CLIP` models as official LLM2CLIP checkpoints."""
 
 import json
 import re
@@ -27,10 +27,9 @@ def save_official_checkpoint(model: LLM2CLIP, out: str | Path, layout_name: str)
     Args:
         model: model with a transformers CLIP tower (for "hf") or a timm EVA-02 CLIP tower (for "eva").
         out: folder (for "hf") or .pt file (for "eva") to create.
-        layout_name: "hf" or "eva".
 
     Returns:
-        `out` as a path.
+        Path of the checkpoint (`out`).
 
     Raises:
         ValueError: the layout cannot represent the model.

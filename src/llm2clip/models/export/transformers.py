@@ -96,7 +96,7 @@ def export_vision(model: LLM2CLIP, folder: Path) -> None:
 
 @torch.no_grad()
 def build_export_model(model: LLM2CLIP) -> LLM2CLIPExport:
-    """Copy a model to a transformers model in float32 and eval mode, on the CPU.
+    """Copy a model into a transformers model in float32 and eval mode, on the CPU.
 
     Raises:
         ValueError: the format cannot represent the caption encoder.
@@ -186,7 +186,7 @@ def _write_json(file: Path, content: Any) -> None:
 
 
 def build_vision_model(tower: VisionTower) -> Any:
-    """Copy a vision tower to a transformers model in float32 and eval mode, on the CPU.
+    """Copy a vision tower into a transformers model in float32 and eval mode, on the CPU.
 
     A timm tower becomes a `TimmWrapperModel`. A transformers tower keeps its model class, such as `CLIPVisionModel`.
     """

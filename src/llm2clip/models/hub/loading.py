@@ -1,4 +1,4 @@
-"""Loading of models by name without long retries, code from model folders, or irrelevant messages.
+"""Model loading by name without long retries, code from model folders, or irrelevant messages.
 
 Given a mistyped path, a library would look it up on the hub and, if the machine is offline, retry for a minute.
 Therefore, call `check_model_source` before passing a name to a library.
@@ -222,7 +222,6 @@ def hide_load_report() -> Iterator[None]:
     """Hide transformers' report of missing and unexpected weights. Also works as a decorator.
 
     Unexpected weights are normal: for example, loading only the vision model from a CLIP checkpoint leaves the text
-        model's weights unused. Use this function only where missing weights raise an error.
     model's weights unused. Use this function only where missing weights raise an error.
     """
     logger = logging.getLogger("transformers.modeling_utils")

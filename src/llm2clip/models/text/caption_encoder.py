@@ -1,8 +1,8 @@
 """Caption encoder, which maps a text to a single embedding.
 
 By default, the encoder is a decoder LLM with bidirectional attention and mean pooling. It is saved as an ordinary
-`SentenceTransformer`, so sentence-transformers can load it without llm2clip and compute the same embeddings.
-The only exception is NV-Embed (see `models/text/latent_attention.py`).
+`SentenceTransformer`, so sentence-transformers can load it without llm2clip and compute the same embeddings. The only
+exception is NV-Embed (see `models/text/latent_attention.py`).
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class CaptionEncoder(nn.Module):
 
     @property
     def llm(self) -> Any:
-        """The transformers model, without its PEFT wrapper if there is one."""
+        """The transformers model, without any PEFT wrapper."""
         model = self.st[0].model
         return model.get_base_model() if isinstance(model, PeftModel) else model
 
@@ -315,7 +315,7 @@ class CaptionEncoder(nn.Module):
     def _encode_batch(self, batch: dict[str, Any]) -> Tensor:
         """Encode a batch from `collate` as embeddings of shape (B, embed_dim).
 
-        The embeddings are the same as from `self.st`, but mean pooling without prompts needs no GPU synchronisation.
+        Equivalent to calling `self.st`, but excluding prompts from mean pooling requires no GPU synchronisation.
         """
         llm, pooling, *modules = self.st
         features = llm(batch)

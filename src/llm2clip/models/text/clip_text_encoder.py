@@ -75,8 +75,8 @@ class ClipTextEncoder:
         model: complete CLIP model, with both towers.
         context_length: maximum text length in tokens, or None if it is defined only in the model's own code.
         tokenize: function that converts N texts to a dict of model inputs, truncated to the context length.
-        forward: function that takes the output of `tokenize` as keyword arguments and returns embeddings of shape (N,
-            embed_dim).
+        forward: function that takes the output of `tokenize` as keyword arguments and returns embeddings of shape
+            (N, embed_dim).
         count_tokens: function that counts a text's tokens before truncation, or None if this is not possible.
     """
 
@@ -119,7 +119,7 @@ class ClipTextEncoder:
 def has_text_tower(path: str, trust_remote_code: bool = False) -> bool:
     """Return True if `path` names an open_clip model or a transformers model with image and text towers.
 
-    `load_clip_text_encoder` describes the arguments.
+    For the arguments, see `load_clip_text_encoder`.
 
     Raises:
         ValueError: the model comes with its own code, and `trust_remote_code` is False.

@@ -2,9 +2,9 @@
 
 Layers that process each token separately receive one long row of tokens. Attention is computed within each caption.
 Consecutive captions of equal length share one attention call without a mask. Because the captions in a batch have
-similar lengths, few calls are needed. In 16 bits on recent NVIDIA GPUs, a single call computes attention over all
-captions (`varlen_attention`). The attention function is registered with transformers as `packed`, so every model family
-can use it. For ordinary padded batches, `packed` returns the same result as `sdpa`.
+similar lengths, few calls are needed. In 16-bit precision on recent NVIDIA GPUs, a single call computes attention over
+all captions (`varlen_attention`). The attention function is registered with transformers as `packed`, so every model
+family can use it. For ordinary padded batches, `packed` returns the same result as `sdpa`.
 
 Restarting `position_ids` at each caption would not be enough: with `sdpa` and bidirectional attention, tokens would
 still attend to other captions.
@@ -28,7 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 PACKED = "packed"
 MAX_UNFUSED_LENGTH = 512  # in tokens; the attention scores of longer captions would take too much memory
 MAX_VARLEN_HEAD_DIM = 256
-MIN_COSINE = 0.999  # minimum cosine similarity between varlen_attn and sdpa outputs, both in 16 bits
+MIN_COSINE = 0.999  # minimum cosine similarity between varlen_attn and sdpa outputs, both in 16-bit precision
 
 
 def pack_captions(ids: Sequence[Sequence[int]], attention: str, device: torch.device) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def pack_captions(ids: Sequence[Sequence[int]], attention: str, device: torch.de
         - cu_seq_lens_q and cu_seq_lens_k: cumulative caption lengths, int32, of shape (B + 1,).
         - max_length_q and max_length_k: length of the longest caption.
         - caption_lengths (only for `packed`): list of caption lengths.
-        - attention_mask (only for `packed`): 4-dimensional dummy that keeps transformers from building a (T, T) mask.
+        - attention_mask (only for `packed`): 4-dimensional dummy mask, so transformers builds no (T, T) mask.
     """
     lengths = [len(row) for row in ids]
     total = sum(lengths)
@@ -142,7 +142,7 @@ def packed_attention(
         query: queries of shape (1, heads, T, D).
         key, value: keys and values of shape (1, key heads, T, D). Consecutive query heads share a key head.
         attention_mask: mask for an ordinary padded batch. Ignored for packed rows.
-        caption_lengths: number of tokens in each caption, with sum T. None for an ordinary padded batch.
+        caption_lengths: number of tokens in each caption, T in total. None for an ordinary padded batch.
         sliding_window: attention span in tokens, as defined by transformers' masks. With causal attention, a token
             attends to this many tokens, including itself. With bidirectional attention, a token attends to itself and
             this many tokens on each side.

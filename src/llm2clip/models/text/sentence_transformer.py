@@ -1,4 +1,4 @@
-"""Loading of text encoders as SentenceTransformers, and changes to their templates and layers."""
+"""Utilities for loading text encoders as SentenceTransformers and for changing their templates and layers."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def load_sentence_transformer(path: str, pooling: str, device: str | torch.devic
     pooling layer with the mode `pooling`.
 
     Raises:
-        ValueError: the checkpoint is missing weights of the model, or must be converted first.
+        ValueError: the checkpoint is missing weights, or must be converted first.
         OSError: the model does not exist.
     """
     from transformers.utils import cached_file
@@ -120,7 +120,7 @@ def truncate_embeddings(st: Any, dim: int) -> None:
 
 
 def set_template(st: Any, template: str) -> None:
-    """Set the template of a SentenceTransformer, which is saved with the model.
+    """Set a SentenceTransformer's template, which is saved with the model.
 
     The text before the caption becomes the default prompt and is excluded from pooling. If a special token follows the
     caption, the tokenizer appends it to every text.

@@ -138,7 +138,7 @@ class DenseEncoder:
         return cast(Tensor, resize(image, size, InterpolationMode(self.interpolation), antialias=True))
 
     def compute_grid(self, height: int, width: int, image_size: int | None = None) -> tuple[int, int]:
-        """Return the numbers of cell rows and columns that an image of the given size has after `resize`."""
+        """Return the number of cell rows and columns after `resize`, for an image of the given size."""
         shorter = max(1, round((image_size or self.image_size) / self.cell_size))
         ratio = min(max(height, width) / min(height, width), _MAX_ASPECT_RATIO)
         longer = round(ratio * shorter)

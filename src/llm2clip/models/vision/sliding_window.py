@@ -109,7 +109,7 @@ class ResizeForWindows:
 
 
 def cut_windows(image: Tensor, rows: WindowAxis, columns: WindowAxis) -> Tensor:
-    """Cut all windows out of a resized image, row by row. Return a tensor of shape (windows, 3, H, W), uint8."""
+    """Cut all windows out of a resized image, row by row, as a uint8 tensor of shape (windows, 3, H, W)."""
     windows = []
     for top in rows.starts:
         for left in columns.starts:
