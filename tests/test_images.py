@@ -423,7 +423,7 @@ def test_decode_or_error_reports_any_exception(step: str, monkeypatch: pytest.Mo
         (b"II*\0\x10\0\0\0CR\x02\0" + bytes(99), r"Canon RAW \(CR2\) is not supported. Convert the image to JPEG"),
         (b"\0\0\0\x18ftypcrx " + bytes(99), "CR3"),
         (b'<?xml version="1.0"?>\n<!-- drawn by hand -->\n<svg xmlns="x"></svg>', "SVG is not supported"),
-        (b"", "it is empty"),
+        (b"", "the file is empty"),
         (b"hello", "not an image"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "EPS is not supported"),
         # The first image in a DNG or NEF file is a reduced-size preview.

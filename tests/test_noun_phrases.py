@@ -81,7 +81,7 @@ def test_captions_in_other_languages_have_no_phrases(caption: str, capsys: pytes
     """The French "a" (has) and the Hungarian "a" (the) are not the English article."""
     records = [Record(str(n), None, (caption.format(n),)) for n in range(5)]
     assert add_phrases(records) == records
-    assert "add a column `phrases`" in capsys.readouterr().out
+    assert "add a `phrases` column" in capsys.readouterr().out
 
 
 def test_phrases_are_sampled_and_are_no_negatives_of_images_that_have_them(

@@ -53,9 +53,9 @@ def test_training_images_are_saved_without_pickle(tmp_path: Path, monkeypatch: p
     assert loaded is not None and loaded.tolist() == hashes.tolist(), "a model downloaded from the hub"
     for array in (np.zeros((2, 2), np.uint64), np.zeros(3), np.array([TouchOnLoad(tmp_path / "loaded")], object)):
         np.save(tmp_path / TRAINING_IMAGES_FILE, array, allow_pickle=True)
-        with pytest.raises(ValueError, match="is not a list of image hashes"):
+        with pytest.raises(ValueError, match="is not a valid array of image hashes"):
             load_training_images(tmp_path)
     (tmp_path / TRAINING_IMAGES_FILE).write_bytes(b"")
-    with pytest.raises(ValueError, match="is not a list of image hashes"):
+    with pytest.raises(ValueError, match="is not a valid array of image hashes"):
         load_training_images(tmp_path)
     assert not (tmp_path / "loaded").exists()

@@ -1,8 +1,8 @@
-"""Columns and cells: which columns of the data contain the fields of records, and conversion of their cells.
+"""Mapping of data columns to record fields, and conversion of table cells.
 
-All readers yield raw rows. A raw row is a tuple `(file, row, fields)`. `row` is the row number, starting at 1; for text
-files, it is the line number. `fields` is a dict that maps column names to the values in the file, or a `BadRow` if the
-row cannot be read. Readers do not interpret the values; the modules `records` and `pairs` do.
+Every reader yields raw rows: tuples `(file, row, fields)`. `row` is the row number, starting at 1, or the line number
+in a text file. `fields` is a dict {column name: raw value}, or a `BadRow` if the row cannot be read. Readers do not
+interpret the values; the modules `records` and `pairs` do.
 """
 
 import ast
@@ -32,13 +32,13 @@ COLUMN_NAMES = {  # record field -> common column names, in order of preference
     "split": ("split",),
 }
 
-# Lower-case strings that represent a missing value in CSV cells.
+# Placeholders for missing values in CSV cells, in lower case.
 MISSING_TEXTS = frozenset({"nan", "-nan", "none", "null", "n/a", "#n/a", "#na", "<na>"})
 
-MAX_CAPTION_CHARACTERS = 1 << 20  # in all captions of a cell; encoders use only a few hundred words of each
+MAX_CAPTION_CHARACTERS = 1 << 20  # total for all captions in a cell; encoders use only a few hundred words of each
 MAX_PYTHON_LIST = 1 << 16  # characters
-# Only list literals that match this pattern are passed to Python's parser, because it takes quadratic time for some
-# other expressions, such as f-strings.
+# Python's parser takes quadratic time for some expressions, such as f-strings, so it is given only list literals that
+# match this pattern.
 _PYTHON_LIST = re.compile(
     r"""\s*\[(?:[\s,]|None|[uU]?(?:'[^'\\]*+(?:\\.[^'\\]*+)*+'|"[^"\\]*+(?:\\.[^"\\]*+)*+"))*+\]\s*""", re.DOTALL
 )
@@ -58,11 +58,10 @@ ColumnChooser = Callable[[str, Sequence[str]], dict[str, str]]  # (file, column 
 
 
 def guess_columns(names: Mapping[str, Sequence[str]], columns: Collection[str]) -> dict[str, str]:
-    """Map each field to the column with one of its common names. Omit fields without such a column.
+    """Map each field to a column that has one of the field's common names. Fields without a match are omitted.
 
-    `names` lists the common names of each field, in order of preference. The comparison ignores case (`Caption`,
-    `FILE_NAME`) and treats spaces, hyphens and underscores as equal. If several columns match a common name, an exact
-    match is preferred.
+    `names` lists each field's common names in order of preference. Matching ignores case (`Caption`, `FILE_NAME`) and
+    treats spaces, hyphens and underscores as equivalent. If several columns match a name, an exact match is preferred.
     """
     columns_by_name: dict[str, str] = {}
     for column in columns:
@@ -78,13 +77,13 @@ def guess_columns(names: Mapping[str, Sequence[str]], columns: Collection[str]) 
 
 
 class ColumnMapper:
-    """Maps record fields to the columns of a source, and keeps track of all columns seen in the source.
+    """Maps record fields to a source's columns, and keeps track of all columns seen so far.
 
     Args:
         source: Name of the source, for error messages.
-        mapping: User-defined mapping from fields to columns, which overrides the detected columns. An empty column name
-            disables a field.
-        require_captions: If True, raise an error if the source has no caption column.
+        mapping: User-defined mapping from field to column name, which overrides automatic detection. An empty column
+            name disables the field.
+        require_captions: Whether to raise an error if the source has no caption column.
     """
 
     def __init__(self, source: str, mapping: Mapping[str, str], require_captions: bool = True) -> None:
@@ -95,7 +94,7 @@ class ColumnMapper:
         self._cache: dict[tuple[str, ...], dict[str, str]] = {}
 
     def map_table(self, file: str, columns: Sequence[str]) -> dict[str, str]:
-        """Return a dict {field: column} for a table in which all rows have the same columns.
+        """Return a dict {field: column} for a table whose rows all have the same columns.
 
         Raises:
             DataFormatError: A mapped column or the caption column is missing; see `check`.
@@ -107,9 +106,9 @@ class ColumnMapper:
         return self._cache[key]
 
     def map_row(self, fields: Mapping[str, Any]) -> dict[str, str]:
-        """Return a dict {field: column} for a row that has its own set of keys, such as a JSON object.
+        """Return a dict {field: column} for a row with its own set of keys, such as a JSON object.
 
-        If several keys match a field, keys with a missing value are ignored.
+        If several keys match a field, keys with missing values are ignored.
         """
         names = tuple(fields)
         filled = tuple(
@@ -136,9 +135,9 @@ class ColumnMapper:
             raise DataFormatError(f"{where}: {self.describe_missing('captions')}")
 
     def describe_missing(self, field: str) -> str:
-        """Return an error message for a field without a column. It says how to select a column.
+        """Return an error message that explains how to select a column for `field`.
 
-        If a column name contains a typical word, such as "img" or "text", the message suggests this column.
+        If a column name contains a typical substring, such as "img" or "text", the message suggests that column.
         """
         parts = ("img", "image", "photo", "pic", "file", "path") if field == "image" else ("caption", "text", "descr")
         similar = (column for column in self.columns if any(part in column.lower() for part in parts))
@@ -152,8 +151,8 @@ class ColumnMapper:
 
     def _guess_columns(self, columns: Sequence[str]) -> dict[str, str]:
         chosen = guess_columns(self._names, columns)
-        # If a source has long captions, its `sentences` column contains the sentences of the long caption, not separate
-        # captions. An example is the Image Paragraphs data set.
+        # In sources with long captions, such as the Image Paragraphs data set, the `sentences` column contains the
+        # sentences of the long caption rather than separate captions.
         guessed = None if "captions" in self.mapping else chosen.get("captions")
         if guessed in ("sentences", "sentence") and "long_captions" in chosen:
             del chosen["captions"]
@@ -176,7 +175,7 @@ def _normalize_name(column: str) -> str:
 
 
 class UnusableRow(Exception):
-    """Raised if a row cannot be converted to a record. Skipped rows are counted by `reason`."""
+    """Raised when a row cannot be converted to a record. Skipped rows are counted by `reason`."""
 
     def __init__(self, reason: str, value: object) -> None:
         super().__init__(reason, value)
@@ -194,14 +193,14 @@ def is_missing_text(cell: object) -> bool:
 
 
 def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: int) -> tuple[str, ...]:
-    """Return the captions in a cell, stripped. A string is a single caption, and a list contains several captions.
+    """Return the stripped captions in a cell, which contains either a single caption or a list of captions.
 
-    If `parse_lists` is True, strings that look like a list in JSON or Python notation are parsed. Empty captions are
-    dropped and recorded in `log`, with the location of the cell.
+    If `parse_lists` is True, strings that look like JSON or Python lists are parsed. Empty captions are dropped and
+    recorded in `log` with the cell's location.
 
     Raises:
-        UnusableRow: The value is neither a string nor a list of strings, a caption is not valid Unicode, or the
-            captions together have more than `MAX_CAPTION_CHARACTERS` characters.
+        UnusableRow: The value is neither a string nor a list of strings, a caption is not valid Unicode, or the total
+            length of the captions exceeds `MAX_CAPTION_CHARACTERS`.
     """
     if isinstance(value, str):
         value = _parse_list(value) if parse_lists else [value]
@@ -211,7 +210,9 @@ def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: 
         raise UnusableRow("malformed row", f"captions must be text or a list of texts (got {value!r})")
     num_characters = sum(len(text) for text in value if isinstance(text, str))
     if num_characters > MAX_CAPTION_CHARACTERS:
-        raise UnusableRow("malformed row", f"{num_characters:,} characters; the limit is {MAX_CAPTION_CHARACTERS:,}")
+        raise UnusableRow(
+            "malformed row", f"{num_characters:,} characters in total (limit: {MAX_CAPTION_CHARACTERS:,})"
+        )
     captions = []
     for text in value:
         if not isinstance(text, str) and text is not None:
@@ -231,7 +232,7 @@ def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: 
 
 
 def parse_name(value: Any, field: str) -> str | None:
-    """Return an id or a split name as a string. Return None if the value is missing.
+    """Return an id or split name as a string, or None if the value is missing.
 
     Raises:
         UnusableRow: The value is neither a string nor a number.
@@ -244,13 +245,13 @@ def parse_name(value: Any, field: str) -> str | None:
 
 
 def parse_image(value: Any, file: str, reject_urls: bool) -> LoadedImage | None:
-    """Return a reference to the image in a cell. Return None if the value is missing.
+    """Return a reference to the image in a cell, or None if the value is missing.
 
-    A cell can contain any of the following: a path relative to the folder of `file`, encoded bytes, a Hugging Face dict
-    with the keys "bytes" and "path", or a reference created by the reader.
+    A cell may contain a path relative to the folder of `file`, encoded bytes, a Hugging Face dict with the keys "bytes"
+    and "path", or a reference created by the reader.
 
     Raises:
-        UnusableRow: The value has an unsupported type, or the value is a URL and `reject_urls` is True.
+        UnusableRow: The value has an unsupported type, or it is a URL and `reject_urls` is True.
     """
     name = None
     if isinstance(value, dict) and {"bytes", "path"} & value.keys():
@@ -269,14 +270,14 @@ def parse_image(value: Any, file: str, reject_urls: bool) -> LoadedImage | None:
     if reject_urls and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", value):
         raise UnusableRow("image is a URL", value)
     path = os.path.join(os.path.dirname(file), value)
-    if "\\" in value and not os.path.exists(path):  # a relative path that was written on Windows
+    if "\\" in value and not os.path.exists(path):  # a relative path written on Windows
         portable = os.path.join(os.path.dirname(file), value.replace("\\", "/"))
         path = portable if os.path.exists(portable) else path
     return LoadedImage(FileImage(path), None, path)
 
 
 def _parse_list(text: str) -> list[Any]:
-    """Parse a list of strings in JSON or Python notation. Any other text is returned as a list with one item."""
+    """Parse a JSON or Python list of strings. Any other text is returned as a list with one item."""
     if text.lstrip().startswith("["):
         parsers: list[Callable[[str], Any]] = [json.loads]
         if len(text) <= MAX_PYTHON_LIST and _PYTHON_LIST.fullmatch(text):

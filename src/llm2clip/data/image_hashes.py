@@ -1,12 +1,12 @@
-"""Hashes of image files, used to find identical images and to record the images on which a model was trained.
+"""Image hashes, used to find identical images and to record which images a model was trained on.
 
-To detect copies, most files are never read, because only files of the same size can be identical. For files of the same
-size, a short sample from the middle is compared first, and only files with equal samples are read completely.
+Most files are never read to detect copies, because only files of the same size can be identical. For files of the same
+size, a short sample from the middle is compared first, and only files with equal samples are read in full.
 
-The hashes of the training images are stored in the model folder, in `training_images.npy`, with 8 bytes per image, so
-that `evaluate` can warn if a model is evaluated on its training images. The hashes do not depend on the location of an
-image, so copies of a data set are recognised. Neither images nor paths can be recovered from the hashes, but anyone who
-has an image can check if the model was trained on it.
+The hashes of the training images, 8 bytes each, are stored in the model folder as `training_images.npy`. They allow
+`evaluate` to warn if a model is evaluated on its training images. The hashes do not depend on where an image is stored,
+so copies of a data set are recognised. Neither images nor paths can be recovered from the hashes, but anyone with a
+copy of an image can check whether the model was trained on it.
 """
 
 import functools
@@ -25,7 +25,7 @@ from llm2clip.data.image_refs import FileImage, ImageRef, TarImage, resolve_fold
 
 TRAINING_IMAGES_FILE = "training_images.npy"
 SAMPLE_BYTES = 1024
-NUM_THREADS = 16  # many threads help on network file systems, which have a high latency
+NUM_THREADS = 16  # many threads help on network file systems with high latency
 ITEMS_PER_TASK = 32
 CHUNK_BYTES = 1 << 20
 
@@ -36,11 +36,11 @@ Location = tuple[str, int, int]  # path, offset and size of the image
 
 
 def find_copies(images: Iterable[ImageRef | None]) -> dict[str, str]:
-    """Map the key (`ImageRef.key`) of each copy of an image to the key of the first image with the same bytes.
+    """Map the key (`ImageRef.key`) of each duplicate image to the key of the first image with the same bytes.
 
-    Image files and members of tar files are compared. Images in tables do not need this comparison, because their key
-    is already a hash of their bytes. Symbolic links to an image count as copies, and missing image files are ignored.
-    The copies are in the same order as in `images`.
+    Image files and tar members are compared. Images in tables do not need to be, because their keys are already hashes
+    of their bytes. Symbolic links to an image count as copies, and missing image files are ignored. The keys of the
+    result are in the same order as in `images`.
     """
     refs = {image.key: image for image in images if isinstance(image, FileImage | TarImage)}
     with ThreadPoolExecutor(NUM_THREADS) as pool:
@@ -65,10 +65,10 @@ def find_copies(images: Iterable[ImageRef | None]) -> dict[str, str]:
 
 
 def hash_images(images: Iterable[ImageRef | None]) -> np.ndarray:
-    """Return the sorted hashes of distinct images, of shape (N,), uint64. Images that do not exist are omitted.
+    """Return the sorted hashes of all distinct images as a uint64 array of shape (N,). Missing images are omitted.
 
-    The hash of an image file or a member of a tar file is computed from its size and 1,024 bytes from its middle, so
-    that few bytes are read. Images in tables are already identified by a hash of all their bytes.
+    Image files and tar members are hashed quickly, from their size and the 1,024 bytes in the middle. Images in tables
+    are already identified by a hash of all their bytes.
     """
     refs = list({image.key: image for image in images if image is not None}.values())
     with ThreadPoolExecutor(NUM_THREADS) as pool:
@@ -77,7 +77,7 @@ def hash_images(images: Iterable[ImageRef | None]) -> np.ndarray:
 
 
 def count_training_images(training_images: np.ndarray, images: Iterable[ImageRef | None]) -> int:
-    """Return the number of distinct images whose hashes are in `training_images`, which must be sorted."""
+    """Count the distinct images whose hashes are in the sorted array `training_images`."""
     hashes = hash_images(images)
     positions = np.searchsorted(training_images, hashes)
     is_inside = positions < len(training_images)
@@ -85,17 +85,17 @@ def count_training_images(training_images: np.ndarray, images: Iterable[ImageRef
 
 
 def save_training_images(folder: Path, training_images: np.ndarray) -> None:
-    """Write the hashes from `hash_images` to a model folder."""
+    """Save the hashes from `hash_images` in a model folder."""
     np.save(folder / TRAINING_IMAGES_FILE, training_images, allow_pickle=False)
 
 
 def load_training_images(model: str | Path) -> np.ndarray | None:
-    """Load the sorted hashes of a model's training images, of shape (N,), uint64, memory-mapped.
+    """Load a model's sorted training image hashes as a memory-mapped uint64 array of shape (N,).
 
-    `model` is a model folder, or the hub id of a model that has been downloaded. Return None if it has no hashes.
+    `model` is a model folder, or the Hub id of a model that has been downloaded. Return None if it has no hashes.
 
     Raises:
-        ValueError: The file is damaged.
+        ValueError: The hash file is damaged.
     """
     file = Path(model) / TRAINING_IMAGES_FILE
     if not Path(model).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
@@ -105,9 +105,9 @@ def load_training_images(model: str | Path) -> np.ndarray | None:
     try:
         hashes = np.load(file, mmap_mode="r", allow_pickle=False)
         if hashes.dtype != np.dtype("<u8") or hashes.ndim != 1:
-            raise ValueError(f"the array has dtype {hashes.dtype} and shape {hashes.shape}")
+            raise ValueError(f"it has dtype {hashes.dtype} and shape {hashes.shape}")
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{file} is not a list of image hashes ({error}). Delete this file") from error
+        raise ValueError(f"{file} is not a valid array of image hashes ({error}). Delete this file") from error
     return hashes
 
 
@@ -123,7 +123,7 @@ def _hash_image(image: ImageRef) -> bytes:
 
 
 def _map_in_chunks(pool: ThreadPoolExecutor, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
-    """Apply a function to items in a thread pool, one chunk per task. Yield the results in order."""
+    """Apply a function to all items in a thread pool, one chunk per task. Yield the results in order."""
     chunks = [items[start : start + ITEMS_PER_TASK] for start in range(0, len(items), ITEMS_PER_TASK)]
     for results in pool.map(lambda chunk: [function(item) for item in chunk], chunks):
         yield from results
@@ -138,7 +138,7 @@ def _group_by_value(items: Sequence[Location], value: Callable[[Location], Hasha
 
 
 def _locate(image: FileImage | TarImage) -> Location | None:
-    """Return the location of an image, with links resolved. Return None if the image is empty or does not exist."""
+    """Return an image's location with links resolved, or None if the image is empty or missing."""
     path = resolve_folder(image.path)
     try:
         if os.path.islink(path):

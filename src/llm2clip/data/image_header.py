@@ -1,8 +1,8 @@
 """Image header parsing, supported formats, and limits on image size and decoding work.
 
-A limit on the number of pixels does not limit the decoding time: a small file can make a decoder process the same
-pixels or bytes thousands of times. `open_header` and `check_decoding_work` reject such files.
-`benchmarks/hostile_images.py` measures the slowest files that they accept.
+Limiting the number of pixels does not limit the decoding time: a small file can make a decoder process the same pixels
+or bytes thousands of times. `open_header` and `check_decoding_work` reject such files. `benchmarks/hostile_images.py`
+measures the slowest files that pass these checks.
 """
 
 import io
@@ -15,20 +15,19 @@ from PIL import Image
 
 from llm2clip.io_utils import install_command
 
-# Images with more pixels are rejected after their header is read and before they are decoded. 100 million RGB pixels
-# take 300 MB.
+# Images with more pixels are rejected based on their header, before decoding. 100 million RGB pixels take 300 MB.
 MAX_PIXELS = 100_000_000
 MAX_FILE_BYTES = 1 << 30  # larger than 100 million uncompressed RGBA pixels with 16 bits per channel
 
 # Pillow decodes all of these formats in-process. EPS is excluded because Pillow runs Ghostscript on EPS files. ICO is
-# excluded because Pillow decodes the images in an ICO file before their size can be checked. HEIC is decoded by the
-# optional package pillow-heif, which `open_header` imports when it first opens a HEIC file.
+# excluded because Pillow decodes the images in an ICO file before their size can be checked. HEIC requires the optional
+# package pillow-heif, which is imported when the first HEIC file is opened.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 
-# Ordinary progressive JPEGs have at most about 20 scans. A scan of only 100 bytes can visit all pixels.
+# Ordinary progressive JPEGs have at most about 20 scans. A 100-byte scan can cover the entire image.
 MAX_SCANS = 100
 MAX_SCANNED_PIXELS = 2_000_000_000  # number of scans times number of pixels
-MAX_HEADER_READS = 2048  # Pillow reads a header in pieces, such as PNG chunks, and runs Python code for each piece
+MAX_HEADER_READS = 2048  # Pillow reads headers in pieces (such as PNG chunks) and runs Python code for each
 MAX_PNG_PROFILES = 16  # Pillow decompresses every colour profile in a PNG, although only one is allowed
 MAX_PYTHON_PIXELS = 2_000_000  # limit for PPM images with unusual maximum values, which Pillow decodes in Python
 
@@ -42,7 +41,7 @@ _COMPLEX_FRAME = re.compile(rb"\xff[\xc2\xc5-\xc7\xc9-\xcb\xcd-\xcf]\x00[\x0b\x0
 _TILE_WIDTH, _TILE_HEIGHT, _TILE_BYTES, _STRIP_BYTES = 322, 323, 325, 279  # TIFF tags
 _FILE_TYPE, _DNG_VERSION = 254, 50706  # TIFF tags
 _HEIC_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"})
-_UNSUPPORTED = {  # start of a file, as a regular expression -> format
+_UNSUPPORTED = {  # regular expression for the start of a file -> format name
     rb"(II\*\0|MM\0\*)....CR\x02": "Canon RAW (CR2)",
     rb"....ftypcrx ": "Canon RAW (CR3)",
     rb"FUJIFILMCCD-RAW": "Fujifilm RAW (RAF)",
@@ -58,11 +57,11 @@ _UNSUPPORTED = {  # start of a file, as a regular expression -> format
 
 
 class ImageFormatError(ValueError):
-    """Raised if a file is not an image in a supported format. The message names the format if it is known."""
+    """Raised when a file is not an image in a supported format. The message names the format if it is known."""
 
 
 class DecodingLimitError(ValueError):
-    """Raised if decoding an image would take much more work than its number of pixels suggests."""
+    """Raised when decoding an image would take far more work than its number of pixels suggests."""
 
 
 @cache
@@ -75,7 +74,7 @@ def readable_formats() -> list[str]:
 def open_header(stream: BinaryIO) -> Image.Image:
     """Open an image in a supported format without decoding its pixels.
 
-    For malicious files, Pillow may raise almost any type of exception. The caller must check that the image has at most
+    Malicious files can make Pillow raise almost any type of exception. The caller must check that the image has at most
     `MAX_PIXELS` pixels.
 
     Raises:
@@ -93,8 +92,8 @@ def open_header(stream: BinaryIO) -> Image.Image:
         image = Image.open(cast(BinaryIO, reader), formats=formats)
     except Image.UnidentifiedImageError:
         _check_format(start)
-        reason = f"supported formats: {', '.join(readable_formats())}, HEIC" if start else "it is empty"
-        raise ImageFormatError(f"not an image: {reason}") from None
+        reason = f" in a supported format ({', '.join(readable_formats())}, HEIC)" if start else ": the file is empty"
+        raise ImageFormatError(f"not an image{reason}") from None
     tags = getattr(image, "tag_v2", {})
     if tags:
         _check_format(start)  # CR2 is based on TIFF
@@ -107,7 +106,7 @@ def open_header(stream: BinaryIO) -> Image.Image:
 
 
 def _check_format(start: bytes) -> None:
-    """Raise `ImageFormatError` if a file is in a well-known format that is not supported."""
+    """Raise `ImageFormatError` if a file is in a known but unsupported format."""
     for pattern, name in _UNSUPPORTED.items():
         if re.match(pattern, start, flags=re.DOTALL):
             raise ImageFormatError(f"{name} is not supported. Convert the image to JPEG")
@@ -122,15 +121,15 @@ def _register_heic() -> None:
         import pillow_heif
     except ImportError as error:
         raise ImageFormatError(
-            f"HEIC images need the package pillow-heif ({error}). Run {install_command('photos')}, or convert the "
+            f"HEIC images require the package pillow-heif ({error}). Run {install_command('photos')}, or convert the "
             "image to JPEG"
         ) from error
-    # Thumbnails, depth maps and other auxiliary images are not needed, and reading them takes memory.
+    # Thumbnails, depth maps and other auxiliary images are not needed and would take up memory.
     pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
 
 
 def is_heic(start: bytes) -> bool:
-    """Return True for HEIC images, given at least the first bytes of a file. AVIF images use the same container."""
+    """Return True if a file that starts with `start` is a HEIC image, not an AVIF image in the same container."""
     if start[4:8] != b"ftyp":
         return False
     box = start[: min(1024, int.from_bytes(start[:4], "big"))]
@@ -139,12 +138,12 @@ def is_heic(start: bytes) -> bool:
 
 
 def check_decoding_work(data: bytes, header: Image.Image) -> None:
-    """Check that decoding an image visits its pixels and bytes only a limited number of times.
+    """Check that decoding an image processes its pixels and bytes only a limited number of times.
 
     `header` is the image in `data`, opened with `open_header`.
 
     Raises:
-        DecodingLimitError: Decoding would take too much work, or the image uses a rare feature that allows this.
+        DecodingLimitError: Decoding would take too much work, or the image uses a rare feature that could cause this.
     """
     width, height = header.size
     if header.format in ("JPEG", "MPO"):
@@ -155,7 +154,7 @@ def check_decoding_work(data: bytes, header: Image.Image) -> None:
         raise DecodingLimitError(f"a PNG must have at most {MAX_PNG_PROFILES} colour profiles")
     for codec, *_ in cast(Any, header).tile:
         if codec in ("bmp_rle", "ppm_plain"):  # decoded in Python
-            raise DecodingLimitError("BMP images with run-length coding and PPM images in text form are not supported")
+            raise DecodingLimitError("run-length encoded BMP images and plain-text PPM images are not supported")
         if codec == "ppm" and width * height > MAX_PYTHON_PIXELS:
             raise DecodingLimitError(
                 f"a PPM image with this maximum value must have at most {MAX_PYTHON_PIXELS:,} pixels"
@@ -163,10 +162,10 @@ def check_decoding_work(data: bytes, header: Image.Image) -> None:
 
 
 class _BoundedReader:
-    """Stream that limits a decoder to the number of reads and bytes that a file of this size requires.
+    """Stream that limits a decoder to as many reads and bytes as a file of this size requires.
 
-    Without these limits, a header with a million empty chunks, or with thousands of references to the same bytes, could
-    take minutes to read, or gigabytes of memory.
+    Without these limits, reading a header with a million empty chunks, or with thousands of references to the same
+    bytes, could take minutes or gigabytes of memory.
     """
 
     def __init__(self, stream: BinaryIO) -> None:
@@ -179,7 +178,7 @@ class _BoundedReader:
         self._bytes_left = 2 * self._size + (1 << 20)
 
     def allow_decoding(self, bytes_per_read: int) -> None:
-        """Allow the number of further reads that it takes to read the file in chunks of `bytes_per_read` bytes."""
+        """Reset the limits to allow reading the entire file in chunks of `bytes_per_read` bytes."""
         self._reads_left = MAX_HEADER_READS + self._size // bytes_per_read
         self._bytes_left = 2 * self._size + (1 << 20)
 
@@ -207,16 +206,16 @@ def _check_jpeg(data: bytes, num_pixels: int) -> None:
         if marker != _SOS:
             continue
         if data[position + 2 : position + 3] == num_components:
-            return  # this scan has all components, as in most images, so the decoder reads no other scan
+            return  # as in most images, this scan has all components, so the decoder reads no other scans
         num_scans += 1
         if num_scans > max_scans:
             raise DecodingLimitError(f"a JPEG of {num_pixels:,} pixels must have at most {max_scans} scans")
 
 
 def _jpeg_markers(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield all markers of a JPEG, each with the offset of the byte after the marker.
+    """Yield (marker, offset of the byte after it) for each marker in a JPEG.
 
-    Markers inside segments, such as the markers of EXIF thumbnails, are skipped.
+    Markers inside segments, such as those of EXIF thumbnails, are skipped.
     """
     position = 0
     while (match := _MARKER.search(data, position)) is not None:
@@ -236,11 +235,11 @@ def _check_tiff(data: bytes, header: Any) -> None:
         tile_width, tile_height = max(1, tags.get(_TILE_WIDTH, 1)), max(1, tags.get(_TILE_HEIGHT, 1))
         num_tiles = -(-width // tile_width) * -(-height // tile_height)
         if num_tiles * tile_width * tile_height > 2 * MAX_PIXELS:
-            raise DecodingLimitError(f"the tiles of the TIFF have more than {2 * MAX_PIXELS:,} pixels")
+            raise DecodingLimitError(f"the tiles of the TIFF must have at most {2 * MAX_PIXELS:,} pixels in total")
     if header.info.get("compression", "raw") == "raw":
         return  # Pillow reads the pixels with a bounded reader
     sizes = tags.get(_TILE_BYTES) or tags.get(_STRIP_BYTES)
     if not sizes or sum(sizes) > len(data):
-        raise DecodingLimitError("the strips or tiles of the TIFF have no size, or overlap")
+        raise DecodingLimitError("the strips or tiles of the TIFF overlap or have no size")
     if "jpeg" in header.info["compression"] and _COMPLEX_FRAME.search(data):
         raise DecodingLimitError("TIFF images with progressive or arithmetic-coded JPEG data are not supported")

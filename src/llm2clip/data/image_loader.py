@@ -1,4 +1,4 @@
-"""Batched image decoding for inference, in order. Worker processes are used if there are many images."""
+"""Batched image decoding for inference, in input order. Worker processes are used if there are many images."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from llm2clip.data.images import ImageError, load_image
 from llm2clip.io_utils import describe_error
 
 T = TypeVar("T")
-MIN_IMAGES_FOR_WORKERS = 2048  # decoding fewer images than this takes less time than starting the workers
-_ALIGNMENT = 64  # bytes; tensors of every dtype can start at a multiple of this offset
+MIN_IMAGES_FOR_WORKERS = 2048  # decoding fewer images takes less time than starting the workers
+_ALIGNMENT = 64  # bytes; a valid alignment for tensors of any dtype
 
 
 def decode_or_error(ref: ImageRef, transform: Callable[[Tensor], T]) -> T | str:
-    """Decode and transform an image. Return an error message if this fails, for example for lack of memory."""
+    """Decode and transform an image. Return an error message on failure, including lack of memory."""
     try:
         return transform(load_image(ref))
     except (ImageError, OSError) as error:
@@ -41,15 +41,14 @@ def image_batches(
     """Yield decoded and transformed images in order, `batch_size` at a time.
 
     Args:
-        refs: References to the images.
-        transform: Function applied to each decoded image, of shape (3, H, W), uint8.
+        transform: Function applied to each decoded image, a uint8 tensor of shape (3, H, W).
         batch_size: Number of images per batch, including images that cannot be decoded.
-        workers: Number of worker processes. Workers are used only for 2,048 or more images. Default: half the number
-            of CPU cores, but at most 8.
+        workers: Number of worker processes, which are used only for 2,048 or more images. Default: half the CPU cores,
+            but at most 8.
 
     Yields:
-        Three values for each batch: the indices of the decoded images, the transformed images, and a dict {index: error
-        message} for the images that could not be decoded.
+        For each batch: the indices of the decoded images, the transformed images, and a dict {index: error message} for
+        the images that could not be decoded.
     """
     if workers is None:
         workers = min(8, len(os.sched_getaffinity(0)) // 2 if hasattr(os, "sched_getaffinity") else 1)
@@ -84,8 +83,8 @@ class _DecodedImages(Dataset):
 def skip_finalization(worker: int) -> None:
     """Make a data loader worker exit without finalizing the interpreter. Used as a `worker_init_fn`.
 
-    If a loader is closed early, a thread of the worker may still be sending a batch. Finalization would stop this
-    thread inside C++ code, which aborts the process ("terminate called without an active exception").
+    If a loader is closed early, a worker thread may still be sending a batch. Finalization would stop this thread
+    inside C++ code, which aborts the process ("terminate called without an active exception").
     """
     atexit.register(os._exit, 0)
 
@@ -94,11 +93,11 @@ def skip_finalization(worker: int) -> None:
 
 
 class SharedRefs:
-    """List of image references that can be sent to worker processes quickly, even if it is very long.
+    """List of image references that is quick to send to worker processes, even if it is very long.
 
-    A data loader pickles its data set once for each worker. For millions of references, this takes minutes, and each
-    worker gets its own copy. Instead, this list is serialised once, into tensors. PyTorch sends tensors to other
-    processes as shared memory, and each worker unpickles a reference when it needs that reference.
+    A data loader pickles its data set once per worker. With millions of references, this takes minutes, and each worker
+    gets its own copy. Instead, this list is serialised only once, into tensors, which PyTorch sends to other processes
+    as shared memory. Workers unpickle references on demand.
     """
 
     def __init__(self, refs: Sequence[ImageRef]) -> None:
@@ -121,11 +120,11 @@ class SharedRefs:
 
 @dataclass(frozen=True)
 class SerialisedRefs:
-    """Image references, pickled into a single buffer. This is what worker processes receive as `SharedRefs`.
+    """Image references pickled into a single buffer. Worker processes receive `SharedRefs` in this form.
 
     Attributes:
-        buffer: Concatenated pickles of all references, uint8.
-        ends: Offset of the end of each pickle, of shape (N,), int64.
+        buffer: Concatenated pickles of all references, as uint8.
+        ends: End offset of each pickle, of shape (N,), int64.
     """
 
     buffer: Tensor
@@ -144,17 +143,17 @@ class SerialisedRefs:
 
 
 def pack_batch(items: list[Any]) -> tuple[bytes, list[tuple[int, int]], Tensor]:
-    """Pack a batch so that sending it from a worker process takes only one open file. `unpack_batch` restores it.
+    """Pack a batch so that sending it from a worker process uses only one file descriptor. See `unpack_batch`.
 
-    A data loader sends each tensor as a shared memory file, which the main process keeps open. A batch of 512 images
-    as separate tensors would therefore exceed the usual limit of 1,024 open files.
+    A data loader sends each tensor as a shared memory file, which the main process keeps open. Batches of 512 images
+    sent as separate tensors would therefore exceed the usual limit of 1,024 open files.
 
     Args:
-        items: Picklable values. They may contain tensors of any shape and dtype.
+        items: Picklable values, which may contain tensors of any shape and dtype.
 
     Returns:
-        The pickled items without their tensors, the first and the last byte of each tensor, and the bytes of all
-        tensors, as uint8.
+        The pickled items without their tensors, the (start, end) byte range of each tensor, and the bytes of all
+        tensors as a uint8 tensor.
     """
     tensors: list[pickle.PickleBuffer] = []
     stream = BytesIO()
@@ -172,7 +171,7 @@ def pack_batch(items: list[Any]) -> tuple[bytes, list[tuple[int, int]], Tensor]:
 
 
 def unpack_batch(batch: tuple[bytes, list[tuple[int, int]], Tensor]) -> list[Any]:
-    """Restore the items that `pack_batch` packed. Their tensors share the memory of the packed batch."""
+    """Restore the items packed by `pack_batch`. Their tensors share memory with the packed batch."""
     pickled, ranges, buffer = batch
     data = buffer.numpy()
     items: list[Any] = pickle.loads(pickled, buffers=[data[start:stop] for start, stop in ranges])
@@ -180,7 +179,7 @@ def unpack_batch(batch: tuple[bytes, list[tuple[int, int]], Tensor]) -> list[Any
 
 
 class _TensorPickler(pickle.Pickler):
-    """Pickler that passes the bytes of tensors to `buffer_callback`."""
+    """Pickler that passes tensor data to `buffer_callback`."""
 
     def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, Tensor):

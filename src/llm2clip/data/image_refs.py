@@ -1,6 +1,6 @@
 """Image references, which specify where the encoded bytes of an image are stored.
 
-Records contain references instead of images, so that lists of records are small and can be sent to other processes.
+Records contain references instead of images, so lists of records are small and can be sent to other processes.
 """
 
 import functools
@@ -21,26 +21,26 @@ import pyarrow.parquet as pq
 from llm2clip.data.image_header import MAX_FILE_BYTES
 from llm2clip.io_utils import describe_error, open_regular_file
 
-# Limit on the decoded image bytes of a Parquet row group. A file of a few hundred bytes can expand to many gigabytes,
-# because rows can share a value and because values are compressed.
+# Limit on the decoded image bytes in a Parquet row group. Because of compression and shared values, a file of a few
+# hundred bytes can expand to many gigabytes.
 MAX_ROW_GROUP_BYTES = 2 << 30
-MAX_BATCH_BYTES = 256 << 20  # approximate limit on the bytes that are decoded at a time
-MAX_WINDOW_BYTES = 128 << 20  # approximate size of the consecutive cells that are decoded to read one of them
-MAX_CACHE_BYTES = 256 << 20  # limit on the decoded cells that a process caches
-MAX_CELL_BYTES = 256 << 20  # limit on the image in a table cell
+MAX_BATCH_BYTES = 256 << 20  # approximate limit on the bytes decoded at a time
+MAX_WINDOW_BYTES = 128 << 20  # approximate size of the run of cells decoded to read one cell
+MAX_CACHE_BYTES = 256 << 20  # limit on the decoded cells cached by each process
+MAX_CELL_BYTES = 256 << 20  # size limit for an image in a table cell
 
 
 class ImageRef(ABC):
-    """Reference to the encoded bytes of an image. It is small, picklable and valid in any process.
+    """Reference to an image's encoded bytes. References are small, picklable and valid in any process.
 
-    `str()` returns a name for messages.
+    `str()` returns a name for use in messages.
     """
 
     __slots__ = ()
 
     @property
     def key(self) -> str:
-        """String that is equal for all references to an image, even if they spell its path differently."""
+        """String shared by all references to the same image, even if its path is written differently."""
         return self.canonical_path
 
     @property
@@ -63,7 +63,7 @@ class ImageRef(ABC):
         return getattr(self, "path", None) or getattr(self, "folder", None)
 
     def open(self) -> BinaryIO:
-        """Open the encoded bytes as a stream, so that the header can be read on its own.
+        """Open the encoded bytes as a stream. This allows reading only the header.
 
         Raises:
             OSError: The image cannot be read.
@@ -75,14 +75,14 @@ class ImageRef(ABC):
         """Return all encoded bytes.
 
         Raises:
-            OSError: The image cannot be read, or it has more than `MAX_FILE_BYTES` bytes.
+            OSError: The image cannot be read, or is larger than `MAX_FILE_BYTES`.
         """
         with self._convert_reader_errors(), self._open() as stream:
             return read_image_file(stream)
 
     @abstractmethod
     def _open(self) -> BinaryIO:
-        """Open the encoded bytes as a stream. If the file is damaged, any type of exception may be raised."""
+        """Open the encoded bytes as a stream. May raise any type of exception if the file is damaged."""
 
     @contextmanager
     def _convert_reader_errors(self) -> Iterator[None]:
@@ -190,9 +190,10 @@ class _TableCell(ImageRef):
 class ParquetImage(_TableCell):
     """A cell in a Parquet file. It contains either bytes or a struct with bytes and a path.
 
-    A read decodes the row group up to the cell and as many of the following cells as fit in `MAX_WINDOW_BYTES`. Each
-    process caches up to `MAX_CACHE_BYTES` of decoded cells. Reading in file order is therefore fast, but in random
-    order, most reads decode another row group. Files should have small row groups; Hugging Face uses 100 rows.
+    Reading a cell decodes its row group up to that cell, plus as many of the following cells as fit in
+    `MAX_WINDOW_BYTES`. Each process caches up to `MAX_CACHE_BYTES` of decoded cells. Reading in file order is therefore
+    fast, but most reads in random order decode a row group. Files should have small row groups; Hugging Face uses 100
+    rows.
     """
 
     path: str
@@ -248,8 +249,8 @@ def read_image_file(stream: BinaryIO) -> bytes:
     """Return the contents of an open image file.
 
     Raises:
-        OSError: The file cannot be read, or it has more than `MAX_FILE_BYTES` bytes. A sparse file can claim to have
-            terabytes.
+        OSError: The file cannot be read, or is larger than `MAX_FILE_BYTES`. A sparse file can claim to be terabytes
+            in size.
     """
     size = stream.seek(0, os.SEEK_END)
     if size > MAX_FILE_BYTES:
@@ -288,7 +289,7 @@ def disable_image_decoding(dataset: Any) -> Any:
 
 
 def resolve_folder(path: str) -> str:
-    """Make a path absolute and resolve symbolic links in its folder. The file name is not resolved."""
+    """Make a path absolute and resolve symbolic links in its folder, but not in its file name."""
     folder, name = os.path.split(path)
     return os.path.join(_real_path(os.path.abspath(folder)), name)
 
@@ -299,10 +300,10 @@ def _real_path(folder: str) -> str:
 
 
 def file_version(path: str) -> tuple[tuple[int, int], ...]:
-    """Return the sizes and modification times (in ns) of a file, or of all files in a folder and its subfolders.
+    """Return the size and modification time (in ns) of a file, or of every file in a folder and its subfolders.
 
-    Cache keys and search indexes contain them, so that stale entries are never used. The modification time of a folder
-    is not enough, because it does not change if a file in the folder is overwritten.
+    Cache keys and search indexes contain these values, so stale entries are never used. A folder's own modification
+    time is not enough, because overwriting a file in the folder does not change it.
     """
     files = [path]
     if os.path.isdir(path):
@@ -315,7 +316,7 @@ def file_version(path: str) -> tuple[tuple[int, int], ...]:
 
 @dataclass(frozen=True)
 class _Window:
-    """Consecutive decoded cells of a row group. `start` is the row of the first cell within the row group."""
+    """Run of decoded cells in a row group. `start` is the index of the first cell within the row group."""
 
     start: int
     cells: pa.ChunkedArray
@@ -326,9 +327,9 @@ _windows: OrderedDict[tuple[object, ...], _Window] = OrderedDict()  # decoded ce
 
 
 def _read_parquet_cell(path: str, row: int, column: str) -> pa.Scalar:
-    """Return a cell, from a window of decoded cells if possible. The total size of the windows is limited.
+    """Return a cell, if possible from a cached window of decoded cells. The total size of the windows is limited.
 
-    No lock is used, because a process that is forked while a thread holds the lock would wait forever. If two threads
+    No lock is used, because a process forked while another thread holds the lock would wait forever. If two threads
     need the same window, both decode it.
     """
     version = file_version(path)
@@ -347,7 +348,7 @@ def _read_parquet_cell(path: str, row: int, column: str) -> pa.Scalar:
 
 @functools.lru_cache(maxsize=1024)
 def _read_layout(path: str, version: object) -> tuple[list[int], int]:
-    """Return the first row of each row group of a Parquet file, and the number of rows to decode at a time."""
+    """Return the first row of each row group in a Parquet file, and the number of rows to decode at a time."""
     metadata = pq.read_metadata(path)
     starts = [0]
     for group in range(metadata.num_row_groups - 1):
@@ -356,11 +357,11 @@ def _read_layout(path: str, version: object) -> tuple[list[int], int]:
 
 
 def _decode_window(path: str, group: int, column: str, row: int, batch_size: int) -> _Window:
-    """Decode a row group up to a row, and as many of the following rows as fit in `MAX_WINDOW_BYTES`.
+    """Decode a row group up to the given row, plus as many of the following rows as fit in `MAX_WINDOW_BYTES`.
 
     Raises:
-        FileNotFoundError: The row group has fewer rows.
-        OSError: The cells up to the row have more than `MAX_ROW_GROUP_BYTES` bytes.
+        FileNotFoundError: The row group does not have this row.
+        OSError: The cells up to this row take more than `MAX_ROW_GROUP_BYTES`.
     """
     # The file is reopened each time and read without threads, because file handles and thread pools that survive a
     # fork can deadlock in data loader workers.
@@ -391,17 +392,17 @@ def _decode_window(path: str, group: int, column: str, row: int, batch_size: int
 def parquet_batch_size(metadata: pq.FileMetaData) -> int:
     """Return the number of rows (at most 64) to read at a time from a Parquet file.
 
-    All rows of a row group can share one large value, so each value can be as large as the entire row group. In this
-    worst case, a batch still takes at most `MAX_BATCH_BYTES`, unless it is a single row.
+    All rows in a row group can share one large value, so each value can be as large as the entire row group. Even then,
+    a batch takes at most `MAX_BATCH_BYTES`, unless it is a single row.
     """
     return max(1, min(64, MAX_BATCH_BYTES // max([1, *_row_group_sizes(metadata)])))
 
 
 def check_row_groups(metadata: pq.FileMetaData) -> None:
-    """Check the size of each row group of a Parquet file with images, according to the file's metadata.
+    """Check the size of each row group in a Parquet file with images, as stated in the file's metadata.
 
     Raises:
-        OSError: A row group has more than `MAX_ROW_GROUP_BYTES` bytes.
+        OSError: A row group is larger than `MAX_ROW_GROUP_BYTES`.
     """
     for group, num_bytes in enumerate(_row_group_sizes(metadata)):
         if num_bytes > MAX_ROW_GROUP_BYTES:
@@ -409,17 +410,17 @@ def check_row_groups(metadata: pq.FileMetaData) -> None:
 
 
 def _row_group_sizes(metadata: pq.FileMetaData) -> list[int]:
-    """Return the uncompressed size of each row group in bytes, according to the file's metadata.
+    """Return the uncompressed size of each row group in bytes, as stated in the file's metadata.
 
-    Sizes of single columns are not used, because `RowGroupMetaData.column` ends the process if the metadata is damaged.
+    Column sizes are not used, because `RowGroupMetaData.column` crashes the process if the metadata is damaged.
     """
     return [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
 
 
 def _row_group_error(group: int) -> OSError:
     return OSError(
-        f"the images in row group {group} have more than {MAX_ROW_GROUP_BYTES:,} bytes. Rewrite the file with smaller "
-        "row groups, such as 100 rows"
+        f"the images in row group {group} take more than {MAX_ROW_GROUP_BYTES:,} bytes. Rewrite the file with smaller "
+        "row groups, such as 100 rows each"
     )
 
 
@@ -433,13 +434,13 @@ def _open_saved_column(folder: str, version: object, split: str | None, column: 
 
 
 def _open_cell(cell: Any, ref: ImageRef) -> BinaryIO:
-    """Open the image in a table cell: bytes or a struct with bytes, as Arrow scalars or as Python values.
+    """Open the image in a table cell: bytes or a struct with bytes, as Arrow scalars or Python values.
 
-    A path in the cell is not opened. The cell contained bytes when the reference was created, so a path means that the
-    table was changed, and the path could point to any file on this machine.
+    Paths in cells are not opened. The cell contained bytes when the reference was created, so a path means that the
+    table has changed, and the path could point to any file on this machine.
 
     Raises:
-        OSError: The cell contains no bytes, or too many.
+        OSError: The cell contains no bytes, or more than `MAX_CELL_BYTES`.
     """
     data = cell.get("bytes") if isinstance(cell, dict | pa.StructScalar) else cell
     if isinstance(data, pa.Scalar):

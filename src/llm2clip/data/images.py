@@ -27,13 +27,13 @@ from llm2clip.data.image_refs import FileImage, ImageRef
 from llm2clip.io_utils import describe_error
 
 _ORIENTATION = 0x0112  # EXIF tag
-# Formats to decode with torchvision. PNG is excluded for torchvision 0.29 and later, whose PNG decoder crashes with a
-# segmentation fault on damaged pixel data.
+# Formats to decode with torchvision. PNG is excluded for torchvision 0.29 and later, whose PNG decoder segfaults on
+# damaged pixel data.
 _FAST_FORMATS = ("JPEG", "MPO", "WEBP", *(("PNG",) if Version(torchvision.__version__) < Version("0.29") else ()))
 
 
 class ImageError(ValueError):
-    """Raised if an image cannot be read. The message contains the reason and, if known, the file name."""
+    """Raised when an image cannot be read. The message contains the reason and, if known, the file name."""
 
 
 @runtime_checkable
@@ -47,16 +47,15 @@ ImageLike = str | Path | bytes | Image.Image | Tensor | np.ndarray | Readable
 
 
 def load_image(image: ImageLike) -> Tensor:
-    """Load an image as an RGB tensor of shape (3, H, W), uint8, with its EXIF orientation applied.
+    """Load an image as a uint8 RGB tensor of shape (3, H, W), with its EXIF orientation applied.
 
     Args:
-        image: One of the following: a path, encoded bytes, an open file, an `ImageRef`, a PIL image, a uint8 NumPy
-            array of shape (H, W, 3) or (H, W), or a tensor of shape (3, H, W) that is either uint8 or float with values
-            from 0 to 1.
+        image: A path, encoded bytes, an open file, an `ImageRef`, a PIL image, a uint8 NumPy array of shape (H, W, 3)
+            or (H, W), or a tensor of shape (3, H, W). The tensor must be either uint8 or float with values from 0 to 1.
 
     Raises:
-        ImageError: The image cannot be read, or the type of `image` is not supported. If the image is in a file, the
-            message contains the file name.
+        ImageError: The image cannot be read, or its type is not supported. If the image is in a file, the message
+            contains the file name.
     """
     if isinstance(image, Tensor):
         return _from_tensor(image)
@@ -78,22 +77,22 @@ def load_image(image: ImageLike) -> Tensor:
 
 
 def list_images(images: Any) -> list[Any]:
-    """Return the images in a list, a tuple or a batch of shape (N, ...). A single image becomes a list of one image."""
+    """Convert a list, a tuple, a batch of shape (N, ...) or a single image to a list of images."""
     is_batch = isinstance(images, Tensor | np.ndarray) and images.ndim == 4
     return list(images) if is_batch or isinstance(images, list | tuple) else [images]
 
 
 def decode_image(data: bytes) -> Tensor:
-    """Decode an image to an RGB tensor of shape (3, H, W), uint8.
+    """Decode an image to a uint8 RGB tensor of shape (3, H, W).
 
     The EXIF orientation is applied, transparent pixels are blended with white, and only the first frame of an animation
-    is used. torchvision decodes JPEG and WebP images, twice as fast as Pillow, and also PNG images in versions where
-    this is safe. Pillow decodes all other formats and reads all headers. Colour profiles are ignored, because they were
-    also ignored when the vision towers were pretrained.
+    is used. JPEG and WebP images are decoded with torchvision, which is twice as fast as Pillow. So are PNG images, in
+    versions where this is safe. Pillow decodes all other formats and reads all headers. Colour profiles are ignored, as
+    they were when the vision towers were pretrained.
 
     Raises:
-        ImageError: The bytes are not an image in a supported format, the image is damaged, it has more than
-            `MAX_PIXELS` pixels, or decoding would take too much work (see `check_decoding_work`).
+        ImageError: The format is not supported, the image is damaged or has more than `MAX_PIXELS` pixels, or decoding
+            would take too much work (see `check_decoding_work`).
     """
     with _convert_decoder_errors():
         header = open_header(BytesIO(data))
@@ -105,7 +104,7 @@ def decode_image(data: bytes) -> Tensor:
 
 @contextmanager
 def _convert_decoder_errors() -> Iterator[None]:
-    """Convert exceptions of decoders to `ImageError`. Damaged files can make decoders raise any type of exception."""
+    """Convert decoder exceptions to `ImageError`. Damaged files can make decoders raise any type of exception."""
     try:
         yield
     except ImageError:
@@ -119,7 +118,7 @@ def _convert_decoder_errors() -> Iterator[None]:
 
 
 def load_thumbnail(image: ImageLike, side: int) -> bytes | None:
-    """Load an image and return its thumbnail; see `make_thumbnail`. Return None if the image cannot be read."""
+    """Load an image and return its thumbnail (see `make_thumbnail`), or None if the image cannot be read."""
     try:
         return make_thumbnail(load_image(image), side)
     except (ImageError, OSError):
@@ -127,7 +126,7 @@ def load_thumbnail(image: ImageLike, side: int) -> bytes | None:
 
 
 def make_thumbnail(image: Tensor, side: int) -> bytes:
-    """Shrink an image of shape (3, H, W), uint8, to at most `side` pixels on its longer side. Return JPEG bytes."""
+    """Shrink a uint8 image of shape (3, H, W) to at most `side` pixels on its longer side. Return it as JPEG bytes."""
     height, width = image.shape[-2:]
     scale = min(1.0, side / max(height, width))
     small = F.resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)
@@ -135,7 +134,11 @@ def make_thumbnail(image: Tensor, side: int) -> bytes:
 
 
 def _file_name(image: object) -> object:
-    """Return the file name of an input, for error messages. Return an empty string if it has no file name."""
+    """Return an image's file name for error messages, or an empty string if it has none.
+
+    Raises:
+        ImageError: The type of `image` is not supported.
+    """
     if isinstance(image, ImageRef | str | Path):
         return image
     if isinstance(image, Image.Image):
@@ -204,14 +207,14 @@ def _decode_with_torchvision(data: bytes, header: Image.Image) -> Tensor | None:
 
 
 def _decode_with_pillow(image: Image.Image) -> Tensor:
-    """Convert a Pillow image of any mode to an RGB tensor of shape (3, H, W), uint8.
+    """Convert a Pillow image of any mode to a uint8 RGB tensor of shape (3, H, W).
 
     Raises:
         ImageError: The image is too large, or its pixels are floats.
     """
     _check_size(image)
     image.load()
-    _check_size(image)  # the size in the header of a HEIC image can differ from the size of its pixels
+    _check_size(image)  # the size in a HEIC header can differ from the size of the decoded image
     if image.mode == "F":
         raise ImageError("the pixels are floating-point values with an unknown range")
     if image.mode.startswith("I"):  # Pillow's own conversion clips 16-bit values at 255
@@ -225,7 +228,7 @@ def _decode_with_pillow(image: Image.Image) -> Tensor:
 
 
 def _read_orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation of an image (1 to 8), or 1 if it is missing or its EXIF data is damaged."""
+    """Return an image's EXIF orientation (1 to 8), or 1 if it is missing or the EXIF data is damaged."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # damaged EXIF data can make Pillow raise almost any type of exception
@@ -233,7 +236,7 @@ def _read_orientation(image: Image.Image) -> int:
 
 
 def _to_8_bits(pixels: Tensor) -> Tensor:
-    """Scale pixel values from 0-65535 to 0-255, with rounding. Return a uint8 tensor of the same shape."""
+    """Scale pixel values from 0-65535 to 0-255 and round them. Return a uint8 tensor of the same shape."""
     result = torch.empty(pixels.shape, dtype=torch.uint8)
     for chunk, out in zip(_split_rows(pixels), _split_rows(result), strict=True):
         out.copy_((chunk.to(torch.int32) + 128) // 257)
@@ -241,7 +244,7 @@ def _to_8_bits(pixels: Tensor) -> Tensor:
 
 
 def _blend_with_white(pixels: Tensor) -> Tensor:
-    """Blend an RGBA image of shape (4, H, W), uint8, with white. Return an RGB image of shape (3, H, W), uint8."""
+    """Blend a uint8 RGBA image of shape (4, H, W) with white. Return a uint8 RGB image of shape (3, H, W)."""
     result = torch.empty(3, *pixels.shape[1:], dtype=torch.uint8)
     for chunk, out in zip(_split_rows(pixels), _split_rows(result), strict=True):
         colour, alpha = chunk[:3].to(torch.int32), chunk[3:].to(torch.int32)
@@ -250,7 +253,7 @@ def _blend_with_white(pixels: Tensor) -> Tensor:
 
 
 def _split_rows(pixels: Tensor) -> Sequence[Tensor]:
-    """Split an image into row blocks of about a million pixels each, to limit the memory for int32 intermediates."""
+    """Split an image into row blocks of about a million pixels, to limit the memory used by int32 intermediates."""
     return pixels.split(max(1, (1 << 20) // max(1, pixels.shape[-1])), dim=-2)
 
 

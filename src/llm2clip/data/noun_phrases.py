@@ -1,10 +1,10 @@
-"""Short phrases, such as "dog" and "red hat", taken from the captions of an image and used as additional captions.
+"""Extraction of short phrases, such as "dog" and "red hat", from captions for use as additional captions.
 
-The rules below are for English. For other languages, or to use the output of a parser, provide a column `phrases`.
-Libraries that find noun phrases (spaCy, NLTK) are not used, because their models are not available from PyPI.
+The rules below are for English. For other languages, or to use the output of a parser, provide a `phrases` column.
+Noun phrase libraries (spaCy, NLTK) are not used, because their models are not available from PyPI.
 
 The words between two function words or punctuation marks form a run, as in RAKE (Rose et al. 2010, "Automatic keyword
-extraction from individual documents"). A run may contain a verb ("a brown dog runs"), so nouns are recognised from the
+extraction from individual documents"). A run may contain a verb ("a brown dog runs"), so nouns are identified from the
 captions themselves: a noun is a word that often stands alone between an article and a function word ("a dog in", "the
 hat").
 """
@@ -17,12 +17,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from llm2clip.data.records import Record
 from llm2clip.runs.ranks import print_once
 
-MIN_IMAGES = 3  # a phrase or noun must occur in the captions of this many images; rarer ones are often wrong
-MAX_WORDS = 4  # maximum number of words of a phrase
+MIN_IMAGES = 3  # minimum number of images in whose captions a phrase or noun occurs; rarer ones are often wrong
+MAX_WORDS = 4  # maximum number of words in a phrase
 
 
 def words_of(text: str) -> frozenset[str]:
-    """Return the words of a text, which are separated by whitespace."""
+    """Return the set of whitespace-separated words in a text."""
     return frozenset(text.split())
 
 
@@ -33,24 +33,24 @@ DETERMINERS = (
     | NUMBERS
     | words_of("this that these those her my your our some several many few both each every another no one")
 )
-# Words after which a noun phrase without a determiner may start ("with sunglasses", "dogs and cats").
+# Words that a noun phrase without a determiner may follow ("with sunglasses", "dogs and cats").
 CONNECTIVES = words_of(
     "and or of in on at to with without for from by near over under through across into onto behind beside between "
     "along around against above below inside outside beneath next like toward towards past off during before after"
 )
-# Other function words. They end a run, but a phrase does not start after them.
+# Other function words. They end a run, but no phrase starts after them.
 FUNCTION_WORDS = words_of(
     "is are was were be been being am do does did has have had can could will would may might must should he she it "
     "they them him who whom which what where when while as if than then there here not only very also just so too but "
     "because that's it's i you we me us all any other others more most much such same own up down out away back "
     "together"
 )
-# Nouns that do not name anything visible in an image. Phrases that end with one of them are not used.
+# Nouns that do not name anything visible in an image. Phrases that end with one are not used.
 VAGUE_NOUNS = words_of(
     "front top bottom side sides middle center centre left right end edge part parts kind type lot lots number group "
     "bunch couple pair pairs set image picture photo photograph view scene background foreground something someone"
 )
-# Function words that most English captions contain, and that are rare in other languages.
+# Function words that occur in most English captions but are rare in other languages.
 ENGLISH_WORDS = words_of("the of with and is are on at")
 _BOUNDARIES = DETERMINERS | CONNECTIVES | FUNCTION_WORDS
 # A word, or a character that ends a run.
@@ -58,7 +58,7 @@ _TOKEN = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|[^\w\s]|\d+")
 
 
 def add_phrases(records: Sequence[Record]) -> list[Record]:
-    """Return the records with phrases taken from their captions, and print a line if no phrases are found.
+    """Return the records with phrases extracted from their captions. Print a message if no phrases are found.
 
     The records are returned unchanged if any record already has phrases from a data column, or if the captions are not
     in English.
@@ -70,16 +70,16 @@ def add_phrases(records: Sequence[Record]) -> list[Record]:
     if not any(phrases):
         print_once(
             "No short phrases are used: the captions are not in English, or no phrase occurs in the captions of "
-            f"{MIN_IMAGES} or more images. To use your own phrases, add a column `phrases` to the data"
+            f"{MIN_IMAGES} or more images. To use your own phrases, add a `phrases` column to the data"
         )
         return list(records)
     return [dataclasses.replace(record, phrases=selected) for record, selected in zip(records, phrases, strict=True)]
 
 
 def is_english(captions: Sequence[str]) -> bool:
-    """Return True if at least a third of the captions contain a frequent English function word.
+    """Return True if at least a third of the captions contain a common English function word.
 
-    In other languages, the rules for phrases would find a few wrong phrases. At most 10,000 evenly spaced captions are
+    In other languages, the phrase rules would find a few wrong phrases. At most 10,000 evenly spaced captions are
     checked, and captions with fewer than four words are ignored.
     """
     sample = [caption.lower().split() for caption in captions[:: len(captions) // 10_000 + 1]]
@@ -88,10 +88,10 @@ def is_english(captions: Sequence[str]) -> bool:
 
 
 def extract_phrases(captions: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
-    """Return the phrases in the captions of each image, in lower case, in order of first appearance.
+    """Return the lower-case phrases in each image's captions, in order of first appearance.
 
-    A phrase ends with a noun and starts after a determiner, a connective or the start of a sentence. The noun alone is
-    also a phrase. Only phrases that occur in the captions of at least `MIN_IMAGES` images are returned.
+    A phrase ends with a noun and starts after a determiner or connective, or at the start of a sentence. The noun alone
+    is also a phrase. Only phrases that occur in the captions of at least `MIN_IMAGES` images are returned.
     """
     nouns = _select_frequent({noun for text in texts for noun in _find_lone_nouns(text)} for texts in captions)
     candidates = [tuple(dict.fromkeys(p for text in texts for p in _find_phrases(text, nouns))) for texts in captions]
@@ -100,7 +100,7 @@ def extract_phrases(captions: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
 
 
 def _select_frequent(sets: Iterable[Iterable[str]]) -> dict[str, str]:
-    """Return the strings that are in at least `MIN_IMAGES` of the sets, as a dict that maps each string to itself.
+    """Return a dict that maps each string found in at least `MIN_IMAGES` of the sets to itself.
 
     The dict lets all images share one string object per phrase.
     """
@@ -109,9 +109,9 @@ def _select_frequent(sets: Iterable[Iterable[str]]) -> dict[str, str]:
 
 
 def _split_into_runs(text: str) -> Iterator[tuple[str, list[str], str]]:
-    """Yield the runs of content words in a text, each with the preceding and the following token.
+    """Yield (preceding token, words, following token) for each run of content words in a text.
 
-    At the start and end of the text, these tokens are ".".
+    The start and the end of the text count as the token ".".
     """
     before, run = ".", list[str]()
     for token in [*_TOKEN.findall(text.lower()), "."]:
@@ -134,7 +134,7 @@ def _find_lone_nouns(text: str) -> Iterator[str]:
 
 
 def _find_phrases(text: str, nouns: dict[str, str]) -> Iterator[str]:
-    """Yield the noun phrase at the start of each run, and its last noun."""
+    """Yield the noun phrase at the start of each run, and that phrase's last noun."""
     for before, run, _ in _split_into_runs(text):
         if before != "." and not before.isdigit() and before not in DETERMINERS | CONNECTIVES:
             continue
