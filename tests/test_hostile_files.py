@@ -390,7 +390,7 @@ def test_sparse_caption_files_are_rejected_before_they_fill_the_memory(
     else:
         path.write_text("id,caption\n1,")
         os.truncate(path, 1 << 40)
-    with pytest.raises(DataFormatError, match=r"a line has over|must have at most"):
+    with pytest.raises(DataFormatError, match=r"a line has more than|must have at most"):
         list(open_records(path))
 
 

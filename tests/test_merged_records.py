@@ -26,7 +26,7 @@ def test_tar_images_have_the_same_key_by_any_path(tmp_path: Path, monkeypatch: p
 
 def test_stream_records_reads_a_second_source_with_a_bad_first_row(tmp_path: Path) -> None:
     good = write_jsonl(tmp_path / "a.jsonl", [{"caption": "x"}] * (EARLY_CHECK_ROWS + 1))
-    bad = write_jsonl(tmp_path / "b.jsonl", ["not an object", *[{"caption": "x"}] * 50])
+    bad = write_jsonl(tmp_path / "b.jsonl", ["not a JSON object", *[{"caption": "x"}] * 50])
     log = SkipLog()
     assert sum(1 for _ in stream_records([str(good), str(bad)], {}, log)) == EARLY_CHECK_ROWS + 51
     assert log.skipped.total() == 1

@@ -115,7 +115,7 @@ def test_exclude_compares_ids_without_leading_zeros(tmp_path: Path, capsys: pyte
     assert remaining("000000391895", "000000000139") == ["9"]
     capsys.readouterr()
     assert remaining("000000000140") == ["8", "7", "9"]
-    assert "contains none of these images" in capsys.readouterr().out
+    assert "contains none of the excluded images" in capsys.readouterr().out
 
 
 def test_copies_of_held_out_images_are_not_used_for_tuning(tmp_path: Path) -> None:

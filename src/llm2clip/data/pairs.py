@@ -1,14 +1,14 @@
-"""Positive pairs of texts for `tune`: their sources, and batches of them.
+"""Positive text pairs for `tune`: reading the sources and drawing batches.
 
-A pair is either two captions of the same image or a general text pair, such as a question with its answer, a title with
-its document, or a paraphrase. The captions of held-out images are not used.
+A pair is either two captions of the same image or a general text pair, such as a question and its answer, a title and
+its document, or two paraphrases. The captions of held-out images are not used.
 
-The format of text pairs is the same as in E5's training data (arXiv 2212.03533). A row has the form `{"query": ...,
-"positive": ..., "negatives": [...], "instruction": ...}`. All table formats that are supported for records are also
-supported here. The fields `negatives` and `instruction` are optional, and other common column names are recognised,
-too. Sentence pairs with a label or a score are not supported, because the two sentences may contradict each other.
+Text pairs have the same format as E5's training data (arXiv 2212.03533): `{"query": ..., "positive": ..., "negatives":
+[...], "instruction": ...}`. The fields `negatives` and `instruction` are optional, and other common column names are
+recognised. Text pairs can be in any table format that is supported for records. Sentence pairs with a label or a score
+are not supported, because the two sentences may contradict each other.
 
-For given data and settings, the batches depend only on the seed. A resumed run therefore uses the same batches as an
+For the same data and settings, the batches depend only on the seed. A resumed run therefore uses the same batches as an
 uninterrupted run, regardless of the number of processes.
 """
 
@@ -40,7 +40,7 @@ PAIR_COLUMN_NAMES = {  # pair field -> common column names, in order of preferen
     "instruction": ("instruction", "instruct", "task"),
     "split": ("split",),
 }
-DIMENSION = 64  # maximum dimension of the vectors from which similar captions are grouped
+DIMENSION = 64  # maximum dimension of the vectors used to group similar captions
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Pair:
         anchor: Query text.
         positive: Text with the same meaning as the anchor, or an answer to it.
         negatives: Known hard negatives. May be empty.
-        instruction: Text that is prepended to the anchor and excluded from pooling.
+        instruction: Text prepended to the anchor and excluded from pooling.
     """
 
     anchor: str
@@ -93,22 +93,22 @@ def read_tuning_sources(
     """Read the training data for `tune`; return one list of items per caption source, then one per text-pair source.
 
     If `config.source_weights` is not set, all caption sources except `train` are merged into one source. If no splits
-    are selected for a source, only records that have no split or a training split are used.
+    are selected for a source, only its records with a training split or no split are used.
 
     Args:
-        train: Training records that have already been read. If there are any, they form the first caption source.
+        train: Training records that have already been read. If not empty, they form the first caption source.
         held_out: Records whose images must not be used for tuning.
-        config: Tuning settings. Caption sources are listed in `data`, and text-pair sources in `text_pairs`. Images in
-            the sources listed under `exclude` are never used for tuning.
-        columns: Column mapping that is added to each source's own mapping.
+        config: Tuning settings. `data` lists caption sources, and `text_pairs` lists text-pair sources. Images in the
+            `exclude` sources are never used for tuning.
+        columns: Column mapping to add to each source's own mapping.
         log: Log in which to record skipped rows.
-        training_sources: Caption sources from which `held_out` may have been drawn. They precede the sources in
-            `config.data`. In all sources, held-out images are recognised by their image files. In `config.data`,
-            held-out images are also recognised by the comparable part of their ids; see `comparable_id`.
+        training_sources: Caption sources from which `held_out` may have been drawn. They are read before the sources in
+            `config.data`. Held-out images are recognised by their files in all sources and, in `config.data`, also by
+            the comparable part of their ids; see `comparable_id`.
 
     Raises:
-        ValueError: The number of source weights is wrong, a source has too few pairs, or no pair can be
-            formed because there are neither text pairs nor images with two captions.
+        ValueError: The number of source weights is wrong, a source has too few pairs, or there are neither text pairs
+            nor images with two captions.
     """
     sources = [*training_sources, *config.data]
     groups = [[source] for source in sources]
@@ -142,7 +142,7 @@ def read_tuning_sources(
         captions.append(items)
     num_removed = num_read - sum(len(items) for items in captions)
     if config.exclude and not num_removed:
-        print_once("--tune.exclude has no effect: the tuning data contains none of these images")
+        print_once("--tune.exclude has no effect: the tuning data contains none of the excluded images")
     if config.steps and not config.text_pairs:
         _require_two_captions(captions)
 
@@ -157,11 +157,11 @@ def read_tuning_sources(
 
 
 def comparable_id(record_id: str) -> str:
-    """Return the part of an id that all data sets with the same images have in common.
+    """Return the part of an id that is the same in all data sets with the same images.
 
-    If the id starts with a number, that number is returned. Otherwise, the entire id is returned. If the id consists
-    only of a number, leading zeros are removed, because COCO's file names have leading zeros (000000000139) but COCO's
-    ids do not (139). In any other id, a leading number counts only if it has at least five digits.
+    For a purely numeric id, return the number without leading zeros, because COCO's file names have leading zeros
+    (000000000139) but COCO's ids do not (139). For any other id, return the number at its start if that number has at
+    least five digits. If it has fewer, return the entire id.
     """
     if record_id.isdecimal():
         return record_id.lstrip("0") or "0"
@@ -178,15 +178,15 @@ def _require_two_captions(captions: Sequence[Sequence[TuningItem]]) -> None:
         if any(isinstance(item, ImageCaptions) and can_pair(item) for item in items):
             return
     raise ValueError(
-        "no image has two different captions, but tuning needs them as positive pairs. Use --tune.steps 0 to leave the "
+        "no image has two different captions, which tuning needs as positive pairs. Use --tune.steps 0 to leave the "
         "LLM unchanged, or --tune.data to tune on a data set with several captions per image"
     )
 
 
 def read_text_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
-    """Yield the pairs in a source (`PATH` or `PATH@split`) in order. Of several positives in a row, the first is used.
+    """Yield the pairs in a source (`PATH` or `PATH@split`) in order. If a row has several positives, use the first.
 
-    Rows in which a text is missing or both texts are identical are skipped and recorded in `log`.
+    Rows with a missing text or two identical texts are skipped and recorded in `log`.
 
     Raises:
         ValueError: The source has no query column, no positive column, or no pairs.
@@ -232,12 +232,12 @@ def read_text_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
 
 
 def _choose_columns(file: str, columns: Sequence[str]) -> dict[str, str]:
-    """Return the column of each field of a pair. Raise DataFormatError without a query or a positive column."""
+    """Return a dict {pair field: column}. Raise DataFormatError if the query or positive column is missing."""
     chosen = guess_columns(PAIR_COLUMN_NAMES, columns)
     for field in ("query", "positive"):
         if field not in chosen:
             names = ", ".join(PAIR_COLUMN_NAMES[field])
-            raise DataFormatError(f"{file}: no column for {field} (one of {names}); it has {', '.join(columns)}")
+            raise DataFormatError(f"{file}: no {field} column (any of {names}); its columns are {', '.join(columns)}")
     return chosen
 
 
@@ -256,12 +256,12 @@ def _to_pair(fields: Mapping[str, Any], columns: Mapping[str, str]) -> Pair:
 
 
 def _get_first_text(value: Any) -> str:
-    """Return the first text in a cell. Return an empty string if the cell contains no text."""
+    """Return the first text in a cell, or an empty string if the cell contains no text."""
     return next(iter(_list_texts(value)), "")
 
 
 def _list_texts(value: Any) -> list[str]:
-    """Return the texts in a cell, which contains either a single text or a list of texts."""
+    """Return the texts in a cell that contains either a single text or a list of texts."""
     values = value if isinstance(value, list) else [value]
     return [text.strip() for text in values if isinstance(text, str) and text.strip()]
 
@@ -279,10 +279,10 @@ def pair_batches(
 ) -> Iterator[list[Pair]]:
     """Yield `steps` batches of `batch_size` pairs.
 
-    Each batch comes from a single source, so that negatives are similar in kind to positives. No image or text occurs
-    twice in a batch, so that another caption of the anchor's image is never used as a negative. If one of an item's
-    texts is already in the current batch, the item is deferred to the next batch. An item that is still deferred when a
-    new pass starts is not used in that pass. Each pass over a source draws a new order and new pairs.
+    Each batch comes from a single source, so negatives are similar in kind to positives. No image or text occurs twice
+    in a batch, so another caption of the anchor's image is never used as a negative. If one of an item's texts is
+    already in the current batch, the item is deferred to the next batch. Items that are still deferred when a new pass
+    starts are not used in that pass. Each pass over a source draws a new order and new pairs.
 
     Args:
         sources: Items of each source. An item is either a text pair or the captions of an image. Images without two
@@ -309,14 +309,14 @@ def pair_batches(
 
 
 def resolve_pairs_per_step(sources: Sequence[Sequence[TuningItem]], batch_size: int, world_size: int) -> int:
-    """Return the number of pairs per step, over all ranks, and check that all sources have enough items.
+    """Return the total number of pairs per step across all ranks. Check that all sources have enough items.
 
-    A step has `batch_size` pairs for each rank. If no source has that many items, a step has as many pairs as can
+    A full step has `batch_size` pairs per rank. If no source has that many items, a step has as many pairs as can
     always be drawn from the smallest source, rounded down to a multiple of the number of ranks.
 
     Raises:
-        ValueError: Some sources have enough items for a step of the full size, and others do not. Also raised if a
-            source is too small for 2 pairs per step or for 1 pair per rank and step.
+        ValueError: Only some of the sources have enough items for a full step, or a source is too small for 2 pairs per
+            step or for 1 pair per rank.
     """
     pairs_per_step = batch_size * world_size
     usable = [pairable_items(items, 1) for items in sources]
@@ -373,9 +373,9 @@ def draw_pair(captions: ImageCaptions, rng: np.random.Generator) -> Pair:
 
 
 def _count_unrelated_items(items: Sequence[TuningItem]) -> int:
-    """Return the number of groups of items that are connected by shared texts.
+    """Count the groups of items that are connected by shared texts.
 
-    Items of different groups share no text, so a batch with one pair for each group can always be filled.
+    Items in different groups share no text, so a batch with one pair per group can always be filled.
     """
     texts: dict[str, int] = {}
     edges = [
@@ -387,7 +387,7 @@ def _count_unrelated_items(items: Sequence[TuningItem]) -> int:
 
 
 def _list_pair_kinds(captions: ImageCaptions) -> list[tuple[list[str], list[str]]]:
-    """Return the candidates for the first and the second text, for each kind of pair that the captions allow."""
+    """Return (first candidates, second candidates) for each kind of pair that the captions allow."""
     short = unique_captions(captions.short)
     long = [caption for caption in unique_captions(captions.long) if caption not in short]
     kinds = []
@@ -406,7 +406,7 @@ def _draw_batches(
     usable = pairable_items(items, batch_size)
     rng = np.random.default_rng(seed)
     vectors = caption_vectors([item.texts for item in usable]) if group_size > 1 else np.empty((len(usable), 0))
-    order: list[int] = []  # items that remain in this pass, in reverse order
+    order: list[int] = []  # remaining items in this pass, in reverse order
     for _ in range(steps):
         pairs: list[Pair] = []
         used_texts: set[str] = set()
@@ -435,24 +435,24 @@ def _draw_batches(
             used_items.add(index)
             used_texts.update(pair.texts)
             pairs.append(pair)
-        order.extend(reversed(deferred))  # items that were deferred earlier are used first
+        order.extend(reversed(deferred))  # items deferred earliest are used first
         yield pairs
 
 
 # ---- hard negatives --------------------------------------------------------------------------------------------------
 
-# In a random batch, nearly all negatives are about a different subject, so they soon become too easy. To avoid this,
-# each pass over the data divides the items into small groups with similar captions, using a random projection tree,
-# which splits the items recursively along random hyperplanes. A batch of a few groups then contrasts dogs with dogs
-# and street scenes with street scenes. Similarity is computed from the words (TF-IDF) rather than by the model being
+# In a random batch, nearly all negatives are about a different subject, so they soon become too easy. Each pass over
+# the data therefore divides the items into small groups with similar captions. It uses a random projection tree, which
+# splits the items recursively along random hyperplanes. A batch of a few groups then contrasts dogs with dogs and
+# street scenes with street scenes. Similarity is computed from the words (TF-IDF) rather than by the model being
 # trained, so it takes only seconds, and a resumed run forms the same groups.
 
 
 def caption_vectors(captions: Sequence[Sequence[str]]) -> np.ndarray:
-    """Compute a vector for each item from its captions. Return shape (N, at most 64), float32, L2-normalised.
+    """Compute an L2-normalised vector of each item's captions. Return shape (N, D), float32, with D at most 64.
 
-    The method is latent semantic analysis: TF-IDF followed by truncated SVD. The captions of an item, which can be in
-    any language, are concatenated into one document.
+    The method is latent semantic analysis: TF-IDF followed by truncated SVD. An item's captions, which can be in any
+    language, are concatenated into one document.
     """
     documents = [" ".join(texts) for texts in captions]
     tfidf = TfidfVectorizer(analyzer=_split_words, sublinear_tf=True).fit_transform(documents)
@@ -466,13 +466,13 @@ def caption_vectors(captions: Sequence[Sequence[str]]) -> np.ndarray:
 
 
 def grouped_permutation(vectors: np.ndarray, group_size: int, rng: np.random.Generator) -> np.ndarray:
-    """Return a random permutation of N items, as int64 indices, in which groups of similar items are adjacent.
+    """Return a random permutation of N items, as int64 indices, that keeps groups of similar items together.
 
     Args:
         vectors: Vectors from `caption_vectors`, of shape (N, D).
         group_size: Number of items per group. If N is not a multiple of `group_size`, one group is smaller. If
             `group_size` is 1, the result is an ordinary random permutation.
-        rng: Generator for the random directions and the random order. Each call forms new groups.
+        rng: Generator for the random directions and order. Each call forms new groups.
     """
     if group_size <= 1:
         return rng.permutation(len(vectors))
@@ -497,5 +497,5 @@ def _split_into_groups(
 
 
 def _split_words(text: str) -> list[str]:
-    """Split a text into words. Scripts without spaces (such as Thai or Chinese) are split into characters."""
+    """Split a text into words. Scripts without spaces, such as Thai or Chinese, are split into characters."""
     return re.findall(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|\w+", text.lower()) or [text]

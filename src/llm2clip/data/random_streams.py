@@ -1,8 +1,8 @@
-"""Vectorised random number generators, each of which draws the same numbers as a generator of NumPy.
+"""Vectorised random number generators that draw the same numbers as NumPy generators.
 
 A sample that depends only on (seed, epoch, image) needs its own random number generator. Creating and using one with
-`np.random.default_rng([seed, epoch, image])` takes about 30 microseconds. `RandomStreams` draws the same numbers for
-all images of a batch with array operations, in about 4 microseconds per image.
+`np.random.default_rng([seed, epoch, image])` takes about 30 microseconds. `RandomStreams` uses array operations to draw
+the same numbers for all images in a batch, which takes about 4 microseconds per image.
 
 The algorithms are the same as NumPy's: `SeedSequence` hashes the seeds, PCG64 (XSL-RR 128/64,
 https://www.pcg-random.org) generates the bits, and permutations are Fisher-Yates shuffles.
@@ -33,21 +33,21 @@ class RandomStreams:
 
     Args:
         seed: Non-negative integer.
-        words: Arrays of shape (N,) with integers from 0 to 2 ** 32 - 1.
+        words: Integer arrays of shape (N,) with values from 0 to 2 ** 32 - 1.
     """
 
     def __init__(self, seed: int, *words: np.ndarray) -> None:
         self._high, self._low, self._inc_high, self._inc_low = _seed_pcg64(_seed_words(seed, words))
-        # Each 64-bit output provides two 32-bit numbers. The upper half is kept for the next call.
+        # Each 64-bit output provides two 32-bit numbers. The upper half is saved for the next call.
         self._upper_half = np.zeros(len(self._high), np.uint64)
         self._has_upper_half = np.zeros(len(self._high), bool)
 
     def random(self) -> np.ndarray:
-        """Draw a number in [0, 1) from each generator, as `Generator.random` does. Return shape (N,), float64."""
+        """Draw a number in [0, 1) from each generator, like `Generator.random`. Return shape (N,), float64."""
         return (self._draw_64_bits(np.arange(len(self._high))) >> np.uint64(11)) * (1.0 / 9007199254740992.0)
 
     def shuffle(self, values: np.ndarray, counts: np.ndarray) -> None:
-        """Permute the first `counts[n]` values of row n in place with generator n, as `Generator.permutation` does.
+        """Permute the first `counts[n]` values of row n in place with generator n, like `Generator.permutation`.
 
         `values` has shape (N, largest count), and `counts` has shape (N,), int64.
         """
@@ -57,9 +57,9 @@ class RandomStreams:
             values[rows, last], values[rows, other] = values[rows, other], values[rows, last]
 
     def _draw_integers(self, indices: np.ndarray, highest: int) -> np.ndarray:
-        """Draw a random integer from 0 to `highest` with each of the generators `indices`.
+        """Draw a random integer from 0 to `highest` (inclusive) from each of the generators `indices`.
 
-        Like NumPy, take as many random bits as `highest` has, and draw again if the integer is larger than `highest`.
+        Like NumPy, draw as many random bits as `highest` has, and draw again if the result is larger than `highest`.
         """
         mask = np.uint64((1 << highest.bit_length()) - 1)
         integers = self._draw_32_bits(indices) & mask
@@ -70,7 +70,7 @@ class RandomStreams:
         return integers.astype(np.int64)
 
     def _draw_32_bits(self, indices: np.ndarray) -> np.ndarray:
-        """Draw 32 random bits with each of the generators `indices`. Return them as uint64."""
+        """Draw 32 random bits from each of the generators `indices`. Return them as uint64."""
         has_upper_half = self._has_upper_half[indices]
         numbers = self._upper_half[indices]
         fresh = indices[~has_upper_half]
@@ -81,7 +81,7 @@ class RandomStreams:
         return numbers
 
     def _draw_64_bits(self, indices: np.ndarray) -> np.ndarray:
-        """Draw 64 random bits with each of the generators `indices`. Return them as uint64."""
+        """Draw 64 random bits from each of the generators `indices`. Return them as uint64."""
         high, low = _multiply_128(self._high[indices], self._low[indices])
         high, low = _add_128(high, low, self._inc_high[indices], self._inc_low[indices])
         self._high[indices], self._low[indices] = high, low
@@ -93,7 +93,7 @@ class RandomStreams:
 
 
 def _seed_words(seed: int, words: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Split the seeds into 32-bit words, each of shape (N,), uint32. A large `seed` takes several words."""
+    """Split the seeds into 32-bit words, each of shape (N,), uint32. A large `seed` needs several words."""
     if seed < 0:
         raise ValueError(f"the seed must be at least 0 (got {seed})")
     seed_words = [seed & 0xFFFFFFFF]
@@ -105,7 +105,7 @@ def _seed_words(seed: int, words: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def _seed_pcg64(words: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the states and the increments of the generators, each as its upper and lower 64 bits, of shape (N,)."""
+    """Return the generators' states and increments, each split into its upper and lower 64 bits, of shape (N,)."""
     pool = _mix_entropy(words)
     hash_constant = _HashConstant(_INIT_B, _MULT_B)
     state = [hash_constant.hash(pool[n % _POOL_SIZE]).astype(np.uint64) for n in range(8)]

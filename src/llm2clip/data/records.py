@@ -1,7 +1,7 @@
-"""Records, each with an image and its captions, read from a source in any supported format.
+"""Reading records (images with their captions) from sources in any supported format.
 
 `open_records` is the entry point. It reads all formats in `readers`, validates every row, and logs each skipped row
-with the file, the row number and the reason. URLs in the data are never downloaded.
+with the file, row number and reason. URLs in the data are never downloaded.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class Record:
     """An image and its captions.
 
     Attributes:
-        id: Id from the source. If the source has no ids, the image's file name without its suffix or, failing that,
-            `file:row`.
+        id: Id from the source. If the source has no ids, this is the image's file name without its suffix. If there is
+            no file name either, it is `file:row`.
         image: Reference to the image, or None if the source contains only texts.
-        captions: Captions from the source. They are stripped, but never truncated.
+        captions: Captions from the source, stripped but never truncated.
         short_captions: Short captions written by a model.
         long_captions: Long captions written by a model.
         split: Name of the split, or None if the record has no split.
@@ -68,7 +68,7 @@ class Record:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """All captions: the original captions, then the short ones, then the long ones."""
+        """All captions: first the original captions, then the short ones, then the long ones."""
         return self.captions + self.short_captions + self.long_captions
 
 
@@ -77,12 +77,12 @@ class Source:
     """A source of records.
 
     Attributes:
-        path: File, folder, or glob or brace pattern. For a Hugging Face data set, use `hf:NAME`.
+        path: File, folder, glob or brace pattern, or `hf:NAME` for a Hugging Face data set.
         splits: Names of the splits to read. The name "none" selects records without a split. If empty, all records are
             read.
         columns: Mapping from record field (id, image, captions, short_captions, long_captions, phrases or split) to
-            column name. An empty column name disables the field. Fields that are not mapped are detected from the
-            usual column names.
+            column name. An empty column name disables the field. Unmapped fields are detected by their usual column
+            names.
     """
 
     path: str
@@ -98,7 +98,7 @@ class Source:
     def parse(cls, value: str | os.PathLike[str] | Mapping[str, Any] | Source) -> Source:
         """Create a source from `path`, `path@split+split`, or a mapping with the keys path, splits and columns.
 
-        If the entire string is the path of an existing file or folder, an @ in it does not introduce splits.
+        If the entire string is the path of an existing file or folder, it is never split at an @.
         """
         if isinstance(value, Source):
             return value
@@ -126,27 +126,27 @@ def open_records(
     image_check: ImageCheck = "header",
     require_captions: bool = True,
 ) -> Iterator[Record]:
-    """Return an iterator over the records of a source, in source order.
+    """Return an iterator over the records in a source, in source order.
 
-    The path is resolved immediately. Rows are read on demand, except for .csv, .tsv and captions.txt files, which are
-    read completely before the first record is returned, because any row may contain a caption of the first image. Rows
-    with the same image and split are merged into one record, at the position of the first of these rows.
+    The path is resolved immediately, and rows are read on demand. The exceptions are .csv, .tsv and captions.txt files.
+    They are read in full before the first record is returned, because any row may contain a caption of the first image.
+    Rows with the same image and split are merged into one record, at the position of the first of these rows.
 
     Args:
         source: Path, `path@split+split`, or anything else that `Source.parse` accepts.
-        log: Log in which to record skipped rows. The default log does not write a file, and allows 5% of the rows to be
+        log: Log in which to record skipped rows. By default, no log file is written, and up to 5% of the rows may be
             skipped.
         image_check: How to check each image.
 
-            - "header": check the image's format and size. This check takes about 0.1 ms if the file is cached. It does
-              not detect truncated pixel data.
+            - "header": check the image's format and size, which takes about 0.1 ms if the file is cached. Truncated
+              pixel data is not detected.
             - "exists": check that the image file exists.
-            - "unchecked": do not check images, so that no row is skipped because of its image. Use this value if only
-              the captions are needed.
-            - "ignore": do not check images, and do not read image bytes in tables. Identical images in different rows
-              of a table then have different references.
-        require_captions: If True, skip rows without captions. If False, use such rows if they have an image. Folders
-            are then searched recursively for images, tar files and tables.
+            - "unchecked": do not check images, so that no row is skipped because of its image. Use this if only the
+              captions are needed.
+            - "ignore": do not check images, and do not read image bytes in tables. As a result, identical images in
+              different rows of a table have different references.
+        require_captions: If True, skip rows without captions. If False, keep such rows if they have an image, and
+            search folders recursively for images, tar files and tables.
 
     Raises:
         FileNotFoundError: The path does not exist.
@@ -186,7 +186,7 @@ class _RecordReader:
         self.row_counts: Counter[str] = Counter()  # rows in the selected splits of this source, by split
         is_path = not source.path.startswith("hf:")
         self._log_path = os.path.realpath(os.path.expanduser(source.path)) if is_path else source.path
-        self._listed_images: set[str] = set()  # image files that are listed in the caption files of a folder
+        self._listed_images: set[str] = set()  # image files listed in a folder's caption files
 
     def read(self, files: Sequence[tuple[str, str]]) -> Iterator[Record]:
         num_records = 0
@@ -217,10 +217,10 @@ class _RecordReader:
         return _merge_rows(rows) if kind in ("csv", "tsv", "captions.txt") else rows
 
     def _parse_rows(self, raw_rows: Iterable[RawRow], kind: str) -> Iterator[_ParsedRow]:
-        """Parse raw rows; yield the valid rows that are in the selected splits."""
+        """Parse raw rows; yield the valid rows in the selected splits."""
         for file, number, fields in raw_rows:
             is_listed = kind == "images" and FileImage(file).key in self._listed_images
-            num_rows = 0 if is_listed else 1  # the row in the caption file has been counted
+            num_rows = 0 if is_listed else 1  # its row in the caption file has already been counted
             split = ""  # unknown
             try:
                 with _malformed_row_on_error():
@@ -243,7 +243,7 @@ class _RecordReader:
             yield row
 
     def _select_values(self, file: str, number: int, fields: dict[str, Any], kind: str) -> dict[str, Any]:
-        """Return the values of a row as a dict {record field: value}."""
+        """Return a row's values as a dict {record field: value}."""
         if kind in ("csv", "tsv", "parquet", "hf", "saved"):
             columns = self.mapper.map_table(file, list(fields))
         else:
@@ -272,7 +272,7 @@ class _RecordReader:
         return _ParsedRow(file, number, record, image, num_rows)
 
     def _parse_phrases(self, value: Any, parse_lists: bool, file: str, number: int) -> tuple[str, ...]:
-        """Return the phrases in a cell. Other values, such as boxes, are dropped, because phrases are optional."""
+        """Return the phrases in a cell. Phrases are optional, so other values, such as boxes, are dropped."""
         try:
             return parse_captions(value or None, parse_lists, self.log, file, number)
         except UnusableRow as error:
@@ -280,10 +280,10 @@ class _RecordReader:
             return ()
 
     def _clean_cells(self, values: dict[str, Any], file: str, number: int) -> dict[str, Any]:
-        """Return the cells of a row. Missing values such as NaN are replaced with None and counted in the log.
+        """Return a row's cells. Missing values such as NaN are replaced with None and counted in the log.
 
-        If several columns share a name, captions are taken from all of them, and other fields from the last column with
-        a value.
+        If several columns share a name, captions are taken from all of them, and other fields from the last column that
+        has a value.
         """
         cleaned: dict[str, Any] = {}
         for name, value in values.items():

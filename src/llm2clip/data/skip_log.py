@@ -1,4 +1,4 @@
-"""Log of skipped rows, by file and row number. It raises an error if too many rows are skipped."""
+"""Log of skipped rows, which raises an error if too many rows are skipped."""
 
 import json
 import os
@@ -8,9 +8,9 @@ from itertools import islice
 from pathlib import Path
 
 MAX_NOTES = 5  # number of notes in the summary
-# How to fix the source, by the reason for which most rows were skipped.
+# Most common reason for skipping rows -> how to fix the source.
 ADVICE = {
-    "missing image": "Relative image paths are resolved against the folder of the caption file. Move this file, "
+    "missing image": "Relative image paths are resolved against the folder of the caption file. Move the caption file, "
     "or correct the paths",
     "image is a URL": "Images are not downloaded. Download them first, for example with img2dataset --output_format "
     "webdataset, and pass the tar files",
@@ -20,7 +20,7 @@ ADVICE = {
 
 
 class TooManySkipped(ValueError):
-    """Raised if too many rows were skipped, which usually means that the source or its column mapping is wrong."""
+    """Raised when too many rows are skipped, which usually means that the source or its column mapping is wrong."""
 
 
 class SkipLog:
@@ -30,13 +30,13 @@ class SkipLog:
     process.
 
     Args:
-        path: File in which to list the rows. If the file exists, it is emptied first. If None, rows are counted but not
+        path: File in which to list skipped rows. An existing file is overwritten. If None, rows are counted but not
             listed.
-        max_skipped: Maximum fraction of the rows that may be skipped.
+        max_skipped: Maximum fraction of rows that may be skipped.
 
     Attributes:
-        skipped: Number of skipped rows for each reason.
-        dropped: Number of rows that were used without some of their values, such as empty captions, for each reason.
+        skipped: Number of skipped rows per reason.
+        dropped: Number of rows per reason that were used without some of their values, such as empty captions.
         examples: Descriptions of the first three skipped rows.
         notes: Maps each unusual property, such as an encoding, to the files that have it.
     """
@@ -58,15 +58,15 @@ class SkipLog:
 
     @property
     def rows_seen(self) -> int:
-        """Number of rows read so far. If a source is read several times, its rows are counted once."""
+        """Number of rows read so far. If a source is read several times, its rows are counted only once."""
         return self._num_rows + sum(sum(splits.values()) for splits in self._source_rows.values())
 
     def count_rows(self, count: int) -> None:
-        """Count rows that are read only once."""
+        """Add to the count of rows that are read only once."""
         self._num_rows += count
 
     def count_source_rows(self, path: str, split: str, count: int) -> None:
-        """Update the number of rows that the current pass has read from a split of a source.
+        """Update the number of rows read from a source's split in the current pass.
 
         `split` is an empty string if the split is unknown.
         """
@@ -74,11 +74,11 @@ class SkipLog:
         counts[split] = max(count, counts.get(split, 0))
 
     def count_at_least(self, count: int) -> None:
-        """Increase the row count to at least `count`. Used for data whose rows were not counted when they were read."""
+        """Increase the row count to at least `count`. Used for data whose rows were not counted when read."""
         self._num_rows += max(0, count - self.rows_seen)
 
     def skip(self, file: str, row: int, reason: str, value: object, rows: int = 1) -> None:
-        """Record `rows` consecutive skipped rows, the first of which is `row`.
+        """Record that `rows` consecutive rows, starting at `row`, were skipped.
 
         If a row was already skipped for the same reason in an earlier pass or stage, it is not recorded again.
         """
@@ -90,13 +90,13 @@ class SkipLog:
         self._write(file, row, reason, value)
 
     def record_dropped(self, file: str, row: int, reason: str, value: object) -> None:
-        """Record that part of a row was dropped, once for each row and reason. The rest of the row is used."""
+        """Record, once per row and reason, that part of a row was dropped. The rest of the row is used."""
         if self._is_new(file, row, reason):
             self.dropped[reason] += 1
             self._write(file, row, reason, value)
 
     def count_copies(self, keys: Iterable[str]) -> None:
-        """Count the images with these keys, which were merged with an identical image. Each key is counted once."""
+        """Count the images with these keys as merged with identical images. Each key is counted once."""
         self._copies.update(keys)
 
     def note(self, text: str, file: str) -> None:
@@ -105,7 +105,7 @@ class SkipLog:
         self.notes.setdefault(text, {})[name] = None
 
     def summary(self) -> str:
-        """Return a one-line summary: the numbers of skipped rows and dropped values, with reasons, and the notes."""
+        """Return a one-line summary of the skipped rows and dropped values, with reasons, and of the notes."""
         return "; ".join([self._format_numbers(), *self.list_notes()])
 
     def check(self) -> None:
@@ -124,7 +124,7 @@ class SkipLog:
         )
 
     def list_notes(self) -> list[str]:
-        """Return the first notes, each with the file to which it applies and the number of other such files."""
+        """Return the first notes, each with one of the files it applies to and the number of other such files."""
         notes = []
         for text, files in islice(self.notes.items(), MAX_NOTES):
             others = f" and {len(files) - 1:,} more" if len(files) > 1 else ""
@@ -132,7 +132,7 @@ class SkipLog:
         return notes
 
     def _is_new(self, file: str, row: int, reason: str) -> bool:
-        """Return True if a row has not been recorded for this reason yet, and remember it."""
+        """Return True the first time that a row is recorded for a given reason."""
         key = (file, row, reason)
         if key in self._recorded:
             return False
@@ -151,9 +151,9 @@ class SkipLog:
         if self.path is None:
             return
         entry = {"file": file, "row": row, "reason": reason, "value": str(value)[:200]}
-        # The file is reopened for each line, so that the list is on disk even if the run is killed. Skipped rows are
-        # rare, so this is fast enough. In file names that are not UTF-8, lone surrogates represent the invalid bytes;
-        # backslashreplace writes them as \udcXX, which is valid in JSON.
+        # The file is reopened for each line, so that no line is lost if the run is killed. Skipped rows are rare, so
+        # this is fast enough. In file names that are not UTF-8, lone surrogates represent the invalid bytes.
+        # backslashreplace writes them as \udcXX, which is valid JSON.
         with self.path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
 

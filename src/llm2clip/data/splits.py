@@ -1,4 +1,4 @@
-"""Reading of several data sources, merging of records with the same image, and the choice of held-out images."""
+"""Reading several data sources, merging records with the same image, and choosing held-out images."""
 
 import dataclasses
 import hashlib
@@ -27,10 +27,10 @@ class DataSplits:
     """Training records and held-out records.
 
     Attributes:
-        held_out: Maps each caption field to the held-out records that have an image, with the captions of that field.
-            The fields are `captions`, `short_captions` and `long_captions` if they are present in the data, and the
-            columns listed in `EvaluateConfig.fields`.
-        summary: One-line description of the training and held-out records, to be printed for the user.
+        held_out: Maps each caption field to the held-out records that have an image, with the captions in that field.
+            The fields are `captions`, `short_captions` and `long_captions`, if present in the data, and the columns
+            listed in `EvaluateConfig.fields`.
+        summary: One-line description of the training and held-out records, to print for the user.
         rule: Explanation of how the held-out images were chosen and how to select all images, for commands that use
             only the held-out records.
     """
@@ -49,26 +49,26 @@ def read_splits(
     image_check: ImageCheck = "header",
     keep_selected_splits: bool = False,
 ) -> DataSplits:
-    """Read sources and divide their records into training records and held-out records. Each image has one record.
+    """Read sources and divide their records into training and held-out records. Each image has one record.
 
-    If splits are selected for a source (`PATH@train+none`), all records in these splits are used for training. If no
-    splits are selected, the records that have no split or a training split are used. The held-out records are
-    determined by the first of the following rules that applies:
+    If splits are selected for a source (`PATH@train+none`), all records in these splits are used for training. If not,
+    only records with a training split or no split are used. The held-out records are determined by the first of these
+    rules that applies:
 
-    1. If `config.data` lists sources, their records are held out. Their images are removed from the training records.
+    1. If `config.data` lists sources, their records are held out, and their images are removed from the training data.
     2. If a source has a split named val, validation, valid, dev or test, that split is held out. If there are several
        such splits, the one that comes first in this list is held out.
-    3. Otherwise, a tenth of the training images (at most 1,000) is held out, chosen by a hash of each record. If there
-       are sources for which no splits are selected, the held-out images are drawn only from these sources.
+    3. Otherwise, a tenth of the training images (at most 1,000) is held out, chosen by a hash of each record. Sources
+       with selected splits contribute held-out images only if all sources have selected splits.
 
     Args:
         sources: Paths, optionally followed by `@split+split`.
         config: Evaluation settings, which list held-out sources and additional caption columns.
-        columns: Column mapping that is added to each source's own mapping.
+        columns: Column mapping to add to each source's own mapping.
         log: Log in which to record skipped rows.
         image_check: How to check images; see `open_records`.
-        keep_selected_splits: If True, rule 3 applies only if there is a source for which no splits are selected.
-            Otherwise, no images are held out.
+        keep_selected_splits: If True and all sources have selected splits, hold out no images instead of applying
+            rule 3.
     """
     records = read_merged_records(sources, columns, log, image_check)
     splits = Counter(record.split or NO_SPLIT for _, record in records if record.image is not None)
@@ -107,7 +107,7 @@ def read_splits(
 def _describe_rule(num_held_out: int, held_out_split: str | None, splits: Counter[str]) -> str:
     """Explain which images in the sources are held out, and how to select all images.
 
-    `held_out_split` is None if the images were drawn from the training images. `splits` are all splits of the sources.
+    `held_out_split` is None if the images were drawn from the training images. `splits` counts the images per split.
     """
     reason = f"the split {held_out_split}"
     if held_out_split is None:
@@ -134,7 +134,7 @@ def _split_name(record: Record) -> str:
 
 
 def _draw_held_out(train: Sequence[SourcedRecord]) -> tuple[list[SourcedRecord], list[SourcedRecord]]:
-    """Hold out a random tenth of the images; return the remaining training records and the held-out records."""
+    """Hold out a tenth of the images at random; return the remaining training records and the held-out records."""
     candidates = [record for source, record in train if not source.splits] or [record for _, record in train]
     shuffled = sorted((record for record in candidates if record.image is not None), key=_record_hash)
     count = min(MAX_HELD_OUT, max(1, len(shuffled) // HELD_OUT_FRACTION))
@@ -174,19 +174,19 @@ def _group_by_caption_field(
 def read_merged_records(
     sources: Sequence[str | Source], columns: dict[str, str], log: SkipLog, image_check: ImageCheck = "header"
 ) -> list[SourcedRecord]:
-    """Read all records from several sources and merge records that have the same image.
+    """Read all records from several sources and merge records with the same image.
 
     Rows with the same image are merged into one record with all their distinct captions, even across sources. The
-    merged record keeps the id, split and source of the first row. Image files with the same bytes count as the same
-    image; see `find_copies`. Rows without an image are merged if they have the same id, source path and split.
+    merged record keeps the id, split and source of the first row. Image files with the same bytes are treated as the
+    same image; see `find_copies`. Rows without an image are merged if they have the same id, source path and split.
 
     Args:
-        columns: Column mapping that is added to each source's own mapping.
+        columns: Column mapping to add to each source's own mapping.
         log: Log in which to record skipped rows and count copies of images.
         image_check: How to check images; see `open_records`. If "ignore", the bytes of image files are not compared.
 
     Returns:
-        A list of (source, record) pairs, one for each image, in order of first appearance.
+        A list with one (source, record) pair per image, in order of first appearance.
 
     Raises:
         ValueError: Images are checked, but no record has an image. See `open_records` for other errors.
@@ -204,7 +204,7 @@ def read_merged_records(
     if image_check in ("header", "exists") and merged and not any(record.image for _, record in merged.values()):
         names = ", ".join(str(source) for source in sources)
         message = (
-            f"{names}: none of the {len(merged):,} records has an image. Only `tune` and `embed` accept texts alone"
+            f"{names}: none of the {len(merged):,} records has an image. Only `tune` and `embed` accept text-only data"
         )
         raise ValueError("\n".join([message, *log.list_notes()]))
     if image_check != "ignore":
@@ -220,7 +220,7 @@ def stream_records(
 ) -> Iterator[SourcedRecord]:
     """Yield (source, record) for each record in several sources, in order. Records are not merged.
 
-    The arguments are the same as those of `read_merged_records`.
+    The arguments are the same as for `read_merged_records`.
     """
     for name in sources:
         parsed = Source.parse(name)
@@ -230,10 +230,10 @@ def stream_records(
 
 
 def same_image_filter(records: Sequence[Record], candidates: Sequence[Record]) -> Callable[[Record], bool]:
-    """Return a function that returns True if a candidate has the same image as one of the records.
+    """Return a function that checks whether a candidate has the same image as one of the records.
 
-    Image files with the same bytes count as the same image. All candidates must be passed at once, so that only files
-    of the same size are compared.
+    Image files with the same bytes are treated as the same image. All candidates must be passed at once, so that only
+    files of the same size need to be compared.
     """
     copies = find_copies([record.image for record in [*records, *candidates]])
 

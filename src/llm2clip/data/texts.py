@@ -34,10 +34,10 @@ def check_texts(texts: Iterable[str]) -> Iterator[str]:
 
 
 def check_not_empty(texts: Iterable[str]) -> None:
-    """Raise ValueError with the index of the first text that is empty or only whitespace, if there is one."""
+    """Raise ValueError if a text is empty or only whitespace. The message contains the index of the first such text."""
     for index, text in enumerate(texts):
         if isinstance(text, str) and not text.strip():
-            raise ValueError(f"text {index} is empty: write what the image should show")
+            raise ValueError(f"text {index} is empty. Describe what the image should show")
 
 
 def caption_key(caption: str) -> bytes:
@@ -46,7 +46,7 @@ def caption_key(caption: str) -> bytes:
 
 
 def text_key(text: str) -> int:
-    """Hash a text to a signed 64-bit integer. The hash is the same in every process."""
+    """Hash a text to a signed 64-bit integer that is the same in every process."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
 
 

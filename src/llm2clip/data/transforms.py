@@ -24,7 +24,7 @@ _RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's constants, as stored in pr
 class Preprocess:
     """Preprocessing settings of a vision tower.
 
-    The image is resized to floor(size / crop_pct) and then centre-cropped, as timm's evaluation transforms do.
+    The image is resized to floor(size / crop_pct) and then centre-cropped, as in timm's evaluation transforms.
 
     Attributes:
         size: Side length of the square input, in pixels.
@@ -72,7 +72,7 @@ class Preprocess:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Preprocess:
-        """Create the settings from either the output of `to_dict` or a transformers image processor's config.
+        """Create the settings from the output of `to_dict` or from a transformers image processor's config.
 
         Raises:
             ValueError: The config is not for square images of a fixed size, or a value is missing or has the wrong
@@ -102,13 +102,13 @@ class Preprocess:
             interpolation=_parse_interpolation(int(config.get("resample", 3))),
             mean=_parse_channels(config["image_mean"]),
             std=_parse_channels(config["image_std"]),
-            crop_rounding=config.get("crop_rounding", "down"),  # image processors of transformers round down
+            crop_rounding=config.get("crop_rounding", "down"),  # transformers image processors round down
         )
 
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Evaluation transform: resize and centre-crop an image of shape (3, H, W), uint8, to (3, S, S), uint8."""
+    """Evaluation transform: resize and centre-crop a uint8 image of shape (3, H, W) to shape (3, S, S)."""
 
     preprocess: Preprocess
 
@@ -132,14 +132,14 @@ class EvalTransform:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Training transform: take a random crop of an image of shape (3, H, W), uint8, and resize it to (3, S, S), uint8.
+    """Training transform: resize a random crop of a uint8 image of shape (3, H, W) to shape (3, S, S).
 
     The crop covers a random fraction of the image area, at least `min_crop_scale`, and has an aspect ratio between 3/4
     and 4/3. If `min_crop_scale` is 1, the transform is the same as `EvalTransform`.
     Images are not flipped, because captions mention left and right.
 
-    All random numbers come from the `generator` argument. If the generator is seeded with (seed, epoch, index), the
-    crop of a sample does not depend on which worker process loads the sample.
+    All random numbers come from the `generator` argument. If it is seeded with (seed, epoch, index), a sample's crop
+    does not depend on which worker process loads the sample.
     """
 
     preprocess: Preprocess
@@ -154,7 +154,7 @@ class TrainTransform:
         return F.resized_crop(image, *box, side, interpolation=interpolation, antialias=True).contiguous()
 
     def _crop(self, height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
-        """Draw a random crop as in torchvision's RandomResizedCrop; return (top, left, height, width)."""
+        """Sample a crop box as in torchvision's RandomResizedCrop; return (top, left, height, width)."""
         min_ratio, max_ratio = 3 / 4, 4 / 3
         for _ in range(10):
             share, log_ratio, down, right = torch.rand(4, generator=generator, dtype=torch.float64).tolist()

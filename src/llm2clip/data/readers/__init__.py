@@ -1,4 +1,4 @@
-"""Readers for all supported formats. They find the files for a path and read the raw rows in each file.
+"""Entry points for reading data: `find_files` resolves a path to files, and `read_source` reads the raw rows in a file.
 
 The reader for each format is a function in `json_files`, `csv_files`, `tables` or `tar`.
 """
@@ -19,7 +19,7 @@ from llm2clip.data.readers.tar import IMAGE_SUFFIXES, UNSUPPORTED_SUFFIXES, list
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.io_utils import DataFormatError, describe_error
 
-FORMATS = {  # file suffix -> name of the format in `read_source`
+FORMATS = {  # file suffix -> format name for `read_source`
     ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
     ".tar": "tar", ".txt": "captions.txt",
 }  # fmt: skip
@@ -44,7 +44,7 @@ def find_files(path: str, all_files: bool = False, log: SkipLog | None = None) -
         path: File, folder, glob or brace pattern, or `hf:NAME` for a Hugging Face data set.
         all_files: If True, use all caption files, images, tar files and Parquet files in a folder and its subfolders.
             If False, use only the first of these kinds that the folder contains.
-        log: Log in which to note the outputs of llm2clip in a folder, which are not read.
+        log: Log in which to note llm2clip outputs in a folder, which are not read.
 
     Raises:
         FileNotFoundError: No file matches the path. The message suggests similar names.
@@ -86,20 +86,20 @@ def read_source(
 ) -> Iterator[RawRow]:
     """Yield the raw rows in a file or folder.
 
-    A damaged file can make a library raise any type of exception. In this case, the last row is a `BadRow`, so that a
-    single damaged file does not stop a run.
+    A damaged file can make a library raise any type of exception. In this case, the last row is a `BadRow`, so a single
+    damaged file does not stop a run.
 
     Args:
-        kind: Name of the format, from `find_files`.
+        kind: Format name returned by `find_files`.
         path: File or folder to read.
-        choose: Function that selects the columns of a table. Other columns are not read.
-        image_bytes: If True, read images that are embedded in Parquet files.
+        choose: Function that selects which columns of a table to read.
+        image_bytes: Whether to read images embedded in Parquet files.
         splits: Splits of a Hugging Face data set to read. If empty or None, all splits are read. Each row's `split`
-            field is set to the name of its split; if `splits` is None, rows keep the `split` value in the data.
+            field is set to the name of its split, but if `splits` is None, rows keep the `split` value in the data.
         log: Log in which to note unusual properties of a file, such as its encoding.
 
     Raises:
-        DataFormatError: The entire file cannot be read. The message contains the reason.
+        DataFormatError: No part of the file can be read. The message contains the reason.
         OSError: The file does not exist, or the disk cannot be read.
     """
     number = 0
@@ -132,7 +132,7 @@ def _open_reader(
 
 
 def _find_in_folder(folder: str, all_files: bool, log: SkipLog | None) -> list[tuple[str, str]]:
-    """Resolve a folder; see `find_files`. The names of caption files may be in upper case."""
+    """Resolve a folder; see `find_files`. The names of caption files are case-insensitive."""
     names = sorted(os.listdir(folder))
     if "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= set(names):
         return [("saved", folder)]
@@ -180,7 +180,7 @@ def _suggest_conversion(path: str) -> str:
 
 
 def suggest_paths(path: str) -> str:
-    """Return the paths that are most similar to a missing path, in its deepest existing parent folder, as a hint."""
+    """Return a hint that lists the paths most similar to a missing path, in its deepest existing parent folder."""
     parent, name = os.path.split(os.path.abspath(os.path.expanduser(path)))
     while not os.path.isdir(parent):
         parent, name = os.path.split(parent)

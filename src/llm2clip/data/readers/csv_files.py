@@ -1,6 +1,6 @@
-"""Readers for CSV and TSV files, and for the captions.txt of Flickr8k.
+"""Readers for CSV and TSV files, and for Flickr8k's captions.txt.
 
-The delimiter is detected, because spreadsheets use semicolons in many countries.
+The delimiter is detected automatically, because spreadsheets in many countries use semicolons.
 """
 
 import csv
@@ -28,18 +28,17 @@ from llm2clip.io_utils import DataFormatError
 
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 MAX_CELL_CHARACTERS = 1 << 24  # the csv module's default of 131,072 characters is too low for long texts
-SAMPLE_CHARACTERS = 1 << 16  # number of characters that are read to detect the delimiter
+SAMPLE_CHARACTERS = 1 << 16  # number of characters read to detect the delimiter
 SAMPLE_ROWS = 50
 
 
 def read_csv(path: str, delimiter: str, log: SkipLog | None = None) -> Iterator[RawRow]:
     """Yield the rows in a CSV or TSV file with a header line.
 
-    The values of columns that share a name become a list. A row with more or fewer fields than the header becomes a
-    `BadRow`.
+    The values of columns that share a name are combined into a list. A row with more or fewer fields than the header
+    becomes a `BadRow`.
 
     Args:
-        path: Path of the file.
         delimiter: Delimiter suggested by the file's suffix. Another delimiter is used if it fits better.
         log: Log in which to note unusual delimiters and encodings.
 
@@ -72,14 +71,14 @@ def read_csv(path: str, delimiter: str, log: SkipLog | None = None) -> Iterator[
             except StopIteration:
                 return
             except (csv.Error, LineTooLong) as error:
-                num_lines = max(1, rows.line_num + first_line - number)  # a line that is too long is not in line_num
+                num_lines = max(1, rows.line_num + first_line - number)  # line_num excludes a line that is too long
                 is_too_long = "field limit" in str(error)
                 if "unexpected end" in str(error) or (is_too_long and num_lines > 1):
                     # All following rows are part of the quoted field.
                     raise DataFormatError(
                         f"{path}: a quote opened in the row at line {number} is not closed"
                     ) from error
-                problem = f"a cell has over {MAX_CELL_CHARACTERS:,} characters" if is_too_long else str(error)
+                problem = f"a cell has more than {MAX_CELL_CHARACTERS:,} characters" if is_too_long else str(error)
                 if num_lines > 1:
                     problem += f", in a quoted cell of {num_lines:,} lines"
                 yield path, number, BadRow("malformed row", problem, num_lines)
@@ -90,11 +89,11 @@ def read_csv(path: str, delimiter: str, log: SkipLog | None = None) -> Iterator[
 
 
 def _detect_delimiter(sample: str, default: str) -> tuple[str, int]:
-    """Return the delimiter of a CSV file, and the number of the line that contains the header.
+    """Return a CSV file's delimiter and the line number of its header.
 
-    The delimiter must occur in the header, outside quotes. If there are several candidates, the delimiter
-    for which most rows have as many fields as the header is chosen, or `default` in case of a tie. A first line in
-    Excel's form `sep=;` sets the delimiter.
+    The delimiter must occur in the header, outside quotes. If there are several candidates, choose the one for which
+    the most rows have as many fields as the header, or `default` if there is a tie. If the first line has the form
+    `sep=;`, as in Excel, it determines the delimiter.
     """
     specified = re.match(r'"?sep=([^\r\n"])"?\r?\n', sample)
     if specified is not None:
@@ -108,7 +107,7 @@ def _detect_delimiter(sample: str, default: str) -> tuple[str, int]:
 
 
 def _count_matching_rows(sample: str, delimiter: str) -> int:
-    """Return how many of the first rows have as many fields as the header. Return 0 if the header has one field."""
+    """Count the first rows that have as many fields as the header. Return 0 if the header has only one field."""
     rows = csv.reader(io.StringIO(sample, newline=""), delimiter=delimiter, skipinitialspace=True)
     try:
         lengths = [len(cells) for cells in islice(rows, SAMPLE_ROWS)]
@@ -118,7 +117,7 @@ def _count_matching_rows(sample: str, delimiter: str) -> int:
 
 
 def _to_fields(header: Sequence[str], repeated: Set[str], cells: Sequence[str]) -> dict[str, Any] | BadRow:
-    """Map column names to cells. The cells of columns that share a name become a list."""
+    """Return a dict {column name: cell}. The cells of columns that share a name are combined into a list."""
     if len(cells) != len(header):
         return BadRow("malformed row", f"{len(cells)} fields, but the header has {len(header)}: {cells}")
     fields: dict[str, Any] = dict(zip(header, cells, strict=True))
@@ -128,9 +127,9 @@ def _to_fields(header: Sequence[str], repeated: Set[str], cells: Sequence[str]) 
 
 
 def read_captions_txt(path: str, log: SkipLog | None = None) -> Iterator[RawRow]:
-    """Yield the captions in a file that has one of the two formats used for Flickr8k.
+    """Yield the captions in a file in one of the two formats used for Flickr8k.
 
-    The first format is `name.jpg,caption`, optionally with a header line. The second is `name.jpg#0<TAB>caption`.
+    The first format is `name.jpg,caption`, with an optional header line. The second is `name.jpg#0<TAB>caption`.
     """
     image_folder = None
     for number, line in enumerate(read_text_lines(path, log), 1):

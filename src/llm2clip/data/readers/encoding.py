@@ -1,9 +1,9 @@
-"""Detection of text encodings.
+"""Text encoding detection.
 
 UTF-8 and UTF-16 files can be read. For other encodings, a message explains how to convert the file to UTF-8.
 
-The encoding of a file that is neither UTF-8 nor UTF-16 can only be guessed. For example, every French text in cp1252 is
-also valid in cp1250, but some letters are wrong. Such files are therefore never decoded with a guessed encoding.
+Other encodings can only be guessed. For example, any French text in cp1252 is also valid cp1250, but with some wrong
+letters. Files are therefore never decoded with a guessed encoding.
 """
 
 import codecs
@@ -34,16 +34,16 @@ _LIKELY_ENCODINGS = (
     "big5", "euc_kr",
 )  # fmt: skip
 MAX_READINGS = 3  # maximum number of likely encodings listed in a message
-MAX_SAMPLE_BYTES = 1 << 14  # maximum size of the text whose encoding is guessed
-MAX_SEARCHED_BYTES = 1 << 28  # maximum size of the part of a file that is searched for text that is not UTF-8
+MAX_SAMPLE_BYTES = 1 << 14  # maximum size of the sample from which the encoding is guessed
+MAX_SEARCHED_BYTES = 1 << 28  # maximum number of bytes to search for text that is not UTF-8
 MAX_SKIPPED_CHARACTERS = 1 << 30  # a file with a longer line is damaged or sparse, so it is rejected
 
 
 def open_text(path: str, log: SkipLog | None = None, newline: str | None = None) -> TextIO:
-    """Open a UTF-8 or UTF-16 text file, which may be compressed (.gz). Byte order marks are removed.
+    """Open a UTF-8 or UTF-16 text file, which may be gzipped (.gz). Byte order marks are removed.
 
-    Bytes that cannot be decoded become lone surrogates, so that a reader can skip the row instead of the entire file;
-    see `find_undecodable`. Read lines with `BoundedLines`.
+    Undecodable bytes become lone surrogates, so that a reader can skip a row instead of the entire file; see
+    `find_undecodable`. Read lines with `BoundedLines`.
 
     UTF-16 files are noted in `log`. `newline` is the newline mode, as in the built-in function `open`.
     """
@@ -62,13 +62,13 @@ def open_text(path: str, log: SkipLog | None = None, newline: str | None = None)
 
 
 class LineTooLong(ValueError):
-    """Raised if a line, or a row that consists of several lines, has too many characters."""
+    """Raised when a line or a multi-line row has too many characters."""
 
 
 class BoundedLines:
-    """Iterator over the lines of a text file that limits the length of a row, which may consist of several lines.
+    """Iterator over the lines of a text file that limits the length of each row, which may span several lines.
 
-    If a line has too many characters, `LineTooLong` is raised, and the next line can be read.
+    If a row is too long, `LineTooLong` is raised. Iteration can then continue with the next line.
     """
 
     def __init__(self, file: TextIO, path: str) -> None:
@@ -76,7 +76,7 @@ class BoundedLines:
         self.start_row()
 
     def start_row(self) -> None:
-        """Start counting the characters of a row."""
+        """Reset the character count at the start of a row."""
         self._characters_left = MAX_LINE_CHARACTERS
 
     def __iter__(self) -> Iterator[str]:
@@ -91,7 +91,7 @@ class BoundedLines:
             return line
         self._skip_line(line)
         self.start_row()
-        raise LineTooLong(f"a row has over {MAX_LINE_CHARACTERS:,} characters")
+        raise LineTooLong(f"a row has more than {MAX_LINE_CHARACTERS:,} characters")
 
     def _skip_line(self, start: str) -> None:
         part, num_skipped = start, 0
@@ -99,13 +99,13 @@ class BoundedLines:
             part = self._file.readline(1 << 20)
             num_skipped += len(part)
             if num_skipped > MAX_SKIPPED_CHARACTERS:
-                raise DataFormatError(f"{self._path}: a line has over {MAX_SKIPPED_CHARACTERS:,} characters")
+                raise DataFormatError(f"{self._path}: a line has more than {MAX_SKIPPED_CHARACTERS:,} characters")
 
 
 def read_text_lines(path: str, log: SkipLog | None = None, newline: str | None = None) -> Iterator[str | BadRow]:
     """Yield the lines of a text file. A line that is too long or cannot be decoded becomes a `BadRow`.
 
-    The arguments are the same as those of `open_text`.
+    The arguments are the same as for `open_text`.
     """
     with open_text(path, log, newline) as file:
         lines = BoundedLines(file, path)
@@ -124,8 +124,8 @@ def read_text_lines(path: str, log: SkipLog | None = None, newline: str | None =
 def detect_encoding(start: bytes) -> str:
     """Return the encoding of a file, given its first four bytes: "utf-8-sig", or a UTF-16 or UTF-32 encoding.
 
-    A file without a byte order mark counts as UTF-16 if every other byte is 0. This rule is reliable, because caption
-    files start with two ASCII characters, and UTF-8 text does not contain zero bytes.
+    A file without a byte order mark is treated as UTF-16 if every other byte is 0. This rule is reliable, because
+    caption files start with two ASCII characters, and UTF-8 text does not contain zero bytes.
     """
     for mark, encoding in _MARKS:
         if start.startswith(mark):
@@ -139,9 +139,9 @@ def detect_encoding(start: bytes) -> str:
 
 
 def find_undecodable(text: str, path: str, log: SkipLog | None = None) -> BadRow | None:
-    """Return a `BadRow` if a text from `open_text` contains bytes that could not be decoded, else None.
+    """Return a `BadRow` if a text from `open_text` contains undecodable bytes, and None if it does not.
 
-    Also note the likely encodings of the file in the log.
+    Also note the file's likely encodings in the log.
     """
     if is_valid_unicode(text):
         return None
@@ -152,7 +152,7 @@ def find_undecodable(text: str, path: str, log: SkipLog | None = None) -> BadRow
 
 @functools.lru_cache(maxsize=64)
 def describe_encoding(path: str) -> str:
-    """Return a message that lists likely encodings, shows a line decoded with each, and explains the conversion."""
+    """Return a message that shows a line decoded with each likely encoding and explains how to convert the file."""
     with _open_binary(path) as stream:
         encoding = detect_encoding(stream.read(4))
     if encoding != "utf-8-sig":
@@ -189,7 +189,7 @@ def _open_binary(path: str) -> BinaryIO:
 
 
 def _sample_undecodable(path: str) -> tuple[bytes, bytes]:
-    """Return the first lines of a file that are not valid UTF-8, joined, and the first of these lines alone."""
+    """Return the first lines of a file that are not valid UTF-8, concatenated, and also the first such line."""
     lines: list[bytes] = []
     size = num_searched = 0
     with _open_binary(path) as stream:

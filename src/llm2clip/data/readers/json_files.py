@@ -1,4 +1,4 @@
-"""Readers for JSON Lines and JSON files, including those in which COCO, Flickr30k and Flickr8k are distributed.
+"""Readers for JSON Lines and JSON files, including the JSON formats of COCO, Flickr30k and Flickr8k.
 
 - COCO's `captions_train2017.json`: {"images": [{"id", "file_name", "coco_url"}], "annotations": [{"image_id",
   "caption"}]} (cocodataset.org, "Data format")
@@ -34,7 +34,7 @@ UNUSED_KEYS = ("tokens", "sentids", "segmentation", "flickr_url", "license", "da
 
 
 def read_json_lines(path: str, log: SkipLog | None = None) -> Iterator[RawRow]:
-    """Yield the objects in a .jsonl or .jsonl.gz file. A line that is not valid UTF-8 invalidates only its own row.
+    """Yield the objects in a .jsonl or .jsonl.gz file. Each line that is not valid UTF-8 becomes a `BadRow`.
 
     UTF-16 files and files in other encodings are noted in `log`.
     """
@@ -50,7 +50,7 @@ def read_json_lines(path: str, log: SkipLog | None = None) -> Iterator[RawRow]:
 
 
 def read_json_list(path: str, log: SkipLog | None = None) -> Iterator[RawRow]:
-    """Yield the objects in a JSON file that contains a list, or the images in a file in COCO's or Karpathy's format.
+    """Yield the objects in a JSON list, or the images in a JSON file in COCO's or Karpathy's format.
 
     The entire file is read into memory.
 
@@ -67,7 +67,7 @@ def read_json_list(path: str, log: SkipLog | None = None) -> Iterator[RawRow]:
         rows = json.loads(text, object_hook=drop_unused_keys if is_object else None)
     except (ValueError, RecursionError) as error:
         raise DataFormatError(
-            f"{path}: not JSON ({error}). If it has one object per line, rename it to .jsonl"
+            f"{path}: not JSON ({error}). If the file has one object per line, change its suffix to .jsonl"
         ) from error
     del text
     if isinstance(rows, dict):
@@ -80,7 +80,7 @@ def read_json_list(path: str, log: SkipLog | None = None) -> Iterator[RawRow]:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON. Return a `BadRow` if the JSON is malformed."""
+    """Parse JSON, or return a `BadRow` if it is malformed."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -90,7 +90,7 @@ def parse_json(text: str | bytes) -> Any:
 def _require_object(value: Any) -> dict[str, Any] | BadRow:
     if isinstance(value, dict | BadRow):
         return value
-    return BadRow("malformed row", f"not an object: {value!r}")
+    return BadRow("malformed row", f"not a JSON object: {value!r}")
 
 
 # ---- COCO and Karpathy's splits --------------------------------------------------------------------------------------
@@ -100,14 +100,14 @@ def _require_object(value: Any) -> dict[str, Any] | BadRow:
 class KarpathyImage:
     """An image in one of Karpathy's files."""
 
-    id: str  # COCO's id of the image, or the image's file name without its suffix
+    id: str  # COCO image id, or the file name without its suffix
     name: str  # path relative to the data set's image folder
     split: str  # train, restval, val or test
     captions: list[str]
 
     @classmethod
     def parse(cls, row: Mapping[str, Any]) -> KarpathyImage:
-        """Parse an entry of `images`.
+        """Parse an entry of the `images` list.
 
         Raises:
             KeyError, TypeError: A field is missing or has the wrong type.
@@ -119,7 +119,7 @@ class KarpathyImage:
 
 
 def drop_unused_keys(fields: dict[str, Any]) -> dict[str, Any]:
-    """Remove large fields that are not needed. Used as an `object_hook` of `json`, this more than halves memory use."""
+    """Remove large unused fields. As an `object_hook` for `json.loads`, this more than halves memory use."""
     for key in UNUSED_KEYS:
         fields.pop(key, None)
     return fields
@@ -134,7 +134,7 @@ def _read_caption_json(path: str, data: Mapping[str, Any]) -> Iterator[RawRow]:
     images, annotations = data.get("images"), data.get("annotations")
     if not isinstance(images, list) or not all(isinstance(image, dict) for image in images):
         raise DataFormatError(
-            f"{path}: a .json source must be a list of objects, or have the format of COCO (images, annotations) or of "
+            f"{path}: a .json source must be a list of objects, or be in the format of COCO (images, annotations) or "
             f"Karpathy's splits (got an object with the keys {', '.join(map(str, list(data)[:10])) or '(none)'})"
         )
     if any("sentences" in image for image in images):
@@ -188,15 +188,15 @@ def _read_coco_rows(path: str, images: Sequence[Mapping[str, Any]], annotations:
 
 
 def _read_id(fields: Mapping[str, Any], key: str) -> str | int | float | None:
-    """Return an id. Return None if it is missing or is neither text nor a number."""
+    """Return an id, or None if it is missing or is neither text nor a number."""
     value = fields.get(key)
     return value if isinstance(value, str | int | float) else None
 
 
 def split_folders(path: str, images: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return likely names of the image folder of a COCO split, such as train2017.
+    """Return likely names of a COCO split's image folder, such as train2017.
 
-    The names come from the name of the JSON file (`captions_train2017.json`) and from `coco_url`
+    They are derived from the JSON file name (`captions_train2017.json`) and from `coco_url`
     (http://images.cocodataset.org/train2017/000000391895.jpg).
     """
     match = re.fullmatch(r"[a-z_]+_([a-z]+\d*)", os.path.splitext(os.path.basename(path))[0])
@@ -208,7 +208,7 @@ def split_folders(path: str, images: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def find_image_folder(path: str, names: Sequence[str], subfolders: Sequence[str] = ()) -> str:
-    """Return the first folder that contains an image, or the folder of the caption file if no image is found."""
+    """Return the first folder that contains one of the images, or the caption file's folder if there is none."""
     parent = os.path.dirname(path)
     for name in names[:SEARCHED_IMAGES]:
         for folder in IMAGE_FOLDERS:

@@ -24,8 +24,8 @@ from llm2clip.io_utils import DataFormatError, describe_error
 def read_parquet(path: str, choose: ColumnChooser, image_bytes: bool) -> Iterator[RawRow]:
     """Yield the rows in a Parquet file. Embedded images are returned as references to their cells.
 
-    If `image_bytes` is False, image columns that contain bytes are not read. In image columns that contain structs with
-    bytes and a path, only the path is read.
+    If `image_bytes` is False, image columns that contain bytes are not read. From image columns that contain structs
+    with bytes and a path, only the path is read.
     """
     row = total = 0
     try:
@@ -62,9 +62,9 @@ def read_parquet(path: str, choose: ColumnChooser, image_bytes: bool) -> Iterato
 def read_huggingface(name: str, saved: bool, choose: ColumnChooser, splits: Sequence[str] | None) -> Iterator[RawRow]:
     """Yield the rows in a Hugging Face data set. No code from the Hub is run.
 
-    If `saved` is True, `name` is a folder written by `save_to_disk`, which supports random access. Otherwise, it is the
-    name of a data set on the Hub, which may end in `:CONFIG`. Such a data set is streamed, only the selected splits are
-    downloaded, and its images are kept in memory. For `splits`, see `read_source`.
+    If `saved` is True, `name` is a folder written by `save_to_disk`, which supports random access. If it is False,
+    `name` is the name of a Hub data set, optionally followed by `:CONFIG`. Hub data sets are streamed: only the
+    selected splits are downloaded, and the images are kept in memory. For `splits`, see `read_source`.
     """
     import datasets
 
@@ -77,12 +77,12 @@ def read_huggingface(name: str, saved: bool, choose: ColumnChooser, splits: Sequ
     parts = dict(loaded) if has_splits else {str(loaded.split) if loaded.split else None: loaded}
     selected = [split for split in splits or () if has_splits and split != "none"]
     if missing := [split for split in selected if split not in parts]:
-        raise DataFormatError(f"{name} has no split {', '.join(missing)}; it has {', '.join(map(str, parts))}")
+        raise DataFormatError(f"{name} has no split {', '.join(missing)}; its splits: {', '.join(map(str, parts))}")
     for split, part in parts.items():
         if selected and split not in selected:
             continue
         file = os.path.join(name, split or "") if saved else f"hf:{name}/{split}"
-        names = part.column_names or list(next(iter(part), {}))  # a streamed data set may not list its columns
+        names = part.column_names or list(next(iter(part), {}))  # streamed data sets may not list their columns
         columns = list(dict.fromkeys(choose(file, names).values()))
         image_columns = [c for c in columns if part.features and isinstance(part.features.get(c), datasets.Image)]
         for row, fields in enumerate(disable_image_decoding(part.select_columns(columns))):
@@ -102,7 +102,7 @@ def _is_image_type(kind: pa.DataType) -> bool:
 
 
 def _image_value(ref: ParquetImage | DatasetImage, value: Any, bytes_skipped: bool = False) -> Any:
-    """Return the value of an image cell: None, the path of an image file, or an image that refers to the cell."""
+    """Convert an image cell to None, the path of an image file, or an image that refers to the cell."""
     data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
     if value is None:
         return None

@@ -17,21 +17,21 @@ from llm2clip.runs.output_folder import describe_output_folder
 IMAGE_SUFFIXES = frozenset(
     {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jp2", "heic", "heif", "hif"}
 )
-# Image formats that are not supported. Their files are recorded in the skip log.
+# Unsupported image formats. Files in these formats are recorded in the skip log.
 UNSUPPORTED_SUFFIXES = frozenset({"dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raw", "psd", "svg", "jxl"})
-MAX_CAPTION_BYTES = 1 << 20  # size limit for a caption file that belongs to one image
-MAX_TAR_HEADER_BYTES = 1 << 16  # headers contain names, links and attributes of files
+MAX_CAPTION_BYTES = 1 << 20  # size limit for the caption file of a single image
+MAX_TAR_HEADER_BYTES = 1 << 16  # headers contain file names, links and attributes
 MAX_GLOBAL_HEADERS = 100  # PAX headers that apply to all members
 
 
 def list_files(folder: str, suffixes: frozenset[str], log: SkipLog | None = None) -> Iterator[str]:
     """Yield the paths of all files with these suffixes in a folder and its subfolders, sorted within each folder.
 
-    Hidden files and folders are skipped, as are run directories and stores of llm2clip in subfolders.
+    Hidden files and folders are skipped, as are llm2clip run directories and stores in subfolders.
 
     Args:
         suffixes: File suffixes in lower case, without the dot.
-        log: Log in which to note the skipped outputs of llm2clip.
+        log: Log in which to note skipped llm2clip outputs.
 
     Raises:
         OSError: A folder cannot be listed. Skipping it would make its files look deleted.
@@ -56,9 +56,9 @@ def list_files(folder: str, suffixes: frozenset[str], log: SkipLog | None = None
 def read_image_folder(folder: str, log: SkipLog | None = None) -> Iterator[RawRow]:
     """Yield the images in a folder. The captions of `x.jpg` are in `x.json` or, one per line, in `x.txt`.
 
-    The suffixes may be in upper case. An image in an unsupported format becomes a `BadRow`, unless there is a supported
-    image of the same name, such as a JPEG file next to a camera's raw file. Text files that are not UTF-8 are noted in
-    `log`. The likely encodings are determined only for the first of them.
+    Suffixes are case-insensitive. An image in an unsupported format becomes a `BadRow`, unless there is a supported
+    image with the same name, such as a JPEG file next to a camera's raw file. UTF-16 text files are noted in `log`, and
+    so is the first text file in another encoding, with its likely encodings.
     """
     has_noted_encoding = False
     parent, files = "", dict[str, str]()  # names of the files in a folder, keyed by name with the suffix in lower case
@@ -105,9 +105,9 @@ def _lower_suffix(name: str) -> str:
 def read_tar(path: str) -> Iterator[RawRow]:
     """Yield the samples in a webdataset tar file: adjacent members whose names are identical up to the first dot.
 
-    The tar file is scanned once. Only .txt and .json members are read. Images are referenced by their offsets. If the
-    tar file is truncated, its complete samples are yielded, followed by one `BadRow`. Member names are used only as
-    keys, and nothing is extracted.
+    The tar file is scanned once. Only .txt and .json members are read. Images are referenced by offset. If the tar file
+    is truncated, its complete samples are yielded, followed by one `BadRow`. Member names are used only as keys, and
+    nothing is extracted.
     """
     number, sample = 0, _Sample("")
     try:
@@ -145,7 +145,7 @@ def _caption_file_too_large(name: str) -> BadRow:
 
 
 def _parse_caption_json(data: bytes) -> dict[str, Any] | BadRow:
-    """Parse a JSON caption file, which contains either an object with fields or the captions as a list or string."""
+    """Parse a JSON caption file, which contains an object with fields, a list of captions or a single caption."""
     value = parse_json(data)
     if isinstance(value, dict | BadRow):
         return value
@@ -155,9 +155,9 @@ def _parse_caption_json(data: bytes) -> dict[str, Any] | BadRow:
 
 
 class _BoundedFile(io.BufferedReader):
-    """Open tar file that limits the bytes that `tarfile` reads for the headers of a member.
+    """Open tar file that limits how many bytes `tarfile` reads for a member's headers.
 
-    Without this limit, a header in a sparse file could claim to have terabytes.
+    Without this limit, a header in a sparse file could claim to be terabytes in size.
     """
 
     bytes_left = MAX_TAR_HEADER_BYTES
@@ -165,7 +165,7 @@ class _BoundedFile(io.BufferedReader):
     def read(self, size: int | None = -1, /) -> bytes:
         self.bytes_left -= size or 0
         if self.bytes_left < 0:
-            raise tarfile.ReadError(f"the headers of a member have over {MAX_TAR_HEADER_BYTES:,} bytes")
+            raise tarfile.ReadError(f"the headers of a member have more than {MAX_TAR_HEADER_BYTES:,} bytes")
         return super().read(size)
 
     def read_member(self, member: tarfile.TarInfo) -> bytes:
@@ -177,7 +177,7 @@ class _BoundedFile(io.BufferedReader):
 def _read_members(tar: tarfile.TarFile, file: _BoundedFile) -> Iterator[tarfile.TarInfo | str]:
     """Yield the members of a tar file. If the file is damaged, the last item is a description of the damage.
 
-    At the damaged position, `tarfile` itself stops without raising an error.
+    `tarfile` itself stops at the damaged position without raising an error.
     """
     size, end = os.fstat(file.fileno()).st_size, 0
     while True:
@@ -189,7 +189,7 @@ def _read_members(tar: tarfile.TarFile, file: _BoundedFile) -> Iterator[tarfile.
             return
         cast(Any, tar).members.clear()  # `tarfile` keeps all members and copies the global headers to each of them
         if len(tar.pax_headers) > MAX_GLOBAL_HEADERS:
-            yield f"after byte {end}: over {MAX_GLOBAL_HEADERS} global headers"
+            yield f"after byte {end}: more than {MAX_GLOBAL_HEADERS} global headers"
             return
         if member is None:
             break
