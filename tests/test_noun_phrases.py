@@ -126,7 +126,7 @@ def test_missing_phrases_are_dropped(
     for phrases, remaining in (((unknown,), ()), ((unknown, known), (known,))):
         with_phrases = dataclasses.replace(records[0], phrases=phrases)
         assert remove_phrases_without_embedding([with_phrases], store)[0].phrases == remaining
-        assert ("has no embeddings of them" in capsys.readouterr().out) == (not remaining)
+        assert ("has no phrase embeddings" in capsys.readouterr().out) == (not remaining)
 
 
 def test_embed_and_align_commands_with_phrases(

@@ -64,7 +64,7 @@ def test_import_parquet_rejects_incomplete_rows(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="keys must be the first 16 bytes"):
         import_parquet(file, tmp_path / "store", IDENTITY)
     pq.write_table(pa.table({"caption": ["a", "b"]}), file)
-    with pytest.raises(StoreError, match="must have the column embedding, and either key or caption"):
+    with pytest.raises(StoreError, match="must have an embedding column and a key or caption column"):
         import_parquet(file, tmp_path / "store")
 
 
@@ -121,7 +121,7 @@ def test_import_official_tars_rejects_tars_that_are_not_a_pair(store: EmbeddingS
     write_samples(tmp_path / "01.tar", SAMPLES)
     with tarfile.open(tmp_path / "01_text_embeddings.tar", "w"):
         pass  # no embeddings at all
-    with pytest.raises(StoreError, match="do not match each other"):
+    with pytest.raises(StoreError, match="two tar files do not match"):
         import_official_tars([tmp_path / "01.tar"], tmp_path / "missing", IDENTITY)
 
     write_samples(tmp_path / "02.tar", dict(list(SAMPLES.items())[:-1]))

@@ -148,7 +148,7 @@ def test_read_text_pairs_accepts_other_column_names_and_formats(tmp_path: Path) 
     assert list(read_text_pairs(f"{tmp_path / 'a.parquet'}@train")) == [Pair("a", "b")]
     # Sentence pairs with a score include contradictions.
     (tmp_path / "b.csv").write_text("sentence1,sentence2,score\na,b,0.0\n")
-    with pytest.raises(ValueError, match="no column for query"):
+    with pytest.raises(ValueError, match="no query column"):
         list(read_text_pairs(str(tmp_path / "b.csv")))
 
 

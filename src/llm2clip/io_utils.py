@@ -1,4 +1,4 @@
-"""Atomic writes, texts for messages, and readers of JSON and text files whose errors name the file and line."""
+"""Atomic writes, helpers for messages, and readers for JSON and text files whose errors name the file and line."""
 
 import errno
 import glob
@@ -37,16 +37,17 @@ class DataFormatError(ValueError):
 
 @contextmanager
 def atomic_path(file: str | Path) -> Iterator[Path]:
-    """Yield the path of an empty temporary file in the folder of `file`. On success, flush it and rename it to `file`.
+    """Yield the path of an empty temporary file next to `file`. On success, flush it and rename it to `file`.
 
     Readers see either the old file or the complete new file. The temporary file is removed if the `with` block raises
-    an exception. Temporary files left by killed processes are removed, too. The parent folder is created if needed.
+    an exception. Temporary files left behind by killed processes are also removed. The parent folder is created if it
+    does not exist.
     """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(file.parent, f".{file.stem}.", f".part{file.suffix}")
-    # Keep the file's suffix at the end, because functions such as np.save append it to paths without it. The name is
-    # random, so that other users who may write to the folder cannot create a link with this name.
+    # Keep the file's suffix at the end, because functions such as np.save append it if it is missing. The name is
+    # random, so that other users with write access to the folder cannot create a link with this name in advance.
     temporary = file.with_name(f".{file.stem}.{secrets.token_hex(8)}.part{file.suffix}")
     temporary.touch(exist_ok=False)
     mode = temporary.stat().st_mode
@@ -65,8 +66,8 @@ def atomic_path(file: str | Path) -> Iterator[Path]:
 def atomic_dir(folder: str | Path) -> Iterator[Path]:
     """Yield an empty temporary folder next to `folder`. On success, rename it to `folder`, which must not exist yet.
 
-    The temporary folder is removed if the `with` block raises an exception. Temporary folders left by killed processes
-    are removed, too.
+    The temporary folder is removed if the `with` block raises an exception. Temporary folders left behind by killed
+    processes are also removed.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +93,7 @@ def atomic_dir(folder: str | Path) -> Iterator[Path]:
 def _locked(path: Path) -> Iterator[None]:
     """Hold a lock on a temporary file or folder. The operating system releases it when the process ends.
 
-    Do nothing on operating systems and file systems that do not support such locks.
+    This has no effect on operating systems and file systems without support for such locks.
     """
     if fcntl is None:
         yield
@@ -107,7 +108,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _remove_abandoned(folder: Path, prefix: str, suffix: str) -> None:
-    """Remove temporary files and folders, named by `prefix` and `suffix`, that no running process has locked."""
+    """Remove temporary files and folders with this prefix and suffix that are not locked by a running process."""
     if fcntl is None:
         return
     for name in glob.glob(f"{glob.escape(prefix)}{'[0-9a-f]' * 16}{glob.escape(suffix)}", root_dir=folder):
@@ -139,7 +140,7 @@ def atomic_write_jsonl(file: str | Path, rows: Iterable[Any]) -> None:
 def explain_write_errors(path: Path) -> Iterator[None]:
     """Convert write errors, such as a full disk, to an OSError whose message contains the path and the free space.
 
-    safetensors raises its own exception, whose message contains the error number of the operating system.
+    safetensors raises its own exception, with the operating system's error number in the message.
     """
     try:
         yield
@@ -158,12 +159,12 @@ def explain_write_errors(path: Path) -> Iterator[None]:
 
 
 def restore_mode(file: Path, mode: int) -> None:
-    """Set a file's read and write permissions to those of another file or folder, whose mode is `mode`.
+    """Set a file's read and write permissions to those in `mode`, the mode of another file or folder.
 
-    safetensors writes files that only the current user can read.
+    This is needed because safetensors writes files that only the current user can read.
     """
     if os.name == "posix":
-        with suppress(OSError):  # some file systems have no permissions
+        with suppress(OSError):  # some file systems do not support permissions
             file.chmod(mode & 0o666)
 
 
@@ -196,7 +197,7 @@ def escape_control_characters(text: str) -> str:
 
 
 def install_command(*extras: str) -> str:
-    """Return the command that installs extras. It must be run in the folder of llm2clip's source code.
+    """Return the command that installs these extras. It must be run in the llm2clip source folder.
 
     llm2clip is not on a package index, so it cannot be installed by name.
     """
@@ -207,18 +208,18 @@ def install_command(*extras: str) -> str:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return the type and the message of an exception, for logs of inputs that cannot be read."""
+    """Return an exception's type and message, for logging inputs that cannot be read."""
     return f"{type(error).__name__}: {error}"
 
 
 def open_regular_file(path: str | os.PathLike[str]) -> io.BufferedReader:
-    """Open a file in binary mode. Opening a named pipe would block, and reading a device might never end.
+    """Open a regular file in binary mode. Named pipes would block, and reading a device might never end.
 
     Raises:
         OSError: The file does not exist, cannot be read, or is not a regular file.
     """
     mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # for a folder, `open` raises an error
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # `open` raises an error for folders
         raise OSError(f"{os.fspath(path)} is not a regular file")
     return open(path, "rb")
 
@@ -240,10 +241,10 @@ def first_existing(folder: Path, *names: str) -> Path:
 
 
 def read_json(file: Path, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
-    """Read a JSON file. `object_hook` replaces each JSON object, as in the module `json`.
+    """Read a JSON file. `object_hook` is applied to each JSON object, as in `json.loads`.
 
     Raises:
-        DataFormatError: The file is not valid JSON, is nested too deeply, or has more than `MAX_JSON_BYTES` bytes.
+        DataFormatError: The file is not valid JSON, is nested too deeply, or is larger than `MAX_JSON_BYTES`.
     """
     with open_regular_file(file) as stream:
         check_json_size(file, stream)
@@ -270,12 +271,12 @@ def check_json_size(file: str | Path, stream: BinaryIO) -> None:
     """Check the size of an open JSON file before it is read into memory.
 
     Raises:
-        DataFormatError: The file has more than `MAX_JSON_BYTES` bytes. A sparse file can claim to have terabytes.
+        DataFormatError: The file is larger than `MAX_JSON_BYTES`. A sparse file can claim to be terabytes in size.
     """
     size = os.fstat(stream.fileno()).st_size
     if size > MAX_JSON_BYTES:
         raise DataFormatError(
-            f"{file} has {size:,} bytes; a JSON file must have at most {MAX_JSON_BYTES:,}. Convert it to JSON Lines"
+            f"{file} is too large: {size:,} bytes (JSON limit: {MAX_JSON_BYTES:,} bytes). Convert it to JSON Lines"
         )
 
 
@@ -312,8 +313,8 @@ def read_lines(file: Path) -> list[str]:
 def _read_numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
     """Yield (line number, line) for each non-empty line. Line numbers start at 1.
 
-    Lines end only at newlines. `str.splitlines` would also split at the characters U+2028 and U+0085, which captions
-    can contain.
+    Lines are split only at newlines. `str.splitlines` would also split at U+2028 and U+0085, which can occur in
+    captions.
     """
     with io.TextIOWrapper(open_regular_file(file), "utf-8-sig") as stream:
         try:
@@ -321,7 +322,7 @@ def _read_numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
             while line := stream.readline(MAX_LINE_CHARACTERS + 1):
                 number += 1
                 if len(line) > MAX_LINE_CHARACTERS:
-                    raise DataFormatError(f"{file}, line {number}: over {MAX_LINE_CHARACTERS:,} characters")
+                    raise DataFormatError(f"{file}, line {number}: more than {MAX_LINE_CHARACTERS:,} characters")
                 if line.strip():
                     yield number, line.rstrip("\n")
         except UnicodeDecodeError as error:

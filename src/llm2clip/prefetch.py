@@ -1,4 +1,4 @@
-"""Background thread that prepares the next items, such as training batches, while the caller uses the current one."""
+"""Background thread that prepares items, such as training batches, while the caller is using the current one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEPTH = 2  # number of items to prepare in advance
 def prefetch(items: Generator[T], device: torch.device) -> Generator[T] | Prefetcher[T]:
     """Prepare items in a background thread if training runs on an accelerator. The caller must close the iterator.
 
-    On the CPU, the items are returned unchanged, because a thread would compete with training for the same cores.
+    On the CPU, `items` is returned unchanged, because a background thread would compete with training for the cores.
     """
     return items if device.type == "cpu" else Prefetcher(items)
 
@@ -31,7 +31,7 @@ class Prefetcher(Iterator[T], Generic[T]):
     def __init__(self, items: Generator[T], depth: int = DEPTH) -> None:
         """
         Args:
-            items: Generator of items, which is closed at the end.
+            items: Generator to run. It is closed at the end.
             depth: Number of items to prepare in advance.
         """
         self._items = items
@@ -41,8 +41,8 @@ class Prefetcher(Iterator[T], Generic[T]):
         self._error: BaseException | None = None
         self._thread = Thread(target=self._run, name="prefetch", daemon=True)
         self._thread.start()
-        # If the interpreter exits while the thread runs C++ code, the process is aborted ("terminate called without an
-        # active exception"). Therefore, also stop the thread if `close` was not called or was interrupted.
+        # If the interpreter exits while the thread is running C++ code, the process is aborted ("terminate called
+        # without an active exception"). Stop the thread at exit if `close` was not called or was interrupted.
         atexit.register(self.close)
 
     def __next__(self) -> T:
@@ -54,7 +54,7 @@ class Prefetcher(Iterator[T], Generic[T]):
         return item  # type: ignore[return-value]
 
     def close(self) -> None:
-        """Stop the thread, after it has completed the current item, and close the generator."""
+        """Stop the thread once it has completed the current item, and close the generator."""
         self._closed = True
         self._free.release()
         self._thread.join()

@@ -12,7 +12,7 @@ LOG_INTERVAL = 10.0  # seconds between lines in a log file
 class ProgressBar(tqdm):
     """tqdm progress bar for terminals and log files. In log files, it writes a new line every few seconds.
 
-    The arguments are the same as those of `tqdm.auto.tqdm`.
+    The arguments are the same as for `tqdm.auto.tqdm`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -24,7 +24,7 @@ class ProgressBar(tqdm):
             self.bar_format = "{l_bar}{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
     def display(self, msg: str | None = None, pos: int | None = None, **kwargs: Any) -> Any:
-        """Redraw the bar in place. In a log file, write a new line if `LOG_INTERVAL` seconds have passed."""
+        """Redraw the bar in place. In a log file, write a new line at most every `LOG_INTERVAL` seconds."""
         if not self._writes_lines:
             return super().display(msg, pos, **kwargs)
         is_complete = self.total is not None and self.n >= self.total
@@ -35,7 +35,7 @@ class ProgressBar(tqdm):
         return True
 
     def close(self) -> None:
-        """Close the bar. In a log file, write the bar's final state."""
+        """Close the bar. In a log file, write its final state."""
         if not self._writes_lines:
             return super().close()
         if self.disable:

@@ -210,9 +210,7 @@ def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: 
         raise UnusableRow("malformed row", f"captions must be text or a list of texts (got {value!r})")
     num_characters = sum(len(text) for text in value if isinstance(text, str))
     if num_characters > MAX_CAPTION_CHARACTERS:
-        raise UnusableRow(
-            "malformed row", f"{num_characters:,} characters in total (limit: {MAX_CAPTION_CHARACTERS:,})"
-        )
+        raise UnusableRow("malformed row", f"{num_characters:,} characters; the limit is {MAX_CAPTION_CHARACTERS:,}")
     captions = []
     for text in value:
         if not isinstance(text, str) and text is not None:

@@ -2,7 +2,7 @@
 
 Each distinct caption is encoded only once. Captions without an embedding are split into shards in input order, and each
 of n processes encodes every n-th shard. After an interruption, only the missing shards are encoded. While a shard is
-being encoded, background threads write the previous shard and tokenize the next shard.
+being encoded, background threads write the previous shard and tokenize the next one.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -48,18 +48,18 @@ def embed(
     Args:
         captions: Captions, possibly with duplicates. Only the main process iterates over them, and only once.
         encoder: Caption encoder with fp32 weights.
-        folder: Folder of the store. It is created if it does not exist. Captions that are already in the store are not
+        folder: Folder of the store, which is created if it does not exist. Captions already in the store are not
             encoded again.
         shard_size: Number of captions per shard. An interrupted run resumes with the missing shards. Within each shard,
             captions of similar length are batched together.
         batch_tokens: Maximum number of tokens per batch; see `CaptionEncoder.encode`. If None, the fastest value is
-            measured or, with fewer than 4096 captions, the encoder's default is used.
+            determined by measurement. For fewer than 4096 captions, the encoder's default is used instead.
         precision: Precision of the encoder; see `CaptionEncoder.encode`. For "auto", see `resolve_store_precision`.
-        dtype: dtype of the stored embeddings: float16, float32 or int8. int8 takes half the disk space of float16, and
+        dtype: dtype of the stored embeddings: float16, float32 or int8. int8 takes half the disk space of float16 and
             uses one scale factor per row.
         device: Device on which to encode. If there are captions to encode, the encoder is moved there with only the
-            weights required for encoding (see `CaptionEncoder.move_for_encoding`). Default: the encoder's device, and
-            all weights stay as they are.
+            weights required for encoding (see `CaptionEncoder.move_for_encoding`). By default, the encoder and all its
+            weights stay where they are.
 
     Raises:
         TypeError, ValueError: A caption is not a string or not valid Unicode.
@@ -81,7 +81,7 @@ def embed(
 def resolve_store_precision(
     precision: str, encoder: CaptionEncoder, folder: Path, device: torch.device | None = None
 ) -> str:
-    """Resolve the precision "auto" to the precision of the embeddings in the store at `folder`.
+    """Resolve "auto" to the precision of the embeddings in the store at `folder`. Return any other precision as is.
 
     If the store does not exist yet, the main process chooses the precision (see `models/precision.py`), and all
     processes use the same result. `device` is the device on which to encode, by default the encoder's device.
@@ -97,7 +97,7 @@ def resolve_store_precision(
 def load_or_tune_batch_tokens(encoder: CaptionEncoder, captions: Sequence[str], precision: str, folder: Path) -> int:
     """Return the fastest number of tokens per batch for these captions, as measured by the main process.
 
-    The result is saved in the store's folder and reused, so that a resumed run computes bit-identical embeddings. With
+    The result is saved in the store's folder and reused, so that a resumed run computes bit-identical embeddings. For
     fewer than 4096 captions, the encoder's default is returned.
     """
     if len(captions) < MIN_CAPTIONS_TO_TUNE:
@@ -137,7 +137,7 @@ class TokenizedShard:
 
 
 def tokenize_shard(captions: Sequence[str], encoder: CaptionEncoder) -> TokenizedShard:
-    """Tokenize captions. Captions that have no tokens, or for which the tokenizer raises an error, go to `refused`."""
+    """Tokenize captions. List captions with no tokens, or on which the tokenizer raises an error, in `refused`."""
     try:
         tokens = encoder.tokenize(captions)
         if all(tokens.ids):
@@ -159,7 +159,7 @@ def tokenize_shard(captions: Sequence[str], encoder: CaptionEncoder) -> Tokenize
 def write_shard(
     writer: StoreWriter, number: int, shard: TokenizedShard, embeddings: np.ndarray, log: Callable[[str], object]
 ) -> None:
-    """Write a shard. Write its truncated and refused captions to JSON Lines files, and report these through `log`."""
+    """Write a shard. List its truncated and refused captions in JSON Lines files, and report these files via `log`."""
     truncated = [{"caption": shard.captions[i]} for i in shard.tokens.truncated]
     refused = [{"caption": caption, "why": why} for caption, why in shard.refused]
     for name, rows in (("truncated", truncated), ("refused", refused)):
@@ -171,7 +171,7 @@ def write_shard(
 
 
 def _add_caption_rows(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to a JSON Lines file. The file exists already if an earlier run was killed before it wrote the shard."""
+    """Add rows to a JSON Lines file. It already exists if an earlier run was killed before writing the shard."""
     old_rows = [row for _, row in read_jsonl(file)] if file.is_file() else []
     by_caption = {row["caption"]: row for row in (*old_rows, *rows)}
     atomic_write_jsonl(file, by_caption.values())

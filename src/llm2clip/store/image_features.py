@@ -1,8 +1,8 @@
-"""Stores for image features, and for text embeddings from any model. Each input is encoded only once.
+"""Stores for image features and for text embeddings from any model. Each input is encoded only once.
 
-These stores have the same on-disk layout as caption stores. The key of an image is a hash of its name; see
-`image_name`. With cached features, training with a frozen tower (SAIL, arXiv 2412.04616; LiT, arXiv 2111.07991) takes
-only seconds, and repeated evaluations do not encode any images or texts again.
+These stores have the same on-disk layout as caption stores. An image's key is a hash of its name; see `image_name`.
+With cached features, training with a frozen tower (SAIL, arXiv 2412.04616; LiT, arXiv 2111.07991) takes only seconds,
+and repeated evaluations do not encode any images or texts again.
 """
 
 import os
@@ -42,7 +42,7 @@ class ImageEncoder(Protocol):
     def transform(self) -> Callable[[Tensor], Any]: ...
 
     def encode_images(self, images: list[Any]) -> Tensor:
-        """Encode N outputs of `transform` as embeddings of shape (N, embed_dim), float32, on the CPU."""
+        """Encode N outputs of `transform`. Return embeddings of shape (N, embed_dim), float32, on the CPU."""
         ...
 
 
@@ -50,7 +50,7 @@ class TowerEncoder:
     """Image encoder that uses a vision tower without the projection."""
 
     def __init__(self, tower: VisionTower, precision: str) -> None:
-        """Set the tower to eval mode, to encode on its device. `precision` is fp32, or bf16 or fp16 for autocast."""
+        """Set the tower to eval mode. Images are encoded on its device, in fp32 or with autocast to bf16 or fp16."""
         self.tower, self.precision, self.embed_dim = tower.eval(), precision, tower.feature_dim
         self.transform: Callable[[Tensor], Any] = EvalTransform(tower.preprocess)
         keep_freed_memory(next(tower.parameters()).device)
@@ -71,14 +71,14 @@ class TowerEncoder:
 
 
 def image_keys(refs: Iterable[ImageRef]) -> np.ndarray:
-    """Compute the store keys of N images, of shape (N, 16), uint8."""
+    """Compute the store keys of N images. Return shape (N, 16), uint8."""
     return caption_keys([image_name(ref) for ref in refs])
 
 
 def image_name(ref: ImageRef) -> str:
-    """Return the name of an image in a store: its key, followed by the size and modification time of its file.
+    """Return an image's name in a store: its key, followed by the size and modification time of its file.
 
-    If the file changes, the name also changes, and the image is encoded again.
+    If the file changes, its name changes too, and the image is encoded again.
     """
     name, path = ref.key, ref.container_path
     if path is not None:
@@ -113,9 +113,9 @@ def store_image_features(
     """Encode images into the store at `folder`; return the opened store. The shards are divided among all processes.
 
     Args:
-        refs: References to the images. Images that are already in the store are not encoded again.
+        refs: References to the images. Images already in the store are not encoded again.
         identity: Everything about the encoder that affects the features.
-        folder: Folder of the store. It is created if it does not exist.
+        folder: Folder of the store, which is created if it does not exist.
         log: Log in which to record images that cannot be decoded. Such images are not added to the store.
         dtype: dtype of the stored features: float16, float32 or int8.
         batch_size: Number of images per forward pass.
@@ -138,7 +138,7 @@ def store_image_features(
                 plan.writer.write(number, decoded_names, [0] * len(decoded_names), features.numpy())
     store = EmbeddingStore(folder)
     # All processes check the limit at the end: if one process raised an error earlier, the others would wait forever.
-    # The log already contains this process's failures, with reasons. Failures of other processes are added here.
+    # The log already contains this process's failures, with reasons. Failures in other processes are added here.
     rows = store.find_keys(caption_keys(list(refs_by_name)))
     for ref, row in zip(refs_by_name.values(), rows, strict=True):
         if row < 0:

@@ -1,9 +1,9 @@
-"""Export and import of stores, either as Parquet files or as tar files for the LLM2CLIP authors' code.
+"""Store export and import, as Parquet files or as tar files for the LLM2CLIP authors' code.
 
 The authors' code trains on pairs of webdataset tar files. For each sample, `X.tar` contains an image and a JSON file
-with captions. `X_text_embeddings.tar` contains the same samples in the same order. Each of its members
-`KEY.shortsv_captions` and `KEY.longsv_captions` contains the raw float32 values of one embedding. The authors' code
-finds embeddings by the position and name of their samples, whereas a store finds them by a hash of the caption.
+with captions. `X_text_embeddings.tar` contains the same samples in the same order. Its members `KEY.shortsv_captions`
+and `KEY.longsv_captions` each contain one embedding as raw float32 values. The authors' code looks up embeddings by
+sample position and name, whereas a store looks them up by a hash of the caption.
 """
 
 import io
@@ -53,7 +53,7 @@ def export_parquet(store: EmbeddingStore, file: str | Path) -> None:
     """Export a store to a Parquet file.
 
     The columns are `key` (the first 16 bytes of the caption's SHA-256 hash), `tokens` (the caption's token count) and
-    `embedding` (a list of float16 values). The file's metadata contains the identity of the encoder.
+    `embedding` (a list of float16 values). The file's metadata contains the encoder's identity.
 
     Raises:
         StoreError: The store is damaged.
@@ -78,8 +78,8 @@ def import_parquet(
     """Create a store from a Parquet file.
 
     Args:
-        file: Parquet file. It must have a column `embedding` and either a column `key` (as in `export_parquet`) or a
-            column `caption`. The column `tokens` is optional.
+        file: Parquet file. It must have an `embedding` column and either a `key` column (as in `export_parquet`) or a
+            `caption` column. A `tokens` column is optional.
         out: Folder of the new store.
         identity: Identity of the encoder. If None, it is read from the file's metadata.
         dtype: dtype of the stored embeddings: float16, float32 or int8.
@@ -90,13 +90,13 @@ def import_parquet(
     source = pq.ParquetFile(file)
     columns, metadata = set(source.schema_arrow.names), source.schema_arrow.metadata or {}
     if "embedding" not in columns or not columns & {"key", "caption"}:
-        raise StoreError(f"{file} must have the column embedding, and either key or caption (got {sorted(columns)})")
+        raise StoreError(f"{file} must have an embedding column and a key or caption column (got {sorted(columns)})")
     if b"identity" in metadata:
         file_identity = json.loads(metadata[b"identity"])
         check_identity(file_identity, identity or file_identity, file)
         identity = file_identity
     elif identity is None:
-        raise StoreError(f"{file} does not name the encoder that made its embeddings. Set it with --encoder.path")
+        raise StoreError(f"{file} does not name the encoder of its embeddings. Specify it with --encoder.path")
     return _fill_store(Path(out), identity, dtype, _iter_parquet_rows(file, source))
 
 
@@ -135,14 +135,14 @@ def export_official_tars(store: EmbeddingStore, tars: Sequence[str | Path]) -> l
     """Write `X_text_embeddings.tar` next to each sample file `X.tar`; return the paths of the new files.
 
     Raises:
-        StoreError: The store is damaged, a caption in a sample is not in the store, or one of the new files already
-            exists. Existing files are not overwritten, because the authors' code may have written them.
+        StoreError: The store is damaged, a sample's caption is not in the store, or an output file already exists.
+            Existing files are not overwritten, because the authors' code may have written them.
     """
     store.verify()
     targets = [_get_embeddings_tar(Path(tar)) for tar in tars]
     existing = [str(target) for target in targets if os.path.lexists(target)]
     if existing:
-        raise StoreError(f"{', '.join(existing[:3])} already exists. Delete it, or leave its samples out of --tars")
+        raise StoreError(f"{', '.join(existing[:3])} already exists. Delete it, or remove its samples from --tars")
     for tar, target in zip(map(Path, tars), targets, strict=True):
         with atomic_path(target) as temporary, tarfile.open(temporary, "w") as stream:
             for name, members in _read_samples(tar, ["json"]):
@@ -160,7 +160,7 @@ def import_official_tars(
     """Create a store from tar files in the format of the authors' code.
 
     Args:
-        tars: Tar files with samples. For each `X.tar`, there must be a file `X_text_embeddings.tar` in the same folder.
+        tars: Tar files with samples. Each `X.tar` must have a corresponding `X_text_embeddings.tar` in the same folder.
         out: Folder of the new store.
         identity: Identity of the encoder that created the embeddings.
         dtype: dtype of the stored embeddings: float16, float32 or int8.
@@ -172,7 +172,7 @@ def import_official_tars(
 
 
 def _iter_official_rows(tars: Sequence[Path]) -> Iterator[Rows]:
-    """Yield the keys, token counts (0) and embeddings of all captions in batches without duplicate captions."""
+    """Yield the keys, token counts (all 0) and embeddings of all captions, in batches without duplicate captions."""
     pairs = (pair for tar in tars for pair in _iter_captions_with_embeddings(tar))
     for chunk in iter_chunks(pairs, SHARD_SIZE):
         embeddings = dict(chunk)
@@ -188,16 +188,14 @@ def _iter_captions_with_embeddings(tar: Path) -> Iterator[tuple[str, np.ndarray]
     for name, members in _read_samples(tar, ["json"]):
         other_name, embeddings = next(embedding_samples, (None, {}))
         if other_name != name:
-            raise StoreError(
-                f"{other} has sample {other_name} where {tar} has {name}: the tar files do not match each other"
-            )
+            raise StoreError(f"{other} has sample {other_name} where {tar} has {name}: the two tar files do not match")
         for field, caption in _extract_sample_captions(tar, name, members).items():
             if field.lower() not in embeddings:
-                raise StoreError(f"{other}: sample {name} has no {field.lower()}")
+                raise StoreError(f"{other}: sample {name} has no member {field.lower()}")
             yield caption, np.frombuffer(embeddings[field.lower()], "<f4")
     extra = next(embedding_samples, None)
     if extra is not None:
-        raise StoreError(f"{other} has sample {extra[0]}, which is not in {tar}: the tar files do not match each other")
+        raise StoreError(f"{other} has sample {extra[0]}, which is not in {tar}: the two tar files do not match")
 
 
 def _get_embeddings_tar(tar: Path) -> Path:
@@ -205,7 +203,7 @@ def _get_embeddings_tar(tar: Path) -> Path:
 
 
 def _extract_sample_captions(tar: Path, name: str, members: dict[str, bytes]) -> dict[str, str]:
-    """Return a dict from field name to caption for a sample. If a JSON field contains a list, use its first item."""
+    """Return a sample's captions as a dict {field name: caption}. If a field contains a list, use its first item."""
     try:
         fields = json.loads(members["json"])
         captions = {}
@@ -219,7 +217,7 @@ def _extract_sample_captions(tar: Path, name: str, members: dict[str, bytes]) ->
 
 
 def _read_samples(tar: Path, suffixes: Collection[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield (name, dict from suffix to contents) for each sample in a webdataset tar file, in file order."""
+    """Yield (name, {suffix: contents}) for each sample in a webdataset tar file, in file order."""
     with tarfile.open(tar) as stream:
         files = (member for member in stream if member.isfile())
         for name, members in groupby(files, lambda member: _split_member_name(member)[0]):
@@ -231,7 +229,7 @@ def _read_samples(tar: Path, suffixes: Collection[str]) -> Iterator[tuple[str, d
                     continue
                 if member.size > MAX_MEMBER_BYTES:
                     raise StoreError(
-                        f"{tar}: {member.name} is too large to be a captions or embeddings file ({member.size:,} bytes)"
+                        f"{tar}: {member.name} is too large for a caption or embedding file ({member.size:,} bytes)"
                     )
                 contents[suffix] = data.read()
             yield name, contents
@@ -248,7 +246,7 @@ def _split_member_name(member: tarfile.TarInfo) -> tuple[str, str]:
 
 
 def _fill_store(out: Path, identity: dict[str, Any], dtype: str, batches: Iterator[Rows]) -> EmbeddingStore:
-    """Write each batch as a shard of the store at `out`. Skip batches whose keys equal an existing shard's keys."""
+    """Write each batch as a shard of the store at `out`. Skip batches with the same keys as an existing shard."""
     with folder_lock(out):
         remove_temp_files(out)
         batch = next(batches, None)

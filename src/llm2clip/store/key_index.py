@@ -1,13 +1,13 @@
-"""Key index of a store, which maps caption keys to row numbers without loading them into memory.
+"""Key index of a store, which maps caption keys to row numbers without loading the keys into memory.
 
-A 16-byte key is split into two uint64 halves. The index is an array of shape (3, N), uint64, sorted by key. Its three
-rows contain the first halves of the keys, the second halves, and the row numbers in the store. The array is
-memory-mapped, so that a lookup touches only a few pages. It takes 24 bytes per caption, while an embedding takes a few
-thousand bytes.
+The index is a uint64 array of shape (3, N), sorted by key. Each 16-byte key is split into two uint64 halves. The three
+rows of the array contain the first halves of the keys, the second halves, and the row numbers in the store. The array
+is memory-mapped, so a lookup touches only a few pages. It takes 24 bytes per caption, compared with a few thousand
+bytes for an embedding.
 
-The index is built with an external sort, which the writer also uses to find duplicate captions: `split_by_key` writes
-the keys to `PARTITIONS` files such that equal keys are in the same file, and `sort_partitions` sorts one file after
-another. Memory holds only one of these files.
+The index is built with an external sort, which the writer also uses to find duplicate captions. `split_by_key` writes
+the keys to `PARTITIONS` files such that equal keys are in the same file, and `sort_partitions` sorts the files one by
+one. Only one file is in memory at a time.
 """
 
 import os
@@ -64,7 +64,7 @@ def build_key_index(file: Path, keys: Iterable[np.ndarray]) -> int:
 
     Args:
         file: Path of the index. It must end in .npy.
-        keys: Keys of all rows of the store, in row order, in chunks of shape (N, 16), uint8.
+        keys: Keys of all rows in the store, in row order, in chunks of shape (N, 16), uint8.
     """
     with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as partition_folder:
         partitions = split_by_key(_add_row_numbers(keys), Path(partition_folder))
@@ -101,13 +101,13 @@ def _allocate_on_disk(file: Path) -> None:
 
 
 def split_by_key(chunks: Iterable[tuple[np.ndarray, np.ndarray]], folder: Path) -> list[Path]:
-    """Write keys and positions to `PARTITIONS` files in `folder`, by the first bits of the keys; return their paths.
+    """Partition keys and positions by the keys' first bits into `PARTITIONS` files in `folder`; return their paths.
 
     A record consists of three uint64 values: the first half of the key, the second half, and the position.
 
     Args:
-        chunks: (keys of shape (N, 16), uint8; positions of shape (N,), uint64) for each chunk. Positions must increase
-            across all chunks.
+        chunks: Tuples (keys, positions). Keys have shape (N, 16), uint8, and positions have shape (N,), uint64.
+            Positions must increase across all chunks.
     """
     partitions = [folder / f"partition-{number:02d}" for number in range(PARTITIONS)]
     with ExitStack() as stack:
@@ -123,11 +123,11 @@ def split_by_key(chunks: Iterable[tuple[np.ndarray, np.ndarray]], folder: Path) 
 
 
 def sort_partitions(partitions: Iterable[Path]) -> Iterator[np.ndarray]:
-    """Read the result of `split_by_key`; delete each file after it has been read.
+    """Sort the records in the files from `split_by_key`. Delete each file after reading it.
 
     Yields:
-        All records in consecutive parts of shape (N, 3), uint64, sorted by key, then by position. Records with equal
-        keys are in the same part.
+        Consecutive parts of all records, of shape (N, 3), uint64, sorted by key and then by position. Records with
+        equal keys are in the same part.
     """
     for partition in partitions:
         records = np.fromfile(partition, np.uint64).reshape(-1, 3)
@@ -137,13 +137,13 @@ def sort_partitions(partitions: Iterable[Path]) -> Iterator[np.ndarray]:
 
 
 def repeats_previous_key(records: np.ndarray) -> np.ndarray:
-    """Return a boolean mask of shape (N,) that is True for each sorted record whose key equals the previous key."""
+    """Return a boolean mask of shape (N,) that marks each sorted record with the same key as the previous record."""
     repeats = np.zeros(len(records), np.bool_)
     repeats[1:] = (records[1:, :2] == records[:-1, :2]).all(axis=1)
     return repeats
 
 
 def split_keys(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Split keys of shape (N, 16), uint8, into two halves of shape (N,), uint64, that have the same sort order."""
+    """Split keys of shape (N, 16), uint8, into two halves of shape (N,), uint64, that preserve the sort order."""
     halves = np.ascontiguousarray(keys).view(">u8").astype(np.uint64)
     return halves[:, 0], halves[:, 1]

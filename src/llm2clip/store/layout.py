@@ -4,15 +4,15 @@
       manifest.json          format version, encoder identity, embedding dimension, dtype, number of captions, and the
                              row range and checksum of each shard
       keys-00000.parquet     key and token count of the caption in each row; the metadata contains the checksum of the
-                             embeddings and the same properties of the store as the manifest
+                             embeddings and the same store properties as the manifest
       embeddings-00000.npy   embeddings of shape (rows, embed_dim), float16, int8 or float32, C order
       scales-00000.npy       only for int8: scale factor of each row, of shape (rows,), float32
       index-1a2b3c4d.npy     key index; see `key_index`
 
-Each file of a shard is written under a temporary name, fsynced and renamed. The keys file is written last, so a shard
+Each file in a shard is written under a temporary name, fsynced and renamed. The keys file is written last, so a shard
 with a keys file is complete. The manifest and the index only summarize the shards and are rebuilt from them after an
-interruption. Embeddings are looked up by the hash of the caption, never by position, so you may reorder, extend or
-filter the captions of a data set.
+interruption. Embeddings are looked up by caption hash, never by position, so you may reorder, extend or filter a data
+set's captions.
 """
 
 import hashlib
@@ -40,12 +40,12 @@ FORMAT_VERSION = 1
 KEY_BYTES = 16
 # Spec shared by all shards of a store: encoder identity, embedding dimension and dtype.
 StoreSpec = tuple[dict[str, Any], int, str]
-# Exceptions that may be raised when a damaged JSON, Parquet or .npy file is read.
+# Exceptions that may be raised when reading a damaged JSON, Parquet or .npy file.
 READ_ERRORS = (ValueError, KeyError, TypeError, OSError, EOFError, SyntaxError, TokenError, pa.ArrowException)
 
 
 class StoreError(ValueError):
-    """Raised if a store is damaged, was created with a different encoder, or does not contain a requested caption."""
+    """Raised when a store is damaged, was created with a different encoder, or lacks a requested caption."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Shard:
     """A shard of a store. The field names are the keys in the manifest."""
 
     number: int
-    start: int  # row number in the store of the shard's first row
+    start: int  # store row number of the shard's first row
     rows: int
     sha256: str  # see `shard_checksum`
 
@@ -74,7 +74,7 @@ def scales_path(folder: Path, number: int) -> Path:
 
 
 def index_path(folder: Path, shards: Sequence[Shard]) -> Path:
-    """Return the path of the key index for exactly these shards. The file name contains a hash of the shards."""
+    """Return the path of the key index for exactly these shards. The file name contains a hash of their metadata."""
     digest = hashlib.sha256(repr([(s.number, s.rows, s.sha256) for s in shards]).encode()).hexdigest()
     return folder / f"index-{digest[:12]}.npy"
 
@@ -93,12 +93,12 @@ def shard_numbers(folder: Path) -> list[int]:
 
 
 def next_shard_number(folder: Path) -> int:
-    """Return the largest number of a complete shard plus 1, or 0 if there are no complete shards."""
+    """Return one more than the largest complete shard number, or 0 if there are no complete shards."""
     return max(shard_numbers(folder), default=-1) + 1
 
 
 def read_shard_metadata(folder: Path, number: int) -> tuple[int, str, StoreSpec]:
-    """Read the number of rows, the checksum and the spec of a shard from the metadata of its keys file."""
+    """Read a shard's row count, checksum and spec from the metadata of its keys file."""
     path = keys_path(folder, number)
     try:
         metadata = pq.read_schema(path).metadata
@@ -111,7 +111,7 @@ def read_shard_metadata(folder: Path, number: int) -> tuple[int, str, StoreSpec]
 
 
 def read_shards(folder: Path, spec: StoreSpec | None = None) -> list[Shard]:
-    """List all complete shards in ascending order of their numbers. Only the metadata of the keys files is read.
+    """List all complete shards in ascending order of number. Only the metadata of the keys files is read.
 
     Raises:
         StoreError: A keys file cannot be read, or its spec differs from `spec`.
@@ -130,7 +130,7 @@ def read_shards(folder: Path, spec: StoreSpec | None = None) -> list[Shard]:
 
 
 def read_keys(folder: Path, shard: Shard) -> np.ndarray:
-    """Read the keys of all rows in a shard, of shape (N, 16), uint8. Raise StoreError if the file is damaged."""
+    """Read the keys of a shard's N rows. Return shape (N, 16), uint8. Raise StoreError if the file is damaged."""
     path = keys_path(folder, shard.number)
     try:
         column = pq.read_table(path, columns=["key"], page_checksum_verification=True)["key"].combine_chunks()
@@ -184,7 +184,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if manifest["fingerprint"] != fingerprint(manifest["identity"]):
             raise ValueError("the fingerprint does not match the identity")
         if [shard.start for shard in shards] != starts[:-1]:
-            raise ValueError("the first rows of the shards do not match the numbers of rows")
+            raise ValueError("the first rows of the shards do not match the row counts")
         int(manifest["embed_dim"]), DTYPES[manifest["dtype"]], int(manifest["captions"])
     except READ_ERRORS as error:
         raise build_damage_error(file, repr(error)) from error
@@ -192,12 +192,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def store_spec(manifest: dict[str, Any]) -> StoreSpec:
-    """Extract the spec from a store's manifest. All shards of the store must have this spec."""
+    """Extract the spec from a store's manifest. All shards in the store must have this spec."""
     return manifest["identity"], manifest["embed_dim"], manifest["dtype"]
 
 
 def check_spec(manifest: dict[str, Any], expected: StoreSpec, folder: Path) -> None:
-    """Check that a store has the expected encoder, dimension and dtype. Otherwise, raise StoreError."""
+    """Raise StoreError if a store does not have the expected encoder, dimension and dtype."""
     identity, embed_dim, dtype = expected
     check_identity(manifest["identity"], identity, folder)
     for name, value in (("embed_dim", embed_dim), ("dtype", dtype)):
@@ -206,7 +206,7 @@ def check_spec(manifest: dict[str, Any], expected: StoreSpec, folder: Path) -> N
 
 
 def check_identity(stored: dict[str, Any], expected: dict[str, Any], path: Path | str) -> None:
-    """Check that the embeddings in `path` were created by the expected encoder, given the identities of both encoders.
+    """Check that the embeddings in `path` were created by the expected encoder, by comparing encoder identities.
 
     Raises:
         StoreError: The encoders differ. The message lists the settings that differ, with both values.
@@ -222,7 +222,7 @@ def check_identity(stored: dict[str, Any], expected: dict[str, Any], path: Path 
 
 
 def caption_keys(captions: Sequence[str]) -> np.ndarray:
-    """Compute the keys of N captions: the first 16 bytes of their SHA-256 hashes, of shape (N, 16), uint8.
+    """Compute the keys of N captions: the first 16 bytes of their SHA-256 hashes. Return shape (N, 16), uint8.
 
     Raises:
         StoreError: A caption contains a lone surrogate, which cannot be encoded in UTF-8.

@@ -1,4 +1,4 @@
-"""Repair damaged stores, and merge stores that were built on several machines, without encoding any captions."""
+"""Store repair, and merging of stores built on several machines. No captions are encoded."""
 
 import hashlib
 import os
@@ -71,7 +71,7 @@ def repair_store(folder: str | Path, progress: bool = False) -> list[str]:
 
 
 def _read_specs(folder: Path) -> tuple[list[StoreSpec], list[int]]:
-    """Read the specs of all shards. Return the specs, and the numbers of the shards whose keys files are unreadable."""
+    """Return the specs of all readable shards, and the numbers of the shards whose keys files are unreadable."""
     specs, unreadable = [], []
     for number in shard_numbers(folder):
         try:
@@ -82,14 +82,14 @@ def _read_specs(folder: Path) -> tuple[list[StoreSpec], list[int]]:
 
 
 def _delete_keys(folder: Path, number: int) -> str:
-    """Delete a shard's keys file, which makes the shard incomplete; return the name of the file."""
+    """Delete a shard's keys file, which makes the shard incomplete; return the file's name."""
     path = keys_path(folder, number)
     path.unlink()
     return path.name
 
 
 def _delete_incomplete_shards(folder: Path) -> list[str]:
-    """Delete the files of shards without keys or embeddings, after damage or an interrupted write; return the names."""
+    """Delete the files of shards that lack a keys or embeddings file; return their names."""
     complete = set(shard_numbers(folder))
     deleted = []
     for path in sorted(folder.iterdir()):
@@ -104,10 +104,10 @@ def _delete_incomplete_shards(folder: Path) -> list[str]:
 
 
 def merge_stores(out: str | Path, sources: Sequence[str | Path]) -> EmbeddingStore:
-    """Add the shards of `sources` to the store at `out`. Files are hard-linked if possible, and otherwise copied.
+    """Add the shards of `sources` to the store at `out`. Files are hard-linked where possible, and otherwise copied.
 
     Shards that are already in `out` are skipped, so the merge can be repeated. If several stores contain the same
-    caption, lookups return the embedding from the first of them.
+    caption, lookups return the embedding from the first such store.
 
     Raises:
         StoreError: A source is damaged, or the sources differ in encoder, dimension or dtype.
@@ -149,7 +149,7 @@ def _check_sources(folders: Sequence[Path]) -> StoreSpec:
 
 
 def _compute_shard_checksums(folder: Path, shard: Shard) -> tuple[str, str]:
-    """Return the checksums of a shard's embeddings and keys. Shards with equal checksums are duplicates."""
+    """Return the checksums of a shard's embeddings and keys. Shards with the same checksums are duplicates."""
     return shard.sha256, hashlib.sha256(read_keys(folder, shard).tobytes()).hexdigest()
 
 

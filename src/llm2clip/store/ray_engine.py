@@ -1,8 +1,8 @@
-"""Encoding of captions into a store with Ray. Workers may join or leave the cluster at any time.
+"""Caption encoding into a store with Ray. Workers may join or leave the cluster at any time.
 
 The driver reads and deduplicates the captions. Each worker loads the encoder once and then encodes one shard after
 another. The store's folder must be accessible from all machines. If a worker dies, Ray assigns its shard to another
-worker, at most `MAX_RETRIES` times. The resulting store is the same as with `encode.embed`.
+worker, at most `MAX_RETRIES` times. The result is the same as with `encode.embed`.
 """
 
 import gc
@@ -38,15 +38,16 @@ def embed_with_ray(
 ) -> EmbeddingStore:
     """Encode captions into the store at `folder`, using Ray.
 
-    The environment variable RAY_ADDRESS specifies the cluster. If it is not set, Ray is started on this machine and
-    accepts only connections with a random token that this process passes to its workers.
+    The environment variable RAY_ADDRESS specifies the cluster. If it is not set, Ray is started on this machine. It
+    then accepts only connections with a random token, which this process passes to its workers.
 
     Args:
         captions, shard_size, batch_tokens, precision, dtype: See `encode.embed`.
         open_encoder: Function that takes the keyword argument `device` and loads the encoder on this device. It is
-            called with device="cpu": once in the driver, to compute the encoder's identity, and once in each worker.
-        folder: Folder of the store, on a file system that all machines share.
-        workers: Number of workers. 0 means one worker per GPU in the cluster or, without GPUs, one per two CPU cores.
+            called with device="cpu", once in the driver to compute the encoder's identity and once in each worker.
+        folder: Folder of the store, on a file system shared by all machines.
+        workers: Number of workers. With 0, use one worker per GPU in the cluster or, without GPUs, one per two CPU
+            cores.
 
     Raises:
         ModuleNotFoundError: Ray is not installed.
@@ -58,9 +59,9 @@ def embed_with_ray(
         import ray
         import ray.data
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"--engine ray needs Ray: {install_command('ray')}") from error
+        raise ModuleNotFoundError(f"--engine ray requires Ray. Run {install_command('ray')}") from error
     if process_state().num_processes > 1:
-        raise ValueError("--engine ray starts its own workers: run the command without torchrun")
+        raise ValueError("--engine ray starts its own workers. Run the command without torchrun")
     encoder = open_encoder(device="cpu")  # a worker may use this machine's GPU
     precision = resolve_store_precision(precision, encoder, Path(folder), process_state().device)
     identity, embed_dim = encoder.identity(precision), encoder.embed_dim
@@ -83,7 +84,7 @@ def embed_with_ray(
 
 
 def _start_ray() -> None:
-    """Connect to the cluster at RAY_ADDRESS, or start Ray on this machine, which requires authentication."""
+    """Connect to the cluster at RAY_ADDRESS, or start Ray with authentication on this machine."""
     import ray
 
     if os.environ.get("RAY_ADDRESS"):
@@ -92,8 +93,8 @@ def _start_ray() -> None:
     if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
         # Ray listens on all network interfaces, and executes the code that it receives.
         raise ValueError(
-            "--engine ray starts Ray on this machine with token authentication only: unset RAY_AUTH_MODE, which is "
-            f"{os.environ['RAY_AUTH_MODE']!r}"
+            "--engine ray requires token authentication to start Ray on this machine. Unset RAY_AUTH_MODE "
+            f"(got {os.environ['RAY_AUTH_MODE']!r})"
         )
     if not (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")):
         # Otherwise, Ray would store a token in a file that other users of this machine may be able to read.
@@ -131,8 +132,8 @@ def _run_workers(
     except RayActorError as error:
         raise ChildProcessError(
             f"A Ray worker died {MAX_RETRIES + 1} times. Ray reported the last failure as: {error}\n"
-            "The worker may have run out of memory: use fewer --ray_workers or lower --embed.batch_tokens. Ray's logs "
-            "are in /tmp/ray on the worker's machine. Complete shards are kept: run the same command again to resume"
+            "The worker may have run out of memory. Lower --ray_workers or --embed.batch_tokens. Ray's logs are in "
+            "/tmp/ray on the worker's machine. Complete shards are saved. Run the same command again to resume"
         ) from error
 
 

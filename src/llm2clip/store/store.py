@@ -1,13 +1,13 @@
 """Read access to an embedding store, which contains an embedding of every caption in a data set.
 
 `EmbeddingStore.find_rows` looks up the row numbers of captions, and `EmbeddingStore.take` reads the embeddings in
-these rows. The files in a store are described in `layout`.
+these rows. The module `layout` describes the files in a store.
 
 Embeddings are read through memory maps or, if the store is too large for memory, with positional reads. With a memory
 map, the operating system also reads the pages around every requested row. If the store is larger than memory, these
-pages are evicted before they are used. `PreadReader` therefore reads each run of consecutive rows with a positional
-read, in several threads, and declares to the operating system that access is random. Both readers access rows in the
-order in which they are stored on disk.
+pages are evicted before they are used. `PreadReader` therefore uses one positional read for each run of consecutive
+rows, and advises the operating system that access is random. It reads in several threads. Both readers access rows in
+on-disk order.
 """
 
 from __future__ import annotations
@@ -70,7 +70,6 @@ class EmbeddingStore:
         """Open the store at `folder`. Keys and embeddings stay on disk.
 
         Args:
-            folder: Folder of the store.
             read_mode: "mmap" reads embeddings through memory maps, and "pread" uses positional reads. "auto" selects
                 "mmap" if the embeddings take less than half of the available memory, and "pread" otherwise.
 
@@ -136,7 +135,7 @@ class EmbeddingStore:
         return np.concatenate(parts)
 
     def take(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
-        """Read the embeddings in N rows; return them in the same order, of shape (N, embed_dim), float32.
+        """Read the embeddings in N rows. Return shape (N, embed_dim), float32, in the order of `rows`.
 
         Raises:
             IndexError: A row number is out of range.
@@ -165,7 +164,7 @@ class EmbeddingStore:
 
 
 def find_damaged_shards(folder: Path, shards: Sequence[Shard], spec: StoreSpec, progress: bool = False) -> list[int]:
-    """List the numbers of the shards that are missing, have a wrong checksum, or have a different spec."""
+    """List the numbers of the shards that are missing or have the wrong checksum or spec."""
 
     def is_intact(shard: Shard) -> bool:
         try:
@@ -198,12 +197,12 @@ class ShardRows(NamedTuple):
     """Rows to read from one shard."""
 
     shard: int  # index in the list of shards
-    rows: np.ndarray  # row numbers within the shard in ascending order, of shape (N,), int64
+    rows: np.ndarray  # row numbers within the shard, of shape (N,), int64, in ascending order
     out: np.ndarray  # array to fill, of shape (N, embed_dim), in the store's dtype
 
 
 class RowReader(ABC):
-    """Reader of embeddings by row number. Subclasses implement how values are read from the shards."""
+    """Base class for reading embeddings by row number. Subclasses implement how values are read from the shards."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard], embed_dim: int, dtype: str) -> None:
         """Check the files of all shards.
@@ -249,7 +248,7 @@ class RowReader(ABC):
         return embeddings.numpy()
 
     def _split_by_shard(self, sorted_rows: np.ndarray, out: np.ndarray) -> list[ShardRows]:
-        """Group the rows by shard. The `out` array of each group is a view of the matching rows of `out`."""
+        """Group the rows by shard. Each group's `out` array is a view of the corresponding rows of `out`."""
         parts = []
         cuts = np.searchsorted(sorted_rows, self.bounds)
         for shard, (start, stop) in enumerate(pairwise(cuts)):
@@ -342,7 +341,7 @@ def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.
 
 
 def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the number of bytes that this process can still allocate within available RAM and its cgroup's limit."""
+    """Return how many bytes this process can still allocate, given the available RAM and its cgroup's limit."""
     available = int(psutil.virtual_memory().available)
     limit_file, usage_file, stat_file = (cgroup / f"memory.{name}" for name in ("max", "current", "stat"))
     if not (limit_file.is_file() and usage_file.is_file()):
@@ -379,15 +378,15 @@ def drop_refused_captions(records: Sequence[Record], store: EmbeddingStore) -> l
 
 
 def remove_phrases_without_embedding(records: Sequence[Record], store: EmbeddingStore) -> list[Record]:
-    """Remove phrases without an embedding. They occurred in too few images of the data used for the store.
+    """Remove phrases that have no embedding because they occurred in too few images when the store was created.
 
-    Print a message if the store has no embedding of any phrase.
+    Print a message if the store has no phrase embeddings.
     """
     phrases = sorted({phrase for record in records for phrase in record.phrases})
     is_stored = store.find_keys(caption_keys(phrases)) >= 0
     if phrases and not is_stored.any():
         print_once(
-            f"No short phrases are used: {store.folder} has no embeddings of them. To add them, run `llm2clip embed` "
+            f"No short phrases are used: {store.folder} has no phrase embeddings. To add them, run `llm2clip embed` "
             "with --phrases true"
         )
     missing = {phrase for phrase, stored in zip(phrases, is_stored, strict=True) if not stored}

@@ -1,15 +1,15 @@
-"""Writing of stores: the shards of new captions, and the manifest and key index that summarize all shards.
+"""Store writing: shards for new captions, and the manifest and key index that summarize all shards.
 
-`open_for_writing` prepares a store for any number of processes. The main process reads the captions once, and writes
-the captions without an embedding to a folder:
+`open_for_writing` prepares a store for any number of processes. The main process reads the captions once and writes the
+captions without an embedding to a folder:
 
     store/.incoming/
-      captions.parquet   all captions, in input order; deleted when all duplicates are known
-      partition-01       keys of the captions, for the external sort that finds duplicates; see `key_index`
+      captions.parquet   all captions, in input order; deleted once all duplicates have been found
+      partition-01       caption keys, for the external sort that finds duplicates; see `key_index`
       00012.parquet      captions of the missing shard 12
 
-Input order is preserved, so captions of the same image stay together. Apart from the captions of a few shards and the
-partition that is being sorted, memory holds only one byte per caption.
+Input order is preserved, so captions of the same image stay together. Memory use is one byte per caption, plus the
+captions of a few shards and the partition that is being sorted.
 """
 
 import json
@@ -71,7 +71,7 @@ class StoreWriter:
 
         Args:
             identity: Everything about the encoder that affects the embeddings; see `fingerprint`.
-            embed_dim: Dimension of the embeddings.
+            embed_dim: Embedding dimension.
             dtype: dtype of the stored embeddings: float16, float32 or int8. int8 uses one scale factor per row.
 
         Raises:
@@ -96,7 +96,7 @@ class StoreWriter:
         Args:
             number: Number of the new shard. No shard with this number may exist.
             captions: N captions.
-            tokens: N token counts, which are stored for resource estimates and for plots by caption length.
+            tokens: N token counts, stored for resource estimates and for plots by caption length.
             embeddings: Floating-point embeddings of shape (N, embed_dim).
 
         Raises:
@@ -148,7 +148,7 @@ class StoreWriter:
         count = len(embeddings)
         if keys.shape != (count, KEY_BYTES) or embeddings.shape[1:] != (self.embed_dim,) or len(tokens) != count:
             raise StoreError(
-                f"{self.folder} needs embeddings with {self.embed_dim} dimensions, each with a key and a token count "
+                f"{self.folder} requires {self.embed_dim}-dimensional embeddings, each with a key and a token count "
                 f"(got embeddings of shape {embeddings.shape}, keys of shape {keys.shape}, {len(tokens)} token counts)"
             )
 
@@ -161,7 +161,7 @@ class StoreWriter:
             row = int(invalid.argmax())
             name = repr(captions[row][:120]) if captions else f"key {keys[row].tobytes().hex()}"
             raise StoreError(
-                f"the embedding of {name} has values that are not finite in {self.dtype}. Check the encoder's weights"
+                f"the embedding of {name} contains non-finite values in {self.dtype}. Check the encoder's weights"
             )
 
 
@@ -189,11 +189,11 @@ def write_manifest(folder: Path, identity: dict[str, Any], embed_dim: int, dtype
 
 
 def quantize_rows(embeddings: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Convert embeddings of shape (N, embed_dim) to the dtype of a store.
+    """Convert embeddings of shape (N, embed_dim) to a store's dtype.
 
     Returns:
-        The converted embeddings, and the scale factors of shape (N,), float32, by which int8 rows must be multiplied.
-        They are chosen such that the largest absolute int8 value in each row is 127. None for other dtypes.
+        The converted embeddings, and the scale factors by which int8 rows must be multiplied, of shape (N,), float32.
+        They make the largest absolute int8 value in each row 127. For other dtypes, the scale factors are None.
     """
     if dtype != "int8":
         return np.ascontiguousarray(embeddings, DTYPES[dtype]), None
@@ -215,7 +215,7 @@ class WritePlan:
     shards: list[int]  # numbers of the missing shards
 
     def local_shards(self) -> list[int]:
-        """List the shards that this process must write: every n-th shard if there are n processes."""
+        """List the shards that this process must write: with n processes, every n-th shard."""
         state = process_state()
         return self.shards[state.process_index :: state.num_processes]
 
@@ -249,7 +249,7 @@ def open_for_writing(
 
     Args:
         captions: Texts or image names, possibly with duplicates. Only the main process reads them, and only once.
-        folder: Folder of the store. It is created if it does not exist.
+        folder: Folder of the store, which is created if it does not exist.
         identity, embed_dim, dtype: See `StoreWriter`.
         shard_size: Number of captions per shard.
 
@@ -299,7 +299,7 @@ def _prepare_incoming(writer: StoreWriter, captions: Iterable[str], incoming: Pa
 def write_missing_shards(
     captions: Iterable[str], incoming: Path, store: EmbeddingStore | None, shard_size: int, first_shard: int
 ) -> None:
-    """Write the captions that have no embedding in `store` yet to one file per shard in the empty folder `incoming`.
+    """Write captions that have no embedding in `store` yet to the empty folder `incoming`, in one file per shard.
 
     The shards are numbered consecutively, starting with `first_shard`.
     """
@@ -322,8 +322,8 @@ def _write_captions(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Write all captions to a file; yield the keys and positions of the captions that are missing from the store.
 
-    For each chunk, a boolean mask of the missing captions is appended to `is_missing`. Duplicates are detected only
-    within a chunk; `write_missing_shards` finds all others.
+    For each chunk, append a boolean mask of the missing captions to `is_missing`. Duplicates are detected only within a
+    chunk; `write_missing_shards` finds all others.
     """
     with pq.ParquetWriter(file, pa.schema([("text", pa.string())]), compression="zstd") as writer:
         start = 0
