@@ -85,7 +85,7 @@ CASES = {
     ),
     # line ends and empty files
     "Windows and old Mac line ends": Case({"x.csv": "id,caption\r\n1,a dog\r2,a cat\r"}, TWO),
-    "JSON list in a .jsonl": Case({"x.jsonl": '[{"caption": "a"}]'}, None, ("malformed row: not an object",)),
+    "JSON list in a .jsonl": Case({"x.jsonl": '[{"caption": "a"}]'}, None, ("malformed row: not a JSON object",)),
     "JSON lines in a .json": Case({"x.json": JSONL}, None, ("not JSON", "change its suffix to .jsonl")),
     "header without rows": Case({"x.csv": "id,caption\n"}, None, ("x.csv: no records",)),
     "empty file": Case({"x.csv": ""}, None, ("x.csv: no records",)),

@@ -221,7 +221,7 @@ def test_lost_rows_of_a_damaged_parquet_file_are_counted(tmp_path: Path) -> None
             "are resolved against the folder of the caption file",
         ),
         ("https://example.org/{n}.jpg", "image is a URL", "Download them first"),
-        ("empty.jpg", "unreadable image: {folder}/empty.jpg: not an image: it is empty", "Fix the source"),
+        ("empty.jpg", "unreadable image: {folder}/empty.jpg: not an image: the file is empty", "Fix the source"),
         ("text.jpg", "unreadable image: {folder}/text.jpg: not an image: supported formats: ", "Fix the source"),
     ],
 )
