@@ -222,7 +222,7 @@ def test_lost_rows_of_a_damaged_parquet_file_are_counted(tmp_path: Path) -> None
         ),
         ("https://example.org/{n}.jpg", "image is a URL", "Download them first"),
         ("empty.jpg", "unreadable image: {folder}/empty.jpg: not an image: the file is empty", "Fix the source"),
-        ("text.jpg", "unreadable image: {folder}/text.jpg: not an image: supported formats: ", "Fix the source"),
+        ("text.jpg", "unreadable image: {folder}/text.jpg: not an image in a supported format (", "Fix the source"),
     ],
 )
 def test_skip_limit_explains_how_to_fix_the_images(tmp_path: Path, image: str, reason: str, advice: str) -> None:
