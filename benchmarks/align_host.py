@@ -34,7 +34,7 @@ from llm2clip.data.records import Record
 from llm2clip.data.transforms import Preprocess
 from llm2clip.prefetch import Prefetcher
 from llm2clip.runs.checkpoint import MetricsLog
-from llm2clip.store.image_features import image_name
+from llm2clip.store.image_features import get_image_name
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.writer import StoreWriter
 from llm2clip.train.sampling import AlignBatches, CaptionSampler
@@ -111,7 +111,7 @@ def run(folder: Path, name: str, steps: int, pause: float) -> dict[str, dict[str
     texts = [tuple(f"caption {k} of image {n}" for k in range(CAPTIONS)) for n in range(IMAGES)]
     records = [Record(str(n), refs[n], texts[n], (), (f"long caption of image {n}",)) for n in range(IMAGES)]
     store = write_store(folder / "captions", [text for record in records for text in record.texts], TEXT_DIM)
-    features = write_store(folder / "features", [image_name(ref) for ref in refs], FEATURE_DIM)
+    features = write_store(folder / "features", [get_image_name(ref) for ref in refs], FEATURE_DIM)
     cached = "cached" in name
     config = AlignConfig(
         batch_size=STEPS[name],

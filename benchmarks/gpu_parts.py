@@ -129,7 +129,7 @@ def measure_encode(settings: PartSettings) -> Iterator[dict[str, Any]]:
     """
     captions = random_captions(64 if settings.tiny else 16_384)
     sample = captions[:64]
-    for name, shape in llm_sizes(settings, available_memory() / 1e9).items():
+    for name, shape in llm_sizes(settings, get_available_memory() / 1e9).items():
         folder = save_llm(settings.out / f"llm-{name}", shape)
         encoder = CaptionEncoder.from_pretrained(folder, device=str(DEVICE))
         tokens = sum(len(ids) for ids in encoder.tokenize(captions).ids)
@@ -337,7 +337,7 @@ def measure_tune(settings: PartSettings) -> Iterator[dict[str, Any]]:
     pairs = 4 if settings.tiny else 256
     texts = random_captions(2 * pairs)
     rows = [dataclasses.asdict(Pair(a, p)) for a, p in zip(texts[:pairs], texts[pairs:], strict=True)]
-    sizes = llm_sizes(settings, available_memory() / 1e9)
+    sizes = llm_sizes(settings, get_available_memory() / 1e9)
     sizes.pop("8B", None)  # the gradients and float32 weights of an 8B model do not fit
     for name, shape in sizes.items():
         folder = save_llm(settings.out / f"llm-{name}", shape)
@@ -518,13 +518,13 @@ def known_device() -> str | None:
     if not IS_GPU:
         return None
     words = torch.cuda.get_device_name(DEVICE).lower().replace("geforce rtx ", "rtx").split()
-    memory = available_memory() / 1e9
+    memory = get_available_memory() / 1e9
     if "a100" in " ".join(words):
         return "a100-80" if memory > 50 else "a100-40"
     return next((name for name in DEVICES if name in words), None)
 
 
-def available_memory() -> float:
+def get_available_memory() -> float:
     return float(torch.cuda.get_device_properties(DEVICE).total_memory) if IS_GPU else 8e9
 
 

@@ -42,7 +42,7 @@ def main() -> None:
     crops = []
     for index, path in enumerate(paths):
         width, height = Image.open(path).size
-        crops.append(transform._crop(height, width, torch.Generator().manual_seed(index)))
+        crops.append(transform._sample_crop_box(height, width, torch.Generator().manual_seed(index)))
 
     mean_difference = max_difference = 0.0
     for index, path in enumerate(paths):

@@ -37,7 +37,7 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.pretrained_clip import find_visual_projection
 from llm2clip.models.text.clip_text_encoder import load_clip_text_encoder
 from llm2clip.models.vision.vision_tower import VisionTower
-from llm2clip.store.image_features import TowerEncoder, image_keys, store_image_features
+from llm2clip.store.image_features import TowerEncoder, make_image_keys, store_image_features
 
 EMBED_DIM = 256
 TEXT_TOWER = {"context_length": 24, "vocab_size": 49408, "width": 256, "heads": 4, "layers": 3}
@@ -83,7 +83,7 @@ def image_features(tower: VisionTower, records: list[Record], folder: Path) -> T
     encoder = TowerEncoder(tower, "fp32")
     refs = [record.image for record in records if record.image is not None]
     store = store_image_features(refs, encoder, encoder.identity(), folder, SkipLog())
-    return torch.from_numpy(store.take(store.find_keys(image_keys(refs))))
+    return torch.from_numpy(store.take(store.find_keys(make_image_keys(refs))))
 
 
 def headless_weights() -> dict[str, Tensor]:

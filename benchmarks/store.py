@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from llm2clip.cpu_tuning import keep_freed_memory
-from llm2clip.store.layout import embeddings_path, shard_numbers
+from llm2clip.store.layout import embeddings_path, list_shard_numbers
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.writer import StoreWriter
 
@@ -84,7 +84,7 @@ class PlainMap:
     """The common approach: one memory map per file, with rows read in the requested order."""
 
     def __init__(self, folder: Path) -> None:
-        self.maps = [np.load(embeddings_path(folder, n), mmap_mode="r") for n in shard_numbers(folder)]
+        self.maps = [np.load(embeddings_path(folder, n), mmap_mode="r") for n in list_shard_numbers(folder)]
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         return np.stack([self.maps[row // SHARD_SIZE][row % SHARD_SIZE] for row in rows]).astype(np.float32)
@@ -101,7 +101,7 @@ def write_random_store(folder: Path, rows: int, width: int) -> None:
 
 
 def drop_page_cache(folder: Path) -> None:
-    for number in shard_numbers(folder):
+    for number in list_shard_numbers(folder):
         file = os.open(embeddings_path(folder, number), os.O_RDONLY)
         os.fsync(file)
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -149,7 +149,7 @@ def main() -> None:
 
     if not (args.folder / "manifest.json").exists():
         write_random_store(args.folder, args.rows, args.width)
-    size = sum(embeddings_path(args.folder, n).stat().st_size for n in shard_numbers(args.folder))
+    size = sum(embeddings_path(args.folder, n).stat().st_size for n in list_shard_numbers(args.folder))
     print(f"{args.rows:,} rows of dimension {args.width}: {size / 1e9:.1f} GB (float32: {2 * size / 1e9:.1f} GB)")
     keep_freed_memory(torch.device("cpu"))  # as in training
     print("| reader | cold, rows/s | hot, rows/s |\n| --- | --- | --- |")

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llm2clip.cpu_tuning import keep_freed_memory
-from llm2clip.data.pairs import ImageCaptions, pair_batches
+from llm2clip.data.pairs import ImageCaptions, iter_pair_batches
 from llm2clip.data.records import open_records
 from llm2clip.models.hub.pretrained import resolve_pretrained
 from llm2clip.models.precision import has_bf16_hardware
@@ -108,7 +108,7 @@ def main() -> None:
     collator = PairCollator(preprocess_fn=encoder.tokenize)
     batches = [
         collator([dataclasses.asdict(pair) for pair in pairs])
-        for pairs in pair_batches([images], [], args.pairs, args.steps + 1, seed=0)
+        for pairs in iter_pair_batches([images], [], args.pairs, args.steps + 1, seed=0)
     ]
     lengths = [len(ids) for batch in batches for ids in batch["tokens"]]
     print(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from llm2clip.data.image_loader import image_batches
+from llm2clip.data.image_loader import iter_image_batches
 from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.embeddings import ModelEmbeddings
@@ -37,7 +37,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def encode_images(model: DualEncoder, image_folder: Path) -> tuple[Tensor, list[str]]:
     """Return the embeddings of eight images, and the files of the images."""
     refs = [r.image for r in open_records(image_folder / "captions.jsonl") if r.image is not None][:8]
-    [(decoded, inputs, failures)] = image_batches(refs, model.transform)
+    [(decoded, inputs, failures)] = iter_image_batches(refs, model.transform)
     assert decoded == list(range(8)) and not failures
     return model.encode_images(inputs), [str(ref) for ref in refs]
 

@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 from conftest import run_distributed
 from format_fixtures import write_jsonl
 from llm2clip.cli import build_parser, main
-from llm2clip.data.image_hashes import hash_images, save_training_images
+from llm2clip.data.image_hashes import hash_images, save_training_image_hashes
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import load_image
 from llm2clip.data.records import open_records
@@ -330,7 +330,7 @@ def test_evaluate_states_what_it_evaluates_and_warns_about_training_images(
         row.pop("split")
     data = write_jsonl(tmp_path / "unsplit.jsonl", rows)
     model, out = shutil.copytree(clip, tmp_path / "mine"), tmp_path / "out"
-    save_training_images(model, hash_images(FileImage(row["image"]) for row in rows[:30]))
+    save_training_image_hashes(model, hash_images(FileImage(row["image"]) for row in rows[:30]))
     assert main(["evaluate", str(model), f"{data}@none", "--baselines", str(clip), "--out", str(out)]) == 0
     warning = "Warning: mine was trained on 30 of the images in data"
     output = capsys.readouterr().out

@@ -22,7 +22,7 @@ from format_fixtures import (
     write_tar,
 )
 from llm2clip.config import EvaluateConfig
-from llm2clip.data.image_refs import FileImage, MemoryImage, ParquetImage, TarImage, content_digest
+from llm2clip.data.image_refs import FileImage, MemoryImage, ParquetImage, TarImage, compute_content_digest
 from llm2clip.data.records import Source, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import read_splits
@@ -118,7 +118,7 @@ def test_parquet_images_are_paths_or_cells_of_any_row_group(folder: Path) -> Non
     assert records[5].image is None
     for number in (8, 0, 3, 7):
         image = records[number].image
-        digest = content_digest(rows[number]["image"]["bytes"])
+        digest = compute_content_digest(rows[number]["image"]["bytes"])
         assert image == ParquetImage(str(folder / "x.parquet"), number, "image", digest)
         assert image.read() == rows[number]["image"]["bytes"]
     raw = pa.table({"image": [row["image"]["bytes"] for row in rows[:3]], "text": ["x", "y", "z"]})

@@ -137,7 +137,7 @@ def test_scan_markers_in_metadata_and_behind_the_image_are_not_scans() -> None:
     data_with_restarts = encode(noise, "JPEG", quality=98, restart_marker_blocks=1)
     assert b"\xff\x00" in data_with_restarts and b"\xff\xd3" in data_with_restarts
     for image, num_scans in ((data, data.count(b"\xff\xda")), (data_with_restarts, 1)):
-        assert [marker for marker, _ in image_header._jpeg_markers(image)].count(0xDA) == num_scans
+        assert [marker for marker, _ in image_header._iter_jpeg_markers(image)].count(0xDA) == num_scans
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])

@@ -19,7 +19,7 @@ from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
 from llm2clip.data import image_header, image_loader, images
-from llm2clip.data.image_loader import decode_or_error, image_batches
+from llm2clip.data.image_loader import decode_or_error, iter_image_batches
 from llm2clip.data.image_refs import FileImage, MemoryImage
 from llm2clip.data.images import ImageError, decode_image, load_image
 from llm2clip.data.transforms import EvalTransform, Preprocess, TrainTransform
@@ -342,7 +342,7 @@ def test_train_transform_depends_only_on_its_generator() -> None:
 def test_train_transform_crops_have_the_documented_size_and_ratio() -> None:
     transform = TrainTransform(Preprocess(32, "shortest", 1.0, "bicubic", *HALF), min_crop_scale=0.5)
     generator = torch.Generator().manual_seed(0)
-    boxes = [transform._crop(300, 300, generator) for _ in range(300)]
+    boxes = [transform._sample_crop_box(300, 300, generator) for _ in range(300)]
     for top, left, height, width in boxes:
         assert 0 <= top <= 300 - height and 0 <= left <= 300 - width
         assert 0.49 < height * width / 300**2 <= 1
@@ -357,9 +357,9 @@ def test_image_batches_are_equal_with_workers_and_report_failures(
     transform = EvalTransform(Preprocess(32, "squash", 1.0, "bicubic", *HALF))
     for n, ref in enumerate(refs):
         Path(ref.path).write_bytes(encode(photo(60 + n), "JPEG")[: 200 if n in (1, 6) else None])
-    batches = list(image_batches(refs, transform, 3))
+    batches = list(iter_image_batches(refs, transform, 3))
     monkeypatch.setattr(image_loader, "MIN_IMAGES_FOR_WORKERS", 7)
-    batches_of_workers = list(image_batches(refs, transform, 3, workers=2))
+    batches_of_workers = list(iter_image_batches(refs, transform, 3, workers=2))
     for (indices, pixels, failures), of_workers in zip(batches, batches_of_workers, strict=True):
         assert (indices, failures) == (of_workers[0], of_workers[2])
         assert all(torch.equal(a, b) for a, b in zip(pixels, of_workers[1], strict=True))
@@ -389,7 +389,7 @@ def test_closing_image_batches_early_stops_the_workers_cleanly(
     monkeypatch.setattr(image_loader, "MIN_IMAGES_FOR_WORKERS", 0)
     refs = [MemoryImage(encode(photo(), "PNG"), str(n)) for n in range(300)] * 5
     transform = EvalTransform(Preprocess(224, "squash", 1.0, "bicubic", *HALF))
-    with contextlib.closing(image_batches(refs, transform, batch_size=300, workers=1)) as batches:
+    with contextlib.closing(iter_image_batches(refs, transform, batch_size=300, workers=1)) as batches:
         next(batches)
         workers = multiprocessing.active_children()
     assert [worker.exitcode for worker in workers] == [0]

@@ -22,7 +22,7 @@ from llm2clip.data.records import Record
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.hub.fingerprint import hash_weights
 from llm2clip.models.pretrained_clip import find_visual_projection, read_pretrained_logits
-from llm2clip.store.layout import caption_keys
+from llm2clip.store.layout import make_caption_keys
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train import proclip
 from llm2clip.train.initial_model import create_initial_model
@@ -219,7 +219,7 @@ def test_fit_inherits_phrases_if_there_are_any(column: str, image_folder: Path, 
     assert (run / "align" / proclip.WEIGHTS).exists()
     (clip_store,) = (run / "align").glob("clip-texts-*")
     for folder in (run / "store", clip_store):
-        is_stored = EmbeddingStore(folder).find_keys(caption_keys(["border"])) >= 0
+        is_stored = EmbeddingStore(folder).find_keys(make_caption_keys(["border"])) >= 0
         assert is_stored.item() == (column == "captions")
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from conftest import Killed, emulate_fsdp_launch, make_llm, run_distributed
 from llava_fixtures import build_tiny_llava, load_model, load_weights, make_conversations, make_vision_tower
 from llm2clip.cli import main
-from llm2clip.data.image_hashes import load_training_images
+from llm2clip.data.image_hashes import load_training_image_hashes
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.llava import train as train_module
@@ -203,7 +203,7 @@ def test_train_command_reads_records_and_llava_json(
     assert main(command) == 0
     assert "105 conversations for the projector, 8 for the projector and the LLM" in capsys.readouterr().out
     assert load_model(tmp_path / "run/model")[0].config.model_type == "fast_vlm"
-    training_images = load_training_images(tmp_path / "run/model")
+    training_images = load_training_image_hashes(tmp_path / "run/model")
     assert training_images is not None and len(training_images) == 32, "30 of the split train, and two others"
 
     assert main(command) == 0, "repeating the command must find the result"

@@ -118,7 +118,7 @@ def test_links_are_copies_of_their_target_without_reading_it(tmp_path: Path, mon
     refs = {name: FileImage(str(tmp_path / f"{name}.jpg")) for name in ("link", "target", "broken", "0")}
     key = {name: ref.key for name, ref in refs.items()}
     assert image_hashes.find_copies(refs.values()) == {key["target"]: key["link"], key["0"]: key["link"]}
-    monkeypatch.setattr(image_hashes, "_digest", None)
+    monkeypatch.setattr(image_hashes, "_hash_range", None)
     assert image_hashes.find_copies([refs["link"], refs["target"]]) == {key["target"]: key["link"]}
 
 
@@ -128,9 +128,9 @@ def test_only_files_of_equal_size_are_read(tmp_path: Path, monkeypatch: pytest.M
         (tmp_path / name).write_bytes(content)
     refs = [FileImage(str(tmp_path / name)) for name in "abc"] + [FileImage(str(tmp_path / "missing"))]
     lengths: list[int] = []
-    digest = image_hashes._digest
+    digest = image_hashes._hash_range
     monkeypatch.setattr(
-        image_hashes, "_digest", lambda path, start, length: lengths.append(length) or digest(path, start, length)
+        image_hashes, "_hash_range", lambda path, start, length: lengths.append(length) or digest(path, start, length)
     )
     refs += [FileImage(str(tmp_path / name)) for name in ("empty", "empty too")]
     for ref in refs[-2:]:

@@ -9,10 +9,10 @@ from llm2clip.data.pairs import (
     ImageCaptions,
     Pair,
     can_pair,
-    caption_vectors,
+    compute_caption_vectors,
+    draw_grouped_permutation,
     draw_pair,
-    grouped_permutation,
-    pair_batches,
+    iter_pair_batches,
     resolve_pairs_per_step,
 )
 
@@ -26,7 +26,7 @@ IMAGES = [  # 40 that give a pair and two that do not
 def batches_of(
     images: list[ImageCaptions], batch_size: int, steps: int, seed: int, group_size: int = 1
 ) -> list[list[Pair]]:
-    return list(pair_batches([images], [], batch_size, steps, seed, group_size))
+    return list(iter_pair_batches([images], [], batch_size, steps, seed, group_size))
 
 
 # ---- sampling ------------------------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ def test_pair_batches_depend_on_the_seed_and_use_every_image_in_a_pass() -> None
 def test_deferred_items_are_sampled_in_the_next_batch() -> None:
     """Two of four pairs share a text and are never in the same batch of two, yet all are sampled equally often."""
     pairs = [Pair("shared", "a"), Pair("b", "shared"), Pair("c", "d"), Pair("e", "f")]
-    counts = Counter(pair for batch in pair_batches([pairs], [], 2, 200, seed=0) for pair in batch)
+    counts = Counter(pair for batch in iter_pair_batches([pairs], [], 2, 200, seed=0) for pair in batch)
     assert set(counts) == set(pairs)
     assert all(abs(count - 100) <= 2 for count in counts.values())
 
@@ -68,7 +68,7 @@ def test_a_caption_of_many_images_neither_slows_sampling_nor_excludes_images(mon
     draws = []
     monkeypatch.setattr("llm2clip.data.pairs.draw_pair", lambda *args: draws.append(1) or draw_pair(*args))
     counts: Counter[str] = Counter()
-    for batch in pair_batches([items], [], 20, 300, seed=0):
+    for batch in iter_pair_batches([items], [], 20, 300, seed=0):
         texts = [text for pair in batch for text in pair.texts]
         assert len(set(texts)) == 40
         counts.update(text for text in texts if text.endswith("a"))
@@ -83,9 +83,9 @@ def test_pair_batches_raises_for_too_few_items_and_wrong_weights() -> None:
     with pytest.raises(ValueError, match="fewer than 2 pairs that share no text"):
         batches_of([ImageCaptions(("a", "b")), ImageCaptions(("b", "a")), ImageCaptions(("a", "b"))], 2, 1, seed=0)
     with pytest.raises(ValueError, match="a source has no captions or pairs to tune on"):
-        next(pair_batches([IMAGES, []], [], 2, 1, seed=0))
+        next(iter_pair_batches([IMAGES, []], [], 2, 1, seed=0))
     with pytest.raises(ValueError, match="at least 2 text pairs, but a source has only 1"):
-        next(pair_batches([[Pair("a", "b")]], [], 2, 1, seed=0))
+        next(iter_pair_batches([[Pair("a", "b")]], [], 2, 1, seed=0))
 
 
 def test_small_sources_reduce_the_number_of_pairs_per_step() -> None:
@@ -114,17 +114,17 @@ def test_batches_of_a_small_source_can_be_filled_if_images_share_captions() -> N
 def test_pair_batches_are_of_a_single_source_drawn_by_weight() -> None:
     text_pairs = [Pair(f"other {i}", f"other answer {i}", (f"wrong {i}",), "find: ") for i in range(20)]
     sources = [IMAGES, text_pairs]
-    batches = list(pair_batches(sources, [1, 3], 8, 400, seed=0))
+    batches = list(iter_pair_batches(sources, [1, 3], 8, 400, seed=0))
     kinds = [{pair.anchor.startswith("other") for pair in batch} for batch in batches]
     assert all(len(kind) == 1 for kind in kinds)
     assert sum(kind == {True} for kind in kinds) == pytest.approx(300, abs=30)
     assert {pair for batch in batches for pair in batch if pair.instruction} == set(text_pairs)  # unchanged
-    assert batches == list(pair_batches(sources, [1, 3], 8, 400, seed=0))
-    by_size = [batch[0].instruction for batch in pair_batches(sources, [], 8, 400, seed=0)]
+    assert batches == list(iter_pair_batches(sources, [1, 3], 8, 400, seed=0))
+    by_size = [batch[0].instruction for batch in iter_pair_batches(sources, [], 8, 400, seed=0)]
     assert by_size.count("find: ") == pytest.approx(400 * 20 / 62, abs=30)
     for wrong in ([1], [1, 0]):
         with pytest.raises(ValueError, match="source_weights must be 2 weights"):
-            next(pair_batches(sources, wrong, 8, 1, seed=0))
+            next(iter_pair_batches(sources, wrong, 8, 1, seed=0))
 
 
 # ---- short and long captions ---------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def test_images_without_two_different_captions_are_not_used() -> None:
         *(ImageCaptions((f"short {i}",), (f"long {i}",)) for i in range(9)),
         *(ImageCaptions((f"alone {i}",)) for i in range(9)),
     ]
-    batches = pair_batches([images], [], 9, 5, 0)  # all nine that are usable
+    batches = iter_pair_batches([images], [], 9, 5, 0)  # all nine that are usable
     assert {text[0] for batch in batches for pair in batch for text in pair.texts} == {"s", "l"}
 
 
@@ -194,19 +194,19 @@ def test_grouped_permutation_makes_groups_of_similar_captions() -> None:
     topics = np.repeat(np.arange(4), 32)
     rng = np.random.default_rng(0)
     images = [[*rng.permutation(TOPICS[t]), f"number {n}"] for n, t in enumerate(topics)]
-    vectors = caption_vectors(images)
+    vectors = compute_caption_vectors(images)
     assert vectors.shape[0] == 128
     assert vectors.dtype == np.float32
-    order = grouped_permutation(vectors, 8, rng)
+    order = draw_grouped_permutation(vectors, 8, rng)
     assert sorted(order) == list(range(128))
     pure = [len(set(topics[order[i : i + 8]])) == 1 for i in range(0, 128, 8)]
     assert np.mean(pure) > 0.6  # of random groups, one in 50,000 would be pure
-    assert not np.array_equal(order, grouped_permutation(vectors, 8, rng))  # every pass forms new groups
+    assert not np.array_equal(order, draw_grouped_permutation(vectors, 8, rng))  # every pass forms new groups
 
 
 def test_grouped_permutation_handles_incomplete_groups_and_uninformative_captions() -> None:
     for images in ([["the same"]] * 7, [["!!!", "?"]], [[f"word{i}"] for i in range(37)]):
-        order = grouped_permutation(caption_vectors(images), 4, np.random.default_rng(0))
+        order = draw_grouped_permutation(compute_caption_vectors(images), 4, np.random.default_rng(0))
         assert sorted(order) == list(range(len(images)))
     vectors, expected = np.empty((9, 0)), np.random.default_rng(5).permutation(9)
-    assert np.array_equal(grouped_permutation(vectors, 1, np.random.default_rng(5)), expected)
+    assert np.array_equal(draw_grouped_permutation(vectors, 1, np.random.default_rng(5)), expected)

@@ -21,7 +21,7 @@ from conftest import HANG_TIMEOUT
 from llm2clip import LLM2CLIP, pipeline
 from llm2clip.cli import main
 from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, TuneConfig
-from llm2clip.data.image_hashes import TRAINING_IMAGES_FILE, count_training_images, load_training_images
+from llm2clip.data.image_hashes import TRAINING_IMAGES_FILE, count_training_images, load_training_image_hashes
 from llm2clip.data.records import open_records
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
@@ -160,7 +160,7 @@ def test_fit_checks_disk_space_and_memory_before_training(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(planner, "available_memory", lambda: 10**8)
+    monkeypatch.setattr(planner, "get_available_memory", lambda: 10**8)
     monkeypatch.setattr(planner.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**5))
     assert main(fit_command(image_folder, llm, tower, tmp_path / "run")) == 1
     assert re.search(r"needs about 0\.\d GB of disk space .* 0\.0 GB is free", capsys.readouterr().err)
@@ -169,7 +169,7 @@ def test_fit_checks_disk_space_and_memory_before_training(
     records = list(open_records(image_folder / "captions.jsonl"))
     config = FitConfig(encoder=EncoderConfig(str(llm)), align=AlignConfig(tower=str(tower), image_size=64))
     monkeypatch.undo()
-    monkeypatch.setattr(planner, "available_memory", lambda: 10**8)
+    monkeypatch.setattr(planner, "get_available_memory", lambda: 10**8)
     warnings = planner.check_resources(config, tmp_path, records)
     assert warnings[0].startswith("Warning: tune needs about") and "0.1 GB is free" in warnings[0]
     monkeypatch.undo()
@@ -214,7 +214,7 @@ def test_saved_model_encodes_images_and_texts(run: Path, image_folder: Path) -> 
 
 def test_model_knows_its_training_images(run: Path, image_folder: Path, tmp_path: Path) -> None:
     copy = LLM2CLIP.from_pretrained(run / "model", device="cpu").save_pretrained(tmp_path / "copy")
-    training_images = load_training_images(copy)
+    training_images = load_training_image_hashes(copy)
     assert training_images is not None and len(training_images) == 30
     for split, count in (("train", 30), ("val", 0)):
         images = [record.image for record in open_records(f"{image_folder / 'captions.jsonl'}@{split}")]

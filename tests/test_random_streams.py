@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llm2clip.data.random_streams import RandomStreams, epoch_permutation
+from llm2clip.data.random_streams import RandomStreams, draw_epoch_permutation
 
 
 @pytest.mark.parametrize("seed", [0, 42, 2**32 - 1, 2**32, 2**63 + 5, 2**100 + 3])
@@ -30,7 +30,7 @@ def test_negative_seeds_are_rejected() -> None:
 
 
 def test_epoch_permutation_depends_on_the_epoch_only() -> None:
-    first = epoch_permutation(9, 0, 1).tolist()
+    first = draw_epoch_permutation(9, 0, 1).tolist()
     assert sorted(first) == list(range(9))
-    assert epoch_permutation(9, 0, 1).tolist() == first
-    assert epoch_permutation(9, 0, 2).tolist() != first
+    assert draw_epoch_permutation(9, 0, 1).tolist() == first
+    assert draw_epoch_permutation(9, 0, 2).tolist() != first

@@ -36,9 +36,9 @@ from llm2clip.store.store import (
     MmapReader,
     PreadReader,
     ReadMode,
-    available_memory,
     drop_refused_captions,
-    refused_captions,
+    get_available_memory,
+    read_refused_captions,
 )
 from llm2clip.store.writer import StoreWriter, shard_file, write_missing_shards
 
@@ -155,7 +155,7 @@ def test_embed_lists_captions_that_the_tokenizer_cannot_encode(picky_encoder: Ca
     two_lines = "bad\u2028one"  # str.splitlines splits here
     embed([two_lines], picky_encoder, tmp_path / "second")
     merged = merge_stores(tmp_path / "merged", [tmp_path, tmp_path / "second"])
-    assert {row["caption"] for row in refused_captions(merged.folder)} == {"bad", "", two_lines}
+    assert {row["caption"] for row in read_refused_captions(merged.folder)} == {"bad", "", two_lines}
 
 
 def test_embed_keeps_the_refused_list_of_a_shard_that_was_never_written(
@@ -168,7 +168,7 @@ def test_embed_keeps_the_refused_list_of_a_shard_that_was_never_written(
         patch.setattr("llm2clip.store.writer.StoreWriter.write", interrupt)
         embed(["bad 1", "a", "bad 2", "b"], picky_encoder, tmp_path, shard_size=2)
     embed(["bad 1", "a", "bad 2", "b"], picky_encoder, tmp_path, shard_size=2)
-    assert [row["caption"] for row in refused_captions(tmp_path)] == ["bad 1", "bad 2"]
+    assert [row["caption"] for row in read_refused_captions(tmp_path)] == ["bad 1", "bad 2"]
 
 
 def test_embed_auto_precision_follows_the_store(
@@ -546,18 +546,18 @@ def test_pread_reader_raises_if_a_shard_is_truncated_later(tmp_path: Path) -> No
 
 
 def test_available_memory_respects_the_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert available_memory(tmp_path / "none") > 1 << 20
+    assert get_available_memory(tmp_path / "none") > 1 << 20
     machine = 5_000_000  # the memory of the real machine changes while the test runs
     monkeypatch.setattr("llm2clip.store.store.psutil.virtual_memory", lambda: SimpleNamespace(available=machine))
-    assert available_memory(tmp_path / "none") == machine
+    assert get_available_memory(tmp_path / "none") == machine
     for limit, available in (("max\n", machine), ("3000000\n", 1000000)):
         (tmp_path / "memory.max").write_text(limit)
         (tmp_path / "memory.current").write_text("2000000\n")
-        assert available_memory(tmp_path) == available
+        assert get_available_memory(tmp_path) == available
     (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 600000\nactive_file 7\n")
-    assert available_memory(tmp_path) == 1600000, "inactive page cache counts as available"
+    assert get_available_memory(tmp_path) == 1600000, "inactive page cache counts as available"
     (tmp_path / "memory.current").unlink()
-    assert available_memory(tmp_path) == machine
+    assert get_available_memory(tmp_path) == machine
 
 
 def test_store_is_mapped_if_it_takes_less_than_half_of_the_memory(
@@ -565,7 +565,7 @@ def test_store_is_mapped_if_it_takes_less_than_half_of_the_memory(
 ) -> None:
     write_store(tmp_path, list("abcde"))  # 20 bytes of embeddings
     for memory, reader in ((41, MmapReader), (40, PreadReader)):
-        monkeypatch.setattr("llm2clip.store.store.available_memory", lambda memory=memory: memory)
+        monkeypatch.setattr("llm2clip.store.store.get_available_memory", lambda memory=memory: memory)
         store = EmbeddingStore(tmp_path)
         assert type(store._reader) is reader
         assert type(pickle.loads(pickle.dumps(store))._reader) is reader

@@ -13,8 +13,8 @@ from llm2clip.data.image_hashes import (
     TRAINING_IMAGES_FILE,
     count_training_images,
     hash_images,
-    load_training_images,
-    save_training_images,
+    load_training_image_hashes,
+    save_training_image_hashes,
 )
 from llm2clip.data.image_refs import FileImage, MemoryImage
 from llm2clip.data.records import open_records
@@ -36,26 +36,27 @@ def test_training_images_are_recognised_in_other_folders_and_in_tar_files(image_
 
 
 def test_training_images_are_saved_without_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert load_training_images(tmp_path) is None and load_training_images("open_clip:ViT-B-32/openai") is None
+    assert load_training_image_hashes(tmp_path) is None
+    assert load_training_image_hashes("open_clip:ViT-B-32/openai") is None
     hashes = np.array([1, 2, 2**64 - 1], np.uint64)
-    save_training_images(tmp_path, hashes)
+    save_training_image_hashes(tmp_path, hashes)
     assert (tmp_path / TRAINING_IMAGES_FILE).stat().st_size <= 128 + 8 * 3
-    loaded = load_training_images(tmp_path)
+    loaded = load_training_image_hashes(tmp_path)
     assert loaded is not None and loaded.tolist() == hashes.tolist()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert load_training_images("org/model") is None
+    assert load_training_image_hashes("org/model") is None
     commit = tmp_path / "hub/models--org--model/snapshots/1"
     commit.mkdir(parents=True)
     (commit.parents[1] / "refs").mkdir()
     (commit.parents[1] / "refs/main").write_text("1")
     shutil.copy(tmp_path / TRAINING_IMAGES_FILE, commit)
-    loaded = load_training_images("org/model")
+    loaded = load_training_image_hashes("org/model")
     assert loaded is not None and loaded.tolist() == hashes.tolist(), "a model downloaded from the hub"
     for array in (np.zeros((2, 2), np.uint64), np.zeros(3), np.array([TouchOnLoad(tmp_path / "loaded")], object)):
         np.save(tmp_path / TRAINING_IMAGES_FILE, array, allow_pickle=True)
         with pytest.raises(ValueError, match="is not a valid array of image hashes"):
-            load_training_images(tmp_path)
+            load_training_image_hashes(tmp_path)
     (tmp_path / TRAINING_IMAGES_FILE).write_bytes(b"")
     with pytest.raises(ValueError, match="is not a valid array of image hashes"):
-        load_training_images(tmp_path)
+        load_training_image_hashes(tmp_path)
     assert not (tmp_path / "loaded").exists()

@@ -52,7 +52,7 @@ def atomic_path(file: str | Path) -> Iterator[Path]:
     temporary.touch(exist_ok=False)
     mode = temporary.stat().st_mode
     try:
-        with _locked(temporary), explain_write_errors(file):
+        with _hold_lock(temporary), explain_write_errors(file):
             yield temporary
             restore_mode(temporary, mode)
             fsync_file(temporary)
@@ -75,7 +75,7 @@ def atomic_dir(folder: str | Path) -> Iterator[Path]:
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.part")
     temporary.mkdir()
     try:
-        with _locked(temporary), explain_write_errors(folder):
+        with _hold_lock(temporary), explain_write_errors(folder):
             yield temporary
             for path in [temporary, *temporary.rglob("*")]:
                 if path.is_dir():
@@ -90,7 +90,7 @@ def atomic_dir(folder: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _hold_lock(path: Path) -> Iterator[None]:
     """Hold a lock on a temporary file or folder. The operating system releases it when the process ends.
 
     This has no effect on operating systems and file systems without support for such locks.
@@ -224,7 +224,7 @@ def open_regular_file(path: str | os.PathLike[str]) -> io.BufferedReader:
     return open(path, "rb")
 
 
-def first_existing(folder: Path, *names: str) -> Path:
+def find_first(folder: Path, *names: str) -> Path:
     """Return the first file or folder in `names` that exists in `folder`. Names may be glob patterns.
 
     Raises:
@@ -296,7 +296,7 @@ def read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def safe_name(name: str) -> str:
+def sanitize_name(name: str) -> str:
     """Replace characters that may be invalid in file names with dashes."""
     return re.sub(r"[^\w.-]+|^\.+", "-", name)
 

@@ -105,13 +105,13 @@ def _add_model_arguments(parser: ArgumentParser, required: bool) -> None:
 
 def _build(args: Namespace) -> list[str]:
     check_pretrained(args.vision, args.llm)
-    from llm2clip.data.image_hashes import load_training_images, save_training_images
+    from llm2clip.data.image_hashes import load_training_image_hashes, save_training_image_hashes
     from llm2clip.llava.build import build_llava, load_tower
 
     folder = build_llava(load_tower(args.vision, args.image_size), args.llm, args.out, pad=args.pad)
-    training_images = load_training_images(args.vision)
+    training_images = load_training_image_hashes(args.vision)
     if training_images is not None:
-        save_training_images(folder, training_images)
+        save_training_image_hashes(folder, training_images)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return [
         f"Built: {folder} ({config['image_seq_length']} tokens per image; the projector is untrained)",

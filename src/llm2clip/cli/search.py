@@ -331,12 +331,12 @@ def canonical_path(path: str | None) -> str | None:
 
     A relative path that does not exist is returned as it is, because it matches in every folder.
     """
-    from llm2clip.data.image_refs import printable
+    from llm2clip.data.image_refs import to_valid_unicode
 
     if path is None:
         return None
     path = os.path.expanduser(path)
-    return printable(os.path.realpath(path) if os.path.isabs(path) or os.path.exists(path) else path)
+    return to_valid_unicode(os.path.realpath(path) if os.path.isabs(path) or os.path.exists(path) else path)
 
 
 def _serve(args: Namespace) -> list[str]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llm2clip.data.image_refs import FileImage, ImageRef, LoadedImage, MemoryImage, printable
+from llm2clip.data.image_refs import FileImage, ImageRef, LoadedImage, MemoryImage, to_valid_unicode
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.io_utils import DataFormatError
 
@@ -130,7 +130,7 @@ class ColumnMapper:
             if column and column not in self.columns:
                 similar = difflib.get_close_matches(column, self.columns, n=1)
                 hint = f" (did you mean {similar[0]}?)" if similar else ""
-                raise DataFormatError(f"{where}: no column {column!r} for {field}{hint}; {self._list_columns()}")
+                raise DataFormatError(f"{where}: no column {column!r} for {field}{hint}; {self._describe_columns()}")
         if self.require_captions and not self.has_captions:
             raise DataFormatError(f"{where}: {self.describe_missing('captions')}")
 
@@ -141,12 +141,12 @@ class ColumnMapper:
         """
         parts = ("img", "image", "photo", "pic", "file", "path") if field == "image" else ("caption", "text", "descr")
         similar = (column for column in self.columns if any(part in column.lower() for part in parts))
-        message = f"no {field.removesuffix('s')} column; {self._list_columns()}. "
+        message = f"no {field.removesuffix('s')} column; {self._describe_columns()}. "
         if any(re.search(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", column.lower()) for column in self.columns):
             return message + "The first line of the file must contain the column names, such as image,caption"
         return message + f"Select one with --columns {field}={next(similar, 'NAME')}"
 
-    def _list_columns(self) -> str:
+    def _describe_columns(self) -> str:
         return f"the file has the columns {', '.join(self.columns)}" if self.columns else "the file has no columns"
 
     def _guess_columns(self, columns: Sequence[str]) -> dict[str, str]:
@@ -223,7 +223,7 @@ def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: 
             text.encode()
         except UnicodeEncodeError as error:
             if "\udc80" <= text[error.start] <= "\udcff":  # a byte that could not be decoded (surrogateescape)
-                raise UnusableRow("not UTF-8", printable(text)) from error
+                raise UnusableRow("not UTF-8", to_valid_unicode(text)) from error
             raise UnusableRow("malformed row", f"not valid Unicode: {text!r}") from error
         captions.append(text)
     return tuple(captions)

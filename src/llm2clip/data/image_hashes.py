@@ -84,12 +84,12 @@ def count_training_images(training_images: np.ndarray, images: Iterable[ImageRef
     return int((training_images[positions[is_inside]] == hashes[is_inside]).sum())
 
 
-def save_training_images(folder: Path, training_images: np.ndarray) -> None:
+def save_training_image_hashes(folder: Path, training_images: np.ndarray) -> None:
     """Save the hashes from `hash_images` in a model folder."""
     np.save(folder / TRAINING_IMAGES_FILE, training_images, allow_pickle=False)
 
 
-def load_training_images(model: str | Path) -> np.ndarray | None:
+def load_training_image_hashes(model: str | Path) -> np.ndarray | None:
     """Load a model's sorted training image hashes as a memory-mapped uint64 array of shape (N,).
 
     `model` is a model folder, or the Hub id of a model that has been downloaded. Return None if it has no hashes.
@@ -153,7 +153,7 @@ def _hash_sample(location: Location) -> bytes:
     """Return a hash of a few bytes from the middle of an image, or b"" if they cannot be read."""
     path, offset, size = location
     length = min(SAMPLE_BYTES, size)
-    return _digest(path, offset + (size - length) // 2, length)
+    return _hash_range(path, offset + (size - length) // 2, length)
 
 
 def _hash_contents(location: Location) -> bytes:
@@ -163,15 +163,15 @@ def _hash_contents(location: Location) -> bytes:
         modified = os.stat(path).st_mtime_ns
     except OSError:
         return b""
-    return _cached_digest(path, offset, size, modified)
+    return _hash_range_cached(path, offset, size, modified)
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _cached_digest(path: str, offset: int, size: int, modified: int) -> bytes:
-    return _digest(path, offset, size)
+def _hash_range_cached(path: str, offset: int, size: int, modified: int) -> bytes:
+    return _hash_range(path, offset, size)
 
 
-def _digest(path: str, start: int, length: int) -> bytes:
+def _hash_range(path: str, start: int, length: int) -> bytes:
     digest = hashlib.sha256()
     try:
         with open(path, "rb", buffering=0) as file:

@@ -65,7 +65,7 @@ class DecodingLimitError(ValueError):
 
 
 @cache
-def readable_formats() -> list[str]:
+def list_formats() -> list[str]:
     """Return the supported formats that the installed version of Pillow can read."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
@@ -84,19 +84,19 @@ def open_header(stream: BinaryIO) -> Image.Image:
     reader = _BoundedReader(stream)
     start = stream.read(1024)
     stream.seek(0)
-    formats = readable_formats()
+    formats = list_formats()
     if is_heic(start):
         _register_heic()
         formats = ["HEIF"]
     try:
         image = Image.open(cast(BinaryIO, reader), formats=formats)
     except Image.UnidentifiedImageError:
-        _check_format(start)
-        reason = f" in a supported format ({', '.join(readable_formats())}, HEIC)" if start else ": the file is empty"
+        _reject_unsupported_formats(start)
+        reason = f" in a supported format ({', '.join(list_formats())}, HEIC)" if start else ": the file is empty"
         raise ImageFormatError(f"not an image{reason}") from None
     tags = getattr(image, "tag_v2", {})
     if tags:
-        _check_format(start)  # CR2 is based on TIFF
+        _reject_unsupported_formats(start)  # CR2 is based on TIFF
     if tags.get(_FILE_TYPE) == 1 or _DNG_VERSION in tags:
         # The first image in a DNG, NEF or ARW file is a small preview.
         raise ImageFormatError("RAW photos are not supported. Convert the photo to JPEG")
@@ -105,7 +105,7 @@ def open_header(stream: BinaryIO) -> Image.Image:
     return image
 
 
-def _check_format(start: bytes) -> None:
+def _reject_unsupported_formats(start: bytes) -> None:
     """Raise `ImageFormatError` if a file is in a known but unsupported format."""
     for pattern, name in _UNSUPPORTED.items():
         if re.match(pattern, start, flags=re.DOTALL):
@@ -198,7 +198,7 @@ def _check_jpeg(data: bytes, num_pixels: int) -> None:
     max_scans = min(MAX_SCANS, MAX_SCANNED_PIXELS // max(1, num_pixels))
     num_scans = 0
     num_components = None  # number of components of a sequential frame
-    for marker, position in _jpeg_markers(data):
+    for marker, position in _iter_jpeg_markers(data):
         if marker in _ARITHMETIC_FRAMES:
             raise DecodingLimitError("JPEG images with arithmetic coding are not supported")
         if marker in _SEQUENTIAL_FRAMES:
@@ -212,7 +212,7 @@ def _check_jpeg(data: bytes, num_pixels: int) -> None:
             raise DecodingLimitError(f"a JPEG of {num_pixels:,} pixels must have at most {max_scans} scans")
 
 
-def _jpeg_markers(data: bytes) -> Iterator[tuple[int, int]]:
+def _iter_jpeg_markers(data: bytes) -> Iterator[tuple[int, int]]:
     """Yield (marker, offset of the byte after it) for each marker in a JPEG.
 
     Markers inside segments, such as those of EXIF thumbnails, are skipped.

@@ -35,7 +35,7 @@ def decode_or_error(ref: ImageRef, transform: Callable[[Tensor], T]) -> T | str:
         return describe_error(error)
 
 
-def image_batches(
+def iter_image_batches(
     refs: Sequence[ImageRef], transform: Callable[[Tensor], Any], batch_size: int = 64, workers: int | None = None
 ) -> Generator[tuple[list[int], list[Any], dict[int, str]]]:
     """Yield decoded and transformed images in order, `batch_size` at a time.

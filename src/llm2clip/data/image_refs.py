@@ -236,7 +236,7 @@ class MemoryImage(ImageRef):
 
     @property
     def key(self) -> str:
-        return content_digest(self.data)
+        return compute_content_digest(self.data)
 
     def _open(self) -> BinaryIO:
         return io.BytesIO(self.data)
@@ -259,7 +259,7 @@ def read_image_file(stream: BinaryIO) -> bytes:
     return stream.read()
 
 
-def content_digest(data: bytes) -> str:
+def compute_content_digest(data: bytes) -> str:
     """Return the hexadecimal SHA-256 hash of an image's bytes, which identifies the image."""
     return hashlib.sha256(data).hexdigest()
 
@@ -273,7 +273,7 @@ def is_inside(name: str) -> bool:
     return not os.path.isabs(name) and ".." not in name.replace("\\", "/").split("/")
 
 
-def printable(name: str) -> str:
+def to_valid_unicode(name: str) -> str:
     """Convert a file name to valid Unicode. Bytes that are not UTF-8 are replaced with escape sequences."""
     return name.encode("utf-8", "backslashreplace").decode()
 
@@ -333,7 +333,7 @@ def _read_parquet_cell(path: str, row: int, column: str) -> pa.Scalar:
     need the same window, both decode it.
     """
     version = file_version(path)
-    starts, batch_size = _read_layout(path, version)
+    starts, batch_size = _read_row_group_layout(path, version)
     group = bisect_right(starts, row) - 1
     row -= starts[group]
     key = (path, version, group, column)
@@ -347,13 +347,13 @@ def _read_parquet_cell(path: str, row: int, column: str) -> pa.Scalar:
 
 
 @functools.lru_cache(maxsize=1024)
-def _read_layout(path: str, version: object) -> tuple[list[int], int]:
+def _read_row_group_layout(path: str, version: object) -> tuple[list[int], int]:
     """Return the first row of each row group in a Parquet file, and the number of rows to decode at a time."""
     metadata = pq.read_metadata(path)
     starts = [0]
     for group in range(metadata.num_row_groups - 1):
         starts.append(starts[-1] + metadata.row_group(group).num_rows)
-    return starts, parquet_batch_size(metadata)
+    return starts, choose_parquet_batch_size(metadata)
 
 
 def _decode_window(path: str, group: int, column: str, row: int, batch_size: int) -> _Window:
@@ -383,33 +383,33 @@ def _decode_window(path: str, group: int, column: str, row: int, batch_size: int
             if is_decoded and num_bytes > MAX_WINDOW_BYTES:
                 break
             if not is_decoded and num_decoded > MAX_ROW_GROUP_BYTES:
-                raise _row_group_error(group)
+                raise _build_row_group_error(group)
     if row >= start + sum(map(len, batches)):
         raise FileNotFoundError(f"{path} no longer has row {row} in row group {group}")
     return _Window(start, pa.chunked_array(batches), num_bytes)
 
 
-def parquet_batch_size(metadata: pq.FileMetaData) -> int:
+def choose_parquet_batch_size(metadata: pq.FileMetaData) -> int:
     """Return the number of rows (at most 64) to read at a time from a Parquet file.
 
     All rows in a row group can share one large value, so each value can be as large as the entire row group. Even then,
     a batch takes at most `MAX_BATCH_BYTES`, unless it is a single row.
     """
-    return max(1, min(64, MAX_BATCH_BYTES // max([1, *_row_group_sizes(metadata)])))
+    return max(1, min(64, MAX_BATCH_BYTES // max([1, *_read_row_group_sizes(metadata)])))
 
 
-def check_row_groups(metadata: pq.FileMetaData) -> None:
+def check_row_group_sizes(metadata: pq.FileMetaData) -> None:
     """Check the size of each row group in a Parquet file with images, as stated in the file's metadata.
 
     Raises:
         OSError: A row group is larger than `MAX_ROW_GROUP_BYTES`.
     """
-    for group, num_bytes in enumerate(_row_group_sizes(metadata)):
+    for group, num_bytes in enumerate(_read_row_group_sizes(metadata)):
         if num_bytes > MAX_ROW_GROUP_BYTES:
-            raise _row_group_error(group)
+            raise _build_row_group_error(group)
 
 
-def _row_group_sizes(metadata: pq.FileMetaData) -> list[int]:
+def _read_row_group_sizes(metadata: pq.FileMetaData) -> list[int]:
     """Return the uncompressed size of each row group in bytes, as stated in the file's metadata.
 
     Column sizes are not used, because `RowGroupMetaData.column` crashes the process if the metadata is damaged.
@@ -417,7 +417,7 @@ def _row_group_sizes(metadata: pq.FileMetaData) -> list[int]:
     return [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
 
 
-def _row_group_error(group: int) -> OSError:
+def _build_row_group_error(group: int) -> OSError:
     return OSError(
         f"the images in row group {group} take more than {MAX_ROW_GROUP_BYTES:,} bytes. Rewrite the file with smaller "
         "row groups, such as 100 rows each"

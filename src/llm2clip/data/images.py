@@ -58,12 +58,12 @@ def load_image(image: ImageLike) -> Tensor:
             contains the file name.
     """
     if isinstance(image, Tensor):
-        return _from_tensor(image)
+        return _convert_tensor(image)
     if isinstance(image, np.ndarray):
-        return _from_array(image)
+        return _convert_array(image)
     if isinstance(image, bytes):
         return decode_image(image)
-    name = _file_name(image)
+    name = _get_file_name(image)
     try:
         if isinstance(image, Image.Image):
             with _convert_decoder_errors():
@@ -133,7 +133,7 @@ def make_thumbnail(image: Tensor, side: int) -> bytes:
     return cast(bytes, encode_jpeg(small.contiguous(), quality=80).numpy().tobytes())
 
 
-def _file_name(image: object) -> object:
+def _get_file_name(image: object) -> object:
     """Return an image's file name for error messages, or an empty string if it has none.
 
     Raises:
@@ -150,7 +150,7 @@ def _file_name(image: object) -> object:
     )
 
 
-def _from_tensor(image: Tensor) -> Tensor:
+def _convert_tensor(image: Tensor) -> Tensor:
     is_float = image.is_floating_point()
     if not (image.dtype == torch.uint8 or is_float) or image.ndim != 3 or image.shape[0] != 3 or not image.numel():
         raise ImageError(
@@ -166,7 +166,7 @@ def _from_tensor(image: Tensor) -> Tensor:
     return (image.float() * 255).round().to(torch.uint8)
 
 
-def _from_array(image: np.ndarray) -> Tensor:
+def _convert_array(image: np.ndarray) -> Tensor:
     is_grey = image.ndim == 2
     if image.dtype != np.uint8 or not (is_grey or (image.ndim == 3 and image.shape[2] == 3)) or not image.size:
         raise ImageError(

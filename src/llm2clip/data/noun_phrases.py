@@ -21,37 +21,37 @@ MIN_IMAGES = 3  # minimum number of images in whose captions a phrase or noun oc
 MAX_WORDS = 4  # maximum number of words in a phrase
 
 
-def words_of(text: str) -> frozenset[str]:
+def to_word_set(text: str) -> frozenset[str]:
     """Return the set of whitespace-separated words in a text."""
     return frozenset(text.split())
 
 
-ARTICLES = words_of("a an the his its their")  # a word that stands alone after one of these is a noun
-NUMBERS = words_of("two three four five six seven eight nine ten")
+ARTICLES = to_word_set("a an the his its their")  # a word that stands alone after one of these is a noun
+NUMBERS = to_word_set("two three four five six seven eight nine ten")
 DETERMINERS = (
     ARTICLES
     | NUMBERS
-    | words_of("this that these those her my your our some several many few both each every another no one")
+    | to_word_set("this that these those her my your our some several many few both each every another no one")
 )
 # Words that a noun phrase without a determiner may follow ("with sunglasses", "dogs and cats").
-CONNECTIVES = words_of(
+CONNECTIVES = to_word_set(
     "and or of in on at to with without for from by near over under through across into onto behind beside between "
     "along around against above below inside outside beneath next like toward towards past off during before after"
 )
 # Other function words. They end a run, but no phrase starts after them.
-FUNCTION_WORDS = words_of(
+FUNCTION_WORDS = to_word_set(
     "is are was were be been being am do does did has have had can could will would may might must should he she it "
     "they them him who whom which what where when while as if than then there here not only very also just so too but "
     "because that's it's i you we me us all any other others more most much such same own up down out away back "
     "together"
 )
 # Nouns that do not name anything visible in an image. Phrases that end with one are not used.
-VAGUE_NOUNS = words_of(
+VAGUE_NOUNS = to_word_set(
     "front top bottom side sides middle center centre left right end edge part parts kind type lot lots number group "
     "bunch couple pair pairs set image picture photo photograph view scene background foreground something someone"
 )
 # Function words that occur in most English captions but are rare in other languages.
-ENGLISH_WORDS = words_of("the of with and is are on at")
+ENGLISH_WORDS = to_word_set("the of with and is are on at")
 _BOUNDARIES = DETERMINERS | CONNECTIVES | FUNCTION_WORDS
 # A word, or a character that ends a run.
 _TOKEN = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|[^\w\s]|\d+")

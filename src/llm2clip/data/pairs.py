@@ -28,8 +28,8 @@ from llm2clip.data import readers
 from llm2clip.data.columns import BadRow, guess_columns
 from llm2clip.data.records import EARLY_CHECK_ROWS, NO_SPLIT, Record, Source
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.splits import is_training_split, read_merged_records, same_image_filter, stream_records
-from llm2clip.data.texts import unique_captions
+from llm2clip.data.splits import build_same_image_filter, is_training_split, read_merged_records, stream_records
+from llm2clip.data.texts import deduplicate_captions
 from llm2clip.io_utils import DataFormatError
 from llm2clip.runs.ranks import print_once, process_state
 
@@ -104,7 +104,7 @@ def read_tuning_sources(
         log: Log in which to record skipped rows.
         training_sources: Caption sources from which `held_out` may have been drawn. They are read before the sources in
             `config.data`. Held-out images are recognised by their files in all sources and, in `config.data`, also by
-            the comparable part of their ids; see `comparable_id`.
+            the comparable part of their ids; see `to_comparable_id`.
 
     Raises:
         ValueError: The number of source weights is wrong, a source has too few pairs, or there are neither text pairs
@@ -120,24 +120,24 @@ def read_tuning_sources(
             f"--tune.source_weights must have one weight for each of the {num_sources} caption and text-pair sources "
             f"(got {len(config.source_weights)})"
         )
-    excluded_ids = {comparable_id(record.id) for _, record in stream_records(config.exclude, columns, log, "ignore")}
-    excluded_or_held_out_ids = excluded_ids | {comparable_id(record.id) for record in held_out}
+    excluded_ids = {to_comparable_id(record.id) for _, record in stream_records(config.exclude, columns, log, "ignore")}
+    excluded_or_held_out_ids = excluded_ids | {to_comparable_id(record.id) for record in held_out}
     parsed_training_sources = {(source.path, source.splits) for source in map(Source.parse, training_sources)}
 
     num_read = len(train)
     captions: list[list[TuningItem]] = []
     if train:
-        captions.append([_to_item(record) for record in train if comparable_id(record.id) not in excluded_ids])
+        captions.append([_to_item(record) for record in train if to_comparable_id(record.id) not in excluded_ids])
     for group in groups:
         records = read_merged_records(group, columns, log, "unchecked")
         num_read += len(records)
-        is_held_out = same_image_filter(held_out, [record for _, record in records])
+        is_held_out = build_same_image_filter(held_out, [record for _, record in records])
         items: list[TuningItem] = []
         for source, record in records:
             is_training_source = (source.path, source.splits) in parsed_training_sources
             forbidden_ids = excluded_ids if is_training_source else excluded_or_held_out_ids
             is_selected = bool(source.splits) or is_training_split(record)
-            if is_selected and comparable_id(record.id) not in forbidden_ids and not is_held_out(record):
+            if is_selected and to_comparable_id(record.id) not in forbidden_ids and not is_held_out(record):
                 items.append(_to_item(record))
         captions.append(items)
     num_removed = num_read - sum(len(items) for items in captions)
@@ -156,7 +156,7 @@ def read_tuning_sources(
     return [*captions, *pairs]
 
 
-def comparable_id(record_id: str) -> str:
+def to_comparable_id(record_id: str) -> str:
     """Return the part of an id that is the same in all data sets with the same images.
 
     For a purely numeric id, return the number without leading zeros, because COCO's file names have leading zeros
@@ -269,7 +269,7 @@ def _list_texts(value: Any) -> list[str]:
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
 
-def pair_batches(
+def iter_pair_batches(
     sources: Sequence[Sequence[TuningItem]],
     source_weights: Sequence[float],
     batch_size: int,
@@ -288,7 +288,7 @@ def pair_batches(
         sources: Items of each source. An item is either a text pair or the captions of an image. Images without two
             different captions are ignored.
         source_weights: Sampling weight of each source. If empty, the weight of a source is its number of items.
-        hard_negative_group_size: Number of items in each group of similar captions; see `grouped_permutation`. If 1,
+        hard_negative_group_size: Number of items per group of similar captions; see `draw_grouped_permutation`. If 1,
             batches are random.
 
     Raises:
@@ -319,20 +319,20 @@ def resolve_pairs_per_step(sources: Sequence[Sequence[TuningItem]], batch_size: 
             step or for 1 pair per rank.
     """
     pairs_per_step = batch_size * world_size
-    usable = [pairable_items(items, 1) for items in sources]
+    usable = [select_pairable_items(items, 1) for items in sources]
     if max(map(len, usable)) < pairs_per_step:
-        pairs_per_step = min(map(_count_unrelated_items, usable)) // world_size * world_size
+        pairs_per_step = min(map(_count_unrelated_groups, usable)) // world_size * world_size
         if pairs_per_step < 2:
             raise ValueError(
                 f"too few texts to tune on with {world_size} process(es): a step needs at least 2 pairs that share no "
                 "text, and at least 1 such pair per process. Add data, or use --tune.steps 0 to leave the LLM unchanged"
             )
     for items in sources:
-        pairable_items(items, pairs_per_step)
+        select_pairable_items(items, pairs_per_step)
     return pairs_per_step
 
 
-def pairable_items(items: Sequence[TuningItem], batch_size: int) -> list[TuningItem]:
+def select_pairable_items(items: Sequence[TuningItem], batch_size: int) -> list[TuningItem]:
     """Return the items of a source from which a pair can be formed.
 
     Raises:
@@ -372,7 +372,7 @@ def draw_pair(captions: ImageCaptions, rng: np.random.Generator) -> Pair:
     return Pair(anchor, positive)
 
 
-def _count_unrelated_items(items: Sequence[TuningItem]) -> int:
+def _count_unrelated_groups(items: Sequence[TuningItem]) -> int:
     """Count the groups of items that are connected by shared texts.
 
     Items in different groups share no text, so a batch with one pair per group can always be filled.
@@ -388,8 +388,8 @@ def _count_unrelated_items(items: Sequence[TuningItem]) -> int:
 
 def _list_pair_kinds(captions: ImageCaptions) -> list[tuple[list[str], list[str]]]:
     """Return (first candidates, second candidates) for each kind of pair that the captions allow."""
-    short = unique_captions(captions.short)
-    long = [caption for caption in unique_captions(captions.long) if caption not in short]
+    short = deduplicate_captions(captions.short)
+    long = [caption for caption in deduplicate_captions(captions.long) if caption not in short]
     kinds = []
     if len(short) > 1:
         kinds.append((short, short))
@@ -403,9 +403,9 @@ def _list_pair_kinds(captions: ImageCaptions) -> list[tuple[list[str], list[str]
 def _draw_batches(
     items: Sequence[TuningItem], batch_size: int, steps: int, seed: int, group_size: int
 ) -> Iterator[list[Pair]]:
-    usable = pairable_items(items, batch_size)
+    usable = select_pairable_items(items, batch_size)
     rng = np.random.default_rng(seed)
-    vectors = caption_vectors([item.texts for item in usable]) if group_size > 1 else np.empty((len(usable), 0))
+    vectors = compute_caption_vectors([item.texts for item in usable]) if group_size > 1 else np.empty((len(usable), 0))
     order: list[int] = []  # remaining items in this pass, in reverse order
     for _ in range(steps):
         pairs: list[Pair] = []
@@ -416,7 +416,7 @@ def _draw_batches(
         while len(pairs) < batch_size:
             if not order:  # start a new pass that excludes the deferred items
                 due = set(deferred)
-                order = [n for n in grouped_permutation(vectors, group_size, rng).tolist() if n not in due]
+                order = [n for n in draw_grouped_permutation(vectors, group_size, rng).tolist() if n not in due]
             if not order:  # only deferred items remain: try other captions of these items
                 order, deferred = deferred, []
             index = order.pop()
@@ -448,7 +448,7 @@ def _draw_batches(
 # trained, so it takes only seconds, and a resumed run forms the same groups.
 
 
-def caption_vectors(captions: Sequence[Sequence[str]]) -> np.ndarray:
+def compute_caption_vectors(captions: Sequence[Sequence[str]]) -> np.ndarray:
     """Compute an L2-normalised vector of each item's captions. Return shape (N, D), float32, with D at most 64.
 
     The method is latent semantic analysis: TF-IDF followed by truncated SVD. An item's captions, which can be in any
@@ -465,11 +465,11 @@ def caption_vectors(captions: Sequence[Sequence[str]]) -> np.ndarray:
     return (vectors / np.maximum(norms, 1e-12)).astype(np.float32)
 
 
-def grouped_permutation(vectors: np.ndarray, group_size: int, rng: np.random.Generator) -> np.ndarray:
+def draw_grouped_permutation(vectors: np.ndarray, group_size: int, rng: np.random.Generator) -> np.ndarray:
     """Return a random permutation of N items, as int64 indices, that keeps groups of similar items together.
 
     Args:
-        vectors: Vectors from `caption_vectors`, of shape (N, D).
+        vectors: Vectors from `compute_caption_vectors`, of shape (N, D).
         group_size: Number of items per group. If N is not a multiple of `group_size`, one group is smaller. If
             `group_size` is 1, the result is an ordinary random permutation.
         rng: Generator for the random directions and order. Each call forms new groups.

@@ -23,7 +23,7 @@ _MULTIPLIER = np.uint64(0x2360ED051FC65DA4), np.uint64(0x4385DF649FCCF645)
 _ONE, _32_BITS, _LOW_32 = np.uint64(1), np.uint64(32), np.uint64(0xFFFFFFFF)
 
 
-def epoch_permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+def draw_epoch_permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     """Return a permutation of shape (n,), int64, that depends only on `n`, the seed and the epoch."""
     return np.random.default_rng([seed, epoch]).permutation(n)
 
@@ -107,7 +107,7 @@ def _seed_words(seed: int, words: Sequence[np.ndarray]) -> list[np.ndarray]:
 def _seed_pcg64(words: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return the generators' states and increments, each split into its upper and lower 64 bits, of shape (N,)."""
     pool = _mix_entropy(words)
-    hash_constant = _HashConstant(_INIT_B, _MULT_B)
+    hash_constant = _SeedSequenceHash(_INIT_B, _MULT_B)
     state = [hash_constant.hash(pool[n % _POOL_SIZE]).astype(np.uint64) for n in range(8)]
     state_high, state_low, inc_high, inc_low = (state[n] | (state[n + 1] << _32_BITS) for n in range(0, len(state), 2))
     inc_high, inc_low = (inc_high << _ONE) | (inc_low >> np.uint64(63)), (inc_low << _ONE) | _ONE
@@ -118,7 +118,7 @@ def _seed_pcg64(words: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.nda
 
 def _mix_entropy(words: list[np.ndarray]) -> list[np.ndarray]:
     """Hash the seeds into a pool of four words, as `SeedSequence` does."""
-    hash_constant = _HashConstant(_INIT_A, _MULT_A)
+    hash_constant = _SeedSequenceHash(_INIT_A, _MULT_A)
     padded = [*words, *[np.zeros_like(words[0])] * (_POOL_SIZE - len(words))]
     pool = [hash_constant.hash(word) for word in padded[:_POOL_SIZE]]
 
@@ -136,7 +136,7 @@ def _mix_entropy(words: list[np.ndarray]) -> list[np.ndarray]:
     return pool
 
 
-class _HashConstant:
+class _SeedSequenceHash:
     """Hash function of `SeedSequence`, whose constant changes with every call."""
 
     def __init__(self, constant: int, multiplier: int) -> None:

@@ -195,7 +195,7 @@ class _RecordReader:
             self.mapper.require_captions = self.require_captions and kind not in ("images", "tar")
             for row in self._read_rows(kind, path):
                 try:
-                    with _malformed_row_on_error():
+                    with _convert_errors_to_unusable_row():
                         self._check_row(row)
                 except UnusableRow as error:
                     self._skip(row.file, row.row, error.reason, error.value, row.num_rows)
@@ -223,7 +223,7 @@ class _RecordReader:
             num_rows = 0 if is_listed else 1  # its row in the caption file has already been counted
             split = ""  # unknown
             try:
-                with _malformed_row_on_error():
+                with _convert_errors_to_unusable_row():
                     if isinstance(fields, BadRow):
                         num_rows *= fields.rows
                         raise UnusableRow(fields.reason, fields.value)
@@ -331,7 +331,7 @@ class _RecordReader:
 
 
 @contextmanager
-def _malformed_row_on_error() -> Iterator[None]:
+def _convert_errors_to_unusable_row() -> Iterator[None]:
     """Convert an unexpected exception to `UnusableRow`, so that a single bad row does not stop a run."""
     try:
         yield

@@ -12,7 +12,7 @@ from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
 from llm2clip.data.image_hashes import find_copies
 from llm2clip.data.records import NO_SPLIT, ImageCheck, Record, Source, open_records
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.texts import unique_captions
+from llm2clip.data.texts import deduplicate_captions
 
 TRAIN_SPLITS = (NO_SPLIT, "train", "training", "restval")
 HELD_OUT_SPLITS = ("val", "validation", "valid", "dev", "test")  # the first of these splits that exists is held out
@@ -75,18 +75,18 @@ def read_splits(
     train = [(source, record) for source, record in records if source.splits or is_training_split(record)]
     other = [(source, record) for source, record in records if not source.splits and not is_training_split(record)]
     notes = []
-    other_splits = {_split_name(record) for _, record in other}
+    other_splits = {_get_split_name(record) for _, record in other}
     held_out_split = next((name for name in HELD_OUT_SPLITS if name in other_splits), None)
     if config.data:
         held_out = read_merged_records(config.data, columns, log, image_check)
-        is_held_out = same_image_filter([record for _, record in held_out], [record for _, record in train])
+        is_held_out = build_same_image_filter([record for _, record in held_out], [record for _, record in train])
         num_before = len(train)
         train = [(source, record) for source, record in train if not is_held_out(record)]
         if num_leaked := num_before - len(train):
             notes.append(f"{num_leaked:,} held-out images removed from training")
     elif held_out_split is not None:
-        held_out = [(source, record) for source, record in other if _split_name(record) == held_out_split]
-        other = [(source, record) for source, record in other if _split_name(record) != held_out_split]
+        held_out = [(source, record) for source, record in other if _get_split_name(record) == held_out_split]
+        other = [(source, record) for source, record in other if _get_split_name(record) != held_out_split]
     elif keep_selected_splits and all(Source.parse(source).splits for source in sources):
         held_out = []
     else:
@@ -121,29 +121,29 @@ def _describe_rule(num_held_out: int, held_out_split: str | None, splits: Counte
 
 def is_training_split(record: Record) -> bool:
     """Return True if a record is in a training split or has no split."""
-    return _split_name(record) in TRAIN_SPLITS
+    return _get_split_name(record) in TRAIN_SPLITS
 
 
-def with_captions(record: Record, captions: tuple[str, ...]) -> Record:
+def replace_captions(record: Record, captions: tuple[str, ...]) -> Record:
     """Return a copy of a record with all captions replaced by `captions`."""
     return dataclasses.replace(record, captions=captions, short_captions=(), long_captions=())
 
 
-def _split_name(record: Record) -> str:
+def _get_split_name(record: Record) -> str:
     return record.split.lower() if record.split else NO_SPLIT
 
 
 def _draw_held_out(train: Sequence[SourcedRecord]) -> tuple[list[SourcedRecord], list[SourcedRecord]]:
     """Hold out a tenth of the images at random; return the remaining training records and the held-out records."""
     candidates = [record for source, record in train if not source.splits] or [record for _, record in train]
-    shuffled = sorted((record for record in candidates if record.image is not None), key=_record_hash)
+    shuffled = sorted((record for record in candidates if record.image is not None), key=_hash_record)
     count = min(MAX_HELD_OUT, max(1, len(shuffled) // HELD_OUT_FRACTION))
     drawn = {id(record) for record in shuffled[:count]}
     held_out = [(source, record) for source, record in train if id(record) in drawn]
     return [(source, record) for source, record in train if id(record) not in drawn], held_out
 
 
-def _record_hash(record: Record) -> str:
+def _hash_record(record: Record) -> str:
     # The captions are included because several records may have the same id. surrogatepass is needed because an id may
     # come from a file name that is not UTF-8.
     return hashlib.sha256("\0".join([record.id, *record.texts]).encode(errors="surrogatepass")).hexdigest()
@@ -157,13 +157,13 @@ def _group_by_caption_field(
     fields = {"captions": [record for record in records if record.captions]}
     for name in CAPTION_FIELDS[1:]:
         if any(getattr(record, name) for record in records):
-            fields[name] = [with_captions(record, getattr(record, name)) for record in records]
+            fields[name] = [replace_captions(record, getattr(record, name)) for record in records]
     sources = [Source(path, splits) for path, splits in dict.fromkeys((s.path, s.splits) for s, _ in held_out)]
     for name in extra_columns:
         only_this_column = {**columns, **dict.fromkeys(CAPTION_FIELDS, ""), "captions": name}
         quiet = SkipLog(max_skipped=1.0)  # some rows are expected to have no caption in this column
         candidates = read_merged_records(sources, only_this_column, quiet, image_check="exists")
-        is_held_out = same_image_filter(records, [record for _, record in candidates])
+        is_held_out = build_same_image_filter(records, [record for _, record in candidates])
         fields[name] = [record for _, record in candidates if is_held_out(record)]
     return fields
 
@@ -200,7 +200,7 @@ def read_merged_records(
         merged[key] = source, record
 
     for number, (source, record) in enumerate(stream_records(sources, columns, log, image_check)):
-        add(_merge_key(source, record, number), source, record)
+        add(_build_merge_key(source, record, number), source, record)
     if image_check in ("header", "exists") and merged and not any(record.image for _, record in merged.values()):
         names = ", ".join(str(source) for source in sources)
         message = (
@@ -229,7 +229,7 @@ def stream_records(
             yield source, record
 
 
-def same_image_filter(records: Sequence[Record], candidates: Sequence[Record]) -> Callable[[Record], bool]:
+def build_same_image_filter(records: Sequence[Record], candidates: Sequence[Record]) -> Callable[[Record], bool]:
     """Return a function that checks whether a candidate has the same image as one of the records.
 
     Image files with the same bytes are treated as the same image. All candidates must be passed at once, so that only
@@ -244,7 +244,7 @@ def same_image_filter(records: Sequence[Record], candidates: Sequence[Record]) -
     return lambda candidate: image_key(candidate) in keys
 
 
-def _merge_key(source: Source, record: Record, number: int) -> Any:
+def _build_merge_key(source: Source, record: Record, number: int) -> Any:
     if record.image is not None and record.image.identifies_image:
         return record.image.key
     if record.id_from_source:
@@ -255,5 +255,5 @@ def _merge_key(source: Source, record: Record, number: int) -> Any:
 def _merge(first: Record, second: Record) -> Record:
     texts: dict[str, Any] = {}
     for name in TEXT_FIELDS:
-        texts[name] = tuple(unique_captions([*getattr(first, name), *getattr(second, name)]))
+        texts[name] = tuple(deduplicate_captions([*getattr(first, name), *getattr(second, name)]))
     return dataclasses.replace(first, **texts)

@@ -40,16 +40,16 @@ def check_not_empty(texts: Iterable[str]) -> None:
             raise ValueError(f"text {index} is empty. Describe what the image should show")
 
 
-def caption_key(caption: str) -> bytes:
+def make_caption_key(caption: str) -> bytes:
     """Return a caption's key in an embedding store: the first 16 bytes of the text's SHA-256 hash."""
     return hashlib.sha256(caption.encode()).digest()[:16]
 
 
-def text_key(text: str) -> int:
+def make_text_key(text: str) -> int:
     """Hash a text to a signed 64-bit integer that is the same in every process."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
 
 
-def unique_captions(captions: Iterable[str]) -> list[str]:
+def deduplicate_captions(captions: Iterable[str]) -> list[str]:
     """Remove duplicate captions, keeping the order of first appearance."""
     return list(dict.fromkeys(captions))

@@ -148,12 +148,12 @@ class TrainTransform:
     def __call__(self, image: Tensor, generator: torch.Generator) -> Tensor:
         if self.min_crop_scale >= 1:
             return EvalTransform(self.preprocess)(image)
-        box = self._crop(image.shape[-2], image.shape[-1], generator)
+        box = self._sample_crop_box(image.shape[-2], image.shape[-1], generator)
         side = [self.preprocess.size, self.preprocess.size]
         interpolation = InterpolationMode(self.preprocess.interpolation)
         return F.resized_crop(image, *box, side, interpolation=interpolation, antialias=True).contiguous()
 
-    def _crop(self, height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
+    def _sample_crop_box(self, height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
         """Sample a crop box as in torchvision's RandomResizedCrop; return (top, left, height, width)."""
         min_ratio, max_ratio = 3 / 4, 4 / 3
         for _ in range(10):

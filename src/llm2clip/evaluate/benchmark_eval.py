@@ -9,7 +9,7 @@ from typing import Any
 
 from llm2clip.config import EvaluateOptions
 from llm2clip.data.image_refs import ImageRef
-from llm2clip.data.texts import unique_captions
+from llm2clip.data.texts import deduplicate_captions
 from llm2clip.evaluate.benchmarks.base import (
     Benchmark,
     ClassificationData,
@@ -150,7 +150,7 @@ def _evaluate_judged_retrieval(data: JudgedRetrieval, embeddings: EmbeddingSourc
 
 def _evaluate_compositional(examples: Sequence[CompositionalExample], embeddings: EmbeddingSource) -> BenchmarkResult:
     refs = list({ref.key: ref for example in examples for ref in example.images}.values())
-    texts = unique_captions(caption for example in examples for caption in example.captions)
+    texts = deduplicate_captions(caption for example in examples for caption in example.captions)
     images, indices = embeddings.encode_images(refs)
     image_embeddings = {refs[i].key: image for i, image in zip(indices, images, strict=True)}
     text_embeddings = dict(zip(texts, embeddings.encode_texts(texts), strict=True))

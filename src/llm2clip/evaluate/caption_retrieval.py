@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip.config import EncoderConfig
-from llm2clip.data.texts import unique_captions
+from llm2clip.data.texts import deduplicate_captions
 from llm2clip.evaluate.bootstrap import bootstrap_intervals
 from llm2clip.evaluate.embeddings import PRECOMPUTED_SUFFIX
 from llm2clip.evaluate.recall import KS, compute_chance_recall, compute_positive_ranks, recall, two_way_ranks
@@ -101,11 +101,11 @@ def caption_retrieval_accuracy(
     Raises:
         ValueError: If no image has two distinct captions.
     """
-    caption_lists = [captions for captions in map(unique_captions, images) if len(captions) > 1]
+    caption_lists = [captions for captions in map(deduplicate_captions, images) if len(captions) > 1]
     if not caption_lists:
         raise ValueError("caption retrieval needs images with two distinct captions, but there are none")
     used = caption_lists if all_pairs else [captions[:2] for captions in caption_lists]
-    texts = unique_captions(caption for captions in used for caption in captions)
+    texts = deduplicate_captions(caption for captions in used for caption in captions)
     row_of_text = {text: row for row, text in enumerate(texts)}
     embeddings = F.normalize(encoder.encode(texts, progress=progress), dim=-1)
     first = embeddings[[row_of_text[captions[0]] for captions in caption_lists]]

@@ -12,14 +12,19 @@ from torch import Tensor
 
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.texts import unique_captions
+from llm2clip.data.texts import deduplicate_captions
 from llm2clip.evaluate.recall import check_finite
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import process_state
-from llm2clip.store.image_features import encode_image_batches, image_keys, store_image_features, store_text_embeddings
+from llm2clip.store.image_features import (
+    encode_image_batches,
+    make_image_keys,
+    store_image_features,
+    store_text_embeddings,
+)
 
 BATCH_SIZE = 64  # images per forward pass
 PRECOMPUTED_SUFFIX = ".npz"
@@ -107,7 +112,7 @@ class ModelEmbeddings:
             store = store_image_features(
                 refs, self.model, self.identity, folder, self.log, dtype="float32", batch_size=BATCH_SIZE
             )
-            rows = store.find_keys(image_keys(refs))  # -1 for images that could not be decoded
+            rows = store.find_keys(make_image_keys(refs))  # -1 for images that could not be decoded
             indices = (rows >= 0).nonzero()[0].tolist()
             embeddings = torch.from_numpy(store.take(rows[rows >= 0]))
         check_finite(embeddings)
@@ -118,7 +123,7 @@ class ModelEmbeddings:
             embeddings = self.model.encode_texts(texts, self.progress)
         else:
             store = store_text_embeddings(
-                unique_captions(texts),
+                deduplicate_captions(texts),
                 self.model.encode_texts,
                 self.model.embed_dim,
                 self.identity,

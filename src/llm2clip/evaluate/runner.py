@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from llm2clip.config import EncoderConfig, EvaluateConfig, EvaluateOptions
-from llm2clip.data.image_hashes import count_training_images, load_training_images
+from llm2clip.data.image_hashes import count_training_images, load_training_image_hashes
 from llm2clip.data.records import Source
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import read_merged_records, read_splits
@@ -29,7 +29,7 @@ from llm2clip.evaluate.reporting.error_analysis import analyze_errors
 from llm2clip.evaluate.retrieval_eval import compute_retrieval_difference
 from llm2clip.evaluate.short_queries import score_short_queries
 from llm2clip.html_report import BAD, Block, Code, Details, Paragraph, to_markdown, write_report
-from llm2clip.io_utils import MissingFileError, atomic_write_text, safe_name
+from llm2clip.io_utils import MissingFileError, atomic_write_text, sanitize_name
 from llm2clip.models.hub.loading import get_display_names
 from llm2clip.models.prompts import QueryTemplates, check_templates
 from llm2clip.models.vision.dense import DENSE_VARIANTS
@@ -200,14 +200,14 @@ class BenchmarkRunner:
                 raise
             self.failures.append(f"Skipped {name}: {error}")
             return
-        training_images = load_training_images(model)
+        training_images = load_training_image_hashes(model)
         for run in self.runs:
             benchmark = run.benchmark
             print_once(f"{name}: {benchmark.name}")
             embeddings.log = run.log
             predictions_dir = None
             if self._out is not None and self._options.save_predictions:
-                predictions_dir = self._out / "predictions" / safe_name(benchmark.name) / safe_name(name)
+                predictions_dir = self._out / "predictions" / sanitize_name(benchmark.name) / sanitize_name(name)
             try:
                 result = run_benchmark(benchmark, run.folder, embeddings, self._options, predictions_dir)
             except (OSError, ValueError) as error:
@@ -372,7 +372,7 @@ def _make_skip_log(options: EvaluateOptions, name: str) -> SkipLog:
     """Create a skip log. If `options.out` is set, the main process writes it to `options.out/skipped/NAME.jsonl`."""
     file = None
     if options.out is not None and process_state().is_main_process:
-        file = Path(options.out) / "skipped" / f"{safe_name(name)}.jsonl"
+        file = Path(options.out) / "skipped" / f"{sanitize_name(name)}.jsonl"
     return SkipLog(file, options.max_skipped)
 
 

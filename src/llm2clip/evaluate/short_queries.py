@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from llm2clip.data.noun_phrases import CONNECTIVES, DETERMINERS, FUNCTION_WORDS, NUMBERS, words_of
+from llm2clip.data.noun_phrases import CONNECTIVES, DETERMINERS, FUNCTION_WORDS, NUMBERS, to_word_set
 from llm2clip.evaluate.bootstrap import bootstrap_intervals
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.recall import compute_positive_ranks
@@ -47,7 +47,7 @@ hers herself himself itself mine myself ours theirs themselves yours whose someo
 about amid among amongst atop besides front per throughout underneath until upon via within
 although nor though whether almost still well
 """
-STOP_WORDS = (DETERMINERS | CONNECTIVES | FUNCTION_WORDS | words_of(_OTHER_STOP_WORDS)) - NUMBERS - {"back"}
+STOP_WORDS = (DETERMINERS | CONNECTIVES | FUNCTION_WORDS | to_word_set(_OTHER_STOP_WORDS)) - NUMBERS - {"back"}
 # Candidates for `choose_query_templates`: a single template, and an ensemble of four templates.
 CANDIDATES = (
     ("a photo of {}",),

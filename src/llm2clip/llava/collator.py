@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Sampler
 from llm2clip.data.image_loader import decode_or_error
 from llm2clip.llava.chat_template import IGNORE_INDEX, IMAGE_TOKEN, Conversation, tokenize_and_label
 from llm2clip.llava.image_features import LlavaTransform
-from llm2clip.store.image_features import image_keys
+from llm2clip.store.image_features import make_image_keys
 from llm2clip.store.store import EmbeddingStore
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class ConversationDataset(Dataset):
         self.store_rows: dict[int, int] = {}  # conversation index -> row of the conversation's image in the store
         if store is not None:
             images = {n: each.image for n, each in enumerate(self.conversations) if each.image is not None}
-            self.store_rows = dict(zip(images, store.find_keys(image_keys(images.values())).tolist(), strict=True))
+            self.store_rows = dict(zip(images, store.find_keys(make_image_keys(images.values())).tolist(), strict=True))
 
     def __len__(self) -> int:
         return len(self.conversations)

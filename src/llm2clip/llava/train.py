@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
-from llm2clip.data.image_hashes import hash_images, load_training_images, save_training_images
+from llm2clip.data.image_hashes import hash_images, load_training_image_hashes, save_training_image_hashes
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.io_utils import atomic_dir, atomic_path
 from llm2clip.llava import modeling_patches  # noqa: F401  (registers its classes with transformers)
@@ -38,7 +38,7 @@ from llm2clip.runs.fsdp import set_fsdp_wrap_policy, set_mixed_precision
 from llm2clip.runs.output_folder import folder_lock
 from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 from llm2clip.runs.training_state import TrainingStateMixin
-from llm2clip.store.image_features import image_keys
+from llm2clip.store.image_features import make_image_keys
 from llm2clip.store.store import EmbeddingStore
 
 STAGES = ("pretrain", "instruct")
@@ -96,11 +96,11 @@ def train_llava(
                 _train_stage(stage, source, usable, processor=processor, config=config, out=out, store=store)
         if state.is_main_process:
             hashes = hash_images(conversation.image for conversation in all_conversations)
-            earlier = load_training_images(source)  # images that the vision tower was trained on
+            earlier = load_training_image_hashes(source)  # images that the vision tower was trained on
             with atomic_dir(model_folder) as folder:
                 _load_trained_model(source, config, out).save_pretrained(folder)
                 processor.save_pretrained(folder)
-                save_training_images(folder, hashes if earlier is None else np.union1d(hashes, earlier))
+                save_training_image_hashes(folder, hashes if earlier is None else np.union1d(hashes, earlier))
             for checkpoint in out.glob("*/checkpoint-*"):
                 shutil.rmtree(checkpoint, ignore_errors=True)
     wait_for_everyone()
@@ -151,7 +151,7 @@ def _cache_features(
 def _drop_unusable_conversations(conversations: Sequence[Conversation], store: EmbeddingStore) -> list[Conversation]:
     """Remove conversations whose image is not in the store."""
     images = [conversation.image for conversation in conversations if conversation.image is not None]
-    in_store = iter(store.find_keys(image_keys(images)) >= 0)
+    in_store = iter(store.find_keys(make_image_keys(images)) >= 0)
     return [conversation for conversation in conversations if conversation.image is None or next(in_store)]
 
 

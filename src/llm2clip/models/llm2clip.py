@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llm2clip.cpu_tuning import onednn_matmul
-from llm2clip.data.image_hashes import load_training_images, save_training_images
+from llm2clip.data.image_hashes import load_training_image_hashes, save_training_image_hashes
 from llm2clip.data.images import list_images, load_image
 from llm2clip.data.texts import check_not_empty
 from llm2clip.data.transforms import EvalTransform
@@ -328,7 +328,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
         save_file(weights, folder / "model.safetensors")
         (folder / "preprocessor_config.json").write_text(json.dumps(self.tower.preprocess.to_dict(), indent=1))
         if self.training_images is not None:
-            save_training_images(folder, self.training_images)
+            save_training_image_hashes(folder, self.training_images)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None) -> LLM2CLIP:
@@ -367,5 +367,5 @@ class LLM2CLIP(DenseMethods, nn.Module):
         except RuntimeError as error:
             raise ValueError(f"{folder}: config.json and model.safetensors do not match ({error})") from error
         model._text_folder = folder / "text" if (folder / "text").is_dir() else None
-        model.training_images = load_training_images(folder)
+        model.training_images = load_training_image_hashes(folder)
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()

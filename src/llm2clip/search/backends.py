@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from llm2clip.data.image_refs import DatasetImage, FileImage, ImageRef, ParquetImage, TarImage, printable
+from llm2clip.data.image_refs import DatasetImage, FileImage, ImageRef, ParquetImage, TarImage, to_valid_unicode
 from llm2clip.io_utils import install_command
 
 QDRANT_PREFIX = "qdrant+"
@@ -59,7 +59,7 @@ class IndexedImage:
             # This suffix is appended if a tar file contains two members with the same name.
             name = name.removesuffix(f"@{self.ref.offset}")
         path_length = len(self.ref.container_path or "")
-        return name.removesuffix(printable(str(self.ref)[path_length:]))
+        return name.removesuffix(to_valid_unicode(str(self.ref)[path_length:]))
 
 
 class ImageState(NamedTuple):

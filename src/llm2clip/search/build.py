@@ -17,8 +17,8 @@ import numpy as np
 from torch import Tensor
 
 from llm2clip.data.image_header import open_header
-from llm2clip.data.image_loader import image_batches
-from llm2clip.data.image_refs import TarImage, file_version, printable, resolve_folder
+from llm2clip.data.image_loader import iter_image_batches
+from llm2clip.data.image_refs import TarImage, file_version, resolve_folder, to_valid_unicode
 from llm2clip.data.images import make_thumbnail
 from llm2clip.data.records import Source, open_records
 from llm2clip.data.skip_log import SkipLog
@@ -77,7 +77,7 @@ def build_index(
         log: Skip log for images that cannot be read.
         columns: Column names of the sources, keyed by llm2clip field.
         batch_size: Number of images per forward pass and per commit.
-        workers: Number of processes that decode images. For the default, see `image_batches`.
+        workers: Number of processes that decode images. For the default, see `iter_image_batches`.
         prune: If True, remove deleted images from the index even if a source is missing or empty, or many of its images
             no longer exist. If False, these cases raise an error.
         allow_outside: If True, also index images outside the folder of their source (see `scan_source`).
@@ -98,7 +98,7 @@ def build_index(
             identity = fingerprint(model.identity())
             backend.initialize({"model": name, "fingerprint": identity, "embed_dim": model.embed_dim})
         parsed = [_parse_source(source, columns or {}) for source in sources]
-        indexed_by_source = {str(source): backend.indexed([printable(str(source))]) for source in parsed}
+        indexed_by_source = {str(source): backend.indexed([to_valid_unicode(str(source))]) for source in parsed}
         try:
             images = scan_sources(parsed, log, prune, allow_outside)
         except FileNotFoundError as error:
@@ -233,7 +233,7 @@ def _embed_images(
     hashes = list(images_by_hash)
     refs = [images_by_hash[digest][0].ref for digest in hashes]
     with ProgressBar(total=len(refs), desc="embed", unit="image", disable=not refs) as bar:
-        batches = image_batches(refs, PreparedImages(model.transform), batch_size, workers)
+        batches = iter_image_batches(refs, PreparedImages(model.transform), batch_size, workers)
         for indices, prepared, errors in batches:
             contents = []
             vectors = model.encode_images([pixels for pixels, *_ in prepared]).numpy() if indices else ()
@@ -277,7 +277,7 @@ def scan_sources(
             previous = images.get(image.name)
             if previous is not None and isinstance(previous.ref, TarImage) and previous.ref != image.ref:
                 # If two members of a tar file have the same name, the offset is appended to the name of the second one.
-                image = dataclasses.replace(image, name=printable(image.ref.key))
+                image = dataclasses.replace(image, name=to_valid_unicode(image.ref.key))
                 previous = images.get(image.name)
             if previous is not None:  # for example, if a folder contains both the images and a caption file
                 captions = dict.fromkeys([*previous.captions, *image.captions])
@@ -332,9 +332,9 @@ def scan_source(
         except FileNotFoundError:
             continue  # the file was deleted during the scan
         yield IndexedImage(
-            name=printable(record.image.canonical_path),
+            name=to_valid_unicode(record.image.canonical_path),
             ref=record.image,
-            source=printable(str(source)),
+            source=to_valid_unicode(str(source)),
             file_version=versions[path],
             captions=record.texts,
             taken=stat.st_mtime,

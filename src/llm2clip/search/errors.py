@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from llm2clip.data.image_refs import printable
+from llm2clip.data.image_refs import to_valid_unicode
 from llm2clip.search.queues import QueueFull
 from llm2clip.search.request_images import InvalidImage, NotFound, TooLarge
 
@@ -96,4 +96,4 @@ async def _handle_validation_error(_: Request, error: Exception) -> Response:
     for problem in error.errors()[:3]:
         field = ".".join(str(part) for part in problem["loc"])
         problems.append(f"{field}: {problem['msg']}")
-    return make_error_response(422, printable("; ".join(problems))[:MAX_MESSAGE_LENGTH])
+    return make_error_response(422, to_valid_unicode("; ".join(problems))[:MAX_MESSAGE_LENGTH])

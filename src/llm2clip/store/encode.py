@@ -113,7 +113,7 @@ def _encode_local_shards(plan: WritePlan, encoder: CaptionEncoder, batch_tokens:
     """Encode and write the shards of this process."""
     tokenized_shards = ((n, tokenize_shard(plan.read_captions(n), encoder)) for n in plan.local_shards())
     with (
-        plan.progress_bar("embed", "caption") as bar,
+        plan.create_progress_bar("embed", "caption") as bar,
         closing(Prefetcher(tokenized_shards, depth=1)) as prefetched,
         ThreadPoolExecutor(1) as pool,
     ):

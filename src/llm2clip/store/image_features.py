@@ -1,6 +1,6 @@
 """Stores for image features and for text embeddings from any model. Each input is encoded only once.
 
-These stores have the same on-disk layout as caption stores. An image's key is a hash of its name; see `image_name`.
+These stores have the same on-disk layout as caption stores. An image's key is a hash of its name; see `get_image_name`.
 With cached features, training with a frozen tower (SAIL, arXiv 2412.04616; LiT, arXiv 2111.07991) takes only seconds,
 and repeated evaluations do not encode any images or texts again.
 """
@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
-from llm2clip.data.image_loader import image_batches
-from llm2clip.data.image_refs import FileImage, ImageRef, printable
+from llm2clip.data.image_loader import iter_image_batches
+from llm2clip.data.image_refs import FileImage, ImageRef, to_valid_unicode
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.transforms import EvalTransform
 from llm2clip.models.hub.fingerprint import hash_weights
 from llm2clip.models.precision import DTYPES
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.progress import ProgressBar
-from llm2clip.store.layout import caption_keys
+from llm2clip.store.layout import make_caption_keys
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.writer import WritePlan, open_for_writing
 
@@ -70,12 +70,12 @@ class TowerEncoder:
 # ---- image keys ----------------------------------------------------------------------------------------------------
 
 
-def image_keys(refs: Iterable[ImageRef]) -> np.ndarray:
+def make_image_keys(refs: Iterable[ImageRef]) -> np.ndarray:
     """Compute the store keys of N images. Return shape (N, 16), uint8."""
-    return caption_keys([image_name(ref) for ref in refs])
+    return make_caption_keys([get_image_name(ref) for ref in refs])
 
 
-def image_name(ref: ImageRef) -> str:
+def get_image_name(ref: ImageRef) -> str:
     """Return an image's name in a store: its key, followed by the size and modification time of its file.
 
     If the file changes, its name changes too, and the image is encoded again.
@@ -85,7 +85,7 @@ def image_name(ref: ImageRef) -> str:
         with suppress(OSError):
             stat = os.stat(path) if isinstance(ref, FileImage) else _stat_cached(path)
             name = f"{name} {stat.st_size} {stat.st_mtime_ns}"
-    return printable(name)
+    return to_valid_unicode(name)
 
 
 @lru_cache(maxsize=65536)
@@ -119,14 +119,14 @@ def store_image_features(
         log: Log in which to record images that cannot be decoded. Such images are not added to the store.
         dtype: dtype of the stored features: float16, float32 or int8.
         batch_size: Number of images per forward pass.
-        workers: Number of processes that decode images; see `image_batches`.
+        workers: Number of processes that decode images; see `iter_image_batches`.
         shard_size: Number of images per shard. An interrupted run resumes with the missing shards.
 
     Raises:
         StoreError: The store was created with a different encoder.
         TooManySkipped: Too many images cannot be decoded.
     """
-    refs_by_name = {image_name(ref): ref for ref in refs}
+    refs_by_name = {get_image_name(ref): ref for ref in refs}
     with open_for_writing(
         refs_by_name, folder, identity, encoder.embed_dim, dtype=dtype, shard_size=shard_size
     ) as plan:
@@ -139,7 +139,7 @@ def store_image_features(
     store = EmbeddingStore(folder)
     # All processes check the limit at the end: if one process raised an error earlier, the others would wait forever.
     # The log already contains this process's failures, with reasons. Failures in other processes are added here.
-    rows = store.find_keys(caption_keys(list(refs_by_name)))
+    rows = store.find_keys(make_caption_keys(list(refs_by_name)))
     for ref, row in zip(refs_by_name.values(), rows, strict=True):
         if row < 0:
             log.skip(str(ref), 0, "undecodable image", "")
@@ -182,7 +182,7 @@ def encode_image_batches(
         Embeddings of shape (N, embed_dim), float32, and the indices of the N encoded images in `refs`.
     """
     embeddings, indices = [torch.empty(0, encoder.embed_dim)], []
-    for decoded, images, failures in image_batches(refs, encoder.transform, batch_size, workers):
+    for decoded, images, failures in iter_image_batches(refs, encoder.transform, batch_size, workers):
         for i, reason in failures.items():
             log.skip(str(refs[i]), 0, "undecodable image", reason)
         if decoded:
@@ -194,6 +194,6 @@ def encode_image_batches(
 
 def _iter_shards(plan: WritePlan, description: str, unit: str) -> Iterator[tuple[int, list[str], ProgressBar]]:
     """Yield (shard number, image names or texts, progress bar) for each shard of this process."""
-    with plan.progress_bar(description, unit) as bar:
+    with plan.create_progress_bar(description, unit) as bar:
         for number in plan.local_shards():
             yield number, plan.read_captions(number), bar

@@ -26,10 +26,10 @@ from llm2clip.runs.output_folder import folder_lock
 from llm2clip.store.layout import (
     KEY_BYTES,
     StoreError,
-    caption_keys,
     check_identity,
     iter_chunks,
     keys_path,
+    make_caption_keys,
     next_shard_number,
     read_keys,
     read_shards,
@@ -123,7 +123,7 @@ def _convert_batch(file: str | Path, batch: pa.RecordBatch) -> Rows:
             raise StoreError(f"{file}: keys must be the first 16 bytes of the caption's SHA-256 hash")
         keys = np.frombuffer(values, np.uint8).reshape(-1, KEY_BYTES)
     else:
-        keys = caption_keys([caption.strip() for caption in names.to_pylist()])
+        keys = make_caption_keys([caption.strip() for caption in names.to_pylist()])
     tokens = batch["tokens"].fill_null(0).to_pylist() if "tokens" in columns else [0] * len(batch)
     return keys, tokens, embedding.flatten().to_numpy(zero_copy_only=False).reshape(len(batch), -1)
 
@@ -178,7 +178,7 @@ def _iter_official_rows(tars: Sequence[Path]) -> Iterator[Rows]:
         embeddings = dict(chunk)
         if len({len(embedding) for embedding in embeddings.values()}) > 1:
             raise StoreError("the tar files contain embeddings of different lengths")
-        yield caption_keys(list(embeddings)), [0] * len(embeddings), np.stack(list(embeddings.values()))
+        yield make_caption_keys(list(embeddings)), [0] * len(embeddings), np.stack(list(embeddings.values()))
 
 
 def _iter_captions_with_embeddings(tar: Path) -> Iterator[tuple[str, np.ndarray]]:

@@ -76,7 +76,7 @@ def build_key_index(file: Path, keys: Iterable[np.ndarray]) -> int:
             for records in sort_partitions(partitions):
                 index[:, start : start + len(records)] = records.T
                 start += len(records)
-                distinct += len(records) - int(repeats_previous_key(records).sum())
+                distinct += len(records) - int(mask_repeated_keys(records).sum())
             index.flush()
             del index  # close the memory map
     return distinct
@@ -136,7 +136,7 @@ def sort_partitions(partitions: Iterable[Path]) -> Iterator[np.ndarray]:
         yield records[np.lexsort((records[:, 1], records[:, 0]))]
 
 
-def repeats_previous_key(records: np.ndarray) -> np.ndarray:
+def mask_repeated_keys(records: np.ndarray) -> np.ndarray:
     """Return a boolean mask of shape (N,) that marks each sorted record with the same key as the previous record."""
     repeats = np.zeros(len(records), np.bool_)
     repeats[1:] = (records[1:, :2] == records[:-1, :2]).all(axis=1)

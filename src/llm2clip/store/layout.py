@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llm2clip.data.texts import caption_key
+from llm2clip.data.texts import make_caption_key
 from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.runs.output_folder import MANIFEST, check_format_version
 
@@ -55,7 +55,7 @@ class Shard:
     number: int
     start: int  # store row number of the shard's first row
     rows: int
-    sha256: str  # see `shard_checksum`
+    sha256: str  # see `compute_shard_checksum`
 
 
 # ---- file names ----------------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def index_path(folder: Path, shards: Sequence[Shard]) -> Path:
 # ---- shards --------------------------------------------------------------------------------------------------------
 
 
-def shard_numbers(folder: Path) -> list[int]:
+def list_shard_numbers(folder: Path) -> list[int]:
     """List the numbers of the complete shards in ascending order."""
     numbers = []
     for path in folder.iterdir():
@@ -94,7 +94,7 @@ def shard_numbers(folder: Path) -> list[int]:
 
 def next_shard_number(folder: Path) -> int:
     """Return one more than the largest complete shard number, or 0 if there are no complete shards."""
-    return max(shard_numbers(folder), default=-1) + 1
+    return max(list_shard_numbers(folder), default=-1) + 1
 
 
 def read_shard_metadata(folder: Path, number: int) -> tuple[int, str, StoreSpec]:
@@ -117,7 +117,7 @@ def read_shards(folder: Path, spec: StoreSpec | None = None) -> list[Shard]:
         StoreError: A keys file cannot be read, or its spec differs from `spec`.
     """
     shards, start = [], 0
-    for number in shard_numbers(folder):
+    for number in list_shard_numbers(folder):
         rows, sha256, shard_spec = read_shard_metadata(folder, number)
         if spec is not None and shard_spec != spec:
             raise StoreError(
@@ -144,7 +144,7 @@ def read_keys(folder: Path, shard: Shard) -> np.ndarray:
     return values[: shard.rows * KEY_BYTES].reshape(-1, KEY_BYTES)
 
 
-def shard_checksum(folder: Path, number: int) -> str:
+def compute_shard_checksum(folder: Path, number: int) -> str:
     """Compute the SHA-256 hash of a shard's embeddings. In an int8 store, the hash also includes the scales."""
     combined = hashlib.sha256()
     for path in (embeddings_path(folder, number), scales_path(folder, number)):
@@ -191,7 +191,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def store_spec(manifest: dict[str, Any]) -> StoreSpec:
+def get_store_spec(manifest: dict[str, Any]) -> StoreSpec:
     """Extract the spec from a store's manifest. All shards in the store must have this spec."""
     return manifest["identity"], manifest["embed_dim"], manifest["dtype"]
 
@@ -221,14 +221,14 @@ def check_identity(stored: dict[str, Any], expected: dict[str, Any], path: Path 
 # ---- keys ----------------------------------------------------------------------------------------------------------
 
 
-def caption_keys(captions: Sequence[str]) -> np.ndarray:
+def make_caption_keys(captions: Sequence[str]) -> np.ndarray:
     """Compute the keys of N captions: the first 16 bytes of their SHA-256 hashes. Return shape (N, 16), uint8.
 
     Raises:
         StoreError: A caption contains a lone surrogate, which cannot be encoded in UTF-8.
     """
     try:
-        return np.frombuffer(b"".join(map(caption_key, captions)), np.uint8).reshape(-1, KEY_BYTES)
+        return np.frombuffer(b"".join(map(make_caption_key, captions)), np.uint8).reshape(-1, KEY_BYTES)
     except UnicodeEncodeError as error:
         raise StoreError(f"caption {error.object[:120]!a} is not valid Unicode text: {error.reason}") from error
 

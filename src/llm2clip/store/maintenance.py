@@ -15,7 +15,9 @@ from llm2clip.store.layout import (
     StoreSpec,
     check_spec,
     embeddings_path,
+    get_store_spec,
     keys_path,
+    list_shard_numbers,
     next_shard_number,
     read_keys,
     read_manifest,
@@ -23,10 +25,8 @@ from llm2clip.store.layout import (
     read_shards,
     remove_temp_files,
     scales_path,
-    shard_numbers,
-    store_spec,
 )
-from llm2clip.store.store import EmbeddingStore, find_damaged_shards, refused_captions
+from llm2clip.store.store import EmbeddingStore, find_damaged_shards, read_refused_captions
 from llm2clip.store.writer import StoreWriter, write_manifest
 
 # ---- repair --------------------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def repair_store(folder: str | Path, progress: bool = False) -> list[str]:
     with folder_lock(folder):
         specs, unreadable = _read_specs(folder)
         try:
-            spec = store_spec(read_manifest(folder))
+            spec = get_store_spec(read_manifest(folder))
         except (StoreError, FormatVersionError) as error:
             if not specs and isinstance(error, FormatVersionError):
                 raise
@@ -73,7 +73,7 @@ def repair_store(folder: str | Path, progress: bool = False) -> list[str]:
 def _read_specs(folder: Path) -> tuple[list[StoreSpec], list[int]]:
     """Return the specs of all readable shards, and the numbers of the shards whose keys files are unreadable."""
     specs, unreadable = [], []
-    for number in shard_numbers(folder):
+    for number in list_shard_numbers(folder):
         try:
             specs.append(read_shard_metadata(folder, number)[2])
         except StoreError:
@@ -90,7 +90,7 @@ def _delete_keys(folder: Path, number: int) -> str:
 
 def _delete_incomplete_shards(folder: Path) -> list[str]:
     """Delete the files of shards that lack a keys or embeddings file; return their names."""
-    complete = set(shard_numbers(folder))
+    complete = set(list_shard_numbers(folder))
     deleted = []
     for path in sorted(folder.iterdir()):
         match = re.fullmatch(r"(?:embeddings|scales|keys)-(\d{5,})\.(?:npy|parquet)", path.name)
@@ -126,7 +126,7 @@ def merge_stores(out: str | Path, sources: Sequence[str | Path]) -> EmbeddingSto
                     _link_shard(folder, shard.number, out, number)
                     existing.add(content)
                     number += 1
-        refused = {row["caption"]: row for folder in (out, *folders) for row in refused_captions(folder)}
+        refused = {row["caption"]: row for folder in (out, *folders) for row in read_refused_captions(folder)}
         if refused:
             atomic_write_jsonl(out / "refused-merged.jsonl", refused.values())
         writer.finish()
@@ -137,7 +137,7 @@ def _check_sources(folders: Sequence[Path]) -> StoreSpec:
     """Check that the stores can be merged, and return their common spec."""
     if not folders:
         raise StoreError("no stores to merge")
-    spec = store_spec(read_manifest(folders[0]))
+    spec = get_store_spec(read_manifest(folders[0]))
     for folder in folders[1:]:
         check_spec(read_manifest(folder), spec, folder)
     for folder in folders:

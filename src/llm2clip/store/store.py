@@ -42,16 +42,16 @@ from llm2clip.store.layout import (
     StoreError,
     StoreSpec,
     build_damage_error,
-    caption_keys,
+    compute_shard_checksum,
     embeddings_path,
+    get_store_spec,
     index_path,
     iter_chunks,
+    make_caption_keys,
     read_keys,
     read_manifest,
     read_shard_metadata,
     scales_path,
-    shard_checksum,
-    store_spec,
 )
 
 ReadMode = Literal["auto", "mmap", "pread"]
@@ -84,7 +84,7 @@ class EmbeddingStore:
         dtype = self.manifest["dtype"]
         if read_mode == "auto":
             size = self._total_rows * self.embed_dim * DTYPES[dtype].itemsize
-            read_mode = "mmap" if size < available_memory() / 2 else "pread"
+            read_mode = "mmap" if size < get_available_memory() / 2 else "pread"
         reader_class: type[RowReader] = MmapReader if read_mode == "mmap" else PreadReader
         self._reader = reader_class(self.folder, self.shards, self.embed_dim, dtype)
         self._index = self._open_index()
@@ -110,7 +110,7 @@ class EmbeddingStore:
         return int(self.manifest["captions"])
 
     def __contains__(self, caption: str) -> bool:
-        return bool(self.find_keys(caption_keys([caption]))[0] >= 0)
+        return bool(self.find_keys(make_caption_keys([caption]))[0] >= 0)
 
     def find_keys(self, keys: np.ndarray) -> np.ndarray:
         """Look up keys of shape (N, 16), uint8; return row numbers of shape (N,), int64, with -1 for missing keys."""
@@ -124,7 +124,7 @@ class EmbeddingStore:
         """
         parts = [np.empty(0, np.int64)]
         for chunk in iter_chunks(captions, LOOKUP_CHUNK):
-            rows = self.find_keys(caption_keys(chunk))
+            rows = self.find_keys(make_caption_keys(chunk))
             missing = rows < 0
             if missing.any():
                 caption = chunk[int(missing.argmax())]
@@ -148,7 +148,7 @@ class EmbeddingStore:
         Raises:
             StoreError: Shards or the index are damaged. The message names the damaged shards or the index file.
         """
-        damaged = find_damaged_shards(self.folder, self.shards, store_spec(self.manifest), progress)
+        damaged = find_damaged_shards(self.folder, self.shards, get_store_spec(self.manifest), progress)
         if damaged:
             numbers = ", ".join(f"{number:05d}" for number in damaged)
             raise StoreError(
@@ -171,7 +171,7 @@ def find_damaged_shards(folder: Path, shards: Sequence[Shard], spec: StoreSpec, 
             metadata = read_shard_metadata(folder, shard.number)
             return (
                 metadata == (shard.rows, shard.sha256, spec)
-                and shard_checksum(folder, shard.number) == shard.sha256
+                and compute_shard_checksum(folder, shard.number) == shard.sha256
                 and len(read_keys(folder, shard)) == shard.rows
             )
         except READ_ERRORS:
@@ -340,7 +340,7 @@ def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.
     return array
 
 
-def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+def get_available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Return how many bytes this process can still allocate, given the available RAM and its cgroup's limit."""
     available = int(psutil.virtual_memory().available)
     limit_file, usage_file, stat_file = (cgroup / f"memory.{name}" for name in ("max", "current", "stat"))
@@ -363,7 +363,7 @@ def drop_refused_captions(records: Sequence[Record], store: EmbeddingStore) -> l
 
     Records without remaining captions are dropped.
     """
-    refused = {row["caption"] for row in refused_captions(store.folder)}
+    refused = {row["caption"] for row in read_refused_captions(store.folder)}
     if not refused:
         return list(records)
     remaining = []
@@ -383,7 +383,7 @@ def remove_phrases_without_embedding(records: Sequence[Record], store: Embedding
     Print a message if the store has no phrase embeddings.
     """
     phrases = sorted({phrase for record in records for phrase in record.phrases})
-    is_stored = store.find_keys(caption_keys(phrases)) >= 0
+    is_stored = store.find_keys(make_caption_keys(phrases)) >= 0
     if phrases and not is_stored.any():
         print_once(
             f"No short phrases are used: {store.folder} has no phrase embeddings. To add them, run `llm2clip embed` "
@@ -398,6 +398,6 @@ def remove_phrases_without_embedding(records: Sequence[Record], store: Embedding
     ]
 
 
-def refused_captions(folder: Path) -> list[dict[str, Any]]:
+def read_refused_captions(folder: Path) -> list[dict[str, Any]]:
     """Read the captions that the tokenizer could not encode, as dicts with the keys "caption" and "why"."""
     return [row for file in sorted(folder.glob("refused-*.jsonl")) for _, row in read_jsonl(file)]

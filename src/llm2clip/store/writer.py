@@ -30,28 +30,28 @@ from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.output_folder import MANIFEST, folder_lock
 from llm2clip.runs.ranks import process_state, wait_for_everyone
-from llm2clip.store.key_index import build_key_index, repeats_previous_key, sort_partitions, split_by_key
+from llm2clip.store.key_index import build_key_index, mask_repeated_keys, sort_partitions, split_by_key
 from llm2clip.store.layout import (
     DTYPES,
     FORMAT_VERSION,
     KEY_BYTES,
     StoreError,
-    caption_keys,
     check_spec,
+    compute_shard_checksum,
     embeddings_path,
     index_path,
     iter_chunks,
     keys_path,
+    list_shard_numbers,
+    make_caption_keys,
     next_shard_number,
     read_keys,
     read_manifest,
     read_shards,
     remove_temp_files,
     scales_path,
-    shard_checksum,
-    shard_numbers,
 )
-from llm2clip.store.store import EmbeddingStore, refused_captions
+from llm2clip.store.store import EmbeddingStore, read_refused_captions
 
 CHUNK = 1 << 14  # number of captions to hash at once
 TEXTS = "captions.parquet"
@@ -85,7 +85,7 @@ class StoreWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / MANIFEST).is_file():
             check_spec(read_manifest(self.folder), (identity, embed_dim, dtype), self.folder)
-        elif shard_numbers(self.folder):
+        elif list_shard_numbers(self.folder):
             raise StoreError(f"{self.folder} has shards but no {MANIFEST}. Run `llm2clip store repair {self.folder}`")
         else:
             self.finish()
@@ -102,7 +102,7 @@ class StoreWriter:
         Raises:
             StoreError: See `write_keyed`.
         """
-        self.write_keyed(number, caption_keys(captions), tokens, embeddings, captions)
+        self.write_keyed(number, make_caption_keys(captions), tokens, embeddings, captions)
 
     def write_keyed(
         self,
@@ -131,7 +131,7 @@ class StoreWriter:
         table = pa.table({"key": key_column, "tokens": pa.array(tokens, pa.int32())})
         metadata = {
             "format_version": str(FORMAT_VERSION),
-            "sha256": shard_checksum(self.folder, number),
+            "sha256": compute_shard_checksum(self.folder, number),
             "rows": str(len(keys)),
             "embed_dim": str(self.embed_dim),
             "dtype": self.dtype,
@@ -224,7 +224,7 @@ class WritePlan:
         captions: list[str] = pq.read_table(shard_file(self.incoming, shard))["text"].to_pylist()
         return captions
 
-    def progress_bar(self, description: str, unit: str) -> ProgressBar:
+    def create_progress_bar(self, description: str, unit: str) -> ProgressBar:
         """Create a progress bar for the captions of all local shards. Only the main process shows the bar."""
         total = sum(pq.read_metadata(shard_file(self.incoming, shard)).num_rows for shard in self.local_shards())
         hide = not process_state().is_main_process or not total
@@ -283,10 +283,10 @@ def _prepare_incoming(writer: StoreWriter, captions: Iterable[str], incoming: Pa
     remove_temp_files(folder)
     writer.finish()
     store = None
-    if shard_numbers(folder):
+    if list_shard_numbers(folder):
         store = EmbeddingStore(folder)
         store.verify(progress=True)
-    refused = {row["caption"] for row in refused_captions(folder)}
+    refused = {row["caption"] for row in read_refused_captions(folder)}
     stream: Iterable[str] = check_texts(ProgressBar(captions, "read", unit="caption", leave=False, delay=1))
     if refused:
         stream = (caption for caption in stream if caption not in refused)
@@ -307,7 +307,7 @@ def write_missing_shards(
     partitions = split_by_key(_write_captions(captions, incoming / TEXTS, store, is_missing), incoming)
     mask = np.concatenate([np.empty(0, np.bool_), *is_missing])
     for records in sort_partitions(partitions):
-        mask[records[repeats_previous_key(records), 2].astype(np.int64)] = False
+        mask[records[mask_repeated_keys(records), 2].astype(np.int64)] = False
     for number, texts in enumerate(iter_chunks(_select_captions(incoming / TEXTS, mask), shard_size), first_shard):
         pq.write_table(pa.table({"text": texts}), shard_file(incoming, number), compression="zstd")
     (incoming / TEXTS).unlink()
@@ -329,7 +329,7 @@ def _write_captions(
         start = 0
         for texts in iter_chunks(captions, CHUNK):
             writer.write_table(pa.table({"text": texts}))
-            keys = caption_keys(texts)
+            keys = make_caption_keys(texts)
             mask = np.zeros(len(texts), np.bool_)
             mask[np.unique(keys.view("V16")[:, 0], return_index=True)[1]] = True
             if store is not None:

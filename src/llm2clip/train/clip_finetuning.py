@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llm2clip.config import AlignConfig
-from llm2clip.data.image_hashes import save_training_images
+from llm2clip.data.image_hashes import save_training_image_hashes
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.io_utils import atomic_dir
@@ -160,4 +160,4 @@ def _save_clip(model: LLM2CLIP, name: str, folder: Path) -> None:
         AutoTokenizer.from_pretrained(name, trust_remote_code=False).save_pretrained(temporary)
         AutoImageProcessor.from_pretrained(name, trust_remote_code=False).save_pretrained(temporary)
         if model.training_images is not None:
-            save_training_images(temporary, model.training_images)
+            save_training_image_hashes(temporary, model.training_images)

@@ -36,7 +36,7 @@ from llm2clip.models.text.clip_text_encoder import ClipTextEncoder
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import RaggedGather, print_once, process_state, wait_for_everyone
 from llm2clip.store.image_features import store_text_embeddings
-from llm2clip.store.layout import caption_keys
+from llm2clip.store.layout import make_caption_keys
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train.optim import ADAM_BETAS, MAX_GRAD_NORM, WEIGHT_DECAY, make_cosine_schedule
 
@@ -139,7 +139,7 @@ def inherit_text_space(
     }
     file = folder / WEIGHTS
     if process_state().is_main_process and _read_signature(file) != signature:
-        rows, clip_rows = store.find_rows(texts), clip_store.find_keys(caption_keys(texts))
+        rows, clip_rows = store.find_rows(texts), clip_store.find_keys(make_caption_keys(texts))
 
         def load_embeddings(items: np.ndarray) -> tuple[Tensor, Tensor]:
             """Return the LLM and CLIP embeddings of the texts with the given indices, in float32 on the device."""

@@ -21,12 +21,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from llm2clip.config import AlignConfig
 from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
 from llm2clip.data.image_loader import SharedRefs, decode_or_error, skip_finalization
-from llm2clip.data.random_streams import RandomStreams, epoch_permutation
+from llm2clip.data.random_streams import RandomStreams, draw_epoch_permutation
 from llm2clip.data.records import Record
 from llm2clip.data.transforms import TrainTransform
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.runs.checkpoint import hash_texts
-from llm2clip.store.image_features import image_keys
+from llm2clip.store.image_features import make_image_keys
 from llm2clip.store.store import EmbeddingStore
 
 Sample = tuple[int, int]  # epoch and image index
@@ -116,7 +116,7 @@ class AlignBatches:
         usable = [record for record in records if record.image is not None]
         self.features, self.feature_rows = features, np.empty(0, np.int64)
         if features is not None:
-            rows = features.find_keys(image_keys([r.image for r in usable if r.image is not None]))
+            rows = features.find_keys(make_image_keys([r.image for r in usable if r.image is not None]))
             usable = [record for record, row in zip(usable, rows, strict=True) if row >= 0]
             self.feature_rows = rows[rows >= 0]
         self.images_per_step = images_per_step or resolve_images_per_step(len(usable), config, world_size)
@@ -176,7 +176,7 @@ class AlignBatches:
         for step in range(first_step, len(self)):
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
             if epoch != order_epoch:
-                order, order_epoch = epoch_permutation(self.image_count, self.config.seed, epoch), epoch
+                order, order_epoch = draw_epoch_permutation(self.image_count, self.config.seed, epoch), epoch
             start = step_in_epoch * self.images_per_step
             images = order[start : start + self.images_per_step]
             yield [(epoch, int(image)) for image in images[self.rank :: self.world_size]]

@@ -31,8 +31,8 @@ from torch.utils.data import BatchSampler, SequentialSampler
 
 from llm2clip.config import TuneConfig
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
-from llm2clip.data.pairs import TuningItem, pair_batches, resolve_pairs_per_step
-from llm2clip.data.texts import text_key
+from llm2clip.data.pairs import TuningItem, iter_pair_batches, resolve_pairs_per_step
+from llm2clip.data.texts import make_text_key
 from llm2clip.io_utils import atomic_dir
 from llm2clip.models.precision import DTYPES, resolve_precision
 from llm2clip.models.text.batching import TokenizedTexts, get_default_batch_tokens
@@ -112,7 +112,7 @@ def _sample_rows(
             print_once(
                 f"Too little data for {config.batch_size * world_size:,} pairs per step: using {pairs_per_step:,}"
             )
-    batches = pair_batches(
+    batches = iter_pair_batches(
         sources,
         config.source_weights,
         pairs_per_step,
@@ -354,7 +354,7 @@ class PairCollator(SentenceTransformerDataCollator):
         return {
             "tokens": tokenized.ids,
             "prompt_lengths": tokenized.prompt_lengths,
-            "text_ids": torch.tensor([text_key(text) for text in anchors + others]),
+            "text_ids": torch.tensor([make_text_key(text) for text in anchors + others]),
             "pairs": len(rows),
         }
 

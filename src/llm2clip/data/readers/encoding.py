@@ -19,7 +19,7 @@ from typing import BinaryIO, TextIO, cast
 from charset_normalizer import from_bytes
 
 from llm2clip.data.columns import BadRow
-from llm2clip.data.image_refs import printable
+from llm2clip.data.image_refs import to_valid_unicode
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.texts import is_valid_unicode
 from llm2clip.io_utils import MAX_LINE_CHARACTERS, DataFormatError, open_regular_file
@@ -147,7 +147,7 @@ def find_undecodable(text: str, path: str, log: SkipLog | None = None) -> BadRow
         return None
     if log is not None:
         log.note(describe_encoding(path), path)
-    return BadRow("not UTF-8", printable(text.strip()))
+    return BadRow("not UTF-8", to_valid_unicode(text.strip()))
 
 
 @functools.lru_cache(maxsize=64)

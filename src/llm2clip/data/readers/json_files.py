@@ -173,7 +173,7 @@ def _read_coco_rows(path: str, images: Sequence[Mapping[str, Any]], annotations:
             example = example or repr(annotation)
         else:
             captions[image_id].append(annotation.get("caption"))
-    folder = find_image_folder(path, [str(image.get("file_name")) for image in images], split_folders(path, images))
+    folder = find_image_folder(path, [str(image.get("file_name")) for image in images], guess_folders(path, images))
     for number, image in enumerate(images, 1):
         name = image.get("file_name")
         image_id = _read_id(image, "id")
@@ -193,7 +193,7 @@ def _read_id(fields: Mapping[str, Any], key: str) -> str | int | float | None:
     return value if isinstance(value, str | int | float) else None
 
 
-def split_folders(path: str, images: Sequence[Mapping[str, Any]]) -> list[str]:
+def guess_folders(path: str, images: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return likely names of a COCO split's image folder, such as train2017.
 
     They are derived from the JSON file name (`captions_train2017.json`) and from `coco_url`

@@ -13,10 +13,10 @@ from llm2clip.data.image_refs import (
     DatasetImage,
     LoadedImage,
     ParquetImage,
-    check_row_groups,
-    content_digest,
+    check_row_group_sizes,
+    choose_parquet_batch_size,
+    compute_content_digest,
     disable_image_decoding,
-    parquet_batch_size,
 )
 from llm2clip.io_utils import DataFormatError, describe_error
 
@@ -46,13 +46,13 @@ def read_parquet(path: str, choose: ColumnChooser, image_bytes: bool) -> Iterato
                 if name not in skipped:
                     columns.append(name if image_bytes or name not in image_columns else f"{name}.path")
             if image_bytes and image_columns:
-                check_row_groups(file.metadata)
-            batch_size = parquet_batch_size(file.metadata)
+                check_row_group_sizes(file.metadata)
+            batch_size = choose_parquet_batch_size(file.metadata)
             for batch in file.iter_batches(batch_size=batch_size, columns=columns, use_threads=False):
                 for fields in batch.to_pylist():
                     for name in image_columns - skipped:
                         ref = ParquetImage(path, row, name)
-                        fields[name] = _image_value(ref, fields[name], bytes_skipped=not image_bytes)
+                        fields[name] = _convert_image_cell(ref, fields[name], bytes_skipped=not image_bytes)
                     row += 1
                     yield path, row, fields
     except (pa.ArrowException, OSError, MemoryError) as error:
@@ -89,7 +89,7 @@ def read_huggingface(name: str, saved: bool, choose: ColumnChooser, splits: Sequ
             if saved:
                 for column in image_columns:
                     ref = DatasetImage(name, split if has_splits else None, row, column)
-                    fields[column] = _image_value(ref, fields[column])
+                    fields[column] = _convert_image_cell(ref, fields[column])
             if splits is not None and split is not None:
                 fields["split"] = split
             yield file, row + 1, fields
@@ -101,7 +101,7 @@ def _is_image_type(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _image_value(ref: ParquetImage | DatasetImage, value: Any, bytes_skipped: bool = False) -> Any:
+def _convert_image_cell(ref: ParquetImage | DatasetImage, value: Any, bytes_skipped: bool = False) -> Any:
     """Convert an image cell to None, the path of an image file, or an image that refers to the cell."""
     data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
     if value is None:
@@ -110,4 +110,4 @@ def _image_value(ref: ParquetImage | DatasetImage, value: Any, bytes_skipped: bo
         return name  # the struct has no bytes, so its path refers to an image file
     if data is None:
         return LoadedImage(ref, None, name)
-    return LoadedImage(replace(ref, digest=content_digest(data)), data, name)
+    return LoadedImage(replace(ref, digest=compute_content_digest(data)), data, name)

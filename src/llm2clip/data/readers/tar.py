@@ -65,7 +65,7 @@ def read_image_folder(folder: str, log: SkipLog | None = None) -> Iterator[RawRo
     for number, path in enumerate(list_files(folder, IMAGE_SUFFIXES | UNSUPPORTED_SUFFIXES, log), 1):
         if os.path.dirname(path) != parent:
             parent = os.path.dirname(path)
-            files = {_lower_suffix(name): name for name in sorted(os.listdir(parent))}
+            files = {_lowercase_suffix(name): name for name in sorted(os.listdir(parent))}
         stem, _, suffix = os.path.basename(path).rpartition(".")
         if suffix.lower() in UNSUPPORTED_SUFFIXES:
             if not any(f"{stem}.{supported}" in files for supported in IMAGE_SUFFIXES):
@@ -77,7 +77,7 @@ def read_image_folder(folder: str, log: SkipLog | None = None) -> Iterator[RawRo
         if os.path.isfile(json_path):
             with open_regular_file(json_path) as file:
                 data = file.read(MAX_CAPTION_BYTES + 1)
-            fields = _caption_file_too_large(json_path) if len(data) > MAX_CAPTION_BYTES else _parse_caption_json(data)
+            fields = _build_too_large_row(json_path) if len(data) > MAX_CAPTION_BYTES else _parse_caption_json(data)
         if isinstance(fields, BadRow):
             yield path, number, fields
             continue
@@ -85,7 +85,7 @@ def read_image_folder(folder: str, log: SkipLog | None = None) -> Iterator[RawRo
             with open_text(text_path, log) as text_file:
                 text = text_file.read(MAX_CAPTION_BYTES + 1)
             if len(text) > MAX_CAPTION_BYTES:
-                yield path, number, _caption_file_too_large(text_path)
+                yield path, number, _build_too_large_row(text_path)
                 continue
             undecodable = find_undecodable(text, text_path, None if has_noted_encoding else log)
             if undecodable is not None:
@@ -97,7 +97,7 @@ def read_image_folder(folder: str, log: SkipLog | None = None) -> Iterator[RawRo
         yield path, number, fields
 
 
-def _lower_suffix(name: str) -> str:
+def _lowercase_suffix(name: str) -> str:
     stem, dot, suffix = name.rpartition(".")
     return f"{stem}{dot}{suffix.lower()}"
 
@@ -140,7 +140,7 @@ def read_tar(path: str) -> Iterator[RawRow]:
             yield path, number + 1, BadRow("truncated tar", damage)
 
 
-def _caption_file_too_large(name: str) -> BadRow:
+def _build_too_large_row(name: str) -> BadRow:
     return BadRow("caption file over 1 MB", name)
 
 
@@ -232,7 +232,7 @@ class _Sample:
             if member is None:
                 continue
             if member.size > MAX_CAPTION_BYTES:
-                return _caption_file_too_large(member.name)
+                return _build_too_large_row(member.name)
             data = file.read_member(member)
             if suffix == "txt":
                 fields["txt"] = data.decode("utf-8-sig", "surrogateescape")

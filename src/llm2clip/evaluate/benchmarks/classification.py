@@ -17,7 +17,7 @@ from PIL import Image
 from llm2clip.data.image_refs import FileImage, ImageRef, MemoryImage
 from llm2clip.data.images import load_image
 from llm2clip.evaluate.benchmarks.base import Benchmark, ClassificationData
-from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, install_command, read_json, read_lines
+from llm2clip.io_utils import DataFormatError, MissingFileError, find_first, install_command, read_json, read_lines
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a close-up photo of a {}.", "a photo of the {}.")
@@ -153,8 +153,8 @@ def _read_wordnet_folders(root: Path) -> ClassificationData:
 def _read_imagenet_v2(folder: Path) -> ClassificationData:
     """Read the folders `0` to `999`. Their names are class indices, which must be sorted as numbers, not as text."""
     _, names, templates = _load_imagenet_texts()
-    root = folder if (folder / "0").is_dir() else first_existing(folder, "imagenetv2-matched-frequency-format-val")
-    return _read_images([first_existing(root, str(n)) for n in range(len(names))], names, templates)
+    root = folder if (folder / "0").is_dir() else find_first(folder, "imagenetv2-matched-frequency-format-val")
+    return _read_images([find_first(root, str(n)) for n in range(len(names))], names, templates)
 
 
 def _read_objectnet(folder: Path) -> ClassificationData:
@@ -162,9 +162,9 @@ def _read_objectnet(folder: Path) -> ClassificationData:
 
     As the authors' README requires, the red two-pixel border around each image is removed.
     """
-    labels = read_json(first_existing(folder, "mappings/folder_to_objectnet_label.json"))
-    shared_labels = read_json(first_existing(folder, "mappings/objectnet_to_imagenet_1k.json"))
-    root = first_existing(folder, "images")
+    labels = read_json(find_first(folder, "mappings/folder_to_objectnet_label.json"))
+    shared_labels = read_json(find_first(folder, "mappings/objectnet_to_imagenet_1k.json"))
+    root = find_first(folder, "images")
     class_dirs = sorted(path for path in root.iterdir() if path.is_dir() and labels.get(path.name) in shared_labels)
     names = [labels[path.name].lower() for path in class_dirs]
     data = _read_images(class_dirs, names, get_imagenet_templates())
@@ -199,11 +199,11 @@ def _read_cifar(folder: Path, files: Sequence[str], names_file: str, skipped_lab
     red, green and blue.
     """
     row_size = skipped_labels + 1 + CIFAR_PIXELS
-    names = [name.replace("_", " ") for name in read_lines(first_existing(folder, names_file))]
+    names = [name.replace("_", " ") for name in read_lines(find_first(folder, names_file))]
     images: list[ImageRef] = []
     labels: list[int] = []
     for file in files:
-        data = np.fromfile(first_existing(folder, file), np.uint8)
+        data = np.fromfile(find_first(folder, file), np.uint8)
         if len(data) % row_size:
             raise DataFormatError(
                 f"{folder / file}: the size of {len(data):,} bytes is not a multiple of {row_size:,} bytes per image"
@@ -230,7 +230,7 @@ BENCHMARKS = (
         read=_read_imagenet,
         source="val/WNID/*.JPEG: ILSVRC2012_img_val.tar (image-net.org) sorted into one folder per class; for a linear "
         "probe, also train/",
-        read_train=lambda folder: _read_wordnet_folders(first_existing(folder, "train")),
+        read_train=lambda folder: _read_wordnet_folders(find_first(folder, "train")),
     ),
     Benchmark(
         name="imagenet-v2",

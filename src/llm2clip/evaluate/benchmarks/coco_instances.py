@@ -23,7 +23,7 @@ import numpy as np
 
 from llm2clip.data.image_header import MAX_PIXELS
 from llm2clip.data.image_refs import ImageRef
-from llm2clip.data.readers.json_files import drop_unused_keys, find_image_folder, split_folders
+from llm2clip.data.readers.json_files import drop_unused_keys, find_image_folder, guess_folders
 from llm2clip.evaluate.benchmarks.base import (
     COCO_FOLDERS,
     Benchmark,
@@ -34,7 +34,7 @@ from llm2clip.evaluate.benchmarks.base import (
     resolve_image_file,
 )
 from llm2clip.evaluate.benchmarks.classification import get_imagenet_templates
-from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, install_command, read_json
+from llm2clip.io_utils import DataFormatError, MissingFileError, find_first, install_command, read_json
 from llm2clip.runs.ranks import print_once
 
 BOXES_PREFIX = "boxes:"
@@ -85,7 +85,7 @@ def make_coco_file_benchmark(
         kind=kind,
         description=DESCRIPTIONS[kind],
         folders=(str(file.parent),),
-        read=lambda folder: read(first_existing(folder, file.name)),
+        read=lambda folder: read(find_first(folder, file.name)),
         source="a JSON file in COCO's format, with the images in the same folder or in images/",
     )
 
@@ -141,7 +141,7 @@ def _parse_category_names(file: Path, categories: Sequence[Mapping[str, Any]]) -
 
 def find_instances(folder: Path) -> Path:
     """Return the path of instances_val2017.json, or raise MissingFileError."""
-    return first_existing(folder, "annotations/instances_val2017.json", "instances_val2017.json")
+    return find_first(folder, "annotations/instances_val2017.json", "instances_val2017.json")
 
 
 def require_pycocotools() -> None:
@@ -164,7 +164,7 @@ def make_image_refs(file: Path, images: Sequence[Mapping[str, Any]]) -> list[Ima
     for image in images:
         # LVIS specifies only a URL, such as http://images.cocodataset.org/val2017/000000397133.jpg.
         names.append(image.get("file_name") or "/".join(image["coco_url"].split("/")[-2:]))
-    folder = Path(find_image_folder(str(file), names, split_folders(str(file), images)))
+    folder = Path(find_image_folder(str(file), names, guess_folders(str(file), images)))
     refs: list[ImageRef] = [resolve_image_file(folder, name) for name in names]
     check_files(refs, file)
     return refs
@@ -410,7 +410,7 @@ BENCHMARKS = (
         kind="regions",
         description="244,707 boxes of 1,203 classes in LVIS v1's validation split",
         folders=INSTANCES_FOLDERS,
-        read=lambda folder: read_boxes(first_existing(folder, "annotations/lvis_v1_val.json", "lvis_v1_val.json")),
+        read=lambda folder: read_boxes(find_first(folder, "annotations/lvis_v1_val.json", "lvis_v1_val.json")),
         source="annotations/lvis_v1_val.json (lvisdataset.org), and COCO's train2017/ and val2017/ (cocodataset.org)",
     ),
     Benchmark(

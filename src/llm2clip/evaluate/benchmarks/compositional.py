@@ -18,7 +18,7 @@ from llm2clip.evaluate.benchmarks.base import (
     find_coco_roots,
     resolve_image_file,
 )
-from llm2clip.io_utils import MissingFileError, first_existing, read_json, read_jsonl
+from llm2clip.io_utils import MissingFileError, find_first, read_json, read_jsonl
 
 SUGARCREPE_KINDS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
 
@@ -26,10 +26,10 @@ SUGARCREPE_KINDS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace
 def _read_winoground(folder: Path) -> list[CompositionalExample]:
     """Read 400 examples, each with two images and two captions with the same words (arXiv 2204.03162)."""
     try:
-        file = first_existing(folder, "examples.jsonl", "data/examples.jsonl")
+        file = find_first(folder, "examples.jsonl", "data/examples.jsonl")
     except MissingFileError:
-        return _read_winoground_parquet(first_existing(folder, "data/test-*.parquet", "test-*.parquet"))
-    image_dir = first_existing(file.parent, "images")
+        return _read_winoground_parquet(find_first(folder, "data/test-*.parquet", "test-*.parquet"))
+    image_dir = find_first(file.parent, "images")
     examples = []
     for _, row in read_jsonl(file):
         names = [row["image_0"], row["image_1"]]
@@ -63,7 +63,7 @@ def _read_sugarcrepe(folder: Path) -> list[CompositionalExample]:
         raise MissingFileError(f"no val2017 folder in {folder} or in a coco folder next to it")
     examples = []
     for kind in SUGARCREPE_KINDS:
-        file = first_existing(data_dir, f"{kind}.json")
+        file = find_first(data_dir, f"{kind}.json")
         for key, row in read_json(file).items():
             refs = (resolve_image_file(image_dir, row["filename"]),)
             captions = (row["caption"].strip(), row["negative_caption"].strip())

@@ -16,7 +16,7 @@ from torch import Tensor
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.evaluate.benchmarks.base import COCO_FOLDERS, Benchmark, JudgedRetrieval, check_files, resolve_image_file
 from llm2clip.evaluate.recall import KS
-from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, read_json
+from llm2clip.io_utils import DataFormatError, MissingFileError, find_first, read_json
 
 ANNOTATIONS = "captions_val2014.json"
 RANKED_ITEMS = 64  # must be at least 48 for R-precision and mAP@R, because a query has up to 48 correct items
@@ -41,8 +41,8 @@ def _read_judged_retrieval(folder: Path) -> JudgedRetrieval:
 
     The JSON file has the format {"images": [{"id", "file_name"}], "annotations": [{"id", "image_id", "caption"}]}.
     """
-    file = first_existing(folder, f"annotations/{ANNOTATIONS}", ANNOTATIONS)
-    image_dir = first_existing(folder, "val2014", "images/val2014")
+    file = find_first(folder, f"annotations/{ANNOTATIONS}", ANNOTATIONS)
+    image_dir = find_first(folder, "val2014", "images/val2014")
     caption_ids = load_judgements().coco_ids.tolist()
     rows = read_json(file)
     file_names = {row["id"]: row["file_name"] for row in rows["images"]}

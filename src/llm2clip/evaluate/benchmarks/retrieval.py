@@ -31,7 +31,7 @@ from llm2clip.evaluate.benchmarks.base import (
     make_captioned_records,
     resolve_image_file,
 )
-from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, read_json, read_jsonl, read_lines
+from llm2clip.io_utils import DataFormatError, MissingFileError, find_first, read_json, read_jsonl, read_lines
 
 IMAGE_FOLDERS = {
     "flickr30k": ("flickr30k-images", "flickr30k_images", "images", "Images"),
@@ -109,29 +109,29 @@ def read_listed_images(names_file: Path, captions_file: Path, image_dirs: Sequen
 
 
 def _read_coco(folder: Path) -> CaptionFields:
-    image_dir = first_existing(folder, "val2014", "images/val2014").parent
+    image_dir = find_first(folder, "val2014", "images/val2014").parent
     for name in ("dataset_coco.json", "annotations/dataset_coco.json"):
         if (folder / name).exists():
             return {"captions": read_karpathy_json(folder / name, image_dir)}
-    file = first_existing(folder, "coco_karpathy_test.json", "annotations/coco_karpathy_test.json")
+    file = find_first(folder, "coco_karpathy_test.json", "annotations/coco_karpathy_test.json")
     return {"captions": read_blip_json(file, image_dir)}
 
 
 def _read_flickr30k(folder: Path) -> CaptionFields:
     file = folder / "dataset_flickr30k.json"
     if file.exists():
-        return {"captions": read_karpathy_json(file, first_existing(folder, *IMAGE_FOLDERS["flickr30k"]))}
-    file = first_existing(folder, "flickr30k_test.json", "annotations/flickr30k_test.json")
+        return {"captions": read_karpathy_json(file, find_first(folder, *IMAGE_FOLDERS["flickr30k"]))}
+    file = find_first(folder, "flickr30k_test.json", "annotations/flickr30k_test.json")
     return {"captions": read_blip_json(file, folder)}
 
 
 def _read_flickr8k(folder: Path) -> CaptionFields:
-    image_dir = first_existing(folder, *IMAGE_FOLDERS["flickr8k"])
+    image_dir = find_first(folder, *IMAGE_FOLDERS["flickr8k"])
     file = folder / "dataset_flickr8k.json"
     if file.exists():
         return {"captions": read_karpathy_json(file, image_dir)}
-    names = first_existing(folder, "Flickr_8k.testImages.txt", "Flickr8k_text/Flickr_8k.testImages.txt")
-    captions = first_existing(names.parent, "Flickr8k.token.txt")
+    names = find_first(folder, "Flickr_8k.testImages.txt", "Flickr8k_text/Flickr_8k.testImages.txt")
+    captions = find_first(names.parent, "Flickr8k.token.txt")
     return {"captions": read_listed_images(names, captions, [image_dir])}
 
 
@@ -171,9 +171,9 @@ def _read_sharegpt4v(folder: Path) -> CaptionFields:
 
     As in Long-CLIP (arXiv 2403.15378), the caption is `conversations[1].value` with newlines replaced by spaces.
     """
-    file = first_existing(folder, SHAREGPT4V_FILE)
+    file = find_first(folder, SHAREGPT4V_FILE)
     rows = read_first_objects(file, 1000)
-    image_dir = folder if (folder / "sam").exists() else first_existing(folder, "images", "data")
+    image_dir = folder if (folder / "sam").exists() else find_first(folder, "images", "data")
     pairs = []
     for row in rows:
         caption = row["conversations"][1]["value"].replace("\n", " ")
@@ -183,7 +183,7 @@ def _read_sharegpt4v(folder: Path) -> CaptionFields:
 
 def _read_urban1k(folder: Path) -> CaptionFields:
     """Read `caption/N.txt` and `image/N.jpg`. As in Long-CLIP's script, only the first line of each file is used."""
-    caption_dir = first_existing(folder, "caption")
+    caption_dir = find_first(folder, "caption")
     files = sorted(caption_dir.glob("*.txt"), key=lambda file: (len(file.stem), file.stem))
     if not files:
         raise MissingFileError(f"{folder / 'caption'} has no .txt files")
@@ -199,9 +199,9 @@ def _read_docci(folder: Path) -> CaptionFields:
 
     Only rows whose split is exactly "test" are used. The file also has a "qual_test" split.
     """
-    file = first_existing(folder, "docci_descriptions.jsonlines")
+    file = find_first(folder, "docci_descriptions.jsonlines")
     rows = [row for _, row in read_jsonl(file) if row["split"] == "test"]
-    image_dir = first_existing(folder, "images", "test_images")
+    image_dir = find_first(folder, "images", "test_images")
     pairs = [(resolve_image_file(image_dir, row["image_file"]), [row["description"]]) for row in rows]
     return {"captions": make_captioned_records(pairs, file)}
 
@@ -255,9 +255,9 @@ def _read_flickr30k_cn(folder: Path) -> CaptionFields:
             (resolve_image_file(image_dir, f"{name}.jpg"), texts) for name, texts in read_caption_lines(file).items()
         ]
         return {"captions_zh": make_captioned_records(pairs, file)}
-    test_dir = first_existing(folder, "flickr30kzhmbosontest")
-    captions = first_existing(test_dir, "TextData/seg.flickr30kzhmbosontest.caption.txt", "TextData/*.caption.txt")
-    names = first_existing(test_dir, "ImageSets/flickr30kzhmbosontest.txt", "ImageSets/*.txt")
+    test_dir = find_first(folder, "flickr30kzhmbosontest")
+    captions = find_first(test_dir, "TextData/seg.flickr30kzhmbosontest.caption.txt", "TextData/*.caption.txt")
+    names = find_first(test_dir, "ImageSets/flickr30kzhmbosontest.txt", "ImageSets/*.txt")
     return {"captions_zh": read_listed_images(names, captions, [image_dir])}
 
 
@@ -265,8 +265,8 @@ def _read_coco_cn(folder: Path) -> CaptionFields:
     """Read 1,000 images with 1,053 human-written captions (arXiv 1805.08661). The translated captions are not used."""
     if (folder / "test_texts.jsonl").exists():
         return read_chinese_clip(folder)
-    names = first_existing(folder, "coco-cn_test.txt")
-    captions = first_existing(folder, "imageid.human-written-caption.txt")
+    names = find_first(folder, "coco-cn_test.txt")
+    captions = find_first(folder, "imageid.human-written-caption.txt")
     roots = [folder / "images", *find_coco_roots(folder)]
     candidates = [root / split for root in roots for split in ("val2014", "train2014")]
     image_dirs = [candidate for candidate in candidates if candidate.is_dir()]
@@ -279,7 +279,7 @@ def _read_flickr8k_cn(folder: Path) -> CaptionFields:
     """Read two sets of test captions, human-written and human-translated (ICMR 2016, doi 10.1145/2911996.2912049)."""
     image_dir = _find_image_dir(folder, "flickr8k")
     data_dir = folder / "data" if (folder / "data").is_dir() else folder
-    names = first_existing(data_dir, "flickr8ktest.txt")
+    names = find_first(data_dir, "flickr8ktest.txt")
     files = {
         "captions_zh": data_dir / "flickr8kzhc.caption.txt",
         "captions_zh_translated": data_dir / "flickr8kzhmtest.captions.txt",
@@ -299,7 +299,7 @@ def _find_image_dir(folder: Path, dataset: str) -> Path:
     The images are either in the benchmark's own folder or in a folder named after `dataset` next to it.
     """
     names = IMAGE_FOLDERS[dataset]
-    return first_existing(folder, *names, *(f"../{dataset}/{name}" for name in names))
+    return find_first(folder, *names, *(f"../{dataset}/{name}" for name in names))
 
 
 def _read_xm3600(folder: Path) -> CaptionFields:
@@ -307,8 +307,8 @@ def _read_xm3600(folder: Path) -> CaptionFields:
 
     All captions are used, whereas some evaluation tools use only each image's first caption per language.
     """
-    file = first_existing(folder, "captions.jsonl", "annotations/captions.jsonl")
-    image_dir = first_existing(folder, "images")
+    file = find_first(folder, "captions.jsonl", "annotations/captions.jsonl")
+    image_dir = find_first(folder, "images")
     pairs: dict[str, list[tuple[ImageRef, list[str]]]] = {}
     for _, row in read_jsonl(file):
         image = resolve_image_file(image_dir, f"{row['image/key']}.jpg")
@@ -323,7 +323,7 @@ def _read_xtd10(folder: Path) -> CaptionFields:
 
     Line i of each caption file is the caption of image i.
     """
-    names = read_lines(first_existing(folder, "XTD10/test_image_names.txt", "test_image_names.txt"))
+    names = read_lines(find_first(folder, "XTD10/test_image_names.txt", "test_image_names.txt"))
     refs = []
     for name in names:
         split = "train2014" if "train2014" in name else "val2014"

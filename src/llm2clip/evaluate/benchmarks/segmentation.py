@@ -35,7 +35,7 @@ from llm2clip.evaluate.benchmarks.coco_instances import (
     read_instances,
     require_pycocotools,
 )
-from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, read_lines
+from llm2clip.io_utils import DataFormatError, MissingFileError, find_first, read_lines
 
 SEGMENTATION_PREFIX = "segmentation:"
 CLASSES_FILE = "classes.txt"
@@ -95,7 +95,7 @@ def make_segmentation_benchmark(name: str, templates: Sequence[str] = ()) -> Ben
 
 
 def _read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationData:
-    classes_file = first_existing(folder, CLASSES_FILE)
+    classes_file = find_first(folder, CLASSES_FILE)
     try:
         # Keep empty lines between classes: they are reported as errors below instead of shifting the classes.
         lines = classes_file.read_text(encoding="utf-8").rstrip().split("\n")
@@ -104,7 +104,7 @@ def _read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationDat
     names = [[name.strip() for name in line.split(",")] for line in lines]
     if len(names) > IGNORED or not all(all(class_names) for class_names in names):
         raise DataFormatError(f"{classes_file} must contain 1 to {IGNORED} lines, each with the names of a class")
-    image_dir, label_dir = first_existing(folder, "images"), first_existing(folder, "masks")
+    image_dir, label_dir = find_first(folder, "images"), find_first(folder, "masks")
     image_of_stem: dict[str, FileImage] = {}
     for file in sorted(image_dir.iterdir()):
         if file.suffix.lower() in IMAGE_SUFFIXES:
@@ -209,7 +209,7 @@ def _find_devkit(folder: Path, year: str) -> Path:
 
 def _read_voc(folder: Path, with_background: bool) -> SegmentationData:
     root = _find_devkit(folder, "VOC2012")
-    split_file = first_existing(root, "ImageSets/Segmentation/val.txt")
+    split_file = find_first(root, "ImageSets/Segmentation/val.txt")
     ids = read_lines(split_file)
     label_files = [root / "SegmentationClass" / f"{name}.png" for name in ids]
     images = [resolve_image_file(root / "JPEGImages", f"{name}.jpg") for name in ids]
@@ -230,12 +230,12 @@ def _read_context(folder: Path, with_background: bool) -> SegmentationData:
     background = {0: 0} if with_background else {}
     offset = 0 if with_background else 1
     if (root / "SegmentationClassContext").is_dir():
-        split_file = first_existing(root, "ImageSets/SegmentationContext/val.txt")
+        split_file = find_first(root, "ImageSets/SegmentationContext/val.txt")
         ids = read_lines(split_file)
         label_files = [root / "SegmentationClassContext" / f"{name}.png" for name in ids]
         table = _make_label_table({value: value - offset for value in range(1, 60)} | background, ignored=[0])
     else:
-        split_file = first_existing(root, "ImageSets/Main/val.txt")
+        split_file = find_first(root, "ImageSets/Main/val.txt")
         ids = read_lines(split_file)
         label_files = [root / "trainval" / f"{name}.mat" for name in ids]
         table = np.full(460, 0 if with_background else IGNORED, np.int16)
@@ -303,10 +303,10 @@ def _build_from_instances(instances: Instances, names: list[list[str]], template
 
 
 def _read_coco_stuff(folder: Path) -> SegmentationData:
-    label_dir = first_existing(
+    label_dir = find_first(
         folder, "stuffthingmaps/val2017", "stuffthingmaps_trainval2017/val2017", "annotations/val2017"
     )
-    image_dir = first_existing(folder, "val2017", "images/val2017")
+    image_dir = find_first(folder, "val2017", "images/val2017")
     label_files = sorted(file for file in label_dir.glob("*.png") if "TrainIds" not in file.name)
     images = [resolve_image_file(image_dir, f"{file.stem}.jpg") for file in label_files]
     values = [value for value in range(182) if value not in _COCO_REMOVED]
@@ -319,8 +319,8 @@ def _read_coco_stuff(folder: Path) -> SegmentationData:
 
 
 def _read_ade20k(folder: Path) -> SegmentationData:
-    root = first_existing(folder, "ADEChallengeData2016") if not (folder / "images").is_dir() else folder
-    label_dir = first_existing(root, "annotations/validation")
+    root = find_first(folder, "ADEChallengeData2016") if not (folder / "images").is_dir() else folder
+    label_dir = find_first(root, "annotations/validation")
     label_files = sorted(label_dir.glob("*.png"))
     images = [resolve_image_file(root / "images" / "validation", f"{file.stem}.jpg") for file in label_files]
     table = _make_label_table({value: value - 1 for value in range(1, 151)}, ignored=[0])
@@ -328,7 +328,7 @@ def _read_ade20k(folder: Path) -> SegmentationData:
 
 
 def _read_cityscapes(folder: Path) -> SegmentationData:
-    label_dir = first_existing(folder, "gtFine/val")
+    label_dir = find_first(folder, "gtFine/val")
     label_files = sorted(label_dir.glob("*/*_gtFine_labelIds.png"))
     images = []
     for file in label_files:

@@ -6,7 +6,7 @@ from typing import TypeVar
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from llm2clip.data.image_loader import image_batches
+from llm2clip.data.image_loader import iter_image_batches
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.embeddings import EmbeddingSource, ModelEmbeddings
@@ -75,7 +75,7 @@ def decode_batches(
     state = process_state()
     indices = range(state.process_index, len(refs), state.num_processes)
     with ProgressBar(total=len(indices), desc=description, unit="image", disable=not state.is_main_process) as bar:
-        for decoded, items, errors in image_batches([refs[i] for i in indices], transform, IMAGES_PER_BATCH):
+        for decoded, items, errors in iter_image_batches([refs[i] for i in indices], transform, IMAGES_PER_BATCH):
             failures |= {indices[i]: reason for i, reason in errors.items()}
             yield {indices[i]: item for i, item in zip(decoded, items, strict=True)}
             bar.update(len(decoded) + len(errors))

@@ -33,7 +33,7 @@ from llm2clip.evaluate.dense.regions import CROP, encode_boxes
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.zero_shot import encode_classes
 from llm2clip.html_report import Block, Heading, Paragraph, ResultImage, ResultImages
-from llm2clip.io_utils import atomic_write_text, safe_name
+from llm2clip.io_utils import atomic_write_text, sanitize_name
 from llm2clip.runs.ranks import process_state
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def classify_boxes(
 def write_detections(folder: Path, method: str, data: DetectionData, detections: Mapping[ImageId, Detections]) -> None:
     """Write a method's detections to METHOD.json in COCO's results format, which `COCO.loadRes` reads."""
     rows = to_result_rows(data, detections)
-    atomic_write_text(folder / f"{safe_name(method)}.json", json.dumps(rows))
+    atomic_write_text(folder / f"{sanitize_name(method)}.json", json.dumps(rows))
 
 
 def build_detection_blocks(

@@ -23,7 +23,7 @@ from llm2clip.evaluate.dense import decode_batches, gather_results, get_logit_sc
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.zero_shot import encode_classes
 from llm2clip.html_report import Block, Heading, Legend, Paragraph, ResultImage, ResultImages
-from llm2clip.io_utils import atomic_path, atomic_write_text, safe_name
+from llm2clip.io_utils import atomic_path, atomic_write_text, sanitize_name
 from llm2clip.models.vision.sliding_window import PixelScores, ResizeForWindows, encode_windows, segment
 from llm2clip.runs.ranks import process_state
 
@@ -138,7 +138,7 @@ class LabelMapWriter:
         """Write the label map of the image at `index` in the data set, uint8 of shape (H, W)."""
         image = Image.fromarray(labels)
         image.putpalette(self._palette)
-        with atomic_path(self._folder / safe_name(method) / f"{self._names[index]}.png") as file:
+        with atomic_path(self._folder / sanitize_name(method) / f"{self._names[index]}.png") as file:
             image.save(file)
 
 

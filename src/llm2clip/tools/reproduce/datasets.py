@@ -10,7 +10,7 @@ from llm2clip.config import EvaluateConfig, ReproduceConfig, TuneConfig
 from llm2clip.data.pairs import ImageCaptions, Pair, read_text_pairs, read_tuning_sources
 from llm2clip.data.records import Record, Source
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.splits import read_merged_records, read_splits, same_image_filter, with_captions
+from llm2clip.data.splits import build_same_image_filter, read_merged_records, read_splits, replace_captions
 from llm2clip.runs.ranks import print_once
 
 WORDNET = Path("/usr/share/wordnet")  # from Debian's wordnet-base package
@@ -65,7 +65,7 @@ class ClaimData:
         """
         tested = [*self.config.test, *self.config.long_caption_sources]
         records = [record for record in self._read_records(self.config.train) if record.image is not None]
-        is_tested = same_image_filter(self._read_records(tested), records)
+        is_tested = build_same_image_filter(self._read_records(tested), records)
         train = [record for record in records if not is_tested(record)]
         if len(train) < len(records):
             print_once(f"{len(records) - len(train):,} test images excluded from training")
@@ -105,8 +105,8 @@ class ClaimData:
                 break
             name = "1 sentence" if n == 1 else f"{n} sentences"
             queries = [" ".join(parts[:n]) for parts in sentences]
-            tests[name] = [with_captions(record, (query,)) for record, query in zip(records, queries, strict=True)]
-        tests["whole caption"] = [with_captions(record, (record.long_captions[0],)) for record in records]
+            tests[name] = [replace_captions(record, (query,)) for record, query in zip(records, queries, strict=True)]
+        tests["whole caption"] = [replace_captions(record, (record.long_captions[0],)) for record in records]
         return tests
 
     def get_test_records(self, name: str) -> list[Record]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, ReproduceConfig, TuneConfig
 from llm2clip.data.pairs import TuningItem
-from llm2clip.data.texts import unique_captions
+from llm2clip.data.texts import deduplicate_captions
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.retrieval_eval import dual_encoder_from_store, rank_caption_fields
@@ -34,7 +34,7 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.runs.ranks import load_or_compute_json, print_once
 from llm2clip.stages import align, embed, open_encoder, tune
-from llm2clip.store.layout import caption_keys
+from llm2clip.store.layout import make_caption_keys
 from llm2clip.store.store import EmbeddingStore, drop_refused_captions
 from llm2clip.tools.reproduce.datasets import CAPTIONS_TEST, FOREIGN_TEST, ClaimData
 
@@ -93,7 +93,7 @@ class Experiments:
 
         def measure() -> dict[str, Any]:
             print_once(f"caption retrieval: {self.get_label(name)}")
-            texts = [text for captions in self.data.cra_captions for text in unique_captions(captions)[:2]]
+            texts = [text for captions in self.data.cra_captions for text in deduplicate_captions(captions)[:2]]
             encoder = _StoreTextEncoder(self.embed_texts(name, texts))
             return caption_retrieval_accuracy(self.data.cra_captions, encoder, return_hits=True)
 
@@ -105,7 +105,7 @@ class Experiments:
         folder = self.out / "stores" / _make_file_name(name)
         if (folder / "manifest.json").exists():
             store = EmbeddingStore(folder)
-            if (store.find_keys(caption_keys(unique_captions(texts))) >= 0).all():
+            if (store.find_keys(make_caption_keys(deduplicate_captions(texts))) >= 0).all():
                 return store
         print_once(f"embed: {self.get_label(name)}")
         return embed(texts, folder, self._prepare_encoder(name), EmbedConfig())
