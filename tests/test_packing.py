@@ -223,14 +223,14 @@ def test_can_use_varlen_requires_16_bits_and_a_kernel_for_the_gpu(monkeypatch: p
             return packing.can_use_varlen(query, query, dropout)
 
     monkeypatch.setattr(packing, "load_varlen_attn", lambda: reference_varlen_attn)
-    monkeypatch.setattr(packing, "has_flash_hardware", lambda device: True)
+    monkeypatch.setattr(packing, "supports_flash_attention", lambda device: True)
     monkeypatch.setattr(packing, "matches_sdpa", lambda *args: True)
     assert can_use() and can_use(torch.float16) and can_use(head_dim=256)
     assert not can_use(torch.float32)
     assert not can_use(device="cpu")
     assert not can_use(dropout=0.1)
     assert not can_use(head_dim=36) and not can_use(head_dim=264)
-    for name, result in (("load_varlen_attn", None), ("has_flash_hardware", False), ("matches_sdpa", False)):
+    for name, result in (("load_varlen_attn", None), ("supports_flash_attention", False), ("matches_sdpa", False)):
         with monkeypatch.context() as patch:
             patch.setattr(packing, name, lambda *args, result=result: result)
             assert not can_use()
@@ -255,7 +255,7 @@ def test_has_flash_hardware_from_ampere(monkeypatch: pytest.MonkeyPatch) -> None
     ):
         monkeypatch.setattr(torch.version, "cuda", version)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, result=capability: result)
-        assert packing.has_flash_hardware(torch.device("cuda")) == expected
+        assert packing.supports_flash_attention(torch.device("cuda")) == expected
 
 
 @pytest.mark.parametrize("inference", [False, True])

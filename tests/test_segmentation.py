@@ -309,7 +309,7 @@ def test_pixel_scores_match_the_procedure_of_sclip(size: tuple[int, int], monkey
     scores = PixelScores(
         grid, rows.build_matrix(cells.shape[2], size[0]), columns.build_matrix(cells.shape[3], size[1])
     )
-    tiles = list(scores.tiles())
+    tiles = list(scores.iterate_tiles())
     assert [tile.start for tile, _ in tiles] == list(range(0, size[0], 7))
     result = torch.cat([tile for _, tile in tiles], 1)
     expected = reference_window_scores(resized, cells, 16, size)

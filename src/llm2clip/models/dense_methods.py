@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class DenseMethods:
     """Mixin of `LLM2CLIP` for dense features, region embeddings and segmentation."""
 
-    def _eval_with_dense(self) -> tuple[LLM2CLIP, DenseEncoder]:
+    def _prepare_dense(self) -> tuple[LLM2CLIP, DenseEncoder]:
         """Switch this model to eval mode, and return it with its dense encoder."""
         model = cast("LLM2CLIP", self).eval()
         return model, build_dense_encoder(model.tower, model.projection)
@@ -57,7 +57,7 @@ class DenseMethods:
             ImageError: an image cannot be decoded. The message names the image.
         """
         items = list_images(images)
-        _, dense = self._eval_with_dense()
+        _, dense = self._prepare_dense()
         embeddings: list[Tensor] = []
         for start in range(0, len(items), batch_size):
             pixels = [dense.resize(load_image(item), image_size) for item in items[start : start + batch_size]]
@@ -97,7 +97,7 @@ class DenseMethods:
         """
         if (boxes is None) == (masks is None):
             raise ValueError("encode_regions needs either boxes or masks")
-        model, dense = self._eval_with_dense()
+        model, dense = self._prepare_dense()
         variant = variant or dense.localization_variant
         pixels = load_image(image)
         height, width = pixels.shape[1:]
@@ -165,7 +165,7 @@ class DenseMethods:
         is_valid = all(class_names and all(name.strip() for name in class_names) for class_names in classes)
         if isinstance(names, str) or not classes or not is_valid:
             raise ValueError(f"names must be a list with one or more non-empty names for each class (got {names!r})")
-        model, dense = self._eval_with_dense()
+        model, dense = self._prepare_dense()
         queries = model.encode_text([name for class_names in classes for name in class_names], templates=templates)
         transform = ResizeForWindows.for_encoder(dense)
         resized = {0: transform(load_image(image))}

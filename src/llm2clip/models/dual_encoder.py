@@ -115,13 +115,13 @@ def open_dual_encoder(
     if name.startswith(SENTENCE_TRANSFORMERS_PREFIX):
         return _load_sentence_transformer(name, device, trust_remote_code)
     if name.startswith(OPEN_CLIP_PREFIX):
-        return _open_open_clip(name, device)
+        return _load_open_clip(name, device)
     if is_model_folder(name) or not has_text_tower(name, trust_remote_code):
         model = LLM2CLIP.from_pretrained(name, device)
         if model.has_encoder and precision not in (None, "fp32"):
             precision = model.load_encoder(precision)
         return wrap_llm2clip(model, name, precision)
-    return _open_transformers(name, device, trust_remote_code)
+    return _load_transformers(name, device, trust_remote_code)
 
 
 def wrap_llm2clip(model: LLM2CLIP, name: str, precision: str | None = None) -> DualEncoder:
@@ -182,7 +182,7 @@ def _try_build_dense_encoder(
 
 
 @hide_loading_bars()
-def _open_transformers(name: str, device: torch.device, trust_remote_code: bool) -> DualEncoder:
+def _load_transformers(name: str, device: torch.device, trust_remote_code: bool) -> DualEncoder:
     from transformers import AutoImageProcessor
 
     text_encoder = load_clip_text_encoder(name, device, trust_remote_code)
@@ -231,7 +231,7 @@ def _build_transformers_dense_encoder(model: Any, processor: Any) -> DenseEncode
     return _try_build_dense_encoder(tower, getattr(model, "visual_projection", nn.Identity()))
 
 
-def _open_open_clip(name: str, device: torch.device) -> DualEncoder:
+def _load_open_clip(name: str, device: torch.device) -> DualEncoder:
     text_encoder = load_clip_text_encoder(name, device)  # raises if open_clip is missing
     from open_clip import get_model_preprocess_cfg
     from open_clip.transform import PreprocessCfg, image_transform_v2

@@ -150,8 +150,8 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
         Args:
             precision: precision of the encoder, as in `CaptionEncoder.encode`, or `auto`.
-            stage: stage for which to resolve `auto` (see `models/precision.py`). If the model was trained on bf16
-                embeddings, their precision is used and nothing is calibrated.
+            stage: stage that determines the meaning of `auto` (see `models/precision.py`). If the model was trained on
+                bf16 embeddings, their precision is used and nothing is calibrated.
 
         Returns:
             The precision used, with `auto` resolved.

@@ -51,7 +51,7 @@ def resolve_precision(stage: Stage, setting: str, device: torch.device) -> str:
 
     Args:
         stage: key of `AUTO_PRECISION`. Multimodal LLMs use `tune`.
-        setting: the user's setting. Any value except `auto` is returned unchanged.
+        setting: precision setting. Any value except `auto` is returned unchanged.
 
     Returns:
         For `auto`, fp32, bf16, or `CALIBRATED`, which `resolve_encoder_precision` replaces with the measured precision.
@@ -94,7 +94,7 @@ def calibrate_precision(encoder: CaptionEncoder, device: torch.device | None = N
     weights may not fit in GPU memory.
     """
     if device is not None and device.type != encoder.device.type:
-        with layers_offloaded(encoder, device):
+        with offload_layers(encoder, device):
             return calibrate_precision(encoder)
     exact = encoder.encode(CALIBRATION_CAPTIONS)
 
@@ -117,7 +117,7 @@ def calibrate_precision(encoder: CaptionEncoder, device: torch.device | None = N
 
 
 @contextmanager
-def layers_offloaded(encoder: CaptionEncoder, device: torch.device) -> Iterator[None]:
+def offload_layers(encoder: CaptionEncoder, device: torch.device) -> Iterator[None]:
     """Run an encoder on `device` inside the `with` block, with at most one LLM layer on the device at a time.
 
     The encoder must be on the CPU, and is moved back to the CPU on exit.

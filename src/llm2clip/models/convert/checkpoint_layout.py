@@ -79,7 +79,7 @@ LAYOUTS = {layout.name: layout for layout in (HF, OPENAI, EVA, SIGLIP2)}
 
 # Layers of an adapter block: name in this package -> official name.
 _ADAPTER_LAYERS = {"norm": "ln", "up": "fn.0", "down": "fn.3"}
-# Name parts that differ in an EVA-02 block: timm's name -> name in the EVA-CLIP code.
+# Tensor name parts that differ in an EVA-02 block: timm's name -> name in the EVA-CLIP code.
 _TIMM_TO_EVA = {
     "attn.norm.": "attn.inner_attn_ln.",
     "mlp.norm.": "mlp.ffn_ln.",
@@ -87,7 +87,7 @@ _TIMM_TO_EVA = {
     "mlp.fc1_x.": "mlp.w2.",
     "mlp.fc2.": "mlp.w3.",
 }
-# Name parts that differ in an OpenAI tower: name in the original CLIP code -> transformers' name.
+# Tensor name parts that differ in an OpenAI tower: name in the original CLIP code -> transformers' name.
 _OPENAI_TO_HF = {
     "text.text_adaptor.": HF.adapter,
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
@@ -168,7 +168,7 @@ class Checkpoint:
             ValueError: the checkpoint has no tensor with that name.
         """
         if name not in self.tensors:
-            raise ValueError(f"{self.source} has no tensor {name}, which the layout {self.layout.name!r} requires")
+            raise ValueError(f"{self.source} has no tensor {name}, which the {self.layout.name!r} layout requires")
         return tuple(self.tensors[name].shape)
 
     def count_blocks(self, prefix: str, suffix: str = ".") -> int:

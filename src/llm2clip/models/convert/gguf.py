@@ -18,7 +18,7 @@ from llm2clip.models.hub.loading import hide_loading_bars
 
 # Type codes of metadata values, and numeric type code -> size in bytes.
 _STRING, _ARRAY = 8, 9
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_VALUE_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
 def convert_gguf(gguf: str | Path, out: str | Path) -> Path:
@@ -129,8 +129,8 @@ class _GGUFReader:
         length = 1
         if kind == _ARRAY:
             kind, length = self.read_integer(4), self.read_integer(8)
-        if kind in _SIZES:
-            self.skip(length * _SIZES[kind])
+        if kind in _VALUE_SIZES:
+            self.skip(length * _VALUE_SIZES[kind])
         elif kind == _STRING:
             for _ in range(length):
                 self.skip(self.read_integer(8))

@@ -167,7 +167,7 @@ def copy_tensors(model: LLM2CLIP, checkpoint: Checkpoint) -> None:
         problems.append(f"unexpected {describe_tensors(unexpected)}")
     problems += mismatches
     if problems:
-        raise ValueError(f"{checkpoint.source} does not match the layout {layout.name!r}: {'; '.join(problems)}")
+        raise ValueError(f"{checkpoint.source} does not match the {layout.name!r} layout: {'; '.join(problems)}")
     for parameter, tensor in pairs:
         parameter.copy_(tensor)
 
@@ -275,7 +275,7 @@ def _infer_siglip_tower(checkpoint: Checkpoint, embed_dim: int) -> dict[str, Any
     if width != embed_dim:
         raise ValueError(
             f"{checkpoint.source}: the tower's output has size {width}, but the adapter's output has size {embed_dim}. "
-            f"In the layout {checkpoint.layout.name!r}, which has no image projection, the sizes must be equal"
+            f"In the {checkpoint.layout.name!r} layout, which has no image projection, the sizes must be equal"
         )
     image_size = _compute_grid_size(checkpoint, checkpoint.get_shape("visual.trunk.pos_embed")[1]) * patch_size
     depth = checkpoint.count_blocks("visual.trunk.blocks.")

@@ -42,7 +42,7 @@ def save_official_checkpoint(model: LLM2CLIP, out: str | Path, layout_name: str)
     _check_representable(model, layout)
     if layout is EVA and out.suffix != ".pt":
         raise ValueError(
-            f"with the layout 'eva', the checkpoint is a single file whose name must end in .pt (got {out})"
+            f"with the 'eva' layout, the checkpoint is a single file whose name must end in .pt (got {out})"
         )
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another path")
@@ -81,7 +81,7 @@ def _check_representable(model: LLM2CLIP, layout: Layout) -> None:
     if not config.adapter.normalize_input:
         problems.append("the adapter does not normalise its input, but the official adapter does")
     if problems:
-        raise ValueError(f"the model cannot be saved in the layout {layout.name!r}: {'; '.join(problems)}")
+        raise ValueError(f"the model cannot be saved in the {layout.name!r} layout: {'; '.join(problems)}")
 
 
 def _find_clip_tower_problems(model: LLM2CLIP) -> list[str]:

@@ -138,14 +138,14 @@ def _render_training_sections(run: Path) -> list[str]:
     sections = []
     report, config = run / "report.md", run / CONFIG_FILE
     if report.is_file():
-        sections.append("## Evaluation\n\n" + _shorten_paths(_nest_report(report.read_text(encoding="utf-8"))))
+        sections.append("## Evaluation\n\n" + _shorten_paths(_demote_headings(report.read_text(encoding="utf-8"))))
     if config.is_file():
         text = _shorten_paths(config.read_text(encoding="utf-8").strip())
         sections.append(f"## Training config\n\n```yaml\n{text}\n```")
     return sections
 
 
-def _nest_report(report: str) -> str:
+def _demote_headings(report: str) -> str:
     """Demote a report's headings by two levels, and remove its title and the link to the plots."""
     lines, in_code = [], False
     for line in report.splitlines():

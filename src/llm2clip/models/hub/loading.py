@@ -19,7 +19,7 @@ from typing import Any
 
 from llm2clip.io_utils import read_json
 
-TIMEOUT = 5  # for connecting to the hub, in seconds
+HUB_TIMEOUT = 5  # for connecting to the hub, in seconds
 _HUB_ID = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9][\w.-]*", re.ASCII | re.IGNORECASE)
 _FILE_SUFFIXES = (
     *(".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".gguf", ".onnx", ".npz", ".npy", ".pkl"),
@@ -74,7 +74,7 @@ def find_hub_problem() -> str:
     if constants.HF_HUB_OFFLINE:
         return "the hub is disabled in offline mode (HF_HUB_OFFLINE)"
     try:
-        get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
     except Exception as error:  # the HTTP library depends on the version of huggingface_hub
         constants.HF_HUB_OFFLINE = True
         return f"the hub cannot be reached ({constants.ENDPOINT}: {error})"

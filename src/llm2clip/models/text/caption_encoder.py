@@ -389,7 +389,7 @@ class CaptionEncoder(nn.Module):
 
 
 def load_for_evaluation(path: str | Path, device: torch.device, **options: Any) -> CaptionEncoder:
-    """Load a caption encoder on a device, keeping only the weights needed for the precision of `evaluate`.
+    """Load a caption encoder on a device, keeping only the weights needed for the `evaluate` stage's precision.
 
     `options` are passed to `CaptionEncoder.from_pretrained`.
     """

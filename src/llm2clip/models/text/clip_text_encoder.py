@@ -90,7 +90,7 @@ class ClipTextEncoder:
     def __post_init__(self) -> None:
         """Determine the embedding dimension by encoding a text."""
         with torch.inference_mode():
-            self.embed_dim = self._embed(["a"]).shape[-1]
+            self.embed_dim = self._encode_batch(["a"]).shape[-1]
 
     @torch.inference_mode()
     @onednn_matmul()
@@ -100,10 +100,10 @@ class ClipTextEncoder:
         embeddings = torch.empty(len(captions), self.embed_dim)
         for start in ProgressBar(range(0, len(order), batch_size), desc="encode", unit="batch", disable=not progress):
             rows = order[start : start + batch_size]
-            embeddings[rows] = self._embed([captions[i] for i in rows]).float().cpu()
+            embeddings[rows] = self._encode_batch([captions[i] for i in rows]).float().cpu()
         return embeddings
 
-    def _embed(self, texts: list[str]) -> Tensor:
+    def _encode_batch(self, texts: list[str]) -> Tensor:
         """Encode a batch of texts on the model's current device, since `model` may have been moved after loading."""
         batch = self.tokenize(texts)
         device = next(self.model.parameters()).device

@@ -286,7 +286,7 @@ def can_use_varlen(query: Tensor, key: Tensor, dropout: float) -> bool:
         return False
     if head_dim % 8 or head_dim > MAX_VARLEN_HEAD_DIM or not torch.backends.cuda.flash_sdp_enabled():
         return False
-    if torch.compiler.is_compiling() or load_varlen_attn() is None or not has_flash_hardware(query.device):
+    if torch.compiler.is_compiling() or load_varlen_attn() is None or not supports_flash_attention(query.device):
         return False
     return matches_sdpa(query.device, dtype, query.shape[1], key.shape[1], head_dim)
 
@@ -301,7 +301,7 @@ def load_varlen_attn() -> Callable[..., Any] | None:
     return varlen_attn if {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters) else None
 
 
-def has_flash_hardware(device: torch.device) -> bool:
+def supports_flash_attention(device: torch.device) -> bool:
     """Return True for NVIDIA GPUs of the Ampere generation or later."""
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 

@@ -139,7 +139,7 @@ class PixelScores:
     rows: Tensor
     columns: Tensor
 
-    def tiles(self) -> Iterator[tuple[slice, Tensor]]:
+    def iterate_tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield (slice of rows, pixel scores of shape (K, rows, W)) for each tile."""
         num_scores, width = len(self.grid), len(self.columns)
         step = max(1, TILE_ELEMENTS // (num_scores * width))
@@ -150,7 +150,7 @@ class PixelScores:
 
     def compute_class_scores(self, names_per_class: Sequence[int]) -> Tensor:
         """Compute each class's maximum score over its names for all pixels, of shape (classes, H, W)."""
-        return torch.cat([_max_over_names(tile, names_per_class) for _, tile in self.tiles()], 1)
+        return torch.cat([_max_over_names(tile, names_per_class) for _, tile in self.iterate_tiles()], 1)
 
 
 def encode_windows(
@@ -217,11 +217,11 @@ def segment(
     is_allowed = torch.ones(len(names_per_class), dtype=torch.bool, device=scores.grid.device)
     if min_area > 0:
         areas = torch.zeros(len(names_per_class), dtype=torch.int64, device=scores.grid.device)
-        for _, tile in scores.tiles():
+        for _, tile in scores.iterate_tiles():
             labels = _max_over_names(tile, names_per_class).argmax(0)
             areas += labels.flatten().bincount(minlength=len(names_per_class))
         is_allowed[1:] = areas[1:] > min_area * areas[1:].sum()
-    for rows, tile in scores.tiles():
+    for rows, tile in scores.iterate_tiles():
         class_scores = _max_over_names(tile, names_per_class)
         if min_area > 0:
             class_scores = class_scores.masked_fill(~is_allowed[:, None, None], float("-inf"))

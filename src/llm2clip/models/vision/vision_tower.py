@@ -172,7 +172,7 @@ class VisionTower(nn.Module):
     # ---- layers -----------------------------------------------------------------------------------------------------
 
     def get_parameter_depths(self) -> dict[str, int]:
-        """Return a dict from parameter name to depth, for layer-wise learning rate decay and for unfreezing layers.
+        """Map each parameter name to its depth, for layer-wise learning rate decay and for unfreezing layers.
 
         Parameters of the stem or embeddings have depth 0, and those closest to the output have the largest depth.
         """
