@@ -253,7 +253,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
                 To include the text itself, add the template "{}".
 
         Raises:
-            ValueError: a text is empty, or a template has no {}. See also `encoder`.
+            ValueError: a text is empty, or a template has no {} placeholder. See also `encoder`.
         """
         captions = [texts] if isinstance(texts, str) else list(texts)
         check_not_empty(captions)

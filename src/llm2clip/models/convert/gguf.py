@@ -30,7 +30,7 @@ def convert_gguf(gguf: str | Path, out: str | Path) -> Path:
     Raises:
         FileNotFoundError: the GGUF file does not exist.
         FileExistsError: `out` exists.
-        ValueError: the file is damaged or missing weights.
+        ValueError: the file is damaged or lacks weights.
     """
     gguf, out = Path(gguf).expanduser(), Path(out)
     if not gguf.is_file():
@@ -53,7 +53,7 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
     tokenizer's chat template is kept.
 
     Raises:
-        ValueError: the file is damaged or missing weights.
+        ValueError: the file is damaged or lacks weights.
     """
     import torch
     import transformers.modeling_gguf_pytorch_utils

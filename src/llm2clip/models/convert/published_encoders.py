@@ -4,8 +4,8 @@ A checkpoint's adapter works only with the encoder it was trained with. Two enco
 (4096), so the adapter's tensors do not identify the encoder. It is inferred from the vision tower and the checkpoint's
 name instead.
 
-LLM2Vec and the first training stage of the LLM2CLIP authors' code write LoRA adapters. Several LoRA adapters can form a
-chain: for example, LLM2Vec's supervised adapter was trained after merging the MNTP adapter into the LLM. The adapters
+LLM2Vec and the first training stage of the LLM2CLIP authors' code produce LoRA adapters. Several LoRA adapters can form
+a chain: for example, LLM2Vec's supervised adapter was trained after merging the MNTP adapter into the LLM. The adapters
 in a chain must be merged in the order in which they were trained.
 """
 

@@ -452,7 +452,7 @@ def pool_masks(features: Tensor, masks: Tensor) -> Tensor:
 
     Args:
         features: Cell embeddings of shape (h, w, D), float32.
-        masks: Non-empty masks of any resolution, bool, of shape (N, H, W).
+        masks: Non-empty boolean masks of shape (N, H, W), at any resolution.
 
     Returns:
         L2-normalised embeddings of shape (N, D), float32.

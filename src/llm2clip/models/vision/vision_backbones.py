@@ -28,7 +28,7 @@ from llm2clip.models.hub.pretrained import resolve_pretrained
 log = logging.getLogger(__name__)
 
 # Default preprocessing for each supported transformers model type, used if there is no preprocessor_config.json. The
-# model's image size replaces 224. Supported types are models whose pooled output was trained.
+# model's image size replaces 224. Only models whose pooled output was trained are supported.
 _CLIP_STATS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _HALF_STATS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
