@@ -157,8 +157,8 @@ class DenseMethods:
             class scores, as a float32 tensor of shape (classes, H, W): cosine similarities, averaged over the windows.
 
         Raises:
-            ValueError: there are no names, a name is empty, or a template has no {} placeholder. The vision tower has no
-                dense features, or does not support the variant. See also `encoder`.
+            ValueError: there are no names, a name is empty, or a template has no {} placeholder. The vision tower has
+                no dense features, or does not support the variant. See also `encoder`.
             ImageError: the image cannot be decoded.
         """
         classes = [[name] if isinstance(name, str) else list(name) for name in names]
