@@ -190,7 +190,7 @@ def test_invalid_label_files_are_reported(tmp_path: Path) -> None:
     benchmark = BENCHMARKS["voc20"]
     file = root / "SegmentationClass/2007_1.png"
     save_labels(file, [1, 21])
-    with pytest.raises(DataFormatError, match=r"2007_1.png contains the label 21, which is not a label"):
+    with pytest.raises(DataFormatError, match=r"2007_1.png contains the label 21, which does not exist"):
         benchmark.load(root).read_labels(0)
     Image.new("RGB", SIZE).save(file)
     with pytest.raises(DataFormatError, match=r"2007_1.png: label files must have one 8-bit channel \(got mode RGB\)"):
@@ -214,7 +214,7 @@ def test_invalid_label_files_are_reported(tmp_path: Path) -> None:
 def test_invalid_label_files_of_context_are_reported(tmp_path: Path) -> None:
     file = make_context(tmp_path) / "trainval/a.mat"
     savemat(file, {"LabelMap": np.full((6, 8), 460, np.uint16)})
-    with pytest.raises(DataFormatError, match=r"a.mat contains the label 460, which is not a label"):
+    with pytest.raises(DataFormatError, match=r"a.mat contains the label 460, which does not exist"):
         first_labels("context59", tmp_path, 1)
     savemat(file, {"labels": np.zeros((6, 8))})
     with pytest.raises(DataFormatError, match=r"a.mat: unreadable label file: KeyError\('LabelMap'\)"):
@@ -513,7 +513,7 @@ def test_folder_of_masks_is_read_with_its_class_names(tmp_path: Path) -> None:
 def test_invalid_folders_of_masks_are_reported(tmp_path: Path) -> None:
     make_mask_folder(tmp_path, classes="red\ngreen\n")
     [benchmark] = get_benchmarks([f"segmentation:{tmp_path}"], ["a {}"])
-    with pytest.raises(DataFormatError, match=r"2.png contains the label 2, which is not a label of this data set"):
+    with pytest.raises(DataFormatError, match=r"2.png contains the label 2, which does not exist in this data set"):
         benchmark.load(tmp_path).read_labels(2)
     for classes in ("red\n, x\n", "red\n\nblue\n", "".join(f"c{n}\n" for n in range(256)), ""):
         (tmp_path / "classes.txt").write_text(classes)
