@@ -16,7 +16,7 @@ class PublishedTable:
 
     Args:
         title: Description of the values in the table.
-        year: Year of the project page version that contains the table.
+        year: Project page version that contains the table, as a year.
         source: Project page version, with commit and date.
         rows: Cells of each row, one per column, keyed by row name.
         heading: Heading in the documentation. Empty if the documentation does not contain the table.

@@ -19,7 +19,7 @@ def bootstrap_intervals(sums: Tensor, counts: Tensor, bounds: tuple[float, float
     Groups of elements, such as all captions of an image, are resampled as a unit.
 
     Args:
-        sums: Sum of each quantity over the elements of each group, of shape (groups, K).
+        sums: Sum of each quantity within each group, of shape (groups, K).
         counts: Number of elements in each group, of shape (groups,). Empty groups are ignored.
         bounds: Smallest and largest possible value of an element. See `compute_percentile_interval`.
 

@@ -43,7 +43,7 @@ class EmbeddingSource(Protocol):
     """Prompt templates for short search queries, saved with the model. `encode_texts` does not apply them."""
 
     def encode_images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
-        """Return the embeddings of all decodable images, and the indices of these images in `refs`.
+        """Return the embeddings of all decodable images, and the images' indices in `refs`.
 
         Raises:
             TooManySkipped: If too many images cannot be decoded.

@@ -1,8 +1,8 @@
 """Retrieval ranks, and the recall, chance levels and confidence intervals computed from them.
 
-The score matrix is computed in tiles and never stored in full. Scores are not sorted. Instead, each tile contributes
-the number of wrong answers that score at least as high as the best correct answer. Both directions use the same tiles.
-Ties count against the model, so a model that assigns the same score to every pair gets the worst possible ranks.
+The score matrix is computed in tiles and never stored in full. Instead of sorting scores, each tile is searched for
+wrong answers that score at least as high as the best correct answer. Both directions use the same tiles. Ties count
+against the model, so a model that assigns the same score to every pair gets the worst possible ranks.
 """
 
 from collections import Counter
@@ -43,7 +43,7 @@ def compute_positive_ranks(
         self_index: Index of an item to ignore for each query. If the queries are also items, pass their own indices.
 
     Returns:
-        Ranks of each query's P positives in ascending order, int64 of shape (P,).
+        For each query, the ranks of its P positives in ascending order, int64 of shape (P,).
 
     Raises:
         ValueError: If a query has no positive, or an embedding contains NaN or infinity.
@@ -98,7 +98,7 @@ def two_way_ranks(
         device: Device for the matmuls. Default: the device of `images`.
 
     Returns:
-        Image ranks, int64 of shape (I,), and text ranks, int64 of shape (T,), on the CPU.
+        Image ranks of shape (I,) and text ranks of shape (T,), both int64 on the CPU.
 
     Raises:
         ValueError: If an image has no text, or an embedding contains NaN or infinity.

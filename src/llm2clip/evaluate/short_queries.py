@@ -250,7 +250,7 @@ def build_queries(
     max_share: float = 1 / 3,
     seed: int = 0,
 ) -> dict[str, list[LabelledQuery]]:
-    """Build queries of different lengths from the captions of images.
+    """Build queries of different lengths from image captions.
 
     Queries of one to three words are phrases (see `extract_caption_phrases`). A phrase is used if it occurs in the
     captions of at least `min_images` images, but at most a fraction `max_share` of all images. Matching ignores case

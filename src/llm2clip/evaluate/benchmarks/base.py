@@ -21,7 +21,7 @@ CaptionFields = Mapping[str, Sequence[Record]]
 
 @dataclass(frozen=True)
 class CompositionalExample:
-    """Images and captions that a model has to match by cosine similarity.
+    """Images and captions that a model must match by cosine similarity.
 
     Caption i is the correct caption of image i. If there are more captions than images, the remaining captions are
     wrong for every image.
@@ -118,7 +118,7 @@ class DetectionData:
     """Width and height in pixels of each image, to which the box coordinates refer."""
     annotations: Sequence[Mapping[str, Any]]
     """Objects in COCO's format: "image_id", "category_id", "bbox" as [x, y, width, height] in pixels, and "iscrowd".
-    The boxes are inside the image and not empty."""
+    Boxes lie inside the image and are not empty."""
     names: Sequence[str]
     category_ids: Sequence[int]
     """COCO's category id of each class in `names`."""

@@ -282,7 +282,7 @@ def make_boxes_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
 def read_boxes(file: Path, templates: Sequence[str] = ()) -> RegionData:
     """Read boxes from a JSON file in COCO's format. Images without boxes are omitted.
 
-    Boxes are clipped to the image. Crowd boxes and boxes smaller than a pixel are excluded. In class names, underscores
+    Boxes are clipped to the image. Crowd boxes and boxes smaller than a pixel are excluded. Underscores in class names
     are replaced by spaces. By default, OpenAI's prompt templates for ImageNet are used.
 
     Raises:
@@ -349,7 +349,7 @@ def read_detection(
 ) -> DetectionData:
     """Return the objects of the given categories, and the images that contain them.
 
-    Boxes are clipped to the image, like those of detections. Objects whose clipped boxes are empty are excluded.
+    Boxes are clipped to the image, as for detections. Objects whose clipped boxes are empty are excluded.
 
     Args:
         groups: Groups of class names for which metrics are reported.

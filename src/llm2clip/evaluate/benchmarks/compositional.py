@@ -54,8 +54,7 @@ def _read_winoground_parquet(file: Path) -> list[CompositionalExample]:
 def _read_sugarcrepe(folder: Path) -> list[CompositionalExample]:
     """Read 7,511 examples, each with a COCO val2017 image, a correct caption and a wrong caption (arXiv 2306.14610).
 
-    Wrong captions are correct captions with added, replaced or swapped words. Each file contains one category of
-    changes.
+    In the wrong captions, words have been added, replaced or swapped. Each file contains one category of changes.
     """
     data_dir = folder / "data" if (folder / "data").is_dir() else folder
     image_dir = next((root / "val2017" for root in find_coco_roots(folder) if (root / "val2017").is_dir()), None)

@@ -6,9 +6,9 @@ added to the captions. In text-to-image retrieval (T2I), a query is correct if t
 image-to-text retrieval (I2T), a query is correct if any of the image's captions is in the top k. VSE++ (arXiv
 1707.05612) and CLIP (arXiv 2103.00020) use this protocol.
 
-For Flickr30k, COCO and Flickr8k, Karpathy's test splits are used (arXiv 1412.2306). COCO's 5,000 test images have five
-to seven captions each. All 25,010 captions are used, whereas code derived from VSE++ uses only the first five captions
-of each image, 25,000 in total. ShareGPT4V-1k, Urban-1k and DOCCI have one long caption per image.
+Flickr30k, COCO and Flickr8k use Karpathy's test splits (arXiv 1412.2306). COCO's 5,000 test images have five to seven
+captions each. All 25,010 captions are used, whereas code derived from VSE++ uses only the first five captions of each
+image, 25,000 in total. ShareGPT4V-1k, Urban-1k and DOCCI have one long caption per image.
 """
 
 import base64
@@ -141,7 +141,7 @@ def _read_flickr8k(folder: Path) -> CaptionFields:
 def read_first_objects(file: Path, count: int) -> list[dict[str, Any]]:
     """Read the first `count` objects in a JSON list without reading the rest of the file.
 
-    ShareGPT4V's file is 1.4 GB in size, but only its first 1,000 objects are needed.
+    ShareGPT4V's file is 1.4 GB, but only its first 1,000 objects are needed.
 
     Raises:
         DataFormatError: If the file is not a JSON list, or one of its first `count` objects is not valid JSON.
