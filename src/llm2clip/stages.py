@@ -20,7 +20,7 @@ from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.reporting.error_analysis import collect_example_searches
 from llm2clip.evaluate.retrieval_eval import (
     RetrievalRanks,
-    compute_caption_field_metrics,
+    compute_field_metrics,
     dual_encoder_from_store,
     evaluate_caption_fields,
     make_validator,
@@ -190,7 +190,7 @@ def evaluate(
     embeddings = ModelEmbeddings(dual_encoder_from_store(model, store), log)
     ranked = cache(lambda: rank_caption_fields(embeddings, held_out))
     rows: list[dict[str, Any]] = load_or_compute_json(
-        out / "trained.json", lambda: compute_caption_field_metrics(embeddings, ranked())
+        out / "trained.json", lambda: compute_field_metrics(embeddings, ranked())
     )
     if model.has_encoder:
         choice = load_or_compute_json(

@@ -43,7 +43,7 @@ from llm2clip.evaluate.dense.segmentation import (
 )
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.reporting.error_analysis import ErrorAnalysis
-from llm2clip.evaluate.retrieval_eval import RetrievalRanks, compute_caption_field_metrics, rank_caption_fields
+from llm2clip.evaluate.retrieval_eval import RetrievalRanks, compute_field_metrics, rank_caption_fields
 from llm2clip.evaluate.short_queries import ShortQueryResult
 from llm2clip.evaluate.zero_shot import classification_accuracy, encode_classes, fit_linear_probe
 from llm2clip.html_report import Block
@@ -58,17 +58,15 @@ class BenchmarkResult:
 
     Args:
         summary: Entry for results.json, with "benchmark" and "kind". Metrics are in percent, except "linear probe C".
-            Retrieval entries have "rows" (see `compute_caption_field_metrics`). All other entries have the counts
-            "images", "texts" and "truncated" (texts that exceed the model's maximum length). Judged retrieval,
-            compositional and classification entries have "metrics". Classification entries also have "intervals" (95%
-            confidence intervals). Compositional entries also have "examples" (number of decodable examples). Region,
-            segmentation and detection entries have "rows", one per method. Each of these rows has "method", "metrics",
-            "intervals", a metric for each class ("class top-1", "IoU" or "class AP50") and, if it affects the metrics,
-            "logit scale".
+            Retrieval entries have "rows" (see `compute_field_metrics`). All other entries have the counts "images",
+            "texts" and "truncated" (texts that exceed the model's maximum length). Judged retrieval, compositional and
+            classification entries have "metrics". Classification entries also have "intervals" (95% confidence
+            intervals). Compositional entries also have "examples" (number of decodable examples). Region, segmentation
+            and detection entries have "rows", one per method, with "method", "metrics", "intervals", per-class metrics
+            ("class top-1", "IoU" or "class AP50") and, if it affects the metrics, "logit scale".
         images: All images in the benchmark, including undecodable images.
         ranks: Retrieval ranks, keyed by caption field. Empty if the benchmark is not a retrieval benchmark.
-        bootstrap: Bootstrap metrics used to compute paired differences between models, keyed by method ("" for
-            classification).
+        bootstrap: Bootstrap metrics for paired differences between models, keyed by method ("" for classification).
         draw_examples: Function that returns a report section with example images.
         model: Display name of the model.
         error_analysis, short_queries: Results of `analyze_errors` and `score_short_queries`, keyed by caption field.
@@ -109,7 +107,7 @@ def run_benchmark(
     if benchmark.kind == "retrieval":
         ranks = rank_caption_fields(embeddings, data)
         images = [record.image for records in data.values() for record in records if record.image is not None]
-        result = BenchmarkResult({"rows": compute_caption_field_metrics(embeddings, ranks)}, images, ranks)
+        result = BenchmarkResult({"rows": compute_field_metrics(embeddings, ranks)}, images, ranks)
     elif benchmark.kind == "judged retrieval":
         result = _evaluate_judged_retrieval(data, embeddings)
     elif benchmark.kind == "compositional":

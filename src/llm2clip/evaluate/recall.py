@@ -236,8 +236,7 @@ def retrieval_metrics(
 
     Returns:
         {"I2T": {"R@1": ..., "median rank": ...}, "T2I": ..., "I2T chance": {"R@1": ...}, "T2I chance": ...,
-        "I2T interval": {"R@1": (low, high), ...}, "T2I interval": ...}. Recall is in percent. Median ranks start
-        at 1.
+        "I2T interval": {"R@1": (low, high), ...}, "T2I interval": ...}, in percent. Median ranks start at 1.
     """
     owner = torch.as_tensor(image_of_text)
     metrics: dict[str, dict[str, Any]] = {}
@@ -304,12 +303,7 @@ def compute_recall_differences(
 def _bootstrap_by_image(
     values: Sequence[Tensor], groups: Tensor, ks: Sequence[int], bounds: tuple[float, float]
 ) -> dict[str, tuple[float, float]]:
-    """Bootstrap over images, and return confidence intervals in percent for the mean of `values` at each k.
-
-    Args:
-        values: Values of each query, one tensor of shape (Q,) per k.
-        groups: Image index of each query, int64 of shape (Q,).
-    """
+    """Return 95% intervals over images, in percent, for the mean of each k's tensor in `values`, of shape (Q,)."""
     stacked = torch.stack(list(values), 1)  # (Q, K)
     sums = stacked.new_zeros(int(groups.max()) + 1, len(ks)).index_add_(0, groups, stacked)
     low, high = (100 * bootstrap_intervals(sums, torch.bincount(groups), bounds)).tolist()

@@ -44,8 +44,8 @@ class RetrievalRanks:
 
 
 def evaluate_caption_fields(embeddings: EmbeddingSource, fields: CaptionFields) -> list[dict[str, Any]]:
-    """Rank each caption field and return its metrics. See `rank_caption_fields` and `compute_caption_field_metrics`."""
-    return compute_caption_field_metrics(embeddings, rank_caption_fields(embeddings, fields))
+    """Rank each caption field and return its metrics. See `rank_caption_fields` and `compute_field_metrics`."""
+    return compute_field_metrics(embeddings, rank_caption_fields(embeddings, fields))
 
 
 def rank_caption_fields(embeddings: EmbeddingSource, fields: CaptionFields) -> dict[str, RetrievalRanks]:
@@ -84,9 +84,7 @@ def rank_caption_fields(embeddings: EmbeddingSource, fields: CaptionFields) -> d
     return ranked
 
 
-def compute_caption_field_metrics(
-    embeddings: EmbeddingSource, ranked: Mapping[str, RetrievalRanks]
-) -> list[dict[str, Any]]:
+def compute_field_metrics(embeddings: EmbeddingSource, ranked: Mapping[str, RetrievalRanks]) -> list[dict[str, Any]]:
     """Compute retrieval metrics from the ranks of each caption field.
 
     Returns:

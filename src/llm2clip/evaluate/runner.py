@@ -60,8 +60,7 @@ def evaluate_models(
 
     results.json contains "caption retrieval" (the result of `caption_retrieval_accuracy`), "results" and "run" (the
     result of `describe_run`, with the settings). "results" is a list of `BenchmarkResult.summary` dicts with the
-    additional key "model". If the model's training images are known, "images trained on" is the number of evaluated
-    images that the model was trained on.
+    additional key "model". If the training images are known, "images trained on" counts those that were evaluated.
 
     A baseline's classification result, and each row of its other results, also contains "difference": the first model
     minus the baseline (see `compute_retrieval_difference` and `BootstrapMetrics.difference`). With

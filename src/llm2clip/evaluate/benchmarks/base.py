@@ -113,7 +113,6 @@ class DetectionData:
 
     images: Sequence[ImageRef]
     image_ids: Sequence[ImageId]
-    """Unique id of each image."""
     sizes: Sequence[tuple[int, int]]
     """Width and height in pixels of each image, to which the box coordinates refer."""
     annotations: Sequence[Mapping[str, Any]]
@@ -191,7 +190,7 @@ class Benchmark:
             raise DataFormatError(f"{folder}: a row does not match the {self.name} format ({error!r})") from error
 
 
-def resolve_image_file(folder: Path, name: str) -> FileImage:
+def resolve_image(folder: Path, name: str) -> FileImage:
     """Return a reference to the image at the path `name` inside a folder.
 
     Raises:
@@ -207,7 +206,7 @@ def find_image_file(folders: Sequence[Path], name: str) -> FileImage:
 
     If none of the folders contains the image, return a reference to a missing file in the first folder.
     """
-    candidates = [resolve_image_file(folder, name) for folder in folders]
+    candidates = [resolve_image(folder, name) for folder in folders]
     return next((ref for ref in candidates if Path(ref.path).is_file()), candidates[0])
 
 

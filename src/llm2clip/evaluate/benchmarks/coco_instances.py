@@ -31,7 +31,7 @@ from llm2clip.evaluate.benchmarks.base import (
     ImageId,
     RegionData,
     check_files,
-    resolve_image_file,
+    resolve_image,
 )
 from llm2clip.evaluate.benchmarks.classification import get_imagenet_templates
 from llm2clip.io_utils import DataFormatError, MissingFileError, find_first, install_command, read_json
@@ -76,8 +76,6 @@ def make_coco_file_benchmark(
 
     Args:
         prefix: Prefix that selects the kind of benchmark on the command line, such as "boxes:".
-        name: Path of the file.
-        read: Function that reads the file and returns the data for this kind of benchmark.
     """
     file = Path(name).expanduser().absolute()
     return Benchmark(
@@ -165,7 +163,7 @@ def make_image_refs(file: Path, images: Sequence[Mapping[str, Any]]) -> list[Ima
         # LVIS specifies only a URL, such as http://images.cocodataset.org/val2017/000000397133.jpg.
         names.append(image.get("file_name") or "/".join(image["coco_url"].split("/")[-2:]))
     folder = Path(find_image_folder(str(file), names, guess_folders(str(file), images)))
-    refs: list[ImageRef] = [resolve_image_file(folder, name) for name in names]
+    refs: list[ImageRef] = [resolve_image(folder, name) for name in names]
     check_files(refs, file)
     return refs
 
@@ -186,7 +184,6 @@ def clip_box(file: Path, annotation: Mapping[str, Any], image_size: tuple[int, i
     """Return an annotation's box as [left, top, right, bottom] in pixels, clipped to the image.
 
     Args:
-        file: Path shown in error messages.
         image_size: Width and height of the image in pixels.
 
     Raises:
@@ -216,8 +213,7 @@ def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
     is decoded without pycocotools.
 
     Raises:
-        ValueError: If a polygon is far outside the image, or the run lengths are invalid or do not match the image
-            size.
+        ValueError: If a polygon is far outside the image, or the run lengths are invalid or cover another image size.
     """
     if isinstance(segmentation, list):
         from pycocotools import mask

@@ -16,7 +16,7 @@ from llm2clip.evaluate.benchmarks.base import (
     CompositionalExample,
     check_files,
     find_coco_roots,
-    resolve_image_file,
+    resolve_image,
 )
 from llm2clip.io_utils import MissingFileError, find_first, read_json, read_jsonl
 
@@ -33,7 +33,7 @@ def _read_winoground(folder: Path) -> list[CompositionalExample]:
     examples = []
     for _, row in read_jsonl(file):
         names = [row["image_0"], row["image_1"]]
-        refs = tuple(resolve_image_file(image_dir, name if Path(name).suffix else f"{name}.png") for name in names)
+        refs = tuple(resolve_image(image_dir, name if Path(name).suffix else f"{name}.png") for name in names)
         captions = (row["caption_0"], row["caption_1"])
         examples.append(CompositionalExample(str(row["id"]), "winoground", refs, captions))
     _check_image_files(examples, file)
@@ -64,7 +64,7 @@ def _read_sugarcrepe(folder: Path) -> list[CompositionalExample]:
     for kind in SUGARCREPE_KINDS:
         file = find_first(data_dir, f"{kind}.json")
         for key, row in read_json(file).items():
-            refs = (resolve_image_file(image_dir, row["filename"]),)
+            refs = (resolve_image(image_dir, row["filename"]),)
             captions = (row["caption"].strip(), row["negative_caption"].strip())
             examples.append(CompositionalExample(f"{kind} {key}", kind, refs, captions))
     _check_image_files(examples, data_dir)
@@ -87,8 +87,7 @@ def compute_compositional_accuracy(
     image than to the other image. For "group", both conditions must hold. The chance levels are 25, 25 and 16.7.
 
     In SugarCrepe (arXiv 2306.14610), each example has one image, a correct caption and a wrong caption. The result
-    contains the accuracy for each category of examples, and the mean over the categories as "mean". The chance level is
-    50.
+    contains the accuracy for each category, and "mean", the average over the categories. The chance level is 50.
 
     Args:
         examples: All examples of a single benchmark.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llm2clip.cpu_tuning import onednn_matmul
-from llm2clip.evaluate.benchmarks.base import COCO_FOLDERS, Benchmark, JudgedRetrieval, check_files, resolve_image_file
+from llm2clip.evaluate.benchmarks.base import COCO_FOLDERS, Benchmark, JudgedRetrieval, check_files, resolve_image
 from llm2clip.evaluate.recall import KS
 from llm2clip.io_utils import DataFormatError, MissingFileError, find_first, read_json
 
@@ -53,7 +53,7 @@ def _read_judged_retrieval(folder: Path) -> JudgedRetrieval:
             f"{file} does not contain {len(missing):,} of the {len(caption_ids):,} captions, e.g. id {missing[0]}"
         )
     image_ids = list(dict.fromkeys(captions[caption_id][0] for caption_id in caption_ids))
-    refs = [resolve_image_file(image_dir, file_names[image_id]) for image_id in image_ids]
+    refs = [resolve_image(image_dir, file_names[image_id]) for image_id in image_ids]
     check_files(refs, file)
     return JudgedRetrieval(
         images=refs,

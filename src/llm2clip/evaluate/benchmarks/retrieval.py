@@ -29,7 +29,7 @@ from llm2clip.evaluate.benchmarks.base import (
     find_coco_roots,
     find_image_file,
     make_captioned_records,
-    resolve_image_file,
+    resolve_image,
 )
 from llm2clip.io_utils import DataFormatError, MissingFileError, find_first, read_json, read_jsonl, read_lines
 
@@ -55,7 +55,7 @@ def read_karpathy_json(file: Path, image_dir: Path, split: str = "test") -> list
     for row in read_json(file)["images"]:
         image = KarpathyImage.parse(row)
         if image.split == split:
-            pairs.append((resolve_image_file(image_dir, image.name), image.captions))
+            pairs.append((resolve_image(image_dir, image.name), image.captions))
     return make_captioned_records(pairs, file)
 
 
@@ -64,9 +64,7 @@ def read_blip_json(file: Path, image_dir: Path) -> list[Record]:
     pairs = []
     for row in read_json(file):
         captions = row["caption"]
-        pairs.append(
-            (resolve_image_file(image_dir, row["image"]), [captions] if isinstance(captions, str) else captions)
-        )
+        pairs.append((resolve_image(image_dir, row["image"]), [captions] if isinstance(captions, str) else captions))
     return make_captioned_records(pairs, file)
 
 
@@ -177,7 +175,7 @@ def _read_sharegpt4v(folder: Path) -> CaptionFields:
     pairs = []
     for row in rows:
         caption = row["conversations"][1]["value"].replace("\n", " ")
-        pairs.append((resolve_image_file(image_dir, row["image"]), [caption]))
+        pairs.append((resolve_image(image_dir, row["image"]), [caption]))
     return {"captions": make_captioned_records(pairs, file)}
 
 
@@ -190,7 +188,7 @@ def _read_urban1k(folder: Path) -> CaptionFields:
     pairs = []
     for file in files:
         first_line = file.read_text(encoding="utf-8").split("\n")[0]
-        pairs.append((resolve_image_file(folder / "image", f"{file.stem}.jpg"), [first_line]))
+        pairs.append((resolve_image(folder / "image", f"{file.stem}.jpg"), [first_line]))
     return {"captions": make_captioned_records(pairs, folder / "caption")}
 
 
@@ -202,7 +200,7 @@ def _read_docci(folder: Path) -> CaptionFields:
     file = find_first(folder, "docci_descriptions.jsonlines")
     rows = [row for _, row in read_jsonl(file) if row["split"] == "test"]
     image_dir = find_first(folder, "images", "test_images")
-    pairs = [(resolve_image_file(image_dir, row["image_file"]), [row["description"]]) for row in rows]
+    pairs = [(resolve_image(image_dir, row["image_file"]), [row["description"]]) for row in rows]
     return {"captions": make_captioned_records(pairs, file)}
 
 
@@ -251,9 +249,7 @@ def _read_flickr30k_cn(folder: Path) -> CaptionFields:
     image_dir = _find_image_dir(folder, "flickr30k")
     file = folder / "flickr30k_cn_test.txt"
     if file.exists():
-        pairs = [
-            (resolve_image_file(image_dir, f"{name}.jpg"), texts) for name, texts in read_caption_lines(file).items()
-        ]
+        pairs = [(resolve_image(image_dir, f"{name}.jpg"), texts) for name, texts in read_caption_lines(file).items()]
         return {"captions_zh": make_captioned_records(pairs, file)}
     test_dir = find_first(folder, "flickr30kzhmbosontest")
     captions = find_first(test_dir, "TextData/seg.flickr30kzhmbosontest.caption.txt", "TextData/*.caption.txt")
@@ -311,7 +307,7 @@ def _read_xm3600(folder: Path) -> CaptionFields:
     image_dir = find_first(folder, "images")
     pairs: dict[str, list[tuple[ImageRef, list[str]]]] = {}
     for _, row in read_jsonl(file):
-        image = resolve_image_file(image_dir, f"{row['image/key']}.jpg")
+        image = resolve_image(image_dir, f"{row['image/key']}.jpg")
         for language, value in row.items():
             if isinstance(value, dict) and value.get("caption"):
                 pairs.setdefault(f"captions_{language}", []).append((image, value["caption"]))

@@ -22,7 +22,7 @@ from llm2clip.evaluate.benchmarks.base import (
     ImageId,
     SegmentationData,
     check_files,
-    resolve_image_file,
+    resolve_image,
 )
 from llm2clip.evaluate.benchmarks.classification import IMAGE_SUFFIXES, get_imagenet_templates
 from llm2clip.evaluate.benchmarks.coco_instances import (
@@ -212,7 +212,7 @@ def _read_voc(folder: Path, with_background: bool) -> SegmentationData:
     split_file = find_first(root, "ImageSets/Segmentation/val.txt")
     ids = read_lines(split_file)
     label_files = [root / "SegmentationClass" / f"{name}.png" for name in ids]
-    images = [resolve_image_file(root / "JPEGImages", f"{name}.jpg") for name in ids]
+    images = [resolve_image(root / "JPEGImages", f"{name}.jpg") for name in ids]
     names = read_class_names("voc20")
     if with_background:
         table = _make_label_table({value: value for value in range(21)})
@@ -240,7 +240,7 @@ def _read_context(folder: Path, with_background: bool) -> SegmentationData:
         label_files = [root / "trainval" / f"{name}.mat" for name in ids]
         table = np.full(460, 0 if with_background else IGNORED, np.int16)
         table[list(_CONTEXT_IDS)] = np.arange(1, 60) - offset
-    images = [resolve_image_file(root / "JPEGImages", f"{name}.jpg") for name in ids]
+    images = [resolve_image(root / "JPEGImages", f"{name}.jpg") for name in ids]
     names = read_class_names("context59")
     if with_background:
         return _build_from_files(images, label_files, table, split_file, [["background"], *names], **_WITH_BACKGROUND)
@@ -308,7 +308,7 @@ def _read_coco_stuff(folder: Path) -> SegmentationData:
     )
     image_dir = find_first(folder, "val2017", "images/val2017")
     label_files = sorted(file for file in label_dir.glob("*.png") if "TrainIds" not in file.name)
-    images = [resolve_image_file(image_dir, f"{file.stem}.jpg") for file in label_files]
+    images = [resolve_image(image_dir, f"{file.stem}.jpg") for file in label_files]
     values = [value for value in range(182) if value not in _COCO_REMOVED]
     table = _make_label_table({value: label for label, value in enumerate(values)})
     names = read_class_names("coco_stuff")
@@ -322,7 +322,7 @@ def _read_ade20k(folder: Path) -> SegmentationData:
     root = find_first(folder, "ADEChallengeData2016") if not (folder / "images").is_dir() else folder
     label_dir = find_first(root, "annotations/validation")
     label_files = sorted(label_dir.glob("*.png"))
-    images = [resolve_image_file(root / "images" / "validation", f"{file.stem}.jpg") for file in label_files]
+    images = [resolve_image(root / "images" / "validation", f"{file.stem}.jpg") for file in label_files]
     table = _make_label_table({value: value - 1 for value in range(1, 151)}, ignored=[0])
     return _build_from_files(images, label_files, table, label_dir, read_class_names("ade20k"))
 
@@ -333,7 +333,7 @@ def _read_cityscapes(folder: Path) -> SegmentationData:
     images = []
     for file in label_files:
         name = file.name.replace("_gtFine_labelIds", "_leftImg8bit")
-        images.append(resolve_image_file(folder / "leftImg8bit" / "val", f"{file.parent.name}/{name}"))
+        images.append(resolve_image(folder / "leftImg8bit" / "val", f"{file.parent.name}/{name}"))
     others = [value for value in range(34) if value not in _CITYSCAPES_IDS]
     table = _make_label_table({value: label for label, value in enumerate(_CITYSCAPES_IDS)}, ignored=others)
     names = read_class_names("cityscapes")

@@ -91,7 +91,6 @@ def build_caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[B
     """Return the report section on caption retrieval, including the authors' CRA on COCO (5,000 images).
 
     Args:
-        name: Display name of the text encoder.
         metrics: Result of `caption_retrieval_accuracy`.
     """
     rows: list[list[Any]] = [[f"paper: {model}, COCO", cra, None, 5000] for model, cra in CRA.items()]
@@ -135,7 +134,7 @@ def build_recall_table(
     model in `REFERENCE_MODELS`.
 
     Args:
-        results: Metrics, keyed by model name. See `compute_caption_field_metrics` and `compute_retrieval_difference`.
+        results: Metrics, keyed by model name. See `compute_field_metrics` and `compute_retrieval_difference`.
         published: Published recall, keyed by model name. See `get_published_rows`.
     """
     header = ["model"]
