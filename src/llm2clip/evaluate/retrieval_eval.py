@@ -125,8 +125,7 @@ def compute_retrieval_difference(first: RetrievalRanks, other: RetrievalRanks) -
 def measure_caption_lengths(captions: Sequence[str]) -> tuple[str, list[int]]:
     """Return the length unit and the length of each caption.
 
-    Lengths are measured in words, or in characters if most captions have no spaces between words, as in Chinese or
-    Japanese.
+    Lengths are in words, or in characters if most captions have no spaces, as in Chinese or Japanese.
     """
     words = [len(caption.split()) for caption in captions]
     characters = [len(caption) for caption in captions]

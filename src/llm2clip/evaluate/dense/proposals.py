@@ -69,9 +69,7 @@ def open_proposals(name: str, data: DetectionData, device: torch.device) -> Prop
     """
     if name == GROUND_TRUTH:
         boxes_of_image = get_object_boxes(data)
-        return _make_lookup_source(
-            {key: Proposals(boxes, torch.ones(len(boxes))) for key, boxes in boxes_of_image.items()}
-        )
+        return _make_lookup({key: Proposals(boxes, torch.ones(len(boxes))) for key, boxes in boxes_of_image.items()})
     if name.startswith(TORCHVISION_PREFIX):
         detect = _load_torchvision(name.removeprefix(TORCHVISION_PREFIX), device)
     elif name.endswith(".json"):
@@ -90,7 +88,7 @@ def get_object_boxes(data: DetectionData) -> dict[ImageId, Tensor]:
     return {key: box_convert(torch.tensor(rows, dtype=torch.float32), "xywh", "xyxy") for key, rows in boxes.items()}
 
 
-def _make_lookup_source(proposals: Mapping[ImageId, Proposals], note: str = "") -> ProposalSource:
+def _make_lookup(proposals: Mapping[ImageId, Proposals], note: str = "") -> ProposalSource:
     nothing = Proposals(torch.zeros(0, 4), torch.zeros(0))
     return ProposalSource(lambda image_id, image: proposals.get(image_id, nothing), note)
 
@@ -128,7 +126,7 @@ def _read_proposals(file: Path, data: DetectionData) -> ProposalSource:
         boxes_and_scores = torch.tensor(image_rows)  # (N, 5)
         boxes = box_convert(boxes_and_scores[:, :4], "xywh", "xyxy")
         proposals[image_id] = Proposals(boxes, boxes_and_scores[:, 4])
-    return _make_lookup_source(proposals, f"{file}: {'; '.join(notes)}" if notes else "")
+    return _make_lookup(proposals, f"{file}: {'; '.join(notes)}" if notes else "")
 
 
 def _parse_row(file: Path, number: int, row: Any) -> tuple[str, list[float]]:
