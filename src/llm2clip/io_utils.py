@@ -1,4 +1,4 @@
-"""Atomic writes, helpers for messages, and readers for JSON and text files whose errors name the file and line."""
+"""Atomic writes, message formatting, and JSON and text readers that report the file and line of an error."""
 
 import errno
 import glob
@@ -213,7 +213,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def open_regular_file(path: str | os.PathLike[str]) -> io.BufferedReader:
-    """Open a regular file in binary mode. Named pipes would block, and reading a device might never end.
+    """Open a regular file in binary mode. Reject other files: named pipes may block, and devices may never end.
 
     Raises:
         OSError: The file does not exist, cannot be read, or is not a regular file.

@@ -1,4 +1,4 @@
-"""Background thread that prepares items, such as training batches, while the caller is using the current one."""
+"""Background preparation of the next items, such as training batches, while the caller uses the current one."""
 
 from __future__ import annotations
 

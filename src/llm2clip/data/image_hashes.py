@@ -1,7 +1,7 @@
 """Image hashes, used to find identical images and to record which images a model was trained on.
 
-Most files are never read to detect copies, because only files of the same size can be identical. For files of the same
-size, a short sample from the middle is compared first, and only files with equal samples are read in full.
+Most files do not need to be read to detect copies, because only files of the same size can be identical. For files of
+the same size, a short sample from the middle is compared first, and only files with equal samples are read in full.
 
 The hashes of the training images, 8 bytes each, are stored in the model folder as `training_images.npy`. They allow
 `evaluate` to warn if a model is evaluated on its training images. The hashes do not depend on where an image is stored,
@@ -38,9 +38,9 @@ Location = tuple[str, int, int]  # path, offset and size of the image
 def find_copies(images: Iterable[ImageRef | None]) -> dict[str, str]:
     """Map the key (`ImageRef.key`) of each duplicate image to the key of the first image with the same bytes.
 
-    Image files and tar members are compared. Images in tables do not need to be, because their keys are already hashes
-    of their bytes. Symbolic links to an image count as copies, and missing image files are ignored. The keys of the
-    result are in the same order as in `images`.
+    Only image files and tar members are compared, because the keys of images in tables are already hashes of their
+    bytes. Symbolic links to an image count as copies, and missing image files are ignored. The duplicates are returned
+    in the same order as in `images`.
     """
     refs = {image.key: image for image in images if isinstance(image, FileImage | TarImage)}
     with ThreadPoolExecutor(NUM_THREADS) as pool:
@@ -67,8 +67,8 @@ def find_copies(images: Iterable[ImageRef | None]) -> dict[str, str]:
 def hash_images(images: Iterable[ImageRef | None]) -> np.ndarray:
     """Return the sorted hashes of all distinct images as a uint64 array of shape (N,). Missing images are omitted.
 
-    Image files and tar members are hashed quickly, from their size and the 1,024 bytes in the middle. Images in tables
-    are already identified by a hash of all their bytes.
+    To limit reads, the hash of an image file or tar member depends only on its size and the 1,024 bytes in its middle.
+    Images in tables are already identified by a hash of all their bytes.
     """
     refs = list({image.key: image for image in images if image is not None}.values())
     with ThreadPoolExecutor(NUM_THREADS) as pool:

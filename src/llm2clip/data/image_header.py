@@ -237,7 +237,7 @@ def _check_tiff(data: bytes, header: Any) -> None:
         if num_tiles * tile_width * tile_height > 2 * MAX_PIXELS:
             raise DecodingLimitError(f"the tiles of the TIFF must have at most {2 * MAX_PIXELS:,} pixels in total")
     if header.info.get("compression", "raw") == "raw":
-        return  # Pillow reads the pixels with a bounded reader
+        return  # Pillow reads uncompressed pixels through the bounded reader
     sizes = tags.get(_TILE_BYTES) or tags.get(_STRIP_BYTES)
     if not sizes or sum(sizes) > len(data):
         raise DecodingLimitError("the strips or tiles of the TIFF overlap or have no size")

@@ -360,7 +360,7 @@ def _decode_window(path: str, group: int, column: str, row: int, batch_size: int
     """Decode a row group up to the given row, plus as many of the following rows as fit in `MAX_WINDOW_BYTES`.
 
     Raises:
-        FileNotFoundError: The row group does not have this row.
+        FileNotFoundError: The row group does not contain this row.
         OSError: The cells up to this row take more than `MAX_ROW_GROUP_BYTES`.
     """
     # The file is reopened each time and read without threads, because file handles and thread pools that survive a

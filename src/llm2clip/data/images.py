@@ -86,9 +86,9 @@ def decode_image(data: bytes) -> Tensor:
     """Decode an image to a uint8 RGB tensor of shape (3, H, W).
 
     The EXIF orientation is applied, transparent pixels are blended with white, and only the first frame of an animation
-    is used. JPEG and WebP images are decoded with torchvision, which is twice as fast as Pillow. So are PNG images, in
-    versions where this is safe. Pillow decodes all other formats and reads all headers. Colour profiles are ignored, as
-    they were when the vision towers were pretrained.
+    is used. JPEG and WebP images are decoded with torchvision, which is twice as fast as Pillow. PNG images are also
+    decoded with torchvision in versions where this is safe. Pillow decodes all other formats and reads all headers.
+    Colour profiles are ignored, as they were when the vision towers were pretrained.
 
     Raises:
         ImageError: The format is not supported, the image is damaged or has more than `MAX_PIXELS` pixels, or decoding

@@ -449,7 +449,7 @@ def _draw_batches(
 
 
 def compute_caption_vectors(captions: Sequence[Sequence[str]]) -> np.ndarray:
-    """Compute an L2-normalised vector of each item's captions. Return shape (N, D), float32, with D at most 64.
+    """Compute an L2-normalised vector from each item's captions. Return shape (N, D), float32, with D at most 64.
 
     The method is latent semantic analysis: TF-IDF followed by truncated SVD. An item's captions, which can be in any
     language, are concatenated into one document.

@@ -126,7 +126,7 @@ def open_records(
     image_check: ImageCheck = "header",
     require_captions: bool = True,
 ) -> Iterator[Record]:
-    """Return an iterator over the records in a source, in source order.
+    """Return an iterator over the records in a source, in their original order.
 
     The path is resolved immediately, and rows are read on demand. The exceptions are .csv, .tsv and captions.txt files.
     They are read in full before the first record is returned, because any row may contain a caption of the first image.

@@ -62,7 +62,7 @@ class SkipLog:
         return self._num_rows + sum(sum(splits.values()) for splits in self._source_rows.values())
 
     def count_rows(self, count: int) -> None:
-        """Add to the count of rows that are read only once."""
+        """Count rows that were read from a source that is read only once."""
         self._num_rows += count
 
     def count_source_rows(self, path: str, split: str, count: int) -> None:
@@ -96,7 +96,7 @@ class SkipLog:
             self._write(file, row, reason, value)
 
     def count_copies(self, keys: Iterable[str]) -> None:
-        """Count the images with these keys as merged with identical images. Each key is counted once."""
+        """Record that the images with these keys were merged with identical images. Each key is counted once."""
         self._copies.update(keys)
 
     def note(self, text: str, file: str) -> None:

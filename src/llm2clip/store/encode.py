@@ -110,7 +110,7 @@ def load_or_tune_batch_tokens(encoder: CaptionEncoder, captions: Sequence[str], 
 
 
 def _encode_local_shards(plan: WritePlan, encoder: CaptionEncoder, batch_tokens: int | None, precision: str) -> None:
-    """Encode and write the shards of this process."""
+    """Encode and write this process's shards."""
     tokenized_shards = ((n, tokenize_shard(plan.read_captions(n), encoder)) for n in plan.local_shards())
     with (
         plan.create_progress_bar("embed", "caption") as bar,
@@ -137,7 +137,7 @@ class TokenizedShard:
 
 
 def tokenize_shard(captions: Sequence[str], encoder: CaptionEncoder) -> TokenizedShard:
-    """Tokenize captions. List captions with no tokens, or on which the tokenizer raises an error, in `refused`."""
+    """Tokenize captions. Captions that yield no tokens or cause a tokenizer error are listed in `refused`."""
     try:
         tokens = encoder.tokenize(captions)
         if all(tokens.ids):

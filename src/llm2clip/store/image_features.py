@@ -193,7 +193,7 @@ def encode_image_batches(
 
 
 def _iter_shards(plan: WritePlan, description: str, unit: str) -> Iterator[tuple[int, list[str], ProgressBar]]:
-    """Yield (shard number, image names or texts, progress bar) for each shard of this process."""
+    """Yield (shard number, image names or texts, progress bar) for each of this process's shards."""
     with plan.create_progress_bar(description, unit) as bar:
         for number in plan.local_shards():
             yield number, plan.read_captions(number), bar

@@ -44,7 +44,7 @@ def find_files(path: str, all_files: bool = False, log: SkipLog | None = None) -
         path: File, folder, glob or brace pattern, or `hf:NAME` for a Hugging Face data set.
         all_files: If True, use all caption files, images, tar files and Parquet files in a folder and its subfolders.
             If False, use only the first of these kinds that the folder contains.
-        log: Log in which to note llm2clip outputs in a folder, which are not read.
+        log: Log in which to note that llm2clip outputs in a folder are not read.
 
     Raises:
         FileNotFoundError: No file matches the path. The message suggests similar names.
@@ -95,7 +95,7 @@ def read_source(
         choose: Function that selects which columns of a table to read.
         image_bytes: Whether to read images embedded in Parquet files.
         splits: Splits of a Hugging Face data set to read. If empty or None, all splits are read. Each row's `split`
-            field is set to the name of its split, but if `splits` is None, rows keep the `split` value in the data.
+            field is set to the name of its split, unless `splits` is None. Rows then keep the `split` value in the data.
         log: Log in which to note unusual properties of a file, such as its encoding.
 
     Raises:

@@ -92,8 +92,8 @@ def _detect_delimiter(sample: str, default: str) -> tuple[str, int]:
     """Return a CSV file's delimiter and the line number of its header.
 
     The delimiter must occur in the header, outside quotes. If there are several candidates, choose the one for which
-    the most rows have as many fields as the header, or `default` if there is a tie. If the first line has the form
-    `sep=;`, as in Excel, it determines the delimiter.
+    the most rows have as many fields as the header, or `default` if there is a tie. A first line such as `sep=;`, which
+    is an Excel convention, sets the delimiter.
     """
     specified = re.match(r'"?sep=([^\r\n"])"?\r?\n', sample)
     if specified is not None:
@@ -107,7 +107,7 @@ def _detect_delimiter(sample: str, default: str) -> tuple[str, int]:
 
 
 def _count_matching_rows(sample: str, delimiter: str) -> int:
-    """Count the first rows that have as many fields as the header. Return 0 if the header has only one field."""
+    """Count how many of the first rows have as many fields as the header. Return 0 if the header has only one field."""
     rows = csv.reader(io.StringIO(sample, newline=""), delimiter=delimiter, skipinitialspace=True)
     try:
         lengths = [len(cells) for cells in islice(rows, SAMPLE_ROWS)]

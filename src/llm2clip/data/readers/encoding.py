@@ -139,7 +139,7 @@ def detect_encoding(start: bytes) -> str:
 
 
 def find_undecodable(text: str, path: str, log: SkipLog | None = None) -> BadRow | None:
-    """Return a `BadRow` if a text from `open_text` contains undecodable bytes, and None if it does not.
+    """Return a `BadRow` if a text from `open_text` contains undecodable bytes, or None if it does not.
 
     Also note the file's likely encodings in the log.
     """
@@ -189,7 +189,7 @@ def _open_binary(path: str) -> BinaryIO:
 
 
 def _sample_undecodable(path: str) -> tuple[bytes, bytes]:
-    """Return the first lines of a file that are not valid UTF-8, concatenated, and also the first such line."""
+    """Return the concatenation of a file's first lines that are not valid UTF-8, and the first of these lines."""
     lines: list[bytes] = []
     size = num_searched = 0
     with _open_binary(path) as stream:

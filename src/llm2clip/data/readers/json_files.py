@@ -196,7 +196,7 @@ def _read_id(fields: Mapping[str, Any], key: str) -> str | int | float | None:
 def guess_folders(path: str, images: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return likely names of a COCO split's image folder, such as train2017.
 
-    They are derived from the JSON file name (`captions_train2017.json`) and from `coco_url`
+    The names are derived from the JSON file name (`captions_train2017.json`) and from `coco_url`
     (http://images.cocodataset.org/train2017/000000391895.jpg).
     """
     match = re.fullmatch(r"[a-z_]+_([a-z]+\d*)", os.path.splitext(os.path.basename(path))[0])
