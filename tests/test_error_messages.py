@@ -115,7 +115,7 @@ ERRORS = {
         ALIGN.replace("{data}", "{tmp}/more.jsonl@train") + " --align.batch_size 2",
         "no embedding for the caption 'never embedded'", "Run `llm2clip embed`",
     ),
-    "damaged store": ("store verify {tmp}/damagedstore", "damaged", "store repair"),
+    "damaged store": ("store verify {tmp}/damagedstore", "corrupt", "store repair"),
     "store export without a format": ("store export {store}", "--parquet FILE or --tars"),
     # evaluation
     "unknown benchmark": ("evaluate {model} --benchmarks flickr31k", "flickr31k", "choose from flickr30k"),

@@ -389,7 +389,7 @@ def test_repair_deletes_only_what_is_damaged(encoder: CaptionEncoder, tmp_path: 
         with pytest.raises(StoreError, match=damage.split(",")[0]):
             EmbeddingStore(tmp_path)
     else:
-        with pytest.raises(StoreError, match=r"damaged shards: 00001\.|index-.* is damaged"):
+        with pytest.raises(StoreError, match=r"corrupt shards: 00001\.|index-.* is corrupt"):
             EmbeddingStore(tmp_path).verify()
     repair_store(tmp_path)
     EmbeddingStore(tmp_path).verify()
@@ -493,7 +493,7 @@ def test_merge_rejects_different_and_damaged_stores(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no stores to merge"):
         merge_stores(tmp_path / "merged", [])
     flip(ours / "embeddings-00000.npy", -1)
-    with pytest.raises(StoreError, match=r"damaged shards: \[0\]"):
+    with pytest.raises(StoreError, match=r"corrupt shards: \[0\]"):
         merge_stores(tmp_path / "merged", [ours])
 
 
@@ -625,7 +625,7 @@ def test_store_command(encoder: CaptionEncoder, llm: Path, tmp_path: Path, capsy
     assert EmbeddingStore(tmp_path / "e").manifest["identity"] == EmbeddingStore(tmp_path / "c").manifest["identity"]
     assert "pass either" in run("export", tmp_path / "c")
     flip(tmp_path / "c/embeddings-00001.npy", -1)
-    assert "damaged shards: 00001" in run("verify", tmp_path / "c")
+    assert "corrupt shards: 00001" in run("verify", tmp_path / "c")
     assert "embeddings-00001.npy" in run("repair", tmp_path / "c")
     assert "not a store" in run("verify", tmp_path / "nowhere")
 

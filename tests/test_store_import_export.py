@@ -39,7 +39,7 @@ def test_parquet_round_trip_and_damage(encoder: CaptionEncoder, tmp_path: Path) 
 
     file = tmp_path / "store/embeddings-00000.npy"
     file.write_bytes(file.read_bytes()[:-1] + b"?")
-    with pytest.raises(StoreError, match="damaged"):
+    with pytest.raises(StoreError, match="corrupt"):
         export_parquet(store, tmp_path / "damaged.parquet")
     assert not (tmp_path / "damaged.parquet").exists()
 

@@ -22,7 +22,7 @@ def add_commands(commands: Commands) -> None:
     parser = group.add("verify", _verify, "Read every shard and verify its checksum.")
     parser.add_argument("folder", type=str, help="Store folder.")
 
-    parser = group.add("repair", _repair, "Delete damaged shards. `llm2clip embed` then re-encodes their captions.")
+    parser = group.add("repair", _repair, "Delete corrupt shards. `llm2clip embed` then re-encodes their captions.")
     parser.add_argument("folder", type=str, help="Store folder.")
 
     parser = group.add("merge", _merge, "Merge stores that several machines wrote with the same encoder.")

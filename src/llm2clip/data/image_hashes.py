@@ -95,7 +95,7 @@ def load_training_image_hashes(model: str | Path) -> np.ndarray | None:
     `model` is a model folder, or the Hub id of a model that has been downloaded. Return None if it has no hashes.
 
     Raises:
-        ValueError: The hash file is damaged.
+        ValueError: The hash file is corrupt.
     """
     file = Path(model) / TRAINING_IMAGES_FILE
     if not Path(model).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):

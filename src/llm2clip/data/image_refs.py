@@ -82,7 +82,7 @@ class ImageRef(ABC):
 
     @abstractmethod
     def _open(self) -> BinaryIO:
-        """Open the encoded bytes as a stream. May raise any type of exception if the file is damaged."""
+        """Open the encoded bytes as a stream. May raise any type of exception if the file is corrupt."""
 
     @contextmanager
     def _convert_reader_errors(self) -> Iterator[None]:
@@ -412,7 +412,7 @@ def check_row_group_sizes(metadata: pq.FileMetaData) -> None:
 def _read_row_group_sizes(metadata: pq.FileMetaData) -> list[int]:
     """Return the uncompressed size of each row group in bytes, as stated in the file's metadata.
 
-    Column sizes are not used, because `RowGroupMetaData.column` crashes the process if the metadata is damaged.
+    Column sizes are not used, because `RowGroupMetaData.column` crashes the process if the metadata is corrupt.
     """
     return [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
 

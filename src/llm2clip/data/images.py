@@ -28,7 +28,7 @@ from llm2clip.io_utils import describe_error
 
 _ORIENTATION = 0x0112  # EXIF tag
 # Formats to decode with torchvision. PNG is excluded for torchvision 0.29 and later, whose PNG decoder segfaults on
-# damaged pixel data.
+# corrupt pixel data.
 _FAST_FORMATS = ("JPEG", "MPO", "WEBP", *(("PNG",) if Version(torchvision.__version__) < Version("0.29") else ()))
 
 
@@ -91,7 +91,7 @@ def decode_image(data: bytes) -> Tensor:
     Colour profiles are ignored, as they were when the vision towers were pretrained.
 
     Raises:
-        ImageError: The format is not supported, the image is damaged or has more than `MAX_PIXELS` pixels, or decoding
+        ImageError: The format is not supported, the image is corrupt or has more than `MAX_PIXELS` pixels, or decoding
             would take too much work (see `check_decoding_work`).
     """
     with _convert_decoder_errors():
@@ -104,7 +104,7 @@ def decode_image(data: bytes) -> Tensor:
 
 @contextmanager
 def _convert_decoder_errors() -> Iterator[None]:
-    """Convert decoder exceptions to `ImageError`. Damaged files can make decoders raise any type of exception."""
+    """Convert decoder exceptions to `ImageError`. Corrupt files can make decoders raise any type of exception."""
     try:
         yield
     except ImageError:
@@ -228,10 +228,10 @@ def _decode_with_pillow(image: Image.Image) -> Tensor:
 
 
 def _read_orientation(image: Image.Image) -> int:
-    """Return an image's EXIF orientation (1 to 8), or 1 if it is missing or the EXIF data is damaged."""
+    """Return an image's EXIF orientation (1 to 8), or 1 if it is missing or the EXIF data is corrupt."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # damaged EXIF data can make Pillow raise almost any type of exception
+    except Exception:  # corrupt EXIF data can make Pillow raise almost any type of exception
         return 1
 
 

@@ -56,7 +56,7 @@ def export_parquet(store: EmbeddingStore, file: str | Path) -> None:
     `embedding` (a list of float16 values). The file's metadata contains the encoder's identity.
 
     Raises:
-        StoreError: The store is damaged.
+        StoreError: The store is corrupt.
     """
     store.verify()
     embedding_type = pa.list_(pa.float16(), store.embed_dim)
@@ -106,7 +106,7 @@ def _iter_parquet_rows(file: str | Path, source: pq.ParquetFile) -> Iterator[Row
         for batch in source.iter_batches(SHARD_SIZE):
             yield _convert_batch(file, batch)
     except pa.ArrowException as error:  # pyarrow < 26 also raises this for nulls in fixed-size lists
-        raise StoreError(f"{file} has a row without an embedding, or is damaged ({error})") from error
+        raise StoreError(f"{file} has a row without an embedding, or is corrupt ({error})") from error
 
 
 def _convert_batch(file: str | Path, batch: pa.RecordBatch) -> Rows:
@@ -135,7 +135,7 @@ def export_official_tars(store: EmbeddingStore, tars: Sequence[str | Path]) -> l
     """Write `X_text_embeddings.tar` next to each sample file `X.tar`; return the paths of the new files.
 
     Raises:
-        StoreError: The store is damaged, a sample's caption is not in the store, or an output file already exists.
+        StoreError: The store is corrupt, a sample's caption is not in the store, or an output file already exists.
             Existing files are not overwritten, because the authors' code may have written them.
     """
     store.verify()

@@ -40,12 +40,12 @@ FORMAT_VERSION = 1
 KEY_BYTES = 16
 # Spec shared by all shards of a store: encoder identity, embedding dimension and dtype.
 StoreSpec = tuple[dict[str, Any], int, str]
-# Exceptions that may be raised when reading a damaged JSON, Parquet or .npy file.
+# Exceptions that may be raised when reading a corrupt JSON, Parquet or .npy file.
 READ_ERRORS = (ValueError, KeyError, TypeError, OSError, EOFError, SyntaxError, TokenError, pa.ArrowException)
 
 
 class StoreError(ValueError):
-    """Raised when a store is damaged, was created with a different encoder, or lacks a requested caption."""
+    """Raised when a store is corrupt, was created with a different encoder, or lacks a requested caption."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def read_shard_metadata(folder: Path, number: int) -> tuple[int, str, StoreSpec]
         spec = json.loads(metadata[b"identity"]), int(metadata[b"embed_dim"]), metadata[b"dtype"].decode()
         return int(metadata[b"rows"]), metadata[b"sha256"].decode(), spec
     except READ_ERRORS as error:
-        raise build_damage_error(path, error) from error
+        raise build_corruption_error(path, error) from error
 
 
 def read_shards(folder: Path, spec: StoreSpec | None = None) -> list[Shard]:
@@ -130,14 +130,14 @@ def read_shards(folder: Path, spec: StoreSpec | None = None) -> list[Shard]:
 
 
 def read_keys(folder: Path, shard: Shard) -> np.ndarray:
-    """Read the keys of a shard's N rows. Return shape (N, 16), uint8. Raise StoreError if the file is damaged."""
+    """Read the keys of a shard's N rows. Return shape (N, 16), uint8. Raise StoreError if the file is corrupt."""
     path = keys_path(folder, shard.number)
     try:
         column = pq.read_table(path, columns=["key"], page_checksum_verification=True)["key"].combine_chunks()
     except READ_ERRORS as error:
-        raise build_damage_error(path, error) from error
+        raise build_corruption_error(path, error) from error
     if len(column) != shard.rows or column.type != pa.binary(KEY_BYTES):
-        raise build_damage_error(
+        raise build_corruption_error(
             path, f"{len(column)} keys of type {column.type}, expected {shard.rows} keys of 16 bytes"
         )
     values = np.frombuffer(column.buffers()[1], np.uint8)[column.offset * KEY_BYTES :]
@@ -154,9 +154,9 @@ def compute_shard_checksum(folder: Path, number: int) -> str:
     return combined.hexdigest()
 
 
-def build_damage_error(path: Path, reason: object) -> StoreError:
-    """Create the error to raise for a damaged file in a store."""
-    return StoreError(f"{path} is damaged ({reason}). Run `llm2clip store repair {path.parent}`")
+def build_corruption_error(path: Path, reason: object) -> StoreError:
+    """Create the error to raise for a corrupt file in a store."""
+    return StoreError(f"{path} is corrupt ({reason}). Run `llm2clip store repair {path.parent}`")
 
 
 # ---- manifest ------------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Read and check a store's manifest.
 
     Raises:
-        StoreError: The manifest is missing, damaged or inconsistent.
+        StoreError: The manifest is missing, corrupt or inconsistent.
         FormatVersionError: The store has another format version.
     """
     file = folder / MANIFEST
@@ -175,7 +175,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = dict(json.loads(file.read_text()))
     except READ_ERRORS as error:
-        raise build_damage_error(file, repr(error)) from error
+        raise build_corruption_error(file, repr(error)) from error
     advice = "Delete it and create it again with `llm2clip embed`"
     check_format_version(folder, manifest.get("format_version"), FORMAT_VERSION, advice)
     try:
@@ -187,7 +187,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise ValueError("the first rows of the shards do not match the row counts")
         int(manifest["embed_dim"]), DTYPES[manifest["dtype"]], int(manifest["captions"])
     except READ_ERRORS as error:
-        raise build_damage_error(file, repr(error)) from error
+        raise build_corruption_error(file, repr(error)) from error
     return manifest
 
 

@@ -26,14 +26,14 @@ from llm2clip.store.layout import (
     remove_temp_files,
     scales_path,
 )
-from llm2clip.store.store import EmbeddingStore, find_damaged_shards, read_refused_captions
+from llm2clip.store.store import EmbeddingStore, find_corrupt_shards, read_refused_captions
 from llm2clip.store.writer import StoreWriter, write_manifest
 
 # ---- repair --------------------------------------------------------------------------------------------------------
 
 
 def repair_store(folder: str | Path, progress: bool = False) -> list[str]:
-    """Delete damaged shards and incomplete files; rewrite the manifest and the index from the intact shards.
+    """Delete corrupt shards and incomplete files; rewrite the manifest and the index from the intact shards.
 
     To encode the captions of deleted shards again, run `llm2clip embed`.
 
@@ -41,7 +41,7 @@ def repair_store(folder: str | Path, progress: bool = False) -> list[str]:
         The names of the deleted files.
 
     Raises:
-        StoreError: The manifest and all shards are damaged, so the encoder is unknown.
+        StoreError: The manifest and all shards are corrupt, so the encoder is unknown.
         FormatVersionError: The manifest and all shards have another format version.
         FolderInUseError: Another run is writing to the store.
     """
@@ -61,7 +61,7 @@ def repair_store(folder: str | Path, progress: bool = False) -> list[str]:
             spec = max(specs, key=specs.count)  # the most common spec
         for number in unreadable:
             deleted.append(_delete_keys(folder, number))
-        for number in find_damaged_shards(folder, read_shards(folder), spec, progress):
+        for number in find_corrupt_shards(folder, read_shards(folder), spec, progress):
             deleted.append(_delete_keys(folder, number))
         deleted += remove_temp_files(folder) + _delete_incomplete_shards(folder)
         for index in folder.glob("index-*.npy"):
@@ -110,7 +110,7 @@ def merge_stores(out: str | Path, sources: Sequence[str | Path]) -> EmbeddingSto
     caption, lookups return the embedding from the first such store.
 
     Raises:
-        StoreError: A source is damaged, or the sources differ in encoder, dimension or dtype.
+        StoreError: A source is corrupt, or the sources differ in encoder, dimension or dtype.
     """
     out, folders = Path(out), [Path(source) for source in sources]
     identity, embed_dim, dtype = _check_sources(folders)
@@ -142,9 +142,9 @@ def _check_sources(folders: Sequence[Path]) -> StoreSpec:
         check_spec(read_manifest(folder), spec, folder)
     for folder in folders:
         # Check all shards in the folder, because the manifest may be incomplete after an interruption.
-        damaged = find_damaged_shards(folder, read_shards(folder), spec)
-        if damaged:
-            raise StoreError(f"{folder} has damaged shards: {damaged}. Run `llm2clip store repair {folder}`")
+        corrupt = find_corrupt_shards(folder, read_shards(folder), spec)
+        if corrupt:
+            raise StoreError(f"{folder} has corrupt shards: {corrupt}. Run `llm2clip store repair {folder}`")
     return spec
 
 

@@ -41,7 +41,7 @@ from llm2clip.store.layout import (
     Shard,
     StoreError,
     StoreSpec,
-    build_damage_error,
+    build_corruption_error,
     compute_shard_checksum,
     embeddings_path,
     get_store_spec,
@@ -90,7 +90,7 @@ class EmbeddingStore:
         self._index = self._open_index()
 
     def _open_index(self) -> KeyIndex:
-        """Open the key index; build it if it is missing or damaged."""
+        """Open the key index; build it if it is missing or corrupt."""
         file = index_path(self.folder, self.shards)
         if file.is_file():
             try:
@@ -98,7 +98,7 @@ class EmbeddingStore:
                 if len(index) == self._total_rows:
                     return index
             except READ_ERRORS:
-                pass  # the index is damaged; it is rebuilt below
+                pass  # the index is corrupt; it is rebuilt below
         build_key_index(file, (read_keys(self.folder, shard) for shard in self.shards))
         return KeyIndex(file)
 
@@ -146,13 +146,13 @@ class EmbeddingStore:
         """Verify the checksum of every shard, and compare the index with a rebuilt index.
 
         Raises:
-            StoreError: Shards or the index are damaged. The message names the damaged shards or the index file.
+            StoreError: Shards or the index are corrupt. The message names the corrupt shards or the index file.
         """
-        damaged = find_damaged_shards(self.folder, self.shards, get_store_spec(self.manifest), progress)
-        if damaged:
-            numbers = ", ".join(f"{number:05d}" for number in damaged)
+        corrupt = find_corrupt_shards(self.folder, self.shards, get_store_spec(self.manifest), progress)
+        if corrupt:
+            numbers = ", ".join(f"{number:05d}" for number in corrupt)
             raise StoreError(
-                f"{self.folder} has damaged shards: {numbers}. Run `llm2clip store repair {self.folder}` to delete them"
+                f"{self.folder} has corrupt shards: {numbers}. Run `llm2clip store repair {self.folder}` to delete them"
             )
         index = index_path(self.folder, self.shards)
         parent = self.folder if os.access(self.folder, os.W_OK) else None
@@ -160,10 +160,10 @@ class EmbeddingStore:
             rebuilt = Path(temporary) / index.name
             build_key_index(rebuilt, (read_keys(self.folder, shard) for shard in self.shards))
             if not filecmp.cmp(index, rebuilt, shallow=False):
-                raise StoreError(f"{index} is damaged. Run `llm2clip store repair {self.folder}` to rebuild the index")
+                raise StoreError(f"{index} is corrupt. Run `llm2clip store repair {self.folder}` to rebuild the index")
 
 
-def find_damaged_shards(folder: Path, shards: Sequence[Shard], spec: StoreSpec, progress: bool = False) -> list[int]:
+def find_corrupt_shards(folder: Path, shards: Sequence[Shard], spec: StoreSpec, progress: bool = False) -> list[int]:
     """List the numbers of the shards that are missing or have the wrong checksum or spec."""
 
     def is_intact(shard: Shard) -> bool:
@@ -325,7 +325,7 @@ def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.
     """Open a .npy file as a memory map.
 
     Raises:
-        StoreError: The file is missing or damaged, or does not contain exactly an array of this shape and dtype.
+        StoreError: The file is missing or corrupt, or does not contain exactly an array of this shape and dtype.
     """
     try:
         array = np.lib.format.open_memmap(path, mode="r")
@@ -333,10 +333,10 @@ def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.
     except FileNotFoundError as error:
         raise StoreError(f"{path} is missing. Run `llm2clip store repair {path.parent}`") from error
     except READ_ERRORS as error:
-        raise build_damage_error(path, error) from error
+        raise build_corruption_error(path, error) from error
     is_exact = array.shape == shape and array.dtype == dtype and array.flags.c_contiguous
     if not is_exact or array.offset + array.nbytes != size:
-        raise build_damage_error(path, "its shape, dtype or size does not match the keys file")
+        raise build_corruption_error(path, "its shape, dtype or size does not match the keys file")
     return array
 
 

@@ -255,7 +255,7 @@ def open_for_writing(
 
     Raises:
         TypeError, ValueError: A caption is not a string or not valid Unicode.
-        StoreError: The store is damaged or was created with a different encoder.
+        StoreError: The store is corrupt or was created with a different encoder.
         FolderInUseError: Another run is writing to the store.
     """
     state, folder = process_state(), Path(folder)

@@ -86,8 +86,8 @@ def read_source(
 ) -> Iterator[RawRow]:
     """Yield the raw rows in a file or folder.
 
-    A damaged file can make a library raise any type of exception. In this case, the last row is a `BadRow`, so a single
-    damaged file does not stop a run.
+    A corrupt file can make a library raise any type of exception. In this case, the last row is a `BadRow`, so a single
+    corrupt file does not stop a run.
 
     Args:
         kind: Format name returned by `find_files`.
@@ -95,7 +95,7 @@ def read_source(
         choose: Function that selects which columns of a table to read.
         image_bytes: Whether to read images embedded in Parquet files.
         splits: Splits of a Hugging Face data set to read. If empty or None, all splits are read. Each row's `split`
-            field is set to the name of its split, unless `splits` is None. Rows then keep the `split` value in the data.
+            field is set to the name of its split, unless `splits` is None. Rows then keep their `split` value.
         log: Log in which to note unusual properties of a file, such as its encoding.
 
     Raises:

@@ -36,7 +36,7 @@ _LIKELY_ENCODINGS = (
 MAX_READINGS = 3  # maximum number of likely encodings listed in a message
 MAX_SAMPLE_BYTES = 1 << 14  # maximum size of the sample from which the encoding is guessed
 MAX_SEARCHED_BYTES = 1 << 28  # maximum number of bytes to search for text that is not UTF-8
-MAX_SKIPPED_CHARACTERS = 1 << 30  # a file with a longer line is damaged or sparse, so it is rejected
+MAX_SKIPPED_CHARACTERS = 1 << 30  # a file with a longer line is corrupt or sparse, so it is rejected
 
 
 def open_text(path: str, log: SkipLog | None = None, newline: str | None = None) -> TextIO:

@@ -133,7 +133,7 @@ def read_tar(path: str) -> Iterator[RawRow]:
                     yield path, number, sample.to_row(path, file)
                 sample = _Sample(key)
             sample.add(suffix.lower(), member)
-        if sample.members and (not damage or sample.is_complete()):  # the damaged sample is incomplete
+        if sample.members and (not damage or sample.is_complete()):  # the corrupt sample is incomplete
             number += 1
             yield path, number, sample.to_row(path, file)
         if damage:
@@ -175,9 +175,9 @@ class _BoundedFile(io.BufferedReader):
 
 
 def _read_members(tar: tarfile.TarFile, file: _BoundedFile) -> Iterator[tarfile.TarInfo | str]:
-    """Yield the members of a tar file. If the file is damaged, the last item is a description of the damage.
+    """Yield the members of a tar file. If the file is corrupt, the last item describes the problem.
 
-    `tarfile` itself stops at the damaged position without raising an error.
+    `tarfile` itself stops at the corrupt position without raising an error.
     """
     size, end = os.fstat(file.fileno()).st_size, 0
     while True:
