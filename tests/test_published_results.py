@@ -47,7 +47,7 @@ def test_published_rows_have_the_values_of_the_project_page() -> None:
         "2026: SigLIP2": (59.7, None, None, 48.2, None, None),
         "2026: SigLIP2 + LLM2CLIP": (69.1, None, None, 56.3, None, None),
     }
-    assert TABLES["vision_transfer"].cell("EVA02 + LLM2CLIP", "OV-COCO") == (28.9, 54.7, 48.0)
+    assert TABLES["vision_transfer"].get_cell("EVA02 + LLM2CLIP", "OV-COCO") == (28.9, 54.7, 48.0)
     assert get_published_rows("xtd10") == {} == get_published_rows("data")
     assert get_published_metrics("ade20k") == {"2026: EVA02": {"mIoU": 11.5}, "2026: EVA02 + LLM2CLIP": {"mIoU": 15.8}}
     assert get_published_metrics("cityscapes")["2026: EVA02 + LLM2CLIP"] == {"mIoU": 20.1}

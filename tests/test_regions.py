@@ -329,7 +329,7 @@ def test_differences_have_paired_intervals() -> None:
     predicted = np.where(rng.random(len(correct)) < 0.3, correct, first.predicted)
     rank = np.where(predicted == correct, 0, first.rank)
     second = dataclasses.replace(first, rank=rank, predicted=predicted)
-    difference = compute_region_metrics(data, first).difference(compute_region_metrics(data, second))
+    difference = compute_region_metrics(data, first).subtract(compute_region_metrics(data, second))
     used = [n for n in range(12) if n not in (3, 7)]
 
     def naive_accuracy(predictions: RegionPredictions, images: list[int]) -> float:
@@ -344,7 +344,7 @@ def test_differences_have_paired_intervals() -> None:
     assert difference["intervals"]["top-1"] == pytest.approx(tuple(np.quantile(samples, [0.025, 0.975])))
     keep = second.image != 0
     fewer = RegionPredictions(**{name: values[keep] for name, values in vars(second).items()})
-    difference = compute_region_metrics(data, first).difference(compute_region_metrics(data, fewer))
+    difference = compute_region_metrics(data, first).subtract(compute_region_metrics(data, fewer))
     assert difference["intervals"] == {} and "top-1" in difference["metrics"], "the models saw different images"
 
 

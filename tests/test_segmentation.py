@@ -89,10 +89,10 @@ def test_voc_labels_with_and_without_background(tmp_path: Path) -> None:
     data = BENCHMARKS["voc21"].load(tmp_path / "VOCdevkit")
     assert len(data.names) == 21 and data.names[0][:2] == ["sky", "wall"] and data.names[1] == ["aeroplane"]
     assert (data.logit_scale, data.min_probability, data.min_area, data.scale) == (65, 0.1, 0.1, 1.5)
-    assert data.has_background and [data.class_name(n) for n in (0, 1)] == ["background", "aeroplane"]
+    assert data.has_background and [data.get_class_name(n) for n in (0, 1)] == ["background", "aeroplane"]
     data = BENCHMARKS["voc20"].load(tmp_path / "VOCdevkit/VOC2012")
     assert (data.logit_scale, data.min_probability, data.min_area) == (40, 0, 0)
-    assert not data.has_background and data.class_name(0) == "aeroplane"
+    assert not data.has_background and data.get_class_name(0) == "aeroplane"
 
 
 def make_context(root: Path) -> Path:
@@ -506,7 +506,7 @@ def test_folder_of_masks_is_read_with_its_class_names(tmp_path: Path) -> None:
         assert str(data.images[index]) == str(expected.images[index])
     (tmp_path / "classes.txt").write_text("background\ngreen\nblue\n")
     data = benchmark.load(tmp_path)
-    assert data.has_background and data.class_name(0) == "background" and data.names[0][:2] == ["sky", "wall"]
+    assert data.has_background and data.get_class_name(0) == "background" and data.names[0][:2] == ["sky", "wall"]
     assert (data.logit_scale, data.min_probability) == (50, 0.1)
 
 
@@ -538,7 +538,7 @@ def test_masks_of_the_users_coco_file_are_read(tmp_path: Path) -> None:
     labels = np.zeros((48, 64), np.uint8)
     labels[4:20, 4:28], labels[20:44, 36:56] = 1, 3
     assert np.array_equal(data.read_labels(0), labels) and len(data.templates) == 80
-    assert [data.class_name(label) for label in range(4)] == ["background", "red", "green", "blue"]
+    assert [data.get_class_name(label) for label in range(4)] == ["background", "red", "green", "blue"]
 
 
 def test_label_maps_are_written_as_png(tmp_path: Path) -> None:

@@ -221,7 +221,7 @@ def test_score_short_queries_with_and_without_templates() -> None:
                 expected = average_precision_score(truth, (ranks.images.double() @ vector).numpy())
                 assert float(scores[0]) == pytest.approx(expected)
     one_word = result.plain[0]
-    entry = one_word.metrics()
+    entry = one_word.to_dict()
     assert entry["queries"] == 7 and entry["words"] == "1"
     assert entry["mAP"] == pytest.approx(100 * float(one_word.scores[:, 0].mean()))
     assert entry["nDCG@10 chance"] == pytest.approx(

@@ -31,7 +31,7 @@ class PublishedTable:
     heading: str = ""
     note: str = ""
 
-    def cell(self, row: str, column: str) -> Cell:
+    def get_cell(self, row: str, column: str) -> Cell:
         return self.rows[row][self.columns.index(column)]
 
 
@@ -86,7 +86,7 @@ def get_published_metrics(benchmark: str) -> dict[str, dict[str, float]]:
     table = TABLES["vision_transfer"]
     rows = {}
     for model in table.rows:
-        rows[f"{table.year}: {model}"] = dict(zip(metrics, table.cell(model, column) or (), strict=True))
+        rows[f"{table.year}: {model}"] = dict(zip(metrics, table.get_cell(model, column) or (), strict=True))
     return rows
 
 
@@ -103,7 +103,7 @@ def get_published_rows(benchmark: str) -> dict[str, tuple[float | None, ...]]:
     rows: dict[str, tuple[float | None, ...]] = {}
     for table in _find_tables(benchmark):
         for model in table.rows:
-            values = table.cell(model, PUBLISHED_NAMES[benchmark])
+            values = table.get_cell(model, PUBLISHED_NAMES[benchmark])
             if values is not None and len(values) == 2:
                 rows[f"{table.year}: {model}"] = (values[0], None, None, values[1], None, None)
             elif values is not None:

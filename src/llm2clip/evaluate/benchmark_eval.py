@@ -206,7 +206,7 @@ def _evaluate_segmentation(
 ) -> BenchmarkResult:
     result = evaluate_segmentation(data, embeddings, variants, predictions_dir)
     rows, bootstrap = [], {}
-    class_names = [data.class_name(label) for label in range(len(data.names))]
+    class_names = [data.get_class_name(label) for label in range(len(data.names))]
     for method, counts in result.counts.items():
         bootstrap[method] = compute_segmentation_metrics(counts, result.images)
         row = _make_method_row(method, bootstrap[method])

@@ -104,7 +104,7 @@ class BootstrapMetrics:
         """95% confidence interval of each metric."""
         return {name: self._interval(samples, (0.0, 100.0)) for name, samples in self.resamples.items()}
 
-    def difference(self, baseline: BootstrapMetrics) -> dict[str, Any]:
+    def subtract(self, baseline: BootstrapMetrics) -> dict[str, Any]:
         """Return each metric minus the baseline's metric, in percentage points, with paired 95% intervals.
 
         The resamples are paired because `draw_bootstrap_counts` draws the same images for both models.

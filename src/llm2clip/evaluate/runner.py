@@ -63,9 +63,9 @@ def evaluate_models(
     additional key "model". If the training images are known, "images trained on" counts those that were evaluated.
 
     A baseline's classification result, and each row of its other results, also contains "difference": the first model
-    minus the baseline (see `compute_retrieval_difference` and `BootstrapMetrics.difference`). With
+    minus the baseline (see `compute_retrieval_difference` and `BootstrapMetrics.subtract`). With
     `options.short_queries`, each row of a retrieval result also contains "short queries" and, if there are templates,
-    "short queries with templates" (both lists of `LengthScores.metrics` dicts) and "query templates".
+    "short queries with templates" (both lists of `LengthScores.to_dict` dicts) and "query templates".
 
     Args:
         models: Model to evaluate, followed by the baselines (see `open_embedding_source`).
@@ -252,9 +252,9 @@ class BenchmarkRunner:
                 continue
             result.short_queries[field] = scores
             row = next(row for row in result.summary["rows"] if row["captions"] == field)
-            row["short queries"] = [length.metrics() for length in scores.plain]
+            row["short queries"] = [length.to_dict() for length in scores.plain]
             if scores.with_templates is not None:
-                row["short queries with templates"] = [length.metrics() for length in scores.with_templates]
+                row["short queries with templates"] = [length.to_dict() for length in scores.with_templates]
                 row["query templates"] = dataclasses.asdict(templates)
 
     def get_summaries(self) -> list[dict[str, Any]]:
@@ -297,13 +297,13 @@ class BenchmarkRunner:
 def _add_differences(first: BenchmarkResult, result: BenchmarkResult) -> None:
     """Add the difference between the first model and a baseline to the baseline's summary or to each of its rows."""
     if "" in first.bootstrap:
-        result.summary["difference"] = first.bootstrap[""].difference(result.bootstrap[""])
+        result.summary["difference"] = first.bootstrap[""].subtract(result.bootstrap[""])
     for row in result.summary.get("rows", ()):
         field, method = row.get("captions"), row.get("method")
         if field in first.ranks:
             row["difference"] = compute_retrieval_difference(first.ranks[field], result.ranks[field])
         elif method in first.bootstrap:
-            row["difference"] = first.bootstrap[method].difference(result.bootstrap[method])
+            row["difference"] = first.bootstrap[method].subtract(result.bootstrap[method])
 
 
 def _check_arguments(models: Sequence[str], data: Sequence[str], options: EvaluateOptions) -> None:

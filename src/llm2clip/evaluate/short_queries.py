@@ -81,7 +81,7 @@ class LengthScores:
     chance: Tensor
     mean_relevant: float
 
-    def metrics(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return an entry for results.json, with metrics in percent and 95% confidence intervals."""
         entry: dict[str, Any] = {
             "words": self.words,
@@ -121,13 +121,13 @@ class ShortQueryResult:
         return f"Templates for short queries: {templates}. They increase mAP from {', '.join(gains)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the templates and the results as a JSON-compatible dict. See `LengthScores.metrics`."""
+        """Return the templates and the results as a JSON-compatible dict. See `LengthScores.to_dict`."""
         with_templates = self.with_templates
         return {
             "templates": list(self.templates.templates),
             "max_words": self.templates.max_words,
-            "short queries": [length.metrics() for length in self.plain],
-            "short queries with templates": with_templates and [length.metrics() for length in with_templates],
+            "short queries": [length.to_dict() for length in self.plain],
+            "short queries with templates": with_templates and [length.to_dict() for length in with_templates],
         }
 
 

@@ -102,7 +102,7 @@ class SegmentationData:
     min_area: float = 0.0
     """Foreground classes that cover at most this fraction of the foreground are not predicted."""
 
-    def class_name(self, label: int) -> str:
+    def get_class_name(self, label: int) -> str:
         """Return the display name of a class."""
         return "background" if label == 0 and self.has_background else self.names[label][0]
 

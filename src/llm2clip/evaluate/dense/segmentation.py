@@ -131,7 +131,7 @@ class LabelMapWriter:
         self._names = stems if is_unique else [f"{index}-{stem}" for index, stem in enumerate(stems)]
         self._palette = _make_palette(len(data.names)).flatten().tolist()
         if process_state().is_main_process:
-            classes = [data.class_name(label) for label in range(len(data.names))]
+            classes = [data.get_class_name(label) for label in range(len(data.names))]
             atomic_write_text(folder / "classes.txt", "\n".join(classes) + "\n")
 
     def write(self, method: str, index: int, labels: np.ndarray) -> None:
@@ -184,7 +184,7 @@ def build_segmentation_blocks(data: SegmentationData, result: SegmentationResult
             visible = np.where(np.isin(labels, list(hidden)), IGNORED, labels)
             images.append(ResultImage(_overlay_labels(image, visible, colours), None, name))
         blocks.append(ResultImages(str(data.images[index]), images))
-        blocks.append(Legend([(data.class_name(label), to_hex(colours[label] / 255)) for label in sorted(shown)]))
+        blocks.append(Legend([(data.get_class_name(label), to_hex(colours[label] / 255)) for label in sorted(shown)]))
     return blocks
 
 

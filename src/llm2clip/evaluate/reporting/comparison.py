@@ -254,7 +254,7 @@ def _format_metric_cell(metrics: Mapping[str, float], intervals: Mapping[str, An
 
 
 def format_difference(difference: Mapping[str, Any], name: str) -> str | None:
-    """Format one metric from the result of `BootstrapMetrics.difference`, e.g. "+1.2 (-0.3 to +2.5)"."""
+    """Format one metric from the result of `BootstrapMetrics.subtract`, e.g. "+1.2 (-0.3 to +2.5)"."""
     metrics, intervals = difference["metrics"], difference["intervals"]
     if name in intervals:
         return with_interval(metrics[name], intervals[name], "+.1f")
@@ -392,7 +392,7 @@ def _build_short_query_metrics_table(curves: Curves) -> Table:
     rows: list[list[Any]] = []
     for model, lengths in curves.items():
         for length in lengths:
-            entry = length.metrics()
+            entry = length.to_dict()
             cells = []
             for name in METRICS:
                 cells += [entry[name], format_interval(entry[f"{name} interval"])]

@@ -224,7 +224,7 @@ def _describe_gains(table_name: str, tuned: str, reference: str) -> str:
     table = TABLES[table_name]
     gains = []
     for column in table.columns:
-        high, low = table.cell(tuned, column), table.cell(reference, column)
+        high, low = table.get_cell(tuned, column), table.get_cell(reference, column)
         if column != "average" and high and low:
             gains.append(f"{column} {sum(high) / 2 - sum(low) / 2:+.1f}")
     return f"Paper ({table.year}), gain of {tuned} over {reference}, mean of I2T and T2I R@1: {', '.join(gains)}."
@@ -235,11 +235,11 @@ def _describe_chinese_retrieval(table_name: str, t2i: int) -> str:
     table = TABLES[table_name]
     values = []
     for model in table.rows:
-        cell = table.cell(model, "Flickr30k-CN")
+        cell = table.get_cell(model, "Flickr30k-CN")
         if cell:
             values.append(f"{model} {cell[t2i]}")
     return f"Paper ({table.year}), T2I R@1 on Flickr30k-CN: {', '.join(values)}."
 
 
 def _format_cell(table: PublishedTable, model: str, column: str) -> str:
-    return " / ".join(map(str, table.cell(model, column) or ()))
+    return " / ".join(map(str, table.get_cell(model, column) or ()))
