@@ -1,7 +1,7 @@
 """Block-based reports, rendered as Markdown and as a self-contained HTML page without scripts.
 
-The page is rendered from the template `templates/report.html.jinja`, and includes the CSS from `templates/report.css`.
-All text is escaped.
+The page uses the template `templates/report.html.jinja` and inlines the CSS from `templates/report.css`. All text is
+escaped.
 """
 
 import base64
@@ -18,8 +18,8 @@ from markupsafe import Markup, escape
 
 from llm2clip.io_utils import atomic_write_text
 
-GOOD, BAD, UNSURE = "good", "bad", "unsure"  # status of a paragraph or table cell, which determines its colour
-LONG_CELL = 30  # table cells with more characters than this may wrap
+GOOD, BAD, UNSURE = "good", "bad", "unsure"  # status of a paragraph or table cell; determines its colour
+LONG_CELL = 30  # characters; longer table cells may wrap
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """A paragraph of text. Backticks in the text mark code. `status` is either empty or one of GOOD, BAD and UNSURE."""
+    """A paragraph of text, in which backticks mark code. `status` is GOOD, BAD, UNSURE or empty."""
 
     text: str
     status: str = ""
@@ -38,7 +38,7 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Code:
-    """A code block. `language` is the name used for syntax highlighting in Markdown, and may be empty."""
+    """A code block. `language` selects the syntax highlighting in Markdown, and may be empty."""
 
     text: str
     language: str = ""
@@ -46,13 +46,13 @@ class Code:
 
 @dataclass(frozen=True)
 class Table:
-    """A table. Values are formatted by `format_cell`.
+    """A table, whose values are formatted by `format_cell`.
 
     Args:
-        header: Column names. They must not be empty, because screen readers read them out.
-        rows: Cell values of each row.
+        header: Column names. They must not be empty, because screen readers read them aloud.
+        rows: Cell values, row by row.
         highlight: Indices of the rows to highlight.
-        statuses: Maps the text of a cell to the cell's status, e.g. {"holds": GOOD}.
+        statuses: Status of each cell, keyed by the cell's text, e.g. {"holds": GOOD}.
     """
 
     header: Sequence[str]
@@ -74,10 +74,10 @@ class ResultImage:
     """An image retrieved by a query.
 
     Args:
-        jpeg: Image as JPEG data. None if the image cannot be decoded.
-        is_correct: True if the image is a correct result for the query. None if this is unknown.
+        jpeg: JPEG data. None if the image cannot be decoded.
+        is_correct: True if the image is a correct result for the query. None if unknown.
         caption: Text shown below the image.
-        url: Address that the image links to, or None.
+        url: Link target of the image, or None for no link.
     """
 
     jpeg: bytes | None
@@ -88,7 +88,7 @@ class ResultImage:
 
 @dataclass(frozen=True)
 class ResultImages:
-    """A query and the images that it retrieves."""
+    """A query and its retrieved images."""
 
     query: str
     images: Sequence[ResultImage]
@@ -96,14 +96,14 @@ class ResultImages:
 
 @dataclass(frozen=True)
 class Legend:
-    """Legend for the colours in the images above. Each entry is a name and a CSS colour, such as "#ff0000"."""
+    """Colour legend for the preceding images. Each entry is a name and a CSS colour, such as "#ff0000"."""
 
     entries: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Details:
-    """Text, such as the settings of a run, that is collapsed until the reader clicks on the summary."""
+    """Collapsed text, such as a run's settings. Clicking on the summary expands it."""
 
     summary: str
     text: str
@@ -114,7 +114,7 @@ _VISUAL = Plot | ResultImages | Legend | Details  # blocks that Markdown reports
 
 
 def write_report(folder: Path, name: str, title: str, blocks: Sequence[Block]) -> tuple[Path, Path]:
-    """Write a report to `folder/name.md` and `folder/name.html`, and return these paths."""
+    """Write a report to `folder/name.md` and `folder/name.html`; return both paths."""
     markdown_file, html_file = folder / f"{name}.md", folder / f"{name}.html"
     atomic_write_text(markdown_file, to_markdown(title, blocks, html_file.name))
     atomic_write_text(html_file, to_html(title, blocks))
@@ -122,10 +122,10 @@ def write_report(folder: Path, name: str, title: str, blocks: Sequence[Block]) -
 
 
 def to_markdown(title: str, blocks: Sequence[Block], html_name: str = "") -> str:
-    """Return a report as Markdown, without plots, images and collapsed text.
+    """Render a report as Markdown, without plots, images and collapsed text.
 
-    Sections that consist only of these blocks and paragraphs are omitted. If `html_name` is not empty, a note refers to
-    this HTML file.
+    Sections that contain only these blocks and paragraphs are omitted. If `html_name` is not empty and blocks were
+    omitted, a note refers to this HTML file.
     """
     parts = []
     has_images = any(isinstance(block, _VISUAL) for block in blocks)
@@ -145,13 +145,13 @@ def to_markdown(title: str, blocks: Sequence[Block], html_name: str = "") -> str
 
 
 def _escape_tags(text: str) -> str:
-    """Escape HTML tags, which Markdown would keep, outside of the code in backticks."""
+    """Escape HTML tags outside code in backticks, because Markdown would interpret them."""
     return re.sub(r"(`[^`]+`)|<(?=[a-z/!?])", lambda match: match[1] or "&lt;", text, flags=re.IGNORECASE)
 
 
 def _omit_visual_sections(blocks: Sequence[Block]) -> list[Block]:
-    """Remove the sections that contain plots or images and neither tables nor code."""
-    kept: list[Block] = []
+    """Remove sections that contain visual blocks but neither tables nor code."""
+    remaining: list[Block] = []
     position = 0
     while position < len(blocks):
         section = _find_section(blocks, position)
@@ -159,13 +159,16 @@ def _omit_visual_sections(blocks: Sequence[Block]) -> list[Block]:
         if is_visual and not any(isinstance(block, Table | Code) for block in section):
             position += len(section)
         else:
-            kept.append(blocks[position])
+            remaining.append(blocks[position])
             position += 1
-    return kept
+    return remaining
 
 
 def _find_section(blocks: Sequence[Block], start: int) -> Sequence[Block]:
-    """Return the heading at index `start`, if there is one, and all blocks up to the next heading of its level."""
+    """Return the section whose heading is at index `start`, or an empty list if there is no heading at this index.
+
+    A section ends before the next heading of the same or a higher level.
+    """
     heading = blocks[start]
     if not isinstance(heading, Heading):
         return []
@@ -189,7 +192,7 @@ def _format_table(table: Table) -> str:
 
 
 def to_html(title: str, blocks: Sequence[Block]) -> str:
-    """Return a report as a single HTML page."""
+    """Render a report as a single HTML page."""
     style = (files("llm2clip") / "templates" / "report.css").read_text(encoding="utf-8")
     return _load_template().render(title=title, blocks=blocks, style=style)
 
@@ -216,30 +219,30 @@ def _load_template() -> jinja2.Template:
 
 
 def _format_inline(text: str) -> Markup:
-    """Escape text for HTML, and convert text in backticks to <code> elements."""
+    """Escape text for HTML, and convert backticks to <code> elements."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _label_svg(plot: Plot) -> Markup:
-    """Return a plot's SVG as an image with a text alternative. Otherwise, screen readers read out each axis label."""
+    """Add a text alternative to a plot's SVG, because screen readers would otherwise read out each axis label."""
     return Markup(plot.svg.replace("<svg", f'<svg role="img" aria-label="{escape(plot.caption)}"', 1))
 
 
 def format_cell(value: Any) -> str:
-    """Format a table cell: floats with one decimal place, or one significant digit if small, and None as a dash."""
+    """Format a table cell. Floats get one decimal place (one significant digit if small), and None becomes a dash."""
     if isinstance(value, float):
         return f"{value:.1g}" if 0.0005 <= abs(value) < 0.1 else f"{value:.1f}"
     return "–" if value is None else str(value)
 
 
 def format_interval(interval: Sequence[float], number_format: str = ".1f") -> str:
-    """Format an interval, as in "43.1 to 47.0"."""
+    """Format an interval, for example as "43.1 to 47.0"."""
     low, high = (format(limit, number_format) for limit in interval)
     return f"{low} to {high}"
 
 
 def with_interval(value: float, interval: Sequence[float], number_format: str = ".1f") -> str:
-    """Format a value and its interval, as in "45.2 (43.1 to 47.0)"."""
+    """Format a value and its interval, for example as "45.2 (43.1 to 47.0)"."""
     return f"{format(value, number_format)} ({format_interval(interval, number_format)})"
 
 

@@ -1,4 +1,4 @@
-"""The `llm2clip` command. Heavy imports are deferred until a command is run, so that `--help` is instant."""
+"""The `llm2clip` command. Heavy imports are deferred until a command runs, which keeps `--help` instant."""
 
 import logging
 import os
@@ -8,7 +8,7 @@ import warnings
 
 from llm2clip import __version__
 from llm2clip.cli import evaluate, export, llava, search, setup, store, train
-from llm2clip.cli.commands import ArgumentParser, Commands, HelpFormatter, Run
+from llm2clip.cli.commands import ArgumentParser, CommandFunction, Commands, HelpFormatter
 
 DESCRIPTION = """Give a CLIP model a large language model's understanding of text.
 
@@ -38,18 +38,18 @@ Research:
   llm2clip reproduce DATA               test the paper's claims
 
 DATA is a .jsonl, .csv, .tsv or .parquet file, a folder of images with captions next to them, webdataset tars, or
-hf:NAME. DATA@train+none uses only the splits `train` and `none`. Every command accepts --config FILE_OR_NAME and dotted
+hf:NAME. DATA@train+none selects the splits `train` and `none`. Every command accepts --config FILE_OR_NAME and dotted
 overrides such as --align.epochs 20. To resume an interrupted command, run it again."""
 
 
-def build_parser() -> tuple[ArgumentParser, dict[str, Run]]:
-    """Return the argument parser and a dict that maps each command name to the function that runs the command."""
+def build_parser() -> tuple[ArgumentParser, dict[str, CommandFunction]]:
+    """Return the argument parser and the function that runs each command, keyed by command name."""
     parser = ArgumentParser(
         prog="llm2clip",
         version=__version__,
         description=DESCRIPTION,
         formatter_class=HelpFormatter,
-        allow_abbrev=False,  # otherwise argparse could accept a misspelt setting as an abbreviation
+        allow_abbrev=False,  # prevents argparse from accepting a misspelt setting as an abbreviation
     )
     commands = Commands(parser, "COMMAND")
     for module in (setup, train, store, evaluate, search, export, llava):
@@ -58,8 +58,8 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Run]]:
 
 
 def quiet_libraries() -> None:
-    """Hide library messages that are not useful to users of llm2clip."""
-    # "The following layers were not sharded" refers to a tensor-parallel plan, which llm2clip does not use.
+    """Hide library messages that do not help llm2clip users."""
+    # Hides "The following layers were not sharded": it concerns tensor parallelism, which llm2clip does not use.
     logging.getLogger("transformers.distributed.tensor_parallel").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|torch\.|accelerate\.")
 
@@ -67,7 +67,7 @@ def quiet_libraries() -> None:
 def main(args: list[str] | None = None) -> int:
     """Run a command and return its exit status.
 
-    Errors that users can fix are printed as a single message, without a traceback.
+    Errors that users can fix are printed as a message without a traceback.
     """
     parser, run = build_parser()
     if not (sys.argv[1:] if args is None else args):
@@ -89,7 +89,7 @@ def main(args: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted. Run the same command again to resume.", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the program that reads the output, such as `head`, has ended
+    except BrokenPipeError:  # the program reading the output, such as `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
@@ -112,6 +112,6 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _is_raised_by(packages: set[str], error: BaseException) -> bool:
-    """Return True if an exception was raised by code of one of the given packages."""
+    """Return True if code in one of the given packages raised the exception."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return str(frames[-1].f_globals.get("__name__")).partition(".")[0] in packages

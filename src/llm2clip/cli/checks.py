@@ -1,4 +1,4 @@
-"""Checks of paths and model names without heavy imports, so that commands report mistakes within a second."""
+"""Path and model name checks that avoid heavy imports, so commands report mistakes within a second."""
 
 import os
 import socket
@@ -18,10 +18,10 @@ ENCODERS = (
 
 
 def check_sources(*groups: Iterable[str] | None) -> None:
-    """Check that the files and folders of data sources exist.
+    """Check that all data sources exist.
 
     Args:
-        groups: Lists of sources, each in the form PATH or PATH@split+split.
+        groups: Lists of sources of the form PATH or PATH@split+split.
 
     Raises:
         FileNotFoundError: A path does not exist, or a pattern matches no file. The message suggests similar names.
@@ -32,11 +32,11 @@ def check_sources(*groups: Iterable[str] | None) -> None:
     for source in (source for group in groups for source in group or []):
         path = Source.parse(source).path
         if not path.startswith("hf:") and not os.path.exists(os.path.expanduser(path)):
-            find_files(path)  # expands patterns, and raises an error if no file matches
+            find_files(path)  # expands patterns; raises an error if no file matches
 
 
 def check_index(location: str | None) -> None:
-    """Raise FileNotFoundError if there is no index in a local folder. URLs are not checked."""
+    """Raise FileNotFoundError if a local folder contains no index. URLs are not checked."""
     from llm2clip.runs.output_folder import INDEX_FILE
     from llm2clip.search.backends import missing_index_message
 
@@ -45,56 +45,56 @@ def check_index(location: str | None) -> None:
 
 
 def check_stores(*folders: str) -> None:
-    """Raise FileNotFoundError if the folder of an embedding store does not exist."""
+    """Raise FileNotFoundError if an embedding store's folder does not exist."""
     for folder in folders:
         if not os.path.isdir(folder):
             from llm2clip.data.readers import suggest_paths
 
             raise FileNotFoundError(
-                f"{folder} is not a store: no such folder; {suggest_paths(folder)}. Create a store with "
+                f"{folder} is not a store: no such folder; {suggest_paths(folder)}. To create a store, run "
                 "`llm2clip embed`"
             )
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise OSError if a server cannot listen on a port, for example because another program uses it."""
+    """Raise OSError if a server cannot listen on a port, for example because another program is using it."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         socket.create_server((host, port), family=family).close()
     except OSError as error:
         raise OSError(
-            f"cannot listen on port {port} of {host}: {error.strerror}. Stop the other program, or choose another port "
-            "with --port (0 means any free port)"
+            f"cannot listen on port {port} of {host}: {error.strerror}. Stop the program that is using the port, or "
+            "choose another port with --port (0 means any free port)"
         ) from error
 
 
 def resolve_model(name: str) -> str:
-    """Return the name of an image-text model. For a run directory, return its model folder.
+    """Return the name of an image-text model. Run directories are replaced with their model folder.
 
     Raises:
-        FileNotFoundError: The name is not an existing file or folder, and cannot be the name of a model.
+        FileNotFoundError: The name is neither an existing path nor a valid model name.
     """
     return _resolve_name(name, "config.json", ("model",), ())
 
 
 def resolve_encoder(path: str) -> str:
-    """Return the path of a caption encoder. For a run directory of `tune` or `fit`, return its tuned encoder.
+    """Return the path of a caption encoder. `tune` and `fit` run directories are replaced with their tuned encoder.
 
     Raises:
-        FileNotFoundError: The path is not an existing file or folder, and cannot be the name of an encoder.
+        FileNotFoundError: The path does not exist and is not a valid encoder name.
     """
     return _resolve_name(path, "modules.json", ("encoder", "tune/encoder"), ENCODERS)
 
 
 def check_pretrained(*names: str) -> None:
-    """Raise FileNotFoundError if the name of a vision tower or LLM looks like a path that does not exist."""
+    """Raise FileNotFoundError if a vision tower or LLM name looks like a path that does not exist."""
     for name in names:
-        if "/" in name or "\\" in name:  # other names refer to timm models and built-in models
+        if "/" in name or "\\" in name:  # names without slashes refer to timm models and built-in models
             _resolve_name(name, "config.json", (), ())
 
 
 def _resolve_name(name: str, config_file: str, subfolders: tuple[str, ...], known: tuple[str, ...]) -> str:
-    """Return `name` or, if it is a folder without `config_file`, the first of its subfolders that has this file."""
+    """Return `name`, or its first subfolder with `config_file` if `name` is a folder without this file."""
     path = Path(name).expanduser()
     if path.is_dir() and not (path / config_file).exists():
         for subfolder in subfolders:

@@ -1,4 +1,4 @@
-"""Building blocks of the command-line interface: subcommands, help formatting and the option `--config`."""
+"""Building blocks of the command-line interface: subcommands, help formatting and the `--config` option."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ from llm2clip.config import FitConfig
 
 DATA_HELP = "Image-caption sources: PATH, or PATH@split+split to use only some splits."
 
-# Default value of each setting in a config file, grouped by section.
+# Default values of all config settings, grouped by section.
 FIT_SETTINGS: dict[str, Any] = dataclasses.asdict(FitConfig())
-# Names of the sections of config files. Modules add the sections that only their own commands have.
+# Names of config file sections. Modules add the sections that only their own commands use.
 SECTIONS = {name for name, value in FIT_SETTINGS.items() if isinstance(value, dict) and value} | {"reproduce"}
 
-# Function that runs a command. It takes the parsed arguments and returns the lines to print at the end, such as the
-# path of the result and the next command to run.
-Run = Callable[[Namespace], list[str]]
+# Runs a command with the parsed arguments. Returns the lines to print at the end, such as the path of the result and
+# the next command to run.
+CommandFunction = Callable[[Namespace], list[str]]
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)  # use the docstrings of dataclass fields as help texts
+set_parsing_settings(docstring_parse_attribute_docstrings=True)  # use dataclass field docstrings as help texts
 
 
 class ArgumentParser(jsonargparse.ArgumentParser):
-    """Parser whose error messages contain the option or setting, its valid values, and similar names."""
+    """Parser whose error messages name the option or setting, its valid values, and similar names."""
 
-    _words: Sequence[str] = ()  # command-line arguments; empty for parsers of subcommands
-    config_file: str | None = None  # config file that is currently being read
+    _words: Sequence[str] = ()  # command-line arguments; empty in subcommand parsers
+    config_file: str | None = None  # config file currently being read
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:  # type: ignore[override]
         self._words = sys.argv[1:] if args is None else args
@@ -58,7 +58,7 @@ class ArgumentParser(jsonargparse.ArgumentParser):
         parser: Any = self
         words = list(self._words)
         while words and parser._subcommands_action is not None and words[0] in parser._subcommands_action.choices:
-            parser = parser._subcommands_action.choices[words.pop(0)]  # the root parser reports its subcommands' errors
+            parser = parser._subcommands_action.choices[words.pop(0)]  # the root parser reports subcommand errors
         if parser._subcommands_action is None or (words and words[0].startswith("-")):
             message = _explain_error(message, parser)
         else:
@@ -71,9 +71,9 @@ class ArgumentParser(jsonargparse.ArgumentParser):
 
 
 def _explain_error(message: str, parser: Any) -> str:
-    """Rewrite a jsonargparse error message so that users need not know Python types.
+    """Rewrite a jsonargparse error message without Python type names.
 
-    A message in an unknown format is returned unchanged.
+    Messages in an unknown format are returned unchanged.
     """
     actions = {action.dest: action for action in parser._actions}
     flags = {dest: action.option_strings[0] for dest, action in actions.items() if action.option_strings}
@@ -95,9 +95,9 @@ def _explain_error(message: str, parser: Any) -> str:
 
 def suggest_names(name: str, known: Iterable[str]) -> str:
     """Return " (did you mean X?)" with the most similar known names, or "" if no name is similar."""
-    names = {other.lstrip("-"): other for other in known}  # otherwise the dashes would count as similar
+    names = {other.lstrip("-"): other for other in known}  # without dashes, which would count towards the similarity
     name = name.lstrip("-")
-    last_parts = {other: other.rpartition(".")[2] for other in names}  # `--lr` stands for `--align.lr` or `--tune.lr`
+    last_parts = {other: other.rpartition(".")[2] for other in names}  # `--lr` may mean `--align.lr` or `--tune.lr`
     similar = [other for other in names if last_parts[other] == name] or difflib.get_close_matches(name, names, n=1)
     if not similar:
         closest = difflib.get_close_matches(name, set(last_parts.values()), n=1)
@@ -107,8 +107,8 @@ def suggest_names(name: str, known: Iterable[str]) -> str:
 
 
 def _describe_type(typehint: Any) -> str:
-    """Return a description of a type for error messages, such as "an integer"."""
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+    """Describe a type for error messages, for example as "an integer"."""
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
     if typehint in names:
         return names[typehint]
     if typehint in RANGES:
@@ -124,27 +124,27 @@ def _describe_type(typehint: Any) -> str:
 
 
 class Commands:
-    """Subcommands of a parser, and the functions that run them."""
+    """A parser's subcommands and the functions that run them."""
 
     def __init__(self, parser: ArgumentParser, metavar: str) -> None:
         self._subparsers = parser.add_subcommands(metavar=metavar)
-        self.run = dict[str, Run]()
+        self.run = dict[str, CommandFunction]()
 
-    def add(self, name: str, run: Run, description: str) -> ArgumentParser:
+    def add(self, name: str, run: CommandFunction, description: str) -> ArgumentParser:
         """Add a command and return its parser."""
         parser = ArgumentParser(description=description)
         parser.add_argument(
             "--config",
             action=ConfigFileAction,
-            help="YAML file, or the name of a built-in config (see `llm2clip configs`). May be given more than "
-            "once; later configs and flags override earlier ones.",
+            help="YAML file, or the name of a built-in config (see `llm2clip configs`). May be repeated; later configs "
+            "and flags override earlier ones.",
         )
         self._subparsers.add_subcommand(name, parser, help=description)
         self.run[name] = run
         return parser
 
-    def group(self, name: str, description: str) -> Commands:
-        """Add a command with subcommands. Return an object to which the subcommands can be added."""
+    def add_group(self, name: str, description: str) -> Commands:
+        """Add a command group and return its `Commands` object, to which subcommands can be added."""
         parser = ArgumentParser(description=description)
         self._subparsers.add_subcommand(name, parser, help=description)
         group = Commands(parser, "COMMAND")
@@ -155,7 +155,7 @@ class Commands:
 class ConfigFileAction(ActionConfigFile):
     """Action for `--config FILE_OR_NAME`.
 
-    A command ignores `fit` settings that do not apply to it, so that one config works for all stages. Unknown settings
+    Commands ignore `fit` settings that do not apply to them, so the same config works for all stages. Unknown settings
     raise an error.
     """
 
@@ -171,7 +171,7 @@ class ConfigFileAction(ActionConfigFile):
 
 
 def read_builtin_configs() -> dict[str, str]:
-    """Return the configs included in the package, as a dict {name: YAML text}."""
+    """Return the YAML text of each built-in config, keyed by name."""
     folder = files("llm2clip") / "configs"
     entries = [entry for entry in folder.iterdir() if entry.name.endswith(".yaml")]
     entries.sort(key=lambda entry: entry.name)
@@ -179,13 +179,13 @@ def read_builtin_configs() -> dict[str, str]:
 
 
 def _read_config(file_or_name: str) -> dict[str, Any]:
-    """Return the settings in a config file or a built-in config."""
+    """Read the settings from a config file or a built-in config."""
     path = Path(file_or_name)
     builtin = read_builtin_configs()
     if not path.is_file() and file_or_name not in builtin:
         raise FileNotFoundError(
-            f"no such file, and no built-in config has this name{suggest_names(file_or_name, builtin)}. Built-in "
-            f"configs: {', '.join(builtin)}"
+            f"neither a file nor a built-in config{suggest_names(file_or_name, builtin)}. Built-in configs: "
+            f"{', '.join(builtin)}"
         )
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8") if path.is_file() else builtin[file_or_name])
@@ -195,14 +195,15 @@ def _read_config(file_or_name: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"not valid YAML: {error}") from error
     if not isinstance(settings, dict | None):
-        raise ValueError(f"must contain settings of the form `name: value` (got {settings!r})")
+        raise ValueError(f"settings must have the form `name: value` (got {settings!r})")
     return settings or {}
 
 
 def _select_relevant_settings(settings: dict[str, Any], known: set[str]) -> dict[str, Any]:
-    """Return the settings of a config file without the `fit` settings that this command does not have.
+    """Return the config file settings that apply to a command, dropping all other `fit` settings.
 
-    `known` contains the names of all settings of the command. A setting that no command has is an error.
+    `known` contains the names of the command's settings. Settings that are neither known nor `fit` settings raise an
+    error.
     """
     relevant: dict[str, Any] = {}
     for name, value in settings.items():
@@ -228,13 +229,10 @@ def _check_name(name: str, known: set[str]) -> None:
 
 
 class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Plain help formatter: prints a short usage line, followed by the description and default of each argument.
-
-    Argument types are not shown.
-    """
+    """Help formatter that prints a short usage line, then each argument's description and default, but no types."""
 
     def add_usage(self, usage: Any, actions: Iterable[Action], *args: Any, **kwargs: Any) -> None:
-        """Add a usage line that shows only the command's own arguments and omits the stages' settings."""
+        """Add a usage line that shows only the command's own arguments, without the stage settings."""
         shown = [action for action in actions if "." not in action.dest and action.dest not in SECTIONS]
         super().add_usage(usage, shown, *args, **kwargs)
 
@@ -260,11 +258,11 @@ class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 
 class Columns:
-    """Argument type of --columns. Parsed values are dicts that map field names to column names."""
+    """Argument type for --columns. The parsed value is a dict that maps field names to column names."""
 
 
 def parse_columns(value: str | dict[str, str]) -> dict[str, str]:
-    """Parse `field=column,field=column`. A dict is returned unchanged.
+    """Parse `field=column,field=column`. Dicts are returned unchanged.
 
     Raises:
         ValueError: The text does not have this form.
@@ -280,7 +278,7 @@ def parse_columns(value: str | dict[str, str]) -> dict[str, str]:
 Port = restricted_number_type("Port", int, [(">=", 0), ("<=", 65535)])
 register_type(Columns, serializer=dict, deserializer=parse_columns, type_check=lambda value, _: type(value) is dict)
 
-# Argument types with a limited range -> descriptions for error messages.
+# Descriptions of restricted argument types for error messages.
 RANGES: dict[type, str] = {
     Columns: "of the form field=column,field=column, such as captions=text,image=file",
     Port: "an integer between 0 and 65535",
@@ -297,7 +295,7 @@ def add_reading_arguments(parser: ArgumentParser, max_skipped: float = 0.05) -> 
         "--columns",
         type=Columns,
         default={},
-        help="Column name in the source for each field, e.g. captions=text,image=file.",
+        help="Mapping from fields to source columns, e.g. captions=text,image=file.",
     )
     parser.add_argument(
         "--max_skipped",
@@ -308,14 +306,14 @@ def add_reading_arguments(parser: ArgumentParser, max_skipped: float = 0.05) -> 
 
 
 def add_flags(parser: ArgumentParser, options: type, skip: Collection[str] = ()) -> None:
-    """Add a flag for each field of a dataclass, with the docstring of the field as help text.
+    """Add a flag for each field of a dataclass, using the field's docstring as the help text.
 
-    Booleans become switches without a value. Lists take one or more values, separated by spaces. Lists that may be None
-    also accept zero values.
+    Booleans become switches without a value. Lists take one or more values, separated by spaces. Optional lists also
+    accept zero values.
 
     Args:
-        options: Dataclass whose booleans are False by default.
-        skip: Names of fields without a flag.
+        options: Dataclass. Its booleans must be False by default.
+        skip: Names of fields to skip.
     """
     help_texts = {param.arg_name: param.description or "" for param in parse_from_object(options).params}
     types = get_type_hints(options)
@@ -336,15 +334,15 @@ def add_flags(parser: ArgumentParser, options: type, skip: Collection[str] = ())
 
 
 def format_command(*words: object) -> str:
-    """Return an `llm2clip` command for the hints at the end of a command, quoted for the shell."""
+    """Return a shell-quoted `llm2clip` command, used in hints about what to run next."""
     return shlex.join(["llm2clip", *map(str, words)])
 
 
 def format_column_flags(columns: dict[str, str]) -> list[str]:
-    """Return the flags for a column mapping."""
+    """Return the command-line flags that specify a column mapping. Empty without a mapping."""
     return ["--columns", ",".join(f"{field}={column}" for field, column in columns.items())] if columns else []
 
 
 def select_arguments(args: Namespace, *names: str) -> dict[str, Any]:
-    """Return the arguments with the given names as a dict, for example to pass as keyword arguments."""
+    """Return the named arguments as a dict, for example to pass as keyword arguments."""
     return {name: args[name] for name in names}

@@ -25,36 +25,34 @@ def add_commands(commands: Commands) -> None:
     parser = commands.add(
         "evaluate",
         _evaluate,
-        "Evaluate any model on your data or on public benchmarks, or measure the caption retrieval accuracy (CRA) of "
-        "any text encoder.",
+        "Evaluate any model on your data or public benchmarks, or measure any text encoder's caption retrieval "
+        "accuracy (CRA).",
     )
     parser.add_argument(
         "model",
         nargs="?",
         type=str,
-        help="Model folder or hub id; a transformers image-text model; open_clip:NAME/PRETRAINED; st:NAME "
-        "(sentence-transformers); or FILE.npz (precomputed embeddings). Optional with --captions.",
+        help="Model folder, hub id, transformers image-text model, open_clip:NAME/PRETRAINED, st:NAME "
+        "(sentence-transformers), or FILE.npz (precomputed embeddings). Optional with --captions.",
     )
     parser.add_argument(
         "data",
         nargs="*",
         type=str,
         default=[],
-        help=f"{DATA_HELP} If a source has no splits, the images that `fit` would hold out are used.",
+        help=f"{DATA_HELP} For a source without splits, the images that `fit` would hold out are used.",
     )
-    parser.add_argument("--baselines", nargs="+", type=str, help="Other models to show in the same tables.")
+    parser.add_argument("--baselines", nargs="+", type=str, help="Other models to include in the same tables.")
     add_flags(parser, EvaluateOptions, skip={"columns", "max_skipped"})
     add_reading_arguments(parser)
     parser.add_class_arguments(EncoderConfig, "encoder")
     parser.add_class_arguments(EvaluateConfig, "evaluate", skip={"data"})
 
     parser = commands.add("benchmarks", _benchmarks, "List the public benchmarks and their download locations.")
-    parser.add_argument(
-        "--root", type=str, default="data/benchmarks", help="Folder that contains one folder per benchmark."
-    )
+    parser.add_argument("--root", type=str, default="data/benchmarks", help="Folder with one subfolder per benchmark.")
 
     parser = commands.add("reproduce", _reproduce, "Test the paper's claims on your data.")
-    parser.add_argument("data", type=str, help="Folder that the source paths in --reproduce are relative to.")
+    parser.add_argument("data", type=str, help="Base folder of the source paths in --reproduce.")
     parser.add_argument(
         "--out", type=str, default="runs/reproduce", help="Run directory; the result is OUT/report.html."
     )

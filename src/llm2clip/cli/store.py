@@ -17,40 +17,40 @@ if TYPE_CHECKING:
 
 def add_commands(commands: Commands) -> None:
     """Add this module's commands."""
-    group = commands.group("store", "Check, repair, merge, export and import embedding stores.")
+    group = commands.add_group("store", "Check, repair, merge, export and import embedding stores.")
 
     parser = group.add("verify", _verify, "Read every shard and verify its checksum.")
     parser.add_argument("folder", type=str, help="Store folder.")
 
-    parser = group.add("repair", _repair, "Delete corrupt shards. `llm2clip embed` then re-encodes their captions.")
+    parser = group.add("repair", _repair, "Delete corrupt shards. Re-encode their captions with `llm2clip embed`.")
     parser.add_argument("folder", type=str, help="Store folder.")
 
-    parser = group.add("merge", _merge, "Merge stores that several machines wrote with the same encoder.")
+    parser = group.add("merge", _merge, "Merge stores written by several machines with the same encoder.")
     parser.add_argument("folders", nargs="+", type=str, help="Store folders to merge.")
     parser.add_argument("--out", type=str, required=True, help="Folder for the merged store.")
 
-    parser = group.add("export", _export, "Export a store to Parquet, or to tar files for the official LLM2CLIP code.")
+    parser = group.add("export", _export, "Export a store as Parquet, or as tar files for the official LLM2CLIP code.")
     parser.add_argument("folder", type=str, help="Store folder.")
     parser.add_argument("--parquet", type=str, help="Parquet file to write.")
     parser.add_argument(
         "--tars",
         nargs="+",
         type=str,
-        help="Webdataset tar files. X_text_embeddings.tar is written next to each X.tar.",
+        help="Webdataset tar files. For each X.tar, X_text_embeddings.tar is written next to it.",
     )
 
     parser = group.add(
-        "import", _import, "Create a store from a Parquet file, or from tars of the official LLM2CLIP code."
+        "import", _import, "Create a store from a Parquet file, or from the official LLM2CLIP code's tar files."
     )
     parser.add_argument(
-        "--parquet", type=str, help="Parquet file with a column `embedding` and a column `key` or `caption`."
+        "--parquet", type=str, help="Parquet file with an `embedding` column and either a `key` or `caption` column."
     )
     parser.add_argument(
         "--tars", nargs="+", type=str, help="Webdataset tar files, with X_text_embeddings.tar next to each X.tar."
     )
     parser.add_argument("--out", type=str, required=True, help="Store folder.")
     parser.add_argument(
-        "--precision", type=str, default="fp32", help="Precision with which the embeddings were computed."
+        "--precision", type=str, default="fp32", help="Precision at which the embeddings were computed."
     )
     parser.add_class_arguments(EncoderConfig, "encoder")
 

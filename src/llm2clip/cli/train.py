@@ -36,7 +36,7 @@ def add_commands(commands: Commands) -> None:
         nargs="*",
         type=str,
         default=[],
-        help="Caption sources; images are not needed. If a source has no splits, the captions of the images that `fit` "
+        help="Caption sources; images are not needed. In a source without splits, the captions of images that `fit` "
         "would hold out are skipped.",
     )
     parser.add_argument("--out", type=str, required=True, help="Output folder; the result is OUT/encoder.")
@@ -51,19 +51,19 @@ def add_commands(commands: Commands) -> None:
         "--engine",
         choices=["local", "ray"],
         default="local",
-        help="local: this process, or all ranks started by torchrun or accelerate. ray: a Ray cluster.",
+        help="local: run in this process, or in all ranks started by torchrun or accelerate. ray: use a Ray cluster.",
     )
     parser.add_argument(
         "--ray_workers",
         type=NonNegativeInt,
         default=0,
-        help="Number of Ray workers. 0 means one per GPU or, without a GPU, one per two CPU cores.",
+        help="Number of Ray workers. 0 means one per GPU or, without GPUs, one per two CPU cores.",
     )
     parser.add_argument(
         "--phrases",
         type=bool,
         default=True,
-        help="Also encode the short phrases of DATA, on which `align` trains by default. All captions are then read "
+        help="Also encode the short phrases in DATA, which `align` uses for training by default. Reads all captions "
         "into memory.",
     )
     add_reading_arguments(parser)
@@ -75,19 +75,19 @@ def add_commands(commands: Commands) -> None:
         "data",
         nargs="+",
         type=str,
-        help=f"{DATA_HELP} If a source has no splits, the images that `fit` would hold out are skipped.",
+        help=f"{DATA_HELP} In a source without splits, the images that `fit` would hold out are skipped.",
     )
-    parser.add_argument("--store", type=str, help="Store with embeddings of the captions in DATA, written by `embed`.")
+    parser.add_argument("--store", type=str, help="Store with the caption embeddings of DATA, written by `embed`.")
     parser.add_argument(
         "--own_text_tower",
         action="store_true",
-        help="Baseline, used instead of --store: fine-tune both towers of the CLIP model given by --align.tower.",
+        help="Train a baseline without --store: fine-tune both towers of the CLIP model given by --align.tower.",
     )
     parser.add_argument("--held_out", nargs="+", type=str, help="Sources to evaluate on during training.")
     parser.add_argument(
         "--features",
         type=str,
-        help="Store of image features from the frozen tower (--align.tower_lr 0), which several runs can share. "
+        help="Store for image features from the frozen tower (--align.tower_lr 0). Several runs can share it. "
         "Default: a folder in OUT.",
     )
     parser.add_argument("--out", type=str, required=True, help="Output folder; the result is OUT/model.")
@@ -158,12 +158,12 @@ def _align(args: Namespace) -> list[str]:
 
 
 def _make_config(args: Namespace) -> FitConfig:
-    """Return the settings of a command. Settings that the command does not have keep their defaults."""
+    """Create a `FitConfig` from a command's arguments. All other settings keep their defaults."""
     return FitConfig(**{field.name: args[field.name] for field in dataclasses.fields(FitConfig) if field.name in args})
 
 
 def _format_model_hints(model: Path, args: Namespace, *flags: str) -> list[str]:
-    """Format the next commands for a trained model. `flags` are additional arguments of `evaluate`."""
+    """Format the next commands to run for a trained model. `flags` are extra arguments for `evaluate`."""
     columns, index = format_column_flags(args.columns), model.parent / "index"
     return [
         f"Next: {format_command('evaluate', model, *args.data, *columns, *flags)}",
@@ -172,7 +172,7 @@ def _format_model_hints(model: Path, args: Namespace, *flags: str) -> list[str]:
 
 
 def _make_encoder_flags(encoder: EncoderConfig) -> list[str]:
-    """Return --encoder flags for all settings that differ from the defaults.
+    """Return the encoder path flag, and --encoder flags for all other settings that differ from their defaults.
 
     Commands that use a store need these flags, because a store works only with the encoder config that created it.
     """

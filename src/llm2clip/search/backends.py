@@ -1,6 +1,6 @@
-"""Interface of index backends, the data types that all backends share, and a function that opens an index.
+"""Index backend interface, shared data types, and a function that opens an index.
 
-An index is stored either in a local folder (SQLite) or in a Qdrant collection.
+An index is stored in either a local folder (SQLite) or a Qdrant collection.
 """
 
 import json
@@ -17,9 +17,9 @@ from llm2clip.data.image_refs import DatasetImage, FileImage, ImageRef, ParquetI
 from llm2clip.io_utils import install_command
 
 QDRANT_PREFIX = "qdrant+"
-FORMAT_VERSION = 1  # of indexes
+FORMAT_VERSION = 1  # index format
 NEW_INDEX_ADVICE = "Build a new index in another folder with `llm2clip index`"
-# These keys are stored in every index, so a class must keep its key even if it is renamed.
+# These keys are stored in every index, so they must not change when a class is renamed.
 REF_TYPES: dict[str, type[ImageRef]] = {
     "FileImage": FileImage,
     "TarImage": TarImage,
@@ -35,11 +35,10 @@ class IndexedImage:
     Args:
         name: Canonical path in the form `FILE`, `TAR!MEMBER` or `TABLE[ROW].COLUMN`. Unique within an index.
         ref: Reference to the image's bytes.
-        source: Image source in the format of `open_records`. Its path is absolute.
+        source: Image source in the format of `open_records`, with an absolute path.
         file_version: Size and modification time of the file, used to detect changes.
         captions: Captions of the image. Empty if the source has no captions.
-        taken: Unix timestamp at which the photo was taken, from EXIF. If there is no EXIF date, the file's
-            modification time.
+        taken: EXIF capture time as a Unix timestamp. For images without an EXIF date, the file's modification time.
     """
 
     name: str
@@ -51,19 +50,19 @@ class IndexedImage:
 
     @property
     def container(self) -> str:
-        """Path of the image file, or of the tar file or table that contains the image."""
+        """Path of the image file, or the tar file or table that contains the image."""
         if isinstance(self.ref, FileImage):
             return self.name
         name = self.name
         if isinstance(self.ref, TarImage):
-            # This suffix is appended if a tar file contains two members with the same name.
+            # This suffix distinguishes tar members with the same name.
             name = name.removesuffix(f"@{self.ref.offset}")
         path_length = len(self.ref.container_path or "")
         return name.removesuffix(to_valid_unicode(str(self.ref)[path_length:]))
 
 
 class ImageState(NamedTuple):
-    """State of an image. If it differs from the indexed state, the image has changed."""
+    """State of an image, used to detect changes since indexing."""
 
     file_version: str
     captions: tuple[str, ...]
@@ -76,7 +75,7 @@ class IndexedContent:
     Args:
         hash: SHA-256 hash of the encoded image.
         vector: L2-normalised embedding of shape (D,), float16.
-        thumbnail: JPEG thumbnail of at most 256 pixels per side.
+        thumbnail: JPEG thumbnail, at most 256 pixels per side.
         width: Width of the image in pixels, after EXIF rotation.
         height: Height of the image in pixels, after EXIF rotation.
     """
@@ -88,7 +87,7 @@ class IndexedContent:
     height: int
 
 
-MAX_LOCATIONS = 100  # per hit; web data sets contain some images hundreds of thousands of times
+MAX_LOCATIONS = 100  # per hit; some images occur hundreds of thousands of times in web data sets
 
 
 @dataclass(frozen=True)
@@ -97,10 +96,10 @@ class Hit:
 
     Args:
         id: Identifier of the image content. Unique within an index.
-        score: Cosine similarity to the query vector, or None if the search had no query.
-        images: Images with this content, at most MAX_LOCATIONS. Images that meet the path and time conditions of the
-            filter come first.
-        image_count: Number of images with this content.
+        score: Cosine similarity to the query vector. None if the search had no query.
+        images: At most MAX_LOCATIONS images with this content. Images that match the filter's path and time conditions
+            come first.
+        image_count: Total number of images with this content.
         width: Width of the image in pixels, after EXIF rotation.
         height: Height of the image in pixels, after EXIF rotation.
     """
@@ -118,17 +117,17 @@ MAX_CAPTION_FILTER_LENGTH = 500  # characters
 
 @dataclass(frozen=True)
 class Filter:
-    """Conditions that every search result must meet. A condition that is None is ignored.
+    """Conditions that every search result must meet. None means no condition.
 
     Args:
         path: Folder, tar or file that contains the image. An absolute path matches only itself. A relative path, such
-            as `2024/trip`, matches in every folder. `*` stands for any characters, including slashes, and `?` for one
+            as `2024/trip`, matches in every folder. `*` matches any characters, including slashes, and `?` matches one
             character. Qdrant supports only absolute paths without wildcards.
         caption: Text that at least one caption must contain, ignoring case. At most MAX_CAPTION_FILTER_LENGTH
             characters.
-        after: Earliest time at which the photo may have been taken, as a Unix timestamp.
-        before: Latest time at which the photo may have been taken, as a Unix timestamp.
-        min_side: Minimum length of the shorter side of the image, in pixels.
+        after: Earliest capture time, as a Unix timestamp.
+        before: Latest capture time, as a Unix timestamp.
+        min_side: Minimum length of the image's shorter side, in pixels.
 
     Raises:
         ValueError: `caption` is too long.
@@ -169,47 +168,47 @@ def ref_from_json(text: str) -> ImageRef:
 
 
 class Backend(Protocol):
-    """Interface of an index, which stores images and searches them by embedding."""
+    """Interface for indexes, which store images and search them by embedding."""
 
     def lock(self) -> AbstractContextManager[None]:
-        """Return a context manager that prevents other runs from writing to the index. With Qdrant, it does nothing.
+        """Return a context manager that prevents other runs from writing to the index. Does nothing with Qdrant.
 
-        On entry, the context manager raises a FolderInUseError if another run holds the lock.
+        Entering the context raises FolderInUseError if another run holds the lock.
         """
         ...
 
     def metadata(self) -> dict[str, Any]:
-        """Return the metadata of the index, or an empty dict if `initialize` has not been called.
+        """Return the index metadata, or an empty dict if `initialize` has not been called.
 
-        The keys are `model` (name of the model), `fingerprint` (of the model) and `embed_dim`.
+        The keys are `model` (the model's name), `fingerprint` (the model's fingerprint) and `embed_dim`.
         """
         ...
 
     def initialize(self, metadata: Mapping[str, Any]) -> None:
-        """Store the metadata, and prepare the backend for adding images."""
+        """Store the metadata and prepare the backend for adding images."""
         ...
 
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
-        """Return the state of each indexed image of the given sources, keyed by image name.
+        """Return the states of the given sources' indexed images, keyed by image name.
 
-        Images that were read from another source are included if their path is inside one of the given sources.
+        Images from other sources are included if their path is inside one of the given sources.
         """
         ...
 
     def existing(self, hashes: Iterable[bytes]) -> set[bytes]:
-        """Return the given content hashes that are already in the index."""
+        """Return the subset of the given content hashes that are already in the index."""
         ...
 
     def add(self, contents: Sequence[IndexedContent], images: Sequence[tuple[IndexedImage, bytes]]) -> None:
         """Add image contents and images, replacing existing images with the same names.
 
-        Each image is paired with its content hash. With SQLite, everything is added in one transaction. Qdrant does not
-        support transactions.
+        Each image is paired with its content hash. SQLite adds everything in one transaction. Qdrant does not support
+        transactions.
         """
         ...
 
     def remove(self, names: Sequence[str]) -> None:
-        """Remove images by name, and then all contents that no longer belong to an image."""
+        """Remove images by name, then remove all contents without images."""
         ...
 
     def finish(self) -> None:
@@ -217,21 +216,18 @@ class Backend(Protocol):
         ...
 
     def count(self) -> tuple[int, int]:
-        """Return the total number of images and the number of distinct images."""
+        """Return the number of images and the number of distinct images."""
         ...
 
     def duplicates(self, limit: int = 10) -> list[list[str]]:
-        """Return the names of images with identical content, grouped by content.
-
-        At most `limit` groups are returned, largest first.
-        """
+        """Return the names of duplicate images, grouped by content: at most `limit` groups, largest first."""
         ...
 
     def search(self, vector: np.ndarray | None, count: int, image_filter: Filter, offset: int = 0) -> list[Hit]:
-        """Return the images that meet a filter, nearest to a vector first.
+        """Return the images that match a filter, most similar to the query vector first.
 
-        Without a vector, return the newest images first. If an image has several files that meet the filter, the latest
-        capture time counts. With SQLite, images with equal times are ordered by id.
+        Without a query vector, return the newest images first. If several files of an image match the filter, the
+        latest capture time counts. SQLite orders images with equal times by id.
 
         Args:
             vector: L2-normalised query vector of shape (D,), float32, or None.
@@ -241,15 +237,15 @@ class Backend(Protocol):
         ...
 
     def count_matches(self, image_filter: Filter) -> int:
-        """Return the number of distinct images that meet a filter."""
+        """Return the number of distinct images that match a filter."""
         ...
 
     def vector(self, hit_id: str) -> np.ndarray | None:
-        """Return the embedding of a hit, of shape (D,), float32, or None if the id is unknown."""
+        """Return a hit's embedding as a float32 array of shape (D,), or None if the id is unknown."""
         ...
 
     def thumbnail(self, hit_id: str) -> bytes | None:
-        """Return the JPEG thumbnail of a hit, or None if the id is unknown."""
+        """Return a hit's JPEG thumbnail, or None if the id is unknown."""
         ...
 
     def images(self, hit_id: str) -> tuple[IndexedImage, ...]:
@@ -258,23 +254,23 @@ class Backend(Protocol):
 
 
 def missing_index_message(folder: str | Path) -> str:
-    """Return the error message for a folder without an index."""
+    """Return the error message for a folder that contains no index."""
     out = shlex.quote(str(folder))
-    return f"{folder} is not an index; create one with: llm2clip index PHOTOS --model MODEL --out {out}"
+    return f"{folder} is not an index. Create an index with: llm2clip index PHOTOS --model MODEL --out {out}"
 
 
 def open_backend(location: str, write: bool = False, **options: int) -> Backend:
     """Open the index in a local folder or at `qdrant+http://HOST:6333/COLLECTION`.
 
     Args:
-        location: Path of a local folder, or URL of a Qdrant collection.
+        location: Local folder, or URL of a Qdrant collection.
         write: If True, open the index for writing, and create it if it does not exist.
-        options: Additional arguments for `SqliteBackend`. Ignored for Qdrant.
+        options: Additional arguments for `SqliteBackend`. Ignored by Qdrant.
 
     Raises:
         FileNotFoundError: `write` is False, and there is no index at the location.
         ImportError: A required package is not installed.
-        ValueError: The URL is not a valid Qdrant location, or the API key would be sent without encryption.
+        ValueError: The URL is not a valid Qdrant location, or the API key would be sent unencrypted.
     """
     is_qdrant = location.startswith(QDRANT_PREFIX)
     if "://" in location and not is_qdrant:

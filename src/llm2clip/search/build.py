@@ -1,4 +1,4 @@
-"""Index builder, which lists the images of the sources, embeds new and changed images, and removes deleted ones.
+"""Index builder: scans sources, embeds new and changed images, and removes deleted ones.
 
 Each batch is committed separately, so an interrupted run can resume where it left off.
 """
@@ -28,18 +28,18 @@ from llm2clip.progress import ProgressBar
 from llm2clip.search.backends import REF_TYPES, Backend, ImageState, IndexedContent, IndexedImage
 
 THUMBNAIL_SIDE = 256  # length of the longer side, in pixels
-# If more than this number and this fraction of a source's images were deleted, the user must confirm with `prune`,
-# because a disk may be unmounted.
+# If a source has lost more images than both of these limits, the user must confirm with `prune`, because a disk may be
+# unmounted.
 MAX_DELETED, MAX_DELETED_FRACTION = 10, 0.2
 EXIF_IFD, EXIF_DATE_TAKEN, EXIF_DATE = 0x8769, 0x9003, 0x0132  # EXIF tags
-CHUNK = 8192  # number of images to read and hash at a time, before new ones are embedded
+CHUNK = 8192  # number of images to read and hash before embedding the new ones
 
 
 @dataclass
 class IndexReport:
     """Numbers of images added, changed, removed and embedded by an indexing run.
 
-    Identical files are embedded only once.
+    Identical files are embedded once.
     """
 
     added: int = 0
@@ -68,24 +68,24 @@ def build_index(
     prune: bool = False,
     allow_outside: bool = False,
 ) -> IndexReport:
-    """Update an index so that it contains the current images of the given sources.
+    """Synchronise an index with the current images of the given sources.
 
     Images from all other sources stay in the index.
 
     Args:
         sources: Image sources in the format of `open_records`. Captions are optional. Folders are read recursively.
-        log: Skip log for images that cannot be read.
+        log: Skip log for unreadable images.
         columns: Column names of the sources, keyed by llm2clip field.
         batch_size: Number of images per forward pass and per commit.
-        workers: Number of processes that decode images. For the default, see `iter_image_batches`.
+        workers: Number of image decoding processes. For the default, see `iter_image_batches`.
         prune: If True, remove deleted images from the index even if a source is missing or empty, or many of its images
             no longer exist. If False, these cases raise an error.
-        allow_outside: If True, also index images outside the folder of their source (see `scan_source`).
+        allow_outside: If True, also index images outside their source's folder (see `scan_source`).
 
     Raises:
         FolderInUseError: Another run is writing to the index.
-        ValueError: The index was built with a different model, or many images of a source no longer exist. In the
-            second case, new images have been added, but no images have been removed.
+        ValueError: The index was built with a different model, or many of a source's images no longer exist. In the
+            second case, new images have been added, but none have been removed.
         OSError: A source does not exist, or a folder cannot be listed.
         TooManySkipped: Too many images cannot be read.
     """
@@ -136,7 +136,7 @@ def build_index(
 
 
 def _check_deleted(source: str, indexed: Mapping[str, ImageState], deleted: set[str]) -> None:
-    """Raise ValueError if more than MAX_DELETED and MAX_DELETED_FRACTION of a source's images were deleted."""
+    """Raise ValueError if a source has lost more images than MAX_DELETED and MAX_DELETED_FRACTION allow."""
     missing = [name for name in indexed if name in deleted]
     if len(missing) > max(MAX_DELETED, MAX_DELETED_FRACTION * len(indexed)):
         raise ValueError(
@@ -146,7 +146,7 @@ def _check_deleted(source: str, indexed: Mapping[str, ImageState], deleted: set[
 
 
 def check_model(metadata: Mapping[str, Any], model: DualEncoder) -> None:
-    """Raise ValueError if an index was built with another model, whose embeddings cannot be compared with new ones."""
+    """Raise ValueError if an index was built with another model, because their embeddings are not comparable."""
     if metadata["fingerprint"] != fingerprint(model.identity()):
         raise ValueError(
             f"the index was built with a different model: {metadata['model']} (or an earlier version of it), "
@@ -155,7 +155,7 @@ def check_model(metadata: Mapping[str, Any], model: DualEncoder) -> None:
 
 
 def _parse_source(text: str, columns: dict[str, str]) -> Source:
-    """Parse a source, make its path absolute and add the given column names."""
+    """Parse a source, make its path absolute, and add the given column names."""
     source = Source.parse(text)
     path = source.path
     if not path.startswith("hf:"):
@@ -164,9 +164,9 @@ def _parse_source(text: str, columns: dict[str, str]) -> Source:
 
 
 def _is_unchanged_file(name: str, version: str, folders: Sequence[str]) -> bool:
-    """Return True if an image that the scan did not find is still an unchanged file in one of the folders.
+    """Return True if an image missed by the scan is still an unchanged file in one of the folders.
 
-    In this case, the scan missed the file because of a read error, and the image must not be removed from the index.
+    Such images must stay in the index, because the scan missed them due to a read error.
     """
     try:
         stat = os.stat(name)
@@ -183,7 +183,7 @@ def _add_images(
     batch_size: int,
     workers: int | None,
 ) -> tuple[set[str], int]:
-    """Add images to the index. Return the names of the added images and the number of new embeddings."""
+    """Add images to the index. Return the names of all added images and the number of new embeddings."""
     added: set[str] = set()
     embedded = 0
     for start in range(0, len(images), CHUNK):
@@ -203,8 +203,9 @@ def _read_images(
 ) -> tuple[list[tuple[IndexedImage, bytes]], dict[bytes, list[IndexedImage]]]:
     """Read and hash image files.
 
-    Return the images whose content is already in the index, each with its content hash, and a dict of all other
-    readable images, grouped by content hash.
+    Returns:
+        Pairs of image and content hash for content that is already in the index, and all other readable images, grouped
+        by content hash.
     """
     readable: list[tuple[IndexedImage, bytes]] = []
     for image in ProgressBar(images, desc="read", unit="image"):
@@ -229,7 +230,7 @@ def _embed_images(
     batch_size: int,
     workers: int | None,
 ) -> Iterator[list[IndexedContent]]:
-    """Decode and embed one image for each content hash; yield the image contents in batches."""
+    """Decode and embed one image per content hash, and yield the image contents in batches."""
     hashes = list(images_by_hash)
     refs = [images_by_hash[digest][0].ref for digest in hashes]
     with ProgressBar(total=len(refs), desc="embed", unit="image", disable=not refs) as bar:
@@ -252,7 +253,7 @@ def _embed_images(
 
 @dataclass(frozen=True)
 class PreparedImages:
-    """Transform that returns the model input, a JPEG thumbnail, and the width and height of a decoded image."""
+    """Transform that returns the model input, JPEG thumbnail, width and height of a decoded image."""
 
     transform: Callable[[Tensor], Any]
 
@@ -269,17 +270,17 @@ def scan_sources(
 ) -> dict[str, IndexedImage]:
     """Return the images of all sources, keyed by name. See `scan_source` for the arguments.
 
-    Rows with the same image are merged into one image with all of their captions.
+    Rows with the same image are merged, and their captions are combined.
     """
     images: dict[str, IndexedImage] = {}
     for source in sources:
         for image in scan_source(source, log, prune, allow_outside):
             previous = images.get(image.name)
             if previous is not None and isinstance(previous.ref, TarImage) and previous.ref != image.ref:
-                # If two members of a tar file have the same name, the offset is appended to the name of the second one.
+                # If two tar members have the same name, append the offset to the second name.
                 image = dataclasses.replace(image, name=to_valid_unicode(image.ref.key))
                 previous = images.get(image.name)
-            if previous is not None:  # for example, if a folder contains both the images and a caption file
+            if previous is not None:  # for example, if a folder contains both images and a caption file
                 captions = dict.fromkeys([*previous.captions, *image.captions])
                 image = dataclasses.replace(previous, captions=tuple(captions))
             images[image.name] = image
@@ -289,15 +290,15 @@ def scan_sources(
 def scan_source(
     source: Source, log: SkipLog, prune: bool = False, allow_outside: bool = False
 ) -> Iterator[IndexedImage]:
-    """Yield the images of a source, without decoding them.
+    """Yield the images of a source without decoding them.
 
-    All users of the server can see the images in an index. By default, images outside the source's folder are therefore
-    skipped: a caption file or a symbolic link from an untrusted source could otherwise expose private images.
+    By default, images outside the source's folder are skipped. All server users can see the images in an index, so a
+    caption file or symbolic link in an untrusted source could otherwise expose private images.
 
     Args:
-        source: Image source. Its path must be absolute.
-        log: Skip log for rows without an image.
-        prune: If True, yield nothing if the source does not exist or has no images, instead of raising an error.
+        source: Image source with an absolute path.
+        log: Skip log for rows without an image and images outside the source's folder.
+        prune: If True, treat a missing source as empty. If False, a missing or empty source raises an error.
         allow_outside: If True, also yield images outside the source's folder.
 
     Raises:
@@ -328,9 +329,9 @@ def scan_source(
         try:
             stat = os.stat(path)
             if path not in versions:
-                versions = {path: container_version(path)}  # for a table, the same for all of its images
+                versions = {path: container_version(path)}  # all images of a table have the same version
         except FileNotFoundError:
-            continue  # the file was deleted during the scan
+            continue  # deleted during the scan
         yield IndexedImage(
             name=to_valid_unicode(record.image.canonical_path),
             ref=record.image,
@@ -342,11 +343,11 @@ def scan_source(
 
 
 def _find_source_folder(source: str) -> str:
-    """Return the folder that must contain the images of a source, with symbolic links resolved.
+    """Return the folder that must contain the source's images, with symbolic links resolved.
 
-    For a folder, this is the source itself; for a file, it is the file's folder; and for a pattern, it is the part
-    before the first folder with a special character. For files in a folder called `annotations`, such as COCO's caption
-    files, it is the parent of that folder, which also contains the images.
+    This is the source itself if it is a folder. For a file, it is the parent folder. For a pattern, it is the part
+    before the first folder with a special character. For files in a folder named `annotations`, such as COCO's caption
+    files, it is the parent of `annotations`, which also contains the images.
     """
     folder = os.path.abspath(source)
     while not os.path.isdir(folder):
@@ -364,21 +365,21 @@ def _is_in_folder(path: str, folder: str) -> bool:
 
 
 def format_file_version(stat: os.stat_result) -> str:
-    """Return the size and modification time of a file as a string, which is used to detect changes."""
+    """Return a file's size and modification time as a string, used to detect changes."""
     return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
 def container_version(path: str) -> str:
-    """Return the version of an image file, tar file or table. For a saved data set, it covers all of its files."""
+    """Return the version of an image file, tar file or table. For a saved data set, the version covers all files."""
     if not os.path.isdir(path):
         return format_file_version(os.stat(path))
     return hashlib.sha256(repr(file_version(path)).encode()).hexdigest()[:32]
 
 
 def read_digest_and_date(image: IndexedImage, log: SkipLog) -> tuple[bytes | None, float]:
-    """Return the SHA-256 hash of an image's bytes and the Unix timestamp at which the image was taken.
+    """Return the SHA-256 hash of an image's bytes and its capture time as a Unix timestamp.
 
-    The hash is None if the image cannot be read.
+    If the image cannot be read, the hash is None.
     """
     try:
         data = image.ref.read()
@@ -389,16 +390,16 @@ def read_digest_and_date(image: IndexedImage, log: SkipLog) -> tuple[bytes | Non
 
 
 def read_date_taken(data: bytes) -> float | None:
-    """Return the EXIF date of an encoded image as a Unix timestamp, or None if the image has no EXIF date.
+    """Return an encoded image's EXIF date as a Unix timestamp, or None if there is no EXIF date.
 
-    EXIF dates do not specify a time zone, so the date is interpreted in the local time zone.
+    EXIF dates have no time zone, so the local time zone is assumed.
     """
     try:
         header = open_header(io.BytesIO(data))
         if header.format == "PNG" and "exif" not in header.info:
-            return None  # otherwise, Pillow would decode the entire image to look for EXIF data after the pixels
+            return None  # Pillow would decode the entire image to look for EXIF data after the pixels
         exif = header.getexif()
         date = exif.get_ifd(EXIF_IFD).get(EXIF_DATE_TAKEN) or exif.get(EXIF_DATE)
         return datetime.strptime(str(date)[:19], "%Y:%m:%d %H:%M:%S").timestamp()
-    except Exception:  # Pillow can raise almost any exception for a damaged header, in which case there is no date
+    except Exception:  # Pillow can raise almost any exception for a damaged header
         return None

@@ -1,8 +1,8 @@
-"""Case-insensitive in-memory substring search in the captions of an index.
+"""Case-insensitive in-memory substring search over an index's captions.
 
-SQLite's trigram index (FTS5) is not used, because it cannot search for fewer than three characters, and because a text
-that occurs in nearly all captions would still return millions of rows. A NumPy scan of all bytes takes 45 to 110 ms for
-a million captions (see benchmarks/search.py).
+SQLite's trigram index (FTS5) is not used: it cannot search for fewer than three characters, and common texts would
+still return millions of rows. A NumPy scan of all bytes takes 45 to 110 ms for a million captions (see
+benchmarks/search.py).
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BLOCK = 4096  # captions; the bytes of a block should fit in the CPU cache
-SEPARATOR = b"\xff"  # does not occur in UTF-8, so no match spans two captions
-SPARSE_BYTES, DENSE_BYTES = 4, 8  # number of bytes to compare at all positions, if few and if many positions remain
+BLOCK = 4096  # captions; a block's text should fit in the CPU cache
+SEPARATOR = b"\xff"  # never occurs in UTF-8, so no match spans two captions
+SPARSE_BYTES, DENSE_BYTES = 4, 8  # bytes to compare at every position if few or many positions remain, respectively
 
 
 @dataclass(frozen=True)
 class CaptionBlock:
-    """A block of captions. Its arrays must not be modified, because searches may be using them.
+    """A block of N captions. Its arrays must not be modified, because searches may be using them.
 
     Args:
-        text: Casefolded captions in UTF-8, each followed by a separator, uint8.
-        starts: Position of each caption in `text`, of shape (N,), int64.
-        rows: Row of each caption in the table of images, of shape (N,), int64.
-        contents: Content id of each caption's image, of shape (N,), int64.
+        text: UTF-8 bytes of the casefolded captions, each followed by a separator, uint8.
+        starts: Start position of each caption in `text`, int64 of shape (N,).
+        rows: Row number of each caption in the image table, int64 of shape (N,).
+        contents: Content id of each caption's image, int64 of shape (N,).
     """
 
     text: np.ndarray
@@ -41,13 +41,13 @@ class CaptionBlock:
         return cls(text, np.cumsum(lengths, dtype=np.int64), np.array(rows, np.int64), np.array(contents, np.int64))
 
     def select(self, keep: np.ndarray) -> CaptionBlock:
-        """Return a block with the captions that are selected by a boolean mask of shape (N,)."""
+        """Return a block with only the captions selected by a boolean mask of shape (N,)."""
         lengths = np.diff(self.starts, append=len(self.text))
         starts = np.cumsum(lengths[keep]) - lengths[keep]
         return CaptionBlock(self.text[np.repeat(keep, lengths)], starts, self.rows[keep], self.contents[keep])
 
     def contains(self, text: bytes) -> np.ndarray:
-        """Return a boolean mask of the captions that contain a casefolded text, of shape (N,)."""
+        """Return a boolean mask of shape (N,) that selects the captions containing a casefolded text."""
         count = len(self.starts)
         length = len(self.text) - len(text) + 1  # number of positions at which the text can start
         if not text or length <= 0:
@@ -57,7 +57,7 @@ class CaptionBlock:
         compared = min(SPARSE_BYTES, len(text))
         for offset in range(1, compared):
             matches[:length] &= self.text[offset : offset + length] == text[offset]
-        # If many positions remain, checking them one by one is slower than comparing a few more bytes at all positions.
+        # With many remaining positions, comparing more bytes at all positions is faster than checking each position.
         if np.count_nonzero(matches) > (count // 2 if len(text) <= DENSE_BYTES else 2 * count):
             for offset in range(compared, min(DENSE_BYTES, len(text))):
                 matches[:length] &= self.text[offset : offset + length] == text[offset]
@@ -76,10 +76,11 @@ class CaptionBlock:
 
 
 def _iterate_windows(text: np.ndarray, needle: bytes) -> Iterator[tuple[int, np.ndarray, np.unsignedinteger]]:
-    """Yield the values to compare at each candidate position: several bytes packed into one integer.
+    """Pack 4 or 8 bytes into one integer, to compare them at once.
 
     Yields:
-        The offset in the needle, the integers at all positions of the text, and the needle's integer at the offset.
+        An offset in the needle, the packed integers at all positions of the text, and the packed needle bytes at the
+        offset.
     """
     size = 8 if len(needle) >= 8 else 4
     dtype = np.dtype(f"<u{size}")
@@ -90,16 +91,16 @@ def _iterate_windows(text: np.ndarray, needle: bytes) -> Iterator[tuple[int, np.
 
 @dataclass(frozen=True)
 class CaptionIndex:
-    """Captions of an index. Updates return a new object, so searches that use the old one are not affected."""
+    """An index's captions. Updates return a new object, so they do not affect searches that use the old one."""
 
     blocks: tuple[CaptionBlock, ...] = ()
 
     def updated(self, removed: np.ndarray, rows: Iterable[tuple[int, int, str]]) -> CaptionIndex:
-        """Return an index without the captions of the removed contents and with additional captions.
+        """Return an index without the captions of removed contents, and with the captions of new images.
 
         Args:
-            removed: Ids of the removed contents, of shape (N,), int64.
-            rows: Row, content id and captions (a JSON list) of each additional image.
+            removed: Ids of the removed contents, int64 of shape (N,).
+            rows: Row number, content id and captions (a JSON list) of each new image.
         """
         blocks = []
         for block in self.blocks:
@@ -115,10 +116,10 @@ class CaptionIndex:
         return CaptionIndex(tuple(blocks))
 
     def find(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Find the images with a caption that contains a text, ignoring case.
+        """Find the captions that contain a text, ignoring case.
 
         Returns:
-            The row and the content id of each caption that contains the text, each of shape (K,), int64.
+            The row numbers and content ids of the K matching captions, both int64 of shape (K,).
         """
         encoded = encode(text)
         rows, contents = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
@@ -130,12 +131,12 @@ class CaptionIndex:
 
 
 def encode(text: str) -> bytes:
-    """Return the casefolded text as UTF-8. Lone surrogates are also encoded, although UTF-8 does not allow them."""
+    """Casefold a text and encode it as UTF-8. Lone surrogates are encoded too, although they are invalid in UTF-8."""
     return text.casefold().encode("utf-8", "surrogatepass")
 
 
 def _read_blocks(rows: Iterable[tuple[int, int, str]]) -> Iterator[CaptionBlock]:
-    """Yield the captions of images in blocks."""
+    """Split the captions of images into blocks of about `BLOCK` captions."""
     captions: list[bytes] = []
     caption_rows: list[int] = []
     caption_contents: list[int] = []

@@ -1,4 +1,4 @@
-"""Error responses of the HTTP API, in the JSON format of OpenAI's API."""
+"""HTTP error responses in the JSON format of OpenAI's API."""
 
 from typing import Any
 
@@ -22,25 +22,25 @@ ERROR_TYPES = {
     429: "too many requests",
     504: "timeout",
 }
-# The message of these exceptions is sent to the client. All other exceptions are internal errors.
+# Clients receive the messages of these exceptions. All other exceptions are reported as internal errors.
 STATUS_CODES: dict[type[Exception], int] = {
     QueueFull: 429,
     TooLarge: 413,
     NotFound: 404,
     ValueError: 422,
 }
-MAX_MESSAGE_LENGTH = 1000  # characters; messages may contain parts of the request
+MAX_MESSAGE_LENGTH = 1000  # characters; validation messages may quote parts of the request
 RETRY_SOON = {"Retry-After": "1"}  # seconds
 
 
 class ErrorBody(BaseModel):
-    """Description of an error, in the format of OpenAI's API."""
+    """Error description in the format of OpenAI's API."""
 
     message: str
     type: str
     code: int
     param: str | None = Field(
-        default=None, description='field and position of the image that cannot be decoded, such as "images.0"'
+        default=None, description='field and index of the image that cannot be decoded, such as "images.0"'
     )
 
 
@@ -50,7 +50,7 @@ class ErrorResponse(BaseModel):
     error: ErrorBody
 
 
-# Passed to FastAPI as `responses`, so that the OpenAPI schema documents these errors.
+# Passed to FastAPI as `responses` to document these errors in the OpenAPI schema.
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     code: {"model": ErrorResponse, "description": description} for code, description in ERROR_TYPES.items()
 }
@@ -65,7 +65,7 @@ def make_error_response(
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Register exception handlers that convert all exceptions raised by an application to error responses."""
+    """Register handlers that convert all exceptions in an application to error responses."""
     app.add_exception_handler(Exception, _handle_unexpected_error)
     app.add_exception_handler(HTTPException, _handle_http_exception)
     app.add_exception_handler(RequestValidationError, _handle_validation_error)

@@ -1,6 +1,6 @@
-"""Heat maps that show where in an image a query is, using the cosine similarity of each cell to the query.
+"""Heat maps that locate a query in an image, using the cosine similarity between the query and each image cell.
 
-A cell is a patch of a vision transformer or a position in the last feature map of a convolutional network.
+A cell is a patch of a vision transformer, or a position in the last feature map of a convolutional network.
 """
 
 from collections.abc import Sequence
@@ -19,29 +19,23 @@ from llm2clip.search.backends import Backend, Hit
 from llm2clip.search.request_images import NotFound, open_original
 
 DARKEST = 0.2  # brightness of the least similar cell, as a fraction of its original brightness
-IMAGE_SIDE = 384  # longer side of a drawn heat map, in pixels
+IMAGE_SIDE = 384  # maximum length of a heat map's longer side, in pixels
 
 
 def require_dense_encoder(model: DualEncoder) -> DenseEncoder:
-    """Return the dense encoder of a model, or raise an error.
-
-    Raises:
-        ValueError: The model has no dense encoder.
-    """
+    """Return a model's dense encoder. Raise ValueError if the model has none."""
     if model.dense is None:
-        raise ValueError(
-            "heat maps are not available for this model: its image encoder returns no embeddings of image regions"
-        )
+        raise ValueError("heat maps are not available for this model: its image encoder cannot embed image regions")
     return model.dense
 
 
 def compute_heatmap(dense: DenseEncoder, pixels: Tensor, query: np.ndarray, variant: str | None = None) -> np.ndarray:
-    """Return the cosine similarity of each cell of an image to a query, of shape (h, w), float32.
+    """Return the cosine similarity between a query and each image cell, as a float32 array of shape (h, w).
 
     Args:
         dense: Dense encoder of the model that embedded the query.
         pixels: Image of shape (3, H, W), uint8, resized by `dense.resize`, usually to `dense.localization_size`.
-        query: Query vector, of shape (D,), float32, L2-normalised.
+        query: L2-normalised query vector of shape (D,), float32.
         variant: Variant of the dense features. Default: `dense.localization_variant`.
     """
     cells = dense.encode(pixels[None], variant or dense.localization_variant)[0]  # (h, w, D)
@@ -49,12 +43,11 @@ def compute_heatmap(dense: DenseEncoder, pixels: Tensor, query: np.ndarray, vari
 
 
 def draw_heatmap(image: Tensor, heatmap: np.ndarray) -> bytes:
-    """Darken the parts of an image that are least similar to the query; return a small JPEG.
+    """Darken the parts of an image that are least similar to the query. Return a small JPEG.
 
     Args:
         image: Image of shape (3, H, W), uint8.
-        heatmap: Cosine similarity of each cell, of shape (h, w). Its range is stretched to the full range of
-            brightness.
+        heatmap: Cosine similarity of each cell, of shape (h, w). Rescaled to the full brightness range.
     """
     height, width = image.shape[-2:]
     scale = min(1.0, IMAGE_SIDE / max(height, width))
@@ -70,15 +63,15 @@ def draw_heatmap(image: Tensor, heatmap: np.ndarray) -> bytes:
 def draw_heatmaps(model: DualEncoder, query: np.ndarray, hits: Sequence[Hit], backend: Backend) -> dict[str, bytes]:
     """Return a JPEG heat map of each hit, keyed by hit id.
 
-    Hits are skipped if their image files cannot be decoded, or have been changed or removed since they were indexed.
+    Hits are skipped if their image files cannot be decoded, or were changed or removed since indexing.
 
     Args:
         model: Model that embedded the query.
-        query: Query vector, of shape (D,), float32, L2-normalised.
+        query: L2-normalised query vector of shape (D,), float32.
         backend: Index that returned the hits.
 
     Raises:
-        ValueError: The model has no dense features.
+        ValueError: The model has no dense encoder.
     """
     dense = require_dense_encoder(model)
     heatmaps = {}

@@ -1,4 +1,4 @@
-"""Inference service that computes embeddings and runs searches for many concurrent requests."""
+"""Inference service that computes embeddings and runs searches for concurrent requests."""
 
 import math
 import threading
@@ -25,29 +25,29 @@ from llm2clip.search.request_images import NotFound, RequestImage, TooLarge, loa
 from llm2clip.search.schemas import HeatmapRequest, SearchRequest, SearchResponse
 
 DECODE_THREADS = 2
-MAX_HEATMAP_CELLS = 4096  # for requests that set image_size; memory can grow with the square of the number of cells
-COUNT_SECONDS = 1.0  # maximum age of the cached number of images
-SEARCH_THREADS = 2  # a search scans all vectors, so additional threads would only compete for memory bandwidth
+MAX_HEATMAP_CELLS = 4096  # limit for requests that set image_size; memory can grow quadratically with the cell count
+COUNT_SECONDS = 1.0  # maximum age of the cached image count
+SEARCH_THREADS = 2  # each search scans all vectors, so more threads would only compete for memory bandwidth
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits on the resources that requests to a server may use.
+    """Resource limits for requests to a server.
 
     Args:
-        max_body_bytes: Maximum size of a request body in bytes. Larger requests are rejected with status 413.
-        max_bytes_in_flight: Maximum total size in bytes of the request and response bodies in memory. A single client
-            address may use a quarter of it. Requests that would exceed this size are rejected with status 429, unless
-            they are smaller than 64 KB.
-        max_pixels: Maximum number of pixels in an image. Larger images are rejected with status 413.
+        max_body_bytes: Maximum request body size in bytes. Larger requests are rejected with status 413.
+        max_bytes_in_flight: Maximum total size of all request and response bodies in memory, in bytes. A single client
+            address may use a quarter of this budget. Requests of at most 64 KB are always accepted. Larger requests
+            that exceed the budget are rejected with status 429.
+        max_pixels: Maximum number of pixels per image. Larger images are rejected with status 413.
         max_queue: Maximum length of each of the four queues (texts, images, heat maps and searches). Requests that need
             a full queue are rejected with status 429.
-        timeout: Maximum duration of a request in seconds. Requests that take longer fail with status 504.
+        timeout: Maximum duration of a request in seconds. Slower requests fail with status 504.
         batch_size: Maximum number of texts or images per forward pass.
-        max_connections: Maximum number of connections. If there are more, the server aborts a connection of the client
+        max_connections: Maximum number of connections. Beyond this limit, the server aborts a connection of the client
             with the most connections.
-        idle_timeout: Maximum time in seconds that a connection waits for the client to send the headers of a request or
-            to read more of a response. After this time, the connection is aborted.
+        idle_timeout: Maximum time in seconds to wait for a client to send request headers or to read more of a
+            response. After this time, the connection is aborted.
     """
 
     max_body_bytes: int = 32 << 20
@@ -63,7 +63,7 @@ class Limits:
 class InferenceService:
     """A server's model, index, request queues and metrics.
 
-    Methods raise the exceptions in `search.errors.STATUS_CODES`, which the server converts to error responses.
+    Methods raise the exceptions listed in `search.errors.STATUS_CODES`. The server converts them to error responses.
     """
 
     def __init__(
@@ -77,26 +77,26 @@ class InferenceService:
         """
         Args:
             backend: Index to search. If None, the server only computes embeddings.
-            model_thread: Single-threaded executor in which the model was loaded and will run. On a CPU, each thread
-                that runs PyTorch operations has its own pool of OpenMP threads. If there are more OpenMP threads than
-                cores, they do not busy-wait between operations, which halves the model's speed.
-            templates: Prompt templates for requests that do not contain templates. See `build_query_prompts`.
+            model_thread: Single-threaded executor that loaded the model and will run it. On a CPU, each thread that
+                runs PyTorch operations has its own OpenMP thread pool. With more OpenMP threads than cores, the threads
+                do not busy-wait between operations, which halves the model's speed.
+            templates: Prompt templates for requests without templates. See `build_query_prompts`.
         """
         self.model, self.backend, self.limits = model, backend, limits
         self.templates = templates
-        # Use a single thread, because running two batches in parallel is slower than running them one after the other.
+        # Use a single thread, because running two batches in parallel is slower than running them in sequence.
         self._model_thread = model_thread or ThreadPoolExecutor(1, "model")
-        # The model thread must set its OpenMP thread count before the decoder threads limit theirs to one.
+        # The model thread must set its OpenMP thread count before the decoder threads set theirs to one.
         self._model_thread.submit(torch.get_num_threads).result()
         self._decoders = FairThreadPool(DECODE_THREADS, "images", limits.max_queue, lambda: torch.set_num_threads(1))
-        # Do not use the shared thread pool, because a search occupies its thread until it ends, even after a timeout.
+        # Searches need their own thread pool, because a search occupies its thread until it ends, even after a timeout.
         self._searchers = FairThreadPool(SEARCH_THREADS, "searches", limits.max_queue)
         self._count, self._count_time, self._count_lock = 0, -math.inf, threading.Lock()
         self._create_metrics()
         encoders: dict[str, Callable[[list[Any]], Any]] = {
             "text": lambda texts: model.encode_texts(texts).numpy(),
             "image": lambda images: model.encode_images(images).numpy(),
-            "heatmap": lambda items: [compute_heatmap(*item) for item in items],  # images have different sizes
+            "heatmap": lambda items: [compute_heatmap(*item) for item in items],  # not batched, because sizes differ
         }
         self._batchers: dict[str, Batcher[Any, np.ndarray]] = {}
         for kind, encode in encoders.items():
@@ -130,9 +130,9 @@ class InferenceService:
         index_images.set_function(self.count_images)
 
     async def close(self) -> None:
-        """Cancel all waiting texts, images, heat maps and searches, and stop all idle threads.
+        """Cancel all queued work and stop all idle threads.
 
-        Busy threads stop when they have finished their work. This method does not wait for them.
+        Busy threads stop once they finish their current work. This method does not wait for them.
         """
         for batcher in self._batchers.values():
             await batcher.close()
@@ -141,11 +141,11 @@ class InferenceService:
         self._searchers.shutdown()
 
     async def embed_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Compute text embeddings, each of shape (D,), float32."""
+        """Return a float32 embedding of shape (D,) for each text."""
         return _check_finite(await self._batchers["text"].submit(texts), "a text")
 
     async def embed_images(self, images: Sequence[RequestImage]) -> list[np.ndarray]:
-        """Decode images and compute their embeddings, each of shape (D,), float32."""
+        """Decode images and return a float32 embedding of shape (D,) for each."""
 
         def prepare(image: RequestImage) -> Any:
             return self.model.transform(image.load(self.limits.max_pixels))
@@ -154,13 +154,13 @@ class InferenceService:
         return _check_finite(await self._batchers["image"].submit(prepared), "an image")
 
     async def search(self, request: SearchRequest) -> bytes:
-        """Embed a query, search the index and return the results. Without a query, return the newest images first.
+        """Embed a query and search the index. Without a query, return the newest images first.
 
-        Return a `SearchResponse` as JSON. The search thread serializes it, because the response can be large.
+        Return a `SearchResponse` as JSON, serialized in the search thread because it can be large.
         """
         backend, query, image_filter = self.require_backend(), request.to_query(), request.filter.to_filter()
         if not query and not image_filter:
-            raise ValueError("the query is empty: provide at least one text, image or filter")
+            raise ValueError("the query is empty: provide at least one text, image, hit id or filter")
         query_vector = await self._embed_query(query) if query else None
 
         def find_hits(vector: np.ndarray | None) -> bytes:
@@ -173,7 +173,7 @@ class InferenceService:
         return response
 
     async def heatmap(self, request: HeatmapRequest) -> np.ndarray:
-        """Embed a query; return its cosine similarity to each cell of an image, of shape (h, w), float32."""
+        """Embed a query. Return its cosine similarity to each image cell, as a float32 array of shape (h, w)."""
         dense = require_dense_encoder(self.model)
         variant = request.variant or dense.localization_variant
         if variant not in dense.variants:
@@ -192,7 +192,7 @@ class InferenceService:
             if request.image_size is not None and rows * columns > MAX_HEATMAP_CELLS:
                 raise ValueError(
                     f"image_size {image_size} results in {rows:,} x {columns:,} cells; the limit is "
-                    f"{MAX_HEATMAP_CELLS:,} cells: use a smaller image_size"
+                    f"{MAX_HEATMAP_CELLS:,} cells. Use a smaller image_size"
                 )
             return dense.resize(image, image_size)
 
@@ -202,15 +202,15 @@ class InferenceService:
         return heatmap
 
     async def open_original(self, hit_id: str) -> tuple[BinaryIO, str]:
-        """Open the image file of a hit in a decoder thread, because a table must be decoded to read one of its cells.
+        """Open a hit's image file. See `request_images.open_original` for the return values.
 
-        See `request_images.open_original` for the result.
+        This runs in a decoder thread, because reading a table cell requires decoding the table.
         """
         [original] = await self._decoders.map(partial(open_original, self.require_backend()), [hit_id])
         return original
 
     def _load_original(self, hit_id: str) -> Tensor:
-        """Decode the image file of a hit."""
+        """Decode a hit's image file to a tensor of shape (3, H, W), uint8."""
         stream, _ = open_original(self.require_backend(), hit_id)
         max_bytes = self.limits.max_body_bytes
         with stream:
@@ -220,7 +220,7 @@ class InferenceService:
         return load_request_image(data, self.limits.max_pixels)
 
     async def _embed_query(self, query: SearchQuery) -> np.ndarray:
-        """Return the embedding of a query, of shape (D,), float32."""
+        """Return a query's float32 embedding of shape (D,)."""
         prompts, counts = query.prompts(self.templates)
         hit_vectors = []
         for hit_id in (*query.like, *query.negative_like):
@@ -236,11 +236,11 @@ class InferenceService:
     def require_backend(self) -> Backend:
         """Return the index. Raise NotFound if the server was started without an index."""
         if self.backend is None:
-            raise NotFound("this server has no index; to search, start it with: llm2clip serve --index INDEX")
+            raise NotFound("this server has no index. To search, start it with: llm2clip serve --index INDEX")
         return self.backend
 
     def count_images(self) -> int:
-        """Return the number of images in the index, or 0 if there is no index. The number may be up to a second old."""
+        """Return the number of images in the index (0 without an index). The number may be up to a second old."""
         if self.backend is None:
             return 0
         with self._count_lock:

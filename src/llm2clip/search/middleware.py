@@ -1,4 +1,4 @@
-"""Checks and limits of connections and requests: tokens, sizes, timeouts, security headers and metrics."""
+"""Connection and request handling: authentication, size limits, timeouts, security headers and metrics."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from llm2clip.search.inference import InferenceService, Limits
 from llm2clip.search.queues import QueueFull, current_client
 
 SESSION_SECONDS = 24 * 3600
-MAX_SESSIONS = 1000  # if there are more sessions, the oldest one ends
-# All other methods are counted under "other", because clients can send arbitrary method names.
+MAX_SESSIONS = 1000  # beyond this number, the oldest session ends
+# All other methods are counted as "other", because clients can send arbitrary method names.
 COUNTED_METHODS = ("GET", "POST", "HEAD", "OPTIONS")
-# A JSON value can take 100 times more memory than its text. Large legitimate requests consist of a few long strings.
+# A parsed JSON value can use 100 times as much memory as its text. Large legitimate requests contain few, long strings.
 MAX_JSON_VALUES = 200_000
 CHUNK_SIZE = 64 << 10  # bytes
 ALWAYS_ACCEPTED = 64 << 10  # bytes; requests up to this size are accepted even if the budget is exhausted
-# Page for browsers without a token. Its style is part of the page, because all other files require the token.
+# Page for browsers without a token. Its CSS is inline, because all other files require the token.
 TOKEN_PAGE = Path(__file__).parent / "static" / "token.html"
 TOKEN_PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'self'; "
@@ -43,24 +43,24 @@ SECURITY_HEADERS = {
 
 
 class Authenticator:
-    """Checks that requests contain a token or the cookie of a session that was started with the token.
+    """Checks that requests contain a token, or the cookie of a session that was started with the token.
 
-    The cookie does not contain the token, because browsers send a host's cookies to all of its ports, so other servers
-    on the same machine can read them.
+    The cookie does not contain the token: browsers send cookies to all ports of a host, so other servers on the same
+    machine can read them.
     """
 
     def __init__(self, token: str) -> None:
-        """Raise ValueError if a token cannot be sent in an HTTP header."""
+        """Raise ValueError if the token cannot be sent in an HTTP header."""
         if not re.fullmatch("[!-~]+", token):
             raise ValueError(
-                "the token must consist of at least one printable ASCII character, without spaces. "
-                "To serve without a token, pass token=None (on the command line: --no_token)."
+                "the token must not be empty, and must contain only printable ASCII characters without spaces. "
+                "To disable authentication, pass token=None (on the command line: --no_token)."
             )
         self._token = token
         self._sessions: dict[str, float] = {}  # end time of each session, keyed by id, oldest session first
 
     def is_authorized(self, request: Request) -> bool:
-        """Return True if a request contains the token in its Authorization header, or the cookie of a session."""
+        """Return True if a request has the token in its Authorization header, or a valid session cookie."""
         scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and self.is_token(bearer):
             return True
@@ -68,7 +68,7 @@ class Authenticator:
         return end is not None and time.monotonic() < end
 
     def is_token(self, text: str) -> bool:
-        """Return True if a text is the token. The comparison takes constant time."""
+        """Return True if a text is the token. The comparison runs in constant time."""
         return secrets.compare_digest(text.encode(), self._token.encode())
 
     def start_session(self, request: Request, response: Response) -> None:
@@ -88,7 +88,7 @@ class Authenticator:
 
 
 def _make_cookie_name(request: Request) -> str:
-    """Return a cookie name that contains the server's port, so that two servers on a host do not share a cookie."""
+    """Return a cookie name that contains the server's port, so two servers on a host do not share a cookie."""
     server = request.scope.get("server")
     return f"llm2clip_session_{server[1] if server else 0}"
 
@@ -125,11 +125,11 @@ class RequestMiddleware:
             self.service.request_duration.labels(route).observe(time.perf_counter() - start)
 
     def _check_request(self, request: Request) -> Response | None:
-        """Check a request before its body is read. Return an error response if the request must be rejected."""
+        """Check a request before reading its body. Return an error response if it must be rejected."""
         max_bytes = self.service.limits.max_body_bytes
         length = request.headers.get("content-length", "")
         if length and "transfer-encoding" in request.headers:
-            # If a proxy used one header and this server the other, they would disagree about where the request ends.
+            # If a proxy used one header and this server used the other, they would disagree on where the request ends.
             message = "the request contains both Transfer-Encoding and Content-Length"
             return make_error_response(400, message, {"Connection": "close"})
         if not self._is_authorized(request):
@@ -149,7 +149,7 @@ class RequestMiddleware:
         return None
 
     def _is_authorized(self, request: Request) -> bool:
-        path = request.scope["path"]  # do not use request.url, because it depends on the Host header
+        path = request.scope["path"]  # not request.url, which depends on the Host header
         if self.auth is None or path == "/health" or self.auth.is_authorized(request):
             return True
         return path == "/" and self.auth.is_token(request.query_params.get("token", ""))
@@ -177,19 +177,18 @@ class RequestMiddleware:
 class _BodyRejected(HTTPException):
     """Raised when a request body exceeds a size limit.
 
-    This class must be an HTTPException, because FastAPI replaces all other exceptions that are raised while it reads a
-    body.
+    This class must be an HTTPException: FastAPI replaces all other exceptions raised while reading a body.
     """
 
 
 class _BodyReader:
-    """Wrapper around `receive` that enforces size limits, because Content-Length may be missing or wrong."""
+    """Wrapper around `receive` that enforces size limits even if Content-Length is missing or wrong."""
 
     def __init__(self, request: Request, receive: Receive, allocation: ByteAllocation, limits: Limits) -> None:
         self._receive, self._allocation, self._limits = receive, allocation, limits
         self._is_json = "json" in request.headers.get("content-type", "").lower()
         self._size = 0  # number of bytes received
-        self._json_values = 0  # upper bound on the number of values received
+        self._json_values = 0  # upper bound on the number of JSON values received
 
     async def __call__(self) -> Message:
         message = await self._receive()
@@ -205,22 +204,22 @@ class _BodyReader:
         if self._is_json:
             self._json_values += body.count(b",") + body.count(b"[") + body.count(b"{")
             if self._json_values > MAX_JSON_VALUES:
-                raise _BodyRejected(413, f"the JSON body has too many values; the limit is {MAX_JSON_VALUES:,}")
+                raise _BodyRejected(413, f"the JSON body contains too many values; the limit is {MAX_JSON_VALUES:,}")
         return message
 
 
 class _ResponseSender:
-    """Wrapper around `send` that adds missing security headers to the response and records its status.
+    """Wrapper around `send` that adds missing security headers and records the response status.
 
-    Large bodies are sent in small chunks, so that the server buffers only a few chunks for a client that reads slowly.
+    Large bodies are sent in small chunks, so the server buffers only a few chunks for slow clients.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, allocation: ByteAllocation) -> None:
         self._scope, self._receive, self._send, self._allocation = scope, receive, send, allocation
-        self._start: Message | None = None  # not sent before the size of the body has been checked
+        self._start: Message | None = None  # sent only after the body size has been checked
         self._is_rejected = False
         self.status, self.started = 500, False
-        # The timeout no longer applies once the response has started, because the client determines the sending time.
+        # The timeout no longer applies once the response has started, because the sending time depends on the client.
         # `LimitedConnection` aborts the connection if the client does not read the response.
         self.timer: asyncio.Timeout | None = None
 
@@ -266,7 +265,7 @@ class _ResponseSender:
 def identify_client(address: tuple[str, int] | None) -> str:
     """Return a string that identifies a client: its IPv4 address without the port, or its IPv6 /64 network.
 
-    IPv6 clients usually have a /64 network, so they could send each request from a different address.
+    IPv6 clients usually own a /64 network and could send each request from a different address in it.
     """
     if address is None:
         return ""
@@ -280,7 +279,7 @@ def identify_client(address: tuple[str, int] | None) -> str:
 
 
 class ByteBudget:
-    """Limit on the total size of all request and response bodies in memory. A client may use a quarter of it."""
+    """Limit on the total size of all request and response bodies in memory. Each client may use a quarter of it."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.max_bytes_per_client = max_bytes, max_bytes // 4
@@ -296,14 +295,17 @@ class ByteAllocation:
         self.size = 0
 
     def add(self, size: int) -> None:
-        """Allocate additional bytes. Raise QueueFull if the budget or the client's part of it is exhausted."""
+        """Allocate more bytes. Raise QueueFull if the total budget or the client's share is exhausted.
+
+        Requests of at most ALWAYS_ACCEPTED bytes never raise.
+        """
         budget = self._budget
         self.size += size
         budget.total += size
         budget.by_client[self._client] += size
         is_exhausted = budget.total > budget.max_bytes or budget.by_client[self._client] > budget.max_bytes_per_client
         if is_exhausted and self.size > ALWAYS_ACCEPTED:
-            raise QueueFull("the server is busy: the requests in progress are too large; try again later")
+            raise QueueFull("the server is busy: too much data in concurrent requests; try again later")
 
     def release(self) -> None:
         """Return all bytes to the budget."""
@@ -315,15 +317,15 @@ class ByteAllocation:
 
 
 class LimitedConnection(H11Protocol):
-    """A uvicorn connection that is aborted if it waits for the client too long or if there are too many connections.
+    """A uvicorn connection that is aborted if the client is idle for too long or if there are too many connections.
 
-    A timer runs while the server waits for complete request headers, and while a response cannot be sent because the
-    client does not read it. `RequestMiddleware` limits the wait for the body of a request. Connections are aborted
-    rather than closed, because a transport closes only after the client has read all buffered data.
+    A timer runs while the server waits for complete request headers or for the client to read a response.
+    `RequestMiddleware` limits the wait for request bodies. Connections are aborted rather than closed, because a
+    transport closes only after the client has read all buffered data.
     """
 
     limits: Limits
-    by_client: dict[str, dict[LimitedConnection, None]]  # open connections of each client, oldest first
+    by_client: dict[str, dict[LimitedConnection, None]]  # each client's open connections, oldest first
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -360,7 +362,7 @@ class LimitedConnection(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def _update_timer(self) -> None:
-        """Start the timer when the server begins to wait for the client, and stop it when the wait is over."""
+        """Start the timer when the server begins to wait for the client, and stop it when the wait ends."""
         if not (self._is_idle() or self.flow.write_paused):
             self._stop_timer()
         elif self._timer is None:
@@ -372,18 +374,18 @@ class LimitedConnection(H11Protocol):
             self._timer = None
 
     def _abort_one_connection(self) -> None:
-        """Abort the oldest connection, preferably an idle one, of the client with the most connections.
+        """Abort a connection of the client with the most connections: the oldest idle one, or else the oldest one.
 
-        A new connection counts as idle, so it is aborted if all other connections of its client are busy.
+        A new connection counts as idle, so it is aborted if all of its client's other connections are busy.
         """
         largest = max(self.by_client.values(), key=len)
         oldest = next(iter(largest))
         connection = next((connection for connection in largest if connection._is_idle()), oldest)
-        connection._unregister()  # connection_lost is called later, and another connection may be made before then
+        connection._unregister()  # connection_lost is called later, possibly after another connection is made
         connection.transport.abort()
 
     def _unregister(self) -> None:
-        """Remove this connection from the list of open connections."""
+        """Remove this connection from the open connections."""
         self.connections.discard(self)
         connections = self.by_client.get(self._client_key, {})
         connections.pop(self, None)
@@ -392,5 +394,5 @@ class LimitedConnection(H11Protocol):
 
 
 def make_connection_class(limits: Limits) -> type[LimitedConnection]:
-    """Return a connection class with the given limits, for uvicorn's setting `http`."""
+    """Return a connection class with the given limits, for uvicorn's `http` setting."""
     return type("LimitedConnection", (LimitedConnection,), {"limits": limits, "by_client": {}})

@@ -1,4 +1,4 @@
-"""Search queries (positive and negative texts, images and earlier hits) and their embeddings."""
+"""Search queries, made of positive and negative texts, images and earlier hits, and their embeddings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,21 +13,21 @@ from llm2clip.data.texts import check_not_empty
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import QueryTemplates, average_prompts, build_query_prompts
 
-NEGATIVE_WEIGHT = 0.5  # with a weight of 1, results would hardly be related to the positive parts
+NEGATIVE_WEIGHT = 0.5  # a weight of 1 gives results that have little to do with the positive parts
 
 
 @dataclass(frozen=True)
 class SearchQuery:
     """A search query. Results should resemble its positive parts, but not its negative parts.
 
-    The command and the server encode the texts and images in different ways (directly, or in batches with other
-    requests). `prompts` returns the texts to encode, and `combine` returns the query vector.
+    The `search` command encodes texts and images directly, and the server batches them with other requests. Both call
+    `prompts` to get the texts to encode and `combine` to get the query vector.
 
     Attributes:
         texts, negative_texts: Texts of any length.
-        images, negative_images: Images, or data URIs of images if the query is a request to the server.
+        images, negative_images: Images (data URIs in server requests).
         like, negative_like: Ids of earlier hits.
-        templates: Prompt templates for short texts, whose embeddings are averaged over several prompts (see
+        templates: Prompt templates for short texts. The embeddings of the resulting prompts are averaged (see
             `models.prompts.build_query_prompts`). Default: the model's own templates.
     """
 
@@ -45,7 +45,7 @@ class SearchQuery:
         return positive + len(self.negative_texts) + len(self.negative_images) + len(self.negative_like) > 0
 
     def prompts(self, default_templates: QueryTemplates) -> tuple[list[str], list[int]]:
-        """Return all prompts of the texts and then of the negative texts, and the number of prompts for each text.
+        """Return the prompts and the number of prompts per text, for the texts and then the negative texts.
 
         Raises:
             ValueError: A text is empty.
@@ -61,13 +61,13 @@ class SearchQuery:
         images: Sequence[np.ndarray],
         hits: Sequence[np.ndarray] = (),
     ) -> np.ndarray:
-        """Return the query vector, of shape (D,), float32, L2-normalised. See `combine_embeddings` for the formula.
+        """Return the L2-normalised query vector of shape (D,), float32. See `combine_embeddings` for the formula.
 
         Args:
-            prompts: Embeddings of the prompts that `prompts` returns, each of shape (D,).
+            prompts: Embeddings of the prompts returned by `prompts`, each of shape (D,).
             counts: Number of prompts for each text.
-            images: Embeddings of the images and then of the negative images, each of shape (D,).
-            hits: Embeddings of the hits in `like` and then in `negative_like`, each of shape (D,).
+            images: Embeddings of the images, then of the negative images, each of shape (D,).
+            hits: Embeddings of the hits in `like`, then in `negative_like`, each of shape (D,).
 
         Raises:
             ValueError: The query has no parts.
@@ -79,7 +79,7 @@ class SearchQuery:
 
 
 def embed_query(model: DualEncoder, query: SearchQuery) -> np.ndarray:
-    """Return the embedding of a query without hits, of shape (D,), float32, L2-normalised.
+    """Return the L2-normalised query vector, of shape (D,), float32, for a query without hits.
 
     Raises:
         ValueError: The query has no parts, or a text is empty.
@@ -92,7 +92,7 @@ def embed_query(model: DualEncoder, query: SearchQuery) -> np.ndarray:
 
 
 def embed_images(model: DualEncoder, images: Sequence[Any]) -> Tensor:
-    """Return the embeddings of images, of shape (N, D), float32, L2-normalised.
+    """Return L2-normalised image embeddings of shape (N, D), float32.
 
     Raises:
         ImageError: An image cannot be read.
@@ -103,15 +103,15 @@ def embed_images(model: DualEncoder, images: Sequence[Any]) -> Tensor:
 
 
 def combine_embeddings(positive: Sequence[np.ndarray], negative: Sequence[np.ndarray] = ()) -> np.ndarray:
-    """Combine positive and negative embeddings into a query vector, of shape (D,), float32, L2-normalised.
+    """Combine positive and negative embeddings into an L2-normalised query vector of shape (D,), float32.
 
-    The means of the positive and of the negative embeddings are L2-normalised first. The query vector is the positive
-    mean minus half the negative mean, normalised again. Without positive embeddings, it is the negated negative mean,
-    so that the images least similar to the negative embeddings are ranked first.
+    The positive and negative embeddings are averaged separately, and both means are L2-normalised. The query vector is
+    the positive mean minus half the negative mean, normalised again. Without positive embeddings, the query vector is
+    the negated negative mean, which ranks the images least similar to the negative embeddings first.
 
     Args:
-        positive: Embeddings to which results should be similar, each of shape (D,), float32, L2-normalised.
-        negative: Embeddings to which results should be dissimilar, each of shape (D,), float32, L2-normalised.
+        positive: Embeddings that results should be similar to, each L2-normalised, of shape (D,), float32.
+        negative: Embeddings that results should be dissimilar to, each L2-normalised, of shape (D,), float32.
 
     Raises:
         ValueError: Both lists are empty.
