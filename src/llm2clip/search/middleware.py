@@ -297,7 +297,7 @@ class ByteAllocation:
     def add(self, size: int) -> None:
         """Allocate more bytes. Raise QueueFull if the total budget or the client's share is exhausted.
 
-        Requests of at most ALWAYS_ACCEPTED bytes never raise.
+        The first ALWAYS_ACCEPTED bytes of a request are always granted.
         """
         budget = self._budget
         self.size += size

@@ -1,10 +1,10 @@
-"""Index backend that uses a Qdrant collection, for data sets that are too large to search on one machine.
+"""Qdrant index backend, for data sets that are too large to search on one machine.
 
 Each distinct image content is stored as one point, whose payload lists the images with that content. An additional
-point contains the metadata of the index.
+point stores the index metadata.
 
-A filter on a path must be an absolute path without wildcards, and a filter on captions finds complete words. Without a
-query, hits are ordered by the latest time of all their images, including those that do not meet the filter.
+Path filters must be absolute paths without wildcards, and caption filters match complete words. Without a query, hits
+are ordered by the latest time of all their images, including images that do not match the filter.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from llm2clip.search.backends import (
 METADATA_KEY = b"llm2clip"
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 PAGE_SIZE = 1000  # points per request
-# Payload fields used by filters and for sorting. "paths" lists the folders and files that contain an image, "latest" is
-# the largest value of "taken" of a point's images, and "shorter_side" is a length in pixels.
+# Payload fields for filtering and sorting. "paths" lists the folders and files that contain an image, "latest" is the
+# maximum of "taken" over a point's images, and "shorter_side" is in pixels.
 PAYLOAD_INDEXES: dict[str, models.PayloadSchemaType | models.TextIndexParams] = {
     "images[].name": models.PayloadSchemaType.KEYWORD,
     "images[].source": models.PayloadSchemaType.KEYWORD,
@@ -55,13 +55,13 @@ WITHOUT_THUMBNAIL = models.PayloadSelectorExclude(exclude=["thumbnail"])
 
 
 class QdrantBackend:
-    """Index backend that uses a Qdrant collection."""
+    """Index backend based on a Qdrant collection."""
 
     def __init__(self, client: QdrantClient, collection: str) -> None:
         """
         Args:
-            client: Qdrant client for a server, a local folder or an in-memory database.
-            collection: Name of the collection. `initialize` creates it if it does not exist.
+            client: Qdrant client for a server, local folder or in-memory database.
+            collection: Collection name. `initialize` creates the collection if it does not exist.
         """
         self.client, self.collection = client, collection
 
@@ -69,13 +69,13 @@ class QdrantBackend:
     def from_url(cls, url: str, write: bool = False) -> QdrantBackend:
         """Open the collection at `http(s)://HOST:PORT/COLLECTION`.
 
-        The API key is read from the environment variable QDRANT_API_KEY, if it is set.
+        If the environment variable QDRANT_API_KEY is set, it provides the API key.
 
         Raises:
             ValueError: The URL does not have the form `http(s)://HOST:PORT/COLLECTION`, or the API key would be sent
-                without encryption.
+                unencrypted.
             FileNotFoundError: `write` is False, and the collection does not exist or does not contain an index.
-            FormatVersionError: The index has another format version.
+            FormatVersionError: The index has a different format version.
             OSError: The server does not respond.
         """
         match = re.fullmatch(r"(https?://[^/]+)/([\w-]+)", url)
@@ -86,13 +86,13 @@ class QdrantBackend:
         address = urlsplit(server)
         if api_key and address.scheme == "http" and address.hostname not in LOOPBACK_HOSTS:
             raise ValueError(
-                f"{server}: QDRANT_API_KEY would be sent over the network without encryption. Use https, forward a "
-                f"local port (ssh -L 6333:localhost:6333 {address.hostname}), or unset QDRANT_API_KEY"
+                f"{server}: QDRANT_API_KEY would be sent over the network unencrypted. Use https, forward a local port "
+                f"(ssh -L 6333:localhost:6333 {address.hostname}), or unset QDRANT_API_KEY"
             )
         backend = cls(QdrantClient(server, api_key=api_key), collection)
         try:
             exists = backend.client.collection_exists(collection)
-        except Exception as error:  # raised by the client or by either of its two HTTP libraries
+        except Exception as error:  # the client or either of its two HTTP libraries can raise it
             raise OSError(f"{server}: {error}") from error
         if not write and not (exists and backend.metadata()):
             raise FileNotFoundError(f"{server} has no llm2clip index in the collection {collection!r}")
@@ -131,7 +131,7 @@ class QdrantBackend:
         ]
         states = {}
         for point in self._scroll_points(models.Filter(should=conditions)):
-            for image in _read_images(point.payload):  # a point matches if any of its images does, so check each image
+            for image in _read_images(point.payload):  # a point can match because of a single image, so check each one
                 if image.source in sources or not set(_list_containing_paths(image)).isdisjoint(sources):
                     states[image.name] = ImageState(image.file_version, image.captions)
         return states
@@ -145,7 +145,7 @@ class QdrantBackend:
         new_images: dict[str, list[IndexedImage]] = {}  # keyed by point id
         for image, digest in images:
             new_images.setdefault(_make_point_id(digest), []).append(image)
-        # If an image file has changed, the image must move from the old content's point to the new content's point.
+        # Images whose files have changed must move from the old content's point to the new content's point.
         self.remove([image.name for image, _ in images], keep_points=new_images.keys())
         new_points = []
         for content in contents:
@@ -160,11 +160,11 @@ class QdrantBackend:
                 self.client.set_payload(self.collection, payload, points=[point.id])
 
     def remove(self, names: Sequence[str], keep_points: Collection[str] = ()) -> None:
-        # Points without images are deleted unless they are in `keep_points`.
+        # Points that no longer have images are deleted, unless they are in `keep_points`.
         for start in range(0, len(names), PAGE_SIZE):
             page = set(names[start : start + PAGE_SIZE])
             condition = models.FieldCondition(key="images[].name", match=models.MatchAny(any=list(page)))
-            # List all points before changing any of them, because changes during a scroll could make it skip some.
+            # List all points before changing any, because changes while scrolling could cause points to be skipped.
             for point in list(self._scroll_points(models.Filter(must=[condition]))):
                 remaining = [image for image in _read_images(point.payload) if image.name not in page]
                 if remaining:
@@ -173,7 +173,7 @@ class QdrantBackend:
                     self.client.delete(self.collection, models.PointIdsList(points=[point.id]))
 
     def finish(self) -> None:
-        """Store the number of images and the number of distinct images. Qdrant updates its HNSW graph automatically."""
+        """Store the image counts. Qdrant updates its HNSW graph automatically."""
         images_per_content = [len(_read_images(point.payload)) for point in self._scroll_points()]
         counts = {"images": sum(images_per_content), "contents": len(images_per_content)}
         self.initialize({**self.metadata(), **counts})
@@ -205,7 +205,7 @@ class QdrantBackend:
                 with_payload=WITHOUT_THUMBNAIL,
             ).points
         else:
-            points, _ = self.client.scroll(  # does not support an offset with an order
+            points, _ = self.client.scroll(  # does not support order_by and an offset together
                 self.collection,
                 scroll_filter=condition,
                 limit=offset + count,
@@ -240,7 +240,7 @@ class QdrantBackend:
     # ---- points
 
     def _retrieve_point(self, hit_id: str, with_vector: bool = False) -> Any:
-        """Return the point for the given hit id, or None if there is no such point."""
+        """Return the point with the given hit id, or None if there is no such point."""
         try:
             point_id = str(uuid.UUID(hit_id))
         except ValueError:
@@ -249,10 +249,7 @@ class QdrantBackend:
         return points[0] if points and "images" in (points[0].payload or {}) else None
 
     def _scroll_points(self, condition: models.Filter | None = None) -> Iterator[Any]:
-        """Yield all points that meet a condition, without their thumbnails.
-
-        Without a condition, yield all points except the metadata point.
-        """
+        """Yield all points that match a condition (default: all but the metadata point), without thumbnails."""
         offset = None
         while True:
             points, offset = self.client.scroll(
@@ -301,14 +298,14 @@ def _read_images(payload: Any) -> tuple[IndexedImage, ...]:
 
 
 def _list_containing_paths(image: IndexedImage) -> list[str]:
-    """Return all paths that contain an image: its parent folders, its tar file or table, and its name."""
+    """Return the paths of all folders and files that contain an image, and the image's name."""
     slashes = [match.start() for match in re.finditer("/", image.name)]
     folders = [image.name[:position] for position in slashes if position > 0]
     return [*folders, image.container, image.name]
 
 
 def _matches(image: IndexedImage, image_filter: Filter) -> bool:
-    """Return True if an image meets the path and time conditions. Such images are the first locations of a hit."""
+    """Return True if an image matches the path and time conditions. Such images come first in a hit."""
     path, after, before = image_filter.path, image_filter.after, image_filter.before
     is_inside = not path or path.rstrip("/") in ("", *_list_containing_paths(image))
     return is_inside and (after is None or after <= image.taken) and (before is None or image.taken <= before)
@@ -320,7 +317,7 @@ def _make_qdrant_filter(image_filter: Filter) -> models.Filter:
     Raises:
         ValueError: The path is relative or contains wildcards.
     """
-    conditions: list[Any] = []  # which one image must meet together
+    conditions: list[Any] = []  # a single image must match all of these
     path = image_filter.path
     if path is not None:
         if not path.startswith("/") or re.search("[*?]", path):

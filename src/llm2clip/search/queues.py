@@ -1,6 +1,6 @@
-"""Work queues: a batcher that combines items from several clients, and a thread pool that clients share fairly.
+"""Work queues: a batcher that combines items from several clients, and a thread pool that is fair to all clients.
 
-Batching increases throughput, because a forward pass over 32 texts takes little longer than one over a single text.
+Batching increases throughput, because encoding 32 texts takes little longer than encoding one.
 """
 
 import asyncio
@@ -15,8 +15,8 @@ from weakref import WeakValueDictionary
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-current_client: ContextVar[str] = ContextVar("current_client", default="")  # key of the client of the current request
-MAX_WAIT = 0.03  # maximum time to wait for more items before a batch is processed, in seconds
+current_client: ContextVar[str] = ContextVar("current_client", default="")  # client key of the current request
+MAX_WAIT = 0.03  # maximum time to wait for more items before processing a batch, in seconds
 
 
 class QueueFull(Exception):
@@ -25,7 +25,7 @@ class QueueFull(Exception):
 
 @dataclass
 class _Pending(Generic[Item, Result]):
-    """An item waiting to be processed, with a future for its result."""
+    """A queued item and the future for its result."""
 
     item: Item
     result: asyncio.Future[Result]
@@ -34,10 +34,10 @@ class _Pending(Generic[Item, Result]):
 class Batcher(Generic[Item, Result]):
     """Combines items from several callers into batches and processes each batch with a single call to `work`.
 
-    While a batch is processed, new items are collected for the next batch. If fewer items have arrived than were in the
-    previous batch, the batcher waits for up to a tenth of that batch's duration, so that its callers can submit their
-    next items. Without the wait, the first of these items would form a batch of its own and delay the others. If there
-    is only one client and it submits one item at a time, the batcher never waits.
+    While a batch is being processed, new items are collected for the next batch. If the next batch would be smaller
+    than the previous one, the batcher waits for up to a tenth of the previous batch's duration, which gives callers
+    time to submit their next items. Without this wait, the first new item would form a batch of its own and delay the
+    others. With a single client that submits one item at a time, the batcher never waits.
     """
 
     def __init__(
@@ -54,23 +54,23 @@ class Batcher(Generic[Item, Result]):
             executor: Executor that runs `work`. If calls must not overlap, use a single-threaded executor.
             max_batch_size: Maximum number of items per batch.
             max_queue: Maximum number of waiting items.
-            on_batch: Callback that is called with the size of each batch.
+            on_batch: Callback that receives the size of each batch.
         """
         self.work, self.executor = work, executor
         self.max_batch_size, self.max_queue, self.on_batch = max_batch_size, max_queue, on_batch
         self._queue: asyncio.Queue[_Pending[Item, Result]] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
-        self._last_size, self._last_seconds = 0, 0.0  # number of items and duration in seconds of the last batch
+        self._last_size, self._last_seconds = 0, 0.0  # item count and duration of the last batch
 
     def __len__(self) -> int:
         """Return the number of waiting items."""
         return self._queue.qsize()
 
     async def submit(self, items: Sequence[Item]) -> list[Result]:
-        """Process items and return the results in the same order.
+        """Process items and return their results in the same order.
 
         Raises:
-            ValueError: `items` contains more than `max_queue` items.
+            ValueError: There are more than `max_queue` items.
             QueueFull: The queue does not have enough space for the items.
             Exception: Any exception that `work` raises for one of the items.
         """
@@ -84,7 +84,7 @@ class Batcher(Generic[Item, Result]):
         try:
             return list(await asyncio.gather(*(entry.result for entry in pending)))
         finally:
-            # If the caller timed out or an item failed, the remaining results are not needed.
+            # If the caller has timed out or an item has failed, the remaining results are not needed.
             _cancel_pending(pending)
 
     async def close(self) -> None:
@@ -107,11 +107,11 @@ class Batcher(Generic[Item, Result]):
             try:
                 await self._process_batch(batch)
             finally:
-                _cancel_pending(batch)  # if this task was cancelled, callers must not wait for their results forever
+                _cancel_pending(batch)  # if this task is cancelled, callers must not wait for their results forever
             self._last_seconds = time.perf_counter() - start
 
     async def _next_batch(self) -> list[_Pending[Item, Result]]:
-        """Wait for items and return the next batch without cancelled items, which may be empty."""
+        """Wait for items and return the next batch. The batch is empty if all of its items were cancelled."""
         batch = [await self._queue.get()]
         if len(self) + 1 < self._last_size:
             await asyncio.sleep(min(MAX_WAIT, self._last_seconds / 10))
@@ -122,7 +122,7 @@ class Batcher(Generic[Item, Result]):
     async def _process_batch(self, batch: list[_Pending[Item, Result]]) -> None:
         """Process a batch and set the results of its items.
 
-        If `work` fails for the batch, call it again for each item separately, so that only invalid items fail.
+        If `work` fails for the batch, it is called again for each item, so that only invalid items fail.
         """
         loop = asyncio.get_running_loop()
         try:
@@ -142,7 +142,7 @@ class Batcher(Generic[Item, Result]):
 
 
 def _check_capacity(count: int, waiting: int, limit: int, unit: str) -> None:
-    """Check that a queue has enough space for a number of items, of which a request must not have more than `limit`."""
+    """Check that a request's items fit in the queue: raise ValueError if they never do, or QueueFull if not now."""
     if count > limit:
         raise ValueError(f"too many {unit} in one request: {count:,}; the limit is {limit:,}")
     if waiting + count > limit:
@@ -150,34 +150,33 @@ def _check_capacity(count: int, waiting: int, limit: int, unit: str) -> None:
 
 
 def _cancel_pending(entries: Sequence[_Pending[Item, Result]]) -> None:
-    """Cancel the futures of all entries that have no result yet."""
+    """Cancel the futures of all entries without a result."""
     for entry in entries:
         entry.result.cancel()
 
 
 class FairThreadPool:
-    """Thread pool in which a client with many jobs delays other clients by only a few jobs.
+    """Thread pool in which a client with many jobs delays other clients only by a few jobs.
 
-    Each client may have as many jobs in the pool's queue as there are threads. Its remaining jobs wait outside the
-    queue.
+    Each client may have at most one job per thread in the pool's queue. Its other jobs wait outside the queue.
     """
 
     def __init__(self, threads: int, unit: str, max_waiting: int, initializer: Callable[[], Any] | None = None) -> None:
         """
         Args:
-            unit: What a job processes, in the plural, such as "images". Used in error messages and thread names.
-            max_waiting: Maximum number of jobs that are waiting or running.
+            unit: Plural noun for what the jobs process, such as "images". Used in error messages and thread names.
+            max_waiting: Maximum number of waiting and running jobs.
             initializer: Function that each thread calls when it starts.
         """
-        self.waiting = 0  # number of jobs that are waiting or running
+        self.waiting = 0  # number of waiting and running jobs
         self._threads, self._unit, self._max_waiting = threads, unit, max_waiting
         self._pool = ThreadPoolExecutor(threads, unit, initializer)
         self._slots: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
     async def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """Call a function for each item, one after the other, and return the results.
+        """Call a function for each item, one after another, and return the results.
 
-        If the caller is cancelled, a running call continues.
+        If the caller is cancelled, the current function call still runs to completion.
 
         Raises:
             ValueError: There are more than `max_waiting` items.
@@ -202,9 +201,9 @@ class FairThreadPool:
             with suppress(RuntimeError):  # the event loop has been closed
                 loop.call_soon_threadsafe(slots.release)
 
-        future.add_done_callback(release)  # not when the caller is cancelled, because the thread is then still in use
+        future.add_done_callback(release)  # not on cancellation, because the thread would still be busy
         return await asyncio.wrap_future(future)
 
     def shutdown(self) -> None:
-        """Cancel all jobs that have not started, without waiting for the others."""
+        """Cancel all jobs that have not started, without waiting for running jobs."""
         self._pool.shutdown(wait=False, cancel_futures=True)

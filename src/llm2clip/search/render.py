@@ -1,4 +1,4 @@
-"""Display of search results as a table in the terminal or as an HTML contact sheet."""
+"""Search results rendered as a terminal table, JSON lines or an HTML contact sheet."""
 
 import json
 import re
@@ -18,11 +18,11 @@ from llm2clip.html_report import Block, Paragraph, ResultImage, ResultImages, wr
 from llm2clip.search.backends import Backend, Hit
 
 CAPTION_LENGTH = 160  # characters
-THUMBNAIL_COLUMNS, THUMBNAIL_ROWS = 24, 24  # in pixels; each character covers one pixel column and two pixel rows
+THUMBNAIL_COLUMNS, THUMBNAIL_ROWS = 24, 24  # in pixels; each character is one pixel wide and two pixels high
 
 
 def print_hits(hits: Sequence[Hit], backend: Backend, console: Console) -> None:
-    """Print a table of search results. If the terminal supports at least 256 colours, include thumbnails."""
+    """Print a table of search results, with thumbnails if the terminal supports at least 256 colours."""
     with_thumbnails = console.is_terminal and console.color_system in ("truecolor", "256")
     table = RichTable(show_lines=with_thumbnails)
     table.add_column("", justify="right")
@@ -44,7 +44,7 @@ def print_hits(hits: Sequence[Hit], backend: Backend, console: Console) -> None:
 
 
 def hit_to_json(rank: int, hit: Hit) -> str:
-    """Return a search result as a JSON object on a single line. Times are in the local time zone, ISO 8601."""
+    """Return a search result as a JSON object on a single line. Times are local and in ISO 8601 format."""
     first, *duplicates = hit.images
     values = {
         "rank": rank,
@@ -57,21 +57,21 @@ def hit_to_json(rank: int, hit: Hit) -> str:
         "height": hit.height,
     }
     text = json.dumps(values, ensure_ascii=False)
-    return re.sub(r"[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text)  # terminals interpret these characters
+    return re.sub(r"[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text)  # escape terminal control characters
 
 
 def _format_score_or_date(hit: Hit) -> str:
-    """Return the score of a hit or, if the search had no query, the date of its first image."""
+    """Return a hit's score, or its first image's date if the search had no query."""
     return f"{datetime.fromtimestamp(hit.images[0].taken):%Y-%m-%d}" if hit.score is None else f"{hit.score:.3f}"
 
 
 def _printable(text: str) -> str:
-    """Replace unprintable characters with spaces, because terminals interpret control characters."""
+    """Replace unprintable characters with spaces, because terminals would interpret control characters."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _draw_thumbnail(jpeg: bytes | None) -> RichText:
-    """Draw a thumbnail with half-block characters. Each character shows two pixels, one above the other."""
+    """Draw a thumbnail with half-block characters, each showing one pixel above another."""
     import torch
     from torchvision.transforms.v2 import functional as F
 
@@ -99,12 +99,12 @@ def write_contact_sheet(
     folder: Path | None = None,
     heatmaps: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """Write the thumbnails of search results to a self-contained HTML page; return the path of the page.
+    """Write a self-contained HTML page with search result thumbnails, and return its path.
 
     Args:
         query: Description of the query, shown above the images.
         backend: Index that returned the hits.
-        folder: Folder to write the page to. Default: a new temporary folder.
+        folder: Output folder. Default: a new temporary folder.
         heatmaps: JPEG images to show instead of thumbnails, keyed by hit id. See `search.heatmap.draw_heatmaps`.
     """
     folder = folder or Path(tempfile.mkdtemp(prefix="llm2clip-"))
@@ -118,18 +118,18 @@ def write_contact_sheet(
     if hits[0].score is None:
         text = f"{len(hits)} images, newest first, each with its rank and date."
     if heatmaps:
-        text += " The parts of an image that are most similar to the query are bright, and the others are dark."
+        text += " Bright parts of an image are the most similar to the query, and dark parts are the least similar."
     blocks: list[Block] = [ResultImages(query, images), Paragraph(text)]
     return write_report(folder, "results", "Search results", blocks)[1]
 
 
 def _make_file_url(hit: Hit) -> str | None:
-    """Return the URL of an image file, or of the tar file or table that contains the image, if it still exists."""
+    """Return a file URL for the image file, tar file or table of a hit's first image, or None if it is missing."""
     path = Path(hit.images[0].container)
     return path.as_uri() if path.is_absolute() and path.exists() else None
 
 
 def open_in_browser(page: Path) -> None:
-    """Open a page in the user's browser. If no browser is available, print a message instead."""
+    """Open a page in the user's browser. Print a message if no browser is available."""
     if not webbrowser.open(page.resolve().as_uri()):
-        print(f"could not open a browser; open this file manually: {page}", file=sys.stderr)
+        print(f"Could not open a browser. Open this file manually: {page}", file=sys.stderr)

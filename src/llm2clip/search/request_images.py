@@ -1,4 +1,4 @@
-"""Size-limited loading of images for requests, from data URIs or from the original files of hits."""
+"""Size-limited image loading for requests, from data URIs or the original files of hits."""
 
 import base64
 import binascii
@@ -15,24 +15,24 @@ from llm2clip.data.images import ImageError, load_image
 from llm2clip.search.backends import Backend, IndexedImage
 from llm2clip.search.build import container_version, format_file_version
 
-# A small AVIF or HEIC file can contain any number of hidden frames, all of which would be decoded.
+# A small AVIF or HEIC file can contain any number of hidden frames, which would all be decoded.
 NOT_ACCEPTED = "{} images are not accepted in requests. Convert the image to JPEG, PNG or WebP"
 
 
 class NotFound(LookupError):
-    """Raised when the index, an image in the index, or its original file does not exist."""
+    """Raised when the index, an indexed image, or its original file does not exist."""
 
 
 class TooLarge(ValueError):
-    """Raised when an image has too many pixels."""
+    """Raised when an image has too many pixels or its file is too large."""
 
 
 class InvalidImage(ValueError):
     """Raised when an image in a request cannot be decoded.
 
     Args:
-        cause: ImageError or TooLarge, which determines the message and the status code of the response.
-        param: Field and position of the image, such as "images.0".
+        cause: ImageError or TooLarge. Determines the message and status code of the response.
+        param: Field and index of the image, such as "images.0".
     """
 
     def __init__(self, cause: Exception, param: str) -> None:
@@ -41,16 +41,16 @@ class InvalidImage(ValueError):
 
 
 class RequestImage(NamedTuple):
-    """An image in a request: an image file or a data URI, and its field and position, such as "images.0"."""
+    """An image in a request: its file contents or data URI, and its field and index, such as "images.0"."""
 
     data: bytes | str
     param: str
 
     def load(self, max_pixels: int) -> Tensor:
-        """Decode the image to a tensor of shape (3, H, W), uint8.
+        """Decode the image to a uint8 tensor of shape (3, H, W).
 
         Raises:
-            InvalidImage: The image cannot be decoded or has more than `max_pixels` pixels.
+            InvalidImage: The image cannot be decoded, or has more than `max_pixels` pixels.
         """
         try:
             data = decode_data_uri(self.data) if isinstance(self.data, str) else self.data
@@ -63,7 +63,7 @@ def decode_data_uri(uri: str) -> bytes:
     """Decode a base64 data URI to bytes.
 
     Raises:
-        ImageError: The text is not a base64 data URI, or its base64 data is invalid.
+        ImageError: The text is not a valid base64 data URI.
     """
     header, comma, body = uri.partition(",")
     if not comma or not header.endswith(";base64"):
@@ -75,10 +75,10 @@ def decode_data_uri(uri: str) -> bytes:
 
 
 def load_request_image(data: bytes, max_pixels: int) -> Tensor:
-    """Decode an image file to a tensor of shape (3, H, W), uint8.
+    """Decode an image file to a uint8 tensor of shape (3, H, W).
 
     Raises:
-        TooLarge: The image has more than `max_pixels` pixels. The size is checked before the pixels are decoded.
+        TooLarge: The image has more than `max_pixels` pixels. This is checked before any pixels are decoded.
         ImageError: The image cannot be decoded.
     """
     if is_heic(data):
@@ -101,12 +101,12 @@ def load_request_image(data: bytes, max_pixels: int) -> Tensor:
 
 
 def open_original(backend: Backend, hit_id: str) -> tuple[BinaryIO, str]:
-    """Open the image file of a hit; return the stream and the media type.
+    """Open the image file of a hit. Return the stream and the media type.
 
-    If the hit has several files, use the first one that has not changed since it was indexed.
+    If the hit has several files, use the first one that has not changed since indexing.
 
     Raises:
-        NotFound: The id is unknown, or all files of the hit have been changed or removed.
+        NotFound: The id is unknown, or all of the hit's files have been changed or removed.
     """
     for image in backend.images(hit_id):
         try:
@@ -125,13 +125,9 @@ def open_original(backend: Backend, hit_id: str) -> tuple[BinaryIO, str]:
 
 
 def _open_unchanged(image: IndexedImage) -> BinaryIO:
-    """Open an image.
-
-    Raises:
-        FileNotFoundError: The file no longer exists or has been replaced by another file.
-    """
+    """Open an image that has not changed since indexing. Raise FileNotFoundError if it has changed or was removed."""
     path = image.ref.container_path or ""
-    if container_version(path) != image.file_version:  # checked first, because opening a named pipe would block
+    if container_version(path) != image.file_version:  # check before opening, because a named pipe would block
         raise FileNotFoundError(f"{path} has changed since it was indexed")
     stream = image.ref.open()
     if isinstance(image.ref, FileImage) and format_file_version(os.fstat(stream.fileno())) != image.file_version:

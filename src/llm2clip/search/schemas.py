@@ -1,4 +1,4 @@
-"""Pydantic models for the requests and responses of the HTTP API."""
+"""Pydantic models for HTTP API requests and responses."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ DATA_URI_PREFIX = "data:image/"
 MAX_TEXT_LENGTH = 20_000  # characters
 MAX_PATH_LENGTH = 4096  # characters
 MAX_TEXTS, MAX_IMAGES, MAX_TOP = 256, 16, 200  # maximum numbers of texts, images and results per request
-MAX_OFFSET = 10_000  # a search finds and scores all results that it skips
-# A query has at most MAX_IMAGES texts and as many negative texts. A short text is encoded once without a template and
-# once per template. With at most MAX_TEMPLATES templates, a request never encodes more than MAX_TEXTS texts.
+MAX_OFFSET = 10_000  # skipped results must also be found and scored
+# A query has at most MAX_IMAGES texts and MAX_IMAGES negative texts. Short texts are encoded once as they are and once
+# per template. With at most MAX_TEMPLATES templates, a request never encodes more than MAX_TEXTS texts.
 MAX_TEMPLATES, MAX_TEMPLATE_LENGTH = MAX_TEXTS // (2 * MAX_IMAGES) - 1, 200  # characters
 
 
@@ -36,7 +36,7 @@ def _require_valid_unicode(text: str) -> str:
 
 def _require_placeholder(text: str) -> str:
     if text.count(PLACEHOLDER) != 1:
-        raise ValueError("a template must contain {} exactly once, such as 'a photo of a {}'")
+        raise ValueError("a template must contain {} exactly once, as in 'a photo of a {}'")
     return text
 
 
@@ -69,7 +69,7 @@ Time = Annotated[float, Field(ge=-1e11, le=1e12, allow_inf_nan=False)]
 
 
 Item = TypeVar("Item")
-# Without fail_fast, pydantic would create an error object for each invalid item, even if there are far too many items.
+# Without fail_fast, pydantic would create an error object for every invalid item, however many there are.
 Items = Annotated[list[Item], Field(fail_fast=True)]
 QueryItems = Annotated[Items[Item], Field(max_length=MAX_IMAGES)]
 
@@ -82,7 +82,7 @@ class _StrictModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _stop_at_the_first_unknown_field(cls, data: Any) -> Any:
-        """Raise a single error, because pydantic would create an error object for each unknown field."""
+        """Raise an error for the first unknown field, because pydantic would create an error object for each one."""
         if isinstance(data, dict):
             for name in data:
                 if name not in cls.model_fields:
@@ -98,7 +98,7 @@ class FilterRequest(_StrictModel):
         default=None,
         max_length=MAX_PATH_LENGTH,
         description="path of the folder, tar or file that contains the image; a relative path matches in every folder; "
-        "* stands for any characters, including slashes, and ? for one character",
+        "* matches any characters, including slashes, and ? matches one character",
     )
     caption: AnyText | None = Field(
         default=None,
@@ -108,7 +108,7 @@ class FilterRequest(_StrictModel):
     after: Time | None = Field(default=None, description="earliest capture time, as a Unix timestamp")
     before: Time | None = Field(default=None, description="latest capture time, as a Unix timestamp")
     min_side: int | None = Field(
-        default=None, ge=0, le=1_000_000, description="minimum length of the shorter side, in pixels"
+        default=None, ge=0, le=1_000_000, description="minimum length of the image's shorter side, in pixels"
     )
 
     def to_filter(self) -> Filter:
@@ -116,21 +116,21 @@ class FilterRequest(_StrictModel):
 
 
 class QueryRequest(_StrictModel):
-    """A query: texts, images and earlier hits that results should resemble (or, if negative, should not resemble)."""
+    """A query: texts, images and earlier hits that results should resemble (positive) or not resemble (negative)."""
 
     texts: QueryItems[Text] = Field([], description="texts of any length, in any language that the model supports")
     images: QueryItems[DataUri] = Field([], description="images as data URIs")
-    like: QueryItems[HitId] = Field([], description="ids of earlier hits that results should be similar to")
+    like: QueryItems[HitId] = Field([], description="ids of earlier hits that results should resemble")
     negative_texts: QueryItems[Text] = Field([], description="descriptions of what the results should not show")
     negative_images: QueryItems[DataUri] = Field(
-        [], description="images, as data URIs, that results should not resemble"
+        [], description="images that results should not resemble, as data URIs"
     )
     negative_like: QueryItems[HitId] = Field([], description="ids of earlier hits that results should not resemble")
     templates: Items[Template] | None = Field(
         default=None,
         max_length=MAX_TEMPLATES,
         description="prompt templates, such as 'a photo of a {}', for texts of up to three words: the embeddings of "
-        "the text and of the filled templates are averaged; default: the server's templates; an empty list means no "
+        "the text and the filled-in templates are averaged; default: the server's templates; an empty list disables "
         "templates",
     )
 
@@ -142,10 +142,10 @@ class QueryRequest(_StrictModel):
 
 
 class SearchRequest(QueryRequest):
-    """A query, a filter, or both. Without a query, the newest images that meet the filter are returned first."""
+    """A query, a filter, or both. Without a query, images that match the filter are sorted newest first."""
 
     top: int = Field(default=50, ge=1, le=MAX_TOP, description="maximum number of hits")
-    offset: int = Field(default=0, ge=0, le=MAX_OFFSET, description="number of hits to skip, to get further pages")
+    offset: int = Field(default=0, ge=0, le=MAX_OFFSET, description="number of hits to skip, for pagination")
     filter: FilterRequest = FilterRequest()  # pydantic copies defaults
 
 
@@ -155,15 +155,15 @@ class ImageLocation(BaseModel):
     name: str
     captions: list[str]
     taken: float = Field(
-        description="capture time or, if it is unknown, modification time of the file, as a Unix timestamp"
+        description="capture time, or file modification time if the capture time is unknown, as a Unix timestamp"
     )
 
 
 class HitResponse(BaseModel):
-    """A search result: an image with its locations."""
+    """A search result: an image and its locations."""
 
     id: str
-    score: float | None = Field(description="cosine similarity to the query, or null without a query")
+    score: float | None = Field(description="cosine similarity to the query; null if there is no query")
     width: int
     height: int
     images: list[ImageLocation] = Field(description=f"the first {MAX_LOCATIONS} locations")
@@ -171,45 +171,45 @@ class HitResponse(BaseModel):
 
 
 class SearchResponse(BaseModel):
-    """Search results, best first or, without a query, newest first."""
+    """Search results, best first, or newest first if there is no query."""
 
     hits: list[HitResponse]
-    total: int = Field(description="number of distinct images in the index that meet the filter")
+    total: int = Field(description="number of distinct images in the index that match the filter")
 
 
 class HeatmapRequest(QueryRequest):
-    """A non-empty query, and the image in which to locate it. The image is either a hit or part of the request."""
+    """A non-empty query, and the image in which to locate it: either a hit or an image in the request."""
 
     id: HitId | None = Field(default=None, description="id of a hit")
     image: DataUri | None = Field(default=None, description="image as a data URI, used instead of a hit")
     variant: Literal["plain", "maskclip", "sclip", "clearclip", "naclip"] | None = Field(
-        default=None, description="variant of the dense features; by default, the best one for the model"
+        default=None, description="variant of the dense features; default: the best one for the model"
     )
     image_size: int | None = Field(
         default=None,
         ge=1,
         le=4096,
-        description="length to which the shorter side is resized, in pixels; by default, 1.5 times the training "
-        "resolution of the model",
+        description="length to which the shorter side is resized, in pixels; default: 1.5 times the model's training "
+        "resolution",
     )
 
     @model_validator(mode="after")
     def _require_one_image(self) -> HeatmapRequest:
         if (self.id is None) == (self.image is None):
-            raise PydanticCustomError("one_image", "a heat map needs either the id of a hit or an image")
+            raise PydanticCustomError("one_image", "a heat map requires either a hit id or an image")
         return self
 
 
 class HeatmapResponse(BaseModel):
-    """Similarity of each cell of an image to a query."""
+    """Similarity between a query and each cell of an image."""
 
     rows: list[list[float]] = Field(
-        description="cosine similarity of each cell to the query, row by row; the cells divide the image evenly"
+        description="cosine similarity between the query and each cell, row by row; the cells divide the image evenly"
     )
 
 
 class EmbedRequest(BaseModel):
-    """A request in the format of OpenAI's embeddings API. Inputs that are image data URIs are embedded as images."""
+    """A request in the format of OpenAI's embeddings API. Image data URIs are embedded as images."""
 
     input: TextOrDataUri | Annotated[Items[TextOrDataUri], Field(min_length=1, max_length=MAX_TEXTS)]
     model: AnyText | None = None
@@ -240,7 +240,7 @@ class EmbedResponse(BaseModel):
 
 
 class HealthResponse(BaseModel):
-    """Response of the health check. If the server requires a token, requests without it receive only the status."""
+    """Health check response. If the server requires a token, requests without a token receive only the status."""
 
     status: Literal["ok"] = "ok"
     model: str | None = None

@@ -1,4 +1,4 @@
-"""HTTP server that provides image search, embeddings and a search page. The API is described at /openapi.json."""
+"""HTTP server for image search and embeddings, with a search page. The API is described at /openapi.json."""
 
 import base64
 import hashlib
@@ -45,7 +45,7 @@ from llm2clip.search.schemas import (
 STATIC_FOLDER = Path(__file__).parent / "static"
 STATIC_FILES = ("page.css", "page.js")
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
-SHUTDOWN_TIMEOUT = 5  # seconds; cancelling requests also takes time, and `docker stop` kills a process after 10 seconds
+SHUTDOWN_TIMEOUT = 5  # seconds; leaves time to cancel requests before `docker stop` kills the process after 10 seconds
 API_ERRORS: dict[int | str, dict[str, Any]] = {code: ERROR_RESPONSES[code] for code in (400, 404, 422, 429, 504)}
 
 
@@ -64,18 +64,18 @@ def create_app(
         model: Model that encodes texts and images. If there is an index, it must have been built with this model.
         backend: Index to search. If None, the server only computes embeddings.
         limits: Resource limits for requests. Default: `Limits()`.
-        token: Token that every request must contain, except requests to `/health` that need only the status. API
-            clients send it in the header `Authorization: Bearer TOKEN`. In a browser, opening `/?token=TOKEN` starts a
-            24-hour session. If None, no token is required.
+        token: Token that every request must contain. Without the token, only `/health` is available, and returns only
+            the status. API clients send the header `Authorization: Bearer TOKEN`. In a browser, opening
+            `/?token=TOKEN` starts a 24-hour session. If None, no token is required.
         hosts: Host names that are allowed in the Host header. If None, all host names are allowed. This check prevents
-            DNS rebinding attacks, in which a website makes its own host name resolve to the address of this machine.
+            DNS rebinding attacks, in which a website makes its own host name resolve to this machine's address.
         model_thread: Single-threaded executor in which the model was loaded. See `InferenceService`.
-        templates: Prompt templates that form an ensemble with short texts in searches. Requests can contain their own
-            templates instead. Default: the templates that were saved with the model.
+        templates: Prompt templates for short search texts. The embeddings of the text and the filled-in templates are
+            averaged. Requests can override the templates. Default: the templates saved with the model.
 
     Raises:
-        ValueError: The index was built with a different model, the token is empty or contains characters other than
-            printable ASCII characters, or there are too many templates.
+        ValueError: The index was built with a different model, the token is empty or contains spaces or characters
+            other than printable ASCII, or there are too many templates.
     """
     auth = Authenticator(token) if token is not None else None
     if backend is not None:
@@ -121,11 +121,11 @@ def serve(
 ) -> None:
     """Serve an application until the process receives SIGINT or SIGTERM.
 
-    Before it stops, the server spends up to 5 seconds completing the requests in progress.
+    Before stopping, the server waits up to 5 seconds for requests in progress.
 
     Args:
         port: Port to listen on. 0 means any free port.
-        on_start: Callback that is called with the port when the server accepts connections.
+        on_start: Callback that receives the port once the server accepts connections.
         behind_proxy: See `make_server_config`.
     """
 
@@ -135,17 +135,17 @@ def serve(
             if self.started:
                 on_start(self.servers[0].sockets[0].getsockname()[1])
 
-    with suppress(KeyboardInterrupt):  # uvicorn raises it again after handling SIGINT
+    with suppress(KeyboardInterrupt):  # uvicorn re-raises it after handling SIGINT
         Server(make_server_config(app, host, port, behind_proxy)).run()
 
 
 def make_server_config(app: FastAPI, host: str, port: int, behind_proxy: bool) -> uvicorn.Config:
-    """Return the config of the HTTP server.
+    """Return the HTTP server config.
 
     Args:
-        behind_proxy: If True, the headers `X-Forwarded-For` and `X-Forwarded-Proto` of requests from 127.0.0.1 (or from
-            the addresses in the environment variable FORWARDED_ALLOW_IPS) set the client's address and scheme. If
-            False, they are ignored, because clients could use them to evade the limits per client.
+        behind_proxy: If True, the headers `X-Forwarded-For` and `X-Forwarded-Proto` set the client's address and scheme
+            for requests from 127.0.0.1 (or the addresses in the environment variable FORWARDED_ALLOW_IPS). If False,
+            these headers are ignored, because clients could use them to evade the per-client limits.
     """
     return uvicorn.Config(
         app,
@@ -163,7 +163,7 @@ def make_server_config(app: FastAPI, host: str, port: int, behind_proxy: bool) -
 def _add_status_routes(app: FastAPI, service: InferenceService, auth: Authenticator | None) -> None:
     @app.get("/health", response_model_exclude_none=True)
     async def health(request: Request) -> HealthResponse:
-        """Return the status and, if the request is authorized, the model name, dimension, and number of images."""
+        """Return the server status. Authorized requests also receive the model name, dimension and image count."""
         if auth is not None and not auth.is_authorized(request):
             return HealthResponse()
         model = service.model
@@ -181,7 +181,7 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
     async def search(request: SearchRequest) -> Response:
         """Return the images in the index that are most similar to the given texts, images and earlier hits.
 
-        A search with a filter and without a query returns the newest images that meet the filter first.
+        If there is a filter but no query, return the images that match the filter, newest first.
         """
         return Response(await service.search(request), media_type="application/json")
 
@@ -215,7 +215,7 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
         The paths /embed and /v1/embeddings are equivalent.
         """
         if request.dimensions not in (None, service.model.embed_dim):
-            raise ValueError(f"dimensions must be {service.model.embed_dim}, the embedding dimension of the model")
+            raise ValueError(f"dimensions must be {service.model.embed_dim}, the model's embedding dimension")
         images: dict[int, RequestImage] = {}
         texts: dict[int, str] = {}
         for index, item in enumerate(request.inputs):
@@ -238,11 +238,11 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
 def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
     @app.get("/thumbnail/{hit_id}", response_class=Response, responses=API_ERRORS)
     async def thumbnail(hit_id: str, request: Request) -> Response:
-        """Return the thumbnail of a hit: a JPEG of at most 256 pixels per side."""
+        """Return a hit's thumbnail, a JPEG with at most 256 pixels per side."""
         jpeg = await run_in_threadpool(service.require_backend().thumbnail, hit_id)
         if jpeg is None:
             raise NotFound(f"the index contains no image with id {hit_id}")
-        # The tag is a hash of the thumbnail, because another index may use the same id for a different image.
+        # The tag is a hash of the thumbnail, because the same id may refer to a different image in another index.
         tag = f'"{hashlib.sha256(jpeg).hexdigest()[:32]}"'
         headers = {"Cache-Control": "private, no-cache", "ETag": tag}
         if request.headers.get("if-none-match") == tag:
@@ -251,7 +251,7 @@ def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
 
     @app.get("/image/{hit_id}", response_class=Response, responses=API_ERRORS)
     async def image(hit_id: str) -> Response:
-        """Return the original image file of a hit."""
+        """Return a hit's original image file."""
         stream, media_type = await service.open_original(hit_id)
         headers = {"Content-Security-Policy": "default-src 'none'; sandbox"}
         if isinstance(stream, io.BytesIO):  # a table cell
@@ -272,7 +272,7 @@ async def _read_chunks(stream: BinaryIO, size: int) -> AsyncIterator[bytes]:
 def _add_page_routes(app: FastAPI, auth: Authenticator | None) -> None:
     @app.get("/", include_in_schema=False)
     async def page(request: Request) -> Response:
-        """Return the search page. If the URL contains the token, start a session and redirect to the page."""
+        """Return the search page. If the URL contains the token, start a session and redirect to the page without it."""
         if auth is not None and auth.is_token(request.query_params.get("token", "")):
             response = RedirectResponse("/", 303)
             auth.start_session(request, response)
@@ -282,5 +282,5 @@ def _add_page_routes(app: FastAPI, auth: Authenticator | None) -> None:
     @app.get("/static/{name}", include_in_schema=False)
     async def static(name: str) -> Response:
         if name not in STATIC_FILES:
-            raise NotFound(f"file {name} does not exist")
+            raise NotFound(f"no such file: {name}")
         return FileResponse(STATIC_FOLDER / name)

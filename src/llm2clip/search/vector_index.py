@@ -1,9 +1,9 @@
 """Nearest-neighbour search, using either a scan of all quantized vectors or an HNSW graph.
 
 A scan compares the query with all vectors, quantized to int8, and re-scores the best candidates with the float16
-vectors. A scan is limited by memory bandwidth, and int8 vectors take half as many bytes as float16 vectors (see
-benchmarks/search.py). A search in an HNSW graph (arXiv 1603.09320) visits only a few thousand vectors. Both methods are
-implemented with usearch.
+vectors. Scans are limited by memory bandwidth, and int8 vectors are half the size of float16 vectors (see
+benchmarks/search.py). Searching an HNSW graph (arXiv 1603.09320) visits only a few thousand vectors. Both methods use
+usearch.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from llm2clip.runs.ranks import print_once
 
 # Minimum number of candidates to re-score. With 128, a scan of a million vectors found the exact top 10.
 MIN_CANDIDATES = 128
-EXACT_BELOW = 2048  # up to this many ids, scoring all float16 vectors is faster than scanning the int8 codes first
+EXACT_BELOW = 2048  # for at most this many ids, scoring all float16 vectors is faster than scanning int8 codes first
 CHUNK = 65_536
 GRAPH_FILE, GRAPH_STATE_FILE = "graph.usearch", "graph.json"
 
-FetchVectors = Callable[[np.ndarray], np.ndarray]  # ids of shape (N,) -> vectors of shape (N, D), float16
+FetchVectors = Callable[[np.ndarray], np.ndarray]  # maps ids of shape (N,) to float16 vectors of shape (N, D)
 
 
 class VectorBlock(NamedTuple):
-    """A block of quantized vectors: sorted ids of shape (N,), int64, and codes of shape (N, D), int8."""
+    """A block of quantized vectors: sorted int64 ids of shape (N,) and int8 codes of shape (N, D)."""
 
     ids: np.ndarray
     codes: np.ndarray
@@ -42,14 +42,14 @@ class VectorBlock(NamedTuple):
 class QuantizedVectors:
     """Vectors quantized to int8 by rounding scale * x and clipping to ±127.
 
-    All vectors have the same scale, so that their dot products with a query can be compared. The vectors are stored in
-    blocks, so that an update copies only a few blocks instead of all vectors.
+    All vectors share one scale, so their dot products with a query are comparable. Vectors are stored in blocks, so an
+    update copies only a few blocks instead of all vectors.
     """
 
     def __init__(self, scale: float, blocks: Sequence[VectorBlock] = ()) -> None:
         """
         Args:
-            scale: Quantization scale, which is 127 divided by the largest absolute value in any vector.
+            scale: Quantization scale: 127 divided by the largest absolute value in any vector.
             blocks: Blocks of vectors, sorted by id.
         """
         self.scale, self.blocks = scale, tuple(blocks)
@@ -60,14 +60,14 @@ class QuantizedVectors:
         return int(self.blocks[-1].ids[-1]) if self.blocks else 0
 
     def updated(self, removed: np.ndarray, chunks: Iterable[tuple[np.ndarray, np.ndarray]]) -> QuantizedVectors:
-        """Return the vectors without the removed ids and with additional vectors.
+        """Return a new object with some vectors removed and others added.
 
-        Unchanged blocks are shared, and searches that use the old object are not affected.
+        Unchanged blocks are shared. Searches that use the old object are not affected.
 
         Args:
-            removed: Ids of the vectors to remove, of shape (N,), int64. Unknown ids are ignored.
-            chunks: Chunks of additional vectors. Each chunk is a pair of ids of shape (N,), int64, and vectors of shape
-                (N, D), float16. The ids must be larger than all previous ids.
+            removed: Ids of the vectors to remove, int64 of shape (N,). Unknown ids are ignored.
+            chunks: Vectors to add. Each chunk contains int64 ids of shape (N,) and float16 vectors of shape (N, D). The
+                ids must be larger than all previous ids.
         """
         blocks = []
         for block in self.blocks:
@@ -87,11 +87,11 @@ class QuantizedVectors:
     def nearest(self, query_code: np.ndarray, count: int, allowed_ids: np.ndarray | None = None) -> np.ndarray:
         """Return the ids of the vectors with the largest dot products with a quantized query.
 
-        The ids are of shape (min(count, N),), int64, and sorted by decreasing dot product.
+        The ids are int64 of shape (min(count, N),), sorted by decreasing dot product.
 
         Args:
             query_code: Quantized query of shape (D,), int8.
-            allowed_ids: Sorted ids of the vectors to consider. Default: all vectors.
+            allowed_ids: Sorted ids of the vectors to search. Default: all vectors.
         """
         best_ids, best_distances = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
         for ids, codes in self.blocks:
@@ -114,14 +114,13 @@ def quantize(vectors: np.ndarray, scale: float) -> np.ndarray:
 
 
 class VectorIndex:
-    """Top-k search by cosine similarity over vectors with integer ids."""
+    """Top-k cosine similarity search over vectors with integer ids."""
 
     def __init__(self, load_quantized: Callable[[], QuantizedVectors], fetch: FetchVectors, graph: Any = None) -> None:
         """
         Args:
-            load_quantized: Function that returns all vectors in quantized form. It is called once, before the first
-                scan.
-            fetch: Function that returns the float16 vectors with the given ids. It is used to re-score candidates.
+            load_quantized: Function that returns all quantized vectors. Called once, before the first scan.
+            fetch: Function that returns the float16 vectors with the given ids, to re-score candidates.
             graph: HNSW graph of the same vectors, from `open_graph`. If None, all searches scan the vectors.
         """
         self._load_quantized, self.fetch, self.graph = load_quantized, fetch, graph
@@ -130,7 +129,7 @@ class VectorIndex:
 
     @property
     def quantized(self) -> QuantizedVectors:
-        with self._lock:  # if several threads search, only one loads the vectors
+        with self._lock:  # among concurrent searches, only one loads the vectors
             if self._quantized is None:
                 self._quantized = self._load_quantized()
             return self._quantized
@@ -138,13 +137,12 @@ class VectorIndex:
     def search(
         self, query: np.ndarray, count: int, allowed_ids: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids and the cosine similarities of the nearest vectors, best first.
+        """Return the ids and cosine similarities of the nearest vectors, best first, with ties ordered by id.
 
-        Both arrays are of shape (K,). The ids are int64, and the similarities are float32. Vectors with equal
-        similarities are ordered by id.
+        Both arrays have shape (K,). The ids are int64, and the similarities are float32.
 
         Args:
-            query: Query vector of shape (D,), float32, L2-normalised.
+            query: L2-normalised query vector of shape (D,), float32.
             allowed_ids: Sorted ids of the vectors to search. Default: all vectors.
         """
         ids = self._find_candidates(query, max(4 * count, MIN_CANDIDATES), allowed_ids)
@@ -154,7 +152,7 @@ class VectorIndex:
 
     def _find_candidates(self, query: np.ndarray, count: int, allowed_ids: np.ndarray | None) -> np.ndarray:
         """Return the ids of about `count` candidates, selected by their int8 codes."""
-        # The query can have a different scale, because constant factors do not change the order of the scores.
+        # The query may use a different scale, because constant factors do not change the ranking.
         query_code = np.rint(query * (127 / max(float(np.abs(query).max()), 1e-6))).astype(np.int8)
         if allowed_ids is not None and len(allowed_ids) <= EXACT_BELOW:
             return allowed_ids
@@ -165,14 +163,14 @@ class VectorIndex:
 
 @dataclass(frozen=True)
 class GraphState:
-    """Contents of `graph.json`: how the graph was built, and a summary of its ids.
+    """Contents of `graph.json`: the quantization scale, a summary of the graph's ids, and a checksum.
 
     Args:
         scale: Quantization scale of the vectors in the graph.
         count: Number of ids.
         last: Largest id.
         sum: Sum of all ids.
-        checksum: Checksum of the graph file.
+        checksum: Checksum of the graph file, from `compute_checksum`.
     """
 
     scale: float
@@ -185,17 +183,17 @@ class GraphState:
 def update_graph(
     folder: Path, ids: np.ndarray, fetch: FetchVectors, dim: int, max_abs: float, threads: int = 0
 ) -> None:
-    """Update the HNSW graph in a folder so that it contains exactly the vectors with the given ids.
+    """Update the HNSW graph in a folder to contain exactly the vectors with the given ids.
 
     Args:
-        folder: Folder that contains `graph.usearch` and `graph.json`.
-        ids: Sorted ids of all vectors, of shape (N,), int64.
+        folder: Folder for `graph.usearch` and `graph.json`.
+        ids: Sorted ids of all vectors, int64 of shape (N,).
         fetch: Function that returns the float16 vectors with the given ids.
-        dim: Vector dimension, D.
-        max_abs: Largest absolute value in any vector. If this value has grown by 10% or more since the graph
-            was built, the graph is rebuilt.
-        threads: Number of threads that add vectors. 0 means all cores. With several threads, the graph differs
-            between runs, because the order in which vectors are added is not deterministic.
+        dim: Vector dimension D.
+        max_abs: Largest absolute value in any vector. If it has grown by 10% or more since the graph was built, the
+            graph is rebuilt.
+        threads: Number of threads that add vectors. 0 means all cores. With several threads, the graph differs between
+            runs, because the insertion order is not deterministic.
     """
     graph_file, state_file = folder / GRAPH_FILE, folder / GRAPH_STATE_FILE
     scale = 127 / max_abs
@@ -216,7 +214,7 @@ def update_graph(
             chunk = added[start : start + CHUNK]
             graph.add(chunk, quantize(fetch(chunk), scale), threads=threads)
             bar.update(len(chunk))
-    state_file.unlink(missing_ok=True)  # graphs without a state file are ignored, so an interrupted save does no harm
+    state_file.unlink(missing_ok=True)  # graphs without a state file are ignored, so an interrupted save is harmless
     with atomic_path(graph_file) as temporary:
         graph.save(str(temporary))
     state = GraphState(scale, len(ids), int(ids[-1]), int(ids.sum()), compute_checksum(graph_file))
@@ -226,11 +224,11 @@ def update_graph(
 def open_graph(folder: Path, view: bool = True) -> tuple[Any, GraphState] | None:
     """Open the graph in a folder. Return the graph and its state, or None if there is no valid graph.
 
-    If the graph is damaged, for example because the last writes before a power failure were lost, print a message.
+    If the graph is damaged, for example by a power failure, print a message.
 
     Args:
         folder: Folder that contains `graph.usearch` and `graph.json`.
-        view: If True, memory-map the graph, which makes it read-only.
+        view: If True, memory-map the graph, which makes it read-only. If False, load it into memory.
     """
     graph_file, state_file = folder / GRAPH_FILE, folder / GRAPH_STATE_FILE
     if not state_file.exists():
@@ -238,11 +236,11 @@ def open_graph(folder: Path, view: bool = True) -> tuple[Any, GraphState] | None
     try:
         state = GraphState(**json.loads(state_file.read_text()))
         if state.checksum != compute_checksum(graph_file):
-            raise ValueError("its checksum is wrong")
+            raise ValueError("checksum mismatch")
         return Index.restore(str(graph_file), view=view), state
-    except Exception as error:  # usearch raises different errors for truncated and for empty files
+    except Exception as error:  # usearch raises different errors for truncated and empty files
         print_once(
-            f"{graph_file} is damaged ({error}). Searches scan all vectors instead. "
+            f"{graph_file} is damaged ({error}), so searches scan all vectors instead. "
             "To rebuild the graph, run `llm2clip index` again."
         )
         return None
@@ -251,9 +249,9 @@ def open_graph(folder: Path, view: bool = True) -> tuple[Any, GraphState] | None
 def compute_checksum(file: Path) -> str:
     """Return the size of a file and the sum of its 64-bit words.
 
-    The sum is limited only by the disk, whereas a cryptographic hash of a large graph takes several seconds.
+    Only disk speed limits this sum, whereas a cryptographic hash of a large graph takes several seconds.
     """
     data = np.memmap(file, np.uint8, mode="r")
-    end = len(data) // 8 * 8  # the last bytes are added one by one
+    end = len(data) // 8 * 8  # the remaining bytes are added one by one
     total = data[:end].view("<u8").sum(dtype=np.uint64) + data[end:].sum(dtype=np.uint64)
     return f"{len(data)} {int(total):x}"
