@@ -142,7 +142,7 @@ class Batcher(Generic[Item, Result]):
 
 
 def _check_capacity(count: int, waiting: int, limit: int, unit: str) -> None:
-    """Check that a request's items fit in the queue: raise ValueError if they never do, or QueueFull if not now."""
+    """Raise ValueError if a request has more items than a queue can hold, or QueueFull if they do not fit now."""
     if count > limit:
         raise ValueError(f"too many {unit} in one request: {count:,}; the limit is {limit:,}")
     if waiting + count > limit:

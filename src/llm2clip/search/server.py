@@ -272,7 +272,7 @@ async def _read_chunks(stream: BinaryIO, size: int) -> AsyncIterator[bytes]:
 def _add_page_routes(app: FastAPI, auth: Authenticator | None) -> None:
     @app.get("/", include_in_schema=False)
     async def page(request: Request) -> Response:
-        """Return the search page. If the URL contains the token, start a session and redirect to the page without it."""
+        """Return the search page. If the URL contains the token, start a session and redirect to `/`."""
         if auth is not None and auth.is_token(request.query_params.get("token", "")):
             response = RedirectResponse("/", 303)
             auth.start_session(request, response)

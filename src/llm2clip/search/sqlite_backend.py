@@ -1,13 +1,13 @@
 """Index backend that stores images, vectors and thumbnails in an SQLite file, and searches the vectors in memory.
 
     INDEX/
-      index.sqlite       metadata, images, their contents, and changes
+      index.sqlite       metadata, images, image contents and a change log
       graph.usearch      HNSW graph; built only for a million or more distinct images
-      graph.json         quantization scale and checksum of the graph, and a summary of the ids that the graph contains
+      graph.json         the graph's quantization scale, checksum and id summary
 
-SQLite commits each batch atomically, allows other processes to read during a write, and stores the database as a single
-file that is easy to copy. Readers keep the quantized vectors in memory and, from the first caption filter on, also the
-captions. After a write, they read only the changes, which are listed in the table `changes`.
+SQLite commits each batch atomically, lets other processes read during a write, and stores the database as a single file
+that is easy to copy. Readers keep the quantized vectors in memory, and also the captions once a caption filter is used.
+After a write, they read only the changes listed in the table `changes`.
 """
 
 import glob
@@ -51,9 +51,8 @@ from llm2clip.search.vector_index import (
     update_graph,
 )
 
-# The column "location" contains the reference to an image's bytes, and "max_abs" the largest absolute value in a
-# vector. The table "changes" is a log of contents that were removed or whose images changed, so that readers can reload
-# only these.
+# The column "location" is the reference to an image's bytes, and "max_abs" is the largest absolute value in a vector.
+# The table "changes" logs the contents that were removed or whose images changed, so readers reload only these.
 SCHEMA = f"""
 CREATE TABLE metadata (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE contents (
@@ -76,17 +75,17 @@ CREATE TRIGGER content_removed AFTER DELETE ON contents
   BEGIN INSERT INTO changes (content) VALUES (old.id); END;
 PRAGMA user_version = {FORMAT_VERSION};
 """
-MAX_LOG_LENGTH = 100_000  # a reader that has missed more changes than this reloads everything
+MAX_LOG_LENGTH = 100_000  # readers that have missed more changes than this reload everything
 NETWORK_FILE_SYSTEMS = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "afs", "lustre", "gpfs", "beegfs", "ceph", "fuse.glusterfs"}
 )
 APPROXIMATE_ABOVE = 1_000_000
 CHANGED = "content FROM changes WHERE id > :last"
 IMAGE_COLUMNS = "name, location, source, file_version, captions, taken"  # in the order of `_image_to_row`
-# An image is inside the path with the pattern :glob if its name matches this pattern, followed by nothing, by "/"
-# (folder), by "!" (tar) or by "[" (table). File and folder names may also contain "!" and "[". Therefore, an image
-# whose name contains one of these two characters after the path must also be stored in a tar or table whose file name
-# matches the last part of the path (:basename).
+# An image is inside the path with the pattern :glob if its name matches the pattern followed by nothing, "/" (folder),
+# "!" (tar) or "[" (table). Because file and folder names may also contain "!" and "[", an image with one of these two
+# characters after the path must also be stored in a tar or table whose file name matches the last part of the path
+# (:basename).
 INSIDE_PATH = """(name GLOB :glob OR name GLOB :glob || '/*'
   OR (name GLOB :glob || '[![]*' AND location NOT LIKE '["FileImage"%'
       AND '/' || json_extract(location, '$[1].path') GLOB '*/' || :basename))"""
@@ -101,7 +100,7 @@ IDS_PER_QUERY = 500  # SQLite limits the number of parameters per statement
 
 
 class SqliteBackend:
-    """Index backend in a local folder. Instances are thread-safe.
+    """Index backend in a local folder. Thread-safe.
 
     Several processes can read an index at the same time, even while one process writes to it.
     """
@@ -111,27 +110,27 @@ class SqliteBackend:
         Args:
             write: If True, open the index for writing, and create it if it does not exist. Only the current user can
                 read a new index.
-            approximate_above: Number of distinct images at which `finish` starts to build an HNSW graph, which makes
-                searches approximate.
+            approximate_above: Number of distinct images from which `finish` builds an HNSW graph, which makes searches
+                approximate.
 
         Raises:
-            FileNotFoundError: There is no index in the folder.
-            FormatVersionError: The index has another format version.
+            FileNotFoundError: `write` is False, and there is no complete index in the folder.
+            FormatVersionError: The index has a different format version.
         """
         self.folder, self.approximate_above = folder, approximate_above
         if not write and not (folder / INDEX_FILE).exists():
             raise FileNotFoundError(missing_index_message(folder))
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # thumbnails and captions may be private
         self._db = SqliteDatabase(folder, write)
-        self._may_have_orphans = True  # an interrupted run may leave rows in `contents` that do not belong to any image
+        self._may_have_orphans = True  # an interrupted run may leave rows in `contents` without images
         self._cache: dict[str, tuple[Any, Any]] = {}  # see `_get_cached`
-        # Cached data, each with the position in the log of changes up to which it is current.
+        # Cached data, each with the position in the change log up to which it is current.
         self._vectors: tuple[LogState, QuantizedVectors] | None = None
         self._captions: tuple[LogState, CaptionIndex] | None = None
         self._index_lock, self._vectors_lock, self._captions_lock = (threading.Lock() for _ in range(3))
         if not write and (self._db.is_empty or not self.metadata()):
             raise FileNotFoundError(
-                f"{folder} is an incomplete index without images: run llm2clip index again to complete it"
+                f"{folder} is an incomplete index without images. To complete it, run `llm2clip index` again"
             )
 
     # ---- building
@@ -172,7 +171,7 @@ class SqliteBackend:
             connection.execute("DELETE FROM changes WHERE id <= (SELECT max(id) FROM changes) - ?", (MAX_LOG_LENGTH,))
 
     def _add_content(self, connection: sqlite3.Connection, content: IndexedContent) -> None:
-        """Insert an image content and its thumbnail, unless the content is already in the database."""
+        """Insert image content and its thumbnail, unless the content is already in the database."""
         vector = np.ascontiguousarray(content.vector, dtype="<f2").tobytes()
         max_abs = float(np.abs(content.vector).max())
         row = connection.execute(
@@ -185,7 +184,7 @@ class SqliteBackend:
 
     def remove(self, names: Sequence[str]) -> None:
         if not names and not self._may_have_orphans:
-            return  # avoid the write, because all open readers look for changes after every write
+            return  # avoid a write, because all open readers look for changes after each one
         with self._db.transaction() as connection:
             connection.executemany("DELETE FROM images WHERE name = ?", [(name,) for name in names])
             connection.execute("DELETE FROM contents WHERE id NOT IN (SELECT content FROM images)")
@@ -239,7 +238,7 @@ class SqliteBackend:
                 "WHERE id = ?",
                 (content_id,),
             )
-            if images and sizes:  # otherwise, another process has removed the image during this search
+            if images and sizes:  # skip images that another process has removed during this search
                 width, height, image_count = sizes[0]
                 hits.append(Hit(str(content_id), score, images, image_count, width, height))
         return hits
@@ -261,9 +260,9 @@ class SqliteBackend:
     def _images(
         self, content_id: int, conditions: Sequence[str] = (), parameters: Mapping[str, Any] | None = None
     ) -> tuple[IndexedImage, ...]:
-        """Return at most MAX_LOCATIONS images with a content that meet SQL conditions, sorted by name.
+        """Return at most MAX_LOCATIONS images with the given content that match SQL conditions, sorted by name.
 
-        If there are more images, return those indexed first, because SQLite can then stop reading.
+        If there are more images, return those indexed first, so that SQLite can stop reading early.
         """
         where = " AND ".join(["content = :content", *conditions])
         sql = f"SELECT {IMAGE_COLUMNS} FROM images WHERE {where} ORDER BY rowid LIMIT :limit"
@@ -273,22 +272,22 @@ class SqliteBackend:
     # ---- filters
 
     def _get_matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
-        """Return the result of `_matching_ids`, cached for the last filter, which further pages of a search reuse."""
+        """Return the result of `_matching_ids`, cached for the last filter to serve further pages of a search."""
         key = self._db.state(), image_filter, newest_first
         ids: np.ndarray = self._get_cached("ids", key, lambda: self._matching_ids(image_filter, newest_first))
         return ids
 
     def _matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
-        """Return the ids of the contents with at least one image that meets all conditions of a filter, of shape (N,).
+        """Return the content ids with at least one image that matches all conditions of a filter, of shape (N,).
 
-        The ids are sorted or, with `newest_first`, ordered by the latest time of the images that meet the conditions.
+        The ids are sorted in ascending order or, with `newest_first`, by the latest time of their matching images.
         """
         conditions, parameters = _make_sql_conditions(image_filter, FILTER_CONDITIONS)
         caption = image_filter.caption
         rows: np.ndarray | None = None
         with self._db.snapshot() as db:
             if conditions or newest_first:
-                # The fields of MATCH for all images that meet every condition except the caption condition.
+                # Select all images that match every condition except the caption condition.
                 cursor = db.execute(
                     "SELECT images.rowid, contents.id, taken FROM images JOIN contents ON contents.id = content "
                     f"WHERE {' AND '.join(conditions) or 'true'}",
@@ -309,7 +308,7 @@ class SqliteBackend:
         return ids[np.sort(first)]
 
     def _current_captions(self, db: sqlite3.Connection) -> CaptionIndex:
-        """Return the captions in a snapshot of the database. Only captions that have changed are read."""
+        """Return the captions in a database snapshot, reading only the changes since the last call."""
         with self._captions_lock:
             log = self._db.log_state(db)
             sql, parameters = "SELECT rowid, content, captions FROM images WHERE captions != '[]'", {}
@@ -325,8 +324,8 @@ class SqliteBackend:
     # ---- vectors
 
     def _current_vector_index(self) -> VectorIndex:
-        """Return a vector index of the current state of the database."""
-        with self._index_lock:  # if several threads search, one opens the graph while the others wait
+        """Return a vector index for the current database state."""
+        with self._index_lock:  # among concurrent searches, one opens the graph while the others wait
             graph_state = self.folder / GRAPH_STATE_FILE
             graph_time = graph_state.stat().st_mtime_ns if graph_state.exists() else 0
 
@@ -338,7 +337,7 @@ class SqliteBackend:
             return index
 
     def _current_graph(self, graph_time: int) -> Any:
-        """Return the graph, or None if the graph is damaged or does not contain exactly the ids in the database."""
+        """Return the graph, or None if it is damaged or its ids differ from those in the database."""
         opened: tuple[Any, GraphState] | None = self._get_cached("graph", graph_time, lambda: open_graph(self.folder))
         if opened is None:
             return None
@@ -347,12 +346,12 @@ class SqliteBackend:
         return graph if ids == (state.count, state.last, state.sum) else None
 
     def _current_vectors(self) -> QuantizedVectors:
-        """Return all vectors in quantized form. Only vectors that were added since the last call are read.
+        """Return all quantized vectors, reading only vectors added since the last call.
 
         If a new vector contains a larger absolute value than all previous vectors, the old quantization scale is too
         large, and all vectors are read again.
         """
-        # Use a separate connection, because reading all vectors takes seconds and would block the other threads.
+        # Use a separate connection, because reading all vectors takes seconds and would block other threads.
         with self._vectors_lock, self._db.snapshot() as db:
             log = self._db.log_state(db)
             scale = 127 / _read_max_abs(db)
@@ -364,13 +363,13 @@ class SqliteBackend:
                     sql = f"SELECT DISTINCT {CHANGED} AND content NOT IN (SELECT id FROM contents)"
                     removed = _read_int_column(db.execute(sql, {"last": last_log.last}))
                 else:
-                    self._vectors = None  # free the old vectors first, because both may not fit in memory
+                    self._vectors = None  # free the old vectors first, in case both do not fit in memory
             vectors = vectors.updated(removed, _read_vector_chunks(db, vectors.last_id))
             self._vectors = log, vectors
             return vectors
 
     def _fetch_vectors(self, ids: np.ndarray) -> np.ndarray:
-        """Return the vectors with the given ids, of shape (N, D), float16. The vector of a removed id is zero."""
+        """Return the vectors with the given ids, as a float16 array of shape (N, D). Removed ids have zero vectors."""
         vectors: dict[int, bytes] = {}
         for start in range(0, len(ids), IDS_PER_QUERY):
             chunk = ids[start : start + IDS_PER_QUERY].tolist()
@@ -385,7 +384,7 @@ class SqliteBackend:
         return int(self.metadata()["embed_dim"])
 
     def _get_cached(self, name: str, state: Any, compute: Callable[[], Any]) -> Any:
-        """Return the cached value with a name. Compute it again if the state has changed since the last call."""
+        """Return the cached value with the given name, computing it if the state has changed since the last call."""
         cached = self._cache.get(name)
         if cached is None or cached[0] != state:
             cached = self._cache[name] = state, compute()
@@ -393,7 +392,7 @@ class SqliteBackend:
 
 
 def _image_to_row(image: IndexedImage) -> tuple[Any, ...]:
-    """Return the values of IMAGE_COLUMNS, with the reference and the captions as JSON."""
+    """Return the values of IMAGE_COLUMNS, with the reference and captions as JSON."""
     captions = json.dumps(image.captions)
     return image.name, ref_to_json(image.ref), image.source, image.file_version, captions, image.taken
 
@@ -404,7 +403,7 @@ def _image_from_row(row: Sequence[Any]) -> IndexedImage:
 
 
 def _make_sql_conditions(image_filter: Filter, names: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
-    """Return SQL conditions for the fields of a filter that are set and listed in `names`, and their parameters."""
+    """Return SQL conditions and their parameters for the filter fields that are listed in `names` and not None."""
     parameters: dict[str, Any] = {}
     for name in names:
         value = getattr(image_filter, name)
@@ -412,7 +411,7 @@ def _make_sql_conditions(image_filter: Filter, names: Iterable[str]) -> tuple[li
             parameters[name] = value
     conditions = [FILTER_CONDITIONS[name] for name in parameters]
     if "path" in parameters:
-        # Brackets are common in file names, so they are not wildcards. The pattern of the root folder is empty.
+        # Brackets are common in file names, so they are not wildcards. The root folder's pattern is empty.
         pattern = parameters["path"].rstrip("/").replace("[", "[[]")
         is_absolute = parameters["path"].startswith("/") or not pattern
         parameters.update(_make_path_parameters(pattern if is_absolute else f"*/{pattern}"))
@@ -425,7 +424,7 @@ def _make_path_parameters(pattern: str) -> dict[str, str]:
 
 
 def _read_vector_chunks(db: sqlite3.Connection, last_id: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the vectors after `last_id` in chunks: ids of shape (N,) and vectors of shape (N, D), float16."""
+    """Yield the vectors after `last_id` in chunks of int64 ids of shape (N,) and float16 vectors of shape (N, D)."""
     cursor = db.execute("SELECT id, vector FROM contents WHERE id > ? ORDER BY id", (last_id,))
     while rows := cursor.fetchmany(CHUNK):
         ids = np.array([content_id for content_id, _ in rows], dtype=np.int64)
@@ -444,14 +443,14 @@ def _read_int_column(cursor: Iterable[tuple[Any, ...]]) -> np.ndarray:
 
 
 def _sorted_unique(ids: np.ndarray) -> np.ndarray:
-    """Return the distinct ids in ascending order. This is faster than sorting, because ids are dense."""
+    """Return the distinct ids in ascending order. Faster than sorting, because ids are dense."""
     occurs = np.zeros(int(ids.max(initial=-1)) + 1, bool)
     occurs[ids] = True
     return np.flatnonzero(occurs)
 
 
 def _parse_content_id(hit_id: str) -> int:
-    """Convert a hit's id to an integer. If the id is not a valid number, return -1, which is never a content id."""
+    """Convert a hit id to an integer content id. For invalid ids, return -1, which is never a content id."""
     return int(hit_id) if hit_id.isascii() and hit_id.isdigit() and len(hit_id) < 19 else -1
 
 
@@ -459,12 +458,12 @@ def _parse_content_id(hit_id: str) -> int:
 
 
 class LogState(NamedTuple):
-    """Position in the log of changes, and the states that must be unchanged for the log to be usable.
+    """Position in the change log, and the state that must stay unchanged for the log to remain usable.
 
     Args:
-        schema: SQLite's schema version. VACUUM, which renumbers rows, also changes it.
-        immutable_state: Size and modification time of a database file that was opened as immutable, otherwise None.
-            Another index may replace such a file.
+        schema: SQLite's schema version. VACUUM changes it, and also renumbers rows.
+        immutable_state: Size and modification time of the database file if it was opened as immutable, otherwise None.
+            Such a file may be replaced with another index.
         last: Largest id in the log.
     """
 
@@ -474,7 +473,7 @@ class LogState(NamedTuple):
 
 
 class SqliteDatabase:
-    """Connection to the database of an index. Instances are thread-safe.
+    """Connection to an index database. Thread-safe.
 
     Attributes:
         is_empty: True if the database was empty when it was opened for reading.
@@ -484,10 +483,9 @@ class SqliteDatabase:
         """Open the database in an existing folder. With `write`, create the database if it does not exist."""
         self.file = folder / INDEX_FILE
         if not self.file.exists():
-            self.file.touch(mode=0o600)  # SQLite gives its temporary files the same permissions
+            self.file.touch(mode=0o600)  # SQLite's temporary files inherit these permissions
         self._lock = threading.RLock()
-        # Size and modification time of the database file when it was opened as immutable. None if it was opened
-        # normally.
+        # Size and modification time of the database file when it was opened as immutable, or None if it was not.
         self._immutable_state: tuple[int, int] | None = None
         with self._convert_errors():
             self.connection = self._connect()
@@ -497,11 +495,11 @@ class SqliteDatabase:
                 check_format_version(self.file, version, FORMAT_VERSION, NEW_INDEX_ADVICE)
             if write:
                 _warn_if_on_network(folder)
-                # Affects only new files. A vector takes about 2 KB, and several vectors should fit in a page.
+                # Affects only new files. A vector takes about 2 KB, and a page should hold several vectors.
                 self.connection.execute("PRAGMA page_size = 16384")
                 self.connection.execute("PRAGMA journal_mode = WAL")
                 self.connection.execute("PRAGMA foreign_keys = ON")
-                self.connection.execute("PRAGMA recursive_triggers = ON")  # make REPLACE also run the log's triggers
+                self.connection.execute("PRAGMA recursive_triggers = ON")  # REPLACE must also run the log triggers
                 if version == 0:
                     self.connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
 
@@ -516,14 +514,14 @@ class SqliteDatabase:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Yield a connection for the statements of one transaction, which is rolled back after an exception."""
+        """Yield a connection with an open transaction, which is rolled back if an exception is raised."""
         with self._lock, self._convert_errors(), self.connection:
             self.connection.execute("BEGIN IMMEDIATE")
             yield self.connection
 
     @contextmanager
     def snapshot(self) -> Iterator[sqlite3.Connection]:
-        """Open a separate connection that reads from a snapshot of the database without blocking other threads."""
+        """Open a separate connection to read a database snapshot without blocking other threads."""
         with self._convert_errors(), closing(self._connect()) as db:
             db.execute("BEGIN")
             yield db
@@ -532,17 +530,17 @@ class SqliteDatabase:
 
     def state(self) -> tuple[Any, ...]:
         """Return a value that changes with every write to the database."""
-        ((version,),) = self.query("PRAGMA data_version")  # changes when another connection writes to the database
+        ((version,),) = self.query("PRAGMA data_version")  # changes when another connection writes
         return version, self.connection.total_changes, self._immutable_state
 
     def log_state(self, db: sqlite3.Connection) -> LogState:
-        """Return the position of the last entry in the log of changes."""
+        """Return the position of the last entry in the change log."""
         ((schema,),) = db.execute("PRAGMA schema_version")
         ((last,),) = db.execute("SELECT coalesce(max(id), 0) FROM changes")
         return LogState(schema, self._immutable_state, last)
 
     def can_update(self, db: sqlite3.Connection, old: LogState, new: LogState) -> bool:
-        """Return True if the log contains all changes between two states, and they are few enough for an update."""
+        """Return True if the log contains all changes between two positions, and they are few enough for an update."""
         if old[:2] != new[:2] or new.last - old.last > MAX_LOG_LENGTH:
             return False
         ((first,),) = db.execute("SELECT coalesce(min(id), 1) FROM changes")
@@ -553,7 +551,8 @@ class SqliteDatabase:
     def _connect(self) -> sqlite3.Connection:
         """Open a connection to the database. In a read-only folder, open the database as immutable.
 
-        SQLite creates files next to the database even for reading, so a normal connection fails in a read-only folder.
+        Normal connections fail in read-only folders, because SQLite creates files next to the database even when
+        reading.
         """
         options: dict[str, Any] = {"check_same_thread": False, "isolation_level": None, "timeout": 60}
         if self._immutable_state is None:
@@ -571,13 +570,13 @@ class SqliteDatabase:
         return db
 
     def _read_file_state(self) -> tuple[int, int]:
-        """Return the size and modification time of the database file."""
+        """Return the database file's size and modification time."""
         stat = self.file.stat()
         return stat.st_size, stat.st_mtime_ns
 
     @contextmanager
     def _convert_errors(self) -> Iterator[None]:
-        """Convert SQLite errors, such as a full disk or a locked database, to OSErrors that contain the file name."""
+        """Convert SQLite errors, such as a full disk or a locked database, to OSErrors that name the file."""
         try:
             yield
         except sqlite3.Error as error:
@@ -585,12 +584,12 @@ class SqliteDatabase:
 
 
 def _warn_if_on_network(folder: Path) -> None:
-    """Print a message if a folder is on a network file system, where SQLite's write-ahead log is unsafe."""
+    """Print a warning if a folder is on a network file system, where SQLite's write-ahead log is unsafe."""
     path = folder.resolve()
     partitions = [part for part in psutil.disk_partitions(all=True) if path.is_relative_to(part.mountpoint)]
     partition = max(partitions, key=lambda part: len(part.mountpoint), default=None)
     if partition is not None and partition.fstype in NETWORK_FILE_SYSTEMS:
         print_once(
-            f"{folder} is on a network file system ({partition.fstype}). Do not search it from other machines while "
-            "`llm2clip index` is running."
+            f"{folder} is on a network file system ({partition.fstype}). Do not search this index from other machines "
+            "while `llm2clip index` is running."
         )

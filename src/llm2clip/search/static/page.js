@@ -1,13 +1,13 @@
 "use strict";
-// Search page that shows the results of a query in a grid. The page only sends requests to the server that it was loaded
-// from, using the paths /search, /heatmap, /thumbnail and /image.
+// Search page that shows query results in a grid. It sends requests only to its own server, to the paths /search,
+// /heatmap, /thumbnail and /image.
 
 const $ = (id) => document.getElementById(id);
-const MAX_SIDE = 1024; // in pixels; larger images are scaled down to this size before they are sent
+const MAX_SIDE = 1024; // in pixels; larger images are scaled down before upload
 const MAX_IMAGES = 16; // maximum number of images per request; the server has the same limit
-const MAX_UPLOAD = 20 << 20; // in bytes; files that the browser cannot decode are sent as they are
+const MAX_UPLOAD = 20 << 20; // in bytes; limit for files that the browser cannot decode, which are sent unchanged
 const MAX_OFFSET = 10000; // the server has the same limit
-const query = { images: [], like: [], negativeLike: [] }; // images are {uri, name}; the others contain hit ids
+const query = { images: [], like: [], negativeLike: [] }; // images contains {uri, name}; the other lists contain hit ids
 const FIELDS = { q: "text", without: "negative", caption: "caption", path: "path", after: "after", before: "before",
   min_side: "min_side" }; // URL parameter -> id of the input element
 const FILTER_LABELS = { negative: "without", caption: "caption contains", path: "in", after: "after", before: "before",
@@ -15,8 +15,8 @@ const FILTER_LABELS = { negative: "without", caption: "caption contains", path: 
 const DARKEST = 0.8; // opacity of the heat map over the least similar cell
 let hits = [];
 let searchedRequest = null; // request that returned the hits
-let total = 0; // number of images that meet the filter of that request
-let openIndex = -1; // index of the hit in the detail view; -1 before the first hit is opened
+let total = 0; // number of images that match this request's filter
+let openIndex = -1; // index of the hit in the detail view; -1 until a hit is opened
 let lastRequest = 0;
 
 // ---- search ---------------------------------------------------------------------------------------------------------
@@ -127,10 +127,10 @@ async function showMore() {
 function showCount(start) {
   let order = "most similar first";
   if (!hasQuery(searchedRequest)) order = "newest first";
-  else if (!hasPositive(searchedRequest)) order = "least similar to the excluded first";
+  else if (!hasPositive(searchedRequest)) order = "least similar to the excluded content first";
   const seconds = ((performance.now() - start) / 1000).toFixed(2);
   const count = hits.length < total ? `${hits.length} of ${total.toLocaleString("en")}` : hits.length;
-  showStatus(hits.length ? `${count} images, ${order} (${seconds} s)` : "No results. Try changing the filters.");
+  showStatus(hits.length ? `${count} images, ${order} (${seconds} s)` : "No results. Try different filters.");
   $("show-more").hidden = !hits.length || hits.length >= Math.min(total, MAX_OFFSET);
 }
 
@@ -163,7 +163,7 @@ function restoreQuery() {
 // ---- results --------------------------------------------------------------------------------------------------------
 
 function showHits(newHits) {
-  if ($("detail").open) $("detail").close(); // the dialog still shows one of the previous hits
+  if ($("detail").open) $("detail").close(); // the dialog still shows a previous hit
   hits = newHits;
   $("empty").hidden = $("show-more").hidden = true;
   $("grid").replaceChildren(...hits.map(makeGridItem));
@@ -208,7 +208,7 @@ function showDetail(index) {
   const score = hit.score === null ? [] : [hit.score.toFixed(3)];
   $("facts").textContent = [...score, `${hit.width} × ${hit.height}`, formatDate(hit)].join(" · ");
   $("original").href = $("download").href = `/image/${hit.id}`;
-  $("download").download = /\]\.[^/]*$/.test(first.name) ? "" : getFileName(first); // the cells of a table have no name
+  $("download").download = /\]\.[^/]*$/.test(first.name) ? "" : getFileName(first); // table cells have no file name
   $("locations").replaceChildren(...hit.images.map(makeLocation));
   if (hit.image_count > hit.images.length) {
     const entry = document.createElement("li");
@@ -243,10 +243,10 @@ function makeLocation(image) {
 async function copyText(text, button) {
   try {
     await navigator.clipboard.writeText(text);
-  } catch { // browsers provide the clipboard only over HTTPS and on this machine
+  } catch { // browsers provide the clipboard only over HTTPS and on localhost
     const area = document.createElement("textarea");
     area.value = text;
-    button.after(area); // inside the dialog, because elements outside it cannot be selected
+    button.after(area); // inside the dialog, because elements outside the dialog cannot be selected
     area.select();
     document.execCommand("copy");
     area.remove();
@@ -295,7 +295,7 @@ function drawHeatmap(rows, hit) {
   const cells = document.createElement("canvas"), context = cells.getContext("2d");
   cells.width = rows[0].length;
   cells.height = rows.length;
-  const pixels = context.createImageData(cells.width, cells.height); // black, with a different opacity for each cell
+  const pixels = context.createImageData(cells.width, cells.height); // black, with an opacity for each cell
   values.forEach((value, i) => { pixels.data[4 * i + 3] = 255 * DARKEST * (most > least ? (most - value) / (most - least) : 0); });
   context.putImageData(pixels, 0, 0);
   const canvas = $("heatmap"), scale = MAX_SIDE / Math.max(hit.width, hit.height); // same aspect ratio as the image
@@ -341,8 +341,8 @@ function toDataUri(blob) {
 }
 
 async function toSmallDataUri(file) {
-  // The model does not need more than MAX_SIDE pixels per side. If the browser cannot decode a file, the original is
-  // sent, because the server may support its format. The server ignores the media type in the URI.
+  // The model does not need more than MAX_SIDE pixels per side. Files that the browser cannot decode are sent unchanged,
+  // because the server may support their format. The server ignores the media type in the URI.
   try {
     const bitmap = await createImageBitmap(file);
     const scale = Math.min(1, MAX_SIDE / Math.max(bitmap.width, bitmap.height));
@@ -367,7 +367,7 @@ async function addImages(files) {
   const problems = [], images = [];
   for (const file of files) {
     try {
-      // Browsers do not know the media types of all image files, such as .heic files.
+      // Browsers do not know all image media types, so the type may be empty, for example for .heic files.
       if (file.type && !file.type.startsWith("image/")) throw new Error("this file is not an image");
       images.push({ uri: await toSmallDataUri(file), name: file.name });
     } catch (error) {
@@ -385,7 +385,7 @@ function describeRejected(name, error) {
 }
 
 function removeRejectedImage(error) {
-  // Remove the image that the server could not decode. Return false if the error does not name an image.
+  // Remove the image that the server could not decode. Return false if the error does not refer to an image.
   const match = /^images\.(\d+)$/.exec(error.param || "");
   if (!match) return false;
   const [image] = query.images.splice(Number(match[1]), 1);
@@ -441,7 +441,7 @@ function resizeText() {
 function submit() {
   showProblem("");
   search();
-  if (!$("empty").hidden) showStatus("Enter a text, add an image or set a filter.");
+  if (!$("empty").hidden) showStatus("Enter a description, add an image or set a filter.");
 }
 
 $("form").addEventListener("submit", (event) => { event.preventDefault(); submit(); });
@@ -465,7 +465,7 @@ $("back").addEventListener("click", () => showDetail(openIndex - 1));
 $("next").addEventListener("click", () => showDetail(openIndex + 1));
 $("close").addEventListener("click", () => $("detail").close());
 $("detail").addEventListener("close", () => {
-  // This event fires shortly after the dialog closes. If the search box has received focus by then, do not move focus.
+  // This event fires shortly after the dialog closes. If the search box has focus by then, leave it there.
   const focusable = [document.body, ...$("grid").querySelectorAll("button")];
   if (hits[openIndex] && focusable.includes(document.activeElement)) focusHit(openIndex);
 });
@@ -499,7 +499,7 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
-let dragDepth = 0; // nesting depth, since dragenter and dragleave fire for every element under the pointer
+let dragDepth = 0; // nesting depth, because dragenter and dragleave fire for every element under the pointer
 addEventListener("dragenter", (event) => {
   if ([...event.dataTransfer.types].includes("Files")) { dragDepth++; $("drop").hidden = false; }
 });
