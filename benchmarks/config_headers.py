@@ -17,7 +17,7 @@ import yaml
 
 from llm2clip.cli import build_parser
 from llm2clip.cli.commands import read_builtin_configs
-from llm2clip.cli.setup import plan_from_args
+from llm2clip.cli.setup import make_plan
 from llm2clip.tools.plan.memory import compute_peak_memory
 from llm2clip.tools.plan.plan import Plan
 from llm2clip.tools.plan.report import format_hours
@@ -46,7 +46,7 @@ def update_header(name: str, text: str, count: int = 0) -> str:
         flags = rest.partition(":")[0]
         command = ["plan", "--images", str(IMAGES), "--count", match["count"], "--device", match["device"]]
         command += ["--config", name, *shlex.split(flags)]
-        plan = plan_from_args(parser.instantiate(parser.parse_args(command)).plan)
+        plan = make_plan(parser.instantiate(parser.parse_args(command)).plan)
         parts = []
         if "encoder" in stages:
             parts = [describe_stage(plan, stage) for stage in ("tune", "embed") if stage in plan.memory]

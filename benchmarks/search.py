@@ -112,7 +112,7 @@ def measure_captions(folder: Path, count: int) -> None:
         for start in range(0, count, CHUNK):
             add(range(start, min(start + CHUNK, count)))
     backend = SqliteBackend(folder)
-    seconds, _ = time_call(lambda: backend._matching_ids(Filter(caption="dog")))
+    seconds, _ = time_call(lambda: backend._find_matching_ids(Filter(caption="dog")))
     print(f"{count:,} captions; the first filter, which reads the captions, took {seconds:.1f} s of CPU time\n")
 
     database = sqlite3.connect(folder / INDEX_FILE)
@@ -126,13 +126,13 @@ def measure_captions(folder: Path, count: int) -> None:
     print("| text | images | version 0.1, ms | llm2clip, ms (median of 10) |\n|---|---|---|---|")
     for text in ("DOG", "狗", "photo", "a photo of word"):
         before, rows = time_call(lambda text=text: database.execute(query, (text,)).fetchall())
-        calls = [time_call(lambda text=text: backend._matching_ids(Filter(caption=text))) for _ in range(10)]
+        calls = [time_call(lambda text=text: backend._find_matching_ids(Filter(caption=text))) for _ in range(10)]
         assert calls[0][1].tolist() == [content for (content,) in rows]
         after = statistics.median(seconds for seconds, _ in calls)
         print(f"| {text} | {len(rows):,} | {1000 * before:.0f} | {1000 * after:.0f} |", flush=True)
     added = writer.count()[1]
     add(range(added, added + 1))
-    seconds, _ = time_call(lambda: backend._matching_ids(Filter(caption="dog")))
+    seconds, _ = time_call(lambda: backend._find_matching_ids(Filter(caption="dog")))
     print(f"\n(after one image was added, the first filter took {1000 * seconds:.0f} ms)")
 
 

@@ -39,9 +39,9 @@ def test_caption_index_finds_the_same_images_as_python(block: int, monkeypatch: 
     rng = np.random.default_rng(0)
     images = {n: random_captions(rng, rng.integers(4)) for n in range(300)}
     images[300], images[301] = ["x" * 30], ["abbaABBAabba" + "b" * 40]
-    captions = CaptionIndex().updated(np.empty(0, np.int64), caption_rows(images))
+    captions = CaptionIndex().with_changes(np.empty(0, np.int64), caption_rows(images))
     changed = {n: random_captions(rng, 2) for n in range(0, 300, 7)}
-    updated = captions.updated(np.array(list(changed)) + 1000, caption_rows(changed))
+    updated = captions.with_changes(np.array(list(changed)) + 1000, caption_rows(changed))
     for index, expected in ((captions, images), (updated, {**images, **changed})):
         for needle in (*NEEDLES, "x" * 30, "x" * 31, "b" * 41):
             rows, contents = index.find(needle)
@@ -130,7 +130,7 @@ def test_readers_read_only_what_a_commit_changed(tmp_path: Path, monkeypatch: py
         vectors_read.clear()
         captions_read.clear()
         count = len(hits(reader, Filter()))
-        reader._matching_ids(Filter(caption="common"))  # without the cache of the last filter
+        reader._find_matching_ids(Filter(caption="common"))  # without the cache of the last filter
         return count, sum(vectors_read), len(captions_read) - 1  # the filter itself is encoded as well
 
     assert search() == (50, 50, 100)

@@ -116,8 +116,8 @@ def test_server_returns_where_the_query_is_in_an_uploaded_image(model: DualEncod
 HIT = {"id": "1", "texts": ["a"]}
 UPLOAD = {"image": "data:image/png;base64,AAAA", "texts": ["a"]}
 INVALID_REQUESTS = (
-    ({"texts": ["a"]}, 422, "a heat map needs either the id of a hit or an image"),
-    (HIT | UPLOAD, 422, "a heat map needs either the id of a hit or an image"),
+    ({"texts": ["a"]}, 422, "a heat map requires either a hit id or an image"),
+    (HIT | UPLOAD, 422, "a heat map requires either a hit id or an image"),
     ({"id": "1"}, 422, "the query is empty: provide at least one text or image to search for"),
     (HIT | {"top": 3}, 422, "unknown field 'top'"),
     (UPLOAD, 422, "image"),
@@ -176,7 +176,7 @@ def test_search_command_writes_heatmaps(
     assert main([*arguments, "--sheet", str(tmp_path / "sheet")]) == 0
     assert "No heat map" not in capsys.readouterr().out
     page = (tmp_path / "sheet/results.html").read_text()
-    assert "most similar to the query are bright" in page
+    assert "Bright parts of an image are the most similar to the query" in page
     vector = embed_query(model, SearchQuery([RED], [photos / "0.png"]))
     [hit] = SqliteBackend(Path(index)).search(vector, 1, Filter())
     image = load_image(hit.images[0].name)

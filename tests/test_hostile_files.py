@@ -33,7 +33,7 @@ from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_backbones import build_backbone
 from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import IndexedImage
-from llm2clip.search.build import container_version, scan_source
+from llm2clip.search.build import read_container_version, scan_source
 from llm2clip.search.request_images import load_request_image
 
 hostile = load_benchmark("hostile_images")
@@ -280,7 +280,7 @@ def test_paths_in_table_cells_are_not_opened_later(kind: str, tmp_path: Path) ->
         with pa.ipc.new_stream(next(table.glob("*.arrow")), schema) as file:
             file.write_table(changed)
         os.utime(table, ns=(status.st_atime_ns, status.st_mtime_ns))
-        assert container_version(str(table)) != image.file_version
+        assert read_container_version(str(table)) != image.file_version
     else:
         pq.write_table(changed, table / "x.parquet")
     with pytest.raises(OSError, match="does not contain the bytes of an image"):

@@ -161,7 +161,7 @@ def test_qdrant_backend_does_not_send_its_key_without_encryption(monkeypatch: py
     monkeypatch.setattr(backend, "QdrantClient", Client)
     monkeypatch.setenv("QDRANT_API_KEY", "secret")
     for server in ("http://example.org:6333", "http://127.0.0.1.example.org", "http://localhost@example.org:6333"):
-        with pytest.raises(ValueError, match=r"QDRANT_API_KEY would be sent .* without encryption"):
+        with pytest.raises(ValueError, match=r"QDRANT_API_KEY would be sent .* unencrypted"):
             open_backend(f"qdrant+{server}/photos", write=True)
     assert clients == []
     servers = ["https://example.org:6333", "http://localhost:6333", "http://127.0.0.1:6333", "http://[::1]:6333"]

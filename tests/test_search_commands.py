@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llm2clip.cli import main
-from llm2clip.cli.search import canonical_path, parse_time
+from llm2clip.cli.search import parse_time, resolve_path_filter
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.model_folder import save_query_templates
 from llm2clip.models.prompts import QueryTemplates
@@ -89,7 +89,7 @@ def test_index_and_search_print_their_results(
     assert "1 images, newest first" in (tmp_path / "newest/results.html").read_text()
 
     assert main(["search", index, "x", "--after", "2100-01-01"]) == 0
-    assert capsys.readouterr().out.endswith("No results: the index is empty, or no image meets the filters.\n")
+    assert capsys.readouterr().out.endswith("No results: the index is empty, or no image matches the filters.\n")
 
 
 def test_index_and_search_explain_mistakes(
@@ -162,6 +162,6 @@ def test_canonical_path_resolves_only_existing_paths(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     Path("trip").mkdir()
     Path("link").symlink_to("trip")
-    assert canonical_path("link") == canonical_path(f"{tmp_path}/link/") == str((tmp_path / "trip").resolve())
-    assert canonical_path("2024/*.jpg") == "2024/*.jpg"
-    assert canonical_path(os.fsdecode(b"/x/\xff.png")) == "/x/\\udcff.png"  # as index backends store it
+    assert resolve_path_filter("link") == resolve_path_filter(f"{tmp_path}/link/") == str((tmp_path / "trip").resolve())
+    assert resolve_path_filter("2024/*.jpg") == "2024/*.jpg"
+    assert resolve_path_filter(os.fsdecode(b"/x/\xff.png")) == "/x/\\udcff.png"  # as index backends store it

@@ -200,7 +200,7 @@ def test_build_index_resumes_after_kill_at_any_moment(
         assert backend.count()[1] == committed[1]
         index_sources([photos], dual_encoder, backend, batch_size=2)
         assert backend.count() == (7, 6)
-        assert backend._current_vector_index().graph is not None
+        assert backend._get_current_vector_index().graph is not None
         assert len(search_names(backend)) == 7
 
 

@@ -214,7 +214,7 @@ def test_empty_results_and_errors_are_shown(page: Any, image_folder: Path, tmp_p
     page.locator("#text").fill("")
     page.locator("#caption").fill("")
     page.locator("#text").press("Enter")
-    assert "Enter a text" in page.locator("#status").inner_text() and page.locator("#empty").is_visible()
+    assert "Enter a description" in page.locator("#status").inner_text() and page.locator("#empty").is_visible()
 
 
 def test_unreadable_uploads_are_removed_from_the_query(page: Any, image_folder: Path, tmp_path: Path) -> None:

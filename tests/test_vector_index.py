@@ -33,7 +33,7 @@ def test_vector_index_matches_exact_float64_search(use_graph: bool, tmp_path: Pa
 
     def quantize_all() -> QuantizedVectors:
         chunks = [(ids[:4000], vectors[:4000]), (ids[4000:], vectors[4000:])]
-        return QuantizedVectors(127 / max_abs).updated(ids[:0], chunks)
+        return QuantizedVectors(127 / max_abs).with_changes(ids[:0], chunks)
 
     graph = None
     if use_graph:
@@ -90,11 +90,11 @@ def test_sqlite_backend_scans_if_the_graph_is_damaged(
     writer.remove([str(photos / "1.png")])
     assert len(search_names(reader)) == 6
     assert capsys.readouterr().out.count("run `llm2clip index` again") == 1
-    assert reader._current_vector_index().graph is None
+    assert reader._get_current_vector_index().graph is None
 
     index_sources([photos], dual_encoder, writer)
     assert len(search_names(reader)) == 7
-    assert reader._current_vector_index().graph is not None
+    assert reader._get_current_vector_index().graph is not None
 
 
 def test_sqlite_backend_reloads_vectors_and_graph_after_a_write(
@@ -110,9 +110,9 @@ def test_sqlite_backend_reloads_vectors_and_graph_after_a_write(
     assert graph_state.exists()
     assert len(search_names(reader)) == 7
     graph_state.rename(tmp_path / "graph.json")
-    assert reader._current_vector_index().graph is None
+    assert reader._get_current_vector_index().graph is None
     (tmp_path / "graph.json").rename(graph_state)  # a graph that is written after the vectors is used
-    assert reader._current_vector_index().graph is not None
+    assert reader._get_current_vector_index().graph is not None
 
 
 def test_sqlite_backend_keeps_vectors_when_nothing_changed(
@@ -123,10 +123,10 @@ def test_sqlite_backend_keeps_vectors_when_nothing_changed(
     writer, reader = (SqliteBackend(folder, write=True) for _ in range(2))
     index_sources([photos], dual_encoder, writer)
     search_names(reader)
-    first = reader._current_vector_index()
+    first = reader._get_current_vector_index()
     index_sources([photos], dual_encoder, SqliteBackend(folder, write=True))  # a new writer looks for orphans once
     search_names(reader)
-    second = reader._current_vector_index()
+    second = reader._get_current_vector_index()
     index_sources([photos], dual_encoder, writer)
-    assert reader._current_vector_index() is second is not None
+    assert reader._get_current_vector_index() is second is not None
     assert first is not None

@@ -241,7 +241,7 @@ def format_interval(interval: Sequence[float], number_format: str = ".1f") -> st
     return f"{low} to {high}"
 
 
-def with_interval(value: float, interval: Sequence[float], number_format: str = ".1f") -> str:
+def format_with_interval(value: float, interval: Sequence[float], number_format: str = ".1f") -> str:
     """Format a value and its interval, for example as "45.2 (43.1 to 47.0)"."""
     return f"{format(value, number_format)} ({format_interval(interval, number_format)})"
 

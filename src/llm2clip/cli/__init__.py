@@ -57,7 +57,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, CommandFunction]]:
     return parser, commands.run
 
 
-def quiet_libraries() -> None:
+def silence_libraries() -> None:
     """Hide library messages that do not help llm2clip users."""
     # Hides "The following layers were not sharded": it concerns tensor parallelism, which llm2clip does not use.
     logging.getLogger("transformers.distributed.tensor_parallel").setLevel(logging.ERROR)
@@ -80,7 +80,7 @@ def main(args: list[str] | None = None) -> int:
         parser.error(str(error))
     command = settings.subcommand
     try:
-        quiet_libraries()
+        silence_libraries()
         last_lines = run[command](settings[command])
         from llm2clip.runs.ranks import print_once, shut_down_process_group
 
@@ -99,7 +99,7 @@ def main(args: list[str] | None = None) -> int:
 
         name = f"{command} {settings[command].get('subcommand') or ''}".rstrip()  # such as `store verify`
         print(f"llm2clip {name}: {escape_control_characters(str(error))}", file=sys.stderr)
-        if not _is_raised_by({"llm2clip", *sys.stdlib_module_names}, error):  # the message may be unclear
+        if not _was_raised_by({"llm2clip", *sys.stdlib_module_names}, error):  # the message may be unclear
             print("(set LLM2CLIP_TRACEBACK=1 to see the traceback)", file=sys.stderr)
         return 1
     except RuntimeError as error:
@@ -111,7 +111,7 @@ def main(args: list[str] | None = None) -> int:
     return 0
 
 
-def _is_raised_by(packages: set[str], error: BaseException) -> bool:
+def _was_raised_by(packages: set[str], error: BaseException) -> bool:
     """Return True if code in one of the given packages raised the exception."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return str(frames[-1].f_globals.get("__name__")).partition(".")[0] in packages

@@ -184,7 +184,7 @@ def _read_config(file_or_name: str) -> dict[str, Any]:
     builtin = read_builtin_configs()
     if not path.is_file() and file_or_name not in builtin:
         raise FileNotFoundError(
-            f"neither a file nor a built-in config{suggest_names(file_or_name, builtin)}. Built-in configs: "
+            f"no such file or built-in config{suggest_names(file_or_name, builtin)}. Built-in configs: "
             f"{', '.join(builtin)}"
         )
     try:
@@ -195,7 +195,7 @@ def _read_config(file_or_name: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"not valid YAML: {error}") from error
     if not isinstance(settings, dict | None):
-        raise ValueError(f"settings must have the form `name: value` (got {settings!r})")
+        raise ValueError(f"must contain settings of the form `name: value` (got {settings!r})")
     return settings or {}
 
 
@@ -208,7 +208,7 @@ def _select_relevant_settings(settings: dict[str, Any], known: set[str]) -> dict
     relevant: dict[str, Any] = {}
     for name, value in settings.items():
         if name not in SECTIONS:
-            _check_name(name, known | FIT_SETTINGS.keys())
+            _check_setting_name(name, known | FIT_SETTINGS.keys())
             if name in known:
                 relevant[name] = value
             continue
@@ -216,14 +216,14 @@ def _select_relevant_settings(settings: dict[str, Any], known: set[str]) -> dict
             raise ValueError(f"{name} must contain settings of the form `name: value` (got {value!r})")
         fields = FIT_SETTINGS.get(name, {})
         for key in value:
-            _check_name(f"{name}.{key}", known | {f"{name}.{field}" for field in fields})
+            _check_setting_name(f"{name}.{key}", known | {f"{name}.{field}" for field in fields})
         chosen = {key: v for key, v in value.items() if f"{name}.{key}" in known}
         if chosen:
             relevant[name] = chosen
     return relevant
 
 
-def _check_name(name: str, known: set[str]) -> None:
+def _check_setting_name(name: str, known: set[str]) -> None:
     if name not in known:
         raise ValueError(f"unknown setting {name}{suggest_names(name, known)}")
 

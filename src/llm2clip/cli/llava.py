@@ -9,7 +9,7 @@ from jsonargparse.typing import PositiveInt
 
 from llm2clip.cli.checks import check_pretrained, check_sources
 from llm2clip.cli.commands import SECTIONS, ArgumentParser, Commands, add_reading_arguments, format_command
-from llm2clip.cli.setup import add_machine_arguments, machine_from_args
+from llm2clip.cli.setup import add_machine_arguments, make_machine
 from llm2clip.llava.config import LlavaConfig
 from llm2clip.runs.output_folder import check_output_folder, register_run_kind
 
@@ -156,7 +156,7 @@ def _plan(args: Namespace) -> list[str]:
 
     stages = plan_llava(
         args.llava,
-        machine_from_args(args),
+        make_machine(args),
         llm=args.llm,
         vision=args.vision,
         image_size=args.image_size,

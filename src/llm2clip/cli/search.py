@@ -298,7 +298,7 @@ def _read_filter(args: Namespace) -> Filter:
     before = parse_time(args.before, "--before", end_of_day=True)
     if after is not None and before is not None and after > before:
         raise ValueError(f"--after {args.after} is later than --before {args.before}, so no image can match")
-    return Filter(canonical_path(args.path), args.caption, after, before, args.min_side)
+    return Filter(resolve_path_filter(args.path), args.caption, after, before, args.min_side)
 
 
 def _make_query_templates(templates: list[str] | None) -> QueryTemplates | None:
@@ -333,7 +333,7 @@ def parse_time(text: str | None, option: str, end_of_day: bool = False) -> float
     return datetime.combine(date, time_type.max if end_of_day else time_type.min).timestamp()
 
 
-def canonical_path(path: str | None) -> str | None:
+def resolve_path_filter(path: str | None) -> str | None:
     """Convert a path filter to the form stored in search indexes: absolute, with symbolic links resolved.
 
     Relative paths that do not exist are returned unchanged, because they match in every folder.

@@ -73,7 +73,7 @@ def add_machine_arguments(parser: ArgumentParser) -> None:
     )
 
 
-def machine_from_args(args: Namespace) -> Machine:
+def make_machine(args: Namespace) -> Machine:
     """Create a `Machine` from the arguments.
 
     Raises:
@@ -82,16 +82,16 @@ def machine_from_args(args: Namespace) -> Machine:
     return Machine(**select_arguments(args, *(field.name for field in dataclasses.fields(Machine))))
 
 
-def plan_from_args(args: Namespace) -> Plan:
+def make_plan(args: Namespace) -> Plan:
     """Plan a `fit` run from the arguments of the `plan` command."""
     from llm2clip.tools.plan.plan import plan_fit
 
     config = FitConfig(**select_arguments(args, "encoder", "tune", "embed", "align"))
     data = select_arguments(args, "images", "captions_per_image", "tokens_per_caption")
-    return plan_fit(config, machine_from_args(args), **data)
+    return plan_fit(config, make_machine(args), **data)
 
 
 def _plan(args: Namespace) -> list[str]:
     from llm2clip.tools.plan.report import format_plan
 
-    return format_plan(plan_from_args(args)).splitlines()
+    return format_plan(make_plan(args)).splitlines()

@@ -253,7 +253,7 @@ class Backend(Protocol):
         ...
 
 
-def missing_index_message(folder: str | Path) -> str:
+def format_missing_index_message(folder: str | Path) -> str:
     """Return the error message for a folder that contains no index."""
     out = shlex.quote(str(folder))
     return f"{folder} is not an index. Create an index with: llm2clip index PHOTOS --model MODEL --out {out}"

@@ -329,7 +329,7 @@ def scan_source(
         try:
             stat = os.stat(path)
             if path not in versions:
-                versions = {path: container_version(path)}  # all images of a table have the same version
+                versions = {path: read_container_version(path)}  # all images of a table have the same version
         except FileNotFoundError:
             continue  # deleted during the scan
         yield IndexedImage(
@@ -369,7 +369,7 @@ def format_file_version(stat: os.stat_result) -> str:
     return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
-def container_version(path: str) -> str:
+def read_container_version(path: str) -> str:
     """Return the version of an image file, tar file or table. For a saved data set, the version covers all files."""
     if not os.path.isdir(path):
         return format_file_version(os.stat(path))

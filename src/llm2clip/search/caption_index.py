@@ -95,7 +95,7 @@ class CaptionIndex:
 
     blocks: tuple[CaptionBlock, ...] = ()
 
-    def updated(self, removed: np.ndarray, rows: Iterable[tuple[int, int, str]]) -> CaptionIndex:
+    def with_changes(self, removed: np.ndarray, rows: Iterable[tuple[int, int, str]]) -> CaptionIndex:
         """Return an index without the captions of removed contents, and with the captions of new images.
 
         Args:

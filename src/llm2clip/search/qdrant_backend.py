@@ -215,7 +215,9 @@ class QdrantBackend:
             points = points[offset:]
         hits = []
         for point in points:
-            images = sorted(_read_images(point.payload), key=lambda image: not _matches(image, image_filter))
+            images = sorted(
+                _read_images(point.payload), key=lambda image: not _matches_path_and_time(image, image_filter)
+            )
             score = None if vector is None else point.score
             locations = tuple(images[:MAX_LOCATIONS])
             width, height = point.payload["width"], point.payload["height"]
@@ -304,7 +306,7 @@ def _list_containing_paths(image: IndexedImage) -> list[str]:
     return [*folders, image.container, image.name]
 
 
-def _matches(image: IndexedImage, image_filter: Filter) -> bool:
+def _matches_path_and_time(image: IndexedImage, image_filter: Filter) -> bool:
     """Return True if an image matches the path and time conditions. Such images come first in a hit."""
     path, after, before = image_filter.path, image_filter.after, image_filter.before
     is_inside = not path or path.rstrip("/") in ("", *_list_containing_paths(image))

@@ -13,10 +13,10 @@ from llm2clip.data.image_header import ImageFormatError, is_heic, open_header
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import ImageError, load_image
 from llm2clip.search.backends import Backend, IndexedImage
-from llm2clip.search.build import container_version, format_file_version
+from llm2clip.search.build import format_file_version, read_container_version
 
 # A small AVIF or HEIC file can contain any number of hidden frames, which would all be decoded.
-NOT_ACCEPTED = "{} images are not accepted in requests. Convert the image to JPEG, PNG or WebP"
+FORMAT_NOT_ACCEPTED = "{} images are not accepted in requests. Convert the image to JPEG, PNG or WebP"
 
 
 class NotFound(LookupError):
@@ -82,7 +82,7 @@ def load_request_image(data: bytes, max_pixels: int) -> Tensor:
         ImageError: The image cannot be decoded.
     """
     if is_heic(data):
-        raise ImageError(NOT_ACCEPTED.format("HEIC"))
+        raise ImageError(FORMAT_NOT_ACCEPTED.format("HEIC"))
     try:
         with open_header(io.BytesIO(data)) as header:
             width, height = header.size
@@ -94,7 +94,7 @@ def load_request_image(data: bytes, max_pixels: int) -> Tensor:
     except Exception as error:  # Pillow can raise almost any exception for a damaged header
         raise ImageError("the image is damaged") from error
     if is_avif:
-        raise ImageError(NOT_ACCEPTED.format("AVIF"))
+        raise ImageError(FORMAT_NOT_ACCEPTED.format("AVIF"))
     if width * height > max_pixels:
         raise TooLarge(f"the image has too many pixels: {width} x {height}; the limit is {max_pixels:,}")
     return load_image(data)
@@ -127,7 +127,7 @@ def open_original(backend: Backend, hit_id: str) -> tuple[BinaryIO, str]:
 def _open_unchanged(image: IndexedImage) -> BinaryIO:
     """Open an image that has not changed since indexing. Raise FileNotFoundError if it has changed or was removed."""
     path = image.ref.container_path or ""
-    if container_version(path) != image.file_version:  # check before opening, because a named pipe would block
+    if read_container_version(path) != image.file_version:  # check before opening, because a named pipe would block
         raise FileNotFoundError(f"{path} has changed since it was indexed")
     stream = image.ref.open()
     if isinstance(image.ref, FileImage) and format_file_version(os.fstat(stream.fileno())) != image.file_version:

@@ -81,7 +81,7 @@ class _StrictModel(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _stop_at_the_first_unknown_field(cls, data: Any) -> Any:
+    def _reject_unknown_fields(cls, data: Any) -> Any:
         """Raise an error for the first unknown field, because pydantic would create an error object for each one."""
         if isinstance(data, dict):
             for name in data:

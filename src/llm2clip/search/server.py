@@ -192,7 +192,7 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
 
 
 def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
-    def respond(vectors: Sequence[np.ndarray], encoding: str) -> EmbedResponse:
+    def make_response(vectors: Sequence[np.ndarray], encoding: str) -> EmbedResponse:
         items = []
         for index, vector in enumerate(vectors):
             embedding = (
@@ -226,13 +226,13 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
         image_vectors = await embed_images(list(images.values()))
         text_vectors = await service.embed_texts(list(texts.values()))
         vectors = dict(zip([*images, *texts], [*image_vectors, *text_vectors], strict=True))
-        return respond([vectors[index] for index in range(len(vectors))], request.encoding_format)
+        return make_response([vectors[index] for index in range(len(vectors))], request.encoding_format)
 
     @app.post("/embed/upload", responses=API_ERRORS)
     async def upload(files: list[UploadFile]) -> EmbedResponse:
         """Return the embeddings of uploaded images."""
         images = [RequestImage(await file.read(), f"files.{index}") for index, file in enumerate(files)]
-        return respond(await embed_images(images), "float")
+        return make_response(await embed_images(images), "float")
 
 
 def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
@@ -271,7 +271,7 @@ async def _read_chunks(stream: BinaryIO, size: int) -> AsyncIterator[bytes]:
 
 def _add_page_routes(app: FastAPI, auth: Authenticator | None) -> None:
     @app.get("/", include_in_schema=False)
-    async def page(request: Request) -> Response:
+    async def serve_page(request: Request) -> Response:
         """Return the search page. If the URL contains the token, start a session and redirect to `/`."""
         if auth is not None and auth.is_token(request.query_params.get("token", "")):
             response = RedirectResponse("/", 303)
@@ -280,7 +280,7 @@ def _add_page_routes(app: FastAPI, auth: Authenticator | None) -> None:
         return FileResponse(STATIC_FOLDER / "index.html")
 
     @app.get("/static/{name}", include_in_schema=False)
-    async def static(name: str) -> Response:
+    async def serve_static_file(name: str) -> Response:
         if name not in STATIC_FILES:
             raise NotFound(f"no such file: {name}")
         return FileResponse(STATIC_FOLDER / name)

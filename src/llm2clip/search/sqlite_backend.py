@@ -35,7 +35,7 @@ from llm2clip.search.backends import (
     ImageState,
     IndexedContent,
     IndexedImage,
-    missing_index_message,
+    format_missing_index_message,
     ref_from_json,
     ref_to_json,
 )
@@ -80,7 +80,7 @@ NETWORK_FILE_SYSTEMS = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "afs", "lustre", "gpfs", "beegfs", "ceph", "fuse.glusterfs"}
 )
 APPROXIMATE_ABOVE = 1_000_000
-CHANGED = "content FROM changes WHERE id > :last"
+CHANGED_CONTENTS = "content FROM changes WHERE id > :last"
 IMAGE_COLUMNS = "name, location, source, file_version, captions, taken"  # in the order of `_image_to_row`
 # An image is inside the path with the pattern :glob if its name matches the pattern followed by nothing, "/" (folder),
 # "!" (tar) or "[" (table). Because file and folder names may also contain "!" and "[", an image with one of these two
@@ -95,7 +95,7 @@ FILTER_CONDITIONS = {
     "before": "taken <= :before",
     "min_side": "min(width, height) >= :min_side",
 }
-MATCH = np.dtype([("row", np.int64), ("content", np.int64), ("taken", np.float64)])
+MATCH_DTYPE = np.dtype([("row", np.int64), ("content", np.int64), ("taken", np.float64)])
 IDS_PER_QUERY = 500  # SQLite limits the number of parameters per statement
 
 
@@ -119,14 +119,14 @@ class SqliteBackend:
         """
         self.folder, self.approximate_above = folder, approximate_above
         if not write and not (folder / INDEX_FILE).exists():
-            raise FileNotFoundError(missing_index_message(folder))
+            raise FileNotFoundError(format_missing_index_message(folder))
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # thumbnails and captions may be private
         self._db = SqliteDatabase(folder, write)
         self._may_have_orphans = True  # an interrupted run may leave rows in `contents` without images
         self._cache: dict[str, tuple[Any, Any]] = {}  # see `_get_cached`
         # Cached data, each with the position in the change log up to which it is current.
-        self._vectors: tuple[LogState, QuantizedVectors] | None = None
-        self._captions: tuple[LogState, CaptionIndex] | None = None
+        self._vectors: tuple[LogPosition, QuantizedVectors] | None = None
+        self._captions: tuple[LogPosition, CaptionIndex] | None = None
         self._index_lock, self._vectors_lock, self._captions_lock = (threading.Lock() for _ in range(3))
         if not write and (self._db.is_empty or not self.metadata()):
             raise FileNotFoundError(
@@ -223,7 +223,7 @@ class SqliteBackend:
             scores = [None] * len(page)
         else:
             allowed_ids = self._get_matching_ids(image_filter) if image_filter else None
-            index = self._current_vector_index()
+            index = self._get_current_vector_index()
             ids, cosines = index.search(vector.astype(np.float32), offset + count, allowed_ids)
             page, scores = ids[offset:], cosines[offset:].tolist()
         conditions, parameters = _make_sql_conditions(image_filter, ("path", "after", "before"))
@@ -272,12 +272,12 @@ class SqliteBackend:
     # ---- filters
 
     def _get_matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
-        """Return the result of `_matching_ids`, cached for the last filter to serve further pages of a search."""
+        """Return the result of `_find_matching_ids`, cached for the last filter to serve further pages of a search."""
         key = self._db.state(), image_filter, newest_first
-        ids: np.ndarray = self._get_cached("ids", key, lambda: self._matching_ids(image_filter, newest_first))
+        ids: np.ndarray = self._get_cached("ids", key, lambda: self._find_matching_ids(image_filter, newest_first))
         return ids
 
-    def _matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
+    def _find_matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
         """Return the content ids with at least one image that matches all conditions of a filter, of shape (N,).
 
         The ids are sorted in ascending order or, with `newest_first`, by the latest time of their matching images.
@@ -293,50 +293,50 @@ class SqliteBackend:
                     f"WHERE {' AND '.join(conditions) or 'true'}",
                     parameters,
                 )
-                rows = np.fromiter(cursor, MATCH)
-            captions = self._current_captions(db) if caption is not None else None
+                rows = np.fromiter(cursor, MATCH_DTYPE)
+            captions = self._load_current_captions(db) if caption is not None else None
         if captions is not None and caption is not None:
             caption_rows, contents = captions.find(caption)
             if rows is None:
-                return _sorted_unique(contents)
+                return _sort_unique(contents)
             rows = rows[np.isin(rows["row"], caption_rows)]
         assert rows is not None
         if not newest_first:
-            return _sorted_unique(rows["content"])
+            return _sort_unique(rows["content"])
         ids = rows["content"][np.lexsort((rows["content"], -rows["taken"]))]
         _, first = np.unique(ids, return_index=True)
         return ids[np.sort(first)]
 
-    def _current_captions(self, db: sqlite3.Connection) -> CaptionIndex:
+    def _load_current_captions(self, db: sqlite3.Connection) -> CaptionIndex:
         """Return the captions in a database snapshot, reading only the changes since the last call."""
         with self._captions_lock:
-            log = self._db.log_state(db)
+            log = self._db.read_log_position(db)
             sql, parameters = "SELECT rowid, content, captions FROM images WHERE captions != '[]'", {}
             captions, removed = CaptionIndex(), np.empty(0, np.int64)
             if self._captions is not None and self._db.can_update(db, self._captions[0], log):
                 captions, parameters = self._captions[1], {"last": self._captions[0].last}
-                removed = _read_int_column(db.execute(f"SELECT DISTINCT {CHANGED}", parameters))
-                sql += f" AND content IN (SELECT {CHANGED})"
-            captions = captions.updated(removed, db.execute(sql, parameters))
+                removed = _read_int_column(db.execute(f"SELECT DISTINCT {CHANGED_CONTENTS}", parameters))
+                sql += f" AND content IN (SELECT {CHANGED_CONTENTS})"
+            captions = captions.with_changes(removed, db.execute(sql, parameters))
             self._captions = log, captions
             return captions
 
     # ---- vectors
 
-    def _current_vector_index(self) -> VectorIndex:
+    def _get_current_vector_index(self) -> VectorIndex:
         """Return a vector index for the current database state."""
         with self._index_lock:  # among concurrent searches, one opens the graph while the others wait
             graph_state = self.folder / GRAPH_STATE_FILE
             graph_time = graph_state.stat().st_mtime_ns if graph_state.exists() else 0
 
             def create_index() -> VectorIndex:
-                graph = self._current_graph(graph_time) if graph_time else None
-                return VectorIndex(self._current_vectors, self._fetch_vectors, graph)
+                graph = self._get_current_graph(graph_time) if graph_time else None
+                return VectorIndex(self._load_current_vectors, self._fetch_vectors, graph)
 
             index: VectorIndex = self._get_cached("index", (self._db.state(), graph_time), create_index)
             return index
 
-    def _current_graph(self, graph_time: int) -> Any:
+    def _get_current_graph(self, graph_time: int) -> Any:
         """Return the graph, or None if it is damaged or its ids differ from those in the database."""
         opened: tuple[Any, GraphState] | None = self._get_cached("graph", graph_time, lambda: open_graph(self.folder))
         if opened is None:
@@ -345,7 +345,7 @@ class SqliteBackend:
         (ids,) = self._db.query("SELECT count(*), max(id), sum(id) FROM contents")
         return graph if ids == (state.count, state.last, state.sum) else None
 
-    def _current_vectors(self) -> QuantizedVectors:
+    def _load_current_vectors(self) -> QuantizedVectors:
         """Return all quantized vectors, reading only vectors added since the last call.
 
         If a new vector contains a larger absolute value than all previous vectors, the old quantization scale is too
@@ -353,18 +353,18 @@ class SqliteBackend:
         """
         # Use a separate connection, because reading all vectors takes seconds and would block other threads.
         with self._vectors_lock, self._db.snapshot() as db:
-            log = self._db.log_state(db)
+            log = self._db.read_log_position(db)
             scale = 127 / _read_max_abs(db)
             vectors, removed = QuantizedVectors(scale), np.empty(0, np.int64)
             if self._vectors is not None:
                 last_log, last_vectors = self._vectors
                 if scale >= last_vectors.scale and self._db.can_update(db, last_log, log):
                     vectors = last_vectors
-                    sql = f"SELECT DISTINCT {CHANGED} AND content NOT IN (SELECT id FROM contents)"
+                    sql = f"SELECT DISTINCT {CHANGED_CONTENTS} AND content NOT IN (SELECT id FROM contents)"
                     removed = _read_int_column(db.execute(sql, {"last": last_log.last}))
                 else:
                     self._vectors = None  # free the old vectors first, in case both do not fit in memory
-            vectors = vectors.updated(removed, _read_vector_chunks(db, vectors.last_id))
+            vectors = vectors.with_changes(removed, _read_vector_chunks(db, vectors.last_id))
             self._vectors = log, vectors
             return vectors
 
@@ -442,7 +442,7 @@ def _read_int_column(cursor: Iterable[tuple[Any, ...]]) -> np.ndarray:
     return np.array([value for (value,) in cursor], dtype=np.int64)
 
 
-def _sorted_unique(ids: np.ndarray) -> np.ndarray:
+def _sort_unique(ids: np.ndarray) -> np.ndarray:
     """Return the distinct ids in ascending order. Faster than sorting, because ids are dense."""
     occurs = np.zeros(int(ids.max(initial=-1)) + 1, bool)
     occurs[ids] = True
@@ -457,7 +457,7 @@ def _parse_content_id(hit_id: str) -> int:
 # ---- database
 
 
-class LogState(NamedTuple):
+class LogPosition(NamedTuple):
     """Position in the change log, and the state that must stay unchanged for the log to remain usable.
 
     Args:
@@ -533,13 +533,13 @@ class SqliteDatabase:
         ((version,),) = self.query("PRAGMA data_version")  # changes when another connection writes
         return version, self.connection.total_changes, self._immutable_state
 
-    def log_state(self, db: sqlite3.Connection) -> LogState:
+    def read_log_position(self, db: sqlite3.Connection) -> LogPosition:
         """Return the position of the last entry in the change log."""
         ((schema,),) = db.execute("PRAGMA schema_version")
         ((last,),) = db.execute("SELECT coalesce(max(id), 0) FROM changes")
-        return LogState(schema, self._immutable_state, last)
+        return LogPosition(schema, self._immutable_state, last)
 
-    def can_update(self, db: sqlite3.Connection, old: LogState, new: LogState) -> bool:
+    def can_update(self, db: sqlite3.Connection, old: LogPosition, new: LogPosition) -> bool:
         """Return True if the log contains all changes between two positions, and they are few enough for an update."""
         if old[:2] != new[:2] or new.last - old.last > MAX_LOG_LENGTH:
             return False

@@ -59,7 +59,7 @@ class QuantizedVectors:
         """Largest id, or 0 if there are no vectors."""
         return int(self.blocks[-1].ids[-1]) if self.blocks else 0
 
-    def updated(self, removed: np.ndarray, chunks: Iterable[tuple[np.ndarray, np.ndarray]]) -> QuantizedVectors:
+    def with_changes(self, removed: np.ndarray, chunks: Iterable[tuple[np.ndarray, np.ndarray]]) -> QuantizedVectors:
         """Return a new object with some vectors removed and others added.
 
         Unchanged blocks are shared. Searches that use the old object are not affected.
@@ -84,7 +84,7 @@ class QuantizedVectors:
             blocks.append(block)
         return QuantizedVectors(self.scale, blocks)
 
-    def nearest(self, query_code: np.ndarray, count: int, allowed_ids: np.ndarray | None = None) -> np.ndarray:
+    def find_nearest(self, query_code: np.ndarray, count: int, allowed_ids: np.ndarray | None = None) -> np.ndarray:
         """Return the ids of the vectors with the largest dot products with a quantized query.
 
         The ids are int64 of shape (min(count, N),), sorted by decreasing dot product.
@@ -158,7 +158,7 @@ class VectorIndex:
             return allowed_ids
         if allowed_ids is None and self.graph is not None:
             return self.graph.search(query_code, count).keys.astype(np.int64)
-        return self.quantized.nearest(query_code, count, allowed_ids)
+        return self.quantized.find_nearest(query_code, count, allowed_ids)
 
 
 @dataclass(frozen=True)

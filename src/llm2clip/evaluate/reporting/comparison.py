@@ -20,7 +20,7 @@ from llm2clip.html_report import (
     Table,
     format_cell,
     format_interval,
-    with_interval,
+    format_with_interval,
 )
 from llm2clip.published_results import CRA, CRA_NOTE, get_published_metrics, get_published_notes, get_published_rows
 
@@ -250,14 +250,14 @@ def build_metrics_table(results: Sequence[BenchmarkResult], published: Mapping[s
 
 
 def _format_metric_cell(metrics: Mapping[str, float], intervals: Mapping[str, Any], name: str) -> str | float | None:
-    return with_interval(metrics[name], intervals[name]) if name in intervals else metrics.get(name)
+    return format_with_interval(metrics[name], intervals[name]) if name in intervals else metrics.get(name)
 
 
 def format_difference(difference: Mapping[str, Any], name: str) -> str | None:
     """Format one metric from the result of `BootstrapMetrics.subtract`, e.g. "+1.2 (-0.3 to +2.5)"."""
     metrics, intervals = difference["metrics"], difference["intervals"]
     if name in intervals:
-        return with_interval(metrics[name], intervals[name], "+.1f")
+        return format_with_interval(metrics[name], intervals[name], "+.1f")
     return f"{metrics[name]:+.1f}" if name in metrics else None
 
 
@@ -381,7 +381,7 @@ def _format_accuracy_cells(results: Sequence[BenchmarkResult]) -> dict[str, str 
     cells: dict[str, str | None] = {}
     for result in results:
         summary = result.summary
-        cells[result.model] = with_interval(summary["metrics"]["top-1"], summary["intervals"]["top-1"])
+        cells[result.model] = format_with_interval(summary["metrics"]["top-1"], summary["intervals"]["top-1"])
         if "difference" in summary:
             cells[f"{results[0].model} minus {result.model}"] = format_difference(summary["difference"], "top-1")
     return cells
@@ -402,7 +402,9 @@ def _build_short_query_metrics_table(curves: Curves) -> Table:
 
 
 def _format_map_cell(length: LengthScores) -> str:
-    return with_interval(100 * float(length.scores[:, 0].mean()), compute_mean_intervals(length.scores)[:, 0].tolist())
+    return format_with_interval(
+        100 * float(length.scores[:, 0].mean()), compute_mean_intervals(length.scores)[:, 0].tolist()
+    )
 
 
 def _format_difference_cell(first: LengthScores, other: LengthScores) -> str | None:
@@ -411,7 +413,7 @@ def _format_difference_cell(first: LengthScores, other: LengthScores) -> str | N
         return None
     differences = first.scores - other.scores
     interval = compute_mean_intervals(differences, bounds=(-1.0, 1.0))[:, 0].tolist()
-    return with_interval(100 * float(differences[:, 0].mean()), interval, "+.1f")
+    return format_with_interval(100 * float(differences[:, 0].mean()), interval, "+.1f")
 
 
 def _plot_query_lengths(curves: Curves) -> Plot:

@@ -16,7 +16,7 @@ from llm2clip.html_report import (
     Plot,
     Table,
     format_interval,
-    with_interval,
+    format_with_interval,
     write_report,
 )
 from llm2clip.runs.run_description import describe_run, format_duration, format_run
@@ -132,14 +132,16 @@ def _build_short_query_blocks(choice: dict[str, Any]) -> list[Block]:
     header = ["query", *(f"{row['words']} {'word' if row['words'] == '1' else 'words'}: mAP" for row in literal)]
     rows = [
         ["chance", *(row["mAP chance"] for row in literal)],
-        ["query as it is", *(with_interval(row["mAP"], row["mAP interval"]) for row in literal)],
+        ["query as it is", *(format_with_interval(row["mAP"], row["mAP interval"]) for row in literal)],
     ]
     text = (
         "Queries are words and short phrases from the held-out captions. Every image with a caption that mentions the "
         "query is a correct answer. "
     )
     if with_templates:
-        rows.append(["with templates", *(with_interval(row["mAP"], row["mAP interval"]) for row in with_templates)])
+        rows.append(
+            ["with templates", *(format_with_interval(row["mAP"], row["mAP interval"]) for row in with_templates)]
+        )
         templates = ", ".join(map(repr, choice["templates"]))
         limit = "one word" if choice["max_words"] == 1 else f"up to {choice['max_words']} words"
         text += (

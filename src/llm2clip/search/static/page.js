@@ -308,14 +308,14 @@ function drawHeatmap(rows, hit) {
 
 // ---- more and less like a hit ---------------------------------------------------------------------------------------
 
-function moreLike(hit) {
+function searchMoreLike(hit) {
   Object.assign(query, { images: [], like: [hit.id], negativeLike: [] });
   $("text").value = "";
   $("negative").value = "";
   updateQuery();
 }
 
-function lessLike(hit) {
+function searchLessLike(hit) {
   if (query.negativeLike.length >= MAX_IMAGES || query.negativeLike.includes(hit.id)) return;
   query.negativeLike.push(hit.id);
   updateQuery();
@@ -438,18 +438,18 @@ function resizeText() {
   $("text").style.height = `${$("text").scrollHeight}px`;
 }
 
-function submit() {
+function submitQuery() {
   showProblem("");
   search();
   if (!$("empty").hidden) showStatus("Enter a description, add an image or set a filter.");
 }
 
-$("form").addEventListener("submit", (event) => { event.preventDefault(); submit(); });
+$("form").addEventListener("submit", (event) => { event.preventDefault(); submitQuery(); });
 $("filters").addEventListener("change", showChips);
 $("show-more").addEventListener("click", showMore);
 $("text").addEventListener("input", resizeText);
 $("text").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); submit(); }
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); submitQuery(); }
   if (event.key === "ArrowDown" && hits.length && !$("text").value.includes("\n")) { event.preventDefault(); focusHit(0); }
 });
 $("add").addEventListener("click", () => $("file").click());
@@ -458,8 +458,8 @@ $("more").addEventListener("click", () => {
   $("filters").hidden = !$("filters").hidden;
   $("more").setAttribute("aria-expanded", String(!$("filters").hidden));
 });
-$("like").addEventListener("click", () => moreLike(hits[openIndex]));
-$("unlike").addEventListener("click", () => lessLike(hits[openIndex]));
+$("like").addEventListener("click", () => searchMoreLike(hits[openIndex]));
+$("unlike").addEventListener("click", () => searchLessLike(hits[openIndex]));
 $("where").addEventListener("click", toggleHeatmap);
 $("back").addEventListener("click", () => showDetail(openIndex - 1));
 $("next").addEventListener("click", () => showDetail(openIndex + 1));
@@ -482,7 +482,7 @@ document.addEventListener("keydown", (event) => {
   if ($("detail").open) {
     if (event.key === "ArrowLeft") showDetail(openIndex - 1);
     if (event.key === "ArrowRight") showDetail(openIndex + 1);
-    if (event.key === "m") moreLike(hits[openIndex]);
+    if (event.key === "m") searchMoreLike(hits[openIndex]);
     if (event.key === "w") toggleHeatmap();
     return;
   }
@@ -491,7 +491,7 @@ document.addEventListener("keydown", (event) => {
   if (current < 0) return;
   const columns = buttons.filter((button) => button.offsetTop === buttons[0].offsetTop).length;
   const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns }[event.key];
-  if (event.key === "m") moreLike(hits[current]);
+  if (event.key === "m") searchMoreLike(hits[current]);
   if (step) {
     event.preventDefault();
     if (current + step < 0) $("text").focus();

@@ -22,7 +22,7 @@ from llm2clip.html_report import (
     Paragraph,
     Plot,
     Table,
-    with_interval,
+    format_with_interval,
     write_report,
 )
 from llm2clip.io_utils import read_json
@@ -171,7 +171,7 @@ def _make_comparison_table(claim: Claim) -> Table:
     for comparison in claim.comparisons:
         number_format = ".3f" if comparison.metric == "seconds" else ".1f"
         intervals = (comparison.low_interval, comparison.high_interval, comparison.difference)
-        formatted = [with_interval(value, limits, number_format) for value, *limits in intervals]
+        formatted = [format_with_interval(value, limits, number_format) for value, *limits in intervals]
         rows.append([comparison.low, comparison.high, comparison.metric, *formatted, comparison.verdict])
     return Table(header, rows, statuses=STATUSES)
 
