@@ -401,5 +401,5 @@ def read_date_taken(data: bytes) -> float | None:
         exif = header.getexif()
         date = exif.get_ifd(EXIF_IFD).get(EXIF_DATE_TAKEN) or exif.get(EXIF_DATE)
         return datetime.strptime(str(date)[:19], "%Y:%m:%d %H:%M:%S").timestamp()
-    except Exception:  # Pillow can raise almost any exception for a damaged header
+    except Exception:  # Pillow can raise almost any exception for corrupt headers
         return None

@@ -91,8 +91,8 @@ def load_request_image(data: bytes, max_pixels: int) -> Tensor:
         raise TooLarge(str(error)) from error
     except ImageFormatError as error:
         raise ImageError(str(error)) from error
-    except Exception as error:  # Pillow can raise almost any exception for a damaged header
-        raise ImageError("the image is damaged") from error
+    except Exception as error:  # Pillow can raise almost any exception for corrupt headers
+        raise ImageError("the image is corrupt") from error
     if is_avif:
         raise ImageError(FORMAT_NOT_ACCEPTED.format("AVIF"))
     if width * height > max_pixels:
@@ -112,7 +112,7 @@ def open_original(backend: Backend, hit_id: str) -> tuple[BinaryIO, str]:
         try:
             stream = _open_unchanged(image)
             header = open_header(stream)
-        except Exception:  # Pillow can raise almost any exception for a damaged header
+        except Exception:  # Pillow can raise almost any exception for corrupt headers
             continue
         media_type = Image.MIME.get(header.format or "", "")
         if media_type.startswith("image/"):

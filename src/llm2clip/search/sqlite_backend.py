@@ -337,7 +337,7 @@ class SqliteBackend:
             return index
 
     def _get_current_graph(self, graph_time: int) -> Any:
-        """Return the graph, or None if it is damaged or its ids differ from those in the database."""
+        """Return the graph, or None if it is corrupt or its ids differ from those in the database."""
         opened: tuple[Any, GraphState] | None = self._get_cached("graph", graph_time, lambda: open_graph(self.folder))
         if opened is None:
             return None

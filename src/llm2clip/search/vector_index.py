@@ -224,7 +224,7 @@ def update_graph(
 def open_graph(folder: Path, view: bool = True) -> tuple[Any, GraphState] | None:
     """Open the graph in a folder. Return the graph and its state, or None if there is no valid graph.
 
-    If the graph is damaged, for example by a power failure, print a message.
+    If the graph is corrupt, for example by a power failure, print a message.
 
     Args:
         folder: Folder that contains `graph.usearch` and `graph.json`.
@@ -240,7 +240,7 @@ def open_graph(folder: Path, view: bool = True) -> tuple[Any, GraphState] | None
         return Index.restore(str(graph_file), view=view), state
     except Exception as error:  # usearch raises different errors for truncated and empty files
         print_once(
-            f"{graph_file} is damaged ({error}), so searches scan all vectors instead. "
+            f"{graph_file} is corrupt ({error}), so searches scan all vectors instead. "
             "To rebuild the graph, run `llm2clip index` again."
         )
         return None
