@@ -40,7 +40,7 @@ from llm2clip.store.store import (
     get_available_memory,
     read_refused_captions,
 )
-from llm2clip.store.writer import StoreWriter, shard_file, write_missing_shards
+from llm2clip.store.writer import StoreWriter, shard_path, write_missing_shards
 
 CAPTIONS = [f"caption number {i} of some" for i in range(50)]
 IDENTITY = {"weights": "abc", "layers": 3}
@@ -674,7 +674,7 @@ def test_sort_partitions_sorts_in_bounded_memory(keys: np.ndarray, tmp_path: Pat
 def test_missing_shards_contain_each_new_caption_once_in_the_order_of_the_stream(
     encoder: CaptionEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm2clip.store.writer.CHUNK", 7)
+    monkeypatch.setattr("llm2clip.store.writer.CHUNK_SIZE", 7)
     store = embed(["d", "z"], encoder, tmp_path / "store")
     rng = np.random.default_rng(0)
     stream = [str(i) for i in rng.integers(0, 40, 200)] + ["z", "a", "d", "a"]
@@ -684,7 +684,7 @@ def test_missing_shards_contain_each_new_caption_once_in_the_order_of_the_stream
         incoming.mkdir()
         write_missing_shards(iter(stream), incoming, store, size, first_shard=3)
         shards = [expected[start : start + size] for start in range(0, len(expected), size)]
-        assert sorted(incoming.iterdir()) == [shard_file(incoming, 3 + n) for n in range(len(shards))]
+        assert sorted(incoming.iterdir()) == [shard_path(incoming, 3 + n) for n in range(len(shards))]
         assert [pq.read_table(file)["text"].to_pylist() for file in sorted(incoming.iterdir())] == shards
     (tmp_path / "none").mkdir()
     write_missing_shards([], tmp_path / "none", None, 5, first_shard=0)

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 import torch
 
 T = TypeVar("T")
-DEPTH = 2  # number of items to prepare in advance
+PREFETCH_DEPTH = 2  # number of items to prepare in advance
 
 
 def prefetch(items: Generator[T], device: torch.device) -> Generator[T] | Prefetcher[T]:
@@ -28,7 +28,7 @@ class Prefetcher(Iterator[T], Generic[T]):
     An exception in the generator is raised after all preceding items have been returned.
     """
 
-    def __init__(self, items: Generator[T], depth: int = DEPTH) -> None:
+    def __init__(self, items: Generator[T], depth: int = PREFETCH_DEPTH) -> None:
         """
         Args:
             items: Generator to run. It is closed at the end.

@@ -219,7 +219,7 @@ class DatasetImage(_TableCell):
     digest: str = ""
 
     def _open(self) -> BinaryIO:
-        version = file_version(os.path.join(self.folder, self.split or ""))
+        version = get_file_version(os.path.join(self.folder, self.split or ""))
         dataset = _open_saved_column(self.folder, version, self.split, self.column)
         return _open_cell(dataset[self.row][self.column], self)
 
@@ -264,7 +264,7 @@ def compute_content_digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def is_inside(name: str) -> bool:
+def is_safe_relative_path(name: str) -> bool:
     """Return True if a file name from a data set is relative and does not contain "..".
 
     Such a name cannot refer to a file outside the data set's folder, except through a symbolic link. Symbolic links are
@@ -291,15 +291,15 @@ def disable_image_decoding(dataset: Any) -> Any:
 def resolve_folder(path: str) -> str:
     """Make a path absolute and resolve symbolic links in its folder, but not in its file name."""
     folder, name = os.path.split(path)
-    return os.path.join(_real_path(os.path.abspath(folder)), name)
+    return os.path.join(_resolve_real_path(os.path.abspath(folder)), name)
 
 
 @functools.lru_cache(maxsize=4096)
-def _real_path(folder: str) -> str:
+def _resolve_real_path(folder: str) -> str:
     return os.path.realpath(folder)
 
 
-def file_version(path: str) -> tuple[tuple[int, int], ...]:
+def get_file_version(path: str) -> tuple[tuple[int, int], ...]:
     """Return the size and modification time (in ns) of a file, or of every file in a folder and its subfolders.
 
     Cache keys and search indexes contain these values, so stale entries are never used. A folder's own modification
@@ -332,7 +332,7 @@ def _read_parquet_cell(path: str, row: int, column: str) -> pa.Scalar:
     No lock is used, because a process forked while another thread holds the lock would wait forever. If two threads
     need the same window, both decode it.
     """
-    version = file_version(path)
+    version = get_file_version(path)
     starts, batch_size = _read_row_group_layout(path, version)
     group = bisect_right(starts, row) - 1
     row -= starts[group]

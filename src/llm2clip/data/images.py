@@ -76,7 +76,7 @@ def load_image(image: ImageLike) -> Tensor:
         raise ImageError(f"{name}: {reason}" if name else str(reason)) from error
 
 
-def list_images(images: Any) -> list[Any]:
+def to_image_list(images: Any) -> list[Any]:
     """Convert a list, a tuple, a batch of shape (N, ...) or a single image to a list of images."""
     is_batch = isinstance(images, Tensor | np.ndarray) and images.ndim == 4
     return list(images) if is_batch or isinstance(images, list | tuple) else [images]

@@ -40,7 +40,7 @@ PAIR_COLUMN_NAMES = {  # pair field -> common column names, in order of preferen
     "instruction": ("instruction", "instruct", "task"),
     "split": ("split",),
 }
-DIMENSION = 64  # maximum dimension of the vectors used to group similar captions
+MAX_VECTOR_DIM = 64  # maximum dimension of the vectors used to group similar captions
 
 
 @dataclass(frozen=True, slots=True)
@@ -456,7 +456,7 @@ def compute_caption_vectors(captions: Sequence[Sequence[str]]) -> np.ndarray:
     """
     documents = [" ".join(texts) for texts in captions]
     tfidf = TfidfVectorizer(analyzer=_split_words, sublinear_tf=True).fit_transform(documents)
-    dimension = min(DIMENSION, min(tfidf.shape) - 1)
+    dimension = min(MAX_VECTOR_DIM, min(tfidf.shape) - 1)
     if dimension < 1:
         return np.zeros((len(captions), 1), np.float32)
     vectors = TruncatedSVD(dimension, random_state=0).fit_transform(tfidf)

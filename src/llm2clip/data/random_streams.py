@@ -37,7 +37,7 @@ class RandomStreams:
     """
 
     def __init__(self, seed: int, *words: np.ndarray) -> None:
-        self._high, self._low, self._inc_high, self._inc_low = _seed_pcg64(_seed_words(seed, words))
+        self._high, self._low, self._inc_high, self._inc_low = _seed_pcg64(_split_seeds_into_words(seed, words))
         # Each 64-bit output provides two 32-bit numbers. The upper half is saved for the next call.
         self._upper_half = np.zeros(len(self._high), np.uint64)
         self._has_upper_half = np.zeros(len(self._high), bool)
@@ -92,7 +92,7 @@ class RandomStreams:
 # ---- seeding ---------------------------------------------------------------------------------------------------------
 
 
-def _seed_words(seed: int, words: Sequence[np.ndarray]) -> list[np.ndarray]:
+def _split_seeds_into_words(seed: int, words: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Split the seeds into 32-bit words, each of shape (N,), uint32. A large `seed` needs several words."""
     if seed < 0:
         raise ValueError(f"the seed must be at least 0 (got {seed})")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 MAX_NOTES = 5  # number of notes in the summary
 # Most common reason for skipping rows -> how to fix the source.
-ADVICE = {
+ADVICE_BY_REASON = {
     "missing image": "Relative image paths are resolved against the folder of the caption file. Move the caption file, "
     "or correct the paths",
     "image is a URL": "Images are not downloaded. Download them first, for example with img2dataset --output_format "
@@ -82,7 +82,7 @@ class SkipLog:
 
         If a row was already skipped for the same reason in an earlier pass or stage, it is not recorded again.
         """
-        if not self._is_new(file, row, reason):
+        if not self._record_once(file, row, reason):
             return
         self.skipped[reason] += rows
         if len(self.examples) < 3:
@@ -91,7 +91,7 @@ class SkipLog:
 
     def record_dropped(self, file: str, row: int, reason: str, value: object) -> None:
         """Record, once per row and reason, that part of a row was dropped. The rest of the row is used."""
-        if self._is_new(file, row, reason):
+        if self._record_once(file, row, reason):
             self.dropped[reason] += 1
             self._write(file, row, reason, value)
 
@@ -116,7 +116,7 @@ class SkipLog:
         listed = f"\nAll skipped rows are listed in {self.path}." if self.path else ""
         notes = "".join(f"\n{note}" for note in self.list_notes())
         most_common, _ = self.skipped.most_common(1)[0]
-        advice = f"\n{ADVICE.get(most_common, 'Fix the source')}"
+        advice = f"\n{ADVICE_BY_REASON.get(most_common, 'Fix the source')}"
         if self.skipped.total() < self.rows_seen / 2:  # otherwise, the source or the column mapping is wrong
             advice += ", or raise the limit with --max_skipped"
         raise TooManySkipped(
@@ -131,7 +131,7 @@ class SkipLog:
             notes.append(f"{next(iter(files))}{others}: {text}")
         return notes
 
-    def _is_new(self, file: str, row: int, reason: str) -> bool:
+    def _record_once(self, file: str, row: int, reason: str) -> bool:
         """Return True the first time that a row is recorded for a given reason."""
         key = (file, row, reason)
         if key in self._recorded:

@@ -16,7 +16,7 @@ from llm2clip.data.texts import deduplicate_captions
 
 TRAIN_SPLITS = (NO_SPLIT, "train", "training", "restval")
 HELD_OUT_SPLITS = ("val", "validation", "valid", "dev", "test")  # the first of these splits that exists is held out
-HELD_OUT_FRACTION = 10  # without such a split, one in this many images is held out
+HELD_OUT_DIVISOR = 10  # without such a split, one in this many images is held out
 MAX_HELD_OUT = 1000  # maximum number of images held out from the training images
 
 SourcedRecord = tuple[Source, Record]
@@ -111,7 +111,7 @@ def _describe_rule(num_held_out: int, held_out_split: str | None, splits: Counte
     """
     reason = f"the split {held_out_split}"
     if held_out_split is None:
-        reason = f"one in {HELD_OUT_FRACTION}, at most {MAX_HELD_OUT:,}, because no split is named {HELD_OUT_SPLITS[0]}"
+        reason = f"one in {HELD_OUT_DIVISOR}, at most {MAX_HELD_OUT:,}, because no split is named {HELD_OUT_SPLITS[0]}"
         reason += f" or {HELD_OUT_SPLITS[-1]}"
     return (
         f"{num_held_out:,} held-out images of {splits.total():,} ({reason}). To use all images, name their splits: "
@@ -137,7 +137,7 @@ def _draw_held_out(train: Sequence[SourcedRecord]) -> tuple[list[SourcedRecord],
     """Hold out a tenth of the images at random; return the remaining training records and the held-out records."""
     candidates = [record for source, record in train if not source.splits] or [record for _, record in train]
     shuffled = sorted((record for record in candidates if record.image is not None), key=_hash_record)
-    count = min(MAX_HELD_OUT, max(1, len(shuffled) // HELD_OUT_FRACTION))
+    count = min(MAX_HELD_OUT, max(1, len(shuffled) // HELD_OUT_DIVISOR))
     drawn = {id(record) for record in shuffled[:count]}
     held_out = [(source, record) for source, record in train if id(record) in drawn]
     return [(source, record) for source, record in train if id(record) not in drawn], held_out
@@ -196,7 +196,7 @@ def read_merged_records(
     def add(key: Any, source: Source, record: Record) -> None:
         if key in merged:
             source, first = merged[key]
-            record = _merge(first, record)
+            record = _merge_records(first, record)
         merged[key] = source, record
 
     for number, (source, record) in enumerate(stream_records(sources, columns, log, image_check)):
@@ -237,11 +237,11 @@ def build_same_image_filter(records: Sequence[Record], candidates: Sequence[Reco
     """
     copies = find_copies([record.image for record in [*records, *candidates]])
 
-    def image_key(record: Record) -> str | None:
+    def get_image_key(record: Record) -> str | None:
         return None if record.image is None else copies.get(record.image.key, record.image.key)
 
-    keys = {image_key(record) for record in records} - {None}
-    return lambda candidate: image_key(candidate) in keys
+    keys = {get_image_key(record) for record in records} - {None}
+    return lambda candidate: get_image_key(candidate) in keys
 
 
 def _build_merge_key(source: Source, record: Record, number: int) -> Any:
@@ -252,7 +252,7 @@ def _build_merge_key(source: Source, record: Record, number: int) -> Any:
     return number  # nothing identifies the image, so the record is never merged
 
 
-def _merge(first: Record, second: Record) -> Record:
+def _merge_records(first: Record, second: Record) -> Record:
     texts: dict[str, Any] = {}
     for name in TEXT_FIELDS:
         texts[name] = tuple(deduplicate_captions([*getattr(first, name), *getattr(second, name)]))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.data.columns import BadRow
-from llm2clip.data.image_refs import FileImage, is_inside
+from llm2clip.data.image_refs import FileImage, is_safe_relative_path
 from llm2clip.data.readers.json_files import read_json_lines, read_json_list
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
@@ -130,7 +130,7 @@ def _parse_conversation(row: dict[str, Any], root: Path, number: str) -> Convers
         raise ValueError("an answer is empty")
     image = None
     if row.get("image"):
-        if not is_inside(row["image"]):
+        if not is_safe_relative_path(row["image"]):
             raise ValueError(f"{row['image']} is outside {root}")
         path = root / row["image"]
         if not path.is_file():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llm2clip.cpu_tuning import onednn_matmul
-from llm2clip.data.images import list_images, load_image
+from llm2clip.data.images import load_image, to_image_list
 from llm2clip.models.vision.dense import (
     DenseEncoder,
     build_dense_encoder,
@@ -56,7 +56,7 @@ class DenseMethods:
             ValueError: the vision tower has no dense features, or does not support the variant or image size.
             ImageError: an image cannot be decoded. The message names the image.
         """
-        items = list_images(images)
+        items = to_image_list(images)
         _, dense = self._prepare_dense()
         embeddings: list[Tensor] = []
         for start in range(0, len(items), batch_size):

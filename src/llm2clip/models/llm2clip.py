@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.image_hashes import load_training_image_hashes, save_training_image_hashes
-from llm2clip.data.images import list_images, load_image
+from llm2clip.data.images import load_image, to_image_list
 from llm2clip.data.texts import check_not_empty
 from llm2clip.data.transforms import EvalTransform
 from llm2clip.io_utils import atomic_dir, describe_error, read_json_object
@@ -224,7 +224,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
         Raises:
             ImageError: an image cannot be decoded. The message names the image.
         """
-        items = list_images(images)
+        items = to_image_list(images)
         transform = EvalTransform(self.tower.preprocess)
         self.eval()
         embeddings = [torch.empty(0, self.config.embed_dim)]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llm2clip.data.image_header import open_header
 from llm2clip.data.image_loader import iter_image_batches
-from llm2clip.data.image_refs import TarImage, file_version, resolve_folder, to_valid_unicode
+from llm2clip.data.image_refs import TarImage, get_file_version, resolve_folder, to_valid_unicode
 from llm2clip.data.images import make_thumbnail
 from llm2clip.data.records import Source, open_records
 from llm2clip.data.skip_log import SkipLog
@@ -373,7 +373,7 @@ def read_container_version(path: str) -> str:
     """Return the version of an image file, tar file or table. For a saved data set, the version covers all files."""
     if not os.path.isdir(path):
         return format_file_version(os.stat(path))
-    return hashlib.sha256(repr(file_version(path)).encode()).hexdigest()[:32]
+    return hashlib.sha256(repr(get_file_version(path)).encode()).hexdigest()[:32]
 
 
 def read_digest_and_date(image: IndexedImage, log: SkipLog) -> tuple[bytes | None, float]:

@@ -27,10 +27,10 @@ from llm2clip.store.layout import (
     KEY_BYTES,
     StoreError,
     check_identity,
+    get_next_shard_number,
     iter_chunks,
     keys_path,
     make_caption_keys,
-    next_shard_number,
     read_keys,
     read_shards,
     remove_temp_files,
@@ -253,7 +253,7 @@ def _fill_store(out: Path, identity: dict[str, Any], dtype: str, batches: Iterat
         if batch is None:
             raise StoreError("there are no embeddings to import")
         writer = StoreWriter(out, identity, batch[2].shape[1], dtype)
-        number = next_shard_number(out)
+        number = get_next_shard_number(out)
         existing = {sha256(read_keys(out, shard).tobytes()).digest() for shard in read_shards(out)}
         for keys, tokens, embeddings in chain([batch], batches):
             if sha256(keys.tobytes()).digest() not in existing:

@@ -6,8 +6,8 @@ is memory-mapped, so a lookup touches only a few pages. It takes 24 bytes per ca
 bytes for an embedding.
 
 The index is built with an external sort, which the writer also uses to find duplicate captions. `split_by_key` writes
-the keys to `PARTITIONS` files such that equal keys are in the same file, and `sort_partitions` sorts the files one by
-one. Only one file is in memory at a time.
+the keys to `NUM_PARTITIONS` files such that equal keys are in the same file, and `sort_partitions` sorts one file at a
+time. Only this file is in memory.
 """
 
 import os
@@ -21,7 +21,7 @@ import numpy as np
 from llm2clip.io_utils import atomic_path
 
 PARTITION_BITS = 4
-PARTITIONS = 1 << PARTITION_BITS  # sorting 100 million keys takes about 400 MB of memory
+NUM_PARTITIONS = 1 << PARTITION_BITS  # sorting 100 million keys takes about 400 MB of memory
 RECORD_BYTES = 24  # a key and its position, as three uint64 values
 
 
@@ -101,7 +101,7 @@ def _allocate_on_disk(file: Path) -> None:
 
 
 def split_by_key(chunks: Iterable[tuple[np.ndarray, np.ndarray]], folder: Path) -> list[Path]:
-    """Partition keys and positions by the keys' first bits into `PARTITIONS` files in `folder`; return their paths.
+    """Partition keys and positions by the keys' first bits into `NUM_PARTITIONS` files in `folder`; return their paths.
 
     A record consists of three uint64 values: the first half of the key, the second half, and the position.
 
@@ -109,14 +109,14 @@ def split_by_key(chunks: Iterable[tuple[np.ndarray, np.ndarray]], folder: Path) 
         chunks: Tuples (keys, positions). Keys have shape (N, 16), uint8, and positions have shape (N,), uint64.
             Positions must increase across all chunks.
     """
-    partitions = [folder / f"partition-{number:02d}" for number in range(PARTITIONS)]
+    partitions = [folder / f"partition-{number:02d}" for number in range(NUM_PARTITIONS)]
     with ExitStack() as stack:
         streams = [stack.enter_context(partition.open("wb")) for partition in partitions]
         for keys, positions in chunks:
             records = np.stack([*split_keys(keys), positions], axis=1)
             number = (records[:, 0] >> np.uint64(64 - PARTITION_BITS)).astype(np.uint8)
             records = records[np.argsort(number, kind="stable")]
-            ends = np.cumsum(np.bincount(number, minlength=PARTITIONS))
+            ends = np.cumsum(np.bincount(number, minlength=NUM_PARTITIONS))
             for stream, part in zip(streams, np.split(records, ends[:-1]), strict=True):
                 stream.write(part.data)
     return partitions

@@ -92,7 +92,7 @@ def list_shard_numbers(folder: Path) -> list[int]:
     return sorted(numbers)
 
 
-def next_shard_number(folder: Path) -> int:
+def get_next_shard_number(folder: Path) -> int:
     """Return one more than the largest complete shard number, or 0 if there are no complete shards."""
     return max(list_shard_numbers(folder), default=-1) + 1
 

@@ -15,10 +15,10 @@ from llm2clip.store.layout import (
     StoreSpec,
     check_spec,
     embeddings_path,
+    get_next_shard_number,
     get_store_spec,
     keys_path,
     list_shard_numbers,
-    next_shard_number,
     read_keys,
     read_manifest,
     read_shard_metadata,
@@ -118,7 +118,7 @@ def merge_stores(out: str | Path, sources: Sequence[str | Path]) -> EmbeddingSto
         remove_temp_files(out)
         writer = StoreWriter(out, identity, embed_dim, dtype)
         existing = {_compute_shard_checksums(out, shard) for shard in read_shards(out)}
-        number = next_shard_number(out)
+        number = get_next_shard_number(out)
         for folder in folders:
             for shard in read_shards(folder):
                 content = _compute_shard_checksums(folder, shard)

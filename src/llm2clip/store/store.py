@@ -55,8 +55,8 @@ from llm2clip.store.layout import (
 )
 
 ReadMode = Literal["auto", "mmap", "pread"]
-LOOKUP_CHUNK = 1 << 18  # number of captions to hash and look up at once
-THREADS = 16  # maximum number of concurrent positional reads; the disk can reorder concurrent reads
+LOOKUP_CHUNK_SIZE = 1 << 18  # number of captions to hash and look up at once
+NUM_THREADS = 16  # maximum number of concurrent positional reads; the disk can reorder concurrent reads
 MAX_OPEN_FILES = 256  # per cache; operating systems usually allow about a thousand open files per process
 
 
@@ -123,7 +123,7 @@ class EmbeddingStore:
             StoreError: A caption is not in the store. The message quotes the caption.
         """
         parts = [np.empty(0, np.int64)]
-        for chunk in iter_chunks(captions, LOOKUP_CHUNK):
+        for chunk in iter_chunks(captions, LOOKUP_CHUNK_SIZE):
             rows = self.find_keys(make_caption_keys(chunk))
             missing = rows < 0
             if missing.any():
@@ -278,11 +278,11 @@ class PreadReader(RowReader):
         self.open_file = lru_cache(MAX_OPEN_FILES)(
             lambda n: _RandomAccessFile(embeddings_path(folder, shards[n].number))
         )
-        self.process_id, self.pool = os.getpid(), ThreadPoolExecutor(THREADS)
+        self.process_id, self.pool = os.getpid(), ThreadPoolExecutor(NUM_THREADS)
 
     def _read(self, parts: list[ShardRows]) -> None:
         if self.process_id != os.getpid():  # after a fork, the parent's threads do not exist in this process
-            self.process_id, self.pool = os.getpid(), ThreadPoolExecutor(THREADS)
+            self.process_id, self.pool = os.getpid(), ThreadPoolExecutor(NUM_THREADS)
         for first in range(0, len(parts), MAX_OPEN_FILES):
             self._read_parts(parts[first : first + MAX_OPEN_FILES])
 
@@ -296,7 +296,7 @@ class PreadReader(RowReader):
             for start, stop in pairwise([0, *run_ends, len(part.rows)]):
                 at = offset + int(part.rows[start]) * row_bytes
                 reads.append((file, memory[start * row_bytes : stop * row_bytes], at))
-        chunk_size = -(-len(reads) // (4 * THREADS)) or 1
+        chunk_size = -(-len(reads) // (4 * NUM_THREADS)) or 1
         chunks = [reads[i : i + chunk_size] for i in range(0, len(reads), chunk_size)]
         for _ in self.pool.map(_read_chunk, chunks):
             pass  # iterating re-raises exceptions from the threads

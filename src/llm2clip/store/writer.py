@@ -39,12 +39,12 @@ from llm2clip.store.layout import (
     check_spec,
     compute_shard_checksum,
     embeddings_path,
+    get_next_shard_number,
     index_path,
     iter_chunks,
     keys_path,
     list_shard_numbers,
     make_caption_keys,
-    next_shard_number,
     read_keys,
     read_manifest,
     read_shards,
@@ -53,8 +53,8 @@ from llm2clip.store.layout import (
 )
 from llm2clip.store.store import EmbeddingStore, read_refused_captions
 
-CHUNK = 1 << 14  # number of captions to hash at once
-TEXTS = "captions.parquet"
+CHUNK_SIZE = 1 << 14  # number of captions to hash at once
+TEXTS_FILE = "captions.parquet"
 
 # ---- shards --------------------------------------------------------------------------------------------------------
 
@@ -221,12 +221,12 @@ class WritePlan:
 
     def read_captions(self, shard: int) -> list[str]:
         """Read the captions of a missing shard."""
-        captions: list[str] = pq.read_table(shard_file(self.incoming, shard))["text"].to_pylist()
+        captions: list[str] = pq.read_table(shard_path(self.incoming, shard))["text"].to_pylist()
         return captions
 
     def create_progress_bar(self, description: str, unit: str) -> ProgressBar:
         """Create a progress bar for the captions of all local shards. Only the main process shows the bar."""
-        total = sum(pq.read_metadata(shard_file(self.incoming, shard)).num_rows for shard in self.local_shards())
+        total = sum(pq.read_metadata(shard_path(self.incoming, shard)).num_rows for shard in self.local_shards())
         hide = not process_state().is_main_process or not total
         return ProgressBar(total=total, desc=description, unit=unit, disable=hide)
 
@@ -290,7 +290,7 @@ def _prepare_incoming(writer: StoreWriter, captions: Iterable[str], incoming: Pa
     stream: Iterable[str] = check_texts(ProgressBar(captions, "read", unit="caption", leave=False, delay=1))
     if refused:
         stream = (caption for caption in stream if caption not in refused)
-    write_missing_shards(stream, incoming, store, shard_size, next_shard_number(folder))
+    write_missing_shards(stream, incoming, store, shard_size, get_next_shard_number(folder))
 
 
 # ---- deduplication -------------------------------------------------------------------------------------------------
@@ -304,16 +304,16 @@ def write_missing_shards(
     The shards are numbered consecutively, starting with `first_shard`.
     """
     is_missing: list[np.ndarray] = []  # one boolean mask per chunk of captions
-    partitions = split_by_key(_write_captions(captions, incoming / TEXTS, store, is_missing), incoming)
+    partitions = split_by_key(_write_captions(captions, incoming / TEXTS_FILE, store, is_missing), incoming)
     mask = np.concatenate([np.empty(0, np.bool_), *is_missing])
     for records in sort_partitions(partitions):
         mask[records[mask_repeated_keys(records), 2].astype(np.int64)] = False
-    for number, texts in enumerate(iter_chunks(_select_captions(incoming / TEXTS, mask), shard_size), first_shard):
-        pq.write_table(pa.table({"text": texts}), shard_file(incoming, number), compression="zstd")
-    (incoming / TEXTS).unlink()
+    for number, texts in enumerate(iter_chunks(_select_captions(incoming / TEXTS_FILE, mask), shard_size), first_shard):
+        pq.write_table(pa.table({"text": texts}), shard_path(incoming, number), compression="zstd")
+    (incoming / TEXTS_FILE).unlink()
 
 
-def shard_file(incoming: Path, shard: int) -> Path:
+def shard_path(incoming: Path, shard: int) -> Path:
     return incoming / f"{shard:05d}.parquet"
 
 
@@ -327,7 +327,7 @@ def _write_captions(
     """
     with pq.ParquetWriter(file, pa.schema([("text", pa.string())]), compression="zstd") as writer:
         start = 0
-        for texts in iter_chunks(captions, CHUNK):
+        for texts in iter_chunks(captions, CHUNK_SIZE):
             writer.write_table(pa.table({"text": texts}))
             keys = make_caption_keys(texts)
             mask = np.zeros(len(texts), np.bool_)
@@ -344,6 +344,6 @@ def _select_captions(file: Path, mask: np.ndarray) -> Iterator[str]:
     """Yield the captions in a Parquet file that a boolean mask selects."""
     start = 0
     with pq.ParquetFile(file) as captions:
-        for batch in captions.iter_batches(CHUNK):
+        for batch in captions.iter_batches(CHUNK_SIZE):
             yield from batch["text"].filter(pa.array(mask[start : start + len(batch)])).to_pylist()
             start += len(batch)

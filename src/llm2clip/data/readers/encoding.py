@@ -33,7 +33,7 @@ _LIKELY_ENCODINGS = (
     "cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "koi8_r", "shift_jis", "euc_jp", "gb18030",
     "big5", "euc_kr",
 )  # fmt: skip
-MAX_READINGS = 3  # maximum number of likely encodings listed in a message
+MAX_LISTED_ENCODINGS = 3  # maximum number of likely encodings listed in a message
 MAX_SAMPLE_BYTES = 1 << 14  # maximum size of the sample from which the encoding is guessed
 MAX_SEARCHED_BYTES = 1 << 28  # maximum number of bytes to search for text that is not UTF-8
 MAX_SKIPPED_CHARACTERS = 1 << 30  # a file with a longer line is corrupt or sparse, so it is rejected
@@ -157,7 +157,7 @@ def describe_encoding(path: str) -> str:
         encoding = detect_encoding(stream.read(4))
     if encoding != "utf-8-sig":
         return f"contains bytes that are not valid {encoding.upper()}"
-    sample, line = _sample_undecodable(path)
+    sample, line = _sample_undecodable_lines(path)
     if not line:
         return "not UTF-8. Convert the file to UTF-8"
     likely = [match.encoding for match in from_bytes(sample, cp_isolation=list(_LIKELY_ENCODINGS))]
@@ -169,7 +169,7 @@ def describe_encoding(path: str) -> str:
             readings.setdefault(line.decode(encoding).strip()[:60], encoding)
         except UnicodeDecodeError:
             continue
-    likely_readings = list(islice(readings.items(), MAX_READINGS))
+    likely_readings = list(islice(readings.items(), MAX_LISTED_ENCODINGS))
     if not likely_readings:
         return "not UTF-8, in an unknown encoding. Convert the file to UTF-8"
     description = "not UTF-8, probably " + " or ".join(f"{encoding} ({text!r})" for text, encoding in likely_readings)
@@ -188,7 +188,7 @@ def _open_binary(path: str) -> BinaryIO:
     return cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if path.lower().endswith(".gz") else stream
 
 
-def _sample_undecodable(path: str) -> tuple[bytes, bytes]:
+def _sample_undecodable_lines(path: str) -> tuple[bytes, bytes]:
     """Return the concatenation of a file's first lines that are not valid UTF-8, and the first of these lines."""
     lines: list[bytes] = []
     size = num_searched = 0

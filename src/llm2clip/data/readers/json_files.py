@@ -29,7 +29,7 @@ IMAGE_FOLDERS = (
     "", "images", "Images", "..", "../images", "flickr30k-images", "flickr30k_images", "Flicker8k_Dataset",
     "Flickr8k_Dataset",
 )  # fmt: skip
-SEARCHED_IMAGES = 50  # number of images to look for in each of these folders
+MAX_SEARCHED_IMAGES = 50  # number of images to look for in each of these folders
 UNUSED_KEYS = ("tokens", "sentids", "segmentation", "flickr_url", "license", "date_captured")
 
 
@@ -210,7 +210,7 @@ def guess_folders(path: str, images: Sequence[Mapping[str, Any]]) -> list[str]:
 def find_image_folder(path: str, names: Sequence[str], subfolders: Sequence[str] = ()) -> str:
     """Return the first folder that contains one of the images, or the caption file's folder if there is none."""
     parent = os.path.dirname(path)
-    for name in names[:SEARCHED_IMAGES]:
+    for name in names[:MAX_SEARCHED_IMAGES]:
         for folder in IMAGE_FOLDERS:
             for subfolder in ("", *subfolders):
                 candidate = os.path.normpath(os.path.join(parent, folder, subfolder))

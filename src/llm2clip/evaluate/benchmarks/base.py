@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from llm2clip.data.image_refs import FileImage, ImageRef, is_inside
+from llm2clip.data.image_refs import FileImage, ImageRef, is_safe_relative_path
 from llm2clip.data.records import Record
 from llm2clip.io_utils import DataFormatError, MissingFileError
 
@@ -196,7 +196,7 @@ def resolve_image(folder: Path, name: str) -> FileImage:
     Raises:
         DataFormatError: If the path points outside the folder.
     """
-    if not is_inside(name):
+    if not is_safe_relative_path(name):
         raise DataFormatError(f"{folder}: the image path {name!r} points outside the folder")
     return FileImage(str(folder / name))
 
