@@ -339,11 +339,11 @@ def test_evaluate_states_what_it_evaluates_and_warns_about_training_images(
     assert [result.get("images trained on") for result in read_results(out)] == [30, None]
     assert main(["evaluate", str(clip), str(data)]) == 0
     output = capsys.readouterr().out
-    assert "Evaluating 3 held-out images of 36 (one in 10, at most 1,000, because no split" in output
+    assert "Evaluating 3 held-out images out of 36 (one in 10, at most 1,000, because no split" in output
     assert "PATH@none" in output and "training images" not in output and "Warning" not in output
     assert main(["evaluate", str(clip), str(image_folder / "captions.jsonl")]) == 0
     output = capsys.readouterr().out
-    assert "Evaluating 6 held-out images of 36 (the split val)" in output and "PATH@train+val" in output
+    assert "Evaluating 6 held-out images out of 36 (the val split)" in output and "PATH@train+val" in output
 
 
 def test_benchmarks_command_lists_sources_and_published_results(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,7 +93,7 @@ def test_copies_of_an_image_are_merged_and_counted(tmp_path: Path, image_check: 
         records = [record for _, record in read_merged_records([source], {}, log, image_check)]
         assert [record.id for record in records] == ["a", "other-1", f"other{len(image_bytes(0)) // 2}"]
     assert records[0].captions == tuple(f"{name}.jpg {k}" for name in ("a", "copy", "hard", "link") for k in "xy")
-    assert log.summary() == "0 of 12 rows skipped; 3 copies of images merged with the originals"
+    assert log.summary() == "0 of 12 rows skipped; 3 duplicate images merged with the originals"
 
 
 def test_copies_in_a_tar_file_are_merged_with_files(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_skip_log_summarizes_notes_and_copies() -> None:
     log.count_copies(["x", "y"])
     log.count_copies(["y"])
     assert log.summary() == (
-        "0 of 0 rows skipped; 2 copies of images merged with the originals; a.csv and 1 more: read as UTF-16"
+        "0 of 0 rows skipped; 2 duplicate images merged with the originals; a.csv and 1 more: read as UTF-16"
     )
     for number in range(10):
         log.note(f"note {number}", "odd\udcff.csv")

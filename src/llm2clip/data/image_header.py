@@ -116,7 +116,7 @@ def _reject_unsupported_formats(start: bytes) -> None:
 
 @cache
 def _register_heic() -> None:
-    """Make Pillow read HEIC images."""
+    """Add HEIC support to Pillow."""
     try:
         import pillow_heif
     except ImportError as error:

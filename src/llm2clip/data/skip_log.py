@@ -48,7 +48,7 @@ class SkipLog:
         self.dropped: Counter[str] = Counter()
         self.examples: list[str] = []
         self.notes: dict[str, dict[str, None]] = {}
-        self._copies: set[str] = set()  # keys of images that are copies of other images
+        self._copies: set[str] = set()  # keys of images that are duplicates of other images
         self._num_rows = 0  # rows counted with `count_rows`
         self._source_rows: dict[str, dict[str, int]] = {}  # path -> split -> rows
         self._recorded: set[tuple[str, int, str]] = set()  # file, row and reason of skipped rows and dropped parts
@@ -144,7 +144,7 @@ class SkipLog:
         if self.dropped:
             numbers += f"; parts of rows dropped{_format_counts(self.dropped)}"
         if self._copies:
-            numbers += f"; {len(self._copies):,} copies of images merged with the originals"
+            numbers += f"; {len(self._copies):,} duplicate images merged with the originals"
         return numbers
 
     def _write(self, file: str, row: int, reason: str, value: object) -> None:

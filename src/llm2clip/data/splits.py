@@ -109,12 +109,12 @@ def _describe_rule(num_held_out: int, held_out_split: str | None, splits: Counte
 
     `held_out_split` is None if the images were drawn from the training images. `splits` counts the images per split.
     """
-    reason = f"the split {held_out_split}"
+    reason = f"the {held_out_split} split"
     if held_out_split is None:
         reason = f"one in {HELD_OUT_DIVISOR}, at most {MAX_HELD_OUT:,}, because no split is named {HELD_OUT_SPLITS[0]}"
         reason += f" or {HELD_OUT_SPLITS[-1]}"
     return (
-        f"{num_held_out:,} held-out images of {splits.total():,} ({reason}). To use all images, name their splits: "
+        f"{num_held_out:,} held-out images out of {splits.total():,} ({reason}). To use all images, list their splits: "
         f"PATH@{'+'.join(sorted(splits))}"
     )
 
@@ -182,7 +182,7 @@ def read_merged_records(
 
     Args:
         columns: Column mapping to add to each source's own mapping.
-        log: Log in which to record skipped rows and count copies of images.
+        log: Log in which to record skipped rows and count duplicate images.
         image_check: How to check images; see `open_records`. If "ignore", the bytes of image files are not compared.
 
     Returns:

@@ -55,7 +55,7 @@ def embed(
         batch_tokens: Maximum number of tokens per batch; see `CaptionEncoder.encode`. If None, the fastest value is
             determined by measurement. For fewer than 4096 captions, the encoder's default is used instead.
         precision: Precision of the encoder; see `CaptionEncoder.encode`. For "auto", see `resolve_store_precision`.
-        dtype: dtype of the stored embeddings: float16, float32 or int8. int8 takes half the disk space of float16 and
+        dtype: Storage dtype: float16, float32 or int8. int8 takes half the disk space of float16 and
             uses one scale factor per row.
         device: Device on which to encode. If there are captions to encode, the encoder is moved there with only the
             weights required for encoding (see `CaptionEncoder.move_for_encoding`). By default, the encoder and all its

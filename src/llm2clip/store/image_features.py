@@ -117,7 +117,7 @@ def store_image_features(
         identity: Everything about the encoder that affects the features.
         folder: Folder of the store, which is created if it does not exist.
         log: Log in which to record images that cannot be decoded. Such images are not added to the store.
-        dtype: dtype of the stored features: float16, float32 or int8.
+        dtype: Storage dtype: float16, float32 or int8.
         batch_size: Number of images per forward pass.
         workers: Number of processes that decode images; see `iter_image_batches`.
         shard_size: Number of images per shard. An interrupted run resumes with the missing shards.

@@ -82,7 +82,7 @@ def import_parquet(
             `caption` column. A `tokens` column is optional.
         out: Folder of the new store.
         identity: Identity of the encoder. If None, it is read from the file's metadata.
-        dtype: dtype of the stored embeddings: float16, float32 or int8.
+        dtype: Storage dtype: float16, float32 or int8.
 
     Raises:
         StoreError: A column is missing or contains nulls, or the encoder is unknown or differs from `identity`.
@@ -163,7 +163,7 @@ def import_official_tars(
         tars: Tar files with samples. Each `X.tar` must have a corresponding `X_text_embeddings.tar` in the same folder.
         out: Folder of the new store.
         identity: Identity of the encoder that created the embeddings.
-        dtype: dtype of the stored embeddings: float16, float32 or int8.
+        dtype: Storage dtype: float16, float32 or int8.
 
     Raises:
         StoreError: The two tar files of a pair contain different samples, or an embedding is missing.

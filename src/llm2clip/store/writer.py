@@ -72,7 +72,7 @@ class StoreWriter:
         Args:
             identity: Everything about the encoder that affects the embeddings; see `fingerprint`.
             embed_dim: Embedding dimension.
-            dtype: dtype of the stored embeddings: float16, float32 or int8. int8 uses one scale factor per row.
+            dtype: Storage dtype: float16, float32 or int8. int8 uses one scale factor per row.
 
         Raises:
             StoreError: An existing store has a different encoder, dimension or dtype. The message lists the

@@ -30,7 +30,7 @@ CAPTION_FILES = (
 READABLE_FORMATS = (
     f"files ending in {', '.join(FORMATS)} (.txt: lines of 'name.jpg,caption' or 'name.jpg#0<TAB>caption'; tar files "
     "must be uncompressed); globs and {000..010} patterns that match such files; a folder that contains captions.jsonl,"
-    " metadata.csv, tar files, Parquet files, or images (each x.jpg with an x.txt or x.json beside it); a folder "
+    " metadata.csv, tar files, Parquet files, or images (each x.jpg with an x.txt or x.json next to it); a folder "
     "written by save_to_disk; hf:NAME[:CONFIG]"
 )
 

@@ -178,7 +178,7 @@ def _read_coco_rows(path: str, images: Sequence[Mapping[str, Any]], annotations:
         name = image.get("file_name")
         image_id = _read_id(image, "id")
         if not isinstance(name, str) or image_id is None:
-            yield path, number, BadRow("malformed row", f"an image without id or file_name: {dict(image)!r}")
+            yield path, number, BadRow("malformed row", f"an image has no id or no file_name: {dict(image)!r}")
             continue
         ref = FileImage(os.path.join(folder, name))
         yield path, number, {"id": image_id, "image": ref, "captions": captions[image_id]}
