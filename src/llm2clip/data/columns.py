@@ -77,7 +77,7 @@ def guess_columns(names: Mapping[str, Sequence[str]], columns: Collection[str]) 
 
 
 class ColumnMapper:
-    """Maps record fields to a source's columns, and keeps track of all columns seen so far.
+    """Mapper from record fields to a source's columns. It keeps track of all columns seen so far.
 
     Args:
         source: Name of the source, for error messages.

@@ -40,7 +40,7 @@ PAIR_COLUMN_NAMES = {  # pair field -> common column names, in order of preferen
     "instruction": ("instruction", "instruct", "task"),
     "split": ("split",),
 }
-MAX_VECTOR_DIM = 64  # maximum dimension of the vectors used to group similar captions
+MAX_VECTOR_DIM = 64  # of the vectors used to group similar captions
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,7 +191,7 @@ class _RecordReader:
     def read(self, files: Sequence[tuple[str, str]]) -> Iterator[Record]:
         num_records = 0
         for kind, path in files:
-            # In folders and tar files, captions are in files instead of columns.
+            # In image folders and tar files, captions are in separate files instead of columns.
             self.mapper.require_captions = self.require_captions and kind not in ("images", "tar")
             for row in self._read_rows(kind, path):
                 try:

@@ -24,7 +24,7 @@ class TooManySkipped(ValueError):
 
 
 class SkipLog:
-    """Counts skipped rows and lists them in a JSON Lines file.
+    """Log that counts skipped rows and lists them in a JSON Lines file.
 
     Only one process may write to a file. Either pass a different path in each process, or pass a path only in the first
     process.

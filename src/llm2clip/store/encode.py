@@ -48,8 +48,7 @@ def embed(
     Args:
         captions: Captions, possibly with duplicates. Only the main process iterates over them, and only once.
         encoder: Caption encoder with fp32 weights.
-        folder: Folder of the store, which is created if it does not exist. Captions already in the store are not
-            encoded again.
+        folder: Store folder, created if it does not exist. Captions already in the store are not encoded again.
         shard_size: Number of captions per shard. An interrupted run resumes with the missing shards. Within each shard,
             captions of similar length are batched together.
         batch_tokens: Maximum number of tokens per batch; see `CaptionEncoder.encode`. If None, the fastest value is

@@ -113,9 +113,9 @@ def store_image_features(
     """Encode images into the store at `folder`; return the opened store. The shards are divided among all processes.
 
     Args:
-        refs: References to the images. Images already in the store are not encoded again.
+        refs: Image references. Images already in the store are not encoded again.
         identity: Everything about the encoder that affects the features.
-        folder: Folder of the store, which is created if it does not exist.
+        folder: Store folder, created if it does not exist.
         log: Log in which to record images that cannot be decoded. Such images are not added to the store.
         dtype: Storage dtype: float16, float32 or int8.
         batch_size: Number of images per forward pass.

@@ -167,7 +167,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Raises:
         StoreError: The manifest is missing, corrupt or inconsistent.
-        FormatVersionError: The store has another format version.
+        FormatVersionError: The store has a different format version.
     """
     file = folder / MANIFEST
     if not file.is_file():

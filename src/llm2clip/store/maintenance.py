@@ -42,7 +42,7 @@ def repair_store(folder: str | Path, progress: bool = False) -> list[str]:
 
     Raises:
         StoreError: The manifest and all shards are corrupt, so the encoder is unknown.
-        FormatVersionError: The manifest and all shards have another format version.
+        FormatVersionError: The manifest and all shards have a different format version.
         FolderInUseError: Another run is writing to the store.
     """
     folder = Path(folder)

@@ -45,7 +45,7 @@ def embed_with_ray(
         captions, shard_size, batch_tokens, precision, dtype: See `encode.embed`.
         open_encoder: Function that takes the keyword argument `device` and loads the encoder on this device. It is
             called with device="cpu", once in the driver to compute the encoder's identity and once in each worker.
-        folder: Folder of the store, on a file system shared by all machines.
+        folder: Store folder, on a file system shared by all machines.
         workers: Number of workers. With 0, use one worker per GPU in the cluster or, without GPUs, one per two CPU
             cores.
 

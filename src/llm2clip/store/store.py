@@ -219,7 +219,7 @@ class RowReader(ABC):
             return _open_array(scales_path(folder, shards[n].number), (shards[n].rows,), np.dtype(np.float32))
 
         self.embed_dim, self.dtype = embed_dim, stored_dtype
-        self.bounds = np.cumsum([0, *(shard.rows for shard in shards)])  # first row of each shard, and total
+        self.bounds = np.cumsum([0, *(shard.rows for shard in shards)])  # first row of each shard; then the total
         self.data_offsets = [open_embeddings(n).offset for n in range(len(shards))]
         self.open_embeddings = lru_cache(MAX_OPEN_FILES)(open_embeddings)
         self.open_scales = None

@@ -193,7 +193,7 @@ def quantize_rows(embeddings: np.ndarray, dtype: str) -> tuple[np.ndarray, np.nd
 
     Returns:
         The converted embeddings, and the scale factors by which int8 rows must be multiplied, of shape (N,), float32.
-        They make the largest absolute int8 value in each row 127. For other dtypes, the scale factors are None.
+        The largest absolute int8 value in each row is 127. For other dtypes, the scale factors are None.
     """
     if dtype != "int8":
         return np.ascontiguousarray(embeddings, DTYPES[dtype]), None
@@ -249,7 +249,7 @@ def open_for_writing(
 
     Args:
         captions: Texts or image names, possibly with duplicates. Only the main process reads them, and only once.
-        folder: Folder of the store, which is created if it does not exist.
+        folder: Store folder, created if it does not exist.
         identity, embed_dim, dtype: See `StoreWriter`.
         shard_size: Number of captions per shard.
 
