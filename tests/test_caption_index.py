@@ -112,7 +112,7 @@ def test_readers_read_only_what_a_commit_changed(tmp_path: Path, monkeypatch: py
     reader = SqliteBackend(tmp_path)
     vectors_read: list[int] = []
     captions_read: list[str] = []
-    quantize, encode = vector_index.quantize, caption_index.encode
+    quantize, encode = vector_index.quantize, caption_index.encode_casefolded
 
     def counting_quantize(vectors: np.ndarray, scale: float) -> np.ndarray:
         vectors_read.append(len(vectors))
@@ -123,7 +123,7 @@ def test_readers_read_only_what_a_commit_changed(tmp_path: Path, monkeypatch: py
         return encode(text)
 
     monkeypatch.setattr(vector_index, "quantize", counting_quantize)
-    monkeypatch.setattr(caption_index, "encode", counting_encode)
+    monkeypatch.setattr(caption_index, "encode_casefolded", counting_encode)
 
     def search() -> tuple[int, int, int]:
         """Return the numbers of hits, of vectors that were read, and of captions that were read."""
@@ -149,7 +149,7 @@ def test_filters_do_not_block_other_readers(tmp_path: Path, monkeypatch: pytest.
     """While one thread reads the captions or searches them, other threads use the index."""
     backend = create_index(tmp_path, 3)
     is_reading, may_continue = threading.Event(), threading.Event()
-    encode, find = caption_index.encode, CaptionIndex.find
+    encode, find = caption_index.encode_casefolded, CaptionIndex.find_captions
 
     def wait() -> None:
         is_reading.set()
@@ -164,8 +164,8 @@ def test_filters_do_not_block_other_readers(tmp_path: Path, monkeypatch: pytest.
         return find(captions, text)
 
     for owner, name, function, caption in (
-        (caption_index, "encode", waiting_encode, "caption 1"),
-        (CaptionIndex, "find", waiting_find, "CAPTION 1"),  # the matches of the last filter are cached
+        (caption_index, "encode_casefolded", waiting_encode, "caption 1"),
+        (CaptionIndex, "find_captions", waiting_find, "CAPTION 1"),  # the matches of the last filter are cached
     ):
         is_reading.clear()
         may_continue.clear()

@@ -12,8 +12,8 @@ from llm2clip.html_report import (
     ResultImage,
     ResultImages,
     Table,
-    to_html,
-    to_markdown,
+    render_html,
+    render_markdown,
 )
 
 
@@ -25,11 +25,11 @@ def test_report_escapes_all_texts() -> None:
         Heading(text), Paragraph(text), Code(text), Table([text], [[text], [1.25], [None]]), Plot("<svg></svg>", text),
         ResultImages(text, images), Details(text, text),
     ]  # fmt: skip
-    page = to_html(text, blocks)
+    page = render_html(text, blocks)
     assert "<img src=x" not in page and page.count("&lt;img src=x") == 17
     assert "<code>code</code>" in page and ">1.2<" in page and ">–<" in page
     assert "right: " in page and "wrong: " not in page
-    markdown = to_markdown("T", blocks, "page.html")
+    markdown = render_markdown("T", blocks, "page.html")
     assert "page.html" in markdown and "\\| `code`" in markdown
     code = f"```\n{text}\n```"
     assert "<img" not in markdown.replace(code, "") and code in markdown
@@ -37,7 +37,7 @@ def test_report_escapes_all_texts() -> None:
 
 def test_markdown_escapes_tags_only() -> None:
     text = "<b>x</b> <!-- y --> 1 < 2 `<|end|>` `<b>` <|end|>"
-    assert "&lt;b>x&lt;/b> &lt;!-- y --> 1 < 2 `<|end|>` `<b>` <|end|>\n" in to_markdown("T", [Paragraph(text)])
+    assert "&lt;b>x&lt;/b> &lt;!-- y --> 1 < 2 `<|end|>` `<b>` <|end|>\n" in render_markdown("T", [Paragraph(text)])
 
 
 def test_plots_show_dollar_signs_as_text() -> None:
@@ -52,7 +52,7 @@ def test_plots_show_dollar_signs_as_text() -> None:
 def test_html_report_is_accessible() -> None:
     """Wide tables can be scrolled with the keyboard, and each has a name of its own."""
     table = Table(["model", "R@1"], [["a", 1.0]])
-    page = to_html("Evaluation", [table, Heading("Retrieval"), table, Plot("<svg></svg>", "a plot")])
+    page = render_html("Evaluation", [table, Heading("Retrieval"), table, Plot("<svg></svg>", "a plot")])
     assert page.count("<main>") == page.count("</main>") == page.count("<h1>") == 1
     for label in ("Table 1: Evaluation", "Table 2: Retrieval"):
         assert f'<div class="scroll" role="region" tabindex="0" aria-label="{label}">' in page
@@ -69,8 +69,8 @@ def test_markdown_omits_sections_that_consist_of_plots_and_images() -> None:
         Heading("Examples"), Heading("Good", 3), plot, Heading("Bad", 3), plot,
         Heading("Notes"), Paragraph("a note"),
     ]  # fmt: skip
-    markdown = to_markdown("T", blocks)
+    markdown = render_markdown("T", blocks)
     headings = [line.lstrip("# ") for line in markdown.splitlines() if line.startswith("#")]
     assert headings == ["T", "Results", "Details", "Notes"]
     assert "about the plot" not in markdown and "a note" in markdown and "Plots and images" not in markdown
-    assert "Plots and images are in page.html" in to_markdown("T", blocks, "page.html")
+    assert "Plots and images are in page.html" in render_markdown("T", blocks, "page.html")

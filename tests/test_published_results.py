@@ -11,7 +11,7 @@ import pytest
 from llm2clip.evaluate.benchmark_eval import BenchmarkResult
 from llm2clip.evaluate.benchmarks import BENCHMARKS
 from llm2clip.evaluate.reporting.comparison import build_benchmark_blocks, build_caption_retrieval_blocks
-from llm2clip.html_report import Table, to_markdown
+from llm2clip.html_report import Table, render_markdown
 from llm2clip.models.export.model_card import render_model_card
 from llm2clip.published_results import (
     CRA,
@@ -82,7 +82,7 @@ def retrieval_row(field: str, i2t: float, t2i: float) -> dict[str, Any]:
 
 def test_report_shows_published_rows_and_their_sources() -> None:
     result = BenchmarkResult({"rows": [retrieval_row("captions", 80.0, 70.0)]}, model="mine")
-    report = to_markdown("x", build_benchmark_blocks(BENCHMARKS["flickr30k"], [result]))
+    report = render_markdown("x", build_benchmark_blocks(BENCHMARKS["flickr30k"], [result]))
     assert "| paper 2024: Llama3-8B-CC | 92.0 |" in report and "| paper 2026: Llama-3.1-8B-CC | 92.2 |" in report
     assert "| mine minus paper 2026: Llama-3.1-8B-CC | -12.2 |" in report
     notes = get_published_notes("flickr30k")
@@ -105,7 +105,7 @@ def test_model_card_with_cra_explains_the_corrected_values(tmp_path: Path) -> No
         "CRA": 30.0, "CRA interval": (29.0, 31.0), "chance": 0.1, "images": 10, "excluded": 0, "truncated": 0,
         "positive cosine": 0.5, "negative cosine": 0.1,
     }  # fmt: skip
-    report = to_markdown("Caption retrieval", build_caption_retrieval_blocks("mine", metrics))
+    report = render_markdown("Caption retrieval", build_caption_retrieval_blocks("mine", metrics))
     (tmp_path / "report.md").write_text(report)
     model = tmp_path / "model"
     model.mkdir()

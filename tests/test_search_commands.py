@@ -99,8 +99,8 @@ def test_index_and_search_explain_mistakes(
     assert main(["index", str(photos), "--model", model, "--out", index]) == 0
     for command, message in (
         (["search", str(tmp_path / "none"), "x"], "is not an index"),
-        (["search", index], "pass a text or an image to search for, or a filter"),
-        (["search", index, "--path", "x", "--open", "--heatmaps"], "pass a text or an image to search for"),
+        (["search", index], "pass text or images to search for, or a filter"),
+        (["search", index, "--path", "x", "--open", "--heatmaps"], "pass text or images to search for"),
         (["search", index, "x", "--templates", "photo"], "--templates: template 0 ('photo') has no {}"),
         (["serve", "--index", index, "--templates", "photo"], "--templates: template 0 ('photo') has no {}"),
         (["serve", "--index", index, "--templates", *(["{}"] * 8)], "too many templates: 8; the limit is 7"),

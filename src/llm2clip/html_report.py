@@ -46,7 +46,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Table:
-    """A table, whose values are formatted by `format_cell`.
+    """A table. `format_cell` formats its values.
 
     Args:
         header: Column names. They must not be empty, because screen readers read them aloud.
@@ -116,12 +116,12 @@ _VISUAL = Plot | ResultImages | Legend | Details  # blocks that Markdown reports
 def write_report(folder: Path, name: str, title: str, blocks: Sequence[Block]) -> tuple[Path, Path]:
     """Write a report to `folder/name.md` and `folder/name.html`; return both paths."""
     markdown_file, html_file = folder / f"{name}.md", folder / f"{name}.html"
-    atomic_write_text(markdown_file, to_markdown(title, blocks, html_file.name))
-    atomic_write_text(html_file, to_html(title, blocks))
+    atomic_write_text(markdown_file, render_markdown(title, blocks, html_file.name))
+    atomic_write_text(html_file, render_html(title, blocks))
     return markdown_file, html_file
 
 
-def to_markdown(title: str, blocks: Sequence[Block], html_name: str = "") -> str:
+def render_markdown(title: str, blocks: Sequence[Block], html_name: str = "") -> str:
     """Render a report as Markdown, without plots, images and collapsed text.
 
     Sections that contain only these blocks and paragraphs are omitted. If `html_name` is not empty and blocks were
@@ -191,7 +191,7 @@ def _format_table(table: Table) -> str:
     return "\n".join(lines)
 
 
-def to_html(title: str, blocks: Sequence[Block]) -> str:
+def render_html(title: str, blocks: Sequence[Block]) -> str:
     """Render a report as a single HTML page."""
     style = (files("llm2clip") / "templates" / "report.css").read_text(encoding="utf-8")
     return _load_template().render(title=title, blocks=blocks, style=style)

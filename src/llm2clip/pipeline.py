@@ -34,7 +34,7 @@ from llm2clip.data.records import Record, Source
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import DataSplits, read_splits, stream_records
 from llm2clip.evaluate.reporting.fit_report import build_summary_table, write_fit_report
-from llm2clip.html_report import to_markdown
+from llm2clip.html_report import render_markdown
 from llm2clip.models.export.model_card import write_model_card
 from llm2clip.models.hub.loading import check_model_source
 from llm2clip.models.hub.pretrained import resolve_gguf, resolve_pretrained
@@ -354,4 +354,4 @@ def _write_report(run_dir: Path, model_dir: Path, trained: list[dict[str, Any]],
         settings=(run_dir / CONFIG_FILE).read_text(encoding="utf-8"),
     )
     write_model_card(model_dir, run_dir.resolve().name)
-    print_once(to_markdown("Results", [build_summary_table(cra, untrained, trained)]), f"Report: {page}")
+    print_once(render_markdown("Results", [build_summary_table(cra, untrained, trained)]), f"Report: {page}")

@@ -59,7 +59,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, CommandFunction]]:
 
 def silence_libraries() -> None:
     """Hide library messages that do not help llm2clip users."""
-    # Hides "The following layers were not sharded": it concerns tensor parallelism, which llm2clip does not use.
+    # "The following layers were not sharded" concerns tensor parallelism, which llm2clip does not use.
     logging.getLogger("transformers.distributed.tensor_parallel").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|torch\.|accelerate\.")
 

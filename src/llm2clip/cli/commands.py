@@ -95,7 +95,7 @@ def _explain_error(message: str, parser: Any) -> str:
 
 def suggest_names(name: str, known: Iterable[str]) -> str:
     """Return " (did you mean X?)" with the most similar known names, or "" if no name is similar."""
-    names = {other.lstrip("-"): other for other in known}  # without dashes, which would count towards the similarity
+    names = {other.lstrip("-"): other for other in known}  # dashes would inflate the similarity
     name = name.lstrip("-")
     last_parts = {other: other.rpartition(".")[2] for other in names}  # `--lr` may mean `--align.lr` or `--tune.lr`
     similar = [other for other in names if last_parts[other] == name] or difflib.get_close_matches(name, names, n=1)
@@ -308,8 +308,8 @@ def add_reading_arguments(parser: ArgumentParser, max_skipped: float = 0.05) -> 
 def add_flags(parser: ArgumentParser, options: type, skip: Collection[str] = ()) -> None:
     """Add a flag for each field of a dataclass, using the field's docstring as the help text.
 
-    Booleans become switches without a value. Lists take one or more values, separated by spaces. Optional lists also
-    accept zero values.
+    Booleans become switches without a value. Lists take one or more values, separated by spaces. Optional lists may
+    also be empty.
 
     Args:
         options: Dataclass. Its booleans must be False by default.
@@ -339,7 +339,7 @@ def format_command(*words: object) -> str:
 
 
 def format_column_flags(columns: dict[str, str]) -> list[str]:
-    """Return the command-line flags that specify a column mapping. Empty without a mapping."""
+    """Return the command-line flags for a column mapping, or an empty list if the mapping is empty."""
     return ["--columns", ",".join(f"{field}={column}" for field, column in columns.items())] if columns else []
 
 

@@ -282,7 +282,7 @@ def _check_query(args: Namespace) -> None:
     filters = (args.path, args.caption, args.after, args.before, args.min_side)
     has_query = args.texts or args.images or args.negative or args.negative_images
     if not has_query and (args.heatmaps or all(value is None for value in filters)):
-        raise ValueError("pass a text or an image to search for, or a filter such as --after 2024-05-31")
+        raise ValueError("pass text or images to search for, or a filter such as --after 2024-05-31")
     check_not_empty(args.texts)
     check_not_empty(args.negative)
     for image in (*args.images, *args.negative_images):

@@ -28,7 +28,7 @@ from llm2clip.evaluate.reporting.comparison import (
 from llm2clip.evaluate.reporting.error_analysis import analyze_errors
 from llm2clip.evaluate.retrieval_eval import compute_retrieval_difference
 from llm2clip.evaluate.short_queries import score_short_queries
-from llm2clip.html_report import BAD, Block, Code, Details, Paragraph, to_markdown, write_report
+from llm2clip.html_report import BAD, Block, Code, Details, Paragraph, render_markdown, write_report
 from llm2clip.io_utils import MissingFileError, atomic_write_text, sanitize_name
 from llm2clip.models.hub.loading import get_display_names
 from llm2clip.models.prompts import QueryTemplates, check_templates
@@ -102,7 +102,7 @@ def evaluate_models(
             num_mistakes=3 if options.mistakes is None else options.mistakes,
         )
         blocks = build_caption_retrieval_blocks(title_name, results["caption retrieval"])
-        print_once(to_markdown("Caption retrieval", blocks))
+        print_once(render_markdown("Caption retrieval", blocks))
         report += blocks
         _write_results(out, results)
 
@@ -124,7 +124,7 @@ def evaluate_models(
         blocks = runner.build_blocks()
         report += [Paragraph(line) for line in skipped]
         report += [Paragraph(line, BAD) for line in [*warnings, *failures]] + blocks
-        print_once(to_markdown("Results", [block for block in blocks if not isinstance(block, Paragraph)]))
+        print_once(render_markdown("Results", [block for block in blocks if not isinstance(block, Paragraph)]))
 
     last_lines = [log.summary()] if log.rows_seen and not data else []
     last_lines += notes + warnings

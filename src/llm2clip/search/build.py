@@ -146,7 +146,7 @@ def _check_deleted(source: str, indexed: Mapping[str, ImageState], deleted: set[
 
 
 def check_model(metadata: Mapping[str, Any], model: DualEncoder) -> None:
-    """Raise ValueError if an index was built with another model, because their embeddings are not comparable."""
+    """Raise ValueError if an index was built with a different model, whose embeddings are not comparable."""
     if metadata["fingerprint"] != fingerprint(model.identity()):
         raise ValueError(
             f"the index was built with a different model: {metadata['model']} (or an earlier version of it), "
@@ -204,8 +204,8 @@ def _read_images(
     """Read and hash image files.
 
     Returns:
-        Pairs of image and content hash for content that is already in the index, and all other readable images, grouped
-        by content hash.
+        A list of (image, content hash) pairs for content that is already in the index, and a dict that groups all other
+        readable images by content hash.
     """
     readable: list[tuple[IndexedImage, bytes]] = []
     for image in ProgressBar(images, desc="read", unit="image"):
@@ -234,7 +234,7 @@ def _embed_images(
     hashes = list(images_by_hash)
     refs = [images_by_hash[digest][0].ref for digest in hashes]
     with ProgressBar(total=len(refs), desc="embed", unit="image", disable=not refs) as bar:
-        batches = iter_image_batches(refs, PreparedImages(model.transform), batch_size, workers)
+        batches = iter_image_batches(refs, PrepareImage(model.transform), batch_size, workers)
         for indices, prepared, errors in batches:
             contents = []
             vectors = model.encode_images([pixels for pixels, *_ in prepared]).numpy() if indices else ()
@@ -252,7 +252,7 @@ def _embed_images(
 
 
 @dataclass(frozen=True)
-class PreparedImages:
+class PrepareImage:
     """Transform that returns the model input, JPEG thumbnail, width and height of a decoded image."""
 
     transform: Callable[[Tensor], Any]

@@ -15,7 +15,7 @@ import numpy as np
 
 BLOCK = 4096  # captions; a block's text should fit in the CPU cache
 SEPARATOR = b"\xff"  # never occurs in UTF-8, so no match spans two captions
-SPARSE_BYTES, DENSE_BYTES = 4, 8  # bytes to compare at every position if few or many positions remain, respectively
+SPARSE_BYTES, DENSE_BYTES = 4, 8  # bytes compared at every position: 4 if few candidates remain, 8 if many
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class CaptionBlock:
         return CaptionBlock(self.text[np.repeat(keep, lengths)], starts, self.rows[keep], self.contents[keep])
 
     def contains(self, text: bytes) -> np.ndarray:
-        """Return a boolean mask of shape (N,) that selects the captions containing a casefolded text."""
+        """Return a boolean mask of shape (N,) that selects the captions containing the given casefolded text."""
         count = len(self.starts)
         length = len(self.text) - len(text) + 1  # number of positions at which the text can start
         if not text or length <= 0:
@@ -76,7 +76,7 @@ class CaptionBlock:
 
 
 def _iterate_windows(text: np.ndarray, needle: bytes) -> Iterator[tuple[int, np.ndarray, np.unsignedinteger]]:
-    """Pack 4 or 8 bytes into one integer, to compare them at once.
+    """Pack 4 or 8 bytes into an integer, so that they can be compared at once.
 
     Yields:
         An offset in the needle, the packed integers at all positions of the text, and the packed needle bytes at the
@@ -115,13 +115,13 @@ class CaptionIndex:
             blocks.append(block)
         return CaptionIndex(tuple(blocks))
 
-    def find(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Find the captions that contain a text, ignoring case.
+    def find_captions(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Find the captions that contain the given text, ignoring case.
 
         Returns:
             The row numbers and content ids of the K matching captions, both int64 of shape (K,).
         """
-        encoded = encode(text)
+        encoded = encode_casefolded(text)
         rows, contents = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for block in self.blocks:
             contains = block.contains(encoded)
@@ -130,8 +130,8 @@ class CaptionIndex:
         return np.concatenate(rows), np.concatenate(contents)
 
 
-def encode(text: str) -> bytes:
-    """Casefold a text and encode it as UTF-8. Lone surrogates are encoded too, although they are invalid in UTF-8."""
+def encode_casefolded(text: str) -> bytes:
+    """Casefold text and encode it as UTF-8. Lone surrogates are encoded too, although they are invalid in UTF-8."""
     return text.casefold().encode("utf-8", "surrogatepass")
 
 
@@ -142,7 +142,7 @@ def _read_blocks(rows: Iterable[tuple[int, int, str]]) -> Iterator[CaptionBlock]
     caption_contents: list[int] = []
     for row, content, texts in rows:
         for text in json.loads(texts):
-            captions.append(encode(text))
+            captions.append(encode_casefolded(text))
             caption_rows.append(row)
             caption_contents.append(content)
         if len(captions) >= BLOCK:

@@ -172,7 +172,7 @@ class InferenceService:
         [response] = await self._searchers.map(find_hits, [query_vector])
         return response
 
-    async def heatmap(self, request: HeatmapRequest) -> np.ndarray:
+    async def compute_heatmap(self, request: HeatmapRequest) -> np.ndarray:
         """Embed a query. Return its cosine similarity to each image cell, as a float32 array of shape (h, w)."""
         dense = require_dense_encoder(self.model)
         variant = request.variant or dense.localization_variant
@@ -221,7 +221,7 @@ class InferenceService:
 
     async def _embed_query(self, query: SearchQuery) -> np.ndarray:
         """Return a query's float32 embedding of shape (D,)."""
-        prompts, counts = query.prompts(self.templates)
+        prompts, counts = query.build_prompts(self.templates)
         hit_vectors = []
         for hit_id in (*query.like, *query.negative_like):
             vector = await run_in_threadpool(self.require_backend().vector, hit_id)

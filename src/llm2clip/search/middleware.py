@@ -68,7 +68,7 @@ class Authenticator:
         return end is not None and time.monotonic() < end
 
     def is_token(self, text: str) -> bool:
-        """Return True if a text is the token. The comparison runs in constant time."""
+        """Return True if the text equals the token. The comparison runs in constant time."""
         return secrets.compare_digest(text.encode(), self._token.encode())
 
     def start_session(self, request: Request, response: Response) -> None:

@@ -69,7 +69,7 @@ class QdrantBackend:
     def from_url(cls, url: str, write: bool = False) -> QdrantBackend:
         """Open the collection at `http(s)://HOST:PORT/COLLECTION`.
 
-        If the environment variable QDRANT_API_KEY is set, it provides the API key.
+        The API key is read from the environment variable QDRANT_API_KEY, if set.
 
         Raises:
             ValueError: The URL does not have the form `http(s)://HOST:PORT/COLLECTION`, or the API key would be sent
@@ -338,8 +338,8 @@ def _make_qdrant_filter(image_filter: Filter) -> models.Filter:
         must.append(models.FieldCondition(key="images[].captions", match=phrase))
     if image_filter.min_side is not None:
         must.append(models.FieldCondition(key="shorter_side", range=models.Range(gte=image_filter.min_side)))
-    return models.Filter(must=must, must_not=[_is_metadata_point()])
+    return models.Filter(must=must, must_not=[_match_metadata_point()])
 
 
-def _is_metadata_point() -> models.HasIdCondition:
+def _match_metadata_point() -> models.HasIdCondition:
     return models.HasIdCondition(has_id=[_make_point_id(METADATA_KEY)])

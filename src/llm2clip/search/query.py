@@ -21,7 +21,7 @@ class SearchQuery:
     """A search query. Results should resemble its positive parts, but not its negative parts.
 
     The `search` command encodes texts and images directly, and the server batches them with other requests. Both call
-    `prompts` to get the texts to encode and `combine` to get the query vector.
+    `build_prompts` to get the texts to encode and `combine` to get the query vector.
 
     Attributes:
         texts, negative_texts: Texts of any length.
@@ -44,8 +44,8 @@ class SearchQuery:
         positive = len(self.texts) + len(self.images) + len(self.like)
         return positive + len(self.negative_texts) + len(self.negative_images) + len(self.negative_like) > 0
 
-    def prompts(self, default_templates: QueryTemplates) -> tuple[list[str], list[int]]:
-        """Return the prompts and the number of prompts per text, for the texts and then the negative texts.
+    def build_prompts(self, default_templates: QueryTemplates) -> tuple[list[str], list[int]]:
+        """Return the prompts of all texts, then of all negative texts, and the number of prompts per text.
 
         Raises:
             ValueError: A text is empty.
@@ -64,7 +64,7 @@ class SearchQuery:
         """Return the L2-normalised query vector of shape (D,), float32. See `combine_embeddings` for the formula.
 
         Args:
-            prompts: Embeddings of the prompts returned by `prompts`, each of shape (D,).
+            prompts: Embeddings of the prompts returned by `build_prompts`, each of shape (D,).
             counts: Number of prompts for each text.
             images: Embeddings of the images, then of the negative images, each of shape (D,).
             hits: Embeddings of the hits in `like`, then in `negative_like`, each of shape (D,).
@@ -79,13 +79,13 @@ class SearchQuery:
 
 
 def embed_query(model: DualEncoder, query: SearchQuery) -> np.ndarray:
-    """Return the L2-normalised query vector, of shape (D,), float32, for a query without hits.
+    """Embed a query without hits. Return an L2-normalised query vector of shape (D,), float32.
 
     Raises:
         ValueError: The query has no parts, or a text is empty.
         ImageError: An image cannot be read.
     """
-    prompts, counts = query.prompts(model.query_templates)
+    prompts, counts = query.build_prompts(model.query_templates)
     prompt_vectors = model.encode_texts(prompts).numpy() if prompts else np.empty((0, model.embed_dim), np.float32)
     image_vectors = embed_images(model, [*query.images, *query.negative_images]).numpy()
     return query.combine(list(prompt_vectors), counts, list(image_vectors))
@@ -110,8 +110,8 @@ def combine_embeddings(positive: Sequence[np.ndarray], negative: Sequence[np.nda
     the negated negative mean, which ranks the images least similar to the negative embeddings first.
 
     Args:
-        positive: Embeddings that results should be similar to, each L2-normalised, of shape (D,), float32.
-        negative: Embeddings that results should be dissimilar to, each L2-normalised, of shape (D,), float32.
+        positive: L2-normalised embeddings that results should resemble, each of shape (D,), float32.
+        negative: L2-normalised embeddings that results should not resemble, each of shape (D,), float32.
 
     Raises:
         ValueError: Both lists are empty.

@@ -188,7 +188,7 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
     @app.post("/heatmap", responses=API_ERRORS)
     async def heatmap(request: HeatmapRequest) -> HeatmapResponse:
         """Return a heat map that locates the given texts, images and earlier hits in an image."""
-        return HeatmapResponse(rows=(await service.heatmap(request)).tolist())
+        return HeatmapResponse(rows=(await service.compute_heatmap(request)).tolist())
 
 
 def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:

@@ -110,8 +110,8 @@ class SqliteBackend:
         Args:
             write: If True, open the index for writing, and create it if it does not exist. Only the current user can
                 read a new index.
-            approximate_above: Number of distinct images from which `finish` builds an HNSW graph, which makes searches
-                approximate.
+            approximate_above: Minimum number of distinct images for which `finish` builds an HNSW graph, which makes
+                searches approximate.
 
         Raises:
             FileNotFoundError: `write` is False, and there is no complete index in the folder.
@@ -124,7 +124,7 @@ class SqliteBackend:
         self._db = SqliteDatabase(folder, write)
         self._may_have_orphans = True  # an interrupted run may leave rows in `contents` without images
         self._cache: dict[str, tuple[Any, Any]] = {}  # see `_get_cached`
-        # Cached data, each with the position in the change log up to which it is current.
+        # Cached data, and the change log position up to which it is current.
         self._vectors: tuple[LogPosition, QuantizedVectors] | None = None
         self._captions: tuple[LogPosition, CaptionIndex] | None = None
         self._index_lock, self._vectors_lock, self._captions_lock = (threading.Lock() for _ in range(3))
@@ -203,7 +203,7 @@ class SqliteBackend:
 
     def count(self) -> tuple[int, int]:
         sql = "SELECT (SELECT count(*) FROM images), (SELECT count(*) FROM contents)"
-        images, contents = self._get_cached("count", self._db.state(), lambda: self._db.query(sql)[0])
+        images, contents = self._get_cached("count", self._db.read_state(), lambda: self._db.query(sql)[0])
         return images, contents
 
     def duplicates(self, limit: int = 10) -> list[list[str]]:
@@ -229,9 +229,9 @@ class SqliteBackend:
         conditions, parameters = _make_sql_conditions(image_filter, ("path", "after", "before"))
         hits = []
         for content_id, score in zip(page.tolist(), scores, strict=True):
-            images = self._images(content_id)
+            images = self._read_images(content_id)
             if conditions:
-                matching = self._images(content_id, conditions, parameters)
+                matching = self._read_images(content_id, conditions, parameters)
                 images = tuple(dict.fromkeys([*matching, *images]))[:MAX_LOCATIONS]
             sizes = self._db.query(
                 "SELECT width, height, (SELECT count(*) FROM images WHERE content = contents.id) FROM contents "
@@ -255,9 +255,9 @@ class SqliteBackend:
         return bytes(rows[0][0]) if rows else None
 
     def images(self, hit_id: str) -> tuple[IndexedImage, ...]:
-        return self._images(_parse_content_id(hit_id))
+        return self._read_images(_parse_content_id(hit_id))
 
-    def _images(
+    def _read_images(
         self, content_id: int, conditions: Sequence[str] = (), parameters: Mapping[str, Any] | None = None
     ) -> tuple[IndexedImage, ...]:
         """Return at most MAX_LOCATIONS images with the given content that match SQL conditions, sorted by name.
@@ -273,14 +273,15 @@ class SqliteBackend:
 
     def _get_matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
         """Return the result of `_find_matching_ids`, cached for the last filter to serve further pages of a search."""
-        key = self._db.state(), image_filter, newest_first
+        key = self._db.read_state(), image_filter, newest_first
         ids: np.ndarray = self._get_cached("ids", key, lambda: self._find_matching_ids(image_filter, newest_first))
         return ids
 
     def _find_matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
-        """Return the content ids with at least one image that matches all conditions of a filter, of shape (N,).
+        """Return the ids of all contents with at least one image that matches a filter, as int64 of shape (N,).
 
-        The ids are sorted in ascending order or, with `newest_first`, by the latest time of their matching images.
+        By default, the ids are in ascending order. With `newest_first`, they are sorted by the latest capture time of
+        their matching images, newest first.
         """
         conditions, parameters = _make_sql_conditions(image_filter, FILTER_CONDITIONS)
         caption = image_filter.caption
@@ -296,7 +297,7 @@ class SqliteBackend:
                 rows = np.fromiter(cursor, MATCH_DTYPE)
             captions = self._load_current_captions(db) if caption is not None else None
         if captions is not None and caption is not None:
-            caption_rows, contents = captions.find(caption)
+            caption_rows, contents = captions.find_captions(caption)
             if rows is None:
                 return _sort_unique(contents)
             rows = rows[np.isin(rows["row"], caption_rows)]
@@ -333,7 +334,7 @@ class SqliteBackend:
                 graph = self._get_current_graph(graph_time) if graph_time else None
                 return VectorIndex(self._load_current_vectors, self._fetch_vectors, graph)
 
-            index: VectorIndex = self._get_cached("index", (self._db.state(), graph_time), create_index)
+            index: VectorIndex = self._get_cached("index", (self._db.read_state(), graph_time), create_index)
             return index
 
     def _get_current_graph(self, graph_time: int) -> Any:
@@ -528,7 +529,7 @@ class SqliteDatabase:
 
     # ---- changes
 
-    def state(self) -> tuple[Any, ...]:
+    def read_state(self) -> tuple[Any, ...]:
         """Return a value that changes with every write to the database."""
         ((version,),) = self.query("PRAGMA data_version")  # changes when another connection writes
         return version, self.connection.total_changes, self._immutable_state

@@ -224,7 +224,7 @@ def update_graph(
 def open_graph(folder: Path, view: bool = True) -> tuple[Any, GraphState] | None:
     """Open the graph in a folder. Return the graph and its state, or None if there is no valid graph.
 
-    If the graph is corrupt, for example by a power failure, print a message.
+    If the graph is corrupt, for example after a power failure, print a message.
 
     Args:
         folder: Folder that contains `graph.usearch` and `graph.json`.
@@ -249,7 +249,7 @@ def open_graph(folder: Path, view: bool = True) -> tuple[Any, GraphState] | None
 def compute_checksum(file: Path) -> str:
     """Return the size of a file and the sum of its 64-bit words.
 
-    Only disk speed limits this sum, whereas a cryptographic hash of a large graph takes several seconds.
+    Only the disk limits the speed of this sum, whereas a cryptographic hash of a large graph takes several seconds.
     """
     data = np.memmap(file, np.uint8, mode="r")
     end = len(data) // 8 * 8  # the remaining bytes are added one by one

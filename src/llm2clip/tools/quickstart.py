@@ -15,7 +15,7 @@ from pathlib import Path
 from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, EvaluateConfig, FitConfig, TuneConfig
 from llm2clip.data.images import load_thumbnail
 from llm2clip.data.records import open_records
-from llm2clip.html_report import Block, Paragraph, ResultImage, ResultImages, to_html
+from llm2clip.html_report import Block, Paragraph, ResultImage, ResultImages, render_html
 from llm2clip.io_utils import atomic_write_jsonl, atomic_write_text, read_jsonl
 from llm2clip.models.hub.pretrained import resolve_pretrained
 from llm2clip.models.llm2clip import LLM2CLIP
@@ -119,7 +119,7 @@ def _write_search_results(model: LLM2CLIP, data: Path, page: Path) -> None:
         for index, score in zip(query_indices, query_scores, strict=True):
             results.append(ResultImage(load_thumbnail(images[index], THUMBNAIL_SIDE), None, f"{score:.3f}"))
         blocks.append(ResultImages(query, results))
-    atomic_write_text(page, to_html(f"Searching {len(images)} emoji that were never trained on", blocks))
+    atomic_write_text(page, render_html(f"Searching {len(images)} emoji that were never trained on", blocks))
 
 
 def _format_last_lines(out: Path) -> list[str]:

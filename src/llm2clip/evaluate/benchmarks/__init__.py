@@ -20,7 +20,7 @@ from llm2clip.evaluate.benchmarks.coco_instances import (
     make_detection_benchmark,
 )
 from llm2clip.evaluate.benchmarks.segmentation import SEGMENTATION_PREFIX, make_segmentation_benchmark
-from llm2clip.html_report import Table, to_markdown
+from llm2clip.html_report import Table, render_markdown
 from llm2clip.io_utils import MissingFileError
 from llm2clip.published_results import get_published_metrics, get_published_rows
 
@@ -88,7 +88,7 @@ def list_benchmarks(root: Path) -> list[str]:
         published = len(get_published_rows(benchmark.name) or get_published_metrics(benchmark.name)) or None
         rows.append([benchmark.name, benchmark.kind, benchmark.description, published, folder])
     table = Table(["benchmark", "kind", "description", "published results", f"folder in {root}"], rows)
-    lines = [to_markdown("Benchmarks", [table])]
+    lines = [render_markdown("Benchmarks", [table])]
     if missing:
         lines += [f"To use the missing benchmarks, put these files into folders in {root}:", *missing]
     return lines

@@ -33,26 +33,26 @@ function readRequest() {
     filter: {
       caption: getValue("caption") || null,
       path: getValue("path") || null,
-      after: toSeconds($("after").value, "T00:00:00"),
-      before: toSeconds($("before").value, "T23:59:59"),
+      after: toTimestamp($("after").value, "T00:00:00"),
+      before: toTimestamp($("before").value, "T23:59:59"),
       min_side: getValue("min_side") ? Number(getValue("min_side")) : null,
     },
   };
 }
 
-function toSeconds(date, time) {
+function toTimestamp(date, time) {
   return date ? new Date(date + time).getTime() / 1000 : null;
 }
 
-function hasPositive(request) {
+function hasPositivePart(request) {
   return request.texts.length > 0 || request.images.length > 0 || request.like.length > 0;
 }
 
 function hasQuery(request) {
-  return hasPositive(request) || request.negative_texts.length > 0 || request.negative_like.length > 0;
+  return hasPositivePart(request) || request.negative_texts.length > 0 || request.negative_like.length > 0;
 }
 
-async function post(path, body) {
+async function postJson(path, body) {
   let response;
   try {
     response = await fetch(path, {
@@ -72,7 +72,7 @@ async function post(path, body) {
 async function search(addToHistory = true) {
   const request = readRequest(), requestNumber = ++lastRequest;
   showChips();
-  if (addToHistory) updateAddress();
+  if (addToHistory) updateUrl();
   if (!hasQuery(request) && Object.values(request.filter).every((condition) => condition === null)) {
     showHits([]);
     showStatus("");
@@ -84,7 +84,7 @@ async function search(addToHistory = true) {
   document.body.classList.add("searching");
   showStatus("Searching…");
   try {
-    const answer = await post("/search", request);
+    const answer = await postJson("/search", request);
     if (requestNumber !== lastRequest) return; // a newer search has started
     searchedRequest = request;
     total = answer.total;
@@ -108,7 +108,7 @@ async function showMore() {
   const hasFocus = document.activeElement === $("show-more");
   $("show-more").disabled = true;
   try {
-    const answer = await post("/search", request);
+    const answer = await postJson("/search", request);
     if (requestNumber !== lastRequest) return;
     const ids = new Set(hits.map((hit) => hit.id)); // the index may have changed since the last page
     const newHits = answer.hits.filter((hit) => !ids.has(hit.id)), first = hits.length;
@@ -127,7 +127,7 @@ async function showMore() {
 function showCount(start) {
   let order = "most similar first";
   if (!hasQuery(searchedRequest)) order = "newest first";
-  else if (!hasPositive(searchedRequest)) order = "least similar to the excluded content first";
+  else if (!hasPositivePart(searchedRequest)) order = "least similar to the excluded content first";
   const seconds = ((performance.now() - start) / 1000).toFixed(2);
   const count = hits.length < total ? `${hits.length} of ${total.toLocaleString("en")}` : hits.length;
   showStatus(hits.length ? `${count} images, ${order} (${seconds} s)` : "No results. Try different filters.");
@@ -141,7 +141,7 @@ function showStatus(text, isError = false) {
 
 // ---- URL ------------------------------------------------------------------------------------------------------------
 
-function updateAddress() {
+function updateUrl() {
   const parameters = new URLSearchParams();
   for (const [name, id] of Object.entries(FIELDS)) if (getValue(id)) parameters.set(name, getValue(id));
   if (query.like.length) parameters.set("like", query.like.join(","));
@@ -280,7 +280,7 @@ async function toggleHeatmap() {
   const isCurrent = () => hits[openIndex] === hit && $("where").getAttribute("aria-pressed") === "true";
   try {
     const { filter, ...fields } = searchedRequest;
-    const answer = await post("/heatmap", { id: hit.id, ...fields });
+    const answer = await postJson("/heatmap", { id: hit.id, ...fields });
     if (!isCurrent()) return;
     drawHeatmap(answer.rows, hit);
   } catch (error) {
@@ -371,7 +371,7 @@ async function addImages(files) {
       if (file.type && !file.type.startsWith("image/")) throw new Error("this file is not an image");
       images.push({ uri: await toSmallDataUri(file), name: file.name });
     } catch (error) {
-      problems.push(describeRejected(file.name, error));
+      problems.push(describeRejection(file.name, error));
     }
   }
   query.images.push(...images);
@@ -380,7 +380,7 @@ async function addImages(files) {
   showProblem(problems.join("\n"));
 }
 
-function describeRejected(name, error) {
+function describeRejection(name, error) {
   return `${name} was not added to the query: ${error.message}`;
 }
 
@@ -389,7 +389,7 @@ function removeRejectedImage(error) {
   const match = /^images\.(\d+)$/.exec(error.param || "");
   if (!match) return false;
   const [image] = query.images.splice(Number(match[1]), 1);
-  showProblem(`${$("problem").textContent}\n${describeRejected(image.name, error)}`.trim());
+  showProblem(`${$("problem").textContent}\n${describeRejection(image.name, error)}`.trim());
   return true;
 }
 
