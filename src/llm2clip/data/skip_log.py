@@ -62,7 +62,7 @@ class SkipLog:
         return self._num_rows + sum(sum(splits.values()) for splits in self._source_rows.values())
 
     def count_rows(self, count: int) -> None:
-        """Count rows that were read from a source that is read only once."""
+        """Count rows of a source that is read only once."""
         self._num_rows += count
 
     def count_source_rows(self, path: str, split: str, count: int) -> None:
