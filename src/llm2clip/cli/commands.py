@@ -301,7 +301,7 @@ def add_reading_arguments(parser: ArgumentParser, max_skipped: float = 0.05) -> 
         "--max_skipped",
         type=ClosedUnitInterval,
         default=max_skipped,
-        help="Stop if more than this fraction of the rows cannot be used.",
+        help="Stop if more than this fraction of the rows is unusable.",
     )
 
 

@@ -48,7 +48,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_class_arguments(EncoderConfig, "encoder")
     parser.add_class_arguments(EvaluateConfig, "evaluate", skip={"data"})
 
-    parser = commands.add("benchmarks", _benchmarks, "List the public benchmarks and their download locations.")
+    parser = commands.add("benchmarks", _list_benchmarks, "List the public benchmarks and their download locations.")
     parser.add_argument("--root", type=str, default="data/benchmarks", help="Folder with one subfolder per benchmark.")
 
     parser = commands.add("reproduce", _reproduce, "Test the paper's claims on your data.")
@@ -56,14 +56,12 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument(
         "--out", type=str, default="runs/reproduce", help="Run directory; the result is OUT/report.html."
     )
-    parser.add_argument(
-        "--claims", nargs="+", type=int, default=[1, 2, 3, 4, 5, 6], help="Numbers of the claims to test."
-    )
+    parser.add_argument("--claims", nargs="+", type=int, default=[1, 2, 3, 4, 5, 6], help="Claims to test, by number.")
     parser.add_argument(
         "--max_skipped",
         type=ClosedUnitInterval,
         default=0.05,
-        help="Stop if more than this fraction of the rows cannot be used.",
+        help="Stop if more than this fraction of the rows is unusable.",
     )
     parser.add_class_arguments(ReproduceConfig, "reproduce")
 
@@ -84,7 +82,7 @@ def _evaluate(args: Namespace) -> list[str]:
     return lines
 
 
-def _benchmarks(args: Namespace) -> list[str]:
+def _list_benchmarks(args: Namespace) -> list[str]:
     from llm2clip.evaluate.benchmarks import list_benchmarks
 
     return list_benchmarks(Path(args.root))

@@ -32,7 +32,7 @@ def add_commands(commands: Commands) -> None:
         help="Official checkpoint (folder, file or hub id), model folder, LoRA adapters in training order, or "
         "nvidia/NV-Embed-v2.",
     )
-    parser.add_argument("--out", type=str, required=True, help="Model folder to write. With --to: checkpoint to write.")
+    parser.add_argument("--out", type=str, required=True, help="Output model folder. With --to, output checkpoint.")
     parser.add_argument(
         "--text", type=str, help="Caption encoder or LoRA adapter that the checkpoint's adapter was trained with."
     )

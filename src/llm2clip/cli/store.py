@@ -19,17 +19,21 @@ def add_commands(commands: Commands) -> None:
     """Add this module's commands."""
     group = commands.add_group("store", "Check, repair, merge, export and import embedding stores.")
 
-    parser = group.add("verify", _verify, "Read every shard and verify its checksum.")
+    parser = group.add("verify", _verify_store, "Read every shard and verify its checksum.")
     parser.add_argument("folder", type=str, help="Store folder.")
 
-    parser = group.add("repair", _repair, "Delete corrupt shards. Re-encode their captions with `llm2clip embed`.")
+    parser = group.add(
+        "repair", _repair_store, "Delete corrupt shards. Re-encode their captions with `llm2clip embed`."
+    )
     parser.add_argument("folder", type=str, help="Store folder.")
 
-    parser = group.add("merge", _merge, "Merge stores written by several machines with the same encoder.")
+    parser = group.add("merge", _merge_stores, "Merge stores written by several machines with the same encoder.")
     parser.add_argument("folders", nargs="+", type=str, help="Store folders to merge.")
     parser.add_argument("--out", type=str, required=True, help="Folder for the merged store.")
 
-    parser = group.add("export", _export, "Export a store as Parquet, or as tar files for the official LLM2CLIP code.")
+    parser = group.add(
+        "export", _export_store, "Export a store as Parquet, or as tar files for the official LLM2CLIP code."
+    )
     parser.add_argument("folder", type=str, help="Store folder.")
     parser.add_argument("--parquet", type=str, help="Parquet file to write.")
     parser.add_argument(
@@ -40,7 +44,7 @@ def add_commands(commands: Commands) -> None:
     )
 
     parser = group.add(
-        "import", _import, "Create a store from a Parquet file, or from the official LLM2CLIP code's tar files."
+        "import", _import_store, "Create a store from a Parquet file, or from the official LLM2CLIP code's tar files."
     )
     parser.add_argument(
         "--parquet", type=str, help="Parquet file with an `embedding` column and either a `key` or `caption` column."
@@ -55,7 +59,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_class_arguments(EncoderConfig, "encoder")
 
 
-def _verify(args: Namespace) -> list[str]:
+def _verify_store(args: Namespace) -> list[str]:
     check_stores(args.folder)
     from llm2clip.store.store import EmbeddingStore
 
@@ -64,7 +68,7 @@ def _verify(args: Namespace) -> list[str]:
     return [f"{args.folder}: {len(store):,} captions in {len(store.shards)} shards, all checksums match"]
 
 
-def _repair(args: Namespace) -> list[str]:
+def _repair_store(args: Namespace) -> list[str]:
     check_stores(args.folder)
     from llm2clip.store.maintenance import repair_store
     from llm2clip.store.store import EmbeddingStore
@@ -77,7 +81,7 @@ def _repair(args: Namespace) -> list[str]:
     ]
 
 
-def _merge(args: Namespace) -> list[str]:
+def _merge_stores(args: Namespace) -> list[str]:
     check_output_folder(args.out, "store")
     check_stores(*args.folders)
     from llm2clip.store.maintenance import merge_stores
@@ -85,7 +89,7 @@ def _merge(args: Namespace) -> list[str]:
     return _format_summary(args.out, merge_stores(args.out, args.folders))
 
 
-def _export(args: Namespace) -> list[str]:
+def _export_store(args: Namespace) -> list[str]:
     check_stores(args.folder)
     _check_format(args)
     from llm2clip.store.import_export import export_official_tars, export_parquet
@@ -98,7 +102,7 @@ def _export(args: Namespace) -> list[str]:
     return [str(file) for file in export_official_tars(store, args.tars)]
 
 
-def _import(args: Namespace) -> list[str]:
+def _import_store(args: Namespace) -> list[str]:
     check_output_folder(args.out, "store")
     from llm2clip.stages import open_encoder
     from llm2clip.store.import_export import import_official_tars, import_parquet

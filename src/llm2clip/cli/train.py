@@ -81,7 +81,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument(
         "--own_text_tower",
         action="store_true",
-        help="Train a baseline without --store: fine-tune both towers of the CLIP model given by --align.tower.",
+        help="Train a baseline instead of using --store: fine-tune both towers of the CLIP model in --align.tower.",
     )
     parser.add_argument("--held_out", nargs="+", type=str, help="Sources to evaluate on during training.")
     parser.add_argument(

@@ -122,7 +122,7 @@ def build_index(
                 deleted.append(name)
         if not prune:
             for source, states in indexed_by_source.items():
-                _check_deleted(source, states, set(deleted))
+                _check_deleted_fraction(source, states, set(deleted))
         not_added = {image.name for image in to_add} - added
         unreadable = [name for name in indexed if name in not_added]  # changed files that can no longer be decoded
         backend.remove([*deleted, *unreadable])
@@ -135,7 +135,7 @@ def build_index(
     )
 
 
-def _check_deleted(source: str, indexed: Mapping[str, ImageState], deleted: set[str]) -> None:
+def _check_deleted_fraction(source: str, indexed: Mapping[str, ImageState], deleted: set[str]) -> None:
     """Raise ValueError if a source has lost more images than MAX_DELETED and MAX_DELETED_FRACTION allow."""
     missing = [name for name in indexed if name in deleted]
     if len(missing) > max(MAX_DELETED, MAX_DELETED_FRACTION * len(indexed)):

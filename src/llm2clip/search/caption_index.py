@@ -111,7 +111,7 @@ class CaptionIndex:
                 blocks.append(block)
         for block in _read_blocks(rows):
             if blocks and len(blocks[-1].rows) + len(block.rows) <= BLOCK:
-                block = _concatenate(blocks.pop(), block)
+                block = _concatenate_blocks(blocks.pop(), block)
             blocks.append(block)
         return CaptionIndex(tuple(blocks))
 
@@ -152,7 +152,7 @@ def _read_blocks(rows: Iterable[tuple[int, int, str]]) -> Iterator[CaptionBlock]
         yield CaptionBlock.from_captions(captions, caption_rows, caption_contents)
 
 
-def _concatenate(first: CaptionBlock, second: CaptionBlock) -> CaptionBlock:
+def _concatenate_blocks(first: CaptionBlock, second: CaptionBlock) -> CaptionBlock:
     return CaptionBlock(
         text=np.concatenate([first.text, second.text]),
         starts=np.concatenate([first.starts, second.starts + len(first.text)]),

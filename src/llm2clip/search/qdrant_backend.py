@@ -338,8 +338,8 @@ def _make_qdrant_filter(image_filter: Filter) -> models.Filter:
         must.append(models.FieldCondition(key="images[].captions", match=phrase))
     if image_filter.min_side is not None:
         must.append(models.FieldCondition(key="shorter_side", range=models.Range(gte=image_filter.min_side)))
-    return models.Filter(must=must, must_not=[_match_metadata_point()])
+    return models.Filter(must=must, must_not=[_make_metadata_point_condition()])
 
 
-def _match_metadata_point() -> models.HasIdCondition:
+def _make_metadata_point_condition() -> models.HasIdCondition:
     return models.HasIdCondition(has_id=[_make_point_id(METADATA_KEY)])

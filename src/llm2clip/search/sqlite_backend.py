@@ -495,7 +495,7 @@ class SqliteDatabase:
             if version:
                 check_format_version(self.file, version, FORMAT_VERSION, NEW_INDEX_ADVICE)
             if write:
-                _warn_if_on_network(folder)
+                _warn_about_network_file_system(folder)
                 # Affects only new files. A vector takes about 2 KB, and a page should hold several vectors.
                 self.connection.execute("PRAGMA page_size = 16384")
                 self.connection.execute("PRAGMA journal_mode = WAL")
@@ -584,7 +584,7 @@ class SqliteDatabase:
             raise OSError(f"{self.file}: {error}") from error
 
 
-def _warn_if_on_network(folder: Path) -> None:
+def _warn_about_network_file_system(folder: Path) -> None:
     """Print a warning if a folder is on a network file system, where SQLite's write-ahead log is unsafe."""
     path = folder.resolve()
     partitions = [part for part in psutil.disk_partitions(all=True) if path.is_relative_to(part.mountpoint)]
