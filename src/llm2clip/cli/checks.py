@@ -69,7 +69,7 @@ def check_port(host: str, port: int) -> None:
 
 
 def resolve_model(name: str) -> str:
-    """Return the name of an image-text model. Run directories are replaced with their model folder.
+    """Return a run directory's model folder, or return `name` unchanged if it already refers to an image-text model.
 
     Raises:
         FileNotFoundError: The name is neither an existing path nor a valid model name.
@@ -78,7 +78,7 @@ def resolve_model(name: str) -> str:
 
 
 def resolve_encoder(path: str) -> str:
-    """Return the path of a caption encoder. `tune` and `fit` run directories are replaced with their tuned encoder.
+    """Return a run directory's tuned encoder, or return `path` unchanged if it already refers to a caption encoder.
 
     Raises:
         FileNotFoundError: The path does not exist and is not a valid encoder name.

@@ -74,8 +74,8 @@ def create_app(
             averaged. Requests can override the templates. Default: the templates saved with the model.
 
     Raises:
-        ValueError: The index was built with a different model, the token is empty or contains spaces or characters
-            other than printable ASCII, or there are too many templates.
+        ValueError: The index was built with a different model, the token is not printable ASCII without spaces, or
+            there are too many templates.
     """
     auth = Authenticator(token) if token is not None else None
     if backend is not None:
