@@ -165,7 +165,7 @@ def test_changed_and_removed_files_have_no_heatmap(
             assert code == 404 and "has been changed or removed since it was indexed" in message
     assert main(["search", index, RED, "--sheet", str(tmp_path / "sheet"), "--heatmaps"]) == 0
     output = " ".join(capsys.readouterr().out.split())
-    assert "No heat map for 2 of 6 images, whose files have been changed or removed" in output
+    assert "No heat map for 2 of 6 images. Their files were changed or removed" in output
     assert (tmp_path / "sheet/results.html").read_text().count("data:image/jpeg;base64,") == 6
 
 
