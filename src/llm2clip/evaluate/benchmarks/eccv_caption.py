@@ -27,7 +27,7 @@ def load_judgements() -> Any:
     """Load the human judgements as an `eccv_caption.Metrics` object.
 
     Raises:
-        MissingFileError: If the package is not installed.
+        MissingFileError: If eccv-caption is not installed.
     """
     if importlib.util.find_spec("eccv_caption") is None:
         raise MissingFileError("the human judgements are part of the package eccv-caption: pip install eccv-caption")
