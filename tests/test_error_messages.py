@@ -103,7 +103,7 @@ ERRORS = {
     ),
     "LLM folder as model": ("evaluate {llm} {data}", "not 'llm2clip'"),
     "too many layers": ("embed {data} --out {tmp}/s --encoder.path {llm} --encoder.layers 99", "99", "3"),
-    "damaged weights": ("search {tmp}/badindex dog --model {tmp}/damaged", "model.safetensors", "damaged"),
+    "damaged weights": ("search {tmp}/badindex dog --model {tmp}/damaged", "model.safetensors", "corrupt"),
     # stores
     "store of another encoder": (
         ALIGN.replace("{llm}", "{other}"), "different encoder", "weights",

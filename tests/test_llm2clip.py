@@ -167,7 +167,7 @@ def test_save_pretrained_copies_the_encoder_without_opening_it(
     second = reopened.save_pretrained(tmp_path / "second")
     assert read_files(first / "text") == read_files(second / "text")
     (second / "model.safetensors").write_bytes(b"version https://git-lfs")
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match="is corrupt"):
         LLM2CLIP.from_pretrained(second)
 
 

@@ -342,7 +342,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
         Raises:
             FileNotFoundError: the model does not exist.
-            ValueError: the folder is damaged, does not contain an llm2clip model, or has another format version.
+            ValueError: the folder is corrupt, does not contain an llm2clip model, or has another format version.
         """
         folder = find_model_folder(path)
         file = folder / "config.json"

@@ -39,7 +39,7 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Any],
 
     Raises:
         FileNotFoundError: the file, folder or repository does not exist.
-        ValueError: the weight file is missing, ambiguous or damaged, or it contains objects other than tensors.
+        ValueError: the weight file is missing, ambiguous or corrupt, or it contains objects other than tensors.
     """
     path = Path(source)
     if path.is_file():
@@ -97,8 +97,8 @@ def _load_weights(path: Path) -> dict[str, Any]:
             f"{path} contains objects other than tensors, and loading it could run code. If you trust the file, "
             f"extract the state dict and save it with safetensors.torch.save_file ({_get_first_line(error)})"
         ) from error
-    except Exception as error:  # for a damaged file, torch can raise almost any type of exception
-        raise ValueError(f"{path} is damaged or incomplete ({_get_first_line(error)})") from error
+    except Exception as error:  # for a corrupt file, torch can raise almost any type of exception
+        raise ValueError(f"{path} is corrupt or incomplete ({_get_first_line(error)})") from error
     for key in ("state_dict", "module", "model"):  # keys under which training scripts save the state dict
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

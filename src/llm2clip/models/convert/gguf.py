@@ -30,7 +30,7 @@ def convert_gguf(gguf: str | Path, out: str | Path) -> Path:
     Raises:
         FileNotFoundError: the GGUF file does not exist.
         FileExistsError: `out` exists.
-        ValueError: the file is damaged or lacks weights.
+        ValueError: the file is corrupt or lacks weights.
     """
     gguf, out = Path(gguf).expanduser(), Path(out)
     if not gguf.is_file():
@@ -53,7 +53,7 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
     tokenizer's chat template is kept.
 
     Raises:
-        ValueError: the file is damaged or lacks weights.
+        ValueError: the file is corrupt or lacks weights.
     """
     import torch
     import transformers.modeling_gguf_pytorch_utils
@@ -92,7 +92,7 @@ def check_gguf_header(gguf: Path) -> None:
     File format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
     Raises:
-        ValueError: the file is not a little-endian GGUF file, or is damaged.
+        ValueError: the file is not a little-endian GGUF file, or is corrupt.
     """
     with gguf.open("rb") as file:
         reader = _GGUFReader(file)
@@ -104,7 +104,7 @@ def check_gguf_header(gguf: Path) -> None:
                 reader.skip(reader.read_integer(8))  # name
                 reader.skip_value(reader.read_integer(4))
         except EOFError as error:
-            raise ValueError(f"{gguf} is damaged: its metadata extends past the end of the file") from error
+            raise ValueError(f"{gguf} is corrupt: its metadata extends past the end of the file") from error
 
 
 class _GGUFReader:

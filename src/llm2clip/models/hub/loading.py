@@ -184,7 +184,7 @@ def read_safetensors(path: Path) -> dict[str, Any]:
     """Load a safetensors file.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is corrupt.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -192,7 +192,7 @@ def read_safetensors(path: Path) -> dict[str, Any]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or incomplete ({error})") from error
+        raise ValueError(f"{path} is corrupt or incomplete ({error})") from error
 
 
 @contextmanager
