@@ -65,7 +65,7 @@ def test_saved_dataset_dict_gives_its_keys_as_splits(folder: Path) -> None:
     datasets.DatasetDict(parts).save_to_disk(folder / "saved")
     assert [r.split for r in open_records(folder / "saved")] == ["train", "val"]
     assert [r.captions for r in open_records(f"{folder / 'saved'}@val")] == [("val",)]
-    with pytest.raises(ValueError, match="no split test; it has train, val"):
+    with pytest.raises(ValueError, match="no split test; its splits: train, val"):
         list(open_records(f"{folder / 'saved'}@test"))
     mapped = Source(str(folder / "saved"), ("mine",), {"split": "split"})
     assert [r.split for r in open_records(mapped)] == ["mine", "mine"]

@@ -306,7 +306,7 @@ def test_a_second_training_of_an_encoder_also_uses_autocast(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"matryoshka_dims": [32]}, "must be between 1 and 31"),
+        ({"matryoshka_dims": [32]}, "must be at least 1 and less than 32"),
         ({"source_weights": [1, 1]}, "weights"),
     ],
     ids=str,
