@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Stage = Literal["tune", "embed", "align", "evaluate", "serve"]  # stages with a configurable precision
-POOLING_MODES = ("mean", "weightedmean", "lasttoken", "cls", "max")  # as in sentence-transformers
+POOLING_MODES = ("mean", "weightedmean", "lasttoken", "cls", "max")  # names used by sentence-transformers
 MIN_IMAGE_SIZE = 16  # smallest patch size among common vision transformers
 
 # Settings that may change when a run is resumed, because they do not affect the result.
@@ -68,26 +68,27 @@ class TuneConfig:
     """Settings for contrastive tuning of the LLM on captions, with LoRA or full fine-tuning."""
 
     data: list[str] = field(default_factory=list)
-    """Caption sources; images are not needed. PATH selects rows in the training split and rows without a split.
-    PATH@split+split selects the named splits. Default: the captions in the training data."""
+    """Caption sources; images are not needed. PATH alone selects rows in the training split and rows without a split.
+    PATH@split+split selects rows in the named splits. Default: the captions in the training data."""
     text_pairs: list[str] = field(default_factory=list)
     """Sources of general text pairs. Each row must have a query and a positive, and may have negatives and an
     instruction. If --tune.text_pairs is set but --tune.data is not, the captions in the training data are not used."""
     source_weights: list[float] = field(default_factory=list)
     """Sampling weight of each source: first the sources in --tune.data, then those in --tune.text_pairs. Each batch
-    comes from a single source. By default, all caption sources are merged into one, and sources are weighted by their
-    number of items."""
+    comes from a single source. By default, all caption sources are merged into one source, and the weight of each
+    source is its number of items."""
     exclude: list[str] = field(default_factory=list)
-    """Sources whose images are excluded from tuning. The run's held-out images are always excluded."""
+    """Sources of images whose captions are excluded from tuning. The captions of the run's held-out images are always
+    excluded."""
     steps: int = 150
     """Number of optimizer steps. 0 disables tuning."""
     batch_size: int = 128
     """Number of text pairs per step and device. All other texts in the batch, across all devices, are negatives. If
-    there is too little data to fill a step, each step uses all of it."""
+    there are too few items to fill a step, each step uses all of them."""
     hard_negative_group_size: int = 1
     """Number of images with similar captions that are grouped together in a batch as hard negatives. 32 works well for
-    tens of thousands of images. With millions of images, near-duplicates would become negatives of each other. With 1,
-    images are sampled at random."""
+    tens of thousands of images. With millions of images, the groups would contain near-duplicates, which would become
+    negatives of each other. With 1, images are sampled at random."""
     lr: float = 1e-3
     """Peak learning rate."""
     lr_scheduler_type: Literal["cosine", "linear"] = "cosine"
@@ -139,7 +140,8 @@ class EmbedConfig:
     """Settings for encoding every caption into the embedding store."""
 
     batch_tokens: int | None = None
-    """Maximum number of tokens per batch, including padding. Default: the fastest value, measured once."""
+    """Maximum number of tokens per batch, including padding. By default, the fastest value is measured before
+    encoding starts and saved in the store's folder. With fewer than 4096 captions, the encoder's default is used."""
     precision: str = "auto"
     """Encoding precision: fp32, bf16, bf16+N (bf16 with the first N layers in fp32) or auto. On devices with bf16
     hardware support, auto selects the fastest precision that is accurate enough: embeddings of sixteen test captions
@@ -192,7 +194,7 @@ class AlignConfig:
     are short texts such as "red hat", which improve retrieval with short queries. They are read from the phrases column
     or, if there is none, extracted from the English captions."""
     batch_size: int = 128
-    """Number of images per step and device. If there is too little data to fill a step, each step uses all of it."""
+    """Number of images per step and device. If there are too few images to fill a step, each step uses all of them."""
     micro_batch_size: int | None = None
     """Number of images per forward pass. Values below the batch size enable gradient caching: the gradients are still
     exactly those of the complete batch, but each image needs a second forward pass. Default: the batch size."""
@@ -256,15 +258,15 @@ class AlignConfig:
 
     @property
     def uses_phrases(self) -> bool:
-        """True if phrases are sampled or used by --align.inherit. The store must then contain them."""
+        """True if phrases are sampled or used by --align.inherit. If so, the store must contain their embeddings."""
         return self.samples_phrases or bool(self.inherit)
 
     @property
     def caches_features(self) -> bool:
         """True if the pretrained tower's features are computed once per image and cached.
 
-        A frozen tower always produces the same features. Self-distillation needs the features of every random crop, so
-        they can be cached only if random crops are disabled.
+        A frozen tower always produces the same features. With self-distillation, features can be cached only if random
+        crops are disabled, because each crop has different features.
         """
         return self.tower_lr == 0 or (self.distill_weight > 0 and self.min_crop_scale == 1)
 
@@ -281,7 +283,7 @@ class EvaluateConfig:
 
 @dataclass
 class EvaluateOptions:
-    """Options of the `evaluate` command. Each field is a command-line flag, documented by its docstring."""
+    """Options of the `evaluate` command. Each field is a command-line option; its docstring is the help text."""
 
     benchmarks: list[str] = field(default_factory=list)
     """Names of public benchmarks (see `llm2clip benchmarks`), `all`, or your own images: folder:PATH (one subfolder per
@@ -310,7 +312,7 @@ class EvaluateOptions:
     save_predictions: bool = False
     """Segmentation and detection: write label maps (PNG) and detections (COCO results format) to OUT/predictions."""
     trust_remote_code: bool = False
-    """Run the Python code that models such as Jina-CLIP come with. Use this only for models that you trust."""
+    """Run the Python code that is part of models such as Jina-CLIP. Use this only for models that you trust."""
     captions: list[str] = field(default_factory=list)
     """Sources for caption retrieval accuracy (CRA)."""
     all_pairs: bool = False
@@ -336,7 +338,7 @@ class FitConfig:
     """Settings for all stages: `tune`, `embed`, `align` and `evaluate`."""
 
     columns: dict[str, str] = field(default_factory=dict)
-    """Source column for each field: id, image, captions, short_captions, long_captions, phrases, split."""
+    """Source column for each of the fields id, image, captions, short_captions, long_captions, phrases and split."""
     max_skipped: float = 0.05
     """Stop if more than this fraction of the rows cannot be used."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
@@ -356,7 +358,7 @@ class ReproduceConfig:
     tune: list[str] = field(default_factory=lambda: ["flickr30k_text/captions.jsonl@train"])
     """Caption sources for tuning the LLMs; images are not needed."""
     exclude: list[str] = field(default_factory=lambda: ["flickr8k/captions.jsonl@val", "flickr8k_text/captions.jsonl"])
-    """Sources whose images are excluded from tuning."""
+    """Sources of images whose captions are excluded from tuning."""
     text_pairs: list[str] = field(default_factory=list)
     """Sources of general text pairs (called TC in the paper). By default, glosses from WordNet are used if the Debian
     package wordnet-base is installed."""

@@ -20,9 +20,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 def keep_freed_memory(device: torch.device) -> None:
     """Make malloc keep freed memory instead of returning it to the operating system after every training step.
 
-    Activations are large allocations. By default, glibc maps and unmaps each one, and the kernel zeroes its pages every
-    time. With this setting, training EfficientNet-Lite0 on two cores is up to twice as fast (`benchmarks/malloc.py`).
-    Does nothing unless the device is the CPU and the C library is glibc.
+    Activations are large allocations. By default, glibc maps and unmaps each of them, and the kernel zeroes the pages
+    every time. With this setting, training EfficientNet-Lite0 on two cores is up to twice as fast
+    (`benchmarks/malloc.py`). Does nothing unless the device is the CPU and the C library is glibc.
     """
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return
@@ -35,7 +35,7 @@ def keep_freed_memory(device: torch.device) -> None:
 def free_memory() -> None:
     """Delete objects in reference cycles, and return freed memory to the operating system.
 
-    After `keep_freed_memory`, malloc holds on to the memory freed by the optimizer and the activations. Loading the
+    After `keep_freed_memory`, malloc keeps the memory freed by the optimizer and the activations. Loading the
     next large model would need additional memory if none of the freed blocks were large enough for its weights.
     """
     gc.collect()
@@ -49,8 +49,8 @@ def onednn_matmul() -> Iterator[None]:
 
     On AMD CPUs, MKL does not use AVX-512. oneDNN does, and is more than twice as fast (`benchmarks/matmul.py`). PyTorch
     uses oneDNN for float32 only if the matmul precision is "medium". This precision also allows rounding to bfloat16,
-    so `onednn_is_faster` checks that oneDNN does not round. On machines with a GPU, the precision is left unchanged
-    because it would also affect the GPU.
+    so `onednn_is_faster` checks that oneDNN does not round. On machines with a GPU, the precision is left unchanged,
+    because a change would also affect the GPU.
     """
     use_onednn = not torch.accelerator.is_available() and onednn_is_faster()
     with float32_matmul_precision("medium") if use_onednn else nullcontext():

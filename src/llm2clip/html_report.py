@@ -19,7 +19,7 @@ from markupsafe import Markup, escape
 from llm2clip.io_utils import atomic_write_text
 
 GOOD, BAD, UNSURE = "good", "bad", "unsure"  # status of a paragraph or table cell; determines its colour
-LONG_CELL = 30  # characters; longer table cells may wrap
+LONG_CELL = 30  # in characters; table cells with longer text may wrap
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ def write_report(folder: Path, name: str, title: str, blocks: Sequence[Block]) -
 def render_markdown(title: str, blocks: Sequence[Block], html_name: str = "") -> str:
     """Render a report as Markdown, without plots, images and collapsed text.
 
-    Sections that contain only these blocks and paragraphs are omitted. If `html_name` is not empty and blocks were
-    omitted, a note refers to this HTML file.
+    Sections that contain such blocks but neither tables nor code are omitted. If blocks were omitted and `html_name` is
+    not empty, the first paragraph refers to this HTML file.
     """
     parts = []
     has_images = any(isinstance(block, _VISUAL) for block in blocks)
@@ -229,7 +229,7 @@ def _label_svg(plot: Plot) -> Markup:
 
 
 def format_cell(value: Any) -> str:
-    """Format a table cell. Floats get one decimal place (one significant digit if small), and None becomes a dash."""
+    """Format a table cell. Floats have one decimal place, or one significant digit from 0.0005 to 0.1."""
     if isinstance(value, float):
         return f"{value:.1g}" if 0.0005 <= abs(value) < 0.1 else f"{value:.1f}"
     return "–" if value is None else str(value)

@@ -19,7 +19,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-MAX_JSON_BYTES = 2 << 30  # JSON files are read into memory completely
+MAX_JSON_BYTES = 2 << 30  # size limit for JSON files, which are read into memory completely
 MAX_LINE_CHARACTERS = 1 << 25
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -64,10 +64,10 @@ def atomic_path(file: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_dir(folder: str | Path) -> Iterator[Path]:
-    """Yield an empty temporary folder next to `folder`. On success, rename it to `folder`, which must not exist yet.
+    """Yield an empty temporary folder next to `folder`. On success, rename it to `folder`.
 
-    The temporary folder is removed if the `with` block raises an exception. Temporary folders left behind by killed
-    processes are also removed.
+    `folder` must not already exist. The temporary folder is removed if the `with` block raises an exception. Temporary
+    folders left behind by killed processes are also removed.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def atomic_dir(folder: str | Path) -> Iterator[Path]:
 def _hold_lock(path: Path) -> Iterator[None]:
     """Hold a lock on a temporary file or folder. The operating system releases it when the process ends.
 
-    This has no effect on operating systems and file systems without support for such locks.
+    Does nothing if the operating system or the file system does not support such locks.
     """
     if fcntl is None:
         yield
@@ -213,7 +213,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def open_regular_file(path: str | os.PathLike[str]) -> io.BufferedReader:
-    """Open a regular file in binary mode. Reject other files: named pipes may block, and devices may never end.
+    """Open a regular file in binary mode. Reject other files: reading from a named pipe or device may never end.
 
     Raises:
         OSError: The file does not exist, cannot be read, or is not a regular file.
@@ -228,7 +228,7 @@ def find_first(folder: Path, *names: str) -> Path:
     """Return the first file or folder in `names` that exists in `folder`. Names may be glob patterns.
 
     Raises:
-        MissingFileError: `folder` contains none of the names.
+        MissingFileError: `folder` contains none of these files or folders.
     """
     for name in names:
         if any(c in name for c in "*?["):
@@ -297,7 +297,7 @@ def read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def sanitize_name(name: str) -> str:
-    """Replace characters that may be invalid in file names with dashes."""
+    """Return a name with dashes in place of characters that may be invalid in file names."""
     return re.sub(r"[^\w.-]+|^\.+", "-", name)
 
 

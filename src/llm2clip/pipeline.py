@@ -1,4 +1,4 @@
-"""Training runs: `fit`, which runs all stages, and the commands `tune`, `embed` and `align`, which run one stage.
+"""Training runs: `fit`, which runs all stages, and the commands `tune`, `embed` and `align`, which each run one stage.
 
 These functions lock the output folder, read the data and run the stages in `stages.py`. Completed work is skipped, so
 running the same command again resumes an interrupted run. `fit` writes a run directory with this layout:
@@ -8,7 +8,7 @@ running the same command again resumes an interrupted run. `fit` writes a run di
       skipped.jsonl          rows and images that could not be used, with their file and row number
       skipped_tune.jsonl     the same for the sources in `tune.data` and `tune.text_pairs`
       tune/                  encoder/ (the tuned caption encoder), metrics.jsonl, cra_*.json, checkpoints/
-      store/                 the embedding of every caption
+      store/                 embeddings of all captions
       align/                 metrics.jsonl, evaluations.jsonl, checkpoints/, best/, features-*/ (if the tower is frozen)
       evaluate/              untrained.json and trained.json: retrieval metrics before and after `align`;
                              query_templates.json: templates for short queries, with retrieval metrics;
@@ -54,8 +54,8 @@ from llm2clip.train.sampling import get_training_texts, resolve_images_per_step
 # The folder of a caption encoder or LLM contains at least one of these files.
 ENCODER_FILES = ("config.json", "modules.json", "adapter_config.json", "text/modules.json")
 
-# Function called before training with the settings, the run directory and the training records. Returns warnings to
-# print.
+# Function that is called before training, with the settings, the run directory and the training records. It returns
+# warnings to print.
 CheckResources = Callable[[FitConfig, Path, Sequence[Record]], list[str]]
 
 
@@ -98,7 +98,8 @@ def _run_stages(
     """Run the stages of `fit`. `parts` is None if the model is already trained."""
     log = start_run(run_dir, {"data": list(sources), **dataclasses.asdict(config)}, config.max_skipped)
     data = read_training_data(sources, config, log)
-    if latest_checkpoint(run_dir / "align" / "checkpoints") is None:  # a resumed run keeps its images per step
+    # A resumed run keeps its number of images per step.
+    if latest_checkpoint(run_dir / "align" / "checkpoints") is None:
         resolve_images_per_step(
             sum(r.image is not None for r in data.train), config.align, process_state().num_processes
         )
@@ -143,13 +144,13 @@ def run_tune(sources: Sequence[str], out: Path, config: FitConfig) -> Path:
     Args:
         sources: Caption sources. Unless every source selects splits, captions of images that `fit` would hold out are
             excluded.
-        config: Settings. Those of other stages are ignored.
+        config: Settings. The settings of other stages are ignored.
 
     Returns:
         The folder of the tuned caption encoder.
 
     Raises:
-        ValueError: There is nothing to tune on.
+        ValueError: There are no captions or text pairs to tune on.
     """
     with run_lock(out):
         is_done = (out / "encoder").exists()
@@ -174,8 +175,8 @@ def run_embed(
 
     Args:
         out: Folder of the embedding store.
-        config: Settings. Those of other stages are ignored.
-        phrases: If True, also encode short phrases from the captions. All captions are then read into memory.
+        config: Settings. The settings of other stages are ignored.
+        phrases: If True, also encode short phrases from the captions, which requires all captions to fit in memory.
         engine, ray_workers: See `stages.embed`.
     """
     with run_lock(out):
@@ -206,7 +207,7 @@ def run_align(
     """
     held_out = config.evaluate.data
     if store_dir is None and (held_out or features):
-        raise ValueError("--own_text_tower does not support --held_out or --features: evaluate the trained model")
+        raise ValueError("--own_text_tower cannot be combined with --held_out or --features. Omit these options")
     settings: dict[str, Any] = {"data": list(sources), "held_out": held_out, "columns": config.columns}
     settings |= {"store": store_dir, "encoder": config.encoder, "align": config.align}
     with run_lock(out):
@@ -281,7 +282,7 @@ def _read_tuning_pairs(sources: Sequence[str], config: FitConfig, log: SkipLog) 
 
 
 def _open_skip_log(file: Path | None, max_skipped: float) -> SkipLog:
-    """Return a skip log that only the main process writes to `file`."""
+    """Return a skip log. Only the main process writes it to `file`."""
     return SkipLog(file if process_state().is_main_process else None, max_skipped)
 
 
@@ -308,7 +309,8 @@ def check_encoder(config: EncoderConfig) -> None:
         resolve_gguf(path)
     elif not Path(path).is_dir():
         check_model_source(path)
-        cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False)  # raises an error for other ids
+        # Raises an error if the hub has no such model.
+        cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False)
     elif not any((Path(path) / name).is_file() for name in ENCODER_FILES):
         raise ValueError(
             f"--encoder.path {path} is not a caption encoder or LLM: it contains none of {', '.join(ENCODER_FILES)}"

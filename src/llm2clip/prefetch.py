@@ -11,13 +11,13 @@ from typing import Generic, TypeVar
 import torch
 
 T = TypeVar("T")
-PREFETCH_DEPTH = 2  # number of items to prepare in advance
+PREFETCH_DEPTH = 2  # default number of items to prepare in advance
 
 
 def prefetch(items: Generator[T], device: torch.device) -> Generator[T] | Prefetcher[T]:
-    """Prepare items in a background thread if training runs on an accelerator. The caller must close the iterator.
+    """Return an iterator that prepares items in a background thread. The caller must close it.
 
-    On the CPU, `items` is returned unchanged, because a background thread would compete with training for the cores.
+    On the CPU, return `items` unchanged, because a background thread would compete with training for the cores.
     """
     return items if device.type == "cpu" else Prefetcher(items)
 
@@ -31,7 +31,7 @@ class Prefetcher(Iterator[T], Generic[T]):
     def __init__(self, items: Generator[T], depth: int = PREFETCH_DEPTH) -> None:
         """
         Args:
-            items: Generator to run. It is closed at the end.
+            items: Generator of the items. It is closed when it is exhausted, raises an exception, or `close` is called.
             depth: Number of items to prepare in advance.
         """
         self._items = items
@@ -54,7 +54,7 @@ class Prefetcher(Iterator[T], Generic[T]):
         return item  # type: ignore[return-value]
 
     def close(self) -> None:
-        """Stop the thread once it has completed the current item, and close the generator."""
+        """Wait until the thread has prepared its current item. Then stop it and close the generator."""
         self._closed = True
         self._free.release()
         self._thread.join()

@@ -16,7 +16,7 @@ class PublishedTable:
 
     Args:
         title: Description of the values in the table.
-        year: Project page version that contains the table, as a year.
+        year: Year of the project page version that contains the table.
         source: Project page version, with commit and date.
         rows: Cells of each row, one per column, keyed by row name.
         heading: Heading in the documentation. Empty if the documentation does not contain the table.
@@ -112,7 +112,7 @@ def get_published_rows(benchmark: str) -> dict[str, tuple[float | None, ...]]:
 
 
 def get_published_notes(benchmark: str) -> list[str]:
-    """Return one line with the year, title, source and note of each published table that covers a benchmark."""
+    """Return one line of text per published table that covers a benchmark: its year, title, source and note."""
     tables = _find_tables(benchmark)
     if benchmark in VISION_TRANSFER_METRICS:
         tables = [TABLES["vision_transfer"]]

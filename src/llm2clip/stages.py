@@ -41,7 +41,7 @@ from llm2clip.train.align import align as train_align
 from llm2clip.train.initial_model import PretrainedParts, create_initial_model
 from llm2clip.train.tune import tune as train_tune
 
-HeldOut = Mapping[str, Sequence[Record]]  # caption column -> records
+HeldOut = Mapping[str, Sequence[Record]]  # held-out records, keyed by caption column
 
 
 def tune(
@@ -56,7 +56,7 @@ def tune(
     Args:
         pairs: One list of image captions or text pairs per source (see `read_tuning_sources`).
         out: Output folder of this stage.
-        encoder: Initial caption encoder.
+        encoder: Caption encoder to tune.
         held_out_captions: Captions of each held-out image. If at least two images have two or more distinct captions
             each, caption retrieval accuracy is measured before and after tuning, except with QLoRA. The results are
             saved in cra_raw.json and cra_tuned.json.
@@ -66,10 +66,10 @@ def tune(
     """
     encoder_dir = out / "encoder"
     is_done = encoder_dir.exists()
-    wait_for_everyone()  # every rank must check whether the folder exists before it is created
+    wait_for_everyone()  # every rank must check whether the folder exists before any rank creates it
     # QLoRA is for LLMs that do not fit on the device without quantisation, so the untuned LLM is not evaluated.
     measure = sum(len(set(captions)) > 1 for captions in held_out_captions) > 1 and not config.qlora
-    # On a CPU, the same encoder is measured and then tuned. A GPU measures in bf16, which requires a separate encoder.
+    # On a CPU, one encoder is evaluated and then tuned. A GPU evaluates in bf16, which requires a separate encoder.
     raw = open_encoder(encoder, "cpu") if process_state().device.type == "cpu" and not is_done else None
     if measure:
         load_or_compute_json(out / "cra_raw.json", lambda: _measure_cra(held_out_captions, encoder, raw))
@@ -154,10 +154,10 @@ def align(
         held_out = _drop_unencodable_captions(held_out, store)
         evaluations = out.parent / "evaluate"
         if state.is_main_process:
-            for name in ("trained.json", "query_templates.json", "examples.json"):  # results of an earlier model
+            for name in ("trained.json", "query_templates.json", "examples.json"):  # metrics of an earlier model
                 (evaluations / name).unlink(missing_ok=True)
-            if not (out / "checkpoints").exists():  # the `align` settings may have changed
-                (evaluations / "untrained.json").unlink(missing_ok=True)
+            if not (out / "checkpoints").exists():
+                (evaluations / "untrained.json").unlink(missing_ok=True)  # from a run with other `align` settings
         untrained = ModelEmbeddings(dual_encoder_from_store(model, store), log)
         load_or_compute_json(evaluations / "untrained.json", lambda: evaluate_caption_fields(untrained, held_out))
         validate = make_validator(held_out, log, store)
@@ -174,7 +174,7 @@ def evaluate(
     """Evaluate a trained model's image-text retrieval on held-out images, with text embeddings from the store.
 
     If the model has a caption encoder, also choose prompt templates for short queries (see `choose_query_templates`).
-    They are saved in the model's config and, together with their results, in `query_templates.json`.
+    The templates are saved in the model's config and, together with their results, in `query_templates.json`.
 
     Args:
         held_out: Records on which to evaluate, keyed by caption column.
@@ -227,7 +227,7 @@ def _measure_cra(
 
 
 def _choose_query_templates(model: LLM2CLIP, ranked: Mapping[str, RetrievalRanks], log: SkipLog) -> dict[str, Any]:
-    """Choose templates for short queries, print the choice, and return it with its results (`ShortQueryResult`)."""
+    """Choose templates for short queries, print the choice, and return a `ShortQueryResult` as a dict."""
     embeddings = ModelEmbeddings(wrap_llm2clip(model, "llm2clip"), log)
     try:
         choice = choose_query_templates(embeddings, next(iter(ranked.values())))

@@ -17,7 +17,7 @@ from llm2clip.data.image_refs import DatasetImage, FileImage, ImageRef, ParquetI
 from llm2clip.io_utils import install_command
 
 QDRANT_PREFIX = "qdrant+"
-FORMAT_VERSION = 1  # index format
+FORMAT_VERSION = 1  # version of the index format
 NEW_INDEX_ADVICE = "Build a new index in another folder with `llm2clip index`"
 # These keys are stored in every index, so they must not change when a class is renamed.
 REF_TYPES: dict[str, type[ImageRef]] = {
@@ -50,7 +50,7 @@ class IndexedImage:
 
     @property
     def container(self) -> str:
-        """Path of the image file, or the tar file or table that contains the image."""
+        """Path of the image file, or of the tar file or table that contains the image."""
         if isinstance(self.ref, FileImage):
             return self.name
         name = self.name
@@ -87,7 +87,7 @@ class IndexedContent:
     height: int
 
 
-MAX_LOCATIONS = 100  # per hit; some images occur hundreds of thousands of times in web data sets
+MAX_LOCATIONS = 100  # maximum per hit; web data sets contain some images hundreds of thousands of times
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Hit:
     height: int
 
 
-MAX_CAPTION_FILTER_LENGTH = 500  # characters
+MAX_CAPTION_FILTER_LENGTH = 500  # in characters
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,9 @@ class Filter:
     """Conditions that every search result must meet. None means no condition.
 
     Args:
-        path: Folder, tar or file that contains the image. An absolute path matches only itself. A relative path, such
-            as `2024/trip`, matches in every folder. `*` matches any characters, including slashes, and `?` matches one
-            character. Qdrant supports only absolute paths without wildcards.
+        path: Folder, tar or file that contains the image. An absolute path matches only at that location. A relative
+            path, such as `2024/trip`, matches in every folder. `*` matches any characters, including slashes, and `?`
+            matches one character. Qdrant supports only absolute paths without wildcards.
         caption: Text that at least one caption must contain, ignoring case. At most MAX_CAPTION_FILTER_LENGTH
             characters.
         after: Earliest capture time, as a Unix timestamp.
@@ -171,7 +171,7 @@ class Backend(Protocol):
     """Interface for indexes, which store images and search them by embedding."""
 
     def lock(self) -> AbstractContextManager[None]:
-        """Return a context manager that prevents other runs from writing to the index. Does nothing with Qdrant.
+        """Return a context manager that prevents other runs from writing to the index. With Qdrant, it does nothing.
 
         Entering the context raises FolderInUseError if another run holds the lock.
         """
@@ -191,7 +191,7 @@ class Backend(Protocol):
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
         """Return the states of the given sources' indexed images, keyed by image name.
 
-        Images from other sources are included if their path is inside one of the given sources.
+        Images from other sources are also included if their path is inside one of the given sources.
         """
         ...
 
@@ -208,7 +208,7 @@ class Backend(Protocol):
         ...
 
     def remove(self, names: Sequence[str]) -> None:
-        """Remove images by name, then remove all contents without images."""
+        """Remove images by name, then remove all contents that no longer belong to any image."""
         ...
 
     def finish(self) -> None:
@@ -216,7 +216,7 @@ class Backend(Protocol):
         ...
 
     def count(self) -> tuple[int, int]:
-        """Return the number of images and the number of distinct images."""
+        """Return the number of images and the number of distinct image contents."""
         ...
 
     def duplicates(self, limit: int = 10) -> list[list[str]]:
@@ -227,7 +227,7 @@ class Backend(Protocol):
         """Return the images that match a filter, most similar to the query vector first.
 
         Without a query vector, return the newest images first. If several files of an image match the filter, the
-        latest capture time counts. SQLite orders images with equal times by id.
+        latest of their capture times is used. SQLite orders images with equal times by id.
 
         Args:
             vector: L2-normalised query vector of shape (D,), float32, or None.

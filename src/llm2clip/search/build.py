@@ -37,10 +37,7 @@ CHUNK = 8192  # number of images to read and hash before embedding the new ones
 
 @dataclass
 class IndexReport:
-    """Numbers of images added, changed, removed and embedded by an indexing run.
-
-    Identical files are embedded once.
-    """
+    """Numbers of images added, changed, removed and embedded by an indexing run. Identical files are embedded once."""
 
     added: int = 0
     changed: int = 0
@@ -68,14 +65,12 @@ def build_index(
     prune: bool = False,
     allow_outside: bool = False,
 ) -> IndexReport:
-    """Synchronise an index with the current images of the given sources.
-
-    Images from all other sources stay in the index.
+    """Synchronise an index with the current images of the given sources. Keep images from other sources in the index.
 
     Args:
         sources: Image sources in the format of `open_records`. Captions are optional. Folders are read recursively.
         log: Skip log for unreadable images.
-        columns: Column names of the sources, keyed by llm2clip field.
+        columns: Name of the source column for each llm2clip field.
         batch_size: Number of images per forward pass and per commit.
         workers: Number of image decoding processes. For the default, see `iter_image_batches`.
         prune: If True, remove deleted images from the index even if a source is missing or empty, or many of its images
@@ -113,7 +108,7 @@ def build_index(
             if indexed.get(image.name) != ImageState(image.file_version, image.captions):
                 to_add.append(image)
         added, embedded = _add_images(to_add, model, backend, log, batch_size, workers)
-        log.check()  # raise an error before any image is removed
+        log.check()  # before any image is removed, raise an error if too many images were skipped
 
         folders = [f"{source.path.rstrip('/')}/" for source in parsed if os.path.isdir(source.path)]
         deleted = []
@@ -164,9 +159,9 @@ def _parse_source(text: str, columns: dict[str, str]) -> Source:
 
 
 def _is_unchanged_file(name: str, version: str, folders: Sequence[str]) -> bool:
-    """Return True if an image missed by the scan is still an unchanged file in one of the folders.
+    """Return True if an indexed image is a file in one of the folders and has not changed since indexing.
 
-    Such images must stay in the index, because the scan missed them due to a read error.
+    If the scan missed such a file, there was a read error, so the image must stay in the index.
     """
     try:
         stat = os.stat(name)
@@ -292,8 +287,8 @@ def scan_source(
 ) -> Iterator[IndexedImage]:
     """Yield the images of a source without decoding them.
 
-    By default, images outside the source's folder are skipped. All server users can see the images in an index, so a
-    caption file or symbolic link in an untrusted source could otherwise expose private images.
+    By default, images outside the source's folder are skipped. All users of a server can see the images in its index,
+    so a caption file or symbolic link in an untrusted source could otherwise expose private images.
 
     Args:
         source: Image source with an absolute path.
@@ -345,9 +340,9 @@ def scan_source(
 def _find_source_folder(source: str) -> str:
     """Return the folder that must contain the source's images, with symbolic links resolved.
 
-    This is the source itself if it is a folder. For a file, it is the parent folder. For a pattern, it is the part
-    before the first folder with a special character. For files in a folder named `annotations`, such as COCO's caption
-    files, it is the parent of `annotations`, which also contains the images.
+    If the source is a folder, this is the source itself. If it is a file, this is its parent folder. If it is a glob
+    pattern, this is the part before the first path component with a special character. For files in a folder named
+    `annotations`, such as COCO's caption files, this is the parent of `annotations`, which also contains the images.
     """
     folder = os.path.abspath(source)
     while not os.path.isdir(folder):
@@ -370,17 +365,14 @@ def format_file_version(stat: os.stat_result) -> str:
 
 
 def read_container_version(path: str) -> str:
-    """Return the version of an image file, tar file or table. For a saved data set, the version covers all files."""
+    """Return a string that changes when an image file, a tar file, a table or any file in a saved data set changes."""
     if not os.path.isdir(path):
         return format_file_version(os.stat(path))
     return hashlib.sha256(repr(get_file_version(path)).encode()).hexdigest()[:32]
 
 
 def read_digest_and_date(image: IndexedImage, log: SkipLog) -> tuple[bytes | None, float]:
-    """Return the SHA-256 hash of an image's bytes and its capture time as a Unix timestamp.
-
-    If the image cannot be read, the hash is None.
-    """
+    """Return the SHA-256 hash of an image's bytes (None if unreadable) and its capture time as a Unix timestamp."""
     try:
         data = image.ref.read()
     except (OSError, ValueError, LookupError) as error:

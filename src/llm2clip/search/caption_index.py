@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BLOCK = 4096  # captions; a block's text should fit in the CPU cache
+BLOCK = 4096  # approximate number of captions per block, small enough for a block's text to fit in the CPU cache
 SEPARATOR = b"\xff"  # never occurs in UTF-8, so no match spans two captions
-SPARSE_BYTES, DENSE_BYTES = 4, 8  # bytes compared at every position: 4 if few candidates remain, 8 if many
+SPARSE_BYTES, DENSE_BYTES = 4, 8  # number of bytes to compare at every position: 4, or 8 if many candidates remain
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,10 @@ class CaptionBlock:
 
 
 def _iterate_windows(text: np.ndarray, needle: bytes) -> Iterator[tuple[int, np.ndarray, np.unsignedinteger]]:
-    """Pack 4 or 8 bytes into an integer, so that they can be compared at once.
+    """Read groups of 4 or 8 bytes as integers, so that each group needs only one comparison.
 
     Yields:
-        An offset in the needle, the packed integers at all positions of the text, and the packed needle bytes at the
-        offset.
+        An offset in the needle, the integers at all positions of the text, and the integer at the offset in the needle.
     """
     size = 8 if len(needle) >= 8 else 4
     dtype = np.dtype(f"<u{size}")

@@ -29,8 +29,8 @@ STATUS_CODES: dict[type[Exception], int] = {
     NotFound: 404,
     ValueError: 422,
 }
-MAX_MESSAGE_LENGTH = 1000  # characters; validation messages may quote parts of the request
-RETRY_SOON = {"Retry-After": "1"}  # seconds
+MAX_MESSAGE_LENGTH = 1000  # in characters; validation messages may quote parts of the request
+RETRY_SOON = {"Retry-After": "1"}  # asks the client to wait for one second
 
 
 class ErrorBody(BaseModel):

@@ -23,7 +23,7 @@ IMAGE_SIDE = 384  # maximum length of a heat map's longer side, in pixels
 
 
 def require_dense_encoder(model: DualEncoder) -> DenseEncoder:
-    """Return a model's dense encoder. Raise ValueError if the model has none."""
+    """Return a model's dense encoder. Raise ValueError if the model does not have one."""
     if model.dense is None:
         raise ValueError("heat maps are not available for this model: its image encoder cannot embed image regions")
     return model.dense
@@ -47,7 +47,7 @@ def draw_heatmap(image: Tensor, heatmap: np.ndarray) -> bytes:
 
     Args:
         image: Image of shape (3, H, W), uint8.
-        heatmap: Cosine similarity of each cell, of shape (h, w). Rescaled to the full brightness range.
+        heatmap: Cosine similarity of each cell, of shape (h, w), mapped linearly to a brightness of DARKEST to 1.
     """
     height, width = image.shape[-2:]
     scale = min(1.0, IMAGE_SIDE / max(height, width))

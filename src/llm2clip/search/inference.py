@@ -25,8 +25,8 @@ from llm2clip.search.request_images import NotFound, RequestImage, TooLarge, loa
 from llm2clip.search.schemas import HeatmapRequest, SearchRequest, SearchResponse
 
 DECODE_THREADS = 2
-MAX_HEATMAP_CELLS = 4096  # limit for requests that set image_size; memory can grow quadratically with the cell count
-COUNT_SECONDS = 1.0  # maximum age of the cached image count
+MAX_HEATMAP_CELLS = 4096  # maximum for requests that set image_size; memory can grow quadratically with the cell count
+COUNT_SECONDS = 1.0  # maximum age of the cached image count, in seconds
 SEARCH_THREADS = 2  # each search scans all vectors, so more threads would only compete for memory bandwidth
 
 
@@ -145,7 +145,7 @@ class InferenceService:
         return _check_finite(await self._batchers["text"].submit(texts), "a text")
 
     async def embed_images(self, images: Sequence[RequestImage]) -> list[np.ndarray]:
-        """Decode images and return a float32 embedding of shape (D,) for each."""
+        """Decode images and return a float32 embedding of shape (D,) for each image."""
 
         def prepare(image: RequestImage) -> Any:
             return self.model.transform(image.load(self.limits.max_pixels))
@@ -240,7 +240,7 @@ class InferenceService:
         return self.backend
 
     def count_images(self) -> int:
-        """Return the number of images in the index (0 without an index). The number may be up to a second old."""
+        """Return the number of images in the index, which may be up to a second old, or 0 if there is no index."""
         if self.backend is None:
             return 0
         with self._count_lock:

@@ -20,13 +20,13 @@ from llm2clip.search.inference import InferenceService, Limits
 from llm2clip.search.queues import QueueFull, current_client
 
 SESSION_SECONDS = 24 * 3600
-MAX_SESSIONS = 1000  # beyond this number, the oldest session ends
-# All other methods are counted as "other", because clients can send arbitrary method names.
+MAX_SESSIONS = 1000  # if there are more sessions, the oldest one ends
+# Requests with other methods are counted as "other", because clients can send arbitrary method names.
 COUNTED_METHODS = ("GET", "POST", "HEAD", "OPTIONS")
-# A parsed JSON value can use 100 times as much memory as its text. Large legitimate requests contain few, long strings.
+# A parsed JSON value can use 100 times as much memory as its text. Legitimate large requests have a few long strings.
 MAX_JSON_VALUES = 200_000
-CHUNK_SIZE = 64 << 10  # bytes
-ALWAYS_ACCEPTED = 64 << 10  # bytes; requests up to this size are accepted even if the budget is exhausted
+CHUNK_SIZE = 64 << 10  # in bytes
+ALWAYS_ACCEPTED = 64 << 10  # in bytes; requests up to this size are accepted even if the budget is exhausted
 # Page for browsers without a token. Its CSS is inline, because all other files require the token.
 TOKEN_PAGE = Path(__file__).parent / "static" / "token.html"
 TOKEN_PAGE_POLICY = (
@@ -216,7 +216,7 @@ class _ResponseSender:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, allocation: ByteAllocation) -> None:
         self._scope, self._receive, self._send, self._allocation = scope, receive, send, allocation
-        self._start: Message | None = None  # sent only after the body size has been checked
+        self._start: Message | None = None  # start message, sent only after the body size has been checked
         self._is_rejected = False
         self.status, self.started = 500, False
         # The timeout no longer applies once the response has started, because the sending time depends on the client.
@@ -374,7 +374,7 @@ class LimitedConnection(H11Protocol):
             self._timer = None
 
     def _abort_one_connection(self) -> None:
-        """Abort a connection of the client with the most connections: the oldest idle one, or else the oldest one.
+        """Abort the oldest idle connection of the client with the most connections, or else its oldest connection.
 
         A new connection counts as idle, so it is aborted if all of its client's other connections are busy.
         """

@@ -4,7 +4,7 @@ Each distinct image content is stored as one point, whose payload lists the imag
 point stores the index metadata.
 
 Path filters must be absolute paths without wildcards, and caption filters match complete words. Without a query, hits
-are ordered by the latest time of all their images, including images that do not match the filter.
+are ordered by the latest capture time of their images, including images that do not match the filter.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from llm2clip.search.backends import (
 # The metadata point's id is derived from this key. All other point ids are derived from content hashes.
 METADATA_KEY = b"llm2clip"
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
-PAGE_SIZE = 1000  # points per request
+PAGE_SIZE = 1000  # number of points per request
 # Payload fields for filtering and sorting. "paths" lists the folders and files that contain an image, "latest" is the
 # maximum of "taken" over a point's images, and "shorter_side" is in pixels.
 PAYLOAD_INDEXES: dict[str, models.PayloadSchemaType | models.TextIndexParams] = {
@@ -92,7 +92,7 @@ class QdrantBackend:
         backend = cls(QdrantClient(server, api_key=api_key), collection)
         try:
             exists = backend.client.collection_exists(collection)
-        except Exception as error:  # the client or either of its two HTTP libraries can raise it
+        except Exception as error:  # raised by the client or one of its two HTTP libraries
             raise OSError(f"{server}: {error}") from error
         if not write and not (exists and backend.metadata()):
             raise FileNotFoundError(f"{server} has no llm2clip index in the collection {collection!r}")
@@ -205,7 +205,7 @@ class QdrantBackend:
                 with_payload=WITHOUT_THUMBNAIL,
             ).points
         else:
-            points, _ = self.client.scroll(  # does not support order_by and an offset together
+            points, _ = self.client.scroll(  # scroll does not support order_by together with an offset
                 self.collection,
                 scroll_filter=condition,
                 limit=offset + count,
@@ -319,7 +319,7 @@ def _make_qdrant_filter(image_filter: Filter) -> models.Filter:
     Raises:
         ValueError: The path is relative or contains wildcards.
     """
-    conditions: list[Any] = []  # a single image must match all of these
+    conditions: list[Any] = []  # conditions that must all be met by a single image
     path = image_filter.path
     if path is not None:
         if not path.startswith("/") or re.search("[*?]", path):

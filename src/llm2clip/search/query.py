@@ -13,15 +13,15 @@ from llm2clip.data.texts import check_not_empty
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import QueryTemplates, average_prompts, build_query_prompts
 
-NEGATIVE_WEIGHT = 0.5  # a weight of 1 gives results that have little to do with the positive parts
+NEGATIVE_WEIGHT = 0.5  # with a weight of 1, results have little to do with the positive parts of the query
 
 
 @dataclass(frozen=True)
 class SearchQuery:
     """A search query. Results should resemble its positive parts, but not its negative parts.
 
-    The `search` command encodes texts and images directly, and the server batches them with other requests. Both call
-    `build_prompts` to get the texts to encode and `combine` to get the query vector.
+    The `search` command encodes texts and images directly, and the server batches them with those of other requests.
+    Both call `build_prompts` to get the texts to encode and `combine` to get the query vector.
 
     Attributes:
         texts, negative_texts: Texts of any length.
@@ -79,7 +79,7 @@ class SearchQuery:
 
 
 def embed_query(model: DualEncoder, query: SearchQuery) -> np.ndarray:
-    """Embed a query without hits. Return an L2-normalised query vector of shape (D,), float32.
+    """Embed a query that does not contain hits. Return an L2-normalised query vector of shape (D,), float32.
 
     Raises:
         ValueError: The query has no parts, or a text is empty.

@@ -60,7 +60,7 @@ class Batcher(Generic[Item, Result]):
         self.max_batch_size, self.max_queue, self.on_batch = max_batch_size, max_queue, on_batch
         self._queue: asyncio.Queue[_Pending[Item, Result]] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
-        self._last_size, self._last_seconds = 0, 0.0  # item count and duration of the last batch
+        self._last_size, self._last_seconds = 0, 0.0  # number of items in the last batch, and its duration
 
     def __len__(self) -> int:
         """Return the number of waiting items."""
@@ -201,7 +201,7 @@ class FairThreadPool:
             with suppress(RuntimeError):  # the event loop has been closed
                 loop.call_soon_threadsafe(slots.release)
 
-        future.add_done_callback(release)  # not on cancellation, because the thread would still be busy
+        future.add_done_callback(release)  # a cancelled job keeps its slot while its thread is busy
         return await asyncio.wrap_future(future)
 
     def shutdown(self) -> None:

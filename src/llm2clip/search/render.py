@@ -17,7 +17,7 @@ from rich.text import Text as RichText
 from llm2clip.html_report import Block, Paragraph, ResultImage, ResultImages, write_report
 from llm2clip.search.backends import Backend, Hit
 
-CAPTION_LENGTH = 160  # characters
+CAPTION_LENGTH = 160  # maximum length of a displayed caption, in characters
 THUMBNAIL_COLUMNS, THUMBNAIL_ROWS = 24, 24  # in pixels; each character is one pixel wide and two pixels high
 
 
@@ -71,7 +71,7 @@ def _replace_unprintable(text: str) -> str:
 
 
 def _draw_thumbnail(jpeg: bytes | None) -> RichText:
-    """Draw a thumbnail with half-block characters, each showing one pixel above another."""
+    """Draw a thumbnail with half-block characters, each of which shows two pixels, one above the other."""
     import torch
     from torchvision.transforms.v2 import functional as F
 
@@ -124,7 +124,7 @@ def write_contact_sheet(
 
 
 def _make_file_url(hit: Hit) -> str | None:
-    """Return a file URL for the image file, tar file or table of a hit's first image, or None if it is missing."""
+    """Return the URL of the image file, tar file or table of a hit's first image, or None if the file is missing."""
     path = Path(hit.images[0].container)
     return path.as_uri() if path.is_absolute() and path.exists() else None
 

@@ -125,7 +125,7 @@ def open_original(backend: Backend, hit_id: str) -> tuple[BinaryIO, str]:
 
 
 def _open_unchanged(image: IndexedImage) -> BinaryIO:
-    """Open an image that has not changed since indexing. Raise FileNotFoundError if it has changed or was removed."""
+    """Open an image's file. Raise FileNotFoundError if the file has been changed or removed since indexing."""
     path = image.ref.container_path or ""
     if read_container_version(path) != image.file_version:  # check before opening, because a named pipe would block
         raise FileNotFoundError(f"{path} has changed since it was indexed")

@@ -16,9 +16,9 @@ DATA_URI_PREFIX = "data:image/"
 MAX_TEXT_LENGTH = 20_000  # characters
 MAX_PATH_LENGTH = 4096  # characters
 MAX_TEXTS, MAX_IMAGES, MAX_TOP = 256, 16, 200  # maximum numbers of texts, images and results per request
-MAX_OFFSET = 10_000  # skipped results must also be found and scored
-# A query has at most MAX_IMAGES texts and MAX_IMAGES negative texts. Short texts are encoded once as they are and once
-# per template. With at most MAX_TEMPLATES templates, a request never encodes more than MAX_TEXTS texts.
+MAX_OFFSET = 10_000  # limited because skipped results must also be found and scored
+# A query has at most MAX_IMAGES texts and MAX_IMAGES negative texts. Short texts are encoded once without a template
+# and once per template. With at most MAX_TEMPLATES templates, a request never encodes more than MAX_TEXTS texts.
 MAX_TEMPLATES, MAX_TEMPLATE_LENGTH = MAX_TEXTS // (2 * MAX_IMAGES) - 1, 200  # characters
 
 
@@ -118,10 +118,10 @@ class FilterRequest(_StrictModel):
 class QueryRequest(_StrictModel):
     """A query: texts, images and earlier hits that results should resemble (positive) or not resemble (negative)."""
 
-    texts: QueryItems[Text] = Field([], description="texts of any length, in any language that the model supports")
+    texts: QueryItems[Text] = Field([], description="what results should show, described in any supported language")
     images: QueryItems[DataUri] = Field([], description="images as data URIs")
     like: QueryItems[HitId] = Field([], description="ids of earlier hits that results should resemble")
-    negative_texts: QueryItems[Text] = Field([], description="descriptions of what the results should not show")
+    negative_texts: QueryItems[Text] = Field([], description="what results should not show")
     negative_images: QueryItems[DataUri] = Field(
         [], description="images that results should not resemble, as data URIs"
     )
@@ -178,12 +178,12 @@ class SearchResponse(BaseModel):
 
 
 class HeatmapRequest(QueryRequest):
-    """A non-empty query, and the image in which to locate it: either a hit or an image in the request."""
+    """A non-empty query, and the image in which to locate it: either a hit's image or an image in the request."""
 
     id: HitId | None = Field(default=None, description="id of a hit")
-    image: DataUri | None = Field(default=None, description="image as a data URI, used instead of a hit")
+    image: DataUri | None = Field(default=None, description="image as a data URI, used instead of a hit's image")
     variant: Literal["plain", "maskclip", "sclip", "clearclip", "naclip"] | None = Field(
-        default=None, description="variant of the dense features; default: the best one for the model"
+        default=None, description="variant of the dense features; default: the best variant for the model"
     )
     image_size: int | None = Field(
         default=None,

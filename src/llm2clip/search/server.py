@@ -45,7 +45,7 @@ from llm2clip.search.schemas import (
 STATIC_FOLDER = Path(__file__).parent / "static"
 STATIC_FILES = ("page.css", "page.js")
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
-SHUTDOWN_TIMEOUT = 5  # seconds; leaves time to cancel requests before `docker stop` kills the process after 10 seconds
+SHUTDOWN_TIMEOUT = 5  # in seconds; leaves time to cancel requests, because `docker stop` kills the process after 10 s
 API_ERRORS: dict[int | str, dict[str, Any]] = {code: ERROR_RESPONSES[code] for code in (400, 404, 422, 429, 504)}
 
 
@@ -242,7 +242,7 @@ def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
         jpeg = await run_in_threadpool(service.require_backend().thumbnail, hit_id)
         if jpeg is None:
             raise NotFound(f"the index contains no image with id {hit_id}")
-        # The tag is a hash of the thumbnail, because the same id may refer to a different image in another index.
+        # The ETag is a hash of the thumbnail, because the same id may refer to a different image in another index.
         tag = f'"{hashlib.sha256(jpeg).hexdigest()[:32]}"'
         headers = {"Cache-Control": "private, no-cache", "ETag": tag}
         if request.headers.get("if-none-match") == tag:
@@ -254,7 +254,7 @@ def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
         """Return a hit's original image file."""
         stream, media_type = await service.open_original(hit_id)
         headers = {"Content-Security-Policy": "default-src 'none'; sandbox"}
-        if isinstance(stream, io.BytesIO):  # a table cell
+        if isinstance(stream, io.BytesIO):  # the image is stored in a table cell
             return Response(stream.getvalue(), media_type=media_type, headers=headers)
         size = stream.seek(0, os.SEEK_END)
         headers["Content-Length"] = str(size)

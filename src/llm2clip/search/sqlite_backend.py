@@ -6,8 +6,8 @@
       graph.json         the graph's quantization scale, checksum and id summary
 
 SQLite commits each batch atomically, lets other processes read during a write, and stores the database as a single file
-that is easy to copy. Readers keep the quantized vectors in memory, and also the captions once a caption filter is used.
-After a write, they read only the changes listed in the table `changes`.
+that is easy to copy. Readers keep the quantized vectors in memory. The first search with a caption filter also loads
+the captions into memory. After a write, readers load only the changes listed in the table `changes`.
 """
 
 import glob
@@ -81,7 +81,7 @@ NETWORK_FILE_SYSTEMS = frozenset(
 )
 APPROXIMATE_ABOVE = 1_000_000
 CHANGED_CONTENTS = "content FROM changes WHERE id > :last"
-IMAGE_COLUMNS = "name, location, source, file_version, captions, taken"  # in the order of `_image_to_row`
+IMAGE_COLUMNS = "name, location, source, file_version, captions, taken"  # same order as in `_image_to_row`
 # An image is inside the path with the pattern :glob if its name matches the pattern followed by nothing, "/" (folder),
 # "!" (tar) or "[" (table). Because file and folder names may also contain "!" and "[", an image with one of these two
 # characters after the path must also be stored in a tar or table whose file name matches the last part of the path
@@ -122,9 +122,9 @@ class SqliteBackend:
             raise FileNotFoundError(format_missing_index_message(folder))
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # thumbnails and captions may be private
         self._db = SqliteDatabase(folder, write)
-        self._may_have_orphans = True  # an interrupted run may leave rows in `contents` without images
+        self._may_have_orphans = True  # an interrupted run may leave contents that belong to no image
         self._cache: dict[str, tuple[Any, Any]] = {}  # see `_get_cached`
-        # Cached data, and the change log position up to which it is current.
+        # Cached vectors and captions, each with the last position in the change log that it includes.
         self._vectors: tuple[LogPosition, QuantizedVectors] | None = None
         self._captions: tuple[LogPosition, CaptionIndex] | None = None
         self._index_lock, self._vectors_lock, self._captions_lock = (threading.Lock() for _ in range(3))
@@ -184,7 +184,7 @@ class SqliteBackend:
 
     def remove(self, names: Sequence[str]) -> None:
         if not names and not self._may_have_orphans:
-            return  # avoid a write, because all open readers look for changes after each one
+            return  # avoid a write, because all open readers look for changes after each write
         with self._db.transaction() as connection:
             connection.executemany("DELETE FROM images WHERE name = ?", [(name,) for name in names])
             connection.execute("DELETE FROM contents WHERE id NOT IN (SELECT content FROM images)")
@@ -272,7 +272,7 @@ class SqliteBackend:
     # ---- filters
 
     def _get_matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
-        """Return the result of `_find_matching_ids`, cached for the last filter to serve further pages of a search."""
+        """Return the ids from `_find_matching_ids`. Those for the last filter are cached for further result pages."""
         key = self._db.read_state(), image_filter, newest_first
         ids: np.ndarray = self._get_cached("ids", key, lambda: self._find_matching_ids(image_filter, newest_first))
         return ids
@@ -385,7 +385,7 @@ class SqliteBackend:
         return int(self.metadata()["embed_dim"])
 
     def _get_cached(self, name: str, state: Any, compute: Callable[[], Any]) -> Any:
-        """Return the cached value with the given name, computing it if the state has changed since the last call."""
+        """Return the cached value with the given name. Recompute it if the state has changed since the last call."""
         cached = self._cache.get(name)
         if cached is None or cached[0] != state:
             cached = self._cache[name] = state, compute()
@@ -393,7 +393,7 @@ class SqliteBackend:
 
 
 def _image_to_row(image: IndexedImage) -> tuple[Any, ...]:
-    """Return the values of IMAGE_COLUMNS, with the reference and captions as JSON."""
+    """Return an image's values for IMAGE_COLUMNS, with the reference and captions as JSON."""
     captions = json.dumps(image.captions)
     return image.name, ref_to_json(image.ref), image.source, image.file_version, captions, image.taken
 
@@ -412,7 +412,7 @@ def _make_sql_conditions(image_filter: Filter, names: Iterable[str]) -> tuple[li
             parameters[name] = value
     conditions = [FILTER_CONDITIONS[name] for name in parameters]
     if "path" in parameters:
-        # Brackets are common in file names, so they are not wildcards. The root folder's pattern is empty.
+        # Brackets are common in file names, so they match themselves. The root folder's pattern is empty.
         pattern = parameters["path"].rstrip("/").replace("[", "[[]")
         is_absolute = parameters["path"].startswith("/") or not pattern
         parameters.update(_make_path_parameters(pattern if is_absolute else f"*/{pattern}"))
@@ -444,7 +444,7 @@ def _read_int_column(cursor: Iterable[tuple[Any, ...]]) -> np.ndarray:
 
 
 def _sort_unique(ids: np.ndarray) -> np.ndarray:
-    """Return the distinct ids in ascending order. Faster than sorting, because ids are dense."""
+    """Return the distinct ids in ascending order. Ids are dense, so a boolean array is faster than sorting."""
     occurs = np.zeros(int(ids.max(initial=-1)) + 1, bool)
     occurs[ids] = True
     return np.flatnonzero(occurs)
@@ -496,11 +496,11 @@ class SqliteDatabase:
                 check_format_version(self.file, version, FORMAT_VERSION, NEW_INDEX_ADVICE)
             if write:
                 _warn_about_network_file_system(folder)
-                # Affects only new files. A vector takes about 2 KB, and a page should hold several vectors.
+                # Affects only new databases. A page should hold several vectors, each of which takes about 2 KB.
                 self.connection.execute("PRAGMA page_size = 16384")
                 self.connection.execute("PRAGMA journal_mode = WAL")
                 self.connection.execute("PRAGMA foreign_keys = ON")
-                self.connection.execute("PRAGMA recursive_triggers = ON")  # REPLACE must also run the log triggers
+                self.connection.execute("PRAGMA recursive_triggers = ON")  # so that REPLACE also logs its changes
                 if version == 0:
                     self.connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
 

@@ -62,7 +62,7 @@ class QuantizedVectors:
     def with_changes(self, removed: np.ndarray, chunks: Iterable[tuple[np.ndarray, np.ndarray]]) -> QuantizedVectors:
         """Return a new object with some vectors removed and others added.
 
-        Unchanged blocks are shared. Searches that use the old object are not affected.
+        Both objects share the unchanged blocks. Searches that use the old object are not affected.
 
         Args:
             removed: Ids of the vectors to remove, int64 of shape (N,). Unknown ids are ignored.

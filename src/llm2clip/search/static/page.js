@@ -163,7 +163,7 @@ function restoreQuery() {
 // ---- results --------------------------------------------------------------------------------------------------------
 
 function showHits(newHits) {
-  if ($("detail").open) $("detail").close(); // the dialog still shows a previous hit
+  if ($("detail").open) $("detail").close(); // the dialog still shows a hit of the previous search
   hits = newHits;
   $("empty").hidden = $("show-more").hidden = true;
   $("grid").replaceChildren(...hits.map(makeGridItem));
