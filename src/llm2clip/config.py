@@ -137,7 +137,7 @@ class TuneConfig:
 
 @dataclass
 class EmbedConfig:
-    """Settings for encoding every caption into the embedding store."""
+    """Settings for encoding captions into the embedding store."""
 
     batch_tokens: int | None = None
     """Maximum number of tokens per batch, including padding. By default, the fastest value is measured before

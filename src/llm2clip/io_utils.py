@@ -256,11 +256,7 @@ def read_json(file: Path, object_hook: Callable[[dict[str, Any]], Any] | None = 
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """Read a JSON file that contains an object.
-
-    Raises:
-        DataFormatError: The file is not valid JSON, or contains another type of value.
-    """
+    """Read a JSON file. Raise DataFormatError if the file is not valid JSON or does not contain an object."""
     value = read_json(file)
     if not isinstance(value, dict):
         raise DataFormatError(f"{file} must contain a JSON object (got {type(value).__name__})")
@@ -268,10 +264,9 @@ def read_json_object(file: Path) -> dict[str, Any]:
 
 
 def check_json_size(file: str | Path, stream: BinaryIO) -> None:
-    """Check the size of an open JSON file before it is read into memory.
+    """Raise DataFormatError if an open JSON file is too large to read into memory (see `MAX_JSON_BYTES`).
 
-    Raises:
-        DataFormatError: The file is larger than `MAX_JSON_BYTES`. A sparse file can claim to be terabytes in size.
+    A sparse file can claim to be terabytes in size.
     """
     size = os.fstat(stream.fileno()).st_size
     if size > MAX_JSON_BYTES:
@@ -302,19 +297,14 @@ def sanitize_name(name: str) -> str:
 
 
 def read_lines(file: Path) -> list[str]:
-    """Return the non-empty lines of a UTF-8 text file.
-
-    Raises:
-        DataFormatError: The file is not valid UTF-8.
-    """
+    """Return the non-empty lines of a UTF-8 text file. Raise DataFormatError if the file is not valid UTF-8."""
     return [line for _, line in _read_numbered_lines(file)]
 
 
 def _read_numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
     """Yield (line number, line) for each non-empty line. Line numbers start at 1.
 
-    Lines are split only at newlines. `str.splitlines` would also split at U+2028 and U+0085, which can occur in
-    captions.
+    Lines are split only at newlines. `str.splitlines` would also split at U+2028 and U+0085, which occur in captions.
     """
     with io.TextIOWrapper(open_regular_file(file), "utf-8-sig") as stream:
         try:

@@ -156,11 +156,7 @@ def ref_to_json(ref: ImageRef) -> str:
 
 
 def ref_from_json(text: str) -> ImageRef:
-    """Deserialize an image reference written by `ref_to_json`.
-
-    Raises:
-        ValueError: The reference has an unknown type.
-    """
+    """Deserialize an image reference from `ref_to_json`. Raise ValueError if the reference has an unknown type."""
     name, fields = json.loads(text)
     if name not in REF_TYPES:
         raise ValueError(f"unknown image reference type: {name}")
@@ -189,7 +185,7 @@ class Backend(Protocol):
         ...
 
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
-        """Return the states of the given sources' indexed images, keyed by image name.
+        """Return the states of the images that were indexed from the given sources, keyed by image name.
 
         Images from other sources are also included if their path is inside one of the given sources.
         """

@@ -316,8 +316,7 @@ def _matches_path_and_time(image: IndexedImage, image_filter: Filter) -> bool:
 def _make_qdrant_filter(image_filter: Filter) -> models.Filter:
     """Convert a filter to a Qdrant filter that also excludes the metadata point.
 
-    Raises:
-        ValueError: The path is relative or contains wildcards.
+    Raise ValueError if the path is relative or contains wildcards.
     """
     conditions: list[Any] = []  # conditions that must all be met by a single image
     path = image_filter.path

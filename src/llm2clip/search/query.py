@@ -92,11 +92,7 @@ def embed_query(model: DualEncoder, query: SearchQuery) -> np.ndarray:
 
 
 def embed_images(model: DualEncoder, images: Sequence[Any]) -> Tensor:
-    """Return L2-normalised image embeddings of shape (N, D), float32.
-
-    Raises:
-        ImageError: An image cannot be read.
-    """
+    """Return L2-normalised image embeddings of shape (N, D), float32. Raise ImageError if an image cannot be read."""
     if not images:
         return torch.empty(0, model.embed_dim)
     return model.encode_images([model.transform(load_image(image)) for image in images])
@@ -106,8 +102,8 @@ def combine_embeddings(positive: Sequence[np.ndarray], negative: Sequence[np.nda
     """Combine positive and negative embeddings into an L2-normalised query vector of shape (D,), float32.
 
     The positive and negative embeddings are averaged separately, and both means are L2-normalised. The query vector is
-    the positive mean minus half the negative mean, normalised again. Without positive embeddings, the query vector is
-    the negated negative mean, which ranks the images least similar to the negative embeddings first.
+    the positive mean minus half the negative mean, normalised again. Without positive embeddings, the query vector
+    points away from the negative mean, so the images least similar to the negative embeddings are ranked first.
 
     Args:
         positive: L2-normalised embeddings that results should resemble, each of shape (D,), float32.

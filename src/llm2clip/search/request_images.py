@@ -60,11 +60,7 @@ class RequestImage(NamedTuple):
 
 
 def decode_data_uri(uri: str) -> bytes:
-    """Decode a base64 data URI to bytes.
-
-    Raises:
-        ImageError: The text is not a valid base64 data URI.
-    """
+    """Decode a base64 data URI to bytes. Raise ImageError if the text is not a valid base64 data URI."""
     header, comma, body = uri.partition(",")
     if not comma or not header.endswith(";base64"):
         raise ImageError("an image must be a data URI of the form data:image/jpeg;base64,...")

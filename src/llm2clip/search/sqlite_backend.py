@@ -82,10 +82,9 @@ NETWORK_FILE_SYSTEMS = frozenset(
 APPROXIMATE_ABOVE = 1_000_000
 CHANGED_CONTENTS = "content FROM changes WHERE id > :last"
 IMAGE_COLUMNS = "name, location, source, file_version, captions, taken"  # same order as in `_image_to_row`
-# An image is inside the path with the pattern :glob if its name matches the pattern followed by nothing, "/" (folder),
-# "!" (tar) or "[" (table). Because file and folder names may also contain "!" and "[", an image with one of these two
-# characters after the path must also be stored in a tar or table whose file name matches the last part of the path
-# (:basename).
+# SQL condition for images inside a path. An image's name must match the pattern :glob, or the pattern followed by "/"
+# (folder), "!" (tar) or "[" (table). File and folder names may also contain "!" and "[", so in these two cases, the
+# image must also be stored in a tar or table whose file name matches the last part of the path (:basename).
 INSIDE_PATH = """(name GLOB :glob OR name GLOB :glob || '/*'
   OR (name GLOB :glob || '[![]*' AND location NOT LIKE '["FileImage"%'
       AND '/' || json_extract(location, '$[1].path') GLOB '*/' || :basename))"""
@@ -349,8 +348,7 @@ class SqliteBackend:
     def _load_current_vectors(self) -> QuantizedVectors:
         """Return all quantized vectors, reading only vectors added since the last call.
 
-        If a new vector contains a larger absolute value than all previous vectors, the old quantization scale is too
-        large, and all vectors are read again.
+        If a new vector contains the largest absolute value so far, the old scale is too large, and all are read again.
         """
         # Use a separate connection, because reading all vectors takes seconds and would block other threads.
         with self._vectors_lock, self._db.snapshot() as db:
@@ -412,7 +410,7 @@ def _make_sql_conditions(image_filter: Filter, names: Iterable[str]) -> tuple[li
             parameters[name] = value
     conditions = [FILTER_CONDITIONS[name] for name in parameters]
     if "path" in parameters:
-        # Brackets are common in file names, so they match themselves. The root folder's pattern is empty.
+        # Brackets are common in file names, so they are matched literally. The root folder's pattern is empty.
         pattern = parameters["path"].rstrip("/").replace("[", "[[]")
         is_absolute = parameters["path"].startswith("/") or not pattern
         parameters.update(_make_path_parameters(pattern if is_absolute else f"*/{pattern}"))
@@ -552,8 +550,7 @@ class SqliteDatabase:
     def _connect(self) -> sqlite3.Connection:
         """Open a connection to the database. In a read-only folder, open the database as immutable.
 
-        Normal connections fail in read-only folders, because SQLite creates files next to the database even when
-        reading.
+        A normal connection would fail there, because SQLite creates files next to the database even when reading.
         """
         options: dict[str, Any] = {"check_same_thread": False, "isolation_level": None, "timeout": 60}
         if self._immutable_state is None:
