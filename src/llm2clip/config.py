@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 Stage = Literal["tune", "embed", "align", "evaluate", "serve"]  # stages with a configurable precision
 POOLING_MODES = ("mean", "weightedmean", "lasttoken", "cls", "max")  # names used by sentence-transformers
-MIN_IMAGE_SIZE = 16  # smallest patch size among common vision transformers
+MIN_IMAGE_SIZE = 16  # in pixels; smallest patch size of common vision transformers
 
 # Settings that may change when a run is resumed, because they do not affect the result.
 RESUME_SAFE = (
@@ -35,7 +35,7 @@ class EncoderConfig:
 
     path: str = "smollm2-135m"
     """Decoder LLM or sentence-transformers model: a local folder, a Hugging Face hub id, a .gguf file, or one of the
-    built-in names smollm2-135m, all-minilm-l6-v2 and gemma3-270m, which are downloaded."""
+    built-in models smollm2-135m, all-minilm-l6-v2 and gemma3-270m, which are downloaded."""
     bidirectional: bool | None = None
     """Use bidirectional instead of causal attention. Default: as saved with the encoder, or true for a plain LLM."""
     layers: int | None = None
@@ -160,7 +160,7 @@ class AlignConfig:
     """Settings for training a pretrained vision tower and a small adapter against the cached caption embeddings."""
 
     tower: str = "efficientnet-lite0"
-    """Vision tower: a timm model name, a Hugging Face hub id, a local folder, or one of the built-in names
+    """Vision tower: a timm model name, a Hugging Face hub id, a local folder, or one of the built-in models
     efficientnet-lite0 and efficientnet-lite2, which are downloaded."""
     image_size: int | None = None
     """Input image size in pixels. Default: the tower's training resolution."""

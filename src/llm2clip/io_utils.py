@@ -45,7 +45,7 @@ def atomic_path(file: str | Path) -> Iterator[Path]:
     """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(file.parent, f".{file.stem}.", f".part{file.suffix}")
+    _remove_abandoned_files(file.parent, f".{file.stem}.", f".part{file.suffix}")
     # Keep the file's suffix at the end, because functions such as np.save append it if it is missing. The name is
     # random, so that other users with write access to the folder cannot create a link with this name in advance.
     temporary = file.with_name(f".{file.stem}.{secrets.token_hex(8)}.part{file.suffix}")
@@ -71,7 +71,7 @@ def atomic_dir(folder: str | Path) -> Iterator[Path]:
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder.parent, f".{folder.name}.", ".part")
+    _remove_abandoned_files(folder.parent, f".{folder.name}.", ".part")
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.part")
     temporary.mkdir()
     try:
@@ -107,7 +107,7 @@ def _hold_lock(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _remove_abandoned(folder: Path, prefix: str, suffix: str) -> None:
+def _remove_abandoned_files(folder: Path, prefix: str, suffix: str) -> None:
     """Remove temporary files and folders with this prefix and suffix that are not locked by a running process."""
     if fcntl is None:
         return

@@ -95,7 +95,7 @@ class CaptionIndex:
     blocks: tuple[CaptionBlock, ...] = ()
 
     def with_changes(self, removed: np.ndarray, rows: Iterable[tuple[int, int, str]]) -> CaptionIndex:
-        """Return an index without the captions of removed contents, and with the captions of new images.
+        """Return a new index that omits the captions of removed contents and includes those of new images.
 
         Args:
             removed: Ids of the removed contents, int64 of shape (N,).

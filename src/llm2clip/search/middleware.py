@@ -374,9 +374,9 @@ class LimitedConnection(H11Protocol):
             self._timer = None
 
     def _abort_one_connection(self) -> None:
-        """Abort the oldest idle connection of the client with the most connections, or else its oldest connection.
+        """Abort the oldest idle connection of the client with the most connections.
 
-        A new connection counts as idle, so it is aborted if all of its client's other connections are busy.
+        If none is idle, abort that client's oldest connection. A new connection is idle, so it may be aborted itself.
         """
         largest = max(self.by_client.values(), key=len)
         oldest = next(iter(largest))

@@ -32,11 +32,11 @@ def print_hits(hits: Sequence[Hit], backend: Backend, console: Console) -> None:
     table.add_column("file", overflow="fold")
     for rank, hit in enumerate(hits, 1):
         first = hit.images[0]
-        description = RichText(_replace_unprintable(first.name))
+        description = RichText(_replace_unprintable_characters(first.name))
         if hit.image_count > 1:
             description.append(f"\nand {hit.image_count - 1:,} duplicates", style="dim")
         if first.captions:
-            caption = shorten(_replace_unprintable(first.captions[0]), CAPTION_LENGTH, placeholder=" …")
+            caption = shorten(_replace_unprintable_characters(first.captions[0]), CAPTION_LENGTH, placeholder=" …")
             description.append("\n" + caption, style="dim")
         thumbnail = [_draw_thumbnail(backend.thumbnail(hit.id))] if with_thumbnails else []
         table.add_row(str(rank), _format_score_or_date(hit), *thumbnail, description)
@@ -65,7 +65,7 @@ def _format_score_or_date(hit: Hit) -> str:
     return f"{datetime.fromtimestamp(hit.images[0].taken):%Y-%m-%d}" if hit.score is None else f"{hit.score:.3f}"
 
 
-def _replace_unprintable(text: str) -> str:
+def _replace_unprintable_characters(text: str) -> str:
     """Replace unprintable characters with spaces, because terminals would interpret control characters."""
     return "".join(c if c.isprintable() else " " for c in text)
 

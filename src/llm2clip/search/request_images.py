@@ -106,7 +106,7 @@ def open_original(backend: Backend, hit_id: str) -> tuple[BinaryIO, str]:
     """
     for image in backend.images(hit_id):
         try:
-            stream = _open_unchanged(image)
+            stream = _open_unchanged_image(image)
             header = open_header(stream)
         except Exception:  # Pillow can raise almost any exception for corrupt headers
             continue
@@ -120,7 +120,7 @@ def open_original(backend: Backend, hit_id: str) -> tuple[BinaryIO, str]:
     )
 
 
-def _open_unchanged(image: IndexedImage) -> BinaryIO:
+def _open_unchanged_image(image: IndexedImage) -> BinaryIO:
     """Open an image's file. Raise FileNotFoundError if the file has been changed or removed since indexing."""
     path = image.ref.container_path or ""
     if read_container_version(path) != image.file_version:  # check before opening, because a named pipe would block

@@ -13,13 +13,13 @@ from llm2clip.search.backends import MAX_CAPTION_FILTER_LENGTH, MAX_LOCATIONS, F
 from llm2clip.search.query import SearchQuery
 
 DATA_URI_PREFIX = "data:image/"
-MAX_TEXT_LENGTH = 20_000  # characters
-MAX_PATH_LENGTH = 4096  # characters
+MAX_TEXT_LENGTH = 20_000  # in characters
+MAX_PATH_LENGTH = 4096  # in characters
 MAX_TEXTS, MAX_IMAGES, MAX_TOP = 256, 16, 200  # maximum numbers of texts, images and results per request
 MAX_OFFSET = 10_000  # limited because skipped results must also be found and scored
 # A query has at most MAX_IMAGES texts and MAX_IMAGES negative texts. Short texts are encoded once without a template
 # and once per template. With at most MAX_TEMPLATES templates, a request never encodes more than MAX_TEXTS texts.
-MAX_TEMPLATES, MAX_TEMPLATE_LENGTH = MAX_TEXTS // (2 * MAX_IMAGES) - 1, 200  # characters
+MAX_TEMPLATES, MAX_TEMPLATE_LENGTH = MAX_TEXTS // (2 * MAX_IMAGES) - 1, 200  # the length is in characters
 
 
 def _require_text(text: str) -> str:
