@@ -1,6 +1,6 @@
 """Writes the tables of published results in method.md from `llm2clip/published_results.yaml`.
 
-Run it after a change of the YAML file: python docs/published_tables.py
+Run this script after each change of the YAML file: python docs/published_tables.py
 """
 
 from pathlib import Path

@@ -6,7 +6,7 @@ const $ = (id) => document.getElementById(id);
 const MAX_SIDE = 1024; // in pixels; larger images are scaled down before upload
 const MAX_IMAGES = 16; // maximum number of images per request; the server has the same limit
 const MAX_UPLOAD = 20 << 20; // in bytes; limit for files that the browser cannot decode, which are sent unchanged
-const MAX_OFFSET = 10000; // the server has the same limit
+const MAX_OFFSET = 10000; // maximum number of results to skip; the server has the same limit
 const query = { images: [], like: [], negativeLike: [] }; // images contains {uri, name}; the other lists contain hit ids
 const FIELDS = { q: "text", without: "negative", caption: "caption", path: "path", after: "after", before: "before",
   min_side: "min_side" }; // URL parameter -> id of the input element
@@ -14,10 +14,10 @@ const FILTER_LABELS = { negative: "without", caption: "caption contains", path: 
   min_side: "shorter side at least" };
 const DARKEST = 0.8; // opacity of the heat map over the least similar cell
 let hits = [];
-let searchedRequest = null; // request that returned the hits
-let total = 0; // number of images that match this request's filter
+let searchedRequest = null; // search request that returned `hits`
+let total = 0; // number of images in the index that match the filter of searchedRequest
 let openIndex = -1; // index of the hit in the detail view; -1 until a hit is opened
-let lastRequest = 0;
+let lastRequest = 0; // number of the latest search; results of earlier searches are ignored
 
 // ---- search ---------------------------------------------------------------------------------------------------------
 
@@ -110,7 +110,7 @@ async function showMore() {
   try {
     const answer = await postJson("/search", request);
     if (requestNumber !== lastRequest) return;
-    const ids = new Set(hits.map((hit) => hit.id)); // the index may have changed since the last page
+    const ids = new Set(hits.map((hit) => hit.id)); // hits already shown are skipped: the index may have changed
     const newHits = answer.hits.filter((hit) => !ids.has(hit.id)), first = hits.length;
     $("grid").append(...newHits.map((hit, index) => makeGridItem(hit, first + index)));
     hits.push(...newHits);
@@ -208,7 +208,7 @@ function showDetail(index) {
   const score = hit.score === null ? [] : [hit.score.toFixed(3)];
   $("facts").textContent = [...score, `${hit.width} × ${hit.height}`, formatDate(hit)].join(" · ");
   $("original").href = $("download").href = `/image/${hit.id}`;
-  $("download").download = /\]\.[^/]*$/.test(first.name) ? "" : getFileName(first); // table cells have no file name
+  $("download").download = /\]\.[^/]*$/.test(first.name) ? "" : getFileName(first); // an image in a table cell has no file name
   $("locations").replaceChildren(...hit.images.map(makeLocation));
   if (hit.image_count > hit.images.length) {
     const entry = document.createElement("li");
@@ -465,7 +465,7 @@ $("back").addEventListener("click", () => showDetail(openIndex - 1));
 $("next").addEventListener("click", () => showDetail(openIndex + 1));
 $("close").addEventListener("click", () => $("detail").close());
 $("detail").addEventListener("close", () => {
-  // This event fires shortly after the dialog closes. If the search box has focus by then, leave it there.
+  // This event fires shortly after the dialog closes. If the search box has focus by then, do not move the focus.
   const focusable = [document.body, ...$("grid").querySelectorAll("button")];
   if (hits[openIndex] && focusable.includes(document.activeElement)) focusHit(openIndex);
 });
