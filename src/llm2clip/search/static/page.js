@@ -208,7 +208,7 @@ function showDetail(index) {
   const score = hit.score === null ? [] : [hit.score.toFixed(3)];
   $("facts").textContent = [...score, `${hit.width} × ${hit.height}`, formatDate(hit)].join(" · ");
   $("original").href = $("download").href = `/image/${hit.id}`;
-  $("download").download = /\]\.[^/]*$/.test(first.name) ? "" : getFileName(first); // an image in a table cell has no file name
+  $("download").download = /\]\.[^/]*$/.test(first.name) ? "" : getFileName(first); // images in tables have no file name
   $("locations").replaceChildren(...hit.images.map(makeLocation));
   if (hit.image_count > hit.images.length) {
     const entry = document.createElement("li");
