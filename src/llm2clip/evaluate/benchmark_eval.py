@@ -66,7 +66,8 @@ class BenchmarkResult:
             ("class top-1", "IoU" or "class AP50") and, if it affects the metrics, "logit scale".
         images: All images in the benchmark, including undecodable images.
         ranks: Retrieval ranks, keyed by caption field. Empty if the benchmark is not a retrieval benchmark.
-        bootstrap: Bootstrap metrics for paired differences between models, keyed by method ("" for classification).
+        bootstrap: Metrics and their bootstrap resamples, keyed by method ("" for classification). Used to compute
+            paired differences between models.
         draw_examples: Function that returns a report section with example images.
         model: Display name of the model.
         error_analysis, short_queries: Results of `analyze_errors` and `score_short_queries`, keyed by caption field.
@@ -128,7 +129,7 @@ def run_benchmark(
 def _count_texts(
     embeddings: EmbeddingSource, names: Sequence[str], templates: Sequence[str] = ("{}",)
 ) -> dict[str, int | None]:
-    """Return the summary entries "texts" and "truncated" for texts, or for class names inserted into templates."""
+    """Insert names into templates. Return the number of resulting texts ("texts") and of truncated texts."""
     texts = fill_templates(names, templates)
     return {"texts": len(texts), "truncated": embeddings.count_truncated(texts)}
 
@@ -138,8 +139,8 @@ def _evaluate_judged_retrieval(data: JudgedRetrieval, embeddings: EmbeddingSourc
     undecodable = set(range(len(data.images))) - set(indices)
     if undecodable:
         raise DataFormatError(
-            f"{len(undecodable):,} images cannot be decoded, e.g. {data.images[min(undecodable)]}; "
-            "this benchmark requires all images"
+            f"{len(undecodable):,} images cannot be decoded, e.g. {data.images[min(undecodable)]}. "
+            "This benchmark requires all images"
         )
     metrics = compute_eccv_metrics(data, images, embeddings.encode_texts(data.captions))
     counts = {"images": len(images), **_count_texts(embeddings, data.captions)}
@@ -169,7 +170,7 @@ def _evaluate_classification(
     metrics["chance"] = 100.0 / len(set(labels))
     if train is not None:
         if list(train.names) != list(data.names):
-            raise DataFormatError("the training and test images have different classes")
+            raise DataFormatError("the linear probe requires training and test images with the same classes")
         train_images, train_indices = embeddings.encode_images(train.images)
         probe = fit_linear_probe(train_images, [train.labels[i] for i in train_indices], images, labels)
         metrics |= {"linear probe": probe["top-1"], "linear probe C": probe["C"]}
@@ -225,8 +226,8 @@ def _evaluate_detection(
 ) -> BenchmarkResult:
     if options.proposals is None:
         raise ValueError(
-            "a detection benchmark needs boxes: pass --proposals with a JSON file in COCO's results format, a "
-            "detector, or ground-truth"
+            "a detection benchmark needs boxes: pass --proposals FILE.json (COCO's results format), "
+            "--proposals DETECTOR, or --proposals ground-truth"
         )
     results = detect_objects(data, embeddings, options.proposals, options.dense_variants, options.crop_proposals)
     description = results.describe_proposals(options.proposals)
@@ -256,7 +257,7 @@ def _make_method_row(method: str, metrics: BootstrapMetrics) -> dict[str, Any]:
 
 
 def _load_probe_data(benchmark: Benchmark, folder: Path) -> ClassificationData | None:
-    """Load the training images for a linear probe. If there are none, print the reason and return None."""
+    """Load the training images for a linear probe. If no probe can be trained, print the reason and return None."""
     try:
         train: ClassificationData | None = benchmark.load(folder, train=True)
     except MissingFileError as error:

@@ -16,50 +16,50 @@ LEVEL = 0.95  # confidence level of all intervals
 def bootstrap_intervals(sums: Tensor, counts: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
     """Return 95% bootstrap confidence intervals for the means of K quantities over all elements.
 
-    Groups of elements, such as all captions of an image, are resampled as a unit.
+    Each group of elements, such as all captions of an image, is resampled as a unit.
 
     Args:
         sums: Sum of each quantity within each group, of shape (groups, K).
         counts: Number of elements in each group, of shape (groups,). Empty groups are ignored.
-        bounds: Smallest and largest possible value of an element. See `compute_percentile_interval`.
+        bounds: Smallest and largest possible values of an element. See `compute_percentile_interval`.
 
     Returns:
         Lower and upper bounds, float64 of shape (2, K).
     """
-    # scipy.stats.bootstrap computes the same type of interval but gathers the resampled rows. For 1,000 to 25,000
-    # groups, gathering is 1.5 to 5 times slower and, by default, keeps all resamples in memory. Weighting each group by
-    # the number of times it was drawn takes only one matmul per resample.
+    # Each group is weighted by the number of times it was drawn, which takes one matmul per resample. For 1,000 to
+    # 25,000 groups, scipy.stats.bootstrap is 1.5 to 5 times slower because it copies the resampled rows. By default, it
+    # also keeps all resamples in memory.
     sums, counts = sums.double()[counts > 0], counts.double()[counts > 0]
     means = [weights @ sums / (weights @ counts) for weights in draw_bootstrap_counts(len(sums))]
     return compute_percentile_interval(torch.stack(means), len(sums), bounds)
 
 
-def draw_bootstrap_counts(groups: int, resamples: int = 1000) -> Iterator[Tensor]:
-    """Yield the number of times each group is drawn, float64 of shape (groups,), once per resample.
+def draw_bootstrap_counts(num_groups: int, num_resamples: int = 1000) -> Iterator[Tensor]:
+    """For each resample, yield the number of times each group is drawn, float64 of shape (num_groups,).
 
     The draws depend only on the number of groups, so models evaluated on the same data have paired resamples.
     """
     generator = torch.Generator().manual_seed(0)
-    for _ in range(resamples):
-        drawn = torch.randint(groups, (groups,), generator=generator)
-        yield torch.bincount(drawn, minlength=groups).double()
+    for _ in range(num_resamples):
+        drawn = torch.randint(num_groups, (num_groups,), generator=generator)
+        yield torch.bincount(drawn, minlength=num_groups).double()
 
 
 def compute_percentile_interval(means: Tensor, num_groups: int, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
     """Compute central 95% confidence intervals from resampled means, using Efron's percentile method.
 
-    If all groups have the same mean, such as 0% or 100%, all resampled means are equal, and the interval would be a
-    single point. In this case, let p be the probability that a group has a different mean. Since 0 of n
-    groups have a different mean, the Clopper-Pearson upper bound on p is 1 - 0.025 ** (1 / n). The interval then
-    contains all means that are possible if a fraction p of the groups lies at one of the bounds.
+    If all groups have the same mean, such as 0% or 100%, all resampled means are equal, and the percentile interval is
+    a single point. A wider interval is returned instead: it ranges from the mean that would result if a fraction p of
+    the groups were at the lower bound to the mean that would result if they were at the upper bound. The fraction p is
+    the Clopper-Pearson upper bound for 0 deviating groups out of n, 1 - 0.025 ** (1 / n).
 
     Args:
         means: Means of the resamples, of shape (resamples, ...).
         num_groups: Number of resampled groups (n).
-        bounds: Smallest and largest possible value of an element.
+        bounds: Smallest and largest possible values of an element.
 
     Returns:
-        Lower and upper bounds of shape (2, ...).
+        Lower and upper ends of the intervals, of shape (2, ...).
     """
     quantiles = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=means.dtype)
     interval = means.quantile(quantiles, 0)
@@ -92,8 +92,8 @@ class BootstrapMetrics:
         """Compute metrics on all images and on each resample.
 
         Args:
-            metrics: Function that takes weights of shape (images,) and returns all metrics in the order of `names`. It
-                counts image i `weights[i]` times.
+            metrics: Function that takes weights of shape (images,) and returns all metrics in the order of `names`.
+                Image i must be counted `weights[i]` times.
         """
         samples = np.array([metrics(weights.numpy()) for weights in draw_bootstrap_counts(len(images))], np.float64)
         values = [float(value) for value in metrics(np.ones(len(images)))]

@@ -1,6 +1,6 @@
 """Caption retrieval accuracy (CRA) of a text encoder (arXiv 2411.04997, section 3.1).
 
-There are two protocols. In the paper's protocol, the first two captions of each image retrieve each other. In the "all
+In the paper's protocol, the first caption of each image is used to retrieve the second one, and vice versa. In the "all
 pairs" protocol, each caption is a query for which all other captions are ranked, and any other caption of the same
 image is a correct answer. In both protocols, a tie between a correct and a wrong caption counts as an error.
 """
@@ -84,7 +84,7 @@ def caption_retrieval_accuracy(
     Args:
         images: List of captions for each image. Images with fewer than two distinct captions are excluded.
         all_pairs: If True, also compute metrics for the "all pairs" protocol.
-        num_mistakes: Maximum number of mistakes to return for the paper's protocol, worst first.
+        num_mistakes: Maximum number of mistakes to return (for the paper's protocol). The worst are returned first.
         return_hits: If True, also return the accuracy for each image.
 
     Returns:
@@ -94,9 +94,9 @@ def caption_retrieval_accuracy(
         mean cosine similarities between captions of the same image and between captions of different images. "images",
         "excluded" and "truncated" are the numbers of evaluated images, excluded images and truncated captions.
 
-        With `all_pairs`, "all pairs" and "all pairs chance" are R@1/5/10, and "captions" is the number of captions.
-        With `return_hits`, "hits" is each image's accuracy (0, 0.5 or 1). If `num_mistakes` is greater than 0,
-        "mistakes" is the result of `find_worst_mistakes`.
+        With `all_pairs`, "all pairs" and "all pairs chance" are R@1/5/10 and its chance levels in the "all pairs"
+        protocol, and "captions" is the number of captions. With `return_hits`, "hits" is each image's accuracy (0, 0.5
+        or 1). If `num_mistakes` is greater than 0, "mistakes" is the result of `find_worst_mistakes`.
 
     Raises:
         ValueError: If no image has two distinct captions.
@@ -139,10 +139,9 @@ def caption_retrieval_accuracy(
 
 
 def _compute_all_pairs_metrics(embeddings: Tensor, captions_per_image: Sequence[int]) -> dict[str, Any]:
-    """Compute recall for the "all pairs" protocol, in which each caption retrieves the other captions of its image.
+    """Compute recall for the "all pairs" protocol. Each caption is used to retrieve the other captions of its image.
 
-    Args:
-        embeddings: Caption embeddings of shape (captions, D), L2-normalised. Captions of the same image are adjacent.
+    `embeddings` has shape (captions, D) and is L2-normalised. Captions of the same image must be adjacent.
     """
     positives: list[list[int]] = []
     for count in captions_per_image:

@@ -1,4 +1,4 @@
-"""Image and text embeddings for evaluation, computed by a model (and optionally cached on disk) or precomputed."""
+"""Sources of embeddings for evaluation: a model (optionally with a cache on disk), or precomputed embeddings."""
 
 import zipfile
 from collections.abc import Sequence
@@ -92,7 +92,7 @@ class ModelEmbeddings:
     def __init__(self, model: DualEncoder, log: SkipLog, cache_dir: Path | None = None, progress: bool = True) -> None:
         """
         Args:
-            cache_dir: Folder for the embedding stores, one store per model. If None, embeddings are not cached.
+            cache_dir: Folder for cached embeddings, with one subfolder per model. If None, embeddings are not cached.
         """
         self.model, self.log, self.progress = model, log, progress
         self.query_templates = model.query_templates
@@ -102,7 +102,7 @@ class ModelEmbeddings:
         self.folder = cache_dir / fingerprint(self.identity)[:12] if cache_dir is not None else None
 
     def encode_images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
-        self.log.count_at_least(len(refs))  # benchmark readers do not count rows
+        self.log.count_at_least(len(refs))  # benchmark readers do not count their rows
         if self.folder is None:
             with ProgressBar(total=len(refs), desc="images", unit="image", disable=not self.progress) as bar:
                 embeddings, indices = encode_image_batches(refs, self.model, self.log, bar, BATCH_SIZE)
@@ -158,13 +158,13 @@ class PrecomputedEmbeddings:
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 images, names, texts, captions = (arrays[name] for name in PRECOMPUTED_ARRAYS)
-        # A .npy file renamed to .npz loads as a plain array and raises AttributeError or TypeError.
+        # If a .npy file was renamed to .npz, np.load returns an array, and `with` raises AttributeError or TypeError.
         except (AttributeError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{file}: must contain the arrays {', '.join(PRECOMPUTED_ARRAYS)} ({error})") from error
-        for name, embeddings, keys in (("images", images, names), ("texts", texts, captions)):
+            raise ValueError(f"{file} must contain the arrays {', '.join(PRECOMPUTED_ARRAYS)} ({error})") from error
+        for name, embeddings, keys in (("images, image_names", images, names), ("texts, captions", texts, captions)):
             if embeddings.ndim != 2 or keys.ndim != 1 or len(embeddings) != len(keys):
                 raise ValueError(
-                    f"{file}: the {name} have shape {embeddings.shape}, but their names have shape {keys.shape}"
+                    f"{file}: arrays {name} must have shapes (N, D) and (N,), not {embeddings.shape} and {keys.shape}"
                 )
         if images.shape[1] != texts.shape[1]:
             raise ValueError(f"{file}: images have {images.shape[1]} dimensions, but texts have {texts.shape[1]}")
@@ -197,7 +197,7 @@ class PrecomputedEmbeddings:
         return self._images[torch.tensor(rows)], list(range(len(refs)))
 
     def _find_image(self, ref: ImageRef) -> int | None:
-        """Return the row of an image's embedding, or None. Images in tar files are named FILE.tar!MEMBER or MEMBER."""
+        """Return an image's row in `_images`, or None. Images in tar files are named FILE.tar!MEMBER or MEMBER."""
         for path in (PurePosixPath(str(ref)), PurePosixPath(str(ref).replace("!", "/"))):
             for start in range(len(path.parts)):
                 name = PurePosixPath(*path.parts[start:]).as_posix()

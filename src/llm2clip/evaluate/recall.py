@@ -1,7 +1,7 @@
 """Retrieval ranks, and the recall, chance levels and confidence intervals computed from them.
 
-The score matrix is computed in tiles and never stored in full. Instead of sorting scores, each tile is searched for
-wrong answers that score at least as high as the best correct answer. Both directions use the same tiles. Ties count
+The score matrix is computed in tiles and never stored in full. Scores are not sorted: a rank is the number of wrong
+answers that score at least as high as the best correct answer. Both retrieval directions use the same tiles. Ties count
 against the model, so a model that assigns the same score to every pair gets the worst possible ranks.
 """
 
@@ -18,7 +18,7 @@ from llm2clip.evaluate.bootstrap import bootstrap_intervals
 
 KS = (1, 5, 10)
 TILE = 512  # images per tile; with four times as many texts, a tile's float32 scores (4 MB) fit in the CPU cache
-QUERY_TILE = 32  # queries that `compute_positive_ranks` scores against all items at a time
+QUERY_TILE = 32  # number of queries that `compute_positive_ranks` scores at a time
 
 
 @onednn_matmul()
@@ -40,7 +40,7 @@ def compute_positive_ranks(
         positives: Indices of each query's correct items (at least one). For example, if 3 images have 2, 1 and 2
             captions, the positives for image-to-text retrieval are [[0, 1], [2], [3, 4]].
         tile_size: Number of items per matmul. Scores for `QUERY_TILE` queries and all items are kept in memory.
-        self_index: Index of an item to ignore for each query. If the queries are also items, pass their own indices.
+        self_index: Index of one item per query that is excluded from its ranking: the query itself, if it is an item.
 
     Returns:
         For each query, the ranks of its P positives in ascending order, int64 of shape (P,).
@@ -92,7 +92,7 @@ def two_way_ranks(
 
     Args:
         images: Image embeddings of shape (I, D), L2-normalised, float32 or float16. Scores are computed in float32.
-        texts: Text embeddings of shape (T, D), L2-normalised, float32 or float16. Sort them by image to avoid a copy.
+        texts: Text embeddings of shape (T, D), L2-normalised, float32 or float16. Sorting them by image avoids a copy.
         image_of_text: Image index of each text. Every image must have at least one text.
         tile_size: Number of images per tile. Must be a multiple of 16, or identical vectors may get different scores.
         device: Device for the matmuls. Default: the device of `images`.
@@ -115,9 +115,9 @@ def two_way_ranks(
 
     # Counts of wrong answers are stored as float32, which is exact up to 2**24.
     image_counts, text_counts = torch.zeros_like(best_image), torch.zeros_like(best_text)
-    for j in range(tiles.columns):
+    for j in range(tiles.num_columns):
         text_tile, text_range = tiles.get_texts(j), tiles.text_range(j)
-        for i in range(tiles.rows):
+        for i in range(tiles.num_rows):
             scores, image_range = tiles.get_images(i) @ text_tile.T, tiles.image_range(i)
             scores[tiles.find_positives(i, j)] = -torch.inf
             scores[len(images) - image_range.start :] = -torch.inf  # padding
@@ -132,7 +132,7 @@ def two_way_ranks(
 
 
 class _ScoreTiles:
-    """Image-text score matrix, divided into a grid of tiles of `tile_size` images and 4 * `tile_size` texts each.
+    """Image-text score matrix, divided into tiles. Each tile has `tile_size` images and 4 * `tile_size` texts.
 
     Because texts are sorted by image, only a few tiles contain positives.
     """
@@ -141,8 +141,8 @@ class _ScoreTiles:
         self._images, self._texts, self._device = images, texts, device
         self.num_images = len(images)
         self.height, self.width = tile_size, 4 * tile_size
-        self.rows = -(-len(images) // self.height)
-        self.columns = -(-len(texts) // self.width)
+        self.num_rows = -(-len(images) // self.height)
+        self.num_columns = -(-len(texts) // self.width)
         is_sorted = bool((owner[1:] >= owner[:-1]).all())
         self.order = None if is_sorted else owner.argsort(stable=True)
         self.owner = (owner if self.order is None else owner[self.order]).to(device)
@@ -178,14 +178,14 @@ class _ScoreTiles:
 def _compute_best_match_scores(tiles: _ScoreTiles) -> tuple[Tensor, Tensor]:
     """Return the scores of each image's best caption and of each caption's image.
 
-    Positives and negatives are scored by the same matmuls, so ties are exact. Padding rows in the last tiles get
-    infinite scores, which no negative can reach.
+    Negatives are later scored by the same matmuls, so ties are exact. Padding in the last tiles gets infinite scores,
+    which no negative can reach.
     """
     device = tiles.owner.device
-    best_image = torch.full((tiles.rows * tiles.height,), torch.inf, device=device)
-    best_text = torch.full((tiles.columns * tiles.width,), torch.inf, device=device)
+    best_image = torch.full((tiles.num_rows * tiles.height,), torch.inf, device=device)
+    best_text = torch.full((tiles.num_columns * tiles.width,), torch.inf, device=device)
     best_image[: tiles.num_images] = -torch.inf
-    for j in range(tiles.columns):
+    for j in range(tiles.num_columns):
         text_tile = tiles.get_texts(j)
         for i in tiles.find_rows_with_positives(j):
             rows, columns = tiles.find_positives(i, j)
@@ -196,7 +196,7 @@ def _compute_best_match_scores(tiles: _ScoreTiles) -> tuple[Tensor, Tensor]:
 
 
 def _pad_tile(vectors: Tensor, size: int) -> Tensor:
-    """Append rows of zeros to get `size` rows.
+    """Append zero vectors until there are `size` vectors.
 
     Matmuls of the same shape round identically, so equal vectors get equal scores.
     """
@@ -204,10 +204,7 @@ def _pad_tile(vectors: Tensor, size: int) -> Tensor:
 
 
 def _is_at_least(scores: Tensor, threshold: Tensor) -> Tensor:
-    """Return 1.0 where a score is at least as high as the threshold, and 0.0 elsewhere.
-
-    The result is float because summing floats is ten times as fast as summing booleans.
-    """
+    """Return 1.0 where scores >= threshold, and 0.0 elsewhere. Summing floats is ten times as fast as summing bools."""
     return torch.ge(scores, threshold, out=torch.empty_like(scores))
 
 
@@ -236,7 +233,7 @@ def retrieval_metrics(
 
     Returns:
         {"I2T": {"R@1": ..., "median rank": ...}, "T2I": ..., "I2T chance": {"R@1": ...}, "T2I chance": ...,
-        "I2T interval": {"R@1": (low, high), ...}, "T2I interval": ...}, in percent. Median ranks start at 1.
+        "I2T interval": {"R@1": (low, high), ...}, "T2I interval": ...}. Recall is in percent. Median ranks start at 1.
     """
     owner = torch.as_tensor(image_of_text)
     metrics: dict[str, dict[str, Any]] = {}
@@ -279,7 +276,7 @@ def compute_chance_recall(positives: Sequence[int], num_items: int, ks: Sequence
 def compute_recall_intervals(ranks: Tensor, groups: Tensor, ks: Sequence[int] = KS) -> dict[str, tuple[float, float]]:
     """Return 95% bootstrap confidence intervals for R@k, in percent.
 
-    Each image is resampled with all its queries, because results for captions of the same image are correlated.
+    Images are resampled, each with all its queries, because results for captions of the same image are correlated.
 
     Args:
         ranks: Zero-based rank of each query's best positive, int64 of shape (Q,).
@@ -293,7 +290,7 @@ def compute_recall_differences(
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
     """Return R@k of a model minus R@k of a baseline, in percentage points, and paired 95% bootstrap intervals.
 
-    See `compute_recall_intervals` for the other arguments.
+    See `compute_recall_intervals` for the arguments.
     """
     differences = [(ranks < k).double() - (baseline_ranks < k).double() for k in ks]
     means = {f"R@{k}": 100.0 * float(d.mean()) for k, d in zip(ks, differences, strict=True)}
@@ -303,7 +300,7 @@ def compute_recall_differences(
 def _bootstrap_by_image(
     values: Sequence[Tensor], groups: Tensor, ks: Sequence[int], bounds: tuple[float, float]
 ) -> dict[str, tuple[float, float]]:
-    """Return 95% intervals over images, in percent, for the mean of each k's tensor in `values`, of shape (Q,)."""
+    """Return a 95% bootstrap interval for each mean, in percent. `values` has one tensor per k, of shape (Q,)."""
     stacked = torch.stack(list(values), 1)  # (Q, K)
     sums = stacked.new_zeros(int(groups.max()) + 1, len(ks)).index_add_(0, groups, stacked)
     low, high = (100 * bootstrap_intervals(sums, torch.bincount(groups), bounds)).tolist()

@@ -1,4 +1,4 @@
-"""Retrieval evaluation on records. Each caption field (captions, captions_zh, ...) is evaluated separately."""
+"""Retrieval evaluation on captioned images. Each caption field (captions, captions_zh, ...) is evaluated separately."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -109,7 +109,7 @@ def compute_retrieval_difference(first: RetrievalRanks, other: RetrievalRanks) -
 
     Returns:
         {"I2T": {"R@1": ..., ...}, "I2T interval": {"R@1": (low, high), ...}, "T2I": ..., "T2I interval": ...}, in
-        percentage points, or None if the models were not evaluated on the same images and captions.
+        percentage points. None if the models were not evaluated on the same images and captions.
     """
     if [(r.image, r.captions) for r in first.records] != [(r.image, r.captions) for r in other.records]:
         return None

@@ -43,7 +43,7 @@ class IncompleteEvaluationError(ValueError):
 
 
 USER_DATA = "data"  # benchmark name for the user's own images and captions
-EXAMPLE_QUERIES = 6  # number of example captions, and maximum number of worst failures, in the report
+EXAMPLE_QUERIES = 6  # maximum number of example queries, and of failed queries, that the report shows
 
 
 def evaluate_models(
@@ -60,10 +60,11 @@ def evaluate_models(
 
     results.json contains "caption retrieval" (the result of `caption_retrieval_accuracy`), "results" and "run" (the
     result of `describe_run`, with the settings). "results" is a list of `BenchmarkResult.summary` dicts with the
-    additional key "model". If the training images are known, "images trained on" counts those that were evaluated.
+    additional key "model" and, if the training images are known, "images trained on": the number of benchmark images on
+    which the model was trained.
 
-    A baseline's classification result, and each row of its other results, also contains "difference": the first model
-    minus the baseline (see `compute_retrieval_difference` and `BootstrapMetrics.subtract`). With
+    A baseline's classification result, and each row of its other results, also contains "difference": the first
+    model's metrics minus the baseline's (see `compute_retrieval_difference` and `BootstrapMetrics.subtract`). With
     `options.short_queries`, each row of a retrieval result also contains "short queries" and, if there are templates,
     "short queries with templates" (both lists of `LengthScores.to_dict` dicts) and "query templates".
 
@@ -71,7 +72,7 @@ def evaluate_models(
         models: Model to evaluate, followed by the baselines (see `open_embedding_source`).
         data: Sources of images and captions. If no splits are specified, the images that `fit` would hold out are
             evaluated.
-        encoder: Caption encoder whose CRA is measured if `models` is empty.
+        encoder: Caption encoder whose caption retrieval accuracy is measured if `models` is empty.
         config: Evaluation settings, such as additional caption fields to evaluate.
 
     Returns:
@@ -113,10 +114,10 @@ def evaluate_models(
         for n, name in enumerate(get_display_names(models) if runner.runs else []):
             for _ in runner.evaluate_model(models[n], name, is_baseline=n > 0):
                 results["results"] = runner.get_summaries()
-                _write_results(out, results)  # after each benchmark, so that a later error loses no results
+                _write_results(out, results)  # write now, so that no results are lost if a later benchmark fails
         if not runner.get_summaries():
             raise ValueError("\n".join(["nothing could be evaluated:", *runner.missing, *runner.failures]))
-        requests_all = "all" in options.benchmarks  # if so, missing benchmarks are not failures
+        requests_all = "all" in options.benchmarks  # with "all", missing benchmarks do not count as failures
         failures = runner.failures if requests_all else runner.missing + runner.failures
         skipped = runner.list_skipped_rows() + (runner.missing if requests_all else [])
         notes = skipped + runner.describe_proposals()
@@ -140,7 +141,7 @@ def evaluate_models(
         last_lines.append(f"Report: {html_file}")
     if failures:
         print_once(*last_lines)
-        raise IncompleteEvaluationError("\n".join(["some evaluations failed; the others are complete:", *failures]))
+        raise IncompleteEvaluationError("\n".join(["some evaluations failed, but the others are complete:", *failures]))
     return last_lines
 
 
@@ -195,7 +196,7 @@ class BenchmarkRunner:
             cache_dir = self._out / "vectors" if self._out else None
             embeddings = open_embedding_source(model, self.runs[0].log, cache_dir, self._options.trust_remote_code)
         except (OSError, ValueError, ImportError) as error:
-            if not is_baseline or is_distributed:  # otherwise, the other ranks would wait forever
+            if not is_baseline or is_distributed:  # if only this rank skipped the model, the others would wait forever
                 raise
             self.failures.append(f"Skipped {name}: {error}")
             return
@@ -210,7 +211,7 @@ class BenchmarkRunner:
             try:
                 result = run_benchmark(benchmark, run.folder, embeddings, self._options, predictions_dir)
             except (OSError, ValueError) as error:
-                # Invalid data causes the same error on every rank. Any other error may occur on this rank only.
+                # Invalid data causes the same error on every rank. Other errors may occur only on this rank.
                 if is_distributed and not isinstance(error, MissingFileError | ValueError):
                     raise
                 self.failures.append(_describe_failure(f"{name} on {benchmark.name}", benchmark, error))
@@ -229,17 +230,14 @@ class BenchmarkRunner:
                     result.error_analysis[field] = analyze_errors(ranks, EXAMPLE_QUERIES if with_examples else 0)
                 if result.draw_examples is not None and not is_baseline:
                     result.examples = result.draw_examples()
-            result.draw_examples = None  # free the images and the embeddings
+            result.draw_examples = None  # free the memory of images and embeddings
             empty = torch.empty(0)
             result.ranks = {key: replace(ranks, images=empty, texts=empty) for key, ranks in result.ranks.items()}
             run.results.append(result)
             yield result
 
     def _add_short_queries(self, result: BenchmarkResult, embeddings: EmbeddingSource) -> None:
-        """Evaluate short queries for each caption field, and add the metrics to `result`.
-
-        If the model has no embeddings for the queries, the error is recorded in `failures`.
-        """
+        """Add the short-query metrics of each caption field to `result`. Record errors in `failures`."""
         templates = embeddings.query_templates
         if self._options.templates is not None:
             templates = QueryTemplates(tuple(self._options.templates))
@@ -281,7 +279,7 @@ class BenchmarkRunner:
         return lines
 
     def list_skipped_rows(self) -> list[str]:
-        """Return one line for each benchmark with skipped rows, and always one for the user's data."""
+        """Return one line for each benchmark with skipped rows. The user's data always gets a line."""
         lines = []
         for run in self.runs:
             if run.log.skipped or run.benchmark.name == USER_DATA:
@@ -295,7 +293,7 @@ class BenchmarkRunner:
 
 
 def _add_differences(first: BenchmarkResult, result: BenchmarkResult) -> None:
-    """Add the difference between the first model and a baseline to the baseline's summary or to each of its rows."""
+    """Add the metric differences between the first model and a baseline to the baseline's summary or to its rows."""
     if "" in first.bootstrap:
         result.summary["difference"] = first.bootstrap[""].subtract(result.bootstrap[""])
     for row in result.summary.get("rows", ()):

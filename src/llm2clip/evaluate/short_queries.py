@@ -29,8 +29,8 @@ from llm2clip.evaluate.recall import compute_positive_ranks
 from llm2clip.evaluate.retrieval_eval import RetrievalRanks, measure_caption_lengths
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates, average_prompts, build_query_prompts
 
-PHRASE_LENGTHS = (1, 2, 3)  # words
-CAPTION_LENGTHS = {"4–7": range(4, 8), "8+": range(8, 1 << 30)}  # words
+PHRASE_LENGTHS = (1, 2, 3)  # numbers of words in a phrase
+CAPTION_LENGTHS = {"4–7": range(4, 8), "8+": range(8, 1 << 30)}  # numbers of words in a complete caption
 Item = TypeVar("Item", str, tuple[str, ...])
 METRICS = ("mAP", "R-precision", "nDCG@10")
 NDCG_K = 10
@@ -53,7 +53,7 @@ CANDIDATES = (
     ("a photo of {}",),
     ("a photo of {}", "a photo of a {}.", "a picture of {}", "there is {}"),
 )
-MAX_CANDIDATE_QUERIES = 300  # queries per length used to compare the candidates
+MAX_CANDIDATE_QUERIES = 300  # maximum number of queries of each length for comparing the candidates
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class LengthScores:
 
 @dataclass(frozen=True)
 class ShortQueryResult:
-    """Prompt templates, and results for each query length with and without them.
+    """Prompt templates, and retrieval metrics for each query length without and with the templates.
 
     Lengths without queries are omitted. `with_templates` is None if there are no templates.
     """
@@ -111,7 +111,7 @@ class ShortQueryResult:
     def describe_choice(self) -> str:
         """Describe in one line which templates were chosen and how much they increase mAP."""
         if self.with_templates is None:
-            return "Short queries are encoded without templates: no templates improve them on the held-out images"
+            return "Short queries are encoded without templates: no templates improve results on the held-out images"
         gains = []
         for before, after in zip(self.plain, self.with_templates, strict=True):
             if int(before.words) <= self.templates.max_words:
@@ -147,8 +147,8 @@ def score_short_queries(
     queries = build_queries([record.captions for record in ranks.records])
     if not queries:
         raise ValueError(
-            "no caption has four or more words, and no shorter phrase occurs in the captions of at least three images "
-            "but at most a third of all images"
+            "cannot build queries: no caption has four or more words, and no phrase of up to three words occurs in the "
+            "captions of at least three images but at most a third of all images"
         )
     candidates = [NO_TEMPLATES, templates] if templates.templates else [NO_TEMPLATES]
     return ShortQueryResult(templates, *_score_queries(embeddings, ranks.images, queries, candidates))
@@ -202,11 +202,9 @@ def _score_queries(
     queries: Mapping[str, Sequence[LabelledQuery]],
     candidates: Sequence[QueryTemplates],
 ) -> list[list[LengthScores]]:
-    """Return the metrics for each candidate and query length. Each prompt is encoded once.
+    """Return the metrics for each candidate and query length. Each distinct prompt is encoded only once.
 
-    Args:
-        images: Image embeddings, float32 of shape (I, D), L2-normalised.
-        queries: Result of `build_queries`.
+    `images` contains L2-normalised embeddings, float32 of shape (I, D). `queries` is the result of `build_queries`.
     """
     texts = [query.text for length_queries in queries.values() for query in length_queries]
     prompts = list(

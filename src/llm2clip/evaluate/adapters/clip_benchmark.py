@@ -31,10 +31,7 @@ class TokenizedTexts(list[str]):
 
 
 class CLIPBenchmarkModel(nn.Module):
-    """Image-text model with the interface that CLIP_benchmark expects.
-
-    Embeddings are float32 of shape (N, D), L2-normalised.
-    """
+    """Model with the interface that CLIP_benchmark expects. Embeddings are L2-normalised, float32 of shape (N, D)."""
 
     def __init__(self, model: DualEncoder, device: torch.device | str) -> None:
         super().__init__()

@@ -24,10 +24,7 @@ from llm2clip.models.hub.fingerprint import fingerprint
 
 
 class MTEBModel(AbsEncoder):
-    """Encoder for texts, images and image-text pairs.
-
-    The embedding of a pair is the normalised sum of its image and text embeddings.
-    """
+    """Encoder for texts, images and image-text pairs. A pair's embedding is the normalised sum of both embeddings."""
 
     def __init__(self, name: str, device: torch.device | str | None = None) -> None:
         """

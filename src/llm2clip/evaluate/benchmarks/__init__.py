@@ -75,8 +75,8 @@ def get_benchmarks(names: Sequence[str], templates: Sequence[str] = ()) -> list[
 def list_benchmarks(root: Path) -> list[str]:
     """Return lines of text that list all benchmarks and their folders in `root`.
 
-    The list also shows the number of models with results published by the LLM2CLIP authors and, for missing benchmarks,
-    where to download the files.
+    The list shows how many models have results published by the LLM2CLIP authors. For each missing benchmark, it also
+    shows where to download the files.
     """
     rows, missing = [], []
     for benchmark in BENCHMARKS.values():
@@ -90,5 +90,5 @@ def list_benchmarks(root: Path) -> list[str]:
     table = Table(["benchmark", "kind", "description", "published results", f"folder in {root}"], rows)
     lines = [render_markdown("Benchmarks", [table])]
     if missing:
-        lines += [f"To use the missing benchmarks, put these files into folders in {root}:", *missing]
+        lines += [f"To use the missing benchmarks, put their files into these folders in {root}:", *missing]
     return lines

@@ -58,7 +58,7 @@ class JudgedRetrieval:
 
 @dataclass(frozen=True)
 class RegionData:
-    """Images with labelled boxes, class names and prompt templates. `images` to `areas` have one element per image."""
+    """Images with labelled boxes, class names and templates. The fields `images` to `areas` have one item per image."""
 
     images: Sequence[ImageRef]
     sizes: Sequence[tuple[int, int]]
@@ -86,13 +86,13 @@ class SegmentationData:
 
     images: Sequence[ImageRef]
     read_labels: Callable[[int], np.ndarray]
-    """Function that returns the class index or `IGNORED` for each pixel of an image, uint8 of shape (H, W)."""
+    """Function that takes an image index and returns each pixel's class index or `IGNORED`, uint8 of shape (H, W)."""
     names: Sequence[Sequence[str]]
     """Names of each class. A pixel's score for a class is the maximum over the class's names."""
     templates: Sequence[str]
     """Prompt templates, with {} as the placeholder for the class name."""
     has_background: bool = False
-    """True if class 0 is the background. The background's names are things that do not belong to any other class."""
+    """True if class 0 is the background. Its names are those of things that do not belong to any other class."""
     scale: float = 1.5
     """Ratio of the resized image's shorter side to the side of the sliding window."""
     logit_scale: float = 40.0
@@ -120,7 +120,7 @@ class DetectionData:
     Boxes lie inside the image and are not empty."""
     names: Sequence[str]
     category_ids: Sequence[int]
-    """COCO's category id of each class in `names`."""
+    """COCO category id for each class in `names`."""
     groups: Mapping[str, Sequence[str]]
     """Groups of class names for which metrics are reported, such as {"novel": [...], "base": [...]}."""
     templates: Sequence[str]
@@ -216,7 +216,7 @@ def find_coco_roots(folder: Path) -> list[Path]:
 
 
 def check_files(refs: Sequence[ImageRef], source: Path) -> None:
-    """Raise MissingFileError, with the number of missing files and an example, if image files are missing."""
+    """Raise MissingFileError if image files are missing. The message contains their number and an example."""
     missing = [ref for ref in refs if isinstance(ref, FileImage) and not Path(ref.path).is_file()]
     if missing:
         raise MissingFileError(
@@ -225,7 +225,7 @@ def check_files(refs: Sequence[ImageRef], source: Path) -> None:
 
 
 def make_captioned_records(pairs: Iterable[tuple[ImageRef, Sequence[str]]], source: Path) -> list[Record]:
-    """Create one record per image with its captions. Whitespace around captions is stripped.
+    """Create a record for each image and its captions. Whitespace around captions is stripped.
 
     Raises:
         MissingFileError: If image files are missing.
@@ -240,5 +240,5 @@ def make_captioned_records(pairs: Iterable[tuple[ImageRef, Sequence[str]]], sour
         records.append(Record(record_id, image, texts))
     check_files([record.image for record in records if record.image is not None], source)
     if not records:
-        raise DataFormatError(f"{source} contains no images from the test split")
+        raise DataFormatError(f"{source} contains no test images")
     return records

@@ -30,8 +30,8 @@ def make_folder_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark
     """Create a zero-shot classification benchmark from the user's images.
 
     Args:
-        name: Path of a folder that contains one subfolder of images per class. Alternatively, it can contain test/ or
-            val/ (and optionally train/), each with one subfolder per class.
+        name: Path of a folder that contains one subfolder of images per class. Alternatively, the folder can contain
+            test/ or val/ (and optionally train/), each with one subfolder per class.
         templates: Prompt templates. Default: see `read_class_folders`.
     """
 
@@ -55,7 +55,7 @@ def read_class_folders(folder: Path, split: str = "") -> ClassificationData:
     """Read images from one subfolder per class. The subfolders are in `folder`, or in `folder/split` if `split` is set.
 
     Class names are read from `folder/classnames.txt`, whose lines have the form "FOLDER<tab>NAME". Without this file,
-    they are the folder names, with underscores replaced by spaces. If `folder/templates.txt` exists, each of its lines
+    the folder names are used, with underscores replaced by spaces. If `folder/templates.txt` exists, each of its lines
     is a prompt template.
 
     Raises:
@@ -134,7 +134,7 @@ def _load_imagenet_texts() -> tuple[list[str], list[str], list[str]]:
 
 
 def _read_imagenet(folder: Path) -> ClassificationData:
-    """Read `val/WNID/*.JPEG`. For ImageNet-A and ImageNet-R, only the variant's classes are candidates."""
+    """Read `val/WNID/*.JPEG`. Only classes that have a folder are candidates (200 in ImageNet-A and ImageNet-R)."""
     return _read_wordnet_folders(folder / "val" if (folder / "val").is_dir() else folder)
 
 
@@ -172,7 +172,7 @@ def _read_objectnet(folder: Path) -> ClassificationData:
 
 
 class _BorderedImage(FileImage):
-    """An image file whose two-pixel border is removed when it is opened."""
+    """An image file with a two-pixel border, which is removed when the image is loaded."""
 
     __slots__ = ()
 
@@ -206,7 +206,7 @@ def _read_cifar(folder: Path, files: Sequence[str], names_file: str, skipped_lab
         data = np.fromfile(find_first(folder, file), np.uint8)
         if len(data) % row_size:
             raise DataFormatError(
-                f"{folder / file}: the size of {len(data):,} bytes is not a multiple of {row_size:,} bytes per image"
+                f"{folder / file}: the file size, {len(data):,} bytes, is not a multiple of {row_size:,} (one image)"
             )
         for n, row in enumerate(data.reshape(-1, row_size)):
             label = int(row[skipped_labels])

@@ -40,8 +40,8 @@ from llm2clip.runs.ranks import print_once
 BOXES_PREFIX = "boxes:"
 DETECTION_PREFIX = "detection:"
 INSTANCES_FOLDERS = (*COCO_FOLDERS, "coco_instances")
-MIN_SIDE = 1.0  # pixels; smaller boxes are excluded from region classification
-DESCRIPTIONS = {  # for the user's own files
+MIN_SIDE = 1.0  # minimum width and height of a box in pixels, for region classification
+DESCRIPTIONS = {  # descriptions of benchmarks created from the user's own files
     "regions": "boxes with class names",
     "segmentation": "images with masks",
     "detection": "objects with boxes",
@@ -51,7 +51,7 @@ CROWD, DEGENERATE = "crowd", "smaller than a pixel"  # reasons for excluding a b
 
 @dataclass(frozen=True)
 class Instances:
-    """Contents of a file in COCO's format.
+    """Contents of an annotation file in COCO's format.
 
     Attributes:
         images: Image entries, keyed by image id.
@@ -72,7 +72,7 @@ def make_coco_file_benchmark(
 ) -> Benchmark:
     """Create a benchmark from the user's JSON file in COCO's format.
 
-    As for COCO captions, the images can be next to the file or in a folder such as `images`.
+    The images can be in the same folder as the file or in a subfolder such as `images`, as for COCO captions.
 
     Args:
         prefix: Prefix that selects the kind of benchmark on the command line, such as "boxes:".
@@ -213,13 +213,13 @@ def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
     is decoded without pycocotools.
 
     Raises:
-        ValueError: If a polygon is far outside the image, or the run lengths are invalid or cover another image size.
+        ValueError: If a polygon is far outside the image, or the run lengths are invalid or do not fit the image size.
     """
     if isinstance(segmentation, list):
         from pycocotools import mask
 
         coordinates = np.concatenate([np.asarray(polygon, np.float64) for polygon in segmentation])
-        if not (np.abs(coordinates) <= 2 * max(height, width)).all():  # also for NaN
+        if not (np.abs(coordinates) <= 2 * max(height, width)).all():  # also true if a coordinate is NaN
             raise ValueError(f"a polygon is far outside the image of {width} x {height} pixels")
         decoded: np.ndarray = mask.decode(mask.merge(mask.frPyObjects(segmentation, height, width))) > 0
         return decoded
@@ -239,9 +239,10 @@ def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
 def _decompress_run_lengths(data: bytes) -> list[int]:
     """Decode COCO's compressed run lengths (`rleFrString` in pycocotools' maskApi.c).
 
-    Each number is split into five-bit groups, lowest group first. Each group is stored as the character with the code
-    48 plus the group. The sixth bit is set in all groups except a number's last group, whose fifth bit is the sign.
-    From the fourth number on, each number is the difference from the run length two positions earlier.
+    Each number is split into groups of five bits, lowest group first. A sixth bit is set in each group that is followed
+    by another group of the same number. Each group is stored as the character whose code is 48 plus the group's value.
+    The fifth bit of a number's last group is the sign. From the fourth number on, each number is the difference from
+    the run length two positions earlier.
 
     Raises:
         ValueError: If a character is invalid, or the last number is incomplete.
@@ -345,7 +346,7 @@ def read_detection(
 ) -> DetectionData:
     """Return the objects of the given categories, and the images that contain them.
 
-    Boxes are clipped to the image, as for detections. Objects whose clipped boxes are empty are excluded.
+    Boxes are clipped to the image, like the predicted boxes. Objects whose clipped boxes are empty are excluded.
 
     Args:
         groups: Groups of class names for which metrics are reported.

@@ -24,7 +24,7 @@ SUGARCREPE_KINDS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace
 
 
 def _read_winoground(folder: Path) -> list[CompositionalExample]:
-    """Read 400 examples, each with two images and two captions with the same words (arXiv 2204.03162)."""
+    """Read 400 examples. Each has two images and two captions, which consist of the same words (arXiv 2204.03162)."""
     try:
         file = find_first(folder, "examples.jsonl", "data/examples.jsonl")
     except MissingFileError:
@@ -80,7 +80,7 @@ def compute_compositional_accuracy(
     image_embeddings: Mapping[str, Tensor],
     text_embeddings: Mapping[str, Tensor],
 ) -> dict[str, float]:
-    """Return accuracies in percent.
+    """Return the accuracies on Winoground or SugarCrepe, in percent.
 
     In Winoground (arXiv 2204.03162), each example has two images and two captions. For "text", each image must be more
     similar to its own caption than to the other caption. For "image", each caption must be more similar to its own
@@ -123,7 +123,7 @@ BENCHMARKS = (
     Benchmark(
         name="winoground",
         kind="compositional",
-        description="400 pairs of images, each with two captions with the same words",
+        description="400 pairs of images, each with two captions that consist of the same words",
         folders=("winoground", "Winoground"),
         read=_read_winoground,
         source="examples.jsonl and images/ (huggingface.co/datasets/facebook/winoground; you must accept its licence)",

@@ -19,7 +19,7 @@ from llm2clip.evaluate.recall import KS
 from llm2clip.io_utils import DataFormatError, MissingFileError, find_first, read_json
 
 ANNOTATIONS = "captions_val2014.json"
-RANKED_ITEMS = 64  # must be at least 48 for R-precision and mAP@R, because a query has up to 48 correct items
+RANKED_ITEMS = 64  # items to rank per query; R-precision and mAP@R need at least 48, the most correct items of a query
 QUERIES_PER_CHUNK = 512  # the float32 scores of 512 images and all captions take up 50 MB
 
 
@@ -96,7 +96,7 @@ def compute_eccv_metrics(data: JudgedRetrieval, images: Tensor, captions: Tensor
 
 @onednn_matmul()
 def _rank_top_items(queries: Tensor, items: Tensor) -> Tensor:
-    """Return the indices of the top `RANKED_ITEMS` items for each query, best first, int64 of shape (Q, K)."""
+    """Return the indices of the K = `RANKED_ITEMS` best items for each query, best first, int64 of shape (Q, K)."""
     count = min(RANKED_ITEMS, len(items))
     return torch.cat([(chunk @ items.T).topk(count).indices for chunk in queries.split(QUERIES_PER_CHUNK)])
 

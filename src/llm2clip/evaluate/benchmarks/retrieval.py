@@ -38,7 +38,7 @@ IMAGE_FOLDERS = {
     "flickr8k": ("Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images"),  # sic: the archive spells it "Flicker8k"
 }
 SHAREGPT4V_FILE = "share-captioner_coco_lcs_sam_1246k_1107.json"
-READ_SIZE = 1 << 25  # characters; ShareGPT4V's first 1,000 records take up about 2 million
+READ_SIZE = 1 << 25  # characters to read; ShareGPT4V's first 1,000 records have about 2 million characters
 XTD10_FILES = {
     **{f"XTD10/test_1kcaptions_{name}.txt": name for name in ("es", "it", "ko", "pl", "ru", "tr", "zh")},
     **{f"MIC/test_1kcaptions_{name}.txt": name for name in ("en", "de", "fr")},
@@ -94,7 +94,7 @@ def strip_tags(text: str) -> str:
 def read_listed_images(names_file: Path, captions_file: Path, image_dirs: Sequence[Path]) -> list[Record]:
     """Read the images listed in `names_file`, and their captions from `captions_file`.
 
-    The folders in `image_dirs` are searched in order.
+    Each image is searched for in the folders `image_dirs`, in this order.
     """
     captions = read_caption_lines(captions_file)
     pairs = []
@@ -193,10 +193,7 @@ def _read_urban1k(folder: Path) -> CaptionFields:
 
 
 def _read_docci(folder: Path) -> CaptionFields:
-    """Read `docci_descriptions.jsonlines` and `images/` (arXiv 2404.19753).
-
-    Only rows whose split is exactly "test" are used. The file also has a "qual_test" split.
-    """
+    """Read the split "test" (not "qual_test") from `docci_descriptions.jsonlines` and `images/` (arXiv 2404.19753)."""
     file = find_first(folder, "docci_descriptions.jsonlines")
     rows = [row for _, row in read_jsonl(file) if row["split"] == "test"]
     image_dir = find_first(folder, "images", "test_images")
@@ -290,10 +287,7 @@ def _read_flickr8k_cn(folder: Path) -> CaptionFields:
 
 
 def _find_image_dir(folder: Path, dataset: str) -> Path:
-    """Return the image folder of `dataset` (flickr30k or flickr8k).
-
-    The images are either in the benchmark's own folder or in a folder named after `dataset` next to it.
-    """
+    """Return the image folder, which is either in `folder` or in a folder named after `dataset` next to `folder`."""
     names = IMAGE_FOLDERS[dataset]
     return find_first(folder, *names, *(f"../{dataset}/{name}" for name in names))
 
@@ -315,10 +309,7 @@ def _read_xm3600(folder: Path) -> CaptionFields:
 
 
 def _read_xtd10(folder: Path) -> CaptionFields:
-    """Read 1,000 COCO images with one caption in each of 11 languages (arXiv 2012.05107).
-
-    Line i of each caption file is the caption of image i.
-    """
+    """Read 1,000 COCO images with one caption in each of 11 languages (arXiv 2012.05107)."""
     names = read_lines(find_first(folder, "XTD10/test_image_names.txt", "test_image_names.txt"))
     refs = []
     for name in names:

@@ -1,9 +1,9 @@
 """Zero-shot semantic segmentation with SCLIP's protocol, on SCLIP's data sets or on the user's images.
 
 SCLIP (arXiv 2312.01597, github.com/wangf3014/SCLIP) resizes the shorter side of each image to 336 pixels (COCO-Stuff:
-448, Cityscapes: 560) and slides a window of 224 pixels over it. Here, the window has the tower's training resolution,
-and the image sizes are scaled accordingly. In data sets with a background class, a softmax over all names yields
-probabilities, and pixels with no probable class are assigned to the background.
+448, Cityscapes: 560) and slides a window of 224 pixels over it. Here, the window has the vision tower's training
+resolution, and the image sizes are scaled accordingly. In data sets with a background class, a softmax over all names
+yields probabilities, and pixels without a probable class are assigned to the background.
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,7 +48,7 @@ _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28,
 # Pixel values (category ids minus one) that do not occur in COCO-Stuff's PNGs because COCO removed these object classes
 # (github.com/nightrome/cocostuff, labels.txt).
 _COCO_REMOVED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
-# Ids of the 59 classes among PASCAL-Context's 459 labels, in alphabetical order of the names (mmsegmentation,
+# Ids of the 59 classes among PASCAL-Context's 459 labels, sorted by class name (mmsegmentation,
 # tools/dataset_converters/pascal_context.py).
 _CONTEXT_IDS = (
     *(2, 9, 18, 19, 22, 23, 25, 31, 33, 34, 44, 45, 46, 59, 65, 68, 72, 80, 85, 98, 104, 105, 113, 115, 144, 158, 159),
@@ -97,7 +97,7 @@ def make_segmentation_benchmark(name: str, templates: Sequence[str] = ()) -> Ben
 def _read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationData:
     classes_file = find_first(folder, CLASSES_FILE)
     try:
-        # Keep empty lines between classes: they are reported as errors below instead of shifting the classes.
+        # Keep empty lines between classes: they are reported as errors below instead of shifting the class indices.
         lines = classes_file.read_text(encoding="utf-8").rstrip().split("\n")
     except UnicodeDecodeError as error:
         raise DataFormatError(f"{classes_file}: not UTF-8 text ({error})") from error
@@ -179,10 +179,8 @@ def _build_from_files(
 ) -> SegmentationData:
     """Return a data set with one label file per image.
 
-    Args:
-        table: Class index of each pixel value. See `_make_label_table`.
-        source: File or folder that lists the images, for error messages.
-        protocol: Other fields of `SegmentationData`.
+    `table` maps pixel values to class indices (see `_make_label_table`), `source` is the file or folder to name in
+    error messages, and `protocol` contains other fields of `SegmentationData`.
     """
     if not images:
         raise MissingFileError(f"{source} contains no images")
@@ -200,7 +198,7 @@ def _build_from_files(
 
 
 def _find_devkit(folder: Path, year: str) -> Path:
-    """Return the folder VOC2012 or VOC2010, which can be `folder` itself."""
+    """Return the folder of the VOC release `year` ("VOC2012" or "VOC2010"), which can be `folder` itself."""
     for root in (folder / "VOCdevkit" / year, folder / year, folder):
         if (root / "JPEGImages").is_dir():
             return root
@@ -225,7 +223,7 @@ def _read_voc(folder: Path, with_background: bool) -> SegmentationData:
 
 
 def _read_context(folder: Path, with_background: bool) -> SegmentationData:
-    """Read mmsegmentation's PNGs (SegmentationClassContext/) or, if there are none, the original MATLAB files."""
+    """Read mmsegmentation's PNGs (SegmentationClassContext/). If there are none, read the original MATLAB files."""
     root = _find_devkit(folder, "VOC2010")
     background = {0: 0} if with_background else {}
     offset = 0 if with_background else 1
@@ -262,13 +260,13 @@ def _read_coco_object(folder: Path) -> SegmentationData:
 def _build_from_instances(instances: Instances, names: list[list[str]], templates: Sequence[str]) -> SegmentationData:
     """Return a data set whose labels are the object masks. Pixels outside all masks are background.
 
-    Where objects overlap, the smallest one is on top.
+    Pixels that belong to several objects get the label of the smallest object.
 
     Args:
         names: Names of each category, in order of category id.
 
     Raises:
-        DataFormatError: If an object has no area, or there are too many categories.
+        DataFormatError: If an object has no "area" field, or there are too many categories.
     """
     file = instances.file
     if len(names) >= IGNORED:
@@ -278,7 +276,7 @@ def _build_from_instances(instances: Instances, names: list[list[str]], template
     objects: dict[ImageId, list[dict[str, Any]]] = {image_id: [] for image_id in instances.images}
     for row in instances.annotations:
         if "area" not in row:
-            raise DataFormatError(f"{file}: annotation {row.get('id')} has no area")
+            raise DataFormatError(f"{file}: annotation {row.get('id')} has no 'area' field")
         objects[row["image_id"]].append(row)
     objects_of_image = [sorted(rows, key=lambda row: -row["area"]) for rows in objects.values()]
 
