@@ -212,7 +212,7 @@ def _evaluate_segmentation(
         bootstrap[method] = compute_segmentation_metrics(counts, result.images)
         row = _make_method_row(method, bootstrap[method])
         row["IoU"] = dict(zip(class_names, compute_class_iou(counts), strict=True))
-        if data.min_probability > 0:  # otherwise, the logit scale does not affect the predictions
+        if data.min_probability > 0:  # without a threshold, the logit scale does not affect predictions
             row["logit scale"] = result.logit_scales[method]
         rows.append(row)
     all_names = [name for names in data.names for name in names]

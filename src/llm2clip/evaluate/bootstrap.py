@@ -24,7 +24,7 @@ def bootstrap_intervals(sums: Tensor, counts: Tensor, bounds: tuple[float, float
         bounds: Smallest and largest possible values of an element. See `compute_percentile_interval`.
 
     Returns:
-        Lower and upper bounds, float64 of shape (2, K).
+        Lower and upper ends of the intervals, float64 of shape (2, K).
     """
     # Each group is weighted by the number of times it was drawn, which takes one matmul per resample. For 1,000 to
     # 25,000 groups, scipy.stats.bootstrap is 1.5 to 5 times slower because it copies the resampled rows. By default, it

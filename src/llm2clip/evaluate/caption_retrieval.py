@@ -113,7 +113,7 @@ def caption_retrieval_accuracy(
 
     first_ranks, second_ranks = two_way_ranks(first, second, range(len(first)))
     first_recall, second_recall = recall(first_ranks), recall(second_ranks)
-    hits = ((first_ranks < 1).double() + (second_ranks < 1)) / 2  # per image
+    hits = ((first_ranks < 1).double() + (second_ranks < 1)) / 2  # accuracy of each image
     low, high = (100 * bootstrap_intervals(hits[:, None], torch.ones(len(hits)))).flatten().tolist()
     positive_cosine, negative_cosine = compute_mean_cosines(first, second)
     metrics: dict[str, Any] = {

@@ -120,7 +120,7 @@ def two_way_ranks(
         for i in range(tiles.num_rows):
             scores, image_range = tiles.get_images(i) @ text_tile.T, tiles.image_range(i)
             scores[tiles.find_positives(i, j)] = -torch.inf
-            scores[len(images) - image_range.start :] = -torch.inf  # padding
+            scores[len(images) - image_range.start :] = -torch.inf  # ignore the padding
             scores[:, len(texts) - text_range.start :] = -torch.inf
             image_counts[image_range] += _is_at_least(scores, best_image[image_range, None]).sum(1)
             text_counts[text_range] += _is_at_least(scores, best_text[text_range]).sum(0)
@@ -204,7 +204,7 @@ def _pad_tile(vectors: Tensor, size: int) -> Tensor:
 
 
 def _is_at_least(scores: Tensor, threshold: Tensor) -> Tensor:
-    """Return 1.0 where scores >= threshold, and 0.0 elsewhere. Summing floats is ten times as fast as summing bools."""
+    """Return floats (1.0 if score >= threshold, else 0.0), because summing floats is ten times as fast as booleans."""
     return torch.ge(scores, threshold, out=torch.empty_like(scores))
 
 

@@ -377,11 +377,11 @@ def _compute_discounts(count: int) -> Tensor:
 def compute_mean_intervals(scores: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
     """Return 95% bootstrap confidence intervals for the mean scores, in percent, float64 of shape (2, 3).
 
-    Queries are resampled, but images are not. Models evaluated on the same queries have paired resamples. To compute an
-    interval for their difference, pass the differences between their scores.
+    Queries are resampled, but images are not. Models evaluated on the same queries have paired resamples. For an
+    interval of the difference between two models, pass the differences between their scores.
 
     Args:
         scores: Scores of each query, or differences between the scores of two models, of shape (Q, 3).
-        bounds: Smallest and largest possible value in `scores`.
+        bounds: Smallest and largest possible values in `scores`.
     """
     return 100 * bootstrap_intervals(scores, torch.ones(len(scores)), bounds=bounds)

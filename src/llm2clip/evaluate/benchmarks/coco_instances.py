@@ -231,7 +231,7 @@ def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
     if not all(type(run) is int and run >= 0 for run in runs):
         raise ValueError("run lengths must be non-negative integers")
     if sum(runs) != height * width:
-        raise ValueError(f"the run lengths cover {sum(runs)} of {height * width} pixels")
+        raise ValueError(f"the run lengths cover {sum(runs)} pixels, but the image has {height * width}")
     values = np.arange(len(runs)) % 2 == 1  # runs of zeros and ones alternate, and zeros come first
     return np.repeat(values, runs).reshape(width, height).T  # COCO uses column-major order
 
@@ -354,7 +354,7 @@ def read_detection(
 
     Raises:
         MissingFileError: If image files are missing.
-        DataFormatError: If an annotation has an invalid box, or there are no objects apart from crowds.
+        DataFormatError: If an annotation has an invalid box, or there are no objects other than crowds.
     """
     used_categories = set(category_ids)
     annotations = []
@@ -388,7 +388,7 @@ def _read_ov_coco(folder: Path) -> DetectionData:
     missing = [name for name in names if name not in category_ids]
     if missing:
         raise DataFormatError(
-            f"{instances.file}: {len(missing)} of {len(names)} categories are missing, e.g. {missing[0]!r}"
+            f"{instances.file}: {len(missing)} of the {len(names)} OV-COCO categories are missing, e.g. {missing[0]!r}"
         )
     return read_detection(instances, [category_ids[name] for name in names], groups, get_imagenet_templates())
 

@@ -19,7 +19,7 @@ from llm2clip.evaluate.recall import KS
 from llm2clip.io_utils import DataFormatError, MissingFileError, find_first, read_json
 
 ANNOTATIONS = "captions_val2014.json"
-RANKED_ITEMS = 64  # items to rank per query; R-precision and mAP@R need at least 48, the most correct items of a query
+RANKED_ITEMS = 64  # ranked items per query; R-precision and mAP@R need at least 48, the maximum number of correct items
 QUERIES_PER_CHUNK = 512  # the float32 scores of 512 images and all captions take up 50 MB
 
 

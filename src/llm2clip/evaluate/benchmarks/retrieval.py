@@ -165,7 +165,7 @@ def read_first_objects(file: Path, count: int) -> list[dict[str, Any]]:
 
 
 def _read_sharegpt4v(folder: Path) -> CaptionFields:
-    """Read the first 1,000 records. Their images are SA-1B images in `sam/images/`.
+    """Read the first 1,000 records. Their images are from SA-1B and must be in `sam/images/`.
 
     As in Long-CLIP (arXiv 2403.15378), the caption is `conversations[1].value` with newlines replaced by spaces.
     """

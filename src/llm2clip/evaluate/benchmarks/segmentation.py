@@ -72,7 +72,7 @@ def make_segmentation_benchmark(name: str, templates: Sequence[str] = ()) -> Ben
     Args:
         name: Path of a folder, or of a JSON file in COCO's format with a "segmentation" for each object. A folder must
             contain images/, masks/ (one PNG per image, with the same name) and classes.txt. Line n of classes.txt lists
-            the names of the class with pixel value n - 1, separated by ", ". Pixels with the value 255 are ignored. If
+            the comma-separated names of the class with pixel value n - 1. Pixels with the value 255 are ignored. If
             the first class is "background", the protocol for data sets with a background is used.
     """
     if not name.endswith(".json"):
@@ -258,7 +258,7 @@ def _read_coco_object(folder: Path) -> SegmentationData:
 
 
 def _build_from_instances(instances: Instances, names: list[list[str]], templates: Sequence[str]) -> SegmentationData:
-    """Return a data set whose labels are the object masks. Pixels outside all masks are background.
+    """Return a data set whose labels come from the object masks. Pixels outside all masks are background.
 
     Pixels that belong to several objects get the label of the smallest object.
 
