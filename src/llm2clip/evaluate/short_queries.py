@@ -138,8 +138,8 @@ def score_short_queries(
 
     Args:
         ranks: Images, captions and image embeddings of one caption field.
-        templates: Prompt templates. If there are any, short queries are also evaluated with them, by averaging the
-            embeddings of the query and of the filled templates (see `build_query_prompts`).
+        templates: Prompt templates. If there are any, short queries are also evaluated with templates: the embeddings
+            of the query and of the filled templates are averaged (see `build_query_prompts`).
 
     Raises:
         ValueError: If the source has no embedding for a query, or no queries can be built from the captions.
