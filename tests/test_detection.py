@@ -29,7 +29,7 @@ from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import load_image
 from llm2clip.evaluate.benchmarks import BENCHMARKS, get_benchmarks
 from llm2clip.evaluate.benchmarks.base import DetectionData
-from llm2clip.evaluate.benchmarks.coco_instances import load_class_split
+from llm2clip.evaluate.benchmarks.coco_instances import load_ov_coco_classes
 from llm2clip.evaluate.dense.detection import (
     ClassMatches,
     DetectionResults,
@@ -390,7 +390,7 @@ def test_transformers_detector_returns_its_boxes(tmp_path: Path) -> None:
 
 
 def test_class_split_has_48_base_and_17_novel_classes_of_coco() -> None:
-    split = load_class_split()
+    split = load_ov_coco_classes()
     coco_names = {name for name in FasterRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"] if name != "N/A"}
     names = list(itertools.chain(*split.values()))
     assert {group: len(classes) for group, classes in split.items()} == {"novel": 17, "base": 48}
@@ -399,7 +399,7 @@ def test_class_split_has_48_base_and_17_novel_classes_of_coco() -> None:
 
 def ov_coco_file(folder: Path, image_id: int | str = 10, **changes: Any) -> Path:
     """Write a folder of OV-COCO with one image, which shows a cat, and change the annotation."""
-    names = list(itertools.chain(*load_class_split().values()))
+    names = list(itertools.chain(*load_ov_coco_classes().values()))
     row = {"image_id": image_id, "category_id": 2 * names.index("cat") + 1, "bbox": [4, 4, 20, 20], **changes}
     content = coco_json([("0.png", (64, 48))], [row], names)
     content["images"][0]["id"] = image_id
@@ -618,7 +618,7 @@ def test_ranks_share_the_images_and_return_the_results_of_one_process(tmp_path: 
 def test_evaluate_command_reports_detection(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = [*(name for group in load_class_split().values() for name in group), "stop sign"]
+    names = [*(name for group in load_ov_coco_classes().values() for name in group), "stop sign"]
     colours = {"cat": "red", "dog": "green", "person": "blue"}
     boxes = {"cat": [4, 4, 24, 16], "person": [36, 20, 20, 24], "dog": [2, 25, 20, 20], "stop sign": [40, 0, 20, 15]}
     rows = []

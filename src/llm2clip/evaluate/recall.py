@@ -300,7 +300,7 @@ def compute_recall_differences(
 def _bootstrap_by_image(
     values: Sequence[Tensor], groups: Tensor, ks: Sequence[int], bounds: tuple[float, float]
 ) -> dict[str, tuple[float, float]]:
-    """Return a 95% bootstrap interval for each mean, in percent. `values` has one tensor per k, of shape (Q,)."""
+    """Return 95% bootstrap intervals, in percent, for the means of the tensors in `values`, one per k of shape (Q,)."""
     stacked = torch.stack(list(values), 1)  # (Q, K)
     sums = stacked.new_zeros(int(groups.max()) + 1, len(ks)).index_add_(0, groups, stacked)
     low, high = (100 * bootstrap_intervals(sums, torch.bincount(groups), bounds)).tolist()

@@ -24,7 +24,7 @@ from llm2clip.models.hub.fingerprint import fingerprint
 
 
 class MTEBModel(AbsEncoder):
-    """Encoder for texts, images or pairs. A pair's embedding is the normalised sum of its image and text vectors."""
+    """Encoder for texts, images and pairs. A pair's embedding is the normalised sum of its image and text vectors."""
 
     def __init__(self, name: str, device: torch.device | str | None = None) -> None:
         """

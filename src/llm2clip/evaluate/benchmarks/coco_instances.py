@@ -137,7 +137,7 @@ def _parse_category_names(file: Path, categories: Sequence[Mapping[str, Any]]) -
     return names
 
 
-def find_instances(folder: Path) -> Path:
+def find_instances_file(folder: Path) -> Path:
     """Return the path of instances_val2017.json, or raise MissingFileError."""
     return find_first(folder, "annotations/instances_val2017.json", "instances_val2017.json")
 
@@ -318,7 +318,7 @@ def read_boxes(file: Path, templates: Sequence[str] = ()) -> RegionData:
 # ---- detection -------------------------------------------------------------------------------------------------------
 
 
-def load_class_split() -> dict[str, list[str]]:
+def load_ov_coco_classes() -> dict[str, list[str]]:
     """Return OV-COCO's class names, keyed by group: "novel" and "base"."""
     content = read_json(Path(str(files("llm2clip.evaluate.benchmarks") / "class_names" / "ov_coco.json")))
     return {group: content[group] for group in ("novel", "base")}
@@ -381,8 +381,8 @@ def read_detection(
 
 def _read_ov_coco(folder: Path) -> DetectionData:
     require_pycocotools()
-    instances = read_instances(find_instances(folder))
-    groups = load_class_split()
+    instances = read_instances(find_instances_file(folder))
+    groups = load_ov_coco_classes()
     names = [name for group in groups.values() for name in group]
     category_ids = {name: category_id for category_id, name in instances.names.items()}
     missing = [name for name in names if name not in category_ids]
@@ -399,7 +399,7 @@ BENCHMARKS = (
         kind="regions",
         description="36,335 boxes of 80 classes in COCO val2017",
         folders=INSTANCES_FOLDERS,
-        read=lambda folder: read_boxes(find_instances(folder)),
+        read=lambda folder: read_boxes(find_instances_file(folder)),
         source="annotations/instances_val2017.json and val2017/ (cocodataset.org)",
     ),
     Benchmark(

@@ -29,7 +29,7 @@ from llm2clip.evaluate.benchmarks.coco_instances import (
     INSTANCES_FOLDERS,
     Instances,
     decode_mask,
-    find_instances,
+    find_instances_file,
     make_coco_file_benchmark,
     make_image_refs,
     read_instances,
@@ -250,7 +250,7 @@ def _read_context(folder: Path, with_background: bool) -> SegmentationData:
 
 def _read_coco_object(folder: Path) -> SegmentationData:
     require_pycocotools()
-    instances = read_instances(find_instances(folder), with_masks=True)
+    instances = read_instances(find_instances_file(folder), with_masks=True)
     names = read_class_names("coco_object")
     if len(instances.names) != len(names):
         raise DataFormatError(f"{instances.file} has {len(instances.names)} categories, but COCO has {len(names)}")
