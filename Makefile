@@ -9,7 +9,7 @@ quickstart: $(VENV)/quickstart
 	$(BIN)/llm2clip quickstart --out runs/quickstart
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -71,7 +71,7 @@ def test_eccv_metrics_from_top_k_match_full_rankings(tmp_path: Path) -> None:
         for n, image in enumerate(data.image_ids)
         if image in metrics.eccv_gts["i2t"]
     }
-    theirs = metrics.compute_eccv_metrics({"i2t": rankings}, "i2t")
+    theirs = metrics.eccv_metrics({"i2t": rankings}, "i2t")
     for key, name in (("eccv_map_at_r", "mAP@R"), ("eccv_rprecision", "R-precision")):
         assert ours[f"I2T ECCV {name}"] == pytest.approx(100 * theirs[key]["i2t"], abs=1e-6)
 

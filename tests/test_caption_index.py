@@ -44,7 +44,7 @@ def test_caption_index_finds_the_same_images_as_python(block: int, monkeypatch: 
     updated = captions.with_changes(np.array(list(changed)) + 1000, caption_rows(changed))
     for index, expected in ((captions, images), (updated, {**images, **changed})):
         for needle in (*NEEDLES, "x" * 30, "x" * 31, "b" * 41):
-            rows, contents = index.find(needle)
+            rows, contents = index.find_captions(needle)
             assert set(rows.tolist()) == brute_force(expected, needle), needle
             assert (contents == rows + 1000).all()
 
