@@ -123,7 +123,7 @@ def test_pair_batches_are_of_a_single_source_drawn_by_weight() -> None:
     by_size = [batch[0].instruction for batch in iter_pair_batches(sources, [], 8, 400, seed=0)]
     assert by_size.count("find: ") == pytest.approx(400 * 20 / 62, abs=30)
     for wrong in ([1], [1, 0]):
-        with pytest.raises(ValueError, match="source_weights must be 2 weights"):
+        with pytest.raises(ValueError, match="source_weights must contain 2 weights"):
             next(iter_pair_batches(sources, wrong, 8, 1, seed=0))
 
 

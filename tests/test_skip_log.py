@@ -170,14 +170,14 @@ def test_skip_log_truncates_values_and_writes_any_file_name(tmp_path: Path) -> N
 def test_skip_log_summarizes_notes_and_copies() -> None:
     log = SkipLog()
     for file in ("a.csv", "b.csv", "a.csv"):
-        log.note("read as UTF-16", file)
+        log.add_note("read as UTF-16", file)
     log.count_copies(["x", "y"])
     log.count_copies(["y"])
     assert log.summary() == (
         "0 of 0 rows skipped; 2 duplicate images merged with the originals; a.csv and 1 more: read as UTF-16"
     )
     for number in range(10):
-        log.note(f"note {number}", "odd\udcff.csv")
+        log.add_note(f"note {number}", "odd\udcff.csv")
     assert log.summary().endswith("; odd\\udcff.csv: note 3")
     log.count_rows(1)
     log.skip("a.csv", 1, "not UTF-8", "x")

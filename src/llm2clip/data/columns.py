@@ -35,8 +35,8 @@ COLUMN_NAMES = {  # record field -> common column names, in order of preference
 # Placeholders for missing values in CSV cells, in lower case.
 MISSING_TEXTS = frozenset({"nan", "-nan", "none", "null", "n/a", "#n/a", "#na", "<na>"})
 
-MAX_CAPTION_CHARACTERS = 1 << 20  # total for all captions in a cell; encoders use only a few hundred words of each
-MAX_PYTHON_LIST = 1 << 16  # characters
+MAX_CAPTION_CHARACTERS = 1 << 20  # limit per cell, for all captions together; encoders use a few hundred words of each
+MAX_LITERAL_CHARACTERS = 1 << 16  # maximum length of a Python list literal
 # Python's parser takes quadratic time for some expressions, such as f-strings, so it is given only list literals that
 # match this pattern.
 _PYTHON_LIST = re.compile(
@@ -108,7 +108,7 @@ class ColumnMapper:
     def map_row(self, fields: Mapping[str, Any]) -> dict[str, str]:
         """Return a dict {field: column} for a row with its own set of keys, such as a JSON object.
 
-        If several keys match a field, keys with missing values are ignored.
+        If several keys match a field, keys without a value are ignored.
         """
         names = tuple(fields)
         filled = tuple(
@@ -210,7 +210,9 @@ def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: 
         raise UnusableRow("malformed row", f"captions must be text or a list of texts (got {value!r})")
     num_characters = sum(len(text) for text in value if isinstance(text, str))
     if num_characters > MAX_CAPTION_CHARACTERS:
-        raise UnusableRow("malformed row", f"{num_characters:,} characters; the limit is {MAX_CAPTION_CHARACTERS:,}")
+        raise UnusableRow(
+            "malformed row", f"{num_characters:,} characters in a cell; the limit is {MAX_CAPTION_CHARACTERS:,}"
+        )
     captions = []
     for text in value:
         if not isinstance(text, str) and text is not None:
@@ -278,7 +280,7 @@ def _parse_list(text: str) -> list[Any]:
     """Parse a JSON or Python list of strings. Any other text is returned as a list with one item."""
     if text.lstrip().startswith("["):
         parsers: list[Callable[[str], Any]] = [json.loads]
-        if len(text) <= MAX_PYTHON_LIST and _PYTHON_LIST.fullmatch(text):
+        if len(text) <= MAX_LITERAL_CHARACTERS and _PYTHON_LIST.fullmatch(text):
             parsers.append(ast.literal_eval)
         for parse in parsers:
             try:

@@ -39,12 +39,12 @@ def find_copies(images: Iterable[ImageRef | None]) -> dict[str, str]:
     """Map the key (`ImageRef.key`) of each duplicate image to the key of the first image with the same bytes.
 
     Only image files and tar members are compared, because the keys of images in tables are already hashes of their
-    bytes. Symbolic links to an image count as copies, and missing image files are ignored. The duplicates are returned
-    in the same order as in `images`.
+    bytes. Symbolic links to an image count as copies, and missing image files are ignored. The keys of the returned
+    dict are in the same order as in `images`.
     """
     refs = {image.key: image for image in images if isinstance(image, FileImage | TarImage)}
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        keys: dict[Location, list[str]] = {}  # links to a file have the same location
+        keys: dict[Location, list[str]] = {}  # symbolic links to a file have its location
         for key, location in zip(refs, _map_in_chunks(pool, _locate, list(refs.values())), strict=True):
             if location is not None:
                 keys.setdefault(location, []).append(key)
@@ -92,7 +92,7 @@ def save_training_image_hashes(folder: Path, training_images: np.ndarray) -> Non
 def load_training_image_hashes(model: str | Path) -> np.ndarray | None:
     """Load a model's sorted training image hashes as a memory-mapped uint64 array of shape (N,).
 
-    `model` is a model folder, or the Hub id of a model that has been downloaded. Return None if it has no hashes.
+    `model` is a model folder, or the Hub id of a downloaded model. Return None if the model has no hashes.
 
     Raises:
         ValueError: The hash file is corrupt.
@@ -123,14 +123,14 @@ def _hash_image(image: ImageRef) -> bytes:
 
 
 def _map_in_chunks(pool: ThreadPoolExecutor, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
-    """Apply a function to all items in a thread pool, one chunk per task. Yield the results in order."""
+    """Apply a function to all items in a thread pool. Each task processes a chunk of items. Yield the results in order."""
     chunks = [items[start : start + ITEMS_PER_TASK] for start in range(0, len(items), ITEMS_PER_TASK)]
     for results in pool.map(lambda chunk: [function(item) for item in chunk], chunks):
         yield from results
 
 
 def _group_by_value(items: Sequence[Location], value: Callable[[Location], Hashable]) -> list[list[Location]]:
-    """Group items with equal values, in order of first appearance. Omit groups with a single item."""
+    """Group items by the result of `value`, in order of first appearance. Omit groups with a single item."""
     groups: dict[Hashable, list[Location]] = {}
     for item in items:
         groups.setdefault(value(item), []).append(item)
@@ -138,7 +138,7 @@ def _group_by_value(items: Sequence[Location], value: Callable[[Location], Hasha
 
 
 def _locate(image: FileImage | TarImage) -> Location | None:
-    """Return an image's location with links resolved, or None if the image is empty or missing."""
+    """Return an image's location with symbolic links resolved, or None if the image is empty or missing."""
     path = resolve_folder(image.path)
     try:
         if os.path.islink(path):

@@ -17,7 +17,7 @@ from llm2clip.io_utils import install_command
 
 # Images with more pixels are rejected based on their header, before decoding. 100 million RGB pixels take 300 MB.
 MAX_PIXELS = 100_000_000
-MAX_FILE_BYTES = 1 << 30  # larger than 100 million uncompressed RGBA pixels with 16 bits per channel
+MAX_FILE_BYTES = 1 << 30  # enough for 100 million uncompressed 16-bit RGBA pixels (800 MB)
 
 # Pillow decodes all of these formats in-process. EPS is excluded because Pillow runs Ghostscript on EPS files. ICO is
 # excluded because Pillow decodes the images in an ICO file before their size can be checked. HEIC requires the optional
@@ -26,8 +26,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 
 # Ordinary progressive JPEGs have at most about 20 scans. A 100-byte scan can cover the entire image.
 MAX_SCANS = 100
-MAX_SCANNED_PIXELS = 2_000_000_000  # number of scans times number of pixels
-MAX_HEADER_READS = 2048  # Pillow reads headers in pieces (such as PNG chunks) and runs Python code for each
+MAX_SCANNED_PIXELS = 2_000_000_000  # maximum number of scans times the number of pixels in a JPEG
+MAX_HEADER_READS = 2048  # Pillow reads headers in pieces (such as PNG chunks) and runs Python code for each piece
 MAX_PNG_PROFILES = 16  # Pillow decompresses every colour profile in a PNG, although only one is allowed
 MAX_PYTHON_PIXELS = 2_000_000  # limit for PPM images with unusual maximum values, which Pillow decodes in Python
 
@@ -129,7 +129,7 @@ def _register_heic() -> None:
 
 
 def is_heic(start: bytes) -> bool:
-    """Return True if a file that starts with `start` is a HEIC image, not an AVIF image in the same container."""
+    """Return True if a file that starts with `start` is HEIC. AVIF files use the same container but are not HEIC."""
     if start[4:8] != b"ftyp":
         return False
     box = start[: min(1024, int.from_bytes(start[:4], "big"))]
@@ -153,11 +153,11 @@ def check_decoding_work(data: bytes, header: Image.Image) -> None:
     elif header.format == "PNG" and data.count(b"iCCP") > MAX_PNG_PROFILES:
         raise DecodingLimitError(f"a PNG must have at most {MAX_PNG_PROFILES} colour profiles")
     for codec, *_ in cast(Any, header).tile:
-        if codec in ("bmp_rle", "ppm_plain"):  # decoded in Python
+        if codec in ("bmp_rle", "ppm_plain"):  # Pillow decodes these in Python
             raise DecodingLimitError("run-length encoded BMP images and plain-text PPM images are not supported")
         if codec == "ppm" and width * height > MAX_PYTHON_PIXELS:
             raise DecodingLimitError(
-                f"a PPM image with this maximum value must have at most {MAX_PYTHON_PIXELS:,} pixels"
+                f"a PPM image with an unusual maximum value must have at most {MAX_PYTHON_PIXELS:,} pixels"
             )
 
 
@@ -197,7 +197,7 @@ class _BoundedReader:
 def _check_jpeg(data: bytes, num_pixels: int) -> None:
     max_scans = min(MAX_SCANS, MAX_SCANNED_PIXELS // max(1, num_pixels))
     num_scans = 0
-    num_components = None  # number of components of a sequential frame
+    num_components = None  # number of components in the sequential frame, if the image has one
     for marker, position in _iter_jpeg_markers(data):
         if marker in _ARITHMETIC_FRAMES:
             raise DecodingLimitError("JPEG images with arithmetic coding are not supported")
@@ -213,7 +213,7 @@ def _check_jpeg(data: bytes, num_pixels: int) -> None:
 
 
 def _iter_jpeg_markers(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield (marker, offset of the byte after it) for each marker in a JPEG.
+    """Yield (marker, offset of the first byte after the marker) for each marker in a JPEG.
 
     Markers inside segments, such as those of EXIF thumbnails, are skipped.
     """

@@ -22,7 +22,7 @@ from llm2clip.io_utils import describe_error
 
 T = TypeVar("T")
 MIN_IMAGES_FOR_WORKERS = 2048  # decoding fewer images takes less time than starting the workers
-_ALIGNMENT = 64  # bytes; a valid alignment for tensors of any dtype
+_ALIGNMENT = 64  # alignment in bytes of tensors in a packed batch; valid for any dtype
 
 
 def decode_or_error(ref: ImageRef, transform: Callable[[Tensor], T]) -> T | str:
@@ -124,7 +124,7 @@ class SerialisedRefs:
 
     Attributes:
         buffer: Concatenated pickles of all references, as uint8.
-        ends: End offset of each pickle, of shape (N,), int64.
+        ends: End offset of each pickle in `buffer`, as int64 of shape (N,).
     """
 
     buffer: Tensor

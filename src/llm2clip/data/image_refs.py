@@ -24,9 +24,9 @@ from llm2clip.io_utils import describe_error, open_regular_file
 # Limit on the decoded image bytes in a Parquet row group. Because of compression and shared values, a file of a few
 # hundred bytes can expand to many gigabytes.
 MAX_ROW_GROUP_BYTES = 2 << 30
-MAX_BATCH_BYTES = 256 << 20  # approximate limit on the bytes decoded at a time
-MAX_WINDOW_BYTES = 128 << 20  # approximate size of the run of cells decoded to read one cell
-MAX_CACHE_BYTES = 256 << 20  # limit on the decoded cells cached by each process
+MAX_BATCH_BYTES = 256 << 20  # approximate limit on the size of the rows decoded in one batch
+MAX_WINDOW_BYTES = 128 << 20  # approximate limit on the size of the adjacent cells that are kept when a cell is read
+MAX_CACHE_BYTES = 256 << 20  # limit on the total size of the decoded cells that each process caches
 MAX_CELL_BYTES = 256 << 20  # size limit for an image in a table cell
 
 
@@ -40,7 +40,7 @@ class ImageRef(ABC):
 
     @property
     def key(self) -> str:
-        """String shared by all references to the same image, even if its path is written differently."""
+        """String that is the same for all references to an image, even if they write its path differently."""
         return self.canonical_path
 
     @property
@@ -63,7 +63,7 @@ class ImageRef(ABC):
         return getattr(self, "path", None) or getattr(self, "folder", None)
 
     def open(self) -> BinaryIO:
-        """Open the encoded bytes as a stream. This allows reading only the header.
+        """Open the encoded bytes as a stream, for example to read only the header.
 
         Raises:
             OSError: The image cannot be read.
@@ -192,8 +192,8 @@ class ParquetImage(_TableCell):
 
     Reading a cell decodes its row group up to that cell, plus as many of the following cells as fit in
     `MAX_WINDOW_BYTES`. Each process caches up to `MAX_CACHE_BYTES` of decoded cells. Reading in file order is therefore
-    fast, but most reads in random order decode a row group. Files should have small row groups; Hugging Face uses 100
-    rows.
+    fast. In random order, most reads must first decode a row group. Files should have small row groups; Hugging Face
+    uses 100 rows.
     """
 
     path: str
@@ -316,7 +316,7 @@ def get_file_version(path: str) -> tuple[tuple[int, int], ...]:
 
 @dataclass(frozen=True)
 class _Window:
-    """Run of decoded cells in a row group. `start` is the index of the first cell within the row group."""
+    """Consecutive decoded cells in a row group. `start` is the index of its first cell in the row group."""
 
     start: int
     cells: pa.ChunkedArray
@@ -327,7 +327,7 @@ _windows: OrderedDict[tuple[object, ...], _Window] = OrderedDict()  # decoded ce
 
 
 def _read_parquet_cell(path: str, row: int, column: str) -> pa.Scalar:
-    """Return a cell, if possible from a cached window of decoded cells. The total size of the windows is limited.
+    """Return a cell, if possible from a cached window of decoded cells. The total size of all windows is limited.
 
     No lock is used, because a process forked while another thread holds the lock would wait forever. If two threads
     need the same window, both decode it.
@@ -348,7 +348,7 @@ def _read_parquet_cell(path: str, row: int, column: str) -> pa.Scalar:
 
 @functools.lru_cache(maxsize=1024)
 def _read_row_group_layout(path: str, version: object) -> tuple[list[int], int]:
-    """Return the first row of each row group in a Parquet file, and the number of rows to decode at a time."""
+    """Return the index of each row group's first row in a Parquet file, and the number of rows to decode at a time."""
     metadata = pq.read_metadata(path)
     starts = [0]
     for group in range(metadata.num_row_groups - 1):
@@ -399,11 +399,7 @@ def choose_parquet_batch_size(metadata: pq.FileMetaData) -> int:
 
 
 def check_row_group_sizes(metadata: pq.FileMetaData) -> None:
-    """Check the size of each row group in a Parquet file with images, as stated in the file's metadata.
-
-    Raises:
-        OSError: A row group is larger than `MAX_ROW_GROUP_BYTES`.
-    """
+    """Raise OSError if a Parquet file's metadata lists a row group larger than `MAX_ROW_GROUP_BYTES`."""
     for group, num_bytes in enumerate(_read_row_group_sizes(metadata)):
         if num_bytes > MAX_ROW_GROUP_BYTES:
             raise _build_row_group_error(group)
@@ -434,7 +430,7 @@ def _open_saved_column(folder: str, version: object, split: str | None, column: 
 
 
 def _open_cell(cell: Any, ref: ImageRef) -> BinaryIO:
-    """Open the image in a table cell: bytes or a struct with bytes, as Arrow scalars or Python values.
+    """Open the image in a table cell, which contains bytes or a struct with bytes (Arrow or Python values).
 
     Paths in cells are not opened. The cell contained bytes when the reference was created, so a path means that the
     table has changed, and the path could point to any file on this machine.

@@ -26,7 +26,7 @@ from llm2clip.data.image_header import (
 from llm2clip.data.image_refs import FileImage, ImageRef
 from llm2clip.io_utils import describe_error
 
-_ORIENTATION = 0x0112  # EXIF tag
+_ORIENTATION = 0x0112  # EXIF tag of the image orientation
 # Formats to decode with torchvision. PNG is excluded for torchvision 0.29 and later, whose PNG decoder segfaults on
 # corrupt pixel data.
 _FAST_FORMATS = ("JPEG", "MPO", "WEBP", *(("PNG",) if Version(torchvision.__version__) < Version("0.29") else ()))
@@ -87,7 +87,7 @@ def decode_image(data: bytes) -> Tensor:
 
     The EXIF orientation is applied, transparent pixels are blended with white, and only the first frame of an animation
     is used. JPEG and WebP images are decoded with torchvision, which is twice as fast as Pillow. PNG images are also
-    decoded with torchvision in versions where this is safe. Pillow decodes all other formats and reads all headers.
+    decoded with torchvision if its version is below 0.29. Pillow decodes all other formats and reads all headers.
     Colour profiles are ignored, as they were when the vision towers were pretrained.
 
     Raises:
@@ -134,11 +134,7 @@ def make_thumbnail(image: Tensor, side: int) -> bytes:
 
 
 def _get_file_name(image: object) -> object:
-    """Return an image's file name for error messages, or an empty string if it has none.
-
-    Raises:
-        ImageError: The type of `image` is not supported.
-    """
+    """Return an image's file name for error messages, or "" if it is unknown. Raise ImageError for unsupported types."""
     if isinstance(image, ImageRef | str | Path):
         return image
     if isinstance(image, Image.Image):
@@ -154,13 +150,14 @@ def _convert_tensor(image: Tensor) -> Tensor:
     is_float = image.is_floating_point()
     if not (image.dtype == torch.uint8 or is_float) or image.ndim != 3 or image.shape[0] != 3 or not image.numel():
         raise ImageError(
-            f"a tensor must have shape (3, H, W) and dtype uint8 or float (got {image.dtype} {tuple(image.shape)})"
+            "an image tensor must have shape (3, H, W) and dtype uint8 or float "
+            f"(got {image.dtype} {tuple(image.shape)})"
         )
     if not is_float:
         return image
     if not bool(((image >= 0) & (image <= 1)).all()):  # also False for NaN
         raise ImageError(
-            "the values of a float tensor must be between 0 and 1, before any normalisation "
+            "the values of a float image tensor must be between 0 and 1, before any normalisation "
             f"(got {image.min():.3g} to {image.max():.3g})"
         )
     return (image.float() * 255).round().to(torch.uint8)
@@ -170,7 +167,7 @@ def _convert_array(image: np.ndarray) -> Tensor:
     is_grey = image.ndim == 2
     if image.dtype != np.uint8 or not (is_grey or (image.ndim == 3 and image.shape[2] == 3)) or not image.size:
         raise ImageError(
-            f"an array must have shape (H, W, 3) or (H, W) and dtype uint8 (got {image.dtype} {image.shape})"
+            f"an image array must have shape (H, W, 3) or (H, W) and dtype uint8 (got {image.dtype} {image.shape})"
         )
     pixels = torch.from_numpy(np.array(image, order="C"))  # a copy, because the array may be read-only
     return pixels.expand(3, -1, -1).contiguous() if is_grey else pixels.permute(2, 0, 1).contiguous()
@@ -183,7 +180,7 @@ def _check_size(image: Image.Image) -> None:
 
 
 def _decode_with_torchvision(data: bytes, header: Image.Image) -> Tensor | None:
-    """Decode an image with torchvision. Return None if Pillow must decode it or report its error instead."""
+    """Decode an image with torchvision. Return None if Pillow must decode it or report an error instead."""
     if header.format == "PNG" and "PNG" not in _FAST_FORMATS and ImageFile.LOAD_TRUNCATED_IMAGES:
         open_header(BytesIO(data)).verify()  # missing pixels must raise an error, not become grey
     if header.format not in _FAST_FORMATS or "transparency" in header.info:
@@ -253,7 +250,7 @@ def _blend_with_white(pixels: Tensor) -> Tensor:
 
 
 def _split_rows(pixels: Tensor) -> Sequence[Tensor]:
-    """Split an image into row blocks of about a million pixels, to limit the memory used by int32 intermediates."""
+    """Split an image into blocks of rows with about a million pixels each, to limit the memory for int32 copies."""
     return pixels.split(max(1, (1 << 20) // max(1, pixels.shape[-1])), dim=-2)
 
 

@@ -1,4 +1,4 @@
-"""Extraction of short phrases, such as "dog" and "red hat", from captions for use as additional captions.
+"""Extraction of short phrases, such as "dog" and "red hat", from captions. The phrases are used as extra captions.
 
 The rules below are for English. For other languages, or to use the output of a parser, provide a `phrases` column.
 Noun phrase libraries (spaCy, NLTK) are not used, because their models are not available from PyPI.
@@ -53,7 +53,7 @@ VAGUE_NOUNS = to_word_set(
 # Function words that occur in most English captions but are rare in other languages.
 ENGLISH_WORDS = to_word_set("the of with and is are on at")
 _BOUNDARIES = DETERMINERS | CONNECTIVES | FUNCTION_WORDS
-# A word, or a character that ends a run.
+# A token: a word, or a punctuation mark or number, which ends a run.
 _TOKEN = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|[^\w\s]|\d+")
 
 
@@ -102,7 +102,7 @@ def extract_phrases(captions: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
 def _select_frequent(sets: Iterable[Iterable[str]]) -> dict[str, str]:
     """Return a dict that maps each string found in at least `MIN_IMAGES` of the sets to itself.
 
-    The dict lets all images share one string object per phrase.
+    Looking up phrases in this dict lets all images share one string object per phrase.
     """
     counts = Counter(item for items in sets for item in items)
     return {item: item for item, count in counts.items() if count >= MIN_IMAGES}

@@ -40,7 +40,7 @@ PAIR_COLUMN_NAMES = {  # pair field -> common column names, in order of preferen
     "instruction": ("instruction", "instruct", "task"),
     "split": ("split",),
 }
-MAX_VECTOR_DIM = 64  # of the vectors used to group similar captions
+MAX_VECTOR_DIM = 64  # maximum dimension of the vectors used to group similar captions
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +100,10 @@ def read_tuning_sources(
         held_out: Records whose images must not be used for tuning.
         config: Tuning settings. `data` lists caption sources, and `text_pairs` lists text-pair sources. Images in the
             `exclude` sources are never used for tuning.
-        columns: Column mapping to add to each source's own mapping.
-        log: Log in which to record skipped rows.
+        columns: Column mapping that extends or overrides each source's own mapping.
         training_sources: Caption sources from which `held_out` may have been drawn. They are read before the sources in
-            `config.data`. Held-out images are recognised by their files in all sources and, in `config.data`, also by
-            the comparable part of their ids; see `to_comparable_id`.
+            `config.data`. In all sources, held-out images are recognised by their files. In `config.data`, they are
+            also recognised by the comparable part of their ids; see `to_comparable_id`.
 
     Raises:
         ValueError: The number of source weights is wrong, a source has too few pairs, or there are neither text pairs
@@ -237,7 +236,7 @@ def _choose_columns(file: str, columns: Sequence[str]) -> dict[str, str]:
     for field in ("query", "positive"):
         if field not in chosen:
             names = ", ".join(PAIR_COLUMN_NAMES[field])
-            raise DataFormatError(f"{file}: no {field} column (any of {names}); its columns are {', '.join(columns)}")
+            raise DataFormatError(f"{file}: no {field} column (any of {names}); the columns are {', '.join(columns)}")
     return chosen
 
 
@@ -298,7 +297,7 @@ def iter_pair_batches(
         raise ValueError("a source has no captions or pairs to tune on")
     weights = list(source_weights) or [float(len(items)) for items in sources]
     if len(weights) != len(sources) or min(weights) <= 0:
-        raise ValueError(f"source_weights must be {len(sources)} weights greater than 0 (got {weights})")
+        raise ValueError(f"source_weights must contain {len(sources)} weights greater than 0 (got {weights})")
     batches = [
         _draw_batches(items, batch_size, steps, seed + index, hard_negative_group_size)
         for index, items in enumerate(sources)
@@ -311,8 +310,8 @@ def iter_pair_batches(
 def resolve_pairs_per_step(sources: Sequence[Sequence[TuningItem]], batch_size: int, world_size: int) -> int:
     """Return the total number of pairs per step across all ranks. Check that all sources have enough items.
 
-    A full step has `batch_size` pairs per rank. If no source has that many items, a step has as many pairs as can
-    always be drawn from the smallest source, rounded down to a multiple of the number of ranks.
+    A full step has `batch_size` pairs per rank. If no source has enough items for a full step, a step has as many
+    pairs as can always be drawn from the smallest source, rounded down to a multiple of the number of ranks.
 
     Raises:
         ValueError: Only some of the sources have enough items for a full step, or a source is too small for 2 pairs per
@@ -333,7 +332,7 @@ def resolve_pairs_per_step(sources: Sequence[Sequence[TuningItem]], batch_size: 
 
 
 def select_pairable_items(items: Sequence[TuningItem], batch_size: int) -> list[TuningItem]:
-    """Return the items of a source from which a pair can be formed.
+    """Return the items from which a pair can be formed: text pairs, and images with two different captions.
 
     Raises:
         ValueError: There are fewer than `batch_size` such items.
@@ -387,7 +386,7 @@ def _count_unrelated_groups(items: Sequence[TuningItem]) -> int:
 
 
 def _list_pair_kinds(captions: ImageCaptions) -> list[tuple[list[str], list[str]]]:
-    """Return (first candidates, second candidates) for each kind of pair that the captions allow."""
+    """For each kind of pair that the captions allow, return (candidates for one text, candidates for the other)."""
     short = deduplicate_captions(captions.short)
     long = [caption for caption in deduplicate_captions(captions.long) if caption not in short]
     kinds = []
@@ -449,7 +448,7 @@ def _draw_batches(
 
 
 def compute_caption_vectors(captions: Sequence[Sequence[str]]) -> np.ndarray:
-    """Compute an L2-normalised vector from each item's captions. Return shape (N, D), float32, with D at most 64.
+    """Compute an L2-normalised vector from each item's captions. Return an (N, D) float32 array with D at most 64.
 
     The method is latent semantic analysis: TF-IDF followed by truncated SVD. An item's captions, which can be in any
     language, are concatenated into one document.
@@ -466,7 +465,7 @@ def compute_caption_vectors(captions: Sequence[Sequence[str]]) -> np.ndarray:
 
 
 def draw_grouped_permutation(vectors: np.ndarray, group_size: int, rng: np.random.Generator) -> np.ndarray:
-    """Return a random permutation of N items, as int64 indices, that keeps groups of similar items together.
+    """Return a random permutation of N items, as int64 indices. Groups of similar items stay together.
 
     Args:
         vectors: Vectors from `compute_caption_vectors`, of shape (N, D).

@@ -29,7 +29,7 @@ def draw_epoch_permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class RandomStreams:
-    """N random number generators. Generator n is equivalent to `np.random.default_rng([seed, *words_of_n])`.
+    """N random number generators. Generator n is equivalent to `default_rng([seed, words[0][n], words[1][n], ...])`.
 
     Args:
         seed: Non-negative integer.
@@ -47,7 +47,7 @@ class RandomStreams:
         return (self._draw_64_bits(np.arange(len(self._high))) >> np.uint64(11)) * (1.0 / 9007199254740992.0)
 
     def shuffle(self, values: np.ndarray, counts: np.ndarray) -> None:
-        """Permute the first `counts[n]` values of row n in place with generator n, like `Generator.permutation`.
+        """Use generator n to permute the first `counts[n]` values of row n in place, like `Generator.permutation`.
 
         `values` has shape (N, largest count), and `counts` has shape (N,), int64.
         """
@@ -57,7 +57,7 @@ class RandomStreams:
             values[rows, last], values[rows, other] = values[rows, other], values[rows, last]
 
     def _draw_integers(self, indices: np.ndarray, highest: int) -> np.ndarray:
-        """Draw a random integer from 0 to `highest` (inclusive) from each of the generators `indices`.
+        """Draw a random integer from 0 to `highest` (inclusive) from each generator in `indices`.
 
         Like NumPy, draw as many random bits as `highest` has, and draw again if the result is larger than `highest`.
         """
@@ -70,7 +70,7 @@ class RandomStreams:
         return integers.astype(np.int64)
 
     def _draw_32_bits(self, indices: np.ndarray) -> np.ndarray:
-        """Draw 32 random bits from each of the generators `indices`. Return them as uint64."""
+        """Draw 32 random bits from each generator in `indices`. Return them as uint64."""
         has_upper_half = self._has_upper_half[indices]
         numbers = self._upper_half[indices]
         fresh = indices[~has_upper_half]
@@ -81,7 +81,7 @@ class RandomStreams:
         return numbers
 
     def _draw_64_bits(self, indices: np.ndarray) -> np.ndarray:
-        """Draw 64 random bits from each of the generators `indices`. Return them as uint64."""
+        """Draw 64 random bits from each generator in `indices`. Return them as uint64."""
         high, low = _multiply_128(self._high[indices], self._low[indices])
         high, low = _add_128(high, low, self._inc_high[indices], self._inc_low[indices])
         self._high[indices], self._low[indices] = high, low
@@ -93,7 +93,7 @@ class RandomStreams:
 
 
 def _split_seeds_into_words(seed: int, words: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Split the seeds into 32-bit words, each of shape (N,), uint32. A large `seed` needs several words."""
+    """Split the seeds into 32-bit words. Return a uint32 array of shape (N,) per word. A large `seed` has several words."""
     if seed < 0:
         raise ValueError(f"the seed must be at least 0 (got {seed})")
     seed_words = [seed & 0xFFFFFFFF]
@@ -105,7 +105,7 @@ def _split_seeds_into_words(seed: int, words: Sequence[np.ndarray]) -> list[np.n
 
 
 def _seed_pcg64(words: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the generators' states and increments, each split into its upper and lower 64 bits, of shape (N,)."""
+    """Return the upper and lower 64 bits of the generators' states and of their increments, each of shape (N,)."""
     pool = _mix_entropy(words)
     hash_constant = _SeedSequenceHash(_INIT_B, _MULT_B)
     state = [hash_constant.hash(pool[n % _POOL_SIZE]).astype(np.uint64) for n in range(8)]

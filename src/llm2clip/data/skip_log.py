@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
-MAX_NOTES = 5  # number of notes in the summary
+MAX_NOTES = 5  # maximum number of notes in the summary
 # Most common reason for skipping rows -> how to fix the source.
 ADVICE_BY_REASON = {
     "missing image": "Relative image paths are resolved against the folder of the caption file. Move the caption file, "
@@ -36,9 +36,9 @@ class SkipLog:
 
     Attributes:
         skipped: Number of skipped rows per reason.
-        dropped: Number of rows per reason that were used without some of their values, such as empty captions.
+        dropped: Number of rows, per reason, from which some values were dropped, such as empty captions.
         examples: Descriptions of the first three skipped rows.
-        notes: Maps each unusual property, such as an encoding, to the files that have it.
+        notes: Maps each note, such as an unusual encoding, to the files that it applies to.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, max_skipped: float = 0.05) -> None:
@@ -49,9 +49,9 @@ class SkipLog:
         self.examples: list[str] = []
         self.notes: dict[str, dict[str, None]] = {}
         self._copies: set[str] = set()  # keys of images that are duplicates of other images
-        self._num_rows = 0  # rows counted with `count_rows`
-        self._source_rows: dict[str, dict[str, int]] = {}  # path -> split -> rows
-        self._recorded: set[tuple[str, int, str]] = set()  # file, row and reason of skipped rows and dropped parts
+        self._num_rows = 0  # number of rows counted with `count_rows`
+        self._source_rows: dict[str, dict[str, int]] = {}  # path -> split -> number of rows
+        self._recorded: set[tuple[str, int, str]] = set()  # (file, row, reason) of each skipped row or dropped value
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text("")
@@ -66,10 +66,7 @@ class SkipLog:
         self._num_rows += count
 
     def count_source_rows(self, path: str, split: str, count: int) -> None:
-        """Update the number of rows read from a source's split in the current pass.
-
-        `split` is an empty string if the split is unknown.
-        """
+        """Update how many rows the current pass has read from a split of a source. `split` is "" if it is unknown."""
         counts = self._source_rows.setdefault(path, {})
         counts[split] = max(count, counts.get(split, 0))
 
@@ -99,13 +96,13 @@ class SkipLog:
         """Record that the images with these keys were merged with identical images. Each key is counted once."""
         self._copies.update(keys)
 
-    def note(self, text: str, file: str) -> None:
-        """Add an unusual property of a file to the summary. Each property of a file is listed once."""
+    def add_note(self, text: str, file: str) -> None:
+        """Add a note about a file, such as an unusual encoding, to the summary. Repeated notes are ignored."""
         name = file.encode("utf-8", "backslashreplace").decode()  # the summary is printed, so it must be valid Unicode
         self.notes.setdefault(text, {})[name] = None
 
     def summary(self) -> str:
-        """Return a one-line summary of the skipped rows and dropped values, with reasons, and of the notes."""
+        """Return a one-line summary: the numbers of skipped rows and dropped values by reason, then the notes."""
         return "; ".join([self._format_numbers(), *self.list_notes()])
 
     def check(self) -> None:
@@ -124,7 +121,7 @@ class SkipLog:
         )
 
     def list_notes(self) -> list[str]:
-        """Return the first notes, each with one of the files it applies to and the number of other such files."""
+        """Return the first `MAX_NOTES` notes. Each names one file it applies to and counts the others."""
         notes = []
         for text, files in islice(self.notes.items(), MAX_NOTES):
             others = f" and {len(files) - 1:,} more" if len(files) > 1 else ""

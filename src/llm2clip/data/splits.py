@@ -16,8 +16,8 @@ from llm2clip.data.texts import deduplicate_captions
 
 TRAIN_SPLITS = (NO_SPLIT, "train", "training", "restval")
 HELD_OUT_SPLITS = ("val", "validation", "valid", "dev", "test")  # the first of these splits that exists is held out
-HELD_OUT_DIVISOR = 10  # without such a split, one in this many images is held out
-MAX_HELD_OUT = 1000  # maximum number of images held out from the training images
+HELD_OUT_DIVISOR = 10  # one in this many images is held out if the data has no held-out split
+MAX_HELD_OUT = 1000  # maximum number of images to hold out if the data has no held-out split
 
 SourcedRecord = tuple[Source, Record]
 
@@ -27,12 +27,12 @@ class DataSplits:
     """Training records and held-out records.
 
     Attributes:
-        held_out: Maps each caption field to the held-out records that have an image, with the captions in that field.
-            The fields are `captions`, `short_captions` and `long_captions`, if present in the data, and the columns
-            listed in `EvaluateConfig.fields`.
+        held_out: Maps each caption field to the held-out records that have an image. The `captions` of these records
+            are the captions in that field. The fields are `captions`, `short_captions` and `long_captions`, if present
+            in the data, and the columns listed in `EvaluateConfig.fields`.
         summary: One-line description of the training and held-out records, to print for the user.
-        rule: Explanation of how the held-out images were chosen and how to select all images, for commands that use
-            only the held-out records.
+        rule: Explanation of how the held-out images were chosen and how to use all images instead. It is shown by
+            commands that use only the held-out records.
     """
 
     train: list[Record]
@@ -51,9 +51,9 @@ def read_splits(
 ) -> DataSplits:
     """Read sources and divide their records into training and held-out records. Each image has one record.
 
-    If splits are selected for a source (`PATH@train+none`), all records in these splits are used for training. If not,
-    only records with a training split or no split are used. The held-out records are determined by the first of these
-    rules that applies:
+    If splits are selected for a source (`PATH@train+none`), all records in these splits are used for training.
+    Otherwise, only records with a training split or no split are used. The held-out records are determined by the first
+    of these rules that applies:
 
     1. If `config.data` lists sources, their records are held out, and their images are removed from the training data.
     2. If a source has a split named val, validation, valid, dev or test, that split is held out. If there are several
@@ -64,8 +64,7 @@ def read_splits(
     Args:
         sources: Paths, optionally followed by `@split+split`.
         config: Evaluation settings, which list held-out sources and additional caption columns.
-        columns: Column mapping to add to each source's own mapping.
-        log: Log in which to record skipped rows.
+        columns: Column mapping that extends or overrides each source's own mapping.
         image_check: How to check images; see `open_records`.
         keep_selected_splits: If True and all sources have selected splits, hold out no images instead of applying
             rule 3.
@@ -93,7 +92,7 @@ def read_splits(
         train, held_out = _draw_held_out(train)
     if other:
         names = ", ".join(sorted({str(record.split) for _, record in other}))
-        notes.append(f"{len(other):,} from other splits ({names}) unused")
+        notes.append(f"{len(other):,} records from other splits ({names}) not used")
     held_out = [(source, record) for source, record in held_out if record.image is not None]
     num_images = sum(record.image is not None for _, record in train)
     return DataSplits(
@@ -105,7 +104,7 @@ def read_splits(
 
 
 def _describe_rule(num_held_out: int, held_out_split: str | None, splits: Counter[str]) -> str:
-    """Explain which images in the sources are held out, and how to select all images.
+    """Explain which images in the sources are held out, and how to use all images instead.
 
     `held_out_split` is None if the images were drawn from the training images. `splits` counts the images per split.
     """
@@ -134,7 +133,7 @@ def _get_split_name(record: Record) -> str:
 
 
 def _draw_held_out(train: Sequence[SourcedRecord]) -> tuple[list[SourcedRecord], list[SourcedRecord]]:
-    """Hold out a tenth of the images at random; return the remaining training records and the held-out records."""
+    """Hold out a tenth of the images, chosen by hash. Return the remaining training and the held-out records."""
     candidates = [record for source, record in train if not source.splits] or [record for _, record in train]
     shuffled = sorted((record for record in candidates if record.image is not None), key=_hash_record)
     count = min(MAX_HELD_OUT, max(1, len(shuffled) // HELD_OUT_DIVISOR))
@@ -176,13 +175,13 @@ def read_merged_records(
 ) -> list[SourcedRecord]:
     """Read all records from several sources and merge records with the same image.
 
-    Rows with the same image are merged into one record with all their distinct captions, even across sources. The
-    merged record keeps the id, split and source of the first row. Image files with the same bytes are treated as the
-    same image; see `find_copies`. Rows without an image are merged if they have the same id, source path and split.
+    Rows with the same image are merged into one record with all their distinct captions, even if the sources differ.
+    The merged record keeps the id, split and source of the first row. Image files with the same bytes are treated as
+    the same image; see `find_copies`. Rows without an image are merged if they have the same id, source path and split.
 
     Args:
-        columns: Column mapping to add to each source's own mapping.
-        log: Log in which to record skipped rows and count duplicate images.
+        columns: Column mapping that extends or overrides each source's own mapping.
+        log: Skip log. It records skipped rows and counts duplicate images.
         image_check: How to check images; see `open_records`. If "ignore", the bytes of image files are not compared.
 
     Returns:
@@ -218,7 +217,7 @@ def read_merged_records(
 def stream_records(
     sources: Sequence[str | Source], columns: dict[str, str], log: SkipLog, image_check: ImageCheck = "header"
 ) -> Iterator[SourcedRecord]:
-    """Yield (source, record) for each record in several sources, in order. Records are not merged.
+    """Yield (source, record) for each record in several sources, in order. Do not merge records.
 
     The arguments are the same as for `read_merged_records`.
     """
@@ -232,8 +231,8 @@ def stream_records(
 def build_same_image_filter(records: Sequence[Record], candidates: Sequence[Record]) -> Callable[[Record], bool]:
     """Return a function that checks whether a candidate has the same image as one of the records.
 
-    Image files with the same bytes are treated as the same image. All candidates must be passed at once, so that only
-    files of the same size need to be compared.
+    Image files with the same bytes are treated as the same image. All candidates must be passed in a single call, so
+    that only files of the same size need to be compared.
     """
     copies = find_copies([record.image for record in [*records, *candidates]])
 

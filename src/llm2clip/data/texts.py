@@ -16,7 +16,7 @@ def is_valid_unicode(text: str) -> bool:
 
 
 def check_texts(texts: Iterable[str]) -> Iterator[str]:
-    """Yield the texts, checking that each is a valid string.
+    """Yield the texts. Check that each text is a string and valid Unicode.
 
     Raises:
         TypeError: An item is not a string. The message contains its index.

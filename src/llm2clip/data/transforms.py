@@ -29,7 +29,7 @@ class Preprocess:
     Attributes:
         size: Side length of the square input, in pixels.
         resize: "shortest" resizes the shorter side and keeps the aspect ratio; "squash" resizes to a square.
-        crop_pct: Side length of the centre crop, divided by the side length of the resized image.
+        crop_pct: Side length of the centre crop, divided by the (shorter) side length of the resized image.
         interpolation: Interpolation mode for resizing.
         mean: Per-channel normalisation mean, for pixel values in [0, 1].
         std: Per-channel normalisation standard deviation, for pixel values in [0, 1].
@@ -124,7 +124,7 @@ class EvalTransform:
             side = [resize_size]
         image = F.resize(image, side, interpolation=InterpolationMode(self.preprocess.interpolation), antialias=True)
         if self.preprocess.crop_rounding == "down":
-            # Drop a row or column at the end if the number to crop is odd, so that there is nothing to round.
+            # If an odd number of rows or columns must be cropped, drop the last one first, so that nothing is rounded.
             height, width = image.shape[-2:]
             image = image[..., : height - max(0, height - size) % 2, : width - max(0, width - size) % 2]
         return cast(Tensor, F.center_crop(image, [size, size]).contiguous())
@@ -135,8 +135,8 @@ class TrainTransform:
     """Training transform: resize a random crop of a uint8 image of shape (3, H, W) to shape (3, S, S).
 
     The crop covers a random fraction of the image area, at least `min_crop_scale`, and has an aspect ratio between 3/4
-    and 4/3. If `min_crop_scale` is 1, the transform is the same as `EvalTransform`.
-    Images are not flipped, because captions mention left and right.
+    and 4/3. If `min_crop_scale` is 1, the transform is the same as `EvalTransform`. Images are not flipped, because
+    captions mention left and right.
 
     All random numbers come from the `generator` argument. If it is seeded with (seed, epoch, index), a sample's crop
     does not depend on which worker process loads the sample.
@@ -154,7 +154,7 @@ class TrainTransform:
         return F.resized_crop(image, *box, side, interpolation=interpolation, antialias=True).contiguous()
 
     def _sample_crop_box(self, height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
-        """Sample a crop box as in torchvision's RandomResizedCrop; return (top, left, height, width)."""
+        """Sample a crop box as in torchvision's RandomResizedCrop. Return (top, left, height, width)."""
         min_ratio, max_ratio = 3 / 4, 4 / 3
         for _ in range(10):
             share, log_ratio, down, right = torch.rand(4, generator=generator, dtype=torch.float64).tolist()

@@ -31,12 +31,12 @@ READABLE_FORMATS = (
     f"files ending in {', '.join(FORMATS)} (.txt: lines of 'name.jpg,caption' or 'name.jpg#0<TAB>caption'; tar files "
     "must be uncompressed); globs and {000..010} patterns that match such files; a folder that contains captions.jsonl,"
     " metadata.csv, tar files, Parquet files, or images (each x.jpg with an x.txt or x.json next to it); a folder "
-    "written by save_to_disk; hf:NAME[:CONFIG]"
+    "written by save_to_disk; hf:NAME[:CONFIG] (a data set on the Hugging Face Hub)"
 )
 
 
 def find_files(path: str, all_files: bool = False, log: SkipLog | None = None) -> list[tuple[str, str]]:
-    """Resolve a path to a list of `(format, file)` pairs, in order.
+    """Resolve a path to a list of `(format, file)` pairs, in the order in which the files are read.
 
     An existing path is never treated as a pattern, even if it contains glob or brace characters.
 
@@ -44,7 +44,7 @@ def find_files(path: str, all_files: bool = False, log: SkipLog | None = None) -
         path: File, folder, glob or brace pattern, or `hf:NAME` for a Hugging Face data set.
         all_files: If True, use all caption files, images, tar files and Parquet files in a folder and its subfolders.
             If False, use only the first of these kinds that the folder contains.
-        log: Log in which to note that llm2clip outputs in a folder are not read.
+        log: Skip log. It records folders that are not read because llm2clip wrote them.
 
     Raises:
         FileNotFoundError: No file matches the path. The message suggests similar names.
@@ -95,8 +95,8 @@ def read_source(
         choose: Function that selects which columns of a table to read.
         image_bytes: Whether to read images embedded in Parquet files.
         splits: Splits of a Hugging Face data set to read. If empty or None, all splits are read. Each row's `split`
-            field is set to the name of its split, unless `splits` is None. Rows then keep their `split` value.
-        log: Log in which to note unusual properties of a file, such as its encoding.
+            field is set to the name of its split, unless `splits` is None, in which case rows keep their own values.
+        log: Skip log. It records notes about files, such as unusual encodings.
 
     Raises:
         DataFormatError: No part of the file can be read. The message contains the reason.
@@ -132,7 +132,7 @@ def _open_reader(
 
 
 def _find_in_folder(folder: str, all_files: bool, log: SkipLog | None) -> list[tuple[str, str]]:
-    """Resolve a folder; see `find_files`. The names of caption files are case-insensitive."""
+    """List the `(format, file)` pairs in a folder; see `find_files`. Caption file names are case-insensitive."""
     names = sorted(os.listdir(folder))
     if "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= set(names):
         return [("saved", folder)]
@@ -180,9 +180,9 @@ def _suggest_conversion(path: str) -> str:
 
 
 def suggest_paths(path: str) -> str:
-    """Return a hint that lists the paths most similar to a missing path, in its deepest existing parent folder."""
+    """Return a hint for a missing path: the most similar paths in its deepest existing parent folder."""
     parent, name = os.path.split(os.path.abspath(os.path.expanduser(path)))
     while not os.path.isdir(parent):
         parent, name = os.path.split(parent)
     similar = [os.path.join(parent, match) for match in difflib.get_close_matches(name, os.listdir(parent), n=3)]
-    return f"did you mean {' or '.join(similar)}?" if similar else f"{parent} has no '{name}'"
+    return f"did you mean {' or '.join(similar)}?" if similar else f"{parent} does not contain '{name}'"

@@ -40,7 +40,7 @@ def read_csv(path: str, delimiter: str, log: SkipLog | None = None) -> Iterator[
 
     Args:
         delimiter: Delimiter suggested by the file's suffix. Another delimiter is used if it fits better.
-        log: Log in which to note unusual delimiters and encodings.
+        log: Skip log. It records an unusual delimiter or encoding.
 
     Raises:
         DataFormatError: The header is malformed or not UTF-8, or a quoted field is never closed.
@@ -50,7 +50,7 @@ def read_csv(path: str, delimiter: str, log: SkipLog | None = None) -> Iterator[
         sample = file.read(SAMPLE_CHARACTERS)
     detected, first_line = _detect_delimiter(sample, delimiter)
     if detected != delimiter and log is not None:
-        log.note(f"fields separated by {DELIMITERS.get(detected, repr(detected))}", path)
+        log.add_note(f"fields separated by {DELIMITERS.get(detected, repr(detected))}", path)
     with open_text(path, newline="") as file:
         for _ in range(first_line - 1):
             file.readline()
@@ -61,7 +61,7 @@ def read_csv(path: str, delimiter: str, log: SkipLog | None = None) -> Iterator[
         except (csv.Error, LineTooLong) as error:
             raise DataFormatError(f"{path}: malformed CSV header ({error})") from error
         if not is_valid_unicode("".join(header)):
-            raise DataFormatError(f"{path}: the header is {describe_encoding(path)}")
+            raise DataFormatError(f"{path}: cannot decode the header: {describe_encoding(path)}")
         repeated = {name for name in header if header.count(name) > 1}
         while True:
             number = rows.line_num + first_line
@@ -71,7 +71,7 @@ def read_csv(path: str, delimiter: str, log: SkipLog | None = None) -> Iterator[
             except StopIteration:
                 return
             except (csv.Error, LineTooLong) as error:
-                num_lines = max(1, rows.line_num + first_line - number)  # line_num excludes a line that is too long
+                num_lines = max(1, rows.line_num + first_line - number)  # `line_num` excludes a line that is too long
                 is_too_long = "field limit" in str(error)
                 if "unexpected end" in str(error) or (is_too_long and num_lines > 1):
                     # All following rows are part of the quoted field.
@@ -80,7 +80,7 @@ def read_csv(path: str, delimiter: str, log: SkipLog | None = None) -> Iterator[
                     ) from error
                 problem = f"a cell has more than {MAX_CELL_CHARACTERS:,} characters" if is_too_long else str(error)
                 if num_lines > 1:
-                    problem += f", in a quoted cell of {num_lines:,} lines"
+                    problem += f" (in a quoted cell that spans {num_lines:,} lines)"
                 yield path, number, BadRow("malformed row", problem, num_lines)
                 continue
             if cells:
@@ -107,7 +107,7 @@ def _detect_delimiter(sample: str, default: str) -> tuple[str, int]:
 
 
 def _count_matching_rows(sample: str, delimiter: str) -> int:
-    """Count how many of the first rows have as many fields as the header. Return 0 if the header has only one field."""
+    """Count the rows in a sample with as many fields as the header. Return 0 if the header has only one field."""
     rows = csv.reader(io.StringIO(sample, newline=""), delimiter=delimiter, skipinitialspace=True)
     try:
         lengths = [len(cells) for cells in islice(rows, SAMPLE_ROWS)]
@@ -127,7 +127,7 @@ def _to_fields(header: Sequence[str], repeated: Set[str], cells: Sequence[str]) 
 
 
 def read_captions_txt(path: str, log: SkipLog | None = None) -> Iterator[RawRow]:
-    """Yield the captions in a file in one of the two formats used for Flickr8k.
+    """Yield one row per caption in a text file that has one of the two formats used for Flickr8k.
 
     The first format is `name.jpg,caption`, with an optional header line. The second is `name.jpg#0<TAB>caption`.
     """

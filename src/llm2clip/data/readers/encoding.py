@@ -2,8 +2,8 @@
 
 UTF-8 and UTF-16 files can be read. For other encodings, a message explains how to convert the file to UTF-8.
 
-Other encodings can only be guessed. For example, any French text in cp1252 is also valid cp1250, but with some wrong
-letters. Files are therefore never decoded with a guessed encoding.
+Other encodings can only be guessed. For example, any French text in cp1252 can also be decoded as cp1250, but some
+letters are then wrong. Files are therefore never decoded with a guessed encoding.
 """
 
 import codecs
@@ -24,7 +24,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.texts import is_valid_unicode
 from llm2clip.io_utils import MAX_LINE_CHARACTERS, DataFormatError, open_regular_file
 
-_MARKS = (  # byte order marks; the UTF-32 marks come first, because one of them starts with a UTF-16 mark
+_BYTE_ORDER_MARKS = (  # UTF-32 marks come first, because one of them starts with a UTF-16 mark
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )  # fmt: skip
@@ -36,16 +36,16 @@ _LIKELY_ENCODINGS = (
 MAX_LISTED_ENCODINGS = 3  # maximum number of likely encodings listed in a message
 MAX_SAMPLE_BYTES = 1 << 14  # maximum size of the sample from which the encoding is guessed
 MAX_SEARCHED_BYTES = 1 << 28  # maximum number of bytes to search for text that is not UTF-8
-MAX_SKIPPED_CHARACTERS = 1 << 30  # a file with a longer line is corrupt or sparse, so it is rejected
+MAX_SKIPPED_CHARACTERS = 1 << 30  # files with longer lines are rejected, because they are corrupt or sparse
 
 
 def open_text(path: str, log: SkipLog | None = None, newline: str | None = None) -> TextIO:
     """Open a UTF-8 or UTF-16 text file, which may be gzipped (.gz). Byte order marks are removed.
 
     Undecodable bytes become lone surrogates, so that a reader can skip a row instead of the entire file; see
-    `find_undecodable`. Read lines with `BoundedLines`.
+    `find_undecodable`. To read lines, use `BoundedLines`.
 
-    UTF-16 files are noted in `log`. `newline` is the newline mode, as in the built-in function `open`.
+    UTF-16 files are recorded in `log`. `newline` is the newline mode, as in the built-in function `open`.
     """
     stream = _open_binary(path)
     try:
@@ -57,7 +57,7 @@ def open_text(path: str, log: SkipLog | None = None, newline: str | None = None)
     if encoding == "utf-8-sig":
         return io.TextIOWrapper(stream, encoding, "surrogateescape", newline)
     if log is not None:
-        log.note(f"read as {encoding.upper()}", path)
+        log.add_note(f"read as {encoding.upper()}", path)
     return io.TextIOWrapper(stream, encoding, "escape_undecodable", newline)
 
 
@@ -122,12 +122,12 @@ def read_text_lines(path: str, log: SkipLog | None = None, newline: str | None =
 
 
 def detect_encoding(start: bytes) -> str:
-    """Return the encoding of a file, given its first four bytes: "utf-8-sig", or a UTF-16 or UTF-32 encoding.
+    """Detect a file's encoding from its first four bytes. Return "utf-8-sig", or the name of a UTF-16 or UTF-32 codec.
 
-    A file without a byte order mark is treated as UTF-16 if every other byte is 0. This rule is reliable, because
-    caption files start with two ASCII characters, and UTF-8 text does not contain zero bytes.
+    A file without a byte order mark is treated as UTF-16 if every other one of these bytes is 0. This rule is reliable,
+    because caption files start with two ASCII characters, and UTF-8 text does not contain zero bytes.
     """
-    for mark, encoding in _MARKS:
+    for mark, encoding in _BYTE_ORDER_MARKS:
         if start.startswith(mark):
             return encoding
     zeros = [byte == 0 for byte in start]
@@ -139,20 +139,17 @@ def detect_encoding(start: bytes) -> str:
 
 
 def find_undecodable(text: str, path: str, log: SkipLog | None = None) -> BadRow | None:
-    """Return a `BadRow` if a text from `open_text` contains undecodable bytes, or None if it does not.
-
-    Also note the file's likely encodings in the log.
-    """
+    """If a text from `open_text` has undecodable bytes, log the likely encodings and return a `BadRow`; else None."""
     if is_valid_unicode(text):
         return None
     if log is not None:
-        log.note(describe_encoding(path), path)
+        log.add_note(describe_encoding(path), path)
     return BadRow("not UTF-8", to_valid_unicode(text.strip()))
 
 
 @functools.lru_cache(maxsize=64)
 def describe_encoding(path: str) -> str:
-    """Return a message that shows a line decoded with each likely encoding and explains how to convert the file."""
+    """Return a message that shows an undecodable line in each likely encoding and explains how to convert the file."""
     with _open_binary(path) as stream:
         encoding = detect_encoding(stream.read(4))
     if encoding != "utf-8-sig":
@@ -189,7 +186,7 @@ def _open_binary(path: str) -> BinaryIO:
 
 
 def _sample_undecodable_lines(path: str) -> tuple[bytes, bytes]:
-    """Return the concatenation of a file's first lines that are not valid UTF-8, and the first of these lines."""
+    """Concatenate a file's first lines that are not valid UTF-8. Return the result and the first of these lines."""
     lines: list[bytes] = []
     size = num_searched = 0
     with _open_binary(path) as stream:

@@ -24,19 +24,19 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.texts import is_valid_unicode
 from llm2clip.io_utils import DataFormatError, check_json_size
 
-# Folders that may contain the images, relative to the caption file. COCO's `annotations/` is next to the image folders.
+# Folders that may contain the images, relative to the caption file. COCO's `annotations/` is next to its image folders.
 IMAGE_FOLDERS = (
     "", "images", "Images", "..", "../images", "flickr30k-images", "flickr30k_images", "Flicker8k_Dataset",
     "Flickr8k_Dataset",
 )  # fmt: skip
-MAX_SEARCHED_IMAGES = 50  # number of images to look for in each of these folders
+MAX_SEARCHED_IMAGES = 50  # number of images to look for when searching for the image folder
 UNUSED_KEYS = ("tokens", "sentids", "segmentation", "flickr_url", "license", "date_captured")
 
 
 def read_json_lines(path: str, log: SkipLog | None = None) -> Iterator[RawRow]:
     """Yield the objects in a .jsonl or .jsonl.gz file. Each line that is not valid UTF-8 becomes a `BadRow`.
 
-    UTF-16 files and files in other encodings are noted in `log`.
+    If the file is not UTF-8, its encoding or its likely encodings are recorded in `log`.
     """
     number = 0
     try:
@@ -50,9 +50,7 @@ def read_json_lines(path: str, log: SkipLog | None = None) -> Iterator[RawRow]:
 
 
 def read_json_list(path: str, log: SkipLog | None = None) -> Iterator[RawRow]:
-    """Yield the objects in a JSON list, or the images in a JSON file in COCO's or Karpathy's format.
-
-    The entire file is read into memory.
+    """Read a JSON file into memory. Yield the objects in its list, or the images if it has COCO's or Karpathy's format.
 
     Raises:
         DataFormatError: The file is not valid JSON, is too large, or has a different format.
@@ -67,14 +65,14 @@ def read_json_list(path: str, log: SkipLog | None = None) -> Iterator[RawRow]:
         rows = json.loads(text, object_hook=drop_unused_keys if is_object else None)
     except (ValueError, RecursionError) as error:
         raise DataFormatError(
-            f"{path}: not JSON ({error}). If the file has one object per line, change its suffix to .jsonl"
+            f"{path}: not valid JSON ({error}). If the file has one object per line, change its suffix to .jsonl"
         ) from error
     del text
     if isinstance(rows, dict):
         yield from _read_caption_json(path, rows)
         return
     if not isinstance(rows, list):
-        raise DataFormatError(f"{path}: a .json source must be a list of objects (got {type(rows).__name__})")
+        raise DataFormatError(f"{path}: a .json file must contain a list of objects (got {type(rows).__name__})")
     for number, row in enumerate(rows, 1):
         yield path, number, _require_object(row)
 
@@ -98,7 +96,7 @@ def _require_object(value: Any) -> dict[str, Any] | BadRow:
 
 @dataclass(frozen=True)
 class KarpathyImage:
-    """An image in one of Karpathy's files."""
+    """An image with its captions, from a file with Karpathy's splits."""
 
     id: str  # COCO image id, or the file name without its suffix
     name: str  # path relative to the data set's image folder
@@ -107,11 +105,7 @@ class KarpathyImage:
 
     @classmethod
     def parse(cls, row: Mapping[str, Any]) -> KarpathyImage:
-        """Parse an entry of the `images` list.
-
-        Raises:
-            KeyError, TypeError: A field is missing or has the wrong type.
-        """
+        """Parse an entry of the `images` list. Raise KeyError or TypeError if a field is missing or malformed."""
         name = os.path.join(row.get("filepath") or "", row["filename"])
         stem = os.path.splitext(row["filename"])[0]
         captions = [sentence["raw"] for sentence in row["sentences"]]
@@ -126,15 +120,11 @@ def drop_unused_keys(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_caption_json(path: str, data: Mapping[str, Any]) -> Iterator[RawRow]:
-    """Return an iterator over the images and captions in a file in COCO's or Karpathy's format.
-
-    Raises:
-        DataFormatError: The file has a different format, such as COCO's format for bounding boxes.
-    """
+    """Return the rows in a JSON file in COCO's or Karpathy's format. Raise DataFormatError for other formats."""
     images, annotations = data.get("images"), data.get("annotations")
     if not isinstance(images, list) or not all(isinstance(image, dict) for image in images):
         raise DataFormatError(
-            f"{path}: a .json source must be a list of objects, or be in the format of COCO (images, annotations) or "
+            f"{path}: a .json file must contain a list of objects or have the format of COCO (images, annotations) or "
             f"Karpathy's splits (got an object with the keys {', '.join(map(str, list(data)[:10])) or '(none)'})"
         )
     if any("sentences" in image for image in images):
@@ -183,7 +173,7 @@ def _read_coco_rows(path: str, images: Sequence[Mapping[str, Any]], annotations:
         ref = FileImage(os.path.join(folder, name))
         yield path, number, {"id": image_id, "image": ref, "captions": captions[image_id]}
     if num_bad:
-        problem = f"annotations of unknown images, such as {example}"
+        problem = f"annotations whose image_id is missing or not in 'images', such as {example}"
         yield path, len(images) + 1, BadRow("malformed row", problem, num_bad)
 
 
@@ -208,7 +198,7 @@ def guess_folders(path: str, images: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def find_image_folder(path: str, names: Sequence[str], subfolders: Sequence[str] = ()) -> str:
-    """Return the first folder that contains one of the images, or the caption file's folder if there is none."""
+    """Return the first folder that contains one of the images, or the caption file's folder if none does."""
     parent = os.path.dirname(path)
     for name in names[:MAX_SEARCHED_IMAGES]:
         for folder in IMAGE_FOLDERS:

@@ -102,7 +102,7 @@ def _is_image_type(kind: pa.DataType) -> bool:
 
 
 def _convert_image_cell(ref: ParquetImage | DatasetImage, value: Any, bytes_skipped: bool = False) -> Any:
-    """Convert an image cell to None, the path of an image file, or an image that refers to the cell."""
+    """Convert a cell's value to None, the path of an image file, or a `LoadedImage` that refers to the cell."""
     data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
     if value is None:
         return None

@@ -20,18 +20,18 @@ IMAGE_SUFFIXES = frozenset(
 # Unsupported image formats. Files in these formats are recorded in the skip log.
 UNSUPPORTED_SUFFIXES = frozenset({"dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raw", "psd", "svg", "jxl"})
 MAX_CAPTION_BYTES = 1 << 20  # size limit for the caption file of a single image
-MAX_TAR_HEADER_BYTES = 1 << 16  # headers contain file names, links and attributes
-MAX_GLOBAL_HEADERS = 100  # PAX headers that apply to all members
+MAX_TAR_HEADER_BYTES = 1 << 16  # maximum size of a member's headers (its name, links and attributes)
+MAX_GLOBAL_HEADERS = 100  # maximum number of PAX headers that apply to all members of a tar file
 
 
 def list_files(folder: str, suffixes: frozenset[str], log: SkipLog | None = None) -> Iterator[str]:
-    """Yield the paths of all files with these suffixes in a folder and its subfolders, sorted within each folder.
+    """Yield the paths of all files with the given suffixes in a folder and its subfolders, sorted within each folder.
 
     Hidden files and folders are skipped, as are llm2clip run directories and stores in subfolders.
 
     Args:
         suffixes: File suffixes in lower case, without the dot.
-        log: Log in which to note skipped llm2clip outputs.
+        log: Skip log. It records folders that are skipped because llm2clip wrote them.
 
     Raises:
         OSError: A folder cannot be listed. Skipping it would make its files look deleted.
@@ -45,7 +45,7 @@ def list_files(folder: str, suffixes: frozenset[str], log: SkipLog | None = None
         if kind is not None:
             folders.clear()
             if log is not None:
-                log.note(f"not read, because it is {kind} written by llm2clip", parent)
+                log.add_note(f"not read, because it is {kind} written by llm2clip", parent)
             continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
@@ -57,11 +57,11 @@ def read_image_folder(folder: str, log: SkipLog | None = None) -> Iterator[RawRo
     """Yield the images in a folder. The captions of `x.jpg` are in `x.json` or, one per line, in `x.txt`.
 
     Suffixes are case-insensitive. An image in an unsupported format becomes a `BadRow`, unless there is a supported
-    image with the same name, such as a JPEG file next to a camera's raw file. UTF-16 text files are noted in `log`, and
-    so is the first text file in another encoding, with its likely encodings.
+    image with the same name, such as a JPEG file next to a camera's raw file. `log` records
+    UTF-16 text files, and the likely encodings of the first text file that is neither UTF-8 nor UTF-16.
     """
     has_noted_encoding = False
-    parent, files = "", dict[str, str]()  # names of the files in a folder, keyed by name with the suffix in lower case
+    parent, files = "", dict[str, str]()  # file name with a lower-case suffix -> actual file name
     for number, path in enumerate(list_files(folder, IMAGE_SUFFIXES | UNSUPPORTED_SUFFIXES, log), 1):
         if os.path.dirname(path) != parent:
             parent = os.path.dirname(path)
@@ -103,11 +103,11 @@ def _lowercase_suffix(name: str) -> str:
 
 
 def read_tar(path: str) -> Iterator[RawRow]:
-    """Yield the samples in a webdataset tar file: adjacent members whose names are identical up to the first dot.
+    """Yield each sample in a webdataset tar file, that is, adjacent members with the same name up to the first dot.
 
     The tar file is scanned once. Only .txt and .json members are read. Images are referenced by offset. If the tar file
     is truncated, its complete samples are yielded, followed by one `BadRow`. Member names are used only as keys, and
-    nothing is extracted.
+    nothing is extracted to disk.
     """
     number, sample = 0, _Sample("")
     try:
@@ -133,7 +133,7 @@ def read_tar(path: str) -> Iterator[RawRow]:
                     yield path, number, sample.to_row(path, file)
                 sample = _Sample(key)
             sample.add(suffix.lower(), member)
-        if sample.members and (not damage or sample.is_complete()):  # the corrupt sample is incomplete
+        if sample.members and (not damage or sample.is_complete()):  # skip a sample cut off by the damage
             number += 1
             yield path, number, sample.to_row(path, file)
         if damage:
@@ -155,7 +155,7 @@ def _parse_caption_json(data: bytes) -> dict[str, Any] | BadRow:
 
 
 class _BoundedFile(io.BufferedReader):
-    """Open tar file that limits how many bytes `tarfile` reads for a member's headers.
+    """Reader for a tar file that limits how many bytes `tarfile` can read for a member's headers.
 
     Without this limit, a header in a sparse file could claim to be terabytes in size.
     """
@@ -177,7 +177,7 @@ class _BoundedFile(io.BufferedReader):
 def _read_members(tar: tarfile.TarFile, file: _BoundedFile) -> Iterator[tarfile.TarInfo | str]:
     """Yield the members of a tar file. If the file is corrupt, the last item describes the problem.
 
-    `tarfile` itself stops at the corrupt position without raising an error.
+    On its own, `tarfile` would stop at the corrupt position without raising an error.
     """
     size, end = os.fstat(file.fileno()).st_size, 0
     while True:
@@ -187,7 +187,7 @@ def _read_members(tar: tarfile.TarFile, file: _BoundedFile) -> Iterator[tarfile.
         except (tarfile.TarError, OSError, EOFError, ValueError) as error:
             yield f"after byte {end}: {error}"
             return
-        cast(Any, tar).members.clear()  # `tarfile` keeps all members and copies the global headers to each of them
+        cast(Any, tar).members.clear()  # saves memory: `tarfile` keeps every member with a copy of the global headers
         if len(tar.pax_headers) > MAX_GLOBAL_HEADERS:
             yield f"after byte {end}: more than {MAX_GLOBAL_HEADERS} global headers"
             return
@@ -212,7 +212,7 @@ class _Sample:
 
     def __init__(self, key: str) -> None:
         self.key, self.members = key, dict[str, tarfile.TarInfo]()
-        self.duplicate = ""  # member name that occurs twice
+        self.duplicate = ""  # name of a member that occurs twice, if any
 
     def add(self, suffix: str, member: tarfile.TarInfo) -> None:
         if suffix in self.members:
