@@ -123,7 +123,7 @@ def _hash_image(image: ImageRef) -> bytes:
 
 
 def _map_in_chunks(pool: ThreadPoolExecutor, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
-    """Apply a function to all items in a thread pool. Each task processes a chunk of items. Yield the results in order."""
+    """Apply a function to all items in a thread pool. Each task processes a chunk. Yield the results in order."""
     chunks = [items[start : start + ITEMS_PER_TASK] for start in range(0, len(items), ITEMS_PER_TASK)]
     for results in pool.map(lambda chunk: [function(item) for item in chunk], chunks):
         yield from results

@@ -134,7 +134,7 @@ def make_thumbnail(image: Tensor, side: int) -> bytes:
 
 
 def _get_file_name(image: object) -> object:
-    """Return an image's file name for error messages, or "" if it is unknown. Raise ImageError for unsupported types."""
+    """Return an image's file name for error messages, or "" if it is unknown. Raise ImageError for other types."""
     if isinstance(image, ImageRef | str | Path):
         return image
     if isinstance(image, Image.Image):
