@@ -35,8 +35,8 @@ COLUMN_NAMES = {  # record field -> common column names, in order of preference
 # Placeholders for missing values in CSV cells, in lower case.
 MISSING_TEXTS = frozenset({"nan", "-nan", "none", "null", "n/a", "#n/a", "#na", "<na>"})
 
-MAX_CAPTION_CHARACTERS = 1 << 20  # limit per cell, for all captions together; encoders use a few hundred words of each
-MAX_LITERAL_CHARACTERS = 1 << 16  # maximum length of a Python list literal
+MAX_CAPTION_CHARACTERS = 1 << 20  # maximum for all captions in a cell; encoders use only a few hundred words of each
+MAX_LITERAL_CHARACTERS = 1 << 16  # maximum length of a Python list literal that is parsed
 # Python's parser takes quadratic time for some expressions, such as f-strings, so it is given only list literals that
 # match this pattern.
 _PYTHON_LIST = re.compile(
@@ -211,7 +211,7 @@ def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: 
     num_characters = sum(len(text) for text in value if isinstance(text, str))
     if num_characters > MAX_CAPTION_CHARACTERS:
         raise UnusableRow(
-            "malformed row", f"{num_characters:,} characters in a cell; the limit is {MAX_CAPTION_CHARACTERS:,}"
+            "malformed row", f"the captions have {num_characters:,} characters; the limit is {MAX_CAPTION_CHARACTERS:,}"
         )
     captions = []
     for text in value:

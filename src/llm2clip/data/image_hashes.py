@@ -44,7 +44,7 @@ def find_copies(images: Iterable[ImageRef | None]) -> dict[str, str]:
     """
     refs = {image.key: image for image in images if isinstance(image, FileImage | TarImage)}
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        keys: dict[Location, list[str]] = {}  # symbolic links to a file have its location
+        keys: dict[Location, list[str]] = {}  # symbolic links share their target's location
         for key, location in zip(refs, _map_in_chunks(pool, _locate, list(refs.values())), strict=True):
             if location is not None:
                 keys.setdefault(location, []).append(key)

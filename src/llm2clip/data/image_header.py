@@ -15,7 +15,7 @@ from PIL import Image
 
 from llm2clip.io_utils import install_command
 
-# Images with more pixels are rejected based on their header, before decoding. 100 million RGB pixels take 300 MB.
+# Larger images are rejected based on their header, before decoding. 100 million RGB pixels take 300 MB.
 MAX_PIXELS = 100_000_000
 MAX_FILE_BYTES = 1 << 30  # enough for 100 million uncompressed 16-bit RGBA pixels (800 MB)
 

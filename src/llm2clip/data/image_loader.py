@@ -22,11 +22,11 @@ from llm2clip.io_utils import describe_error
 
 T = TypeVar("T")
 MIN_IMAGES_FOR_WORKERS = 2048  # decoding fewer images takes less time than starting the workers
-_ALIGNMENT = 64  # alignment in bytes of tensors in a packed batch; valid for any dtype
+_ALIGNMENT = 64  # alignment in bytes of the tensors in a packed batch; valid for any dtype
 
 
 def decode_or_error(ref: ImageRef, transform: Callable[[Tensor], T]) -> T | str:
-    """Decode and transform an image. Return an error message on failure, including lack of memory."""
+    """Decode and transform an image. On failure, including lack of memory, return an error message."""
     try:
         return transform(load_image(ref))
     except (ImageError, OSError) as error:
@@ -47,7 +47,7 @@ def iter_image_batches(
             but at most 8.
 
     Yields:
-        For each batch: the indices of the decoded images, the transformed images, and a dict {index: error message} for
+        For each batch, the indices of the decoded images, the transformed images, and a dict {index: error message} for
         the images that could not be decoded.
     """
     if workers is None:

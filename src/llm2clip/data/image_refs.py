@@ -316,7 +316,7 @@ def get_file_version(path: str) -> tuple[tuple[int, int], ...]:
 
 @dataclass(frozen=True)
 class _Window:
-    """Consecutive decoded cells in a row group. `start` is the index of its first cell in the row group."""
+    """Window of consecutive decoded cells in a row group. `start` is the index of its first cell in the row group."""
 
     start: int
     cells: pa.ChunkedArray

@@ -134,7 +134,7 @@ def make_thumbnail(image: Tensor, side: int) -> bytes:
 
 
 def _get_file_name(image: object) -> object:
-    """Return an image's file name for error messages, or "" if it is unknown. Raise ImageError for other types."""
+    """Return an image's file name for error messages, or "" if unknown. Raise ImageError for unsupported types."""
     if isinstance(image, ImageRef | str | Path):
         return image
     if isinstance(image, Image.Image):
@@ -182,7 +182,7 @@ def _check_size(image: Image.Image) -> None:
 def _decode_with_torchvision(data: bytes, header: Image.Image) -> Tensor | None:
     """Decode an image with torchvision. Return None if Pillow must decode it or report an error instead."""
     if header.format == "PNG" and "PNG" not in _FAST_FORMATS and ImageFile.LOAD_TRUNCATED_IMAGES:
-        open_header(BytesIO(data)).verify()  # missing pixels must raise an error, not become grey
+        open_header(BytesIO(data)).verify()  # raises an error for missing pixels, which would otherwise become grey
     if header.format not in _FAST_FORMATS or "transparency" in header.info:
         return None
     has_alpha = header.mode in ("RGBA", "LA")

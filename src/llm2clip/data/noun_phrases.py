@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from llm2clip.data.records import Record
 from llm2clip.runs.ranks import print_once
 
-MIN_IMAGES = 3  # phrases and nouns in the captions of fewer images are discarded, because they are often wrong
+MIN_IMAGES = 3  # phrases and nouns found in the captions of fewer images are discarded, because they are often wrong
 MAX_WORDS = 4  # maximum number of words in a phrase
 
 

@@ -156,11 +156,11 @@ def read_tuning_sources(
 
 
 def to_comparable_id(record_id: str) -> str:
-    """Return the part of an id that is the same in all data sets with the same images.
+    """Return the part of an image's id that is the same in all data sets that contain the image.
 
     For a purely numeric id, return the number without leading zeros, because COCO's file names have leading zeros
     (000000000139) but COCO's ids do not (139). For any other id, return the number at its start if that number has at
-    least five digits. If it has fewer, return the entire id.
+    least five digits. Otherwise, return the entire id.
     """
     if record_id.isdecimal():
         return record_id.lstrip("0") or "0"
@@ -236,7 +236,9 @@ def _choose_columns(file: str, columns: Sequence[str]) -> dict[str, str]:
     for field in ("query", "positive"):
         if field not in chosen:
             names = ", ".join(PAIR_COLUMN_NAMES[field])
-            raise DataFormatError(f"{file}: no {field} column (any of {names}); the columns are {', '.join(columns)}")
+            raise DataFormatError(
+                f"{file}: no {field} column (expected one of {names}); the columns are {', '.join(columns)}"
+            )
     return chosen
 
 

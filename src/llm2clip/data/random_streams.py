@@ -93,7 +93,7 @@ class RandomStreams:
 
 
 def _split_seeds_into_words(seed: int, words: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Split the seeds into 32-bit words. Return one uint32 array of shape (N,) per word. A large `seed` has several."""
+    """Split the seeds into 32-bit words. Return a uint32 array of shape (N,) for each word."""
     if seed < 0:
         raise ValueError(f"the seed must be at least 0 (got {seed})")
     seed_words = [seed & 0xFFFFFFFF]

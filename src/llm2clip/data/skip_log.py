@@ -36,7 +36,7 @@ class SkipLog:
 
     Attributes:
         skipped: Number of skipped rows per reason.
-        dropped: Number of rows, per reason, from which some values were dropped, such as empty captions.
+        dropped: Number of rows per reason from which a value, such as an empty caption, was dropped.
         examples: Descriptions of the first three skipped rows.
         notes: Maps each note, such as an unusual encoding, to the files that it applies to.
     """
@@ -121,7 +121,7 @@ class SkipLog:
         )
 
     def list_notes(self) -> list[str]:
-        """Return the first `MAX_NOTES` notes. Each names one file it applies to and counts the others."""
+        """Return the first `MAX_NOTES` notes. Each note names one file that it applies to and counts the others."""
         notes = []
         for text, files in islice(self.notes.items(), MAX_NOTES):
             others = f" and {len(files) - 1:,} more" if len(files) > 1 else ""

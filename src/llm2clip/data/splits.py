@@ -106,7 +106,7 @@ def read_splits(
 def _describe_rule(num_held_out: int, held_out_split: str | None, splits: Counter[str]) -> str:
     """Explain which images in the sources are held out, and how to use all images instead.
 
-    `held_out_split` is None if the images were drawn from the training images. `splits` counts the images per split.
+    `held_out_split` is None if the images were drawn from the training images. `splits` maps splits to image counts.
     """
     reason = f"the {held_out_split} split"
     if held_out_split is None:
@@ -133,7 +133,7 @@ def _get_split_name(record: Record) -> str:
 
 
 def _draw_held_out(train: Sequence[SourcedRecord]) -> tuple[list[SourcedRecord], list[SourcedRecord]]:
-    """Hold out a tenth of the images, chosen by hash. Return the remaining training and the held-out records."""
+    """Hold out a tenth of the images, chosen by hash. Return (remaining training records, held-out records)."""
     candidates = [record for source, record in train if not source.splits] or [record for _, record in train]
     shuffled = sorted((record for record in candidates if record.image is not None), key=_hash_record)
     count = min(MAX_HELD_OUT, max(1, len(shuffled) // HELD_OUT_DIVISOR))

@@ -19,7 +19,7 @@ def check_texts(texts: Iterable[str]) -> Iterator[str]:
     """Yield the texts. Check that each text is a string and valid Unicode.
 
     Raises:
-        TypeError: An item is not a string. The message contains its index.
+        TypeError: An item is not a string. The message contains the item's index.
         ValueError: A text contains a lone surrogate. The message contains the text's index.
     """
     for index, text in enumerate(texts):

@@ -44,7 +44,7 @@ def find_files(path: str, all_files: bool = False, log: SkipLog | None = None) -
         path: File, folder, glob or brace pattern, or `hf:NAME` for a Hugging Face data set.
         all_files: If True, use all caption files, images, tar files and Parquet files in a folder and its subfolders.
             If False, use only the first of these kinds that the folder contains.
-        log: Skip log. It records folders that are not read because llm2clip wrote them.
+        log: Skip log. It records folders that are not read, because they were written by llm2clip.
 
     Raises:
         FileNotFoundError: No file matches the path. The message suggests similar names.

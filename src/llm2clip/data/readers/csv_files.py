@@ -107,7 +107,7 @@ def _detect_delimiter(sample: str, default: str) -> tuple[str, int]:
 
 
 def _count_matching_rows(sample: str, delimiter: str) -> int:
-    """Count the rows in a sample with as many fields as the header. Return 0 if the header has only one field."""
+    """Count the sample rows that have as many fields as the header. Return 0 if the header has only one field."""
     rows = csv.reader(io.StringIO(sample, newline=""), delimiter=delimiter, skipinitialspace=True)
     try:
         lengths = [len(cells) for cells in islice(rows, SAMPLE_ROWS)]

@@ -66,7 +66,7 @@ class LineTooLong(ValueError):
 
 
 class BoundedLines:
-    """Iterator over the lines of a text file that limits the length of each row, which may span several lines.
+    """Iterator over the lines of a text file, with a limit on the length of each row. A row may span several lines.
 
     If a row is too long, `LineTooLong` is raised. Iteration can then continue with the next line.
     """
@@ -124,7 +124,7 @@ def read_text_lines(path: str, log: SkipLog | None = None, newline: str | None =
 def detect_encoding(start: bytes) -> str:
     """Detect a file's encoding from its first four bytes. Return "utf-8-sig", or the name of a UTF-16 or UTF-32 codec.
 
-    A file without a byte order mark is treated as UTF-16 if every other one of these bytes is 0. This rule is reliable,
+    A file without a byte order mark is treated as UTF-16 if every second byte of these is 0. This rule is reliable,
     because caption files start with two ASCII characters, and UTF-8 text does not contain zero bytes.
     """
     for mark, encoding in _BYTE_ORDER_MARKS:
@@ -139,7 +139,7 @@ def detect_encoding(start: bytes) -> str:
 
 
 def find_undecodable(text: str, path: str, log: SkipLog | None = None) -> BadRow | None:
-    """If a text from `open_text` has undecodable bytes, log the likely encodings and return a `BadRow`; else None."""
+    """If a text from `open_text` is undecodable, log the likely encodings and return a `BadRow`. Otherwise, return None."""
     if is_valid_unicode(text):
         return None
     if log is not None:

@@ -62,9 +62,9 @@ def read_parquet(path: str, choose: ColumnChooser, image_bytes: bool) -> Iterato
 def read_huggingface(name: str, saved: bool, choose: ColumnChooser, splits: Sequence[str] | None) -> Iterator[RawRow]:
     """Yield the rows in a Hugging Face data set. No code from the Hub is run.
 
-    If `saved` is True, `name` is a folder written by `save_to_disk`, which supports random access. If it is False,
-    `name` is the name of a Hub data set, optionally followed by `:CONFIG`. Hub data sets are streamed: only the
-    selected splits are downloaded, and the images are kept in memory. For `splits`, see `read_source`.
+    If `saved` is True, `name` is a folder written by `save_to_disk`, which supports random access. Otherwise, it
+    is the name of a Hub data set, optionally followed by `:CONFIG`. Hub data sets are streamed: only the selected
+    splits are downloaded, and the images are kept in memory. For `splits`, see `read_source`.
     """
     import datasets
 

@@ -31,10 +31,10 @@ def list_files(folder: str, suffixes: frozenset[str], log: SkipLog | None = None
 
     Args:
         suffixes: File suffixes in lower case, without the dot.
-        log: Skip log. It records folders that are skipped because llm2clip wrote them.
+        log: Skip log. It records folders that are skipped, because they were written by llm2clip.
 
     Raises:
-        OSError: A folder cannot be listed. Skipping it would make its files look deleted.
+        OSError: A folder cannot be listed. If the folder were skipped, its files would look deleted.
     """
 
     def fail(error: OSError) -> None:
@@ -155,7 +155,7 @@ def _parse_caption_json(data: bytes) -> dict[str, Any] | BadRow:
 
 
 class _BoundedFile(io.BufferedReader):
-    """Reader for a tar file that limits how many bytes `tarfile` can read for a member's headers.
+    """Tar file reader that limits how many bytes `tarfile` can read for a member's headers.
 
     Without this limit, a header in a sparse file could claim to be terabytes in size.
     """
@@ -175,7 +175,7 @@ class _BoundedFile(io.BufferedReader):
 
 
 def _read_members(tar: tarfile.TarFile, file: _BoundedFile) -> Iterator[tarfile.TarInfo | str]:
-    """Yield the members of a tar file. If the file is corrupt, the last item describes the problem.
+    """Yield the members of a tar file. If the file is corrupt, the last item is a string that describes the problem.
 
     On its own, `tarfile` would stop at the corrupt position without raising an error.
     """
