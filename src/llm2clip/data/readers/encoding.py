@@ -139,7 +139,7 @@ def detect_encoding(start: bytes) -> str:
 
 
 def find_undecodable(text: str, path: str, log: SkipLog | None = None) -> BadRow | None:
-    """If a text from `open_text` is undecodable, log the likely encodings and return a `BadRow`. Otherwise, return None."""
+    """Return None if a text was fully decoded. Otherwise, log the file's likely encodings and return a `BadRow`."""
     if is_valid_unicode(text):
         return None
     if log is not None:
