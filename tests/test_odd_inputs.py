@@ -133,7 +133,7 @@ CASES |= {
         None,
         ("its annotations have no captions. Use COCO's captions_*.json",),
     ),
-    "another JSON object": Case({"x.json": '{"data": []}'}, None, ("must be a list of objects", "keys data")),
+    "another JSON object": Case({"x.json": '{"data": []}'}, None, ("must contain a list of objects", "keys data")),
 }
 
 

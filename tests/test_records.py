@@ -74,7 +74,7 @@ def test_source_parse_accepts_paths_splits_and_mappings(tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(Source("x", ("a",), {"id": "k"}))) == Source("x", ("a",), {"id": "k"})
     with pytest.raises(ValueError, match="unknown field 'caption'; available fields: id, image, captions"):
         Source("x", columns={"caption": "text"})
-    with pytest.raises(ValueError, match=r"must have a path .*\(got path, split\)$"):
+    with pytest.raises(ValueError, match=r"must have the key 'path' .*\(got path, split\)$"):
         Source.parse({"path": "x", "split": "a"})
 
 

@@ -65,7 +65,7 @@ def read_json_list(path: str, log: SkipLog | None = None) -> Iterator[RawRow]:
         rows = json.loads(text, object_hook=drop_unused_keys if is_object else None)
     except (ValueError, RecursionError) as error:
         raise DataFormatError(
-            f"{path}: not valid JSON ({error}). If the file has one object per line, change its suffix to .jsonl"
+            f"{path}: not JSON ({error}). If the file has one object per line, change its suffix to .jsonl"
         ) from error
     del text
     if isinstance(rows, dict):
