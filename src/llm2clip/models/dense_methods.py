@@ -29,28 +29,28 @@ class DenseMethods:
     """Mixin of `LLM2CLIP` for dense features, region embeddings and segmentation."""
 
     def _prepare_dense(self) -> tuple[LLM2CLIP, DenseEncoder]:
-        """Switch this model to eval mode, and return it with its dense encoder."""
+        """Switch this model to eval mode. Return the model and its dense encoder."""
         model = cast("LLM2CLIP", self).eval()
         return model, build_dense_encoder(model.tower, model.projection)
 
     def encode_dense(
         self, images: Any, variant: str = "plain", image_size: int | None = None, batch_size: int = 16
     ) -> list[Tensor]:
-        """Encode image cells (ViT patches or CNN feature map positions) in the shared embedding space.
+        """Encode each cell of each image (ViT patch or CNN feature map position) in the shared embedding space.
 
-        Images keep their aspect ratio, so their grids may have different shapes. If all images have the same size, you
-        can combine the results into one tensor with `torch.stack`.
+        Images keep their aspect ratio, so the grids of cells may have different shapes. If all images have the same
+        size, you can combine the results into one tensor with `torch.stack`.
 
         Args:
             images: one image or a list of N images, as for `encode_image`.
-            variant: `plain` or, for vision transformers, `maskclip`, `sclip`, `clearclip` or `naclip`. All variants
-                except `plain` improve localisation (see `models/vision/dense.py`).
+            variant: `plain` or, for vision transformers only, a variant that improves localisation: `maskclip`,
+                `sclip`, `clearclip` or `naclip` (see `models/vision/dense.py`).
             image_size: length of the resized image's shorter side in pixels. Both sides are rounded to multiples of the
                 cell size. Default: the tower's training resolution.
             batch_size: number of images per forward pass.
 
         Returns:
-            For each image, L2-normalised float32 embeddings of shape (h, w, embed_dim), on the CPU.
+            For each image, a CPU tensor of shape (h, w, embed_dim) with L2-normalised float32 embeddings.
 
         Raises:
             ValueError: the vision tower has no dense features, or does not support the variant or image size.
@@ -73,17 +73,17 @@ class DenseMethods:
         variant: str | None = None,
         image_size: int | None = None,
     ) -> Tensor:
-        """Encode N regions of an image as L2-normalised float32 embeddings of shape (N, embed_dim), on the CPU.
+        """Encode N regions of an image. Return L2-normalised float32 embeddings (N, embed_dim) as a CPU tensor.
 
-        The entire image is encoded once. A box embedding is the average over the box's cells, computed with RoIAlign as
-        in the benchmark `coco-boxes`. A mask embedding is the average over all cells, weighted by the mask's area in
-        each cell.
+        The entire image is encoded once. A box's embedding is the average of its cells' embeddings, computed with
+        RoIAlign as in the `coco-boxes` benchmark. A mask's embedding is the average of all cells' embeddings, weighted
+        by the mask's area in each cell.
 
         Args:
             image: one image, as for `encode_image`.
             boxes: array of shape (N, 4) with (x0, y0, x1, y1) in pixels of the original image, after its EXIF
                 orientation has been applied.
-            masks: boolean array of shape (N, H, W), to pass instead of boxes. H and W are the original image's height
+            masks: boolean array of shape (N, H, W), used instead of `boxes`. H and W are the original image's height
                 and width.
             variant: see `encode_dense`. Default: the tower's `DenseEncoder.localization_variant`.
             image_size: length of the resized image's shorter side in pixels. Default: 1.5 times the tower's training
@@ -92,11 +92,11 @@ class DenseMethods:
         Raises:
             ValueError: the vision tower has no dense features, or does not support the variant or image size. Both
                 boxes and masks are passed, or neither. A box is empty, contains NaN, or is not inside the image. A mask
-                is empty or does not have the image's size.
+                is empty or does not have the same size as the image.
             ImageError: the image cannot be decoded.
         """
         if (boxes is None) == (masks is None):
-            raise ValueError("encode_regions needs either boxes or masks")
+            raise ValueError("encode_regions needs either boxes or masks, but not both")
         model, dense = self._prepare_dense()
         variant = variant or dense.localization_variant
         pixels = load_image(image)
@@ -142,8 +142,8 @@ class DenseMethods:
         """Assign each pixel of an image to one of the given classes (zero-shot segmentation).
 
         As in segmentation benchmarks without a background class (SCLIP, arXiv 2312.01597), the image is resized so that
-        its shorter side is 1.5 times the tower's training resolution. A square window at the training resolution then
-        slides over it.
+        its shorter side is 1.5 times the tower's training resolution. A square window with the size of the training
+        resolution then slides over the image.
 
         Args:
             image: one image, as for `encode_image`.
@@ -153,12 +153,13 @@ class DenseMethods:
             return_scores: if True, also return the scores.
 
         Returns:
-            Class index of each pixel, as an int64 tensor of shape (H, W), on the CPU. With `return_scores`, also the
-            class scores, as a float32 tensor of shape (classes, H, W): cosine similarities, averaged over the windows.
+            The class index of each pixel, as an int64 CPU tensor of shape (H, W). With `return_scores`, also the class
+            scores of each pixel (cosine similarities averaged over the windows), as a float32 CPU tensor of shape
+            (classes, H, W).
 
         Raises:
             ValueError: there are no names, a name is empty, or a template has no {} placeholder. The vision tower has
-                no dense features, or does not support the variant. See also `encoder`.
+                no dense features, or does not support the variant. For encoder errors, see `encoder`.
             ImageError: the image cannot be decoded.
         """
         classes = [[name] if isinstance(name, str) else list(name) for name in names]

@@ -55,16 +55,17 @@ class DualEncoder:
 
     Attributes:
         name: name passed to `open_dual_encoder`.
-        identity: function that returns a dict of everything that affects the embeddings except the precision.
+        identity: function that returns a dict of everything, except the precision, that affects the embeddings.
         transform: picklable function that preprocesses a uint8 image of shape (3, H, W) for the image encoder.
         encode_images_raw: function that takes N outputs of `transform` and returns embeddings of shape (N, embed_dim).
         encode_texts_raw: function that takes N texts and a bool (True to show a progress bar), and returns embeddings
             of shape (N, embed_dim).
         count_truncated: function that takes a list of texts and returns how many of them the text encoder truncates, or
             None if unknown.
-        precision: precision the model runs in: fp32, bf16 or bf16+N.
-        dense: encoder for image cells, or None if this type of model does not support dense features.
-        logit_scale: function that returns the learned factor for cosine similarities, or None if the model has none.
+        precision: precision in which the model runs: fp32, bf16, or bf16+N (see `parse_precision`).
+        dense: encoder for dense image features, or None if this type of model does not support them.
+        logit_scale: function that returns the learned factor by which cosine similarities are multiplied. For models
+            without a logit scale, the function returns None.
         query_templates: prompt templates for short search queries, as saved with the model. `encode_texts` does not use
             them.
     """
@@ -84,12 +85,12 @@ class DualEncoder:
     @torch.inference_mode()
     @onednn_matmul()
     def encode_images(self, images: list[Any]) -> Tensor:
-        """Encode N outputs of `transform` as L2-normalised float32 embeddings of shape (N, embed_dim), on the CPU."""
+        """Encode N outputs of `transform`. Return L2-normalised float32 embeddings (N, embed_dim) as a CPU tensor."""
         return F.normalize(self.encode_images_raw(images).float(), dim=-1).cpu()
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str], progress: bool = False) -> Tensor:
-        """Encode N texts as L2-normalised float32 embeddings of shape (N, embed_dim), on the CPU."""
+        """Encode N texts. Return L2-normalised float32 embeddings of shape (N, embed_dim) as a CPU tensor."""
         return F.normalize(self.encode_texts_raw(texts, progress).float(), dim=-1).cpu()
 
 
@@ -101,9 +102,9 @@ def open_dual_encoder(
     Args:
         name: model name, in one of the forms listed at the top of this module.
         device: device to load the model on. Default: a GPU if available.
-        precision: precision of an llm2clip model; see `wrap_llm2clip`. With bf16 or `auto`, the caption encoder is
-            loaded immediately; with any other value, on first use. All other models run in fp32.
-        trust_remote_code: if True, allow Python code that comes with a model to run. Required for Jina-CLIP.
+        precision: precision of an llm2clip model (see `wrap_llm2clip`). If it is bf16, bf16+N or `auto`, the caption
+            encoder is loaded immediately, otherwise on first use. Models of other types always run in fp32.
+        trust_remote_code: if True, allow the model's own Python code to run. Required for Jina-CLIP.
 
     Raises:
         ValueError: the model lacks an image encoder or a text encoder, its type is not supported, or it comes with its
@@ -130,7 +131,7 @@ def wrap_llm2clip(model: LLM2CLIP, name: str, precision: str | None = None) -> D
     The caption encoder is loaded on first use.
 
     Args:
-        name: `DualEncoder.name`.
+        name: value of `DualEncoder.name`.
         precision: precision of the caption encoder, as in `CaptionEncoder.encode`, or `auto` for the precision of the
             `serve` stage (see `models/precision.py`). Default: the precision of the `evaluate` stage. On GPUs with bf16
             support, the vision tower runs in bf16 unless the precision is fp32.
@@ -174,7 +175,7 @@ def wrap_llm2clip(model: LLM2CLIP, name: str, precision: str | None = None) -> D
 def _try_build_dense_encoder(
     tower: VisionTower, project: Callable[[Tensor], Tensor], bf16: bool = False
 ) -> DenseEncoder | None:
-    """Build a dense encoder, or return None if the tower's architecture has no grid of cells."""
+    """Build a dense encoder, or return None if the tower's architecture does not divide images into cells."""
     try:
         return build_dense_encoder(tower, project, bf16)
     except ValueError:
@@ -211,7 +212,7 @@ def _load_transformers(name: str, device: torch.device, trust_remote_code: bool)
 
 
 def _apply_processor(processor: Any, image: Tensor) -> dict[str, Tensor]:
-    """Preprocess an image. Unlike a local function, this function can be pickled for the decoding processes."""
+    """Preprocess an image. This is a module-level function because worker processes cannot unpickle local functions."""
     batch = processor(images=to_pil_image(image), return_tensors="pt")
     return {key: tensor[0] for key, tensor in batch.items()}
 
@@ -232,7 +233,7 @@ def _build_transformers_dense_encoder(model: Any, processor: Any) -> DenseEncode
 
 
 def _load_open_clip(name: str, device: torch.device) -> DualEncoder:
-    text_encoder = load_clip_text_encoder(name, device)  # raises if open_clip is missing
+    text_encoder = load_clip_text_encoder(name, device)  # raises ImportError if open_clip is not installed
     from open_clip import get_model_preprocess_cfg
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
@@ -307,9 +308,9 @@ def _load_sentence_transformer(name: str, device: torch.device, trust_remote_cod
     missing = [modality for modality in ("image", "text") if modality not in model.modalities]
     if missing:
         raise ValueError(
-            f"{name} does not encode {' and '.join(missing)}s, according to sentence-transformers (it supports "
-            f"{', '.join(map(str, model.modalities))}). If transformers can load the model, open it without "
-            f"{SENTENCE_TRANSFORMERS_PREFIX}"
+            f"{name} does not encode {' and '.join(missing)}s, according to sentence-transformers (supported: "
+            f"{', '.join(map(str, model.modalities))}). If transformers can load the model, use its name without the "
+            f"prefix {SENTENCE_TRANSFORMERS_PREFIX}"
         )
 
     def encode(inputs: Sequence[Any], progress: bool = False) -> Tensor:

@@ -10,22 +10,22 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Initial standard deviation of a projection with bias, as in the LLM2CLIP authors' code (eva_vit_model.py: 0.02 times
-# an init_scale of 0.001). The bias starts at zero.
+# Initial standard deviation of the weights of a projection with bias, as in the LLM2CLIP authors' code
+# (eva_vit_model.py: 0.02 times an init_scale of 0.001). The bias starts at zero.
 SMALL_PROJECTION_STD = 2e-5
-# Name prefixes of timm towers whose new projections have a bias. In the authors' code, EVA projections have a bias,
-# OpenAI CLIP projections do not, and no projections are trained for other towers.
+# Name prefixes of timm towers for which a new projection gets a bias. In the authors' code, projections for EVA towers
+# have a bias, projections for OpenAI CLIP towers do not, and other towers have no trained projection.
 _TOWERS_WITH_PROJECTION_BIAS = ("eva",)
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Architecture of the text adapter, saved with a model.
+    """Architecture of the text adapter, as saved in the model config.
 
     Attributes:
         depth: number of residual blocks.
         expansion: hidden size of a residual block, as a multiple of its input size.
-        normalize_input: if True, L2-normalise the caption embeddings.
+        normalize_input: if True, L2-normalise the caption embeddings before the first block.
     """
 
     depth: int = 4  # as in the paper
@@ -52,7 +52,7 @@ class Adapter(nn.Module):
 
     The paper uses depth 4 and expansion 2. With 4096 input and 1280 output dimensions, this adapter has 273.8 M
     parameters. In the checkpoints released with the paper, adapters trained on cached embeddings L2-normalise their
-    input (`normalize_input=True`), whereas those trained with the LLM in the training loop do not.
+    input (`normalize_input=True`), whereas adapters trained with the LLM in the training loop do not.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ def build_projection(feature_dim: int, embed_dim: int, bias: bool) -> nn.Linear:
     return projection
 
 
-def has_projection_bias(tower: dict[str, Any]) -> bool:
-    """Return True if a new image projection for a tower with this config has a bias and starts near zero."""
+def needs_projection_bias(tower: dict[str, Any]) -> bool:
+    """Return True if a new image projection for this vision tower config should have a bias and near-zero weights."""
     architecture = tower["architecture"]  # a dict for transformers towers
     return isinstance(architecture, str) and architecture.startswith(_TOWERS_WITH_PROJECTION_BIAS)

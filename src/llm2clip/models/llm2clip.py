@@ -34,7 +34,7 @@ from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.runs.output_folder import check_format_version
 
-MAX_LOGIT_SCALE = 100.0  # applies only during training
+MAX_LOGIT_SCALE = 100.0  # maximum of exp(logit_scale) during training
 
 
 class LLM2CLIP(DenseMethods, nn.Module):
@@ -47,10 +47,10 @@ class LLM2CLIP(DenseMethods, nn.Module):
         tower: vision tower, which maps images of shape (N, 3, S, S) to features of shape (N, feature_dim).
         projection: linear layer from feature_dim to embed_dim, or the identity if `config.projection` is False.
         adapter: text adapter, which maps caption embeddings of shape (M, text_dim) to shape (M, embed_dim).
-        logit_scale: logarithm of the factor applied to cosine similarities, of shape (1,).
-        logit_bias: bias added to the logits, of shape (1,), or None if the model has no bias.
-        training_images: sorted hashes of the training images (see `hash_images`), uint64, of shape (N,). They are saved
-            with the model. None if the training images are unknown.
+        logit_scale: parameter of shape (1,), the logarithm of the factor applied to cosine similarities.
+        logit_bias: parameter of shape (1,), the bias added to the logits, or None if the model has no logit bias.
+        training_images: sorted uint64 hashes of the training images (see `hash_images`), of shape (N,). The hashes are
+            saved with the model. None if the training images are unknown.
     """
 
     def __init__(self, config: LLM2CLIPConfig, tower: VisionTower, encoder: CaptionEncoder | None = None) -> None:
@@ -66,7 +66,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
                 "Without an image projection, the sizes must be equal"
             )
         self.adapter = Adapter(config.text_dim, config.embed_dim, **dataclasses.asdict(config.adapter))
-        # The parameters are one-dimensional because FSDP cannot shard scalars.
+        # Logit scale and bias are one-dimensional because FSDP cannot shard scalars.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(10 if config.logit_bias else 1 / 0.07)]))
         self.logit_bias = nn.Parameter(torch.tensor([-10.0])) if config.logit_bias else None
         # Keep the encoder in a list so that PyTorch does not register it as a submodule.
@@ -84,16 +84,16 @@ class LLM2CLIP(DenseMethods, nn.Module):
         """Embed images, texts, or both.
 
         Args:
-            pixels: images of shape (N, 3, S, S), uint8.
+            pixels: uint8 images of shape (N, 3, S, S).
             embeddings: unnormalised caption embeddings of shape (M, text_dim).
             features: precomputed tower features of shape (N, feature_dim), used instead of `pixels`.
             return_features: if True, also return the unnormalised tower features as a fifth item.
 
         Returns:
-            (image embeddings, text embeddings, logit scale, logit bias). The embeddings are L2-normalised, float32, of
-            shape (N, embed_dim) and (M, embed_dim); each is None without the corresponding input. The logits are the
-            scale times the cosine similarities plus the bias; scale and bias are float32 scalars. The scale is clamped
-            to 100 only in training mode, because some official checkpoints have a larger one.
+            (image embeddings, text embeddings, logit scale, logit bias). The embeddings are L2-normalised and float32,
+            of shape (N, embed_dim) for images and (M, embed_dim) for texts, or None if the corresponding input is None.
+            The logits are scale * cosine similarity + bias, where scale and bias are float32 scalars. The scale is
+            clamped to 100 only in training mode, because some official checkpoints have a larger scale.
         """
         if pixels is not None:
             features = self.tower(pixels)
@@ -107,7 +107,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     @torch.no_grad()
     def set_logits(self, scale: float, bias: float | None = None) -> None:
-        """Set the logit scale, clamped to 100, and the logit bias if the model has one and `bias` is not None."""
+        """Set the logit scale, clamped to 100. Set the logit bias too if the model has one and `bias` is not None."""
         self.logit_scale.fill_(math.log(scale))
         self.clamp_logit_scale()
         if bias is not None and self.logit_bias is not None:
@@ -134,7 +134,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     @property
     def encoder(self) -> CaptionEncoder:
-        """The caption encoder, loaded on first use with fp32 weights unless `load_encoder` has been called.
+        """The caption encoder. Unless `load_encoder` has been called, it is loaded on first use, with fp32 weights.
 
         Raises:
             ValueError: the model has no caption encoder, or the encoder's embedding dimension is not `text_dim`.
@@ -144,17 +144,18 @@ class LLM2CLIP(DenseMethods, nn.Module):
         return self._encoder[0]
 
     def load_encoder(self, precision: str = "auto", stage: Stage = "serve") -> str:
-        """Load the caption encoder, keeping only the weights needed to encode with `precision`, to save memory.
+        """Load the caption encoder. To save memory, keep only the weights needed to encode with `precision`.
 
         See `CaptionEncoder.move_for_encoding`. If the encoder has already been loaded, its weights are not changed.
 
         Args:
             precision: precision of the encoder, as in `CaptionEncoder.encode`, or `auto`.
-            stage: stage that determines the meaning of `auto` (see `models/precision.py`). If the model was trained on
-                bf16 embeddings, their precision is used and nothing is calibrated.
+            stage: stage that determines which precision `auto` selects (see `models/precision.py`). Where the stage
+                would calibrate the precision, a model trained on bf16 embeddings uses the precision of those embeddings
+                instead.
 
         Returns:
-            The precision used, with `auto` resolved.
+            The encoder's precision: fp32, bf16 or bf16+N, never `auto`.
         """
         encoder = self._encoder[0] if self._encoder else self._load_text_folder("cpu")
         precision = resolve_precision(stage, precision, self.device)
@@ -189,8 +190,8 @@ class LLM2CLIP(DenseMethods, nn.Module):
         """
         self._check_dimension(encoder, "the caption encoder")
         trained_with, identity = self.config.encoder, encoder.identity()
-        # The precision is not compared, because users choose it for each call. Neither is the LLM config, because each
-        # transformers release adds entries to it.
+        # The precision is not compared, because users choose it for each call. The LLM config is not compared, because
+        # each transformers release adds entries to it.
         names = [name for name in identity if name in trained_with and name not in ("precision", "config")]
         differences = [name for name in names if trained_with[name] != identity[name]]
         if differences:
@@ -213,7 +214,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
     @torch.no_grad()  # not inference_mode: users may train a linear probe on the embeddings
     @onednn_matmul()
     def encode_image(self, images: Any, batch_size: int = 64) -> Tensor:
-        """Encode images as L2-normalised float32 embeddings of shape (N, embed_dim), on the CPU.
+        """Encode N images. Return L2-normalised float32 embeddings of shape (N, embed_dim) as a CPU tensor.
 
         Args:
             images: one image, a list of N images, a tensor of shape (N, 3, H, W) or an array of shape (N, H, W, 3). An
@@ -242,18 +243,18 @@ class LLM2CLIP(DenseMethods, nn.Module):
         precision: str | None = None,
         templates: str | Sequence[str] | None = None,
     ) -> Tensor:
-        """Encode texts as L2-normalised float32 embeddings of shape (N, embed_dim), on the CPU.
+        """Encode N texts. Return L2-normalised float32 embeddings of shape (N, embed_dim) as a CPU tensor.
 
         Args:
             texts: one text or a list of N texts.
             progress: if True, show a progress bar.
             precision: precision of the caption encoder, as in `CaptionEncoder.encode`.
             templates: one or more prompt templates for class names and other short texts, such as "a photo of a {}".
-                Each text is inserted into every template, and its embedding is the normalised mean over the templates.
+                Each text is inserted into every template, and its embedding is the normalised mean over these prompts.
                 To include the text itself, add the template "{}".
 
         Raises:
-            ValueError: a text is empty, or a template has no {} placeholder. See also `encoder`.
+            ValueError: a text is empty, or a template has no {} placeholder. For encoder errors, see `encoder`.
         """
         captions = [texts] if isinstance(texts, str) else list(texts)
         check_not_empty(captions)
@@ -267,10 +268,11 @@ class LLM2CLIP(DenseMethods, nn.Module):
     def encode_query(
         self, queries: str | Sequence[str], progress: bool = False, precision: str | None = None
     ) -> Tensor:
-        """Encode search queries as L2-normalised float32 embeddings of shape (N, embed_dim), on the CPU.
+        """Encode N search queries. Return L2-normalised float32 embeddings (N, embed_dim) as a CPU tensor.
 
-        As in `llm2clip search`, a short query's embedding is the normalised mean over the query itself and the model's
-        query templates (`config.query_templates`). For longer queries and the other arguments, see `encode_text`.
+        As in `llm2clip search`, a short query is also inserted into each of the model's templates
+        (`config.query_templates`), and its embedding is the normalised mean over the query and these prompts. For
+        longer queries and the other arguments, see `encode_text`.
         """
         texts = [queries] if isinstance(queries, str) else list(queries)
         prompts, counts = build_query_prompts(texts, self.config.query_templates)
@@ -278,25 +280,25 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     @torch.no_grad()
     def project_text_embeddings(self, embeddings: Tensor) -> Tensor:
-        """Map caption embeddings (N, text_dim) to L2-normalised float32 text embeddings (N, embed_dim), on the CPU."""
+        """Map caption embeddings (N, text_dim) to L2-normalised float32 embeddings (N, embed_dim) in a CPU tensor."""
         self.eval()
         _, text, *_ = self(embeddings=embeddings.to(self.device))
         assert text is not None
         return text.cpu()
 
     def similarity(self, texts: Tensor, images: Tensor) -> Tensor:
-        """Return the cosine similarities between L2-normalised embeddings, of shape (texts, images)."""
+        """Return a matrix of shape (texts, images) with the cosine similarities of L2-normalised embeddings."""
         return texts @ images.T
 
     # ---- saving and loading -----------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path, encoder: CaptionEncoder | str | Path | None = None) -> Path:
-        """Save the model to a folder, atomically, without a model card (see `write_model_card`).
+        """Save the model to a folder atomically. This does not write a model card (see `write_model_card`).
 
         Args:
             folder: folder to create. An existing model folder is replaced.
-            encoder: caption encoder to save, or the folder of a saved caption encoder, which is copied. Default: the
-                model's caption encoder, if there is one.
+            encoder: caption encoder to save. The folder of a saved caption encoder is copied. Default: the model's
+                caption encoder, if there is one.
 
         Raises:
             FileExistsError: `folder` exists and is not a model folder.
@@ -322,7 +324,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     def _write_config_and_weights(self, folder: Path) -> None:
         config = {"model_type": "llm2clip", "format_version": FORMAT_VERSION, **dataclasses.asdict(self.config)}
-        config["encoder_fingerprint"] = fingerprint(self.config.encoder)  # for users who compare folders; never read
+        config["encoder_fingerprint"] = fingerprint(self.config.encoder)  # never read; lets users compare folders
         (folder / "config.json").write_text(json.dumps(config, indent=1))
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_file(weights, folder / "model.safetensors")
@@ -332,7 +334,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None) -> LLM2CLIP:
-        """Load a model from a folder or the hub, in eval mode.
+        """Load a model from a folder or the hub, and switch it to eval mode.
 
         Weights are read only from safetensors files, and code in the folder is never run.
 
@@ -360,7 +362,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
             raise ValueError(f"{file}: {error}") from error
         except OSError:
             raise
-        except Exception as error:  # timm and transformers can raise anything for a malformed config
+        except Exception as error:  # for a malformed config, timm and transformers can raise any exception
             raise ValueError(f"{file} does not describe a model ({describe_error(error)})") from error
         try:
             model.load_state_dict(read_safetensors(folder / "model.safetensors"))

@@ -3,7 +3,7 @@
 MODEL/
   config.json                model config (`LLM2CLIPConfig`)
   model.safetensors          weights of the vision tower, the projection and the adapter
-  preprocessor_config.json   preprocessing of images, in transformers' format
+  preprocessor_config.json   image preprocessing, in transformers' format
   text/                      caption encoder, in sentence-transformers' format
   README.md                  model card
 """
@@ -35,7 +35,7 @@ class LLM2CLIPConfig:
         tower: vision tower config (`VisionTower.config`).
         text_dim: dimension of the caption embeddings, which are the adapter's input.
         embed_dim: dimension of the shared embedding space.
-        adapter: arguments of the text adapter.
+        adapter: architecture of the text adapter.
         projection: if True, the model has an image projection. If False, the tower's output is the image embedding, and
             `embed_dim` must equal the tower's feature dimension.
         projection_bias: if True, the image projection has a bias (see `build_projection`).

@@ -45,7 +45,7 @@ class LLM2CLIPExportConfig(PretrainedConfig):
         projection: True if the model has an image projection.
         projection_bias: True if the image projection has a bias.
         pooling: pooling mode of the LLM: "mean", "lasttoken" or "cls".
-        prompt_tokens: number of leading tokens in each text that are excluded from mean pooling.
+        prompt_tokens: number of tokens at the start of each text that are excluded from mean pooling.
         logit_bias: True if the model has a logit bias, as models trained with the sigmoid loss do.
     """
 
@@ -63,7 +63,7 @@ class LLM2CLIPExportConfig(PretrainedConfig):
 
 
 class LLM2CLIPImageProcessor(CLIPImageProcessor):
-    """Image processor for timm towers that rounds the centre crop's position as timm does, unlike transformers."""
+    """Image processor for timm towers. It rounds the centre crop's position as timm does, not as transformers does."""
 
     def center_crop(self, image: Any, size: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Crop the centre of an image of shape (..., H, W) to shape (..., size.height, size.width)."""
@@ -105,7 +105,7 @@ class LLM2CLIPExport(PreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=text)
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """Encode the processor's pixel values of shape (N, 3, S, S).
+        """Encode pixel values of shape (N, 3, S, S), as returned by the processor.
 
         The result's `pooler_output` contains L2-normalised float32 embeddings of shape (N, embed_dim).
         """
@@ -125,7 +125,7 @@ class LLM2CLIPExport(PreTrainedModel):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> CLIPOutput:
-        """Encode texts, images or both. For both, also return the logits: scale * cosine similarity + bias."""
+        """Encode texts, images or both. If both are passed, also return logits: scale * cosine similarity + bias."""
         text = image = logits = None
         if input_ids is not None:
             text = self.get_text_features(input_ids, attention_mask).pooler_output

@@ -4,9 +4,9 @@ In some layers of an LLM, the MLP's output for a few tokens is a thousand times 
 (massive activations, arXiv 2402.17762). This happens to tokens whose hidden state exceeds a threshold. In an untuned
 LLM with bidirectional attention, many tokens are close to the threshold, so such a layer amplifies the rounding errors
 of all earlier layers. Layer 11 of untuned SmolLM2-135M is an example: the minimum cosine similarity between the bf16
-and fp32 embeddings of 48 captions is 0.984, even if only layers 0 to 11 run in bf16. It is 0.9999 with layers 0 to 11
-in fp32, with causal attention, and after tuning. The number of initial layers that must stay in fp32 is therefore
-measured once per encoder, on a fixed set of captions.
+and fp32 embeddings of 48 captions is 0.984, even if only layers 0 to 11 run in bf16. Each of three changes raises the
+minimum to 0.9999: running layers 0 to 11 in fp32, causal attention, and tuning. The number of initial layers that must
+stay in fp32 is therefore measured once per encoder, on a fixed set of captions.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from llm2clip.models.text.caption_encoder import CaptionEncoder
 
 CALIBRATED = "calibrated"  # fastest precision at which the caption encoder is accurate enough
-# What `auto` means for each stage on devices with bf16 matmul hardware. On all other devices, it means fp32. On CPUs,
-# `align` and `evaluate` always run in fp32, so their results do not depend on the CPU. `serve` is the search server.
+# Precision that `auto` selects for each stage on devices with bf16 matmul hardware. On other devices, it selects fp32. On
+# CPUs, `align` and `evaluate` always run in fp32, so their results do not depend on the CPU. `serve` is the search server.
 AUTO_PRECISION: dict[Stage, dict[str, str]] = {
     "tune": {"cuda": "bf16", "cpu": "bf16"},
     "embed": {"cuda": CALIBRATED, "cpu": CALIBRATED},
@@ -47,14 +47,15 @@ CALIBRATION_CAPTIONS = tuple(
 
 
 def resolve_precision(stage: Stage, setting: str, device: torch.device) -> str:
-    """Return the precision of a stage without measuring anything.
+    """Return the precision that a setting selects for a stage, without calibrating anything.
 
     Args:
-        stage: key of `AUTO_PRECISION`. Multimodal LLMs use `tune`.
+        stage: key of `AUTO_PRECISION`. For multimodal LLMs, use `tune`.
         setting: precision setting. Any value except `auto` is returned unchanged.
 
     Returns:
-        For `auto`, fp32, bf16, or `CALIBRATED`, which `resolve_encoder_precision` replaces with the measured precision.
+        If the setting is `auto`: fp32, bf16 or `CALIBRATED`. `CALIBRATED` means that the precision must be measured
+        (see `calibrate_precision`).
     """
     if setting != "auto":
         return setting
@@ -62,12 +63,12 @@ def resolve_precision(stage: Stage, setting: str, device: torch.device) -> str:
 
 
 def get_auto_precision(stage: Stage, device_type: str, has_bf16: bool) -> str:
-    """Look up a stage and a device type (cuda, cpu, ...) in `AUTO_PRECISION`."""
+    """Return the precision that `auto` selects for a stage and a device type (cuda, cpu, ...)."""
     return AUTO_PRECISION[stage].get(device_type, "fp32") if has_bf16 else "fp32"
 
 
 def has_bf16_hardware(device: torch.device) -> bool:
-    """Return True for NVIDIA GPUs since Ampere, and for CPUs with AMX or AVX-512 bf16 instructions."""
+    """Return True for NVIDIA GPUs from Ampere onwards, and for CPUs with AMX or AVX-512 bf16 instructions."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     get_capabilities: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
@@ -77,7 +78,7 @@ def has_bf16_hardware(device: torch.device) -> bool:
 def resolve_encoder_precision(stage: Stage, encoder: CaptionEncoder, device: torch.device) -> str:
     """Resolve `auto` to the precision (fp32, bf16 or bf16+N) in which a stage runs an encoder.
 
-    The encoder must have fp32 weights. `device` is the device it will run on.
+    The encoder must have fp32 weights. `device` is the device on which it will run.
     """
     precision = resolve_precision(stage, "auto", device)
     return calibrate_precision(encoder, device) if precision == CALIBRATED else precision
@@ -124,25 +125,25 @@ def offload_layers(encoder: CaptionEncoder, device: torch.device) -> Iterator[No
     """
     layers = get_layers(encoder.llm)
     set_layers(encoder.llm, nn.ModuleList())
-    encoder.to(device)  # all modules except the layers
+    encoder.to(device)  # moves all modules except the layers
     set_layers(encoder.llm, layers)
     hooks = []
     for layer in layers:
         hooks.append(layer.register_forward_pre_hook(lambda layer, args: _move_layer(layer, device)))
         hooks.append(layer.register_forward_hook(lambda layer, args, output: _move_layer(layer, "cpu")))
-    caches_casts = torch.is_autocast_cache_enabled()
+    cache_was_enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # otherwise, a bf16 copy of every layer would stay on the device
     try:
         yield
     finally:
-        torch.set_autocast_cache_enabled(caches_casts)
+        torch.set_autocast_cache_enabled(cache_was_enabled)
         for hook in hooks:
             hook.remove()
         encoder.to("cpu")
 
 
 def _move_layer(layer: nn.Module, device: torch.device | str) -> None:
-    """Move a layer. Return None so that a forward hook does not change inputs and outputs."""
+    """Move a layer in place. Hooks that return this function's result (None) leave inputs and outputs unchanged."""
     layer.to(device)
 
 
@@ -150,8 +151,8 @@ def tf32_matmul() -> AbstractContextManager[None]:
     """Use TF32 for float32 matmuls on NVIDIA GPUs inside the `with` block. Without a GPU, nothing changes.
 
     TF32 rounds matmul inputs to the precision of float16 and accumulates the products in float32, which is several
-    times faster. PyTorch uses TF32 for convolutions by default. Losses and similarities need full precision because the
-    differences between similarities are small.
+    times faster than full float32. PyTorch uses TF32 for convolutions by default. Losses and similarities need full
+    precision, because the differences between similarities are small.
     """
     return float32_matmul_precision("high") if torch.cuda.is_available() else nullcontext()
 
@@ -160,10 +161,10 @@ def tf32_matmul() -> AbstractContextManager[None]:
 
 
 def parse_precision(precision: str) -> tuple[bool, int]:
-    """Return (False, 0) for `fp32`, (True, 0) for `bf16`, and (True, N) for `bf16+N` with N fp32 layers.
+    """Return (is_bf16, number of fp32 layers): (False, 0) for `fp32`, (True, 0) for `bf16`, (True, N) for `bf16+N`.
 
     Raises:
-        ValueError: `precision` has none of these forms.
+        ValueError: `precision` does not have one of these forms.
     """
     match = re.fullmatch(r"fp32|bf16(?:\+(\d+))?", precision)
     if match is None:
@@ -172,11 +173,11 @@ def parse_precision(precision: str) -> tuple[bool, int]:
 
 
 def cast_linear_weights(llm: nn.Module, precision: str) -> None:
-    """Cast a transformers model's weights to bf16, in place, if they are used only in bf16 matmuls.
+    """Cast all weights of a transformers model that are used only in bf16 matmuls to bf16, in place.
 
     Autocast would cast these weights before every matmul anyway, so the embeddings are bit-identical. Norms, token
-    embeddings and, with bf16+N, the first N layers stay in fp32. So do weights that linear layers share with other
-    types of layers, such as tied token embeddings. The rounding cannot be undone.
+    embeddings and, with bf16+N, the first N layers stay in fp32. Weights that linear layers share with other types of
+    layers, such as tied token embeddings, also stay in fp32. The cast weights cannot be restored to full precision.
     """
     is_bf16, fp32_layer_count = parse_precision(precision)
     if not is_bf16:

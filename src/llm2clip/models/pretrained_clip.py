@@ -1,8 +1,8 @@
-"""Inheritance of the logit scale, logit bias and embedding space of a vision tower's original CLIP model.
+"""Functions to reuse the logit scale, logit bias and embedding space of a vision tower's original CLIP model.
 
-The LLM2CLIP authors' code starts from the pretrained CLIP model's logit scale, which is close to the maximum of 100. A
-CLIP model trained from scratch starts at 1 / 0.07 instead. For training in the inherited embedding space, see
-`train/proclip.py`.
+The LLM2CLIP authors' code starts training with the pretrained CLIP model's logit scale, which is close to the maximum
+of 100. A CLIP model trained from scratch starts with 1 / 0.07 instead. For training in the inherited embedding space,
+see `train/proclip.py`.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from llm2clip.models.text.clip_text_encoder import (
 )
 from llm2clip.models.vision.vision_tower import VisionTower
 
-# Weight files that may contain the logit scale. In timm's repositories, only the open_clip file does.
+# Weight files that may contain the logit scale. In timm's hub repositories, only the open_clip file contains it.
 _WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -46,7 +46,7 @@ def read_pretrained_logits(tower: str) -> tuple[float, float | None]:
         tower: vision tower, as in `VisionTower.from_pretrained`.
 
     Returns:
-        The logit scale as a factor (not its logarithm), and the logit bias or None.
+        The logit scale (the factor, not its logarithm), and the logit bias, or None if the checkpoint has no bias.
 
     Raises:
         ValueError: the tower's checkpoint has no logit scale because it contains only a vision tower.
@@ -65,7 +65,7 @@ def read_pretrained_logits(tower: str) -> tuple[float, float | None]:
 
 
 def _read_tensors(file: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """Read the named tensors from a weight file, or from the shards listed in an index. Skip missing tensors."""
+    """Read the named tensors from a weight file or from the shards listed in an index file. Skip missing tensors."""
     if file.name.endswith(".index.json"):
         shard_of = read_weight_map(file)
         tensors: dict[str, Tensor] = {}
@@ -83,7 +83,7 @@ def _read_tensors(file: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def load_inherited_clip(tower: str, inherit: bool | str, device: torch.device) -> ClipTextEncoder:
-    """Load the CLIP model to inherit from.
+    """Load the CLIP model whose embedding space is inherited.
 
     Args:
         tower: vision tower, as in `VisionTower.from_pretrained`.
@@ -103,8 +103,8 @@ def load_inherited_clip(tower: str, inherit: bool | str, device: torch.device) -
         is_folder = str(config.parent) == source
         return load_clip_text_encoder(f"{OPEN_CLIP_PREFIX}{'' if is_folder else 'hf-hub:'}{source}", device)
     raise ValueError(
-        f"--align.inherit true: the checkpoint of {tower} has no text tower. Specify the CLIP model the tower comes "
-        "from (--align.inherit NAME or open_clip:NAME/PRETRAINED), or remove --align.inherit"
+        f"--align.inherit true: the checkpoint of {tower} has no text tower. Specify the CLIP model that the tower "
+        "comes from (--align.inherit NAME or --align.inherit open_clip:NAME/PRETRAINED), or remove --align.inherit"
     )
 
 
@@ -119,12 +119,12 @@ def find_visual_projection(clip: Any) -> nn.Linear | None:
     if hasattr(clip, "get_image_features"):  # transformers
         return getattr(clip, "visual_projection", None)
     visual = clip.visual
-    if isinstance(weight := getattr(visual, "proj", None), Tensor):  # open_clip's own ViT; (features, embeddings)
+    if isinstance(weight := getattr(visual, "proj", None), Tensor):  # open_clip's ViT; shape (features, embeddings)
         feature_dim, embed_dim = weight.shape
         projection = nn.Linear(feature_dim, embed_dim, bias=False)
         projection.weight = nn.Parameter(weight.detach().T.contiguous())
         return projection
-    if (trunk := getattr(visual, "trunk", None)) is not None:  # timm model: classifier or open_clip's head
+    if (trunk := getattr(visual, "trunk", None)) is not None:  # timm model; the projection is in timm or open_clip
         head = [module for module in visual.head if not isinstance(module, nn.Dropout)]
         layers = [layer for layer in (trunk.get_classifier(), *head) if not isinstance(layer, nn.Identity)]
         if not layers:
@@ -137,7 +137,7 @@ def find_visual_projection(clip: Any) -> nn.Linear | None:
 
 
 def build_model_in_clip_space(config: LLM2CLIPConfig, tower: VisionTower, clip: ClipTextEncoder) -> LLM2CLIP:
-    """Build a model with a CLIP model's image embeddings and a randomly initialised text adapter.
+    """Build a model that has the same image embeddings as a CLIP model, and a randomly initialised text adapter.
 
     The CLIP model determines the device and the config's `embed_dim`, `projection` and `projection_bias`. `tower` is
     the CLIP model's image tower, loaded for training.
@@ -167,7 +167,7 @@ def build_model_in_clip_space(config: LLM2CLIPConfig, tower: VisionTower, clip: 
 
 @torch.no_grad()
 def _check_image_embeddings(model: LLM2CLIP, clip: Any) -> None:
-    """Check that both models embed a random image alike. Skip the check if their image sizes differ.
+    """Check that both models encode a random image alike. If their image sizes differ, skip the check.
 
     Raises:
         ValueError: the vision tower is not the image tower of the CLIP model.

@@ -1,4 +1,4 @@
-"""Prompt ensembles: each text is inserted into several templates and represented by the mean prompt embedding.
+"""Prompt ensembles: a text is inserted into several templates, and the resulting prompts' embeddings are averaged.
 
 Ensembles of templates such as "a photo of a {}" improve zero-shot classification with CLIP (arXiv 2103.00020, section
 3.1.4), because class names and other short texts are unlike the captions that the model was trained on.
@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PLACEHOLDER = "{}"
-# Longer queries are never inserted into templates.
+# Queries with more words or characters are never inserted into templates.
 MAX_TEMPLATE_WORDS, MAX_TEMPLATE_CHARACTERS = 3, 50
 
 
 def check_templates(templates: Sequence[str], name: str = "templates") -> None:
-    """Raise ValueError if a template has no placeholder. `name` is the argument or flag to name in the message."""
+    """Raise ValueError if a template has no placeholder. `name` is the argument or flag that the message mentions."""
     for n, template in enumerate(templates):
         if PLACEHOLDER not in template:
             raise ValueError(
@@ -64,11 +64,11 @@ class QueryTemplates:
         return cls(tuple(templates), max_words)
 
 
-NO_TEMPLATES = QueryTemplates()  # encodes all queries unchanged
+NO_TEMPLATES = QueryTemplates()  # all queries are encoded unchanged
 
 
 def fill_templates(texts: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Insert every text into every template. Prompts are grouped by text, in template order."""
+    """Insert every text into every template. The prompts of each text are adjacent and in template order."""
     return [template.replace(PLACEHOLDER, text) for text in texts for template in templates]
 
 
@@ -103,7 +103,7 @@ def is_short_text(text: str, max_words: int = MAX_TEMPLATE_WORDS) -> bool:
 
 
 def build_query_prompts(texts: Sequence[str], templates: QueryTemplates) -> tuple[list[str], list[int]]:
-    """Build the prompts for search queries. The mean embedding of a query's prompts represents the query.
+    """Build the prompts for search queries. Each query is represented by the mean embedding of its prompts.
 
     A short query's prompts are the query itself and the filled templates. A longer query's only prompt is the query
     itself.

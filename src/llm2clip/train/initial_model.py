@@ -11,7 +11,7 @@ from torch import Tensor
 from llm2clip.config import AlignConfig
 from llm2clip.cpu_tuning import free_memory
 from llm2clip.data.records import Record
-from llm2clip.models.heads import AdapterConfig, has_projection_bias
+from llm2clip.models.heads import AdapterConfig, needs_projection_bias
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.precision import resolve_precision
@@ -127,7 +127,7 @@ def make_model_config(
         embed_dim=config.embed_dim or tower.feature_dim,
         adapter=AdapterConfig(depth=config.adapter_depth, normalize_input=config.normalize_input),
         projection=config.embed_dim > 0,
-        projection_bias=config.embed_dim > 0 and has_projection_bias(tower.config),
+        projection_bias=config.embed_dim > 0 and needs_projection_bias(tower.config),
         logit_bias=get_loss(config.loss).needs_bias,
         encoder=encoder or {},
     )

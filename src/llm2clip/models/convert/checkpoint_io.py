@@ -31,15 +31,15 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Any],
 
     Args:
         source: folder, hub id or weight file. A folder or repository must contain model.safetensors, pytorch_model.bin
-            (both may be sharded), or a single .pt file. If `source` is a weight file, no configuration is read.
+            (either may be sharded), or a single .pt file. If `source` is a weight file, no configuration is read.
 
     Returns:
         (tensors, config, preprocessing): a dict from tensor name to tensor; the contents of config.json, or {} if it is
-        missing; and the contents of preprocessor_config.json, or None if it is missing.
+        missing; and the preprocessing from preprocessor_config.json, or None if it is missing.
 
     Raises:
         FileNotFoundError: the file, folder or repository does not exist.
-        ValueError: the weight file is missing, ambiguous or corrupt, or it contains objects other than tensors.
+        ValueError: no unique weight file exists, or the file is corrupt or contains objects other than tensors.
     """
     path = Path(source)
     if path.is_file():
@@ -90,7 +90,7 @@ def _load_weights(path: Path) -> dict[str, Any]:
             "'model.safetensors')"
         )
     try:
-        # Some checkpoints also contain an LLM. With mmap, unneeded tensors are never read.
+        # Some checkpoints also contain an LLM. With mmap, tensors that are not needed are never read from disk.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ValueError(
@@ -153,7 +153,7 @@ def _read_optional_json(path: Path) -> dict[str, Any]:
 
 
 def _download_checkpoint(name: str) -> Path:
-    """Download the weights and configuration of a hub repository. If the download fails, use the hub's cache."""
+    """Download the weights and configuration of a hub repository. If the download fails, use a cached copy."""
     from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
@@ -168,6 +168,4 @@ def _download_checkpoint(name: str) -> Path:
         try:
             return Path(snapshot_download(name, local_files_only=True))
         except (HFValidationError, LocalEntryNotFoundError, OSError):
-            raise FileNotFoundError(
-                f"{name} is neither a local file or folder nor a model on the hub ({error})"
-            ) from error
+            raise FileNotFoundError(f"{name} is not a file, a folder or a model on the hub ({error})") from error

@@ -5,7 +5,7 @@ The LLM2CLIP authors have released official checkpoints in four naming schemes, 
 - "hf" is a transformers checkpoint. It contains OpenAI's CLIP vision tower (with transformers' tensor names), a
   projection without bias, and an adapter.
 - "openai" is a state dict with the same tower, projection and adapter, but the tower has the original CLIP code's
-  tensor names. These are converted to the "hf" names on loading.
+  tensor names. These names are converted to the "hf" names on loading.
 - "eva" is a state dict from the EVA-CLIP code. It contains an EVA-02 tower (whose tensor names differ from timm's), a
   projection with bias, and an adapter with the same architecture.
 - "siglip2" is a state dict with a timm SigLIP 2 tower and an adapter. There is no projection: the image embedding is
@@ -40,8 +40,8 @@ class Layout:
         tower: name prefix of the vision tower's tensors.
         projection: name prefix of the image projection's tensors, or "" if the layout has no projection.
         adapter: name prefix of the text adapter's tensors.
-        ignored: name pattern for tensors that do not affect the embeddings: those of the original CLIP model's text
-            tower and of the LLM.
+        ignored: name pattern for tensors that do not affect the embeddings (the tensors of the original CLIP model's
+            text tower and of the LLM).
     """
 
     name: str
@@ -63,7 +63,7 @@ HF = Layout(
 OPENAI = Layout(
     name="openai",
     required=("visual.conv1.", "visual.transformer.resblocks.", "text.text_adaptor."),
-    # These prefixes apply after `_rename_openai_tensors`.
+    # After `_rename_openai_tensors`, the tensors have the "hf" prefixes.
     tower=HF.tower,
     projection=HF.projection,
     adapter=HF.adapter,
@@ -79,7 +79,7 @@ LAYOUTS = {layout.name: layout for layout in (HF, OPENAI, EVA, SIGLIP2)}
 
 # Layers of an adapter block: name in this package -> official name.
 _ADAPTER_LAYERS = {"norm": "ln", "up": "fn.0", "down": "fn.3"}
-# Tensor name parts that differ in an EVA-02 block: timm's name -> name in the EVA-CLIP code.
+# Parts of tensor names in an EVA-02 block: timm's name -> name in the EVA-CLIP code.
 _TIMM_TO_EVA = {
     "attn.norm.": "attn.inner_attn_ln.",
     "mlp.norm.": "mlp.ffn_ln.",
@@ -87,7 +87,7 @@ _TIMM_TO_EVA = {
     "mlp.fc1_x.": "mlp.w2.",
     "mlp.fc2.": "mlp.w3.",
 }
-# Tensor name parts that differ in an OpenAI tower: name in the original CLIP code -> transformers' name.
+# Parts of tensor names in an OpenAI tower: name in the original CLIP code -> transformers' name.
 _OPENAI_TO_HF = {
     "text.text_adaptor.": HF.adapter,
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
@@ -121,7 +121,7 @@ class Checkpoint:
     Attributes:
         source: file, folder or hub id, for error messages.
         layout: one of the values of `LAYOUTS`.
-        tensors: tensors by canonical name.
+        tensors: dict from canonical name to tensor.
         online: True if the adapter was trained with the LLM in the training loop, False if it was trained on cached
             embeddings.
         config: contents of config.json, or {} if there is no such file.
@@ -145,7 +145,7 @@ class Checkpoint:
     ) -> Checkpoint:
         """Create a checkpoint from a state dict: replace aliases with canonical names and detect the layout.
 
-        If an "hf" checkpoint has no logit scale, it is read from config.json.
+        If an "hf" checkpoint has no logit scale, config.json or transformers' default determines the logit scale.
 
         Raises:
             ValueError: the tensor names match no layout, or a tensor occurs twice with different values.
@@ -183,7 +183,7 @@ def get_official_name(name: str, layout: Layout, adapter_depth: int) -> str:
     part, _, rest = name.partition(".")
     if part == "tower":
         rest = rest.removeprefix("backbone.")
-        return layout.tower + (_replace_parts(rest, _TIMM_TO_EVA) if layout is EVA else rest)
+        return layout.tower + (_replace_substrings(rest, _TIMM_TO_EVA) if layout is EVA else rest)
     if part == "projection":
         return layout.projection + rest
     if part == "adapter":
@@ -225,7 +225,7 @@ def _rename_aliases(source: str, tensors: Mapping[str, Any]) -> dict[str, Tensor
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{source} is not a state dict: {name} has type {type(value).__name__}, not Tensor")
-        canonical = _replace_parts(name, _ALIASES)
+        canonical = _replace_substrings(name, _ALIASES)
         if canonical in renamed and not torch.equal(renamed[canonical], value):
             raise ValueError(
                 f"{source} contains the tensor {canonical} twice with different values, the second time as {name}: "
@@ -235,7 +235,7 @@ def _rename_aliases(source: str, tensors: Mapping[str, Any]) -> dict[str, Tensor
     return renamed
 
 
-def _replace_parts(name: str, replacements: Mapping[str, str]) -> str:
+def _replace_substrings(name: str, replacements: Mapping[str, str]) -> str:
     for part, replacement in replacements.items():
         name = name.replace(part, replacement)
     return name
@@ -246,13 +246,13 @@ def _rename_openai_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Some shapes also change:
 
-    - `attn.in_proj_weight` of shape (3 * width, width) and `attn.in_proj_bias` hold the query, key and value
-      projections. Each is split into three tensors.
+    - `attn.in_proj_weight` of shape (3 * width, width) and `attn.in_proj_bias` of shape (3 * width,) contain the query,
+      key and value projections. Each of these tensors is split into three.
     - `visual.proj` of shape (width, embed_dim) is used as `x @ proj`, so it is transposed for a linear layer.
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        new_name = _replace_parts(name, _OPENAI_TO_HF)
+        new_name = _replace_substrings(name, _OPENAI_TO_HF)
         prefix, is_packed, kind = new_name.partition("in_proj_")
         if name == "visual.proj":
             renamed["visual_projection.weight"] = tensor.T.contiguous()
@@ -273,7 +273,7 @@ def _detect_layout(source: str, tensors: Mapping[str, Tensor]) -> Layout:
         expected.append(f"{layout.name!r}: {', '.join(f'{prefix}*' for prefix in layout.required)}")
     raise ValueError(
         f"{source} is not an LLM2CLIP checkpoint. The supported layouts require tensors with these names: "
-        f"{'; '.join(expected)}. Instead of text.text_adaptor.*, the adapter may be named {_ONLINE_ADAPTER}*. "
+        f"{'; '.join(expected)}. The adapter's tensors may also be named {_ONLINE_ADAPTER}*. "
         f"Tensors in this checkpoint: {describe_tensors(tensors)}"
     )
 
@@ -291,7 +291,7 @@ def _get_default_logit_scale(source: str, config: Mapping[str, Any]) -> Tensor:
 
 
 def _get_official_adapter_name(name: str, depth: int) -> str:
-    """Return the official name of an adapter tensor, such as blocks.N.LAYER.weight, norm.weight or out.weight.
+    """Return the official name of the adapter tensor `name` (blocks.N.LAYER.weight, norm.weight, out.weight, ...).
 
     Official names start with an index because the authors' code stores the adapter as an nn.Sequential.
     """

@@ -5,7 +5,7 @@ both problems: SmolLM2-135M loads in 17 s from a GGUF file, and in 1 s from safe
 
 The weights are written in float32 (4 bytes per parameter). In the Q4_1 format, a dequantized weight is the product of a
 4-bit integer and a float16 scale, plus a float16 offset. Neither float16 nor bfloat16 can represent all such values.
-Casting SmolLM2-135M's 134.5 M dequantized weights changes 106.6 M of them in bfloat16 and 55.9 M in float16.
+Of SmolLM2-135M's 134.5 M dequantized weights, a cast to bfloat16 changes 106.6 M, and a cast to float16 55.9 M.
 """
 
 import os
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from llm2clip.io_utils import atomic_dir
 from llm2clip.models.hub.loading import hide_loading_bars
 
-# Type codes of metadata values, and numeric type code -> size in bytes.
+# GGUF type codes of strings and arrays, and the size in bytes of a value of each other type, keyed by type code.
 _STRING, _ARRAY = 8, 9
 _VALUE_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
@@ -24,8 +24,8 @@ _VALUE_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12
 def convert_gguf(gguf: str | Path, out: str | Path) -> Path:
     """Convert a GGUF file to the safetensors folder `out`, atomically, and return `out`.
 
-    For the folder's contents, see `write_gguf_as_safetensors`. If another process creates `out` at the same time, its
-    folder is used.
+    For the folder's contents, see `write_gguf_as_safetensors`. If another process creates `out` during the conversion,
+    that folder is used.
 
     Raises:
         FileNotFoundError: the GGUF file does not exist.
@@ -50,7 +50,7 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
     """Write a GGUF file's tokenizer and decoder, without the LM head, to an existing folder.
 
     All architectures that transformers can load from GGUF files are supported (llama, qwen2, qwen3, gemma3, ...). The
-    tokenizer's chat template is kept.
+    tokenizer's chat template is also written.
 
     Raises:
         ValueError: the file is corrupt or lacks weights.
@@ -73,7 +73,7 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
     finally:
         gguf_utils.tqdm = tqdm
     missing = sorted(report["missing_keys"])
-    if missing:  # transformers only warns, and initialises missing weights randomly
+    if missing:  # transformers only logs a warning, and initialises missing weights randomly
         raise ValueError(
             f"{gguf} is missing {len(missing):,} of the model's weights, including {missing[0]}. The file is "
             "incomplete, or the installed gguf package is too old"

@@ -55,7 +55,7 @@ CLIP_FIELDS = (
 # timm EVA-02 arguments that official checkpoints may set to values other than timm's defaults.
 EVA_ARGS = ("num_classes", "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
-# (patch size, width, depth, MLP width) -> image size -> timm's model name.
+# Names of timm models, keyed by (patch size, width, depth, MLP width) and then by image size in pixels.
 _TIMM_EVA_TOWERS = {
     (16, 768, 12, 2048): {224: "eva02_base_patch16_clip_224"},
     (14, 1024, 24, 2730): {224: "eva02_large_patch14_clip_224", 336: "eva02_large_patch14_clip_336"},
@@ -71,12 +71,12 @@ _TIMM_SIGLIP_TOWERS = {
 def load_official_checkpoint(
     source: str | Path, *, text: str | Path | None = None, normalize_input: bool | None = None
 ) -> LLM2CLIP:
-    """Load an official checkpoint in float32, on the CPU, in eval mode.
+    """Load an official checkpoint as a float32 model on the CPU, in eval mode.
 
     Args:
         source: folder, hub id or weight file (see `read_checkpoint`). If there is no config.json, the architecture is
             inferred from the tensor shapes.
-        text: caption encoder the adapter was trained with (see `attach_caption_encoder`). Default: none.
+        text: caption encoder the adapter was trained with (see `attach_caption_encoder`). Default: no encoder.
         normalize_input: if True, the adapter L2-normalises its input. For the default, see `infer_config`.
 
     Raises:
@@ -97,7 +97,7 @@ def load_official_checkpoint(
 def attach_caption_encoder(model: LLM2CLIP, path: str | Path, checkpoint: str | Path = "") -> None:
     """Load a caption encoder and attach it to the model.
 
-    LLMs released with LLM2CLIP are used with the template they were tuned with.
+    LLMs released with LLM2CLIP get the template that was used to tune them.
 
     Args:
         model: model without a caption encoder.
@@ -182,7 +182,7 @@ def _is_close(tensor: Tensor, expected: Tensor) -> bool:
 
 
 def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) -> LLM2CLIPConfig:
-    """Infer a model config from a checkpoint's architecture.
+    """Infer the model config from a checkpoint's tensor shapes and config.json.
 
     Args:
         checkpoint: official checkpoint, with canonical tensor names.
@@ -259,7 +259,7 @@ def _infer_eva_tower(checkpoint: Checkpoint) -> dict[str, Any]:
     image_size = _compute_grid_size(checkpoint, checkpoint.get_shape("visual.pos_embed")[1] - 1) * patch_size
     depth = checkpoint.count_blocks("visual.blocks.")
     hidden = checkpoint.get_shape("visual.blocks.0.mlp.w1.weight")[0]
-    rotary = checkpoint.tensors.get("visual.rope.freqs_cos")  # (positions, head dimension)
+    rotary = checkpoint.tensors.get("visual.rope.freqs_cos")  # shape (positions, head dimension)
     heads = _compute_num_heads(checkpoint, width, HEAD_DIM if rotary is None else rotary.shape[-1])
 
     known = None
@@ -282,7 +282,7 @@ def _infer_siglip_tower(checkpoint: Checkpoint, embed_dim: int) -> dict[str, Any
     hidden = checkpoint.get_shape("visual.trunk.blocks.0.mlp.fc1.weight")[0]
 
     known = _TIMM_SIGLIP_TOWERS.get((patch_size, width, depth, hidden), {}).get(image_size)
-    # For known towers, timm defines the heads, whose size may differ from HEAD_DIM.
+    # For known towers, timm defines the number of heads, because the head dimension may differ from HEAD_DIM.
     heads = 0 if known else _compute_num_heads(checkpoint, width, HEAD_DIM)
     sizes = {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads}
     return _build_timm_config(checkpoint, known, "vit_base_patch16_siglip_224", image_size, sizes, hidden)
@@ -297,7 +297,7 @@ def _build_timm_config(
     """
     args: dict[str, Any] = {"num_classes": 0, "img_size": image_size}
     if known is None:
-        # timm rounds width * mlp_ratio down.
+        # timm rounds width * mlp_ratio down to an integer, so add 0.5 to the hidden size.
         args |= {**sizes, "mlp_ratio": (hidden + 0.5) / sizes["embed_dim"]}
     preprocess = _get_preprocess(checkpoint, image_size)
     return {"library": "timm", "architecture": known or family, "args": args, "preprocess": preprocess}
@@ -306,8 +306,8 @@ def _build_timm_config(
 def _get_preprocess(checkpoint: Checkpoint, size: int) -> dict[str, Any]:
     """Return the checkpoint's preprocessing.
 
-    By default, as in the authors' code, the shortest side is resized to `size` and the centre is cropped. By contrast,
-    for 224-pixel EVA towers, timm crops to 90% of the height and width by default.
+    If the checkpoint does not define it, the shortest side is resized to `size` and the centre is cropped, as in the
+    authors' code. timm's default for 224-pixel EVA towers differs: it crops to 90% of the height and width.
     """
     default = Preprocess(size, "shortest", 1.0, "bicubic", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
     return (checkpoint.preprocess or default).to_dict()
@@ -318,7 +318,7 @@ def _compute_grid_size(checkpoint: Checkpoint, patches: int) -> int:
     side = math.isqrt(patches)
     if side * side != patches:
         raise ValueError(
-            f"{checkpoint.source} has position embeddings for {patches} patches, which must be a square number"
+            f"{checkpoint.source} has position embeddings for {patches} patches, but their number must be square"
         )
     return side
 

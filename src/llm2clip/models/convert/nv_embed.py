@@ -23,8 +23,8 @@ from llm2clip.models.text.sentence_transformer import NV_EMBED
 
 _LLM_PREFIX = "embedding_model."
 _POOLING_PREFIX = "latent_attention_model."
-_ROTARY_BUFFER = "rotary_emb.inv_freq"  # recomputed from the config
-# Module name in NV-Embed-v2, without prefix -> name in LatentAttentionPooling.
+_ROTARY_BUFFER = "rotary_emb.inv_freq"  # not loaded, because transformers computes it from the config
+# Module name in NV-Embed-v2 (without `_POOLING_PREFIX`) -> name in LatentAttentionPooling.
 _POOLING_NAMES = {
     "cross_attend_blocks.0.norm": "norm",
     "cross_attend_blocks.0.norm_context": "norm_latents",
@@ -51,15 +51,15 @@ _LLM_SETTINGS = (
 
 
 def is_nv_embed(source: str | Path) -> bool:
-    """Return True if a folder or hub id contains NV-Embed-v2 in its published format."""
+    """Return True if a folder or hub repository contains NV-Embed-v2 in its published format."""
     return read_config(source).get("model_type") == NV_EMBED
 
 
 def load_nv_embed(source: str | Path) -> CaptionEncoder:
-    """Load NV-Embed-v2 from its published format as a caption encoder in float32, on the CPU.
+    """Load NV-Embed-v2 in its published format as a float32 caption encoder on the CPU.
 
     As in NV-Embed's code, each text consists of the begin token, the caption and the end token, and pooling includes
-    all of them.
+    all of these tokens.
 
     Raises:
         FileNotFoundError: the folder or repository does not exist.
@@ -89,7 +89,7 @@ def load_nv_embed(source: str | Path) -> CaptionEncoder:
 
 
 def _split_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the LLM's tensors and the pooling layer's tensors, under llm2clip's names."""
+    """Separate the tensors of the LLM from those of the pooling layer, and rename both to llm2clip's names."""
     llm: dict[str, Tensor] = {}
     pooling: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -118,12 +118,12 @@ def _load_llm(source: str | Path, tensors: dict[str, Tensor], settings: Mapping[
     config = MistralConfig(
         **{name: settings[name] for name in _LLM_SETTINGS if settings.get(name) is not None},
         rope_parameters={"rope_type": "default", "rope_theta": settings.get("rope_theta", 10000.0)},
-        sliding_window=None,  # NV-Embed's code does not apply the sliding window
+        sliding_window=None,  # NV-Embed's code does not use a sliding window
     )
     with torch.device("meta"):
         model = AutoModel.from_config(config)
     _load_weights(source, model, tensors)
-    # transformers and sentence-transformers load models only from folders.
+    # Save to a temporary folder, because transformers and sentence-transformers load models only from folders.
     with tempfile.TemporaryDirectory() as folder:
         config.architectures = ["MistralModel"]
         config.save_pretrained(folder)

@@ -1,8 +1,8 @@
 """Published caption encoders: those of the LLM2CLIP authors, and LLMs with LoRA adapters in PEFT format.
 
-A checkpoint's adapter works only with the encoder it was trained with. Two encoders have the same embedding size
-(4096), so the adapter's tensors do not identify the encoder. It is inferred from the vision tower and the checkpoint's
-name instead.
+A checkpoint's text adapter works only with the encoder it was trained with. Two encoders have the same embedding size
+(4096), so the adapter's tensors do not identify the encoder. Instead, the encoder is inferred from the vision tower and
+the checkpoint's name.
 
 LLM2Vec and the first training stage of the LLM2CLIP authors' code produce LoRA adapters. Several LoRA adapters can form
 a chain: for example, LLM2Vec's supervised adapter was trained after merging the MNTP adapter into the LLM. The adapters
@@ -27,7 +27,7 @@ LLAMA_3_8B = "microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned"
 LLAMA_3_2_1B = "microsoft/LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned"
 # LoRA adapter for Llama-3.1-8B-Instruct, in a subfolder of the SigLIP 2 checkpoint's repository.
 LLAMA_3_1_8B = "microsoft/LLM2CLIP-Llama3.1-8B-siglip2-so400m-patch14-224/LLM2CLIP-Llama-3.1-8B"
-PUBLISHED_ENCODERS = {LLAMA_3_8B: 4096, LLAMA_3_1_8B: 4096, LLAMA_3_2_1B: 2048}
+PUBLISHED_ENCODERS = {LLAMA_3_8B: 4096, LLAMA_3_1_8B: 4096, LLAMA_3_2_1B: 2048}  # embedding sizes
 
 # Template used to tune these caption encoders. The encoders' folders do not contain it.
 TEMPLATE = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{caption}<|eot_id|>"
@@ -107,7 +107,7 @@ def load_adapter_encoder(sources: Sequence[str | Path], device: str | torch.devi
 
     Args:
         sources: adapters (see `find_adapter`) in the order in which they were trained. The first item may also be the
-            base LLM. If it is not, the base LLM is taken from the first adapter's adapter_config.json.
+            base LLM. Otherwise, the base LLM is taken from the first adapter's adapter_config.json.
 
     Raises:
         FileNotFoundError: the base LLM does not exist.
@@ -122,8 +122,8 @@ def load_adapter_encoder(sources: Sequence[str | Path], device: str | torch.devi
         )
     except OSError as error:
         raise FileNotFoundError(
-            f"{adapters[0]} is a LoRA adapter for {base}, which could not be loaded ({error}). To use a copy of this "
-            f"LLM, put its path before the adapter: llm2clip convert LLM {sources[0]} --out ENCODER"
+            f"{adapters[0]} is a LoRA adapter for {base}, which could not be loaded ({error}). If you have a copy "
+            f"of this LLM, put its path before the adapter: llm2clip convert LLM {sources[0]} --out ENCODER"
         ) from error
     for adapter in adapters:
         _merge_adapter(encoder, adapter)
@@ -139,7 +139,7 @@ def _merge_adapter(encoder: CaptionEncoder, folder: Path) -> None:
     weights = _remove_head_prefix(load_peft_weights(str(folder), device="cpu"))
     model = get_peft_model(encoder.llm, config)
     expected = get_peft_model_state_dict(model)
-    # PEFT silently ignores tensors that do not match, so the LLM would remain unchanged.
+    # PEFT silently ignores tensors that do not match, which would leave the LLM unchanged.
     differing = sorted(weights.keys() ^ expected.keys())
     differing += sorted(
         name for name in weights.keys() & expected.keys() if weights[name].shape != expected[name].shape
@@ -185,12 +185,12 @@ def _read_llm2vec_settings(adapter: Path) -> dict[str, Any]:
     if settings.get("pooling_mode", "mean") != "mean":
         raise ValueError(f"{file}: pooling_mode is {settings['pooling_mode']!r}; only 'mean' is supported")
     if not settings.get("skip_instruction", True):
-        raise ValueError(f"{file}: skip_instruction is false; instructions are always excluded from pooling")
+        raise ValueError(f"{file}: skip_instruction is false, but instructions are always excluded from pooling")
     return {"pooling": "mean", "max_length": settings.get("max_length")}
 
 
 def _remove_head_prefix(weights: dict[str, Any]) -> dict[str, Any]:
-    """Remove the prefix `model.`, which an LM head adds to all tensor names in an adapter."""
+    """Remove the prefix `model.` from the tensor names of an adapter that was trained on an LLM with an LM head."""
     prefix = "base_model.model.model."
     if not all(name.startswith(prefix) for name in weights):
         return weights

@@ -1,4 +1,4 @@
-"""Export of `LLM2CLIP` models as official LLM2CLIP checkpoints."""
+"""Export of `LLM2CLIP` models in the format of official LLM2CLIP checkpoints."""
 
 import json
 import re
@@ -22,7 +22,7 @@ def save_official_checkpoint(model: LLM2CLIP, out: str | Path, layout_name: str)
 
     An "hf" checkpoint is a folder with model.safetensors, config.json and preprocessor_config.json. An "eva" checkpoint
     is a .pt file with a state dict, including the rotary embeddings that the authors' code expects. It contains no
-    preprocessing, because the authors' code always resizes the shortest side to the tower's image size.
+    preprocessing config, because the authors' code always resizes the shortest side to the tower's image size.
 
     Args:
         model: model with a transformers CLIP tower (for "hf") or a timm EVA-02 CLIP tower (for "eva").
@@ -60,7 +60,7 @@ def save_official_checkpoint(model: LLM2CLIP, out: str | Path, layout_name: str)
 
 
 def _check_representable(model: LLM2CLIP, layout: Layout) -> None:
-    """Raise ValueError listing all reasons why the layout cannot represent the model, if there are any."""
+    """Raise ValueError if the layout cannot represent the model. The message lists all reasons."""
     config, tower = model.config, model.tower.config
     problems = []
     if layout is HF:
@@ -88,7 +88,7 @@ def _find_clip_tower_problems(model: LLM2CLIP) -> list[str]:
     if _get_tower_name(model) != "clip_vision_model":
         return [f"the vision tower is {_get_tower_name(model)}, but must be a transformers CLIP tower"]
     if model.tower.config["architecture"]["image_size"] != model.tower.preprocess.size:
-        return ["the vision tower's image size differs from the image size of its position embeddings"]
+        return ["the preprocessed images do not have the image size of the vision tower's position embeddings"]
     return []
 
 

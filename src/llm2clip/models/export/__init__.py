@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """Export format of another library.
+    """Format of another library to which a model can be exported.
 
     Attributes:
         function: module and name of the export function. It takes a model and an empty folder, writes the model to the
-            folder, and returns a list of messages for the user, or None. The module is imported only when needed,
-            because the command line lists the formats and must not import PyTorch.
-        load_code: example code that loads the exported folder. {out} stands for the folder's path.
+            folder, and returns a list of messages for the user, or None. The module is imported only when needed, so
+            that the command line can list the formats without importing PyTorch.
+        load_code: example code that loads the exported folder. {out} is replaced with the folder's path.
     """
 
     function: str

@@ -43,7 +43,7 @@ LIMITATIONS = (
 
 
 def write_model_card(folder: Path, name: str) -> None:
-    """Write README.md, the model card of a model folder (see `render_model_card`), replacing any existing card."""
+    """Write a model folder's model card to its README.md (see `render_model_card`). An existing card is replaced."""
     atomic_write_text(folder / "README.md", render_model_card(folder, name))
 
 
@@ -51,7 +51,7 @@ def render_model_card(folder: Path, name: str, license: str | None = None) -> st
     """Render the model card for a model folder as Markdown with YAML front matter.
 
     If the folder is RUN/model, the card includes the training config RUN/config.yaml and the report RUN/report.md, if
-    they exist. In both, absolute paths are shortened to file names.
+    these files exist. Absolute paths in these files are shortened to file names.
 
     Args:
         folder: model folder or exported folder.
@@ -146,7 +146,7 @@ def _render_training_sections(run: Path) -> list[str]:
 
 
 def _demote_headings(report: str) -> str:
-    """Demote a report's headings by two levels, and remove its title and the link to the plots."""
+    """Demote a report's headings by two levels, and remove the report's title and its link to the plots."""
     lines, in_code = [], False
     for line in report.splitlines():
         if line.startswith("```"):

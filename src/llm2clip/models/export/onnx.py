@@ -1,4 +1,4 @@
-"""ONNX export of an image graph and a text graph, whose embeddings are compared with PyTorch's."""
+"""ONNX export of the image encoder and the text encoder. The graphs are checked against PyTorch's embeddings."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ images = onnxruntime.InferenceSession("vision.onnx").run(None, {{"pixels": pixel
 scores = texts @ images.T
 ```
 """
-# Weights of graphs larger than this are stored in a separate file, because ONNX files are limited to 2 GB.
+# If a graph has more bytes than this, its weights are stored in a separate file. ONNX files are limited to 2 GB.
 EXTERNAL_DATA_BYTES = 1 << 30
 
 
@@ -43,7 +43,7 @@ class _Graph:
 
     Attributes:
         name: file name without the suffix, either "vision" or "text".
-        inputs: sample inputs by name, with a batch size above 1.
+        inputs: dict from input name to a batch of at least two sample inputs.
         dynamic_shapes: dynamic dimensions of each input, as in `torch.onnx.export`.
     """
 
@@ -85,7 +85,8 @@ def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
     If `int8` is True, also write vision-int8.onnx and text-int8.onnx with weights quantized to 8 bits.
 
     Returns:
-        One message per graph, with the minimum cosine similarity to PyTorch's embeddings of sample inputs.
+        One message per graph. It reports the minimum cosine similarity between the graph's embeddings of sample inputs
+        and PyTorch's.
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
@@ -127,7 +128,7 @@ def _build_graphs(exported: LLM2CLIPExport, model: LLM2CLIP, tokenizer: Any) -> 
 
 
 def _export_graph(graph: _Graph, folder: Path) -> str:
-    """Write a graph and compare its embeddings with PyTorch's. Return a message with the result."""
+    """Write a graph and compare its embeddings with PyTorch's embeddings. Return a message with the result."""
     file = folder / f"{graph.name}.onnx"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`isinstance\\(treespec", FutureWarning)
@@ -143,8 +144,8 @@ def _export_graph(graph: _Graph, folder: Path) -> str:
         )
     assert program is not None
     program.save(str(file))
-    one_row = {name: tensor[:1] for name, tensor in graph.inputs.items()}
-    cosines = [_compute_min_cosine(file, graph.module, inputs) for inputs in (graph.inputs, one_row)]
+    single_input = {name: tensor[:1] for name, tensor in graph.inputs.items()}
+    cosines = [_compute_min_cosine(file, graph.module, inputs) for inputs in (graph.inputs, single_input)]
     cosine = float(torch.tensor(cosines).min())
     if not cosine >= MIN_COSINE:  # this form also catches NaN
         raise ValueError(f"the embeddings from {file.name} differ from PyTorch's: cosine similarity {cosine:.5f}")
@@ -175,7 +176,7 @@ def _quantize_graph(graph: _Graph, folder: Path) -> str:
 
 
 def _is_not_preprocessing_hint(record: logging.LogRecord) -> bool:
-    """Filter out onnxruntime's advice to preprocess a graph, which helps only if activations are quantized."""
+    """Return False for onnxruntime's advice to preprocess a graph. It helps only if activations are quantized."""
     return "run pre-processing before quantization" not in record.getMessage()
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from llm2clip.io_utils import install_command
 from llm2clip.models.llm2clip import LLM2CLIP
 
-# Config of the placeholder text tower, the smallest that open_clip can build.
+# Config of the placeholder text tower, which is the smallest text tower that open_clip can build.
 PLACEHOLDER_TEXT = {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}
 
-ADVICE = "Use another format, which supports all towers: --to transformers, --to onnx, or --to vision for images only"
+ADVICE = "Use a format that supports all towers: --to transformers, --to onnx, or --to vision (images only)"
 
 
 def export_open_clip(model: LLM2CLIP, folder: Path) -> None:
@@ -52,8 +52,8 @@ def _check_tower(model: LLM2CLIP) -> None:
         )
     if preprocess.crop_pct != 1:
         raise ValueError(
-            f"open_clip does not crop images, but this model's preprocessing crops off {1 - preprocess.crop_pct:.0%}. "
-            f"{ADVICE}"
+            f"open_clip does not crop images, but this model's preprocessing crops off {1 - preprocess.crop_pct:.0%} "
+            f"of the height and width. {ADVICE}"
         )
 
 
@@ -80,7 +80,7 @@ def _build_open_clip_config(model: LLM2CLIP) -> dict[str, Any]:
 
 
 def _get_pooling_name(backbone: Any) -> str:
-    """Return timm's name for a backbone's pooling. Without a projection, open_clip ignores timm's default pooling."""
+    """Return timm's name for a backbone's pooling. Without a projection, open_clip ignores timm's default."""
     pooling = backbone.global_pool
     return str(getattr(pooling, "pool_type", pooling))
 

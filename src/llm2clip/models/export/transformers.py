@@ -20,13 +20,13 @@ from llm2clip.models.text.latent_attention import LatentAttentionPooling
 from llm2clip.models.vision.vision_tower import VisionTower
 
 POOLINGS = ("mean", "lasttoken", "cls")
-MIN_COSINE = 0.9999  # minimum cosine similarity between the exported and the original model
+MIN_COSINE = 0.9999  # minimum cosine similarity between embeddings of the exported and the original model
 SAMPLE_TEXTS = (
     "a dog",
     "Two children in red jackets are playing in the snow while an old man watches them from a wooden bench.",
     "一只猫坐在窗台上",
 )
-CHECKED_TEXTS = ("a", "Two dogs, running.", "一只猫", "1")  # the template must not change how these are tokenized
+CHECKED_TEXTS = ("a", "Two dogs, running.", "一只猫", "1")  # the template must not change how these texts are tokenized
 
 
 def export_transformers(model: LLM2CLIP, folder: Path) -> None:
@@ -96,7 +96,7 @@ def export_vision(model: LLM2CLIP, folder: Path) -> None:
 
 @torch.no_grad()
 def build_export_model(model: LLM2CLIP) -> LLM2CLIPExport:
-    """Copy a model into a transformers model in float32 and eval mode, on the CPU.
+    """Copy a model into a float32 transformers model on the CPU, in eval mode.
 
     Raises:
         ValueError: the format cannot represent the caption encoder.
@@ -176,8 +176,8 @@ def _check_text_embeddings(exported: LLM2CLIPExport, model: LLM2CLIP) -> None:
     min_cosine = float(cosines.min())
     if not min_cosine >= MIN_COSINE:  # this form also catches NaN
         raise ValueError(
-            f"the exported text embeddings would differ (cosine similarity {min_cosine:.4f}): the caption encoder has "
-            "a module that the format does not support"
+            f"the exported model's text embeddings would differ from the original ones (cosine similarity "
+            f"{min_cosine:.4f}): the caption encoder has a module that the format does not support"
         )
 
 
@@ -186,7 +186,7 @@ def _write_json(file: Path, content: Any) -> None:
 
 
 def build_vision_model(tower: VisionTower) -> Any:
-    """Copy a vision tower into a transformers model in float32 and eval mode, on the CPU.
+    """Copy a vision tower into a float32 transformers model on the CPU, in eval mode.
 
     A timm tower becomes a `TimmWrapperModel`. A transformers tower keeps its model class, such as `CLIPVisionModel`.
     """
@@ -207,7 +207,7 @@ def build_vision_model(tower: VisionTower) -> Any:
 
 
 def build_tokenizer(encoder: CaptionEncoder) -> Any:
-    """Return a copy of the encoder's tokenizer that strips each text and adds the template's tokens around it.
+    """Return a copy of the encoder's tokenizer that also strips each text and adds the template's tokens around it.
 
     Raises:
         ValueError: the template affects how the text after it is tokenized.

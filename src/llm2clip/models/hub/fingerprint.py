@@ -9,10 +9,7 @@ from torch import nn
 
 
 def fingerprint(identity: dict[str, Any]) -> str:
-    """Return a hash (32 hex digits) of an encoder's `identity()`.
-
-    Encoders with the same hash produce identical embeddings.
-    """
+    """Return a hash (32 hex digits) of an encoder's `identity()`. Equal hashes mean identical embeddings."""
     return hash_text(json.dumps(identity, sort_keys=True))
 
 

@@ -1,6 +1,6 @@
-"""Model loading by name without long retries, code from model folders, or irrelevant messages.
+"""Model loading by name, with safeguards against long retries, untrusted code and irrelevant messages.
 
-Given a mistyped path, a library would look it up on the hub and, if the machine is offline, retry for a minute.
+Given a mistyped path, a library would look for it on the hub and, if the machine is offline, retry for a minute.
 Therefore, call `check_model_source` before passing a name to a library.
 
 A model folder may come from an untrusted source. It can contain Python code, as Jina-CLIP does, and its config can name
@@ -19,14 +19,14 @@ from typing import Any
 
 from llm2clip.io_utils import read_json
 
-HUB_TIMEOUT = 5  # for connecting to the hub, in seconds
+HUB_TIMEOUT = 5  # timeout of a request to the hub, in seconds
 _HUB_ID = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9][\w.-]*", re.ASCII | re.IGNORECASE)
 _FILE_SUFFIXES = (
     *(".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".gguf", ".onnx", ".npz", ".npy", ".pkl"),
     *(".json", ".jsonl", ".yaml", ".yml", ".txt", ".csv", ".zip", ".tar", ".gz"),
 )
-# `from_pretrained` arguments that override those saved in a sentence-transformers folder. They apply to the configs of
-# all model parts.
+# `from_pretrained` arguments that override the values saved in a sentence-transformers folder. The arguments apply to
+# the configs of all model parts.
 WITHOUT_HUB_CODE: dict[str, Any] = {
     "attn_implementation": None,
     "experts_implementation": None,
@@ -68,14 +68,14 @@ def check_model_source(source: str | Path) -> None:
 
 @lru_cache(maxsize=1)
 def find_hub_problem() -> str:
-    """Return why the hub cannot be used, or an empty string. Each process sends only one request."""
+    """Return why the hub cannot be used, or "" if it can. The hub is contacted only once per process."""
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return "the hub is disabled in offline mode (HF_HUB_OFFLINE)"
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
-    except Exception as error:  # the HTTP library depends on the version of huggingface_hub
+    except Exception as error:  # the exception type depends on huggingface_hub's HTTP library
         constants.HF_HUB_OFFLINE = True
         return f"the hub cannot be reached ({constants.ENDPOINT}: {error})"
     return ""
@@ -111,7 +111,7 @@ def _shorten_name(model: str) -> str:
 
 
 def load_config(source: str | Path, **kwargs: Any) -> Any:
-    """Load a transformers model's config from a folder or the hub, without entries that name code to run.
+    """Load a transformers model's config from a folder or the hub, and remove entries that name code to run.
 
     `kwargs` are passed to `AutoConfig.from_pretrained`.
 
@@ -129,7 +129,7 @@ def load_config(source: str | Path, **kwargs: Any) -> Any:
 
 
 def build_config(architecture: dict[str, Any]) -> Any:
-    """Build a transformers config from a saved dict, without entries that name code to run."""
+    """Build a transformers config from a saved dict, and remove entries that name code to run."""
     from transformers import AutoConfig
 
     return _remove_code_entries(AutoConfig.for_model(**architecture))
@@ -154,7 +154,7 @@ def _remove_code_entries(config: Any) -> Any:
 
 
 def find_file(source: str | Path, name: str, subfolder: str = "") -> Path | None:
-    """Return the path of a file in a folder or hub repository, or None if it is missing. Download it if necessary."""
+    """Return the local path of a file in a folder or hub repository (downloaded if needed), or None if missing."""
     from transformers.utils import cached_file
 
     if Path(source).is_file():
@@ -169,13 +169,13 @@ def find_file(source: str | Path, name: str, subfolder: str = "") -> Path | None
             _raise_exceptions_for_gated_repo=False,
             _raise_exceptions_for_connection_errors=False,
         )
-    except OSError:  # neither a folder nor a hub id, or the hub cannot be reached
+    except OSError:  # the source is neither a folder nor a hub id, or the hub cannot be reached
         return None
     return None if file is None else Path(file)
 
 
 def read_config(source: str | Path, subfolder: str = "") -> dict[str, Any]:
-    """Return the contents of config.json in a folder or hub repository, or an empty dict if there is none."""
+    """Return the contents of config.json in a folder or hub repository, or an empty dict if the file is missing."""
     file = find_file(source, "config.json", subfolder)
     return {} if file is None else dict(read_json(file))
 

