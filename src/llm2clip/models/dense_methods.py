@@ -75,9 +75,9 @@ class DenseMethods:
     ) -> Tensor:
         """Encode N regions of an image. Return L2-normalised float32 embeddings (N, embed_dim) as a CPU tensor.
 
-        The entire image is encoded once. A box's embedding is the average of its cells' embeddings, computed with
-        RoIAlign as in the `coco-boxes` benchmark. A mask's embedding is the average of all cells' embeddings, weighted
-        by the mask's area in each cell.
+        The entire image is encoded once. A box's embedding is the average of the embeddings of its cells, computed with
+        RoIAlign as in the `coco-boxes` benchmark. A mask's embedding is the average over all cells of the image,
+        weighted by the mask's area in each cell.
 
         Args:
             image: one image, as for `encode_image`.

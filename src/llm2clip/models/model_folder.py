@@ -57,11 +57,7 @@ class LLM2CLIPConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LLM2CLIPConfig:
-        """Create a config from the contents of config.json.
-
-        Raises:
-            ValueError: the query templates are invalid.
-        """
+        """Create a config from the contents of config.json. Raise ValueError if the query templates are invalid."""
         fields = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
         if "adapter" in fields:
             fields["adapter"] = AdapterConfig(**fields["adapter"])

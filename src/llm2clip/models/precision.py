@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from llm2clip.models.text.caption_encoder import CaptionEncoder
 
 CALIBRATED = "calibrated"  # fastest precision at which the caption encoder is accurate enough
-# Precision that `auto` selects for each stage on devices with bf16 matmul hardware. On other devices, it selects fp32. On
-# CPUs, `align` and `evaluate` always run in fp32, so their results do not depend on the CPU. `serve` is the search server.
+# Precision that `auto` selects for each stage if the device has bf16 matmul hardware. Without it, `auto` selects fp32.
+# On CPUs, `align` and `evaluate` always run in fp32, so their results do not depend on the CPU. `serve` is the search
+# server.
 AUTO_PRECISION: dict[Stage, dict[str, str]] = {
     "tune": {"cuda": "bf16", "cpu": "bf16"},
     "embed": {"cuda": CALIBRATED, "cpu": CALIBRATED},

@@ -167,11 +167,7 @@ def build_model_in_clip_space(config: LLM2CLIPConfig, tower: VisionTower, clip: 
 
 @torch.no_grad()
 def _check_image_embeddings(model: LLM2CLIP, clip: Any) -> None:
-    """Check that both models encode a random image alike. If their image sizes differ, skip the check.
-
-    Raises:
-        ValueError: the vision tower is not the image tower of the CLIP model.
-    """
+    """Raise ValueError if the models encode a random image differently. Skip the check if their image sizes differ."""
     tower = model.tower
     if _get_image_size(clip) != tower.preprocess.size:
         return

@@ -49,11 +49,7 @@ class QueryTemplates:
 
     @classmethod
     def from_dict(cls, values: Any) -> QueryTemplates:
-        """Create query templates from a dict with the keys "templates" and "max_words".
-
-        Raises:
-            ValueError: A value is missing or invalid.
-        """
+        """Create query templates from a dict with "templates" and "max_words". Raise ValueError if it is invalid."""
         if not isinstance(values, dict):
             raise ValueError(f"query templates must be a dict (got {values!r})")
         templates, max_words = values.get("templates"), values.get("max_words")

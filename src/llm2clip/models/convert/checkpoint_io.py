@@ -137,11 +137,7 @@ def _load_shards(index: Path) -> dict[str, Any]:
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Return an index file's mapping from tensor name to shard file name.
-
-    Raises:
-        DataFormatError: the file is not a valid index file.
-    """
+    """Return an index file's mapping from tensor name to shard file name. Raise DataFormatError if it is invalid."""
     shard_of = read_json_object(index).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
         raise DataFormatError(f'{index} must have the form {{"weight_map": {{"TENSOR": "SHARD.safetensors"}}}}')

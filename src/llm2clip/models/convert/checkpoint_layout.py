@@ -162,11 +162,7 @@ class Checkpoint:
         return cls(source, layout, renamed, online, config or {}, preprocess)
 
     def get_shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor.
-
-        Raises:
-            ValueError: the checkpoint has no tensor with that name.
-        """
+        """Return the shape of a tensor. Raise ValueError if the checkpoint has no tensor with that name."""
         if name not in self.tensors:
             raise ValueError(f"{self.source} has no tensor {name}, which the {self.layout.name!r} layout requires")
         return tuple(self.tensors[name].shape)

@@ -161,11 +161,9 @@ def _build_tower_config(tower: VisionTower) -> dict[str, Any]:
 
 @torch.inference_mode()
 def _check_text_embeddings(exported: LLM2CLIPExport, model: LLM2CLIP) -> None:
-    """Check that both models produce the same embeddings for sample texts.
+    """Raise ValueError if the models produce different embeddings for sample texts.
 
-    Raises:
-        ValueError: the embeddings differ, because the caption encoder contains a module that the format cannot
-            represent, such as a trained layer after pooling.
+    This detects caption encoders with a module that the format cannot represent, such as a trained layer after pooling.
     """
     tokenizer = build_tokenizer(model.encoder)
     embeddings: list[Any] = []

