@@ -36,7 +36,7 @@ class DenseMethods:
     def encode_dense(
         self, images: Any, variant: str = "plain", image_size: int | None = None, batch_size: int = 16
     ) -> list[Tensor]:
-        """Encode each cell of each image (ViT patch or CNN feature map position) in the shared embedding space.
+        """Encode each image cell (ViT patch or CNN feature map position) in the shared embedding space.
 
         Images keep their aspect ratio, so the grids of cells may have different shapes. If all images have the same
         size, you can combine the results into one tensor with `torch.stack`.

@@ -150,9 +150,8 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
         Args:
             precision: precision of the encoder, as in `CaptionEncoder.encode`, or `auto`.
-            stage: stage that determines which precision `auto` selects (see `models/precision.py`). Where the stage
-                would calibrate the precision, a model trained on bf16 embeddings uses the precision of those embeddings
-                instead.
+            stage: stage that determines which precision `auto` selects (see `models/precision.py`). Instead of a
+                calibrated precision, a model trained on bf16 embeddings uses the precision of these embeddings.
 
         Returns:
             The encoder's precision: fp32, bf16 or bf16+N, never `auto`.
@@ -324,7 +323,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     def _write_config_and_weights(self, folder: Path) -> None:
         config = {"model_type": "llm2clip", "format_version": FORMAT_VERSION, **dataclasses.asdict(self.config)}
-        config["encoder_fingerprint"] = fingerprint(self.config.encoder)  # never read; lets users compare folders
+        config["encoder_fingerprint"] = fingerprint(self.config.encoder)  # not read; lets users compare model folders
         (folder / "config.json").write_text(json.dumps(config, indent=1))
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_file(weights, folder / "model.safetensors")

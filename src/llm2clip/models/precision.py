@@ -2,8 +2,8 @@
 
 In some layers of an LLM, the MLP's output for a few tokens is a thousand times larger than for all other tokens
 (massive activations, arXiv 2402.17762). This happens to tokens whose hidden state exceeds a threshold. In an untuned
-LLM with bidirectional attention, many tokens are close to the threshold, so such a layer amplifies the rounding errors
-of all earlier layers. Layer 11 of untuned SmolLM2-135M is an example: the minimum cosine similarity between the bf16
+LLM with bidirectional attention, many tokens are close to the threshold, so a layer with massive activations amplifies
+the rounding errors of all earlier layers. Layer 11 of untuned SmolLM2-135M is an example: the minimum cosine similarity between the bf16
 and fp32 embeddings of 48 captions is 0.984, even if only layers 0 to 11 run in bf16. Each of three changes raises the
 minimum to 0.9999: running layers 0 to 11 in fp32, causal attention, and tuning. The number of initial layers that must
 stay in fp32 is therefore measured once per encoder, on a fixed set of captions.
@@ -28,7 +28,7 @@ from llm2clip.models.text.sentence_transformer import get_layers, set_layers
 if TYPE_CHECKING:
     from llm2clip.models.text.caption_encoder import CaptionEncoder
 
-CALIBRATED = "calibrated"  # fastest precision at which the caption encoder is accurate enough
+CALIBRATED = "calibrated"  # stands for the fastest precision that is accurate enough (see `calibrate_precision`)
 # Precision that `auto` selects for each stage if the device has bf16 matmul hardware. Without it, `auto` selects fp32.
 # On CPUs, `align` and `evaluate` always run in fp32, so their results do not depend on the CPU. `serve` is the search
 # server.
@@ -55,8 +55,8 @@ def resolve_precision(stage: Stage, setting: str, device: torch.device) -> str:
         setting: precision setting. Any value except `auto` is returned unchanged.
 
     Returns:
-        If the setting is `auto`: fp32, bf16 or `CALIBRATED`. `CALIBRATED` means that the precision must be measured
-        (see `calibrate_precision`).
+        The setting or, if it is `auto`, one of fp32, bf16 and `CALIBRATED`. `CALIBRATED` means that the precision must
+        be measured (see `calibrate_precision`).
     """
     if setting != "auto":
         return setting

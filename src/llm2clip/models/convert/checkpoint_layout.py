@@ -145,7 +145,7 @@ class Checkpoint:
     ) -> Checkpoint:
         """Create a checkpoint from a state dict: replace aliases with canonical names and detect the layout.
 
-        If an "hf" checkpoint has no logit scale, config.json or transformers' default determines the logit scale.
+        If an "hf" checkpoint has no logit scale, the value from config.json or transformers' default is used.
 
         Raises:
             ValueError: the tensor names match no layout, or a tensor occurs twice with different values.
@@ -201,9 +201,9 @@ def compute_buffers(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
         return {"vision_model.embeddings.position_ids": torch.arange(positions)[None]}
     sin, cos = backbone.rope.get_embed().chunk(2, dim=-1)
     buffers = {}
-    for owner in ("", *(f"blocks.{i}.attn." for i in range(len(backbone.blocks)))):
-        buffers[f"visual.{owner}rope.freqs_cos"] = cos
-        buffers[f"visual.{owner}rope.freqs_sin"] = sin
+    for prefix in ("", *(f"blocks.{i}.attn." for i in range(len(backbone.blocks)))):
+        buffers[f"visual.{prefix}rope.freqs_cos"] = cos
+        buffers[f"visual.{prefix}rope.freqs_sin"] = sin
     return buffers
 
 

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from llm2clip.io_utils import atomic_dir
 from llm2clip.models.hub.loading import hide_loading_bars
 
-# GGUF type codes of strings and arrays, and the size in bytes of a value of each other type, keyed by type code.
+# GGUF type codes of strings and arrays, and the size in bytes of each other type of value, keyed by type code.
 _STRING, _ARRAY = 8, 9
 _VALUE_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 

@@ -97,7 +97,7 @@ def load_official_checkpoint(
 def attach_caption_encoder(model: LLM2CLIP, path: str | Path, checkpoint: str | Path = "") -> None:
     """Load a caption encoder and attach it to the model.
 
-    LLMs released with LLM2CLIP get the template that was used to tune them.
+    An LLM released with LLM2CLIP is loaded with the template that was used to tune it.
 
     Args:
         model: model without a caption encoder.

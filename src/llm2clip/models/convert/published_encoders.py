@@ -111,7 +111,7 @@ def load_adapter_encoder(sources: Sequence[str | Path], device: str | torch.devi
 
     Raises:
         FileNotFoundError: the base LLM does not exist.
-        ValueError: an item is not a LoRA adapter, an adapter does not match the LLM, or an llm2vec_config.json contains
+        ValueError: a source is not a LoRA adapter, an adapter does not match the LLM, or an llm2vec_config.json contains
             unsupported settings.
     """
     base, adapters = _resolve_adapter_chain(sources)
@@ -190,7 +190,7 @@ def _read_llm2vec_settings(adapter: Path) -> dict[str, Any]:
 
 
 def _remove_head_prefix(weights: dict[str, Any]) -> dict[str, Any]:
-    """Remove the prefix `model.` from the tensor names of an adapter that was trained on an LLM with an LM head."""
+    """Remove the prefix `model.` from the tensor names of an adapter that was trained on a model with an LM head."""
     prefix = "base_model.model.model."
     if not all(name.startswith(prefix) for name in weights):
         return weights

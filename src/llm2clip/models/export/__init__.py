@@ -52,7 +52,7 @@ def export_model(model: LLM2CLIP, to: str, out: str | Path, int8: bool = False) 
         int8: if True, also write ONNX graphs with 8-bit weights. Supported only for "onnx".
 
     Returns:
-        Messages for the user, such as how closely the exported model matches the original.
+        Messages for the user, for example about how closely the exported model matches the original.
 
     Raises:
         ValueError: the format is unknown, or cannot represent the model.

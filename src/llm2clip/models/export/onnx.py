@@ -85,8 +85,7 @@ def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
     If `int8` is True, also write vision-int8.onnx and text-int8.onnx with weights quantized to 8 bits.
 
     Returns:
-        One message per graph. It reports the minimum cosine similarity between the graph's embeddings of sample inputs
-        and PyTorch's.
+        One message per graph, with the minimum cosine similarity between its embeddings and PyTorch's embeddings.
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
@@ -153,7 +152,7 @@ def _export_graph(graph: _Graph, folder: Path) -> str:
 
 
 def _quantize_graph(graph: _Graph, folder: Path) -> str:
-    """Write a copy of an exported graph with 8-bit weights. Return a message about its accuracy and size."""
+    """Write a copy of a graph with weights quantized to 8 bits. Return a message about its accuracy and size."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     file, quantized = folder / f"{graph.name}.onnx", folder / f"{graph.name}-int8.onnx"
@@ -176,7 +175,7 @@ def _quantize_graph(graph: _Graph, folder: Path) -> str:
 
 
 def _is_not_preprocessing_hint(record: logging.LogRecord) -> bool:
-    """Return False for onnxruntime's advice to preprocess a graph. It helps only if activations are quantized."""
+    """Return False for onnxruntime's advice to preprocess graphs, which helps only if activations are quantized."""
     return "run pre-processing before quantization" not in record.getMessage()
 
 

@@ -80,7 +80,7 @@ def _build_open_clip_config(model: LLM2CLIP) -> dict[str, Any]:
 
 
 def _get_pooling_name(backbone: Any) -> str:
-    """Return timm's name for a backbone's pooling. Without a projection, open_clip ignores timm's default."""
+    """Return timm's name for a backbone's pooling. open_clip ignores timm's default if there is no projection."""
     pooling = backbone.global_pool
     return str(getattr(pooling, "pool_type", pooling))
 

@@ -82,7 +82,7 @@ def find_hub_problem() -> str:
 
 
 def get_display_names(models: Sequence[str]) -> list[str]:
-    """Return a short, unique name for each model, in the same order.
+    """Return a short, unique name for each model, in the order of `models`.
 
     Existing paths are shortened to their last component, and RUN/model and RUN/encoder to RUN's folder name. Hub ids
     are not shortened. If two short names are equal, no name is shortened. If a model is listed more than once, its
@@ -154,7 +154,7 @@ def _remove_code_entries(config: Any) -> Any:
 
 
 def find_file(source: str | Path, name: str, subfolder: str = "") -> Path | None:
-    """Return the local path of a file in a folder or hub repository (downloaded if needed), or None if missing."""
+    """Return the local path of a file in a folder or hub repository (downloading it), or None if it is missing."""
     from transformers.utils import cached_file
 
     if Path(source).is_file():

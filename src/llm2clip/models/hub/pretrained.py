@@ -258,7 +258,7 @@ def _make_gguf_converter(file_name: str) -> BuildFunction:
 def _make_efficientnet_lite_converter(architecture: str, size: int, crop_pct: float) -> BuildFunction:
     """Return a build function that converts an EfficientNet-Lite state dict to a folder that timm can load.
 
-    `crop_pct` is the fraction of the image's height and width that timm's evaluation transform keeps in the centre crop.
+    `crop_pct` is the fraction of the image's height and width that timm's evaluation transform crops to.
     """
 
     def build(archives: list[zipfile.ZipFile], folder: Path) -> None:
