@@ -111,7 +111,7 @@ def load_adapter_encoder(sources: Sequence[str | Path], device: str | torch.devi
 
     Raises:
         FileNotFoundError: the base LLM does not exist.
-        ValueError: a source is not a LoRA adapter, an adapter does not match the LLM, or an llm2vec_config.json contains
+        ValueError: a source is not a LoRA adapter, an adapter does not match the LLM, or an llm2vec_config.json has
             unsupported settings.
     """
     base, adapters = _resolve_adapter_chain(sources)

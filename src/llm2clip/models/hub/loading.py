@@ -154,7 +154,7 @@ def _remove_code_entries(config: Any) -> Any:
 
 
 def find_file(source: str | Path, name: str, subfolder: str = "") -> Path | None:
-    """Return the local path of a file in a folder or hub repository (downloading it), or None if it is missing."""
+    """Return the local path of a file in a folder or hub repository, or None if missing. Hub files are downloaded."""
     from transformers.utils import cached_file
 
     if Path(source).is_file():
