@@ -26,7 +26,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 
 # Ordinary progressive JPEGs have at most about 20 scans. A 100-byte scan can cover the entire image.
 MAX_SCANS = 100
-MAX_SCANNED_PIXELS = 2_000_000_000  # maximum number of scans times the number of pixels in a JPEG
+MAX_SCANNED_PIXELS = 2_000_000_000  # maximum product of the number of scans and the number of pixels in a JPEG
 MAX_HEADER_READS = 2048  # Pillow reads headers in pieces (such as PNG chunks) and runs Python code for each piece
 MAX_PNG_PROFILES = 16  # Pillow decompresses every colour profile in a PNG, although only one is allowed
 MAX_PYTHON_PIXELS = 2_000_000  # limit for PPM images with unusual maximum values, which Pillow decodes in Python
@@ -96,7 +96,7 @@ def open_header(stream: BinaryIO) -> Image.Image:
         raise ImageFormatError(f"not an image{reason}") from None
     tags = getattr(image, "tag_v2", {})
     if tags:
-        _reject_unsupported_formats(start)  # CR2 is based on TIFF
+        _reject_unsupported_formats(start)  # CR2 files are based on TIFF
     if tags.get(_FILE_TYPE) == 1 or _DNG_VERSION in tags:
         # The first image in a DNG, NEF or ARW file is a small preview.
         raise ImageFormatError("RAW photos are not supported. Convert the photo to JPEG")

@@ -122,7 +122,7 @@ class FileImage(ImageRef):
 
 @dataclass(frozen=True, slots=True)
 class TarImage(ImageRef):
-    """A member of an uncompressed tar file. Its offset is known, so it can be read without scanning the file."""
+    """A member of an uncompressed tar file. With its offset, the member can be read without scanning the file."""
 
     path: str
     offset: int

@@ -26,7 +26,7 @@ def to_word_set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-ARTICLES = to_word_set("a an the his its their")  # a word that stands alone after one of these is a noun
+ARTICLES = to_word_set("a an the his its their")  # a word that stands alone after one of these words is a noun
 NUMBERS = to_word_set("two three four five six seven eight nine ten")
 DETERMINERS = (
     ARTICLES
@@ -111,7 +111,7 @@ def _select_frequent(sets: Iterable[Iterable[str]]) -> dict[str, str]:
 def _split_into_runs(text: str) -> Iterator[tuple[str, list[str], str]]:
     """Yield (preceding token, words, following token) for each run of content words in a text.
 
-    The start and the end of the text count as the token ".".
+    The start and the end of the text are treated as the token ".".
     """
     before, run = ".", list[str]()
     for token in [*_TOKEN.findall(text.lower()), "."]:

@@ -157,7 +157,7 @@ def _multiply_128(high: np.ndarray, low: np.ndarray) -> tuple[np.ndarray, np.nda
     factor_high, factor_low = _MULTIPLIER
     a, b = low >> _32_BITS, low & _LOW_32
     c, d = factor_low >> _32_BITS, factor_low & _LOW_32
-    middle = a * d + ((b * d) >> _32_BITS)  # does not overflow
+    middle = a * d + ((b * d) >> _32_BITS)  # does not overflow 64 bits
     middle_2 = b * c + (middle & _LOW_32)
     upper_half_of_low_product = a * c + (middle >> _32_BITS) + (middle_2 >> _32_BITS)
     return upper_half_of_low_product + high * factor_low + low * factor_high, low * factor_low

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as F
 
 from llm2clip.io_utils import describe_error
 
-_RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's constants, as stored in preprocessor_config.json
+_RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's filter constants, as stored in preprocessor_config.json
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Preprocess:
 
     @property
     def resize_size(self) -> int:
-        """Side length in pixels after resizing, before the centre crop."""
+        """(Shorter) side length in pixels after resizing, before the centre crop."""
         return _compute_resize_size(self.size, self.crop_pct)
 
     def to_dict(self) -> dict[str, Any]:

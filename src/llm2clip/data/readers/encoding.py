@@ -124,8 +124,8 @@ def read_text_lines(path: str, log: SkipLog | None = None, newline: str | None =
 def detect_encoding(start: bytes) -> str:
     """Detect a file's encoding from its first four bytes. Return "utf-8-sig", or the name of a UTF-16 or UTF-32 codec.
 
-    A file without a byte order mark is treated as UTF-16 if every second byte of these is 0. This rule is reliable,
-    because caption files start with two ASCII characters, and UTF-8 text does not contain zero bytes.
+    A file without a byte order mark is treated as UTF-16 if alternate bytes are 0. This rule is reliable, because
+    caption files start with two ASCII characters, and UTF-8 text does not contain zero bytes.
     """
     for mark, encoding in _BYTE_ORDER_MARKS:
         if start.startswith(mark):
@@ -172,7 +172,7 @@ def describe_encoding(path: str) -> str:
     description = "not UTF-8, probably " + " or ".join(f"{encoding} ({text!r})" for text, encoding in likely_readings)
     if path.lower().endswith(".gz"):
         return f"{description}. Convert the file to UTF-8"
-    name, advice = "ENCODING", "Convert the file from the encoding in which this text is correct"
+    name, advice = "ENCODING", "Convert the file from the encoding that shows this text correctly"
     if len(likely_readings) == 1:
         name, advice = likely_readings[0][1].upper().replace("_", "-"), "Convert the file"
     stem, suffix = os.path.splitext(path)
