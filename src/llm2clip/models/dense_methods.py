@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class DenseMethods:
-    """Mixin of `LLM2CLIP` for dense features, region embeddings and segmentation."""
+    """Mixin that adds methods for dense features, region embeddings and segmentation to `LLM2CLIP`."""
 
     def _prepare_dense(self) -> tuple[LLM2CLIP, DenseEncoder]:
         """Switch this model to eval mode. Return the model and its dense encoder."""

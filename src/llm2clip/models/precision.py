@@ -77,7 +77,7 @@ def has_bf16_hardware(device: torch.device) -> bool:
 
 
 def resolve_encoder_precision(stage: Stage, encoder: CaptionEncoder, device: torch.device) -> str:
-    """Resolve `auto` to the precision (fp32, bf16 or bf16+N) in which a stage runs an encoder.
+    """Return the precision (fp32, bf16 or bf16+N) that `auto` selects for a stage, an encoder and a device.
 
     The encoder must have fp32 weights. `device` is the device on which it will run.
     """

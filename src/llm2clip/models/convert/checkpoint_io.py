@@ -30,8 +30,8 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Any],
     """Read the tensors and configuration of a checkpoint.
 
     Args:
-        source: folder, hub id or weight file. A folder or repository must contain model.safetensors, pytorch_model.bin
-            (either may be sharded), or a single .pt file. If `source` is a weight file, no configuration is read.
+        source: folder, hub id or weight file. A folder or repository must contain model.safetensors or
+            pytorch_model.bin (either may be sharded), or a single .pt file. No configuration is read for a weight file.
 
     Returns:
         (tensors, config, preprocessing): a dict from tensor name to tensor; the contents of config.json, or {} if it is

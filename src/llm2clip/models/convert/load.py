@@ -76,7 +76,7 @@ def load_official_checkpoint(
     Args:
         source: folder, hub id or weight file (see `read_checkpoint`). If there is no config.json, the architecture is
             inferred from the tensor shapes.
-        text: caption encoder the adapter was trained with (see `attach_caption_encoder`). Default: no encoder.
+        text: caption encoder that the adapter was trained with (see `attach_caption_encoder`). Default: no encoder.
         normalize_input: if True, the adapter L2-normalises its input. For the default, see `infer_config`.
 
     Raises:
