@@ -120,5 +120,5 @@ def test_ray_does_not_start_without_authentication(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was started"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    with pytest.raises(ValueError, match=r"Unset RAY_AUTH_MODE \(got 'disabled'\)"):
+    with pytest.raises(ValueError, match=r"Unset RAY_AUTH_MODE \(currently 'disabled'\)"):
         ray_engine._start_ray()

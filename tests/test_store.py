@@ -40,7 +40,7 @@ from llm2clip.store.store import (
     get_available_memory,
     read_refused_captions,
 )
-from llm2clip.store.writer import StoreWriter, shard_path, write_missing_shards
+from llm2clip.store.writer import StoreWriter, shard_path, write_incoming_captions
 
 CAPTIONS = [f"caption number {i} of some" for i in range(50)]
 IDENTITY = {"weights": "abc", "layers": 3}
@@ -682,10 +682,10 @@ def test_missing_shards_contain_each_new_caption_once_in_the_order_of_the_stream
     for size in (5, 100):
         incoming = tmp_path / str(size)
         incoming.mkdir()
-        write_missing_shards(iter(stream), incoming, store, size, first_shard=3)
+        write_incoming_captions(iter(stream), incoming, store, size, first_shard=3)
         shards = [expected[start : start + size] for start in range(0, len(expected), size)]
         assert sorted(incoming.iterdir()) == [shard_path(incoming, 3 + n) for n in range(len(shards))]
         assert [pq.read_table(file)["text"].to_pylist() for file in sorted(incoming.iterdir())] == shards
     (tmp_path / "none").mkdir()
-    write_missing_shards([], tmp_path / "none", None, 5, first_shard=0)
+    write_incoming_captions([], tmp_path / "none", None, 5, first_shard=0)
     assert not list((tmp_path / "none").iterdir())

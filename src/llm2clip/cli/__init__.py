@@ -43,7 +43,7 @@ overrides such as --align.epochs 20. To resume an interrupted command, run it ag
 
 
 def build_parser() -> tuple[ArgumentParser, dict[str, CommandFunction]]:
-    """Return the argument parser and the function that runs each command, keyed by command name."""
+    """Return the argument parser, and a dict that maps each command's name to the function that runs it."""
     parser = ArgumentParser(
         prog="llm2clip",
         version=__version__,
@@ -65,10 +65,7 @@ def silence_libraries() -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run a command and return its exit status.
-
-    Errors that users can fix are printed as a message without a traceback.
-    """
+    """Run a command and return its exit status. Errors that users can fix are printed without a traceback."""
     parser, run = build_parser()
     if not (sys.argv[1:] if args is None else args):
         parser.print_help()

@@ -71,10 +71,7 @@ class ArgumentParser(jsonargparse.ArgumentParser):
 
 
 def _explain_error(message: str, parser: Any) -> str:
-    """Rewrite a jsonargparse error message without Python type names.
-
-    Messages in an unknown format are returned unchanged.
-    """
+    """Rewrite a jsonargparse error message without Python type names, or return it as is if its format is unknown."""
     actions = {action.dest: action for action in parser._actions}
     flags = {dest: action.option_strings[0] for dest, action in actions.items() if action.option_strings}
     required, unknown = "the following arguments are required: ", "unrecognized arguments: "
@@ -155,7 +152,7 @@ class Commands:
 class ConfigFileAction(ActionConfigFile):
     """Action for `--config FILE_OR_NAME`.
 
-    Commands ignore `fit` settings that do not apply to them, so the same config works for all stages. Unknown settings
+    A command ignores `fit` settings that do not apply to it, so the same config works for all stages. Unknown settings
     raise an error.
     """
 
@@ -202,8 +199,8 @@ def _read_config(file_or_name: str) -> dict[str, Any]:
 def _select_relevant_settings(settings: dict[str, Any], known: set[str]) -> dict[str, Any]:
     """Return the config file settings that apply to a command, dropping all other `fit` settings.
 
-    `known` contains the names of the command's settings. Settings that are neither known nor `fit` settings raise an
-    error.
+    `known` contains the names of the command's settings. Raise ValueError for a setting that neither the command nor
+    `fit` has.
     """
     relevant: dict[str, Any] = {}
     for name, value in settings.items():
@@ -290,7 +287,7 @@ RANGES: dict[type, str] = {
 
 
 def add_reading_arguments(parser: ArgumentParser, max_skipped: float = 0.05) -> None:
-    """Add the arguments shared by all commands that read records."""
+    """Add the arguments shared by all commands that read data sets."""
     parser.add_argument(
         "--columns",
         type=Columns,
@@ -344,5 +341,5 @@ def format_column_flags(columns: dict[str, str]) -> list[str]:
 
 
 def select_arguments(args: Namespace, *names: str) -> dict[str, Any]:
-    """Return the named arguments as a dict, for example to pass as keyword arguments."""
+    """Return the arguments with these names as a dict, for example to pass them as keyword arguments."""
     return {name: args[name] for name in names}

@@ -52,7 +52,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("--root", type=str, default="data/benchmarks", help="Folder with one subfolder per benchmark.")
 
     parser = commands.add("reproduce", _reproduce, "Test the paper's claims on your data.")
-    parser.add_argument("data", type=str, help="Base folder of the source paths in --reproduce.")
+    parser.add_argument("data", type=str, help="Folder to which paths in the --reproduce settings are relative.")
     parser.add_argument(
         "--out", type=str, default="runs/reproduce", help="Run directory; the result is OUT/report.html."
     )

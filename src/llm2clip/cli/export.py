@@ -34,7 +34,7 @@ def add_commands(commands: Commands) -> None:
     )
     parser.add_argument("--out", type=str, required=True, help="Output model folder. With --to, output checkpoint.")
     parser.add_argument(
-        "--text", type=str, help="Caption encoder or LoRA adapter that the checkpoint's adapter was trained with."
+        "--text", type=str, help="Caption encoder (or its LoRA adapter) that the checkpoint was trained with."
     )
     parser.add_argument(
         "--to", choices=["hf", "eva"], help="Convert a model folder to an official checkpoint in this layout."
@@ -91,7 +91,7 @@ def _convert(args: Namespace) -> list[str]:
 
 
 def _convert_encoder(args: Namespace, kind: str, load: Callable[[], CaptionEncoder]) -> list[str]:
-    """Load a caption encoder with `load`, and save it in llm2clip's format. `kind` is used in error messages."""
+    """Load a caption encoder with `load`, and save it in llm2clip's format. Error messages name its `kind`."""
     from llm2clip.io_utils import atomic_dir
 
     if args.to is not None or args.text is not None:

@@ -67,13 +67,13 @@ def add_commands(commands: Commands) -> None:
         "--pretrain_tokens",
         type=float,
         default=60,
-        help="Average text tokens per conversation in the first stage.",
+        help="Average number of text tokens per conversation in the first stage.",
     )
     parser.add_argument(
         "--instruct_tokens",
         type=float,
         default=300,
-        help="Average text tokens per conversation in the second stage.",
+        help="Average number of text tokens per conversation in the second stage.",
     )
     add_machine_arguments(parser)
     parser.add_class_arguments(LlavaConfig, "llava")

@@ -69,7 +69,7 @@ def add_commands(commands: Commands) -> None:
         "--approximate_above",
         type=NonNegativeInt,
         default=1_000_000,
-        help="Use approximate search (an HNSW graph) for at least this many distinct images.",
+        help="Use approximate search (an HNSW graph) if the index has at least this many distinct images.",
     )
 
     sub = commands.add(
@@ -181,7 +181,7 @@ def _index(args: Namespace) -> list[str]:
     from llm2clip.search.backends import open_backend
     from llm2clip.search.build import build_index
 
-    model = open_dual_encoder(args.model)  # before opening --out, which stays untouched if loading fails
+    model = open_dual_encoder(args.model)  # loaded first, so that --out stays unchanged if loading fails
     backend = open_backend(args.out, write=True, approximate_above=args.approximate_above)
     skipped_file = None if "://" in args.out else Path(args.out) / "skipped.jsonl"
     if skipped_file is not None and not skipped_file.exists():
@@ -242,7 +242,7 @@ def _search(args: Namespace) -> list[str]:
     query = SearchQuery(args.texts, args.images, args.negative, args.negative_images, templates=templates)
     with redirect_stdout(sys.stderr):  # keeps everything but the results out of the --json and --paths output
         backend = open_backend(args["index"])
-        vector = None  # without a query, results are sorted newest first, and no model is needed
+        vector = None  # without a query, the newest images are returned, and no model is needed
         if query:
             metadata = backend.metadata()
             model = open_dual_encoder(args.model or metadata["model"])

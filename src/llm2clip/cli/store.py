@@ -23,7 +23,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("folder", type=str, help="Store folder.")
 
     parser = group.add(
-        "repair", _repair_store, "Delete corrupt shards. Re-encode their captions with `llm2clip embed`."
+        "repair", _repair_store, "Delete corrupt shards. To re-encode their captions, run `llm2clip embed`."
     )
     parser.add_argument("folder", type=str, help="Store folder.")
 

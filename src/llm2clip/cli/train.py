@@ -158,7 +158,7 @@ def _align(args: Namespace) -> list[str]:
 
 
 def _make_config(args: Namespace) -> FitConfig:
-    """Create a `FitConfig` from a command's arguments. All other settings keep their defaults."""
+    """Create a `FitConfig` from a command's arguments. Settings that the command lacks keep their defaults."""
     return FitConfig(**{field.name: args[field.name] for field in dataclasses.fields(FitConfig) if field.name in args})
 
 
@@ -172,7 +172,7 @@ def _format_model_hints(model: Path, args: Namespace, *flags: str) -> list[str]:
 
 
 def _make_encoder_flags(encoder: EncoderConfig) -> list[str]:
-    """Return the encoder path flag, and --encoder flags for all other settings that differ from their defaults.
+    """Return --encoder flags for the encoder's path and for all other settings that differ from their defaults.
 
     Commands that use a store need these flags, because a store works only with the encoder config that created it.
     """

@@ -25,7 +25,7 @@ from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 
 PREFIX = "checkpoint-"  # same prefix as in transformers' Trainer
 COMPLETE_MARKER = "complete"
-MAX_CHECKPOINTS = 2  # older checkpoints are removed
+MAX_CHECKPOINTS = 2  # number of checkpoints to keep; older ones are removed
 FORMAT_VERSION = 1  # version of the checkpoint format
 
 
@@ -79,16 +79,14 @@ class Checkpoints:
         self.step = 0 if latest is None else _parse_step(latest)
 
     def get_saved_items_per_step(self, name: str) -> int | None:
-        """Return the resumed run's number of items per step over all ranks.
-
-        Print a message if the number of ranks has changed.
+        """Return the resumed run's items per step over all ranks. Print a message if the number of ranks has changed.
 
         Args:
             name: Key of this number in the signature, such as "images per step".
 
         Returns:
-            The saved number, or None if there is no checkpoint or the batch size per rank has changed. The number of
-            items per step is then the batch size times the number of ranks.
+            The saved number, or None if there is no checkpoint or the batch size per rank has changed. With None, use
+            the batch size times the number of ranks.
 
         Raises:
             ValueError: The number of items per step is not divisible by the number of ranks.
@@ -156,7 +154,7 @@ class MetricsLog:
     """JSONL file of metrics, with one object per line. Each object has a `step` field."""
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
-        """Prepare the file for appending. Drop the lines for steps after `resume_step`, which will be repeated."""
+        """Prepare the file for appending. Drop lines for steps after `resume_step`, since these steps are repeated."""
         self.path = path
         lines = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
         atomic_write_jsonl(path, lines)
@@ -181,7 +179,7 @@ class TrainingLog(TrainerCallback):
             metrics: JSONL file to which the main process writes metrics.
             checkpoints: Checkpoints in the Trainer's output directory.
             description: Label of the progress bar.
-            advice: Advice appended to the error message if the loss or a gradient is not finite.
+            advice: Advice to append to the error message if the loss or gradient norm is not finite.
             log_summary: If True, also write the Trainer's final summary (run time, mean loss).
         """
         self.checkpoints, self.description = checkpoints, description
@@ -238,7 +236,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def hash_texts(texts: Iterable[str]) -> str:
-    """Return an order-dependent hash of the texts as 16 hexadecimal digits."""
+    """Return a hash of the texts as 16 hexadecimal digits. It depends on the order of the texts."""
     total = hashlib.sha256()
     for text in texts:
         total.update(hashlib.sha256(text.encode(errors="surrogateescape")).digest())
@@ -310,7 +308,7 @@ def _rename_damaged_checkpoints(folder: Path) -> Path | None:
 
 
 def _describe_damage(checkpoint: Path) -> str:
-    """Describe the first damaged file of a complete checkpoint. Return an empty string if there is none."""
+    """Describe the first damaged file of a complete checkpoint. Return "" if no file is damaged."""
     try:
         marker = json.loads((checkpoint / COMPLETE_MARKER).read_text())
     except ValueError:

@@ -50,8 +50,8 @@ def set_mixed_precision(precision: str) -> str:
     name = "no" if precision == "fp32" else precision
     os.environ["ACCELERATE_MIXED_PRECISION"] = name
     AcceleratorState._reset_state()
-    # After the reset, Accelerate restores its FSDP plugin only if it derives the distributed type from the environment
-    # again, starting from MULTI_GPU.
+    # After the reset, Accelerate restores its FSDP plugin only if the distributed type is MULTI_GPU, from which it then
+    # derives FSDP again.
     if PartialState._shared_state.get("distributed_type") is DistributedType.FSDP:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return name
@@ -60,7 +60,7 @@ def set_mixed_precision(precision: str) -> str:
 def reduce_gradients_in_fp32(accelerator: Accelerator) -> None:
     """Make FSDP sum gradients in float32, both over ranks and over the passes of gradient caching.
 
-    By default, Accelerate sums them in the forward pass's precision. Call this before `accelerator.prepare`.
+    By default, Accelerate sums gradients in the forward pass's precision. Call this before `accelerator.prepare`.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.mixed_precision_policy is not None:
@@ -76,7 +76,7 @@ def copy_to_meta_device(model: nn.Module) -> nn.Module:
 
 
 def gather_to_cpu(empty_model: nn.Module, sharded_model: nn.Module) -> nn.Module:
-    """Gather the weights of a sharded model into an empty copy on the CPU. Must be called by all ranks.
+    """Gather the weights of a sharded model on the CPU, into an empty copy of it. Must be called by all ranks.
 
     Args:
         empty_model: Copy of the model made with `copy_to_meta_device` before the model was sharded.

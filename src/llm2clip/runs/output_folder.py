@@ -21,7 +21,7 @@ from llm2clip.config import RESUME_SAFE
 from llm2clip.io_utils import atomic_write_text
 
 CONFIG_FILE = "config.yaml"  # all settings of a run
-INDEX_FILE, MANIFEST = "index.sqlite", "manifest.json"  # in an index and in an embedding store, respectively
+INDEX_FILE, MANIFEST = "index.sqlite", "manifest.json"  # main file of an index and of an embedding store
 RUN_LOCK = ".run.lock"  # held during all stages of a run; an embedding store also has its own lock
 
 KINDS = {
@@ -122,9 +122,9 @@ def detect_folder_kind(folder: str | Path) -> str | None:
 
 
 def describe_output_folder(names: Collection[str]) -> str | None:
-    """Describe a folder found in a data set if its file names show that llm2clip wrote it; otherwise, return None.
+    """Return the kind of llm2clip folder that has files with these names, such as "a run directory", or None.
 
-    Unlike `detect_folder_kind`, this function returns None if in doubt, so that no data is ignored.
+    Unlike `detect_folder_kind`, return None if in doubt, so that no data is ignored.
     """
     for description, patterns in _NOT_DATA.items():
         if all(fnmatch.filter(names, pattern) for pattern in patterns):
@@ -141,7 +141,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _find_data_file(folder: Path) -> Path | None:
-    """Return the relative path of a data file in `folder` or one of its subfolders, or None if there is none."""
+    """Return the path of a data file in a folder or its subfolders, relative to the folder, or None if there are none."""
     entries = list(islice(folder.iterdir(), _MAX_ENTRIES))
     for entry in list(entries):
         with suppress(OSError):  # not a folder, or not readable
@@ -162,7 +162,7 @@ class FolderInUseError(ValueError):
 
 @contextmanager
 def folder_lock(folder: Path, name: str = ".lock") -> Iterator[None]:
-    """Hold a lock on a folder. The operating system releases it when the process ends, even if the process is killed.
+    """Hold a lock on a folder. The operating system releases the lock when the process ends, even if it is killed.
 
     Do nothing on file systems that do not support locks.
 
@@ -225,7 +225,7 @@ def save_or_check_config(config: dict[str, Any], run_dir: Path, processes: int |
     Args:
         config: Settings, keyed by name. Dataclasses are converted to dicts.
         run_dir: Run directory, in which the config is saved as `config.yaml`.
-        processes: Number of processes of the run, which is also saved. None if unknown.
+        processes: Number of processes in the run, also saved in the file. None if unknown.
 
     Raises:
         ConfigChangedError: The saved config is different. The message lists the differences.
@@ -253,7 +253,7 @@ def save_or_check_config(config: dict[str, Any], run_dir: Path, processes: int |
 
 
 def _parse_process_count(text: str) -> int | None:
-    """Return the number of processes recorded in the text of a config file, or None if there is none."""
+    """Return the number of processes recorded in a config file's text, or None if it is not recorded."""
     line = re.match(PROCESSES_LINE.format(r"(\d+)"), text)
     return int(line[1]) if line else None
 

@@ -20,7 +20,7 @@ PEER_FAILED = (
     "cause. Run the same command again to resume"
 )
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # after this time, a collective operation with a missing rank fails
-WAIT_TIMEOUT = timedelta(days=1)  # for `wait_for_everyone`
+WAIT_TIMEOUT = timedelta(days=1)  # maximum time that `wait_for_everyone` waits
 
 
 def process_state() -> PartialState:
@@ -36,13 +36,13 @@ def process_state() -> PartialState:
 
 
 def wait_for_everyone() -> None:
-    """Wait up to `WAIT_TIMEOUT` for all ranks, for example while the main process evaluates the model.
+    """Wait until all ranks have called this function, for example while the main process evaluates the model.
 
-    The wait uses Gloo, which fails immediately if another rank exits or is killed, because its connection closes. NCCL
-    would fail only after a timeout, so the timeout would have to be short.
+    The barrier uses Gloo, which fails immediately if another rank exits or is killed, because the connection to this
+    rank closes. NCCL would fail only after a timeout, so the timeout would have to be short.
 
     Raises:
-        RuntimeError: Another rank exited, or did not arrive before the timeout.
+        RuntimeError: Another rank exited, or did not call this function within `WAIT_TIMEOUT`.
     """
     process_state()
     if not is_distributed():
@@ -56,7 +56,7 @@ def wait_for_everyone() -> None:
 
 @lru_cache(maxsize=1)
 def _get_gloo_group(world: Any) -> dist.ProcessGroup:
-    """Return a Gloo group of all ranks in `world`, the default group. All ranks must make the first call."""
+    """Return a Gloo group of all ranks in `world`, the default group. The first call must be made by all ranks."""
     return dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
 
 
@@ -101,7 +101,7 @@ class RaggedGather:
         single_process: True if tensors are not gathered because this process already has all rows.
         local_size: Number of rows on this rank.
         max_size: Largest number of rows on any rank.
-        total_size: Number of rows on all ranks.
+        total_size: Total number of rows on all ranks.
         offset: Index of this rank's first row among all rows.
     """
 
@@ -126,7 +126,7 @@ class RaggedGather:
         return slice(self.offset, self.offset + self.local_size)
 
     def gather(self, x: Tensor, gradients: bool = False) -> Tensor:
-        """Return the rows of all ranks, of shape (total_size, ...). Must be called by all ranks.
+        """Return the rows of all ranks as a tensor of shape (total_size, ...). Must be called by all ranks.
 
         If `gradients` is True, gradients are propagated to all ranks.
         """
@@ -162,7 +162,7 @@ def _all_gather_with_grad(x: Tensor) -> Tensor:
 
 
 def max_over_ranks(value: int, device: torch.device) -> int:
-    """Return the largest `value` of any rank. Must be called by all ranks."""
+    """Return the maximum of `value` over all ranks. Must be called by all ranks."""
     if not is_distributed():
         return value
     largest = torch.tensor(value, device=device)

@@ -24,7 +24,7 @@ from llm2clip.runs.fsdp import distribute_like, full_tensor
 from llm2clip.runs.ranks import process_state
 
 TENSOR_FILE, JSON_FILE = "state-{}.safetensors", "state.json"
-MAX_FILE_BYTES = 4 * 2**30  # limits the main process's memory for unsharded tensors
+MAX_FILE_BYTES = 4 * 2**30  # maximum file size; also limits the unsharded tensors in the main process's memory
 
 
 def save_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule: Any, scaler: Any = None) -> None:
@@ -42,7 +42,7 @@ def save_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule
     part_bytes, part_number = 0, 1
     folder.mkdir(parents=True, exist_ok=True)
     for name, shard in _iterate_state_tensors(model, optimizer):
-        tensor = full_tensor(shard.detach())  # all ranks take part
+        tensor = full_tensor(shard.detach())  # must be called by all ranks
         if not is_main:
             continue
         if part and part_bytes + tensor.nbytes > MAX_FILE_BYTES:
@@ -63,10 +63,10 @@ def _save_part(tensors: dict[str, Tensor], file: Path) -> None:
 
 @torch.no_grad()
 def load_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule: Any, scaler: Any = None) -> None:
-    """Load a state saved by `save_training_state` on any number of ranks. Must be called by all ranks.
+    """Load a state saved by `save_training_state`. The number of ranks may differ. Must be called by all ranks.
 
     Raises:
-        ValueError: The checkpoint does not contain the same weights that this run trains.
+        ValueError: The names of the saved weights differ from those of the weights that this run trains.
     """
     file_of: dict[str, Any] = {}  # name of each saved tensor -> the file that contains it
     for path in folder.glob(TENSOR_FILE.format("*")):
@@ -75,7 +75,7 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule
     weights = {f"model/{name}": weight for name, weight in _iterate_trained_tensors(model)}
     if {name for name in file_of if name.startswith("model/")} != weights.keys():
         raise ValueError(
-            f"{folder} does not contain the same weights that this run trains. Use the same settings, or delete "
+            f"{folder} does not contain exactly the weights that this run trains. Use the same settings, or delete "
             f"{folder.parent} to start this stage over"
         )
     for name, weight in weights.items():
@@ -88,7 +88,7 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule
     for number, parameter in enumerate(parameters):
         prefix = f"optimizer/{names[id(parameter)]}/"
         values: dict[str, Tensor] = {}
-        for name in sorted(name for name in file_of if name.startswith(prefix)):  # the same order on all ranks
+        for name in sorted(name for name in file_of if name.startswith(prefix)):  # same order on all ranks
             value, key = file_of[name].get_tensor(name), name.removeprefix(prefix)
             # All values except the step have the parameter's shape and are sharded in the same way.
             values[key] = value if key == "step" else distribute_like(parameter, value)
@@ -107,8 +107,8 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule
 class TrainingStateMixin:
     """Mixin for transformers' Trainer that saves the training state in the files described above.
 
-    By default, the Trainer also saves frozen weights, and it pickles the state of sharded models. It loads all other
-    checkpoint files with `weights_only` or as JSON.
+    Without this mixin, the Trainer would also save frozen weights and would pickle the state of sharded models. All
+    other checkpoint files are still written by the Trainer, which loads them as JSON or with `weights_only`.
     """
 
     args: Any
@@ -117,10 +117,10 @@ class TrainingStateMixin:
     lr_scheduler: Any
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Do nothing. The Trainer calls this method before it saves the optimizer."""
+        """Do nothing. `_save_optimizer_and_scheduler` also saves the weights."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Do nothing. The weights are loaded together with the optimizer state."""
+        """Do nothing. `_load_optimizer_and_scheduler` also loads the weights."""
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         save_training_state(Path(output_dir), self.model, self.optimizer, self.lr_scheduler)

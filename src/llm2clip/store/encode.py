@@ -1,8 +1,8 @@
 """Resumable encoding of captions into a store, shard by shard, with any number of processes.
 
-Each distinct caption is encoded only once. Captions without an embedding are split into shards in input order, and each
-of n processes encodes every n-th shard. After an interruption, only the missing shards are encoded. While a shard is
-being encoded, background threads write the previous shard and tokenize the next one.
+Each distinct caption is encoded only once. Captions without an embedding are split into shards in input order. With n
+processes, each process encodes every n-th shard. After an interruption, only the remaining shards are encoded. While a
+shard is being encoded, background threads write the previous shard and tokenize the next one.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -49,16 +49,16 @@ def embed(
         captions: Captions, possibly with duplicates. Only the main process iterates over them, and only once.
         encoder: Caption encoder with fp32 weights.
         folder: Store folder, created if it does not exist. Captions already in the store are not encoded again.
-        shard_size: Number of captions per shard. An interrupted run resumes with the missing shards. Within each shard,
+        shard_size: Number of captions per shard. A resumed run encodes only the remaining shards. Within each shard,
             captions of similar length are batched together.
         batch_tokens: Maximum number of tokens per batch; see `CaptionEncoder.encode`. If None, the fastest value is
             determined by measurement. For fewer than 4096 captions, the encoder's default is used instead.
         precision: Precision of the encoder; see `CaptionEncoder.encode`. For "auto", see `resolve_store_precision`.
         dtype: Storage dtype: float16, float32 or int8. int8 takes half the disk space of float16 and
             uses one scale factor per row.
-        device: Device on which to encode. If there are captions to encode, the encoder is moved there with only the
-            weights required for encoding (see `CaptionEncoder.move_for_encoding`). By default, the encoder and all its
-            weights stay where they are.
+        device: Device on which to encode. If there are captions to encode, the encoder is moved to this device and
+            keeps only the weights needed for encoding (see `CaptionEncoder.move_for_encoding`). Default: the encoder's
+            current device, with all weights kept.
 
     Raises:
         TypeError, ValueError: A caption is not a string or not valid Unicode.
@@ -80,10 +80,10 @@ def embed(
 def resolve_store_precision(
     precision: str, encoder: CaptionEncoder, folder: Path, device: torch.device | None = None
 ) -> str:
-    """Resolve "auto" to the precision of the embeddings in the store at `folder`. Return any other precision as is.
+    """Return the precision with which to encode captions for the store at `folder`.
 
-    If the store does not exist yet, the main process chooses the precision (see `models/precision.py`), and all
-    processes use the same result. `device` is the device on which to encode, by default the encoder's device.
+    "auto" means the precision of the embeddings already in the store. If the store does not exist yet, the main process
+    chooses the precision for all processes (see `models/precision.py`). `device` defaults to the encoder's device.
     """
     if precision != "auto":
         return precision
@@ -94,7 +94,7 @@ def resolve_store_precision(
 
 
 def load_or_tune_batch_tokens(encoder: CaptionEncoder, captions: Sequence[str], precision: str, folder: Path) -> int:
-    """Return the fastest number of tokens per batch for these captions, as measured by the main process.
+    """Return the number of tokens per batch that encodes these captions fastest, as measured by the main process.
 
     The result is saved in the store's folder and reused, so that a resumed run computes bit-identical embeddings. For
     fewer than 4096 captions, the encoder's default is returned.
@@ -158,7 +158,7 @@ def tokenize_shard(captions: Sequence[str], encoder: CaptionEncoder) -> Tokenize
 def write_shard(
     writer: StoreWriter, number: int, shard: TokenizedShard, embeddings: np.ndarray, log: Callable[[str], object]
 ) -> None:
-    """Write a shard. List its truncated and refused captions in JSON Lines files, and report these files via `log`."""
+    """Write a shard. List its truncated and refused captions in JSON Lines files, and log the files' paths."""
     truncated = [{"caption": shard.captions[i]} for i in shard.tokens.truncated]
     refused = [{"caption": caption, "why": why} for caption, why in shard.refused]
     for name, rows in (("truncated", truncated), ("refused", refused)):
@@ -170,7 +170,7 @@ def write_shard(
 
 
 def _add_caption_rows(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to a JSON Lines file. It already exists if an earlier run was killed before writing the shard."""
+    """Add rows to a JSON Lines file, which already exists if an earlier run was killed before writing the shard."""
     old_rows = [row for _, row in read_jsonl(file)] if file.is_file() else []
     by_caption = {row["caption"]: row for row in (*old_rows, *rows)}
     atomic_write_jsonl(file, by_caption.values())

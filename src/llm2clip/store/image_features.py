@@ -42,7 +42,7 @@ class ImageEncoder(Protocol):
     def transform(self) -> Callable[[Tensor], Any]: ...
 
     def encode_images(self, images: list[Any]) -> Tensor:
-        """Encode N outputs of `transform`. Return embeddings of shape (N, embed_dim), float32, on the CPU."""
+        """Encode N outputs of `transform`. Return embeddings of shape (N, embed_dim) as a float32 CPU tensor."""
         ...
 
 
@@ -50,7 +50,7 @@ class TowerEncoder:
     """Image encoder that uses a vision tower without the projection."""
 
     def __init__(self, tower: VisionTower, precision: str) -> None:
-        """Set the tower to eval mode. Images are encoded on its device, in fp32 or with autocast to bf16 or fp16."""
+        """Set the tower to eval mode. It runs in fp32, or with autocast if `precision` is bf16 or fp16."""
         self.tower, self.precision, self.embed_dim = tower.eval(), precision, tower.feature_dim
         self.transform: Callable[[Tensor], Any] = EvalTransform(tower.preprocess)
         keep_freed_memory(next(tower.parameters()).device)
@@ -71,12 +71,12 @@ class TowerEncoder:
 
 
 def make_image_keys(refs: Iterable[ImageRef]) -> np.ndarray:
-    """Compute the store keys of N images. Return shape (N, 16), uint8."""
+    """Return the store keys of N images as a uint8 array of shape (N, 16)."""
     return make_caption_keys([get_image_name(ref) for ref in refs])
 
 
 def get_image_name(ref: ImageRef) -> str:
-    """Return an image's name in a store: its key, followed by the size and modification time of its file.
+    """Return an image's name in a store: its key followed by its file's size and modification time.
 
     If the file changes, its name changes too, and the image is encoded again.
     """
@@ -94,7 +94,7 @@ def _stat_cached(path: str) -> os.stat_result:
     return os.stat(path)
 
 
-# ---- filling stores ------------------------------------------------------------------------------------------------
+# ---- writing stores ------------------------------------------------------------------------------------------------
 
 
 @onednn_matmul()
@@ -114,13 +114,13 @@ def store_image_features(
 
     Args:
         refs: Image references. Images already in the store are not encoded again.
-        identity: Everything about the encoder that affects the features.
+        identity: All properties of the encoder that affect the features, such as its architecture and weights.
         folder: Store folder, created if it does not exist.
-        log: Log in which to record images that cannot be decoded. Such images are not added to the store.
+        log: Records images that cannot be decoded. These images are not added to the store.
         dtype: Storage dtype: float16, float32 or int8.
         batch_size: Number of images per forward pass.
         workers: Number of processes that decode images; see `iter_image_batches`.
-        shard_size: Number of images per shard. An interrupted run resumes with the missing shards.
+        shard_size: Number of images per shard. A resumed run encodes only the remaining shards.
 
     Raises:
         StoreError: The store was created with a different encoder.
@@ -138,7 +138,7 @@ def store_image_features(
                 plan.writer.write(number, decoded_names, [0] * len(decoded_names), features.numpy())
     store = EmbeddingStore(folder)
     # All processes check the limit at the end: if one process raised an error earlier, the others would wait forever.
-    # The log already contains this process's failures, with reasons. Failures in other processes are added here.
+    # This process's failures are already in the log, with reasons. Add the images that failed in other processes.
     rows = store.find_keys(make_caption_keys(list(refs_by_name)))
     for ref, row in zip(refs_by_name.values(), rows, strict=True):
         if row < 0:
@@ -156,9 +156,9 @@ def store_text_embeddings(
     *,
     dtype: str = "float32",
 ) -> EmbeddingStore:
-    """Encode texts, which may contain duplicates, into the store at `folder`; return the opened store.
+    """Encode texts into the store at `folder`; return the opened store. The texts may contain duplicates.
 
-    `encode` takes N texts and returns embeddings of shape (N, embed_dim). For the other arguments, see
+    `encode` takes N texts and returns embeddings of shape (N, embed_dim). For `identity`, `folder` and `dtype`, see
     `store_image_features`.
     """
     with open_for_writing(texts, folder, identity, embed_dim, dtype=dtype, shard_size=SHARD_SIZE) as plan:
@@ -179,7 +179,7 @@ def encode_image_batches(
     """Decode and encode images. Images that cannot be decoded are recorded in `log`.
 
     Returns:
-        Embeddings of shape (N, embed_dim), float32, and the indices of the N encoded images in `refs`.
+        Float32 embeddings of shape (N, embed_dim), and the index in `refs` of each of the N encoded images.
     """
     embeddings, indices = [torch.empty(0, encoder.embed_dim)], []
     for decoded, images, failures in iter_image_batches(refs, encoder.transform, batch_size, workers):

@@ -42,7 +42,7 @@ SHARD_SIZE = 8192
 MAX_MEMBER_BYTES = 64 << 20  # size limit for tar members that are read into memory
 CAPTION_FIELDS = ("shortSV_captions", "longSV_captions")  # field names in the JSON files of the authors' code
 
-# Keys of shape (N, 16), uint8; N token counts; embeddings of shape (N, embed_dim).
+# Batch of N rows: keys of shape (N, 16), uint8; N token counts; embeddings of shape (N, embed_dim).
 Rows = tuple[np.ndarray, list[int], np.ndarray]
 
 
@@ -96,12 +96,12 @@ def import_parquet(
         check_identity(file_identity, identity or file_identity, file)
         identity = file_identity
     elif identity is None:
-        raise StoreError(f"{file} does not name the encoder of its embeddings. Specify it with --encoder.path")
+        raise StoreError(f"{file} does not name the encoder of its embeddings. Specify the encoder with --encoder.path")
     return _fill_store(Path(out), identity, dtype, _iter_parquet_rows(file, source))
 
 
 def _iter_parquet_rows(file: str | Path, source: pq.ParquetFile) -> Iterator[Rows]:
-    """Yield the keys, token counts and embeddings in a Parquet file in batches of at most `SHARD_SIZE` rows."""
+    """Yield the rows of a Parquet file in batches of at most `SHARD_SIZE` rows."""
     try:
         for batch in source.iter_batches(SHARD_SIZE):
             yield _convert_batch(file, batch)
@@ -142,7 +142,7 @@ def export_official_tars(store: EmbeddingStore, tars: Sequence[str | Path]) -> l
     targets = [_get_embeddings_tar(Path(tar)) for tar in tars]
     existing = [str(target) for target in targets if os.path.lexists(target)]
     if existing:
-        raise StoreError(f"{', '.join(existing[:3])} already exists. Delete it, or remove its samples from --tars")
+        raise StoreError(f"{', '.join(existing[:3])} already exists. Delete it, or remove its sample file from --tars")
     for tar, target in zip(map(Path, tars), targets, strict=True):
         with atomic_path(target) as temporary, tarfile.open(temporary, "w") as stream:
             for name, members in _read_samples(tar, ["json"]):
@@ -172,7 +172,7 @@ def import_official_tars(
 
 
 def _iter_official_rows(tars: Sequence[Path]) -> Iterator[Rows]:
-    """Yield the keys, token counts (all 0) and embeddings of all captions, in batches without duplicate captions."""
+    """Yield the rows of all captions in batches without duplicate captions. All token counts are 0."""
     pairs = (pair for tar in tars for pair in _iter_captions_with_embeddings(tar))
     for chunk in iter_chunks(pairs, SHARD_SIZE):
         embeddings = dict(chunk)

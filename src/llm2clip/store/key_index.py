@@ -6,8 +6,8 @@ is memory-mapped, so a lookup touches only a few pages. It takes 24 bytes per ca
 bytes for an embedding.
 
 The index is built with an external sort, which the writer also uses to find duplicate captions. `split_by_key` writes
-the keys to `NUM_PARTITIONS` files such that equal keys are in the same file, and `sort_partitions` sorts one file at a
-time. Only this file is in memory.
+the keys to `NUM_PARTITIONS` files such that equal keys are in the same file, and `sort_partitions` loads and sorts one
+file at a time.
 """
 
 import os
@@ -21,8 +21,8 @@ import numpy as np
 from llm2clip.io_utils import atomic_path
 
 PARTITION_BITS = 4
-NUM_PARTITIONS = 1 << PARTITION_BITS  # sorting 100 million keys takes about 400 MB of memory
-RECORD_BYTES = 24  # a key and its position, as three uint64 values
+NUM_PARTITIONS = 1 << PARTITION_BITS  # with 16 partitions, sorting 100 million keys takes about 400 MB of memory
+RECORD_BYTES = 24  # size of a record: a key and its position, as three uint64 values
 
 
 class KeyIndex:
@@ -64,7 +64,7 @@ def build_key_index(file: Path, keys: Iterable[np.ndarray]) -> int:
 
     Args:
         file: Path of the index. It must end in .npy.
-        keys: Keys of all rows in the store, in row order, in chunks of shape (N, 16), uint8.
+        keys: Keys of all rows in the store, in row order, as uint8 chunks of shape (N, 16).
     """
     with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as partition_folder:
         partitions = split_by_key(_add_row_numbers(keys), Path(partition_folder))
@@ -101,7 +101,7 @@ def _allocate_on_disk(file: Path) -> None:
 
 
 def split_by_key(chunks: Iterable[tuple[np.ndarray, np.ndarray]], folder: Path) -> list[Path]:
-    """Partition keys and positions by the keys' first bits into `NUM_PARTITIONS` files in `folder`; return their paths.
+    """Partition keys and positions by the keys' first bits into `NUM_PARTITIONS` files; return the files' paths.
 
     A record consists of three uint64 values: the first half of the key, the second half, and the position.
 
@@ -126,8 +126,8 @@ def sort_partitions(partitions: Iterable[Path]) -> Iterator[np.ndarray]:
     """Sort the records in the files from `split_by_key`. Delete each file after reading it.
 
     Yields:
-        Consecutive parts of all records, of shape (N, 3), uint64, sorted by key and then by position. Records with
-        equal keys are in the same part.
+        Uint64 arrays of shape (N, 3), which together contain all records, sorted by key and then by position. Records
+        with equal keys are in the same array.
     """
     for partition in partitions:
         records = np.fromfile(partition, np.uint64).reshape(-1, 3)
@@ -137,7 +137,7 @@ def sort_partitions(partitions: Iterable[Path]) -> Iterator[np.ndarray]:
 
 
 def mask_repeated_keys(records: np.ndarray) -> np.ndarray:
-    """Return a boolean mask of shape (N,) that marks each sorted record with the same key as the previous record."""
+    """Return a boolean mask of shape (N,): True for each sorted record with the same key as the previous one."""
     repeats = np.zeros(len(records), np.bool_)
     repeats[1:] = (records[1:, :2] == records[:-1, :2]).all(axis=1)
     return repeats

@@ -74,7 +74,7 @@ def scales_path(folder: Path, number: int) -> Path:
 
 
 def index_path(folder: Path, shards: Sequence[Shard]) -> Path:
-    """Return the path of the key index for exactly these shards. The file name contains a hash of their metadata."""
+    """Return the path of the key index for exactly these shards. The name contains a hash of the shards' metadata."""
     digest = hashlib.sha256(repr([(s.number, s.rows, s.sha256) for s in shards]).encode()).hexdigest()
     return folder / f"index-{digest[:12]}.npy"
 
@@ -83,7 +83,7 @@ def index_path(folder: Path, shards: Sequence[Shard]) -> Path:
 
 
 def list_shard_numbers(folder: Path) -> list[int]:
-    """List the numbers of the complete shards in ascending order."""
+    """Return a sorted list of the numbers of all complete shards."""
     numbers = []
     for path in folder.iterdir():
         match = re.fullmatch(r"keys-(\d{5,})\.parquet", path.name)
@@ -111,7 +111,7 @@ def read_shard_metadata(folder: Path, number: int) -> tuple[int, str, StoreSpec]
 
 
 def read_shards(folder: Path, spec: StoreSpec | None = None) -> list[Shard]:
-    """List all complete shards in ascending order of number. Only the metadata of the keys files is read.
+    """List all complete shards, sorted by number. Only the metadata of the keys files is read.
 
     Raises:
         StoreError: A keys file cannot be read, or its spec differs from `spec`.
@@ -130,7 +130,7 @@ def read_shards(folder: Path, spec: StoreSpec | None = None) -> list[Shard]:
 
 
 def read_keys(folder: Path, shard: Shard) -> np.ndarray:
-    """Read the keys of a shard's N rows. Return shape (N, 16), uint8. Raise StoreError if the file is corrupt."""
+    """Read the keys of a shard's N rows as a uint8 array of shape (N, 16). Raise StoreError if the file is corrupt."""
     path = keys_path(folder, shard.number)
     try:
         column = pq.read_table(path, columns=["key"], page_checksum_verification=True)["key"].combine_chunks()
@@ -184,7 +184,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if manifest["fingerprint"] != fingerprint(manifest["identity"]):
             raise ValueError("the fingerprint does not match the identity")
         if [shard.start for shard in shards] != starts[:-1]:
-            raise ValueError("the first rows of the shards do not match the row counts")
+            raise ValueError("the shards' start offsets do not match their row counts")
         int(manifest["embed_dim"]), DTYPES[manifest["dtype"]], int(manifest["captions"])
     except READ_ERRORS as error:
         raise build_corruption_error(file, repr(error)) from error
@@ -222,7 +222,7 @@ def check_identity(stored: dict[str, Any], expected: dict[str, Any], path: Path 
 
 
 def make_caption_keys(captions: Sequence[str]) -> np.ndarray:
-    """Compute the keys of N captions: the first 16 bytes of their SHA-256 hashes. Return shape (N, 16), uint8.
+    """Return the keys of N captions, the first 16 bytes of their SHA-256 hashes, as a uint8 array of shape (N, 16).
 
     Raises:
         StoreError: A caption contains a lone surrogate, which cannot be encoded in UTF-8.
@@ -244,7 +244,7 @@ def iter_chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def remove_temp_files(folder: Path) -> list[str]:
-    """Delete temporary files left behind by killed processes; return their names."""
+    """Delete temporary files left behind by killed processes; return the files' names."""
     leftovers = [path for pattern in (".*.part", ".*.part.*", ".index-*") for path in folder.glob(pattern)]
     leftovers = sorted(set(leftovers))
     for path in leftovers:

@@ -1,4 +1,4 @@
-"""Store repair, and merging of stores built on several machines. No captions are encoded."""
+"""Repairing stores, and merging stores built on several machines. Neither operation encodes captions."""
 
 import hashlib
 import os
@@ -89,7 +89,7 @@ def _delete_keys(folder: Path, number: int) -> str:
 
 
 def _delete_incomplete_shards(folder: Path) -> list[str]:
-    """Delete the files of shards that lack a keys or embeddings file; return their names."""
+    """Delete the files of shards that lack a keys or embeddings file; return the files' names."""
     complete = set(list_shard_numbers(folder))
     deleted = []
     for path in sorted(folder.iterdir()):
@@ -161,7 +161,7 @@ def _link_shard(source: Path, source_number: int, out: Path, number: int) -> Non
             continue
         with atomic_path(file_path(out, number)) as temporary:
             try:
-                temporary.unlink()  # a link cannot replace the empty file
+                temporary.unlink()  # os.link cannot replace the empty temporary file
                 os.link(file, temporary)
             except OSError:
                 shutil.copyfile(file, temporary)

@@ -22,7 +22,7 @@ from llm2clip.store.encode import load_or_tune_batch_tokens, resolve_store_preci
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.writer import WritePlan, open_for_writing
 
-MAX_RETRIES = 4  # per worker and per shard; by default, Ray Data retries without limit
+MAX_RETRIES = 4  # maximum number of retries per worker and per shard; Ray Data's default is unlimited
 
 
 def embed_with_ray(
@@ -38,16 +38,15 @@ def embed_with_ray(
 ) -> EmbeddingStore:
     """Encode captions into the store at `folder`, using Ray.
 
-    The environment variable RAY_ADDRESS specifies the cluster. If it is not set, Ray is started on this machine. It
-    then accepts only connections with a random token, which this process passes to its workers.
+    The environment variable RAY_ADDRESS specifies the cluster. If it is not set, Ray is started on this machine
+    and accepts only connections with a random token, which this process passes to its workers.
 
     Args:
         captions, shard_size, batch_tokens, precision, dtype: See `encode.embed`.
         open_encoder: Function that takes the keyword argument `device` and loads the encoder on this device. It is
             called with device="cpu", once in the driver to compute the encoder's identity and once in each worker.
         folder: Store folder, on a file system shared by all machines.
-        workers: Number of workers. With 0, use one worker per GPU in the cluster or, without GPUs, one per two CPU
-            cores.
+        workers: Number of workers. 0 means one per GPU in the cluster or, without GPUs, one per two CPU cores.
 
     Raises:
         ModuleNotFoundError: Ray is not installed.
@@ -62,7 +61,7 @@ def embed_with_ray(
         raise ModuleNotFoundError(f"--engine ray requires Ray. Run {install_command('ray')}") from error
     if process_state().num_processes > 1:
         raise ValueError("--engine ray starts its own workers. Run the command without torchrun")
-    encoder = open_encoder(device="cpu")  # a worker may use this machine's GPU
+    encoder = open_encoder(device="cpu")  # keep this machine's GPU free for a worker
     precision = resolve_store_precision(precision, encoder, Path(folder), process_state().device)
     identity, embed_dim = encoder.identity(precision), encoder.embed_dim
     del encoder
@@ -94,7 +93,7 @@ def _start_ray() -> None:
         # Ray listens on all network interfaces, and executes the code that it receives.
         raise ValueError(
             "--engine ray requires token authentication to start Ray on this machine. Unset RAY_AUTH_MODE "
-            f"(got {os.environ['RAY_AUTH_MODE']!r})"
+            f"(currently {os.environ['RAY_AUTH_MODE']!r})"
         )
     if not (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")):
         # Otherwise, Ray would store a token in a file that other users of this machine may be able to read.
@@ -109,7 +108,7 @@ def _run_workers(
     batch_tokens: int | None,
     precision: str,
 ) -> None:
-    """Encode all missing shards on the cluster."""
+    """Encode and write all shards of the plan on the cluster."""
     import ray
     import ray.data
     from ray.exceptions import RayActorError

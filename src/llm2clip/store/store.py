@@ -6,7 +6,7 @@ these rows. The module `layout` describes the files in a store.
 Embeddings are read through memory maps or, if the store is too large for memory, with positional reads. With a memory
 map, the operating system also reads the pages around every requested row. If the store is larger than memory, these
 pages are evicted before they are used. `PreadReader` therefore uses one positional read for each run of consecutive
-rows, and advises the operating system that access is random. It reads in several threads. Both readers access rows in
+rows, reads in several threads, and advises the operating system that access is random. Both readers access rows in
 on-disk order.
 """
 
@@ -57,14 +57,11 @@ from llm2clip.store.layout import (
 ReadMode = Literal["auto", "mmap", "pread"]
 LOOKUP_CHUNK_SIZE = 1 << 18  # number of captions to hash and look up at once
 NUM_THREADS = 16  # maximum number of concurrent positional reads; the disk can reorder concurrent reads
-MAX_OPEN_FILES = 256  # per cache; operating systems usually allow about a thousand open files per process
+MAX_OPEN_FILES = 256  # maximum number of open files per cache; the limit per process is usually about a thousand
 
 
 class EmbeddingStore:
-    """Read access to a complete store.
-
-    Only the folder and the read mode are pickled. Worker processes reopen the store.
-    """
+    """Read access to a complete store. Pickles contain only the folder and the read mode; unpickling reopens it."""
 
     def __init__(self, folder: str | Path, read_mode: ReadMode = "auto") -> None:
         """Open the store at `folder`. Keys and embeddings stay on disk.
@@ -135,7 +132,7 @@ class EmbeddingStore:
         return np.concatenate(parts)
 
     def take(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
-        """Read the embeddings in N rows. Return shape (N, embed_dim), float32, in the order of `rows`.
+        """Read the embeddings in N rows as a float32 array of shape (N, embed_dim), in the order of `rows`.
 
         Raises:
             IndexError: A row number is out of range.
@@ -219,7 +216,8 @@ class RowReader(ABC):
             return _open_array(scales_path(folder, shards[n].number), (shards[n].rows,), np.dtype(np.float32))
 
         self.embed_dim, self.dtype = embed_dim, stored_dtype
-        self.bounds = np.cumsum([0, *(shard.rows for shard in shards)])  # first row of each shard; then the total
+        # Row number of each shard's first row, then the total number of rows.
+        self.bounds = np.cumsum([0, *(shard.rows for shard in shards)])
         self.data_offsets = [open_embeddings(n).offset for n in range(len(shards))]
         self.open_embeddings = lru_cache(MAX_OPEN_FILES)(open_embeddings)
         self.open_scales = None
@@ -248,7 +246,7 @@ class RowReader(ABC):
         return embeddings.numpy()
 
     def _split_by_shard(self, sorted_rows: np.ndarray, out: np.ndarray) -> list[ShardRows]:
-        """Group the rows by shard. Each group's `out` array is a view of the corresponding rows of `out`."""
+        """Group the rows by shard. The `out` array of each group is a view of this group's rows in `out`."""
         parts = []
         cuts = np.searchsorted(sorted_rows, self.bounds)
         for shard, (start, stop) in enumerate(pairwise(cuts)):
@@ -359,10 +357,7 @@ def get_available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def drop_refused_captions(records: Sequence[Record], store: EmbeddingStore) -> list[Record]:
-    """Remove captions that have no embedding because the tokenizer could not encode them.
-
-    Records without remaining captions are dropped.
-    """
+    """Remove captions that the tokenizer could not encode, and drop records that have no captions left."""
     refused = {row["caption"] for row in read_refused_captions(store.folder)}
     if not refused:
         return list(records)

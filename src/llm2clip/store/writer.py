@@ -1,12 +1,12 @@
 """Store writing: shards for new captions, and the manifest and key index that summarize all shards.
 
-`open_for_writing` prepares a store for any number of processes. The main process reads the captions once and writes the
-captions without an embedding to a folder:
+`open_for_writing` prepares a store for any number of processes. The main process reads all captions once and writes the
+captions that have no embedding yet to a folder:
 
     store/.incoming/
       captions.parquet   all captions, in input order; deleted once all duplicates have been found
       partition-01       caption keys, for the external sort that finds duplicates; see `key_index`
-      00012.parquet      captions of the missing shard 12
+      00012.parquet      captions of shard 12, which is not encoded yet
 
 Input order is preserved, so captions of the same image stay together. Memory use is one byte per caption, plus the
 captions of a few shards and the partition that is being sorted.
@@ -70,7 +70,7 @@ class StoreWriter:
         """Create a store at `folder`, or prepare to add shards to an existing store.
 
         Args:
-            identity: Everything about the encoder that affects the embeddings; see `fingerprint`.
+            identity: All properties of the encoder that affect the embeddings; see `fingerprint`.
             embed_dim: Embedding dimension.
             dtype: Storage dtype: float16, float32 or int8. int8 uses one scale factor per row.
 
@@ -192,8 +192,9 @@ def quantize_rows(embeddings: np.ndarray, dtype: str) -> tuple[np.ndarray, np.nd
     """Convert embeddings of shape (N, embed_dim) to a store's dtype.
 
     Returns:
-        The converted embeddings, and the scale factors by which int8 rows must be multiplied, of shape (N,), float32.
-        The largest absolute int8 value in each row is 127. For other dtypes, the scale factors are None.
+        The converted embeddings and, for int8, float32 scale factors of shape (N,), by which the rows must be
+        multiplied to restore the embeddings. The largest absolute int8 value in each row is 127. For other dtypes, the
+        second value is None.
     """
     if dtype != "int8":
         return np.ascontiguousarray(embeddings, DTYPES[dtype]), None
@@ -203,16 +204,16 @@ def quantize_rows(embeddings: np.ndarray, dtype: str) -> tuple[np.ndarray, np.nd
     return np.rint(exact / divisors[:, None]).astype(np.int8), scales.astype(np.float32)
 
 
-# ---- missing shards ------------------------------------------------------------------------------------------------
+# ---- shards to write -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class WritePlan:
-    """Shards that are missing from a store."""
+    """New shards to encode and write to a store."""
 
     writer: StoreWriter
-    incoming: Path  # folder with the captions of the missing shards
-    shards: list[int]  # numbers of the missing shards
+    incoming: Path  # folder with the captions of the new shards
+    shards: list[int]  # numbers of the new shards
 
     def local_shards(self) -> list[int]:
         """List the shards that this process must write: with n processes, every n-th shard."""
@@ -220,7 +221,7 @@ class WritePlan:
         return self.shards[state.process_index :: state.num_processes]
 
     def read_captions(self, shard: int) -> list[str]:
-        """Read the captions of a missing shard."""
+        """Read the captions to encode for a new shard."""
         captions: list[str] = pq.read_table(shard_path(self.incoming, shard))["text"].to_pylist()
         return captions
 
@@ -241,11 +242,11 @@ def open_for_writing(
     dtype: str,
     shard_size: int,
 ) -> Iterator[WritePlan]:
-    """Read the captions and yield a plan of the missing shards. On success, write the manifest and the index.
+    """Read the captions and yield a plan of the shards to write. On success, write the manifest and the index.
 
     All processes must enter and leave this context together. The main process locks the store, verifies the existing
     shards and deduplicates the captions. Captions that are already in the store, or that the tokenizer could not
-    encode, are skipped.
+    encode in an earlier run, are skipped.
 
     Args:
         captions: Texts or image names, possibly with duplicates. Only the main process reads them, and only once.
@@ -271,12 +272,12 @@ def open_for_writing(
         wait_for_everyone()
         if state.is_main_process:
             writer.finish()
-            shutil.rmtree(incoming, ignore_errors=True)  # open files may remain on network file systems
+            shutil.rmtree(incoming, ignore_errors=True)  # on network file systems, files that are still open may remain
         wait_for_everyone()
 
 
 def _prepare_incoming(writer: StoreWriter, captions: Iterable[str], incoming: Path, shard_size: int) -> None:
-    """Clean up after an interrupted run, verify the existing shards, and write the captions of the missing shards."""
+    """Clean up after an interrupted run, verify the existing shards, and write the captions of the new shards."""
     folder = writer.folder
     shutil.rmtree(incoming, ignore_errors=True)
     incoming.mkdir(exist_ok=True)
@@ -290,18 +291,18 @@ def _prepare_incoming(writer: StoreWriter, captions: Iterable[str], incoming: Pa
     stream: Iterable[str] = check_texts(ProgressBar(captions, "read", unit="caption", leave=False, delay=1))
     if refused:
         stream = (caption for caption in stream if caption not in refused)
-    write_missing_shards(stream, incoming, store, shard_size, get_next_shard_number(folder))
+    write_incoming_captions(stream, incoming, store, shard_size, get_next_shard_number(folder))
 
 
 # ---- deduplication -------------------------------------------------------------------------------------------------
 
 
-def write_missing_shards(
+def write_incoming_captions(
     captions: Iterable[str], incoming: Path, store: EmbeddingStore | None, shard_size: int, first_shard: int
 ) -> None:
-    """Write captions that have no embedding in `store` yet to the empty folder `incoming`, in one file per shard.
+    """Write the captions that have no embedding in `store` to the empty folder `incoming`, in one file per new shard.
 
-    The shards are numbered consecutively, starting with `first_shard`.
+    The new shards are numbered consecutively, starting with `first_shard`.
     """
     is_missing: list[np.ndarray] = []  # one boolean mask per chunk of captions
     partitions = split_by_key(_write_captions(captions, incoming / TEXTS_FILE, store, is_missing), incoming)
@@ -323,7 +324,7 @@ def _write_captions(
     """Write all captions to a file; yield the keys and positions of the captions that are missing from the store.
 
     For each chunk, append a boolean mask of the missing captions to `is_missing`. Duplicates are detected only within a
-    chunk; `write_missing_shards` finds all others.
+    chunk; `write_incoming_captions` finds all others.
     """
     with pq.ParquetWriter(file, pa.schema([("text", pa.string())]), compression="zstd") as writer:
         start = 0
@@ -341,7 +342,7 @@ def _write_captions(
 
 
 def _select_captions(file: Path, mask: np.ndarray) -> Iterator[str]:
-    """Yield the captions in a Parquet file that a boolean mask selects."""
+    """Yield the captions in a Parquet file for which `mask` is True."""
     start = 0
     with pq.ParquetFile(file) as captions:
         for batch in captions.iter_batches(CHUNK_SIZE):
