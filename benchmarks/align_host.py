@@ -1,11 +1,11 @@
-"""Profile the CPU time that the host spends on each training step of `align`, without decoding images or the model.
+"""Profile the CPU time that the host spends on each training step of `align`, without image decoding and the model.
 
     python benchmarks/align_host.py
 
-The main thread's time is the time for which a GPU would wait in each step. The times are CPU times of a thread, which
-hardly depend on other processes. A background thread prepares the next batches, as on GPUs. Images are replaced with
-constant pixels, which one worker process sends. Copies to pinned memory are replaced with copies in memory. Copies from
-pinned memory to the GPU are not included.
+In each step, a GPU would have to wait for the main thread. The script measures each thread's CPU time, which hardly
+depends on other processes. As in training on a GPU, a background thread prepares the next batches. Images are replaced
+with constant pixels, which one worker process sends. Copies to pinned memory are replaced with copies to ordinary
+memory. Copies from pinned memory to the GPU are not included.
 """
 
 import argparse
@@ -42,13 +42,13 @@ from llm2clip.train.sampling import AlignBatches, CaptionSampler
 IMAGES, CAPTIONS, TEXT_DIM, FEATURE_DIM, IMAGE_SIZE = 16_384, 5, 2048, 1024, 224
 MIX = {"captions": 0.5, "long_captions": 0.5}
 STEPS = {"512 images": 512, "4,096 cached features": 4096}  # images per step
-WARM_UP = 2  # steps
+WARM_UP = 2  # number of steps before the measurement
 METRICS = {"loss": 1.0, "grad_norm": 1.0, "logit_scale": 1.0, "lr": 1.0, "images_per_second": 1.0, "data_wait": 1.0}
 PHASES = ("receive images", "draw captions", "read store", "copy", "metrics", "rest", "total")
 
 
 class ConstantImages(Dataset):
-    """Images that need no decoding."""
+    """Data set of constant images, which need no decoding."""
 
     def __init__(self, refs: list[Any]) -> None:
         self.refs = refs
@@ -59,7 +59,7 @@ class ConstantImages(Dataset):
 
 
 class Profile:
-    """CPU seconds and number of calls by thread and phase."""
+    """CPU seconds and number of calls, by thread and phase."""
 
     def __init__(self) -> None:
         self.seconds: Counter[tuple[str, str]] = Counter()
@@ -76,7 +76,7 @@ class Profile:
             self.calls[thread, phase] += 1
 
     def wrap(self, owner: Any, name: str, phase: str) -> None:
-        """Add the CPU time of all calls of a function or method to a phase."""
+        """Replace a function or method with a wrapper that adds the CPU time of each call to a phase."""
         function = getattr(owner, name)
         setattr(owner, name, lambda *args, **options: self.call(phase, function, *args, **options))
 
@@ -85,7 +85,7 @@ class Profile:
         self.calls.clear()
 
     def milliseconds(self) -> dict[str, dict[str, float]]:
-        """Return the time per step of each phase, by thread. Each step calls the phase "total" once."""
+        """Return each phase's CPU time per step in ms, by thread. Each step calls the phase "total" once."""
         table: dict[str, dict[str, float]] = {}
         for (thread, phase), seconds in self.seconds.items():
             table.setdefault(thread, {})[phase] = 1e3 * seconds / self.calls[thread, "total"]
@@ -95,7 +95,7 @@ class Profile:
 
 
 def run_steps(batches: Any, steps: int, profile: Profile, step: Callable[[Any], None], pause: float) -> Any:
-    """Train without a model: take each batch, call `step`, and pause until the next batches have been prepared."""
+    """Run steps without a model: take a batch, call `step`, and pause so that the next batches can be prepared."""
     with closing(batches):
         for n in range(steps + WARM_UP):
             if n == WARM_UP:
@@ -106,7 +106,7 @@ def run_steps(batches: Any, steps: int, profile: Profile, step: Callable[[Any], 
 
 
 def run(folder: Path, name: str, steps: int, pause: float) -> dict[str, dict[str, float]]:
-    """Return the milliseconds per step of each phase, by thread."""
+    """Run `steps` training steps. Return the milliseconds per step of each phase, by thread."""
     refs = [FileImage(f"/images/{n:09}.jpg") for n in range(IMAGES)]
     texts = [tuple(f"caption {k} of image {n}" for k in range(CAPTIONS)) for n in range(IMAGES)]
     records = [Record(str(n), refs[n], texts[n], (), (f"long caption of image {n}",)) for n in range(IMAGES)]
@@ -138,7 +138,7 @@ def run(folder: Path, name: str, steps: int, pause: float) -> dict[str, dict[str
                 yield profile.call("total", lambda: copy(next(batches)))
 
     def copy(batch: Any) -> Any:
-        return profile.call("copy", batch.map_tensors, copy_to_buffer)  # as pin_memory
+        return profile.call("copy", batch.map_tensors, copy_to_buffer)  # in place of pin_memory
 
     def step(batch: Any) -> None:
         batch.to(torch.device("cpu"))
@@ -151,7 +151,7 @@ _buffers: dict[torch.dtype, Tensor] = {}
 
 
 def copy_to_buffer(tensor: Tensor) -> Tensor:
-    """Copy a tensor to memory that all copies share, because PyTorch reuses pinned memory, too."""
+    """Copy a tensor to a buffer that is reused for all copies, as PyTorch reuses pinned memory."""
     buffer = _buffers.get(tensor.dtype)
     if buffer is None or buffer.numel() < tensor.numel():
         buffer = _buffers[tensor.dtype] = torch.empty_like(tensor).flatten()
@@ -168,7 +168,7 @@ def write_store(folder: Path, keys: list[str], dim: int) -> EmbeddingStore:
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Run the steps in a new process, because the measured functions are wrapped."""
+    """Run the steps in a new process, because they permanently replace the measured functions with wrappers."""
     command = [sys.executable, __file__, "--run", name, "--steps", str(args.steps), "--pause", str(args.pause)]
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     times: dict[str, dict[str, float]] = json.loads(output.splitlines()[-1])
@@ -177,9 +177,12 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=10, help="measured steps")
+    parser.add_argument("--steps", type=int, default=10, help="number of measured steps")
     parser.add_argument(
-        "--pause", type=float, default=2.0, help="seconds between steps, in which the worker sends images"
+        "--pause",
+        type=float,
+        default=2.0,
+        help="pause after each step in seconds, during which the worker sends images",
     )
     parser.add_argument("--run", choices=STEPS, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,11 +1,11 @@
-"""Measure CPU training speed next to another busy process, for several OpenMP settings.
+"""Measure CPU training speed while another process uses the CPU, for several OpenMP settings.
 
     python benchmarks/busy_machine.py [--rounds 3] [--threads 2] [--tokens 1024] [--niceness 10] [--loops 1]
 
 A step is a forward and a backward pass through 12 float32 transformer layers of SmolLM2-135M's shape. Each setting has
 its own process, because OpenMP reads its settings when it is loaded. The processes take turns, one step at a time. All
-rounds are first run alone, and then next to endless loops, by default one of low priority. The table shows the median
-time of a step. The script also checks that all settings give the same loss and gradients, to the last bit.
+rounds are first run alone, and then next to endless loops (by default, one loop with low priority). The table shows the
+median time of a step. The script also checks that all settings with several threads give bit-identical results.
 """
 
 import argparse
@@ -32,7 +32,7 @@ SETTINGS: dict[str, dict[str, str]] = {
 
 
 def run_steps(tokens: int) -> None:
-    """Run a training step for every line on stdin. Print the seconds of each step, and a hash of its results."""
+    """Run a training step for every line on stdin. Print its time in seconds, and a hash of its loss and gradients."""
     torch.manual_seed(0)
     keep_freed_memory(torch.device("cpu"))
     config = LlamaConfig(
@@ -72,7 +72,7 @@ class Worker:
         )
 
     def step(self) -> tuple[float, str]:
-        """Run a step. Return its time in seconds, and a hash of its results."""
+        """Run a step. Return its time in seconds, and a hash of its loss and gradients."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
@@ -92,9 +92,9 @@ def median_times(workers: Sequence[Worker], rounds: int) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="timed steps per setting")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="OpenMP threads per process")
-    parser.add_argument("--tokens", type=int, default=1024, help="tokens per step")
+    parser.add_argument("--rounds", type=int, default=3, help="number of timed steps per setting")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="number of OpenMP threads per process")
+    parser.add_argument("--tokens", type=int, default=1024, help="number of tokens per step")
     parser.add_argument("--niceness", type=int, default=10, help="niceness of the endless loops, from 0 to 19")
     parser.add_argument("--loops", type=int, default=1, help="number of endless loops")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -105,7 +105,10 @@ def main() -> None:
     workers = []
     try:
         results = {}
-        for name, environment in SETTINGS.items():  # one after the other, so that all start on an idle machine
+        for (
+            name,
+            environment,
+        ) in SETTINGS.items():  # each warm-up runs on an idle machine
             workers.append(Worker(environment, args.threads, args.tokens))
             results[name] = workers[-1].step()[1]  # warm-up
         several_threads = [value for name, value in results.items() if name != ONE_THREAD]

@@ -3,7 +3,7 @@
     python benchmarks/config_headers.py
 
 A line such as `# - 8 x h100 --config llama-3-8b: ...` states the number of devices, the device and additional flags of
-`llm2clip plan`. This script replaces the text after the colon. tests/test_configs.py checks that it is up to date.
+`llm2clip plan`. This script replaces the text after the colon. tests/test_configs.py checks this text.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from llm2clip.tools.plan.memory import compute_peak_memory
 from llm2clip.tools.plan.plan import Plan
 from llm2clip.tools.plan.report import format_hours
 
-IMAGES = 3_000_000  # with the defaults of `llm2clip plan`: two captions of 84 tokens each
+IMAGES = 3_000_000  # each with two captions of 84 tokens, the defaults of `llm2clip plan`
 # The first line of an estimate, and its continuation lines, which are indented.
 ESTIMATE = re.compile(r"^# - (?P<count>\d+) x (?P<device>[\w-]+)(?P<rest>.*\n(?:#   .*\n)*)", re.MULTILINE)
 
@@ -60,7 +60,7 @@ def update_header(name: str, text: str, count: int = 0) -> str:
 
 
 def describe_stage(plan: Plan, stage: str) -> str:
-    """Return the duration of a stage and its memory per device."""
+    """Describe the duration of a stage and its memory per device."""
     size = f"{compute_peak_memory(plan.memory[stage]) / 1e9:.0f} GB"
     if not plan.fits[stage]:
         return f"{stage} does not fit ({size})"

@@ -4,14 +4,14 @@
 
 FOLDER contains JPEG files, which are resized to each of the sizes below.
 
-Segmentation: SCLIP's protocol with 20 classes. The baseline encodes one window at a time, and adds up the scores of all
-pixels of the resized image before it resizes them to the original size. The script prints how many pixels have the same
-class in both methods.
+Segmentation: SCLIP's protocol with 20 classes. The baseline encodes one window at a time, sums the scores for each
+pixel of the resized image, and then resizes the scores to the original size. The script prints the percentage of pixels
+to which both methods assign the same class.
 
 Regions: ten boxes per image of 640 x 480 pixels, embedded by crop and by RoIAlign on the dense features.
 
-Each measurement runs in its own process. Its memory is the peak memory minus the memory after the model has encoded
-eight windows. The script prints CPU times, because other programs may use the machine.
+Each measurement runs in its own process. The reported memory is the peak memory minus the memory after the model has
+encoded eight windows. The script also prints CPU times, which hardly depend on other programs.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from llm2clip.models.vision.vision_tower import VisionTower
 from shared import memory_mb, reset_peak_memory
 
 SIZES = ((640, 480), (1280, 960), (2560, 1920), (4000, 3000))  # width and height
-LARGE_IMAGES = 2  # number of images of the larger sizes
+LARGE_IMAGES = 2  # number of images for each of the larger sizes
 NUM_CLASSES = 20
 BOXES_PER_IMAGE = 10
 EMBED_DIM = 512
@@ -82,22 +82,16 @@ def main() -> None:
 
 @dataclass
 class Measurement:
-    """Measurement of a method on several images.
+    """Measurement of a method on several images."""
 
-    Args:
-        wall_seconds, cpu_seconds: Mean wall time and CPU time per image.
-        memory: Additional memory in MB.
-        result: Result of the method.
-    """
-
-    wall_seconds: float
-    cpu_seconds: float
-    memory: float
-    result: Any
+    wall_seconds: float  # mean per image
+    cpu_seconds: float  # mean per image
+    memory: float  # additional memory in MB
+    result: Any  # return value of the method
 
 
 def report(name: str, measurement: Measurement, threads: int) -> None:
-    """Print a measurement. On a busy machine, the wall time also contains the time for which the process waited."""
+    """Print a measurement. On a busy machine, the wall time also includes the time spent waiting for the CPU."""
     minutes = 1000 * measurement.cpu_seconds / threads / 60
     print(
         f"{name}: {measurement.cpu_seconds:.2f} s of CPU time per image ({minutes:.0f} minutes for 1,000 images on "
@@ -152,7 +146,7 @@ def build_model() -> DualEncoder:
 
 
 def segment_with_llm2clip(model: DualEncoder, files: Sequence[Path], labels: Sequence[np.ndarray]) -> float:
-    """Segment images, and return the percentage of pixels whose class is the given label."""
+    """Segment images, and return the percentage of pixels whose predicted class equals their label."""
     names = [(f"class {n}",) for n in range(NUM_CLASSES)]
     data = SegmentationData([FileImage(str(file)) for file in files], labels.__getitem__, names, ["{}"])
     embeddings = ModelEmbeddings(model, SkipLog(), progress=False)
@@ -162,7 +156,7 @@ def segment_with_llm2clip(model: DualEncoder, files: Sequence[Path], labels: Seq
 
 @torch.no_grad()
 def segment_window_by_window(model: DualEncoder, files: Sequence[Path], _: None) -> list[np.ndarray]:
-    """Segment images, and return the class of each pixel, uint8 (H, W)."""
+    """Segment images. Return the class of each pixel of each image, as uint8 arrays of shape (H, W)."""
     queries = model.encode_texts([f"class {n}" for n in range(NUM_CLASSES)])
     results = []
     for file in files:
@@ -184,7 +178,7 @@ def segment_window_by_window(model: DualEncoder, files: Sequence[Path], _: None)
 
 
 def embed_boxes(model: DualEncoder, files: Sequence[Path], method: str) -> None:
-    """Embed random boxes with sides of a tenth to a half of the image."""
+    """Embed random boxes whose sides are a tenth to a half as long as the image's sides."""
     generator = torch.Generator().manual_seed(0)
     for file in files:
         image = load_image(file)

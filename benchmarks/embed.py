@@ -42,7 +42,7 @@ from llm2clip.models.text.batching import get_default_batch_tokens, tune_batch_t
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.store.writer import quantize_rows
 
-# Code for the encoders of other libraries. Each defines `methods`, a dict from names to functions that encode `texts`.
+# Code that runs other libraries' encoders. It defines `methods`, a dict from names to functions that encode `texts`.
 LLM2VEC = """
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -92,7 +92,7 @@ Method = Callable[[], Result]
 
 
 class OtherLibrary:
-    """An encoder from another library, running in its own process."""
+    """Encoder from another library, which runs in its own process."""
 
     def __init__(self, python: str, methods: str, folder: Path) -> None:
         self.out = folder / "embeddings.npy"
@@ -222,7 +222,7 @@ class QuantizedEncoder:
 
 
 def retrieval_rows(encoder: CaptionEncoder, images: list[list[str]], precisions: Sequence[str]) -> Iterator[str]:
-    """Yield a table row with caption retrieval accuracy and R@10 for each precision and dtype."""
+    """Yield a table row with caption retrieval accuracy and R@10 for each precision and storage dtype."""
     texts = list(dict.fromkeys(caption for captions in images for caption in captions))
     for precision in precisions:
         embeddings = dict(zip(texts, encoder.encode(texts, precision=precision, progress=True).numpy(), strict=True))
@@ -253,7 +253,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--llm2vec", help="Python interpreter from an environment with llm2vec 0.2.3")
-    parser.add_argument("--cra", help="source of captions on which to measure retrieval accuracy")
+    parser.add_argument("--cra", help="caption source for measuring retrieval accuracy")
     args = parser.parse_args()
 
     encoder = CaptionEncoder.from_pretrained(resolve_pretrained(args.encoder), layers=args.layers)

@@ -1,8 +1,8 @@
 """Fuzz test of the readers: mutated images, caption files, tables, tar files and model configs.
 
 A reader may accept an input, or reject it with an exception that it documents. Each reader runs in its own process with
-limits on memory and on the CPU time of an input. The script prints how many inputs were read and rejected, which
-exceptions were unexpected, the slowest input and the peak memory. `tests/test_fuzz.py` reads a few inputs.
+limits on memory and on CPU time per input. The script prints how many inputs were read and rejected, which exceptions
+were unexpected, the slowest input and the peak memory. `tests/test_fuzz.py` runs this test on a few inputs.
 
     python benchmarks/fuzz.py [--reader NAME ...] [--count 100000] [--seconds 600] [--seed 0] [--save FOLDER]
 """
@@ -52,7 +52,7 @@ from llm2clip.search.build import read_date_taken
 
 MEMORY_LIMIT = 2 << 30  # bytes of address space in addition to that of the imported libraries
 TIME_LIMIT = 10.0  # CPU seconds per input
-# Exceptions that a reader does not raise on purpose. They may occur in messages about skipped rows.
+# Exceptions that no reader raises on purpose. They are also searched for in messages about skipped rows.
 UNEXPECTED = re.compile(r"\b(?:Type|Key|Index|Attribute|Memory|Recursion|Overflow|Runtime|Unicode\w+)Error: .*")
 Mutate = Callable[[bytes, random.Random], bytes]
 NUMBERS = (0, 1, 2, 127, 128, 255, 4096, 65535, 1 << 31, (1 << 32) - 1)
@@ -72,7 +72,7 @@ TOKENS = (
 
 
 def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
-    """Change, insert, delete or repeat a few bytes, more often at the start and the end."""
+    """Change, insert, delete or repeat a few bytes, most often near the start or the end of the data."""
     result = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 4, 16))):
         end = len(result)
@@ -129,7 +129,7 @@ def mutate_json(data: bytes, rng: random.Random) -> bytes:
 
 
 def mutate_parquet(data: bytes, rng: random.Random) -> bytes:
-    """Change a few bytes without moving the others, because a Parquet file contains many offsets."""
+    """Change a few bytes, mostly without moving any, because a Parquet file contains many offsets."""
     if rng.random() < 0.2:
         return mutate_bytes(data, rng)
     result = bytearray(data)
@@ -139,7 +139,7 @@ def mutate_parquet(data: bytes, rng: random.Random) -> bytes:
 
 
 def mutate_tar(data: bytes, rng: random.Random) -> bytes:
-    """Mutate a tar file, and usually make the checksums of its headers right."""
+    """Mutate a tar file, and usually update its header checksums."""
     result = bytearray(mutate_bytes(data, rng)) if rng.random() < 0.5 else bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 4))):
         header = 512 * rng.randrange(max(1, len(result) // 512))
@@ -154,7 +154,7 @@ def mutate_tar(data: bytes, rng: random.Random) -> bytes:
 
 
 def mutate_image(data: bytes, rng: random.Random) -> bytes:
-    """Mutate an image, also within its EXIF data. The checksums of PNG chunks are usually made right."""
+    """Mutate an image, sometimes within its EXIF data. The checksums of PNG chunks are usually updated."""
     result = mutate_bytes(data, rng)
     exif = re.search(rb"Exif\0\0|EXIF|eXIf", result)
     if exif and rng.random() < 0.3:
@@ -176,7 +176,7 @@ def mutate_image(data: bytes, rng: random.Random) -> bytes:
 
 
 def image_seeds() -> list[bytes]:
-    """Return small images in all formats and modes, without and with EXIF data."""
+    """Return small images in all formats and modes, with and without EXIF data."""
     exif = Image.Exif()
     exif[0x0112], exif[0x010F], exif[0x8825] = 6, "x" * 50, {1: "N", 2: (1.0, 2.0, 3.0)}
     exif[0x8769] = {0x9003: "2020:01:01 00:00:00"}
@@ -293,9 +293,9 @@ class Reader:
     Args:
         seeds: Valid inputs.
         mutate: Function that mutates an input.
-        read: Function that reads an input. The folder is empty except for an image x.png. It returns descriptions of
-            unexpected exceptions that became bad rows, and raises an exception if the input is rejected.
-        documented: Exceptions with which an input may be rejected.
+        read: Function that reads an input, using a folder that contains only an image x.png. It returns descriptions of
+            unexpected exceptions for which rows were skipped, and raises an exception if the input is rejected.
+        documented: Exceptions that a reader may raise to reject an input.
     """
 
     def __init__(
@@ -315,7 +315,7 @@ def read_image(data: bytes, folder: Path, rng: random.Random) -> list[str]:
 
 
 def read_rows(*names: str) -> Callable[[bytes, Path, random.Random], list[str]]:
-    """Return a function that reads a caption file, with one of these names, as records and as text pairs."""
+    """Return a function that reads a caption file with one of these names, as text pairs or as records."""
 
     def read(data: bytes, folder: Path, rng: random.Random) -> list[str]:
         name = rng.choice(names)
@@ -395,7 +395,7 @@ READERS = {
 
 
 class Fuzzer:
-    """Mutates and reads the inputs of a reader. Input `number` depends only on the seed and the number."""
+    """Creates and reads mutated inputs. An input depends only on the seed, the reader's name and the input's number."""
 
     def __init__(self, name: str, seed: int, folder: Path) -> None:
         warnings.simplefilter("ignore")
@@ -404,12 +404,12 @@ class Fuzzer:
         (folder / "x.png").write_bytes(png())
 
     def create_input(self, number: int) -> tuple[bytes, random.Random]:
-        """Return an input, and a generator for the choices of the reader."""
+        """Return an input, and a random number generator for the reader's choices."""
         rng = random.Random(f"{self.seed} {self.name} {number}")
         return self.reader.mutate(rng.choice(self.seeds), rng), rng
 
     def run(self, number: int) -> tuple[str, list[str]]:
-        """Read an input. Return "read", "rejected" or "escaped", and descriptions of unexpected exceptions."""
+        """Return "read", "rejected" or (after an undocumented exception) "escaped", and the unexpected exceptions."""
         data, rng = self.create_input(number)
         try:
             return "read", self.reader.read(data, self.folder, rng)
@@ -420,8 +420,8 @@ class Fuzzer:
             return "escaped", [f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"]
 
 
-def _work(name: str, seed: int, start: int, stop: int, number: Synchronized, results: Any) -> None:
-    """Read the inputs from `start` to `stop`, put the results in the queue, and store the current number."""
+def _read_inputs(name: str, seed: int, start: int, stop: int, number: Synchronized, results: Any) -> None:
+    """Read inputs `start` to `stop` - 1, put their results in a queue, and keep `number` at the current input."""
     torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # image libraries print warnings
     shared_memory = Path("/dev/shm")
@@ -452,7 +452,7 @@ class Report:
         self.name = name
         self.outcomes: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
-        self.failures: list[tuple[int, str]] = []  # number and description
+        self.failures: list[tuple[int, str]] = []  # (input number, description)
         self.slowest, self.slowest_number, self.peak = 0.0, -1, 0
 
     def add(self, number: int, outcome: str, errors: list[str], seconds: float, peak: int) -> None:
@@ -478,13 +478,13 @@ class Report:
 
 
 def fuzz(name: str, seed: int, count: int, seconds: float) -> Report:
-    """Read mutated inputs in a separate process, which is restarted after a crash or after a slow input."""
+    """Read mutated inputs in a separate process, which is restarted after a crash or an input that takes too long."""
     context = multiprocessing.get_context("spawn")
     report, start, end = Report(name), 0, time.monotonic() + seconds
     while start < count and time.monotonic() < end:
-        number: Synchronized = context.Value("q", -1)  # -1 until the first input
+        number: Synchronized = context.Value("q", -1)  # current input; -1 before the first
         results = context.SimpleQueue()
-        process = context.Process(target=_work, args=(name, seed, start, count, number, results), daemon=True)
+        process = context.Process(target=_read_inputs, args=(name, seed, start, count, number, results), daemon=True)
         process.start()
         start = _collect(report, psutil.Process(process.pid), number, results, end)
         process.kill()
@@ -506,7 +506,7 @@ def _collect(report: Report, process: psutil.Process, number: Synchronized, resu
         current, next_number = number.value, number.value + 1
         if not is_running:
             if current < 0:
-                raise RuntimeError(f"the process of the reader {report.name} could not start")
+                raise RuntimeError(f"the process for reader {report.name} could not be started")
             report.add(current, "crashed", [], 0.0, 0)
             return next_number
         cpu = sum(process.cpu_times()[:2])

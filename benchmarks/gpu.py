@@ -7,13 +7,13 @@ The parts run in order of importance until the time is up:
 
     environment   versions, GPU, memory, and the matmul rate that this GPU reaches
     tests         the tests marked `gpu`, which compare the GPU with the CPU: embeddings, losses and a short fit
-    encode        caption encoding with LLMs of 135M, 1B and 8B parameters; SentenceTransformer.encode
-    align         a training step of ViT-B/16, L/14 and L/14-336: eager, compiled, gradient caching; open_clip's
-    tune          a training step of 135M and 1B LLMs; sentence-transformers' CachedMultipleNegativesRankingLoss
-    losses        contrastive losses at 32,768 images; open_clip's (benchmarks/losses.py)
+    encode        caption encoding with LLMs of 135M, 1B and 8B parameters; with SentenceTransformer.encode
+    align         a training step of ViT-B/16, L/14 and L/14-336: eager, compiled, gradient caching; with open_clip
+    tune          a training step of 135M and 1B LLMs; with sentence-transformers' CachedMultipleNegativesRankingLoss
+    losses        contrastive losses for 32,768 images; with open_clip (benchmarks/losses.py)
     data          images decoded per second by the loader of `align`
     search        search of a million vectors: on the GPU, and with the index on the CPU; recall relative to float64
-    plan          memory and speed that `llm2clip plan` predicts, next to those that `align` measured
+    plan          memory and speed predicted by `llm2clip plan`, next to the measurements of `align`
 
 Each part runs in its own process with a time limit, so a part that fails or hangs does not affect the others. Each
 measurement adds a row to OUT/PART.jsonl; after each part, OUT/results.md and OUT/results.json are rewritten.
@@ -133,7 +133,7 @@ def write_results(out: Path, statuses: dict[str, str]) -> None:
 
 
 def format_part(out: Path, part: str, status: str) -> str:
-    """Return the Markdown table of a part. The columns are all keys of its rows, in order of appearance."""
+    """Return the Markdown table of a part. The columns are all keys of the part's rows, in order of appearance."""
     rows = read_part(out, part)
     lines = [f"## {part}\n", f"{status}\n"]
     columns = list(dict.fromkeys(name for row in rows for name in row))

@@ -1,7 +1,8 @@
-"""Measurements of `gpu.py`. Each function yields one row, a dict, per measurement.
+"""Measurements for `gpu.py`. Each function yields one row, a dict, per measurement.
 
-Models have random weights. FLOPs are counted with PyTorch's FlopCounterMode on one forward and backward pass without
-recomputation, so a second forward pass lowers the MFU (model FLOPs utilisation). MFU is relative to the data sheet.
+Models have random weights. FLOPs are counted with PyTorch's FlopCounterMode on one forward and backward pass. A second
+forward pass, as in gradient caching, is not counted, so it lowers the MFU (model FLOPs utilisation, relative to the
+peak FLOP/s in the GPU's data sheet).
 """
 
 import dataclasses
@@ -64,13 +65,13 @@ LLM_SIZES = {
     "1B": LLMS["meta-llama/llama-3.2-1b"],
     "8B": LLMS["meta-llama/meta-llama-3-8b"],
 }
-TOWERS = {  # timm model, open_clip model, images per step
+TOWERS = {  # name -> (timm model, open_clip model, images per step)
     "ViT-B/16": ("vit_base_patch16_clip_quickgelu_224", "ViT-B-16", 512),
     "ViT-L/14": ("vit_large_patch14_clip_quickgelu_224", "ViT-L-14", 256),
     "ViT-L/14-336": ("vit_large_patch14_clip_quickgelu_336", "ViT-L-14-336", 128),
 }
 TINY_TOWER = {"tiny": ("vit_tiny_clip_quickgelu_32", "tiny", 4)}
-TINY_OPEN_CLIP = {  # the same tower for open_clip, with 64 dimensions per attention head
+TINY_OPEN_CLIP = {  # open_clip config with the tower in TINY_TOWER and 64 dimensions per attention head
     "embed_dim": 32,
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
@@ -102,7 +103,7 @@ TEXT_DIM = 2048
 
 @dataclass
 class PartSettings:
-    """Settings of a part: whether models are tiny, and the output folder."""
+    """Settings of a part: whether to use tiny models, and the output folder."""
 
     tiny: bool
     out: Path
@@ -125,7 +126,7 @@ def measure_environment(settings: PartSettings) -> Iterator[dict[str, Any]]:
 def measure_encode(settings: PartSettings) -> Iterator[dict[str, Any]]:
     """Encode captions with llm2clip, packed and padded, and with sentence-transformers, in bf16.
 
-    The first captions are also encoded in float32 without packing, for the cosine similarity of both embeddings.
+    The first captions are also encoded in float32 without packing, to measure the cosine similarity to bf16.
     """
     captions = random_captions(64 if settings.tiny else 16_384)
     sample = captions[:64]
@@ -155,10 +156,10 @@ def measure_encode(settings: PartSettings) -> Iterator[dict[str, Any]]:
 
 
 def measure_align(settings: PartSettings) -> Iterator[dict[str, Any]]:
-    """Time a training step of `align` on images in GPU memory, and open_clip's step with an equal tower.
+    """Time a training step of `align` on images in GPU memory, and open_clip's step with the same architecture.
 
-    The gradients of each variant are compared with those of eager mode, and the features of the tower with those of
-    open_clip's tower with the same weights.
+    The gradients of each variant are compared with the gradients in eager mode, and the tower's features with the
+    features of open_clip's tower with the same weights.
     """
     for name, (timm_name, open_clip_name, batch) in align_towers(settings).items():
         eager_gradient: Tensor | None = None
@@ -191,7 +192,7 @@ def measure_align(settings: PartSettings) -> Iterator[dict[str, Any]]:
 
 
 def align_towers(settings: PartSettings) -> dict[str, tuple[str, str, int]]:
-    """Return the timm model, the open_clip model and the number of images per step of each tower."""
+    """Return (timm model, open_clip model, images per step) for each tower, keyed by the tower's name."""
     if not settings.tiny:
         return TOWERS
     if find_spec("open_clip"):
@@ -205,12 +206,12 @@ def align_towers(settings: PartSettings) -> dict[str, tuple[str, str, int]]:
 
 @register_model
 def vit_tiny_clip_quickgelu_32(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    """Build a tiny tower of the same architecture as CLIP's."""
+    """Build a tiny vision transformer with the same architecture as CLIP's image tower."""
     shape = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1, "num_classes": 0}
     options = {name: options[name] for name in options.keys() & {"img_size", "num_classes"}}
     style = {"pre_norm": True, "norm_layer": partial(LayerNorm, eps=1e-5), "act_layer": "quick_gelu"}
     tower = VisionTransformer(**(shape | style | options))
-    tower.pretrained_cfg = {"input_size": (3, 32, 32)}  # the image size, which preprocessing follows
+    tower.pretrained_cfg = {"input_size": (3, 32, 32)}  # preprocessing uses this image size
     return tower
 
 
@@ -220,7 +221,7 @@ class AlignStep:
 
     Attributes:
         run: Function that runs the step.
-        gradient: Function that returns the gradient of all parameters without changing them, float32 (N,) on the CPU.
+        gradient: Function that returns the gradients of all N parameters as a float32 CPU tensor of shape (N,).
         flops: Model FLOPs of the step.
     """
 
@@ -232,7 +233,7 @@ class AlignStep:
 def align_step(
     tower: VisionTower, batch: int, variant: str, loss_function: Callable[..., Tensor] | None = None
 ) -> AlignStep:
-    """Return a training step on random images and captions. Default loss: InfoNCE."""
+    """Return a training step on random images and caption embeddings. The default loss is InfoNCE."""
     with DEVICE:
         model = LLM2CLIP(LLM2CLIPConfig(tower.config, text_dim=TEXT_DIM, embed_dim=512), tower).train()
     optimizer = make_optimizer(model, AlignConfig(), DEVICE)
@@ -276,12 +277,12 @@ def align_step(
     model.zero_grad()
     if variant == "compiled":
         compile_blocks(tower)
-        torch._dynamo.config.suppress_errors = False  # a failed compilation must not look like a measurement
+        torch._dynamo.config.suppress_errors = False  # otherwise, PyTorch would run eager mode if compilation fails
     return AlignStep(step, gradient, batch * one_image)
 
 
 def gradient_or_none(step: AlignStep) -> Tensor | None:
-    """Return the gradient, or None if there is not enough memory."""
+    """Return the gradients of a step, or None if the GPU runs out of memory."""
     try:
         return step.gradient()
     except torch.cuda.OutOfMemoryError:
@@ -289,7 +290,7 @@ def gradient_or_none(step: AlignStep) -> Tensor | None:
 
 
 def open_clip_difference(timm_name: str, open_clip_name: str) -> float:
-    """Return the relative difference of the features of open_clip's tower and llm2clip's with the same weights."""
+    """Return the relative difference between the features of open_clip's and llm2clip's tower with the same weights."""
     import open_clip
 
     model = open_clip.create_model(open_clip_name, device=DEVICE, force_quick_gelu=True).eval()
@@ -306,7 +307,7 @@ def open_clip_difference(timm_name: str, open_clip_name: str) -> float:
 
 
 def open_clip_step(name: str, batch: int, both_towers: bool) -> Callable[[], None]:
-    """Return a function that runs open_clip's training step, either of both towers or with fixed text features."""
+    """Return a function that runs open_clip's training step with both towers or with fixed text features."""
     import open_clip
     from open_clip.loss import ClipLoss
 
@@ -338,7 +339,7 @@ def measure_tune(settings: PartSettings) -> Iterator[dict[str, Any]]:
     texts = random_captions(2 * pairs)
     rows = [dataclasses.asdict(Pair(a, p)) for a, p in zip(texts[:pairs], texts[pairs:], strict=True)]
     sizes = llm_sizes(settings, get_available_memory() / 1e9)
-    sizes.pop("8B", None)  # the gradients and float32 weights of an 8B model do not fit
+    sizes.pop("8B", None)  # the gradients and float32 weights of an 8B model do not fit in GPU memory
     for name, shape in sizes.items():
         folder = save_llm(settings.out / f"llm-{name}", shape)
         encoder = CaptionEncoder.from_pretrained(folder, device=str(DEVICE)).train()
@@ -412,14 +413,14 @@ def measure_data(settings: PartSettings) -> Iterator[dict[str, Any]]:
         epochs = 1 if settings.tiny else 8
         config = AlignConfig(batch_size=count // 2, epochs=epochs, workers=workers)
         batches = AlignBatches(records, _NoStore(), model, config).batches(0)
-        first = len(next(batches).images)  # starting the workers is not measured
+        first = len(next(batches).images)  # excludes the time to start the workers
         start = time.perf_counter()
         images = sum(len(batch.images) for batch in batches)
         yield {"workers": workers, "images": first + images, "images/s": images / (time.perf_counter() - start)}
 
 
 class _NoStore:
-    """A caption source with a single row."""
+    """Stand-in for an embedding store, in which all captions have the same all-zero embedding."""
 
     def __init__(self) -> None:
         self.manifest: dict[str, Any] = {}
@@ -469,7 +470,7 @@ def measure_search(settings: PartSettings) -> Iterator[dict[str, Any]]:
 
 
 def search_float64(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """Return the row numbers of the K nearest vectors of each query, (queries, K), computed in float64."""
+    """Return the row numbers of each query's K nearest vectors in float64, as an array of shape (queries, K)."""
     scores = np.empty((len(queries), len(vectors)))
     for start in range(0, len(vectors), 50_000):
         stop = start + 50_000
@@ -480,7 +481,7 @@ def search_float64(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
 def search_row(
     name: str, search: Callable[[], np.ndarray], batch: int, queries: int, expected: np.ndarray
 ) -> dict[str, Any]:
-    """Time a search of all queries, `batch` at a time, and measure the recall of the first queries."""
+    """Time a search for all queries, `batch` queries at a time, and measure the recall of the first queries."""
     results = search()[: len(expected)]
     recall = np.mean([len(set(a) & set(b)) / K for a, b in zip(results.tolist(), expected.tolist(), strict=True)])
     seconds = time_call(search, repeats=2)
@@ -489,7 +490,7 @@ def search_row(
 
 
 def measure_plan(settings: PartSettings) -> Iterator[dict[str, Any]]:
-    """Yield the predictions of `llm2clip plan` next to the values that the part `align` measured in eager mode."""
+    """Yield the predictions of `llm2clip plan`, and the measurements of the `align` part in eager mode."""
     machine = Machine(known_device() or "h100")
     file = settings.out / "align.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -514,7 +515,7 @@ def measure_plan(settings: PartSettings) -> Iterator[dict[str, Any]]:
 
 
 def known_device() -> str | None:
-    """Return the name of this GPU in the table of `llm2clip plan`, or None."""
+    """Return this GPU's name in the device table of `llm2clip plan`, or None if it is not in the table."""
     if not IS_GPU:
         return None
     words = torch.cuda.get_device_name(DEVICE).lower().replace("geforce rtx ", "rtx").split()
@@ -535,7 +536,7 @@ def reset_memory() -> None:
 
 
 def time_call(run: Callable[[], Any], repeats: int = 5) -> float:
-    """Return the median time of a call in seconds, after one call to warm up."""
+    """Return the median time of a call in seconds, after one warm-up call."""
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -555,7 +556,7 @@ def rate_row(name: str, count: float, seconds: float, flops: float, unit: str = 
 
 
 def step_row(name: str, step: Callable[[], None], count: int, unit: str, flops: float) -> dict[str, Any]:
-    """Time a step. If it runs out of memory, the row says so."""
+    """Time a step and return a table row. If the step runs out of memory, the row says so."""
     try:
         return rate_row(name, count, time_call(step), flops, unit)
     except torch.cuda.OutOfMemoryError:
@@ -563,14 +564,14 @@ def step_row(name: str, step: Callable[[], None], count: int, unit: str, flops: 
 
 
 def llm_sizes(settings: PartSettings, memory_gb: float) -> dict[str, dict[str, Any]]:
-    """Return the LLMs that fit in memory. With --tiny, they have the same architectures, but tiny layers."""
+    """Return the configs of the LLMs that fit in memory, keyed by name. With --tiny, all layers are tiny."""
     if settings.tiny:
         return {f"tiny {name}": {**shape, **TINY_LLM} for name, shape in LLM_SIZES.items()}
     return {name: shape for name, shape in LLM_SIZES.items() if name != "8B" or memory_gb > 60}
 
 
 def layer_parameters(encoder: CaptionEncoder) -> int:
-    """Return the number of parameters in the matrices of all layers, which excludes the token embeddings."""
+    """Count the parameters in the weight matrices of all layers, without the token embeddings."""
     return sum(p.numel() for layer in encoder.llm.layers for p in layer.parameters() if p.ndim > 1)
 
 
@@ -581,7 +582,7 @@ def random_captions(count: int) -> list[str]:
 
 
 def save_llm(folder: Path, shape: dict[str, Any]) -> Path:
-    """Save an LLM with random weights in bf16, and a tokenizer with one token per byte, unless the folder exists."""
+    """Save an LLM with random bf16 weights, and a tokenizer with one token per byte, unless they already exist."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 

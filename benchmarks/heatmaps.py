@@ -3,8 +3,8 @@
     python benchmarks/heatmaps.py MODEL ROOT [--image_size 336] [--dense_variants plain naclip]
 
 ROOT contains COCO in the folder coco/. For each image and each class in it, the query is "a photo of a CLASS.", and the
-heat map hits if its maximum is inside a box of the class. "Chance" is the share of the cells inside these boxes. The
-intervals come from a bootstrap of the images.
+heat map hits if its maximum is inside a box of the class. "Chance" is the fraction of heat map cells inside these
+boxes. The 95% confidence intervals are computed by bootstrapping over images.
 """
 
 import argparse
@@ -37,14 +37,14 @@ def main() -> None:
     print("| variant | queries | hits, % | chance, % |\n|" + " --- |" * 4)
     for variant in args.dense_variants or [dense.localization_variant]:
         encoder = replace(dense, localization_variant=variant)
-        hits: list[list[float]] = []  # of each image
+        hits: list[list[float]] = []  # for each image, 1 or 0 for each class in it
         chances: list[float] = []
         for ref, size, boxes, labels in zip(tqdm(data.images), data.sizes, data.boxes, data.labels, strict=True):
             pixels = encoder.resize(load_image(ref), args.image_size or dense.localization_size)
             hits.append([])
             for label in np.unique(labels):
                 heatmap = compute_heatmap(encoder, pixels, queries[label])
-                inside = cells_in_boxes(boxes[labels == label], size, heatmap.shape)
+                inside = find_cells_in_boxes(boxes[labels == label], size, heatmap.shape)
                 hits[-1].append(float(inside.flat[heatmap.argmax()]))
                 chances.append(float(inside.mean()))
         low, high = bootstrap([sum(image) for image in hits], [len(image) for image in hits])
@@ -53,11 +53,11 @@ def main() -> None:
         print(f"| {' | '.join(row)} |", flush=True)
 
 
-def cells_in_boxes(boxes: np.ndarray, size: tuple[int, int], grid: tuple[int, ...]) -> np.ndarray:
-    """Return True for each cell whose centre is inside a box, bool (h, w).
+def find_cells_in_boxes(boxes: np.ndarray, size: tuple[int, int], grid: tuple[int, ...]) -> np.ndarray:
+    """Return a boolean mask of shape (h, w) that is True for each cell whose centre is inside a box.
 
     Args:
-        boxes: boxes (B, 4) as left, top, right, bottom, in pixels of the original image.
+        boxes: B boxes of shape (B, 4), as left, top, right, bottom, in pixels of the original image.
         size: width and height of the original image.
         grid: height and width of the heat map, in cells.
     """
@@ -71,7 +71,7 @@ def cells_in_boxes(boxes: np.ndarray, size: tuple[int, int], grid: tuple[int, ..
 
 
 def bootstrap(hits: list[float], counts: list[int]) -> tuple[float, float]:
-    """Return the 95% confidence interval of the hit rate in percent, from resampled images."""
+    """Return the 95% confidence interval of the hit rate in percent, from each image's hits and number of queries."""
     samples = np.random.default_rng(0).integers(0, len(hits), (RESAMPLES, len(hits)))
     rates = 100 * np.array(hits)[samples].sum(1) / np.array(counts)[samples].sum(1)
     low, high = np.percentile(rates, [2.5, 97.5])

@@ -3,14 +3,15 @@
     python benchmarks/hostile_clients.py [--minutes 10] [--index INDEX] [--hostile 8] [--only scan_bomb key_bomb ...]
 
 The honest client sends 5 requests per second: text searches, searches with a caption filter, small images and
-thumbnails. Its latencies count from the time at which a request was due, so a server that stops for a while is not
-measured less often. It first runs alone for 20 seconds, and then together with the hostile clients. Each hostile client
-is a process with its own loopback address, which knows the token and runs all attacks at the same time, each again 0.1
-seconds after the last one ended. The hostile processes have low priority, because clients usually run on other machines
-and do not compete with the server for its CPU. At the end, the server is stopped with SIGTERM during the attacks.
+thumbnails. Latencies are measured from the time at which a request was due, so every request that is due while the
+server hangs counts. The honest client first runs alone for 20 seconds, and then together with the hostile clients. Each
+hostile client is a process with its own loopback address. It knows the token and runs all attacks at the same time. An
+attack is repeated 0.1 seconds after it ends. The hostile processes have low priority, because clients usually run on
+other machines and do not compete with the server for its CPU. At the end, the server is stopped with SIGTERM while the
+attacks continue.
 
-By default, the model is the tiny random model of the tests, and the index contains 20,000 images with 5 captions each,
-of which one is a file of 23 MB. With `--index`, the honest client needs images with the ids 1 to 20.
+By default, the model is the tiny random model of the tests, and the index contains 20,000 images with 5 captions each.
+One of the image files has 23 MB. An index passed with `--index` must contain images with the ids 1 to 20.
 """
 
 import argparse
@@ -39,7 +40,7 @@ import numpy as np
 from PIL import Image
 
 TOKEN = "benchmark"
-PAUSE = 0.1  # seconds between two requests of an attack
+PAUSE = 0.1  # seconds until an attack is repeated
 RATE = 5  # requests per second of the honest client
 BASELINE_SECONDS = 20
 IMAGES, CAPTIONS = 20_000, 5
@@ -53,7 +54,7 @@ HONEST_HEADERS = {"authorization": f"Bearer {TOKEN}", "content-type": "applicati
 
 
 class Attacker:
-    """A hostile client, which sends requests from one loopback address."""
+    """A hostile client, which sends all requests from the same loopback address."""
 
     def __init__(self, port: int, number: int) -> None:
         self.port, self.address = port, f"127.0.0.{number + 2}"  # the honest client has 127.0.0.1
@@ -61,7 +62,7 @@ class Attacker:
     async def send(self, head: str, body: bytes = b"", read: bool = True) -> None:
         """Send a request on a new connection, and wait until the server has responded or closed the connection.
 
-        If `read` is false, do not read the response: wait until the server resets the connection.
+        If `read` is False, do not read the response, but wait until the server resets the connection.
         """
         reader, writer = await asyncio.open_connection(
             "127.0.0.1", self.port, local_addr=(self.address, 0), limit=1 << 12
@@ -89,19 +90,19 @@ class Attacker:
         await self.post("/search", KEY_BOMB_BODY)
 
     async def caption_filter(self) -> None:
-        """Search with a caption filter that is slow to compare: the longest one that the server accepts."""
+        """Search with the longest caption filter that the server accepts, which is slow to match, and a longer one."""
         query = {"texts": ["a"], "top": 200, "filter": {"caption": "ß" * 500, "path": "/" + "x/" * 2000}}
         await self.post("/search", json.dumps(query).encode())
         await self.post("/search", json.dumps({"texts": ["a"], "filter": {"caption": "ß" * 20_000}}).encode())
 
     async def oversized_body(self) -> None:
-        """Send the largest body that the server accepts, and then one that is too large and has no length."""
+        """Send the largest body that the server accepts, and then a larger one without a Content-Length header."""
         await self.post("/embed", LARGEST_BODY)
         head = f"POST /embed HTTP/1.1\r\n{HEAD}{JSON}Transfer-Encoding: chunked\r\n\r\n"
         await self.send(head, TOO_LARGE_BODY)
 
     async def unfinished_body(self) -> None:
-        """Send all but one byte of a body."""
+        """Send all bytes of a request body except the last."""
         head = f"POST /embed HTTP/1.1\r\n{HEAD}{JSON}Content-Length: {len(LARGEST_BODY) + 1}\r\n\r\n"
         await self.send(head, LARGEST_BODY)
 
@@ -110,7 +111,7 @@ class Attacker:
         await self.send(f"GET /image/1 HTTP/1.1\r\n{HEAD}\r\n", read=False)
 
     async def slow_headers(self) -> None:
-        """Send half of the headers of a request."""
+        """Send an incomplete request header."""
         await self.send(f"GET /health HTTP/1.1\r\n{HEAD}")
 
 
@@ -145,7 +146,7 @@ def run_attacker(port: int, number: int, names: list[str]) -> None:
 
 
 def make_scan_bomb(scans: int = 4000, side: int = 7000) -> bytes:
-    """Return a progressive JPEG whose many scans all encode that nothing changes."""
+    """Return a progressive JPEG with many scans, all of which leave the image unchanged."""
     stream = io.BytesIO()
     Image.new("L", (side, side)).save(stream, "JPEG", progressive=True)
     data = stream.getvalue()
@@ -174,7 +175,7 @@ def data_uri(data: bytes) -> str:
 SCAN_BOMB_BODY = json.dumps({"input": data_uri(make_scan_bomb())}).encode()
 KEY_BOMB_BODY = b"{" + b",".join([b'"1f":0'] * 700_000) + b"}"
 LARGEST_BODY = b'{"input": "' + b"a" * ((32 << 20) - 1000)
-TOO_LARGE_BODY = (b"%x\r\n" % (1 << 20) + bytes(1 << 20) + b"\r\n") * 40  # in chunks
+TOO_LARGE_BODY = (b"%x\r\n" % (1 << 20) + bytes(1 << 20) + b"\r\n") * 40  # chunked transfer encoding
 
 
 # ---- honest client --------------------------------------------------------------------------------------------------
@@ -199,7 +200,7 @@ class HonestClient:
         ]
 
     def run(self, seconds: float) -> None:
-        """Send requests for some time, and wait for their responses."""
+        """Send requests for this many seconds, and wait for all responses."""
         with ThreadPoolExecutor(200) as pool:
             start = time.perf_counter()
             for n in range(round(seconds * RATE)):
@@ -265,7 +266,7 @@ def start_server(index: str) -> tuple[subprocess.Popen[str], int]:
     """Start a server, and return its process and port."""
     command = [sys.executable, "-m", "llm2clip", "serve", "--index", index, "--port", "0", "--precision", "fp32"]
     environment = {**os.environ, "LLM2CLIP_TOKEN": TOKEN}
-    # Error messages of the server must not fill a pipe that nobody reads.
+    # The server's error messages are discarded, because a full pipe that is never read would block the server.
     server = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert server.stdout is not None
     for line in server.stdout:
@@ -305,7 +306,7 @@ def main() -> None:
 
 
 def measure(server: subprocess.Popen[str], port: int, attackers: list[SpawnProcess], seconds: float) -> None:
-    """Print the honest client's latencies without and with the attacks, the peak memory, and the time to stop."""
+    """Print latencies without and with the attacks, the server's peak memory, and how long it takes to stop."""
     print("| attacks | requests | median, ms | p95, ms | maximum, ms | errors |")
     print("|---|---|---|---|---|---|")
     alone, attacked = HonestClient(port), HonestClient(port)

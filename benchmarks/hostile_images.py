@@ -1,8 +1,8 @@
-"""Worst-case images: how long does the decoder work on a file of a few megabytes that was made to be slow?
+"""Measure how long the decoder takes for files of a few megabytes that were made to be slow to decode.
 
 Each file has at most 100 million pixels, which is the limit of `decode_image`, and is decoded in its own process. The
-script prints the CPU time, the increase of the peak memory and the result: the size of the decoded image, or the reason
-for which the file is rejected.
+script prints the CPU time, the increase in peak memory and the result: the size of the decoded image, or the reason why
+the file was rejected.
 
     python benchmarks/hostile_images.py [NAME ...]
 """
@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-SIDE = 9_999
-SIZE = 4 << 20  # bytes
-TIME_LIMIT = 30  # seconds
+SIDE = 9_999  # width and height of most images in pixels
+SIZE = 4 << 20  # approximate size of each file in bytes
+TIME_LIMIT = 30  # maximum time per file in seconds
 
 
 # ---- JPEG ----------------------------------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ def segment(marker: int, body: bytes) -> bytes:
 
 
 def scan(first: int, last: int, approximation: int, data: bytes, component: int = 1) -> bytes:
-    """Return a JPEG scan of one component. `first` and `last` are the range of coefficients."""
+    """Return a JPEG scan of one component, with the coefficients from `first` to `last`."""
     return segment(0xDA, bytes([1, component, 0, first, last, approximation])) + data
 
 
@@ -62,14 +62,14 @@ def num_blocks(side: int) -> int:
 
 def end_of_block_runs(side: int) -> bytes:
     """Return the data of a progressive scan that has no coefficients in any block: one code per 32,766 blocks."""
-    code = "0" + f"{32_766 - (1 << 14):014b}"  # the code 0 means a run of 2^14 blocks plus a number of 14 bits
+    code = "0" + f"{32_766 - (1 << 14):014b}"  # the code 0 means a run of 2^14 blocks plus a 14-bit number
     bits = code * -(-num_blocks(side) // 32_766)
     bits += "0" * (-len(bits) % 8)
     return int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\x00")
 
 
 def refinement_scans(num_scans: int, side: int = SIDE) -> bytes:
-    """A progressive JPEG whose scans look at every coefficient and change none: about 100 bytes per scan."""
+    """Return a progressive JPEG whose scans visit every coefficient but change none, with about 100 bytes per scan."""
     table = segment(0xC4, b"\x10" + bytes([1] + [0] * 15) + b"\xe0")  # AC: the code 0 means a run of blocks
     dc = scan(0, 0, 1, bytes(num_blocks(side) // 8 + 1))
     runs = end_of_block_runs(side)
@@ -78,7 +78,7 @@ def refinement_scans(num_scans: int, side: int = SIDE) -> bytes:
 
 
 def sequential_scans() -> bytes:
-    """A baseline JPEG that contains its three components again and again: two bits per block and scan."""
+    """Return a baseline JPEG that repeats the scans of its three components, with two bits per block and scan."""
     table = segment(0xC4, b"\x10" + bytes([1] + [0] * 15) + b"\x00")  # AC: the code 0 ends the block
     data = bytes(num_blocks(SIDE) // 4 + 1)
     scans = [scan(0, 63, 0, data, component) for component in (1, 2, 3)] * (SIZE // len(data) // 3)
@@ -86,13 +86,13 @@ def sequential_scans() -> bytes:
 
 
 def arithmetic_scans() -> bytes:
-    """A progressive JPEG with arithmetic coding and 100 scans, whose data are short and random."""
+    """Return a progressive JPEG with arithmetic coding and 91 scans of short, random data."""
     data = np.random.default_rng(0).integers(0, 255, 1000, dtype=np.uint8).tobytes()
     return jpeg(0xCA, [scan(0, 0, 0, data), *[scan(1, 63, 0, data)] * 90])
 
 
 def restart_markers() -> bytes:
-    """A baseline JPEG with a restart marker after each block."""
+    """Return a baseline JPEG with a restart marker after each block."""
     side = 8 * int((SIZE / 3) ** 0.5)
     table = segment(0xC4, b"\x10" + bytes([1] + [0] * 15) + b"\x00")
     data = b"".join(b"\x3f\xff" + bytes([0xD0 + i % 8]) for i in range(num_blocks(side)))
@@ -117,7 +117,7 @@ def png(before: bytes = b"", pixels: bytes = b"", after: bytes = b"", side: int 
 
 
 def png_profiles() -> bytes:
-    """A PNG with thousands of colour profiles, each of which decompresses to a megabyte."""
+    """Return a PNG with thousands of colour profiles, each of which decompresses to a megabyte."""
     profile = chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes((1 << 20) - 1), 9))
     return png(profile * (SIZE // len(profile)), side=8)
 
@@ -158,7 +158,7 @@ def gif_long_comment() -> bytes:
 
 
 def gif_clear_codes() -> bytes:
-    """A GIF whose pixels are preceded by nothing but codes that clear the decoder's table."""
+    """Return a GIF whose pixel data contains only codes that clear the decoder's table."""
     return gif(b"", side=SIDE, pixels=(b"\xff" + b"\x24\x49\x92" * 85) * (SIZE // 256))
 
 
@@ -169,7 +169,7 @@ def gif_pixels() -> bytes:
 
 
 def bmp_runs() -> bytes:
-    """A BMP with run-length coding: two bytes for a run of 255 pixels, and runs of one pixel."""
+    """Return a BMP with run-length coding, in which each run has one pixel and takes two bytes."""
     palette = bytes(4 * 256)
     data = b"\x01\x00" * (SIZE // 2)
     info = struct.pack("<IiiHHIIiiII", 40, SIDE, SIDE, 1, 8, 1, len(data), 0, 0, 256, 0)
@@ -177,7 +177,7 @@ def bmp_runs() -> bytes:
 
 
 def bmp_jumps() -> bytes:
-    """A BMP with run-length coding that jumps beyond the end of the image."""
+    """Return a BMP with run-length coding that jumps beyond the end of the image."""
     info = struct.pack("<IiiHHIIiiII", 40, SIDE * SIDE, 1, 1, 8, 1, 6, 0, 0, 256, 0)
     return b"BM" + struct.pack("<IHHI", 54 + 1030, 0, 0, 54 + 1024) + info + bytes(1024) + b"\x00\x02\xff\xff\0\x01"
 
@@ -217,7 +217,7 @@ def tiff_tags(width: int, height: int, compression: int) -> dict[int, list[int]]
 
 
 def tiff_shared_strips() -> bytes:
-    """A TIFF whose strips all contain the same half a megabyte of empty deflate blocks."""
+    """Return a TIFF whose strips all refer to the same 0.5 MB of empty deflate blocks."""
     blocks = b"\x78\x9c" + b"\x00\x00\x00\xff\xff" * 100_000
     row = zlib.compressobj(9, zlib.DEFLATED, -15)
     data = blocks + row.compress(bytes(16)) + row.flush() + struct.pack(">I", zlib.adler32(bytes(16)))
@@ -227,7 +227,7 @@ def tiff_shared_strips() -> bytes:
 
 
 def tiff_large_tiles() -> bytes:
-    """A narrow TIFF whose tiles are 65,536 pixels wide and all contain the same bytes."""
+    """Return a narrow TIFF whose tiles are 65,536 pixels wide and all refer to the same bytes."""
     data = zlib.compress(bytes(16 * 65_536), 9)
     count = SIZE // 16
     tiles = {322: [65_536], 323: [16], 324: [8] * count, 325: [len(data)] * count}
@@ -235,13 +235,13 @@ def tiff_large_tiles() -> bytes:
 
 
 def tiff_huge_tile() -> bytes:
-    """A TIFF of 16 x 16 pixels with one tile of two billion pixels."""
+    """Return a TIFF of 16 x 16 pixels with one tile of two billion pixels."""
     data = zlib.compress(bytes(1 << 20), 9)
     return tiff(tiff_tags(16, 16, 8) | {322: [1 << 15], 323: [(1 << 16) - 16], 324: [8], 325: [len(data)]}, data)
 
 
 def tiff_shared_tags() -> bytes:
-    """A TIFF with 2,000 tags that all refer to the same four megabytes."""
+    """Return a TIFF with 2,000 tags that all refer to the same four megabytes."""
     tags = tiff_tags(8, 8, 1) | {273: [8], 278: [8], 279: [64]}
     small = tiff(tags, bytes(SIZE))
     start = struct.unpack_from("<I", small, 4)[0]
@@ -251,7 +251,7 @@ def tiff_shared_tags() -> bytes:
 
 
 def tiff_progressive_jpeg() -> bytes:
-    """A TIFF whose single strip is a progressive JPEG with 90 scans."""
+    """Return a TIFF whose single strip is a progressive JPEG with 90 refinement scans."""
     data = refinement_scans(90)
     return tiff(tiff_tags(SIDE, SIDE, 7) | {273: [8], 278: [SIDE], 279: [len(data)]}, data)
 
@@ -302,7 +302,7 @@ def avif() -> bytes:
 
 
 def heic() -> bytes:
-    """A HEIC file, which needs the package pillow-heif."""
+    """Return a HEIC image. Requires the package pillow-heif."""
     import pillow_heif
 
     pillow_heif.register_heif_opener()
@@ -350,7 +350,7 @@ FILES: dict[str, Callable[[], bytes]] = {
 
 
 def decode(data: bytes, results: multiprocessing.SimpleQueue[tuple[float, int, str]]) -> None:
-    """Decode an image; put the CPU seconds, the increase of the peak memory in MB and the result in the queue."""
+    """Decode an image; put the CPU seconds, the increase in peak memory in MB and the result in a queue."""
     from llm2clip.data.images import ImageError, decode_image
 
     warnings.simplefilter("ignore")
@@ -373,7 +373,7 @@ def peak_memory() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("names", nargs="*", help="Files to decode. Default: all.")
+    parser.add_argument("names", nargs="*", help="Names of the files to decode, as in the table. Default: all.")
     names = parser.parse_args().names
     context = multiprocessing.get_context("spawn")
     print(f"{'file':<26} {'MB':>6} {'seconds':>8} {'peak MB':>8}  result")

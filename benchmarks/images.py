@@ -36,7 +36,7 @@ def main() -> None:
     transform = TrainTransform(Preprocess(args.size, "shortest", 1.0, "bicubic", MEAN, STD))
 
     def load(index: int) -> torch.Tensor:
-        """Return a decoded and cropped image, uint8 (3, S, S)."""
+        """Return a decoded and cropped image of shape (3, S, S), uint8."""
         return transform(load_image(paths[index]), torch.Generator().manual_seed(index))
 
     crops = []
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def load_with_pillow(path: Path, crop: Crop, size: int) -> torch.Tensor:
-    """Return a normalised image, float32 (3, S, S), prepared as in most training code."""
+    """Return a normalised image of shape (3, S, S), float32, prepared as in most training code."""
     image = Image.open(path).convert("RGB")
     image = functional.resized_crop(image, *crop, [size, size], transforms.InterpolationMode.BICUBIC)
     return functional.normalize(functional.to_tensor(image), MEAN, STD)

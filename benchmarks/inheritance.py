@@ -1,13 +1,13 @@
-"""Make a small CLIP model, and measure how far `align` moves its image features.
+"""Train a small CLIP model, and measure how much `align` changes its image features.
 
     python benchmarks/inheritance.py make DATA/flickr8k/captions.jsonl@train+none DATA/coco_img/captions.jsonl \\
         --out CLIP
     llm2clip align ... --align.tower timm:CLIP --align.inherit true --out RUN
     python benchmarks/inheritance.py drift RUN/model --clip CLIP --images DATA/flickr8k/captions.jsonl@val
 
-`make` writes an open_clip model whose image tower is EfficientNet-Lite0. The tower is frozen. A text tower and the
-image projection are trained from scratch with open_clip's loss, on captions and on the short phrases in the captions.
-The folder also contains the image tower in timm's format, like the repositories of EVA-CLIP.
+`make` writes an open_clip model whose image tower is a frozen EfficientNet-Lite0. Its text tower and image projection
+are trained from scratch with open_clip's loss, on captions and on the short phrases in the captions. The folder also
+contains the image tower in timm's format, as in EVA-CLIP's repositories.
 
 `drift` prints two mean cosine similarities: between the features of the model's tower and of the CLIP model's tower,
 and between their image embeddings.
@@ -42,8 +42,8 @@ from llm2clip.store.image_features import TowerEncoder, make_image_keys, store_i
 EMBED_DIM = 256
 TEXT_TOWER = {"context_length": 24, "vocab_size": 49408, "width": 256, "heads": 4, "layers": 3}
 BATCH_SIZE, LR, WEIGHT_DECAY, WARMUP_STEPS = 256, 1e-3, 0.2, 100
-PHRASE_RATE = 0.5  # probability of a phrase instead of a caption
-HELD_OUT = 500  # images for measuring the accuracy
+PHRASE_RATE = 0.5  # probability of training on a phrase instead of a caption
+HELD_OUT = 500  # number of held-out images for measuring accuracy
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def make_clip(args: argparse.Namespace) -> None:
     records = add_phrases(list(chain.from_iterable(map(open_records, args.sources))))
     args.out.mkdir(parents=True, exist_ok=True)
     tower = VisionTower.from_pretrained("efficientnet-lite0", image_size=args.image_size)
-    features = image_features(tower, records, args.out / "features")
+    features = compute_image_features(tower, records, args.out / "features")
     write_configs(args.out, args.image_size)
     torch.manual_seed(0)
     clip: Any = open_clip.create_model(f"local-dir:{args.out}", load_weights=False)
@@ -78,8 +78,8 @@ def make_clip(args: argparse.Namespace) -> None:
     save_file(clip.visual.trunk.state_dict(), args.out / "model.safetensors")
 
 
-def image_features(tower: VisionTower, records: list[Record], folder: Path) -> Tensor:
-    """Return the tower's features, float32 (N, feature_dim)."""
+def compute_image_features(tower: VisionTower, records: list[Record], folder: Path) -> Tensor:
+    """Return the tower's features of all N images as a float32 tensor of shape (N, feature_dim)."""
     encoder = TowerEncoder(tower, "fp32")
     refs = [record.image for record in records if record.image is not None]
     store = store_image_features(refs, encoder, encoder.identity(), folder, SkipLog())
@@ -140,7 +140,7 @@ def train(clip: Any, tokenizer: Any, records: list[Record], features: Tensor, ep
 
 
 def sample_text(record: Record, rng: random.Random) -> str:
-    """Return a random phrase of the image with probability `PHRASE_RATE`, and otherwise a random caption."""
+    """Return a random phrase with probability `PHRASE_RATE` (if the image has phrases), or else a random caption."""
     phrases = record.phrases if rng.random() < PHRASE_RATE else ()
     return rng.choice(phrases or record.captions)
 
@@ -151,11 +151,11 @@ def measure_drift(args: argparse.Namespace) -> None:
     pretrained = VisionTower.from_pretrained(f"timm:{args.clip}")
     projection = find_visual_projection(load_clip_text_encoder(f"open_clip:{args.clip}").model)
     assert projection is not None
-    before = image_features(pretrained, records, args.clip / "drift-features")
+    before = compute_image_features(pretrained, records, args.clip / "drift-features")
     print("| model | features | embeddings |\n|" + " --- |" * 3)
     for path in args.models:
         model = LLM2CLIP.from_pretrained(path)
-        after = image_features(model.tower, records, path.parent / "drift-features")
+        after = compute_image_features(model.tower, records, path.parent / "drift-features")
         pairs = [(before, after)]
         if model.config.embed_dim == projection.out_features:
             pairs.append((projection(before), model.projection(after)))

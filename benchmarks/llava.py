@@ -9,7 +9,7 @@ initialised from EfficientNet-Lite0 and was not trained on the val split of flic
 Quality: SmolLM2-135M-Instruct is trained with each tower on the same conversations, in the same order and for the same
 number of steps. The conversations come from the train split of flickr8k, coco_img and ade20k_ids. lmms-eval evaluates
 the models on the val split of flickr8k: CIDEr and BLEU-4 against the five captions of each image, and accuracy and F1
-of yes-or-no questions about objects. Install lmms-eval and Java, which its caption metrics need.
+for yes-or-no questions about objects. Install lmms-eval and Java, which its caption metrics need.
 
 Speed (`--only speed`): training conversations per second with random batches, with length-grouped batches, and with
 length-grouped batches plus cached tower features.
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120, help="number of training steps for the projector and the LLM")
     parser.add_argument("--images", type=int, default=1000, help="number of val images to caption")
     parser.add_argument("--pope_images", type=int, default=200, help="number of val images to ask about objects")
-    parser.add_argument("--only", choices=["towers", "speed"], help="run only one of the two parts")
+    parser.add_argument("--only", choices=["towers", "speed"], help="run only this part")
     parser.add_argument("--out", type=Path, default=Path("runs/llava"), help="folder for models and results")
     args = parser.parse_args()
     aligned = load_tower(args.aligned)
@@ -113,10 +113,9 @@ def compare_towers(args: argparse.Namespace, towers: dict[str, VisionTower], tra
 
 
 def write_tasks(folder: Path, captioned: list[Record], asked_about: list[Record]) -> list[dict[str, Any]]:
-    """Write the images and questions of two tasks. Return the tasks, which are variants of tasks of lmms-eval.
+    """Write the images and questions of two tasks. Return task definitions, which are variants of lmms-eval's tasks.
 
     Args:
-        folder: folder for the files of the tasks.
         captioned: images for which captions are generated.
         asked_about: images about which yes-or-no questions are asked.
     """
@@ -154,7 +153,7 @@ def write_tasks(folder: Path, captioned: list[Record], asked_about: list[Record]
 
 
 def evaluate(model: Path, tasks: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the metrics of a model in percent, as lmms-eval computes them."""
+    """Evaluate a model with lmms-eval. Return its metrics in percent."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tasks' data are local
     from lmms_eval.evaluator import simple_evaluate
 
@@ -173,7 +172,7 @@ def train_model(
     *,
     config: LlavaConfig,
 ) -> None:
-    """Build and train a model in `out/NAME-SEED`. Runs with the same tower share the cached features of that tower."""
+    """Build and train a model in `out/NAME-SEED`. Runs with the same tower share its cached features."""
     built = out / f"built-{name}-{config.seed}"
     if not built.is_dir():
         build_llava(tower, LLM, built, config.seed)

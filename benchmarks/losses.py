@@ -4,7 +4,7 @@
 
 Times are measured in one process, alternating between the losses. Peak memory is measured in a separate process for
 each loss, and does not include the inputs. On a GPU, it is the memory allocated by PyTorch. "Working" memory is peak
-memory without the gradients of the inputs, which are 2 N D floats that any loss must return.
+memory minus the gradients of the inputs (2 N D floats), which every loss must compute.
 """
 
 import argparse
@@ -40,7 +40,7 @@ BASELINES = {
 
 
 def make_inputs(n: int, dim: int, device: str) -> list[Tensor]:
-    """Return image and text embeddings (n, dim), the logit scale and the logit bias, all requiring gradients."""
+    """Return image and text embeddings of shape (n, dim), the logit scale and bias. All of them require gradients."""
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(n, dim, generator=generator)
     text = 0.3 * image + torch.randn(n, dim, generator=generator)
@@ -62,7 +62,7 @@ def time_pass(name: str, inputs: list[Tensor]) -> float:
 
 
 def measure_peak(name: str, n: int, dim: int, device: str) -> float:
-    """Return the peak memory of one pass in MB, without the inputs. Must be called in a new process."""
+    """Return the peak memory of one pass in MB, not including the inputs. Must be called in a new process."""
     time_pass(name, make_inputs(64, dim, device))  # load the libraries before measuring
     inputs = make_inputs(n, dim, device)
     if device == "cuda":

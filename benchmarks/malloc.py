@@ -18,14 +18,8 @@ from llm2clip.models.vision.vision_tower import VisionTower
 DEFAULT, KEEP = "default", "keep_freed_memory"
 
 
-def images_per_second(size: int, batch_size: int, steps: int = 3) -> float:
-    """Return the training speed in images per second.
-
-    Args:
-        size: Image size in pixels.
-        batch_size: Number of images per step.
-        steps: Number of timed steps, after one warm-up step.
-    """
+def measure_images_per_second(size: int, batch_size: int, steps: int = 3) -> float:
+    """Measure the training speed over `steps` steps, after one warm-up step. `size` is the image size in pixels."""
     tower = VisionTower.from_pretrained("timm:tf_efficientnet_lite0", pretrained=False, image_size=size).train()
     pixels = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8)
     start = 0.0
@@ -37,7 +31,7 @@ def images_per_second(size: int, batch_size: int, steps: int = 3) -> float:
 
 
 def measure_in_subprocess(variant: str, size: int, batch_size: int) -> float:
-    """Measure the training speed in a new process, and return it in images per second."""
+    """Return the training speed, measured in a new process, in images per second."""
     options = ["--size", str(size), "--batch_size", str(batch_size), "--variant", variant]
     return float(subprocess.check_output([sys.executable, __file__, *options]))
 
@@ -53,7 +47,7 @@ if __name__ == "__main__":
     if args.variant:
         if args.variant == KEEP:
             keep_freed_memory(torch.device("cpu"))
-        print(images_per_second(args.size, args.batch_size))
+        print(measure_images_per_second(args.size, args.batch_size))
     else:
         default = measure_in_subprocess(DEFAULT, args.size, args.batch_size)
         keep = measure_in_subprocess(KEEP, args.size, args.batch_size)

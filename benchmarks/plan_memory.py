@@ -5,7 +5,7 @@
 The models have the shapes of Llama-3.2-1B and ViT-L/14-336, random weights, and a tokenizer with one token per byte.
 All data are generated, so nothing is downloaded. Each stage runs in its own process, whose peak memory (RSS) is
 measured. The largest stage needs 15 GB, and all stages together take about twenty minutes on two cores. --tiny uses
-small models, to test this script.
+small models, for testing this script.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for models, data and outputs")
     parser.add_argument("--stages", nargs="+", choices=["tune", "embed", "align"], default=["tune", "embed", "align"])
-    parser.add_argument("--tiny", action="store_true", help="small models")
+    parser.add_argument("--tiny", action="store_true", help="use small models")
     args = parser.parse_args()
     shape = LLMS["meta-llama/llama-3.2-1b"]
     llm = save_llm(args.work / "llm", {**shape, **TINY_LLM} if args.tiny else shape)
@@ -78,7 +78,7 @@ def options(stage: str, settings: dict[str, Any]) -> list[str]:
 
 
 def run(arguments: list[str]) -> float:
-    """Run Python with these arguments in a new process, and return the peak memory of the process in GB."""
+    """Run Python with these arguments in a new process, and return the process's peak memory in GB."""
     log = os.open(os.devnull, os.O_WRONLY)
     actions = [(os.POSIX_SPAWN_DUP2, log, 1)]
     pid = os.posix_spawn(sys.executable, [sys.executable, *arguments], os.environ, file_actions=actions)

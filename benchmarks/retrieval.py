@@ -60,7 +60,7 @@ def clip_benchmark_recalls(images: Tensor, texts: Tensor, owner: Tensor) -> list
 
 
 def measure(method: str, num_images: int, dim: int) -> str:
-    """Return the time in seconds, the memory in MB and the six recalls of one method, as JSON."""
+    """Return a JSON list of a method's time in seconds, memory in MB and six recalls."""
     compute = clip_benchmark_recalls if method == "clip_benchmark" else llm2clip_recalls
     compute(*random_embeddings(64, dim, torch.float32))  # warm-up
     dtype = torch.float16 if method == "large" else torch.float32

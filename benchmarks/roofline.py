@@ -3,17 +3,18 @@
     python benchmarks/roofline.py [--gpu h100] [--only align encode tune]
 
 These are estimates, not measurements. No GPU is used: the code runs on fake tensors, which have shapes but no values.
-The time of an operation is the largest of
+The estimated time of an operation is the largest of
 
 - its FLOPs, divided by the rate that good kernels reach in its precision,
 - the bytes that it reads and writes, divided by the memory bandwidth that good kernels reach,
 - LAUNCH, the minimum time of a kernel.
 
-The rates are about 70% of the data sheet for matmuls, 85% for memory, and published results for flash attention. The
-estimates leave out data loading, communication between GPUs, and the contrastive loss. The column "host" is the time in
-which the host launches the kernels (HOST per kernel). If it is longer than the time of the GPU, the GPU waits.
+The assumed rates are about 70% of the data sheet's rates for matmuls, about 85% for memory, and published results for
+flash attention. The estimates do not include data loading, communication between GPUs, and the contrastive loss. The
+column "host" is the time that the host needs to launch the kernels (HOST per kernel). If this time is longer than the
+GPU time, the GPU has to wait for the host.
 
-It needs g++ and a CPU build of PyTorch (see tests/pretended_gpu).
+The script requires g++ and a CPU build of PyTorch (see tests/pretended_gpu).
 """
 
 import argparse
@@ -42,14 +43,14 @@ from pretended_gpu.tensors import REPLACED
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates that good kernels reach on a GPU, in FLOP/s and bytes/s. `sheet` is the bf16 rate of the data sheet."""
+    """Rates that good kernels reach on a GPU, in FLOP/s, except for the memory bandwidth."""
 
-    sheet: float
-    half: float
-    full: float
+    sheet: float  # bf16 rate in the data sheet
+    half: float  # matmuls in bf16 or fp16
+    full: float  # matmuls in fp32
     attention_forward: float
     attention_backward: float
-    memory: float
+    memory: float  # bytes/s
 
 
 GPUS = {
@@ -57,7 +58,7 @@ GPUS = {
     "a100": Gpu(312e12, 235e12, 17e12, 170e12, 130e12, 1.70e12),
     "rtx4090": Gpu(165e12, 145e12, 62e12, 120e12, 100e12, 0.90e12),
 }
-# Variable-length attention: name, positions of the arguments for queries and for the maximum length, FLOP factor.
+# Operations of variable-length attention -> name, argument positions of queries and maximum length, and FLOP factor.
 VARLEN = {
     "torch_attn._varlen_attn": ("varlen_attention", 0, 5, 4),
     "torch_attn._varlen_attn_backward": ("varlen_attention_backward", 1, 8, 10),
@@ -67,7 +68,7 @@ HOST = 9e-6  # seconds that PyTorch needs on the host to launch an operation in 
 
 
 class Roofline(TorchDispatchMode):
-    """Records the estimated time of every operation on `gpu`."""
+    """Dispatch mode that records the estimated time of every operation on `gpu`."""
 
     def __init__(self, gpu: Gpu) -> None:
         super().__init__()
@@ -87,7 +88,7 @@ class Roofline(TorchDispatchMode):
             flops = 0
             if name in VARLEN:
                 name, query, max_length, factor = VARLEN[name]
-                flops = factor * args[query].numel() * args[max_length]  # as if all captions were the longest
+                flops = factor * args[query].numel() * args[max_length]  # as if all captions had the maximum length
             elif func._overloadpacket in flop_registry:
                 flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=output)
             self._add(name.removeprefix("aten."), flops, inputs, outputs)
@@ -114,7 +115,7 @@ class Roofline(TorchDispatchMode):
 
 
 def stored_bytes(x: Tensor) -> int:
-    """Return the size of a tensor in bytes, in which expanded dimensions count once."""
+    """Return the size of a tensor in memory in bytes. Expanded dimensions take no memory."""
     count = x.element_size()
     for size, stride in zip(x.shape, x.stride(), strict=True):
         count *= size if stride else 1
@@ -131,7 +132,7 @@ def flash_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Replace `F.scaled_dot_product_attention`, which cannot choose a kernel for fake tensors."""
+    """Compute attention in place of `F.scaled_dot_product_attention`, which cannot choose a kernel for fake tensors."""
     if torch.is_autocast_enabled("cuda"):
         query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
     if query.shape[1] != key.shape[1]:  # the kernel reads shared heads in place: expanded dimensions take no memory
@@ -144,7 +145,7 @@ def flash_attention(
 
 def move_to_gpu(model: torch.nn.Module) -> None:
     """Replace all parameters and buffers on the meta device with fake tensors on the GPU."""
-    moved: dict[int, Any] = {}  # by the id of the original, because weights may be shared
+    moved: dict[int, Any] = {}  # keyed by the id of the original parameter, because modules may share it
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -163,7 +164,7 @@ Step = tuple[str, Callable[[], None], float, float, str]  # name, function, mode
 
 
 def align_steps(fake_tensors: FakeTensorMode) -> list[Step]:
-    """A training step of ViT-L/14-336 on 64 images, in one pass and with gradient caching."""
+    """Return training steps of ViT-L/14-336 on 64 images: one in a single pass, and one with gradient caching."""
     from gpu_parts import TOWERS, align_step
     from llm2clip.config import AlignConfig
     from llm2clip.tools.plan.model_configs import build_tower
@@ -184,7 +185,7 @@ def simple_clip_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
 
 
 def llm_steps(fake_tensors: FakeTensorMode, train: bool) -> list[Step]:
-    """Encode 448 captions of 20 to 51 tokens with Llama-3-8B, or encode them and backpropagate to the embeddings."""
+    """Return steps that encode 448 captions of 20 to 51 tokens with Llama-3-8B. If `train`, they also backpropagate."""
     from transformers import AutoConfig
 
     from llm2clip.models.text import packing
@@ -233,7 +234,7 @@ def main() -> None:
     gpu = GPUS[args.gpu]
     F.scaled_dot_product_attention = flash_attention  # type: ignore[assignment]
     Tensor.pin_memory = lambda tensor: tensor  # type: ignore[assignment, method-assign]  # fake tensors are not pinned
-    REPLACED.clear()  # the operations of fake tensors only compute shapes
+    REPLACED.clear()  # operations on fake tensors only compute shapes
     _foreach_supported_types.append(FakeTensor)
     print("| step | GPU, ms | host, ms | per second | MFU, % | largest shares of the GPU time |")
     print("|" + " --- |" * 6)

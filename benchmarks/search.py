@@ -9,10 +9,10 @@ Each query is a random vector near an indexed vector. For llm2clip, the measured
 of the local index and faiss, which takes tens of minutes for a million vectors on two cores. `--lance` also searches
 with LanceDB, without an index. Recall is measured against faiss's float32 flat index.
 
-`--captions` measures caption filters instead: how long it takes to find the images with a caption that contains a text,
+`--captions` measures caption filters instead: how long it takes to find all images whose caption contains a given text,
 in an index with one caption of 9 to 15 words per image. The baseline is the filter of version 0.1, an SQL function that
 parses the captions of every image. Times are CPU times, because both filters use a single thread. The script also
-measures the first filter after one image has been added.
+measures the first filter call after one image has been added.
 """
 
 import argparse
@@ -33,9 +33,9 @@ from llm2clip.search.backends import Filter, IndexedContent, IndexedImage
 from llm2clip.search.sqlite_backend import SqliteBackend
 
 K = 10
-CHUNK = 10_000  # vectors
-LANCE_QUERIES = 20  # fewer than for the other libraries, because LanceDB takes much longer
-Search = Callable[[np.ndarray], np.ndarray]  # maps a query (D,) to the row numbers of the K nearest vectors
+CHUNK = 10_000  # number of vectors per chunk
+LANCE_QUERIES = 20  # number of queries for LanceDB, which takes much longer than the other libraries
+Search = Callable[[np.ndarray], np.ndarray]  # query of shape (D,) -> row numbers of the K nearest vectors, (K,)
 
 
 def main() -> None:
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def measure_captions(folder: Path, count: int) -> None:
-    """Measure caption filters: a rare word, one Chinese character, and a word in all captions."""
+    """Measure caption filters for a rare word, a Chinese character, a word in all captions, and a phrase."""
     rng = np.random.default_rng(0)
     words = np.array(["dog", "狗", "Street", "oranges", *(f"word{n}" for n in range(5000))])
     writer = SqliteBackend(folder, write=True)
@@ -144,7 +144,7 @@ def time_call(function: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def vector_chunks(count: int, dim: int) -> Iterator[np.ndarray]:
-    """Yield unit vectors, float32 (N, D), in a thousand clusters, similar to image embeddings. The seed is fixed."""
+    """Yield chunks of float32 unit vectors of shape (N, D) in a thousand clusters, similar to image embeddings."""
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((1000, dim), dtype=np.float32)
     for start in range(0, count, CHUNK):
@@ -175,7 +175,7 @@ def fill(backend: SqliteBackend, flat: Any, count: int, dim: int) -> float:
 
 
 def make_queries(flat: Any, queries: int, count: int, dim: int) -> np.ndarray:
-    """Return query vectors near randomly chosen indexed vectors: unit vectors, float32 (queries, D)."""
+    """Return float32 unit vectors of shape (queries, D), each near a randomly chosen indexed vector."""
     rng = np.random.default_rng(1)
     vectors = np.stack([flat.reconstruct(int(row)) for row in rng.integers(count, size=queries)])
     noise = rng.standard_normal(vectors.shape, dtype=np.float32) / np.sqrt(dim)
@@ -184,7 +184,7 @@ def make_queries(flat: Any, queries: int, count: int, dim: int) -> np.ndarray:
 
 
 def measure(name: str, search: Search, queries: np.ndarray, exact: np.ndarray | None = None) -> np.ndarray:
-    """Time each query separately and print a table row. Return the results, (queries, K)."""
+    """Time each query separately and print a table row. Return the row numbers found, of shape (queries, K)."""
     for query in queries[:3]:  # warm-up
         search(query)
     results, milliseconds = [], []

@@ -3,9 +3,9 @@
     python benchmarks/serve.py MODEL [--clients 32] [--duration 30] [--precision auto fp32] [--only batched] [--restart]
 
 Each variant is a separate `llm2clip serve` process, with `--batch_size 1` or the default batch size. Each client is a
-thread that repeatedly sends a text of 5 to 40 words and waits for its embedding. The embeddings are compared with those
-from the model itself. `--restart` stops the server with SIGTERM half-way through and starts it again. Clients retry
-after connection errors, so every text must eventually get its embedding.
+thread that repeatedly sends a text of 5 to 40 words and waits for its embedding. The server's embeddings are compared
+with the model's own. `--restart` stops the server with SIGTERM half-way through and starts it again. Clients retry after
+connection errors, so every text must eventually get its embedding.
 """
 
 import argparse
@@ -155,7 +155,7 @@ def describe_errors(clients: list[Client]) -> str:
 
 
 def smallest_cosine(clients: list[Client], model: DualEncoder) -> float:
-    """Return the lowest cosine between the embeddings from the server (first and last per client) and the model."""
+    """Return the lowest cosine similarity of the server's embeddings (first and last per client) to the model's."""
     samples = [client.vectors[n] for client in clients if client.vectors for n in (0, -1)]
     expected = model.encode_texts([text for text, _ in samples]).numpy()
     vectors = np.array([vector for _, vector in samples])

@@ -63,17 +63,15 @@ TUNED_ROWS = {
     "cc-long": TunedRow(paragraphs=True),
     "gemma-cc": TunedRow(["--encoder.path", "gemma3-270m", "--encoder.layers", "18", *LORA]),
 }
-UNTUNED_ROWS = {  # encoder settings, keyed by row name
+UNTUNED_ROWS = {  # row name -> encoder settings
     "minilm": ["--encoder.path", "all-minilm-l6-v2"],
     "raw-causal": ["--encoder.path", "smollm2-135m", "--encoder.bidirectional", "false"],
     "raw": ["--encoder.path", "smollm2-135m"],
     "gemma-raw": ["--encoder.path", "gemma3-270m"],
     "raw-12-layers": ["--encoder.path", "smollm2-135m", "--encoder.layers", "12"],
 }
-TRUNCATED_DIMS = {
-    "cc": (256, 128, 64),
-    "cc-matryoshka": (256, 128, 64),
-}  # these encoders are also tested on COCO with truncated embeddings
+# Dimensions of truncated embeddings with which these encoders are also tested on COCO.
+TRUNCATED_DIMS = {"cc": (256, 128, 64), "cc-matryoshka": (256, 128, 64)}
 
 
 class Ablations:

@@ -3,8 +3,8 @@
     python benchmarks/stage2.py DATA --out runs/stage2 \\
         --encoder tc=runs/stage1/100-steps/tc/encoder cc=runs/stage1/100-steps/cc/encoder
 
-DATA contains flickr8k, coco_img and ade20k_ids, each with a captions.jsonl and images. The training data consists
-of 8,335 images: Flickr8k's training split, Flickr8k's 91 images without a split, coco_img and ade20k_ids. The test data
+DATA contains flickr8k, coco_img and ade20k_ids, each with a captions.jsonl and images. The training data consists of
+8,335 images: Flickr8k's training split, the 91 Flickr8k images without a split, coco_img and ade20k_ids. The test data
 consists of Flickr8k's 1,000 validation images with 5,000 captions. The vision tower is a frozen EfficientNet-Lite0 at
 160 pixels, so only the heads are trained, on cached features.
 
@@ -13,8 +13,9 @@ consists of Flickr8k's 1,000 validation images with 5,000 captions. The vision t
 
     frozen      comparison of text towers
     captions    one caption per image in each step, or all captions, for several numbers of epochs
-    dense       0, 50 or 100% dense captions; trained without ade20k_ids, where the dense caption of an image joins all
-                its captions; also tested on ade20k_ids, with full captions and with first sentences
+    dense       training with 0, 50 or 100% dense captions. An image's dense caption joins all its captions. These
+                models are trained without ade20k_ids and are also tested on ade20k_ids, both with full captions and
+                with their first sentences
 
 Results are cached in OUT. Each table is written to OUT/TABLE.md, with the command for each row.
 """
@@ -112,7 +113,7 @@ class Ablations:
         return store
 
     def _evaluate_ade20k(self, folder: Path) -> dict[str, str]:
-        """Return the T2I R@1 of a run's model on ADE20K, with first sentences and with full captions as queries."""
+        """Return the T2I R@1 of a run's model on ADE20K, using first sentences and full captions as queries."""
         result = folder / "ade20k/results.json"
         if not result.exists():
             command = ["evaluate", str(folder / "model"), f"{self.ade20k}@none", "--out", str(result.parent)]

@@ -10,7 +10,7 @@ The table shows medians and ranges.
 
 Captions: in a separate process, captions (some of them repeated) are generated, deduplicated as in `llm2clip embed`,
 written as shards with one-dimensional embeddings, and looked up again. The table shows times in seconds, without the
-time to generate the captions. It also shows the memory of the process at the start and at the peak.
+time to generate the captions. It also shows the process's memory at the start and its peak memory.
 """
 
 import argparse
@@ -75,13 +75,13 @@ print("| " + " | ".join([*cells, f"{memory_before:.0f}", f"{peak_memory():.0f}"]
 
 
 class Reader(Protocol):
-    """Interface of the objects that read rows from a store."""
+    """Interface of the readers that are compared."""
 
     def take(self, rows: np.ndarray) -> np.ndarray: ...
 
 
 class PlainMap:
-    """The common approach: one memory map per file, with rows read in the requested order."""
+    """Reader with one memory map per file, which reads rows in the requested order, as is common."""
 
     def __init__(self, folder: Path) -> None:
         self.maps = [np.load(embeddings_path(folder, n), mmap_mode="r") for n in list_shard_numbers(folder)]
@@ -109,7 +109,7 @@ def drop_page_cache(folder: Path) -> None:
 
 
 def measure_reads(folder: Path, rows: int, batch: int, repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Return the measured speeds in rows per second, for each reader and for cold and hot reads."""
+    """Return the speeds of cold and hot reads in rows per second, for each reader."""
     readers: dict[str, Reader] = {
         "plain memory map": PlainMap(folder),
         "EmbeddingStore, mmap": EmbeddingStore(folder, "mmap"),

@@ -1,4 +1,4 @@
-"""Measure the time of a `tune` step for several ways to batch the texts, with the same texts and the same loss.
+"""Measure the time of a `tune` step for several ways of batching the same texts with the same loss.
 
     python benchmarks/tune.py CAPTIONS [--encoder smollm2-135m] [--layers 12] [--pairs 64] [--steps 3]
 
@@ -48,7 +48,7 @@ class FixedBatchLoss(PairLoss):
 
 @dataclass
 class Method:
-    """A method of batching the texts of a step, with its measurements."""
+    """A method of batching the texts of a step, and its measurements."""
 
     name: str
     loss_class: type[PairLoss]

@@ -32,7 +32,7 @@ from llm2clip.models.vision.vision_tower import VisionTower
 
 
 def load_tower(name: str, image_size: int | None = None) -> VisionTower:
-    """Load a vision tower from an LLM2CLIP model folder or with `VisionTower.from_pretrained`.
+    """Load the vision tower of an LLM2CLIP model, or a pretrained tower (see `VisionTower.from_pretrained`).
 
     Args:
         name: path of an LLM2CLIP model folder, or the name of a pretrained tower.
@@ -58,7 +58,7 @@ def build_llava(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pa
 
     Args:
         llm: folder, hub id or short name of a causal LLM with a tokenizer. The LLM keeps its dtype.
-        out: folder to create, which must not exist.
+        out: folder to create. It must not already exist.
         seed: random seed for initialising the projector.
         pad: if True, pad images to squares, as LLaVA-1.5 does. If False, use the tower's own preprocessing, which may
             include a center crop.
@@ -66,7 +66,7 @@ def build_llava(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pa
     Raises:
         ValueError: the LLM has no language modelling head, or transformers' LLaVA classes do not support the tower or
             the head.
-        FileExistsError: `out` exists.
+        FileExistsError: `out` already exists.
     """
     from transformers import AutoTokenizer
 
@@ -125,7 +125,7 @@ def assemble_llava(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0, 
 
 
 def _convert_tower(tower: VisionTower) -> Any:
-    """Convert a tower to a transformers model with copied weights, on the CPU, in float32 and eval mode.
+    """Copy a tower to a transformers model on the CPU, with float32 weights and in eval mode.
 
     A timm vision transformer becomes a `PatchTower`. Position embeddings are interpolated to the tower's input size,
     because transformers' LLaVA classes do not interpolate them.
@@ -260,7 +260,7 @@ def _build_processor(tower: VisionTower, model: Any, tokenizer: Any, *, patches:
     """Return the processor for a LLaVA model.
 
     Raises:
-        ValueError: the patches do not form a square grid, as the processor assumes when it counts image tokens.
+        ValueError: the patches do not form a square grid, which the processor requires to count image tokens.
     """
     from transformers import LlavaImageProcessor, LlavaProcessor
 

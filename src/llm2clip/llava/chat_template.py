@@ -42,7 +42,7 @@ _VICUNA_TEMPLATE = """{{- 'A chat between a curious user and an artificial intel
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Question-answer pairs, optionally about an image, which precedes the first question."""
+    """Question-answer pairs, optionally about an image. The image precedes the first question."""
 
     id: str
     image: ImageRef | None
@@ -66,7 +66,7 @@ def get_chat_template(tokenizer: Any) -> str:
 
 
 def find_answer_end_token(tokenizer: Any) -> int:
-    """Return the token that ends an answer, after checking the chat template on a sample conversation.
+    """Check the chat template on a sample conversation, and return the id of the token that ends an answer.
 
     Raises:
         ValueError: the sample's labels do not decode to its answers, or `tokenize_and_label` rejects the template.
@@ -109,7 +109,7 @@ def tokenize_and_label(conversation: Conversation, tokenizer: Any, image_tokens:
     """Tokenize a conversation and label its answers, including the special token that ends each answer.
 
     The chat template is first rendered with numbered placeholders in place of the answers. This locates the exact span
-    of each answer, whatever the template.
+    of each answer with any template.
 
     Args:
         image_tokens: number of tokens per image.

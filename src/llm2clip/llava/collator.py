@@ -88,7 +88,7 @@ class ConversationDataset(Dataset):
             if isinstance(item, dict):
                 return item
             log.warning("%s; using the next conversation instead", item)
-        raise ValueError(f"{item}, and none of the conversations after it can be used")
+        raise ValueError(f"{item}, and no other conversation was found that can be used")
 
     def _load_item(self, index: int) -> dict[str, Any] | str:
         """Return a conversation's item, or the reason why the conversation cannot be used."""
@@ -129,8 +129,8 @@ class LlavaCollator:
 
         For B conversations padded to T tokens, input_ids and attention_mask are int64 tensors of shape (B, T).
         pixel_values contains the pixels or patch features of all images. labels has shape (B, K), where K =
-        logits_to_keep. The loss ignores the system prompt and the image, so the first logits computed are those at the
-        token before the first answer in the batch.
+        logits_to_keep. Logits are computed only from the token before the batch's first answer onwards, because the
+        loss ignores the system prompt and the image.
 
         If no conversation has an image, a blank image is appended to the first conversation, where causal attention
         hides it from the text. The projector then receives gradients in every batch on every rank, as DDP and FSDP

@@ -34,12 +34,12 @@ LONG_CAPTION_PROMPTS = (
     "Give a long description of this picture.",
     "Write a paragraph about what the picture shows.",
 )
-# Like benchmarks, LLaVA-1.5 appends this to the first question of a conversation with short answers.
+# Appended to the first question of a conversation with short answers, as in LLaVA-1.5 and benchmarks.
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 
 OBJECTS_FILE = Path(__file__).with_name("objects.txt")
 UNCOUNTABLE = ("snow",)
-OBJECTS_PER_IMAGE = 3  # maximum numbers of present and absent objects per image (POPE's k)
+OBJECTS_PER_IMAGE = 3  # maximum number of present objects per image, and of absent objects (k in POPE)
 
 
 def read_conversations(
@@ -144,7 +144,7 @@ def _parse_conversation(row: dict[str, Any], root: Path, number: str) -> Convers
 
 
 def make_captioning_conversations(records: Iterable[Record], seed: int = 0) -> list[Conversation]:
-    """Make one conversation per caption: a randomly chosen captioning prompt, answered with the caption."""
+    """Make one conversation per caption: a random captioning prompt, and the caption as the answer."""
     rng = random.Random(seed)
     conversations = []
     for record in records:
@@ -213,7 +213,7 @@ def find_mentioned_objects(texts: Iterable[str], names: dict[str, str]) -> set[s
 def read_objects(file: Path) -> dict[str, str]:
     """Read a list of objects and synonyms. Return a dict that maps each singular or plural name to its object.
 
-    Each line is `object` or `object: synonym, synonym`. Text after # is a comment. Spelling rules form the plurals.
+    Each line is `object` or `object: synonym, synonym`. Text after # is a comment. Spelling rules form plural names.
 
     Raises:
         ValueError: two objects share a name.

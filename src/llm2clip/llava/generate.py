@@ -24,7 +24,7 @@ class Question:
     """A question, optionally about an image."""
 
     image: np.ndarray | None  # uint8 RGB of shape (H, W, 3)
-    prompt: str  # without an image token
+    prompt: str  # text of the question, without an image token
 
     def to_conversation(self, answer: str = "") -> Conversation:
         image: Any = self.image  # only the presence of an image affects the tokens
@@ -115,7 +115,7 @@ class AnswerGenerator:
         return -float(loss), bool(is_greedy)
 
     def _prepare_inputs(self, questions: Sequence[Question]) -> dict[str, Tensor]:
-        """Return the model inputs for questions. Either all or none of them must have an image."""
+        """Return the model inputs for questions. Either all questions or no question must have an image."""
         prompts = []
         for question in questions:
             messages = to_messages(question.to_conversation())[:1]

@@ -98,7 +98,7 @@ class PatchFeatures:
             return torch.cat(selected, -1)
 
     def identity(self) -> dict[str, Any]:
-        """Return everything that determines the features (settings and a weight hash), for the store's fingerprint."""
+        """Return all settings that affect the features, and a hash of the weights, for the store's fingerprint."""
         return {
             "tower": self.tower.config.to_dict(),
             "weights": hash_weights(self.tower),

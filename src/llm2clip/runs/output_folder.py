@@ -141,7 +141,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _find_data_file(folder: Path) -> Path | None:
-    """Return the path of a data file in a folder or its subfolders, relative to the folder, or None if there are none."""
+    """Return a data file's path relative to `folder`, which contains it directly or in a subfolder, or None."""
     entries = list(islice(folder.iterdir(), _MAX_ENTRIES))
     for entry in list(entries):
         with suppress(OSError):  # not a folder, or not readable
@@ -162,7 +162,7 @@ class FolderInUseError(ValueError):
 
 @contextmanager
 def folder_lock(folder: Path, name: str = ".lock") -> Iterator[None]:
-    """Hold a lock on a folder. The operating system releases the lock when the process ends, even if it is killed.
+    """Hold a lock on a folder. The operating system releases it when the process ends, even if the process is killed.
 
     Do nothing on file systems that do not support locks.
 
