@@ -134,7 +134,7 @@ def measure_encode(settings: PartSettings) -> Iterator[dict[str, Any]]:
         folder = save_llm(settings.out / f"llm-{name}", shape)
         encoder = CaptionEncoder.from_pretrained(folder, device=str(DEVICE))
         tokens = sum(len(ids) for ids in encoder.tokenize(captions).ids)
-        flops = 2 * layer_parameters(encoder) * tokens
+        flops = 2 * count_layer_parameters(encoder) * tokens
         default_attention = encoder.attention
         encoder.llm.set_attn_implementation("sdpa")
         reference = encoder.encode(sample, precision="fp32")
@@ -181,7 +181,7 @@ def measure_align(settings: PartSettings) -> Iterator[dict[str, Any]]:
             yield {"method": f"{name}, open_clip: skipped, because open_clip is not installed"}
             continue
         reset_memory()
-        difference = open_clip_difference(timm_name, open_clip_name)
+        difference = measure_open_clip_difference(timm_name, open_clip_name)
         for both_towers in (False, True):
             reset_memory()
             open_clip_run = open_clip_step(open_clip_name, batch, both_towers)
@@ -289,7 +289,7 @@ def gradient_or_none(step: AlignStep) -> Tensor | None:
         return None
 
 
-def open_clip_difference(timm_name: str, open_clip_name: str) -> float:
+def measure_open_clip_difference(timm_name: str, open_clip_name: str) -> float:
     """Return the relative difference between the features of open_clip's and llm2clip's tower with the same weights."""
     import open_clip
 
@@ -346,7 +346,7 @@ def measure_tune(settings: PartSettings) -> Iterator[dict[str, Any]]:
         encoder.llm.get_input_embeddings().requires_grad_(False)
         batch = PairCollator(preprocess_fn=encoder.tokenize)(rows)
         tokens = sum(len(ids) for ids in batch["tokens"])
-        flops = 6 * layer_parameters(encoder) * tokens
+        flops = 6 * count_layer_parameters(encoder) * tokens
         for grad_cache in (False, True):
             loss = PairLoss(encoder, 0.05, get_default_batch_tokens(DEVICE), grad_cache=grad_cache)
             label = f"{name}, llm2clip{', gradient caching' if grad_cache else ''}"
@@ -491,7 +491,7 @@ def search_row(
 
 def measure_plan(settings: PartSettings) -> Iterator[dict[str, Any]]:
     """Yield the predictions of `llm2clip plan`, and the measurements of the `align` part in eager mode."""
-    machine = Machine(known_device() or "h100")
+    machine = Machine(find_device_name() or "h100")
     file = settings.out / "align.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     measured = {row["method"]: row for row in rows}
@@ -514,7 +514,7 @@ def measure_plan(settings: PartSettings) -> Iterator[dict[str, Any]]:
 # ---- helpers ---------------------------------------------------------------------------------------------------------
 
 
-def known_device() -> str | None:
+def find_device_name() -> str | None:
     """Return this GPU's name in the device table of `llm2clip plan`, or None if it is not in the table."""
     if not IS_GPU:
         return None
@@ -549,7 +549,7 @@ def time_call(run: Callable[[], Any], repeats: int = 5) -> float:
 
 def rate_row(name: str, count: float, seconds: float, flops: float, unit: str = "tokens") -> dict[str, Any]:
     row = {"method": name, "ms": 1e3 * seconds, f"{unit}/s": count / seconds}
-    device = known_device()
+    device = find_device_name()
     row["MFU, %"] = 100 * flops / seconds / DEVICES[device].get_peak_flops("bf16") if device else "unknown device"
     row["peak memory, GB"] = torch.cuda.max_memory_allocated() / 1e9 if IS_GPU else "not measured"
     return row
@@ -570,7 +570,7 @@ def llm_sizes(settings: PartSettings, memory_gb: float) -> dict[str, dict[str, A
     return {name: shape for name, shape in LLM_SIZES.items() if name != "8B" or memory_gb > 60}
 
 
-def layer_parameters(encoder: CaptionEncoder) -> int:
+def count_layer_parameters(encoder: CaptionEncoder) -> int:
     """Count the parameters in the weight matrices of all layers, without the token embeddings."""
     return sum(p.numel() for layer in encoder.llm.layers for p in layer.parameters() if p.ndim > 1)
 

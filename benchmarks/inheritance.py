@@ -72,7 +72,7 @@ def make_clip(args: argparse.Namespace) -> None:
     write_configs(args.out, args.image_size)
     torch.manual_seed(0)
     clip: Any = open_clip.create_model(f"local-dir:{args.out}", load_weights=False)
-    clip.visual.trunk.load_state_dict(headless_weights())
+    clip.visual.trunk.load_state_dict(load_headless_weights())
     train(clip, open_clip.get_tokenizer(f"local-dir:{args.out}"), records, features, args.epochs)
     save_file(clip.state_dict(), args.out / "open_clip_model.safetensors")
     save_file(clip.visual.trunk.state_dict(), args.out / "model.safetensors")
@@ -86,7 +86,7 @@ def compute_image_features(tower: VisionTower, records: list[Record], folder: Pa
     return torch.from_numpy(store.take(store.find_keys(make_image_keys(refs))))
 
 
-def headless_weights() -> dict[str, Tensor]:
+def load_headless_weights() -> dict[str, Tensor]:
     """Return the weights of EfficientNet-Lite0 without its ImageNet classifier."""
     weights = load_file(Path(resolve_pretrained("efficientnet-lite0")) / "model.safetensors")
     return {name: tensor for name, tensor in weights.items() if not name.startswith("classifier.")}

@@ -95,8 +95,8 @@ def compare_towers(args: argparse.Namespace, towers: dict[str, VisionTower], tra
     print(f"| tower | seed | {' | '.join(METRICS)} | minutes |\n|---|---|---|---|---|---|---|")
     for seed in range(args.seeds):
         config = dataclasses.replace(CONFIG, seed=seed)
-        pretrain = random_subset(captioning, args.pretrain_steps * config.pretrain_batch_size, seed)
-        instruct = random_subset(instruction, args.steps * config.batch_size, seed)
+        pretrain = sample_conversations(captioning, args.pretrain_steps * config.pretrain_batch_size, seed)
+        instruct = sample_conversations(instruction, args.steps * config.batch_size, seed)
         for name, tower in towers.items():
             start = time.perf_counter()
             run = args.out / f"{name}-{seed}"
@@ -109,7 +109,7 @@ def compare_towers(args: argparse.Namespace, towers: dict[str, VisionTower], tra
             values = " | ".join(f"{metrics[key]:.1f}" for key in METRICS)
             print(f"| {name} | {seed} | {values} | {minutes:.1f} |", flush=True)
     for name, results in runs.items():
-        print(f"| {name}, mean | | {' | '.join(mean_and_deviation(results, key) for key in METRICS)} | |")
+        print(f"| {name}, mean | | {' | '.join(format_mean_and_deviation(results, key) for key in METRICS)} | |")
 
 
 def write_tasks(folder: Path, captioned: list[Record], asked_about: list[Record]) -> list[dict[str, Any]]:
@@ -186,7 +186,7 @@ def train_model(
     shutil.rmtree(built)
 
 
-def mean_and_deviation(results: list[dict[str, float]], key: str) -> str:
+def format_mean_and_deviation(results: list[dict[str, float]], key: str) -> str:
     values = [metrics[key] for metrics in results]
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{deviation}"
@@ -194,7 +194,7 @@ def mean_and_deviation(results: list[dict[str, float]], key: str) -> str:
 
 def measure_speed(args: argparse.Namespace, tower: VisionTower, train_records: list[Record]) -> None:
     """Print the training speed, in conversations per second, for three settings with the same model and data."""
-    conversations = random_subset(make_instruction_conversations(train_records), SPEED_CONVERSATIONS, 0)
+    conversations = sample_conversations(make_instruction_conversations(train_records), SPEED_CONVERSATIONS, 0)
     built = args.out / "built-speed"
     if not built.is_dir():
         build_llava(tower, LLM, built)
@@ -226,7 +226,7 @@ def read_records(data: Path, sources: tuple[str, ...]) -> list[Record]:
     return [record for source in sources for record in open_records(str(data / source))]
 
 
-def random_subset(conversations: list[Conversation], count: int, seed: int) -> list[Conversation]:
+def sample_conversations(conversations: list[Conversation], count: int, seed: int) -> list[Conversation]:
     return random.Random(seed).sample(conversations, min(count, len(conversations)))
 
 

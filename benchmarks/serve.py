@@ -4,8 +4,8 @@
 
 Each variant is a separate `llm2clip serve` process, with `--batch_size 1` or the default batch size. Each client is a
 thread that repeatedly sends a text of 5 to 40 words and waits for its embedding. The server's embeddings are compared
-with the model's own. `--restart` stops the server with SIGTERM half-way through and starts it again. Clients retry after
-connection errors, so every text must eventually get its embedding.
+with the model's own. `--restart` stops the server with SIGTERM half-way through and starts it again. Clients retry
+after connection errors, so every text must eventually get its embedding.
 """
 
 import argparse

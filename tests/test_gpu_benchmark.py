@@ -33,4 +33,4 @@ def test_tower_equals_that_of_open_clip(tmp_path: Path, monkeypatch: pytest.Monk
     parts = import_module("gpu_parts")
     towers = parts.align_towers(parts.PartSettings(tiny=True, out=tmp_path))
     timm_name, open_clip_name, _ = towers["tiny"]
-    assert parts.open_clip_difference(timm_name, open_clip_name) < 1e-5
+    assert parts.measure_open_clip_difference(timm_name, open_clip_name) < 1e-5
