@@ -109,7 +109,7 @@ def compare_towers(args: argparse.Namespace, towers: dict[str, VisionTower], tra
             values = " | ".join(f"{metrics[key]:.1f}" for key in METRICS)
             print(f"| {name} | {seed} | {values} | {minutes:.1f} |", flush=True)
     for name, results in runs.items():
-        print(f"| {name}, mean | | {' | '.join(format_mean_and_deviation(results, key) for key in METRICS)} | |")
+        print(f"| {name}, mean | | {' | '.join(format_mean_std(results, key) for key in METRICS)} | |")
 
 
 def write_tasks(folder: Path, captioned: list[Record], asked_about: list[Record]) -> list[dict[str, Any]]:
@@ -186,7 +186,7 @@ def train_model(
     shutil.rmtree(built)
 
 
-def format_mean_and_deviation(results: list[dict[str, float]], key: str) -> str:
+def format_mean_std(results: list[dict[str, float]], key: str) -> str:
     values = [metrics[key] for metrics in results]
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{deviation}"

@@ -96,10 +96,8 @@ class Ablations:
             evaluations.append(list(read_rows(folder / "evaluations.jsonl"))[-1])
         cells = {"row": name, "encoder": row.encoder}
         for direction in ("I2T", "T2I"):
-            cells[direction] = format_mean_and_deviation(
-                [metrics[f"captions {direction} R@1"] for metrics in evaluations]
-            )
-        cells["mean"] = format_mean_and_deviation([metrics["score"] for metrics in evaluations])
+            cells[direction] = format_mean_std([metrics[f"captions {direction} R@1"] for metrics in evaluations])
+        cells["mean"] = format_mean_std([metrics["score"] for metrics in evaluations])
         if dense:
             cells |= self._evaluate_ade20k(folder)
         return cells | {"command": f"`llm2clip {shlex.join(command)}`"}
@@ -150,7 +148,7 @@ def rows_with_paths(file: Path) -> Iterator[dict[str, Any]]:
         yield row | {"image": str(file.parent / row["image"])}
 
 
-def format_mean_and_deviation(values: Sequence[float]) -> str:
+def format_mean_std(values: Sequence[float]) -> str:
     mean = f"{statistics.mean(values):.1f}"
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
