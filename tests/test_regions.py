@@ -231,7 +231,7 @@ def test_unusable_images_are_skipped_and_counted(tmp_path: Path) -> None:
     predictions = classify_regions(data, embeddings, ["plain"])["plain"]
     assert predictions.image.tolist() == [0, 0] and embeddings.log.skipped == {"unusable image": 2}
     assert "not an image" in embeddings.log.examples[0]
-    assert "the image is 64 x 48 pixels, but its boxes are for 70 x 48 pixels" in embeddings.log.examples[1]
+    assert "the image is 64 x 48 pixels, but its boxes are for an image of 70 x 48 pixels" in embeddings.log.examples[1]
     metrics = compute_region_metrics(data, predictions).values
     assert metrics["top-1"] == 100
     with pytest.raises(TooManySkipped, match="2 of 3 rows skipped"):
@@ -258,7 +258,7 @@ def test_unsupported_variants_and_sources_are_reported(tmp_path: Path, capsys: p
         evaluate_segmentation(segmentation, embeddings, ["plain"])
     file = tmp_path / "x.npz"
     np.savez(file, images=np.eye(1, 3), image_names=["1.jpg"], texts=np.eye(1, 3), captions=["x"])
-    with pytest.raises(ValueError, match="precomputed embeddings cannot be used here"):
+    with pytest.raises(ValueError, match="precomputed embeddings cannot be used"):
         classify_regions(data, PrecomputedEmbeddings(file, SkipLog()), ["plain"])
 
 

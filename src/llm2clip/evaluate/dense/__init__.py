@@ -1,4 +1,4 @@
-"""Evaluation of region classification, segmentation and detection. This module contains the shared helpers."""
+"""Shared helpers for evaluating region classification, segmentation and detection."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -14,8 +14,8 @@ from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 
-IMAGES_PER_BATCH = 8  # decoded images in memory at a time
-LEARNED_SCALE = ", learned scale"  # suffix of method names that use the model's learned logit scale
+IMAGES_PER_BATCH = 8  # number of decoded images in memory at a time
+LEARNED_SCALE = ", learned scale"  # suffix of a method's name if the method uses the model's learned logit scale
 T = TypeVar("T")
 
 
@@ -26,12 +26,12 @@ def get_model(embeddings: EmbeddingSource) -> DualEncoder:
         ValueError: If the embeddings were precomputed.
     """
     if not isinstance(embeddings, ModelEmbeddings):
-        raise ValueError("precomputed embeddings cannot be used here: regions and pixels must be encoded with a model")
+        raise ValueError("regions and pixels must be encoded with a model, so precomputed embeddings cannot be used")
     return embeddings.model
 
 
 def select_variants(model: DualEncoder, variants: Sequence[str], required: bool) -> list[str]:
-    """Return the dense feature variants that the model supports, and print the skipped variants.
+    """Return the requested dense feature variants that the model supports, and print the other requested variants.
 
     Raises:
         ValueError: If `required` is True and the model supports none of the variants.
@@ -62,15 +62,15 @@ def get_logit_scales(model: DualEncoder, protocol_scale: float) -> dict[str, flo
 def decode_batches(
     refs: Sequence[ImageRef], transform: Callable[[Tensor], T], description: str, failures: dict[int, str]
 ) -> Iterator[dict[int, T]]:
-    """Decode and transform this rank's images (every N-th image, with N ranks) in batches, with a progress bar.
+    """Decode and transform every N-th image (N is the number of ranks) in batches. Show a progress bar.
 
     Args:
         transform: Picklable function applied to each image, uint8 of shape (3, H, W).
         description: Label of the progress bar.
-        failures: Updated in place with the error for each undecodable image, keyed by the image's index in `refs`.
+        failures: Errors of undecodable images, keyed by the image's index in `refs`. Updated in place.
 
     Yields:
-        Transformed images, keyed by their index in `refs`.
+        For each batch, the transformed images, keyed by their index in `refs`.
     """
     state = process_state()
     indices = range(state.process_index, len(refs), state.num_processes)
@@ -87,8 +87,8 @@ def decode_images(
     """Decode this rank's images in batches, as uint8 tensors of shape (3, H, W). See `decode_batches`.
 
     Args:
-        sizes: Expected size of each image as (width, height) in pixels. If the actual size differs, the image's boxes
-            would be wrong, so the image is recorded in `failures` and not returned.
+        sizes: Expected size of each image as (width, height) in pixels. An image of another size is recorded in
+            `failures` and not returned, because its boxes would be wrong.
     """
     for images in decode_batches(refs, _identity, description, failures):
         for index in list(images):
@@ -96,8 +96,8 @@ def decode_images(
             actual_height, actual_width = images[index].shape[1:]
             if (actual_width, actual_height) != (width, height):
                 failures[index] = (
-                    f"the image is {actual_width} x {actual_height} pixels, but its boxes are for {width} x {height} "
-                    "pixels"
+                    f"the image is {actual_width} x {actual_height} pixels, but its boxes are for an image of "
+                    f"{width} x {height} pixels"
                 )
                 del images[index]
         yield images
@@ -110,7 +110,7 @@ def _identity(image: Tensor) -> Tensor:
 def gather_results(
     results: dict[int, T], failures: dict[int, str], refs: Sequence[ImageRef], log: SkipLog
 ) -> dict[int, T]:
-    """Return the results of all ranks in image order, and log the unusable images.
+    """Return the results of all ranks, sorted by image index, and log the unusable images.
 
     Args:
         results: This rank's results (any picklable objects), keyed by the image's index in `refs`.
@@ -121,7 +121,7 @@ def gather_results(
         ValueError: If there are no images, or no image is usable.
     """
     if process_state().num_processes > 1:
-        # The collective below has a short timeout, but some ranks may finish their images much later than others.
+        # The collective operation has a short timeout, but some ranks may finish their images much later than others.
         wait_for_everyone()
         for rank_results, rank_failures in gather_object([(results, failures)]):
             results |= rank_results

@@ -1,9 +1,9 @@
 """Open-vocabulary detection: classification of class-agnostic boxes with an image-text model, and average precision.
 
 The model embeds each box, and the cosine similarities to the class embeddings determine the class probabilities. As in
-RegionCLIP (arXiv 2112.09106), a box's score for a class is the geometric mean of its objectness and the class
-probability, and non-maximum suppression is applied per class. Average precision (AP) is computed with pycocotools for
-groups of classes.
+RegionCLIP (arXiv 2112.09106), a box's score for a class is the geometric mean of the box's objectness and the class
+probability, and non-maximum suppression is applied per class. Average precision (AP) is computed with pycocotools and
+averaged over groups of classes.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from llm2clip.runs.ranks import process_state
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
 
-LOGIT_SCALE = 100.0  # as in CLIP; RegionCLIP uses a temperature of 0.01
-NMS_IOU = 0.5  # as in RegionCLIP
-MAX_CANDIDATES = 1000  # box-class pairs per image, before non-maximum suppression
-RECALL_IOU = 0.5  # an object is covered if a proposal has at least this IoU
-EXAMPLE_SIDE = 480  # pixels
-EXAMPLE_BOXES = 8  # boxes per example image
-MAX_DETECTIONS = 100  # per image, as in COCO's AP
-AP50_INDEX = 0  # index of the IoU threshold 0.5 in COCO's thresholds 0.5, 0.55, ..., 0.95
+LOGIT_SCALE = 100.0  # as in CLIP; equivalent to RegionCLIP's temperature of 0.01
+NMS_IOU = 0.5  # IoU threshold for non-maximum suppression, as in RegionCLIP
+MAX_CANDIDATES = 1000  # maximum number of box-class pairs per image before non-maximum suppression
+RECALL_IOU = 0.5  # an object is covered if its IoU with a proposal is at least this value
+EXAMPLE_SIDE = 480  # length of the longer side of example images, in pixels
+EXAMPLE_BOXES = 8  # maximum number of boxes drawn on an example image
+MAX_DETECTIONS = 100  # maximum number of detections per image, as in COCO's AP
+AP50_INDEX = 0  # index of 0.5 in COCO's IoU thresholds 0.5, 0.55, ..., 0.95
 
 
 @dataclass
 class Detections:
-    """Detections in one image, in descending order of score.
+    """Detections in one image, sorted by descending score.
 
     Args:
         boxes: Corners (x0, y0, x1, y1) in pixels, float32 of shape (N, 4).
@@ -69,12 +69,12 @@ class DetectionResults:
     """A model's detections in all images.
 
     Args:
-        by_method: Detections, keyed by method and then by image id. The methods use the protocol's logit scale and, if
-            there is one, the model's learned scale. See `get_logit_scales`.
+        by_method: Detections, keyed by method and then by image id. Each method uses either the protocol's logit scale
+            or the model's learned scale, if the model has one. See `get_logit_scales`.
         logit_scales: Logit scale of each method.
         num_boxes: Number of proposals.
-        num_covered, num_objects: Number of objects covered by a proposal, and number of all objects. Crowds are
-            excluded.
+        num_covered, num_objects: Number of objects covered by a proposal, and total number of objects. Crowds are not
+            counted.
         note: See `ProposalSource.note`.
         failures: Error for each unusable image, keyed by the image's index.
     """
@@ -88,7 +88,7 @@ class DetectionResults:
     failures: dict[int, str]
 
     def describe_proposals(self, source: str) -> dict[str, Any]:
-        """Return the proposals' source, number and recall in percent, and a description for the report."""
+        """Return a dict with the proposals' source, number, recall in percent, and description for the report."""
         recall = 100.0 * self.num_covered / max(1, self.num_objects)
         description = (
             f"Proposals from {source}: {self.num_boxes:,} boxes, covering {recall:.1f}% of the objects at an IoU of "
@@ -126,7 +126,7 @@ def detect_objects(
     classes = encode_classes(embeddings, data.names, data.templates)
     objects = get_object_boxes(data)
     scales = get_logit_scales(model, LOGIT_SCALE)
-    # Per image: the detections of each method, and the numbers of boxes, covered objects and all objects.
+    # For each image: the detections of each method, and the numbers of boxes, covered objects and all objects.
     results: dict[int, tuple[dict[str, Detections], tuple[int, int, int]]] = {}
     failures: dict[int, str] = {}
     for images in decode_images(data.images, data.sizes, "detection", failures):
@@ -155,7 +155,7 @@ def detect_objects(
 
 
 def drop_images(data: DetectionData, excluded: Collection[int]) -> DetectionData:
-    """Remove the images at the given indices and their objects from the data."""
+    """Return a copy of the data without the images at the given indices and without their annotations."""
     indices = [index for index in range(len(data.images)) if index not in excluded]
     image_ids = [data.image_ids[index] for index in indices]
     remaining = set(image_ids)
@@ -171,9 +171,9 @@ def drop_images(data: DetectionData, excluded: Collection[int]) -> DetectionData
 def classify_boxes(
     proposals: Proposals, box_embeddings: Tensor, classes: Tensor, logit_scale: float = LOGIT_SCALE
 ) -> Detections:
-    """Return up to `MAX_DETECTIONS` detections in one image.
+    """Classify the boxes of one image and return up to `MAX_DETECTIONS` detections.
 
-    score(box, class) = sqrt(objectness * p) in float64, where p is the softmax of logit_scale * cosine over classes.
+    score(box, class) = sqrt(objectness * p) in float64, where p is the softmax over classes of logit_scale * cosine.
     Detections with equal scores are sorted by box and then by class.
 
     Args:
@@ -218,7 +218,7 @@ def build_detection_blocks(
 
 
 def _draw_detections(image: Tensor, detected: Detections, names: Sequence[str]) -> ResultImage:
-    """Draw the highest-scoring detections on an image. If boxes overlap, only the best one is drawn."""
+    """Draw the highest-scoring detections on an image. Of overlapping boxes, only the highest-scoring one is drawn."""
     height, width = image.shape[1:]
     scale = EXAMPLE_SIDE / max(height, width)
     drawn = F.resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)
@@ -251,7 +251,7 @@ def compute_detection_metrics(
 
     Returns:
         Metrics "AP50 GROUP" and "AP GROUP" for each group in `data.groups` and for the group "all", and the AP50 of
-        each class that has objects. Only "AP50 GROUP" has resamples.
+        each class that has objects. Only "AP50 GROUP" metrics have bootstrap resamples.
 
     Raises:
         ValueError: If there are no objects except crowds.
@@ -287,7 +287,7 @@ def compute_detection_metrics(
 
 
 def to_result_rows(data: DetectionData, detections: Mapping[ImageId, Detections]) -> list[dict[str, Any]]:
-    """Return the detections in COCO's results format: "image_id", "category_id", "bbox" as [x, y, w, h] and "score"."""
+    """Return rows in COCO's results format: "image_id", "category_id", "bbox" as [x, y, w, h] and "score"."""
     rows = []
     for image_id, detected in detections.items():
         boxes = box_convert(detected.boxes.double(), "xyxy", "xywh").tolist()
@@ -299,12 +299,12 @@ def to_result_rows(data: DetectionData, detections: Mapping[ImageId, Detections]
 
 @dataclass
 class ClassMatches:
-    """Detections of one class in all images, matched at an IoU threshold of 0.5, in descending order of score.
+    """Detections of one class in all images, sorted by descending score and matched at an IoU threshold of 0.5.
 
     Args:
         image: Image index of each detection, of shape (N,).
         is_correct: Boolean mask of shape (N,) that is True for detections that match an object. Detections that match a
-            crowd are omitted.
+            crowd are not included.
         objects: Number of objects in each image, of shape (images,). Crowds are excluded.
     """
 
@@ -316,8 +316,8 @@ class ClassMatches:
 def compute_weighted_ap(matches: ClassMatches, weights: np.ndarray, recall_values: np.ndarray) -> float:
     """Return the interpolated average precision of one class, counting image i `weights[i]` times.
 
-    This equals COCOeval's value for a data set with repeated images. The precision is averaged over `recall_values`.
-    The result is NaN if there are no objects.
+    COCOeval would return the same value for a data set in which the images are repeated. The precision is averaged over
+    `recall_values`. The result is NaN if there are no objects.
     """
     num_objects = float(weights @ matches.objects)
     if num_objects == 0:
@@ -337,8 +337,8 @@ def compute_weighted_ap(matches: ClassMatches, weights: np.ndarray, recall_value
 def _run_coco_eval(data: DetectionData, detections: Mapping[ImageId, Detections]) -> Any:
     """Run COCOeval on boxes of all sizes.
 
-    Category ids are replaced by class indices plus 1, and image ids by integers in the same order. The order matters
-    because COCOeval sorts detections with equal scores by image id.
+    Category ids are replaced by class indices plus 1, and image ids by integers with the same sort order. The order
+    matters because COCOeval sorts detections with equal scores by image id.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -379,12 +379,12 @@ def _extract_class_matches(evaluator: Any, k: int) -> ClassMatches:
     scores, images, is_correct = [np.zeros(0)], [np.zeros(0, int)], [np.zeros(0, bool)]
     objects = np.zeros(num_images)
     for i, result in enumerate(evaluator.evalImgs[k * num_images : (k + 1) * num_images]):
-        if result is None:  # neither objects nor detections
+        if result is None:  # the image has neither objects nor detections of this class
             continue
         counted = ~result["dtIgnore"][AP50_INDEX].astype(bool)
         scores.append(np.asarray(result["dtScores"], float)[counted])
         is_correct.append(result["dtMatches"][AP50_INDEX][counted] > 0)
         images.append(np.full(int(counted.sum()), i))
         objects[i] = np.count_nonzero(np.asarray(result["gtIgnore"]) == 0)
-    order = np.argsort(-np.concatenate(scores), kind="mergesort")  # the same order as in COCOeval
+    order = np.argsort(-np.concatenate(scores), kind="mergesort")  # stable, like COCOeval's sort
     return ClassMatches(np.concatenate(images)[order], np.concatenate(is_correct)[order], objects)

@@ -1,4 +1,4 @@
-"""Box proposals for open-vocabulary detection, from a file, a detector, or the ground truth (an upper bound)."""
+"""Box proposals for open-vocabulary detection, from a file, a detector, or the ground-truth boxes (an upper bound)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from llm2clip.models.hub.loading import load_config
 
 GROUND_TRUTH = "ground-truth"
 TORCHVISION_PREFIX = "torchvision:"
-MAX_COORDINATE = 1 << 24  # pixels; float32 represents integers exactly up to this value
-MAX_PROPOSALS = 300  # per image; the highest-scoring proposals are used
+MAX_COORDINATE = 1 << 24  # limit for pixel coordinates; float32 represents integers exactly up to this value
+MAX_PROPOSALS = 300  # maximum number of proposals per image; the highest-scoring ones are used
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Proposals:
     scores: Tensor
 
     def select_top(self, height: int, width: int) -> Proposals:
-        """Clip the boxes to the image. Return up to `MAX_PROPOSALS` non-empty boxes in descending order of score."""
+        """Clip the boxes to the image. Return up to `MAX_PROPOSALS` non-empty boxes, sorted by descending score."""
         boxes = clip_boxes_to_image(self.boxes, (height, width))
         order = self.scores.argsort(descending=True, stable=True)
         is_empty = (boxes[:, 2:] <= boxes[:, :2]).any(1)
@@ -48,7 +48,7 @@ class ProposalSource:
 
     Args:
         find: Function that takes an image id and a uint8 image of shape (3, H, W), and returns the image's proposals.
-        note: Warning about unused boxes or images without boxes. Empty if there are none.
+        note: Warning about unused boxes and images without boxes, or an empty string.
     """
 
     find: Callable[[ImageId, Tensor], Proposals]
@@ -59,8 +59,8 @@ def open_proposals(name: str, data: DetectionData, device: torch.device) -> Prop
     """Open a source of box proposals.
 
     Args:
-        name: "ground-truth", a JSON file in COCO's results format, torchvision:NAME, or a folder or hub id of a
-            transformers object detection model. Detectors' class labels are ignored.
+        name: "ground-truth", the path of a JSON file in COCO's results format, torchvision:NAME, or the folder or hub
+            id of a transformers object detection model. Class labels predicted by detectors are ignored.
 
     Raises:
         MissingFileError: If the JSON file does not exist.
@@ -102,8 +102,8 @@ def _read_proposals(file: Path, data: DetectionData) -> ProposalSource:
         raise MissingFileError(f"{file}: no such file; --proposals expects a JSON file in COCO's results format")
     rows = read_json(file)
     if not isinstance(rows, list):
-        raise DataFormatError(f'{file} must be a list of {{"image_id", "bbox", "score"}} (got {type(rows).__name__})')
-    ids_by_text = {str(image_id): image_id for image_id in data.image_ids}  # some tools write the id 139 as a string
+        raise DataFormatError(f"{file} must be a list of {{image_id, bbox, score}} objects (got {type(rows).__name__})")
+    ids_by_text = {str(image_id): image_id for image_id in data.image_ids}  # some tools write ids as strings
     rows_of_image: dict[ImageId, list[list[float]]] = {}
     num_unknown = 0
     for number, row in enumerate(rows, 1):
@@ -130,10 +130,10 @@ def _read_proposals(file: Path, data: DetectionData) -> ProposalSource:
 
 
 def _parse_row(file: Path, number: int, row: Any) -> tuple[str, list[float]]:
-    """Return a row's image id as a string, and its box [x, y, w, h] followed by its score."""
+    """Return a row's image id as a string, and the values [x, y, w, h, score]."""
     try:
         image_id = row["image_id"]
-        if isinstance(image_id, float) and image_id.is_integer():  # for example, pandas writes 139.0
+        if isinstance(image_id, float) and image_id.is_integer():  # pandas may write the id 139 as 139.0
             image_id = int(image_id)
         if not isinstance(image_id, int | str):
             raise TypeError(f"the image_id {image_id!r} is neither an integer nor a string")

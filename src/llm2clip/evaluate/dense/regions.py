@@ -1,13 +1,13 @@
 """Zero-shot classification of image regions, using crops or dense features.
 
 - "crop": the region is cropped and encoded like any other image. As in CLIPSelf (arXiv 2310.01403), the box is enlarged
-    by a factor of 1.5 around its centre, clipped to the image, and padded with black to a square. Therefore,
-    preprocessing does not cut off the longer side, but a `crop_pct` below 1 still cuts off the edges.
+    by a factor of 1.5 around its centre, clipped to the image, and padded with black to a square. Because
+    of the padding, preprocessing does not crop the longer side, but a `crop_pct` below 1 still cuts off the edges.
 - Each dense variant: the entire image is encoded. As in CLIPSelf, the patch embeddings within the box are averaged
     using RoIAlign (arXiv 1703.06870) with an adaptive sampling ratio, and the mean is L2-normalised.
 
-The predicted class is the one whose embedding has the highest cosine similarity to the region embedding. By default, a
-class embedding is the mean over OpenAI's prompt templates for ImageNet.
+The predicted class is the one whose embedding has the highest cosine similarity to the region embedding. By default,
+class embeddings are averaged over OpenAI's prompt templates for ImageNet.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.vision.dense import encode_boxes as encode_dense_boxes
 
 CROP = "crop"
-CROP_SCALE = 1.5  # side length of the crop relative to the box
+CROP_SCALE = 1.5  # factor by which a box is enlarged before it is cropped
 SIZE_LIMITS = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, float("inf"))}
 """Lower (inclusive) and upper (exclusive) limit of the object's area in square pixels for each COCO size class."""
-THUMBNAIL_SIDE = 280  # pixels
+THUMBNAIL_SIDE = 280  # maximum width and height of thumbnails, in pixels
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class RegionPredictions:
         image: Index of each region's image, int64 of shape (R,).
         region: Index of each region within its image, int64 of shape (R,).
         rank: Zero-based rank of the correct class, int64 of shape (R,). See `compute_class_ranks`.
-        predicted: Class with the highest score, int64 of shape (R,).
+        predicted: Index of the class with the highest score, int64 of shape (R,).
         margin: Score of the predicted class minus the score of the correct class, float32 of shape (R,).
     """
 
@@ -86,7 +86,7 @@ def classify_regions(
     model = get_model(embeddings)
     methods = [CROP, *select_variants(model, variants, required=False)]
     classes = encode_classes(embeddings, data.names, data.templates)
-    batches: dict[int, dict[str, RegionPredictions]] = {}  # predictions by method, keyed by a batch's first image
+    batches: dict[int, dict[str, RegionPredictions]] = {}  # each batch's predictions, keyed by its first image index
     failures: dict[int, str] = {}
     for images in decode_images(data.images, data.sizes, "regions", failures):
         boxes = [torch.from_numpy(data.boxes[index]) for index in images]
@@ -114,16 +114,16 @@ def compute_region_metrics(data: RegionData, predictions: RegionPredictions) -> 
     selections = {name: (values, mask) for name, (values, mask) in selections.items() if mask.any()}
     indices, image = np.unique(predictions.image, return_inverse=True)
     num_images = len(indices)
-    # (images, metrics)
+    # `sums` and `counts` have shape (images, metrics).
     sums = np.stack([np.bincount(image, values * mask, num_images) for values, mask in selections.values()], 1)
     counts = np.stack([np.bincount(image, mask, num_images) for _, mask in selections.values()], 1)
     shape = (num_images, len(data.names))
-    class_hits = csr_matrix((hits, (image, labels)), shape)  # duplicate entries are summed
+    class_hits = csr_matrix((hits, (image, labels)), shape)  # csr_matrix sums duplicate entries
     class_counts = csr_matrix((np.ones(len(hits)), (image, labels)), shape)
 
     def metrics(weights: np.ndarray) -> list[float]:
         """Return all metrics, counting image i `weights[i]` times."""
-        with np.errstate(invalid="ignore"):  # 0 / 0 in resamples without regions of a size or a class
+        with np.errstate(invalid="ignore"):  # a resample may lack regions of a size or class (0 / 0)
             values = (weights @ sums) / (weights @ counts)
             accuracies = (weights @ class_hits) / (weights @ class_counts)
         return [100.0 * float(value) for value in (*values, np.nanmean(accuracies))]
@@ -142,7 +142,7 @@ def compute_class_accuracy(data: RegionData, predictions: RegionPredictions) -> 
 def build_wrong_region_blocks(
     data: RegionData, method: str, predictions: RegionPredictions, count: int = 12
 ) -> list[Block]:
-    """Return a report section on the misclassifications with the largest margins, at most one per image and class."""
+    """Return a report section on the errors with the largest margins. It shows each image and class at most once."""
     order = np.argsort(-predictions.margin, kind="stable")
     images: list[ResultImage] = []
     shown_images, shown_classes = set(), set()
@@ -160,13 +160,13 @@ def build_wrong_region_blocks(
             break
     if not images:
         return []
-    text = f"Errors of the method {method} with the largest margins, at most one per image and per class."
+    text = f"Errors of the method {method} with the largest margins. Each image and each class is shown at most once."
     examples = ResultImages("Correct class and predicted class:", images)
     return [Heading("Misclassified regions", 3), Paragraph(text), examples]
 
 
 def encode_boxes(model: DualEncoder, images: Sequence[Tensor], boxes: Sequence[Tensor], method: str) -> list[Tensor]:
-    """Return the embeddings of the boxes in each image, L2-normalised, float32 of shape (R, D) on the CPU.
+    """Return the L2-normalised embeddings of each image's boxes as a float32 CPU tensor of shape (R, D).
 
     Args:
         images: Images, uint8 of shape (3, H, W).
@@ -197,7 +197,7 @@ def crop_region(image: Tensor, box: Sequence[float]) -> Tensor:
 
     Returns:
         Square image, uint8 of shape (3, S, S). The box is enlarged by `CROP_SCALE` around its centre, clipped to the
-        image, and padded with black on both sides of its shorter dimension.
+        image, and padded with black along its shorter dimension, equally on both sides.
     """
     height, width = image.shape[1:]
     left, top, right, bottom = box

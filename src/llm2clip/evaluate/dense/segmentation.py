@@ -2,7 +2,7 @@
 
 Each patch embedding is compared with the embeddings of all class names, and the scores are upsampled. The protocol
 follows SCLIP; see `models/vision/sliding_window.py` and `SegmentationData`. The metrics follow mmsegmentation:
-intersections and unions are summed over all images before dividing.
+intersections and unions are summed over all images before they are divided.
 """
 
 from collections.abc import Sequence
@@ -27,9 +27,9 @@ from llm2clip.io_utils import atomic_path, atomic_write_text, sanitize_name
 from llm2clip.models.vision.sliding_window import PixelScores, ResizeForWindows, encode_windows, segment
 from llm2clip.runs.ranks import process_state
 
-NUM_EXAMPLES = 4  # images in the report
+NUM_EXAMPLES = 4  # number of example images in the report
 EXAMPLE_SIDE = 480  # maximum height and width of label maps and images in the report, in pixels
-OVERLAY_OPACITY = 0.6
+OVERLAY_OPACITY = 0.6  # opacity of the class colours drawn over example images
 
 
 @dataclass
@@ -43,7 +43,7 @@ class SegmentationResult:
             omitted if it does not affect the result. See `get_logit_scales`.
         logit_scales: Logit scale of each method.
         examples: Downsampled predictions for a few images as uint8 arrays of shape (h, w), keyed by image index and
-            then by method. The key "labels" contains the true labels.
+            then by method. The key "labels" stands for the true labels.
     """
 
     images: list[int]
@@ -81,7 +81,7 @@ def evaluate_segmentation(
     # Without a minimum probability, the scale does not change which class is the most probable.
     scales = get_logit_scales(model, data.logit_scale) if data.min_probability > 0 else {"": data.logit_scale}
     scale_of_method = {variant + suffix: scale for variant in variants for suffix, scale in scales.items()}
-    results: dict[int, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = {}  # counts and label maps of each method
+    results: dict[int, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = {}  # each image's counts and label maps
     failures: dict[int, str] = {}
     writer = LabelMapWriter(predictions_dir, data) if predictions_dir is not None else None
     for resized in decode_batches(data.images, transform, "segmentation", failures):
@@ -118,10 +118,10 @@ def evaluate_segmentation(
 
 
 class LabelMapWriter:
-    """Writer of predicted label maps: METHOD/NAME.png for each image, where NAME is the stem of the image file.
+    """Writer of predicted label maps: METHOD/NAME.png for each image, where NAME is the stem of the image's file name.
 
     Pixel values are class indices. The PNGs have a palette, so image viewers show the classes in colour. classes.txt
-    lists one class name per line, in index order.
+    lists one class name per line, sorted by class index.
     """
 
     def __init__(self, folder: Path, data: SegmentationData) -> None:
@@ -194,8 +194,8 @@ def _segment_and_count(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Segment an image. Return pixel counts, int64 of shape (3, classes), and predictions, uint8 of shape (H, W).
 
-    For each class, the first row counts the pixels both labelled and predicted as the class, the second row the pixels
-    labelled as the class, and the third row the pixels predicted as the class. Ignored pixels are not counted.
+    For each class, `counts[0]` is the number of pixels both labelled and predicted as the class, `counts[1]` the number
+    labelled as the class, and `counts[2]` the number predicted as the class. Ignored pixels are not counted.
     """
     num_classes = len(data.names)
     prediction = np.empty(labels.shape, np.uint8)
@@ -224,14 +224,14 @@ def _downsample(labels: np.ndarray) -> np.ndarray:
 
 
 def _make_palette(num_classes: int) -> np.ndarray:
-    """Return a colour for each class, uint8 of shape (classes, 3). Golden-ratio steps separate adjacent hues."""
+    """Return a colour for each class, uint8 of shape (classes, 3). Golden-ratio steps keep the hues distinct."""
     n = np.arange(num_classes)
     hsv = np.stack([n * 0.618034 % 1, 1 - 0.25 * (n % 3), 1 - 0.2 * (n % 4)], 1)
     return (255 * hsv_to_rgb(hsv)).astype(np.uint8)
 
 
 def _overlay_labels(image: Tensor, labels: np.ndarray, colours: np.ndarray) -> bytes:
-    """Overlay the colours of a downsampled label map on an image, except for `IGNORED` pixels. Return a JPEG."""
+    """Return a JPEG of an image, overlaid with the colours of a downsampled label map except at `IGNORED` pixels."""
     rows, columns = (torch.arange(n) * size // n for n, size in zip(labels.shape, image.shape[1:], strict=True))
     pixels = image[:, rows][:, :, columns].permute(1, 2, 0).numpy()  # (h, w, 3)
     table = np.zeros((IGNORED + 1, 3), np.uint8)
