@@ -72,7 +72,7 @@ def describe_stage(plan: Plan, stage: str) -> str:
             size += f" ({long_size} if all captions have {longest} tokens)"
     if stage == "align" and plan.images_per_second:
         size += f", {plan.images_per_second:,.0f} images/s to decode"
-    return f"{stage} {format_hours(plan.hours[stage])}, {size}"
+    return f"{stage} {format_hours(plan.stage_hours[stage])}, {size}"
 
 
 if __name__ == "__main__":

@@ -113,12 +113,12 @@ def test_llm_flops_and_trained_parameters_match_formulas(rank: int, is_cpu: bool
 
 def test_repeated_passes_of_tune_are_counted() -> None:
     costs = measure_text_costs(EncoderConfig(), BF16, 40)
-    step = costs.count_tune_flop(BF16)
+    step = costs.count_tune_flops(BF16)
     assert step == costs.tune_forward + costs.tune_backward
     repeated = dataclasses.replace(BF16, gradient_checkpointing=True, grad_cache=True, batch_tokens=40)
-    assert costs.count_tune_flop(repeated) == pytest.approx(step + 2 * costs.tune_forward)
+    assert costs.count_tune_flops(repeated) == pytest.approx(step + 2 * costs.tune_forward)
     single_pass = dataclasses.replace(BF16, grad_cache=True, batch_tokens=2 * BF16.batch_size * 40)
-    assert costs.count_tune_flop(single_pass) == step
+    assert costs.count_tune_flops(single_pass) == step
 
 
 def test_grouped_convolutions_are_counted_per_group() -> None:
@@ -251,12 +251,12 @@ def test_hours_are_flops_over_throughput() -> None:
     config = change_align(epochs=3, precision="bf16")
     plan = plan_small(config, mfu=0.5, tflops=100)
     throughput, tune = 0.5 * 100e12, config.tune
-    assert plan.hours["align"] * 3600 == pytest.approx(10_000 * 3 * plan.step_flop["total"] / throughput)
-    assert plan.hours["embed"] * 3600 == pytest.approx(20_000 * plan.text.forward / throughput)
-    assert plan.hours["tune"] * 3600 == pytest.approx(
-        2 * tune.steps * tune.batch_size * plan.text.count_tune_flop(tune) / throughput
+    assert plan.stage_hours["align"] * 3600 == pytest.approx(10_000 * 3 * plan.step_flop["total"] / throughput)
+    assert plan.stage_hours["embed"] * 3600 == pytest.approx(20_000 * plan.text.forward / throughput)
+    assert plan.stage_hours["tune"] * 3600 == pytest.approx(
+        2 * tune.steps * tune.batch_size * plan.text.count_tune_flops(tune) / throughput
     )
-    assert plan.images_per_second == pytest.approx(30_000 / (3600 * plan.hours["align"]))
+    assert plan.images_per_second == pytest.approx(30_000 / (3600 * plan.stage_hours["align"]))
     assert plan.store_bytes == 20_000 * (576 * 2 + 16)
     int8 = dataclasses.replace(
         plan, config=dataclasses.replace(config, embed=dataclasses.replace(config.embed, dtype="int8"))
@@ -287,7 +287,7 @@ def test_self_distillation_runs_or_caches_the_pretrained_tower() -> None:
     assert more_memory == 4 * plain.image.tower + 24 * 64**2
     assert distilled.feature_bytes == 0
     cached = plan_small(change_align(batch_size=64, distill_weight=1.0, min_crop_scale=1.0))
-    assert cached.step_flop == plain.step_flop and cached.hours["align"] > plain.hours["align"]
+    assert cached.step_flop == plain.step_flop and cached.stage_hours["align"] > plain.stage_hours["align"]
     assert cached.memory["align"]["pretrained tower"] == 0 and cached.feature_bytes > 0 and cached.images_per_second > 0
 
 

@@ -62,7 +62,7 @@ def get_logit_scales(model: DualEncoder, protocol_scale: float) -> dict[str, flo
 def decode_batches(
     refs: Sequence[ImageRef], transform: Callable[[Tensor], T], description: str, failures: dict[int, str]
 ) -> Iterator[dict[int, T]]:
-    """Decode and transform every N-th image (N is the number of ranks) in batches. Show a progress bar.
+    """Decode and transform this rank's share of the images in batches. With N ranks, each takes every N-th image.
 
     Args:
         transform: Picklable function applied to each image, uint8 of shape (3, H, W).

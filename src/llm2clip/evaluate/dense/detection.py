@@ -287,7 +287,7 @@ def compute_detection_metrics(
 
 
 def to_result_rows(data: DetectionData, detections: Mapping[ImageId, Detections]) -> list[dict[str, Any]]:
-    """Return rows in COCO's results format: "image_id", "category_id", "bbox" as [x, y, w, h] and "score"."""
+    """Convert detections to COCO's results format: "image_id", "category_id", "bbox" as [x, y, w, h] and "score"."""
     rows = []
     for image_id, detected in detections.items():
         boxes = box_convert(detected.boxes.double(), "xyxy", "xywh").tolist()

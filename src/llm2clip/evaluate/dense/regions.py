@@ -86,7 +86,7 @@ def classify_regions(
     model = get_model(embeddings)
     methods = [CROP, *select_variants(model, variants, required=False)]
     classes = encode_classes(embeddings, data.names, data.templates)
-    batches: dict[int, dict[str, RegionPredictions]] = {}  # each batch's predictions, keyed by its first image index
+    batches: dict[int, dict[str, RegionPredictions]] = {}  # each batch's predictions, keyed by its lowest image index
     failures: dict[int, str] = {}
     for images in decode_images(data.images, data.sizes, "regions", failures):
         boxes = [torch.from_numpy(data.boxes[index]) for index in images]
@@ -166,7 +166,7 @@ def build_wrong_region_blocks(
 
 
 def encode_boxes(model: DualEncoder, images: Sequence[Tensor], boxes: Sequence[Tensor], method: str) -> list[Tensor]:
-    """Return the L2-normalised embeddings of each image's boxes as a float32 CPU tensor of shape (R, D).
+    """Return one float32 CPU tensor of shape (R, D) per image: the L2-normalised embeddings of its R boxes.
 
     Args:
         images: Images, uint8 of shape (3, H, W).

@@ -25,14 +25,14 @@ from llm2clip.html_report import (
 from llm2clip.published_results import CRA, CRA_NOTE, get_published_metrics, get_published_notes, get_published_rows
 
 DIRECTIONS = ("I2T", "T2I")
-# Published LLM2CLIP models to which the first evaluated model is compared. See `get_published_rows`.
+# Published LLM2CLIP models with which the first evaluated model is compared. See `get_published_rows`.
 REFERENCE_MODELS = ("2024: Llama3-8B-CC", "2024: EVA02 + LLM2CLIP", "2026: Llama-3.1-8B-CC", "2026: SigLIP2 + LLM2CLIP")
 CLASS_METRICS = ("class top-1", "IoU", "class AP50")  # per-class metrics in the rows of `BenchmarkResult.summary`
-MEAN_BENCHMARKS = ("xm3600",)  # only the mean over all languages was published
+MEAN_BENCHMARKS = ("xm3600",)  # benchmarks for which only the mean over all languages was published
 SHORT_QUERY_NOTE = (
     "One- to three-word queries are words and phrases from the captions. Every image with a caption that mentions the "
     "query is a correct answer. Longer queries are complete captions. Intervals are 95% bootstrap intervals over "
-    "queries. An image that shows what the query names counts as a wrong answer if no caption mentions it."
+    "queries. An image whose captions do not mention the query counts as a wrong answer, even if it shows the object."
 )
 Curves = Mapping[str, Sequence[LengthScores]]
 """Results for each query length, keyed by model name. The key ends in ", with templates" if templates are used."""
@@ -40,7 +40,7 @@ Curves = Mapping[str, Sequence[LengthScores]]
 
 def build_benchmark_blocks(benchmark: Benchmark, results: Sequence[BenchmarkResult]) -> list[Block]:
     """Return the report section for a benchmark. Models appear in the order of `results`."""
-    blocks: list[Block] = [Heading(f"{benchmark.name}: {_describe_images(benchmark, results[0].summary)}")]
+    blocks: list[Block] = [Heading(f"{benchmark.name}: {_describe_benchmark(benchmark, results[0].summary)}")]
     notes = [Paragraph(note) for note in get_published_notes(benchmark.name)]
     if benchmark.kind != "retrieval":
         blocks += [build_metrics_table(results, get_published_metrics(benchmark.name)), *build_class_details(results)]
@@ -64,8 +64,8 @@ def build_benchmark_blocks(benchmark: Benchmark, results: Sequence[BenchmarkResu
     return [*blocks, *notes]
 
 
-def _describe_images(benchmark: Benchmark, summary: Mapping[str, Any]) -> str:
-    """Return the benchmark's description, or the size of the evaluated part if only part of it was evaluated."""
+def _describe_benchmark(benchmark: Benchmark, summary: Mapping[str, Any]) -> str:
+    """Return the benchmark's description, or the size of the evaluated part if not all of it was evaluated."""
     if benchmark.size is None and "images" in summary:
         regions = f", {summary['regions']:,} boxes" if "regions" in summary else ""
         return f"{benchmark.description}: {summary['images']:,} images{regions}"
@@ -88,7 +88,7 @@ def _describe_images(benchmark: Benchmark, summary: Mapping[str, Any]) -> str:
 
 
 def build_caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[Block]:
-    """Return the report section on caption retrieval, including the authors' CRA on COCO (5,000 images).
+    """Return the report section on caption retrieval, including the CRA in the paper (5,000 images of COCO).
 
     Args:
         metrics: Result of `caption_retrieval_accuracy`.
@@ -130,8 +130,8 @@ def build_recall_table(
 ) -> Table:
     """Return a recall table with rows for the published results, the chance level and the evaluated models.
 
-    The last rows compare the first model with each baseline, with paired confidence intervals, and with each published
-    model in `REFERENCE_MODELS`.
+    The last rows contain the differences between the first model and each baseline, with paired confidence intervals,
+    and between the first model and each published model in `REFERENCE_MODELS`.
 
     Args:
         results: Metrics, keyed by model name. See `compute_field_metrics` and `compute_retrieval_difference`.
@@ -171,7 +171,7 @@ def build_recall_table(
 def build_mean_recall_table(
     results: Sequence[BenchmarkResult], published: Mapping[str, tuple[float | None, ...]]
 ) -> Table:
-    """Return a table of recall averaged over caption fields. Unlike `build_recall_table`, it has no row for chance."""
+    """Return a table of recall averaged over caption fields. Unlike `build_recall_table`, omit the chance level."""
     means = {}
     for result in results:
         recalls = [_get_both_recalls(row) for row in result.summary["rows"]]  # (fields, 6)
@@ -221,8 +221,8 @@ def build_metrics_table(results: Sequence[BenchmarkResult], published: Mapping[s
     """Return a metrics table for a benchmark of any kind except "retrieval".
 
     The rows show the published results (see `get_published_metrics`), the chance level (unless it is a metric), and the
-    results of each model and method. The last rows compare the first model with each baseline, with paired intervals.
-    The method and logit scale columns are omitted if no row uses them.
+    results of each model and method. The last rows show the differences between the first model and each baseline, with
+    paired confidence intervals. The method and logit scale columns are omitted if no row uses them.
     """
     metric_rows = [(result, row) for result in results for row in result.summary.get("rows", [result.summary])]
     names = list(dict.fromkeys(name for _, row in metric_rows for name in row["metrics"]))
@@ -262,7 +262,7 @@ def format_difference(difference: Mapping[str, Any], name: str) -> str | None:
 
 
 def build_class_details(results: Sequence[BenchmarkResult]) -> list[Block]:
-    """Return a collapsed section with the per-class metrics of each model and method. Empty if there are none."""
+    """Return a collapsed section with the per-class metrics of each model and method, or [] without such metrics."""
     columns = [(result.model, row) for result in results for row in result.summary.get("rows", ())]
     metric = next((name for name in CLASS_METRICS if columns and name in columns[0][1]), None)
     if metric is None:
@@ -325,9 +325,9 @@ def _get_recalls(metrics: dict[str, float]) -> list[float]:
 
 
 def build_short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[BenchmarkResult]]]) -> list[Block]:
-    """Return a section for each caption field with short-query results.
+    """Return one report section per caption field that has short-query results.
 
-    The first table shows mAP by query length, and top-1 accuracy on each classification benchmark in the run.
+    Its first table shows mAP by query length, and the top-1 accuracy on each classification benchmark in the run.
 
     Args:
         results: All benchmarks in the run, each with one result per model.
@@ -354,7 +354,7 @@ def build_short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[Benchma
 
 
 def build_overview_table(curves: Curves, accuracies: Mapping[str, Mapping[str, str | None]]) -> Table:
-    """Return a table of mAP by query length and zero-shot accuracy, in percent.
+    """Return a table of mAP by query length and of zero-shot accuracy, both in percent.
 
     The last rows show the difference between the first model and each other model. mAP differences come with 95%
     confidence intervals from paired bootstrap resamples.
@@ -377,7 +377,7 @@ def build_overview_table(curves: Curves, accuracies: Mapping[str, Mapping[str, s
 
 
 def _format_accuracy_cells(results: Sequence[BenchmarkResult]) -> dict[str, str | None]:
-    """Return the formatted top-1 accuracy of each model and each difference, keyed by row label."""
+    """Return each model's top-1 accuracy and its difference from the first model's, keyed by row label."""
     cells: dict[str, str | None] = {}
     for result in results:
         summary = result.summary
@@ -388,7 +388,7 @@ def _format_accuracy_cells(results: Sequence[BenchmarkResult]) -> dict[str, str 
 
 
 def _build_short_query_metrics_table(curves: Curves) -> Table:
-    """Return a table of all metrics, with one row per model and query length."""
+    """Return a table of all short-query metrics, with one row per model and query length."""
     rows: list[list[Any]] = []
     for model, lengths in curves.items():
         for length in lengths:
@@ -408,7 +408,7 @@ def _format_map_cell(length: LengthScores) -> str:
 
 
 def _format_difference_cell(first: LengthScores, other: LengthScores) -> str | None:
-    """Return the mean difference in mAP, or None if the models were evaluated on different queries."""
+    """Format the mean difference in mAP. Return None if the models were evaluated on different queries."""
     if first.queries != other.queries:
         return None
     differences = first.scores - other.scores

@@ -1,4 +1,4 @@
-"""Retrieval error analysis: recall by k and by caption length, and example captions with the retrieved images."""
+"""Retrieval error analysis: recall curves, recall by caption length, and the images retrieved for example captions."""
 
 import base64
 import dataclasses
@@ -15,8 +15,8 @@ from llm2clip.evaluate.retrieval_eval import RetrievalRanks, measure_caption_len
 from llm2clip.html_report import ResultImage, ResultImages
 
 MAX_K = 50  # maximum k in the recall curves
-THUMBNAIL_SIDE = 280  # pixels
-TOP_IMAGES = 5  # number of images shown per query
+THUMBNAIL_SIDE = 280  # maximum width and height of thumbnails, in pixels
+TOP_IMAGES = 5  # number of top-ranked images shown per query
 
 
 @dataclass
@@ -27,7 +27,7 @@ class ErrorAnalysis:
         curves: R@1 to R@50 in percent, keyed by direction ("I2T" or "T2I").
         length_unit: "words", or "characters" for languages without spaces.
         length_bins: Minimum and maximum caption length of each bin.
-        recall_by_length: T2I R@1 of each bin in percent, as (value, lower bound, upper bound).
+        recall_by_length: T2I R@1 of each bin, as (value, lower bound, upper bound) in percent.
         similarity: Cosine similarities between a few images (columns) and their first captions (rows).
         examples: Images retrieved for captions sampled at regular intervals.
         failures: Images retrieved for the captions whose correct images have the worst ranks.
@@ -46,7 +46,7 @@ def analyze_errors(ranks: RetrievalRanks, num_queries: int = 6, matrix_size: int
     """Analyse a model's retrieval errors for one caption field.
 
     Args:
-        num_queries: Maximum number of examples. The same limit applies to failures.
+        num_queries: Maximum number of entries in each of `examples` and `failures`.
         matrix_size: Maximum number of images in the similarity matrix.
     """
     captions = ranks.captions
@@ -67,7 +67,7 @@ def analyze_errors(ranks: RetrievalRanks, num_queries: int = 6, matrix_size: int
 
 
 def collect_example_searches(ranks: RetrievalRanks, count: int = 5) -> list[dict[str, Any]]:
-    """Return sample captions and the images they retrieve, as JSON-compatible dicts. See `read_example_searches`."""
+    """Return JSON-compatible dicts of sample captions and the retrieved images. See `read_example_searches`."""
     examples = [dataclasses.asdict(retrieve_images(ranks, text)) for text in sample_caption_indices(ranks, count)]
     for example in examples:
         for image in example["images"]:
@@ -121,7 +121,7 @@ def make_length_bins(lengths: Sequence[int], max_bins: int = 6, min_captions: in
 def compute_recall_by_length(
     ranks: RetrievalRanks, lengths: Sequence[int], bins: Sequence[tuple[int, int]]
 ) -> list[tuple[float, float, float]]:
-    """Return the T2I R@1 of each length bin in percent, as (value, lower bound, upper bound)."""
+    """Return the T2I R@1 of each length bin, as (value, lower bound, upper bound) in percent."""
     length = torch.tensor(lengths)
     recalls = []
     for first, last in bins:
@@ -135,7 +135,7 @@ def compute_recall_by_length(
 def find_worst_captions(ranks: RetrievalRanks, count: int) -> list[int]:
     """Return the indices of the captions whose correct images have the worst ranks, at most one caption per image.
 
-    Captions that rank their image first are excluded.
+    Captions whose correct image ranks first are excluded.
     """
     caption_of_image: dict[int, int] = {}
     for text in ranks.text_ranks.argsort(descending=True, stable=True).tolist():
@@ -146,7 +146,7 @@ def find_worst_captions(ranks: RetrievalRanks, count: int) -> list[int]:
 
 
 def retrieve_images(ranks: RetrievalRanks, text: int) -> ResultImages:
-    """Return the top images for a caption, followed by the correct image if it is not among them."""
+    """Return the `TOP_IMAGES` top-ranked images for a caption, plus the correct image if it is not one of them."""
     correct_image, correct_rank = int(ranks.image_of_text[text]), int(ranks.text_ranks[text])
     scores = ranks.images @ ranks.texts[text]
     top_images = scores.topk(min(TOP_IMAGES, len(scores))).indices.tolist()

@@ -38,15 +38,15 @@ def write_fit_report(
     """Write `folder/report.md` and `folder/report.html`, and return their paths.
 
     Args:
-        folder: Run directory, which contains `model/`.
+        folder: Run directory. It must contain `model/`.
         data: One-line description of the training and held-out data.
         cra: Results of `caption_retrieval_accuracy` before and after the `tune` stage, or None if CRA was not measured.
         untrained, trained: Results of `evaluate_caption_fields` before and after the `align` stage.
-        query_templates: `ShortQueryResult.to_dict()`, or None if there is no caption encoder.
+        query_templates: Result of `ShortQueryResult.to_dict`, or None if there is no caption encoder.
         examples: Result of `collect_example_searches`.
-        curves: Rows of metrics.jsonl for each stage, keyed by stage name.
+        curves: Rows of each stage's metrics.jsonl, keyed by stage name.
         durations: Duration of each stage in seconds, keyed by stage name.
-        settings: YAML of the run config.
+        settings: Run config as YAML text.
     """
     run = describe_run(sum(durations.values()))
     stages = ", ".join(f"{stage} {format_duration(seconds)}" for stage, seconds in durations.items())
@@ -55,7 +55,7 @@ def write_fit_report(
         Code(run["command"]),
         Paragraph(data),
         Heading("Caption encoder"),
-        Paragraph("Caption retrieval accuracy: the first two captions of each held-out image retrieve each other."),
+        Paragraph("Caption retrieval accuracy: how often a held-out image's first two captions retrieve each other."),
         build_caption_retrieval_table(*cra)
         if cra
         else Paragraph("Not measured: too few held-out images have two captions."),
@@ -104,7 +104,7 @@ def build_summary_table(
 
 
 def build_caption_retrieval_table(raw: dict[str, Any], tuned: dict[str, Any]) -> Table:
-    """Return a table with the CRA at chance level, before the `tune` stage and after it."""
+    """Return a table that compares the CRA before and after the `tune` stage with the chance level."""
     rows: list[list[Any]] = [["chance", raw["chance"], None]]
     for name, metrics in (("raw", raw), ("tuned", tuned)):
         rows.append([name, metrics["CRA"], format_interval(metrics["CRA interval"])])
@@ -113,7 +113,7 @@ def build_caption_retrieval_table(raw: dict[str, Any], tuned: dict[str, Any]) ->
 
 
 def build_retrieval_table(untrained: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]) -> Table:
-    """Return a table of each caption field's recall at chance level, before training and after training."""
+    """Return a table that compares each caption field's recall before and after training with the chance level."""
     rows: list[list[Any]] = []
     for before, after in zip(untrained, trained, strict=True):
         name = f"{after['captions']} ({after['images']:,} images, {after['texts']:,} texts)"
@@ -126,9 +126,9 @@ def build_retrieval_table(untrained: Sequence[dict[str, Any]], trained: Sequence
     return Table(header, rows, highlight=frozenset(range(2, len(rows), 3)))
 
 
-def _build_short_query_blocks(choice: dict[str, Any]) -> list[Block]:
-    """Return a section on one- to three-word queries, encoded with and without the model's templates."""
-    literal, with_templates = choice["short queries"], choice["short queries with templates"]
+def _build_short_query_blocks(result: dict[str, Any]) -> list[Block]:
+    """Return a report section on one- to three-word queries, encoded with and without the model's templates."""
+    literal, with_templates = result["short queries"], result["short queries with templates"]
     header = ["query", *(f"{row['words']} {'word' if row['words'] == '1' else 'words'}: mAP" for row in literal)]
     rows = [
         ["chance", *(row["mAP chance"] for row in literal)],
@@ -142,15 +142,15 @@ def _build_short_query_blocks(choice: dict[str, Any]) -> list[Block]:
         rows.append(
             ["with templates", *(format_with_interval(row["mAP"], row["mAP interval"]) for row in with_templates)]
         )
-        templates = ", ".join(map(repr, choice["templates"]))
-        limit = "one word" if choice["max_words"] == 1 else f"up to {choice['max_words']} words"
+        templates = ", ".join(map(repr, result["templates"]))
+        limit = "one word" if result["max_words"] == 1 else f"up to {result['max_words']} words"
         text += (
             f"When searching, queries of {limit} are also encoded with the templates {templates}, and the embeddings "
             "are averaged. Because the templates were chosen on these images, the values with templates are slightly "
             "too high."
         )
     else:
-        text += "No templates improve these queries, so none are used for searching."
+        text += "No templates improve the results of these queries, so searches use none."
     return [Heading("Short queries"), Paragraph(text), Table(header, rows, frozenset([len(rows) - 1]))]
 
 
@@ -165,7 +165,7 @@ def _format_recall_cells(row: Mapping[str, Any], suffix: str = "") -> list[Any]:
 
 
 def plot_loss(stage: str, rows: Sequence[dict[str, Any]]) -> Plot:
-    """Plot a stage's loss at each step, and its moving average over about 5% of the steps."""
+    """Plot a stage's loss at each step, and the moving average of the loss over about 5% of the steps."""
     losses = [row["loss"] for row in rows]
     window = max(1, len(losses) // 20) + 1
     averages = []

@@ -19,12 +19,12 @@ def plot_curves(
     tick_labels: Sequence[str] | None = None,
     log_x: bool = False,
 ) -> str:
-    """Plot curves that share the same x values and return the SVG.
+    """Plot curves with common x values, and return the SVG.
 
     Args:
         curves: y values of each curve, keyed by curve name.
         bands: Shaded interval (low, high) at each x value, keyed by curve name.
-        tick_labels: Tick labels for the x values. Default: the x values themselves.
+        tick_labels: Label of the x axis tick at each x value. Default: numbers, at positions chosen by Matplotlib.
         log_x: If True, the x axis is logarithmic, and "(logarithmic)" is appended to its label.
     """
     figure, axes = create_axes(6.6, 3.6)
@@ -51,7 +51,7 @@ def plot_curves(
 def plot_interval_curves(
     curves: Mapping[str, Sequence[tuple[float, float, float]]], tick_labels: Sequence[str], xlabel: str, ylabel: str
 ) -> str:
-    """Plot curves of (value, low, high), one point per tick label, with shaded intervals. Return the SVG."""
+    """Plot curves with shaded intervals, and return the SVG. Each (value, low, high) belongs to one tick label."""
     values, bands = {}, {}
     for name, points in curves.items():
         values[name] = [value for value, _, _ in points]
@@ -60,10 +60,10 @@ def plot_interval_curves(
 
 
 def plot_intervals(intervals: Mapping[str, tuple[float, float, float]], xlabel: str) -> str:
-    """Plot values with horizontal intervals, one value per line. Return the SVG.
+    """Plot each value with a horizontal error bar, one row per value, and return the SVG.
 
     Args:
-        intervals: Value and interval as (value, low, high), keyed by label. The first label is at the top.
+        intervals: Value and error bar limits as (value, low, high), keyed by label. The first label is at the top.
     """
     figure, axes = create_axes(7.5, 0.5 + 0.36 * len(intervals))
     for n, (value, low, high) in enumerate(intervals.values()):
@@ -76,10 +76,7 @@ def plot_intervals(intervals: Mapping[str, tuple[float, float, float]], xlabel: 
 
 
 def plot_matrix(scores: Tensor, xlabel: str, ylabel: str) -> str:
-    """Plot a matrix as a heat map and return the SVG.
-
-    High values are yellow and low values are dark blue. Both are visible on light and dark pages.
-    """
+    """Plot a matrix as a heat map and return the SVG. The colours are visible on both light and dark pages."""
     figure, axes = create_axes(4.2, 3.8)
     image = axes.imshow(scores.numpy(), cmap="viridis", interpolation="nearest")
     axes.grid(False)
@@ -120,7 +117,7 @@ def to_svg(figure: Any) -> str:
 
     stream = io.StringIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    # Model names and captions may contain dollar signs, which must not be parsed as math.
+    # Labels may contain dollar signs, for example in model names. They must not be parsed as math.
     for label in figure.findobj(Text):
         label.set_parse_math(False)
     options: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "llm2clip", "font.family": "sans-serif"}

@@ -1,8 +1,8 @@
 """Parameter counts, FLOPs and activation memory, measured by running the models on fake tensors.
 
 Fake tensors have shapes but no values, so models of any size run without weights, memory or a GPU. The fake device is a
-CPU, but the counts also apply to GPUs: CPU attention kernels save just as little for the backward pass, and CPU
-autocast lowers the precision in the same way.
+CPU, but the counts also apply to GPUs: CPU attention kernels save as little for the backward pass as GPU kernels,
+and CPU autocast lowers the precision in the same way.
 
 A multiply-add counts as 2 FLOPs. As usual, only matmuls and convolutions are counted. LLM layers are identical, so the
 costs of an LLM are extrapolated from versions with two and three layers.
@@ -39,7 +39,7 @@ class PassCosts:
     backward: float
     saved: float  # bytes of activations saved by autograd
     layer_inputs: float  # bytes of the inputs to all layers
-    copies: float  # bytes of half-precision weight copies saved by autograd, regardless of the number of items
+    copies: float  # bytes of half-precision weight copies saved by autograd, in total and not per item
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class TextCosts:
     input_per_token: float  # bytes of a transformer layer's input, per token
     saved_outside: float  # bytes saved by autograd outside the transformer layers, per token
 
-    def count_tune_flop(self, config: TuneConfig) -> float:
+    def count_tune_flops(self, config: TuneConfig) -> float:
         """Return the FLOPs per caption of a `tune` step, including repeated forward passes."""
         tokens_per_batch = 2 * config.batch_size * self.tokens  # two texts per pair
         several_passes = tokens_per_batch > (config.batch_tokens or GPU_BATCH_TOKENS)
@@ -71,7 +71,7 @@ class TextCosts:
 
 @dataclass(frozen=True)
 class ImageCosts:
-    """Costs of running and training the `align` stage's model, per image with its captions."""
+    """Costs of running and training the `align` stage's model. Each item is an image with its captions."""
 
     tower: int  # number of parameters in the tower
     projection: int  # number of parameters in the projection
@@ -79,7 +79,7 @@ class ImageCosts:
     trained: int  # number of parameters trained in the `align` stage
     feature_dim: int  # dimension of the tower's image features
     embed_dim: int  # dimension of the shared embedding space
-    captions: float  # number of captions per image used in each step
+    captions: float  # number of captions that each step uses per image
     tower_forward: float  # FLOPs of the tower's forward pass
     forward: float  # FLOPs of the forward pass in a training step, excluding a frozen tower
     backward: float  # FLOPs of the backward pass in a training step
@@ -112,7 +112,7 @@ def measure_text_costs(encoder: EncoderConfig, tune: TuneConfig, tokens: float, 
     two, three = (_measure_shortened_llm(config, tune, n, length, is_cpu) for n in (2, 3))
 
     def extrapolate(costs: Callable[[PassCosts], float]) -> float:
-        """Extrapolate the FLOPs per caption to all layers."""
+        """Extrapolate the FLOPs per caption from two and three layers to all layers."""
         total = costs(two) + (len(layers) - 2) * (costs(three) - costs(two))
         return total * tokens / length
 
@@ -165,7 +165,7 @@ def measure_image_costs(config: AlignConfig, text_dim: int, captions: float) -> 
         model.to_empty(device="cpu")
         image = measure_pass(model, layers, embed_images, config.precision)
         text = measure_pass(model, [], embed_texts, config.precision)
-        tower.requires_grad_(False)  # under `no_grad`, torch's counter fails for towers with attention pooling
+        tower.requires_grad_(False)  # with `no_grad`, torch's FLOP counter fails for attention pooling
         tower_forward = count_flops(lambda: tower(make_pixels(1)))
     return ImageCosts(
         tower=tower_parameters,
@@ -191,8 +191,8 @@ def measure_pass(
     """Measure the costs of a forward and backward pass per item. Must be called within a `FakeTensorMode`.
 
     Args:
-        layers: Layers whose input sizes are measured.
-        run: Runs the model on the given number of items and returns the output.
+        layers: Layers whose inputs are measured.
+        run: Function that runs the model on the given number of items and returns the output.
         precision: fp32, bf16 or fp16.
     """
     saved_bytes = {}
@@ -201,7 +201,7 @@ def measure_pass(
         # fp16 has the same size as bf16, so autocast to bf16 covers both.
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")
         with autocast, saved.hooks, _record_input_bytes(layers) as input_bytes, make_flop_counter() as counter:
-            output = run(items)  # keeps the saved tensors alive
+            output = run(items)  # the output keeps the saved tensors alive
         forward = float(counter.get_total_flops())
         saved_bytes[items] = saved.bytes
     backward = count_flops(output.sum().backward) if output.requires_grad else 0.0
@@ -226,7 +226,7 @@ def count_parameters(module: nn.Module, only_trained: bool = False) -> int:
 
 
 class SavedTensorBytes:
-    """Counter of the bytes that autograd saves within `hooks`. Each storage counts once; weights are excluded."""
+    """Counts the bytes that autograd saves while `hooks` is active. Each storage counts once; weights do not count."""
 
     def __init__(self, model: nn.Module) -> None:
         weights = (*model.parameters(), *model.buffers())
@@ -247,7 +247,7 @@ class SavedTensorBytes:
 
 @contextmanager
 def _record_input_bytes(layers: Iterable[nn.Module]) -> Iterator[list[int]]:
-    """Record the input size in bytes of each layer that runs in the `with` block."""
+    """Record the size in bytes of each layer's input while the `with` block runs."""
     sizes: list[int] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -301,17 +301,17 @@ def _count_linear_weights(module: nn.Module) -> int:
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
-def _count_attention_flop(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def _count_attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     """Return the FLOPs of QK^T and PV. The arguments are shapes (..., tokens, dim)."""
     return int(2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1]))
 
 
-def _count_attention_backward_flop(_grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return 2 * _count_attention_flop(query, key, value)
+def _count_attention_backward_flops(_grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return 2 * _count_attention_flops(query, key, value)
 
 
-def _count_convolution_backward_flop(grad: Any, _input: Any, weight: Any, _bias: Any, *settings: Any, **_: Any) -> int:
-    """Return the forward FLOPs, multiplied by the number of requested gradients (input, weight).
+def _count_convolution_backward_flops(grad: Any, _input: Any, weight: Any, _bias: Any, *settings: Any, **_: Any) -> int:
+    """Return the forward FLOPs times the number of requested gradients (of the input, of the weight, or of both).
 
     PyTorch's own formula ignores groups, so it greatly overestimates the FLOPs of EfficientNet.
     """
@@ -320,7 +320,7 @@ def _count_convolution_backward_flop(grad: Any, _input: Any, weight: Any, _bias:
 
 
 _FLOP_FORMULAS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention_flop,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _count_attention_backward_flop,
-    torch.ops.aten.convolution_backward: _count_convolution_backward_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _count_attention_backward_flops,
+    torch.ops.aten.convolution_backward: _count_convolution_backward_flops,
 }

@@ -1,4 +1,4 @@
-"""Peak throughput and memory of accelerators according to data sheets, and the assumed utilisation per stage."""
+"""Accelerators' peak throughput and memory from data sheets, and the utilisation assumed for each stage."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ class Device:
     name: str  # value of --device
     half: float  # throughput in bf16 with fp32 accumulation, or in fp16 if `bf16` is False
     full: float  # throughput in fp32 without tensor cores, which is PyTorch's default
-    memory: float  # GB (10^9 bytes). A manufacturer's GB is 2^30 bytes; the 7% difference is left for the driver
-    bf16: bool = True  # whether the hardware supports bf16 matmuls
+    memory: float  # in GB of 10^9 bytes; manufacturers' GB are 2^30 bytes, and the extra 7% is left for the driver
+    bf16: bool = True  # True if the hardware supports bf16 matmuls
 
     def resolve_precision(self, setting: str, stage: Stage = "tune") -> str:
-        """Resolve a stage's precision setting to fp32, bf16 or fp16. bf16+N and calibrated become bf16.
+        """Resolve a stage's precision setting to fp32, bf16 or fp16, ignoring calibration and the fp32 layers of bf16+N.
 
         Raises:
             ValueError: The setting is bf16, but the hardware does not support bf16.
@@ -43,19 +43,19 @@ class Device:
 DEVICES = {
     device.name: device
     for device in (
-        # NVIDIA H100 and H200 data sheets, SXM: bf16 1,979 with sparsity, twice the dense rate.
+        # NVIDIA H100 and H200 (SXM) data sheets: bf16 at 1,979 TFLOP/s with sparsity, which is twice the dense rate.
         Device("h100", 989.5, 67, 80),
         Device("h200", 989.5, 67, 141),
         # NVIDIA A100 data sheet.
         Device("a100-80", 312, 19.5, 80),
         Device("a100-40", 312, 19.5, 40),
-        # NVIDIA L40S data sheet: bf16 362.05 dense.
+        # NVIDIA L40S data sheet: dense bf16 at 362.05 TFLOP/s.
         Device("l40s", 362, 91.6, 48),
-        # NVIDIA Ada GPU architecture white paper, appendix A: bf16 165.2 dense with fp32 accumulation.
+        # NVIDIA Ada GPU architecture white paper, appendix A: dense bf16 with fp32 accumulation at 165.2 TFLOP/s.
         Device("rtx4090", 165.2, 82.6, 24),
-        # NVIDIA L4 data sheet: bf16 242 with sparsity, twice the dense rate.
+        # NVIDIA L4 data sheet: bf16 at 242 TFLOP/s with sparsity, which is twice the dense rate.
         Device("l4", 121, 30.3, 24),
-        # NVIDIA T4 data sheet: fp16 65. The T4 does not support bf16.
+        # NVIDIA T4 data sheet: fp16 at 65 TFLOP/s. The T4 does not support bf16.
         Device("t4", 65, 8.1, 16, bf16=False),
     )
 }
@@ -66,8 +66,8 @@ class Machine:
     """Number and type of devices in a plan."""
 
     device: str
-    """h100, h200, a100-80, a100-40, l40s, rtx4090, l4 or t4. Any other name also requires --tflops and --memory,
-    including cpu (this machine's CPU)."""
+    """h100, h200, a100-80, a100-40, l40s, rtx4090, l4 or t4. Any other name, including cpu (this machine's CPU), also
+    requires --tflops and --memory."""
     count: int = 1
     """Number of devices. One process runs on each device."""
     mfu: float | None = None
@@ -99,7 +99,7 @@ class Machine:
         return self.device.lower() == "cpu"
 
     @property
-    def shards(self) -> int:
+    def num_shards(self) -> int:
         """Number of devices across which each weight is sharded."""
         return self.count if self.use_fsdp else 1
 
@@ -120,7 +120,7 @@ class Machine:
         return self.mfu or MFU[stage]
 
     def estimate_hours(self, flop: float, precision: str, stage: str) -> float:
-        """Return the hours that all devices together need for `flop` FLOPs of a stage."""
+        """Return the hours that a stage needs for `flop` FLOPs when all devices work in parallel."""
         return flop / (self.count * self.get_mfu(stage) * self.device_spec.get_peak_flops(precision)) / 3600
 
 

@@ -36,7 +36,7 @@ class LlavaStage:
         head: Number of weights in the language modelling head, even if they are tied to the input embeddings.
         parameters: Number of parameters in each part of the model.
         image_tokens: Number of tokens per image.
-        tower_flop: FLOPs of the vision tower per image.
+        tower_flop: FLOPs per image of the vision tower's forward pass.
         conversations: Number of conversations, each with a different image.
         feature_bytes: Size of the cached patch features of all images.
         cached: If True, patch features are cached, so training does not run the tower.
@@ -77,7 +77,7 @@ class LlavaStage:
 
     @property
     def hours(self) -> float:
-        """Wall-clock hours, using all devices."""
+        """Wall-clock hours of the stage when all devices work in parallel."""
         epochs = self.config.pretrain_epochs if self.name == "pretrain" else self.config.epochs
         trained_on = self.conversations * epochs
         encoded_images = self.conversations if self.cached else trained_on
@@ -86,28 +86,28 @@ class LlavaStage:
 
     @property
     def memory(self) -> Parts:
-        """Bytes per device for each component. The LLM is in fp32 or, with LoRA, in the compute precision."""
+        """Bytes per device for each component. LLM weights are in fp32 or, with LoRA, in the compute precision."""
         llm, config, machine, parameters = self.llm, self.config, self.machine, self.parameters
         compute_bytes = get_bytes_per_value(config.precision)
         weight_bytes = compute_bytes if config.lora_r else 4
         trained = parameters["projector"]
-        parts = {"LLM": weight_bytes * parameters["language model"] / machine.shards}
+        parts = {"LLM": weight_bytes * parameters["language model"] / machine.num_shards}
         if self.name == "instruct":
             trained += llm.trained if config.lora_r else parameters["language model"]
             if config.lora_r:
-                parts["LoRA"] = 4.0 * llm.trained / machine.shards
+                parts["LoRA"] = 4.0 * llm.trained / machine.num_shards
         if weight_bytes > compute_bytes:
             copied = llm.largest_linear if machine.use_fsdp else llm.linear + self.head
             parts["copies in half precision"] = compute_bytes * copied
         if machine.use_fsdp:
-            parts["gathered"] = 2.0 * compute_bytes * llm.largest_linear  # the current block and the next one
+            parts["gathered"] = 2.0 * compute_bytes * llm.largest_linear  # weights of the current and next layer
         parts |= estimate_optimizer_memory(trained, machine)
         if not self.cached:
             parts["tower"] = 4.0 * parameters["vision tower"]
         batch_size = config.pretrain_batch_size if self.name == "pretrain" else config.batch_size
         micro_batch_size = max(1, math.ceil(min(config.micro_batch_size, batch_size / machine.count)))
         vocabulary = self.head // llm.embed_dim
-        logits = vocabulary * (compute_bytes + 4 + 4)  # logits, their fp32 copy and their gradient
+        logits = vocabulary * (compute_bytes + 4 + 4)  # bytes per token: logits, their fp32 copy and gradient
         text_tokens = llm.tokens - self.image_tokens
         per_conversation = llm.tokens * count_saved_bytes(llm, config.gradient_checkpointing) + text_tokens * logits
         parts["activations"] = micro_batch_size * per_conversation
@@ -127,7 +127,7 @@ def plan_llava(
     """Estimate the costs of both training stages.
 
     Args:
-        llm, vision: Causal LLM and vision tower. Models listed in `model_configs.py` need no network access.
+        llm, vision: Names of the causal LLM and the vision tower. Names in `model_configs.py` need no network access.
         conversations: Number of conversations in each stage, each assumed to have a different image.
         text_tokens: Mean number of text tokens per conversation in each stage.
 
@@ -185,7 +185,7 @@ def format_llava_plan(stages: dict[str, LlavaStage]) -> list[str]:
             f"{name}: {stage.hours:.1f} hours on {machine.count} x {machine.device} for "
             f"{stage.conversations:,} conversations, {stage.flop / 1e12:.1f} TFLOP each",
             f"  {compute_peak_memory(memory) / 1e9:.0f} GB per device ({verdict}): {parts}",
-            f"  cached patch features would take {stage.feature_bytes / 1e9:,.0f} GB",
+            f"  cached patch features would take up {stage.feature_bytes / 1e9:,.0f} GB",
         ]
     lines.append(
         f"Assumed: {machine.get_mfu('tune'):.0%} of the device's peak FLOP/s. These are estimates, not measurements."
@@ -194,7 +194,7 @@ def format_llava_plan(stages: dict[str, LlavaStage]) -> list[str]:
 
 
 def _measure_patches(tower: Any) -> tuple[int, int]:
-    """Return the number of patches per image and the dimension of a patch feature.
+    """Return the number of patches per image and the dimension of their features.
 
     Raises:
         ValueError: `llava build` does not support the tower.

@@ -1,4 +1,4 @@
-"""Memory estimates per device and component, in bytes, based on what the code allocates.
+"""Estimates of the memory that each component needs per device, in bytes, based on what the code allocates.
 
 The sizes of weights and activations are measured (see `costs.py`) and summed here. Running a complete step on fake
 tensors would not be enough: the report lists each component and compares many settings, and fake tensors on one device
@@ -6,8 +6,8 @@ do not account for sharded weights, communication buffers or 4-bit weights.
 
 A trained fp32 weight takes 4 bytes, its gradient 4 bytes, and AdamW's two moments 8 bytes. With several processes,
 DistributedDataParallel keeps a second copy of the gradients in its communication buckets. The backward pass frees
-activations as it creates gradients, so in a single pass only the larger of the two counts. With gradient caching, the
-gradients of earlier passes are in memory at the same time as the activations of the current pass.
+activations as it creates gradients, so if a step has a single pass, only the larger of the two counts. With gradient
+caching, the gradients of earlier passes are in memory at the same time as the activations of the current pass.
 
 On a CPU, memory use can also peak before training, while the LLM is being loaded. The `loading` component is this peak:
 the fp32 weights plus the memory-mapped 16-bit files that they are converted from.
@@ -33,8 +33,8 @@ Parts = dict[str, float]  # component name -> bytes
 
 
 def estimate_tune_memory(text: TextCosts, config: TuneConfig, machine: Machine) -> Parts:
-    """Return the bytes per component in the `tune` stage. `config.precision` must be fp32, bf16 or fp16."""
-    value_bytes, shards = get_bytes_per_value(config.precision), machine.shards
+    """Return the bytes that each component needs in the `tune` stage. `config.precision` must be fp32, bf16 or fp16."""
+    value_bytes, num_shards = get_bytes_per_value(config.precision), machine.num_shards
     tokens_per_step = 2 * config.batch_size * text.tokens  # two texts per pair
     tokens_per_pass = tokens_per_step
     if config.grad_cache:
@@ -44,24 +44,24 @@ def estimate_tune_memory(text: TextCosts, config: TuneConfig, machine: Machine) 
     parts: Parts = {}
     if config.lora_r:
         linear_bytes = NF4_BYTES if config.qlora else value_bytes
-        parts["LLM"] = (linear_bytes * text.linear + 4 * (text.parameters - text.linear)) / shards
-        parts["LoRA"] = 4 * text.trained / shards
+        parts["LLM"] = (linear_bytes * text.linear + 4 * (text.parameters - text.linear)) / num_shards
+        parts["LoRA"] = 4 * text.trained / num_shards
         if config.qlora:
             parts["dequantised matrix"] = value_bytes * text.largest_matrix
     else:
-        parts["LLM"] = 4 * text.parameters / shards
+        parts["LLM"] = 4 * text.parameters / num_shards
         if value_bytes == 2:
             parts["half-precision copies"] = 2 * (text.largest_linear if machine.use_fsdp else text.linear)
     if machine.use_fsdp:
-        parts["gathered"] = 2 * value_bytes * text.largest_linear  # one layer in use and the next layer prefetched
+        parts["gathered"] = 2 * value_bytes * text.largest_linear  # weights of the current and next layer
     parts |= estimate_optimizer_memory(text.trained, machine)
-    activations = tokens_per_pass * count_saved_bytes(text, config.gradient_checkpointing)
-    parts["activations"] = _subtract_gradients(activations, text.trained / shards, tokens_per_pass < tokens_per_step)
+    saved = tokens_per_pass * count_saved_bytes(text, config.gradient_checkpointing)
+    parts["activations"] = _subtract_gradients(saved, text.trained / num_shards, tokens_per_pass < tokens_per_step)
     return parts | _estimate_fixed_parts(text, machine)
 
 
 def estimate_embed_memory(text: TextCosts, precision: str, machine: Machine) -> Parts:
-    """Return the bytes per component in the `embed` stage.
+    """Return the bytes that each component needs in the `embed` stage.
 
     On GPUs, the estimate is for the smallest batch, because `embed` uses larger batches only if they fit in memory. The
     LLM is loaded on the CPU, and the device holds linear weights only in the matmul precision.
@@ -72,9 +72,9 @@ def estimate_embed_memory(text: TextCosts, precision: str, machine: Machine) -> 
 
 
 def estimate_align_memory(image: ImageCosts, text: TextCosts, config: AlignConfig, machine: Machine) -> Parts:
-    """Return the bytes per component in the `align` stage. `config.precision` must be fp32, bf16 or fp16.
+    """Return the bytes that each component needs in the `align` stage. `config.precision` must be fp32, bf16 or fp16.
 
-    `align` loads the LLM on the CPU to check that it is the LLM that created the store.
+    `align` loads the LLM on the CPU to check that this LLM created the store.
     """
     micro_batch = min(config.micro_batch_size or config.batch_size, config.batch_size)
     images = config.batch_size * machine.count
@@ -83,13 +83,13 @@ def estimate_align_memory(image: ImageCosts, text: TextCosts, config: AlignConfi
     if config.gradient_checkpointing and image.saved > image.layer_inputs:
         saved = image.layer_inputs + image.saved_per_layer
 
-    parts = {"model": 4 * image.parameters / machine.shards} | estimate_optimizer_memory(image.trained, machine)
+    parts = {"model": 4 * image.parameters / machine.num_shards} | estimate_optimizer_memory(image.trained, machine)
     if config.precision != "fp32":
-        parts["half-precision copies"] = image.copies / machine.shards
+        parts["half-precision copies"] = image.copies / machine.num_shards
     # One additional layer accounts for gradients, as in `count_saved_bytes`.
     activations = micro_batch * (saved + image.saved_per_layer)
     several_passes = micro_batch < config.batch_size
-    parts["activations"] = _subtract_gradients(activations, image.trained / machine.shards, several_passes)
+    parts["activations"] = _subtract_gradients(activations, image.trained / machine.num_shards, several_passes)
     # Embeddings, gathered embeddings and their gradients, plus the tensors for a chunk of logits.
     chunk = min(CHUNK["cpu" if machine.is_cpu else "cuda"], config.batch_size * texts)
     parts["loss"] = 12 * image.embed_dim * (images + texts) + 4 * chunk * get_loss(config.loss).chunk_tensors
@@ -121,18 +121,18 @@ def estimate_optimizer_memory(trained: float, machine: Machine) -> Parts:
 
 
 def get_bytes_per_value(precision: str) -> int:
-    """Return the number of bytes per value of a matmul input."""
+    """Return the size in bytes of each value in a matmul input."""
     return 4 if precision == "fp32" else 2
 
 
 def compute_peak_memory(parts: Parts) -> float:
-    """Return the peak memory in bytes: the maximum over training and loading."""
+    """Return the peak memory in bytes, which is reached either in training or while loading the LLM."""
     training = sum(size for part, size in parts.items() if part != "loading")
     return max(training, parts.get("loading", 0.0))
 
 
 def fits_in_memory(parts: Parts, memory: float) -> bool:
-    """Return True if the peak fits on a device with `memory` GB."""
+    """Return True if the peak memory fits on a device with `memory` GB."""
     return compute_peak_memory(parts) <= USABLE_FRACTION * memory * 1e9
 
 
@@ -156,12 +156,12 @@ Changes = dict[str, Any]  # setting -> new value; use_fsdp is a `Machine` settin
 def suggest_flags(
     config: TuneConfig | AlignConfig, machine: Machine, memory: Callable[[Any, Machine], Parts]
 ) -> list[tuple[str, float]]:
-    """Return command-line flags that make a stage fit, each with the resulting peak memory in bytes.
+    """Return sets of command-line flags that make a stage fit in memory, each with the resulting peak in bytes.
 
-    Suggestions that merely add flags to an earlier one are omitted.
+    A set that only adds flags to an earlier one is omitted.
 
     Args:
-        memory: Estimates the stage's memory per component from a config and a machine.
+        memory: Function that estimates the memory of each component, given a config and a machine.
     """
     if isinstance(config, TuneConfig):
         stage, changes = "tune", _list_tune_changes(config)

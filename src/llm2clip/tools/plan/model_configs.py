@@ -1,4 +1,4 @@
-"""Models without weights, used for planning. Models listed in the tables below need no network access.
+"""Models without weights, used for planning. Models in the tables `LLMS` and `TOWERS` need no network access.
 
 Models are built on PyTorch's meta device, where tensors have shapes but no values. For language models that are not
 listed, the config is read from a local folder or from the hub. Hub ids of vision towers are mapped to timm models of
@@ -43,7 +43,7 @@ _SMOLLM2 = _make_config("llama", 576, 30, 9, 3, 1536, 49152, tie_word_embeddings
 _GEMMA3 = _make_config("gemma3_text", 640, 18, 4, 1, 2048, 262144, head_dim=256)
 _MINILM = _make_config("bert", 384, 6, 12, 12, 1536, 30522)
 
-# Lower-case hub ids and llm2clip's short model names -> configs.
+# Configs of language models, keyed by lower-case hub id or by llm2clip's short model name.
 LLMS = {
     "meta-llama/meta-llama-3-8b": _LLAMA_8B,
     "meta-llama/meta-llama-3-8b-instruct": _LLAMA_8B,
@@ -52,7 +52,7 @@ LLMS = {
     "meta-llama/llama-3.2-1b": _LLAMA_1B,
     "meta-llama/llama-3.2-1b-instruct": _LLAMA_1B,
     "deepseek-ai/deepseek-r1-distill-llama-8b": _LLAMA_8B,
-    "encoders/llm2vec-llama-3-8b": _LLAMA_8B,  # folders created by `convert`, as described in the built-in configs
+    "encoders/llm2vec-llama-3-8b": _LLAMA_8B,  # folder created by `convert`; see the built-in configs
     "encoders/nv-embed-v2": _MISTRAL_7B,
     "baai/bge-en-icl": {**_MISTRAL_7B, "vocab_size": 32003},
     "lmsys/vicuna-7b-v1.5": _VICUNA_7B,
@@ -70,7 +70,7 @@ LLMS = {
     "sentence-transformers/all-minilm-l6-v2": _MINILM,
 }
 
-# Lower-case hub ids and llm2clip's short model names -> (timm model, image size).
+# (timm model, image size) of vision towers, keyed by lower-case hub id or by llm2clip's short model name.
 TOWERS: dict[str, tuple[str, int]] = {
     "openai/clip-vit-base-patch32": ("vit_base_patch32_clip_quickgelu_224", 224),
     "openai/clip-vit-base-patch16": ("vit_base_patch16_clip_quickgelu_224", 224),
@@ -92,7 +92,7 @@ def get_llm_config(encoder: EncoderConfig) -> Any:
     """Return the Hugging Face config of an encoder's language model, limited to the first `encoder.layers` layers.
 
     Raises:
-        ValueError: The model is neither in the table nor a folder, and the hub cannot be reached.
+        ValueError: The model is neither in `LLMS` nor a folder, and it cannot be loaded from the hub.
     """
     from transformers import AutoConfig
 
@@ -109,8 +109,8 @@ def get_llm_config(encoder: EncoderConfig) -> Any:
                 config = load_config(folder)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"--encoder.path {path} is neither a folder with a config.json nor one of {', '.join(LLMS)}, and the "
-                f"hub did not respond: {str(error).splitlines()[0]}"
+                f"--encoder.path {path} is neither a folder with a config.json nor one of {', '.join(LLMS)}, and "
+                f"loading it from the hub failed: {str(error).splitlines()[0]}"
             ) from error
     config = getattr(config, "text_config", config)
     if encoder.layers is not None:
@@ -133,7 +133,7 @@ def build_tower(align: AlignConfig) -> VisionTower:
     """Build the vision tower on the meta device.
 
     Raises:
-        ValueError: The tower is not supported, or it is unknown and the hub cannot be reached.
+        ValueError: The tower is not supported, or it is unknown and cannot be loaded from the hub.
     """
     name, size = TOWERS.get(align.tower.lower().removeprefix("hf:"), (align.tower, None))
     try:
@@ -142,7 +142,7 @@ def build_tower(align: AlignConfig) -> VisionTower:
     except OSError as error:
         raise ValueError(
             f"--align.tower {align.tower} is not a folder, a timm model or one of {', '.join(TOWERS)}, and "
-            f"the hub did not respond: {str(error).splitlines()[0]}"
+            f"loading it from the hub failed: {str(error).splitlines()[0]}"
         ) from error
     return tower
 

@@ -1,4 +1,4 @@
-"""Estimates of the parameters, FLOPs, memory and hours of a `fit` run, and checks for free memory and disk space.
+"""Estimates of the parameters, FLOPs, memory and hours of a `fit` run, and checks of free memory and disk space.
 
 Time is computed as FLOPs / (peak throughput * assumed model FLOPs utilisation); see `devices.MFU`. Small models, small
 batches and slow image decoding lower the actual utilisation.
@@ -37,7 +37,7 @@ from llm2clip.train.losses import get_loss
 from llm2clip.train.sampling import resolve_images_per_step
 
 CHARACTERS_PER_TOKEN = 4  # approximate value for English text
-SAMPLED_RECORDS = 1000
+SAMPLED_RECORDS = 1000  # number of records used to estimate caption counts and lengths
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Plan:
         return {"once": once, "repeated": repeated, "loss": loss, "total": once + repeated + loss}
 
     @cached_property
-    def hours(self) -> dict[str, float]:
+    def stage_hours(self) -> dict[str, float]:
         """Duration of each stage, in hours."""
         tune, align, machine = self.config.tune, self.config.align, self.machine
         tune_texts = 2 * tune.steps * tune.batch_size * machine.count  # two texts per pair
@@ -85,14 +85,14 @@ class Plan:
         feature_flop = self.images * self.image.tower_forward if align.caches_features else 0.0
         align_flop = feature_flop + self.images * align.epochs * self.step_flop["total"]
         return {
-            "tune": machine.estimate_hours(tune_texts * self.text.count_tune_flop(tune), tune.precision, "tune"),
+            "tune": machine.estimate_hours(tune_texts * self.text.count_tune_flops(tune), tune.precision, "tune"),
             "embed": machine.estimate_hours(embed_flop, self.config.embed.precision, "embed"),
             "align": machine.estimate_hours(align_flop, align.precision, "align"),
         }
 
     @cached_property
     def memory(self) -> dict[str, Parts]:
-        """Bytes per device for each stage and component. `tune` is omitted if it has no steps."""
+        """Bytes per device, keyed by stage and then by component. `tune` is omitted if it has no steps."""
         memory = {
             "tune": estimate_tune_memory(self.text, self.config.tune, self.machine),
             "embed": estimate_embed_memory(self.text, self.config.embed.precision, self.machine),
@@ -104,11 +104,11 @@ class Plan:
 
     @property
     def fits(self) -> dict[str, bool]:
-        """True for each stage that fits in the device's memory."""
+        """For each stage, True if it fits in the device's memory."""
         return {stage: fits_in_memory(parts, self.machine.device_spec.memory) for stage, parts in self.memory.items()}
 
     def suggest_flags(self, stage: str) -> list[tuple[str, float]]:
-        """Return command-line flags that make `tune` or `align` fit, each with the resulting peak memory in bytes."""
+        """Return sets of flags that make `tune` or `align` fit in memory, each with the resulting peak in bytes."""
         if stage == "tune":
             return suggest_flags(self.config.tune, self.machine, partial(estimate_tune_memory, self.text))
         if stage == "align":
@@ -129,22 +129,22 @@ class Plan:
 
     @property
     def images_per_second(self) -> float:
-        """Images that each device must decode per second in `align`; 0 if the tower is frozen."""
+        """Number of images that each device must decode per second in `align`; 0 if the tower is frozen."""
         align = self.config.align
         if align.tower_lr == 0:
             return 0.0
-        return self.images * align.epochs / (self.hours["align"] * 3600 * self.machine.count)
+        return self.images * align.epochs / (self.stage_hours["align"] * 3600 * self.machine.count)
 
     @property
     def online_cost_ratios(self) -> tuple[float, float]:
-        """Relative costs of running the LLM in every `align` step instead of using an embedding store.
+        """Costs of running the LLM in every `align` step, relative to using an embedding store.
 
         The first ratio compares FLOPs per step, and the second compares the total time of `embed` and `align`.
         """
         text_flop, step_flop = self.image.captions * self.text.forward, self.step_flop["total"]
         all_flop = self.images * self.config.align.epochs * text_flop
-        hours = self.hours["align"] + self.machine.estimate_hours(all_flop, self.config.embed.precision, "embed")
-        return (step_flop + text_flop) / step_flop, hours / (self.hours["embed"] + self.hours["align"])
+        hours = self.stage_hours["align"] + self.machine.estimate_hours(all_flop, self.config.embed.precision, "embed")
+        return (step_flop + text_flop) / step_flop, hours / (self.stage_hours["embed"] + self.stage_hours["align"])
 
     def _estimate_align_memory_for(self, config: AlignConfig, machine: Machine) -> Parts:
         same_model = config.lora_r == self.config.align.lora_r
@@ -200,8 +200,8 @@ def check_resources(config: FitConfig, run_dir: Path, records: Sequence[Record])
     """Check before a run starts that there is enough free disk space and memory.
 
     Returns:
-        Warnings about stages that need more memory than is free. These are not errors, because the memory needed is
-        only an estimate.
+        Warnings about stages that need more memory than is free. They are not errors, because the memory needed is
+        only estimated.
 
     Raises:
         OSError: There is not enough free disk space.
@@ -230,12 +230,12 @@ def _list_memory_warnings(plan: Plan) -> list[str]:
     for stage in (stage for stage, stage_fits in plan.fits.items() if not stage_fits):
         needed, free = compute_peak_memory(plan.memory[stage]) / 1e9, plan.machine.device_spec.memory
         warnings.append(f"Warning: {stage} needs about {needed:.1f} GB of memory, but only {free:.1f} GB is free.")
-        warnings += [f"  {flags} reduces this to {size / 1e9:.1f} GB" for flags, size in plan.suggest_flags(stage)]
+        warnings += [f"  with {flags}: {size / 1e9:.1f} GB" for flags, size in plan.suggest_flags(stage)]
     return warnings
 
 
 def _detect_machine() -> Machine:
-    """Describe this run's devices, including free memory."""
+    """Return the number, type and free memory of this run's devices."""
     state = process_state()
     if state.device.type == "cuda":
         memory, name = torch.cuda.mem_get_info(state.device)[0], "gpu"
@@ -245,7 +245,7 @@ def _detect_machine() -> Machine:
 
 
 def _check_disk_space(plan: Plan, run_dir: Path) -> None:
-    """Raise OSError if a run's files do not fit on the disk. Existing files need no additional space."""
+    """Raise OSError if the files that a run has not yet written do not fit on the disk."""
     trained = plan.image.trained + (plan.text.trained if plan.config.tune.steps else 0)
     # Checkpoints contain each trained weight and AdamW's two moments. The encoder is saved in both tune/ and model/.
     sizes = {

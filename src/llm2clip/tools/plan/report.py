@@ -11,7 +11,7 @@ from llm2clip.tools.plan.plan import Plan
 
 
 def format_plan(plan: Plan, width: int = 110) -> str:
-    """Format a plan as text, at most `width` characters wide."""
+    """Format a plan as text with at most `width` characters per line."""
     page = StringIO()
     console = Console(file=page, width=width, highlight=False)
     for table in (
@@ -69,7 +69,7 @@ def _make_flop_table(plan: Plan) -> Table:
     source = ", from cached features" if align.tower_lr == 0 else ""
     counts = {f"{caption}, forward": plan.text.forward}
     if "tune" in plan.memory:
-        counts[f"{caption}, in a tuning step"] = plan.text.count_tune_flop(plan.config.tune)
+        counts[f"{caption}, in a tuning step"] = plan.text.count_tune_flops(plan.config.tune)
     counts["image through the tower"] = plan.image.tower_forward
     counts[f"image and {captions} in an align step"] = flop["total"]
     counts[f"  forward and backward{source}"] = flop["once"]
@@ -83,7 +83,7 @@ def _make_flop_table(plan: Plan) -> Table:
 
 def _make_memory_table(plan: Plan) -> Table:
     stages, device = list(plan.memory), plan.machine.device_spec
-    parts = dict.fromkeys(part for memory in plan.memory.values() for part in memory)  # in order, without duplicates
+    parts = dict.fromkeys(part for memory in plan.memory.values() for part in memory)  # unique, in order
     ordered = sorted(parts, key=("libraries", "loading").__contains__)  # libraries and loading come last
     rows = []
     for part in ordered:
@@ -107,7 +107,7 @@ def _make_time_table(plan: Plan) -> Table:
         "embed": f"{plan.images * plan.captions_per_image:,.0f} captions",
         "align": align,
     }
-    rows = [(stage, format_hours(plan.hours[stage]), details[stage]) for stage in plan.memory]
+    rows = [(stage, format_hours(plan.stage_hours[stage]), details[stage]) for stage in plan.memory]
     return _make_table((f"Time on {count} x {plan.machine.device_spec.name}", "", ""), rows, right_align=False)
 
 
@@ -136,12 +136,12 @@ def _format_suggestions(plan: Plan) -> list[str]:
         if any("--use_fsdp" in flags for flags, _ in suggestions):
             lines.append("  --use_fsdp shards the weights: accelerate launch --use_fsdp --fsdp_version 2")
         if not suggestions:
-            lines.append("  None of the combinations tried fits: use a smaller model, fewer layers or a larger device.")
+            lines.append("  No tested combination of settings fits: use a smaller model, fewer layers or a larger device.")
     return lines
 
 
 def _format_assumptions(plan: Plan) -> str:
-    mfu = ", ".join(f"{stage} {plan.machine.get_mfu(stage):.0%}" for stage in plan.hours)
+    mfu = ", ".join(f"{stage} {plan.machine.get_mfu(stage):.0%}" for stage in plan.stage_hours)
     return (
         f"Estimated, not measured. Assumptions: {mfu} of peak throughput (MFU), "
         f"{1 - USABLE_FRACTION:.0%} of memory lost to fragmentation, no duplicate captions, and image decoding that is "
