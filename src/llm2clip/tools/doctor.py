@@ -1,7 +1,7 @@
 """The `doctor` command, which checks the machine and the Python environment.
 
-Each check reports what it measured and, if there is a problem, how to fix it. "bad" means that `llm2clip fit` would
-fail. "note" means that some features are missing or slow.
+Each check reports what it measured and, if there is a problem, how to fix it. The verdict "bad" means that
+`llm2clip fit` would fail, and "note" means that some features are missing or slow.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from llm2clip.io_utils import install_command
 if TYPE_CHECKING:
     import torch
 
-DEVELOPER_EXTRAS = ("dev", "docs", "peers")  # needed only by developers, so not checked
-MIN_DISK_GB = 5.0  # free disk space for the weights, embedding store and checkpoints of a small `fit` run
-MIN_MEMORY_GB = 4.0  # free memory for a small `fit` run
-MIN_SHARED_MEMORY_MB = 64  # enough for one batch of decoded images per worker
+DEVELOPER_EXTRAS = ("dev", "docs", "peers")  # extras that only developers need; `doctor` does not check them
+MIN_DISK_GB = 5.0  # disk space that the weights, embedding store and checkpoints of a small `fit` run need
+MIN_MEMORY_GB = 4.0  # memory that a small `fit` run needs
+MIN_SHARED_MEMORY_MB = 64  # enough shared memory for one batch of decoded images per worker
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Check:
 
     @property
     def verdict(self) -> str:
-        """One of "bad", "note" and "ok"."""
+        """Severity: "bad", "note" or "ok"."""
         return "bad" if self.failed else "note" if self.fix else "ok"
 
 
@@ -48,7 +48,7 @@ def doctor(run_dir: Path, offline: bool = False) -> list[Check]:
     """Run all checks.
 
     Args:
-        run_dir: Folder for runs, which does not have to exist.
+        run_dir: Folder for runs. It does not have to exist.
         offline: If True, skip the check that connects to the model hub.
     """
     checks = [*check_packages(), *check_compute(), *check_memory(), *check_disks(run_dir)]
@@ -70,7 +70,7 @@ def format_checks(checks: list[Check]) -> list[str]:
 
 
 def read_requirements() -> dict[str, list[Requirement]]:
-    """Return the package's requirements, keyed by extra. The key "" stands for the base install."""
+    """Return the package's requirements, keyed by extra. The key "" selects those of the base install."""
     by_extra: dict[str, list[Requirement]] = {}
     for line in metadata.requires("llm2clip") or []:
         requirement = Requirement(line)
@@ -166,7 +166,7 @@ def check_gradient(device: torch.device) -> Check:
 
 
 def check_memory() -> Iterator[Check]:
-    """Check the free memory and the shared memory that data loading workers use."""
+    """Check the free memory and the free shared memory, which data loading workers use."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -183,7 +183,7 @@ def check_memory() -> Iterator[Check]:
 
 
 def check_disks(run_dir: Path) -> Iterator[Check]:
-    """Check that the run directory and cache folder are writable and have enough free space."""
+    """Check that the folders for runs and cached files are writable and have enough free disk space."""
     from llm2clip.models.hub.pretrained import get_cache_dir
 
     for name, folder in (("runs", run_dir), ("cache", get_cache_dir())):
@@ -207,7 +207,7 @@ def check_hub() -> Iterator[Check]:
         return
     try:
         status = get_session().head(ENDPOINT, timeout=5).status_code
-    except Exception as error:  # in httpx, connection errors and invalid URLs have no common base class
+    except Exception as error:  # httpx's errors for failed connections and invalid URLs have no common base class
         fix = "use local folders or built-in model names (smollm2-135m, ...), or set HF_ENDPOINT to a mirror"
         yield Check("hub", f"{ENDPOINT} did not respond: {error}", fix)
     else:

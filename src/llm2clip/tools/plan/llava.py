@@ -185,7 +185,7 @@ def format_llava_plan(stages: dict[str, LlavaStage]) -> list[str]:
             f"{name}: {stage.hours:.1f} hours on {machine.count} x {machine.device} for "
             f"{stage.conversations:,} conversations, {stage.flop / 1e12:.1f} TFLOP each",
             f"  {compute_peak_memory(memory) / 1e9:.0f} GB per device ({verdict}): {parts}",
-            f"  cached patch features would take up {stage.feature_bytes / 1e9:,.0f} GB",
+            f"  cached patch features would take {stage.feature_bytes / 1e9:,.0f} GB",
         ]
     lines.append(
         f"Assumed: {machine.get_mfu('tune'):.0%} of the device's peak FLOP/s. These are estimates, not measurements."

@@ -136,7 +136,7 @@ def _format_suggestions(plan: Plan) -> list[str]:
         if any("--use_fsdp" in flags for flags, _ in suggestions):
             lines.append("  --use_fsdp shards the weights: accelerate launch --use_fsdp --fsdp_version 2")
         if not suggestions:
-            lines.append("  No tested combination of settings fits: use a smaller model, fewer layers or a larger device.")
+            lines.append("  No tested settings fit: use a smaller model, fewer layers or a larger device.")
     return lines
 
 

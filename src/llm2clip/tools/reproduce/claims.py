@@ -60,7 +60,7 @@ TITLES = {
 class Comparison:
     """Comparison of two values of a metric, where `low` is expected to be lower than `high`.
 
-    `difference` is the high value minus the low value, with its confidence interval.
+    `difference` is the value of `high` minus the value of `low`, with its confidence interval.
     """
 
     low: str
@@ -72,7 +72,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """HOLDS, WEAK_SUPPORT, INCONCLUSIVE or CONTRADICTED."""
+        """Verdict: HOLDS, WEAK_SUPPORT, INCONCLUSIVE or CONTRADICTED."""
         if self.low_interval[2] < self.high_interval[1]:
             return HOLDS
         if self.difference[1] > 0:
@@ -85,11 +85,11 @@ class Claim:
     """Result of testing a claim.
 
     Args:
-        number: Claim number, from 1 to 6. See `TITLES`.
+        number: Number of the claim, from 1 to 6. See `TITLES`.
         header, rows: Header and rows of the results table.
         comparisons: Comparisons that determine the verdict.
         notes: Remarks on how to interpret the result.
-        points: Labels on the plot's x axis. Empty if the claim has no curves.
+        points: Labels of the points on the plot's x axis. Empty if the claim has no curves.
         curves: Values at each of the `points`, keyed by curve name.
     """
 
@@ -150,7 +150,7 @@ def measure_caption_retrieval(experiments: Experiments) -> Claim:
 def compare_text_towers(experiments: Experiments) -> Claim:
     """Test claim 2: measure image-text retrieval with each text tower."""
     claim = Claim(2)
-    order = [MULTILINGUAL_RAW, BASELINE, MULTILINGUAL_CC]  # from the lowest to the highest expected recall
+    order = [MULTILINGUAL_RAW, BASELINE, MULTILINGUAL_CC]  # sorted by expected recall, lowest first
     if experiments.data.text_pairs:
         order.insert(2, MULTILINGUAL_TC)
     else:
@@ -171,7 +171,7 @@ def compare_text_towers(experiments: Experiments) -> Claim:
 
 
 def compare_long_captions(experiments: Experiments) -> Claim:
-    """Test claim 3: measure how much caption tuning improves retrieval as queries become longer."""
+    """Test claim 3: measure how much caption tuning improves retrieval for queries of increasing length."""
     tests = list(experiments.data.long_caption_tests)
     claim = Claim(3, points=tests)
     claim.header = ["text tower, T2I R@1", *tests]
@@ -217,7 +217,7 @@ def compare_llm_sizes(experiments: Experiments) -> Claim:
 
 
 def measure_training_cost(experiments: Experiments) -> Claim:
-    """Test claim 6: measure how long training steps take."""
+    """Test claim 6: measure the duration of training steps for each source of text embeddings."""
     claim = Claim(6)
     claim.header = ["source of text embeddings", "seconds per step", "relative to CLIP", "trained parameters, M"]
     times = measure_step_times(experiments, LLM_CC)
@@ -244,7 +244,7 @@ def measure_training_cost(experiments: Experiments) -> Claim:
         )
     claim.notes.append(
         f"Medians over {experiments.config.cost_steps} steps with {times.batch_size} images and one caption per image. "
-        "Steps of the variants alternated. Intervals are interquartile ranges."
+        "Steps of the variants were interleaved. Intervals are interquartile ranges."
     )
     train = experiments.data.train_records
     num_texts, num_steps = sum(len(record.texts) for record in train), len(train) / times.batch_size
@@ -272,7 +272,7 @@ def _fill_retrieval_table(experiments: Experiments, claim: Claim, names: Sequenc
     """Measure image-text retrieval and add one row per caption encoder to the claim's table.
 
     Returns:
-        For each caption encoder, per-image hits of shape (seeds, images), averaged over both retrieval directions.
+        Per-image hits of shape (seeds, images), averaged over both retrieval directions, keyed by caption encoder.
     """
     claim.header = RETRIEVAL_HEADER
     mean_hits = {}
@@ -310,7 +310,7 @@ def _compute_quartiles(values: Sequence[float]) -> Interval:
 
 
 def compare_hits(low: str, high: str, metric: str, low_hits: Tensor, high_hits: Tensor) -> Comparison:
-    """Compare two models, given their hits on the same images, each of shape (seeds, images)."""
+    """Compare two models, given the per-image hits of each, of shape (seeds, images), on the same images."""
     means = _resample_means(high_hits, seed=2) - _resample_means(low_hits, seed=1)
     return Comparison(
         low=low,
@@ -333,13 +333,13 @@ def bootstrap_interval(values: Tensor) -> Interval:
 
 
 def _make_interval(mean: Tensor, means: Tensor, num_images: int, bounds: tuple[float, float]) -> Interval:
-    """Return `mean` and its confidence interval in percent, given the bootstrap means."""
+    """Return `mean` and its confidence interval in percent, given the means of the bootstrap resamples."""
     low, high = (100 * compute_percentile_interval(means, num_images, bounds)).tolist()
     return 100 * float(mean), low, high
 
 
 def _resample_means(values: Tensor, seed: int) -> Tensor:
-    """Return the mean of each bootstrap resample over images and training seeds, of shape (resamples,).
+    """Draw bootstrap resamples of images and training seeds. Return their means, of shape (resamples,).
 
     The resampled images depend only on the number of images, so they are the same for both models in a comparison.
     Training seeds are resampled separately for each model, using `seed` as the random seed.

@@ -1,4 +1,4 @@
-"""Data sets for testing the claims: texts for `tune`, images for `align`, and held-out images for retrieval tests."""
+"""Data sets for testing the claims: texts for `tune`, images for `align`, and held-out images for retrieval."""
 
 import dataclasses
 import re
@@ -53,15 +53,15 @@ class ClaimData:
 
     @cached_property
     def cra_captions(self) -> list[tuple[str, ...]]:
-        """Each image's captions, for measuring caption retrieval accuracy (CRA)."""
+        """Captions of each image used to measure caption retrieval accuracy (CRA)."""
         return [record.captions for record in self._read_records(self.config.cra, images=False)]
 
     @cached_property
     def train_records(self) -> list[Record]:
         """Training images for the `align` stage, excluding test images.
 
-        Every third image without a long caption gets one, made by joining its short captions. Doing this for all images
-        would double the embedding time.
+        Every third image gets a long caption, made by joining its short captions, unless it already has one. Doing this
+        for all images would double the embedding time.
         """
         tested = [*self.config.test, *self.config.long_caption_sources]
         records = [record for record in self._read_records(self.config.train) if record.image is not None]
@@ -91,8 +91,8 @@ class ClaimData:
     def long_caption_tests(self) -> dict[str, list[Record]]:
         """Retrieval tests with long captions, keyed by query length.
 
-        In the first test, each query is the first sentence of a caption. Each subsequent test adds one sentence, and
-        the last test uses complete captions.
+        In the first test, each query is the first sentence of a caption. Each subsequent test adds one sentence to
+        each query, and the last test uses complete captions.
         """
         records = [record for record in self._read_records(self.config.long_caption_sources) if record.long_captions]
         if not records:
@@ -110,7 +110,7 @@ class ClaimData:
         return tests
 
     def get_test_records(self, name: str) -> list[Record]:
-        """Return the test images of CAPTIONS_TEST, FOREIGN_TEST or a key of `long_caption_tests`."""
+        """Return the records of a test: CAPTIONS_TEST, FOREIGN_TEST or a key of `long_caption_tests`."""
         if name == CAPTIONS_TEST:
             return self.captions_test
         if name == FOREIGN_TEST:
@@ -154,7 +154,7 @@ def read_wordnet(folder: Path) -> Iterator[Pair]:
     """
     for part_of_speech in PARTS_OF_SPEECH:
         for line in (folder / f"data.{part_of_speech}").read_text(encoding="latin-1").splitlines():
-            if line.startswith(" "):  # licence text
+            if line.startswith(" "):  # lines of the licence text start with a space
                 continue
             entry, _, gloss = line.partition("|")
             fields = entry.split()

@@ -101,7 +101,7 @@ class Experiments:
         return metrics
 
     def embed_texts(self, name: str, texts: Sequence[str]) -> EmbeddingStore:
-        """Add missing texts to a caption encoder's embedding store and return the store."""
+        """Embed the texts that are not yet in a caption encoder's embedding store, and return the store."""
         folder = self.out / "stores" / _make_file_name(name)
         if (folder / "manifest.json").exists():
             store = EmbeddingStore(folder)
@@ -141,7 +141,7 @@ class Experiments:
         )
 
     def measure_hits(self, name: str, test: str, direction: str) -> Tensor:
-        """Return per-image hits for all models trained with a caption encoder, as float64 of shape (seeds, images).
+        """Return per-image hits of the models trained with a caption encoder, float64 of shape (seeds, images).
 
         For I2T, an image's hit value is 1 if the top-ranked caption is correct, and 0 otherwise. For T2I, the hit value
         is the number of the image's captions that rank it first, divided by the mean number of captions per image. The
@@ -165,11 +165,11 @@ class Experiments:
         return torch.stack(hits)
 
     def _load_or_compute_ranks(self, name: str, seed: int, test: str) -> dict[str, list[int]]:
-        """Return a model's retrieval ranks on a test, as a dict with fields of `RetrievalRanks`."""
+        """Return a model's retrieval ranks on a test, keyed by field name of `RetrievalRanks`."""
 
         def compute_ranks() -> dict[str, list[int]]:
             model, records = self.train_model(name, seed), self.data.get_test_records(test)
-            # Embed the texts of all long-caption tests in a single call.
+            # For a long-caption test, embed the texts of all long-caption tests in a single call.
             tests = [test] if test in (CAPTIONS_TEST, FOREIGN_TEST) else list(self.data.long_caption_tests)
             texts = [text for each in tests for record in self.data.get_test_records(each) for text in record.captions]
             store = self.embed_texts(name, texts)
@@ -203,13 +203,13 @@ class Experiments:
 
 
 class _StoreTextEncoder:
-    """Text encoder that looks up embeddings in a store instead of computing them."""
+    """Text encoder that reads embeddings from a store instead of computing them."""
 
     def __init__(self, store: EmbeddingStore) -> None:
         self.store = store
 
     def encode(self, captions: Sequence[str], *, progress: bool = False) -> Tensor:
-        """Return stored caption embeddings as float32 of shape (N, D)."""
+        """Return the stored embeddings of N captions as a float32 tensor of shape (N, D)."""
         return torch.from_numpy(self.store.take(self.store.find_rows(captions))).float()
 
     def count_truncated(self, captions: Sequence[str]) -> None:

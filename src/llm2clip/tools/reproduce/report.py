@@ -1,7 +1,7 @@
 """The `reproduce` command, which tests the LLM2CLIP paper's claims with small models on local data.
 
-The report shows the paper's own results next to the measured ones. The paper's results come from `published_results`,
-which contains the values from the 2026 (AAAI-26) and 2024 project pages.
+The report shows the paper's own results next to the measured ones. The paper's results come from the module
+`published_results`, which contains the values from the 2026 (AAAI-26) and 2024 project pages.
 """
 
 import dataclasses
@@ -110,7 +110,7 @@ def _test_claim(number: int, experiments: Experiments) -> dict[str, object]:
 
 
 def make_report_blocks(claims: Sequence[Claim], config: ReproduceConfig, command: str) -> list[Block]:
-    """Return the report's blocks. `command` is the shell command that reproduces the report."""
+    """Return the blocks of the report. `command` is the shell command that reproduces the report."""
     summary = [[claim.number, claim.title, claim.verdict] for claim in claims]
     blocks: list[Block] = [
         Paragraph(
@@ -231,7 +231,7 @@ def _describe_gains(table_name: str, tuned: str, reference: str) -> str:
 
 
 def _describe_chinese_retrieval(table_name: str, t2i: int) -> str:
-    """Return a sentence with each model's T2I R@1 on Flickr30k-CN, which is at index `t2i` of each table cell."""
+    """Return a sentence with each model's T2I R@1 on Flickr30k-CN, the value at index `t2i` of each table cell."""
     table = TABLES[table_name]
     values = []
     for model in table.rows:

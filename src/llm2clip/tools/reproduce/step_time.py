@@ -1,4 +1,4 @@
-"""Training step times with text embeddings from a cache, from CLIP's own text tower, or from the LLM in the loop."""
+"""Training step times with text embeddings from a cache, CLIP's text tower, or an LLM that runs in every step."""
 
 import statistics
 import time
@@ -49,8 +49,8 @@ class ClipTextTower(nn.Module):
 class StepTimes:
     """Training step times for each variant."""
 
-    seconds: dict[str, list[float]]  # duration of each step
-    parameters: dict[str, float]  # number of trained parameters, in millions
+    seconds: dict[str, list[float]]  # duration of each step, keyed by variant
+    parameters: dict[str, float]  # number of trained parameters in millions, keyed by variant
     batch_size: int  # number of images per step, each with one caption
 
     def compute_median(self, variant: str) -> float:
@@ -61,7 +61,7 @@ class StepTimes:
 def measure_step_times(experiments: Experiments, name: str) -> StepTimes:
     """Measure training step times for each variant, using the caption encoder called `name`.
 
-    Steps of the variants alternate, so other processes on the machine slow down all variants equally.
+    Steps of the variants are interleaved, so other processes on the machine slow down all variants equally.
     """
     config, train = experiments.config, experiments.data.train_records
     records = [record for record in train if record.texts][: config.cost_images]
