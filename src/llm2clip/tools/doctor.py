@@ -70,7 +70,7 @@ def format_checks(checks: list[Check]) -> list[str]:
 
 
 def read_requirements() -> dict[str, list[Requirement]]:
-    """Return the package's requirements, keyed by extra. The key "" selects those of the base install."""
+    """Return the package's requirements, keyed by extra. The key "" stands for the base install."""
     by_extra: dict[str, list[Requirement]] = {}
     for line in metadata.requires("llm2clip") or []:
         requirement = Requirement(line)

@@ -25,8 +25,7 @@ from llm2clip.models.hub.pretrained import get_cache_dir, resolve_pretrained
 from llm2clip.progress import ProgressBar
 
 LANGUAGES = ("zh", "ja", "ko", "de", "fr", "es", "pt", "it", "ru", "ar", "fa", "tr", "id")
-# Fraction of emoji families in the validation split. The split has 423 images, so one image changes R@1 by about 0.25
-# points.
+# Fraction of emoji families in the validation split. Each of its 423 images changes R@1 by about 0.25 points.
 VAL_FRACTION = 0.27
 VARIATION_SELECTOR = "\ufe0f"  # code point that requests a colour drawing; some tables omit it
 EXCLUDED_CODE_POINTS = (
@@ -80,11 +79,11 @@ class Emoji:
     id: str  # hexadecimal code points, as in OpenMoji's file names
     char: str
     svg: Path
-    name: str  # in English, as are the aliases and keywords
+    name: str  # English name; the aliases and keywords are also in English
     aliases: tuple[str, ...]
     keywords: tuple[str, ...]
-    group: str  # from the Unicode emoji list; empty if unknown
-    subgroup: str  # from the Unicode emoji list; empty if unknown
+    group: str  # group in the Unicode emoji list; empty if unknown
+    subgroup: str  # subgroup in the Unicode emoji list; empty if unknown
     names: dict[str, str]  # names in other languages, keyed by language code
 
     @property
@@ -239,10 +238,7 @@ def _make_rows(emojis: Sequence[Emoji]) -> list[dict[str, Any]]:
 
 
 def _find_openmoji_id(char: str, svg_folder: Path) -> str | None:
-    """Return OpenMoji's id for an emoji, or None if OpenMoji has no drawing of it.
-
-    The id may or may not contain variation selectors.
-    """
+    """Return OpenMoji's id for an emoji (with or without variation selectors), or None if it has no drawing."""
     for points in (char, char.replace(VARIATION_SELECTOR, "")):
         emoji_id = "-".join(f"{ord(point):04X}" for point in points)
         if (svg_folder / f"{emoji_id}.svg").is_file():
@@ -329,7 +325,7 @@ def _make_drawing_caption(name: str, subgroup: str) -> str:
 
 
 def _make_long_caption(name: str, keywords: Sequence[str], group: str, subgroup: str) -> str:
-    """Return a caption that states all facts about an emoji, in two sentences, or in one if only its name is known."""
+    """Return a long caption with all facts about an emoji: two sentences, or one if only its name is known."""
     drawing = f"A simple colour drawing of {_add_article_if_countable(name, subgroup)} on a white background."
     noun = SUBGROUP_NOUNS.get(subgroup, "")
     words = [word for word in _select_keywords(f"{name} {noun}", keywords) if not _stem_words(word) <= PERSONS]
@@ -385,10 +381,7 @@ def _add_article_if_countable(name: str, subgroup: str) -> str:
 
 
 def _add_article(name: str) -> str:
-    """Return a name with an indefinite article, such as "an apple" or "a unicorn".
-
-    Plurals such as "grapes" and "men wrestling" do not get an article.
-    """
+    """Add "a" or "an" to a name. Plurals such as "grapes" and "men wrestling" do not get an article."""
     first_word = (_split_words(name) or [""])[0]
     head_noun = (_split_words(re.split(" with | of | in | on ", name)[0]) or [""])[-1]
     is_plural = head_noun.endswith("s") and not head_noun.endswith(("ss", "us", "is"))

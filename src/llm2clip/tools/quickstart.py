@@ -24,7 +24,7 @@ from llm2clip.runs.ranks import print_once, process_state
 from llm2clip.tools.openmoji import prepare_emoji_records
 
 QUERY_LANGUAGES = ("zh", "es", "ja")
-THUMBNAIL_SIDE = 160  # pixels
+THUMBNAIL_SIDE = 160  # maximum width and height of thumbnails, in pixels
 PAGE = "search.html"  # written last, so a run directory that contains it is complete
 QUERIES = (
     "a big animal with thick fur and long tusks that lived in the ice age",

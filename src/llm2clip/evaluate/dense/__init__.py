@@ -65,7 +65,7 @@ def decode_batches(
     """Decode and transform this rank's share of the images in batches. With N ranks, each takes every N-th image.
 
     Args:
-        transform: Picklable function applied to each image, uint8 of shape (3, H, W).
+        transform: Picklable function that is applied to each image, a uint8 tensor of shape (3, H, W).
         description: Label of the progress bar.
         failures: Errors of undecodable images, keyed by the image's index in `refs`. Updated in place.
 
@@ -121,7 +121,7 @@ def gather_results(
         ValueError: If there are no images, or no image is usable.
     """
     if process_state().num_processes > 1:
-        # The collective operation has a short timeout, but some ranks may finish their images much later than others.
+        # Some ranks may finish much later than others, and the collective operation would time out before they do.
         wait_for_everyone()
         for rank_results, rank_failures in gather_object([(results, failures)]):
             results |= rank_results

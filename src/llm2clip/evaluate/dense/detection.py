@@ -55,7 +55,7 @@ class Detections:
 
     Args:
         boxes: Corners (x0, y0, x1, y1) in pixels, float32 of shape (N, 4).
-        scores: Between 0 and 1, float64 of shape (N,).
+        scores: Scores between 0 and 1, float64 of shape (N,).
         labels: Class indices, int64 of shape (N,).
     """
 
@@ -174,10 +174,10 @@ def classify_boxes(
     """Classify the boxes of one image and return up to `MAX_DETECTIONS` detections.
 
     score(box, class) = sqrt(objectness * p) in float64, where p is the softmax over classes of logit_scale * cosine.
-    Detections with equal scores are sorted by box and then by class.
+    Detections with equal scores are sorted by box index and then by class index.
 
     Args:
-        proposals: P class-agnostic boxes.
+        proposals: Boxes and objectness scores of P proposals.
         box_embeddings: Box embeddings of shape (P, D), L2-normalised.
         classes: Class embeddings of shape (C, D), L2-normalised.
         logit_scale: Factor by which cosine similarities are multiplied before the softmax.

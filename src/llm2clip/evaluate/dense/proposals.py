@@ -103,7 +103,7 @@ def _read_proposals(file: Path, data: DetectionData) -> ProposalSource:
     rows = read_json(file)
     if not isinstance(rows, list):
         raise DataFormatError(f"{file} must be a list of {{image_id, bbox, score}} objects (got {type(rows).__name__})")
-    ids_by_text = {str(image_id): image_id for image_id in data.image_ids}  # some tools write ids as strings
+    ids_by_text = {str(image_id): image_id for image_id in data.image_ids}  # some tools write numeric ids as strings
     rows_of_image: dict[ImageId, list[list[float]]] = {}
     num_unknown = 0
     for number, row in enumerate(rows, 1):

@@ -160,7 +160,7 @@ def build_wrong_region_blocks(
             break
     if not images:
         return []
-    text = f"Errors of the method {method} with the largest margins. Each image and each class is shown at most once."
+    text = f"Largest-margin errors of the method {method}. Each image and each class is shown at most once."
     examples = ResultImages("Correct class and predicted class:", images)
     return [Heading("Misclassified regions", 3), Paragraph(text), examples]
 

@@ -25,14 +25,14 @@ from llm2clip.html_report import (
 from llm2clip.published_results import CRA, CRA_NOTE, get_published_metrics, get_published_notes, get_published_rows
 
 DIRECTIONS = ("I2T", "T2I")
-# Published LLM2CLIP models with which the first evaluated model is compared. See `get_published_rows`.
+# Names of published LLM2CLIP models to compare with the first evaluated model. See `get_published_rows`.
 REFERENCE_MODELS = ("2024: Llama3-8B-CC", "2024: EVA02 + LLM2CLIP", "2026: Llama-3.1-8B-CC", "2026: SigLIP2 + LLM2CLIP")
 CLASS_METRICS = ("class top-1", "IoU", "class AP50")  # per-class metrics in the rows of `BenchmarkResult.summary`
 MEAN_BENCHMARKS = ("xm3600",)  # benchmarks for which only the mean over all languages was published
 SHORT_QUERY_NOTE = (
     "One- to three-word queries are words and phrases from the captions. Every image with a caption that mentions the "
-    "query is a correct answer. Longer queries are complete captions. Intervals are 95% bootstrap intervals over "
-    "queries. An image whose captions do not mention the query counts as a wrong answer, even if it shows the object."
+    "query is a correct answer. Other images are wrong answers, even if they show what the query names. Longer queries "
+    "are complete captions. Intervals are 95% bootstrap intervals over queries."
 )
 Curves = Mapping[str, Sequence[LengthScores]]
 """Results for each query length, keyed by model name. The key ends in ", with templates" if templates are used."""
@@ -262,7 +262,7 @@ def format_difference(difference: Mapping[str, Any], name: str) -> str | None:
 
 
 def build_class_details(results: Sequence[BenchmarkResult]) -> list[Block]:
-    """Return a collapsed section with the per-class metrics of each model and method, or [] without such metrics."""
+    """Return a collapsed section with the per-class metrics of each model and method, or [] if there are none."""
     columns = [(result.model, row) for result in results for row in result.summary.get("rows", ())]
     metric = next((name for name in CLASS_METRICS if columns and name in columns[0][1]), None)
     if metric is None:
@@ -327,7 +327,7 @@ def _get_recalls(metrics: dict[str, float]) -> list[float]:
 def build_short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[BenchmarkResult]]]) -> list[Block]:
     """Return one report section per caption field that has short-query results.
 
-    Its first table shows mAP by query length, and the top-1 accuracy on each classification benchmark in the run.
+    The first table in a section shows mAP by query length and top-1 accuracy on each of the classification benchmarks.
 
     Args:
         results: All benchmarks in the run, each with one result per model.

@@ -146,7 +146,7 @@ def find_worst_captions(ranks: RetrievalRanks, count: int) -> list[int]:
 
 
 def retrieve_images(ranks: RetrievalRanks, text: int) -> ResultImages:
-    """Return the `TOP_IMAGES` top-ranked images for a caption, plus the correct image if it is not one of them."""
+    """Return the `TOP_IMAGES` top-ranked images for a caption, then the correct image if it is not one of them."""
     correct_image, correct_rank = int(ranks.image_of_text[text]), int(ranks.text_ranks[text])
     scores = ranks.images @ ranks.texts[text]
     top_images = scores.topk(min(TOP_IMAGES, len(scores))).indices.tolist()

@@ -132,7 +132,7 @@ def _build_short_query_blocks(result: dict[str, Any]) -> list[Block]:
     header = ["query", *(f"{row['words']} {'word' if row['words'] == '1' else 'words'}: mAP" for row in literal)]
     rows = [
         ["chance", *(row["mAP chance"] for row in literal)],
-        ["query as it is", *(format_with_interval(row["mAP"], row["mAP interval"]) for row in literal)],
+        ["without templates", *(format_with_interval(row["mAP"], row["mAP interval"]) for row in literal)],
     ]
     text = (
         "Queries are words and short phrases from the held-out captions. Every image with a caption that mentions the "

@@ -51,7 +51,7 @@ def plot_curves(
 def plot_interval_curves(
     curves: Mapping[str, Sequence[tuple[float, float, float]]], tick_labels: Sequence[str], xlabel: str, ylabel: str
 ) -> str:
-    """Plot curves with shaded intervals, and return the SVG. Each (value, low, high) belongs to one tick label."""
+    """Plot curves with shaded intervals, and return the SVG. Each point (value, low, high) has one tick label."""
     values, bands = {}, {}
     for name, points in curves.items():
         values[name] = [value for value, _, _ in points]

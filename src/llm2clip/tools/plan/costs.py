@@ -48,7 +48,7 @@ class TextCosts:
 
     tokens: float  # number of tokens per caption, including the template
     embed_dim: int  # dimension of the stored embeddings
-    parameters: int  # excluding the language modelling head
+    parameters: int  # number of parameters, excluding the language modelling head
     linear: int  # total number of weights in linear layers
     largest_linear: int  # largest number of linear weights in a single transformer layer
     largest_matrix: int  # number of weights in the largest linear layer
@@ -188,7 +188,7 @@ def measure_image_costs(config: AlignConfig, text_dim: int, captions: float) -> 
 def measure_pass(
     model: nn.Module, layers: Iterable[nn.Module], run: Callable[[int], Tensor], precision: str
 ) -> PassCosts:
-    """Measure the costs of a forward and backward pass per item. Must be called within a `FakeTensorMode`.
+    """Measure the costs per item of a forward and backward pass. Must be called within a `FakeTensorMode`.
 
     Args:
         layers: Layers whose inputs are measured.

@@ -137,7 +137,7 @@ def fits_in_memory(parts: Parts, memory: float) -> bool:
 
 
 def _subtract_gradients(activations: float, trained: float, several_passes: bool) -> float:
-    """Return the bytes that activations add to the gradients of `trained` weights (see the module docstring)."""
+    """Return the bytes that activations need beyond the gradients of `trained` weights (see the module docstring)."""
     return activations if several_passes else max(0.0, activations - 4 * trained)
 
 
@@ -158,7 +158,7 @@ def suggest_flags(
 ) -> list[tuple[str, float]]:
     """Return sets of command-line flags that make a stage fit in memory, each with the resulting peak in bytes.
 
-    A set that only adds flags to an earlier one is omitted.
+    A set is omitted if it only adds flags to an earlier set.
 
     Args:
         memory: Function that estimates the memory of each component, given a config and a machine.

@@ -83,7 +83,7 @@ def _make_flop_table(plan: Plan) -> Table:
 
 def _make_memory_table(plan: Plan) -> Table:
     stages, device = list(plan.memory), plan.machine.device_spec
-    parts = dict.fromkeys(part for memory in plan.memory.values() for part in memory)  # unique, in order
+    parts = dict.fromkeys(part for memory in plan.memory.values() for part in memory)  # unique names, in original order
     ordered = sorted(parts, key=("libraries", "loading").__contains__)  # libraries and loading come last
     rows = []
     for part in ordered:
@@ -119,7 +119,7 @@ def _format_store_sizes(plan: Plan) -> list[str]:
 
 
 def _format_caching_gain(plan: Plan) -> str:
-    (step, hours), weights = plan.online_cost_ratios, 2.0 * plan.text.parameters  # in half precision
+    (step, hours), weights = plan.online_cost_ratios, 2.0 * plan.text.parameters  # bytes in half precision
     return (
         f"Without the store, running the LLM in every `align` step would take {step:.2f} times the FLOPs per step, "
         f"{hours:.2f} times the total time of `embed` and `align`, and {_format_bytes(weights)} more memory per device "

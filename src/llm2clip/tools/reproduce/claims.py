@@ -310,7 +310,7 @@ def _compute_quartiles(values: Sequence[float]) -> Interval:
 
 
 def compare_hits(low: str, high: str, metric: str, low_hits: Tensor, high_hits: Tensor) -> Comparison:
-    """Compare two models, given the per-image hits of each, of shape (seeds, images), on the same images."""
+    """Compare two models on the same images. `low_hits` and `high_hits` have shape (seeds, images)."""
     means = _resample_means(high_hits, seed=2) - _resample_means(low_hits, seed=1)
     return Comparison(
         low=low,

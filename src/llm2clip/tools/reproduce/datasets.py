@@ -19,10 +19,7 @@ CAPTIONS_TEST, FOREIGN_TEST = "captions", "foreign"  # arguments of `ClaimData.g
 
 
 class ClaimData:
-    """Data sets for all claims.
-
-    Each data set is read on first access, which raises ValueError if a source is missing.
-    """
+    """Data sets for all claims. Each is read on first access, which raises ValueError if a source is missing."""
 
     def __init__(self, folder: Path, config: ReproduceConfig, log: SkipLog) -> None:
         self.folder = folder
@@ -130,10 +127,7 @@ class ClaimData:
 
 
 def join_halves(captions: Sequence[str]) -> tuple[str, ...]:
-    """Join the first half of an image's captions into one long caption, and the second half into another.
-
-    Return an empty tuple if there are fewer than four captions.
-    """
+    """Join each half of an image's captions into a long caption. Return () if there are fewer than four captions."""
     if len(captions) < 4:
         return ()
     middle = len(captions) // 2

@@ -165,7 +165,7 @@ class Experiments:
         return torch.stack(hits)
 
     def _load_or_compute_ranks(self, name: str, seed: int, test: str) -> dict[str, list[int]]:
-        """Return a model's retrieval ranks on a test, keyed by field name of `RetrievalRanks`."""
+        """Return a model's retrieval ranks on a test, keyed by the names of `RetrievalRanks` fields."""
 
         def compute_ranks() -> dict[str, list[int]]:
             model, records = self.train_model(name, seed), self.data.get_test_records(test)
