@@ -1,8 +1,8 @@
 """Zero-shot classification of image regions, using crops or dense features.
 
 - "crop": the region is cropped and encoded like any other image. As in CLIPSelf (arXiv 2310.01403), the box is enlarged
-    by a factor of 1.5 around its centre, clipped to the image, and padded with black to a square. Because
-    of the padding, preprocessing does not crop the longer side, but a `crop_pct` below 1 still cuts off the edges.
+    by a factor of 1.5 around its centre, clipped to the image, and padded with black to a square. Because of the
+    padding, preprocessing does not crop the longer side, but a `crop_pct` below 1 still cuts off the edges.
 - Each dense variant: the entire image is encoded. As in CLIPSelf, the patch embeddings within the box are averaged
     using RoIAlign (arXiv 1703.06870) with an adaptive sampling ratio, and the mean is L2-normalised.
 
