@@ -15,7 +15,7 @@ from llm2clip.models.heads import AdapterConfig
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.vision.vision_tower import VisionTower
-from llm2clip.tools.plan.costs import SavedTensorBytes, count_flops, measure_image_costs, measure_text_costs
+from llm2clip.tools.plan.costs import SavedBytesCounter, count_flops, measure_image_costs, measure_text_costs
 from llm2clip.tools.plan.devices import DEVICES, Machine
 from llm2clip.tools.plan.llava import LlavaStage, plan_llava
 from llm2clip.tools.plan.memory import compute_peak_memory, estimate_align_memory, estimate_tune_memory, suggest_flags
@@ -173,7 +173,7 @@ def test_saved_bytes_match_a_real_forward_pass(precision: str) -> None:
     model = LLM2CLIP(LLM2CLIPConfig(tower.config, 48, 32, adapter=AdapterConfig(depth=1)), tower).train()
     sizes = []
     for images in (1, 2):
-        saved = SavedTensorBytes(model)
+        saved = SavedBytesCounter(model)
         size = tower.preprocess.size
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), saved.hooks:
             output = model(torch.zeros(images, 3, size, size, dtype=torch.uint8), torch.ones(images, 48))

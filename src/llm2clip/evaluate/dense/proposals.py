@@ -71,11 +71,11 @@ def open_proposals(name: str, data: DetectionData, device: torch.device) -> Prop
         boxes_of_image = get_object_boxes(data)
         return _make_lookup({key: Proposals(boxes, torch.ones(len(boxes))) for key, boxes in boxes_of_image.items()})
     if name.startswith(TORCHVISION_PREFIX):
-        detect = _load_torchvision(name.removeprefix(TORCHVISION_PREFIX), device)
+        detect = _load_torchvision_detector(name.removeprefix(TORCHVISION_PREFIX), device)
     elif name.endswith(".json"):
         return _read_proposals(Path(name), data)
     else:
-        detect = _load_transformers(name, device)
+        detect = _load_transformers_detector(name, device)
     return ProposalSource(lambda image_id, image: detect(image))
 
 
@@ -158,7 +158,7 @@ def _parse_row(file: Path, number: int, row: Any) -> tuple[str, list[float]]:
 # ---- detectors -------------------------------------------------------------------------------------------------------
 
 
-def _load_torchvision(name: str, device: torch.device) -> Callable[[Tensor], Proposals]:
+def _load_torchvision_detector(name: str, device: torch.device) -> Callable[[Tensor], Proposals]:
     from torchvision.models import detection, get_model, list_models
 
     names = [n for n in list_models(module=detection) if not n.startswith("keypoint")]
@@ -174,7 +174,7 @@ def _load_torchvision(name: str, device: torch.device) -> Callable[[Tensor], Pro
     return detect
 
 
-def _load_transformers(name: str, device: torch.device) -> Callable[[Tensor], Proposals]:
+def _load_transformers_detector(name: str, device: torch.device) -> Callable[[Tensor], Proposals]:
     from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
     try:

@@ -192,8 +192,8 @@ def crop_region(image: Tensor, box: Sequence[float]) -> Tensor:
     """Crop a box and its surroundings from an image.
 
     Args:
-        image: uint8 of shape (3, H, W).
-        box: (left, top, right, bottom) in pixels.
+        image: Image, uint8 of shape (3, H, W).
+        box: Edges (left, top, right, bottom) in pixels.
 
     Returns:
         Square image, uint8 of shape (3, S, S). The box is enlarged by `CROP_SCALE` around its centre, clipped to the

@@ -197,7 +197,7 @@ def measure_pass(
     """
     saved_bytes = {}
     for items in (2, 1):  # the difference excludes bytes that do not depend on the number of items
-        saved = SavedTensorBytes(model)
+        saved = SavedBytesCounter(model)
         # fp16 has the same size as bf16, so autocast to bf16 covers both.
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")
         with autocast, saved.hooks, _record_input_bytes(layers) as input_bytes, make_flop_counter() as counter:
@@ -225,7 +225,7 @@ def count_parameters(module: nn.Module, only_trained: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not only_trained)
 
 
-class SavedTensorBytes:
+class SavedBytesCounter:
     """Counts the bytes that autograd saves while `hooks` is active. Each storage counts once; weights do not count."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -32,7 +32,7 @@ class LlavaStage:
     Args:
         name: `pretrain` or `instruct`.
         config: Training settings, with the precision resolved for the device.
-        llm: Costs of the LLM's layers per conversation, including image tokens.
+        llm: Costs per conversation of the LLM's layers. The tokens include image tokens.
         head: Number of weights in the language modelling head, even if they are tied to the input embeddings.
         parameters: Number of parameters in each part of the model.
         image_tokens: Number of tokens per image.
@@ -86,7 +86,7 @@ class LlavaStage:
 
     @property
     def memory(self) -> Parts:
-        """Bytes per device for each component. LLM weights are in fp32 or, with LoRA, in the compute precision."""
+        """Bytes that each component needs per device. LLM weights use fp32 or, with LoRA, the compute precision."""
         llm, config, machine, parameters = self.llm, self.config, self.machine, self.parameters
         compute_bytes = get_bytes_per_value(config.precision)
         weight_bytes = compute_bytes if config.lora_r else 4

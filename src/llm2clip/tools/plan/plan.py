@@ -92,7 +92,7 @@ class Plan:
 
     @cached_property
     def memory(self) -> dict[str, Parts]:
-        """Bytes per device, keyed by stage and then by component. `tune` is omitted if it has no steps."""
+        """Memory per device in bytes, keyed by stage and then by component. `tune` is omitted if it has no steps."""
         memory = {
             "tune": estimate_tune_memory(self.text, self.config.tune, self.machine),
             "embed": estimate_embed_memory(self.text, self.config.embed.precision, self.machine),
