@@ -249,7 +249,7 @@ def test_plan_matches_the_counted_flops_and_parameters(tmp_path: Path) -> None:
             # Image tokens have no logits.
             model(inputs_embeds=embeddings, labels=ids, logits_to_keep=text_tokens).loss.backward()
 
-        assert stages[stage].flop == pytest.approx(count_flops(step), rel=0.15), stage
+        assert stages[stage].flops == pytest.approx(count_flops(step), rel=0.15), stage
 
 
 def count_parameters(module: torch.nn.Module) -> int:

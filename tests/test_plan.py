@@ -251,7 +251,7 @@ def test_hours_are_flops_over_throughput() -> None:
     config = change_align(epochs=3, precision="bf16")
     plan = plan_small(config, mfu=0.5, tflops=100)
     throughput, tune = 0.5 * 100e12, config.tune
-    assert plan.stage_hours["align"] * 3600 == pytest.approx(10_000 * 3 * plan.step_flop["total"] / throughput)
+    assert plan.stage_hours["align"] * 3600 == pytest.approx(10_000 * 3 * plan.step_flops["total"] / throughput)
     assert plan.stage_hours["embed"] * 3600 == pytest.approx(20_000 * plan.text.forward / throughput)
     assert plan.stage_hours["tune"] * 3600 == pytest.approx(
         2 * tune.steps * tune.batch_size * plan.text.count_tune_flops(tune) / throughput
@@ -263,7 +263,7 @@ def test_hours_are_flops_over_throughput() -> None:
     )
     assert int8.store_bytes == 20_000 * (576 + 4 + 16)
     # The LLM in every step, relative to the store.
-    step, caption = plan.step_flop["total"], plan.text.forward
+    step, caption = plan.step_flops["total"], plan.text.forward
     assert plan.online_cost_ratios[0] == pytest.approx((step + caption) / step)
     single_epoch = change_align(captions_per_image=0, epochs=1.0)  # both encode two captions of each image once
     assert plan_small(single_epoch).online_cost_ratios[1] == pytest.approx(1)
@@ -272,22 +272,22 @@ def test_hours_are_flops_over_throughput() -> None:
 def test_repeated_forward_passes_of_align_are_counted() -> None:
     plan = plan_small(change_align(batch_size=64))
     both = plan_small(change_align(batch_size=64, micro_batch_size=16, gradient_checkpointing=True))
-    assert plan.step_flop["repeated"] == 0
-    assert both.step_flop["repeated"] == plan.image.tower_forward + plan.image.forward
+    assert plan.step_flops["repeated"] == 0
+    assert both.step_flops["repeated"] == plan.image.tower_forward + plan.image.forward
     cached = plan_small(change_align(batch_size=64, tower_lr=0.0))
-    assert cached.step_flop["total"] < 0.1 * plan.step_flop["total"]
+    assert cached.step_flops["total"] < 0.1 * plan.step_flops["total"]
     assert cached.feature_bytes == 10_000 * (2 * cached.image.feature_dim + 16) and cached.images_per_second == 0
 
 
 def test_self_distillation_runs_or_caches_the_pretrained_tower() -> None:
     plain = plan_small(change_align(batch_size=64))
     distilled = plan_small(change_align(batch_size=64, distill_weight=1.0))
-    assert distilled.step_flop["total"] - plain.step_flop["total"] == pytest.approx(plain.image.tower_forward)
+    assert distilled.step_flops["total"] - plain.step_flops["total"] == pytest.approx(plain.image.tower_forward)
     more_memory = compute_peak_memory(distilled.memory["align"]) - compute_peak_memory(plain.memory["align"])
     assert more_memory == 4 * plain.image.tower + 24 * 64**2
     assert distilled.feature_bytes == 0
     cached = plan_small(change_align(batch_size=64, distill_weight=1.0, min_crop_scale=1.0))
-    assert cached.step_flop == plain.step_flop and cached.stage_hours["align"] > plain.stage_hours["align"]
+    assert cached.step_flops == plain.step_flops and cached.stage_hours["align"] > plain.stage_hours["align"]
     assert cached.memory["align"]["pretrained tower"] == 0 and cached.feature_bytes > 0 and cached.images_per_second > 0
 
 

@@ -367,7 +367,7 @@ def build_overview_table(curves: Curves, accuracies: Mapping[str, Mapping[str, s
     header += [f"{benchmark}: top-1" for benchmark in accuracies]
     rows: list[list[Any]] = [["chance", *(100 * float(s.chance[0]) for s in first), *([None] * len(accuracies))]]
     for model, lengths in curves.items():
-        rows.append([model, *map(_format_map_cell, lengths), *(values.get(model) for values in accuracies.values())])
+        rows.append([model, *map(_format_mean_ap, lengths), *(values.get(model) for values in accuracies.values())])
     highlight = frozenset(range(1, len(rows)))
     for other, lengths in list(curves.items())[1:]:
         cells: list[str | None] = [_format_difference_cell(a, b) for a, b in zip(first, lengths, strict=True)]
@@ -401,7 +401,7 @@ def _build_short_query_metrics_table(curves: Curves) -> Table:
     return Table(["model", "words", "queries", "relevant images", *columns], rows)
 
 
-def _format_map_cell(length: LengthScores) -> str:
+def _format_mean_ap(length: LengthScores) -> str:
     return format_with_interval(
         100 * float(length.scores[:, 0].mean()), compute_mean_intervals(length.scores)[:, 0].tolist()
     )

@@ -119,9 +119,9 @@ class Machine:
         """Return the model FLOPs utilisation of `tune`, `embed` or `align`."""
         return self.mfu or MFU[stage]
 
-    def estimate_hours(self, flop: float, precision: str, stage: str) -> float:
-        """Return the hours that a stage needs for `flop` FLOPs when all devices work in parallel."""
-        return flop / (self.count * self.get_mfu(stage) * self.device_spec.get_peak_flops(precision)) / 3600
+    def estimate_hours(self, flops: float, precision: str, stage: str) -> float:
+        """Return the hours that a stage needs for `flops` FLOPs when all devices work in parallel."""
+        return flops / (self.count * self.get_mfu(stage) * self.device_spec.get_peak_flops(precision)) / 3600
 
 
 def _cpu_has_bf16() -> bool:

@@ -36,7 +36,7 @@ class LlavaStage:
         head: Number of weights in the language modelling head, even if they are tied to the input embeddings.
         parameters: Number of parameters in each part of the model.
         image_tokens: Number of tokens per image.
-        tower_flop: FLOPs per image of the vision tower's forward pass.
+        tower_flops: FLOPs per image of the vision tower's forward pass.
         conversations: Number of conversations, each with a different image.
         feature_bytes: Size of the cached patch features of all images.
         cached: If True, patch features are cached, so training does not run the tower.
@@ -49,13 +49,13 @@ class LlavaStage:
     head: int
     parameters: dict[str, int]
     image_tokens: int
-    tower_flop: float
+    tower_flops: float
     conversations: int
     feature_bytes: float
     cached: bool
 
     @property
-    def flop(self) -> float:
+    def flops(self) -> float:
         """FLOPs per conversation in a training step, excluding the vision tower.
 
         Counts forward and backward passes through the LLM, its head and the projector, plus the gradients of the
@@ -81,8 +81,8 @@ class LlavaStage:
         epochs = self.config.pretrain_epochs if self.name == "pretrain" else self.config.epochs
         trained_on = self.conversations * epochs
         encoded_images = self.conversations if self.cached else trained_on
-        total_flop = trained_on * self.flop + encoded_images * self.tower_flop
-        return self.machine.estimate_hours(total_flop, self.config.precision, "tune")
+        total_flops = trained_on * self.flops + encoded_images * self.tower_flops
+        return self.machine.estimate_hours(total_flops, self.config.precision, "tune")
 
     @property
     def memory(self) -> Parts:
@@ -138,7 +138,7 @@ def plan_llava(
     tower = build_tower(AlignConfig(tower=vision, image_size=image_size)).requires_grad_(False)
     image_tokens, feature_size = _measure_patches(tower)
     size = tower.preprocess.size
-    tower_flop = count_flops(lambda: tower(torch.zeros(1, 3, size, size, dtype=torch.uint8, device="meta")))
+    tower_flops = count_flops(lambda: tower(torch.zeros(1, 3, size, size, dtype=torch.uint8, device="meta")))
     encoder, llm_config = EncoderConfig(path=llm), get_llm_config(EncoderConfig(path=llm))
     tune = TuneConfig(lora_r=config.lora_r, precision=config.precision)
     head = llm_config.vocab_size * llm_config.hidden_size
@@ -163,7 +163,7 @@ def plan_llava(
             head=head,
             parameters=parameters,
             image_tokens=image_tokens,
-            tower_flop=tower_flop,
+            tower_flops=tower_flops,
             conversations=conversations[name],
             feature_bytes=feature_bytes[name],
             cached=0 < total_bytes <= config.cache_gb * 1e9,
@@ -183,7 +183,7 @@ def format_llava_plan(stages: dict[str, LlavaStage]) -> list[str]:
         parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in largest_parts)
         lines += [
             f"{name}: {stage.hours:.1f} hours on {machine.count} x {machine.device} for "
-            f"{stage.conversations:,} conversations, {stage.flop / 1e12:.1f} TFLOP each",
+            f"{stage.conversations:,} conversations, {stage.flops / 1e12:.1f} TFLOP each",
             f"  {compute_peak_memory(memory) / 1e9:.0f} GB per device ({verdict}): {parts}",
             f"  cached patch features would take {stage.feature_bytes / 1e9:,.0f} GB",
         ]

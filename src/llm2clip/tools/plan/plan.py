@@ -60,7 +60,7 @@ class Plan:
     image: ImageCosts
 
     @cached_property
-    def step_flop(self) -> dict[str, float]:
+    def step_flops(self) -> dict[str, float]:
         """FLOPs per image in an `align` step.
 
         The keys are "once" (forward and backward passes), "repeated" (additional forward passes), "loss" and "total".
@@ -81,13 +81,13 @@ class Plan:
         """Duration of each stage, in hours."""
         tune, align, machine = self.config.tune, self.config.align, self.machine
         tune_texts = 2 * tune.steps * tune.batch_size * machine.count  # two texts per pair
-        embed_flop = self.images * self.captions_per_image * self.text.forward
-        feature_flop = self.images * self.image.tower_forward if align.caches_features else 0.0
-        align_flop = feature_flop + self.images * align.epochs * self.step_flop["total"]
+        embed_flops = self.images * self.captions_per_image * self.text.forward
+        feature_flops = self.images * self.image.tower_forward if align.caches_features else 0.0
+        align_flops = feature_flops + self.images * align.epochs * self.step_flops["total"]
         return {
             "tune": machine.estimate_hours(tune_texts * self.text.count_tune_flops(tune), tune.precision, "tune"),
-            "embed": machine.estimate_hours(embed_flop, self.config.embed.precision, "embed"),
-            "align": machine.estimate_hours(align_flop, align.precision, "align"),
+            "embed": machine.estimate_hours(embed_flops, self.config.embed.precision, "embed"),
+            "align": machine.estimate_hours(align_flops, align.precision, "align"),
         }
 
     @cached_property
@@ -141,10 +141,10 @@ class Plan:
 
         The first ratio compares FLOPs per step, and the second compares the total time of `embed` and `align`.
         """
-        text_flop, step_flop = self.image.captions * self.text.forward, self.step_flop["total"]
-        all_flop = self.images * self.config.align.epochs * text_flop
-        hours = self.stage_hours["align"] + self.machine.estimate_hours(all_flop, self.config.embed.precision, "embed")
-        return (step_flop + text_flop) / step_flop, hours / (self.stage_hours["embed"] + self.stage_hours["align"])
+        text_flops, step_flops = self.image.captions * self.text.forward, self.step_flops["total"]
+        all_flops = self.images * self.config.align.epochs * text_flops
+        hours = self.stage_hours["align"] + self.machine.estimate_hours(all_flops, self.config.embed.precision, "embed")
+        return (step_flops + text_flops) / step_flops, hours / (self.stage_hours["embed"] + self.stage_hours["align"])
 
     def _estimate_align_memory_for(self, config: AlignConfig, machine: Machine) -> Parts:
         same_model = config.lora_r == self.config.align.lora_r

@@ -16,7 +16,7 @@ def format_plan(plan: Plan, width: int = 110) -> str:
     console = Console(file=page, width=width, highlight=False)
     for table in (
         _make_parameter_table(plan),
-        _make_flop_table(plan),
+        _make_flops_table(plan),
         _make_memory_table(plan),
         _make_time_table(plan),
     ):
@@ -62,8 +62,8 @@ def _make_parameter_table(plan: Plan) -> Table:
     return _make_table(("Parameters", "all", "trained"), rows)
 
 
-def _make_flop_table(plan: Plan) -> Table:
-    flop, align = plan.step_flop, plan.config.align
+def _make_flops_table(plan: Plan) -> Table:
+    flops, align = plan.step_flops, plan.config.align
     caption = f"caption of {plan.tokens_per_caption:g} tokens"
     captions = "its caption" if plan.image.captions == 1 else f"its {plan.image.captions:g} captions"
     source = ", from cached features" if align.tower_lr == 0 else ""
@@ -71,12 +71,12 @@ def _make_flop_table(plan: Plan) -> Table:
     if "tune" in plan.memory:
         counts[f"{caption}, in a tuning step"] = plan.text.count_tune_flops(plan.config.tune)
     counts["image through the tower"] = plan.image.tower_forward
-    counts[f"image and {captions} in an align step"] = flop["total"]
-    counts[f"  forward and backward{source}"] = flop["once"]
-    if flop["repeated"]:
+    counts[f"image and {captions} in an align step"] = flops["total"]
+    counts[f"  forward and backward{source}"] = flops["once"]
+    if flops["repeated"]:
         reasons = [name for name in ("gradient_checkpointing", "micro_batch_size") if getattr(align, name)]
-        counts[f"  repeated forward ({', '.join(reasons)})"] = flop["repeated"]
-    counts["  loss"] = flop["loss"]
+        counts[f"  repeated forward ({', '.join(reasons)})"] = flops["repeated"]
+    counts["  loss"] = flops["loss"]
     rows = [(name, f"{count / 1e9:,.0f}" if count >= 1e11 else f"{count / 1e9:,.2f}") for name, count in counts.items()]
     return _make_table(("GFLOPs (10^9 FLOPs; a multiply-add counts as 2)", ""), rows)
 
