@@ -1,4 +1,4 @@
-"""Open-vocabulary detection: classification of class-agnostic boxes with an image-text model, and average precision.
+"""Open-vocabulary detection: classify class-agnostic boxes with an image-text model and compute average precision.
 
 The model embeds each box, and the cosine similarities to the class embeddings determine the class probabilities. As in
 RegionCLIP (arXiv 2112.09106), a box's score for a class is the geometric mean of the box's objectness and the class
