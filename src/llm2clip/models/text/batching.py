@@ -1,4 +1,4 @@
-"""Batching of texts by length with a token limit per batch, and tuning of this limit for speed.
+"""Batching of texts by length, with a token limit per batch that can be tuned for speed.
 
 CPUs are fastest with batches that fit in their caches, whereas GPUs need large batches. The best batch size also
 depends on the model.
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 # Default number of tokens per batch, including padding.
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 32768
-# Maximum of tokens * hidden size in a default batch. With this value, an 8B LLM (hidden size 4,096) encodes batches of
-# 16,384 tokens, whose activations take 2.5 GB. Such batches are large enough for any GPU.
-MAX_HIDDEN_SIZE = 1 << 26
+# Maximum number of hidden-state elements (tokens * hidden size) in a default batch. An 8B LLM (hidden size 4,096) thus
+# encodes batches of 16,384 tokens, whose activations take 2.5 GB. Such batches are large enough for any GPU.
+MAX_HIDDEN_ELEMENTS = 1 << 26
 MIN_CAPTIONS_TO_TUNE = 4096  # with fewer captions, tuning takes more time than it saves
 CPU_CANDIDATES = (512, 1024, 2048, 4096)
 GPU_CANDIDATES = (8192, 16384, 32768, 65536, 131072, 262144)
@@ -28,13 +28,13 @@ MIN_SPEEDUP = 1.02  # larger batches need more memory, so they must be faster by
 
 
 def get_default_batch_tokens(device: torch.device) -> int:
-    """Return a device's default number of tokens per batch."""
+    """Return the default number of tokens per batch for a device."""
     return GPU_BATCH_TOKENS if device.type == "cuda" else CPU_BATCH_TOKENS
 
 
 def get_default_encoding_tokens(device: torch.device, hidden_size: int) -> int:
     """Return the default number of tokens per batch for encoding with an LLM of the given hidden size."""
-    return min(get_default_batch_tokens(device), max(CPU_BATCH_TOKENS, MAX_HIDDEN_SIZE // hidden_size))
+    return min(get_default_batch_tokens(device), max(CPU_BATCH_TOKENS, MAX_HIDDEN_ELEMENTS // hidden_size))
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TokenizedTexts:
     Attributes:
         ids: token ids of each text.
         truncated: indices of texts that were truncated to the encoder's `max_length`.
-        prompt_lengths: number of leading tokens of each text that are excluded from pooling.
+        prompt_lengths: number of leading tokens to exclude from pooling in each text.
     """
 
     ids: list[list[int]]
@@ -63,7 +63,7 @@ class TokenizedTexts:
 
 
 def batch_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Group texts of similar token length into batches, and yield each batch's text indices.
+    """Group texts of similar token length into batches, and yield the text indices of each batch.
 
     A batch has at most `max_tokens` tokens, including padding. A text longer than `max_tokens` forms its own batch. The
     longest texts come first, so an out-of-memory error occurs in the first batch rather than late in a run.
@@ -80,7 +80,7 @@ def tune_batch_tokens(encoder: CaptionEncoder, tokens: TokenizedTexts, precision
     """Find the `batch_tokens` value with which an encoder processes the given captions fastest.
 
     Candidates are timed in increasing order (see `measure_tokens_per_second`). The search stops when a candidate is
-    slower than the best one so far or does not fit in memory. With fewer than 4096 captions, nothing is timed and the
+    slower than the best one so far or does not fit in memory. With fewer than 4,096 captions, nothing is timed, and the
     encoder's default is returned.
     """
     if len(tokens.ids) < MIN_CAPTIONS_TO_TUNE:
@@ -106,9 +106,8 @@ def measure_tokens_per_second(
 ) -> float:
     """Measure the encoding speed on up to four batches.
 
-    Batches are sorted by caption length. The sample consists of the batch with the longest captions and the batches
-    1/6, 3/6 and 5/6 of the way through the list. It is representative because all batches have about the same number of
-    tokens.
+    Batches are sorted by caption length. The timed batches are the one with the longest captions and those 1/6, 3/6 and
+    5/6 of the way through the list. They are representative because all batches have about the same number of tokens.
     """
     all_rows = [rows for _, rows in tokens.batches(batch_tokens)]
     indices = sorted({0, *(len(all_rows) * n // 6 for n in (1, 3, 5))})

@@ -45,7 +45,7 @@ from llm2clip.models.text.sentence_transformer import (
 from llm2clip.progress import ProgressBar
 
 MAX_EMBEDDINGS_ON_DEVICE = 8192  # when this many embeddings have accumulated, they are copied to the CPU
-# Entries of the LLM config that do not affect its output, and is_causal, which `identity` stores separately.
+# LLM config entries that do not affect the LLM's output, and is_causal, which `identity` stores separately.
 _CONFIG_WITHOUT_EFFECT = (
     *("_name_or_path", "transformers_version", "architectures"),
     *("dtype", "torch_dtype", "use_cache", "is_causal"),
@@ -53,11 +53,11 @@ _CONFIG_WITHOUT_EFFECT = (
 
 
 class CaptionEncoder(nn.Module):
-    """LLM with a template and pooling. Use `from_pretrained` to load an encoder and `encode` to encode captions.
+    """LLM with a caption template and a pooling layer. See `from_pretrained` and `encode`.
 
     Attributes:
         st: the SentenceTransformer. `st[0]` is the LLM and `st[1]` is the pooling layer.
-        weights_precision: highest precision that the weights support: fp32, unless lowered by `move_for_encoding`.
+        weights_precision: highest precision that the weights support. Default: fp32. `move_for_encoding` can lower it.
     """
 
     def __init__(self, st: SentenceTransformer) -> None:
@@ -91,8 +91,8 @@ class CaptionEncoder(nn.Module):
             bidirectional: if True, each token attends to all tokens. If False, only to itself and earlier tokens.
             layers: number of layers to keep, counting from the input. The final norm is always kept.
             template: text around the caption, such as `"<|im_start|>user\\n{caption}<|im_end|>"`. The text before
-                `{caption}` is excluded from pooling. At most one special token may follow `{caption}`. It replaces the
-                tokenizer's default special tokens and is included in pooling, as in the paper.
+                `{caption}` is excluded from pooling. At most one special token may follow `{caption}`. This token
+                replaces the tokenizer's default special tokens and is included in pooling, as in the paper.
             pooling: sentence-transformers pooling mode: mean, weightedmean, lasttoken, cls or max.
             max_length: maximum input length in tokens, including the template.
             truncate_dim: number of embedding dimensions to keep, for Matryoshka-trained encoders.
@@ -186,9 +186,9 @@ class CaptionEncoder(nn.Module):
         """Tokenize captions with the template and special tokens, and truncate them to the encoder's `max_length`.
 
         Leading and trailing whitespace is stripped, as in the LLM2CLIP authors' code. Truncation removes the caption's
-        last tokens but keeps the special token that follows it. `prompts` contains an instruction for each caption (""
-        for none), which is inserted between the template's prefix and the caption. All tokens before the caption are
-        excluded from pooling.
+        last tokens but keeps the special token that follows the caption. `prompts` contains an instruction for each
+        caption, or "" for no instruction. The instruction is inserted between the template's prefix and the caption.
+        All tokens before the caption are excluded from pooling.
 
         Raises:
             TypeError, ValueError: a caption is not a string, or is not valid Unicode.
@@ -237,7 +237,7 @@ class CaptionEncoder(nn.Module):
 
         Args:
             ids: token ids of B captions, from `tokenize`.
-            prompt_length: number of leading tokens to exclude from pooling in each caption. Default: the length of the
+            prompt_length: number of leading tokens of each caption to exclude from pooling. Default: the length of the
                 template's prefix.
         """
         if self.attention == PACKED or "flash" in self.attention:
@@ -254,7 +254,7 @@ class CaptionEncoder(nn.Module):
     # ---- embeddings -------------------------------------------------------------------------------------------------
 
     def forward(self, ids: Sequence[Sequence[int]]) -> Tensor:
-        """Encode the token ids of B captions as embeddings of shape (B, embed_dim), with gradients."""
+        """Encode the token ids of B captions. Return embeddings of shape (B, embed_dim), with gradients."""
         embeddings: Tensor = self.st(self.collate(ids))["sentence_embedding"]
         return embeddings
 
@@ -268,10 +268,10 @@ class CaptionEncoder(nn.Module):
         precision: str | None = None,
         progress: bool | ProgressBar = False,
     ) -> Tensor:
-        """Encode captions as unnormalised float32 embeddings of shape (N, embed_dim), on the CPU, in input order.
+        """Encode N captions. Return a float32 CPU tensor of shape (N, embed_dim), with one unnormalised row per caption.
 
         Captions of similar length are batched together, so there is almost no padding. The other captions in a batch
-        change an embedding by at most about 1e-5. The embedding of a text without tokens is a zero vector.
+        change an embedding by at most about 1e-5.  The embedding of a text without tokens is a zero vector.
 
         Args:
             captions: one text, a list of texts, or the output of `tokenize`.
@@ -279,7 +279,7 @@ class CaptionEncoder(nn.Module):
             precision: fp32, bf16 or bf16+N. bf16 is two to three times as fast as fp32. bf16+N runs the first N layers
                 in fp32, for models that are too inaccurate in bf16 (see `models/precision.py`). Default:
                 `weights_precision`.
-            progress: True to show a progress bar, or a `ProgressBar` to update.
+            progress: True to show a progress bar, or an existing `ProgressBar` to update.
 
         Raises:
             TypeError: a caption is not a string.
@@ -293,7 +293,7 @@ class CaptionEncoder(nn.Module):
             captions = [captions]
         tokens = captions if isinstance(captions, TokenizedTexts) else self.tokenize(list(captions))
         embeddings = torch.zeros(len(tokens.ids), self.embed_dim)
-        on_device: list[tuple[list[int], Tensor]] = []  # rows and their embeddings
+        on_device: list[tuple[list[int], Tensor]] = []  # (row numbers, embeddings) of each batch
         if isinstance(progress, ProgressBar):
             bar = progress
         else:
@@ -315,7 +315,7 @@ class CaptionEncoder(nn.Module):
     def _encode_batch(self, batch: dict[str, Any]) -> Tensor:
         """Encode a batch from `collate` as embeddings of shape (B, embed_dim).
 
-        Equivalent to calling `self.st`, but excluding prompts from mean pooling requires no GPU synchronisation.
+        The result is the same as from `self.st`, but excluding prompts from mean pooling needs no GPU synchronisation.
         """
         llm, pooling, *modules = self.st
         features = llm(batch)
@@ -328,12 +328,12 @@ class CaptionEncoder(nn.Module):
         return embeddings
 
     def move_for_encoding(self, device: str | torch.device, precision: str) -> None:
-        """Move the encoder to a device in place, keeping only the weights needed to encode with `precision`.
+        """Move the encoder to a device. Keep only the weights needed to encode with `precision`.
 
         With bf16, the LLM's linear layers are stored in bf16 instead of fp32. Encoding then takes less than half the
-        memory, and the embeddings are bit-identical. If the encoder was loaded on the CPU, these layers never occupy
-        fp32 memory on the GPU. After this call, the encoder can no longer be saved, trained or used in fp32, and
-        `identity` raises an error.
+        memory and returns bit-identical embeddings. If the encoder was loaded on the CPU, these layers are never stored
+        on the GPU in fp32. After this call, the encoder can no longer be saved, trained or used in fp32, and `identity`
+        raises an error.
         """
         self._check_weights(precision)
         cast_linear_weights(self.llm, precision)
@@ -346,7 +346,7 @@ class CaptionEncoder(nn.Module):
         return self.weights_precision == "fp32"
 
     def _check_weights(self, precision: str) -> None:
-        """Check that `precision` is valid and no higher than that of the stored weights."""
+        """Raise ValueError if `precision` is invalid or higher than the precision of the stored weights."""
         is_bf16, fp32_layer_count = parse_precision(precision)
         _, available_fp32_layers = parse_precision(self.weights_precision)
         if not self.has_full_precision and (not is_bf16 or fp32_layer_count > available_fp32_layers):
@@ -389,7 +389,7 @@ class CaptionEncoder(nn.Module):
 
 
 def load_for_evaluation(path: str | Path, device: torch.device, **options: Any) -> CaptionEncoder:
-    """Load a caption encoder on a device, keeping only the weights needed for the `evaluate` stage's precision.
+    """Load a caption encoder onto a device. Keep only the weights needed at the `evaluate` stage's precision.
 
     `options` are passed to `CaptionEncoder.from_pretrained`.
     """
@@ -399,9 +399,9 @@ def load_for_evaluation(path: str | Path, device: torch.device, **options: Any) 
 
 
 def _move_to_cpu(on_device: list[tuple[list[int], Tensor]], embeddings: Tensor) -> None:
-    """Copy the embeddings in `on_device` to their rows of `embeddings` on the CPU, and clear `on_device`.
+    """Copy the embeddings in `on_device` to the matching rows of the CPU tensor `embeddings`, and clear `on_device`.
 
-    Embeddings are copied all at once because each copy synchronises with the GPU.
+    All embeddings are copied at once, because each copy synchronises with the GPU.
     """
     if on_device:
         rows = [row for batch_rows, _ in on_device for row in batch_rows]
@@ -410,7 +410,7 @@ def _move_to_cpu(on_device: list[tuple[list[int], Tensor]], embeddings: Tensor) 
 
 
 def _serialize_config(config: Any) -> str:
-    """Serialise the LLM config entries that affect the output and are not otherwise part of `identity`."""
+    """Serialise the LLM config entries that affect the LLM's output and that `identity` does not store separately."""
     values = json.loads(config.to_json_string(use_diff=False))
     return json.dumps({k: v for k, v in values.items() if k not in _CONFIG_WITHOUT_EFFECT}, sort_keys=True)
 

@@ -1,8 +1,8 @@
 """Text towers of CLIP models, used as baselines for a caption encoder.
 
 Supported models are transformers models of the types in `_TEXT_PREPROCESSING`, models that come with their own code
-(Jina-CLIP) and, if open_clip is installed, open_clip models. Texts longer than the context length are truncated, as is
-usual for these models.
+(such as Jina-CLIP) and, if open_clip is installed, open_clip models. Texts longer than the context length are
+truncated, as is usual for these models.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,15 +44,15 @@ _TEXT_PREPROCESSING = {
     # not.
     "siglip": _TextPreprocessing(fully_padded=True, lower_case=True),
     "siglip2": _TextPreprocessing(fully_padded=True, lower_case=True),
-    # `context_length` of `cn_clip.clip.tokenize` (https://github.com/OFA-Sys/Chinese-CLIP). BERT has 512 positions.
+    # Default of `cn_clip.clip.tokenize` (https://github.com/OFA-Sys/Chinese-CLIP). The BERT tower has 512 positions.
     "chinese_clip": _TextPreprocessing(context_length=52),
-    # `max_length` of transformers' AlignProcessor. BERT has 512 positions.
+    # `max_length` in transformers' AlignProcessor. The BERT tower has 512 positions.
     "align": _TextPreprocessing(context_length=64),
-    # `context_length` of the authors' code (https://github.com/FlagAI-Open/FlagAI). XLM-R has 512 positions.
+    # Value in the authors' code (https://github.com/FlagAI-Open/FlagAI). The XLM-R tower has 512 positions.
     "altclip": _TextPreprocessing(context_length=77),
     "metaclip_2": _TextPreprocessing(),
 }
-# Unsupported model types that have text features -> reason.
+# Maps each unsupported model type that has text features to the reason why it is not supported.
 _UNSUPPORTED_TYPES = {
     # As of version 5.24, transformers applies the causal mask only if the batch contains padding.
     "aimv2": "in transformers, its text embeddings depend on padding",
@@ -95,7 +95,7 @@ class ClipTextEncoder:
     @torch.inference_mode()
     @onednn_matmul()
     def encode(self, captions: Sequence[str], *, progress: bool = False, batch_size: int = 64) -> Tensor:
-        """Encode texts as unnormalised float32 embeddings of shape (N, embed_dim), on the CPU, in input order."""
+        """Encode N texts. Return a float32 CPU tensor of shape (N, embed_dim), with one unnormalised row per text."""
         order = sorted(range(len(captions)), key=lambda i: -len(captions[i]))
         embeddings = torch.empty(len(captions), self.embed_dim)
         for start in ProgressBar(range(0, len(order), batch_size), desc="encode", unit="batch", disable=not progress):
@@ -147,8 +147,8 @@ def load_clip_text_encoder(
     """Load the text tower of a CLIP model.
 
     Args:
-        path: for transformers, a folder or hub id. For open_clip, one of `open_clip:NAME/PRETRAINED`,
-            `open_clip:FOLDER` (folder saved by open_clip) and `open_clip:hf-hub:ID`.
+        path: for transformers, a folder or hub id. For open_clip, `open_clip:NAME/PRETRAINED`, `open_clip:FOLDER`
+            (folder saved by open_clip) or `open_clip:hf-hub:ID`.
         device: device to load the model on. Default: a GPU if available.
         trust_remote_code: if True, allow Python code that comes with the model to run.
 
@@ -214,11 +214,7 @@ def _load_transformers(path: str, device: torch.device, remote_code: bool) -> Cl
 
 
 def _get_text_preprocessing(path: str, model_type: str) -> _TextPreprocessing:
-    """Return the text preprocessing for a transformers model type.
-
-    Raises:
-        ValueError: the model type is not supported. The message says why.
-    """
+    """Return the text preprocessing for a transformers model type. Raise ValueError if the type is not supported."""
     if model_type in _TEXT_PREPROCESSING:
         return _TEXT_PREPROCESSING[model_type]
     reason = _UNSUPPORTED_TYPES.get(model_type, "its prompt, context length and padding are unknown to llm2clip")

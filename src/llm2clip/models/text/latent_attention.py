@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# The MLP's hidden layer is eight times as wide as the LLM's hidden states. Processing tokens in chunks limits its
+# The MLP's hidden layer is eight times as wide as the LLM's hidden states. Processing tokens in chunks limits the MLP's
 # activations to about 2 GB in fp32.
 TOKENS_PER_CHUNK = 4096
 MLP_EXPANSION = 4
@@ -60,7 +60,7 @@ class LatentAttentionPooling(Pooling):
         self.mlp_out = nn.Linear(MLP_EXPANSION * embedding_dimension, embedding_dimension)
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Replace `token_embeddings` with the transformed tokens, and add `sentence_embedding` of shape (B, D)."""
+        """Transform `token_embeddings` in `features`, and add `sentence_embedding` of shape (B, D)."""
         features["token_embeddings"] = self.transform_tokens(features["token_embeddings"])
         pooled: dict[str, Any] = super().forward(features, **kwargs)
         return pooled

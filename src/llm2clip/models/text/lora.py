@@ -1,6 +1,6 @@
-"""LoRA training of a caption encoder's LLM. After training, LoRA is merged into the LLM.
+"""LoRA training of a caption encoder's LLM. After training, the LoRA weights are merged into the LLM.
 
-QLoRA (arXiv 2305.14314) stores the frozen matrices in 4 bits, but only during training: LoRA is merged into the
+QLoRA (arXiv 2305.14314) stores the frozen matrices in 4 bits during training. Afterwards, LoRA is merged into the
 original weights. Without QLoRA, the frozen matrices can be stored in 16 bits, and LoRA is then merged into the rounded
 16-bit values. Rounding has no effect if the LLM was released in the same 16-bit format.
 """
@@ -17,16 +17,16 @@ from llm2clip.io_utils import install_command
 
 
 class LoraSession:
-    """LoRA training of an encoder's LLM. The constructor adds LoRA, and `finish` merges it into the LLM."""
+    """LoRA training of an encoder's LLM. The constructor adds LoRA layers, and `finish` merges them into the LLM."""
 
     def __init__(self, encoder: Any, config: LoraConfig, dtype: torch.dtype, device: torch.device, quantize: bool):
         """Add LoRA to a `CaptionEncoder`'s LLM in place, and move the LLM to the training device.
 
-        If the LLM starts on the CPU, its float32 weights need not fit in the device's memory.
+        If the LLM is on the CPU at first, its float32 weights need not fit in the device's memory.
 
         Args:
-            encoder: encoder whose LLM has no LoRA yet.
-            dtype: dtype of the frozen matrices or, with `quantize`, of their matmuls.
+            encoder: encoder whose LLM has no LoRA layers yet.
+            dtype: dtype of the frozen matrices. If `quantize` is True, dtype of the matmuls with these matrices.
             quantize: if True, store the frozen matrices in 4 bits (QLoRA, requires bitsandbytes) and keep the original
                 matrices on the CPU.
         """
@@ -39,7 +39,7 @@ class LoraSession:
         transformer.model.to(device)
 
     def finish(self) -> None:
-        """Merge LoRA into the original weights in float32 on the CPU, in place.
+        """Merge LoRA into the original weights in place, on the CPU and in float32.
 
         The CPU is used because the float32 weights may not fit in the device's memory.
         """
@@ -79,7 +79,7 @@ def cast_frozen_linear_layers(llm: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _quantize_linear_layers(llm: Any, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Linear]:
-    """Replace linear layers with 4-bit layers on `device`. Return the original layers, on the CPU, keyed by name."""
+    """Replace linear layers with 4-bit layers on `device`. Return the original layers on the CPU, keyed by name."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     original_layers = {name: module.to("cpu") for name, module in llm.named_modules() if isinstance(module, nn.Linear)}

@@ -2,7 +2,7 @@
 
 Layers that process each token separately receive one long row of tokens. Attention is computed within each caption.
 Consecutive captions of equal length share one attention call without a mask. Because the captions in a batch have
-similar lengths, few calls are needed. In 16-bit precision on recent NVIDIA GPUs, a single call computes attention over
+similar lengths, few calls are needed. In 16-bit precision on recent NVIDIA GPUs, a single call computes attention for
 all captions (`varlen_attention`). The attention function is registered with transformers as `packed`, so every model
 family can use it. For ordinary padded batches, `packed` returns the same result as `sdpa`.
 
@@ -26,13 +26,13 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PACKED = "packed"
-MAX_UNFUSED_LENGTH = 512  # in tokens; the attention scores of longer captions would take too much memory
+MAX_UNFUSED_LENGTH = 512  # in tokens; for longer captions, `unfused_attention` would need too much memory
 MAX_VARLEN_HEAD_DIM = 256
 MIN_COSINE = 0.999  # minimum cosine similarity between varlen_attn and sdpa outputs, both in 16-bit precision
 
 
 def pack_captions(ids: Sequence[Sequence[int]], attention: str, device: torch.device) -> dict[str, Any]:
-    """Pack B captions with T tokens in total into a single row.
+    """Pack B captions, with T tokens in total, into a single row.
 
     `attention` is the model's attention implementation: `packed` or a flash attention variant.
 
@@ -45,7 +45,7 @@ def pack_captions(ids: Sequence[Sequence[int]], attention: str, device: torch.de
         - cu_seq_lens_q and cu_seq_lens_k: cumulative caption lengths, int32, of shape (B + 1,).
         - max_length_q and max_length_k: length of the longest caption.
         - caption_lengths (only for `packed`): list of caption lengths.
-        - attention_mask (only for `packed`): 4-dimensional dummy mask, so transformers builds no (T, T) mask.
+        - attention_mask (only for `packed`): 4-dimensional dummy that prevents a (T, T) mask in transformers.
     """
     lengths = [len(row) for row in ids]
     total = sum(lengths)
@@ -78,10 +78,10 @@ def pack_captions(ids: Sequence[Sequence[int]], attention: str, device: torch.de
 
 
 def remove_prompts(features: dict[str, Any]) -> None:
-    """Remove the hidden states of prompt tokens from the LLM output for a packed batch, in place.
+    """Remove the hidden states of prompt tokens in place from the LLM output for a packed batch.
 
-    `features` contains the entries from `pack_captions` and `prompt_length`, the number of tokens to remove from the
-    start of each caption. sentence-transformers' pooling can also exclude prompts, but synchronises with the GPU.
+    In addition to the entries from `pack_captions`, `features` contains `prompt_length`, the number of tokens to remove
+    from the start of each caption. sentence-transformers' own exclusion of prompts would synchronise with the GPU.
     """
     prompt_length = features.pop("prompt_length")
     lengths = np.array(features["caption_lengths"])
@@ -101,7 +101,7 @@ def remove_prompts(features: dict[str, Any]) -> None:
 
 
 def copy_to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copy a CPU tensor to a device. GPU copies are asynchronous, so the CPU can prepare the next batch meanwhile."""
+    """Copy a CPU tensor to a device. Copies to a GPU are asynchronous: the CPU can prepare the next batch."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
@@ -136,11 +136,12 @@ def packed_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention within each caption of a packed row. The signature is defined by transformers.
+    """Compute attention within each caption of a packed row. transformers defines the signature.
 
     Args:
         query: queries of shape (1, heads, T, D).
-        key, value: keys and values of shape (1, key heads, T, D). Consecutive query heads share a key head.
+        key, value: keys and values of shape (1, key heads, T, D). With grouped-query attention, consecutive query heads
+            share a key head.
         attention_mask: mask for an ordinary padded batch. Ignored for packed rows.
         caption_lengths: number of tokens in each caption, T in total. None for an ordinary padded batch.
         sliding_window: attention span in tokens, as defined by transformers' masks. With causal attention, a token
@@ -177,7 +178,7 @@ def packed_attention(
         )
         return output, None
 
-    # Consecutive captions of equal length form a group. Empty texts may have no tokens at all.
+    # Consecutive captions of equal length form a group. Captions without tokens are skipped.
     groups = [(length, len(list(group))) for length, group in groupby(caption_lengths) if length > 0]
     # Use `split` instead of slices: each slice would allocate a gradient of length T in the backward pass.
     group_sizes = [length * count for length, count in groups]
@@ -197,9 +198,9 @@ def packed_attention(
 
 
 def _build_sliding_window_mask(length: int, window: int, is_causal: bool, device: torch.device) -> Tensor:
-    """Return a boolean mask of shape (1, 1, length, length), True where the row's token attends to the column's."""
+    """Return a mask of shape (1, 1, length, length). Element (0, 0, i, j) is True if token i attends to token j."""
     positions = torch.arange(length, device=device)
-    distance = positions[:, None] - positions  # positive for earlier tokens
+    distance = positions[:, None] - positions  # [i, j] is positive if token j precedes token i
     mask = (distance >= 0) & (distance < window) if is_causal else distance.abs() <= window
     return mask[None, None]
 
@@ -210,7 +211,7 @@ def unfused_attention(
     """Compute attention with two batched matmuls, which are faster than `sdpa` for short captions on CPUs.
 
     Queries have shape (B, heads, L, D); keys and values have shape (B, key heads, L, D). For the mask, see
-    `_build_sliding_window_mask`. If there is a mask, `is_causal` is ignored. The output has shape (B, L, heads, D).
+    `_build_sliding_window_mask`. If `mask` is not None, `is_causal` is ignored. The output has shape (B, L, heads, D).
     """
     batch, heads, length, head_dim = query.shape
     query = query * (head_dim**-0.5 if scaling is None else scaling)
@@ -239,12 +240,12 @@ def varlen_attention(
     sliding_window: int | None = None,
     scaling: float | None = None,
 ) -> Tensor:
-    """Compute attention within each caption of a packed row with `torch.nn.attention.varlen` (flash attention).
+    """Use `torch.nn.attention.varlen` (flash attention) to compute attention within each caption of a packed row.
 
     For the other arguments and the output, see `packed_attention`.
 
     Args:
-        boundaries: cumulative caption lengths of shape (B + 1,), int32, on the same device.
+        boundaries: cumulative caption lengths of shape (B + 1,), int32, on the device of `query`.
         max_length: length of the longest caption, in tokens.
         scaling: factor applied to the attention scores. Default: D ** -0.5.
     """
@@ -307,14 +308,16 @@ def supports_flash_attention(device: torch.device) -> bool:
 
 
 @lru_cache
-def matches_sdpa(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, head_dim: int) -> bool:
+def matches_sdpa(device: torch.device, dtype: torch.dtype, num_heads: int, num_key_heads: int, head_dim: int) -> bool:
     """Return True if `varlen_attention` works on a device and agrees with `scaled_dot_product_attention`.
 
     Outputs and gradients are compared on two random captions, with bidirectional and causal attention. A warning is
     shown if the kernel fails or the results differ.
     """
     try:
-        agrees = all(_agrees_with_sdpa(device, dtype, heads, key_heads, head_dim, causal) for causal in (False, True))
+        agrees = all(
+            _agrees_with_sdpa(device, dtype, num_heads, num_key_heads, head_dim, causal) for causal in (False, True)
+        )
         problem = "produces wrong results"
     except (RuntimeError, ValueError, TypeError) as error:
         agrees, problem = False, f"fails ({str(error).splitlines()[0]})"
@@ -323,19 +326,19 @@ def matches_sdpa(device: torch.device, dtype: torch.dtype, heads: int, key_heads
     return agrees
 
 
-@torch.inference_mode(False)  # the comparison needs gradients even if the first caption is encoded without them
+@torch.inference_mode(False)  # the comparison needs gradients, even if the caller disabled them
 @torch.autocast("cuda", enabled=False)
 def _agrees_with_sdpa(
-    device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, head_dim: int, causal: bool
+    device: torch.device, dtype: torch.dtype, num_heads: int, num_key_heads: int, head_dim: int, causal: bool
 ) -> bool:
     lengths = [5, 3]
     generator = torch.Generator().manual_seed(0)
     inputs = []
-    for count in (heads, key_heads, key_heads):
+    for count in (num_heads, num_key_heads, num_key_heads):
         x = torch.randn(1, count, sum(lengths), head_dim, generator=generator)
         inputs.append(x.to(device, dtype).requires_grad_())
     boundaries = torch.tensor([0, 5, 8], dtype=torch.int32, device=device)
-    weights = torch.randn(1, sum(lengths), heads, head_dim, generator=generator).to(device, dtype)
+    weights = torch.randn(1, sum(lengths), num_heads, head_dim, generator=generator).to(device, dtype)
     with torch.enable_grad():
         query, key, value = inputs
         output = varlen_attention(query, key, value, boundaries, max(lengths), causal)

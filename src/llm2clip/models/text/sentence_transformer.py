@@ -21,13 +21,13 @@ from llm2clip.models.hub.loading import (
 from llm2clip.models.text.latent_attention import MODULE_TYPE, LatentAttentionPooling
 
 ADAPTER_CONFIG = "adapter_config.json"  # written by PEFT
-NV_EMBED = "nvembed"  # model_type of NV-Embed-v2 in its published format (see convert/nv_embed.py)
+NV_EMBED = "nvembed"  # model_type of NV-Embed-v2 as published (see convert/nv_embed.py)
 CAPTION_PLACEHOLDER = "{caption}"
 
 
 @hide_loading_bars()
 def load_sentence_transformer(path: str, pooling: str, device: str | torch.device | None) -> SentenceTransformer:
-    """Load a folder or hub id as a SentenceTransformer in float32, by default on a GPU if available.
+    """Load a model from a folder or hub id as a float32 SentenceTransformer, by default on a GPU if one is available.
 
     A sentence-transformers model is loaded as saved. A plain transformers model gets bidirectional attention and a
     pooling layer with the mode `pooling`.
@@ -53,7 +53,7 @@ def load_sentence_transformer(path: str, pooling: str, device: str | torch.devic
     if modules_file is not None:
         for module in read_json(Path(modules_file)):
             check_not_quantized(read_config(path, module["path"]), path)
-        # llm2clip's own module needs no remote code, because the folder does not contain its code.
+        # The class of llm2clip's own module is passed directly, so no remote code is needed.
         return SentenceTransformer._load_with_module_classes(
             path,
             {MODULE_TYPE: LatentAttentionPooling},
@@ -123,7 +123,7 @@ def set_template(st: Any, template: str) -> None:
     """Set a SentenceTransformer's template, which is saved with the model.
 
     The text before the caption becomes the default prompt and is excluded from pooling. If a special token follows the
-    caption, the tokenizer appends it to every text.
+    caption, the tokenizer will append this token to every text.
 
     Raises:
         ValueError: the template is not valid for this model.
@@ -152,7 +152,7 @@ def _set_suffix(tokenizer: Any, suffix: str) -> None:
     ids = tokenizer(suffix, add_special_tokens=False)["input_ids"]
     if len(ids) != 1 or ids[0] not in tokenizer.all_special_ids:
         raise ValueError(
-            f"template: only one special token may follow {CAPTION_PLACEHOLDER} (got {suffix!r}; tokens: {len(ids)})"
+            f"template: only one special token may follow {CAPTION_PLACEHOLDER} (got {suffix!r}, {len(ids)} token(s))"
         )
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"$A {suffix}", special_tokens=[(suffix, ids[0])]
