@@ -268,7 +268,7 @@ class CaptionEncoder(nn.Module):
         precision: str | None = None,
         progress: bool | ProgressBar = False,
     ) -> Tensor:
-        """Encode N captions. Return a float32 CPU tensor of shape (N, embed_dim), with one unnormalised row per caption.
+        """Encode N captions. Return a float32 CPU tensor of shape (N, embed_dim): one unnormalised row per caption.
 
         Captions of similar length are batched together, so there is almost no padding. The other captions in a batch
         change an embedding by at most about 1e-5.  The embedding of a text without tokens is a zero vector.

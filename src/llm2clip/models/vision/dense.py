@@ -41,13 +41,13 @@ from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.models.vision.vision_tower import VisionTower
 
 DENSE_VARIANTS = ("plain", "maskclip", "sclip", "clearclip", "naclip")
-_NO_RESIDUAL = ("clearclip", "naclip")  # these variants also drop the feed-forward network
-_GAUSSIAN_STD = 5.0  # in patches, as in NACLIP
-# For localisation: ratio of the resized image's shorter side to the tower's training resolution. As in SCLIP, a
+_NO_RESIDUAL = ("clearclip", "naclip")  # variants without residual connections and feed-forward network
+_GAUSSIAN_STD = 5.0  # standard deviation in NACLIP's attention bias, in patches
+# Ratio of the resized image's shorter side to the tower's training resolution, for localisation. As in SCLIP, a
 # 224-pixel tower receives images with a shorter side of 336 pixels.
 LOCALIZATION_SCALE = 1.5
 _MAX_ASPECT_RATIO = 8  # images with a larger aspect ratio are squeezed to this ratio, to limit their size
-# Pre-norm block class -> names of its norm, attention and layer scale.
+# Maps each supported class of pre-norm blocks to the attribute names of its norm, attention and layer scale.
 _BLOCK_PARTS = {
     "timm.models.vision_transformer.Block": ("norm1", "attn", "ls1"),
     "timm.models.eva.EvaBlock": ("norm1", "attn", "gamma_1"),
@@ -72,10 +72,10 @@ class DenseEncoder:
         image_size: the tower's training resolution, in pixels.
         variants: supported variants. Convolutional networks support only "plain".
         device: device of the model and of the embeddings.
-        interpolation: interpolation mode of the tower's preprocessing, for `resize`.
-        localization_variant: best variant for localisation. It is "naclip" for towers that pool a class token: training
-            never compared patches with texts, and NACLIP reports the best segmentation results on most data sets. For
-            all other towers, it is "plain", because training compared pooled cells with texts.
+        interpolation: interpolation mode for `resize`, from the tower's preprocessing.
+        localization_variant: recommended variant for localisation. If the tower pools a class token, it is "naclip":
+            training never compared patches with texts, and NACLIP reports the best segmentation results on most data
+            sets. If the tower pools cells, it is "plain", because training compared the pooled cells with texts.
         features: function that takes pixels of shape (N, 3, H, W) on `device` and a variant, and returns unnormalised
             embeddings of shape (N, H / cell_size, W / cell_size, D).
     """
@@ -90,7 +90,7 @@ class DenseEncoder:
 
     @property
     def localization_size(self) -> int:
-        """Length of the resized image's shorter side for localisation, in pixels (`image_size` in `resize`)."""
+        """Shorter side of a resized image for localisation, in pixels. Pass this to `resize` as `image_size`."""
         return round(LOCALIZATION_SCALE * self.image_size)
 
     @torch.no_grad()
@@ -101,7 +101,7 @@ class DenseEncoder:
         Args:
             pixels: images of shape (N, 3, H, W), uint8 or float from 0 to 1, on any device. H and W must be multiples
                 of `cell_size`.
-            variant: one of `variants`. The variants are defined at the top of this module.
+            variant: dense variant, one of `variants`. For definitions, see the top of this module.
 
         Returns:
             L2-normalised float32 embeddings of shape (N, H / cell_size, W / cell_size, D), on `device`.
@@ -123,7 +123,7 @@ class DenseEncoder:
         return F.normalize(self.features(pixels.to(self.device), variant).float(), dim=-1)
 
     def resize(self, image: Tensor, image_size: int | None = None) -> Tensor:
-        """Resize an image to a whole number of cells, keeping its aspect ratio up to rounding and a maximum of 8:1.
+        """Resize an image to a whole number of cells. Keep its aspect ratio, except for rounding and a limit of 8:1.
 
         Args:
             image: image of shape (3, H, W), uint8.
@@ -138,7 +138,7 @@ class DenseEncoder:
         return cast(Tensor, resize(image, size, InterpolationMode(self.interpolation), antialias=True))
 
     def compute_grid(self, height: int, width: int, image_size: int | None = None) -> tuple[int, int]:
-        """Return the number of cell rows and columns after `resize`, for an image of the given size."""
+        """Return the numbers of cell rows and columns that `resize` produces for an image of the given size."""
         shorter = max(1, round((image_size or self.image_size) / self.cell_size))
         ratio = min(max(height, width) / min(height, width), _MAX_ASPECT_RATIO)
         longer = round(ratio * shorter)
@@ -223,7 +223,7 @@ def _get_class_name(module: nn.Module) -> str:
 
 
 def _encode_cells(tower: VisionTower, pixels: Tensor, variant: str) -> Tensor:
-    """Compute the features of all cells, of shape (N, h, w, C), before the tower's head."""
+    """Return the features of all cells, of shape (N, h, w, C). They are the input of the tower's head."""
     cell_size = _get_cell_size(tower)
     grid = (pixels.shape[-2] // cell_size, pixels.shape[-1] // cell_size)
     if tower.config["library"] == "timm":
@@ -262,7 +262,7 @@ def _apply_head(tower: VisionTower, cells: Tensor) -> Tensor:
 
 
 def _resize_timm(tower: VisionTower, size: tuple[int, int]) -> nn.Module:
-    """Return a timm backbone for images of `size` that shares all of the tower's weights except position embeddings.
+    """Return a timm backbone for images of shape `size`. It shares the tower's weights except position embeddings.
 
     Raises:
         ValueError: the architecture supports only the size it was built for.
@@ -298,7 +298,7 @@ def _resize_timm(tower: VisionTower, size: tuple[int, int]) -> nn.Module:
 
 
 def _replace_module(root: Any, name: str, module: nn.Module) -> Any:
-    """Return a copy of `root` with the submodule `name` replaced. The copy shares all other modules and weights.
+    """Return a copy of `root` in which the submodule `name` is replaced. The copy shares the other modules and weights.
 
     `root` itself is not modified, so other threads can keep using it.
     """
@@ -351,7 +351,7 @@ def _run_attention_branch(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any
 
 
 class _ReplacedAttention(TorchFunctionMode):
-    """Context manager that makes `scaled_dot_product_attention` compute a variant's attention in this thread.
+    """Context manager that makes `scaled_dot_product_attention` compute a dense variant's attention in this thread.
 
     timm and transformers compute q, k and v in many ways (fused or not, with norms, rotary embeddings and split
     biases), but always pass them to this function.
@@ -393,7 +393,7 @@ def _build_neighbour_bias(grid: tuple[int, int], k: Tensor) -> Tensor:
         distance = position[:, None] - position
         per_axis.append(torch.exp(-(distance**2) / (2 * _GAUSSIAN_STD**2)))
     bias = torch.kron(per_axis[0], per_axis[1])  # (h * w, h * w)
-    prefix = k.shape[-2] - len(bias)  # class and register tokens
+    prefix = k.shape[-2] - len(bias)  # number of class and register tokens
     return F.pad(bias, (prefix, 0, prefix, 0)).to(k.dtype)
 
 
@@ -445,7 +445,7 @@ def encode_boxes(
 
 
 def pool_masks(features: Tensor, masks: Tensor) -> Tensor:
-    """Average an image's cell embeddings, weighted by each mask's area in each cell.
+    """For each mask, average an image's cell embeddings, weighted by the mask's area in each cell.
 
     Images are resized without cropping. Therefore, in an image with H x W pixels and h x w cells, cell (i, j) covers
     rows i * H / h to (i + 1) * H / h and columns j * W / w to (j + 1) * W / w.
@@ -468,17 +468,17 @@ def pool_masks(features: Tensor, masks: Tensor) -> Tensor:
     return F.normalize(torch.cat(pooled), dim=-1)
 
 
-def _compute_overlaps(cells: int, pixels: int) -> Tensor:
-    """Compute each cell's overlap with each pixel along an axis, in pixels, as float64 of shape (cells, pixels)."""
-    cell_edges = torch.arange(cells + 1, dtype=torch.float64) * pixels / cells
-    pixel_edges = torch.arange(pixels + 1, dtype=torch.float64)
+def _compute_overlaps(num_cells: int, num_pixels: int) -> Tensor:
+    """Return the overlap of cells and pixels along an axis, in pixels, of shape (num_cells, num_pixels), float64."""
+    cell_edges = torch.arange(num_cells + 1, dtype=torch.float64) * num_pixels / num_cells
+    pixel_edges = torch.arange(num_pixels + 1, dtype=torch.float64)
     ends = torch.minimum(cell_edges[1:, None], pixel_edges[1:])
     starts = torch.maximum(cell_edges[:-1, None], pixel_edges[:-1])
     return (ends - starts).clamp(min=0)
 
 
 def check_boxes(boxes: Any, height: int, width: int) -> Tensor:
-    """Convert N boxes (left, top, right, bottom), in pixels, to a float32 tensor of shape (N, 4) on the CPU.
+    """Check N boxes (left, top, right, bottom) in pixels, and convert them to a float32 CPU tensor of shape (N, 4).
 
     Raises:
         ValueError: The shape is wrong, or a box contains NaN or infinity, is empty, or is not inside the image.
@@ -504,7 +504,7 @@ def check_boxes(boxes: Any, height: int, width: int) -> Tensor:
 
 
 def check_masks(masks: Any, height: int, width: int) -> Tensor:
-    """Convert N boolean masks to a bool tensor of shape (N, H, W) on the CPU.
+    """Check N boolean masks, and convert them to a boolean CPU tensor of shape (N, H, W).
 
     Raises:
         ValueError: The masks are not boolean or do not have the image's size, or a mask is empty.

@@ -1,10 +1,10 @@
-"""Zero-shot segmentation with a sliding window. Pixel scores are computed in tiles of rows.
+"""Zero-shot segmentation with a sliding window. Pixel scores are computed for a few image rows (a tile) at a time.
 
 SCLIP (arXiv 2312.01597) upsamples each window's cell scores to the window's size, averages overlapping windows, and
 resizes the result to the size of the labels. Each of these steps is linear and separable into rows and columns. A
-class's scores are therefore `R @ S @ C.T`, where S contains the cell scores of all windows, arranged in a grid, and the
-row matrix R and column matrix C combine all interpolation and averaging. A tile is computed from the corresponding rows
-of R, so memory for pixel scores does not grow with the image size.
+class's scores are therefore `R @ S @ C.T`, where S contains the cell scores of all windows, arranged in a grid. The
+matrices R (for rows) and C (for columns) combine all interpolation and averaging. A tile is computed from the
+corresponding rows of R, so memory for pixel scores does not grow with the image size.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class WindowAxis:
 
     Args:
         length, window: Lengths of the resized image and of a window along this axis, in pixels.
-        starts: First pixel of each window.
+        starts: Position of each window's first pixel.
     """
 
     length: int
@@ -59,13 +59,13 @@ class WindowAxis:
 
         The matrix is float32, of shape (size, windows * cells), where `cells` is the number of cells per window.
         """
-        upsample = _build_bilinear_matrix(cells, self.window)
+        upsample = _build_interpolation_matrix(cells, self.window)
         average = torch.zeros(self.length, len(self.starts) * cells, dtype=torch.float64)
         count = torch.zeros(self.length, 1, dtype=torch.float64)
         for n, start in enumerate(self.starts):
             average[start : start + self.window, n * cells : (n + 1) * cells] = upsample
             count[start : start + self.window] += 1
-        return (_build_bilinear_matrix(self.length, size) @ (average / count)).float()
+        return (_build_interpolation_matrix(self.length, size) @ (average / count)).float()
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class ResizeForWindows:
     Args:
         window: Side length of the window in pixels. Must be a multiple of `cell_size`.
         cell_size: Side length of a cell in pixels.
-        scale: Ratio of the resized image's shorter side to the window. It is reduced if the longer side would exceed
-            `MAX_SCALE` times the window.
+        scale: Ratio of the resized image's shorter side to the window. The ratio is reduced if the longer side would
+            exceed `MAX_SCALE` times the window.
     """
 
     window: int
@@ -109,7 +109,7 @@ class ResizeForWindows:
 
 
 def cut_windows(image: Tensor, rows: WindowAxis, columns: WindowAxis) -> Tensor:
-    """Cut all windows out of a resized image, row by row, as a uint8 tensor of shape (windows, 3, H, W)."""
+    """Return all windows of a resized image in row-major order, as a uint8 tensor of shape (windows, 3, H, W)."""
     windows = []
     for top in rows.starts:
         for left in columns.starts:
@@ -131,8 +131,8 @@ class PixelScores:
 
     Args:
         grid: Cell scores of all windows, of shape (K, A, B). See `arrange_windows`.
-        rows: Row matrix of shape (H, A). See `WindowAxis.build_matrix`.
-        columns: Column matrix of shape (W, B).
+        rows: Matrix of shape (H, A) that maps window cells to pixel rows. See `WindowAxis.build_matrix`.
+        columns: Matrix of shape (W, B) that maps window cells to pixel columns.
     """
 
     grid: Tensor
@@ -140,7 +140,7 @@ class PixelScores:
     columns: Tensor
 
     def iterate_tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (slice of rows, pixel scores of shape (K, rows, W)) for each tile."""
+        """Yield (slice of pixel rows, pixel scores of shape (K, rows, W)) for each tile."""
         num_scores, width = len(self.grid), len(self.columns)
         step = max(1, TILE_ELEMENTS // (num_scores * width))
         for start in range(0, len(self.rows), step):
@@ -149,7 +149,7 @@ class PixelScores:
             yield rows, tile
 
     def compute_class_scores(self, names_per_class: Sequence[int]) -> Tensor:
-        """Compute each class's maximum score over its names for all pixels, of shape (classes, H, W)."""
+        """Return class scores of shape (classes, H, W): for each pixel, the highest score of the class's names."""
         return torch.cat([_max_over_names(tile, names_per_class) for _, tile in self.iterate_tiles()], 1)
 
 
@@ -212,7 +212,7 @@ def segment(
         min_area: Foreground classes that cover at most this fraction of the foreground are not predicted.
 
     Yields:
-        (slice of rows, int64 class indices of shape (rows, W)) for each tile.
+        (slice of pixel rows, int64 class indices of shape (rows, W)) for each tile.
     """
     is_allowed = torch.ones(len(names_per_class), dtype=torch.bool, device=scores.grid.device)
     if min_area > 0:
@@ -233,13 +233,13 @@ def segment(
 
 
 def _max_over_names(tile: Tensor, names_per_class: Sequence[int]) -> Tensor:
-    """Reduce the scores of all names to each class's maximum, of shape (classes, rows, W)."""
+    """Return each class's highest score over its names, of shape (classes, rows, W)."""
     if len(names_per_class) == len(tile):
         return tile
     return torch.stack([scores.amax(0) for scores in tile.split(list(names_per_class))])
 
 
-def _build_bilinear_matrix(size_in: int, size_out: int) -> Tensor:
-    """Return the linear interpolation matrix, float64, of shape (size_out, size_in)."""
+def _build_interpolation_matrix(size_in: int, size_out: int) -> Tensor:
+    """Return the matrix for linear interpolation along one axis, of shape (size_out, size_in), float64."""
     identity = torch.eye(size_in, dtype=torch.float64)[None]  # (1, channels, positions)
     return F.interpolate(identity, size=size_out, mode="linear", align_corners=False)[0].T

@@ -39,18 +39,14 @@ _DEFAULT_PREPROCESS = {
     "dinov2_with_registers": Preprocess(224, "shortest", 0.875, "bicubic", *_IMAGENET_STATS, crop_rounding="down"),
     "dinov3_vit": Preprocess(224, "squash", 1.0, "bilinear", *_IMAGENET_STATS, crop_rounding="down"),
 }
-# Types of dual encoders, of which only the vision model is used.
+# Model types of dual encoders. Only their vision model is used.
 _DUAL_ENCODER_TYPES = ("clip", "metaclip_2", "siglip")
 # transformers config entries that do not describe the architecture.
 _TRANSIENT_ENTRIES = ("transformers_version", "_name_or_path", "dtype", "architectures", "id2label", "label2id")
 
 
 def load_backbone(name: str, image_size: int | None, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
-    """Load a backbone by name. For the arguments, see `VisionTower.from_pretrained`.
-
-    Returns:
-        Backbone module and config.
-    """
+    """Load a backbone by name, and return it with its config. For the arguments, see `VisionTower.from_pretrained`."""
     library, source = _parse_name(resolve_pretrained(name))
     load = _load_timm if library == "timm" else _load_transformers
     return load(source, image_size, pretrained)
@@ -128,7 +124,7 @@ def _load_timm(source: str, image_size: int | None, pretrained: bool) -> tuple[n
         check_model_source(cfg["hf_hub_id"])  # timm downloads the weights from the hub
     args = {**args, "num_classes": 0}
     if cfg.get("fixed_input_size") or "img_size" in args:
-        # Position embeddings and attention windows are built for one image size, and timm resizes the pretrained ones.
+        # Position embeddings or attention windows are built for one image size. timm resizes the pretrained weights.
         # The size is always saved in the config, because an architecture's default size depends on the tag.
         built_size = args.get("img_size") or cfg["input_size"][-2:]
         sides = {built_size} if isinstance(built_size, int) else set(built_size)
@@ -214,7 +210,7 @@ def _load_transformers(source: str, image_size: int | None, pretrained: bool) ->
 
 @hide_load_report()
 def _build_transformers(config: Any, source: str | None = None) -> nn.Module:
-    """Build a transformers config's vision model. Load its weights from `source`, or initialise them randomly."""
+    """Build the vision model of a transformers config, with weights from `source` or, if None, with random weights."""
     from transformers import AutoModel, CLIPVisionModel, SiglipVisionModel
 
     # Given a folder with a complete CLIP model, AutoModel would build both towers.
@@ -229,7 +225,7 @@ def _build_transformers(config: Any, source: str | None = None) -> nn.Module:
             source, config=config, dtype=torch.float32, output_loading_info=True
         )
         missing = sorted(report["missing_keys"])
-        if missing:  # transformers only warns, and initialises missing weights randomly
+        if missing:  # transformers would only warn and initialise these weights randomly
             raise ValueError(f"{source} is missing {len(missing):,} weights, including {missing[0]}")
     return cast(nn.Module, model)
 

@@ -1,7 +1,7 @@
 """Common interface for pretrained image encoders (vision towers) from timm and transformers, with LoRA support.
 
 A tower maps uint8 pixels to pooled features, without any projection, and stores the preprocessing it was trained with.
-Its architecture can be rebuilt from its `config` without network access, so a model can save its tower's weights in its
+Its architecture can be rebuilt from its `config` without network access, so a model can save the tower's weights in its
 own state dict.
 """
 
@@ -21,10 +21,10 @@ from llm2clip.data.transforms import Preprocess
 from llm2clip.models.hub.loading import hide_loading_bars
 from llm2clip.models.vision.vision_backbones import build_backbone, load_backbone
 
-# Names of repeated blocks in timm's ViTs and EfficientNets, ConvNeXt and similar models, ResNets, and transformers'
-# ViTs, in this order.
+# Matches the names of repeated blocks. Alternatives, in order: timm's ViTs and EfficientNets; ConvNeXt and similar
+# models; ResNets; transformers' ViTs.
 _BLOCK = re.compile(r"(?:blocks\.(?:\d+\.)+|stages\.\d+\.blocks\.\d+\.|layer[1-4]\.\d+\.|layers?\.\d+\.)")
-# Model types that interpolate their position embeddings only on request. All other types always interpolate them.
+# transformers model types that interpolate position embeddings only on request. Other types always interpolate them.
 _INTERPOLATES_ON_REQUEST = ("clip_vision_model", "siglip_vision_model")
 
 
@@ -53,7 +53,7 @@ class VisionTower(nn.Module):
         self.register_buffer("mean", torch.empty(0), persistent=False)
         self.register_buffer("std", torch.empty(0), persistent=False)
         self._set_normalization(torch.get_default_device())
-        # The channels-last format speeds up networks with many convolutions, unlike ViTs, which have only one.
+        # The channels-last format speeds up networks with many convolutions, but not ViTs, which have only one.
         self._channels_last = sum(isinstance(module, nn.Conv2d) for module in backbone.modules()) > 4
         for name, parameter in backbone.named_parameters():
             # DINO uses the mask token only in pretraining, and DDP would wait for its gradient.
@@ -100,14 +100,14 @@ class VisionTower(nn.Module):
         return cast(Tensor, self._run_transformers(pixels, interpolate).pooler_output)
 
     def forward_features(self, pixels: Tensor) -> Tensor:
-        """Encode images as unpooled features. transformers models interpolate their position embeddings.
+        """Encode images as unpooled features. Position embeddings of transformers models are interpolated.
 
         Args:
             pixels: images of shape (N, 3, H, W), uint8 or float from 0 to 1.
 
         Returns:
             For a vision transformer, all tokens of shape (N, L, C), including class and register tokens. For a
-            convolutional network, the feature map in the timm model's memory layout.
+            convolutional network, the feature map in the timm model's layout (NCHW or NHWC).
         """
         if self.config["library"] == "timm":
             return cast(Tensor, cast(Any, self.backbone).forward_features(self._build_timm_input(pixels)))
@@ -172,9 +172,9 @@ class VisionTower(nn.Module):
     # ---- layers -----------------------------------------------------------------------------------------------------
 
     def get_parameter_depths(self) -> dict[str, int]:
-        """Map each parameter name to its depth, for layer-wise learning rate decay and for unfreezing layers.
+        """Return the depth of each parameter, keyed by name, for layer-wise learning rate decay and unfreezing layers.
 
-        Parameters of the stem or embeddings have depth 0, and those closest to the output have the largest depth.
+        Parameters of the stem or embeddings have depth 0. Parameters closest to the output have the largest depth.
         """
         if self.config["library"] == "timm":
             if not hasattr(self.backbone, "group_matcher"):  # timm does not specify the layers of this architecture
@@ -191,7 +191,7 @@ class VisionTower(nn.Module):
         return 1 + max(self.get_parameter_depths().values())
 
     def get_blocks(self) -> list[nn.Module]:
-        """Return the repeated blocks from input to output, or an empty list if there are none."""
+        """Return the repeated blocks in order from input to output. The list is empty if there are no such blocks."""
         blocks = []
         for name, module in self.backbone.named_modules():
             match = _BLOCK.search(f"{name}.")
@@ -253,7 +253,7 @@ def add_tower_lora(tower: VisionTower, rank: int, alpha: int) -> None:
         if is_linear and tower.is_in_block(name) and not name.startswith(attention_prefixes):
             targets.append(name)
     if not targets:
-        raise ValueError("--align.lora_r: this tower has no linear layer for LoRA. Use --align.lora_r 0")
+        raise ValueError("--align.lora_r: this tower has no linear layers that support LoRA. Use --align.lora_r 0")
     _set_qkv_module_call(tower, True)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), tower.backbone)
     for name, parameter in tower.backbone.named_parameters():
@@ -273,7 +273,7 @@ def merge_tower_lora(tower: VisionTower) -> None:
 
 
 def _set_qkv_module_call(tower: VisionTower, enable: bool) -> None:
-    """Make timm's EVA models call their fused qkv layer. By default, they only read its weight and bypass LoRA."""
+    """Set whether timm's EVA models call their qkv layer. By default, they only use its weight, which bypasses LoRA."""
     for module in tower.backbone.modules():
         if hasattr(module, "qkv_bias_separate"):
             cast(Any, module).qkv_bias_separate = enable
