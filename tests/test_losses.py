@@ -90,7 +90,7 @@ def as_double(*inputs: Tensor) -> list[Tensor]:
 @pytest.fixture(params=[5, 1 << 20])
 def chunk_size(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of a single row, and one chunk for all rows."""
-    monkeypatch.setitem(losses.CHUNK, "cpu", request.param)
+    monkeypatch.setitem(losses.LOGITS_PER_CHUNK, "cpu", request.param)
 
 
 @pytest.mark.usefixtures("chunk_size")
@@ -164,7 +164,7 @@ def test_sigmoid_loss_rejects_a_second_backward() -> None:
 
 def test_losses_use_memory_linear_in_the_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor has more than a tenth of the elements of the matrix of logits."""
-    monkeypatch.setitem(losses.CHUNK, "cpu", 1 << 12)
+    monkeypatch.setitem(losses.LOGITS_PER_CHUNK, "cpu", 1 << 12)
     largest = 0
 
     class LargestTensor(TorchDispatchMode):

@@ -91,8 +91,8 @@ def align(
             0, or for self-distillation without random crops. Default: a folder in `run_dir`.
 
     Returns:
-        The trained model in eval mode. With FSDP, this is an unsharded copy; otherwise, it is `model` itself. On the
-        main process, its `training_images` are set.
+        The trained model in eval mode. With FSDP, this is an unsharded copy; otherwise, it is `model` itself. Its
+        `training_images` are set on the main process only.
 
     Raises:
         ValueError: There are too few images, settings contradict each other, or the existing checkpoints were saved
@@ -127,7 +127,7 @@ def align(
     # they contain both.
     feature_store = None
     if config.caches_features:
-        tower = frozen_tower or model.tower  # without LoRA layers
+        tower = frozen_tower or model.tower  # has no LoRA layers
         feature_store = _compute_features(records, tower, config, precision, features, run_dir, log)
         frozen_tower = None
     rank, world_size = accelerator.process_index, accelerator.num_processes
@@ -190,15 +190,15 @@ def align(
             schedule.step()
             model.clamp_logit_scale()
 
-            # Metrics. On a GPU, `report.add` waits for the previous step, so this is the time between two steps.
+            # Metrics. On a GPU, `report.add` waits for the previous step, so the time between two steps is measured.
             now = time.perf_counter()
             step_seconds, clock = now - clock, now
-            line = {
+            step_metrics = {
                 "lr": lr,
                 "images_per_second": len(batch.images) * world_size / step_seconds,
                 "data_wait": data_seconds / step_seconds,  # fraction of the step spent waiting for the batch
             }
-            report.add(Step(step, batch.image_names, batch.failures, line), loss, grad_norm, logit_scale)
+            report.add(Step(step, batch.image_names, batch.failures, step_metrics), loss, grad_norm, logit_scale)
             progress.update()
 
             # Evaluation and checkpoint.
@@ -206,7 +206,7 @@ def align(
             evaluates = best.validate is not None and (step % eval_steps == 0 or is_last)
             saves = step % config.save_steps == 0 or is_last
             if evaluates or saves:
-                report.flush()  # checks that the weights are finite
+                report.flush()  # raises an error if a loss or gradient was not finite
             if evaluates:
                 accelerator.log(best.evaluate(model, step), step)
                 model.train()
@@ -243,7 +243,7 @@ def _compute_features(
     run_dir: Path,
     log: SkipLog,
 ) -> EmbeddingStore:
-    """Compute the frozen tower's features for all images missing from the feature store, and return the store."""
+    """Compute the frozen tower's features for all images that are not yet in the feature store. Return the store."""
     refs = [record.image for record in records if record.image is not None]
     encoder = TowerEncoder(tower, precision)
     identity = encoder.identity()
@@ -269,7 +269,7 @@ def _make_run_signature(
 def _pin_batches(data: AlignBatches, first_step: int, device: torch.device) -> Generator[Batch]:
     """Yield the batches, in pinned memory if the device is a GPU."""
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # for this thread; otherwise, pinning would also use memory on the first GPU
+        torch.cuda.set_device(device)  # in this thread; otherwise, pinning would also use memory on the first GPU
     with closing(data.batches(first_step)) as batches:
         for batch in batches:
             yield batch.pin_memory() if device.type == "cuda" else batch
@@ -284,7 +284,7 @@ def _seed_dropout(seed: int, step: int, rank: int) -> None:
 def _add_frozen_features(
     batch: Batch, frozen_tower: VisionTower, config: AlignConfig, accelerator: Accelerator
 ) -> Batch:
-    """Compute the pretrained tower's features for the images of a batch."""
+    """Return a copy of a batch to which the pretrained tower's features have been added."""
     with accelerator.autocast(), tf32_matmul():
         parts = batch.images.split(config.micro_batch_size or config.batch_size)
         return replace(batch, frozen_features=torch.cat([frozen_tower(pixels).float() for pixels in parts]))

@@ -41,7 +41,7 @@ def finetune_clip(records: Sequence[Record], config: AlignConfig, out: Path, log
     model's value.
 
     Args:
-        out: Output folder for checkpoints and metrics.
+        out: Output folder for checkpoints, metrics and the model.
         log: Log of images that cannot be decoded.
 
     Returns:

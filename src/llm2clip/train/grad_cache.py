@@ -33,8 +33,8 @@ def compute_cached_loss(
         loss_function: Function that returns the scalar loss. Argument n is the concatenation of the n-th tensors from
             all passes.
         model: The model, including its DDP or FSDP wrapper. Gradients are reduced only once, in the last pass.
-        device: Device on which the passes run. Its random state is saved and restored, so that repeated passes use the
-            same dropout masks.
+        device: Device on which the passes run. Its random state is saved and restored, so that each pass uses the same
+            dropout masks when it is rerun.
     """
     # 1. Forward passes, without storing activations.
     random_states, outputs = [], []

@@ -31,8 +31,8 @@ class PretrainedParts:
     Attributes:
         clip: CLIP model whose text space is inherited, or None without `--align.inherit`.
         logits: Logit scale and bias of the tower's CLIP model, or None if they are not inherited.
-        random_state: State of PyTorch's random number generator after loading the parts. Loading may consume random
-            numbers. New weights are initialised from this state.
+        random_state: State of PyTorch's random number generator after the parts were loaded, which may consume random
+            numbers. It is restored before new weights are initialised.
     """
 
     tower: VisionTower
@@ -43,7 +43,7 @@ class PretrainedParts:
 
 @torch.random.fork_rng(devices=[])
 def load_pretrained_parts(config: AlignConfig) -> PretrainedParts:
-    """Load everything that `create_initial_model` needs. Call this first, to fail before hours of tuning and not after.
+    """Load everything that `create_initial_model` needs. Call this before tuning, so that errors occur early.
 
     Raises:
         OSError: A model does not exist, or cannot be downloaded.
@@ -87,12 +87,12 @@ def create_initial_model(
 
     Args:
         train: Training records whose texts the adapter is trained on. Used only with `config.inherit`.
-        out: Folder for the adapter and its cache. Required with `config.inherit`.
-        parts: Pretrained parts. They become part of the model. If None, they are loaded.
+        out: Folder for the adapter's weights and the cached CLIP text embeddings. Required with `config.inherit`.
+        parts: Pretrained parts, which become part of the model. Default: loaded with `load_pretrained_parts`.
     """
     parts = parts or load_pretrained_parts(config)
     device = process_state().device
-    torch.manual_seed(config.seed)  # on all devices
+    torch.manual_seed(config.seed)  # seeds all devices
     torch.set_rng_state(parts.random_state)
     parts.tower.freeze_norm = True  # keep the pretrained batch-norm statistics
     model_config = make_model_config(config, parts.tower, store.embed_dim, store.manifest["identity"])
@@ -102,7 +102,7 @@ def create_initial_model(
         model = build_model_in_clip_space(model_config, parts.tower, parts.clip)
         precision = resolve_precision("align", config.precision, device)
         inherit_text_space(model, parts.clip, train, store, config.seed, precision, out)
-        parts.clip = None  # no longer needed, even if the caller keeps the parts
+        parts.clip = None  # free its memory, even if the caller keeps `parts`
         free_memory()
     else:
         model = LLM2CLIP(model_config, parts.tower)
@@ -119,7 +119,7 @@ def make_model_config(
 ) -> LLM2CLIPConfig:
     """Return the config of the model that the `align` stage trains.
 
-    `text_dim` is the embedding dimension of the caption encoder. `encoder` is its identity, or None if unknown.
+    `text_dim` is the caption encoder's embedding dimension, and `encoder` is its identity, or None if unknown.
     """
     return LLM2CLIPConfig(
         tower=tower.config,

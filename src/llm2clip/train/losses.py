@@ -1,18 +1,18 @@
 """Contrastive losses between the images and texts of a batch.
 
 An image may have any number of texts. All images have equal weight in the loss, and so do all texts of an image. If
-several images share a text, it is not a negative for any of them. An image's other known texts (`other_texts`) are not
-negatives for that image, either. Logits are always float32.
+several images share a text, the text is not a negative for any of these images. An image's other known texts
+(`other_texts`) are not negatives for that image, either. Logits are always float32.
 
 `tests/test_losses.py` defines each loss in a few lines. `info_nce` and `sigmoid_loss` compute the same values for large
 batches and multiple ranks:
 
 - The full logit matrix is never stored, so memory is linear in the batch size instead of quadratic. Rows are computed
-  in chunks, once for the loss and again for the gradient. The gradient is hand-written: InfoNCE takes four matmuls
-  instead of six with automatic differentiation.
+  in chunks, once for the loss and again for the gradient. The gradient is hand-written: InfoNCE takes four matmuls,
+  whereas automatic differentiation would take six.
 - In a distributed run, ranks gather the embeddings without gradients and exchange sums of exponentials. Each rank then
-  computes the gradients of its own embeddings. Averaged over ranks, as in DistributedDataParallel, the loss and its
-  gradients equal those of a single process with the complete batch.
+  computes the gradients with respect to its own embeddings. Averaged over ranks, as in DistributedDataParallel, the
+  loss and its gradients equal those of a single process with the complete batch.
 
 `LOSSES` lists the losses that `--align.loss` can select. The `tune` stage has its own loss, `tune.pair_loss`, which
 compares texts with each other and with hard negatives. It stores the full logit matrix, because LLM activations limit
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from llm2clip.runs.ranks import RaggedGather
 
-CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}  # logits per chunk; a chunk fits in a CPU's cache or takes 256 MB on a GPU
+LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}  # maximum; fits in a CPU's cache, or takes 256 MB on a GPU
 
 
 def info_nce(
@@ -46,9 +46,9 @@ def info_nce(
 ) -> Tensor:
     """Compute symmetric InfoNCE (CLIP, arXiv 2103.00020) for any number of texts per image.
 
-    In the image-to-text direction, an image must retrieve each of its texts from the texts of all other images. The
-    image's remaining texts are not candidates. In the text-to-image direction, each text must retrieve its image from
-    all images. With one text per image, this is CLIP's loss.
+    In the image-to-text direction, an image must retrieve each of its texts from this text and the texts of all other
+    images. The image's remaining texts are not candidates. In the text-to-image direction, each text must retrieve its
+    image from all images. With one text per image, this is CLIP's loss.
 
     Args:
         image: Image embeddings of shape (N, D), L2-normalised.
@@ -86,8 +86,8 @@ def sigmoid_loss(
         image, text, logit_scale, image_of_text, text_ids, other_texts, gather: See `info_nce`.
 
     Returns:
-        The loss as a float32 scalar: the weighted sum over all pairs, divided by the number of images. Each pair is
-        weighted by 1 / (number of texts of the text's image).
+        The loss as a float32 scalar: the weighted sum over all pairs, divided by the number of images. A pair's weight
+        is 1 / (number of texts that belong to the image of the pair's text).
     """
     return _apply_loss(_Sigmoid, image, text, logit_scale, logit_bias, image_of_text, text_ids, other_texts, gather)
 
@@ -122,7 +122,7 @@ class Loss:
         needs_bias: True if a learned bias is added to the logits.
         matmuls: Number of matmuls between all image and text embeddings of a step, for the loss and its gradient. The
             first value is for a single process, the second for each process of a distributed run.
-        chunk_tensors: Number of chunk-sized tensors (see `CHUNK`) in memory at the same time.
+        chunk_tensors: Number of chunk-sized tensors (see `LOGITS_PER_CHUNK`) in memory at the same time.
     """
 
     function: Callable[..., Tensor]
@@ -283,25 +283,25 @@ class _ImageTextLayout:
         image_gather: All-gather for tensors with one row per image.
         text_gather: All-gather for tensors with one row per text.
         image_of_text: For each text on this rank, the index of its image among this rank's images, int64.
-        all_image_of_text: For each text on any rank, the index of its image among all images, int64.
-        weights: Loss weight of each text on any rank, float32. A rank's loss is the weighted sum over its texts.
+        all_image_of_text: For each text on all ranks, the index of its image among the images of all ranks, int64.
+        weights: Loss weights of the texts on all ranks, float32. A rank's loss is the weighted sum over its own texts.
     """
 
     def __init__(
         self,
-        images: int,
+        num_images: int,
         image_of_text: Tensor,
         text_ids: Tensor | None,
         other_texts: Tensor | None,
         gather: bool,
     ) -> None:
         device = image_of_text.device
-        self.image_gather = RaggedGather(images, device, gather)
+        self.image_gather = RaggedGather(num_images, device, gather)
         self.text_gather = RaggedGather(len(image_of_text), device, gather)
         self.image_of_text = image_of_text
         self.all_image_of_text = self.text_gather.gather(image_of_text + self.image_gather.offset)
-        self.weights = self.text_gather.gather(_compute_text_weights(image_of_text, images))
-        self.images = images
+        self.weights = self.text_gather.gather(_compute_text_weights(image_of_text, num_images))
+        self.num_images = num_images
 
         # These tensors exist only if some texts are identical. `group` assigns the same number to identical texts,
         # `by_group` lists the indices of all texts sorted by group, and `group_starts` contains the position in
@@ -328,26 +328,26 @@ class _ImageTextLayout:
         repeated, sorted_position = _concatenate_ranges(first, counts)
         return image[repeated], by_id[sorted_position]
 
-    def iterate_row_chunks(self, rows: int, columns: int) -> Iterator[slice]:
-        """Yield slices that cover all rows. Each slice has at most CHUNK logits, but at least one row."""
-        chunk = CHUNK.get(self.image_of_text.device.type, CHUNK["cuda"])
-        size = max(1, chunk // max(1, columns))
-        for start in range(0, rows, size):
-            yield slice(start, min(start + size, rows))
+    def iterate_row_chunks(self, num_rows: int, num_columns: int) -> Iterator[slice]:
+        """Yield slices that cover all rows. Each slice has at most LOGITS_PER_CHUNK logits, but at least one row."""
+        chunk = LOGITS_PER_CHUNK.get(self.image_of_text.device.type, LOGITS_PER_CHUNK["cuda"])
+        size = max(1, chunk // max(1, num_columns))
+        for start in range(0, num_rows, size):
+            yield slice(start, min(start + size, num_rows))
 
     def get_text_slice(self, images: slice) -> slice:
         """Return the slice of this rank's texts that corresponds to a slice of its images."""
-        if images.stop - images.start == self.images:
+        if images.stop - images.start == self.num_images:
             return slice(0, len(self.image_of_text))
         return slice(self.text_starts[images.start], self.text_starts[images.stop])
 
     @cached_property
     def text_starts(self) -> list[int]:
-        """Positions of the texts: image i has texts text_starts[i] to text_starts[i + 1] - 1.
+        """Index of each image's first text: image i has texts text_starts[i] to text_starts[i + 1] - 1.
 
-        Computing them synchronises with the GPU. They are needed only if the logits do not fit in one chunk.
+        Computing these indices synchronises with the GPU. They are needed only if the logits do not fit in one chunk.
         """
-        images = torch.arange(self.images + 1, device=self.image_of_text.device)
+        images = torch.arange(self.num_images + 1, device=self.image_of_text.device)
         starts: list[int] = torch.searchsorted(self.image_of_text, images).tolist()
         return starts
 
@@ -415,10 +415,9 @@ def _add_positive_grads(
 def _scale_grads(
     grad_image: Tensor, grad_text: Tensor, image: Tensor, scale: Tensor, grad_output: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Multiply `grad_image` and `grad_text` by the logit scale and `grad_output` in place.
+    """Multiply `grad_image` and `grad_text` in place by the logit scale and `grad_output`.
 
-    Returns:
-        The gradients with respect to the image embeddings, the text embeddings and the logit scale.
+    Return the gradients with respect to the image embeddings, the text embeddings and the logit scale.
     """
     grad_scale = torch.linalg.vecdot(image, grad_image).sum() * grad_output  # logits = scale * cosines
     factor = scale * grad_output
@@ -426,15 +425,15 @@ def _scale_grads(
 
 
 def _shift_lse(lse: Tensor, coef: Tensor) -> Tensor:
-    """Return lse - log(coef), so that exp(logit - result) = coef * exp(logit - lse). Infinite if coef is 0."""
+    """Return lse - log(coef), so that exp(logit - result) = coef * exp(logit - lse). The result is inf if coef is 0."""
     return torch.where(coef > 0, lse - coef.log(), torch.inf)
 
 
-def _compute_text_weights(image_of_text: Tensor, images: int) -> Tensor:
+def _compute_text_weights(image_of_text: Tensor, num_images: int) -> Tensor:
     """Return the weight of each text: 1 / (number of images * number of texts of its image)."""
     # Unlike bincount, index_add does not synchronise with the GPU.
-    texts_per_image = image_of_text.new_zeros(images).index_add_(0, image_of_text, torch.ones_like(image_of_text))
-    return 1 / (images * texts_per_image[image_of_text]).float()
+    texts_per_image = image_of_text.new_zeros(num_images).index_add_(0, image_of_text, torch.ones_like(image_of_text))
+    return 1 / (num_images * texts_per_image[image_of_text]).float()
 
 
 def _concatenate_ranges(starts: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,7 @@ class StepReport:
 
     Reading a value from a GPU waits until the GPU has computed it. On a GPU, the values of a step are therefore read
     when the next step is added, by which time they have usually been computed. Call `flush` before evaluating or saving
-    weights, to ensure that the weights have been checked.
+    weights, so that the values of all previous steps have been checked.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class StepReport:
             metrics: Metrics log, or None on all ranks except the main process.
             checkpoints: Checkpoints of the run, for error messages.
             run_dir: Run directory. If a value is not finite, the step's images are listed in a file in this directory.
-            progress: Progress bar on which to show the loss.
+            progress: Progress bar that shows the loss.
         """
         self.accelerator, self.log, self.metrics = accelerator, log, metrics
         self.checkpoints, self.run_dir, self.progress = checkpoints, run_dir, progress
@@ -126,7 +126,7 @@ class StepReport:
         """Log images that could not be decoded.
 
         Each rank counts the failures of all ranks, so that all ranks stop at the same step if there are too many.
-        `failures_of_all_ranks` contains the total number of failures, or is empty in a single process.
+        `failures_of_all_ranks` contains the total number of failures, or is empty in a single-process run.
         """
         failures = list(step.failures.items())
         if any(failures_of_all_ranks):
@@ -183,8 +183,8 @@ class BestCheckpoint:
         """
         Args:
             run_dir: Run directory. Evaluations are appended to evaluations.jsonl in this directory.
-            resume_step: Step from which training resumes. Saved evaluations of later steps are dropped, because these
-                steps will be repeated.
+            resume_step: Step of the checkpoint from which training resumes. Evaluations of later steps are deleted,
+                because these steps will be repeated.
             validate: Function that evaluates a model. None disables evaluation.
         """
         self.folder, self.validate, self.accelerator = run_dir / "best", validate, accelerator
@@ -200,7 +200,7 @@ class BestCheckpoint:
         wait_for_everyone()
 
     def evaluate(self, model: LLM2CLIP, step: int) -> dict[str, float]:
-        """Evaluate the model and save its weights if they are the best so far. Must be called by all ranks.
+        """Evaluate the model, and save its weights if its score is the best so far. Must be called by all ranks.
 
         If the model is sharded, all ranks evaluate it; otherwise, only the main process does. Evaluation leaves the
         model in eval mode.

@@ -18,8 +18,8 @@ from llm2clip.runs.ranks import print_once
 WEIGHT_DECAY = 0.05
 MAX_GRAD_NORM = 5.0
 ADAM_BETAS = (0.9, 0.999)
-# Names of the tower's learned position embeddings and tokens in timm and transformers. Weight decay would pull these
-# parameters towards zero.
+# Matches the names of the tower's learned position embeddings and tokens in timm and transformers. Weight decay would
+# pull these parameters towards zero.
 _EMBEDDING = re.compile(r"^tower\..*(pos_embed|position_embedding|cls_token|class_embedding|reg_token|register_token)")
 
 
@@ -49,8 +49,8 @@ def make_optimizer(model: LLM2CLIP, config: AlignConfig, device: torch.device) -
 def make_parameter_groups(model: LLM2CLIP, config: AlignConfig) -> list[dict[str, Any]]:
     """Group the trainable parameters by learning rate and weight decay.
 
-    The tower has its own learning rate, `tower_lr`, which is multiplied by `layer_decay` once for each layer below the
-    top layer. As in the authors' code, weight decay is not applied to vectors and scalars (such as biases, norms and
+    The tower has its own learning rate, `tower_lr`, which is multiplied by `layer_decay` for each layer above the
+    parameter. As in the authors' code, weight decay is not applied to vectors and scalars (such as biases, norms and
     the logit scale) or to the tower's position embeddings and class tokens.
 
     Raises:

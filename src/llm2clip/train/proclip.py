@@ -5,15 +5,16 @@ Both methods preserve the capabilities of a pretrained CLIP model.
 Self-distillation: in the `align` stage, `distillation_loss` keeps the vision tower's features close to those of the
 pretrained tower.
 
-Representation inheritance: before `align`, the adapter learns from text alone to map an LLM embedding to the embedding
-that the tower's CLIP model has for the same text. CLIP's own image projection is used. Without this step, the adapter
-is randomly initialised, and contrastive training against it degrades the features of the pretrained tower. In the
-paper, both methods together improve zero-shot accuracy by 6.8 to 13.5 points.
+Representation inheritance: before `align`, the adapter learns from text alone to map the LLM embedding of a text to the
+embedding of the same text in the tower's CLIP model. The image projection is taken from this CLIP model. Without this
+step, the adapter is randomly initialised, and contrastive training against it degrades the features of the pretrained
+tower. In the paper, both methods together improve zero-shot accuracy by 6.8 to 13.5 points.
 
-The training texts are the captions, short captions and phrases of the training data, or the long captions if there are
-no other texts. Records without an image are also used. Phrases such as "red hat" are repeated until they make up about
-half of the texts, so that the adapter learns short texts as well as full captions. CLIP's embeddings of these texts are
-cached in a store, and the LLM's embeddings come from the caption store, so each training step runs only the adapter.
+The training texts are the captions, short captions and phrases of the training data. Long captions are used only if
+there are no captions and no short captions. Records without an image are also used. Phrases such as "red hat" are
+repeated until they make up about half of the texts, so that the adapter learns short texts as well as full captions.
+CLIP's embeddings of these texts are cached in a store, and the LLM's embeddings come from the caption store, so each
+training step runs only the adapter.
 """
 
 import json
@@ -42,7 +43,7 @@ from llm2clip.train.optim import ADAM_BETAS, MAX_GRAD_NORM, WEIGHT_DECAY, make_c
 
 WEIGHTS = "inherited_adapter.safetensors"
 EPOCHS = 4
-MIN_STEPS = 500  # with few texts, this takes more epochs
+MIN_STEPS = 500  # minimum number of steps; with few texts, training takes more than `EPOCHS` epochs
 BATCH_SIZE = 1024
 LR = 1e-3
 WARMUP_RATIO = 0.05
@@ -65,8 +66,8 @@ def distillation_loss(student: Tensor, teacher: Tensor, gather: bool = True) -> 
     tower's features before the projection, because a new projection has no teacher. Memory use is quadratic in N.
 
     Args:
-        student, teacher: Embeddings of the same N items, of shape (N, D). They are L2-normalised here. The teacher's
-            embeddings receive no gradients.
+        student, teacher: Embeddings of the same N items, of shape (N, D). This function L2-normalises them. The
+            teacher's embeddings receive no gradients.
         gather: If True, use the pairs of all ranks; all ranks must then call this function. If all ranks have the same
             number of items, the loss and its gradients, averaged over ranks, equal those of a single process with all
             items.
@@ -95,7 +96,7 @@ def _pairwise_distances(a: Tensor, b: Tensor) -> Tensor:
     infinite gradient at 0.
     """
     squares = 2 - 2 * a @ b.T
-    is_distinct = squares > 1e-6  # float32 has an absolute error of about 1e-7
+    is_distinct = squares > 1e-6  # in float32, the absolute error is about 1e-7
     return torch.where(is_distinct, squares.where(is_distinct, 1.0).sqrt(), 0.0)
 
 
@@ -114,13 +115,13 @@ def inherit_text_space(
 ) -> None:
     """Train the adapter of `model` to reproduce a CLIP model's text embeddings. Must be called by all ranks.
 
-    The main process trains the adapter. Its weights are saved in `folder` with a signature of everything that they
-    depend on. If the folder already has weights with the same signature, they are loaded instead.
+    The main process trains the adapter. The adapter's weights are saved in `folder`, with a signature of everything
+    that they depend on. If the folder already contains weights with this signature, these weights are loaded instead.
 
     Args:
         model: Model with a new adapter and the same `embed_dim` as the CLIP model. It is modified in place.
         clip: Text tower of the CLIP model.
-        store: Store of LLM embeddings. It must contain the captions and phrases of `records`.
+        store: Store that contains the LLM embeddings of the captions and phrases of `records`.
         seed: Seed for the order of the texts.
         precision: "bf16" enables autocast. With "fp32" or "fp16", the adapter is trained in float32.
         folder: Folder for the weights and the store of CLIP text embeddings.
@@ -183,10 +184,8 @@ def _train_adapter(
     """Train the adapter. Print and return the mean cosine similarity of its outputs to CLIP's embeddings.
 
     The similarity is measured on held-out texts or, if there are fewer than 20 texts, on the training texts.
-
-    Args:
-        load_embeddings: Function that returns the LLM and CLIP embeddings of the texts with the given indices.
-        num_captions: Number of captions, which come before the phrases.
+    `load_embeddings` returns the LLM and CLIP embeddings of the texts with the given indices. The first `num_captions`
+    texts are captions, and all later texts are phrases.
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(num_texts)

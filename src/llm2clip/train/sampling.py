@@ -29,7 +29,7 @@ from llm2clip.runs.checkpoint import hash_texts
 from llm2clip.store.image_features import make_image_keys
 from llm2clip.store.store import EmbeddingStore
 
-Sample = tuple[int, int]  # epoch and image index
+Sample = tuple[int, int]  # (epoch, image index)
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,21 @@ class Batch:
     """Pixels of shape (N, 3, S, S), uint8, or, if the tower is frozen, features of shape (N, feature_dim), float32."""
     frozen_features: Tensor | None
     """Features of the pretrained tower for self-distillation, of shape (N, feature_dim), float32. None without
-    self-distillation, or if they are not stored."""
+    self-distillation, or if the features are not stored."""
     embeddings: Tensor
     """Text embeddings of the captions, of shape (M, text_dim)."""
     caption_rows: Tensor
-    """Store rows of the captions, of shape (M,), int64. Identical captions have the same row."""
+    """Row number of each caption in the store, of shape (M,), int64. Identical captions have the same row number."""
     image_of_caption: Tensor
-    """Index of each caption's image, of shape (M,), int64, ascending."""
+    """Index of each caption's image in this batch, of shape (M,), int64, in ascending order."""
     phrases: Tensor | None
-    """All phrases of the images, sampled or not, as (image index, store row) pairs of shape (K, 2), int64, sorted by
-    image. None if captions are not mixed with phrases."""
+    """All phrases of the images, sampled or not, as (image index, store row number) pairs of shape (K, 2), int64,
+    sorted by image. None if captions are not mixed with phrases."""
     first_caption: list[int]
-    """N + 1 integers. `first_caption[n]` is the total number of captions of the images before image n."""
+    """N + 1 integers. Image n has the captions with indices first_caption[n] to first_caption[n + 1] - 1."""
     all_distinct: bool
     """True if all captions of the step are known to be distinct and no phrases are used. The loss then does not compare
-    the rows, which avoids a GPU synchronisation."""
+    row numbers, which avoids a GPU synchronisation."""
     image_names: list[str]
     """Name of each image, for log and error messages."""
     failures: dict[str, str]
@@ -208,7 +208,7 @@ class AlignBatches:
 
 
 def _list_caption_rows(captions: CaptionRows, images: np.ndarray) -> np.ndarray:
-    """Return (position in `images`, store row) for each caption of the images, of shape (K, 2), int64."""
+    """Return (position in `images`, row number in the store) for each caption of the images, of shape (K, 2), int64."""
     rows = [captions[image] for image in images]
     position = np.repeat(np.arange(len(rows)), [len(rows_of_image) for rows_of_image in rows])
     return np.stack([position, np.concatenate(rows)], axis=1)
@@ -219,7 +219,7 @@ def get_training_texts(record: Record, with_phrases: bool) -> tuple[str, ...]:
     return record.texts + record.phrases if with_phrases else record.texts
 
 
-def resolve_images_per_step(images: int, config: AlignConfig, world_size: int) -> int:
+def resolve_images_per_step(num_images: int, config: AlignConfig, world_size: int) -> int:
     """Check the caption mix and the number of images, and return the number of images per step across all ranks.
 
     Each step uses `config.batch_size` images per rank. If there are fewer images, each step uses all of them, rounded
@@ -233,10 +233,10 @@ def resolve_images_per_step(images: int, config: AlignConfig, world_size: int) -
             f"--align.caption_mix has unknown kinds of captions: {', '.join(sorted(unknown))}. "
             f"Valid kinds: {', '.join(TEXT_FIELDS)}"
         )
-    images_per_step = min(config.batch_size, images // world_size) * world_size
+    images_per_step = min(config.batch_size, num_images // world_size) * world_size
     if images_per_step < 2:
         raise ValueError(
-            f"cannot train on {images:,} images with --align.batch_size {config.batch_size} and {world_size} "
+            f"cannot train on {num_images:,} images with --align.batch_size {config.batch_size} and {world_size} "
             "process(es): a step needs at least 2 images that are not held out, and at least 1 per process"
         )
     return images_per_step
@@ -287,7 +287,7 @@ def _collate(items: list[tuple[str, Tensor | str, Sample]]) -> tuple[Tensor | No
     """Collate decoded images in the worker process. Return the pixels, the samples and a dict of error messages.
 
     Pixels are stacked into a single tensor, because the main process needs one file descriptor for each tensor that it
-    receives. They are None if none of the images can be decoded.
+    receives. If none of the images can be decoded, None is returned instead of the pixels.
     """
     failures = {name: result for name, result, _ in items if isinstance(result, str)}
     decoded = [(result, sample) for _, result, sample in items if not isinstance(result, str)]
@@ -317,11 +317,11 @@ class CaptionSource(Protocol):
 
 
 class CaptionRows:
-    """Store rows of each image's captions, in two flat arrays to save memory.
+    """Row numbers of each image's captions in the embedding store, as two flat arrays to save memory.
 
     Attributes:
-        rows: Store rows of all captions, int64. Each image's rows are sorted and distinct.
-        starts: Position of each image's first row in `rows`, of shape (images + 1,), int64.
+        rows: Row numbers of all captions, int64. Each image's row numbers are sorted and distinct.
+        starts: Position of each image's first row number in `rows`, of shape (images + 1,), int64.
     """
 
     def __init__(self, store: CaptionSource, captions: Iterable[Sequence[str]]) -> None:
@@ -342,7 +342,7 @@ class CaptionRows:
         self.starts = np.concatenate([[0], np.cumsum(np.bincount(pairs // base, minlength=len(counts)))])
 
     def __getitem__(self, image: int) -> np.ndarray:
-        """Return the distinct store rows of an image's captions, of shape (captions,), int64."""
+        """Return the distinct row numbers of an image's captions, of shape (captions,), int64."""
         return self.rows[self.starts[image] : self.starts[image + 1]]
 
 
@@ -353,8 +353,8 @@ class CaptionSampler:
     are sampled without replacement, so an image with few captions may receive fewer than requested. If all of an
     image's kinds have weight 0, they are sampled with equal weights.
 
-    For image i, random numbers are taken from `np.random.default_rng([seed, epoch, i])`: first a permutation of each
-    kind's captions, then the kind of each caption.
+    For image i, random numbers are taken from `np.random.default_rng([seed, epoch, i])`: the first ones permute the
+    captions of each kind, and the next ones select the kind of each sampled caption.
     """
 
     def __init__(self, captions_by_kind: Sequence[CaptionRows], weights: Sequence[float], config: AlignConfig) -> None:
@@ -374,8 +374,8 @@ class CaptionSampler:
             images: Index of each sample's image, of shape (N,), int64.
 
         Returns:
-            The store rows of the captions, and the position of each caption's image in `images`, in ascending order.
-            Both are of shape (M,), int64.
+            The captions' row numbers in the store and the position of each caption's image in `images`, both of shape
+            (M,), int64. Positions are in ascending order.
         """
         starts = np.stack([captions.starts[images] for captions in self.captions_by_kind])
         counts = np.stack([captions.starts[images + 1] for captions in self.captions_by_kind]) - starts
@@ -420,9 +420,9 @@ class CaptionSampler:
 def _take_captions(shuffled: list[np.ndarray], counts: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Take the next row of the sampled kind for each caption. Skip the caption if no rows of that kind are left.
 
-    `shuffled` contains the permuted rows of each kind, of shape (N, captions). The number of valid rows per kind and
-    image is in `counts`, of shape (kinds, N). `kinds` has shape (captions per image, N). Return the rows and the
-    position of each row's image (ascending), both of shape (M,). All arrays are int64.
+    `shuffled` contains the permuted row numbers of each kind, of shape (N, captions). `counts` contains the number of
+    valid row numbers per kind and image, of shape (kinds, N). `kinds` has shape (captions per image, N). Return the
+    selected row numbers and each one's image position, both of shape (M,), sorted by position. All arrays are int64.
     """
     images = np.arange(kinds.shape[1])
     taken = np.zeros_like(counts)

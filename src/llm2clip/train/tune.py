@@ -58,7 +58,7 @@ def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, confi
     """Tune a caption encoder and save it to `run_dir/encoder`, resuming from the latest checkpoint if one exists.
 
     Args:
-        sources: One list of image captions or text pairs per source.
+        sources: For each source, a list of image captions or text pairs.
         encoder: Caption encoder to tune. It is modified in place.
         config: If `steps` is 0, the encoder is saved without tuning.
         run_dir: Output folder for checkpoints/ and metrics.jsonl. After training, it also contains encoder/. No other
@@ -130,11 +130,8 @@ def _sample_rows(
 def _select_trainable_weights(encoder: CaptionEncoder, config: TuneConfig) -> tuple[str, LoraSession | None]:
     """Select the trainable weights: either newly added LoRA layers or all LLM weights except the token embeddings.
 
-    With LoRA, the frozen matrices take up nearly all of the memory. They are therefore stored in the training precision
-    or, with QLoRA, in 4 bits.
-
-    Returns:
-        The training precision (fp32, bf16 or fp16), and the LoRA session, or None without LoRA.
+    Return the training precision (fp32, bf16 or fp16) and the LoRA session (None without LoRA). With LoRA, the frozen
+    matrices take up nearly all memory, so they are stored in the training precision or, with QLoRA, in 4 bits.
     """
     torch.manual_seed(config.seed)
     device = process_state().device
@@ -154,7 +151,7 @@ def _select_trainable_weights(encoder: CaptionEncoder, config: TuneConfig) -> tu
         lora = LoraSession(encoder, lora_config, DTYPES[precision], device, config.qlora)
     else:
         llm.requires_grad_(True)
-        llm.get_input_embeddings().requires_grad_(False)  # they are large, and captions use only a few rows
+        llm.get_input_embeddings().requires_grad_(False)  # a large matrix, of which captions use few rows
         if pooler is not None:
             pooler.requires_grad_(False)
     encoder.to(device)
@@ -174,7 +171,7 @@ def _train(
     checkpoints: Checkpoints,
 ) -> None:
     """Train the encoder's trainable weights on the rows, in order. Resume from the latest checkpoint, if any."""
-    pairs_per_step = len(rows) // config.steps  # on all ranks
+    pairs_per_step = len(rows) // config.steps  # total over all ranks
     batch_size = pairs_per_step // process_state().num_processes
     set_mixed_precision(precision)
     set_fsdp_wrap_policy(list(get_layers(encoder.llm)))
@@ -374,7 +371,7 @@ class PairLoss(nn.Module):
     ) -> None:
         """
         Args:
-            temperature: Temperature by which cosine similarities are divided.
+            temperature: Value by which cosine similarities are divided.
             batch_tokens: Maximum number of tokens per forward pass, including padding.
             matryoshka_dims: Truncated embedding sizes to train in addition to the full size (Matryoshka, arXiv
                 2205.13147). The loss is the mean over all sizes.
@@ -410,8 +407,8 @@ class PairLoss(nn.Module):
         def loss_function(embeddings: Tensor) -> Tensor:
             return self._compute_loss(embeddings[order], batch["pairs"], batch["text_ids"].to(embeddings.device))
 
-        # With a single pass, gradient caching would only repeat it. Caching changes the order of collective operations,
-        # so all ranks must make the same choice.
+        # With a single pass, gradient caching would only repeat this pass. Caching changes the order of collective
+        # operations, so all ranks must make the same choice.
         if self.grad_cache and most_passes > 1 and torch.is_grad_enabled():
             return compute_cached_loss([partial(_run_as_tuple, run) for run in runs], loss_function, self.model, device)
         return loss_function(torch.cat([run() for run in runs]))

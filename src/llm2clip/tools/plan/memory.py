@@ -21,7 +21,7 @@ from llm2clip.config import AlignConfig, TuneConfig
 from llm2clip.models.text.batching import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
 from llm2clip.tools.plan.costs import ImageCosts, TextCosts
 from llm2clip.tools.plan.devices import Machine
-from llm2clip.train.losses import CHUNK, get_loss
+from llm2clip.train.losses import LOGITS_PER_CHUNK, get_loss
 
 FRAMEWORK_OVERHEAD = 1e9  # bytes per device for the CUDA context and PyTorch's libraries
 CPU_FRAMEWORK_OVERHEAD = 0.75e9  # bytes per process for PyTorch, transformers and the interpreter
@@ -91,7 +91,7 @@ def estimate_align_memory(image: ImageCosts, text: TextCosts, config: AlignConfi
     several_passes = micro_batch < config.batch_size
     parts["activations"] = _subtract_gradients(activations, image.trained / machine.num_shards, several_passes)
     # Embeddings, gathered embeddings and their gradients, plus the tensors for a chunk of logits.
-    chunk = min(CHUNK["cpu" if machine.is_cpu else "cuda"], config.batch_size * texts)
+    chunk = min(LOGITS_PER_CHUNK["cpu" if machine.is_cpu else "cuda"], config.batch_size * texts)
     parts["loss"] = 12 * image.embed_dim * (images + texts) + 4 * chunk * get_loss(config.loss).chunk_tensors
     parts["captions"] = 4 * text.embed_dim * micro_batch * image.captions
     if config.distill_weight:
