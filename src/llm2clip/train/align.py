@@ -83,16 +83,16 @@ def align(
         store: Cached caption embeddings.
         model: Model with a pretrained tower and newly initialised heads. The model is modified in place.
         run_dir: Output folder for checkpoints/, metrics.jsonl, evaluations.jsonl and best/. No other process may write
-            to it (see `run_lock`).
+            to this folder (see `run_lock`).
         log: Log of images that cannot be decoded.
         validate: Function that evaluates the model on held-out images. If None, the model is not evaluated during
             training.
-        features: Folder of the feature store, which caches the pretrained tower's features. Used only if `tower_lr` is
-            0, or for self-distillation without random crops. Default: a folder in `run_dir`.
+        features: Folder of the feature store, which caches the pretrained tower's features. The store is used only if
+            `tower_lr` is 0, or for self-distillation without random crops. Default: a folder in `run_dir`.
 
     Returns:
-        The trained model in eval mode. With FSDP, this is an unsharded copy; otherwise, it is `model` itself. Its
-        `training_images` are set on the main process only.
+        The trained model in eval mode. With FSDP, the returned model is an unsharded copy of `model`; otherwise, it is
+        `model` itself. `training_images` is set on the main process only.
 
     Raises:
         ValueError: There are too few images, settings contradict each other, or the existing checkpoints were saved
@@ -276,7 +276,7 @@ def _pin_batches(data: AlignBatches, first_step: int, device: torch.device) -> G
 
 
 def _seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Seed a step's dropout, so that a run resumed on the same number of ranks draws the same dropout masks."""
+    """Seed the dropout of a step, so that a run resumed on the same number of ranks draws the same dropout masks."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
 
 

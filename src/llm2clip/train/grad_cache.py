@@ -28,8 +28,8 @@ def compute_cached_loss(
     """Return the loss on the outputs of all passes. Calling backward() on the loss reruns each pass.
 
     Args:
-        passes: One function per part of the batch. Each runs `model` on its part and returns a tuple of tensors with
-            one row per item. All tuples must have the same length.
+        passes: One function per part of the batch. Each function runs `model` on its part and returns a tuple of
+            tensors with one row per item. All tuples must have the same length.
         loss_function: Function that returns the scalar loss. Argument n is the concatenation of the n-th tensors from
             all passes.
         model: The model, including its DDP or FSDP wrapper. Gradients are reduced only once, in the last pass.

@@ -32,7 +32,7 @@ class PretrainedParts:
         clip: CLIP model whose text space is inherited, or None without `--align.inherit`.
         logits: Logit scale and bias of the tower's CLIP model, or None if they are not inherited.
         random_state: State of PyTorch's random number generator after the parts were loaded, which may consume random
-            numbers. It is restored before new weights are initialised.
+            numbers. This state is restored before new weights are initialised.
     """
 
     tower: VisionTower
@@ -102,7 +102,7 @@ def create_initial_model(
         model = build_model_in_clip_space(model_config, parts.tower, parts.clip)
         precision = resolve_precision("align", config.precision, device)
         inherit_text_space(model, parts.clip, train, store, config.seed, precision, out)
-        parts.clip = None  # free its memory, even if the caller keeps `parts`
+        parts.clip = None  # free the CLIP model's memory, even if the caller keeps `parts`
         free_memory()
     else:
         model = LLM2CLIP(model_config, parts.tower)

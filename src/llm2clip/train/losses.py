@@ -32,7 +32,7 @@ from torch import Tensor
 
 from llm2clip.runs.ranks import RaggedGather
 
-LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}  # maximum; fits in a CPU's cache, or takes 256 MB on a GPU
+LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}  # a chunk fits in a CPU's cache or takes 256 MB on a GPU
 
 
 def info_nce(
@@ -46,9 +46,9 @@ def info_nce(
 ) -> Tensor:
     """Compute symmetric InfoNCE (CLIP, arXiv 2103.00020) for any number of texts per image.
 
-    In the image-to-text direction, an image must retrieve each of its texts from this text and the texts of all other
-    images. The image's remaining texts are not candidates. In the text-to-image direction, each text must retrieve its
-    image from all images. With one text per image, this is CLIP's loss.
+    In the image-to-text direction, an image must retrieve each of its texts from among that text and the texts of all
+    other images. The image's remaining texts are not candidates. In the text-to-image direction, each text must
+    retrieve its image from all images. With one text per image, this is CLIP's loss.
 
     Args:
         image: Image embeddings of shape (N, D), L2-normalised.
@@ -87,7 +87,7 @@ def sigmoid_loss(
 
     Returns:
         The loss as a float32 scalar: the weighted sum over all pairs, divided by the number of images. A pair's weight
-        is 1 / (number of texts that belong to the image of the pair's text).
+        is 1 / (number of texts of the image to which the pair's text belongs).
     """
     return _apply_loss(_Sigmoid, image, text, logit_scale, logit_bias, image_of_text, text_ids, other_texts, gather)
 
@@ -103,7 +103,7 @@ def _apply_loss(
     other_texts: Tensor | None,
     gather: bool,
 ) -> Tensor:
-    """Call an autograd function with float32 tensors, outside autocast."""
+    """Call an autograd function with float32 tensors and with autocast disabled."""
     scalars = [x for x in (logit_scale, logit_bias) if x is not None]
     scalars = [torch.as_tensor(x, device=image.device, dtype=torch.float32).reshape(()) for x in scalars]
     if image_of_text is None:
@@ -345,7 +345,7 @@ class _ImageTextLayout:
     def text_starts(self) -> list[int]:
         """Index of each image's first text: image i has texts text_starts[i] to text_starts[i + 1] - 1.
 
-        Computing these indices synchronises with the GPU. They are needed only if the logits do not fit in one chunk.
+        Computing these indices synchronises with the GPU. This is needed only if the logits do not fit in one chunk.
         """
         images = torch.arange(self.num_images + 1, device=self.image_of_text.device)
         starts: list[int] = torch.searchsorted(self.image_of_text, images).tolist()
@@ -437,7 +437,7 @@ def _compute_text_weights(image_of_text: Tensor, num_images: int) -> Tensor:
 
 
 def _concatenate_ranges(starts: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Concatenate the ranges from starts[k] to starts[k] + counts[k] - 1. Return each element's k and value."""
+    """Concatenate the ranges from starts[k] to starts[k] + counts[k] - 1. Return each element's k and its value."""
     range_of_element = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
     first_element = counts.cumsum(0) - counts
     offset = torch.arange(len(range_of_element), device=counts.device) - first_element[range_of_element]

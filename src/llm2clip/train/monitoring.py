@@ -185,7 +185,7 @@ class BestCheckpoint:
             run_dir: Run directory. Evaluations are appended to evaluations.jsonl in this directory.
             resume_step: Step of the checkpoint from which training resumes. Evaluations of later steps are deleted,
                 because these steps will be repeated.
-            validate: Function that evaluates a model. None disables evaluation.
+            validate: Function that evaluates a model. If None, the model is not evaluated.
         """
         self.folder, self.validate, self.accelerator = run_dir / "best", validate, accelerator
         self.log: MetricsLog | None = None

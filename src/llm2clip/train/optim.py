@@ -98,7 +98,7 @@ def _index_tower_layers(tower: VisionTower) -> dict[str, int]:
     """Return the layer index of each tower parameter: 0 for the stem, then the blocks, then the final norm.
 
     As in the paper, the final norm is a separate layer above the last block. The norm therefore has the full learning
-    rate, and the last block has `layer_decay` times this rate. In timm, by contrast, both are in the same layer.
+    rate, and the last block has `layer_decay` times this rate. timm puts the norm and the last block in one layer.
     """
     layers = tower.get_parameter_depths()
     block_layers = [layer for name, layer in layers.items() if tower.is_in_block(name)]
@@ -146,7 +146,7 @@ def has_identical_blocks(tower: VisionTower) -> bool:
 def compile_blocks(tower: VisionTower) -> None:
     """Compile the tower's blocks in place for training. In eval mode, the blocks still run uncompiled.
 
-    The blocks are compiled in the first step. If that fails, they run uncompiled, and PyTorch logs a warning.
+    The blocks are compiled in the first step. If compilation fails, they run uncompiled, and PyTorch logs a warning.
     """
     print_once(
         "Compiling the vision tower: the first step takes about one to two minutes longer, and later steps are faster. "

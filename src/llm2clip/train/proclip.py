@@ -119,7 +119,7 @@ def inherit_text_space(
     that they depend on. If the folder already contains weights with this signature, these weights are loaded instead.
 
     Args:
-        model: Model with a new adapter and the same `embed_dim` as the CLIP model. It is modified in place.
+        model: Model with a new adapter and the same `embed_dim` as the CLIP model. The model is modified in place.
         clip: Text tower of the CLIP model.
         store: Store that contains the LLM embeddings of the captions and phrases of `records`.
         seed: Seed for the order of the texts.
@@ -227,7 +227,7 @@ def _train_adapter(
 def _repeat_phrases(texts: np.ndarray, num_captions: int) -> np.ndarray:
     """Repeat the phrases until they make up about half of the texts, at most `MAX_REPEATS` times.
 
-    `texts` contains int64 indices. Indices below `num_captions` are captions, and all others are phrases.
+    `texts` contains int64 indices. Indices below `num_captions` refer to captions, and the others refer to phrases.
     """
     captions, phrases = texts[texts < num_captions], texts[texts >= num_captions]
     repeats = min(MAX_REPEATS, max(1, len(captions) // max(1, len(phrases))))

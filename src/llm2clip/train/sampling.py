@@ -34,7 +34,7 @@ Sample = tuple[int, int]  # (epoch, image index)
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's share of the batch for a training step: N images and M of their captions."""
+    """Part of a training step's batch that is processed by one rank: N images and M captions of these images."""
 
     images: Tensor
     """Pixels of shape (N, 3, S, S), uint8, or, if the tower is frozen, features of shape (N, feature_dim), float32."""
@@ -293,8 +293,8 @@ def _collate(items: list[tuple[str, Tensor | str, Sample]]) -> tuple[Tensor | No
     decoded = [(result, sample) for _, result, sample in items if not isinstance(result, str)]
     if not decoded:
         return None, [], failures
-    # Replace images that cannot be decoded with duplicates of others in the batch. This is harmless because the loss
-    # does not use identical captions as negatives.
+    # Replace images that cannot be decoded with duplicates of other images in the batch. This is harmless because the
+    # loss does not use identical captions as negatives.
     decoded += [decoded[n % len(decoded)] for n in range(len(items) - len(decoded))]
     return torch.stack([pixels for pixels, _ in decoded]), [sample for _, sample in decoded], failures
 
@@ -387,7 +387,7 @@ class CaptionSampler:
         shuffled = []
         for kind, captions in enumerate(self.captions_by_kind):
             positions = starts[kind, :, None] + np.arange(counts[kind].max(initial=0))
-            rows = captions.rows[np.minimum(positions, len(captions.rows) - 1)]  # (N, most captions of this kind)
+            rows = captions.rows[np.minimum(positions, len(captions.rows) - 1)]  # (N, max captions of this kind)
             streams.shuffle(rows, counts[kind])
             shuffled.append(rows)
         if self.captions_per_image == 0:

@@ -59,10 +59,10 @@ def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, confi
 
     Args:
         sources: For each source, a list of image captions or text pairs.
-        encoder: Caption encoder to tune. It is modified in place.
+        encoder: Caption encoder to tune, modified in place.
         config: If `steps` is 0, the encoder is saved without tuning.
-        run_dir: Output folder for checkpoints/ and metrics.jsonl. After training, it also contains encoder/. No other
-            process may write to it (see `run_lock`).
+        run_dir: Output folder for checkpoints/, metrics.jsonl and, after training, encoder/. No other process may write
+            to this folder (see `run_lock`).
 
     Returns:
         The folder of the tuned encoder, in sentence-transformers format.
@@ -75,7 +75,7 @@ def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, confi
     encoder_dir = run_dir / "encoder"
     if not encoder_dir.exists():
         checkpoints = Checkpoints(run_dir / "checkpoints", config.batch_size)
-        rows = _sample_rows(sources, encoder, config, checkpoints.get_saved_items_per_step("pairs per step"))
+        rows = _sample_pairs(sources, encoder, config, checkpoints.get_saved_items_per_step("pairs per step"))
         if rows:
             precision, lora = _select_trainable_weights(encoder, config)
             _train(rows, encoder, config, run_dir, precision, checkpoints)
@@ -87,7 +87,7 @@ def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, confi
     return encoder_dir
 
 
-def _sample_rows(
+def _sample_pairs(
     sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, config: TuneConfig, pairs_per_step: int | None
 ) -> list[dict[str, Any]]:
     """Check the settings and return the text pairs for all steps. The pairs are identical on all ranks.
@@ -296,7 +296,7 @@ def pair_loss(
         scale: Factor applied to the cosine similarities (1 / temperature).
         text_ids: Text ids of the anchors, positives and negatives, in this order, of shape (2 N + M,), int64. Identical
             texts must have the same id.
-        negatives: Embeddings of the hard negatives, of shape (M, D), L2-normalised. They are negatives for all anchors.
+        negatives: Embeddings of the hard negatives, of shape (M, D), L2-normalised. Each is a negative for all anchors.
             M may differ between ranks.
         symmetric: If True, each positive must also retrieve its anchor from all anchors.
         gather: If True, use the candidates of all ranks; all ranks must then call this function.

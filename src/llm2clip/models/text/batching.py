@@ -24,7 +24,7 @@ MAX_HIDDEN_ELEMENTS = 1 << 26
 MIN_CAPTIONS_TO_TUNE = 4096  # with fewer captions, tuning takes more time than it saves
 CPU_CANDIDATES = (512, 1024, 2048, 4096)
 GPU_CANDIDATES = (8192, 16384, 32768, 65536, 131072, 262144)
-MIN_SPEEDUP = 1.02  # larger batches need more memory, so they must be faster by this factor
+MIN_SPEEDUP = 1.02  # larger batches need more memory, so they are used only if faster by this factor
 
 
 def get_default_batch_tokens(device: torch.device) -> int:
@@ -107,7 +107,7 @@ def measure_tokens_per_second(
     """Measure the encoding speed on up to four batches.
 
     Batches are sorted by caption length. The timed batches are the one with the longest captions and those 1/6, 3/6 and
-    5/6 of the way through the list. They are representative because all batches have about the same number of tokens.
+    5/6 of the way through the list. These batches are representative because all have about the same number of tokens.
     """
     all_rows = [rows for _, rows in tokens.batches(batch_tokens)]
     indices = sorted({0, *(len(all_rows) * n // 6 for n in (1, 3, 5))})

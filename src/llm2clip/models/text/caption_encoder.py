@@ -88,15 +88,15 @@ class CaptionEncoder(nn.Module):
         Args:
             path: folder or hub id of a transformers or sentence-transformers model, an llm2clip model folder, a `.gguf`
                 file, or the name of a model that `llm2clip` can download (see `models/hub/pretrained.py`).
-            bidirectional: if True, each token attends to all tokens. If False, only to itself and earlier tokens.
+            bidirectional: if True, each token attends to all tokens; if False, only to itself and earlier tokens.
             layers: number of layers to keep, counting from the input. The final norm is always kept.
             template: text around the caption, such as `"<|im_start|>user\\n{caption}<|im_end|>"`. The text before
                 `{caption}` is excluded from pooling. At most one special token may follow `{caption}`. This token
                 replaces the tokenizer's default special tokens and is included in pooling, as in the paper.
-            pooling: sentence-transformers pooling mode: mean, weightedmean, lasttoken, cls or max.
+            pooling: pooling mode in sentence-transformers (mean, weightedmean, lasttoken, cls or max).
             max_length: maximum input length in tokens, including the template.
             truncate_dim: number of embedding dimensions to keep, for Matryoshka-trained encoders.
-            attention: attention implementation: `packed` (see `models/text/packing.py`), or a transformers
+            attention: attention implementation. This is `packed` (see `models/text/packing.py`) or a transformers
                 implementation such as sdpa, eager, flex_attention or flash_attention_2. Decoders that support `packed`
                 use it by default. `packed` and flash attention need no padding. Flash attention requires bf16.
             device: device to load the encoder on. Default: a GPU if available.
@@ -233,7 +233,7 @@ class CaptionEncoder(nn.Module):
         """Build the model inputs for a batch.
 
         For `packed` and flash attention, the inputs form a single row without padding (see `pack_captions`). For other
-        attention implementations, they are the padded input_ids and attention_mask, int64, of shape (B, T).
+        attention implementations, the inputs are padded input_ids and attention_mask, int64, of shape (B, T).
 
         Args:
             ids: token ids of B captions, from `tokenize`.
@@ -331,9 +331,9 @@ class CaptionEncoder(nn.Module):
         """Move the encoder to a device. Keep only the weights needed to encode with `precision`.
 
         With bf16, the LLM's linear layers are stored in bf16 instead of fp32. Encoding then takes less than half the
-        memory and returns bit-identical embeddings. If the encoder was loaded on the CPU, these layers are never stored
-        on the GPU in fp32. After this call, the encoder can no longer be saved, trained or used in fp32, and `identity`
-        raises an error.
+        memory and returns bit-identical embeddings. If the encoder was loaded on the CPU, the linear layers are never
+        stored on the GPU in fp32. After this call, the encoder can no longer be saved, trained or used in fp32, and
+        `identity` raises an error.
         """
         self._check_weights(precision)
         cast_linear_weights(self.llm, precision)

@@ -26,7 +26,7 @@ class _TextPreprocessing:
     """Text preprocessing that a model type requires.
 
     Attributes:
-        context_length: maximum text length during training, in tokens. None means the number of position embeddings.
+        context_length: maximum text length in training, in tokens. If None, the number of position embeddings.
         fully_padded: True if training texts were padded to the context length and no attention mask was used.
         lower_case: True if training texts were lower-cased.
     """

@@ -45,7 +45,7 @@ def pack_captions(ids: Sequence[Sequence[int]], attention: str, device: torch.de
         - cu_seq_lens_q and cu_seq_lens_k: cumulative caption lengths, int32, of shape (B + 1,).
         - max_length_q and max_length_k: length of the longest caption.
         - caption_lengths (only for `packed`): list of caption lengths.
-        - attention_mask (only for `packed`): 4-dimensional dummy that prevents a (T, T) mask in transformers.
+        - attention_mask (only for `packed`): 4-dimensional dummy. Without it, transformers would build a (T, T) mask.
     """
     lengths = [len(row) for row in ids]
     total = sum(lengths)
@@ -78,7 +78,7 @@ def pack_captions(ids: Sequence[Sequence[int]], attention: str, device: torch.de
 
 
 def remove_prompts(features: dict[str, Any]) -> None:
-    """Remove the hidden states of prompt tokens in place from the LLM output for a packed batch.
+    """Remove the hidden states of prompt tokens from the LLM output for a packed batch. Modify `features` in place.
 
     In addition to the entries from `pack_captions`, `features` contains `prompt_length`, the number of tokens to remove
     from the start of each caption. sentence-transformers' own exclusion of prompts would synchronise with the GPU.
@@ -101,7 +101,7 @@ def remove_prompts(features: dict[str, Any]) -> None:
 
 
 def copy_to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copy a CPU tensor to a device. Copies to a GPU are asynchronous: the CPU can prepare the next batch."""
+    """Copy a CPU tensor to a device. Copies to a GPU are asynchronous, so the CPU can prepare the next batch."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 

@@ -20,7 +20,7 @@ from llm2clip.models.hub.loading import (
 )
 from llm2clip.models.text.latent_attention import MODULE_TYPE, LatentAttentionPooling
 
-ADAPTER_CONFIG = "adapter_config.json"  # written by PEFT
+ADAPTER_CONFIG = "adapter_config.json"  # file written by PEFT
 NV_EMBED = "nvembed"  # model_type of NV-Embed-v2 as published (see convert/nv_embed.py)
 CAPTION_PLACEHOLDER = "{caption}"
 

@@ -1,9 +1,9 @@
 """Dense image features: one embedding per image cell, in the embedding space shared by images and texts.
 
-A cell is a patch of a vision transformer or a position in a convolutional network's last feature map. Its embedding is
-computed by applying the tower's head and the image projection to this cell alone. Images can have any size: position
-embeddings are interpolated, and rotary embeddings are computed for the grid. A region embedding (for a box or a mask)
-is an average over the region's cells.
+A cell is a patch of a vision transformer or a position in a convolutional network's last feature map. A cell's
+embedding is computed by applying the tower's head and the image projection to this cell alone. Images can have any
+size: position embeddings are interpolated, and rotary embeddings are computed for the grid. A region embedding (for a
+box or a mask) is an average over the region's cells.
 
 CLIP is trained only to match complete images with texts, so nothing forces a patch's output to describe that patch, and
 the last block mixes all patches. The training-free variants change only this block. In the formulas, x is the block's
@@ -68,14 +68,14 @@ class DenseEncoder:
     """Image encoder that returns one embedding per cell in the shared embedding space.
 
     Attributes:
-        cell_size: side length of a cell in pixels: the patch size, or a convolutional network's total stride.
+        cell_size: side length of a cell in pixels. This is the patch size, or a convolutional network's total stride.
         image_size: the tower's training resolution, in pixels.
         variants: supported variants. Convolutional networks support only "plain".
         device: device of the model and of the embeddings.
         interpolation: interpolation mode for `resize`, from the tower's preprocessing.
-        localization_variant: recommended variant for localisation. If the tower pools a class token, it is "naclip":
-            training never compared patches with texts, and NACLIP reports the best segmentation results on most data
-            sets. If the tower pools cells, it is "plain", because training compared the pooled cells with texts.
+        localization_variant: recommended variant for localisation. It is "naclip" for towers that pool a class token,
+            because training never compared patches with texts, and NACLIP reports the best segmentation results on most
+            data sets. It is "plain" for towers that pool cells, whose training compared pooled cells with texts.
         features: function that takes pixels of shape (N, 3, H, W) on `device` and a variant, and returns unnormalised
             embeddings of shape (N, H / cell_size, W / cell_size, D).
     """
@@ -223,7 +223,7 @@ def _get_class_name(module: nn.Module) -> str:
 
 
 def _encode_cells(tower: VisionTower, pixels: Tensor, variant: str) -> Tensor:
-    """Return the features of all cells, of shape (N, h, w, C). They are the input of the tower's head."""
+    """Return the features of all cells, of shape (N, h, w, C), as passed to the tower's head."""
     cell_size = _get_cell_size(tower)
     grid = (pixels.shape[-2] // cell_size, pixels.shape[-1] // cell_size)
     if tower.config["library"] == "timm":

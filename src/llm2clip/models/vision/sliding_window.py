@@ -205,7 +205,7 @@ def segment(
     """Assign each pixel to the class with the highest score, tile by tile, as in SCLIP.
 
     Args:
-        scores: Scores of all names. Names of the same class are adjacent.
+        scores: Scores of all names. Names of the same class must be adjacent.
         names_per_class: Number of names for each class. A class's score is the highest score of its names.
         logit_scale: Factor applied to the scores before the softmax over all names.
         min_probability: Pixels whose highest probability is below this value are assigned to class 0 (background).

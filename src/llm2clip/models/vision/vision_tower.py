@@ -215,7 +215,7 @@ def _get_feature_dim(backbone: Any, config: dict[str, Any]) -> int:
 def _compute_transformers_depths(names: list[str]) -> dict[str, int]:
     """Compute the depth of each parameter in a transformers model.
 
-    The embeddings and the norm that follows them have depth 0, the L layers have depths 1 to L, and all other
+    The embeddings and the norm that follows them have depth 0, the L layers have depths 1 to L, and the remaining
     parameters have depth L + 1.
     """
     layer_indices = {name: int(match[1]) for name in names if (match := re.search(r"\blayers?\.(\d+)\.", name))}
