@@ -143,11 +143,7 @@ LOSSES = {
 
 
 def get_loss(name: str) -> Loss:
-    """Return the loss that `--align.loss` selects.
-
-    Raises:
-        ValueError: There is no loss with this name.
-    """
+    """Return the loss that `--align.loss` selects. Raise ValueError if there is no loss with this name."""
     if name not in LOSSES:
         raise ValueError(f"--align.loss must be one of {', '.join(LOSSES)} (got {name})")
     return LOSSES[name]

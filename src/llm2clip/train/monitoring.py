@@ -78,13 +78,9 @@ class StepReport:
         self._pending: list[tuple[Step, DeviceValues]] = []
 
     def add(self, step: Step, loss: Tensor, grad_norm: Tensor, logit_scale: Tensor) -> None:
-        """Report a step. Must be called by all ranks.
+        """Report a step that has just run. Must be called by all ranks.
 
-        Args:
-            step: Step that has just run.
-            loss: Mean loss over all ranks, a scalar.
-            grad_norm: Gradient norm, a scalar.
-            logit_scale: Factor applied to the cosine similarities, a scalar.
+        `loss` (the mean over all ranks), `grad_norm` and `logit_scale` are scalars.
 
         Raises:
             FloatingPointError: The loss or the gradient of this step or the previous step is not finite.

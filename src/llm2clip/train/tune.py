@@ -170,7 +170,7 @@ def _train(
     precision: str,
     checkpoints: Checkpoints,
 ) -> None:
-    """Train the encoder's trainable weights on the rows, in order. Resume from the latest checkpoint, if any."""
+    """Train the encoder's trainable weights on the rows in the given order. Resume from the latest checkpoint, if any."""
     pairs_per_step = len(rows) // config.steps  # total over all ranks
     batch_size = pairs_per_step // process_state().num_processes
     set_mixed_precision(precision)
@@ -217,7 +217,7 @@ def _train(
 
 
 def _restore_encoder(encoder: CaptionEncoder, lora: LoraSession | None) -> None:
-    """Restore an ordinary encoder after training: merge LoRA and disable gradient checkpointing."""
+    """Turn the trained model back into an ordinary encoder: merge LoRA and disable gradient checkpointing."""
     if getattr(encoder.llm, "is_gradient_checkpointing", False):
         encoder.llm.gradient_checkpointing_disable()
         encoder.llm.disable_input_require_grads()

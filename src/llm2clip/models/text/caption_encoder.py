@@ -53,7 +53,7 @@ _CONFIG_WITHOUT_EFFECT = (
 
 
 class CaptionEncoder(nn.Module):
-    """LLM with a caption template and a pooling layer. See `from_pretrained` and `encode`.
+    """LLM with a caption template and a pooling layer. Use `from_pretrained` to load it and `encode` to run it.
 
     Attributes:
         st: the SentenceTransformer. `st[0]` is the LLM and `st[1]` is the pooling layer.

@@ -264,8 +264,7 @@ def _apply_head(tower: VisionTower, cells: Tensor) -> Tensor:
 def _resize_timm(tower: VisionTower, size: tuple[int, int]) -> nn.Module:
     """Return a timm backbone for images of shape `size`. It shares the tower's weights except position embeddings.
 
-    Raises:
-        ValueError: the architecture supports only the size it was built for.
+    Raise ValueError if the architecture supports only the size it was built for.
     """
     backbone: Any = tower.backbone
     built_size = tower.config["args"].get("img_size")

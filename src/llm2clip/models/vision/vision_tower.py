@@ -238,10 +238,7 @@ def _compute_transformers_depths(names: list[str]) -> dict[str, int]:
 def add_tower_lora(tower: VisionTower, rank: int, alpha: int) -> None:
     """Add LoRA (arXiv 2106.09685) to the linear layers and 1 x 1 convolutions in the tower's blocks.
 
-    All original weights are frozen.
-
-    Raises:
-        ValueError: the tower has no layer that supports LoRA.
+    All original weights are frozen. Raise ValueError if the tower has no layer that supports LoRA.
     """
     modules = list(tower.backbone.named_modules())
     # nn.MultiheadAttention uses the weights of its sublayers without calling them, so LoRA would have no effect.
