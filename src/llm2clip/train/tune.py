@@ -170,7 +170,7 @@ def _train(
     precision: str,
     checkpoints: Checkpoints,
 ) -> None:
-    """Train the encoder's trainable weights on the rows in the given order. Resume from the latest checkpoint, if any."""
+    """Train the encoder on the rows in the given order, resuming from the latest checkpoint if one exists."""
     pairs_per_step = len(rows) // config.steps  # total over all ranks
     batch_size = pairs_per_step // process_state().num_processes
     set_mixed_precision(precision)
