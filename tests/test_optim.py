@@ -102,7 +102,7 @@ def test_layer_decay_is_rejected_for_towers_without_ordered_layers(monkeypatch: 
     model = fresh_model()
     names = [name for name, _ in model.tower.named_parameters()]
     monkeypatch.setattr(VisionTower, "get_parameter_depths", lambda self: dict.fromkeys(names, 0))
-    with pytest.raises(ValueError, match="layer_decay cannot be used"):
+    with pytest.raises(ValueError, match="layer_decay cannot be less than 1"):
         make_parameter_groups(model, CONFIG)
 
 

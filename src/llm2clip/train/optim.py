@@ -59,7 +59,7 @@ def make_parameter_groups(model: LLM2CLIP, config: AlignConfig) -> list[dict[str
     layers = _index_tower_layers(model.tower)
     top = max(layers.values())
     if config.layer_decay < 1 and top == 0:
-        raise ValueError("--align.layer_decay cannot be used: timm does not list this tower's layers in order")
+        raise ValueError("--align.layer_decay cannot be less than 1: timm does not list this tower's layers in order")
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -486,7 +486,7 @@ def check_boxes(boxes: Any, height: int, width: int) -> Tensor:
     if tensor.numel() == 0:
         return tensor.new_empty(0, 4)
     if tensor.ndim != 2 or tensor.shape[1] != 4:
-        raise ValueError(f"boxes must have shape (N, 4), as (x0, y0, x1, y1) (got {tuple(tensor.shape)})")
+        raise ValueError(f"boxes must have shape (N, 4), with columns x0, y0, x1 and y1 (got {tuple(tensor.shape)})")
     x0, y0, x1, y1 = tensor.unbind(1)
     problems = {
         "contains NaN or infinity": ~tensor.isfinite().all(1),
