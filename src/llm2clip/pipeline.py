@@ -250,7 +250,7 @@ def read_training_data(
 def _read_fit_tuning_pairs(
     train: Sequence[Record], held_out: HeldOut, config: FitConfig, run_dir: Path
 ) -> list[list[TuningItem]]:
-    """Return the tuning data of `fit`, or an empty list if tuning is disabled or already complete.
+    """Return the tuning data for `fit`, or an empty list if tuning is disabled or already complete.
 
     Rows skipped in additional tuning sources go into a separate log, because the run's log covers only its image data.
     """

@@ -196,7 +196,7 @@ class Backend(Protocol):
         ...
 
     def add(self, contents: Sequence[IndexedContent], images: Sequence[tuple[IndexedImage, bytes]]) -> None:
-        """Add image contents and images, replacing existing images with the same names.
+        """Add images and their contents. An image replaces any existing image of the same name.
 
         Each image is paired with its content hash. SQLite adds everything in one transaction. Qdrant does not support
         transactions.

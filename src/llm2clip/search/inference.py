@@ -188,7 +188,7 @@ class InferenceService:
                 image = RequestImage(request.image, "image").load(self.limits.max_pixels)
             else:
                 image = self._load_original(request.id or "")
-            rows, columns = dense.compute_grid(image.shape[-2], image.shape[-1], image_size)
+            rows, columns = dense.compute_grid_shape(image.shape[-2], image.shape[-1], image_size)
             if request.image_size is not None and rows * columns > MAX_HEATMAP_CELLS:
                 raise ValueError(
                     f"image_size {image_size} results in {rows:,} x {columns:,} cells; the limit is "

@@ -22,7 +22,7 @@ MAX_OFFSET = 10_000  # limited because skipped results must also be found and sc
 MAX_TEMPLATES, MAX_TEMPLATE_LENGTH = MAX_TEXTS // (2 * MAX_IMAGES) - 1, 200  # the length is in characters
 
 
-def _require_text(text: str) -> str:
+def _require_non_blank(text: str) -> str:
     if not text.strip():
         raise ValueError("the text is empty")
     return text
@@ -51,11 +51,11 @@ def _require_data_uri(text: str) -> str:
 def _require_text_or_data_uri(text: str) -> str:
     if not text.startswith(DATA_URI_PREFIX) and len(text) > MAX_TEXT_LENGTH:
         raise ValueError(f"the text is too long: {len(text):,} characters; the limit is {MAX_TEXT_LENGTH:,}")
-    return _require_text(_require_valid_unicode(text))
+    return _require_non_blank(_require_valid_unicode(text))
 
 
 AnyText = Annotated[str, Field(max_length=MAX_TEXT_LENGTH), AfterValidator(_require_valid_unicode)]
-Text = Annotated[AnyText, AfterValidator(_require_text)]
+Text = Annotated[AnyText, AfterValidator(_require_non_blank)]
 Template = Annotated[
     str,
     Field(max_length=MAX_TEMPLATE_LENGTH),

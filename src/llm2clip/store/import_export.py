@@ -168,10 +168,10 @@ def import_official_tars(
     Raises:
         StoreError: The two tar files of a pair contain different samples, or an embedding is missing.
     """
-    return _fill_store(Path(out), identity, dtype, _iter_official_rows([Path(tar) for tar in tars]))
+    return _fill_store(Path(out), identity, dtype, _iter_official_batches([Path(tar) for tar in tars]))
 
 
-def _iter_official_rows(tars: Sequence[Path]) -> Iterator[Rows]:
+def _iter_official_batches(tars: Sequence[Path]) -> Iterator[Rows]:
     """Yield the rows of all captions in batches without duplicate captions. All token counts are 0."""
     pairs = (pair for tar in tars for pair in _iter_captions_with_embeddings(tar))
     for chunk in iter_chunks(pairs, SHARD_SIZE):

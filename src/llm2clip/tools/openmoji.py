@@ -219,7 +219,7 @@ def _make_rows(emojis: Sequence[Emoji]) -> list[dict[str, Any]]:
     for emoji, keyword_caption in zip(emojis, keyword_captions, strict=True):
         captions = {_normalize(emoji.name): emoji.name}
         for alias in emoji.aliases:
-            if uses[_normalize(alias)] == 1 and _is_readable(alias):
+            if uses[_normalize(alias)] == 1 and _consists_of_words(alias):
                 captions.setdefault(_normalize(alias), alias)
         description = _make_drawing_caption(emoji.name, emoji.subgroup)
         if keyword_caption is not None and uses[_normalize(keyword_caption)] == 1:
@@ -291,7 +291,7 @@ def _count_text_uses(emojis: Sequence[Emoji], keyword_captions: Sequence[str | N
     return uses
 
 
-def _is_readable(alias: str) -> bool:
+def _consists_of_words(alias: str) -> bool:
     """Return True if an alias consists of words. Aliases such as "+1", "clock10" and "dog2" do not."""
     num_letters = sum(char.isalpha() for char in alias)
     return num_letters > 2 and not any(char.isdigit() for char in alias)

@@ -103,7 +103,7 @@ def _read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationDat
         raise DataFormatError(f"{classes_file}: not UTF-8 text ({error})") from error
     names = [[name.strip() for name in line.split(",")] for line in lines]
     if len(names) > IGNORED or not all(all(class_names) for class_names in names):
-        raise DataFormatError(f"{classes_file} must contain 1 to {IGNORED} lines, each with the names of a class")
+        raise DataFormatError(f"{classes_file} must contain 1 to {IGNORED} lines, one per class")
     image_dir, label_dir = find_first(folder, "images"), find_first(folder, "masks")
     image_of_stem: dict[str, FileImage] = {}
     for file in sorted(image_dir.iterdir()):

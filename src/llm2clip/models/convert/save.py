@@ -45,7 +45,7 @@ def save_official_checkpoint(model: LLM2CLIP, out: str | Path, layout_name: str)
             f"with the 'eva' layout, the checkpoint is a single file whose name must end in .pt (got {out})"
         )
     if out.exists():
-        raise FileExistsError(f"{out} exists: choose another path")
+        raise FileExistsError(f"{out} already exists: choose another path")
 
     tensors = _build_official_tensors(model, layout)
     if layout is EVA:

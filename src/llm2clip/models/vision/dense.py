@@ -133,11 +133,11 @@ class DenseEncoder:
         Returns:
             Image of shape (3, H', W'), uint8, where H' and W' are multiples of `cell_size`.
         """
-        rows, columns = self.compute_grid(image.shape[-2], image.shape[-1], image_size)
+        rows, columns = self.compute_grid_shape(image.shape[-2], image.shape[-1], image_size)
         size = [rows * self.cell_size, columns * self.cell_size]
         return cast(Tensor, resize(image, size, InterpolationMode(self.interpolation), antialias=True))
 
-    def compute_grid(self, height: int, width: int, image_size: int | None = None) -> tuple[int, int]:
+    def compute_grid_shape(self, height: int, width: int, image_size: int | None = None) -> tuple[int, int]:
         """Return the numbers of cell rows and columns that `resize` produces for an image of the given size."""
         shorter = max(1, round((image_size or self.image_size) / self.cell_size))
         ratio = min(max(height, width) / min(height, width), _MAX_ASPECT_RATIO)

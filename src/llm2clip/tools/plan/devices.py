@@ -17,7 +17,7 @@ class Device:
     name: str  # value of --device
     half: float  # throughput in bf16 with fp32 accumulation, or in fp16 if `bf16` is False
     full: float  # throughput in fp32 without tensor cores, which is PyTorch's default
-    memory: float  # GB of 10^9 bytes; a manufacturer's GB is 2^30 bytes, and the 7% difference is left for the driver
+    memory: float  # GB (10^9 bytes). A device sold as 80 GB has 80 * 2^30 bytes; the extra 7% is left to the driver
     bf16: bool = True  # True if the hardware supports bf16 matmuls
 
     def resolve_precision(self, setting: str, stage: Stage = "tune") -> str:
