@@ -108,8 +108,11 @@ def test_index_and_search_explain_mistakes(
         (["search", index, "x", "--images", "no.jpg"], "No such file"),
         (["search", index, " "], "text 0 is empty"),
         (["search", index, "x", "--negative", "a", ""], "text 1 is empty"),
-        (["search", index, "x", "--after", "yesterday"], "--after must be a date or a time, such as 2024-05-31"),
-        (["search", index, "x", "--before", "2020-02-30"], "--before must be a date or a time"),
+        (
+            ["search", index, "x", "--after", "yesterday"],
+            "--after must be a date or a date and time, such as 2024-05-31",
+        ),
+        (["search", index, "x", "--before", "2020-02-30"], "--before must be a date or a date and time"),
         (["search", index, "x", "--after", "2030-01-01", "--before", "2020-01-01"], "--after 2030-01-01 is later than"),
         (["search", index, "x", "--json", "--sheet", "s"], "cannot be combined"),
         (["index", str(tmp_path / "gone"), "--model", model, "--out", index], "no such file or folder"),
