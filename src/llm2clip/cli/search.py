@@ -328,7 +328,8 @@ def parse_time(text: str | None, option: str, end_of_day: bool = False) -> float
             return datetime.fromisoformat(text).timestamp()
         except ValueError as error:
             raise ValueError(
-                f"{option} must be a date or a date and time, such as 2024-05-31 or 2024-05-31T12:00 (got {text!r}: {error})"
+                f"{option} must be a date or a date and time, such as 2024-05-31 or 2024-05-31T12:00 "
+                f"(got {text!r}: {error})"
             ) from error
     return datetime.combine(date, time_type.max if end_of_day else time_type.min).timestamp()
 

@@ -79,8 +79,8 @@ def add_phrases(records: Sequence[Record]) -> list[Record]:
 def is_english(captions: Sequence[str]) -> bool:
     """Return True if at least a third of the captions contain a common English function word.
 
-    The phrase rules are for English: in other languages, most of what they find is not a phrase. At most 10,000 evenly spaced captions are
-    checked, and captions with fewer than four words are ignored.
+    The phrase rules are for English: in other languages, most of what they find is not a phrase. At most 10,000 evenly
+    spaced captions are checked, and captions with fewer than four words are ignored.
     """
     sample = [caption.lower().split() for caption in captions[:: len(captions) // 10_000 + 1]]
     sentences = [words for words in sample if len(words) >= 4]
