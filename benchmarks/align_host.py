@@ -1,4 +1,4 @@
-"""Profile the CPU time that the host spends on each training step of `align`, without image decoding and the model.
+"""Profile the CPU time that the host spends on each training step of `align`, excluding decoding and the model.
 
     python benchmarks/align_host.py
 
@@ -41,7 +41,7 @@ from llm2clip.train.sampling import AlignBatches, CaptionSampler
 
 IMAGES, CAPTIONS, TEXT_DIM, FEATURE_DIM, IMAGE_SIZE = 16_384, 5, 2048, 1024, 224
 MIX = {"captions": 0.5, "long_captions": 0.5}
-STEPS = {"512 images": 512, "4,096 cached features": 4096}  # images per step
+STEPS = {"512 images": 512, "4,096 cached features": 4096}  # name -> number of images per step
 WARM_UP = 2  # number of steps before the measurement
 METRICS = {"loss": 1.0, "grad_norm": 1.0, "logit_scale": 1.0, "lr": 1.0, "images_per_second": 1.0, "data_wait": 1.0}
 PHASES = ("receive images", "draw captions", "read store", "copy", "metrics", "rest", "total")
@@ -122,7 +122,7 @@ def run(folder: Path, name: str, steps: int, pause: float) -> dict[str, dict[str
         tower_lr=0.0 if cached else 1e-5,
     )
     preprocess = Preprocess(IMAGE_SIZE, "squash", 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
-    model: Any = SimpleNamespace(tower=SimpleNamespace(preprocess=preprocess))  # the attributes that batches depend on
+    model: Any = SimpleNamespace(tower=SimpleNamespace(preprocess=preprocess))  # what `AlignBatches` uses
     data = AlignBatches(records, store, model, config, features=features if cached else None)
     if not cached:
         data.images = ConstantImages(refs)  # type: ignore[assignment]
@@ -168,7 +168,7 @@ def write_store(folder: Path, keys: list[str], dim: int) -> EmbeddingStore:
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Run the steps in a new process, because they permanently replace the measured functions with wrappers."""
+    """Run the steps in a new process, because `run` permanently wraps the measured functions."""
     command = [sys.executable, __file__, "--run", name, "--steps", str(args.steps), "--pause", str(args.pause)]
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     times: dict[str, dict[str, float]] = json.loads(output.splitlines()[-1])

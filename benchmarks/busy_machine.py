@@ -80,7 +80,7 @@ class Worker:
         return float(seconds), results
 
 
-def median_times(workers: Sequence[Worker], rounds: int) -> list[float]:
+def measure_median_times(workers: Sequence[Worker], rounds: int) -> list[float]:
     """Return the median time of a step for each worker, in seconds."""
     times: list[list[float]] = [[] for _ in workers]
     for _ in range(rounds):
@@ -113,11 +113,11 @@ def main() -> None:
             results[name] = workers[-1].step()[1]  # warm-up
         several_threads = [value for name, value in results.items() if name != ONE_THREAD]
         assert len(set(several_threads)) == 1, "the results depend on the OpenMP settings"
-        alone = median_times(workers, args.rounds)
+        alone = measure_median_times(workers, args.rounds)
         endless_loop = ["nice", "-n", str(args.niceness), sys.executable, "-c", "while True: pass"]
         loops = [subprocess.Popen(endless_loop) for _ in range(args.loops)]
         try:
-            busy = median_times(workers, args.rounds)
+            busy = measure_median_times(workers, args.rounds)
         finally:
             for loop in loops:
                 loop.kill()

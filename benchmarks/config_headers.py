@@ -3,7 +3,7 @@
     python benchmarks/config_headers.py
 
 A line such as `# - 8 x h100 --config llama-3-8b: ...` states the number of devices, the device and additional flags of
-`llm2clip plan`. This script replaces the text after the colon. tests/test_configs.py checks this text.
+`llm2clip plan`. This script replaces the text after the colon; tests/test_configs.py checks it.
 """
 
 import dataclasses

@@ -2,13 +2,13 @@
 
     python benchmarks/dense.py FOLDER [--images 40] [--threads 2]
 
-FOLDER contains JPEG files, which are resized to each of the sizes below.
+FOLDER contains JPEG files, which are resized to several sizes (see SIZES).
 
 Segmentation: SCLIP's protocol with 20 classes. The baseline encodes one window at a time, sums the scores for each
 pixel of the resized image, and then resizes the scores to the original size. The script prints the percentage of pixels
 to which both methods assign the same class.
 
-Regions: ten boxes per image of 640 x 480 pixels, embedded by crop and by RoIAlign on the dense features.
+Regions: ten boxes in each image (of 640 x 480 pixels), embedded from crops and by RoIAlign on the dense features.
 
 Each measurement runs in its own process. The reported memory is the peak memory minus the memory after the model has
 encoded eight windows. The script also prints CPU times, which hardly depend on other programs.
@@ -44,12 +44,12 @@ from llm2clip.models.vision.dense import build_dense_encoder
 from llm2clip.models.vision.vision_tower import VisionTower
 from shared import memory_mb, reset_peak_memory
 
-SIZES = ((640, 480), (1280, 960), (2560, 1920), (4000, 3000))  # width and height
+SIZES = ((640, 480), (1280, 960), (2560, 1920), (4000, 3000))  # (width, height) in pixels
 LARGE_IMAGES = 2  # number of images for each of the larger sizes
 NUM_CLASSES = 20
 BOXES_PER_IMAGE = 10
 EMBED_DIM = 512
-WINDOW, STRIDE, SHORTER_SIDE = 224, 112, 336  # SCLIP's protocol
+WINDOW, STRIDE, SHORTER_SIDE = 224, 112, 336  # in pixels, as in SCLIP's protocol
 
 
 def main() -> None:

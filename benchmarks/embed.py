@@ -87,7 +87,7 @@ for line in sys.stdin:
     print(json.dumps(seconds), flush=True)
 """
 
-Result = tuple[np.ndarray, float]  # embeddings, seconds
+Result = tuple[np.ndarray, float]  # (embeddings, time in seconds)
 Method = Callable[[], Result]
 
 

@@ -50,7 +50,7 @@ from llm2clip.models.model_folder import LLM2CLIPConfig, is_model_folder
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.search.build import read_date_taken
 
-MEMORY_LIMIT = 2 << 30  # bytes of address space in addition to that of the imported libraries
+MEMORY_LIMIT = 2 << 30  # address space in bytes, in addition to the imported libraries
 TIME_LIMIT = 10.0  # CPU seconds per input
 # Exceptions that no reader raises on purpose. They are also searched for in messages about skipped rows.
 UNEXPECTED = re.compile(r"\b(?:Type|Key|Index|Attribute|Memory|Recursion|Overflow|Runtime|Unicode\w+)Error: .*")
@@ -129,7 +129,7 @@ def mutate_json(data: bytes, rng: random.Random) -> bytes:
 
 
 def mutate_parquet(data: bytes, rng: random.Random) -> bytes:
-    """Change a few bytes, mostly without moving any, because a Parquet file contains many offsets."""
+    """Change a few bytes, mostly without shifting other bytes, because a Parquet file contains many offsets."""
     if rng.random() < 0.2:
         return mutate_bytes(data, rng)
     result = bytearray(data)
@@ -409,7 +409,7 @@ class Fuzzer:
         return self.reader.mutate(rng.choice(self.seeds), rng), rng
 
     def run(self, number: int) -> tuple[str, list[str]]:
-        """Return "read", "rejected" or (after an undocumented exception) "escaped", and the unexpected exceptions."""
+        """Read an input. Return "read", "rejected" or "escaped" (undocumented exception), and unexpected exceptions."""
         data, rng = self.create_input(number)
         try:
             return "read", self.reader.read(data, self.folder, rng)
@@ -428,7 +428,7 @@ def _read_inputs(name: str, seed: int, start: int, stop: int, number: Synchroniz
     with tempfile.TemporaryDirectory(dir=shared_memory if shared_memory.is_dir() else None) as folder:
         fuzzer = Fuzzer(name, seed, Path(folder))
         for warm_up in range(20):
-            fuzzer.run(-1 - warm_up)  # imports the libraries
+            fuzzer.run(-1 - warm_up)  # imports libraries before the limits are set
         limit = psutil.Process().memory_info().vms + MEMORY_LIMIT
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         before = _peak_memory()
@@ -482,7 +482,7 @@ def fuzz(name: str, seed: int, count: int, seconds: float) -> Report:
     context = multiprocessing.get_context("spawn")
     report, start, end = Report(name), 0, time.monotonic() + seconds
     while start < count and time.monotonic() < end:
-        number: Synchronized = context.Value("q", -1)  # current input; -1 before the first
+        number: Synchronized = context.Value("q", -1)  # current input, or -1 before the first input
         results = context.SimpleQueue()
         process = context.Process(target=_read_inputs, args=(name, seed, start, count, number, results), daemon=True)
         process.start()
@@ -493,7 +493,7 @@ def fuzz(name: str, seed: int, count: int, seconds: float) -> Report:
 
 
 def _collect(report: Report, process: psutil.Process, number: Synchronized, results: Any, end: float) -> int:
-    """Add the results of a process to the report until it ends or is too slow. Return the number of the next input."""
+    """Add a process's results to a report until it ends or takes too long. Return the number of the next input."""
     last_number, last_cpu = -1, 0.0
     next_number = sys.maxsize
     while time.monotonic() < end:

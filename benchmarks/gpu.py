@@ -2,18 +2,18 @@
 
     python benchmarks/gpu.py --out results/gpu [--parts encode align] [--minutes 25] [--tiny]
 
-All weights are random and all data are generated, so nothing is downloaded. Missing libraries (open_clip) are skipped.
+All weights are random and all data are generated, so nothing is downloaded. If open_clip is missing, it is skipped.
 The parts run in order of importance until the time is up:
 
     environment   versions, GPU, memory, and the matmul rate that this GPU reaches
     tests         the tests marked `gpu`, which compare the GPU with the CPU: embeddings, losses and a short fit
-    encode        caption encoding with LLMs of 135M, 1B and 8B parameters; with SentenceTransformer.encode
-    align         a training step of ViT-B/16, L/14 and L/14-336: eager, compiled, gradient caching; with open_clip
-    tune          a training step of 135M and 1B LLMs; with sentence-transformers' CachedMultipleNegativesRankingLoss
-    losses        contrastive losses for 32,768 images; with open_clip (benchmarks/losses.py)
+    encode        caption encoding with 135M, 1B and 8B LLMs, compared with SentenceTransformer.encode
+    align         a step of ViT-B/16, L/14 and L/14-336 (eager, compiled, gradient caching), compared with open_clip
+    tune          a step of 135M and 1B LLMs, compared with CachedMultipleNegativesRankingLoss
+    losses        contrastive losses for 32,768 images, compared with open_clip (benchmarks/losses.py)
     data          images decoded per second by the loader of `align`
     search        search of a million vectors: on the GPU, and with the index on the CPU; recall relative to float64
-    plan          memory and speed predicted by `llm2clip plan`, next to the measurements of `align`
+    plan          memory and speed predicted by `llm2clip plan`, compared with the measurements of `align`
 
 Each part runs in its own process with a time limit, so a part that fails or hangs does not affect the others. Each
 measurement adds a row to OUT/PART.jsonl; after each part, OUT/results.md and OUT/results.json are rewritten.
@@ -63,7 +63,7 @@ def main() -> None:
     for part in args.parts:
         seconds_left = deadline - time.monotonic()
         if seconds_left < 5:
-            statuses[part] = "not run: the time was up"
+            statuses[part] = "not run: no time left"
             continue
         statuses[part] = start_part(part, args.out, args.tiny, min(PARTS[part], seconds_left))
         write_results(args.out, statuses)

@@ -2,8 +2,8 @@
 
     python benchmarks/heatmaps.py MODEL ROOT [--image_size 336] [--dense_variants plain naclip]
 
-ROOT contains COCO in the folder coco/. For each image and each class in it, the query is "a photo of a CLASS.", and the
-heat map hits if its maximum is inside a box of the class. "Chance" is the fraction of heat map cells inside these
+ROOT contains COCO in the subfolder coco/. For each image and each class in it, the query is "a photo of a CLASS.", and
+the heat map hits if its maximum is inside a box of the class. "Chance" is the fraction of heat map cells inside these
 boxes. The 95% confidence intervals are computed by bootstrapping over images.
 """
 
@@ -25,9 +25,9 @@ RESAMPLES = 1000
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="model, as in `llm2clip evaluate`")
-    parser.add_argument("root", type=Path, help="folder that contains COCO in the folder coco/")
-    parser.add_argument("--image_size", type=int, help="shorter side in pixels; default: as in `llm2clip search`")
-    parser.add_argument("--dense_variants", nargs="+", help="default: the variant that `llm2clip search` uses")
+    parser.add_argument("root", type=Path, help="folder with COCO in the subfolder coco/")
+    parser.add_argument("--image_size", type=int, help="shorter side of the images in pixels; default: as in search")
+    parser.add_argument("--dense_variants", nargs="+", help="variants to compare; default: as in `llm2clip search`")
     args = parser.parse_args()
     model = open_dual_encoder(args.model)
     dense = require_dense_encoder(model)

@@ -3,15 +3,15 @@
     python benchmarks/hostile_clients.py [--minutes 10] [--index INDEX] [--hostile 8] [--only scan_bomb key_bomb ...]
 
 The honest client sends 5 requests per second: text searches, searches with a caption filter, small images and
-thumbnails. Latencies are measured from the time at which a request was due, so every request that is due while the
-server hangs counts. The honest client first runs alone for 20 seconds, and then together with the hostile clients. Each
+thumbnails. Latencies are measured from the time at which a request was due, so delays caused by a hanging server
+are counted in full. The honest client first runs alone for 20 seconds, and then together with the hostile clients. Each
 hostile client is a process with its own loopback address. It knows the token and runs all attacks at the same time. An
 attack is repeated 0.1 seconds after it ends. The hostile processes have low priority, because clients usually run on
 other machines and do not compete with the server for its CPU. At the end, the server is stopped with SIGTERM while the
 attacks continue.
 
 By default, the model is the tiny random model of the tests, and the index contains 20,000 images with 5 captions each.
-One of the image files has 23 MB. An index passed with `--index` must contain images with the ids 1 to 20.
+One of the image files is 23 MB in size. An index passed with `--index` must contain images with the ids 1 to 20.
 """
 
 import argparse
@@ -57,7 +57,7 @@ class Attacker:
     """A hostile client, which sends all requests from the same loopback address."""
 
     def __init__(self, port: int, number: int) -> None:
-        self.port, self.address = port, f"127.0.0.{number + 2}"  # the honest client has 127.0.0.1
+        self.port, self.address = port, f"127.0.0.{number + 2}"  # the honest client uses 127.0.0.1
 
     async def send(self, head: str, body: bytes = b"", read: bool = True) -> None:
         """Send a request on a new connection, and wait until the server has responded or closed the connection.
@@ -86,11 +86,11 @@ class Attacker:
         await self.post("/embed", SCAN_BOMB_BODY)
 
     async def key_bomb(self) -> None:
-        """Send 4.8 MB of unknown fields."""
+        """Send a request with 4.8 MB of unknown fields."""
         await self.post("/search", KEY_BOMB_BODY)
 
     async def caption_filter(self) -> None:
-        """Search with the longest caption filter that the server accepts, which is slow to match, and a longer one."""
+        """Search with the longest caption filter that the server accepts (slow to match), and with a longer one."""
         query = {"texts": ["a"], "top": 200, "filter": {"caption": "ß" * 500, "path": "/" + "x/" * 2000}}
         await self.post("/search", json.dumps(query).encode())
         await self.post("/search", json.dumps({"texts": ["a"], "filter": {"caption": "ß" * 20_000}}).encode())
@@ -111,7 +111,7 @@ class Attacker:
         await self.send(f"GET /image/1 HTTP/1.1\r\n{HEAD}\r\n", read=False)
 
     async def slow_headers(self) -> None:
-        """Send an incomplete request header."""
+        """Send incomplete request headers."""
         await self.send(f"GET /health HTTP/1.1\r\n{HEAD}")
 
 
@@ -200,7 +200,7 @@ class HonestClient:
         ]
 
     def run(self, seconds: float) -> None:
-        """Send requests for this many seconds, and wait for all responses."""
+        """Send requests for `seconds` seconds, and wait for all responses."""
         with ThreadPoolExecutor(200) as pool:
             start = time.perf_counter()
             for n in range(round(seconds * RATE)):

@@ -198,7 +198,7 @@ def ppm_depth() -> bytes:
 
 
 def tiff(tags: dict[int, list[int]], data: bytes) -> bytes:
-    """Return a TIFF with one directory. All values are 32-bit; `data` starts at byte 8."""
+    """Return a TIFF with one directory. All tag values are 32-bit; `data` starts at byte 8."""
     entries, values = b"", b""
     start = 8 + len(data) + 2 + 12 * len(tags) + 4
     for tag, items in sorted(tags.items()):

@@ -154,7 +154,7 @@ def write_tasks(folder: Path, captioned: list[Record], asked_about: list[Record]
 
 def evaluate(model: Path, tasks: list[dict[str, Any]]) -> dict[str, float]:
     """Evaluate a model with lmms-eval. Return its metrics in percent."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tasks' data are local
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all task data are local
     from lmms_eval.evaluator import simple_evaluate
 
     from llm2clip.llava.lmms import LmmsModel

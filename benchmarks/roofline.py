@@ -43,14 +43,14 @@ from pretended_gpu.tensors import REPLACED
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates that good kernels reach on a GPU, in FLOP/s, except for the memory bandwidth."""
+    """Rates that good kernels reach on a GPU, in FLOP/s unless noted otherwise."""
 
     sheet: float  # bf16 rate in the data sheet
     half: float  # matmuls in bf16 or fp16
     full: float  # matmuls in fp32
     attention_forward: float
     attention_backward: float
-    memory: float  # bytes/s
+    memory: float  # memory bandwidth in bytes/s
 
 
 GPUS = {
@@ -115,7 +115,7 @@ class Roofline(TorchDispatchMode):
 
 
 def stored_bytes(x: Tensor) -> int:
-    """Return the size of a tensor in memory in bytes. Expanded dimensions take no memory."""
+    """Return a tensor's size in memory, in bytes. Expanded dimensions take no memory."""
     count = x.element_size()
     for size, stride in zip(x.shape, x.stride(), strict=True):
         count *= size if stride else 1

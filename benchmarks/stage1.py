@@ -7,8 +7,8 @@ rows in TUNED_ROWS use the same number of tuning steps. The tuning data is Flick
 that specify other data. The test sets are:
 
 - COCO: captions of the 5,000 images in Karpathy's test split.
-- paragraphs: the first half of each paragraph against the second half, for 1,000 paragraphs from the test split.
-- Chinese: a Chinese caption against an English caption for each of Flickr8k's 1,000 test images.
+- paragraphs: the first and the second half of each of 1,000 paragraphs from the test split.
+- Chinese: a Chinese and an English caption for each of Flickr8k's 1,000 test images.
 
 General text pairs (TC) are taken from WordNet's glosses and Debian's package descriptions. To get them, install
 wordnet-base and run apt-get update. Results are cached in OUT. The table is written to OUT/STEPS-steps/table.md.

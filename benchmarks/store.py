@@ -81,7 +81,7 @@ class Reader(Protocol):
 
 
 class PlainMap:
-    """Reader with one memory map per file, which reads rows in the requested order, as is common."""
+    """Baseline with one memory map per file. Rows are read in the requested order."""
 
     def __init__(self, folder: Path) -> None:
         self.maps = [np.load(embeddings_path(folder, n), mmap_mode="r") for n in list_shard_numbers(folder)]

@@ -50,7 +50,7 @@ DIALOG = Conversation("", FileImage("x"), ((f"{IMAGE_TOKEN}\nWhat?", "A dog."), 
 
 
 def test_tokenize_and_label_labels_only_answers(tokenizer: Any) -> None:
-    labeled = tokenize_and_label(DIALOG, tokenizer, image_tokens=2)
+    labeled = tokenize_and_label(DIALOG, tokenizer, num_image_tokens=2)
     text = "<|user|><image><image>\nWhat?<|end|><|user|>A dog.<|end|><|user|>Sure?<|end|><|user|>Yes.<|end|>"
     assert tokenizer.decode(labeled.ids) == text
     answers = [label for label in labeled.labels if label != IGNORE_INDEX]
@@ -226,8 +226,8 @@ def test_llava_collator_padding_does_not_change_the_logits_and_loss(
     built: Path, conversations: list[Conversation]
 ) -> None:
     model, processor = load_model(built)
-    dataset = ConversationDataset(conversations, processor, image_tokens=4, max_length=512)
-    collate = LlavaCollator(processor.tokenizer, image_tokens=4, empty_image=torch.zeros(3, 64, 64))
+    dataset = ConversationDataset(conversations, processor, num_image_tokens=4, max_length=512)
+    collate = LlavaCollator(processor.tokenizer, num_image_tokens=4, empty_image=torch.zeros(3, 64, 64))
 
     def without(batch: dict[str, Any], *prefixes: str) -> dict[str, Any]:
         return {name: value for name, value in batch.items() if not name.startswith(prefixes)}
@@ -264,7 +264,7 @@ def test_llava_collator_padding_does_not_change_the_logits_and_loss(
 def test_conversation_dataset_lengths_correlate_with_token_counts(
     built: Path, conversations: list[Conversation]
 ) -> None:
-    dataset = ConversationDataset(conversations, load_model(built)[1], image_tokens=4, max_length=512)
+    dataset = ConversationDataset(conversations, load_model(built)[1], num_image_tokens=4, max_length=512)
     token_counts = [len(dataset[n]["ids"]) for n in range(len(dataset))]
     assert np.corrcoef(token_counts, dataset.estimate_lengths())[0, 1] > 0.9
 

@@ -63,7 +63,7 @@ def test_score_answer_matches_the_loss(built: Path, image_folder: Path) -> None:
         if question.image is not None:
             inputs["pixel_values"] = generator.transform(load_image(question.image))[None]
         conversation = question.to_conversation("No, never")
-        labeled = tokenize_and_label(conversation, generator.tokenizer, generator.image_tokens)
+        labeled = tokenize_and_label(conversation, generator.tokenizer, generator.num_image_tokens)
         labels = torch.tensor([labeled.labels])
         with torch.no_grad():
             loss = float(generator.model(input_ids=torch.tensor([labeled.ids]), labels=labels, **inputs).loss)

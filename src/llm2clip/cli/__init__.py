@@ -94,9 +94,9 @@ def main(args: list[str] | None = None) -> int:
             raise
         from llm2clip.io_utils import escape_control_characters
 
-        name = f"{command} {settings[command].get('subcommand') or ''}".rstrip()  # such as `store verify`
+        name = f"{command} {settings[command].get('subcommand') or ''}".rstrip()  # for example, `store verify`
         print(f"llm2clip {name}: {escape_control_characters(str(error))}", file=sys.stderr)
-        if not _was_raised_by({"llm2clip", *sys.stdlib_module_names}, error):  # the message may be unclear
+        if not _was_raised_by({"llm2clip", *sys.stdlib_module_names}, error):  # messages from libraries may be unclear
             print("(set LLM2CLIP_TRACEBACK=1 to see the traceback)", file=sys.stderr)
         return 1
     except RuntimeError as error:

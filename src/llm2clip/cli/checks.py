@@ -94,7 +94,7 @@ def check_pretrained(*names: str) -> None:
 
 
 def _resolve_name(name: str, config_file: str, subfolders: tuple[str, ...], known: tuple[str, ...]) -> str:
-    """Return `name`, or its first subfolder with `config_file` if `name` is a folder without this file."""
+    """Return `name` or, if it is a folder without `config_file`, the first of `subfolders` that contains this file."""
     path = Path(name).expanduser()
     if path.is_dir() and not (path / config_file).exists():
         for subfolder in subfolders:

@@ -36,8 +36,7 @@ FIT_SETTINGS: dict[str, Any] = dataclasses.asdict(FitConfig())
 # Names of config file sections. Modules add the sections that only their own commands use.
 SECTIONS = {name for name, value in FIT_SETTINGS.items() if isinstance(value, dict) and value} | {"reproduce"}
 
-# Runs a command with the parsed arguments. Returns the lines to print at the end, such as the path of the result and
-# the next command to run.
+# Function that runs a command. It returns the lines to print at the end, such as the next command to run.
 CommandFunction = Callable[[Namespace], list[str]]
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # use dataclass field docstrings as help texts
@@ -108,8 +107,8 @@ def _describe_type(typehint: Any) -> str:
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
     if typehint in names:
         return names[typehint]
-    if typehint in RANGES:
-        return RANGES[typehint]
+    if typehint in TYPE_DESCRIPTIONS:
+        return TYPE_DESCRIPTIONS[typehint]
     if get_origin(typehint) is Literal:
         return "one of " + ", ".join(map(str, get_args(typehint)))
     if get_origin(typehint) is list:
@@ -276,7 +275,7 @@ Port = restricted_number_type("Port", int, [(">=", 0), ("<=", 65535)])
 register_type(Columns, serializer=dict, deserializer=parse_columns, type_check=lambda value, _: type(value) is dict)
 
 # Descriptions of restricted argument types for error messages.
-RANGES: dict[type, str] = {
+TYPE_DESCRIPTIONS: dict[type, str] = {
     Columns: "of the form field=column,field=column, such as captions=text,image=file",
     Port: "an integer between 0 and 65535",
     PositiveInt: "an integer of at least 1",
@@ -309,8 +308,8 @@ def add_flags(parser: ArgumentParser, options: type, skip: Collection[str] = ())
     also be empty.
 
     Args:
-        options: Dataclass. Its booleans must be False by default.
-        skip: Names of fields to skip.
+        options: Dataclass that defines the flags. Its booleans must default to False.
+        skip: Names of fields for which no flag is added.
     """
     help_texts = {param.arg_name: param.description or "" for param in parse_from_object(options).params}
     types = get_type_hints(options)

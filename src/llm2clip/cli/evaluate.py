@@ -56,7 +56,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument(
         "--out", type=str, default="runs/reproduce", help="Run directory; the result is OUT/report.html."
     )
-    parser.add_argument("--claims", nargs="+", type=int, default=[1, 2, 3, 4, 5, 6], help="Claims to test, by number.")
+    parser.add_argument("--claims", nargs="+", type=int, default=[1, 2, 3, 4, 5, 6], help="Numbers of claims to test.")
     parser.add_argument(
         "--max_skipped",
         type=ClosedUnitInterval,

@@ -109,7 +109,7 @@ def _convert_encoder(args: Namespace, kind: str, load: Callable[[], CaptionEncod
 
 
 def _add_caption_encoder(source: str, text: str | None) -> LLM2CLIP:
-    """Load a model without a caption encoder from a folder, and attach the encoder specified by `text`."""
+    """Load a model that has no caption encoder, and attach the encoder specified by `text`."""
     from llm2clip.models.convert.load import attach_caption_encoder
     from llm2clip.models.llm2clip import LLM2CLIP
 
@@ -183,7 +183,7 @@ def _push(args: Namespace) -> list[str]:
 def _check_no_home_paths(folder: Path) -> None:
     """Raise ValueError if a config contains a path in the home folder, which would reveal the user's name."""
     for file in sorted(folder.rglob("*.json")):
-        is_config = file.stat().st_size < 1 << 20  # larger files are vocabularies
+        is_config = file.stat().st_size < 1 << 20  # larger files are tokenizer vocabularies
         if is_config and f"{Path.home()}/" in file.read_text(encoding="utf-8", errors="replace"):
             raise ValueError(
                 f"{file} contains a path in {Path.home()}, which would become public. Replace the path, for example "

@@ -56,7 +56,7 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument(
         "--allow_outside",
         action="store_true",
-        help="Also index images outside the source's folder, referenced by caption files or symbolic links.",
+        help="Also index images outside the source's folder if caption files or symbolic links refer to them.",
     )
     add_reading_arguments(sub, max_skipped=1.0)
     sub.add_argument("--batch_size", type=PositiveInt, default=64, help="Number of images per forward pass.")
@@ -200,7 +200,7 @@ def _index(args: Namespace) -> list[str]:
         time.sleep(args.watch)
         try:
             report, log = update_index()
-        except (OSError, ValueError) as error:  # possibly temporary, such as an unmounted disk
+        except (OSError, ValueError) as error:  # perhaps temporary, such as an unmounted disk
             print_once(f"{datetime.now():%H:%M:%S} {error}")
             continue
         if report:
@@ -360,7 +360,7 @@ def _serve(args: Namespace) -> list[str]:
         from llm2clip.search.inference import Limits
         from llm2clip.search.server import LOOPBACK, create_app, serve
     except ModuleNotFoundError as error:
-        raise ImportError(f"`llm2clip serve` requires `{install_command('search')}` ({error})") from error
+        raise ImportError(f"`llm2clip serve` is not installed ({error}). Run {install_command('search')}") from error
     templates = _make_query_templates(args.templates)
     backend = open_backend(args["index"]) if args["index"] else None
     model_name = args.model or (backend.metadata()["model"] if backend else None)

@@ -53,7 +53,7 @@ def _run_doctor(args: Namespace) -> list[str]:
 
 
 def _run_quickstart(args: Namespace) -> list[str]:
-    if not (Path(args.out) / "data").is_dir():  # no earlier quickstart run
+    if not (Path(args.out) / "data").is_dir():  # --out contains no earlier quickstart run
         check_output_folder(args.out, "fit")
     from llm2clip.tools.quickstart import quickstart
 

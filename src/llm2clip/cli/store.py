@@ -91,7 +91,7 @@ def _merge_stores(args: Namespace) -> list[str]:
 
 def _export_store(args: Namespace) -> list[str]:
     check_stores(args.folder)
-    _check_format(args)
+    _check_format_flags(args)
     from llm2clip.store.import_export import export_official_tars, export_parquet
     from llm2clip.store.store import EmbeddingStore
 
@@ -107,7 +107,7 @@ def _import_store(args: Namespace) -> list[str]:
     from llm2clip.stages import open_encoder
     from llm2clip.store.import_export import import_official_tars, import_parquet
 
-    _check_format(args)
+    _check_format_flags(args)
     if args.parquet and args.encoder == EncoderConfig():  # the file's metadata identifies the encoder
         return _format_summary(args.out, import_parquet(args.parquet, args.out))
     identity = open_encoder(args.encoder, "cpu").identity(args.precision)
@@ -116,7 +116,7 @@ def _import_store(args: Namespace) -> list[str]:
     return _format_summary(args.out, import_official_tars(args.tars, args.out, identity))
 
 
-def _check_format(args: Namespace) -> None:
+def _check_format_flags(args: Namespace) -> None:
     if (args.parquet is None) == (args.tars is None):
         raise ValueError("pass either --parquet FILE or --tars X.tar ...")
 

@@ -115,7 +115,7 @@ def assemble_llava(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0, 
     patches, registers = _count_image_tokens(vision, tower.preprocess.size)
     _add_image_token(tokenizer, llm)
     end_token = find_answer_end_token(tokenizer)
-    model = _combine_parts(vision, llm, tokenizer, image_tokens=patches + registers, seed=seed)
+    model = _combine_parts(vision, llm, tokenizer, num_image_tokens=patches + registers, seed=seed)
     model.generation_config = _make_generation_config(llm, tokenizer, end_token)
     processor = _build_processor(tower, model, tokenizer, patches=patches, registers=registers, pad=pad)
     return model.eval(), processor
@@ -207,7 +207,7 @@ def _add_image_token(tokenizer: Any, llm: Any) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def _combine_parts(vision: Any, llm: Any, tokenizer: Any, *, image_tokens: int, seed: int) -> Any:
+def _combine_parts(vision: Any, llm: Any, tokenizer: Any, *, num_image_tokens: int, seed: int) -> Any:
     """Combine the tower, a new projector and the LLM into a single model in the LLM's dtype."""
     from transformers import FastVlmConfig, FastVlmForConditionalGeneration, LlavaConfig, LlavaForConditionalGeneration
 
@@ -215,7 +215,7 @@ def _combine_parts(vision: Any, llm: Any, tokenizer: Any, *, image_tokens: int, 
         "vision_config": vision.config,
         "text_config": llm.config,
         "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        "image_seq_length": image_tokens,
+        "image_seq_length": num_image_tokens,
         "tie_word_embeddings": llm.config.tie_word_embeddings,
     }
     config_class: Any = LlavaConfig
@@ -279,7 +279,7 @@ def _build_processor(tower: VisionTower, model: Any, tokenizer: Any, *, patches:
         tokenizer=tokenizer,
         patch_size=patch_size,
         vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=registers + (strategy == "default"),  # the strategy drops the class token
+        num_additional_image_tokens=registers + (strategy == "default"),  # "default" drops the class token
         image_token=IMAGE_TOKEN,
         chat_template=get_chat_template(tokenizer),
     )

@@ -105,14 +105,14 @@ def clean_text(text: str) -> str:
     return text.strip()
 
 
-def tokenize_and_label(conversation: Conversation, tokenizer: Any, image_tokens: int) -> LabeledTokens:
+def tokenize_and_label(conversation: Conversation, tokenizer: Any, num_image_tokens: int) -> LabeledTokens:
     """Tokenize a conversation and label its answers, including the special token that ends each answer.
 
     The chat template is first rendered with numbered placeholders in place of the answers. This locates the exact span
     of each answer with any template.
 
     Args:
-        image_tokens: number of tokens per image.
+        num_image_tokens: number of tokens per image.
 
     Raises:
         ValueError: the template drops an answer or has no special token after an answer.
@@ -143,7 +143,7 @@ def tokenize_and_label(conversation: Conversation, tokenizer: Any, image_tokens:
         start = len(text) + len(before)
         text += before + answer + ending
         spans.append((start, len(text)))
-    return _label_spans(text, spans, tokenizer, image_tokens)
+    return _label_spans(text, spans, tokenizer, num_image_tokens)
 
 
 def _make_placeholder(n: int) -> str:
@@ -159,8 +159,8 @@ def _get_special_tokens(tokenizer: Any) -> list[str]:
     return sorted({*tokenizer.all_special_tokens, *added} - {IMAGE_TOKEN}, key=len, reverse=True)
 
 
-def _label_spans(text: str, spans: list[tuple[int, int]], tokenizer: Any, image_tokens: int) -> LabeledTokens:
-    """Tokenize a text, expand each `<image>` to `image_tokens` tokens, and label the tokens within `spans`."""
+def _label_spans(text: str, spans: list[tuple[int, int]], tokenizer: Any, num_image_tokens: int) -> LabeledTokens:
+    """Tokenize a text, expand each `<image>` to `num_image_tokens` tokens, and label the tokens within `spans`."""
     has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     encoded = tokenizer(text, add_special_tokens=not has_bos, return_offsets_mapping=True)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -168,8 +168,8 @@ def _label_spans(text: str, spans: list[tuple[int, int]], tokenizer: Any, image_
     labels: list[int] = []
     for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
         if token == image_id:
-            ids += [token] * image_tokens
-            labels += [IGNORE_INDEX] * image_tokens
+            ids += [token] * num_image_tokens
+            labels += [IGNORE_INDEX] * num_image_tokens
             continue
         # Check only the token's end, because some tokenizers merge the space before an answer into its first token.
         in_answer = any(span_start < end <= span_end for span_start, span_end in spans)

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 MEGABATCH = 50  # number of batches per length-sorted group, as in LLaVA's sampler
 MIN_TEXT_TOKENS = 64  # max_length must leave at least this many tokens for text
-MAX_REPLACEMENTS = 1000  # maximum number of consecutive unusable conversations
+MAX_REPLACEMENTS = 1000  # maximum number of consecutive conversations to try
 
 
 class ConversationDataset(Dataset):
@@ -32,29 +32,29 @@ class ConversationDataset(Dataset):
         self,
         conversations: Sequence[Conversation],
         processor: Any,
-        image_tokens: int,
+        num_image_tokens: int,
         max_length: int,
         store: EmbeddingStore | None = None,
     ) -> None:
         """
         Args:
-            image_tokens: number of `<image>` tokens per image.
+            num_image_tokens: number of `<image>` tokens per image.
             max_length: maximum number of tokens. Longer conversations are truncated.
             store: cached patch features of all images. If None, images are decoded instead.
 
         Raises:
             ValueError: `max_length` does not leave enough tokens for text.
         """
-        minimum = image_tokens + MIN_TEXT_TOKENS
+        minimum = num_image_tokens + MIN_TEXT_TOKENS
         if max_length < minimum:
             raise ValueError(
                 f"--llava.max_length must be at least {minimum} (got {max_length}), "
-                f"because each image takes up {image_tokens} tokens"
+                f"because each image takes up {num_image_tokens} tokens"
             )
         self.conversations = list(conversations)
         self.tokenizer = processor.tokenizer
         self.transform = LlavaTransform(processor)
-        self.image_tokens = image_tokens
+        self.num_image_tokens = num_image_tokens
         self.max_length = max_length
         self.store = store
         self.store_rows: dict[int, int] = {}  # conversation index -> row of the conversation's image in the store
@@ -71,7 +71,7 @@ class ConversationDataset(Dataset):
         for conversation in self.conversations:
             characters = sum(len(question) + len(answer) for question, answer in conversation.turns)
             tokens = characters // 4 + 8 * len(conversation.turns)
-            tokens += self.image_tokens if conversation.image else 0
+            tokens += self.num_image_tokens if conversation.image else 0
             lengths.append(min(self.max_length, tokens))
         return lengths
 
@@ -88,13 +88,13 @@ class ConversationDataset(Dataset):
             if isinstance(item, dict):
                 return item
             log.warning("%s; using the next conversation instead", item)
-        raise ValueError(f"{item}, and no other conversation was found that can be used")
+        raise ValueError(f"{item}, and no other usable conversation was found")
 
     def _load_item(self, index: int) -> dict[str, Any] | str:
         """Return a conversation's item, or the reason why the conversation cannot be used."""
         conversation = self.conversations[index]
         try:
-            labeled = tokenize_and_label(conversation, self.tokenizer, self.image_tokens)
+            labeled = tokenize_and_label(conversation, self.tokenizer, self.num_image_tokens)
         except (TypeError, ValueError) as error:
             return f"conversation {conversation.id} cannot be tokenized ({error})"
         item: dict[str, Any] = {"ids": labeled.ids[: self.max_length], "labels": labeled.labels[: self.max_length]}
@@ -104,7 +104,7 @@ class ConversationDataset(Dataset):
             return item
         if self.store is not None:
             features = self.store.take([self.store_rows[index]])[0]
-            return item | {"vision": torch.from_numpy(features).view(self.image_tokens, -1)}
+            return item | {"vision": torch.from_numpy(features).view(self.num_image_tokens, -1)}
         pixels = decode_or_error(conversation.image, self.transform)
         if isinstance(pixels, str):
             return f"{conversation.image} cannot be decoded ({pixels})"
@@ -114,14 +114,14 @@ class ConversationDataset(Dataset):
 class LlavaCollator:
     """Collator that right-pads conversations to the longest one in the batch."""
 
-    def __init__(self, tokenizer: Any, image_tokens: int, empty_image: Tensor) -> None:
+    def __init__(self, tokenizer: Any, num_image_tokens: int, empty_image: Tensor) -> None:
         """
         Args:
             empty_image: pixels or patch features of a blank image, which is added to batches without images.
         """
         self.pad_id: int = tokenizer.pad_token_id
         self.image_id: int = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        self.image_tokens = image_tokens
+        self.num_image_tokens = num_image_tokens
         self.empty_image = empty_image
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -140,8 +140,8 @@ class LlavaCollator:
         row_labels = [torch.tensor(item["labels"]) for item in items]
         vision = [item["vision"] for item in items if "vision" in item]
         if not vision:
-            rows[0] = F.pad(rows[0], (0, self.image_tokens), value=self.image_id)
-            row_labels[0] = F.pad(row_labels[0], (0, self.image_tokens), value=IGNORE_INDEX)
+            rows[0] = F.pad(rows[0], (0, self.num_image_tokens), value=self.image_id)
+            row_labels[0] = F.pad(row_labels[0], (0, self.num_image_tokens), value=IGNORE_INDEX)
             vision = [self.empty_image]
         labels = pad_sequence(row_labels, batch_first=True, padding_value=IGNORE_INDEX)
         first_answer = int((labels != IGNORE_INDEX).any(0).nonzero()[0])  # position of the first answer token

@@ -55,7 +55,7 @@ def read_conversations(
 
     Args:
         sources: paths of files or folders. Formats are detected automatically.
-        from_records: `make_captioning_conversations` or `make_instruction_conversations`.
+        from_records: `make_captioning_conversations` or `make_instruction_conversations`, for captioned images.
         images: image folder for files in LLaVA's format. See `read_llava`.
         columns: mapping from record fields to column names, for captioned images.
     """
@@ -213,7 +213,7 @@ def find_mentioned_objects(texts: Iterable[str], names: dict[str, str]) -> set[s
 def read_objects(file: Path) -> dict[str, str]:
     """Read a list of objects and synonyms. Return a dict that maps each singular or plural name to its object.
 
-    Each line is `object` or `object: synonym, synonym`. Text after # is a comment. Spelling rules form plural names.
+    Each line is `object` or `object: synonym, synonym`. Text after # is a comment. Plurals follow from spelling rules.
 
     Raises:
         ValueError: two objects share a name.

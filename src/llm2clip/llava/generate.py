@@ -67,7 +67,7 @@ class AnswerGenerator:
             raise ValueError(
                 f"{name} is not supported: use a model with a fixed number of tokens per image, such as LLaVA"
             )
-        self.image_tokens: int = self.model.config.image_seq_length
+        self.num_image_tokens: int = self.model.config.image_seq_length
         keep_freed_memory(self.device)
 
     def generate(self, questions: Sequence[Question], max_new_tokens: int, num_beams: int = 1) -> list[str]:
@@ -105,7 +105,7 @@ class AnswerGenerator:
 
         The token that ends the answer is also scored.
         """
-        labeled = tokenize_and_label(question.to_conversation(answer), self.tokenizer, self.image_tokens)
+        labeled = tokenize_and_label(question.to_conversation(answer), self.tokenizer, self.num_image_tokens)
         inputs = {"input_ids": torch.tensor([labeled.ids], device=self.device)} | self._prepare_pixels([question])
         with torch.inference_mode(), onednn_matmul():
             logits = self.model(**inputs).logits[0, :-1].float().cpu()  # (tokens - 1, vocabulary)
@@ -115,12 +115,12 @@ class AnswerGenerator:
         return -float(loss), bool(is_greedy)
 
     def _prepare_inputs(self, questions: Sequence[Question]) -> dict[str, Tensor]:
-        """Return the model inputs for questions. Either all questions or no question must have an image."""
+        """Return the model inputs for questions. Either all or none of the questions must have an image."""
         prompts = []
         for question in questions:
             messages = to_messages(question.to_conversation())[:1]
             prompt = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            prompts.append(prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.image_tokens))
+            prompts.append(prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.num_image_tokens))
         has_bos = self.tokenizer.bos_token is not None and prompts[0].startswith(self.tokenizer.bos_token)
         encoded = self.tokenizer(
             prompts, add_special_tokens=not has_bos, padding=True, padding_side="left", return_tensors="pt"

@@ -75,8 +75,8 @@ class PatchFeatures:
         self.transform = LlavaTransform(processor)
         self.bf16 = bf16
         size = self.transform.preprocess.size
-        self.tokens, feature_size = self(torch.zeros(1, 3, size, size)).shape[1:]
-        self.embed_dim = self.tokens * feature_size
+        self.num_tokens, feature_size = self(torch.zeros(1, 3, size, size)).shape[1:]
+        self.embed_dim = self.num_tokens * feature_size
 
     @property
     def device(self) -> torch.device:
@@ -104,7 +104,7 @@ class PatchFeatures:
             "weights": hash_weights(self.tower),
             "preprocess": {**self.transform.preprocess.to_dict(), "pad": self.transform.pad},
             "layer": self.config.vision_feature_layer,
-            "patches": self.tokens,
+            "patches": self.num_tokens,
             "low": self.bf16,
         }
 

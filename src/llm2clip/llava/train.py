@@ -42,7 +42,7 @@ from llm2clip.store.image_features import make_image_keys
 from llm2clip.store.store import EmbeddingStore
 
 STAGES = ("pretrain", "instruct")
-TRAINED_WEIGHTS = "learned.safetensors"  # file name in each stage's folder
+TRAINED_WEIGHTS = "learned.safetensors"  # file with the trained weights in each stage's folder
 
 
 def train_llava(
@@ -60,8 +60,8 @@ def train_llava(
         pretrain: conversations for training the projector. May be empty. Conversations without an image are ignored.
         instruct: conversations for training the projector and the LLM. May be empty.
         out: run directory.
-        log: records images that cannot be decoded when features are cached. Without caching, such images only cause
-            warnings.
+        log: skip log for images that cannot be decoded while features are cached. Without caching, such images only
+            cause warnings.
 
     Raises:
         ValueError: there are no conversations, the number of epochs is 0, a setting is invalid, or the data, batch size
@@ -178,9 +178,9 @@ def _train_stage(
     precision = resolve_precision("tune", config.precision, state.device)
     bf16_on_gpu = precision == "bf16" and state.device.type == "cuda"
     model = load_llava(source, torch.bfloat16 if config.lora_r and bf16_on_gpu else torch.float32)
-    image_tokens: int = model.config.image_seq_length
+    num_image_tokens: int = model.config.image_seq_length
     features = None
-    empty_image = torch.zeros(image_tokens, get_patch_feature_size(model.config))
+    empty_image = torch.zeros(num_image_tokens, get_patch_feature_size(model.config))
     if store is None:
         model.model.vision_tower.to(state.device)
         features = PatchFeatures(model, processor, bf16=bf16_on_gpu)
@@ -200,7 +200,7 @@ def _train_stage(
     }
     checkpoints = Checkpoints(folder)
     checkpoints.check_signature(signature)
-    dataset = ConversationDataset(conversations, processor, image_tokens, max_length=config.max_length, store=store)
+    dataset = ConversationDataset(conversations, processor, num_image_tokens, max_length=config.max_length, store=store)
     sampler = (
         LengthGroupedSampler(dataset.estimate_lengths(), batch_size, config.seed) if config.group_by_length else None
     )
@@ -210,14 +210,14 @@ def _train_stage(
         model=model,
         args=_make_training_arguments(stage, config, folder, batch_size, precision),
         train_dataset=dataset,
-        data_collator=LlavaCollator(processor.tokenizer, image_tokens, empty_image),
+        data_collator=LlavaCollator(processor.tokenizer, num_image_tokens, empty_image),
         sampler=sampler,
         features=features,
     )
     training_log.add_to(trainer)
     trainer.train(resume_from_checkpoint=str(checkpoints.latest) if checkpoints.latest else None)
 
-    full_state = trainer.accelerator.get_state_dict(trainer.model)  # gathered from all ranks under FSDP
+    full_state = trainer.accelerator.get_state_dict(trainer.model)  # FSDP gathers weights from all ranks
     if state.is_main_process:
         names = sorted(name for name, weight in model.named_parameters() if weight.requires_grad)
         trained = {name: full_state[name].detach().cpu().contiguous() for name in names}
@@ -276,8 +276,8 @@ class _LlavaTrainer(TrainingStateMixin, Trainer):
         """
         Args:
             sampler: if None, the Trainer's default sampler is used.
-            features: computes patch features from pixels in each step. If None, batches must already contain patch
-                features.
+            features: vision tower that computes patch features in each step. If None, batches must already contain
+                patch features.
         """
         super().__init__(**arguments)
         self.sampler = sampler

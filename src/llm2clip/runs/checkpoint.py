@@ -85,8 +85,8 @@ class Checkpoints:
             name: Key of this number in the signature, such as "images per step".
 
         Returns:
-            The saved number, or None if there is no checkpoint or the batch size per rank has changed. With None, use
-            the batch size times the number of ranks.
+            The saved number, or None if there is no checkpoint or the batch size per rank has changed. If None,
+            the caller must use the batch size times the number of ranks.
 
         Raises:
             ValueError: The number of items per step is not divisible by the number of ranks.
@@ -203,8 +203,7 @@ class TrainingLog(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         logs = logs or {}
-        # A non-finite gradient would make the weights non-finite. In fp16, however, the gradient scaler skips such
-        # steps.
+        # In fp16, a non-finite gradient norm is not an error, because the gradient scaler skips such steps.
         for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):
             raise_if_not_finite(name, logs.get(name, 0.0), state.global_step, self.checkpoints, self.advice)
         if self.log is not None and ("loss" in logs or self.log_summary):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def fsdp_enabled() -> bool:
+def is_fsdp_enabled() -> bool:
     """Return True if `accelerate launch --use_fsdp` was used."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
@@ -33,7 +33,7 @@ def set_fsdp_wrap_policy(layers: Sequence[nn.Module]) -> None:
     Raises:
         ValueError: The launcher selected FSDP version 1.
     """
-    if not fsdp_enabled():
+    if not is_fsdp_enabled():
         return
     if os.environ.setdefault("FSDP_VERSION", "2") != "2":
         raise ValueError("FSDP version 1 is not supported: run accelerate launch with --fsdp_version 2")
@@ -50,8 +50,7 @@ def set_mixed_precision(precision: str) -> str:
     name = "no" if precision == "fp32" else precision
     os.environ["ACCELERATE_MIXED_PRECISION"] = name
     AcceleratorState._reset_state()
-    # After the reset, Accelerate restores its FSDP plugin only if the distributed type is MULTI_GPU, from which it then
-    # derives FSDP again.
+    # Accelerate restores its FSDP plugin only when it changes the distributed type from MULTI_GPU to FSDP.
     if PartialState._shared_state.get("distributed_type") is DistributedType.FSDP:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return name

@@ -21,7 +21,7 @@ from llm2clip.config import RESUME_SAFE
 from llm2clip.io_utils import atomic_write_text
 
 CONFIG_FILE = "config.yaml"  # all settings of a run
-INDEX_FILE, MANIFEST = "index.sqlite", "manifest.json"  # main file of an index and of an embedding store
+INDEX_FILE, MANIFEST = "index.sqlite", "manifest.json"  # main files of an index and an embedding store, respectively
 RUN_LOCK = ".run.lock"  # held during all stages of a run; an embedding store also has its own lock
 
 KINDS = {
@@ -46,8 +46,13 @@ _NOT_DATA = {
     "a run directory": (CONFIG_FILE, "skipped.jsonl"),
     "an embedding store": (MANIFEST, "keys-*.parquet"),
 }
-_RUN_SECTIONS = ["reproduce", "embed", "align", "tune"]  # the first one present in a run's config determines its kind
-_OWN_FILES = ("skipped.jsonl", "metrics.jsonl")
+_RUN_SECTIONS = [
+    "reproduce",
+    "embed",
+    "align",
+    "tune",
+]  # the first of these in a run's config determines its kind
+_OWN_FILES = ("skipped.jsonl", "metrics.jsonl")  # files that llm2clip writes, which do not count as data
 _DATA_SUFFIXES = {
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic"),
     *(".tar", ".parquet", ".arrow", ".csv", ".tsv", ".jsonl"),
@@ -56,7 +61,7 @@ _MAX_ENTRIES = 1000  # maximum number of files and folders to check per folder
 
 
 def register_run_kind(section: str, description: str) -> None:
-    """Register a kind of run directory, identified by a section of the same name in its config."""
+    """Register a kind of run directory whose config contains this section. `section` is also the name of the kind."""
     KINDS[section] = description
     _RUN_SECTIONS.insert(0, section)
 
@@ -141,7 +146,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _find_data_file(folder: Path) -> Path | None:
-    """Return a data file's path relative to `folder`, which contains it directly or in a subfolder, or None."""
+    """Return the relative path of a data file in `folder` or a direct subfolder, or None if there are no data files."""
     entries = list(islice(folder.iterdir(), _MAX_ENTRIES))
     for entry in list(entries):
         with suppress(OSError):  # not a folder, or not readable

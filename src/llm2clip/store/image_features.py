@@ -47,7 +47,7 @@ class ImageEncoder(Protocol):
 
 
 class TowerEncoder:
-    """Image encoder that uses a vision tower without the projection."""
+    """Image encoder that consists of a vision tower without a projection."""
 
     def __init__(self, tower: VisionTower, precision: str) -> None:
         """Set the tower to eval mode. It runs in fp32, or with autocast if `precision` is bf16 or fp16."""
@@ -116,7 +116,7 @@ def store_image_features(
         refs: Image references. Images already in the store are not encoded again.
         identity: All properties of the encoder that affect the features, such as its architecture and weights.
         folder: Store folder, created if it does not exist.
-        log: Records images that cannot be decoded. These images are not added to the store.
+        log: Skip log for images that cannot be decoded. These images are not added to the store.
         dtype: Storage dtype: float16, float32 or int8.
         batch_size: Number of images per forward pass.
         workers: Number of processes that decode images; see `iter_image_batches`.

@@ -142,7 +142,7 @@ def export_official_tars(store: EmbeddingStore, tars: Sequence[str | Path]) -> l
     targets = [_get_embeddings_tar(Path(tar)) for tar in tars]
     existing = [str(target) for target in targets if os.path.lexists(target)]
     if existing:
-        raise StoreError(f"{', '.join(existing[:3])} already exists. Delete it, or remove its sample file from --tars")
+        raise StoreError(f"output files already exist: {', '.join(existing[:3])}. Delete them, or pass other --tars")
     for tar, target in zip(map(Path, tars), targets, strict=True):
         with atomic_path(target) as temporary, tarfile.open(temporary, "w") as stream:
             for name, members in _read_samples(tar, ["json"]):

@@ -46,8 +46,7 @@ class KeyIndex:
         rows = np.full(len(keys), -1, np.int64)
         pending = np.argsort(high)  # in sorted order, consecutive lookups touch the same pages
         position = np.searchsorted(self.high, high[pending])
-        # Each iteration compares one entry per pending key. A second iteration is needed only for keys with the same
-        # first half but different second halves.
+        # Each iteration compares one entry per pending key. Only keys with equal first halves need several iterations.
         while len(pending):
             in_range = position < len(self)
             pending, position = pending[in_range], position[in_range]

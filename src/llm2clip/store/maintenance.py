@@ -58,7 +58,7 @@ def repair_store(folder: str | Path, progress: bool = False) -> list[str]:
                 raise StoreError(
                     f"{folder} has no intact manifest and no intact shard. Delete it and run `llm2clip embed`"
                 ) from error
-            spec = max(specs, key=specs.count)  # the most common spec
+            spec = max(specs, key=specs.count)  # the spec of most shards
         for number in unreadable:
             deleted.append(_delete_keys(folder, number))
         for number in find_corrupt_shards(folder, read_shards(folder), spec, progress):
@@ -154,10 +154,10 @@ def _compute_shard_checksums(folder: Path, shard: Shard) -> tuple[str, str]:
 
 
 def _link_shard(source: Path, source_number: int, out: Path, number: int) -> None:
-    """Link or copy a shard's files to another store. The keys file is last, because it marks the shard as complete."""
+    """Link or copy a shard's files to another store. The keys file is written last: it marks the shard as complete."""
     for file_path in (embeddings_path, scales_path, keys_path):
         file = file_path(source, source_number)
-        if not file.is_file():  # only int8 stores have scales
+        if not file.is_file():  # only int8 stores have scales files
             continue
         with atomic_path(file_path(out, number)) as temporary:
             try:

@@ -96,7 +96,7 @@ def _start_ray() -> None:
             f"(currently {os.environ['RAY_AUTH_MODE']!r})"
         )
     if not (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")):
-        # Otherwise, Ray would store a token in a file that other users of this machine may be able to read.
+        # If no token is set, Ray stores one in a file that other users of this machine may be able to read.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     ray.init("local", include_dashboard=False, log_to_driver=False)
 

@@ -61,7 +61,7 @@ MAX_OPEN_FILES = 256  # maximum number of open files per cache; the limit per pr
 
 
 class EmbeddingStore:
-    """Read access to a complete store. Pickles contain only the folder and the read mode; unpickling reopens it."""
+    """Read access to a complete store. Pickling keeps only the folder and read mode; unpickling reopens the store."""
 
     def __init__(self, folder: str | Path, read_mode: ReadMode = "auto") -> None:
         """Open the store at `folder`. Keys and embeddings stay on disk.
@@ -193,7 +193,7 @@ def find_corrupt_shards(folder: Path, shards: Sequence[Shard], spec: StoreSpec, 
 class ShardRows(NamedTuple):
     """Rows to read from one shard."""
 
-    shard: int  # index in the list of shards
+    shard: int  # index of the shard in the list of shards
     rows: np.ndarray  # row numbers within the shard, of shape (N,), int64, in ascending order
     out: np.ndarray  # array to fill, of shape (N, embed_dim), in the store's dtype
 
@@ -286,14 +286,14 @@ class PreadReader(RowReader):
 
     def _read_parts(self, parts: list[ShardRows]) -> None:
         row_bytes = self.embed_dim * self.dtype.itemsize
-        reads: list[tuple[_RandomAccessFile, memoryview, int]] = []  # file, memory to fill, offset in the file
+        reads: list[tuple[_RandomAccessFile, memoryview, int]] = []  # (file, memory to fill, file offset)
         for part in parts:
             file, offset = self.open_file(part.shard), self.data_offsets[part.shard]
             memory = part.out.view(np.uint8).reshape(-1).data
             run_ends = (np.flatnonzero(np.diff(part.rows) != 1) + 1).tolist()
             for start, stop in pairwise([0, *run_ends, len(part.rows)]):
-                at = offset + int(part.rows[start]) * row_bytes
-                reads.append((file, memory[start * row_bytes : stop * row_bytes], at))
+                file_offset = offset + int(part.rows[start]) * row_bytes
+                reads.append((file, memory[start * row_bytes : stop * row_bytes], file_offset))
         chunk_size = -(-len(reads) // (4 * NUM_THREADS)) or 1
         chunks = [reads[i : i + chunk_size] for i in range(0, len(reads), chunk_size)]
         for _ in self.pool.map(_read_chunk, chunks):

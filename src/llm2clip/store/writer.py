@@ -90,34 +90,34 @@ class StoreWriter:
         else:
             self.finish()
 
-    def write(self, number: int, captions: Sequence[str], tokens: Sequence[int], embeddings: np.ndarray) -> None:
+    def write(self, number: int, captions: Sequence[str], token_counts: Sequence[int], embeddings: np.ndarray) -> None:
         """Write a shard atomically.
 
         Args:
-            number: Number of the new shard. No shard with this number may exist.
-            captions: N captions.
-            tokens: N token counts, stored for resource estimates and for plots by caption length.
+            number: Number of the new shard. A shard with this number must not exist yet.
+            captions: The shard's N captions.
+            token_counts: N token counts, stored for resource estimates and for plots by caption length.
             embeddings: Floating-point embeddings of shape (N, embed_dim).
 
         Raises:
             StoreError: See `write_keyed`.
         """
-        self.write_keyed(number, make_caption_keys(captions), tokens, embeddings, captions)
+        self.write_keyed(number, make_caption_keys(captions), token_counts, embeddings, captions)
 
     def write_keyed(
         self,
         number: int,
         keys: np.ndarray,
-        tokens: Sequence[int],
+        token_counts: Sequence[int],
         embeddings: np.ndarray,
         captions: Sequence[str] | None = None,
     ) -> None:
-        """Write a shard from keys of shape (N, 16), uint8. `captions` is used only in error messages.
+        """Write a shard whose captions have the given keys of shape (N, 16), uint8. Error messages quote `captions`.
 
         Raises:
             StoreError: A value is not finite in the store's dtype, or a shape does not match the store.
         """
-        self._check_shapes(keys, tokens, embeddings)
+        self._check_shapes(keys, token_counts, embeddings)
         self._check_values(keys, embeddings, captions)
         stored, scales = quantize_rows(embeddings, self.dtype)
         with atomic_path(embeddings_path(self.folder, number)) as temporary:
@@ -128,7 +128,7 @@ class StoreWriter:
         # The keys are written last, because they mark the shard as complete.
         buffer = pa.py_buffer(np.ascontiguousarray(keys).tobytes())
         key_column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(keys), [None, buffer])
-        table = pa.table({"key": key_column, "tokens": pa.array(tokens, pa.int32())})
+        table = pa.table({"key": key_column, "tokens": pa.array(token_counts, pa.int32())})
         metadata = {
             "format_version": str(FORMAT_VERSION),
             "sha256": compute_shard_checksum(self.folder, number),
@@ -144,12 +144,12 @@ class StoreWriter:
         """Write the key index and the manifest for the complete shards."""
         write_manifest(self.folder, self.identity, self.embed_dim, self.dtype)
 
-    def _check_shapes(self, keys: np.ndarray, tokens: Sequence[int], embeddings: np.ndarray) -> None:
+    def _check_shapes(self, keys: np.ndarray, token_counts: Sequence[int], embeddings: np.ndarray) -> None:
         count = len(embeddings)
-        if keys.shape != (count, KEY_BYTES) or embeddings.shape[1:] != (self.embed_dim,) or len(tokens) != count:
+        if keys.shape != (count, KEY_BYTES) or embeddings.shape[1:] != (self.embed_dim,) or len(token_counts) != count:
             raise StoreError(
-                f"{self.folder} requires {self.embed_dim}-dimensional embeddings, each with a key and a token count "
-                f"(got embeddings of shape {embeddings.shape}, keys of shape {keys.shape}, {len(tokens)} token counts)"
+                f"{self.folder} requires a key and a token count for each {self.embed_dim}-dimensional embedding (got "
+                f"embeddings of shape {embeddings.shape}, keys of shape {keys.shape}, {len(token_counts)} token counts)"
             )
 
     def _check_values(self, keys: np.ndarray, embeddings: np.ndarray, captions: Sequence[str] | None) -> None:
@@ -226,7 +226,7 @@ class WritePlan:
         return captions
 
     def create_progress_bar(self, description: str, unit: str) -> ProgressBar:
-        """Create a progress bar for the captions of all local shards. Only the main process shows the bar."""
+        """Create a progress bar for the captions of this process's shards. Only the main process shows the bar."""
         total = sum(pq.read_metadata(shard_path(self.incoming, shard)).num_rows for shard in self.local_shards())
         hide = not process_state().is_main_process or not total
         return ProgressBar(total=total, desc=description, unit=unit, disable=hide)

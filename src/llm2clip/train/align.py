@@ -38,9 +38,9 @@ from llm2clip.progress import ProgressBar
 from llm2clip.runs.checkpoint import Checkpoints, MetricsLog
 from llm2clip.runs.fsdp import (
     copy_to_meta_device,
-    fsdp_enabled,
     full_tensor,
     gather_to_cpu,
+    is_fsdp_enabled,
     reduce_gradients_in_fp32,
     set_fsdp_wrap_policy,
     set_mixed_precision,
@@ -151,7 +151,7 @@ def align(
     # Model and optimizer.
     optimizer = make_optimizer(model, config, accelerator.device)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, make_cosine_schedule(steps, config.warmup_ratio))
-    unsharded = copy_to_meta_device(model) if fsdp_enabled() else None
+    unsharded = copy_to_meta_device(model) if is_fsdp_enabled() else None
     if config.gradient_checkpointing:
         model.tower.set_grad_checkpointing()
     net, optimizer = accelerator.prepare(model, optimizer)

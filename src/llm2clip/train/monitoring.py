@@ -22,7 +22,7 @@ from llm2clip.io_utils import atomic_path, atomic_write_text, fsync_folder
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.checkpoint import Checkpoints, MetricsLog, hash_texts, raise_if_not_finite
-from llm2clip.runs.fsdp import fsdp_enabled, full_tensor
+from llm2clip.runs.fsdp import full_tensor, is_fsdp_enabled
 from llm2clip.runs.ranks import wait_for_everyone
 
 # In fp16, the gradient scaler skips every step with non-finite gradients and then halves its scale factor. After this
@@ -207,11 +207,11 @@ class BestCheckpoint:
         if self.validate is None:
             return {}
         metrics: dict[str, float] = {}
-        if self.accelerator.is_main_process or fsdp_enabled():  # a sharded model must run on all ranks
+        if self.accelerator.is_main_process or is_fsdp_enabled():  # a sharded model must run on all ranks
             model.eval()
             metrics = self.validate(model)
         is_best = self.log is not None and metrics["score"] > self.best_score
-        if is_best or fsdp_enabled():
+        if is_best or is_fsdp_enabled():
             state = {name: full_tensor(t).detach().cpu().contiguous() for name, t in model.state_dict().items()}
         if is_best:
             self.best_score = metrics["score"]

@@ -43,8 +43,8 @@ from llm2clip.models.text.sentence_transformer import get_layers
 from llm2clip.runs.checkpoint import Checkpoints, TrainingLog, hash_texts
 from llm2clip.runs.fsdp import (
     copy_to_meta_device,
-    fsdp_enabled,
     gather_to_cpu,
+    is_fsdp_enabled,
     reduce_gradients_in_fp32,
     set_fsdp_wrap_policy,
     set_mixed_precision,
@@ -96,7 +96,7 @@ def _sample_pairs(
     """
     if config.qlora:
         check_qlora_available()
-        if fsdp_enabled():
+        if is_fsdp_enabled():
             raise ValueError("--tune.qlora does not support FSDP: remove --use_fsdp")
     if any(not 0 < dim < encoder.embed_dim for dim in config.matryoshka_dims):
         raise ValueError(

@@ -19,7 +19,7 @@ import torch
 from llm2clip.config import AlignConfig, FitConfig
 from llm2clip.data.records import Record
 from llm2clip.runs.checkpoint import MAX_CHECKPOINTS
-from llm2clip.runs.fsdp import fsdp_enabled
+from llm2clip.runs.fsdp import is_fsdp_enabled
 from llm2clip.runs.ranks import process_state
 from llm2clip.store.store import get_available_memory
 from llm2clip.tools.plan.costs import ImageCosts, TextCosts, measure_image_costs, measure_text_costs
@@ -241,7 +241,7 @@ def _detect_machine() -> Machine:
         memory, name = torch.cuda.mem_get_info(state.device)[0], "gpu"
     else:
         memory, name = get_available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "cpu"
-    return Machine(name, state.num_processes, tflops=1, memory=memory / 1e9, use_fsdp=fsdp_enabled())
+    return Machine(name, state.num_processes, tflops=1, memory=memory / 1e9, use_fsdp=is_fsdp_enabled())
 
 
 def _check_disk_space(plan: Plan, run_dir: Path) -> None:
