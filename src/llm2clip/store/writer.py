@@ -148,7 +148,7 @@ class StoreWriter:
         count = len(embeddings)
         if keys.shape != (count, KEY_BYTES) or embeddings.shape[1:] != (self.embed_dim,) or len(token_counts) != count:
             raise StoreError(
-                f"{self.folder} requires {self.embed_dim}-dimensional embeddings, one key and one token count each (got "
+                f"{self.folder} requires {self.embed_dim}-dimensional embeddings, each with key and token count (got "
                 f"embeddings of shape {embeddings.shape}, keys of shape {keys.shape}, {len(token_counts)} token counts)"
             )
 
