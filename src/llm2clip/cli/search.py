@@ -221,7 +221,7 @@ def _index(args: Namespace) -> list[str]:
 def _search(args: Namespace) -> list[str]:
     check_index(args["index"])
     _check_query(args)
-    image_filter = _read_filter(args)
+    image_filter = _make_filter(args)
     to_page = args.open or args.sheet is not None
     if args.heatmaps and not to_page:
         raise ValueError("--heatmaps requires an HTML page: add --open or --sheet FOLDER")
@@ -290,7 +290,7 @@ def _check_query(args: Namespace) -> None:
             raise FileNotFoundError(f"No such file: {image}")
 
 
-def _read_filter(args: Namespace) -> Filter:
+def _make_filter(args: Namespace) -> Filter:
     """Create a filter from the arguments. Raise ValueError if a time is invalid or --after is later than --before."""
     from llm2clip.search.backends import Filter
 
@@ -360,7 +360,7 @@ def _serve(args: Namespace) -> list[str]:
         from llm2clip.search.inference import Limits
         from llm2clip.search.server import LOOPBACK, create_app, serve
     except ModuleNotFoundError as error:
-        raise ImportError(f"`llm2clip serve` is not installed ({error}). Run {install_command('search')}") from error
+        raise ImportError(f"`serve` requires additional packages ({error}). Run {install_command('search')}") from error
     templates = _make_query_templates(args.templates)
     backend = open_backend(args["index"]) if args["index"] else None
     model_name = args.model or (backend.metadata()["model"] if backend else None)

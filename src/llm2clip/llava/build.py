@@ -112,12 +112,12 @@ def assemble_llava(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0, 
     See `build_llava` for the arguments.
     """
     vision = _convert_tower(tower)
-    patches, registers = _count_image_tokens(vision, tower.preprocess.size)
+    num_patches, num_registers = _count_image_tokens(vision, tower.preprocess.size)
     _add_image_token(tokenizer, llm)
     end_token = find_answer_end_token(tokenizer)
-    model = _combine_parts(vision, llm, tokenizer, num_image_tokens=patches + registers, seed=seed)
+    model = _combine_parts(vision, llm, tokenizer, num_image_tokens=num_patches + num_registers, seed=seed)
     model.generation_config = _make_generation_config(llm, tokenizer, end_token)
-    processor = _build_processor(tower, model, tokenizer, patches=patches, registers=registers, pad=pad)
+    processor = _build_processor(tower, model, tokenizer, num_patches, num_registers, pad)
     return model.eval(), processor
 
 
@@ -184,14 +184,14 @@ def _resize_position_embeddings(vision: Any, size: int) -> None:
     embeddings = vision.embeddings
     old = embeddings.position_embedding.weight  # (class token and patches, width)
     patch_size = vision.config.patch_size
-    patches = (size // patch_size) ** 2
+    num_patches = (size // patch_size) ** 2
     class_tokens = len(old) - (vision.config.image_size // patch_size) ** 2
-    dummy = torch.zeros(1, patches + class_tokens, old.shape[1])
+    dummy = torch.zeros(1, num_patches + class_tokens, old.shape[1])
     with torch.no_grad():
         new = embeddings.interpolate_pos_encoding(dummy, size, size)[0]
     embeddings.position_embedding = nn.Embedding.from_pretrained(new.contiguous(), freeze=False)
     embeddings.image_size = vision.config.image_size = size
-    embeddings.num_patches = patches
+    embeddings.num_patches = num_patches
     embeddings.num_positions = len(new)
     embeddings.register_buffer("position_ids", torch.arange(len(new)).expand((1, -1)), persistent=False)
 
@@ -256,7 +256,9 @@ def _make_generation_config(llm: Any, tokenizer: Any, end_token: int) -> Any:
     return config
 
 
-def _build_processor(tower: VisionTower, model: Any, tokenizer: Any, *, patches: int, registers: int, pad: bool) -> Any:
+def _build_processor(
+    tower: VisionTower, model: Any, tokenizer: Any, num_patches: int, num_registers: int, pad: bool
+) -> Any:
     """Return the processor for a LLaVA model.
 
     Raises:
@@ -265,10 +267,10 @@ def _build_processor(tower: VisionTower, model: Any, tokenizer: Any, *, patches:
     from transformers import LlavaImageProcessor, LlavaProcessor
 
     size = tower.preprocess.size
-    patch_size = size // math.isqrt(patches)
-    if (size // patch_size) ** 2 != patches:
+    patch_size = size // math.isqrt(num_patches)
+    if (size // patch_size) ** 2 != num_patches:
         raise ValueError(
-            f"the tower returns {patches} patches for {size} x {size} pixels. The patches must form a square grid, "
+            f"the tower returns {num_patches} patches for {size} x {size} pixels. The patches must form a square grid, "
             "because LlavaProcessor computes the number of image tokens as (size // patch_size)^2"
         )
     settings = tower.preprocess.to_dict() | {"image_processor_type": "LlavaImageProcessor"}
@@ -279,7 +281,7 @@ def _build_processor(tower: VisionTower, model: Any, tokenizer: Any, *, patches:
         tokenizer=tokenizer,
         patch_size=patch_size,
         vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=registers + (strategy == "default"),  # "default" drops the class token
+        num_additional_image_tokens=num_registers + (strategy == "default"),  # "default" drops the class token
         image_token=IMAGE_TOKEN,
         chat_template=get_chat_template(tokenizer),
     )

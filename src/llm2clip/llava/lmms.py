@@ -12,7 +12,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from llm2clip.llava.generate import AnswerGenerator, Question
 from llm2clip.runs.ranks import process_state
 
-CHUNK = 256  # maximum number of requests whose images are in memory at once
+CHUNK_SIZE = 256  # maximum number of requests whose images are in memory at once
 MANIFEST = ModelManifest("llm2clip_llava", simple_class_path="llm2clip.llava.lmms.LmmsModel")
 
 
@@ -47,8 +47,8 @@ class LmmsModel(lmms):
             key = (int(settings.get("max_new_tokens", 128)), int(settings.get("num_beams") or 1))
             requests_by_settings.setdefault(key, []).append(n)
         for (max_new_tokens, num_beams), numbers in requests_by_settings.items():
-            for start in range(0, len(numbers), CHUNK):
-                chunk = numbers[start : start + CHUNK]
+            for start in range(0, len(numbers), CHUNK_SIZE):
+                chunk = numbers[start : start + CHUNK_SIZE]
                 questions = []
                 for n in chunk:
                     context, _, *document = requests[n].args

@@ -60,7 +60,7 @@ def train_llava(
         pretrain: conversations for training the projector. May be empty. Conversations without an image are ignored.
         instruct: conversations for training the projector and the LLM. May be empty.
         out: run directory.
-        log: skip log for images that cannot be decoded while features are cached. Without caching, such images only
+        log: records images that cannot be decoded while features are cached. Without caching, undecodable images only
             cause warnings.
 
     Raises:

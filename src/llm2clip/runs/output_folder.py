@@ -127,9 +127,9 @@ def detect_folder_kind(folder: str | Path) -> str | None:
 
 
 def describe_output_folder(names: Collection[str]) -> str | None:
-    """Return the kind of llm2clip folder that has files with these names, such as "a run directory", or None.
+    """Describe the llm2clip output folder that has files with these names, for example as "a run directory".
 
-    Unlike `detect_folder_kind`, return None if in doubt, so that no data is ignored.
+    Return None if in doubt, unlike `detect_folder_kind`, so that no data is ignored.
     """
     for description, patterns in _NOT_DATA.items():
         if all(fnmatch.filter(names, pattern) for pattern in patterns):

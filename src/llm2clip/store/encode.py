@@ -110,7 +110,7 @@ def load_or_tune_batch_tokens(encoder: CaptionEncoder, captions: Sequence[str], 
 
 def _encode_local_shards(plan: WritePlan, encoder: CaptionEncoder, batch_tokens: int | None, precision: str) -> None:
     """Encode and write this process's shards."""
-    tokenized_shards = ((n, tokenize_shard(plan.read_captions(n), encoder)) for n in plan.local_shards())
+    tokenized_shards = ((n, tokenize_shard(plan.read_captions(n), encoder)) for n in plan.list_local_shards())
     with (
         plan.create_progress_bar("embed", "caption") as bar,
         closing(Prefetcher(tokenized_shards, depth=1)) as prefetched,

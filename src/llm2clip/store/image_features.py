@@ -116,7 +116,7 @@ def store_image_features(
         refs: Image references. Images already in the store are not encoded again.
         identity: All properties of the encoder that affect the features, such as its architecture and weights.
         folder: Store folder, created if it does not exist.
-        log: Skip log for images that cannot be decoded. These images are not added to the store.
+        log: Records the images that cannot be decoded, which are not added to the store.
         dtype: Storage dtype: float16, float32 or int8.
         batch_size: Number of images per forward pass.
         workers: Number of processes that decode images; see `iter_image_batches`.
@@ -195,5 +195,5 @@ def encode_image_batches(
 def _iter_shards(plan: WritePlan, description: str, unit: str) -> Iterator[tuple[int, list[str], ProgressBar]]:
     """Yield (shard number, image names or texts, progress bar) for each of this process's shards."""
     with plan.create_progress_bar(description, unit) as bar:
-        for number in plan.local_shards():
+        for number in plan.list_local_shards():
             yield number, plan.read_captions(number), bar

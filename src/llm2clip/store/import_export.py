@@ -115,7 +115,7 @@ def _convert_batch(file: str | Path, batch: pa.RecordBatch) -> Rows:
     lengths = pc.unique(pc.list_value_length(embedding))
     if embedding.null_count or names.null_count or len(lengths) != 1:
         raise StoreError(
-            f"{file} has a row without an embedding, key or caption, or has embeddings of different lengths"
+            f"{file} has a row without an embedding, key or caption, or has embeddings of different dimensions"
         )
     if "key" in columns:
         values = b"".join(names.to_pylist())
@@ -177,7 +177,7 @@ def _iter_official_batches(tars: Sequence[Path]) -> Iterator[Rows]:
     for chunk in iter_chunks(pairs, SHARD_SIZE):
         embeddings = dict(chunk)
         if len({len(embedding) for embedding in embeddings.values()}) > 1:
-            raise StoreError("the tar files contain embeddings of different lengths")
+            raise StoreError("the tar files contain embeddings of different dimensions")
         yield make_caption_keys(list(embeddings)), [0] * len(embeddings), np.stack(list(embeddings.values()))
 
 

@@ -91,13 +91,10 @@ class StoreWriter:
             self.finish()
 
     def write(self, number: int, captions: Sequence[str], token_counts: Sequence[int], embeddings: np.ndarray) -> None:
-        """Write a shard atomically.
+        """Write a new shard of N captions atomically. No shard with this number may exist yet.
 
-        Args:
-            number: Number of the new shard. A shard with this number must not exist yet.
-            captions: The shard's N captions.
-            token_counts: N token counts, stored for resource estimates and for plots by caption length.
-            embeddings: Floating-point embeddings of shape (N, embed_dim).
+        `embeddings` has shape (N, embed_dim) and a floating-point dtype. The N token counts are stored for resource
+        estimates and for plots by caption length.
 
         Raises:
             StoreError: See `write_keyed`.
@@ -215,8 +212,8 @@ class WritePlan:
     incoming: Path  # folder with the captions of the new shards
     shards: list[int]  # numbers of the new shards
 
-    def local_shards(self) -> list[int]:
-        """List the shards that this process must write: with n processes, every n-th shard."""
+    def list_local_shards(self) -> list[int]:
+        """List the numbers of the shards that this process must write: with n processes, every n-th shard."""
         state = process_state()
         return self.shards[state.process_index :: state.num_processes]
 
@@ -227,7 +224,7 @@ class WritePlan:
 
     def create_progress_bar(self, description: str, unit: str) -> ProgressBar:
         """Create a progress bar for the captions of this process's shards. Only the main process shows the bar."""
-        total = sum(pq.read_metadata(shard_path(self.incoming, shard)).num_rows for shard in self.local_shards())
+        total = sum(pq.read_metadata(shard_path(self.incoming, shard)).num_rows for shard in self.list_local_shards())
         hide = not process_state().is_main_process or not total
         return ProgressBar(total=total, desc=description, unit=unit, disable=hide)
 
