@@ -617,7 +617,7 @@ def test_store_command(encoder: CaptionEncoder, llm: Path, tmp_path: Path, capsy
     assert "50 captions" in run("import", "--parquet", tmp_path / "c.parquet", "--out", tmp_path / "d")
     table = pq.read_table(tmp_path / "c.parquet").replace_schema_metadata()
     pq.write_table(table, tmp_path / "unnamed.parquet")
-    assert "Specify it with --encoder.path" in run(
+    assert "Specify the encoder with --encoder.path" in run(
         "import", "--parquet", tmp_path / "unnamed.parquet", "--out", tmp_path / "e"
     )
     named = run("import", "--parquet", tmp_path / "unnamed.parquet", "--out", tmp_path / "e", "--encoder.path", llm)
