@@ -192,7 +192,7 @@ def llm_steps(fake_tensors: FakeTensorMode, train: bool) -> list[Step]:
     from llm2clip.models.text.packing import PACKED, pack_captions
     from llm2clip.tools.plan.model_configs import LLMS, build_llm
 
-    packing.matches_sdpa = lambda *_: True  # type: ignore[assignment]  # fake tensors cannot be compared
+    packing.check_varlen_attention = lambda *_: True  # type: ignore[assignment]  # fake tensors cannot be compared
     lengths = sorted(20 + n % 32 for n in range(448))
     tokens = sum(lengths)
     config = AutoConfig.for_model(**LLMS["meta-llama/meta-llama-3-8b"], use_cache=False, is_causal=False)

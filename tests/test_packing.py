@@ -224,13 +224,17 @@ def test_can_use_varlen_requires_16_bits_and_a_kernel_for_the_gpu(monkeypatch: p
 
     monkeypatch.setattr(packing, "load_varlen_attn", lambda: reference_varlen_attn)
     monkeypatch.setattr(packing, "supports_flash_attention", lambda device: True)
-    monkeypatch.setattr(packing, "matches_sdpa", lambda *args: True)
+    monkeypatch.setattr(packing, "check_varlen_attention", lambda *args: True)
     assert can_use() and can_use(torch.float16) and can_use(head_dim=256)
     assert not can_use(torch.float32)
     assert not can_use(device="cpu")
     assert not can_use(dropout=0.1)
     assert not can_use(head_dim=36) and not can_use(head_dim=264)
-    for name, result in (("load_varlen_attn", None), ("supports_flash_attention", False), ("matches_sdpa", False)):
+    for name, result in (
+        ("load_varlen_attn", None),
+        ("supports_flash_attention", False),
+        ("check_varlen_attention", False),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(packing, name, lambda *args, result=result: result)
             assert not can_use()
@@ -261,9 +265,9 @@ def test_has_flash_hardware_from_ampere(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("inference", [False, True])
 def test_matches_sdpa_compares_outputs_and_gradients(inference: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def check() -> bool:
-        packing.matches_sdpa.cache_clear()
+        packing.check_varlen_attention.cache_clear()
         with torch.inference_mode(inference):
-            return packing.matches_sdpa(torch.device("cpu"), torch.bfloat16, HEADS, KEY_HEADS, HEAD_DIM)
+            return packing.check_varlen_attention(torch.device("cpu"), torch.bfloat16, HEADS, KEY_HEADS, HEAD_DIM)
 
     def fail(*args: Any, **options: Any) -> torch.Tensor:
         raise RuntimeError("no kernel image is available\nmore")
@@ -281,7 +285,7 @@ def test_matches_sdpa_compares_outputs_and_gradients(inference: bool, monkeypatc
             with pytest.warns(UserWarning, match=f"varlen_attn {message}.*slower attention"):
                 assert not check()
     finally:
-        packing.matches_sdpa.cache_clear()
+        packing.check_varlen_attention.cache_clear()
 
 
 def test_installed_varlen_attn_accepts_these_arguments(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,7 +130,7 @@ class TuneConfig:
         require_at_least(1, self, "tune", "matryoshka_dims")
         require_at_least(0, self, "tune", "steps", "lr", "lora_r", "source_weights", "seed")
         require_fraction(self, "tune", "warmup_ratio", "lora_dropout")
-        require_greater_than_zero(self, "tune", "temperature")
+        require_positive(self, "tune", "temperature")
         if self.qlora and not self.lora_r:
             raise ValueError("--tune.qlora requires LoRA: set --tune.lora_r to 1 or more")
 
@@ -140,8 +140,9 @@ class EmbedConfig:
     """Settings for encoding captions into the embedding store."""
 
     batch_tokens: int | None = None
-    """Maximum number of tokens per batch, including padding. By default, the fastest value is measured before
-    encoding starts and saved in the store's folder. With fewer than 4096 captions, the encoder's default is used."""
+    """Maximum number of tokens per batch, including padding. By default, a short benchmark finds the fastest
+    value before encoding starts, and saves it in the store's folder. With fewer than 4096 captions, the benchmark is
+    skipped and the encoder's default is used."""
     precision: str = "auto"
     """Encoding precision: fp32, bf16, bf16+N (bf16 with the first N layers in fp32) or auto. On devices with bf16
     hardware support, auto selects the fastest precision that is accurate enough: embeddings of sixteen test captions
@@ -241,7 +242,7 @@ class AlignConfig:
         require_at_least(0, self, "align", "workers", "distill_weight", "caption_mix", "seed")
         require_at_least(MIN_IMAGE_SIZE, self, "align", "image_size")
         require_fraction(self, "align", "warmup_ratio", "min_crop_scale", "layer_decay")
-        require_greater_than_zero(self, "align", "epochs", "min_crop_scale", "layer_decay")
+        require_positive(self, "align", "epochs", "min_crop_scale", "layer_decay")
         if isinstance(self.logit_scale, float | int) and not 1 <= self.logit_scale <= 100:
             raise ValueError(f"--align.logit_scale must be between 1 and 100, or inherit (got {self.logit_scale})")
         if self.lora_r and self.tower_lr == 0:
@@ -409,7 +410,7 @@ class ReproduceConfig:
         )
         require_at_least(0, self, "reproduce", "steps", "lr", "multilingual_lr")
         require_at_least(MIN_IMAGE_SIZE, self, "reproduce", "image_size")
-        require_greater_than_zero(self, "reproduce", "epochs")
+        require_positive(self, "reproduce", "epochs")
 
 
 def require_at_least(minimum: int, config: Any, section: str, *names: str) -> None:
@@ -420,7 +421,7 @@ def require_at_least(minimum: int, config: Any, section: str, *names: str) -> No
     _require(lambda value: value >= minimum, f"at least {minimum}", config, section, names)
 
 
-def require_greater_than_zero(config: Any, section: str, *names: str) -> None:
+def require_positive(config: Any, section: str, *names: str) -> None:
     """Raise ValueError if any of the named settings is not a finite number greater than 0. `None` is accepted."""
     _require(lambda value: value > 0, "greater than 0", config, section, names)
 

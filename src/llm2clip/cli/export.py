@@ -115,8 +115,8 @@ def _add_caption_encoder(source: str, text: str | None) -> LLM2CLIP:
 
     if text is None:
         raise ValueError(
-            f"{source} is already a model folder: use --to hf or --to eva to write an official checkpoint, or --text "
-            "ENCODER to add a caption encoder"
+            f"{source} is already a model folder: use --to hf or --to eva to convert it to an official checkpoint "
+            "format, or --text ENCODER to add a caption encoder"
         )
     model = LLM2CLIP.from_pretrained(source, device="cpu")
     if model.has_encoder:

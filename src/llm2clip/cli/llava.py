@@ -80,7 +80,7 @@ def add_commands(commands: Commands) -> None:
 
 
 def _add_model_arguments(parser: ArgumentParser, required: bool) -> None:
-    """Add the model arguments of `build` and `plan`. Optional arguments default to LLaVA-1.5's models."""
+    """Add the model arguments for `build` and `plan`. If not `required`, they default to the LLaVA-1.5 models."""
     parser.add_argument(
         "--vision",
         type=str,

@@ -113,7 +113,7 @@ def _fit(args: Namespace) -> list[str]:
     from llm2clip.tools.plan.plan import check_resources
 
     model = fit(args.data, Path(args.out), _make_config(args), check_resources)
-    return [f"Model: {model}", *_format_model_hints(model, args)]
+    return [f"Model: {model}", *_format_next_commands(model, args)]
 
 
 def _tune(args: Namespace) -> list[str]:
@@ -154,7 +154,7 @@ def _align(args: Namespace) -> list[str]:
     features = Path(args.features) if args.features else None
     model = run_align(args.data, Path(args.out), config, args.store, features)
     flags = ["--baselines", args.align.tower] if args.own_text_tower else []
-    return [f"Model: {model}", *_format_model_hints(model, args, *flags)]
+    return [f"Model: {model}", *_format_next_commands(model, args, *flags)]
 
 
 def _make_config(args: Namespace) -> FitConfig:
@@ -162,7 +162,7 @@ def _make_config(args: Namespace) -> FitConfig:
     return FitConfig(**{field.name: args[field.name] for field in dataclasses.fields(FitConfig) if field.name in args})
 
 
-def _format_model_hints(model: Path, args: Namespace, *flags: str) -> list[str]:
+def _format_next_commands(model: Path, args: Namespace, *flags: str) -> list[str]:
     """Format the next commands to run for a trained model. `flags` are extra arguments for `evaluate`."""
     columns, index = format_column_flags(args.columns), model.parent / "index"
     return [

@@ -67,7 +67,7 @@ def find_copies(images: Iterable[ImageRef | None]) -> dict[str, str]:
 def hash_images(images: Iterable[ImageRef | None]) -> np.ndarray:
     """Return the sorted hashes of all distinct images as a uint64 array of shape (N,). Missing images are omitted.
 
-    To limit reads, the hash of an image file or tar member depends only on its size and the 1,024 bytes in its middle.
+    To avoid reading whole files, image files and tar members are hashed by their size and middle 1,024 bytes only.
     Images in tables are already identified by a hash of all their bytes.
     """
     refs = list({image.key: image for image in images if image is not None}.values())

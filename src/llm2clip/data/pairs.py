@@ -325,8 +325,9 @@ def resolve_pairs_per_step(sources: Sequence[Sequence[TuningItem]], batch_size: 
         pairs_per_step = min(map(_count_unrelated_groups, usable)) // world_size * world_size
         if pairs_per_step < 2:
             raise ValueError(
-                f"too few texts to tune on with {world_size} process(es): a step needs at least 2 pairs that share no "
-                "text, and at least 1 such pair per process. Add data, or use --tune.steps 0 to leave the LLM unchanged"
+                f"not enough texts for tuning with {world_size} process(es): each step needs at least "
+                f"{max(2, world_size)} pairs that have no text in common. Add data, or use "
+                "--tune.steps 0 to leave the LLM unchanged"
             )
     for items in sources:
         select_pairable_items(items, pairs_per_step)

@@ -103,7 +103,7 @@ class SkipLog:
 
     def summary(self) -> str:
         """Return a one-line summary: the numbers of skipped rows and dropped values by reason, then the notes."""
-        return "; ".join([self._format_numbers(), *self.list_notes()])
+        return "; ".join([self._format_totals(), *self.list_notes()])
 
     def check(self) -> None:
         """Raise `TooManySkipped` if the fraction of skipped rows exceeds the limit."""
@@ -117,7 +117,7 @@ class SkipLog:
         if self.skipped.total() < self.rows_seen / 2:  # otherwise, the source or the column mapping is wrong
             advice += ", or raise the limit with --max_skipped"
         raise TooManySkipped(
-            f"{self._format_numbers()}, over the limit of {self.max_skipped:.1%}{examples}{listed}{notes}{advice}."
+            f"{self._format_totals()}, over the limit of {self.max_skipped:.1%}{examples}{listed}{notes}{advice}."
         )
 
     def list_notes(self) -> list[str]:
@@ -136,7 +136,7 @@ class SkipLog:
         self._recorded.add(key)
         return True
 
-    def _format_numbers(self) -> str:
+    def _format_totals(self) -> str:
         numbers = f"{self.skipped.total():,} of {self.rows_seen:,} rows skipped{_format_counts(self.skipped)}"
         if self.dropped:
             numbers += f"; parts of rows dropped{_format_counts(self.dropped)}"

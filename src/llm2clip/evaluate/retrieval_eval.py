@@ -85,7 +85,7 @@ def rank_caption_fields(embeddings: EmbeddingSource, fields: CaptionFields) -> d
 
 
 def compute_field_metrics(embeddings: EmbeddingSource, ranked: Mapping[str, RetrievalRanks]) -> list[dict[str, Any]]:
-    """Compute retrieval metrics from the ranks of each caption field.
+    """Compute retrieval metrics for each caption field from its retrieval ranks.
 
     Returns:
         One row per caption field, with "captions" (name of the field), the counts "images", "texts" and "truncated"

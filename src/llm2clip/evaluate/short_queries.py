@@ -70,7 +70,7 @@ class LengthScores:
 
     Args:
         words: Number of words in the queries, such as "2" or "4–7".
-        scores: mAP, R-precision and nDCG@10 of each query, between 0 and 1, float64 of shape (Q, 3).
+        scores: AP, R-precision and nDCG@10 of each query, between 0 and 1, float64 of shape (Q, 3).
         chance: Expected scores of a random ranking, averaged over the queries, float64 of shape (3,).
         mean_relevant: Mean number of relevant images per query.
     """

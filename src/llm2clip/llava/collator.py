@@ -129,8 +129,8 @@ class LlavaCollator:
 
         For B conversations padded to T tokens, input_ids and attention_mask are int64 tensors of shape (B, T).
         pixel_values contains the pixels or patch features of all images. labels has shape (B, K), where K =
-        logits_to_keep. Logits are computed only from the token before the batch's first answer onwards, because the
-        loss ignores the system prompt and the image.
+        logits_to_keep. The loss ignores the system prompt and the image, so logits are computed only for the last K
+        positions, starting at the token before the batch's earliest answer.
 
         If no conversation has an image, a blank image is appended to the first conversation, where causal attention
         hides it from the text. The projector then receives gradients in every batch on every rank, as DDP and FSDP

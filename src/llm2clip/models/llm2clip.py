@@ -362,7 +362,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
         except OSError:
             raise
         except Exception as error:  # for a malformed config, timm and transformers can raise any exception
-            raise ValueError(f"{file} does not describe a model ({describe_error(error)})") from error
+            raise ValueError(f"{file} is not a valid model config ({describe_error(error)})") from error
         try:
             model.load_state_dict(read_safetensors(folder / "model.safetensors"))
         except RuntimeError as error:

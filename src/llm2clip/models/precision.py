@@ -1,12 +1,13 @@
 """Numerical precision: selection for each stage and device, calibration, and encoding in bf16.
 
 In some layers of an LLM, the MLP's output for a few tokens is a thousand times larger than for all other tokens
-(massive activations, arXiv 2402.17762). This happens to tokens whose hidden state exceeds a threshold. In an untuned
-LLM with bidirectional attention, many tokens are close to the threshold, so a layer with massive activations amplifies
-the rounding errors of all earlier layers. Layer 11 of untuned SmolLM2-135M is an example: the minimum cosine similarity
-between the bf16 and fp32 embeddings of 48 captions is 0.984, even if only layers 0 to 11 run in bf16. Each of three
-changes raises the minimum to 0.9999: running layers 0 to 11 in fp32, causal attention, and tuning. The number of
-initial layers that must stay in fp32 is therefore measured once per encoder, on a fixed set of captions.
+(massive activations, arXiv 2402.17762). A token gets a massive activation when its hidden state crosses a threshold.
+In an untuned LLM with bidirectional attention, many tokens are close to the threshold, so small rounding errors of
+earlier layers decide which tokens cross it. Layer 11 of untuned SmolLM2-135M is an example: the minimum cosine
+similarity between the bf16 and fp32 embeddings of 48 captions is 0.984, even if only layers 0 to 11 run in bf16. Any
+one of three changes raises the minimum to 0.9999: running layers 0 to 11 in fp32, using causal attention, or tuning the
+LLM. The number of initial layers that must stay in fp32 is therefore measured once per encoder, on a fixed set of
+captions.
 """
 
 from __future__ import annotations

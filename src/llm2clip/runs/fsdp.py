@@ -56,7 +56,7 @@ def set_mixed_precision(precision: str) -> str:
     return name
 
 
-def reduce_gradients_in_fp32(accelerator: Accelerator) -> None:
+def enable_fp32_gradient_reduction(accelerator: Accelerator) -> None:
     """Make FSDP sum gradients in float32, both over ranks and over the passes of gradient caching.
 
     By default, Accelerate sums gradients in the forward pass's precision. Call this before `accelerator.prepare`.

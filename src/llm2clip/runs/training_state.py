@@ -66,7 +66,7 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule
     """Load a state saved by `save_training_state`. The number of ranks may differ. Must be called by all ranks.
 
     Raises:
-        ValueError: The saved weights are not exactly the weights that this run trains.
+        ValueError: The saved weights do not match the weights that this run trains.
     """
     file_of: dict[str, Any] = {}  # name of each saved tensor -> the file that contains it
     for path in folder.glob(TENSOR_FILE.format("*")):

@@ -79,7 +79,8 @@ def _iterate_windows(text: np.ndarray, needle: bytes) -> Iterator[tuple[int, np.
     """Read groups of 4 or 8 bytes as integers, so that each group needs only one comparison.
 
     Yields:
-        An offset in the needle, the integers at all positions of the text, and the integer at the offset in the needle.
+        (offset, windows, value): an offset in the needle, the integers read at all positions of the text, and the
+        integer read from the needle at this offset.
     """
     size = 8 if len(needle) >= 8 else 4
     dtype = np.dtype(f"<u{size}")
@@ -95,7 +96,7 @@ class CaptionIndex:
     blocks: tuple[CaptionBlock, ...] = ()
 
     def with_changes(self, removed: np.ndarray, rows: Iterable[tuple[int, int, str]]) -> CaptionIndex:
-        """Return a new index that omits the captions of removed contents and includes those of new images.
+        """Return a new index without the captions of removed contents and with those of new images.
 
         Args:
             removed: Ids of the removed contents, int64 of shape (N,).

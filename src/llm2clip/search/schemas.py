@@ -129,8 +129,8 @@ class QueryRequest(_StrictModel):
     templates: Items[Template] | None = Field(
         default=None,
         max_length=MAX_TEMPLATES,
-        description="prompt templates, such as 'a photo of a {}', for texts of up to three words: the embeddings of "
-        "the text and the filled-in templates are averaged; default: the server's templates; an empty list disables "
+        description="prompt templates, such as 'a photo of a {}'. For texts of up to three words, the embeddings of "
+        "the text and the filled-in templates are averaged. Default: the server's templates. An empty list disables "
         "templates",
     )
 

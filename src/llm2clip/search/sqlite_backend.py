@@ -348,7 +348,7 @@ class SqliteBackend:
     def _load_current_vectors(self) -> QuantizedVectors:
         """Return all quantized vectors, reading only vectors added since the last call.
 
-        If a new vector contains the largest absolute value so far, the old scale is too large: all vectors are reread.
+        If a new vector raises the maximum absolute value, it would overflow with the old scale: all vectors are reread.
         """
         # Use a separate connection, because reading all vectors takes seconds and would block other threads.
         with self._vectors_lock, self._db.snapshot() as db:

@@ -143,7 +143,7 @@ class EmbeddingStore:
         """Verify the checksum of every shard, and compare the index with a rebuilt index.
 
         Raises:
-            StoreError: Shards or the index are corrupt. The message names the corrupt shards or the index file.
+            StoreError: A shard or the index is corrupt. The message lists the corrupt shards or names the index file.
         """
         corrupt = find_corrupt_shards(self.folder, self.shards, get_store_spec(self.manifest), progress)
         if corrupt:

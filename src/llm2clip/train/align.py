@@ -38,10 +38,10 @@ from llm2clip.progress import ProgressBar
 from llm2clip.runs.checkpoint import Checkpoints, MetricsLog
 from llm2clip.runs.fsdp import (
     copy_to_meta_device,
+    enable_fp32_gradient_reduction,
     full_tensor,
     gather_to_cpu,
     is_fsdp_enabled,
-    reduce_gradients_in_fp32,
     set_fsdp_wrap_policy,
     set_mixed_precision,
 )
@@ -120,7 +120,7 @@ def align(
     )
     if precision == "fp16" and accelerator.scaler is None:
         raise ValueError(f"--align.precision fp16 requires a GPU: use bf16 or fp32 on {accelerator.device}")
-    reduce_gradients_in_fp32(accelerator)
+    enable_fp32_gradient_reduction(accelerator)
     keep_freed_memory(accelerator.device)
 
     # Data. Batches contain pixels or, if the tower is frozen, its features. With self-distillation and no random crops,

@@ -309,8 +309,8 @@ class _ImageTextLayout:
                 self.group, self.by_group = group, group.argsort(stable=True)
                 self.group_starts = F.pad(torch.bincount(group).cumsum(0), (1, 0))
 
-        # Image-text pairs in the batch in which the text is one of the image's other texts, as two int64 vectors: image
-        # indices and text indices, counted across all ranks.
+        # Pairs of an image and a text that `other_texts` lists for it, as two int64 vectors of image and text indices.
+        # The indices are global: they refer to the batch gathered from all ranks.
         self.other_pairs: tuple[Tensor, Tensor] | None = None
         if other_texts is not None and text_ids is not None:
             self.other_pairs = self._find_other_pairs(text_ids, other_texts, gather)
@@ -433,7 +433,7 @@ def _compute_text_weights(image_of_text: Tensor, num_images: int) -> Tensor:
 
 
 def _concatenate_ranges(starts: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Concatenate the ranges from starts[k] to starts[k] + counts[k] - 1. Return each element's k and its value."""
+    """Concatenate the ranges starts[k], ..., starts[k] + counts[k] - 1. Return each element's index k and value."""
     range_of_element = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
     first_element = counts.cumsum(0) - counts
     offset = torch.arange(len(range_of_element), device=counts.device) - first_element[range_of_element]

@@ -119,7 +119,7 @@ class StepReport:
             self.progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
     def _log_failures(self, step: Step, failures_of_all_ranks: list[float]) -> None:
-        """Log images that could not be decoded.
+        """Report images that could not be decoded.
 
         Each rank counts the failures of all ranks, so that all ranks stop at the same step if there are too many.
         `failures_of_all_ranks` contains the total number of failures, or is empty in a single-process run.

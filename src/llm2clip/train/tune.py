@@ -43,9 +43,9 @@ from llm2clip.models.text.sentence_transformer import get_layers
 from llm2clip.runs.checkpoint import Checkpoints, TrainingLog, hash_texts
 from llm2clip.runs.fsdp import (
     copy_to_meta_device,
+    enable_fp32_gradient_reduction,
     gather_to_cpu,
     is_fsdp_enabled,
-    reduce_gradients_in_fp32,
     set_fsdp_wrap_policy,
     set_mixed_precision,
 )
@@ -203,7 +203,7 @@ def _train(
     )
     advice = "Lower --tune.lr, or use --tune.precision fp32"
     TrainingLog(run_dir / "metrics.jsonl", checkpoints, "tune", advice).add_to(trainer)
-    reduce_gradients_in_fp32(trainer.accelerator)
+    enable_fp32_gradient_reduction(trainer.accelerator)
     unsharded = copy_to_meta_device(encoder.st) if trainer.is_fsdp_enabled else None
     # On CPUs, compute attention with plain matmuls: in bf16, the backward pass of PyTorch's fused attention is slow for
     # short captions (see `benchmarks/tune.py`).

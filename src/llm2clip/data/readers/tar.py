@@ -165,7 +165,7 @@ class _BoundedFile(io.BufferedReader):
     def read(self, size: int | None = -1, /) -> bytes:
         self.bytes_left -= size or 0
         if self.bytes_left < 0:
-            raise tarfile.ReadError(f"the headers of a member have more than {MAX_TAR_HEADER_BYTES:,} bytes")
+            raise tarfile.ReadError(f"the headers of a member are larger than {MAX_TAR_HEADER_BYTES:,} bytes")
         return super().read(size)
 
     def read_member(self, member: tarfile.TarInfo) -> bytes:

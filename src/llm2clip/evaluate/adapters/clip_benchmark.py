@@ -23,10 +23,10 @@ from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 MODEL_TYPE = "llm2clip"
 
 
-class TokenizedTexts(list[str]):
+class RawTexts(list[str]):
     """List of texts that stands in for a token tensor. `.to(device)` returns the list unchanged."""
 
-    def to(self, device: Any) -> TokenizedTexts:
+    def to(self, device: Any) -> RawTexts:
         return self
 
 
@@ -40,7 +40,7 @@ class CLIPBenchmarkModel(nn.Module):
     def encode_image(self, pixels: Tensor) -> Tensor:
         return self.model.encode_images(list(pixels.cpu())).to(self.device)
 
-    def encode_text(self, texts: TokenizedTexts) -> Tensor:
+    def encode_text(self, texts: RawTexts) -> Tensor:
         return self.model.encode_texts(texts).to(self.device)
 
 
@@ -59,7 +59,7 @@ class ImageTransform:
 
 def load_model(
     model_name: str, pretrained: str = "", cache_dir: str | None = None, device: torch.device | str = "cpu"
-) -> tuple[CLIPBenchmarkModel, ImageTransform, type[TokenizedTexts]]:
+) -> tuple[CLIPBenchmarkModel, ImageTransform, type[RawTexts]]:
     """Load a model for CLIP_benchmark. Return the model, its image transform and its tokenizer.
 
     Args:
@@ -67,7 +67,7 @@ def load_model(
         pretrained, cache_dir: Ignored. CLIP_benchmark passes these arguments to every model.
     """
     model = open_dual_encoder(model_name, device)
-    return CLIPBenchmarkModel(model, device).eval(), ImageTransform(model.transform), TokenizedTexts
+    return CLIPBenchmarkModel(model, device).eval(), ImageTransform(model.transform), RawTexts
 
 
 def register_model() -> None:

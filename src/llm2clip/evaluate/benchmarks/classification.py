@@ -124,7 +124,7 @@ def get_imagenet_templates() -> list[str]:
     return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
 
 
-def _load_imagenet_texts() -> tuple[list[str], list[str], list[str]]:
+def _load_imagenet_metadata() -> tuple[list[str], list[str], list[str]]:
     """Return ImageNet's sorted WordNet ids, OpenAI's class names and OpenAI's prompt templates."""
     templates = get_imagenet_templates()
     from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
@@ -139,7 +139,7 @@ def _read_imagenet(folder: Path) -> ClassificationData:
 
 
 def _read_wordnet_folders(root: Path) -> ClassificationData:
-    ids, names, templates = _load_imagenet_texts()
+    ids, names, templates = _load_imagenet_metadata()
     class_dirs, class_names = [], []
     for wordnet_id, name in zip(ids, names, strict=True):
         if (root / wordnet_id).is_dir():
@@ -152,7 +152,7 @@ def _read_wordnet_folders(root: Path) -> ClassificationData:
 
 def _read_imagenet_v2(folder: Path) -> ClassificationData:
     """Read the folders `0` to `999`. Their names are class indices, which must be sorted as numbers, not as text."""
-    _, names, templates = _load_imagenet_texts()
+    _, names, templates = _load_imagenet_metadata()
     root = folder if (folder / "0").is_dir() else find_first(folder, "imagenetv2-matched-frequency-format-val")
     return _read_images([find_first(root, str(n)) for n in range(len(names))], names, templates)
 

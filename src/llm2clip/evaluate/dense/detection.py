@@ -214,7 +214,11 @@ def build_detection_blocks(
         f"The {EXAMPLE_BOXES} highest-scoring detections per image for the method {method}. If detections overlap, "
         "only the one with the highest score is shown."
     )
-    return [Heading("Detections", 3), Paragraph(text), ResultImages("Images sampled at regular intervals:", images)]
+    return [
+        Heading("Detections", 3),
+        Paragraph(text),
+        ResultImages("Example images, evenly spaced through the data set:", images),
+    ]
 
 
 def _draw_detections(image: Tensor, detected: Detections, names: Sequence[str]) -> ResultImage:

@@ -171,7 +171,7 @@ def build_recall_table(
 def build_mean_recall_table(
     results: Sequence[BenchmarkResult], published: Mapping[str, tuple[float | None, ...]]
 ) -> Table:
-    """Return a table of recall averaged over caption fields. Unlike `build_recall_table`, omit the chance level."""
+    """Return a table of recall averaged over caption fields, without chance levels."""
     means = {}
     for result in results:
         recalls = [_get_both_recalls(row) for row in result.summary["rows"]]  # (fields, 6)

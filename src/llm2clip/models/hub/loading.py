@@ -60,7 +60,7 @@ def check_model_source(source: str | Path) -> None:
     if Path(name).exists():
         return
     if not is_hub_id(name):
-        raise FileNotFoundError(f"{name} is neither a folder nor a file, and is not a hub id (OWNER/NAME)")
+        raise FileNotFoundError(f"{name} is not a folder, a file or a hub id (OWNER/NAME)")
     problem = find_hub_problem()
     if problem and not (Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}").is_dir():
         raise FileNotFoundError(f"{name} is neither a folder nor a model in the hub's cache, and {problem}")

@@ -289,7 +289,7 @@ def can_use_varlen(query: Tensor, key: Tensor, dropout: float) -> bool:
         return False
     if torch.compiler.is_compiling() or load_varlen_attn() is None or not supports_flash_attention(query.device):
         return False
-    return matches_sdpa(query.device, dtype, query.shape[1], key.shape[1], head_dim)
+    return check_varlen_attention(query.device, dtype, query.shape[1], key.shape[1], head_dim)
 
 
 @lru_cache
@@ -308,7 +308,9 @@ def supports_flash_attention(device: torch.device) -> bool:
 
 
 @lru_cache
-def matches_sdpa(device: torch.device, dtype: torch.dtype, num_heads: int, num_key_heads: int, head_dim: int) -> bool:
+def check_varlen_attention(
+    device: torch.device, dtype: torch.dtype, num_heads: int, num_key_heads: int, head_dim: int
+) -> bool:
     """Return True if `varlen_attention` works on a device and agrees with `scaled_dot_product_attention`.
 
     Outputs and gradients are compared on two random captions, with bidirectional and causal attention. A warning is

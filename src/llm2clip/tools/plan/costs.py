@@ -57,9 +57,9 @@ class TextCosts:
     forward: float  # FLOPs per caption of a forward pass without LoRA
     tune_forward: float  # FLOPs per caption of the forward pass in a `tune` step
     tune_backward: float  # FLOPs per caption of the backward pass in a `tune` step
-    saved_per_token: float  # bytes saved by autograd, per token and transformer layer
+    saved_per_token: float  # bytes that autograd keeps for the backward pass, per token and transformer layer
     input_per_token: float  # bytes of a transformer layer's input, per token
-    saved_outside: float  # bytes saved by autograd outside the transformer layers, per token
+    saved_outside: float  # bytes that autograd keeps outside the transformer layers, per token
 
     def count_tune_flops(self, config: TuneConfig) -> float:
         """Return the FLOPs per caption of a `tune` step, including repeated forward passes."""
@@ -136,7 +136,7 @@ def measure_text_costs(encoder: EncoderConfig, tune: TuneConfig, tokens: float, 
 
 
 def measure_image_costs(config: AlignConfig, text_dim: int, captions: float) -> ImageCosts:
-    """Measure the costs per image of the `align` stage's model, given the number of captions per image in each step.
+    """Measure the FLOPs and memory of the `align` model per image, for a number of captions per image in each step.
 
     Raises:
         ValueError: Settings contradict each other, or the tower is unknown.

@@ -72,7 +72,7 @@ class ClaimData:
         return train
 
     @cached_property
-    def captions_test(self) -> list[Record]:
+    def caption_test_records(self) -> list[Record]:
         """Test images with their English captions."""
         return self._read_held_out([])["captions"]
 
@@ -109,7 +109,7 @@ class ClaimData:
     def get_test_records(self, name: str) -> list[Record]:
         """Return the records of a test: CAPTIONS_TEST, FOREIGN_TEST or a key of `long_caption_tests`."""
         if name == CAPTIONS_TEST:
-            return self.captions_test
+            return self.caption_test_records
         if name == FOREIGN_TEST:
             return self.foreign_test
         return self.long_caption_tests[name]
