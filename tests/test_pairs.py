@@ -99,7 +99,7 @@ def test_small_sources_reduce_the_number_of_pairs_per_step() -> None:
     with pytest.raises(ValueError, match=r"at least 48 images .* a source has only 40.* or remove this source"):
         resolve(text_pairs, IMAGES, batch_size=48)
     for few in (IMAGES[:1], [*IMAGES[:1], *IMAGES[:1]]):
-        with pytest.raises(ValueError, match=r"at least 2 pairs that share no text.*--tune\.steps 0"):
+        with pytest.raises(ValueError, match=r"at least 2 pairs that have no text in common.*--tune\.steps 0"):
             resolve(few)
 
 

@@ -517,7 +517,7 @@ def test_invalid_folders_of_masks_are_reported(tmp_path: Path) -> None:
         benchmark.load(tmp_path).read_labels(2)
     for classes in ("red\n, x\n", "red\n\nblue\n", "".join(f"c{n}\n" for n in range(256)), ""):
         (tmp_path / "classes.txt").write_text(classes)
-        with pytest.raises(DataFormatError, match=r"classes.txt must contain 1 to 255 lines, each with the names"):
+        with pytest.raises(DataFormatError, match=r"classes.txt must contain 1 to 255 lines, one per class"):
             benchmark.load(tmp_path)
     (tmp_path / "classes.txt").write_text("red\ngreen\nblue\n")
     shutil.copy(tmp_path / "images/0.png", tmp_path / "images/0.jpg")
