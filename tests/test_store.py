@@ -665,7 +665,7 @@ def test_sort_partitions_sorts_in_bounded_memory(keys: np.ndarray, tmp_path: Pat
     positions = np.arange(3000, dtype=np.uint64)
     chunks = [(keys[i : i + 64], positions[i : i + 64]) for i in range(0, 3000, 64)]
     partitions = list(sort_partitions(split_by_key(chunks, tmp_path)))
-    assert len(partitions) == 256 and max(map(len, partitions)) < 130  # 100 keys have the same first half
+    assert len(partitions) == 64 and max(map(len, partitions)) < 160  # 100 keys have the same first half
     records = np.stack([*split_keys(keys), positions], axis=1)
     assert np.array_equal(np.concatenate(partitions), records[np.lexsort(records.T[::-1])])
     assert list(tmp_path.iterdir()) == []

@@ -20,8 +20,8 @@ import numpy as np
 
 from llm2clip.io_utils import atomic_path
 
-PARTITION_BITS = 8
-NUM_PARTITIONS = 1 << PARTITION_BITS  # sorting a billion keys takes about 300 MB of memory
+PARTITION_BITS = 6
+NUM_PARTITIONS = 1 << PARTITION_BITS  # sorting 100 million keys takes about 100 MB of memory
 RECORD_BYTES = 24  # size of a record: a key and its position, as three uint64 values
 
 
@@ -108,7 +108,7 @@ def split_by_key(chunks: Iterable[tuple[np.ndarray, np.ndarray]], folder: Path) 
         chunks: Tuples (keys, positions). Keys have shape (N, 16), uint8, and positions have shape (N,), uint64.
             Positions must increase across all chunks.
     """
-    partitions = [folder / f"partition-{number:03d}" for number in range(NUM_PARTITIONS)]
+    partitions = [folder / f"partition-{number:02d}" for number in range(NUM_PARTITIONS)]
     with ExitStack() as stack:
         streams = [stack.enter_context(partition.open("wb")) for partition in partitions]
         for keys, positions in chunks:
