@@ -188,6 +188,16 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def get_cache_dir() -> Path:
+    """Return the user's cache folder.
+
+    The folder is $LLM2CLIP_CACHE, $XDG_CACHE_HOME/llm2clip or ~/.cache/llm2clip, in this order of precedence.
+    """
+    if folder := os.environ.get("LLM2CLIP_CACHE"):
+        return Path(folder).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llm2clip"
+
+
 def escape_control_characters(text: str) -> str:
     """Replace control characters other than newlines and tabs with escape sequences such as \\x1b, for printing.
 

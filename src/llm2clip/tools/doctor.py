@@ -184,7 +184,7 @@ def check_memory() -> Iterator[Check]:
 
 def check_disks(run_dir: Path) -> Iterator[Check]:
     """Check that the folders for runs and cached files are writable and have enough free disk space."""
-    from llm2clip.models.hub.pretrained import get_cache_dir
+    from llm2clip.io_utils import get_cache_dir
 
     for name, folder in (("runs", run_dir), ("cache", get_cache_dir())):
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())

