@@ -20,11 +20,11 @@ from PIL import Image, ImageFile
 
 from conftest import load_benchmark
 from llm2clip.cli.export import _check_no_home_paths
-from llm2clip.data import columns, image_header, image_refs, images, readers, records
+from llm2clip.data import columns, image_header, image_refs, images, records
 from llm2clip.data.image_header import DecodingLimitError, check_decoding_work, open_header
 from llm2clip.data.image_refs import FileImage, ParquetImage
 from llm2clip.data.images import ImageError, decode_image, load_image
-from llm2clip.data.readers import encoding
+from llm2clip.data.readers import encoding, parts
 from llm2clip.data.records import Source, open_records
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
 from llm2clip.io_utils import DataFormatError, atomic_dir, atomic_path
@@ -478,7 +478,7 @@ def test_an_unexpected_exception_of_a_reader_is_a_bad_row(tmp_path: Path, monkey
 
     file, log = write_jsonl(tmp_path / "x.jsonl", {"caption": "a"}), SkipLog(max_skipped=1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(readers, "read_json_lines", fail)
+        patch.setattr(parts, "read_json_lines", fail)
         assert [record.captions for record in open_records(file, log)] == [("a",)]
     assert log.examples == [f"{file}, row 2: unreadable file: MemoryError: no memory"]
     monkeypatch.setattr(records, "parse_name", lambda *_: {}["missing"])

@@ -1,6 +1,7 @@
 """Entry points for reading data: `find_files` resolves a path to files, and `read_source` reads the raw rows in a file.
 
-The reader for each format is a function in `json_files`, `csv_files`, `tables` or `tar`.
+The reader for each format is a function in `json_files`, `csv_files`, `tables` or `tar`. Large files can be read in
+parts; see `parts`.
 """
 
 import difflib
@@ -11,13 +12,10 @@ from collections.abc import Iterator, Sequence
 
 from braceexpand import braceexpand
 
-from llm2clip.data.columns import BadRow, ColumnChooser, RawRow
-from llm2clip.data.readers.csv_files import read_captions_txt, read_csv
-from llm2clip.data.readers.json_files import read_json_lines, read_json_list
-from llm2clip.data.readers.tables import read_huggingface, read_parquet
-from llm2clip.data.readers.tar import IMAGE_SUFFIXES, UNSUPPORTED_SUFFIXES, list_files, read_image_folder, read_tar
+from llm2clip.data.columns import ColumnChooser, RawRow
+from llm2clip.data.readers.parts import FilePart, read_part
+from llm2clip.data.readers.tar import IMAGE_SUFFIXES, UNSUPPORTED_SUFFIXES, list_files
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.io_utils import DataFormatError, describe_error
 
 FORMATS = {  # file suffix -> format name for `read_source`
     ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
@@ -84,51 +82,8 @@ def read_source(
     splits: Sequence[str] | None = (),
     log: SkipLog | None = None,
 ) -> Iterator[RawRow]:
-    """Yield the raw rows in a file or folder.
-
-    A corrupt file can make a library raise any type of exception. In this case, the last row is a `BadRow`, so a single
-    corrupt file does not stop a run.
-
-    Args:
-        kind: Format name returned by `find_files`.
-        path: File or folder to read.
-        choose: Function that selects which columns of a table to read.
-        image_bytes: Whether to read images embedded in Parquet files.
-        splits: Splits of a Hugging Face data set to read. If empty or None, all splits are read. Each row's `split`
-            field is set to the name of its split, unless `splits` is None, in which case rows keep their own values.
-        log: Skip log. It records notes about files, such as unusual encodings.
-
-    Raises:
-        DataFormatError: No part of the file can be read. The message contains the reason.
-        OSError: The file does not exist, or the disk cannot be read.
-    """
-    number = 0
-    try:
-        for row in _open_reader(kind, path, choose, image_bytes, splits, log):
-            number = row[1]
-            yield row
-    except (DataFormatError, OSError):
-        raise
-    except Exception as error:
-        yield path, number + 1, BadRow("unreadable file", describe_error(error))
-
-
-def _open_reader(
-    kind: str, path: str, choose: ColumnChooser, image_bytes: bool, splits: Sequence[str] | None, log: SkipLog | None
-) -> Iterator[RawRow]:
-    if kind == "parquet":
-        return read_parquet(path, choose, image_bytes)
-    if kind in ("hf", "saved"):
-        return read_huggingface(path, kind == "saved", choose, splits)
-    if kind in ("csv", "tsv"):
-        return read_csv(path, "\t" if kind == "tsv" else ",", log)
-    if kind == "jsonl":
-        return read_json_lines(path, log)
-    if kind == "captions.txt":
-        return read_captions_txt(path, log)
-    if kind == "images":
-        return read_image_folder(path, log)
-    return read_tar(path) if kind == "tar" else read_json_list(path, log)
+    """Yield the raw rows in a file or folder; see `read_part`."""
+    return read_part(FilePart(kind, path), choose, image_bytes, splits, log)
 
 
 def _find_in_folder(folder: str, all_files: bool, log: SkipLog | None) -> list[tuple[str, str]]:

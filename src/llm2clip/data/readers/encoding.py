@@ -121,6 +121,46 @@ def read_text_lines(path: str, log: SkipLog | None = None, newline: str | None =
             yield find_undecodable(line, path, log) or line
 
 
+def read_utf8_lines(
+    path: str, log: SkipLog | None = None, start: int = 0, stop: int | None = None
+) -> Iterator[str | BadRow]:
+    """Yield the lines of a text file that start at or after byte `start` and before byte `stop`.
+
+    The result equals that of `read_text_lines` with `newline="\\n"`, but UTF-8 files are read faster. UTF-16 files are
+    always read in full.
+    """
+    with _open_binary(path) as stream:
+        if start:
+            stream.seek(start)
+        elif detect_encoding(first_bytes := stream.read(4)) != "utf-8-sig":
+            yield from read_text_lines(path, log, newline="\n")
+            return
+        else:
+            stream.seek(start := len(codecs.BOM_UTF8) if first_bytes.startswith(codecs.BOM_UTF8) else 0)
+        while (stop is None or start < stop) and (line := stream.readline(4 * MAX_LINE_CHARACTERS + 1)):
+            start += len(line)
+            try:
+                text = line.decode()
+            except UnicodeDecodeError:
+                text = line.decode(errors="surrogateescape")
+            if len(text) > MAX_LINE_CHARACTERS:
+                start += _skip_rest_of_line(stream, line, path)
+                yield BadRow("malformed row", f"a row has more than {MAX_LINE_CHARACTERS:,} characters")
+            else:
+                yield find_undecodable(text, path, log) or text
+
+
+def _skip_rest_of_line(stream: BinaryIO, line: bytes, path: str) -> int:
+    """Read up to the end of a line that is too long. Return the number of bytes read."""
+    num_skipped = 0
+    while line and not line.endswith(b"\n"):
+        line = stream.readline(1 << 20)
+        num_skipped += len(line)
+        if num_skipped > MAX_SKIPPED_CHARACTERS:
+            raise DataFormatError(f"{path}: a line has more than {MAX_SKIPPED_CHARACTERS:,} characters")
+    return num_skipped
+
+
 def detect_encoding(start: bytes) -> str:
     """Detect a file's encoding from its first four bytes. Return "utf-8-sig", or the name of a UTF-16 or UTF-32 codec.
 

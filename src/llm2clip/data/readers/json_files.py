@@ -19,7 +19,7 @@ from typing import Any
 
 from llm2clip.data.columns import BadRow, RawRow
 from llm2clip.data.image_refs import FileImage
-from llm2clip.data.readers.encoding import describe_encoding, open_text, read_text_lines
+from llm2clip.data.readers.encoding import describe_encoding, open_text, read_utf8_lines
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.texts import is_valid_unicode
 from llm2clip.io_utils import DataFormatError, check_json_size
@@ -33,14 +33,20 @@ MAX_SEARCHED_IMAGES = 50  # number of images to look for when searching for the 
 UNUSED_KEYS = ("tokens", "sentids", "segmentation", "flickr_url", "license", "date_captured")
 
 
-def read_json_lines(path: str, log: SkipLog | None = None) -> Iterator[RawRow]:
+def read_json_lines(
+    path: str, log: SkipLog | None = None, start: int = 0, stop: int | None = None, first_row: int = 1
+) -> Iterator[RawRow]:
     """Yield the objects in a .jsonl or .jsonl.gz file. Each line that is not valid UTF-8 becomes a `BadRow`.
 
-    If the file is not UTF-8, its encoding or its likely encodings are recorded in `log`.
+    Args:
+        log: Skip log. If the file is not UTF-8, its encoding or its likely encodings are recorded.
+        start: Byte position of the first line to read; see `FilePart`.
+        stop: Byte position of the first line that is not read. Default: read all lines.
+        first_row: Row number of the line at `start`.
     """
-    number = 0
+    number = first_row - 1
     try:
-        for number, line in enumerate(read_text_lines(path, log, newline="\n"), 1):
+        for number, line in enumerate(read_utf8_lines(path, log, start, stop), first_row):
             if isinstance(line, BadRow):
                 yield path, number, line
             elif line.strip():

@@ -21,21 +21,30 @@ from llm2clip.data.image_refs import (
 from llm2clip.io_utils import DataFormatError, describe_error
 
 
-def read_parquet(path: str, choose: ColumnChooser, image_bytes: bool) -> Iterator[RawRow]:
+def read_parquet(
+    path: str, choose: ColumnChooser, image_bytes: bool, row_groups: range | None = None, first_row: int = 1
+) -> Iterator[RawRow]:
     """Yield the rows in a Parquet file. Embedded images are returned as references to their cells.
 
-    If `image_bytes` is False, image columns that contain bytes are not read. From image columns that contain structs
-    with bytes and a path, only the path is read.
+    Args:
+        choose: Function that selects which columns to read.
+        image_bytes: If False, image columns that contain bytes are not read. From image columns that contain structs
+            with bytes and a path, only the path is read.
+        row_groups: Indexes of the row groups to read. Default: all row groups.
+        first_row: Row number of the first row of these row groups.
     """
-    row = total = 0
+    row = total = first_row - 1
     try:
         with pq.ParquetFile(path, memory_map=True) as file:
             total = file.metadata.num_rows
+            if row_groups is not None:
+                total = row + sum(file.metadata.row_group(group).num_rows for group in row_groups)
             schema = file.schema_arrow
             selected = list(dict.fromkeys(choose(path, schema.names).values()))
             for name in selected:
                 if schema.names.count(name) > 1:
-                    yield path, 1, BadRow("unreadable file", f"several columns are named {name!r}", max(1, total))
+                    problem = f"several columns are named {name!r}"
+                    yield path, first_row, BadRow("unreadable file", problem, max(1, total - row))
                     return
             image_columns = {name for name in selected if _is_image_type(schema.field(name).type)}
             skipped: set[str] = set()
@@ -48,7 +57,7 @@ def read_parquet(path: str, choose: ColumnChooser, image_bytes: bool) -> Iterato
             if image_bytes and image_columns:
                 check_row_group_sizes(file.metadata)
             batch_size = choose_parquet_batch_size(file.metadata)
-            for batch in file.iter_batches(batch_size=batch_size, columns=columns, use_threads=False):
+            for batch in file.iter_batches(batch_size, row_groups=row_groups, columns=columns, use_threads=False):
                 for fields in batch.to_pylist():
                     for name in image_columns - skipped:
                         ref = ParquetImage(path, row, name)

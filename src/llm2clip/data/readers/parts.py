@@ -1,0 +1,162 @@
+"""Division of source files into parts that several processes can read at the same time.
+
+The parts of a file depend only on the file, so the rows do not depend on the number of processes.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import pyarrow.parquet as pq
+
+from llm2clip.data.columns import BadRow, ColumnChooser, RawRow
+from llm2clip.data.readers.csv_files import read_captions_txt, read_csv
+from llm2clip.data.readers.encoding import detect_encoding
+from llm2clip.data.readers.json_files import read_json_lines, read_json_list
+from llm2clip.data.readers.tables import read_huggingface, read_parquet
+from llm2clip.data.readers.tar import read_image_folder, read_tar
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.io_utils import MAX_LINE_CHARACTERS, DataFormatError, describe_error, open_regular_file
+
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """Part of a source file, or a whole file or folder.
+
+    Attributes:
+        kind: Format name returned by `find_files`.
+        path: File or folder.
+        start: Start of the part: byte position of a line in a .jsonl file, or index of a Parquet row group.
+        stop: End of the part, exclusive, in the same unit. None stands for the end of the file. The line at `stop`
+            belongs to the next part.
+        first_row: Row number of the part's first row in the file, starting at 1.
+    """
+
+    kind: str
+    path: str
+    start: int = 0
+    stop: int | None = None
+    first_row: int = 1
+
+
+def split_file(kind: str, path: str, target_bytes: int = 64 << 20) -> list[FilePart]:
+    """Divide a large .jsonl or Parquet file into parts of about `target_bytes`. Return any other file as one part.
+
+    A file that cannot be read is also one part, so that `read_part` reports the error.
+    """
+    with suppress(Exception):  # corrupt Parquet metadata can make pyarrow raise any type of exception
+        if os.path.isfile(path) and os.path.getsize(path) > target_bytes:
+            if kind == "jsonl" and not path.lower().endswith(".gz"):
+                return _split_json_lines(path, target_bytes)
+            if kind == "parquet":
+                return _split_parquet(path, target_bytes)
+    return [FilePart(kind, path)]
+
+
+def read_part(
+    part: FilePart,
+    choose: ColumnChooser,
+    image_bytes: bool = True,
+    splits: Sequence[str] | None = (),
+    log: SkipLog | None = None,
+) -> Iterator[RawRow]:
+    """Yield the raw rows in a part of a file. Together, the parts of a file have the rows of the whole file.
+
+    A corrupt file can make a library raise any type of exception. In this case, the last row is a `BadRow`, so a single
+    corrupt file does not stop a run.
+
+    Args:
+        part: Part to read.
+        choose: Function that selects which columns of a table to read.
+        image_bytes: Whether to read images embedded in Parquet files.
+        splits: Splits of a Hugging Face data set to read. If empty or None, all splits are read. Each row's `split`
+            field is set to the name of its split, unless `splits` is None, in which case rows keep their own values.
+        log: Skip log. It records notes about files, such as unusual encodings.
+
+    Raises:
+        DataFormatError: No part of the file can be read. The message contains the reason.
+        OSError: The file does not exist, or the disk cannot be read.
+    """
+    number = part.first_row - 1
+    try:
+        for row in _open_reader(part, choose, image_bytes, splits, log):
+            number = row[1]
+            yield row
+    except (DataFormatError, OSError):
+        raise
+    except Exception as error:
+        yield part.path, number + 1, BadRow("unreadable file", describe_error(error))
+
+
+def _open_reader(
+    part: FilePart, choose: ColumnChooser, image_bytes: bool, splits: Sequence[str] | None, log: SkipLog | None
+) -> Iterator[RawRow]:
+    kind, path = part.kind, part.path
+    if kind == "parquet":
+        groups = None if part.stop is None else range(part.start, part.stop)
+        return read_parquet(path, choose, image_bytes, groups, part.first_row)
+    if kind in ("hf", "saved"):
+        return read_huggingface(path, kind == "saved", choose, splits)
+    if kind in ("csv", "tsv"):
+        return read_csv(path, "\t" if kind == "tsv" else ",", log)
+    if kind == "jsonl":
+        return read_json_lines(path, log, part.start, part.stop, part.first_row)
+    if kind == "captions.txt":
+        return read_captions_txt(path, log)
+    if kind == "images":
+        return read_image_folder(path, log)
+    return read_tar(path) if kind == "tar" else read_json_list(path, log)
+
+
+def _split_json_lines(path: str, target_bytes: int) -> list[FilePart]:
+    """Divide a .jsonl file at the first line that starts at or after each multiple of `target_bytes`.
+
+    The file is not divided after a line that is too long, which occurs in sparse files.
+    """
+    starts, rows = [0], [1]
+    with open_regular_file(path) as file:
+        if detect_encoding(file.read(4)) != "utf-8-sig":
+            return [FilePart("jsonl", path)]
+        size = file.seek(0, os.SEEK_END)
+        for target in range(target_bytes, size, target_bytes):
+            if target <= starts[-1]:
+                continue
+            file.seek(target - 1)
+            rest_of_line = file.readline(MAX_LINE_CHARACTERS)
+            start = target - 1 + len(rest_of_line)
+            if not rest_of_line.endswith(b"\n") or start == size:
+                break
+            rows.append(rows[-1] + _count_newlines(file, starts[-1], start))
+            starts.append(start)
+    stops = [*starts[1:], None]
+    return [FilePart("jsonl", path, *bounds) for bounds in zip(starts, stops, rows, strict=True)]
+
+
+def _count_newlines(file: BinaryIO, start: int, stop: int) -> int:
+    file.seek(start)
+    num_newlines = 0
+    while start < stop and (chunk := file.read(min(CHUNK_BYTES, stop - start))):
+        num_newlines += chunk.count(b"\n")
+        start += len(chunk)
+    return num_newlines
+
+
+def _split_parquet(path: str, target_bytes: int) -> list[FilePart]:
+    """Divide a Parquet file into ranges of row groups with at least `target_bytes` of uncompressed data each."""
+    metadata = pq.read_metadata(path)
+    parts = []
+    start, num_bytes, first_row, row = 0, 0, 1, 1
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        if group.num_rows < 0 or group.total_byte_size < 0:
+            return [FilePart("parquet", path)]
+        row += group.num_rows
+        num_bytes += group.total_byte_size
+        if num_bytes >= target_bytes or index == metadata.num_row_groups - 1:
+            parts.append(FilePart("parquet", path, start, index + 1, first_row))
+            start, num_bytes, first_row = index + 1, 0, row
+    return parts or [FilePart("parquet", path)]

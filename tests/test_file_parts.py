@@ -1,0 +1,163 @@
+"""The parts of a file have the same rows as the whole file. The reference for JSON lines is Python's text mode."""
+
+import gzip
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from llm2clip.data.columns import BadRow, RawRow
+from llm2clip.data.image_refs import LoadedImage
+from llm2clip.data.readers import encoding, parts, read_source
+from llm2clip.data.readers.parts import FilePart, read_part, split_file
+from llm2clip.data.skip_log import SkipLog
+
+LINES = (
+    b'{"caption": "a dog"}', '{"caption": "a cät 一只猫"}'.encode(), b'{"caption": "caf\xe9"}', b"", b"  ", b"[1]",
+    b'{"caption": ', b'\xef\xbb\xbf{"caption": "mark"}', "\u2028".encode(), b'{"a": 1}\r{"a": 2}',
+    b'{"caption": "x\0"}',
+    b'{"caption": "' + b"long " * 300 + b'"}', b'{"caption": "\xc3',
+)  # fmt: skip
+
+
+def choose_all(_: str, names: Any) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+def read_parts(path: Path, kind: str, target_bytes: int) -> tuple[int, list[RawRow], SkipLog]:
+    log = SkipLog()
+    file_parts = split_file(kind, str(path), target_bytes)
+    rows = [row for part in file_parts for row in read_part(part, choose_all, log=log)]
+    return len(file_parts), rows, log
+
+
+def read_in_text_mode(path: Path) -> list[tuple[int, Any]]:
+    """Return the number and the value of each row of a .jsonl file, or the reason for which it is a `BadRow`."""
+    rows: list[tuple[int, Any]] = []
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            if len(line) > encoding.MAX_LINE_CHARACTERS:
+                rows.append((number, "malformed row"))
+            elif any("\udc80" <= character <= "\udcff" for character in line):
+                rows.append((number, "not UTF-8"))
+            elif line.strip():
+                try:
+                    value = json.loads(line)
+                except ValueError:
+                    value = None
+                rows.append((number, value if isinstance(value, dict) else "malformed row"))
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_parts_of_json_lines_have_the_rows_of_the_file(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "MAX_LINE_CHARACTERS", 1000)
+    rng, path = random.Random(seed), tmp_path / "x.jsonl"
+    newline = rng.choice([b"\n", b"\r\n"])
+    content = b"".join(rng.choice(LINES) + newline for _ in range(rng.choice([1, 5, 40])))
+    content = rng.choice([b"", b"\xef\xbb\xbf"]) + content.removesuffix(rng.choice([b"", newline, b"\n"]))
+    path.write_bytes(content)
+    reference, log = list(read_source("jsonl", str(path), choose_all)), SkipLog()
+    values = [(row, fields.reason if isinstance(fields, BadRow) else fields) for _, row, fields in reference]
+    assert values == read_in_text_mode(path)
+    list(read_source("jsonl", str(path), choose_all, log=log))
+    for target_bytes in (1, 2, 3, 7, 30, 100, 1000, len(content) - 1, len(content), len(content) + 1):
+        num_parts, rows, parts_log = read_parts(path, "jsonl", max(1, target_bytes))
+        assert rows == reference and parts_log.notes == log.notes
+        assert num_parts == 1 or target_bytes < len(content)
+
+
+def test_json_lines_are_split_at_each_line_or_near_the_target_size(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"a": 1}\n' * 1000)  # 9 bytes per line
+    assert len(split_file("jsonl", str(path), 1)) == 1000
+    file_parts = split_file("jsonl", str(path), 2700)
+    assert [part.start for part in file_parts] == [0, 2700, 5400, 8100]
+    assert [part.first_row for part in file_parts] == [1, 301, 601, 901]
+    assert [part.stop for part in file_parts] == [2700, 5400, 8100, None]
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 5, 64])
+def test_newlines_are_counted_across_chunks(chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "CHUNK_BYTES", chunk_bytes)
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"a": "x" * (n % 17)}) + "\n" for n in range(200)))
+    _, rows, _ = read_parts(path, "jsonl", 300)
+    assert [row for _, row, _ in rows] == list(range(1, 201))
+
+
+def test_a_line_that_is_too_long_ends_the_division(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "MAX_LINE_CHARACTERS", 1 << 16)
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"a": 1}\n' * 10)
+    os.truncate(path, 1 << 40)  # a sparse file, whose last line has a terabyte
+    assert len(split_file("jsonl", str(path), 20)) < 10
+    assert len(split_file("jsonl", str(path))) == 1
+
+
+def test_files_of_other_formats_are_not_divided(tmp_path: Path) -> None:
+    text = '{"caption": "a"}\n' * 100
+    for name, kind, data in (
+        ("x.jsonl.gz", "jsonl", gzip.compress(text.encode(), 0)),
+        ("utf-16.jsonl", "jsonl", text.encode("utf-16")),
+        ("x.csv", "csv", b"caption\n" + b"a\n" * 1000),
+        ("corrupt.parquet", "parquet", b"PAR1" + bytes(1000)),
+        ("x.tar", "tar", bytes(10240)),
+    ):
+        (tmp_path / name).write_bytes(data)
+        assert split_file(kind, str(tmp_path / name), 10) == [FilePart(kind, str(tmp_path / name))]
+    assert split_file("jsonl", str(tmp_path / "missing.jsonl"), 10) == [FilePart("jsonl", f"{tmp_path}/missing.jsonl")]
+    assert split_file("images", str(tmp_path), 1) == [FilePart("images", str(tmp_path))]
+    _, rows, _ = read_parts(tmp_path / "x.jsonl.gz", "jsonl", 10)
+    assert len(rows) == 100
+    _, rows, log = read_parts(tmp_path / "utf-16.jsonl", "jsonl", 10)
+    assert len(rows) == 100 and "read as UTF-16" in log.notes
+
+
+def test_truncated_gzip_is_read_up_to_the_damage(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl.gz"
+    text = "".join(json.dumps({"a": random.Random(n).random()}) + "\n" for n in range(20_000))
+    path.write_bytes(gzip.compress(text.encode())[:-1000])
+    *rows, (_, last, bad_row) = read_source("jsonl", str(path), choose_all)
+    assert isinstance(bad_row, BadRow) and bad_row.reason == "truncated file"
+    assert [row for _, row, _ in rows] == list(range(1, last)) and last > 10_000
+
+
+def write_parquet(path: Path, num_rows: int, group_rows: int) -> Path:
+    images = [{"bytes": f"image {n}".encode() * 20, "path": f"{n}.jpg"} for n in range(num_rows)]
+    table = pa.table({"image": images, "caption": [f"caption {n}" for n in range(num_rows)]})
+    pq.write_table(table, path, row_group_size=group_rows)
+    return path
+
+
+@pytest.mark.parametrize(("num_rows", "group_rows"), [(0, 10), (1, 10), (95, 10), (100, 7), (100, 1000)])
+def test_parts_of_parquet_files_have_the_rows_of_the_file(num_rows: int, group_rows: int, tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "x.parquet", num_rows, group_rows)
+    reference = list(read_source("parquet", str(path), choose_all))
+    assert [row for _, row, _ in reference] == list(range(1, num_rows + 1))
+    num_groups = pq.read_metadata(path).num_row_groups
+    for target_bytes in (1, 1000, 4000, 1 << 30):
+        num_parts, rows, _ = read_parts(path, "parquet", target_bytes)
+        assert rows == reference
+        assert 1 <= num_parts <= max(1, num_groups)
+    assert len(split_file("parquet", str(path), 1)) == max(1, num_groups)
+    for _, row, fields in reference:
+        assert not isinstance(fields, BadRow) and isinstance(image := fields["image"], LoadedImage)
+        assert image.ref.read() == image.data == f"image {row - 1}".encode() * 20
+
+
+def test_parts_of_a_corrupt_parquet_file_count_each_row_once(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "x.parquet", 100, 10)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3 : len(data) // 3 + 200] = bytes(200)
+    path.write_bytes(data)
+    _, rows, _ = read_parts(path, "parquet", 1000)
+    assert sum(fields.rows if isinstance(fields, BadRow) else 1 for _, _, fields in rows) == 100
+    assert any(isinstance(fields, BadRow) for _, _, fields in rows)
