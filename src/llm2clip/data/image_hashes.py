@@ -19,9 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from huggingface_hub import try_to_load_from_cache
-
-from llm2clip.data.image_refs import FileImage, ImageRef, TarImage, resolve_folder
+from llm2clip.data.image_refs import FileImage, ImageRef, LoadedImage, TarImage, resolve_folder
 
 TRAINING_IMAGES_FILE = "training_images.npy"
 SAMPLE_BYTES = 1024
@@ -64,6 +62,11 @@ def find_copies(images: Iterable[ImageRef | None]) -> dict[str, str]:
     return {key: copies[key] for key in refs if key in copies and copies[key] != key}
 
 
+def compute_image_hash(image: LoadedImage) -> int:
+    """Return the hash of a single image (see `hash_images`), or 0 if the image does not exist."""
+    return int.from_bytes(_hash_image(image.ref), "little")
+
+
 def hash_images(images: Iterable[ImageRef | None]) -> np.ndarray:
     """Return the sorted hashes of all distinct images as a uint64 array of shape (N,). Missing images are omitted.
 
@@ -97,6 +100,8 @@ def load_training_image_hashes(model: str | Path) -> np.ndarray | None:
     Raises:
         ValueError: The hash file is corrupt.
     """
+    from huggingface_hub import try_to_load_from_cache
+
     file = Path(model) / TRAINING_IMAGES_FILE
     if not Path(model).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         file = Path(str(try_to_load_from_cache(str(model), TRAINING_IMAGES_FILE)))

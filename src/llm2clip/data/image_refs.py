@@ -245,6 +245,23 @@ class MemoryImage(ImageRef):
         return self.name
 
 
+@dataclass(frozen=True, slots=True)
+class StoredImage(_TableCell):
+    """An encoded image in a record table, for sources that can be read only once."""
+
+    path: str
+    batch: int
+    row: int
+    digest: str = ""
+    name: str = ""
+
+    def _open(self) -> BinaryIO:
+        return _open_cell(map_batches(self.path)[self.batch].column("image_data")[self.row], self)
+
+    def __str__(self) -> str:
+        return self.name
+
+
 def read_image_file(stream: BinaryIO) -> bytes:
     """Return the contents of an open image file.
 
@@ -427,6 +444,13 @@ def _open_saved_column(folder: str, version: object, split: str | None, column: 
     loaded = load_from_disk(folder)
     dataset = loaded[split] if split is not None and isinstance(loaded, dict) else loaded
     return disable_image_decoding(dataset.select_columns([column]))
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def map_batches(path: str) -> list[pa.RecordBatch]:
+    """Map the record batches of an Arrow file into memory."""
+    reader = pa.ipc.open_file(pa.memory_map(path))
+    return [reader.get_batch(n) for n in range(reader.num_record_batches)]
 
 
 def _open_cell(cell: Any, ref: ImageRef) -> BinaryIO:

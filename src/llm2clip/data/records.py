@@ -30,9 +30,11 @@ from llm2clip.data.columns import (
     parse_image,
     parse_name,
 )
+from llm2clip.data.image_hashes import compute_image_hash
 from llm2clip.data.image_header import MAX_PIXELS, DecodingLimitError, ImageFormatError, open_header
 from llm2clip.data.image_refs import FileImage, ImageRef, LoadedImage
-from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.readers.parts import FilePart, read_part
+from llm2clip.data.skip_log import EventLog, SkipLog
 from llm2clip.io_utils import DataFormatError, describe_error
 
 ImageCheck = Literal["header", "exists", "unchecked", "ignore"]
@@ -157,7 +159,7 @@ def open_records(
         raise ValueError(f"image_check must be one of {', '.join(get_args(ImageCheck))} (got {image_check!r})")
     log = SkipLog() if log is None else log
     files = readers.find_files(source.path, all_files=not require_captions, log=log)
-    return _RecordReader(source, log, image_check, require_captions).read(files)
+    return RecordReader(source, log, image_check, require_captions).read(files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +173,44 @@ class _ParsedRow:
     num_rows: int  # number of source rows that were merged into this row; 0 if they have already been counted
 
 
-class _RecordReader:
-    """Reader that makes a single pass over a source."""
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """What reading parts of an image shows: its size in pixels and its hash, or 0 if they are not known.
+
+    See `image_hashes.hash_image` for the hash.
+    """
+
+    width: int = 0
+    height: int = 0
+    hash: int = 0
+
+
+@dataclass(frozen=True)
+class PartSummary:
+    """What was found in a part of a source, apart from its records. It can be converted to JSON.
+
+    Attributes:
+        row_counts: Number of rows of each selected split.
+        split_counts: Number of rows of each split.
+        columns: Names of all columns.
+        events: What was recorded in the skip log; see `EventLog`.
+    """
+
+    num_records: int
+    row_counts: dict[str, int]
+    split_counts: dict[str, int]
+    columns: list[str]
+    has_captions: bool
+    has_images: bool
+    events: list[list[Any]]
+
+
+class RecordReader:
+    """Reader of a source, or of a part of a source, that makes a single pass.
+
+    A source can be read in parts by several readers: each one calls `read_part` and `summarize`. One reader receives
+    all summaries in order (`add_part`), and checks the source when it is complete (`finish`).
+    """
 
     def __init__(self, source: Source, log: SkipLog, image_check: ImageCheck, require_captions: bool) -> None:
         self.source, self.log, self.require_captions = source, log, require_captions
@@ -181,38 +219,73 @@ class _RecordReader:
         self.check_headers = image_check == "header"
         self.mapper = ColumnMapper(str(source), source.columns, require_captions)
         self.split_counts: Counter[str] = Counter()
+        self.num_records = 0
         self.row_counts: Counter[str] = Counter()  # selected split -> number of its rows read so far
         is_path = not source.path.startswith("hf:")
         self._log_path = os.path.realpath(os.path.expanduser(source.path)) if is_path else source.path
         self._listed_images: set[str] = set()  # image files listed in a folder's caption files
 
     def read(self, files: Sequence[tuple[str, str]]) -> Iterator[Record]:
-        num_records = 0
         for kind, path in files:
-            # In image folders and tar files, captions are in separate files instead of columns.
-            self.mapper.require_captions = self.require_captions and kind not in ("images", "tar")
-            for row in self._read_rows(kind, path):
-                try:
-                    with _convert_errors_to_unusable_row():
-                        self._check_row(row)
-                except UnusableRow as error:
-                    self._skip(row.file, row.row, error.reason, error.value, row.num_rows)
-                    continue
-                num_records += 1
-                yield row.record
+            for record, _ in self.read_part(FilePart(kind, path), hash_images=False):
+                yield record
+        self.finish()
+
+    def read_part(self, part: FilePart, hash_images: bool) -> Iterator[tuple[Record, ImageFacts]]:
+        """Yield the usable records in a file or part of a file, with what is known about their images."""
+        # In image folders and tar files, captions are in separate files instead of columns.
+        self.mapper.require_captions = self.require_captions and part.kind not in ("images", "tar")
+        for row in self._read_rows(part):
+            try:
+                with _convert_errors_to_unusable_row():
+                    facts = self._check_row(row, hash_images)
+            except UnusableRow as error:
+                self._skip(row.file, row.row, error.reason, error.value, row.num_rows)
+                continue
+            self.num_records += 1
+            yield row.record, facts
+
+    def summarize(self, log: EventLog) -> PartSummary:
+        """Summarise what this reader has read. Its skip log must be `log`."""
+        mapper = self.mapper
+        return PartSummary(
+            num_records=self.num_records,
+            row_counts=dict(self.row_counts),
+            split_counts=dict(self.split_counts),
+            columns=list(mapper.columns),
+            has_captions=mapper.has_captions,
+            has_images=mapper.has_images,
+            events=log.events,
+        )
+
+    def add_part(self, part: PartSummary) -> None:
+        """Add the summary of a part that another reader has read. Raise `TooManySkipped` as early as possible."""
+        self.num_records += part.num_records
+        self.split_counts.update(part.split_counts)
+        self.mapper.columns |= dict.fromkeys(part.columns)
+        self.mapper.has_captions |= part.has_captions
+        self.mapper.has_images |= part.has_images
+        for split, count in part.row_counts.items():
+            self._count_rows(split, count)
+        self.log.replay(part.events)
+        if self.log.skipped and self.row_counts.total() >= EARLY_CHECK_ROWS:
+            self._check_early()
+
+    def finish(self) -> None:
+        """Check the complete source. Raise an error if it has no records, or if too many rows were skipped."""
         if self.mapper.columns:
             self.mapper.check()
             if self.check_images and not self.mapper.has_images:
                 self.log.add_note(self.mapper.describe_missing("image"), self.source.path)
         self.log.check()
-        if not num_records:
+        if not self.num_records:
             raise ValueError(f"{self.source}: no records{self._format_splits()}; {self.log.summary()}")
 
-    def _read_rows(self, kind: str, path: str) -> Iterable[_ParsedRow]:
+    def _read_rows(self, part: FilePart) -> Iterable[_ParsedRow]:
         splits = None if "split" in self.source.columns else self.source.splits
-        raw_rows = readers.read_source(kind, path, self.mapper.map_table, self.read_bytes, splits, self.log)
-        rows = self._parse_rows(raw_rows, kind)
-        return _merge_rows(rows) if kind in ("csv", "tsv", "captions.txt") else rows
+        raw_rows = read_part(part, self.mapper.map_table, self.read_bytes, splits, self.log)
+        rows = self._parse_rows(raw_rows, part.kind)
+        return _merge_rows(rows) if part.kind in ("csv", "tsv", "captions.txt") else rows
 
     def _parse_rows(self, raw_rows: Iterable[RawRow], kind: str) -> Iterator[_ParsedRow]:
         """Parse raw rows; yield the valid rows in the selected splits."""
@@ -297,14 +370,16 @@ class _RecordReader:
                 cleaned[name] = present[-1] if present else None
         return cleaned
 
-    def _check_row(self, row: _ParsedRow) -> None:
+    def _check_row(self, row: _ParsedRow, hash_image: bool) -> ImageFacts:
         """Raise `UnusableRow` if a row has no captions or its image cannot be used."""
         record = row.record
         if not record.texts and (self.require_captions or not record.image):
             reason = "no caption" if self.require_captions else "no image and no caption"
             raise UnusableRow(reason, record.image or (record.id if record.id_from_source else ""))
-        if row.image is not None and self.check_images:
-            _check_image(row.image, self.check_headers)
+        if row.image is None:
+            return ImageFacts()
+        width, height = _check_image(row.image, self.check_headers) if self.check_images else (0, 0)
+        return ImageFacts(width, height, compute_image_hash(row.image) if hash_image and self.read_bytes else 0)
 
     def _count_rows(self, split: str, count: int) -> None:
         self.row_counts[split] += count
@@ -315,9 +390,12 @@ class _RecordReader:
             return
         self.log.skip(file, row, reason, value, rows)
         if self.row_counts.total() >= EARLY_CHECK_ROWS:
-            if not self.mapper.has_captions:
-                self.mapper.check()
-            self.log.check()
+            self._check_early()
+
+    def _check_early(self) -> None:
+        if not self.mapper.has_captions:
+            self.mapper.check()
+        self.log.check()
 
     def _format_splits(self) -> str:
         counts = [f"{name} ({count:,} rows)" for name, count in self.split_counts.items()]
@@ -354,12 +432,15 @@ def _merge_rows(rows: Iterable[_ParsedRow]) -> Iterator[_ParsedRow]:
         yield replace(group[0], record=record, num_rows=sum(row.num_rows for row in group))
 
 
-def _check_image(image: LoadedImage, read_header: bool) -> None:
-    """Raise `UnusableRow` if an image file is missing or, with `read_header`, if it is unreadable or too large."""
+def _check_image(image: LoadedImage, read_header: bool) -> tuple[int, int]:
+    """Raise `UnusableRow` if an image file is missing or, with `read_header`, if it is unreadable or too large.
+
+    Return the width and height in pixels, or (0, 0) without `read_header`.
+    """
     if isinstance(image.ref, FileImage) and not os.path.isfile(image.ref.path):
         raise UnusableRow("missing image", os.path.abspath(image.ref.path))
     if not read_header:
-        return
+        return 0, 0
     try:
         with io.BytesIO(image.data) if image.data is not None else image.ref.open() as stream:
             width, height = open_header(stream).size
@@ -371,3 +452,4 @@ def _check_image(image: LoadedImage, read_header: bool) -> None:
         raise UnusableRow("unreadable image", f"{image.ref}: {reason}") from error
     if width * height > MAX_PIXELS:
         raise UnusableRow("image too large", f"{image.ref}: {width} x {height}")
+    return width, height

@@ -3,9 +3,12 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 MAX_NOTES = 5  # maximum number of notes in the summary
 # Most common reason for skipping rows -> how to fix the source.
@@ -48,7 +51,7 @@ class SkipLog:
         self.dropped: Counter[str] = Counter()
         self.examples: list[str] = []
         self.notes: dict[str, dict[str, None]] = {}
-        self._copies: set[str] = set()  # keys of images that are duplicates of other images
+        self._copies = np.empty(0, np.uint64)  # distinct hashes of the images that are duplicates of other images
         self._num_rows = 0  # number of rows counted with `count_rows`
         self._source_rows: dict[str, dict[str, int]] = {}  # path -> split -> number of rows
         self._recorded: set[tuple[str, int, str]] = set()  # (file, row, reason) of each skipped row or dropped value
@@ -92,14 +95,23 @@ class SkipLog:
             self.dropped[reason] += 1
             self._write(file, row, reason, value)
 
-    def count_copies(self, keys: Iterable[str]) -> None:
-        """Record that the images with these keys were merged with identical images. Each key is counted once."""
-        self._copies.update(keys)
+    def count_copies(self, hashes: np.ndarray) -> None:
+        """Record that images were merged with identical images.
+
+        Args:
+            hashes: Hashes of the images' keys, uint64. Each image is counted once.
+        """
+        self._copies = np.union1d(self._copies, hashes)
 
     def add_note(self, text: str, file: str) -> None:
         """Add a note about a file, such as an unusual encoding, to the summary. Repeated notes are ignored."""
         name = file.encode("utf-8", "backslashreplace").decode()  # the summary is printed, so it must be valid Unicode
         self.notes.setdefault(text, {})[name] = None
+
+    def replay(self, events: Iterable[Sequence[Any]]) -> None:
+        """Record what an `EventLog` has recorded, in the same order."""
+        for name, *args in events:
+            getattr(self, name)(*args)
 
     def summary(self) -> str:
         """Return a one-line summary: the numbers of skipped rows and dropped values by reason, then the notes."""
@@ -140,7 +152,7 @@ class SkipLog:
         numbers = f"{self.skipped.total():,} of {self.rows_seen:,} rows skipped{_format_counts(self.skipped)}"
         if self.dropped:
             numbers += f"; parts of rows dropped{_format_counts(self.dropped)}"
-        if self._copies:
+        if len(self._copies):
             numbers += f"; {len(self._copies):,} duplicate images merged with the originals"
         return numbers
 
@@ -153,6 +165,28 @@ class SkipLog:
         # backslashreplace writes them as \udcXX, which is valid JSON.
         with self.path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+class EventLog(SkipLog):
+    """Skip log that only collects what it should record, for `SkipLog.replay` in another process.
+
+    Attributes:
+        events: Each call, as a list of a method's name and its arguments. It can be converted to JSON.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(max_skipped=1.0)
+        self.events: list[list[Any]] = []
+
+    def skip(self, file: str, row: int, reason: str, value: object, rows: int = 1) -> None:
+        self.events.append(["skip", file, row, reason, str(value)[:200], rows])
+
+    def record_dropped(self, file: str, row: int, reason: str, value: object) -> None:
+        self.events.append(["record_dropped", file, row, reason, str(value)[:200]])
+
+    def add_note(self, text: str, file: str) -> None:
+        if self._record_once(file, 0, text):
+            self.events.append(["add_note", text, file])
 
 
 def _format_counts(counter: Counter[str]) -> str:

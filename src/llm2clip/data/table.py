@@ -1,0 +1,534 @@
+"""Record tables: columnar, memory-mapped lists of records.
+
+A table consists of Arrow record batches and of the numbers of the selected rows. Batches are mapped from files (see
+`build_table.py`), so all processes of a machine share their pages, and a process needs 4 bytes of its own per record.
+`Record` is the view of a single row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from llm2clip.data.columns import TEXT_FIELDS
+from llm2clip.data.image_refs import (
+    MAX_BATCH_BYTES,
+    DatasetImage,
+    FileImage,
+    ImageRef,
+    MemoryImage,
+    ParquetImage,
+    StoredImage,
+    TarImage,
+    compute_content_digest,
+    map_batches,
+)
+from llm2clip.data.records import ImageFacts, Record
+
+TEXTS = pa.list_(pa.string())
+# Names that come from file names may not be valid Unicode, so they are stored as bytes; see `encode_name`.
+SCHEMA = pa.schema(
+    [
+        ("id", pa.binary()),
+        ("id_from_source", pa.bool_()),
+        ("split", pa.binary()),
+        *[(field, TEXTS) for field in TEXT_FIELDS],
+        ("image_kind", pa.int8()),  # index into IMAGE_KINDS, or NO_IMAGE
+        ("container", pa.int32()),  # index into the file's list of containers
+        ("image_name", pa.binary()),  # file name, tar member or column
+        ("offset", pa.int64()),  # position in the tar file, or row number in a table
+        ("size", pa.int64()),  # bytes, only for tar members
+        ("digest", pa.binary()),  # SHA-256 of an image in a table
+        ("image_data", pa.binary()),  # bytes of an image that cannot be read again
+        ("width", pa.int32()),  # pixels; 0 if the header was not checked
+        ("height", pa.int32()),
+        ("image_hash", pa.uint64()),  # see `image_hashes.hash_images`; 0 if the image was not read
+        ("key_high", pa.uint64()),  # rows with the same key are merged; 0 for rows that are never merged
+        ("key_low", pa.uint64()),
+        ("draw_hash", pa.uint64()),  # order in which images are held out
+    ]
+)
+IMAGE_COLUMNS = ("image_kind", "container", "image_name", "offset", "size", "digest")
+IMAGE_KINDS: tuple[type[ImageRef], ...] = (FileImage, TarImage, ParquetImage, DatasetImage, StoredImage)
+NO_IMAGE = -1
+BATCH_ROWS = 1 << 16  # rows per batch when a table is read in batches
+
+
+class RecordTable(Sequence[Record]):
+    """Sequence of records in memory-mapped batches. Selecting records copies no columns.
+
+    Attributes:
+        blocks: Batches that contain the rows.
+        rows: Row number of each record in the concatenated batches, of shape (N,), int32 or int64.
+        folder: Folder for files that are derived from the table, or None for a table in memory.
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        rows: np.ndarray,
+        folder: Path | None = None,
+        caption_field: str | None = None,
+        phrases: _Phrases | None = None,
+    ) -> None:
+        self.blocks, self.rows, self.folder = blocks, rows, folder
+        self._caption_field, self._phrases = caption_field, phrases
+
+    @classmethod
+    def from_records(cls, records: Iterable[Record]) -> RecordTable:
+        """Create a table in memory."""
+        builder = RowBuilder()
+        for record in records:
+            builder.add(record)
+        batch = builder.take_batch()
+        return cls(Blocks([batch], [builder.containers]), np.arange(batch.num_rows, dtype=np.int32))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a record or, for a slice, a table."""
+        if isinstance(index, slice):
+            return self.select(np.arange(len(self))[index])
+        position = index + len(self) if index < 0 else index
+        if not 0 <= position < len(self):
+            raise IndexError(f"record {index} of a table with {len(self):,} records")
+        return next(iter(self.select(np.array([position]))))
+
+    def __iter__(self) -> Iterator[Record]:
+        for start in range(0, len(self), 1024):
+            yield from self._make_records(start, min(start + 1024, len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def select(self, positions: np.ndarray) -> RecordTable:
+        """Return a table with the records at these positions (integers), or where a boolean mask is True."""
+        positions = np.flatnonzero(positions) if positions.dtype == bool else positions
+        phrases = self._phrases
+        if phrases is not None:
+            phrases = _Phrases(phrases.lists, positions if phrases.rows is None else phrases.rows[positions])
+        return RecordTable(self.blocks, self.rows[positions], self.folder, self._caption_field, phrases)
+
+    def use_as_captions(self, field: str) -> RecordTable:
+        """Return the records with the texts of one field as their captions, and without their other captions."""
+        return RecordTable(self.blocks, self.rows, self.folder, self.resolve_field(field), self._phrases)
+
+    def with_phrases(self, phrases: pa.ChunkedArray) -> RecordTable:
+        """Return the records with other phrases: lists of strings, one per record."""
+        assert len(phrases) == len(self)
+        return RecordTable(self.blocks, self.rows, self.folder, self._caption_field, _Phrases(phrases))
+
+    def resolve_field(self, field: str) -> str | None:
+        """Return the column that contains the texts of a field, or None if the records have no such texts."""
+        if self._caption_field is None or field == "phrases":
+            return field
+        return self._caption_field if field == "captions" else None
+
+    # ---- columns -----------------------------------------------------------------------------------------------------
+
+    def iterate_batches(self, columns: Sequence[str], size: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
+        """Yield the columns of all records, in batches of at most `size` records."""
+        for start in range(0, len(self), size):
+            stop = min(start + size, len(self))
+            yield self._take(columns, start, stop)
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """Return the values of a column, one per record. Rows that are not adjacent are copied."""
+        chunks = [batch.column(0) for batch in self.iterate_batches([name])]
+        return pa.chunked_array(chunks, TEXTS if name in TEXT_FIELDS else SCHEMA.field(name).type)
+
+    def numbers(self, name: str) -> np.ndarray:
+        """Return a column of numbers without missing values, of shape (N,)."""
+        arrays = [batch.column(0).to_numpy(zero_copy_only=False) for batch in self.iterate_batches([name])]
+        return np.concatenate([np.empty(0, SCHEMA.field(name).type.to_pandas_dtype()), *arrays])
+
+    def count_texts(self, field: str) -> np.ndarray:
+        """Return the number of texts that each record has in a field, of shape (N,), int32."""
+        counts = [_count_items(batch.column(0)) for batch in self.iterate_batches([field])]
+        return np.concatenate([np.empty(0, np.int32), *counts])
+
+    def iterate_texts(self, fields: Sequence[str]) -> Iterator[str]:
+        """Yield the texts of each record, in the order of the fields."""
+        for start in range(0, len(self), 4096):
+            batch = self._take(fields, start, min(start + 4096, len(self)))
+            columns = [column.to_pylist() for column in batch.columns]
+            for texts_by_field in zip(*columns, strict=True):
+                for texts in texts_by_field:
+                    yield from texts
+
+    @cached_property
+    def has_image(self) -> np.ndarray:
+        """Boolean mask of the records with an image, of shape (N,)."""
+        return self.numbers("image_kind") != NO_IMAGE
+
+    def get_images(self) -> ImageList:
+        """Return the image references of all records."""
+        return ImageList(self.blocks, self.rows)
+
+    def compute_identity(self, *columns: str) -> str:
+        """Return a hash of some columns of the records. Image columns are hashed with the paths of their files."""
+        digest = hashlib.sha256()
+        for batch in self.iterate_batches(columns):
+            for name in columns:
+                for part in _list_hashed_parts(batch.column(name)):
+                    digest.update(part)
+        if "container" in columns:
+            for containers in self.blocks.containers:
+                digest.update(json.dumps(containers).encode())
+        return digest.hexdigest()
+
+    # ---- rows --------------------------------------------------------------------------------------------------------
+
+    def _take(self, columns: Sequence[str], start: int, stop: int) -> pa.RecordBatch:
+        """Return the columns of the records from `start` to `stop`."""
+        stored = [name for name in columns if not (name in TEXT_FIELDS and self._is_replaced(name))]
+        batch = self.blocks.take(self.rows[start:stop], stored)
+        arrays = []
+        for name in columns:
+            if name in stored:
+                arrays.append(batch.column(name))
+            elif name == "phrases" and self._phrases is not None:
+                arrays.append(self._phrases.take(start, stop))
+            elif (field := self.resolve_field(name)) is not None:
+                arrays.append(self.blocks.take(self.rows[start:stop], [field]).column(0))
+            else:
+                arrays.append(pa.ListArray.from_arrays(np.zeros(stop - start + 1, np.int32), pa.array([], pa.string())))
+        return pa.RecordBatch.from_arrays(arrays, list(columns))
+
+    def _is_replaced(self, field: str) -> bool:
+        if field == "phrases":
+            return self._phrases is not None
+        return self._caption_field is not None
+
+    def _make_records(self, start: int, stop: int) -> Iterator[Record]:
+        values = self._take(["id", "id_from_source", "split", *TEXT_FIELDS], start, stop).to_pydict()
+        texts = [list(map(tuple, values[field])) for field in TEXT_FIELDS]
+        images = self.get_images()[start:stop]
+        rows = zip(values["id"], values["id_from_source"], values["split"], images, *texts, strict=True)
+        for name, from_source, split, image, captions, short, long, phrases in rows:
+            yield Record(
+                id=decode_name(name),
+                image=image,
+                captions=captions,
+                short_captions=short,
+                long_captions=long,
+                split=None if split is None else decode_name(split),
+                phrases=phrases,
+                id_from_source=from_source,
+            )
+
+
+@dataclass(frozen=True)
+class _Phrases:
+    """Phrases that replace those of a table: lists of strings, and the index of each record's list (None: in order)."""
+
+    lists: pa.ChunkedArray
+    rows: np.ndarray | None = None
+
+    def take(self, start: int, stop: int) -> pa.Array:
+        """Return the phrases of the records from `start` to `stop`."""
+        lists = self.lists.slice(start, stop - start)
+        if self.rows is not None:
+            rows = self.rows[start:stop]
+            is_contiguous = len(rows) > 0 and rows[-1] - rows[0] == len(rows) - 1 and bool(np.all(np.diff(rows) == 1))
+            lists = self.lists.slice(int(rows[0]), len(rows)) if is_contiguous else self.lists.take(pa.array(rows))
+        return lists.chunk(0) if lists.num_chunks == 1 else lists.combine_chunks()
+
+
+class ImageList(Sequence[ImageRef | None]):
+    """Image references of the records in a table. A worker process that receives this list maps the same files."""
+
+    def __init__(self, blocks: Blocks, rows: Any) -> None:
+        self.blocks, self.rows = blocks, np.asarray(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return an image reference (None if the record has no image) or, for a slice, a list of them."""
+        if isinstance(index, slice):
+            return self.blocks.get_images(self.rows[index])
+        return self.blocks.get_image(int(self.rows[index]))
+
+    def __iter__(self) -> Iterator[ImageRef | None]:
+        for start in range(0, len(self), 4096):
+            yield from self[start : start + 4096]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        import torch
+
+        # PyTorch sends tensors to data loader workers in shared memory, so there is one copy of the row numbers.
+        return ImageList, (self.blocks, torch.from_numpy(np.ascontiguousarray(self.rows)))
+
+
+class Blocks:
+    """Record batches, numbered consecutively, with the paths of the files and folders that contain their images.
+
+    Attributes:
+        batches: Batches with the columns in `SCHEMA`.
+        containers: Paths of the containers of each batch's images.
+        paths: Arrow file of each batch, and the index of the batch in this file. Empty for batches in memory.
+        starts: Number of the first row of each batch, followed by the total number of rows.
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[pa.RecordBatch],
+        containers: Sequence[Sequence[str]],
+        paths: Sequence[tuple[str, int]] = (),
+    ) -> None:
+        self.batches, self.containers, self.paths = batches, containers, paths
+        self.starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
+
+    @classmethod
+    def open(cls, files: Sequence[str]) -> Blocks:
+        """Map the batches in Arrow files that were written by `write_rows`."""
+        batches: list[pa.RecordBatch] = []
+        containers: list[Sequence[str]] = []
+        paths: list[tuple[str, int]] = []
+        for file in files:
+            mapped = map_batches(file)
+            names = read_metadata(file, "containers")
+            batches += mapped
+            containers += [names] * len(mapped)
+            paths += [(file, n) for n in range(len(mapped))]
+        return cls(batches, containers, paths)
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.starts[-1])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.paths:
+            return Blocks.open, (list(dict.fromkeys(path for path, _ in self.paths)),)
+        return Blocks, (self.batches, self.containers)
+
+    def take(self, rows: np.ndarray, columns: Sequence[str]) -> pa.RecordBatch:
+        """Return some columns of N rows. Adjacent rows of one batch are not copied."""
+        if not len(rows):
+            return pa.RecordBatch.from_arrays([pa.array([], SCHEMA.field(name).type) for name in columns], list(columns))
+        batch_of_row = np.searchsorted(self.starts, rows, side="right") - 1
+        bounds = [0, *(np.flatnonzero(np.diff(batch_of_row)) + 1).tolist(), len(rows)]
+        if len(bounds) > 64 and len(bounds) > 2 * len(self.batches):  # rows in random order: visit each batch once
+            order = np.argsort(batch_of_row, kind="stable")
+            inverse = np.empty_like(order)
+            inverse[order] = np.arange(len(order))
+            return self.take(rows[order], columns).take(pa.array(inverse))
+        pieces = []
+        for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+            batch = self.batches[batch_of_row[start]].select(list(columns))
+            local = rows[start:stop] - self.starts[batch_of_row[start]]
+            if local[-1] - local[0] == len(local) - 1 and (len(local) < 3 or np.all(np.diff(local) == 1)):
+                pieces.append(batch.slice(int(local[0]), len(local)))
+            else:
+                pieces.append(batch.take(pa.array(local)))
+        if len(pieces) == 1:
+            return pieces[0]
+        arrays = [pa.concat_arrays([piece.column(n) for piece in pieces]) for n in range(len(columns))]
+        return pa.RecordBatch.from_arrays(arrays, list(columns))
+
+    def get_images(self, rows: np.ndarray) -> list[ImageRef | None]:
+        """Return the image references of N rows."""
+        batches = (np.searchsorted(self.starts, rows, side="right") - 1).tolist()
+        values = self.take(rows, IMAGE_COLUMNS).to_pydict()
+        columns = [values[name] for name in IMAGE_COLUMNS]
+        return [self._make_image(*cells) for cells in zip(batches, rows.tolist(), *columns, strict=True)]
+
+    def get_image(self, row: int) -> ImageRef | None:
+        """Return the image reference of one row."""
+        number = bisect_right(self.starts, row) - 1
+        batch, local = self.batches[number], row - int(self.starts[number])
+        return self._make_image(number, row, *(batch.column(name)[local].as_py() for name in IMAGE_COLUMNS))
+
+    def _make_image(
+        self, batch: int, row: int, kind: int, container: int, name: bytes, offset: int, size: int, digest: bytes | None
+    ) -> ImageRef | None:
+        if kind == NO_IMAGE:
+            return None
+        if IMAGE_KINDS[kind] is StoredImage:
+            local = row - int(self.starts[batch])
+            if not self.paths:
+                return MemoryImage(self.batches[batch].column("image_data")[local].as_py(), decode_name(name))
+            return StoredImage(*self.paths[batch], local, (digest or b"").hex(), decode_name(name))
+        path = self.containers[batch][container]
+        text = decode_name(name)
+        if IMAGE_KINDS[kind] is FileImage:
+            return FileImage(path + text)
+        if IMAGE_KINDS[kind] is TarImage:
+            return TarImage(path, offset, size, text)
+        hexdigest = "" if digest is None else digest.hex()
+        if IMAGE_KINDS[kind] is ParquetImage:
+            return ParquetImage(path, offset, text, hexdigest)
+        folder, split = json.loads(path)
+        return DatasetImage(folder, split, offset, text, hexdigest)
+
+
+# ---- writing rows ----------------------------------------------------------------------------------------------------
+
+
+class RowBuilder:
+    """Collects records as rows of a batch. The bytes of images that are only in memory are stored."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0  # size of the stored images
+        self._rows: list[tuple[Any, ...]] = []
+        self._containers: dict[str, int] = {}
+
+    @property
+    def containers(self) -> list[str]:
+        """Paths of the containers of all images added so far."""
+        return list(self._containers)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, record: Record, source: str = "", facts: ImageFacts = ImageFacts()) -> None:  # noqa: B008 - frozen
+        """Add a record. Rows without an image are merged only within the same `source`."""
+        key_high, key_low = hash_merge_key(record, source)
+        self._rows.append(
+            (
+                encode_name(record.id),
+                record.id_from_source,
+                None if record.split is None else encode_name(record.split),
+                record.captions,
+                record.short_captions,
+                record.long_captions,
+                record.phrases,
+                *self._encode_image(record.image),
+                facts.width,
+                facts.height,
+                facts.hash,
+                key_high,
+                key_low,
+                hash_draw(record),
+            )
+        )
+
+    def take_batch(self) -> pa.RecordBatch:
+        """Return the collected rows as a batch, and start a new one. The containers remain numbered."""
+        columns = zip(*self._rows, strict=True) if self._rows else [()] * len(SCHEMA)
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
+        self._rows, self.num_bytes = [], 0
+        return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+
+    def _encode_image(self, image: ImageRef | None) -> tuple[Any, ...]:
+        """Return the values of the columns from `image_kind` to `image_data`."""
+        if image is None:
+            return NO_IMAGE, 0, b"", 0, 0, None, None
+        if isinstance(image, FileImage):
+            end = image.path.rfind("/") + 1
+            container = self._number_container(image.path[:end])
+            return 0, container, encode_name(image.path[end:]), 0, 0, None, None
+        if isinstance(image, TarImage):
+            container = self._number_container(image.path)
+            return 1, container, encode_name(image.name), image.offset, image.size, None, None
+        if isinstance(image, ParquetImage):
+            container = self._number_container(image.path)
+            digest = bytes.fromhex(image.digest) or None
+            return 2, container, encode_name(image.column), image.row, 0, digest, None
+        if isinstance(image, DatasetImage):
+            container = self._number_container(json.dumps([image.folder, image.split]))
+            digest = bytes.fromhex(image.digest) or None
+            return 3, container, encode_name(image.column), image.row, 0, digest, None
+        data = image.read()
+        self.num_bytes += len(data)
+        return 4, 0, encode_name(str(image)), 0, 0, bytes.fromhex(compute_content_digest(data)), data
+
+    def _number_container(self, path: str) -> int:
+        return self._containers.setdefault(path, len(self._containers))
+
+
+def write_rows(file: Path, rows: Iterable[tuple[Record, str, ImageFacts]], metadata: Callable[[], Any]) -> None:
+    """Write rows, given as the arguments of `RowBuilder.add`, to an Arrow file that can be mapped into memory.
+
+    `metadata` is called at the end. Its value is saved with the rows; see `read_metadata`.
+    """
+    builder = RowBuilder()
+    with pa.OSFile(str(file), "wb") as stream, pa.ipc.new_file(stream, SCHEMA) as writer:
+        for record, source, facts in rows:
+            builder.add(record, source, facts)
+            if len(builder) >= BATCH_ROWS or builder.num_bytes >= MAX_BATCH_BYTES:
+                writer.write_batch(builder.take_batch())
+        if len(builder):
+            writer.write_batch(builder.take_batch())
+        values = {"containers": builder.containers, "summary": metadata()}
+        encoded = {name: json.dumps(value) for name, value in values.items()}
+        # An Arrow file starts with its schema, so what is known only at the end belongs to an empty last batch.
+        writer.write_batch(builder.take_batch(), custom_metadata=encoded)
+
+
+def read_metadata(file: str, name: str) -> Any:
+    """Return the "summary" or the "containers" of a file written by `write_rows`."""
+    reader = pa.ipc.open_file(pa.memory_map(file))
+    _, metadata = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1)
+    return json.loads(metadata[name])
+
+
+def hash_merge_key(record: Record, source: str) -> tuple[int, int]:
+    """Return a 128-bit hash of what identifies a record: its image or, without an image, its source, split and id.
+
+    Return (0, 0) if nothing identifies the record. Such records are never merged.
+    """
+    if record.image is not None and record.image.identifies_image:
+        return hash_image_key(record.image)
+    if not record.id_from_source:
+        return 0, 0
+    return _hash_128("\0".join(["id", source, record.split or "", record.id]))
+
+
+def hash_image_key(image: ImageRef) -> tuple[int, int]:
+    """Return a 128-bit hash of an image's key."""
+    return _hash_128(image.key)
+
+
+def _hash_128(text: str) -> tuple[int, int]:
+    digest = hashlib.blake2b(encode_name(text), digest_size=16).digest()
+    return int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:], "big")
+
+
+def hash_draw(record: Record) -> int:
+    """Return the hash by which held-out images are chosen: the first 64 bits of SHA-256 of the id and the captions."""
+    # The captions are included because several records may have the same id.
+    text = "\0".join([record.id, *record.texts])
+    return int.from_bytes(hashlib.sha256(encode_name(text)).digest()[:8], "big")
+
+
+def encode_name(name: str) -> bytes:
+    """Encode a name that may come from a file name that is not valid Unicode."""
+    return name.encode("utf-8", "surrogatepass")
+
+
+def decode_name(name: bytes) -> str:
+    """Decode a name from `encode_name`."""
+    return name.decode("utf-8", "surrogatepass")
+
+
+def _count_items(lists: pa.ListArray) -> np.ndarray:
+    """Return the length of each list, of shape (N,), int32."""
+    return np.diff(lists.offsets.to_numpy())
+
+
+def _list_hashed_parts(array: pa.Array) -> Iterator[Any]:
+    """Yield byte buffers that determine an array's values, wherever the array is stored."""
+    if pa.types.is_list(array.type):
+        yield _count_items(array).tobytes()
+        yield from _list_hashed_parts(array.flatten())
+    elif pa.types.is_binary(array.type) or pa.types.is_string(array.type):
+        offsets = np.frombuffer(array.buffers()[1], np.int32)[array.offset : array.offset + len(array) + 1]
+        yield np.diff(offsets).tobytes()
+        if len(array):
+            yield memoryview(array.buffers()[2] or b"")[int(offsets[0]) : int(offsets[-1])]
+    else:
+        yield array.to_numpy(zero_copy_only=False).tobytes()
