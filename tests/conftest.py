@@ -26,6 +26,7 @@ from PIL import Image
 
 from format_fixtures import ROWS, image_bytes
 from llm2clip.config import TuneConfig
+from llm2clip.data import build_table
 from llm2clip.data.pairs import ImageCaptions
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.hub.pretrained import AssetUnavailableError
@@ -121,6 +122,15 @@ def make_tower(folder: Path, architecture: str = "test_efficientnet") -> Path:
     torch.manual_seed(0)
     timm.models.save_for_hf(timm.create_model(architecture), folder, safe_serialization=True)
     return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def table_folder(tmp_path_factory: pytest.TempPathFactory) -> Generator[Path]:
+    """Keep record tables out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("tables")
+        patch.setattr(build_table, "get_cache_dir", lambda: folder)
+        yield folder
 
 
 @pytest.fixture(scope="session")

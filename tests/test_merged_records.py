@@ -8,10 +8,10 @@ import pytest
 
 from format_fixtures import image_bytes, write_jsonl, write_tar
 from llm2clip.data import image_hashes
+from llm2clip.data.build_table import open_table
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.records import EARLY_CHECK_ROWS, ImageCheck, open_records
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.splits import read_merged_records, stream_records
 
 
 def test_tar_images_have_the_same_key_by_any_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,11 +24,11 @@ def test_tar_images_have_the_same_key_by_any_path(tmp_path: Path, monkeypatch: p
     assert link.startswith(str(tmp_path / "link.tar")), "links to files are not resolved"
 
 
-def test_stream_records_reads_a_second_source_with_a_bad_first_row(tmp_path: Path) -> None:
+def test_open_table_reads_a_second_source_with_a_bad_first_row(tmp_path: Path) -> None:
     good = write_jsonl(tmp_path / "a.jsonl", [{"caption": "x"}] * (EARLY_CHECK_ROWS + 1))
     bad = write_jsonl(tmp_path / "b.jsonl", ["not a JSON object", *[{"caption": "x"}] * 50])
     log = SkipLog()
-    assert sum(1 for _ in stream_records([str(good), str(bad)], {}, log)) == EARLY_CHECK_ROWS + 51
+    assert len(open_table([str(good), str(bad)], {}, log, "unchecked")) == EARLY_CHECK_ROWS + 51
     assert log.skipped.total() == 1
 
 
@@ -40,8 +40,8 @@ def test_sources_without_images_name_the_columns(tmp_path: Path) -> None:
         "Select one with --columns image=img_file"
     )
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        read_merged_records([str(tmp_path / "x.csv")], {}, SkipLog())
-    assert len(read_merged_records([str(tmp_path / "x.csv")], {}, SkipLog(), "unchecked")) == 3, "enough for `tune`"
+        open_table([str(tmp_path / "x.csv")], {}, SkipLog())
+    assert len(open_table([str(tmp_path / "x.csv")], {}, SkipLog(), "unchecked")) == 3, "enough for `tune`"
 
 
 def test_unchecked_rows_are_merged_by_image_path_or_id(tmp_path: Path) -> None:
@@ -52,19 +52,19 @@ def test_unchecked_rows_are_merged_by_image_path_or_id(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "paths.jsonl", paths)
     write_jsonl(tmp_path / "ids.jsonl", [{"id": n, "caption": f"{n} {k}"} for n in range(4) for k in range(2)])
     for source in ("cells.parquet", "paths.jsonl", "ids.jsonl"):
-        records = read_merged_records([str(tmp_path / source)], {}, SkipLog(), "unchecked")
-        assert [r.captions for _, r in records] == [(f"{n} 0", f"{n} 1") for n in range(4)]
+        records = open_table([str(tmp_path / source)], {}, SkipLog(), "unchecked")
+        assert [r.captions for r in records] == [(f"{n} 0", f"{n} 1") for n in range(4)]
 
 
 def test_rows_without_id_and_image_are_never_merged(tmp_path: Path) -> None:
     (tmp_path / "some").mkdir()
     for n in range(2):
         write_jsonl(tmp_path / f"some/data.{n}.jsonl", [{"caption": f"{n} {k}"} for k in range(3)])
-    assert len(read_merged_records([str(tmp_path / "some/data.{0..1}.jsonl")], {}, SkipLog(), "unchecked")) == 6
+    assert len(open_table([str(tmp_path / "some/data.{0..1}.jsonl")], {}, SkipLog(), "unchecked")) == 6
     cells = [{"image": {"bytes": image_bytes(n), "path": "image.png"}, "caption": f"{n}"} for n in range(6)]
     pq.write_table(pa.Table.from_pylist(cells), tmp_path / "x.parquet")
     for image_check in ("header", "unchecked", "ignore"):
-        records = read_merged_records([str(tmp_path / "x.parquet")], {}, SkipLog(), image_check)  # type: ignore[arg-type]
+        records = open_table([str(tmp_path / "x.parquet")], {}, SkipLog(), image_check)  # type: ignore[arg-type]
         assert len(records) == 6
 
 
@@ -90,7 +90,7 @@ def write_copies(folder: Path) -> Path:
 def test_copies_of_an_image_are_merged_and_counted(tmp_path: Path, image_check: ImageCheck) -> None:
     source, log = str(write_copies(tmp_path)), SkipLog()
     for _ in range(2):  # the copies are counted once
-        records = [record for _, record in read_merged_records([source], {}, log, image_check)]
+        records = open_table([source], {}, log, image_check)
         assert [record.id for record in records] == ["a", "other-1", f"other{len(image_bytes(0)) // 2}"]
     assert records[0].captions == tuple(f"{name}.jpg {k}" for name in ("a", "copy", "hard", "link") for k in "xy")
     assert log.summary() == "0 of 12 rows skipped; 3 duplicate images merged with the originals"
@@ -104,8 +104,8 @@ def test_copies_in_a_tar_file_are_merged_with_files(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", members)
     (tmp_path / "a.jpg").write_bytes(image)
     write_jsonl(tmp_path / "x.jsonl", [{"image": "a.jpg", "caption": "a"}])
-    records = read_merged_records([str(tmp_path / "x.jsonl"), str(tmp_path / "x.tar")], {}, SkipLog())
-    assert [record.captions for _, record in records] == [("a", "0"), ("1", "2")]
+    records = open_table([str(tmp_path / "x.jsonl"), str(tmp_path / "x.tar")], {}, SkipLog())
+    assert [record.captions for record in records] == [("a", "0"), ("1", "2")]
 
 
 def test_links_are_copies_of_their_target_without_reading_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from llm2clip.config import AlignConfig
 from llm2clip.data.noun_phrases import MIN_IMAGES, add_phrases, extract_phrases
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.table import RecordTable
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.store.encode import embed
 from llm2clip.store.store import EmbeddingStore, remove_phrases_without_embedding
@@ -56,11 +57,11 @@ def test_phrases_of_few_images_are_dropped() -> None:
 
 def test_phrase_column_takes_precedence(tmp_path: Path) -> None:
     rows = [{"captions": ["a dog on a sofa"], "phrases": ["Rex"] if n == 1 else []} for n in range(4)]
-    records = add_phrases(list(open_records(write_jsonl(tmp_path / "data.jsonl", rows))))
+    records = add_phrases(RecordTable.from_records(open_records(write_jsonl(tmp_path / "data.jsonl", rows))))
     assert [record.phrases for record in records] == [(), ("Rex",), (), ()]
     assert records[1].texts == ("a dog on a sofa",)
     rows[1]["phrases"] = []
-    records = add_phrases(list(open_records(write_jsonl(tmp_path / "data.jsonl", rows))))
+    records = add_phrases(RecordTable.from_records(open_records(write_jsonl(tmp_path / "data.jsonl", rows))))
     assert [record.phrases for record in records] == [("dog", "sofa")] * 4
 
 
@@ -79,7 +80,7 @@ def test_column_with_other_values_than_phrases_does_not_cost_the_row(tmp_path: P
 )
 def test_captions_in_other_languages_have_no_phrases(caption: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The French "a" (has) and the Hungarian "a" (the) are not the English article."""
-    records = [Record(str(n), None, (caption.format(n),)) for n in range(5)]
+    records = RecordTable.from_records(Record(str(n), None, (caption.format(n),)) for n in range(5))
     assert add_phrases(records) == records
     assert "add a `phrases` column" in capsys.readouterr().out
 

@@ -10,23 +10,24 @@ import pytest
 
 from format_fixtures import image_row, write_images_and_jsonl, write_jsonl
 from llm2clip.config import EvaluateConfig, TuneConfig
+from llm2clip.data.build_table import open_table
 from llm2clip.data.pairs import ImageCaptions, Pair, read_text_pairs, read_tuning_sources
-from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
-from llm2clip.data.splits import DataSplits, read_merged_records, read_splits
+from llm2clip.data.splits import DataSplits, read_splits
+from llm2clip.data.table import RecordTable
 
 
 def splits_of(*sources: str) -> DataSplits:
     return read_splits(list(sources), EvaluateConfig(), {}, SkipLog())
 
 
-def all_held_out(splits: DataSplits) -> list[Record]:
-    return [record for records in splits.held_out.values() for record in records]
+def all_held_out(splits: DataSplits) -> list[RecordTable]:
+    return list(splits.held_out.values())
 
 
 def sources_of_fit(splits: DataSplits, config: TuneConfig) -> list:
     """Read the tuning sources as `fit` does, for a batch size of 1."""
-    train = [] if config.data or config.text_pairs else splits.train
+    train = None if config.data or config.text_pairs else splits.train
     config = dataclasses.replace(config, batch_size=1)
     return read_tuning_sources(train, all_held_out(splits), config, {}, SkipLog())
 
@@ -35,7 +36,7 @@ def images_of_tune(sources: list[str], config: TuneConfig) -> list[set[str]]:
     """Read the tuning sources as `llm2clip tune` does; return the image numbers of each source."""
     held_out = all_held_out(splits_of(*sources))
     config = dataclasses.replace(config, batch_size=1)
-    items_by_source = read_tuning_sources([], held_out, config, {}, SkipLog(), training_sources=sources)
+    items_by_source = read_tuning_sources(None, held_out, config, {}, SkipLog(), training_sources=sources)
     return [{item.texts[0].split()[0] for item in items} for items in items_by_source]
 
 
@@ -104,7 +105,7 @@ def test_exclude_compares_ids_without_leading_zeros(tmp_path: Path, capsys: pyte
     """COCO's file names have leading zeros (000000000139), its ids do not (139)."""
     rows = [image_row(8, id="139"), image_row(7, id="391895"), image_row(9, id="COCO_val2014_000000391895")]
     coco = write_images_and_jsonl(tmp_path / "c.jsonl", *rows)
-    train = [record for _, record in read_merged_records([coco], {}, SkipLog())]
+    train = open_table([coco], {}, SkipLog())
 
     def remaining(*excluded: str) -> list[str]:
         rows = [image_row(n, id=name) for n, name in enumerate(excluded)]

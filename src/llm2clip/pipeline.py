@@ -5,6 +5,7 @@ running the same command again resumes an interrupted run. `fit` writes a run di
 
     RUN/
       config.yaml            all settings; a resumed run must not change settings that affect the result
+      data/                  record tables: captions, references to the images, phrases (see data/build_table.py)
       skipped.jsonl          rows and images that could not be used, with their file and row number
       skipped_tune.jsonl     the same for the sources in `tune.data` and `tune.text_pairs`
       tune/                  encoder/ (the tuned caption encoder), metrics.jsonl, cra_*.json, checkpoints/
@@ -20,7 +21,7 @@ running the same command again resumes an interrupted run. `fit` writes a run di
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -28,11 +29,14 @@ from typing import Any, Literal
 from transformers.utils import cached_file
 
 from llm2clip.config import AlignConfig, EncoderConfig, EvaluateConfig, FitConfig
+from llm2clip.data.build_table import open_table
+from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
 from llm2clip.data.noun_phrases import add_phrases
 from llm2clip.data.pairs import TuningItem, read_tuning_sources
 from llm2clip.data.records import Record, Source
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.splits import DataSplits, read_splits, stream_records
+from llm2clip.data.splits import DataSplits, read_splits
+from llm2clip.data.table import RecordTable
 from llm2clip.evaluate.reporting.fit_report import build_summary_table, write_fit_report
 from llm2clip.html_report import render_markdown
 from llm2clip.models.export.model_card import write_model_card
@@ -42,14 +46,14 @@ from llm2clip.runs.checkpoint import latest_checkpoint, read_metrics
 from llm2clip.runs.output_folder import CONFIG_FILE, run_lock, save_or_check_config
 from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 from llm2clip.runs.run_description import DURATIONS_FILE, StageClock
-from llm2clip.stages import HeldOut, align, embed, evaluate, open_encoder, tune
+from llm2clip.stages import align, embed, evaluate, open_encoder, tune
 from llm2clip.store.layout import check_identity
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train.clip_finetuning import finetune_clip
 from llm2clip.train.initial_model import PretrainedParts, load_pretrained_parts
 from llm2clip.train.losses import get_loss
 from llm2clip.train.monitoring import make_tracker_options
-from llm2clip.train.sampling import get_training_texts, resolve_images_per_step
+from llm2clip.train.sampling import resolve_images_per_step
 
 # The folder of a caption encoder or LLM contains at least one of these files.
 ENCODER_FILES = ("config.json", "modules.json", "adapter_config.json", "text/modules.json")
@@ -97,25 +101,23 @@ def _run_stages(
 ) -> Path:
     """Run the stages of `fit`. `parts` is None if the model is already trained."""
     log = start_run(run_dir, {"data": list(sources), **dataclasses.asdict(config)}, config.max_skipped)
-    data = read_training_data(sources, config, log)
+    data = read_training_data(sources, config, log, folder=run_dir / "data")
     # A resumed run keeps its number of images per step.
     if latest_checkpoint(run_dir / "align" / "checkpoints") is None:
-        resolve_images_per_step(
-            sum(r.image is not None for r in data.train), config.align, process_state().num_processes
-        )
+        resolve_images_per_step(int(data.train.has_image.sum()), config.align, process_state().num_processes)
     if parts is not None and check_resources is not None and process_state().is_main_process:
         print_once(*check_resources(config, run_dir, data.train))
 
     clock = StageClock(run_dir)
     clock.start("1/4 tune: contrastive training of the language model on captions")
     pairs = _read_fit_tuning_pairs(data.train, data.held_out, config, run_dir)
-    held_out_captions = [record.captions for record in data.held_out["captions"]]
+    held_out_captions = data.held_out["captions"].column("captions").to_pylist()
     encoder = EncoderConfig(path=str(tune(pairs, run_dir / "tune", config.encoder, config.tune, held_out_captions)))
 
     clock.start("2/4 embed: encoding every caption into the store")
-    train_texts = (text for record in data.train for text in get_training_texts(record, config.align.uses_phrases))
-    held_out_texts = (text for column in data.held_out.values() for record in column for text in record.texts)
-    store = embed(chain(train_texts, held_out_texts), run_dir / "store", encoder, config.embed)
+    train_texts = data.train.iterate_texts(TEXT_FIELDS if config.align.uses_phrases else CAPTION_FIELDS)
+    held_out_texts = (table.iterate_texts(CAPTION_FIELDS) for table in data.held_out.values())
+    store = embed(chain(train_texts, *held_out_texts), run_dir / "store", encoder, config.embed)
 
     clock.start("3/4 align: training the vision tower against the store")
     model_dir = align(
@@ -176,15 +178,15 @@ def run_embed(
     Args:
         out: Folder of the embedding store.
         config: Settings. The settings of other stages are ignored.
-        phrases: If True, also encode short phrases from the captions, which requires all captions to fit in memory.
+        phrases: If True, also encode short phrases from the captions.
         engine, ray_workers: See `stages.embed`.
     """
     with run_lock(out):
         log = _open_skip_log(out / "skipped.jsonl", config.max_skipped)
-        records: Iterable[Record] = (r for _, r in stream_records(sources, config.columns, log, "ignore"))
+        records = open_table(sources, config.columns, log, "ignore")
         if phrases:
-            records = add_phrases(list(records))
-        texts = (text for record in records for text in get_training_texts(record, phrases))
+            records = add_phrases(records)
+        texts = records.iterate_texts(TEXT_FIELDS if phrases else CAPTION_FIELDS)
         store = embed(texts, out, config.encoder, config.embed, engine=engine, ray_workers=ray_workers)
         print_once(log.summary())
         return store
@@ -232,15 +234,19 @@ def run_align(
 
 
 def read_training_data(
-    sources: Sequence[str], config: FitConfig, log: SkipLog, keep_selected_splits: bool = False
+    sources: Sequence[str],
+    config: FitConfig,
+    log: SkipLog,
+    keep_selected_splits: bool = False,
+    folder: Path | None = None,
 ) -> DataSplits:
     """Read the records for `align`, including phrases if they are used, and print a summary.
 
     Args:
         log: Log of skipped rows.
-        keep_selected_splits: See `read_splits`.
+        keep_selected_splits, folder: See `read_splits`.
     """
-    data = read_splits(sources, config.evaluate, config.columns, log, keep_selected_splits=keep_selected_splits)
+    data = read_splits(sources, config.evaluate, config.columns, log, "header", keep_selected_splits, folder)
     print_once(data.summary, log.summary())
     if config.align.uses_phrases:
         data.train = add_phrases(data.train)
@@ -248,7 +254,7 @@ def read_training_data(
 
 
 def _read_fit_tuning_pairs(
-    train: Sequence[Record], held_out: HeldOut, config: FitConfig, run_dir: Path
+    train: RecordTable, held_out: dict[str, RecordTable], config: FitConfig, run_dir: Path
 ) -> list[list[TuningItem]]:
     """Return the tuning data for `fit`, or an empty list if tuning is disabled or already complete.
 
@@ -256,11 +262,11 @@ def _read_fit_tuning_pairs(
     """
     if config.tune.steps == 0 or (run_dir / "tune" / "encoder").exists():
         return []
-    own_captions = [] if config.tune.data or config.tune.text_pairs else train
-    excluded = [record for records in held_out.values() for record in records]
+    own_captions = None if config.tune.data or config.tune.text_pairs else train
     has_other_sources = bool(config.tune.data or config.tune.text_pairs or config.tune.exclude)
     log = _open_skip_log(run_dir / "skipped_tune.jsonl" if has_other_sources else None, config.max_skipped)
-    pairs = read_tuning_sources(own_captions, excluded, config.tune, config.columns, log)
+    tables = list(held_out.values())
+    pairs = read_tuning_sources(own_captions, tables, config.tune, config.columns, log, folder=run_dir / "data")
     if has_other_sources:
         print_once(f"tuning data: {log.summary()}")
     return pairs
@@ -270,13 +276,13 @@ def _read_tuning_pairs(sources: Sequence[str], config: FitConfig, log: SkipLog) 
     """Read the tuning data of the `tune` command."""
     if not (sources or config.tune.data or config.tune.text_pairs):
         raise ValueError("Nothing to tune on: pass caption sources, or text pairs with --tune.text_pairs")
-    held_out: list[Record] = []
+    held_out: list[RecordTable] = []
     if any(not Source.parse(source).splits for source in sources):
         data = read_splits(sources, EvaluateConfig(), config.columns, log, "unchecked")
-        held_out = [record for records in data.held_out.values() for record in records]
-        if held_out:
+        held_out = list(data.held_out.values())
+        if any(map(len, held_out)):
             print_once(data.summary)
-    pairs = read_tuning_sources([], held_out, config.tune, config.columns, log, training_sources=sources)
+    pairs = read_tuning_sources(None, held_out, config.tune, config.columns, log, training_sources=sources)
     print_once(log.summary())
     return pairs
 

@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,13 +29,13 @@ from filelock import FileLock
 from llm2clip.data import readers
 from llm2clip.data.columns import TEXT_FIELDS
 from llm2clip.data.image_hashes import find_copies
+from llm2clip.data.image_refs import FileImage, TarImage
 from llm2clip.data.parallel import count_cores, map_in_processes
 from llm2clip.data.readers.parts import FilePart, split_file
 from llm2clip.data.records import ImageCheck, ImageFacts, PartSummary, Record, RecordReader, Source
 from llm2clip.data.skip_log import EventLog, SkipLog
-from llm2clip.data.table import IMAGE_KINDS, NO_IMAGE, Blocks, RecordTable, encode_name, read_metadata, write_rows
+from llm2clip.data.table import IMAGE_KINDS, Blocks, RecordTable, encode_name, read_metadata, write_rows
 from llm2clip.data.texts import deduplicate_captions
-from llm2clip.data.image_refs import FileImage, TarImage
 from llm2clip.io_utils import atomic_dir, atomic_path, get_cache_dir
 from llm2clip.progress import ProgressBar
 
@@ -108,17 +109,17 @@ def mask_same_images(records: RecordTable, candidates: RecordTable) -> np.ndarra
 
     Image files with the same bytes are treated as the same image.
     """
-    keys = [_read_image_keys(table) for table in (records, candidates)]
-    is_same = np.isin(keys[1], keys[0][keys[0] != np.zeros((), keys[0].dtype)])
-    is_same &= candidates.has_image
-    hashes = [_read_copy_hashes(table) for table in (records, candidates)]
-    shared = np.intersect1d(*hashes)
+    keys = [table.numbers("key_high") for table in (records, candidates)]
+    is_same = candidates.has_image & np.isin(keys[1], keys[0][records.has_image])
+    known_hashes, candidate_hashes = _read_copy_hashes(records), _read_copy_hashes(candidates)
+    shared = np.intersect1d(known_hashes, candidate_hashes)
     shared = shared[shared > 0]
-    positions = [np.flatnonzero(np.isin(values, shared)) for values in hashes]
-    known, unknown = (list(table.select(p).get_images()) for table, p in zip((records, candidates), positions))
+    positions = np.flatnonzero(np.isin(candidate_hashes, shared))
+    known = list(records.select(np.isin(known_hashes, shared)).get_images())
+    unknown = list(candidates.select(positions).get_images())
     copies = find_copies([*known, *unknown])
     known_keys = {copies.get(image.key, image.key) for image in known if image is not None}
-    for position, image in zip(positions[1].tolist(), unknown, strict=True):
+    for position, image in zip(positions.tolist(), unknown, strict=True):
         is_same[position] |= image is not None and copies.get(image.key, image.key) in known_keys
     return is_same
 
@@ -162,18 +163,18 @@ def _read_parts(
     sources: Sequence[Source], tasks: Sequence[_PartTask], log: SkipLog, image_check: ImageCheck, workers: int | None
 ) -> None:
     """Read the parts that have not been read before, and check each source when all of its parts are complete."""
-    missing = [task for task in tasks if not task.file.exists()]
-    work = sum(task.estimate_work() for task in missing)
+    missing = {task.file: task for task in tasks if not task.file.exists()}
+    work = sum(task.estimate_work() for task in missing.values())
     if workers is None:
         workers = count_cores() if work >= MIN_PARALLEL_BYTES else 1
-    new_parts = iter(map_in_processes(_read_part, missing, workers))
+    new_parts = iter(map_in_processes(_read_part, list(missing.values()), workers))
     hide = work < MIN_PARALLEL_BYTES or not missing
     num_rows = 0
     with ProgressBar(total=len(tasks), desc="reading data", unit="part", disable=hide) as bar:
         for index, source in enumerate(sources):
             reader = RecordReader(source, log, image_check, require_captions=True)
             for task in [task for task in tasks if task.source_index == index]:
-                if task in missing and (error := next(new_parts)) is not None:
+                if missing.pop(task.file, None) is not None and (error := next(new_parts)) is not None:
                     raise error
                 os.utime(task.file)
                 summary = PartSummary(**read_metadata(str(task.file), "summary"))
@@ -271,7 +272,9 @@ def _open_merged(
     log.count_copies(np.load(folder / "copies.npy"))
     if image_check in ("header", "exists") and len(table) and not table.has_image.any():
         names = ", ".join(str(source) for source in sources)
-        message = f"{names}: none of the {len(table):,} records has an image. Only `tune` and `embed` accept text-only data"
+        message = (
+            f"{names}: none of the {len(table):,} records has an image. Only `tune` and `embed` accept text-only data"
+        )
         raise ValueError("\n".join([message, *log.list_notes()]))
     num_rows = table.blocks.num_rows - len(origins)
     first_rows = np.array(rows)
@@ -326,14 +329,6 @@ def _read_copy_hashes(table: RecordTable) -> np.ndarray:
     return hashes
 
 
-def _read_image_keys(table: RecordTable) -> np.ndarray:
-    """Return the 128-bit key of each record, of shape (N,)."""
-    keys = np.empty(len(table), [("high", np.uint64), ("low", np.uint64)])
-    keys["high"], keys["low"] = table.numbers("key_high"), table.numbers("key_low")
-    keys[table.numbers("image_kind") == NO_IMAGE] = (0, 0)
-    return keys
-
-
 def _merge_rows(
     table: RecordTable, members: np.ndarray, groups: np.ndarray, source_paths: Sequence[str]
 ) -> Iterator[tuple[Record, str, ImageFacts]]:
@@ -367,7 +362,6 @@ def _merge_records(first: Record, second: Record) -> Record:
 
 def _delete_unused(folder: Path) -> None:
     """Delete parts and tables that have not been opened for `UNUSED_DAYS` days."""
-    import shutil
 
     oldest = time.time() - UNUSED_DAYS * 86_400
     for path in [*(folder / "parts").iterdir(), *(folder / "tables").iterdir()]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+
 from llm2clip.data.image_refs import FileImage, ImageRef, LoadedImage, TarImage, resolve_folder
 
 TRAINING_IMAGES_FILE = "training_images.npy"

@@ -9,12 +9,13 @@ captions themselves: a noun is a word that often stands alone between an article
 hat").
 """
 
-import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-from llm2clip.data.records import Record
+import pyarrow as pa
+
+from llm2clip.data.table import RecordTable
 from llm2clip.runs.ranks import print_once
 
 MIN_IMAGES = 3  # phrases and nouns found in the captions of fewer images are discarded, because they are often wrong
@@ -57,14 +58,14 @@ _BOUNDARIES = DETERMINERS | CONNECTIVES | FUNCTION_WORDS
 _TOKEN = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|[^\w\s]|\d+")
 
 
-def add_phrases(records: Sequence[Record]) -> list[Record]:
+def add_phrases(records: RecordTable) -> RecordTable:
     """Return the records with phrases extracted from their captions. Print a message if no phrases are found.
 
     The records are returned unchanged if any record already has phrases from a data column, or if the captions are not
     in English.
     """
-    if any(record.phrases for record in records):
-        return list(records)
+    if records.count_texts("phrases").any():
+        return records
     captions = [record.texts for record in records]
     phrases = extract_phrases(captions) if is_english([text for texts in captions for text in texts]) else []
     if not any(phrases):
@@ -72,8 +73,8 @@ def add_phrases(records: Sequence[Record]) -> list[Record]:
             "No short phrases are used: the captions are not in English, or no phrase occurs in the captions of "
             f"{MIN_IMAGES} or more images. To use your own phrases, add a `phrases` column to the data"
         )
-        return list(records)
-    return [dataclasses.replace(record, phrases=selected) for record, selected in zip(records, phrases, strict=True)]
+        return records
+    return records.with_phrases(pa.chunked_array([pa.array(phrases, pa.list_(pa.string()))]))
 
 
 def is_english(captions: Sequence[str]) -> bool:

@@ -14,7 +14,8 @@ uninterrupted run, regardless of the number of processes.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,12 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from llm2clip.config import TuneConfig
 from llm2clip.data import readers
+from llm2clip.data.build_table import mask_same_images, open_sourced_table
 from llm2clip.data.columns import BadRow, guess_columns
-from llm2clip.data.records import EARLY_CHECK_ROWS, NO_SPLIT, Record, Source
+from llm2clip.data.records import EARLY_CHECK_ROWS, NO_SPLIT, Record, Source, open_records
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.splits import build_same_image_filter, is_training_split, read_merged_records, stream_records
+from llm2clip.data.splits import mask_training_splits
+from llm2clip.data.table import RecordTable
 from llm2clip.data.texts import deduplicate_captions
 from llm2clip.io_utils import DataFormatError
 from llm2clip.runs.ranks import print_once, process_state
@@ -83,12 +86,13 @@ TuningItem = ImageCaptions | Pair
 
 
 def read_tuning_sources(
-    train: Sequence[Record],
-    held_out: Sequence[Record],
+    train: RecordTable | None,
+    held_out: Sequence[RecordTable],
     config: TuneConfig,
     columns: dict[str, str],
     log: SkipLog,
     training_sources: Sequence[str] = (),
+    folder: Path | None = None,
 ) -> list[list[TuningItem]]:
     """Read the training data for `tune`; return one list of items per caption source, then one per text-pair source.
 
@@ -97,13 +101,14 @@ def read_tuning_sources(
 
     Args:
         train: Training records that have already been read. If not empty, they form the first caption source.
-        held_out: Records whose images must not be used for tuning.
+        held_out: Tables of records whose images must not be used for tuning.
         config: Tuning settings. `data` lists caption sources, and `text_pairs` lists text-pair sources. Images in the
             `exclude` sources are never used for tuning.
         columns: Column mapping that extends or overrides each source's own mapping.
         training_sources: Caption sources from which `held_out` may have been drawn. They are read before the sources in
             `config.data`. In all sources, held-out images are recognised by their files. In `config.data`, they are
             also recognised by the comparable part of their ids; see `to_comparable_id`.
+        folder: Folder for the record tables; see `open_table`.
 
     Raises:
         ValueError: The number of source weights is wrong, a source has too few pairs, or there are neither text pairs
@@ -119,24 +124,26 @@ def read_tuning_sources(
             f"--tune.source_weights must have one weight for each of the {num_sources} caption and text-pair sources "
             f"(got {len(config.source_weights)})"
         )
-    excluded_ids = {to_comparable_id(record.id) for _, record in stream_records(config.exclude, columns, log, "ignore")}
-    excluded_or_held_out_ids = excluded_ids | {to_comparable_id(record.id) for record in held_out}
+    excluded_ids = _read_comparable_ids(config.exclude, columns, log)
+    excluded_or_held_out_ids = excluded_ids | {to_comparable_id(record.id) for table in held_out for record in table}
     parsed_training_sources = {(source.path, source.splits) for source in map(Source.parse, training_sources)}
 
-    num_read = len(train)
+    num_read = len(train or ())
     captions: list[list[TuningItem]] = []
     if train:
         captions.append([_to_item(record) for record in train if to_comparable_id(record.id) not in excluded_ids])
     for group in groups:
-        records = read_merged_records(group, columns, log, "unchecked")
+        records, source_of_record = open_sourced_table(group, columns, log, "unchecked", folder)
         num_read += len(records)
-        is_held_out = build_same_image_filter(held_out, [record for _, record in records])
+        parsed = [Source.parse(source) for source in group]
+        is_selected = mask_training_splits(records) | np.array([bool(s.splits) for s in parsed])[source_of_record]
+        for table in held_out:
+            is_selected &= ~mask_same_images(table, records)
+        is_training_source = [(source.path, source.splits) in parsed_training_sources for source in parsed]
         items: list[TuningItem] = []
-        for source, record in records:
-            is_training_source = (source.path, source.splits) in parsed_training_sources
-            forbidden_ids = excluded_ids if is_training_source else excluded_or_held_out_ids
-            is_selected = bool(source.splits) or is_training_split(record)
-            if is_selected and to_comparable_id(record.id) not in forbidden_ids and not is_held_out(record):
+        for record, index in zip(records.select(is_selected), source_of_record[is_selected].tolist(), strict=True):
+            forbidden_ids = excluded_ids if is_training_source[index] else excluded_or_held_out_ids
+            if to_comparable_id(record.id) not in forbidden_ids:
                 items.append(_to_item(record))
         captions.append(items)
     num_removed = num_read - sum(len(items) for items in captions)
@@ -153,6 +160,15 @@ def read_tuning_sources(
     removed = f"; {num_removed:,} images excluded" if num_removed else ""
     print_once(f"tuning on {' + '.join(counts)}{removed}")
     return [*captions, *pairs]
+
+
+def _read_comparable_ids(sources: Sequence[str], columns: dict[str, str], log: SkipLog) -> set[str]:
+    ids: set[str] = set()
+    for name in sources:
+        source = Source.parse(name)
+        source = replace(source, columns={**source.columns, **columns})
+        ids.update(to_comparable_id(record.id) for record in open_records(source, log, "ignore"))
+    return ids
 
 
 def to_comparable_id(record_id: str) -> str:

@@ -1,25 +1,25 @@
-"""Reading several data sources, merging records with the same image, and choosing held-out images."""
+"""Reading several data sources and choosing held-out images."""
 
 import dataclasses
-import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
 
 from llm2clip.config import EvaluateConfig
-from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
-from llm2clip.data.image_hashes import find_copies
-from llm2clip.data.records import NO_SPLIT, ImageCheck, Record, Source, open_records
+from llm2clip.data.build_table import mask_same_images, open_sourced_table, open_table
+from llm2clip.data.columns import CAPTION_FIELDS
+from llm2clip.data.records import NO_SPLIT, ImageCheck, Record, Source
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.texts import deduplicate_captions
+from llm2clip.data.table import RecordTable, decode_name
 
 TRAIN_SPLITS = (NO_SPLIT, "train", "training", "restval")
 HELD_OUT_SPLITS = ("val", "validation", "valid", "dev", "test")  # the first of these splits that exists is held out
 HELD_OUT_DIVISOR = 10  # one in this many images is held out if the data has no held-out split
 MAX_HELD_OUT = 1000  # maximum number of images to hold out if the data has no held-out split
-
-SourcedRecord = tuple[Source, Record]
 
 
 @dataclass
@@ -35,8 +35,8 @@ class DataSplits:
             commands that use only the held-out records.
     """
 
-    train: list[Record]
-    held_out: dict[str, list[Record]]
+    train: RecordTable
+    held_out: dict[str, RecordTable]
     summary: str
     rule: str
 
@@ -48,6 +48,7 @@ def read_splits(
     log: SkipLog,
     image_check: ImageCheck = "header",
     keep_selected_splits: bool = False,
+    folder: Path | None = None,
 ) -> DataSplits:
     """Read sources and divide their records into training and held-out records. Each image has one record.
 
@@ -68,36 +69,46 @@ def read_splits(
         image_check: How to check images; see `open_records`.
         keep_selected_splits: If True and all sources have selected splits, hold out no images instead of applying
             rule 3.
+        folder: Folder for the record tables; see `open_table`.
     """
-    records = read_merged_records(sources, columns, log, image_check)
-    splits = Counter(record.split or NO_SPLIT for _, record in records if record.image is not None)
-    train = [(source, record) for source, record in records if source.splits or is_training_split(record)]
-    other = [(source, record) for source, record in records if not source.splits and not is_training_split(record)]
-    notes = []
-    other_splits = {_get_split_name(record) for _, record in other}
+    records, source_of_record = open_sourced_table(sources, columns, log, image_check, folder)
+    parsed = [Source.parse(source) for source in sources]
+    has_selection = np.array([bool(source.splits) for source in parsed], bool)[source_of_record]
+    split_names, split_of_record = _read_split_names(records)
+    in_training_split = _mask_splits(split_names, split_of_record, TRAIN_SPLITS)
+    is_training = has_selection | in_training_split
+    other_splits = {split_names[n].lower() for n in np.unique(split_of_record[~is_training])}
     held_out_split = next((name for name in HELD_OUT_SPLITS if name in other_splits), None)
+    is_held_out = np.zeros(len(records), bool)
+    notes = []
+    held_out_sources = parsed
     if config.data:
-        held_out = read_merged_records(config.data, columns, log, image_check)
-        is_held_out = build_same_image_filter([record for _, record in held_out], [record for _, record in train])
-        num_before = len(train)
-        train = [(source, record) for source, record in train if not is_held_out(record)]
-        if num_leaked := num_before - len(train):
+        held_out_sources = [Source.parse(source) for source in config.data]
+        held_out, source_of_held_out = open_sourced_table(config.data, columns, log, image_check, folder)
+        is_leaked = is_training & mask_same_images(held_out, records)
+        is_training &= ~is_leaked
+        if num_leaked := int(is_leaked.sum()):
             notes.append(f"{num_leaked:,} held-out images removed from training")
-    elif held_out_split is not None:
-        held_out = [(source, record) for source, record in other if _get_split_name(record) == held_out_split]
-        other = [(source, record) for source, record in other if _get_split_name(record) != held_out_split]
-    elif keep_selected_splits and all(Source.parse(source).splits for source in sources):
-        held_out = []
     else:
-        train, held_out = _draw_held_out(train)
-    if other:
-        names = ", ".join(sorted({str(record.split) for _, record in other}))
-        notes.append(f"{len(other):,} records from other splits ({names}) not used")
-    held_out = [(source, record) for source, record in held_out if record.image is not None]
-    num_images = sum(record.image is not None for _, record in train)
+        if held_out_split is not None:
+            is_held_out = ~is_training & _mask_splits(split_names, split_of_record, (held_out_split,))
+        elif not (keep_selected_splits and all(source.splits for source in parsed)):
+            is_held_out = _draw_held_out(records, is_training, has_selection)
+            is_training &= ~is_held_out
+        held_out, source_of_held_out = records.select(is_held_out), source_of_record[is_held_out]
+    is_other = ~has_selection & ~in_training_split & ~is_held_out
+    if num_other := int(is_other.sum()):
+        names = ", ".join(sorted(split_names[n] for n in np.unique(split_of_record[is_other])))
+        notes.append(f"{num_other:,} records from other splits ({names}) not used")
+    held_out_sources = [held_out_sources[n] for n in np.unique(source_of_held_out[held_out.has_image])]
+    held_out = held_out.select(held_out.has_image)
+    train = records.select(is_training)
+    num_images = int(train.has_image.sum())
+    image_counts = np.bincount(split_of_record[records.has_image], minlength=len(split_names)).tolist()
+    splits = Counter({name: count for name, count in zip(split_names, image_counts, strict=True) if count})
     return DataSplits(
-        train=[record for _, record in train],
-        held_out=_group_by_caption_field(held_out, config.fields, columns),
+        train=train,
+        held_out=_group_by_caption_field(held_out, held_out_sources, config.fields, columns, folder),
         summary=", ".join([f"{num_images:,} training images", f"{len(held_out):,} held out", *notes]),
         rule=_describe_rule(len(held_out), held_out_split, splits),
     )
@@ -118,9 +129,9 @@ def _describe_rule(num_held_out: int, held_out_split: str | None, splits: Counte
     )
 
 
-def is_training_split(record: Record) -> bool:
-    """Return True if a record is in a training split or has no split."""
-    return _get_split_name(record) in TRAIN_SPLITS
+def mask_training_splits(records: RecordTable) -> np.ndarray:
+    """Return a boolean mask of the records that are in a training split or have no split, of shape (N,)."""
+    return _mask_splits(*_read_split_names(records), TRAIN_SPLITS)
 
 
 def replace_captions(record: Record, captions: tuple[str, ...]) -> Record:
@@ -128,131 +139,49 @@ def replace_captions(record: Record, captions: tuple[str, ...]) -> Record:
     return dataclasses.replace(record, captions=captions, short_captions=(), long_captions=())
 
 
-def _get_split_name(record: Record) -> str:
-    return record.split.lower() if record.split else NO_SPLIT
+def _read_split_names(records: RecordTable) -> tuple[list[str], np.ndarray]:
+    """Return the names of all splits, and the index of each record's split, of shape (N,)."""
+    encoded = pc.fill_null(records.column("split"), NO_SPLIT.encode()).dictionary_encode().unify_dictionaries()
+    names = encoded.chunk(0).dictionary.to_pylist() if encoded.num_chunks else []
+    indices = [chunk.indices.to_numpy() for chunk in encoded.chunks]
+    return [decode_name(name) for name in names], np.concatenate([np.empty(0, np.int32), *indices])
 
 
-def _draw_held_out(train: Sequence[SourcedRecord]) -> tuple[list[SourcedRecord], list[SourcedRecord]]:
-    """Hold out a tenth of the images, chosen by hash. Return (remaining training records, held-out records)."""
-    candidates = [record for source, record in train if not source.splits] or [record for _, record in train]
-    shuffled = sorted((record for record in candidates if record.image is not None), key=_hash_record)
-    count = min(MAX_HELD_OUT, max(1, len(shuffled) // HELD_OUT_DIVISOR))
-    drawn = {id(record) for record in shuffled[:count]}
-    held_out = [(source, record) for source, record in train if id(record) in drawn]
-    return [(source, record) for source, record in train if id(record) not in drawn], held_out
+def _mask_splits(names: Sequence[str], split_of_record: np.ndarray, splits: Sequence[str]) -> np.ndarray:
+    """Return a boolean mask of the records in these splits (in lower case), of shape (N,)."""
+    is_selected = np.array([name.lower() in splits for name in names], bool)
+    return is_selected[split_of_record] if len(names) else np.zeros(len(split_of_record), bool)
 
 
-def _hash_record(record: Record) -> str:
-    # The captions are included because several records may have the same id. surrogatepass is needed because an id may
-    # come from a file name that is not UTF-8.
-    return hashlib.sha256("\0".join([record.id, *record.texts]).encode(errors="surrogatepass")).hexdigest()
+def _draw_held_out(records: RecordTable, is_training: np.ndarray, has_selection: np.ndarray) -> np.ndarray:
+    """Choose a tenth of the training images by hash. Return a boolean mask of the held-out records, of shape (N,)."""
+    is_candidate = is_training & ~has_selection
+    if not is_candidate.any():
+        is_candidate = is_training
+    candidates = np.flatnonzero(is_candidate & records.has_image)
+    count = min(MAX_HELD_OUT, max(1, len(candidates) // HELD_OUT_DIVISOR))
+    hashes = records.select(candidates).numbers("draw_hash")
+    is_held_out = np.zeros(len(records), bool)
+    is_held_out[candidates[np.argsort(hashes, kind="stable")[:count]]] = True
+    return is_held_out
 
 
 def _group_by_caption_field(
-    held_out: Sequence[SourcedRecord], extra_columns: Sequence[str], columns: dict[str, str]
-) -> dict[str, list[Record]]:
+    held_out: RecordTable,
+    sources: Sequence[Source],
+    extra_columns: Sequence[str],
+    columns: dict[str, str],
+    folder: Path | None,
+) -> dict[str, RecordTable]:
     """Group held-out records by caption field. For each extra caption column, read the sources again."""
-    records = [record for _, record in held_out]
-    fields = {"captions": [record for record in records if record.captions]}
+    fields = {"captions": held_out.select(held_out.count_texts("captions") > 0)}
     for name in CAPTION_FIELDS[1:]:
-        if any(getattr(record, name) for record in records):
-            fields[name] = [replace_captions(record, getattr(record, name)) for record in records]
-    sources = [Source(path, splits) for path, splits in dict.fromkeys((s.path, s.splits) for s, _ in held_out)]
+        if held_out.count_texts(name).any():
+            fields[name] = held_out.use_as_captions(name)
+    sources = [Source(path, splits) for path, splits in dict.fromkeys((s.path, s.splits) for s in sources)]
     for name in extra_columns:
         only_this_column = {**columns, **dict.fromkeys(CAPTION_FIELDS, ""), "captions": name}
         quiet = SkipLog(max_skipped=1.0)  # some rows are expected to have no caption in this column
-        candidates = read_merged_records(sources, only_this_column, quiet, image_check="exists")
-        is_held_out = build_same_image_filter(records, [record for _, record in candidates])
-        fields[name] = [record for _, record in candidates if is_held_out(record)]
+        candidates = open_table(sources, only_this_column, quiet, "exists", folder)
+        fields[name] = candidates.select(mask_same_images(held_out, candidates))
     return fields
-
-
-# ---- merging records -------------------------------------------------------------------------------------------------
-
-
-def read_merged_records(
-    sources: Sequence[str | Source], columns: dict[str, str], log: SkipLog, image_check: ImageCheck = "header"
-) -> list[SourcedRecord]:
-    """Read all records from several sources and merge records with the same image.
-
-    Rows with the same image are merged into one record with all their distinct captions, even if the sources differ.
-    The merged record keeps the id, split and source of the first row. Image files with the same bytes are treated as
-    the same image; see `find_copies`. Rows without an image are merged if they have the same id, source path and split.
-
-    Args:
-        columns: Column mapping that extends or overrides each source's own mapping.
-        log: Skip log. It records skipped rows and counts duplicate images.
-        image_check: How to check images; see `open_records`. If "ignore", the bytes of image files are not compared.
-
-    Returns:
-        A list with one (source, record) pair per image, in order of first appearance.
-
-    Raises:
-        ValueError: Images are checked, but no record has an image. See `open_records` for other errors.
-    """
-    merged: dict[Any, SourcedRecord] = {}
-
-    def add(key: Any, source: Source, record: Record) -> None:
-        if key in merged:
-            source, first = merged[key]
-            record = _merge_records(first, record)
-        merged[key] = source, record
-
-    for number, (source, record) in enumerate(stream_records(sources, columns, log, image_check)):
-        add(_build_merge_key(source, record, number), source, record)
-    if image_check in ("header", "exists") and merged and not any(record.image for _, record in merged.values()):
-        names = ", ".join(str(source) for source in sources)
-        message = (
-            f"{names}: none of the {len(merged):,} records has an image. Only `tune` and `embed` accept text-only data"
-        )
-        raise ValueError("\n".join([message, *log.list_notes()]))
-    if image_check != "ignore":
-        copies = find_copies(record.image for _, record in merged.values())
-        log.count_copies(copies)
-        for copy, first_key in copies.items():
-            add(first_key, *merged.pop(copy))
-    return list(merged.values())
-
-
-def stream_records(
-    sources: Sequence[str | Source], columns: dict[str, str], log: SkipLog, image_check: ImageCheck = "header"
-) -> Iterator[SourcedRecord]:
-    """Yield (source, record) for each record in several sources, in order. Do not merge records.
-
-    The arguments are the same as for `read_merged_records`.
-    """
-    for name in sources:
-        parsed = Source.parse(name)
-        source = dataclasses.replace(parsed, columns={**parsed.columns, **columns})
-        for record in open_records(source, log, image_check):
-            yield source, record
-
-
-def build_same_image_filter(records: Sequence[Record], candidates: Sequence[Record]) -> Callable[[Record], bool]:
-    """Return a function that checks whether a candidate has the same image as one of the records.
-
-    Image files with the same bytes are treated as the same image. All candidates must be passed in a single call, so
-    that only files of the same size need to be compared.
-    """
-    copies = find_copies([record.image for record in [*records, *candidates]])
-
-    def get_image_key(record: Record) -> str | None:
-        return None if record.image is None else copies.get(record.image.key, record.image.key)
-
-    keys = {get_image_key(record) for record in records} - {None}
-    return lambda candidate: get_image_key(candidate) in keys
-
-
-def _build_merge_key(source: Source, record: Record, number: int) -> Any:
-    if record.image is not None and record.image.identifies_image:
-        return record.image.key
-    if record.id_from_source:
-        return source.path, record.split, record.id
-    return number  # nothing identifies the image, so the record is never merged
-
-
-def _merge_records(first: Record, second: Record) -> Record:
-    texts: dict[str, Any] = {}
-    for name in TEXT_FIELDS:
-        texts[name] = tuple(deduplicate_captions([*getattr(first, name), *getattr(second, name)]))
-    return dataclasses.replace(first, **texts)

@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -318,7 +319,9 @@ class Blocks:
     def take(self, rows: np.ndarray, columns: Sequence[str]) -> pa.RecordBatch:
         """Return some columns of N rows. Adjacent rows of one batch are not copied."""
         if not len(rows):
-            return pa.RecordBatch.from_arrays([pa.array([], SCHEMA.field(name).type) for name in columns], list(columns))
+            return pa.RecordBatch.from_arrays(
+                [pa.array([], SCHEMA.field(name).type) for name in columns], list(columns)
+            )
         batch_of_row = np.searchsorted(self.starts, rows, side="right") - 1
         bounds = [0, *(np.flatnonzero(np.diff(batch_of_row)) + 1).tolist(), len(rows)]
         if len(bounds) > 64 and len(bounds) > 2 * len(self.batches):  # rows in random order: visit each batch once
@@ -327,7 +330,7 @@ class Blocks:
             inverse[order] = np.arange(len(order))
             return self.take(rows[order], columns).take(pa.array(inverse))
         pieces = []
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, stop in pairwise(bounds):
             batch = self.batches[batch_of_row[start]].select(list(columns))
             local = rows[start:stop] - self.starts[batch_of_row[start]]
             if local[-1] - local[0] == len(local) - 1 and (len(local) < 3 or np.all(np.diff(local) == 1)):

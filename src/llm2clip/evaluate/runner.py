@@ -12,10 +12,11 @@ import torch
 import yaml
 
 from llm2clip.config import EncoderConfig, EvaluateConfig, EvaluateOptions
+from llm2clip.data.build_table import open_table
 from llm2clip.data.image_hashes import count_training_images, load_training_image_hashes
 from llm2clip.data.records import Source
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.splits import read_merged_records, read_splits
+from llm2clip.data.splits import read_splits
 from llm2clip.evaluate.benchmark_eval import BenchmarkResult, run_benchmark
 from llm2clip.evaluate.benchmarks import Benchmark, get_benchmarks, has_user_data
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy, open_text_encoder
@@ -95,9 +96,9 @@ def evaluate_models(
     title_name = get_display_names(models or [encoder.path])[0]
 
     if options.captions:
-        records = read_merged_records(options.captions, options.columns, log, "unchecked")
+        records = open_table(options.captions, options.columns, log, "unchecked")
         results["caption retrieval"] = caption_retrieval_accuracy(
-            [record.captions for _, record in records],
+            [record.captions for record in records],
             open_text_encoder(models[0] if models else None, encoder, options.trust_remote_code),
             all_pairs=options.all_pairs,
             num_mistakes=3 if options.mistakes is None else options.mistakes,

@@ -13,12 +13,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from llm2clip.data.build_table import open_table
 from llm2clip.data.columns import BadRow
 from llm2clip.data.image_refs import FileImage, is_safe_relative_path
 from llm2clip.data.readers.json_files import read_json_lines, read_json_list
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.splits import read_merged_records
 from llm2clip.llava.chat_template import Conversation, clean_text
 
 # These prompts are part of the training data: changing them changes the results.
@@ -65,8 +65,7 @@ def read_conversations(
             conversations += read_llava(source, images, log)
         else:
             # Merge rows with the same image, because an object is present if any of the rows mentions it.
-            records = [record for _, record in read_merged_records([source], columns or {}, log)]
-            conversations += from_records(records, seed)
+            conversations += from_records(open_table([source], columns or {}, log), seed)
     return conversations
 
 

@@ -356,11 +356,11 @@ def get_available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 # ---- captions without an embedding ---------------------------------------------------------------------------------
 
 
-def drop_refused_captions(records: Sequence[Record], store: EmbeddingStore) -> list[Record]:
+def drop_refused_captions(records: Sequence[Record], store: EmbeddingStore) -> Sequence[Record]:
     """Remove captions that the tokenizer could not encode, and drop records that have no captions left."""
     refused = {row["caption"] for row in read_refused_captions(store.folder)}
     if not refused:
-        return list(records)
+        return records
     remaining = []
     for record in records:
         captions: dict[str, Any] = {}
@@ -372,7 +372,7 @@ def drop_refused_captions(records: Sequence[Record], store: EmbeddingStore) -> l
     return remaining
 
 
-def remove_phrases_without_embedding(records: Sequence[Record], store: EmbeddingStore) -> list[Record]:
+def remove_phrases_without_embedding(records: Sequence[Record], store: EmbeddingStore) -> Sequence[Record]:
     """Remove phrases that have no embedding because they occurred in too few images when the store was created.
 
     Print a message if the store has no phrase embeddings.
@@ -386,7 +386,7 @@ def remove_phrases_without_embedding(records: Sequence[Record], store: Embedding
         )
     missing = {phrase for phrase, stored in zip(phrases, is_stored, strict=True) if not stored}
     if not missing:
-        return list(records)
+        return records
     return [
         dataclasses.replace(record, phrases=tuple(phrase for phrase in record.phrases if phrase not in missing))
         for record in records

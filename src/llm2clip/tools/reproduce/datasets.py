@@ -7,10 +7,12 @@ from functools import cached_property
 from pathlib import Path
 
 from llm2clip.config import EvaluateConfig, ReproduceConfig, TuneConfig
+from llm2clip.data.build_table import mask_same_images, open_table
 from llm2clip.data.pairs import ImageCaptions, Pair, read_text_pairs, read_tuning_sources
 from llm2clip.data.records import Record, Source
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.splits import build_same_image_filter, read_merged_records, read_splits, replace_captions
+from llm2clip.data.splits import read_splits, replace_captions
+from llm2clip.data.table import RecordTable
 from llm2clip.runs.ranks import print_once
 
 WORDNET = Path("/usr/share/wordnet")  # from Debian's wordnet-base package
@@ -36,7 +38,7 @@ class ClaimData:
         existing = [source for source in long_sources if (self.folder / Source.parse(source).path).exists()]
         excluded = [*self.config.exclude, *self.config.test, *self.config.cra, *existing]
         config = TuneConfig(data=self._resolve_paths(self.config.tune), exclude=self._resolve_paths(excluded), steps=0)
-        (items,) = read_tuning_sources([], [], config, {}, self.log)
+        (items,) = read_tuning_sources(None, [], config, {}, self.log)
         images = [item for item in items if isinstance(item, ImageCaptions)]
         return [dataclasses.replace(image, long=image.long or join_halves(image.short)) for image in images]
 
@@ -61,9 +63,9 @@ class ClaimData:
         for all images would double the embedding time.
         """
         tested = [*self.config.test, *self.config.long_caption_sources]
-        records = [record for record in self._read_records(self.config.train) if record.image is not None]
-        is_tested = build_same_image_filter(self._read_records(tested), records)
-        train = [record for record in records if not is_tested(record)]
+        records = self._read_records(self.config.train)
+        records = records.select(records.has_image)
+        train = list(records.select(~mask_same_images(self._read_records(tested), records)))
         if len(train) < len(records):
             print_once(f"{len(records) - len(train):,} test images excluded from training")
         for n, record in enumerate(train):
@@ -72,12 +74,12 @@ class ClaimData:
         return train
 
     @cached_property
-    def caption_test_records(self) -> list[Record]:
+    def caption_test_records(self) -> Sequence[Record]:
         """Test images with their English captions."""
         return self._read_held_out([])["captions"]
 
     @cached_property
-    def foreign_test(self) -> list[Record]:
+    def foreign_test(self) -> Sequence[Record]:
         """Test images with captions in another language."""
         column = self.config.foreign_column
         if not column:
@@ -106,7 +108,7 @@ class ClaimData:
         tests["whole caption"] = [replace_captions(record, (record.long_captions[0],)) for record in records]
         return tests
 
-    def get_test_records(self, name: str) -> list[Record]:
+    def get_test_records(self, name: str) -> Sequence[Record]:
         """Return the records of a test: CAPTIONS_TEST, FOREIGN_TEST or a key of `long_caption_tests`."""
         if name == CAPTIONS_TEST:
             return self.caption_test_records
@@ -117,11 +119,10 @@ class ClaimData:
     def _resolve_paths(self, sources: Sequence[str]) -> list[str]:
         return [str(self.folder / source) for source in sources]
 
-    def _read_records(self, sources: Sequence[str], images: bool = True) -> list[Record]:
-        records = read_merged_records(self._resolve_paths(sources), {}, self.log, "header" if images else "unchecked")
-        return [record for _, record in records]
+    def _read_records(self, sources: Sequence[str], images: bool = True) -> RecordTable:
+        return open_table(self._resolve_paths(sources), {}, self.log, "header" if images else "unchecked")
 
-    def _read_held_out(self, fields: list[str]) -> dict[str, list[Record]]:
+    def _read_held_out(self, fields: list[str]) -> dict[str, RecordTable]:
         config = EvaluateConfig(data=self._resolve_paths(self.config.test), fields=fields)
         return read_splits([], config, {}, self.log).held_out
 
