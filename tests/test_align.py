@@ -32,9 +32,9 @@ from conftest import (
     run_distributed,
 )
 from llm2clip.config import AlignConfig
+from llm2clip.data.image_order import draw_random_order
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import load_image
-from llm2clip.data.random_streams import draw_epoch_permutation
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
 from llm2clip.data.transforms import EvalTransform
@@ -190,7 +190,7 @@ def test_align_trains_the_heads_of_a_frozen_tower_on_its_features(
     losses = [line["loss"] for line in metrics_of(run_dir)]
     assert len(losses) == 60 * 2 and losses[-1] < 0.8 * losses[0]
 
-    first = [records[int(i)] for i in draw_epoch_permutation(30, config.seed, 0)[:15]]
+    first = [records[int(i)] for i in draw_random_order(30, config.seed, 0)[:15]]
     pixels = torch.stack([EvalTransform(model.tower.preprocess)(load_image(r.image)) for r in first])
     rows = np.concatenate([store.find_rows(r.texts) for r in first])
     image_of_text = torch.tensor([n for n, record in enumerate(first) for _ in record.texts])

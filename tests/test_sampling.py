@@ -29,6 +29,7 @@ from llm2clip.train.sampling import (
     resolve_decoding_workers,
     resolve_images_per_step,
 )
+from test_counter_random import reference_hash
 
 EFFICIENTNET = "test_efficientnet"
 
@@ -100,10 +101,10 @@ def test_caption_mix_weights_the_kinds_of_captions(records: list[Record], store:
 
 @pytest.mark.parametrize("captions_per_image", [0, 1, 4, 9])
 @pytest.mark.parametrize("weights", [(1.0, 0.0, 0.0), (0.0, 0.0, 3.0), (0.5, 0.3, 0.2), (1.0, 0.0, 7.0)], ids=str)
-def test_captions_of_a_batch_are_those_sampled_for_each_image_by_numpy(
+def test_captions_of_a_batch_are_those_sampled_for_each_image_separately(
     captions_per_image: int, weights: tuple[float, ...]
 ) -> None:
-    """The reference samples the captions of each image separately."""
+    """The reference samples the captions of each image in Python."""
     rng = np.random.default_rng(0)
     kinds = []
     for most in (6, 1, 11):  # every image has a caption of the second kind
@@ -112,30 +113,40 @@ def test_captions_of_a_batch_are_those_sampled_for_each_image_by_numpy(
     indexes = [CaptionRows(NumberedCaptions(), captions) for captions in kinds]
     config = dataclasses.replace(ALIGN, captions_per_image=captions_per_image, seed=12)
     epochs, images = rng.integers(0, 3, 300), rng.integers(0, 200, 300)
-    rows, image_of_caption = CaptionSampler(indexes, weights, config).sample(epochs, images)
+    sampler = CaptionSampler(indexes, weights, config)
+    rows, image_of_caption = sampler.sample(epochs, images)
     assert rows.dtype == image_of_caption.dtype == np.int64
     for n, (epoch, image) in enumerate(zip(epochs.tolist(), images.tolist(), strict=True)):
-        captions_by_kind = [np.unique([int(row) for row in captions[image]]).astype(int) for captions in kinds]
-        expected = sample_with_numpy(captions_by_kind, weights, captions_per_image, (12, epoch, image))
+        captions_by_kind = [sorted({int(row) for row in captions[image]}) for captions in kinds]
+        expected = sample_captions(captions_by_kind, weights, captions_per_image, (12, epoch, image))
         assert rows[image_of_caption == n].tolist() == expected
+        alone, _ = sampler.sample(epochs[n : n + 1], images[n : n + 1])
+        assert alone.tolist() == expected, "the other images of a batch make no difference"
     assert (np.diff(image_of_caption) >= 0).all()
 
 
-def sample_with_numpy(
-    captions_by_kind: list[np.ndarray], kind_weights: Sequence[float], captions_per_image: int, seed: tuple[int, ...]
+def sample_captions(
+    captions_by_kind: list[list[int]], kind_weights: Sequence[float], captions_per_image: int, seed: tuple[int, ...]
 ) -> list[int]:
-    """Sample the captions of a single image with NumPy's random number generator."""
-    rng = np.random.default_rng(seed)
-    kinds = [(rows, weight) for rows, weight in zip(captions_by_kind, kind_weights, strict=True) if len(rows)]
-    if not any(weight for _, weight in kinds):
-        kinds = [(rows, 1.0) for rows, _ in kinds]
-    kinds = [(rng.permutation(rows), weight) for rows, weight in kinds if weight]
+    """Sample the captions of a single image with the reference hash."""
+    kinds = [kind for kind, rows in enumerate(captions_by_kind) if rows]
+    weights = [kind_weights[kind] for kind in kinds]
+    if not any(weights):
+        weights = [1.0] * len(kinds)
+    shuffled = []
+    for kind in kinds:
+        rows = captions_by_kind[kind]
+        order = sorted(range(len(rows)), key=lambda n, kind=kind: reference_hash(*seed, 2, kind, n))  # type: ignore[misc]
+        shuffled.append([rows[n] for n in order])
     if captions_per_image == 0:
-        return [int(row) for rows, _ in kinds for row in rows]
-    weights = np.array([weight for _, weight in kinds])
-    remaining = [rows.tolist() for rows, _ in kinds]
-    sampled_kinds = rng.choice(len(kinds), captions_per_image, p=weights / weights.sum())
-    return [remaining[kind].pop(0) for kind in sampled_kinds if remaining[kind]]
+        return [row for rows, weight in zip(shuffled, weights, strict=True) if weight for row in rows]
+    sampled = []
+    for draw in range(captions_per_image):
+        number = (reference_hash(*seed, 1, draw) >> 11) / 2**53 * sum(weights)
+        kind = next(n for n in range(len(kinds)) if number < sum(weights[: n + 1]))
+        if shuffled[kind]:
+            sampled.append(shuffled[kind].pop(0))
+    return sampled
 
 
 def test_resolve_images_per_step_rejects_wrong_settings() -> None:

@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from llm2clip.config import AlignConfig
 from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
+from llm2clip.data.counter_random import hash_counters, shuffle_rows, to_unit_interval
 from llm2clip.data.image_loader import SharedRefs, decode_or_error, skip_finalization
-from llm2clip.data.random_streams import RandomStreams, draw_epoch_permutation
+from llm2clip.data.image_order import draw_random_order
 from llm2clip.data.records import Record
 from llm2clip.data.transforms import TrainTransform
 from llm2clip.models.llm2clip import LLM2CLIP
@@ -30,6 +31,8 @@ from llm2clip.store.image_features import make_image_keys
 from llm2clip.store.store import EmbeddingStore
 
 Sample = tuple[int, int]  # (epoch, image index)
+# Uses of random numbers, as counters after the seed, the epoch and the image.
+_CROP, _KINDS, _CAPTIONS = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,7 @@ class AlignBatches:
         for step in range(first_step, len(self)):
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
             if epoch != order_epoch:
-                order, order_epoch = draw_epoch_permutation(self.image_count, self.config.seed, epoch), epoch
+                order, order_epoch = draw_random_order(self.image_count, self.config.seed, epoch), epoch
             start = step_in_epoch * self.images_per_step
             images = order[start : start + self.images_per_step]
             yield [(epoch, int(image)) for image in images[self.rank :: self.world_size]]
@@ -278,7 +281,7 @@ class _ImageDataset(Dataset):
         """
         epoch, image = sample
         ref = self.refs[image]
-        seed = int(np.random.SeedSequence([self.seed, epoch, image]).generate_state(1)[0])
+        seed = int(hash_counters(self.seed, epoch, image, _CROP))
         generator = torch.Generator().manual_seed(seed)
         return str(ref), decode_or_error(ref, partial(self.transform, generator=generator)), sample
 
@@ -353,8 +356,7 @@ class CaptionSampler:
     are sampled without replacement, so an image with few captions may receive fewer than requested. If all of an
     image's kinds have weight 0, they are sampled with equal weights.
 
-    For image i, random numbers are taken from `np.random.default_rng([seed, epoch, i])`: the first ones permute the
-    captions of each kind, and the next ones select the kind of each sampled caption.
+    The random numbers are hashes of the seed, the epoch and the image (see `counter_random`).
     """
 
     def __init__(self, captions_by_kind: Sequence[CaptionRows], weights: Sequence[float], config: AlignConfig) -> None:
@@ -383,26 +385,28 @@ class CaptionSampler:
         used |= (counts > 0) & ~used.any(axis=0)
         counts = np.where(used, counts, 0)
 
-        streams = RandomStreams(self.seed, epochs, images)
         shuffled = []
         for kind, captions in enumerate(self.captions_by_kind):
-            positions = starts[kind, :, None] + np.arange(counts[kind].max(initial=0))
+            captions_of_image = np.arange(counts[kind].max(initial=0))
+            positions = starts[kind, :, None] + captions_of_image
             rows = captions.rows[np.minimum(positions, len(captions.rows) - 1)]  # (N, max captions of this kind)
-            streams.shuffle(rows, counts[kind])
-            shuffled.append(rows)
+            bits = hash_counters(self.seed, epochs[:, None], images[:, None], _CAPTIONS, kind, captions_of_image)
+            shuffled.append(shuffle_rows(rows, counts[kind], bits))
         if self.captions_per_image == 0:
             valid = [np.arange(rows.shape[1]) < counts[kind, :, None] for kind, rows in enumerate(shuffled)]
             image_of_caption, column = np.nonzero(np.concatenate(valid, axis=1))
             return np.concatenate(shuffled, axis=1)[image_of_caption, column], image_of_caption
-        kinds = self._sample_kinds(used, streams)
+        draws = np.arange(self.captions_per_image)[:, None]
+        numbers = to_unit_interval(hash_counters(self.seed, epochs, images, _KINDS, draws))
+        kinds = self._sample_kinds(used, numbers)
         return _take_captions(shuffled, counts, kinds)
 
-    def _sample_kinds(self, used: np.ndarray, streams: RandomStreams) -> np.ndarray:
-        """Sample the kind of each caption, as `Generator.choice` does. Return kinds of shape (captions_per_image, N).
+    def _sample_kinds(self, used: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """Sample the kind of each caption by its weight. Return kinds of shape (captions_per_image, N).
 
-        `used` is a boolean mask of the kinds that can be sampled for each image, of shape (kinds, N).
+        `used` is a boolean mask of the kinds that can be sampled for each image, of shape (kinds, N). `numbers` are
+        random numbers in [0, 1) of shape (captions_per_image, N).
         """
-        numbers = np.stack([streams.random() for _ in range(self.captions_per_image)])
         kinds = np.empty(numbers.shape, np.int64)
         codes = 2 ** np.arange(len(used)) @ used  # images with the same code have the same kinds of captions
         for code in np.unique(codes):

@@ -1,0 +1,64 @@
+"""Random numbers that are a hash of the seed and of counters such as the epoch, the image and the draw.
+
+No generator has a state that must be advanced or saved, so a sample does not depend on the other samples of its batch,
+on the ranks or on the step at which a run was resumed. All functions compute the numbers of a batch with a few array
+operations.
+
+The hash is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014,
+https://doi.org/10.1145/2714064.2660195): output n of a generator with state s is `mix(s + (n + 1) * golden_gamma)`.
+`hash_counters(seed, epoch, image, draw)` splits one generator for each counter: it seeds the next generator with output
+`epoch` of the first one, and so on.
+"""
+
+import numpy as np
+
+_GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_MULTIPLIER_1, _MULTIPLIER_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+
+
+def hash_counters(seed: int, *counters: np.ndarray | int) -> np.ndarray:
+    """Return 64 random bits as uint64 for each combination of counters.
+
+    Args:
+        seed: Non-negative integer.
+        counters: Non-negative integers or integer arrays, which are broadcast against each other.
+
+    Returns:
+        Array of the counters' broadcast shape.
+    """
+    if seed < 0:
+        raise ValueError(f"the seed must be at least 0 (got {seed})")
+    bits = np.array(seed % (1 << 64), np.uint64)
+    with np.errstate(over="ignore"):  # all arithmetic is modulo 2^64
+        for counter in counters:
+            index = np.asarray(counter).astype(np.uint64)
+            bits = _mix(bits + (index + np.uint64(1)) * _GOLDEN_GAMMA)
+    return bits
+
+
+def to_unit_interval(bits: np.ndarray) -> np.ndarray:
+    """Convert 64 random bits to a float64 number in [0, 1) with 53 random bits. Keep the shape."""
+    return (bits >> np.uint64(11)) * (1.0 / (1 << 53))
+
+
+def shuffle_rows(values: np.ndarray, counts: np.ndarray, bits: np.ndarray) -> np.ndarray:
+    """Shuffle the first `counts[n]` values of each row n by sorting them by their random bits.
+
+    Args:
+        values: Array of shape (N, M).
+        counts: Number of values to shuffle in each row, of shape (N,). The other values stay at the end of the row.
+        bits: Random bits of each value, of shape (N, M), uint64.
+
+    Returns:
+        The shuffled values, of shape (N, M).
+    """
+    is_used = np.arange(values.shape[1]) < counts[:, None]
+    keys = np.where(is_used, bits, np.uint64(0xFFFFFFFFFFFFFFFF))
+    return np.take_along_axis(values, np.argsort(keys, axis=1, kind="stable"), axis=1)
+
+
+def _mix(bits: np.ndarray) -> np.ndarray:
+    """Apply the output function of SplitMix64."""
+    bits = (bits ^ (bits >> np.uint64(30))) * _MULTIPLIER_1
+    bits = (bits ^ (bits >> np.uint64(27))) * _MULTIPLIER_2
+    return np.asarray(bits ^ (bits >> np.uint64(31)))
