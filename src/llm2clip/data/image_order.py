@@ -1,8 +1,8 @@
 """Order in which training reads the images of an epoch. It depends only on the data, the seed and the epoch.
 
-Two orders exist. In a random order, consecutive images lie anywhere in the data, which is fast if the data is on an SSD.
-In a shard order, shards (tar or Parquet files) are read in random order, a window of shards at a time, and the images of
-a window are shuffled. Slow disks, network file systems and object storage then read each shard only once per epoch.
+Two orders exist. In a random order, consecutive images lie anywhere in the data, which is fast on an SSD. In a shard
+order, shards (tar or Parquet files) are read in random order, a window of shards at a time, and the images of a window
+are shuffled. Slow disks, network file systems and object storage then read each shard only once per epoch.
 """
 
 from collections.abc import Iterator
