@@ -2,16 +2,19 @@
 
 import dataclasses
 import json
+import random
 from pathlib import Path
 
 import pytest
 
+import phrase_reference
 from align_fixtures import ALIGN, fresh_model, run_align
 from conftest import make_tower
 from format_fixtures import write_jsonl
 from llm2clip.cli import main
 from llm2clip.config import AlignConfig
-from llm2clip.data.noun_phrases import MIN_IMAGES, add_phrases, extract_phrases
+from llm2clip.data import noun_phrases
+from llm2clip.data.noun_phrases import MIN_IMAGES, add_phrases, extract_phrases, to_word_set
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
@@ -53,6 +56,51 @@ def test_phrases_of_few_images_are_dropped() -> None:
     phrases = extract_phrases(captions)
     assert set(phrases[:MIN_IMAGES]) == {("dog", "sofa")}
     assert set(phrases[MIN_IMAGES:]) == {("sofa",)}
+
+
+FUNCTION_WORDS = sorted(to_word_set("a the an his two of in on and or is with THE A ten 3 12 ² . , !"))
+UNUSUAL_WORDS = """
+dog hat red old side view photo front-view man's t-shirt cat's- 'hat' -the the- rock--dog x-ray-x a'b-c snake_case hat2
+2hat ½ Ⅷ Ⅷx straße STRASSE İstanbul ΣΑΣ ΑΣ café cafe\u0301 l’eau 猫 كلب 𝔡𝔬𝔤 🐕 e\u200bf \x00
+"""
+CONTENT_WORDS = [*sorted(to_word_set(UNUSUAL_WORDS)), "\n", "\r\n", "\x1c", "\u2028", ""]
+
+
+def make_random_captions(num_images: int, seed: int) -> list[list[str]]:
+    """Return captions of function words and content words with unusual characters. Some images have no captions."""
+    rng = random.Random(seed)
+    words = FUNCTION_WORDS * 4 + CONTENT_WORDS
+    captions = []
+    for _ in range(num_images):
+        lengths = rng.choices([0, 1, 3, 8, 20], k=rng.choice([0, 1, 2, 3]))
+        captions.append([rng.choice([" ", " ", ""]).join(rng.choices(words, k=length)) for length in lengths])
+    return captions
+
+
+@pytest.mark.parametrize("batch_images", [1, 7, 10_000])
+def test_phrases_match_a_reference_on_unusual_words(batch_images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noun_phrases, "BATCH_IMAGES", batch_images)
+    captions = make_random_captions(3000, seed=batch_images)
+    phrases = extract_phrases(captions)
+    assert phrases == phrase_reference.extract_phrases(captions)
+    assert {"man's", "t-shirt", "straße", "strasse", "σας", "l’eau", "a'b-c", "café", "猫", "𝔡𝔬𝔤"} <= {
+        *sum(phrases, ())
+    }
+
+
+def test_phrases_match_a_reference_on_many_characters() -> None:
+    """Many characters of Unicode stand within, before and after a noun, and alone."""
+    valid = [code for code in range(0, 0x110000, 211) if not 0xD800 <= code < 0xE000]
+    captions = []
+    for character in map(chr, [*range(0x100), *valid]):
+        text = f"a d{character}g in {character} hat on the {character} of the hat{character} {character}hat"
+        captions += three_times(text, "the hat.")
+    assert extract_phrases(captions) == phrase_reference.extract_phrases(captions)
+
+
+@pytest.mark.parametrize("captions", [[], [()], [("",)], [(), ("\n",), ("", " ")], [("...",)] * 3])
+def test_captions_without_words_have_no_phrases(captions: list[tuple[str, ...]]) -> None:
+    assert extract_phrases(captions) == [()] * len(captions)
 
 
 def test_phrase_column_takes_precedence(tmp_path: Path) -> None:
