@@ -187,6 +187,23 @@ def test_only_changed_files_are_read_again(tmp_path: Path) -> None:
     assert [record.captions[0] for record in table][9:12] == ["image 9", "new", "image 15"]
 
 
+def test_repaired_images_are_used_at_the_next_start(tmp_path: Path) -> None:
+    (tmp_path / "good.jpg").write_bytes(image_bytes(0))
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    rows = [{"image": f"{name}.jpg", "caption": name} for name in ("good", "bad", "missing")]
+    source = str(write_jsonl(tmp_path / "x.jsonl", rows))
+
+    def read_captions() -> list[str]:
+        table = open_table([source], {}, SkipLog(max_skipped=1.0), folder=tmp_path / "tables")
+        return list(table.iterate_texts(["captions"]))
+
+    assert read_captions() == ["good"]
+    (tmp_path / "bad.jpg").write_bytes(image_bytes(1))
+    assert read_captions() == ["good", "bad"]
+    (tmp_path / "missing.jpg").write_bytes(image_bytes(2))
+    assert read_captions() == ["good", "bad", "missing"]
+
+
 def test_settings_that_affect_reading_have_their_own_table(tmp_path: Path) -> None:
     source = str(write_jsonl(tmp_path / "x.jsonl", [{"id": 1, "caption": "a", "other": "b", "split": "val"}]))
     folder = tmp_path / "tables"

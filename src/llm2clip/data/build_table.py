@@ -67,8 +67,8 @@ def open_sourced_table(
 ) -> tuple[RecordTable, np.ndarray]:
     """Read all records from several sources, and merge records with the same image.
 
-    Sources that were read before are not read again, unless their files have changed. Changes of image files that a
-    caption file lists are not noticed.
+    Sources that were read before are not read again, unless their files have changed. Of the image files that a caption
+    file lists, only those that could not be used are checked again.
 
     Rows with the same image are merged into one record with all their distinct captions, even if the sources differ.
     The merged record keeps the id, split and source of the first row. Image files with the same bytes are treated as
@@ -155,6 +155,8 @@ def _list_parts(sources: Sequence[Source], log: SkipLog, image_check: ImageCheck
                 settings = [FORMAT_VERSION, dataclasses.astuple(part), os.path.abspath(path), version, source.path]
                 settings += [source.splits, sorted(source.columns.items()), image_check]
                 file = folder / "parts" / f"{_hash_json(settings)}.arrow"
+                if file.exists() and _read_summary(file).has_repaired_images():
+                    file.unlink()
                 tasks.append(_PartTask(index, source, part, image_check, file))
     return tasks
 
@@ -177,7 +179,7 @@ def _read_parts(
                 if missing.pop(task.file, None) is not None and (error := next(new_parts)) is not None:
                     raise error
                 os.utime(task.file)
-                summary = PartSummary(**read_metadata(str(task.file), "summary"))
+                summary = _read_summary(task.file)
                 reader.add_part(summary)
                 num_rows += summary.num_records
                 bar.set_postfix_str(f"{num_rows:,} rows", refresh=False)
@@ -196,6 +198,10 @@ def _read_part(task: _PartTask) -> Exception | None:
     except (ValueError, OSError) as error:
         return error
     return None
+
+
+def _read_summary(file: Path) -> PartSummary:
+    return PartSummary(**read_metadata(str(file), "summary"))
 
 
 def _compute_version(kind: str, path: str) -> Any:
@@ -230,7 +236,8 @@ def _get_hub_version(name: str) -> str:
 
 def _merge_parts(sources: Sequence[Source], tasks: Sequence[_PartTask], image_check: ImageCheck, folder: Path) -> Path:
     """Merge rows with the same image, unless this table already exists. Return the table's folder."""
-    names = [(task.source_index, task.file.name) for task in tasks]
+    # A part that was read again may have other rows.
+    names = [(task.source_index, task.file.name, _read_summary(task.file).read_at) for task in tasks]
     table_folder = folder / "tables" / _hash_json([FORMAT_VERSION, names, [source.path for source in sources]])
     if table_folder.exists():
         os.utime(table_folder)

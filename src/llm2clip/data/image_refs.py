@@ -256,7 +256,7 @@ class StoredImage(_TableCell):
     name: str = ""
 
     def _open(self) -> BinaryIO:
-        return _open_cell(map_batches(self.path)[self.batch].column("image_data")[self.row], self)
+        return _open_cell(_map_cached_batches(self.path)[self.batch].column("image_data")[self.row], self)
 
     def __str__(self) -> str:
         return self.name
@@ -446,11 +446,15 @@ def _open_saved_column(folder: str, version: object, split: str | None, column: 
     return disable_image_decoding(dataset.select_columns([column]))
 
 
-@functools.lru_cache(maxsize=1 << 14)
 def map_batches(path: str) -> list[pa.RecordBatch]:
     """Map the record batches of an Arrow file into memory."""
     reader = pa.ipc.open_file(pa.memory_map(path))
     return [reader.get_batch(n) for n in range(reader.num_record_batches)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _map_cached_batches(path: str) -> list[pa.RecordBatch]:
+    return map_batches(path)
 
 
 def _open_cell(cell: Any, ref: ImageRef) -> BinaryIO:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import io
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -38,6 +39,7 @@ from llm2clip.data.skip_log import EventLog, SkipLog
 from llm2clip.io_utils import DataFormatError, describe_error
 
 ImageCheck = Literal["header", "exists", "unchecked", "ignore"]
+MISSING_IMAGE, UNREADABLE_IMAGE, TOO_LARGE_IMAGE = "missing image", "unreadable image", "image too large"
 NO_SPLIT = "none"  # split name that means "no split", both in split selections and in the data
 EARLY_CHECK_ROWS = 1000  # after this many rows, reading stops as soon as too many rows have been skipped
 
@@ -194,6 +196,7 @@ class PartSummary:
         split_counts: Number of rows of each split.
         columns: Names of all columns.
         events: What was recorded in the skip log; see `EventLog`.
+        read_at: Time at which reading started, in nanoseconds since the epoch.
     """
 
     num_records: int
@@ -203,6 +206,19 @@ class PartSummary:
     has_captions: bool
     has_images: bool
     events: list[list[Any]]
+    read_at: int
+
+    def has_repaired_images(self) -> bool:
+        """Return True if an image file that was missing or unreadable has been added or changed since then."""
+        for name, *values in self.events:
+            if name != "skip" or values[2] not in (MISSING_IMAGE, UNREADABLE_IMAGE, TOO_LARGE_IMAGE):
+                continue
+            path = values[3] if values[2] == MISSING_IMAGE else values[3].split(": ")[0]
+            with suppress(OSError, ValueError):
+                changed_at = os.stat(path).st_mtime_ns
+                if values[2] == MISSING_IMAGE or changed_at > self.read_at:
+                    return True
+        return False
 
 
 class RecordReader:
@@ -219,6 +235,7 @@ class RecordReader:
         self.check_headers = image_check == "header"
         self.mapper = ColumnMapper(str(source), source.columns, require_captions)
         self.split_counts: Counter[str] = Counter()
+        self.read_at = time.time_ns()
         self.num_records = 0
         self.row_counts: Counter[str] = Counter()  # selected split -> number of its rows read so far
         is_path = not source.path.startswith("hf:")
@@ -256,6 +273,7 @@ class RecordReader:
             has_captions=mapper.has_captions,
             has_images=mapper.has_images,
             events=log.events,
+            read_at=self.read_at,
         )
 
     def add_part(self, part: PartSummary) -> None:
@@ -438,18 +456,18 @@ def _check_image(image: LoadedImage, read_header: bool) -> tuple[int, int]:
     Return the width and height in pixels, or (0, 0) without `read_header`.
     """
     if isinstance(image.ref, FileImage) and not os.path.isfile(image.ref.path):
-        raise UnusableRow("missing image", os.path.abspath(image.ref.path))
+        raise UnusableRow(MISSING_IMAGE, os.path.abspath(image.ref.path))
     if not read_header:
         return 0, 0
     try:
         with io.BytesIO(image.data) if image.data is not None else image.ref.open() as stream:
             width, height = open_header(stream).size
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow has its own limits
-        raise UnusableRow("image too large", f"{image.ref}: {error}") from error
+        raise UnusableRow(TOO_LARGE_IMAGE, f"{image.ref}: {error}") from error
     except Exception as error:  # malicious bytes can make Pillow's plugins raise any type of exception
         is_complete = isinstance(error, ImageFormatError | DecodingLimitError | OSError)
         reason = str(error) if is_complete else describe_error(error)
-        raise UnusableRow("unreadable image", f"{image.ref}: {reason}") from error
+        raise UnusableRow(UNREADABLE_IMAGE, f"{image.ref}: {reason}") from error
     if width * height > MAX_PIXELS:
-        raise UnusableRow("image too large", f"{image.ref}: {width} x {height}")
+        raise UnusableRow(TOO_LARGE_IMAGE, f"{image.ref}: {width} x {height}")
     return width, height
