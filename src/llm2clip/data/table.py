@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from llm2clip.data.columns import TEXT_FIELDS
+from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
 from llm2clip.data.image_refs import (
     MAX_BATCH_BYTES,
     DatasetImage,
@@ -58,6 +58,7 @@ SCHEMA = pa.schema(
         ("draw_hash", pa.uint64()),  # order in which images are held out
     ]
 )
+_COLUMN_INDEX = {name: n for n, name in enumerate(SCHEMA.names)}
 IMAGE_COLUMNS = ("image_kind", "container", "image_name", "offset", "size", "digest")
 IMAGE_KINDS: tuple[type[ImageRef], ...] = (FileImage, TarImage, ParquetImage, DatasetImage, StoredImage)
 NO_IMAGE = -1
@@ -103,7 +104,19 @@ class RecordTable(Sequence[Record]):
         position = index + len(self) if index < 0 else index
         if not 0 <= position < len(self):
             raise IndexError(f"record {index} of a table with {len(self):,} records")
-        return next(iter(self.select(np.array([position]))))
+        row = int(self.rows[position])
+        captions, short, long = (self._get_texts(field, row) for field in CAPTION_FIELDS)
+        split = self.blocks.get_value("split", row)
+        return Record(
+            id=decode_name(self.blocks.get_value("id", row)),
+            image=self.blocks.get_image(row),
+            captions=captions,
+            short_captions=short,
+            long_captions=long,
+            split=None if split is None else decode_name(split),
+            phrases=self._get_texts("phrases", row) if self._phrases is None else self._phrases.get(position),
+            id_from_source=self.blocks.get_value("id_from_source", row),
+        )
 
     def __iter__(self) -> Iterator[Record]:
         for start in range(0, len(self), 1024):
@@ -208,6 +221,10 @@ class RecordTable(Sequence[Record]):
                 arrays.append(pa.ListArray.from_arrays(np.zeros(stop - start + 1, np.int32), pa.array([], pa.string())))
         return pa.RecordBatch.from_arrays(arrays, list(columns))
 
+    def _get_texts(self, field: str, row: int) -> tuple[str, ...]:
+        column = self.resolve_field(field)
+        return () if column is None else tuple(self.blocks.get_value(column, row))
+
     def _is_replaced(self, field: str) -> bool:
         if field == "phrases":
             return self._phrases is not None
@@ -237,6 +254,10 @@ class _Phrases:
 
     lists: pa.ChunkedArray
     rows: np.ndarray | None = None
+
+    def get(self, position: int) -> tuple[str, ...]:
+        """Return the phrases of one record."""
+        return tuple(self.lists[position if self.rows is None else int(self.rows[position])].as_py())
 
     def take(self, start: int, stop: int) -> pa.Array:
         """Return the phrases of the records from `start` to `stop`."""
@@ -292,6 +313,7 @@ class Blocks:
     ) -> None:
         self.batches, self.containers, self.paths = batches, containers, paths
         self.starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
+        self._starts: list[int] = self.starts.tolist()  # faster for single rows
 
     @classmethod
     def open(cls, files: Sequence[str]) -> Blocks:
@@ -309,7 +331,7 @@ class Blocks:
 
     @property
     def num_rows(self) -> int:
-        return int(self.starts[-1])
+        return self._starts[-1]
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.paths:
@@ -351,9 +373,13 @@ class Blocks:
 
     def get_image(self, row: int) -> ImageRef | None:
         """Return the image reference of one row."""
-        number = bisect_right(self.starts, row) - 1
-        batch, local = self.batches[number], row - int(self.starts[number])
-        return self._make_image(number, row, *(batch.column(name)[local].as_py() for name in IMAGE_COLUMNS))
+        batch = bisect_right(self._starts, row) - 1
+        return self._make_image(batch, row, *(self.get_value(name, row) for name in IMAGE_COLUMNS))
+
+    def get_value(self, column: str, row: int) -> Any:
+        """Return a value of one row as a Python object."""
+        batch = bisect_right(self._starts, row) - 1
+        return self.batches[batch].column(_COLUMN_INDEX[column])[row - self._starts[batch]].as_py()
 
     def _make_image(
         self, batch: int, row: int, kind: int, container: int, name: bytes, offset: int, size: int, digest: bytes | None
@@ -361,7 +387,7 @@ class Blocks:
         if kind == NO_IMAGE:
             return None
         if IMAGE_KINDS[kind] is StoredImage:
-            local = row - int(self.starts[batch])
+            local = row - self._starts[batch]
             if not self.paths:
                 return MemoryImage(self.batches[batch].column("image_data")[local].as_py(), decode_name(name))
             return StoredImage(*self.paths[batch], local, (digest or b"").hex(), decode_name(name))
