@@ -69,7 +69,10 @@ def read_records(timer: Timer, source: str, folder: str) -> tuple[None, Any]:
 
 def extract_phrases(timer: Timer, source: str, folder: str) -> tuple[None, Any]:
     """Measure extracting phrases, without reading the records."""
-    from llm2clip.data.noun_phrases import add_phrases
+    try:
+        from llm2clip.data.phrase_table import add_phrases
+    except ImportError:  # version 0.2
+        from llm2clip.data.noun_phrases import add_phrases  # type: ignore
 
     _, records = read_records(Timer(), source, folder)
     with timer:

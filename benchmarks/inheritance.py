@@ -29,9 +29,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from llm2clip.data.noun_phrases import add_phrases
+from llm2clip.data.phrase_table import add_phrases
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.table import RecordTable
 from llm2clip.models.hub.pretrained import resolve_pretrained
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.pretrained_clip import find_visual_projection
@@ -65,7 +66,8 @@ def main() -> None:
 
 
 def make_clip(args: argparse.Namespace) -> None:
-    records = add_phrases(list(chain.from_iterable(map(open_records, args.sources))))
+    table = RecordTable.from_records(chain.from_iterable(map(open_records, args.sources)))
+    records = list(add_phrases(table))
     args.out.mkdir(parents=True, exist_ok=True)
     tower = VisionTower.from_pretrained("efficientnet-lite0", image_size=args.image_size)
     features = compute_image_features(tower, records, args.out / "features")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from conftest import make_tower
 from format_fixtures import write_jsonl
 from llm2clip.cli import main
 from llm2clip.config import AlignConfig
-from llm2clip.data import noun_phrases
-from llm2clip.data.noun_phrases import MIN_IMAGES, add_phrases, extract_phrases, to_word_set
+from llm2clip.data import phrase_table
+from llm2clip.data.noun_phrases import MIN_IMAGES, to_word_set
+from llm2clip.data.phrase_table import add_phrases
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
@@ -30,6 +32,20 @@ WITH_PHRASES = dataclasses.replace(ALIGN, caption_mix={"captions": 1, "phrases":
 def three_times(*captions: str) -> list[tuple[str, ...]]:
     """Return three images with these captions, so that every phrase is frequent enough."""
     return [captions] * MIN_IMAGES
+
+
+def extract_phrases(captions: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """Return the phrases of each image, without checking that the captions are in English.
+
+    The captions of every second image are in three fields.
+    """
+    records = []
+    for n, texts in enumerate(map(tuple, captions)):
+        fields = (texts[:1], texts[1:2], texts[2:]) if n % 2 else (texts,)
+        records.append(Record(str(n), None, *fields))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phrase_table, "is_english", lambda captions: True)
+        return [record.phrases for record in add_phrases(RecordTable.from_records(records))]
 
 
 def test_phrases_are_noun_phrases_and_their_nouns() -> None:
@@ -79,7 +95,8 @@ def make_random_captions(num_images: int, seed: int) -> list[list[str]]:
 
 @pytest.mark.parametrize("batch_images", [1, 7, 10_000])
 def test_phrases_match_a_reference_on_unusual_words(batch_images: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(noun_phrases, "BATCH_IMAGES", batch_images)
+    monkeypatch.setattr(phrase_table, "BATCH_IMAGES", batch_images)
+    monkeypatch.setattr(phrase_table, "PART_IMAGES", 1000)
     captions = make_random_captions(3000, seed=batch_images)
     phrases = extract_phrases(captions)
     assert phrases == phrase_reference.extract_phrases(captions)

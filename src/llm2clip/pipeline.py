@@ -31,8 +31,8 @@ from transformers.utils import cached_file
 from llm2clip.config import AlignConfig, EncoderConfig, EvaluateConfig, FitConfig
 from llm2clip.data.build_table import open_table
 from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
-from llm2clip.data.noun_phrases import add_phrases
 from llm2clip.data.pairs import TuningItem, read_tuning_sources
+from llm2clip.data.phrase_table import add_phrases
 from llm2clip.data.records import Record, Source
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import DataSplits, read_splits

@@ -9,7 +9,7 @@ captions themselves: a noun is a word that often stands alone between an article
 hat").
 
 Three passes read the captions in batches: they count the lone nouns, count the phrases, and select the frequent
-phrases. Tokens and runs are found with array operations on all characters of a batch.
+phrases; see `phrase_table.py`. Tokens and runs are found with array operations on all characters of a batch.
 """
 
 from collections import Counter
@@ -21,9 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from llm2clip.data.table import RecordTable
 from llm2clip.data.texts import make_text_key
-from llm2clip.runs.ranks import print_once
 
 MIN_IMAGES = 3  # phrases and nouns found in the captions of fewer images are discarded, because they are often wrong
 MAX_WORDS = 4  # maximum number of words in a phrase
@@ -62,7 +60,7 @@ VAGUE_NOUNS = to_word_set(
 ENGLISH_WORDS = to_word_set("the of with and is are on at")
 _STARTERS = DETERMINERS | CONNECTIVES
 _BOUNDARIES = _STARTERS | FUNCTION_WORDS
-BATCH_IMAGES = 8192  # number of images whose captions are tokenized at once
+RULES_VERSION = 1  # increase it if other phrases are found in the same captions
 
 # Kinds of characters. A token is a run of letters, a run of digits, or another character that is not skipped.
 _SKIPPED, _LETTER, _DIGIT, _JOINER, _MARK, _UNKNOWN = range(6)
@@ -72,49 +70,15 @@ _SEPARATOR = "\n"  # token before and after each caption
 _HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
-def add_phrases(records: RecordTable) -> RecordTable:
-    """Return the records with phrases extracted from their captions. Print a message if no phrases are found.
-
-    The records are returned unchanged if any record already has phrases from a data column, or if the captions are not
-    in English.
-    """
-    if records.count_texts("phrases").any():
-        return records
-    captions = [record.texts for record in records]
-    phrases = extract_phrases(captions) if is_english([text for texts in captions for text in texts]) else []
-    if not any(phrases):
-        print_once(
-            "No short phrases are used: the captions are not in English, or no phrase occurs in the captions of "
-            f"{MIN_IMAGES} or more images. To use your own phrases, add a `phrases` column to the data"
-        )
-        return records
-    return records.with_phrases(pa.chunked_array([pa.array(phrases, pa.list_(pa.string()))]))
-
-
 def is_english(captions: Sequence[str]) -> bool:
     """Return True if at least a third of the captions contain a common English function word.
 
-    The phrase rules are for English: in other languages, most of what they find is not a phrase. At most 10,000 evenly
-    spaced captions are checked, and captions with fewer than four words are ignored.
+    The phrase rules are for English: in other languages, most of what they find is not a phrase. Captions with fewer
+    than four words are ignored.
     """
-    sample = [caption.lower().split() for caption in captions[:: len(captions) // 10_000 + 1]]
+    sample = [caption.lower().split() for caption in captions]
     sentences = [words for words in sample if len(words) >= 4]
     return sum(not ENGLISH_WORDS.isdisjoint(words) for words in sentences) * 3 >= len(sentences) > 0
-
-
-def extract_phrases(captions: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
-    """Return the lower-case phrases in each image's captions, in order of first appearance.
-
-    A phrase ends with a noun and starts after a determiner or connective, or at the start of a sentence. The noun alone
-    is also a phrase. Only phrases that occur in the captions of at least `MIN_IMAGES` images are returned.
-    """
-    batches = [captions[start : start + BATCH_IMAGES] for start in range(0, len(captions), BATCH_IMAGES)]
-    noun_counts = count_lone_nouns(map(CaptionBatch.from_captions, batches))
-    nouns = [noun for noun, count in noun_counts.items() if count >= MIN_IMAGES]
-    frequent = count_phrases(map(CaptionBatch.from_captions, batches), nouns).select_frequent()
-    phrases = find_phrases(map(CaptionBatch.from_captions, batches), nouns, frequent)
-    shared: dict[str, str] = {}  # lets all images share one string object per phrase
-    return [tuple(shared.setdefault(p, p) for p in row) for array in phrases for row in array.to_pylist()]
 
 
 class CaptionBatch(NamedTuple):
@@ -131,11 +95,13 @@ class CaptionBatch(NamedTuple):
     images: np.ndarray
 
     @classmethod
-    def from_captions(cls, captions: Sequence[Sequence[str]]) -> "CaptionBatch":
-        """Create a batch from the captions of each image."""
-        lengths = np.array([len(texts) for texts in captions], np.int64)
-        images = np.repeat(np.arange(len(captions)), lengths)
-        return cls(len(captions), [text for texts in captions for text in texts], images)
+    def from_columns(cls, columns: Sequence[pa.ListArray]) -> "CaptionBatch":
+        """Create a batch from several columns with lists of captions. Each image's captions keep the columns' order."""
+        num_images = len(columns[0])
+        images = np.concatenate([np.repeat(np.arange(num_images), np.diff(column.offsets)) for column in columns])
+        order = np.argsort(images, kind="stable")
+        texts = pa.concat_arrays([column.flatten() for column in columns])
+        return cls(num_images, texts.take(pa.array(order)).to_pylist(), images[order])
 
 
 class PhraseCounts(NamedTuple):
@@ -153,21 +119,32 @@ class PhraseCounts(NamedTuple):
     counts: np.ndarray
 
     @classmethod
-    def merge(cls, parts: Sequence["PhraseCounts"]) -> "PhraseCounts":
+    def merge(cls, parts: Iterable["PhraseCounts"]) -> "PhraseCounts":
         """Add up the counts of different images."""
-        if not parts:
-            return cls(np.zeros(0, np.uint64), np.zeros(0, np.uint8))
-        hashes = np.concatenate([part.hashes for part in parts])
-        order = np.argsort(hashes)
-        hashes = hashes[order]
-        starts = np.flatnonzero(np.append(True, hashes[1:] != hashes[:-1])[: len(hashes)])
-        counts = np.concatenate([part.counts for part in parts])[order]
-        sums = np.add.reduceat(counts, starts, dtype=np.int64) if len(starts) else counts
-        return cls(hashes[starts], np.minimum(sums, MIN_IMAGES).astype(np.uint8))
+        total = cls(np.zeros(0, np.uint64), np.zeros(0, np.uint8))
+        pending = list[PhraseCounts]()
+        for part in parts:
+            pending.append(part)
+            # Adding up takes time for all hashes, so wait until there are as many new ones.
+            if sum(len(counts.hashes) for counts in pending) >= len(total.hashes):
+                total, pending = _add_counts([total, *pending]), []
+        return _add_counts([total, *pending])
 
     def select_frequent(self) -> np.ndarray:
         """Return the sorted hashes of the phrases found in at least `MIN_IMAGES` images."""
         return self.hashes[self.counts >= MIN_IMAGES]
+
+
+def _add_counts(parts: Sequence[PhraseCounts]) -> PhraseCounts:
+    hashes = np.concatenate([part.hashes for part in parts])
+    if not len(hashes):
+        return parts[0]
+    order = np.argsort(hashes)
+    hashes = hashes[order]
+    counts = np.concatenate([part.counts for part in parts])[order]
+    starts = np.flatnonzero(np.append(True, hashes[1:] != hashes[:-1]))
+    sums = np.add.reduceat(counts, starts, dtype=np.int64)
+    return PhraseCounts(hashes[starts], np.minimum(sums, MIN_IMAGES).astype(np.uint8))
 
 
 def count_lone_nouns(batches: Iterable[CaptionBatch]) -> Counter[str]:
@@ -191,18 +168,24 @@ def count_lone_nouns(batches: Iterable[CaptionBatch]) -> Counter[str]:
 
 def count_phrases(batches: Iterable[CaptionBatch], nouns: Collection[str]) -> PhraseCounts:
     """Count the images in which each phrase occurs, given the nouns."""
-    vocabulary, parts = Vocabulary(nouns), list[PhraseCounts]()
-    for batch in batches:
+    vocabulary = Vocabulary(nouns)
+
+    def count_in_batch(batch: CaptionBatch) -> PhraseCounts:
         candidates = _find_candidates(batch, vocabulary)
         counts = np.bincount(candidates.phrases, minlength=len(candidates.hashes))
-        parts.append(PhraseCounts(candidates.hashes, np.minimum(counts, MIN_IMAGES).astype(np.uint8)))
-    return PhraseCounts.merge(parts)
+        return PhraseCounts(candidates.hashes, np.minimum(counts, MIN_IMAGES).astype(np.uint8))
+
+    return PhraseCounts.merge(map(count_in_batch, batches))
 
 
 def find_phrases(
     batches: Iterable[CaptionBatch], nouns: Collection[str], frequent: np.ndarray
 ) -> Iterator[pa.ListArray]:
-    """Yield the phrases of each batch's images, without those whose hash is not in the sorted array `frequent`."""
+    """Yield the lower-case phrases of each batch's images, in order of first appearance.
+
+    A phrase ends with a noun and starts after a determiner or connective, or at the start of a sentence. The noun alone
+    is also a phrase. Phrases whose hash is not in the sorted array `frequent` are left out.
+    """
     vocabulary = Vocabulary(nouns)
     for batch in batches:
         candidates = _find_candidates(batch, vocabulary)

@@ -135,6 +135,18 @@ class RecordTable(Sequence[Record]):
             phrases = _Phrases(phrases.lists, positions if phrases.rows is None else phrases.rows[positions])
         return RecordTable(self.blocks, self.rows[positions], self.folder, self._caption_field, phrases)
 
+    def split(self, size: int) -> list[RecordTable]:
+        """Split the table into tables of at most `size` consecutive records, for example one per worker process.
+
+        A process that receives such a table maps only the files that contain its records.
+        """
+        tables = []
+        for start in range(0, len(self), size):
+            table = self.select(np.arange(start, min(start + size, len(self))))
+            table.blocks, table.rows = self.blocks.select_files(table.rows)
+            tables.append(table)
+        return tables
+
     def use_as_captions(self, field: str) -> RecordTable:
         """Return the records with the texts of one field as their captions, and without their other captions."""
         return RecordTable(self.blocks, self.rows, self.folder, self.resolve_field(field), self._phrases)
@@ -337,6 +349,21 @@ class Blocks:
         if self.paths:
             return Blocks.open, (list(dict.fromkeys(path for path, _ in self.paths)),)
         return Blocks, (self.batches, self.containers)
+
+    def select_files(self, rows: np.ndarray) -> tuple[Blocks, np.ndarray]:
+        """Return the batches of the files that contain these rows, and the numbers of the rows in these batches."""
+        if not self.paths:
+            return self, rows
+        batch_of_row = np.searchsorted(self.starts, rows, side="right") - 1
+        files = {self.paths[n][0] for n in np.unique(batch_of_row).tolist()}
+        numbers = [n for n, (file, _) in enumerate(self.paths) if file in files]
+        batches, containers, paths = (
+            [values[n] for n in numbers] for values in (self.batches, self.containers, self.paths)
+        )
+        blocks = Blocks(batches, containers, paths)
+        shifts = np.zeros(len(self.batches), np.int64)
+        shifts[numbers] = blocks.starts[:-1] - self.starts[numbers]
+        return blocks, (rows + shifts[batch_of_row]).astype(rows.dtype)
 
     def take(self, rows: np.ndarray, columns: Sequence[str]) -> pa.RecordBatch:
         """Return some columns of N rows. Adjacent rows of one batch are not copied."""
