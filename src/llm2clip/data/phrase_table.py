@@ -77,7 +77,7 @@ def _hash_view(records: RecordTable) -> str:
     The contents of the rows do not need to be hashed, because the name of the folder identifies them.
     """
     digest = hashlib.sha256(f"{RULES_VERSION} {records.resolve_field('captions')} {records.rows.dtype}".encode())
-    digest.update(np.ascontiguousarray(records.rows))
+    digest.update(np.ascontiguousarray(records.rows).data)
     return digest.hexdigest()[:32]
 
 
@@ -112,13 +112,15 @@ def _extract_phrases(records: RecordTable) -> Iterator[pa.ListArray]:
 
 def _sample_captions(records: RecordTable) -> list[str]:
     """Return evenly spaced captions."""
-    counts = np.sum([records.count_texts(field) for field in CAPTION_FIELDS], axis=0, dtype=np.int64)
+    counts = np.zeros(len(records), np.int64)
+    for field in CAPTION_FIELDS:
+        counts += records.count_texts(field)
     stops = np.cumsum(counts)  # number of captions of the records up to and including each record
     total = int(counts.sum())
     numbers = np.arange(0, total, total // LANGUAGE_SAMPLES + 1)
     positions, record_of_number = np.unique(np.searchsorted(stops, numbers, side="right"), return_inverse=True)
     texts = list(records.select(positions).iterate_texts(CAPTION_FIELDS))
-    num_skipped = (stops - counts)[positions] - (np.cumsum(counts[positions]) - counts[positions])
+    num_skipped = stops[positions] - np.cumsum(counts[positions])  # captions of earlier records that are not in `texts`
     return [texts[index] for index in (numbers - num_skipped[record_of_number]).tolist()]
 
 

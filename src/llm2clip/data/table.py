@@ -357,10 +357,11 @@ class Blocks:
         batch_of_row = np.searchsorted(self.starts, rows, side="right") - 1
         files = {self.paths[n][0] for n in np.unique(batch_of_row).tolist()}
         numbers = [n for n, (file, _) in enumerate(self.paths) if file in files]
-        batches, containers, paths = (
-            [values[n] for n in numbers] for values in (self.batches, self.containers, self.paths)
+        blocks = Blocks(
+            [self.batches[n] for n in numbers],
+            [self.containers[n] for n in numbers],
+            [self.paths[n] for n in numbers],
         )
-        blocks = Blocks(batches, containers, paths)
         shifts = np.zeros(len(self.batches), np.int64)
         shifts[numbers] = blocks.starts[:-1] - self.starts[numbers]
         return blocks, (rows + shifts[batch_of_row]).astype(rows.dtype)
