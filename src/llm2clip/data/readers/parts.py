@@ -109,7 +109,7 @@ def _open_reader(
         return read_captions_txt(path, log)
     if kind == "images":
         return read_image_folder(path, log)
-    return read_tar(path) if kind == "tar" else read_json_list(path, log)
+    return read_tar(path, image_bytes) if kind == "tar" else read_json_list(path, log)
 
 
 def _split_json_lines(path: str, target_bytes: int) -> list[FilePart]:
