@@ -230,14 +230,22 @@ class Vocabulary:
 
     def _compute_flags(self, token: str) -> int:
         """Return the properties of a token."""
-        is_boundary = token in _BOUNDARIES
-        is_sentence_end = token in {_SEPARATOR, "."}
-        flags = _CONTENT * (token[0].isalpha() and not is_boundary)
-        flags |= _ARTICLE * (token in ARTICLES)
-        flags |= _BEFORE_PHRASE * (is_sentence_end or token.isdigit() or token in _STARTERS)
-        flags |= _AFTER_NOUN * (is_sentence_end or (is_boundary and token not in {"and", "or"}))
-        flags |= _NOUN * (token in self._nouns)
-        return flags | _VAGUE * (token in VAGUE_NOUNS)
+        flags = _FLAGS_OF_TOKEN.get(token)
+        if flags is None:
+            flags = _CONTENT if token[0].isalpha() else _BEFORE_PHRASE * token.isdigit()
+        return flags | _NOUN * (token in self._nouns)
+
+
+def _list_flags() -> dict[str, int]:
+    """Return the properties of the tokens in the rules."""
+    flags = dict.fromkeys(VAGUE_NOUNS, _CONTENT | _VAGUE)
+    for token in [".", _SEPARATOR, *_BOUNDARIES]:
+        flags[token] = _AFTER_NOUN * (token not in ("and", "or")) | _ARTICLE * (token in ARTICLES)
+        flags[token] |= _BEFORE_PHRASE * (token not in FUNCTION_WORDS - _STARTERS)
+    return flags
+
+
+_FLAGS_OF_TOKEN = _list_flags()
 
 
 class _Runs(NamedTuple):
