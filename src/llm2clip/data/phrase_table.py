@@ -42,7 +42,7 @@ def add_phrases(records: RecordTable) -> RecordTable:
     The records are returned unchanged if any record already has phrases from a data column, or if the captions are not
     in English. The phrases are saved in the table's folder, and mapped into memory when they are needed again.
 
-    Time: about 20 microseconds of CPU per image. Memory: about 300 MB per process. In this process, also up to 100 bytes
+    Time: about 20 microseconds of CPU per image. Memory: about 300 MB per process. In this process, 100 more bytes
     per distinct phrase while phrases are counted, and 4 bytes per record.
     """
     if records.folder is None:
