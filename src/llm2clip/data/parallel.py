@@ -30,6 +30,7 @@ def map_in_processes(function: Callable[[S], T], items: Sequence[S], workers: in
     if workers <= 1:
         yield from map(function, items)
         return
-    # Without max_nbytes=None, large arrays would be written to temporary files.
-    run = Parallel(n_jobs=workers, return_as="generator", max_nbytes=None, pre_dispatch=2 * workers)
+    # Without max_nbytes=None, large arrays would be written to temporary files. Idle workers exit after 10 seconds.
+    options = {"max_nbytes": None, "pre_dispatch": 2 * workers, "backend": "loky", "idle_worker_timeout": 10}
+    run = Parallel(n_jobs=workers, return_as="generator", **options)
     yield from run(delayed(function)(item) for item in items)

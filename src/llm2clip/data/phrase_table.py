@@ -27,7 +27,6 @@ from llm2clip.data.parallel import map_in_processes
 from llm2clip.data.table import TEXTS, RecordTable
 from llm2clip.io_utils import atomic_path
 from llm2clip.progress import ProgressBar
-from llm2clip.runs.ranks import print_once
 
 BATCH_IMAGES = 1 << 13  # images whose captions are tokenized at once
 PART_IMAGES = 1 << 17  # images that a worker process is given at once
@@ -45,6 +44,8 @@ def add_phrases(records: RecordTable) -> RecordTable:
     Time: about 20 microseconds of CPU per image. Memory: about 300 MB per process. In this process, 100 more bytes
     per distinct phrase while phrases are counted, and 4 bytes per record.
     """
+    from llm2clip.runs.ranks import print_once  # imports PyTorch, which worker processes do not need
+
     if records.folder is None:
         if _has_phrases(records):
             return records
