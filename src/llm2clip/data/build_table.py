@@ -28,11 +28,12 @@ from filelock import FileLock
 
 from llm2clip.data import readers
 from llm2clip.data.columns import TEXT_FIELDS
+from llm2clip.data.image_facts import ImageFacts
 from llm2clip.data.image_hashes import find_copies
 from llm2clip.data.image_refs import FileImage, TarImage
 from llm2clip.data.parallel import count_cores, map_in_processes
 from llm2clip.data.readers.parts import FilePart, split_file
-from llm2clip.data.records import ImageCheck, ImageFacts, PartSummary, Record, RecordReader, Source
+from llm2clip.data.records import ImageCheck, PartSummary, Record, RecordReader, Source
 from llm2clip.data.skip_log import EventLog, SkipLog
 from llm2clip.data.table import IMAGE_KINDS, Blocks, RecordTable, encode_name, read_metadata, write_rows
 from llm2clip.data.texts import deduplicate_captions

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from llm2clip.data.image_refs import FileImage, ImageRef, LoadedImage, TarImage, resolve_folder
+from llm2clip.data.image_refs import FileImage, ImageRef, TarImage, resolve_folder
 
 TRAINING_IMAGES_FILE = "training_images.npy"
 SAMPLE_BYTES = 1024
@@ -63,9 +63,14 @@ def find_copies(images: Iterable[ImageRef | None]) -> dict[str, str]:
     return {key: copies[key] for key in refs if key in copies and copies[key] != key}
 
 
-def compute_image_hash(image: LoadedImage) -> int:
+def compute_image_hash(image: ImageRef) -> int:
     """Return the hash of a single image (see `hash_images`), or 0 if the image does not exist."""
-    return int.from_bytes(_hash_image(image.ref), "little")
+    return int.from_bytes(_hash_image(image), "little")
+
+
+def hash_image_sample(size: int, sample: bytes) -> int:
+    """Return the hash of an image file or tar member from its size and its middle `SAMPLE_BYTES` bytes."""
+    return int.from_bytes(_combine_hash(size, hashlib.sha256(sample).digest()), "little")
 
 
 def hash_images(images: Iterable[ImageRef | None]) -> np.ndarray:
@@ -125,7 +130,11 @@ def _hash_image(image: ImageRef) -> bytes:
     sample = b"" if location is None else _hash_sample(location)
     if location is None or not sample:
         return b""
-    return hashlib.sha256(location[2].to_bytes(8, "little") + sample).digest()[:8]
+    return _combine_hash(location[2], sample)
+
+
+def _combine_hash(size: int, sample: bytes) -> bytes:
+    return hashlib.sha256(size.to_bytes(8, "little") + sample).digest()[:8]
 
 
 def _map_in_chunks(pool: ThreadPoolExecutor, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:

@@ -4,7 +4,7 @@ Limiting the number of pixels does not limit the decoding time: a small file can
 or bytes thousands of times. `open_header` and `check_decoding_work` reject such files. `benchmarks/hostile_images.py`
 measures the slowest files that pass these checks.
 
-`read_image_size` gives the same result as `open_header` in a tenth of the time for ordinary images.
+`parse_image_size` gives the size of ordinary images in a tenth of the time that `open_header` takes.
 """
 
 import io
@@ -51,7 +51,7 @@ MAX_SIMPLE_SEGMENTS = 100  # JPEG files with more segments, and PNG files with m
 MAX_SIMPLE_PIXELS = 50_000_000  # larger images are opened with Pillow, which has its own limit
 _PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # colour type -> bit depths
 _PNG_LENGTHS = {b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"pHYs": 9, b"bKGD": 0, b"tIME": 0}  # chunk -> minimum length
-_START_BYTES = 4096  # number of bytes read from a file to find an image's size
+START_BYTES = 4096  # number of bytes at the start of a file that contain the headers of most images
 
 _TILE_WIDTH, _TILE_HEIGHT, _TILE_BYTES, _STRIP_BYTES = 322, 323, 325, 279  # TIFF tags
 _FILE_TYPE, _DNG_VERSION = 254, 50706  # TIFF tags
@@ -86,26 +86,12 @@ def list_formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def read_image_size(image: BinaryIO | bytes) -> tuple[int, int]:
-    """Return an image's width and height. The image is an open file or encoded bytes.
+def parse_image_size(data: bytes, file_size: int) -> tuple[int, int] | None:
+    """Return the width and height of an image that starts with `data`, or None if it must be opened with Pillow.
 
-    The result, the limits and the exceptions are those of `open_header`. The headers of most JPEG, PNG and WebP images
-    are parsed here. All other images, including all corrupt ones, are opened with Pillow.
+    The headers of most JPEG, PNG and WebP images are parsed. The result is None for all images that `open_header`
+    rejects, and for all images in other formats. `START_BYTES` of data are enough for most images.
     """
-    if isinstance(image, bytes):
-        size = _parse_image_size(image, len(image))
-        return size or open_header(io.BytesIO(image)).size
-    file_size = image.seek(0, io.SEEK_END)
-    image.seek(0)
-    size = _parse_image_size(image.read(_START_BYTES), file_size)
-    if size is None:
-        image.seek(0)
-        return open_header(image).size
-    return size
-
-
-def _parse_image_size(data: bytes, file_size: int) -> tuple[int, int] | None:
-    """Return the size of an image that starts with `data`, or None if it must be opened with Pillow."""
     if file_size > MAX_FILE_BYTES:
         return None
     try:

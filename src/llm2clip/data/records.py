@@ -6,7 +6,6 @@ with the file, row number and reason. URLs in the data are never downloaded.
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import time
@@ -15,8 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
-
-from PIL import Image
 
 from llm2clip.data import readers
 from llm2clip.data.columns import (
@@ -31,15 +28,19 @@ from llm2clip.data.columns import (
     parse_image,
     parse_name,
 )
-from llm2clip.data.image_hashes import compute_image_hash
-from llm2clip.data.image_header import MAX_PIXELS, DecodingLimitError, ImageFormatError, open_header
+from llm2clip.data.image_facts import (
+    MISSING_IMAGE,
+    TOO_LARGE_IMAGE,
+    UNREADABLE_IMAGE,
+    ImageFacts,
+    read_image_facts,
+)
 from llm2clip.data.image_refs import FileImage, ImageRef, LoadedImage
 from llm2clip.data.readers.parts import FilePart, read_part
 from llm2clip.data.skip_log import EventLog, SkipLog
 from llm2clip.io_utils import DataFormatError, describe_error
 
 ImageCheck = Literal["header", "exists", "unchecked", "ignore"]
-MISSING_IMAGE, UNREADABLE_IMAGE, TOO_LARGE_IMAGE = "missing image", "unreadable image", "image too large"
 NO_SPLIT = "none"  # split name that means "no split", both in split selections and in the data
 EARLY_CHECK_ROWS = 1000  # after this many rows, reading stops as soon as too many rows have been skipped
 
@@ -173,18 +174,6 @@ class _ParsedRow:
     record: Record
     image: LoadedImage | None
     num_rows: int  # number of source rows that were merged into this row; 0 if they have already been counted
-
-
-@dataclass(frozen=True, slots=True)
-class ImageFacts:
-    """What reading parts of an image shows: its size in pixels and its hash, or 0 if they are not known.
-
-    See `image_hashes.hash_image` for the hash.
-    """
-
-    width: int = 0
-    height: int = 0
-    hash: int = 0
 
 
 @dataclass(frozen=True)
@@ -396,8 +385,7 @@ class RecordReader:
             raise UnusableRow(reason, record.image or (record.id if record.id_from_source else ""))
         if row.image is None:
             return ImageFacts()
-        width, height = _check_image(row.image, self.check_headers) if self.check_images else (0, 0)
-        return ImageFacts(width, height, compute_image_hash(row.image) if hash_image and self.read_bytes else 0)
+        return read_image_facts(row.image, self.check_images, self.check_headers, hash_image and self.read_bytes)
 
     def _count_rows(self, split: str, count: int) -> None:
         self.row_counts[split] += count
@@ -448,26 +436,3 @@ def _merge_rows(rows: Iterable[_ParsedRow]) -> Iterator[_ParsedRow]:
             texts[name] = tuple(text for row in group for text in getattr(row.record, name))
         record = replace(group[0].record, **texts)
         yield replace(group[0], record=record, num_rows=sum(row.num_rows for row in group))
-
-
-def _check_image(image: LoadedImage, read_header: bool) -> tuple[int, int]:
-    """Raise `UnusableRow` if an image file is missing or, with `read_header`, if it is unreadable or too large.
-
-    Return the width and height in pixels, or (0, 0) without `read_header`.
-    """
-    if isinstance(image.ref, FileImage) and not os.path.isfile(image.ref.path):
-        raise UnusableRow(MISSING_IMAGE, os.path.abspath(image.ref.path))
-    if not read_header:
-        return 0, 0
-    try:
-        with io.BytesIO(image.data) if image.data is not None else image.ref.open() as stream:
-            width, height = open_header(stream).size
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow has its own limits
-        raise UnusableRow(TOO_LARGE_IMAGE, f"{image.ref}: {error}") from error
-    except Exception as error:  # malicious bytes can make Pillow's plugins raise any type of exception
-        is_complete = isinstance(error, ImageFormatError | DecodingLimitError | OSError)
-        reason = str(error) if is_complete else describe_error(error)
-        raise UnusableRow(UNREADABLE_IMAGE, f"{image.ref}: {reason}") from error
-    if width * height > MAX_PIXELS:
-        raise UnusableRow(TOO_LARGE_IMAGE, f"{image.ref}: {width} x {height}")
-    return width, height

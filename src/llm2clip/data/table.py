@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
+from llm2clip.data.image_facts import ImageFacts
 from llm2clip.data.image_refs import (
     MAX_BATCH_BYTES,
     DatasetImage,
@@ -33,7 +34,7 @@ from llm2clip.data.image_refs import (
     compute_content_digest,
     map_batches,
 )
-from llm2clip.data.records import ImageFacts, Record
+from llm2clip.data.records import Record
 
 TEXTS = pa.list_(pa.string())
 # Names that come from file names may not be valid Unicode, so they are stored as bytes; see `encode_name`.

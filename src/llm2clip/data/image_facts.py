@@ -1,0 +1,129 @@
+"""Checks of images without decoding them: size in pixels and hash, from a few kilobytes of each file."""
+
+import io
+import os
+import stat
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from PIL import Image
+
+from llm2clip.data.columns import UnusableRow
+from llm2clip.data.image_hashes import SAMPLE_BYTES, compute_image_hash, hash_image_sample
+from llm2clip.data.image_header import (
+    MAX_PIXELS,
+    START_BYTES,
+    DecodingLimitError,
+    ImageFormatError,
+    open_header,
+    parse_image_size,
+)
+from llm2clip.data.image_refs import FileImage, LoadedImage, TarImage
+from llm2clip.io_utils import describe_error
+
+MISSING_IMAGE, UNREADABLE_IMAGE, TOO_LARGE_IMAGE = "missing image", "unreadable image", "image too large"
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """What reading parts of an image shows: its size in pixels and its hash, or 0 if they are not known.
+
+    See `image_hashes.hash_images` for the hash.
+    """
+
+    width: int = 0
+    height: int = 0
+    hash: int = 0
+
+
+def read_image_facts(
+    image: LoadedImage, check_exists: bool = True, check_header: bool = True, compute_hash: bool = True
+) -> ImageFacts:
+    """Check an image and return its size and hash.
+
+    Args:
+        check_exists: Whether an image file must exist.
+        check_header: Whether the image must be readable, judging from its header, and not too large. If False, the size
+            in the result is 0.
+        compute_hash: Whether to compute the hash.
+
+    Raises:
+        UnusableRow: The image cannot be used.
+    """
+    if check_exists and type(image.ref) is FileImage and not os.path.isfile(image.ref.path):
+        raise UnusableRow(MISSING_IMAGE, os.path.abspath(image.ref.path))
+    if not check_header and not compute_hash:
+        return ImageFacts()
+    samples = _read_samples(image)
+    width = height = image_hash = 0
+    if check_header:
+        size = parse_image_size(samples.start, samples.size) if samples is not None else None
+        width, height = size or _read_size_with_pillow(image)
+        if width * height > MAX_PIXELS:
+            raise UnusableRow(TOO_LARGE_IMAGE, f"{image.ref}: {width} x {height}")
+    if compute_hash and samples is not None and type(image.ref) in (FileImage, TarImage):
+        image_hash = hash_image_sample(samples.size, samples.middle) if samples.size else 0
+    elif compute_hash:
+        image_hash = compute_image_hash(image.ref)
+    return ImageFacts(width, height, image_hash)
+
+
+class _Samples(NamedTuple):
+    """Parts of an image's bytes."""
+
+    size: int  # size of the image in bytes
+    start: bytes  # at least the first bytes
+    middle: bytes
+
+
+def _read_samples(image: LoadedImage) -> _Samples | None:
+    """Return parts of an image's bytes. Return None for other references, and for files that cannot be read."""
+    if image.data is not None:
+        size = len(image.data)
+        start, length = _locate_middle(size)
+        return _Samples(size, image.data, image.data[start : start + length])
+    if not isinstance(image.ref, FileImage | TarImage):
+        return None
+    try:
+        file = os.open(image.ref.path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+    except (OSError, ValueError):
+        return None
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        offset, size = (image.ref.offset, image.ref.size) if type(image.ref) is TarImage else (0, status.st_size)
+        start, length = _locate_middle(size)
+        first = _read_range(file, offset, min(size, max(START_BYTES, length)))
+        middle = first[start : start + length]
+        if start + length > len(first):
+            middle = _read_range(file, offset + start, length)
+        return _Samples(size, first, middle) if len(middle) == length else None
+    except OSError:
+        return None
+    finally:
+        os.close(file)
+
+
+def _locate_middle(size: int) -> tuple[int, int]:
+    """Return the position and length of the middle part of an image that is hashed."""
+    length = min(SAMPLE_BYTES, size)
+    return (size - length) // 2, length
+
+
+def _read_range(file: int, start: int, length: int) -> bytes:
+    os.lseek(file, start, os.SEEK_SET)
+    return os.read(file, length)
+
+
+def _read_size_with_pillow(image: LoadedImage) -> tuple[int, int]:
+    """Return the width and height of an image. Raise `UnusableRow` if Pillow cannot open it."""
+    try:
+        with io.BytesIO(image.data) if image.data is not None else image.ref.open() as stream:
+            return open_header(stream).size
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow has its own limits
+        raise UnusableRow(TOO_LARGE_IMAGE, f"{image.ref}: {error}") from error
+    except Exception as error:  # malicious bytes can make Pillow's plugins raise any type of exception
+        is_complete = isinstance(error, ImageFormatError | DecodingLimitError | OSError)
+        reason = str(error) if is_complete else describe_error(error)
+        raise UnusableRow(UNREADABLE_IMAGE, f"{image.ref}: {reason}") from error

@@ -1,0 +1,104 @@
+"""Sizes and hashes from parts of images. References: `open_header` and `hash_images`, also for corrupt images."""
+
+import io
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from conftest import load_benchmark
+from llm2clip.data.columns import UnusableRow
+from llm2clip.data.image_facts import ImageFacts, read_image_facts
+from llm2clip.data.image_hashes import hash_images
+from llm2clip.data.image_header import MAX_FILE_BYTES, START_BYTES, open_header, parse_image_size
+from llm2clip.data.image_refs import FileImage, LoadedImage, TarImage
+
+fuzz = load_benchmark("fuzz")
+mutate_image: Callable[[bytes, random.Random], bytes] = fuzz.mutate_image
+
+
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+NOISE = Image.effect_noise((50, 40), 80).convert("RGB")
+SIMPLE_IMAGES = [
+    encode(NOISE, "JPEG"), encode(NOISE, "JPEG", quality=95, optimize=True), encode(NOISE, "JPEG", progressive=True),
+    encode(NOISE.convert("L"), "JPEG"), encode(NOISE.convert("CMYK"), "JPEG"),
+    encode(NOISE, "JPEG", dpi=(72, 72), icc_profile=b"x" * 200, comment=b"comment", xmp=b"<x/>"),
+    encode(NOISE, "PNG"), encode(NOISE.convert("RGBA"), "PNG"), encode(NOISE.convert("L"), "PNG", dpi=(72, 72)),
+    encode(NOISE.convert("P"), "PNG", transparency=3), encode(NOISE.convert("1"), "PNG"),
+    encode(NOISE, "WEBP"), encode(NOISE, "WEBP", lossless=True), encode(NOISE.convert("RGBA"), "WEBP", lossless=True),
+]  # fmt: skip
+
+
+def read_size_with_pillow(data: bytes) -> tuple[int, int] | type[Exception]:
+    try:
+        return open_header(io.BytesIO(data)).size
+    except Exception as error:
+        return type(error)
+
+
+@pytest.mark.parametrize("data", SIMPLE_IMAGES)
+def test_ordinary_images_are_not_opened_with_pillow(data: bytes) -> None:
+    assert parse_image_size(data[:START_BYTES], len(data)) == read_size_with_pillow(data) == (50, 40)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_size_of_corrupt_images_is_that_of_pillow(seed: int) -> None:
+    rng, seeds = random.Random(seed), fuzz.image_seeds()
+    num_simple = 0
+    for _ in range(400):
+        data = mutate_image(rng.choice(rng.choice([SIMPLE_IMAGES, seeds])), rng)
+        if rng.random() < 0.5:  # the fuzzer changes bytes anywhere, but most fields are at the start
+            data = mutate_image(data[:60], rng) + data[60:]
+        if rng.random() < 0.1:
+            data = data[: rng.randrange(len(data))]
+        size = parse_image_size(data, len(data))
+        start = parse_image_size(data[: rng.randrange(700)], len(data))
+        if size is not None:
+            num_simple += 1
+            assert size == read_size_with_pillow(data)
+        assert start is None or start == size
+    assert num_simple > 40
+
+
+@pytest.mark.parametrize("data", [b"", b"x", b"\xff\xd8\xff", b"RIFF", b"\x89PNG\r\n\x1a\n", b"%PDF-1.7"])
+def test_size_of_other_files_is_unknown(data: bytes) -> None:
+    assert parse_image_size(data, len(data)) is None
+
+
+def test_size_of_a_file_over_the_limit_is_unknown() -> None:
+    assert parse_image_size(SIMPLE_IMAGES[0], MAX_FILE_BYTES + 1) is None
+
+
+@pytest.mark.parametrize("num_bytes", [1, 500, 1023, 1024, 1025, 3000, 4096, 5119, 5120, 9000, 50_000])
+def test_facts_of_files_and_tar_members_are_those_of_images_in_memory(num_bytes: int, tmp_path: Path) -> None:
+    data = SIMPLE_IMAGES[0][:num_bytes].ljust(num_bytes, b"x")
+    (tmp_path / "x.jpg").write_bytes(data)
+    (tmp_path / "x.tar").write_bytes(b"before" + data + b"after")
+    refs = [FileImage(str(tmp_path / "x.jpg")), TarImage(str(tmp_path / "x.tar"), 6, num_bytes)]
+    has_header = read_size_with_pillow(data) == (50, 40)
+    for image in [LoadedImage(ref, loaded) for ref in refs for loaded in (None, data)]:
+        facts = read_image_facts(image, check_header=has_header)
+        assert facts == ImageFacts(*((50, 40) if has_header else (0, 0)), int(hash_images([image.ref])[0]))
+
+
+def test_facts_of_an_empty_file_have_no_hash(tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").touch()
+    image = LoadedImage(FileImage(str(tmp_path / "x.jpg")), None)
+    assert read_image_facts(image, check_header=False) == ImageFacts()
+    with pytest.raises(UnusableRow):
+        read_image_facts(image)
+
+
+def test_facts_of_a_named_pipe_do_not_wait_for_data(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.jpg")
+    image = LoadedImage(FileImage(str(tmp_path / "x.jpg")), None)
+    with pytest.raises(UnusableRow, match="missing image"):
+        read_image_facts(image)
