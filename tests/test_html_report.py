@@ -2,11 +2,13 @@
 
 from PIL import Image
 
-from llm2clip.evaluate.reporting.plots import plot_curves, plot_intervals
+from llm2clip.evaluate.reporting.plots import plot_curves, plot_distributions, plot_intervals
 from llm2clip.html_report import (
     Code,
     Details,
     Heading,
+    ImageCard,
+    ImageCards,
     Paragraph,
     Plot,
     ResultImage,
@@ -14,6 +16,7 @@ from llm2clip.html_report import (
     Table,
     render_html,
     render_markdown,
+    render_text,
 )
 
 
@@ -24,9 +27,10 @@ def test_report_escapes_all_texts() -> None:
     blocks = [
         Heading(text), Paragraph(text), Code(text), Table([text], [[text], [1.25], [None]]), Plot("<svg></svg>", text),
         ResultImages(text, images), Details(text, text),
+        ImageCards([ImageCard(text, [text], jpeg, "", {text: [text, text]}), ImageCard(text, [], None, text, {})]),
     ]  # fmt: skip
     page = render_html(text, blocks)
-    assert "<img src=x" not in page and page.count("&lt;img src=x") == 17
+    assert "<img src=x" not in page and page.count("&lt;img src=x") == 25
     assert "<code>code</code>" in page and ">1.2<" in page and ">–<" in page
     assert "right: " in page and "wrong: " not in page
     markdown = render_markdown("T", blocks, "page.html")
@@ -45,6 +49,7 @@ def test_plots_show_dollar_signs_as_text() -> None:
     for svg in (
         plot_curves({label: [1.0, 2.0]}, [1, 2], label, label, tick_labels=[label, "b"]),
         plot_intervals({label: (1.0, 0.0, 2.0)}, label),
+        plot_distributions({label: ([1, 20, 400], [2.0, 60.0, 100.0]), "b": ([3], [100.0])}, label, label),
     ):
         assert svg.count(label) >= 2
 
@@ -74,3 +79,17 @@ def test_markdown_omits_sections_that_consist_of_plots_and_images() -> None:
     assert headings == ["T", "Results", "Details", "Notes"]
     assert "about the plot" not in markdown and "a note" in markdown and "Plots and images" not in markdown
     assert "Plots and images are in page.html" in render_markdown("T", blocks, "page.html")
+
+
+def test_texts_of_image_cards_cannot_reorder_each_other() -> None:
+    card = ImageCard("\u202ea.jpg", ["\u202e1", "2"], None, "", {"captions": ["\u202ex"]})
+    page = render_html("T", [ImageCards([card])])
+    for element in ("<bdi>\u202ea.jpg</bdi>", "<bdi>\u202e1</bdi>, <bdi>2</bdi>", '<li dir="auto">\u202ex</li>'):
+        assert element in page
+
+
+def test_text_report_is_aligned_and_has_no_control_characters() -> None:
+    blocks = [Heading("Sizes"), Table(["name", "size"], [["[red]\x1b[31m", 12.5], ["b", None]]), Paragraph(":cat: [b]")]
+    visual = [Heading("Plots"), Plot("<svg></svg>", "a plot")]
+    lines = ["SIZES", "name          size", "[red]\\x1b[31m  12.5", "b                –", "", ":cat: [b]"]
+    assert render_text([*blocks, *visual]).splitlines() == lines

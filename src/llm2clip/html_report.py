@@ -1,4 +1,4 @@
-"""Block-based reports, rendered as Markdown and as a self-contained HTML page without scripts.
+"""Block-based reports, rendered as Markdown, as text for a terminal, and as an HTML page without scripts.
 
 The page uses the template `templates/report.html.jinja` and inlines the CSS from `templates/report.css`. All text is
 escaped.
@@ -10,13 +10,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup, escape
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
 
-from llm2clip.io_utils import atomic_write_text
+from llm2clip.io_utils import atomic_write_text, escape_control_characters
 
 GOOD, BAD, UNSURE = "good", "bad", "unsure"  # status of a paragraph or table cell; determines its colour
 LONG_CELL = 30  # in characters; table cells with longer text may wrap
@@ -95,6 +99,32 @@ class ResultImages:
 
 
 @dataclass(frozen=True)
+class ImageCard:
+    """An image of a data set, with its texts.
+
+    Args:
+        title: Text shown above the image, such as its file name.
+        details: Short texts shown below the title, such as the size of the image.
+        jpeg: JPEG data. None if the image cannot be decoded.
+        error: Text shown in place of the image.
+        texts: Texts of each kind, keyed by a label such as "captions".
+    """
+
+    title: str
+    details: Sequence[str]
+    jpeg: bytes | None
+    error: str
+    texts: Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class ImageCards:
+    """Images of a data set, with their texts."""
+
+    cards: Sequence[ImageCard]
+
+
+@dataclass(frozen=True)
 class Legend:
     """Colour legend for the preceding images. Each entry is a name and a CSS colour, such as "#ff0000"."""
 
@@ -109,8 +139,8 @@ class Details:
     text: str
 
 
-Block = Heading | Paragraph | Code | Table | Plot | ResultImages | Legend | Details
-_VISUAL = Plot | ResultImages | Legend | Details  # blocks that Markdown reports omit
+Block = Heading | Paragraph | Code | Table | Plot | ResultImages | ImageCards | Legend | Details
+_VISUAL = Plot | ResultImages | ImageCards | Legend | Details  # blocks that Markdown reports omit
 
 
 def write_report(folder: Path, name: str, title: str, blocks: Sequence[Block]) -> tuple[Path, Path]:
@@ -142,6 +172,33 @@ def render_markdown(title: str, blocks: Sequence[Block], html_name: str = "") ->
     if has_images and html_name:
         parts.insert(0, f"Plots and images are in {html_name}.")
     return "\n\n".join([f"# {_escape_tags(title)}", *parts]) + "\n"
+
+
+def render_text(blocks: Sequence[Block], width: int = 120) -> str:
+    """Render a report as plain text for a terminal, without plots, images and collapsed text."""
+    page = StringIO()
+    console = Console(file=page, width=width, highlight=False, markup=False, emoji=False)
+    for block in _omit_visual_sections(blocks):
+        if isinstance(block, Heading):
+            console.print(block.text.upper())
+        elif isinstance(block, Paragraph | Code):
+            console.print(f"{block.text}\n")
+        elif isinstance(block, Table):
+            console.print(_make_terminal_table(block), "")
+    lines = escape_control_characters(page.getvalue()).splitlines()
+    return "\n".join(line.rstrip() for line in lines).strip()
+
+
+def _make_terminal_table(table: Table) -> RichTable:
+    """Create a table without lines. Columns of numbers are aligned to the right."""
+    rows = [[format_cell(value) for value in row] for row in table.rows]
+    terminal_table = RichTable(box=None, pad_edge=False)
+    for number, name in enumerate(table.header):
+        is_numeric = all(_is_number(row[number]) for row in rows)
+        terminal_table.add_column(Text(name), justify="right" if is_numeric else "left", overflow="fold")
+    for row in rows:
+        terminal_table.add_row(*map(Text, row))
+    return terminal_table
 
 
 def _escape_tags(text: str) -> str:
@@ -253,6 +310,11 @@ def _choose_cell_classes(text: str, statuses: Mapping[str, str]) -> str:
         classes.append(statuses[text])
     if len(text) > LONG_CELL:
         classes.append("long")
-    if re.fullmatch(r"[-+±–×x., \d%]+", text):
+    if _is_number(text):
         classes.append("number")
     return " ".join(classes)
+
+
+def _is_number(text: str) -> bool:
+    """Return True if a cell contains only numbers and signs."""
+    return re.fullmatch(r"[-+±–×x., \d%]+", text) is not None

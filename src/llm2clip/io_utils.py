@@ -217,6 +217,14 @@ def install_command(*extras: str) -> str:
 # ---- readers -------------------------------------------------------------------------------------------------------
 
 
+def format_bytes(size: float) -> str:
+    """Format a size in bytes with a decimal unit, for example as "1.5 MB"."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if size >= factor:
+            return f"{size / factor:,.1f} {unit}"
+    return f"{size / 1e3:,.1f} kB"
+
+
 def describe_error(error: BaseException) -> str:
     """Return an exception's type and message, for logging inputs that cannot be read."""
     return f"{type(error).__name__}: {error}"

@@ -64,6 +64,11 @@ class SkipLog:
         """Number of rows read so far. If a source is read several times, its rows are counted only once."""
         return self._num_rows + sum(sum(splits.values()) for splits in self._source_rows.values())
 
+    @property
+    def num_copies(self) -> int:
+        """Number of images that were merged with identical images."""
+        return len(self._copies)
+
     def count_rows(self, count: int) -> None:
         """Count rows of a source that is read only once."""
         self._num_rows += count

@@ -75,6 +75,31 @@ def plot_intervals(intervals: Mapping[str, tuple[float, float, float]], xlabel: 
     return to_svg(figure)
 
 
+def plot_distributions(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], xlabel: str, ylabel: str) -> str:
+    """Plot cumulative distributions of positive integers on a logarithmic axis, and return the SVG.
+
+    Args:
+        curves: Increasing values and the percentage of values up to each of them, keyed by curve name.
+    """
+    figure, axes = create_axes(4.8, 2.9)
+    for n, (name, (x, y)) in enumerate(curves.items()):
+        axes.step([x[0], *x], [0, *y], where="post", color=COLOURS[n % len(COLOURS)], linewidth=1.8, label=name)
+    low = 0.9 * min(x[0] for x, _ in curves.values())
+    high = 1.1 * max(x[-1] for x, _ in curves.values())
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    powers = [10**power for power in range(10)]
+    ticks = powers if high > 1000 * low else [digit * power for power in powers for digit in (1, 2, 5)]
+    visible = [tick for tick in ticks if low <= tick <= high]
+    axes.set_xticks(visible, [f"{tick:,}" for tick in visible])
+    axes.set_xticks([], minor=True)
+    axes.set(xlabel=f"{xlabel} (logarithmic)", ylabel=ylabel)
+    axes.set_ylim(0, 102)
+    if len(curves) > 1:
+        axes.legend(frameon=False, labelcolor=GREY, fontsize=8)
+    return to_svg(figure)
+
+
 def plot_matrix(scores: Tensor, xlabel: str, ylabel: str) -> str:
     """Plot a matrix as a heat map and return the SVG. The colours are visible on both light and dark pages."""
     figure, axes = create_axes(4.2, 3.8)

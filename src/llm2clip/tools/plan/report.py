@@ -6,6 +6,7 @@ from io import StringIO
 from rich.console import Console
 from rich.table import Table
 
+from llm2clip.io_utils import format_bytes
 from llm2clip.tools.plan.memory import USABLE_FRACTION, compute_peak_memory
 from llm2clip.tools.plan.plan import Plan
 
@@ -112,9 +113,9 @@ def _make_time_table(plan: Plan) -> Table:
 
 
 def _format_store_sizes(plan: Plan) -> list[str]:
-    lines = [f"Embedding store ({plan.config.embed.dtype}): {_format_bytes(plan.store_bytes)} on disk."]
+    lines = [f"Embedding store ({plan.config.embed.dtype}): {format_bytes(plan.store_bytes)} on disk."]
     if plan.feature_bytes:
-        lines.append(f"Cached tower features (float16): {_format_bytes(plan.feature_bytes)} on disk.")
+        lines.append(f"Cached tower features (float16): {format_bytes(plan.feature_bytes)} on disk.")
     return lines
 
 
@@ -122,7 +123,7 @@ def _format_caching_gain(plan: Plan) -> str:
     (step, hours), weights = plan.online_cost_ratios, 2.0 * plan.text.parameters  # bytes in half precision
     return (
         f"Without the store, running the LLM in every `align` step would take {step:.2f} times the FLOPs per step, "
-        f"{hours:.2f} times the total time of `embed` and `align`, and {_format_bytes(weights)} more memory per device "
+        f"{hours:.2f} times the total time of `embed` and `align`, and {format_bytes(weights)} more memory per device "
         "for the weights."
     )
 
@@ -147,10 +148,3 @@ def _format_assumptions(plan: Plan) -> str:
         f"{1 - USABLE_FRACTION:.0%} of memory lost to fragmentation, no duplicate captions, and image decoding that is "
         "never the bottleneck."
     )
-
-
-def _format_bytes(size: float) -> str:
-    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if size >= factor:
-            return f"{size / factor:,.1f} {unit}"
-    return f"{size / 1e3:,.1f} kB"

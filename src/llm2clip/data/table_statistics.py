@@ -1,0 +1,203 @@
+"""Statistics of a record table: caption lengths, image sizes, splits and languages.
+
+All numbers are computed from the columns of record batches, so that memory does not depend on the number of rows.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
+from llm2clip.data.image_refs import FileImage, TarImage
+from llm2clip.data.records import NO_SPLIT
+from llm2clip.data.table import IMAGE_KINDS
+
+STATISTICS_COLUMNS = ("image_kind", "image_name", "width", "height", "split", *TEXT_FIELDS)
+LANGUAGE_CHARACTERS = 1000  # the language of a longer text is identified from its first characters
+FILE_KINDS = pa.array([IMAGE_KINDS.index(FileImage), IMAGE_KINDS.index(TarImage)], pa.int8())  # images with file names
+_SUFFIX = r"\.(?P<suffix>[A-Za-z0-9]{1,5})$"
+
+
+class Histogram:
+    """Number of occurrences of each integer, for exact percentiles of data that does not fit in memory."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[int] = Counter()
+
+    def add(self, values: pa.Array | pa.ChunkedArray) -> None:
+        """Count integers. Nulls are ignored."""
+        distinct = pc.value_counts(values.drop_null())
+        numbers, counts = distinct.field("values").to_pylist(), distinct.field("counts").to_pylist()
+        self._counts.update(dict(zip(numbers, counts, strict=True)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Histogram) and self._counts == other._counts
+
+    @property
+    def count(self) -> int:
+        """Number of integers that were counted."""
+        return self._counts.total()
+
+    @property
+    def maximum(self) -> int:
+        return max(self._counts)
+
+    @property
+    def mean(self) -> float:
+        return sum(value * count for value, count in self._counts.items()) / self.count
+
+    def percentile(self, percent: float) -> int:
+        """Return the smallest value such that at least `percent` of the values are less than or equal to it."""
+        values = sorted(self._counts)
+        cumulative = np.cumsum([self._counts[value] for value in values])
+        position = np.searchsorted(cumulative, self.count * percent / 100)
+        return values[min(int(position), len(values) - 1)]
+
+    def count_below(self, limit: int) -> int:
+        """Return how many values are less than `limit`."""
+        return sum(count for value, count in self._counts.items() if value < limit)
+
+    def cumulate(self, max_points: int = 200) -> tuple[list[int], list[float]]:
+        """Return the distinct values in increasing order, and the percentage of values up to and including each.
+
+        If there are more than `max_points` distinct values, only as many, evenly spaced by percentage, are returned.
+        """
+        values = sorted(self._counts)
+        shares = 100 * np.cumsum([self._counts[value] for value in values]) / self.count
+        positions = range(len(values))
+        if len(values) > max_points:
+            spaced = np.searchsorted(shares, np.linspace(0, 100, max_points)).clip(max=len(values) - 1)
+            positions = np.unique([0, *spaced, len(values) - 1]).tolist()
+        return [values[n] for n in positions], [float(shares[n]) for n in positions]
+
+
+@dataclass
+class TextStatistics:
+    """Lengths of the texts in a column, such as the short captions.
+
+    Attributes:
+        num_records: Number of records with at least one text in this column.
+        words, characters: Length of each text. Words are separated by whitespace.
+    """
+
+    num_records: int = 0
+    words: Histogram = field(default_factory=Histogram)
+    characters: Histogram = field(default_factory=Histogram)
+
+    def add(self, texts: pa.Array) -> None:
+        """Add a column of type list<string>."""
+        self.num_records += pc.sum(pc.greater(pc.list_value_length(texts), 0)).as_py() or 0
+        values = pc.list_flatten(texts)
+        self.words.add(count_words(values))
+        self.characters.add(pc.utf8_length(values))
+
+
+@dataclass
+class TableStatistics:
+    """Statistics of a record table.
+
+    Attributes:
+        num_records: Number of records, with or without an image.
+        num_images: Number of records with an image.
+        texts: Statistics of each text column, keyed by field name.
+        captions_per_image: Number of captions of each record with an image, all caption fields together.
+        splits: Number of (records, images) in each split.
+        kinds: Number of images of each kind (an index into `IMAGE_KINDS`).
+        suffixes: Number of image files and tar members per file name suffix, in lower case.
+        widths, heights, short_sides: Image sizes in pixels, from the headers, before rotation.
+    """
+
+    num_records: int = 0
+    num_images: int = 0
+    texts: dict[str, TextStatistics] = field(default_factory=lambda: {name: TextStatistics() for name in TEXT_FIELDS})
+    captions_per_image: Histogram = field(default_factory=Histogram)
+    splits: dict[str, tuple[int, int]] = field(default_factory=dict)
+    kinds: Counter[int] = field(default_factory=Counter)
+    suffixes: Counter[str] = field(default_factory=Counter)
+    widths: Histogram = field(default_factory=Histogram)
+    heights: Histogram = field(default_factory=Histogram)
+    short_sides: Histogram = field(default_factory=Histogram)
+
+    def add(self, batch: pa.RecordBatch, has_image: pa.Array) -> None:
+        """Add records.
+
+        Args:
+            batch: Record batch with the columns `STATISTICS_COLUMNS`.
+            has_image: Booleans, whether each record has an image.
+        """
+        self.num_records += len(batch)
+        for name in TEXT_FIELDS:
+            self.texts[name].add(batch[name])
+        self._add_splits(batch["split"], has_image)
+        images = batch.filter(has_image)
+        self.num_images += len(images)
+        self.captions_per_image.add(count_captions(images))
+        self.kinds.update(count_values(images["image_kind"]))
+        self._add_suffixes(images)
+        measured = images.filter(pc.greater(images["width"], 0))  # images whose header has been read
+        self.widths.add(measured["width"])
+        self.heights.add(measured["height"])
+        self.short_sides.add(pc.min_element_wise(measured["width"], measured["height"]))
+
+    def _add_suffixes(self, images: pa.RecordBatch) -> None:
+        files = images.filter(pc.is_in(images["image_kind"], FILE_KINDS))
+        suffixes = pc.struct_field(pc.extract_regex(files["image_name"], _SUFFIX), "suffix")
+        for suffix, count in count_values(suffixes).items():
+            self.suffixes[(suffix or b"").decode().lower()] += count
+
+    def _add_splits(self, splits: pa.Array, has_image: pa.Array) -> None:
+        num_images = count_values(splits.filter(has_image))
+        for value, count in count_values(splits).items():
+            name = value.decode("utf-8", "backslashreplace") if value else NO_SPLIT
+            records, images = self.splits.get(name, (0, 0))
+            self.splits[name] = records + count, images + num_images[value]
+
+
+def compute_statistics(batches: Iterable[pa.RecordBatch], has_image: np.ndarray) -> TableStatistics:
+    """Return the statistics of a table.
+
+    Args:
+        batches: All records in order, as record batches with the columns `STATISTICS_COLUMNS`.
+        has_image: Boolean array of shape (N,), whether each record has an image.
+    """
+    statistics = TableStatistics()
+    start = 0
+    for batch in batches:
+        statistics.add(batch, pa.array(has_image[start : start + len(batch)]))
+        start += len(batch)
+    return statistics
+
+
+def count_words(texts: pa.Array) -> pa.Array:
+    """Return the number of words in each text, like `len(text.split())`. The texts must not start with whitespace."""
+    return pc.list_value_length(pc.utf8_split_whitespace(texts))
+
+
+def count_captions(batch: pa.RecordBatch) -> pa.Array:
+    """Return the number of captions of each record, all caption fields together."""
+    lengths = [pc.fill_null(pc.list_value_length(batch[name]), 0) for name in CAPTION_FIELDS]
+    total = lengths[0]
+    for length in lengths[1:]:
+        total = pc.add(total, length)
+    return total
+
+
+def count_values(values: pa.Array) -> Counter:
+    """Count the occurrences of each value. Nulls are counted as None."""
+    distinct = pc.value_counts(values)
+    return Counter(dict(zip(distinct.field("values").to_pylist(), distinct.field("counts").to_pylist(), strict=True)))
+
+
+def count_languages(texts: Iterable[str]) -> Counter[str]:
+    """Identify the language of each text and return the number of texts per language code, such as "en".
+
+    Language identification of a short text is a guess: on English captions of about ten words, one in 200 is wrong.
+    Texts that are not in a language, such as numbers, have the code "zxx".
+    """
+    from py3langid import classify
+
+    return Counter(classify(text[:LANGUAGE_CHARACTERS])[0] for text in texts)

@@ -1,0 +1,348 @@
+"""Overview of a data set: what `llm2clip data` prints, and its HTML page with example images."""
+
+import json
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from llm2clip.config import EvaluateConfig
+from llm2clip.data.build_table import open_table
+from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
+from llm2clip.data.image_refs import to_valid_unicode
+from llm2clip.data.images import ImageError, load_image, make_thumbnail
+from llm2clip.data.records import Record
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.splits import read_splits
+from llm2clip.data.table import RecordTable
+from llm2clip.data.table_statistics import (
+    STATISTICS_COLUMNS,
+    Histogram,
+    TableStatistics,
+    compute_statistics,
+    count_languages,
+)
+from llm2clip.evaluate.reporting.plots import plot_distributions
+from llm2clip.html_report import (
+    BAD,
+    Block,
+    Code,
+    Heading,
+    ImageCard,
+    ImageCards,
+    Paragraph,
+    Plot,
+    Table,
+    render_html,
+    render_text,
+)
+from llm2clip.io_utils import atomic_write_text, format_bytes
+from llm2clip.runs.run_description import describe_run, format_duration, format_run
+
+NUM_EXAMPLES = 24  # images shown on the page
+EXAMPLES_PER_REASON = 3  # skipped rows listed for each reason
+MAX_LANGUAGE_SAMPLE = 10_000  # texts of each kind whose language is identified
+MIN_LANGUAGE_SHARE = 0.01  # rarer languages are counted as "other", because most of them are errors
+MAX_LISTED = 20  # splits and file name suffixes listed
+MAX_TEXTS = 50  # texts of each kind shown below an image
+MAX_TEXT_CHARACTERS = 2000  # longer texts are truncated
+THUMBNAIL_SIDE = 320  # in pixels
+SMALL_SIDE = 224  # in pixels; input resolution of most vision towers
+FIT_MAX_SKIPPED = 0.05  # default of `fit --max_skipped`
+FIELD_LABELS = {name: name.replace("_", " ") for name in TEXT_FIELDS}
+KIND_NAMES = ("image files", "tar files", "Parquet files", "Hugging Face data sets", "the record table")  # IMAGE_KINDS
+
+
+@dataclass(frozen=True)
+class SkippedRow:
+    """A skipped row."""
+
+    file: str
+    row: int
+    reason: str
+    value: str
+
+
+@dataclass
+class DataOverview:
+    """What a data set contains.
+
+    Attributes:
+        sources: Sources as given by the user.
+        statistics: Statistics of all records.
+        languages: Number of sampled texts per language code, keyed by text field.
+        training: What `fit` would train on and hold out, as sentences.
+        log: Skip log.
+        skipped: The first skipped rows of each reason.
+        table_bytes: Size of the record table on disk.
+        seconds: Time that it took to build or open the table.
+    """
+
+    sources: list[str]
+    statistics: TableStatistics
+    languages: dict[str, Counter[str]]
+    training: list[str]
+    log: SkipLog
+    skipped: list[SkippedRow]
+    table_bytes: int
+    seconds: float
+
+
+def inspect_data(
+    sources: Sequence[str], columns: dict[str, str], max_skipped: float = 1.0
+) -> tuple[DataOverview, RecordTable]:
+    """Build or open the record table of a data set. Return an overview of its contents, and the table.
+
+    Args:
+        columns: Column mapping that extends or overrides each source's own mapping.
+        max_skipped: Maximum fraction of rows that may be skipped.
+
+    Raises:
+        ValueError: See `open_table`.
+    """
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        log = SkipLog(Path(folder) / "skipped.jsonl", max_skipped)
+        table = open_table(sources, columns, log)
+        seconds = time.monotonic() - start
+        skipped = read_first_skipped_rows(Path(folder) / "skipped.jsonl")
+    splits = read_splits(sources, EvaluateConfig(), columns, SkipLog(max_skipped=max_skipped))
+    overview = DataOverview(
+        sources=list(sources),
+        statistics=compute_statistics(table.iterate_batches(STATISTICS_COLUMNS), table.has_image),
+        languages={name: count_languages(sample_texts(table, name, MAX_LANGUAGE_SAMPLE)) for name in CAPTION_FIELDS},
+        training=[splits.summary, splits.rule],
+        log=log,
+        skipped=skipped,
+        table_bytes=sum(os.path.getsize(file) for file in {file for file, _ in table.blocks.paths}),
+        seconds=seconds,
+    )
+    return overview, table
+
+
+def read_first_skipped_rows(file: Path) -> list[SkippedRow]:
+    """Return the first `EXAMPLES_PER_REASON` rows of each reason from the file of a `SkipLog`."""
+    rows: dict[str, list[SkippedRow]] = {}
+    with file.open(encoding="utf-8") as stream:
+        for line in stream:
+            entry = json.loads(line)
+            examples = rows.setdefault(entry["reason"], [])
+            if len(examples) < EXAMPLES_PER_REASON:
+                name, value = to_valid_unicode(entry["file"]), to_valid_unicode(entry["value"])
+                examples.append(SkippedRow(name, entry["row"], entry["reason"], value))
+    return [row for examples in rows.values() for row in examples]
+
+
+def sample_texts(table: RecordTable, field: str, count: int) -> Iterator[str]:
+    """Yield at most `count` texts of a field, from evenly spaced records."""
+    num_texts = table.count_texts(field)
+    rows = np.flatnonzero(num_texts)
+    if not len(rows):
+        return
+    num_rows = max(1, min(len(rows), len(rows) * count // int(num_texts.sum())))
+    spaced = rows[choose_evenly(len(rows), num_rows)]
+    yield from islice(table.select(spaced).iterate_texts([field]), count)
+
+
+def choose_evenly(length: int, count: int) -> np.ndarray:
+    """Return at most `count` evenly spaced indices of a sequence."""
+    return np.linspace(0, length - 1, min(length, count)).astype(np.int64)
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def format_overview(overview: DataOverview) -> str:
+    """Format an overview as text for a terminal."""
+    return render_text(build_blocks(overview))
+
+
+def build_blocks(overview: DataOverview) -> list[Block]:
+    """Return the tables and plots of an overview."""
+    return [
+        *_build_summary(overview),
+        *_build_captions(overview),
+        *_build_images(overview.statistics),
+        *_build_skipped(overview),
+    ]
+
+
+def _build_summary(overview: DataOverview) -> list[Block]:
+    statistics, log = overview.statistics, overview.log
+    rows = [
+        ("images", statistics.num_images),
+        ("records without an image", statistics.num_records - statistics.num_images),
+        *((FIELD_LABELS[name], texts.words.count) for name, texts in statistics.texts.items() if texts.num_records),
+        ("rows read", log.rows_seen),
+        ("rows skipped", log.skipped.total()),
+        ("duplicate images merged with the originals", log.num_copies),
+    ]
+    splits = list(statistics.splits.items())
+    split_rows = [(name, f"{records:,}", f"{images:,}") for name, (records, images) in splits[:MAX_LISTED]]
+    more = [Paragraph(f"and {len(splits) - MAX_LISTED:,} more splits")] if len(splits) > MAX_LISTED else []
+    return [
+        Table(["content", "number"], [(name, f"{number:,}") for name, number in rows]),
+        Paragraph(f"Read in {format_duration(overview.seconds)}. Record table: {format_bytes(overview.table_bytes)}."),
+        Heading("Training and held-out images"),
+        *(Paragraph(f"{sentence}." if sentence[-1] != "." else sentence) for sentence in overview.training),
+        Table(["split", "records", "images"], split_rows),
+        *more,
+    ]
+
+
+def _build_captions(overview: DataOverview) -> list[Block]:
+    texts = {name: texts for name, texts in overview.statistics.texts.items() if texts.num_records}
+    rows: list[list[str]] = []
+    for name, statistics in texts.items():
+        label, counts = FIELD_LABELS[name], [f"{statistics.num_records:,}", f"{statistics.words.count:,}"]
+        rows.append([f"{label} (words)", *counts, *_summarize(statistics.words)])
+        rows.append([f"{label} (characters)", "", "", *_summarize(statistics.characters)])
+    words = {FIELD_LABELS[name]: statistics.words for name, statistics in texts.items()}
+    return [
+        Heading("Captions"),
+        Table(["length", "records", "texts", "median", "95%", "longest"], rows),
+        *_describe_captions_per_image(overview.statistics.captions_per_image),
+        _plot(words, "words", "texts with at most this length, %"),
+        *_build_languages(overview.languages),
+    ]
+
+
+def _summarize(histogram: Histogram) -> list[str]:
+    """Return the median, the 95th percentile and the maximum as cells."""
+    return [f"{value:,}" for value in (histogram.percentile(50), histogram.percentile(95), histogram.maximum)]
+
+
+def _describe_captions_per_image(histogram: Histogram) -> list[Block]:
+    if not histogram.count:
+        return []
+    text = (
+        f"Captions per image: mean {histogram.mean:.1f}, median {histogram.percentile(50):,}, maximum "
+        f"{histogram.maximum:,}."
+    )
+    if num_single := histogram.count_below(2):
+        text += f" {num_single:,} images have a single caption. `tune` uses only images with at least two."
+    return [Paragraph(text)]
+
+
+def _build_languages(languages: dict[str, Counter[str]]) -> list[Block]:
+    sampled = {name: counts for name, counts in languages.items() if counts}
+    total: Counter[str] = Counter()
+    for counts in sampled.values():
+        total.update(counts)
+    listed = [code for code, count in total.most_common() if count >= MIN_LANGUAGE_SHARE * total.total()]
+    rows = []
+    for code in listed:
+        rows.append([code, *(_format_percent(counts[code], counts.total()) for counts in sampled.values())])
+    others = [counts.total() - sum(counts[code] for code in listed) for counts in sampled.values()]
+    if any(others):
+        shares = [_format_percent(n, counts.total()) for n, counts in zip(others, sampled.values(), strict=True)]
+        rows.append(["other", *shares])
+    text = f"Languages of {total.total():,} evenly spaced captions, identified by py3langid. Short texts are guesses."
+    return [Paragraph(text), Table(["language", *(FIELD_LABELS[name] for name in sampled)], rows)]
+
+
+def _build_images(statistics: TableStatistics) -> list[Block]:
+    if not statistics.num_images:
+        return []
+    blocks: list[Block] = [Heading("Images")]
+    sides = {"width": statistics.widths, "height": statistics.heights, "shorter side": statistics.short_sides}
+    if statistics.widths.count:
+        rows = [[name, *(f"{side.percentile(p):,}" for p in (0, 5, 50, 95, 100))] for name, side in sides.items()]
+        num_small = statistics.short_sides.count_below(SMALL_SIDE)
+        share = _format_percent(num_small, statistics.short_sides.count)
+        blocks += [
+            Table(["pixels", "smallest", "5%", "median", "95%", "largest"], rows),
+            Paragraph(f"{num_small:,} images ({share}) have a shorter side of less than {SMALL_SIDE} pixels."),
+            _plot({"images": statistics.short_sides}, "shorter side, pixels", "images up to this size, %"),
+        ]
+    kinds = [(KIND_NAMES[kind], f"{count:,}") for kind, count in statistics.kinds.most_common()]
+    blocks.append(Table(["stored in", "images"], kinds))
+    if statistics.suffixes:
+        suffixes = statistics.suffixes.most_common(MAX_LISTED)
+        blocks.append(Table(["file name suffix", "images"], [(name or "none", f"{n:,}") for name, n in suffixes]))
+    return blocks
+
+
+def _build_skipped(overview: DataOverview) -> list[Block]:
+    log = overview.log
+    blocks: list[Block] = [Paragraph(f"{note}.") for note in log.list_notes()]
+    if log.skipped:
+        share = log.skipped.total() / max(1, log.rows_seen)
+        if share > FIT_MAX_SKIPPED:
+            text = f"{share:.1%} of the rows are skipped. `fit` stops above {FIT_MAX_SKIPPED:.0%}; see --max_skipped."
+            blocks.append(Paragraph(text, BAD))
+        blocks.append(Table(["reason", "skipped rows"], [(r, f"{n:,}") for r, n in log.skipped.most_common()]))
+    if log.dropped:
+        rows = [(reason, f"{count:,}") for reason, count in log.dropped.most_common()]
+        blocks.append(Table(["parts of rows that are not used", "rows"], rows))
+    if overview.skipped:
+        header = ["file", "row", "reason", "value"]
+        blocks.append(Table(header, [(row.file, row.row, row.reason, row.value) for row in overview.skipped]))
+    return [Heading("Skipped rows"), *(blocks or [Paragraph("No rows are skipped.")])]
+
+
+def _plot(histograms: dict[str, Histogram], xlabel: str, ylabel: str) -> Plot:
+    curves = {name: histogram.cumulate() for name, histogram in histograms.items()}
+    return Plot(plot_distributions(curves, xlabel, ylabel), f"Cumulative distribution: {xlabel}")
+
+
+def _format_percent(count: int, total: int) -> str:
+    return f"{100 * count / total:.1f}%"
+
+
+# ---- page ------------------------------------------------------------------------------------------------------------
+
+
+def write_page(file: Path, overview: DataOverview, table: RecordTable) -> None:
+    """Write an overview with example images as a self-contained HTML page."""
+    run = describe_run(overview.seconds)
+    rows = np.flatnonzero(table.has_image)
+    cards = [_make_card(table[int(row)]) for row in rows[choose_evenly(len(rows), NUM_EXAMPLES)]]
+    blocks: list[Block] = [
+        Paragraph(format_run(run)),
+        Code("\n".join(to_valid_unicode(source) for source in overview.sources)),
+        *build_blocks(overview),
+    ]
+    if cards:
+        text = f"{len(cards)} evenly spaced images, each with all its texts."
+        blocks += [Heading("Examples"), Paragraph(text), ImageCards(cards)]
+    atomic_write_text(file, render_html("Data set overview", blocks))
+
+
+def _make_card(record: Record) -> ImageCard:
+    """Return a record's thumbnail and texts. If its image cannot be decoded, the card shows the error."""
+    assert record.image is not None
+    jpeg, error, details = None, "", []
+    try:
+        image = load_image(record.image)
+        jpeg = make_thumbnail(image, THUMBNAIL_SIDE)
+        details = [f"{image.shape[2]:,} × {image.shape[1]:,} pixels"]
+    except (ImageError, OSError) as problem:
+        error = to_valid_unicode(str(problem))
+    name = Path(str(record.image)).name
+    if record.id != Path(name).stem:
+        details.append(f"id {record.id}")
+    if record.split:
+        details.append(record.split)
+    texts = {}
+    for field in TEXT_FIELDS:
+        if values := getattr(record, field):
+            texts[FIELD_LABELS[field]] = _shorten_texts(values)
+    return ImageCard(to_valid_unicode(name), [to_valid_unicode(detail) for detail in details], jpeg, error, texts)
+
+
+def _shorten_texts(texts: Sequence[str]) -> list[str]:
+    """Truncate long texts and long lists of texts, so that one record cannot fill the page."""
+    shown = []
+    for text in texts[:MAX_TEXTS]:
+        is_long = len(text) > MAX_TEXT_CHARACTERS
+        shown.append(f"{text[:MAX_TEXT_CHARACTERS]} … ({len(text):,} characters)" if is_long else text)
+    if len(texts) > MAX_TEXTS:
+        shown.append(f"… and {len(texts) - MAX_TEXTS:,} more")
+    return shown
