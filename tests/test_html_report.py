@@ -91,5 +91,5 @@ def test_texts_of_image_cards_cannot_reorder_each_other() -> None:
 def test_text_report_is_aligned_and_has_no_control_characters() -> None:
     blocks = [Heading("Sizes"), Table(["name", "size"], [["[red]\x1b[31m", 12.5], ["b", None]]), Paragraph(":cat: [b]")]
     visual = [Heading("Plots"), Plot("<svg></svg>", "a plot")]
-    lines = ["SIZES", "name          size", "[red]\\x1b[31m  12.5", "b                –", "", ":cat: [b]"]
+    lines = ["SIZES", "name           size", "[red]\\x1b[31m  12.5", "b                 –", "", ":cat: [b]"]
     assert render_text([*blocks, *visual]).splitlines() == lines

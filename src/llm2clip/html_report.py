@@ -180,18 +180,17 @@ def render_text(blocks: Sequence[Block], width: int = 120) -> str:
     console = Console(file=page, width=width, highlight=False, markup=False, emoji=False)
     for block in _omit_visual_sections(blocks):
         if isinstance(block, Heading):
-            console.print(block.text.upper())
+            console.print(escape_control_characters(block.text.upper()))
         elif isinstance(block, Paragraph | Code):
-            console.print(f"{block.text}\n")
+            console.print(f"{escape_control_characters(block.text)}\n")
         elif isinstance(block, Table):
             console.print(_make_terminal_table(block), "")
-    lines = escape_control_characters(page.getvalue()).splitlines()
-    return "\n".join(line.rstrip() for line in lines).strip()
+    return "\n".join(line.rstrip() for line in page.getvalue().splitlines()).strip()
 
 
 def _make_terminal_table(table: Table) -> RichTable:
     """Create a table without lines. Columns of numbers are aligned to the right."""
-    rows = [[format_cell(value) for value in row] for row in table.rows]
+    rows = [[escape_control_characters(format_cell(value)) for value in row] for row in table.rows]
     terminal_table = RichTable(box=None, pad_edge=False)
     for number, name in enumerate(table.header):
         is_numeric = all(_is_number(row[number]) for row in rows)

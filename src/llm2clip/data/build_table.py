@@ -46,6 +46,10 @@ MIN_PARALLEL_BYTES = 8 << 20  # smaller sources are read in this process, becaus
 UNUSED_DAYS = 30  # parts and tables that have not been opened for this long are deleted
 
 
+class NoImagesError(ValueError):
+    """Images are checked, but no record has an image."""
+
+
 def open_table(
     sources: Sequence[str | Source],
     columns: dict[str, str],
@@ -88,7 +92,8 @@ def open_sourced_table(
         A table with one record per image, in order of first appearance, and the index of each record's source.
 
     Raises:
-        ValueError: Images are checked, but no record has an image. See `open_records` for other errors.
+        NoImagesError: Images are checked, but no record has an image.
+        ValueError: See `open_records`.
     """
     folder = folder or get_cache_dir() / "records"
     (folder / "parts").mkdir(parents=True, exist_ok=True)
@@ -283,7 +288,7 @@ def _open_merged(
         message = (
             f"{names}: none of the {len(table):,} records has an image. Only `tune` and `embed` accept text-only data"
         )
-        raise ValueError("\n".join([message, *log.list_notes()]))
+        raise NoImagesError("\n".join([message, *log.list_notes()]))
     num_rows = table.blocks.num_rows - len(origins)
     first_rows = np.array(rows)
     is_merged = first_rows >= num_rows

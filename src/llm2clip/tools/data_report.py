@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from llm2clip.config import EvaluateConfig
-from llm2clip.data.build_table import open_table
+from llm2clip.data.build_table import NoImagesError, open_table
 from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
 from llm2clip.data.image_refs import to_valid_unicode
 from llm2clip.data.images import ImageError, load_image, make_thumbnail
+from llm2clip.data.noun_phrases import add_phrases
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import read_splits
@@ -109,15 +110,21 @@ def inspect_data(
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         log = SkipLog(Path(folder) / "skipped.jsonl", max_skipped)
-        table = open_table(sources, columns, log)
+        try:
+            table = open_table(sources, columns, log)
+            splits = read_splits(sources, EvaluateConfig(), columns, SkipLog(max_skipped=max_skipped))
+            training = [splits.summary, splits.rule]
+        except NoImagesError:
+            table = open_table(sources, columns, log, image_check="unchecked")
+            training = ["No record has an image. Only `tune` and `embed` accept text-only data"]
         seconds = time.monotonic() - start
         skipped = read_first_skipped_rows(Path(folder) / "skipped.jsonl")
-    splits = read_splits(sources, EvaluateConfig(), columns, SkipLog(max_skipped=max_skipped))
+    table = add_phrases(table)
     overview = DataOverview(
         sources=list(sources),
         statistics=compute_statistics(table.iterate_batches(STATISTICS_COLUMNS), table.has_image),
         languages={name: count_languages(sample_texts(table, name, MAX_LANGUAGE_SAMPLE)) for name in CAPTION_FIELDS},
-        training=[splits.summary, splits.rule],
+        training=training,
         log=log,
         skipped=skipped,
         table_bytes=sum(os.path.getsize(file) for file in {file for file, _ in table.blocks.paths}),
