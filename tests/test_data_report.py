@@ -86,7 +86,7 @@ def test_data_command_describes_texts_without_images(tmp_path: Path, capsys: pyt
     file = write_rows(tmp_path / "texts.jsonl", [{"captions": [f"Zwei Hunde spielen im Garten {n}"]} for n in range(9)])
     text = run_data(capsys, file, "--report", tmp_path / "data.html")
     assert "records without an image 9\n" in text and "Only `tune` and `embed` accept text-only data." in text
-    assert "de 100.0%\n" in text and "IMAGES" not in text
+    assert "de 100.0%\n" in text and "shorter side" not in text
 
 
 def test_data_command_writes_only_html_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

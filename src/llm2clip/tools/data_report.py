@@ -196,6 +196,7 @@ def _build_summary(overview: DataOverview) -> list[Block]:
     return [
         Table(["content", "number"], [(name, f"{number:,}") for name, number in rows]),
         Paragraph(f"Read in {format_duration(overview.seconds)}. Record table: {format_bytes(overview.table_bytes)}."),
+        *(Paragraph(f"{note}.") for note in log.list_notes()),
         Heading("Training and held-out images"),
         *(Paragraph(f"{sentence}." if sentence[-1] != "." else sentence) for sentence in overview.training),
         Table(["split", "records", "images"], split_rows),
@@ -278,7 +279,7 @@ def _build_images(statistics: TableStatistics) -> list[Block]:
 
 def _build_skipped(overview: DataOverview) -> list[Block]:
     log = overview.log
-    blocks: list[Block] = [Paragraph(f"{note}.") for note in log.list_notes()]
+    blocks: list[Block] = []
     if log.skipped:
         share = log.skipped.total() / max(1, log.rows_seen)
         if share > FIT_MAX_SKIPPED:
