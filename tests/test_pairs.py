@@ -5,7 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from llm2clip.data import pairs as pairs_module
 from llm2clip.data.pairs import (
+    CaptionItems,
     ImageCaptions,
     Pair,
     can_pair,
@@ -15,6 +17,8 @@ from llm2clip.data.pairs import (
     iter_pair_batches,
     resolve_pairs_per_step,
 )
+from llm2clip.data.records import Record
+from llm2clip.data.table import Blocks, RecordTable
 
 IMAGES = [  # 40 that give a pair and two that do not
     *(ImageCaptions(tuple(f"image {i} caption {j}" for j in range(2 + i % 4))) for i in range(40)),
@@ -125,6 +129,81 @@ def test_pair_batches_are_of_a_single_source_drawn_by_weight() -> None:
     for wrong in ([1], [1, 0]):
         with pytest.raises(ValueError, match="source_weights must contain 2 weights"):
             next(iter_pair_batches(sources, wrong, 8, 1, seed=0))
+
+
+# ---- record tables -------------------------------------------------------------------------------------------------
+
+
+def make_items(images: list[ImageCaptions], rows_per_batch: int = 16) -> CaptionItems:
+    """Store images in a table of several batches, in another order than that of the items."""
+    positions = np.random.default_rng(0).permutation(len(images))
+    records = []
+    for n in positions.tolist():
+        captions, short, long = images[n].short[:1], images[n].short[1:], images[n].long
+        records.append(Record(str(n), None, captions, short, long))
+    tables = [RecordTable.from_records(records[n : n + rows_per_batch]) for n in range(0, len(records), rows_per_batch)]
+    blocks = Blocks([table.blocks.batches[0] for table in tables], [[] for _ in tables])
+    return CaptionItems(RecordTable(blocks, np.argsort(positions).astype(np.int32)))
+
+
+MIXED_IMAGES = [
+    *IMAGES,
+    *(ImageCaptions(("a dog", f"dog {n}")) for n in range(10)),
+    *(ImageCaptions((), (f"long {n}", "", "a dog")) for n in range(5)),
+    ImageCaptions((), ("alone",)),
+    ImageCaptions(("again",), ("again", "again")),
+    ImageCaptions(("größer",), ("großer",)),
+]
+
+
+def draw_batches_from_list(images: list[ImageCaptions], batch_size: int, steps: int, group_size: int) -> list:
+    """Draw batches with Python lists of all items, with seed 0. A simple version of `_draw_batches`."""
+    usable = [image for image in images if can_pair(image)]
+    vectors = compute_caption_vectors([image.texts for image in usable])
+    rng = np.random.default_rng(0)
+    order: list[int] = []
+    batches = []
+    for _ in range(steps):
+        batch: list[Pair] = []
+        used: set[object] = set()
+        deferred: list[int] = []
+        while len(batch) < batch_size:
+            if not order:
+                order = [n for n in draw_grouped_permutation(vectors, group_size, rng).tolist() if n not in deferred]
+            if not order:
+                order, deferred = deferred, []
+            index = order.pop()
+            pair = draw_pair(usable[index], rng)
+            if used & {index, *pair.texts}:
+                deferred.append(index)
+            else:
+                used |= {index, *pair.texts}
+                batch.append(pair)
+        order += reversed(deferred)
+        batches.append(batch)
+    return batches
+
+
+@pytest.mark.parametrize("group_size", [1, 4])
+@pytest.mark.parametrize("batch_size", [10, 41])
+def test_batches_of_a_table_equal_those_of_a_list(
+    batch_size: int, group_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pairs_module, "ITEMS_PER_READ", 7)
+    expected = draw_batches_from_list(MIXED_IMAGES, batch_size, 30, group_size)
+    for items in (MIXED_IMAGES, make_items(MIXED_IMAGES)):
+        assert list(iter_pair_batches([items], [], batch_size, 30, 0, group_size)) == expected
+
+
+def test_caption_items_read_the_images_of_a_table() -> None:
+    items = make_items(MIXED_IMAGES)
+    assert items == MIXED_IMAGES and list(items[3:50:4]) == MIXED_IMAGES[3:50:4]
+    assert [items[n] for n in range(-len(items), len(items))] == MIXED_IMAGES * 2
+    with pytest.raises(IndexError):
+        items[len(items)]
+    assert list(items.pairable) == [image for image in MIXED_IMAGES if can_pair(image)]
+    assert resolve_pairs_per_step([items], 128, 1) == resolve_pairs_per_step([MIXED_IMAGES], 128, 1)
+    assert not make_items([]) and not make_items([]).pairable
 
 
 # ---- short and long captions ---------------------------------------------------------------------------------------

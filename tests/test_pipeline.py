@@ -23,6 +23,7 @@ from llm2clip.cli import main
 from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, TuneConfig
 from llm2clip.data.image_hashes import TRAINING_IMAGES_FILE, count_training_images, load_training_image_hashes
 from llm2clip.data.records import open_records
+from llm2clip.data.table import RecordTable
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.tools.plan import plan as planner
@@ -166,7 +167,7 @@ def test_fit_checks_disk_space_and_memory_before_training(
     assert re.search(r"needs about 0\.\d GB of disk space .* 0\.0 GB is free", capsys.readouterr().err)
     assert not (tmp_path / "run/tune").exists()
 
-    records = list(open_records(image_folder / "captions.jsonl"))
+    records = RecordTable.from_records(open_records(image_folder / "captions.jsonl"))
     config = FitConfig(encoder=EncoderConfig(str(llm)), align=AlignConfig(tower=str(tower), image_size=64))
     monkeypatch.undo()
     monkeypatch.setattr(planner, "get_available_memory", lambda: 10**8)

@@ -33,7 +33,7 @@ from llm2clip.data.build_table import open_table
 from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
 from llm2clip.data.pairs import TuningItem, read_tuning_sources
 from llm2clip.data.phrase_table import add_phrases
-from llm2clip.data.records import Record, Source
+from llm2clip.data.records import Source
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import DataSplits, read_splits
 from llm2clip.data.table import RecordTable
@@ -60,7 +60,7 @@ ENCODER_FILES = ("config.json", "modules.json", "adapter_config.json", "text/mod
 
 # Function that is called before training, with the settings, the run directory and the training records. It returns
 # warnings to print.
-CheckResources = Callable[[FitConfig, Path, Sequence[Record]], list[str]]
+CheckResources = Callable[[FitConfig, Path, RecordTable], list[str]]
 
 
 def fit(
@@ -255,7 +255,7 @@ def read_training_data(
 
 def _read_fit_tuning_pairs(
     train: RecordTable, held_out: dict[str, RecordTable], config: FitConfig, run_dir: Path
-) -> list[list[TuningItem]]:
+) -> list[Sequence[TuningItem]]:
     """Return the tuning data for `fit`, or an empty list if tuning is disabled or already complete.
 
     Rows skipped in additional tuning sources go into a separate log, because the run's log covers only its image data.
@@ -272,7 +272,7 @@ def _read_fit_tuning_pairs(
     return pairs
 
 
-def _read_tuning_pairs(sources: Sequence[str], config: FitConfig, log: SkipLog) -> list[list[TuningItem]]:
+def _read_tuning_pairs(sources: Sequence[str], config: FitConfig, log: SkipLog) -> list[Sequence[TuningItem]]:
     """Read the tuning data of the `tune` command."""
     if not (sources or config.tune.data or config.tune.text_pairs):
         raise ValueError("Nothing to tune on: pass caption sources, or text pairs with --tune.text_pairs")

@@ -13,12 +13,15 @@ uninterrupted run, regardless of the number of processes.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from sklearn.decomposition import TruncatedSVD
@@ -27,11 +30,11 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from llm2clip.config import TuneConfig
 from llm2clip.data import readers
 from llm2clip.data.build_table import mask_same_images, open_sourced_table
-from llm2clip.data.columns import BadRow, guess_columns
-from llm2clip.data.records import EARLY_CHECK_ROWS, NO_SPLIT, Record, Source, open_records
+from llm2clip.data.columns import CAPTION_FIELDS, BadRow, guess_columns
+from llm2clip.data.records import EARLY_CHECK_ROWS, NO_SPLIT, Source, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import mask_training_splits
-from llm2clip.data.table import RecordTable
+from llm2clip.data.table import RecordTable, decode_name
 from llm2clip.data.texts import deduplicate_captions
 from llm2clip.io_utils import DataFormatError
 from llm2clip.runs.ranks import print_once, process_state
@@ -43,6 +46,7 @@ PAIR_COLUMN_NAMES = {  # pair field -> common column names, in order of preferen
     "instruction": ("instruction", "instruct", "task"),
     "split": ("split",),
 }
+ITEMS_PER_READ = 1024  # number of images whose captions are read at once
 MAX_VECTOR_DIM = 64  # maximum dimension of the vectors used to group similar captions
 
 
@@ -82,6 +86,53 @@ class ImageCaptions:
 TuningItem = ImageCaptions | Pair
 
 
+class CaptionItems(Sequence[ImageCaptions]):
+    """Captions of the images in a record table. They are read from the table when they are used."""
+
+    def __init__(self, records: RecordTable) -> None:
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return the captions of one image or, for a slice, of several images."""
+        if isinstance(index, slice):
+            return CaptionItems(self.records[index])
+        position = range(len(self))[index]
+        return next(iter(CaptionItems(self.records.select(np.array([position])))))
+
+    def __iter__(self) -> Iterator[ImageCaptions]:
+        for batch in self.records.iterate_batches(CAPTION_FIELDS, ITEMS_PER_READ):
+            columns = [column.to_pylist() for column in batch.columns]
+            for captions, short, long in zip(*columns, strict=True):
+                yield ImageCaptions(short=(*captions, *short), long=tuple(long))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @cached_property
+    def pairable(self) -> Sequence[ImageCaptions]:
+        """Images with two different captions."""
+        masks = [_mask_pairable(batch) for batch in self.records.iterate_batches(CAPTION_FIELDS, 1 << 14)]
+        return CaptionItems(self.records.select(np.concatenate([np.empty(0, bool), *masks])))
+
+
+def _mask_pairable(batch: pa.RecordBatch) -> np.ndarray:
+    """Return a boolean mask of the records that have two different captions, of shape (N,)."""
+    rows = np.arange(batch.num_rows)
+    row_of_text = np.concatenate([np.repeat(rows, np.diff(column.offsets.to_numpy())) for column in batch.columns])
+    texts = pa.concat_arrays([column.flatten() for column in batch.columns])
+    first_text = np.zeros(batch.num_rows, np.int64)  # index of any text of each record
+    first_text[row_of_text] = np.arange(len(texts))
+    differs = pc.not_equal(texts, texts.take(pa.array(first_text[row_of_text])))
+    is_pairable = np.zeros(batch.num_rows, bool)
+    is_pairable[row_of_text[differs.to_numpy(zero_copy_only=False)]] = True
+    return is_pairable
+
+
 # ---- sources ---------------------------------------------------------------------------------------------------------
 
 
@@ -93,8 +144,8 @@ def read_tuning_sources(
     log: SkipLog,
     training_sources: Sequence[str] = (),
     folder: Path | None = None,
-) -> list[list[TuningItem]]:
-    """Read the training data for `tune`; return one list of items per caption source, then one per text-pair source.
+) -> list[Sequence[TuningItem]]:
+    """Read the training data for `tune`; return the items of each caption source, then those of each text-pair source.
 
     If `config.source_weights` is not set, all caption sources except `train` are merged into one source. If no splits
     are selected for a source, only its records with a training split or no split are used.
@@ -125,13 +176,13 @@ def read_tuning_sources(
             f"(got {len(config.source_weights)})"
         )
     excluded_ids = _read_comparable_ids(config.exclude, columns, log)
-    excluded_or_held_out_ids = excluded_ids | {to_comparable_id(record.id) for table in held_out for record in table}
+    held_out_ids = {name for table in held_out for name in _list_comparable_ids(table)}
     parsed_training_sources = {(source.path, source.splits) for source in map(Source.parse, training_sources)}
 
     num_read = len(train or ())
-    captions: list[list[TuningItem]] = []
+    captions: list[CaptionItems] = []
     if train:
-        captions.append([_to_item(record) for record in train if to_comparable_id(record.id) not in excluded_ids])
+        captions.append(CaptionItems(train.select(~_mask_ids(train, excluded_ids))))
     for group in groups:
         records, source_of_record = open_sourced_table(group, columns, log, "unchecked", folder)
         num_read += len(records)
@@ -139,20 +190,18 @@ def read_tuning_sources(
         is_selected = mask_training_splits(records) | np.array([bool(s.splits) for s in parsed])[source_of_record]
         for table in held_out:
             is_selected &= ~mask_same_images(table, records)
-        is_training_source = [(source.path, source.splits) in parsed_training_sources for source in parsed]
-        items: list[TuningItem] = []
-        for record, index in zip(records.select(is_selected), source_of_record[is_selected].tolist(), strict=True):
-            forbidden_ids = excluded_ids if is_training_source[index] else excluded_or_held_out_ids
-            if to_comparable_id(record.id) not in forbidden_ids:
-                items.append(_to_item(record))
-        captions.append(items)
+        is_training_source = np.array([(source.path, source.splits) in parsed_training_sources for source in parsed])
+        is_selected &= ~_mask_ids(records, excluded_ids)
+        others = np.flatnonzero(is_selected & ~is_training_source[source_of_record])
+        is_selected[others] = ~_mask_ids(records.select(others), held_out_ids)
+        captions.append(CaptionItems(records.select(is_selected)))
     num_removed = num_read - sum(len(items) for items in captions)
     if config.exclude and not num_removed:
         print_once("--tune.exclude has no effect: the tuning data contains none of the excluded images")
     if config.steps and not config.text_pairs:
         _require_two_captions(captions)
 
-    pairs: list[list[TuningItem]] = [list(read_text_pairs(path, log)) for path in config.text_pairs]
+    pairs = [list(read_text_pairs(path, log)) for path in config.text_pairs]
     if config.steps:
         resolve_pairs_per_step([*captions, *pairs], config.batch_size, process_state().num_processes)
     counts = [f"the captions of {len(items):,} images" for items in captions]
@@ -171,6 +220,19 @@ def _read_comparable_ids(sources: Sequence[str], columns: dict[str, str], log: S
     return ids
 
 
+def _list_comparable_ids(records: RecordTable) -> Iterator[str]:
+    for batch in records.iterate_batches(["id"]):
+        for name in batch.column(0).to_pylist():
+            yield to_comparable_id(decode_name(name))
+
+
+def _mask_ids(records: RecordTable, comparable_ids: Collection[str]) -> np.ndarray:
+    """Return a boolean mask of the records with one of these comparable ids, of shape (N,)."""
+    if not comparable_ids:
+        return np.zeros(len(records), bool)
+    return np.fromiter((name in comparable_ids for name in _list_comparable_ids(records)), bool, len(records))
+
+
 def to_comparable_id(record_id: str) -> str:
     """Return the part of an image's id that is the same in all data sets that contain the image.
 
@@ -184,14 +246,9 @@ def to_comparable_id(record_id: str) -> str:
     return number[0] if number else record_id
 
 
-def _to_item(record: Record) -> ImageCaptions:
-    return ImageCaptions(short=record.captions + record.short_captions, long=record.long_captions)
-
-
-def _require_two_captions(captions: Sequence[Sequence[TuningItem]]) -> None:
-    for items in captions:
-        if any(isinstance(item, ImageCaptions) and can_pair(item) for item in items):
-            return
+def _require_two_captions(captions: Sequence[CaptionItems]) -> None:
+    if any(items.pairable for items in captions):
+        return
     raise ValueError(
         "no image has two different captions, which tuning needs as positive pairs. Use --tune.steps 0 to leave the "
         "LLM unchanged, or --tune.data to tune on a data set with several captions per image"
@@ -350,13 +407,17 @@ def resolve_pairs_per_step(sources: Sequence[Sequence[TuningItem]], batch_size: 
     return pairs_per_step
 
 
-def select_pairable_items(items: Sequence[TuningItem], batch_size: int) -> list[TuningItem]:
+def select_pairable_items(items: Sequence[TuningItem], batch_size: int) -> Sequence[TuningItem]:
     """Return the items from which a pair can be formed: text pairs, and images with two different captions.
 
     Raises:
         ValueError: There are fewer than `batch_size` such items.
     """
-    usable = [item for item in items if isinstance(item, Pair) or can_pair(item)]
+    usable: Sequence[TuningItem]
+    if isinstance(items, CaptionItems):
+        usable = items.pairable
+    else:
+        usable = [item for item in items if isinstance(item, Pair) or can_pair(item)]
     if len(usable) < batch_size:
         kind = "text pairs" if items and isinstance(items[0], Pair) else "images with two different captions"
         raise ValueError(
@@ -423,25 +484,30 @@ def _draw_batches(
 ) -> Iterator[list[Pair]]:
     usable = select_pairable_items(items, batch_size)
     rng = np.random.default_rng(seed)
-    vectors = compute_caption_vectors([item.texts for item in usable]) if group_size > 1 else np.empty((len(usable), 0))
-    order: list[int] = []  # remaining items in this pass, in reverse order
+    vectors = np.empty((len(usable), 0))
+    if group_size > 1:
+        vectors = compute_caption_vectors(item.texts for item in usable)
+    upcoming: Iterator[tuple[int, TuningItem]] = iter(())  # remaining items in this pass, with their indices
+    waiting: list[tuple[int, TuningItem]] = []  # items deferred in earlier batches, in reverse order
     for _ in range(steps):
         pairs: list[Pair] = []
         used_texts: set[str] = set()
         used_items: set[int] = set()
-        deferred: list[int] = []
+        deferred: list[tuple[int, TuningItem]] = []
         num_conflicts = 0  # number of conflicts since the last pair was added
         while len(pairs) < batch_size:
-            if not order:  # start a new pass that excludes the deferred items
-                due = set(deferred)
-                order = [n for n in draw_grouped_permutation(vectors, group_size, rng).tolist() if n not in due]
-            if not order:  # only deferred items remain: try other captions of these items
-                order, deferred = deferred, []
-            index = order.pop()
-            item = usable[index]
+            entry = waiting.pop() if waiting else next(upcoming, None)
+            if entry is None:  # start a new pass that excludes the deferred items
+                order = draw_grouped_permutation(vectors, group_size, rng)[::-1]
+                upcoming = _read_items(usable, order[~np.isin(order, [index for index, _ in deferred])])
+                entry = next(upcoming, None)
+            if entry is None:  # only deferred items remain: try other captions of these items
+                waiting, deferred = deferred, []
+                entry = waiting.pop()
+            index, item = entry
             pair = item if isinstance(item, Pair) else draw_pair(item, rng)
             if index in used_items or pair.anchor in used_texts or pair.positive in used_texts:
-                deferred.append(index)
+                deferred.append(entry)
                 num_conflicts += 1
                 if num_conflicts > 10 * len(usable):
                     raise ValueError(
@@ -453,8 +519,18 @@ def _draw_batches(
             used_items.add(index)
             used_texts.update(pair.texts)
             pairs.append(pair)
-        order.extend(reversed(deferred))  # items deferred earliest are used first
+        waiting.extend(reversed(deferred))  # items deferred earliest are used first
         yield pairs
+
+
+def _read_items(items: Sequence[TuningItem], order: np.ndarray) -> Iterator[tuple[int, TuningItem]]:
+    """Yield (index, item) for each index in `order`. Several items of a record table are read at once."""
+    for start in range(0, len(order), ITEMS_PER_READ):
+        indices = order[start : start + ITEMS_PER_READ]
+        if isinstance(items, CaptionItems):
+            yield from zip(indices.tolist(), CaptionItems(items.records.select(indices)), strict=True)
+        else:
+            yield from ((index, items[index]) for index in indices.tolist())
 
 
 # ---- hard negatives --------------------------------------------------------------------------------------------------
@@ -466,17 +542,17 @@ def _draw_batches(
 # trained, so it takes only seconds, and a resumed run forms the same groups.
 
 
-def compute_caption_vectors(captions: Sequence[Sequence[str]]) -> np.ndarray:
+def compute_caption_vectors(captions: Iterable[Sequence[str]]) -> np.ndarray:
     """Compute an L2-normalised vector from each item's captions. Return an (N, D) float32 array with D at most 64.
 
     The method is latent semantic analysis: TF-IDF followed by truncated SVD. An item's captions, which can be in any
     language, are concatenated into one document.
     """
-    documents = [" ".join(texts) for texts in captions]
+    documents = (" ".join(texts) for texts in captions)
     tfidf = TfidfVectorizer(analyzer=_split_words, sublinear_tf=True).fit_transform(documents)
     dimension = min(MAX_VECTOR_DIM, min(tfidf.shape) - 1)
     if dimension < 1:
-        return np.zeros((len(captions), 1), np.float32)
+        return np.zeros((tfidf.shape[0], 1), np.float32)
     vectors = TruncatedSVD(dimension, random_state=0).fit_transform(tfidf)
     vectors = vectors - vectors.mean(0)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -7,17 +7,16 @@ batches and slow image decoding lower the actual utilisation.
 import dataclasses
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from llm2clip.config import AlignConfig, FitConfig
-from llm2clip.data.records import Record
+from llm2clip.data.columns import CAPTION_FIELDS
+from llm2clip.data.table import RecordTable
 from llm2clip.runs.checkpoint import MAX_CHECKPOINTS
 from llm2clip.runs.fsdp import is_fsdp_enabled
 from llm2clip.runs.ranks import process_state
@@ -196,7 +195,7 @@ def plan_fit(
 # ---- checks before a run -------------------------------------------------------------------------------------------
 
 
-def check_resources(config: FitConfig, run_dir: Path, records: Sequence[Record]) -> list[str]:
+def check_resources(config: FitConfig, run_dir: Path, records: RecordTable) -> list[str]:
     """Check before a run starts that there is enough free disk space and memory.
 
     Returns:
@@ -206,8 +205,8 @@ def check_resources(config: FitConfig, run_dir: Path, records: Sequence[Record])
     Raises:
         OSError: There is not enough free disk space.
     """
-    images = sum(record.image is not None for record in records)
-    texts = [text for record in islice(records, SAMPLED_RECORDS) for text in record.texts]
+    images = int(records.has_image.sum())
+    texts = list(records[:SAMPLED_RECORDS].iterate_texts(CAPTION_FIELDS))
     if not images or not texts:
         return []
     try:
