@@ -28,7 +28,7 @@ REF_TYPES: dict[str, type[ImageRef]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class IndexedImage:
     """An image at a specific location.
 

@@ -307,7 +307,7 @@ def scan_source(
         if prune:
             return
         raise
-    folder = _find_source_folder(source.path)
+    folder, source_name = _find_source_folder(source.path), to_valid_unicode(str(source))
     versions: dict[str, str] = {}
     for record in records:
         if record.image is None:
@@ -330,7 +330,7 @@ def scan_source(
         yield IndexedImage(
             name=to_valid_unicode(record.image.canonical_path),
             ref=record.image,
-            source=to_valid_unicode(str(source)),
+            source=source_name,
             file_version=versions[path],
             captions=record.texts,
             taken=stat.st_mtime,
