@@ -31,6 +31,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from llm2clip.config import AlignConfig
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.records import Record
+from llm2clip.data.table import RecordTable
 from llm2clip.data.transforms import Preprocess
 from llm2clip.prefetch import Prefetcher
 from llm2clip.runs.checkpoint import MetricsLog
@@ -123,7 +124,8 @@ def run(folder: Path, name: str, steps: int, pause: float) -> dict[str, dict[str
     )
     preprocess = Preprocess(IMAGE_SIZE, "squash", 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
     model: Any = SimpleNamespace(tower=SimpleNamespace(preprocess=preprocess))  # what `AlignBatches` uses
-    data = AlignBatches(records, store, model, config, features=features if cached else None)
+    table = RecordTable.from_records(records)
+    data = AlignBatches(table, store, model, config, features=features if cached else None)
     if not cached:
         data.images = ConstantImages(refs)  # type: ignore[assignment]
     profile = Profile()

@@ -32,6 +32,7 @@ from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, TuneConfig
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.pairs import Pair
 from llm2clip.data.records import Record
+from llm2clip.data.table import RecordTable
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.text.batching import get_default_batch_tokens
@@ -412,7 +413,7 @@ def measure_data(settings: PartSettings) -> Iterator[dict[str, Any]]:
     for workers in [0] if settings.tiny else [0, 8, 16]:
         epochs = 1 if settings.tiny else 8
         config = AlignConfig(batch_size=count // 2, epochs=epochs, workers=workers)
-        batches = AlignBatches(records, _NoStore(), model, config).batches(0)
+        batches = AlignBatches(RecordTable.from_records(records), _NoStore(), model, config).batches(0)
         first = len(next(batches).images)  # excludes the time to start the workers
         start = time.perf_counter()
         images = sum(len(batch.images) for batch in batches)

@@ -14,6 +14,7 @@ from conftest import Killed
 from llm2clip.config import AlignConfig
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.table import RecordTable
 from llm2clip.models.heads import AdapterConfig
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import LLM2CLIPConfig
@@ -84,7 +85,8 @@ def run_align(
 ) -> LLM2CLIP:
     """Train a fresh model; any number of images may be undecodable."""
     model = fresh_model(config, **model_options)
-    return align(records, store, model, config, run_dir, SkipLog(max_skipped=1.0), validate)
+    table = RecordTable.from_records(records)
+    return align(table, store, model, config, run_dir, SkipLog(max_skipped=1.0), validate)
 
 
 @pytest.fixture

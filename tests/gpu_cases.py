@@ -22,6 +22,7 @@ from llm2clip.cli import main
 from llm2clip.config import TuneConfig
 from llm2clip.data.pairs import ImageCaptions
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.table import RecordTable
 from llm2clip.llava.config import LlavaConfig
 from llm2clip.llava.train import train_llava
 from llm2clip.models.dual_encoder import DualEncoder, wrap_llm2clip
@@ -70,7 +71,8 @@ def align_step(image_folder: Path, store: EmbeddingStore, vit: Path, tmp_path: P
         def run(steps: int) -> None:
             shutil.rmtree(tmp_path / "align", ignore_errors=True)
             run_config = dataclasses.replace(config, epochs=steps / (len(records) // config.batch_size))
-            align(records, store, create_initial_model(run_config, store), run_config, tmp_path / "align", SkipLog())
+            model = create_initial_model(run_config, store)
+            align(RecordTable.from_records(records), store, model, run_config, tmp_path / "align", SkipLog())
 
         return third_step(run)
 

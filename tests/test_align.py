@@ -37,6 +37,7 @@ from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import load_image
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
+from llm2clip.data.table import RecordTable
 from llm2clip.data.transforms import EvalTransform
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.retrieval_eval import dual_encoder_from_store, make_validator
@@ -139,7 +140,7 @@ def test_align_matches_adamw_written_out(
     model, frozen_tower = fresh_model().train(), fresh_model().tower.eval()
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
     factors = [1 / 2, 1, 1, 0.5 + 0.5 * 2**-0.5, 0.5, 0.5 - 0.5 * 2**-0.5]  # two of six steps of warm-up
-    batches = AlignBatches(records, store, model, config).batches(0)
+    batches = AlignBatches(RecordTable.from_records(records), store, model, config).batches(0)
     norms = []
     for step, (batch, factor) in enumerate(zip(batches, factors, strict=True)):
         image, text, scale, _ = model(pixels=batch.images, embeddings=batch.embeddings)
@@ -182,7 +183,7 @@ def test_align_trains_the_heads_of_a_frozen_tower_on_its_features(
     log = SkipLog(tmp_path / "skipped.jsonl", max_skipped=1.0)
     log.count_at_least(31)
     run_dir = tmp_path / "run"
-    model = align([*records, broken], store, fresh_model(), config, run_dir, log)
+    model = align(RecordTable.from_records([*records, broken]), store, fresh_model(), config, run_dir, log)
     assert str(broken.image) in (tmp_path / "skipped.jsonl").read_text()
     before = fresh_model().state_dict()
     for name, tensor in model.state_dict().items():
@@ -218,7 +219,7 @@ def test_align_keeps_the_logit_scale_below_its_limit(
     config = dataclasses.replace(ALIGN, precision="bf16", epochs=3, lr=0.5, tower_lr=0.0)
     model = fresh_model()
     model.logit_scale.data.fill_(9.0)
-    align(records, store, model, config, tmp_path, SkipLog())
+    align(RecordTable.from_records(records), store, model, config, tmp_path, SkipLog())
     scales = [line["logit_scale"] for line in metrics_of(tmp_path)]
     assert scales[0] == pytest.approx(MAX_LOGIT_SCALE) and max(scales) <= MAX_LOGIT_SCALE * (1 + 1e-6)
     assert scales[-1] < MAX_LOGIT_SCALE / 2 and model.logit_scale.item() < math.log(MAX_LOGIT_SCALE)
@@ -230,14 +231,15 @@ def test_align_replaces_counts_and_lists_undecodable_images(
     record = dataclasses.replace(records[0], image=damaged_image(records[0], tmp_path))
     log = SkipLog(tmp_path / "skipped.jsonl", max_skipped=0.5)
     log.count_at_least(len(records))
-    align([record, *records[1:]], store, fresh_model(), ALIGN, tmp_path / "run", log)
+    with_broken = RecordTable.from_records([record, *records[1:]])
+    align(with_broken, store, fresh_model(), ALIGN, tmp_path / "run", log)
     listed = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert [entry["reason"] for entry in listed] == ["undecodable image"]
     assert listed[0]["file"] == str(record.image)
     strict_log = SkipLog(max_skipped=0.0)
     strict_log.count_at_least(len(records))
     with pytest.raises(TooManySkipped):
-        align([record, *records[1:]], store, fresh_model(), ALIGN, tmp_path / "strict", strict_log)
+        align(with_broken, store, fresh_model(), ALIGN, tmp_path / "strict", strict_log)
 
 
 def test_align_stops_at_a_loss_that_is_not_finite(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +260,7 @@ def test_align_stops_at_a_gradient_that_is_not_finite(
     model = fresh_model()
     model.projection.weight.register_hook(lambda gradient: gradient * torch.inf)
     with pytest.raises(FloatingPointError, match="grad_norm is"):
-        align(records, store, model, ALIGN, tmp_path, SkipLog())
+        align(RecordTable.from_records(records), store, model, ALIGN, tmp_path, SkipLog())
     assert not list((tmp_path / "checkpoints").glob("*/complete"))
 
 
@@ -416,7 +418,8 @@ def _align_damaged_on_rank(records: list[Record], store: str, folder: str) -> No
     log = SkipLog(Path(folder) / "skipped.jsonl" if torch.distributed.get_rank() == 0 else None, max_skipped=0.5)
     log.count_at_least(len(records))
     half = dataclasses.replace(ALIGN, batch_size=ALIGN.batch_size // 2)
-    align(records, EmbeddingStore(store), fresh_model(), half, Path(folder) / "run", log)
+    table = RecordTable.from_records(records)
+    align(table, EmbeddingStore(store), fresh_model(), half, Path(folder) / "run", log)
     assert log.skipped["undecodable image"] == len(range(0, len(records), 5)), "every rank must count all"
 
 

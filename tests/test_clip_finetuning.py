@@ -25,6 +25,7 @@ from align_fixtures import ALIGN, killed_after, read_split
 from llm2clip.cli import main
 from llm2clip.config import AlignConfig
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.table import RecordTable
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.text.clip_text_encoder import load_clip_text_encoder
 from llm2clip.runs.checkpoint import read_metrics
@@ -104,7 +105,7 @@ def test_model_gives_the_embeddings_of_the_original_model(clip: Path) -> None:
 def test_both_towers_are_trained_and_the_result_is_an_ordinary_model(clip: Path, image_folder: Path) -> None:
     records = read_split(image_folder)
     out = clip.parent / "out"
-    folder = finetune_clip(records, settings(clip, epochs=3, tower_lr=1e-3), out, SkipLog())
+    folder = finetune_clip(RecordTable.from_records(records), settings(clip, epochs=3, tower_lr=1e-3), out, SkipLog())
     losses = [line["loss"] for line in read_metrics(out / "metrics.jsonl")]
     assert losses[-1] < losses[0]
     before, after = AutoModel.from_pretrained(clip).state_dict(), AutoModel.from_pretrained(folder).state_dict()
@@ -116,13 +117,13 @@ def test_both_towers_are_trained_and_the_result_is_an_ordinary_model(clip: Path,
 
 def test_interrupted_run_resumes_with_the_same_result(clip: Path, image_folder: Path) -> None:
     records, config = read_split(image_folder), settings(clip, epochs=1, save_steps=1)
-    complete = finetune_clip(records, config, clip.parent / "complete", SkipLog())
+    complete = finetune_clip(RecordTable.from_records(records), config, clip.parent / "complete", SkipLog())
 
     interrupted = clip.parent / "interrupted"
     with killed_after(1):
-        finetune_clip(records, config, interrupted, SkipLog())
+        finetune_clip(RecordTable.from_records(records), config, interrupted, SkipLog())
     assert not (interrupted / "model").exists()
-    resumed = finetune_clip(records, config, interrupted, SkipLog())
+    resumed = finetune_clip(RecordTable.from_records(records), config, interrupted, SkipLog())
     expected, actual = AutoModel.from_pretrained(complete).state_dict(), AutoModel.from_pretrained(resumed).state_dict()
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
@@ -149,4 +150,4 @@ def test_unsupported_tower_is_an_error(tmp_path: Path) -> None:
     ).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="which is a 'altclip' model"):
-        finetune_clip([], AlignConfig(tower=str(tmp_path)), tmp_path / "out", SkipLog())
+        finetune_clip(RecordTable.from_records([]), AlignConfig(tower=str(tmp_path)), tmp_path / "out", SkipLog())

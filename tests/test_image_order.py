@@ -1,9 +1,24 @@
 """Order of the images of an epoch."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from llm2clip.data.image_order import draw_random_order, draw_shard_order, list_upcoming_shards
+from llm2clip.data import image_order
+from llm2clip.data.image_order import (
+    EpochOrders,
+    choose_image_order,
+    draw_random_order,
+    draw_shard_order,
+    is_slow,
+    list_upcoming_shards,
+    number_shards,
+)
+from llm2clip.data.image_refs import FileImage, TarImage
+from llm2clip.data.records import Record
+from llm2clip.data.table import Blocks, RecordTable
 
 
 def test_random_order_is_a_permutation_that_depends_on_seed_and_epoch() -> None:
@@ -65,3 +80,70 @@ def test_list_upcoming_shards_lists_shards_in_the_order_of_their_first_image(sta
 def test_list_upcoming_shards_looks_beyond_the_first_chunk() -> None:
     shard_of_image = np.repeat(np.arange(3), 100_000)
     assert list_upcoming_shards(np.arange(300_000), shard_of_image, 0) == [0, 1, 2]
+
+
+# ---- orders of a table -----------------------------------------------------------------------------------------------
+
+
+def make_shards(folder: str, num_shards: int, images_per_shard: int = 3) -> RecordTable:
+    """Return a table of images in tar files that do not exist."""
+    records = []
+    for n in range(num_shards * images_per_shard):
+        image = TarImage(f"{folder}/{n // images_per_shard:03}.tar", 512 * n, 9, f"{n}.jpg")
+        records.append(Record(str(n), image, ("a",)))
+    return RecordTable.from_records(records)
+
+
+def test_number_shards_counts_the_containers_of_all_batches() -> None:
+    first, second = make_shards("/a", 2), make_shards("/b", 2)
+    batches = [*first.blocks.batches, *second.blocks.batches, *first.blocks.batches]
+    containers = [*first.blocks.containers, *second.blocks.containers, *first.blocks.containers]
+    table = RecordTable(Blocks(batches, containers), np.array([0, 5, 7, 9, 12, 17]))
+    numbers, paths = number_shards(table)
+    assert numbers.dtype == np.int32
+    assert [paths[n] for n in numbers] == [
+        "/a/000.tar",
+        "/a/001.tar",
+        "/b/000.tar",
+        "/b/001.tar",
+        "/a/000.tar",
+        "/a/001.tar",
+    ]
+
+
+def test_shards_are_read_in_windows_if_and_only_if_random_access_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLM2CLIP_IMAGE_ORDER", raising=False)
+    monkeypatch.setattr(image_order, "is_slow", lambda folder: folder.startswith("/slow"))
+    assert choose_image_order(make_shards("/fast", 17)) == "random"
+    assert choose_image_order(make_shards("/slow", 17)) == "shards"
+    assert choose_image_order(make_shards("/slow", 16)) == "random", "one window would contain all shards"
+    files = RecordTable.from_records(Record(str(n), FileImage(f"/slow/{n}/a.jpg"), ("a",)) for n in range(20))
+    assert choose_image_order(files) == "random"
+    monkeypatch.setenv("LLM2CLIP_IMAGE_ORDER", "shards")
+    assert choose_image_order(make_shards("/fast", 2)) == "shards"
+    monkeypatch.setenv("LLM2CLIP_IMAGE_ORDER", "shard")
+    with pytest.raises(ValueError, match="must be random or shards"):
+        choose_image_order(files)
+
+
+def test_is_slow_knows_remote_files_network_file_systems_and_hard_disks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert is_slow("s3://bucket/folder")
+    disks = [SimpleNamespace(mountpoint="/", fstype="ext4"), SimpleNamespace(mountpoint=str(tmp_path), fstype="nfs4")]
+    monkeypatch.setattr(image_order.psutil, "disk_partitions", lambda all: disks)
+    monkeypatch.setattr(image_order, "_is_on_hard_disk", lambda path: path == "/disk")
+    assert [is_slow.__wrapped__(folder) for folder in (str(tmp_path / "data"), "/home", "/disk")] == [True, False, True]
+
+
+def test_epoch_orders_use_only_usable_records() -> None:
+    table = make_shards("/a", 20)
+    is_usable = np.arange(60) % 7 != 0
+    expected = np.flatnonzero(is_usable)
+    random, shards = (EpochOrders(table, is_usable, 3, order) for order in ("random", "shards"))
+    assert random.take(2, 0, 60).tolist() == expected[draw_random_order(len(expected), 3, 2)].tolist()
+    order = shards.take(1, 0, 60)
+    assert order.tolist() == expected[draw_shard_order(expected // 3, 3, 1)].tolist()
+    assert shards.take(1, 20, 30).tolist() == order[20:30].tolist(), "an epoch can be read from any position"
+    every = EpochOrders(table, np.ones(60, bool), 3, "random")
+    assert every.take(0, 0, 60).tolist() == draw_random_order(60, 3, 0).tolist()

@@ -21,8 +21,9 @@ from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.store.caption_rows import find_caption_rows
 from llm2clip.store.encode import embed
-from llm2clip.store.store import EmbeddingStore, remove_phrases_without_embedding
+from llm2clip.store.store import EmbeddingStore
 from llm2clip.train.sampling import AlignBatches
 from test_losses import info_nce_reference
 
@@ -157,7 +158,7 @@ def test_phrases_are_sampled_and_are_no_negatives_of_images_that_have_them(
     records = [dataclasses.replace(r, phrases=("picture", f"kind {n % 3}")) for n, r in enumerate(records)]
     encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
     store = embed([text for r in records for text in (*r.texts, *r.phrases)], encoder, tmp_path / "store")
-    batch = next(AlignBatches(records, store, fresh_model(), WITH_PHRASES).batches(0))
+    batch = next(AlignBatches(RecordTable.from_records(records), store, fresh_model(), WITH_PHRASES).batches(0))
     rows_of = [set(store.find_rows(r.phrases)) for r in records]
     number = {str(record.image): n for n, record in enumerate(records)}
     images = [number[name] for name in batch.image_names]
@@ -181,7 +182,7 @@ def test_phrases_without_weight_are_never_sampled(records: list[Record], store: 
     """Not even for images that have no captions of a kind with a weight."""
     records = [dataclasses.replace(record, phrases=("not in the store",)) for record in records]
     config = dataclasses.replace(ALIGN, caption_mix={"short_captions": 1, "phrases": 0})
-    batches = list(AlignBatches(records, store, fresh_model(), config).batches(0))
+    batches = list(AlignBatches(RecordTable.from_records(records), store, fresh_model(), config).batches(0))
     assert batches and all(batch.phrases is None for batch in batches)
 
 
@@ -190,8 +191,9 @@ def test_missing_phrases_are_dropped(
 ) -> None:
     known, unknown = records[0].captions[0], "no such text"
     for phrases, remaining in (((unknown,), ()), ((unknown, known), (known,))):
-        with_phrases = dataclasses.replace(records[0], phrases=phrases)
-        assert remove_phrases_without_embedding([with_phrases], store)[0].phrases == remaining
+        with_phrases = RecordTable.from_records([dataclasses.replace(records[0], phrases=phrases)])
+        rows = find_caption_rows(with_phrases, store, ("phrases",), "identity")["phrases"]
+        assert rows[0].tolist() == store.find_rows(remaining).tolist()
         assert ("has no phrase embeddings" in capsys.readouterr().out) == (not remaining)
 
 

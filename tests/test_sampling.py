@@ -16,15 +16,17 @@ from align_fixtures import ALIGN, fresh_model
 from conftest import run_with_few_open_files
 from format_fixtures import image_bytes
 from llm2clip.config import AlignConfig
+from llm2clip.data.columns import CAPTION_FIELDS
 from llm2clip.data.image_loader import SharedRefs
 from llm2clip.data.image_refs import FileImage, MemoryImage, TarImage
 from llm2clip.data.records import Record
+from llm2clip.data.table import RecordTable
 from llm2clip.data.transforms import Preprocess
+from llm2clip.store.caption_rows import find_caption_rows
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train.sampling import (
     AlignBatches,
     Batch,
-    CaptionRows,
     CaptionSampler,
     resolve_decoding_workers,
     resolve_images_per_step,
@@ -37,7 +39,8 @@ EFFICIENTNET = "test_efficientnet"
 def make_batches(
     records: list[Record], store: EmbeddingStore, config: AlignConfig, world_size: int = 1, rank: int = 0
 ) -> AlignBatches:
-    return AlignBatches(records, store, fresh_model(tower=EFFICIENTNET), config, world_size, rank)
+    table = RecordTable.from_records(records)
+    return AlignBatches(table, store, fresh_model(tower=EFFICIENTNET), config, world_size, rank)
 
 
 def captions_by_image(batch: Batch) -> list[tuple[str, list[int]]]:
@@ -110,7 +113,9 @@ def test_captions_of_a_batch_are_those_sampled_for_each_image_separately(
     for most in (6, 1, 11):  # every image has a caption of the second kind
         captions = [rng.integers(0, 40, rng.integers(0 if most > 1 else 1, most + 1)) for _ in range(200)]
         kinds.append([[str(row) for row in rows] for rows in captions])
-    indexes = [CaptionRows(NumberedCaptions(), captions) for captions in kinds]
+    records = [Record(str(n), None, *(tuple(captions[n]) for captions in kinds)) for n in range(200)]
+    table = RecordTable.from_records(records)
+    indexes = list(find_caption_rows(table, NumberedCaptions(), CAPTION_FIELDS, "identity").values())
     config = dataclasses.replace(ALIGN, captions_per_image=captions_per_image, seed=12)
     epochs, images = rng.integers(0, 3, 300), rng.integers(0, 200, 300)
     sampler = CaptionSampler(indexes, weights, config)
@@ -195,7 +200,7 @@ def _load_large_batches() -> None:
     records = [Record(str(n), MemoryImage(broken if n % 100 == 7 else data, str(n)), (str(n),)) for n in range(300)]
     model: Any = SimpleNamespace(tower=SimpleNamespace(preprocess=PREPROCESS))
     config = dataclasses.replace(ALIGN, batch_size=150, epochs=1, workers=2)
-    batches = list(AlignBatches(records, NumberedCaptions(), model, config).batches(0))
+    batches = list(AlignBatches(RecordTable.from_records(records), NumberedCaptions(), model, config).batches(0))
     assert [len(batch.images) for batch in batches] == [150, 150]
     assert sorted(name for batch in batches for name in batch.failures) == ["107", "207", "7"]
 
@@ -207,7 +212,7 @@ def test_closing_the_batches_early_stops_the_workers_cleanly(capfd: pytest.Captu
     large = dataclasses.replace(PREPROCESS, size=224)
     model: Any = SimpleNamespace(tower=SimpleNamespace(preprocess=large))
     config = dataclasses.replace(ALIGN, batch_size=300, epochs=9, workers=1)
-    batches = AlignBatches(records, NumberedCaptions(), model, config).batches(0)
+    batches = AlignBatches(RecordTable.from_records(records), NumberedCaptions(), model, config).batches(0)
     next(batches)
     workers = multiprocessing.active_children()
     batches.close()

@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounter
 
 from align_fixtures import ALIGN, make_store, read_split
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.table import RecordTable
 from llm2clip.data.transforms import Preprocess
 from llm2clip.models.heads import AdapterConfig
 from llm2clip.models.llm2clip import LLM2CLIP
@@ -385,7 +386,7 @@ def test_align_trains_saves_and_loads_recent_towers(family: str, image_folder: P
     model = LLM2CLIP(LLM2CLIPConfig(tower.config, text_dim=32, embed_dim=12, adapter=AdapterConfig(depth=1)), tower)
     store = make_store(image_folder, llm, tmp_path / "store")
     config = dataclasses.replace(ALIGN, epochs=1, tower_lr=1e-3, image_size=None)
-    align(read_split(image_folder), store, model, config, tmp_path / "run", SkipLog())
+    align(RecordTable.from_records(read_split(image_folder)), store, model, config, tmp_path / "run", SkipLog())
     trained = {name: parameter for name, parameter in tower.named_parameters() if parameter.requires_grad}
     assert trained and all(torch.isfinite(parameter).all() for parameter in trained.values())
     changed = [name for name, parameter in trained.items() if not torch.equal(parameter, before[name])]

@@ -15,6 +15,7 @@ from llm2clip.cpu_tuning import free_memory
 from llm2clip.data.pairs import TuningItem
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.table import RecordTable
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.reporting.error_analysis import collect_example_searches
@@ -36,7 +37,7 @@ from llm2clip.models.text.caption_encoder import CaptionEncoder, load_for_evalua
 from llm2clip.runs.ranks import load_or_compute_json, print_once, process_state, wait_for_everyone
 from llm2clip.store.encode import embed as embed_locally
 from llm2clip.store.ray_engine import embed_with_ray
-from llm2clip.store.store import EmbeddingStore, drop_refused_captions, remove_phrases_without_embedding
+from llm2clip.store.store import EmbeddingStore, drop_refused_captions
 from llm2clip.train.align import align as train_align
 from llm2clip.train.initial_model import PretrainedParts, create_initial_model
 from llm2clip.train.tune import tune as train_tune
@@ -111,7 +112,7 @@ def embed(
 
 
 def align(
-    train: Sequence[Record],
+    train: RecordTable,
     store: EmbeddingStore,
     out: Path,
     config: AlignConfig,
@@ -145,9 +146,6 @@ def align(
     if model_dir.exists():
         return model_dir
     free_memory()  # the LLM is no longer needed
-    train = drop_refused_captions(train, store)
-    if config.uses_phrases:
-        train = remove_phrases_without_embedding(train, store)
     model = create_initial_model(config, store, train, out, parts)
     validate = None
     if held_out:

@@ -5,11 +5,77 @@ order, shards (tar or Parquet files) are read in random order, a window of shard
 are shuffled. Slow disks, network file systems and object storage then read each shard only once per epoch.
 """
 
+import os
 from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import psutil
 
+from llm2clip.data.image_refs import ParquetImage, TarImage
+from llm2clip.data.table import IMAGE_KINDS, RecordTable
+
+ImageOrder = Literal["random", "shards"]
 WINDOW = 16  # number of shards whose images are shuffled together
+SHARD_KINDS = [IMAGE_KINDS.index(kind) for kind in (TarImage, ParquetImage)]
+NETWORK_FILE_SYSTEMS = (
+    "nfs",
+    "cifs",
+    "smb",
+    "fuse",
+    "lustre",
+    "ceph",
+    "gpfs",
+    "beegfs",
+    "9p",
+    "afs",
+    "gluster",
+    "virtiofs",
+)
+
+
+class EpochOrders:
+    """Images of each epoch, in the order in which they are used.
+
+    Attributes:
+        image_order: "random" or "shards".
+    """
+
+    def __init__(
+        self, records: RecordTable, is_usable: np.ndarray, seed: int, image_order: ImageOrder | None = None
+    ) -> None:
+        """
+        Args:
+            records: Records with an image.
+            is_usable: Boolean mask of the records to use, of shape (N,).
+            image_order: Default: see `choose_image_order`.
+        """
+        self.image_order = image_order or choose_image_order(records)
+        self.seed, self.num_images = seed, int(is_usable.sum())
+        self._usable = (
+            None if self.num_images == len(records) else np.flatnonzero(is_usable).astype(_choose_dtype(len(records)))
+        )
+        self._shard_of_image, self._shards = np.empty(0, np.int32), list[str]()
+        if self.image_order == "shards":
+            self._shard_of_image, self._shards = number_shards(records)
+            if self._usable is not None:
+                self._shard_of_image = self._shard_of_image[self._usable]
+        self._epoch, self._order = -1, np.empty(0, np.int32)
+
+    def take(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """Return the indices of the records at positions `start` to `stop` of an epoch."""
+        if epoch != self._epoch:
+            self._order = np.empty(0, np.int32)  # free the memory first
+            self._epoch, self._order = epoch, self._draw(epoch)
+        images = self._order[start:stop]
+        return images if self._usable is None else self._usable[images]
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        if self.image_order == "shards":
+            return draw_shard_order(self._shard_of_image, self.seed, epoch)
+        return draw_random_order(self.num_images, self.seed, epoch)
 
 
 def draw_random_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
@@ -55,6 +121,74 @@ def list_upcoming_shards(
         if len(shards) >= max_shards:
             break
     return list(shards)[:max_shards]
+
+
+def number_shards(records: RecordTable) -> tuple[np.ndarray, list[str]]:
+    """Return the number of the shard that contains each record's image, of shape (N,), int32, and the shards' paths."""
+    blocks = records.blocks
+    number_of_path: dict[str, int] = {}
+    numbers = []  # number of each container of each batch, one batch after the other
+    first_container = [0]
+    for containers in blocks.containers:
+        numbers += [number_of_path.setdefault(path, len(number_of_path)) for path in containers]
+        first_container.append(len(numbers))
+    shard_of_container = np.array(numbers, np.int32)
+    parts = [np.empty(0, np.int32)]
+    start = 0
+    for batch in records.iterate_batches(["container"]):
+        rows = records.rows[start : start + batch.num_rows]
+        batch_of_row = np.searchsorted(blocks.starts, rows, side="right") - 1
+        parts.append(shard_of_container[np.array(first_container)[batch_of_row] + batch.column(0).to_numpy()])
+        start += batch.num_rows
+    return np.concatenate(parts), list(number_of_path)
+
+
+# ---- choice of the order ---------------------------------------------------------------------------------------------
+
+
+def choose_image_order(records: RecordTable) -> ImageOrder:
+    """Choose an order by where the images are.
+
+    The order is "shards" if all images are in tar or Parquet files, of which there are more than `WINDOW`, and if one
+    of these files is remote, on a network file system or on a hard disk. Otherwise, the order is "random". The
+    environment variable LLM2CLIP_IMAGE_ORDER overrides the choice, for example to train on local files exactly as on
+    remote files.
+    """
+    forced = os.environ.get("LLM2CLIP_IMAGE_ORDER")
+    if forced in ("random", "shards"):
+        return "random" if forced == "random" else "shards"
+    if forced:
+        raise ValueError(f"LLM2CLIP_IMAGE_ORDER must be random or shards (got {forced})")
+    paths = {path for containers in records.blocks.containers for path in containers}
+    if len(paths) <= WINDOW or not np.isin(records.numbers("image_kind"), SHARD_KINDS).all():
+        return "random"
+    return "shards" if any(is_slow(folder) for folder in {os.path.dirname(path) for path in paths}) else "random"
+
+
+@lru_cache(maxsize=4096)
+def is_slow(folder: str) -> bool:
+    """Return True if random access to the files in a folder is slow: remote files, network file systems, hard disks."""
+    if "://" in folder:
+        return True
+    path = os.path.realpath(folder)
+    mounts = [disk for disk in psutil.disk_partitions(all=True) if Path(path).is_relative_to(disk.mountpoint)]
+    file_system = max(mounts, key=lambda disk: len(disk.mountpoint)).fstype if mounts else ""
+    return file_system.startswith(NETWORK_FILE_SYSTEMS) or _is_on_hard_disk(path)
+
+
+def _is_on_hard_disk(path: str) -> bool:
+    """Return True if a path is on a rotating disk. Always False on other systems than Linux."""
+    try:
+        device = os.stat(path).st_dev
+        folder = Path(os.path.realpath(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"))
+    except OSError:
+        return False
+    for disk in (folder, folder.parent):  # a disk, or a partition in the folder of its disk
+        file = disk / "queue" / "rotational"
+        if file.exists():
+            # Virtual disks, whose names start with "vd" or "xvd", claim to rotate even if they are on an SSD.
+            return file.read_text().strip() == "1" and not disk.name.startswith(("vd", "xvd"))
+    return False
 
 
 def _iterate_chunks(order: np.ndarray, size: int = 1 << 16) -> Iterator[np.ndarray]:

@@ -287,6 +287,7 @@ class ImageList(Sequence[ImageRef | None]):
 
     def __init__(self, blocks: Blocks, rows: Any) -> None:
         self.blocks, self.rows = blocks, np.asarray(rows)
+        self._shared_rows: Any = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -304,8 +305,11 @@ class ImageList(Sequence[ImageRef | None]):
     def __reduce__(self) -> tuple[Any, ...]:
         import torch
 
-        # PyTorch sends tensors to data loader workers in shared memory, so there is one copy of the row numbers.
-        return ImageList, (self.blocks, torch.from_numpy(np.ascontiguousarray(self.rows)))
+        # PyTorch sends tensors to data loader workers in shared memory, so there is one copy of the row numbers. The
+        # shared memory must exist until the workers have mapped it, so this list refers to it.
+        if self._shared_rows is None:
+            self._shared_rows = torch.from_numpy(np.array(self.rows))
+        return ImageList, (self.blocks, self._shared_rows)
 
 
 class Blocks:

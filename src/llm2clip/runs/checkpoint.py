@@ -108,6 +108,10 @@ class Checkpoints:
             )
         return total
 
+    def get_saved_property(self, name: str) -> Any:
+        """Return a property from the signature of the checkpoint to resume from, or None if there is no checkpoint."""
+        return None if self.latest is None else self._marker["signature"].get(name)
+
     def check_signature(self, signature: Mapping[str, Any]) -> None:
         """Check that a run's signature matches the latest checkpoint, and save it in all later checkpoints.
 

@@ -20,13 +20,14 @@ from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.image_loader import iter_image_batches
 from llm2clip.data.image_refs import FileImage, ImageRef, to_valid_unicode
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.table import ImageList
 from llm2clip.data.transforms import EvalTransform
 from llm2clip.models.hub.fingerprint import hash_weights
 from llm2clip.models.precision import DTYPES
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.progress import ProgressBar
 from llm2clip.store.layout import make_caption_keys
-from llm2clip.store.store import EmbeddingStore
+from llm2clip.store.store import LOOKUP_CHUNK_SIZE, EmbeddingStore
 from llm2clip.store.writer import WritePlan, open_for_writing
 
 SHARD_SIZE = 8192  # number of images or texts per shard
@@ -73,6 +74,15 @@ class TowerEncoder:
 def make_image_keys(refs: Iterable[ImageRef]) -> np.ndarray:
     """Return the store keys of N images as a uint8 array of shape (N, 16)."""
     return make_caption_keys([get_image_name(ref) for ref in refs])
+
+
+def find_image_rows(store: EmbeddingStore, refs: ImageList) -> np.ndarray:
+    """Return the row number of each image in the store, of shape (N,), int64, with -1 for images without a row."""
+    rows = np.empty(len(refs), np.int64)
+    for start in range(0, len(refs), LOOKUP_CHUNK_SIZE):
+        chunk = refs[start : start + LOOKUP_CHUNK_SIZE]
+        rows[start : start + len(chunk)] = store.find_keys(make_image_keys(chunk))
+    return rows
 
 
 def get_image_name(ref: ImageRef) -> str:
@@ -148,7 +158,7 @@ def store_image_features(
 
 
 def store_text_embeddings(
-    texts: Iterable[str],
+    texts: Sequence[str],
     encode: Callable[[list[str]], Tensor],
     embed_dim: int,
     identity: dict[str, Any],

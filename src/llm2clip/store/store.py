@@ -33,7 +33,6 @@ from llm2clip.data.columns import TEXT_FIELDS
 from llm2clip.data.records import Record
 from llm2clip.io_utils import read_jsonl
 from llm2clip.progress import ProgressBar
-from llm2clip.runs.ranks import print_once
 from llm2clip.store.key_index import KeyIndex, build_key_index
 from llm2clip.store.layout import (
     DTYPES,
@@ -370,27 +369,6 @@ def drop_refused_captions(records: Sequence[Record], store: EmbeddingStore) -> S
         if record.texts:
             remaining.append(record)
     return remaining
-
-
-def remove_phrases_without_embedding(records: Sequence[Record], store: EmbeddingStore) -> Sequence[Record]:
-    """Remove phrases that have no embedding because they occurred in too few images when the store was created.
-
-    Print a message if the store has no phrase embeddings.
-    """
-    phrases = sorted({phrase for record in records for phrase in record.phrases})
-    is_stored = store.find_keys(make_caption_keys(phrases)) >= 0
-    if phrases and not is_stored.any():
-        print_once(
-            f"No short phrases are used: {store.folder} has no phrase embeddings. To add them, run `llm2clip embed` "
-            "with --phrases true"
-        )
-    missing = {phrase for phrase, stored in zip(phrases, is_stored, strict=True) if not stored}
-    if not missing:
-        return records
-    return [
-        dataclasses.replace(record, phrases=tuple(phrase for phrase in record.phrases if phrase not in missing))
-        for record in records
-    ]
 
 
 def read_refused_captions(folder: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ pretrained tower (see `proclip.py`).
 
 import copy
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from llm2clip.config import RESUME_SAFE, AlignConfig
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.image_hashes import hash_images
-from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.table import RecordTable
 from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.precision import resolve_precision, tf32_matmul
@@ -47,6 +47,7 @@ from llm2clip.runs.fsdp import (
 )
 from llm2clip.runs.ranks import print_once, process_state
 from llm2clip.runs.training_state import load_training_state, save_training_state
+from llm2clip.store.caption_rows import CaptionSource
 from llm2clip.store.image_features import TowerEncoder, store_image_features
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train.grad_cache import compute_cached_loss
@@ -62,12 +63,12 @@ from llm2clip.train.optim import (
     should_compile,
 )
 from llm2clip.train.proclip import distillation_loss
-from llm2clip.train.sampling import AlignBatches, Batch, CaptionSource, resolve_decoding_workers
+from llm2clip.train.sampling import AlignBatches, Batch, resolve_decoding_workers
 
 
 @onednn_matmul()
 def align(
-    records: Sequence[Record],
+    records: RecordTable,
     store: CaptionSource,
     model: LLM2CLIP,
     config: AlignConfig,
@@ -79,7 +80,8 @@ def align(
     """Train a model on the images and captions of `records`, resuming from the latest checkpoint if one exists.
 
     Args:
-        records: Training data. All captions must be in the store.
+        records: Training data. All captions must be in the store, except for captions that the tokenizer could not
+            encode. Phrases that are not in the store are not used.
         store: Cached caption embeddings.
         model: Model with a pretrained tower and newly initialised heads. The model is modified in place.
         run_dir: Output folder for checkpoints/, metrics.jsonl, evaluations.jsonl and best/. No other process may write
@@ -133,7 +135,8 @@ def align(
     rank, world_size = accelerator.process_index, accelerator.num_processes
     checkpoints = Checkpoints(run_dir / "checkpoints", config.batch_size)
     images_per_step = checkpoints.get_saved_items_per_step("images per step")
-    data = AlignBatches(records, store, model, config, world_size, rank, feature_store, images_per_step)
+    image_order = checkpoints.get_saved_property("image order")
+    data = AlignBatches(records, store, model, config, world_size, rank, feature_store, images_per_step, image_order)
     steps = len(data)
     if images_per_step is None and data.images_per_step < config.batch_size * world_size:
         print_once(
@@ -230,12 +233,12 @@ def align(
         model.tower.set_grad_checkpointing(False)
     merge_tower_lora(model.tower)
     if state.is_main_process:
-        model.training_images = hash_images(record.image for record in records)
+        model.training_images = hash_images(records.get_images())
     return model.requires_grad_(True).eval()
 
 
 def _compute_features(
-    records: Sequence[Record],
+    records: RecordTable,
     tower: VisionTower,
     config: AlignConfig,
     precision: str,
@@ -244,7 +247,7 @@ def _compute_features(
     log: SkipLog,
 ) -> EmbeddingStore:
     """Compute the frozen tower's features for all images that are not yet in the feature store. Return the store."""
-    refs = [record.image for record in records if record.image is not None]
+    refs = [image for image in records.get_images() if image is not None]
     encoder = TowerEncoder(tower, precision)
     identity = encoder.identity()
     folder = folder or run_dir / f"features-{fingerprint(identity)[:8]}"
@@ -259,6 +262,7 @@ def _make_run_signature(
     return {
         "steps": len(data),
         "images per step": data.images_per_step,
+        "image order": data.orders.image_order,
         "images": data.image_hash,
         "captions": data.caption_hash,
         "caption encoder": store.manifest["fingerprint"],

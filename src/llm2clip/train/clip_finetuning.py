@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from llm2clip.config import AlignConfig
 from llm2clip.data.image_hashes import save_training_image_hashes
-from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.table import RecordTable
 from llm2clip.io_utils import atomic_dir
 from llm2clip.models.heads import AdapterConfig
 from llm2clip.models.hub.fingerprint import fingerprint, hash_weights
@@ -33,7 +33,7 @@ from llm2clip.train.losses import get_loss
 SUPPORTED_TYPES = ("clip", "metaclip_2", "siglip")
 
 
-def finetune_clip(records: Sequence[Record], config: AlignConfig, out: Path, log: SkipLog) -> Path:
+def finetune_clip(records: RecordTable, config: AlignConfig, out: Path, log: SkipLog) -> Path:
     """Fine-tune both towers of the CLIP model `config.tower`, resuming from the latest checkpoint if one exists.
 
     `lr` is the learning rate of the text tower, the projections and the logit scale; `tower_lr` is the learning rate of

@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,7 +42,7 @@ class Step:
     """
 
     number: int
-    image_names: list[str]
+    image_names: Sequence[str]
     failures: dict[str, str]
     metrics: dict[str, float]
 
@@ -136,7 +136,7 @@ class StepReport:
         if math.isfinite(value):
             return
         file = self.run_dir / f"not-finite-{step.number}-{self.accelerator.process_index}.json"
-        file.write_text(json.dumps({"step": step.number, "images": step.image_names}, indent=1))
+        file.write_text(json.dumps({"step": step.number, "images": list(step.image_names)}, indent=1))
         advice = f"The images of this step are listed in {file}. Lower --align.lr or --align.tower_lr, or use fp32"
         raise_if_not_finite(name, value, step.number, self.checkpoints, advice)
 

@@ -8,10 +8,10 @@ on the seed, the epoch and the image.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,16 +21,17 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from llm2clip.config import AlignConfig
 from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
 from llm2clip.data.counter_random import hash_counters, shuffle_rows, to_unit_interval
-from llm2clip.data.image_loader import SharedRefs, decode_or_error, skip_finalization
-from llm2clip.data.image_order import draw_random_order
-from llm2clip.data.records import Record
+from llm2clip.data.image_loader import decode_or_error, skip_finalization
+from llm2clip.data.image_order import EpochOrders, ImageOrder
+from llm2clip.data.table import IMAGE_COLUMNS, ImageList, RecordTable
 from llm2clip.data.transforms import TrainTransform
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.runs.checkpoint import hash_texts
-from llm2clip.store.image_features import make_image_keys
+from llm2clip.store.caption_rows import CaptionRows, CaptionSource, find_caption_rows
+from llm2clip.store.image_features import find_image_rows
 from llm2clip.store.store import EmbeddingStore
 
-Sample = tuple[int, int]  # (epoch, image index)
+HASH_DIGITS = 16
+Sample = tuple[int, int]  # (epoch, index of the image's record)
 # Uses of random numbers, as counters after the seed, the epoch and the image.
 _CROP, _KINDS, _CAPTIONS = 0, 1, 2
 
@@ -58,7 +59,7 @@ class Batch:
     all_distinct: bool
     """True if all captions of the step are known to be distinct and no phrases are used. The loss then does not compare
     row numbers, which avoids a GPU synchronisation."""
-    image_names: list[str]
+    image_names: Sequence[str]
     """Name of each image, for log and error messages."""
     failures: dict[str, str]
     """Error message for each image that could not be decoded, keyed by image name. These images are replaced with
@@ -86,13 +87,13 @@ class AlignBatches:
         images_per_step: Total number of images per step, across all ranks.
         steps_per_epoch: Number of steps per epoch. Images are reshuffled every epoch, and leftover images that do not
             fill a step are dropped.
-        image_hash: Hash of the image names.
+        image_hash: Hash of the image references.
         caption_hash: Hash of the captions.
     """
 
     def __init__(
         self,
-        records: Sequence[Record],
+        records: RecordTable,
         store: CaptionSource,
         model: LLM2CLIP,
         config: AlignConfig,
@@ -100,10 +101,11 @@ class AlignBatches:
         rank: int = 0,
         features: EmbeddingStore | None = None,
         images_per_step: int | None = None,
+        image_order: ImageOrder | None = None,
     ) -> None:
         """
         Args:
-            records: Training data. Records without an image are ignored.
+            records: Training data. Records without an image or without captions are ignored.
             store: Source of the caption embeddings.
             model: Model to train. Its vision tower determines the image preprocessing.
             features: Store of the pretrained tower's image features. Batches contain these features instead of pixels
@@ -111,33 +113,39 @@ class AlignBatches:
                 are ignored.
             images_per_step: Total number of images per step, across all ranks. Must be divisible by `world_size`.
                 Default: see `resolve_images_per_step`.
+            image_order: Order of the images. Default: see `choose_image_order`.
 
         Raises:
             ValueError: There are too few images, or the caption mix is invalid.
             StoreError: A caption is not in the store.
         """
-        usable = [record for record in records if record.image is not None]
-        self.features, self.feature_rows = features, np.empty(0, np.int64)
-        if features is not None:
-            rows = features.find_keys(make_image_keys([r.image for r in usable if r.image is not None]))
-            usable = [record for record, row in zip(usable, rows, strict=True) if row >= 0]
-            self.feature_rows = rows[rows >= 0]
-        self.images_per_step = images_per_step or resolve_images_per_step(len(usable), config, world_size)
-        self.steps_per_epoch = len(usable) // self.images_per_step
-        self.config, self.world_size, self.rank, self.store = config, world_size, rank, store
-        self.image_count = len(usable)
-        self.image_hash = hash_texts(str(record.image) for record in usable)
+        if not records.has_image.all():
+            records = records.select(records.has_image)
         # Ignore phrases with weight 0, even for images that have no other kinds of captions.
         fields = TEXT_FIELDS if config.samples_phrases else CAPTION_FIELDS
-        self.caption_hash = hash_texts(
-            text for record in usable for text in get_training_texts(record, config.uses_phrases)
+        hashed_fields = TEXT_FIELDS if config.uses_phrases else CAPTION_FIELDS
+        self.caption_hash = records.compute_identity(*hashed_fields)[:HASH_DIGITS]
+        captions = find_caption_rows(records, store, fields, self.caption_hash)
+        is_usable = np.zeros(len(records), bool)
+        for field in captions.keys() & set(CAPTION_FIELDS):
+            is_usable |= captions[field].starts[1:] > captions[field].starts[:-1]
+        self.features, self.feature_rows = features, np.empty(0, np.int64)
+        if features is not None:
+            self.feature_rows = find_image_rows(features, records.get_images())
+            is_usable &= self.feature_rows >= 0
+        usable = records if is_usable.all() else records.select(is_usable)
+        self.image_hash = usable.compute_identity(*IMAGE_COLUMNS)[:HASH_DIGITS]
+        self.image_count = len(usable)
+        self.images_per_step = images_per_step or resolve_images_per_step(self.image_count, config, world_size)
+        self.steps_per_epoch = self.image_count // self.images_per_step
+        self.config, self.world_size, self.rank, self.store = config, world_size, rank, store
+        self.orders = EpochOrders(records, is_usable, config.seed, image_order)
+        self.phrases = captions.get("phrases")
+        self.captions = CaptionSampler(
+            list(captions.values()), [config.caption_mix.get(kind, 0.0) for kind in captions], config
         )
-        kinds = [kind for kind in fields if any(getattr(record, kind) for record in usable)]
-        captions = [CaptionRows(store, (getattr(record, kind) for record in usable)) for kind in kinds]
-        self.phrases = captions[kinds.index("phrases")] if "phrases" in kinds else None
-        self.captions = CaptionSampler(captions, [config.caption_mix.get(kind, 0.0) for kind in kinds], config)
         transform = TrainTransform(model.tower.preprocess, config.min_crop_scale)
-        self.images = _ImageDataset(usable, transform, config.seed)
+        self.images = _ImageDataset(records.get_images(), transform, config.seed)
 
     def __len__(self) -> int:
         """Return the number of steps in the run."""
@@ -175,14 +183,11 @@ class AlignBatches:
 
     def samples(self, first_step: int) -> Iterator[list[Sample]]:
         """Yield this rank's samples for each step, starting at `first_step`."""
-        order, order_epoch = np.empty(0, np.int64), -1
         for step in range(first_step, len(self)):
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-            if epoch != order_epoch:
-                order, order_epoch = draw_random_order(self.image_count, self.config.seed, epoch), epoch
             start = step_in_epoch * self.images_per_step
-            images = order[start : start + self.images_per_step]
-            yield [(epoch, int(image)) for image in images[self.rank :: self.world_size]]
+            images = self.orders.take(epoch, start, start + self.images_per_step)
+            yield [(epoch, image) for image in images[self.rank :: self.world_size].tolist()]
 
     def _take_features(self, samples: list[Sample]) -> Tensor:
         assert self.features is not None
@@ -205,21 +210,31 @@ class AlignBatches:
             phrases=None if self.phrases is None else torch.from_numpy(_list_caption_rows(self.phrases, image_numbers)),
             first_caption=np.searchsorted(image_of_caption, np.arange(len(images) + 1)).tolist(),
             all_distinct=all_distinct and self.phrases is None,
-            image_names=[str(self.images.refs[image]) for _, image in samples],
+            image_names=_ImageNames(self.images.refs, image_numbers),
             failures=failures,
         )
 
 
 def _list_caption_rows(captions: CaptionRows, images: np.ndarray) -> np.ndarray:
     """Return (position in `images`, row number in the store) for each caption of the images, of shape (K, 2), int64."""
-    rows = [captions[image] for image in images]
-    position = np.repeat(np.arange(len(rows)), [len(rows_of_image) for rows_of_image in rows])
-    return np.stack([position, np.concatenate(rows)], axis=1)
+    starts, counts = captions.starts[images], captions.starts[images + 1] - captions.starts[images]
+    position = np.repeat(np.arange(len(images)), counts)
+    first_caption = np.cumsum(counts) - counts
+    offset = np.arange(len(position)) - first_caption[position]
+    return np.stack([position, captions.rows[starts[position] + offset]], axis=1).astype(np.int64)
 
 
-def get_training_texts(record: Record, with_phrases: bool) -> tuple[str, ...]:
-    """Return all texts of a record on which `align` may train: captions and, if `with_phrases` is True, phrases."""
-    return record.texts + record.phrases if with_phrases else record.texts
+class _ImageNames(Sequence[str]):
+    """Names of a batch's images, which are read from the table only when they are needed."""
+
+    def __init__(self, refs: ImageList, images: np.ndarray) -> None:
+        self.refs, self.images = refs, images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Any) -> Any:
+        return str(self.refs[int(self.images[index])])
 
 
 def resolve_images_per_step(num_images: int, config: AlignConfig, world_size: int) -> int:
@@ -270,9 +285,8 @@ class _BatchSampler(Sampler[list[Sample]]):
 class _ImageDataset(Dataset):
     """Dataset that decodes and crops images. A sample's crop does not depend on the worker process."""
 
-    def __init__(self, records: Sequence[Record], transform: TrainTransform, seed: int) -> None:
-        self.refs = SharedRefs([record.image for record in records if record.image is not None])
-        self.transform, self.seed = transform, seed
+    def __init__(self, refs: ImageList, transform: TrainTransform, seed: int) -> None:
+        self.refs, self.transform, self.seed = refs, transform, seed
 
     def __getitem__(self, sample: Sample) -> tuple[str, Tensor | str, Sample]:
         """Return the image name, the pixels and the sample.
@@ -303,50 +317,6 @@ def _collate(items: list[tuple[str, Tensor | str, Sample]]) -> tuple[Tensor | No
 
 
 # ---- captions --------------------------------------------------------------------------------------------------------
-
-
-class CaptionSource(Protocol):
-    """Source of text inputs for training: an embedding store or, in `clip_finetuning`, tokenized captions."""
-
-    manifest: dict[str, Any]
-
-    def find_rows(self, captions: Iterable[str]) -> np.ndarray:
-        """Return the row numbers of N captions, of shape (N,), int64."""
-        ...
-
-    def take(self, rows: np.ndarray) -> np.ndarray:
-        """Return the text inputs of N rows, of shape (N, ...)."""
-        ...
-
-
-class CaptionRows:
-    """Row numbers of each image's captions in the embedding store, as two flat arrays to save memory.
-
-    Attributes:
-        rows: Row numbers of all captions, int64. Each image's row numbers are sorted and distinct.
-        starts: Position of each image's first row number in `rows`, of shape (images + 1,), int64.
-    """
-
-    def __init__(self, store: CaptionSource, captions: Iterable[Sequence[str]]) -> None:
-        """Find the captions of each image in the store. Raise StoreError if a caption is not in the store."""
-        counts: list[int] = []
-
-        def iterate_captions() -> Iterator[str]:
-            for captions_of_image in captions:
-                counts.append(len(captions_of_image))
-                yield from captions_of_image
-
-        rows = store.find_rows(iterate_captions())
-        image_of_row = np.repeat(np.arange(len(counts)), counts)
-        # Combine each image and row into a single integer, because NumPy sorts integers faster than pairs.
-        base = int(rows.max(initial=0)) + 1
-        pairs = np.unique(image_of_row * base + rows)
-        self.rows = pairs % base
-        self.starts = np.concatenate([[0], np.cumsum(np.bincount(pairs // base, minlength=len(counts)))])
-
-    def __getitem__(self, image: int) -> np.ndarray:
-        """Return the distinct row numbers of an image's captions, of shape (captions,), int64."""
-        return self.rows[self.starts[image] : self.starts[image + 1]]
 
 
 class CaptionSampler:
@@ -389,7 +359,7 @@ class CaptionSampler:
         for kind, captions in enumerate(self.captions_by_kind):
             captions_of_image = np.arange(counts[kind].max(initial=0))
             positions = starts[kind, :, None] + captions_of_image
-            rows = captions.rows[np.minimum(positions, len(captions.rows) - 1)]  # (N, max captions of this kind)
+            rows = captions.rows[np.minimum(positions, len(captions.rows) - 1)].astype(np.int64)  # (N, max captions)
             bits = hash_counters(self.seed, epochs[:, None], images[:, None], _CAPTIONS, kind, captions_of_image)
             shuffled.append(shuffle_rows(rows, counts[kind], bits))
         if self.captions_per_image == 0:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, ReproduceConfig, TuneConfig
 from llm2clip.data.pairs import TuningItem
+from llm2clip.data.table import RecordTable
 from llm2clip.data.texts import deduplicate_captions
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
@@ -121,7 +122,8 @@ class Experiments:
             print_once(f"align: {self.get_label(name)}, seed {seed}")
             run_dir = self.out / "work" / folder.name
             config, features = self.make_align_config(seed), self.out / "features"
-            align(self.data.train_records, store, run_dir, config, self.data.log, model_dir=folder, features=features)
+            train = RecordTable.from_records(self.data.train_records)
+            align(train, store, run_dir, config, self.data.log, model_dir=folder, features=features)
             shutil.rmtree(run_dir, ignore_errors=True)
         return LLM2CLIP.from_pretrained(folder)
 
