@@ -21,6 +21,8 @@ except ImportError:  # Windows
 
 MAX_JSON_BYTES = 2 << 30  # size limit for JSON files, which are read into memory completely
 MAX_LINE_CHARACTERS = 1 << 25
+_URL_PASSWORD = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*://)[^\s/@'\"<>]*@")
+_URL_QUERY = re.compile(r"\b(https?://[^\s?'\"<>]+)\?(?:[^\s'\"<>]*[^\s'\"<>:,;.)\]])?", re.IGNORECASE)
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -204,6 +206,13 @@ def escape_control_characters(text: str) -> str:
     File names and texts from data sets can contain sequences that a terminal interprets as commands.
     """
     return _CONTROL_CHARACTER.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def hide_url_secrets(text: str) -> str:
+    """Remove user names, passwords and query strings from all URLs in a message. They can contain credentials."""
+    if "://" not in text:
+        return text
+    return _URL_QUERY.sub(r"\1", _URL_PASSWORD.sub(r"\1", text))
 
 
 def install_command(*extras: str) -> str:
