@@ -34,6 +34,10 @@ class DataFormatError(ValueError):
     """A file has an invalid format. The message contains the file name and the position of the error."""
 
 
+class FatalDataError(ValueError):
+    """An error that concerns more than one row, such as a full disk. It stops a run instead of skipping a row."""
+
+
 # ---- atomic writes -------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm2clip.data.image_refs import FileImage, ImageRef, LoadedImage, MemoryImage, to_valid_unicode
+from llm2clip.data.remote import get_parent, is_remote, join_path
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.io_utils import DataFormatError
 
@@ -269,7 +270,9 @@ def parse_image(value: Any, file: str, reject_urls: bool) -> LoadedImage | None:
         raise UnusableRow("malformed row", f"an image must be a path, bytes or null (got {value!r})")
     if reject_urls and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", value):
         raise UnusableRow("image is a URL", value)
-    path = os.path.join(os.path.dirname(file), value)
+    path = join_path(get_parent(file), value)
+    if is_remote(file):
+        return LoadedImage(FileImage(path), None, value)
     if "\\" in value and not os.path.exists(path):  # a relative path written on Windows
         portable = os.path.join(os.path.dirname(file), value.replace("\\", "/"))
         path = portable if os.path.exists(portable) else path

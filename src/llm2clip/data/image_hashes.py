@@ -20,7 +20,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from llm2clip.data.image_refs import FileImage, ImageRef, TarImage, resolve_folder
+from llm2clip.data.image_refs import FileImage, ImageRef, TarImage, get_file_version, resolve_folder
+from llm2clip.data.remote import get_file_size, open_file
 
 TRAINING_IMAGES_FILE = "training_images.npy"
 SAMPLE_BYTES = 1024
@@ -158,7 +159,7 @@ def _locate(image: FileImage | TarImage) -> Location | None:
     try:
         if os.path.islink(path):
             path = os.path.realpath(path)
-        size = image.size if isinstance(image, TarImage) else os.path.getsize(path)
+        size = image.size if isinstance(image, TarImage) else get_file_size(path)
     except (OSError, ValueError):
         return None
     return (path, image.offset if isinstance(image, TarImage) else 0, size) if size else None
@@ -175,21 +176,21 @@ def _hash_contents(location: Location) -> bytes:
     """Return a hash of all bytes of an image, or b"" if they cannot be read."""
     path, offset, size = location
     try:
-        modified = os.stat(path).st_mtime_ns
+        version = get_file_version(path)
     except OSError:
         return b""
-    return _hash_range_cached(path, offset, size, modified)
+    return _hash_range_cached(path, offset, size, version)
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _hash_range_cached(path: str, offset: int, size: int, modified: int) -> bytes:
+def _hash_range_cached(path: str, offset: int, size: int, version: object) -> bytes:
     return _hash_range(path, offset, size)
 
 
 def _hash_range(path: str, start: int, length: int) -> bytes:
     digest = hashlib.sha256()
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open_file(path) as file:
             file.seek(start)
             while length > 0:
                 data = file.read(min(length, CHUNK_BYTES))

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.images import ImageError, load_image
-from llm2clip.io_utils import describe_error
+from llm2clip.io_utils import FatalDataError, describe_error
 
 T = TypeVar("T")
 MIN_IMAGES_FOR_WORKERS = 2048  # decoding fewer images takes less time than starting the workers
@@ -31,6 +31,8 @@ def decode_or_error(ref: ImageRef, transform: Callable[[Tensor], T]) -> T | str:
         return transform(load_image(ref))
     except (ImageError, OSError) as error:
         return str(error).removeprefix(f"{ref}: ")  # the caller adds the image's name
+    except FatalDataError:
+        raise
     except Exception as error:  # a single bad image must not stop a run
         return describe_error(error)
 

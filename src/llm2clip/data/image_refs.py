@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llm2clip.data.image_header import MAX_FILE_BYTES
-from llm2clip.io_utils import describe_error, open_regular_file
+from llm2clip.data.remote import get_version_numbers, is_remote, open_file, open_remote
+from llm2clip.io_utils import FatalDataError, describe_error, hide_url_secrets
 
 # Limit on the decoded image bytes in a Parquet row group. Because of compression and shared values, a file of a few
 # hundred bytes can expand to many gigabytes.
@@ -49,7 +50,7 @@ class ImageRef(ABC):
         container = self.container_path
         if container is None:
             return str(self)
-        return resolve_folder(container) + str(self)[len(container) :]
+        return resolve_folder(container) + str(self)[len(hide_url_secrets(container)) :]
 
     @property
     def identifies_image(self) -> bool:
@@ -88,7 +89,7 @@ class ImageRef(ABC):
     def _convert_reader_errors(self) -> Iterator[None]:
         try:
             yield
-        except OSError:
+        except (OSError, FatalDataError):
             raise
         except Exception as error:
             raise OSError(f"{self}: {describe_error(error)}") from error
@@ -114,10 +115,10 @@ class FileImage(ImageRef):
         return resolve_folder(self.path)
 
     def _open(self) -> BinaryIO:
-        return open_regular_file(self.path)
+        return open_file(self.path)
 
     def __str__(self) -> str:
-        return self.path
+        return hide_url_secrets(self.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,14 +138,14 @@ class TarImage(ImageRef):
         return io.BufferedReader(_FileSlice(self.path, self.offset, self.size))
 
     def __str__(self) -> str:
-        return f"{self.path}!{self.name or self.offset}"
+        return f"{hide_url_secrets(self.path)}!{self.name or self.offset}"
 
 
 class _FileSlice(io.RawIOBase):
     """Stream over part of a file. It lets Pillow read an image's header without reading the entire tar member."""
 
     def __init__(self, path: str, offset: int, size: int) -> None:
-        self._file = open_regular_file(path)
+        self._file = open_file(path)
         self._offset, self._size, self._position = offset, size, 0
 
     def readable(self) -> bool:
@@ -205,7 +206,7 @@ class ParquetImage(_TableCell):
         return _open_cell(_read_parquet_cell(self.path, self.row, self.column), self)
 
     def __str__(self) -> str:
-        return f"{self.path}[{self.row}].{self.column}"
+        return f"{hide_url_secrets(self.path)}[{self.row}].{self.column}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +307,9 @@ def disable_image_decoding(dataset: Any) -> Any:
 
 
 def resolve_folder(path: str) -> str:
-    """Make a path absolute and resolve symbolic links in its folder, but not in its file name."""
+    """Make a path absolute and resolve symbolic links in its folder, but not in its file name. Keep URLs unchanged."""
+    if is_remote(path):
+        return path
     folder, name = os.path.split(path)
     return os.path.join(_resolve_real_path(os.path.abspath(folder)), name)
 
@@ -319,9 +322,13 @@ def _resolve_real_path(folder: str) -> str:
 def get_file_version(path: str) -> tuple[tuple[int, int], ...]:
     """Return the size and modification time (in ns) of a file, or of every file in a folder and its subfolders.
 
+    For a remote file, a hash of its etag takes the place of the modification time.
+
     Cache keys and search indexes contain these values, so stale entries are never used. A folder's own modification
     time is not enough, because overwriting a file in the folder does not change it.
     """
+    if is_remote(path):
+        return (get_version_numbers(path),)
     files = [path]
     if os.path.isdir(path):
         files = sorted(os.path.join(parent, name) for parent, _, names in os.walk(path) for name in names)
@@ -366,7 +373,8 @@ def _read_parquet_cell(path: str, row: int, column: str) -> pa.Scalar:
 @functools.lru_cache(maxsize=1024)
 def _read_row_group_layout(path: str, version: object) -> tuple[list[int], int]:
     """Return the index of each row group's first row in a Parquet file, and the number of rows to decode at a time."""
-    metadata = pq.read_metadata(path)
+    with open_parquet(path) as file:
+        metadata = file.metadata
     starts = [0]
     for group in range(metadata.num_row_groups - 1):
         starts.append(starts[-1] + metadata.row_group(group).num_rows)
@@ -384,7 +392,7 @@ def _decode_window(path: str, group: int, column: str, row: int, batch_size: int
     # fork can deadlock in data loader workers.
     batches: deque[pa.Array] = deque()
     start = num_bytes = num_decoded = 0
-    with pq.ParquetFile(path) as file:
+    with open_parquet(path) as file:
         for batch in file.iter_batches(batch_size, row_groups=[group], columns=[column], use_threads=False):
             index = batch.schema.get_field_index(column)  # the batch may have other columns, such as "image.x"
             if index < 0:
@@ -404,6 +412,17 @@ def _decode_window(path: str, group: int, column: str, row: int, batch_size: int
     if row >= start + sum(map(len, batches)):
         raise FileNotFoundError(f"{path} no longer has row {row} in row group {group}")
     return _Window(start, pa.chunked_array(batches), num_bytes)
+
+
+@contextmanager
+def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file. Of a remote file that is not in the cache, only the parts that are used are downloaded."""
+    if not is_remote(path):
+        with pq.ParquetFile(path) as file:
+            yield file
+        return
+    with open_remote(path) as source, pq.ParquetFile(source) as file:
+        yield file
 
 
 def choose_parquet_batch_size(metadata: pq.FileMetaData) -> int:

@@ -24,6 +24,7 @@ from llm2clip.data.image_header import (
     open_header,
 )
 from llm2clip.data.image_refs import FileImage, ImageRef
+from llm2clip.data.remote import join_path
 from llm2clip.io_utils import describe_error
 
 _ORIENTATION = 0x0112  # EXIF tag of the image orientation
@@ -69,7 +70,7 @@ def load_image(image: ImageLike) -> Tensor:
             with _convert_decoder_errors():
                 return _decode_with_pillow(image)
         if isinstance(image, str | Path):
-            image = FileImage(str(image))
+            image = FileImage(join_path("", str(image)))  # a URL is not downloaded
         return decode_image(image.read())
     except (ImageError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error

@@ -37,8 +37,9 @@ from llm2clip.data.image_facts import (
 )
 from llm2clip.data.image_refs import FileImage, ImageRef, LoadedImage
 from llm2clip.data.readers.parts import FilePart, read_part
+from llm2clip.data.remote import is_remote
 from llm2clip.data.skip_log import EventLog, SkipLog
-from llm2clip.io_utils import DataFormatError, describe_error
+from llm2clip.io_utils import DataFormatError, FatalDataError, describe_error, hide_url_secrets
 
 ImageCheck = Literal["header", "exists", "unchecked", "ignore"]
 NO_SPLIT = "none"  # split name that means "no split", both in split selections and in the data
@@ -81,7 +82,7 @@ class Source:
     """A source of records.
 
     Attributes:
-        path: File, folder, glob or brace pattern, or `hf:NAME` for a Hugging Face data set.
+        path: File, folder, glob or brace pattern, which can be a URL, or `hf:NAME` for a Hugging Face data set.
         splits: Names of the splits to read. The name "none" selects records without a split. If empty, all records are
             read.
         columns: Maps each record field (id, image, captions, short_captions, long_captions, phrases or split) to a
@@ -121,7 +122,8 @@ class Source:
         return cls(selection[1], tuple(name for name in selection[2].split("+") if name))
 
     def __str__(self) -> str:
-        return f"{self.path}@{'+'.join(self.splits)}" if self.splits else self.path
+        path = hide_url_secrets(self.path)
+        return f"{path}@{'+'.join(self.splits)}" if self.splits else path
 
 
 def open_records(
@@ -227,7 +229,7 @@ class RecordReader:
         self.read_at = time.time_ns()
         self.num_records = 0
         self.row_counts: Counter[str] = Counter()  # selected split -> number of its rows read so far
-        is_path = not source.path.startswith("hf:")
+        is_path = not source.path.startswith("hf:") and not is_remote(source.path)
         self._log_path = os.path.realpath(os.path.expanduser(source.path)) if is_path else source.path
         self._listed_images: set[str] = set()  # image files listed in a folder's caption files
 
@@ -413,7 +415,7 @@ def _convert_errors_to_unusable_row() -> Iterator[None]:
     """Convert an unexpected exception to `UnusableRow`, so that a single bad row does not stop a run."""
     try:
         yield
-    except (UnusableRow, DataFormatError):
+    except (UnusableRow, DataFormatError, FatalDataError):
         raise
     except Exception as error:
         raise UnusableRow("malformed row", describe_error(error)) from error

@@ -1,8 +1,7 @@
 """Reading files from object storage and web servers: `s3://`, `gs://`, `hf://`, `https://` and `http://`.
 
 Files are downloaded as a whole into a local cache (see `shard_cache`), except for Parquet files, which can also be read
-by byte range. All requests are repeated after temporary errors (see `retries`). Credentials come from the environment
-that each storage's own tools use, such as AWS_PROFILE, and never appear in messages.
+by byte range. Requests are repeated after temporary errors (see `retries`). Messages never contain credentials.
 
 The first version of a file that a process sees is pinned: if the file is replaced later, reading it raises an error
 instead of mixing both versions.
@@ -10,12 +9,10 @@ instead of mixing both versions.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import glob
 import hashlib
 import io
-import math
 import os
 import posixpath
 import re
@@ -24,28 +21,36 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote
 
 from braceexpand import braceexpand
 
 from llm2clip.data import shard_cache
-from llm2clip.data.retries import MissingRemoteFileError, RemoteError, ReplacedFileError, call_with_retries
-from llm2clip.io_utils import hide_url_secrets, install_command, open_regular_file
+from llm2clip.data.retries import MissingRemoteFileError, RemoteError, call_with_retries
+from llm2clip.data.storage import (
+    BLOCK_BYTES,
+    LOOKUP_ATTEMPTS,
+    LOOKUP_THREADS,
+    build_replaced_error,
+    fetch_block,
+    format_version,
+    get_filesystem,
+    get_scheme,
+    parse_size,
+    read_info,
+    to_path,
+    to_url,
+)
+from llm2clip.io_utils import hide_url_secrets, open_regular_file
 
 T = TypeVar("T")
 
-BLOCK_BYTES = 32 << 20  # bytes per request of a download; after an error, only this block is requested again
-BLOCK_TIMEOUT = 300.0  # seconds per block
-READ_TIMEOUT = 60.0  # seconds without any data
-CONNECT_TIMEOUT = 20.0  # seconds
-LOOKUP_ATTEMPTS = 4  # fewer than for downloads, so that a mistyped host is reported within seconds
-LOOKUP_THREADS = 16
 PREFETCH_THREADS = 4
 FAILURE_SECONDS = 600  # a file that failed after all attempts is not requested again for this long
 _REMOTE = re.compile(r"(s3|gs|hf|https?)://")
 
-_filesystems: dict[tuple[int, str], Any] = {}  # (process id, scheme) -> file system; forked processes need their own
 _versions: dict[str, str] = {}  # URL -> pinned version
 _failures: dict[str, tuple[float, RemoteError]] = {}  # URL -> time and error of the last failure
 
@@ -61,6 +66,11 @@ def is_remote(path: str) -> bool:
 def get_parent(path: str) -> str:
     """Return the folder of a local or remote file."""
     return os.path.dirname(_strip_query(path) if is_remote(path) else path)
+
+
+def get_file_name(path: str) -> str:
+    """Return the file name of a local or remote file."""
+    return os.path.basename(_strip_query(path) if is_remote(path) else path)
 
 
 def join_path(folder: str, name: str) -> str:
@@ -119,14 +129,28 @@ def find_remote_files(pattern: str) -> list[str]:
         return list(pool.map(_pin_file_or_mark_folder, urls))
 
 
+def look_up_versions(urls: Sequence[str]) -> None:
+    """Pin the current versions of many files, several at a time."""
+    if urls:
+        with ThreadPoolExecutor(min(LOOKUP_THREADS, len(urls))) as pool:
+            list(pool.map(_pin_file_or_mark_folder, urls))
+
+
 def list_folder(folder: str) -> list[str]:
+    """Return the sorted names of the files and folders in a local or remote folder."""
+    if not is_remote(folder):
+        return sorted(os.listdir(folder))
+    return [name.rstrip("/") for name in _list_remote_folder(folder)]
+
+
+def _list_remote_folder(folder: str) -> list[str]:
     """Return the sorted names of the files and folders in a remote folder. Names of folders end with a slash."""
     folder = folder.rstrip("/") + "/"
-    scheme = _get_scheme(folder)
-    filesystem = _get_filesystem(scheme)
+    scheme = get_scheme(folder)
+    filesystem = get_filesystem(scheme)
     names = set()
-    for entry in call_with_retries(lambda: filesystem.ls(_to_path(folder), detail=True), folder):
-        url = _to_url(scheme, entry["name"])
+    for entry in call_with_retries(lambda: filesystem.ls(to_path(folder), detail=True), folder):
+        url = to_url(scheme, entry["name"])
         name = url.rstrip("/").removeprefix(folder)
         if name and "/" not in name and "?" not in name and url.startswith(folder):
             names.add(name + ("/" if entry["type"] == "directory" else ""))
@@ -134,8 +158,17 @@ def list_folder(folder: str) -> list[str]:
 
 
 def walk_folder(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yield the URL, folder names and file names of a remote folder and each of its subfolders, as `os.walk` does."""
-    names = list_folder(folder)
+    """Yield the path, folder names and file names of a folder and its subfolders, as `os.walk` does.
+
+    The caller can remove folder names from the list, to skip these subfolders.
+
+    Raises:
+        OSError: A folder cannot be listed.
+    """
+    if not is_remote(folder):
+        yield from os.walk(folder, onerror=_raise)
+        return
+    names = _list_remote_folder(folder)
     folders = [name.rstrip("/") for name in names if name.endswith("/")]
     yield folder.rstrip("/"), folders, [name for name in names if not name.endswith("/")]
     for name in folders:
@@ -147,10 +180,27 @@ def file_exists(path: str) -> bool:
     if not is_remote(path):
         return os.path.isfile(path)
     try:
-        get_remote_version(path)
+        _get_version(path)
     except MissingRemoteFileError:
         return False
+    except RemoteError:  # for example, no permission: opening the file reports the reason
+        return True
     return True
+
+
+def get_file_size(path: str) -> int:
+    """Return the size of a local or remote file in bytes.
+
+    Raises:
+        OSError: The file does not exist, or its size cannot be determined.
+    """
+    if not is_remote(path):
+        return os.path.getsize(path)
+    return parse_size(_get_version(path))
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _expand_braces(pattern: str) -> Iterator[str]:
@@ -176,10 +226,10 @@ def _has_magic(url: str) -> bool:
 
 def _glob(pattern: str) -> list[str]:
     """Return the URLs that match a glob pattern. As in a local folder, hidden files match only a pattern with a dot."""
-    scheme = _get_scheme(pattern)
-    filesystem = _get_filesystem(scheme)
-    paths = call_with_retries(lambda: filesystem.glob(_to_path(pattern)), pattern, LOOKUP_ATTEMPTS)
-    urls = sorted(_to_url(scheme, path) for path in paths)
+    scheme = get_scheme(pattern)
+    filesystem = get_filesystem(scheme)
+    paths = call_with_retries(lambda: filesystem.glob(to_path(pattern)), pattern, LOOKUP_ATTEMPTS)
+    urls = sorted(to_url(scheme, path) for path in paths)
     if posixpath.basename(pattern).startswith("."):
         return urls
     return [url for url in urls if not posixpath.basename(url.rstrip("/")).startswith(".")]
@@ -189,10 +239,10 @@ def _pin_file_or_mark_folder(url: str) -> str:
     """Pin the current version of a file, or return the URL of a folder with a final slash."""
     if url.endswith("/"):
         return url
-    info = _read_info(url)
+    info = read_info(url)
     if info["type"] == "directory":
         return url + "/"
-    _versions[url] = _format_version(info, url)
+    _versions[url] = format_version(info, url)
     return url
 
 
@@ -210,10 +260,10 @@ def get_remote_version(url: str) -> str:
     """
     version = _versions.get(url)
     if version is None:
-        info = _read_info(url)
+        info = read_info(url)
         if info["type"] == "directory":
             raise MissingRemoteFileError(f"{hide_url_secrets(url)} is a folder, not a file")
-        version = _versions.setdefault(url, _format_version(info, url))
+        version = _versions.setdefault(url, format_version(info, url))
     return version
 
 
@@ -230,44 +280,14 @@ def pin_versions(versions: Mapping[str, str]) -> None:
 def get_version_numbers(url: str) -> tuple[int, int]:
     """Return the size of a remote file, and a hash of its version. Compare with `image_refs.get_file_version`."""
     version = get_remote_version(url)
-    return _parse_size(version), int(hashlib.sha256(version.encode()).hexdigest()[:15], 16)
-
-
-def _read_info(url: str) -> dict[str, Any]:
-    filesystem = _get_filesystem(_get_scheme(url))
-    options = {"refresh": True} if _get_scheme(url) in ("s3", "hf") else {}
-    info: dict[str, Any] = call_with_retries(
-        lambda: filesystem.info(_to_path(url), **options), url, max_attempts=LOOKUP_ATTEMPTS
-    )
-    return info
-
-
-def _format_version(info: Mapping[str, Any], url: str) -> str:
-    size = info.get("size")
-    if size is None:
-        raise RemoteError(f"{hide_url_secrets(url)}: the server does not state the size of the file")
-    for key in ("ETag", "etag", "blob_id", "LastModified", "Last-Modified", "updated", "mtime"):
-        if info.get(key):
-            return f"{size}-{key.lower()}-{info[key]}"
-    return f"{size}-"
-
-
-def _parse_size(version: str) -> int:
-    return int(version.partition("-")[0])
+    return parse_size(version), int(hashlib.sha256(version.encode()).hexdigest()[:15], 16)
 
 
 def _check_version(url: str, version: str) -> None:
     """Raise `ReplacedFileError` if a file no longer has this version."""
-    current = _format_version(_read_info(url), url)
+    current = format_version(read_info(url), url)
     if current != version:
-        raise _build_replaced_error(url, version, current)
-
-
-def _build_replaced_error(url: str, version: str, current: str) -> ReplacedFileError:
-    return ReplacedFileError(
-        f"{hide_url_secrets(url)} was replaced during the run (size and version were {version}, and are now "
-        f"{current}). Start the command again to use the new file"
-    )
+        raise build_replaced_error(url, version, current)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -285,8 +305,8 @@ def open_file(path: str) -> io.BufferedReader:
     """
     if not is_remote(path):
         return open_regular_file(path)
-    version = _versions.get(path) or _remember_failure(path, lambda: get_remote_version(path))
-    cached_path, size = shard_cache.get_cached_path(path, version), _parse_size(version)
+    version = _get_version(path)
+    cached_path, size = shard_cache.get_cached_path(path, version), parse_size(version)
     while (file := shard_cache.open_cached(cached_path, size)) is None:  # another process may remove it immediately
         write = functools.partial(_write_blocks, path, version)
         add_file = functools.partial(shard_cache.add_file, cached_path, size, hide_url_secrets(path), write)
@@ -314,7 +334,7 @@ def open_remote(path: str) -> BinaryIO:
     if not is_remote(path):
         return open_regular_file(path)
     version = get_remote_version(path)
-    cached = shard_cache.open_cached(shard_cache.get_cached_path(path, version), _parse_size(version))
+    cached = shard_cache.open_cached(shard_cache.get_cached_path(path, version), parse_size(version))
     return cached or _RangeReader(path, version)  # type: ignore[return-value]
 
 
@@ -322,7 +342,7 @@ class _RangeReader(io.RawIOBase):
     """Stream in which each read is one request. It is not buffered, because pyarrow reads exactly what it needs."""
 
     def __init__(self, url: str, version: str) -> None:
-        self._url, self._version, self._size = url, version, _parse_size(version)
+        self._url, self._version, self._size = url, version, parse_size(version)
         self._position = self._num_reads = 0
 
     def readable(self) -> bool:
@@ -342,7 +362,7 @@ class _RangeReader(io.RawIOBase):
         if end <= self._position:
             return 0
         chunks = io.BytesIO()
-        _fetch_block(self._url, self._version, self._position, end, chunks)
+        fetch_block(self._url, self._version, self._position, end, chunks)
         data = chunks.getbuffer()[: end - self._position]  # a server without range support returns the whole file
         view[: len(data)] = data
         self._position += len(data)
@@ -355,6 +375,10 @@ class _RangeReader(io.RawIOBase):
             super().close()
             _check_version(self._url, self._version)
         super().close()
+
+
+def _get_version(url: str) -> str:
+    return _versions.get(url) or _remember_failure(url, lambda: get_remote_version(url))
 
 
 def _remember_failure(url: str, function: Callable[[], T]) -> T:
@@ -377,78 +401,10 @@ def _remember_failure(url: str, function: Callable[[], T]) -> T:
 def _write_blocks(url: str, version: str, file: BinaryIO) -> None:
     """Download a file in blocks. Check that its version is the same before and after the download."""
     _check_version(url, version)
-    size = _parse_size(version)
+    size = parse_size(version)
     while file.tell() < size:
-        _fetch_block(url, version, file.tell(), min(size, file.tell() + BLOCK_BYTES), file)
+        fetch_block(url, version, file.tell(), min(size, file.tell() + BLOCK_BYTES), file)
     _check_version(url, version)
-
-
-def _fetch_block(url: str, version: str, start: int, end: int, file: BinaryIO) -> None:
-    """Write the bytes from `start` to `end` to the end of `file`. Write the whole file if the server has no ranges.
-
-    Raises:
-        RemoteError: The bytes cannot be read after several attempts.
-    """
-    position = file.tell()
-
-    def fetch() -> None:
-        file.seek(position)
-        file.truncate()
-        if _get_scheme(url).startswith("http"):
-            _fetch_from_web(url, version, start, end, file)
-        else:
-            data = _fetch_from_storage(url, start, end)
-            if len(data) != end - start:
-                raise ConnectionError(f"truncated response: {len(data):,} of {end - start:,} bytes")
-            file.write(data)
-
-    call_with_retries(fetch, url)
-
-
-def _fetch_from_storage(url: str, start: int, end: int) -> bytes:
-    filesystem = _get_filesystem(_get_scheme(url))
-    options = {"timeout": BLOCK_TIMEOUT} if filesystem.async_impl else {}
-    data: bytes = filesystem.cat_file(_to_path(url), start=start, end=end, **options)
-    return data
-
-
-def _fetch_from_web(url: str, version: str, start: int, end: int, file: BinaryIO) -> None:
-    from fsspec.asyn import sync
-
-    filesystem = _get_filesystem(_get_scheme(url))
-    sync(filesystem.loop, _stream_response, filesystem, url, version, start, end, file)
-
-
-async def _stream_response(filesystem: Any, url: str, version: str, start: int, end: int, file: BinaryIO) -> None:
-    """Write a byte range of a web address to a file. Check the size and etag in the response."""
-    session = await filesystem.set_session()
-    headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
-    async with session.get(filesystem.encode_url(url), headers=headers) as response:
-        response.raise_for_status()
-        expected = end - start
-        if response.status != 206:  # the server has no ranges
-            start, expected = 0, _parse_size(version)
-            file.seek(0)
-        _check_response(response.headers, url, version)
-        num_bytes = 0
-        async with asyncio.timeout(BLOCK_TIMEOUT * math.ceil(expected / BLOCK_BYTES)):
-            async for chunk in response.content.iter_chunked(1 << 20):
-                num_bytes += len(chunk)
-                if num_bytes > expected:
-                    break
-                file.write(chunk)
-        if num_bytes != expected:
-            raise ConnectionError(f"truncated response: {num_bytes:,} of {expected:,} bytes")
-
-
-def _check_response(headers: Mapping[str, str], url: str, version: str) -> None:
-    """Raise `ReplacedFileError` if the headers of a response state a different version of the file."""
-    total = headers.get("Content-Range", "").rpartition("/")[2] or headers.get("Content-Length", "")
-    if total.isdecimal():
-        info = {"size": int(total), "ETag": headers.get("ETag"), "Last-Modified": headers.get("Last-Modified")}
-        current = _format_version(info, url)
-        if current != version:
-            raise _build_replaced_error(url, version, current)
 
 
 # ---- downloading ahead -----------------------------------------------------------------------------------------------
@@ -476,10 +432,8 @@ class _Prefetcher:
     def _run(self, url: str) -> None:
         next_url: str | None = url
         while next_url is not None:
-            try:
+            with suppress(Exception):  # opening the file raises the same error
                 get_local_path(next_url)
-            except Exception:  # raised again when the file is opened
-                pass
             with self._lock:
                 self._active.discard(next_url)
                 next_url = self._pending.popleft() if self._pending else None
@@ -503,89 +457,3 @@ def prefetch(paths: Sequence[str]) -> None:
     if _prefetcher.process_id != os.getpid():  # forked: the threads and the state of the lock belong to the parent
         _prefetcher = _Prefetcher()
     _prefetcher.replace_pending(urls)
-
-
-# ---- file systems ----------------------------------------------------------------------------------------------------
-
-
-def _get_scheme(url: str) -> str:
-    return url.partition("://")[0]
-
-
-def _to_path(url: str) -> str:
-    """Return the path that fsspec uses for a URL."""
-    return url if _get_scheme(url).startswith("http") else url.partition("://")[2]
-
-
-def _to_url(scheme: str, path: str) -> str:
-    return path if "://" in path else f"{scheme}://{path}"
-
-
-def _get_filesystem(scheme: str) -> Any:
-    """Return this process's file system for a URL scheme. All threads share it, and thus its connections."""
-    key = (os.getpid(), scheme)
-    if key not in _filesystems:
-        try:
-            _filesystems[key] = _OPENERS[scheme]()
-        except ImportError as error:
-            raise ImportError(f"{scheme}:// requires additional packages ({error}): {install_command('remote')}") from error
-    return _filesystems[key]
-
-
-def _open_s3() -> Any:
-    import botocore.session
-    import fsspec
-
-    # Without credentials, only public buckets can be read, and requests must not be signed.
-    anonymous = botocore.session.get_session().get_credentials() is None
-    config = {
-        "connect_timeout": CONNECT_TIMEOUT,
-        "read_timeout": READ_TIMEOUT,
-        "retries": {"total_max_attempts": 1},  # `retries` repeats requests instead
-        "max_pool_connections": 2 * LOOKUP_THREADS,
-    }
-    filesystem = fsspec.filesystem("s3", anon=anonymous, config_kwargs=config, use_listings_cache=False)
-    filesystem.retries = 1
-    return filesystem
-
-
-def _open_gs() -> Any:
-    import fsspec
-
-    return fsspec.filesystem("gs", use_listings_cache=False)
-
-
-def _open_hf() -> Any:
-    import fsspec
-
-    return fsspec.filesystem("hf")
-
-
-def _open_web() -> Any:
-    import fsspec
-    from aiohttp import ClientTimeout
-
-    # trust_env: proxies from HTTPS_PROXY, and credentials from ~/.netrc, which are sent only to the host they are for.
-    timeout = ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT)
-    options = {"timeout": timeout, "trust_env": True}
-    return fsspec.filesystem("https", client_kwargs=options, get_client=_open_session, use_listings_cache=False)
-
-
-async def _open_session(loop: asyncio.AbstractEventLoop, **options: Any) -> Any:
-    from aiohttp import ClientSession, TraceConfig
-
-    trace = TraceConfig()
-    trace.on_request_redirect.append(_check_redirect)
-    return ClientSession(trace_configs=[trace], **options)
-
-
-async def _check_redirect(session: Any, context: Any, redirect: Any) -> None:
-    """Reject a redirect from https to http, over which anyone could read or change the data."""
-    target = redirect.response.headers.get("Location", "")
-    if redirect.url.scheme == "https" and target.lower().startswith("http:"):
-        raise ValueError("redirect from https to http")
-
-
-_OPENERS: dict[str, Callable[[], Any]] = {
-    "s3": _open_s3, "gs": _open_gs, "hf": _open_hf, "https": _open_web, "http": _open_web,
-}  # fmt: skip

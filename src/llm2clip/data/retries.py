@@ -1,7 +1,7 @@
 """Retries of requests to object storage, with exponential back-off.
 
-Each storage library raises its own exceptions. They are distinguished by the HTTP status in the chain of causes, if any,
-and otherwise by their type.
+Each storage library raises its own exceptions. They are distinguished by the HTTP status in the chain of causes, or
+otherwise by their type.
 """
 
 import errno
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
-from llm2clip.io_utils import describe_error, hide_url_secrets
+from llm2clip.io_utils import FatalDataError, describe_error, hide_url_secrets
 
 T = TypeVar("T")
 
@@ -35,8 +35,8 @@ class MissingRemoteFileError(RemoteError, FileNotFoundError):
     """A remote file or folder does not exist."""
 
 
-class ReplacedFileError(Exception):
-    """A remote file changed during a run. Not an OSError, so that its images are not skipped as unreadable."""
+class ReplacedFileError(FatalDataError):
+    """A remote file changed during a run."""
 
 
 def call_with_retries(function: Callable[[], T], url: str, max_attempts: int | None = None) -> T:
@@ -55,7 +55,7 @@ def call_with_retries(function: Callable[[], T], url: str, max_attempts: int | N
         attempt += 1
         try:
             return function()
-        except (ReplacedFileError, RemoteError, ImportError):
+        except (FatalDataError, RemoteError, ImportError):
             raise
         except Exception as error:
             if isinstance(error, OSError) and error.errno in DISK_ERRORS:

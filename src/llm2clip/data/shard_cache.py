@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 from filelock import FileLock
 
-from llm2clip.io_utils import atomic_path, get_cache_dir
+from llm2clip.io_utils import FatalDataError, atomic_path, get_cache_dir
 
 try:
     import fcntl
@@ -32,7 +32,7 @@ FILL_FRACTION = 0.95  # if the cache is full, files are removed until this fract
 TOUCH_SECONDS = 60  # a file's time of last use is updated at most this often
 
 
-class CacheFullError(OSError):
+class CacheFullError(FatalDataError):
     """A remote file does not fit in the cache."""
 
 
@@ -60,7 +60,7 @@ def get_cached_path(url: str, version: str) -> Path:
 
 
 def open_cached(path: Path, size: int) -> io.BufferedReader | None:
-    """Open a cached file, or return None if it is missing or has a different size. The file is not removed while open."""
+    """Open a cached file, which is not removed while open. Return None if it is missing or has a different size."""
     try:
         file = open(path, "rb")  # noqa: SIM115 - the caller closes it
     except FileNotFoundError:
@@ -214,6 +214,6 @@ def _build_disk_full_error(size: int, name: str) -> CacheFullError:
     folder = get_cache_folder()
     free = shutil.disk_usage(folder).free / 1e9
     return CacheFullError(
-        f"{name}: no space for {size / 1e9:.2f} GB in {folder} (free space: {free:.2f} GB). Free some space, or move the "
-        "cache to another disk with the environment variable LLM2CLIP_CACHE"
+        f"{name}: no space for {size / 1e9:.2f} GB in {folder} (free space: {free:.2f} GB). Free some space, or move "
+        "the cache to another disk with the environment variable LLM2CLIP_CACHE"
     )

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from llm2clip.io_utils import hide_url_secrets
+
 MAX_NOTES = 5  # maximum number of notes in the summary
 # Most common reason for skipping rows -> how to fix the source.
 ADVICE_BY_REASON = {
@@ -87,6 +89,7 @@ class SkipLog:
 
         If a row was already skipped for the same reason in an earlier pass or stage, it is not recorded again.
         """
+        file = hide_url_secrets(file)
         if not self._record_once(file, row, reason):
             return
         self.skipped[reason] += rows
@@ -96,6 +99,7 @@ class SkipLog:
 
     def record_dropped(self, file: str, row: int, reason: str, value: object) -> None:
         """Record, once per row and reason, that part of a row was dropped. The rest of the row is used."""
+        file = hide_url_secrets(file)
         if self._record_once(file, row, reason):
             self.dropped[reason] += 1
             self._write(file, row, reason, value)
@@ -110,7 +114,9 @@ class SkipLog:
 
     def add_note(self, text: str, file: str) -> None:
         """Add a note about a file, such as an unusual encoding, to the summary. Repeated notes are ignored."""
-        name = file.encode("utf-8", "backslashreplace").decode()  # the summary is printed, so it must be valid Unicode
+        name = (
+            hide_url_secrets(file).encode("utf-8", "backslashreplace").decode()
+        )  # the summary is printed, so it must be valid Unicode
         self.notes.setdefault(text, {})[name] = None
 
     def replay(self, events: Iterable[Sequence[Any]]) -> None:

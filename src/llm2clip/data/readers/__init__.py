@@ -15,7 +15,9 @@ from braceexpand import braceexpand
 from llm2clip.data.columns import ColumnChooser, RawRow
 from llm2clip.data.readers.parts import FilePart, read_part
 from llm2clip.data.readers.tar import IMAGE_SUFFIXES, UNSUPPORTED_SUFFIXES, list_files
+from llm2clip.data.remote import find_remote_files, get_file_name, is_remote, list_folder, look_up_versions
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.io_utils import hide_url_secrets
 
 FORMATS = {  # file suffix -> format name for `read_source`
     ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
@@ -29,7 +31,8 @@ READABLE_FORMATS = (
     f"files ending in {', '.join(FORMATS)} (.txt: lines of 'name.jpg,caption' or 'name.jpg#0<TAB>caption'; tar files "
     "must be uncompressed); globs and {000..010} patterns that match such files; a folder that contains captions.jsonl,"
     " metadata.csv, tar files, Parquet files, or images (each x.jpg with an x.txt or x.json next to it); a folder "
-    "written by save_to_disk; hf:NAME[:CONFIG] (a data set on the Hugging Face Hub)"
+    "written by save_to_disk; hf:NAME[:CONFIG] (a data set on the Hugging Face Hub). Files and folders can also be in "
+    "object storage or on a web server (s3://, gs://, hf://, https://)"
 )
 
 
@@ -39,7 +42,7 @@ def find_files(path: str, all_files: bool = False, log: SkipLog | None = None) -
     An existing path is never treated as a pattern, even if it contains glob or brace characters.
 
     Args:
-        path: File, folder, glob or brace pattern, or `hf:NAME` for a Hugging Face data set.
+        path: File, folder, glob or brace pattern, which can be a URL, or `hf:NAME` for a Hugging Face data set.
         all_files: If True, use all caption files, images, tar files and Parquet files in a folder and its subfolders.
             If False, use only the first of these kinds that the folder contains.
         log: Skip log. It records folders that are not read, because they were written by llm2clip.
@@ -48,6 +51,12 @@ def find_files(path: str, all_files: bool = False, log: SkipLog | None = None) -
         FileNotFoundError: No file matches the path. The message suggests similar names.
         ValueError: The format is not supported.
     """
+    if is_remote(path):
+        files: list[tuple[str, str]] = []
+        for url in find_remote_files(path):
+            files += _find_in_folder(url.rstrip("/"), all_files, log) if url.endswith("/") else [_find_format(url)]
+        look_up_versions([file for kind, file in files if kind != "images"])
+        return files
     if path.startswith("hf:"):
         return [("hf", path.removeprefix("hf:"))]
     path = os.path.expanduser(path)
@@ -56,12 +65,8 @@ def find_files(path: str, all_files: bool = False, log: SkipLog | None = None) -
     if os.path.exists(path):
         if not os.path.isfile(path):
             raise ValueError(f"{path}: not a regular file, but a device or a named pipe. Save the data to a file first")
-        for suffix, name in FORMATS.items():
-            if path.lower().endswith(suffix):
-                return [(name, path)]
-        advice = _suggest_conversion(path) or f"supported formats: {READABLE_FORMATS}"
-        raise ValueError(f"{path}: unknown format; {advice}")
-    files: list[tuple[str, str]] = []
+        return [_find_format(path)]
+    files = []
     for pattern in braceexpand(path) if "{" in path else [path]:
         if glob.has_magic(pattern):
             matches = sorted(glob.glob(pattern, recursive=True))
@@ -72,6 +77,16 @@ def find_files(path: str, all_files: bool = False, log: SkipLog | None = None) -
         for match in matches:
             files += find_files(match, all_files, log)
     return files
+
+
+def _find_format(path: str) -> tuple[str, str]:
+    """Return the `(format, file)` pair of a file. Raise ValueError if its format is not supported."""
+    file_name = get_file_name(path)
+    for suffix, name in FORMATS.items():
+        if file_name.lower().endswith(suffix):
+            return name, path
+    advice = _suggest_conversion(file_name) or f"supported formats: {READABLE_FORMATS}"
+    raise ValueError(f"{hide_url_secrets(path)}: unknown format; {advice}")
 
 
 def read_source(
@@ -88,8 +103,10 @@ def read_source(
 
 def _find_in_folder(folder: str, all_files: bool, log: SkipLog | None) -> list[tuple[str, str]]:
     """List the `(format, file)` pairs in a folder; see `find_files`. Caption file names are case-insensitive."""
-    names = sorted(os.listdir(folder))
+    names = list_folder(folder)
     if "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= set(names):
+        if is_remote(folder):
+            raise ValueError(f"{folder}: a folder written by save_to_disk must be on a local disk. Copy it first")
         return [("saved", folder)]
     lower_names = {name.lower(): name for name in names}
     files: list[tuple[str, str]] = []

@@ -5,7 +5,6 @@ The delimiter is detected automatically, because spreadsheets in many countries 
 
 import csv
 import io
-import os
 import re
 from collections.abc import Iterator, Sequence, Set
 from itertools import islice
@@ -22,6 +21,7 @@ from llm2clip.data.readers.encoding import (
     read_text_lines,
 )
 from llm2clip.data.readers.json_files import find_image_folder
+from llm2clip.data.remote import join_path
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.texts import is_valid_unicode
 from llm2clip.io_utils import DataFormatError
@@ -147,4 +147,4 @@ def read_captions_txt(path: str, log: SkipLog | None = None) -> Iterator[RawRow]
             caption = caption[1:-1].replace('""', '"')
         if image_folder is None:
             image_folder = find_image_folder(path, [name])
-        yield path, number, {"image": FileImage(os.path.join(image_folder, name)), "caption": caption}
+        yield path, number, {"image": FileImage(join_path(image_folder, name)), "caption": caption}

@@ -20,9 +20,10 @@ from charset_normalizer import from_bytes
 
 from llm2clip.data.columns import BadRow
 from llm2clip.data.image_refs import to_valid_unicode
+from llm2clip.data.remote import get_file_name, open_file
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.texts import is_valid_unicode
-from llm2clip.io_utils import MAX_LINE_CHARACTERS, DataFormatError, open_regular_file
+from llm2clip.io_utils import MAX_LINE_CHARACTERS, DataFormatError
 
 _BYTE_ORDER_MARKS = (  # UTF-32 marks come first, because one of them starts with a UTF-16 mark
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
@@ -221,8 +222,9 @@ def describe_encoding(path: str) -> str:
 
 
 def _open_binary(path: str) -> BinaryIO:
-    stream = open_regular_file(path)
-    return cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if path.lower().endswith(".gz") else stream
+    stream = open_file(path)
+    is_compressed = get_file_name(path).lower().endswith(".gz")
+    return cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if is_compressed else stream
 
 
 def _sample_undecodable_lines(path: str) -> tuple[bytes, bytes]:

@@ -20,6 +20,7 @@ from typing import Any
 from llm2clip.data.columns import BadRow, RawRow
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.readers.encoding import describe_encoding, open_text, read_utf8_lines
+from llm2clip.data.remote import file_exists, get_parent, is_remote, join_path
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.texts import is_valid_unicode
 from llm2clip.io_utils import DataFormatError, check_json_size
@@ -30,6 +31,7 @@ IMAGE_FOLDERS = (
     "Flickr8k_Dataset",
 )  # fmt: skip
 MAX_SEARCHED_IMAGES = 50  # number of images to look for when searching for the image folder
+MAX_SEARCHED_REMOTE_IMAGES = 3  # each candidate takes a request
 UNUSED_KEYS = ("tokens", "sentids", "segmentation", "flickr_url", "license", "date_captured")
 
 
@@ -154,7 +156,7 @@ def _read_karpathy_rows(path: str, images: Sequence[Mapping[str, Any]]) -> Itera
         if isinstance(image, BadRow):
             yield path, number, image
             continue
-        ref = FileImage(os.path.join(folder, image.name))
+        ref = FileImage(join_path(folder, image.name))
         yield path, number, {"id": image.id, "image": ref, "captions": image.captions, "split": image.split}
 
 
@@ -176,7 +178,7 @@ def _read_coco_rows(path: str, images: Sequence[Mapping[str, Any]], annotations:
         if not isinstance(name, str) or image_id is None:
             yield path, number, BadRow("malformed row", f"an image has no id or no file_name: {dict(image)!r}")
             continue
-        ref = FileImage(os.path.join(folder, name))
+        ref = FileImage(join_path(folder, name))
         yield path, number, {"id": image_id, "image": ref, "captions": captions[image_id]}
     if num_bad:
         problem = f"annotations whose image_id is missing or not in 'images', such as {example}"
@@ -205,11 +207,12 @@ def guess_folders(path: str, images: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def find_image_folder(path: str, names: Sequence[str], subfolders: Sequence[str] = ()) -> str:
     """Return the first folder that contains one of the images, or the caption file's folder if none does."""
-    parent = os.path.dirname(path)
-    for name in names[:MAX_SEARCHED_IMAGES]:
+    parent = get_parent(path)
+    for name in names[: MAX_SEARCHED_REMOTE_IMAGES if is_remote(path) else MAX_SEARCHED_IMAGES]:
         for folder in IMAGE_FOLDERS:
             for subfolder in ("", *subfolders):
-                candidate = os.path.normpath(os.path.join(parent, folder, subfolder))
-                if os.path.isfile(os.path.join(candidate, name)):
+                candidate = join_path(parent, os.path.join(folder, subfolder))
+                candidate = candidate if is_remote(candidate) else os.path.normpath(candidate)
+                if file_exists(join_path(candidate, name)):
                     return candidate
     return parent

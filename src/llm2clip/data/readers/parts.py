@@ -9,16 +9,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import BinaryIO
 
-import pyarrow.parquet as pq
-
 from llm2clip.data.columns import BadRow, ColumnChooser, RawRow
+from llm2clip.data.image_refs import open_parquet
 from llm2clip.data.readers.csv_files import read_captions_txt, read_csv
 from llm2clip.data.readers.encoding import detect_encoding
 from llm2clip.data.readers.json_files import read_json_lines, read_json_list
 from llm2clip.data.readers.tables import read_huggingface, read_parquet
 from llm2clip.data.readers.tar import read_image_folder, read_tar
+from llm2clip.data.remote import get_file_size, get_local_path, is_remote, open_file
+from llm2clip.data.retries import RemoteError
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.io_utils import MAX_LINE_CHARACTERS, DataFormatError, describe_error, open_regular_file
+from llm2clip.io_utils import MAX_LINE_CHARACTERS, DataFormatError, FatalDataError, describe_error
 
 CHUNK_BYTES = 1 << 20
 
@@ -49,7 +50,7 @@ def split_file(kind: str, path: str, target_bytes: int = 64 << 20) -> list[FileP
     A file that cannot be read is also one part, so that `read_part` reports the error.
     """
     with suppress(Exception):  # corrupt Parquet metadata can make pyarrow raise any type of exception
-        if os.path.isfile(path) and os.path.getsize(path) > target_bytes:
+        if get_file_size(path) > target_bytes:
             if kind == "jsonl" and not path.lower().endswith(".gz"):
                 return _split_json_lines(path, target_bytes)
             if kind == "parquet":
@@ -82,11 +83,17 @@ def read_part(
         OSError: The file does not exist, or the disk cannot be read.
     """
     number = part.first_row - 1
+    if is_remote(part.path) and part.kind != "images":
+        try:
+            get_local_path(part.path)  # downloads the file
+        except RemoteError as error:
+            yield part.path, part.first_row, BadRow("unreadable file", str(error))
+            return
     try:
         for row in _open_reader(part, choose, image_bytes, splits, log):
             number = row[1]
             yield row
-    except (DataFormatError, OSError):
+    except (DataFormatError, FatalDataError, OSError):
         raise
     except Exception as error:
         yield part.path, number + 1, BadRow("unreadable file", describe_error(error))
@@ -118,7 +125,7 @@ def _split_json_lines(path: str, target_bytes: int) -> list[FilePart]:
     The file is not divided after a line that is too long, which occurs in sparse files.
     """
     starts, rows = [0], [1]
-    with open_regular_file(path) as file:
+    with open_file(path) as file:
         if detect_encoding(file.read(4)) != "utf-8-sig":
             return [FilePart("jsonl", path)]
         size = file.seek(0, os.SEEK_END)
@@ -147,7 +154,8 @@ def _count_newlines(file: BinaryIO, start: int, stop: int) -> int:
 
 def _split_parquet(path: str, target_bytes: int) -> list[FilePart]:
     """Divide a Parquet file into ranges of row groups with at least `target_bytes` of uncompressed data each."""
-    metadata = pq.read_metadata(path)
+    with open_parquet(path) as parquet_file:
+        metadata = parquet_file.metadata
     parts = []
     start, num_bytes, first_row, row = 0, 0, 1, 1
     for index in range(metadata.num_row_groups):

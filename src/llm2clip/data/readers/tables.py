@@ -18,6 +18,7 @@ from llm2clip.data.image_refs import (
     compute_content_digest,
     disable_image_decoding,
 )
+from llm2clip.data.remote import get_local_path
 from llm2clip.io_utils import DataFormatError, describe_error
 
 
@@ -35,7 +36,7 @@ def read_parquet(
     """
     row = total = first_row - 1
     try:
-        with pq.ParquetFile(path, memory_map=True) as file:
+        with pq.ParquetFile(get_local_path(path), memory_map=True) as file:
             total = file.metadata.num_rows
             if row_groups is not None:
                 total = row + sum(file.metadata.row_group(group).num_rows for group in row_groups)

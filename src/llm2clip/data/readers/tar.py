@@ -12,8 +12,8 @@ from llm2clip.data.columns import BadRow, RawRow
 from llm2clip.data.image_refs import FileImage, LoadedImage, TarImage
 from llm2clip.data.readers.encoding import find_undecodable, open_text
 from llm2clip.data.readers.json_files import parse_json
+from llm2clip.data.remote import file_exists, list_folder, open_file, walk_folder
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.io_utils import open_regular_file
 from llm2clip.runs.output_folder import describe_output_folder
 
 IMAGE_SUFFIXES = frozenset(
@@ -44,10 +44,7 @@ def list_files(folder: str, suffixes: frozenset[str], log: SkipLog | None = None
         OSError: A folder cannot be listed. If the folder were skipped, its files would look deleted.
     """
 
-    def fail(error: OSError) -> None:
-        raise error
-
-    for parent, folders, names in os.walk(folder, onerror=fail):
+    for parent, folders, names in walk_folder(folder):
         kind = describe_output_folder(names) if parent != folder else None
         if kind is not None:
             folders.clear()
@@ -72,7 +69,7 @@ def read_image_folder(folder: str, log: SkipLog | None = None) -> Iterator[RawRo
     for number, path in enumerate(list_files(folder, IMAGE_SUFFIXES | UNSUPPORTED_SUFFIXES, log), 1):
         if os.path.dirname(path) != parent:
             parent = os.path.dirname(path)
-            files = {_lowercase_suffix(name): name for name in sorted(os.listdir(parent))}
+            files = {_lowercase_suffix(name): name for name in list_folder(parent)}
         stem, _, suffix = os.path.basename(path).rpartition(".")
         if suffix.lower() in UNSUPPORTED_SUFFIXES:
             if not any(f"{stem}.{supported}" in files for supported in IMAGE_SUFFIXES):
@@ -81,14 +78,14 @@ def read_image_folder(folder: str, log: SkipLog | None = None) -> Iterator[RawRo
         fields: dict[str, Any] | BadRow = {}
         json_path = os.path.join(parent, files.get(stem + ".json", stem + ".json"))
         text_path = os.path.join(parent, files.get(stem + ".txt", stem + ".txt"))
-        if os.path.isfile(json_path):
-            with open_regular_file(json_path) as file:
+        if f"{stem}.json" in files and file_exists(json_path):
+            with open_file(json_path) as file:
                 data = file.read(MAX_CAPTION_BYTES + 1)
             fields = _build_too_large_row(json_path) if len(data) > MAX_CAPTION_BYTES else _parse_caption_json(data)
         if isinstance(fields, BadRow):
             yield path, number, fields
             continue
-        if os.path.isfile(text_path):
+        if f"{stem}.txt" in files and file_exists(text_path):
             with open_text(text_path, log) as text_file:
                 text = text_file.read(MAX_CAPTION_BYTES + 1)
             if len(text) > MAX_CAPTION_BYTES:
@@ -118,7 +115,7 @@ def read_tar(path: str, image_bytes: bool = True) -> Iterator[RawRow]:
     """
     number, sample = 0, _Sample("")
     try:
-        file = _BoundedFile(open_regular_file(path).detach())
+        file = _BoundedFile(open_file(path).detach())
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - `file` is closed below
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         yield path, 1, BadRow("unreadable tar", str(error))

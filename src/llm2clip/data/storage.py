@@ -1,0 +1,213 @@
+"""Requests to object storage and web servers, through fsspec.
+
+Credentials come from the environment that each storage's own tools use, such as AWS_PROFILE or ~/.netrc.
+"""
+
+import asyncio
+import math
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO
+
+from llm2clip.data.retries import RemoteError, ReplacedFileError, call_with_retries
+from llm2clip.io_utils import hide_url_secrets, install_command
+
+BLOCK_BYTES = 32 << 20  # bytes per request of a download; after an error, only this block is requested again
+BLOCK_TIMEOUT = 300.0  # seconds per block
+READ_TIMEOUT = 60.0  # seconds without any data
+CONNECT_TIMEOUT = 20.0  # seconds
+LOOKUP_ATTEMPTS = 4  # fewer than for downloads, so that a mistyped host is reported within seconds
+LOOKUP_THREADS = 16
+
+_filesystems: dict[tuple[int, str], Any] = {}  # (process id, scheme) -> file system; forked processes need their own
+
+# ---- versions --------------------------------------------------------------------------------------------------------
+
+
+def read_info(url: str) -> dict[str, Any]:
+    filesystem = get_filesystem(get_scheme(url))
+    options = {"refresh": True} if get_scheme(url) in ("s3", "hf") else {}
+    info: dict[str, Any] = call_with_retries(
+        lambda: filesystem.info(to_path(url), **options), url, max_attempts=LOOKUP_ATTEMPTS
+    )
+    return info
+
+
+def format_version(info: Mapping[str, Any], url: str) -> str:
+    size = info.get("size")
+    if size is None:
+        raise RemoteError(f"{hide_url_secrets(url)}: the server does not state the size of the file")
+    for key in ("ETag", "etag", "blob_id", "LastModified", "Last-Modified", "updated", "mtime"):
+        if info.get(key):
+            return f"{size}-{key.lower()}-{info[key]}"
+    return f"{size}-"
+
+
+def parse_size(version: str) -> int:
+    return int(version.partition("-")[0])
+
+
+def build_replaced_error(url: str, version: str, current: str) -> ReplacedFileError:
+    return ReplacedFileError(
+        f"{hide_url_secrets(url)} was replaced during the run (size and version were {version}, and are now "
+        f"{current}). Start the command again to use the new file"
+    )
+
+
+# ---- bytes -----------------------------------------------------------------------------------------------------------
+
+
+def fetch_block(url: str, version: str, start: int, end: int, file: BinaryIO) -> None:
+    """Write the bytes from `start` to `end` to the end of `file`. Write the whole file if the server has no ranges.
+
+    Raises:
+        RemoteError: The bytes cannot be read after several attempts.
+    """
+    position = file.tell()
+
+    def fetch() -> None:
+        file.seek(position)
+        file.truncate()
+        if get_scheme(url).startswith("http"):
+            _fetch_from_web(url, version, start, end, file)
+        else:
+            data = _fetch_from_storage(url, start, end)
+            if len(data) != end - start:
+                raise ConnectionError(f"truncated response: {len(data):,} of {end - start:,} bytes")
+            file.write(data)
+
+    call_with_retries(fetch, url)
+
+
+def _fetch_from_storage(url: str, start: int, end: int) -> bytes:
+    filesystem = get_filesystem(get_scheme(url))
+    options = {"timeout": BLOCK_TIMEOUT} if filesystem.async_impl else {}
+    data: bytes = filesystem.cat_file(to_path(url), start=start, end=end, **options)
+    return data
+
+
+def _fetch_from_web(url: str, version: str, start: int, end: int, file: BinaryIO) -> None:
+    from fsspec.asyn import sync
+
+    filesystem = get_filesystem(get_scheme(url))
+    sync(filesystem.loop, _stream_response, filesystem, url, version, start, end, file)
+
+
+async def _stream_response(filesystem: Any, url: str, version: str, start: int, end: int, file: BinaryIO) -> None:
+    """Write a byte range of a web address to a file. Check the size and etag in the response."""
+    session = await filesystem.set_session()
+    headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+    async with session.get(filesystem.encode_url(url), headers=headers) as response:
+        response.raise_for_status()
+        expected = end - start
+        if response.status != 206:  # the server has no ranges
+            start, expected = 0, parse_size(version)
+            file.seek(0)
+        _check_response(response.headers, url, version)
+        num_bytes = 0
+        async with asyncio.timeout(BLOCK_TIMEOUT * math.ceil(expected / BLOCK_BYTES)):
+            async for chunk in response.content.iter_chunked(1 << 20):
+                num_bytes += len(chunk)
+                if num_bytes > expected:
+                    break
+                file.write(chunk)
+        if num_bytes != expected:
+            raise ConnectionError(f"truncated response: {num_bytes:,} of {expected:,} bytes")
+
+
+def _check_response(headers: Mapping[str, str], url: str, version: str) -> None:
+    """Raise `ReplacedFileError` if the headers of a response state a different version of the file."""
+    total = headers.get("Content-Range", "").rpartition("/")[2] or headers.get("Content-Length", "")
+    if total.isdecimal():
+        info = {"size": int(total), "ETag": headers.get("ETag"), "Last-Modified": headers.get("Last-Modified")}
+        current = format_version(info, url)
+        if current != version:
+            raise build_replaced_error(url, version, current)
+
+
+# ---- file systems ----------------------------------------------------------------------------------------------------
+
+
+def get_scheme(url: str) -> str:
+    return url.partition("://")[0]
+
+
+def to_path(url: str) -> str:
+    """Return the path that fsspec uses for a URL."""
+    return url if get_scheme(url).startswith("http") else url.partition("://")[2]
+
+
+def to_url(scheme: str, path: str) -> str:
+    return path if "://" in path else f"{scheme}://{path}"
+
+
+def get_filesystem(scheme: str) -> Any:
+    """Return this process's file system for a URL scheme. All threads share it, and thus its connections."""
+    key = (os.getpid(), scheme)
+    if key not in _filesystems:
+        try:
+            _filesystems[key] = _OPENERS[scheme]()
+        except ImportError as error:
+            raise ImportError(
+                f"{scheme}:// requires additional packages ({error}): {install_command('remote')}"
+            ) from error
+    return _filesystems[key]
+
+
+def _open_s3() -> Any:
+    import botocore.session
+    import fsspec
+
+    # Without credentials, only public buckets can be read, and requests must not be signed.
+    anonymous = botocore.session.get_session().get_credentials() is None
+    config = {
+        "connect_timeout": CONNECT_TIMEOUT,
+        "read_timeout": READ_TIMEOUT,
+        "retries": {"total_max_attempts": 1},  # `retries` repeats requests instead
+        "max_pool_connections": 2 * LOOKUP_THREADS,
+    }
+    filesystem = fsspec.filesystem("s3", anon=anonymous, config_kwargs=config, use_listings_cache=False)
+    filesystem.retries = 1
+    return filesystem
+
+
+def _open_gs() -> Any:
+    import fsspec
+
+    return fsspec.filesystem("gs", use_listings_cache=False)
+
+
+def _open_hf() -> Any:
+    import fsspec
+
+    return fsspec.filesystem("hf")
+
+
+def _open_web() -> Any:
+    import fsspec
+    from aiohttp import ClientTimeout
+
+    # trust_env: proxies from HTTPS_PROXY, and credentials from ~/.netrc, which are sent only to the host they are for.
+    timeout = ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT)
+    options = {"timeout": timeout, "trust_env": True}
+    return fsspec.filesystem("https", client_kwargs=options, get_client=_open_session, use_listings_cache=False)
+
+
+async def _open_session(loop: asyncio.AbstractEventLoop, **options: Any) -> Any:
+    from aiohttp import ClientSession, TraceConfig
+
+    trace = TraceConfig()
+    trace.on_request_redirect.append(_check_redirect)
+    return ClientSession(trace_configs=[trace], **options)
+
+
+async def _check_redirect(session: Any, context: Any, redirect: Any) -> None:
+    """Reject a redirect from https to http, over which anyone could read or change the data."""
+    target = redirect.response.headers.get("Location", "")
+    if redirect.url.scheme == "https" and target.lower().startswith("http:"):
+        raise ValueError("redirect from https to http")
+
+
+_OPENERS: dict[str, Callable[[], Any]] = {
+    "s3": _open_s3, "gs": _open_gs, "hf": _open_hf, "https": _open_web, "http": _open_web,
+}  # fmt: skip
