@@ -34,6 +34,7 @@ from llm2clip.data.image_refs import FileImage, TarImage
 from llm2clip.data.parallel import count_cores, map_in_processes
 from llm2clip.data.readers.parts import FilePart, split_file
 from llm2clip.data.records import ImageCheck, PartSummary, Record, RecordReader, Source
+from llm2clip.data.remote import get_remote_version, is_remote, look_up_versions, pin_versions, walk_folder
 from llm2clip.data.skip_log import EventLog, SkipLog
 from llm2clip.data.table import IMAGE_KINDS, Blocks, RecordTable, encode_name, read_metadata, write_rows
 from llm2clip.data.texts import deduplicate_captions
@@ -43,6 +44,7 @@ from llm2clip.progress import ProgressBar
 FORMAT_VERSION = 1  # increase it if the columns, their contents or the rules for merging change
 PART_BYTES = 16 << 20  # approximate size of a part of a large file
 MIN_PARALLEL_BYTES = 8 << 20  # smaller sources are read in this process, because starting processes takes a second
+START_TIME = time.time_ns()  # approximate start of this process
 UNUSED_DAYS = 30  # parts and tables that have not been opened for this long are deleted
 
 
@@ -142,6 +144,7 @@ class _PartTask:
     part: FilePart
     image_check: ImageCheck
     file: Path
+    version: str | None = None  # pinned version of a remote file
 
     def estimate_work(self) -> float:
         """Return the size of the text in the part, in bytes. Files with images contain little text."""
@@ -158,13 +161,22 @@ def _list_parts(sources: Sequence[Source], log: SkipLog, image_check: ImageCheck
         for kind, path in readers.find_files(source.path, log=log):
             version = _compute_version(kind, path)
             for part in split_file(kind, path, PART_BYTES):
-                settings = [FORMAT_VERSION, dataclasses.astuple(part), os.path.abspath(path), version, source.path]
+                absolute_path = path if is_remote(path) else os.path.abspath(path)
+                settings = [FORMAT_VERSION, dataclasses.astuple(part), absolute_path, version, source.path]
                 settings += [source.splits, sorted(source.columns.items()), image_check]
                 file = folder / "parts" / f"{_hash_json(settings)}.arrow"
-                if file.exists() and _read_summary(file).has_repaired_images():
+                if file.exists() and _must_read_again(part, _read_summary(file)):
                     file.unlink()
-                tasks.append(_PartTask(index, source, part, image_check, file))
+                pinned = version if is_remote(path) and kind != "images" else None
+                tasks.append(_PartTask(index, source, part, image_check, file, pinned))
     return tasks
+
+
+def _must_read_again(part: FilePart, summary: PartSummary) -> bool:
+    """Return True if reading a part again can give other rows, although its file has not changed."""
+    # Another run tries again to download a file, but all processes of a run must use the same rows.
+    is_earlier_run = summary.read_at < START_TIME
+    return summary.has_repaired_images() or (is_remote(part.path) and is_earlier_run and summary.has_unreadable_files())
 
 
 def _read_parts(
@@ -195,6 +207,8 @@ def _read_parts(
 
 def _read_part(task: _PartTask) -> Exception | None:
     """Read a part and save its rows. Return an error that must be raised when all earlier parts are complete."""
+    if task.version is not None:
+        pin_versions({task.part.path: task.version})
     log = EventLog()
     reader = RecordReader(task.source, log, task.image_check, require_captions=True)
     rows = ((record, task.source.path, facts) for record, facts in reader.read_part(task.part, hash_images=True))
@@ -214,6 +228,8 @@ def _compute_version(kind: str, path: str) -> Any:
     """Return a value that changes if a source file, or a file in a source folder, changes."""
     if kind == "hf":
         return _get_hub_version(path)
+    if is_remote(path):
+        return _get_remote_version(kind, path)
     files = [path]
     if os.path.isdir(path):
         files = sorted(os.path.join(parent, name) for parent, _, names in os.walk(path) for name in names)
@@ -222,6 +238,15 @@ def _compute_version(kind: str, path: str) -> Any:
         status = os.stat(file)
         digest.update(encode_name(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0"))
     return digest.hexdigest()
+
+
+def _get_remote_version(kind: str, path: str) -> str:
+    """Return the version of a remote file, or of all files in a remote folder."""
+    if kind != "images":
+        return get_remote_version(path)
+    urls = [f"{parent}/{name}" for parent, _, names in walk_folder(path) for name in names]
+    look_up_versions(urls)
+    return _hash_json([(url, get_remote_version(url)) for url in urls])
 
 
 def _get_hub_version(name: str) -> str:

@@ -21,6 +21,7 @@ from llm2clip.data.remote import get_parent, is_remote, join_path
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.io_utils import DataFormatError
 
+UNREADABLE_FILE = "unreadable file"  # reason for skipping the rest of a file
 CAPTION_FIELDS = ("captions", "short_captions", "long_captions")
 TEXT_FIELDS = (*CAPTION_FIELDS, "phrases")
 COLUMN_NAMES = {  # record field -> common column names, in order of preference

@@ -19,7 +19,8 @@ from llm2clip.data.image_header import (
     parse_image_size,
 )
 from llm2clip.data.image_refs import FileImage, LoadedImage, TarImage
-from llm2clip.io_utils import describe_error
+from llm2clip.data.remote import file_exists, get_local_path, is_remote
+from llm2clip.io_utils import FatalDataError, describe_error
 
 MISSING_IMAGE, UNREADABLE_IMAGE, TOO_LARGE_IMAGE = "missing image", "unreadable image", "image too large"
 
@@ -50,8 +51,9 @@ def read_image_facts(
     Raises:
         UnusableRow: The image cannot be used.
     """
-    if check_exists and type(image.ref) is FileImage and not os.path.isfile(image.ref.path):
-        raise UnusableRow(MISSING_IMAGE, os.path.abspath(image.ref.path))
+    if check_exists and type(image.ref) is FileImage and not file_exists(image.ref.path):
+        is_url = is_remote(image.ref.path)
+        raise UnusableRow(MISSING_IMAGE, str(image.ref) if is_url else os.path.abspath(image.ref.path))
     if not check_header and not compute_hash:
         return ImageFacts()
     samples = _read_samples(image)
@@ -85,7 +87,9 @@ def _read_samples(image: LoadedImage) -> _Samples | None:
     if not isinstance(image.ref, FileImage | TarImage):
         return None
     try:
-        file = os.open(image.ref.path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+        file = os.open(get_local_path(image.ref.path), os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+    except FatalDataError:
+        raise
     except (OSError, ValueError):
         return None
     try:
@@ -123,6 +127,8 @@ def _read_size_with_pillow(image: LoadedImage) -> tuple[int, int]:
             return open_header(stream).size
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow has its own limits
         raise UnusableRow(TOO_LARGE_IMAGE, f"{image.ref}: {error}") from error
+    except FatalDataError:
+        raise
     except Exception as error:  # malicious bytes can make Pillow's plugins raise any type of exception
         is_complete = isinstance(error, ImageFormatError | DecodingLimitError | OSError)
         reason = str(error) if is_complete else describe_error(error)

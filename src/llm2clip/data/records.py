@@ -19,6 +19,7 @@ from llm2clip.data import readers
 from llm2clip.data.columns import (
     COLUMN_NAMES,
     TEXT_FIELDS,
+    UNREADABLE_FILE,
     BadRow,
     ColumnMapper,
     RawRow,
@@ -198,6 +199,10 @@ class PartSummary:
     has_images: bool
     events: list[list[Any]]
     read_at: int
+
+    def has_unreadable_files(self) -> bool:
+        """Return True if a file could not be read or downloaded."""
+        return any(event[0] == "skip" and event[3] == UNREADABLE_FILE for event in self.events)
 
     def has_repaired_images(self) -> bool:
         """Return True if an image file that was missing or unreadable has been added or changed since then."""

@@ -19,7 +19,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, BinaryIO, TypeVar
@@ -267,7 +267,7 @@ def get_remote_version(url: str) -> str:
     return version
 
 
-def get_pinned_versions(urls: Sequence[str]) -> dict[str, str]:
+def get_pinned_versions(urls: Iterable[str]) -> dict[str, str]:
     """Return a dict {URL: version} of the files whose version is pinned, to pass it to other processes."""
     return {url: _versions[url] for url in urls if url in _versions}
 

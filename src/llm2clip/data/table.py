@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -35,6 +35,7 @@ from llm2clip.data.image_refs import (
     map_batches,
 )
 from llm2clip.data.records import Record
+from llm2clip.data.remote import get_pinned_versions, pin_versions
 
 TEXTS = pa.list_(pa.string())
 # Names that come from file names may not be valid Unicode, so they are stored as bytes; see `encode_name`.
@@ -333,8 +334,12 @@ class Blocks:
         self._starts: list[int] = self.starts.tolist()  # faster for single rows
 
     @classmethod
-    def open(cls, files: Sequence[str]) -> Blocks:
-        """Map the batches in Arrow files that were written by `write_rows`."""
+    def open(cls, files: Sequence[str], versions: Mapping[str, str] | None = None) -> Blocks:
+        """Map the batches in Arrow files that were written by `write_rows`.
+
+        `versions` contains the versions of remote files with images to pin; see `remote.pin_versions`.
+        """
+        pin_versions(versions or {})
         batches: list[pa.RecordBatch] = []
         containers: list[Sequence[str]] = []
         paths: list[tuple[str, int]] = []
@@ -352,7 +357,9 @@ class Blocks:
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.paths:
-            return Blocks.open, (list(dict.fromkeys(path for path, _ in self.paths)),)
+            containers = {name for names in self.containers for name in names}
+            files = list(dict.fromkeys(path for path, _ in self.paths))
+            return Blocks.open, (files, get_pinned_versions(containers))
         return Blocks, (self.batches, self.containers)
 
     def select_files(self, rows: np.ndarray) -> tuple[Blocks, np.ndarray]:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from llm2clip.data.columns import BadRow, ColumnChooser, RawRow
+from llm2clip.data.columns import UNREADABLE_FILE, BadRow, ColumnChooser, RawRow
 from llm2clip.data.image_refs import open_parquet
 from llm2clip.data.readers.csv_files import read_captions_txt, read_csv
 from llm2clip.data.readers.encoding import detect_encoding
@@ -87,7 +87,7 @@ def read_part(
         try:
             get_local_path(part.path)  # downloads the file
         except RemoteError as error:
-            yield part.path, part.first_row, BadRow("unreadable file", str(error))
+            yield part.path, part.first_row, BadRow(UNREADABLE_FILE, str(error))
             return
     try:
         for row in _open_reader(part, choose, image_bytes, splits, log):
@@ -96,7 +96,7 @@ def read_part(
     except (DataFormatError, FatalDataError, OSError):
         raise
     except Exception as error:
-        yield part.path, number + 1, BadRow("unreadable file", describe_error(error))
+        yield part.path, number + 1, BadRow(UNREADABLE_FILE, describe_error(error))
 
 
 def _open_reader(

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llm2clip.data.columns import BadRow, ColumnChooser, RawRow
+from llm2clip.data.columns import UNREADABLE_FILE, BadRow, ColumnChooser, RawRow
 from llm2clip.data.image_refs import (
     DatasetImage,
     LoadedImage,
@@ -45,7 +45,7 @@ def read_parquet(
             for name in selected:
                 if schema.names.count(name) > 1:
                     problem = f"several columns are named {name!r}"
-                    yield path, first_row, BadRow("unreadable file", problem, max(1, total - row))
+                    yield path, first_row, BadRow(UNREADABLE_FILE, problem, max(1, total - row))
                     return
             image_columns = {name for name in selected if _is_image_type(schema.field(name).type)}
             skipped: set[str] = set()
@@ -66,7 +66,7 @@ def read_parquet(
                     row += 1
                     yield path, row, fields
     except (pa.ArrowException, OSError, MemoryError) as error:
-        yield path, row + 1, BadRow("unreadable file", describe_error(error), max(1, total - row))
+        yield path, row + 1, BadRow(UNREADABLE_FILE, describe_error(error), max(1, total - row))
 
 
 def read_huggingface(name: str, saved: bool, choose: ColumnChooser, splits: Sequence[str] | None) -> Iterator[RawRow]:

@@ -1,0 +1,494 @@
+"""Sources in object storage and on web servers: the same records as from disk, also if requests fail."""
+
+import hashlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from format_fixtures import FORMATS, ROWS, as_saved_dataset, as_tar, image_bytes, tar_members, write_jsonl, write_tar
+from llm2clip.data import build_table, remote, retries, shard_cache, storage
+from llm2clip.data.build_table import open_table
+from llm2clip.data.image_loader import iter_image_batches
+from llm2clip.data.image_refs import FileImage, ParquetImage, TarImage
+from llm2clip.data.readers import find_files
+from llm2clip.data.records import open_records
+from llm2clip.data.retries import RemoteError, ReplacedFileError
+from llm2clip.data.shard_cache import CacheFullError
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.io_utils import hide_url_secrets
+from remote_fixtures import START_S3_SERVER, WebServer, upload_folder
+
+for package in ("aiohttp", "fsspec", "moto", "s3fs"):
+    pytest.importorskip(package, reason="requires the packages of the extra `remote`")
+
+REMOTE_FORMATS = [write for write in FORMATS if write is not as_saved_dataset]
+DATA = bytes(range(256)) * 40
+
+
+def read_all(path: str, log: SkipLog | None = None) -> list[tuple[Any, ...]]:
+    """Read everything in a source, with the bytes of the images."""
+    records = list(open_records(path, log))
+    return [(r.id, r.texts, r.split, r.image.read() if r.image else None) for r in records]
+
+
+@pytest.fixture(autouse=True)
+def clean_remote_state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give each test an empty cache, no pinned versions, and short delays."""
+    monkeypatch.setenv("LLM2CLIP_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("_versions", "_failures"):
+        monkeypatch.setattr(remote, name, {})
+    monkeypatch.setattr(storage, "_filesystems", {})
+    monkeypatch.setattr(shard_cache, "_usage", shard_cache._Usage())
+    monkeypatch.setattr(shard_cache, "_limits", {})
+    monkeypatch.setattr(shard_cache, "TOUCH_SECONDS", -1)
+    monkeypatch.setattr(retries, "FIRST_DELAY", 0.01)
+
+
+@pytest.fixture
+def web_server() -> Generator[WebServer]:
+    server = WebServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Generator[str]:
+    """Start an S3 server in a process of its own, and return its address."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", START_S3_SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+    process.communicate()
+
+
+@pytest.fixture
+def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """Create an empty bucket, and return its name."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+    name = "bucket-" + hashlib.md5(request.node.name.encode()).hexdigest()[:12]
+    storage.get_filesystem("s3").mkdir(name)
+    return name
+
+
+# ---- records ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", REMOTE_FORMATS, ids=lambda write: write.__name__)
+def test_records_from_s3_equal_those_from_disk(folder: Path, bucket: str, write: Callable[[Path], str]) -> None:
+    path = write(folder)
+    upload_folder(folder, bucket)
+    logs = SkipLog(), SkipLog()
+    records = read_all(path.replace(str(folder), f"s3://{bucket}"), logs[0])
+    assert records == read_all(path, logs[1]) and len(records) == len(ROWS)
+    assert logs[0].summary() == logs[1].summary()
+
+
+@pytest.mark.parametrize("write", REMOTE_FORMATS, ids=lambda write: write.__name__)
+def test_records_from_a_web_server_equal_those_from_disk(
+    folder: Path, web_server: WebServer, write: Callable[[Path], str]
+) -> None:
+    path = write(folder)
+    web_server.add_folder(folder)
+    assert read_all(path.replace(str(folder), web_server.url)) == read_all(path)
+
+
+def test_tables_and_batches_from_s3_equal_those_from_disk(folder: Path, bucket: str) -> None:
+    for number in range(3):
+        members = [(f"{number}.{i}".replace(".", "-") + ".jpg", image_bytes(number)) for i in range(2)]
+        members += [(name.replace(".jpg", ".txt"), f"caption {name}".encode()) for name, _ in members]
+        write_tar(folder / f"{number:03}.tar", sorted(members))
+    upload_folder(folder, bucket)
+    tables = [open_table([f"{root}/{{000..002}}.tar"], {}, SkipLog()) for root in (folder, f"s3://{bucket}")]
+    assert list(tables[0].iterate_texts(["captions"])) == list(tables[1].iterate_texts(["captions"]))
+    assert [len(table) for table in tables] == [3, 3]  # copies are merged
+    assert tables[0].numbers("image_hash").tolist() == tables[1].numbers("image_hash").tolist()
+    images = [pickle.loads(pickle.dumps(table.get_images())) for table in tables]
+    batches = [list(iter_image_batches(refs, lambda pixels: pixels.sum(), workers=0)) for refs in images]
+    assert batches[0] == batches[1] and not batches[0][0][2]
+
+
+def test_a_changed_file_is_read_again(folder: Path, bucket: str) -> None:
+    source = f"s3://{bucket}/x.tar"
+    for rows in (ROWS[:2], ROWS):
+        write_tar(folder / "x.tar", tar_members(folder, rows))
+        upload_folder(folder, bucket)
+        assert len(open_table([source], {}, SkipLog())) == len(rows)
+
+
+def test_parquet_images_are_read_by_row_group(tmp_path: Path, web_server: WebServer) -> None:
+    cells = [os.urandom(100_000) for _ in range(8)]
+    pq.write_table(pa.table({"image": cells}), tmp_path / "x.parquet", row_group_size=2, compression="none")
+    web_server.add_folder(tmp_path)
+    assert ParquetImage(f"{web_server.url}/x.parquet", 5, "image").read() == cells[5]
+    ranges = [request[2].removeprefix("bytes=").split("-") for request in web_server.requests if request[0] == "GET"]
+    assert sum(int(end) - int(start) + 1 for start, end in ranges) < 400_000
+    assert not list(shard_cache.get_cache_folder().rglob("*.parquet"))
+    web_server.has_ranges = False
+    assert ParquetImage(f"{web_server.url}/x.parquet", 2, "image").read() == cells[2]
+
+
+def test_folders_globs_and_braces_are_resolved_in_order(bucket: str) -> None:
+    names = ["b/1.tar", "b/0.tar", "b/.hidden.tar", "c.tar", "note.txt", "b/deep/2.tar"]
+    storage.get_filesystem("s3").pipe({f"{bucket}/{name}": b"x" for name in names})
+    root = f"s3://{bucket}"
+    folder_files = [("tar", f"{root}/b/{n}.tar") for n in range(2)]
+    assert find_files(f"{root}/b/*.tar") == folder_files
+    assert find_files(f"{root}/b/{{1..0}}.tar") == folder_files[::-1]
+    assert find_files(f"{root}/b")[-2:] == find_files(f"{root}/b/")[-2:] == folder_files
+    assert find_files(root, all_files=True) == [
+        *folder_files,
+        ("tar", f"{root}/b/deep/2.tar"),
+        ("tar", f"{root}/c.tar"),
+    ]
+    for missing in ("x.tar", "x/*.tar", "x/{0..1}.tar", "x"):
+        with pytest.raises(FileNotFoundError, match=f"{root}/x.*: no such file or folder"):
+            find_files(f"{root}/{missing}")
+    storage.get_filesystem("s3").pipe({f"{bucket}/z.zip": b"x"})
+    with pytest.raises(ValueError, match=r"z\.zip: unknown format; unpack the archive"):
+        find_files(f"{root}/z.zip")
+
+
+# ---- paths in data ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "joined"),
+    [
+        ("s3://b/data", "a.jpg", "s3://b/data/a.jpg"),
+        ("s3://b/data", "../a.jpg", "s3://b/a.jpg"),
+        ("s3://b/data", "../../../a.jpg", "s3://b/a.jpg"),
+        ("s3://b/data", "/etc/passwd", "s3://b/etc/passwd"),
+        ("s3://b/data", "x\\a.jpg", "s3://b/data/x/a.jpg"),
+        ("s3://b", "a.jpg", "s3://b/a.jpg"),
+        ("hf://datasets/o/n@v1/d", "../../../../x.jpg", "hf://datasets/o/n@v1/x.jpg"),
+        ("https://h:1/d", "a b?.jpg", "https://h:1/d/a%20b%3F.jpg"),
+        ("https://h/d", "https://other/x.jpg", "https://h/d/https%3A/other/x.jpg"),
+        ("", "https://other/x.jpg", "./https://other/x.jpg"),
+        ("/data", "s3://b/x.jpg", "/data/s3://b/x.jpg"),
+        ("/data", "../a.jpg", "/data/../a.jpg"),
+    ],
+)
+def test_paths_in_data_stay_on_their_side(folder: str, name: str, joined: str) -> None:
+    assert remote.join_path(folder, name) == joined
+
+
+def test_remote_caption_files_cannot_name_local_files(folder: Path, web_server: WebServer) -> None:
+    image = folder / ROWS[0]["image"]
+    web_server.files["/x.jsonl"] = json.dumps({"image": str(image), "caption": "c"}).encode()
+    web_server.files["/captions.txt"] = f"{image},c".encode()
+    for name in ("x.jsonl", "captions.txt"):
+        log = SkipLog(max_skipped=1)
+        with pytest.raises(ValueError, match="no records"):
+            list(open_records(f"{web_server.url}/{name}", log))
+        assert log.skipped == {"missing image": 1}
+
+
+def test_local_caption_files_cannot_name_remote_files(
+    tmp_path: Path, web_server: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # so that the caption file's folder is ""
+    web_server.files["/a.jpg"] = image_bytes(0)
+    write_jsonl(Path("x.jsonl"), [{"image": f"{web_server.url}/a.jpg", "caption": "c"}])
+    Path("captions.txt").write_text(f"{web_server.url}/a.jpg,c")
+    for name in ("x.jsonl", "captions.txt"):
+        (record,) = open_records(name, image_check="unchecked")
+        with pytest.raises(FileNotFoundError):
+            record.image.read()  # type: ignore[union-attr]
+    assert not web_server.requests
+
+
+# ---- faults ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["http", "s3"])
+@pytest.mark.parametrize("fault", ["reset", "truncate", "slow", "500", "503", "429"])
+def test_temporary_faults_are_retried(
+    web_server: WebServer, monkeypatch: pytest.MonkeyPatch, scheme: str, fault: str
+) -> None:
+    monkeypatch.setattr(storage, "READ_TIMEOUT", 0.3)
+    monkeypatch.setattr(remote, "BLOCK_BYTES", 4000)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", web_server.url)
+    web_server.files["/b/x.tar"] = DATA
+    url = "s3://b/x.tar" if scheme == "s3" else f"{web_server.url}/b/x.tar"
+    assert remote.get_remote_version(url).startswith(f"{len(DATA)}-etag-")
+    web_server.faults += ["", fault, fault]  # in the second block
+    with remote.open_file(url) as file:
+        assert file.read() == DATA
+    assert not web_server.faults
+    ranges = [request[2] for request in web_server.requests if request[0] == "GET"]
+    assert ranges == [f"bytes={start}-{end}" for start, end in [(0, 3999), *[(4000, 7999)] * 3, (8000, 10239)]]
+
+
+def test_servers_without_ranges_are_read_from_the_start(web_server: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "BLOCK_BYTES", 4000)
+    web_server.has_ranges = False
+    web_server.files["/x.tar"] = DATA
+    web_server.faults += ["truncate"]
+    assert Path(remote.get_local_path(f"{web_server.url}/x.tar")).read_bytes() == DATA
+    assert web_server.count("GET") == 2
+
+
+def test_delays_grow_and_honour_retry_after(web_server: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    delays: list[float] = []
+    monkeypatch.setattr(retries.time, "sleep", delays.append)
+    monkeypatch.setattr(retries, "FIRST_DELAY", 1.0)
+    web_server.files["/x.tar"] = DATA
+    url = f"{web_server.url}/x.tar"
+    remote.get_remote_version(url)
+    web_server.faults += ["503"] * 7
+    remote.get_local_path(url)
+    assert all(0.5 * 2**i <= delay <= 2**i for i, delay in enumerate(delays[:5])) and len(delays) == 7
+    delays.clear()
+    (shard_cache.get_cached_path(url, remote.get_remote_version(url))).unlink()
+    web_server.headers = {"Retry-After": "90"}
+    web_server.faults += ["429"]
+    remote.get_local_path(url)
+    assert delays == [90.0]
+
+
+def test_a_failing_shard_is_named_and_skipped(folder: Path, web_server: WebServer) -> None:
+    as_tar(folder)
+    web_server.add_folder(folder)
+    web_server.files |= {f"/{n}.tar": web_server.files["/x.tar"] for n in range(2)}
+    web_server.files["/0.tar"] += b"x"
+    url, log = f"{web_server.url}/{{0..1}}.tar?key=SECRET", SkipLog(max_skipped=0.3)
+    sources = find_files(url)
+    web_server.faults += ["503"] * retries.MAX_ATTEMPTS
+    records = list(open_records(url, log))
+    assert len(records) == len(ROWS) and len(sources) == 2
+    assert log.skipped == {"unreadable file": 1}
+    assert log.examples == [
+        f"{web_server.url}/0.tar, row 1: unreadable file: {web_server.url}/0.tar: HTTP status 503 (after 8 attempts)"
+    ]
+    num_requests = len(web_server.requests)
+    with pytest.raises(RemoteError):
+        TarImage(sources[0][1], 512, 10).read()  # no further attempts for each of its images
+    assert len(web_server.requests) == num_requests
+
+
+def test_the_next_run_tries_again_to_read_a_failed_shard(
+    folder: Path, web_server: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, rows in (("0", ROWS[:1]), ("1", ROWS[1:])):
+        write_tar(folder / f"{name}.tar", tar_members(folder, rows))
+    web_server.add_folder(folder)
+    url = f"{web_server.url}/{{0..1}}.tar"
+    web_server.faults += ["503"] * retries.MAX_ATTEMPTS
+    assert [len(open_table([url], {}, SkipLog(max_skipped=0.5))) for _ in range(2)] == [2, 2]
+    monkeypatch.setattr(build_table, "START_TIME", time.time_ns())
+    monkeypatch.setattr(remote, "_failures", {})
+    assert len(open_table([url], {}, SkipLog())) == 3
+
+
+def test_permanent_errors_are_not_retried(web_server: WebServer) -> None:
+    web_server.files["/x.tar"] = DATA
+    for status, message in (("403", "HTTP status 403. Check your credentials"), ("404", "no such file or folder")):
+        url = f"{web_server.url}/x.tar?{status}"
+        remote.get_remote_version(url)
+        before = web_server.count("GET")
+        web_server.faults += [status]
+        with pytest.raises(RemoteError, match=message):
+            remote.get_local_path(url)
+        assert web_server.count("GET") == before + 1
+    with pytest.raises(RemoteError, match=r"127\.0\.0\.1:1/x\.tar: .*after 4 attempts"):
+        find_files("http://127.0.0.1:1/x.tar")
+
+
+@pytest.mark.parametrize("scheme", ["http", "s3"])
+def test_a_file_that_is_replaced_during_a_run_stops_the_run(
+    folder: Path, web_server: WebServer, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", web_server.url)
+    as_tar(folder)
+    web_server.add_folder(folder, "/b")
+    url = "s3://b/x.tar" if scheme == "s3" else f"{web_server.url}/b/x.tar"
+    images = [record.image for record in open_records(url)]
+    web_server.files["/b/x.tar"] = web_server.files["/b/x.tar"].replace(b"cat", b"dog")
+    assert [image.read() for image in images if image]  # from the cache
+    for file in shard_cache.get_cache_folder().rglob("*.tar"):
+        file.unlink()
+    with pytest.raises(ReplacedFileError, match=rf"{url} was replaced during the run"):
+        list(iter_image_batches(images, lambda pixels: 0, workers=0))  # type: ignore[arg-type]
+    with pytest.raises(ReplacedFileError, match="was replaced"):
+        list(open_records_without_lookup(url))
+
+
+def open_records_without_lookup(url: str) -> Any:
+    from llm2clip.data.readers import read_source
+
+    return read_source("tar", url, lambda file, names: {})
+
+
+def test_a_file_that_is_replaced_between_two_blocks_is_rejected(
+    web_server: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "BLOCK_BYTES", 4000)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", web_server.url)
+    web_server.files["/b/x.tar"] = DATA
+    fetch = remote.fetch_block
+
+    def fetch_and_replace(*args: Any) -> None:
+        fetch(*args)
+        web_server.files["/b/x.tar"] = DATA[::-1]
+
+    monkeypatch.setattr(remote, "fetch_block", fetch_and_replace)
+    for url in ("s3://b/x.tar", f"{web_server.url}/b/x.tar"):
+        web_server.files["/b/x.tar"] = DATA
+        with pytest.raises(ReplacedFileError):
+            remote.get_local_path(url)
+        web_server.files["/b/x.tar"] = DATA
+        with pytest.raises(ReplacedFileError), remote.open_remote(url) as file:
+            file.read(100)
+    assert not list(shard_cache.get_cache_folder().rglob("*.tar"))
+
+
+# ---- cache -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_least_recently_used_files_are_removed(web_server: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(shard_cache.SIZE_VARIABLE, str(3.5 * len(DATA) / 1e9))
+    urls = [f"{web_server.url}/{n}.tar" for n in range(4)]
+    web_server.files |= {f"/{n}.tar": DATA for n in range(4)}
+    with remote.open_file(urls[0]) as in_use:
+        for url in [urls[1], urls[2], urls[1], urls[3]]:
+            remote.get_local_path(url)
+            time.sleep(0.02)
+        assert [is_cached(url) for url in urls] == [True, True, False, True]
+        assert in_use.read() == DATA
+    monkeypatch.setenv(shard_cache.SIZE_VARIABLE, str(0.5 * len(DATA) / 1e9))
+    with pytest.raises(CacheFullError, match=r"2\.tar: .* limited to .* Raise the limit"):
+        remote.get_local_path(urls[2])
+    monkeypatch.setenv(shard_cache.SIZE_VARIABLE, "x")
+    with pytest.raises(ValueError, match="must be a number of gigabytes"):
+        remote.get_local_path(urls[2])
+
+
+def is_cached(url: str) -> bool:
+    return shard_cache.get_cached_path(url, remote.get_remote_version(url)).exists()
+
+
+def test_a_full_disk_stops_the_run_after_removing_other_files(
+    folder: Path, web_server: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_tar(folder)
+    web_server.add_folder(folder)
+    web_server.files["/0.tar"] = web_server.files["/x.tar"] + b"x"
+    old, new = f"{web_server.url}/0.tar", f"{web_server.url}/x.tar"
+    remote.get_local_path(old)
+    fetch = remote.fetch_block
+
+    def fetch_to_full_disk(*args: Any) -> None:
+        if any(shard_cache.get_cache_folder().glob("*/[!.]*.tar")) or is_always_full:
+            raise OSError(28, "No space left on device")
+        fetch(*args)
+
+    is_always_full = False
+    monkeypatch.setattr(remote, "fetch_block", fetch_to_full_disk)
+    monkeypatch.setattr(
+        Path, "rglob", lambda path, pattern: [f for f in Path.glob(path, f"*/{pattern}") if f.name[0] != "."]
+    )
+    assert len(list(open_records(new))) == len(ROWS)
+    assert not is_cached(old)
+    is_always_full = True
+    with pytest.raises(CacheFullError, match=r"0\.tar: no space for .* LLM2CLIP_CACHE"):
+        list(open_records(old))
+
+
+def test_two_processes_download_a_file_once(web_server: WebServer) -> None:
+    web_server.files["/x.tar"] = DATA * 100
+    code = "import sys; from llm2clip.data.remote import open_file; print(len(open_file(sys.argv[1]).read()))"
+    command = [sys.executable, "-c", code, f"{web_server.url}/x.tar"]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate()[0] for process in processes] == [f"{len(DATA) * 100}\n"] * 2
+    assert web_server.count("GET") == 1
+
+
+def test_prefetch_downloads_in_the_background(web_server: WebServer) -> None:
+    web_server.files |= {f"/{n}.tar": DATA for n in range(10)}
+    urls = [f"{web_server.url}/{n}.tar" for n in range(10)]
+    remote.prefetch([*urls, f"{web_server.url}/missing.tar", "/local.tar"])
+    deadline = time.monotonic() + 30
+    while not all(map(is_cached, urls)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    num_requests = web_server.count("GET")
+    for url in urls:
+        with remote.open_file(url) as file:
+            assert file.read() == DATA
+    assert web_server.count("GET") == num_requests
+
+
+def test_damaged_files_are_downloaded_again(web_server: WebServer) -> None:
+    web_server.files["/x.tar"] = DATA
+    path = Path(remote.get_local_path(f"{web_server.url}/x.tar"))
+    path.write_bytes(DATA[:100])
+    assert Path(remote.get_local_path(f"{web_server.url}/x.tar")).read_bytes() == DATA
+
+
+# ---- credentials -----------------------------------------------------------------------------------------------------
+
+
+def test_messages_contain_no_credentials(web_server: WebServer, tmp_path: Path) -> None:
+    url = f"{web_server.url}/x.jsonl?sig=SECRET"
+    web_server.files["/x.jsonl"] = b'{"image": "missing.jpg", "caption": "c"}\nnot json\n'
+    log = SkipLog(tmp_path / "skipped.jsonl", max_skipped=0.0)
+    with pytest.raises(ValueError, match="2 of 2 rows skipped") as error:
+        list(open_records(url, log))
+    assert "SECRET" not in str(error.value) + (tmp_path / "skipped.jsonl").read_text()
+    web_server.faults += ["403"]
+    for failing in (f"{web_server.url}/gone.tar?sig=SECRET", "http://127.0.0.1:1/x.tar?sig=SECRET"):
+        with pytest.raises(RemoteError) as remote_error:
+            find_files(failing)
+        assert "SECRET" not in str(remote_error.value)
+        assert remote_error.value.__cause__ is None and remote_error.value.__suppress_context__
+    assert "SECRET" not in str(FileImage(url)) + str(TarImage(url, 0, 1)) + str(ParquetImage(url, 0, "image"))
+    with pytest.raises(ValueError, match=r"^https://host/x\.tar: remove the user name"):
+        find_files("https://user:SECRET@host/x.tar")
+    text = "cannot read https://u:p@h.org/a.tar?x=1&y=2: HTTP status 403, s3://b/a?.tar"
+    assert hide_url_secrets(text) == "cannot read https://h.org/a.tar: HTTP status 403, s3://b/a?.tar"
+
+
+def test_redirects_to_other_hosts_carry_no_credentials(
+    web_server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password SECRET")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    target = WebServer()
+    target.files["/x.tar"] = DATA
+    web_server.headers = {"Location": f"http://localhost:{target.port}/x.tar"}
+    web_server.faults += ["302"] * 10
+    assert Path(remote.get_local_path(f"{web_server.url}/x.tar")).read_bytes() == DATA
+    assert all(request[3].startswith("Basic ") for request in web_server.requests)
+    assert target.requests and not any(request[3] for request in target.requests)
+    target.close()
+
+
+def test_redirects_from_https_to_http_are_rejected() -> None:
+    import asyncio
+
+    redirect = SimpleNamespace(
+        url=SimpleNamespace(scheme="https"), response=SimpleNamespace(headers={"Location": "http://h/x"})
+    )
+    with pytest.raises(ValueError, match="https to http"):
+        asyncio.run(storage._check_redirect(None, None, redirect))
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(ImportError, match=r"s3:// requires additional packages: pip install -e '\.\[remote\]'"):
+        find_files("s3://bucket/x.tar")
