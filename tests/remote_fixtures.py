@@ -26,6 +26,7 @@ class WebServer:
 
     Attributes:
         faults: Faults of the next GET requests: "reset", "truncate", "slow", or a status such as "503".
+        broken: Paths for which all GET requests fail with the status 503.
         headers: Additional headers of responses with an error status or a redirect.
         requests: (method, path, range, authorization) of each request so far.
     """
@@ -33,6 +34,7 @@ class WebServer:
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.faults: list[str] = []
+        self.broken: set[str] = set()
         self.headers: dict[str, str] = {}
         self.requests: list[tuple[str, str, str, str]] = []
         self.has_ranges = True
@@ -72,6 +74,9 @@ def _create_handler(server: WebServer) -> type[BaseHTTPRequestHandler]:
             path = self.path.partition("?")[0]
             byte_range = self.headers.get("Range", "")
             server.requests.append((method, self.path, byte_range, self.headers.get("Authorization", "")))
+            if method == "GET" and path in server.broken:
+                self.send_empty(503)
+                return
             fault = server.faults.pop(0) if method == "GET" and server.faults else ""
             data = server.files.get(path)
             if path.endswith("/") and data is None:

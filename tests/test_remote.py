@@ -151,11 +151,8 @@ def test_folders_globs_and_braces_are_resolved_in_order(bucket: str) -> None:
     assert find_files(f"{root}/b/*.tar") == folder_files
     assert find_files(f"{root}/b/{{1..0}}.tar") == folder_files[::-1]
     assert find_files(f"{root}/b")[-2:] == find_files(f"{root}/b/")[-2:] == folder_files
-    assert find_files(root, all_files=True) == [
-        *folder_files,
-        ("tar", f"{root}/b/deep/2.tar"),
-        ("tar", f"{root}/c.tar"),
-    ]
+    other_files = [("tar", f"{root}/c.tar"), ("tar", f"{root}/b/deep/2.tar")]
+    assert find_files(root, all_files=True) == [other_files[0], *folder_files, other_files[1]]
     for missing in ("x.tar", "x/*.tar", "x/{0..1}.tar", "x"):
         with pytest.raises(FileNotFoundError, match=f"{root}/x.*: no such file or folder"):
             find_files(f"{root}/{missing}")
@@ -269,7 +266,7 @@ def test_a_failing_shard_is_named_and_skipped(folder: Path, web_server: WebServe
     web_server.files["/0.tar"] += b"x"
     url, log = f"{web_server.url}/{{0..1}}.tar?key=SECRET", SkipLog(max_skipped=0.3)
     sources = find_files(url)
-    web_server.faults += ["503"] * retries.MAX_ATTEMPTS
+    web_server.broken = {"/0.tar"}
     records = list(open_records(url, log))
     assert len(records) == len(ROWS) and len(sources) == 2
     assert log.skipped == {"unreadable file": 1}
@@ -289,8 +286,10 @@ def test_the_next_run_tries_again_to_read_a_failed_shard(
         write_tar(folder / f"{name}.tar", tar_members(folder, rows))
     web_server.add_folder(folder)
     url = f"{web_server.url}/{{0..1}}.tar"
-    web_server.faults += ["503"] * retries.MAX_ATTEMPTS
+    web_server.broken = {"/0.tar"}
     assert [len(open_table([url], {}, SkipLog(max_skipped=0.5))) for _ in range(2)] == [2, 2]
+    web_server.broken = set()
+    assert len(open_table([url], {}, SkipLog(max_skipped=0.5))) == 2  # all processes of a run use the same rows
     monkeypatch.setattr(build_table, "START_TIME", time.time_ns())
     monkeypatch.setattr(remote, "_failures", {})
     assert len(open_table([url], {}, SkipLog())) == 3
@@ -489,6 +488,6 @@ def test_redirects_from_https_to_http_are_rejected() -> None:
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(ImportError, match=r"s3:// requires additional packages: pip install -e '\.\[remote\]'"):
+    monkeypatch.setitem(sys.modules, "botocore.session", None)
+    with pytest.raises(ImportError, match=r"s3:// requires additional packages .*: pip install -e '\.\[remote\]'"):
         find_files("s3://bucket/x.tar")

@@ -236,9 +236,12 @@ def _glob(pattern: str) -> list[str]:
 
 
 def _pin_file_or_mark_folder(url: str) -> str:
-    """Pin the current version of a file, or return the URL of a folder with a final slash."""
-    if url.endswith("/"):
-        return url
+    """Pin the current version of a file, or return the URL of a folder with a final slash.
+
+    Web servers do not distinguish files from folders, so a web address without a file suffix is a folder.
+    """
+    if url.endswith("/") or (url.startswith("http") and "." not in _split_url(_strip_query(url))[2].rpartition("/")[2]):
+        return url.rstrip("/") + "/"
     info = read_info(url)
     if info["type"] == "directory":
         return url + "/"
@@ -363,7 +366,9 @@ class _RangeReader(io.RawIOBase):
             return 0
         chunks = io.BytesIO()
         fetch_block(self._url, self._version, self._position, end, chunks)
-        data = chunks.getbuffer()[: end - self._position]  # a server without range support returns the whole file
+        data = chunks.getbuffer()
+        if len(data) > end - self._position:  # a server without ranges returns the whole file
+            data = data[self._position : end]
         view[: len(data)] = data
         self._position += len(data)
         self._num_reads += 1

@@ -121,8 +121,8 @@ def _get_status(error: BaseException) -> int | None:
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         else:
             status = getattr(cause, "status", None) or getattr(response, "status_code", None)
-        if status is None and _is_network_error(cause):
-            status = getattr(cause, "code", None)  # gcsfs
+        if status is None and type(cause).__module__.startswith("gcsfs"):
+            status = getattr(cause, "code", None)
         if str(status).isdecimal():
             return int(str(status))
     return None

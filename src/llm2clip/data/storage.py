@@ -18,6 +18,7 @@ READ_TIMEOUT = 60.0  # seconds without any data
 CONNECT_TIMEOUT = 20.0  # seconds
 LOOKUP_ATTEMPTS = 4  # fewer than for downloads, so that a mistyped host is reported within seconds
 LOOKUP_THREADS = 16
+UNCACHED = {"use_listings_cache": False, "skip_instance_cache": True}  # `_filesystems` is the only cache
 
 _filesystems: dict[tuple[int, str], Any] = {}  # (process id, scheme) -> file system; forked processes need their own
 
@@ -166,7 +167,7 @@ def _open_s3() -> Any:
         "retries": {"total_max_attempts": 1},  # `retries` repeats requests instead
         "max_pool_connections": 2 * LOOKUP_THREADS,
     }
-    filesystem = fsspec.filesystem("s3", anon=anonymous, config_kwargs=config, use_listings_cache=False)
+    filesystem = fsspec.filesystem("s3", anon=anonymous, config_kwargs=config, **UNCACHED)
     filesystem.retries = 1
     return filesystem
 
@@ -174,7 +175,7 @@ def _open_s3() -> Any:
 def _open_gs() -> Any:
     import fsspec
 
-    return fsspec.filesystem("gs", use_listings_cache=False)
+    return fsspec.filesystem("gs", **UNCACHED)
 
 
 def _open_hf() -> Any:
@@ -190,7 +191,7 @@ def _open_web() -> Any:
     # trust_env: proxies from HTTPS_PROXY, and credentials from ~/.netrc, which are sent only to the host they are for.
     timeout = ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT)
     options = {"timeout": timeout, "trust_env": True}
-    return fsspec.filesystem("https", client_kwargs=options, get_client=_open_session, use_listings_cache=False)
+    return fsspec.filesystem("https", client_kwargs=options, get_client=_open_session, **UNCACHED)
 
 
 async def _open_session(loop: asyncio.AbstractEventLoop, **options: Any) -> Any:
