@@ -34,7 +34,15 @@ from llm2clip.data.image_refs import FileImage, TarImage
 from llm2clip.data.parallel import count_cores, map_in_processes
 from llm2clip.data.readers.parts import FilePart, split_file
 from llm2clip.data.records import ImageCheck, PartSummary, Record, RecordReader, Source
-from llm2clip.data.remote import get_remote_version, is_remote, look_up_versions, pin_versions, walk_folder
+from llm2clip.data.remote import (
+    get_file_size,
+    get_remote_version,
+    is_remote,
+    look_up_versions,
+    pin_versions,
+    prefetch,
+    walk_folder,
+)
 from llm2clip.data.skip_log import EventLog, SkipLog
 from llm2clip.data.table import IMAGE_KINDS, Blocks, RecordTable, encode_name, read_metadata, write_rows
 from llm2clip.data.texts import deduplicate_captions
@@ -45,6 +53,7 @@ FORMAT_VERSION = 1  # increase it if the columns, their contents or the rules fo
 PART_BYTES = 16 << 20  # approximate size of a part of a large file
 MIN_PARALLEL_BYTES = 8 << 20  # smaller sources are read in this process, because starting processes takes a second
 START_TIME = time.time_ns()  # approximate start of this process
+PREFETCH_FILES = 8  # number of remote files to download ahead
 UNUSED_DAYS = 30  # parts and tables that have not been opened for this long are deleted
 
 
@@ -147,7 +156,9 @@ class _PartTask:
     version: str | None = None  # pinned version of a remote file
 
     def estimate_work(self) -> float:
-        """Return the size of the text in the part, in bytes. Files with images contain little text."""
+        """Return the size of the text or of the download of the part, in bytes. Files with images contain little text."""
+        if self.version is not None:
+            return get_file_size(self.part.path)
         if not os.path.isfile(self.part.path):
             return 0
         size = (self.part.stop or os.path.getsize(self.part.path)) - self.part.start
@@ -188,12 +199,14 @@ def _read_parts(
     if workers is None:
         workers = count_cores() if work >= MIN_PARALLEL_BYTES else 1
     new_parts = iter(map_in_processes(_read_part, list(missing.values()), workers))
+    files = [task.part.path for task in missing.values()]
     hide = work < MIN_PARALLEL_BYTES or not missing
     num_rows = 0
     with ProgressBar(total=len(tasks), desc="reading data", unit="part", disable=hide) as bar:
         for index, source in enumerate(sources):
             reader = RecordReader(source, log, image_check, require_captions=True)
             for task in [task for task in tasks if task.source_index == index]:
+                prefetch(files[len(files) - len(missing) :][:PREFETCH_FILES])
                 if missing.pop(task.file, None) is not None and (error := next(new_parts)) is not None:
                     raise error
                 os.utime(task.file)

@@ -87,7 +87,8 @@ def _read_samples(image: LoadedImage) -> _Samples | None:
     if not isinstance(image.ref, FileImage | TarImage):
         return None
     try:
-        file = os.open(get_local_path(image.ref.path), os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+        flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+        file = os.open(get_local_path(image.ref.path), flags)
     except FatalDataError:
         raise
     except (OSError, ValueError):
