@@ -156,7 +156,7 @@ class _PartTask:
     version: str | None = None  # pinned version of a remote file
 
     def estimate_work(self) -> float:
-        """Return the size of the text or of the download of the part, in bytes. Files with images contain little text."""
+        """Return the size of the text or of the download of the part, in bytes. Tar files contain little text."""
         if self.version is not None:
             return get_file_size(self.part.path)
         if not os.path.isfile(self.part.path):
