@@ -19,14 +19,16 @@ from llm2clip.cli import build_parser, main
 from llm2clip.config import AlignConfig
 from llm2clip.data.images import load_image
 from llm2clip.data.records import Record
+from llm2clip.data.table import RecordTable
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.hub.fingerprint import hash_weights
 from llm2clip.models.pretrained_clip import find_visual_projection, read_pretrained_logits
-from llm2clip.store.layout import make_caption_keys
+from llm2clip.store.layout import StoreError, make_caption_keys
 from llm2clip.store.store import EmbeddingStore
+from llm2clip.store.writer import StoreWriter
 from llm2clip.train import proclip
 from llm2clip.train.initial_model import create_initial_model
-from llm2clip.train.proclip import _repeat_phrases, collect_training_texts
+from llm2clip.train.proclip import _repeat_phrases, find_training_texts, iterate_training_texts
 from test_baselines import CLIP_STATS, make_model
 
 
@@ -76,6 +78,10 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proclip, "MIN_STEPS", 5)
 
 
+def list_captions(records: list[Record]) -> list[str]:
+    return list(dict.fromkeys(caption for record in records for caption in record.captions + record.short_captions))
+
+
 def config_for(tower: str, **settings: Any) -> AlignConfig:
     return dataclasses.replace(ALIGN, tower=tower, image_size=None, **{"inherit": True, **settings})
 
@@ -95,7 +101,7 @@ def test_inherited_model_has_the_image_embeddings_of_clip_and_learns_its_text_em
     expected = clip.encode_images([clip.transform(load_image(image)) for image in images])
     torch.testing.assert_close(model.encode_image(images), expected, atol=1e-5, rtol=0)
 
-    texts, _ = collect_training_texts(records)
+    texts = list_captions(records)
     with torch.no_grad():
         student = F.normalize(model.adapter(torch.from_numpy(store.take(store.find_rows(texts)))), dim=-1)
     teacher = clip.encode_texts(texts)
@@ -142,7 +148,7 @@ def test_similarity_is_measured_on_held_out_texts_if_there_are_20_texts(
 ) -> None:
     tower, _ = make_clip(tmp_path / "clip", "clip")
     for count, expected in ((19, "of the training texts"), (20, "of the held-out texts")):
-        captions = tuple(collect_training_texts(records)[0][:count])
+        captions = tuple(list_captions(records)[:count])
         create_initial_model(config_for(tower), store, [dataclasses.replace(records[0], captions=captions)], tmp_path)
         assert expected in capsys.readouterr().out
 
@@ -173,13 +179,34 @@ def test_clip_model_that_does_not_fit_the_tower_is_an_error(
         create_initial_model(config_for(str(vit)), store, records, tmp_path)
 
 
-def test_texts_are_the_short_ones_and_each_is_used_once() -> None:
+@pytest.mark.parametrize("chunk_size", [2, 100])
+def test_texts_are_the_short_ones_and_each_is_used_once(
+    chunk_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proclip, "LOOKUP_CHUNK_SIZE", chunk_size)
+    stored = ["tail", "a long text", "bird", "dog", "cat"]
+    store, clip_store = (make_text_store(tmp_path / str(n), texts) for n, texts in enumerate((stored, stored[::-1])))
     records = [
-        Record("a", None, ("dog", "cat"), long_captions=("a long text",), phrases=("tail", "cat")),
-        Record("b", None, ("cat",), ("bird",), phrases=("tail",)),
+        Record("a", None, ("dog", "cat"), long_captions=("a long text",), phrases=("tail", "cat", "not stored")),
+        Record("b", None, ("cat", "refused"), ("bird",), phrases=("tail",)),
     ]
-    assert collect_training_texts(records) == (["dog", "cat", "bird"], ["tail"])
-    assert collect_training_texts([Record("c", None, (), (), ("a long text",))]) == (["a long text"], [])
+    (store.folder / "refused-00000.jsonl").write_text('{"caption": "refused", "why": "no tokens"}\n')
+    texts = find_training_texts(RecordTable.from_records(records), store, clip_store)
+    assert texts.rows.tolist() == store.find_rows(["dog", "cat", "bird", "tail"]).tolist()
+    assert texts.clip_rows.tolist() == clip_store.find_rows(["dog", "cat", "bird", "tail"]).tolist()
+    assert texts.num_captions == 3
+    only_long = RecordTable.from_records([Record("c", None, (), (), ("a long text",))])
+    assert find_training_texts(only_long, store, clip_store).rows.tolist() == store.find_rows(["a long text"]).tolist()
+    unknown = RecordTable.from_records([Record("d", None, ("unknown",))])
+    with pytest.raises(StoreError, match="no embedding for the caption 'unknown'"):
+        list(iterate_training_texts(unknown, store))
+
+
+def make_text_store(folder: Path, texts: list[str]) -> EmbeddingStore:
+    writer = StoreWriter(folder, {}, 2)
+    writer.write(0, texts, [1] * len(texts), np.ones((len(texts), 2), np.float32))
+    writer.finish()
+    return EmbeddingStore(folder)
 
 
 def test_phrases_are_repeated_until_they_are_half_of_the_texts(monkeypatch: pytest.MonkeyPatch) -> None:

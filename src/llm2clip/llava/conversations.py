@@ -44,7 +44,7 @@ OBJECTS_PER_IMAGE = 3  # maximum number of present objects per image, and of abs
 
 def read_conversations(
     sources: Sequence[str],
-    from_records: Callable[[Iterable[Record], int], list[Conversation]],
+    from_records: Callable[[Sequence[Record], int], list[Conversation]],
     *,
     images: str | Path | None = None,
     columns: dict[str, str] | None = None,
@@ -158,9 +158,8 @@ def make_captioning_conversations(records: Iterable[Record], seed: int = 0) -> l
     return conversations
 
 
-def make_instruction_conversations(records: Iterable[Record], seed: int = 0) -> list[Conversation]:
+def make_instruction_conversations(records: Sequence[Record], seed: int = 0) -> list[Conversation]:
     """Make captioning conversations, and one conversation per image with yes-or-no questions about objects."""
-    records = list(records)
     return make_captioning_conversations(records, seed) + make_object_conversations(records, seed)
 
 

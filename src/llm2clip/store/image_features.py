@@ -158,7 +158,7 @@ def store_image_features(
 
 
 def store_text_embeddings(
-    texts: Sequence[str],
+    texts: Iterable[str],
     encode: Callable[[list[str]], Tensor],
     embed_dim: int,
     identity: dict[str, Any],

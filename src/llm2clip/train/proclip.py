@@ -17,9 +17,11 @@ CLIP's embeddings of these texts are cached in a store, and the LLM's embeddings
 training step runs only the adapter.
 """
 
+import hashlib
 import json
-from collections.abc import Callable, Sequence
-from itertools import compress
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.records import Record
+from llm2clip.data.table import RecordTable
 from llm2clip.io_utils import atomic_path
 from llm2clip.models.hub.fingerprint import fingerprint, hash_weights
 from llm2clip.models.llm2clip import LLM2CLIP
@@ -38,8 +41,8 @@ from llm2clip.models.text.clip_text_encoder import ClipTextEncoder
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import RaggedGather, print_once, process_state, wait_for_everyone
 from llm2clip.store.image_features import store_text_embeddings
-from llm2clip.store.layout import make_caption_keys
-from llm2clip.store.store import EmbeddingStore, read_refused_captions
+from llm2clip.store.layout import iter_chunks, make_caption_keys
+from llm2clip.store.store import LOOKUP_CHUNK_SIZE, EmbeddingStore, read_refused_captions
 from llm2clip.train.optim import ADAM_BETAS, MAX_GRAD_NORM, WEIGHT_DECAY, make_cosine_schedule
 
 WEIGHTS = "inherited_adapter.safetensors"
@@ -128,47 +131,108 @@ def inherit_text_space(
         precision: "bf16" enables autocast. With "fp32" or "fp16", the adapter is trained in float32.
         folder: Folder for the weights and the store of CLIP text embeddings.
     """
-    captions, phrases = collect_training_texts(records)
-    refused = {row["caption"] for row in read_refused_captions(store.folder)}
-    captions = [caption for caption in captions if caption not in refused]
-    phrases = list(compress(phrases, store.find_keys(make_caption_keys(phrases)) >= 0))
-    texts = captions + phrases
+    table = records if isinstance(records, RecordTable) else RecordTable.from_records(records)
+    texts = (text for chunk in iterate_training_texts(table, store) for text in chunk.texts)
     identity = {"clip": hash_weights(clip.model), "precision": "fp32"}
     clip_folder = folder / f"clip-texts-{fingerprint(identity)[:8]}"
     clip_store = store_text_embeddings(texts, clip.encode, clip.embed_dim, identity, clip_folder, dtype="float16")
-    signature = {
-        "clip": identity,
-        "encoder": store.manifest["fingerprint"],
-        "texts": fingerprint({"captions": captions, "phrases": phrases}),
-        "adapter": hash_weights(model.adapter),  # untrained weights, which depend on the architecture and the seed
-        "training": [EPOCHS, MIN_STEPS, BATCH_SIZE, LR, WARMUP_RATIO, MAX_REPEATS, seed, precision],
-    }
     file = folder / WEIGHTS
-    if process_state().is_main_process and _read_signature(file) != signature:
-        rows, clip_rows = store.find_rows(texts), clip_store.find_keys(make_caption_keys(texts))
-
-        def load_embeddings(items: np.ndarray) -> tuple[Tensor, Tensor]:
-            """Return the LLM and CLIP embeddings of the texts with the given indices, in float32 on the device."""
-            embeddings = torch.from_numpy(store.take(rows[items])).to(model.device)
-            return embeddings, torch.from_numpy(clip_store.take(clip_rows[items])).to(model.device)
-
-        similarity = _train_adapter(model.adapter, load_embeddings, len(texts), len(captions), seed, precision)
-        state = {name: tensor.cpu().contiguous() for name, tensor in model.adapter.state_dict().items()}
-        with atomic_path(file) as temporary:
-            save_file(state, temporary, {"signature": json.dumps(signature), "similarity": f"{similarity:.4f}"})
+    if process_state().is_main_process:
+        training_texts = find_training_texts(table, store, clip_store)
+        signature = {
+            "clip": identity,
+            "encoder": store.manifest["fingerprint"],
+            "texts": training_texts.text_hash,
+            "adapter": hash_weights(model.adapter),  # untrained weights, which depend on the architecture and the seed
+            "training": [EPOCHS, MIN_STEPS, BATCH_SIZE, LR, WARMUP_RATIO, MAX_REPEATS, seed, precision],
+        }
+        if _read_signature(file) != signature:
+            load = partial(_load_embeddings, training_texts, store, clip_store, model.device)
+            num_texts, num_captions = len(training_texts.rows), training_texts.num_captions
+            similarity = _train_adapter(model.adapter, load, num_texts, num_captions, seed, precision)
+            state = {name: tensor.cpu().contiguous() for name, tensor in model.adapter.state_dict().items()}
+            with atomic_path(file) as temporary:
+                save_file(state, temporary, {"signature": json.dumps(signature), "similarity": f"{similarity:.4f}"})
     wait_for_everyone()
     model.adapter.load_state_dict(load_file(file))
 
 
-def collect_training_texts(records: Sequence[Record]) -> tuple[list[str], list[str]]:
-    """Return the distinct captions and phrases to train on. A phrase that is also a caption counts as a caption.
+@dataclass(frozen=True)
+class TextChunk:
+    """Some of the training texts: captions or phrases, possibly with duplicates."""
+
+    texts: list[str]
+    keys: np.ndarray  # keys of the texts in embedding stores, of shape (N, 16), uint8
+    rows: np.ndarray  # row numbers of the LLM embeddings, of shape (N,), int64
+    are_captions: bool
+
+
+@dataclass(frozen=True)
+class TrainingTexts:
+    """Distinct training texts: first the captions, then the phrases. A phrase that is also a caption is a caption.
+
+    Attributes:
+        rows, clip_rows: Row numbers of the LLM embeddings and of the CLIP embeddings, of shape (N,), int64.
+        num_captions: Number of captions.
+        text_hash: Hash of all texts.
+    """
+
+    rows: np.ndarray
+    clip_rows: np.ndarray
+    num_captions: int
+    text_hash: str
+
+
+def iterate_training_texts(records: RecordTable, store: EmbeddingStore) -> Iterator[TextChunk]:
+    """Yield the captions to train on, then the phrases.
 
     Long captions are used only if there are no other captions, because CLIP's text towers read at most 77 tokens.
+
+    Raises:
+        StoreError: A caption is not in the store.
     """
-    captions = dict.fromkeys(text for record in records for text in record.captions + record.short_captions)
-    captions = captions or dict.fromkeys(text for record in records for text in record.long_captions)
-    phrases = dict.fromkeys(text for record in records for text in record.phrases if text not in captions)
-    return list(captions), list(phrases)
+    caption_fields: tuple[str, ...] = ("captions", "short_captions")
+    if not any(records.count_texts(field).any() for field in caption_fields):
+        caption_fields = ("long_captions",)
+    refused = {row["caption"] for row in read_refused_captions(store.folder)}
+    for fields in (caption_fields, ("phrases",)):
+        for texts in iter_chunks(records.iterate_texts(fields), LOOKUP_CHUNK_SIZE):
+            keys = make_caption_keys(texts)
+            rows = store.find_keys(keys)
+            is_found = rows >= 0
+            if fields == caption_fields:
+                missing = [texts[n] for n in np.flatnonzero(~is_found).tolist()]
+                store.find_rows(caption for caption in missing if caption not in refused)  # raises StoreError
+            found = [texts[n] for n in np.flatnonzero(is_found).tolist()]
+            yield TextChunk(found, keys[is_found], rows[is_found], fields == caption_fields)
+
+
+def find_training_texts(records: RecordTable, store: EmbeddingStore, clip_store: EmbeddingStore) -> TrainingTexts:
+    """Find the embeddings of all training texts. Memory: about 50 bytes per text, including duplicates."""
+    rows, clip_rows = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    num_captions = 0
+    digest = hashlib.sha256()
+    for chunk in iterate_training_texts(records, store):
+        rows.append(chunk.rows)
+        clip_rows.append(clip_store.find_keys(chunk.keys))
+        num_captions += len(chunk.texts) if chunk.are_captions else 0
+        digest.update(chunk.keys.tobytes())
+    all_rows = np.concatenate(rows)
+    first = np.sort(np.unique(all_rows, return_index=True)[1])  # first occurrence of each text
+    return TrainingTexts(
+        rows=all_rows[first],
+        clip_rows=np.concatenate(clip_rows)[first],
+        num_captions=int(np.searchsorted(first, num_captions)),
+        text_hash=f"{digest.hexdigest()} {num_captions}",
+    )
+
+
+def _load_embeddings(
+    texts: TrainingTexts, store: EmbeddingStore, clip_store: EmbeddingStore, device: torch.device, items: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    """Return the LLM and CLIP embeddings of the texts with the given indices, in float32 on the device."""
+    embeddings = torch.from_numpy(store.take(texts.rows[items])).to(device)
+    return embeddings, torch.from_numpy(clip_store.take(texts.clip_rows[items])).to(device)
 
 
 def _read_signature(file: Path) -> object:

@@ -11,13 +11,15 @@ passes, each with a limited number of tokens. Gradient caching can then keep the
 at a time.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
@@ -53,6 +55,15 @@ from llm2clip.runs.ranks import RaggedGather, max_over_ranks, print_once, proces
 from llm2clip.runs.training_state import TrainingStateMixin
 from llm2clip.train.grad_cache import compute_cached_loss
 
+PAIR_SCHEMA = pa.schema(
+    [
+        ("anchor", pa.string()),
+        ("positive", pa.string()),
+        ("negatives", pa.list_(pa.string())),
+        ("instruction", pa.string()),
+    ]
+)
+
 
 def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, config: TuneConfig, run_dir: Path) -> Path:
     """Tune a caption encoder and save it to `run_dir/encoder`, resuming from the latest checkpoint if one exists.
@@ -75,10 +86,11 @@ def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, confi
     encoder_dir = run_dir / "encoder"
     if not encoder_dir.exists():
         checkpoints = Checkpoints(run_dir / "checkpoints", config.batch_size)
-        rows = _sample_pairs(sources, encoder, config, checkpoints.get_saved_items_per_step("pairs per step"))
-        if rows:
+        _check_settings(encoder, config)
+        if config.steps > 0:
+            pairs = _sample_pairs(sources, encoder, config, checkpoints.get_saved_items_per_step("pairs per step"))
             precision, lora = _select_trainable_weights(encoder, config)
-            _train(rows, encoder, config, run_dir, precision, checkpoints)
+            _train(pairs, encoder, config, run_dir, precision, checkpoints)
             _restore_encoder(encoder, lora)
         if process_state().is_main_process:
             with atomic_dir(encoder_dir) as folder:
@@ -87,13 +99,8 @@ def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, confi
     return encoder_dir
 
 
-def _sample_pairs(
-    sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, config: TuneConfig, pairs_per_step: int | None
-) -> list[dict[str, Any]]:
-    """Check the settings and return the text pairs for all steps. The pairs are identical on all ranks.
-
-    `pairs_per_step` is the number of pairs per step of the run to resume, or None for a new run.
-    """
+def _check_settings(encoder: CaptionEncoder, config: TuneConfig) -> None:
+    """Raise an error if settings contradict each other, or if a package or device does not support them."""
     if config.qlora:
         check_qlora_available()
         if is_fsdp_enabled():
@@ -103,8 +110,17 @@ def _sample_pairs(
             f"--tune.matryoshka_dims must be at least 1 and less than {encoder.embed_dim}, the encoder's embedding "
             f"dimension (got {config.matryoshka_dims})"
         )
-    if config.steps == 0:
-        return []
+
+
+def _sample_pairs(
+    sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, config: TuneConfig, pairs_per_step: int | None
+) -> pa.Table:
+    """Return the text pairs for all steps. The pairs are identical on all ranks.
+
+    The memory grows with the number of pairs: the size of the texts plus about 30 bytes per pair.
+
+    `pairs_per_step` is the number of pairs per step of the run to resume, or None for a new run.
+    """
     if pairs_per_step is None:
         world_size = process_state().num_processes
         pairs_per_step = resolve_pairs_per_step(sources, config.batch_size, world_size)
@@ -120,11 +136,13 @@ def _sample_pairs(
         seed=config.seed,
         hard_negative_group_size=config.hard_negative_group_size,
     )
-    rows = [asdict(pair) for batch in batches for pair in batch]
-    instructions = {row["instruction"] for row in rows} - {""}
+    pairs = pa.Table.from_batches(
+        (pa.RecordBatch.from_pylist(list(map(asdict, batch)), PAIR_SCHEMA) for batch in batches), PAIR_SCHEMA
+    )
+    instructions = set(pc.unique(pairs["instruction"]).to_pylist()) - {""}
     if instructions:
         encoder.exclude_prompts_from_pooling(sorted(instructions))
-    return rows
+    return pairs
 
 
 def _select_trainable_weights(encoder: CaptionEncoder, config: TuneConfig) -> tuple[str, LoraSession | None]:
@@ -163,20 +181,21 @@ def _select_trainable_weights(encoder: CaptionEncoder, config: TuneConfig) -> tu
 
 @onednn_matmul()
 def _train(
-    rows: Sequence[Mapping[str, Any]],
+    pairs: pa.Table,
     encoder: CaptionEncoder,
     config: TuneConfig,
     run_dir: Path,
     precision: str,
     checkpoints: Checkpoints,
 ) -> None:
-    """Train the encoder on the rows in the given order, resuming from the latest checkpoint if one exists."""
-    pairs_per_step = len(rows) // config.steps  # total over all ranks
+    """Train the encoder on the pairs in the given order, resuming from the latest checkpoint if one exists."""
+    pairs_per_step = len(pairs) // config.steps  # total over all ranks
     batch_size = pairs_per_step // process_state().num_processes
     set_mixed_precision(precision)
     set_fsdp_wrap_policy(list(get_layers(encoder.llm)))
     args = _make_training_arguments(config, run_dir, precision, batch_size)
     keep_freed_memory(args.device)
+    rows = (row for batch in pairs.to_batches() for row in batch.to_pylist())
     texts = (text for r in rows for text in (r["instruction"], r["anchor"], r["positive"], *r["negatives"]))
     signature = {
         "steps": config.steps,
@@ -197,7 +216,7 @@ def _train(
     trainer = _TuneTrainer(
         model=encoder.st,
         args=args,
-        train_dataset=Dataset.from_list([dict(row) for row in rows]),
+        train_dataset=Dataset(pairs),
         loss=loss,
         data_collator=cast(Any, PairCollator(preprocess_fn=encoder.tokenize)),
     )
