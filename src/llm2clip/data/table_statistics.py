@@ -195,7 +195,7 @@ def count_values(values: pa.Array) -> Counter:
 def count_languages(texts: Iterable[str]) -> Counter[str]:
     """Identify the language of each text and return the number of texts per language code, such as "en".
 
-    Language identification of a short text is a guess: on English captions of about ten words, one in 200 is wrong.
+    Language identification of a short text is a guess: on English captions of about ten words, one in 250 is wrong.
     Texts that are not in a language, such as numbers, have the code "zxx".
     """
     from py3langid import classify
