@@ -78,7 +78,7 @@ def open_align_loader(source: str, workers: int, folder: str) -> Iterator[Any]:
     """Return an iterator over the pixels in the batches of `align`."""
     import data
 
-    work = Path(folder) / "work-loaders"
+    work = Path(folder) / f"work-{Path(source).stem}"  # sources with the same files share a store
     if not (work / "store" / "manifest.json").exists():
         measure("write_store", source=source, folder=str(work))
     _, (_, batches) = data.start_align(Timer(), source, str(work), workers, BATCH_SIZE, iterate=False)
