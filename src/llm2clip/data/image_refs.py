@@ -134,6 +134,13 @@ class TarImage(ImageRef):
     def key(self) -> str:
         return f"{self.canonical_path}@{self.offset}"  # several members of a tar file may have the same name
 
+    def read(self) -> bytes:
+        if self.size > MAX_FILE_BYTES:
+            return ImageRef.read(self)  # raises an error
+        with self._convert_reader_errors(), open_file(self.path) as file:  # much faster than through `_FileSlice`
+            file.seek(self.offset)
+            return file.read(self.size)
+
     def _open(self) -> BinaryIO:
         return io.BufferedReader(_FileSlice(self.path, self.offset, self.size))
 
