@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,6 +22,7 @@ from format_fixtures import FORMATS, ROWS, as_saved_dataset, as_tar, image_bytes
 from llm2clip.data import build_table, remote, retries, shard_cache, storage
 from llm2clip.data.build_table import open_table
 from llm2clip.data.image_loader import iter_image_batches
+from llm2clip.data.image_order import EpochOrders
 from llm2clip.data.image_refs import FileImage, ParquetImage, TarImage
 from llm2clip.data.readers import find_files
 from llm2clip.data.records import open_records
@@ -27,6 +30,7 @@ from llm2clip.data.retries import RemoteError, ReplacedFileError
 from llm2clip.data.shard_cache import CacheFullError
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.io_utils import hide_url_secrets
+from llm2clip.search.build import _parse_source
 from remote_fixtures import START_S3_SERVER, WebServer, upload_folder
 
 for package in ("aiohttp", "fsspec", "moto", "s3fs"):
@@ -121,6 +125,31 @@ def test_tables_and_batches_from_s3_equal_those_from_disk(folder: Path, bucket: 
     images = [pickle.loads(pickle.dumps(table.get_images())) for table in tables]
     batches = [list(iter_image_batches(refs, lambda pixels: pixels.sum(), workers=0)) for refs in images]
     assert batches[0] == batches[1] and not batches[0][0][2]
+
+
+def test_batches_download_the_next_shards_ahead(folder: Path, web_server: WebServer) -> None:
+    for number in range(20):
+        write_tar(folder / f"{number:03}.tar", [("a.jpg", image_bytes(number)), ("a.txt", b"caption")])
+    web_server.add_folder(folder)
+    table = open_table([f"{web_server.url}/{{000..019}}.tar"], {}, SkipLog())
+    orders = EpochOrders(table, np.ones(20, bool), seed=1)
+    assert orders.image_order == "shards"
+    shutil.rmtree(shard_cache.get_cache_folder())
+    first_image = int(orders.take(0, 0, 1)[0])
+    orders.prefetch_shards(0, 0)
+    wait_until_cached([f"{web_server.url}/{number:03}.tar" for number in range(20)])
+    num_requests = web_server.count("GET")
+    orders.prefetch_shards(0, 0)
+    image = table.get_images()[first_image]
+    assert image is not None and image.read() == image_bytes(first_image)
+    assert web_server.count("GET") == num_requests
+
+
+def wait_until_cached(urls: list[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not all(map(is_cached, urls)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_a_changed_file_is_read_again(folder: Path, bucket: str) -> None:
@@ -422,9 +451,7 @@ def test_prefetch_downloads_in_the_background(web_server: WebServer) -> None:
     web_server.files |= {f"/{n}.tar": DATA for n in range(10)}
     urls = [f"{web_server.url}/{n}.tar" for n in range(10)]
     remote.prefetch([*urls, f"{web_server.url}/missing.tar", "/local.tar"])
-    deadline = time.monotonic() + 30
-    while not all(map(is_cached, urls)) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until_cached(urls)
     num_requests = web_server.count("GET")
     for url in urls:
         with remote.open_file(url) as file:
@@ -491,3 +518,8 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "botocore.session", None)
     with pytest.raises(ImportError, match=r"s3:// requires additional packages .*: pip install -e '\.\[remote\]'"):
         find_files("s3://bucket/x.tar")
+
+
+def test_remote_images_cannot_be_indexed() -> None:
+    with pytest.raises(ValueError, match=r"s3://b/x\.tar: only local images can be indexed"):
+        _parse_source("s3://b/x.tar", {})

@@ -18,10 +18,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.images import ImageError, load_image
+from llm2clip.data.remote import is_remote, prefetch
 from llm2clip.io_utils import FatalDataError, describe_error
 
 T = TypeVar("T")
 MIN_IMAGES_FOR_WORKERS = 2048  # decoding fewer images takes less time than starting the workers
+PREFETCH_IMAGES = 4096  # remote files are downloaded ahead each time that this many images have been decoded
 _ALIGNMENT = 64  # alignment in bytes of the tensors in a packed batch; valid for any dtype
 
 
@@ -64,11 +66,22 @@ def iter_image_batches(
         multiprocessing_context="spawn" if workers else None,
         generator=torch.Generator(),  # leaves the global random state unchanged
     )
+    next_prefetch = num_images = 0
     for batch in loader:
         items = unpack_batch(batch) if workers else batch
+        num_images += len(items)
+        if num_images >= next_prefetch:
+            _prefetch_files(refs, num_images)
+            next_prefetch = num_images + PREFETCH_IMAGES
         decoded = {index: value for index, value in items if not isinstance(value, str)}
         failures = {index: value for index, value in items if isinstance(value, str)}
         yield list(decoded), list(decoded.values()), failures
+
+
+def _prefetch_files(refs: Sequence[ImageRef], start: int) -> None:
+    """If the images are remote, download the files that contain those after `start` in the background."""
+    if start < len(refs) and is_remote(refs[start].container_path or ""):
+        prefetch([ref.container_path or "" for ref in refs[start : start + 4 * PREFETCH_IMAGES]])
 
 
 class _DecodedImages(Dataset):

@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 
 from llm2clip.data.image_refs import ParquetImage, TarImage
+from llm2clip.data.remote import is_remote, prefetch
 from llm2clip.data.table import IMAGE_KINDS, RecordTable
 
 ImageOrder = Literal["random", "shards"]
@@ -63,6 +64,21 @@ class EpochOrders:
             if self._usable is not None:
                 self._shard_of_image = self._shard_of_image[self._usable]
         self._epoch, self._order = -1, np.empty(0, np.int32)
+        has_remote_shards = any(map(is_remote, self._shards))
+        self._prefetch_interval = (
+            max(1, len(self._shard_of_image) // (4 * len(self._shards))) if has_remote_shards else 0
+        )
+        self._prefetched_at = (-1, 0)  # epoch and position of the last call of `prefetch_shards`
+
+    def prefetch_shards(self, epoch: int, start: int) -> None:
+        """Download the next remote shards in the background, several times per shard. `take` must be called first."""
+        last_epoch, last_start = self._prefetched_at
+        is_recent = epoch == last_epoch and last_start <= start < last_start + self._prefetch_interval
+        if not self._prefetch_interval or is_recent:
+            return
+        self._prefetched_at = (epoch, start)
+        shards = list_upcoming_shards(self._order, self._shard_of_image, start)
+        prefetch([self._shards[shard] for shard in shards])
 
     def take(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Return the indices of the records at positions `start` to `stop` of an epoch."""

@@ -21,6 +21,7 @@ from llm2clip.data.image_loader import iter_image_batches
 from llm2clip.data.image_refs import TarImage, get_file_version, resolve_folder, to_valid_unicode
 from llm2clip.data.images import make_thumbnail
 from llm2clip.data.records import Source, open_records
+from llm2clip.data.remote import is_remote
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.hub.fingerprint import fingerprint
@@ -153,6 +154,8 @@ def _parse_source(text: str, columns: dict[str, str]) -> Source:
     """Parse a source, make its path absolute, and add the given column names."""
     source = Source.parse(text)
     path = source.path
+    if is_remote(path):
+        raise ValueError(f"{source}: only local images can be indexed, because the server sends them. Copy them first")
     if not path.startswith("hf:"):
         path = os.path.realpath(os.path.expanduser(path))
     return dataclasses.replace(source, path=path, columns={**source.columns, **columns})

@@ -19,6 +19,7 @@ from torch import Tensor
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.image_loader import iter_image_batches
 from llm2clip.data.image_refs import FileImage, ImageRef, to_valid_unicode
+from llm2clip.data.remote import get_remote_version, is_remote
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import ImageList
 from llm2clip.data.transforms import EvalTransform
@@ -91,7 +92,9 @@ def get_image_name(ref: ImageRef) -> str:
     If the file changes, its name changes too, and the image is encoded again.
     """
     name, path = ref.key, ref.container_path
-    if path is not None:
+    if path is not None and is_remote(path):
+        name = f"{name} {get_remote_version(path)}"
+    elif path is not None:
         with suppress(OSError):
             stat = os.stat(path) if isinstance(ref, FileImage) else _stat_cached(path)
             name = f"{name} {stat.st_size} {stat.st_mtime_ns}"

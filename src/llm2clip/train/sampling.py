@@ -276,7 +276,10 @@ class _BatchSampler(Sampler[list[Sample]]):
         self.data, self.first_step = data, first_step
 
     def __iter__(self) -> Iterator[list[Sample]]:
-        return self.data.samples(self.first_step)
+        for step, samples in enumerate(self.data.samples(self.first_step), self.first_step):
+            epoch, step_in_epoch = divmod(step, self.data.steps_per_epoch)
+            self.data.orders.prefetch_shards(epoch, step_in_epoch * self.data.images_per_step)
+            yield samples
 
     def __len__(self) -> int:
         return len(self.data) - self.first_step
