@@ -38,9 +38,10 @@ Research:
   llm2clip benchmarks                   list the public benchmarks that `evaluate` supports
   llm2clip reproduce DATA               test the paper's claims
 
-DATA is a .jsonl, .csv, .tsv or .parquet file, a folder of images with captions next to them, webdataset tars, or
-hf:NAME. DATA@train+none selects the splits `train` and `none`. Every command accepts --config FILE_OR_NAME and dotted
-overrides such as --align.epochs 20. To resume an interrupted command, run it again."""
+DATA is a .jsonl, .csv, .tsv or .parquet file, a folder of images with captions next to them, webdataset tars, a URL
+(s3://, gs://, hf://, https://) of these, or hf:NAME. DATA@train+none selects the splits `train` and `none`. Every
+command accepts --config FILE_OR_NAME and dotted overrides such as --align.epochs 20. To resume an interrupted command,
+run it again."""
 
 
 def build_parser() -> tuple[ArgumentParser, dict[str, CommandFunction]]:

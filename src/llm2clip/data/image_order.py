@@ -64,10 +64,9 @@ class EpochOrders:
             if self._usable is not None:
                 self._shard_of_image = self._shard_of_image[self._usable]
         self._epoch, self._order = -1, np.empty(0, np.int32)
-        has_remote_shards = any(map(is_remote, self._shards))
-        self._prefetch_interval = (
-            max(1, len(self._shard_of_image) // (4 * len(self._shards))) if has_remote_shards else 0
-        )
+        self._prefetch_interval = 0  # positions between two calls that download shards; 0 if no shard is remote
+        if any(map(is_remote, self._shards)):
+            self._prefetch_interval = max(1, len(self._shard_of_image) // (4 * len(self._shards)))
         self._prefetched_at = (-1, 0)  # epoch and position of the last call of `prefetch_shards`
 
     def prefetch_shards(self, epoch: int, start: int) -> None:
