@@ -28,7 +28,7 @@ from urllib.parse import quote
 from braceexpand import braceexpand
 
 from llm2clip.data import shard_cache
-from llm2clip.data.retries import MissingRemoteFileError, RemoteError, call_with_retries
+from llm2clip.data.retries import MAX_ATTEMPTS, MissingRemoteFileError, RemoteError, call_with_retries
 from llm2clip.data.storage import (
     BLOCK_BYTES,
     LOOKUP_ATTEMPTS,
@@ -288,7 +288,7 @@ def get_version_numbers(url: str) -> tuple[int, int]:
 
 def _check_version(url: str, version: str) -> None:
     """Raise `ReplacedFileError` if a file no longer has this version."""
-    current = format_version(read_info(url), url)
+    current = format_version(read_info(url, MAX_ATTEMPTS), url)
     if current != version:
         raise build_replaced_error(url, version, current)
 

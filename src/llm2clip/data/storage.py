@@ -25,11 +25,12 @@ _filesystems: dict[tuple[int, str], Any] = {}  # (process id, scheme) -> file sy
 # ---- versions --------------------------------------------------------------------------------------------------------
 
 
-def read_info(url: str) -> dict[str, Any]:
+def read_info(url: str, max_attempts: int = LOOKUP_ATTEMPTS) -> dict[str, Any]:
+    """Return the size, the etag or modification time, and the type ("file" or "directory") of a remote file."""
     filesystem = get_filesystem(get_scheme(url))
     options = {"refresh": True} if get_scheme(url) in ("s3", "hf") else {}
     info: dict[str, Any] = call_with_retries(
-        lambda: filesystem.info(to_path(url), **options), url, max_attempts=LOOKUP_ATTEMPTS
+        lambda: filesystem.info(to_path(url), **options), url, max_attempts=max_attempts
     )
     return info
 
