@@ -31,7 +31,7 @@ def make_samples(folder: Path, form: str, count: int, pixels: int) -> str:
     if form == "jsonl":
         paths = [root / f"rows-{count}.jsonl"]
     write = {"tar": write_tar, "jsonl": write_jsonl, "parquet": write_parquet}[form]
-    (root / "images").mkdir(parents=True, exist_ok=True)
+    (root / "images" if form == "jsonl" else root).mkdir(parents=True, exist_ok=True)
     jpegs: list[tuple[bytes, bytes]] = []
     start = time.perf_counter()
     for number, path in enumerate(paths):
