@@ -112,10 +112,11 @@ class ColumnMapper:
 
         If several keys match a field, keys without a value are ignored.
         """
-        names = tuple(fields)
-        filled = tuple(
-            name for name in names if _normalize_name(name) in COLUMN_NAMES["image"] or not is_null(fields[name])
-        )
+        names = filled = tuple(fields)
+        if any(map(is_null, fields.values())):
+            filled = tuple(
+                name for name in names if _normalize_name(name) in COLUMN_NAMES["image"] or not is_null(fields[name])
+            )
         key = (*names, "", *filled)
         if key not in self._cache:  # cached, because a source has only a few distinct sets of keys
             self._cache_columns(key, names, self._guess_columns(names) | self._guess_columns(filled))
@@ -186,7 +187,12 @@ class UnusableRow(Exception):
 
 def is_null(value: object) -> bool:
     """Return True for missing values: None, an empty string, an empty list, or NaN (as used by pandas)."""
-    return value is None or value == "" or value == [] or (isinstance(value, float) and math.isnan(value))
+    if value is None:
+        return True
+    kind = type(value)
+    if kind is str or kind is list:
+        return not value
+    return value == "" or value == [] or (isinstance(value, float) and math.isnan(value))
 
 
 def is_missing_text(cell: object) -> bool:
@@ -210,7 +216,10 @@ def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: 
         return ()
     if not isinstance(value, list):
         raise UnusableRow("malformed row", f"captions must be text or a list of texts (got {value!r})")
-    num_characters = sum(len(text) for text in value if isinstance(text, str))
+    num_characters = 0
+    for text in value:
+        if isinstance(text, str):
+            num_characters += len(text)
     if num_characters > MAX_CAPTION_CHARACTERS:
         raise UnusableRow(
             "malformed row", f"the captions have {num_characters:,} characters; the limit is {MAX_CAPTION_CHARACTERS:,}"
@@ -224,7 +233,8 @@ def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: 
             log.record_dropped(file, row, "empty caption", value)
             continue
         try:
-            text.encode()
+            if not text.isascii():
+                text.encode()
         except UnicodeEncodeError as error:
             if "\udc80" <= text[error.start] <= "\udcff":  # a byte that could not be decoded (surrogateescape)
                 raise UnusableRow("not UTF-8", to_valid_unicode(text)) from error
@@ -239,6 +249,8 @@ def parse_name(value: Any, field: str) -> str | None:
     Raises:
         UnusableRow: The value is neither a string nor a number.
     """
+    if type(value) is str:
+        return value.strip() or None
     if is_null(value):
         return None
     if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -255,14 +267,14 @@ def parse_image(value: Any, file: str, reject_urls: bool) -> LoadedImage | None:
     Raises:
         UnusableRow: The value has an unsupported type, or it is a URL and `reject_urls` is True.
     """
+    if type(value) is LoadedImage:
+        return value
     name = None
     if isinstance(value, dict) and {"bytes", "path"} & value.keys():
         name = value.get("path")
         value = value["bytes"] if value.get("bytes") is not None else name
     if is_null(value) or value == b"":
         return None
-    if isinstance(value, LoadedImage):
-        return value
     if isinstance(value, ImageRef):
         return LoadedImage(value, None, str(value))
     if isinstance(value, bytes):

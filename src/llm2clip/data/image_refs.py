@@ -318,12 +318,13 @@ def resolve_folder(path: str) -> str:
     if is_remote(path):
         return path
     folder, name = os.path.split(path)
-    return os.path.join(_resolve_real_path(os.path.abspath(folder)), name)
+    folder = _resolve_real_path(folder if os.path.isabs(folder) else os.path.abspath(folder))
+    return os.path.join(folder, name)
 
 
 @functools.lru_cache(maxsize=4096)
 def _resolve_real_path(folder: str) -> str:
-    return os.path.realpath(folder)
+    return os.path.realpath(os.path.abspath(folder))
 
 
 def get_file_version(path: str) -> tuple[tuple[int, int], ...]:

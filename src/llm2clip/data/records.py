@@ -11,7 +11,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -168,7 +168,7 @@ def open_records(
     return RecordReader(source, log, image_check, require_captions).read(files)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _ParsedRow:
     """A record whose captions and image have not been checked yet."""
 
@@ -250,10 +250,10 @@ class RecordReader:
         self.mapper.require_captions = self.require_captions and part.kind not in ("images", "tar")
         for row in self._read_rows(part):
             try:
-                with _convert_errors_to_unusable_row():
-                    facts = self._check_row(row, hash_images)
-            except UnusableRow as error:
-                self._skip(row.file, row.row, error.reason, error.value, row.num_rows)
+                facts = self._check_row(row, hash_images)
+            except Exception as error:
+                problem = _to_unusable_row(error)
+                self._skip(row.file, row.row, problem.reason, problem.value, row.num_rows)
                 continue
             self.num_records += 1
             yield row.record, facts
@@ -308,19 +308,19 @@ class RecordReader:
             num_rows = 0 if is_listed else 1  # 0 if the image's row in a caption file has already been counted
             split = ""  # the split is not known yet
             try:
-                with _convert_errors_to_unusable_row():
-                    if isinstance(fields, BadRow):
-                        num_rows *= fields.rows
-                        raise UnusableRow(fields.reason, fields.value)
-                    values = self._select_values(file, number, fields, kind)
-                    split = parse_name(values.get("split"), "split") or NO_SPLIT
-                    self.split_counts[split] += 1
-                    if self.source.splits and split not in self.source.splits:
-                        continue
-                    row = self._parse_row(file, number, values, split, kind, num_rows)
-            except UnusableRow as error:
+                if isinstance(fields, BadRow):
+                    num_rows *= fields.rows
+                    raise UnusableRow(fields.reason, fields.value)
+                values = self._select_values(file, number, fields, kind)
+                split = parse_name(values.get("split"), "split") or NO_SPLIT
+                self.split_counts[split] += 1
+                if self.source.splits and split not in self.source.splits:
+                    continue
+                row = self._parse_row(file, number, values, split, kind, num_rows)
+            except Exception as error:
+                problem = _to_unusable_row(error)
                 self._count_rows(split, num_rows)
-                self._skip(file, number, error.reason, error.value, num_rows)
+                self._skip(file, number, problem.reason, problem.value, num_rows)
                 continue
             self._count_rows(split, num_rows)
             if not self.require_captions and row.image is not None and isinstance(row.image.ref, FileImage):
@@ -341,16 +341,20 @@ class RecordReader:
     ) -> _ParsedRow:
         record_id = parse_name(values.get("id"), "id")
         image = parse_image(values.get("image"), file, reject_urls=self.check_images)
-        stem = os.path.splitext(os.path.basename(image.name or ""))[0] if image else ""
         parse_lists = kind in ("csv", "tsv", "tar")
+        captions = parse_captions(values.get("captions"), parse_lists, self.log, file, number)
+        # In these fields, an empty string means "no captions" rather than an empty caption.
+        short_captions, long_captions = values.get("short_captions"), values.get("long_captions")
+        phrases = values.get("phrases")
         record = Record(
-            id=record_id or stem or f"{os.path.basename(file).split('.')[0]}:{number}",
+            id=record_id or _derive_id(image, file, number),
             image=image.ref if image else None,
-            captions=parse_captions(values.get("captions"), parse_lists, self.log, file, number),
-            # In these fields, an empty string means "no captions" rather than an empty caption.
-            short_captions=parse_captions(values.get("short_captions") or None, parse_lists, self.log, file, number),
-            long_captions=parse_captions(values.get("long_captions") or None, parse_lists, self.log, file, number),
-            phrases=self._parse_phrases(values.get("phrases"), parse_lists, file, number),
+            captions=captions,
+            short_captions=(
+                parse_captions(short_captions, parse_lists, self.log, file, number) if short_captions else ()
+            ),
+            long_captions=parse_captions(long_captions, parse_lists, self.log, file, number) if long_captions else (),
+            phrases=self._parse_phrases(phrases, parse_lists, file, number) if phrases else (),
             split=None if split == NO_SPLIT else split,
             id_from_source=record_id is not None,
         )
@@ -359,7 +363,7 @@ class RecordReader:
     def _parse_phrases(self, value: Any, parse_lists: bool, file: str, number: int) -> tuple[str, ...]:
         """Return the phrases in a cell. Malformed phrases are dropped and logged, because phrases are optional."""
         try:
-            return parse_captions(value or None, parse_lists, self.log, file, number)
+            return parse_captions(value, parse_lists, self.log, file, number)
         except UnusableRow as error:
             self.log.record_dropped(file, number, "malformed phrases", error.value)
             return ()
@@ -415,15 +419,20 @@ class RecordReader:
         return f"; its splits: {', '.join(counts)}" if counts else ""
 
 
-@contextmanager
-def _convert_errors_to_unusable_row() -> Iterator[None]:
-    """Convert an unexpected exception to `UnusableRow`, so that a single bad row does not stop a run."""
-    try:
-        yield
-    except (UnusableRow, DataFormatError, FatalDataError):
-        raise
-    except Exception as error:
-        raise UnusableRow("malformed row", describe_error(error)) from error
+def _derive_id(image: LoadedImage | None, file: str, number: int) -> str:
+    """Return the id of a record without an id: the image's file name without its suffix, or else `file:row`."""
+    stem = os.path.splitext(os.path.basename(image.name or ""))[0] if image else ""
+    return stem or f"{os.path.basename(file).split('.')[0]}:{number}"
+
+
+def _to_unusable_row(error: Exception) -> UnusableRow:
+    """Convert an exception to `UnusableRow`, so that a single bad row does not stop a run.
+
+    Errors that concern more than this row are raised.
+    """
+    if isinstance(error, DataFormatError | FatalDataError):
+        raise error
+    return error if isinstance(error, UnusableRow) else UnusableRow("malformed row", describe_error(error))
 
 
 def _merge_rows(rows: Iterable[_ParsedRow]) -> Iterator[_ParsedRow]:

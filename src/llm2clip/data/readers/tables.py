@@ -1,16 +1,19 @@
 """Readers for tables: Parquet files and Hugging Face data sets. Only the columns selected by `choose` are read."""
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any, cast
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llm2clip.data.columns import UNREADABLE_FILE, BadRow, ColumnChooser, RawRow
 from llm2clip.data.image_refs import (
     DatasetImage,
+    ImageRef,
     LoadedImage,
     ParquetImage,
     check_row_group_sizes,
@@ -59,10 +62,11 @@ def read_parquet(
                 check_row_group_sizes(file.metadata)
             batch_size = choose_parquet_batch_size(file.metadata)
             for batch in file.iter_batches(batch_size, row_groups=row_groups, columns=columns, use_threads=False):
-                for fields in batch.to_pylist():
+                for cells in zip(*map(_to_list, batch.columns), strict=True):
+                    fields = dict(zip(batch.schema.names, cells, strict=True))
                     for name in image_columns - skipped:
-                        ref = ParquetImage(path, row, name)
-                        fields[name] = _convert_image_cell(ref, fields[name], bytes_skipped=not image_bytes)
+                        make_ref = partial(ParquetImage, path, row, name)
+                        fields[name] = _convert_image_cell(make_ref, fields[name], bytes_skipped=not image_bytes)
                     row += 1
                     yield path, row, fields
     except (pa.ArrowException, OSError, MemoryError) as error:
@@ -98,8 +102,8 @@ def read_huggingface(name: str, saved: bool, choose: ColumnChooser, splits: Sequ
         for row, fields in enumerate(disable_image_decoding(part.select_columns(columns))):
             if saved:
                 for column in image_columns:
-                    ref = DatasetImage(name, split if has_splits else None, row, column)
-                    fields[column] = _convert_image_cell(ref, fields[column])
+                    make_ref = partial(DatasetImage, name, split if has_splits else None, row, column)
+                    fields[column] = _convert_image_cell(make_ref, fields[column])
             if splits is not None and split is not None:
                 fields["split"] = split
             yield file, row + 1, fields
@@ -111,13 +115,41 @@ def _is_image_type(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _convert_image_cell(ref: ParquetImage | DatasetImage, value: Any, bytes_skipped: bool = False) -> Any:
-    """Convert a cell's value to None, the path of an image file, or a `LoadedImage` that refers to the cell."""
+def _to_list(column: pa.Array) -> list[Any]:
+    """Return the values of a column, as `Array.to_pylist` does, but faster for texts, lists of texts and images."""
+    kind = column.type
+    try:
+        if _is_text_or_bytes(kind):
+            return cast(list[Any], column.to_numpy(zero_copy_only=False).tolist())
+        if pa.types.is_list(kind) and _is_text_or_bytes(kind.value_type) and not column.null_count:
+            texts = _to_list(column.flatten())
+            ends = np.cumsum(column.value_lengths().to_numpy()).tolist()
+            return [texts[start:end] for start, end in pairwise([0, *ends])]
+        if _is_image_type(kind) and kind.num_fields == 2 and not column.null_count:
+            names = [kind.field(0).name, kind.field(1).name]
+            cells = map(_to_list, column.flatten())
+            return [dict(zip(names, values, strict=True)) for values in zip(*cells, strict=True)]
+    except Exception:  # `to_pylist` raises the exception that describes the corrupt values
+        pass
+    return cast(list[Any], column.to_pylist())
+
+
+def _is_text_or_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_binary(kind)
+
+
+def _convert_image_cell(make_ref: Callable[[str], ImageRef], value: Any, bytes_skipped: bool = False) -> Any:
+    """Convert a cell's value to None, the path of an image file, or a `LoadedImage` that refers to the cell.
+
+    Args:
+        make_ref: Function that creates a reference to the cell from the hash of its bytes.
+        bytes_skipped: Whether the bytes were not read.
+    """
     data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
     if value is None:
         return None
     if data is None and not bytes_skipped:
         return name  # the struct has no bytes, so its path refers to an image file
     if data is None:
-        return LoadedImage(ref, None, name)
-    return LoadedImage(replace(ref, digest=compute_content_digest(data)), data, name)
+        return LoadedImage(make_ref(""), None, name)
+    return LoadedImage(make_ref(compute_content_digest(data)), data, name)
