@@ -281,7 +281,7 @@ def parse_image(value: Any, file: str, reject_urls: bool) -> LoadedImage | None:
         return LoadedImage(MemoryImage(value, name or f"image in {file}"), value, name)
     if not isinstance(value, str):
         raise UnusableRow("malformed row", f"an image must be a path, bytes or null (got {value!r})")
-    if reject_urls and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", value):
+    if reject_urls and ":" in value and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", value):
         raise UnusableRow("image is a URL", value)
     path = join_path(get_parent(file), value)
     if is_remote(file):

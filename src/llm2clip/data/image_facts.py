@@ -3,7 +3,6 @@
 import io
 import os
 import stat
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from PIL import Image
@@ -22,11 +21,11 @@ from llm2clip.data.image_refs import FileImage, LoadedImage, TarImage
 from llm2clip.data.remote import file_exists, get_local_path, is_remote
 from llm2clip.io_utils import FatalDataError, describe_error
 
+_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # does not wait for a named pipe
 MISSING_IMAGE, UNREADABLE_IMAGE, TOO_LARGE_IMAGE = "missing image", "unreadable image", "image too large"
 
 
-@dataclass(frozen=True, slots=True)
-class ImageFacts:
+class ImageFacts(NamedTuple):
     """What reading parts of an image shows: its size in pixels and its hash, or 0 if they are not known.
 
     See `image_hashes.hash_images` for the hash.
@@ -51,12 +50,10 @@ def read_image_facts(
     Raises:
         UnusableRow: The image cannot be used.
     """
-    if check_exists and type(image.ref) is FileImage and not file_exists(image.ref.path):
+    samples = _read_samples(image) if check_header or compute_hash else None
+    if samples is None and check_exists and type(image.ref) is FileImage and not file_exists(image.ref.path):
         is_url = is_remote(image.ref.path)
         raise UnusableRow(MISSING_IMAGE, str(image.ref) if is_url else os.path.abspath(image.ref.path))
-    if not check_header and not compute_hash:
-        return ImageFacts()
-    samples = _read_samples(image)
     width = height = image_hash = 0
     if check_header:
         size = parse_image_size(samples.start, samples.size) if samples is not None else None
@@ -84,11 +81,11 @@ def _read_samples(image: LoadedImage) -> _Samples | None:
         size = len(image.data)
         start, length = _locate_middle(size)
         return _Samples(size, image.data, image.data[start : start + length])
-    if not isinstance(image.ref, FileImage | TarImage):
+    ref = image.ref
+    if not isinstance(ref, FileImage | TarImage):
         return None
     try:
-        flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
-        file = os.open(get_local_path(image.ref.path), flags)
+        file = os.open(get_local_path(ref.path), _OPEN_FLAGS)
     except FatalDataError:
         raise
     except (OSError, ValueError):
@@ -97,7 +94,7 @@ def _read_samples(image: LoadedImage) -> _Samples | None:
         status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode):
             return None
-        offset, size = (image.ref.offset, image.ref.size) if type(image.ref) is TarImage else (0, status.st_size)
+        offset, size = (ref.offset, ref.size) if isinstance(ref, TarImage) else (0, status.st_size)
         start, length = _locate_middle(size)
         first = _read_range(file, offset, min(size, max(START_BYTES, length)))
         middle = first[start : start + length]

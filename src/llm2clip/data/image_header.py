@@ -13,7 +13,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from functools import cache
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from PIL import Image
 
@@ -110,9 +110,26 @@ class _UnusualHeader(ValueError):
     """Raised for headers that must be parsed by Pillow."""
 
 
+class _JpegHeader(NamedTuple):
+    """Header of a JPEG, without its height and width."""
+
+    start: bytes
+    end: bytes
+
+
+# Images from one encoder often have the same header, so the last header is compared before a header is parsed.
+_last_jpeg_header = _JpegHeader(b"-", b"-")
+
+
 def _parse_jpeg_size(data: bytes) -> tuple[int, int]:
     """Return the size of a baseline or progressive JPEG. Segments are checked as in Pillow, up to the first scan."""
+    global _last_jpeg_header
+    start, end = _last_jpeg_header
+    if data.startswith(start) and data.startswith(end, len(start) + 4):
+        height, width = struct.unpack_from(">HH", data, len(start))
+        return width, height
     size = None
+    size_position = 0
     position = 2
     for _ in range(MAX_SIMPLE_SEGMENTS):
         prefix, marker, length = _unpack_segment_header(data, position)
@@ -129,8 +146,9 @@ def _parse_jpeg_size(data: bytes) -> tuple[int, int]:
             bits, height, width, num_components = struct.unpack_from(">BHHB", data, content)
             if size is not None or bits != 8 or num_components not in (1, 3, 4) or length != 8 + 3 * num_components:
                 break
-            size = width, height
+            size, size_position = (width, height), content + 1
         elif marker == _SOS and size is not None:
+            _last_jpeg_header = _JpegHeader(data[:size_position], data[size_position + 4 : position])
             return size
         elif not _is_simple_segment(marker, data[content : content + 12], length - 2):
             break

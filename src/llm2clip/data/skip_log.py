@@ -189,6 +189,9 @@ class EventLog(SkipLog):
         super().__init__(max_skipped=1.0)
         self.events: list[list[Any]] = []
 
+    def count_source_rows(self, path: str, split: str, count: int) -> None:
+        """Do nothing. The number of rows is in the summary of the part that is read."""
+
     def skip(self, file: str, row: int, reason: str, value: object, rows: int = 1) -> None:
         self.events.append(["skip", file, row, reason, str(value)[:200], rows])
 

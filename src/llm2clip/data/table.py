@@ -496,18 +496,18 @@ class RowBuilder:
         """Return the values of the columns from `image_kind` to `image_data`."""
         if image is None:
             return NO_IMAGE, 0, b"", 0, 0, None, None
-        if isinstance(image, FileImage):
+        if type(image) is FileImage:
             end = image.path.rfind("/") + 1
             container = self._number_container(image.path[:end])
             return 0, container, encode_name(image.path[end:]), 0, 0, None, None
-        if isinstance(image, TarImage):
+        if type(image) is TarImage:
             container = self._number_container(image.path)
             return 1, container, encode_name(image.name), image.offset, image.size, None, None
-        if isinstance(image, ParquetImage):
+        if type(image) is ParquetImage:
             container = self._number_container(image.path)
             digest = bytes.fromhex(image.digest) or None
             return 2, container, encode_name(image.column), image.row, 0, digest, None
-        if isinstance(image, DatasetImage):
+        if type(image) is DatasetImage:
             container = self._number_container(json.dumps([image.folder, image.split]))
             digest = bytes.fromhex(image.digest) or None
             return 3, container, encode_name(image.column), image.row, 0, digest, None

@@ -382,4 +382,4 @@ class _Sample:
                 images[suffix] = LoadedImage(ref, self.contents.get(suffix), str(ref))
         fields |= images  # images are also keyed by suffix, so that a column mapping can select one of them
         fields["image"] = images.get(self.image_suffix)
-        return {"id": os.path.basename(self.key)} | fields
+        return {"id": self.key.rpartition("/")[2]} | fields
