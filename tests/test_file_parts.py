@@ -13,7 +13,7 @@ import pytest
 
 from llm2clip.data.columns import BadRow, RawRow
 from llm2clip.data.image_refs import LoadedImage
-from llm2clip.data.readers import encoding, parts, read_source
+from llm2clip.data.readers import encoding, parts, read_source, tables
 from llm2clip.data.readers.parts import FilePart, read_part, split_file
 from llm2clip.data.skip_log import SkipLog
 
@@ -161,3 +161,25 @@ def test_parts_of_a_corrupt_parquet_file_count_each_row_once(tmp_path: Path) -> 
     _, rows, _ = read_parts(path, "parquet", 1000)
     assert sum(fields.rows if isinstance(fields, BadRow) else 1 for _, _, fields in rows) == 100
     assert any(isinstance(fields, BadRow) for _, _, fields in rows)
+
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (["a", "", None, "é一"], pa.string()),
+        ([b"a", b"", None, b"\xff"], pa.binary()),
+        ([["a", None], [], ["b", "c"], [""]], pa.list_(pa.string())),
+        ([["a"], None, [], ["b"]], pa.list_(pa.string())),
+        ([{"bytes": b"a", "path": "a"}, {"bytes": None, "path": "b"}, {"bytes": b"", "path": None}], IMAGE),
+        ([{"bytes": b"a", "path": "a"}, None, {"bytes": b"b", "path": "b"}], IMAGE),
+        ([1, None, 2], pa.int64()),
+        ([[["a"]], [], None], pa.list_(pa.list_(pa.string()))),
+    ],
+)
+def test_cells_of_parquet_files_are_those_of_arrow(values: list[Any], kind: pa.DataType) -> None:
+    column = pa.array(values, kind)
+    for part in (column, column[1:], column[:2], column[1:2], column[:0]):
+        assert tables._to_list(part) == part.to_pylist()
