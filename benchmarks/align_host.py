@@ -4,8 +4,8 @@
 
 In each step, a GPU would have to wait for the main thread. The script measures each thread's CPU time, which hardly
 depends on other processes. As in training on a GPU, a background thread prepares the next batches. Images are replaced
-with constant pixels, which one worker process sends. Copies to pinned memory are replaced with copies to ordinary
-memory. Copies from pinned memory to the GPU are not included.
+with constant pixels, which one worker process sends. Pinned memory is replaced with ordinary memory that is reused, as
+PyTorch reuses pinned memory. Copies from pinned memory to the GPU are not included.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from llm2clip.runs.checkpoint import MetricsLog
 from llm2clip.store.image_features import get_image_name
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.writer import StoreWriter
+from llm2clip.train import sampling
 from llm2clip.train.sampling import AlignBatches, CaptionSampler
 
 IMAGES, CAPTIONS, TEXT_DIM, FEATURE_DIM, IMAGE_SIZE = 16_384, 5, 2048, 1024, 224
@@ -128,6 +129,7 @@ def run(folder: Path, name: str, steps: int, pause: float) -> dict[str, dict[str
     data = AlignBatches(table, store, model, config, features=features if cached else None)
     if not cached:
         data.images = ConstantImages(refs)  # type: ignore[assignment]
+    sampling.allocate_pinned = allocate_buffer  # type: ignore[assignment]
     profile = Profile()
     profile.wrap(_MultiProcessingDataLoaderIter, "_next_data", "receive images")
     profile.wrap(CaptionSampler, "sample", "draw captions")
@@ -149,15 +151,24 @@ def run(folder: Path, name: str, steps: int, pause: float) -> dict[str, dict[str
     return run_steps(Prefetcher(copied_batches()), steps, profile, step, pause)
 
 
-_buffers: dict[torch.dtype, Tensor] = {}
+_buffers: dict[Any, list[Tensor]] = {}  # trailing shape and dtype -> buffers, oldest first
+RING = 4  # number of buffers: one in use, two that are prefetched, and one that is being filled
+
+
+def allocate_buffer(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a part of a buffer that is reused, in place of pinned memory."""
+    ring = _buffers.setdefault((*shape[1:], dtype), [])
+    buffer = ring.pop(0) if len(ring) == RING else None
+    if buffer is None or len(buffer) < shape[0]:
+        buffer = torch.zeros((2 * shape[0], *shape[1:]), dtype=dtype)
+    ring.append(buffer)
+    return buffer[: shape[0]]
 
 
 def copy_to_buffer(tensor: Tensor) -> Tensor:
-    """Copy a tensor to a buffer that is reused for all copies, as PyTorch reuses pinned memory."""
-    buffer = _buffers.get(tensor.dtype)
-    if buffer is None or buffer.numel() < tensor.numel():
-        buffer = _buffers[tensor.dtype] = torch.empty_like(tensor).flatten()
-    return buffer[: tensor.numel()].view_as(tensor).copy_(tensor)
+    """Copy a tensor to a buffer, in place of `pin_memory`, unless it already is in a buffer."""
+    is_in_buffer = any(tensor.data_ptr() == buffer.data_ptr() for ring in _buffers.values() for buffer in ring)
+    return tensor if is_in_buffer else allocate_buffer(tuple(tensor.shape), tensor.dtype).copy_(tensor)
 
 
 def write_store(folder: Path, keys: list[str], dim: int) -> EmbeddingStore:

@@ -130,13 +130,16 @@ class EmbeddingStore:
             parts.append(rows)
         return np.concatenate(parts)
 
-    def take(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
+    def take(self, rows: np.ndarray | Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
         """Read the embeddings in N rows as a float32 array of shape (N, embed_dim), in the order of `rows`.
+
+        Args:
+            out: Array to fill and return, for example in pinned memory. Default: a new array.
 
         Raises:
             IndexError: A row number is out of range.
         """
-        return self._reader.take(np.asarray(rows, dtype=np.int64))
+        return self._reader.take(np.asarray(rows, dtype=np.int64), out)
 
     def verify(self, progress: bool = False) -> None:
         """Verify the checksum of every shard, and compare the index with a rebuilt index.
@@ -198,7 +201,13 @@ class ShardRows(NamedTuple):
 
 
 class RowReader(ABC):
-    """Base class for reading embeddings by row number. Subclasses implement how values are read from the shards."""
+    """Base class for reading embeddings by row number. Subclasses implement how values are read from the shards.
+
+    Attributes:
+        chunk_bytes: Number of bytes to read before they are converted to float32.
+    """
+
+    chunk_bytes: int
 
     def __init__(self, folder: Path, shards: Sequence[Shard], embed_dim: int, dtype: str) -> None:
         """Check the files of all shards.
@@ -225,24 +234,26 @@ class RowReader(ABC):
                 open_scales(n)  # checks the file
             self.open_scales = lru_cache(MAX_OPEN_FILES)(open_scales)
 
-    def take(self, rows: np.ndarray) -> np.ndarray:
+    def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Read the embeddings in N rows of the store; see `EmbeddingStore.take`. `rows` has shape (N,), int64."""
         total = int(self.bounds[-1])
         if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < total):
             raise IndexError(f"row numbers must be between 0 and {total - 1}")
+        embeddings = np.empty((len(rows), self.embed_dim), np.float32) if out is None else out
         order = np.argsort(rows, kind="stable")
         sorted_rows = rows[order]
-        stored = np.empty((len(rows), self.embed_dim), self.dtype)
-        parts = self._split_by_shard(sorted_rows, stored)
-        self._read(parts)
-        position = np.empty_like(order)  # position of each requested row in `sorted_rows`
-        position[order] = np.arange(len(order))
-        # torch is faster than NumPy here, because it uses several threads.
-        embeddings = torch.from_numpy(stored)[torch.from_numpy(position)].float()
-        if self.open_scales is not None:
-            scales = np.concatenate([np.empty(0, np.float32), *(self.open_scales(p.shard)[p.rows] for p in parts)])
-            embeddings *= torch.from_numpy(scales[position])[:, None]
-        return embeddings.numpy()
+        chunk_size = max(1, self.chunk_bytes // (self.embed_dim * self.dtype.itemsize))
+        buffer = np.empty((min(chunk_size, len(rows)), self.embed_dim), self.dtype)
+        for start in range(0, len(rows), chunk_size):
+            chunk = sorted_rows[start : start + chunk_size]
+            stored = buffer[: len(chunk)]
+            parts = self._split_by_shard(chunk, stored)
+            self._read(parts)
+            values = torch.from_numpy(stored).float().numpy()  # PyTorch converts float16 faster than NumPy
+            if self.open_scales is not None:
+                values *= np.concatenate([self.open_scales(part.shard)[part.rows] for part in parts])[:, None]
+            embeddings[order[start : start + chunk_size]] = values
+        return embeddings
 
     def _split_by_shard(self, sorted_rows: np.ndarray, out: np.ndarray) -> list[ShardRows]:
         """Group the rows by shard. The `out` array of each group is a view of this group's rows in `out`."""
@@ -261,6 +272,8 @@ class RowReader(ABC):
 class MmapReader(RowReader):
     """Reader that uses memory maps."""
 
+    chunk_bytes = 1 << 18  # fits in the CPU's cache, so main memory is read and written only once
+
     def _read(self, parts: list[ShardRows]) -> None:
         for part in parts:
             # All rows are in range, so nothing is clipped. With mode="raise", NumPy would buffer the output.
@@ -269,6 +282,8 @@ class MmapReader(RowReader):
 
 class PreadReader(RowReader):
     """Reader that uses one positional read for each run of consecutive rows. Several threads read in parallel."""
+
+    chunk_bytes = 1 << 24  # many reads, so that all threads are busy and the disk can reorder them
 
     def __init__(self, folder: Path, shards: Sequence[Shard], embed_dim: int, dtype: str) -> None:
         super().__init__(folder, shards, embed_dim, dtype)

@@ -191,8 +191,7 @@ class AlignBatches:
 
     def _take_features(self, samples: list[Sample]) -> Tensor:
         assert self.features is not None
-        rows = self.feature_rows[[image for _, image in samples]]
-        return torch.from_numpy(self.features.take(rows))
+        return _take_rows(self.features, self.feature_rows[[image for _, image in samples]])
 
     def _make_batch(
         self, images: Tensor, frozen_features: Tensor | None, samples: list[Sample], failures: dict[str, str]
@@ -204,7 +203,7 @@ class AlignBatches:
         return Batch(
             images=images,
             frozen_features=frozen_features,
-            embeddings=torch.from_numpy(self.store.take(caption_rows)),
+            embeddings=_take_rows(self.store, caption_rows),
             caption_rows=torch.from_numpy(caption_rows),
             image_of_caption=torch.from_numpy(image_of_caption),
             phrases=None if self.phrases is None else torch.from_numpy(_list_caption_rows(self.phrases, image_numbers)),
@@ -213,6 +212,23 @@ class AlignBatches:
             image_names=_ImageNames(self.images.refs, image_numbers),
             failures=failures,
         )
+
+
+def _take_rows(source: CaptionSource, rows: np.ndarray) -> Tensor:
+    """Return the text inputs or embeddings in N rows. Embeddings are read into pinned memory if there is a GPU."""
+    if not isinstance(source, EmbeddingStore):
+        return torch.from_numpy(source.take(rows))
+    embeddings = allocate_pinned((len(rows), source.embed_dim))
+    source.take(rows, out=embeddings.numpy())
+    return embeddings
+
+
+def allocate_pinned(shape: tuple[int, ...]) -> Tensor:
+    """Allocate a float32 tensor in pinned memory or, without a GPU, in ordinary memory.
+
+    PyTorch reuses the pinned memory of freed tensors, but not before their asynchronous copies to a GPU are complete.
+    """
+    return torch.empty(shape, pin_memory=torch.cuda.is_available())
 
 
 def _list_caption_rows(captions: CaptionRows, images: np.ndarray) -> np.ndarray:
