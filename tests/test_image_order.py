@@ -147,3 +147,23 @@ def test_epoch_orders_use_only_usable_records() -> None:
     assert shards.take(1, 20, 30).tolist() == order[20:30].tolist(), "an epoch can be read from any position"
     every = EpochOrders(table, np.ones(60, bool), 3, "random")
     assert every.take(0, 0, 60).tolist() == draw_random_order(60, 3, 0).tolist()
+
+
+def test_epoch_orders_download_the_next_shards_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each position, the shards of the current and the next window are requested, in the order of their use."""
+    requests: list[list[str]] = []
+    monkeypatch.setattr(image_order, "prefetch", requests.append)
+    table = make_shards("s3://bucket", 40)
+    orders = EpochOrders(table, np.ones(120, bool), 0)
+    assert orders.image_order == "shards"
+    order = [int(image) for start in range(0, 120, 3) for image in orders.take(0, start, start + 3)]
+    needed = list(dict.fromkeys(f"s3://bucket/{image // 3:03}.tar" for image in order))
+    assert requests[0] == needed[:32] and len(requests) == 40
+    for n, request in enumerate(requests):
+        assert request == list(dict.fromkeys(f"s3://bucket/{image // 3:03}.tar" for image in order[3 * n :]))[:32]
+    few = EpochOrders(make_shards("s3://bucket", 2), np.ones(6, bool), 0)
+    few.take(0, 0, 3)
+    few.take(0, 3, 6)
+    assert few.image_order == "random" and requests[40:] == [["s3://bucket/000.tar", "s3://bucket/001.tar"]]
+    EpochOrders(make_shards("/local", 40), np.ones(120, bool), 0, "shards").take(0, 0, 3)
+    assert len(requests) == 41

@@ -58,7 +58,9 @@ class EpochOrders:
         self._usable = (
             None if self.num_images == len(records) else np.flatnonzero(is_usable).astype(_choose_dtype(len(records)))
         )
-        self._shard_of_image, self._shards = np.empty(0, np.int32), list[str]()
+        self._shard_of_image, self._shards = np.empty(0, np.int32), _list_paths(records)
+        self._is_remote = any(map(is_remote, self._shards))
+        self._next_prefetch = 0  # position of the epoch at which the next shards are downloaded
         if self.image_order == "shards":
             self._shard_of_image, self._shards = number_shards(records)
             if self._usable is not None:
@@ -84,8 +86,22 @@ class EpochOrders:
         if epoch != self._epoch:
             self._order = np.empty(0, np.int32)  # free the memory first
             self._epoch, self._order = epoch, self._draw(epoch)
+            self._next_prefetch = 0
+        if self._is_remote and start >= self._next_prefetch:
+            self._prefetch(start)
         images = self._order[start:stop]
         return images if self._usable is None else self._usable[images]
+
+    def _prefetch(self, start: int) -> None:
+        """Download the remote shards that are needed after a position, until one more shard has been read."""
+        if self.image_order == "shards":
+            upcoming = list_upcoming_shards(self._order, self._shard_of_image, start)
+            prefetch([self._shards[shard] for shard in upcoming])
+            self._next_prefetch = start + max(1, self.num_images // len(self._shards))
+        else:
+            if len(self._shards) <= WINDOW:  # more shards may not fit in the cache
+                prefetch(self._shards)
+            self._next_prefetch = self.num_images
 
     def _draw(self, epoch: int) -> np.ndarray:
         if self.image_order == "shards":
@@ -158,6 +174,11 @@ def number_shards(records: RecordTable) -> tuple[np.ndarray, list[str]]:
     return np.concatenate(parts), list(number_of_path)
 
 
+def _list_paths(records: RecordTable) -> list[str]:
+    """List the paths of the files and folders that contain the images."""
+    return list(dict.fromkeys(path for containers in records.blocks.containers for path in containers))
+
+
 # ---- choice of the order ---------------------------------------------------------------------------------------------
 
 
@@ -174,7 +195,7 @@ def choose_image_order(records: RecordTable) -> ImageOrder:
         return "random" if forced == "random" else "shards"
     if forced:
         raise ValueError(f"LLM2CLIP_IMAGE_ORDER must be random or shards (got {forced})")
-    paths = {path for containers in records.blocks.containers for path in containers}
+    paths = _list_paths(records)
     if len(paths) <= WINDOW or not np.isin(records.numbers("image_kind"), SHARD_KINDS).all():
         return "random"
     return "shards" if any(is_slow(folder) for folder in {os.path.dirname(path) for path in paths}) else "random"
@@ -183,7 +204,7 @@ def choose_image_order(records: RecordTable) -> ImageOrder:
 @lru_cache(maxsize=4096)
 def is_slow(folder: str) -> bool:
     """Return True if random access to the files in a folder is slow: remote files, network file systems, hard disks."""
-    if "://" in folder:
+    if is_remote(folder):
         return True
     path = os.path.realpath(folder)
     mounts = [disk for disk in psutil.disk_partitions(all=True) if Path(path).is_relative_to(disk.mountpoint)]
