@@ -523,6 +523,26 @@ def test_int8_rows_are_within_half_a_quantization_step(tmp_path: Path, read_mode
 
 
 @pytest.mark.parametrize("read_mode", ["mmap", "pread"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_rows_read_in_chunks_into_an_array_are_exact(
+    tmp_path: Path, read_mode: ReadMode, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Repeated rows of three shards in any order, with chunks of three rows that cross the shards' bounds."""
+    embeddings = np.random.default_rng(0).normal(size=(20, 4)).astype(dtype)
+    writer = StoreWriter(tmp_path, IDENTITY, 4, dtype)
+    for number, start in enumerate(range(0, 20, 7)):
+        texts = [str(i) for i in range(start, min(start + 7, 20))]
+        writer.write(number, texts, [1] * len(texts), embeddings[start : start + 7].astype(np.float32))
+    writer.finish()
+    store = EmbeddingStore(tmp_path, read_mode)
+    monkeypatch.setattr(type(store._reader), "chunk_bytes", 3 * embeddings[0].nbytes)
+    rows = np.random.default_rng(1).integers(0, 20, 50)
+    out = np.full((50, 4), np.nan, np.float32)
+    assert store.take(rows, out=out) is out
+    assert out.tobytes() == store.take(rows).tobytes() == embeddings[rows].astype(np.float32).tobytes()
+
+
+@pytest.mark.parametrize("read_mode", ["mmap", "pread"])
 def test_readers_limit_and_close_open_files(
     tmp_path: Path, read_mode: ReadMode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
