@@ -74,6 +74,8 @@ def extract_phrases(timer: Timer, source: str, folder: str) -> tuple[None, Any]:
     except ImportError:  # version 0.2
         from llm2clip.data.noun_phrases import add_phrases  # type: ignore
 
+    import llm2clip.runs.ranks  # noqa: F401 - imports PyTorch, which `add_phrases` would import
+
     _, records = read_records(Timer(), source, folder)
     with timer:
         records = add_phrases(records)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import atexit
 import os
 import pickle
+import sys
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import accumulate
+from multiprocessing import AuthenticationError
+from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -102,6 +105,13 @@ def skip_finalization(worker: int) -> None:
     inside C++ code, which aborts the process ("terminate called without an active exception").
     """
     atexit.register(os._exit, 0)
+    sys.excepthook = _report_exception
+
+
+def _report_exception(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Print an exception, unless it only says that the main process was interrupted while it received a batch."""
+    if not issubclass(kind, EOFError | ConnectionError | AuthenticationError):
+        sys.__excepthook__(kind, error, traceback)
 
 
 # ---- image references in worker processes ---------------------------------------------------------------------------

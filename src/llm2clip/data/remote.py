@@ -60,7 +60,7 @@ _failures: dict[str, tuple[float, RemoteError]] = {}  # URL -> time and error of
 
 def is_remote(path: str) -> bool:
     """Return True if a path is the URL of a remote file or folder. `hf:NAME`, a data set on the Hub, is not a path."""
-    return _REMOTE.match(path) is not None
+    return _REMOTE.match(str(path)) is not None
 
 
 def get_parent(path: str) -> str:
