@@ -1,5 +1,6 @@
 """Several sources read as one list with one record per image."""
 
+import hashlib
 from pathlib import Path
 
 import pyarrow as pa
@@ -108,32 +109,39 @@ def test_copies_in_a_tar_file_are_merged_with_files(tmp_path: Path) -> None:
     assert [record.captions for record in records] == [("a", "0"), ("1", "2")]
 
 
-def test_links_are_copies_of_their_target_without_reading_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The link comes first, and the target is itself a copy of an earlier file of the same content."""
-    for name in ("0.jpg", "target.jpg"):
-        (tmp_path / name).write_bytes(image_bytes(0))
+def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list to which the length of each later read for hashing is appended."""
+    lengths: list[int] = []
+    read = image_hashes._hash_range
+    monkeypatch.setattr(
+        image_hashes, "_hash_range", lambda path, start, length: lengths.append(length) or read(path, start, length)
+    )
+    return lengths
+
+
+def test_links_have_the_contents_of_their_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target is read once, and what cannot be read has no hash."""
+    data = image_bytes(0)
+    (tmp_path / "target.jpg").write_bytes(data)
+    (tmp_path / "empty.jpg").touch()
     (tmp_path / "folder").symlink_to(tmp_path)
     (tmp_path / "link.jpg").symlink_to("folder/target.jpg")
     (tmp_path / "broken.jpg").symlink_to("nothing.jpg")
-    refs = {name: FileImage(str(tmp_path / f"{name}.jpg")) for name in ("link", "target", "broken", "0")}
-    key = {name: ref.key for name, ref in refs.items()}
-    assert image_hashes.find_copies(refs.values()) == {key["target"]: key["link"], key["0"]: key["link"]}
-    monkeypatch.setattr(image_hashes, "_hash_range", None)
-    assert image_hashes.find_copies([refs["link"], refs["target"]]) == {key["target"]: key["link"]}
+    lengths = count_reads(monkeypatch)
+    names = ("link", "target", "broken", "empty", "missing")
+    expected = [hashlib.sha256(data).digest()] * 2 + [b""] * 3
+    assert image_hashes.hash_contents([FileImage(str(tmp_path / f"{name}.jpg")) for name in names]) == expected
+    assert lengths == [len(data)]
 
 
-def test_only_files_of_equal_size_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of large files that differ in the middle, only a sample is read."""
-    for name, content in {"a": b"a" * 99_999, "b": b"b" * 99_999, "c": b"c" * 99_998}.items():
-        (tmp_path / name).write_bytes(content)
-    refs = [FileImage(str(tmp_path / name)) for name in "abc"] + [FileImage(str(tmp_path / "missing"))]
-    lengths: list[int] = []
-    digest = image_hashes._hash_range
-    monkeypatch.setattr(
-        image_hashes, "_hash_range", lambda path, start, length: lengths.append(length) or digest(path, start, length)
-    )
-    refs += [FileImage(str(tmp_path / name)) for name in ("empty", "empty too")]
-    for ref in refs[-2:]:
-        Path(ref.path).touch()
-    assert image_hashes.find_copies(refs) == {}
-    assert lengths == [image_hashes.SAMPLE_BYTES] * 2
+def test_only_images_with_equal_hashes_are_read_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two images have the same size and middle, but different ends."""
+    end = b"\xff\xd9" + bytes(4096)
+    images = [image_bytes(0) + end, image_bytes(0) + end[:-1] + b"x", image_bytes(1) + end, image_bytes(0) + end]
+    write_jsonl(tmp_path / "x.jsonl", [{"image": f"{n}.jpg", "caption": f"{n}"} for n in range(4)])
+    for n, data in enumerate(images):
+        (tmp_path / f"{n}.jpg").write_bytes(data)
+    lengths = count_reads(monkeypatch)
+    records = open_table([str(tmp_path / "x.jsonl")], {}, SkipLog())
+    assert [record.captions for record in records] == [("0", "3"), ("1",), ("2",)]
+    assert lengths == [len(images[0])] * 3

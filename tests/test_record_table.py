@@ -16,7 +16,7 @@ import pytest
 
 from format_fixtures import image_bytes, write_jsonl, write_tar
 from llm2clip.data import build_table
-from llm2clip.data.build_table import mask_same_images, open_sourced_table, open_table
+from llm2clip.data.build_table import load_source_indices, mask_same_images, open_table
 from llm2clip.data.columns import CAPTION_FIELDS
 from llm2clip.data.image_hashes import hash_images
 from llm2clip.data.image_refs import FileImage, MemoryImage, ParquetImage, TarImage
@@ -140,12 +140,13 @@ def test_table_equals_the_records_of_its_sources(tmp_path: Path) -> None:
     cells = [{"image": {"bytes": image_bytes(80 + n), "path": f"{n}.jpg"}, "caption": f"cell {n}"} for n in range(3)]
     pq.write_table(pa.Table.from_pylist(cells), tmp_path / "x.parquet")
     sources = [tars, jsonl, str(tmp_path / "x.parquet")]
-    table, source_of_record = open_sourced_table(sources, {}, SkipLog(), folder=tmp_path / "tables")
+    table = open_table(sources, {}, SkipLog(), folder=tmp_path / "tables")
     expected = [record for source in sources for record in open_records(source)]
     assert list(table) == expected
-    assert source_of_record.tolist() == [0] * 20 + [1] + [2] * 3
+    assert load_source_indices(table).tolist() == [0] * 20 + [1] + [2] * 3
     assert [image.read() for image in table.get_images()] == [record.image.read() for record in expected]
-    assert np.array_equal(np.unique(table.numbers("image_hash")), hash_images(record.image for record in expected))
+    assert np.array_equal(table.hash_images(), hash_images(record.image for record in expected))
+    assert np.array_equal(RecordTable.from_records(expected).hash_images(), table.hash_images())
     assert (table.numbers("width") > 0).all() and (table.numbers("height") > 0).all()
 
 
@@ -228,9 +229,9 @@ def test_merged_rows_keep_the_place_and_source_of_the_first(tmp_path: Path) -> N
     first = write_jsonl(tmp_path / "1.jsonl", [{"image": f"{n}.jpg", "caption": n, "id": n} for n in "ab"])
     rows = [{"image": "c.jpg", "caption": "c"}, {"image": "copy.jpg", "caption": "copied"}]
     second = write_jsonl(tmp_path / "2.jsonl", [*rows, {"image": "b.jpg", "caption": "more"}, *rows])
-    table, sources = open_sourced_table([str(first), str(second)], {}, SkipLog(), folder=tmp_path / "tables")
+    table = open_table([str(first), str(second)], {}, SkipLog(), folder=tmp_path / "tables")
     assert [record.captions for record in table] == [("a", "copied"), ("b", "more"), ("c",)]
-    assert [record.id for record in table] == ["a", "b", "c"] and sources.tolist() == [0, 0, 1]
+    assert [record.id for record in table] == ["a", "b", "c"] and load_source_indices(table).tolist() == [0, 0, 1]
     assert (table.numbers("width") > 0).all()
 
 

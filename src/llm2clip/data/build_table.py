@@ -6,7 +6,7 @@ that result from merging several rows with the same image:
 
     FOLDER/
       parts/HASH.arrow         rows of one part, and what was skipped
-      tables/HASH/             rows.npy, merged.arrow, origins.npy, copies.npy; files derived from the table
+      tables/HASH/             rows.npy, merged.arrow, sources.npy, copies.npy; files derived from the table
 
 So reading continues after an interruption, and if a source file changes, only this file is read again. None of this
 depends on the number of processes.
@@ -29,7 +29,7 @@ from filelock import FileLock
 from llm2clip.data import readers
 from llm2clip.data.columns import TEXT_FIELDS
 from llm2clip.data.image_facts import ImageFacts
-from llm2clip.data.image_hashes import find_copies
+from llm2clip.data.image_hashes import hash_contents
 from llm2clip.data.image_refs import FileImage, TarImage
 from llm2clip.data.parallel import count_cores, map_in_processes
 from llm2clip.data.readers.parts import FilePart, split_file
@@ -49,10 +49,11 @@ from llm2clip.data.texts import deduplicate_captions
 from llm2clip.io_utils import atomic_dir, atomic_path, get_cache_dir
 from llm2clip.progress import ProgressBar
 
-FORMAT_VERSION = 1  # increase it if the columns, their contents or the rules for merging change
+FORMAT_VERSION = 2  # increase it if the columns, their contents or the rules for merging change
 PART_BYTES = 16 << 20  # approximate size of a part of a large file
 MIN_PARALLEL_BYTES = 8 << 20  # smaller sources are read in this process, because starting processes takes a second
 START_TIME = time.time_ns()  # approximate start of this process
+BATCH_IMAGES = 1 << 14  # number of images whose references are in memory at a time
 PREFETCH_FILES = 8  # number of remote files to download ahead
 UNUSED_DAYS = 30  # parts and tables that have not been opened for this long are deleted
 
@@ -69,18 +70,6 @@ def open_table(
     folder: Path | None = None,
     workers: int | None = None,
 ) -> RecordTable:
-    """Read all records from several sources, and merge records with the same image. See `open_sourced_table`."""
-    return open_sourced_table(sources, columns, log, image_check, folder, workers)[0]
-
-
-def open_sourced_table(
-    sources: Sequence[str | Source],
-    columns: dict[str, str],
-    log: SkipLog,
-    image_check: ImageCheck = "header",
-    folder: Path | None = None,
-    workers: int | None = None,
-) -> tuple[RecordTable, np.ndarray]:
     """Read all records from several sources, and merge records with the same image.
 
     Sources that were read before are not read again, unless their files have changed. Of the image files that a caption
@@ -88,7 +77,7 @@ def open_sourced_table(
 
     Rows with the same image are merged into one record with all their distinct captions, even if the sources differ.
     The merged record keeps the id, split and source of the first row. Image files with the same bytes are treated as
-    the same image; see `find_copies`. Rows without an image are merged if they have the same id, source path and split.
+    the same image. Rows without an image are merged if they have the same id, source path and split.
 
     Time: about 50 microseconds of CPU per image. Memory: about 60 bytes per row while rows are merged.
 
@@ -100,7 +89,7 @@ def open_sourced_table(
         workers: Number of processes. Default: one per core, or this process for small sources.
 
     Returns:
-        A table with one record per image, in order of first appearance, and the index of each record's source.
+        A table with one record per image, in order of first appearance. See `load_source_indices`.
 
     Raises:
         NoImagesError: Images are checked, but no record has an image.
@@ -121,6 +110,12 @@ def open_sourced_table(
     return _open_merged(tasks, table_folder, parsed, log, image_check)
 
 
+def load_source_indices(table: RecordTable) -> np.ndarray:
+    """Return the index of each record's source, of shape (N,), int16, for a table that `open_table` returned."""
+    assert table.folder is not None
+    return np.load(table.folder / "sources.npy")
+
+
 def mask_same_images(records: RecordTable, candidates: RecordTable) -> np.ndarray:
     """Return a boolean mask of the candidates that have the same image as one of the records, of shape (candidates,).
 
@@ -132,21 +127,19 @@ def mask_same_images(records: RecordTable, candidates: RecordTable) -> np.ndarra
     shared = np.intersect1d(known_hashes, candidate_hashes)
     shared = shared[shared > 0]
     positions = np.flatnonzero(np.isin(candidate_hashes, shared))
-    known = list(records.select(np.isin(known_hashes, shared)).get_images())
-    unknown = list(candidates.select(positions).get_images())
-    copies = find_copies([*known, *unknown])
-    known_keys = {copies.get(image.key, image.key) for image in known if image is not None}
-    for position, image in zip(positions.tolist(), unknown, strict=True):
-        is_same[position] |= image is not None and copies.get(image.key, image.key) in known_keys
+    known = _hash_contents(records, np.flatnonzero(np.isin(known_hashes, shared)))
+    first = _find_first_rows(*np.concatenate([known, _hash_contents(candidates, positions)], axis=1))
+    num_known = known.shape[1]
+    is_same[positions[first[num_known:] < num_known]] = True
     return is_same
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class _PartTask:
-    """A part of a source, and the file in which its rows are saved."""
+    """A part of a source, the file in which its rows are saved, and the file's summary once the part has been read."""
 
     source_index: int
     source: Source
@@ -154,6 +147,7 @@ class _PartTask:
     image_check: ImageCheck
     file: Path
     version: str | None = None  # pinned version of a remote file
+    summary: PartSummary | None = None
 
     def estimate_work(self) -> float:
         """Return the size of the text or of the download of the part, in bytes. Tar files contain little text."""
@@ -176,10 +170,12 @@ def _list_parts(sources: Sequence[Source], log: SkipLog, image_check: ImageCheck
                 settings = [FORMAT_VERSION, dataclasses.astuple(part), absolute_path, version, source.path]
                 settings += [source.splits, sorted(source.columns.items()), image_check]
                 file = folder / "parts" / f"{_hash_json(settings)}.arrow"
-                if file.exists() and _must_read_again(part, _read_summary(file)):
+                summary = _read_summary(file) if file.exists() else None
+                if summary is not None and _must_read_again(part, summary):
                     file.unlink()
+                    summary = None
                 pinned = version if is_remote(path) and kind != "images" else None
-                tasks.append(_PartTask(index, source, part, image_check, file, pinned))
+                tasks.append(_PartTask(index, source, part, image_check, file, pinned, summary))
     return tasks
 
 
@@ -194,7 +190,7 @@ def _read_parts(
     sources: Sequence[Source], tasks: Sequence[_PartTask], log: SkipLog, image_check: ImageCheck, workers: int | None
 ) -> None:
     """Read the parts that have not been read before, and check each source when all of its parts are complete."""
-    missing = {task.file: task for task in tasks if not task.file.exists()}
+    missing = {task.file: task for task in tasks if task.summary is None}
     work = sum(task.estimate_work() for task in missing.values())
     if workers is None:
         workers = count_cores() if work >= MIN_PARALLEL_BYTES else 1
@@ -210,9 +206,9 @@ def _read_parts(
                 if missing.pop(task.file, None) is not None and (error := next(new_parts)) is not None:
                     raise error
                 os.utime(task.file)
-                summary = _read_summary(task.file)
-                reader.add_part(summary)
-                num_rows += summary.num_records
+                task.summary = task.summary or _read_summary(task.file)
+                reader.add_part(task.summary)
+                num_rows += task.summary.num_records
                 bar.set_postfix_str(f"{num_rows:,} rows", refresh=False)
                 bar.update()
             reader.finish()
@@ -280,19 +276,21 @@ def _get_hub_version(name: str) -> str:
 
 def _merge_parts(sources: Sequence[Source], tasks: Sequence[_PartTask], image_check: ImageCheck, folder: Path) -> Path:
     """Merge rows with the same image, unless this table already exists. Return the table's folder."""
+    summaries = [task.summary for task in tasks if task.summary is not None]
     # A part that was read again may have other rows.
-    names = [(task.source_index, task.file.name, _read_summary(task.file).read_at) for task in tasks]
+    names = [(task.source_index, task.file.name, part.read_at) for task, part in zip(tasks, summaries, strict=True)]
     table_folder = folder / "tables" / _hash_json([FORMAT_VERSION, names, [source.path for source in sources]])
     if table_folder.exists():
         os.utime(table_folder)
         return table_folder
     blocks = Blocks.open([str(task.file) for task in tasks])
     table = RecordTable(blocks, np.arange(blocks.num_rows))
+    num_rows = [summary.num_records for summary in summaries]
+    source_of_row = np.repeat(np.array([task.source_index for task in tasks], np.int16), num_rows)
     first = _find_first_rows(table.numbers("key_high"), table.numbers("key_low"))
-    copies = {} if image_check == "ignore" else _find_copied_rows(table, first)
+    copies, originals = _find_copies(table, first) if image_check != "ignore" else np.empty((2, 0), np.int64)
     final = first.copy()  # for each row, the first row with the same image
-    for copy, original in copies.items():
-        final[copy] = original
+    final[copies] = originals
     final = final[first]
     num_members = np.bincount(final, minlength=len(final))
     kept = np.flatnonzero(final == np.arange(len(final)))
@@ -304,22 +302,21 @@ def _merge_parts(sources: Sequence[Source], tasks: Sequence[_PartTask], image_ch
     small = np.int32 if len(final) + len(origins) < 2**31 else np.int64
     with atomic_dir(table_folder) as temporary:
         np.save(temporary / "rows.npy", rows.astype(small))
-        np.save(temporary / "origins.npy", origins.astype(small))
-        np.save(temporary / "copies.npy", table.select(np.array(list(copies), np.int64)).numbers("key_high"))
+        np.save(temporary / "sources.npy", source_of_row[kept])
+        np.save(temporary / "copies.npy", table.select(copies).numbers("key_high"))
         if len(origins):
-            paths = [sources[index].path for index in _find_sources(tasks, origins).tolist()]
+            paths = [sources[index].path for index in source_of_row[origins].tolist()]
             write_rows(temporary / "merged.arrow", _merge_rows(table, members, final[members], paths), lambda: None)
     return table_folder
 
 
 def _open_merged(
     tasks: Sequence[_PartTask], folder: Path, sources: Sequence[Source], log: SkipLog, image_check: ImageCheck
-) -> tuple[RecordTable, np.ndarray]:
+) -> RecordTable:
     files = [str(task.file) for task in tasks]
     if (folder / "merged.arrow").exists():
         files.append(str(folder / "merged.arrow"))
-    rows, origins = (np.load(folder / name, mmap_mode="r") for name in ("rows.npy", "origins.npy"))
-    table = RecordTable(Blocks.open(files), rows, folder)
+    table = RecordTable(Blocks.open(files), np.load(folder / "rows.npy", mmap_mode="r"), folder)
     log.count_copies(np.load(folder / "copies.npy"))
     if image_check in ("header", "exists") and len(table) and not table.has_image.any():
         names = ", ".join(str(source) for source in sources)
@@ -327,20 +324,7 @@ def _open_merged(
             f"{names}: none of the {len(table):,} records has an image. Only `tune` and `embed` accept text-only data"
         )
         raise NoImagesError("\n".join([message, *log.list_notes()]))
-    num_rows = table.blocks.num_rows - len(origins)
-    first_rows = np.array(rows)
-    is_merged = first_rows >= num_rows
-    first_rows[is_merged] = origins[first_rows[is_merged] - num_rows]
-    return table, _find_sources(tasks, first_rows)
-
-
-def _find_sources(tasks: Sequence[_PartTask], rows: np.ndarray) -> np.ndarray:
-    """Return the index of each row's source, of shape (N,), int16."""
-    indices = np.array([task.source_index for task in tasks], np.int16)
-    if not indices.any():
-        return np.zeros(len(rows), np.int16)
-    ends = np.cumsum([Blocks.open([str(task.file)]).num_rows for task in tasks])
-    return indices[np.searchsorted(ends, rows, side="right")]
+    return table
 
 
 def _find_first_rows(high: np.ndarray, low: np.ndarray) -> np.ndarray:
@@ -362,15 +346,34 @@ def _find_first_rows(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     return first
 
 
-def _find_copied_rows(table: RecordTable, first: np.ndarray) -> dict[int, int]:
-    """Map the first row of each image that is a copy of an earlier image to the first row of the earlier image."""
+def _find_copies(table: RecordTable, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first row of each image that is a copy, and the first row of the image of which it is a copy."""
     hashes = _read_copy_hashes(table)
     hashes[first != np.arange(len(first))] = 0
     values, counts = np.unique(hashes[hashes > 0], return_counts=True)
-    candidates = np.flatnonzero(np.isin(hashes, values[counts > 1]))
-    images = [image for image in table.select(candidates).get_images() if image is not None]
-    row_of_key = dict(zip((image.key for image in images), candidates.tolist(), strict=True))
-    return {row_of_key[copy]: row_of_key[original] for copy, original in find_copies(images).items()}
+    rows = np.flatnonzero(np.isin(hashes, values[counts > 1]))
+    originals = rows[_find_first_rows(*_hash_contents(table, rows))]
+    is_copy = originals != rows
+    return rows[is_copy], originals[is_copy]
+
+
+def _hash_contents(table: RecordTable, positions: np.ndarray) -> np.ndarray:
+    """Return the first 128 bits of `image_hashes.hash_contents`, or 0, as a uint64 array of shape (2, N).
+
+    Only images whose bytes were not hashed when the table was built are read.
+    """
+    hashes = np.empty((2, len(positions)), np.uint64)
+    for start in range(0, len(positions), BATCH_IMAGES):
+        records = table.select(positions[start : start + BATCH_IMAGES])
+        digests = records.column("digest").to_pylist()
+        unknown = [n for n, digest in enumerate(digests) if digest is None]
+        for n, digest in zip(
+            unknown, hash_contents(list(records.select(np.array(unknown, int)).get_images())), strict=True
+        ):
+            digests[n] = digest
+        data = b"".join(digest[:16].ljust(16, b"\0") for digest in digests)
+        hashes[:, start : start + len(digests)] = np.frombuffer(data, ">u8").reshape(-1, 2).T
+    return hashes
 
 
 def _read_copy_hashes(table: RecordTable) -> np.ndarray:
@@ -392,7 +395,8 @@ def _merge_rows(
     """
     starts = np.flatnonzero(np.concatenate([[True], groups[1:] != groups[:-1]]))
     selected = table.select(members)
-    facts = [table.select(members[starts]).numbers(name).tolist() for name in ("width", "height", "image_hash")]
+    first_members = table.select(members[starts])
+    facts = [first_members.column(name).to_pylist() for name in ("width", "height", "image_hash", "digest")]
     is_start = np.zeros(len(members) + 1, bool)
     is_start[starts] = is_start[-1] = True
     merged: Record | None = None

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from llm2clip.data.columns import UnusableRow
-from llm2clip.data.image_hashes import SAMPLE_BYTES, compute_image_hash, hash_image_sample
+from llm2clip.data.image_hashes import SAMPLE_BYTES, compute_image_hash, hash_contents, hash_image_sample
 from llm2clip.data.image_header import (
     MAX_PIXELS,
     START_BYTES,
@@ -26,14 +26,19 @@ MISSING_IMAGE, UNREADABLE_IMAGE, TOO_LARGE_IMAGE = "missing image", "unreadable 
 
 
 class ImageFacts(NamedTuple):
-    """What reading parts of an image shows: its size in pixels and its hash, or 0 if they are not known.
+    """What reading an image without decoding it shows.
 
-    See `image_hashes.hash_images` for the hash.
+    Attributes:
+        width, height: Size in pixels, or 0 if it is not known.
+        hash: See `image_hashes.hash_images`; 0 if it is not known.
+        digest: SHA-256 of all bytes, only for images in object storage. To compare such images later, they would have
+            to be downloaded again.
     """
 
     width: int = 0
     height: int = 0
     hash: int = 0
+    digest: bytes | None = None
 
 
 def read_image_facts(
@@ -55,16 +60,19 @@ def read_image_facts(
         is_url = is_remote(image.ref.path)
         raise UnusableRow(MISSING_IMAGE, str(image.ref) if is_url else os.path.abspath(image.ref.path))
     width = height = image_hash = 0
+    digest = None
     if check_header:
         size = parse_image_size(samples.start, samples.size) if samples is not None else None
         width, height = size or _read_size_with_pillow(image)
         if width * height > MAX_PIXELS:
             raise UnusableRow(TOO_LARGE_IMAGE, f"{image.ref}: {width} x {height}")
-    if compute_hash and samples is not None and type(image.ref) in (FileImage, TarImage):
+    if compute_hash and samples is not None and isinstance(image.ref, FileImage | TarImage):
         image_hash = hash_image_sample(samples.size, samples.middle) if samples.size else 0
+        if is_remote(image.ref.path):
+            digest = hash_contents([image.ref])[0] or None
     elif compute_hash:
         image_hash = compute_image_hash(image.ref)
-    return ImageFacts(width, height, image_hash)
+    return ImageFacts(width, height, image_hash, digest)
 
 
 class _Samples(NamedTuple):

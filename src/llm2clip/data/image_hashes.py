@@ -1,7 +1,7 @@
 """Image hashes, used to find identical images and to record which images a model was trained on.
 
-Most files do not need to be read to detect copies, because only files of the same size can be identical. For files of
-the same size, a short sample from the middle is compared first, and only files with equal samples are read in full.
+A hash covers an image's size and a short sample from the middle, so files are not read in full. To detect copies, only
+images with the same hash are read in full; see `hash_contents`.
 
 The hashes of the training images, 8 bytes each, are stored in the model folder as `training_images.npy`. They allow
 `evaluate` to warn if a model is evaluated on its training images. The hashes do not depend on where an image is stored,
@@ -13,7 +13,7 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -35,33 +35,13 @@ T = TypeVar("T")
 Location = tuple[str, int, int]  # path, offset and size of the image
 
 
-def find_copies(images: Iterable[ImageRef | None]) -> dict[str, str]:
-    """Map the key (`ImageRef.key`) of each duplicate image to the key of the first image with the same bytes.
+def hash_contents(images: Sequence[ImageRef | None]) -> list[bytes]:
+    """Return the SHA-256 of all bytes of each image file or tar member, and b"" for images that cannot be read.
 
-    Only image files and tar members are compared, because the keys of images in tables are already hashes of their
-    bytes. Symbolic links to an image count as copies, and missing image files are ignored. The keys of the returned
-    dict are in the same order as in `images`.
+    The result is also b"" for empty images and for images in tables, whose keys are already hashes of their bytes.
     """
-    refs = {image.key: image for image in images if isinstance(image, FileImage | TarImage)}
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        keys: dict[Location, list[str]] = {}  # symbolic links share their target's location
-        for key, location in zip(refs, _map_in_chunks(pool, _locate, list(refs.values())), strict=True):
-            if location is not None:
-                keys.setdefault(location, []).append(key)
-        groups = _group_by_value(list(keys), lambda location: location[2])
-        for compute_digest in (_hash_sample, _hash_contents):
-            candidates = [location for group in groups for location in group]
-            digests = dict(zip(candidates, _map_in_chunks(pool, compute_digest, candidates), strict=True))
-            equal: list[list[Location]] = []
-            for group in groups:
-                equal += _group_by_value([location for location in group if digests[location]], digests.__getitem__)
-            groups = equal
-    first_locations = {location: group[0] for group in groups for location in group}
-    copies: dict[str, str] = {}
-    for location, keys_of_location in keys.items():
-        first_key = keys[first_locations.get(location, location)][0]
-        copies |= dict.fromkeys(keys_of_location, first_key)
-    return {key: copies[key] for key in refs if key in copies and copies[key] != key}
+        return list(_map_in_chunks(pool, _hash_contents, images))
 
 
 def compute_image_hash(image: ImageRef) -> int:
@@ -145,14 +125,6 @@ def _map_in_chunks(pool: ThreadPoolExecutor, function: Callable[[S], T], items: 
         yield from results
 
 
-def _group_by_value(items: Sequence[Location], value: Callable[[Location], Hashable]) -> list[list[Location]]:
-    """Group items by the result of `value`, in order of first appearance. Omit groups with a single item."""
-    groups: dict[Hashable, list[Location]] = {}
-    for item in items:
-        groups.setdefault(value(item), []).append(item)
-    return [group for group in groups.values() if len(group) > 1]
-
-
 def _locate(image: FileImage | TarImage) -> Location | None:
     """Return an image's location with symbolic links resolved, or None if the image is empty or missing."""
     path = resolve_folder(image.path)
@@ -172,14 +144,14 @@ def _hash_sample(location: Location) -> bytes:
     return _hash_range(path, offset + (size - length) // 2, length)
 
 
-def _hash_contents(location: Location) -> bytes:
-    """Return a hash of all bytes of an image, or b"" if they cannot be read."""
-    path, offset, size = location
+def _hash_contents(image: ImageRef | None) -> bytes:
+    location = _locate(image) if isinstance(image, FileImage | TarImage) else None
+    if location is None:
+        return b""
     try:
-        version = get_file_version(path)
+        return _hash_range_cached(*location, get_file_version(location[0]))
     except OSError:
         return b""
-    return _hash_range_cached(path, offset, size, version)
 
 
 @functools.lru_cache(maxsize=1 << 16)

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from llm2clip.data.image_header import MAX_FILE_BYTES
 from llm2clip.data.remote import get_version_numbers, is_remote, open_file, open_remote
-from llm2clip.io_utils import FatalDataError, describe_error, hide_url_secrets
+from llm2clip.io_utils import FatalDataError, SizedReader, describe_error, hide_url_secrets
 
 # Limit on the decoded image bytes in a Parquet row group. Because of compression and shared values, a file of a few
 # hundred bytes can expand to many gigabytes.
@@ -148,23 +148,12 @@ class TarImage(ImageRef):
         return f"{hide_url_secrets(self.path)}!{self.name or self.offset}"
 
 
-class _FileSlice(io.RawIOBase):
+class _FileSlice(SizedReader):
     """Stream over part of a file. It lets Pillow read an image's header without reading the entire tar member."""
 
     def __init__(self, path: str, offset: int, size: int) -> None:
-        self._file = open_file(path)
-        self._offset, self._size, self._position = offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        start = (0, self._position, self._size)[whence]
-        self._position = max(0, start + offset)
-        return self._position
+        super().__init__(size)
+        self._file, self._offset = open_file(path), offset
 
     def readinto(self, buffer: Any) -> int:
         size = max(0, min(len(buffer), self._size - self._position))

@@ -29,7 +29,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from llm2clip.config import TuneConfig
 from llm2clip.data import readers
-from llm2clip.data.build_table import mask_same_images, open_sourced_table
+from llm2clip.data.build_table import load_source_indices, mask_same_images, open_table
 from llm2clip.data.columns import CAPTION_FIELDS, BadRow, guess_columns
 from llm2clip.data.records import EARLY_CHECK_ROWS, NO_SPLIT, Source, open_records
 from llm2clip.data.skip_log import SkipLog
@@ -184,7 +184,8 @@ def read_tuning_sources(
     if train:
         captions.append(CaptionItems(train.select(~_mask_ids(train, excluded_ids))))
     for group in groups:
-        records, source_of_record = open_sourced_table(group, columns, log, "unchecked", folder)
+        records = open_table(group, columns, log, "unchecked", folder)
+        source_of_record = load_source_indices(records)
         num_read += len(records)
         parsed = [Source.parse(source) for source in group]
         is_selected = mask_training_splits(records) | np.array([bool(s.splits) for s in parsed])[source_of_record]

@@ -43,7 +43,7 @@ from llm2clip.data.storage import (
     to_path,
     to_url,
 )
-from llm2clip.io_utils import hide_url_secrets, open_regular_file
+from llm2clip.io_utils import SizedReader, hide_url_secrets, open_regular_file
 
 T = TypeVar("T")
 
@@ -341,23 +341,12 @@ def open_remote(path: str) -> BinaryIO:
     return cached or _RangeReader(path, version)  # type: ignore[return-value]
 
 
-class _RangeReader(io.RawIOBase):
+class _RangeReader(SizedReader):
     """Stream in which each read is one request. It is not buffered, because pyarrow reads exactly what it needs."""
 
     def __init__(self, url: str, version: str) -> None:
-        self._url, self._version, self._size = url, version, parse_size(version)
-        self._position = self._num_reads = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        start = (0, self._position, self._size)[whence]
-        self._position = max(0, start + offset)
-        return self._position
+        super().__init__(parse_size(version))
+        self._url, self._version, self._num_reads = url, version, 0
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from llm2clip.config import EvaluateConfig
-from llm2clip.data.build_table import mask_same_images, open_sourced_table, open_table
+from llm2clip.data.build_table import load_source_indices, mask_same_images, open_table
 from llm2clip.data.columns import CAPTION_FIELDS
 from llm2clip.data.records import NO_SPLIT, ImageCheck, Record, Source
 from llm2clip.data.skip_log import SkipLog
@@ -71,7 +71,8 @@ def read_splits(
             rule 3.
         folder: Folder for the record tables; see `open_table`.
     """
-    records, source_of_record = open_sourced_table(sources, columns, log, image_check, folder)
+    records = open_table(sources, columns, log, image_check, folder)
+    source_of_record = load_source_indices(records)
     parsed = [Source.parse(source) for source in sources]
     has_selection = np.array([bool(source.splits) for source in parsed], bool)[source_of_record]
     split_names, split_of_record = _read_split_names(records)
@@ -84,7 +85,8 @@ def read_splits(
     held_out_sources = parsed
     if config.data:
         held_out_sources = [Source.parse(source) for source in config.data]
-        held_out, source_of_held_out = open_sourced_table(config.data, columns, log, image_check, folder)
+        held_out = open_table(config.data, columns, log, image_check, folder)
+        source_of_held_out = load_source_indices(held_out)
         is_leaked = is_training & mask_same_images(held_out, records)
         is_training &= ~is_leaked
         if num_leaked := int(is_leaked.sum()):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import pyarrow as pa
 
 from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
 from llm2clip.data.image_facts import ImageFacts
+from llm2clip.data.image_hashes import hash_images
 from llm2clip.data.image_refs import (
     MAX_BATCH_BYTES,
     DatasetImage,
@@ -50,7 +52,7 @@ SCHEMA = pa.schema(
         ("image_name", pa.binary()),  # file name, tar member or column
         ("offset", pa.int64()),  # position in the tar file, or row number in a table
         ("size", pa.int64()),  # bytes, only for tar members
-        ("digest", pa.binary()),  # SHA-256 of an image in a table
+        ("digest", pa.binary()),  # SHA-256 of an image in a table or in object storage
         ("image_data", pa.binary()),  # bytes of an image that cannot be read again
         ("width", pa.int32()),  # pixels; 0 if the header was not checked
         ("height", pa.int32()),
@@ -60,6 +62,7 @@ SCHEMA = pa.schema(
         ("draw_hash", pa.uint64()),  # order in which images are held out
     ]
 )
+_HALVES = struct.Struct(">QQ")
 _COLUMN_INDEX = {name: n for n, name in enumerate(SCHEMA.names)}
 IMAGE_COLUMNS = ("image_kind", "container", "image_name", "offset", "size", "digest")
 IMAGE_KINDS: tuple[type[ImageRef], ...] = (FileImage, TarImage, ParquetImage, DatasetImage, StoredImage)
@@ -205,6 +208,15 @@ class RecordTable(Sequence[Record]):
         """Return the image references of all records."""
         return ImageList(self.blocks, self.rows)
 
+    def hash_images(self) -> np.ndarray:
+        """Return the sorted hashes of all distinct images, of shape (N,), uint64. See `image_hashes.hash_images`.
+
+        Only images whose bytes were not read when the table was built are read.
+        """
+        hashes = self.numbers("image_hash")
+        unknown = self.select(self.has_image & (hashes == 0))
+        return np.union1d(hashes[hashes > 0], hash_images(unknown.get_images()))
+
     def compute_identity(self, *columns: str) -> str:
         """Return a hash of some columns of the records. Image columns are hashed with the paths of their files."""
         digest = hashlib.sha256()
@@ -275,11 +287,9 @@ class _Phrases:
 
     def take(self, start: int, stop: int) -> pa.Array:
         """Return the phrases of the records from `start` to `stop`."""
-        lists = self.lists.slice(start, stop - start)
-        if self.rows is not None:
-            rows = self.rows[start:stop]
-            is_contiguous = len(rows) > 0 and rows[-1] - rows[0] == len(rows) - 1 and bool(np.all(np.diff(rows) == 1))
-            lists = self.lists.slice(int(rows[0]), len(rows)) if is_contiguous else self.lists.take(pa.array(rows))
+        rows = np.arange(start, stop) if self.rows is None else self.rows[start:stop]
+        is_slice = len(rows) > 0 and _are_adjacent(rows)
+        lists = self.lists.slice(int(rows[0]), len(rows)) if is_slice else self.lists.take(pa.array(rows))
         return lists.chunk(0) if lists.num_chunks == 1 else lists.combine_chunks()
 
 
@@ -395,7 +405,7 @@ class Blocks:
         for start, stop in pairwise(bounds):
             batch = self.batches[batch_of_row[start]].select(list(columns))
             local = rows[start:stop] - self.starts[batch_of_row[start]]
-            if local[-1] - local[0] == len(local) - 1 and (len(local) < 3 or np.all(np.diff(local) == 1)):
+            if _are_adjacent(local):
                 pieces.append(batch.slice(int(local[0]), len(local)))
             else:
                 pieces.append(batch.take(pa.array(local)))
@@ -475,7 +485,7 @@ class RowBuilder:
                 record.short_captions,
                 record.long_captions,
                 record.phrases,
-                *self._encode_image(record.image),
+                *self._encode_image(record.image, facts.digest),
                 facts.width,
                 facts.height,
                 facts.hash,
@@ -492,17 +502,17 @@ class RowBuilder:
         self._rows, self.num_bytes = [], 0
         return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
-    def _encode_image(self, image: ImageRef | None) -> tuple[Any, ...]:
+    def _encode_image(self, image: ImageRef | None, digest: bytes | None) -> tuple[Any, ...]:
         """Return the values of the columns from `image_kind` to `image_data`."""
         if image is None:
             return NO_IMAGE, 0, b"", 0, 0, None, None
         if type(image) is FileImage:
             end = image.path.rfind("/") + 1
             container = self._number_container(image.path[:end])
-            return 0, container, encode_name(image.path[end:]), 0, 0, None, None
+            return 0, container, encode_name(image.path[end:]), 0, 0, digest, None
         if type(image) is TarImage:
             container = self._number_container(image.path)
-            return 1, container, encode_name(image.name), image.offset, image.size, None, None
+            return 1, container, encode_name(image.name), image.offset, image.size, digest, None
         if type(image) is ParquetImage:
             container = self._number_container(image.path)
             digest = bytes.fromhex(image.digest) or None
@@ -563,8 +573,8 @@ def hash_image_key(image: ImageRef) -> tuple[int, int]:
 
 
 def _hash_128(text: str) -> tuple[int, int]:
-    digest = hashlib.blake2b(encode_name(text), digest_size=16).digest()
-    return int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:], "big")
+    high, low = _HALVES.unpack(hashlib.blake2b(encode_name(text), digest_size=16).digest())
+    return high, low
 
 
 def hash_draw(record: Record) -> int:
@@ -582,6 +592,11 @@ def encode_name(name: str) -> bytes:
 def decode_name(name: bytes) -> str:
     """Decode a name from `encode_name`."""
     return name.decode("utf-8", "surrogatepass")
+
+
+def _are_adjacent(rows: np.ndarray) -> bool:
+    """Return True if row numbers, of shape (N,), N > 0, are consecutive."""
+    return bool(rows[-1] - rows[0] == len(rows) - 1 and (len(rows) < 3 or np.all(np.diff(rows) == 1)))
 
 
 def _count_items(lists: pa.ListArray) -> np.ndarray:

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from llm2clip.config import RESUME_SAFE, AlignConfig
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
-from llm2clip.data.image_hashes import hash_images
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.models.hub.fingerprint import fingerprint
@@ -233,7 +232,7 @@ def align(
         model.tower.set_grad_checkpointing(False)
     merge_tower_lora(model.tower)
     if state.is_main_process:
-        model.training_images = hash_images(records.get_images())
+        model.training_images = records.hash_images()
     return model.requires_grad_(True).eval()
 
 

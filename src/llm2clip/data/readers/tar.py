@@ -379,7 +379,7 @@ class _Sample:
         for suffix, member in self.members.items():
             if suffix.rpartition(".")[2] in IMAGE_SUFFIXES:
                 ref = TarImage(path, member.offset, member.size, member.name)
-                images[suffix] = LoadedImage(ref, self.contents.get(suffix), str(ref))
+                images[suffix] = LoadedImage(ref, self.contents.get(suffix), member.name)
         fields |= images  # images are also keyed by suffix, so that a column mapping can select one of them
         fields["image"] = images.get(self.image_suffix)
         return {"id": self.key.rpartition("/")[2]} | fields
