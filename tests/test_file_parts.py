@@ -16,6 +16,7 @@ from llm2clip.data.image_refs import LoadedImage
 from llm2clip.data.readers import encoding, parts, read_source, tables
 from llm2clip.data.readers.parts import FilePart, read_part, split_file
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.io_utils import DataFormatError
 
 LINES = (
     b'{"caption": "a dog"}', '{"caption": "a cät 一只猫"}'.encode(), b'{"caption": "caf\xe9"}', b"", b"  ", b"[1]",
@@ -74,6 +75,54 @@ def test_parts_of_json_lines_have_the_rows_of_the_file(
         assert num_parts == 1 or target_bytes < len(content)
 
 
+CSV_CELLS = (
+    "a dog", "a cät 一只猫", "", '"quoted, with; a comma"', '"two\nlines"', '"two\r\nlines"', '"a ""quoted"" word"',
+    '"', 'a "stray" quote', '"closed" too early', "caf\udce9", "\x85\u2028", " padded ", '"\n\n"', "x" * 300,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_parts_of_csv_files_have_the_rows_of_the_file(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows with quoted line breaks, and malformed rows. The rows after an opened quote belong to it."""
+    rng, path = random.Random(seed), tmp_path / "x.csv"
+    monkeypatch.setattr(encoding, "MAX_LINE_CHARACTERS", 1000)
+    newline, delimiter = rng.choice(["\n", "\r\n", "\r"]), rng.choice(",;\t")
+    cells = [cell for cell in CSV_CELLS if cell != '"' and "early" not in cell] if seed % 2 else CSV_CELLS
+    rows = [delimiter.join(rng.choices(cells, k=rng.choice([2, 2, 2, 2, 3]))) for _ in range(rng.choice([1, 5, 60]))]
+    text = newline.join([rng.choice(["", "sep=;\n" if delimiter == ";" else ""]) + f"a{delimiter}b", *rows])
+    content = rng.choice([b"", b"\xef\xbb\xbf"]) + text.encode(errors="surrogateescape")
+    path.write_bytes(content)
+
+    def read(parts_of_file: list[FilePart]) -> tuple[list[RawRow], str, list[str]]:
+        log, raw_rows, message = SkipLog(), [], ""
+        try:
+            for part in parts_of_file:
+                for row in read_part(part, choose_all, log=log):
+                    raw_rows.append(row)
+        except DataFormatError as error:
+            message = str(error)
+        return raw_rows, message, list(log.notes)
+
+    expected = read([FilePart("csv", str(path))])
+    most = 0
+    for target_bytes in (1, 2, 10, 50, 300, len(content)):
+        parts_of_file = split_file("csv", str(path), target_bytes)
+        most = max(most, len(parts_of_file))
+        rows_of_parts, message, notes = read(parts_of_file)
+        assert (rows_of_parts, message, notes) == expected
+    assert most > 1 or len(rows) < 5 or seed % 2 == 0
+
+
+def test_a_csv_file_is_divided_near_the_target_size(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("image,caption\n" + '1.jpg,"a\nb"\n' * 1000)  # 12 bytes per row, two lines per row
+    file_parts = split_file("csv", str(path), 3000)
+    assert [part.start for part in file_parts] == [0, 3002, 6002, 9002, 12002]
+    assert [part.first_row for part in file_parts] == [1, 500, 1000, 1500, 2000]
+
+
 def test_json_lines_are_split_at_each_line_or_near_the_target_size(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"a": 1}\n' * 1000)  # 9 bytes per line
@@ -107,7 +156,10 @@ def test_files_of_other_formats_are_not_divided(tmp_path: Path) -> None:
     for name, kind, data in (
         ("x.jsonl.gz", "jsonl", gzip.compress(text.encode(), 0)),
         ("utf-16.jsonl", "jsonl", text.encode("utf-16")),
-        ("x.csv", "csv", b"caption\n" + b"a\n" * 1000),
+        ("x.csv.gz", "csv", gzip.compress(b"caption\n" + b"a\n" * 1000, 0)),
+        ("utf-16.csv", "csv", ("caption\n" + "a\n" * 100).encode("utf-16")),
+        ("section.csv", "csv", "sep=§\na§b\n1§2\n".encode()),
+        ("quote.csv", "csv", b'caption\n"' + b"a\n" * 1000),
         ("corrupt.parquet", "parquet", b"PAR1" + bytes(1000)),
         ("x.tar", "tar", bytes(10240)),
     ):

@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llm2clip.data.image_header import MAX_FILE_BYTES
-from llm2clip.data.remote import get_version_numbers, is_remote, open_file, open_remote
-from llm2clip.io_utils import FatalDataError, SizedReader, describe_error, hide_url_secrets
+from llm2clip.data.remote import FileSlice, get_version_numbers, is_remote, open_file, open_remote
+from llm2clip.io_utils import FatalDataError, describe_error, hide_url_secrets
 
 # Limit on the decoded image bytes in a Parquet row group. Because of compression and shared values, a file of a few
 # hundred bytes can expand to many gigabytes.
@@ -137,34 +137,15 @@ class TarImage(ImageRef):
     def read(self) -> bytes:
         if self.size > MAX_FILE_BYTES:
             return ImageRef.read(self)  # raises an error
-        with self._convert_reader_errors(), open_file(self.path) as file:  # much faster than through `_FileSlice`
+        with self._convert_reader_errors(), open_file(self.path) as file:  # much faster than through `FileSlice`
             file.seek(self.offset)
             return file.read(self.size)
 
     def _open(self) -> BinaryIO:
-        return io.BufferedReader(_FileSlice(self.path, self.offset, self.size))
+        return io.BufferedReader(FileSlice(self.path, self.offset, self.size))
 
     def __str__(self) -> str:
         return f"{hide_url_secrets(self.path)}!{self.name or self.offset}"
-
-
-class _FileSlice(SizedReader):
-    """Stream over part of a file. It lets Pillow read an image's header without reading the entire tar member."""
-
-    def __init__(self, path: str, offset: int, size: int) -> None:
-        super().__init__(size)
-        self._file, self._offset = open_file(path), offset
-
-    def readinto(self, buffer: Any) -> int:
-        size = max(0, min(len(buffer), self._size - self._position))
-        self._file.seek(self._offset + self._position)
-        count = self._file.readinto(memoryview(buffer)[:size]) or 0
-        self._position += count
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 class _TableCell(ImageRef):

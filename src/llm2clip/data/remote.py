@@ -341,6 +341,25 @@ def open_remote(path: str) -> BinaryIO:
     return cached or _RangeReader(path, version)  # type: ignore[return-value]
 
 
+class FileSlice(SizedReader):
+    """Stream over part of a file or URL."""
+
+    def __init__(self, path: str, offset: int, size: int) -> None:
+        super().__init__(size)
+        self._file, self._offset = open_file(path), offset
+
+    def readinto(self, buffer: Any) -> int:
+        size = max(0, min(len(buffer), self._size - self._position))
+        self._file.seek(self._offset + self._position)
+        count = self._file.readinto(memoryview(buffer)[:size]) or 0
+        self._position += count
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 class _RangeReader(SizedReader):
     """Stream in which each read is one request. It is not buffered, because pyarrow reads exactly what it needs."""
 

@@ -6,7 +6,8 @@ The delimiter is detected automatically, because spreadsheets in many countries 
 import csv
 import io
 import re
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
@@ -21,7 +22,7 @@ from llm2clip.data.readers.encoding import (
     read_text_lines,
 )
 from llm2clip.data.readers.json_files import find_image_folder
-from llm2clip.data.remote import join_path
+from llm2clip.data.remote import join_path, open_file
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.texts import is_valid_unicode
 from llm2clip.io_utils import DataFormatError
@@ -32,7 +33,9 @@ SAMPLE_CHARACTERS = 1 << 16  # number of characters read to detect the delimiter
 SAMPLE_ROWS = 50
 
 
-def read_csv(path: str, delimiter: str, log: SkipLog | None = None) -> Iterator[RawRow]:
+def read_csv(
+    path: str, delimiter: str, log: SkipLog | None = None, start: int = 0, stop: int | None = None, first_row: int = 1
+) -> Iterator[RawRow]:
     """Yield the rows in a CSV or TSV file with a header line.
 
     The values of columns that share a name are combined into a list. A row with more or fewer fields than the header
@@ -41,51 +44,112 @@ def read_csv(path: str, delimiter: str, log: SkipLog | None = None) -> Iterator[
     Args:
         delimiter: Delimiter suggested by the file's suffix. Another delimiter is used if it fits better.
         log: Skip log. It records an unusual delimiter or encoding.
+        start: Byte position of the first row to read; see `FilePart`. At 0, the header is skipped.
+        stop: Byte position of the first row that is not read. Default: read all rows.
+        first_row: Line number of the row at `start`.
 
     Raises:
         DataFormatError: The header is malformed or not UTF-8, or a quoted field is never closed.
     """
     csv.field_size_limit(max(csv.field_size_limit(), MAX_CELL_CHARACTERS))
-    with open_text(path, log, newline="") as file:
-        sample = file.read(SAMPLE_CHARACTERS)
-    detected, first_line = _detect_delimiter(sample, delimiter)
-    if detected != delimiter and log is not None:
-        log.add_note(f"fields separated by {DELIMITERS.get(detected, repr(detected))}", path)
-    with open_text(path, newline="") as file:
-        for _ in range(first_line - 1):
+    detected, header_line = _read_delimiter(path, delimiter, log)
+    with open_text(path, newline="", stop=None if start else stop) as file:
+        for _ in range(header_line - 1):
             file.readline()
         lines = BoundedLines(file, path)
-        rows = csv.reader(lines, delimiter=detected, skipinitialspace=True, strict=True)
+        rows = _parse_csv(lines, detected)
         try:
             header = [name.strip() for name in next(rows, [])]
         except (csv.Error, LineTooLong) as error:
             raise DataFormatError(f"{path}: malformed CSV header ({error})") from error
         if not is_valid_unicode("".join(header)):
             raise DataFormatError(f"{path}: cannot decode the header: {describe_encoding(path)}")
-        repeated = {name for name in header if header.count(name) > 1}
-        while True:
-            number = rows.line_num + first_line
-            lines.start_row()
-            try:
-                cells = next(rows)
-            except StopIteration:
-                return
-            except (csv.Error, LineTooLong) as error:
-                num_lines = max(1, rows.line_num + first_line - number)  # `line_num` excludes a line that is too long
-                is_too_long = "field limit" in str(error)
-                if "unexpected end" in str(error) or (is_too_long and num_lines > 1):
-                    # All following rows are part of the quoted field.
-                    raise DataFormatError(
-                        f"{path}: a quote opened in the row at line {number} is not closed"
-                    ) from error
-                problem = f"a cell has more than {MAX_CELL_CHARACTERS:,} characters" if is_too_long else str(error)
-                if num_lines > 1:
-                    problem += f" (in a quoted cell that spans {num_lines:,} lines)"
-                yield path, number, BadRow("malformed row", problem, num_lines)
-                continue
-            if cells:
-                undecodable = find_undecodable(detected.join(cells), path, log)
-                yield path, number, undecodable or _to_fields(header, repeated, cells)
+        if not start:
+            yield from _read_rows(lines, rows, path, detected, header, header_line, log)
+    if start:
+        with open_text(path, newline="", start=start, stop=stop) as file:
+            lines = BoundedLines(file, path)
+            yield from _read_rows(lines, _parse_csv(lines, detected), path, detected, header, first_row, log)
+
+
+def find_row_starts(path: str, delimiter: str, target_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yield the byte positions and line numbers of rows that are at least `target_bytes` apart, starting with (0, 1).
+
+    Nothing else is yielded if the file is not UTF-8, or after a malformed row.
+    """
+    yield 0, 1
+    detected, header_line = _read_delimiter(path, delimiter)
+    with open_text(path) as text:
+        if text.encoding != "utf-8-sig" or not detected.isascii():
+            return
+    # All characters with a meaning in CSV files are ASCII, so rows have the same bounds in Latin-1.
+    with io.TextIOWrapper(open_file(path), "latin-1", newline="") as file:
+        last = position = end = sum(len(file.readline()) for _ in range(header_line - 1))
+        lines = BoundedLines(file, path)
+
+        def count_characters() -> Iterator[str]:
+            nonlocal position
+            for line in lines:
+                position += len(line)
+                yield line
+
+        rows = _parse_csv(count_characters(), detected)
+        number = header_line
+        with suppress(csv.Error, LineTooLong):
+            for _ in rows:
+                if end - last >= target_bytes:
+                    last = end
+                    yield end, number
+                end, number = position, rows.line_num + header_line
+                lines.start_row()
+
+
+def _parse_csv(lines: Iterable[str], delimiter: str) -> Any:
+    return csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
+
+
+def _read_rows(
+    lines: BoundedLines,
+    rows: Any,
+    path: str,
+    delimiter: str,
+    header: Sequence[str],
+    first_line: int,
+    log: SkipLog | None,
+) -> Iterator[RawRow]:
+    """Yield the remaining rows of a `csv.reader`, which reads the `lines` of a file from the line `first_line` on."""
+    repeated = {name for name in header if header.count(name) > 1}
+    while True:
+        number = rows.line_num + first_line
+        lines.start_row()
+        try:
+            cells = next(rows)
+        except StopIteration:
+            return
+        except (csv.Error, LineTooLong) as error:
+            num_lines = max(1, rows.line_num + first_line - number)  # `line_num` excludes a line that is too long
+            is_too_long = "field limit" in str(error)
+            if "unexpected end" in str(error) or (is_too_long and num_lines > 1):
+                # All following rows are part of the quoted field.
+                raise DataFormatError(f"{path}: a quote opened in the row at line {number} is not closed") from error
+            problem = f"a cell has more than {MAX_CELL_CHARACTERS:,} characters" if is_too_long else str(error)
+            if num_lines > 1:
+                problem += f" (in a quoted cell that spans {num_lines:,} lines)"
+            yield path, number, BadRow("malformed row", problem, num_lines)
+            continue
+        if cells:
+            undecodable = find_undecodable(delimiter.join(cells), path, log)
+            yield path, number, undecodable or _to_fields(header, repeated, cells)
+
+
+def _read_delimiter(path: str, default: str, log: SkipLog | None = None) -> tuple[str, int]:
+    """Return a CSV file's delimiter and the line number of its header. An unusual delimiter is recorded in `log`."""
+    with open_text(path, log, newline="") as file:
+        sample = file.read(SAMPLE_CHARACTERS)
+    delimiter, header_line = _detect_delimiter(sample, default)
+    if delimiter != default and log is not None:
+        log.add_note(f"fields separated by {DELIMITERS.get(delimiter, repr(delimiter))}", path)
+    return delimiter, header_line
 
 
 def _detect_delimiter(sample: str, default: str) -> tuple[str, int]:

@@ -20,7 +20,7 @@ from charset_normalizer import from_bytes
 
 from llm2clip.data.columns import BadRow
 from llm2clip.data.image_refs import to_valid_unicode
-from llm2clip.data.remote import get_file_name, open_file
+from llm2clip.data.remote import FileSlice, get_file_name, get_file_size, open_file
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.texts import is_valid_unicode
 from llm2clip.io_utils import MAX_LINE_CHARACTERS, DataFormatError
@@ -40,22 +40,25 @@ MAX_SEARCHED_BYTES = 1 << 28  # maximum number of bytes to search for text that 
 MAX_SKIPPED_CHARACTERS = 1 << 30  # files with longer lines are rejected, because they are corrupt or sparse
 
 
-def open_text(path: str, log: SkipLog | None = None, newline: str | None = None) -> TextIO:
+def open_text(
+    path: str, log: SkipLog | None = None, newline: str | None = None, start: int = 0, stop: int | None = None
+) -> TextIO:
     """Open a UTF-8 or UTF-16 text file, which may be gzipped (.gz). Byte order marks are removed.
 
     Undecodable bytes become lone surrogates, so that a reader can skip a row instead of the entire file; see
     `find_undecodable`. To read lines, use `BoundedLines`.
 
-    UTF-16 files are recorded in `log`. `newline` is the newline mode, as in the built-in function `open`.
+    UTF-16 files are recorded in `log`. `newline` is the newline mode, as in the built-in function `open`. `start` and
+    `stop` are the bytes of a UTF-8 file between which the text is read.
     """
-    stream = _open_binary(path)
+    stream = _open_binary(path, start, stop)
     try:
-        encoding = detect_encoding(stream.read(4))
+        encoding = "utf-8" if start else detect_encoding(stream.read(4))
         stream.seek(0)
     except Exception:
         stream.close()
         raise
-    if encoding == "utf-8-sig":
+    if encoding in ("utf-8", "utf-8-sig"):
         return io.TextIOWrapper(stream, encoding, "surrogateescape", newline)
     if log is not None:
         log.add_note(f"read as {encoding.upper()}", path)
@@ -221,7 +224,10 @@ def describe_encoding(path: str) -> str:
     return f"{description}. {advice}: `{command}`"
 
 
-def _open_binary(path: str) -> BinaryIO:
+def _open_binary(path: str, start: int = 0, stop: int | None = None) -> BinaryIO:
+    if start or stop is not None:
+        size = (get_file_size(path) if stop is None else stop) - start
+        return io.BufferedReader(FileSlice(path, start, size))
     stream = open_file(path)
     is_compressed = get_file_name(path).lower().endswith(".gz")
     return cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if is_compressed else stream

@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from llm2clip.data.columns import UNREADABLE_FILE, BadRow, ColumnChooser, RawRow
 from llm2clip.data.image_refs import open_parquet
-from llm2clip.data.readers.csv_files import read_captions_txt, read_csv
+from llm2clip.data.readers.csv_files import find_row_starts, read_captions_txt, read_csv
 from llm2clip.data.readers.encoding import detect_encoding
 from llm2clip.data.readers.json_files import read_json_lines, read_json_list
 from llm2clip.data.readers.tables import read_huggingface, read_parquet
@@ -22,6 +22,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.io_utils import MAX_LINE_CHARACTERS, DataFormatError, FatalDataError, describe_error
 
 CHUNK_BYTES = 1 << 20
+DELIMITERS = {"csv": ",", "tsv": "\t"}
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,10 @@ class FilePart:
     Attributes:
         kind: Format name returned by `find_files`.
         path: File or folder.
-        start: Start of the part: byte position of a line in a .jsonl file, or index of a Parquet row group.
-        stop: End of the part, exclusive, in the same unit. None stands for the end of the file. The line at `stop`
+        start: Start of the part: byte position of a row, or index of a row group in a Parquet file.
+        stop: End of the part, exclusive, in the same unit. None stands for the end of the file. The row at `stop`
             belongs to the next part.
-        first_row: Row number of the part's first row in the file, starting at 1.
+        first_row: Row or line number of the part's first row in the file, starting at 1.
     """
 
     kind: str
@@ -45,14 +46,17 @@ class FilePart:
 
 
 def split_file(kind: str, path: str, target_bytes: int = 64 << 20) -> list[FilePart]:
-    """Divide a large .jsonl or Parquet file into parts of about `target_bytes`. Return any other file as one part.
+    """Divide a large file into parts of about `target_bytes`.
 
-    A file that cannot be read is also one part, so that `read_part` reports the error.
+    Only .jsonl, .csv, .tsv and Parquet files are divided. A file that cannot be read is also one part, so that
+    `read_part` reports the error.
     """
     with suppress(Exception):  # corrupt Parquet metadata can make pyarrow raise any type of exception
         if get_file_size(path) > target_bytes:
+            if kind in DELIMITERS and not path.lower().endswith(".gz"):
+                return _make_parts(kind, path, find_row_starts(path, DELIMITERS[kind], target_bytes))
             if kind == "jsonl" and not path.lower().endswith(".gz"):
-                return _split_json_lines(path, target_bytes)
+                return _make_parts(kind, path, _find_line_starts(path, target_bytes))
             if kind == "parquet":
                 return _split_parquet(path, target_bytes)
     return [FilePart(kind, path)]
@@ -108,8 +112,8 @@ def _open_reader(
         return read_parquet(path, choose, image_bytes, groups, part.first_row)
     if kind in ("hf", "saved"):
         return read_huggingface(path, kind == "saved", choose, splits)
-    if kind in ("csv", "tsv"):
-        return read_csv(path, "\t" if kind == "tsv" else ",", log)
+    if kind in DELIMITERS:
+        return read_csv(path, DELIMITERS[kind], log, part.start, part.stop, part.first_row)
     if kind == "jsonl":
         return read_json_lines(path, log, part.start, part.stop, part.first_row)
     if kind == "captions.txt":
@@ -119,28 +123,35 @@ def _open_reader(
     return read_tar(path, image_bytes) if kind == "tar" else read_json_list(path, log)
 
 
-def _split_json_lines(path: str, target_bytes: int) -> list[FilePart]:
-    """Divide a .jsonl file at the first line that starts at or after each multiple of `target_bytes`.
+def _make_parts(kind: str, path: str, starts: Iterator[tuple[int, int]]) -> list[FilePart]:
+    """Return the parts of a file that begin at these positions and row numbers."""
+    positions, rows = zip(*starts, strict=True)
+    stops = [*positions[1:], None]
+    return [FilePart(kind, path, *bounds) for bounds in zip(positions, stops, rows, strict=True)]
 
-    The file is not divided after a line that is too long, which occurs in sparse files.
+
+def _find_line_starts(path: str, target_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yield the byte positions and numbers of the first lines that start at or after each multiple of `target_bytes`.
+
+    Nothing more is yielded after a line that is too long, which occurs in sparse files.
     """
-    starts, rows = [0], [1]
+    start, number = 0, 1
+    yield start, number
     with open_file(path) as file:
         if detect_encoding(file.read(4)) != "utf-8-sig":
-            return [FilePart("jsonl", path)]
+            return
         size = file.seek(0, os.SEEK_END)
         for target in range(target_bytes, size, target_bytes):
-            if target <= starts[-1]:
+            if target <= start:
                 continue
             file.seek(target - 1)
             rest_of_line = file.readline(MAX_LINE_CHARACTERS)
-            start = target - 1 + len(rest_of_line)
-            if not rest_of_line.endswith(b"\n") or start == size:
-                break
-            rows.append(rows[-1] + _count_newlines(file, starts[-1], start))
-            starts.append(start)
-    stops = [*starts[1:], None]
-    return [FilePart("jsonl", path, *bounds) for bounds in zip(starts, stops, rows, strict=True)]
+            stop = target - 1 + len(rest_of_line)
+            if not rest_of_line.endswith(b"\n") or stop == size:
+                return
+            number += _count_newlines(file, start, stop)
+            start = stop
+            yield start, number
 
 
 def _count_newlines(file: BinaryIO, start: int, stop: int) -> int:
