@@ -143,6 +143,7 @@ def test_align_matches_adamw_written_out(
     batches = AlignBatches(RecordTable.from_records(records), store, model, config).batches(0)
     norms = []
     for step, (batch, factor) in enumerate(zip(batches, factors, strict=True)):
+        batch = batch.to(torch.device("cpu"))
         image, text, scale, _ = model(pixels=batch.images, embeddings=batch.embeddings)
         loss = info_nce(image, text, scale, batch.image_of_caption, batch.caption_rows)
         if config.distill_weight:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 import phrase_reference
 from align_fixtures import ALIGN, fresh_model, run_align
@@ -159,6 +160,7 @@ def test_phrases_are_sampled_and_are_no_negatives_of_images_that_have_them(
     encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
     store = embed([text for r in records for text in (*r.texts, *r.phrases)], encoder, tmp_path / "store")
     batch = next(AlignBatches(RecordTable.from_records(records), store, fresh_model(), WITH_PHRASES).batches(0))
+    batch = batch.to(torch.device("cpu"))
     rows_of = [set(store.find_rows(r.phrases)) for r in records]
     number = {str(record.image): n for n, record in enumerate(records)}
     images = [number[name] for name in batch.image_names]

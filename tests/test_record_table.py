@@ -16,13 +16,14 @@ import pytest
 
 from format_fixtures import image_bytes, write_jsonl, write_tar
 from llm2clip.data import build_table
+from llm2clip.data.blocks import decode_name, encode_name
 from llm2clip.data.build_table import load_source_indices, mask_same_images, open_table
 from llm2clip.data.columns import CAPTION_FIELDS
 from llm2clip.data.image_hashes import hash_images
 from llm2clip.data.image_refs import FileImage, MemoryImage, ParquetImage, TarImage
 from llm2clip.data.records import Record, Source, open_records
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
-from llm2clip.data.table import RecordTable, decode_name, encode_name
+from llm2clip.data.table import RecordTable
 
 RECORDS = [
     Record("a", FileImage("x/a.jpg"), ("one", "two"), ("s",), ("a long one",), "train", ("dog",)),

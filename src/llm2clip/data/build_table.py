@@ -27,6 +27,7 @@ import numpy as np
 from filelock import FileLock
 
 from llm2clip.data import readers
+from llm2clip.data.blocks import IMAGE_KINDS, Blocks, encode_name, read_metadata
 from llm2clip.data.columns import TEXT_FIELDS
 from llm2clip.data.image_facts import ImageFacts
 from llm2clip.data.image_hashes import hash_contents
@@ -43,8 +44,9 @@ from llm2clip.data.remote import (
     prefetch,
     walk_folder,
 )
+from llm2clip.data.row_builder import write_rows
 from llm2clip.data.skip_log import EventLog, SkipLog
-from llm2clip.data.table import IMAGE_KINDS, Blocks, RecordTable, encode_name, read_metadata, write_rows
+from llm2clip.data.table import RecordTable
 from llm2clip.data.texts import deduplicate_captions
 from llm2clip.io_utils import atomic_dir, atomic_path, get_cache_dir
 from llm2clip.progress import ProgressBar

@@ -7,9 +7,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 from io import BytesIO
-from itertools import accumulate
 from multiprocessing import AuthenticationError
 from types import TracebackType
 from typing import Any, TypeVar
@@ -89,7 +87,7 @@ def _prefetch_files(refs: Sequence[ImageRef], start: int) -> None:
 
 class _DecodedImages(Dataset):
     def __init__(self, refs: Sequence[ImageRef], transform: Callable[[Tensor], Any]) -> None:
-        self.refs, self.transform = SharedRefs(refs), transform
+        self.refs, self.transform = refs, transform
 
     def __len__(self) -> int:
         return len(self.refs)
@@ -112,56 +110,6 @@ def _report_exception(kind: type[BaseException], error: BaseException, traceback
     """Print an exception, unless it only says that the main process was interrupted while it received a batch."""
     if not issubclass(kind, EOFError | ConnectionError | AuthenticationError):
         sys.__excepthook__(kind, error, traceback)
-
-
-# ---- image references in worker processes ---------------------------------------------------------------------------
-
-
-class SharedRefs:
-    """List of image references that is quick to send to worker processes, even if it is very long.
-
-    A data loader pickles its data set once per worker. With millions of references, this takes minutes, and each worker
-    gets its own copy. Instead, this list is serialised only once, into tensors, which PyTorch sends to other processes
-    as shared memory. Workers unpickle references on demand.
-    """
-
-    def __init__(self, refs: Sequence[ImageRef]) -> None:
-        self._refs = refs
-        self._serialised: SerialisedRefs | None = None
-
-    def __len__(self) -> int:
-        return len(self._refs)
-
-    def __getitem__(self, index: int) -> ImageRef:
-        return self._refs[index]
-
-    def __reduce__(self) -> tuple[type[SerialisedRefs], tuple[Tensor, Tensor]]:
-        if self._serialised is None:
-            pickles = [pickle.dumps(ref, protocol=pickle.HIGHEST_PROTOCOL) for ref in self._refs]
-            ends = torch.tensor(list(accumulate(map(len, pickles))), dtype=torch.int64)
-            self._serialised = SerialisedRefs(torch.frombuffer(bytearray(b"".join(pickles)), dtype=torch.uint8), ends)
-        return SerialisedRefs, (self._serialised.buffer, self._serialised.ends)
-
-
-@dataclass(frozen=True)
-class SerialisedRefs:
-    """Image references pickled into a single buffer. Worker processes receive `SharedRefs` in this form.
-
-    Attributes:
-        buffer: Concatenated pickles of all references, as uint8.
-        ends: End offset of each pickle in `buffer`, as int64 of shape (N,).
-    """
-
-    buffer: Tensor
-    ends: Tensor
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, index: int) -> ImageRef:
-        start = int(self.ends[index - 1]) if index else 0
-        ref: ImageRef = pickle.loads(self.buffer[start : int(self.ends[index])].numpy().data)
-        return ref
 
 
 # ---- sending batches from worker processes ---------------------------------------------------------------------------

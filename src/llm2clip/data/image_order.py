@@ -14,9 +14,10 @@ from typing import Literal
 import numpy as np
 import psutil
 
+from llm2clip.data.blocks import IMAGE_KINDS
 from llm2clip.data.image_refs import ParquetImage, TarImage
 from llm2clip.data.remote import is_remote, prefetch
-from llm2clip.data.table import IMAGE_KINDS, RecordTable
+from llm2clip.data.table import RecordTable
 
 ImageOrder = Literal["random", "shards"]
 WINDOW = 16  # number of shards whose images are shuffled together

@@ -9,7 +9,7 @@ captions themselves: a noun is a word that often stands alone between an article
 hat").
 
 Three passes read the captions in batches: they count the lone nouns, count the phrases, and select the frequent
-phrases; see `phrase_table.py`. Tokens and runs are found with array operations on all characters of a batch.
+phrases; see `phrase_table.py`. Tokens and runs are identified with array operations on all characters of a batch.
 """
 
 from collections import Counter
@@ -23,7 +23,9 @@ import pyarrow.compute as pc
 
 from llm2clip.data.texts import make_text_key
 
-MIN_IMAGES = 3  # phrases and nouns found in the captions of fewer images are discarded, because they are often wrong
+MIN_IMAGES = (
+    3  # phrases and nouns in the captions of fewer images are discarded, because they are often wrong
+)
 MAX_WORDS = 4  # maximum number of words in a phrase
 
 
@@ -60,7 +62,7 @@ VAGUE_NOUNS = to_word_set(
 ENGLISH_WORDS = to_word_set("the of with and is are on at")
 _STARTERS = DETERMINERS | CONNECTIVES
 _BOUNDARIES = _STARTERS | FUNCTION_WORDS
-RULES_VERSION = 1  # increase it if other phrases are found in the same captions
+RULES_VERSION = 1  # increase it if the rules extract other phrases from the same captions
 
 # Kinds of characters. A token is a run of letters, a run of digits, or another character that is not skipped.
 _SKIPPED, _LETTER, _DIGIT, _JOINER, _MARK, _UNKNOWN = range(6)
@@ -105,7 +107,7 @@ class CaptionBatch(NamedTuple):
 
 
 class PhraseCounts(NamedTuple):
-    """Numbers of images in which phrases were found.
+    """Numbers of images in which phrases occur.
 
     Phrases are represented by 64-bit hashes, so that counting a phrase takes 9 bytes. If two phrases had the same hash
     (probability: 1 in 100,000 for 20 million different phrases), a rare phrase might be taken for a frequent one.
@@ -131,7 +133,7 @@ class PhraseCounts(NamedTuple):
         return _add_counts([total, *pending])
 
     def select_frequent(self) -> np.ndarray:
-        """Return the sorted hashes of the phrases found in at least `MIN_IMAGES` images."""
+        """Return the sorted hashes of the phrases that occur in at least `MIN_IMAGES` images."""
         return self.hashes[self.counts >= MIN_IMAGES]
 
 
@@ -184,7 +186,7 @@ def find_phrases(
     """Yield the lower-case phrases of each batch's images, in order of first appearance.
 
     A phrase ends with a noun and starts after a determiner or connective, or at the start of a sentence. The noun alone
-    is also a phrase. Phrases whose hash is not in the sorted array `frequent` are left out.
+    is also a phrase. Phrases whose hash is not in the sorted array `frequent` are omitted.
     """
     vocabulary = Vocabulary(nouns)
     for batch in batches:

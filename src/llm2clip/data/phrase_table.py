@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
+from llm2clip.data.blocks import TEXTS
 from llm2clip.data.columns import CAPTION_FIELDS
 from llm2clip.data.image_refs import map_batches
 from llm2clip.data.noun_phrases import (
@@ -24,7 +25,7 @@ from llm2clip.data.noun_phrases import (
     is_english,
 )
 from llm2clip.data.parallel import map_in_processes
-from llm2clip.data.table import TEXTS, RecordTable
+from llm2clip.data.table import RecordTable
 from llm2clip.io_utils import atomic_path
 from llm2clip.progress import ProgressBar
 
@@ -36,7 +37,7 @@ T = TypeVar("T")
 
 
 def add_phrases(records: RecordTable) -> RecordTable:
-    """Return the records with phrases extracted from their captions. Print a message if no phrases are found.
+    """Return the records with phrases extracted from their captions. Print a message if there are none.
 
     The records are returned unchanged if any record already has phrases from a data column, or if the captions are not
     in English. The phrases are saved in the table's folder, and mapped into memory when they are needed again.

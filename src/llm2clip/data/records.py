@@ -181,7 +181,7 @@ class _ParsedRow:
 
 @dataclass(frozen=True)
 class PartSummary:
-    """What was found in a part of a source, apart from its records. It can be converted to JSON.
+    """Result of reading a part of a source, apart from its records. It can be converted to JSON.
 
     Attributes:
         row_counts: Number of rows of each selected split.

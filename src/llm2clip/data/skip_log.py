@@ -13,6 +13,8 @@ import numpy as np
 from llm2clip.io_utils import hide_url_secrets
 
 MAX_NOTES = 5  # maximum number of notes in the summary
+MAX_VALUE_CHARACTERS = 200  # longer values are cut off
+MAX_PATH_CHARACTERS = 4096
 # Most common reason for skipping rows -> how to fix the source.
 ADVICE_BY_REASON = {
     "missing image": "Relative image paths are resolved against the folder of the caption file. Move the caption file, "
@@ -94,7 +96,7 @@ class SkipLog:
             return
         self.skipped[reason] += rows
         if len(self.examples) < 3:
-            self.examples.append(f"{file}, row {row}: {reason}: {str(value)[:200]}")
+            self.examples.append(f"{file}, row {row}: {reason}: {str(value)[:MAX_VALUE_CHARACTERS]}")
         self._write(file, row, reason, value)
 
     def record_dropped(self, file: str, row: int, reason: str, value: object) -> None:
@@ -170,7 +172,7 @@ class SkipLog:
     def _write(self, file: str, row: int, reason: str, value: object) -> None:
         if self.path is None:
             return
-        entry = {"file": file, "row": row, "reason": reason, "value": str(value)[:200]}
+        entry = {"file": file, "row": row, "reason": reason, "value": str(value)[:MAX_VALUE_CHARACTERS]}
         # The file is reopened for each line, so that no line is lost if the run is killed. Skipped rows are rare, so
         # this is fast enough. In file names that are not UTF-8, lone surrogates represent the invalid bytes.
         # backslashreplace writes them as \udcXX, which is valid JSON.
@@ -193,10 +195,10 @@ class EventLog(SkipLog):
         """Do nothing. The number of rows is in the summary of the part that is read."""
 
     def skip(self, file: str, row: int, reason: str, value: object, rows: int = 1) -> None:
-        self.events.append(["skip", file, row, reason, str(value)[:200], rows])
+        self.events.append(["skip", file, row, reason, str(value)[:MAX_PATH_CHARACTERS], rows])
 
     def record_dropped(self, file: str, row: int, reason: str, value: object) -> None:
-        self.events.append(["record_dropped", file, row, reason, str(value)[:200]])
+        self.events.append(["record_dropped", file, row, reason, str(value)[:MAX_VALUE_CHARACTERS]])
 
     def add_note(self, text: str, file: str) -> None:
         if self._record_once(file, 0, text):

@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from llm2clip.data.blocks import IMAGE_KINDS
 from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
 from llm2clip.data.image_refs import FileImage, TarImage
 from llm2clip.data.records import NO_SPLIT
-from llm2clip.data.table import IMAGE_KINDS
 
 STATISTICS_COLUMNS = ("image_kind", "image_name", "width", "height", "split", *TEXT_FIELDS)
 LANGUAGE_CHARACTERS = 1000  # the language of a longer text is identified from its first characters

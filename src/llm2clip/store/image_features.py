@@ -21,13 +21,12 @@ from llm2clip.data.image_loader import iter_image_batches
 from llm2clip.data.image_refs import FileImage, ImageRef, to_valid_unicode
 from llm2clip.data.remote import get_remote_version, is_remote
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.table import ImageList
 from llm2clip.data.transforms import EvalTransform
 from llm2clip.models.hub.fingerprint import hash_weights
 from llm2clip.models.precision import DTYPES
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.progress import ProgressBar
-from llm2clip.store.layout import make_caption_keys
+from llm2clip.store.layout import KEY_BYTES, iter_chunks, make_caption_keys
 from llm2clip.store.store import LOOKUP_CHUNK_SIZE, EmbeddingStore
 from llm2clip.store.writer import WritePlan, open_for_writing
 
@@ -74,16 +73,8 @@ class TowerEncoder:
 
 def make_image_keys(refs: Iterable[ImageRef]) -> np.ndarray:
     """Return the store keys of N images as a uint8 array of shape (N, 16)."""
-    return make_caption_keys([get_image_name(ref) for ref in refs])
-
-
-def find_image_rows(store: EmbeddingStore, refs: ImageList) -> np.ndarray:
-    """Return the row number of each image in the store, of shape (N,), int64, with -1 for images without a row."""
-    rows = np.empty(len(refs), np.int64)
-    for start in range(0, len(refs), LOOKUP_CHUNK_SIZE):
-        chunk = refs[start : start + LOOKUP_CHUNK_SIZE]
-        rows[start : start + len(chunk)] = store.find_keys(make_image_keys(chunk))
-    return rows
+    chunks = iter_chunks(map(get_image_name, refs), LOOKUP_CHUNK_SIZE)
+    return np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *map(make_caption_keys, chunks)])
 
 
 def get_image_name(ref: ImageRef) -> str:
@@ -139,12 +130,12 @@ def store_image_features(
         StoreError: The store was created with a different encoder.
         TooManySkipped: Too many images cannot be decoded.
     """
-    refs_by_name = {get_image_name(ref): ref for ref in refs}
-    with open_for_writing(
-        refs_by_name, folder, identity, encoder.embed_dim, dtype=dtype, shard_size=shard_size
-    ) as plan:
+    keys, positions = np.unique(_view_as_bytes(make_image_keys(refs)), return_index=True)
+    image_names = map(get_image_name, refs)
+    with open_for_writing(image_names, folder, identity, encoder.embed_dim, dtype=dtype, shard_size=shard_size) as plan:
         for number, names, bar in _iter_shards(plan, "features", "image"):
-            shard_refs = [refs_by_name[name] for name in names]
+            shard_keys = _view_as_bytes(make_caption_keys(names))
+            shard_refs = [refs[n] for n in positions[np.searchsorted(keys, shard_keys)].tolist()]
             features, decoded = encode_image_batches(shard_refs, encoder, log, bar, batch_size, workers)
             if decoded:
                 decoded_names = [names[i] for i in decoded]
@@ -152,10 +143,9 @@ def store_image_features(
     store = EmbeddingStore(folder)
     # All processes check the limit at the end: if one process raised an error earlier, the others would wait forever.
     # This process's failures are already in the log, with reasons. Add the images that failed in other processes.
-    rows = store.find_keys(make_caption_keys(list(refs_by_name)))
-    for ref, row in zip(refs_by_name.values(), rows, strict=True):
-        if row < 0:
-            log.skip(str(ref), 0, "undecodable image", "")
+    rows = store.find_keys(keys.view(np.uint8).reshape(-1, KEY_BYTES))
+    for n in np.sort(positions[rows < 0]).tolist():
+        log.skip(str(refs[n]), 0, "undecodable image", "")
     log.check()
     return store
 
@@ -203,6 +193,11 @@ def encode_image_batches(
             indices += decoded
         bar.update(len(decoded) + len(failures))
     return torch.cat(embeddings), indices
+
+
+def _view_as_bytes(keys: np.ndarray) -> np.ndarray:
+    """Return keys of shape (N, 16), uint8, as an array of N items that NumPy can sort."""
+    return keys.view(f"V{KEY_BYTES}")[:, 0]
 
 
 def _iter_shards(plan: WritePlan, description: str, unit: str) -> Iterator[tuple[int, list[str], ProgressBar]]:

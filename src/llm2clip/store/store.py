@@ -110,7 +110,9 @@ class EmbeddingStore:
 
     def find_keys(self, keys: np.ndarray) -> np.ndarray:
         """Look up keys of shape (N, 16), uint8; return row numbers of shape (N,), int64, with -1 for missing keys."""
-        return self._index.find_keys(keys)
+        starts = range(0, len(keys), LOOKUP_CHUNK_SIZE)
+        parts = [self._index.find_keys(keys[start : start + LOOKUP_CHUNK_SIZE]) for start in starts]
+        return np.concatenate([np.empty(0, np.int64), *parts])
 
     def find_rows(self, captions: Iterable[str]) -> np.ndarray:
         """Look up N captions; return their row numbers, of shape (N,), int64.
@@ -134,7 +136,8 @@ class EmbeddingStore:
         """Read the embeddings in N rows as a float32 array of shape (N, embed_dim), in the order of `rows`.
 
         Args:
-            out: Array to fill and return, for example in pinned memory. Default: a new array.
+            out: Array to fill and return, for example in pinned memory. Its dtype is float32 or, for a float16 store,
+                float16. Default: a new float32 array.
 
         Raises:
             IndexError: A row number is out of range.
@@ -204,7 +207,7 @@ class RowReader(ABC):
     """Base class for reading embeddings by row number. Subclasses implement how values are read from the shards.
 
     Attributes:
-        chunk_bytes: Number of bytes to read before they are converted to float32.
+        chunk_bytes: Number of bytes to read before they are converted and sorted.
     """
 
     chunk_bytes: int
@@ -249,7 +252,9 @@ class RowReader(ABC):
             stored = buffer[: len(chunk)]
             parts = self._split_by_shard(chunk, stored)
             self._read(parts)
-            values = torch.from_numpy(stored).float().numpy()  # PyTorch converts float16 faster than NumPy
+            values = stored
+            if embeddings.dtype != self.dtype:
+                values = torch.from_numpy(stored).float().numpy()  # PyTorch converts float16 faster than NumPy
             if self.open_scales is not None:
                 values *= np.concatenate([self.open_scales(part.shard)[part.rows] for part in parts])[:, None]
             embeddings[order[start : start + chunk_size]] = values

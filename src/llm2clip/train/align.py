@@ -246,7 +246,7 @@ def _compute_features(
     log: SkipLog,
 ) -> EmbeddingStore:
     """Compute the frozen tower's features for all images that are not yet in the feature store. Return the store."""
-    refs = [image for image in records.get_images() if image is not None]
+    refs: Any = records.select(records.has_image).get_images()
     encoder = TowerEncoder(tower, precision)
     identity = encoder.identity()
     folder = folder or run_dir / f"features-{fingerprint(identity)[:8]}"

@@ -19,15 +19,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from llm2clip.config import AlignConfig
+from llm2clip.data.blocks import IMAGE_COLUMNS
 from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
 from llm2clip.data.counter_random import hash_counters, shuffle_rows, to_unit_interval
 from llm2clip.data.image_loader import decode_or_error, skip_finalization
 from llm2clip.data.image_order import EpochOrders, ImageOrder
-from llm2clip.data.table import IMAGE_COLUMNS, ImageList, RecordTable
+from llm2clip.data.table import ImageList, RecordTable
 from llm2clip.data.transforms import TrainTransform
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.store.caption_rows import CaptionRows, CaptionSource, find_caption_rows
-from llm2clip.store.image_features import find_image_rows
+from llm2clip.store.image_features import make_image_keys
 from llm2clip.store.store import EmbeddingStore
 
 HASH_DIGITS = 16
@@ -41,12 +42,13 @@ class Batch:
     """Part of a training step's batch that is processed by one rank: N images and M captions of these images."""
 
     images: Tensor
-    """Pixels of shape (N, 3, S, S), uint8, or, if the tower is frozen, features of shape (N, feature_dim), float32."""
+    """Pixels of shape (N, 3, S, S), uint8, or, if the tower is frozen, features of shape (N, feature_dim). Features are
+    float32 or float16."""
     frozen_features: Tensor | None
-    """Features of the pretrained tower for self-distillation, of shape (N, feature_dim), float32. None without
-    self-distillation, or if the features are not stored."""
+    """Features of the pretrained tower for self-distillation, of shape (N, feature_dim), float32 or float16. None
+    without self-distillation, or if the features are not stored."""
     embeddings: Tensor
-    """Text embeddings of the captions, of shape (M, text_dim)."""
+    """Text embeddings of the captions, of shape (M, text_dim), float32 or float16."""
     caption_rows: Tensor
     """Row number of each caption in the store, of shape (M,), int64. Identical captions have the same row number."""
     image_of_caption: Tensor
@@ -66,9 +68,17 @@ class Batch:
     duplicates of other images in the batch."""
 
     def to(self, device: torch.device) -> Batch:
-        """Copy the tensors to a device. Copying from pinned memory to a GPU is asynchronous."""
+        """Copy the tensors to a device, and convert float16 to float32 there.
+
+        Copying from pinned memory to a GPU is asynchronous.
+        """
         is_cuda = device.type == "cuda"
-        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=is_cuda))
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = tensor.to(device, non_blocking=is_cuda)
+            return moved.float() if tensor.dtype == torch.float16 else moved
+
+        return self.map_tensors(move)
 
     def pin_memory(self) -> Batch:
         """Copy the tensors to pinned memory, so that copying them to a GPU is asynchronous."""
@@ -131,7 +141,8 @@ class AlignBatches:
             is_usable |= captions[field].starts[1:] > captions[field].starts[:-1]
         self.features, self.feature_rows = features, np.empty(0, np.int64)
         if features is not None:
-            self.feature_rows = find_image_rows(features, records.get_images())
+            images: Any = records.get_images()
+            self.feature_rows = features.find_keys(make_image_keys(images))
             is_usable &= self.feature_rows >= 0
         usable = records if is_usable.all() else records.select(is_usable)
         self.image_hash = usable.compute_identity(*IMAGE_COLUMNS)[:HASH_DIGITS]
@@ -215,20 +226,24 @@ class AlignBatches:
 
 
 def _take_rows(source: CaptionSource, rows: np.ndarray) -> Tensor:
-    """Return the text inputs or embeddings in N rows. Embeddings are read into pinned memory if there is a GPU."""
+    """Return the text inputs or embeddings in N rows. Embeddings are read into pinned memory if there is a GPU.
+
+    float16 embeddings are not converted, which halves the memory and the time for copying to a GPU.
+    """
     if not isinstance(source, EmbeddingStore):
         return torch.from_numpy(source.take(rows))
-    embeddings = allocate_pinned((len(rows), source.embed_dim))
+    dtype = torch.float16 if source.manifest["dtype"] == "float16" else torch.float32
+    embeddings = allocate_pinned((len(rows), source.embed_dim), dtype)
     source.take(rows, out=embeddings.numpy())
     return embeddings
 
 
-def allocate_pinned(shape: tuple[int, ...]) -> Tensor:
-    """Allocate a float32 tensor in pinned memory or, without a GPU, in ordinary memory.
+def allocate_pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Allocate a tensor in pinned memory or, without a GPU, in ordinary memory.
 
     PyTorch reuses the pinned memory of freed tensors, but not before their asynchronous copies to a GPU are complete.
     """
-    return torch.empty(shape, pin_memory=torch.cuda.is_available())
+    return torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
 
 
 def _list_caption_rows(captions: CaptionRows, images: np.ndarray) -> np.ndarray:
