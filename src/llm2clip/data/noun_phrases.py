@@ -23,9 +23,7 @@ import pyarrow.compute as pc
 
 from llm2clip.data.texts import make_text_key
 
-MIN_IMAGES = (
-    3  # phrases and nouns in the captions of fewer images are discarded, because they are often wrong
-)
+MIN_IMAGES = 3  # phrases and nouns in the captions of fewer images are discarded, because they are often wrong
 MAX_WORDS = 4  # maximum number of words in a phrase
 
 

@@ -265,6 +265,10 @@ class ImageList(Sequence[ImageRef | None]):
             return self.blocks.get_images(self.rows[index])
         return self.blocks.get_image(int(self.rows[index]))
 
+    def take(self, positions: np.ndarray) -> list[Any]:
+        """Return the image references of N records, which is faster than one by one."""
+        return self.blocks.get_images(self.rows[positions])
+
     def __iter__(self) -> Iterator[ImageRef | None]:
         for start in range(0, len(self), 4096):
             yield from self[start : start + 4096]

@@ -23,7 +23,7 @@ class AdapterConfig:
     """Architecture of the text adapter, as saved in the model config.
 
     Attributes:
-        depth: number of residual blocks.
+        depth: number of residual blocks. 0 stands for no adapter: caption embeddings are text embeddings.
         expansion: hidden size of a residual block, as a multiple of its input size.
         normalize_input: if True, L2-normalise the caption embeddings before the first block.
     """
@@ -48,7 +48,7 @@ class ResidualBlock(nn.Module):
 
 
 class Adapter(nn.Module):
-    """Text adapter: L2-normalise (optional) -> `depth` residual blocks -> LayerNorm -> Linear.
+    """Text adapter: L2-normalise (optional) -> `depth` residual blocks -> LayerNorm -> Linear. Depth 0: the identity.
 
     The paper uses depth 4 and expansion 2. With 4096 input and 1280 output dimensions, this adapter has 273.8 M
     parameters. In the checkpoints released with the paper, adapters trained on cached embeddings L2-normalise their
@@ -59,13 +59,19 @@ class Adapter(nn.Module):
         self, text_dim: int, embed_dim: int, depth: int = 4, expansion: int = 2, normalize_input: bool = True
     ) -> None:
         super().__init__()
-        self.normalize_input = normalize_input
+        self.depth, self.normalize_input = depth, normalize_input
+        if depth == 0:
+            if text_dim != embed_dim:
+                raise ValueError(f"without an adapter, embed_dim must be {text_dim}, as in the captions (got {embed_dim})")
+            return
         self.blocks = nn.Sequential(*(ResidualBlock(text_dim, expansion) for _ in range(depth)))
         self.norm = nn.LayerNorm(text_dim)
         self.out = nn.Linear(text_dim, embed_dim)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Map caption embeddings of shape (N, text_dim) to unnormalised text embeddings of shape (N, embed_dim)."""
+        if self.depth == 0:
+            return embeddings
         x = F.normalize(embeddings, dim=-1) if self.normalize_input else embeddings
         return self.out(self.norm(self.blocks(x)))
 

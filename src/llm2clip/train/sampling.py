@@ -322,16 +322,20 @@ class _ImageDataset(Dataset):
     def __init__(self, refs: ImageList, transform: TrainTransform, seed: int) -> None:
         self.refs, self.transform, self.seed = refs, transform, seed
 
-    def __getitem__(self, sample: Sample) -> tuple[str, Tensor | str, Sample]:
-        """Return the image name, the pixels and the sample.
+    def __getitems__(self, samples: list[Sample]) -> list[tuple[str, Tensor | str, Sample]]:
+        """Return the image name, the pixels and the sample for each sample of a batch.
 
-        If the image cannot be decoded, the error message is returned instead of the pixels.
+        If an image cannot be decoded, the error message is returned instead of the pixels.
         """
-        epoch, image = sample
-        ref = self.refs[image]
-        seed = int(hash_counters(self.seed, epoch, image, _CROP))
-        generator = torch.Generator().manual_seed(seed)
-        return str(ref), decode_or_error(ref, partial(self.transform, generator=generator)), sample
+        epochs, images = np.array(samples, np.int64).T
+        refs, generator = self.refs.take(images), torch.Generator()
+        items = []
+        for sample, ref, seed in zip(
+            samples, refs, hash_counters(self.seed, epochs, images, _CROP).tolist(), strict=True
+        ):
+            transform = partial(self.transform, generator=generator.manual_seed(seed))
+            items.append((str(ref), decode_or_error(ref, transform), sample))
+        return items
 
 
 def _collate(items: list[tuple[str, Tensor | str, Sample]]) -> tuple[Tensor | None, list[Sample], dict[str, str]]:
