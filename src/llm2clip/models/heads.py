@@ -62,7 +62,7 @@ class Adapter(nn.Module):
         self.depth, self.normalize_input = depth, normalize_input
         if depth == 0:
             if text_dim != embed_dim:
-                raise ValueError(f"without an adapter, embed_dim must be {text_dim}, as in the captions (got {embed_dim})")
+                raise ValueError(f"without an adapter, embed_dim must be {text_dim} like text_dim (got {embed_dim})")
             return
         self.blocks = nn.Sequential(*(ResidualBlock(text_dim, expansion) for _ in range(depth)))
         self.norm = nn.LayerNorm(text_dim)
