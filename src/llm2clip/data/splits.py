@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from llm2clip.config import EvaluateConfig
@@ -108,6 +109,7 @@ def read_splits(
     train = records.select(is_training)
     num_images = int(train.has_image.sum())
     image_counts = np.bincount(split_of_record[records.has_image], minlength=len(split_names)).tolist()
+    pa.default_memory_pool().release_unused()  # otherwise, this process would keep the memory of the columns read above
     splits = Counter({name: count for name, count in zip(split_names, image_counts, strict=True) if count})
     return DataSplits(
         train=train,
