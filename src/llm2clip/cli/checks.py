@@ -3,7 +3,7 @@
 import os
 import socket
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from llm2clip.models.hub.loading import is_hub_id
@@ -112,3 +112,10 @@ def _resolve_name(name: str, config_file: str, subfolders: tuple[str, ...], know
         names = f", nor one of {', '.join(known)}" if known else ""
         raise FileNotFoundError(f"{name} is neither a folder nor a hub id (OWNER/NAME){names}; {suggest_paths(name)}")
     return name
+
+
+def list_local_sources(sources: Sequence[str]) -> list[str]:
+    """Return the sources that `index` can read, or a placeholder if there are none, for a command to run next."""
+    from llm2clip.data.remote import is_remote
+
+    return [source for source in sources if not is_remote(source)] or ["PHOTOS"]

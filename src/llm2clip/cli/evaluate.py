@@ -6,7 +6,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 from jsonargparse.typing import ClosedUnitInterval
 
-from llm2clip.cli.checks import check_sources, resolve_encoder, resolve_model
+from llm2clip.cli.checks import check_sources, list_local_sources, resolve_encoder, resolve_model
 from llm2clip.cli.commands import (
     DATA_HELP,
     Commands,
@@ -77,7 +77,7 @@ def _evaluate(args: Namespace) -> list[str]:
     options = EvaluateOptions(**select_arguments(args, *(field.name for field in fields(EvaluateOptions))))
     lines = evaluate_models(models, args.data or [], options, encoder=args.encoder, config=args.evaluate)
     if models and (args.data or args.benchmarks) and not models[0].endswith(".npz"):
-        data = [*(args.data or ["PHOTOS"]), *format_column_flags(args.columns)]
+        data = [*list_local_sources(args.data or []), *format_column_flags(args.columns)]
         lines.append(f"Next: {format_command('index', *data, '--model', models[0], '--out', 'INDEX')}")
     return lines
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
 
-from llm2clip.cli.checks import check_pretrained, check_sources, check_stores, resolve_encoder
+from llm2clip.cli.checks import check_pretrained, check_sources, check_stores, list_local_sources, resolve_encoder
 from llm2clip.cli.commands import (
     DATA_HELP,
     ArgumentParser,
@@ -167,7 +167,7 @@ def _format_next_commands(model: Path, args: Namespace, *flags: str) -> list[str
     columns, index = format_column_flags(args.columns), model.parent / "index"
     return [
         f"Next: {format_command('evaluate', model, *args.data, *columns, *flags)}",
-        f"      {format_command('index', *args.data, *columns, '--model', model, '--out', index)}",
+        f"      {format_command('index', *list_local_sources(args.data), *columns, '--model', model, '--out', index)}",
     ]
 
 
