@@ -246,6 +246,12 @@ class AlignConfig:
         require_positive(self, "align", "epochs", "min_crop_scale", "layer_decay")
         if isinstance(self.logit_scale, float | int) and not 1 <= self.logit_scale <= 100:
             raise ValueError(f"--align.logit_scale must be between 1 and 100, or inherit (got {self.logit_scale})")
+        has_fixed_dim = self.embed_dim > 0 and self.adapter_depth > 0 and not self.inherit
+        if has_fixed_dim and any(dim >= self.embed_dim for dim in self.matryoshka_dims):
+            raise ValueError(
+                f"--align.matryoshka_dims must be less than --align.embed_dim, {self.embed_dim} (got "
+                f"{self.matryoshka_dims})"
+            )
         if self.inherit and self.adapter_depth == 0:
             raise ValueError("--align.inherit trains the adapter: set --align.adapter_depth to 1 or more")
         if self.lora_r and self.tower_lr == 0:
