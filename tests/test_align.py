@@ -117,7 +117,9 @@ def assert_same_run(
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"distill_weight": 5.0}, {"distill_weight": 5.0, "min_crop_scale": 1.0}], ids=str
+    "change",
+    [{}, {"matryoshka_dims": [3, 6]}, {"distill_weight": 5.0}, {"distill_weight": 5.0, "min_crop_scale": 1.0}],
+    ids=str,
 )
 def test_align_matches_adamw_written_out(
     records: list[Record],
@@ -145,7 +147,11 @@ def test_align_matches_adamw_written_out(
     for step, (batch, factor) in enumerate(zip(batches, factors, strict=True)):
         batch = batch.to(torch.device("cpu"))
         image, text, scale, _ = model(pixels=batch.images, embeddings=batch.embeddings)
-        loss = info_nce(image, text, scale, batch.image_of_caption, batch.caption_rows)
+        losses = []
+        for dim in (*config.matryoshka_dims, 12):
+            unit_image, unit_text = F.normalize(image[:, :dim]), F.normalize(text[:, :dim])
+            losses.append(info_nce(unit_image, unit_text, scale, batch.image_of_caption, batch.caption_rows))
+        loss = torch.stack(losses).mean()
         if config.distill_weight:
             frozen_features = frozen_tower(batch.images).detach()
             if config.min_crop_scale == 1:
@@ -310,7 +316,7 @@ def test_align_reports_to_trackers_by_name(train: Any, tmp_path: Path) -> None:
     "change",
     [
         {},
-        {"loss": "sigmoid", "captions_per_image": 0, "distill_weight": 5.0},
+        {"loss": "sigmoid", "captions_per_image": 0, "distill_weight": 5.0, "matryoshka_dims": [3, 6]},
         {"gradient_checkpointing": True, "lora_r": 2, "distill_weight": 5.0, "min_crop_scale": 1.0},
     ],
     ids=str,
@@ -359,7 +365,7 @@ def test_micro_batches_repeat_their_dropout_in_the_second_pass(
 @pytest.mark.parametrize(
     "change",
     [
-        {"micro_batch_size": 2, "distill_weight": 5.0, "loss": "sigmoid"},
+        {"micro_batch_size": 2, "distill_weight": 5.0, "loss": "sigmoid", "matryoshka_dims": [3, 6]},
         {"lora_r": 2, "distill_weight": 5.0, "min_crop_scale": 1.0},
     ],
     ids=str,

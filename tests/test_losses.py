@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import run_distributed
 from llm2clip.train import losses
-from llm2clip.train.losses import LOSSES, info_nce, sigmoid_loss
+from llm2clip.train.losses import LOSSES, info_nce, matryoshka_loss, sigmoid_loss
 
 SCALE, BIAS = 14.3, -3.0
 # Images 0 and 2 share a text, images 3 and 4 have a single text, which is the same, and image 1 has a text twice.
@@ -110,6 +111,34 @@ def test_loss_matches_its_reference(
         torch.testing.assert_close(a, b, atol=2e-6 * max(1, scale), rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_matryoshka_loss_is_the_mean_over_truncated_embeddings(name: str) -> None:
+    """The first 3, 5 and all 8 dimensions, divided by their norm, in float64."""
+    image, text = random_embeddings(6, 11)
+    layout = torch.tensor(IMAGE_OF_TEXT), torch.tensor(TEXT_IDS), torch.tensor(OTHER_TEXTS)
+    scalars = torch.tensor(SCALE), torch.tensor(BIAS)
+
+    def reference(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        scalars = (scale, bias) if LOSSES[name].needs_bias else (scale,)
+        total = image.new_zeros(())
+        for dim in (3, 5, 8):
+            i, t = image[:, :dim], text[:, :dim]
+            if dim < 8:
+                i, t = (x / x.square().sum(1, keepdim=True).sqrt() for x in (i, t))
+            total = total + REFERENCES[name](i, t, *scalars, *layout) / 3
+        return total + 0 * bias
+
+    def loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        return matryoshka_loss(LOSSES[name], (3, 5), image, text, scale, bias, *layout) + 0 * bias
+
+    actual = value_and_gradients(loss, image, text, *scalars)
+    expected = value_and_gradients(reference, *as_double(image, text, *scalars))
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=3e-5, rtol=1e-5)
+    full = matryoshka_loss(LOSSES[name], (), image, text, *scalars, *layout)
+    assert torch.equal(full, LOSSES[name](image, text, *scalars, *layout))
+
+
 @pytest.mark.usefixtures("chunk_size")
 def test_losses_match_open_clip_for_one_text_per_image() -> None:
     image, text = random_embeddings(12, 12, 16)
@@ -200,7 +229,8 @@ def _gradients(images: slice) -> dict[str, Tensor]:
     other_texts = other_texts[(other_texts[:, 0] >= images.start) & (other_texts[:, 0] < images.stop)]
     layout = image_of_text[texts] - images.start, text_ids[texts], other_texts - torch.tensor([images.start, 0])
     results: dict[str, Tensor] = {}
-    for name, loss_function in LOSSES.items():
+    losses: dict[str, Any] = {**LOSSES, "matryoshka": partial(matryoshka_loss, LOSSES["infonce"], (3, 5))}
+    for name, loss_function in losses.items():
         weight, scalars = torch.eye(8).requires_grad_(), torch.tensor([10.0, -2.0]).requires_grad_()
         i, t = F.normalize(image[images] @ weight, dim=-1), F.normalize(text[texts] @ weight.T, dim=-1)
         loss = loss_function(i, t, scalars[0], scalars[1], *layout)

@@ -139,10 +139,6 @@ class TuneConfig:
 class EmbedConfig:
     """Settings for encoding captions into the embedding store."""
 
-    batch_tokens: int | None = None
-    """Maximum number of tokens per batch, including padding. By default, a short benchmark finds the fastest
-    value before encoding starts, and saves it in the store's folder. With fewer than 4096 captions, the benchmark is
-    skipped and the encoder's default is used."""
     precision: str = "auto"
     """Encoding precision: fp32, bf16, bf16+N (bf16 with the first N layers in fp32) or auto. On devices with bf16
     hardware support, auto selects the fastest precision that is accurate enough: embeddings of sixteen test captions
@@ -151,7 +147,6 @@ class EmbedConfig:
     """Data type of the stored embeddings. int8 uses one scale factor per embedding and halves the size of the store."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, self, "embed", "batch_tokens")
         if not re.fullmatch(r"auto|fp32|bf16(\+\d+)?", self.precision):
             raise ValueError(f"--embed.precision must be auto, fp32, bf16 or bf16+N (got {self.precision!r})")
 
@@ -167,13 +162,18 @@ class AlignConfig:
     """Input image size in pixels. Default: the tower's training resolution."""
     embed_dim: int = 512
     """Dimension of the shared embedding space. 0 removes the image projection, so that the tower's output is the image
-    embedding, as in the authors' SigLIP 2 model."""
+    embedding, as in the authors' SigLIP 2 model. With --align.adapter_depth 0, the caption encoder's dimension is used
+    instead."""
     adapter_depth: int = 1
-    """Number of residual blocks in the adapter. The paper uses 4."""
+    """Number of residual blocks in the adapter. The paper uses 4. 0 removes the adapter: images are embedded in the
+    caption encoder's own space, so that an index of its text embeddings also finds images."""
     normalize_input: bool = True
     """L2-normalise the cached embeddings before the adapter, as the paper does."""
     loss: str = "infonce"
     """Contrastive loss: infonce (used by CLIP and the paper) or sigmoid (used by SigLIP). See `train/losses.py`."""
+    matryoshka_dims: list[int] = field(default_factory=list)
+    """Also train these truncated embedding sizes, e.g. [64, 128, 256]: the first dimensions of the image and text
+    embeddings then work on their own, in smaller indexes. The loss is the mean over these sizes and the full size."""
     logit_scale: float | Literal["inherit"] | None = None
     """Initial factor by which cosine similarities are multiplied, at most 100. inherit uses the value from the tower's
     CLIP model, as in the authors' code. With the sigmoid loss, the logit bias is also inherited. Default: 14.3 for
@@ -237,14 +237,23 @@ class AlignConfig:
     """Seed for the image order, caption sampling, crops and weight initialisation."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, self, "align", "adapter_depth", "batch_size", "micro_batch_size", "save_steps")
-        require_at_least(0, self, "align", "embed_dim", "captions_per_image", "lora_r", "lr", "tower_lr", "eval_steps")
+        require_at_least(1, self, "align", "matryoshka_dims", "batch_size", "micro_batch_size", "save_steps")
+        require_at_least(0, self, "align", "embed_dim", "adapter_depth", "captions_per_image", "lora_r", "lr")
+        require_at_least(0, self, "align", "tower_lr", "eval_steps")
         require_at_least(0, self, "align", "workers", "distill_weight", "caption_mix", "seed")
         require_at_least(MIN_IMAGE_SIZE, self, "align", "image_size")
         require_fraction(self, "align", "warmup_ratio", "min_crop_scale", "layer_decay")
         require_positive(self, "align", "epochs", "min_crop_scale", "layer_decay")
         if isinstance(self.logit_scale, float | int) and not 1 <= self.logit_scale <= 100:
             raise ValueError(f"--align.logit_scale must be between 1 and 100, or inherit (got {self.logit_scale})")
+        has_fixed_dim = self.embed_dim > 0 and self.adapter_depth > 0 and not self.inherit
+        if has_fixed_dim and any(dim >= self.embed_dim for dim in self.matryoshka_dims):
+            raise ValueError(
+                f"--align.matryoshka_dims must be less than --align.embed_dim, {self.embed_dim} (got "
+                f"{self.matryoshka_dims})"
+            )
+        if self.inherit and self.adapter_depth == 0:
+            raise ValueError("--align.inherit trains the adapter: set --align.adapter_depth to 1 or more")
         if self.lora_r and self.tower_lr == 0:
             raise ValueError("--align.lora_r requires a trainable tower: set --align.tower_lr greater than 0")
         if self.distill_weight and self.tower_lr == 0:
@@ -294,6 +303,8 @@ class EvaluateOptions:
     """Folder with one subfolder per benchmark."""
     out: str | None = None
     """Output folder for report.html, results.json and the embeddings. Later runs reuse the embeddings."""
+    dims: list[int] = field(default_factory=list)
+    """Also evaluate embeddings truncated to these numbers of dimensions. Without --out, each size is encoded again."""
     linear_probe: bool = False
     """Classification: also fit a linear probe on the training images."""
     dense_variants: list[str] = field(default_factory=lambda: ["plain"])
@@ -326,6 +337,7 @@ class EvaluateOptions:
     """Stop if more than this fraction of the rows or of a benchmark's images cannot be used."""
 
     def __post_init__(self) -> None:
+        require_at_least(1, self, "", "dims")
         require_at_least(0, self, "", "mistakes")
         require_fraction(self, "", "max_skipped")
         if not self.captions and (self.all_pairs or self.mistakes is not None):

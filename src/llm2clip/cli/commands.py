@@ -320,8 +320,9 @@ def add_flags(parser: ArgumentParser, options: type, skip: Collection[str] = ())
         help_text = " ".join(help_texts[field.name].split())
         if types[field.name] is bool:
             settings: dict[str, Any] = {"action": "store_true"}
-        elif types[field.name] == list[str]:
-            settings = {"nargs": "+", "type": str, "default": default}
+        elif types[field.name] in (list[str], list[int]):
+            [item_type] = get_args(types[field.name])
+            settings = {"nargs": "+", "type": item_type, "default": default}
         elif types[field.name] == list[str] | None:
             settings = {"nargs": "*", "type": str, "default": default}
         else:

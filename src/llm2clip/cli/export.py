@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
+from jsonargparse.typing import PositiveInt
 
 from llm2clip.cli.checks import resolve_model
 from llm2clip.cli.commands import Commands, format_command
@@ -49,6 +50,9 @@ def add_commands(commands: Commands) -> None:
     )
     parser.add_argument("--out", type=str, required=True, help="Folder to create.")
     parser.add_argument("--int8", action="store_true", help="With --to onnx: also write graphs with 8-bit weights.")
+    parser.add_argument(
+        "--dim", type=PositiveInt, help="Truncate embeddings to this number of dimensions. Default: all dimensions."
+    )
 
     parser = commands.add("push", _push, "Upload a model folder or exported model to the hub, with a model card.")
     parser.add_argument("model", type=str, help="Folder to upload.")
@@ -146,7 +150,8 @@ def _export(args: Namespace) -> list[str]:
     args.model = resolve_model(args.model)
     from llm2clip.models.llm2clip import LLM2CLIP
 
-    messages = export_model(LLM2CLIP.from_pretrained(args.model, device="cpu"), args.to, args.out, int8=args.int8)
+    model = LLM2CLIP.from_pretrained(args.model, device="cpu")
+    messages = export_model(model, args.to, args.out, int8=args.int8, dim=args.dim)
     return [*messages, f"Exported: {args.out}", f"Load it with: {FORMATS[args.to].load_code.format(out=args.out)}"]
 
 

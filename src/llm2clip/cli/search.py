@@ -46,6 +46,12 @@ def add_commands(commands: Commands) -> None:
         "--model", type=str, required=True, help="Model folder, or any other model that `evaluate` accepts."
     )
     sub.add_argument("--out", type=str, required=True, help="Index folder, or qdrant+http://HOST:6333/COLLECTION.")
+    sub.add_argument(
+        "--dim",
+        type=PositiveInt,
+        help="Truncate vectors to this number of dimensions, for a smaller index. Best with a model trained with "
+        "--align.matryoshka_dims. `search` and `serve` truncate queries accordingly. Default: all dimensions.",
+    )
     sub.add_argument("--watch", type=PositiveFloat, help="Keep running and update the index every N seconds.")
     sub.add_argument(
         "--prune",
@@ -177,11 +183,14 @@ def _index(args: Namespace) -> list[str]:
     args.model = resolve_model(args.model)
     from llm2clip.data.skip_log import SkipLog
     from llm2clip.models.dual_encoder import open_dual_encoder
+    from llm2clip.models.truncation import check_dim
     from llm2clip.runs.ranks import print_once
     from llm2clip.search.backends import open_backend
     from llm2clip.search.build import build_index
 
     model = open_dual_encoder(args.model)  # loaded first, so that --out stays unchanged if loading fails
+    if args.dim is not None:
+        check_dim(args.dim, model.embed_dim, model.name)
     backend = open_backend(args.out, write=True, approximate_above=args.approximate_above)
     skipped_file = None if "://" in args.out else Path(args.out) / "skipped.jsonl"
     if skipped_file is not None and not skipped_file.exists():
@@ -189,7 +198,7 @@ def _index(args: Namespace) -> list[str]:
 
     def update_index() -> tuple[IndexReport, SkipLog]:
         log = SkipLog(skipped_file, args.max_skipped)
-        options = select_arguments(args, "columns", "batch_size", "workers", "prune", "allow_outside")
+        options = select_arguments(args, "columns", "batch_size", "workers", "prune", "allow_outside", "dim")
         return build_index(args.data, model, backend, log, **options), log
 
     report, log = update_index()
@@ -233,7 +242,7 @@ def _search(args: Namespace) -> list[str]:
 
     from llm2clip.models.dual_encoder import open_dual_encoder
     from llm2clip.search.backends import open_backend
-    from llm2clip.search.build import check_model
+    from llm2clip.search.build import truncate_to_index
     from llm2clip.search.heatmap import draw_heatmaps, require_dense_encoder
     from llm2clip.search.query import SearchQuery, embed_query
     from llm2clip.search.render import hit_to_json, open_in_browser, print_hits, write_contact_sheet
@@ -245,8 +254,7 @@ def _search(args: Namespace) -> list[str]:
         vector = None  # without a query, the newest images are returned, and no model is needed
         if query:
             metadata = backend.metadata()
-            model = open_dual_encoder(args.model or metadata["model"])
-            check_model(metadata, model)
+            model = truncate_to_index(metadata, open_dual_encoder(args.model or metadata["model"]))
             if args.heatmaps:
                 require_dense_encoder(model)
             vector = embed_query(model, query)

@@ -1,5 +1,8 @@
 """Sources of embeddings for evaluation: a model (optionally with a cache on disk), or precomputed embeddings."""
 
+from __future__ import annotations
+
+import copy
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -17,6 +20,7 @@ from llm2clip.evaluate.recall import check_finite
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
+from llm2clip.models.truncation import check_dim, truncate_and_normalize
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import process_state
 from llm2clip.store.image_features import (
@@ -42,6 +46,11 @@ class EmbeddingSource(Protocol):
     query_templates: QueryTemplates
     """Prompt templates for short search queries, saved with the model. `encode_texts` does not apply them."""
 
+    @property
+    def embed_dim(self) -> int:
+        """Number of dimensions of the embeddings."""
+        ...
+
     def encode_images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
         """Return the embeddings of all decodable images, and the images' indices in `refs`.
 
@@ -62,6 +71,14 @@ class EmbeddingSource(Protocol):
 
     def count_truncated(self, texts: Sequence[str]) -> int | None:
         """Return the number of texts truncated to the model's maximum length, or None if unknown."""
+        ...
+
+    def truncate(self, dim: int) -> EmbeddingSource:
+        """Return a source of the same embeddings, truncated to their first `dim` dimensions and normalised again.
+
+        Raises:
+            ValueError: If the embeddings have fewer than `dim` dimensions.
+        """
         ...
 
 
@@ -95,11 +112,16 @@ class ModelEmbeddings:
             cache_dir: Folder for cached embeddings, with one subfolder per model. If None, embeddings are not cached.
         """
         self.model, self.log, self.progress = model, log, progress
+        self._full_model = model  # the cache contains its embeddings, even if `model` is truncated
         self.query_templates = model.query_templates
         self.identity = model.identity() if cache_dir is not None else {}
         if model.precision != "fp32":
             self.identity["precision"] = model.precision
         self.folder = cache_dir / fingerprint(self.identity)[:12] if cache_dir is not None else None
+
+    @property
+    def embed_dim(self) -> int:
+        return self.model.embed_dim
 
     def encode_images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
         self.log.count_at_least(len(refs))  # benchmark readers do not count their rows
@@ -110,11 +132,11 @@ class ModelEmbeddings:
         else:
             folder = self.folder / "images"
             store = store_image_features(
-                refs, self.model, self.identity, folder, self.log, dtype="float32", batch_size=BATCH_SIZE
+                refs, self._full_model, self.identity, folder, self.log, dtype="float32", batch_size=BATCH_SIZE
             )
             rows = store.find_keys(make_image_keys(refs))  # -1 for images that could not be decoded
             indices = (rows >= 0).nonzero()[0].tolist()
-            embeddings = torch.from_numpy(store.take(rows[rows >= 0]))
+            embeddings = self._truncate_cached(store.take(rows[rows >= 0]))
         check_finite(embeddings)
         return embeddings, indices
 
@@ -124,17 +146,27 @@ class ModelEmbeddings:
         else:
             store = store_text_embeddings(
                 deduplicate_captions(texts),
-                self.model.encode_texts,
-                self.model.embed_dim,
+                self._full_model.encode_texts,
+                self._full_model.embed_dim,
                 self.identity,
                 self.folder / "texts",
             )
-            embeddings = torch.from_numpy(store.take(store.find_rows(texts)))
+            embeddings = self._truncate_cached(store.take(store.find_rows(texts)))
         check_finite(embeddings)
         return embeddings
 
+    def _truncate_cached(self, embeddings: np.ndarray) -> Tensor:
+        full = torch.from_numpy(embeddings)
+        dim = self.model.embed_dim
+        return full if dim == self._full_model.embed_dim else truncate_and_normalize(full, dim)
+
     def count_truncated(self, texts: Sequence[str]) -> int | None:
         return self.model.count_truncated(texts)
+
+    def truncate(self, dim: int) -> ModelEmbeddings:
+        truncated = copy.copy(self)
+        truncated.model = self._full_model.truncate(dim)
+        return truncated
 
 
 class PrecomputedEmbeddings:
@@ -180,6 +212,10 @@ class PrecomputedEmbeddings:
             if not torch.allclose(self._texts[first_row], self._texts[row], atol=1e-3):
                 raise ValueError(f"{file}: the caption {str(caption)!r} has two different embeddings")
 
+    @property
+    def embed_dim(self) -> int:
+        return self._images.shape[1]
+
     def encode_images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
         rows = [self._find_image(ref) for ref in refs]
         missing = [ref for ref, row in zip(refs, rows, strict=True) if row is None]
@@ -215,3 +251,10 @@ class PrecomputedEmbeddings:
 
     def count_truncated(self, texts: Sequence[str]) -> int | None:
         return None
+
+    def truncate(self, dim: int) -> PrecomputedEmbeddings:
+        check_dim(dim, self._images.shape[1], str(self.file))
+        truncated = copy.copy(self)
+        truncated._images = truncate_and_normalize(self._images, dim)
+        truncated._texts = truncate_and_normalize(self._texts, dim)
+        return truncated

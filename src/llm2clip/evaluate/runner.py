@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
@@ -187,6 +188,8 @@ class BenchmarkRunner:
     def evaluate_model(self, model: str, name: str, is_baseline: bool) -> Iterator[BenchmarkResult]:
         """Evaluate a model on all benchmarks, and yield each result as soon as it is available.
 
+        With `EvaluateOptions.dims`, truncated embeddings are evaluated like further baselines.
+
         Args:
             model: See `open_embedding_source`.
             name: Model name to show in tables.
@@ -201,41 +204,68 @@ class BenchmarkRunner:
                 raise
             self.failures.append(f"Skipped {name}: {error}")
             return
+        sources = {name: embeddings}
+        for dim in self._options.dims:
+            if dim == embeddings.embed_dim:
+                continue
+            try:
+                sources[f"{name}, {dim} dimensions"] = embeddings.truncate(dim)
+            except ValueError as error:
+                if not is_baseline:
+                    raise
+                self.failures.append(f"Skipped {name}: {error}")
         training_images = load_training_image_hashes(model)
         for run in self.runs:
-            benchmark = run.benchmark
-            print_once(f"{name}: {benchmark.name}")
-            embeddings.log = run.log
-            predictions_dir = None
-            if self._out is not None and self._options.save_predictions:
-                predictions_dir = self._out / "predictions" / sanitize_name(benchmark.name) / sanitize_name(name)
-            try:
-                result = run_benchmark(benchmark, run.folder, embeddings, self._options, predictions_dir)
-            except (OSError, ValueError) as error:
-                # Invalid data causes the same error on every rank. Other errors may occur only on this rank.
-                if is_distributed and not isinstance(error, MissingFileError | ValueError):
-                    raise
-                self.failures.append(_describe_failure(f"{name} on {benchmark.name}", benchmark, error))
-                continue
-            result.model = name
-            if training_images is not None and process_state().is_main_process:
-                result.summary["images trained on"] = count_training_images(training_images, result.images)
-            if run.results:
-                _add_differences(run.results[0], result)
-            if self._options.short_queries:
-                self._add_short_queries(result, embeddings)
-            if self._out is not None and process_state().is_main_process:
-                for n, (field, ranks) in enumerate(result.ranks.items()):
-                    # With examples for all 36 languages of Crossmodal-3600, the report would contain 2,000 images.
-                    with_examples = not is_baseline and n == 0
-                    result.error_analysis[field] = analyze_errors(ranks, EXAMPLE_QUERIES if with_examples else 0)
-                if result.draw_examples is not None and not is_baseline:
-                    result.examples = result.draw_examples()
-            result.draw_examples = None  # free the memory of images and embeddings
-            empty = torch.empty(0)
-            result.ranks = {key: replace(ranks, images=empty, texts=empty) for key, ranks in result.ranks.items()}
-            run.results.append(result)
-            yield result
+            for n, (source_name, source) in enumerate(sources.items()):
+                source.log = run.log
+                result = self._evaluate_source(run, source, source_name, training_images, is_baseline or n > 0)
+                if result is not None:
+                    if self._options.dims:
+                        result.summary |= {"full model": name, "dimensions": source.embed_dim}
+                    run.results.append(result)
+                    yield result
+
+    def _evaluate_source(
+        self,
+        run: BenchmarkRun,
+        embeddings: EmbeddingSource,
+        name: str,
+        training_images: np.ndarray | None,
+        is_baseline: bool,
+    ) -> BenchmarkResult | None:
+        """Evaluate one source of embeddings on one benchmark. Record an error in `failures` and return None."""
+        benchmark = run.benchmark
+        print_once(f"{name}: {benchmark.name}")
+        predictions_dir = None
+        if self._out is not None and self._options.save_predictions:
+            predictions_dir = self._out / "predictions" / sanitize_name(benchmark.name) / sanitize_name(name)
+        try:
+            result = run_benchmark(benchmark, run.folder, embeddings, self._options, predictions_dir)
+        except (OSError, ValueError) as error:
+            # Invalid data causes the same error on every rank. Other errors may occur only on this rank.
+            is_distributed = process_state().num_processes > 1
+            if is_distributed and not isinstance(error, MissingFileError | ValueError):
+                raise
+            self.failures.append(_describe_failure(f"{name} on {benchmark.name}", benchmark, error))
+            return None
+        result.model = name
+        if training_images is not None and process_state().is_main_process:
+            result.summary["images trained on"] = count_training_images(training_images, result.images)
+        if run.results:
+            _add_differences(run.results[0], result)
+        if self._options.short_queries:
+            self._add_short_queries(result, embeddings)
+        if self._out is not None and process_state().is_main_process:
+            for n, (field, ranks) in enumerate(result.ranks.items()):
+                # With examples for all 36 languages of Crossmodal-3600, the report would contain 2,000 images.
+                with_examples = not is_baseline and n == 0
+                result.error_analysis[field] = analyze_errors(ranks, EXAMPLE_QUERIES if with_examples else 0)
+            if result.draw_examples is not None and not is_baseline:
+                result.examples = result.draw_examples()
+        result.draw_examples = None  # free the memory of images and embeddings
+        empty = torch.empty(0)
+        result.ranks = {key: replace(ranks, images=empty, texts=empty) for key, ranks in result.ranks.items()}
+        return result
 
     def _add_short_queries(self, result: BenchmarkResult, embeddings: EmbeddingSource) -> None:
         """Add the short-query metrics of each caption field to `result`. Record errors in `failures`."""

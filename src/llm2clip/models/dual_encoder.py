@@ -8,6 +8,9 @@ open_clip:NAME/PRETRAINED    open_clip model
 st:NAME                      sentence-transformers model that encodes images and texts
 """
 
+from __future__ import annotations
+
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -40,6 +43,7 @@ from llm2clip.models.text.clip_text_encoder import (
     has_text_tower,
     load_clip_text_encoder,
 )
+from llm2clip.models.truncation import check_dim
 from llm2clip.models.vision.dense import DenseEncoder, build_dense_encoder
 from llm2clip.models.vision.vision_tower import VisionTower
 
@@ -92,6 +96,32 @@ class DualEncoder:
     def encode_texts(self, texts: Sequence[str], progress: bool = False) -> Tensor:
         """Encode N texts. Return L2-normalised float32 embeddings of shape (N, embed_dim) as a CPU tensor."""
         return F.normalize(self.encode_texts_raw(texts, progress).float(), dim=-1).cpu()
+
+    def truncate(self, dim: int) -> DualEncoder:
+        """Return the same model, with embeddings truncated to their first `dim` dimensions and normalised again.
+
+        Without training for this (`--align.matryoshka_dims`), truncation lowers the quality more.
+
+        Raises:
+            ValueError: `dim` is less than 1 or greater than `embed_dim`.
+        """
+        check_dim(dim, self.embed_dim, self.name)
+        if dim == self.embed_dim:
+            return self
+        dense = self.dense
+        if dense is not None:
+            encode_cells = dense.features
+            dense = dataclasses.replace(
+                dense, features=lambda pixels, variant: encode_cells(pixels, variant)[..., :dim]
+            )
+        return dataclasses.replace(
+            self,
+            embed_dim=dim,
+            identity=lambda: {**self.identity(), "dim": dim},
+            encode_images_raw=lambda images: self.encode_images_raw(images)[:, :dim],
+            encode_texts_raw=lambda texts, progress: self.encode_texts_raw(texts, progress)[:, :dim],
+            dense=dense,
+        )
 
 
 def open_dual_encoder(

@@ -65,6 +65,11 @@ class LLM2CLIP(DenseMethods, nn.Module):
                 f"embed_dim is {config.embed_dim}, but the vision tower's features have size {tower.feature_dim}. "
                 "Without an image projection, the sizes must be equal"
             )
+        if any(not 0 < dim < config.embed_dim for dim in config.matryoshka_dims):
+            raise ValueError(
+                f"--align.matryoshka_dims must be at least 1 and less than {config.embed_dim}, the dimension of the "
+                f"shared embedding space (got {config.matryoshka_dims})"
+            )
         self.adapter = Adapter(config.text_dim, config.embed_dim, **dataclasses.asdict(config.adapter))
         # Logit scale and bias are one-dimensional because FSDP cannot shard scalars.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(10 if config.logit_bias else 1 / 0.07)]))

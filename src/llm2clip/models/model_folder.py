@@ -40,6 +40,7 @@ class LLM2CLIPConfig:
             `embed_dim` must equal the tower's feature dimension.
         projection_bias: if True, the image projection has a bias (see `build_projection`).
         logit_bias: if True, the model has a learned logit bias, for the sigmoid loss.
+        matryoshka_dims: truncated embedding sizes that the model was trained for, in addition to `embed_dim`.
         encoder: `CaptionEncoder.identity()` of the encoder the adapter was trained with. Empty if unknown.
         query_templates: prompt templates that search and evaluation use to encode short queries. `encode_text` does not
             use them.
@@ -52,6 +53,7 @@ class LLM2CLIPConfig:
     projection: bool = True
     projection_bias: bool = False
     logit_bias: bool = False
+    matryoshka_dims: list[int] = field(default_factory=list)
     encoder: dict[str, Any] = field(default_factory=dict)
     query_templates: QueryTemplates = NO_TEMPLATES
 
@@ -68,7 +70,7 @@ class LLM2CLIPConfig:
     def identity(self) -> dict[str, Any]:
         """Return a dict of all fields that affect the embeddings."""
         fields = dataclasses.asdict(self)
-        del fields["query_templates"]
+        del fields["query_templates"], fields["matryoshka_dims"]
         return fields
 
 

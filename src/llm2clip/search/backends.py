@@ -176,7 +176,8 @@ class Backend(Protocol):
     def metadata(self) -> dict[str, Any]:
         """Return the index metadata, or an empty dict if `initialize` has not been called.
 
-        The keys are `model` (the model's name), `fingerprint` (the model's fingerprint) and `embed_dim`.
+        The keys are `model` (the model's name), `fingerprint` (the model's fingerprint) and `embed_dim` (the number of
+        dimensions of the vectors, which may be truncated).
         """
         ...
 

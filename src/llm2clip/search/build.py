@@ -65,6 +65,7 @@ def build_index(
     workers: int | None = None,
     prune: bool = False,
     allow_outside: bool = False,
+    dim: int | None = None,
 ) -> IndexReport:
     """Synchronise an index with the current images of the given sources. Keep images from other sources in the index.
 
@@ -77,19 +78,28 @@ def build_index(
         prune: If True, remove deleted images from the index even if a source is missing or empty, or many of its images
             no longer exist. If False, these cases raise an error.
         allow_outside: If True, also index images outside their source's folder (see `scan_source`).
+        dim: Number of dimensions to which embeddings are truncated. Default: that of the index, or the model's own for
+            a new index.
 
     Raises:
         FolderInUseError: Another run is writing to the index.
-        ValueError: The index was built with a different model, or many of a source's images no longer exist. In the
-            second case, new images have been added, but none have been removed.
+        ValueError: The index was built with a different model or number of dimensions, the model has fewer than `dim`
+            dimensions, or many of a source's images no longer exist. In the last case, new images have been added, but
+            none have been removed.
         OSError: A source does not exist, or a folder cannot be listed.
         TooManySkipped: Too many images cannot be read.
     """
     with backend.lock():
         metadata = backend.metadata()
         if metadata:
-            check_model(metadata, model)
+            if dim not in (None, metadata["embed_dim"]):
+                raise ValueError(
+                    f"the index has vectors of {metadata['embed_dim']} dimensions, not {dim}. Remove --dim, or build a "
+                    "new index in another folder."
+                )
+            model = truncate_to_index(metadata, model)
         else:
+            model = model if dim is None else model.truncate(dim)
             name = os.path.abspath(model.name) if os.path.isdir(model.name) else model.name
             identity = fingerprint(model.identity())
             backend.initialize({"model": name, "fingerprint": identity, "embed_dim": model.embed_dim})
@@ -139,6 +149,18 @@ def _check_deleted_fraction(source: str, indexed: Mapping[str, ImageState], dele
             f"{source}: {len(missing):,} of {len(indexed):,} indexed images no longer exist, for example "
             f"{missing[0]}. A disk may be disconnected. To remove these images from the index, add --prune."
         )
+
+
+def truncate_to_index(metadata: Mapping[str, Any], model: DualEncoder) -> DualEncoder:
+    """Return the model, truncated to the number of dimensions of an index.
+
+    Raises:
+        ValueError: The index was built with a different model, whose embeddings are not comparable.
+    """
+    if metadata["embed_dim"] < model.embed_dim:
+        model = model.truncate(metadata["embed_dim"])
+    check_model(metadata, model)
+    return model
 
 
 def check_model(metadata: Mapping[str, Any], model: DualEncoder) -> None:

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
+from llm2clip.models.truncation import truncate_and_normalize
 from llm2clip.search.backends import Backend
+from llm2clip.search.build import truncate_to_index
 from llm2clip.search.heatmap import compute_heatmap, require_dense_encoder
 from llm2clip.search.query import SearchQuery
 from llm2clip.search.queues import Batcher, FairThreadPool
@@ -83,6 +85,8 @@ class InferenceService:
             templates: Prompt templates for requests without templates. See `build_query_prompts`.
         """
         self.model, self.backend, self.limits = model, backend, limits
+        # Embedding requests may ask for any number of dimensions, whereas queries have that of the index.
+        self._query_model = model if backend is None else truncate_to_index(backend.metadata(), model)
         self.templates = templates
         # Use a single thread, because running two batches in parallel is slower than running them in sequence.
         self._model_thread = model_thread or ThreadPoolExecutor(1, "model")
@@ -174,7 +178,7 @@ class InferenceService:
 
     async def compute_heatmap(self, request: HeatmapRequest) -> np.ndarray:
         """Embed a query. Return its cosine similarity to each image cell, as a float32 array of shape (h, w)."""
-        dense = require_dense_encoder(self.model)
+        dense = require_dense_encoder(self._query_model)
         variant = request.variant or dense.localization_variant
         if variant not in dense.variants:
             raise ValueError(f"this model does not support the variant {variant}: use {' or '.join(dense.variants)}")
@@ -228,10 +232,12 @@ class InferenceService:
             if vector is None:
                 raise NotFound(f"the index contains no image with id {hit_id}")
             hit_vectors.append(vector)
-        prompt_vectors = await self.embed_texts(prompts)
+        dim = self._query_model.embed_dim
+        prompt_vectors = truncate_vectors(await self.embed_texts(prompts), dim)
         images = [RequestImage(uri, f"images.{index}") for index, uri in enumerate(query.images)]
         images += [RequestImage(uri, f"negative_images.{index}") for index, uri in enumerate(query.negative_images)]
-        return query.combine(prompt_vectors, counts, await self.embed_images(images), hit_vectors)
+        image_vectors = truncate_vectors(await self.embed_images(images), dim)
+        return query.combine(prompt_vectors, counts, image_vectors, hit_vectors)
 
     def require_backend(self) -> Backend:
         """Return the index. Raise NotFound if the server was started without an index."""
@@ -247,6 +253,13 @@ class InferenceService:
             if time.monotonic() - self._count_time > COUNT_SECONDS:
                 self._count, self._count_time = self.backend.count()[0], time.monotonic()
             return self._count
+
+
+def truncate_vectors(vectors: list[np.ndarray], dim: int) -> list[np.ndarray]:
+    """Truncate L2-normalised float32 vectors to their first `dim` dimensions and normalise them again."""
+    if not vectors or len(vectors[0]) == dim:
+        return vectors
+    return list(truncate_and_normalize(torch.from_numpy(np.stack(vectors)), dim).numpy())
 
 
 def _check_finite(vectors: list[np.ndarray], what: str) -> list[np.ndarray]:

@@ -214,7 +214,9 @@ class EmbedRequest(BaseModel):
     input: TextOrDataUri | Annotated[Items[TextOrDataUri], Field(min_length=1, max_length=MAX_TEXTS)]
     model: AnyText | None = None
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = None
+    dimensions: int | None = Field(
+        default=None, description="number of leading dimensions to return, normalised again; default: all"
+    )
     user: AnyText | None = None
 
     @property

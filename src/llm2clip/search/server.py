@@ -22,10 +22,11 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from llm2clip import __version__
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import QueryTemplates
+from llm2clip.models.truncation import check_dim
 from llm2clip.search.backends import Backend
-from llm2clip.search.build import check_model
+from llm2clip.search.build import truncate_to_index
 from llm2clip.search.errors import ERROR_RESPONSES, add_error_handlers
-from llm2clip.search.inference import InferenceService, Limits
+from llm2clip.search.inference import InferenceService, Limits, truncate_vectors
 from llm2clip.search.middleware import CHUNK_SIZE, Authenticator, RequestMiddleware, make_connection_class
 from llm2clip.search.request_images import NotFound, RequestImage
 from llm2clip.search.schemas import (
@@ -79,7 +80,7 @@ def create_app(
     """
     auth = Authenticator(token) if token is not None else None
     if backend is not None:
-        check_model(backend.metadata(), model)
+        truncate_to_index(backend.metadata(), model)  # raises an error early
     templates = model.query_templates if templates is None else templates
     if len(templates.templates) > MAX_TEMPLATES:
         raise ValueError(f"too many templates: {len(templates.templates)}; the limit is {MAX_TEMPLATES}")
@@ -212,10 +213,11 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
     async def embed(request: EmbedRequest) -> EmbedResponse:
         """Return the embeddings of texts and images in OpenAI's format. Images must be data URIs.
 
-        The paths /embed and /v1/embeddings are equivalent.
+        The paths /embed and /v1/embeddings are equivalent. With `dimensions`, embeddings are truncated to this number
+        of dimensions and normalised again.
         """
-        if request.dimensions not in (None, service.model.embed_dim):
-            raise ValueError(f"dimensions must be {service.model.embed_dim}, the model's embedding dimension")
+        if request.dimensions is not None:
+            check_dim(request.dimensions, service.model.embed_dim, "the model")
         images: dict[int, RequestImage] = {}
         texts: dict[int, str] = {}
         for index, item in enumerate(request.inputs):
@@ -225,8 +227,11 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
                 texts[index] = item
         image_vectors = await embed_images(list(images.values()))
         text_vectors = await service.embed_texts(list(texts.values()))
-        vectors = dict(zip([*images, *texts], [*image_vectors, *text_vectors], strict=True))
-        return make_response([vectors[index] for index in range(len(vectors))], request.encoding_format)
+        by_index = dict(zip([*images, *texts], [*image_vectors, *text_vectors], strict=True))
+        vectors = [by_index[index] for index in range(len(by_index))]
+        if request.dimensions is not None:
+            vectors = truncate_vectors(vectors, request.dimensions)
+        return make_response(vectors, request.encoding_format)
 
     @app.post("/embed/upload", responses=API_ERRORS)
     async def upload(files: list[UploadFile]) -> EmbedResponse:

@@ -131,7 +131,7 @@ def _run_workers(
     except RayActorError as error:
         raise ChildProcessError(
             f"A Ray worker died {MAX_RETRIES + 1} times. Ray reported the last failure as: {error}\n"
-            "The worker may have run out of memory. Lower --ray_workers or --embed.batch_tokens. Ray's logs are in "
+            "The worker may have run out of memory. Lower --ray_workers. Ray's logs are in "
             "/tmp/ray on the worker's machine. Complete shards are saved. Run the same command again to resume"
         ) from error
 

@@ -171,7 +171,7 @@ def check_memory() -> Iterator[Check]:
 
     memory = psutil.virtual_memory()
     free = memory.available / 1e9
-    fix = "reduce --align.batch_size, --tune.batch_size and --embed.batch_tokens" if free < MIN_MEMORY_GB else ""
+    fix = "reduce --align.batch_size and --tune.batch_size" if free < MIN_MEMORY_GB else ""
     yield Check("memory", f"{free:.1f} of {memory.total / 1e9:.1f} GB free", fix)
 
     shared = Path("/dev/shm")

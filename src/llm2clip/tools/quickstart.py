@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, EvaluateConfig, FitConfig, TuneConfig
+from llm2clip.config import AlignConfig, EncoderConfig, EvaluateConfig, FitConfig, TuneConfig
 from llm2clip.data.images import load_thumbnail
 from llm2clip.data.records import open_records
 from llm2clip.html_report import Block, Paragraph, ResultImage, ResultImages, render_html
@@ -20,7 +20,7 @@ from llm2clip.io_utils import atomic_write_jsonl, atomic_write_text, read_jsonl
 from llm2clip.models.hub.pretrained import resolve_pretrained
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.pipeline import fit
-from llm2clip.runs.ranks import print_once, process_state
+from llm2clip.runs.ranks import load_or_compute_json, print_once, process_state
 from llm2clip.tools.openmoji import prepare_emoji_records
 
 QUERY_LANGUAGES = ("zh", "es", "ja")
@@ -62,6 +62,8 @@ def quickstart(out: Path, offline: bool = False, hub: bool = False) -> list[str]
         if not data.exists():
             _write_training_data(emoji, data)
 
+    # With a fixed batch size instead of a measured one, every run computes the same embeddings.
+    load_or_compute_json(out / "store" / f"batch_tokens-{process_state().device.type}.json", lambda: 1024)
     model_dir = fit([str(data)], out, _make_config(llm, tower, emoji))
     _write_search_results(LLM2CLIP.from_pretrained(model_dir), data, out / PAGE)
     return _format_last_lines(out)
@@ -73,8 +75,6 @@ def _make_config(llm: str, tower: str, emoji: Path) -> FitConfig:
         encoder=EncoderConfig(path=llm, layers=12, max_length=128),
         # Tune the LLM on the original captions, which are all in English.
         tune=TuneConfig(data=[f"{emoji / 'captions.jsonl'}@train"], steps=100, batch_size=48, save_steps=20),
-        # With a fixed value instead of a measured one, every run produces the same result.
-        embed=EmbedConfig(batch_tokens=1024),
         align=AlignConfig(
             tower=tower,
             image_size=128,

@@ -50,7 +50,7 @@ from llm2clip.store.caption_rows import CaptionSource
 from llm2clip.store.image_features import TowerEncoder, store_image_features
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train.grad_cache import compute_cached_loss
-from llm2clip.train.losses import get_loss
+from llm2clip.train.losses import get_loss, matryoshka_loss
 from llm2clip.train.monitoring import BestCheckpoint, Step, StepReport, Validator, make_tracker_options, start_trackers
 from llm2clip.train.optim import (
     MAX_GRAD_NORM,
@@ -321,7 +321,9 @@ def _compute_loss(net: nn.Module, batch: Batch, config: AlignConfig, accelerator
     ) -> Tensor:
         nonlocal logit_scale
         logit_scale = scale.detach().mean()  # all parts return the same scale
-        loss = contrastive_loss(image, text, scale.mean(), bias.mean(), *layout)
+        loss = matryoshka_loss(
+            contrastive_loss, config.matryoshka_dims, image, text, scale.mean(), bias.mean(), *layout
+        )
         if features is not None and batch.frozen_features is not None:
             loss = loss + config.distill_weight * distillation_loss(features, batch.frozen_features)
         return loss

@@ -127,6 +127,7 @@ def build_finetuning_model(clip: Any, config: AlignConfig) -> LLM2CLIP:
         adapter=AdapterConfig(depth=0),
         projection=visual_projection is not None,
         logit_bias=get_loss(config.loss).needs_bias,
+        matryoshka_dims=config.matryoshka_dims,
     )
     model = LLM2CLIP(model_config, tower)
     if visual_projection is not None:

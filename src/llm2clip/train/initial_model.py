@@ -121,13 +121,17 @@ def make_model_config(
 
     `text_dim` is the caption encoder's embedding dimension, and `encoder` is its identity, or None if unknown.
     """
+    embed_dim = config.embed_dim or tower.feature_dim
+    if config.adapter_depth == 0:  # caption embeddings are text embeddings
+        embed_dim = text_dim
     return LLM2CLIPConfig(
         tower=tower.config,
         text_dim=text_dim,
-        embed_dim=config.embed_dim or tower.feature_dim,
+        embed_dim=embed_dim,
         adapter=AdapterConfig(depth=config.adapter_depth, normalize_input=config.normalize_input),
         projection=config.embed_dim > 0,
         projection_bias=config.embed_dim > 0 and needs_projection_bias(tower.config),
         logit_bias=get_loss(config.loss).needs_bias,
+        matryoshka_dims=config.matryoshka_dims,
         encoder=encoder or {},
     )

@@ -21,7 +21,7 @@ its batches to a few thousand texts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm2clip.models.truncation import truncate_and_normalize
 from llm2clip.runs.ranks import RaggedGather
 
 LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}  # a chunk fits in a CPU's cache or takes 256 MB on a GPU
@@ -134,6 +135,31 @@ class Loss:
         """Return the loss. `bias` is ignored if the loss needs no bias; `layout` contains the remaining arguments."""
         scalars = (scale, bias) if self.needs_bias else (scale,)
         return self.function(image, text, *scalars, *layout)
+
+
+def matryoshka_loss(
+    loss: Loss,
+    dims: Sequence[int],
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *layout: Tensor | None,
+) -> Tensor:
+    """Return the mean of a loss over the full embeddings and over each truncated size (Matryoshka, arXiv 2205.13147).
+
+    Args:
+        dims: Truncated sizes. Truncated embeddings are normalised again. If empty, only the full size is used.
+        image, text, scale, bias, layout: See `Loss.__call__`.
+    """
+    value = loss(image, text, scale, bias, *layout)
+    if not dims:
+        return value
+    values = [value]
+    for dim in dims:
+        truncated_image, truncated_text = truncate_and_normalize(image, dim), truncate_and_normalize(text, dim)
+        values.append(loss(truncated_image, truncated_text, scale, bias, *layout))
+    return torch.stack(values).mean()
 
 
 LOSSES = {

@@ -1,5 +1,6 @@
 """Report sections that compare models with each other and with published results: tables, plots and example images."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,6 +35,7 @@ SHORT_QUERY_NOTE = (
     "query is a correct answer. Other images are wrong answers, even if they show what the query names. Longer queries "
     "are complete captions. Intervals are 95% bootstrap intervals over queries."
 )
+BYTES_PER_VALUE = 2  # search indexes store vectors in float16
 Curves = Mapping[str, Sequence[LengthScores]]
 """Results for each query length, keyed by model name. The key ends in ", with templates" if templates are used."""
 
@@ -61,7 +63,7 @@ def build_benchmark_blocks(benchmark: Benchmark, results: Sequence[BenchmarkResu
         analyses = {r.model: r.error_analysis[field_name] for r in results if field_name in r.error_analysis}
         if analyses:
             blocks += build_error_analysis_blocks(analyses)
-    return [*blocks, *notes]
+    return [*blocks, *build_dimension_blocks(results), *notes]
 
 
 def _describe_benchmark(benchmark: Benchmark, summary: Mapping[str, Any]) -> str:
@@ -166,6 +168,38 @@ def build_recall_table(
             _make_recall_row(name, values, [interval and format_interval(interval, "+.1f") for interval in limits])
         )
     return Table(header, rows, highlight)
+
+
+def build_dimension_blocks(results: Sequence[BenchmarkResult]) -> list[Block]:
+    """Return a plot and a table of R@1 by number of dimensions, for the first caption field.
+
+    The result is empty if no truncated embeddings were evaluated (`EvaluateOptions.dims`).
+    """
+    recalls: dict[str, dict[int, list[float]]] = {}  # (I2T R@1, T2I R@1), keyed by model and number of dimensions
+    for result in results:
+        if "dimensions" in result.summary:
+            row = result.summary["rows"][0]
+            by_dim = recalls.setdefault(result.summary["full model"], {})
+            by_dim[result.summary["dimensions"]] = [row[direction]["R@1"] for direction in DIRECTIONS]
+    all_dims = sorted({dim for by_dim in recalls.values() for dim in by_dim})
+    if not all_dims:
+        return []
+    curves, rows = {}, []
+    for model, by_dim in recalls.items():
+        full = by_dim[max(by_dim)]
+        for n, direction in enumerate(DIRECTIONS):
+            curves[f"{model} {direction}"] = [by_dim[dim][n] if dim in by_dim else math.nan for dim in all_dims]
+        for dim in sorted(by_dim):
+            (i2t, t2i), (full_i2t, full_t2i) = by_dim[dim], full
+            fractions = [100 * i2t / full_i2t if full_i2t else None, 100 * t2i / full_t2i if full_t2i else None]
+            rows.append([model, dim, BYTES_PER_VALUE * dim, i2t, t2i, *fractions])
+    labels = [f"{dim}\n{BYTES_PER_VALUE * dim:,} B" for dim in all_dims]
+    positions = range(len(all_dims))
+    svg = plots.plot_curves(curves, positions, "dimensions and bytes per image", "R@1, %", tick_labels=labels)
+    header = ["model", "dimensions", "bytes per image", *(f"{direction} R@1" for direction in DIRECTIONS)]
+    header += [f"{direction}, % of full size" for direction in DIRECTIONS]
+    caption = "R@1 with truncated embeddings. The sizes in bytes are those of float16 vectors, as in search indexes."
+    return [Heading("Truncated embeddings", 3), Table(header, rows), Plot(svg, caption)]
 
 
 def build_mean_recall_table(

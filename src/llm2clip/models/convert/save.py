@@ -78,7 +78,9 @@ def _check_representable(model: LLM2CLIP, layout: Layout) -> None:
         problems.append("there is no image projection")
     if config.logit_bias:
         problems.append("the logits have a bias")
-    if not config.adapter.normalize_input:
+    if config.adapter.depth == 0:
+        problems.append("there is no adapter")
+    elif not config.adapter.normalize_input:
         problems.append("the adapter does not normalise its input, but the official adapter does")
     if problems:
         raise ValueError(f"the model cannot be saved in the {layout.name!r} layout: {'; '.join(problems)}")

@@ -42,7 +42,7 @@ FORMATS = {
 }
 
 
-def export_model(model: LLM2CLIP, to: str, out: str | Path, int8: bool = False) -> list[str]:
+def export_model(model: LLM2CLIP, to: str, out: str | Path, int8: bool = False, dim: int | None = None) -> list[str]:
     """Export a model to another library's format, atomically.
 
     Args:
@@ -50,6 +50,8 @@ def export_model(model: LLM2CLIP, to: str, out: str | Path, int8: bool = False) 
         to: name of the format (a key of `FORMATS`).
         out: folder to create.
         int8: if True, also write ONNX graphs with 8-bit weights. Supported only for "onnx".
+        dim: number of dimensions to which the exported model's embeddings are truncated. Default: all. Not supported
+            for "vision".
 
     Returns:
         Messages for the user, for example about how closely the exported model matches the original.
@@ -63,9 +65,15 @@ def export_model(model: LLM2CLIP, to: str, out: str | Path, int8: bool = False) 
         raise ValueError(f"format must be one of {', '.join(FORMATS)} (got {to!r})")
     if int8 and to != "onnx":
         raise ValueError("--int8 can only be used with --to onnx")
+    if dim is not None and to == "vision":
+        raise ValueError("--dim cannot be used with --to vision, which exports features instead of embeddings")
     if Path(out).exists():
         raise FileExistsError(f"{out} exists: choose another folder")
     export: Callable[..., list[str] | None] = resolve_name(f"{__name__}.{FORMATS[to].function}")
     options: dict[str, Any] = {"int8": True} if int8 else {}
+    if dim is not None:
+        from llm2clip.models.truncation import truncate_model
+
+        model = truncate_model(model, dim)
     with atomic_dir(out) as folder:
         return export(model, folder, **options) or []

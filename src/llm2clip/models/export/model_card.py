@@ -104,13 +104,15 @@ def _render_architecture_table(config: dict[str, Any], embed_dim: int | None) ->
         architecture = (architecture or {}).get("model_type")
     image_size = (tower.get("preprocess") or {}).get("crop_size", {}).get("height") or tower.get("image_size")
     encoder, llm = config.get("encoder") or {}, config.get("text") or {}
+    depth = config["adapter"]["depth"]
     rows = {
         "vision tower": f"{architecture} ({tower.get('library')}), {image_size} pixels",
         "LLM layers": encoder.get("layers") or llm.get("num_hidden_layers"),
         "bidirectional attention": encoder.get("bidirectional", not llm.get("is_causal", True)),
         "caption embedding": config.get("text_dim"),
-        "adapter": f"{config['adapter']['depth']} residual blocks",
+        "adapter": f"{depth} residual blocks" if depth else "none (text embeddings are caption embeddings)",
         "shared embedding": embed_dim,
+        "truncated sizes trained (Matryoshka)": ", ".join(map(str, config.get("matryoshka_dims", ()))) or None,
     }
     lines = [f"| {label} | {value} |" for label, value in rows.items() if value is not None]
     return "\n".join(["| | |", "|---|---|", *lines])

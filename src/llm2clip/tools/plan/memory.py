@@ -92,7 +92,8 @@ def estimate_align_memory(image: ImageCosts, text: TextCosts, config: AlignConfi
     parts["activations"] = _subtract_gradients(activations, image.trained / machine.num_shards, several_passes)
     # Embeddings, gathered embeddings and their gradients, plus the tensors for a chunk of logits.
     chunk = min(LOGITS_PER_CHUNK["cpu" if machine.is_cpu else "cuda"], config.batch_size * texts)
-    parts["loss"] = 12 * image.embed_dim * (images + texts) + 4 * chunk * get_loss(config.loss).chunk_tensors
+    dims = image.embed_dim + sum(config.matryoshka_dims)
+    parts["loss"] = 12 * dims * (images + texts) + 4 * chunk * get_loss(config.loss).chunk_tensors
     parts["captions"] = 4 * text.embed_dim * micro_batch * image.captions
     if config.distill_weight:
         # For both towers: distances from this rank's features to the features of all images, with intermediate results

@@ -72,7 +72,8 @@ class Plan:
         once = image.forward + teacher + image.backward
         repeated = (image.tower_forward if recomputes else 0.0) + (image.forward if uses_grad_cache else 0.0)
         texts = align.batch_size * count * image.captions
-        loss = 2 * get_loss(align.loss).matmuls[count > 1] * texts * image.embed_dim
+        loss_dims = image.embed_dim + sum(align.matryoshka_dims)
+        loss = 2 * get_loss(align.loss).matmuls[count > 1] * texts * loss_dims
         return {"once": once, "repeated": repeated, "loss": loss, "total": once + repeated + loss}
 
     @cached_property

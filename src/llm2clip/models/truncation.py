@@ -1,0 +1,78 @@
+"""Truncation of embeddings to their first dimensions.
+
+The first dimensions of a model trained with `--align.matryoshka_dims` work on their own (Matryoshka representation
+learning, arXiv 2205.13147). The embeddings of other models can be truncated as well, with a larger loss of quality.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from llm2clip.models.llm2clip import LLM2CLIP
+
+
+def truncate_and_normalize(embeddings: Tensor, dim: int) -> Tensor:
+    """Keep the first `dim` of D dimensions. Return L2-normalised embeddings of shape (N, dim), given shape (N, D)."""
+    return F.normalize(embeddings[..., :dim], dim=-1)
+
+
+def check_dim(dim: int, embed_dim: int, name: str) -> None:
+    """Raise ValueError if the embeddings of the named model cannot be truncated to `dim` dimensions."""
+    if not 1 <= dim <= embed_dim:
+        raise ValueError(
+            f"the embeddings of {name} have {embed_dim} dimensions, so they cannot be truncated to {dim}. Choose a "
+            f"number from 1 to {embed_dim}"
+        )
+
+
+@torch.no_grad()
+def truncate_model(model: LLM2CLIP, dim: int) -> LLM2CLIP:
+    """Return a copy of a model that computes only the first `dim` dimensions of its embeddings.
+
+    The last layers of both towers are linear, so only their first `dim` rows are kept. A tower without a projection
+    gets one that selects the first `dim` features. Without an adapter, the caption encoder is truncated.
+
+    Raises:
+        ValueError: `dim` is less than 1 or greater than the model's `embed_dim`, or the model has neither an adapter
+            nor a caption encoder.
+    """
+    from llm2clip.models.text.sentence_transformer import truncate_embeddings
+
+    check_dim(dim, model.config.embed_dim, "the model")
+    if dim == model.config.embed_dim:
+        return model
+    config = dataclasses.replace(model.config, embed_dim=dim, projection=True)
+    config.matryoshka_dims = [size for size in config.matryoshka_dims if size < dim]
+    if config.adapter.depth == 0:
+        if not model.has_encoder:
+            raise ValueError("a model without an adapter can be truncated only with its caption encoder: add --text")
+        encoder = copy.deepcopy(model.encoder)
+        truncate_embeddings(encoder.st, dim)
+        config.text_dim, config.encoder = dim, encoder.identity()
+    truncated = copy.deepcopy(model)
+    truncated.config = config
+    if isinstance(truncated.projection, nn.Linear):
+        _keep_first_rows(truncated.projection, dim)
+    else:
+        features = model.tower.feature_dim
+        truncated.projection = nn.Linear(features, dim, bias=False, device=model.device)
+        truncated.projection.weight.copy_(torch.eye(dim, features))
+    if config.adapter.depth == 0:
+        truncated._encoder[:] = [encoder]
+    else:
+        _keep_first_rows(truncated.adapter.out, dim)
+    return truncated
+
+
+def _keep_first_rows(layer: nn.Linear, dim: int) -> None:
+    layer.out_features = dim
+    layer.weight = nn.Parameter(layer.weight[:dim].clone())
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(layer.bias[:dim].clone())
