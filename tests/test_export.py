@@ -133,6 +133,7 @@ CASES: dict[str, dict[str, Any]] = {
     "siglip": {"tower": "siglip_vision_model", "family": "qwen3", "text_template": "Caption:\n{caption}<|end|>"},
     "dinov2": {"tower": "dinov2"},
     "no projection": {"tower": "siglip_vision_model", "projection": False, "embed_dim": 24},
+    "no adapter": {"adapter": AdapterConfig(depth=0), "embed_dim": 32},
 }
 
 
@@ -292,6 +293,10 @@ def test_export_model_checks_its_arguments(tmp_path: Path) -> None:
         export_model(model, "tf", tmp_path / "out")
     with pytest.raises(ValueError, match="--int8 can only be used with --to onnx"):
         export_model(model, "vision", tmp_path / "out", int8=True)
+    with pytest.raises(ValueError, match="--dim cannot be used with --to vision"):
+        export_model(model, "vision", tmp_path / "out", dim=8)
+    with pytest.raises(ValueError, match="have 16 dimensions, so they cannot be truncated to 17"):
+        export_model(model, "transformers", tmp_path / "out", dim=17)
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     with pytest.raises(FileExistsError):
@@ -309,6 +314,8 @@ def test_export_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["export", folder, "--to", "vision", "--out", str(tmp_path / "tower")]) == 0
     assert "AutoModel.from_pretrained" in capsys.readouterr().out
     assert main(["export", folder, "--to", "vision", "--out", str(tmp_path / "x"), "--int8"]) == 1
+    assert main(["export", folder, "--to", "transformers", "--out", str(tmp_path / "small"), "--dim", "8"]) == 0
+    assert json.loads((tmp_path / "small/config.json").read_text())["embed_dim"] == 8
 
 
 def test_model_card_includes_report_and_config_without_local_folders(tmp_path: Path) -> None:

@@ -343,7 +343,7 @@ def decompression_bomb(side: int) -> bytes:
         ("/search", {"filter": {}}, 422, "the query is empty"),
         ("/search", {"texts": ["a"], "offset": 10**6}, 422, "less than or equal to 10000"),
         ("/embed", {"input": ["a"] * (MAX_TEXTS + 1)}, 422, "at most 256"),
-        ("/embed", {"input": "a", "dimensions": 8}, 422, "dimensions must be 16"),
+        ("/embed", {"input": "a", "dimensions": 17}, 422, "cannot be truncated to 17"),
         ("/embed", {"input": [data_uri(b"x")] * 17}, 422, "the limit is 16"),
     ],
 )

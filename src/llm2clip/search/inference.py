@@ -83,6 +83,9 @@ class InferenceService:
                 runs PyTorch operations has its own OpenMP thread pool. With more OpenMP threads than cores, the threads
                 do not busy-wait between operations, which halves the model's speed.
             templates: Prompt templates for requests without templates. See `build_query_prompts`.
+
+        Raises:
+            ValueError: The index was built with a different model.
         """
         self.model, self.backend, self.limits = model, backend, limits
         # Embedding requests may ask for any number of dimensions, whereas queries have that of the index.

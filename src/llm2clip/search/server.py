@@ -24,7 +24,6 @@ from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import QueryTemplates
 from llm2clip.models.truncation import check_dim
 from llm2clip.search.backends import Backend
-from llm2clip.search.build import truncate_to_index
 from llm2clip.search.errors import ERROR_RESPONSES, add_error_handlers
 from llm2clip.search.inference import InferenceService, Limits, truncate_vectors
 from llm2clip.search.middleware import CHUNK_SIZE, Authenticator, RequestMiddleware, make_connection_class
@@ -79,8 +78,6 @@ def create_app(
             there are too many templates.
     """
     auth = Authenticator(token) if token is not None else None
-    if backend is not None:
-        truncate_to_index(backend.metadata(), model)  # raises an error early
     templates = model.query_templates if templates is None else templates
     if len(templates.templates) > MAX_TEMPLATES:
         raise ValueError(f"too many templates: {len(templates.templates)}; the limit is {MAX_TEMPLATES}")

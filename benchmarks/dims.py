@@ -1,0 +1,127 @@
+"""Compare ways to make embeddings smaller, and adapters of several depths, on photographs.
+
+    python benchmarks/dims.py DATA --out runs/dims
+
+DATA contains flickr8k and coco_img, each with a captions.jsonl and images. The models are trained on Flickr8k's
+training images and coco_img, and tested on Flickr8k's 1,000 validation images. The caption encoder is
+all-MiniLM-L6-v2. The vision tower is a frozen EfficientNet-Lite0 at 160 pixels, so only the heads are trained, on
+cached features. The models are:
+
+    plain         the default settings: 512 dimensions, and an adapter of depth 1
+    matryoshka    --align.matryoshka_dims '[64, 128, 256]'
+    pca           the plain model, rotated so that the first dimensions are the principal components of its embeddings
+    depth-0       --align.adapter_depth 0, which has the encoder's 384 dimensions
+    depth-1-384   --align.embed_dim 384, for comparison with depth-0
+    depth-4       --align.adapter_depth 4
+
+Every model is evaluated with all dimensions and with the first 256, 128 and 64. The table OUT/table.md contains the
+mean and the standard deviation over the seeds. An interrupted benchmark can be resumed with the same command.
+"""
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from llm2clip.data.records import Record, open_records
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.evaluate.embeddings import ModelEmbeddings
+from llm2clip.io_utils import atomic_path
+from llm2clip.models.dual_encoder import open_dual_encoder
+from shared import run_llm2clip
+
+ENCODER = "all-minilm-l6-v2"
+DIMS = ("64", "128", "256")
+MODELS = {
+    "plain": [],
+    "matryoshka": ["--align.matryoshka_dims", "[64, 128, 256]"],
+    "depth-0": ["--align.adapter_depth", "0"],
+    "depth-1-384": ["--align.embed_dim", "384"],
+    "depth-4": ["--align.adapter_depth", "4"],
+}
+FROZEN = ["--align.image_size", "160", "--align.tower_lr", "0", "--align.epochs", "10", "--align.eval_steps", "0"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args()
+    flickr, coco = (str(args.data / name / "captions.jsonl") for name in ("flickr8k", "coco_img"))
+    out, log = args.out, args.out / "log.txt"
+    store, features = str(out / "store"), str(out / "features")
+    run_llm2clip(["embed", flickr, coco, "--encoder.path", ENCODER, "--out", store], log)
+    for seed in range(args.seeds):
+        folder = out / f"seed-{seed}"
+        for name, flags in MODELS.items():
+            if not (folder / name / "model").exists():
+                sources = ["align", f"{flickr}@train+none", coco, "--store", store, "--encoder.path", ENCODER]
+                run = [*FROZEN, *flags, "--align.seed", str(seed), "--features", features, "--out", str(folder / name)]
+                run_llm2clip([*sources, *run], log)
+        if not (folder / "pca.npz").exists():
+            write_pca_embeddings(folder / "plain/model", Path(flickr), folder / "pca.npz")
+        first, *others = [str(folder / name / "model") for name in MODELS]
+        command = ["evaluate", first, f"{flickr}@val", "--dims", *DIMS, "--out", str(folder / "evaluate")]
+        run_llm2clip([*command, "--baselines", str(folder / "pca.npz"), *others], log)
+    table = make_table([out / f"seed-{seed}" / "evaluate/results.json" for seed in range(args.seeds)])
+    (out / "table.md").write_text(table)
+    print(table)
+
+
+def write_pca_embeddings(model: Path, flickr: Path, file: Path) -> None:
+    """Write the model's embeddings of the validation split, rotated to the principal components of the training split.
+
+    A rotation does not change cosine similarities, so the results with all dimensions are those of the model itself.
+    The covariance is the mean of the covariances of image and text embeddings.
+    """
+    embeddings = ModelEmbeddings(open_dual_encoder(str(model)), SkipLog())
+    records: dict[str | None, list[Record]] = defaultdict(list)
+    for record in open_records(flickr):
+        records[record.split].append(record)
+    images, _ = embeddings.encode_images([record.image for record in records["train"] if record.image is not None])
+    texts = embeddings.encode_texts([record.captions[0] for record in records["train"]])
+    covariance = torch.cov(images.double().T) + torch.cov(texts.double().T)
+    rotation = torch.linalg.eigh(covariance).eigenvectors.flip(1)  # (D, D), largest variance first
+
+    refs = [record.image for record in records["val"] if record.image is not None]
+    images, indices = embeddings.encode_images(refs)
+    captions = list(dict.fromkeys(caption for record in records["val"] for caption in record.captions))
+    texts = embeddings.encode_texts(captions)
+    with atomic_path(file) as temporary, temporary.open("wb") as stream:
+        np.savez(
+            stream,
+            images=(images.double() @ rotation).float().numpy(),
+            image_names=[str(refs[i]) for i in indices],
+            texts=(texts.double() @ rotation).float().numpy(),
+            captions=captions,
+        )
+
+
+def make_table(files: list[Path]) -> str:
+    """Return the R@1 of each model and number of dimensions as a Markdown table."""
+    scores: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
+    names = [next(iter(MODELS)), "pca", *list(MODELS)[1:]]  # in the order in which `evaluate` lists the models
+    for file in files:
+        results = json.loads(file.read_text())["results"]
+        full_models = list(dict.fromkeys(result["full model"] for result in results))
+        for result in results:
+            name = names[full_models.index(result["full model"])]
+            row = result["rows"][0]
+            scores[name, result["dimensions"]].append((row["I2T"]["R@1"], row["T2I"]["R@1"]))
+    lines = ["| model | dimensions | I2T R@1 | T2I R@1 | T2I, % of all dimensions |", "|---|---|---|---|---|"]
+    for (name, dim), values in scores.items():
+        full_dim = max(other_dim for other, other_dim in scores if other == name)
+        i2t, t2i = zip(*values, strict=True)
+        fractions = [100 * part / full for (_, part), (_, full) in zip(values, scores[name, full_dim], strict=True)]
+        cells = [f"{statistics.mean(v):.1f} ± {statistics.pstdev(v):.1f}" for v in (i2t, t2i, fractions)]
+        lines.append(f"| {name} | {dim} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
