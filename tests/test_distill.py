@@ -137,7 +137,7 @@ def test_student_model_keeps_the_image_encoder_and_learns_the_text_embeddings(
     assert {name for name in before if not name.startswith("adapter.")} == set(after)
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
 
-    assert mean_cosine(model_folder, teacher, image_folder) > 0.95
+    assert mean_cosine(model_folder, teacher, image_folder) > 0.85
     plain = SentenceTransformer(str(model_folder / "text"), device="cpu").encode(TEXTS, convert_to_tensor=True)
     torch.testing.assert_close(normalize(plain, dim=1), model.encode_text(TEXTS), atol=1e-5, rtol=0)
 
@@ -158,7 +158,7 @@ def test_training_reduces_the_loss(teacher: Path, student_llm: Path, image_folde
 def test_first_layers_of_the_teacher_as_student(teacher: Path, image_folder: Path, tmp_path: Path) -> None:
     model = LLM2CLIP.from_pretrained(run(teacher, image_folder, tmp_path, "layers:2"), "cpu")
     assert model.encoder.llm.config.num_hidden_layers == 2
-    assert mean_cosine(tmp_path / "model", teacher, image_folder) > 0.95
+    assert mean_cosine(tmp_path / "model", teacher, image_folder) > 0.85
 
 
 def test_static_student(teacher: Path, image_folder: Path, tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_static_student(teacher: Path, image_folder: Path, tmp_path: Path) -> No
         x = x + gelu(hidden.linear.weight @ x + hidden.linear.bias)
         x = out.linear.weight @ x + out.linear.bias
         torch.testing.assert_close(normalize(x, dim=0), embedding, atol=1e-5, rtol=0)
-    assert mean_cosine(model_folder, teacher, image_folder) > 0.8
+    assert mean_cosine(model_folder, teacher, image_folder) > 0.7
     # The encoder works at every stage: bf16 encoding, stores, identity.
     store = embed(TEXTS, CaptionEncoder.from_pretrained(model_folder, device="cpu"), tmp_path / "embedded")
     assert len(store) == len(TEXTS)

@@ -401,8 +401,9 @@ class CaptionEncoder(nn.Module):
             "precision": precision,
         }
         if self.is_static:
-            layers = [module.get_config_dict() for module in self.st[1:]]
-            return {**common, "config": hash_text(json.dumps(layers, sort_keys=True))}
+            _, *layers = self.st
+            configs = [layer.get_config_dict() for layer in layers]
+            return {**common, "config": hash_text(json.dumps(configs, sort_keys=True))}
         return {
             **common,
             "bidirectional": not getattr(self.llm.config, "is_causal", not is_encoder_only(self.llm)),
