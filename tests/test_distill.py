@@ -336,9 +336,11 @@ def test_command_prints_the_model_and_the_comparison(
 ) -> None:
     out = tmp_path / "out"
     settings = ["--student", "layers:1", "--distill.epochs", "1", "--distill.batch_size", "16", "--out", str(out)]
-    assert main(["distill", str(teacher), str(image_folder), *settings]) == 0
+    assert main(["distill", str(teacher), str(image_folder / "captions.jsonl"), *settings]) == 0
     output = capsys.readouterr().out
     assert f"Model: {out / 'model'}" in output
     assert "Next: llm2clip evaluate" in output
     assert "queries per second on one core" in output
-    assert main(["distill", str(teacher), str(image_folder), *settings]) == 0  # complete: nothing to do
+    assert (
+        main(["distill", str(teacher), str(image_folder / "captions.jsonl"), *settings]) == 0
+    )  # complete: nothing to do

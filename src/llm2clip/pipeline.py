@@ -47,6 +47,7 @@ from llm2clip.models.hub.loading import check_model_source
 from llm2clip.models.hub.pretrained import resolve_gguf, resolve_pretrained
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import find_model_folder
+from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.runs.checkpoint import latest_checkpoint, read_metrics
 from llm2clip.runs.output_folder import CONFIG_FILE, run_lock, save_or_check_config
 from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
@@ -56,6 +57,7 @@ from llm2clip.store.layout import check_identity
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train.clip_finetuning import finetune_clip
 from llm2clip.train.distill import (
+    DistillTexts,
     Teacher,
     build_student_model,
     distill,
@@ -279,38 +281,56 @@ def run_distill(
     """
     start = time.monotonic()
     held_out = held_out or EvaluateConfig()
-    folder = find_model_folder(model)
-    teacher = Teacher(LLM2CLIP.from_pretrained(folder, process_state().device), folder, store)
-    is_done = (out / "model").exists()
-    encoder = None if is_done else open_student(student, folder, teacher.model.config.embed_dim, config)
-    other_texts = read_lines(Path(texts)) if texts else []
     settings: dict[str, Any] = {"model": model, "data": list(sources), "columns": columns or {}, "student": student}
     settings |= {"texts": texts, "store": store, "evaluate": held_out, "distill": config}
+    model_dir = out / "model"
+    is_trained, is_reported = model_dir.exists(), (out / "report.html").exists()
+    wait_for_everyone()  # every rank must check which files exist before any rank creates them
+    teacher, encoder = None, None
+    if not is_reported:  # check the arguments before the run directory is created
+        folder = find_model_folder(model)
+        teacher = Teacher(LLM2CLIP.from_pretrained(folder, process_state().device), folder, store)
+        if not is_trained:
+            encoder = open_student(student, folder, teacher.model.config.embed_dim, config)
+    other_texts = read_lines(Path(texts)) if texts else []
     with run_lock(out):
         log = start_run(out, settings, max_skipped)
+        if teacher is None:
+            return model_dir
         data = read_splits(sources, held_out, columns or {}, log, "header", True, out / "data")
         print_once(data.summary, log.summary())
-        evaluated = {name: table for name, table in data.held_out.items() if len(table)}
-        if encoder is not None:
-            train = add_phrases(data.train)
-            held_out_texts = (table.iterate_texts(CAPTION_FIELDS) for table in evaluated.values())
-            token_texts = filter(None, list_token_texts(encoder))
-            teacher.embed(
-                chain(train.iterate_texts(TEXT_FIELDS), other_texts, token_texts, *held_out_texts), out / "store"
-            )
-            captions = chain(train.iterate_texts(CAPTION_FIELDS), other_texts)
-            prepared = prepare_texts(captions, train.iterate_texts(("phrases",)), encoder, teacher, out, max_skipped)
-            encoder = distill(encoder, teacher, prepared, config, out)
+        if encoder is None:
+            teacher.open_store(out / "store")
+        else:
+            texts_to_learn = _embed_distill_texts(data, other_texts, encoder, teacher, out, max_skipped)
+            encoder = distill(encoder, teacher, texts_to_learn, config, out)
             if process_state().is_main_process:
-                build_student_model(teacher.model, encoder).save_pretrained(out / "model")
+                build_student_model(teacher.model, encoder).save_pretrained(model_dir)
         wait_for_everyone()
-        if process_state().is_main_process and not (out / "report.html").exists():
-            if is_done:
-                teacher.embed([], out / "store")
-            write_distill_report(out, teacher.model, teacher.encode, folder, evaluated, log, time.monotonic() - start)
-            write_model_card(out / "model", out.resolve().name)
+        if process_state().is_main_process:
+            evaluated = {name: table for name, table in data.held_out.items() if len(table)}
+            seconds = time.monotonic() - start
+            write_distill_report(out, teacher.model, teacher.encode, teacher.folder, evaluated, log, seconds)
+            write_model_card(model_dir, out.resolve().name)
         wait_for_everyone()
-        return out / "model"
+        return model_dir
+
+
+def _embed_distill_texts(
+    data: DataSplits,
+    other_texts: Sequence[str],
+    student: CaptionEncoder,
+    teacher: Teacher,
+    out: Path,
+    max_skipped: float,
+) -> DistillTexts:
+    """Encode the training texts and the texts to evaluate on with the teacher. Return the training texts."""
+    train = add_phrases(data.train)
+    held_out_texts = [table.iterate_texts(CAPTION_FIELDS) for table in data.held_out.values()]
+    token_texts = filter(None, list_token_texts(student))
+    teacher.embed(chain(train.iterate_texts(TEXT_FIELDS), other_texts, token_texts, *held_out_texts), out / "store")
+    captions = chain(train.iterate_texts(CAPTION_FIELDS), other_texts)
+    return prepare_texts(captions, train.iterate_texts(("phrases",)), student, teacher, out, max_skipped)
 
 
 # ---- reading data ----------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ form a batch, so there is almost no padding.
 import copy
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from llm2clip.runs.ranks import print_once, process_state
 from llm2clip.runs.training_state import load_training_state, save_training_state
 from llm2clip.store.encode import embed
 from llm2clip.store.image_features import store_text_embeddings
-from llm2clip.store.layout import check_identity, iter_chunks, make_caption_keys
+from llm2clip.store.layout import StoreError, check_identity, iter_chunks, make_caption_keys
 from llm2clip.store.store import LOOKUP_CHUNK_SIZE, EmbeddingStore
 from llm2clip.train.optim import ADAM_BETAS, MAX_GRAD_NORM, make_cosine_schedule
 from llm2clip.train.proclip import repeat_phrases
@@ -92,10 +93,12 @@ class Teacher:
         neighbour = folder.parent / "store"
         if store is not None:
             self.stores.append(EmbeddingStore(store))
-            self._check_encoder(self.stores[-1])
+            self._check_encoder(self.stores[0])
         elif (neighbour / MANIFEST).is_file():
-            self.stores.append(EmbeddingStore(neighbour))
-            self._check_encoder(self.stores[-1])
+            with suppress(StoreError):  # the store belongs to a different model
+                neighbour_store = EmbeddingStore(neighbour)
+                self._check_encoder(neighbour_store)
+                self.stores.append(neighbour_store)
 
     def _check_encoder(self, store: EmbeddingStore) -> None:
         """Raise StoreError if a store was made by a different encoder than the model's. The precision may differ."""
@@ -108,11 +111,16 @@ class Teacher:
     def embed(self, texts: Iterable[str], folder: Path) -> None:
         """Encode all texts that are not in the stores into an additional store. Must be called by all ranks."""
         missing = [text for chunk in iter_chunks(texts, LOOKUP_CHUNK_SIZE) for text in self._select(chunk, False)]
-        if missing or (folder / MANIFEST).is_file():
+        if missing:
             encoder = CaptionEncoder.from_pretrained(self.folder, device="cpu")
             self.stores.append(embed(missing, encoder, folder, device=process_state().device))
             del encoder
             free_memory()
+
+    def open_store(self, folder: Path) -> None:
+        """Use a store that `embed` has written. If there is none, all texts were in the other stores."""
+        if (folder / MANIFEST).is_file():
+            self.stores.append(EmbeddingStore(folder))
 
     def select_encoded(self, texts: Sequence[str]) -> list[str]:
         """Return the texts that are in a store."""
@@ -325,7 +333,8 @@ def prepare_texts(
 ) -> DistillTexts:
     """Encode the texts with the teacher and tokenize them for the student. Must be called by all ranks.
 
-    The texts may contain duplicates. Texts that one of the tokenizers cannot encode are left out.
+    The texts may contain duplicates. Texts that one of the tokenizers cannot encode are left out. Memory: about 300
+    bytes per distinct text while the texts are prepared, and 70 bytes afterwards.
 
     Args:
         folder: folder for the store `targets` of the teacher's text embeddings in the shared space.
@@ -340,16 +349,16 @@ def prepare_texts(
     texts = [*encoded_captions, *teacher.select_encoded(unique_phrases)]
     if not texts:
         raise ValueError("there are no texts to learn from: the training records have no captions")
-    parts: list[np.ndarray] = []
-    lengths: list[int] = []
+    tokens, lengths = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
     is_encodable = np.zeros(len(texts), bool)
     ignored_ids = _find_ignored_ids(student)
     for start in range(0, len(texts), TOKENIZE_CHUNK):
-        for n, ids in enumerate(student.tokenize(texts[start : start + TOKENIZE_CHUNK]).ids, start):
-            is_encodable[n] = not ignored_ids.issuperset(ids)
-            if is_encodable[n]:
-                parts.append(np.array(ids, np.int32))
-                lengths.append(len(ids))
+        all_ids = student.tokenize(texts[start : start + TOKENIZE_CHUNK]).ids
+        chunk_is_encodable = [not ignored_ids.issuperset(ids) for ids in all_ids]
+        valid_ids = list(compress(all_ids, chunk_is_encodable))
+        is_encodable[start : start + len(all_ids)] = chunk_is_encodable
+        tokens.append(np.fromiter(chain.from_iterable(valid_ids), np.int32))
+        lengths.append(np.array([len(ids) for ids in valid_ids], np.int64))
     failed = np.flatnonzero(~is_encodable)
     if len(failed) > max_skipped * len(texts):
         raise ValueError(
@@ -367,8 +376,8 @@ def prepare_texts(
     dim = teacher.model.config.embed_dim
     targets = store_text_embeddings(texts, teacher.encode, dim, identity, folder / "targets", dtype="float16")
     return DistillTexts(
-        tokens=np.concatenate(parts),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        tokens=np.concatenate(tokens),
+        offsets=np.concatenate([[0], np.cumsum(np.concatenate(lengths))]),
         targets=targets,
         rows=targets.find_rows(texts),
         num_captions=num_captions,
