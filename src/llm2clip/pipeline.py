@@ -286,7 +286,8 @@ def run_distill(
     model_dir = out / "model"
     is_trained, is_reported = model_dir.exists(), (out / "report.html").exists()
     wait_for_everyone()  # every rank must check which files exist before any rank creates them
-    teacher, encoder = None, None
+    teacher: Teacher | None = None
+    encoder: CaptionEncoder | None = None
     if not is_reported:  # check the arguments before the run directory is created
         folder = find_model_folder(model)
         teacher = Teacher(LLM2CLIP.from_pretrained(folder, process_state().device), folder, store)

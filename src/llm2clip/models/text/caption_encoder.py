@@ -346,7 +346,8 @@ class CaptionEncoder(nn.Module):
         The result is the same as from `self.st`, but excluding prompts from mean pooling needs no GPU synchronisation.
         """
         if self.is_static:
-            return self.st(batch)["sentence_embedding"]  # type: ignore[no-any-return]
+            static_embeddings: Tensor = self.st(batch)["sentence_embedding"]
+            return static_embeddings
         llm, pooling, *modules = self.st
         features = llm(batch)
         excludes_prompt = "prompt_length" in features and not pooling.include_prompt
