@@ -28,7 +28,7 @@ from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.writer import StoreWriter
 from llm2clip.train import proclip
 from llm2clip.train.initial_model import create_initial_model
-from llm2clip.train.proclip import _repeat_phrases, find_training_texts, iterate_training_texts
+from llm2clip.train.proclip import find_training_texts, iterate_training_texts, repeat_phrases
 from test_baselines import CLIP_STATS, make_model
 
 
@@ -211,11 +211,11 @@ def make_text_store(folder: Path, texts: list[str]) -> EmbeddingStore:
 
 def test_phrases_are_repeated_until_they_are_half_of_the_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     order = np.array([8, 1, 0, 4, 9, 2, 7, 3])  # captions are 0 to 7
-    assert sorted(_repeat_phrases(order, 8).tolist()) == [0, 1, 2, 3, 4, 7, 8, 8, 8, 9, 9, 9]
+    assert sorted(repeat_phrases(order, 8).tolist()) == [0, 1, 2, 3, 4, 7, 8, 8, 8, 9, 9, 9]
     monkeypatch.setattr(proclip, "MAX_REPEATS", 2)
-    assert sorted(_repeat_phrases(order, 8).tolist()) == [0, 1, 2, 3, 4, 7, 8, 8, 9, 9]
+    assert sorted(repeat_phrases(order, 8).tolist()) == [0, 1, 2, 3, 4, 7, 8, 8, 9, 9]
     for only_one_kind in (0, 10):
-        assert sorted(_repeat_phrases(order, only_one_kind).tolist()) == sorted(order.tolist())
+        assert sorted(repeat_phrases(order, only_one_kind).tolist()) == sorted(order.tolist())
 
 
 def test_all_ranks_have_the_adapter_of_the_main_process(

@@ -282,6 +282,36 @@ class AlignConfig:
 
 
 @dataclass
+class DistillConfig:
+    """Settings for teaching a small text encoder to produce a model's text embeddings (`distill`)."""
+
+    epochs: float = 2
+    """Number of epochs. Fractions are allowed. Phrases are repeated up to 16 times per epoch, until they make up about
+    half of the texts."""
+    batch_size: int = 128
+    """Number of texts per step and device."""
+    lr: float | None = None
+    """Peak learning rate. It decays to zero on a cosine schedule. Default: 5e-4, or 1e-2 for static students."""
+    warmup_ratio: float = 0.05
+    """Fraction of steps used for linear warm-up."""
+    max_length: int | None = None
+    """Maximum text length in tokens for the student. Longer texts are truncated. Default: as saved with the student, or
+    512 for a plain LLM. Static students have no limit."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Training precision. auto selects bf16 on GPUs that support it and fp32 otherwise."""
+    save_steps: int = 100
+    """Number of steps between checkpoints."""
+    seed: int = 0
+    """Seed for the order of the texts and for new weights."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "distill", "batch_size", "max_length", "save_steps")
+        require_at_least(0, self, "distill", "seed")
+        require_positive(self, "distill", "epochs", "lr")
+        require_fraction(self, "distill", "warmup_ratio")
+
+
+@dataclass
 class EvaluateConfig:
     """Settings for evaluating on held-out images at the end of a `fit` run."""
 

@@ -21,6 +21,7 @@ running the same command again resumes an interrupted run. `fit` writes a run di
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -28,7 +29,7 @@ from typing import Any, Literal
 
 from transformers.utils import cached_file
 
-from llm2clip.config import AlignConfig, EncoderConfig, EvaluateConfig, FitConfig
+from llm2clip.config import AlignConfig, DistillConfig, EncoderConfig, EvaluateConfig, FitConfig
 from llm2clip.data.build_table import open_table
 from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
 from llm2clip.data.pairs import TuningItem, read_tuning_sources
@@ -37,11 +38,16 @@ from llm2clip.data.records import Source
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import DataSplits, read_splits
 from llm2clip.data.table import RecordTable
+from llm2clip.evaluate.reporting.distill_report import write_distill_report
 from llm2clip.evaluate.reporting.fit_report import build_summary_table, write_fit_report
 from llm2clip.html_report import render_markdown
+from llm2clip.io_utils import read_lines
 from llm2clip.models.export.model_card import write_model_card
 from llm2clip.models.hub.loading import check_model_source
 from llm2clip.models.hub.pretrained import resolve_gguf, resolve_pretrained
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.model_folder import find_model_folder
+from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.runs.checkpoint import latest_checkpoint, read_metrics
 from llm2clip.runs.output_folder import CONFIG_FILE, run_lock, save_or_check_config
 from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
@@ -50,6 +56,15 @@ from llm2clip.stages import align, embed, evaluate, open_encoder, tune
 from llm2clip.store.layout import check_identity
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train.clip_finetuning import finetune_clip
+from llm2clip.train.distill import (
+    DistillTexts,
+    Teacher,
+    build_student_model,
+    distill,
+    list_token_texts,
+    open_student,
+    prepare_texts,
+)
 from llm2clip.train.initial_model import PretrainedParts, load_pretrained_parts
 from llm2clip.train.losses import get_loss
 from llm2clip.train.monitoring import make_tracker_options
@@ -228,6 +243,95 @@ def run_align(
         return align(
             data.train, store, out, config.align, log, evaluated, config.encoder, features=features, parts=parts
         )
+
+
+def run_distill(
+    model: str,
+    sources: Sequence[str],
+    out: Path,
+    student: str,
+    config: DistillConfig,
+    *,
+    held_out: EvaluateConfig | None = None,
+    columns: dict[str, str] | None = None,
+    max_skipped: float = 0.05,
+    texts: str | None = None,
+    store: str | None = None,
+) -> Path:
+    """Teach a small text encoder to produce a model's text embeddings, and compare it with the model.
+
+    Args:
+        model: Folder or hub id of the teacher, an llm2clip model with a caption encoder.
+        sources: Data sources. The training records' captions and phrases are the texts to learn from; images are needed
+            only for the held-out records, on which both models are evaluated.
+        out: Run directory. The result is `out/model`, and the comparison is `out/report.html`.
+        student: See `open_student`.
+        held_out: Settings that determine the held-out records. Default: as in `fit`.
+        columns: Source column for each field.
+        texts: File with additional texts to learn from, one per line.
+        store: Store of the teacher's caption embeddings. Texts that are not in it are encoded into `out/store`.
+
+    Returns:
+        The model folder, which contains the teacher's image encoder and the student.
+
+    Raises:
+        ValueError: The teacher has no caption encoder, or the student's tokenizer cannot encode the texts.
+        StoreError: The store was made by a different encoder.
+        ConfigChangedError: The run directory was created with different settings.
+    """
+    start = time.monotonic()
+    held_out = held_out or EvaluateConfig()
+    settings: dict[str, Any] = {"model": model, "data": list(sources), "columns": columns or {}, "student": student}
+    settings |= {"texts": texts, "store": store, "evaluate": held_out, "distill": config}
+    model_dir = out / "model"
+    is_trained, is_reported = model_dir.exists(), (out / "report.html").exists()
+    wait_for_everyone()  # every rank must check which files exist before any rank creates them
+    teacher: Teacher | None = None
+    encoder: CaptionEncoder | None = None
+    if not is_reported:  # check the arguments before the run directory is created
+        folder = find_model_folder(model)
+        teacher = Teacher(LLM2CLIP.from_pretrained(folder, process_state().device), folder, store)
+        if not is_trained:
+            encoder = open_student(student, folder, teacher.model.config.embed_dim, config)
+    other_texts = read_lines(Path(texts)) if texts else []
+    with run_lock(out):
+        log = start_run(out, settings, max_skipped)
+        if teacher is None:
+            return model_dir
+        data = read_splits(sources, held_out, columns or {}, log, "header", True, out / "data")
+        print_once(data.summary, log.summary())
+        if encoder is None:
+            teacher.open_store(out / "store")
+        else:
+            texts_to_learn = _embed_distill_texts(data, other_texts, encoder, teacher, out, max_skipped)
+            encoder = distill(encoder, teacher, texts_to_learn, config, out)
+            if process_state().is_main_process:
+                build_student_model(teacher.model, encoder).save_pretrained(model_dir)
+        wait_for_everyone()
+        if process_state().is_main_process:
+            evaluated = {name: table for name, table in data.held_out.items() if len(table)}
+            seconds = time.monotonic() - start
+            write_distill_report(out, teacher.model, teacher.encode, teacher.folder, evaluated, log, seconds)
+            write_model_card(model_dir, out.resolve().name)
+        wait_for_everyone()
+        return model_dir
+
+
+def _embed_distill_texts(
+    data: DataSplits,
+    other_texts: Sequence[str],
+    student: CaptionEncoder,
+    teacher: Teacher,
+    out: Path,
+    max_skipped: float,
+) -> DistillTexts:
+    """Encode the training texts and the texts to evaluate on with the teacher. Return the training texts."""
+    train = add_phrases(data.train)
+    held_out_texts = [table.iterate_texts(CAPTION_FIELDS) for table in data.held_out.values()]
+    token_texts = filter(None, list_token_texts(student))
+    teacher.embed(chain(train.iterate_texts(TEXT_FIELDS), other_texts, token_texts, *held_out_texts), out / "store")
+    captions = chain(train.iterate_texts(CAPTION_FIELDS), other_texts)
+    return prepare_texts(captions, train.iterate_texts(("phrases",)), student, teacher, out, max_skipped)
 
 
 # ---- reading data ----------------------------------------------------------------------------------------------------

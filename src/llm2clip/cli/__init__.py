@@ -31,6 +31,7 @@ Using a model:
   llm2clip serve --index INDEX
   llm2clip export MODEL --to FORMAT --out FOLDER    transformers, sentence-transformers, ONNX, open_clip
   llm2clip convert CHECKPOINT --out MODEL           import a published LLM2CLIP checkpoint
+  llm2clip distill MODEL DATA --student NAME --out STUDENT    replace the LLM with a small text encoder
   llm2clip push MODEL REPO
   llm2clip llava build | train | plan               use the vision tower in a multimodal LLM
 

@@ -7,7 +7,14 @@ from pathlib import Path
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
 
-from llm2clip.cli.checks import check_pretrained, check_sources, check_stores, list_local_sources, resolve_encoder
+from llm2clip.cli.checks import (
+    check_pretrained,
+    check_sources,
+    check_stores,
+    list_local_sources,
+    resolve_encoder,
+    resolve_model,
+)
 from llm2clip.cli.commands import (
     DATA_HELP,
     ArgumentParser,
@@ -17,7 +24,15 @@ from llm2clip.cli.commands import (
     format_command,
     select_arguments,
 )
-from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, EvaluateConfig, FitConfig, TuneConfig
+from llm2clip.config import (
+    AlignConfig,
+    DistillConfig,
+    EmbedConfig,
+    EncoderConfig,
+    EvaluateConfig,
+    FitConfig,
+    TuneConfig,
+)
 from llm2clip.runs.output_folder import check_output_folder
 
 
@@ -95,6 +110,35 @@ def add_commands(commands: Commands) -> None:
     parser.add_class_arguments(EncoderConfig, "encoder")
     parser.add_class_arguments(AlignConfig, "align")
 
+    parser = commands.add("distill", _distill, "Teach a small text encoder to replace a model's LLM and adapter.")
+    parser.add_argument("model", type=str, help="Teacher: a model folder or hub id of an llm2clip model.")
+    parser.add_argument(
+        "data",
+        nargs="+",
+        type=str,
+        help=f"{DATA_HELP} The student learns from the captions and phrases of the training records. In a source "
+        "without splits, the captions of images that `fit` would hold out are skipped.",
+    )
+    parser.add_argument(
+        "--student",
+        type=str,
+        default="all-minilm-l6-v2",
+        help="Text encoder to teach: a sentence-transformers model or an LLM (a folder, a hub id or the name of a "
+        "built-in model), layers:N (the first N layers of the teacher), static (an embedding per token of the "
+        "teacher's tokenizer) or static:NAME (of another model's tokenizer).",
+    )
+    parser.add_argument("--texts", type=str, help="File with additional texts to learn from, one per line.")
+    parser.add_argument(
+        "--store",
+        type=str,
+        help="Store with caption embeddings of the teacher's encoder. Default: the store next to the model, if there "
+        "is one. Only texts that are not in it are encoded.",
+    )
+    parser.add_argument("--out", type=str, required=True, help="Output folder; the result is OUT/model.")
+    add_reading_arguments(parser)
+    parser.add_class_arguments(DistillConfig, "distill")
+    parser.add_class_arguments(EvaluateConfig, "evaluate")
+
 
 def add_stage_settings(parser: ArgumentParser) -> None:
     """Add the settings of all training stages."""
@@ -155,6 +199,33 @@ def _align(args: Namespace) -> list[str]:
     model = run_align(args.data, Path(args.out), config, args.store, features)
     flags = ["--baselines", args.align.tower] if args.own_text_tower else []
     return [f"Model: {model}", *_format_next_commands(model, args, *flags)]
+
+
+def _distill(args: Namespace) -> list[str]:
+    check_output_folder(args.out, "distill")
+    check_sources(args.data, args.evaluate.data)
+    check_stores(*([args.store] if args.store else []))
+    if args.texts is not None and not Path(args.texts).is_file():
+        raise FileNotFoundError(f"--texts {args.texts}: no such file")
+    args.model = resolve_model(args.model)
+    kind, _, argument = args.student.partition(":")
+    if kind == "static" and argument:
+        args.student = f"static:{resolve_encoder(argument)}"
+    elif kind not in ("static", "layers"):
+        args.student = resolve_encoder(args.student)
+    from llm2clip.pipeline import run_distill
+
+    model = run_distill(
+        args.model,
+        args.data,
+        Path(args.out),
+        args.student,
+        args.distill,
+        held_out=args.evaluate,
+        **select_arguments(args, "columns", "max_skipped", "texts", "store"),
+    )
+    baseline = ["--baselines", args.model]
+    return [f"Model: {model}", *_format_next_commands(model, args, *baseline)]
 
 
 def _make_config(args: Namespace) -> FitConfig:

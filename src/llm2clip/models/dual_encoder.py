@@ -72,6 +72,8 @@ class DualEncoder:
             without a logit scale, the function returns None.
         query_templates: prompt templates for short search queries, as saved with the model. `encode_texts` does not use
             them.
+        image_identity: function that returns a dict of everything that affects the image embeddings, or None if this
+            type of model does not support it. Models with equal dicts can search the same index.
     """
 
     name: str
@@ -85,6 +87,7 @@ class DualEncoder:
     dense: DenseEncoder | None = None
     logit_scale: Callable[[], float | None] = lambda: None
     query_templates: QueryTemplates = NO_TEMPLATES
+    image_identity: Callable[[], dict[str, Any] | None] = lambda: None
 
     @torch.inference_mode()
     @onednn_matmul()
@@ -118,6 +121,7 @@ class DualEncoder:
             self,
             embed_dim=dim,
             identity=lambda: {**self.identity(), "dim": dim},
+            image_identity=lambda: None if (image := self.image_identity()) is None else {**image, "dim": dim},
             encode_images_raw=lambda images: self.encode_images_raw(images)[:, :dim],
             encode_texts_raw=lambda texts, progress: self.encode_texts_raw(texts, progress)[:, :dim],
             dense=dense,
@@ -199,6 +203,11 @@ def wrap_llm2clip(model: LLM2CLIP, name: str, precision: str | None = None) -> D
         dense=_try_build_dense_encoder(model.tower, model.projection, bf16_images),
         logit_scale=lambda: min(float(model.logit_scale.detach().exp()), MAX_LOGIT_SCALE),
         query_templates=model.config.query_templates,
+        image_identity=lambda: {
+            "tower": model.config.tower,
+            "embed_dim": model.config.embed_dim,
+            "weights": [hash_weights(model.tower), hash_weights(model.projection)],
+        },
     )
 
 

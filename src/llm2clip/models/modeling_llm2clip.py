@@ -45,6 +45,7 @@ class LLM2CLIPExportConfig(PretrainedConfig):
         projection: True if the model has an image projection.
         projection_bias: True if the image projection has a bias.
         pooling: pooling mode of the LLM: "mean", "lasttoken" or "cls".
+        dense: (input size, output size, has bias) of each linear layer between pooling and adapter.
         prompt_tokens: number of tokens at the start of each text that are excluded from mean pooling.
         logit_bias: True if the model has a logit bias, as models trained with the sigmoid loss do.
     """
@@ -58,6 +59,7 @@ class LLM2CLIPExportConfig(PretrainedConfig):
     projection: bool = True
     projection_bias: bool = False
     pooling: str = "mean"
+    dense: Any = ()
     prompt_tokens: int = 0
     logit_bias: bool = False
 
@@ -85,6 +87,7 @@ class LLM2CLIPExport(PreTrainedModel):
         self.projection: nn.Module = nn.Identity()
         if config.projection:
             self.projection = nn.Linear(config.tower["feature_dim"], config.embed_dim, bias=config.projection_bias)
+        self.dense = nn.Sequential(*(nn.Linear(size, out, bias=bias) for size, out, bias in config.dense))
         self.adapter = Adapter(config.text_dim, config.embed_dim, **config.adapter)
         self.logit_scale = nn.Parameter(torch.zeros(()))
         self.logit_bias = nn.Parameter(torch.zeros(())) if config.logit_bias else None
@@ -101,7 +104,7 @@ class LLM2CLIPExport(PreTrainedModel):
         hidden = self.llm(input_ids=input_ids, attention_mask=mask).last_hidden_state
         weights = self._build_pooling_mask(mask).unsqueeze(-1).to(hidden.dtype)  # (N, T, 1)
         pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
-        text = F.normalize(self.adapter(pooled[:, : self.config.text_dim]).float(), dim=-1)
+        text = F.normalize(self.adapter(self.dense(pooled)).float(), dim=-1)
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=text)
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:

@@ -28,6 +28,7 @@ KINDS = {
     "fit": "a run directory of `llm2clip fit`",
     "tune": "a run directory of `llm2clip tune`",
     "align": "a run directory of `llm2clip align`",
+    "distill": "a run directory of `llm2clip distill`",
     "reproduce": "a run directory of `llm2clip reproduce`",
     "store": "an embedding store",
     "index": "an index",
@@ -48,6 +49,7 @@ _NOT_DATA = {
 }
 _RUN_SECTIONS = [
     "reproduce",
+    "distill",
     "embed",
     "align",
     "tune",

@@ -26,6 +26,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.progress import ProgressBar
+from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import REF_TYPES, Backend, ImageState, IndexedContent, IndexedImage
 
 THUMBNAIL_SIDE = 256  # length of the longer side, in pixels
@@ -100,9 +101,7 @@ def build_index(
             model = truncate_to_index(metadata, model)
         else:
             model = model if dim is None else model.truncate(dim)
-            name = os.path.abspath(model.name) if os.path.isdir(model.name) else model.name
-            identity = fingerprint(model.identity())
-            backend.initialize({"model": name, "fingerprint": identity, "embed_dim": model.embed_dim})
+            backend.initialize(_describe_model(model))
         parsed = [_parse_source(source, columns or {}) for source in sources]
         indexed_by_source = {str(source): backend.indexed([to_valid_unicode(str(source))]) for source in parsed}
         try:
@@ -151,6 +150,16 @@ def _check_deleted_fraction(source: str, indexed: Mapping[str, ImageState], dele
         )
 
 
+def _describe_model(model: DualEncoder) -> dict[str, Any]:
+    """Return the metadata of a new index."""
+    name = os.path.abspath(model.name) if os.path.isdir(model.name) else model.name
+    metadata = {"model": name, "fingerprint": fingerprint(model.identity()), "embed_dim": model.embed_dim}
+    image_identity = model.image_identity()
+    if image_identity is not None:
+        metadata["image_fingerprint"] = fingerprint(image_identity)
+    return metadata
+
+
 def truncate_to_index(metadata: Mapping[str, Any], model: DualEncoder) -> DualEncoder:
     """Return the model, truncated to the number of dimensions of an index.
 
@@ -164,8 +173,21 @@ def truncate_to_index(metadata: Mapping[str, Any], model: DualEncoder) -> DualEn
 
 
 def check_model(metadata: Mapping[str, Any], model: DualEncoder) -> None:
-    """Raise ValueError if an index was built with a different model, whose embeddings are not comparable."""
-    if metadata["fingerprint"] != fingerprint(model.identity()):
+    """Raise ValueError if an index was built with a different model, whose embeddings are not comparable.
+
+    A model with the same image encoder but a different text encoder, such as a student made by `llm2clip distill`, can
+    use the index. In this case, print a message. Indexes of earlier versions work only with their own model.
+    """
+    if metadata["fingerprint"] == fingerprint(model.identity()):
+        return
+    image_identity = model.image_identity()
+    has_same_images = image_identity is not None and metadata.get("image_fingerprint") == fingerprint(image_identity)
+    if has_same_images:
+        print_once(
+            f"The index was built with {metadata['model']}. {model.name} has the same image encoder and its own text "
+            "encoder, so the index remains valid"
+        )
+    else:
         raise ValueError(
             f"the index was built with a different model: {metadata['model']} (or an earlier version of it), "
             f"not {model.name}. Pass the original model with --model, or build a new index in another folder."

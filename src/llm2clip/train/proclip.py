@@ -259,7 +259,7 @@ def _train_adapter(
     rng = np.random.default_rng(seed)
     order = rng.permutation(num_texts)
     test_size = min(MAX_TEST_TEXTS, num_texts // 20)
-    test, train = order[:test_size], _repeat_phrases(order[test_size:], num_captions)
+    test, train = order[:test_size], repeat_phrases(order[test_size:], num_captions)
     batch_size = min(BATCH_SIZE, len(train))
     steps_per_epoch = len(train) // batch_size
     steps = max(MIN_STEPS, EPOCHS * steps_per_epoch)
@@ -293,7 +293,7 @@ def _train_adapter(
     return similarity
 
 
-def _repeat_phrases(texts: np.ndarray, num_captions: int) -> np.ndarray:
+def repeat_phrases(texts: np.ndarray, num_captions: int) -> np.ndarray:
     """Repeat the phrases until they make up about half of the texts, at most `MAX_REPEATS` times.
 
     `texts` contains int64 indices. Indices below `num_captions` refer to captions, and the others refer to phrases.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from sentence_transformers.base.modules import Dense
 
 from llm2clip.models import heads, modeling_llm2clip
 from llm2clip.models.hub.loading import build_config
@@ -102,7 +103,8 @@ def build_export_model(model: LLM2CLIP) -> LLM2CLIPExport:
         ValueError: the format cannot represent the caption encoder.
     """
     _check_pooling(model.encoder)
-    llm = CaptionEncoder(copy.deepcopy(model.encoder.st).cpu()).llm.float()
+    encoder = CaptionEncoder(copy.deepcopy(model.encoder.st).cpu().float())
+    llm = encoder.llm
     llm.set_attn_implementation("sdpa")
 
     exported = LLM2CLIPExport(_build_export_config(model, llm)).float().eval()
@@ -110,6 +112,8 @@ def build_export_model(model: LLM2CLIP) -> LLM2CLIPExport:
     exported.llm.load_state_dict(llm.state_dict())
     exported.projection.load_state_dict(model.projection.state_dict())
     exported.adapter.load_state_dict(model.adapter.state_dict())
+    for exported_layer, layer in zip(exported.dense, _find_dense_layers(encoder), strict=True):
+        exported_layer.load_state_dict(layer.linear.state_dict())
     exported.logit_scale.copy_(model.logit_scale[0])
     if model.logit_bias is not None and exported.logit_bias is not None:
         exported.logit_bias.copy_(model.logit_bias[0])
@@ -118,6 +122,11 @@ def build_export_model(model: LLM2CLIP) -> LLM2CLIPExport:
 
 
 def _check_pooling(encoder: CaptionEncoder) -> None:
+    if encoder.is_static:
+        raise ValueError(
+            "the text encoder is static, which this format does not support: use MODEL/text, which is a complete "
+            "sentence-transformers model"
+        )
     if isinstance(encoder.st[1], LatentAttentionPooling):
         raise ValueError("the caption encoder uses latent attention pooling, which this format does not support")
     pooling = encoder.st[1].get_config_dict()["pooling_mode"]
@@ -139,9 +148,15 @@ def _build_export_config(model: LLM2CLIP, llm: Any) -> LLM2CLIPExportConfig:
         projection=model.config.projection,
         projection_bias=model.config.projection_bias,
         pooling=pooling.get_config_dict()["pooling_mode"],
+        dense=[(layer.in_features, layer.out_features, layer.bias) for layer in _find_dense_layers(encoder)],
         prompt_tokens=0 if pooling.include_prompt else encoder.count_prompt_tokens(encoder.prefix),
         logit_bias=model.config.logit_bias,
     )
+
+
+def _find_dense_layers(encoder: CaptionEncoder) -> list[Any]:
+    """Return the linear layers after pooling. `_check_text_embeddings` detects layers with an activation function."""
+    return [module for module in encoder.st if isinstance(module, Dense)]
 
 
 def _build_tower_config(tower: VisionTower) -> dict[str, Any]:
@@ -163,7 +178,7 @@ def _build_tower_config(tower: VisionTower) -> dict[str, Any]:
 def _check_text_embeddings(exported: LLM2CLIPExport, model: LLM2CLIP) -> None:
     """Raise ValueError if the models produce different embeddings for sample texts.
 
-    This detects caption encoders with a module that the format cannot represent, such as a trained layer after pooling.
+    This detects caption encoders with a module that the format cannot represent, such as an activation function.
     """
     tokenizer = build_tokenizer(model.encoder)
     embeddings: list[Any] = []

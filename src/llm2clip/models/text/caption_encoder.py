@@ -1,6 +1,7 @@
 """Caption encoder, which maps a text to a single embedding.
 
-By default, the encoder is a decoder LLM with bidirectional attention and mean pooling. It is saved as an ordinary
+By default, the encoder is a decoder LLM with bidirectional attention and mean pooling. It can also be a BERT-like model
+or, for fast queries, a static encoder: an embedding for each token, averaged. The encoder is saved as an ordinary
 `SentenceTransformer`, so sentence-transformers can load it without llm2clip and compute the same embeddings. The only
 exception is NV-Embed (see `models/text/latent_attention.py`).
 """
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
 from torch import Tensor, nn
 
 from llm2clip.cpu_tuning import flex_attention_is_correct, onednn_matmul
@@ -56,7 +57,8 @@ class CaptionEncoder(nn.Module):
     """LLM with a caption template and a pooling layer. Use `from_pretrained` to load it and `encode` to run it.
 
     Attributes:
-        st: the SentenceTransformer. `st[0]` is the LLM and `st[1]` is the pooling layer.
+        st: the SentenceTransformer. `st[0]` is the LLM and `st[1]` is the pooling layer, or `st[0]` is a
+            `StaticEmbedding`, which has no attention and does its own pooling. Other layers may follow.
         weights_precision: highest precision that the weights support. Default: fp32. `move_for_encoding` can lower it.
     """
 
@@ -112,6 +114,12 @@ class CaptionEncoder(nn.Module):
             path = str(resolve_gguf(path))
         st = load_sentence_transformer(path, pooling or "mean", device)
         encoder = cls(st)
+        if encoder.is_static:
+            options = {"bidirectional": bidirectional, "layers": layers, "template": template, "pooling": pooling}
+            options |= {"max_length": max_length, "attention": attention}
+            invalid = [name for name, value in options.items() if value is not None]
+            if invalid:
+                raise ValueError(f"{path} is a static encoder, which has no {', '.join(invalid)}: remove this setting")
         if layers is not None:
             truncate_layers(encoder.llm, layers)
         if bidirectional is not None:
@@ -132,6 +140,8 @@ class CaptionEncoder(nn.Module):
         return encoder.eval()
 
     def _set_attention(self, attention: str | None) -> None:
+        if self.is_static:
+            return
         # An encoder loaded on the CPU may be moved to a GPU later.
         cpu_only = self.device.type == "cpu" and not torch.cuda.is_available()
         if attention == "flex_attention" and cpu_only and not flex_attention_is_correct():
@@ -146,8 +156,15 @@ class CaptionEncoder(nn.Module):
     # ---- properties -------------------------------------------------------------------------------------------------
 
     @property
+    def is_static(self) -> bool:
+        """True if the encoder has an embedding for each token instead of an LLM."""
+        return isinstance(self.st[0], StaticEmbedding)
+
+    @property
     def llm(self) -> Any:
-        """The transformers model, without any PEFT wrapper."""
+        """The transformers model, without any PEFT wrapper. For static encoders, the token embeddings."""
+        if self.is_static:
+            return self.st[0]
         model = self.st[0].model
         return model.get_base_model() if isinstance(model, PeftModel) else model
 
@@ -171,7 +188,9 @@ class CaptionEncoder(nn.Module):
 
     @property
     def attention(self) -> str:
-        """Name of the transformers attention implementation."""
+        """Name of the transformers attention implementation, or "" for static encoders."""
+        if self.is_static:
+            return ""
         return str(self.llm.config._attn_implementation)
 
     @property
@@ -198,6 +217,9 @@ class CaptionEncoder(nn.Module):
             return TokenizedTexts([], [], [])
         prefixes = [self.prefix + p for p in prompts] if prompts else [self.prefix] * len(captions)
         texts = [prefix + caption.strip() for prefix, caption in zip(prefixes, captions, strict=True)]
+        if self.is_static:
+            encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+            return TokenizedTexts([encoding.ids for encoding in encodings], [], [0] * len(captions))
         ids = self.tokenizer(texts, verbose=False, return_attention_mask=False)["input_ids"]
         max_length = self.st.max_seq_length
         truncated = [i for i, row in enumerate(ids) if max_length and len(row) > max_length]
@@ -233,13 +255,19 @@ class CaptionEncoder(nn.Module):
         """Build the model inputs for a batch.
 
         For `packed` and flash attention, the inputs form a single row without padding (see `pack_captions`). For other
-        attention implementations, the inputs are padded input_ids and attention_mask, int64, of shape (B, T).
+        attention implementations, the inputs are padded input_ids and attention_mask, int64, of shape (B, T). For
+        static encoders, the inputs are the concatenated input_ids and the offset of each caption, int64.
 
         Args:
             ids: token ids of B captions, from `tokenize`.
             prompt_length: number of leading tokens of each caption to exclude from pooling. Default: the length of the
                 template's prefix.
         """
+        if self.is_static:
+            lengths = torch.tensor([len(row) for row in ids])
+            flat_ids = torch.tensor([token for row in ids for token in row], dtype=torch.int64)
+            inputs = {"input_ids": flat_ids, "offsets": lengths.cumsum(0) - lengths}
+            return {name: copy_to_device(tensor, self.device) for name, tensor in inputs.items()}
         if self.attention == PACKED or "flash" in self.attention:
             batch = pack_captions(ids, self.attention, self.device)
         else:
@@ -317,6 +345,9 @@ class CaptionEncoder(nn.Module):
 
         The result is the same as from `self.st`, but excluding prompts from mean pooling needs no GPU synchronisation.
         """
+        if self.is_static:
+            static_embeddings: Tensor = self.st(batch)["sentence_embedding"]
+            return static_embeddings
         llm, pooling, *modules = self.st
         features = llm(batch)
         excludes_prompt = "prompt_length" in features and not pooling.include_prompt
@@ -364,17 +395,24 @@ class CaptionEncoder(nn.Module):
             ValueError: the weights are no longer in fp32 (see `move_for_encoding`).
         """
         self._check_weights("fp32")
-        return {
+        common = {
             "weights": hash_weights(self.st),
             "tokenizer": hash_text(_serialize_tokenizer(self.tokenizer)),
+            "modules": [type(m).__name__ for m in self.st],
+            "precision": precision,
+        }
+        if self.is_static:
+            _, *layers = self.st
+            configs = [layer.get_config_dict() for layer in layers]
+            return {**common, "config": hash_text(json.dumps(configs, sort_keys=True))}
+        return {
+            **common,
             "bidirectional": not getattr(self.llm.config, "is_causal", not is_encoder_only(self.llm)),
             "layers": self.llm.config.num_hidden_layers,
             "config": hash_text(_serialize_config(self.llm.config)),
             "header": self.prefix,
-            "modules": [type(m).__name__ for m in self.st],
             "pooling": self.st[1].get_config_dict(),
             "max_length": self.st.max_seq_length,
-            "precision": precision,
         }
 
     @hide_loading_bars()
@@ -417,5 +455,6 @@ def _serialize_config(config: Any) -> str:
 
 def _serialize_tokenizer(tokenizer: Any) -> str:
     """Serialise a tokenizer without its padding and truncation settings, which tokenizer calls may change."""
-    values = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)  # static encoders have only the backend
+    values = json.loads(backend.to_str())
     return json.dumps({k: v for k, v in values.items() if k not in ("padding", "truncation")}, sort_keys=True)

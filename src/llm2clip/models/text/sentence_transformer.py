@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Transformer
-from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
 from torch import nn
 
 from llm2clip.io_utils import read_json
@@ -185,7 +185,9 @@ def is_encoder_only(llm: Any) -> bool:
 
 
 def get_layers(llm: Any) -> nn.ModuleList:
-    """Return the transformer layers of a model without a language-modelling head."""
+    """Return the transformer layers of a model without a language-modelling head. Static embeddings have no layers."""
+    if isinstance(llm, StaticEmbedding):
+        return nn.ModuleList()
     layers: nn.ModuleList = llm.layers if hasattr(llm, "layers") else llm.encoder.layer
     return layers
 

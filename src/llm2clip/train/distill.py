@@ -1,0 +1,550 @@
+"""The `distill` stage: teaches a small text encoder to produce a model's text embeddings.
+
+The student replaces the caption encoder and the adapter. Its last layer maps texts directly to the shared embedding
+space, so serving needs no LLM. The vision tower and the projection do not change, and existing image embeddings remain
+valid. The loss is the cosine distance to the teacher's text embeddings, as in NanoVDR (arXiv 2603.12824), where it was
+the best of six objectives, and in LEAF (arXiv 2509.12539).
+
+The teacher encodes each text once, before training. Each training step runs only the student. Texts of similar length
+form a batch, so there is almost no padding.
+"""
+
+import copy
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from itertools import chain, compress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense
+from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
+from torch import Tensor, nn
+
+from llm2clip.config import RESUME_SAFE, DistillConfig
+from llm2clip.cpu_tuning import free_memory, keep_freed_memory, onednn_matmul
+from llm2clip.models.heads import AdapterConfig
+from llm2clip.models.hub.fingerprint import fingerprint, hash_weights
+from llm2clip.models.hub.loading import check_model_source
+from llm2clip.models.hub.pretrained import resolve_pretrained
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.model_folder import LLM2CLIPConfig
+from llm2clip.models.precision import resolve_precision
+from llm2clip.models.text.batching import TokenizedTexts, batch_by_length, get_default_batch_tokens
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.progress import ProgressBar
+from llm2clip.runs.checkpoint import Checkpoints, MetricsLog, hash_texts, raise_if_not_finite
+from llm2clip.runs.fsdp import is_fsdp_enabled
+from llm2clip.runs.output_folder import MANIFEST
+from llm2clip.runs.ranks import print_once, process_state
+from llm2clip.runs.training_state import load_training_state, save_training_state
+from llm2clip.store.encode import embed
+from llm2clip.store.image_features import store_text_embeddings
+from llm2clip.store.layout import StoreError, check_identity, iter_chunks, make_caption_keys
+from llm2clip.store.store import LOOKUP_CHUNK_SIZE, EmbeddingStore
+from llm2clip.train.optim import ADAM_BETAS, MAX_GRAD_NORM, make_cosine_schedule
+from llm2clip.train.proclip import repeat_phrases
+
+STATIC, LAYERS = "static", "layers"  # names of students: static, static:TOKENIZER, layers:N
+DEFAULT_LR, STATIC_LR = 5e-4, 1e-2
+STATIC_LAYER_LR = 0.1  # learning rate of a static student's linear layers, relative to that of its token embeddings
+SORTED_STEPS = 64  # texts are sorted by length within groups of this many steps
+HEAD_TEXTS = 4096  # maximum number of texts for computing the initial weights of the student's last layer
+RIDGE = 1e-2  # ridge penalty, relative to the mean variance of the inputs
+TOKENIZE_CHUNK = 1 << 16
+
+
+# ---- teacher ---------------------------------------------------------------------------------------------------------
+
+
+class Teacher:
+    """Text encoder of a model. Its caption embeddings are read from stores where possible.
+
+    Attributes:
+        model: the model. Its caption encoder is loaded only for texts that are in none of the stores.
+        stores: stores with embeddings from the model's caption encoder.
+    """
+
+    def __init__(self, model: LLM2CLIP, folder: Path, store: str | None = None) -> None:
+        """Find the stores of a model's caption embeddings.
+
+        Args:
+            folder: model folder. In the run directory of `fit`, the store next to it is used as well.
+            store: folder of an additional store.
+
+        Raises:
+            ValueError: the model has no caption encoder.
+            StoreError: the store was made by a different encoder.
+        """
+        if not model.has_encoder:
+            raise ValueError(
+                f"{folder} has no caption encoder, so a student cannot learn its text embeddings. Add the encoder that "
+                f"it was trained with: llm2clip convert {folder} --text ENCODER --out MODEL"
+            )
+        self.model, self.folder = model, folder
+        self.stores: list[EmbeddingStore] = []
+        neighbour = folder.parent / "store"
+        if store is not None:
+            self.stores.append(EmbeddingStore(store))
+            self._check_encoder(self.stores[0])
+        elif (neighbour / MANIFEST).is_file():
+            with suppress(StoreError):  # the store belongs to a different model
+                neighbour_store = EmbeddingStore(neighbour)
+                self._check_encoder(neighbour_store)
+                self.stores.append(neighbour_store)
+
+    def _check_encoder(self, store: EmbeddingStore) -> None:
+        """Raise StoreError if a store was made by a different encoder than the model's. The precision may differ."""
+        expected, stored = self.model.config.encoder, store.manifest["identity"]
+        if not expected:
+            expected = self.model.encoder.identity()
+        names = [name for name in expected if name not in ("precision", "config")]
+        check_identity({n: stored.get(n) for n in names}, {n: expected[n] for n in names}, store.folder)
+
+    def embed(self, texts: Iterable[str], folder: Path) -> None:
+        """Encode all texts that are not in the stores into an additional store. Must be called by all ranks."""
+        missing = [text for chunk in iter_chunks(texts, LOOKUP_CHUNK_SIZE) for text in self._select(chunk, False)]
+        if missing:
+            encoder = CaptionEncoder.from_pretrained(self.folder, device="cpu")
+            self.stores.append(embed(missing, encoder, folder, device=process_state().device))
+            del encoder
+            free_memory()
+
+    def open_store(self, folder: Path) -> None:
+        """Use a store that `embed` has written. If there is none, all texts were in the other stores."""
+        if (folder / MANIFEST).is_file():
+            self.stores.append(EmbeddingStore(folder))
+
+    def select_encoded(self, texts: Sequence[str]) -> list[str]:
+        """Return the texts that are in a store."""
+        return self._select(texts, True)
+
+    def _select(self, texts: Sequence[str], is_stored: bool) -> list[str]:
+        found = self._find(texts)[0] >= 0
+        return [text for text, is_found in zip(texts, found.tolist(), strict=True) if is_found == is_stored]
+
+    def _find(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return each text's store number, -1 if it is in no store, and its row, both int64 of shape (N,)."""
+        numbers, rows = np.full(len(texts), -1), np.full(len(texts), -1)
+        keys = make_caption_keys(texts)
+        for number, store in enumerate(self.stores):
+            store_rows = store.find_keys(keys)
+            is_new = (numbers < 0) & (store_rows >= 0)
+            numbers[is_new], rows[is_new] = number, store_rows[is_new]
+        return numbers, rows
+
+    def encode(self, texts: Sequence[str], progress: bool = False) -> Tensor:
+        """Return L2-normalised text embeddings in the shared space, float32 of shape (N, embed_dim), on the CPU."""
+        numbers, rows = self._find(texts)
+        embeddings = torch.zeros(len(texts), self.model.config.text_dim)
+        for number, store in enumerate(self.stores):
+            members = np.flatnonzero(numbers == number)
+            embeddings[members] = torch.from_numpy(store.take(rows[members]))
+        missing = np.flatnonzero(numbers < 0).tolist()
+        if missing:
+            precision = self.model.load_encoder("auto", "evaluate")
+            missing_texts = [texts[n] for n in missing]
+            embeddings[missing] = self.model.encoder.encode(missing_texts, precision=precision, progress=progress)
+        return self.model.project_text_embeddings(embeddings)
+
+
+# ---- student ---------------------------------------------------------------------------------------------------------
+
+
+def open_student(name: str, teacher_folder: Path, embed_dim: int, config: DistillConfig) -> CaptionEncoder:
+    """Load a student on the CPU, with a new last layer that maps its embeddings to the shared space.
+
+    Args:
+        name: sentence-transformers model or LLM (a folder, a hub id, or the name of a built-in model), `layers:N` for
+            the first N layers of the teacher, `static` for an embedding per token of the teacher's tokenizer, or
+            `static:NAME` for an embedding per token of another model's tokenizer.
+        teacher_folder: model folder of the teacher.
+        embed_dim: dimension of the shared space.
+
+    Raises:
+        ValueError: the name or a setting is invalid.
+        OSError: the model does not exist.
+    """
+    set_seed(config.seed)
+    kind, _, argument = name.partition(":")
+    if kind == STATIC:
+        if config.max_length is not None:
+            raise ValueError("--distill.max_length does not apply to static students: remove this setting")
+        return CaptionEncoder(
+            _build_static_model(resolve_pretrained(argument) or str(teacher_folder / "text"), embed_dim)
+        )
+    layers = None
+    if kind == LAYERS:
+        if not argument.isdecimal():
+            raise ValueError(f"--student layers:N requires a number of layers, such as layers:4 (got {name!r})")
+        name, layers = str(teacher_folder), int(argument)
+    encoder = CaptionEncoder.from_pretrained(name, layers=layers, max_length=config.max_length, device="cpu")
+    st = encoder.st
+    for index in reversed(range(len(st))):
+        if isinstance(st[index], Normalize):
+            del st[index]
+    st.append(Dense(st.get_embedding_dimension(), embed_dim, activation_function=nn.Identity()))
+    return encoder
+
+
+def _build_static_model(tokenizer_path: str, embed_dim: int) -> SentenceTransformer:
+    """Build a static student: mean of token embeddings -> residual layer with GELU -> linear layer.
+
+    The token embeddings are zero until `initialize_student` is called.
+    """
+    from transformers import AutoTokenizer
+
+    check_model_source(tokenizer_path)
+    if (Path(tokenizer_path) / "text/tokenizer.json").is_file():  # an llm2clip model folder
+        tokenizer_path = str(Path(tokenizer_path) / "text")
+    tokenizer = getattr(AutoTokenizer.from_pretrained(tokenizer_path), "backend_tokenizer", None)
+    if tokenizer is None:
+        raise ValueError(
+            f"{tokenizer_path} has no fast tokenizer, which a static student requires: use --student static:NAME"
+        )
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.no_truncation()
+    weights = torch.zeros(tokenizer.get_vocab_size(), embed_dim)
+    identity = torch.eye(embed_dim)
+    return SentenceTransformer(
+        modules=[
+            StaticEmbedding(tokenizer, embedding_weights=weights),
+            Dense(embed_dim, embed_dim, activation_function=nn.GELU(), use_residual=True),
+            Dense(embed_dim, embed_dim, activation_function=nn.Identity(), init_weight=identity),
+        ],
+        device="cpu",
+    )
+
+
+def list_token_texts(student: CaptionEncoder) -> list[str]:
+    """Return the text of each token of a static student, "" for special tokens and parts of characters.
+
+    For other students, return an empty list.
+    """
+    if not student.is_static:
+        return []
+    texts = student.tokenizer.decode_batch([[token] for token in range(student.st[0].num_embeddings)])
+    return ["" if "\N{REPLACEMENT CHARACTER}" in text else text.removeprefix("##").strip() for text in texts]
+
+
+@torch.no_grad()
+@onednn_matmul()
+def initialize_student(student: CaptionEncoder, teacher: Teacher, data: "DistillTexts") -> None:
+    """Compute the initial weights of a student's new layers.
+
+    The token embeddings of a static student are the teacher's embeddings of the tokens' texts. For other students, the
+    last layer is the ridge regression from the student's embeddings of some training texts to the teacher's.
+    """
+    if student.is_static:
+        texts = list_token_texts(student)
+        tokens = [token for token, text in enumerate(texts) if text]
+        weights = student.st[0].embedding.weight
+        for chunk in iter_chunks(tokens, TOKENIZE_CHUNK):
+            # With a variance of about 1 per dimension, the activation function is not linear.
+            weights[chunk] = teacher.encode([texts[token] for token in chunk]) * weights.shape[1] ** 0.5
+        return
+    sample = np.linspace(0, len(data) - 1, min(HEAD_TEXTS, len(data))).astype(np.int64)
+    head = student.st.pop(-1)
+    ids = data.get_ids(sample)
+    prompt_length = student.count_prompt_tokens(student.prefix)
+    inputs = student.to(process_state().device).encode(
+        TokenizedTexts(ids, [], [prompt_length] * len(ids)), progress=True
+    )
+    student.st.append(head.to(student.device))
+    weight, bias = fit_ridge_regression(inputs.double(), data.get_targets(sample).double())
+    head.linear.weight.copy_(weight)
+    head.linear.bias.copy_(bias)
+
+
+def fit_ridge_regression(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the weight of shape (E, D) and the bias (E,) of a linear layer from inputs (N, D) to targets (N, E)."""
+    input_mean, target_mean = inputs.mean(0), targets.mean(0)
+    centred = inputs - input_mean
+    gram = centred.T @ centred
+    penalty = RIDGE * gram.diagonal().mean().clamp(min=1e-12)
+    weight = torch.linalg.solve(
+        gram + penalty * torch.eye(len(gram), dtype=gram.dtype), centred.T @ (targets - target_mean)
+    ).T
+    return weight, target_mean - weight @ input_mean
+
+
+def build_student_model(teacher: LLM2CLIP, student: CaptionEncoder) -> LLM2CLIP:
+    """Return a model with the teacher's image encoder and the student as its text encoder, without an adapter."""
+    values = {**vars(teacher.config), "text_dim": teacher.config.embed_dim, "encoder": student.identity()}
+    model = LLM2CLIP(LLM2CLIPConfig(**{**values, "adapter": AdapterConfig(depth=0)}), teacher.tower, student)
+    model.projection, model.training_images = teacher.projection, teacher.training_images
+    model.logit_scale, model.logit_bias = teacher.logit_scale, teacher.logit_bias
+    return model.eval()
+
+
+# ---- texts -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DistillTexts:
+    """Distinct training texts, tokenized by the student: first the captions, then the phrases.
+
+    Attributes:
+        tokens: token ids of all texts, int32 of shape (T,).
+        offsets: index in `tokens` of each text's first token, followed by T, int64 of shape (N + 1,).
+        targets: store of the teacher's text embeddings in the shared space.
+        rows: each text's row in `targets`, int64 of shape (N,).
+        num_captions: number of captions.
+        text_hash: hash of all texts.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    targets: EmbeddingStore
+    rows: np.ndarray
+    num_captions: int
+    text_hash: str
+    lengths: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lengths", np.diff(self.offsets))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def get_ids(self, items: np.ndarray) -> list[list[int]]:
+        """Return the token ids of the texts with these indices."""
+        return [self.tokens[self.offsets[n] : self.offsets[n + 1]].tolist() for n in items.tolist()]
+
+    def get_targets(self, items: np.ndarray) -> Tensor:
+        """Return the teacher's embeddings of the texts with these indices, float32 of shape (len(items), D)."""
+        return torch.from_numpy(self.targets.take(self.rows[items]))
+
+
+def prepare_texts(
+    captions: Iterable[str],
+    phrases: Iterable[str],
+    student: CaptionEncoder,
+    teacher: Teacher,
+    folder: Path,
+    max_skipped: float,
+) -> DistillTexts:
+    """Encode the texts with the teacher and tokenize them for the student. Must be called by all ranks.
+
+    The texts may contain duplicates. Texts that one of the tokenizers cannot encode are left out. Memory: about 300
+    bytes per distinct text while the texts are prepared, and 70 bytes afterwards.
+
+    Args:
+        folder: folder for the store `targets` of the teacher's text embeddings in the shared space.
+        max_skipped: maximum fraction of the texts that the student's tokenizer cannot encode.
+
+    Raises:
+        ValueError: there are no texts, or the student's tokenizer cannot encode too many of them.
+    """
+    unique_captions = dict.fromkeys(captions)
+    unique_phrases = [text for text in dict.fromkeys(phrases) if text not in unique_captions]
+    encoded_captions = teacher.select_encoded(list(unique_captions))
+    texts = [*encoded_captions, *teacher.select_encoded(unique_phrases)]
+    if not texts:
+        raise ValueError("there are no texts to learn from: the training records have no captions")
+    tokens, lengths = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
+    is_encodable = np.zeros(len(texts), bool)
+    ignored_ids = _find_ignored_ids(student)
+    for start in range(0, len(texts), TOKENIZE_CHUNK):
+        all_ids = student.tokenize(texts[start : start + TOKENIZE_CHUNK]).ids
+        chunk_is_encodable = [not ignored_ids.issuperset(ids) for ids in all_ids]
+        valid_ids = list(compress(all_ids, chunk_is_encodable))
+        is_encodable[start : start + len(all_ids)] = chunk_is_encodable
+        tokens.append(np.fromiter(chain.from_iterable(valid_ids), np.int32))
+        lengths.append(np.array([len(ids) for ids in valid_ids], np.int64))
+    failed = np.flatnonzero(~is_encodable)
+    if len(failed) > max_skipped * len(texts):
+        raise ValueError(
+            f"the student's tokenizer cannot encode {len(failed):,} of {len(texts):,} texts, such as "
+            f"{texts[failed[0]][:120]!r}: they consist of unknown tokens. Choose a student "
+            "for the language of these texts"
+        )
+    if len(failed):
+        print_once(f"{len(failed):,} texts left out, which the student's tokenizer cannot encode: {texts[failed[0]]!r}")
+    num_captions = int(is_encodable[: len(encoded_captions)].sum())
+    texts = [texts[n] for n in np.flatnonzero(is_encodable)]
+    identity: dict[str, Any] = {"precision": "fp32"}
+    identity["encoder"] = [fingerprint(store.manifest["identity"]) for store in teacher.stores]
+    identity["adapter"] = hash_weights(teacher.model.adapter)
+    dim = teacher.model.config.embed_dim
+    targets = store_text_embeddings(texts, teacher.encode, dim, identity, folder / "targets", dtype="float16")
+    return DistillTexts(
+        tokens=np.concatenate(tokens),
+        offsets=np.concatenate([[0], np.cumsum(np.concatenate(lengths))]),
+        targets=targets,
+        rows=targets.find_rows(texts),
+        num_captions=num_captions,
+        text_hash=hash_texts(texts),
+    )
+
+
+def _find_ignored_ids(student: CaptionEncoder) -> set[int]:
+    """Return the ids of the student's special tokens, including the unknown token. They carry no meaning."""
+    if not student.is_static:
+        return set(student.tokenizer.all_special_ids)
+    unknown = getattr(student.tokenizer.model, "unk_token", None)
+    ids = {token for token, added in student.tokenizer.get_added_tokens_decoder().items() if added.special}
+    return ids | ({student.tokenizer.token_to_id(unknown)} if unknown is not None else set())
+
+
+def plan_epoch(data: DistillTexts, texts_per_step: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the indices of the texts for each step of an epoch, int64 of shape (steps, texts_per_step).
+
+    The texts of a step have similar lengths, and the steps are in random order. Phrases are repeated as in
+    `repeat_phrases`. The remaining texts that do not fill a step are left out, different ones in each epoch.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(repeat_phrases(np.arange(len(data)), data.num_captions))
+    order = order[: len(order) // texts_per_step * texts_per_step]
+    steps = []
+    for start in range(0, len(order), SORTED_STEPS * texts_per_step):
+        group = order[start : start + SORTED_STEPS * texts_per_step]
+        group = group[np.argsort(data.lengths[group], kind="stable")].reshape(-1, texts_per_step)
+        steps.append(rng.permutation(group))
+    return np.concatenate(steps)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean cosine distance, 1 - cos(student_i, teacher_i), between embeddings of shape (N, D)."""
+    return (1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)).mean()
+
+
+@onednn_matmul()
+def distill(
+    student: CaptionEncoder, teacher: Teacher, data: DistillTexts, config: DistillConfig, run_dir: Path
+) -> CaptionEncoder:
+    """Train a student from `open_student` on the texts, resuming from the latest checkpoint if one exists.
+
+    Args:
+        student: Student, modified in place. Token embeddings are trained only if the student is static.
+        run_dir: Output folder for checkpoints/ and metrics.jsonl. No other process may write to this folder.
+
+    Raises:
+        ValueError: Settings contradict each other, or the checkpoints were saved with different settings or data.
+        FloatingPointError: The loss or a gradient is not finite.
+    """
+    state = process_state()  # must precede Accelerator(), which would set up the ranks differently
+    if is_fsdp_enabled():
+        raise ValueError("distill does not support FSDP, because students are small: remove --use_fsdp")
+    precision = resolve_precision("align", config.precision, state.device)
+    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    if precision == "fp16" and accelerator.scaler is None:
+        raise ValueError(f"--distill.precision fp16 requires a GPU: use bf16 or fp32 on {accelerator.device}")
+    keep_freed_memory(accelerator.device)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+
+    # Steps. Phrases are repeated, so an epoch may have more texts than there are distinct texts.
+    checkpoints = Checkpoints(run_dir / "checkpoints", config.batch_size)
+    texts_per_step = checkpoints.get_saved_items_per_step("texts per step")
+    if texts_per_step is None:
+        texts_per_step = min(config.batch_size, max(1, len(data) // world_size)) * world_size
+    if texts_per_step > len(data):
+        raise ValueError(f"there are only {len(data)} texts, fewer than {world_size} processes")
+    steps_per_epoch = len(plan_epoch(data, texts_per_step, config.seed, 0))
+    steps = max(1, round(config.epochs * steps_per_epoch))
+    checkpoints.check_signature(_make_signature(student, teacher, data, config, steps, texts_per_step, precision))
+    metrics = MetricsLog(run_dir / "metrics.jsonl", checkpoints.step) if state.is_main_process else None
+
+    # Model and optimizer.
+    if checkpoints.latest is None:
+        initialize_student(student, teacher, data)
+    student.to(accelerator.device)
+    # Without dropout, because the targets are exact and the student underfits rather than overfits.
+    student.eval()
+    optimizer = torch.optim.Adam(_select_parameters(student, config), betas=ADAM_BETAS)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, make_cosine_schedule(steps, config.warmup_ratio))
+    net, optimizer = accelerator.prepare(student.st, optimizer)
+    if checkpoints.latest is not None:
+        load_training_state(checkpoints.latest, student.st, optimizer, schedule, accelerator.scaler)
+
+    progress = ProgressBar(total=steps, initial=checkpoints.step, desc="distill", unit="step", disable=metrics is None)
+    batch_tokens = get_default_batch_tokens(accelerator.device)
+    epoch_plan = np.empty((0, texts_per_step), np.int64)
+    for step in range(checkpoints.step + 1, steps + 1):
+        start = time.perf_counter()
+        epoch, position = divmod(step - 1, steps_per_epoch)
+        if position == 0 or not len(epoch_plan):
+            epoch_plan = plan_epoch(data, texts_per_step, config.seed, epoch)
+        items = epoch_plan[position][rank::world_size]
+
+        # The loss is a mean over texts, so the gradients do not depend on how the batch is split.
+        loss = torch.zeros((), device=accelerator.device)
+        parts = list(batch_by_length(data.lengths[items].tolist(), batch_tokens))
+        for number, part in enumerate(parts, 1):
+            batch = student.collate(data.get_ids(items[part]))
+            targets = data.get_targets(items[part]).to(accelerator.device)
+            with nullcontext() if number == len(parts) else accelerator.no_sync(net):
+                part_loss = cosine_loss(net(batch)["sentence_embedding"], targets) * (len(part) / len(items))
+                accelerator.backward(part_loss)
+            loss += part_loss.detach()
+        grad_norm = accelerator.clip_grad_norm_(student.st.parameters(), MAX_GRAD_NORM)
+        lr = schedule.get_last_lr()[0]
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+        mean_loss = accelerator.reduce(loss, "mean").item()
+        for name, value in (("loss", mean_loss), ("gradient norm", 0.0 if accelerator.scaler else float(grad_norm))):
+            raise_if_not_finite(name, value, step, checkpoints, "Lower --distill.lr, or use --distill.precision fp32")
+        if metrics is not None:
+            speed = texts_per_step / (time.perf_counter() - start)
+            metrics.write(step, loss=mean_loss, grad_norm=float(grad_norm), lr=lr, texts_per_second=speed)
+        progress.set_postfix(loss=f"{mean_loss:.3f}", refresh=False)
+        progress.update()
+        if step % config.save_steps == 0 or step == steps:
+            save_training_state(checkpoints.path(step), student.st, optimizer, schedule, accelerator.scaler)
+            checkpoints.commit(step)
+    progress.close()
+    accelerator.unwrap_model(net, keep_fp32_wrapper=False)  # removes the autocast wrapper
+    vars(student.st).pop("_is_accelerate_prepared", None)
+    student.st.requires_grad_(True)
+    return student.eval()
+
+
+def _select_parameters(student: CaptionEncoder, config: DistillConfig) -> list[dict[str, Any]]:
+    """Freeze unused weights and an LLM's token embeddings, and group the trained weights by learning rate."""
+    lr = config.lr or (STATIC_LR if student.is_static else DEFAULT_LR)
+    student.st.requires_grad_(True)
+    if student.is_static:
+        embeddings, *layers = student.st
+        layer_weights = [parameter for layer in layers for parameter in layer.parameters()]
+        return [
+            {"params": list(embeddings.parameters()), "lr": lr},
+            {"params": layer_weights, "lr": STATIC_LAYER_LR * lr},
+        ]
+    student.llm.get_input_embeddings().requires_grad_(False)  # a large matrix, of which texts use few rows
+    pooler = getattr(student.llm, "pooler", None)  # BERT-like models have a pooler, which llm2clip does not use
+    if pooler is not None:
+        pooler.requires_grad_(False)
+    return [{"params": [p for p in student.st.parameters() if p.requires_grad], "lr": lr}]
+
+
+def _make_signature(
+    student: CaptionEncoder,
+    teacher: Teacher,
+    data: DistillTexts,
+    config: DistillConfig,
+    steps: int,
+    texts_per_step: int,
+    precision: str,
+) -> dict[str, Any]:
+    """Return the run properties that must match the latest checkpoint when the run is resumed."""
+    settings = {**vars(config), "precision": precision}
+    return {
+        "steps": steps,
+        "texts per step": texts_per_step,
+        "texts": data.text_hash,
+        "teacher": data.targets.manifest["fingerprint"],
+        "student": fingerprint(student.identity()),
+        **{f"--distill.{name}": value for name, value in settings.items() if name not in (*RESUME_SAFE, "batch_size")},
+    }

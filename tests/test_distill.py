@@ -1,0 +1,347 @@
+"""Tests of distilling a model's text side into a small text encoder."""
+
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from torch.nn.functional import gelu, normalize
+
+from conftest import Killed, make_llm, run_distributed
+from llm2clip import LLM2CLIP
+from llm2clip.cli import main
+from llm2clip.config import DistillConfig
+from llm2clip.data.records import open_records
+from llm2clip.evaluate.reporting import distill_report
+from llm2clip.models.dual_encoder import open_dual_encoder
+from llm2clip.models.export import export_model
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.pipeline import run_distill
+from llm2clip.search.build import check_model
+from llm2clip.store.encode import embed
+from llm2clip.store.layout import StoreError
+from llm2clip.train import distill as distill_module
+from llm2clip.train.distill import DistillTexts, cosine_loss, fit_ridge_regression, plan_epoch
+from search_fixtures import create_backend, index_sources, search_names
+
+CONFIG = DistillConfig(epochs=4, batch_size=16, lr=3e-3, save_steps=3, precision="fp32")
+TEXTS = ["the left half is red", "a grey picture, blue at its border", "x", "Ein längerer Text über ein Bild, in Grün."]
+
+
+@pytest.fixture(autouse=True)
+def short_speed_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distill_report, "MIN_SPEED_SECONDS", 0.0)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with its caption encoder, in a folder without a store."""
+    from search_fixtures import make_model
+
+    return make_model(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def student_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llm(tmp_path_factory.mktemp("student"), family="qwen2", layers=1, seed=1)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BERT in sentence-transformers format, whose embeddings are normalised, and which knows few words."""
+    return make_bert(
+        tmp_path_factory.mktemp("bert"), ["the", "half", "is", "red", "blue", "picture", "a", "grey", "##n"]
+    )
+
+
+def make_bert(folder: Path, words: list[str]) -> Path:
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    torch.manual_seed(0)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    (folder / "vocab.txt").write_text("\n".join([*special, *words]))
+    tokenizer = BertTokenizerFast(vocab=str(folder / "vocab.txt"))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    BertModel(BertConfig(vocab_size=len(special) + len(words), **sizes)).save_pretrained(folder / "bert")
+    tokenizer.save_pretrained(folder / "bert")
+    st = SentenceTransformer(
+        modules=[Transformer(str(folder / "bert")), Pooling(32, "mean"), Normalize()], device="cpu"
+    )
+    st.save_pretrained(str(folder / "st"))
+    return folder / "st"
+
+
+def run(teacher: Path, images: Path, out: Path, student: str, config: DistillConfig = CONFIG, **options: Any) -> Path:
+    return run_distill(str(teacher), [str(images / "captions.jsonl")], out, student, config, **options)
+
+
+def mean_cosine(model: Path, teacher: Path, images: Path) -> float:
+    texts = [text for record in open_records(images / "captions.jsonl") for text in record.texts]
+    ours, theirs = (LLM2CLIP.from_pretrained(folder, "cpu").encode_text(texts) for folder in (model, teacher))
+    return float((ours * theirs).sum(1).mean())
+
+
+def test_cosine_loss_matches_its_definition() -> None:
+    student, teacher = torch.randn(5, 7, requires_grad=True), torch.randn(5, 7)
+    expected = 0.0
+    for a, b in zip(student.tolist(), teacher.tolist(), strict=True):
+        dot = sum(x * y for x, y in zip(a, b, strict=True))
+        expected += 1 - dot / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+    assert cosine_loss(student, teacher).item() == pytest.approx(expected / 5, abs=1e-6)
+
+
+def test_ridge_regression_finds_the_linear_map() -> None:
+    inputs, weight, bias = torch.randn(500, 6).double(), torch.randn(4, 6).double(), torch.randn(4).double()
+    fitted_weight, fitted_bias = fit_ridge_regression(inputs, inputs @ weight.T + bias)
+    torch.testing.assert_close(fitted_weight, weight, atol=0.05, rtol=0.05)
+    torch.testing.assert_close(fitted_bias, bias, atol=0.05, rtol=0.05)
+
+
+def make_texts(lengths: list[int], num_captions: int) -> DistillTexts:
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return DistillTexts(np.arange(offsets[-1]), offsets, None, np.arange(len(lengths)), num_captions, "")  # type: ignore[arg-type]
+
+
+def test_steps_contain_texts_of_similar_length_and_repeated_phrases() -> None:
+    rng = np.random.default_rng(0)
+    lengths = [*rng.integers(5, 60, 900).tolist(), *rng.integers(1, 3, 100).tolist()]
+    data = make_texts(lengths, num_captions=900)
+    epochs = [plan_epoch(data, 32, 0, epoch) for epoch in (0, 1)]
+    assert epochs[0].shape == ((900 + 9 * 100) // 32, 32)
+    counts = np.bincount(epochs[0].ravel(), minlength=1000)
+    assert counts[:900].max() == 1
+    assert counts[900:].max() == 9
+    widths = [np.ptp(data.lengths[step]) for step in epochs[0]]
+    assert np.mean(widths) < 5
+    assert (epochs[0] != epochs[1]).any()
+    np.testing.assert_array_equal(epochs[0], plan_epoch(data, 32, 0, 0))
+
+
+def test_student_model_keeps_the_image_encoder_and_learns_the_text_embeddings(
+    teacher: Path, student_llm: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    model_folder = run(teacher, image_folder, tmp_path / "out", str(student_llm))
+    model, original = LLM2CLIP.from_pretrained(model_folder, "cpu"), LLM2CLIP.from_pretrained(teacher, "cpu")
+    photos = [str(image_folder / f"{n}.png") for n in range(4)]
+    assert torch.equal(model.encode_image(photos), original.encode_image(photos))
+    assert model.config.adapter.depth == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (teacher, model_folder))
+    assert {name for name in before if not name.startswith("adapter.")} == set(after)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+    assert mean_cosine(model_folder, teacher, image_folder) > 0.85
+    plain = SentenceTransformer(str(model_folder / "text"), device="cpu").encode(TEXTS, convert_to_tensor=True)
+    torch.testing.assert_close(normalize(plain, dim=1), model.encode_text(TEXTS), atol=1e-5, rtol=0)
+
+    report = (tmp_path / "out/report.md").read_text()
+    assert "captions: T2I R@1" in report
+    assert "long_captions: T2I R@1" in report
+    assert "queries per second" in report
+
+
+def test_training_reduces_the_loss(teacher: Path, student_llm: Path, image_folder: Path, tmp_path: Path) -> None:
+    from llm2clip.runs.checkpoint import read_metrics
+
+    run(teacher, image_folder, tmp_path, str(student_llm), DistillConfig(epochs=10, batch_size=16, lr=3e-3))
+    losses = [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+def test_first_layers_of_the_teacher_as_student(teacher: Path, image_folder: Path, tmp_path: Path) -> None:
+    model = LLM2CLIP.from_pretrained(run(teacher, image_folder, tmp_path, "layers:2"), "cpu")
+    assert model.encoder.llm.config.num_hidden_layers == 2
+    assert mean_cosine(tmp_path / "model", teacher, image_folder) > 0.85
+
+
+def test_static_student(teacher: Path, image_folder: Path, tmp_path: Path) -> None:
+    model_folder = run(teacher, image_folder, tmp_path, "static", DistillConfig(epochs=8, batch_size=16))
+    model = LLM2CLIP.from_pretrained(model_folder, "cpu")
+    assert model.encoder.is_static
+    embeddings = model.encode_text(TEXTS)
+    plain = SentenceTransformer(str(model_folder / "text"), device="cpu")
+    torch.testing.assert_close(
+        normalize(plain.encode(TEXTS, convert_to_tensor=True), dim=1), embeddings, atol=1e-5, rtol=0
+    )
+
+    # Independent reference: mean of token embeddings, residual layer with GELU, linear layer.
+    tokens, hidden, out = model.encoder.st
+    for text, embedding in zip(TEXTS, embeddings, strict=True):
+        ids = tokens.tokenizer.encode(text, add_special_tokens=False).ids
+        x = tokens.embedding.weight[ids].mean(0)
+        x = x + gelu(hidden.linear.weight @ x + hidden.linear.bias)
+        x = out.linear.weight @ x + out.linear.bias
+        torch.testing.assert_close(normalize(x, dim=0), embedding, atol=1e-5, rtol=0)
+    assert mean_cosine(model_folder, teacher, image_folder) > 0.7
+    # The encoder works at every stage: bf16 encoding, stores, identity.
+    store = embed(TEXTS, CaptionEncoder.from_pretrained(model_folder, device="cpu"), tmp_path / "embedded")
+    assert len(store) == len(TEXTS)
+    assert open_dual_encoder(str(model_folder), "cpu", "bf16").encode_texts(TEXTS).shape == (len(TEXTS), 16)
+    with pytest.raises(ValueError, match="is a static encoder, which has no layers"):
+        CaptionEncoder.from_pretrained(model_folder, layers=1, device="cpu")
+    with pytest.raises(ValueError, match="static, which this format does not support"):
+        export_model(model, "transformers", tmp_path / "exported")
+
+
+def test_sentence_transformers_student_loses_its_normalize_layer(
+    teacher: Path, bert: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    model_folder = run(teacher, image_folder, tmp_path, str(bert), max_skipped=0.9)
+    plain = SentenceTransformer(str(model_folder / "text"), device="cpu")
+    assert [type(module).__name__ for module in plain] == ["Transformer", "Pooling", "Dense"]
+    expected = LLM2CLIP.from_pretrained(model_folder, "cpu").encode_text(TEXTS)
+    torch.testing.assert_close(
+        normalize(plain.encode(TEXTS, convert_to_tensor=True), dim=1), expected, atol=1e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("student", ["layers:1", "static"])
+def test_resumed_run_gives_the_same_student(student: str, teacher: Path, image_folder: Path, tmp_path: Path) -> None:
+    complete = run(teacher, image_folder, tmp_path / "complete", student)
+    with killed_after(4):
+        run(teacher, image_folder, tmp_path / "killed", student)
+    assert not (tmp_path / "killed/model").exists()
+    with pytest.raises(ValueError, match=r"distill\.lr"):
+        run(teacher, image_folder, tmp_path / "killed", student, DistillConfig(**{**vars(CONFIG), "lr": 1e-4}))
+    resumed = run(teacher, image_folder, tmp_path / "killed", student)
+    first, second = (LLM2CLIP.from_pretrained(folder, "cpu").encoder for folder in (complete, resumed))
+    assert first.identity() == second.identity()
+
+
+@contextmanager
+def killed_after(steps: int) -> Iterator[None]:
+    """Expect a run to be killed in the step after step `steps`."""
+    check = distill_module.raise_if_not_finite
+
+    def killing_check(name: str, value: float, step: int, *args: Any) -> None:
+        if step > steps:
+            raise Killed
+        check(name, value, step, *args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(distill_module, "raise_if_not_finite", killing_check)
+        yield
+
+
+def test_two_processes_give_the_student_of_one(teacher: Path, image_folder: Path, tmp_path: Path) -> None:
+    alone = run(teacher, image_folder, tmp_path / "one", "layers:1")
+    run_distributed(2, _run_on_rank, teacher, image_folder, tmp_path / "two")
+    # Adam amplifies rounding errors of gradients that should be zero, so embeddings are compared instead of weights.
+    first, second = (LLM2CLIP.from_pretrained(f, "cpu").encode_text(TEXTS) for f in (alone, tmp_path / "two/model"))
+    torch.testing.assert_close(first, second, atol=2e-3, rtol=0)
+
+
+def _run_on_rank(teacher: Path, images: Path, out: Path) -> None:
+    distill_report.MIN_SPEED_SECONDS = 0.0
+    run(teacher, images, out, "layers:1", DistillConfig(**{**vars(CONFIG), "batch_size": CONFIG.batch_size // 2}))
+
+
+def test_index_of_the_teacher_opens_with_the_student(
+    teacher: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = open_dual_encoder(str(run(teacher, image_folder, tmp_path / "out", "layers:1")), "cpu")
+    original = open_dual_encoder(str(teacher), "cpu")
+    backend = create_backend("sqlite", tmp_path / "index")
+    index_sources([image_folder], original, backend)
+    capsys.readouterr()
+    check_model(backend.metadata(), original)
+    assert capsys.readouterr().out == ""
+    check_model(backend.metadata(), student)
+    assert "has the same image encoder" in capsys.readouterr().out
+    assert not index_sources([image_folder], student, backend)  # no image is embedded again
+    assert len(search_names(backend)) == 36
+
+    old_metadata = {name: value for name, value in backend.metadata().items() if name != "image_fingerprint"}
+    check_model(old_metadata, original)
+    with pytest.raises(ValueError, match="built with a different model"):
+        check_model(old_metadata, student)
+    changed = LLM2CLIP.from_pretrained(teacher, "cpu")
+    with torch.no_grad():
+        next(changed.projection.parameters()).mul_(1.1)
+    changed_folder = str(changed.save_pretrained(tmp_path / "changed"))
+    with pytest.raises(ValueError, match="built with a different model"):
+        check_model(backend.metadata(), open_dual_encoder(changed_folder, "cpu"))
+
+
+@pytest.mark.usefixtures("modules_cache")
+def test_exported_student_loads_with_transformers(
+    teacher: Path, bert: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModel, AutoProcessor
+
+    model = LLM2CLIP.from_pretrained(run(teacher, image_folder, tmp_path / "out", str(bert), max_skipped=0.9), "cpu")
+    export_model(model, "transformers", tmp_path / "exported")
+    exported = AutoModel.from_pretrained(tmp_path / "exported", trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(tmp_path / "exported", trust_remote_code=True)
+    tokens = processor(text=TEXTS, padding=True, return_tensors="pt")
+    inputs = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        texts = exported.get_text_features(**inputs).pooler_output
+    torch.testing.assert_close(texts, model.encode_text(TEXTS), atol=1e-5, rtol=0)
+
+
+def test_stores_of_the_teacher_are_used(
+    teacher: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [text for record in open_records(image_folder / "captions.jsonl") for text in record.texts]
+    embed(texts, CaptionEncoder.from_pretrained(teacher, device="cpu"), tmp_path / "store")
+    shutil.copytree(teacher, tmp_path / "model")
+    (tmp_path / "more.txt").write_text("a further text\nthe left half is red\n")
+    encoded: list[str] = []
+    original = distill_module.embed
+
+    def record_texts(texts: Any, *args: Any, **options: Any) -> Any:
+        encoded.extend(texts)
+        return original(texts, *args, **options)
+
+    monkeypatch.setattr(distill_module, "embed", record_texts)
+    run(tmp_path / "model", image_folder, tmp_path / "out", "layers:1", texts=str(tmp_path / "more.txt"))
+    assert "a further text" in encoded
+    assert not set(encoded) & set(texts)
+
+
+def test_store_of_another_encoder_is_rejected(
+    teacher: Path, student_llm: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    embed(TEXTS, CaptionEncoder.from_pretrained(student_llm, device="cpu"), tmp_path / "store")
+    with pytest.raises(StoreError, match="made by a different encoder"):
+        run(teacher, image_folder, tmp_path / "out", "layers:1", store=str(tmp_path / "store"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_invalid_students_and_teachers_are_rejected(teacher: Path, image_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(teacher, tmp_path / "model", ignore=shutil.ignore_patterns("text"))
+    with pytest.raises(ValueError, match="has no caption encoder"):
+        run(tmp_path / "model", image_folder, tmp_path / "out", "layers:1")
+    with pytest.raises(ValueError, match="layers must be between 1 and 3"):
+        run(teacher, image_folder, tmp_path / "out", "layers:9")
+    with pytest.raises(ValueError, match="requires a number of layers"):
+        run(teacher, image_folder, tmp_path / "out", "layers:x")
+    assert not (tmp_path / "out").exists()
+    folder = tmp_path / "german"
+    folder.mkdir()
+    with pytest.raises(ValueError, match=r"tokenizer cannot encode 1\d\d of 1\d\d texts"):
+        run(teacher, image_folder, tmp_path / "out", str(make_bert(folder, ["hund", "katze"])))
+    assert not (tmp_path / "out/model").exists()
+
+
+def test_command_prints_the_model_and_the_comparison(
+    teacher: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    settings = ["--student", "layers:1", "--distill.epochs", "1", "--distill.batch_size", "16", "--out", str(out)]
+    assert main(["distill", str(teacher), str(image_folder / "captions.jsonl"), *settings]) == 0
+    output = capsys.readouterr().out
+    assert f"Model: {out / 'model'}" in output
+    assert "Next: llm2clip evaluate" in output
+    assert "queries per second on one core" in output
+    assert (
+        main(["distill", str(teacher), str(image_folder / "captions.jsonl"), *settings]) == 0
+    )  # complete: nothing to do
