@@ -24,7 +24,7 @@ from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.export import export_model
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.pipeline import run_distill
-from llm2clip.search.build import check_model
+from llm2clip.search.build import check_model, truncate_to_index
 from llm2clip.store.encode import embed
 from llm2clip.store.layout import StoreError
 from llm2clip.train import distill as distill_module
@@ -83,10 +83,11 @@ def run(teacher: Path, images: Path, out: Path, student: str, config: DistillCon
     return run_distill(str(teacher), [str(images / "captions.jsonl")], out, student, config, **options)
 
 
-def mean_cosine(model: Path, teacher: Path, images: Path) -> float:
+def mean_cosine(model: Path, teacher: Path, images: Path, dim: int | None = None) -> float:
+    """Return the mean cosine of two models' text embeddings, truncated to `dim` dimensions."""
     texts = [text for record in open_records(images / "captions.jsonl") for text in record.texts]
     ours, theirs = (LLM2CLIP.from_pretrained(folder, "cpu").encode_text(texts) for folder in (model, teacher))
-    return float((ours * theirs).sum(1).mean())
+    return float(torch.cosine_similarity(ours[:, :dim], theirs[:, :dim]).mean())
 
 
 def test_cosine_loss_matches_its_definition() -> None:
@@ -138,6 +139,7 @@ def test_student_model_keeps_the_image_encoder_and_learns_the_text_embeddings(
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
 
     assert mean_cosine(model_folder, teacher, image_folder) > 0.85
+    assert mean_cosine(model_folder, teacher, image_folder, dim=8) > 0.8  # truncated embeddings are inherited
     plain = SentenceTransformer(str(model_folder / "text"), device="cpu").encode(TEXTS, convert_to_tensor=True)
     torch.testing.assert_close(normalize(plain, dim=1), model.encode_text(TEXTS), atol=1e-5, rtol=0)
 
@@ -257,6 +259,13 @@ def test_index_of_the_teacher_opens_with_the_student(
     assert "has the same image encoder" in capsys.readouterr().out
     assert not index_sources([image_folder], student, backend)  # no image is embedded again
     assert len(search_names(backend)) == 36
+
+    truncated = create_backend("sqlite", tmp_path / "truncated")
+    index_sources([image_folder], original, truncated, dim=8)
+    capsys.readouterr()
+    assert truncate_to_index(truncated.metadata(), student).embed_dim == 8
+    assert "has the same image encoder" in capsys.readouterr().out
+    assert not index_sources([image_folder], student, truncated)
 
     old_metadata = {name: value for name, value in backend.metadata().items() if name != "image_fingerprint"}
     check_model(old_metadata, original)
