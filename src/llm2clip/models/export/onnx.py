@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from llm2clip.io_utils import install_command
 from llm2clip.models.export.transformers import MIN_COSINE, SAMPLE_TEXTS, build_tokenizer, check_pooling
+from llm2clip.models.export.weight_quantization import quantize_weights
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.modeling_llm2clip import pool_tokens
 from llm2clip.models.text.caption_encoder import CaptionEncoder
@@ -167,6 +169,28 @@ def export_text(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
     return _export_graph(graph, folder, int8)
 
 
+@torch.no_grad()
+def export_quantized_text(model: LLM2CLIP, folder: Path) -> str:
+    """Write text.onnx with 8-bit weights and float32 activations (see `quantize_weights`), and the tokenizer.
+
+    Return a message about the accuracy of the graph. For errors, see `export_onnx`.
+    """
+    export_text(model, folder)
+    file, full = folder / "text.onnx", folder / "text-float32.onnx"
+    file.replace(full)
+    quantize_weights(full, file)
+    graph = _build_text_graph(model, build_tokenizer(model.encoder))
+    message = _describe_quantized_graph(graph, file, full.stat().st_size)
+    full.unlink()
+    return message
+
+
+def count_final_tokens(tokenizer: Any) -> int:
+    """Return the number of special tokens after each text, which truncation keeps."""
+    mask = tokenizer.backend_tokenizer.encode("a").special_tokens_mask
+    return len(list(takewhile(bool, reversed(mask))))
+
+
 def _build_vision_graph(model: LLM2CLIP) -> _Graph:
     size = model.tower.preprocess.size
     generator = torch.Generator().manual_seed(0)
@@ -252,8 +276,13 @@ def _quantize_graph(graph: _Graph, folder: Path) -> str:
         )
     finally:
         root.removeFilter(_is_not_preprocessing_hint)
+    return _describe_quantized_graph(graph, quantized, full_size)
+
+
+def _describe_quantized_graph(graph: _Graph, quantized: Path, full_size: int) -> str:
+    """Return a message about the accuracy and the size of a graph with 8-bit weights."""
     cosines = _compute_cosines(quantized, graph.module, graph.calibration)
-    ratio = _compute_total_size(folder, quantized.name) / full_size
+    ratio = _compute_total_size(quantized.parent, quantized.name) / full_size
     return (
         f"{quantized.name}: mean cosine similarity {cosines.mean():.4f} (minimum {cosines.min():.4f}), {ratio:.0%} of "
         "the original size"
