@@ -202,13 +202,15 @@ def test_weight_quantization_rounds_only_weights(tmp_path: Path) -> None:
 # ---- folder ---------------------------------------------------------------------------------------------------------
 
 
-def test_vector_quantization_error_is_at_most_half_a_step() -> None:
+def test_vector_quantization_rounds_to_the_nearest_step_and_keeps_the_norm() -> None:
     vectors = np.random.default_rng(0).normal(size=(50, 64)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     values, scales = quantize_vectors(vectors)
     assert values.dtype == np.int8 and scales.dtype == np.float32
-    assert (np.abs(values * scales[:, None] - vectors) <= scales[:, None] / 2 + 1e-7).all()
-    assert np.abs(values).max(1).tolist() == [127] * 50
+    steps = np.abs(vectors).max(1, keepdims=True) / 127
+    assert (np.abs(values * steps - vectors) <= steps / 2 + 1e-7).all()
+    np.testing.assert_allclose(np.linalg.norm(values * scales[:, None], axis=1), 1, rtol=1e-6)
+    assert (np.abs((values * scales[:, None] * vectors).sum(1)) > 0.9998).all()
 
 
 def test_gallery_contains_everything_and_no_paths(gallery_folder: Path, image_folder: Path) -> None:

@@ -200,12 +200,14 @@ def _get_file_name(name: str) -> str:
 
 
 def quantize_vectors(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Round float32 vectors of shape (N, D) to int8 values of shape (N, D) and float32 scales of shape (N,).
+    """Round L2-normalised float32 vectors of shape (N, D) to int8 values (N, D) and float32 scales (N,).
 
-    A vector is approximately its values times its scale.
+    Each vector's values times its scale are again L2-normalised.
     """
-    scales = np.maximum(np.abs(vectors).max(1) / 127, 1e-12).astype(np.float32)
-    return np.round(vectors / scales[:, None]).astype(np.int8), scales
+    largest = np.maximum(np.abs(vectors).max(1, keepdims=True), 1e-12)
+    values = np.round(vectors * (127 / largest)).astype(np.int8)
+    norms = np.linalg.norm(values.astype(np.float32), axis=1)
+    return values, (1 / np.maximum(norms, 1)).astype(np.float32)
 
 
 def _build_text_settings(model: LLM2CLIP) -> dict[str, Any]:
