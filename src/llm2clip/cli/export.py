@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from llm2clip.cli.checks import resolve_model
+from llm2clip.cli.checks import check_index, resolve_model
 from llm2clip.cli.commands import Commands, format_command
 from llm2clip.models.export import FORMATS, export_model
 
@@ -42,16 +43,26 @@ def add_commands(commands: Commands) -> None:
     )
 
     parser = commands.add(
-        "export", _export, "Export a model to transformers, sentence-transformers, ONNX or open_clip."
+        "export",
+        _export,
+        "Export a model to transformers, sentence-transformers, ONNX or open_clip, or an index to a static web page.",
     )
     parser.add_argument("model", type=str, help="Model folder or hub id.")
     parser.add_argument(
-        "--to", choices=list(FORMATS), required=True, help="Export format. vision exports only the vision tower."
+        "--to",
+        choices=[*FORMATS, "gallery"],
+        required=True,
+        help="Export format. vision exports only the vision tower. gallery exports a web page that searches --index in "
+        "the browser, without a server.",
     )
     parser.add_argument("--out", type=str, required=True, help="Folder to create.")
     parser.add_argument("--int8", action="store_true", help="With --to onnx: also write graphs with 8-bit weights.")
     parser.add_argument(
         "--dim", type=PositiveInt, help="Truncate embeddings to this number of dimensions. Default: all dimensions."
+    )
+    parser.add_argument("--index", type=str, help="With --to gallery: index folder or URL.")
+    parser.add_argument(
+        "--max_mb", type=PositiveFloat, default=1000.0, help="With --to gallery: maximum size of the folder in MB."
     )
 
     parser = commands.add("push", _push, "Upload a model folder or exported model to the hub, with a model card.")
@@ -148,11 +159,32 @@ def _format_closing_lines(model: LLM2CLIP, folder: Path, source: str) -> list[st
 
 def _export(args: Namespace) -> list[str]:
     args.model = resolve_model(args.model)
+    if args.to == "gallery":
+        return _export_gallery(args)
+    if args["index"] is not None:
+        raise ValueError("--index can only be used with --to gallery")
     from llm2clip.models.llm2clip import LLM2CLIP
 
     model = LLM2CLIP.from_pretrained(args.model, device="cpu")
     messages = export_model(model, args.to, args.out, int8=args.int8, dim=args.dim)
     return [*messages, f"Exported: {args.out}", f"Load it with: {FORMATS[args.to].load_code.format(out=args.out)}"]
+
+
+def _export_gallery(args: Namespace) -> list[str]:
+    if args["index"] is None:
+        raise ValueError("--to gallery requires --index INDEX, the index to search")
+    if args.int8:
+        raise ValueError("--int8 can only be used with --to onnx: a gallery always has 8-bit weights")
+    check_index(args["index"])
+    from llm2clip.search.gallery import export_gallery
+
+    messages = export_gallery(args.model, args["index"], args.out, args.max_mb)
+    return [
+        *messages,
+        f"Exported: {args.out}",
+        "Upload the folder to any static web host, or open it on this machine:",
+        f"Next: python -m http.server --directory {shlex.quote(args.out)}      (then open http://localhost:8000)",
+    ]
 
 
 def _push(args: Namespace) -> list[str]:

@@ -138,6 +138,11 @@ class LLM2CLIP(DenseMethods, nn.Module):
         return bool(self._encoder) or self._text_folder is not None
 
     @property
+    def text_folder(self) -> Path | None:
+        """Folder of the saved caption encoder, or None if the model was not loaded from a folder with an encoder."""
+        return self._text_folder
+
+    @property
     def encoder(self) -> CaptionEncoder:
         """The caption encoder. Unless `load_encoder` has been called, it is loaded on first use, with fp32 weights.
 

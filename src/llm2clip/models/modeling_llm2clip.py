@@ -102,8 +102,7 @@ class LLM2CLIPExport(PreTrainedModel):
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         hidden = self.llm(input_ids=input_ids, attention_mask=mask).last_hidden_state
-        weights = self._build_pooling_mask(mask).unsqueeze(-1).to(hidden.dtype)  # (N, T, 1)
-        pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
+        pooled = pool_tokens(hidden, mask, self.config.pooling, self.config.prompt_tokens)
         text = F.normalize(self.adapter(self.dense(pooled)).float(), dim=-1)
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=text)
 
@@ -145,14 +144,24 @@ class LLM2CLIPExport(PreTrainedModel):
             logits_per_image=None if logits is None else logits.T,
         )
 
-    def _build_pooling_mask(self, mask: Tensor) -> Tensor:
-        """Return a mask of shape (N, T) that selects the tokens to pool. Padding may be on either side."""
-        position = mask.cumsum(1)  # 1-based position of each token, not counting padding
-        if self.config.pooling == "mean":
-            return mask * (position > self.config.prompt_tokens)
-        if self.config.pooling == "lasttoken":
-            return mask * (position == position[:, -1:])
-        return mask * (position == 1)
+
+def pool_tokens(hidden: Tensor, mask: Tensor, pooling: str, prompt_tokens: int) -> Tensor:
+    """Pool hidden states of shape (N, T, D) to shape (N, D). Padding may be on either side.
+
+    Args:
+        mask: attention mask of shape (N, T), int64.
+        pooling: "mean", "lasttoken" or "cls".
+        prompt_tokens: number of tokens at the start of each text that are excluded from mean pooling.
+    """
+    position = mask.cumsum(1)  # 1-based position of each token, not counting padding
+    if pooling == "mean":
+        selected = mask * (position > prompt_tokens)
+    elif pooling == "lasttoken":
+        selected = mask * (position == position[:, -1:])
+    else:
+        selected = mask * (position == 1)
+    weights = selected.unsqueeze(-1).to(hidden.dtype)  # (N, T, 1)
+    return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
 
 
 def _build_tower(config: dict[str, Any]) -> nn.Module:

@@ -1,20 +1,25 @@
 """ONNX export of the image encoder and the text encoder. The graphs are checked against PyTorch's embeddings."""
 
+import copy
 import json
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm2clip.io_utils import install_command
-from llm2clip.models.export.transformers import MIN_COSINE, SAMPLE_TEXTS, build_export_model, build_tokenizer
+from llm2clip.models.export.transformers import MIN_COSINE, SAMPLE_TEXTS, build_tokenizer, check_pooling
+from llm2clip.models.export.weight_quantization import quantize_weights
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.modeling_llm2clip import LLM2CLIPExport
+from llm2clip.models.modeling_llm2clip import pool_tokens
+from llm2clip.models.text.caption_encoder import CaptionEncoder
 
 USAGE = """```python
 import numpy as np
@@ -35,6 +40,20 @@ scores = texts @ images.T
 """
 # If a graph has more bytes than this, its weights are stored in a separate file. ONNX files are limited to 2 GB.
 EXTERNAL_DATA_BYTES = 1 << 30
+# Texts on which the loss from 8-bit weights is measured: short queries and captions of different lengths.
+CALIBRATION_TEXTS = (
+    *("dog", "red car", "sunset at the beach", "children playing football", "an old bicycle", "people at a market"),
+    "A black dog runs through shallow water with a stick in its mouth.",
+    "Two women in colourful dresses sit on a bench and look at a phone.",
+    "A man in a yellow jacket climbs a steep wall of ice.",
+    "A plate of pasta with tomatoes and basil next to a glass of red wine.",
+    "An empty street at night, lit by a single lamp, with wet cobblestones and parked cars on both sides.",
+    "A little girl with a blue hat is feeding ducks at the edge of a pond while her grandfather takes a picture.",
+    "A white bathroom has a large mirror above two sinks. A towel hangs on the wall, and a plant stands on the window "
+    "sill. The floor is covered with grey tiles.",
+    "In the foreground, a brown horse grazes in a green meadow. Behind it, there is a wooden fence, and in the "
+    "distance, snow-covered mountains rise above a forest. The sky is clear.",
+)
 
 
 @dataclass
@@ -45,37 +64,66 @@ class _Graph:
         name: file name without the suffix, either "vision" or "text".
         inputs: dict from input name to a batch of at least two sample inputs.
         dynamic_shapes: dynamic dimensions of each input, as in `torch.onnx.export`.
+        calibration: inputs on which the loss from 8-bit weights is measured.
     """
 
     name: str
     module: nn.Module
     inputs: dict[str, Tensor]
     dynamic_shapes: tuple[Any, ...]
+    calibration: dict[str, Tensor]
 
 
 class VisionModule(nn.Module):
     """Module that encodes uint8 images of shape (N, 3, S, S) as L2-normalised float32 embeddings (N, embed_dim)."""
 
-    def __init__(self, model: LLM2CLIPExport, mean: Tensor, std: Tensor) -> None:
+    def __init__(self, model: LLM2CLIP) -> None:
         super().__init__()
-        self.model = model
-        self.mean = nn.Buffer(mean.clone())
-        self.std = nn.Buffer(std.clone())
+        self.tower = copy.deepcopy(model.tower).cpu().float()
+        self.tower._channels_last = False  # the memory format has no meaning in an ONNX graph
+        self.projection = copy.deepcopy(model.projection).cpu().float()
 
     def forward(self, pixels: Tensor) -> Tensor:
-        normalised = (pixels.float() / 255 - self.mean) / self.std
-        return cast(Tensor, self.model.get_image_features(normalised).pooler_output)
+        return F.normalize(self.projection(self.tower(pixels)).float(), dim=-1)
 
 
 class TextModule(nn.Module):
-    """Module that encodes int64 token ids of shape (N, T) as L2-normalised float32 embeddings (N, embed_dim)."""
+    """Module that encodes token ids and masks, int64 of shape (N, T), as L2-normalised float32 embeddings.
 
-    def __init__(self, model: LLM2CLIPExport) -> None:
+    The embeddings have shape (N, embed_dim). The encoder can be a transformer with mean, last-token or CLS pooling, or
+    a `StaticEmbedding`. Modules after the pooling, such as Dense, are part of the graph.
+
+    Raises:
+        ValueError: the encoder has a different kind of pooling.
+    """
+
+    def __init__(self, model: LLM2CLIP) -> None:
         super().__init__()
-        self.model = model
+        encoder = model.encoder
+        st = copy.deepcopy(encoder.st).cpu().float()
+        self.pooling, self.prompt_tokens = "mean", 0
+        self.is_static = encoder.is_static
+        if self.is_static:
+            self.llm: Any = nn.Embedding.from_pretrained(st[0].embedding.weight.detach())
+            self.head = nn.ModuleList(list(st)[1:])
+        else:
+            check_pooling(encoder)
+            self.llm = CaptionEncoder(st).llm
+            self.llm.set_attn_implementation("sdpa")
+            self.pooling = st[1].get_config_dict()["pooling_mode"]
+            self.prompt_tokens = 0 if st[1].include_prompt else encoder.count_prompt_tokens(encoder.prefix)
+            self.head = nn.ModuleList(list(st)[2:])
+        self.adapter = copy.deepcopy(model.adapter).cpu().float()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return cast(Tensor, self.model.get_text_features(input_ids, attention_mask).pooler_output)
+        if self.is_static:
+            hidden = self.llm(input_ids)
+        else:
+            hidden = self.llm(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        embeddings = pool_tokens(hidden, attention_mask, self.pooling, self.prompt_tokens)
+        for module in self.head:
+            embeddings = module({"sentence_embedding": embeddings})["sentence_embedding"]
+        return F.normalize(self.adapter(embeddings).float(), dim=-1)
 
 
 @torch.no_grad()
@@ -85,48 +133,106 @@ def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
     If `int8` is True, also write vision-int8.onnx and text-int8.onnx with weights quantized to 8 bits.
 
     Returns:
-        One message per graph, with the minimum cosine similarity between its embeddings and PyTorch's embeddings.
+        Messages with each graph's size and cosine similarity to PyTorch's embeddings.
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
-        ValueError: a graph's minimum cosine similarity is below 0.9999. Graphs with 8-bit weights are exempt.
+        ValueError: the caption encoder cannot be exported, or a graph's minimum cosine similarity is below 0.9999.
+            Graphs with 8-bit weights are exempt from the latter.
     """
-    try:
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"exporting to ONNX requires `{install_command('onnx')}` ({error})") from error
-    exported, tokenizer = build_export_model(model), build_tokenizer(model.encoder)
-    tokenizer.save_pretrained(folder)  # save first, because a call with padding changes the tokenizer's settings
-    messages = []
-    for graph in _build_graphs(exported, model, tokenizer):
-        messages.append(_export_graph(graph, folder))
-        if int8:
-            messages.append(_quantize_graph(graph, folder))
+    check_onnx_packages()
+    messages = [*_export_graph(_build_vision_graph(model), folder, int8), *export_text(model, folder, int8)]
     (folder / "preprocessor_config.json").write_text(json.dumps(model.tower.preprocess.to_dict(), indent=1))
+    tokenizer = build_tokenizer(model.encoder)
     usage = USAGE.format(pad_id=tokenizer.pad_token_id, max_length=tokenizer.model_max_length)
     (folder / "USE.md").write_text(usage)
     return messages
 
 
-def _build_graphs(exported: LLM2CLIPExport, model: LLM2CLIP, tokenizer: Any) -> list[_Graph]:
+def check_onnx_packages() -> None:
+    """Raise ImportError if a package that the export requires is not installed."""
+    try:
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"exporting to ONNX requires `{install_command('onnx')}` ({error})") from error
+
+
+@torch.no_grad()
+def export_text(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
+    """Write text.onnx and the tokenizer. If `int8` is True, also write text-int8.onnx. See `export_onnx`."""
+    tokenizer = build_tokenizer(model.encoder)
+    tokenizer.save_pretrained(folder)  # save first, because a call with padding changes the tokenizer's settings
+    graph = _build_text_graph(model, tokenizer)
+    _check_text_embeddings(graph, model)
+    return _export_graph(graph, folder, int8)
+
+
+@torch.no_grad()
+def export_quantized_text(model: LLM2CLIP, folder: Path) -> str:
+    """Write text.onnx with 8-bit weights and float32 activations (see `quantize_weights`), and the tokenizer.
+
+    Return a message about the accuracy of the graph. For errors, see `export_onnx`.
+    """
+    export_text(model, folder)
+    file, full = folder / "text.onnx", folder / "text-float32.onnx"
+    file.replace(full)
+    quantize_weights(full, file)
+    graph = _build_text_graph(model, build_tokenizer(model.encoder))
+    message = _describe_quantized_graph(graph, file, full.stat().st_size)
+    full.unlink()
+    return message
+
+
+def count_final_tokens(tokenizer: Any) -> int:
+    """Return the number of special tokens after each text, which truncation keeps."""
+    mask = tokenizer.backend_tokenizer.encode("a").special_tokens_mask
+    return len(list(takewhile(bool, reversed(mask))))
+
+
+def _build_vision_graph(model: LLM2CLIP) -> _Graph:
     size = model.tower.preprocess.size
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (3, 3, size, size), generator=generator, dtype=torch.uint8)
-    vision = VisionModule(exported, model.tower.mean.cpu(), model.tower.std.cpu()).eval()
     count = {0: torch.export.Dim("count")}
-
-    tokens = tokenizer(list(SAMPLE_TEXTS), padding=True, return_tensors="pt")
-    inputs = {name: tokens[name] for name in ("input_ids", "attention_mask")}
-    count_and_length = count | {1: torch.export.Dim("length")}
-    text = TextModule(exported).eval()
-    return [
-        _Graph("vision", vision, {"pixels": pixels}, (count,)),
-        _Graph("text", text, inputs, (count_and_length, count_and_length)),
-    ]
+    return _Graph("vision", VisionModule(model).eval(), {"pixels": pixels}, (count,), {"pixels": pixels})
 
 
-def _export_graph(graph: _Graph, folder: Path) -> str:
+def _build_text_graph(model: LLM2CLIP, tokenizer: Any) -> _Graph:
+    count_and_length = {0: torch.export.Dim("count"), 1: torch.export.Dim("length")}
+    module = TextModule(model).eval()
+    samples, calibration = (_tokenize(tokenizer, texts) for texts in (SAMPLE_TEXTS, CALIBRATION_TEXTS))
+    return _Graph("text", module, samples, (count_and_length, count_and_length), calibration)
+
+
+def _tokenize(tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
+    """Return padded token ids and an attention mask, int64 of shape (N, T)."""
+    tokens = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+    return {name: tokens[name] for name in ("input_ids", "attention_mask")}
+
+
+def _check_text_embeddings(graph: _Graph, model: LLM2CLIP) -> None:
+    """Raise ValueError if the text module and the model produce different embeddings for the sample texts.
+
+    This detects encoders with a step that the module does not have.
+    """
+    cosine = float((graph.module(*graph.inputs.values()) * model.encode_text(SAMPLE_TEXTS)).sum(1).min())
+    if not cosine >= MIN_COSINE:  # this form also catches NaN
+        raise ValueError(
+            f"the exported model's text embeddings would differ from the original ones (cosine similarity "
+            f"{cosine:.4f}): the caption encoder has a module that the format does not support"
+        )
+
+
+def _export_graph(graph: _Graph, folder: Path, int8: bool) -> list[str]:
+    """Write a graph and, if `int8` is True, its copy with 8-bit weights. Return a message for each."""
+    messages = [_write_graph(graph, folder)]
+    if int8:
+        messages.append(_quantize_graph(graph, folder))
+    return messages
+
+
+def _write_graph(graph: _Graph, folder: Path) -> str:
     """Write a graph and compare its embeddings with PyTorch's embeddings. Return a message with the result."""
     file = folder / f"{graph.name}.onnx"
     with warnings.catch_warnings():
@@ -144,8 +250,8 @@ def _export_graph(graph: _Graph, folder: Path) -> str:
     assert program is not None
     program.save(str(file))
     single_input = {name: tensor[:1] for name, tensor in graph.inputs.items()}
-    cosines = [_compute_min_cosine(file, graph.module, inputs) for inputs in (graph.inputs, single_input)]
-    cosine = float(torch.tensor(cosines).min())
+    cosines = [_compute_cosines(file, graph.module, inputs).min() for inputs in (graph.inputs, single_input)]
+    cosine = float(torch.stack(cosines).min())
     if not cosine >= MIN_COSINE:  # this form also catches NaN
         raise ValueError(f"the embeddings from {file.name} differ from PyTorch's: cosine similarity {cosine:.5f}")
     return f"{file.name}: minimum cosine similarity to PyTorch's embeddings {cosine:.6f}"
@@ -169,9 +275,17 @@ def _quantize_graph(graph: _Graph, folder: Path) -> str:
         )
     finally:
         root.removeFilter(_is_not_preprocessing_hint)
-    cosine = _compute_min_cosine(quantized, graph.module, graph.inputs)
-    ratio = _compute_total_size(folder, quantized.name) / full_size
-    return f"{quantized.name}: minimum cosine similarity {cosine:.4f}, {ratio:.0%} of the original size"
+    return _describe_quantized_graph(graph, quantized, full_size)
+
+
+def _describe_quantized_graph(graph: _Graph, quantized: Path, full_size: int) -> str:
+    """Return a message about the accuracy and the size of a graph with 8-bit weights."""
+    cosines = _compute_cosines(quantized, graph.module, graph.calibration)
+    ratio = _compute_total_size(quantized.parent, quantized.name) / full_size
+    return (
+        f"{quantized.name}: mean cosine similarity {cosines.mean():.4f} (minimum {cosines.min():.4f}), {ratio:.0%} of "
+        "the original size"
+    )
 
 
 def _is_not_preprocessing_hint(record: logging.LogRecord) -> bool:
@@ -184,10 +298,10 @@ def _compute_total_size(folder: Path, name: str) -> int:
     return sum(file.stat().st_size for file in folder.glob(f"{name}*"))
 
 
-def _compute_min_cosine(file: Path, module: nn.Module, inputs: Mapping[str, Tensor]) -> float:
-    """Compute the minimum cosine similarity between a graph's embeddings and a PyTorch module's embeddings."""
+def _compute_cosines(file: Path, module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the cosine similarities of shape (N,) between a graph's and a PyTorch module's embeddings of N inputs."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     embeddings = torch.from_numpy(session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0])
-    return float(torch.cosine_similarity(embeddings, module(*inputs.values())).min())
+    return torch.cosine_similarity(embeddings, module(*inputs.values()))

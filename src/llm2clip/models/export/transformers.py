@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from sentence_transformers.base.modules import Dense
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
 from llm2clip.models import heads, modeling_llm2clip
 from llm2clip.models.hub.loading import build_config
@@ -20,6 +21,7 @@ from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.latent_attention import LatentAttentionPooling
 from llm2clip.models.vision.vision_tower import VisionTower
 
+MAX_STATIC_TOKENS = 8192  # for exported static encoders, which have no limit of their own
 POOLINGS = ("mean", "lasttoken", "cls")
 MIN_COSINE = 0.9999  # minimum cosine similarity between embeddings of the exported and the original model
 SAMPLE_TEXTS = (
@@ -102,7 +104,7 @@ def build_export_model(model: LLM2CLIP) -> LLM2CLIPExport:
     Raises:
         ValueError: the format cannot represent the caption encoder.
     """
-    _check_pooling(model.encoder)
+    check_pooling(model.encoder)
     encoder = CaptionEncoder(copy.deepcopy(model.encoder.st).cpu().float())
     llm = encoder.llm
     llm.set_attn_implementation("sdpa")
@@ -121,7 +123,8 @@ def build_export_model(model: LLM2CLIP) -> LLM2CLIPExport:
     return exported
 
 
-def _check_pooling(encoder: CaptionEncoder) -> None:
+def check_pooling(encoder: CaptionEncoder) -> None:
+    """Raise ValueError if the encoder is static, or its pooling is not in `POOLINGS`."""
     if encoder.is_static:
         raise ValueError(
             "the text encoder is static, which this format does not support: use MODEL/text, which is a complete "
@@ -227,12 +230,14 @@ def build_tokenizer(encoder: CaptionEncoder) -> Any:
     """
     from tokenizers import normalizers
 
-    tokenizer = copy.deepcopy(encoder.tokenizer)
+    is_static = encoder.is_static
+    tokenizer = _build_static_tokenizer(encoder.st[0]) if is_static else copy.deepcopy(encoder.tokenizer)
     backend = tokenizer.backend_tokenizer
     # Strip leading and trailing whitespace, as `CaptionEncoder.tokenize` does.
     steps = [normalizers.Strip()] + ([] if backend.normalizer is None else [backend.normalizer])
     backend.normalizer = normalizers.Sequence(steps)
-    tokenizer.model_max_length = encoder.st.max_seq_length or 512
+    if not is_static:
+        tokenizer.model_max_length = encoder.st.max_seq_length or 512
     if encoder.prefix:
         _add_template(tokenizer, encoder)
         for text in CHECKED_TEXTS:
@@ -242,6 +247,20 @@ def build_tokenizer(encoder: CaptionEncoder) -> Any:
                     "the template with a special token or a line break"
                 )
     return tokenizer
+
+
+def _build_static_tokenizer(static: StaticEmbedding) -> Any:
+    """Return a transformers tokenizer that, like `StaticEmbedding`, adds no special tokens."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    values = json.loads(static.tokenizer.to_str())
+    values |= {"post_processor": None, "truncation": None, "padding": None}
+    backend = Tokenizer.from_str(json.dumps(values))
+    # Padding is masked, so any token can be the padding token.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=backend.id_to_token(0), model_max_length=MAX_STATIC_TOKENS
+    )
 
 
 def _add_template(tokenizer: Any, encoder: CaptionEncoder) -> None:

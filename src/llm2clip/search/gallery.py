@@ -1,0 +1,261 @@
+"""Export of an index as a static web page that searches in the browser, without a server.
+
+    GALLERY/
+      index.html, gallery.js, page.css     page
+      gallery.json                         settings of the text encoder, and the names, captions and sizes of the images
+      vectors.bin                          image vectors: N float32 scales, then int8 values of shape (N, D)
+      thumbnails/0.jpg, ...                thumbnails, newest image first
+      text.onnx                            text encoder with 8-bit weights (see `models/export/weight_quantization.py`)
+      tokenizer.json, ...                  tokenizer
+      lib/                                 onnxruntime-web and @huggingface/tokenizers
+      LICENSES.txt                         licences of the files in lib/
+
+The page loads only files from its folder. Full-size images and their paths are not part of the gallery.
+"""
+
+import json
+import shutil
+import unicodedata
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+
+from llm2clip.io_utils import atomic_dir, format_bytes
+from llm2clip.models.dual_encoder import wrap_llm2clip
+from llm2clip.models.export.onnx import check_onnx_packages, count_final_tokens, export_quantized_text
+from llm2clip.models.export.transformers import CHECKED_TEXTS, SAMPLE_TEXTS, build_tokenizer
+from llm2clip.models.hub.npm_packages import ONNXRUNTIME_WEB, TOKENIZERS, resolve_npm_package
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.prompts import MAX_TEMPLATE_CHARACTERS
+from llm2clip.models.truncation import truncate_model
+from llm2clip.progress import ProgressBar
+from llm2clip.runs.ranks import print_once
+from llm2clip.search.backends import Backend, Filter, Hit, open_backend
+from llm2clip.search.build import truncate_to_index
+
+PAGE_FOLDER = Path(__file__).parent / "gallery_page"
+STYLE_SHEET = Path(__file__).parent / "static/page.css"
+MAX_MB = 1000  # default size limit; several free hosts have this limit
+# Larger text encoders, such as most LLMs, take too long to download and too much memory in a browser.
+MAX_TEXT_PARAMETERS = 125_000_000
+HITS_PER_READ = 1000
+SAMPLED_THUMBNAILS = 200  # number of thumbnails from which the size of all thumbnails is estimated
+MAX_CAPTION_CHARACTERS = 300
+MIT_LICENSE = """Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+associated documentation files (the "Software"), to deal in the Software without restriction,
+including without limitation the rights to use, copy, modify, merge, publish, distribute,
+sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all copies or substantial
+portions of the Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES
+OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN
+CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+"""
+
+
+def export_gallery(model_name: str, index: str, out: str | Path, max_mb: float = MAX_MB) -> list[str]:
+    """Write a static web page that searches an index in the browser, atomically.
+
+    Args:
+        model_name: llm2clip model that built the index, with a small text encoder.
+        index: index folder or URL, as in `open_backend`.
+        out: folder to create.
+        max_mb: maximum size of the gallery in MB.
+
+    Returns:
+        Messages for the user: the accuracy of the text encoder with 8-bit weights, and the size of each part.
+
+    Raises:
+        ValueError: the index was built with a different model or contains no images, the text encoder is too large for
+            a browser or cannot be exported, or the gallery would be larger than `max_mb`.
+        FileExistsError: `out` exists.
+        AssetError: the JavaScript libraries cannot be downloaded.
+    """
+    if Path(out).exists():
+        raise FileExistsError(f"{out} exists: choose another folder")
+    check_onnx_packages()
+    backend = open_backend(index)
+    model = LLM2CLIP.from_pretrained(model_name, device="cpu")
+    metadata = backend.metadata()
+    truncate_to_index(metadata, wrap_llm2clip(model, model_name))
+    parameters = check_text_encoder_size(model, model_name)
+    check_gallery_size(index, backend, parameters, max_mb)
+    model = truncate_model(model, int(metadata["embed_dim"]))
+    libraries = [resolve_npm_package(package) for package in (ONNXRUNTIME_WEB, TOKENIZERS)]
+    with atomic_dir(out) as folder:
+        for file in (*PAGE_FOLDER.iterdir(), STYLE_SHEET):
+            shutil.copyfile(file, folder / file.name)
+        (folder / "lib").mkdir()
+        for library in libraries:
+            for file in library.iterdir():
+                shutil.copyfile(file, folder / "lib" / file.name)
+        (folder / "LICENSES.txt").write_text(_format_licenses(), encoding="utf-8")
+        messages = [export_quantized_text(model, folder)]
+        images = _write_images(backend, folder)
+        settings = {**_build_text_settings(model), "images": images, "count": len(images)}
+        settings["dim"] = model.config.embed_dim
+        (folder / "gallery.json").write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
+        messages.append(_format_sizes(folder, len(images)))
+    return messages
+
+
+# ---- checks ---------------------------------------------------------------------------------------------------------
+
+
+def check_text_encoder_size(model: LLM2CLIP, name: str) -> int:
+    """Return the number of parameters of the text encoder. Raise ValueError if it is too large for a browser."""
+    if not model.has_encoder:
+        raise ValueError(
+            f"{name} has no caption encoder, so it cannot encode queries. Add one: llm2clip convert {name} --text "
+            "ENCODER --out MODEL"
+        )
+    # Saved encoders are counted without being loaded, which could take minutes.
+    folder = model.text_folder
+    if folder is not None:
+        count = sum(_count_saved_values(file) for file in folder.rglob("*.safetensors"))
+    else:
+        count = sum(parameter.numel() for parameter in model.encoder.parameters())
+    count += sum(parameter.numel() for parameter in model.adapter.parameters())
+    if count > MAX_TEXT_PARAMETERS:
+        raise ValueError(
+            f"the text encoder of {name} is too large for a browser: {count / 1e6:,.0f} million parameters, at most "
+            f"{MAX_TEXT_PARAMETERS / 1e6:,.0f} million are possible. Train a small text encoder for this model and use "
+            f"the result: llm2clip distill {name} DATA --student all-minilm-l6-v2 --out MODEL2"
+        )
+    return count
+
+
+def _count_saved_values(file: Path) -> int:
+    """Return the number of values in a safetensors file, reading only its header."""
+    with safe_open(file, framework="numpy") as tensors:
+        return sum(int(np.prod(tensors.get_slice(name).get_shape())) for name in tensors.keys())  # noqa: SIM118
+
+
+def check_gallery_size(index: str, backend: Backend, text_parameters: int, max_mb: float) -> None:
+    """Print the estimated size of a gallery by part. Raise ValueError if there are no images or it is too large."""
+    _, count = backend.count()
+    if not count:
+        raise ValueError(f"{index} contains no images. Add images with `llm2clip index`")
+    hits = backend.search(None, SAMPLED_THUMBNAILS, Filter())
+    thumbnail_bytes = np.mean([len(backend.thumbnail(hit.id) or b"") for hit in hits])
+    parts = {
+        "thumbnails": count * float(thumbnail_bytes),
+        "vectors": count * (int(backend.metadata()["embed_dim"]) + 4),
+        "text encoder": text_parameters,
+        "libraries": 14_400_000,
+    }
+    total = sum(parts.values())
+    sizes = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
+    summary = f"about {format_bytes(total)} for {count:,} images ({sizes})"
+    if total > max_mb * 1e6:
+        raise ValueError(
+            f"the gallery would be too large: {summary}; the limit is {format_bytes(max_mb * 1e6)}. Index fewer "
+            "images, or raise the limit with --max_mb. Browsers load all vectors and the text encoder into memory; for "
+            "large collections, use `llm2clip serve`"
+        )
+    print_once(f"Gallery: {summary}")
+
+
+# ---- contents -------------------------------------------------------------------------------------------------------
+
+
+def _write_images(backend: Backend, folder: Path) -> list[list[Any]]:
+    """Write thumbnails and vectors. Return the file name, caption, width and height of each image, newest first."""
+    (folder / "thumbnails").mkdir()
+    images: list[list[Any]] = []
+    vectors = []
+    with ProgressBar(total=backend.count()[1], desc="gallery", unit="image") as bar:
+        for hit in _iterate_hits(backend):
+            vector, thumbnail = backend.vector(hit.id), backend.thumbnail(hit.id)
+            if vector is None or thumbnail is None:  # removed by another process since the search
+                continue
+            (folder / f"thumbnails/{len(images)}.jpg").write_bytes(thumbnail)
+            image = hit.images[0]
+            caption = image.captions[0][:MAX_CAPTION_CHARACTERS] if image.captions else ""
+            images.append([_get_file_name(image.name), caption, hit.width, hit.height])
+            vectors.append(vector.astype(np.float16))
+            bar.update(1)
+    values, scales = quantize_vectors(np.stack(vectors).astype(np.float32))
+    (folder / "vectors.bin").write_bytes(scales.astype("<f4").tobytes() + values.tobytes())
+    return images
+
+
+def _iterate_hits(backend: Backend) -> Iterator[Hit]:
+    """Yield all image contents of an index, newest first."""
+    offset = 0
+    while hits := backend.search(None, HITS_PER_READ, Filter(), offset):
+        yield from hits
+        offset += HITS_PER_READ
+
+
+def _get_file_name(name: str) -> str:
+    """Return the last part of an image's name, without the folders, which may be private."""
+    return name.rsplit("/", 1)[-1].rsplit("!", 1)[-1]
+
+
+def quantize_vectors(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Round L2-normalised float32 vectors of shape (N, D) to int8 values (N, D) and float32 scales (N,).
+
+    Each vector's values times its scale are again L2-normalised.
+    """
+    largest = np.maximum(np.abs(vectors).max(1, keepdims=True), 1e-12)
+    values = np.round(vectors * (127 / largest)).astype(np.int8)
+    norms = np.linalg.norm(values.astype(np.float32), axis=1)
+    return values, (1 / np.maximum(norms, 1)).astype(np.float32)
+
+
+def _build_text_settings(model: LLM2CLIP) -> dict[str, Any]:
+    """Return what the page needs to encode a query exactly as Python does."""
+    tokenizer = build_tokenizer(model.encoder)
+    checked_texts = (*SAMPLE_TEXTS, *CHECKED_TEXTS)
+    return {
+        "pad_id": tokenizer.pad_token_id,
+        "max_length": tokenizer.model_max_length,
+        "final_tokens": count_final_tokens(tokenizer),
+        "token_checks": [{"text": text, "ids": tokenizer(text)["input_ids"]} for text in checked_texts],
+        "templates": list(model.config.query_templates.templates),
+        "max_words": model.config.query_templates.max_words,
+        "max_characters": MAX_TEMPLATE_CHARACTERS,
+        "wide_ranges": _find_wide_ranges(),
+    }
+
+
+def _find_wide_ranges() -> list[tuple[int, int]]:
+    """Return the ranges of characters that are wide in East Asian text, which browsers do not know."""
+    wide = [code for code in range(0x110000) if unicodedata.east_asian_width(chr(code)) == "W"]
+    ranges = []
+    for _, group in groupby(enumerate(wide), key=lambda pair: pair[1] - pair[0]):
+        codes = [code for _, code in group]
+        ranges.append((codes[0], codes[-1]))
+    return ranges
+
+
+def _format_licenses() -> str:
+    sections = []
+    for package in (ONNXRUNTIME_WEB, TOKENIZERS):
+        files = ", ".join(f"lib/{name}" for name in package.files.values())
+        sections.append(f"{package.name} {package.version} ({package.license}): {package.homepage}\nFiles: {files}\n")
+    return "\n".join([*sections, "onnxruntime-web: Copyright (c) Microsoft Corporation. MIT License\n", MIT_LICENSE])
+
+
+def _format_sizes(folder: Path, count: int) -> str:
+    """Return a message with the size of each part of a gallery."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    sizes = dict.fromkeys(("thumbnails", "vectors", "text encoder", "libraries", "page"), 0)
+    for file in files:
+        part = {"thumbnails": "thumbnails", "lib": "libraries"}.get(file.parent.name)
+        if part is None:
+            is_text = file.name == "text.onnx" or file.name.startswith("tokenizer")
+            part = "text encoder" if is_text else "vectors" if file.name == "vectors.bin" else "page"
+        sizes[part] += file.stat().st_size
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items())
+    return f"{count:,} images, {format_bytes(sum(sizes.values()))}: {parts}"

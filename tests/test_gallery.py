@@ -1,0 +1,482 @@
+"""Galleries: static web pages that search an index in the browser, and the ONNX text encoders they use.
+
+The page runs in the system's Chromium, served by a plain static file server.
+"""
+
+import functools
+import http.server
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
+
+from conftest import HANG_TIMEOUT
+from llm2clip.cli import main
+from llm2clip.models.dual_encoder import wrap_llm2clip
+from llm2clip.models.export import export_model
+from llm2clip.models.export.onnx import export_text
+from llm2clip.models.export.transformers import build_tokenizer
+from llm2clip.models.heads import AdapterConfig
+from llm2clip.models.hub import npm_packages
+from llm2clip.models.hub.npm_packages import NpmPackage, resolve_npm_package
+from llm2clip.models.hub.pretrained import AssetError, AssetUnavailableError
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.model_folder import LLM2CLIPConfig
+from llm2clip.models.prompts import QueryTemplates, is_short_text
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.vision.vision_tower import VisionTower
+from llm2clip.search import gallery
+from llm2clip.search.gallery import export_gallery, quantize_vectors
+from search_fixtures import make_index
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+WORDS = ("a", "dog", "red", "green", "blue", "picture", "of", "the", "middle", "is", "##s", "half", "1", ",", ".")
+TEXTS = [
+    "red",
+    "a dog",
+    "The middle of the picture is GREEN, the dogs are blue.",
+    " a  red\n half ",
+    "Äpfel, naïve café",
+    "一只猫坐在窗台上",
+    "red " * 60,
+    "the green half of a blue picture, 1 dog. " * 5,
+]
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+def make_word_tokenizer() -> Any:
+    """Build a lower-casing WordPiece tokenizer like BERT's, with letters and a few words."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
+
+    letters = [chr(code) for code in range(ord("b"), ord("z") + 1)]
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, *letters, *(f"##{letter}" for letter in ["a", *letters[:17]])]
+    vocab = {token: n for n, token in enumerate(dict.fromkeys(tokens))}
+    tokenizer = Tokenizer(models.WordPiece(vocab=vocab, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])]
+    )
+    return tokenizer
+
+
+def make_student(folder: Path, embed_dim: int = 16) -> LLM2CLIP:
+    """Build a random model with a BERT encoder and a dense layer instead of an adapter."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    torch.manual_seed(0)
+    tokenizer = make_word_tokenizer()
+    config = BertConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=40,
+    )
+    bert = BertModel(config)
+    for parameter in bert.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    bert.save_pretrained(folder / "bert")
+    BertTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "bert")
+    st = SentenceTransformer(modules=[Transformer(str(folder / "bert"), max_seq_length=32), Pooling(32, "mean")])
+    st.append(Dense(32, embed_dim, activation_function=torch.nn.Identity()))
+    st.save_pretrained(str(folder / "st"))
+    encoder = CaptionEncoder.from_pretrained(folder / "st", device="cpu")
+    model = wrap_encoder(encoder, embed_dim)
+    model.config.query_templates = QueryTemplates(("a picture of a {}", "the {}."), 2)
+    model.config.encoder = encoder.identity()
+    return model
+
+
+def wrap_encoder(encoder: Any, embed_dim: int) -> LLM2CLIP:
+    tower = VisionTower.from_pretrained("test_efficientnet", image_size=32, pretrained=False)
+    config = LLM2CLIPConfig(tower.config, embed_dim, embed_dim, AdapterConfig(depth=0))
+    return LLM2CLIP(config, tower, encoder).eval()
+
+
+def run_onnx(file: Path, model: LLM2CLIP, texts: list[str]) -> np.ndarray:
+    """Encode texts with an ONNX graph and the exported tokenizer."""
+    import onnxruntime
+
+    tokens = build_tokenizer(model.encoder)(texts, padding=True, truncation=True, return_tensors="np")
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    inputs = {name: tokens[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
+    return np.asarray(session.run(None, inputs)[0])
+
+
+@pytest.fixture(scope="module")
+def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("student")
+    return make_student(folder).save_pretrained(folder / "model")
+
+
+@pytest.fixture(scope="module")
+def index_folder(tmp_path_factory: pytest.TempPathFactory, student_folder: Path, image_folder: Path) -> Path:
+    """Index of 36 images with captions."""
+    folder = tmp_path_factory.mktemp("index")
+    model = LLM2CLIP.from_pretrained(student_folder, "cpu")
+    make_index(folder, image_folder / "captions.jsonl", wrap_llm2clip(model, str(student_folder)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gallery_folder(tmp_path_factory: pytest.TempPathFactory, student_folder: Path, index_folder: Path) -> Path:
+    """Exported gallery. Skips the test if the JavaScript libraries are unavailable."""
+    for package in (npm_packages.ONNXRUNTIME_WEB, npm_packages.TOKENIZERS):
+        try:
+            resolve_npm_package(package)
+        except AssetUnavailableError as error:
+            pytest.skip(str(error))
+    out = tmp_path_factory.mktemp("gallery") / "out"
+    export_gallery(str(student_folder), str(index_folder), out)
+    return out
+
+
+# ---- text encoder ---------------------------------------------------------------------------------------------------
+
+
+def test_onnx_export_of_an_encoder_with_a_dense_layer(tmp_path: Path) -> None:
+    model = make_student(tmp_path)
+    messages = export_model(model, "onnx", tmp_path / "out", int8=True)
+    assert "text.onnx: minimum cosine similarity to PyTorch's embeddings 1.0000" in messages[2]
+    assert "text-int8.onnx: mean cosine similarity 0.9" in messages[3]
+    expected = model.encode_text(TEXTS).numpy()
+    np.testing.assert_allclose(run_onnx(tmp_path / "out/text.onnx", model, TEXTS), expected, atol=1e-5)
+    assert ((run_onnx(tmp_path / "out/text-int8.onnx", model, TEXTS) * expected).sum(1) > 0.9).all()
+
+
+class StaticEncoder(CaptionEncoder):
+    """Caption encoder with a `StaticEmbedding`, encoded by sentence-transformers."""
+
+    def encode(self, captions: Any, **options: Any) -> torch.Tensor:  # type: ignore[override]
+        texts = [caption.strip() for caption in captions]
+        embeddings: torch.Tensor = self.st.encode(texts, convert_to_tensor=True)
+        return embeddings
+
+
+def test_onnx_export_of_a_static_encoder(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    static = StaticEmbedding(make_word_tokenizer(), embedding_dim=24)
+    encoder = StaticEncoder(SentenceTransformer(modules=[static, Dense(24, 48), Dense(48, 16)], device="cpu"))
+    model = wrap_encoder(encoder, 16)
+    export_text(model, tmp_path)
+    np.testing.assert_allclose(
+        run_onnx(tmp_path / "text.onnx", model, TEXTS), model.encode_text(TEXTS).numpy(), atol=1e-5
+    )
+
+
+def test_weight_quantization_rounds_only_weights(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    from llm2clip.models.export.weight_quantization import quantize_weights
+
+    model = make_student(tmp_path)
+    export_text(model, tmp_path)
+    quantize_weights(tmp_path / "text.onnx", tmp_path / "int8.onnx")
+    graph = onnx.load(tmp_path / "int8.onnx").graph
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    original = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "text.onnx").graph.initializer}
+    rounded = [name for name in original if f"{name}_int8" in stored]
+    assert "llm.embeddings.word_embeddings.weight" in rounded and len(rounded) > 12
+    for name in rounded:
+        scales = stored[f"{name}_scales"]
+        error = np.abs(stored[f"{name}_int8"] * scales - original[name])
+        assert stored[f"{name}_int8"].dtype == np.int8 and (error <= scales / 2 + 1e-7).all(), name
+    expected = model.encode_text(TEXTS).numpy()
+    assert ((run_onnx(tmp_path / "int8.onnx", model, TEXTS) * expected).sum(1) > 0.999).all()
+
+
+# ---- folder ---------------------------------------------------------------------------------------------------------
+
+
+def test_vector_quantization_rounds_to_the_nearest_step_and_keeps_the_norm() -> None:
+    vectors = np.random.default_rng(0).normal(size=(50, 64)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    values, scales = quantize_vectors(vectors)
+    assert values.dtype == np.int8 and scales.dtype == np.float32
+    steps = np.abs(vectors).max(1, keepdims=True) / 127
+    assert (np.abs(values * steps - vectors) <= steps / 2 + 1e-7).all()
+    np.testing.assert_allclose(np.linalg.norm(values * scales[:, None], axis=1), 1, rtol=1e-6)
+    assert (np.abs((values * scales[:, None] * vectors).sum(1)) > 0.9998).all()
+
+
+def test_gallery_contains_everything_and_no_paths(gallery_folder: Path, image_folder: Path) -> None:
+    settings = json.loads((gallery_folder / "gallery.json").read_text())
+    assert settings["count"] == 36 and len(settings["images"]) == 36
+    assert len(list((gallery_folder / "thumbnails").iterdir())) == 36
+    assert (gallery_folder / "vectors.bin").stat().st_size == 36 * (16 + 4)
+    names = {name for name, *_ in settings["images"]}
+    assert names == {f"{n}.png" for n in range(36)}
+    assert "Apache" in (gallery_folder / "lib/tokenizers-LICENSE.txt").read_text()
+    assert "onnxruntime-web" in (gallery_folder / "LICENSES.txt").read_text()
+    for file in gallery_folder.rglob("*.j*"):
+        if file.suffix in (".json", ".js"):
+            assert str(image_folder) not in file.read_text() and str(Path.home()) not in file.read_text()
+
+
+def test_wide_ranges_match_python() -> None:
+    ranges = gallery._find_wide_ranges()
+    for text in ("一只猫", "カメラ犬", "café", "🙂🙂", "a dog", "한국어 개"):
+        wide = sum(any(first <= ord(c) <= last for first, last in ranges) for c in text)
+        assert (wide <= 6 and len(text.split()) <= 3) == is_short_text(text)
+
+
+def export_arguments(model: Path, index: Path, out: Path) -> list[str]:
+    return ["export", str(model), "--to", "gallery", "--index", str(index), "--out", str(out)]
+
+
+def test_gallery_rejects_bad_input(
+    tmp_path: Path,
+    student_folder: Path,
+    index_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(*arguments: str) -> str:
+        assert main(list(arguments)) != 0
+        return capsys.readouterr().err
+
+    out = tmp_path / "out"
+    good = export_arguments(student_folder, index_folder, out)
+    assert "requires --index" in run("export", str(student_folder), "--to", "gallery", "--out", str(out))
+    onnx_with_index = ["export", str(student_folder), "--to", "onnx", "--index", str(index_folder), "--out", str(out)]
+    assert "--index can only be used with --to gallery" in run(*onnx_with_index)
+    assert "is not an index" in run(*export_arguments(student_folder, tmp_path / "missing", out))
+
+    other = make_student(tmp_path / "other", embed_dim=8).save_pretrained(tmp_path / "other/model")
+    assert "the index was built with a different model" in run(*export_arguments(other, index_folder, out))
+
+    message = run(*good, "--max_mb", "0.01")
+    assert "36 images (thumbnails" in message and "vectors 0.7 kB" in message and "--max_mb" in message
+
+    monkeypatch.setattr(gallery, "MAX_TEXT_PARAMETERS", 1000)
+    message = run(*good)
+    assert "too large for a browser" in message and "llm2clip distill" in message
+
+    monkeypatch.setattr(gallery, "MAX_TEXT_PARAMETERS", 10**6)
+
+    def fail(*arguments: Any) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(gallery, "resolve_npm_package", lambda package: tmp_path)
+    monkeypatch.setattr(gallery, "_write_images", fail)
+    monkeypatch.setattr(gallery.shutil, "copyfile", lambda source, target: None)
+    assert "the disk is full" in run(*good)
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name], "nothing is left behind"
+    out.mkdir()
+    (out / "file").touch()
+    assert "exists: choose another folder" in run(*good)
+
+
+def test_gallery_requires_images(tmp_path: Path, student_folder: Path) -> None:
+    model = LLM2CLIP.from_pretrained(student_folder, "cpu")
+    (tmp_path / "images").mkdir()
+    index = make_index_without_images(tmp_path, wrap_llm2clip(model, str(student_folder)))
+    with pytest.raises(ValueError, match="contains no images"):
+        export_gallery(str(student_folder), str(index), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def make_index_without_images(folder: Path, model: Any) -> Path:
+    from llm2clip.models.hub.fingerprint import fingerprint
+    from llm2clip.search.sqlite_backend import SqliteBackend
+
+    backend = SqliteBackend(folder / "empty", write=True)
+    backend.initialize({"model": model.name, "fingerprint": fingerprint(model.identity()), "embed_dim": 16})
+    return folder / "empty"
+
+
+# ---- JavaScript libraries -------------------------------------------------------------------------------------------
+
+
+def test_npm_package_with_another_hash_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tarfile
+
+    package = NpmPackage("@a/b", "1.0.0", "0" * 86 + "==", "MIT", "https://example.org", 0.1, {"index.js": "b.js"})
+    monkeypatch.setattr(npm_packages, "get_cache_dir", lambda: tmp_path / "cache")
+    source = tmp_path / "index.js"
+    source.write_text("code")
+
+    def pack(command: list[str], **options: Any) -> Any:
+        with tarfile.open(Path(command[-1]) / "a-b-1.0.0.tgz", "w:gz") as tar:
+            tar.add(source, "package/index.js")
+        return SimpleNamespace(stdout="", stderr="")
+
+    monkeypatch.setattr(npm_packages.shutil, "which", lambda name: "/usr/bin/npm")
+    monkeypatch.setattr(npm_packages.subprocess, "run", pack)
+    with pytest.raises(AssetError, match=r"a-b-1.0.0.tgz has SHA-512 .* expected 000"):
+        resolve_npm_package(package)
+    assert list((tmp_path / "cache/npm").iterdir()) == []
+    monkeypatch.setattr(npm_packages, "_check_sha512", lambda package, archive: None)
+    assert (resolve_npm_package(package) / "b.js").read_text() == "code"
+
+
+def test_npm_problems_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(npm_packages, "get_cache_dir", lambda: tmp_path)
+    result = SimpleNamespace(stdout="", stderr="npm error code ENOTFOUND")
+    monkeypatch.setattr(npm_packages.subprocess, "run", lambda *args, **options: result)
+    monkeypatch.setattr(npm_packages.shutil, "which", lambda name: "/usr/bin/npm")
+    with pytest.raises(AssetUnavailableError, match=r"ENOTFOUND\n.*npm view onnxruntime-web@"):
+        resolve_npm_package(npm_packages.ONNXRUNTIME_WEB)
+    monkeypatch.setattr(npm_packages.shutil, "which", lambda name: None)
+    with pytest.raises(AssetUnavailableError, match=r"requires npm.*Install Node.js"):
+        resolve_npm_package(npm_packages.ONNXRUNTIME_WEB)
+
+
+# ---- page -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def address(gallery_folder: Path) -> Iterator[str]:
+    """Address of a static file server for a subfolder, as on hosts that serve several sites."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    handler = functools.partial(Handler, directory=str(gallery_folder.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/{gallery_folder.name}/"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=HANG_TIMEOUT * 1000)
+        yield browser
+        browser.close()
+
+
+on_both_devices = pytest.mark.parametrize("page", ["wide", "phone"], indirect=True)
+
+
+@pytest.fixture
+def page(request: pytest.FixtureRequest, browser: Any, address: str) -> Iterator[Any]:
+    """The open page. At the end, checks that it loaded only files from its folder and that the console is empty."""
+    options: dict[str, Any] = {"viewport": {"width": 1200, "height": 800}, "color_scheme": "light"}
+    if getattr(request, "param", "wide") == "phone":
+        options = {"viewport": {"width": 380, "height": 700}, "color_scheme": "dark", "has_touch": True}
+        options["is_mobile"] = True
+    context = browser.new_context(**options)
+    context.set_default_timeout(HANG_TIMEOUT * 1000)
+    page, console_messages, requested_urls = context.new_page(), [], []
+    page.on("console", lambda message: console_messages.append(message.text))
+    page.on("pageerror", lambda error: console_messages.append(str(error)))
+    page.on("request", lambda request: requested_urls.append(request.url))
+    page.goto(address)
+    page.wait_for_function("() => window.gallery")
+    yield page
+    assert all(url.startswith((address, "data:", "blob:")) for url in requested_urls)
+    assert not [message for message in console_messages if "preload" not in message]
+    context.close()
+
+
+def search_for(page: Any, text: str) -> list[str]:
+    """Search for a text and return the file names of the results, most similar first."""
+    page.locator("#text").fill(text)
+    page.locator("#text").press("Enter")
+    wait_for_results(page)
+    names: list[str] = page.locator("#grid .name").all_inner_texts()
+    return names
+
+
+def wait_for_results(page: Any) -> None:
+    done = "!document.body.classList.contains('searching') && /most similar/.test(status.textContent)"
+    page.wait_for_function(f"() => {{ const status = document.getElementById('status'); return {done}; }}")
+
+
+def test_browser_vectors_equal_python(page: Any, student_folder: Path) -> None:
+    model = LLM2CLIP.from_pretrained(student_folder, "cpu")
+    vectors = []
+    for text in TEXTS:
+        values = page.evaluate("async (text) => Array.from(await gallery.embedQuery(text))", text.strip())
+        vectors.append(values)
+    cosines = (torch.tensor(vectors) * model.encode_query([text.strip() for text in TEXTS])).sum(1)
+    assert cosines.min() > 0.999, cosines
+
+
+@on_both_devices
+def test_text_search_ranks_like_python(page: Any, student_folder: Path, index_folder: Path) -> None:
+    from llm2clip.search.backends import Filter, open_backend
+
+    assert page.locator("#grid li").count() == 36 and "newest first" in page.locator("#status").inner_text()
+    names = search_for(page, "the blue half")
+    model = LLM2CLIP.from_pretrained(student_folder, "cpu")
+    query = model.encode_query("the blue half")[0].numpy()
+    hits = open_backend(str(index_folder)).search(query, 36, Filter())
+    exact = {Path(hit.images[0].name).name: hit.score for hit in hits}
+    scores = [float(text) for text in page.locator("#grid .score").all_inner_texts()]
+    assert scores == sorted(scores, reverse=True)
+    np.testing.assert_allclose(scores, [exact[name] for name in names], atol=0.02)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page must not scroll horizontally"
+    assert page.evaluate("document.querySelector('#grid img').naturalWidth") == 48
+    page.locator("#grid button").nth(1).click()
+    assert page.locator("#name").inner_text() == names[1] and page.locator("#caption").inner_text()
+    page.locator("#like").click()
+    wait_for_results(page)
+    assert page.locator("#grid .name").first.inner_text() == names[1]
+    assert page.locator("#grid .score").first.inner_text() == "1.000" and page.locator(".chip").count() == 1
+    page.go_back()
+    page.wait_for_function("() => document.getElementById('text').value === 'the blue half'")
+    wait_for_results(page)
+    assert page.locator("#grid .name").all_inner_texts() == names
+    page.reload()
+    wait_for_results(page)
+    assert page.locator("#grid .name").all_inner_texts() == names
+
+
+def test_keyboard_navigation(page: Any) -> None:
+    assert page.evaluate("document.activeElement.id") == "text"
+    page.keyboard.type("red")
+    page.keyboard.press("Enter")
+    wait_for_results(page)
+    names = page.locator("#grid .name").all_inner_texts()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    assert page.locator("#detail").is_visible() and page.locator("#name").inner_text() == names[1]
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#name").inner_text() == names[2]
+    page.keyboard.press("Escape")
+    page.wait_for_function("() => !document.getElementById('detail').open")
+    page.wait_for_function("() => document.activeElement.closest('#grid')")
+    page.keyboard.press("m")
+    page.wait_for_function("() => document.querySelectorAll('.chip').length === 1")
+    wait_for_results(page)
+    assert page.locator("#grid .name").first.inner_text() == names[2]
+    page.keyboard.press("/")
+    assert page.evaluate("document.activeElement.id") == "text"
+
+
+def test_missing_file_is_reported(browser: Any, address: str) -> None:
+    context = browser.new_context()
+    context.set_default_timeout(HANG_TIMEOUT * 1000)
+    page = context.new_page()
+    page.route("**/text.onnx", lambda route: route.fulfill(status=404))
+    page.goto(address)
+    page.wait_for_function("() => window.gallery")
+    page.locator("#text").fill("red")
+    page.locator("#text").press("Enter")
+    page.wait_for_function("() => document.getElementById('status').classList.contains('error')")
+    assert page.locator("#status").inner_text() == "text.onnx could not be loaded (status 404)."
+    context.close()
