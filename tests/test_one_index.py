@@ -14,7 +14,7 @@ from llm2clip.cli import main
 from llm2clip.config import AlignConfig
 from llm2clip.models.convert.save import save_official_checkpoint
 
-PAGE = Path(__file__).parent.parent / "docs" / "howto" / "one-index.md"
+PAGE = Path(__file__).parent.parent / "docs" / "howto" / "one_index.md"
 TEXTS = ["the middle is red", "a longer text about nothing in particular"]
 
 
