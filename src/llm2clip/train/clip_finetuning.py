@@ -120,10 +120,11 @@ def build_finetuning_model(clip: Any, config: AlignConfig) -> LLM2CLIP:
     """
     tower = VisionTower.from_pretrained(config.tower, image_size=config.image_size)
     visual_projection = getattr(clip, "visual_projection", None)
+    embed_dim = tower.feature_dim if visual_projection is None else visual_projection.out_features
     model_config = LLM2CLIPConfig(
         tower=tower.config,
-        text_dim=1,  # not used
-        embed_dim=tower.feature_dim if visual_projection is None else visual_projection.out_features,
+        text_dim=embed_dim,  # not used
+        embed_dim=embed_dim,
         adapter=AdapterConfig(depth=0),
         projection=visual_projection is not None,
         logit_bias=get_loss(config.loss).needs_bias,
