@@ -190,6 +190,8 @@ def test_static_student(teacher: Path, image_folder: Path, tmp_path: Path) -> No
         CaptionEncoder.from_pretrained(model_folder, layers=1, device="cpu")
     with pytest.raises(ValueError, match="static, which this format does not support"):
         export_model(model, "transformers", tmp_path / "exported")
+    messages = export_model(model, "onnx", tmp_path / "onnx", int8=True)
+    assert any(message.startswith("text.onnx: minimum cosine similarity") for message in messages)
 
 
 def test_sentence_transformers_student_loses_its_normalize_layer(

@@ -159,19 +159,10 @@ def test_onnx_export_of_an_encoder_with_a_dense_layer(tmp_path: Path) -> None:
     assert ((run_onnx(tmp_path / "out/text-int8.onnx", model, TEXTS) * expected).sum(1) > 0.9).all()
 
 
-class StaticEncoder(CaptionEncoder):
-    """Caption encoder with a `StaticEmbedding`, encoded by sentence-transformers."""
-
-    def encode(self, captions: Any, **options: Any) -> torch.Tensor:  # type: ignore[override]
-        texts = [caption.strip() for caption in captions]
-        embeddings: torch.Tensor = self.st.encode(texts, convert_to_tensor=True)
-        return embeddings
-
-
 def test_onnx_export_of_a_static_encoder(tmp_path: Path) -> None:
     torch.manual_seed(0)
     static = StaticEmbedding(make_word_tokenizer(), embedding_dim=24)
-    encoder = StaticEncoder(SentenceTransformer(modules=[static, Dense(24, 48), Dense(48, 16)], device="cpu"))
+    encoder = CaptionEncoder(SentenceTransformer(modules=[static, Dense(24, 48), Dense(48, 16)], device="cpu"))
     model = wrap_encoder(encoder, 16)
     export_text(model, tmp_path)
     np.testing.assert_allclose(
