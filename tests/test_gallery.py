@@ -450,7 +450,8 @@ def test_keyboard_navigation(page: Any) -> None:
     assert page.locator("#name").inner_text() == names[2]
     page.keyboard.press("Escape")
     page.wait_for_function("() => !document.getElementById('detail').open")
-    page.wait_for_function("() => document.activeElement.closest('#grid')")
+    # The browser first moves the focus back to the previous image, then the page moves it to the last one shown.
+    page.wait_for_function("name => document.activeElement.querySelector('.name')?.textContent === name", arg=names[2])
     page.keyboard.press("m")
     page.wait_for_function("() => document.querySelectorAll('.chip').length === 1")
     wait_for_results(page)

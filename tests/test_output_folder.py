@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 
 from llm2clip.cli import main
-from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, ReproduceConfig, TuneConfig
+from llm2clip.config import (
+    AlignConfig,
+    DistillConfig,
+    EncoderConfig,
+    EvaluateConfig,
+    FitConfig,
+    ReproduceConfig,
+    TuneConfig,
+)
 from llm2clip.llava.config import LlavaConfig
 from llm2clip.runs.output_folder import (
     KINDS,
@@ -22,6 +30,7 @@ RUN_CONFIGS: dict[str, dict[str, Any]] = {
     "fit": {"data": ["d"], **dataclasses.asdict(FitConfig())},
     "tune": {"data": ["d"], "columns": {}, "encoder": EncoderConfig(), "tune": TuneConfig()},
     "align": {"data": ["d"], "store": "s", "encoder": EncoderConfig(), "align": AlignConfig()},
+    "distill": {"model": "m", "data": ["d"], "student": "s", "evaluate": EvaluateConfig(), "distill": DistillConfig()},
     "llava": {"model": "m", "pretrain": ["d"], "llava": LlavaConfig()},
     "reproduce": {"data": "d", "reproduce": ReproduceConfig()},
 }
