@@ -1,5 +1,6 @@
 """Every command and link in the README and the documentation is valid."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -53,3 +54,14 @@ def test_files_in_contributing_exist() -> None:
     names = re.findall(r"`([\w/.]+(?:\.py|/))`", CONTRIBUTING.read_text())
     assert len(names) > 40
     assert [n for n in names if not any((root / n).exists() for root in (ROOT, ROOT / "src/llm2clip"))] == []
+
+
+def test_service_and_container_start_the_server_with_valid_options() -> None:
+    """The commands in deploy/ are accepted by the command line."""
+    service = (ROOT / "deploy/llm2clip.service").read_text()
+    (command,) = re.findall(r"^ExecStart=\S+/llm2clip (.+)$", service, re.MULTILINE)
+    containerfile = (ROOT / "deploy/Containerfile").read_text()
+    (arguments,) = re.findall(r"^CMD (\[.+\])$", containerfile, re.MULTILINE)
+    parser, _ = build_parser()
+    for argv in (command.split(), json.loads(arguments)):
+        assert parser.parse_args(argv).serve.access_log

@@ -84,6 +84,32 @@ def test_build_index_rejects_another_model(
         create_app(dual_encoder, backend)
 
 
+def test_open_index_switches_to_a_new_index_at_the_same_path(
+    photos: Path, image_folder: Path, dual_encoder: DualEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = tmp_path / "index"
+    index_sources([photos], dual_encoder, SqliteBackend(index, write=True))
+    reader = SqliteBackend(index)
+    old = search_names(reader)
+
+    new = SqliteBackend(tmp_path / "new", write=True)
+    index_sources([image_folder], dual_encoder, new)
+    expected, count = search_names(new), new.count()
+    index.rename(tmp_path / "old")
+    assert search_names(reader) == old  # the path does not exist for a moment
+    (tmp_path / "new").rename(index)
+    assert search_names(reader) == expected != old
+    assert reader.count() == count
+
+    other = SqliteBackend(tmp_path / "other", write=True)
+    index_sources([photos], dual_encoder, other)
+    other.initialize({**other.metadata(), "fingerprint": "0"})
+    index.rename(tmp_path / "old2")
+    (tmp_path / "other").rename(index)
+    assert search_names(reader) == search_names(reader) == expected
+    assert capsys.readouterr().out.count("replaced with an index of a different model") == 1
+
+
 def test_build_index_keeps_images_after_a_read_error(
     photos: Path, dual_encoder: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -452,6 +452,51 @@ def test_token_is_required(dual_encoder: DualEncoder, backend: SqliteBackend) ->
         assert client.get("/health", headers={"authorization": "Bearer secret"}).json()["images"] == 36
 
 
+def test_only_allowed_origins_may_send_cross_site_requests(dual_encoder: DualEncoder, backend: SqliteBackend) -> None:
+    allowed = "https://example.org"
+    app = create_app(dual_encoder, backend, Limits(timeout=HANG_TIMEOUT), token="secret", allowed_origins=[allowed])
+
+    def headers(origin: str) -> dict[str, str]:
+        return {"origin": origin, "sec-fetch-site": "cross-site", "authorization": "Bearer secret"}
+
+    preflight = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    with TestClient(app, base_url=BASE_URL) as client:
+        response = client.options("/search", headers={"origin": allowed, **preflight})
+        assert response.status_code == 200 and response.headers["access-control-allow-origin"] == allowed
+        response = client.post("/search", json={"texts": ["red"]}, headers=headers(allowed))
+        assert response.status_code == 200 and response.headers["access-control-allow-origin"] == allowed
+        assert "access-control-allow-credentials" not in response.headers
+        without_token = {**headers(allowed), "authorization": ""}
+        assert client.post("/search", json={"texts": ["red"]}, headers=without_token).status_code == 401
+        for other in ("https://example.org.evil.test", "http://example.org", "null", ""):
+            response = client.post("/search", json={"texts": ["red"]}, headers=headers(other))
+            assert response.status_code == 403 and "access-control-allow-origin" not in response.headers
+            assert client.options("/search", headers={"origin": other, **preflight}).status_code != 200
+
+
+@pytest.mark.parametrize("origin", ["*", "example.org", "https://example.org/", "https://a b", "ftp://example.org", ""])
+def test_invalid_origins_are_rejected(dual_encoder: DualEncoder, origin: str) -> None:
+    with pytest.raises(ValueError, match="is not an origin"):
+        create_app(dual_encoder, allowed_origins=[origin])
+
+
+def test_access_log_has_one_json_object_per_request_without_private_data(
+    dual_encoder: DualEncoder, backend: SqliteBackend, capsys: pytest.CaptureFixture[str]
+) -> None:
+    app = create_app(dual_encoder, backend, Limits(timeout=HANG_TIMEOUT), token="secret", access_log=True)
+    with TestClient(app, base_url=BASE_URL) as client:
+        client.get("/?token=secret")
+        client.post("/search", json={"texts": ["private"]}, headers={"authorization": "Bearer secret"})
+        client.get("/thumbnail/999", headers={"authorization": "Bearer secret"})
+        client.get("/private")  # with the session cookie
+    lines = capsys.readouterr().err.splitlines()
+    events = [json.loads(line) for line in lines]
+    seen = [(event["method"], event["route"], event["status"]) for event in events]
+    assert ("POST", "/search", 200) in seen and ("GET", "/thumbnail/{hit_id}", 404) in seen
+    assert seen[-1] == ("GET", "other", 404)
+    assert not any(word in line for line in lines for word in ("secret", "private"))
+
+
 def test_session_cookie_does_not_contain_the_token(dual_encoder: DualEncoder, backend: SqliteBackend) -> None:
     app = create_app(dual_encoder, backend, Limits(timeout=HANG_TIMEOUT), token="secret", hosts=None)
     with TestClient(app, base_url="http://example.org:81", follow_redirects=False) as client:

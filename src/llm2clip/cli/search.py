@@ -140,6 +140,14 @@ def add_commands(commands: Commands) -> None:
         action="store_true",
         help="Trust the client address in the headers set by a reverse proxy on this machine.",
     )
+    sub.add_argument(
+        "--allowed_origins",
+        nargs="+",
+        type=str,
+        default=[],
+        help="Other websites whose pages may use the API, such as https://example.org.",
+    )
+    sub.add_argument("--access_log", action="store_true", help="Write one JSON object per request to standard error.")
     _add_templates_argument(sub, " Requests can override the templates.")
     sub.add_argument(
         "--batch_size", type=PositiveInt, default=32, help="Maximum number of texts or images per forward pass."
@@ -385,6 +393,8 @@ def _serve(args: Namespace) -> list[str]:
         hosts=LOOPBACK if args.host in LOOPBACK else None,
         model_thread=model_thread,
         templates=templates,
+        allowed_origins=args.allowed_origins,
+        access_log=args.access_log,
     )
     host = f"[{args.host}]" if ":" in args.host else args.host  # IPv6
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import json
 import re
 import secrets
+import sys
 import time
 from collections import Counter
+from collections.abc import Collection
+from datetime import UTC, datetime
 from pathlib import Path
 
 from fastapi import HTTPException, Request
@@ -96,8 +100,21 @@ def _make_cookie_name(request: Request) -> str:
 class RequestMiddleware:
     """ASGI middleware that checks every HTTP request and records metrics."""
 
-    def __init__(self, app: ASGIApp, service: InferenceService, auth: Authenticator | None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        service: InferenceService,
+        auth: Authenticator | None,
+        allowed_origins: Collection[str] = (),
+        access_log: bool = False,
+    ) -> None:
+        """
+        Args:
+            allowed_origins: Origins whose pages may send cross-site requests, such as `https://example.org`.
+            access_log: Whether to write one JSON object per request to standard error.
+        """
         self.app, self.service, self.auth = app, service, auth
+        self.allowed_origins, self.access_log = frozenset(allowed_origins), access_log
         self.budget = ByteBudget(service.limits.max_bytes_in_flight)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -122,7 +139,10 @@ class RequestMiddleware:
             route = getattr(scope.get("route"), "path", "other")
             method = scope["method"] if scope["method"] in COUNTED_METHODS else "other"
             self.service.request_count.labels(method, route, sender.status).inc()
-            self.service.request_duration.labels(route).observe(time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            self.service.request_duration.labels(route).observe(seconds)
+            if self.access_log:
+                _log_request(scope, route, sender.status, seconds)
 
     def _check_request(self, request: Request) -> Response | None:
         """Check a request before reading its body. Return an error response if it must be rejected."""
@@ -140,7 +160,8 @@ class RequestMiddleware:
             return make_error_response(401, message, {"WWW-Authenticate": "Bearer"})
         # "same-site" includes other ports of the same host, which are different servers.
         is_other_site = request.headers.get("sec-fetch-site") in ("cross-site", "same-site")
-        if is_other_site and request.scope["path"] != "/":
+        is_allowed = request.headers.get("origin") in self.allowed_origins
+        if is_other_site and not is_allowed and request.scope["path"] != "/":
             return make_error_response(403, "cross-site requests are not allowed")
         if length.isdigit() and int(length) > max_bytes:
             return make_error_response(
@@ -172,6 +193,20 @@ class RequestMiddleware:
         finally:
             sender.timer = None
         return None
+
+
+def _log_request(scope: Scope, route: str, status: int, seconds: float) -> None:
+    """Write a request to standard error. Its path, query string and body may be private and are not written."""
+    client = scope.get("client")
+    event = {
+        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "client": client[0] if client else None,
+        "method": scope["method"][:16],
+        "route": route,
+        "status": status,
+        "ms": round(1000 * seconds, 1),
+    }
+    print(json.dumps(event), file=sys.stderr, flush=True)
 
 
 class _BodyRejected(HTTPException):

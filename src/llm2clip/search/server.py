@@ -4,8 +4,9 @@ import base64
 import hashlib
 import io
 import os
+import re
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from fastapi import FastAPI, Request, UploadFile
 from fastapi.responses import FileResponse, RedirectResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from llm2clip import __version__
@@ -57,6 +59,8 @@ def create_app(
     hosts: Sequence[str] | None = LOOPBACK,
     model_thread: ThreadPoolExecutor | None = None,
     templates: QueryTemplates | None = None,
+    allowed_origins: Sequence[str] = (),
+    access_log: bool = False,
 ) -> FastAPI:
     """Create the web application.
 
@@ -72,15 +76,19 @@ def create_app(
         model_thread: Single-threaded executor in which the model was loaded. See `InferenceService`.
         templates: Prompt templates for short search texts. The embeddings of the text and the filled-in templates are
             averaged. Requests can override the templates. Default: the templates saved with the model.
+        allowed_origins: Origins of other websites, such as `https://example.org`, whose pages may use the API. They
+            must send the token in the Authorization header.
+        access_log: Whether to write one JSON object per request to standard error.
 
     Raises:
-        ValueError: The index was built with a different model, the token is not printable ASCII without spaces, or
-            there are too many templates.
+        ValueError: The index was built with a different model, the token is not printable ASCII without spaces, there
+            are too many templates, or an origin is invalid.
     """
     auth = Authenticator(token) if token is not None else None
     templates = model.query_templates if templates is None else templates
     if len(templates.templates) > MAX_TEMPLATES:
         raise ValueError(f"too many templates: {len(templates.templates)}; the limit is {MAX_TEMPLATES}")
+    check_origins(allowed_origins)
     service = InferenceService(model, backend, limits or Limits(), model_thread, templates)
 
     @asynccontextmanager
@@ -104,10 +112,30 @@ def create_app(
     _add_image_routes(app, service)
     _add_page_routes(app, auth)
     add_error_handlers(app)
-    app.add_middleware(RequestMiddleware, service=service, auth=auth)
+    app.add_middleware(
+        RequestMiddleware, service=service, auth=auth, allowed_origins=allowed_origins, access_log=access_log
+    )
+    if allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(allowed_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+            max_age=600,  # seconds for which browsers may cache the answer
+        )
     if hosts is not None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     return app
+
+
+def check_origins(origins: Iterable[str]) -> None:
+    """Raise ValueError if an origin is not of the form SCHEME://HOST[:PORT]."""
+    for origin in origins:
+        if not re.fullmatch(r"https?://(\[[0-9a-f:.]+\]|[a-z0-9.-]+)(:[0-9]{1,5})?", origin):
+            raise ValueError(
+                f"{origin!r} is not an origin: it must be lower-case and consist of scheme, host and optional port, "
+                "such as https://example.org or http://localhost:3000, without a path or a slash at the end"
+            )
 
 
 def serve(

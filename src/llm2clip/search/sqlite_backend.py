@@ -463,11 +463,13 @@ class LogPosition(NamedTuple):
         schema: SQLite's schema version. VACUUM changes it, and also renumbers rows.
         immutable_state: Size and modification time of the database file if it was opened as immutable, otherwise None.
             Such a file may be replaced with another index.
+        file_id: See `SqliteDatabase._read_file_id`.
         last: Largest id in the log.
     """
 
     schema: int
     immutable_state: tuple[int, int] | None
+    file_id: tuple[int, int]
     last: int
 
 
@@ -487,6 +489,7 @@ class SqliteDatabase:
         # Size and modification time of the database file when it was opened as immutable, or None if it was not.
         self._immutable_state: tuple[int, int] | None = None
         with self._convert_errors():
+            self._file_id = self._rejected_id = self._read_file_id()
             self.connection = self._connect()
             version = int(self.connection.execute("PRAGMA user_version").fetchone()[0])
             self.is_empty = version == 0 and not write
@@ -505,6 +508,8 @@ class SqliteDatabase:
     def query(self, sql: str, parameters: Sequence[Any] | dict[str, Any] = ()) -> list[tuple[Any, ...]]:
         """Run a statement and return all rows."""
         with self._lock, self._convert_errors():
+            if self._read_file_id() not in (self._file_id, self._rejected_id, (0, 0)):
+                self._open_new_file()
             if self._immutable_state is not None:
                 state = self._read_file_state()
                 if state != self._immutable_state:  # another process with write access has changed the file
@@ -530,17 +535,17 @@ class SqliteDatabase:
     def read_state(self) -> tuple[Any, ...]:
         """Return a value that changes with every write to the database."""
         ((version,),) = self.query("PRAGMA data_version")  # changes when another connection writes
-        return version, self.connection.total_changes, self._immutable_state
+        return version, self.connection.total_changes, self._immutable_state, self._file_id
 
     def read_log_position(self, db: sqlite3.Connection) -> LogPosition:
         """Return the position of the last entry in the change log."""
         ((schema,),) = db.execute("PRAGMA schema_version")
         ((last,),) = db.execute("SELECT coalesce(max(id), 0) FROM changes")
-        return LogPosition(schema, self._immutable_state, last)
+        return LogPosition(schema, self._immutable_state, self._file_id, last)
 
     def can_update(self, db: sqlite3.Connection, old: LogPosition, new: LogPosition) -> bool:
         """Return True if the log contains all changes between two positions, and they are few enough for an update."""
-        if old[:2] != new[:2] or new.last - old.last > MAX_LOG_LENGTH:
+        if old[:-1] != new[:-1] or new.last - old.last > MAX_LOG_LENGTH:
             return False
         ((first,),) = db.execute("SELECT coalesce(min(id), 1) FROM changes")
         return bool(first <= old.last + 1)
@@ -566,6 +571,34 @@ class SqliteDatabase:
         if self._immutable_state is not None:
             db = sqlite3.connect(f"{self.file.absolute().as_uri()}?immutable=1", uri=True, **options)
         return db
+
+    def _open_new_file(self) -> None:
+        """Read from the file that has replaced the index file since it was opened.
+
+        Until the new file contains an index of the same model, continue with the old file, which remains readable even
+        after it has been deleted.
+        """
+        identity = "SELECT key, value FROM metadata WHERE key IN ('fingerprint', 'embed_dim') ORDER BY key"
+        new_id = self._read_file_id()
+        with closing(self._connect()) as connection:
+            try:
+                new_model = connection.execute(identity).fetchall()
+            except sqlite3.Error:
+                return  # the tables have not been created yet
+        if new_model == self.connection.execute(identity).fetchall():
+            self.connection.close()
+            self.connection, self._file_id = self._connect(), new_id
+        elif new_model and self._rejected_id != new_id:
+            self._rejected_id = new_id
+            print_once(f"{self.file} was replaced with an index of a different model. To use it, restart this command")
+
+    def _read_file_id(self) -> tuple[int, int]:
+        """Return the numbers by which the file system identifies the database file, or (0, 0) if it was deleted."""
+        try:
+            stat = self.file.stat()
+        except FileNotFoundError:
+            return 0, 0
+        return stat.st_dev, stat.st_ino
 
     def _read_file_state(self) -> tuple[int, int]:
         """Return the database file's size and modification time."""
