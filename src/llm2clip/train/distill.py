@@ -110,7 +110,9 @@ class Teacher:
 
     def embed(self, texts: Iterable[str], folder: Path) -> None:
         """Encode all texts that are not in the stores into an additional store. Must be called by all ranks."""
-        missing = [text for chunk in iter_chunks(texts, LOOKUP_CHUNK_SIZE) for text in self._select(chunk, False)]
+        missing = []
+        for chunk in iter_chunks(texts, LOOKUP_CHUNK_SIZE):
+            missing += self.select(chunk, is_stored=False)
         if missing:
             encoder = CaptionEncoder.from_pretrained(self.folder, device="cpu")
             self.stores.append(embed(missing, encoder, folder, device=process_state().device))
@@ -122,13 +124,10 @@ class Teacher:
         if (folder / MANIFEST).is_file():
             self.stores.append(EmbeddingStore(folder))
 
-    def select_encoded(self, texts: Sequence[str]) -> list[str]:
-        """Return the texts that are in a store."""
-        return self._select(texts, True)
-
-    def _select(self, texts: Sequence[str], is_stored: bool) -> list[str]:
-        found = self._find(texts)[0] >= 0
-        return [text for text, is_found in zip(texts, found.tolist(), strict=True) if is_found == is_stored]
+    def select(self, texts: Sequence[str], is_stored: bool) -> list[str]:
+        """Return the texts that are in a store or, if `is_stored` is False, those that are in none of the stores."""
+        mask = (self._find(texts)[0] >= 0) == is_stored
+        return list(compress(texts, mask.tolist()))
 
     def _find(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return each text's store number, -1 if it is in no store, and its row, both int64 of shape (N,)."""
@@ -333,7 +332,7 @@ def prepare_texts(
 ) -> DistillTexts:
     """Encode the texts with the teacher and tokenize them for the student. Must be called by all ranks.
 
-    The texts may contain duplicates. Texts that one of the tokenizers cannot encode are left out. Memory: about 300
+    The texts may contain duplicates. Texts that one of the tokenizers cannot encode are skipped. Memory: about 300
     bytes per distinct text while the texts are prepared, and 70 bytes afterwards.
 
     Args:
@@ -345,8 +344,8 @@ def prepare_texts(
     """
     unique_captions = dict.fromkeys(captions)
     unique_phrases = [text for text in dict.fromkeys(phrases) if text not in unique_captions]
-    encoded_captions = teacher.select_encoded(list(unique_captions))
-    texts = [*encoded_captions, *teacher.select_encoded(unique_phrases)]
+    encoded_captions = teacher.select(list(unique_captions), is_stored=True)
+    texts = [*encoded_captions, *teacher.select(unique_phrases, is_stored=True)]
     if not texts:
         raise ValueError("there are no texts to learn from: the training records have no captions")
     tokens, lengths = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
@@ -367,7 +366,7 @@ def prepare_texts(
             "for the language of these texts"
         )
     if len(failed):
-        print_once(f"{len(failed):,} texts left out, which the student's tokenizer cannot encode: {texts[failed[0]]!r}")
+        print_once(f"{len(failed):,} texts skipped, which the student's tokenizer cannot encode: {texts[failed[0]]!r}")
     num_captions = int(is_encodable[: len(encoded_captions)].sum())
     texts = [texts[n] for n in np.flatnonzero(is_encodable)]
     identity: dict[str, Any] = {"precision": "fp32"}
@@ -398,7 +397,7 @@ def plan_epoch(data: DistillTexts, texts_per_step: int, seed: int, epoch: int) -
     """Return the indices of the texts for each step of an epoch, int64 of shape (steps, texts_per_step).
 
     The texts of a step have similar lengths, and the steps are in random order. Phrases are repeated as in
-    `repeat_phrases`. The remaining texts that do not fill a step are left out, different ones in each epoch.
+    `repeat_phrases`. The remaining texts that do not fill a step are omitted, different ones in each epoch.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(repeat_phrases(np.arange(len(data)), data.num_captions))
