@@ -1,5 +1,6 @@
 """Tests of distilling a model's text side into a small text encoder."""
 
+import json
 import math
 import shutil
 from collections.abc import Iterator
@@ -24,12 +25,13 @@ from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.export import export_model
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.pipeline import run_distill
+from llm2clip.search.backends import Filter
 from llm2clip.search.build import check_model, truncate_to_index
 from llm2clip.store.encode import embed
 from llm2clip.store.layout import StoreError
 from llm2clip.train import distill as distill_module
 from llm2clip.train.distill import DistillTexts, cosine_loss, fit_ridge_regression, plan_epoch
-from search_fixtures import create_backend, index_sources, search_names
+from search_fixtures import create_backend, create_patient_app, index_sources, search_names
 
 CONFIG = DistillConfig(epochs=4, batch_size=16, lr=3e-3, save_steps=3, precision="fp32")
 TEXTS = ["the left half is red", "a grey picture, blue at its border", "x", "Ein längerer Text über ein Bild, in Grün."]
@@ -147,6 +149,12 @@ def test_student_model_keeps_the_image_encoder_and_learns_the_text_embeddings(
     assert "captions: T2I R@1" in report
     assert "long_captions: T2I R@1" in report
     assert "queries per second" in report
+    measured = json.loads((tmp_path / "out/report.json").read_text())
+    for name, evaluated in (("teacher", original), ("student", model)):
+        weights = [*evaluated.encoder.st.parameters(), *evaluated.adapter.parameters()]
+        assert measured[name]["bytes of weights"] == 4 * sum(weight.numel() for weight in weights)
+    assert measured["student"]["bytes of weights"] < measured["teacher"]["bytes of weights"]
+    assert "memory of the weights in fp32" in report
 
 
 def test_training_reduces_the_loss(teacher: Path, student_llm: Path, image_folder: Path, tmp_path: Path) -> None:
@@ -279,6 +287,82 @@ def test_index_of_the_teacher_opens_with_the_student(
     changed_folder = str(changed.save_pretrained(tmp_path / "changed"))
     with pytest.raises(ValueError, match="built with a different model"):
         check_model(backend.metadata(), open_dual_encoder(changed_folder, "cpu"))
+
+
+@pytest.mark.parametrize("student", ["layers:1", "static", "bert"])
+def test_commands_accept_a_student(
+    student: str,
+    teacher: Path,
+    bert: Path,
+    image_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = str(bert) if student == "bert" else student
+    model = str(run(teacher, image_folder, tmp_path / "out", name, max_skipped=0.9))
+
+    def succeed(*arguments: str | Path) -> str:
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    index = tmp_path / "index"
+    succeed("index", image_folder, "--model", teacher, "--out", index)
+    assert "has the same image encoder" in succeed("search", index, "the left half is red", "--model", model)
+    own_index = tmp_path / "own"
+    succeed("index", image_folder, "--model", model, "--out", own_index)
+    assert ".png" in succeed("search", own_index, "the left half is red")
+    output = succeed("evaluate", model, f"{image_folder / 'captions.jsonl'}@val", "--out", tmp_path / "evaluation")
+    assert "R@1" in output
+
+    uploads = record_uploads(monkeypatch)
+    assert "Pushed" in succeed("push", model, "me/student")
+    card = uploads["upload_file"]["path_or_fileobj"].decode()
+    assert uploads["upload_folder"]["folder_path"] == Path(model)
+    assert str(teacher) not in card and str(tmp_path) not in card
+
+    capsys.readouterr()
+    assert main(["convert", model, "--to", "hf", "--out", str(tmp_path / "official")]) == 1
+    assert "there is no adapter" in capsys.readouterr().err
+    assert main(["convert", model, "--text", str(bert), "--out", str(tmp_path / "converted")]) == 1
+    assert "already has a caption encoder" in capsys.readouterr().err
+
+
+def record_uploads(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
+    """Replace the hub's API, and return the arguments of its calls by name."""
+    calls: dict[str, dict[str, Any]] = {}
+
+    class Api:
+        def __getattr__(self, name: str) -> Any:
+            def call(*args: Any, **options: Any) -> str:
+                calls[name] = options
+                return "https://hub/me/student"
+
+            return call
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("llm2clip.models.hub.loading.find_hub_problem", lambda: "")
+    return calls
+
+
+@pytest.mark.parametrize("student_name", ["layers:1", "static"])
+def test_server_of_a_student_searches_the_index_of_its_teacher(
+    student_name: str, teacher: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    from fastapi.testclient import TestClient
+
+    backend = create_backend("sqlite", tmp_path / "index")
+    index_sources([image_folder], open_dual_encoder(str(teacher), "cpu"), backend)
+    folder = str(run(teacher, image_folder, tmp_path / "out", student_name))
+    student = truncate_to_index(backend.metadata(), open_dual_encoder(folder, "cpu", "auto"))
+    query = "the left half is red"
+    with TestClient(create_patient_app(student, backend)) as client:
+        response = client.post("/search", json={"texts": [query], "top": 3})
+    assert response.status_code == 200, response.text
+    expected = backend.search(student.encode_texts([query])[0].numpy(), 3, Filter())
+    scores = [hit["score"] for hit in response.json()["hits"]]
+    assert scores == pytest.approx([hit.score for hit in expected], abs=1e-3)
 
 
 @pytest.mark.usefixtures("modules_cache")
