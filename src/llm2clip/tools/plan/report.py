@@ -129,9 +129,10 @@ def _format_store_sizes(plan: Plan) -> list[str]:
         lines.append(f"Cached tower features (float16): {format_bytes(plan.feature_bytes)} on disk.")
     if plan.student is not None:
         checkpoints = 12 * MAX_CHECKPOINTS * plan.student.costs.trained
+        new_store = plan.student.new_texts * (2 * plan.text.embed_dim + 16)
         lines.append(
             f"Distill: {format_bytes(plan.student.target_bytes)} on disk for the teacher's embeddings (float16), "
-            f"{format_bytes(plan.student.new_texts * (2 * plan.text.embed_dim + 16))} for the store of new texts, up to "
+            f"{format_bytes(new_store)} for the store of new texts, up to "
             f"{format_bytes(checkpoints)} for checkpoints. Phrases from the captions are not counted."
         )
     return lines
