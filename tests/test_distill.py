@@ -362,9 +362,12 @@ def test_commands_accept_a_student(
     model = str(run(teacher, image_folder, tmp_path / "out", name, max_skipped=0.9))
 
     def succeed(*arguments: str | Path) -> str:
+        """Run a command, and return everything that it prints."""
         capsys.readouterr()
-        assert main([str(argument) for argument in arguments]) == 0, capsys.readouterr().err
-        return capsys.readouterr().out
+        code = main([str(argument) for argument in arguments])
+        output, errors = capsys.readouterr()
+        assert code == 0, errors
+        return output + errors
 
     index = tmp_path / "index"
     succeed("index", image_folder, "--model", teacher, "--out", index)
@@ -374,6 +377,9 @@ def test_commands_accept_a_student(
     assert ".png" in succeed("search", own_index, "the left half is red")
     output = succeed("evaluate", model, f"{image_folder / 'captions.jsonl'}@val", "--out", tmp_path / "evaluation")
     assert "R@1" in output
+
+    plan = ["plan", "--images", "1000", "--device", "l4", "--align.tower", "test_vit", "--encoder.path", teacher]
+    assert f"student {name}" in succeed(*plan, "--student", name)
 
     uploads = record_uploads(monkeypatch)
     assert "Pushed" in succeed("push", model, "me/student")
